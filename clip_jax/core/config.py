@@ -1,0 +1,68 @@
+"""Config helpers over plain nested dicts and ml_collections: fill blocks, flatten, suggest, fingerprint text."""
+
+import difflib
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from clip_jax.core.errors import ConfigError
+
+
+def fill(block, given: Mapping[str, Any], kind: str):
+  """Sets the given keys of a defaults block and returns it; ConfigError names an unknown key."""
+  for key, value in given.items():
+    if key not in block:
+      raise ConfigError(f'{kind}(...) has no key {key!r}.{nearest(key, block.keys())}')
+    if isinstance(value, Mapping) and not hasattr(value, 'to_dict'):
+      block[key].update(value)  # a plain dict fills the block (where=, sources=), it never replaces it
+      continue
+    try:
+      block[key] = value
+    except TypeError as error:
+      raise ConfigError(f'{kind}({key}={value!r}): {error}.') from error
+  return block
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+  """Returns ' Did you mean ...? There are: ...' for a name that is not among `names`."""
+  names = sorted(map(str, names))
+  close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+  hint = f' Did you mean {close[0]!r}?' if close else ''
+  return f'{hint} There are: {", ".join(names) or "none"}.'
+
+
+def plain(value: Any) -> Any:
+  """Returns a config value as plain dicts, lists, numbers and strings (what JSON can hold)."""
+  if isinstance(value, Mapping) or hasattr(value, 'items'):
+    return {str(key): plain(item) for key, item in value.items()}
+  if isinstance(value, (tuple, list)):
+    return [plain(item) for item in value]
+  if value is None or isinstance(value, (bool, int, float, str)):
+    return value
+  raise ConfigError(f'A config value must be a number, a string, a bool or a tuple, got {value!r}.')
+
+
+def canonical(value: Any) -> str:
+  """Returns the canonical JSON text of a plain value: sorted keys, no spaces, no NaN."""
+  return json.dumps(plain(value), sort_keys=True, separators=(',', ':'), allow_nan=False)
+
+
+def flat(value: Any, prefix: str = '') -> dict[str, Any]:
+  """Returns {'a.b': leaf} of a nested plain dict; an empty dict is a leaf."""
+  if isinstance(value, Mapping) and value:
+    return {key: leaf for name, item in value.items()
+            for key, leaf in flat(item, f'{prefix}.{name}' if prefix else name).items()}
+  return {prefix: value}
+
+
+def differences(old: Any, new: Any) -> list[str]:
+  """Returns 'a.b: old -> new' for every leaf in which two plain values differ."""
+  old, new = flat(old), flat(new)
+  missing = 'not there'
+  return [f'{key}: {_short(old.get(key, missing))} -> {_short(new.get(key, missing))}'
+          for key in sorted(old.keys() | new.keys()) if old.get(key, missing) != new.get(key, missing)]
+
+
+def _short(value: Any, most: int = 60) -> str:
+  text = value if isinstance(value, str) else json.dumps(value)
+  return text if len(text) <= most else text[:most - 3] + '...'

@@ -1,0 +1,127 @@
+"""Atomic files: every file appears under its final name only when it is whole.
+
+A file is written under a temporary name in its own folder, flushed to the disk, then renamed. Paths
+are str, pathlib or epath (local, or gs:// and s3:// where an object appears whole by nature). The
+bytes depend on the content alone: no times, no names.
+"""
+
+import contextlib
+import errno
+import hashlib
+import io
+import json
+import os
+import shutil
+import zipfile
+from collections.abc import Iterator
+from typing import Any
+
+from etils import epath
+import numpy as np
+
+from clip_jax.core.errors import InputError
+from clip_jax.core.types import Array
+
+TEMPORARY = '.tmp-'  # part of the name of every unfinished file
+
+
+@contextlib.contextmanager
+def atomic(path) -> Iterator[epath.Path]:
+  """Yields a temporary path; when the block ends well, the file there becomes `path`.
+
+  Raises InputError when the disk is full; nothing is left behind on any error.
+  """
+  path = epath.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = path.parent / f'{TEMPORARY}{os.getpid()}-{path.name}'
+  try:
+    yield temporary
+    if is_local(path):
+      with open(temporary, 'rb+') as f:
+        os.fsync(f.fileno())
+      os.replace(temporary, path)
+    else:
+      temporary.rename(path)
+  except BaseException as error:
+    with contextlib.suppress(OSError):
+      temporary.unlink(missing_ok=True)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+      raise InputError(f'No space left while writing {path}. Free some space and run the same '
+                       'command again; it goes on from here.') from error
+    raise
+
+
+def write_bytes(path, data: bytes) -> None:
+  with atomic(path) as temporary:
+    temporary.write_bytes(data)
+
+
+def write_json(path, value: Any) -> None:
+  """Writes indented JSON. NaN and infinity are an error: JSON has neither."""
+  write_bytes(path, (json.dumps(value, indent=1, allow_nan=False) + '\n').encode())
+
+
+def read_json(path) -> Any:
+  """Returns the JSON value in a file; InputError names the file when it does not parse."""
+  try:
+    return json.loads(epath.Path(path).read_text())
+  except ValueError as error:
+    raise InputError(f'{path} is not valid JSON ({error}). Remove it, or restore it.') from error
+
+
+def write_npy(path, array: Array) -> None:
+  with atomic(path) as temporary, temporary.open('wb') as f:
+    np.save(f, np.asarray(array), allow_pickle=False)
+
+
+def write_npz(path, **arrays: Array) -> None:
+  """Writes an uncompressed npz; numpy stamps every member 1980-01-01, so equal arrays are equal bytes."""
+  with atomic(path) as temporary, temporary.open('wb') as f:
+    np.savez(f, **{name: np.asarray(array) for name, array in arrays.items()})
+
+
+def read_npz(path) -> dict[str, np.ndarray]:
+  """Returns all arrays of an npz file; InputError names the file when it is damaged."""
+  try:
+    with np.load(io.BytesIO(epath.Path(path).read_bytes()), allow_pickle=False) as arrays:
+      return {name: arrays[name] for name in arrays.files}
+  except (ValueError, OSError, KeyError, zipfile.BadZipFile) as error:
+    raise InputError(f'{path} cannot be read ({error}). Remake it with --redo.') from error
+
+
+def write_parquet(path, table) -> None:
+  """Writes a pyarrow table."""
+  import pyarrow.parquet as pq  # pyarrow costs 0.1 s to import
+  with atomic(path) as temporary, temporary.open('wb') as f:
+    pq.write_table(table, f, compression='zstd')
+
+
+def sha256(path) -> str:
+  """Returns the sha256 of a file's content, in hex."""
+  digest = hashlib.sha256()
+  with epath.Path(path).open('rb') as f:
+    while block := f.read(1 << 22):
+      digest.update(block)
+  return digest.hexdigest()
+
+
+def is_local(path) -> bool:
+  return '://' not in os.fspath(path)
+
+
+def free_bytes(path) -> int | None:
+  """Returns the free space of the disk that holds `path`, or None for a remote path."""
+  if not is_local(path):
+    return None
+  folder = os.path.abspath(path)
+  while not os.path.exists(folder):
+    folder = os.path.dirname(folder)
+  return shutil.disk_usage(folder).free
+
+
+def check_space(path, needed: int, what: str) -> None:
+  """Raises InputError when the disk of `path` has less than `needed` bytes free."""
+  free = free_bytes(path)
+  if free is not None and free < needed:
+    raise InputError(f'{what} needs about {needed / 1e6:,.0f} MB under {path}, and only '
+                     f'{free / 1e6:,.0f} MB are free. Free some space or choose another --workdir.')

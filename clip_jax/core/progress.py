@@ -1,0 +1,66 @@
+"""Progress of long work: a bar with rate and ETA on a terminal, a line now and then elsewhere."""
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from absl import logging
+
+T = TypeVar('T')
+LINE_EVERY_SECS = 30.0
+
+
+def track(items: Iterable[T], *, total: int, desc: str, unit: str = 'it', size=None,
+          initial: int = 0) -> Iterator[T]:
+  """Yields `items`, showing progress towards `total`; `size(item)` counts an item as so many units."""
+  with Bar(total=total, desc=desc, unit=unit, initial=initial) as bar:
+    for item in items:
+      yield item
+      bar.update(1 if size is None else size(item))
+
+
+class Bar:
+  """A progress bar to be moved by hand: `with Bar(total=..., desc=...) as bar: bar.update(n)`."""
+
+  def __init__(self, *, total: int, desc: str, unit: str = 'it', initial: int = 0):
+    self._total, self._desc, self._unit = total, desc, unit
+    self._done, self._initial = initial, initial
+    self._start = self._said = time.monotonic()
+    self._bar = None
+    if sys.stderr.isatty():
+      import tqdm
+      self._bar = tqdm.tqdm(total=total, desc=desc, unit=unit, initial=initial, leave=False,
+                            dynamic_ncols=True, unit_scale=total > 10_000)
+
+  def update(self, n: int = 1) -> None:
+    self._done += n
+    if self._bar is not None:
+      self._bar.update(n)
+      return
+    now = time.monotonic()
+    if now - self._said >= LINE_EVERY_SECS:
+      self._said = now
+      rate = (self._done - self._initial) / (now - self._start)
+      left = (self._total - self._done) / rate if rate else float('inf')
+      logging.info('%s: %s of %s %s (%.0f a second, %s left)', self._desc, f'{self._done:,}',
+                   f'{self._total:,}', self._unit, rate, seconds(left))
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    if self._bar is not None:
+      self._bar.close()
+
+
+def seconds(value: float) -> str:
+  """Returns a time in words: '4 s', '3 min 20 s', '2 h 5 min'."""
+  if value != value or value == float('inf'):
+    return 'unknown time'
+  value = int(value + 0.5)
+  if value < 60:
+    return f'{value} s'
+  if value < 3600:
+    return f'{value // 60} min {value % 60} s'
+  return f'{value // 3600} h {value % 3600 // 60} min'

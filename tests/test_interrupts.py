@@ -1,0 +1,43 @@
+"""core/interrupts.py: a signal raises, or waits for the end of a step."""
+
+import os
+import signal
+
+import pytest
+
+from clip_jax.core import interrupts
+
+
+@pytest.fixture(autouse=True)
+def handlers():
+  old = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+  interrupts.install()
+  yield
+  for signum, handler in old.items():
+    signal.signal(signum, handler)
+
+
+@pytest.mark.parametrize('signum, status', [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_raises_with_the_status(signum, status):
+  with pytest.raises(interrupts.Interrupted) as caught:
+    os.kill(os.getpid(), signum)
+  assert caught.value.status == status
+
+
+def test_deferred_ends_the_step_first():
+  steps = 0
+  with pytest.raises(interrupts.Interrupted):
+    with interrupts.deferred() as should_stop:
+      assert not should_stop()
+      os.kill(os.getpid(), signal.SIGTERM)
+      steps += 1
+      assert should_stop()
+  assert steps == 1
+
+
+def test_a_second_signal_does_not_wait():
+  with pytest.raises(interrupts.Interrupted):
+    with interrupts.deferred():
+      os.kill(os.getpid(), signal.SIGINT)
+      os.kill(os.getpid(), signal.SIGINT)
+      pytest.fail('still here')
