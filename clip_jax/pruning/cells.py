@@ -1,0 +1,133 @@
+"""Draws rows that resemble given rows: cells of alike rows, draws inside cells, balance of a draw.
+
+Arrays in, arrays out; no files. The matched control is made of these. A cell is one int64 number
+in a mixed radix whose least significant digit is given up first, so that merging cells is integer
+division.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pyarrow as pa
+
+from clip_jax.core.types import Array
+
+
+def levels(
+    column: Array,  # [n] strings or integers; None where unknown
+) -> tuple[Array, list[str]]:
+  """Returns each row's level, [n] int32, and the levels' names; unknown is the level ''."""
+  chunks = pa.table({'level': column})['level']  # chunked whatever came in
+  encoded = chunks.cast(pa.large_string()).fill_null('').dictionary_encode().combine_chunks()
+  return encoded.indices.to_numpy(), encoded.dictionary.to_pylist()
+
+
+def quantile_bins(
+    values: Array,  # [n]
+    bins: int,
+) -> Array:
+  """Returns the bin of each row, [n] int64 in [0, bins): the number of edges strictly below it.
+
+  Edge j is the smallest value that at least j / bins of the rows do not exceed. It is an observed
+  value and equal values share a bin, so no rounding decides.
+  """
+  n = len(values)
+  if n == 0:
+    return np.zeros(0, np.int64)
+  places = -(-n * np.arange(1, bins) // bins) - 1
+  edges = np.partition(values, places)[places]
+  return np.searchsorted(edges, values, side='left')
+
+
+def cell_codes(
+    digits: Sequence[Array],  # each [n] integers in [0, its radix), most significant first
+    radices: Sequence[int],
+) -> Array:
+  """Returns the numbers with these digits, [n] int64; code // (last radix) drops the last digit."""
+  code = np.zeros(len(digits[0]), np.int64)
+  for digit, radix in zip(digits, radices, strict=True):
+    code *= radix
+    code += digit
+  return code
+
+
+def draw_like(
+    code: Array,  # [n] int64 cells
+    removed: Array,  # [n] bool
+    order: Array,  # [n] random numbers: rows with lower ones are drawn first
+    radices: Sequence[int],  # of the digits that may be given up, the first to go first
+) -> tuple[Array, list[int]]:
+  """Draws in each cell as many other rows as it has removed rows; what it lacks, in merged cells.
+
+  Exact cells are served first. Then, digit by digit, cells that differ in that digit only become
+  one, and what is still missing is drawn there from the rows left over.
+
+  Returns drawn [n] bool, never a removed row, and how many were drawn at each stage
+  ([1 + len(radices)]: in full cells, after the first merge, ...). Equal numbers in `order` go by
+  position.
+  """
+  drawn = np.zeros(len(code), bool)
+  cells, missing = np.unique(code[removed], return_counts=True)
+  served, width = [], 1
+  for radix in (1, *radices):
+    width *= radix
+    cells, starts = np.unique(cells // radix, return_index=True)
+    missing = np.add.reduceat(missing, starts) if len(starts) else missing
+    free = np.flatnonzero(~(removed | drawn))
+    place, cell = _lowest_in_cells(code[free] // width, order[free], cells, missing)
+    drawn[free[place]] = True
+    served.append(len(place))
+    missing = missing - np.bincount(cell, minlength=len(cells))
+    cells, missing = cells[missing > 0], missing[missing > 0]
+  return drawn, served
+
+
+def _lowest_in_cells(
+    code: Array,  # [n] int64
+    order: Array,  # [n]
+    cells: Array,  # [m] int64, sorted
+    counts: Array,  # [m] int64
+) -> tuple[Array, Array]:
+  """Returns up to counts[j] positions of lowest order in each cells[j], and the j of each."""
+  if len(cells) == 0:
+    return np.zeros(0, np.int64), np.zeros(0, np.int64)
+  cell = np.minimum(np.searchsorted(cells, code), len(cells) - 1)
+  place = np.flatnonzero(cells[cell] == code)
+  place = place[np.lexsort((order[place], cell[place]))]
+  cell = cell[place]
+  rank = np.arange(len(place)) - np.searchsorted(cell, np.arange(len(cells)))[cell]
+  taken = rank < counts[cell]
+  return place[taken], cell[taken]
+
+
+def differences(
+    left: Array,  # [a] int64 rows
+    right: Array,  # [b] int64 rows
+    numbers: Mapping[str, Array],  # name -> [n]
+    categories: Mapping[str, Array],  # name -> [n] integers >= 0
+) -> dict[str, float | None]:
+  """Returns the standardised mean difference of each variable between two sets of rows.
+
+  A number: (mean of left - mean of right) / sqrt of the mean of the two variances (divided by n).
+  A category: the largest absolute difference over its levels, each level taken as a 0/1 number.
+  0 where the sets agree exactly; None where a set is empty, or where both are constant and differ.
+  """
+  if len(left) == 0 or len(right) == 0:
+    return dict.fromkeys([*numbers, *categories])
+  result = {}
+  for name, values in numbers.items():
+    a, b = (values[rows].astype(np.float64) for rows in (left, right))
+    result[name] = _standardised(a.mean() - b.mean(), (a.var() + b.var()) / 2)
+  for name, codes in categories.items():
+    size = int(codes.max()) + 1
+    a, b = (np.bincount(codes[rows], minlength=size) / len(rows) for rows in (left, right))
+    shares = zip(a - b, (a * (1 - a) + b * (1 - b)) / 2, strict=True)
+    by_level = [_standardised(abs(gap), variance) for gap, variance in shares]
+    result[name] = None if None in by_level else max(by_level)
+  return result
+
+
+def _standardised(gap: float, variance: float) -> float | None:
+  if gap == 0:
+    return 0.0
+  return float(gap / np.sqrt(variance)) if variance > 0 else None
