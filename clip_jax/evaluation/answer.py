@@ -1,0 +1,64 @@
+"""The report's answer to the title question: a plain sentence from E and E', never from a p-value.
+
+In: the explained shares of one benchmark. Out: a sentence.
+"""
+
+from collections.abc import Sequence
+
+from clip_jax.evaluation.causal import Share
+
+MAIN = 0.5  # "mainly" means more than half
+
+
+def answer_sentence(
+    benchmark: str,
+    share: Share | None,  # E; None where base, the gap split or its reference is missing
+    matched: Share | None,  # E', its control 'matched' or, where none exists, 'random'
+    unfinished: Sequence[str] = (),  # runs that are missing or not converged: 'base/seed0'
+) -> str:
+  """How much of the accuracy on a benchmark the removed similar images explain.
+
+  The verdict (less than half, more than half, undetermined) is that of E' where there is one, as it
+  takes out size and class mix, else of E. Below three seeds there is no verdict. A second sentence
+  names runs that are not finished.
+  """
+  late = f' Not finished or not converged: {", ".join(unfinished)}.' if unfinished else ''
+  given = [s for s in (matched, share) if s is not None and not s.reason]
+  refused = [s for s in (matched, share) if s is not None and s.reason]
+  if not given and not refused:
+    return (f'On {benchmark} there is no answer: it needs the base split, the gap-aligned split '
+            f'and the reference (anchor_only), all evaluated.{late}')
+  if not given:
+    return f'On {benchmark} there is no answer, because {refused[-1].reason}.{late}'
+  lead, verdict = ' and '.join(_lead(s) for s in reversed(given)), _verdict(given[0])
+  caveat = ''
+  if given[0].control != 'matched':
+    mix = {'base': 'size and mix', 'random': 'mix'}[given[0].control]
+    why = refused[0].reason if refused else 'there is no matched control'
+    caveat = f' (the {mix} of what was removed count too, as {why})'
+  return (f'On {benchmark}, removing the pool images that are nearer to it than the anchor set '
+          f'takes away {lead}{caveat}: {verdict}.{late}')
+
+
+def _lead(share: Share) -> str:
+  span = f'{100 * share.low:.0f} to {100 * share.high:.0f} %'
+  span = {'crossed': f'95 % interval {span}', 'range': f'the two seeds: {span}',
+          'this checkpoint': f'this checkpoint, over images {span}'}[share.method]
+  control = {'base': 'base', 'matched': 'the matched control',
+             'random': 'the random control'}[share.control]
+  reference = {'anchor_only': 'anchor_only',
+               'line': 'the effective-robustness line'}[share.reference]
+  return (f'{100 * share.value:.0f} % ({span}) of the {100 * share.room.value:.1f} points by which '
+          f'{control} beats {reference}')
+
+
+def _verdict(share: Share) -> str:
+  if share.method != 'crossed':
+    return 'whether this holds for other seeds is undetermined, as a claim needs three'
+  if share.low >= MAIN:
+    return 'high train-test similarity is the main source of that lead'
+  if share.high > MAIN:
+    return 'whether high train-test similarity is the main source of that lead is undetermined'
+  if share.low > 0:
+    return 'high train-test similarity explains a part of that lead, and less than half'
+  return 'high train-test similarity explains less than half of that lead, possibly nothing'

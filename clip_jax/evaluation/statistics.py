@@ -1,0 +1,343 @@
+"""Intervals and decisions for correctness that is crossed: the same images under several seeds.
+
+In: arrays of 0/1 correctness [S, Q], or differences of two of them. Out: frozen results. No files.
+All values are proportions (differences: -1..1); times 100 they are points.
+
+What may be said depends on the seeds. S = 1: an interval over images, for this checkpoint, and no
+p-value. S = 2: the range of the two seeds. S >= 3: a t interval over seeds and images, both random.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from scipy import stats
+
+from clip_jax.core.types import Array
+
+SMALL_SET = 3000  # images; below it the 90 % interval of three seeds is wider than +-1 point
+POWER = 0.8
+TINY = 1e-24  # a variance below this is rounding: all contributions are equal
+
+
+@dataclass(frozen=True)
+class Estimate:
+  """A mean with its interval; low, high, error, df and p_value are NaN where they do not exist."""
+  value: float    # a proportion, or a difference of proportions
+  low: float
+  high: float
+  error: float    # standard error
+  df: float       # degrees of freedom of the t behind the interval
+  p_value: float  # two-sided, of value = 0: only for a difference, and three seeds or more
+  seeds: int      # S
+  images: int     # Q
+  groups: int     # independent units among the images: Q where no image has a group
+  method: str     # 'crossed' (S >= 3) | 'range' (S = 2) | 'this checkpoint' (S = 1) | 'bootstrap' |
+                  # 'wilson' or 'cluster-robust' (one accuracy, S = 1) | 'none' (a single group)
+
+
+@dataclass(frozen=True)
+class Equivalence:
+  """Whether a difference is negligible, is there, or is neither shown."""
+  verdict: str       # 'equivalent' | 'different' | 'undetermined'
+  low: float         # the 90 % interval
+  high: float
+  margin: float      # what counts as negligible
+  detectable: float  # the true difference found with power 80 % at level 5 %; NaN for S < 3
+
+
+@dataclass(frozen=True)
+class McNemar:
+  """The images on which two models of one seed differ."""
+  first_only: int   # only the first model is right
+  second_only: int
+  p_value: float    # exact, mid-p
+
+
+def group_index(groups: Sequence | None, images: int) -> np.ndarray:  # [Q] int64 in 0..G-1
+  """Numbers the groups. An image whose group is None, NaN, '' or -1 stands alone."""
+  if groups is None:
+    return np.arange(images)
+  if len(groups) != images:
+    raise ValueError(f'groups must have one name per image: got {len(groups)} for {images} images')
+  number, index = {}, np.empty(images, np.int64)
+  for i, name in enumerate(groups):
+    missing = isinstance(name, float | np.floating) and np.isnan(name)
+    alone = missing or name is None or name in ('', -1)
+    index[i] = number.setdefault(('alone', i) if alone else name, len(number))
+  return index
+
+
+def crossed_interval(
+    difference: Array,  # [S, Q] correct(A) - correct(B)
+    groups: Sequence | None = None,  # [Q] names, as in group_index
+    level: float = 0.95,
+) -> Estimate:
+  """The mean difference over seeds and images, by two-way random effects.
+
+  Var = max(MS_S + MS_I - MS_E, MS_S, MS_I) / (S Q), Satterthwaite's df, at least S - 1. Images of
+  one group (siblings of one photo) enter as their sum.
+  """
+  difference = matrix(difference)
+  same = np.ones(difference.shape[1])
+  return contrast(difference, same, 0 * same, groups, level)
+
+
+def contrast(
+    values: Array,  # [S, Q]
+    weights: Array,  # [Q], 0 leaves an image out
+    arms: Array,  # [Q] 0 or 1: the estimate is arm 0's weighted mean less arm 1's, if there is one
+    groups: Sequence | None = None,
+    level: float = 0.95,
+) -> Estimate:
+  """A difference of two weighted means over images with the crossed variance.
+
+  An image contributes weight times its deviation from its arm's mean: so a group's size, which is
+  as random as its members, adds no variance of its own (the ratio estimator's linearisation).
+  """
+  values = matrix(values)
+  totals, z, arm_groups = _contributions(values, weights, arms, groups)
+  variance, df = two_way(z)
+  if variance < TINY:  # not certainty: as if one group in each arm had gained, and one had lost
+    variance, df = (2 / (arm_groups + 2.0) ** 2).sum(), z.shape[1] - 1.0
+  seeds, images, units = *values.shape, z.shape[1]
+  if seeds == 2 or units < 2:
+    return _without_error(totals, images, units)
+  value, error = float(totals.mean()), float(np.sqrt(variance))
+  half = float(stats.t.ppf((1 + level) / 2, df)) * error
+  p_value = float(2 * stats.t.sf(abs(value) / error, df)) if seeds > 2 else np.nan
+  return Estimate(value, value - half, value + half, error, float(df), p_value, seeds, images,
+                  units, 'crossed' if seeds > 2 else 'this checkpoint')
+
+
+def accuracy_interval(
+    correct: Array,  # [S, Q] bool
+    groups: Sequence | None = None,
+    level: float = 0.95,
+) -> Estimate:
+  """One accuracy over S seeds: the crossed variance in Wilson's form, so bounds stay in 0..1."""
+  correct = matrix(correct)
+  if len(correct) == 1:
+    return image_interval(correct[0], groups, level)
+  return _bounded(correct, np.ones(correct.shape[1]), groups, level)
+
+
+def image_interval(
+    correct: Array,  # [Q] bool
+    groups: Sequence | None = None,
+    level: float = 0.95,
+) -> Estimate:
+  """One run's accuracy over images: method 'wilson', or 'cluster-robust' where images share groups.
+
+  Cluster-robust: Wilson's form with n = p (1 - p) / Var and t with G - 1 degrees of freedom.
+  """
+  correct = matrix(np.asarray(correct)[None])
+  images = correct.shape[1]
+  group = group_index(groups, images)
+  if group.max() + 1 < images:
+    return replace(_bounded(correct, np.ones(images), groups, level), method='cluster-robust')
+  p = float(correct.mean())
+  low, high = _wilson(p, images, stats.norm.ppf((1 + level) / 2))
+  error = float(np.sqrt(p * (1 - p) / images))
+  return Estimate(p, low, high, error, np.inf, np.nan, 1, images, images, 'wilson')
+
+
+def balanced_accuracy(
+    correct: Array,  # [S, Q] bool
+    label: Array,  # [Q] int
+    groups: Sequence | None = None,
+    level: float = 0.95,
+) -> Estimate:
+  """The mean of the per-class accuracies; classes without images do not count."""
+  correct, label = matrix(correct), np.asarray(label)
+  if label.shape != correct.shape[1:]:
+    raise ValueError(f'correct {correct.shape} and label {label.shape} must agree in images')
+  _, index, count = np.unique(label, return_inverse=True, return_counts=True)
+  return _bounded(correct, 1 / count[index], groups, level)
+
+
+def bootstrap_interval(
+    difference: Array,  # [S, Q]
+    groups: Sequence | None = None,
+    level: float = 0.95,
+    draws: int = 2000,
+    seed: int = 0,
+) -> Estimate:
+  """The cross-check of crossed_interval: percentiles of crossed_bootstrap.
+
+  It counts the seed-by-image variance up to three times (Owen 2007, the pigeonhole bootstrap), so
+  it is the wider of the two where that dominates, and with three seeds it has few distinct draws.
+  """
+  difference = matrix(difference)
+  seeds, images = difference.shape
+  drawn = crossed_bootstrap(difference[None], groups, draws, seed)[:, 0]
+  low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+  units = int(group_index(groups, images).max()) + 1
+  return Estimate(float(difference.mean()), float(low), float(high), float(drawn.std(ddof=1)),
+                  np.nan, np.nan, seeds, images, units, 'bootstrap')
+
+
+def crossed_bootstrap(
+    values: Array,  # [K, S, Q]: K quantities on the same seeds and images
+    groups: Sequence | None = None,
+    draws: int = 2000,
+    seed: int = 0,
+) -> np.ndarray:  # [draws, K] means under the same resampled seeds and groups; NaN for one group
+  """Means under seeds and groups resampled independently, counts_s^T values counts_g.
+
+  n - 1 of n are drawn, which makes the variance of a mean unbiased (Rao and Wu 1988); at S = 3 the
+  plain bootstrap misses a third of it. One seed is kept as it is. Groups with equal columns are
+  drawn together, as one multinomial cell: 50,000 images have few distinct columns.
+  """
+  values = np.asarray(values, np.float64)
+  quantities, seeds, images = values.shape
+  group = group_index(groups, images)
+  units = int(group.max()) + 1
+  if units < 2:
+    return np.full((draws, quantities), np.nan)
+  rows = np.vstack([_group_sums(values.reshape(-1, images), group),
+                    np.bincount(group)])  # [K S + 1, G], the last row holds the group sizes
+  cells, count = np.unique(rows, axis=1, return_counts=True)  # [K S + 1, U]
+  rng = np.random.default_rng(seed)
+  seed_counts = np.ones((draws, 1)) if seeds == 1 else rng.multinomial(
+      seeds - 1, np.full(seeds, 1 / seeds), draws)  # [draws, S]
+  block = max(1, 2_000_000 // len(count))  # draws at a time, 16 MB
+  sums = np.concatenate([
+      rng.multinomial(units - 1, count / units, min(block, draws - start)) @ cells.T
+      for start in range(0, draws, block)])  # [draws, K S + 1]
+  per_seed = sums[:, :-1].reshape(draws, quantities, seeds) / sums[:, -1, None, None]
+  return np.einsum('bks,bs->bk', per_seed, seed_counts) / seed_counts.sum(1, keepdims=True)
+
+
+def equivalence(
+    difference: Array,  # [S, Q]
+    groups: Sequence | None = None,
+    margin: float | None = None,  # None: 0.01, or 0.03 for fewer than SMALL_SET images
+) -> Equivalence:
+  """'equivalent': the 90 % interval lies inside +-margin. 'different': the 95 % one excludes 0.
+
+  A difference shown to be negligible is 'equivalent' even if it is shown to exist. Below three
+  seeds nothing is claimed: 'undetermined'.
+  """
+  difference = matrix(difference)
+  if margin is None:
+    margin = 0.01 if difference.shape[1] >= SMALL_SET else 0.03
+  narrow, wide = (crossed_interval(difference, groups, level) for level in (0.9, 0.95))
+  verdict, detectable = 'undetermined', np.nan
+  if wide.method == 'crossed':
+    detectable = wide.error * (stats.t.ppf(0.975, wide.df) + stats.t.ppf(POWER, wide.df))
+    if -margin < narrow.low and narrow.high < margin:
+      verdict = 'equivalent'
+    elif wide.low > 0 or wide.high < 0:
+      verdict = 'different'
+  return Equivalence(verdict, narrow.low, narrow.high, margin, float(detectable))
+
+
+def mcnemar(first: Array, second: Array) -> McNemar:  # [Q] bool, [Q] bool
+  """McNemar's exact test with mid-p inside one seed. Ignores groups: for a detail table only."""
+  first, second = np.asarray(first, bool), np.asarray(second, bool)
+  if first.shape != second.shape:
+    raise ValueError(f'first {first.shape} and second {second.shape} must have one shape')
+  b, c = int((first & ~second).sum()), int((second & ~first).sum())
+  low, n = min(b, c), b + c
+  p = 2 * stats.binom.cdf(low, n, 0.5) - stats.binom.pmf(low, n, 0.5)  # = 1 where b = c
+  return McNemar(b, c, float(p))
+
+
+def holm(p_values: Array) -> np.ndarray:  # [m] -> [m]
+  """Holm's adjusted p-values, in the given order; NaN stays NaN and is not in the family."""
+  p_values = np.asarray(p_values, np.float64)
+  adjusted = np.full(p_values.shape, np.nan)
+  family = np.flatnonzero(~np.isnan(p_values))
+  order = family[np.argsort(p_values[family], kind='stable')]
+  scaled = p_values[order] * np.arange(len(order), 0, -1)
+  adjusted[order] = np.minimum(np.maximum.accumulate(scaled), 1)
+  return adjusted
+
+
+def two_way(z: Array) -> tuple[float, float]:  # [S, G] -> variance, df
+  """Variance and df of the mean over seeds of z's row sums, seeds and columns both random."""
+  seeds, units = z.shape
+  if units < 2:
+    return np.nan, np.nan
+  row, column, mean = z.mean(1), z.mean(0), z.mean()
+  ms_images = seeds * ((column - mean) ** 2).sum() / (units - 1)
+  if seeds == 1:
+    return units * ms_images, units - 1.0
+  ms_seeds = units * ((row - mean) ** 2).sum() / (seeds - 1)
+  df_error = (seeds - 1) * (units - 1)
+  ms_error = ((z - row[:, None] - column + mean) ** 2).sum() / df_error
+  ms = max(ms_seeds + ms_images - ms_error, ms_seeds, ms_images)
+  spread = ms_seeds**2 / (seeds - 1) + ms_images**2 / (units - 1) + ms_error**2 / df_error
+  df = ms**2 / spread if spread > 0 else 0.0
+  return units * ms / seeds, max(df, seeds - 1.0)
+
+
+def matrix(values: Array) -> np.ndarray:  # [S, Q] float64
+  """Checks a seeds-by-images array: two axes, nothing empty, nothing NaN."""
+  values = np.asarray(values, np.float64)
+  if values.ndim != 2 or not values.size:
+    raise ValueError(f'expected an array [seeds, images] that is not empty, got {values.shape}')
+  if not np.isfinite(values).all():
+    raise ValueError('an array of correctness holds NaN or infinity; an unreadable image is wrong')
+  return values
+
+
+def _group_sums(values: np.ndarray, group: np.ndarray) -> np.ndarray:  # [m, Q], [Q] -> [m, G]
+  return np.stack([np.bincount(group, row) for row in values])
+
+
+def _contributions(
+    values: np.ndarray,  # [S, Q]
+    weights: Array,  # [Q]
+    arms: Array,  # [Q] 0 or 1
+    groups: Sequence | None,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """Each seed's estimate [S], what each group adds to it [S, G], and the groups of each arm."""
+  group = group_index(groups, values.shape[1])
+  counted = np.flatnonzero(weights)
+  _, group = np.unique(group[counted], return_inverse=True)
+  values = values[:, counted]
+  weights, arms = np.asarray(weights, np.float64)[counted], np.asarray(arms)[counted]
+  totals, z, arm_groups = np.zeros(len(values)), np.zeros((len(values), group.max() + 1)), []
+  for sign, arm in ((1, 0), (-1, 1)):
+    weight = np.where(arms == arm, weights, 0)
+    if weight.any():
+      mean = (values * weight).sum(1) / weight.sum()  # [S]
+      totals += sign * mean
+      z += _group_sums(sign * weight * (values - mean.mean()) / weight.sum(), group)
+      arm_groups.append(len(np.unique(group[arms == arm])))
+  return totals, z, np.array(arm_groups)
+
+
+def _without_error(totals, images, units) -> Estimate:  # [S]
+  """Two seeds: their range. A single group: no interval."""
+  seeds, nan = len(totals), np.nan
+  low, high = (float(totals.min()), float(totals.max())) if seeds == 2 else (nan, nan)
+  return Estimate(float(totals.mean()), low, high, nan, nan, nan, seeds, images, units,
+                  'range' if seeds == 2 else 'none')
+
+
+def _bounded(correct, weights, groups, level) -> Estimate:
+  """A weighted accuracy: the crossed variance as an effective number of images in Wilson's form."""
+  totals, z, _ = _contributions(correct, weights, np.zeros(len(weights)), groups)
+  seeds, images, units = *correct.shape, z.shape[1]
+  if seeds == 2 or units < 2:
+    return _without_error(totals, images, units)
+  p = float(totals.mean())
+  variance, df = two_way(z)
+  if variance < TINY:  # all right or all wrong: the groups are what was seen
+    effective, df = units, units - 1.0
+  else:
+    effective = min(p * (1 - p) / variance, seeds * images)
+  low, high = _wilson(p, effective, stats.t.ppf((1 + level) / 2, df))
+  return Estimate(p, low, high, float(np.sqrt(variance)), float(df), np.nan, seeds, images, units,
+                  'crossed' if seeds > 2 else 'this checkpoint')
+
+
+def _wilson(p: float, n: float, quantile: float) -> tuple[float, float]:
+  """Wilson's score interval of a proportion p seen on n images."""
+  shrink = 1 + quantile**2 / n
+  middle = (p + quantile**2 / (2 * n)) / shrink
+  half = quantile / shrink * np.sqrt(p * (1 - p) / n + quantile**2 / (4 * n**2))
+  return float(np.clip(middle - half, 0, p)), float(np.clip(middle + half, p, 1))

@@ -1,0 +1,222 @@
+"""Explained share, difference in differences, placebo and dose on data with a known answer."""
+
+import warnings
+
+import numpy as np
+import pytest
+from scipy import stats
+from scipy.special import expit
+
+from clip_jax.evaluation import causal
+
+
+def runs(rng, seeds, images, rate):
+  return rng.random((seeds, images)) < rate
+
+
+def exactly(right, images=10_000, seeds=3):
+  """Every seed gets the same number right, on other images: known means, some noise."""
+  return np.stack([np.roll(np.arange(images) < right, 1000 * s) for s in range(seeds)])
+
+
+def test_the_papers_share():
+  """ImageNet-Sketch: base 50.21, pruned 44.78, about 14 on the effective-robustness line."""
+  found = causal.explained_share(exactly(5021), exactly(4478), [0.14] * 3, reference_name='line')
+  assert found.value == pytest.approx((50.21 - 44.78) / (50.21 - 14))
+  assert f'{found.value:.0%}' == '15%'
+  assert found.reason == '' and found.low < found.value < found.high
+  assert found.loss.value == pytest.approx(0.0543) and found.room.value == pytest.approx(0.3621)
+  same = causal.explained_share(exactly(5021), exactly(4478), exactly(1400))
+  assert same.value == pytest.approx(found.value)
+
+
+def test_share_is_0_for_no_loss_and_1_for_all():
+  base, reference = exactly(5000), exactly(1000)
+  none, everything = (causal.explained_share(base, gap, reference, control_name='matched')
+                      for gap in (base, reference))
+  assert (none.value, everything.value) == (0, 1) and none.control == 'matched'
+  assert none.low < 0 < none.high  # equal answers on every image are not certainty
+
+
+def test_no_share_without_room():
+  rng = np.random.default_rng(0)
+  base, gap = runs(rng, 3, 500, 0.5), runs(rng, 3, 500, 0.4)
+  for reference in (base, runs(rng, 3, 500, 0.6), [0.5, 0.52, 0.49]):
+    found = causal.explained_share(base, gap, reference)
+    assert np.isnan([found.value, found.low, found.high]).all()
+    assert 'base is not shown to be better than anchor_only' in found.reason
+  assert causal.explained_share(base, gap, base, groups=['one'] * 500).reason
+  behind = base.copy()
+  behind[0, :3] = False  # one seed is 3 images behind: more than 0, and not shown to be
+  close = causal.explained_share(base, gap, behind)
+  assert close.room.value > 0 and close.reason
+
+
+def test_share_by_number_of_seeds():
+  rng = np.random.default_rng(1)
+  base, gap, reference = (runs(rng, 3, 2000, p) for p in (0.5, 0.45, 0.2))
+  one, two, three = (causal.explained_share(base[:s], gap[:s], reference[:s]) for s in (1, 2, 3))
+  assert [s.method for s in (one, two, three)] == ['this checkpoint', 'range', 'crossed']
+  per_seed = (base.mean(1) - gap.mean(1)) / (base.mean(1) - reference.mean(1))
+  assert [two.low, two.high] == pytest.approx(sorted(per_seed[:2]))
+  assert one.low < one.value < one.high
+  assert three == causal.explained_share(base, gap, reference)  # seeded
+
+
+@pytest.mark.parametrize('seed_sd', [0.02, 0.15])
+def test_share_covers(seed_sd):
+  rng, hits = np.random.default_rng(2), 0
+  grid = np.linspace(-4, 4, 41)
+  z = seed_sd * grid[:, None] + 1.5 * grid
+  weight = np.exp(-(grid[:, None] ** 2 + grid**2) / 2)
+  truth = [np.average(expit(b + z), weights=weight) for b in (0, -0.3, -2.2)]
+  share = (truth[0] - truth[1]) / (truth[0] - truth[2])
+  for _ in range(120):
+    image = 1.5 * rng.normal(size=400)
+    base, gap, reference = (
+        runs(rng, 3, 400, expit(b + seed_sd * rng.normal(size=(3, 1)) + image))
+        for b in (0, -0.3, -2.2))
+    found = causal.explained_share(base, gap, reference, draws=300)
+    hits += found.reason == '' and found.low <= share <= found.high
+  assert hits / 120 > 0.91, hits / 120
+
+
+def contrast_data(rng, *, effect, seeds=4, images=4000):
+  """Hit queries sit in classes where P loses anyway: standardising by class must take that out."""
+  label = rng.integers(0, 5, images)
+  hit = rng.random(images) < np.array([0.1, 0.2, 0.4, 0.7, 0.9])[label]
+  class_loss = np.array([0, 0.02, 0.05, 0.1, 0.15])[label]
+  control = runs(rng, seeds, images, 0.7)
+  pruned = runs(rng, seeds, images, 0.7 - class_loss - effect * hit)
+  return pruned, control, hit, label
+
+
+def test_difference_in_differences_finds_a_planted_effect():
+  rng = np.random.default_rng(3)
+  for effect in (0.0, 0.1):
+    pruned, control, hit, label = contrast_data(rng, effect=effect)
+    found = causal.difference_in_differences(pruned, control, hit, ~hit, label)
+    assert found.estimate.low < -effect < found.estimate.high and found.reason == ''
+    assert found.estimate.error < 0.04
+  d = pruned.mean(0) - control.mean(0).astype(float)
+  classes = [c for c in range(5) for _ in range((hit & (label == c)).sum())]
+  by_hand = np.mean([d[hit & (label == c)].mean() - d[~hit & (label == c)].mean() for c in classes])
+  assert found.estimate.value == pytest.approx(by_hand)
+  naive = d[hit].mean() - d[~hit].mean()
+  assert naive < found.estimate.value - 0.03  # the test can fail: the raw contrast is confounded
+  assert (found.hit, found.unhit, found.used) == (hit.sum(), (~hit).sum(), 1.0)
+
+
+def test_difference_in_differences_covers():
+  rng, covered = np.random.default_rng(4), 0
+  for _ in range(200):
+    pruned, control, hit, label = contrast_data(rng, effect=0.1, images=600)
+    found = causal.difference_in_differences(pruned, control, hit, ~hit, label).estimate
+    covered += found.low <= -0.1 <= found.high
+  assert covered / 200 >= 0.93, covered / 200
+
+
+def test_difference_in_differences_needs_50_queries_in_shared_classes():
+  rng = np.random.default_rng(5)
+  pruned, control, hit, label = contrast_data(rng, effect=0, images=400)
+  few = hit & (np.cumsum(hit) <= 49)
+  found = causal.difference_in_differences(pruned, control, few, ~hit, label)
+  assert found.estimate is None and 'not estimable: 49 hit' in found.reason
+  few = ~hit & (np.cumsum(~hit) <= 49)
+  found = causal.difference_in_differences(pruned, control, hit, few, label)
+  assert found.estimate is None and 'and 49 unhit' in found.reason
+  apart = causal.difference_in_differences(pruned, control, hit, ~hit, hit.astype(int))
+  assert apart.estimate is None and apart.used == 0  # no class holds both kinds
+  assert causal.difference_in_differences(pruned, control, ~hit & hit, hit, label).hit == 0
+  with pytest.raises(ValueError, match='both hit and unhit'):
+    causal.difference_in_differences(pruned, control, hit, hit, label)
+
+
+def test_placebo():
+  rng = np.random.default_rng(6)
+  control, others = runs(rng, 4, 3000, 0.6), runs(rng, 4, 2000, 0.8)
+  pruned, others_pruned = runs(rng, 4, 3000, 0.5), runs(rng, 4, 2000, 0.77)
+  found = causal.placebo(pruned, control, others_pruned, others)
+  assert found.estimate.value == pytest.approx(
+      pruned.mean() - control.mean() - others_pruned.mean() + others.mean())
+  assert found.estimate.low < -0.07 < found.estimate.high < 0
+  assert (found.hit, found.unhit, found.estimate.groups) == (3000, 2000, 5000)
+  names = np.arange(3000)  # the first 2,000 images of both sets come from one photo each
+  assert causal.placebo(pruned, control, others_pruned, others, names,
+                        names[:2000]).estimate.groups == 3000
+  with pytest.raises(ValueError, match='same seeds: got 4 and 3'):
+    causal.placebo(pruned, control, others_pruned[:3], others[:3])
+
+
+def test_what_a_benchmark_and_its_placebo_share_cancels():
+  rng = np.random.default_rng(7)
+  control, pruned = runs(rng, 3, 800, 0.6), runs(rng, 3, 800, 0.5)
+  same = causal.placebo(pruned, control, pruned, control, np.arange(800), np.arange(800)).estimate
+  apart = causal.placebo(pruned, control, pruned, control).estimate
+  assert same.value == 0 and same.error < 0.2 * apart.error
+
+
+def dose_data(rng, slope, seeds=3, images=1500):
+  label = rng.integers(0, 6, images)
+  excess = np.maximum(rng.normal(0.02, 0.08, images), -1)
+  amount = np.maximum(excess, 0)
+  eta = np.array([-1, -0.5, 0, 0.5, 1, 1.5])[label] + 2 * amount
+  seed = 0.3 * rng.normal(size=(seeds, 1))
+  control = runs(rng, seeds, images, expit(eta + seed))
+  pruned = runs(rng, seeds, images, expit(eta + seed - 0.2 + slope * amount))
+  return pruned, control, excess, label
+
+
+def test_dose_recovers_a_planted_slope():
+  rng = np.random.default_rng(8)
+  found = [causal.dose(*dose_data(rng, -6.0)) for _ in range(60)]
+  slopes, errors = np.array([(f.slope, f.error) for f in found]).T
+  assert slopes.mean() == pytest.approx(-6, abs=0.4)
+  assert slopes.std(ddof=1) == pytest.approx(errors.mean(), rel=0.3)
+  assert np.mean([f.low <= -6 <= f.high for f in found]) > 0.88
+  assert np.mean([abs(causal.dose(*dose_data(rng, 0.0)).slope) < 2.5 for _ in range(20)]) > 0.8
+
+
+def test_dose_is_the_dense_logistic_regression():
+  """Against Newton steps with every dummy column written out, and the textbook sandwich."""
+  pruned, control, excess, label = dose_data(np.random.default_rng(9), -4, images=300)
+  group = np.arange(300) // 3
+  rows = [(c[s, i], t * max(excess[i], 0), t, max(excess[i], 0), *(s == np.arange(1, 3)),
+           *(label[i] == np.arange(6)), group[i])
+          for t, c in ((0, control), (1, pruned)) for s in range(3) for i in range(300)]
+  y, x, g = (a.astype(float) for a in np.split(np.array(rows, float), [1, -1], 1))
+  beta = np.zeros(x.shape[1])
+  for _ in range(30):
+    p = expit(x @ beta)
+    information = x.T @ ((p * (1 - p))[:, None] * x)
+    beta += np.linalg.solve(information, x.T @ (y[:, 0] - p))
+  score = x * (y[:, 0] - p)[:, None]
+  sums = np.stack([score[g[:, 0] == k].sum(0) for k in range(100)])
+  bread = np.linalg.inv(information)
+  error = np.sqrt((bread @ sums.T @ sums @ bread)[0, 0] * 100 / 99)
+  found = causal.dose(pruned, control, excess, label, group)
+  assert found.slope == pytest.approx(beta[0], rel=1e-6)
+  assert found.error == pytest.approx(error, rel=1e-6)
+  assert (found.images, found.dropped, found.groups) == (300, 0, 100)
+  assert found.low == pytest.approx(found.slope - stats.t.ppf(0.975, 99) * error)
+
+
+def test_dose_at_the_edges():
+  rng = np.random.default_rng(10)
+  pruned, control, excess, label = dose_data(rng, -4, images=600)
+  for runs_ in (pruned, control):
+    runs_[:, label == 0], runs_[:, label == 1] = True, False
+  with warnings.catch_warnings():
+    warnings.simplefilter('error')
+    found = causal.dose(pruned, control, excess, label)
+    assert found.dropped == (label < 2).sum() and found.reason == '' and found.p_value >= 0
+    assert np.isnan(causal.dose(pruned[:1], control[:1], excess, label).p_value)
+    assert causal.dose(pruned | True, control | True, excess, label).images == 0
+    per_class = causal.dose(pruned, control, label * 0.01, label)  # the class effects take it all
+    assert 'dose hardly varies' in per_class.reason and np.isnan(per_class.slope)
+    assert causal.dose(pruned, control, -np.abs(excess), label).reason  # nobody is hit
+    separated = np.broadcast_to(excess > 0, control.shape)  # right exactly where there is a dose
+    assert 'separates' in causal.dose(separated, separated, excess, label).reason
+    assert causal.dose(pruned, control, excess, label, ['one'] * 600).reason
+  with pytest.raises(ValueError, match='2 queries have no excess'):
+    causal.dose(pruned, control, np.where(np.arange(600) < 2, np.nan, excess), label)

@@ -1,0 +1,44 @@
+"""Check values of the lines, and a line recovered from points on it."""
+
+import numpy as np
+import pytest
+
+from clip_jax.evaluation import robustness
+
+
+def test_clip_vit_b_32():
+  """63.30 on val, 55.77 on V2, 42.37 on Sketch: published, with the line's 50.1 and 14.4."""
+  points = lambda value: round(100 * value, 1)
+  assert points(robustness.line_accuracy('v2', 0.6330)) == 50.1
+  assert points(robustness.effective_robustness('v2', 0.5577, 0.6330)) == 5.6
+  assert points(robustness.line_accuracy('sketch', 0.6330)) == 14.4
+  assert points(robustness.effective_robustness('sketch', 0.4237, 0.6330)) == 28.0
+
+
+def test_every_line():
+  for (shift, x), (below, above) in robustness.LINES.items():
+    assert (below == above) == (shift != 'a') and x in ('val', 'classes')
+    found = [robustness.line_accuracy(shift, a, x) for a in np.linspace(0.05, 0.91, 30)]
+    assert (np.diff(found) > 0).all() and max(found) < 0.99
+  assert robustness.line('a', 'classes', 0.90).models == 33
+  assert robustness.line('a', 'classes', 0.95).models == 51
+  ends = [robustness.line_accuracy('a', robustness.A_BREAK + e, 'classes') for e in (-1e-9, 1e-9)]
+  assert [round(100 * end, 1) for end in ends] == [3.0, 4.3]
+  with pytest.raises(ValueError, match=r"\('a', 'val'\); have"):
+    robustness.line_accuracy('a', 0.5)
+  assert robustness.line_accuracy('v2', 0.0) == 0 and robustness.line_accuracy('v2', 1.0) == 1
+
+
+def test_fit_line():
+  x = np.linspace(0.2, 0.9, 9)
+  y = [robustness.line_accuracy('sketch', a) for a in x]
+  found = robustness.fit_line(x, y)
+  assert (found.slope, found.intercept) == pytest.approx((1.0709, -2.3701))
+  assert found.models == 9 and found.r2 == pytest.approx(1)
+  noise = 0.05 * np.random.default_rng(0).normal(size=9)
+  rough = robustness.fit_line(x, np.clip(y + noise, 0.01, 1))
+  assert 0.2 < rough.r2 < 1
+  for x, y in (([0.1, 0.2], [0.1, 0.2]), ([0.1, 0.2, 0.3], [0, 0.1, 0.2]),
+               ([0.5, 0.5, 0.5], [0.1, 0.2, 0.3])):
+    with pytest.raises(ValueError, match='three models or more'):
+      robustness.fit_line(x, y)
