@@ -1,0 +1,186 @@
+"""k-means (Lloyd) over stored vectors: the clusters inside which duplicates are looked for.
+
+Rows in, a KMeans out; no files. As in SemDeDup and in Mayilvahanan et al. 2024: centres
+start from random items that are pairwise dissimilar, distance is Euclidean between unit vectors.
+
+The result does not depend on tiles, shards or resuming: assignments come from the padded float32
+dots of tiles.py, and the sums behind the centres are float64 sums of float16 numbers, which are
+exact in any order (multiples of 2^-24, below 2^29). So only items that changed cluster are added
+and subtracted.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from absl import logging
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from clip_jax.core.errors import InputError
+from clip_jax.core.types import Array
+from clip_jax.similarity import decide
+from clip_jax.similarity import tiles
+
+CANDIDATES = 1024  # rows that may become first centres, looked at together
+CENTER_BLOCK = 512  # centres compared at a time: a [512, T] block of scores stays in cache
+
+
+@dataclass(frozen=True)
+class KMeans:
+  """`assignment` is each row's nearest of `centers`; all that a resumed fit needs."""
+
+  centers: Array  # [K, E] float32
+  assignment: Array  # [N] int32, -1 for unusable rows
+  iterations: int
+  changed: int  # rows whose cluster changed in the last iteration
+
+
+def fit(
+    x: Array,  # rows [N, E] float16
+    usable: Array,  # [N] bool
+    *,
+    clusters: int,
+    seed: int,
+    initial_similarity: float = 0.9,
+    min_change: float = 1e-7,
+    max_iterations: int = 100,
+    on_iteration: Callable[[KMeans], None] = lambda state: None,
+    state: KMeans | None = None,
+    tile_rows: int = 4096,
+    name: str = 'pool',
+) -> KMeans:
+  """Clusters the usable rows; K = len(result.centers) is smaller than asked for where the rows do
+  not hold so many dissimilar ones (logged).
+
+  Stops when fewer than min_change of the assignments change, or after max_iterations.
+  on_iteration gets each iteration's state; a fit that is given one goes on to the same result.
+  An empty cluster keeps its centre. Ties in distance: the lowest centre.
+  """
+  rows = np.flatnonzero(usable)
+  if not len(rows):
+    raise InputError(f'{name}: none of its {len(usable)} rows is usable, so there is nothing to '
+                     'cluster. Check why its samples could not be read.')
+  if state is None:
+    chosen = initial_rows(x, rows, clusters, seed, initial_similarity, name)
+    if len(chosen) < clusters:
+      logging.info('k-means: %d of %d centres found, every other row of %s is at least %g similar '
+                   'to one of them', len(chosen), clusters, name, initial_similarity)
+    state = KMeans(x[chosen].astype(np.float32), np.full(len(usable), -1, np.int32), 0, len(rows))
+  sums = np.zeros(state.centers.shape)
+  counts = np.zeros(len(sums), np.int64)
+  known = rows[state.assignment[rows] >= 0]  # none in a fresh start
+  for i in range(0, len(known), tile_rows):
+    part = known[i:i + tile_rows]
+    _add(sums, counts, x[part], state.assignment[part], 1)
+  centers, assignment = state.centers, state.assignment.copy()
+  enough = max(1, min_change * len(rows))
+  while state.iterations < max_iterations and state.changed >= enough:
+    if state.iterations:
+      filled = counts > 0
+      centers = centers.copy()
+      centers[filled] = sums[filled] / counts[filled, None]
+    changed = 0
+    for tile, nearest in tiles.one_ahead(_nearest(x, rows, centers, tile_rows, name)):
+      part = rows[tile.start:tile.start + tile.count]
+      nearest = np.asarray(nearest)[:tile.count]
+      moved = np.flatnonzero(nearest != assignment[part])
+      vectors = tile.host[moved]
+      _add(sums, counts, vectors, assignment[part[moved]], -1)
+      _add(sums, counts, vectors, nearest[moved], 1)
+      assignment[part[moved]] = nearest[moved]
+      changed += len(moved)
+    state = KMeans(centers, assignment.copy(), state.iterations + 1, changed)
+    on_iteration(state)
+  return state
+
+
+def initial_rows(
+    x: Array,  # rows [N, E] float16
+    rows: Array,  # [n] int64, the usable ones
+    clusters: int,
+    seed: int,
+    similarity: float,
+    name: str = 'pool',
+) -> np.ndarray:
+  """Up to `clusters` rows that are pairwise less than `similarity` similar, [K] int64.
+
+  Rows are taken in a random order; each that is dissimilar to all taken before it becomes a centre.
+  One pass over the rows suffices: a row that was refused once would be refused again.
+  """
+  order = np.random.default_rng(seed).permutation(rows)
+  chosen = np.empty(0, np.int64)
+  blocks = []  # the chosen rows' vectors on the device, [CENTER_BLOCK, E] float32 each
+  for tile in tiles.walk(x, order, CANDIDATES, name):
+    candidates, vectors = order[tile.start:tile.start + tile.count], tile.host[:tile.count]
+    nearest = jnp.full(tile.device.shape[1], -jnp.inf)
+    for block in blocks:
+      nearest = _max_dots(block, tile.device, nearest)
+    nearest = np.asarray(nearest)[:tile.count].astype(np.float64)
+    doubtful = np.abs(nearest - similarity) <= decide.error_bound(x.shape[1])
+    if doubtful.any():
+      nearest[doubtful] = decide.exact_similarity(vectors[doubtful], x[chosen])
+    free = np.flatnonzero(nearest < similarity)
+    new = candidates[free[_dissimilar(vectors[free], similarity)]]
+    full = len(chosen) // CENTER_BLOCK
+    chosen = np.concatenate([chosen, new])[:clusters]
+    if len(chosen) == clusters:
+      break
+    blocks[full:] = [
+        jax.device_put(x[np.resize(chosen[i:i + CENTER_BLOCK], CENTER_BLOCK)].astype(np.float32))
+        for i in range(full * CENTER_BLOCK, len(chosen), CENTER_BLOCK)]
+  return chosen
+
+
+def _dissimilar(vectors: np.ndarray, similarity: float) -> list[int]:  # [m, E] float16
+  """Taken greedily in order: those less than `similarity` similar to all taken before."""
+  vectors = vectors.astype(np.float64)
+  with np.errstate(invalid='ignore'):  # a NaN vector: walk() is about to name its row
+    similar = vectors @ vectors.T >= similarity  # exact: see decide.py
+  taken, refused = [], np.zeros(len(vectors), bool)
+  for i in range(len(vectors)):
+    if not refused[i]:
+      taken.append(i)
+      refused |= similar[i]
+  return taken
+
+
+def _add(
+    sums: np.ndarray,  # [K, E] float64, changed in place
+    counts: np.ndarray,  # [K] int64, changed in place
+    vectors: np.ndarray,  # [m, E] float16
+    cluster: np.ndarray,  # [m] int, -1: none
+    sign: int,
+) -> None:
+  """Adds vectors to (1) or takes them from (-1) their clusters; exact, so the order is free."""
+  order = np.argsort(cluster, kind='stable')
+  order = order[np.searchsorted(cluster[order], 0):]
+  cluster = cluster[order]
+  first = np.flatnonzero(np.diff(cluster, prepend=-1))
+  if len(first):
+    counts[cluster[first]] += sign * np.diff(first, append=len(cluster))
+    sums[cluster[first]] += sign * np.add.reduceat(vectors[order].astype(np.float64), first, axis=0)
+
+
+def _nearest(x, rows, centers, tile_rows, name):
+  """Yields (tile, [T] int32 nearest centre). argmin |x - c|^2 is argmax of x.c - |c|^2 / 2."""
+  half = (0.5 * np.square(centers, dtype=np.float64).sum(1)).astype(np.float32)
+  numbers, = tiles.query_blocks([len(centers)], CENTER_BLOCK)
+  blocks = [(np.int32(i[0]), *jax.device_put((centers[i], half[i]))) for i in numbers]
+  for tile in tiles.walk(x, rows, tile_rows, name):
+    size = tile.device.shape[1]
+    found = np.full(size, -np.inf, np.float32), np.zeros(size, np.int32)
+    for start, block, halves in blocks:
+      found = _nearest_block(block, tile.device, halves, start, *found)
+    yield tile, found[1]
+
+
+@jax.jit
+def _nearest_block(centers, tile, half, start, score, nearest):  # [b, E], [E, T], [b], [], [T] x 2
+  best, index = tiles.lowest_argmax(tiles.dots(centers, tile) - half[:, None])
+  return jnp.maximum(best, score), jnp.where(best > score, start + index, nearest)
+
+
+@jax.jit
+def _max_dots(queries, tile, nearest):  # [b, E], [E, T], [T] -> [T]
+  return jnp.maximum(nearest, tiles.dots(queries, tile).max(0))

@@ -1,0 +1,123 @@
+"""Approximate search with ScaNN: candidates from an index over the pool, scored exactly afterwards.
+
+Rows in, arrays out; no files. ScaNN holds its rows in memory as float32: where they do not fit, a
+caller indexes shard by shard and merges with exact.merge_top.
+ScaNN takes no seed. Its default starts k-means at random, and each build then finds other rows;
+with k-means++ repeated builds found the same rows, whatever the number of threads, wherever we
+looked. ScaNN's documentation promises that nowhere.
+"""
+
+import jax
+import numpy as np
+
+from clip_jax.core.errors import InputError
+from clip_jax.core.types import Array
+from clip_jax.similarity import exact
+from clip_jax.similarity import tiles
+
+TREE_ROWS = 20_000  # ScaNN's own advice: brute force for fewer points
+
+
+def candidates(
+    pool: Array,  # rows [N, E] float16
+    usable: Array,  # [N] bool
+    queries: Array,  # [Q, E] float16
+    n: int,
+    *,
+    leaves: int | None = None,
+    searched: float = 0.25,
+    name: str = 'pool',
+) -> tuple[np.ndarray, np.ndarray]:
+  """About the n nearest usable rows of each query: [Q, n'] float32 and [Q, n'] int64 pool rows,
+  most similar first, ties lowest row first, n' = min(n, usable rows); -inf and -1 where ScaNN found
+  fewer.
+
+  `leaves` is the number of k-means cells (default: the root of the rows), `searched` the share of
+  them that a query looks into; pools below TREE_ROWS rows are searched by ScaNN's brute force.
+  Similarities are those of exact.search_shard, bit for bit.
+  """
+  rows = np.flatnonzero(usable)
+  n = min(n, len(rows))
+  if not n:
+    return np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
+  index = _build(_load(pool, rows, name), n, leaves, searched)
+  position, distance = index.search_batched_parallel(np.asarray(queries, np.float32))
+  found = np.where(np.isnan(distance), -1, rows[position])  # ScaNN pads with NaN
+  return exact.merge_top([(score(pool, found, queries, name=name), found)], n)
+
+
+def recall(
+    pool: Array,  # rows [N, E] float16
+    usable: Array,  # [N] bool
+    queries: Array,  # [Q, E] float16
+    similarity: Array,  # [Q, n] float32, of candidates()
+    *,
+    sample: int = 200,
+    seed: int = 0,
+    name: str = 'pool',
+) -> float:
+  """The share of the true n nearest rows that the candidates hold, over a random sample of queries.
+
+  A candidate counts if it is at least as similar as the true n-th: rows that tie are as good.
+  """
+  chosen = np.random.default_rng(seed).permutation(len(queries))[:sample]
+  some = exact.Queries(queries[chosen], (('sample', 0, len(chosen)),))
+  true = exact.search_shard(pool, usable, some, k=similarity.shape[1], name=name)['sample']
+  return float((similarity[chosen] >= true['top_similarity'][:, -1:]).mean())
+
+
+def score(
+    pool: Array,  # rows [N, E] float16
+    rows: Array,  # [Q, n] int64, -1 none
+    queries: Array,  # [Q, E] float16
+    *,
+    tile_rows: int = 4096,
+    name: str = 'pool',
+) -> np.ndarray:
+  """Similarities of given pairs with the bits of the exact search: [Q, n] float32, -inf for -1.
+
+  So it must be the same padded product: 64 queries against all rows that any of them names.
+  """
+  out = np.full(rows.shape, -np.inf, np.float32)
+  for i in range(0, len(queries), tiles.PAD):
+    part = rows[i:i + tiles.PAD]
+    block = np.resize(np.arange(i, i + len(part)), tiles.PAD)
+    block = jax.device_put(queries[block].astype(np.float32))
+    named = np.unique(part[part >= 0])
+    for tile in tiles.walk(pool, named, tile_rows, name):
+      scores = np.asarray(_dots(block, tile.device))
+      position = np.searchsorted(named, part) - tile.start
+      query, column = np.nonzero((part >= 0) & (position >= 0) & (position < tile.count))
+      out[i + query, column] = scores[query, position[query, column]]
+  return out
+
+
+_dots = jax.jit(tiles.dots)
+
+
+def _load(pool: Array, rows: np.ndarray, name: str) -> np.ndarray:  # -> [m, E] float32
+  out = np.empty((len(rows), pool.shape[1]), np.float32)
+  for i in range(0, len(rows), 65_536):
+    part = out[i:i + 65_536]
+    part[:] = pool[rows[i:i + len(part)]]
+    tiles.check_norms(np.linalg.norm(part, axis=1), rows[i:i + len(part)], name)
+  return out
+
+
+def _build(vectors: np.ndarray, n: int, leaves: int | None, searched: float):
+  try:
+    import scann
+  except ImportError as error:
+    raise InputError(
+        "search.backend='scann' needs the package scann, which exists for Linux and Python < 3.14 "
+        "only: install it, or use backend='exact', which works everywhere.") from error
+  builder = scann.scann_ops_pybind.builder(vectors, n, 'dot_product')
+  if len(vectors) < TREE_ROWS:
+    return builder.score_brute_force().build()
+  leaves = leaves or round(len(vectors)**0.5)
+  return (
+      builder.tree(leaves, max(1, round(searched * leaves)), training_sample_size=250_000,
+                   random_init=False)
+      .score_ah(2, anisotropic_quantization_threshold=0.2)  # both: ScaNN's advice
+      .reorder(min(4 * n, len(vectors)))
+      .build())
