@@ -2,7 +2,7 @@
 
 Every rule is a pure function of the columns, its parameters and its seed. Ties go by pool order,
 the earlier row first. The columns hold float32 similarities, which differ in the last bits between
-machines: rows within TOLERANCE of a cut are decided by exact float64 similarities instead. To add
+machines: rows within a tolerance of a cut are decided by exact float64 similarities instead. To add
 a rule, write its function and name it in RULES.
 """
 
@@ -16,7 +16,7 @@ from clip_jax.core.errors import ConfigError, InputError
 from clip_jax.core.types import Array
 from clip_jax.pruning import cells
 
-TOLERANCE = 1e-5  # a float32 similarity is taken to be off by less than half of this
+TOLERANCE = 1e-5  # a float32 similarity is taken to be off by less than half of this, where nothing is said
 MAX_UNMATCHED = 0.2  # share of removed rows without a full-cell donor from which no control exists
 
 # Quantile bins of the matched control's numeric variables; the last variable is given up first.
@@ -28,7 +28,7 @@ RANDOM_STREAM, MATCHED_STREAM = 1, 2
 
 
 def _not_given(benchmarks: Sequence[str], rows: Array) -> Array:
-  raise ValueError(f'{len(rows)} rows lie within {TOLERANCE} of a cut over {tuple(benchmarks)}: '
+  raise ValueError(f'{len(rows)} rows lie near a cut over {tuple(benchmarks)}: '
                    'give Columns exact_similarity and exact_excess to decide them')
 
 
@@ -42,6 +42,7 @@ class Columns:
   # (benchmarks, rows [m] int64) -> [m] float64, the same over all queries of all these benchmarks
   exact_similarity: Callable[[Sequence[str], Array], Array] = _not_given
   exact_excess: Callable[[Sequence[str], Array], Array] = _not_given
+  tolerance: float = TOLERANCE  # rows so near a cut are decided exactly; covers the error of float32
   recall: float | None = None  # measured, of an approximate search (misses are NaN); None: exact
   # For the matched control only.
   anchor_class: Array | None = None  # [N] int32, the class whose mean anchor image is nearest
@@ -113,7 +114,7 @@ def _over(
     raise InputError(f"rule 'gap_aligned' needs {reason}: the excess of {unscored} of {len(rows)} "
                      f'candidates over {tuple(benchmarks)} is NaN')
   over = excess > slack
-  near_cut = np.flatnonzero((excess >= slack - TOLERANCE) & (excess <= slack + TOLERANCE))
+  near_cut = np.flatnonzero((excess >= slack - columns.tolerance) & (excess <= slack + columns.tolerance))
   if len(near_cut):
     over[near_cut] = columns.exact_excess(benchmarks, rows[near_cut]) > slack
   report = {'decided_exactly': len(near_cut)}
@@ -146,8 +147,8 @@ def _least(
   if count in (0, len(rows)):
     return Kept(rows[:count], {'decided_exactly': 0})
   cut = np.partition(values, count - 1)[count - 1]
-  keep = values < cut - TOLERANCE
-  near_cut = np.flatnonzero(~keep & (values <= cut + TOLERANCE))
+  keep = values < cut - columns.tolerance
+  near_cut = np.flatnonzero(~keep & (values <= cut + columns.tolerance))
   exact = sign * columns.exact_similarity(benchmarks, rows[near_cut])
   keep[near_cut] = _lowest(exact, count - int(keep.sum()))
   report = {'decided_exactly': len(near_cut), 'similarity_at_cut': float(sign * cut)}
