@@ -1,0 +1,58 @@
+"""Embeddings of one dataset on disk: WORKDIR/embeddings/<dataset>/00000.npy [n, E] float16 and usable-00000.npy [n].
+
+Shards are memory-mapped; rows are numbered through all shards, in index order.
+"""
+
+import os
+
+import numpy as np
+
+from clip_jax.core.types import Array
+
+
+class Embeddings:
+  """A read-only view of all shards of a dataset's embeddings."""
+
+  def __init__(self, directory: str, shards: int):
+    self._vectors = [np.load(os.path.join(directory, f'{i:05d}.npy'), mmap_mode='r') for i in range(shards)]
+    self._usable = [np.load(os.path.join(directory, f'usable-{i:05d}.npy')) for i in range(shards)]
+    self.starts = np.cumsum([0] + [len(shard) for shard in self._vectors])  # [shards + 1]
+
+  def __len__(self) -> int:
+    return int(self.starts[-1])
+
+  @property
+  def dim(self) -> int:
+    return self._vectors[0].shape[1]
+
+  @property
+  def shape(self) -> tuple[int, int]:
+    return len(self), self.dim
+
+  @property
+  def dtype(self) -> np.dtype:
+    return np.dtype(np.float16)
+
+  def shard(self, i: int) -> tuple[Array, Array]:
+    """Returns the vectors [n, E] float16 (memory-mapped) and the usable mask [n] of shard i."""
+    return self._vectors[i], self._usable[i]
+
+  @property
+  def usable(self) -> Array:  # [N] bool
+    return np.concatenate(self._usable) if self._usable else np.zeros(0, bool)
+
+  def rows(self, rows: Array) -> Array:  # [m] int64 -> [m, E] float16
+    """Returns the vectors of some rows, in the order asked for."""
+    rows = np.asarray(rows, np.int64)
+    out = np.zeros((len(rows), self.dim), np.float16)
+    shard = np.searchsorted(self.starts, rows, side='right') - 1
+    for i in np.unique(shard):
+      here = shard == i
+      out[here] = self._vectors[i][rows[here] - self.starts[i]]
+    return out
+
+  def __getitem__(self, index) -> Array:
+    """Returns rows start:stop as one array, or the rows of an integer array (as a memory map would)."""
+    if isinstance(index, slice):
+      return self.rows(np.arange(*index.indices(len(self))))
+    return self.rows(index) if np.ndim(index) else self.rows([index])[0]

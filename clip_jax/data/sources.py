@@ -1,0 +1,356 @@
+"""Source files -> what is in them: which files a path means, and the samples of each that count.
+
+In: webdataset tars or folders of images. Out: one `Scan` a shard, which table.py writes down. No
+image is decoded. To add a format, write one file like webdataset.py and name it in FORMATS.
+"""
+
+import collections
+from collections.abc import Mapping, Sequence
+import dataclasses
+import glob
+import hashlib
+import itertools
+import json
+import operator
+import os
+import re
+from typing import Any
+
+from clip_jax.core.config import nearest
+from clip_jax.core.errors import ConfigError
+from clip_jax.core.errors import InputError
+from clip_jax.data import folder
+from clip_jax.data import images
+from clip_jax.data import webdataset
+from clip_jax.data.table import COLUMNS
+from clip_jax.data.table import Record
+from clip_jax.data.table import Sample
+from clip_jax.data.table import Scan
+
+FILES_A_SHARD = {'folder': 65_536}  # where a file is one sample; else a file is a shard
+_MOST_TEXT = 1 << 24         # bytes of a caption or json member; more is no text
+_HEADER = (1 << 14, 1 << 26)  # bytes read for an image's size: mostly enough; enough for any
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceFile:
+  """One file of a dataset, as it was when it was listed."""
+  path: str     # absolute
+  name: str     # relative to the fixed folder of the pattern that found it
+  size: int     # bytes
+  mtime: float  # seconds
+
+  @property
+  def stamp(self) -> str:
+    """What tells this file from another state of it, without reading it."""
+    return f'{self.size} {self.mtime}'
+
+
+class _Skip(Exception):
+  """The reason for which a sample is not used."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rules:
+  """The arguments of `scan`, made ready for use."""
+  where: Mapping[str, tuple]
+  part: tuple[float, float]
+  group_key: str
+  group_pattern: re.Pattern | None
+  image_endings: tuple[str, ...]
+  caption_key: str
+  caption_template: str
+  caption_edit: tuple[re.Pattern, str, float] | None
+  label_key: str
+  classes: tuple[str, ...]
+  folders: tuple[str, ...]
+  columns: tuple[str, ...]
+  require_caption: bool
+
+
+def list_files(format: str, path: str) -> list[SourceFile]:
+  """Returns the files of a dataset in order: natural order, braces as they are written.
+
+  path: a file, a glob, braces ('{00000..00009}.tar', '{a,b}/*.tar') or a folder of tars; for format
+  'folder' the folder of images. Raises InputError where it, or a file that braces name, is missing.
+  """
+  _check_format(format)
+  if not path or '://' in path:
+    raise InputError(f'path={path!r} is not on this machine, and samples are read at random places '
+                     'of their files. Give a local or mounted path.')
+  path = os.path.abspath(os.path.expanduser(path))
+  if format == 'folder':
+    found = _images(path)
+  else:
+    found = [file for pattern in _braces(path) for file in _matches(pattern)]
+  if len(set(found)) < len(found):
+    twice = next(file for file, count in collections.Counter(found).items() if count > 1)
+    raise InputError(f'{path!r} means {twice} more than once. Correct the path of the dataset.')
+  fixed = path if os.path.isdir(path) else os.path.dirname(
+      path if os.path.exists(path) else re.split(r'[*?\[{]', path)[0])
+  stats = map(os.stat, found)
+  return [SourceFile(file, os.path.relpath(file, fixed), stat.st_size, stat.st_mtime)
+          for file, stat in zip(found, stats, strict=True)]
+
+
+def root(format: str, path: str) -> str:
+  """Returns the folder from which the paths of images start, '' where images are not files."""
+  return os.path.abspath(os.path.expanduser(path)) if format == 'folder' else ''
+
+
+def folder_classes(path: str) -> tuple[str, ...]:
+  """Returns the class names of a folder of images, in label order."""
+  if not os.path.isdir(os.path.expanduser(path)):
+    raise InputError(f'{path!r} is no folder. Correct the path of the dataset.')
+  return folder.classes(os.path.abspath(os.path.expanduser(path)))
+
+
+def scan(format: str, files: SourceFile | Sequence[SourceFile], *, root: str = '',
+         where: Mapping[str, Any] | None = None, part: tuple[float, float] = (0.0, 1.0),
+         group_key: str = '', group_pattern: str = '', image_key: str = 'jpg;jpeg;png;webp',
+         caption_key: str = 'txt', caption_template: str = '',
+         caption_edit: tuple[str, str, float] | tuple[()] = (), label_key: str = '',
+         classes: Sequence[str] = (), columns: Sequence[str] = (),
+         require_caption: bool = True) -> Scan:
+  """Returns the rows of one shard: of one tar, or of image files below `root`, the path listed.
+
+  A key names a member by its ending ('txt', 'cls'), else a field of the json member; 'json:NAME' is
+  always the field. In folders, 'folder' is a field too.
+  where: column -> value, or values, of the samples that count. part: samples count whose
+  sha256(group) / 2^256 lies in [lo, hi). group_key: what siblings share, by default the sample's
+  own key; group_pattern: regex, of which the first group (else the whole match) is kept.
+  image_key: endings, the first that is there counts. caption_template: '{}' takes the class name.
+  caption_edit: (regex, replacement, share of the samples that are edited, chosen by their keys).
+  label_key: of a number, or a name among `classes`; without it, a folder's class is its folder. A
+  sample without a label has -1. Raises ConfigError for a bad regex or column name.
+  """
+  _check_format(format)
+  if taken := set(columns) & set(COLUMNS):
+    raise ConfigError(f'columns names {min(taken)!r}, which every index has already: leave it out.')
+  rules = _Rules(
+      where={name: tuple(value) if isinstance(value, (tuple, list)) else (value,)
+             for name, value in (where or {}).items()},
+      part=tuple(part), group_key=group_key,
+      group_pattern=_regex(group_pattern) if group_pattern else None,
+      image_endings=tuple(image_key.lower().split(';')), caption_key=caption_key,
+      caption_template=caption_template,
+      caption_edit=(_regex(*caption_edit[:2]), *caption_edit[1:]) if caption_edit else None,
+      label_key=label_key, classes=tuple(classes),
+      folders=folder.classes(root) if root and not label_key else (),
+      columns=tuple(columns), require_caption=require_caption)
+  try:
+    samples, skipped = FORMATS[format]([files] if isinstance(files, SourceFile) else files, root)
+  except OSError as error:
+    raise InputError(f'A source file cannot be read: {error}. Put it back, or correct the path of '
+                     'the dataset.') from error
+  records, left_out = [], 0
+  for sample in samples:
+    try:
+      record = _record(sample, rules)
+      if record is None:
+        left_out += 1
+      else:
+        records.append(record)
+    except _Skip as skip:
+      skipped.append({'key': sample.key, 'reason': str(skip)})
+    except OSError:
+      skipped.append({'key': sample.key, 'reason': 'file cannot be read'})
+  return Scan(records, skipped, left_out)
+
+
+def _record(sample: Sample, rules: _Rules) -> Record | None:
+  """Returns a sample's row, None where it is not asked for. Raises _Skip where it is of no use."""
+  fields = {**({'folder': sample.folder} if sample.path else {}), **_json(sample)}
+  for name, allowed in rules.where.items():
+    value = _value(sample, fields, name)
+    if value is None:
+      raise _Skip(f'no {name}')
+    if value not in allowed:
+      return None
+  group = _group(sample, fields, rules)
+  if not rules.part[0] <= _fraction(group) < rules.part[1]:
+    return None
+  endings = (os.path.splitext(sample.path)[1][1:].lower(),) if sample.path else rules.image_endings
+  ending = next((ending for ending in endings if ending in sample.members), None)
+  if ending is None:
+    raise _Skip('no image')
+  offset, length = sample.members[ending]
+  if length >= 2**31:
+    raise _Skip('image too large')
+  label = _label(sample, fields, rules)
+  width, height = _size(sample, ending, length)
+  caption = _caption(sample, fields, label, rules)
+  columns = {name: _clean(_value(sample, fields, name)) for name in rules.columns}
+  return Record(sample.key, caption, label, group, offset, length, width, height, columns,
+                sample.path)
+
+
+def _json(sample: Sample) -> dict[str, Any]:
+  if 'json' not in sample.members:
+    return {}
+  try:
+    value = json.loads(_text(sample, 'json'))
+  except (ValueError, RecursionError):  # nesting without end
+    value = None
+  if not isinstance(value, dict):
+    raise _Skip('bad json')
+  return value
+
+
+def _value(sample: Sample, fields: Mapping[str, Any], key: str) -> Any:
+  """Returns a text member, or a json field, or None."""
+  if key in sample.members and key != 'json':
+    return _text(sample, key).strip()
+  return fields.get(key.removeprefix('json:'))
+
+
+def _text(sample: Sample, ending: str) -> str:
+  if sample.members[ending][1] > _MOST_TEXT:
+    raise _Skip(f'{ending} too long')
+  return sample.read(ending, _MOST_TEXT).decode('utf-8-sig', 'replace')
+
+
+def _clean(value: Any) -> Any:
+  """Returns a text without halves of surrogate pairs, which JSON may hold and UTF-8 may not."""
+  return value.encode('utf-8', 'replace').decode() if isinstance(value, str) else value
+
+
+def _group(sample: Sample, fields: Mapping[str, Any], rules: _Rules) -> str:
+  value = _value(sample, fields, rules.group_key) if rules.group_key else sample.key
+  if value is None:
+    raise _Skip(f'no {rules.group_key}')
+  group = _clean(value if isinstance(value, str) else json.dumps(value))
+  match = rules.group_pattern.search(group) if rules.group_pattern else None
+  return match[1 if match.re.groups and match[1] is not None else 0] if match else group
+
+
+def _label(sample: Sample, fields: Mapping[str, Any], rules: _Rules) -> int:
+  if not rules.label_key:
+    if not sample.folder:
+      return -1
+    label = folder.label(sample.folder, rules.folders, rules.classes)
+    if not 0 <= label < len(rules.classes or rules.folders):
+      raise _Skip('bad label')
+    return label
+  value = _value(sample, fields, rules.label_key)
+  if value is None:
+    return -1
+  if value in rules.classes:
+    return rules.classes.index(value)
+  try:
+    label = int(value) if isinstance(value, str) else operator.index(value)
+  except (ValueError, TypeError):
+    raise _Skip('bad label') from None
+  if not -1 <= label < (len(rules.classes) or 2**31):
+    raise _Skip('bad label')
+  return label
+
+
+def _caption(sample: Sample, fields: Mapping[str, Any], label: int, rules: _Rules) -> str:
+  if rules.caption_template:
+    name = fields.get('class_name') or sample.folder
+    if 0 <= label < len(rules.classes):
+      name = rules.classes[label]
+    if not name:
+      raise _Skip('no class name')
+    caption = rules.caption_template.replace('{}', str(name))
+  else:
+    caption = _value(sample, fields, rules.caption_key)
+    caption = caption.strip() if isinstance(caption, str) else ''
+  if rules.caption_edit:
+    pattern, replacement, share = rules.caption_edit
+    if _fraction(f'caption_edit:{sample.key}') < share:  # not the hash by which `part` chooses
+      caption = pattern.sub(replacement, caption)
+  if not caption and rules.require_caption:
+    raise _Skip('no caption')
+  return _clean(caption)
+
+
+def _size(sample: Sample, ending: str, length: int) -> tuple[int, int]:
+  """Returns (width, height) of an image from its first bytes, (0, 0) where they do not say it."""
+  for most in _HEADER:
+    try:
+      return images.header_size(sample.read(ending, most))
+    except images.UnreadableImage:
+      if length <= most:
+        break
+  return 0, 0
+
+
+def _fraction(text: str) -> float:
+  """Returns a number in [0, 1) that is a text's own, on every machine."""
+  return int.from_bytes(hashlib.sha256(text.encode()).digest(), 'big') / 2**256
+
+
+def _regex(pattern: str, replacement: str = '') -> re.Pattern:
+  try:
+    regex = re.compile(pattern)
+    regex.sub(replacement, '')  # a reference to a group that is not there fails here
+    return regex
+  except (re.error, IndexError) as error:
+    raise ConfigError(f'The regular expression {pattern!r}, replaced by {replacement!r}, is wrong: '
+                      f'{error}. Correct it.') from error
+
+
+def _check_format(format: str) -> None:
+  if format not in FORMATS:
+    raise ConfigError(f'format={format!r} is unknown.{nearest(format, FORMATS)}')
+
+
+def _images(path: str) -> list[str]:
+  if not os.path.isdir(path):
+    raise InputError(f'{path!r} is no folder. Correct the path of the dataset.')
+  found = sorted(folder.paths(path), key=_natural)
+  if not found:
+    raise InputError(f'{path!r} holds no file that ends in {", ".join(folder.IMAGES)}. Correct the '
+                     'path of the dataset.')
+  return [os.path.join(path, name) for name in found]
+
+
+def _matches(path: str) -> list[str]:
+  """Returns the files that a path, or a glob, means."""
+  if os.path.isfile(path):
+    return [path]
+  pattern = os.path.join(glob.escape(path), '*.tar') if os.path.isdir(path) else path
+  found = sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True)), key=_natural)
+  if not found:
+    raise InputError(f'{pattern!r} matches no file. Correct the path of the dataset.')
+  return found
+
+
+def _braces(path: str) -> list[str]:
+  """Returns the paths that braces stand for, in the order in which a shell writes them."""
+  if os.path.exists(path):
+    return [path]
+  parts = re.split(r'\{([^{}]*)\}', path)  # what is in braces comes at odd places
+  return [''.join(choice) for choice in itertools.product(
+      *(_options(part) if i % 2 else [part] for i, part in enumerate(parts)))]
+
+
+def _options(text: str) -> list[str]:
+  ends = re.fullmatch(r'([0-9]+)\.\.([0-9]+)', text)
+  if not ends:
+    return text.split(',') if ',' in text else ['{' + text + '}']
+  first, last = int(ends[1]), int(ends[2])
+  width = max(map(len, ends.groups())) if any(end[0] == '0' for end in ends.groups()) else 0
+  step = 1 if last >= first else -1
+  return [f'{number:0{width}d}' for number in range(first, last + step, step)]
+
+
+def _natural(path: str) -> tuple:
+  """Sorts the numbers in paths as numbers, folder by folder."""
+  parts = [re.split(r'([0-9]+)', part) for part in path.split(os.sep)]
+  return [[int(piece) if i % 2 else piece for i, piece in enumerate(part)] for part in parts], path
+
+
+def _tar(files: Sequence[SourceFile], root: str) -> tuple[list[Sample], list[dict[str, str]]]:
+  del root
+  file, = files
+  return webdataset.samples(file.path, file.name)
+
+
+def _folder(files: Sequence[SourceFile], root: str) -> tuple[list[Sample], list[dict[str, str]]]:
+  return folder.samples(root, [file.name for file in files])
+
+
+FORMATS = {'webdataset': _tar, 'folder': _folder}

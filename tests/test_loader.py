@@ -1,0 +1,263 @@
+import collections
+import io
+import os
+import pickle
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+from PIL import Image
+import pytest
+
+from clip_jax.core.errors import InputError
+from clip_jax.data import images
+from clip_jax.data import loader
+from clip_jax.data import tokenizer
+from clip_jax.data import views
+
+
+class _Source:
+  """n images of 12 x 10 pixels, some of them broken; counts its reads."""
+
+  def __init__(self, n, broken=()):
+    self.reads = collections.Counter()
+    self.files = [b'broken' if i in broken else self._png(i) for i in range(n)]
+
+  def _png(self, i):
+    out = io.BytesIO()
+    pixels = np.random.default_rng(i).integers(0, 256, (10, 12, 3), np.uint8)
+    Image.fromarray(pixels).save(out, 'PNG', compress_level=1)
+    return out.getvalue()
+
+  def __len__(self):
+    return len(self.files)
+
+  def __getitem__(self, i):
+    self.reads[i] += 1
+    return {'image': self.files[i], 'caption': self.caption(i)}
+
+  def caption(self, i):
+    return f'number {i}'
+
+
+def _batches(source, steps, batch_size=8, seed=0, start=0, **options):
+  iterator = loader.train_batches(source, batch_size=batch_size, seed=seed, start_examples=start,
+                                  image_size=8, context_length=12, **options)
+  found = [next(iterator) for _ in range(steps)]
+  iterator.close()
+  return {name: np.concatenate([batch[name] for batch in found]) for name in found[0]}
+
+
+def _order(n, seed=0, epochs=1):
+  """Returns the stream's order as the loader makes it, without images."""
+  return np.array([loader._shuffled(position, n, seed) for position in range(n * epochs)])
+
+
+def _equal(a, b):
+  return all((a[name] == b[name]).all() for name in a)
+
+
+def test_batches_hold_images_text_and_index():
+  batch = _batches(_Source(20), 2)
+  assert {name: (x.shape, x.dtype.name) for name, x in batch.items()} == {
+      'image': ((16, 8, 8, 3), 'uint8'), 'text': ((16, 12), 'int32'), 'index': ((16,), 'int64')}
+  assert (batch['text'] == tokenizer.tokenize([f'number {i}' for i in batch['index']], 12)).all()
+  assert (batch['index'] == _order(20)[:16]).all()
+
+
+@pytest.mark.parametrize('n', [1, 2, 3, 5, 8, 23])
+def test_every_epoch_is_a_permutation_also_where_a_batch_holds_several(n):
+  epochs = 6
+  steps = -(-epochs * n // 8)
+  index = _batches(_Source(n), steps)['index'][:epochs * n].reshape(epochs, n)
+  assert (np.sort(index, 1) == np.arange(n)).all()
+  if n > 5:
+    assert len({tuple(row) for row in index}) == epochs
+
+
+def test_going_on_gives_what_an_uninterrupted_run_gives():
+  source = _Source(37)
+  whole = _batches(source, 12)
+  for step in (1, 5, 11):
+    rest = _batches(source, 12 - step, start=8 * step, threads=step % 3)
+    assert _equal({name: x[8 * step:] for name, x in whole.items()}, rest)
+
+
+@pytest.mark.parametrize('hosts', [1, 2, 4])
+@pytest.mark.parametrize('threads', [0, 1, 3])
+def test_hosts_and_threads_change_nothing(hosts, threads):
+  source = _Source(37, broken=[4, 5, 30])
+  whole = _batches(source, 6)
+  parts = [_batches(source, 6, host=host, hosts=hosts, threads=threads) for host in range(hosts)]
+  for name, expected in whole.items():  # a global batch is one host's rows after another's
+    steps = [part[name].reshape(6, 8 // hosts, *expected.shape[1:]) for part in parts]
+    assert (np.concatenate(steps, 1).reshape(expected.shape) == expected).all()
+
+
+@pytest.mark.parametrize('run', [1, 3, 8, 100])
+def test_batches_of_several_runs_are_the_same(monkeypatch, run):
+  source, told = _Source(37, broken=[4, 5, 30]), []
+  whole = _batches(source, 6, on_replaced=lambda index, _: told.append(index))
+  monkeypatch.setattr(loader, '_RUN', run)
+  again = []
+  assert _equal(whole, _batches(source, 6, on_replaced=lambda index, _: again.append(index)))
+  assert told == again and told
+
+
+def test_a_place_in_the_stream_has_its_own_crop():
+  source = _Source(8)
+  first, second = (_batches(source, 1, start=start, crop_scale=(0.2, 1.0)) for start in (0, 8))
+  assert sorted(first['index']) == sorted(second['index']) == list(range(8))
+  order = [first['index'].tolist().index(i) for i in second['index']]
+  differ = (first['image'][order] != second['image']).any(axis=(1, 2, 3))
+  assert differ.sum() >= 7  # another epoch, another crop
+  other = _batches(source, 4, seed=1, crop_scale=(0.2, 1.0))
+  assert not (other['image'][:8] == first['image']).all()
+  whole = _batches(source, 1, crop_scale=(1.0, 1.0))
+  decoded = [images.decode(source[int(i)]['image']) for i in whole['index']]
+  expected = {images.resize(image, 8, 'squash').tobytes() for image in decoded}
+  assert any(image.tobytes() in expected for image in whole['image'])
+
+
+@pytest.mark.parametrize('listed', [loader._LISTED, 0])
+def test_seeds_and_epochs_are_unrelated_permutations(monkeypatch, listed):
+  monkeypatch.setattr(loader, '_LISTED', listed)
+  n = 3000
+  orders = {(seed, epoch): order for seed in range(3)
+            for epoch, order in enumerate(_order(n, seed, 2).reshape(2, n))}
+  for a in orders:
+    assert (np.sort(orders[a]) == np.arange(n)).all()
+    assert abs(np.corrcoef(orders[a][:-1], orders[a][1:])[0, 1]) < 4 / n**0.5
+    for b in orders:
+      if a < b:
+        assert abs(np.corrcoef(orders[a], orders[b])[0, 1]) < 4 / n**0.5
+        assert (orders[a] == orders[b]).sum() < 10
+
+
+@pytest.mark.parametrize('n', [loader._LISTED + 1, 12_800_000, 200_000_000, (1 << 32) - 1])
+def test_large_sources_are_mixed(n):
+  m = 20_000
+  index = np.array([loader._shuffled(n + i, n, 0) for i in range(m)])  # the second epoch begins
+  assert len(set(index.tolist())) == m and 0 <= index.min() and index.max() < n
+  assert abs(np.corrcoef(index[:-1], index[1:])[0, 1]) < 4 / m**0.5  # Grain's own: 0.08 at 12.8M
+  counts = np.bincount(index * 64 // n, minlength=64)
+  assert ((counts - m / 64)**2 / (m / 64)).sum() < 120  # chi-square, 63 degrees of freedom
+
+
+def test_broken_images_are_replaced_by_the_next_and_reported_in_order():
+  source, told = _Source(10, broken=[3, 4, 9]), []
+  batch = _batches(source, 5, on_replaced=lambda index, reason: told.append((index, reason)))
+  order = _order(10, epochs=4)
+  stands_in = {3: 5, 4: 5, 9: 0}
+  assert batch['index'].tolist() == [stands_in.get(i, i) for i in order]
+  passed = {3: [3, 4], 4: [4], 9: [9]}
+  assert [index for index, _ in told] == [j for i in order for j in passed.get(i, [])]
+  assert all('cannot identify' in reason for _, reason in told)
+  assert (batch['text'] == tokenizer.tokenize([f'number {i}' for i in batch['index']], 12)).all()
+
+
+def test_reports_come_with_their_batch_not_ahead_of_it():
+  source, told = _Source(64, broken=[int(_order(64)[20])]), []
+  iterator = loader.train_batches(source, batch_size=8, seed=0, start_examples=0, image_size=8,
+                                  context_length=12, on_replaced=lambda i, _: told.append(i))
+  counts = [len(told) for _ in range(4) if next(iterator)]
+  iterator.close()
+  assert counts == [0, 0, 1, 1]
+
+
+def test_errors_reach_the_caller_as_they_are():
+  with pytest.raises(InputError, match='None of 5 images'):
+    _batches(_Source(5, broken=range(5)), 1)
+
+  class Gone(_Source):
+    def __getitem__(self, i):
+      raise InputError('the file is gone')
+
+  with pytest.raises(InputError, match='gone'):
+    _batches(Gone(5), 1)
+  for wrong in ({'hosts': 3}, {'host': 2, 'hosts': 2}, {'start': 4}, {'start': -8}):
+    with pytest.raises(ValueError):
+      _batches(_Source(5), 1, **wrong)
+  with pytest.raises(ValueError, match='samples'):
+    _batches(_Source(0), 1)
+
+
+def test_image_batches_keep_the_order_and_say_what_is_unreadable():
+  source = _Source(20, broken=[7, 19])
+  rows = np.array([3, 7, 1, 1, 12, 19, 0])
+  for threads in (0, 2):
+    found = list(loader.image_batches(source, rows, batch_size=3, image_size=8, threads=threads))
+    assert [len(chosen) for chosen, _, _ in found] == [3, 3, 1]
+    chosen, pixels, readable = map(np.concatenate, zip(*found, strict=True))
+    assert (chosen == rows).all()
+    assert readable.tolist() == [True, False, True, True, True, False, True]
+    for i, row in enumerate(rows.tolist()):
+      expected = images.resize(images.decode(source.files[row]), 8) if readable[i] else 0
+      assert (pixels[i] == expected).all()
+  squash = next(loader.image_batches(source, rows, batch_size=3, image_size=8, mode='squash'))[1]
+  assert (squash != found[0][1]).any()
+  assert list(loader.image_batches(source, [], batch_size=3, image_size=8)) == []
+
+
+def test_the_cache_decodes_each_image_once_and_changes_no_batch():
+  source = _Source(30, broken=[4])
+  plain = _batches(source, 12, threads=0)
+  source.reads.clear()
+  cache = loader.DecodedCache(source, 1 << 20)
+  rows = np.arange(30)
+  assert _equal(plain, _batches(views.Subset(cache, rows), 12, threads=0))
+  _batches(views.Subset(cache, rows[:20]), 8, threads=0)
+  assert {i for i, reads in source.reads.items() if reads > 1} == {4}  # the broken one is not kept
+  assert len(source.reads) == 30 and cache.caption(3) == 'number 3' and len(cache) == 30
+
+
+def test_the_cache_keeps_to_its_budget_and_pickles_empty():
+  source = _Source(30)
+  size = 10 * 12 * 3 + loader._OVERHEAD
+  cache = loader.DecodedCache(source, 7 * size + 5)
+  threads = [threading.Thread(target=lambda: [cache[i] for i in range(30)]) for _ in range(4)]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
+  assert len(cache._kept) == 7
+  source.reads.clear()
+  for i in cache._kept:
+    assert (cache[i]['image'] == images.decode(source.files[i])).all()
+  assert not source.reads
+  assert not pickle.loads(pickle.dumps(cache))._kept
+  with pytest.raises(images.UnreadableImage):
+    loader.DecodedCache(_Source(3, broken=[1]), 1000)[1]
+
+
+def test_closing_ends_the_threads():
+  before = set(threading.enumerate())
+  iterator = loader.train_batches(_Source(50), batch_size=8, seed=0, start_examples=0, image_size=8,
+                                  context_length=12)
+  next(iterator)
+  assert set(threading.enumerate()) - before
+  iterator.close()
+  deadline = time.time() + 10
+  while set(threading.enumerate()) - before and time.time() < deadline:
+    time.sleep(0.01)
+  assert not set(threading.enumerate()) - before
+
+
+@pytest.mark.parametrize('end', ['', 'iterator.close()', 'raise SystemExit(0)', 'del iterator'])
+def test_leaving_with_an_open_iterator_is_quiet_and_quick(end):
+  code = f'''
+import sys
+sys.path.insert(0, 'tests')
+import test_loader
+from clip_jax.data import loader
+iterator = loader.train_batches(test_loader._Source(50), batch_size=8, seed=0, start_examples=0,
+                                image_size=8, context_length=12)
+next(iterator)
+{end}
+'''
+  root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+  done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=100,
+                        cwd=root)
+  assert (done.returncode, done.stdout, done.stderr) == (0, '', '')

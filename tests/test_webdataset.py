@@ -1,0 +1,185 @@
+import io
+import os
+import tarfile
+
+from hypothesis import given
+from hypothesis import settings
+from hypothesis import strategies as st
+import pytest
+
+from clip_jax.data import table
+from clip_jax.data import webdataset
+
+
+def _tar(path, members, format=tarfile.USTAR_FORMAT):
+  """Writes [(name, bytes)] with Python's tarfile, the independent side of these tests."""
+  with tarfile.open(path, 'w', format=format) as tar:
+    for name, data in members:
+      info = tarfile.TarInfo(name)
+      info.size = len(data)
+      tar.addfile(info, io.BytesIO(data))
+  return str(path)
+
+
+def _sample(key, n=0):
+  return [(f'{key}.jpg', b'image' * (n + 1)), (f'{key}.txt', f'caption {key}'.encode()),
+          (f'{key}.json', b'{}')]
+
+
+def _read(path, name='x.tar'):
+  """Returns [(key, {ending: bytes})] and what was skipped."""
+  samples, skipped = webdataset.samples(path, name)
+  return [(sample.key, {ending: sample.read(ending, 1 << 30) for ending in sample.members})
+          for sample in samples], skipped
+
+
+@pytest.mark.parametrize('format', [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_walk_equals_tarfile(tmp_path, format):
+  names = ['a.jpg', './dir/b.jpg', 'ü/ö.png', 'x' * 90 + '/' + 'y' * 80 + '.jpg']
+  if format != tarfile.USTAR_FORMAT:
+    names += ['long' * 60 + '.jpg', 'deep/' * 60 + 'é' * 120 + '.jpg']
+  members = [(name, os.urandom(i * 333)) for i, name in enumerate(names)]
+  path = _tar(tmp_path / 'x.tar', members, format)
+  with tarfile.open(path) as tar:
+    expected = [(member.name, member.offset_data, member.size) for member in tar]
+  assert list(webdataset._members(table.File(path))) == expected
+  assert len(expected) == len(names)
+
+
+def test_members_are_grouped_by_key_in_order_of_first_member(tmp_path):
+  path = _tar(tmp_path / 'x.tar', [
+      ('b.jpg', b'1'), ('a.jpg', b'2'), ('a.seg.png', b'3'), ('b.TXT', b'4'), ('d/b.jpg', b'5'),
+      ('.hidden.jpg', b'6'), ('noending', b'7'), ('d/._b.jpg', b'8')])
+  samples, skipped = _read(path)
+  assert samples == [('b', {'jpg': b'1', 'txt': b'4'}), ('a', {'jpg': b'2', 'seg.png': b'3'}),
+                     ('d/b', {'jpg': b'5'})]
+  assert skipped == []
+
+
+def test_duplicate_keys_are_listed_and_the_first_counts(tmp_path):
+  path = _tar(tmp_path / 'x.tar', _sample('a') + _sample('b') + _sample('a', 5) + _sample('a', 6))
+  samples, skipped = _read(path)
+  assert [key for key, _ in samples] == ['a', 'b'] and samples[0][1]['jpg'] == b'image'
+  assert skipped == [{'key': 'a', 'reason': 'duplicate key'}] * 2
+
+
+def test_links_and_folders_are_no_members(tmp_path):
+  with tarfile.open(tmp_path / 'x.tar', 'w') as tar:
+    for kind in (tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE):
+      info = tarfile.TarInfo('evil.jpg')
+      info.type, info.linkname = kind, '/etc/passwd'
+      tar.addfile(info)
+    info = tarfile.TarInfo('../../up.jpg')
+    info.size = 3
+    tar.addfile(info, io.BytesIO(b'abc'))
+  assert _read(tmp_path / 'x.tar') == ([('../../up', {'jpg': b'abc'})], [])
+
+
+def test_every_cut_keeps_the_whole_samples_before_it_and_says_where(tmp_path):
+  whole = (tmp_path / 'x.tar')
+  _tar(whole, [member for key in 'abc' for member in _sample(key, ord(key))])
+  data = whole.read_bytes()
+  full, _ = _read(str(whole))
+  with tarfile.open(whole) as tar:
+    end = max(member.offset_data + 512 for member in tar)
+  for cut in [0, 1, 511, 512, 513, *range(600, end, 97), end]:
+    (tmp_path / 'cut.tar').write_bytes(data[:cut])
+    samples, skipped = _read(str(tmp_path / 'cut.tar'), 'cut.tar')
+    assert skipped == [{'key': f'cut.tar, byte {cut}', 'reason': 'truncated'}]
+    assert [key for key, _ in samples] == [key for key, _ in full][:len(samples)]
+    assert samples[:-1] == full[:len(samples)][:-1]
+    for _, got in samples[-1:]:  # the last may lack members that come after the cut
+      assert got.items() <= full[len(samples) - 1][1].items()
+    if cut == end:
+      assert samples == full
+
+
+def test_a_sample_whose_member_is_cut_is_no_sample(tmp_path):
+  path = tmp_path / 'x.tar'
+  _tar(path, [('a.jpg', b'1'), ('b.jpg', b'2'), ('b.txt', b'x' * 600)])
+  path.write_bytes(path.read_bytes()[:5 * 512 + 100])
+  samples, skipped = _read(str(path))
+  assert [key for key, _ in samples] == ['a']
+  assert skipped == [{'key': f'x.tar, byte {5 * 512 + 100}', 'reason': 'truncated'}]
+
+
+@pytest.mark.parametrize(('data', 'entry'), [
+    (b'', {'key': 'x.tar, byte 0', 'reason': 'truncated'}),
+    (b'\x1f\x8b' + b'garbage' * 300, {'key': 'x.tar, byte 0', 'reason': 'not a tar'}),
+    (bytes(10240), {'key': 'x.tar', 'reason': 'no samples'}),
+])
+def test_files_without_samples_are_listed(tmp_path, data, entry):
+  (tmp_path / 'x.tar').write_bytes(data)
+  assert _read(tmp_path / 'x.tar') == ([], [entry])
+
+
+def test_a_damaged_header_in_the_middle_ends_the_walk_there(tmp_path):
+  path = tmp_path / 'x.tar'
+  _tar(path, _sample('a') + _sample('b'))
+  data = bytearray(path.read_bytes())
+  data[3 * 1024] ^= 1
+  path.write_bytes(data)
+  samples, skipped = _read(path)
+  assert [key for key, _ in samples] == ['a']
+  assert skipped == [{'key': f'x.tar, byte {3 * 1024}', 'reason': 'damaged header'}]
+
+
+def test_bytes_after_the_end_mark_are_listed(tmp_path):
+  one, two = tmp_path / 'x.tar', tmp_path / 'y.tar'
+  _tar(one, _sample('a'))
+  _tar(two, _sample('b'))
+  one.write_bytes(one.read_bytes()[:-10240 + 4096] + two.read_bytes())
+  samples, skipped = _read(one)
+  assert [key for key, _ in samples] == ['a']
+  assert [entry['reason'] for entry in skipped] == ['bytes after the end mark']
+
+
+def _header(size: bytes, kind=b'0', name=b'a.jpg'):
+  block = bytearray(512)
+  block[:len(name)] = name
+  block[124:136] = size
+  block[156:157] = kind
+  block[148:156] = b' ' * 8
+  block[148:156] = b'%06o\0 ' % sum(block)
+  return bytes(block)
+
+
+@pytest.mark.parametrize('kind', [b'0', b'L', b'x', b'g', b'\0'])
+@pytest.mark.parametrize('size', [b'77777777777\0', b'\x80' + b'\x7f' * 11, b'\xff' * 12])
+def test_a_forged_size_allocates_nothing(tmp_path, kind, size):
+  (tmp_path / 'x.tar').write_bytes(_header(size, kind) + bytes(2048))
+  samples, skipped = _read(tmp_path / 'x.tar')
+  assert samples == [] and [entry['reason'] for entry in skipped] == ['truncated']
+
+
+@pytest.mark.parametrize('size', [b'-0000000010\0', b'zz', b'00000000009\0'])
+def test_a_size_that_is_no_number_is_damage(tmp_path, size):
+  (tmp_path / 'x.tar').write_bytes(_header(size.ljust(12, b'\0')) + bytes(2048))
+  assert [entry['reason'] for entry in _read(tmp_path / 'x.tar')[1]] == ['not a tar']
+
+
+def test_binary_sizes_and_pax_sizes_are_read(tmp_path):
+  record = b'10 size=3\n'
+  (tmp_path / 'x.tar').write_bytes(
+      _header(b'\x80' + (3).to_bytes(11, 'big')) + b'abc'.ljust(512, b'\0')
+      + _header(b'%011o\0' % len(record), b'x', b'pax') + record.ljust(512, b'\0')
+      + _header(b'00000000000\0', name=b'b.jpg') + b'def'.ljust(512, b'\0') + bytes(1024))
+  assert _read(tmp_path / 'x.tar') == ([('a', {'jpg': b'abc'}), ('b', {'jpg': b'def'})], [])
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_damage_anywhere_is_never_fatal(tmp_path_factory, data):
+  path = tmp_path_factory.mktemp('fuzz') / 'x.tar'
+  _tar(path, [('long' * 40 + '.jpg', b'1' * 700), *_sample('b')],
+       data.draw(st.sampled_from([tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])))
+  raw = bytearray(path.read_bytes())
+  for _ in range(data.draw(st.integers(1, 4))):
+    at = data.draw(st.integers(0, 6000))
+    raw[at:at + 1] = data.draw(st.binary(min_size=0, max_size=3))
+  path.write_bytes(raw)
+  size = os.path.getsize(path)
+  samples, skipped = webdataset.samples(str(path), 'x.tar')
+  for sample in samples:
+    assert all(0 < offset <= offset + length <= size for offset, length in sample.members.values())
+  assert all(set(entry) == {'key', 'reason'} for entry in skipped)
