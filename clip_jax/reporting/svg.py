@@ -1,0 +1,117 @@
+"""How every figure looks, and a matplotlib drawing -> SVG text for light and for dark ground.
+
+Backgrounds are transparent, ink is `currentColor`, colours are mid-tones. Equal input gives equal
+bytes.
+"""
+
+import io
+import re
+from collections.abc import Callable
+
+import numpy as np
+
+WIDTH = 360.0    # units; the page shows one unit as one CSS pixel
+INK = '#010203'  # replaced by currentColor in the finished SVG
+
+# Rule -> (colour, marker, words), the same in every figure. The colours are after Okabe and Ito:
+# told apart by colour-blind readers, dark enough for white paper, light enough for a dark screen.
+RULES = {
+    'all': (INK, 'o', 'base (the whole pool)'),
+    'anchor': ('#8c8c8c', 's', 'anchor only'),
+    'pool_only': ('#3fa7dd', 'P', 'pool without the anchor'),
+    'gap_aligned': ('#d55e00', 'D', 'gap-aligned'),
+    'matched': ('#00966d', 'o', 'matched control'),
+    'random': ('#c98a00', 'o', 'random'),
+    'near': ('#c2609a', 'v', 'near-pruned (most similar removed)'),
+    'far': ('#2f7fc4', '^', 'far-pruned (most similar kept)'),
+}
+POOL_COLOR, ANCHOR_COLOR = '#2f7fc4', '#8c8c8c'
+
+_STYLE = {
+    'svg.fonttype': 'none', 'font.family': ['DejaVu Sans'], 'font.size': 10.5, 'text.color': INK,
+    'axes.edgecolor': INK, 'axes.labelcolor': INK, 'axes.labelsize': 10.5, 'axes.linewidth': 0.7,
+    'axes.spines.top': False, 'axes.spines.right': False, 'axes.titlesize': 12,
+    'axes.titleweight': 'bold', 'axes.titlelocation': 'left', 'axes.titlepad': 10,
+    'xtick.color': INK, 'ytick.color': INK, 'xtick.major.width': 0.7, 'ytick.major.width': 0.7,
+    'xtick.major.size': 3, 'ytick.major.size': 0, 'grid.color': INK, 'grid.alpha': 0.12,
+    'grid.linewidth': 0.7, 'legend.frameon': False, 'legend.fontsize': 10.5,
+    'lines.linewidth': 1.8, 'path.simplify': False,
+}
+_FONT = 'system-ui, sans-serif'  # narrower than the DejaVu that lays the text out: it always fits
+
+
+def render(draw: Callable[..., None], height: float, title: str) -> str:
+  """Returns what `draw(figure)` draws, `height` units high, as an <svg> element without a size."""
+  import matplotlib
+  from matplotlib.figure import Figure  # not pyplot: no global state, safe in any thread
+  style = {**matplotlib.rcParamsDefault, **_STYLE, 'backend': 'agg', 'svg.hashsalt': title}
+  with matplotlib.rc_context(style):
+    figure = Figure(figsize=(WIDTH / 72, height / 72), layout='constrained')
+    draw(figure)
+    buffer = io.StringIO()
+    figure.savefig(buffer, format='svg', transparent=True,
+                   metadata=dict.fromkeys(('Date', 'Creator', 'Format', 'Type')))
+  text = buffer.getvalue()
+  text = text[text.index('<svg'):].strip()
+  text = re.sub(r'<metadata>.*?</metadata>|<defs>\s*<style.*?</style>\s*</defs>', '', text,
+                flags=re.S)
+  text = re.sub(r'<svg[^>]*>', lambda _: _head(height, title), text, count=1)
+  text = re.sub(r'<g id="[^"]*">', '<g>', text)  # names would repeat on a page of many figures
+  text = re.sub(r"font-family: [^;\"]*", f'font-family: {_FONT}', text)
+  text = re.sub(r"(font: [^\"]*?)'DejaVu Sans'[^;\"]*", rf'\g<1>{_FONT}', text)
+  return re.sub(r'\n\s*', '\n', text.replace(INK, 'currentColor'))
+
+
+def _head(height: float, title: str) -> str:
+  for sign, entity in (('&', '&amp;'), ('<', '&lt;'), ('>', '&gt;'), ('"', '&quot;')):
+    title = title.replace(sign, entity)
+  return ('<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+          f'viewBox="0 0 {WIDTH:g} {height:g}" role="img" stroke-linejoin="round" '
+          f'aria-label="{title}">')
+
+
+def standalone(text: str) -> str:
+  """Returns a figure as a file: with a size, and ink that follows the reader's colour scheme."""
+  width, height = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', text).groups()
+  style = ('<style>svg{color:#222;font-family:system-ui,sans-serif}'
+           '@media(prefers-color-scheme:dark){svg{color:#ddd}}</style>')
+  head, body = text.split('>', 1)
+  return ('<?xml version="1.0" encoding="utf-8"?>\n'
+          f'{head} width="{width}" height="{height}">{style}{body}\n')
+
+
+def count(value: float) -> str:
+  """Returns a count as people write it on an axis: 900, 1.5k, 75M, 200M."""
+  for unit, name in ((1e9, 'G'), (1e6, 'M'), (1e3, 'k')):
+    if abs(value) >= unit:
+      return f'{value / unit:.3g}{name}'
+  return f'{value:.0f}'
+
+
+def legend_above(ax, columns: int) -> None:
+  """Names the curves in one line between the title and the axes."""
+  ax.legend(loc='lower left', bbox_to_anchor=(-0.02, 1.02), ncols=columns, handlelength=1.2,
+            columnspacing=1.2, borderpad=0.2, borderaxespad=0)
+
+
+def legend_below(figure) -> None:
+  """Names the curves below the axes, a line each: words may be long."""
+  figure.legend(loc='outside lower left', handlelength=1.6, labelspacing=0.35, borderpad=0.2)
+
+
+def few_ticks(axis, most: int) -> None:
+  """Lets an axis have at most so many round ticks."""
+  from matplotlib.ticker import MaxNLocator
+  axis.set_major_locator(MaxNLocator(most))
+
+
+def percent_ticks(visible: Callable[[float], bool]) -> list[float]:
+  """Returns round percentages for a logit axis: the coarsest choice that shows at least four."""
+  choices = [(1, 5, 20, 50, 80, 95, 99), (1, 2, 5, 10, 20, 40, 60, 80, 90, 95, 98, 99)]
+  choices += [tuple(np.arange(step, 100, step)) for step in (10, 5, 2, 1, 0.5)]
+  ticks: list[float] = []
+  for choice in choices:
+    ticks = [float(p) for p in choice if visible(p)]
+    if len(ticks) >= 4:
+      break
+  return ticks

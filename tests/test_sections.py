@@ -1,0 +1,134 @@
+"""Sections on accuracy, similarity and size: right numbers, heads that say what intervals mean."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from clip_jax.reporting import sections
+from clip_jax.reporting import svg
+
+BINS = [{
+    'low': 0.5, 'high': 0.55, 'n': 30, 'accuracy': 0.5, 'accuracy_low': 0.4, 'accuracy_high': 0.6
+}, {'low': 0.55, 'high': 0.6, 'n': 3, 'accuracy': 0.7, 'accuracy_low': None, 'accuracy_high': None}]
+SERIES = [{'name': 'base', 'rule': 'all', 'adjusted': False, 'bins': BINS}]
+
+
+def estimate(value, low=None, high=None, method='crossed', seeds=3):
+  nan = float('nan')
+  return SimpleNamespace(value=value, low=nan if low is None else low,
+                         high=nan if high is None else high, method=method, seeds=seeds, images=100)
+
+
+def split(name, seeds=(0, 1, 2), mark=''):
+  return {'name': name, 'rule': 'all', 'words': 'words', 'pool_rows': 1000, 'anchor_rows': 50,
+          'samples': 25600, 'passes': 24.4, 'seeds': seeds, 'mark': mark}
+
+
+def accuracy(splits, leaked=None, unleaked=None, **values):
+  benchmarks = [{'name': 'val', 'queries': 100, 'leaked': leaked}]
+  found = {(name, 'val'): value for name, value in values.items()}
+  return sections.accuracy_blocks(splits, benchmarks, found, unleaked or {})
+
+
+def heads(table):
+  return ' | '.join(f'{cell.text} {cell.detail}' for cell in table.columns)
+
+
+@pytest.mark.parametrize('seeds, said, note', [
+    ((0,), 'this checkpoint', 'says nothing about another training run'),
+    ((0, 1), 'range of 2 seeds', 'two give no interval'),
+    ((0, 1, 2, 3), 'mean of 4 seeds\n95 % interval', 'over seeds and images')])
+def test_the_head_says_what_the_bounds_are(seeds, said, note):
+  table, = accuracy([split('base', seeds)], base=estimate(0.6, 0.5, 0.7))
+  assert said in heads(table) and note in table.notes[0]
+
+
+def test_splits_with_other_numbers_of_seeds_get_a_table_of_their_own():
+  many, one = accuracy([split('base'), split('near', (0,))], base=estimate(0.6, 0.5, 0.7),
+                       near=estimate(0.4, 0.3, 0.5, 'wilson', 1))
+  assert [row[0].text for row in many.rows] == ['base'] and many.name == 'accuracy'
+  assert [row[0].text for row in one.rows] == ['near'] and 'this checkpoint' in heads(one)
+
+
+def test_accuracies_are_percent_on_the_page_and_proportions_in_the_records():
+  table, = accuracy([split('base')], base=estimate(0.6234, 0.5, 0.7))
+  assert (table.rows[0][1].text, table.rows[0][1].detail) == ('62.3', '[50.0, 70.0]')
+  assert table.records[0]['accuracy'] == 0.6234 and table.records[0]['low'] == 0.5
+  assert [cell.text for cell in table.rows[0][2:]] == ['1,000', '25,600']
+  assert [cell.detail for cell in table.rows[0][2:]] == ['+ 50', '24.4 passes']
+
+
+def test_leaked_queries_get_a_second_column():
+  table, = accuracy([split('base')], leaked=7, unleaked={('base', 'val'): estimate(0.5, 0.4, 0.6)},
+                    base=estimate(0.6, 0.5, 0.7))
+  assert 'val, not leaked without 7 queries' in heads(table)
+  assert [cell.text for cell in table.rows[0][1:3]] == ['60.0', '50.0']
+  assert [record['without_leaked'] for record in table.records] == [False, True]
+  table, = accuracy([split('base')], leaked=0, base=estimate(0.6, 0.5, 0.7))
+  assert 'leaked' not in heads(table)
+
+
+def test_runs_that_did_not_converge_are_marked():
+  table, = accuracy(
+      [split('base', mark='not converged'), split('gap')], base=estimate(0.6, 0.5, 0.7),
+      gap=estimate(0.6, 0.5, 0.7))
+  assert [row[1].tone for row in table.rows] == ['flag', '']
+  assert any('Not converged' in note for note in table.notes)
+
+
+def test_missing_intervals_are_explained():
+  table, = accuracy([split('base')], base=estimate(0.6, method='none'))
+  assert table.rows[0][1].detail == '' and any('one group' in note for note in table.notes)
+
+
+def test_untrained_splits_are_named():
+  table, text = accuracy([split('base'), split('gap', ())], base=estimate(0.6, 0.5, 0.7))
+  assert len(table.rows) == 1 and 'gap' in text.text
+
+
+def test_near_and_far_are_said_in_words():
+  for rule, words in (('near', 'near-pruned (most similar removed)'),
+                      ('far', 'far-pruned (most similar kept)')):
+    assert sections.rule_words(rule, benchmarks=('a', 'b')).startswith(words)
+    assert svg.RULES[rule][2] == words
+  assert 'by more than 0.01' in sections.rule_words('gap_aligned', benchmarks=('a',), slack=0.01)
+  assert all(sections.rule_words(rule) for rule in svg.RULES)
+
+
+def test_histograms_share_one_axis_and_count_who_is_nearer_to_the_pool():
+  entries = [{
+      'name': 'a', 'anchor': np.array([0.5, 0.6, np.nan]), 'pool': np.array([0.7, 0.5, np.nan])
+  }]
+  block, = sections.histogram_blocks(entries)
+  assert '33.3 % of the queries' in block.items[0].caption
+  assert sections.histogram_blocks([]) == []
+  alone, = sections.histogram_blocks([{'name': 'a', 'anchor': None, 'pool': np.array([0.7, 0.5])}])
+  assert alone.items[0].caption == ''
+
+
+def test_bins_are_associations_and_few_is_grey():
+  blocks = sections.bin_blocks([{'name': 'val', 'what': 'similarity', 'series': SERIES}])
+  assert blocks[0].text.startswith('Associated with')
+  table = blocks[-1].blocks[0]
+  assert [row[-1].tone for row in table.rows] == ['', 'muted']
+  assert [row[2].text for row in table.rows] == ['0.50 to 0.55', '0.55 to 0.60']
+  assert sections.bin_blocks([]) == []
+
+
+def test_sizes_are_drawn_on_one_scale_and_compared_with_random():
+  panel = {'name': 'val', 'base': None, 'reference': None, 'curves': {
+      'near': [{'size': 5, 'accuracy': 0.5, 'low': None, 'high': None}]}}
+  rows = [{'split': 'near_5', 'rule': 'near', 'control': 'random_5', 'benchmark': 'val',
+           'estimate': estimate(-0.1, -0.2, 0.0, 'this checkpoint', 1)}]
+  figures, fact, table = sections.size_blocks([panel], rows)
+  assert figures.items[0].name == 'size_val' and 'near-pruning hurts fast' in fact.text
+  assert table.rows[0][0].detail == 'near-pruned (most similar removed)'
+  assert table.rows[0][2].text == '\u221210.0 [\u221220.0, 0.0] points'
+  assert table.rows[0][2].detail.startswith('this checkpoint')
+  assert sections.size_blocks([], []) == []
+
+
+def test_answer_shows_what_is_missing_and_the_paper():
+  blocks = sections.answer_blocks([], 'missing')
+  assert blocks[0] == 'missing' and '15 %' in blocks[1].text
