@@ -1,0 +1,279 @@
+"""Draws the demo's data: a pool, an anchor set and five benchmarks, as webdataset tars.
+
+Out: <directory>/<set>-00000.tar for each of SETS, with <key>.png, <key>.txt (the caption) and
+<key>.json {key, caption, label, class_name, domain, group, font, duplicate_of, duplicate_kind,
+broken} a sample. Nothing is downloaded: the characters come from the fonts inside matplotlib, the
+handwriting is scikit-learn's load_digits. The bytes depend on the arguments alone, and each image
+on its own (seed, stream, index): another size of one set leaves the images of all others as is.
+
+PNG, because at 32 pixels it is hardly larger than a good JPEG (whose tables alone are 600 bytes),
+decodes faster, and keeps the pixels as drawn.
+"""
+
+import collections
+import dataclasses
+import functools
+import io
+import json
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
+
+from etils import epath
+import numpy as np
+
+from clip_jax.core import files
+from clip_jax.core.errors import ConfigError
+from clip_jax.core.types import Array
+from clip_jax.data import glyph_images
+from clip_jax.data.glyph_captions import CLASSES, LABELLED_TEMPLATE, caption, pick
+
+SETS = ('pool', 'anchor', 'val', 'outline', 'inverted', 'rotated', 'handwriting')
+LETTER = -1  # the label of what belongs to no class
+
+FONTS = tuple(glyph_images.FONTS)
+ANCHOR_FONTS = ('DejaVuSans', 'DejaVuSans-Bold', 'DejaVuSansMono')
+VAL_FONTS = ('DejaVuSansMono-Bold', 'cmss10', 'cmtt10')  # the pool holds them in other styles only
+POOL_FONTS = {
+    'filled': tuple(font for font in FONTS if font not in VAL_FONTS),
+    **dict.fromkeys(('outline', 'inverted', 'coloured', 'rotated', 'noisy'), FONTS),
+}
+# A fifth of the pool's handwriting looks as the benchmark's does: aligning removes some, not all.
+HAND_STYLES = ('handwriting', 'inverted', 'coloured', 'rotated', 'noisy')
+
+# load_digits is 14 copies of one form, one after the other: the same sequence of 130 digits, a few
+# of them lost. It names no writers; these first rows of the forms, read off that sequence, stand
+# for them (its description speaks of 13, so one writer may have filled in two forms).
+FORMS = (0, 130, 256, 386, 516, 646, 776, 905, 1029, 1157, 1287, 1415, 1545, 1667)
+POOL_ROWS, STRAY_ROWS, BENCHMARK_ROWS = range(905), range(905, 1029), range(1029, 1797)
+
+# A random stream for each kind of image; its place in this tuple is part of the seed: append only.
+STREAMS = ('drawn', 'handwritten', 'exact', 'near', 'broken', 'chosen', 'order', 'anchor', 'strays',
+           *SETS[2:])
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+  """One sample of a tar: the bytes of its image file, and what its json says."""
+
+  image: bytes
+  about: dict
+
+
+def write(directory, *, image_px: int = 32, pool: int = 5000, handwritten: int = 900,
+          exact: float = 0.01, near: float = 0.015, broken: int = 2, letters: str = 'fkmrxy',
+          letter_share: float = 0.05, anchor: int = 600, strays: float = 0.05, queries: int = 700,
+          seed: int = 0) -> dict:
+  """Writes the tar of every set into `directory` and returns what each holds.
+
+  Args:
+    directory: Where the tars go.
+    image_px: Side of the square images, at least 16.
+    pool: Drawn images of the pool, before copies.
+    handwritten: Handwritten images of the pool, before copies; at most 905.
+    exact: Planted copies of equal bytes, as a share of the two above.
+    near: Planted copies of slightly other pixels, as a share of the same.
+    broken: Broken samples of each kind (half an image, garbage, an empty file, no caption).
+    letters: Letters that the pool holds beside the digits; their label is -1.
+    letter_share: Share of letters among the pool's drawn images.
+    anchor: Images of the anchor set.
+    strays: Share of handwriting in the anchor set; at most 124 images.
+    queries: Images of each benchmark, classes balanced; at most 730.
+    seed: Of every random choice.
+
+  Returns:
+    {set: {'samples': all in its tar, 'letters', 'exact', 'near': how many of them, 'broken':
+    {kind: keys}, 'domains': {style: count}}}.
+
+  Raises:
+    ConfigError: for sizes that cannot be: handwriting beyond load_digits, images too small to read.
+  """
+  if image_px < 16:
+    raise ConfigError(f'image_px={image_px} is too small to read a digit in; use 16 or more.')
+  originals = pool + handwritten
+  if _round(exact * originals) + _round(near * originals) > originals:
+    raise ConfigError(f'exact={exact} and near={near} copy more than the whole pool; use shares.')
+  if letter_share and not letters:
+    raise ConfigError(f'letter_share={letter_share} needs letters; name some, or use 0.')
+  drawn = functools.partial(_drawn, image_px=image_px, seed=seed)
+  written = functools.partial(_written, image_px=image_px, seed=seed)
+  pool_rows = _first_rows('handwritten', handwritten, POOL_ROWS)
+  stray_rows = _first_rows('strays', _round(strays * anchor), STRAY_ROWS)
+  query_rows = _balanced_rows(queries, BENCHMARK_ROWS)
+  originals = [*_drawn_for_pool(pool, letters, letter_share, image_px, seed),
+               *written('handwritten', pool_rows, HAND_STYLES, _web_caption)]
+  sets = {
+      'pool': _mixed(originals, _copies(originals, exact, near, seed),
+                     _broken(broken, image_px, seed), seed),
+      'anchor': [*drawn('anchor', anchor - len(stray_rows), 'clean', ANCHOR_FONTS),
+                 *written('strays', stray_rows)],
+      'val': drawn('val', queries, 'clean', VAL_FONTS),
+      **{name: drawn(name, queries, name, FONTS) for name in ('outline', 'inverted', 'rotated')},
+      'handwriting': written('handwriting', query_rows),
+  }
+  for name in SETS:
+    _write_tar(epath.Path(directory) / f'{name}-00000.tar', sets[name])
+  return {name: _counts(sets[name]) for name in SETS}
+
+
+def _plain_caption(about: dict, rng) -> str:
+  del rng  # all labelled images of a class have one caption
+  return LABELLED_TEMPLATE.format(about['class_name'])
+
+
+def _web_caption(about: dict, rng) -> str:
+  name, label = about['class_name'], about['label']
+  kind, sign = ('letter', name) if label == LETTER else ('digit', str(label))
+  face = glyph_images.FONTS[about['font']] if about['font'] else ''
+  return caption(name, sign, kind, about['domain'], face, rng)
+
+
+def _drawn(stream: str, count: int, style: str, fonts: Sequence[str], *, image_px: int,
+           seed: int) -> list[Sample]:
+  """Draws labelled digits of one style, as many of each."""
+  return [_character(key, i % 10, CLASSES[i % 10], style, pick(fonts, rng), _plain_caption,
+                     image_px, rng)
+          for i, (key, rng) in enumerate(_streams(stream, count, seed))]
+
+
+def _drawn_for_pool(count: int, letters: str, letter_share: float, image_px: int,
+                    seed: int) -> list[Sample]:
+  """Draws digits and letters in all styles of POOL_FONTS."""
+  samples = []
+  for key, rng in _streams('drawn', count, seed):
+    label = LETTER if rng.random() < letter_share else int(rng.integers(10))
+    name = pick(letters, rng) if label == LETTER else CLASSES[label]
+    style = pick(tuple(POOL_FONTS), rng)
+    font = pick(POOL_FONTS[style], rng)
+    samples.append(_character(key, label, name, style, font, _web_caption, image_px, rng))
+  return samples
+
+
+def _character(key: str, label: int, name: str, style: str, font: str, say: Callable, image_px: int,
+               rng) -> Sample:
+  """Draws a digit, or a letter, which is its own name, small or capital."""
+  character = pick((name.lower(), name.upper()), rng) if label == LETTER else str(label)
+  image = glyph_images.draw(character, font, style, image_px, rng)
+  return _sample(image, say, rng, key=key, label=label, class_name=name, domain=style, group=key,
+                 font=font)
+
+
+def _written(stream: str, rows: Sequence[int], styles: Sequence[str] = ('handwriting',),
+             say: Callable = _plain_caption, *, image_px: int, seed: int) -> list[Sample]:
+  """Makes samples of rows of load_digits. Their group is the form, which stands for the writer."""
+  bitmaps, labels = _load_digits()
+  samples = []
+  for row, (key, rng) in zip(rows, _streams(stream, len(rows), seed), strict=True):
+    form = np.searchsorted(FORMS, row, side='right') - 1
+    image = glyph_images.handwrite(bitmaps[row], pick(styles, rng), image_px, rng)
+    samples.append(_sample(
+        image, say, rng, key=key, label=int(labels[row]), class_name=CLASSES[labels[row]],
+        domain='handwriting', group=f'form-{form:02d}', font=None))
+  return samples
+
+
+def _sample(image: Array, say: Callable, rng, **about) -> Sample:
+  about |= {'duplicate_of': None, 'duplicate_kind': None, 'broken': None}
+  return Sample(glyph_images.encode(image), {**about, 'caption': say(about, rng)})
+
+
+def _copies(originals: list[Sample], exact: float, near: float, seed: int) -> list[Sample]:
+  """Copies these shares of the originals, no one twice, each with a new caption."""
+  chosen = iter(np.random.default_rng((seed, STREAMS.index('chosen'))).permutation(len(originals)))
+  samples = []
+  for kind, share in (('exact', exact), ('near', near)):
+    for key, rng in _streams(kind, _round(share * len(originals)), seed):
+      original = originals[next(chosen)]
+      about = {**original.about, 'key': key, 'duplicate_of': original.about['key'],
+               'duplicate_kind': kind}
+      image = original.image if kind == 'exact' else glyph_images.near_copy(original.image, rng)
+      samples.append(Sample(image, {**about, 'caption': _web_caption(about, rng)}))
+  return samples
+
+
+def _broken(count: int, image_px: int, seed: int) -> list[Sample]:
+  """Makes `count` samples of each way to be broken. Those without a caption have a good image."""
+  kinds = ('cut', 'garbage', 'empty', 'no caption') * count
+  samples = []
+  good = _drawn('broken', len(kinds), 'filled', ANCHOR_FONTS, image_px=image_px, seed=seed)
+  for kind, whole in zip(kinds, good, strict=True):
+    image = {'cut': whole.image[:len(whole.image) // 2], 'garbage': whole.image[::-1],
+             'empty': b'', 'no caption': whole.image}[kind]
+    text = None if kind == 'no caption' else whole.about['caption']
+    samples.append(Sample(image, {**whole.about, 'caption': text, 'broken': kind}))
+  return samples
+
+
+def _mixed(originals: list[Sample], copies: list[Sample], broken: list[Sample],
+           seed: int) -> list[Sample]:
+  """Puts the pool in a random order in which each copy comes after its original."""
+  rng = np.random.default_rng((seed, STREAMS.index('order')))
+  place = {sample.about['key']: rng.random() for sample in (*originals, *broken)}
+  for copy in copies:
+    place[copy.about['key']] = rng.uniform(place[copy.about['duplicate_of']], 1)
+  return sorted([*originals, *copies, *broken], key=lambda sample: place[sample.about['key']])
+
+
+@functools.cache
+def _load_digits() -> tuple[Array, Array]:
+  """Returns the bitmaps, [1797, 8, 8] in 0..16, and labels, [1797], in the order of the forms."""
+  from sklearn.datasets import load_digits  # costs a second to import
+
+  digits = load_digits()
+  return digits.images, digits.target
+
+
+def _first_rows(name: str, count: int, rows: range) -> range:
+  if count > len(rows):
+    raise ConfigError(f'{name} asks for {count} handwritten images, but its block of load_digits '
+                      f'has {len(rows)}; ask for fewer.')
+  return rows[:count]
+
+
+def _balanced_rows(count: int, rows: range) -> Array:
+  """Returns the first rows of each class, as many of each, `count` in all, in order."""
+  labels = _load_digits()[1][rows]
+  rank = np.zeros(len(rows), int)  # of a row within its class
+  for label in range(10):
+    rank[labels == label] = np.arange(np.sum(labels == label))
+  chosen = np.array(rows)[10 * rank + labels < count]
+  if len(chosen) < count:
+    raise ConfigError(f'queries={count}: of handwriting there are at most '
+                      f'{10 * np.bincount(labels).min()} with balanced classes; ask for fewer.')
+  return chosen
+
+
+def _streams(stream: str, count: int, seed: int) -> Iterator[tuple[str, np.random.Generator]]:
+  """Yields the key of each image of a stream and the generator that draws it."""
+  for i in range(count):
+    yield f'{stream}-{i:05d}', np.random.default_rng((seed, STREAMS.index(stream), i))
+
+
+def _round(number: float) -> int:
+  return int(number + 0.5)
+
+
+def _counts(samples: list[Sample]) -> dict:
+  """Counts what a tar holds, and lists the keys of its broken samples."""
+  abouts = [sample.about for sample in samples]
+  copied = collections.Counter(about['duplicate_kind'] for about in abouts)
+  broken = collections.defaultdict(list)
+  for about in abouts:
+    if about['broken']:
+      broken[about['broken']].append(about['key'])
+  return {'samples': len(abouts), 'letters': sum(about['label'] == LETTER for about in abouts),
+          'exact': copied['exact'], 'near': copied['near'], 'broken': dict(broken),
+          'domains': dict(collections.Counter(about['domain'] for about in abouts))}
+
+
+def _write_tar(path, samples: list[Sample]) -> None:
+  """Writes a tar; TarInfo's defaults put neither times nor owners into the headers."""
+  with files.atomic(path) as temporary, temporary.open('wb') as f, \
+      tarfile.open(fileobj=f, mode='w', format=tarfile.USTAR_FORMAT) as tar:
+    for sample in samples:
+      members = {'png': sample.image, 'json': json.dumps(sample.about).encode()}
+      if sample.about['caption'] is not None:
+        members['txt'] = sample.about['caption'].encode()
+      for ending, data in members.items():
+        member = tarfile.TarInfo(f'{sample.about["key"]}.{ending}')
+        member.size = len(data)
+        tar.addfile(member, io.BytesIO(data))

@@ -1,0 +1,56 @@
+"""The demo: a whole experiment in minutes on a CPU, with nothing downloaded but Python packages.
+
+  python -m clip_jax.main --config=configs/demo.py --workdir=runs/demo
+
+The pool: drawn digits and letters in many styles, and real handwritten digits, with web-like captions.
+The anchor: clean upright digits and a few strays of handwriting. The question: how much of the accuracy on
+real handwriting comes from the pool's images that are nearer to it than the anchor's?
+"""
+
+from clip_jax import defaults
+from clip_jax.data import glyph_captions
+
+
+def get_config():
+  config = defaults.get_config()
+
+  drawn = dict(format='glyphs', label_key='label', classes=glyph_captions.CLASSES, group_key='group',
+               columns=('domain', 'class_name', 'duplicate_of', 'duplicate_kind'), domain_column='domain')
+  config.pool = defaults.dataset(**drawn)
+  config.anchor = defaults.dataset(path='anchor', caption_template='a photo of the digit {}', **drawn)
+  for name in ('val', 'outline', 'inverted', 'rotated', 'handwriting'):
+    config.benchmarks[name] = defaults.benchmark(path=name, templates=glyph_captions.TEMPLATES, **drawn)
+
+  config.embedder.source = 'pca'
+  config.embedder.image_size = 32
+  config.embedder.dim = 64
+  config.dedup.threshold = 0.02
+
+  seeds_once = (0,)
+  config.splits.base = defaults.split(rule='all')
+  config.splits.anchor_only = defaults.split(rule='anchor')
+  config.splits.handwriting_pruned = defaults.split(rule='gap_aligned', benchmarks=('handwriting',))
+  config.splits.handwriting_matched = defaults.split(rule='matched', to='handwriting_pruned')
+  config.splits.near_75 = defaults.split(rule='near', size=0.75, benchmarks=('handwriting',), seeds=seeds_once)
+  config.splits.far_75 = defaults.split(rule='far', size=0.75, benchmarks=('handwriting',), seeds=seeds_once)
+  config.splits.random_75 = defaults.split(rule='random', size=0.75, seeds=seeds_once)
+
+  config.model.embed_dim = 128
+  config.model.image_size = 32
+  config.model.patch_size = 8
+  config.model.vision_width = 128
+  config.model.vision_layers = 3
+  config.model.vision_heads = 8
+  config.model.text_width = 128
+  config.model.text_layers = 1
+  config.model.text_heads = 8
+  config.model.context_length = 16
+
+  config.train.samples = 49_152
+  config.train.batch_size = 128
+  config.train.learning_rate = 5e-4
+  config.train.warmup_steps = 30
+  config.train.seeds = (0, 1, 2)
+  config.train.save_every_steps = 128
+  config.train.cache_mb = 256
+  return config
