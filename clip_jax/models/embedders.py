@@ -1,0 +1,151 @@
+"""Embedders that learn no weights by gradient: principal components of pixels, gradient histograms.
+
+An embedder is a pair of pure functions: fit(images uint8 [n, S, S, 3], dim) -> params (dict of
+float32 arrays, the whole embedder) and apply(params, images uint8 [b, S, S, 3]) -> float32
+[b, E], unit length. Rows are worked on in blocks of a fixed size, the last one padded, so that a
+vector's bits depend on its image alone: not on the batch it came in, nor on its place there.
+
+Both look at luminance (ITU-R BT.601), not at the three channels: which shape is drawn counts for a
+nearest neighbour, its tint does not, and the covariance of the pixels has a ninth of the entries.
+"""
+
+import numpy as np
+
+from clip_jax.core.types import Array
+
+_BLOCK = 256  # rows worked on at once
+_ORIENTATIONS = 9  # histogram bins over 180 degrees (Dalal and Triggs 2005)
+_LUMA = np.array([0.299, 0.587, 0.114], np.float32)
+
+
+def fit_pca(
+    images: Array,  # [n, S, S, 3] uint8
+    dim: int,  # components kept, at most n - 1 and at most S * S
+) -> dict[str, np.ndarray]:  # mean [S*S], components [S*S, dim], float32
+  return _principal(_in_blocks(_luminance, images), dim)
+
+
+def apply_pca(
+    params: dict[str, Array],  # of fit_pca
+    images: Array,  # [b, S, S, 3] uint8
+) -> np.ndarray:  # [b, dim] float32, unit length
+  """Luminance minus the fit's mean, on its leading components. See `_unit` for a zero vector."""
+  return _in_blocks(lambda block: _project(params, _luminance(block)), images)
+
+
+def fit_hog(
+    images: Array,  # [n, S, S, 3] uint8
+    dim: int,  # components kept; 0 keeps the histogram itself
+) -> dict[str, np.ndarray]:  # mean [F], and components [F, dim] where dim > 0, float32
+  features = _in_blocks(_histograms, images)
+  if dim == 0:
+    return dict(mean=features.mean(0, dtype=np.float64).astype(np.float32))
+  return _principal(features, dim)
+
+
+def apply_hog(
+    params: dict[str, Array],  # of fit_hog
+    images: Array,  # [b, S, S, 3] uint8
+) -> np.ndarray:  # [b, dim or F] float32, unit length
+  """Histogram of oriented gradients minus the fit's mean, on its leading components if any."""
+  return _in_blocks(lambda block: _project(params, _histograms(block)), images)
+
+
+def _in_blocks(function, images: Array) -> np.ndarray:
+  if images.ndim != 4 or images.shape[1] != images.shape[2] or images.shape[3] != 3:
+    raise ValueError(f'images must be [n, S, S, 3], got {list(images.shape)}')
+  if images.dtype != np.uint8:
+    raise ValueError(f'images must be uint8, got {images.dtype}')
+  parts = []
+  for start in range(0, len(images), _BLOCK):
+    part = images[start:start + _BLOCK]
+    block = np.zeros((_BLOCK, *images.shape[1:]), np.uint8)
+    block[:len(part)] = part
+    parts.append(function(block)[:len(part)])
+  return np.concatenate(parts) if parts else function(
+      np.zeros((_BLOCK, *images.shape[1:]), np.uint8))[:0]
+
+
+def _luminance(
+    images: Array,  # [b, S, S, 3] uint8
+) -> np.ndarray:  # [b, S*S] float32 in 0..1
+  return ((images * _LUMA).sum(-1) / 255).reshape(len(images), -1)
+
+
+def _histograms(
+    images: Array,  # [b, S, S, 3] uint8, S at least 8
+) -> np.ndarray:  # [b, F] float32, F = (S/c - 1)^2 * 4 * 9 for cells of c pixels
+  """Dalal and Triggs 2005: cells of 8 pixels (S // 4 where S < 32), blocks of 2 x 2 cells.
+
+  Unsigned orientation in 9 bins, votes of the gradient's length shared between the two nearest;
+  each block is scaled to unit length (with a small constant, so that a flat block stays zero).
+  Pixels beyond the last whole cell are not seen.
+  """
+  size = images.shape[1]
+  cell = min(8, size // 4)
+  cells = size // cell
+  gray = _luminance(images).reshape(-1, size, size)[:, :cells * cell, :cells * cell]
+  down, right = np.gradient(gray, axis=(1, 2))
+  length = np.hypot(down, right).ravel()
+  position = np.arctan2(down, right).ravel() * (_ORIENTATIONS / np.pi) % _ORIENTATIONS
+  lower = np.floor(position)
+  share = position - lower
+  lower = lower.astype(np.int64) % _ORIENTATIONS
+  along = np.arange(cells * cell) // cell
+  which = np.arange(len(gray))[:, None, None] * cells * cells + along[:, None] * cells + along
+  which = which.ravel() * _ORIENTATIONS  # of each pixel: its cell's first bin
+  bins = len(gray) * cells * cells * _ORIENTATIONS
+  cell_sum = np.bincount(which + lower, length * (1 - share), bins)
+  cell_sum += np.bincount(which + (lower + 1) % _ORIENTATIONS, length * share, bins)
+  cell_sum = cell_sum.reshape(-1, cells, cells, _ORIENTATIONS)
+  block = np.concatenate([cell_sum[:, :-1, :-1], cell_sum[:, :-1, 1:],
+                          cell_sum[:, 1:, :-1], cell_sum[:, 1:, 1:]], axis=-1)
+  block = block / np.sqrt(np.square(block).sum(-1, keepdims=True) + 1e-4)
+  return block.reshape(len(images), -1).astype(np.float32)
+
+
+def _principal(
+    features: Array,  # [n, F] float32
+    dim: int,
+) -> dict[str, np.ndarray]:  # mean [F], components [F, dim], float32
+  """The `dim` leading directions of the features about their mean, most variance first.
+
+  An eigenvector's sign is free: here its entry of largest size is positive.
+  """
+  n, width = features.shape
+  if not 1 <= dim <= min(n - 1, width):
+    raise ValueError(f'dim = {dim} components need at least {dim + 1} images and {dim} features, '
+                     f'got {n} images of {width}')
+  mean = features.mean(0, dtype=np.float64)
+  centred = features - mean
+  if n >= width:
+    components = np.linalg.eigh(centred.T @ centred)[1][:, ::-1][:, :dim]
+  else:  # the same directions from the smaller matrix of products between images
+    components = centred.T @ np.linalg.eigh(centred @ centred.T)[1][:, ::-1][:, :dim]
+    components /= np.maximum(np.linalg.norm(components, axis=0), 1e-12)
+  largest = components[np.abs(components).argmax(0), np.arange(dim)]
+  components = components * np.where(largest < 0, -1, 1)
+  return dict(mean=mean.astype(np.float32), components=components.astype(np.float32))
+
+
+def _project(
+    params: dict[str, Array],
+    features: Array,  # [b, F] float32
+) -> np.ndarray:  # [b, E] float32, unit length
+  x = features - params['mean']
+  if 'components' in params:  # row by row: a matrix product's bits depend on a row's place in it
+    x = np.stack([row @ params['components'] for row in x])
+  return _unit(x)
+
+
+def _unit(
+    x: Array,  # [b, E] float32
+) -> np.ndarray:  # [b, E] float32, unit length
+  """An image that is the fit's mean has no direction: it gets the first axis, never a NaN."""
+  norm = np.linalg.norm(x, axis=-1, keepdims=True)
+  first = np.zeros_like(x)
+  first[:, 0] = 1
+  return np.where(norm > 1e-6, x / np.maximum(norm, 1e-6), first).astype(np.float32)
+
+
+EMBEDDERS = {'pca': (fit_pca, apply_pca), 'hog': (fit_hog, apply_hog)}

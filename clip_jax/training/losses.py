@@ -1,0 +1,35 @@
+"""Losses over a global batch of paired features. A loss takes what a model's `encode` returns.
+
+They are written on global arrays: under jit with the batch sharded over a mesh, XLA inserts the
+gathers, and every sample meets all others of the global batch as negatives.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from clip_jax.core.types import Array
+
+
+def normalize(
+    x: Array,  # [..., E]
+) -> Array:  # [..., E] float32, unit length (a zero vector stays zero)
+  x = x.astype(jnp.float32)
+  return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-24))
+
+
+def clip_loss(
+    image: Array,  # [B, E], not normalised
+    text: Array,  # [B, E], not normalised; row i belongs to image i
+    scale: Array,  # []: what cosines are multiplied with, the exponential of logit_scale
+) -> Array:  # [] float32
+  """Mean of the two cross-entropies, image to text and text to image (Radford et al. 2021)."""
+  if image.shape != text.shape or image.ndim != 2:
+    raise ValueError(f'image and text must both be [B, E], got {image.shape} and {text.shape}')
+  logits = scale * normalize(image) @ normalize(text).T  # [B, B]
+  matched = jnp.diagonal(logits)
+  to_text = jax.nn.logsumexp(logits, axis=1) - matched
+  to_image = jax.nn.logsumexp(logits, axis=0) - matched
+  return (to_text.mean() + to_image.mean()) / 2
+
+
+LOSSES = {'clip': clip_loss}

@@ -1,0 +1,147 @@
+"""The loop: what it writes, and that a stopped, killed or damaged run goes on bit for bit."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+import test_step
+from clip_jax.core import checkpoints
+from clip_jax.core import metrics as metrics_lib
+from clip_jax.core.errors import InputError
+from clip_jax.models import clip
+from clip_jax.training import loop
+from test_checkpoints import damage
+
+BATCH = 16
+
+
+def batches(start):
+  assert start % BATCH == 0
+  n = start // BATCH
+  while True:
+    yield dict(test_step.batch(n, BATCH), index=np.arange(BATCH))
+    n += 1
+
+
+def train(folder, **changes):
+  functions = clip.functions(test_step.CONFIG)
+  arguments = dict(
+      init_params=functions.init, encode=functions.encode, batches=batches, total_steps=12,
+      batch_size=BATCH, learning_rate=1e-2, warmup_steps=3, weight_decay=0.2, beta1=0.9, beta2=0.98,
+      eps=1e-6, seed=0, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25),
+      checkpoint_dir=os.path.join(folder, 'checkpoints'), config={'width': 8}, save_every_steps=4,
+      save_every_secs=0, keep=3, log_every_steps=2,
+      metrics=metrics_lib.MetricsWriter(os.path.join(folder, 'metrics.jsonl')))
+  return loop.train(**(arguments | changes))
+
+
+def stop_after(updates):
+  asked = iter(range(1, updates + 1))  # once after each update
+  return lambda: next(asked) == updates
+
+
+def lines(folder):
+  """The metrics without what tells of the clock."""
+  return [{name: value for name, value in line.items() if name not in metrics_lib.TIME_FIELDS}
+          for line in metrics_lib.read(os.path.join(folder, 'metrics.jsonl'))]
+
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+  folder = str(tmp_path_factory.mktemp('whole'))
+  return train(folder), folder
+
+
+def test_a_run_says_and_keeps_what_it_should(whole):
+  result, folder = whole
+  assert result.step == 12 and result.finished and result.resumed_from is None
+  params, step, config = checkpoints.restore_params(folder)
+  assert step == 12 and config == {'width': 8}
+  assert checkpoints.digest(params) == result.digest
+  assert [int(f.name) for f in checkpoints.step_folders(folder)] == [4, 8, 12]
+  written = metrics_lib.read(os.path.join(folder, 'metrics.jsonl'))
+  assert [line['step'] for line in written] == [2, 4, 6, 8, 10, 12]
+  assert set(written[0]) == {'step', 'train/loss', 'train/logit_scale', 'train/learning_rate',
+                             'train/samples', 'train/seconds', 'train/images_per_sec'}
+  assert written[-1]['train/samples'] == 12 * BATCH
+  assert written[-1]['train/loss'] < written[0]['train/loss']
+  np.testing.assert_allclose(written[0]['train/learning_rate'], 1e-2 * 2 / 3, rtol=1e-6)
+
+
+@pytest.mark.parametrize('stopped_at', [1, 4, 7])
+def test_a_stopped_run_goes_on_bit_for_bit(whole, tmp_path, stopped_at):
+  first = train(tmp_path, should_stop=stop_after(stopped_at))
+  assert (first.step, first.finished) == (stopped_at, False)
+  assert checkpoints.restore_params(tmp_path)[1] == stopped_at
+  second = train(tmp_path)
+  assert (second.resumed_from, second.digest) == (stopped_at, whole[0].digest)
+  assert lines(tmp_path) == lines(whole[1])
+
+
+def test_metrics_after_the_checkpoint_are_cut(whole, tmp_path, caplog):
+  train(tmp_path, should_stop=stop_after(10))
+  damage(tmp_path / 'checkpoints' / '00000010' / 'params')
+  caplog.set_level('INFO')
+  again = train(tmp_path)
+  assert (again.resumed_from, again.digest) == (8, whole[0].digest)
+  assert 'goes on from the checkpoint of step 8' in caplog.text
+  assert lines(tmp_path) == lines(whole[1])
+
+
+def test_a_finished_run_is_left_alone(whole):
+  again = train(whole[1], batches=None)
+  assert again == loop.TrainResult(12, whole[0].digest, True, 12)
+
+
+def test_the_clock_saves_too(tmp_path):
+  train(tmp_path, save_every_steps=0, save_every_secs=1e-9, keep=20)
+  assert len(checkpoints.step_folders(tmp_path)) == 12
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(tmp_path):
+  with pytest.raises(InputError, match='diverged at step'):
+    train(tmp_path, learning_rate=float('nan'), warmup_steps=0, save_every_steps=1)
+  assert not checkpoints.step_folders(tmp_path)
+
+
+def test_a_batch_must_divide_by_the_devices(tmp_path):
+  with pytest.raises(InputError, match='batch_size = 12 .* nearest is 16'):
+    train(tmp_path, batch_size=12)
+
+
+RUN = '''
+import sys
+sys.path[:0] = sys.argv[2:]
+import conftest, test_loop
+print(test_loop.train(sys.argv[1], save_every_steps=3, total_steps=90).digest)
+'''
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_any_moment_goes_on_bit_for_bit(tmp_path):
+  here = os.path.dirname(__file__)
+
+  def command(folder):
+    return [sys.executable, '-c', RUN, str(folder), here, os.path.dirname(here)]
+
+  whole = command(tmp_path / 'whole')
+  want = subprocess.run(whole, capture_output=True, text=True, check=True).stdout
+  killed = tmp_path / 'killed'
+  for kill in range(2):
+    process = subprocess.Popen(command(killed), stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL)
+    before = max((int(f.name) for f in checkpoints.step_folders(killed)), default=0)
+    while process.poll() is None and not any(
+        int(f.name) > before + 10 for f in checkpoints.step_folders(killed)):
+      time.sleep(0.01)
+    time.sleep(0.05 * kill)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+  got = subprocess.run(command(killed), capture_output=True, text=True, check=True).stdout
+  assert got == want
+  assert lines(killed) == lines(tmp_path / 'whole')

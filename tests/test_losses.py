@@ -1,0 +1,55 @@
+"""The contrastive loss against five naive lines."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from clip_jax.training import losses
+
+
+def naive(image, text, scale):
+  image = image / np.linalg.norm(image, axis=1, keepdims=True)
+  text = text / np.linalg.norm(text, axis=1, keepdims=True)
+  e = np.exp(scale * image @ text.T)
+  picks = np.diagonal(e)
+  return (-np.log(picks / e.sum(1)).mean() - np.log(picks / e.sum(0)).mean()) / 2
+
+
+def features(n=6, seed=0):
+  rng = np.random.default_rng(seed)
+  return rng.normal(size=(n, 5)), rng.normal(size=(n, 5))
+
+
+def test_equals_the_naive_loss():
+  image, text = features()
+  got = losses.clip_loss(jnp.asarray(image), jnp.asarray(text), jnp.asarray(3.0))
+  np.testing.assert_allclose(got, naive(image, text, 3.0), rtol=1e-5)
+
+
+def test_lengths_and_order_of_pairs_do_not_count():
+  image, text = features()
+  order = np.random.default_rng(1).permutation(6)
+  moved = jnp.asarray(7 * image[order]), jnp.asarray(text[order] / 3)
+  got = losses.clip_loss(*moved, jnp.asarray(3.0))
+  np.testing.assert_allclose(got, naive(image, text, 3.0), rtol=1e-5)
+
+
+def test_chance_and_certainty():
+  zeros = jnp.zeros((8, 5))
+  chance = losses.clip_loss(zeros, zeros, jnp.asarray(50.0))
+  np.testing.assert_allclose(chance, np.log(8), rtol=1e-6)
+  eye = jnp.eye(8)
+  assert losses.clip_loss(eye, eye, jnp.asarray(100.0)) < 1e-6
+
+
+def test_a_zero_vector_gives_finite_gradients():
+  image, text = (jnp.asarray(x).at[0].set(0) for x in features())
+  grads = jax.grad(losses.clip_loss, argnums=(0, 1, 2))(image, text, jnp.asarray(3.0))
+  assert all(np.isfinite(g).all() for g in grads)
+
+
+def test_other_shapes_are_refused():
+  image, text = features()
+  with pytest.raises(ValueError, match=r'\(6, 5\) and \(5, 5\)'):
+    losses.clip_loss(image, text[:5], 1.0)

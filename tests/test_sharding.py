@@ -1,0 +1,49 @@
+"""Meshes of the eight virtual devices."""
+
+import jax
+import numpy as np
+import pytest
+
+from clip_jax.core import sharding
+from clip_jax.core.errors import ConfigError, InputError
+
+
+def test_axes():
+  mesh = sharding.mesh(fsdp=2)
+  assert dict(mesh.shape) == {'data': 4, 'fsdp': 2}
+
+
+@pytest.mark.parametrize('fsdp', [0, 3, 16])
+def test_fsdp_must_divide_the_devices(fsdp):
+  with pytest.raises(ConfigError, match=f'train.fsdp = {fsdp} .* 8'):
+    sharding.mesh(fsdp)
+
+
+@pytest.mark.parametrize('size, nearest', [(1, 8), (12, 16), (65, 64), (0, 8)])
+def test_a_batch_must_divide(size, nearest):
+  with pytest.raises(InputError, match=f'= {size} .* nearest is {nearest}'):
+    sharding.check_batch_size(size, sharding.mesh())
+
+
+def test_a_batch_that_divides_passes():
+  sharding.check_batch_size(64, sharding.mesh())
+
+
+def test_parameters_are_split_along_their_longest_axis_that_divides():
+  tree = {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in
+          dict(tall=(12, 4), odd=(9, 4), none=(3, 5), vector=(8,), scalar=()).items()}
+  shardings = sharding.parameter_shardings(tree, sharding.mesh(fsdp=4))
+  specs = jax.tree.map(lambda s: tuple(s.spec), shardings)
+  assert specs == dict(tall=('fsdp', None), odd=(None, 'fsdp'), none=(None, None), vector=(None,),
+                       scalar=())
+
+
+def test_without_fsdp_all_is_replicated():
+  tree = {'w': jax.ShapeDtypeStruct((8, 8), np.float32)}
+  assert sharding.parameter_shardings(tree, sharding.mesh())['w'].is_fully_replicated
+
+
+def test_a_placed_batch_is_split_over_all_devices():
+  batch = sharding.place_batch({'x': np.arange(16).reshape(16, 1)}, sharding.mesh(fsdp=2))
+  assert {shard.data.shape for shard in batch['x'].addressable_shards} == {(2, 1)}
+  np.testing.assert_array_equal(batch['x'], np.arange(16).reshape(16, 1))

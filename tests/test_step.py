@@ -1,0 +1,116 @@
+"""The compiled step: same numbers on any mesh, one compilation for any schedule."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from clip_jax.core import checkpoints
+from clip_jax.core import sharding
+from clip_jax.models import clip
+from clip_jax.training import step as training_step
+
+CONFIG = clip.CLIPConfig(embed_dim=8, image_size=8, patch_size=4, vision_width=8, vision_layers=1,
+                         vision_heads=2, context_length=6, vocab_size=32, text_width=8,
+                         text_heads=2, text_layers=1)
+RECIPE = training_step.Recipe(loss='clip', beta1=0.9, beta2=0.98, eps=1e-6, weight_decay=0.2,
+                              mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3))
+
+
+def batch(n, size=16):
+  """Four kinds of image, each with its caption."""
+  rng = np.random.default_rng(n)
+  kind = rng.integers(0, 4, size)
+  image = rng.integers(0, 60, (size, 8, 8, 3)) + kind[:, None, None, None] * 60
+  text = np.zeros((size, 6), np.int32)
+  text[:, :3] = np.stack([np.full(size, 30), kind + 1, np.full(size, 31)], 1)
+  return dict(image=image.astype(np.uint8), text=text)
+
+
+def schedule(total_steps=50, peak=3e-3):
+  return dict(peak=np.float32(peak), warmup_steps=np.int32(5), total_steps=np.int32(total_steps))
+
+
+def compiled(devices, fsdp=1, recipe=RECIPE):
+  mesh = jax.make_mesh((devices // fsdp, fsdp), ('data', 'fsdp'), devices=jax.devices()[:devices],
+                       axis_types=(jax.sharding.AxisType.Auto,) * 2)
+  functions = clip.functions(CONFIG)
+  return training_step.steps(functions.init, functions.encode, recipe, mesh), mesh
+
+
+def run(devices, fsdp, updates=6):
+  steps, mesh = compiled(devices, fsdp)
+  state = steps.init(0)
+  born = checkpoints.digest(state['params'])
+  losses = []
+  for n in range(updates):
+    state, values = steps.step(state, sharding.place_batch(batch(n), mesh), schedule())
+    losses.append(float(values['loss']))
+  return born, losses, jax.tree.map(np.asarray, state)
+
+
+@pytest.fixture(scope='module')
+def alone():
+  return run(1, 1)
+
+
+@pytest.mark.parametrize('fsdp', [1, 4])
+def test_eight_devices_agree_with_one(alone, fsdp):
+  born, losses, state = run(8, fsdp)
+  assert born == alone[0]
+  np.testing.assert_allclose(losses, alone[1], rtol=2e-5)
+  for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(state['params']),
+                          jax.tree.leaves(alone[2]['params']), strict=True):
+    if 'in_proj_bias' in jax.tree_util.keystr(path):  # softmax ignores the keys' bias: its gradient
+      a, b = np.delete([a, b], slice(8, 16), axis=1)  # is rounding noise, which Adam blows up
+    np.testing.assert_allclose(a, b, atol=1e-5, err_msg=jax.tree_util.keystr(path))
+  assert state['step'] == 6
+
+
+def test_state_is_born_split_and_stays_so():
+  steps, mesh = compiled(8, 4)
+  state = steps.init(0)
+  for _ in range(2):
+    weight = state['params']['text']['token_embedding']['weight']
+    moment = state['opt'][0].mu['text']['token_embedding']['weight']
+    assert {x.addressable_shards[0].data.shape for x in (weight, moment)} == {(8, 8)}
+    state, _ = steps.step(state, sharding.place_batch(batch(0), mesh), schedule())
+
+
+def test_other_lengths_and_rates_share_the_compiled_step(alone):
+  steps, mesh = compiled(1)
+  assert steps is compiled(1)[0]
+  before = steps.step._cache_size()
+  state = steps.init(1)
+  for total, peak in ((10, 1e-3), (99, 2e-3)):
+    state, values = steps.step(state, sharding.place_batch(batch(0), mesh), schedule(total, peak))
+  assert steps.step._cache_size() == before == 1
+  np.testing.assert_allclose(values['learning_rate'], 2e-3 * 2 / 5, rtol=1e-6)
+
+
+def test_it_learns_and_says_what_it_used():
+  steps, mesh = compiled(1)
+  state = steps.init(0)
+  for n in range(50):
+    state, values = steps.step(state, sharding.place_batch(batch(n), mesh), schedule(peak=1e-2))
+    if n == 0:
+      first = values
+  assert float(values['loss']) < float(first['loss']) - 0.5
+  np.testing.assert_allclose(first['logit_scale'], 1 / 0.07, rtol=1e-6)
+  np.testing.assert_allclose(first['learning_rate'], 1e-2 / 5, rtol=1e-6)
+
+
+def test_the_scale_never_passes_100():
+  steps, mesh = compiled(1)
+  state = steps.init(0)
+  state['params']['logit_scale'] = jnp.asarray(np.log(99.99), jnp.float32)
+  eye = batch(0)
+  for _ in range(3):
+    state, _ = steps.step(state, sharding.place_batch(eye, mesh), schedule(peak=1.0))
+    assert 0 <= float(state['params']['logit_scale']) <= np.float32(np.log(100))
+
+
+def test_pixels_are_normalised_by_channel():
+  image = np.full((1, 2, 2, 3), 51, np.uint8)
+  got = training_step.normalize(jnp.asarray(image), RECIPE.mean, RECIPE.std)
+  np.testing.assert_allclose(got[0, 0, 0], (0.2 - np.array(RECIPE.mean)) / RECIPE.std, rtol=1e-5)
