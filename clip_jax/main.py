@@ -1,0 +1,31 @@
+"""The whole experiment: python -m clip_jax.main --config=configs/demo.py --workdir=runs/demo (see README)."""
+
+import os
+import sys
+
+from clip_jax.core import command
+
+if __name__ == '__main__':
+  command.huge_pages()  # before anything allocates
+
+from absl import app
+from absl import flags
+from ml_collections import config_flags
+
+_CONFIG = config_flags.DEFINE_config_file('config', None, 'The experiment: a Python file with get_config().',
+                                          lock_config=True)
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of everything that is made: local, gs:// or s3://.')
+_STAGES = flags.DEFINE_list('stages', None, 'Only these stages, in their order; default: all.')
+_REDO = flags.DEFINE_string('redo', '', 'STAGE or STAGE:product: forget it and what follows from it, then make it.')
+_DRY_RUN = flags.DEFINE_bool('dry_run', False, 'Print the plan and what is there already; write nothing.')
+
+
+def main(argv: list[str]) -> int:
+  del argv
+  from clip_jax.stages import pipeline
+  return command.guard(lambda: pipeline.run(
+      _CONFIG.value, _WORKDIR.value, stages=_STAGES.value, redo=_REDO.value, dry_run=_DRY_RUN.value))
+
+
+if __name__ == '__main__':
+  sys.exit(app.run(main, flags_parser=command.parse_flags))

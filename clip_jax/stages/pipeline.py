@@ -1,0 +1,162 @@
+"""Walks the stages in their order: checks the config, forgets what --redo names, runs, says where results are."""
+
+import importlib
+import os
+import platform
+import shutil
+import sys
+import time
+from importlib import metadata
+
+from absl import logging
+from ml_collections import ConfigDict
+
+from clip_jax.core import config as config_lib
+from clip_jax.core import files
+from clip_jax.core import log
+from clip_jax.core import products
+from clip_jax.core import progress
+from clip_jax.core.errors import ConfigError
+from clip_jax.core.errors import InputError
+from clip_jax.stages import STAGES
+from clip_jax.stages import check
+from clip_jax.stages import layout
+
+PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy', 'scipy', 'pillow', 'scann',
+            'clip-jax-ood')
+REDO = 'redo.json'  # a --redo in progress
+
+
+def run(config: ConfigDict, workdir: str | None, *, stages: list[str] | None, redo: str, dry_run: bool) -> None:
+  """Runs the experiment, or the named stages of it."""
+  if not workdir:
+    raise ConfigError('--workdir is not given: the folder for everything that is made, for example '
+                      '--workdir=runs/demo.')
+  names = _stage_names(stages)
+  check.check(config)
+  if not files.is_local(workdir):
+    raise ConfigError(f'--workdir={workdir}: tables and embeddings are memory-mapped, so the work directory must be '
+                      'a local folder. Sync it to the bucket afterwards.')
+  workdir = os.path.abspath(os.path.expanduser(workdir))
+  if dry_run:
+    from clip_jax.stages import plan
+    plan.show(config, workdir, names)
+    return
+  if os.path.exists(workdir) and not os.path.isdir(workdir):
+    raise ConfigError(f'--workdir={workdir} is a file; give a folder.')
+  log.to_file(os.path.join(workdir, 'log.txt'))
+  logging.info('clip_jax: %s', ' '.join([os.path.basename(sys.executable), *sys.orig_argv[1:]]))
+  files.write_json(os.path.join(workdir, 'config.json'), layout.plain(config))
+  if redo:
+    forget(workdir, redo)
+  before, start = _finished(workdir), time.monotonic()
+  for name in names:
+    began = time.monotonic()
+    if name == 'report' and _finished(workdir) != before:
+      _versions(workdir)  # the page shows them
+    importlib.import_module(f'clip_jax.stages.{name}').run(config, workdir)
+    spent = time.monotonic() - began
+    if spent > 1:
+      logging.info('%s took %s.', name, progress.seconds(spent))
+  if _finished(workdir) == before and not redo:
+    logging.info('Everything was there already and fits the config; nothing was done.')
+  elif 'report' not in names:
+    _versions(workdir)
+  _unnamed(config, workdir)
+  (files.epath.Path(workdir) / REDO).unlink(missing_ok=True)
+  _close(config, workdir, names, time.monotonic() - start)
+
+
+def _stage_names(stages: list[str] | None) -> list[str]:
+  for name in stages or []:
+    if name not in STAGES:
+      raise ConfigError(f'--stages={name!r} is not a stage.{config_lib.nearest(name, STAGES)}')
+  return [name for name in STAGES if not stages or name in stages]
+
+
+def forget(workdir: str, redo: str) -> None:
+  """Removes what --redo names and everything that follows from it, the last first.
+
+  redo.json says that this is done, until the whole command is: after a kill the same command does not
+  remove again what it has already made.
+  """
+  stage, _, product = redo.partition(':')
+  if stage not in STAGES:
+    raise ConfigError(f'--redo={redo!r}: {stage!r} is not a stage.{config_lib.nearest(stage, STAGES)}')
+  path = os.path.join(workdir, REDO)
+  state = files.read_json(path) if os.path.exists(path) else {}
+  if state.get('redo') == redo and state.get('removed'):
+    logging.info('redo: going on with --redo=%s; what it names was removed already.', redo)
+    return
+  target = STAGES[stage] + (f'/{product.strip("/")}' if product else '')
+  found = products.sidecars(workdir)
+  named = [name for name in found if name == target or name.startswith(target + '/')]
+  folder = os.path.join(workdir, target)
+  if not named and not os.path.exists(folder):
+    raise ConfigError(f'--redo={redo!r} names nothing in {workdir}.'
+                      f'{config_lib.nearest(target, [n for n in found if n.startswith(STAGES[stage])])}')
+  files.write_json(path, {'redo': redo, 'removed': False})
+  for name in products.followers(workdir, named):
+    products.forget(workdir, name)
+    run_folder = os.path.dirname(os.path.join(workdir, name))
+    if name.endswith('/run') and os.path.isdir(run_folder):
+      shutil.rmtree(run_folder)
+  if os.path.isdir(folder):
+    shutil.rmtree(folder)  # also what was begun there and is not finished
+  files.write_json(path, {'redo': redo, 'removed': True})
+  logging.info('redo: %s and what follows from it are removed (%d products).', target, len(named))
+
+
+def _finished(workdir: str) -> dict[str, str]:
+  return {name: sidecar['fingerprint'] for name, sidecar in products.sidecars(workdir).items()}
+
+
+def _versions(workdir: str) -> None:
+  """Writes what made the results: packages, devices, processors. Not part of any fingerprint."""
+  found = {}
+  for name in PACKAGES:
+    try:
+      found[name] = metadata.version(name)
+    except metadata.PackageNotFoundError:
+      found[name] = None
+  devices = []
+  if 'jax' in sys.modules:
+    import jax
+    devices = sorted({f'{device.platform}: {device.device_kind}' for device in jax.devices()})
+    devices.append(f'{jax.device_count()} in all')
+  files.write_json(os.path.join(workdir, 'versions.json'), {
+      'python': platform.python_version(), 'packages': found, 'devices': devices,
+      'cpus': len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count(),
+      'machine': platform.machine(), 'huge_pages': os.environ.get('GLIBC_TUNABLES', '')})
+
+
+def _unnamed(config: ConfigDict, workdir: str) -> None:
+  """Lists finished products of splits, seeds or benchmarks that the config no longer names."""
+  runs = {layout.run_folder(split, seed) for split, seed in layout.runs(config)}
+  names = set(layout.datasets(config))
+  left = []
+  for name in products.sidecars(workdir):
+    part = name.split('/')
+    if ((part[0] == 'splits' and part[1] not in config.splits)
+        or (part[0] == 'train' and '/'.join(part[:3]) not in runs)
+        or (part[0] == 'evaluate' and ('/'.join(['train', *part[1:3]]) not in runs or part[3] not in names))
+        or (part[0] in ('ingest', 'embeddings') and part[1] not in (*names, layout.GLYPHS))
+        or (part[0] == 'search' and part[1] not in (*names, layout.ANCHOR_CLASSES))):
+      left.append(name)
+  if left:
+    logging.info('Left alone, as the config does not name them: %s.', ', '.join(sorted(left)[:8]) +
+                 (f' and {len(left) - 8} more' if len(left) > 8 else ''))
+
+
+def _close(config: ConfigDict, workdir: str, names: list[str], spent: float) -> None:
+  """Says how it ended and where the results are."""
+  page = os.path.join(workdir, 'report', 'index.html')
+  summary = os.path.join(workdir, 'report', 'summary.txt')
+  if 'report' in names and os.path.exists(summary):
+    logging.info('\n%s', files.epath.Path(summary).read_text().rstrip())
+  if 'report' in names and os.path.exists(page):
+    logging.info('\nDone in %s. The report: %s', progress.seconds(spent), page)
+  else:
+    logging.info('Done in %s. Results are in %s.', progress.seconds(spent),
+                 ', '.join(os.path.join(workdir, STAGES[name]) for name in names))
+  del config

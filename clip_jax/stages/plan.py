@@ -1,0 +1,262 @@
+"""--dry_run: what each stage would do: rows, bytes, FLOPs, time, and which products fit. Writes nothing.
+
+FLOPs count multiplications and additions of the matrix products, which are nearly all of the work; a
+training step is three forward passes. Times are FLOPs over a rate: here the matmul rate measured now,
+elsewhere 40 % of the vendor's dense peak; reading and decoding images comes on top.
+"""
+
+import collections
+import dataclasses
+import os
+import time
+
+from absl import logging
+from ml_collections import ConfigDict
+import numpy as np
+
+from clip_jax.core import files
+from clip_jax.core import products
+from clip_jax.core import progress
+from clip_jax.core.errors import InputError
+from clip_jax.stages import STAGES
+from clip_jax.stages import layout
+
+# Dense peaks in FLOP/s from the vendors' data sheets: (float32 or TF32 matmul, bfloat16 matmul).
+ACCELERATORS = {'A100': (156e12, 312e12), 'H100 SXM': (494e12, 989e12), 'TPU v5e': (49e12, 197e12)}
+SHARE_OF_PEAK = 0.4  # what such code reaches, as an assumption
+ITERATIONS = 20      # of k-means, a guess for the plan only
+
+
+@dataclasses.dataclass(frozen=True)
+class StagePlan:
+  """What one stage would do with all its products, made or not. None: not known before ingest."""
+  rows: int | None
+  bytes: int | None   # on disk, when all is made
+  flops: float | None
+
+
+def show(config: ConfigDict, workdir: str, names: list[str]) -> None:
+  """Prints the plan of some stages."""
+  from clip_jax.core import log
+  log.start()
+  rows = dataset_rows(config, workdir)
+  rate = matmul_rate()
+  logging.info('Plan for %s (nothing is written). Rows: %s.', workdir,
+               ', '.join(f'{name} {_number(n)}' for name, n in rows.items()))
+  logging.info('%-9s %12s %10s %10s %14s  %s  %s', 'stage', 'rows', 'disk', 'FLOPs', 'time here',
+               '  '.join(f'{name:>9}' for name in ACCELERATORS), 'products')
+  disk = 0
+  for name in names:
+    plan = PLANS[name](config, workdir, rows)
+    disk += plan.bytes or 0
+    bf16 = name in ('train', 'evaluate') and config.train.dtype == 'bfloat16'
+    times = [_time(plan.flops, SHARE_OF_PEAK * peaks[bf16]) for peaks in ACCELERATORS.values()]
+    logging.info('%-9s %12s %10s %10s %14s  %s  %s', name, _number(plan.rows), _bytes(plan.bytes),
+                 _si(plan.flops), _time(plan.flops, rate), '  '.join(f'{text:>9}' for text in times),
+                 _products(config, workdir, name))
+  free = files.free_bytes(workdir)
+  logging.info('Disk: about %s in all%s. Time here at %.0f GFLOP/s (measured now); accelerators at %d %% of their '
+               'dense peak.', _bytes(disk), f', {_bytes(free)} free' if free is not None else '', rate / 1e9,
+               round(100 * SHARE_OF_PEAK))
+
+
+def dataset_rows(config: ConfigDict, workdir: str) -> dict[str, int | None]:
+  """Returns the rows of each dataset that was ingested; None for the others."""
+  found = {}
+  for name in layout.datasets(config):
+    sidecar = products.read_sidecar(workdir, f'ingest/{name}/index')
+    found[name] = sidecar['counts']['rows'] if sidecar else None
+  return found
+
+
+def matmul_rate() -> float:
+  """Returns this machine's float32 matmul rate in FLOP/s, measured for a fraction of a second."""
+  import jax
+  import jax.numpy as jnp
+  n = 1024
+  x = jnp.ones((n, n), jnp.float32)
+  product = jax.jit(lambda a: a @ a)
+  product(x).block_until_ready()
+  best = float('inf')
+  for _ in range(5):
+    start = time.perf_counter()
+    product(x).block_until_ready()
+    best = min(best, time.perf_counter() - start)
+  return 2 * n ** 3 / best
+
+
+def _all_rows(rows: dict[str, int | None]) -> int | None:
+  return None if any(n is None for n in rows.values()) else sum(rows.values())
+
+
+def _ingest(config: ConfigDict, workdir: str, rows) -> StagePlan:
+  del config, workdir
+  n = _all_rows(rows)
+  return StagePlan(n, None if n is None else 200 * n, 0.0)
+
+
+def _dim(config: ConfigDict) -> int:
+  return config.model.embed_dim if config.embedder.source == 'train' else config.embedder.dim
+
+
+def _embedder(config: ConfigDict, workdir: str, rows) -> StagePlan:
+  del workdir, rows
+  e = config.embedder
+  if e.source == 'train':
+    return StagePlan(e.samples, _checkpoint_bytes(config), 3.0 * forward_flops(config) * e.samples)
+  pixels = 3 * e.image_size ** 2
+  return StagePlan(e.fit_images, 4 * pixels * e.dim, 2.0 * e.fit_images * pixels * min(pixels, e.fit_images))
+
+
+def _embed(config: ConfigDict, workdir: str, rows) -> StagePlan:
+  del workdir
+  n = _all_rows(rows)
+  if n is None:
+    return StagePlan(None, None, None)
+  each = forward_flops(config) if config.embedder.source == 'train' else 6.0 * config.embedder.image_size ** 2 * _dim(config)
+  return StagePlan(n, n * (2 * _dim(config) + 1), n * each)
+
+
+def _dedup(config: ConfigDict, workdir: str, rows) -> StagePlan:
+  del workdir
+  n = rows[layout.POOL]
+  if not config.dedup.enabled or n is None:
+    return StagePlan(n if config.dedup.enabled else 0, n and 9 * n, None if config.dedup.enabled else 0.0)
+  clusters = config.dedup.clusters or min(-(-n // 8000), 50_000)
+  return StagePlan(n, 9 * n, 2.0 * n * _dim(config) * (ITERATIONS * clusters + n / clusters / 2))
+
+
+def _search(config: ConfigDict, workdir: str, rows) -> StagePlan:
+  del workdir
+  n = rows[layout.POOL]
+  queries = _all_rows({name: rows[name] for name in config.benchmarks})
+  if n is None or queries is None:
+    return StagePlan(n, None, None)
+  anchor = rows.get(layout.ANCHOR) or 0
+  return StagePlan(n, 12 * n * len(config.benchmarks) + 24 * queries * config.search.top_k,
+                   2.0 * (n + anchor) * queries * _dim(config))
+
+
+def _prune(config: ConfigDict, workdir: str, rows) -> StagePlan:
+  del workdir
+  n = _all_rows({name: rows[name] for name in rows if name in (layout.POOL, layout.ANCHOR)})
+  drawn = sum(len(layout.draws(config, split)) for split in config.splits)
+  return StagePlan(n, None if n is None else 8 * n * drawn, 0.0)
+
+
+def _train(config: ConfigDict, workdir: str, rows) -> StagePlan:
+  del workdir
+  runs = len(layout.runs(config))
+  t = config.train
+  base = _all_rows({name: rows[name] for name in rows if name in (layout.POOL, layout.ANCHOR)})
+  seen = t.samples if t.budget == 'samples' else base and t.epochs * base
+  if not runs or seen is None:
+    return StagePlan(0 if not runs else None, 0 if not runs else None, 0.0 if not runs else None)
+  return StagePlan(runs * seen, runs * t.keep_checkpoints * _checkpoint_bytes(config),
+                   3.0 * forward_flops(config) * runs * seen)
+
+
+def _evaluate(config: ConfigDict, workdir: str, rows) -> StagePlan:
+  del workdir
+  queries = _all_rows({name: rows[name] for name in config.benchmarks})
+  runs = len(layout.runs(config))
+  if queries is None:
+    return StagePlan(None, None, None)
+  return StagePlan(runs * queries, 29 * runs * queries, runs * queries * forward_flops(config) if runs else 0.0)
+
+
+def _report(config: ConfigDict, workdir: str, rows) -> StagePlan:
+  del config, workdir, rows
+  return StagePlan(0, 2_000_000, 0.0)
+
+
+def forward_flops(config: ConfigDict) -> float:
+  """Returns the FLOPs of one image and its caption through both towers: 2 a weight and token, plus attention."""
+  from clip_jax.stages import models
+  a = models.architecture(config)
+  patches = (a.image_size // a.patch_size) ** 2 + 1
+  def tower(tokens: int, width: int, layers: int, mlp_ratio: float) -> float:
+    return layers * tokens * (2.0 * width * width * (4 + 2 * mlp_ratio) + 4.0 * tokens * width)
+  return (tower(patches, a.vision_width, a.vision_layers, a.mlp_ratio)
+          + tower(a.context_length, a.text_width, a.text_layers, 4.0)
+          + 2.0 * patches * 3 * a.patch_size ** 2 * a.vision_width
+          + 2.0 * a.embed_dim * (a.vision_width + a.text_width))
+
+
+def _checkpoint_bytes(config: ConfigDict) -> int:
+  """Parameters and AdamW's two moments, 4 bytes each."""
+  from clip_jax.stages import models
+  a = models.architecture(config)
+  block = lambda width, layers, ratio: layers * width * width * (4 + 2 * ratio)
+  numbers = (block(a.vision_width, a.vision_layers, a.mlp_ratio) + block(a.text_width, a.text_layers, 4)
+             + a.vocab_size * a.text_width + 3 * a.patch_size ** 2 * a.vision_width
+             + a.embed_dim * (a.vision_width + a.text_width))
+  return int(12 * numbers)
+
+
+PLANS = {'ingest': _ingest, 'embedder': _embedder, 'embed': _embed, 'dedup': _dedup, 'search': _search,
+         'prune': _prune, 'train': _train, 'evaluate': _evaluate, 'report': _report}
+
+
+def stage_products(config: ConfigDict, workdir: str, stage: str) -> list[products.Product]:
+  """Returns the products that the config wants of a stage."""
+  from clip_jax.stages import dedup, embed, embedder, evaluate, ingest, prune, report, search, train
+  if stage == 'ingest':
+    made = [ingest.glyph_tars(config)] if ingest.uses_glyphs(config) else []
+    for name in layout.datasets(config):
+      parts = ingest.shard_products(config, workdir, name)
+      made += [*parts, ingest.index_product(name, parts)]
+    return made
+  if stage == 'embedder':
+    return [embedder.product(config, workdir)]
+  if stage == 'embed':
+    return [p for name in layout.datasets(config) for p in embed.shard_products(config, workdir, name)]
+  if stage == 'dedup':
+    return [dedup.product(config, workdir)] if config.dedup.enabled else []
+  if stage == 'search':
+    return [p for made in search.all_products(config, workdir).values() for p in made]
+  if stage == 'prune':
+    rows = {p.name: p for split in config.splits for seed in layout.seeds(config, split)
+            for p in [prune.rows_product(config, workdir, split, seed)]}
+    return [*rows.values(), *(prune.split_product(config, workdir, split) for split in config.splits)]
+  if stage == 'train':
+    return list(train.all_products(config, workdir).values())
+  if stage == 'evaluate':
+    return [p for *_, p in evaluate.all_products(config, workdir)]
+  return [report.product(config, workdir)]
+
+
+def _products(config: ConfigDict, workdir: str, stage: str) -> str:
+  """Returns '12 fit, 3 missing' for a stage, and what differs by name."""
+  wanted = stage_products(config, workdir, stage)
+  states = {product.name: products.status(workdir, product) for product in wanted}
+  counts = collections.Counter(states.values())
+  text = ', '.join(f'{counts[state]} {word}' for state, word in
+                   (('fits', 'fit'), ('missing', 'missing'), ('differs', 'differ')) if counts[state])
+  different = [product for product in wanted if states[product.name] == 'differs']
+  if different:
+    why = products.differences(workdir, different[0])
+    text += f' ({different[0].name}: {"; ".join(why[:2])})'
+  return text or 'none'
+
+
+def _number(n: int | None) -> str:
+  return 'after ingest' if n is None else f'{n:,}'
+
+
+def _bytes(n: int | None) -> str:
+  return '?' if n is None else _si(n) + 'B'
+
+
+def _si(n: float | None) -> str:
+  if n is None:
+    return '?'
+  for unit in ('', 'k', 'M', 'G', 'T', 'P', 'E'):
+    if abs(n) < 1000 or unit == 'E':
+      return f'{n:.3g} {unit}'.rstrip() if unit else f'{n:.0f} '
+    n /= 1000
+  return ''
+
+
+def _time(flops: float | None, rate: float) -> str:
+  return '?' if flops is None else progress.seconds(flops / rate)

@@ -1,0 +1,144 @@
+"""Stage train: one CLIP for every split and seed; nothing differs between them but the data and the seed.
+
+In: split rows, ingested pool and anchor. Out: WORKDIR/train/<split>/seed<k>/ with checkpoints/,
+metrics.jsonl and config.json (written first: what the run was begun with).
+"""
+
+import os
+
+from absl import logging
+from ml_collections import ConfigDict
+import numpy as np
+
+from clip_jax.core import files
+from clip_jax.core import interrupts
+from clip_jax.core import metrics
+from clip_jax.core import products
+from clip_jax.core.errors import InputError
+from clip_jax.core.products import Product
+from clip_jax.stages import ingest
+from clip_jax.stages import layout
+from clip_jax.stages import prune
+
+
+def product(config: ConfigDict, workdir: str, split: str, seed: int) -> Product:
+  """One run. Its keys are what changes the data it sees and the steps it takes."""
+  budget = 'train.samples' if config.train.budget == 'samples' else 'train.epochs'
+  keys = layout.pick(config, ['model', 'train.budget', budget, 'preprocess.mean', 'preprocess.std',
+                              'preprocess.crop_scale', *layout.RECIPE])
+  rows = prune.rows_product(config, workdir, split, seed)
+  inputs = {rows.name: rows.fingerprint}
+  for dataset in (layout.POOL, layout.ANCHOR):
+    if dataset in layout.datasets(config):
+      whole = ingest.index_product(dataset, ingest.shard_products(config, workdir, dataset))
+      inputs[whole.name] = whole.fingerprint
+  return Product(layout.run_folder(split, seed) + '/run', {**keys, 'seed': seed}, inputs)
+
+
+def all_products(config: ConfigDict, workdir: str) -> dict[tuple[str, int], Product]:
+  return {(split, seed): product(config, workdir, split, seed) for split, seed in layout.runs(config)}
+
+
+def run(config: ConfigDict, workdir: str) -> None:
+  every = all_products(config, workdir)
+  todo = []
+  for (split, seed), wanted in every.items():
+    if config.train.only and f'{split}/seed{seed}' not in config.train.only:
+      continue
+    if products.missing(workdir, [wanted], remake=False, redo=f'train:{split}/seed{seed}'):
+      todo.append((split, seed))
+  if todo and len(todo) < len(every) and not config.train.only:
+    logging.info('train: going on, %d of %d runs are done.', len(every) - len(todo), len(every))
+  base = None
+  for number, (split, seed) in enumerate(todo):
+    base = base or _base(config, workdir)
+    logging.info('train: run %d of %d, %s with seed %d.', number + 1, len(todo), split, seed)
+    _one(config, workdir, split, seed, every[split, seed], base)
+  products.write_manifest(workdir, 'train', list(every.values()))
+
+
+def _base(config: ConfigDict, workdir: str):
+  """Returns the base set with decoded images kept in memory, shared by all runs."""
+  from clip_jax.data import loader
+  from clip_jax.stages import embedder
+  return loader.DecodedCache(embedder.base_source(config, workdir), config.train.cache_mb * 1_000_000)
+
+
+def _one(config: ConfigDict, workdir: str, split: str, seed: int, wanted: Product, base) -> None:
+  from clip_jax.data import views
+  rows = layout.split_rows(config, workdir, split, seed)
+  data = views.Subset(base, rows)
+  size, t = len(data), config.train
+  if size < t.batch_size:
+    raise InputError(f'The split {split} has {size} rows, less than one batch ({t.batch_size}). Keep more rows, '
+                     'or set a smaller --config.train.batch_size.')
+  samples = t.samples if t.budget == 'samples' else round(t.epochs * size)
+  with products.lock(workdir, wanted.name):
+    folder = layout.run_folder(split, seed)
+    result, replaced = fit(config, workdir, folder, data, seed=seed, samples=samples, wanted=wanted)
+    seen = result.step * t.batch_size
+    counts = {'rows': size, 'samples': seen, 'passes': seen / size, 'steps': result.step, 'digest': result.digest,
+              'replaced': replaced}
+    products.finish(workdir, wanted, [f'{folder}/{name}' for name in ('checkpoints', 'config.json', 'metrics.jsonl')],
+                    counts)
+
+
+def fit(config: ConfigDict, workdir: str, folder: str, data, *, seed: int, samples: int, wanted: Product):
+  """Trains one model on a source of samples. Returns the loop's TrainResult and the images replaced.
+
+  A run that was killed goes on from its last checkpoint. One that was begun with another config is
+  an InputError that names the keys. Ctrl-C and SIGTERM end it after the step, state saved.
+  """
+  from clip_jax.data import loader
+  from clip_jax.models import clip
+  from clip_jax.stages import models
+  from clip_jax.training import loop
+  t, p = config.train, config.preprocess
+  path = os.path.join(workdir, folder)
+  _begin(path, wanted, folder)
+  architecture = models.architecture(config)
+  functions = clip.functions(architecture, t.dtype)
+  replaced: list[int] = []
+
+  def on_replaced(index: int, reason: str) -> None:
+    if index not in replaced:
+      replaced.append(index)
+      logging.warning('%s: image %d of the split cannot be read (%s); the next readable one stands in.', folder,
+                      index, reason)
+
+  def batches(start_examples: int):
+    return loader.train_batches(data, batch_size=t.batch_size, seed=seed, start_examples=start_examples,
+                                image_size=architecture.image_size, context_length=architecture.context_length,
+                                crop_scale=tuple(p.crop_scale), threads=t.loader_threads, on_replaced=on_replaced)
+
+  writer = metrics.MetricsWriter(os.path.join(path, 'metrics.jsonl'),
+                                 os.path.join(path, 'tensorboard') if t.tensorboard else '')
+  with interrupts.deferred() as should_stop:
+    result = loop.train(
+        init_params=functions.init, encode=functions.encode, batches=batches, total_steps=samples // t.batch_size, batch_size=t.batch_size,
+        learning_rate=t.learning_rate, warmup_steps=t.warmup_steps, weight_decay=t.weight_decay, beta1=t.beta1,
+        beta2=t.beta2, eps=t.eps, seed=seed, fsdp=t.fsdp, mean=tuple(p.mean), std=tuple(p.std),
+        checkpoint_dir=os.path.join(path, 'checkpoints'), config=models.about(config, folder, seed),
+        save_every_steps=t.save_every_steps, save_every_secs=t.save_every_secs, keep=t.keep_checkpoints,
+        log_every_steps=t.log_every_steps, metrics=writer, name=folder, should_stop=should_stop)
+  writer.close()
+  return result, replaced
+
+
+def _begin(path: str, wanted: Product, folder: str) -> None:
+  """Writes down what a run is begun with; refuses to go on with one that was begun with something else."""
+  began = os.path.join(path, 'config.json')
+  now = {'fingerprint': wanted.fingerprint, 'keys': layout.plain(wanted.keys), 'inputs': dict(wanted.inputs)}
+  if not os.path.exists(began):
+    files.write_json(began, now)
+    return
+  old = files.read_json(began)
+  if old['fingerprint'] != now['fingerprint']:
+    from clip_jax.core import config as config_lib
+    why = [f'config.{line}' for line in config_lib.differences(old['keys'], now['keys'])]
+    why += [f'{name} has changed' for name in sorted({*old['inputs'], *now['inputs']})
+            if old['inputs'].get(name) != now['inputs'].get(name)]
+    name = folder.removeprefix('train/')
+    redo = 'embedder' if folder == 'embedder' else f'train:{name}'
+    raise InputError(f'{folder} was begun with another config and is not finished: {"; ".join(why[:6])}. Run '
+                     f'with --redo={redo} to begin it again, or with the old config to go on.')
