@@ -41,14 +41,14 @@ def answer_sentence(
 
 
 def _lead(share: Share) -> str:
-  span = f'{100 * share.low:.0f} to {100 * share.high:.0f} %'
+  span = f'{round(100 * share.low)} to {round(100 * share.high)} %'  # int: no -0
   span = {'crossed': f'95 % interval {span}', 'range': f'the two seeds: {span}',
           'this checkpoint': f'this checkpoint, over images {span}'}[share.method]
   control = {'base': 'base', 'matched': 'the matched control',
              'random': 'the random control'}[share.control]
   reference = {'anchor_only': 'anchor_only',
                'line': 'the effective-robustness line'}[share.reference]
-  return (f'{100 * share.value:.0f} % ({span}) of the {100 * share.room.value:.1f} points by which '
+  return (f'{round(100 * share.value)} % ({span}) of the {100 * share.room.value:.1f} points by which '
           f'{control} beats {reference}')
 
 
