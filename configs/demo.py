@@ -46,13 +46,14 @@ def get_config():
   config.model.text_heads = 8
   config.model.context_length = 16
 
-  # The drawings are jittered already: a crop on top of it costs a third of the time and learns more slowly.
+  # The drawings are jittered already: a random crop on top of that takes an eighth more time, and off more slowly.
   config.preprocess.crop_scale = (1.0, 1.0)
-  config.train.samples = 28_800
+  config.train.samples = 25_600
   config.train.batch_size = 64
   config.train.learning_rate = 1e-3
-  config.train.warmup_steps = 30
+  config.train.warmup_steps = 100
   config.train.seeds = (0, 1, 2)
-  config.train.save_every_steps = 225
+  config.train.save_every_steps = 200
+  config.train.log_every_steps = 5
   config.train.cache_mb = 256
   return config

@@ -7,6 +7,7 @@ SIGTERM.
 from collections.abc import Callable, Sequence
 import os
 import sys
+import traceback
 
 from absl import flags
 from absl import logging
@@ -38,15 +39,37 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
   """Parses flags and loads the config file; a mistake there is one sentence and exit status 2."""
   try:
     rest = flags.FLAGS(list(argv))
-    missing = [name for name in ('config',) if name in flags.FLAGS and flags.FLAGS[name].value is None]
-    if missing:
-      raise ConfigError(f'--{missing[0]} is not given, for example --config=configs/demo.py. --help lists the flags.')
+    config = flags.FLAGS.config
+    if config is not None:
+      config.get('pool')  # a config that could not be loaded raises why when it is first used
+    else:
+      raise ConfigError('--config is not given, for example --config=configs/demo.py. --help lists the flags.')
     if len(rest) > 1:
       raise ConfigError(f'{rest[1]!r} is not a flag; flags are written --name=value.')
     return rest
-  except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError, ImportError) as error:
-    _fail(' '.join(str(error).strip('"\'').split()))
-    sys.exit(2)
+  except SyntaxError as error:
+    _fail(f'The config file {error.filename} is not Python: {error.msg}, line {error.lineno}.')
+  except Exception as error:  # a config file is the user's Python: anything can be wrong with it
+    _fail(_sentence(error))
+  sys.exit(2)
+
+
+def _sentence(error: Exception) -> str:
+  """Returns what a failed parse says in one line: ml_collections wraps tracebacks and quotes into its errors."""
+  text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+  lines = [line.strip() for line in text.splitlines() if line.strip()]
+  if 'Traceback (most recent call last)' in text:  # raised inside get_config(): where, and what
+    where = [line for line in lines if line.startswith('File ')][-1].split(', in ')[0]
+    what = lines[-1].removeprefix('clip_jax.core.errors.ConfigError: ').removeprefix('ValueError: ')
+    return what if 'clip_jax' in where else f'{what} ({where})'
+  if isinstance(error, OSError) and 'Failed loading config file' in text:
+    return f'The config file cannot be read: {lines[-1].split("] ", 1)[-1]}.'
+  frame = traceback.extract_tb(error.__traceback__)[-1]
+  if isinstance(error, (KeyError, AttributeError)) and 'ml_collections' in frame.filename:
+    return f'The config has no key {" ".join(lines).strip(chr(34))}. clip_jax/defaults.py has all keys.'
+  if not isinstance(error, (flags.Error, ConfigError)) and 'site-packages' not in frame.filename:
+    return f'{type(error).__name__} in {frame.filename}, line {frame.lineno}: {" ".join(lines)}'
+  return ' '.join(lines)
 
 
 def guard(work: Callable[[], None]) -> int:

@@ -321,5 +321,9 @@ def _say(config: ConfigDict, workdir: str) -> None:
     about = files.read_json(os.path.join(workdir, 'splits', split, 'split.json'))
     share = about['dropped'] / max(about['candidates'], 1)
     checks = sum(check.get('checked', 0) for check in about['checks'].values())
+    if any(draw.get('no_matched_control') for draw in about['draws'].values()):
+      lacking = max(draw['without_full_cell_donor'] for draw in about['draws'].values())
+      logging.warning('%s: no matched control exists, as %.0f %% of the rows that %s removes have no donor like them; '
+                      'it holds random rows instead.', split, 100 * lacking, config.splits[split].to)
     logging.info('split %s: %s pool rows (%.1f %% dropped) and %s anchor rows%s.', split, f'{about["pool_rows"]:,}',
                  100 * share, f'{about["anchor_rows"]:,}', f'; gap checked on {checks} queries' if checks else '')

@@ -9,6 +9,7 @@ import os
 from collections.abc import Sequence
 
 from ml_collections import ConfigDict
+import numpy as np
 
 from clip_jax.core import files
 from clip_jax.core import products
@@ -149,9 +150,20 @@ def _summary(facts: Facts, sentence: str, every: dict) -> str:
   benchmarks = [b for b in facts.config.benchmarks if any(key[1] == b for key in every)]
   names = [name for name in facts.config.splits if any(key[0] == name for key in every)]
   lines = [['Accuracy, %', *benchmarks]] if benchmarks else []
-  lines += [[name, *(tables.percent(every[name, b].value) if (name, b) in every else '-'
-                     for b in benchmarks)] for name in names]
+  lines += [[name, *(_cell(every[name, b]) if (name, b) in every else '-' for b in benchmarks)]
+            for name in names]
   widths = [max(map(len, column)) for column in zip(*lines)]
   text = [''.join([line[0].ljust(widths[0]), *(f'  {cell:>{width}}' for cell, width in
                                                zip(line[1:], widths[1:]))]) for line in lines]
+  if text:
+    text.append('In brackets: 95 % interval over seeds and images; with two seeds (r) their range; with '
+                'one (1) over images, of this checkpoint.')
   return '\n'.join([sentence, *([''] if text else []), *text]) + '\n'
+
+
+def _cell(estimate) -> str:
+  """Returns '63.6 [58.1, 69.0]' in percent; what the bracket is where it is not the crossed interval."""
+  if np.isnan(estimate.low):
+    return f'{tables.percent(estimate.value)} [none]'
+  kind = {'crossed': '', 'range': ' r'}.get(estimate.method, ' 1')
+  return f'{tables.percent(estimate.value)} [{tables.percent(estimate.low)}, {tables.percent(estimate.high)}{kind}]'

@@ -136,7 +136,7 @@ def by_dose(config: ConfigDict, abouts: Mapping[str, dict], items: Sequence[dict
   return panels
 
 
-def against_validation(config: ConfigDict, found: Results) -> list[dict]:
+def against_validation(config: ConfigDict, found: Results, abouts: Mapping[str, dict]) -> list[dict]:
   """Returns every run's accuracy on each benchmark against that on config.report.reference."""
   names = list(config.benchmarks)
   xname = config.report.reference if config.report.reference in names else names[0]
@@ -146,7 +146,8 @@ def against_validation(config: ConfigDict, found: Results) -> list[dict]:
     for split in config.splits:
       pair = found.on_shared_seeds((split, benchmark), (split, xname))
       if pair is not None:
-        points += [{'rule': config.splits[split].rule, 'x': float(x.mean()), 'y': float(y.mean())}
+        failed = report_statistics.fell_back(abouts.get(split, {}))
+        points += [{'rule': 'random' if failed else config.splits[split].rule, 'x': float(x.mean()), 'y': float(y.mean())}
                    for y, x in zip(*pair[0])]
     if benchmark != xname and len(points) > 1:
       panels.append({'name': benchmark, 'xname': xname, 'points': points,

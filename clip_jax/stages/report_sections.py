@@ -118,9 +118,10 @@ def _split_row(facts: Facts, name: str) -> dict:
   seeds = max((facts.results.seeds.get((name, b), ()) for b in facts.config.benchmarks), key=len)
   run = next((run for (split, _), run in facts.runs.items()
               if split == name and run['samples']), {})
-  return {'name': name, 'rule': block.rule, 'seeds': seeds,
-          'words': sections.rule_words(block.rule, benchmarks=block.benchmarks, to=block.to,
-                                       slack=block.slack),
+  words = sections.rule_words(block.rule, benchmarks=block.benchmarks, to=block.to, slack=block.slack)
+  if report_statistics.fell_back(about):
+    words = f'random rows, as many as {block.to} keeps: no matched control exists'
+  return {'name': name, 'rule': block.rule, 'seeds': seeds, 'words': words,
           'pool_rows': about.get('pool_rows'), 'anchor_rows': about.get('anchor_rows'),
           'samples': run.get('samples'), 'passes': run.get('passes'),
           'mark': 'not converged' if any(facts.marks.get((name, s)) for s in seeds) else ''}
@@ -149,7 +150,7 @@ def comparisons(facts: Facts, items: list[dict]) -> list:
   if not items:
     return [facts.missing('No aligned split was evaluated yet.', 'evaluate')]
   dose = sections.dose_blocks(report_panels.by_dose(facts.config, facts.abouts, items))
-  plane = sections.plane_blocks(report_panels.against_validation(facts.config, facts.results))
+  plane = sections.plane_blocks(report_panels.against_validation(facts.config, facts.results, facts.abouts))
   head = [Heading('Accuracy on each benchmark against the one that is like the anchor',
                   'every run a mark')]
   return comparisons_lib.blocks_of(items) + dose + (head + plane if plane else [])

@@ -41,12 +41,15 @@ def control_of(config: ConfigDict, abouts: Mapping[str, dict],
   blocks = config.splits
   for name in blocks:
     if blocks[name].rule == 'matched' and blocks[name].to == split:
-      draws = abouts.get(name, {}).get('draws', {}).values()
-      failed = any(draw.get('no_matched_control') for draw in draws)
-      return name, 'random' if failed else 'matched'
+      return name, 'random' if fell_back(abouts.get(name, {})) else 'matched'
   sized = (name for name in blocks
            if blocks[name].rule == 'random' and blocks[name].size_of == split)
   return next(sized, None), 'random'
+
+
+def fell_back(about: Mapping[str, Any]) -> bool:
+  """Returns whether a matched split, by its split.json, holds random rows for want of donors."""
+  return any(draw.get('no_matched_control') for draw in about.get('draws', {}).values())
 
 
 def placebo_benchmark(config: ConfigDict, found: Results, searched: Mapping[str, dict],

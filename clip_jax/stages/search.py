@@ -228,7 +228,8 @@ def _scann_shard(config: ConfigDict, vectors, usable, now: list[Target]) -> dict
     arrays['similarity'][rows_] = scores[best][first]
     arrays['nearest'][rows_] = query[best][first]
     over = np.full(len(usable), -np.inf, np.float32)
-    np.maximum.at(over, rows, scores - limits[query])
+    with np.errstate(invalid='ignore'):  # NaN where there is no anchor to compare with
+      np.maximum.at(over, rows, scores - limits[query])
     arrays['excess'][rows_] = over[rows_]
     for key in ('similarity', 'excess'):
       arrays[key][~usable] = -np.inf

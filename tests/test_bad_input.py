@@ -1,0 +1,247 @@
+"""What a user can get wrong in data: a sentence and an exit status, or a counted skip; never a traceback."""
+
+import io
+import json
+import shutil
+import tarfile
+
+from absl import logging
+import numpy as np
+from PIL import Image
+import pytest
+
+from clip_jax import defaults
+from clip_jax.core import command
+from clip_jax.stages import pipeline
+
+import tiny
+
+CLASSES = ('red', 'green', 'blue')
+
+
+def sample(i: int, label: int) -> dict[str, bytes]:
+  """Returns the members of one sample: a noisy square of a colour, its caption, its json."""
+  rng = np.random.default_rng(i)
+  pixels = rng.integers(0, 90, (16, 16, 3), dtype=np.uint8)
+  pixels[..., label] += np.uint8(150)
+  image = io.BytesIO()
+  Image.fromarray(pixels).save(image, 'PNG')
+  return {'png': image.getvalue(), 'txt': f'a {CLASSES[label]} square'.encode(),
+          'json': json.dumps({'key': f'{i:05d}', 'label': label}).encode()}
+
+
+def write_tar(path, samples: dict[str, dict[str, bytes]]) -> None:
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with tarfile.open(path, 'w') as tar:
+    for key, members in samples.items():
+      for ending, data in members.items():
+        info = tarfile.TarInfo(f'{key}.{ending}')
+        info.size = len(data)
+        tar.addfile(info, io.BytesIO(data))
+
+
+@pytest.fixture
+def data(tmp_path):
+  """A pool of two tars, an anchor and one benchmark."""
+  make = lambda start, n: {f'{i:05d}': sample(i, i % 3) for i in range(start, start + n)}
+  write_tar(tmp_path / 'pool/0.tar', make(0, 40))
+  write_tar(tmp_path / 'pool/1.tar', make(40, 20))
+  write_tar(tmp_path / 'anchor/0.tar', make(100, 12))
+  write_tar(tmp_path / 'bench/0.tar', make(200, 12))
+  return tmp_path
+
+
+def config(data, **override):
+  tars = dict(format='webdataset', label_key='label', classes=CLASSES)
+  c = defaults.get_config()
+  c.pool = defaults.dataset(path=f'{data}/pool/*.tar', **tars)
+  c.anchor = defaults.dataset(path=f'{data}/anchor/*.tar', **tars)
+  c.benchmarks.squares = defaults.benchmark(path=f'{data}/bench/*.tar', templates=('a {} square',), **tars)
+  c.splits.base = defaults.split()
+  c.splits.pruned = defaults.split(rule='gap_aligned', benchmarks=('squares',))
+  c.dedup.threshold = 1e-4
+  flat = {key: value for key, value in {**tiny.SHRINK, **override}.items() if not key.startswith('glyphs')}
+  flat.setdefault('model.text_layers', 1)
+  flat.setdefault('model.context_length', 8)
+  for key, value in {'train.samples': 64, **{k: v for k, v in flat.items() if k != 'train.samples'}}.items():
+    c.update_from_flattened_dict({key: value})
+  return c
+
+
+def run(c, workdir, capsys, stages=None) -> tuple[int, str]:
+  """Runs the pipeline as the command does; returns the exit status and what was said."""
+  handlers = list(logging.get_absl_logger().handlers)
+  status = command.guard(lambda: pipeline.run(c, str(workdir), stages=stages, redo='', dry_run=False))
+  logging.get_absl_logger().handlers[:] = handlers
+  said = capsys.readouterr()
+  assert 'Traceback' not in said.err + said.out
+  return status, said.out + said.err
+
+
+PREPARE = ['ingest', 'embedder', 'embed', 'dedup', 'search', 'prune']
+
+
+def test_all_is_well(data, tmp_path, capsys):
+  status, said = run(config(data), tmp_path / 'w', capsys)
+  assert status == 0, said
+  assert (tmp_path / 'w/report/index.html').exists()
+
+
+def test_no_file(data, tmp_path, capsys):
+  status, said = run(config(data, **{'pool.path': '/nowhere/*.tar'}), tmp_path / 'w', capsys)
+  assert status == 1 and "'/nowhere/*.tar' matches no file" in said
+
+
+def test_an_empty_pool(data, tmp_path, capsys):
+  c = config(data)
+  c.pool.where.label = 17
+  status, said = run(c, tmp_path / 'w', capsys)
+  assert status == 1 and 'pool is empty' in said
+  assert not (tmp_path / 'w/ingest/pool/index.sidecar.json').exists()
+
+
+def test_a_benchmark_of_one_class(data, tmp_path, capsys):
+  c = config(data)
+  c.benchmarks.squares.where.label = 1
+  status, said = run(c, tmp_path / 'w', capsys)
+  assert status == 1 and "are of one class ('green')" in said
+
+
+def test_labels_outside_the_classes(data, tmp_path, capsys):
+  c = config(data)
+  c.benchmarks.squares.classes = ('red', 'green')
+  status, said = run(c, tmp_path / 'w', capsys, ['ingest'])
+  assert status == 0 and 'squares: 8 rows in 1 shards; skipped: 4 ' in said, said
+
+
+def test_a_split_larger_than_the_pool(data, tmp_path, capsys):
+  c = config(data)
+  c.splits.many = defaults.split(rule='random', size=1000)
+  status, said = run(c, tmp_path / 'w', capsys, PREPARE)
+  assert status == 2 and 'size asks for 1000 pool rows, there are' in said
+
+
+def test_a_batch_that_the_devices_do_not_divide(data, tmp_path, capsys):
+  status, said = run(config(data, **{'train.batch_size': 12}), tmp_path / 'w', capsys)  # of 8 virtual devices
+  assert status == 1 and 'train.batch_size = 12 must be a multiple of the 8 devices' in said
+
+
+def test_a_split_smaller_than_a_batch(data, tmp_path, capsys):
+  c = config(data, **{'train.batch_size': 64})
+  c.splits.few = defaults.split(rule='random', size=8)
+  status, said = run(c, tmp_path / 'w', capsys)
+  assert status == 1 and 'less than one batch' in said
+
+
+def test_broken_samples_are_counted_and_listed(data, tmp_path, capsys):
+  tar = data / 'pool/1.tar'
+  whole = {f'{i:05d}': sample(i, i % 3) for i in range(40, 60)}
+  whole['00041']['png'] = whole['00041']['png'][:60]       # an image cut in half
+  whole['00042']['png'] = b'no image at all'
+  del whole['00043']['txt']                                # no caption
+  del whole['00044']['png']                                # no image
+  whole['00045']['json'] = b'{"label": '                   # broken json
+  write_tar(tar, whole)
+  data_ = tar.read_bytes()
+  tar.write_bytes(data_[:len(data_) * 3 // 4])             # the tar cut off
+  c = config(data)
+  status, said = run(c, tmp_path / 'w', capsys, PREPARE)
+  assert status == 0, said
+  skipped = json.loads((tmp_path / 'w/ingest/pool/skipped-00001.json').read_text())
+  reasons = {entry['key']: entry['reason'] for entry in skipped}
+  assert reasons['00043'] == 'no caption' and reasons['00044'] == 'no image' and 'truncated' in reasons.values()
+  assert 'unreadable images are in no split and no search' in said
+  usable = np.load(tmp_path / 'w/embeddings/pool/usable-00001.npy')
+  assert 2 <= (~usable).sum() < len(usable)
+  rows = np.load(tmp_path / 'w/splits/base/rows.npy')
+  bad = 40 + np.flatnonzero(~usable)
+  assert not np.isin(bad, rows).any()
+
+
+def test_an_unreadable_benchmark_image_counts_as_wrong(data, tmp_path, capsys):
+  samples = {f'{i:05d}': sample(i, i % 3) for i in range(200, 212)}
+  samples['00203']['png'] = samples['00203']['png'][:50]
+  write_tar(data / 'bench/0.tar', samples)
+  status, said = run(config(data), tmp_path / 'w', capsys)
+  assert status == 0, said
+  result = json.loads((tmp_path / 'w/evaluate/base/seed0/squares.json').read_text())
+  arrays = np.load(tmp_path / 'w/evaluate/base/seed0/squares.npz')
+  assert result['n'] == 12 and result['unreadable'] == 1 and not arrays['correct'][3]
+  queries = np.load(tmp_path / 'w/search/squares/queries.npz')
+  assert queries['anchor_nearest'][3] == -1 and (queries['pool_nearest'][3] == -1).all()
+
+
+def test_a_source_file_that_changed(data, tmp_path, capsys):
+  assert run(config(data), tmp_path / 'w', capsys, ['ingest'])[0] == 0
+  write_tar(data / 'pool/0.tar', {f'{i:05d}': sample(i, i % 3) for i in range(30)})
+  status, said = run(config(data), tmp_path / 'w', capsys, ['ingest'])
+  assert status == 1 and 'source file 0.tar has changed' in said and '--redo=ingest:pool' in said
+
+
+def test_files_added_at_the_end_keep_what_was_made(data, tmp_path, capsys):
+  work = tmp_path / 'w'
+  assert run(config(data), work, capsys, PREPARE[:3] + ['search'])[0] == 0
+  kept = [work / name for name in ('embeddings/pool/00000.npy', 'search/squares/pool-00001.npz', 'embedder/embedder.npz')]
+  before = [path.stat().st_mtime_ns for path in kept]
+  write_tar(data / 'pool/2.tar', {f'{i:05d}': sample(i, i % 3) for i in range(60, 75)})
+  status, said = run(config(data, **{'dedup.enabled': False}), work, capsys, PREPARE)
+  assert status == 0, said
+  assert [path.stat().st_mtime_ns for path in kept] == before
+  assert len(np.load(work / 'embeddings/pool/00002.npy')) == 15
+  assert (np.load(work / 'splits/base/rows.npy') < 75).sum() == 75
+  queries = np.load(work / 'search/squares/queries.npz')
+  vectors = np.concatenate([np.load(work / f'embeddings/pool/{i:05d}.npy') for i in range(3)]).astype(np.float64)
+  wanted = (np.load(work / 'embeddings/squares/00000.npy').astype(np.float64) @ vectors.T).max(axis=1)
+  np.testing.assert_allclose(queries['pool_similarity'][:, 0], wanted, atol=1e-5)
+
+
+def test_a_moved_source_is_found_again(data, tmp_path, capsys):
+  work = tmp_path / 'w'
+  assert run(config(data), work, capsys, ['ingest'])[0] == 0
+  for name in ('pool', 'anchor', 'bench'):
+    (data / 'elsewhere').mkdir(exist_ok=True)
+    shutil.move(data / name, data / 'elsewhere' / name)
+  c = config(data / 'elsewhere')
+  status, said = run(c, work, capsys, PREPARE)
+  assert status == 0, said
+
+
+def test_a_sample_in_pool_and_anchor_is_in_the_base_set_once(data, tmp_path, capsys):
+  c = config(data)
+  c.anchor.path = f'{data}/pool/1.tar'
+  status, said = run(c, tmp_path / 'w', capsys, PREPARE)
+  assert status == 0, said
+  rows = np.load(tmp_path / 'w/splits/base/rows.npy')
+  assert not ((rows >= 40) & (rows < 60)).any()              # pool rows 40..59 are the anchor's
+  assert (rows >= 60).sum() == 20
+
+
+def test_scann_says_its_recall_and_agrees(data, tmp_path, capsys):
+  pytest.importorskip('scann', reason='ScaNN has wheels for Linux and Python < 3.14 only')
+  exact, fast = tmp_path / 'exact', tmp_path / 'scann'
+  assert run(config(data), exact, capsys, PREPARE)[0] == 0
+  c = config(data, **{'search.backend': 'scann', 'search.min_recall': 0.9})
+  status, said = run(c, fast, capsys, PREPARE)
+  assert status == 0, said
+  assert 'rows over a threshold' in said
+  assert np.load(exact / 'splits/pruned/rows.npy').tolist() == np.load(fast / 'splits/pruned/rows.npy').tolist()
+
+
+@pytest.mark.slow
+def test_a_full_disk(data, tmp_path, capsys):
+  """A file system of 300 kB: an error that says so, nothing half-written, and it goes on with more space."""
+  import subprocess
+  small = tmp_path / 'small'
+  small.mkdir()
+  mounted = subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=300k', 'tmpfs', str(small)], check=False)
+  if mounted.returncode:
+    pytest.skip('mounting a small file system needs root')
+  try:
+    c = config(data)
+    status, said = run(c, small / 'w', capsys)
+    assert status == 1 and 'No space left' in said, said
+    subprocess.run(['mount', '-o', 'remount,size=200m', str(small)], check=True)
+    status, said = run(c, small / 'w', capsys)
+    assert status == 0, said
+  finally:
+    subprocess.run(['umount', '-l', str(small)], check=False)
