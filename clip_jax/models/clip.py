@@ -18,24 +18,7 @@ from clip_jax.core.types import Array
 from clip_jax.models import layers
 from clip_jax.models import text as text_tower
 from clip_jax.models import vit
-
-
-@dataclasses.dataclass(frozen=True)
-class CLIPConfig:
-  """The numbers of open_clip's model_configs, flat. Sizes in pixels, tokens and units."""
-  embed_dim: int
-  image_size: int
-  patch_size: int
-  vision_width: int
-  vision_layers: int
-  vision_heads: int
-  context_length: int
-  vocab_size: int
-  text_width: int
-  text_heads: int
-  text_layers: int
-  mlp_ratio: float = 4.0  # the vision tower's; the text tower's is 4 in all of open_clip's CLIPs
-  quick_gelu: bool = False
+from clip_jax.models.zoo import CLIPConfig
 
 
 class CLIP(nnx.Module):

@@ -1,4 +1,4 @@
-"""open_clip's ViT models by name: the numbers of its model_configs.
+"""The numbers of a CLIP, and open_clip's ViT models by name: those of its model_configs.
 
 The vision tower's heads are its width over open_clip's head_width, 64 where a config has none.
 """
@@ -7,7 +7,24 @@ import dataclasses
 import difflib
 
 from clip_jax.core.errors import ConfigError
-from clip_jax.models.clip import CLIPConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class CLIPConfig:
+  """The numbers of open_clip's model_configs, flat. Sizes in pixels, tokens and units."""
+  embed_dim: int
+  image_size: int
+  patch_size: int
+  vision_width: int
+  vision_layers: int
+  vision_heads: int
+  context_length: int
+  vocab_size: int
+  text_width: int
+  text_heads: int
+  text_layers: int
+  mlp_ratio: float = 4.0  # the vision tower's; the text tower's is 4 in all of open_clip's CLIPs
+  quick_gelu: bool = False
 
 
 def get(name: str) -> CLIPConfig:

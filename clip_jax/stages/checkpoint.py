@@ -17,6 +17,7 @@ from clip_jax.core.errors import ConfigError
 from clip_jax.stages import check
 from clip_jax.stages import evaluate
 from clip_jax.stages import ingest
+from clip_jax.stages import layout
 from clip_jax.stages import models
 
 WEIGHT_ENDINGS = ('.safetensors', '.pt', '.bin', '.pth')
@@ -33,6 +34,7 @@ def run(config: ConfigDict, path: str | None, *, model: str, benchmarks: list[st
   if model:
     raise ConfigError(f'--model={model!r}: a checkpoint that clip_jax trained knows its own architecture; leave '
                       '--model out.')
+  layout.forget()
   check.check(config)
   names = benchmarks or list(config.benchmarks)
   for name in names:

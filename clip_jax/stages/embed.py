@@ -20,6 +20,7 @@ from clip_jax.stages import ingest
 from clip_jax.stages import layout
 
 
+@layout.remembered
 def shard_products(config: ConfigDict, workdir: str, dataset: str) -> list[Product]:
   """The embeddings of a dataset, one product a shard."""
   model = embedder.product(config, workdir)

@@ -45,6 +45,7 @@ def uses_glyphs(config: ConfigDict) -> bool:
              for _, block in blocks)
 
 
+@layout.remembered
 def shards(config: ConfigDict, workdir: str, dataset: str) -> list[Shard]:
   """Returns the shards of a dataset, in order. Raises InputError where its path matches nothing."""
   found: list[Shard] = []
@@ -66,6 +67,7 @@ def _glyph_tar(workdir: str, which: str) -> sources.SourceFile:
   return sources.SourceFile(os.path.join(workdir, 'ingest', layout.GLYPHS, name), name, 0, 0.0)
 
 
+@layout.remembered
 def shard_products(config: ConfigDict, workdir: str, dataset: str) -> list[Product]:
   """The index files of a dataset, one a shard."""
   return [Product(f'ingest/{dataset}/index-{shard.number:05d}', _keys(shard.block, dataset),

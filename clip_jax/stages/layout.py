@@ -1,7 +1,9 @@
 """Where things lie in a work directory, and how they are opened: the one place that spells its paths."""
 
+import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from ml_collections import ConfigDict
 import numpy as np
@@ -17,6 +19,28 @@ ALIGNED = ('gap_aligned',)                         # rules that promise the anch
 # Config keys that change what a training run learns, beside the model, the preprocessing and the seed.
 RECIPE = tuple(f'train.{key}' for key in (
     'batch_size', 'learning_rate', 'warmup_steps', 'weight_decay', 'beta1', 'beta2', 'eps', 'dtype'))
+
+
+_REMEMBERED: dict[tuple, Any] = {}
+
+
+def remembered(function: Callable) -> Callable:
+  """Makes a function of (config, workdir, ...) answer from memory until `forget`: products read one another's,
+
+  so without this the listing of the source files would be done again for each of them.
+  """
+  @functools.wraps(function)
+  def wrapped(config: ConfigDict, workdir: str, *more):
+    key = (function, id(config), workdir, *more)
+    if key not in _REMEMBERED:
+      _REMEMBERED[key] = function(config, workdir, *more)
+    return _REMEMBERED[key]
+  return wrapped
+
+
+def forget() -> None:
+  """Drops what is remembered: at the start of a command, where a config or the files may be others."""
+  _REMEMBERED.clear()
 
 
 def has_anchor(config: ConfigDict) -> bool:

@@ -28,7 +28,6 @@ class Model:
 def architecture(config: ConfigDict):
   """Returns config.model as a CLIPConfig: a zoo entry by name, or the numbers themselves."""
   from clip_jax.data import tokenizer
-  from clip_jax.models import clip
   from clip_jax.models import zoo
   m = config.model
   given = [key for key in NUMBERS if m[key]]
@@ -50,7 +49,7 @@ def architecture(config: ConfigDict):
   if m.context_length < 3:
     raise ConfigError(f'config.model.context_length={m.context_length} leaves no room between the start and the '
                       'end token; at least 3.')
-  return clip.CLIPConfig(vocab_size=tokenizer.VOCAB_SIZE, **{key: m[key] for key in NUMBERS})
+  return zoo.CLIPConfig(vocab_size=tokenizer.VOCAB_SIZE, **{key: m[key] for key in NUMBERS})
 
 
 def about(config: ConfigDict, split: str, seed: int) -> dict:
@@ -66,9 +65,9 @@ def load(path: str) -> Model:
   Raises InputError where there is none that is whole.
   """
   from clip_jax.core import checkpoints
-  from clip_jax.models import clip
+  from clip_jax.models import zoo
   params, step, saved = checkpoints.restore_params(path)
-  config = clip.CLIPConfig(**saved['model'])
+  config = zoo.CLIPConfig(**saved['model'])
   mean, std = (tuple(saved['preprocess'][key]) for key in ('mean', 'std'))
   image, text = _compiled(config, saved['dtype'], mean, std)
   return Model(config.image_size, saved['preprocess']['resize'], functools.partial(image, params),

@@ -33,6 +33,7 @@ def run(config: ConfigDict, workdir: str | None, *, stages: list[str] | None, re
     raise ConfigError('--workdir is not given: the folder for everything that is made, for example '
                       '--workdir=runs/demo.')
   names = _stage_names(stages)
+  layout.forget()
   check.check(config)
   if not files.is_local(workdir):
     raise ConfigError(f'--workdir={workdir}: tables and embeddings are memory-mapped, so the work directory must be '

@@ -28,6 +28,7 @@ ROWS_AT_ONCE = 65_536  # vectors that are read from the pool at a time
 NEAR_MARGIN = 0.02  # a query is "unhit" where no removed row is nearer than its threshold less this
 
 
+@layout.remembered
 def rows_product(config: ConfigDict, workdir: str, split: str, seed: int) -> Product:
   """The rows on which (split, seed) trains."""
   block = config.splits[split]

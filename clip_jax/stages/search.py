@@ -60,6 +60,7 @@ def queries_product(config: ConfigDict, target: str, shards: list[Product]) -> P
   return Product(f'search/{target}/queries', keys, {part.name: part.fingerprint for part in shards})
 
 
+@layout.remembered
 def all_products(config: ConfigDict, workdir: str) -> dict[str, list[Product]]:
   """Returns target -> its products: one a pool shard, then (benchmarks) the queries'."""
   parts = {name: embed.shard_products(config, workdir, name) for name in layout.datasets(config)}
