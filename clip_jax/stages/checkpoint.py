@@ -42,12 +42,13 @@ def run(config: ConfigDict, path: str | None, *, model: str, benchmarks: list[st
       raise ConfigError(f'--benchmarks={name!r} is not in the config.'
                         f'{config_lib.nearest(name, config.benchmarks)}')
   path = os.path.abspath(os.path.expanduser(path))
+  loaded = None if follow else models.load(path)  # before the benchmarks are read: is there one?
   with tempfile.TemporaryDirectory() as scratch:  # the benchmarks' index; nothing of a work directory is needed
     for name in names:
       ingest.ingest_dataset(config, scratch, name)
     images: dict = {}
-    if not follow:
-      _evaluate(config, scratch, path, names, output, images)
+    if loaded is not None:
+      _evaluate(config, scratch, path, loaded, names, output, images)
       return
     done: set[int] = set()
     logging.info('Following %s; Ctrl-C ends it.', path)
@@ -55,12 +56,12 @@ def run(config: ConfigDict, path: str | None, *, model: str, benchmarks: list[st
       for step in [step for step in _steps(path) if step not in done]:
         done.add(step)
         folder = _step_folder(path, step)
-        _evaluate(config, scratch, folder, names, os.path.join(output, f'{step:08d}') if output else '', images)
+        _evaluate(config, scratch, folder, models.load(folder), names, os.path.join(output, f'{step:08d}') if output else '', images)
       time.sleep(POLL_SECS)
 
 
-def _evaluate(config: ConfigDict, scratch: str, path: str, names: list[str], output: str, images: dict) -> None:
-  model = models.load(path)
+def _evaluate(config: ConfigDict, scratch: str, path: str, model, names: list[str], output: str,
+              images: dict) -> None:
   logging.info('%s, step %d:', path, model.step)
   logging.info('  %-20s %7s %8s  %s', 'benchmark', 'images', 'top-1', '95 % interval')
   for name in names:
