@@ -1,84 +1,22 @@
 """What a user can get wrong in data: a sentence and an exit status, or a counted skip; never a traceback."""
 
-import io
 import json
 import shutil
-import tarfile
 
-from absl import logging
 import numpy as np
-from PIL import Image
 import pytest
 
 from clip_jax import defaults
-from clip_jax.core import command
-from clip_jax.stages import pipeline
 
-import tiny
-
-CLASSES = ('red', 'green', 'blue')
-
-
-def sample(i: int, label: int) -> dict[str, bytes]:
-  """Returns the members of one sample: a noisy square of a colour, its caption, its json."""
-  rng = np.random.default_rng(i)
-  pixels = rng.integers(0, 90, (16, 16, 3), dtype=np.uint8)
-  pixels[..., label] += np.uint8(150)
-  image = io.BytesIO()
-  Image.fromarray(pixels).save(image, 'PNG')
-  return {'png': image.getvalue(), 'txt': f'a {CLASSES[label]} square'.encode(),
-          'json': json.dumps({'key': f'{i:05d}', 'label': label}).encode()}
-
-
-def write_tar(path, samples: dict[str, dict[str, bytes]]) -> None:
-  path.parent.mkdir(parents=True, exist_ok=True)
-  with tarfile.open(path, 'w') as tar:
-    for key, members in samples.items():
-      for ending, data in members.items():
-        info = tarfile.TarInfo(f'{key}.{ending}')
-        info.size = len(data)
-        tar.addfile(info, io.BytesIO(data))
+from squares import PREPARE, config, run
+import squares
 
 
 @pytest.fixture
 def data(tmp_path):
-  """A pool of two tars, an anchor and one benchmark."""
-  make = lambda start, n: {f'{i:05d}': sample(i, i % 3) for i in range(start, start + n)}
-  write_tar(tmp_path / 'pool/0.tar', make(0, 40))
-  write_tar(tmp_path / 'pool/1.tar', make(40, 20))
-  write_tar(tmp_path / 'anchor/0.tar', make(100, 12))
-  write_tar(tmp_path / 'bench/0.tar', make(200, 12))
+  squares.make(tmp_path)
   return tmp_path
 
-
-def config(data, **override):
-  tars = dict(format='webdataset', label_key='label', classes=CLASSES)
-  c = defaults.get_config()
-  c.pool = defaults.dataset(path=f'{data}/pool/*.tar', **tars)
-  c.anchor = defaults.dataset(path=f'{data}/anchor/*.tar', **tars)
-  c.benchmarks.squares = defaults.benchmark(path=f'{data}/bench/*.tar', templates=('a {} square',), **tars)
-  c.splits.base = defaults.split()
-  c.splits.pruned = defaults.split(rule='gap_aligned', benchmarks=('squares',))
-  c.dedup.threshold = 1e-4
-  flat = {key: value for key, value in {**tiny.SHRINK, **override}.items() if not key.startswith('glyphs')}
-  flat.setdefault('model.text_layers', 1)
-  flat.setdefault('model.context_length', 8)
-  for key, value in {'train.samples': 64, **{k: v for k, v in flat.items() if k != 'train.samples'}}.items():
-    c.update_from_flattened_dict({key: value})
-  return c
-
-
-def run(c, workdir, capsys, stages=None) -> tuple[int, str]:
-  """Runs the pipeline as the command does; returns the exit status and what was said."""
-  handlers = list(logging.get_absl_logger().handlers)
-  status = command.guard(lambda: pipeline.run(c, str(workdir), stages=stages, redo='', dry_run=False))
-  logging.get_absl_logger().handlers[:] = handlers
-  said = capsys.readouterr()
-  assert 'Traceback' not in said.err + said.out
-  return status, said.out + said.err
-
-
-PREPARE = ['ingest', 'embedder', 'embed', 'dedup', 'search', 'prune']
 
 
 def test_all_is_well(data, tmp_path, capsys):
@@ -135,13 +73,13 @@ def test_a_split_smaller_than_a_batch(data, tmp_path, capsys):
 
 def test_broken_samples_are_counted_and_listed(data, tmp_path, capsys):
   tar = data / 'pool/1.tar'
-  whole = {f'{i:05d}': sample(i, i % 3) for i in range(40, 60)}
+  whole = {f'{i:05d}': squares.sample(i, i % 3) for i in range(40, 60)}
   whole['00041']['png'] = whole['00041']['png'][:60]       # an image cut in half
   whole['00042']['png'] = b'no image at all'
   del whole['00043']['txt']                                # no caption
   del whole['00044']['png']                                # no image
   whole['00045']['json'] = b'{"label": '                   # broken json
-  write_tar(tar, whole)
+  squares.write_tar(tar, whole)
   data_ = tar.read_bytes()
   tar.write_bytes(data_[:len(data_) * 3 // 4])             # the tar cut off
   c = config(data)
@@ -159,9 +97,9 @@ def test_broken_samples_are_counted_and_listed(data, tmp_path, capsys):
 
 
 def test_an_unreadable_benchmark_image_counts_as_wrong(data, tmp_path, capsys):
-  samples = {f'{i:05d}': sample(i, i % 3) for i in range(200, 212)}
+  samples = {f'{i:05d}': squares.sample(i, i % 3) for i in range(200, 212)}
   samples['00203']['png'] = samples['00203']['png'][:50]
-  write_tar(data / 'bench/0.tar', samples)
+  squares.write_tar(data / 'bench/0.tar', samples)
   status, said = run(config(data), tmp_path / 'w', capsys)
   assert status == 0, said
   result = json.loads((tmp_path / 'w/evaluate/base/seed0/squares.json').read_text())
@@ -173,7 +111,7 @@ def test_an_unreadable_benchmark_image_counts_as_wrong(data, tmp_path, capsys):
 
 def test_a_source_file_that_changed(data, tmp_path, capsys):
   assert run(config(data), tmp_path / 'w', capsys, ['ingest'])[0] == 0
-  write_tar(data / 'pool/0.tar', {f'{i:05d}': sample(i, i % 3) for i in range(30)})
+  squares.write_tar(data / 'pool/0.tar', {f'{i:05d}': squares.sample(i, i % 3) for i in range(30)})
   status, said = run(config(data), tmp_path / 'w', capsys, ['ingest'])
   assert status == 1 and 'source file 0.tar has changed' in said and '--redo=ingest:pool' in said
 
@@ -183,7 +121,7 @@ def test_files_added_at_the_end_keep_what_was_made(data, tmp_path, capsys):
   assert run(config(data), work, capsys, PREPARE[:3] + ['search'])[0] == 0
   kept = [work / name for name in ('embeddings/pool/00000.npy', 'search/squares/pool-00001.npz', 'embedder/embedder.npz')]
   before = [path.stat().st_mtime_ns for path in kept]
-  write_tar(data / 'pool/2.tar', {f'{i:05d}': sample(i, i % 3) for i in range(60, 75)})
+  squares.write_tar(data / 'pool/2.tar', {f'{i:05d}': squares.sample(i, i % 3) for i in range(60, 75)})
   status, said = run(config(data, **{'dedup.enabled': False}), work, capsys, PREPARE)
   assert status == 0, said
   assert [path.stat().st_mtime_ns for path in kept] == before

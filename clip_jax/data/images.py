@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 from PIL import Image
+from PIL import UnidentifiedImageError
 
 from clip_jax.core.types import Array
 
@@ -77,6 +78,8 @@ def _opened(data: bytes, read):
       return read(image)
   except (UnreadableImage, MemoryError):
     raise
+  except UnidentifiedImageError as error:
+    raise UnreadableImage('not an image of a known format') from error
   except Exception as error:  # on damaged files Pillow's readers raise a dozen different types
     raise UnreadableImage(f'{type(error).__name__}: {error}') from error
 

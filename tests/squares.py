@@ -1,0 +1,77 @@
+"""A small experiment on coloured squares in webdataset tars, run inside the test's own process."""
+
+import io
+import json
+import tarfile
+
+from absl import logging
+import numpy as np
+from PIL import Image
+
+from clip_jax import defaults
+from clip_jax.core import command
+from clip_jax.stages import pipeline
+
+import tiny
+
+CLASSES = ('red', 'green', 'blue')
+
+
+def sample(i: int, label: int) -> dict[str, bytes]:
+  """Returns the members of one sample: a noisy square of a colour, its caption, its json."""
+  rng = np.random.default_rng(i)
+  pixels = rng.integers(0, 90, (16, 16, 3), dtype=np.uint8)
+  pixels[..., label] += np.uint8(150)
+  image = io.BytesIO()
+  Image.fromarray(pixels).save(image, 'PNG')
+  return {'png': image.getvalue(), 'txt': f'a {CLASSES[label]} square'.encode(),
+          'json': json.dumps({'key': f'{i:05d}', 'label': label}).encode()}
+
+
+def write_tar(path, samples: dict[str, dict[str, bytes]]) -> None:
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with tarfile.open(path, 'w') as tar:
+    for key, members in samples.items():
+      for ending, data in members.items():
+        info = tarfile.TarInfo(f'{key}.{ending}')
+        info.size = len(data)
+        tar.addfile(info, io.BytesIO(data))
+
+
+def make(folder) -> None:
+  """Writes a pool of two tars, an anchor and one benchmark."""
+  some = lambda start, n: {f'{i:05d}': sample(i, i % 3) for i in range(start, start + n)}
+  write_tar(folder / 'pool/0.tar', some(0, 40))
+  write_tar(folder / 'pool/1.tar', some(40, 20))
+  write_tar(folder / 'anchor/0.tar', some(100, 12))
+  write_tar(folder / 'bench/0.tar', some(200, 12))
+
+
+def config(data, **override):
+  tars = dict(format='webdataset', label_key='label', classes=CLASSES)
+  c = defaults.get_config()
+  c.pool = defaults.dataset(path=f'{data}/pool/*.tar', **tars)
+  c.anchor = defaults.dataset(path=f'{data}/anchor/*.tar', **tars)
+  c.benchmarks.squares = defaults.benchmark(path=f'{data}/bench/*.tar', templates=('a {} square',), **tars)
+  c.splits.base = defaults.split()
+  c.splits.pruned = defaults.split(rule='gap_aligned', benchmarks=('squares',))
+  c.dedup.threshold = 1e-4
+  flat = {key: value for key, value in {**tiny.SHRINK, **override}.items() if not key.startswith('glyphs')}
+  flat.setdefault('model.text_layers', 1)
+  flat.setdefault('model.context_length', 8)
+  for key, value in {'train.samples': 64, **{k: v for k, v in flat.items() if k != 'train.samples'}}.items():
+    c.update_from_flattened_dict({key: value})
+  return c
+
+
+def run(c, workdir, capsys, stages=None) -> tuple[int, str]:
+  """Runs the pipeline as the command does; returns the exit status and what was said."""
+  handlers = list(logging.get_absl_logger().handlers)
+  status = command.guard(lambda: pipeline.run(c, str(workdir), stages=stages, redo='', dry_run=False))
+  logging.get_absl_logger().handlers[:] = handlers
+  said = capsys.readouterr()
+  assert 'Traceback' not in said.err + said.out
+  return status, said.out + said.err
+
+
+PREPARE = ['ingest', 'embedder', 'embed', 'dedup', 'search', 'prune']

@@ -1,0 +1,75 @@
+"""Stages beyond the demo's path: a trained embedder, k-means that goes on, budgets, single runs."""
+
+import json
+
+import numpy as np
+import pytest
+
+from clip_jax.similarity import kmeans
+
+from squares import PREPARE, config, run
+import squares
+
+
+@pytest.fixture
+def data(tmp_path):
+  squares.make(tmp_path)
+  return tmp_path
+
+
+def test_a_trained_embedder(data, tmp_path, capsys):
+  c = config(data, **{'embedder.source': 'train', 'embedder.samples': 64})
+  status, said = run(c, tmp_path / 'w', capsys, PREPARE)
+  assert status == 0, said
+  about = json.loads((tmp_path / 'w/embedder/embedder.json').read_text())
+  assert about['source'] == 'train' and about['of_base_rows'] == 72 and len(about['sha256']) == 64
+  assert np.load(tmp_path / 'w/embeddings/pool/00000.npy').shape == (40, c.model.embed_dim)
+
+
+def test_kmeans_goes_on_where_it_was_killed(data, tmp_path, capsys, monkeypatch):
+  c = config(data, **{'dedup.clusters': 4})
+  assert run(c, tmp_path / 'whole', capsys, PREPARE)[0] == 0
+  fit = kmeans.fit
+
+  def killed(*args, on_iteration, **more):
+    def save(state):
+      on_iteration(state)
+      raise KeyboardInterrupt
+    return fit(*args, on_iteration=save, **more)
+  monkeypatch.setattr(kmeans, 'fit', killed)
+  with pytest.raises(KeyboardInterrupt):
+    run(c, tmp_path / 'cut', capsys, PREPARE)
+  assert (tmp_path / 'cut/dedup/kmeans-state.npz').exists() and not (tmp_path / 'cut/dedup/keep.npy').exists()
+  monkeypatch.setattr(kmeans, 'fit', fit)
+  status, said = run(c, tmp_path / 'cut', capsys, PREPARE)
+  assert status == 0 and 'k-means goes on after iteration 1' in said
+  for name in ('keep', 'duplicate_of'):
+    assert (tmp_path / f'whole/dedup/{name}.npy').read_bytes() == (tmp_path / f'cut/dedup/{name}.npy').read_bytes()
+  assert not (tmp_path / 'cut/dedup/kmeans-state.npz').exists()
+
+
+def test_budgets_and_single_runs(data, tmp_path, capsys):
+  c = config(data, **{'train.budget': 'epochs', 'train.epochs': 3, 'train.batch_size': 16, 'train.seeds': (0, 1),
+                      'train.only': ('pruned/seed1',)})
+  status, said = run(c, tmp_path / 'w', capsys)
+  assert status == 0, said
+  assert [path.name for path in (tmp_path / 'w/train').iterdir() if path.is_dir()] == ['pruned']
+  counts = json.loads((tmp_path / 'w/train/pruned/seed1/run.sidecar.json').read_text())['counts']
+  assert counts['steps'] == 3 * counts['rows'] // 16 and 2.5 < counts['passes'] <= 3
+  assert '3 runs are not trained yet and are left out' in said
+
+
+def test_a_run_begun_with_another_recipe_is_not_gone_on_with(data, tmp_path, capsys):
+  import clip_jax.training.loop as loop
+  c = config(data)
+  assert run(c, tmp_path / 'w', capsys, PREPARE)[0] == 0
+  train = loop.train
+  try:
+    loop.train = lambda **_: (_ for _ in ()).throw(KeyboardInterrupt)  # killed after it wrote config.json
+    with pytest.raises(KeyboardInterrupt):
+      run(c, tmp_path / 'w', capsys, ['train'])
+  finally:
+    loop.train = train
+  other = config(data, **{'train.weight_decay': 0.5})
+  status, said = run(other, tmp_path / 'w', capsys, ['train'])
+  assert status == 1 and 'was begun with another config' in said and 'train.weight_decay: 0.2 -> 0.5' in said
