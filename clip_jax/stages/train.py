@@ -14,6 +14,7 @@ from clip_jax.core import files
 from clip_jax.core import interrupts
 from clip_jax.core import metrics
 from clip_jax.core import products
+from clip_jax.core import progress
 from clip_jax.core.errors import InputError
 from clip_jax.core.products import Product
 from clip_jax.stages import ingest
@@ -77,6 +78,10 @@ def _one(config: ConfigDict, workdir: str, split: str, seed: int, wanted: Produc
     folder = layout.run_folder(split, seed)
     result, replaced = fit(config, workdir, folder, data, seed=seed, samples=samples, wanted=wanted)
     seen = result.step * t.batch_size
+    last = metrics.read(os.path.join(workdir, folder, 'metrics.jsonl'))[-1]
+    logging.info('%s: loss %.3f after %s samples (%.1f passes), %s images a second, %s.', folder, last['train/loss'],
+                 f'{seen:,}', seen / size, f'{last["train/images_per_sec"]:,.0f}',
+                 progress.seconds(last['train/seconds']))
     counts = {'rows': size, 'samples': seen, 'passes': seen / size, 'steps': result.step, 'digest': result.digest,
               'replaced': replaced}
     products.finish(workdir, wanted, [f'{folder}/{name}' for name in ('checkpoints', 'config.json', 'metrics.jsonl')],
