@@ -99,7 +99,9 @@ def explained_share(
   else:
     drawn = statistics.crossed_bootstrap(parts, groups, draws, seed)
     linear = statistics.crossed_interval((parts[0] - value * parts[1]) / room.value, groups, level)
-    low, high = np.quantile(drawn[:, 0] / drawn[:, 1], [(1 - level) / 2, (1 + level) / 2])
+    with np.errstate(divide='ignore', invalid='ignore'):  # a draw without room is infinitely far out
+      ratio = drawn[:, 0] / drawn[:, 1]
+    low, high = np.nanquantile(ratio, [(1 - level) / 2, (1 + level) / 2])
     low, high = min(low, value + linear.low), max(high, value + linear.high)
   return replace(share, value=value, low=float(low), high=float(high))
 
