@@ -120,7 +120,7 @@ def get_config():
 def test_another_recipe_stops_and_names_the_key(copy):
   done = tiny.run(copy, **{'train.learning_rate': 0.5})
   assert done.returncode == 1
-  assert 'train.learning_rate: 0.0005 -> 0.5' in done.stdout
+  assert f'train.learning_rate: {tiny.config().train.learning_rate} -> 0.5' in done.stdout
   assert '--redo=train:base/seed0' in done.stdout and 'Traceback' not in done.stdout
 
 
