@@ -165,6 +165,15 @@ def test_scann_says_its_recall_and_agrees(data, tmp_path, capsys):
   assert np.load(exact / 'splits/pruned/rows.npy').tolist() == np.load(fast / 'splits/pruned/rows.npy').tolist()
 
 
+def test_a_stage_that_the_disk_cannot_hold_does_not_begin(data, tmp_path, capsys, monkeypatch):
+  from clip_jax.core import files
+  assert run(config(data), tmp_path / 'w', capsys, PREPARE)[0] == 0
+  monkeypatch.setattr(files, 'free_bytes', lambda path: 1000)
+  status, said = run(config(data), tmp_path / 'w', capsys, ['train'])
+  assert status == 1 and 'The stage train needs about' in said and 'are free' in said
+  assert not (tmp_path / 'w/train').exists()
+
+
 @pytest.mark.slow
 def test_a_full_disk(data, tmp_path, capsys):
   """A file system of 300 kB: an error that says so, nothing half-written, and it goes on with more space."""
@@ -177,7 +186,7 @@ def test_a_full_disk(data, tmp_path, capsys):
   try:
     c = config(data)
     status, said = run(c, small / 'w', capsys)
-    assert status == 1 and 'No space left' in said, said
+    assert status == 1 and ('No space left' in said or 'are free' in said), said
     subprocess.run(['mount', '-o', 'remount,size=200m', str(small)], check=True)
     status, said = run(c, small / 'w', capsys)
     assert status == 0, said

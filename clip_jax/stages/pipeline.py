@@ -53,6 +53,7 @@ def run(config: ConfigDict, workdir: str | None, *, stages: list[str] | None, re
   before, start = _finished(workdir), time.monotonic()
   for name in names:
     began = time.monotonic()
+    _check_disk(config, workdir, name)
     if name == 'report' and _finished(workdir) != before:
       _versions(workdir)  # the page shows them
     importlib.import_module(f'clip_jax.stages.{name}').run(config, workdir)
@@ -66,6 +67,15 @@ def run(config: ConfigDict, workdir: str | None, *, stages: list[str] | None, re
   _unnamed(config, workdir)
   (files.epath.Path(workdir) / REDO).unlink(missing_ok=True)
   _close(config, workdir, names, time.monotonic() - start)
+
+
+def _check_disk(config: ConfigDict, workdir: str, name: str) -> None:
+  """Raises InputError before a stage begins that the disk cannot hold, beside what it has made already."""
+  from clip_jax.stages import plan
+  needed = plan.PLANS[name](config, workdir, plan.dataset_rows(config, workdir)).bytes or 0
+  there = sum(os.path.getsize(os.path.join(folder, file))
+              for folder, _, names in os.walk(os.path.join(workdir, STAGES[name])) for file in names)
+  files.check_space(workdir, needed - there, f'The stage {name}')
 
 
 def _stage_names(stages: list[str] | None) -> list[str]:
