@@ -12,6 +12,7 @@ import pytest
 import test_step
 from clip_jax.core import checkpoints
 from clip_jax.core import metrics as metrics_lib
+from clip_jax.core.errors import ConfigError
 from clip_jax.core.errors import InputError
 from clip_jax.models import clip
 from clip_jax.training import loop
@@ -110,7 +111,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(tmp_path):
 
 
 def test_a_batch_must_divide_by_the_devices(tmp_path):
-  with pytest.raises(InputError, match='batch_size = 12 .* nearest is 16'):
+  with pytest.raises(ConfigError, match='batch_size = 12 .* nearest is 16'):
     train(tmp_path, batch_size=12)
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from clip_jax.core import sharding
-from clip_jax.core.errors import ConfigError, InputError
+from clip_jax.core.errors import ConfigError
 
 
 def test_axes():
@@ -21,7 +21,7 @@ def test_fsdp_must_divide_the_devices(fsdp):
 
 @pytest.mark.parametrize('size, nearest', [(1, 8), (12, 16), (65, 64), (0, 8)])
 def test_a_batch_must_divide(size, nearest):
-  with pytest.raises(InputError, match=f'= {size} .* nearest is {nearest}'):
+  with pytest.raises(ConfigError, match=f'= {size} .* nearest is {nearest}'):
     sharding.check_batch_size(size, sharding.mesh())
 
 

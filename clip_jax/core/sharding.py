@@ -6,7 +6,7 @@ batch. XLA's partitioner does the rest, so no other file names a mesh axis.
 
 from typing import Any
 
-from clip_jax.core.errors import ConfigError, InputError
+from clip_jax.core.errors import ConfigError
 from clip_jax.core.types import Array
 
 
@@ -21,12 +21,12 @@ def mesh(fsdp: int = 1) -> Any:
 
 
 def check_batch_size(batch_size: int, mesh: Any) -> None:
-  """Raises InputError, with the nearest that would do, where the devices cannot share a batch."""
+  """Raises ConfigError, with the nearest that would do, where the devices cannot share a batch."""
   count = mesh.size
   if batch_size < 1 or batch_size % count:
     nearest = max(1, round(batch_size / count)) * count
-    raise InputError(f'train.batch_size = {batch_size} must be a multiple of the {count} devices; '
-                     f'the nearest is {nearest}.')
+    raise ConfigError(f'train.batch_size = {batch_size} must be a multiple of the {count} devices; '
+                      f'the nearest is {nearest}.')
 
 
 def parameter_shardings(tree: Any, mesh: Any) -> Any:

@@ -51,6 +51,7 @@ def run(config: ConfigDict, workdir: str | None, *, stages: list[str] | None, re
   if redo:
     forget(workdir, redo)
   before, start = _finished(workdir), time.monotonic()
+  _check_devices(config, workdir, names)
   for name in names:
     began = time.monotonic()
     _check_disk(config, workdir, name)
@@ -67,6 +68,18 @@ def run(config: ConfigDict, workdir: str | None, *, stages: list[str] | None, re
   _unnamed(config, workdir)
   (files.epath.Path(workdir) / REDO).unlink(missing_ok=True)
   _close(config, workdir, names, time.monotonic() - start)
+
+
+def _check_devices(config: ConfigDict, workdir: str, names: list[str]) -> None:
+  """Raises ConfigError at once, not after hours of search, where the devices cannot share a batch.
+
+  A finished work directory trains nothing, and is not made to wait for JAX.
+  """
+  from clip_jax.stages import train
+  if 'train' in names and any(products.status(workdir, run_) != 'fits'
+                              for run_ in train.all_products(config, workdir).values()):
+    from clip_jax.core import sharding
+    sharding.check_batch_size(config.train.batch_size, sharding.mesh(config.train.fsdp))
 
 
 def _check_disk(config: ConfigDict, workdir: str, name: str) -> None:
