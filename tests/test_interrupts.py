@@ -41,3 +41,18 @@ def test_a_second_signal_does_not_wait():
       os.kill(os.getpid(), signal.SIGINT)
       os.kill(os.getpid(), signal.SIGINT)
       pytest.fail('still here')
+
+
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
+def test_a_signal_whose_exception_was_lost_is_raised_later():
+  class Lost:
+    def __del__(self):
+      os.kill(os.getpid(), signal.SIGTERM)  # Python drops what is raised in here
+  lost = Lost()
+  try:
+    del lost
+  except interrupts.Interrupted:
+    pytest.skip('this Python delivered the signal after the destructor')
+  with pytest.raises(interrupts.Interrupted):
+    with interrupts.deferred():
+      pytest.fail('the lost signal was forgotten')

@@ -13,20 +13,30 @@ class Interrupted(BaseException):
     self.status = 128 + signum
 
 
-_deferred: list[int] | None = None  # signals received while a block defers them
+_received: list[int] = []  # signals so far
+_deferring = False         # a block lets its step end first
 
 
 def _handle(signum, frame):
   del frame
-  if _deferred is None:
+  _received.append(signum)
+  if not _deferring or len(_received) > 1:  # the second signal of an impatient user does not wait
     raise Interrupted(signum)
-  if _deferred:  # the second signal of an impatient user
-    raise Interrupted(signum)
-  _deferred.append(signum)
+
+
+def check() -> None:
+  """Raises Interrupted where a signal came and its exception was lost.
+
+  Python drops what is raised inside a destructor or a garbage collection callback (JAX has one), and a
+  signal can arrive just there; so long work asks here now and then.
+  """
+  if _received:
+    raise Interrupted(_received[0])
 
 
 def install() -> None:
   """Makes SIGINT and SIGTERM raise Interrupted in the main thread."""
+  _received.clear()
   for signum in (signal.SIGINT, signal.SIGTERM):
     signal.signal(signum, _handle)
 
@@ -34,11 +44,11 @@ def install() -> None:
 @contextlib.contextmanager
 def deferred() -> Iterator[Callable[[], bool]]:
   """Yields should_stop(): inside, a first signal only turns it true; at the end it is raised."""
-  global _deferred
-  received = _deferred = []
+  global _deferring
+  check()
+  _deferring = True
   try:
-    yield lambda: bool(received)
+    yield lambda: bool(_received)
   finally:
-    _deferred = None
-  if received:
-    raise Interrupted(received[0])
+    _deferring = False
+  check()

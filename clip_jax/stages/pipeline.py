@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from clip_jax.core import config as config_lib
 from clip_jax.core import files
+from clip_jax.core import interrupts
 from clip_jax.core import log
 from clip_jax.core import products
 from clip_jax.core import progress
@@ -54,6 +55,7 @@ def run(config: ConfigDict, workdir: str | None, *, stages: list[str] | None, re
   _check_devices(config, workdir, names)
   for name in names:
     began = time.monotonic()
+    interrupts.check()
     _check_disk(config, workdir, name)
     if name == 'report' and _finished(workdir) != before:
       _versions(workdir)  # the page shows them
