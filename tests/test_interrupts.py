@@ -13,6 +13,7 @@ def handlers():
   old = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
   interrupts.install()
   yield
+  interrupts.install()  # forgets what was received
   for signum, handler in old.items():
     signal.signal(signum, handler)
 

@@ -7,6 +7,8 @@ from typing import TypeVar
 
 from absl import logging
 
+from clip_jax.core import interrupts
+
 T = TypeVar('T')
 LINE_EVERY_SECS = 30.0
 
@@ -34,6 +36,7 @@ class Bar:
                             dynamic_ncols=True, unit_scale=total > 10_000)
 
   def update(self, n: int = 1) -> None:
+    interrupts.check()
     self._done += n
     if self._bar is not None:
       self._bar.update(n)
