@@ -1,0 +1,167 @@
+"""open_clip's side of a model: its config both ways, and the names of its tensors.
+
+A parameter's path here is open_clip's own name with `text.` before a text tensor, as its
+CustomTextCLIP has it. Its CLIP class leaves that prefix out, and its SigLIP image towers are timm's
+(`visual.trunk.*`): the tables below rename those.
+"""
+
+import dataclasses
+from typing import Any
+
+from clip_jax.core.errors import ConfigError
+from clip_jax.models import zoo
+
+# Keys that describe how open_clip would train or fetch a model, not what it computes.
+_IGNORED = ('timm_model_pretrained', 'timm_drop', 'timm_drop_path', 'patch_dropout',
+            'output_tokens', 'hf_model_pretrained', 'pad_id')
+_ACTIVATIONS = {'gelu': {}, 'gelu_tanh': {'approximate': 'tanh'}}
+
+
+def config_to_open_clip(config: zoo.CLIPConfig) -> dict[str, Any]:
+  """The model_cfg that open_clip builds this model from (open_clip_config.json's model_cfg)."""
+  text, model = config.text, {'embed_dim': config.embed_dim}
+  if text.activation == 'quick_gelu':
+    model['quick_gelu'] = True
+  if config.init_logit_bias is not None:
+    model['init_logit_bias'] = config.init_logit_bias
+  if config.init_logit_scale != zoo.CLIPConfig.init_logit_scale:
+    model['init_logit_scale'] = config.init_logit_scale
+  if config.custom_text:
+    model['custom_text'] = True
+  model['vision_cfg'] = _vision_to_open_clip(config.vision)
+  text_cfg = {'context_length': text.context_length, 'vocab_size': text.vocab_size,
+              'width': text.width, 'heads': text.heads, 'layers': text.layers}
+  if text.tokenizer:
+    text_cfg['hf_tokenizer_name'] = text.tokenizer
+  if text.tokenizer_kwargs:
+    text_cfg['tokenizer_kwargs'] = dict(text.tokenizer_kwargs)
+  if text.mlp_ratio != 4.0:
+    text_cfg['mlp_ratio'] = text.mlp_ratio
+  if text.pool_type != 'argmax':
+    text_cfg['pool_type'] = text.pool_type
+  if text.pool_type == 'eos':
+    text_cfg['eos_id'] = text.eos_id
+  if not text.causal:
+    text_cfg['no_causal_mask'] = True
+  if text.proj != 'linear':
+    text_cfg |= {'bias': {'proj_bias': True}, 'none': {'proj_type': 'none'}}[text.proj]
+  model['text_cfg'] = text_cfg | _block_to_open_clip(text)
+  return model
+
+
+def _block_to_open_clip(tower: zoo.ViTConfig | zoo.TextConfig) -> dict[str, Any]:
+  """What the two transformers have in common, where it is not open_clip's default."""
+  found: dict[str, Any] = {}
+  if tower.ls_init_value is not None:
+    found['ls_init_value'] = tower.ls_init_value
+  if tower.eps != 1e-5:
+    found['norm_kwargs'] = {'eps': tower.eps}
+  if _ACTIVATIONS.get(tower.activation):
+    found['act_kwargs'] = dict(_ACTIVATIONS[tower.activation])
+  return found
+
+
+def _vision_to_open_clip(vision: zoo.ViTConfig | zoo.ResNetConfig) -> dict[str, Any]:
+  if isinstance(vision, zoo.ResNetConfig):
+    return {'image_size': vision.image_size, 'layers': list(vision.layers), 'width': vision.width,
+            'head_width': vision.width * 32 // vision.heads, 'patch_size': None}
+  if vision.pool_type == 'map':
+    for name, tower in zoo.TIMM_TOWERS.items():
+      if tower == vision:
+        return {'image_size': vision.image_size, 'timm_model_name': name,
+                'timm_model_pretrained': False, 'timm_pool': 'map', 'timm_proj': 'none'}
+    raise ConfigError('open_clip has no model with this attention-pooled image tower: '
+                      f'{dataclasses.asdict(vision)}.')
+  found = {'image_size': vision.image_size, 'layers': vision.layers, 'width': vision.width,
+           'head_width': vision.width // vision.heads, 'patch_size': vision.patch_size}
+  if vision.mlp_ratio != 4.0:
+    found['mlp_ratio'] = vision.mlp_ratio
+  if vision.pool_type != 'tok':
+    found['pool_type'] = vision.pool_type
+  if not vision.ln_pre:
+    found['no_ln_pre'] = True
+  if vision.final_ln_after_pool:
+    found['final_ln_after_pool'] = True
+  return found | _block_to_open_clip(vision)
+
+
+def config_from_open_clip(model: dict[str, Any]) -> zoo.CLIPConfig:
+  """A model_cfg of open_clip -> the numbers; ConfigError for what is not built here."""
+  model = dict(model)
+  try:
+    quick_gelu = model.pop('quick_gelu', False)
+    vision = _vision_from_open_clip(dict(model.pop('vision_cfg')), quick_gelu)
+    config = zoo.CLIPConfig(
+        model.pop('embed_dim'), vision, _text_from_open_clip(dict(model.pop('text_cfg')), quick_gelu),
+        init_logit_scale=model.pop('init_logit_scale', zoo.CLIPConfig.init_logit_scale),
+        init_logit_bias=model.pop('init_logit_bias', None),
+        custom_text=model.pop('custom_text', False))
+  except KeyError as error:
+    raise ConfigError(f'A model config of open_clip must have the key {error}.') from error
+  _none_left('', model)
+  return config
+
+
+def _text_from_open_clip(text: dict[str, Any], quick_gelu: bool) -> zoo.TextConfig:
+  if text.get('hf_model_name'):
+    raise ConfigError(f'text_cfg.hf_model_name={text["hf_model_name"]!r}: text towers of Hugging '
+                      'Face are not built here.')
+  width, proj_type = text.pop('width', 512), text.pop('proj_type', 'linear')
+  bias = text.pop('proj_bias', False)
+  config = zoo.TextConfig(
+      text.pop('context_length', 77), text.pop('vocab_size', 49_408), width, text.pop('heads', 8),
+      text.pop('layers', 12), text.pop('mlp_ratio', 4.0), text.pop('pool_type', 'argmax'),
+      text.pop('eos_id', 2), causal=not text.pop('no_causal_mask', False),
+      proj='none' if proj_type == 'none' else 'bias' if bias else 'linear',
+      tokenizer=text.pop('hf_tokenizer_name', None) or '',
+      tokenizer_kwargs=tuple((text.pop('tokenizer_kwargs', None) or {}).items()),
+      **_block_from_open_clip(text, quick_gelu))
+  if config.pool_type not in ('argmax', 'eos', 'first', 'last') or proj_type not in ('linear', 'none'):
+    raise ConfigError(f'text_cfg has pool_type={config.pool_type!r} and proj_type={proj_type!r}, '
+                      'which is not built here.')
+  _none_left('text_cfg.', text)
+  return config
+
+
+def _vision_from_open_clip(vision: dict[str, Any],
+                           quick_gelu: bool) -> zoo.ViTConfig | zoo.ResNetConfig:
+  name, image_size = vision.pop('timm_model_name', None), vision.pop('image_size', 224)
+  if name:
+    if name not in zoo.TIMM_TOWERS or vision.pop('timm_pool', 'map') != 'map' or (
+        vision.pop('timm_proj', 'none') != 'none'):
+      raise ConfigError(f'vision_cfg.timm_model_name={name!r} is not built here; of timm\'s towers '
+                        f'these are: {", ".join(zoo.TIMM_TOWERS)}.')
+    _none_left('vision_cfg.', vision)
+    return dataclasses.replace(zoo.TIMM_TOWERS[name], image_size=image_size)
+  width, layers = vision.pop('width', 768), vision.pop('layers', 12)
+  head_width = vision.pop('head_width', 64)
+  if isinstance(layers, (list, tuple)):
+    config = zoo.ResNetConfig(image_size, width, tuple(layers), width * 32 // head_width)
+    vision.pop('patch_size', None)
+  else:
+    config = zoo.ViTConfig(
+        image_size, vision.pop('patch_size', 16), width, layers, width // head_width,
+        vision.pop('mlp_ratio', 4.0), vision.pop('pool_type', 'tok'),
+        ln_pre=not vision.pop('no_ln_pre', False),
+        final_ln_after_pool=vision.pop('final_ln_after_pool', False),
+        **_block_from_open_clip(vision, quick_gelu))
+    if config.pool_type not in ('tok', 'avg'):
+      raise ConfigError(f'vision_cfg.pool_type={config.pool_type!r} is not built here.')
+  _none_left('vision_cfg.', vision)
+  return config
+
+
+def _block_from_open_clip(tower: dict[str, Any], quick_gelu: bool) -> dict[str, Any]:
+  act, norm = tower.pop('act_kwargs', None) or {}, tower.pop('norm_kwargs', None) or {}
+  names = [name for name, kwargs in _ACTIVATIONS.items() if kwargs == act]
+  if not names or set(norm) - {'eps'}:
+    raise ConfigError(f'act_kwargs={act} and norm_kwargs={norm} of open_clip are not built here.')
+  return {'activation': 'quick_gelu' if quick_gelu else names[0], 'eps': norm.get('eps', 1e-5),
+          'ls_init_value': tower.pop('ls_init_value', None)}
+
+
+def _none_left(block: str, left: dict[str, Any]) -> None:
+  """open_clip's other keys may be named where they are off: then they change nothing."""
+  for key, value in left.items():
+    if key not in _IGNORED and value not in (None, False, 'learnable', 'default'):
+      raise ConfigError(f'{block}{key}={value!r} of open_clip is not built here.')
