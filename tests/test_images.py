@@ -5,6 +5,7 @@ from PIL import Image
 import pytest
 
 from clip_jax.data import images
+import make_preprocess_golden
 
 
 def _pixels(height, width, seed=0):
@@ -102,15 +103,34 @@ def test_resize_is_open_clips(shape, size):
   assert (images.resize(image, size, 'squash') == squashed).all()
 
 
-def test_resize_of_a_line_takes_no_memory(monkeypatch):
-  made = []
-  bicubic = images._bicubic
-  monkeypatch.setattr(images, '_bicubic', lambda *given: made.append(bicubic(*given)) or made[-1])
-  image = np.repeat(_pixels(1, 50_000), 2, 0)
-  assert images.resize(image, 24).shape == (24, 24, 3)
-  assert made[0].shape == (24, 24 * 64, 3)  # resized whole it would be 600,000 pixels wide
+@pytest.mark.parametrize('shape', [(1, 100), (2, 999), (3, 1001), (601, 5), (700, 9)])
+def test_of_a_long_image_the_centre_alone_is_made(shape, monkeypatch):
+  image = make_preprocess_golden.pixels(*shape)
+  expected = {size: _open_clip_resize(image, size).astype(int) for size in (8, 16, 33)}
+  monkeypatch.setattr(images, '_bicubic', None)  # makes the whole
+  for size in expected:
+    assert abs(images.resize(image, size) - expected[size]).max() <= 1
+  line = np.repeat(_pixels(1, 50_000), 2, 0)
+  assert images.resize(line, 24).shape == (24, 24, 3)  # whole it would be 600,000 pixels wide
+
+
+def test_an_unknown_resize_mode_is_an_error():
   with pytest.raises(ValueError, match='longest'):
-    images.resize(image, 8, 'longest')
+    images.resize(_pixels(4, 4), 8, 'longest')
+
+
+@pytest.fixture(scope='module')
+def golden():
+  with np.load(make_preprocess_golden.PATH) as arrays:
+    return dict(arrays)
+
+
+@pytest.mark.parametrize('name', make_preprocess_golden.files())
+def test_evaluation_pixels_are_open_clips(golden, name):
+  pixels = images.decode(make_preprocess_golden.files()[name])
+  for size, mode in make_preprocess_golden.SIZES:
+    expected = golden[f'{name}_{size}_{mode}'].astype(int)
+    assert abs(images.resize(pixels, size, mode) - expected).max() <= 1, (size, mode)
 
 
 def _draws(height, width, scale, n=4000):
@@ -136,6 +156,13 @@ def test_crops_have_the_area_ratio_and_places_of_torchvision():
   room = 96 - boxes[:, 2]
   assert (boxes[:, 0] >= 0).all() and (boxes[:, 0] <= room).all()
   assert abs((boxes[:, 0] / room).mean() - 0.5) < 0.02 and (boxes[:, 0] == room).any()
+
+
+@pytest.mark.parametrize('shape', make_preprocess_golden.CROPS)
+def test_training_crops_are_distributed_as_open_clips(golden, shape):
+  boxes = _draws(*shape, (0.9, 1.0), 6000)
+  shares = make_preprocess_golden.boxes_to_shares(boxes, *shape)
+  assert abs(shares - golden['crops_%dx%d' % shape]).max() < 0.03  # Kolmogorov-Smirnov: p = 1e-4
 
 
 def test_crops_that_never_fit_are_centred_as_torchvisions():

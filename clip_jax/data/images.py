@@ -1,4 +1,8 @@
-"""Bytes of an image file -> pixels, resized and cropped as open_clip does (Pillow, bicubic)."""
+"""Bytes of an image file -> pixels, resized and cropped as open_clip does (Pillow, bicubic).
+
+As in open_clip's own data pipelines (webdataset, image folders), an image is RGB before anything
+else: its transforms on a file's palette or alpha channel would give other pixels.
+"""
 
 import io
 import math
@@ -14,7 +18,7 @@ FORMATS = ('JPEG', 'PNG', 'WEBP', 'GIF', 'BMP', 'TIFF', 'PPM')
 MODES = ('shortest', 'squash')
 _RATIO = (3 / 4, 4 / 3)  # width / height of a random crop, torchvision's default
 _TRIES = 10    # draws of a crop before the centre is taken, torchvision's
-_LONGEST = 64  # long side / short side: what is longer is cut first, resizing it could fill memory
+_LONGEST = 64  # long side / short side: of what is longer only the centre is made, to save memory
 
 
 class UnreadableImage(ValueError):
@@ -44,9 +48,15 @@ def resize(image: Array,  # [H, W, 3] uint8
   if mode == 'squash':
     return _bicubic(image, size, size)
   short = min(height, width)
-  image = _centre(image, min(height, _LONGEST * short), min(width, _LONGEST * short))
-  height, width = image.shape[:2]
-  return _centre(_bicubic(image, size * height // short, size * width // short), size, size)
+  new_height, new_width = size * height // short, size * width // short
+  top, left = round((new_height - size) / 2), round((new_width - size) / 2)
+  if max(height, width) <= _LONGEST * short:
+    return _bicubic(image, new_height, new_width)[top:top + size, left:left + size]
+  x, y = (left * width / new_width, top * height / new_height)  # the same part, before resizing
+  across = Image.fromarray(image).resize(
+      (size, height), Image.Resampling.BICUBIC, (x, 0, x + size * width / new_width, height))
+  return np.asarray(across.resize(
+      (size, size), Image.Resampling.BICUBIC, (0, y, size, y + size * height / new_height)))
 
 
 def random_resized_crop(image: Array,  # [H, W, 3] uint8
@@ -88,8 +98,3 @@ def _bicubic(image: Array, height: int, width: int) -> Array:  # [H, W, 3] -> [h
   if image.shape[:2] == (height, width):
     return image
   return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
-
-
-def _centre(image: Array, height: int, width: int) -> Array:  # [H, W, 3] -> [height, width, 3]
-  y, x = round((image.shape[0] - height) / 2), round((image.shape[1] - width) / 2)
-  return image[y:y + height, x:x + width]
