@@ -30,9 +30,12 @@ def get_config() -> ml_collections.ConfigDict:
 
   # The embedder: the frozen model whose image embeddings define similarity.
   c.embedder = ConfigDict()
-  c.embedder.source = 'pca'         # 'pca' | 'hog' (fitted on the base set) | 'train' (a CLIP trained here)
-  c.embedder.image_size = 32        # pixels; images are resized (shortest side) and cropped to this
-  c.embedder.dim = 64               # E, numbers in an embedding; 'train' takes the model's own
+  c.embedder.source = 'pca'         # 'pca' | 'hog' (fitted on the base set) | 'train' (a CLIP trained here) |
+                                    # 'weights' (published ones: path, name)
+  c.embedder.path = ''              # 'weights': a .safetensors, .pt or .bin of open_clip, OpenAI or Hugging Face
+  c.embedder.name = ''              # 'weights': its open_clip model, 'ViT-B-16-plus-240'; '': by the config beside it
+  c.embedder.image_size = 32        # 'pca', 'hog': pixels; images are resized and cropped to this
+  c.embedder.dim = 64               # E, numbers in an embedding; 'train' and 'weights' take the model's own
   c.embedder.fit_images = 4096      # 'pca', 'hog': images of the base set that it is fitted on, drawn by seed
   c.embedder.samples = 0            # 'train': samples seen
   c.embedder.seed = 1000            # of the fit sample, and of the trained embedder (never an evaluated seed)
@@ -99,7 +102,12 @@ def get_config() -> ml_collections.ConfigDict:
   c.train.eps = 1e-6
   c.train.seeds = (0,)              # each split is trained once a seed
   c.train.only = ()                 # ('base/seed0', ...): only these runs now (several machines, one workdir)
+  c.train.loss = 'clip'             # 'clip' (softmax over the batch) | 'siglip' (sigmoid of each pair; adds a bias)
+  c.train.patch_dropout = 0.0       # share of an image's patches that a step does not see: faster, costs accuracy
   c.train.dtype = 'float32'         # of activations: 'float32' | 'bfloat16'; parameters stay float32
+  c.train.remat = 'none'            # recomputed in the backward pass: 'none' | 'dots' (all but matrix products) |
+                                    # 'blocks' (all but each block's input); saves memory, changes speed only
+  c.train.pack_captions = True      # several captions in a row of tokens; same features, changes speed only
   c.train.fsdp = 1                  # devices that parameters are sharded over; the rest of the mesh is data
   c.train.save_every_steps = 1000   # a checkpoint so often; 0: by time only
   c.train.save_every_secs = 600.0   # and at least so often

@@ -1,6 +1,7 @@
-"""Zero-shot accuracy of any checkpoint on a config's benchmarks.
+"""Zero-shot accuracy of any checkpoint, or of published weights, on a config's benchmarks.
 
   python -m clip_jax.evaluate --checkpoint=runs/demo/train/base/seed0 --config=configs/demo.py
+  python -m clip_jax.evaluate --checkpoint=open_clip_model.safetensors --model=ViT-B-32 --config=configs/demo.py
 """
 
 import sys
@@ -16,8 +17,10 @@ from ml_collections import config_flags
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'A Python file with get_config(): its benchmarks are used.',
                                           lock_config=True)
-_CHECKPOINT = flags.DEFINE_string('checkpoint', None, "A run's folder, its checkpoints/ (latest step), or one step.")
-_MODEL = flags.DEFINE_string('model', '', 'Architecture of a weights file; a checkpoint of ours knows its own.')
+_CHECKPOINT = flags.DEFINE_string('checkpoint', None, "A run's folder, its checkpoints/ (latest step), or one step; "
+                                  'or weights of open_clip, OpenAI or Hugging Face (.safetensors, .pt, .bin).')
+_MODEL = flags.DEFINE_string('model', '', 'open_clip model of a weights file, where no open_clip_config.json or '
+                             'config.json is beside it.')
 _BENCHMARKS = flags.DEFINE_list('benchmarks', None, 'Only these benchmarks of the config; default: all.')
 _OUTPUT = flags.DEFINE_string('output', '', 'Folder for <benchmark>.json and .npz; default: only print.')
 _FOLLOW = flags.DEFINE_bool('follow', False, 'Evaluate every new checkpoint as it appears, until Ctrl-C.')

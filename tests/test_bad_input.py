@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from clip_jax import defaults
+from clip_jax.core.errors import InputError
 
 from squares import PREPARE, config, run
 import squares
@@ -193,3 +194,22 @@ def test_a_full_disk(data, tmp_path, capsys):
     assert status == 0, said
   finally:
     subprocess.run(['umount', '-l', str(small)], check=False)
+
+
+def test_an_embedding_that_is_nan_names_its_image(data, tmp_path, monkeypatch):
+  from clip_jax.stages import embed
+  from clip_jax.stages import embedder
+  from clip_jax.stages import layout
+  c = config(data)
+  workdir = str(tmp_path / 'w')
+  for stage in ('ingest', 'embedder'):
+    __import__(f'clip_jax.stages.{stage}', fromlist=['run']).run(c, workdir)
+
+  def apply(images):
+    vectors = np.ones((len(images), 4), np.float32)
+    vectors[2, 1] = np.nan
+    return vectors
+  monkeypatch.setattr(embedder, 'load', lambda *_: embedder.Embedder(16, 'shortest', apply))
+  layout.forget()
+  with pytest.raises(InputError, match=r'NaN for the image 00002 \(row 2\).*--redo=embedder'):
+    embed.run(c, workdir)

@@ -8,10 +8,12 @@ import numpy as np
 
 import reference_clip
 from clip_jax.models import clip
+from clip_jax.models import zoo
 
-CONFIG = clip.CLIPConfig(embed_dim=6, image_size=8, patch_size=4, vision_width=8, vision_layers=2,
-                         vision_heads=2, context_length=7, vocab_size=30, text_width=12,
-                         text_heads=3, text_layers=1, mlp_ratio=2.5)
+CONFIG = zoo.CLIPConfig(
+    embed_dim=6, vision=zoo.ViTConfig(image_size=8, patch_size=4, width=8, layers=2, heads=2,
+                                      mlp_ratio=2.5),
+    text=zoo.TextConfig(context_length=7, vocab_size=30, width=12, heads=3, layers=1))
 
 BLOCK = ('ln_1.weight', 'ln_1.bias', 'attn.in_proj_weight', 'attn.in_proj_bias',
          'attn.out_proj.weight', 'attn.out_proj.bias', 'ln_2.weight', 'ln_2.bias',
@@ -44,7 +46,7 @@ def test_parameters_are_float32_in_either_compute_dtype():
 
 
 def test_equal_configs_share_their_functions():
-  again = clip.CLIPConfig(**vars(CONFIG))
+  again = zoo.CLIPConfig(**vars(CONFIG))
   assert clip.functions(again) is clip.functions(CONFIG)
   assert clip.functions(again, 'bfloat16') is not clip.functions(CONFIG)
 
@@ -54,7 +56,8 @@ def test_encode_gives_what_the_losses_take():
   params = jax.jit(functions.init)(jax.random.key(3))
   images = jax.random.normal(jax.random.key(1), (2, 8, 8, 3))
   text = jnp.array([[1, 5, 29, 0], [1, 29, 0, 0]], jnp.int32)
-  out = jax.jit(functions.encode)(params, images, text)
+  out, recorded = jax.jit(functions.encode)(params, images, text, jax.random.key(0))
+  assert recorded == {}
   np.testing.assert_allclose(out['scale'], 1 / 0.07, rtol=1e-6)
   for name, x in (('image', images), ('text', text)):
     alone = jax.jit(getattr(functions, f'encode_{name}'))(params, x)

@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = pathlib.Path(__file__).parent.parent / 'clip_jax'
 LIBRARIES = ('data', 'models', 'similarity', 'pruning', 'training', 'evaluation', 'reporting')
-COMMANDS = ('main.py', 'evaluate.py')
+COMMANDS = ('main.py', 'evaluate.py', 'convert.py')
 
 
 def imports(path: pathlib.Path) -> set[str]:

@@ -63,6 +63,24 @@ def test_attention_equals_the_sum_over_heads_and_keys(masked):
   np.testing.assert_allclose(got, want, atol=1e-5)
 
 
+@pytest.mark.parametrize('shape', [(5, 5), (2, 5, 5), (2, 1, 5)])
+def test_the_fused_attention_is_the_same(shape):
+  rng = np.random.default_rng(1)
+  k, v = (jnp.asarray(rng.normal(size=(2, 5, 6)), jnp.float32) for _ in range(2))
+  q = jnp.asarray(rng.normal(size=(2, shape[-2], 6)), jnp.float32)
+  mask = jnp.asarray(rng.random(shape) < 0.6).at[..., 0].set(True)
+  for mask in (mask, None):
+    np.testing.assert_allclose(layers.attention_fused(q, k, v, 3, mask),
+                               layers.attention_by_head(q, k, v, 3, mask), atol=1e-6)
+
+
+def test_a_block_may_be_asked_for_some_of_its_tokens():
+  layer, x = block(), jax.random.normal(jax.random.key(1), (3 * 5, 8))
+  mask, rows = jnp.tril(jnp.ones((5, 5), bool)), jnp.array([1, 1, 14, 7])
+  np.testing.assert_allclose(layer(x, 5, mask, lambda y: y[rows]), layer(x, 5, mask)[rows],
+                             atol=1e-6)
+
+
 def test_a_pooled_block_is_the_block_at_the_picked_token():
   @jax.jit
   def both():

@@ -14,6 +14,7 @@ import pytest
 from clip_jax.core.errors import InputError
 from clip_jax.data import images
 from clip_jax.data import loader
+from clip_jax.data import packing
 from clip_jax.data import tokenizer
 from clip_jax.data import views
 
@@ -42,11 +43,16 @@ class _Source:
     return f'number {i}'
 
 
-def _batches(source, steps, batch_size=8, seed=0, start=0, **options):
+def _steps(source, steps, batch_size=8, seed=0, start=0, **options):
   iterator = loader.train_batches(source, batch_size=batch_size, seed=seed, start_examples=start,
                                   image_size=8, context_length=12, **options)
   found = [next(iterator) for _ in range(steps)]
   iterator.close()
+  return found
+
+
+def _batches(source, steps, **options):
+  found = _steps(source, steps, **options)
   return {name: np.concatenate([batch[name] for batch in found]) for name in found[0]}
 
 
@@ -106,6 +112,31 @@ def test_batches_of_several_runs_are_the_same(monkeypatch, run):
   assert told == again and told
 
 
+@pytest.mark.parametrize('threads, run', [(0, 128), (1, 3), (3, 128), (3, 1)])
+@pytest.mark.parametrize('pack', [1, 2, 8])
+def test_packed_text_is_the_batch_s_own_and_all_else_is_as_before(monkeypatch, pack, threads, run):
+  source, told, again = _Source(11, broken=[4, 5]), [], []
+  plain = _steps(source, 7, on_replaced=lambda index, _: told.append(index))
+  monkeypatch.setattr(loader, '_RUN', run)
+  packed = _steps(source, 7, pack=pack, threads=threads,
+                  on_replaced=lambda index, _: again.append(index))
+  assert told and told == again
+  for ours, other in zip(packed, plain, strict=True):
+    text, expected = ours.pop('text'), packing.pack(other.pop('text'), pack)
+    assert text.keys() == expected.keys() and _equal(text, expected) and _equal(ours, other)
+    assert text['end'].shape == (pack, 8 // pack)
+
+
+def test_packed_text_goes_on_and_is_packed_on_each_host():
+  source = _Source(37)
+  whole = _steps(source, 9, pack=2)
+  for ours, other in zip(_steps(source, 4, start=40, pack=2, threads=1), whole[5:], strict=True):
+    assert _equal(ours.pop('text'), other['text']) and _equal(ours, other)
+  plain = _steps(source, 9, host=1, hosts=2)
+  for ours, other in zip(_steps(source, 9, host=1, hosts=2, pack=4), plain, strict=True):
+    assert _equal(ours['text'], packing.pack(other['text'], 4))
+
+
 def test_a_place_in_the_stream_has_its_own_crop():
   source = _Source(8)
   first, second = (_batches(source, 1, start=start, crop_scale=(0.2, 1.0)) for start in (0, 8))
@@ -161,10 +192,11 @@ def test_broken_images_are_replaced_by_the_next_and_reported_in_order():
 def test_reports_come_with_their_batch_not_ahead_of_it():
   source, told = _Source(64, broken=[int(_order(64)[20])]), []
   iterator = loader.train_batches(source, batch_size=8, seed=0, start_examples=0, image_size=8,
-                                  context_length=12, on_replaced=lambda i, _: told.append(i))
+                                  context_length=12,
+                                  on_replaced=lambda i, _: told.append((i, threading.get_ident())))
   counts = [len(told) for _ in range(4) if next(iterator)]
   iterator.close()
-  assert counts == [0, 0, 1, 1]
+  assert counts == [0, 0, 1, 1] and told[0][1] == threading.get_ident()
 
 
 def test_errors_reach_the_caller_as_they_are():
@@ -177,7 +209,8 @@ def test_errors_reach_the_caller_as_they_are():
 
   with pytest.raises(InputError, match='gone'):
     _batches(Gone(5), 1)
-  for wrong in ({'hosts': 3}, {'host': 2, 'hosts': 2}, {'start': 4}, {'start': -8}):
+  for wrong in ({'hosts': 3}, {'host': 2, 'hosts': 2}, {'start': 4}, {'start': -8}, {'pack': 3},
+                {'pack': -1}, {'pack': 8, 'hosts': 2}):
     with pytest.raises(ValueError):
       _batches(_Source(5), 1, **wrong)
   with pytest.raises(ValueError, match='samples'):

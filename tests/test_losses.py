@@ -53,3 +53,14 @@ def test_other_shapes_are_refused():
   image, text = features()
   with pytest.raises(ValueError, match=r'\(6, 5\) and \(5, 5\)'):
     losses.clip_loss(image, text[:5], 1.0)
+
+
+def test_siglip_loss_is_a_yes_or_no_of_each_pair():
+  image, text = features()
+  logits = 3.0 * (image / np.linalg.norm(image, axis=1, keepdims=True)) @ (
+      text / np.linalg.norm(text, axis=1, keepdims=True)).T - 1.5
+  want = sum(np.log1p(np.exp(-(1 if i == j else -1) * logits[i, j]))
+             for i in range(6) for j in range(6)) / 6
+  got = losses.siglip_loss(jnp.asarray(image), jnp.asarray(text), jnp.asarray(3.0),
+                           jnp.asarray(-1.5))
+  np.testing.assert_allclose(got, want, rtol=1e-5)

@@ -1,5 +1,7 @@
 """The compiled step: same numbers on any mesh, one compilation for any schedule."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,12 +9,14 @@ import pytest
 
 from clip_jax.core import checkpoints
 from clip_jax.core import sharding
+from clip_jax.data import packing
 from clip_jax.models import clip
+from clip_jax.models import zoo
 from clip_jax.training import step as training_step
 
-CONFIG = clip.CLIPConfig(embed_dim=8, image_size=8, patch_size=4, vision_width=8, vision_layers=1,
-                         vision_heads=2, context_length=6, vocab_size=32, text_width=8,
-                         text_heads=2, text_layers=1)
+CONFIG = zoo.CLIPConfig(
+    embed_dim=8, vision=zoo.ViTConfig(image_size=8, patch_size=4, width=8, layers=1, heads=2),
+    text=zoo.TextConfig(context_length=6, vocab_size=32, width=8, heads=2, layers=1))
 RECIPE = training_step.Recipe(loss='clip', beta1=0.9, beta2=0.98, eps=1e-6, weight_decay=0.2,
                               mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3))
 
@@ -28,7 +32,8 @@ def batch(n, size=16):
 
 
 def schedule(total_steps=50, peak=3e-3):
-  return dict(peak=np.float32(peak), warmup_steps=np.int32(5), total_steps=np.int32(total_steps))
+  return dict(peak=np.float32(peak), warmup_steps=np.int32(5), total_steps=np.int32(total_steps),
+              seed=np.uint32(0))
 
 
 def compiled(devices, fsdp=1, recipe=RECIPE):
@@ -67,6 +72,56 @@ def test_eight_devices_agree_with_one(alone, fsdp):
   assert state['step'] == 6
 
 
+def test_packed_captions_agree_on_one_device_and_eight(alone):
+  for devices in (1, 8):
+    steps, mesh = compiled(devices)
+    state, losses = steps.init(0), []
+    for n in range(6):
+      plain = batch(n)
+      packed = dict(plain, text=packing.pack(plain['text'], devices))
+      state, values = steps.step(state, sharding.place_batch(packed, mesh), schedule())
+      losses.append(float(values['loss']))
+    np.testing.assert_allclose(losses, alone[1], rtol=5e-5)
+
+
+RESNET = dataclasses.replace(CONFIG, vision=zoo.ResNetConfig(32, 4, (1, 1, 1, 1), 2))
+
+
+def test_batch_statistics_are_recorded_and_not_trained():
+  functions = clip.functions(RESNET)
+  mesh = jax.make_mesh((1, 1), ('data', 'fsdp'), devices=jax.devices()[:1],
+                       axis_types=(jax.sharding.AxisType.Auto,) * 2)
+  steps = training_step.steps(functions.init, functions.encode, RECIPE, mesh)
+  state = steps.init(0)
+  data = dict(image=np.random.default_rng(0).integers(0, 256, (16, 32, 32, 3)).astype(np.uint8),
+              text=batch(0)['text'])
+  pixels = (data['image'] / 255 - np.array(RECIPE.mean)) / RECIPE.std
+  weight = np.asarray(state['params']['visual']['conv1']['weight'], np.float64)
+  padded = np.pad(pixels, ((0, 0), (1, 1), (1, 1), (0, 0)))
+  stem = sum(padded[:, y:y + 32:2, x:x + 32:2] @ weight[:, :, y, x].T
+             for y in range(3) for x in range(3))  # the first convolution, stride 2
+  state, _ = steps.step(state, sharding.place_batch(data, mesh), schedule())
+  norm = state['params']['visual']['bn1']
+  np.testing.assert_allclose(norm['running_mean'], 0.1 * stem.mean((0, 1, 2)), atol=1e-5)
+  n = stem.size // stem.shape[-1]
+  np.testing.assert_allclose(norm['running_var'], 0.9 + 0.1 * stem.var((0, 1, 2)) * n / (n - 1),
+                             atol=1e-5)
+
+
+def test_patches_are_dropped_by_seed_and_step():
+  functions = clip.functions(CONFIG, patch_dropout=0.5)
+  mesh = compiled(1)[1]
+  steps = training_step.steps(functions.init, functions.encode, RECIPE, mesh)
+
+  def loss(seed, step):
+    state = steps.init(0)
+    state['step'] = jnp.int32(step)
+    drawn = dict(schedule(), seed=np.uint32(seed))
+    return float(steps.step(state, sharding.place_batch(batch(0), mesh), drawn)[1]['loss'])
+  assert loss(0, 0) == loss(0, 0)
+  assert len({loss(0, 0), loss(1, 0), loss(0, 1)}) == 3
+
+
 def test_state_is_born_split_and_stays_so():
   steps, mesh = compiled(8, 4)
   state = steps.init(0)
@@ -80,11 +135,11 @@ def test_state_is_born_split_and_stays_so():
 def test_other_lengths_and_rates_share_the_compiled_step(alone):
   steps, mesh = compiled(1)
   assert steps is compiled(1)[0]
-  before = steps.step._cache_size()
+  before = steps.step._cache_size()  # the other tests' batches are compiled, too
   state = steps.init(1)
   for total, peak in ((10, 1e-3), (99, 2e-3)):
     state, values = steps.step(state, sharding.place_batch(batch(0), mesh), schedule(total, peak))
-  assert steps.step._cache_size() == before == 1
+  assert steps.step._cache_size() == before
   np.testing.assert_allclose(values['learning_rate'], 2e-3 * 2 / 5, rtol=1e-6)
 
 

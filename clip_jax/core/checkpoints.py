@@ -50,7 +50,7 @@ class Checkpoints:
     Args:
       step: updates done. A step that is there already is left as it is.
       params: nested dict of arrays.
-      opt: the optimizer's state, any tree of arrays.
+      opt: the optimizer's state, any tree of arrays; None: no training goes on from here.
       data: JSON values that the loop wants back.
       config: JSON values for whoever reads the parameters.
     """
@@ -59,9 +59,11 @@ class Checkpoints:
       return
     data = dict(data, digests=dict(params=digest(params), opt=digest(opt),
                                    config=_json_digest(config)))
-    self._manager.save(step, args=ocp.args.Composite(
-        params=ocp.args.StandardSave(params), opt=ocp.args.StandardSave(opt),
-        data=ocp.args.JsonSave(data), config=ocp.args.JsonSave(config)))
+    items = dict(params=ocp.args.StandardSave(params), data=ocp.args.JsonSave(data),
+                 config=ocp.args.JsonSave(config))
+    if opt is not None:  # Orbax refuses an empty tree
+      items['opt'] = ocp.args.StandardSave(opt)
+    self._manager.save(step, args=ocp.args.Composite(**items))
 
   def restore(self, params: Any, opt: Any) -> tuple[int, dict, Any, dict] | None:
     """(step, params, opt, data) of the latest step that is whole and undamaged; None without one.

@@ -39,11 +39,10 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
   """Parses flags and loads the config file; a mistake there is one sentence and exit status 2."""
   try:
     rest = flags.FLAGS(list(argv))
-    config = flags.FLAGS.config
-    if config is not None:
-      config.get('pool')  # a config that could not be loaded raises why when it is first used
-    else:
+    if 'config' in flags.FLAGS and flags.FLAGS.config is None:
       raise ConfigError('--config is not given, for example --config=configs/demo.py. --help lists the flags.')
+    if 'config' in flags.FLAGS:
+      flags.FLAGS.config.get('pool')  # a config that could not be loaded raises why when it is first used
     if len(rest) > 1:
       raise ConfigError(f'{rest[1]!r} is not a flag; flags are written --name=value.')
     return rest

@@ -61,10 +61,9 @@ def batch_sharding(mesh: Any) -> Any:
 
 
 def place_batch(
-    batch: dict[str, Array],  # each [b, ...]: this process's part of the global batch
+    batch: dict,  # arrays, nested or not, each [b, ...]: this process's part of the global batch
     mesh: Any,
-) -> dict[str, Array]:  # each [B, ...], global, split over the devices
+) -> dict:  # each [B, ...], global, split over the devices
   import jax
   sharding = batch_sharding(mesh)
-  return {name: jax.make_array_from_process_local_data(sharding, value)
-          for name, value in batch.items()}
+  return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)

@@ -6,6 +6,7 @@ needs one integer, the examples seen, and gets the same data on any number of ho
 """
 
 from collections.abc import Callable, Iterator
+from concurrent import futures
 import contextlib
 import functools
 import threading
@@ -16,12 +17,13 @@ import numpy as np
 from clip_jax.core.errors import InputError
 from clip_jax.core.types import Array
 from clip_jax.data import images
+from clip_jax.data import packing
 from clip_jax.data import tokenizer
 
 _ROUNDS = 16        # of index_shuffle: Grain's own 4 mix weakly from some million samples on
 _LISTED = 1 << 20   # samples up to which an epoch's order is a list: index_shuffle is slow for few
 _RUN = 128          # examples that one thread makes at a time; a large batch is several runs
-_BUFFERED = 4       # elements made ahead, at least; two batches, if that is more
+_BUFFERED = 4       # elements made ahead, at least; a batch, if that is more
 _ENDLESS = 1 << 40  # elements
 _ORDER, _CROPS = 0, 1  # two random streams of one seed
 _OVERHEAD = 512     # bytes of a kept sample beside its pixels
@@ -29,9 +31,9 @@ _OVERHEAD = 512     # bytes of a kept sample beside its pixels
 
 def train_batches(source, *, batch_size: int, seed: int, start_examples: int, image_size: int,
                   context_length: int, crop_scale: tuple[float, float] = (0.9, 1.0), host: int = 0,
-                  hosts: int = 1, threads: int = 2,
+                  hosts: int = 1, threads: int = 2, pack: int = 0,
                   on_replaced: Callable[[int, str], None] = lambda index, reason: None
-                  ) -> Iterator[dict[str, Array]]:
+                  ) -> Iterator[dict[str, Any]]:
   """Yields dict(image [b, S, S, 3] uint8, text [b, T] int32, index [b] int64), without end.
 
   The stream is one permutation of the source after another. Step k takes batch_size examples of it,
@@ -39,6 +41,7 @@ def train_batches(source, *, batch_size: int, seed: int, start_examples: int, im
   that the hosts' batches one after another are the same global batch for any number of hosts.
   index: position in the source. An image that cannot be read is replaced by the next one that can,
   and on_replaced(its index, reason) is called before the batch is yielded. close() ends threads.
+  pack: with G > 0, text is what packing.pack makes of the host's captions in G groups.
   """
   if batch_size < 1 or batch_size % hosts or not 0 <= host < hosts:
     raise ValueError(f'batch_size={batch_size} must be a multiple of hosts={hosts} > host={host}')
@@ -48,6 +51,8 @@ def train_batches(source, *, batch_size: int, seed: int, start_examples: int, im
     raise ValueError(f'source must have 1 to 2^32 - 1 samples, got {len(source)}')
 
   here = batch_size // hosts
+  if pack < 0 or pack and here % pack:
+    raise ValueError(f'{here} captions a host do not divide into {pack=} groups')
   runs = -(-here // _RUN)  # of each batch
 
   def run(i: int):
@@ -56,8 +61,8 @@ def train_batches(source, *, batch_size: int, seed: int, start_examples: int, im
     positions = range(start, start + here)[part * _RUN:(part + 1) * _RUN]
     return _train_run(source, positions, seed, image_size, context_length, crop_scale)
 
-  return _joined(_prefetched(run, _ENDLESS, threads, ahead=max(_BUFFERED, 2 * runs)), runs,
-                 on_replaced)
+  joined = _joined(_prefetched(run, _ENDLESS, threads, ahead=max(_BUFFERED, runs)), runs, pack)
+  return _reporting(_ahead(joined) if threads else joined, on_replaced)
 
 
 def image_batches(source, rows: Array,  # [n] int64
@@ -200,13 +205,33 @@ def _prefetched(make: Callable[[int], Any], count: int, threads: int, ahead: int
     elements.close()
 
 
-def _joined(elements: Iterator[tuple[dict[str, Array], list[tuple[int, str]]]], runs: int,
-            on_replaced: Callable[[int, str], None]) -> Iterator[dict[str, Array]]:
-  """Yields batches of several runs, reporting what was replaced in each."""
+def _joined(elements: Iterator[tuple[dict[str, Array], list[tuple[int, str]]]], runs: int, pack: int
+            ) -> Iterator[tuple[dict[str, Any], list[tuple[int, str]]]]:
+  """Yields batches of several runs, with what was replaced in each."""
   with contextlib.closing(elements):
     while True:
       parts = [next(elements) for _ in range(runs)]
-      for _, replaced in parts:
-        for index, reason in replaced:
-          on_replaced(index, reason)
-      yield {name: np.concatenate([part[name] for part, _ in parts]) for name in parts[0][0]}
+      batch = {name: np.concatenate([part[name] for part, _ in parts]) for name in parts[0][0]}
+      if pack:
+        batch['text'] = packing.pack(batch['text'], pack)
+      yield batch, [told for _, replaced in parts for told in replaced]
+
+
+def _ahead(elements: Iterator[Any]) -> Iterator[Any]:
+  """Yields the elements of an endless iterator; a thread asks for the next one meanwhile."""
+  with contextlib.closing(elements), futures.ThreadPoolExecutor(1) as thread:
+    coming = thread.submit(next, elements)
+    while True:
+      element = coming.result()
+      coming = thread.submit(next, elements)
+      yield element
+
+
+def _reporting(batches: Iterator[tuple[Any, list[tuple[int, str]]]],
+               on_replaced: Callable[[int, str], None]) -> Iterator[Any]:
+  """Yields the batches, and says what was replaced in each just before it."""
+  with contextlib.closing(batches):
+    for batch, replaced in batches:
+      for index, reason in replaced:
+        on_replaced(index, reason)
+      yield batch

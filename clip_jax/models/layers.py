@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from clip_jax.core.types import Array
 
 Init = Callable[..., Array]  # (key, shape, dtype) -> array
+Pick = Callable[[Array], Array]  # [B*T, D] -> [B, D]: the rows of some tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +27,7 @@ class BlockInit:
   out_proj: Init
   c_fc: Init
   c_proj: Init
+  zero_bias: bool = False  # of c_fc and c_proj; else PyTorch's default, as open_clip has them
 
 
 def uniform(bound: float) -> Init:
@@ -48,6 +50,12 @@ def clip_init(width: int, layers: int) -> BlockInit:
                    c_fc=normal((2 * width) ** -0.5), c_proj=normal(deep))
 
 
+def timm_init() -> BlockInit:
+  """timm's vision transformers: truncated normal weights of one width."""
+  init = jax.nn.initializers.truncated_normal(0.02)
+  return BlockInit(in_proj=init, out_proj=init, c_fc=init, c_proj=init, zero_bias=True)
+
+
 def gelu(x: Array) -> Array:
   """Exact GELU through lax.erf; jax.nn.gelu takes the detour over erfc, which costs more on CPU."""
   return x * (0.5 + 0.5 * lax.erf(x * 0.5 ** 0.5))
@@ -58,12 +66,21 @@ def quick_gelu(x: Array) -> Array:
   return x * jax.nn.sigmoid(1.702 * x)
 
 
-class LayerNorm(nnx.Module):
-  """Over the last axis, eps 1e-5 (PyTorch's), in float32 whatever comes in."""
+def gelu_tanh(x: Array) -> Array:
+  """The tanh approximation, which the larger SigLIP models were trained with."""
+  return jax.nn.gelu(x, approximate=True)
 
-  def __init__(self, width: int):
+
+ACTIVATIONS = {'gelu': gelu, 'gelu_tanh': gelu_tanh, 'quick_gelu': quick_gelu}
+
+
+class LayerNorm(nnx.Module):
+  """Over the last axis, in float32 whatever comes in."""
+
+  def __init__(self, width: int, eps: float = 1e-5):  # PyTorch's default
     self.weight = nnx.Param(jnp.ones(width))
     self.bias = nnx.Param(jnp.zeros(width))
+    self.eps = eps
 
   def __call__(
       self,
@@ -71,7 +88,7 @@ class LayerNorm(nnx.Module):
   ) -> Array:  # [..., D], the dtype of x
     y = x.astype(jnp.float32)
     y = y - y.mean(-1, keepdims=True)
-    y = y * lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + 1e-5)
+    y = y * lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
     return (y * self.weight[...] + self.bias[...]).astype(x.dtype)
 
 
@@ -108,7 +125,13 @@ def attention(
     heads: int,
     mask: Array | None,  # bool, broadcasts to [B, Q, T]: True where a query may look
 ) -> Array:  # [B, Q, D]
-  """Softmax attention, one batched product a head on slices: no transpose to a head axis."""
+  """Softmax attention, by the formulation that suits the backend."""
+  by_head = jax.default_backend() == 'cpu'
+  return (attention_by_head if by_head else attention_fused)(q, k, v, heads, mask)
+
+
+def attention_by_head(q: Array, k: Array, v: Array, heads: int, mask: Array | None) -> Array:
+  """One batched product a head on slices: no transpose to a head axis. Fastest on CPU."""
   size = q.shape[-1] // heads
   out = []
   for h in range(heads):
@@ -120,6 +143,21 @@ def attention(
     weight = jax.nn.softmax(score).astype(v.dtype)
     out.append(jnp.einsum('bqt,btd->bqd', weight, v[..., part]))
   return jnp.concatenate(out, axis=-1)
+
+
+def attention_fused(q: Array, k: Array, v: Array, heads: int, mask: Array | None) -> Array:
+  """All heads in one call: on a GPU cuDNN's flash attention, where it takes this shape."""
+  size = q.shape[-1] // heads
+  split = [x.reshape(*x.shape[:2], heads, size) for x in (q, k, v)]  # [B, T, H, K]
+  if mask is not None:
+    mask = mask[(None,) * (3 - mask.ndim)][:, None]  # [B or 1, 1, Q or 1, T]
+  half = q.dtype in (jnp.bfloat16, jnp.float16)
+  # cuDNN computes in half precision only, in heads of a multiple of 8 up to 128 (256 on Hopper),
+  # and its backward pass takes a mask for even lengths only.
+  even = mask is None or (q.shape[1] % 2 == 0 and k.shape[1] % 2 == 0)
+  flash = jax.default_backend() == 'gpu' and half and size % 8 == 0 and size <= 128 and even
+  out = jax.nn.dot_product_attention(*split, mask=mask, implementation='cudnn' if flash else 'xla')
+  return out.reshape(q.shape)
 
 
 class Attention(nnx.Module):
@@ -140,11 +178,12 @@ class Attention(nnx.Module):
       x: Array,  # [B*T, D]
       tokens: int,  # T
       mask: Array | None,  # bool, broadcasts to [B, T, T]
-  ) -> Array:  # [B*T, D]
+      pick: Pick = lambda y: y,  # the output is wanted at these tokens
+  ) -> Array:  # [B*T, D], or [B, D] of the picked ones
     width = x.shape[-1]
     qkv = linear(x, self.in_proj_weight[...], self.in_proj_bias[...], self.dtype)
     q, k, v = jnp.split(qkv.reshape(-1, tokens, 3 * width), 3, axis=-1)
-    return self.out_proj(attention(q, k, v, self.heads, mask).reshape(-1, width))
+    return self.out_proj(pick(attention(q, k, v, self.heads, mask).reshape(-1, width)))
 
   def pooled(
       self,
@@ -153,6 +192,7 @@ class Attention(nnx.Module):
       tokens: int,  # T
       mask: Array | None,  # bool, broadcasts to [B, 1, T]
   ) -> Array:  # [B, D]
+    """As above where exactly one token of each sample asks: the others need no query."""
     width = x.shape[-1]
     weight, bias = self.in_proj_weight[...], self.in_proj_bias[...]
     q = linear(query, weight[:width], bias[:width], self.dtype)
@@ -162,14 +202,15 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-  """c_fc, an activation, c_proj; PyTorch's default biases in both towers, as in open_clip."""
+  """c_fc, an activation, c_proj."""
 
   def __init__(self, width: int, mlp_width: int, *, init: BlockInit, activation: Callable,
                rngs: nnx.Rngs, dtype: str):
-    self.c_fc = Linear(width, mlp_width, weight=init.c_fc, bias=uniform(width ** -0.5),
-                       rngs=rngs, dtype=dtype)
-    self.c_proj = Linear(mlp_width, width, weight=init.c_proj, bias=uniform(mlp_width ** -0.5),
-                         rngs=rngs, dtype=dtype)
+    def bias(width: int) -> Init:
+      return jax.nn.initializers.zeros if init.zero_bias else uniform(width ** -0.5)
+    self.c_fc = Linear(width, mlp_width, weight=init.c_fc, bias=bias(width), rngs=rngs, dtype=dtype)
+    self.c_proj = Linear(mlp_width, width, weight=init.c_proj, bias=bias(mlp_width), rngs=rngs,
+                         dtype=dtype)
     self.activation = activation
 
   def __call__(
@@ -179,47 +220,73 @@ class MLP(nnx.Module):
     return self.c_proj(self.activation(self.c_fc(x)))
 
 
+class LayerScale(nnx.Module):
+  """A gain for each channel of a block's branch (Touvron et al. 2021), named as in open_clip."""
+
+  def __init__(self, width: int, start: float):
+    self.gamma = nnx.Param(jnp.full(width, start))
+
+  def __call__(
+      self,
+      x: Array,  # [..., D]
+  ) -> Array:  # [..., D]
+    return x * self.gamma[...].astype(x.dtype)
+
+
 class ResidualAttentionBlock(nnx.Module):
-  """x + attention(ln_1(x)), then x + mlp(ln_2(x))."""
+  """x + attention(ln_1(x)), then x + mlp(ln_2(x)); with layer scale, each branch has its gain."""
 
   def __init__(self, width: int, heads: int, mlp_width: int, *, init: BlockInit,
-               activation: Callable, rngs: nnx.Rngs, dtype: str):
-    self.ln_1 = LayerNorm(width)
+               activation: Callable, rngs: nnx.Rngs, dtype: str, eps: float = 1e-5,
+               ls_init_value: float | None = None):
+    self.ln_1 = LayerNorm(width, eps)
     self.attn = Attention(width, heads, init=init, rngs=rngs, dtype=dtype)
-    self.ln_2 = LayerNorm(width)
+    self.ln_2 = LayerNorm(width, eps)
     self.mlp = MLP(width, mlp_width, init=init, activation=activation, rngs=rngs, dtype=dtype)
+    if ls_init_value is not None:
+      self.ls_1 = LayerScale(width, ls_init_value)
+      self.ls_2 = LayerScale(width, ls_init_value)
+    self.scaled = ls_init_value is not None
 
   def __call__(
       self,
       x: Array,  # [B*T, D]
       tokens: int,  # T
       mask: Array | None,  # bool, broadcasts to [B, T, T]
-  ) -> Array:  # [B*T, D]
-    x = x + self.attn(self.ln_1(x), tokens, mask)
-    return x + self.mlp(self.ln_2(x))
+      pick: Pick = lambda y: y,
+  ) -> Array:  # [B*T, D], or [B, D] of the picked tokens: no other output of the block is made
+    return self._after(pick(x), self.attn(self.ln_1(x), tokens, mask, pick))
 
   def pooled(
       self,
       x: Array,  # [B*T, D]
       tokens: int,  # T
       mask: Array | None,  # bool, broadcasts to [B, 1, T]
-      pick: Callable[[Array], Array],  # [B*T, D] -> [B, D]
+      pick: Pick,  # exactly one token of each sample
   ) -> Array:  # [B, D]
-    """The block's output at one token a sample. Exact: no other output of the block is read."""
     y = self.ln_1(x)
-    x = pick(x) + self.attn.pooled(y, pick(y), tokens, mask)
-    return x + self.mlp(self.ln_2(x))
+    return self._after(pick(x), self.attn.pooled(y, pick(y), tokens, mask))
+
+  def _after(self, x: Array, attended: Array) -> Array:  # [n, D] both
+    x = x + (self.ls_1(attended) if self.scaled else attended)
+    y = self.mlp(self.ln_2(x))
+    return x + (self.ls_2(y) if self.scaled else y)
 
 
 class Transformer(nnx.Module):
-  """`layers` blocks, unrolled (a scan over stacked layers measured 15 % slower on CPU)."""
+  """`layers` blocks, unrolled (a scan over stacked layers measured 15 % slower on CPU).
+
+  remat: what the backward pass recomputes, a key of REMAT.
+  """
 
   def __init__(self, width: int, layers: int, heads: int, mlp_width: int, *, init: BlockInit,
-               activation: Callable, rngs: nnx.Rngs, dtype: str):
+               activation: Callable, rngs: nnx.Rngs, dtype: str, eps: float = 1e-5,
+               ls_init_value: float | None = None, remat: str = 'none'):
     self.resblocks = nnx.List([
         ResidualAttentionBlock(width, heads, mlp_width, init=init, activation=activation,
-                               rngs=rngs, dtype=dtype)
+                               rngs=rngs, dtype=dtype, eps=eps, ls_init_value=ls_init_value)
         for _ in range(layers)])
+    self.remat = remat
 
   def __call__(
       self,
@@ -228,7 +295,7 @@ class Transformer(nnx.Module):
       mask: Array | None,  # bool, broadcasts to [B, T, T]
   ) -> Array:  # [B*T, D]
     for block in self.resblocks:
-      x = block(x, tokens, mask)
+      x = self._run(block, x, tokens, mask)
     return x
 
   def pooled(
@@ -237,10 +304,37 @@ class Transformer(nnx.Module):
       tokens: int,  # T
       mask: Array | None,  # bool, broadcasts to [B, T, T]
       pooled_mask: Array | None,  # bool, broadcasts to [B, 1, T]: the picked tokens' rows of mask
-      pick: Callable[[Array], Array],  # [B*T, D] -> [B, D]
+      pick: Pick,  # exactly one token of each sample
   ) -> Array:  # [B, D]
-    """The stack's output at the picked tokens; the last block computes nothing else."""
+    """The stack's output at the picked tokens; the last block computes nothing else. Exact."""
     *blocks, last = self.resblocks
     for block in blocks:
-      x = block(x, tokens, mask)
+      x = self._run(block, x, tokens, mask)
     return last.pooled(x, tokens, pooled_mask, pick)
+
+  def picked(
+      self,
+      x: Array,  # [R*T, D]
+      tokens: int,  # T
+      mask: Array,  # bool [R, T, T]
+      pick: Pick,  # any tokens: packed rows hold several samples
+  ) -> Array:  # [B, D]
+    """The stack's output at the picked tokens, where a row may have any number of them. Exact."""
+    *blocks, last = self.resblocks
+    for block in blocks:
+      x = self._run(block, x, tokens, mask)
+    return last(x, tokens, mask, pick)
+
+  def _run(self, block: ResidualAttentionBlock, x: Array, tokens: int, mask: Array | None) -> Array:
+    if REMAT[self.remat] is None:
+      return block(x, tokens, mask)
+    graph, state = nnx.split(block)
+    run = jax.checkpoint(lambda state, x: nnx.merge(graph, state)(x, tokens, mask),
+                         policy=REMAT[self.remat])
+    return run(state, x)
+
+
+# What a block's backward pass finds in memory: everything, its input alone, or also the results of
+# its matrix products (those over a batch of samples, the attention's, are recomputed).
+REMAT = {'none': None, 'blocks': jax.checkpoint_policies.nothing_saveable,
+         'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable}

@@ -5,11 +5,21 @@ CustomTextCLIP has it. Its CLIP class leaves that prefix out, and its SigLIP ima
 (`visual.trunk.*`): the tables below rename those.
 """
 
+from collections.abc import Mapping
 import dataclasses
 from typing import Any
 
+from absl import logging
+import numpy as np
+
 from clip_jax.core.errors import ConfigError
+from clip_jax.core.types import Array
+from clip_jax.models import weights
 from clip_jax.models import zoo
+from clip_jax.models.shapes import shapes
+
+OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of OpenAI's CLIP, per channel, in [0, 1]
+OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 
 # Keys that describe how open_clip would train or fetch a model, not what it computes.
 _IGNORED = ('timm_model_pretrained', 'timm_drop', 'timm_drop_path', 'patch_dropout',
@@ -98,6 +108,8 @@ def config_from_open_clip(model: dict[str, Any]) -> zoo.CLIPConfig:
         custom_text=model.pop('custom_text', False))
   except KeyError as error:
     raise ConfigError(f'A model config of open_clip must have the key {error}.') from error
+  except TypeError as error:
+    raise ConfigError(f'A model config of open_clip has a value of the wrong kind: {error}.') from error
   _none_left('', model)
   return config
 
@@ -165,3 +177,111 @@ def _none_left(block: str, left: dict[str, Any]) -> None:
   for key, value in left.items():
     if key not in _IGNORED and value not in (None, False, 'learnable', 'default'):
       raise ConfigError(f'{block}{key}={value!r} of open_clip is not built here.')
+
+
+# Our names in timm's vision transformer, replaced in this order; the others are alike.
+_TIMM = (('conv1.', 'patch_embed.proj.'), ('positional_embedding', 'pos_embed'),
+         ('transformer.resblocks.', 'blocks.'), ('.ln_1.', '.norm1.'), ('.ln_2.', '.norm2.'),
+         ('.attn.in_proj_', '.attn.qkv.'), ('.attn.out_proj.', '.attn.proj.'),
+         ('.mlp.c_fc.', '.mlp.fc1.'), ('.mlp.c_proj.', '.mlp.fc2.'), ('ln_post.', 'norm.'))
+# Tensors of the text tower, where they have no text. before them.
+_TEXT = ('token_embedding.', 'positional_embedding', 'transformer.', 'ln_final.', 'text_projection')
+_COUNTER = 'num_batches_tracked'  # of PyTorch's batch norm; nothing here reads it
+
+
+def entries(config: zoo.CLIPConfig) -> list[weights.Entry]:
+  """Which tensor of open_clip's holds which parameter; its text tensors as text.*."""
+  found = []
+  for path in shapes(config):
+    name, layout = path, 'same'
+    if path.startswith('visual.') and _is_timm(config):
+      name = path.removeprefix('visual.')
+      for ours, theirs in _TIMM:
+        name = name.replace(ours, theirs)
+      name, layout = f'visual.trunk.{name}', 'row' if name == 'pos_embed' else 'same'
+    found.append(weights.Entry((path,), (name,), layout))
+  return found
+
+
+def normal(tensors: Mapping[str, Array]) -> dict[str, Array]:
+  """Tensors by CustomTextCLIP's names, the scale and bias without axes, the counters left out."""
+  found = {}
+  for name, array in tensors.items():
+    if name in ('logit_scale', 'logit_bias'):
+      array = np.reshape(array, ()) if np.size(array) == 1 else array
+    if not name.endswith(_COUNTER):
+      found[f'text.{name}' if name.startswith(_TEXT) else name] = array
+  return found
+
+
+def params_from_open_clip(tensors: Mapping[str, Array], config: zoo.CLIPConfig,
+                          where: str) -> dict:
+  """A state_dict of CLIP or CustomTextCLIP -> parameters; InputError where it is another's."""
+  tensors = normal(tensors)
+  if config.init_logit_bias is not None and 'logit_bias' not in tensors:
+    logging.info('%s has no logit_bias; it begins at 0, as in open_clip.', where)
+    tensors['logit_bias'] = np.zeros((), np.float32)
+  return weights.from_theirs(entries(config), tensors, config, where)
+
+
+def params_to_open_clip(params: Mapping, config: zoo.CLIPConfig) -> dict[str, Array]:
+  """Parameters -> what open_clip's model of this config loads with strict=True."""
+  found = {}
+  for name, array in weights.to_theirs(entries(config), params, config).items():
+    found[name if config.custom_text else name.removeprefix('text.')] = array
+    if name.endswith('.running_var'):
+      found[name.replace('running_var', _COUNTER)] = np.zeros((), np.int64)
+  return found
+
+
+def fitting(tensors: Mapping[str, Array]) -> list[str]:
+  """The zoo's models that have these tensors, at any image size."""
+  tensors = normal(tensors)
+  return [name for name, config in zoo.ARCHITECTURES.items()
+          if weights.fits(entries(config), tensors, config)]
+
+
+def preprocess_to_open_clip(image_size: int, preprocess: Mapping[str, Any]) -> dict[str, Any]:
+  """open_clip_config.json's preprocess_cfg. `preprocess` has mean, std (3 numbers) and resize."""
+  return {'size': image_size, 'mode': 'RGB', 'mean': list(preprocess['mean']),
+          'std': list(preprocess['std']), 'interpolation': 'bicubic',
+          'resize_mode': preprocess['resize'], 'fill_color': 0}
+
+
+def preprocess_from_open_clip(found: Mapping[str, Any], config: zoo.CLIPConfig) -> dict[str, Any]:
+  """The same back; what a preprocess_cfg leaves out is open_clip's default."""
+  plain = dict(mean=OPENAI_MEAN, std=OPENAI_STD, resize='shortest')
+  given = {ours: found[theirs] for ours, theirs in (('mean', 'mean'), ('std', 'std'),
+                                                    ('resize', 'resize_mode')) if found.get(theirs)}
+  size = found.get('size') or config.image_size
+  if size not in (config.image_size, [config.image_size] * 2):
+    logging.warning('The images are for %s pixels, and the model is for %d: those count.', size,
+                    config.image_size)
+  return checked_preprocess(plain | given, found.get('interpolation') or 'bicubic')
+
+
+def checked_preprocess(found: Mapping[str, Any], interpolation: str) -> dict[str, Any]:
+  """mean, std and resize, or ConfigError for what no image is prepared by here."""
+  if found['resize'] not in ('shortest', 'squash'):
+    raise ConfigError(f'These weights want images resized by {found["resize"]!r}; built are '
+                      'shortest and squash.')
+  if interpolation != 'bicubic':
+    logging.warning('These weights were made with %s resizing; here it is bicubic.', interpolation)
+  mean, std = (tuple(map(float, found[key])) for key in ('mean', 'std'))
+  if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+    raise ConfigError(f'Preprocessing needs three means and deviations, got {mean} and {std}.')
+  return dict(mean=mean, std=std, resize=found['resize'])
+
+
+def default_preprocess(config: zoo.CLIPConfig) -> dict[str, Any]:
+  """What open_clip's published weights of this family take: SigLIP's, CLIPA's, else OpenAI's."""
+  if _is_timm(config):
+    return dict(mean=(0.5,) * 3, std=(0.5,) * 3, resize='squash')
+  if isinstance(config.vision, zoo.ViTConfig) and config.vision.pool_type == 'avg':
+    clipa = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), resize='squash')
+    return checked_preprocess(clipa, 'bilinear')
+  return dict(mean=OPENAI_MEAN, std=OPENAI_STD, resize='shortest')
+
+
+def _is_timm(config: zoo.CLIPConfig) -> bool:
+  return isinstance(config.vision, zoo.ViTConfig) and config.vision.pool_type == 'map'

@@ -1,10 +1,7 @@
-"""The text transformer of CLIP: token ids -> one vector each, pooled at the end token.
+"""The text transformer of CLIP: token ids -> one vector each.
 
-Names, shapes and initialisation are those of open_clip's TextTransformer (causal, pool type
-'argmax').
+Names, shapes and initialisation are those of open_clip's TextTransformer.
 """
-
-from collections.abc import Callable
 
 from flax import nnx
 import jax
@@ -12,6 +9,7 @@ import jax.numpy as jnp
 
 from clip_jax.core.types import Array
 from clip_jax.models import layers
+from clip_jax.models.zoo import TextConfig
 
 
 class TokenEmbedding(nnx.Module):
@@ -22,46 +20,98 @@ class TokenEmbedding(nnx.Module):
 
   def __call__(
       self,
-      text: Array,  # [B, T] int32
-  ) -> Array:  # [B, T, D] float32
+      text: Array,  # [...] int32
+  ) -> Array:  # [..., D] float32
     return self.weight[...][text]
 
 
 class TextTransformer(nnx.Module):
-  """Tokens and positions through causal blocks and ln_final, then projected to E."""
+  """Tokens and positions through the blocks, pooled to one token, normed, projected to E."""
 
-  def __init__(self, *, context_length: int, vocab_size: int, width: int, layers_: int,
-               heads: int, mlp_width: int, embed_dim: int, activation: Callable,
-               rngs: nnx.Rngs, dtype: str):
-    normal = jax.nn.initializers.normal
-    self.token_embedding = TokenEmbedding(vocab_size, width, rngs=rngs)
-    self.positional_embedding = nnx.Param(normal(0.01)(rngs.params(), (context_length, width)))
+  def __init__(self, config: TextConfig, embed_dim: int, *, rngs: nnx.Rngs, dtype: str,
+               remat: str = 'none'):
+    width, normal = config.width, jax.nn.initializers.normal
+    self.token_embedding = TokenEmbedding(config.vocab_size, width, rngs=rngs)
+    self.positional_embedding = nnx.Param(
+        normal(0.01)(rngs.params(), (config.context_length, width)))
     self.transformer = layers.Transformer(
-        width, layers_, heads, mlp_width, init=layers.clip_init(width, layers_),
-        activation=activation, rngs=rngs, dtype=dtype)
-    self.ln_final = layers.LayerNorm(width)
-    self.text_projection = nnx.Param(normal(width ** -0.5)(rngs.params(), (width, embed_dim)))
+        width, config.layers, config.heads, int(config.mlp_ratio * width),
+        init=layers.clip_init(width, config.layers),
+        activation=layers.ACTIVATIONS[config.activation], rngs=rngs, dtype=dtype, eps=config.eps,
+        ls_init_value=config.ls_init_value, remat=remat)
+    self.ln_final = layers.LayerNorm(width, config.eps)
+    if config.proj == 'linear':
+      self.text_projection = nnx.Param(normal(width ** -0.5)(rngs.params(), (width, embed_dim)))
+    elif config.proj == 'bias':
+      self.text_projection = layers.Linear(width, embed_dim, weight=normal(width ** -0.5),
+                                           bias=jax.nn.initializers.zeros, rngs=rngs, dtype=dtype)
+    self.config = config
     self.dtype = dtype
 
   def __call__(
       self,
-      text: Array,  # [B, T] int32, T at most the context length; the end token is the highest id
+      text: Array,  # [B, T] int32, T at most the context length
   ) -> Array:  # [B, E] float32, not normalised
-    """Ids after the end token change nothing: attention is causal and the end token is pooled.
+    """With a causal mask, ids after the pooled token change nothing.
 
-    So captions may be cut to any T that holds their end tokens, with the same result.
+    So captions that are pooled at their end token may be cut to any T that holds it: exact.
     """
     longest, width = self.positional_embedding.shape
     if text.ndim != 2 or text.shape[1] > longest:
       raise ValueError(f'text must be [B, T] with T at most {longest}, got {list(text.shape)}')
     batch, tokens = text.shape
     x = self.token_embedding(text) + self.positional_embedding[:tokens]
-    end = text.argmax(-1)  # [B]
-    position = jnp.arange(tokens)
+    end, position = self._pooled_at(text), jnp.arange(tokens)  # [B], [T]
+    causal = self.config.causal
     x = self.transformer.pooled(
         x.reshape(-1, width).astype(self.dtype), tokens,
-        mask=position[:, None] >= position,  # [T, T]
-        pooled_mask=(position <= end[:, None])[:, None],  # [B, 1, T]
+        mask=position[:, None] >= position if causal else None,  # [T, T]
+        pooled_mask=(position <= end[:, None])[:, None] if causal else None,  # [B, 1, T]
         pick=lambda y: y[jnp.arange(batch) * tokens + end])
+    return self._project(x)
+
+  def packed(
+      self,
+      tokens: Array,  # [G, R, T] int32: rows that hold several captions each
+      segment: Array,  # [G, R, T] int32: which caption of its row a token is of; 0: none
+      position: Array,  # [G, R, T] int32: its place in that caption
+      end: Array,  # [G, B/G] int32: where among a group's R*T tokens each caption is pooled
+  ) -> Array:  # [B, E] float32, not normalised, in the order of `end`
+    """The same features as of the captions one a row: a token sees its own caption only.
+
+    Each of the G groups is whole on one device, so that nothing is sent between them.
+    """
+    if not packable(self.config):
+      raise ValueError('only captions with a causal mask, pooled at their highest id, can be packed')
+    groups, rows, length = tokens.shape
+    width = self.config.width
+    x = self.token_embedding(tokens) + self.positional_embedding[...][position]
+    place = jnp.arange(length)
+    mask = (segment[..., None] == segment[..., None, :]) & (place[:, None] >= place)
+
+    def pick(y: Array) -> Array:  # [G*R*T, D] -> [B, D]
+      y = y.reshape(groups, rows * length, -1)
+      return jnp.take_along_axis(y, end[..., None], axis=1).reshape(end.size, -1)
+
+    x = self.transformer.picked(x.reshape(-1, width).astype(self.dtype), length,
+                                mask.reshape(-1, length, length), pick)
+    return self._project(x)
+
+  def _pooled_at(self, text: Array) -> Array:  # [B, T] -> [B] int32
+    kind = self.config.pool_type
+    if kind in ('first', 'last'):
+      return jnp.full(text.shape[0], 0 if kind == 'first' else text.shape[1] - 1)
+    return (text == self.config.eos_id if kind == 'eos' else text).argmax(-1)
+
+  def _project(self, x: Array) -> Array:  # [B, D] -> [B, E]
     x = self.ln_final(x)  # pooling before the norm is exact: it looks at one token at a time
-    return (x @ self.text_projection[...].astype(x.dtype)).astype(jnp.float32)
+    if self.config.proj == 'linear':
+      x = x @ self.text_projection[...].astype(x.dtype)
+    elif self.config.proj == 'bias':
+      x = self.text_projection(x)
+    return x.astype(jnp.float32)
+
+
+def packable(config: TextConfig) -> bool:
+  """Whether nothing but a caption's own tokens up to its end reaches its features."""
+  return config.causal and config.pool_type == 'argmax'

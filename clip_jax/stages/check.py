@@ -1,6 +1,7 @@
 """Checks a config before any work: every name, number and reference, with the nearest valid one in the message."""
 
 import math
+import os
 import re
 from collections.abc import Iterable, Sequence
 
@@ -34,6 +35,8 @@ def check(config: ConfigDict) -> None:
     _name('splits', name)
     _split(config, name)
   _one_of('config.embedder.source', config.embedder.source, embedder.SOURCES)
+  if config.embedder.source == 'weights':
+    _weights(config)
   _one_of('config.search.backend', config.search.backend, ('exact', 'scann'))
   _one_of('config.engine.name', config.engine.name, ('local',))
   _one_of('config.preprocess.resize', config.preprocess.resize, ('shortest', 'squash'))
@@ -176,6 +179,20 @@ def _numbers(config: ConfigDict) -> None:
       raise ConfigError(f'config.{name}={config[block][key]} must lie in [{low}, {high}].')
 
 
+def _weights(config: ConfigDict) -> None:
+  """The weights of the embedder: a file of a kind that is read, and which model it holds."""
+  from clip_jax.stages import models
+  path = embedder.weights_path(config)
+  if not config.embedder.path:
+    raise ConfigError('config.embedder.path is not given: a file of weights, for example '
+                      '--config.embedder.path=open_clip_model.safetensors.')
+  if not models.is_weights(path):
+    raise ConfigError(f'config.embedder.path={config.embedder.path!r} is not a file of weights by its ending.')
+  if not os.path.isfile(path):
+    raise ConfigError(f'config.embedder.path={config.embedder.path!r} is not there.')
+  embedder.architecture(config)
+
+
 def _model(config: ConfigDict) -> None:
   from clip_jax.stages import models
   models.architecture(config)
@@ -185,6 +202,10 @@ def _training(config: ConfigDict) -> None:
   t = config.train
   _one_of('config.train.budget', t.budget, ('samples', 'epochs'))
   _one_of('config.train.dtype', t.dtype, ('float32', 'bfloat16'))
+  _one_of('config.train.loss', t.loss, ('clip', 'siglip'))
+  _one_of('config.train.remat', t.remat, ('none', 'dots', 'blocks'))
+  if not 0 <= t.patch_dropout < 1:
+    raise ConfigError(f'config.train.patch_dropout={t.patch_dropout} must be a share from 0 up to less than 1.')
   if t.budget == 'samples' and t.samples < t.batch_size:
     raise ConfigError(f'config.train.samples={t.samples} is less than one batch ({t.batch_size}). Set the samples '
                       'a run sees, or --config.train.budget=epochs.')

@@ -1,7 +1,7 @@
 """The evaluate command: one checkpoint, or every new one of a run, on the benchmarks of a config.
 
-In: a checkpoint; the benchmarks' source files. Out: a table on the terminal and, where asked for,
-<output>/<benchmark>.json and .npz as the stage evaluate writes them.
+In: a checkpoint, or a file of weights; the benchmarks' source files. Out: a table on the terminal and,
+where asked for, <output>/<benchmark>.json and .npz as the stage evaluate writes them.
 """
 
 import os
@@ -20,7 +20,6 @@ from clip_jax.stages import ingest
 from clip_jax.stages import layout
 from clip_jax.stages import models
 
-WEIGHT_ENDINGS = ('.safetensors', '.pt', '.bin', '.pth')
 POLL_SECS = 5.0
 
 
@@ -28,12 +27,9 @@ def run(config: ConfigDict, path: str | None, *, model: str, benchmarks: list[st
         follow: bool) -> None:
   if not path:
     raise ConfigError('--checkpoint is not given, for example --checkpoint=runs/demo/train/base/seed0.')
-  if path.endswith(WEIGHT_ENDINGS):
-    raise ConfigError(f'--checkpoint={path}: weights of open_clip and Hugging Face cannot be read yet; give a '
-                      'checkpoint that clip_jax trained.')
-  if model:
-    raise ConfigError(f'--model={model!r}: a checkpoint that clip_jax trained knows its own architecture; leave '
-                      '--model out.')
+  path = os.path.abspath(os.path.expanduser(path))
+  if follow and models.is_weights(path):
+    raise ConfigError(f'--follow: {path} is a file of weights, to which no steps are added.')
   layout.forget()
   check.check(config)
   names = benchmarks or list(config.benchmarks)
@@ -41,8 +37,7 @@ def run(config: ConfigDict, path: str | None, *, model: str, benchmarks: list[st
     if name not in config.benchmarks:
       raise ConfigError(f'--benchmarks={name!r} is not in the config.'
                         f'{config_lib.nearest(name, config.benchmarks)}')
-  path = os.path.abspath(os.path.expanduser(path))
-  loaded = None if follow else models.load(path)  # before the benchmarks are read: is there one?
+  loaded = None if follow else models.load(path, model)  # before the benchmarks are read: is there one?
   with tempfile.TemporaryDirectory() as scratch:  # the benchmarks' index; nothing of a work directory is needed
     for name in names:
       ingest.ingest_dataset(config, scratch, name)
@@ -56,20 +51,22 @@ def run(config: ConfigDict, path: str | None, *, model: str, benchmarks: list[st
       for step in [step for step in _steps(path) if step not in done]:
         done.add(step)
         folder = _step_folder(path, step)
-        _evaluate(config, scratch, folder, models.load(folder), names, os.path.join(output, f'{step:08d}') if output else '', images)
+        _evaluate(config, scratch, folder, models.load(folder, model), names,
+                  os.path.join(output, f'{step:08d}') if output else '', images)
       time.sleep(POLL_SECS)
 
 
 def _evaluate(config: ConfigDict, scratch: str, path: str, model, names: list[str], output: str,
               images: dict) -> None:
-  logging.info('%s, step %d:', path, model.step)
+  source = path if model.step is None else f'{path}, step {model.step}'
+  logging.info('%s:', source)
   logging.info('  %-20s %7s %8s  %s', 'benchmark', 'images', 'top-1', '95 % interval')
   for name in names:
     key = (name, model.image_size, model.resize)
     if key not in images:
-      images[key] = evaluate.read_benchmark(config, scratch, name, model.image_size)
+      images[key] = evaluate.read_benchmark(config, scratch, name, model.image_size, model.resize)
     result, arrays = evaluate.score(config, scratch, name, model, images[key])
-    result['checkpoint'] = f'{path}, step {model.step}'
+    result['checkpoint'] = source
     interval = ('unknown: all images are of one group' if result['top1_low'] is None
                 else f'{100 * result["top1_low"]:.1f} to {100 * result["top1_high"]:.1f}')
     logging.info('  %-20s %7d %7.1f%%  %s', name, result['n'], 100 * result['top1'], interval)

@@ -5,6 +5,7 @@ normalised in float32 before the cast, and usable-00000.npy bool [n].
 """
 
 import os
+from collections.abc import Callable
 
 from absl import logging
 from ml_collections import ConfigDict
@@ -18,6 +19,9 @@ from clip_jax.core.products import Product
 from clip_jax.stages import embedder
 from clip_jax.stages import ingest
 from clip_jax.stages import layout
+
+
+LISTED = 3  # unreadable images that the log names
 
 
 @layout.remembered
@@ -50,26 +54,41 @@ def _embed(config: ConfigDict, workdir: str, dataset: str, missing: list[Product
   source = layout.source(workdir, dataset)
   shards = [int(product.name.rsplit('/', 1)[1]) for product in missing]
   total = sum(int(source.starts[i + 1] - source.starts[i]) for i in shards)
-  unreadable = 0
+  unreadable: list[str] = []
   with progress.Bar(total=total, desc=f'embed {dataset}', unit='image') as bar:
     for product, shard in zip(missing, shards):
       with products.lock(workdir, product.name):
-        vectors, usable = embed_rows(config, source, source.starts[shard], source.starts[shard + 1], model, bar,
-                                     dataset)
+        start, stop = int(source.starts[shard]), int(source.starts[shard + 1])
+        vectors, usable = embed_rows(config, source, start, stop, model, bar,
+                                     lambda row: _keys(workdir, dataset, shard, [row])[0])
         made = [f'embeddings/{dataset}/{shard:05d}.npy', f'embeddings/{dataset}/usable-{shard:05d}.npy']
         files.write_npy(os.path.join(workdir, made[0]), vectors)
         files.write_npy(os.path.join(workdir, made[1]), usable)
-        lost = int((~usable).sum())
+        lost = _keys(workdir, dataset, shard, np.flatnonzero(~usable))
         unreadable += lost
-        products.finish(workdir, product, made, {'rows': len(usable), 'unreadable': lost})
-  said = f'; {unreadable:,} unreadable images are in no split and no search' if unreadable else ''
+        products.finish(workdir, product, made, {'rows': len(usable), 'unreadable': len(lost)})
+  said = ''
+  if unreadable:
+    more = ', ...' if len(unreadable) > LISTED else ''
+    said = (f'; {len(unreadable):,} unreadable images are in no split and no search '
+            f'({", ".join(unreadable[:LISTED])}{more}; the report lists all)')
   logging.info('embed %s: %s images%s.', dataset, f'{total:,}', said)
 
 
-def embed_rows(config: ConfigDict, source, start: int, stop: int, model: embedder.Embedder, bar, dataset: str):
+def _keys(workdir: str, dataset: str, shard: int, rows) -> list[str]:
+  """Returns the keys of some rows, counted from 0 in their shard."""
+  if not len(rows):
+    return []
+  import pyarrow.parquet as pq
+  path = os.path.join(workdir, 'ingest', dataset, f'index-{shard:05d}.parquet')
+  return pq.read_table(path, columns=['key'])['key'].take(np.asarray(rows)).to_pylist()
+
+
+def embed_rows(config: ConfigDict, source, start: int, stop: int, model: embedder.Embedder, bar,
+               key_of: Callable[[int], str]):
   """Embeds rows start..stop of a source. Returns ([n, E] float16, usable [n] bool).
 
-  Raises InputError where the embedder gives a NaN, which no later stage may see.
+  Raises InputError where the embedder gives a NaN, which no later stage may see; key_of(k) names the k-th row.
   """
   from clip_jax.data import loader
   vectors, usable = [], []
@@ -80,7 +99,8 @@ def embed_rows(config: ConfigDict, source, start: int, stop: int, model: embedde
     batch = np.asarray(model.apply(padded), np.float32)[:len(images)]  # one shape, compiled once
     bad = ok & ~np.isfinite(batch).all(axis=1)
     if bad.any():
-      raise InputError(f'The embedder gives NaN for row {int(rows[bad][0])} of {dataset}. Its weights are '
+      row = int(rows[bad][0])
+      raise InputError(f'The embedder gives NaN for the image {key_of(row - start)} (row {row}). Its weights are '
                        'broken: remake it with --redo=embedder.')
     norm = np.linalg.norm(batch, axis=1, keepdims=True)
     batch = np.where(ok[:, None], batch / np.where(norm > 0, norm, 1), 0)

@@ -1,13 +1,16 @@
 """Stage embedder: makes the frozen model whose image embeddings define similarity.
 
-In: the ingested pool and anchor. Out: WORKDIR/embedder/embedder.json (what it is, sha256 of its
-weights) and embedder.npz ('pca', 'hog') or checkpoints/ ('train').
+In: the ingested pool and anchor, or a file of weights, which stays where it is. Out:
+WORKDIR/embedder/embedder.json (what it is, sha256 of its weights), and embedder.npz ('pca', 'hog') or
+checkpoints/ ('train').
 """
 
 import dataclasses
+import functools
 import json
 import os
 from collections.abc import Callable
+from typing import Any
 
 from absl import logging
 from ml_collections import ConfigDict
@@ -18,11 +21,12 @@ from clip_jax.core import products
 from clip_jax.core.errors import InputError
 from clip_jax.core.products import Product
 from clip_jax.core.types import Array
-from clip_jax.stages import ingest
 from clip_jax.stages import layout
 
 FITTED = ('pca', 'hog')
-SOURCES = (*FITTED, 'train')
+SOURCES = (*FITTED, 'train', 'weights')
+NAME_FLAG = '--config.embedder.name'
+CONTENT = 'the content of config.embedder.path'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +41,11 @@ def product(config: ConfigDict, workdir: str) -> Product:
   """The embedder. It reads the pool and the anchor as they were when it was made and is frozen then:
 
   samples added to the pool later do not make it another one, so it depends on the datasets' blocks, not on
-  their files. What it was made from stands in embedder.json.
+  their files. What it was made from stands in embedder.json. Weights count by their content, not by their path.
   """
+  if config.embedder.source == 'weights':
+    return Product('embedder/embedder', layout.pick(config, ['embedder.source', 'embedder.name']),
+                   weights_content(weights_path(config)))
   keys = ['embedder.source', 'embedder.image_size', 'embedder.seed', 'preprocess.resize']
   if config.embedder.source in FITTED:
     keys += ['embedder.dim', 'embedder.fit_images']
@@ -47,15 +54,15 @@ def product(config: ConfigDict, workdir: str) -> Product:
   inputs = {f'ingest/{name}/index': 'frozen at the first sight' for name in (layout.POOL, layout.ANCHOR)
             if name in layout.datasets(config)}
   del workdir
-  return Product('embedder/embedder', layout.pick(config, keys), inputs)
+  version = 1 if config.embedder.source in FITTED else 2  # of a checkpoint: what it says of its model
+  return Product('embedder/embedder', layout.pick(config, keys), inputs, version)
 
 
 def run(config: ConfigDict, workdir: str) -> None:
   wanted = product(config, workdir)
   if products.missing(workdir, [wanted], remake=False, redo='embedder'):
     with products.lock(workdir, wanted.name):
-      make = _fit if config.embedder.source in FITTED else _train
-      made, about = make(config, workdir, wanted)
+      made, about = _MAKERS[config.embedder.source](config, workdir, wanted)
       files.write_json(os.path.join(workdir, 'embedder/embedder.json'), about)
       products.finish(workdir, wanted, [*made, 'embedder/embedder.json'], about)
   products.write_manifest(workdir, 'embedder', [wanted])
@@ -70,8 +77,47 @@ def load(config: ConfigDict, workdir: str) -> Embedder:
     apply = embedders.EMBEDDERS[source][1]
     return Embedder(config.embedder.image_size, config.preprocess.resize, lambda images: apply(params, images))
   from clip_jax.stages import models
-  model = models.load(os.path.join(workdir, 'embedder'))
+  if source == 'weights':
+    model = models.open_model(models.read(weights_path(config), config.embedder.name, NAME_FLAG))
+  else:
+    model = models.load(os.path.join(workdir, 'embedder'))
   return Embedder(model.image_size, model.resize, model.encode_image)
+
+
+def architecture(config: ConfigDict) -> Any:
+  """Returns the CLIPConfig of an embedder that is a CLIP ('train', 'weights')."""
+  from clip_jax.stages import models
+  if config.embedder.source == 'train':
+    return models.architecture(config)
+  return models.weights_architecture(weights_path(config), config.embedder.name, NAME_FLAG)
+
+
+def weights_path(config: ConfigDict) -> str:
+  return os.path.abspath(os.path.expanduser(config.embedder.path))
+
+
+def weights_content(path: str) -> dict[str, str]:
+  """Returns the sha256 of a file of weights, and of the files beside it that it is read with."""
+  from clip_jax.stages import models
+  parts = {CONTENT: path}
+  if path.endswith('.index.json'):
+    from clip_jax.models import weights
+    parts |= {f'the shard {shard}': os.path.join(os.path.dirname(path), shard)
+              for shard in weights.shards(path).values()}
+  parts |= {f'{name} beside it': os.path.join(os.path.dirname(path), name) for name in models.BESIDE}
+  found = {}
+  for name, part in parts.items():
+    if os.path.exists(part):
+      stat = os.stat(part)
+      found[name] = _sha256(part, stat.st_size, stat.st_mtime_ns)
+  return found
+
+
+@functools.lru_cache(maxsize=None)
+def _sha256(path: str, size: int, mtime_ns: int) -> str:
+  """Weights may be gigabytes: hashed once a process, as long as size and time stay."""
+  del size, mtime_ns
+  return files.sha256(path)
 
 
 def base_source(config: ConfigDict, workdir: str):
@@ -114,3 +160,18 @@ def _train(config: ConfigDict, workdir: str, wanted: Product):
   about = {'source': 'train', 'samples': config.embedder.samples, 'seed': config.embedder.seed,
            'of_base_rows': len(base), 'sha256': result.digest}
   return ['embedder/checkpoints', 'embedder/config.json', 'embedder/metrics.jsonl'], json.loads(json.dumps(about))
+
+
+def _weights(config: ConfigDict, workdir: str, wanted: Product):
+  """Opens the weights once, so that what is wrong with them is said here."""
+  from clip_jax.stages import models
+  del workdir
+  path = weights_path(config)
+  found = models.read(path, config.embedder.name, NAME_FLAG)
+  about = {'source': 'weights', 'name': config.embedder.name, 'file': os.path.basename(path),
+           'sha256': wanted.inputs[CONTENT], 'image_size': found.config.image_size,
+           'embed_dim': found.config.embed_dim, **found.preprocess}
+  return [], json.loads(json.dumps(about))
+
+
+_MAKERS = {'pca': _fit, 'hog': _fit, 'train': _train, 'weights': _weights}

@@ -69,9 +69,9 @@ def _evaluate_run(config: ConfigDict, workdir: str, split: str, seed: int, jobs,
   folder = layout.run_folder(split, seed)
   model = models.load(os.path.join(workdir, folder))
   for benchmark, made in jobs:
-    key = (benchmark, model.image_size, model.resize)
+    key = (benchmark, model.image_size)
     if key not in images:
-      images[key] = read_benchmark(config, workdir, benchmark, model.image_size)
+      images[key] = read_benchmark(config, workdir, benchmark, model.image_size, config.preprocess.resize)
     with products.lock(workdir, made.name):
       result, arrays = score(config, workdir, benchmark, model, images[key])
       result['checkpoint'] = f'{folder}/checkpoints, step {model.step}'
@@ -82,13 +82,14 @@ def _evaluate_run(config: ConfigDict, workdir: str, split: str, seed: int, jobs,
     bar.update()
 
 
-def read_benchmark(config: ConfigDict, workdir: str, benchmark: str, image_size: int) -> tuple[Array, Array]:
+def read_benchmark(config: ConfigDict, workdir: str, benchmark: str, image_size: int,
+                   resize: str) -> tuple[Array, Array]:
   """Returns a benchmark's preprocessed images uint8 [n, S, S, 3] and which could be read, bool [n]."""
   from clip_jax.data import loader
   source = layout.source(workdir, benchmark)
   parts = [(images, ok) for _, images, ok in loader.image_batches(
       source, np.arange(len(source)), batch_size=config.evaluate.batch_size, image_size=image_size,
-      mode=config.preprocess.resize)]
+      mode=resize)]
   return np.concatenate([images for images, _ in parts]), np.concatenate([ok for _, ok in parts])
 
 

@@ -18,7 +18,8 @@ DRAWN_PER_SEED = ('random', 'matched')             # rules with one draw for eac
 ALIGNED = ('gap_aligned',)                         # rules that promise the anchor's similarity gap
 # Config keys that change what a training run learns, beside the model, the preprocessing and the seed.
 RECIPE = tuple(f'train.{key}' for key in (
-    'batch_size', 'learning_rate', 'warmup_steps', 'weight_decay', 'beta1', 'beta2', 'eps', 'dtype'))
+    'batch_size', 'learning_rate', 'warmup_steps', 'weight_decay', 'beta1', 'beta2', 'eps', 'dtype', 'loss',
+    'patch_dropout'))
 
 
 _REMEMBERED: dict[tuple, Any] = {}

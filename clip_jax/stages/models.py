@@ -1,32 +1,67 @@
-"""Joins a CLIP's parameters, tokenizer and preprocessing: what stages need of a model, as two functions."""
+"""Joins a CLIP's parameters, tokenizer and preprocessing: what stages need of a model, as two functions.
+
+In: a checkpoint that clip_jax trained, or a file of weights (open_clip's, OpenAI's, Hugging Face's),
+whose architecture and preprocessing are named or lie beside it in open_clip_config.json, config.json
+and preprocessor_config.json.
+"""
 
 from collections.abc import Callable, Sequence
 import dataclasses
 import functools
+import math
+import os
+from typing import Any
 
+from absl import logging
 from ml_collections import ConfigDict
 import numpy as np
 
+from clip_jax.core import files
 from clip_jax.core.errors import ConfigError
+from clip_jax.core.errors import InputError
 from clip_jax.core.types import Array
 
 NUMBERS = ('embed_dim', 'image_size', 'patch_size', 'vision_width', 'vision_layers', 'vision_heads',
            'text_width', 'text_layers', 'text_heads', 'context_length')
+OPEN_CLIP, HUGGING_FACE, PREPROCESSOR = 'open_clip_config.json', 'config.json', 'preprocessor_config.json'
+TOKENIZER = ('tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json')
+BESIDE = (OPEN_CLIP, HUGGING_FACE, PREPROCESSOR)  # what a weights file is read with
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-  """A trained CLIP. Both functions return float32 vectors of unit length."""
+  """A CLIP with its parameters. Both functions return float32 vectors of unit length."""
   image_size: int
   resize: str
   encode_image: Callable[[Array], Array]            # uint8 [b, S, S, 3] -> [b, E]
   encode_text: Callable[[Sequence[str]], Array]     # n captions -> [n, E]
-  step: int
-  about: dict                                       # the config that the checkpoint holds
+  step: int | None                                  # updates done; None: a file of weights
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+  """Parameters and what must be known to use them."""
+  params: dict
+  config: Any                                       # zoo.CLIPConfig
+  preprocess: dict                                  # mean, std, resize
+  dtype: str                                        # that the towers compute in
+  folder: str                                       # holds the tokenizer's files, if it is not CLIP's own
+  step: int | None                                  # updates done; None: a file of weights
+  said: str = ''                                    # of a file of weights: what it was taken for, and why
 
 
 def architecture(config: ConfigDict):
-  """Returns config.model as a CLIPConfig: a zoo entry by name, or the numbers themselves."""
+  """Returns config.model as a CLIPConfig: a zoo entry by name, or the numbers themselves.
+
+  For the sigmoid loss it begins with a scale of 10 and a bias of -10 (Zhai et al. 2023), as open_clip's.
+  """
+  found = _numbers(config)
+  if config.train.loss == 'siglip':
+    return dataclasses.replace(found, init_logit_scale=math.log(10), init_logit_bias=-10.0)
+  return found
+
+
+def _numbers(config: ConfigDict):
   from clip_jax.data import tokenizer
   from clip_jax.models import zoo
   m = config.model
@@ -35,7 +70,11 @@ def architecture(config: ConfigDict):
     if given:
       raise ConfigError(f'config.model.name={m.name!r} fixes the numbers; leave config.model.{given[0]} at 0, or '
                         'the name empty.')
-    return zoo.get(m.name)
+    found = zoo.get(m.name)
+    if found.text.tokenizer:
+      raise ConfigError(f'config.model.name={m.name!r} reads the tokens of {found.text.tokenizer}, and models are '
+                        'trained here on those of CLIP. Choose a model with CLIP\'s tokenizer.')
+    return found
   for key in NUMBERS:
     if m[key] <= 0:
       raise ConfigError(f'config.model.{key}={m[key]} must be more than 0 (or give config.model.name, for '
@@ -49,29 +88,171 @@ def architecture(config: ConfigDict):
   if m.context_length < 3:
     raise ConfigError(f'config.model.context_length={m.context_length} leaves no room between the start and the '
                       'end token; at least 3.')
-  return zoo.CLIPConfig(vocab_size=tokenizer.VOCAB_SIZE, **{key: m[key] for key in NUMBERS})
+  return zoo.CLIPConfig(
+      m.embed_dim, zoo.ViTConfig(m.image_size, m.patch_size, m.vision_width, m.vision_layers, m.vision_heads),
+      zoo.TextConfig(m.context_length, tokenizer.VOCAB_SIZE, m.text_width, m.text_heads, m.text_layers))
 
 
 def about(config: ConfigDict, split: str, seed: int) -> dict:
   """Returns what a checkpoint must say of its model, so that it can be evaluated without the config."""
+  from clip_jax.models import open_clip
   from clip_jax.stages import layout
-  return {'model': dataclasses.asdict(architecture(config)), 'preprocess': layout.plain(config.preprocess),
+  return {'model': open_clip.config_to_open_clip(architecture(config)), 'preprocess': layout.plain(config.preprocess),
           'dtype': config.train.dtype, 'split': split, 'seed': seed}
 
 
-def load(path: str) -> Model:
-  """Opens a checkpoint: a run's folder, its checkpoints/, or one step of it.
+def load(path: str, name: str = '') -> Model:
+  """Opens a model; see `read`."""
+  return open_model(read(path, name))
 
-  Raises InputError where there is none that is whole.
+
+def read(path: str, name: str = '', flag: str = '--model') -> Weights:
+  """Reads a checkpoint (a run's folder, its checkpoints/, or one step), or a file of weights, where
+
+  `name` may say which open_clip model it holds; `flag` is what the user sets it with.
+  Raises InputError where nothing whole is there.
   """
+  if is_weights(path):
+    return read_weights(path, name, flag)
+  if name:
+    raise ConfigError(f'{flag}={name!r}: a checkpoint that clip_jax trained knows its own architecture; leave {flag} '
+                      'out.')
+  return read_checkpoint(path)
+
+
+def is_weights(path: str) -> bool:
+  """Whether a path is by its ending a file of weights, and not a checkpoint's folder."""
+  from clip_jax.models import weights
+  return path.endswith(weights.ENDINGS)
+
+
+def read_checkpoint(path: str) -> Weights:
+  """Reads the parameters of a checkpoint that clip_jax made."""
   from clip_jax.core import checkpoints
-  from clip_jax.models import zoo
+  from clip_jax.models import open_clip
   params, step, saved = checkpoints.restore_params(path)
-  config = zoo.CLIPConfig(**saved['model'])
-  mean, std = (tuple(saved['preprocess'][key]) for key in ('mean', 'std'))
-  image, text = _compiled(config, saved['dtype'], mean, std)
-  return Model(config.image_size, saved['preprocess']['resize'], functools.partial(image, params),
-               functools.partial(text, params), step, saved)
+  if 'vision_cfg' not in saved['model']:
+    raise InputError(f'The checkpoint {path} was made by an older version of clip_jax, which described models in '
+                     'another way. Train it again, or evaluate it with that version.')
+  config = open_clip.config_from_open_clip(saved['model'])
+  folder = os.path.dirname(path) if os.path.basename(path).isdigit() else path
+  return Weights(params, config, _plain(saved['preprocess']), saved['dtype'], folder, step)
+
+
+def read_weights(path: str, name: str, flag: str) -> Weights:
+  """Reads a file of weights as the open_clip model `name`, else as the config beside it says.
+
+  Raises:
+    InputError: the file is damaged, or holds another model.
+    ConfigError: nothing says which model it holds (the message has the names that fit), or it is one
+      that is not built here.
+  """
+  from clip_jax.models import huggingface
+  from clip_jax.models import open_clip
+  from clip_jax.models import weights
+  tensors = weights.read(path)
+  theirs = huggingface if huggingface.is_huggingface(tensors) else open_clip
+  order = (HUGGING_FACE, OPEN_CLIP) if theirs is huggingface else (OPEN_CLIP, HUGGING_FACE)
+  config, said = _architecture(path, name, order)
+  if config is None:
+    raise ConfigError(_unnamed(path, theirs.fitting(tensors), flag))
+  read = (huggingface.params_from_huggingface if theirs is huggingface else open_clip.params_from_open_clip)
+  try:
+    params = read(tensors, config, path)
+  except InputError as error:
+    fitting = theirs.fitting(tensors)
+    if not fitting:
+      raise
+    raise InputError(f'{error} By its shapes it can be {", ".join(fitting)}.') from error
+  preprocess, how = _preprocess(path, config)
+  mean, std = (', '.join(f'{x:.4g}' for x in preprocess[key]) for key in ('mean', 'std'))
+  said = (f'{path}: {said}, {config.image_size} pixels. Preprocessing by {how}: {preprocess["resize"]}, mean {mean}, '
+          f'std {std}.')
+  return Weights(params, config, preprocess, 'float32', os.path.dirname(os.path.abspath(path)), None, said)
+
+
+def weights_architecture(path: str, name: str, flag: str):
+  """Returns the CLIPConfig of a file of weights; opens the file itself only where nothing else says it."""
+  config, _ = _architecture(path, name, (OPEN_CLIP, HUGGING_FACE))
+  return config or read_weights(path, name, flag).config
+
+
+def _architecture(path: str, name: str, order: Sequence[str]):
+  """Returns the CLIPConfig by name, else by the first of the files `order` that is there, and who said it."""
+  from clip_jax.models import huggingface
+  from clip_jax.models import open_clip
+  from clip_jax.models import zoo
+  if name:
+    return zoo.get(name), name
+  for file in order:
+    found = _beside(path, file)
+    if found is not None and file == OPEN_CLIP:
+      if not isinstance(found.get('model_cfg'), dict):
+        raise ConfigError(f'{file} beside {path} has no model_cfg. Mend it, or name the model.')
+      return open_clip.config_from_open_clip(found['model_cfg']), f'the model of {file}'
+    if found is not None and 'model_type' in found:  # else it is some other config.json
+      return huggingface.config_from_huggingface(found), f'the model of {file}'
+  return None, ''
+
+
+def _beside(path: str, file: str) -> dict | None:
+  """Returns a JSON file of the folder of `path`, None where it is not there."""
+  file = os.path.join(os.path.dirname(path), file)
+  if not os.path.exists(file):
+    return None
+  found = files.read_json(file)
+  if not isinstance(found, dict):
+    raise InputError(f'{file} is not a JSON object. Remove it, or restore it.')
+  return found
+
+
+def _unnamed(path: str, fitting: Sequence[str], flag: str) -> str:
+  if not fitting:
+    fit = f'Its shapes are those of no named model; put its {OPEN_CLIP} there.'
+  else:
+    fit = f'Name the model: by its shapes it can be {", ".join(f"{flag}={name}" for name in fitting)}.'
+    if any(name.endswith('-quickgelu') for name in fitting):
+      fit += (' OpenAI\'s own weights, and others trained with QuickGELU, need a name with -quickgelu: the shapes '
+              'cannot tell, the numbers would be wrong.')
+  return f'{path}: neither {OPEN_CLIP} nor {HUGGING_FACE} is beside it to say which model it holds. {fit}'
+
+
+def _preprocess(path: str, config) -> tuple[dict, str]:
+  """Returns mean, std and resize, and where they are from."""
+  from clip_jax.models import huggingface
+  from clip_jax.models import open_clip
+  found = _beside(path, OPEN_CLIP)
+  if found is not None and isinstance(found.get('preprocess_cfg'), dict):
+    return open_clip.preprocess_from_open_clip(found['preprocess_cfg'], config), OPEN_CLIP
+  found = _beside(path, PREPROCESSOR)
+  if found is not None:
+    return huggingface.preprocess_from_huggingface(found), PREPROCESSOR
+  return open_clip.default_preprocess(config), 'open_clip\'s default for this family'
+
+
+def _plain(preprocess: dict) -> dict:
+  return {'mean': tuple(preprocess['mean']), 'std': tuple(preprocess['std']), 'resize': preprocess['resize']}
+
+
+def open_model(weights: Weights) -> Model:
+  """Returns the two encoders of these parameters."""
+  import jax
+  if weights.said:
+    logging.info('%s', weights.said)
+  image, text = _compiled(weights.config, weights.dtype, weights.preprocess['mean'], weights.preprocess['std'])
+  params = jax.device_put(weights.params)
+  tokenize = functools.cache(lambda: _tokenizer(weights.config, weights.folder))  # opened when there is text
+  return Model(weights.config.image_size, weights.preprocess['resize'], functools.partial(image, params),
+               lambda texts: text(params, tokenize()(texts, weights.config.context_length)), weights.step)
+
+
+def _tokenizer(config, folder: str) -> Callable[[Sequence[str], int], Array]:
+  """Returns (texts, T) -> int32 [n, T]: CLIP's own tokenizer, or the model's, from its files in `folder`."""
+  if not config.text.tokenizer:
+    from clip_jax.data import tokenizer
+    return tokenizer.tokenize
+  from clip_jax.data import hf_tokenizer
+  return hf_tokenizer.load(folder, dict(config.text.tokenizer_kwargs))
 
 
 @functools.lru_cache(maxsize=4)
@@ -79,7 +260,6 @@ def _compiled(config, dtype: str, mean: tuple[float, ...], std: tuple[float, ...
   """Returns the two encoders of one architecture; all checkpoints of it share the compiled code."""
   import jax
   import jax.numpy as jnp
-  from clip_jax.data import tokenizer
   from clip_jax.models import clip
   from clip_jax.training import step
   functions = clip.functions(config, dtype)
@@ -94,9 +274,11 @@ def _compiled(config, dtype: str, mean: tuple[float, ...], std: tuple[float, ...
   def encode_image(params, x: Array) -> Array:
     return np.asarray(images(params, x))
 
-  def encode_text(params, texts: Sequence[str]) -> Array:
+  def encode_text(
+      params,
+      ids: Array,  # [n, T] int32
+  ) -> Array:  # [n, E]
     block = 64  # one compiled shape, whatever the number of prompts
-    ids = tokenizer.tokenize(texts, config.context_length)
     padded = np.concatenate([ids, np.repeat(ids[-1:], -len(ids) % block, axis=0)])
     parts = [np.asarray(tokens(params, padded[i:i + block])) for i in range(0, len(padded), block)]
     return np.concatenate(parts)[:len(ids)]

@@ -7,18 +7,16 @@ elsewhere 40 % of the vendor's dense peak; reading and decoding images comes on 
 
 import collections
 import dataclasses
-import os
+import math
+import re
 import time
 
 from absl import logging
 from ml_collections import ConfigDict
-import numpy as np
 
 from clip_jax.core import files
 from clip_jax.core import products
 from clip_jax.core import progress
-from clip_jax.core.errors import InputError
-from clip_jax.stages import STAGES
 from clip_jax.stages import layout
 
 # Dense peaks in FLOP/s from the vendors' data sheets: (float32 or TF32 matmul, bfloat16 matmul).
@@ -96,12 +94,15 @@ def _ingest(config: ConfigDict, workdir: str, rows) -> StagePlan:
 
 
 def _dim(config: ConfigDict) -> int:
-  return config.model.embed_dim if config.embedder.source == 'train' else config.embedder.dim
+  from clip_jax.stages import embedder
+  return config.embedder.dim if config.embedder.source in embedder.FITTED else embedder.architecture(config).embed_dim
 
 
 def _embedder(config: ConfigDict, workdir: str, rows) -> StagePlan:
   del workdir, rows
   e = config.embedder
+  if e.source == 'weights':
+    return StagePlan(0, 1000, 0.0)
   if e.source == 'train':
     return StagePlan(e.samples, _checkpoint_bytes(config), 3.0 * forward_flops(config) * e.samples)
   pixels = 3 * e.image_size ** 2
@@ -113,7 +114,11 @@ def _embed(config: ConfigDict, workdir: str, rows) -> StagePlan:
   n = _all_rows(rows)
   if n is None:
     return StagePlan(None, None, None)
-  each = forward_flops(config) if config.embedder.source == 'train' else 6.0 * config.embedder.image_size ** 2 * _dim(config)
+  from clip_jax.stages import embedder
+  if config.embedder.source in embedder.FITTED:
+    each = 6.0 * config.embedder.image_size ** 2 * _dim(config)
+  else:
+    each = image_flops(embedder.architecture(config))
   return StagePlan(n, n * (2 * _dim(config) + 1), n * each)
 
 
@@ -174,24 +179,54 @@ def forward_flops(config: ConfigDict) -> float:
   """Returns the FLOPs of one image and its caption through both towers: 2 a weight and token, plus attention."""
   from clip_jax.stages import models
   a = models.architecture(config)
-  patches = (a.image_size // a.patch_size) ** 2 + 1
-  def tower(tokens: int, width: int, layers: int, mlp_ratio: float) -> float:
-    return layers * tokens * (2.0 * width * width * (4 + 2 * mlp_ratio) + 4.0 * tokens * width)
-  return (tower(patches, a.vision_width, a.vision_layers, a.mlp_ratio)
-          + tower(a.context_length, a.text_width, a.text_layers, 4.0)
-          + 2.0 * patches * 3 * a.patch_size ** 2 * a.vision_width
-          + 2.0 * a.embed_dim * (a.vision_width + a.text_width))
+  return image_flops(a) + _transformer_flops(a, 'text.', a.text, a.context_length)
+
+
+def image_flops(a) -> float:
+  """Returns the FLOPs of one image through the image tower of a CLIPConfig."""
+  from clip_jax.models import zoo
+  if isinstance(a.vision, zoo.ResNetConfig):
+    return _resnet_flops(a)
+  patches = (a.image_size // a.vision.patch_size) ** 2 + a.vision.class_token
+  return _transformer_flops(a, 'visual.', a.vision, patches)
+
+
+def _transformer_flops(a, prefix: str, tower, tokens: int) -> float:
+  """Blocks, patches and the attention pool's keys are made for every token, what is beside them once."""
+  flops = 4.0 * tower.layers * tokens ** 2 * tower.width
+  for name, size in _matrices(a, prefix).items():
+    flops += 2.0 * size * (tokens if name.startswith(('transformer.', 'conv1.', 'attn_pool.kv.')) else 1)
+  return flops
+
+
+def _resnet_flops(a) -> float:
+  """A weight of a convolution is used once a place: half the side in the stem, a quarter in layer1, ..."""
+  halved = re.compile(r'layer[234]\.0\.conv[12]\.')  # before the pooling that halves the side
+  flops = 0.0
+  for name, size in _matrices(a, 'visual.').items():
+    if name.startswith('attnpool.'):
+      side = a.image_size // 32
+    elif name.startswith('layer'):
+      side = a.image_size // (2 << int(name[len('layer')])) * (2 if halved.match(name) else 1)
+    else:
+      side = a.image_size // 2
+    flops += 2.0 * size * side ** 2
+  return flops
+
+
+def _matrices(a, prefix: str) -> dict[str, int]:
+  """Returns the number of weights of every matrix and convolution of a tower, by its name there."""
+  from clip_jax.models.shapes import shapes
+  looked_up = ('positional_embedding', 'token_embedding.weight', 'latent')
+  return {name.removeprefix(prefix): math.prod(shape) for name, shape in shapes(a).items()
+          if name.startswith(prefix) and len(shape) > 1 and not name.endswith(looked_up)}
 
 
 def _checkpoint_bytes(config: ConfigDict) -> int:
   """Parameters and AdamW's two moments, 4 bytes each."""
+  from clip_jax.models.shapes import shapes
   from clip_jax.stages import models
-  a = models.architecture(config)
-  block = lambda width, layers, ratio: layers * width * width * (4 + 2 * ratio)
-  numbers = (block(a.vision_width, a.vision_layers, a.mlp_ratio) + block(a.text_width, a.text_layers, 4)
-             + a.vocab_size * a.text_width + 3 * a.patch_size ** 2 * a.vision_width
-             + a.embed_dim * (a.vision_width + a.text_width))
-  return int(12 * numbers)
+  return 12 * sum(math.prod(shape) for shape in shapes(models.architecture(config)).values())
 
 
 PLANS = {'ingest': _ingest, 'embedder': _embedder, 'embed': _embed, 'dedup': _dedup, 'search': _search,

@@ -300,7 +300,7 @@ def _settings(facts: Facts) -> list[tuple[str, str]]:
   settings = [
       ('Command', facts.log.command or 'not in the log'),
       ('Work directory', facts.workdir),
-      ('Embedder', f'{config.embedder.source}, seed {config.embedder.seed}, '
+      ('Embedder', f'{_embedder(facts)}, '
        + (f'sha256 {sha[:16]}\u2026' if sha else 'not made yet')),
       ('Search', f'{config.search.backend}, {config.search.top_k} neighbours a query'),
       ('De-duplication', f'similarity over {1 - config.dedup.threshold:.4g}'
@@ -317,6 +317,13 @@ def _settings(facts: Facts) -> list[tuple[str, str]]:
        f'{t.dtype}'),
       ('Model', m.name or f'ViT, {m.image_size} pixels, patch {m.patch_size}, width '
        f'{m.vision_width}, {m.vision_layers} image and {m.text_layers} text layers')]
+
+
+def _embedder(facts: Facts) -> str:
+  e, about = facts.config.embedder, report_data.embedder_about(facts.workdir)
+  if e.source == 'weights':
+    return ', '.join(part for part in ('weights', about.get('name'), about.get('file')) if part)
+  return f'{e.source}, seed {e.seed}'
 
 
 def state(facts: Facts) -> list[tuple[str, str, bool]]:

@@ -15,11 +15,14 @@ from clip_jax.core import interrupts
 from clip_jax.core import metrics
 from clip_jax.core import products
 from clip_jax.core import progress
+from clip_jax.core import sharding
 from clip_jax.core.errors import InputError
 from clip_jax.core.products import Product
 from clip_jax.stages import ingest
 from clip_jax.stages import layout
 from clip_jax.stages import prune
+
+VERSION = 2  # of a run's files; 2: a checkpoint says its model as open_clip's model_cfg
 
 
 def product(config: ConfigDict, workdir: str, split: str, seed: int) -> Product:
@@ -33,7 +36,7 @@ def product(config: ConfigDict, workdir: str, split: str, seed: int) -> Product:
     if dataset in layout.datasets(config):
       whole = ingest.index_product(dataset, ingest.shard_products(config, workdir, dataset))
       inputs[whole.name] = whole.fingerprint
-  return Product(layout.run_folder(split, seed) + '/run', {**keys, 'seed': seed}, inputs)
+  return Product(layout.run_folder(split, seed) + '/run', {**keys, 'seed': seed}, inputs, VERSION)
 
 
 def all_products(config: ConfigDict, workdir: str) -> dict[tuple[str, int], Product]:
@@ -96,13 +99,16 @@ def fit(config: ConfigDict, workdir: str, folder: str, data, *, seed: int, sampl
   """
   from clip_jax.data import loader
   from clip_jax.models import clip
+  from clip_jax.models import text
   from clip_jax.stages import models
   from clip_jax.training import loop
   t, p = config.train, config.preprocess
   path = os.path.join(workdir, folder)
   _begin(path, wanted, folder)
   architecture = models.architecture(config)
-  functions = clip.functions(architecture, t.dtype)
+  functions = clip.functions(architecture, t.dtype, t.patch_dropout, t.remat)
+  # A group of captions stays on its device; no group may be smaller than one caption.
+  groups = sharding.mesh(t.fsdp).size if t.pack_captions and text.packable(architecture.text) else 0
   replaced: list[int] = []
 
   def on_replaced(index: int, reason: str) -> None:
@@ -114,7 +120,7 @@ def fit(config: ConfigDict, workdir: str, folder: str, data, *, seed: int, sampl
   def batches(start_examples: int):
     return loader.train_batches(data, batch_size=t.batch_size, seed=seed, start_examples=start_examples,
                                 image_size=architecture.image_size, context_length=architecture.context_length,
-                                crop_scale=tuple(p.crop_scale), threads=t.loader_threads, on_replaced=on_replaced)
+                                crop_scale=tuple(p.crop_scale), threads=t.loader_threads, pack=groups, on_replaced=on_replaced)
 
   writer = metrics.MetricsWriter(os.path.join(path, 'metrics.jsonl'),
                                  os.path.join(path, 'tensorboard') if t.tensorboard else '')
@@ -122,7 +128,7 @@ def fit(config: ConfigDict, workdir: str, folder: str, data, *, seed: int, sampl
     result = loop.train(
         init_params=functions.init, encode=functions.encode, batches=batches, total_steps=samples // t.batch_size, batch_size=t.batch_size,
         learning_rate=t.learning_rate, warmup_steps=t.warmup_steps, weight_decay=t.weight_decay, beta1=t.beta1,
-        beta2=t.beta2, eps=t.eps, seed=seed, fsdp=t.fsdp, mean=tuple(p.mean), std=tuple(p.std),
+        beta2=t.beta2, eps=t.eps, seed=seed, loss=t.loss, fsdp=t.fsdp, mean=tuple(p.mean), std=tuple(p.std),
         checkpoint_dir=os.path.join(path, 'checkpoints'), config=models.about(config, folder, seed),
         save_every_steps=t.save_every_steps, save_every_secs=t.save_every_secs, keep=t.keep_checkpoints,
         log_every_steps=t.log_every_steps, metrics=writer, name=folder, should_stop=should_stop)

@@ -43,7 +43,7 @@ class TrainResult:
 def train(
     *,
     init_params: Callable[[Array], dict],  # PRNG key -> params
-    encode: Callable[[dict, Array, Array], dict],  # params, images, text -> the loss's arguments
+    encode: Callable[[dict, Array, Any, Array], tuple[dict, dict]],  # see models/clip.py, functions
     batches: Callable[[int], Generator],  # examples seen -> endless dicts of image, text [, index]
     total_steps: int,
     batch_size: int,  # of all devices together
@@ -53,7 +53,7 @@ def train(
     beta1: float,
     beta2: float,
     eps: float,
-    seed: int,  # of the initialisation
+    seed: int,  # of the initialisation, and of what training draws
     mean: tuple[float, float, float],  # of the pixels in 0..1
     std: tuple[float, float, float],
     checkpoint_dir: Any,
@@ -72,7 +72,7 @@ def train(
 
   `init_params` and `encode` must be the same objects in all calls with the same model: then the
   runs of a process share one compiled step. A batch's image is uint8 [B, S, S, 3], its text int32
-  [B, T] with the same T in all batches.
+  [B, T] or a dict of arrays (packed captions); each of its shapes is compiled once.
 
   Raises:
     ConfigError, InputError: the mesh cannot hold the batch; a checkpoint of another model lies in
@@ -84,7 +84,7 @@ def train(
                                 weight_decay=weight_decay, mean=tuple(mean), std=tuple(std))
   steps = training_step.steps(init_params, encode, recipe, mesh)
   schedule = dict(peak=np.float32(learning_rate), warmup_steps=np.int32(warmup_steps),
-                  total_steps=np.int32(total_steps))
+                  total_steps=np.int32(total_steps), seed=np.uint32(seed))
   with contextlib.closing(checkpoints.Checkpoints(checkpoint_dir, keep=keep)) as store:
     state, start, seconds = _restore(store, steps, seed)
     metrics.truncate(start)

@@ -21,8 +21,10 @@ def clip_loss(
     image: Array,  # [B, E], not normalised
     text: Array,  # [B, E], not normalised; row i belongs to image i
     scale: Array,  # []: what cosines are multiplied with, the exponential of logit_scale
+    bias: Array | None = None,  # of a model for the sigmoid loss: a softmax does not see it
 ) -> Array:  # [] float32
   """Mean of the two cross-entropies, image to text and text to image (Radford et al. 2021)."""
+  del bias
   if image.shape != text.shape or image.ndim != 2:
     raise ValueError(f'image and text must both be [B, E], got {image.shape} and {text.shape}')
   logits = scale * normalize(image) @ normalize(text).T  # [B, B]
@@ -32,4 +34,18 @@ def clip_loss(
   return (to_text.mean() + to_image.mean()) / 2
 
 
-LOSSES = {'clip': clip_loss}
+def siglip_loss(
+    image: Array,  # [B, E], not normalised
+    text: Array,  # [B, E], not normalised; row i belongs to image i
+    scale: Array,  # []
+    bias: Array,  # []: added to all logits, as most pairs do not match
+) -> Array:  # [] float32
+  """Each pair matches or does not, on its own: the sum over pairs, by image (Zhai et al. 2023)."""
+  if image.shape != text.shape or image.ndim != 2:
+    raise ValueError(f'image and text must both be [B, E], got {image.shape} and {text.shape}')
+  logits = scale * normalize(image) @ normalize(text).T + bias  # [B, B]
+  sign = 2 * jnp.eye(len(logits)) - 1
+  return -jax.nn.log_sigmoid(sign * logits).sum() / len(logits)
+
+
+LOSSES = {'clip': clip_loss, 'siglip': siglip_loss}

@@ -23,7 +23,7 @@ MAX_LOGIT_SCALE = math.log(100)  # Radford et al. 2021, section 2.5: cosines tim
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-  """What one compiled step fixes; the schedule's three numbers are arguments of the step."""
+  """What one compiled step fixes; the schedule's numbers are arguments of the step."""
   loss: str  # a key of losses.LOSSES
   beta1: float
   beta2: float
@@ -49,18 +49,24 @@ def normalize(
   return (images.astype(jnp.float32) / 255 - jnp.asarray(mean)) / jnp.asarray(std)
 
 
+def _replaced(params: dict, recorded: dict) -> dict:
+  """The tree with those of its leaves that `recorded` has."""
+  return {name: (_replaced(value, recorded[name]) if isinstance(value, dict) else recorded[name])
+          if name in recorded else value for name, value in params.items()}
+
+
 @functools.lru_cache(maxsize=None)
 def steps(
     init_params: Callable[[Array], dict],  # PRNG key -> params
-    encode: Callable[[dict, Array, Array], dict],  # params, images, text -> the loss's arguments
+    encode: Callable[[dict, Array, Any, Array], tuple[dict, dict]],  # see models/clip.py, functions
     recipe: Recipe,
     mesh: Any,
 ) -> Steps:
   """init and step for one model. Equal arguments give the same compiled functions.
 
   init's result depends on the seed only, not on the mesh. step's batch is dict(image [B, S, S, 3]
-  uint8, text [B, T] int32) of global arrays; its schedule dict(peak float32, warmup_steps int32,
-  total_steps int32); its metrics are scalars: loss, logit_scale (the factor, not its logarithm)
+  uint8, text [B, T] int32 or packed) of global arrays; its schedule dict(peak float32, warmup_steps
+  int32, total_steps int32, seed uint32: of what training itself draws); its metrics are scalars: loss, logit_scale (the factor, not its logarithm)
   and learning_rate, all of them as this update used them.
   """
   tx = optimizer.adamw(beta1=recipe.beta1, beta2=recipe.beta2, eps=recipe.eps,
@@ -72,15 +78,19 @@ def steps(
     return dict(params=params, opt=tx.init(params), step=jnp.zeros((), jnp.int32))
 
   def step(state: dict, batch: dict, schedule: dict) -> tuple[dict, dict]:
-    def loss_of(params: dict) -> tuple[Array, Array]:
+    schedule = dict(schedule)
+    key = jax.random.fold_in(jax.random.key(schedule.pop('seed')), state['step'])
+
+    def loss_of(params: dict) -> tuple[Array, tuple[Array, dict]]:
       images = normalize(batch['image'], recipe.mean, recipe.std)
-      features = encode(params, images, batch['text'])
-      return loss_function(**features), features['scale']
-    (loss, scale), grads = jax.value_and_grad(loss_of, has_aux=True)(state['params'])
+      features, recorded = encode(params, images, batch['text'], key)
+      return loss_function(**features), (features['scale'], recorded)
+    (loss, (scale, recorded)), grads = jax.value_and_grad(loss_of, has_aux=True)(state['params'])
     rate = optimizer.learning_rate(state['step'], **schedule)
     updates, opt = tx.update(grads, state['opt'], state['params'])
     params = jax.tree.map(lambda p, u: p - rate * u, state['params'], updates)
     params['logit_scale'] = jnp.clip(params['logit_scale'], 0, MAX_LOGIT_SCALE)
+    params = _replaced(params, recorded)
     state = dict(params=params, opt=opt, step=state['step'] + 1)
     return state, dict(loss=loss, logit_scale=scale, learning_rate=rate)
 

@@ -1,0 +1,119 @@
+"""Puts several captions into one row of tokens, or cuts a batch of captions short. NumPy only.
+
+A causal text tower that pools at the end token gives a caption the same features wherever it
+stands, if attention stays in its segment and its positions start at 0: both are exact. Of a batch
+of web captions (mean 22 tokens, 77 places) 29 % is real. Packed, 98 % and more of the rows needed
+is, or 89 % where a group has but 16 captions. The rows are then rounded up to one of few counts, as
+each is compiled once, which leaves 82 to 100 %.
+"""
+
+import numpy as np
+
+from clip_jax.core.types import Array
+
+
+def pack(tokens: Array,  # [b, T] int32, rows of tokenizer.tokenize
+         groups: int) -> dict[str, Array]:
+  """Packs the captions of each of G equal runs of a batch into R rows of T places.
+
+  A caption is its row up to the first place of the row's maximum, its end token (as open_clip pools
+  at text.argmax). Equal captions of a group share one place. R is rung(rows of the fullest group),
+  at most b / G. Returns, as a pure function of its arguments,
+    tokens [G, R, T] int32, 0 where empty;
+    segment [G, R, T] int32: 1, 2, ... for the captions of a row, 0 where empty;
+    position [G, R, T] int32: place within the caption, 0 where empty;
+    end [G, b / G] int32: where the end token of each caption, in the batch's order, is among the
+      R * T places of its group.
+  """
+  tokens = np.asarray(tokens, np.int32)
+  if tokens.ndim != 2 or not tokens.size:
+    raise ValueError(f'tokens must have shape [b, T], both at least 1, got {tokens.shape}')
+  b, width = tokens.shape
+  if groups < 1 or b % groups:
+    raise ValueError(f'a batch of {b} captions does not divide into groups={groups}')
+
+  length = tokens.argmax(1) + 1
+  first = _first_equal(tokens, length, groups)  # [b]
+  put = np.flatnonzero(first == np.arange(b))  # [n]: the captions that get a place
+  length, group = length[put], put // (b // groups)
+  row = _first_fit(length, group, groups, width)
+  rows = min(rung(int(row.max()) + 1), b // groups)
+
+  line = group * rows + row  # [n]: row among those of all groups
+  order = np.argsort(line, kind='stable')
+  begin = np.searchsorted(line[order], line[order])  # where in `order` a caption's row begins
+  before = np.cumsum(length[order]) - length[order]
+  start, segment = np.empty((2, len(put)), np.int32)
+  start[order] = line[order] * width + before - before[begin]  # place among those of all groups
+  segment[order] = np.arange(len(put)) - begin + 1
+
+  real = np.arange(width) < length[:, None]  # [n, T]
+  position = np.broadcast_to(np.arange(width, dtype=np.int32), real.shape)[real]
+  place = np.repeat(start, length) + position
+  packed = np.zeros((3, groups * rows * width), np.int32)
+  packed[0, place] = tokens[put][real]
+  packed[1, place] = np.repeat(segment, length)
+  packed[2, place] = position
+  end = np.zeros(b, np.int32)
+  end[put] = start + length - 1 - group * (rows * width)
+  packed = packed.reshape(3, groups, rows, width)
+  return {'tokens': packed[0], 'segment': packed[1], 'position': packed[2],
+          'end': end[first].reshape(groups, -1)}
+
+
+def rung(n: int) -> int:
+  """Returns the least of 1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 18, 22, ... (ratio 1.2) from n on."""
+  step = 1
+  while step < n:
+    step = -(-6 * step // 5)
+  return step
+
+
+def trim(tokens: Array,  # [b, T] int32, rows of tokenizer.tokenize
+         lengths: tuple[int, ...] = ()) -> Array:  # -> [b, T'] int32
+  """Cuts all rows to the shortest of some lengths that holds every end token; T is one of them.
+
+  No lengths: the multiples of 8. As the tower is causal, what follows an end token has no effect.
+  """
+  width = tokens.shape[1]
+  longest = int(tokens.argmax(1).max()) + 1
+  return tokens[:, :min(n for n in (*(lengths or range(8, width, 8)), width) if n >= longest)]
+
+
+def _first_equal(tokens: Array,  # [b, T] int32
+                 length: Array,  # [b] int64: up to the end token
+                 groups: int) -> Array:  # -> [b] int64
+  """Returns the first caption of the same group that has the same tokens, for each caption."""
+  text = tokens[np.arange(tokens.shape[1]) < length[:, None]].tobytes()
+  stops = (tokens.itemsize * np.cumsum(length)).tolist()
+  captions = list(map(text.__getitem__, map(slice, [0, *stops[:-1]], stops)))
+  first, size = [], len(captions) // groups
+  for start in range(0, len(captions), size):
+    seen: dict[bytes, int] = {}
+    first += map(seen.setdefault, captions[start:start + size], range(start, start + size))
+  return np.array(first)
+
+
+def _first_fit(length: Array,  # [n] int64
+               group: Array,  # [n] int64, ascending
+               groups: int, width: int) -> Array:  # -> [n] int64
+  """Returns each caption's row of its group: the longest first, each in the first row with room.
+
+  Captions of one length are placed at once, since a row takes all of them that fit before the next
+  row gets one.
+  """
+  counts = np.bincount(length * groups + group, minlength=(width + 1) * groups).reshape(-1, groups)
+  tokens = np.arange(width + 1) @ counts  # [G]
+  # All rows but one end up more than half full.
+  most = min(int(counts.sum(0).max()), 2 * int(tokens.max()) // width + 1)
+  room = np.full((groups, most), width, np.int32)
+  rows = np.tile(np.arange(most), groups)
+  found = []
+  for size in np.unique(length)[::-1]:
+    fit = room // size
+    taken = np.minimum(np.maximum(counts[size][:, None] - fit.cumsum(1) + fit, 0), fit)
+    room -= (taken * size).astype(np.int32)
+    found.append(np.repeat(rows, taken.ravel()))
+  row = np.empty(len(length), np.int64)
+  row[np.argsort(-length, kind='stable')] = np.concatenate(found)  # group by group, as found
+  return row

@@ -1,0 +1,95 @@
+"""The convert command: a checkpoint or a file of weights, written as another library reads it.
+
+In: what the evaluate command opens. Out: `open_clip`: FILE.safetensors and open_clip_config.json;
+`huggingface`: FILE.safetensors, config.json and preprocessor_config.json; `orbax`: a folder with one
+step, which evaluate opens as a checkpoint of ours.
+"""
+
+import os
+
+from absl import logging
+
+from clip_jax.core import files
+from clip_jax.core.errors import ConfigError
+from clip_jax.stages import models
+
+METADATA = {'format': 'pt'}  # transformers reads no file without it
+
+
+def run(path: str | None, output: str | None, kind: str, *, model: str) -> None:
+  if not path:
+    raise ConfigError('--checkpoint is not given, for example --checkpoint=runs/demo/train/base/seed0.')
+  if not output:
+    raise ConfigError('--output is not given, for example --output=converted/open_clip_model.safetensors.')
+  if kind not in FORMATS:
+    raise ConfigError(f'--format={kind!r} is not known; have {", ".join(FORMATS)}.')
+  if not files.is_local(output):
+    raise ConfigError(f'--output={output} must be on this machine. Copy it to the bucket afterwards.')
+  if kind != 'orbax' and not output.endswith('.safetensors'):
+    raise ConfigError(f'--output={output} must end in .safetensors.')
+  path, output = (os.path.abspath(os.path.expanduser(name)) for name in (path, output))
+  write, beside = FORMATS[kind]
+  for file in (output, *(os.path.join(os.path.dirname(output), name) for name in beside)):
+    if os.path.exists(file):
+      raise ConfigError(f'{file} exists already. Remove it, or give --output another folder.')
+  if not os.path.exists(path):
+    raise ConfigError(f'--checkpoint={path} is not there.')
+  found = models.read(path, model)
+  if found.said:
+    logging.info('%s', found.said)
+  write(found, output)
+  if found.config.text.tokenizer:  # not CLIP's own: its files go along
+    folder = output if kind == 'orbax' else os.path.dirname(output)
+    for name in models.TOKENIZER:
+      source = files.epath.Path(found.folder) / name
+      if source.exists():
+        files.write_bytes(os.path.join(folder, name), source.read_bytes())
+
+
+def _open_clip(found: models.Weights, output: str) -> None:
+  from clip_jax.models import open_clip
+  from clip_jax.models import weights
+  config = found.config
+  about = {'model_cfg': open_clip.config_to_open_clip(config),
+           'preprocess_cfg': open_clip.preprocess_to_open_clip(config.image_size, found.preprocess)}
+  weights.write(output, open_clip.params_to_open_clip(found.params, config), METADATA)
+  folder = os.path.dirname(output)
+  files.write_json(os.path.join(folder, models.OPEN_CLIP), about)
+  logging.info('Written: %s and %s. In Python, where no other file of weights is in that folder:\n'
+               "  open_clip.create_model_from_pretrained('local-dir:%s')", output, models.OPEN_CLIP, folder)
+
+
+def _huggingface(found: models.Weights, output: str) -> None:
+  from clip_jax.models import huggingface
+  from clip_jax.models import weights
+  config = found.config
+  about = huggingface.config_to_huggingface(config)
+  processor = huggingface.preprocess_to_huggingface(config.image_size, found.preprocess)
+  weights.write(output, huggingface.params_to_huggingface(found.params, config), METADATA)
+  folder = os.path.dirname(output)
+  files.write_json(os.path.join(folder, models.HUGGING_FACE), about)
+  files.write_json(os.path.join(folder, models.PREPROCESSOR), processor)
+  name = '' if os.path.basename(output) == 'model.safetensors' else ' once the file is called model.safetensors'
+  logging.info('Written: %s, %s and %s. In Python%s:\n  transformers.%s.from_pretrained(%r)\n'
+               'Its tokenizer is that of %s.', output, models.HUGGING_FACE, models.PREPROCESSOR, name,
+               about['architectures'][0], folder, config.text.tokenizer or 'openai/clip-vit-base-patch32')
+
+
+def _orbax(found: models.Weights, output: str) -> None:
+  from clip_jax.core import checkpoints
+  from clip_jax.models import open_clip
+  about = {'model': open_clip.config_to_open_clip(found.config),
+           'preprocess': {**found.preprocess, 'mean': list(found.preprocess['mean']),
+                          'std': list(found.preprocess['std'])},
+           'dtype': found.dtype, 'split': '', 'seed': 0}
+  writer = checkpoints.Checkpoints(output, keep=1)
+  writer.save(found.step or 0, found.params, None, {}, about)
+  writer.close()
+  logging.info('Written: %s. Open it with\n  python -m clip_jax.evaluate --checkpoint=%s --config=...', output,
+               output)
+
+
+# Name -> how it is written, and the files that it leaves beside the weights.
+FORMATS = {'open_clip': (_open_clip, (models.OPEN_CLIP,)),
+           'huggingface': (_huggingface, (models.HUGGING_FACE, models.PREPROCESSOR)),
+           'orbax': (_orbax, ())}

@@ -1,0 +1,267 @@
+"""Weights as models: which architecture a file has, conversions, weights as the embedder."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from clip_jax.core import checkpoints
+from clip_jax.core import files
+from clip_jax.core.errors import ConfigError
+from clip_jax.core.errors import InputError
+from clip_jax.models import huggingface
+from clip_jax.models import open_clip
+from clip_jax.models import weights
+from clip_jax.models import zoo
+from clip_jax.stages import convert
+from clip_jax.stages import layout
+from clip_jax.stages import models
+from clip_jax.stages import pipeline
+
+from squares import config, run
+from test_shapes import CONFIGS
+from test_weights import make, same
+import squares
+import tiny
+
+PREPROCESS = dict(mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.2), resize='squash')
+CLIP = zoo.CLIPConfig(8, zoo.ViTConfig(16, 8, 16, 1, 2), zoo.TextConfig(8, 49_408, 16, 2, 1))
+TOWER = CONFIGS['siglip'].vision
+SIGLIP = dataclasses.replace(CONFIGS['siglip'], custom_text=True, text=dataclasses.replace(
+    CONFIGS['siglip'].text, tokenizer='timm/ViT-B-16-SigLIP', tokenizer_kwargs=(('clean', 'canonicalize'),)))
+FAMILIES = {**CONFIGS, 'siglip': SIGLIP}
+
+
+@pytest.fixture(autouse=True)
+def small_tower(monkeypatch):
+  monkeypatch.setitem(zoo.TIMM_TOWERS, 'vit_tiny_siglip', TOWER)
+
+
+def made(config_=CLIP):
+  return models.Weights(make(config_), config_, PREPROCESS, 'float32', '', None)
+
+
+def write_open_clip(folder, config_=CLIP, name='open_clip_model.safetensors') -> str:
+  convert._open_clip(made(config_), str(folder / name))
+  return str(folder / name)
+
+
+def write_huggingface(folder, config_=CLIP) -> str:
+  convert._huggingface(made(config_), str(folder / 'model.safetensors'))
+  return str(folder / 'model.safetensors')
+
+
+@pytest.mark.parametrize('name', FAMILIES)
+def test_from_open_clip_to_a_checkpoint_and_back(name, tmp_path):
+  path = write_open_clip(tmp_path / 'in', FAMILIES[name])
+  convert.run(path, str(tmp_path / 'orbax'), 'orbax', model='')
+  convert.run(str(tmp_path / 'orbax'), str(tmp_path / 'out/x.safetensors'), 'open_clip', model='')
+  for found in (models.read(path), models.read(str(tmp_path / 'orbax')), models.read(str(tmp_path / 'orbax/00000000')),
+                models.read(str(tmp_path / 'out/x.safetensors'))):
+    assert same(found.params, make(FAMILIES[name]))
+    assert found.config == FAMILIES[name] and found.preprocess == PREPROCESS
+  for file in ('x.safetensors', 'open_clip_config.json'):
+    old = tmp_path / 'in' / ('open_clip_model.safetensors' if file.startswith('x') else file)
+    assert (tmp_path / 'out' / file).read_bytes() == old.read_bytes()
+
+
+def test_from_hugging_face_to_a_checkpoint_and_back(tmp_path):
+  path = write_huggingface(tmp_path / 'in')
+  convert.run(path, str(tmp_path / 'orbax'), 'orbax', model='')
+  convert.run(str(tmp_path / 'orbax'), str(tmp_path / 'out/model.safetensors'), 'huggingface', model='')
+  for file in ('model.safetensors', 'config.json', 'preprocessor_config.json'):
+    assert (tmp_path / 'out' / file).read_bytes() == (tmp_path / 'in' / file).read_bytes()
+
+
+def test_the_tokenizers_files_go_along(tmp_path):
+  path = write_open_clip(tmp_path / 'in', SIGLIP)
+  (tmp_path / 'in/tokenizer.json').write_text('{}')
+  convert.run(path, str(tmp_path / 'orbax'), 'orbax', model='')
+  assert (tmp_path / 'orbax/tokenizer.json').read_text() == '{}'
+  assert models.read(str(tmp_path / 'orbax/00000000')).folder == str(tmp_path / 'orbax')
+
+
+def test_the_same_vectors_from_every_format(tmp_path):
+  write_open_clip(tmp_path / 'a')
+  write_huggingface(tmp_path / 'b')
+  images = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
+  found = []
+  for path in (tmp_path / 'a/open_clip_model.safetensors', tmp_path / 'b/model.safetensors'):
+    model = models.load(str(path))
+    assert (model.image_size, model.resize, model.step) == (16, 'squash', None)
+    found.append((model.encode_image(images), model.encode_text(['a cat', 'two dogs', 'a'])))
+  for a, b in zip(*found):
+    assert np.array_equal(a, b) and np.allclose(np.linalg.norm(a, axis=1), 1, atol=1e-6)
+
+
+def test_another_tokenizer_is_needed_for_text_only(tmp_path):
+  model = models.load(write_open_clip(tmp_path, SIGLIP))
+  assert model.encode_image(np.zeros((2, 16, 16, 3), np.uint8)).shape == (2, 16)
+  with pytest.raises(InputError, match='tokenizer'):
+    model.encode_text(['a cat'])
+
+
+def test_the_config_of_its_own_side_counts(tmp_path):
+  """A folder of the hub often holds both, with both configs."""
+  quick = zoo.quick(CLIP)
+  path = write_open_clip(tmp_path)
+  write_huggingface(tmp_path / 'hf', quick)
+  for file in ('model.safetensors', 'config.json', 'preprocessor_config.json'):
+    (tmp_path / file).write_bytes((tmp_path / 'hf' / file).read_bytes())
+  assert models.read(path).config == CLIP
+  assert models.read(str(tmp_path / 'model.safetensors')).config == quick
+  (tmp_path / 'open_clip_config.json').unlink()
+  assert models.read(path).config == quick  # the only one that is left
+  (tmp_path / 'config.json').write_text('{"split": "base"}')  # not a model's
+  with pytest.raises(ConfigError, match='neither'):
+    models.read(path)
+
+
+def blank(tmp_path, name, **others) -> str:
+  """A file of weights of a named model, with nothing beside it."""
+  found = open_clip.params_to_open_clip(make(zoo.get(name)), zoo.get(name))
+  weights.write(tmp_path / 'x.safetensors', {k: np.asarray(v, np.float16) for k, v in found.items()} | others, {})
+  return str(tmp_path / 'x.safetensors')
+
+
+def test_a_file_that_nothing_names(tmp_path, monkeypatch):
+  small = {'small': CLIP, 'small-quickgelu': zoo.quick(CLIP),
+           'large': dataclasses.replace(CLIP, vision=dataclasses.replace(CLIP.vision, image_size=32)),
+           'other': dataclasses.replace(CLIP, embed_dim=4)}
+  monkeypatch.setattr(zoo, 'ARCHITECTURES', small)
+  path = blank(tmp_path, 'small')
+  with pytest.raises(ConfigError, match='neither open_clip_config.json nor config.json.*--model=small, '
+                     '--model=small-quickgelu, --model=large. OpenAI'):
+    models.read(path)
+  assert models.read(path, 'small-quickgelu').config.vision.activation == 'quick_gelu'
+  assert models.read(path, 'large').params['visual']['positional_embedding'].shape == (17, 16)
+  with pytest.raises(InputError, match='visual.proj has shape .*By its shapes it can be small, '):
+    models.read(path, 'other')
+  with pytest.raises(ConfigError, match="No model is called 'smal'; the nearest names are small"):
+    models.read(path, 'smal')
+  assert models.read(path, 'small').preprocess == open_clip.default_preprocess(CLIP)
+  path = blank(tmp_path, 'small', more=np.zeros(1, np.float32))
+  with pytest.raises(ConfigError, match='of no named model'):
+    models.read(path)
+  with pytest.raises(InputError, match='the file has more, not of the model. Is it another architecture.$'):
+    models.read(path, 'small')
+
+
+def test_configs_beside_a_file_that_are_broken(tmp_path):
+  path = write_open_clip(tmp_path)
+  for text, error, match in (('[]', InputError, 'not a JSON object'), ('{', InputError, 'not valid JSON'),
+                             ('{}', ConfigError, 'no model_cfg'), ('{"model_cfg": {}}', ConfigError, 'vision_cfg'),
+                             ('{"model_cfg": {"vision_cfg": 3}}', ConfigError, 'wrong kind')):
+    (tmp_path / 'open_clip_config.json').write_text(text)
+    with pytest.raises(error, match=match):
+      models.read(path)
+
+
+def test_a_checkpoint_of_an_older_version(tmp_path):
+  writer = checkpoints.Checkpoints(tmp_path / 'c', keep=1)
+  writer.save(0, {'w': np.zeros(2, np.float32)}, None, {}, {'model': {'embed_dim': 8, 'vision_width': 16}})
+  writer.close()
+  with pytest.raises(InputError, match='made by an older version'):
+    models.read(str(tmp_path / 'c'))
+  with pytest.raises(ConfigError, match='leave --model out'):
+    models.read(str(tmp_path / 'c'), 'ViT-B-32')
+
+
+@pytest.mark.parametrize('path, output, kind, match', [
+    (None, 'x', 'orbax', '--checkpoint is not given'), ('c', None, 'orbax', '--output is not given'),
+    ('c', 'x', 'onnx', "--format='onnx' is not known; have open_clip, huggingface, orbax"),
+    ('c', 'x.bin', 'open_clip', 'must end in .safetensors'), ('c', 'gs://b/x', 'orbax', 'on this machine'),
+    ('none', 'x', 'orbax', 'is not there'), ('c', 'there', 'orbax', 'exists already'),
+    ('c', 'there/x.safetensors', 'open_clip', 'open_clip_config.json exists already')])
+def test_conversions_that_are_refused(path, output, kind, match, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / 'c').mkdir()
+  (tmp_path / 'there').mkdir()
+  (tmp_path / 'there/open_clip_config.json').write_text('{}')
+  with pytest.raises(ConfigError, match=match):
+    convert.run(path, output, kind, model='')
+
+
+def test_what_the_other_side_cannot_say_leaves_no_file(tmp_path):
+  path = write_open_clip(tmp_path, CONFIGS['resnet'])
+  with pytest.raises(ConfigError, match='ResNet'):
+    convert.run(path, str(tmp_path / 'out/model.safetensors'), 'huggingface', model='')
+  assert not (tmp_path / 'out').exists()
+
+
+def test_the_command():
+  said = subprocess.run([sys.executable, '-m', 'clip_jax.convert', '--format=orbax'], cwd=tiny.ROOT, text=True,
+                        capture_output=True, check=False)
+  assert said.returncode == 2 and said.stderr.startswith('Error: --checkpoint is not given')
+
+
+def test_weights_as_the_embedder(tmp_path, capsys):
+  squares.make(tmp_path)
+  path = write_open_clip(tmp_path / 'a')
+  c = lambda path, **more: config(tmp_path, **{'embedder.source': 'weights', 'embedder.path': str(path), **more})
+  work, stages = tmp_path / 'w', ['ingest', 'embedder', 'embed']
+  status, said = run(c(path), work, capsys, stages)
+  assert status == 0 and 'Preprocessing by open_clip_config.json: squash' in said
+  about = json.loads((work / 'embedder/embedder.json').read_text())
+  assert about['sha256'] == files.sha256(path) and about['file'] == 'open_clip_model.safetensors'
+  assert about['image_size'] == 16 and about['embed_dim'] == 8 and about['mean'] == [0.5, 0.4, 0.3]
+  vectors = np.load(work / 'embeddings/pool/00000.npy')
+  model = models.load(path)
+  from clip_jax.data import loader
+  source = layout.source(str(work), 'pool')
+  images = next(loader.image_batches(source, np.arange(4), batch_size=4, image_size=16, mode='squash'))[1]
+  assert vectors.shape == (40, 8) and np.allclose(vectors[:4], model.encode_image(images), atol=2e-3)
+  (tmp_path / 'b').mkdir()
+  for file in ('open_clip_model.safetensors', 'open_clip_config.json'):  # elsewhere: the same
+    (tmp_path / 'b' / file).write_bytes((tmp_path / 'a' / file).read_bytes())
+  assert 'nothing was done' in run(c(tmp_path / 'b/open_clip_model.safetensors'), work, capsys, stages)[1]
+  tensors = weights.read(path)
+  weights.write(path, tensors | {'logit_scale': np.float32(9)}, {})
+  status, said = run(c(path), work, capsys, stages)
+  assert status == 1 and 'the content of config.embedder.path has changed' in said and '--redo=embedder' in said
+  pipeline.forget(str(work), 'embedder')
+  assert run(c(path), work, capsys, stages)[0] == 0
+  for bad, match in ((c(''), 'embedder.path is not given'), (c('x.npz'), 'not a file of weights'),
+                     (c('x.bin'), 'is not there'), (c(path, **{'embedder.name': 'ViT-B-31'}), 'ViT-B-32')):
+    status, said = run(bad, work, capsys, stages)
+    assert status == 2 and match in said
+
+
+def test_naming_is_by_the_flag_that_the_user_has(tmp_path, capsys):
+  squares.make(tmp_path)
+  path = blank(tmp_path, 'ViT-S-32')
+  status, said = run(config(tmp_path, **{'embedder.source': 'weights', 'embedder.path': path}), tmp_path / 'w', capsys)
+  assert status == 2 and '--config.embedder.name=ViT-S-32' in said
+
+
+def test_transformers_siglip_is_read(tmp_path):
+  c = dataclasses.replace(SIGLIP, text=dataclasses.replace(
+      SIGLIP.text, pool_type='last', causal=False, tokenizer='siglip'))
+  path = write_huggingface(tmp_path, c)
+  found = models.read(path)
+  assert found.config == c and same(found.params, make(c)) and found.preprocess == PREPROCESS
+  assert huggingface.is_huggingface(weights.read(path))
+
+
+def test_what_training_makes_can_be_written(tmp_path):
+  c = config(tmp_path, **{'train.loss': 'siglip'})
+  found = models.architecture(c)
+  assert found.init_logit_bias == -10 and round(np.exp(found.init_logit_scale), 9) == 10
+  assert open_clip.config_from_open_clip(models.about(c, 'base', 0)['model']) == found
+  c = config(tmp_path)
+  assert models.architecture(c).init_logit_bias is None
+  assert huggingface.config_to_huggingface(models.architecture(c))['architectures'] == ['CLIPModel']
+  for key in models.NUMBERS:
+    c.model[key] = 0
+  c.model.name = 'ViT-B-16-SigLIP'
+  with pytest.raises(ConfigError, match='tokens of timm/ViT-B-16-SigLIP'):
+    models.architecture(c)
+
+
+@pytest.mark.parametrize('name, gflops', [('ViT-B-32', 8.82), ('ViT-L-14', 162.03), ('RN50', 12.22)])
+def test_the_plans_count_of_work_is_open_clips(name, gflops):
+  from clip_jax.stages import plan
+  assert plan.image_flops(zoo.get(name)) / 1e9 == pytest.approx(gflops, rel=0.005)

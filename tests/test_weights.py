@@ -1,0 +1,171 @@
+"""Weight files: what is read, what is refused, how position embeddings are resized."""
+
+import dataclasses
+import json
+import sys
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from clip_jax.core.errors import InputError
+from clip_jax.models import open_clip
+from clip_jax.models import weights
+from clip_jax.models import zoo
+from clip_jax.models.shapes import shapes
+
+CONFIG = zoo.CLIPConfig(8, zoo.ViTConfig(16, 4, 8, 1, 2), zoo.TextConfig(6, 20, 8, 2, 1))
+
+
+def make(config=CONFIG):
+  """Parameters of a config, from numbers drawn by their order."""
+  rng = np.random.default_rng(0)
+  return weights.nested({name: np.asarray(rng.normal(size=shape), np.float32)
+                         for name, shape in shapes(config).items()})
+
+
+def same(a, b):
+  a, b = weights.flat(a), weights.flat(b)
+  return a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
+
+
+def test_floats_become_float32_and_integers_stay(tmp_path):
+  path = tmp_path / 'a.safetensors'
+  kinds = {'f16': np.float16, 'bf16': ml_dtypes.bfloat16, 'f64': np.float64, 'f32': np.float32}
+  values = {name: np.asarray([[1.5, -2.0]], dtype) for name, dtype in kinds.items()}
+  save_file(values | {'count': np.array(7, np.int64)}, path)
+  found = weights.read(path)
+  assert found.pop('count') == np.array(7, np.int64)
+  assert found.keys() == kinds.keys()
+  for array in found.values():
+    assert array.dtype == np.float32 and array.tolist() == [[1.5, -2.0]]
+
+
+def test_writing_is_read_back_and_the_bytes_are_the_same(tmp_path):
+  tensors = {'a': np.arange(6, dtype=np.float32).reshape(2, 3).T, 'scale': np.float32(3)}
+  for name in ('1', '2'):
+    weights.write(tmp_path / f'{name}.safetensors', tensors, {'format': 'pt'})
+  found = weights.read(tmp_path / '1.safetensors')
+  assert np.array_equal(found['a'], tensors['a']) and found['scale'].shape == ()
+  assert (tmp_path / '1.safetensors').read_bytes() == (tmp_path / '2.safetensors').read_bytes()
+  assert sorted(path.name for path in tmp_path.iterdir()) == ['1.safetensors', '2.safetensors']
+
+
+@pytest.mark.parametrize('bad', [np.nan, np.inf])
+def test_a_tensor_that_is_no_number_is_named(tmp_path, bad):
+  save_file({'fine': np.zeros(3, np.float32), 'broken': np.array([0, bad], np.float16)},
+            tmp_path / 'a.safetensors')
+  with pytest.raises(InputError, match='tensor broken holds NaN or infinity'):
+    weights.read(tmp_path / 'a.safetensors')
+
+
+@pytest.mark.parametrize('keep', [0, 5, 40, -1])
+def test_a_truncated_file(tmp_path, keep):
+  save_file({'a': np.zeros(30, np.float32)}, tmp_path / 'a.safetensors')
+  (tmp_path / 'b.safetensors').write_bytes((tmp_path / 'a.safetensors').read_bytes()[:keep])
+  with pytest.raises(InputError, match='not a whole safetensors file'):
+    weights.read(tmp_path / 'b.safetensors')
+
+
+def test_what_is_no_file_of_weights(tmp_path):
+  with pytest.raises(InputError, match='is not there'):
+    weights.read(tmp_path / 'a.safetensors')
+  (tmp_path / 'a.txt').write_text('hello')
+  with pytest.raises(InputError, match='not a file of weights'):
+    weights.read(tmp_path / 'a.txt')
+  (tmp_path / 'g.safetensors').write_bytes(b'\xff' * 100)
+  with pytest.raises(InputError, match='not a whole safetensors file'):
+    weights.read(tmp_path / 'g.safetensors')
+
+
+def test_shards(tmp_path):
+  save_file({'a': np.zeros(2, np.float32)}, tmp_path / 'x-1.safetensors')
+  save_file({'b': np.ones(2, np.float16)}, tmp_path / 'x-2.safetensors')
+  index = tmp_path / 'x.safetensors.index.json'
+  where = {'a': 'x-1.safetensors', 'b': 'x-2.safetensors'}
+  index.write_text(json.dumps({'weight_map': where}))
+  assert {name: float(array.sum()) for name, array in weights.read(index).items()} == {'a': 0, 'b': 2}
+  index.write_text(json.dumps({'weight_map': {**where, 'c': 'x-1.safetensors'}}))
+  with pytest.raises(InputError, match='names c, which its shards do not hold'):
+    weights.read(index)
+  index.write_text(json.dumps({'weight_map': {**where, 'c': 'x-3.safetensors'}}))
+  with pytest.raises(InputError, match='the shard x-3.safetensors, which is not beside it'):
+    weights.read(index)
+  index.write_text('{}')
+  with pytest.raises(InputError, match='no weight_map'):
+    weights.read(index)
+
+
+def test_pytorchs_files_without_pytorch(tmp_path, monkeypatch):
+  monkeypatch.setitem(sys.modules, 'torch', None)
+  (tmp_path / 'a.pt').write_bytes(b'x')
+  with pytest.raises(InputError, match=r"pip install 'clip-jax-ood\[torch\]'"):
+    weights.read(tmp_path / 'a.pt')
+
+
+def test_nothing_is_missing_left_over_or_of_another_shape():
+  table, tensors = open_clip.entries(CONFIG), open_clip.params_to_open_clip(make(), CONFIG)
+  tensors = open_clip.normal(tensors)
+  read = lambda tensors: weights.from_theirs(table, tensors, CONFIG, 'F')
+  assert same(read(tensors), make())
+  less = {name: array for name, array in tensors.items() if name != 'visual.proj'}
+  with pytest.raises(InputError, match='F does not hold this model: the model needs visual.proj, not'):
+    read(less)
+  more = tensors | {f'other.{i}': np.zeros(1) for i in range(6)}
+  with pytest.raises(InputError, match='the file has other.0, .* and 2 more, not of the model'):
+    read(more)
+  with pytest.raises(InputError, match=r'visual.proj has shape \[8, 9\], and the model needs \[8, 8\]'):
+    read(tensors | {'visual.proj': np.zeros((8, 9), np.float32)})
+  with pytest.raises(InputError, match=r'positional_embedding has shape \[17, 9\]'):
+    read(tensors | {'visual.positional_embedding': np.zeros((17, 9), np.float32)})
+
+
+def test_parameters_of_another_config_are_not_written():
+  with pytest.raises(ValueError, match='text_projection has shape'):
+    weights.to_theirs(open_clip.entries(CONFIG), make(dataclasses.replace(CONFIG, embed_dim=4)), CONFIG)
+
+
+@pytest.mark.parametrize('old, new', [(4, 7), (7, 4), (3, 3), (14, 24), (24, 5)])
+def test_resizing_keeps_constants_and_mirrors(old, new):
+  assert np.allclose(weights.resize_grid(np.full((old, old, 2), 3, np.float32), new), 3, atol=1e-6)
+  grid = np.random.default_rng(0).normal(size=(old, old, 3)).astype(np.float32)
+  out = weights.resize_grid(grid, new).reshape(new, new, 3)
+  assert np.allclose(weights.resize_grid(grid[::-1], new).reshape(new, new, 3)[::-1], out, atol=1e-5)
+  assert np.allclose(weights.resize_grid(grid.swapaxes(0, 1), new).reshape(new, new, 3),
+                     out.swapaxes(0, 1), atol=1e-5)
+  if old == new:
+    assert np.allclose(out, grid, atol=1e-6)
+
+
+def test_resizing_is_pils_bicubic():
+  from PIL import Image
+  grid = np.random.default_rng(1).normal(size=(14, 14)).astype(np.float32)
+  for new in (7, 9, 24):
+    pil = np.asarray(Image.fromarray(grid).resize((new, new), Image.Resampling.BICUBIC))
+    ours = weights.resize_grid(grid[..., None], new).reshape(new, new)
+    assert np.abs(ours - pil).max() < 1e-5
+
+
+def test_another_image_size_and_context_length():
+  tensors = open_clip.normal(open_clip.params_to_open_clip(make(), CONFIG))
+  other = dataclasses.replace(CONFIG, vision=dataclasses.replace(CONFIG.vision, image_size=24),
+                              text=dataclasses.replace(CONFIG.text, context_length=9))
+  found = weights.flat(weights.from_theirs(open_clip.entries(other), tensors, other, 'F'))
+  before = weights.flat(make())
+  changed = {name for name in before if not np.array_equal(before[name], found[name])}
+  assert changed == {weights.IMAGE_POSITIONS, weights.TEXT_POSITIONS}
+  assert {name: array.shape for name, array in found.items()} == shapes(other)
+  positions = found[weights.IMAGE_POSITIONS]
+  assert np.array_equal(positions[0], before[weights.IMAGE_POSITIONS][0])  # the class token's
+  text, old = found[weights.TEXT_POSITIONS], before[weights.TEXT_POSITIONS]
+  assert np.allclose(text[[0, 4, 8]], [old[0], (old[2] + old[3]) / 2, old[5]])
+  no_square = tensors | {weights.IMAGE_POSITIONS: np.zeros((15, 8), np.float32)}
+  with pytest.raises(InputError, match='15 image position embeddings are no square'):
+    weights.from_theirs(open_clip.entries(CONFIG), no_square, CONFIG, 'F')
+
+
+def test_nested_and_flat():
+  tree = {'a': {0: {'w': np.zeros(1)}, 1: {'w': np.ones(1)}}, 'b': np.ones(2)}
+  assert list(weights.flat(tree)) == ['a.0.w', 'a.1.w', 'b']
+  assert same(weights.nested(weights.flat(tree)), tree)
