@@ -107,7 +107,8 @@ def get_config() -> ml_collections.ConfigDict:
   c.train.dtype = 'float32'         # of activations: 'float32' | 'bfloat16'; parameters stay float32
   c.train.remat = 'none'            # recomputed in the backward pass: 'none' | 'dots' (all but matrix products) |
                                     # 'blocks' (all but each block's input); saves memory, changes speed only
-  c.train.pack_captions = True      # several captions in a row of tokens; same features, changes speed only
+  c.train.pack_captions = 'auto'    # several captions in a row of tokens, with the same features: 'always' | 'never' |
+                                    # 'auto' (where at most half of the tokens are left); changes speed only
   c.train.fsdp = 1                  # devices that parameters are sharded over; the rest of the mesh is data
   c.train.save_every_steps = 1000   # a checkpoint so often; 0: by time only
   c.train.save_every_secs = 600.0   # and at least so often

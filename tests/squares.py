@@ -70,7 +70,7 @@ def run(c, workdir, capsys, stages=None) -> tuple[int, str]:
   status = command.guard(lambda: pipeline.run(c, str(workdir), stages=stages, redo='', dry_run=False))
   logging.get_absl_logger().handlers[:] = handlers
   said = capsys.readouterr()
-  assert 'Traceback' not in said.err + said.out
+  assert 'Traceback' not in said.err + said.out, said.err + said.out
   return status, said.out + said.err
 
 

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from clip_jax.core import metrics
 from clip_jax.similarity import kmeans
 
 from squares import PREPARE, config, run
@@ -73,3 +74,35 @@ def test_a_run_begun_with_another_recipe_is_not_gone_on_with(data, tmp_path, cap
   other = config(data, **{'train.weight_decay': 0.5})
   status, said = run(other, tmp_path / 'w', capsys, ['train'])
   assert status == 1 and 'was begun with another config' in said and 'train.weight_decay: 0.2 -> 0.5' in said
+
+
+def test_a_model_encodes_on_all_devices_whatever_the_number_of_images_and_prompts():
+  import jax
+  from clip_jax.data import tokenizer
+  from clip_jax.models import clip
+  from clip_jax.models import zoo
+  from clip_jax.stages import models
+  config = zoo.CLIPConfig(8, zoo.ViTConfig(16, 8, 16, 2, 2), zoo.TextConfig(77, 49_408, 16, 2, 2))
+  functions = clip.functions(config)
+  params = jax.device_get(jax.jit(functions.init)(jax.random.key(0)))
+  preprocess = {'mean': (0.5,) * 3, 'std': (0.25,) * 3, 'resize': 'shortest'}
+  model = models.open_model(models.Weights(params, config, preprocess, 'float32', '', 0))
+  pixels = np.random.default_rng(0).integers(0, 256, (11, 16, 16, 3)).astype(np.uint8)
+  texts = [f'a photo of {"a very " * n}big cat' for n in range(5)]
+  tokens = tokenizer.tokenize(texts, 77)  # not trimmed
+  for found, raw in ((model.encode_image(pixels), functions.encode_image(params, (pixels / 255 - 0.5) / 0.25)),
+                     (model.encode_text(texts), functions.encode_text(params, tokens))):
+    raw = np.asarray(raw)
+    np.testing.assert_allclose(found, raw / np.linalg.norm(raw, axis=1, keepdims=True), atol=2e-6)
+
+
+def test_captions_are_packed_where_it_saves_half(data, tmp_path, capsys):
+  seen = {}
+  for pack in ('auto', 'always', 'never'):
+    c = config(data, **{'train.pack_captions': pack, 'train.only': ('base/seed0',)})
+    status, said = run(c, tmp_path / pack, capsys, [*PREPARE, 'train'])
+    assert status == 0, said
+    seen[pack] = 'captions are packed' in said
+    losses = [line['train/loss'] for line in metrics.read(tmp_path / pack / 'train/base/seed0/metrics.jsonl')]
+    np.testing.assert_allclose(losses, seen.setdefault('losses', losses), rtol=1e-4)
+  assert seen['always'] and not seen['never']

@@ -60,6 +60,19 @@ def batch_sharding(mesh: Any) -> Any:
   return NamedSharding(mesh, PartitionSpec(('data', 'fsdp')))
 
 
+def local() -> tuple[Any, Any, int]:
+  """(replicated, batch split, device count) over the devices of this process alone.
+
+  For work in which hosts do not meet, such as embedding a shard.
+  """
+  import jax
+  from jax.sharding import NamedSharding, PartitionSpec
+  devices = jax.local_devices()
+  mesh = jax.make_mesh((len(devices),), ('data',), devices=devices,
+                       axis_types=(jax.sharding.AxisType.Auto,))
+  return NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec('data')), len(devices)
+
+
 def place_batch(
     batch: dict,  # arrays, nested or not, each [b, ...]: this process's part of the global batch
     mesh: Any,

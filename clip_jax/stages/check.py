@@ -204,6 +204,7 @@ def _training(config: ConfigDict) -> None:
   _one_of('config.train.dtype', t.dtype, ('float32', 'bfloat16'))
   _one_of('config.train.loss', t.loss, ('clip', 'siglip'))
   _one_of('config.train.remat', t.remat, ('none', 'dots', 'blocks'))
+  _one_of('config.train.pack_captions', t.pack_captions, ('auto', 'always', 'never'))
   if not 0 <= t.patch_dropout < 1:
     raise ConfigError(f'config.train.patch_dropout={t.patch_dropout} must be a share from 0 up to less than 1.')
   if t.budget == 'samples' and t.samples < t.batch_size:

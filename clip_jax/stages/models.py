@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from clip_jax.core import files
+from clip_jax.core import sharding
 from clip_jax.core.errors import ConfigError
 from clip_jax.core.errors import InputError
 from clip_jax.core.types import Array
@@ -240,7 +241,7 @@ def open_model(weights: Weights) -> Model:
   if weights.said:
     logging.info('%s', weights.said)
   image, text = _compiled(weights.config, weights.dtype, weights.preprocess['mean'], weights.preprocess['std'])
-  params = jax.device_put(weights.params)
+  params = jax.device_put(weights.params, sharding.local()[0])
   tokenize = functools.cache(lambda: _tokenizer(weights.config, weights.folder))  # opened when there is text
   return Model(weights.config.image_size, weights.preprocess['resize'], functools.partial(image, params),
                lambda texts: text(params, tokenize()(texts, weights.config.context_length)), weights.step)
@@ -260,7 +261,9 @@ def _compiled(config, dtype: str, mean: tuple[float, ...], std: tuple[float, ...
   """Returns the two encoders of one architecture; all checkpoints of it share the compiled code."""
   import jax
   import jax.numpy as jnp
+  from clip_jax.data import packing
   from clip_jax.models import clip
+  from clip_jax.models import text
   from clip_jax.training import step
   functions = clip.functions(config, dtype)
 
@@ -271,16 +274,24 @@ def _compiled(config, dtype: str, mean: tuple[float, ...], std: tuple[float, ...
   images = jax.jit(lambda params, x: unit(functions.encode_image(params, step.normalize(x, mean, std))))
   tokens = jax.jit(lambda params, x: unit(functions.encode_text(params, x)))
 
+  _, split, devices = sharding.local()
+
+  def padded(x: Array, block: int) -> Array:
+    return np.concatenate([x, np.repeat(x[-1:], -len(x) % block, axis=0)])
+
   def encode_image(params, x: Array) -> Array:
-    return np.asarray(images(params, x))
+    return np.asarray(images(params, jax.device_put(padded(x, devices), split)))[:len(x)]
 
   def encode_text(
       params,
       ids: Array,  # [n, T] int32
   ) -> Array:  # [n, E]
-    block = 64  # one compiled shape, whatever the number of prompts
-    padded = np.concatenate([ids, np.repeat(ids[-1:], -len(ids) % block, axis=0)])
-    parts = [np.asarray(tokens(params, padded[i:i + block])) for i in range(0, len(padded), block)]
+    if text.packable(config.text):
+      ids = packing.trim(ids)  # exact; prompts are much shorter than the context
+    block = -(-64 // devices) * devices  # one compiled shape, whatever the number of prompts
+    whole = padded(ids, block)
+    parts = [np.asarray(tokens(params, jax.device_put(whole[i:i + block], split)))
+             for i in range(0, len(whole), block)]
     return np.concatenate(parts)[:len(ids)]
 
   return encode_image, encode_text

@@ -22,6 +22,7 @@ from clip_jax.stages import ingest
 from clip_jax.stages import layout
 from clip_jax.stages import prune
 
+PACKED_SHARE = 0.5  # of the tokens: what packing must leave at most
 VERSION = 2  # of a run's files; 2: a checkpoint says its model as open_clip's model_cfg
 
 
@@ -99,7 +100,6 @@ def fit(config: ConfigDict, workdir: str, folder: str, data, *, seed: int, sampl
   """
   from clip_jax.data import loader
   from clip_jax.models import clip
-  from clip_jax.models import text
   from clip_jax.stages import models
   from clip_jax.training import loop
   t, p = config.train, config.preprocess
@@ -107,8 +107,7 @@ def fit(config: ConfigDict, workdir: str, folder: str, data, *, seed: int, sampl
   _begin(path, wanted, folder)
   architecture = models.architecture(config)
   functions = clip.functions(architecture, t.dtype, t.patch_dropout, t.remat)
-  # A group of captions stays on its device; no group may be smaller than one caption.
-  groups = sharding.mesh(t.fsdp).size if t.pack_captions and text.packable(architecture.text) else 0
+  groups = _caption_groups(config, data, architecture, folder)
   replaced: list[int] = []
 
   def on_replaced(index: int, reason: str) -> None:
@@ -120,13 +119,15 @@ def fit(config: ConfigDict, workdir: str, folder: str, data, *, seed: int, sampl
   def batches(start_examples: int):
     return loader.train_batches(data, batch_size=t.batch_size, seed=seed, start_examples=start_examples,
                                 image_size=architecture.image_size, context_length=architecture.context_length,
-                                crop_scale=tuple(p.crop_scale), threads=t.loader_threads, pack=groups, on_replaced=on_replaced)
+                                crop_scale=tuple(p.crop_scale), threads=t.loader_threads, pack=groups,
+                                on_replaced=on_replaced)
 
   writer = metrics.MetricsWriter(os.path.join(path, 'metrics.jsonl'),
                                  os.path.join(path, 'tensorboard') if t.tensorboard else '')
   with interrupts.deferred() as should_stop:
     result = loop.train(
-        init_params=functions.init, encode=functions.encode, batches=batches, total_steps=samples // t.batch_size, batch_size=t.batch_size,
+        init_params=functions.init, encode=functions.encode, batches=batches,
+        total_steps=samples // t.batch_size, batch_size=t.batch_size,
         learning_rate=t.learning_rate, warmup_steps=t.warmup_steps, weight_decay=t.weight_decay, beta1=t.beta1,
         beta2=t.beta2, eps=t.eps, seed=seed, loss=t.loss, fsdp=t.fsdp, mean=tuple(p.mean), std=tuple(p.std),
         checkpoint_dir=os.path.join(path, 'checkpoints'), config=models.about(config, folder, seed),
@@ -134,6 +135,36 @@ def fit(config: ConfigDict, workdir: str, folder: str, data, *, seed: int, sampl
         log_every_steps=t.log_every_steps, metrics=writer, name=folder, should_stop=should_stop)
   writer.close()
   return result, replaced
+
+
+def _caption_groups(config: ConfigDict, data, architecture, folder: str) -> int:
+  """Returns in how many groups a batch's captions are packed, one a device; 0: one caption a row.
+
+  'auto' packs one batch's worth of the data's captions and looks how many tokens are left: a pure function of the
+  data, so that a run which goes on does as before. Above half, what packing costs (attention in full rows, a last
+  block that is not pooled, more shapes to compile) was measured to eat what it saves.
+  """
+  from clip_jax.data import packing
+  from clip_jax.data import tokenizer
+  from clip_jax.models import text
+  t = config.train
+  devices = sharding.mesh(t.fsdp).size
+  if t.pack_captions == 'never' or t.batch_size % devices:  # which the loop refuses
+    return 0
+  if not text.packable(architecture.text):
+    if t.pack_captions == 'always':
+      raise InputError('config.train.pack_captions=always: this text tower looks at all tokens, so its captions '
+                       'cannot be packed. Choose auto or never.')
+    return 0
+  rows = np.random.Generator(np.random.PCG64(0)).permutation(len(data))[:t.batch_size]
+  rows = rows[:max(len(rows) // devices, 1) * devices]
+  tokens = tokenizer.tokenize([data.caption(int(row)) for row in rows], architecture.context_length)
+  packed = packing.pack(tokens, devices)['tokens']
+  share = packed.size / tokens.size
+  if t.pack_captions == 'auto' and share > PACKED_SHARE:
+    return 0
+  logging.info('%s: captions are packed, %.0f %% of the tokens of one caption a row.', folder, 100 * share)
+  return devices
 
 
 def _begin(path: str, wanted: Product, folder: str) -> None:
