@@ -103,10 +103,12 @@ def get_config() -> ml_collections.ConfigDict:
   c.train.seeds = (0,)              # each split is trained once a seed
   c.train.only = ()                 # ('base/seed0', ...): only these runs now (several machines, one workdir)
   c.train.loss = 'clip'             # 'clip' (softmax over the batch) | 'siglip' (sigmoid of each pair; adds a bias)
-  c.train.patch_dropout = 0.0       # share of an image's patches that a step does not see: faster, costs accuracy
+  c.train.patch_dropout = 0.0       # share of an image's patches that a step does not see: faster, costs accuracy;
+                                    # of vision transformers only
   c.train.dtype = 'float32'         # of activations: 'float32' | 'bfloat16'; parameters stay float32
-  c.train.remat = 'none'            # recomputed in the backward pass: 'none' | 'dots' (all but matrix products) |
-                                    # 'blocks' (all but each block's input); saves memory, changes speed only
+  c.train.remat = 'none'            # recomputed in a transformer's backward pass: 'none' | 'dots' (all but matrix
+                                    # products) | 'blocks' (all but each block's input); saves memory on accelerators
+                                    # (XLA's CPU compiler undoes it), changes speed only
   c.train.pack_captions = 'auto'    # several captions in a row of tokens, with the same features: 'always' | 'never' |
                                     # 'auto' (where at most half of the tokens are left); changes speed only
   c.train.fsdp = 1                  # devices that parameters are sharded over; the rest of the mesh is data

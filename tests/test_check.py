@@ -28,6 +28,10 @@ def test_the_shipped_configs_pass(monkeypatch):
     ({'train.seeds': (0, 0)}, 'train.seeds'),
     ({'train.budget': 'steps'}, "train.budget='steps'.*samples"),
     ({'train.dtype': 'float16'}, 'bfloat16'),
+    ({'train.loss': 'sigmoid'}, "Did you mean 'siglip'"),
+    ({'train.remat': 'all'}, "train.remat='all'"),
+    ({'train.pack_captions': 'yes'}, "train.pack_captions='yes'"),
+    ({'train.patch_dropout': 1.0}, 'train.patch_dropout=1.0 must be a share'),
     ({'train.only': ('bsae/seed0',)}, "Did you mean 'base/seed0'"),
     ({'embedder.source': 'pac'}, "Did you mean 'pca'"),
     ({'search.backend': 'scan'}, "Did you mean 'scann'"),
@@ -105,4 +109,16 @@ def test_names_must_make_good_file_names():
   config = tiny.config()
   config.benchmarks.pool = config.benchmarks.val
   with pytest.raises(ConfigError, match='this name is taken'):
+    check.check(config)
+
+
+def test_a_resnet_has_no_patches_to_drop():
+  config = tiny.config()
+  for key in ('embed_dim', 'image_size', 'patch_size', 'vision_width', 'vision_layers', 'vision_heads', 'text_width',
+              'text_layers', 'text_heads', 'context_length'):
+    config.model[key] = 0
+  config.model.name = 'RN50'
+  check.check(config)
+  config.train.patch_dropout = 0.5
+  with pytest.raises(ConfigError, match='RN50 has no patches'):
     check.check(config)

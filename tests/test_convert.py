@@ -154,7 +154,8 @@ def test_configs_beside_a_file_that_are_broken(tmp_path):
   path = write_open_clip(tmp_path)
   for text, error, match in (('[]', InputError, 'not a JSON object'), ('{', InputError, 'not valid JSON'),
                              ('{}', ConfigError, 'no model_cfg'), ('{"model_cfg": {}}', ConfigError, 'vision_cfg'),
-                             ('{"model_cfg": {"vision_cfg": 3}}', ConfigError, 'wrong kind')):
+                             ('{"model_cfg": {"vision_cfg": 3, "text_cfg": {}}}', ConfigError,
+                              '/open_clip_config.json: .*wrong kind: vision_cfg=3')):
     (tmp_path / 'open_clip_config.json').write_text(text)
     with pytest.raises(error, match=match):
       models.read(path)
@@ -173,7 +174,8 @@ def test_a_checkpoint_of_an_older_version(tmp_path):
 @pytest.mark.parametrize('path, output, kind, match', [
     (None, 'x', 'orbax', '--checkpoint is not given'), ('c', None, 'orbax', '--output is not given'),
     ('c', 'x', 'onnx', "--format='onnx' is not known; have open_clip, huggingface, orbax"),
-    ('c', 'x.bin', 'open_clip', 'must end in .safetensors'), ('c', 'gs://b/x', 'orbax', 'on this machine'),
+    ('c', 'x.bin', 'open_clip', 'must end in .safetensors'), ('c', 'x.safetensors', 'orbax', 'makes a folder'),
+    ('c', 'gs://b/x', 'orbax', 'on this machine'),
     ('none', 'x', 'orbax', 'is not there'), ('c', 'there', 'orbax', 'exists already'),
     ('c', 'there/x.safetensors', 'open_clip', 'open_clip_config.json exists already')])
 def test_conversions_that_are_refused(path, output, kind, match, tmp_path, monkeypatch):
@@ -190,6 +192,21 @@ def test_what_the_other_side_cannot_say_leaves_no_file(tmp_path):
   with pytest.raises(ConfigError, match='ResNet'):
     convert.run(path, str(tmp_path / 'out/model.safetensors'), 'huggingface', model='')
   assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.parametrize('kind', convert.FORMATS)
+def test_a_disk_without_room_is_seen_before(kind, tmp_path, monkeypatch):
+  path = write_open_clip(tmp_path / 'a')
+  monkeypatch.setattr(files, 'free_bytes', lambda path: 1_000_000)
+  with pytest.raises(InputError, match='out/x.* takes 3.2 MB, and only 1.0 MB are free'):
+    convert.run(path, str(tmp_path / f'out/x{"" if kind == "orbax" else ".safetensors"}'), kind, model='')
+  assert not (tmp_path / 'out').exists()
+
+
+def test_what_else_transformers_needs_is_said(tmp_path, caplog):
+  caplog.set_level('INFO')
+  write_huggingface(tmp_path)
+  assert "AutoTokenizer.from_pretrained('openai/clip-vit-base-patch32', model_max_length=8)" in caplog.text
 
 
 def test_the_command():
@@ -224,7 +241,7 @@ def test_weights_as_the_embedder(tmp_path, capsys):
   assert status == 1 and 'the content of config.embedder.path has changed' in said and '--redo=embedder' in said
   pipeline.forget(str(work), 'embedder')
   assert run(c(path), work, capsys, stages)[0] == 0
-  for bad, match in ((c(''), 'embedder.path is not given'), (c('x.npz'), 'not a file of weights'),
+  for bad, match in ((c(''), 'embedder.path is not given'), (c('x.npz'), 'must be a file that ends in'),
                      (c('x.bin'), 'is not there'), (c(path, **{'embedder.name': 'ViT-B-31'}), 'ViT-B-32')):
     status, said = run(bad, work, capsys, stages)
     assert status == 2 and match in said

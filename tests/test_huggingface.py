@@ -79,7 +79,7 @@ def test_numbers_that_a_config_leaves_out():
     (replaced(CLIP, 'vision', ls_init_value=0.1), 'ls_init_value=0.1'),
     (replaced(CLIP, 'text', causal=False), 'text.causal=False'), (CONFIGS['no projection'], "text.proj='none'"),
     (replaced(CLIP, 'text', pool_type='eos', eos_id=2), 'eos_token_id=2'),
-    (dataclasses.replace(CLIP, init_logit_bias=0.0), 'a logit bias'),
+    (dataclasses.replace(CLIP, init_logit_bias=0.0), 'init_logit_bias=0.0'),
     (replaced(SIGLIP, 'text', pool_type='argmax'), "SiglipModel has no text.pool_type='argmax'")])
 def test_what_it_cannot_say(config, match):
   with pytest.raises(ConfigError, match=match):
@@ -109,6 +109,35 @@ def test_models_that_fit_by_shape():
   shapes = weights.their_shapes(huggingface.entries(config), weights.shapes(config))
   tensors = {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}
   assert huggingface.fitting(tensors) == ['ViT-S-32']
+
+
+def test_numbers_that_make_no_model():
+  found = huggingface.config_to_huggingface(zoo.get('ViT-B-32'))
+  for tower, key, value, match in (
+      ('vision_config', 'patch_size', 0, 'patch_size=0'), ('vision_config', 'hidden_size', 0, 'ZeroDivision'),
+      ('text_config', 'num_attention_heads', 3, 'text.heads=3, which must be a divisor of the width, 512'),
+      ('vision_config', 'image_size', [32, 64], 'image_size=')):
+    with pytest.raises(ConfigError, match=match):
+      huggingface.config_from_huggingface(found | {tower: found[tower] | {key: value}})
+  with pytest.raises(ConfigError, match='model_type=.*clip, siglip'):
+    huggingface.config_from_huggingface(found | {'model_type': ['clip']})
+  two = found | {'vision_config': found['vision_config'] | {'image_size': [224, 224]}}
+  assert huggingface.config_from_huggingface(two).image_size == 224
+
+
+@pytest.mark.parametrize('given', [{'do_normalize': False}, {'do_rescale': False}, {'do_resize': None},
+                                   {'rescale_factor': 1 / 127.5}])
+def test_preprocessing_that_is_not_built(given):
+  with pytest.raises(ConfigError, match=next(iter(given))):
+    huggingface.preprocess_from_huggingface(given)
+
+
+def test_images_cropped_from_a_larger_size_are_said(caplog):
+  huggingface.preprocess_from_huggingface({'size': {'shortest_edge': 24}, 'crop_size': 24})
+  huggingface.preprocess_from_huggingface({'size': 24})
+  assert not caplog.records
+  huggingface.preprocess_from_huggingface({'size': {'shortest_edge': 32}, 'crop_size': {'height': 24}})
+  assert 'images of 32 pixels cropped to 24' in caplog.text
 
 
 def test_preprocessing_both_ways():

@@ -74,6 +74,25 @@ def test_the_fused_attention_is_the_same(shape):
                                layers.attention_by_head(q, k, v, 3, mask), atol=1e-6)
 
 
+@pytest.mark.parametrize('queries, keys, size, dtype, flash', [
+    (50, 50, 64, 'bfloat16', True), (256, 256, 80, 'bfloat16', True),
+    (197, 197, 64, 'bfloat16', False), (1, 50, 64, 'bfloat16', False),  # odd lengths
+    (50, 50, 64, 'float32', False), (50, 50, 136, 'bfloat16', False),
+    (50, 50, 12, 'bfloat16', False)])
+def test_cudnn_is_asked_for_what_jax_lets_it_train(monkeypatch, queries, keys, size, dtype, flash):
+  """cuDNN's own check of the shapes runs where a gradient is traced: no GPU is needed for it."""
+  cudnn = pytest.importorskip('jax._src.cudnn.fused_attention_stablehlo')
+  monkeypatch.setattr(cudnn, 'check_cudnn_version', lambda: 91_500)
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+  q, k = (jax.ShapeDtypeStruct((2, n, 2 * size), dtype) for n in (queries, keys))
+  masks = [None, np.ones((queries, keys), bool), np.ones((2, queries, keys), bool)]
+  for mask in masks:
+    def total(q, k, v, mask=mask):
+      return layers.attention_fused(q, k, v, 2, mask).astype(jnp.float32).sum()
+    program = str(jax.make_jaxpr(jax.grad(total, argnums=(0, 1, 2)))(q, k, k))
+    assert ('dot_product_attention_bwd' in program) == flash
+
+
 def test_a_block_may_be_asked_for_some_of_its_tokens():
   layer, x = block(), jax.random.normal(jax.random.key(1), (3 * 5, 8))
   mask, rows = jnp.tril(jnp.ones((5, 5), bool)), jnp.array([1, 1, 14, 7])

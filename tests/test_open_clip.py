@@ -13,7 +13,7 @@ from clip_jax.models import zoo
 from clip_jax.models.shapes import shapes
 
 from test_shapes import CONFIGS
-from test_weights import make, same
+from test_weights import CONFIG, make, same
 
 
 @pytest.mark.parametrize('name', zoo.ARCHITECTURES)
@@ -105,5 +105,40 @@ def test_preprocessing_both_ways():
   assert open_clip.default_preprocess(zoo.get('ViT-L-14-CLIPA'))['mean'][0] == 0.485
   with pytest.raises(ConfigError, match='longest'):
     open_clip.preprocess_from_open_clip({'resize_mode': 'longest'}, config)
-  with pytest.raises(ConfigError, match='three means'):
-    open_clip.preprocess_from_open_clip({'mean': (0.5,)}, config)
+  assert open_clip.preprocess_from_open_clip({'mean': 0.5}, config)['mean'] == (0.5, 0.5, 0.5)
+  for mean in ((0.5,), 'abc', (None, 1, 1), (float('nan'),) * 3, {'r': 1}):
+    with pytest.raises(ConfigError, match='three means'):
+      open_clip.preprocess_from_open_clip({'mean': mean}, config)
+
+
+@pytest.mark.parametrize('block, key, value, match', [
+    ('vision_cfg', 'layers', '1', "vision.layers='1', which must be a whole number above 0"),
+    ('vision_cfg', 'layers', [1, 1], 'vision.layers=.1, 1., which must be four whole numbers'),
+    ('vision_cfg', 'width', 16.5, 'vision.width=16.5'), ('vision_cfg', 'patch_size', 0, 'patch_size=0'),
+    ('vision_cfg', 'image_size', 4, 'patch_size=16, which must be at most the image size, 4'),
+    ('vision_cfg', 'image_size', [32, 64], 'image_size=.32, 64.'),
+    ('vision_cfg', 'head_width', 0, 'wrong kind'), ('vision_cfg', 'head_width', 2000, 'vision.heads=0'),
+    ('vision_cfg', 'head_width', 80, 'vision.heads=9, which must be a divisor of the width, 768'),
+    ('text_cfg', 'heads', 7, 'text.heads=7, which must be a divisor of the width, 512'),
+    ('text_cfg', 'heads', True, 'text.heads=True'), ('text_cfg', 'context_length', None, 'context_length=None'),
+    ('text_cfg', 'mlp_ratio', '4', "mlp_ratio='4', which must be a number"),
+    ('text_cfg', 'tokenizer_kwargs', 'abc', 'wrong kind'), ('', 'embed_dim', '8', "embed_dim='8'"),
+    ('', 'init_logit_scale', 'x', 'init_logit_scale'), ('', 'vision_cfg', 'ViT', "vision_cfg='ViT'")])
+def test_numbers_that_make_no_model(block, key, value, match):
+  model = open_clip.config_to_open_clip(zoo.get('ViT-B-16'))
+  (model[block] if block else model)[key] = value
+  with pytest.raises(ConfigError, match=match):
+    open_clip.config_from_open_clip(model)
+
+
+def test_a_square_image_size_may_be_two_numbers():
+  model = open_clip.config_to_open_clip(zoo.get('ViT-B-16'))
+  model['vision_cfg']['image_size'] = [224, 224]
+  assert open_clip.config_from_open_clip(model) == zoo.get('ViT-B-16')
+
+
+def test_a_tensor_under_both_of_its_names():
+  tensors = open_clip.params_to_open_clip(make(), CONFIG)
+  tensors['text.positional_embedding'] = tensors['positional_embedding']
+  with pytest.raises(InputError, match='F holds positional_embedding twice'):
+    open_clip.params_from_open_clip(tensors, CONFIG, 'F')

@@ -96,6 +96,20 @@ def test_a_model_encodes_on_all_devices_whatever_the_number_of_images_and_prompt
     np.testing.assert_allclose(found, raw / np.linalg.norm(raw, axis=1, keepdims=True), atol=2e-6)
 
 
+def test_tokens_that_a_model_does_not_know_are_an_error():
+  import jax
+  from clip_jax.core.errors import InputError
+  from clip_jax.models import clip
+  from clip_jax.models import zoo
+  from clip_jax.stages import models
+  config = zoo.CLIPConfig(8, zoo.ViTConfig(16, 8, 16, 1, 2), zoo.TextConfig(16, 49_407, 16, 2, 1))
+  params = jax.device_get(jax.jit(clip.functions(config).init)(jax.random.key(0)))
+  preprocess = {'mean': (0.5,) * 3, 'std': (0.25,) * 3, 'resize': 'shortest'}
+  model = models.open_model(models.Weights(params, config, preprocess, 'float32', '', 0))
+  with pytest.raises(InputError, match='gives token 49407, and the model knows 49407'):
+    model.encode_text(['a cat'])
+
+
 def test_captions_are_packed_where_it_saves_half(data, tmp_path, capsys):
   seen = {}
   for pack in ('auto', 'always', 'never'):

@@ -111,3 +111,22 @@ def fresh(key):
 def test_initial_spread():
   for value, std in zip(fresh(jax.random.key(0)), (0.02, 0.01, 64 ** -0.5), strict=True):
     np.testing.assert_allclose(value.std(), std, rtol=0.05)
+
+
+@pytest.mark.parametrize('packed', [False, True])
+def test_devices_send_one_another_nothing(packed):
+  graph, state = nnx.split(make())
+  mesh = jax.make_mesh((4,), ('data',), devices=jax.devices()[:4],
+                       axis_types=(jax.sharding.AxisType.Auto,))
+  split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('data'))
+  text = np.tile(captions(), (2, 1))
+  text = packing.pack(text, 4) if packed else text
+
+  def encode(state, text):
+    model = nnx.merge(graph, state)
+    return model.packed(**text) if packed else model(text)
+  compiled = jax.jit(encode, in_shardings=(None, split), out_shardings=split).lower(state, text)
+  program = compiled.compile().as_text()
+  assert 'fusion' in program
+  assert not [word for word in ('all-reduce', 'all-gather', 'all-to-all', 'permute')
+              if f' {word}' in program]

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import pickle
 import sys
 
 import ml_dtypes
@@ -77,6 +79,70 @@ def test_what_is_no_file_of_weights(tmp_path):
   (tmp_path / 'g.safetensors').write_bytes(b'\xff' * 100)
   with pytest.raises(InputError, match='not a whole safetensors file'):
     weights.read(tmp_path / 'g.safetensors')
+
+
+@pytest.mark.parametrize('kind', ['int8', 'bool', 'complex64'])
+def test_tensors_that_are_no_floats(kind):
+  tensors = open_clip.normal(open_clip.params_to_open_clip(make(), CONFIG))
+  tensors['visual.proj'] = tensors['visual.proj'].astype(kind)
+  with pytest.raises(InputError, match=f'visual.proj is {kind}, and weights are floating-point'):
+    weights.from_theirs(open_clip.entries(CONFIG), tensors, CONFIG, 'F')
+
+
+def test_a_folder_and_numbers_too_large(tmp_path, recwarn):
+  (tmp_path / 'a.safetensors').mkdir()
+  with pytest.raises(InputError, match='is a folder'):
+    weights.read(tmp_path / 'a.safetensors')
+  save_file({'a': np.full(2, 1e300)}, tmp_path / 'b.safetensors')
+  with pytest.raises(InputError, match='NaN or infinity'):
+    weights.read(tmp_path / 'b.safetensors')
+  assert not recwarn.list
+
+
+def test_no_text_positions():
+  tensors = open_clip.normal(open_clip.params_to_open_clip(make(), CONFIG))
+  tensors[weights.TEXT_POSITIONS] = tensors[weights.TEXT_POSITIONS][:0]
+  with pytest.raises(InputError, match='0 tokens'):
+    weights.from_theirs(open_clip.entries(CONFIG), tensors, CONFIG, 'F')
+
+
+@pytest.mark.parametrize('shard', ['null', '5', '"x.safetensors.index.json"'])
+def test_an_index_of_no_shards(shard, tmp_path):
+  (tmp_path / 'x.safetensors.index.json').write_text('{"weight_map": {"a": %s}}' % shard)
+  with pytest.raises(InputError, match='which is no file of weights'):
+    weights.read(tmp_path / 'x.safetensors.index.json')
+
+
+def test_a_disk_that_takes_no_more(tmp_path, monkeypatch):
+  import safetensors
+  import safetensors.numpy
+
+  def full(*_):
+    raise safetensors.SafetensorError('I/O error: No space left on device (os error 28)')
+  monkeypatch.setattr(safetensors.numpy, 'save_file', full)
+  with pytest.raises(InputError, match='a.safetensors cannot be written .*No space left'):
+    weights.write(tmp_path / 'a.safetensors', {'a': np.zeros(2)}, {})
+  assert not list(tmp_path.iterdir())
+
+
+class _Code:
+
+  def __reduce__(self):
+    return os.system, ('exit 1',)
+
+
+@pytest.mark.slow
+def test_pytorchs_files_that_hold_something_else(tmp_path):
+  torch = pytest.importorskip('torch')
+  (tmp_path / 'a.pt').write_bytes(pickle.dumps({'state_dict': _Code()}, 2))
+  with pytest.raises(InputError, match='objects that would run code, which are not opened'):
+    weights.read(tmp_path / 'a.pt')
+  for bad, match in (({1: torch.zeros(2)}, 'no state_dict'),
+                     ({'a': torch.zeros(2, 2).to_sparse()}, 'tensor a is sparse, quantised or without'),
+                     ({'a': torch.zeros(2, device='meta')}, 'tensor a is sparse, quantised or without')):
+    torch.save(bad, tmp_path / 'a.pt')
+    with pytest.raises(InputError, match=match):
+      weights.read(tmp_path / 'a.pt')
 
 
 def test_shards(tmp_path):

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 import dataclasses
 from typing import Any
 
+from absl import logging
+
 from clip_jax.core.errors import ConfigError
 from clip_jax.core.types import Array
 from clip_jax.models import open_clip
@@ -49,7 +51,7 @@ _BICUBIC = 3  # PIL's number, in preprocessor_config.json
 def config_from_huggingface(found: Mapping[str, Any]) -> zoo.CLIPConfig:
   """A config.json of CLIPModel or SiglipModel -> the numbers; ConfigError for any other model."""
   kind = found.get('model_type')
-  if kind not in _DEFAULTS:
+  if not isinstance(kind, str) or kind not in _DEFAULTS:
     raise ConfigError(f'config.json has model_type={kind!r}; of transformers\' models these are '
                       f'built here: {", ".join(_DEFAULTS)}.')
   try:
@@ -61,14 +63,18 @@ def config_from_huggingface(found: Mapping[str, Any]) -> zoo.CLIPConfig:
       raise ConfigError('config.json describes an image tower that is not built here: '
                         f'num_channels={v["num_channels"]}, '
                         f'vision_use_head={v.get("vision_use_head", True)}.')
-    vision = zoo.ViTConfig(v['image_size'], v['patch_size'], **_tower(v))
+    size = v['image_size']
+    if isinstance(size, list) and len(set(size)) == 1:
+      size = size[0]  # [height, width]
+    vision = zoo.ViTConfig(size, v['patch_size'], **_tower(v))
     if kind == 'clip':
       argmax = t['eos_token_id'] == 2  # what transformers does with its own former default
       text = zoo.TextConfig(t['max_position_embeddings'], t['vocab_size'], **_tower(t),
                             pool_type='argmax' if argmax else 'eos', eos_id=t['eos_token_id'])
       scale = found.get('logit_scale_init_value')
-      return zoo.CLIPConfig(found.get('projection_dim', 512), vision, text,
-                            zoo.CLIPConfig.init_logit_scale if scale in (None, 2.6592) else scale)
+      return open_clip.checked(zoo.CLIPConfig(
+          found.get('projection_dim', 512), vision, text,
+          zoo.CLIPConfig.init_logit_scale if scale in (None, 2.6592) else scale))
     vision = dataclasses.replace(vision, pool_type='map', class_token=False, patch_bias=True,
                                  ln_pre=False, proj=False)
     text = zoo.TextConfig(t['max_position_embeddings'], t['vocab_size'], **_tower(t),
@@ -77,8 +83,9 @@ def config_from_huggingface(found: Mapping[str, Any]) -> zoo.CLIPConfig:
     if vision.width != (t['projection_size'] or text.width):
       raise ConfigError(f'config.json has image vectors of {vision.width} numbers and text vectors '
                         f'of {t["projection_size"] or text.width}.')
-    return zoo.CLIPConfig(vision.width, vision, text, init_logit_bias=-10.0, custom_text=True)
-  except (KeyError, TypeError) as error:
+    return open_clip.checked(zoo.CLIPConfig(vision.width, vision, text, init_logit_bias=-10.0,
+                                            custom_text=True))
+  except (KeyError, TypeError, ZeroDivisionError) as error:
     raise ConfigError(f'config.json cannot be read as a model of type {kind}: '
                       f'{error!r}.') from error
 
@@ -135,7 +142,8 @@ def _kind(config: zoo.CLIPConfig) -> str:
       'text.ls_init_value': (t.ls_init_value, (None,)),
       'text.pool_type': (t.pool_type, ('argmax', 'eos') if clip else ('last',)),
       'text.causal': (t.causal, (clip,)), 'text.proj': (t.proj, ('linear',) if clip else ('bias',)),
-      'a logit bias': (config.init_logit_bias is not None, (not clip,))}
+      'init_logit_bias': (config.init_logit_bias,
+                          (None,) if clip else (config.init_logit_bias or 0.0,))}
   for name, (value, allowed) in rules.items():
     if value not in allowed:
       raise ConfigError(f'transformers\' {"CLIPModel" if clip else "SiglipModel"} has no '
@@ -208,9 +216,19 @@ def preprocess_from_huggingface(found: Mapping[str, Any]) -> dict[str, Any]:
   """A preprocessor_config.json -> mean, std and resize."""
   size = found.get('size', {})
   exact = isinstance(size, Mapping) and 'height' in size and not found.get('do_center_crop')
+  for key, wanted in (('do_resize', True), ('do_rescale', True), ('do_normalize', True),
+                      ('rescale_factor', 1 / 255)):
+    value = found.get(key, wanted)
+    if not isinstance(value, (int, float)) or abs(value - wanted) > 1e-6:
+      raise ConfigError(f'preprocessor_config.json has {key}={value!r}; built here is {wanted}.')
   given = dict(mean=found.get('image_mean') or open_clip.OPENAI_MEAN,
                std=found.get('image_std') or open_clip.OPENAI_STD,
                resize='squash' if exact else 'shortest')
+  edge, crop = (value.get(key) if isinstance(value, Mapping) else value
+                for value, key in ((size, 'shortest_edge'), (found.get('crop_size'), 'height')))
+  if edge and crop and edge != crop:
+    logging.warning('These weights want images of %s pixels cropped to %s; here they are resized '
+                    'to the size of the model and not cropped further.', edge, crop)
   resample = found.get('resample', _BICUBIC)
   return open_clip.checked_preprocess(
       given, 'bicubic' if resample == _BICUBIC else f'PIL\'s number {resample}')

@@ -152,9 +152,9 @@ def attention_fused(q: Array, k: Array, v: Array, heads: int, mask: Array | None
   if mask is not None:
     mask = mask[(None,) * (3 - mask.ndim)][:, None]  # [B or 1, 1, Q or 1, T]
   half = q.dtype in (jnp.bfloat16, jnp.float16)
-  # cuDNN computes in half precision only, in heads of a multiple of 8 up to 128 (256 on Hopper),
-  # and its backward pass takes a mask for even lengths only.
-  even = mask is None or (q.shape[1] % 2 == 0 and k.shape[1] % 2 == 0)
+  # cuDNN computes in half precision only, in heads of a multiple of 8 up to 128 (256 on Hopper).
+  # In training JAX lets it have even lengths only, with a mask or without one.
+  even = q.shape[1] % 2 == 0 and k.shape[1] % 2 == 0
   flash = jax.default_backend() == 'gpu' and half and size % 8 == 0 and size <= 128 and even
   out = jax.nn.dot_product_attention(*split, mask=mask, implementation='cudnn' if flash else 'xla')
   return out.reshape(q.shape)

@@ -13,6 +13,7 @@ from absl import logging
 import numpy as np
 
 from clip_jax.core.errors import ConfigError
+from clip_jax.core.errors import InputError
 from clip_jax.core.types import Array
 from clip_jax.models import weights
 from clip_jax.models import zoo
@@ -24,6 +25,10 @@ OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 # Keys that describe how open_clip would train or fetch a model, not what it computes.
 _IGNORED = ('timm_model_pretrained', 'timm_drop', 'timm_drop_path', 'patch_dropout',
             'output_tokens', 'hf_model_pretrained', 'pad_id')
+# Fields of the configs: those that count something, and those that are any number.
+_COUNTS = ('embed_dim', 'image_size', 'patch_size', 'width', 'layers', 'heads', 'context_length',
+           'vocab_size')
+_REALS = ('mlp_ratio', 'ls_init_value', 'eps', 'init_logit_scale', 'init_logit_bias')
 _ACTIVATIONS = {'gelu': {}, 'gelu_tanh': {'approximate': 'tanh'}}
 
 
@@ -99,6 +104,9 @@ def config_from_open_clip(model: dict[str, Any]) -> zoo.CLIPConfig:
   """A model_cfg of open_clip -> the numbers; ConfigError for what is not built here."""
   model = dict(model)
   try:
+    for block in ('vision_cfg', 'text_cfg'):
+      if not isinstance(model[block], dict):
+        raise TypeError(f'{block}={model[block]!r}')
     quick_gelu = model.pop('quick_gelu', False)
     vision = _vision_from_open_clip(dict(model.pop('vision_cfg')), quick_gelu)
     config = zoo.CLIPConfig(
@@ -108,9 +116,41 @@ def config_from_open_clip(model: dict[str, Any]) -> zoo.CLIPConfig:
         custom_text=model.pop('custom_text', False))
   except KeyError as error:
     raise ConfigError(f'A model config of open_clip must have the key {error}.') from error
-  except TypeError as error:
+  except (TypeError, AttributeError, ZeroDivisionError) as error:
     raise ConfigError(f'A model config of open_clip has a value of the wrong kind: {error}.') from error
   _none_left('', model)
+  return checked(config)
+
+
+def checked(config: zoo.CLIPConfig) -> zoo.CLIPConfig:
+  """A config whose numbers make a model; ConfigError naming the one that cannot be."""
+  def whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+  def bad(name: str, value: Any, wanted: str) -> ConfigError:
+    return ConfigError(f'the model has {name}={value!r}, which must be {wanted}. Mend it, or get '
+                       'it again.')
+  for block, part in (('', config), ('vision.', config.vision), ('text.', config.text)):
+    for key, value in vars(part).items():
+      if key in _COUNTS:
+        stages = isinstance(part, zoo.ResNetConfig) and key == 'layers'
+        counts = value if stages else (value,)
+        if len(counts) != (4 if stages else 1) or not all(map(whole, counts)):
+          many = 'four whole numbers' if stages else 'a whole number'
+          raise bad(block + key, value, f'{many} above 0')
+      elif key in _REALS and value is not None and type(value) not in (int, float):
+        raise bad(block + key, value, 'a number')
+  vision, text = config.vision, config.text
+  resnet = isinstance(vision, zoo.ResNetConfig)
+  if resnet and vision.image_size % 32:
+    raise bad('vision.image_size', vision.image_size, 'a multiple of 32')
+  if not resnet and vision.patch_size > vision.image_size:
+    raise bad('vision.patch_size', vision.patch_size,
+              f'at most the image size, {vision.image_size}')
+  for block, width, heads in (('vision', vision.width * (32 if resnet else 1), vision.heads),
+                              ('text', text.width, text.heads)):
+    if width % heads:
+      raise bad(f'{block}.heads', heads, f'a divisor of the width, {width}')
   return config
 
 
@@ -138,6 +178,8 @@ def _text_from_open_clip(text: dict[str, Any], quick_gelu: bool) -> zoo.TextConf
 def _vision_from_open_clip(vision: dict[str, Any],
                            quick_gelu: bool) -> zoo.ViTConfig | zoo.ResNetConfig:
   name, image_size = vision.pop('timm_model_name', None), vision.pop('image_size', 224)
+  if isinstance(image_size, (list, tuple)) and len(set(image_size)) == 1:
+    image_size = image_size[0]  # [height, width]
   if name:
     if name not in zoo.TIMM_TOWERS or vision.pop('timm_pool', 'map') != 'map' or (
         vision.pop('timm_proj', 'none') != 'none'):
@@ -217,7 +259,10 @@ def normal(tensors: Mapping[str, Array]) -> dict[str, Array]:
 def params_from_open_clip(tensors: Mapping[str, Array], config: zoo.CLIPConfig,
                           where: str) -> dict:
   """A state_dict of CLIP or CustomTextCLIP -> parameters; InputError where it is another's."""
-  tensors = normal(tensors)
+  given, tensors = tensors, normal(tensors)
+  for name in given:
+    if f'text.{name}' in given and f'text.{name}' in tensors:
+      raise InputError(f'{where} holds {name} twice, also as text.{name}. Is it another model\'s?')
   if config.init_logit_bias is not None and 'logit_bias' not in tensors:
     logging.info('%s has no logit_bias; it begins at 0, as in open_clip.', where)
     tensors['logit_bias'] = np.zeros((), np.float32)
@@ -267,9 +312,15 @@ def checked_preprocess(found: Mapping[str, Any], interpolation: str) -> dict[str
                       'shortest and squash.')
   if interpolation != 'bicubic':
     logging.warning('These weights were made with %s resizing; here it is bicubic.', interpolation)
-  mean, std = (tuple(map(float, found[key])) for key in ('mean', 'std'))
-  if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-    raise ConfigError(f'Preprocessing needs three means and deviations, got {mean} and {std}.')
+  given = [(found[key],) * 3 if isinstance(found[key], (int, float)) else found[key]  # as open_clip
+           for key in ('mean', 'std')]
+  try:
+    mean, std = (tuple(map(float, numbers)) for numbers in given)
+  except (TypeError, ValueError):
+    mean = std = ()
+  if len(mean) != 3 or len(std) != 3 or min(std) <= 0 or not np.isfinite([mean, std]).all():
+    raise ConfigError(f'Preprocessing needs three means and deviations, got {found["mean"]} and '
+                      f'{found["std"]}.')
   return dict(mean=mean, std=std, resize=found['resize'])
 
 

@@ -67,7 +67,7 @@ class TextTransformer(nnx.Module):
         x.reshape(-1, width).astype(self.dtype), tokens,
         mask=position[:, None] >= position if causal else None,  # [T, T]
         pooled_mask=(position <= end[:, None])[:, None] if causal else None,  # [B, 1, T]
-        pick=lambda y: y[jnp.arange(batch) * tokens + end])
+        pick=lambda y: _take(y.reshape(batch, tokens, width), end[:, None])[:, 0])
     return self._project(x)
 
   def packed(
@@ -82,19 +82,17 @@ class TextTransformer(nnx.Module):
     Each of the G groups is whole on one device, so that nothing is sent between them.
     """
     if not packable(self.config):
-      raise ValueError('only captions with a causal mask, pooled at their highest id, can be packed')
+      raise ValueError('only captions with a causal mask that are pooled at their highest id can '
+                       'be packed')
     groups, rows, length = tokens.shape
     width = self.config.width
     x = self.token_embedding(tokens) + self.positional_embedding[...][position]
     place = jnp.arange(length)
     mask = (segment[..., None] == segment[..., None, :]) & (place[:, None] >= place)
 
-    def pick(y: Array) -> Array:  # [G*R*T, D] -> [B, D]
-      y = y.reshape(groups, rows * length, -1)
-      return jnp.take_along_axis(y, end[..., None], axis=1).reshape(end.size, -1)
-
-    x = self.transformer.picked(x.reshape(-1, width).astype(self.dtype), length,
-                                mask.reshape(-1, length, length), pick)
+    x = self.transformer.picked(
+        x.reshape(-1, width).astype(self.dtype), length, mask.reshape(-1, length, length),
+        pick=lambda y: _take(y.reshape(groups, rows * length, width), end).reshape(-1, width))
     return self._project(x)
 
   def _pooled_at(self, text: Array) -> Array:  # [B, T] -> [B] int32
@@ -110,6 +108,14 @@ class TextTransformer(nnx.Module):
     elif self.config.proj == 'bias':
       x = self.text_projection(x)
     return x.astype(jnp.float32)
+
+
+def _take(
+    x: Array,  # [G, N, D]
+    places: Array,  # [G, n] int32, each in 0..N-1
+) -> Array:  # [G, n, D]
+  """Some rows of each group: where groups lie on several devices, each device takes its own."""
+  return jnp.take_along_axis(x, places[..., None], axis=1)
 
 
 def packable(config: TextConfig) -> bool:

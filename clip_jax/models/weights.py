@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
 import math
 import os
+import pickle
 from typing import Any
 import zipfile
 
@@ -45,11 +46,13 @@ def read(path: Any) -> dict[str, np.ndarray]:
   """
   path = os.fspath(path)
   if not os.path.isfile(path):
-    raise InputError(f'{path} is not there. Give a file of weights ({", ".join(ENDINGS)}).')
+    what = 'a folder' if os.path.isdir(path) else 'not there'
+    raise InputError(f'{path} is {what}. Give a file of weights ({", ".join(ENDINGS)}).')
   found = {}
   for name, array in _tensors(path):
     if array.dtype.kind in 'fV':  # V: ml_dtypes' bfloat16
-      array = np.asarray(array, np.float32)
+      with np.errstate(over='ignore'):
+        array = np.asarray(array, np.float32)
       if not np.isfinite(array).all():
         raise InputError(f'{path}: the tensor {name} holds NaN or infinity. These weights are '
                          'broken; get them again.')
@@ -60,11 +63,16 @@ def read(path: Any) -> dict[str, np.ndarray]:
 
 
 def write(path: Any, tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> None:
-  """Writes a .safetensors file. Equal tensors are equal bytes."""
+  """Writes a .safetensors file. Equal tensors are equal bytes. InputError where it cannot be."""
+  from safetensors import SafetensorError
   from safetensors.numpy import save_file
   with files.atomic(path) as temporary:
-    save_file({name: np.ascontiguousarray(array) if np.ndim(array) else np.asarray(array)
-               for name, array in tensors.items()}, os.fspath(temporary), dict(metadata))
+    try:
+      save_file({name: np.ascontiguousarray(array) if np.ndim(array) else np.asarray(array)
+                 for name, array in tensors.items()}, os.fspath(temporary), dict(metadata))
+    except SafetensorError as error:  # its only word for a full disk or a folder that is not ours
+      raise InputError(f'{path} cannot be written ({_first_line(error)}). Check the disk and the '
+                       'permissions, then run the same command again.') from error
 
 
 def _tensors(path: str) -> Iterator[tuple[str, np.ndarray]]:
@@ -85,6 +93,10 @@ def shards(path: str) -> dict[str, str]:
   where = index.get('weight_map') if isinstance(index, dict) else None
   if not isinstance(where, dict):
     raise InputError(f'{path} is not the index of weights in shards: it has no weight_map.')
+  for shard in where.values():
+    if not isinstance(shard, str) or not shard.endswith(('.safetensors', *TORCH_ENDINGS)):
+      raise InputError(f'{path} names the shard {shard!r}, which is no file of weights. Get it '
+                       'again.')
   return where
 
 
@@ -128,16 +140,24 @@ def _torch(path: str) -> Iterator[tuple[str, np.ndarray]]:
         tensors.pop(name, None)
     else:
       tensors = torch.load(path, map_location='cpu', weights_only=True)
+  except pickle.UnpicklingError as error:  # torch's own words advise to open it all the same
+    raise InputError(f'{path} is damaged, or holds more than tensors: objects that would run code, '
+                     'which are not opened. Get it again, or take the weights as .safetensors.'
+                     ) from error
   except Exception as error:  # torch raises many kinds for damaged files
     raise InputError(f'{path} cannot be read as weights of PyTorch ({_first_line(error)}). Get it '
                      'again, or take the weights as .safetensors.') from error
   if isinstance(tensors, dict) and 'state_dict' in tensors:
     tensors = tensors['state_dict']
-  if not isinstance(tensors, dict) or not all(torch.is_tensor(x) for x in tensors.values()):
+  if not isinstance(tensors, dict) or not all(
+      isinstance(name, str) and torch.is_tensor(x) for name, x in tensors.items()):
     raise InputError(f'{path} holds no state_dict: names with a tensor each.')
   prefix = 'module.' if next(iter(tensors), '').startswith('module.') else ''
   for name in list(tensors):
     tensor = tensors.pop(name).detach()
+    if tensor.layout != torch.strided or tensor.device.type == 'meta' or tensor.is_quantized:
+      raise InputError(f'{path}: the tensor {name} is sparse, quantised or without numbers. Take '
+                       'the plain weights.')
     yield name.removeprefix(prefix), (tensor.float() if tensor.is_floating_point()
                                       else tensor).numpy()
 
@@ -175,6 +195,9 @@ def from_theirs(
       if have != want and not (_free(entry) and _but_positions(have) == _but_positions(want)):
         raise InputError(f'{where} does not hold this model: {name} has shape {list(have)}, and '
                          f'the model needs {list(want)}. Is it another architecture?')
+      if tensors[name].dtype.kind != 'f':
+        raise InputError(f'{where}: the tensor {name} is {tensors[name].dtype}, and weights are '
+                         'floating-point numbers. Take weights that are not quantised.')
       parts.append(_LAYOUTS[entry.layout](tensors[name]))
     if len(entry.ours) == len(parts) == 1:
       found[entry.ours[0]] = parts[0]
@@ -262,6 +285,8 @@ def _resize(found: dict[str, Array], config: zoo.CLIPConfig) -> None:
                    side, side, new, new)
   have, want = found[TEXT_POSITIONS], wanted[TEXT_POSITIONS]
   if have.shape != want:
+    if not len(have):
+      raise InputError('The weights hold no text position embeddings: 0 tokens.')
     found[TEXT_POSITIONS] = (_linear(len(have), want[0]) @ have).astype(np.float32)
     logging.info('The text position embeddings are resized from %d to %d tokens.', len(have),
                  want[0])

@@ -181,21 +181,27 @@ def _numbers(config: ConfigDict) -> None:
 
 def _weights(config: ConfigDict) -> None:
   """The weights of the embedder: a file of a kind that is read, and which model it holds."""
+  from clip_jax.models import weights
   from clip_jax.stages import models
   path = embedder.weights_path(config)
   if not config.embedder.path:
     raise ConfigError('config.embedder.path is not given: a file of weights, for example '
                       '--config.embedder.path=open_clip_model.safetensors.')
   if not models.is_weights(path):
-    raise ConfigError(f'config.embedder.path={config.embedder.path!r} is not a file of weights by its ending.')
+    raise ConfigError(f'config.embedder.path={config.embedder.path!r} must be a file that ends in '
+                      f'{", ".join(weights.ENDINGS)}.')
   if not os.path.isfile(path):
     raise ConfigError(f'config.embedder.path={config.embedder.path!r} is not there.')
   embedder.architecture(config)
 
 
 def _model(config: ConfigDict) -> None:
+  from clip_jax.models import zoo
   from clip_jax.stages import models
-  models.architecture(config)
+  found = models.architecture(config)
+  if config.train.patch_dropout and not isinstance(found.vision, zoo.ViTConfig):
+    raise ConfigError(f'config.train.patch_dropout={config.train.patch_dropout}: the image tower of '
+                      f'{config.model.name} has no patches. Set it to 0.')
 
 
 def _training(config: ConfigDict) -> None:

@@ -4,6 +4,7 @@ In: a checkpoint, or a file of weights; the benchmarks' source files. Out: a tab
 where asked for, <output>/<benchmark>.json and .npz as the stage evaluate writes them.
 """
 
+from collections.abc import Callable
 import os
 import tempfile
 import time
@@ -14,6 +15,7 @@ from ml_collections import ConfigDict
 from clip_jax.core import config as config_lib
 from clip_jax.core import files
 from clip_jax.core.errors import ConfigError
+from clip_jax.core.errors import InputError
 from clip_jax.stages import check
 from clip_jax.stages import evaluate
 from clip_jax.stages import ingest
@@ -27,7 +29,7 @@ def run(config: ConfigDict, path: str | None, *, model: str, benchmarks: list[st
         follow: bool) -> None:
   if not path:
     raise ConfigError('--checkpoint is not given, for example --checkpoint=runs/demo/train/base/seed0.')
-  path = os.path.abspath(os.path.expanduser(path))
+  path = models.located(path)
   if follow and models.is_weights(path):
     raise ConfigError(f'--follow: {path} is a file of weights, to which no steps are added.')
   layout.forget()
@@ -46,14 +48,31 @@ def run(config: ConfigDict, path: str | None, *, model: str, benchmarks: list[st
       _evaluate(config, scratch, path, loaded, names, output, images)
       return
     done: set[int] = set()
-    logging.info('Following %s; Ctrl-C ends it.', path)
+    logging.info('Following %s; Ctrl-C ends it.%s', path, '' if _steps(path) else ' No checkpoint is there yet.')
     while True:
-      for step in [step for step in _steps(path) if step not in done]:
+      for step, folder in _steps(path).items():
+        if step in done:
+          continue
         done.add(step)
-        folder = _step_folder(path, step)
-        _evaluate(config, scratch, folder, models.load(folder, model), names,
-                  os.path.join(output, f'{step:08d}') if output else '', images)
+        loaded = _load_while_there(folder, model, lambda step=step: step == max(_steps(path), default=step))
+        if loaded is not None:
+          _evaluate(config, scratch, folder, loaded, names, os.path.join(output, f'{step:08d}') if output else '',
+                    images)
       time.sleep(POLL_SECS)
+
+
+def _load_while_there(folder: str, model: str, is_newest: Callable[[], bool]):
+  """Returns the model of a step; None, said, where it cannot be read and a newer one is there: training removes
+
+  old ones (train.keep_checkpoints), maybe while they are read.
+  """
+  try:
+    return models.load(folder, model)
+  except InputError as error:
+    if is_newest():
+      raise
+    logging.warning('Not evaluated: %s Training keeps the newest only; more with config.train.keep_checkpoints.', error)
+    return None
 
 
 def _evaluate(config: ConfigDict, scratch: str, path: str, model, names: list[str], output: str,
@@ -77,16 +96,7 @@ def _evaluate(config: ConfigDict, scratch: str, path: str, model, names: list[st
     logging.info('Results are in %s.', output)
 
 
-def _checkpoints(path: str) -> str:
-  inner = os.path.join(path, 'checkpoints')
-  return inner if os.path.isdir(inner) else path
-
-
-def _steps(path: str) -> list[int]:
-  folder = _checkpoints(path)
-  return sorted(int(name) for name in os.listdir(folder) if name.isdigit()) if os.path.isdir(folder) else []
-
-
-def _step_folder(path: str, step: int) -> str:
-  folder = _checkpoints(path)
-  return next(os.path.join(folder, name) for name in os.listdir(folder) if name.isdigit() and int(name) == step)
+def _steps(path: str) -> dict[int, str]:
+  """Returns step -> folder of the whole checkpoints that are there now, oldest first."""
+  from clip_jax.core import checkpoints
+  return {int(folder.name): str(folder) for folder in checkpoints.step_folders(path)}

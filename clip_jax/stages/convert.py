@@ -11,6 +11,7 @@ from absl import logging
 
 from clip_jax.core import files
 from clip_jax.core.errors import ConfigError
+from clip_jax.core.errors import InputError
 from clip_jax.stages import models
 
 METADATA = {'format': 'pt'}  # transformers reads no file without it
@@ -27,16 +28,20 @@ def run(path: str | None, output: str | None, kind: str, *, model: str) -> None:
     raise ConfigError(f'--output={output} must be on this machine. Copy it to the bucket afterwards.')
   if kind != 'orbax' and not output.endswith('.safetensors'):
     raise ConfigError(f'--output={output} must end in .safetensors.')
-  path, output = (os.path.abspath(os.path.expanduser(name)) for name in (path, output))
+  if kind == 'orbax' and models.is_weights(output):
+    raise ConfigError(f'--output={output}: --format=orbax makes a folder, which could not be opened by that name. '
+                      'Leave the ending out.')
+  path, output = models.located(path), os.path.abspath(os.path.expanduser(output))
   write, beside = FORMATS[kind]
   for file in (output, *(os.path.join(os.path.dirname(output), name) for name in beside)):
     if os.path.exists(file):
       raise ConfigError(f'{file} exists already. Remove it, or give --output another folder.')
-  if not os.path.exists(path):
+  if files.is_local(path) and not os.path.exists(path):
     raise ConfigError(f'--checkpoint={path} is not there.')
   found = models.read(path, model)
   if found.said:
     logging.info('%s', found.said)
+  _check_space(output, found.params)
   write(found, output)
   if found.config.text.tokenizer:  # not CLIP's own: its files go along
     folder = output if kind == 'orbax' else os.path.dirname(output)
@@ -44,6 +49,15 @@ def run(path: str | None, output: str | None, kind: str, *, model: str) -> None:
       source = files.epath.Path(found.folder) / name
       if source.exists():
         files.write_bytes(os.path.join(folder, name), source.read_bytes())
+
+
+def _check_space(output: str, params: dict) -> None:
+  """Raises InputError before anything is written where the disk has no room for it."""
+  from clip_jax.models import weights
+  needed, free = sum(array.nbytes for array in weights.flat(params).values()), files.free_bytes(output)
+  if free is not None and free < needed:
+    raise InputError(f'{output} takes {needed / 1e6:,.1f} MB, and only {free / 1e6:,.1f} MB are free there. Free some '
+                     'space, or give --output another disk.')
 
 
 def _open_clip(found: models.Weights, output: str) -> None:
@@ -71,8 +85,10 @@ def _huggingface(found: models.Weights, output: str) -> None:
   files.write_json(os.path.join(folder, models.PREPROCESSOR), processor)
   name = '' if os.path.basename(output) == 'model.safetensors' else ' once the file is called model.safetensors'
   logging.info('Written: %s, %s and %s. In Python%s:\n  transformers.%s.from_pretrained(%r)\n'
-               'Its tokenizer is that of %s.', output, models.HUGGING_FACE, models.PREPROCESSOR, name,
-               about['architectures'][0], folder, config.text.tokenizer or 'openai/clip-vit-base-patch32')
+               'CLIPProcessor there needs the tokenizer\'s files too; without them it makes up other tokens and does '
+               'not say so:\n  transformers.AutoTokenizer.from_pretrained(%r, model_max_length=%d).save_pretrained(%r)',
+               output, models.HUGGING_FACE, models.PREPROCESSOR, name, about['architectures'][0], folder,
+               config.text.tokenizer or 'openai/clip-vit-base-patch32', config.context_length, folder)
 
 
 def _orbax(found: models.Weights, output: str) -> None:

@@ -115,6 +115,7 @@ def read(path: str, name: str = '', flag: str = '--model') -> Weights:
   """
   if is_weights(path):
     return read_weights(path, name, flag)
+  _check_folder(path)
   if name:
     raise ConfigError(f'{flag}={name!r}: a checkpoint that clip_jax trained knows its own architecture; leave {flag} '
                       'out.')
@@ -127,11 +128,35 @@ def is_weights(path: str) -> bool:
   return path.endswith(weights.ENDINGS)
 
 
+def located(path: str) -> str:
+  """Returns an absolute path. A checkpoint may also lie in a bucket, a file of weights may not (ConfigError)."""
+  if files.is_local(path):
+    return os.path.abspath(os.path.expanduser(path))
+  if is_weights(path):
+    raise ConfigError(f'{path}: a file of weights must be on this machine. Copy it from there first.')
+  return path
+
+
+def _check_folder(path: str) -> None:
+  """Raises InputError naming the file where a folder of weights is given, as open_clip and transformers take it."""
+  from clip_jax.core import checkpoints
+  inside = [name for name in sorted(os.listdir(path)) if is_weights(name)] if os.path.isdir(path) else []
+  if inside and not checkpoints.step_folders(path):
+    raise InputError(f'{path} is a folder with weights and no checkpoint. Name the file, '
+                     f'{os.path.join(path, inside[0])}.')
+
+
 def read_checkpoint(path: str) -> Weights:
-  """Reads the parameters of a checkpoint that clip_jax made."""
+  """Reads the parameters of a checkpoint that clip_jax made, of a run the newest."""
   from clip_jax.core import checkpoints
   from clip_jax.models import open_clip
-  params, step, saved = checkpoints.restore_params(path)
+  newest = checkpoints.step_folders(path)[-1:]
+  try:
+    params, step, saved = checkpoints.restore_params(path)
+  except InputError:
+    if checkpoints.step_folders(path)[-1:] == newest:
+      raise
+    return read_checkpoint(path)  # training has made a newer one, and may have removed this one meanwhile
   if 'vision_cfg' not in saved['model']:
     raise InputError(f'The checkpoint {path} was made by an older version of clip_jax, which described models in '
                      'another way. Train it again, or evaluate it with that version.')
@@ -190,10 +215,17 @@ def _architecture(path: str, name: str, order: Sequence[str]):
     if found is not None and file == OPEN_CLIP:
       if not isinstance(found.get('model_cfg'), dict):
         raise ConfigError(f'{file} beside {path} has no model_cfg. Mend it, or name the model.')
-      return open_clip.config_from_open_clip(found['model_cfg']), f'the model of {file}'
+      return _parsed(open_clip.config_from_open_clip, found['model_cfg'], path, file), f'the model of {file}'
     if found is not None and 'model_type' in found:  # else it is some other config.json
-      return huggingface.config_from_huggingface(found), f'the model of {file}'
+      return _parsed(huggingface.config_from_huggingface, found, path, file), f'the model of {file}'
   return None, ''
+
+
+def _parsed(parse: Callable, found: dict, path: str, file: str):
+  try:
+    return parse(found)
+  except ConfigError as error:
+    raise ConfigError(f'{os.path.join(os.path.dirname(path), file)}: {error}') from error
 
 
 def _beside(path: str, file: str) -> dict | None:
@@ -249,11 +281,22 @@ def open_model(weights: Weights) -> Model:
 
 def _tokenizer(config, folder: str) -> Callable[[Sequence[str], int], Array]:
   """Returns (texts, T) -> int32 [n, T]: CLIP's own tokenizer, or the model's, from its files in `folder`."""
-  if not config.text.tokenizer:
-    from clip_jax.data import tokenizer
-    return tokenizer.tokenize
-  from clip_jax.data import hf_tokenizer
-  return hf_tokenizer.load(folder, dict(config.text.tokenizer_kwargs))
+  if config.text.tokenizer:
+    from clip_jax.data import hf_tokenizer
+    tokenize = hf_tokenizer.load(folder, dict(config.text.tokenizer_kwargs))
+  else:
+    from clip_jax.data.tokenizer import tokenize
+
+  def known(texts: Sequence[str], context_length: int) -> Array:
+    tokens = tokenize(texts, context_length)
+    highest = int(tokens.max(initial=0))
+    if highest >= config.text.vocab_size:  # the tower would look up its last token instead
+      whose = f'in {folder!r}' if config.text.tokenizer else 'of CLIP'
+      raise InputError(f'The tokenizer {whose} gives token {highest}, and the model knows {config.text.vocab_size}. '
+                       'Put the tokenizer that it was trained with beside it.')
+    return tokens
+
+  return known
 
 
 @functools.lru_cache(maxsize=4)

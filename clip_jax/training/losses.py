@@ -5,6 +5,7 @@ gathers, and every sample meets all others of the global batch as negatives.
 """
 
 import jax
+from jax import lax
 import jax.numpy as jnp
 
 from clip_jax.core.types import Array
@@ -14,7 +15,7 @@ def normalize(
     x: Array,  # [..., E]
 ) -> Array:  # [..., E] float32, unit length (a zero vector stays zero)
   x = x.astype(jnp.float32)
-  return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-24))
+  return x * lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-24))
 
 
 def clip_loss(
@@ -25,9 +26,7 @@ def clip_loss(
 ) -> Array:  # [] float32
   """Mean of the two cross-entropies, image to text and text to image (Radford et al. 2021)."""
   del bias
-  if image.shape != text.shape or image.ndim != 2:
-    raise ValueError(f'image and text must both be [B, E], got {image.shape} and {text.shape}')
-  logits = scale * normalize(image) @ normalize(text).T  # [B, B]
+  logits = _logits(image, text, scale)  # [B, B]
   matched = jnp.diagonal(logits)
   to_text = jax.nn.logsumexp(logits, axis=1) - matched
   to_image = jax.nn.logsumexp(logits, axis=0) - matched
@@ -41,11 +40,16 @@ def siglip_loss(
     bias: Array,  # []: added to all logits, as most pairs do not match
 ) -> Array:  # [] float32
   """Each pair matches or does not, on its own: the sum over pairs, by image (Zhai et al. 2023)."""
-  if image.shape != text.shape or image.ndim != 2:
-    raise ValueError(f'image and text must both be [B, E], got {image.shape} and {text.shape}')
-  logits = scale * normalize(image) @ normalize(text).T + bias  # [B, B]
+  logits = _logits(image, text, scale) + bias  # [B, B]
   sign = 2 * jnp.eye(len(logits)) - 1
   return -jax.nn.log_sigmoid(sign * logits).sum() / len(logits)
+
+
+def _logits(image: Array, text: Array, scale: Array) -> Array:  # [B, E] twice, [] -> [B, B] float32
+  """Cosines times a scale of up to 100: in full float32, which GPUs and TPUs do only when asked."""
+  if image.shape != text.shape or image.ndim != 2:
+    raise ValueError(f'image and text must both be [B, E], got {image.shape} and {text.shape}')
+  return jnp.matmul(scale * normalize(image), normalize(text).T, precision=lax.Precision.HIGHEST)
 
 
 LOSSES = {'clip': clip_loss, 'siglip': siglip_loss}

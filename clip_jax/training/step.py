@@ -66,8 +66,8 @@ def steps(
 
   init's result depends on the seed only, not on the mesh. step's batch is dict(image [B, S, S, 3]
   uint8, text [B, T] int32 or packed) of global arrays; its schedule dict(peak float32, warmup_steps
-  int32, total_steps int32, seed uint32: of what training itself draws); its metrics are scalars: loss, logit_scale (the factor, not its logarithm)
-  and learning_rate, all of them as this update used them.
+  int32, total_steps int32, seed uint32: of what training itself draws); its metrics are scalars:
+  loss, logit_scale (the factor, not its logarithm) and learning_rate, as this update used them.
   """
   tx = optimizer.adamw(beta1=recipe.beta1, beta2=recipe.beta2, eps=recipe.eps,
                        weight_decay=recipe.weight_decay)
