@@ -110,7 +110,7 @@ def get_config() -> ml_collections.ConfigDict:
                                     # products) | 'blocks' (all but each block's input); saves memory on accelerators
                                     # (XLA's CPU compiler undoes it), changes speed only
   c.train.pack_captions = 'auto'    # several captions in a row of tokens, with the same features: 'always' | 'never' |
-                                    # 'auto' (where at most half of the tokens are left); changes speed only
+                                    # 'auto' (where it saves 15 % of the FLOPs or more); changes speed only
   c.train.fsdp = 1                  # devices that parameters are sharded over; the rest of the mesh is data
   c.train.save_every_steps = 1000   # a checkpoint so often; 0: by time only
   c.train.save_every_secs = 600.0   # and at least so often

@@ -110,7 +110,7 @@ def test_tokens_that_a_model_does_not_know_are_an_error():
     model.encode_text(['a cat'])
 
 
-def test_captions_are_packed_where_it_saves_half(data, tmp_path, capsys):
+def test_packed_captions_train_alike(data, tmp_path, capsys):
   seen = {}
   for pack in ('auto', 'always', 'never'):
     c = config(data, **{'train.pack_captions': pack, 'train.only': ('base/seed0',)})

@@ -179,7 +179,12 @@ def forward_flops(config: ConfigDict) -> float:
   """Returns the FLOPs of one image and its caption through both towers: 2 a weight and token, plus attention."""
   from clip_jax.stages import models
   a = models.architecture(config)
-  return image_flops(a) + _transformer_flops(a, 'text.', a.text, a.context_length)
+  return image_flops(a) + text_flops(a)
+
+
+def text_flops(a) -> float:
+  """Returns the FLOPs of one caption through the text tower of a CLIPConfig, all tokens of the context."""
+  return _transformer_flops(a, 'text.', a.text, a.context_length)
 
 
 def image_flops(a) -> float:

@@ -22,7 +22,7 @@ from clip_jax.stages import ingest
 from clip_jax.stages import layout
 from clip_jax.stages import prune
 
-PACKED_SHARE = 0.5  # of the tokens: what packing must leave at most
+PACKING_SAVES = 0.15  # of a step's FLOPs, at least, for captions to be packed
 VERSION = 2  # of a run's files; 2: a checkpoint says its model as open_clip's model_cfg
 
 
@@ -141,12 +141,13 @@ def _caption_groups(config: ConfigDict, data, architecture, folder: str) -> int:
   """Returns in how many groups a batch's captions are packed, one a device; 0: one caption a row.
 
   'auto' packs one batch's worth of the data's captions and looks how many tokens are left: a pure function of the
-  data, so that a run which goes on does as before. Above half, what packing costs (attention in full rows, a last
-  block that is not pooled, more shapes to compile) was measured to eat what it saves.
+  data, so that a run which goes on does as before. Where little is saved, what packing costs (attention in full rows,
+  a last block that is not pooled, more shapes to compile) was measured to eat it.
   """
   from clip_jax.data import packing
   from clip_jax.data import tokenizer
   from clip_jax.models import text
+  from clip_jax.stages import plan
   t = config.train
   devices = sharding.mesh(t.fsdp).size
   if t.pack_captions == 'never' or t.batch_size % devices:  # which the loop refuses
@@ -161,9 +162,11 @@ def _caption_groups(config: ConfigDict, data, architecture, folder: str) -> int:
   tokens = tokenizer.tokenize([data.caption(int(row)) for row in rows], architecture.context_length)
   packed = packing.pack(tokens, devices)['tokens']
   share = packed.size / tokens.size
-  if t.pack_captions == 'auto' and share > PACKED_SHARE:
+  saved = (1 - share) * plan.text_flops(architecture) / plan.forward_flops(config)
+  if t.pack_captions == 'auto' and saved < PACKING_SAVES:
     return 0
-  logging.info('%s: captions are packed, %.0f %% of the tokens of one caption a row.', folder, 100 * share)
+  logging.info('%s: captions are packed, %.0f %% of the tokens of one caption a row; %.0f %% of the FLOPs are saved.',
+               folder, 100 * share, 100 * saved)
   return devices
 
 
