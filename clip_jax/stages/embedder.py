@@ -155,8 +155,8 @@ def _train(config: ConfigDict, workdir: str, wanted: Product):
   """Trains a CLIP on all usable pool rows and the anchor, with its own seed."""
   from clip_jax.stages import train
   base = base_source(config, workdir)
-  result, _ = train.fit(config, workdir, 'embedder', base, seed=config.embedder.seed,
-                     samples=config.embedder.samples, wanted=wanted)
+  result, _ = train.fit(config, workdir, 'embedder', base, base, seed=config.embedder.seed,
+                        samples=config.embedder.samples, wanted=wanted)
   about = {'source': 'train', 'samples': config.embedder.samples, 'seed': config.embedder.seed,
            'of_base_rows': len(base), 'sha256': result.digest}
   return ['embedder/checkpoints', 'embedder/config.json', 'embedder/metrics.jsonl'], json.loads(json.dumps(about))

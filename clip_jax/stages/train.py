@@ -80,7 +80,7 @@ def _one(config: ConfigDict, workdir: str, split: str, seed: int, wanted: Produc
   samples = t.samples if t.budget == 'samples' else round(t.epochs * size)
   with products.lock(workdir, wanted.name):
     folder = layout.run_folder(split, seed)
-    result, replaced = fit(config, workdir, folder, data, seed=seed, samples=samples, wanted=wanted)
+    result, replaced = fit(config, workdir, folder, data, base, seed=seed, samples=samples, wanted=wanted)
     seen = result.step * t.batch_size
     last = metrics.read(os.path.join(workdir, folder, 'metrics.jsonl'))[-1]
     logging.info('%s: loss %.3f after %s samples (%.1f passes), %s images a second, %s.', folder, last['train/loss'],
@@ -92,8 +92,8 @@ def _one(config: ConfigDict, workdir: str, split: str, seed: int, wanted: Produc
                     counts)
 
 
-def fit(config: ConfigDict, workdir: str, folder: str, data, *, seed: int, samples: int, wanted: Product):
-  """Trains one model on a source of samples. Returns the loop's TrainResult and the images replaced.
+def fit(config: ConfigDict, workdir: str, folder: str, data, base, *, seed: int, samples: int, wanted: Product):
+  """Trains one model on a source of samples of `base`. Returns the loop's TrainResult and the images replaced.
 
   A run that was killed goes on from its last checkpoint. One that was begun with another config is
   an InputError that names the keys. Ctrl-C and SIGTERM end it after the step, state saved.
@@ -107,7 +107,7 @@ def fit(config: ConfigDict, workdir: str, folder: str, data, *, seed: int, sampl
   _begin(path, wanted, folder)
   architecture = models.architecture(config)
   functions = clip.functions(architecture, t.dtype, t.patch_dropout, t.remat)
-  groups = _caption_groups(config, data, architecture, folder)
+  groups = _caption_groups(config, base, architecture, folder)
   replaced: list[int] = []
 
   def on_replaced(index: int, reason: str) -> None:
@@ -137,12 +137,12 @@ def fit(config: ConfigDict, workdir: str, folder: str, data, *, seed: int, sampl
   return result, replaced
 
 
-def _caption_groups(config: ConfigDict, data, architecture, folder: str) -> int:
+def _caption_groups(config: ConfigDict, base, architecture, folder: str) -> int:
   """Returns in how many groups a batch's captions are packed, one a device; 0: one caption a row.
 
-  'auto' packs one batch's worth of the data's captions and looks how many tokens are left: a pure function of the
-  data, so that a run which goes on does as before. Where little is saved, what packing costs (attention in full rows,
-  a last block that is not pooled, more shapes to compile) was measured to eat it.
+  'auto' packs one batch's worth of the base set's captions and looks how many tokens are left: the same for all
+  splits, which then share their compiled code, and for a run which goes on. Where little is saved, what packing costs
+  (attention in full rows, a last block that is not pooled, more shapes to compile) was measured to eat it.
   """
   from clip_jax.data import packing
   from clip_jax.data import tokenizer
@@ -157,9 +157,9 @@ def _caption_groups(config: ConfigDict, data, architecture, folder: str) -> int:
       raise InputError('config.train.pack_captions=always: this text tower looks at all tokens, so its captions '
                        'cannot be packed. Choose auto or never.')
     return 0
-  rows = np.random.Generator(np.random.PCG64(0)).permutation(len(data))[:t.batch_size]
+  rows = np.random.Generator(np.random.PCG64(0)).permutation(len(base))[:t.batch_size]
   rows = rows[:max(len(rows) // devices, 1) * devices]
-  tokens = tokenizer.tokenize([data.caption(int(row)) for row in rows], architecture.context_length)
+  tokens = tokenizer.tokenize([base.caption(int(row)) for row in rows], architecture.context_length)
   packed = packing.pack(tokens, devices)['tokens']
   share = packed.size / tokens.size
   saved = (1 - share) * plan.text_flops(architecture) / plan.forward_flops(config)
