@@ -188,7 +188,7 @@ class Harmful:
 def test_files_of_torch_that_are_not_weights(tmp_path):
   path = tmp_path / 'a.pt'
   torch.save({'w': torch.zeros(2), 'more': Harmful()}, path)
-  with pytest.raises(InputError, match='cannot be read as weights of PyTorch'):
+  with pytest.raises(InputError, match='objects that would run code, which are not opened'):
     weights.read(path)
   for value in ([torch.zeros(1)], {'lr': 0.1}, {'state_dict': {'w': 3}}):
     torch.save(value, path)
@@ -197,7 +197,7 @@ def test_files_of_torch_that_are_not_weights(tmp_path):
   torch.save({'w': torch.zeros(1000)}, path)
   for content in (path.read_bytes()[:2000], b'', b'garbage'):
     path.write_bytes(content)
-    with pytest.raises(InputError, match='cannot be read as weights of PyTorch'):
+    with pytest.raises(InputError, match='cannot be read as weights of PyTorch|is damaged, or holds'):
       weights.read(path)
   torch.save({'w': torch.full((2,), float('nan'))}, path)
   with pytest.raises(InputError, match='the tensor w holds NaN'):
