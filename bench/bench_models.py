@@ -10,7 +10,6 @@ skips padding can pass 1). 'step' is forward, backward and AdamW. Without --peer
 """
 
 import argparse
-import dataclasses
 import json
 import os
 import statistics
@@ -26,6 +25,7 @@ from clip_jax.data import packing
 from clip_jax.models import clip
 from clip_jax.models import open_clip
 from clip_jax.models import zoo
+from clip_jax.stages import plan
 from clip_jax.training import step as training_step
 
 TINY = zoo.CLIPConfig(192, zoo.ViTConfig(64, 8, 192, 6, 3), zoo.TextConfig(77, 49_408, 192, 3, 6))
@@ -45,17 +45,6 @@ def captions(kind: str, batch: int, context_length: int) -> np.ndarray:  # [B, T
   text[np.arange(batch), length - 1] = 49_407
   text[:, 0] = 49_406
   return text
-
-
-def product_flops(config: zoo.CLIPConfig) -> float:
-  """Multiplications and additions of one sample's matrix products, forward, all tokens."""
-  def tower(tokens: int, c) -> float:
-    return c.layers * (tokens * (8 + 4 * c.mlp_ratio) * c.width ** 2 + 4 * tokens ** 2 * c.width)
-  v, t = config.vision, config.text
-  patches = (v.image_size // v.patch_size) ** 2
-  return (tower(patches + 1, v) + tower(t.context_length, t)
-          + 2 * patches * 3 * v.patch_size ** 2 * v.width
-          + 2 * config.embed_dim * (v.width + t.width))
 
 
 def ours(config: zoo.CLIPConfig, batch: int, work: str, dtype: str, text: dict | np.ndarray):
@@ -163,7 +152,7 @@ def main() -> None:
 
 def report(seconds: dict[str, list[float]], config: zoo.CLIPConfig, batch: int, flags) -> None:
   ceiling = 2 * CEILING ** 3 / min(seconds.pop('ceiling'))
-  flops = product_flops(config) * batch * (3 if flags.work == 'step' else 1)
+  flops = (plan.image_flops(config) + plan.text_flops(config)) * batch * (3 if flags.work == 'step' else 1)
   print(f'{flags.model}, batch {batch}, {flags.work}; float32 product {ceiling / 1e9:.0f} GFLOP/s, '
         f'{jax.devices()[0].device_kind}, {os.cpu_count()} cores')
   print(f'{"":28}{"s min":>8}{"med":>8}{"img/s":>8}{"of ceiling":>11}   x open_clip: float32, bfloat16')

@@ -213,3 +213,23 @@ def test_an_embedding_that_is_nan_names_its_image(data, tmp_path, monkeypatch):
   layout.forget()
   with pytest.raises(InputError, match=r'NaN for the image 00002 \(row 2\).*--redo=embedder'):
     embed.run(c, workdir)
+
+
+def test_a_size_that_no_memory_holds_is_a_sentence(capsys):
+  from clip_jax.core import command
+  assert command.guard(lambda: np.zeros(1 << 58)) == 1
+  said = capsys.readouterr().err
+  assert 'not enough memory' in said and 'Traceback' not in said
+
+
+def test_evaluate_needs_no_embedder(data, tmp_path, capsys):
+  from clip_jax.core import command
+  from clip_jax.stages import checkpoint
+  c = config(data, **{'train.only': ('base/seed0',)})
+  status, said = run(c, tmp_path / 'w', capsys, [*PREPARE, 'train'])
+  assert status == 0 and 'against 12 queries of 1 benchmarks' in said, said  # the class means are none
+  c.embedder.source, c.embedder.path = 'weights', 'elsewhere.safetensors'
+  assert command.guard(lambda: checkpoint.run(
+      c, str(tmp_path / 'w/train/base/seed0'), model='', benchmarks=None, output='', follow=False)) == 0
+  status, said = run(c, tmp_path / 'w', capsys)
+  assert status == 2 and "embedder.path='elsewhere.safetensors' is not there" in said

@@ -3,7 +3,6 @@
 The tokens were made by open_clip's HFTokenizer (3.3.0, with transformers 5.23) on the same folders.
 """
 
-import importlib.util
 import json
 import threading
 
@@ -13,9 +12,6 @@ import pytest
 from clip_jax.core.errors import ConfigError
 from clip_jax.core.errors import InputError
 from clip_jax.data import hf_tokenizer
-
-needs_tokenizers = pytest.mark.skipif(not importlib.util.find_spec('tokenizers'),
-                                      reason='the package tokenizers is not installed')
 
 
 def _added(*names):
@@ -126,7 +122,6 @@ def folder(tmp_path):
   return write
 
 
-@needs_tokenizers
 @pytest.mark.parametrize('case', GOLDEN)
 def test_tokens_are_open_clips(folder, case):
   name, kwargs, context_length = case
@@ -134,7 +129,6 @@ def test_tokens_are_open_clips(folder, case):
   assert tokens.dtype == np.int32 and tokens.tolist() == GOLDEN[case]
 
 
-@needs_tokenizers
 def test_pads_on_the_left_where_gemmas_class_or_the_config_says_so(folder):
   cat = hf_tokenizer.load(folder('t5'), {})(['cat'], 4)[0].tolist()
   assert cat == [6, 1, 1, 1]
@@ -144,13 +138,11 @@ def test_pads_on_the_left_where_gemmas_class_or_the_config_says_so(folder):
   assert hf_tokenizer.load(folder('t5', **config), {})(['cat'], 4)[0].tolist() == cat
 
 
-@needs_tokenizers
 def test_a_newer_config_names_all_tokens_itself(folder):
   tokenize = hf_tokenizer.load(folder('t5', added_tokens_decoder={}), {})
   assert tokenize(['cat'], 4)[0].tolist() == [6, 1, 0, 0]
 
 
-@needs_tokenizers
 def test_threads_may_ask_for_different_lengths(folder):
   tokenize = hf_tokenizer.load(folder('bert'), {})
   expected, wrong = {length: tokenize(TEXTS, length).tolist() for length in (4, 9)}, []
@@ -165,7 +157,6 @@ def test_threads_may_ask_for_different_lengths(folder):
   assert tokenize([], 5).shape == (0, 5)
 
 
-@needs_tokenizers
 def test_what_is_wrong_is_said(folder, tmp_path):
   with pytest.raises(ConfigError, match='language'):
     hf_tokenizer.load(folder('bert'), {'language': 'de'})

@@ -4,6 +4,7 @@ import math
 
 from flax import nnx
 import jax
+from jax._src.cudnn import fused_attention_stablehlo as cudnn
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -81,7 +82,6 @@ def test_the_fused_attention_is_the_same(shape):
     (50, 50, 12, 'bfloat16', False)])
 def test_cudnn_is_asked_for_what_jax_lets_it_train(monkeypatch, queries, keys, size, dtype, flash):
   """cuDNN's own check of the shapes runs where a gradient is traced: no GPU is needed for it."""
-  cudnn = pytest.importorskip('jax._src.cudnn.fused_attention_stablehlo')
   monkeypatch.setattr(cudnn, 'check_cudnn_version', lambda: 91_500)
   monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
   q, k = (jax.ShapeDtypeStruct((2, n, 2 * size), dtype) for n in (queries, keys))

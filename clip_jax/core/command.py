@@ -90,6 +90,10 @@ def guard(work: Callable[[], None]) -> int:
     _fail(f'{error.strerror or error} ({error.filename or "no file named"}). Check the path, its permissions and the '
           'disk, then run the same command again.')
     return 1
+  except MemoryError as error:  # from NumPy: what it could not allocate, and for which shape
+    _fail(f'This machine has not enough memory: {error or "an array did not fit"}. Is a size in the config, or in a '
+          'file beside the weights, far too large? What is done is saved.')
+    return 1
   except interrupts.Interrupted as signal:
     logging.info('Stopped by %s; what is done is saved. Run the same command again to go on.', signal)
     return signal.status

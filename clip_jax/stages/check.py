@@ -35,8 +35,6 @@ def check(config: ConfigDict) -> None:
     _name('splits', name)
     _split(config, name)
   _one_of('config.embedder.source', config.embedder.source, embedder.SOURCES)
-  if config.embedder.source == 'weights':
-    _weights(config)
   _one_of('config.search.backend', config.search.backend, ('exact', 'scann'))
   _one_of('config.engine.name', config.engine.name, ('local',))
   _one_of('config.preprocess.resize', config.preprocess.resize, ('shortest', 'squash'))
@@ -179,8 +177,13 @@ def _numbers(config: ConfigDict) -> None:
       raise ConfigError(f'config.{name}={config[block][key]} must lie in [{low}, {high}].')
 
 
-def _weights(config: ConfigDict) -> None:
-  """The weights of the embedder: a file of a kind that is read, and which model it holds."""
+def embedder_weights(config: ConfigDict) -> None:
+  """The embedder's weights, where it has any: a file of a kind that is read, and which model it holds.
+
+  Not a part of `check`: the evaluate command takes a config's benchmarks and needs no embedder.
+  """
+  if config.embedder.source != 'weights':
+    return
   from clip_jax.models import weights
   from clip_jax.stages import models
   path = embedder.weights_path(config)

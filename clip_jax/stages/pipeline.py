@@ -36,6 +36,7 @@ def run(config: ConfigDict, workdir: str | None, *, stages: list[str] | None, re
   names = _stage_names(stages)
   layout.forget()
   check.check(config)
+  check.embedder_weights(config)
   if not files.is_local(workdir):
     raise ConfigError(f'--workdir={workdir}: tables and embeddings are memory-mapped, so the work directory must be '
                       'a local folder. Sync it to the bucket afterwards.')
@@ -122,7 +123,8 @@ def forget(workdir: str, redo: str) -> None:
     raise ConfigError(f'--redo={redo!r} names nothing in {workdir}.'
                       f'{config_lib.nearest(target, [n for n in found if n.startswith(STAGES[stage])])}')
   files.write_json(path, {'redo': redo, 'removed': False})
-  for name in products.followers(workdir, named):
+  gone = products.followers(workdir, named)  # the named ones, too
+  for name in gone:
     products.forget(workdir, name)
     run_folder = os.path.dirname(os.path.join(workdir, name))
     if name.endswith('/run') and os.path.isdir(run_folder):
@@ -130,7 +132,7 @@ def forget(workdir: str, redo: str) -> None:
   if os.path.isdir(folder):
     shutil.rmtree(folder)  # also what was begun there and is not finished
   files.write_json(path, {'redo': redo, 'removed': True})
-  logging.info('redo: %s and what follows from it are removed (%d products).', target, len(named))
+  logging.info('redo: %s and what follows from it are removed (%d products).', target, len(gone))
 
 
 def _finished(workdir: str) -> dict[str, str]:

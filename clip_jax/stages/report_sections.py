@@ -322,7 +322,8 @@ def _settings(facts: Facts) -> list[tuple[str, str]]:
 def _embedder(facts: Facts) -> str:
   e, about = facts.config.embedder, report_data.embedder_about(facts.workdir)
   if e.source == 'weights':
-    return ', '.join(part for part in ('weights', about.get('name'), about.get('file')) if part)
+    seen = f'{about["image_size"]} pixels, E = {about["embed_dim"]}' if 'embed_dim' in about else ''
+    return ', '.join(part for part in ('weights', about.get('name'), about.get('file'), seen) if part)
   return f'{e.source}, seed {e.seed}'
 
 

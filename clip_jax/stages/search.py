@@ -114,7 +114,8 @@ def _search(config: ConfigDict, workdir: str, every, wanted: dict[str, set[int]]
     products.finish(workdir, product, [product.name + '.npz'], counts)
   if shards:
     logging.info('search: %s pool rows against %s queries of %d benchmarks.', f'{total:,}',
-                 f'{sum(len(t.ids) for t in opened.values()):,}', len(config.benchmarks))
+                 f'{sum(len(opened[name].ids) for name in config.benchmarks if name in opened):,}',
+                 len(config.benchmarks))
 
 
 def open_target(config: ConfigDict, workdir: str, name: str) -> Target:
