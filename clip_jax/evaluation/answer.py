@@ -35,7 +35,7 @@ def answer_sentence(
   if given[0].control != 'matched':
     mix = {'base': 'size and mix', 'random': 'mix'}[given[0].control]
     why = refused[0].reason if refused else 'there is no matched control'
-    caveat = f' (the {mix} of what was removed count too, as {why})'
+    caveat = f' (the {mix} of what was removed {"count" if " and " in mix else "counts"} too, as {why})'
   return (f'On {benchmark}, removing the pool images that are nearer to it than the anchor set '
           f'takes away {lead}{caveat}: {verdict}.{late}')
 
