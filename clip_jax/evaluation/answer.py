@@ -33,9 +33,10 @@ def answer_sentence(
   lead, verdict = ' and '.join(_lead(s) for s in reversed(given)), _verdict(given[0])
   caveat = ''
   if given[0].control != 'matched':
-    mix = {'base': 'size and mix', 'random': 'mix'}[given[0].control]
+    counts = {'base': 'size and mix of what was removed count',
+              'random': 'mix of what was removed counts'}[given[0].control]
     why = refused[0].reason if refused else 'there is no matched control'
-    caveat = f' (the {mix} of what was removed {"count" if " and " in mix else "counts"} too, as {why})'
+    caveat = f' (the {counts} too, as {why})'
   return (f'On {benchmark}, removing the pool images that are nearer to it than the anchor set '
           f'takes away {lead}{caveat}: {verdict}.{late}')
 
