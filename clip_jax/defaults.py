@@ -65,6 +65,7 @@ def get_config() -> ml_collections.ConfigDict:
 
   c.prune = ConfigDict()
   c.prune.check_queries = 200       # aligned splits: queries checked by brute force after pruning; 0: none
+  c.prune.export_key = ''           # exports and listed: the column that names a sample ('uid'); '': its key
   c.prune.duplicate_similarity = 0.0  # similarity from which a pair counts as a duplicate; 0: 1 - dedup.threshold
 
   # The model: an open_clip name, or the numbers themselves (name '').
@@ -116,7 +117,14 @@ def get_config() -> ml_collections.ConfigDict:
   c.train.save_every_secs = 600.0   # and at least so often
   c.train.keep_checkpoints = 2      # older ones are removed
   c.train.log_every_steps = 20
-  c.train.loader_threads = 2        # threads that read, decode and tokenise; changes speed only
+  c.train.order = 'global'          # an epoch is 'global': one shuffle of all samples | 'blocks': runs of 1,024
+                                    # samples in random order, shuffled within a window: for storage where random
+                                    # reads are slow, mixes less
+  c.train.shuffle_window = 8192     # 'blocks': samples shuffled together; the files of two windows are in memory
+  c.train.jpeg_shrink = 0.0         # 0: off. m >= 1: a JPEG is decoded at 1/2, 1/4 or 1/8 of its size where its crop
+                                    # then still is m times image_size: faster for large images, costs accuracy
+  c.train.loader_threads = 2        # threads that read, decode and tokenise, in each process; changes speed only
+  c.train.loader_processes = 0      # processes that do so beside this one, for many cores; changes speed only
   c.train.cache_mb = 1024           # decoded images kept in memory, megabytes; changes speed only
   c.train.tensorboard = False       # also write TensorBoard files (needs tensorboardX)
 
@@ -154,20 +162,24 @@ def get_config() -> ml_collections.ConfigDict:
 def dataset(**given) -> ml_collections.ConfigDict:
   """Returns a dataset block: where samples are, which of them count, and what they say."""
   c = ConfigDict()
-  c.format = ''                     # 'webdataset' | 'folder' | 'glyphs' (the drawn demo) | 'concat'
-  c.path = ''                       # files: a folder, a glob ('DIR/*.tar') or braces ('{00000..00009}.tar');
-                                    # glyphs: which set ('' = 'pool')
+  c.format = ''                     # 'webdataset' | 'parquet' | 'folder' | 'tfds' | 'array_record' | 'glyphs' (the
+                                    # drawn demo) | 'concat'
+  c.path = ''                       # files: a folder, a glob ('DIR/*.tar') or braces ('{00000..00009}.tar'), here or
+                                    # on gs:// or s3://; tfds: DIR/NAME/VERSION/SPLIT; glyphs: which set ('' = 'pool')
   c.sources = ConfigDict()          # 'concat': name -> dataset(...), in the order of their names
   c.where = ConfigDict()            # column -> value, or tuple of values: samples that count
   c.part = (0.0, 1.0)               # samples whose sha256(group) / 2^256 lies in [lo, hi)
   c.group_key = ''                  # json column that siblings share (one photo, one writer); '': the key
   c.group_pattern = ''              # regex that cuts the group out of it (its first group, else the whole match)
-  c.image_key = 'jpg;jpeg;png;webp' # endings of image members, in this order of preference
-  c.caption_key = 'txt'             # 'txt' | 'json:NAME'
+  c.image_key = 'jpg;jpeg;png;webp;image'  # endings of image members, or columns, in this order of preference
+  c.caption_key = 'txt;caption;text'  # a member's ending, a column or 'json:NAME', in this order of preference
+  c.sample_key = 'key;uid'          # parquet, tfds, array_record: the column of keys, in this order of preference;
+                                    # where there is none, the file's name and the row
   c.caption_template = ''           # '': the sample's own caption; else '{}' takes the class name
   c.caption_pattern = ''            # regex in captions, replaced by caption_replacement ...
   c.caption_replacement = ''
   c.caption_share = 0.0             # ... in this share of the samples, chosen by their keys
+  c.labels_file = ''                # folder: a file that says each image's class (a flat val/ with its ground truth)
   c.label_key = ''                  # json column with the class (number or name); folder: its folder name
   c.classes = ()                    # class names in label order; '' with folders: the folder names
   c.columns = ()                    # json columns kept in the index ('domain', ...), for joins and figures
@@ -186,7 +198,8 @@ def benchmark(**given) -> ml_collections.ConfigDict:
 def split(**given) -> ml_collections.ConfigDict:
   """Returns a split block: which rows of the base set a model is trained on."""
   c = ConfigDict()
-  c.rule = 'all'                    # all | anchor | pool_only | gap_aligned | near | far | random | matched
+  c.rule = 'all'                    # all | anchor | pool_only | gap_aligned | near | far | random | matched |
+                                    # listed (a subset file)
   c.benchmarks = ()                 # whose queries count (gap_aligned, near, far); several: their union, their max
   c.size = 0.0                      # near, far, random: rows kept; <= 1 a share of the candidates, > 1 a count
   c.size_of = ''                    # near, far, random: as many as that split keeps
@@ -195,4 +208,7 @@ def split(**given) -> ml_collections.ConfigDict:
   c.append_anchor = True            # add the anchor's rows
   c.seed = 0                        # random, matched: of the draw, together with the training seed
   c.seeds = ()                      # training seeds of this split; (): train.seeds
+  c.file = ''                       # listed: the samples, by key: DataComp's uid .npy, int64 .npy, or parquet of keys
+  c.export = ()                     # written beside the rows for other programs: 'datacomp' | 'keys' | 'clip_ood' |
+                                    # 'webdataset' (byte-exact tars) | 'array_record'
   return config_lib.fill(c, given, 'split')

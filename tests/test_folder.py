@@ -8,6 +8,7 @@ import pytest
 
 from clip_jax.core.errors import InputError
 from clip_jax.data import folder
+from clip_jax.data import listing
 from clip_jax.data import sources
 
 
@@ -19,8 +20,8 @@ def _image(path, value=0):
 
 
 def _scan(root, **rules):
-  files = sources.list_files('folder', str(root))
-  return sources.scan('folder', files, root=sources.root('folder', str(root)), **rules)
+  files = listing.list_files('folder', str(root))
+  return sources.scan('folder', files, root=listing.root('folder', str(root)), **rules)
 
 
 def _labels(root, **rules):

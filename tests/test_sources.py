@@ -10,6 +10,7 @@ import pytest
 
 from clip_jax.core.errors import ConfigError
 from clip_jax.core.errors import InputError
+from clip_jax.data import listing
 from clip_jax.data import sources
 
 PACS = os.path.join(os.path.dirname(__file__), '..', '..', 'shared', 'data', 'pacs')
@@ -32,7 +33,7 @@ def _tar(path, samples):
         info = tarfile.TarInfo(f'{key}.{ending}')
         info.size = len(data)
         tar.addfile(info, io.BytesIO(data))
-  file, = sources.list_files('webdataset', str(path))
+  file, = listing.list_files('webdataset', str(path))
   return file
 
 
@@ -54,7 +55,7 @@ def test_paths_are_listed_in_natural_order_and_braces_as_written(tmp_path):
     _touch(tmp_path / name)
 
   def names(path):
-    return [file.name for file in sources.list_files('webdataset', str(tmp_path / path))]
+    return [file.name for file in listing.list_files('webdataset', str(tmp_path / path))]
 
   assert names('') == names('*.tar') == names('s*.tar') == ['s1.tar', 's9.tar', 's10.tar']
   assert names('s{10..9}.tar') == names('s{10,9}.tar') == ['s10.tar', 's9.tar']
@@ -64,10 +65,10 @@ def test_paths_are_listed_in_natural_order_and_braces_as_written(tmp_path):
 
 
 def test_braces_keep_the_width_of_their_numbers():
-  assert sources._braces('/x/{008..010}-{a,b}') == [
+  assert listing._braces('/x/{008..010}-{a,b}') == [
       '/x/008-a', '/x/008-b', '/x/009-a', '/x/009-b', '/x/010-a', '/x/010-b']
-  assert sources._braces('/x/{1..2}') == ['/x/1', '/x/2']
-  assert sources._braces('/x/{odd}') == ['/x/{odd}']
+  assert listing._braces('/x/{1..2}') == ['/x/1', '/x/2']
+  assert listing._braces('/x/{odd}') == ['/x/{odd}']
 
 
 def test_paths_that_mean_nothing_are_errors(tmp_path):
@@ -75,23 +76,23 @@ def test_paths_that_mean_nothing_are_errors(tmp_path):
   (tmp_path / 'empty').mkdir()
   for path in ('nothing*.tar', 'missing.tar', '{0..1}.tar', 'empty'):
     with pytest.raises(InputError, match='matches no file'):
-      sources.list_files('webdataset', str(tmp_path / path))
+      listing.list_files('webdataset', str(tmp_path / path))
   with pytest.raises(InputError, match='more than once'):
-    sources.list_files('webdataset', str(tmp_path / '{0,0}.tar'))
+    listing.list_files('webdataset', str(tmp_path / '{0,0}.tar'))
   for path in ('empty', '0.tar', 'missing'):
     with pytest.raises(InputError):
-      sources.list_files('folder', str(tmp_path / path))
+      listing.list_files('folder', str(tmp_path / path))
   with pytest.raises(InputError, match='mount'):
-    sources.list_files('webdataset', 'gs://bucket/0.tar')
+    listing.list_files('webdataset', 'gs://bucket/0.tar')
   with pytest.raises(ConfigError, match="Did you mean 'webdataset'"):
-    sources.list_files('webdatasets', str(tmp_path))
+    listing.list_files('webdatasets', str(tmp_path))
   with pytest.raises(ConfigError):
     sources.scan('tarr', [])
 
 
 def test_a_literal_path_with_braces_and_stars_is_taken_as_it_is(tmp_path):
   _touch(tmp_path / 'we[i]{r,d}*.tar')
-  file, = sources.list_files('webdataset', str(tmp_path / 'we[i]{r,d}*.tar'))
+  file, = listing.list_files('webdataset', str(tmp_path / 'we[i]{r,d}*.tar'))
   assert file.name == 'we[i]{r,d}*.tar' and os.path.isabs(file.path)
 
 
@@ -230,7 +231,7 @@ def test_rules_that_cannot_be_followed_are_config_errors(tmp_path, rules):
 def test_pacs_sketches_share_the_group_of_their_photo():
   if not os.path.isdir(PACS):
     pytest.skip('the PACS files lie beside the repository only where it is developed')
-  files = sources.list_files('webdataset', PACS)
+  files = listing.list_files('webdataset', PACS)
   assert len(files) == 12
   rules = {'group_key': 'source', 'group_pattern': r'n\d{8}_\d+', 'label_key': 'label'}
   photos, sketches = ([record for file in files if domain in file.name for record in

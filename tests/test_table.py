@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from clip_jax.core.errors import InputError
+from clip_jax.data import reader
 from clip_jax.data import table
 
 _BYTES = np.random.default_rng(0).integers(0, 256, 100_000, np.uint8).tobytes()
@@ -30,7 +31,7 @@ def _dataset(directory, shards, classes=()):
   for i, (_, scan) in enumerate(shards):
     table.write_shard(str(directory), i, scan)
   counts = table.assemble(str(directory), [file for file, _ in shards], classes)
-  return table.Source(str(directory)), counts
+  return reader.Source(str(directory)), counts
 
 
 @pytest.fixture(name='source')
@@ -116,7 +117,7 @@ def test_columns_of_shards_that_differ_are_joined(tmp_path):
   assert column([[3, 4], [5, 6]])[:4].tolist() == [3, 4, 5, 6]
   assert column([['x', float('nan')]]).tolist() == ['x', None, None, None]
   with pytest.raises(InputError, match="no column 'other'"):
-    table.Source(str(tmp_path / 'index')).column('other')
+    reader.Source(str(tmp_path / 'index')).column('other')
 
 
 def test_shards_of_tars_and_folders_make_one_dataset(tmp_path):
@@ -155,7 +156,7 @@ def test_files_that_changed_are_named(tmp_path, source):
 
 
 def test_threads_and_pickles_read_the_same(tmp_path, monkeypatch):
-  monkeypatch.setattr(table, '_OPEN_FILES', 2)  # so that files are closed while others read
+  monkeypatch.setattr(reader, '_OPEN_FILES', 2)  # so that files are closed while others read
   shards = [_shard(tmp_path / f'{i}.tar', 20, 20 * i) for i in range(8)]
   source, _ = _dataset(tmp_path / 'index', shards)
   expected = list(source)

@@ -7,6 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 import pytest
 
+from clip_jax.data import storage
 from clip_jax.data import table
 from clip_jax.data import webdataset
 
@@ -42,7 +43,7 @@ def test_walk_equals_tarfile(tmp_path, format):
   path = _tar(tmp_path / 'x.tar', members, format)
   with tarfile.open(path) as tar:
     expected = [(member.name, member.offset_data, member.size) for member in tar]
-  assert list(webdataset._members(table.File(path))) == expected
+  assert list(webdataset._members(storage.File(path))) == expected
   assert len(expected) == len(names)
 
 

@@ -10,7 +10,8 @@ import itertools
 import os
 
 from clip_jax.core.errors import InputError
-from clip_jax.data.table import File
+from clip_jax.data.storage import File
+from clip_jax.data.storage import natural
 from clip_jax.data.table import Sample
 
 IMAGES = ('jpg', 'jpeg', 'png', 'webp', 'gif', 'bmp', 'tif', 'tiff', 'ppm')  # endings
@@ -32,6 +33,17 @@ def paths(root: str, inside: str = '', above: tuple[str, ...] = ()) -> Iterator[
         yield from paths(root, path, (*above, here))
       elif _split(entry.name)[1].lower() in IMAGES:
         yield path
+
+
+def find(root: str) -> list[str]:
+  """Returns the absolute path of every image file below a folder, in natural order."""
+  if not os.path.isdir(root):
+    raise InputError(f'{root!r} is no folder. Correct the path of the dataset.')
+  found = sorted(paths(root), key=natural)
+  if not found:
+    raise InputError(f'{root!r} holds no file that ends in {", ".join(IMAGES)}. Correct the path of '
+                     'the dataset.')
+  return [os.path.join(root, name) for name in found]
 
 
 def samples(root: str, names: Sequence[str]) -> tuple[list[Sample], list[dict[str, str]]]:

@@ -1,49 +1,31 @@
-"""Source files -> what is in them: which files a path means, and the samples of each that count.
+"""Source files -> the samples in them that count, and what each says: captions, labels, groups.
 
-In: webdataset tars or folders of images. Out: one `Scan` a shard, which table.py writes down. No
-image is decoded. To add a format, write one file like webdataset.py and name it in FORMATS.
+In: the files of one shard, of any format. Out: one `Scan`, which table.py writes down. No image is
+decoded.
 """
 
-import collections
 from collections.abc import Mapping, Sequence
 import dataclasses
-import glob
 import hashlib
-import itertools
 import json
 import operator
 import os
 import re
 from typing import Any
 
-from clip_jax.core.config import nearest
 from clip_jax.core.errors import ConfigError
 from clip_jax.core.errors import InputError
 from clip_jax.data import folder
+from clip_jax.data import formats
 from clip_jax.data import images
-from clip_jax.data import webdataset
+from clip_jax.data.storage import SourceFile
 from clip_jax.data.table import COLUMNS
 from clip_jax.data.table import Record
 from clip_jax.data.table import Sample
 from clip_jax.data.table import Scan
 
-FILES_A_SHARD = {'folder': 65_536}  # where a file is one sample; else a file is a shard
 _MOST_TEXT = 1 << 24         # bytes of a caption or json member; more is no text
 _HEADER = (1 << 14, 1 << 26)  # bytes read for an image's size: mostly enough; enough for any
-
-
-@dataclasses.dataclass(frozen=True)
-class SourceFile:
-  """One file of a dataset, as it was when it was listed."""
-  path: str     # absolute
-  name: str     # relative to the fixed folder of the pattern that found it
-  size: int     # bytes
-  mtime: float  # seconds
-
-  @property
-  def stamp(self) -> str:
-    """What tells this file from another state of it, without reading it."""
-    return f'{self.size} {self.mtime}'
 
 
 class _Skip(Exception):
@@ -66,36 +48,6 @@ class _Rules:
   folders: tuple[str, ...]
   columns: tuple[str, ...]
   require_caption: bool
-
-
-def list_files(format: str, path: str) -> list[SourceFile]:
-  """Returns the files of a dataset in order: natural order, braces as they are written.
-
-  path: a file, a glob, braces ('{00000..00009}.tar', '{a,b}/*.tar') or a folder of tars; for format
-  'folder' the folder of images. Raises InputError where it, or a file that braces name, is missing.
-  """
-  _check_format(format)
-  if not path or '://' in path:
-    raise InputError(f'path={path!r} is not on this machine, and samples are read at random places '
-                     'of their files. Give a local or mounted path.')
-  path = os.path.abspath(os.path.expanduser(path))
-  if format == 'folder':
-    found = _images(path)
-  else:
-    found = [file for pattern in _braces(path) for file in _matches(pattern)]
-  if len(set(found)) < len(found):
-    twice = next(file for file, count in collections.Counter(found).items() if count > 1)
-    raise InputError(f'{path!r} means {twice} more than once. Correct the path of the dataset.')
-  fixed = path if os.path.isdir(path) else os.path.dirname(
-      path if os.path.exists(path) else re.split(r'[*?\[{]', path)[0])
-  stats = map(os.stat, found)
-  return [SourceFile(file, os.path.relpath(file, fixed), stat.st_size, stat.st_mtime)
-          for file, stat in zip(found, stats, strict=True)]
-
-
-def root(format: str, path: str) -> str:
-  """Returns the folder from which the paths of images start, '' where images are not files."""
-  return os.path.abspath(os.path.expanduser(path)) if format == 'folder' else ''
 
 
 def folder_classes(path: str) -> tuple[str, ...]:
@@ -124,7 +76,7 @@ def scan(format: str, files: SourceFile | Sequence[SourceFile], *, root: str = '
   label_key: of a number, or a name among `classes`; without it, a folder's class is its folder. A
   sample without a label has -1. Raises ConfigError for a bad regex or column name.
   """
-  _check_format(format)
+  found_by = formats.get(format)
   if taken := set(columns) & set(COLUMNS):
     raise ConfigError(f'columns names {min(taken)!r}, which every index has already: leave it out.')
   rules = _Rules(
@@ -139,7 +91,8 @@ def scan(format: str, files: SourceFile | Sequence[SourceFile], *, root: str = '
       folders=folder.classes(root) if root and not label_key else (),
       columns=tuple(columns), require_caption=require_caption)
   try:
-    samples, skipped = FORMATS[format]([files] if isinstance(files, SourceFile) else files, root)
+    samples, skipped = found_by.samples([files] if isinstance(files, SourceFile) else files, root,
+                                        rules.image_endings)
   except OSError as error:
     raise InputError(f'A source file cannot be read: {error}. Put it back, or correct the path of '
                      'the dataset.') from error
@@ -160,7 +113,7 @@ def scan(format: str, files: SourceFile | Sequence[SourceFile], *, root: str = '
 
 def _record(sample: Sample, rules: _Rules) -> Record | None:
   """Returns a sample's row, None where it is not asked for. Raises _Skip where it is of no use."""
-  fields = {**({'folder': sample.folder} if sample.path else {}), **_json(sample)}
+  fields = {**({'folder': sample.folder} if sample.path else {}), **_json(sample), **sample.fields}
   for name, allowed in rules.where.items():
     value = _value(sample, fields, name)
     if value is None:
@@ -290,67 +243,3 @@ def _regex(pattern: str, replacement: str = '') -> re.Pattern:
   except (re.error, IndexError) as error:
     raise ConfigError(f'The regular expression {pattern!r}, replaced by {replacement!r}, is wrong: '
                       f'{error}. Correct it.') from error
-
-
-def _check_format(format: str) -> None:
-  if format not in FORMATS:
-    raise ConfigError(f'format={format!r} is unknown.{nearest(format, FORMATS)}')
-
-
-def _images(path: str) -> list[str]:
-  if not os.path.isdir(path):
-    raise InputError(f'{path!r} is no folder. Correct the path of the dataset.')
-  found = sorted(folder.paths(path), key=_natural)
-  if not found:
-    raise InputError(f'{path!r} holds no file that ends in {", ".join(folder.IMAGES)}. Correct the '
-                     'path of the dataset.')
-  return [os.path.join(path, name) for name in found]
-
-
-def _matches(path: str) -> list[str]:
-  """Returns the files that a path, or a glob, means."""
-  if os.path.isfile(path):
-    return [path]
-  pattern = os.path.join(glob.escape(path), '*.tar') if os.path.isdir(path) else path
-  found = sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True)), key=_natural)
-  if not found:
-    raise InputError(f'{pattern!r} matches no file. Correct the path of the dataset.')
-  return found
-
-
-def _braces(path: str) -> list[str]:
-  """Returns the paths that braces stand for, in the order in which a shell writes them."""
-  if os.path.exists(path):
-    return [path]
-  parts = re.split(r'\{([^{}]*)\}', path)  # what is in braces comes at odd places
-  return [''.join(choice) for choice in itertools.product(
-      *(_options(part) if i % 2 else [part] for i, part in enumerate(parts)))]
-
-
-def _options(text: str) -> list[str]:
-  ends = re.fullmatch(r'([0-9]+)\.\.([0-9]+)', text)
-  if not ends:
-    return text.split(',') if ',' in text else ['{' + text + '}']
-  first, last = int(ends[1]), int(ends[2])
-  width = max(map(len, ends.groups())) if any(end[0] == '0' for end in ends.groups()) else 0
-  step = 1 if last >= first else -1
-  return [f'{number:0{width}d}' for number in range(first, last + step, step)]
-
-
-def _natural(path: str) -> tuple:
-  """Sorts the numbers in paths as numbers, folder by folder."""
-  parts = [re.split(r'([0-9]+)', part) for part in path.split(os.sep)]
-  return [[int(piece) if i % 2 else piece for i, piece in enumerate(part)] for part in parts], path
-
-
-def _tar(files: Sequence[SourceFile], root: str) -> tuple[list[Sample], list[dict[str, str]]]:
-  del root
-  file, = files
-  return webdataset.samples(file.path, file.name)
-
-
-def _folder(files: Sequence[SourceFile], root: str) -> tuple[list[Sample], list[dict[str, str]]]:
-  return folder.samples(root, [file.name for file in files])
-
-
-FORMATS = {'webdataset': _tar, 'folder': _folder}

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import functools
 import re
 
-from clip_jax.data.table import File
+from clip_jax.data.storage import File
 from clip_jax.data.table import Sample
 
 _BLOCK = 512           # bytes

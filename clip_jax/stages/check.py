@@ -10,13 +10,13 @@ from ml_collections import ConfigDict
 from clip_jax import defaults
 from clip_jax.core import config as config_lib
 from clip_jax.core.errors import ConfigError
-from clip_jax.data import sources
+from clip_jax.data import formats
 from clip_jax.pruning import rules
 from clip_jax.stages import embedder
 from clip_jax.stages import layout
 
 NAME = re.compile(r'[A-Za-z0-9][A-Za-z0-9_-]*')
-FORMATS = (*sources.FORMATS, 'glyphs', 'concat')
+FORMATS = (*formats.FORMATS, 'glyphs', 'concat')
 
 
 def check(config: ConfigDict) -> None:

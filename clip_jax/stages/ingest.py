@@ -16,7 +16,10 @@ from clip_jax.core import files
 from clip_jax.core import products
 from clip_jax.core.errors import InputError
 from clip_jax.core.products import Product
+from clip_jax.data import formats
+from clip_jax.data import listing
 from clip_jax.data import sources
+from clip_jax.data import storage
 from clip_jax.data import table
 from clip_jax.stages import layout
 
@@ -32,7 +35,7 @@ class Shard:
   block: ConfigDict         # of the one source that it comes from (never a 'concat')
   prefix: str               # 'name/' of that source in a concat, else ''
   root: str                 # the folder that relative paths start from
-  files: tuple[sources.SourceFile, ...]
+  files: tuple[storage.SourceFile, ...]
 
 
 def glyph_tars(config: ConfigDict) -> Product:
@@ -53,18 +56,18 @@ def shards(config: ConfigDict, workdir: str, dataset: str) -> list[Shard]:
     if block.format == 'glyphs':
       files_ = [_glyph_tar(workdir, block.path)]
     else:
-      files_ = sources.list_files(block.format, os.path.expanduser(block.path))
-    size = sources.FILES_A_SHARD.get(block.format, 1)
+      files_ = listing.list_files(block.format, os.path.expanduser(block.path))
+    size = formats.get(block.format).files_a_shard if block.format != 'glyphs' else 1
     for start in range(0, len(files_), size):
-      found.append(Shard(len(found), block, prefix, sources.root(block.format, block.path),
+      found.append(Shard(len(found), block, prefix, listing.root(block.format, block.path),
                          tuple(files_[start:start + size])))
   return found
 
 
-def _glyph_tar(workdir: str, which: str) -> sources.SourceFile:
+def _glyph_tar(workdir: str, which: str) -> storage.SourceFile:
   """Returns the tar of one drawn set, whether it is drawn already or not: it counts by its product."""
   name = f'{which or layout.POOL}-00000.tar'
-  return sources.SourceFile(os.path.join(workdir, 'ingest', layout.GLYPHS, name), name, 0, 0.0)
+  return storage.SourceFile(os.path.join(workdir, 'ingest', layout.GLYPHS, name), name, 0, 0.0)
 
 
 @layout.remembered
@@ -184,7 +187,8 @@ def _classes(block: ConfigDict) -> tuple[str, ...]:
 def _location(shard: Shard) -> dict:
   """Returns what the row table must know to read a shard's samples again."""
   form = 'webdataset' if shard.block.format == 'glyphs' else shard.block.format
-  return {'format': form, 'root': shard.root, 'path': shard.files[0].path if form == 'webdataset' else ''}
+  path = '' if formats.get(form).rooted else shard.files[0].path
+  return {'format': form, 'root': shard.root, 'path': path, 'image_key': shard.block.image_key}
 
 
 def _keys(block: ConfigDict, dataset: str) -> dict:

@@ -87,12 +87,12 @@ def run_folder(split: str, seed: int) -> str:
 
 def source(workdir: str, dataset: str):
   """Opens a dataset that was ingested: a Grain random access source of its samples."""
-  from clip_jax.data import table
+  from clip_jax.data import reader
   folder = os.path.join(workdir, 'ingest', dataset)
   if not os.path.exists(os.path.join(folder, 'table.npy')):
     raise InputError(f'{dataset} was not ingested yet in {workdir}: run without --stages, or add '
                      '`ingest` to them.')
-  return table.Source(folder)
+  return reader.Source(folder)
 
 
 def embeddings(workdir: str, dataset: str):

@@ -1,0 +1,56 @@
+"""The source formats: how the samples of a file are found, and how an image is read again.
+
+To add a format, write one file like webdataset.py and name it in FORMATS.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+import dataclasses
+from typing import Protocol
+
+from clip_jax.core.config import nearest
+from clip_jax.core.errors import ConfigError
+from clip_jax.data import folder
+from clip_jax.data import storage
+from clip_jax.data import webdataset
+from clip_jax.data.storage import SourceFile
+from clip_jax.data.table import Sample
+
+
+class Reader(Protocol):
+  """An open source file. Threads may read at once; closed when nobody holds it any more."""
+
+  def read(self, offset: int, length: int) -> bytes:
+    """Returns the bytes of an image, given the `offset` and the `length` of its row in the table."""
+    ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+  """What sources.scan, listing.list_files and reader.Source must know of a format."""
+  # (files of one shard, root, image_key's names in order) -> its samples, and {'key', 'reason'} of
+  # what is no sample, which is complete when the samples are exhausted.
+  samples: Callable[[Sequence[SourceFile], str, Sequence[str]],
+                    tuple[Iterable[Sample], list[dict[str, str]]]]
+  # Of one shard, as it stands in files.json: {'format', 'root', 'path', 'image_key'}.
+  open: Callable[[Mapping[str, str]], Reader]
+  patterns: tuple[str, ...]    # globs of its files in a folder
+  find: Callable[[str], list[str]] | None = None  # path -> its files, where globs do not say them
+  files_a_shard: int = 1       # 65,536 where a file is one sample; else a file is a shard
+  rooted: bool = False         # images are named by paths below a root
+
+
+def get(name: str) -> Format:
+  """Returns a format by its name; raises ConfigError for an unknown one."""
+  if name not in FORMATS:
+    raise ConfigError(f'format={name!r} is unknown.{nearest(name, FORMATS)}')
+  return FORMATS[name]
+
+
+FORMATS = {
+    'webdataset': Format(
+        lambda files, root, image_endings: webdataset.samples(files[0].path, files[0].name),
+        lambda where: storage.open_file(where['path']), ('*.tar',)),
+    'folder': Format(
+        lambda files, root, image_endings: folder.samples(root, [file.name for file in files]),
+        lambda where: storage.open_file(where['path']), (), folder.find, 65_536, True),
+}

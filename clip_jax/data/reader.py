@@ -1,0 +1,167 @@
+"""A dataset that was indexed, read at random: rows of its table -> images and captions.
+
+In: the dataset's folder as table.assemble leaves it, and the source files where they lie.
+"""
+
+import collections
+import functools
+import mmap
+import operator
+import os
+from typing import Any
+
+import numpy as np
+
+from clip_jax.core import files
+from clip_jax.core.errors import InputError
+from clip_jax.core.types import Array
+from clip_jax.data import formats
+from clip_jax.data.table import read_columns
+
+_OPEN_FILES = 128  # source files that one Source keeps open
+
+
+class Source:
+  """A dataset on disk, read at random: a Grain RandomAccessDataSource.
+
+  Any number of threads may read. A pickle holds the folder's name only. The table and the captions
+  are memory-mapped; at most _OPEN_FILES source files are open.
+  """
+
+  def __init__(self, directory: str):
+    self._directory = os.fspath(directory)
+    self._opened = functools.lru_cache(_OPEN_FILES)(self._open)
+
+  def __reduce__(self):
+    return Source, (self._directory,)
+
+  def __len__(self) -> int:
+    return len(self._table)
+
+  def __getitem__(self, row: int) -> dict[str, Any]:
+    """Returns dict(image: the bytes of the file, caption: str, label: int, -1 for none)."""
+    shard, offset, length, caption_offset, caption_length, label = self._row(row)
+    return {'image': self._image(row, shard, offset, length), 'label': label,
+            'caption': self._captions[caption_offset:caption_offset + caption_length].decode()}
+
+  def caption(self, row: int) -> str:
+    """Returns the caption of a row without reading its image."""
+    _, _, _, offset, length, _ = self._row(row)
+    return self._captions[offset:offset + length].decode()
+
+  @property
+  def labels(self) -> Array:  # [n] int32
+    return np.ascontiguousarray(self._table['label'])
+
+  @property
+  def caption_lengths(self) -> Array:  # [n] int32, bytes of UTF-8
+    return np.ascontiguousarray(self._table['caption_length'])
+
+  @functools.cached_property
+  def starts(self) -> Array:  # [shards + 1] int64
+    return np.load(os.path.join(self._directory, 'starts.npy'))
+
+  @property
+  def classes(self) -> tuple[str, ...]:
+    """The class names in label order, () where none are known."""
+    return tuple(self._files['classes'])
+
+  def column(self, name: str) -> Array:  # [n]
+    """Returns a column of the index: numbers (NaN for none), or objects, str (None for none)."""
+    import pyarrow as pa
+    parts = [read_columns(self._directory, shard, [name]) for shard in range(len(self._files['shards']))]
+    if not any(part.column_names for part in parts):
+      raise InputError(f'{self._directory} has no column {name!r}: name it in the `columns` of the '
+                       'dataset.')
+    parts = [part[name] if part.column_names else pa.chunked_array([pa.nulls(part.num_rows)])
+             for part in parts]
+    kinds = {part.type for part in parts} - {pa.null()}  # shards without a value have no type
+    if len(kinds) != 1:
+      kinds = {pa.float64() if kinds == {pa.int64(), pa.float64()} else pa.string()}
+    kind, = kinds
+    column = pa.chunked_array([chunk for part in parts for chunk in part.cast(kind).chunks], kind)
+    if kind != pa.string():
+      return column.to_numpy()
+    codes = column.combine_chunks().dictionary_encode()  # equal texts share one str
+    words = np.array([*codes.dictionary.to_pylist(), None], object)
+    return words[codes.indices.fill_null(len(words) - 1).to_numpy(zero_copy_only=False)]
+
+  def same_samples(self, other: 'Source') -> Array:  # [n] bool
+    """Returns which rows are a sample of `other` too: the same bytes of the same file."""
+    theirs = collections.defaultdict(list)
+    for shard in range(len(other.starts) - 1):
+      path, places = other._places(shard)
+      theirs[path].append(places)
+    mask = np.zeros(len(self), bool)
+    for shard in range(len(self.starts) - 1):
+      path, places = self._places(shard)
+      if path in theirs:
+        rows = slice(self.starts[shard], self.starts[shard + 1])
+        mask[rows] = np.isin(places, np.concatenate(theirs[path]))
+    return mask
+
+  def _places(self, shard: int) -> tuple[str, Array]:
+    """Returns a shard's file, or folder, and where its samples are in it: offsets, or paths."""
+    where = self._files['shards'][shard]
+    if not where['path']:
+      rows = range(int(self.starts[shard]), int(self.starts[shard + 1]))
+      return where['root'], np.array(list(map(self._path, rows)), np.str_)
+    return where['path'], self._table['offset'][self.starts[shard]:self.starts[shard + 1]]
+
+  def _row(self, row: int) -> tuple[int, int, int, int, int, int]:
+    row = operator.index(row)
+    if not 0 <= row < len(self._table):
+      raise IndexError(f'row {row} of {len(self._table)} in {self._directory}')
+    return self._table[row].item()
+
+  def _image(self, row: int, shard: int, offset: int, length: int) -> bytes:
+    where = self._files['shards'][shard]
+    path = where['path']
+    try:
+      if path:
+        data = self._opened(shard).read(offset, length)
+      else:
+        path = os.path.join(where['root'], self._path(row))
+        data = formats.get(where['format']).open({**where, 'path': path}).read(offset, length)
+    except OSError as error:
+      raise InputError(f'{path} cannot be read any more ({error.strerror}). Put it back, or index '
+                       'again with --redo=ingest.') from error
+    if len(data) != length:
+      raise InputError(f'{path} ends at byte {offset + len(data)}, inside a sample: it is not the '
+                       'file that was indexed. Put that back, or index again with --redo=ingest.')
+    return data
+
+  def _open(self, shard: int) -> formats.Reader:
+    where = self._files['shards'][shard]
+    return formats.get(where['format']).open(where)
+
+  @functools.cached_property
+  def _table(self) -> Array:  # [n] TABLE_DTYPE
+    table = np.load(os.path.join(self._directory, 'table.npy'), mmap_mode='r')
+    return table.view(np.ndarray)  # a plain view of the map: np.memmap's own indexing is slow
+
+  @functools.cached_property
+  def _captions(self) -> mmap.mmap | bytes:
+    return _mapped(os.path.join(self._directory, 'captions.bin'))
+
+  @functools.cached_property
+  def _files(self) -> dict[str, Any]:
+    return files.read_json(os.path.join(self._directory, 'files.json'))
+
+  @functools.cached_property
+  def _paths(self) -> tuple[Array, mmap.mmap | bytes]:
+    """Returns where each row's path ends in the text of all paths, and that text."""
+    ends = np.load(os.path.join(self._directory, 'path_ends.npy'), mmap_mode='r').view(np.ndarray)
+    return ends, _mapped(os.path.join(self._directory, 'paths.bin'))
+
+  def _path(self, row: int) -> str:
+    """Returns the path of a row's image, relative to its root."""
+    ends, text = self._paths
+    return text[int(ends[row - 1]) if row else 0:int(ends[row])].decode()
+
+
+def _mapped(path: str) -> mmap.mmap | bytes:
+  with open(path, 'rb') as f:
+    if not os.fstat(f.fileno()).st_size:
+      return b''  # an empty file cannot be mapped
+    return mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
