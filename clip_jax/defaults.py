@@ -125,7 +125,8 @@ def get_config() -> ml_collections.ConfigDict:
                                     # then still is m times image_size: faster for large images, costs accuracy
   c.train.loader_threads = 2        # threads that read, decode and tokenise, in each process; changes speed only
   c.train.loader_processes = 0      # processes that do so beside this one, for many cores; changes speed only
-  c.train.cache_mb = 1024           # decoded images kept in memory, megabytes; changes speed only
+  c.train.cache_mb = 1024           # decoded images kept in memory, megabytes; changes speed only (none are kept
+                                    # with jpeg_shrink)
   c.train.tensorboard = False       # also write TensorBoard files (needs tensorboardX)
 
   c.evaluate = ConfigDict()

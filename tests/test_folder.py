@@ -1,6 +1,7 @@
 import io
 import json
 import os
+import subprocess
 
 import numpy as np
 from PIL import Image
@@ -24,10 +25,6 @@ def _scan(root, **rules):
   return sources.scan('folder', files, root=listing.root('folder', str(root)), **rules)
 
 
-def _labels(root, **rules):
-  return {r.path: r.label for r in _scan(root, require_caption=False, **rules).records}
-
-
 def test_every_image_is_a_sample_in_natural_order(tmp_path):
   for name in ('dog/10.png', 'dog/9.PNG', 'cat/sub/1.jpeg', 'dog/a.t', '.no/1.png', 'cat/._1.png'):
     _image(tmp_path / name)
@@ -36,36 +33,6 @@ def test_every_image_is_a_sample_in_natural_order(tmp_path):
   assert [r.caption for r in scan.records] == ['a cat', 'a dog', 'a dog']
   assert all((r.offset, r.width, r.height) == (0, 6, 4) for r in scan.records)
   assert all(r.length == os.path.getsize(tmp_path / r.path) for r in scan.records)
-
-
-def test_labels_are_class_places_numbers_or_ranks(tmp_path):
-  for name in ('n02', 'n01', 'n10', 'empty_has_no_rank/.x'):
-    _image(tmp_path / 'wnid' / name / 'a.png')
-  for name in ('0', '2', '10'):
-    _image(tmp_path / 'number' / name / 'a.png')
-  ranks = {'n01/a.png': 0, 'n02/a.png': 1, 'n10/a.png': 2}
-  assert _labels(tmp_path / 'wnid') == _labels(tmp_path / 'wnid', classes=('x', 'y', 'z')) == ranks
-  assert _labels(tmp_path / 'wnid', classes=('n10', 'n02', 'n01')) == {
-      'n01/a.png': 2, 'n02/a.png': 1, 'n10/a.png': 0}
-  assert _labels(tmp_path / 'number') == {'0/a.png': 0, '2/a.png': 2, '10/a.png': 10}
-  assert sources.folder_classes(str(tmp_path / 'wnid')) == ('n01', 'n02', 'n10')
-  assert sources.folder_classes(str(tmp_path / 'number')) == tuple(map(str, range(11)))
-  for kind in ('wnid', 'number'):  # the class names found there give the same labels
-    assert _labels(tmp_path / kind) == _labels(
-        tmp_path / kind, classes=sources.folder_classes(str(tmp_path / kind)))
-  assert list(_labels(tmp_path).values()) == [0, 0, 0, 1, 1, 1]
-  assert _labels(tmp_path / 'wnid' / 'n01') == {'a.png': -1}
-
-
-def test_labels_that_cannot_be_told_are_never_guessed(tmp_path):
-  for name in ('n01', 'n02'):
-    _image(tmp_path / name / 'a.png')
-  with pytest.raises(InputError, match='None of 1000 classes'):
-    _labels(tmp_path, classes=[f'class {i}' for i in range(1000)])
-  scan = _scan(tmp_path, classes=('n02', 'other'), require_caption=False)
-  assert [r.label for r in scan.records] == [0]
-  assert scan.skipped == [{'key': 'n01/a.png', 'reason': 'bad label'}]
-  assert folder.label('7', ('0', '7'), ()) == 7 and folder.label('20240101', ('20240101',), ()) == 0
 
 
 def test_files_beside_an_image_belong_to_it(tmp_path):
@@ -84,9 +51,68 @@ def test_files_beside_an_image_belong_to_it(tmp_path):
 def test_links_to_a_folder_above_end_and_names_that_are_no_text_are_listed(tmp_path):
   _image(tmp_path / 'a' / '1.png')
   os.symlink(tmp_path, tmp_path / 'a' / 'loop')
+  os.symlink('self', tmp_path / 'a' / 'self')
   os.symlink(tmp_path / 'a' / '1.png', tmp_path / 'a' / '2.png')
   odd = os.fsencode(tmp_path / 'a') + b'/\xff.png'
   os.link(tmp_path / 'a' / '1.png', odd)
+  os.mkdir(os.fsencode(tmp_path) + b'/\xfe')
+  os.link(tmp_path / 'a' / '1.png', os.fsencode(tmp_path) + b'/\xfe/1.png')
   scan = _scan(tmp_path, require_caption=False)
   assert [r.path for r in scan.records] == ['a/1.png', 'a/2.png']
-  assert scan.skipped == [{'key': 'a/\\xff.png', 'reason': 'name is not UTF-8'}]
+  assert [r.label for r in scan.records] == [0, 0]
+  assert sorted(entry['key'] for entry in scan.skipped) == ['\\xfe/1.png', 'a/\\xff.png']
+  assert {entry['reason'] for entry in scan.skipped} == {'name is not UTF-8'}
+
+
+def test_what_is_no_file_is_no_image_and_a_broken_link_is_listed(tmp_path):
+  _image(tmp_path / 'a' / '1.png')
+  os.mkfifo(tmp_path / 'a' / 'pipe.png')  # opening it would wait for ever
+  _image(tmp_path / 'a' / 'folder.png' / '2.png')
+  os.symlink('nowhere.png', tmp_path / 'a' / 'broken.png')
+  os.symlink('self.png', tmp_path / 'a' / 'self.png')
+  names = ['a/1.png', 'a/broken.png', 'a/folder.png/2.png', 'a/self.png']
+  assert sorted(folder.paths(str(tmp_path))) == names
+  found, skipped = folder.samples(str(tmp_path), names)
+  assert [sample.key for sample in found] == ['a/1.png', 'a/folder.png/2.png']
+  assert skipped == [{'key': f'a/{name}.png', 'reason': 'file cannot be read'} for name in ('broken', 'self')]
+
+
+def test_folders_in_one_another_without_end_and_odd_names(tmp_path):
+  here = os.open(tmp_path, os.O_RDONLY)
+  deep = [here]
+  for _ in range(1100):  # deeper than Python may recurse
+    os.mkdir('d', dir_fd=deep[-1])
+    deep.append(os.open('d', os.O_RDONLY, dir_fd=deep.pop()))
+  os.close(os.open('1.png', os.O_CREAT, dir_fd=deep[-1]))
+  os.close(deep[-1])
+  _image(tmp_path / 'new\nline' / '2\n.PNG')
+  assert set(folder.paths(str(tmp_path))) == {'d/' * 1100 + '1.png', 'new\nline/2\n.PNG'}
+  assert folder.class_folders(str(tmp_path)) == ('d', 'new\nline')
+  subprocess.run(['rm', '-rf', tmp_path / 'd'], check=True)  # pytest's own removal recurses
+
+
+def test_a_folder_that_cannot_be_listed_is_said(tmp_path, monkeypatch):
+  _image(tmp_path / 'a' / '1.png')
+  scandir = os.scandir
+
+  def forbidden(path):
+    if os.path.basename(path) == 'a':
+      raise PermissionError(13, 'Permission denied')
+    return scandir(path)
+  monkeypatch.setattr(os, 'scandir', forbidden)
+  with pytest.raises(InputError, match="/a' cannot be listed .Permission denied"):
+    folder.find(str(tmp_path))
+
+
+def test_class_folders_hold_an_image(tmp_path):
+  for name in ('b/x/1.png', 'a/1.JPG', '.c/1.png', 'd/.1.png', 'e/1.txt', 'top.png'):
+    _image(tmp_path / name)
+  (tmp_path / 'empty').mkdir()
+  assert folder.class_folders(str(tmp_path)) == ('a', 'b')
+  assert [folder.class_folder(name) for name in ('b/x/1.png', 'top.png', 'images/a/1.png')] == ['b', '', 'images']
+  assert folder.class_folder('images/a/1.png', 'images/') == 'a'
+  assert folder.class_folder('other/a/1.png', 'images/') == '' == folder.class_folder('images/1.png', 'images/')
+  with pytest.raises(InputError, match='is no folder'):
+    folder.find(str(tmp_path / 'nowhere'))
+  with pytest.raises(InputError, match='holds no file that ends in'):
+    folder.find(str(tmp_path / 'empty'))

@@ -1,7 +1,9 @@
 import collections
 import io
+import json
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import threading
@@ -11,9 +13,11 @@ import numpy as np
 from PIL import Image
 import pytest
 
+import loader_sources
 from clip_jax.core.errors import InputError
 from clip_jax.data import images
 from clip_jax.data import loader
+from clip_jax.data import order
 from clip_jax.data import packing
 from clip_jax.data import tokenizer
 from clip_jax.data import views
@@ -58,7 +62,7 @@ def _batches(source, steps, **options):
 
 def _order(n, seed=0, epochs=1):
   """Returns the stream's order as the loader makes it, without images."""
-  return np.array([loader._shuffled(position, n, seed) for position in range(n * epochs)])
+  return np.array([order.Global(n, seed).place(position) for position in range(n * epochs)])
 
 
 def _equal(a, b):
@@ -152,9 +156,9 @@ def test_a_place_in_the_stream_has_its_own_crop():
   assert any(image.tobytes() in expected for image in whole['image'])
 
 
-@pytest.mark.parametrize('listed', [loader._LISTED, 0])
+@pytest.mark.parametrize('listed', [order._LISTED, 0])
 def test_seeds_and_epochs_are_unrelated_permutations(monkeypatch, listed):
-  monkeypatch.setattr(loader, '_LISTED', listed)
+  monkeypatch.setattr(order, '_LISTED', listed)
   n = 3000
   orders = {(seed, epoch): order for seed in range(3)
             for epoch, order in enumerate(_order(n, seed, 2).reshape(2, n))}
@@ -167,10 +171,10 @@ def test_seeds_and_epochs_are_unrelated_permutations(monkeypatch, listed):
         assert (orders[a] == orders[b]).sum() < 10
 
 
-@pytest.mark.parametrize('n', [loader._LISTED + 1, 12_800_000, 200_000_000, (1 << 32) - 1])
+@pytest.mark.parametrize('n', [order._LISTED + 1, 12_800_000, 200_000_000, (1 << 32) - 1])
 def test_large_sources_are_mixed(n):
   m = 20_000
-  index = np.array([loader._shuffled(n + i, n, 0) for i in range(m)])  # the second epoch begins
+  index = np.array([order.Global(n, 0).place(n + i) for i in range(m)])  # the second epoch begins
   assert len(set(index.tolist())) == m and 0 <= index.min() and index.max() < n
   assert abs(np.corrcoef(index[:-1], index[1:])[0, 1]) < 4 / m**0.5  # Grain's own: 0.08 at 12.8M
   counts = np.bincount(index * 64 // n, minlength=64)
@@ -294,3 +298,161 @@ next(iterator)
   done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=100,
                         cwd=root)
   assert (done.returncode, done.stdout, done.stderr) == (0, '', '')
+
+
+BLOCKS = dict(order='blocks', shuffle_window=20)
+
+
+def _read_in_blocks(source, **options):
+  return _batches(source, 9, **BLOCKS, **options)
+
+
+def test_blocks_are_an_exact_permutation_in_each_epoch_and_goes_on():
+  source = loader_sources.Source(72, shards=5)
+  whole = _read_in_blocks(source)
+  assert (np.sort(whole['index'].reshape(1, 72)) == np.arange(72)).all()
+  assert (whole['index'] != _batches(source, 9)['index']).any()
+  for step in (1, 4, 8):
+    rest = _batches(loader_sources.Source(72, shards=5), 9 - step, start=8 * step, **BLOCKS)
+    assert _equal({name: x[8 * step:] for name, x in whole.items()}, rest)
+
+
+@pytest.mark.parametrize('hosts', [1, 2, 4])
+@pytest.mark.parametrize('threads', [0, 3])
+def test_blocks_are_the_same_on_hosts_and_threads_and_each_host_reads_its_own(hosts, threads):
+  rows = np.sort(np.random.default_rng(0).integers(0, 100, 61))  # some come several times
+  view = lambda: views.Subset(loader_sources.Source(100, broken=[4, 50], shards=4), rows)
+  whole, parts, reads = _read_in_blocks(view()), [], 0
+  for host in range(hosts):
+    source = view()
+    parts.append(_read_in_blocks(source, host=host, hosts=hosts, threads=threads))
+    reads += sum(map(len, source._source.calls))
+  for name, expected in whole.items():
+    steps = [part[name].reshape(9, 8 // hosts, *expected.shape[1:]) for part in parts]
+    assert (np.concatenate(steps, 1).reshape(expected.shape) == expected).all()
+  if not threads:  # these make some batches ahead
+    assert reads < 72 + 61 + 1  # nothing is read twice but for rows of the next epoch
+
+
+def test_blocks_with_a_cache_decode_no_more_than_is_asked_for():
+  source = loader_sources.Source(60)
+  plain = _read_in_blocks(source)
+  cache = loader.DecodedCache(source, 1 << 20)
+  assert _equal(plain, _read_in_blocks(cache)) and len(cache._kept) == 60
+  assert _equal(plain, _read_in_blocks(cache))
+
+
+def test_what_cannot_be_in_blocks_is_refused():
+  with pytest.raises(ValueError, match='processes=2'):
+    _batches(loader_sources.Source(20), 1, processes=2, **BLOCKS)
+  with pytest.raises(ValueError, match="'global', 'blocks'"):
+    _batches(loader_sources.Source(20), 1, order='sorted')
+
+
+@pytest.mark.parametrize('processes, threads, hosts', [(1, 0, 1), (3, 1, 2), (2, 2, 4)])
+def test_processes_change_nothing_and_report_what_they_replaced(processes, threads, hosts):
+  source, told, again = loader_sources.Source(37, broken=[4, 5, 30]), [], []
+  whole = _batches(source, 6, pack=0, on_replaced=lambda *replaced: told.append(replaced))
+  parts = [_batches(source, 6, host=host, hosts=hosts, threads=threads, processes=processes,
+                    on_replaced=lambda *replaced: again.append(replaced)) for host in range(hosts)]
+  for name, expected in whole.items():
+    steps = [part[name].reshape(6, 8 // hosts, *expected.shape[1:]) for part in parts]
+    assert (np.concatenate(steps, 1).reshape(expected.shape) == expected).all()
+  assert told and sorted(told) == sorted(again)
+  if hosts == 1:
+    assert told == again
+
+
+def test_batches_of_processes_stay_as_they_were(monkeypatch):
+  source = loader_sources.Source(64)
+  for run in (128, 3):
+    monkeypatch.setattr(loader, '_RUN', run)
+    plain, made = (_steps(source, 8, pack=2, **more) for more in ({}, {'processes': 2}))
+    for ours, other in zip(made, plain, strict=True):  # long after their memory was used again
+      assert _equal(ours.pop('text'), other.pop('text')) and _equal(ours, other)
+
+
+def test_a_process_that_dies_in_the_middle_changes_nothing(tmp_path):
+  source = loader_sources.Deadly(30, str(tmp_path / 'died'))
+  made = _batches(source, 8, processes=2)
+  assert os.path.exists(source.mark) and _equal(made, _batches(loader_sources.Source(30), 8))
+  with pytest.raises(InputError, match='SIGSEGV.*3 times'):
+    _batches(loader_sources.Deadly(30, signum=signal.SIGSEGV), 8, processes=1)
+
+
+def test_errors_of_processes_are_sentences_too():
+  with pytest.raises(InputError, match='None of 5 images'):
+    _batches(loader_sources.Source(5, broken=range(5)), 1, processes=1)
+
+
+def test_each_process_has_its_part_of_the_cache():
+  cache = loader.DecodedCache(loader_sources.Source(30), 3000, processes=3)
+  again = pickle.loads(pickle.dumps(views.Subset(cache, np.arange(30))))
+  assert again._source._max_bytes == 1000
+  expected = _batches(loader_sources.Source(30), 6)
+  assert _equal(expected, _batches(cache, 6, processes=2)) and not cache._kept
+
+
+def test_images_may_be_decoded_at_a_smaller_size():
+  out = io.BytesIO()
+  y, x = np.mgrid[0:240, 0:320]
+  Image.fromarray(np.stack([x * 255 // 320, y, 0 * x], -1).astype(np.uint8)).save(out, 'JPEG')
+  source = loader_sources.Source(16)
+  source.__class__ = type('Large', (loader_sources.Source,), {
+      '__getitem__': lambda self, i: {'image': out.getvalue(), 'caption': ''}})
+  plain, off, shrunk = (_batches(source, 2, jpeg_shrink=m)['image'].astype(int)
+                        for m in (0.0, 1000.0, 1.0))
+  assert (plain == off).all()
+  assert (plain != shrunk).any() and abs(plain - shrunk).mean() < 8  # the same crops
+
+
+def test_a_batch_of_large_images_is_made_in_several_runs(monkeypatch):
+  whole = _batches(loader_sources.Source(20), 3)
+  asked = []
+  monkeypatch.setattr(loader_sources.Source, 'many',
+                      lambda self, rows: asked.append(len(rows)) or [self[i] for i in rows])
+  monkeypatch.setattr(loader, '_RUN_BYTES', 3 * (3 * 8 * 8 + 4 * 12 + 8))
+  assert _equal(whole, _batches(loader_sources.Source(20), 3, threads=0))
+  assert asked[:6] == [3, 3, 2, 3, 3, 2]
+
+
+READER = '''
+import json, sys
+sys.path.insert(0, 'tests')
+import loader_sources
+from clip_jax.data import loader
+if __name__ == '__main__':
+  options = json.loads(sys.argv[1])
+  source = loader_sources.Source(240, broken=[4, 5], shards=7)
+  batches = loader.train_batches(source, batch_size=8, seed=1, image_size=8, context_length=12,
+                                 **options)
+  for batch in batches:
+    print(json.dumps(batch['index'].tolist()), flush=True)
+'''
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('order_options', [{}, dict(order='blocks', shuffle_window=50)])
+def test_a_run_killed_anywhere_goes_on_with_other_hosts_and_processes(tmp_path, order_options):
+  """Kill -9, then the rest of the epoch by another number of hosts and processes: each once."""
+  path, root = tmp_path / 'reader.py', os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+  path.write_text(READER)
+  some = [(0, 1), (2, 2), (1, 4), (4, 1)] if not order_options else [(0, 1), (0, 2), (0, 4)]
+  rng, seen, steps = np.random.default_rng(0), [], 0
+  for turn in range(6):
+    processes, hosts = some[turn % len(some)]
+    stop = steps + int(rng.integers(1, 6)) if turn < 5 else 30
+    shares = []
+    for host in range(hosts):
+      options = dict(start_examples=8 * steps, host=host, hosts=hosts, processes=processes,
+                     **order_options)
+      reader = subprocess.Popen([sys.executable, str(path), json.dumps(options)], cwd=root,
+                                text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+      shares.append([json.loads(reader.stdout.readline()) for _ in range(steps, stop)])
+      reader.kill()
+      assert reader.communicate(timeout=60)[1] == ''
+    seen += np.concatenate(shares, 1).ravel().tolist()
+    steps = stop
+  whole = _batches(loader_sources.Source(240, broken=[4, 5], shards=7), 30, seed=1, **order_options)
+  assert seen == whole['index'].tolist()
+  assert sorted(seen) == sorted(6 if i in (4, 5) else i for i in range(240))

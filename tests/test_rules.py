@@ -368,9 +368,19 @@ def test_tiny_pools(n):
     assert rule(columns, benchmarks=('val',), count=0).rows.tolist() == []
 
 
+@given(seeds, st.lists(st.integers(0, 39), max_size=60))
+def test_listed_keeps_the_named_candidates_as_often_as_they_are_named(seed, named):
+  columns, _, _ = make_world(seed)
+  kept = rules.listed(columns, rows=np.sort(np.array(named, np.int64)))
+  expected = sorted(row for row in named if columns.candidates[row])
+  assert kept.rows.tolist() == expected and kept.rows.dtype == np.int64
+  assert kept.report == {'rows': len(named), 'not_candidates': len(named) - len(expected),
+                         'repeats': len(expected) - len(set(expected))}
+
+
 def test_the_table_tells_what_each_rule_takes():
   parameter = {'benchmarks': 'benchmarks', 'slack': 'slack', 'seed': 'seed', 'count': 'count',
-               'target': 'removed', 'draw': 'draw'}
+               'target': 'removed', 'draw': 'draw', 'file': 'rows'}
   for rule in rules.RULES.values():
     takes = set(inspect.signature(rule.keep).parameters) - {'columns'}
     assert takes == {parameter[name] for name in (*rule.keys, *rule.needs) if name in parameter}

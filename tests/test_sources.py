@@ -1,3 +1,4 @@
+import dataclasses
 import hashlib
 import io
 import json
@@ -6,10 +7,13 @@ import tarfile
 
 import numpy as np
 from PIL import Image
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from clip_jax.core.errors import ConfigError
 from clip_jax.core.errors import InputError
+from clip_jax.data import formats
 from clip_jax.data import listing
 from clip_jax.data import sources
 
@@ -82,8 +86,6 @@ def test_paths_that_mean_nothing_are_errors(tmp_path):
   for path in ('empty', '0.tar', 'missing'):
     with pytest.raises(InputError):
       listing.list_files('folder', str(tmp_path / path))
-  with pytest.raises(InputError, match='mount'):
-    listing.list_files('webdataset', 'gs://bucket/0.tar')
   with pytest.raises(ConfigError, match="Did you mean 'webdataset'"):
     listing.list_files('webdatasets', str(tmp_path))
   with pytest.raises(ConfigError):
@@ -222,10 +224,81 @@ def test_caption_edit_takes_its_share_by_key_alone(tmp_path):
 
 @pytest.mark.parametrize('rules', [
     {'group_pattern': '('}, {'caption_edit': ('a(', '', 0.5)},
-    {'caption_edit': ('a', r'\1', 0.5)}, {'columns': ('key',)}])
+    {'caption_edit': ('a', r'\1', 0.5)}, {'columns': ('key',)},
+    {'labels_file': 'x.txt', 'label_key': 'label'}])
 def test_rules_that_cannot_be_followed_are_config_errors(tmp_path, rules):
   with pytest.raises(ConfigError):
     _scan(tmp_path, {}, **rules)
+
+
+def test_the_first_caption_that_says_something_counts(tmp_path):
+  samples = {
+      'txt': {'jpg': _image(), 'txt': 'one', 'json': {'caption': 'two'}},
+      'blank': {'jpg': _image(), 'txt': ' ', 'json': {'caption': '', 'text': 'three'}},
+      'number': {'jpg': _image(), 'json': {'caption': 5, 'text': 'four'}},
+      'none': {'jpg': _image(), 'json': {'caption': None}}}
+  captions = lambda **rules: {r.key: r.caption for r in _scan(tmp_path, samples, **rules).records}
+  assert captions() == {'txt': 'one', 'blank': 'three', 'number': 'four'}
+  assert captions(caption_key='json:caption; txt ;') == {'txt': 'two'}
+  assert captions(caption_key='txt') == {'txt': 'one'}
+
+
+def test_the_type_of_an_image_is_that_of_its_bytes(tmp_path):
+  scan = _scan(tmp_path, {
+      'a': {'jpg': _image(format='PNG'), 'txt': 'x'}, 'b': {'png': _image(format='JPEG'), 'txt': 'x'},
+      'c': {'webp': _image(format='WEBP'), 'txt': 'x'}, 'd': {'jpg': b'garbage', 'txt': 'x'}})
+  assert [record.type for record in scan.records] == ['png', 'jpeg', 'webp', '']
+
+
+def _parquet(tmp_path, data, **rules):
+  n = len(next(iter(data.values())))
+  pq.write_table(pa.table({'jpg': pa.array([_image()] * n, pa.binary()), **data}), tmp_path / 'x.parquet')
+  file, = listing.list_files('parquet', str(tmp_path / 'x.parquet'))
+  return sources.scan('parquet', file, **rules)
+
+
+def test_columns_of_a_file_count_as_fields(tmp_path):
+  data = {'uid': list('abcd'), 'text': ['x', 'y', None, 'z'], 'd': ['p', 'q', 'p', None], 'n': [0, 1, 1, -1],
+             's': [{'a': [1]}] * 4}
+  scan = _parquet(tmp_path, data, where={'d': 'p'}, label_key='n', columns=('s', 'n'), group_key='json:d')
+  record, = scan.records
+  assert (record.key, record.caption, record.label, record.group) == ('a', 'x', 0, 'p')
+  assert record.columns == {'s': {'a': [1]}, 'n': 0} and (record.offset, record.length) == (0, len(_image()))
+  assert (record.type, record.width, record.height) == ('png', 8, 6)
+  assert scan.skipped == [{'key': 'c', 'reason': 'no caption'}, {'key': 'd', 'reason': 'no d'}] and scan.left_out == 1
+  assert _keys(_parquet(tmp_path, data, sample_key='d;uid')) == ['p', 'q', 'x/000000003']
+  assert [r.label for r in _parquet(tmp_path, data, label_key='d', classes=('q', 'p'), caption_template='a {}'
+                                    ).records] == [1, 0, 1]
+
+
+def test_a_json_column_is_read_only_where_a_key_asks_for_it(tmp_path):
+  data = {'key': list('abc'), 'caption': list('xyz'), 'json': ['{"caption": "j", "n": 1}', '[1]', None]}
+  assert [r.caption for r in _parquet(tmp_path, data).records] == ['x', 'y', 'z']
+  scan = _parquet(tmp_path, data, caption_key='json:caption', columns=('json:n',))
+  assert [(r.key, r.caption, r.columns) for r in scan.records] == [
+      ('a', 'j', {'json:n': 1}), ('c', 'z', {'json:n': None})]
+  assert scan.skipped == [{'key': 'b', 'reason': 'bad json'}]
+  struct = _parquet(tmp_path, {'json': [{'caption': 'j'}, None]}, caption_key='json:caption')
+  assert [r.caption for r in struct.records] == ['j'] and len(struct.skipped) == 1
+
+
+def test_a_file_that_fails_while_it_is_read_is_an_error_that_says_so(tmp_path, monkeypatch):
+  def samples(*_):
+    raise OSError(5, 'Input/output error')
+    yield
+  form = dataclasses.replace(formats.FORMATS['parquet'], samples=lambda *given: (samples(*given), []))
+  monkeypatch.setitem(formats.FORMATS, 'parquet', form)
+  with pytest.raises(InputError, match='cannot be read: .*Input/output error'):
+    _parquet(tmp_path, {'txt': ['a']})
+
+
+def test_class_names_that_a_file_tells_are_found(tmp_path):
+  said = json.dumps({'info': {'features': {'n': {'names': ['cat', 'dog']}}}})
+  table = pa.table({'n': [0]}).replace_schema_metadata({'huggingface': said})
+  pq.write_table(table, tmp_path / 'x.parquet')
+  assert sources.classes('parquet', str(tmp_path / 'x.parquet'), 'n') == ('cat', 'dog')
+  assert sources.classes('parquet', str(tmp_path / 'x.parquet'), '') == ()
+  assert sources.classes('webdataset', str(tmp_path / 'x.tar'), 'n') == ()
 
 
 def test_pacs_sketches_share_the_group_of_their_photo():

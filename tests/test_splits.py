@@ -37,6 +37,14 @@ def make_space(seed, n=60):
   return pool, anchor, queries, t, columns
 
 
+def test_rows_that_are_there_twice_stay_twice():
+  rows = splits.base_rows(np.array([1, 1, 4]), 10, np.array([0]), True)
+  assert rows.tolist() == [1, 1, 4, 10]
+  assert splits.rows_hash(rows) != splits.rows_hash(rows[1:])
+  names, jaccard, inside = splits.overlap({'a': np.array([1, 1, 4]), 'b': np.array([1, 4]), 'c': np.array([4])})
+  assert jaccard[0].tolist() == [1, 1, 0.5] and inside[0].tolist() == [1, 1, 0.5] and inside[2, 0] == 1
+
+
 def test_base_rows_and_their_hash():
   rows = splits.base_rows(np.array([1, 4]), 10, np.array([0, 2]), True)
   assert rows.tolist() == [1, 4, 10, 12] and rows.dtype == np.int64

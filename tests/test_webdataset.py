@@ -1,11 +1,16 @@
 import io
+import json
 import os
+import random
 import tarfile
+import tracemalloc
 
+import fsspec
 from hypothesis import given
 from hypothesis import settings
 from hypothesis import strategies as st
 import pytest
+import webdataset as writer
 
 from clip_jax.data import storage
 from clip_jax.data import table
@@ -43,7 +48,7 @@ def test_walk_equals_tarfile(tmp_path, format):
   path = _tar(tmp_path / 'x.tar', members, format)
   with tarfile.open(path) as tar:
     expected = [(member.name, member.offset_data, member.size) for member in tar]
-  assert list(webdataset._members(storage.File(path))) == expected
+  assert list(webdataset._members(storage.Ahead(storage.File(path)))) == expected
   assert len(expected) == len(names)
 
 
@@ -184,3 +189,105 @@ def test_damage_anywhere_is_never_fatal(tmp_path_factory, data):
   for sample in samples:
     assert all(0 < offset <= offset + length <= size for offset, length in sample.members.values())
   assert all(set(entry) == {'key', 'reason'} for entry in skipped)
+
+
+def _forged(rng):
+  """Returns the bytes of a tar with headers as an attacker, or a bad disk, would leave them."""
+  names = [b'a.jpg', b'a.txt', b'b.JPG', b'../../x.jpg', b'/etc/passwd.jpg', b'.hidden.jpg', b'', b'..',
+           b'a\0b.jpg', b'/', b'dir/', b'x' * 100, b'a.' * 50, b'\xff\xfe.jpg', b'././@LongLink']
+  values = [b'3', b'-3', b'9' * 22, b'9' * 5000, b'../../y.jpg', b'a=b', b'\n', b'\0', b'\xff', b'']
+  out = b''
+  for i in range(rng.randrange(1, 14)):
+    kind = bytes(rng.choices(b'0\0001234567LKxXgSV\xff', [40] + [2] * 16)[:1])
+    data = rng.choice([b'', b'abc', rng.randbytes(rng.randrange(1500)), b'n' * rng.randrange(3000)])
+    if kind in (b'x', b'X', b'g') and rng.random() < 0.8:
+      key = rng.choice([b'path', b'size', b'GNU.sparse.major', b'linkpath', b''])
+      record = key + b'=' + rng.choice(values) + b'\n'
+      data += b'%d %s' % (rng.choice([len(record) + 3] * 5 + [0, 4, -1, 10**9]), record)
+    size = b'%011o\0' % len(data)
+    if rng.random() < 0.05:
+      size = rng.choice([b'77777777777\0', b'\xff' * 12, b'-0000000010\0', b'zz', b'', b'99999999999\0',
+                         b'\x80' + (2**80).to_bytes(11, 'big'), b'\x80' + len(data).to_bytes(11, 'big')])
+    header = bytearray(_header(size.ljust(12, b'\0'), kind, rng.choice(names + [b'%d.jpg' % i] * 9)))
+    if rng.random() < 0.02:
+      header[rng.randrange(512)] ^= 1 << rng.randrange(8)
+    out += bytes(header) + data + bytes(-len(data) % 512)
+  out += rng.choice([b'', bytes(512), bytes(1024), bytes(1024), bytes(1024) + b'junk'])
+  return out if rng.random() < 0.8 else out[:rng.randrange(len(out) + 1)]
+
+
+def test_forged_headers_never_crash_nor_read_outside_the_file(tmp_path, monkeypatch):
+  path, found = tmp_path / 'x.tar', 0
+  for seed in range(400):
+    rng = random.Random(seed)
+    monkeypatch.setattr(storage, '_WINDOW', rng.choice([5000, 6000, 1 << 18]))
+    data = _forged(rng)
+    path.write_bytes(data)
+    samples, skipped = webdataset.samples(str(path), 'x.tar')
+    for sample in samples:
+      found += 1
+      for ending, (offset, length) in sample.members.items():
+        assert 512 <= offset <= offset + length <= len(data)
+        assert sample.read(ending, 1 << 40) == data[offset:offset + length]
+        assert sample.read(ending, 5) == data[offset:offset + min(5, length)]
+    assert all(set(entry) == {'key', 'reason'} for entry in skipped)
+  assert found > 300
+
+
+def test_large_members_are_passed_over_and_what_is_kept_is_bounded(tmp_path, monkeypatch):
+  monkeypatch.setattr(webdataset, '_MOST_KEPT', 1 << 18)
+  path = tmp_path / 'x.tar'
+  with open(path, 'wb') as f:  # a sparse file: reading all of it would take 4 GB
+    for i in range(8):
+      f.write(_header(b'%011o\0' % (1 << 29), name=b'%d.jpg' % i))
+      f.seek(1 << 29, os.SEEK_CUR)
+    for i in range(500):
+      f.write(_header(b'%011o\0' % 2000, name=b'%d.png' % (i + 8)) + bytes([i % 256]) * 2000 + bytes(48))
+    f.write(bytes(1024))
+  tracemalloc.start()
+  try:
+    samples, skipped = webdataset.samples(str(path), 'x.tar')
+    assert tracemalloc.get_traced_memory()[1] < 4 << 20
+  finally:
+    tracemalloc.stop()
+  assert len(samples) == 508 and not skipped
+  for i, sample in enumerate(samples[8:]):  # also those of which nothing was kept
+    assert sample.read('png', 3000) == bytes([i % 256]) * 2000
+
+
+@pytest.mark.parametrize('records', [b'5 a=\n' * 100_000, b'999 a=\n' * 9, b'9' * 900_000, b' ' * 9])
+def test_an_extended_header_takes_no_more_time_than_its_length(tmp_path, records):
+  block = records.ljust(-(-len(records) // 512) * 512, b'\0')
+  (tmp_path / 'x.tar').write_bytes(
+      (_header(b'%011o\0' % len(records), b'x') + block) * 2 + _header(b'%011o\0' % 0) + bytes(1024))
+  samples, skipped = _read(tmp_path / 'x.tar')
+  assert [key for key, _ in samples] == (['a'] if records[:1] == b'5' else [])
+  assert not skipped or skipped[0]['reason'] == 'damaged header'
+
+
+def test_a_remote_tar_is_read_once_and_as_a_local_one(tmp_path, monkeypatch):
+  system, read = fsspec.filesystem('memory'), []
+  monkeypatch.setattr(storage, '_REMOTE_WINDOW', 20_000)
+  rng = random.Random(0)
+  members = [(f'{i}.{ending}', rng.randbytes(rng.randrange(2000)))
+             for i in range(100) for ending in ('jpg', 'txt')]
+  local = _tar(tmp_path / 'x.tar', members)
+  system.pipe('/remote/x.tar', (tmp_path / 'x.tar').read_bytes())
+  ranges = storage.read_ranges
+  monkeypatch.setattr(storage, 'read_ranges', lambda asked: read.extend(asked) or ranges(asked))
+  assert _read('memory://remote/x.tar') == _read(local)
+  system.rm('/remote', recursive=True)
+  assert sum(length for _, _, length in read) <= os.path.getsize(local) + 4 * 20_000
+
+
+def test_what_webdataset_writes_is_read(tmp_path):
+  written = [{'__key__': f'dir/{i:09d}', 'jpg': os.urandom(50 * i), 'txt': f'text {i}', 'json': {'i': i}}
+             for i in range(30)]
+  with writer.TarWriter(str(tmp_path / 'x.tar'), encoder=True) as tar:
+    for sample in written:
+      tar.write(sample)
+  samples, skipped = _read(tmp_path / 'x.tar')
+  assert skipped == [] and [key for key, _ in samples] == [sample['__key__'] for sample in written]
+  for (_, members), sample in zip(samples, written, strict=True):
+    assert members['jpg'] == sample['jpg'] and members['txt'].decode() == sample['txt']
+    assert json.loads(members['json']) == sample['json']

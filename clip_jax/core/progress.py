@@ -46,8 +46,8 @@ class Bar:
       self._said = now
       rate = (self._done - self._initial) / (now - self._start)
       left = (self._total - self._done) / rate if rate else float('inf')
-      logging.info('%s: %s of %s %s (%.0f a second, %s left)', self._desc, f'{self._done:,}',
-                   f'{self._total:,}', self._unit, rate, seconds(left))
+      logging.info('%s: %s of %s %s (%s a second, %s left)', self._desc, f'{self._done:,}',
+                   f'{self._total:,}', self._unit, f'{rate:.0f}' if rate >= 10 else f'{rate:.2g}', seconds(left))
 
   def __enter__(self):
     return self

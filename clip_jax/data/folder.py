@@ -1,12 +1,12 @@
 """Format 'folder': every image file below a folder is a sample; its class is its first folder.
 
 In: <root>/<class>/.../<name>.jpg, and beside it, if they are there, <name>.txt, .json and .cls.
-Out: samples whose image is a whole file, named by its path relative to the root.
+Out: samples whose image is a whole file, named by its path relative to the root. What class each
+has is said by labels.py.
 """
 
 from collections.abc import Iterator, Sequence
 import functools
-import itertools
 import os
 
 from clip_jax.core.errors import InputError
@@ -16,22 +16,26 @@ from clip_jax.data.table import Sample
 
 IMAGES = ('jpg', 'jpeg', 'png', 'webp', 'gif', 'bmp', 'tif', 'tiff', 'ppm')  # endings
 _BESIDE = ('txt', 'json', 'cls')
-_MOST_CLASSES = 100_000  # a larger number that names a folder (a date) is not a class number
+_MAPPINGS = ('folder_to_objectnet_label.json', 'objectnet_to_imagenet_1k.json')  # ObjectNet's
 
 
-def paths(root: str, inside: str = '', above: tuple[str, ...] = ()) -> Iterator[str]:
-  """Yields the path, relative to root, of every image file below it; not of hidden ones."""
-  here = os.path.realpath(os.path.join(root, inside))
-  if here in above:
-    return  # a link to a folder that we are in
-  with os.scandir(here) as entries:
-    for entry in sorted(entries, key=lambda entry: entry.name):
-      path = os.path.join(inside, entry.name)
+def paths(root: str, inside: str = '') -> Iterator[str]:
+  """Yields the path, relative to root, of every image file below root/inside, in no order.
+
+  Links are followed, but not to a folder that they lie in. Hidden files and folders do not count.
+  """
+  todo = [(inside, (os.path.realpath(os.path.join(root, inside)),))]
+  while todo:
+    here, above = todo.pop()
+    for entry in _entries(above[-1]):
       if entry.name.startswith('.'):
         continue
-      if entry.is_dir():
-        yield from paths(root, path, (*above, here))
-      elif _split(entry.name)[1].lower() in IMAGES:
+      path = os.path.join(here, entry.name)
+      if _is_folder(entry):
+        real = os.path.realpath(entry.path) if entry.is_symlink() else entry.path
+        if real not in above:
+          todo.append((path, (*above, real)))
+      elif ending(entry.name) in IMAGES and _is_file(entry):
         yield path
 
 
@@ -41,76 +45,112 @@ def find(root: str) -> list[str]:
     raise InputError(f'{root!r} is no folder. Correct the path of the dataset.')
   found = sorted(paths(root), key=natural)
   if not found:
-    raise InputError(f'{root!r} holds no file that ends in {", ".join(IMAGES)}. Correct the path of '
-                     'the dataset.')
+    raise InputError(f'{root!r} holds no file that ends in {", ".join(IMAGES)}. Correct the path '
+                     'of the dataset.')
   return [os.path.join(root, name) for name in found]
 
 
 def samples(root: str, names: Sequence[str]) -> tuple[list[Sample], list[dict[str, str]]]:
   """Returns the samples of image files, given relative to root, and what is listed as skipped."""
   found, skipped = [], []
-  for folder, group in itertools.groupby(names, os.path.dirname):
-    beside = set(os.listdir(os.path.join(root, folder)))
-    for name in group:
-      try:
-        name.encode()
-        found.append(_sample(root, name, beside))
-      except UnicodeEncodeError:
-        skipped.append({'key': os.fsencode(name).decode(errors='backslashreplace'),
-                        'reason': 'name is not UTF-8'})
-      except OSError:
-        skipped.append({'key': name, 'reason': 'file cannot be read'})
+  beside = functools.lru_cache(64)(lambda folder: set(os.listdir(os.path.join(root, folder))))
+  inside = images_folder(root)
+  for name in names:
+    if not is_text(name):
+      skipped.append({'key': os.fsencode(name).decode(errors='backslashreplace'),
+                      'reason': 'name is not UTF-8'})
+      continue
+    try:
+      found.append(_sample(root, name, beside(os.path.dirname(name)), inside))
+    except OSError:
+      skipped.append({'key': name, 'reason': 'file cannot be read'})
   return found, skipped
 
 
-def classes(root: str) -> tuple[str, ...]:
-  """Returns the class names in label order: the folders with an image, sorted, or all numbers."""
-  with os.scandir(root) as entries:
-    folders = sorted(entry.name for entry in entries if entry.is_dir())
-  names = tuple(name for name in folders if not name.startswith('.') and any(paths(root, name)))
-  if _are_numbers(names):
-    return tuple(map(str, range(max(map(int, names)) + 1)))
-  return names
+def class_folders(root: str) -> tuple[str, ...]:
+  """Returns the folders below the root that hold an image, sorted by their names."""
+  inside = images_folder(root)
+  folders = sorted(entry.name for entry in _entries(os.path.join(root, inside))
+                   if _is_folder(entry) and is_text(entry.name) and not entry.name.startswith('.'))
+  return tuple(name for name in folders if any(paths(root, os.path.join(inside, name))))
 
 
-def label(name: str, folders: Sequence[str], class_names: Sequence[str]) -> int:
-  """Returns the label of a class folder: its place in class_names, else its number, else its rank.
+def class_folder(path: str, inside: str = '') -> str:
+  """Returns the first folder of an image's path, '' for one in the root itself.
 
-  folders: what `classes` gives. A number counts where all folders are numbers, a rank where there
-  are as many classes as folders. -1 where the folder is none of the classes.
+  inside: what `images_folder` gives; a path that does not begin with it has no class folder.
   """
-  if name in class_names:
-    return class_names.index(name)
-  if _are_numbers(folders):
-    return int(name)
-  if not class_names or not set(class_names) & set(folders):
-    if class_names and len(class_names) != len(folders):
-      raise InputError(f'None of {len(class_names)} classes is one of the {len(folders)} folders '
-                       f'({", ".join(folders[:3])}, ...), so labels cannot be told. Name the '
-                       'classes after the folders, or give one for each, in sorted order.')
-    return list(folders).index(name)
-  return -1
+  if not path.startswith(inside):
+    return ''
+  first, separator, _ = path[len(inside):].partition(os.sep)
+  return first if separator else ''
 
 
-def _sample(root: str, name: str, beside: set[str]) -> Sample:
-  stem, ending = _split(name)
-  files = {ending.lower(): os.path.join(root, name)}
+def images_folder(root: str) -> str:
+  """Returns 'images/' where the root is ObjectNet's, whose class folders lie there, else ''."""
+  return os.path.join('images', '') if _is_objectnet(root) else ''
+
+
+def objectnet_mappings(root: str) -> tuple[str, ...]:
+  """Returns ObjectNet's files of folder -> name and of names, () where this is not ObjectNet.
+
+  root: the folder objectnet-1.0, or the images/ in it.
+  """
+  top = root if _is_objectnet(root) else os.path.dirname(os.path.abspath(root))
+  if not _is_objectnet(top) or not os.path.samefile(root, top) and not os.path.samefile(
+      root, os.path.join(top, 'images')):
+    return ()
+  return tuple(os.path.join(top, 'mappings', name) for name in _MAPPINGS)
+
+
+def ending(name: str) -> str:
+  """Returns the ending of a file's name, in lower case, without its dot."""
+  return os.path.splitext(name)[1][1:].lower()
+
+
+def is_text(name: str) -> bool:
+  """Says whether a name is UTF-8; images with another name are listed as skipped."""
+  try:
+    name.encode()
+    return True
+  except UnicodeEncodeError:
+    return False
+
+
+def _sample(root: str, name: str, beside: set[str], inside: str) -> Sample:
+  stem = os.path.splitext(name)[0]
+  files = {ending(name): os.path.join(root, name)}
   files |= {end: os.path.join(root, f'{stem}.{end}') for end in _BESIDE
             if f'{os.path.basename(stem)}.{end}' in beside}
   members = {end: (0, os.stat(path).st_size) for end, path in files.items()}
-  first = name.split(os.sep)[0] if os.sep in name else ''
-  return Sample(name, members, functools.partial(_read, files), first, name)
+  return Sample(name, members, functools.partial(_read, files), class_folder(name, inside), name)
 
 
-def _read(files: dict[str, str], ending: str, most: int) -> bytes:
-  return File(files[ending]).read(0, most)
+def _read(files: dict[str, str], which: str, most: int) -> bytes:
+  return File(files[which]).read(0, most)
 
 
-def _split(name: str) -> tuple[str, str]:
-  """Returns the path without its ending, and the ending without its dot."""
-  stem, ending = os.path.splitext(name)
-  return stem, ending[1:]
+def _entries(folder: str) -> list[os.DirEntry]:
+  try:
+    with os.scandir(folder) as entries:
+      return list(entries)
+  except OSError as error:  # how many images are missed cannot be said
+    raise InputError(f'The folder {folder!r} cannot be listed ({error.strerror}). Give this user '
+                     'the right to read it, or take it out of the dataset.') from error
 
 
-def _are_numbers(names: Sequence[str]) -> bool:
-  return bool(names) and all(name.isdecimal() and int(name) < _MOST_CLASSES for name in names)
+def _is_folder(entry: os.DirEntry) -> bool:
+  return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
+
+
+def _is_file(entry: os.DirEntry) -> bool:
+  """A pipe would be waited for without end. A broken link counts: it is listed when it is read."""
+  try:
+    return entry.is_file() or not os.path.exists(entry.path)
+  except OSError:  # a link to itself
+    return True
+
+
+def _is_objectnet(top: str) -> bool:
+  return os.path.isdir(os.path.join(top, 'images')) and all(
+      os.path.isfile(os.path.join(top, 'mappings', name)) for name in _MAPPINGS)

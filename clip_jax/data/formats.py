@@ -9,27 +9,37 @@ from typing import Protocol
 
 from clip_jax.core.config import nearest
 from clip_jax.core.errors import ConfigError
+from clip_jax.data import array_record
 from clip_jax.data import folder
+from clip_jax.data import parquet
 from clip_jax.data import storage
+from clip_jax.data import tfds
 from clip_jax.data import webdataset
 from clip_jax.data.storage import SourceFile
 from clip_jax.data.table import Sample
 
 
 class Reader(Protocol):
-  """An open source file. Threads may read at once; closed when nobody holds it any more."""
+  """An open source file. Threads may read at once; closed when nobody holds it any more.
+
+  It may also have read_many([(offset, length)]) -> [bytes], where one call costs less than many.
+  """
 
   def read(self, offset: int, length: int) -> bytes:
-    """Returns the bytes of an image, given the `offset` and the `length` of its row in the table."""
+    """Returns the bytes of an image, given the `offset` and the `length` of its row in the table.
+
+    Where a file has no byte offsets that mean something, `offset` is the number of its row.
+    """
     ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Format:
   """What sources.scan, listing.list_files and reader.Source must know of a format."""
-  # (files of one shard, root, image_key's names in order) -> its samples, and {'key', 'reason'} of
-  # what is no sample, which is complete when the samples are exhausted.
-  samples: Callable[[Sequence[SourceFile], str, Sequence[str]],
+  # (files of one shard, root, image_key's names in order, sample_key's, names of what else will be
+  # asked for) -> its samples, and {'key', 'reason'} of what is no sample, which is complete when
+  # the samples are exhausted. Names of images are in lower case.
+  samples: Callable[[Sequence[SourceFile], str, Sequence[str], Sequence[str], Sequence[str]],
                     tuple[Iterable[Sample], list[dict[str, str]]]]
   # Of one shard, as it stands in files.json: {'format', 'root', 'path', 'image_key'}.
   open: Callable[[Mapping[str, str]], Reader]
@@ -37,6 +47,10 @@ class Format:
   find: Callable[[str], list[str]] | None = None  # path -> its files, where globs do not say them
   files_a_shard: int = 1       # 65,536 where a file is one sample; else a file is a shard
   rooted: bool = False         # images are named by paths below a root
+  remote: bool = False         # files on gs://, s3:// and the like are read where they are
+  # (its path where `find` is given, else one of its files; label_key) -> the class names it tells;
+  # a folder's are told by labels.py.
+  classes: Callable[[str, str], tuple[str, ...]] = lambda path, label_key: ()
 
 
 def get(name: str) -> Format:
@@ -48,9 +62,21 @@ def get(name: str) -> Format:
 
 FORMATS = {
     'webdataset': Format(
-        lambda files, root, image_endings: webdataset.samples(files[0].path, files[0].name),
-        lambda where: storage.open_file(where['path']), ('*.tar',)),
+        lambda files, root, *names: webdataset.samples(files[0].path, files[0].name),
+        lambda where: storage.open_file(where['path']), ('*.tar',), remote=True),
+    'parquet': Format(
+        lambda files, root, *names: parquet.samples(files[0], *names),
+        lambda where: parquet.Reader(where['path'], where['image_key']), ('*.parquet',),
+        remote=True, classes=parquet.classes),
     'folder': Format(
-        lambda files, root, image_endings: folder.samples(root, [file.name for file in files]),
+        lambda files, root, *names: folder.samples(root, [file.name for file in files]),
         lambda where: storage.open_file(where['path']), (), folder.find, 65_536, True),
+    'tfds': Format(
+        lambda files, root, *names: tfds.samples(files[0], *names),
+        lambda where: tfds.reader(where['path'], where['image_key']), (), tfds.find,
+        classes=tfds.classes),
+    'array_record': Format(
+        lambda files, root, *names: array_record.samples(files[0], *names),
+        lambda where: array_record.reader(where['path'], where['image_key']),
+        ('*.array_record', '*.array_record-*', '*.arrayrecord')),
 }

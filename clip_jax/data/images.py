@@ -1,15 +1,22 @@
 """Bytes of an image file -> pixels, resized and cropped as open_clip does (Pillow, bicubic).
 
 As in open_clip's own data pipelines (webdataset, image folders), an image is RGB before anything
-else: its transforms on a file's palette or alpha channel would give other pixels.
+else: its transforms on a file's palette or alpha channel would give other pixels. A usual JPEG is
+decoded by simplejpeg, to the pixels that Pillow would make of it, in less than half the time; where
+it finds any fault, Pillow reads the file and its verdict counts.
 """
 
+from collections.abc import Callable
 import io
 import math
+import struct
+from typing import NamedTuple
 
 import numpy as np
+from PIL import features
 from PIL import Image
 from PIL import UnidentifiedImageError
+import simplejpeg
 
 from clip_jax.core.types import Array
 
@@ -19,10 +26,27 @@ MODES = ('shortest', 'squash')
 _RATIO = (3 / 4, 4 / 3)  # width / height of a random crop, torchvision's default
 _TRIES = 10    # draws of a crop before the centre is taken, torchvision's
 _LONGEST = 64  # long side / short side: of what is longer only the centre is made, to save memory
+_SHRINKS = (8, 4, 2)  # a JPEG's 8 x 8 blocks can be decoded to these fractions of a side
+
+# Of another library than simplejpeg's, as some builds of Pillow have, the pixels can differ.
+_SAME_LIBRARY = features.check_feature('libjpeg_turbo')
+_SOS, _DQT, _APP0, _APP15 = 0xFFDA, 0xFFDB, 0xFFE0, 0xFFEF  # markers of JPEG
+_SEGMENT, _FRAME = struct.Struct('>HH'), struct.Struct('>BHHB')
+_FRAMES = (0xFFC0, 0xFFC1, 0xFFC2)   # baseline, extended, progressive; not lossless, not arithmetic
+_PASSED = (0xFFC4, 0xFFDD, 0xFFFE)   # Huffman tables, restart interval, comment
+_SAMPLINGS = {(0x11, 0x11, 0x11), (0x21, 0x11, 0x11), (0x22, 0x11, 0x11),  # 4:4:4, 4:2:2, 4:2:0
+              (0x12, 0x11, 0x11), (0x41, 0x11, 0x11), (0x11,), (0x22,)}    # 4:4:0, 4:1:1, grey
 
 
 class UnreadableImage(ValueError):
   """An image that cannot be decoded: damaged, cut short, of no known format, or too large."""
+
+
+class _Frame(NamedTuple):
+  """What a JPEG says of itself; plain: beside JFIF's it has no segments with a use of their own."""
+  height: int
+  width: int
+  plain: bool
 
 
 def decode(data: bytes) -> Array:
@@ -31,12 +55,47 @@ def decode(data: bytes) -> Array:
   Palettes, greys, CMYK, alpha and 16 bits become RGB as Pillow's convert makes them. Raises
   UnreadableImage; for an image over Pillow's MAX_IMAGE_PIXELS before it takes memory.
   """
-  return _opened(data, lambda image: np.asarray(image.convert('RGB')))
+  return _decode(data, lambda height, width: 1)[0]
+
+
+def decode_crop(data: bytes, size: int, scale: tuple[float, float], rng: np.random.Generator,
+                shrink: float = 0.0) -> Array:  # [S, S, 3] uint8
+  """Returns random_resized_crop(decode(data), size, scale, rng); draws before it reads the data.
+
+  With `shrink` of 1 or more a JPEG is decoded at 1/2, 1/4 or 1/8 of its size where both sides of
+  the crop still are shrink * size pixels then. Measured on made photographs, with shrink = 1, 1.5
+  and 2: 1024 x 768 to 64 pixels took 0.33, 0.41 and 0.42 of the time, and crops differed by 1.3,
+  0.5 and 0.4 grey levels in the mean, 21, 13 and 13 at most; 1024 x 768 to 224 pixels took 0.56 of
+  it with 1 and 1.5 (0.6 in the mean, 9 at most); 400 x 350 to 224 pixels is never shrunk.
+  """
+  draws = rng.random((_TRIES, 4))
+
+  def factor(height: int, width: int) -> int:
+    least = min(_crop_box(height, width, scale, draws)[2:])
+    return next((f for f in _SHRINKS if shrink and least >= f * shrink * size), 1)
+
+  image, height, width = _decode(data, factor)
+  box = _crop_box(height, width, scale, draws)
+  shrunk = 1 if image.shape[:2] == (height, width) else factor(height, width)
+  return _bicubic(image, size, size, tuple(side / shrunk for side in box) if shrunk > 1 else box)
+
+
+def header(data: bytes) -> tuple[str, int, int]:
+  """Returns (type, width, height) from the first bytes of an image; raises UnreadableImage.
+
+  type: 'jpeg', 'png', 'webp', 'gif', 'bmp', 'tiff' or 'ppm'.
+  """
+  frame = _jpeg_frame(data)
+  if frame and frame.plain:
+    _check_size(frame.height, frame.width)
+    return 'jpeg', frame.width, frame.height
+  kind, *size = _opened(data, lambda image: (image.format, *image.size))
+  return {'MPO': 'jpeg'}.get(kind, kind.lower()), *size
 
 
 def header_size(data: bytes) -> tuple[int, int]:
   """Returns (width, height) in pixels from the first bytes of an image; raises UnreadableImage."""
-  return _opened(data, lambda image: image.size)
+  return header(data)[1:]
 
 
 def resize(image: Array,  # [H, W, 3] uint8
@@ -66,25 +125,98 @@ def random_resized_crop(image: Array,  # [H, W, 3] uint8
 
   Takes the same number of draws from rng whatever the image.
   """
-  height, width = image.shape[:2]
-  for area, ratio, top, left in rng.random((_TRIES, 4)).tolist():
+  box = _crop_box(*image.shape[:2], scale, rng.random((_TRIES, 4)))
+  return _bicubic(image, size, size, box)
+
+
+def _crop_box(height: int, width: int, scale: tuple[float, float],
+              draws: Array) -> tuple[int, int, int, int]:  # top, left, height, width
+  for area, ratio, top, left in draws.tolist():
     area = height * width * (scale[0] + (scale[1] - scale[0]) * area)
     ratio = _RATIO[0] * (_RATIO[1] / _RATIO[0]) ** ratio  # uniform in its logarithm
     w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
     if 0 < w <= width and 0 < h <= height:
-      y, x = int(top * (height - h + 1)), int(left * (width - w + 1))
-      return _bicubic(image[y:y + h, x:x + w], size, size)
+      return int(top * (height - h + 1)), int(left * (width - w + 1)), h, w
   w, h = min(width, round(height * _RATIO[1])), min(height, round(width / _RATIO[0]))
-  y, x = (height - h) // 2, (width - w) // 2
-  return _bicubic(image[y:y + h, x:x + w], size, size)
+  return (height - h) // 2, (width - w) // 2, h, w
+
+
+def _decode(data: bytes, factor: Callable[[int, int], int]) -> tuple[Array, int, int]:
+  """Returns (pixels, height, width): those of the whole, the pixels fewer if a JPEG was shrunk.
+
+  factor(height, width): 1, 2, 4 or 8, by which the sides of a JPEG are divided.
+  """
+  frame = _jpeg_frame(data)
+  if frame and frame.plain:
+    _check_size(frame.height, frame.width)
+    pixels = _fast(data, frame, factor(frame.height, frame.width))
+    if pixels is not None:
+      return pixels, frame.height, frame.width
+
+  def read(image: Image.Image) -> tuple[Array, int, int]:
+    width, height = image.size
+    shrunk, pixels = factor(height, width), None
+    if frame and not frame.plain and (frame.height, frame.width) == (height, width):
+      pixels = _fast(data, frame, shrunk)
+    if pixels is None:
+      if shrunk > 1:
+        image.draft(None, (width // shrunk, height // shrunk))
+      pixels = np.asarray(image if image.mode == 'RGB' else image.convert('RGB'))
+    return pixels, height, width
+  return _opened(data, read)
+
+
+def _fast(data: bytes, frame: _Frame, shrunk: int) -> Array | None:
+  """Returns the pixels of a JPEG, or None where simplejpeg finds anything odd in it."""
+  shape = -(-frame.height // shrunk), -(-frame.width // shrunk), 3
+  least = dict(min_height=shape[0], min_width=shape[1]) if shrunk > 1 else {}
+  try:
+    pixels = simplejpeg.decode_jpeg(data, **least)
+  except ValueError:
+    return None
+  pixels.flags.writeable = False
+  return pixels if pixels.shape == shape else None
+
+
+def _jpeg_frame(data: bytes) -> _Frame | None:
+  """Returns the frame of a JPEG of a kind that simplejpeg decodes as Pillow does, or else None."""
+  if data[:2] != b'\xff\xd8' or not _SAME_LIBRARY:
+    return None
+  at, frame, plain = 2, None, True
+  try:
+    while True:
+      marker, length = _SEGMENT.unpack_from(data, at)
+      if marker == _SOS:
+        return frame._replace(plain=plain) if frame and at + 2 + length <= len(data) else None
+      if marker in _FRAMES:
+        bits, height, width, count = _FRAME.unpack_from(data, at + 4)
+        samplings = tuple(data[at + 11:at + 2 + length:3])
+        if bits != 8 or length != 8 + 3 * count or samplings not in _SAMPLINGS:
+          return None
+        if not height or not width:
+          return None
+        frame = _Frame(height, width, plain)
+      elif _APP0 <= marker <= _APP15:
+        plain &= marker == _APP0 and length == 16 and data[at + 4:at + 9] == b'JFIF\0'
+      elif marker == _DQT:
+        plain &= not (length - 2) % 65 and max(data[at + 4:at + 2 + length:65], default=0) < 16
+      elif marker not in _PASSED:
+        return None
+      at += 2 + length
+  except struct.error:  # it ends before its pixels begin
+    return None
+
+
+def _check_size(height: int, width: int) -> None:
+  if Image.MAX_IMAGE_PIXELS and height * width > Image.MAX_IMAGE_PIXELS:
+    raise UnreadableImage(f'{width} x {height} pixels are too many')
 
 
 def _opened(data: bytes, read):
   """Returns read(image) of the image in `data`; whatever fails on the way is an UnreadableImage."""
   try:
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-      if image.width * image.height > Image.MAX_IMAGE_PIXELS:
-        raise UnreadableImage(f'{image.width} x {image.height} pixels are too many')
+      _check_size(image.height, image.width)
       return read(image)
   except (UnreadableImage, MemoryError):
     raise
@@ -94,7 +226,18 @@ def _opened(data: bytes, read):
     raise UnreadableImage(f'{type(error).__name__}: {error}') from error
 
 
-def _bicubic(image: Array, height: int, width: int) -> Array:  # [H, W, 3] -> [height, width, 3]
-  if image.shape[:2] == (height, width):
-    return image
-  return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
+def _bicubic(image: Array,  # [H, W, 3] uint8
+             height: int, width: int, box: tuple[float, float, float, float] | None = None
+             ) -> Array:  # [height, width, 3] uint8
+  """Resizes an image, or the part of it at box: (top, left, height, width)."""
+  top, left, h, w = box or (0, 0, *image.shape[:2])
+  y, x = math.floor(top), math.floor(left)
+  rows, columns = math.ceil(top + h) - y, math.ceil(left + w) - x
+  if (rows, columns) == (h, w) == (height, width):
+    return image[y:y + rows, x:x + columns]
+  row = 3 * image.shape[1]  # bytes; Pillow passes over what is not of the part: no copy is cut out
+  pixels = memoryview(np.ascontiguousarray(image)).cast('B')[y * row + 3 * x:]
+  part = Image.frombytes('RGB', (columns, rows), pixels, 'raw', 'RGB', row, 1)
+  inner = left - x, top - y, left - x + w, top - y + h
+  resized = part.resize((width, height), Image.Resampling.BICUBIC, inner)
+  return np.frombuffer(resized.tobytes(), np.uint8).reshape(height, width, 3)

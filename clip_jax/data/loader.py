@@ -2,13 +2,14 @@
 
 In: a source or a view of one (len, [i] -> dict(image, caption)). Out: batches in memory. Training
 batches are a pure function of (number of samples, seed, position in the stream): a run that goes on
-needs one integer, the examples seen, and gets the same data on any number of hosts and threads.
+needs one integer, the examples seen, and gets the same data on any number of hosts, processes and
+threads.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 import contextlib
-import functools
+import dataclasses
 import threading
 from typing import Any
 
@@ -17,21 +18,24 @@ import numpy as np
 from clip_jax.core.errors import InputError
 from clip_jax.core.types import Array
 from clip_jax.data import images
+from clip_jax.data import loader_processes
+from clip_jax.data import order as order_lib
 from clip_jax.data import packing
 from clip_jax.data import tokenizer
+from clip_jax.data import views
+from clip_jax.data import windows
 
-_ROUNDS = 16        # of index_shuffle: Grain's own 4 mix weakly from some million samples on
-_LISTED = 1 << 20   # samples up to which an epoch's order is a list: index_shuffle is slow for few
-_RUN = 128          # examples that one thread makes at a time; a large batch is several runs
-_BUFFERED = 4       # elements made ahead, at least; a batch, if that is more
-_ENDLESS = 1 << 40  # elements
-_ORDER, _CROPS = 0, 1  # two random streams of one seed
-_OVERHEAD = 512     # bytes of a kept sample beside its pixels
+_RUN = 128            # examples that one thread makes at a time; a large batch is several runs ...
+_RUN_BYTES = 4 << 20  # ... as is one of large images
+_BUFFERED = 4         # elements made ahead, at least; a batch, if that is more
+_ENDLESS = 1 << 40    # elements
+_OVERHEAD = 512       # bytes of a kept sample, or of a run, beside its arrays
 
 
 def train_batches(source, *, batch_size: int, seed: int, start_examples: int, image_size: int,
                   context_length: int, crop_scale: tuple[float, float] = (0.9, 1.0), host: int = 0,
-                  hosts: int = 1, threads: int = 2, pack: int = 0,
+                  hosts: int = 1, threads: int = 2, processes: int = 0, pack: int = 0,
+                  order: str = 'global', shuffle_window: int = 8192, jpeg_shrink: float = 0.0,
                   on_replaced: Callable[[int, str], None] = lambda index, reason: None
                   ) -> Iterator[dict[str, Any]]:
   """Yields dict(image [b, S, S, 3] uint8, text [b, T] int32, index [b] int64), without end.
@@ -40,8 +44,14 @@ def train_batches(source, *, batch_size: int, seed: int, start_examples: int, im
   from start_examples + k * batch_size on; host h takes the h-th of `hosts` equal runs of these, so
   that the hosts' batches one after another are the same global batch for any number of hosts.
   index: position in the source. An image that cannot be read is replaced by the next one that can,
-  and on_replaced(its index, reason) is called before the batch is yielded. close() ends threads.
-  pack: with G > 0, text is what packing.pack makes of the host's captions in G groups.
+  and on_replaced(its index, reason) is called before the batch is yielded. close() ends threads and
+  processes.
+  threads: of each process; processes: beside this one, which then makes nothing itself. The source
+  must pickle for them. pack: with G > 0, text is what packing.pack makes of the host's captions in
+  G groups. order: 'global', or 'blocks' as in order.Blocks with windows of shuffle_window samples,
+  for a source with `starts`: a host reads what it needs of a window at once, in the source's order.
+  Processes would each read all of it, so that 'blocks' takes none. jpeg_shrink: as in
+  images.decode_crop, for images that the source gives as bytes.
   """
   if batch_size < 1 or batch_size % hosts or not 0 <= host < hosts:
     raise ValueError(f'batch_size={batch_size} must be a multiple of hosts={hosts} > host={host}')
@@ -49,20 +59,27 @@ def train_batches(source, *, batch_size: int, seed: int, start_examples: int, im
     raise ValueError(f'start_examples={start_examples} must be a multiple of {batch_size=}')
   if not 0 < len(source) < 1 << 32:
     raise ValueError(f'source must have 1 to 2^32 - 1 samples, got {len(source)}')
-
   here = batch_size // hosts
   if pack < 0 or pack and here % pack:
     raise ValueError(f'{here} captions a host do not divide into {pack=} groups')
-  runs = -(-here // _RUN)  # of each batch
+  if order not in _ORDERS:
+    raise ValueError(f'order must be one of {tuple(_ORDERS)}, got {order!r}')
+  if processes and order == 'blocks':
+    raise ValueError(f'{processes=} with order=\'blocks\': each would read every window as a whole')
 
-  def run(i: int):
-    step, part = divmod(i, runs)
-    start = start_examples + step * batch_size + host * here
-    positions = range(start, start + here)[part * _RUN:(part + 1) * _RUN]
-    return _train_run(source, positions, seed, image_size, context_length, crop_scale)
-
-  joined = _joined(_prefetched(run, _ENDLESS, threads, ahead=max(_BUFFERED, runs)), runs, pack)
-  return _reporting(_ahead(joined) if threads else joined, on_replaced)
+  share = _Share(batch_size, host, hosts, start_examples)
+  sample_bytes = 3 * image_size**2 + 4 * context_length + 8
+  length = min(here, _run_length(sample_bytes))
+  make = _Runs(source, _ORDERS[order](source, seed, share, shuffle_window), share, length, seed,
+               image_size, context_length, tuple(crop_scale), jpeg_shrink)
+  runs = -(-here // length)  # of each batch
+  if processes:
+    elements = loader_processes.elements(make, _ENDLESS, processes=processes, threads=threads,
+                                         slot_bytes=length * sample_bytes + _OVERHEAD)
+  else:
+    elements = _prefetched(make, _ENDLESS, threads, ahead=max(_BUFFERED, runs))
+  joined = _joined(elements, here, runs, pack)
+  return _reporting(_ahead(joined) if threads or processes else joined, on_replaced)
 
 
 def image_batches(source, rows: Array,  # [n] int64
@@ -72,16 +89,18 @@ def image_batches(source, rows: Array,  # [n] int64
 
   An image that cannot be read is zeros. mode: as in images.resize.
   """
-  rows = np.asarray(rows, np.int64)
+  rows, length = np.asarray(rows, np.int64), _run_length(3 * image_size**2)
 
   def batch(k: int):
     chosen = rows[k * batch_size:(k + 1) * batch_size]
     pixels = np.zeros((len(chosen), image_size, image_size, 3), np.uint8)
     readable = np.zeros(len(chosen), bool)
-    for i, row in enumerate(chosen.tolist()):
-      with contextlib.suppress(images.UnreadableImage):
-        pixels[i] = images.resize(_pixels(source[row]), image_size, mode)
-        readable[i] = True
+    for start in range(0, len(chosen), length):
+      samples = views.many(source, chosen[start:start + length].tolist())
+      for i, sample in enumerate(samples, start):
+        with contextlib.suppress(images.UnreadableImage):
+          pixels[i] = images.resize(_pixels(sample['image']), image_size, mode)
+          readable[i] = True
     return chosen, pixels, readable
 
   return _prefetched(batch, -(-len(rows) // batch_size), threads, ahead=_BUFFERED)
@@ -90,95 +109,157 @@ def image_batches(source, rows: Array,  # [n] int64
 class DecodedCache:
   """A source whose images are decoded, [H, W, 3] uint8, and kept until max_bytes are full.
 
-  What is kept stays: samples are read in random order, so that no choice of them is better.
+  What is kept stays: samples are read in random order, so that no choice of them is better. Each of
+  several processes keeps what it makes itself, in its own part of max_bytes.
   """
 
-  def __init__(self, source, max_bytes: int):
-    self._source, self._max_bytes = source, max_bytes
+  def __init__(self, source, max_bytes: int, processes: int = 0):
+    self._source, self._max_bytes, self._processes = source, max_bytes, processes
     self._kept: dict[int, dict[str, Any]] = {}
     self._bytes = 0
     self._lock = threading.Lock()
 
-  def __reduce__(self):
-    return DecodedCache, (self._source, self._max_bytes)
+  def __reduce__(self):  # that is, to another process
+    return DecodedCache, (self._source, self._max_bytes // max(self._processes, 1))
 
   def __len__(self) -> int:
     return len(self._source)
 
   def __getitem__(self, index: int) -> dict[str, Any]:
     """Returns the sample, image decoded, to be read only: it is shared. Raises UnreadableImage."""
-    sample = self._kept.get(index)
-    if sample is None:
-      sample = self._source[index]
-      sample = {**sample, 'image': _pixels(sample)}
-      size = sample['image'].nbytes + _OVERHEAD
-      with self._lock:
-        if index not in self._kept and self._bytes + size <= self._max_bytes:
-          self._kept[index] = sample
-          self._bytes += size
-    return sample
+    return self._kept.get(index) or self._decoded(index, self._source[index])
+
+  def many(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+    """Returns samples as [index] does, but an image that is not kept is a function that decodes it:
+
+    all of them together may be more than memory holds.
+    """
+    kept = [self._kept.get(index) for index in indices]
+    missing = [index for index, sample in zip(indices, kept) if sample is None]
+    found = iter(views.many(self._source, missing) if missing else ())
+
+    def later(index: int, sample: dict[str, Any]) -> dict[str, Any]:
+      return {**sample, 'image': lambda: self._decoded(index, sample)['image']}
+
+    return [sample or later(index, next(found)) for index, sample in zip(indices, kept)]
 
   def caption(self, index: int) -> str:
     return self._source.caption(index)
 
+  @property
+  def starts(self) -> Array:  # [shards + 1] int64
+    return self._source.starts
 
-def _train_run(source, positions: range, seed: int, image_size: int, context_length: int,
-               crop_scale: tuple[float, float]) -> tuple[dict[str, Array], list[tuple[int, str]]]:
-  """Returns the examples at some positions, and (index, reason) of each image replaced in them."""
-  size, captions, replaced = len(source), [], []
-  pixels = np.zeros((len(positions), image_size, image_size, 3), np.uint8)
-  index = np.zeros(len(positions), np.int64)
-  bits = np.random.Philox(np.random.SeedSequence((seed, _CROPS)))
-  rng, state = np.random.Generator(bits), bits.state
-  for i, position in enumerate(positions):
-    index[i], image, caption = _readable(source, _shuffled(position, size, seed), replaced)
-    state['state']['counter'][1] = position  # each position has 2^64 draws of its own
-    bits.state = state
-    pixels[i] = images.random_resized_crop(image, image_size, crop_scale, rng)
-    captions.append(caption)
-  text = tokenizer.tokenize(captions, context_length)
-  return {'image': pixels, 'text': text, 'index': index}, replaced
+  def _decoded(self, index: int, sample: dict[str, Any]) -> dict[str, Any]:
+    sample = {**sample, 'image': _pixels(sample['image'])}
+    size = sample['image'].nbytes + _OVERHEAD
+    with self._lock:
+      if index not in self._kept and self._bytes + size <= self._max_bytes:
+        self._kept[index] = sample
+        self._bytes += size
+    return sample
 
 
-def _shuffled(position: int, size: int, seed: int) -> int:
-  """Returns which of `size` samples comes at a place of the stream: in every epoch, each once."""
-  epoch, place = divmod(position, size)
-  if size <= _LISTED:
-    return int(_order(size, seed, epoch)[place])
-  from grain.experimental import index_shuffle
-  return index_shuffle(place, max_index=size - 1, seed=_order_seed(seed, epoch), rounds=_ROUNDS)
+@dataclasses.dataclass(frozen=True)
+class _Share:
+  """Which positions of the stream one host sees."""
+  batch_size: int
+  host: int
+  hosts: int
+  start: int  # the first position of the first batch
+
+  def of_batch(self, step: int) -> range:
+    here = self.batch_size // self.hosts
+    first = self.start + step * self.batch_size + self.host * here
+    return range(first, first + here)
+
+  def within(self, start: int, stop: int) -> Array:  # [n] int64
+    positions = np.arange(max(start, self.start), stop)
+    return positions[positions % self.batch_size * self.hosts // self.batch_size == self.host]
 
 
-@functools.lru_cache(4)
-def _order_seed(seed: int, epoch: int) -> int:
-  return int(np.random.SeedSequence((seed, _ORDER, epoch)).generate_state(1)[0])
+class _Anywhere:
+  """Reads the samples of positions from wherever they lie."""
+
+  def __init__(self, source, chosen: order_lib.Global):
+    self._source, self._order = source, chosen
+
+  def __call__(self, positions: range) -> tuple[list[int], list[dict[str, Any]]]:
+    places = list(map(self._order.place, positions))
+    return places, views.many(self._source, places)
 
 
-@functools.lru_cache(4)
-def _order(size: int, seed: int, epoch: int) -> Array:  # [n] int64
-  """Returns a permutation, made of raw bits: their stream is the same in every version of NumPy."""
-  bits = np.random.Philox(np.random.SeedSequence((seed, _ORDER, epoch)))
-  return np.argsort(bits.random_raw(size))
+def _run_length(sample_bytes: int) -> int:
+  return min(_RUN, max(_RUN_BYTES // sample_bytes, 1))
 
 
-def _readable(source, first: int, replaced: list[tuple[int, str]]) -> tuple[int, Array, str]:
-  """Returns (index, pixels, caption) of the first readable sample from `first` on, around the end.
+def _in_blocks(source, seed: int, share: _Share, window: int) -> windows.Windows:
+  starts = order_lib.block_starts(source.starts)
+  return windows.Windows(source, order_lib.Blocks(starts, seed, window), share.within)
 
-  Adds (index, reason) of those that it passes over to `replaced`.
+
+@dataclasses.dataclass(frozen=True)
+class _Runs:
+  """Makes the examples of run k: `length` of them, a part of a batch."""
+  source: Any
+  read: Callable[[range], tuple[list[int], list[dict[str, Any]]]]
+  share: _Share
+  length: int
+  seed: int
+  image_size: int
+  context_length: int
+  crop_scale: tuple[float, float]
+  jpeg_shrink: float
+
+  def __call__(self, k: int) -> tuple[dict[str, Array], list[tuple[int, str]]]:
+    """Returns the examples, and (index, reason) of each image replaced in them."""
+    here = self.share.batch_size // self.share.hosts
+    step, part = divmod(k, -(-here // self.length))
+    positions = self.share.of_batch(step)[part * self.length:(part + 1) * self.length]
+    places, samples = self.read(positions)
+    pixels = np.empty((len(positions), self.image_size, self.image_size, 3), np.uint8)
+    index, captions, replaced = np.empty(len(positions), np.int64), [], []
+    bits = np.random.Philox(order_lib.crops_seed(self.seed))
+    rng, state = np.random.Generator(bits), bits.state
+
+    def draw(image: Any) -> Array:
+      bits.state = state
+      return self._crop(image, rng)
+
+    for i, (position, place, sample) in enumerate(zip(positions, places, samples)):
+      state['state']['counter'][1] = position  # each position has 2^64 draws of its own
+      index[i], pixels[i], caption = _readable(self.source, place, sample, draw, replaced)
+      captions.append(caption)
+    text = tokenizer.tokenize(captions, self.context_length)
+    return {'image': pixels, 'text': text, 'index': index}, replaced
+
+  def _crop(self, image: Any, rng: np.random.Generator) -> Array:  # [S, S, 3] uint8
+    if isinstance(image, bytes):
+      return images.decode_crop(image, self.image_size, self.crop_scale, rng, self.jpeg_shrink)
+    return images.random_resized_crop(_pixels(image), self.image_size, self.crop_scale, rng)
+
+
+def _readable(source, first: int, sample: dict[str, Any], draw: Callable[[Any], Array],
+              replaced: list[tuple[int, str]]) -> tuple[int, Array, str]:
+  """Returns (index, drawn image, caption) of the first readable sample from `first` on, around.
+
+  Adds (index, reason) of those that it passes over to `replaced`. sample: the first.
   """
   for step in range(len(source)):
     index = (first + step) % len(source)
     try:
-      sample = source[index]
-      return index, _pixels(sample), sample['caption']
+      sample = source[index] if step else sample
+      return index, draw(sample['image']), sample['caption']
     except images.UnreadableImage as error:
       replaced.append((index, str(error)))
   raise InputError(f'None of {len(source)} images can be read; the last: {replaced[-1][1]}.')
 
 
-def _pixels(sample: dict[str, Any]) -> Array:  # -> [H, W, 3] uint8
-  image = sample['image']
-  return image if isinstance(image, np.ndarray) else images.decode(image)
+def _pixels(image: Any) -> Array:  # -> [H, W, 3] uint8
+  """Decodes what a source gives: bytes, pixels, or a function that returns them."""
+  if isinstance(image, np.ndarray):
+    return image
+  return image() if callable(image) else images.decode(image)
 
 
 class _Elements:
@@ -205,16 +286,23 @@ def _prefetched(make: Callable[[int], Any], count: int, threads: int, ahead: int
     elements.close()
 
 
-def _joined(elements: Iterator[tuple[dict[str, Array], list[tuple[int, str]]]], runs: int, pack: int
-            ) -> Iterator[tuple[dict[str, Any], list[tuple[int, str]]]]:
-  """Yields batches of several runs, with what was replaced in each."""
+def _joined(elements: Iterator[tuple[dict[str, Array], list[tuple[int, str]]]], here: int,
+            runs: int, pack: int) -> Iterator[tuple[dict[str, Any], list[tuple[int, str]]]]:
+  """Yields batches of `here` samples in several runs, with what was replaced in each."""
   with contextlib.closing(elements):
     while True:
-      parts = [next(elements) for _ in range(runs)]
-      batch = {name: np.concatenate([part[name] for part, _ in parts]) for name in parts[0][0]}
+      batch, told, at = {}, [], 0
+      for _ in range(runs):  # each is copied before the next is asked for: its memory is used again
+        part, replaced = next(elements)
+        told += replaced
+        for name, rows in part.items():
+          if not at:
+            batch[name] = np.empty((here, *rows.shape[1:]), rows.dtype)
+          batch[name][at:at + len(rows)] = rows
+        at += len(rows)
       if pack:
         batch['text'] = packing.pack(batch['text'], pack)
-      yield batch, [told for _, replaced in parts for told in replaced]
+      yield batch, told
 
 
 def _ahead(elements: Iterator[Any]) -> Iterator[Any]:
@@ -235,3 +323,10 @@ def _reporting(batches: Iterator[tuple[Any, list[tuple[int, str]]]],
       for index, reason in replaced:
         on_replaced(index, reason)
       yield batch
+
+
+_ORDERS = {  # (source, seed, share, window) -> what reads the samples at some positions
+    'global': lambda source, seed, share, window: _Anywhere(
+        source, order_lib.Global(len(source), seed)),
+    'blocks': _in_blocks,
+}

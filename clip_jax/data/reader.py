@@ -4,6 +4,8 @@ In: the dataset's folder as table.assemble leaves it, and the source files where
 """
 
 import collections
+from collections.abc import Iterator, Sequence
+import contextlib
 import functools
 import mmap
 import operator
@@ -16,6 +18,7 @@ from clip_jax.core import files
 from clip_jax.core.errors import InputError
 from clip_jax.core.types import Array
 from clip_jax.data import formats
+from clip_jax.data import storage
 from clip_jax.data.table import read_columns
 
 _OPEN_FILES = 128  # source files that one Source keeps open
@@ -40,9 +43,15 @@ class Source:
 
   def __getitem__(self, row: int) -> dict[str, Any]:
     """Returns dict(image: the bytes of the file, caption: str, label: int, -1 for none)."""
-    shard, offset, length, caption_offset, caption_length, label = self._row(row)
-    return {'image': self._image(row, shard, offset, length), 'label': label,
-            'caption': self._captions[caption_offset:caption_offset + caption_length].decode()}
+    place = self._row(row)
+    return self._sample(self._image(row, *place[:3]), place)
+
+  def many(self, rows: Sequence[int]) -> list[dict[str, Any]]:
+    """Returns [self[row] for row in rows], sooner where a file or a storage gives many at once."""
+    rows = [operator.index(row) for row in rows]
+    places = [self._row(row) for row in rows]
+    return [self._sample(image, place)
+            for image, place in zip(self._images(rows, places), places, strict=True)]
 
   def caption(self, row: int) -> str:
     """Returns the caption of a row without reading its image."""
@@ -69,7 +78,8 @@ class Source:
   def column(self, name: str) -> Array:  # [n]
     """Returns a column of the index: numbers (NaN for none), or objects, str (None for none)."""
     import pyarrow as pa
-    parts = [read_columns(self._directory, shard, [name]) for shard in range(len(self._files['shards']))]
+    shards = range(len(self._files['shards']))
+    parts = [read_columns(self._directory, shard, [name]) for shard in shards]
     if not any(part.column_names for part in parts):
       raise InputError(f'{self._directory} has no column {name!r}: name it in the `columns` of the '
                        'dataset.')
@@ -114,22 +124,43 @@ class Source:
       raise IndexError(f'row {row} of {len(self._table)} in {self._directory}')
     return self._table[row].item()
 
+  def _sample(self, image: bytes, place: tuple[int, int, int, int, int, int]) -> dict[str, Any]:
+    _, _, _, offset, length, label = place
+    return {'image': image, 'label': label,
+            'caption': self._captions[offset:offset + length].decode()}
+
   def _image(self, row: int, shard: int, offset: int, length: int) -> bytes:
     where = self._files['shards'][shard]
-    path = where['path']
-    try:
-      if path:
-        data = self._opened(shard).read(offset, length)
-      else:
-        path = os.path.join(where['root'], self._path(row))
-        data = formats.get(where['format']).open({**where, 'path': path}).read(offset, length)
-    except OSError as error:
-      raise InputError(f'{path} cannot be read any more ({error.strerror}). Put it back, or index '
-                       'again with --redo=ingest.') from error
-    if len(data) != length:
-      raise InputError(f'{path} ends at byte {offset + len(data)}, inside a sample: it is not the '
-                       'file that was indexed. Put that back, or index again with --redo=ingest.')
-    return data
+    path = where['path'] or os.path.join(where['root'], self._path(row))
+    with _readable(path):
+      reader = (self._opened(shard) if where['path'] else
+                formats.get(where['format']).open({**where, 'path': path}))
+      return _whole(path, offset, length, reader.read(offset, length))
+
+  def _images(self, rows: Sequence[int], places: Sequence[tuple]) -> list[bytes]:
+    """Returns the images of rows: of a file that can read many at once by one call."""
+    images, remote = [b''] * len(rows), []
+    shards = collections.defaultdict(list)
+    for k, place in enumerate(places):
+      shards[place[0]].append(k)
+    for shard, those in shards.items():
+      path = self._files['shards'][shard]['path']
+      with _readable(path):
+        reader = self._opened(shard) if path else None
+        if isinstance(reader, storage.RemoteFile):
+          remote += those
+        elif hasattr(reader, 'read_many'):
+          parts = reader.read_many([places[k][1:3] for k in those])
+          for k, data in zip(those, parts, strict=True):
+            images[k] = _whole(path, *places[k][1:3], data)
+        else:
+          for k in those:
+            images[k] = self._image(rows[k], *places[k][:3])
+    paths = [self._files['shards'][places[k][0]]['path'] for k in remote]
+    parts = storage.read_ranges([(path, *places[k][1:3]) for path, k in zip(paths, remote)])
+    for path, k, data in zip(paths, remote, parts, strict=True):
+      images[k] = _whole(path, *places[k][1:3], data)
+    return images
 
   def _open(self, shard: int) -> formats.Reader:
     where = self._files['shards'][shard]
@@ -158,6 +189,24 @@ class Source:
     """Returns the path of a row's image, relative to its root."""
     ends, text = self._paths
     return text[int(ends[row - 1]) if row else 0:int(ends[row])].decode()
+
+
+@contextlib.contextmanager
+def _readable(path: str) -> Iterator[None]:
+  """Turns an error of the system, while a source file is read, into an InputError."""
+  try:
+    yield
+  except OSError as error:
+    raise InputError(f'{path} cannot be read any more ({error.strerror or error}). Put it back, or '
+                     'index again with --redo=ingest.') from error
+
+
+def _whole(path: str, offset: int, length: int, data: bytes) -> bytes:
+  """Returns the bytes of an image when they are all there."""
+  if len(data) != length:
+    raise InputError(f'{path} ends at byte {offset + len(data)}, inside a sample: it is not the '
+                     'file that was indexed. Put that back, or index again with --redo=ingest.')
+  return data
 
 
 def _mapped(path: str) -> mmap.mmap | bytes:

@@ -1,22 +1,45 @@
-"""Where source files lie: which files a path means, and reading bytes of them at any place."""
+"""Where source files lie, here or on object storage, and reading bytes of them at any place.
 
+Remote paths (gs://, s3://, https://, ...) are read through fsspec, in place and in parts: its file
+systems find credentials and end points where they always look, and in FSSPEC_<PROTOCOL>_<OPTION>
+variables (FSSPEC_S3_ANON=true). Threads, and processes forked or spawned, may read at once.
+"""
+
+import collections
+from collections.abc import Iterator, Sequence
+from concurrent import futures
+import contextlib
 import dataclasses
+import functools
+import io
 import os
 import re
+from typing import Any, BinaryIO
+
+from clip_jax.core.errors import InputError
+
+_EXTRAS = {'gs': 'gcs', 'gcs': 'gcs', 's3': 's3', 's3a': 's3', 'http': 'http', 'https': 'http'}
+_GAP = 1 << 16          # remote ranges that lie closer are read as one
+_MOST_MERGED = 1 << 23  # bytes of such a one
+_WINDOW = 1 << 18          # bytes that a pass over a local file reads at a time
+_REMOTE_WINDOW = 1 << 22   # the same of a remote file
+_AHEAD = 3                 # remote windows that threads fetch while one is used
+_STREAM_BUFFER = 1 << 20   # bytes
 
 
 @dataclasses.dataclass(frozen=True)
 class SourceFile:
   """One file of a dataset, as it was when it was listed."""
-  path: str     # absolute
+  path: str     # absolute, or a URL
   name: str     # relative to the fixed folder of the pattern that found it
   size: int     # bytes
-  mtime: float  # seconds
+  mtime: float  # seconds; 0 where the version says more
+  version: str = ''  # remote: the object's generation, ETag or time, as its storage gives it
 
   @property
   def stamp(self) -> str:
     """What tells this file from another state of it, without reading it."""
-    return f'{self.size} {self.mtime}'
+    return f'{self.size} {self.version or self.mtime}'
 
 
 class File:
@@ -37,12 +60,220 @@ class File:
     return os.pread(self._fd, length, offset)
 
 
-def open_file(path: str) -> File:
+class RemoteFile:
+  """A remote file: nothing is open between two reads, and any thread or process may read."""
+
+  def __init__(self, path: str):
+    self.path = path
+
+  def size(self) -> int:
+    with naming(self.path):
+      return file_system(self.path).info(self.path)['size']
+
+  def read(self, offset: int, length: int) -> bytes:
+    """Returns `length` bytes from `offset`, which must be in the file; fewer where it ends."""
+    return read_ranges([(self.path, offset, length)])[0]
+
+  def read_many(self, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+    """Returns the bytes of each (offset, length), fetched together."""
+    return read_ranges([(self.path, offset, length) for offset, length in ranges])
+
+
+def is_remote(path: str) -> bool:
+  return '://' in os.fspath(path)
+
+
+def open_file(path: str) -> File | RemoteFile:
   """Opens a source file for reading at any place."""
-  return File(path)
+  return RemoteFile(path) if is_remote(path) else File(path)
+
+
+def open_stream(path: str) -> BinaryIO:
+  """Opens a source file as a seekable binary stream, of one thread, which its reader closes."""
+  if not is_remote(path):
+    return open(path, 'rb')
+  return io.BufferedReader(_Stream(RemoteFile(path)), _STREAM_BUFFER)
+
+
+def read_ranges(ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
+  """Returns the bytes of each (remote path, offset, length), in order, all fetched together.
+
+  Ranges that lie close together in a file are fetched as one. Every range begins in its file; it
+  gives fewer bytes where the file ends.
+  """
+  merged: list[list] = []  # [path, first byte, end, which of the ranges]
+  order = sorted((i for i, (_, _, length) in enumerate(ranges) if length > 0),
+                 key=lambda i: ranges[i][:2])
+  for i in order:
+    path, start, end = ranges[i][0], ranges[i][1], ranges[i][1] + ranges[i][2]
+    last = merged[-1] if merged else None
+    if last and last[0] == path and start <= last[2] + _GAP and end <= last[1] + _MOST_MERGED:
+      last[2] = max(last[2], end)
+      last[3].append(i)
+    else:
+      merged.append([path, start, end, [i]])
+  found = [b''] * len(ranges)
+  for protocol in dict.fromkeys(_protocol(path) for path, *_ in merged):
+    some = [part for part in merged if _protocol(part[0]) == protocol]
+    with naming(some[0][0] if len({path for path, *_ in some}) == 1 else f'{protocol}://'):
+      parts = file_system(some[0][0]).cat_ranges(
+          [path for path, *_ in some], [start for _, start, _, _ in some],
+          [end for _, _, end, _ in some], on_error='return')
+    for (path, start, end, members), data in zip(some, parts, strict=True):
+      with naming(path):
+        if isinstance(data, BaseException):
+          raise data
+      if len(data) > end - start:
+        raise InputError(f'The server of {path} sends whole files where a part is asked for. Copy '
+                         'the dataset to storage that serves ranges, or to this machine.')
+      for i in members:
+        first = ranges[i][1] - start
+        found[i] = data[first:first + ranges[i][2]]
+  return found
+
+
+def file_system(path: str) -> Any:
+  """Returns the fsspec file system of a remote path; raises InputError where it has none here."""
+  return _file_system(_protocol(path), os.getpid())
+
+
+def url(name: str, like: str) -> str:
+  """Returns the URL of what a file system calls `name`, with the protocol of the URL `like`."""
+  return name if is_remote(name) else f'{_protocol(like)}://{name.lstrip("/")}'
+
+
+@contextlib.contextmanager
+def naming(path: str) -> Iterator[None]:
+  """Turns whatever a remote file system raises into an InputError that names the path."""
+  try:
+    yield
+  except (InputError, MemoryError):
+    raise
+  except FileNotFoundError as error:
+    raise InputError(f'{path} is not there. Put it back, or correct the path of the dataset.'
+                     ) from error
+  except Exception as error:  # each library of a storage has error types of its own
+    said = f'{type(error).__name__}: {error}'.split('\n')[0][:300]
+    raise InputError(f'{path} cannot be read ({said}). Check the path, the credentials and the '
+                     'network, then run the same command again; it goes on from here.') from error
 
 
 def natural(path: str) -> tuple:
   """Sorts the numbers in paths as numbers, folder by folder."""
   parts = [re.split(r'([0-9]+)', part) for part in path.split(os.sep)]
   return [[int(piece) if i % 2 else piece for i, piece in enumerate(part)] for part in parts], path
+
+
+class Ahead:
+  """A file read forwards, window by window, for one thread; what is passed over is not read.
+
+  While reading is sequential, threads fetch the next windows of a remote file; close() ends them.
+  """
+
+  def __init__(self, file: File | RemoteFile):
+    self._file, self.size = file, file.size()
+    remote = isinstance(file, RemoteFile)
+    self._length = _REMOTE_WINDOW if remote else _WINDOW
+    self._threads = futures.ThreadPoolExecutor(_AHEAD) if remote else None
+    self.start, self.data = 0, b''  # the window, and where in the file it begins
+    self._coming: collections.deque[tuple[int, futures.Future]] = collections.deque()
+
+  def close(self) -> None:
+    """Ends the threads; reading goes on without them."""
+    if self._threads:
+      self._threads.shutdown(wait=False, cancel_futures=True)
+    self._threads = None
+    self._coming.clear()
+
+  def read(self, offset: int, length: int) -> bytes:
+    """Returns `length` bytes from `offset`, fewer where the file ends."""
+    length = max(0, min(length, self.size - offset))
+    if length > self._length // 2 and offset + length > self.start + len(self.data):
+      return self._file.read(offset, length)
+    self.move(offset, length)
+    return self.data[offset - self.start:offset - self.start + length]
+
+  def move(self, offset: int, length: int) -> None:
+    """Moves the window to `offset` where it lacks one of the `length` bytes that follow there."""
+    end = offset + length
+    if end > self.size:
+      end = self.size
+    if self.start <= offset and end <= self.start + len(self.data):
+      return
+    gap = offset - self.start - len(self.data)
+    data = self.data[offset - self.start:] if self._threads and offset >= self.start else b''
+    while offset + len(data) < end:
+      new = self._next(offset + len(data))
+      if not new:
+        break  # the file is shorter than it was
+      data = data + new if data else new
+    self.start, self.data = offset, data
+    if self._threads and (self._coming or -self._length <= gap <= self._length):
+      self._fetch(offset + len(data))
+
+  def _next(self, offset: int) -> bytes:
+    """Returns bytes from `offset` on: of a window that is coming, else read now."""
+    while self._coming:
+      first, future = self._coming.popleft()
+      if first <= offset < first + self._length:
+        return future.result()[offset - first:]
+    return self._file.read(offset, min(self._length, self.size - offset))
+
+  def _fetch(self, following: int) -> None:
+    """Has threads fetch the windows after those that are coming, else from `following` on."""
+    while len(self._coming) < _AHEAD:
+      first = self._coming[-1][0] + self._length if self._coming else following
+      if first >= self.size:
+        break
+      length = min(self._length, self.size - first)
+      self._coming.append((first, self._threads.submit(self._file.read, first, length)))
+
+
+class _Stream(io.RawIOBase):
+  """A remote file as a raw stream: one range read a call."""
+
+  def __init__(self, file: RemoteFile):
+    self._file, self._size, self._at = file, file.size(), 0
+
+  def readable(self) -> bool:
+    return True
+
+  def seekable(self) -> bool:
+    return True
+
+  def tell(self) -> int:
+    return self._at
+
+  def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+    base = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
+    if base + offset < 0:
+      raise OSError(f'cannot seek to {base + offset}')
+    self._at = base + offset
+    return self._at
+
+  def readinto(self, buffer: Any) -> int:
+    length = min(len(buffer), self._size - self._at)
+    if length <= 0:
+      return 0
+    data = self._file.read(self._at, length)
+    buffer[:len(data)] = data
+    self._at += len(data)
+    return len(data)
+
+
+def _protocol(path: str) -> str:
+  return path.partition('://')[0]
+
+
+@functools.lru_cache(maxsize=16)
+def _file_system(protocol: str, process: int) -> Any:
+  """Returns one file system a process: a forked one has not the threads of the first."""
+  del process
+  import fsspec
+  with naming(f'{protocol}://'):
+    try:
+      return fsspec.filesystem(protocol)
+    except ImportError as error:
+      extra = _EXTRAS.get(protocol)
+      raise InputError(f'{protocol}:// needs a package that is not installed: ' + (
+          f"pip install 'clip-jax-ood[{extra}]'." if extra else f'{error}.')) from error

@@ -7,14 +7,12 @@ images are files also paths.bin and path_ends.npy [rows].
 """
 
 import collections
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import dataclasses
-import functools
 import json
-import mmap
-import operator
 import os
-from typing import Any
+import types
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,22 +23,21 @@ from clip_jax.core.types import Array
 TABLE_DTYPE = np.dtype([('shard', '<i4'), ('offset', '<i8'), ('length', '<i4'),
                         ('caption_offset', '<i8'), ('caption_length', '<i4'), ('label', '<i4')])
 COLUMNS = ('key', 'caption', 'label', 'group', 'shard', 'offset', 'length', 'width', 'height',
-           'path')  # of every index; path only where images are files
+           'type', 'path')  # of every index; path only where images are files
+_BATCH = 1 << 16  # rows of an index that are put into the table at a time
 
 
-@dataclasses.dataclass(frozen=True)
-class Sample:
+class Sample(NamedTuple):  # like Record: a frozen dataclass takes four times as long to make
   """What a source format finds under one key: its members by their ending, not read yet."""
   key: str
   members: Mapping[str, tuple[int, int]]  # ending, such as 'jpg' -> (offset, length), bytes
   read: Callable[[str, int], bytes]       # (ending, most bytes) -> the beginning of that member
   folder: str = ''                        # format 'folder': the class folder, '' in the root itself
   path: str = ''                          # format 'folder': of the image, relative to the root
-  fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # columns beside the members
+  fields: Mapping[str, Any] = types.MappingProxyType({})  # columns beside the members
 
 
-@dataclasses.dataclass(frozen=True)
-class Record:
+class Record(NamedTuple):
   """One row of an index."""
   key: str
   caption: str
@@ -52,6 +49,7 @@ class Record:
   height: int
   columns: dict[str, Any]  # the chosen json columns
   path: str = ''           # relative to the root, where the image is a file
+  type: str = ''           # of the image, by its header: 'jpeg', 'png', ...; '' where it says none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,13 +74,14 @@ def write_shard(directory: str, shard: int, scan: Scan) -> dict[str, Any]:
       'length': pa.array([record.length for record in r], pa.int32()),
       'width': pa.array([record.width for record in r], pa.int32()),
       'height': pa.array([record.height for record in r], pa.int32()),
+      'type': pa.array([record.type for record in r], pa.string()),
   }
   if any(record.path for record in r):
     columns['path'] = pa.array([record.path for record in r], pa.string())
   for name in dict.fromkeys(name for record in r for name in record.columns):
     columns[name] = _column([record.columns.get(name) for record in r])
   files.write_parquet(index_file(directory, shard), pa.table(columns))
-  files.write_json(_skipped(directory, shard), scan.skipped)
+  files.write_json(skipped_file(directory, shard), scan.skipped)
   return {'rows': len(r), 'skipped': len(scan.skipped), 'left_out': scan.left_out,
           'reasons': _count(scan.skipped)}
 
@@ -104,12 +103,12 @@ def assemble(directory: str, shards: Sequence[Mapping[str, str]],
     np.lib.format.write_array_header_1_0(table, {
         'descr': TABLE_DTYPE.descr, 'fortran_order': False, 'shape': (sum(sizes),)})
     for i in range(len(shards)):
-      rows, captions = _rows(directory, i, written)
-      table.write(rows.tobytes())
-      text.write(captions)
-      written += len(captions)
-      unlabelled += int((rows['label'] < 0).sum())
-      reasons.update(entry['reason'] for entry in files.read_json(_skipped(directory, i)))
+      for rows, captions in _rows(directory, i, written):
+        table.write(rows.tobytes())
+        text.write(captions)
+        written += len(captions)
+        unlabelled += int((rows['label'] < 0).sum())
+      reasons.update(entry['reason'] for entry in files.read_json(skipped_file(directory, i)))
   made = ['table.npy', 'captions.bin', 'starts.npy', 'files.json']
   if not all(shard['path'] for shard in shards):
     made += _write_paths(directory, shards, sizes)
@@ -130,13 +129,14 @@ def _write_paths(directory: str, shards: Sequence[Mapping[str, str]], sizes: Seq
     np.lib.format.write_array_header_1_0(ends, {
         'descr': '<i8', 'fortran_order': False, 'shape': (sum(sizes),)})
     for i, shard in enumerate(shards):
-      paths = [b''] * sizes[i]
-      if not shard['path'] and sizes[i]:
-        paths = [path.encode() for path in read_columns(directory, i, ['path'])['path'].to_pylist()]
-      text.write(b''.join(paths))
-      stops = written + np.cumsum([len(path) for path in paths], dtype=np.int64)
-      ends.write(stops.astype('<i8').tobytes())
-      written += sum(map(len, paths))
+      if shard['path']:
+        ends.write(np.full(sizes[i], written, '<i8').tobytes())
+        continue
+      for batch in _batches(directory, i, ['path']):
+        paths, stops = _joined(batch['path'], written)
+        text.write(paths)
+        ends.write(stops.tobytes())
+        written += len(paths)
   return ['path_ends.npy', 'paths.bin']
 
 
@@ -150,7 +150,7 @@ def read_columns(directory: str, shard: int, columns: list[str]):
   return pq.ParquetFile(index_file(directory, shard)).read(columns)
 
 
-def _skipped(directory: str, shard: int) -> str:
+def skipped_file(directory: str, shard: int) -> str:
   return os.path.join(directory, f'skipped-{shard:05d}.json')
 
 
@@ -173,18 +173,32 @@ def _column(values: list[Any]):
                    for value in values], pa.string())
 
 
-def _rows(directory: str, shard: int, written: int) -> tuple[Array, bytes]:
-  """Returns a shard's rows of the table, and its captions, which begin at byte `written`."""
-  index = read_columns(directory, shard, ['offset', 'length', 'label', 'caption'])
-  captions = [caption.encode() for caption in index['caption'].to_pylist()]
-  rows = np.zeros(len(captions), TABLE_DTYPE)
-  for name in ('offset', 'length', 'label'):
-    rows[name] = index[name].to_numpy()
-  rows['shard'] = shard
-  rows['caption_length'] = [len(caption) for caption in captions]
-  ends = written + np.cumsum(rows['caption_length'], dtype=np.int64)
-  rows['caption_offset'] = ends - rows['caption_length']
-  return rows, b''.join(captions)
+def _rows(directory: str, shard: int, written: int) -> Iterator[tuple[Array, bytes]]:
+  """Yields a shard's rows of the table, and their captions, which begin at byte `written`."""
+  for batch in _batches(directory, shard, ['offset', 'length', 'label', 'caption']):
+    rows = np.zeros(batch.num_rows, TABLE_DTYPE)
+    for name in ('offset', 'length', 'label'):
+      rows[name] = batch[name].to_numpy()
+    rows['shard'] = shard
+    captions, ends = _joined(batch['caption'], written)
+    rows['caption_length'] = np.diff(ends, prepend=written)
+    rows['caption_offset'] = ends - rows['caption_length']
+    yield rows, captions
+    written += len(captions)
+
+
+def _batches(directory: str, shard: int, columns: list[str]) -> Iterator[Any]:
+  """Yields columns of an index file as pyarrow record batches: memory does not grow with it."""
+  import pyarrow.parquet as pq
+  with pq.ParquetFile(index_file(directory, shard)) as index:
+    yield from index.iter_batches(_BATCH, columns=columns)
+
+
+def _joined(texts: Any, written: int) -> tuple[bytes, Array]:  # [n] int64
+  """Returns the texts of a pyarrow array as one, and where each ends, from byte `written` on."""
+  import pyarrow as pa
+  parts = texts.cast(pa.binary()).to_pylist()
+  return b''.join(parts), written + np.cumsum([len(part) for part in parts], dtype='<i8')
 
 
 def _class_list(classes: Sequence[Sequence[str]]) -> list[str]:

@@ -9,22 +9,36 @@ from typing import Any
 
 import numpy as np
 
+from clip_jax.core.errors import InputError
 from clip_jax.core.types import Array
+
+_CHECKED = 1 << 20  # rows that are looked at together
+
+
+def many(source, indices: Sequence[int]) -> list[dict[str, Any]]:
+  """Returns samples of a source in the order asked: at once, if it can do that, else one by one."""
+  if hasattr(source, 'many'):
+    return source.many(indices)
+  return [source[index] for index in indices]
 
 
 class Subset:
   """Some rows of a source, in the order of `rows`: integers [n], or the .npy file that holds them.
 
-  A file is memory-mapped, and mapped anew where the view is unpickled.
+  A row may come several times and then is several samples. A file is memory-mapped, and mapped anew
+  where the view is unpickled. Raises InputError for a row that the source does not have: for the
+  first and the last at once, for others when they are read, as there may be 10^8 of them.
   """
 
   def __init__(self, source, rows: Array | str | os.PathLike):
-    self._source = source
+    self._source, self._most = source, len(source)
     self._given = rows if isinstance(rows, np.ndarray) else os.fspath(rows)
     loaded = np.load(rows, mmap_mode='r') if isinstance(self._given, str) else rows
     self._rows = loaded.view(np.ndarray)  # [n]; np.memmap's own indexing is slow
     if self._rows.ndim != 1 or self._rows.dtype.kind not in 'iu':
       raise ValueError(f'rows must be integers [n], got {self._rows.dtype} {self._rows.shape}')
+    if len(self):
+      self._row(0), self._row(len(self) - 1)
 
   def __reduce__(self):
     return Subset, (self._source, self._given)
@@ -35,11 +49,31 @@ class Subset:
   def __getitem__(self, index: int) -> dict[str, Any]:
     return self._source[self._row(index)]
 
+  def many(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+    return many(self._source, list(map(self._row, indices)))
+
   def caption(self, index: int) -> str:
     return self._source.caption(self._row(index))
 
+  @property
+  def starts(self) -> Array:  # [shards + 1] int64
+    """Where the rows of each shard of the source begin; InputError where they are not sorted."""
+    for i in range(0, len(self), _CHECKED):  # a part at a time: they may be more than memory holds
+      part = self._rows[max(i - 1, 0):i + _CHECKED]
+      if (part[1:] < part[:-1]).any():
+        raise InputError(f'{self._name()} are not sorted, so that they cannot be read in blocks. '
+                         'Sort them, or set train.order=global.')
+    return np.searchsorted(self._rows, self._source.starts.astype(self._rows.dtype))
+
   def _row(self, index: int) -> int:
-    return int(self._rows[_checked(index, len(self))])
+    row = int(self._rows[_checked(index, len(self))])
+    if not 0 <= row < self._most:
+      raise InputError(f'{self._name()} name row {row}, at place {index}, of a source with '
+                       f'{self._most} rows. Make them again from this source.')
+    return row
+
+  def _name(self) -> str:
+    return f'The rows in {self._given}' if isinstance(self._given, str) else 'The rows of a subset'
 
 
 class Concatenation:
@@ -56,9 +90,26 @@ class Concatenation:
     source, row = self._find(index)
     return source[row]
 
+  def many(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+    found: list[Any] = [None] * len(indices)
+    whose = np.searchsorted(self._starts, [_checked(index, len(self)) for index in indices],
+                            'right') - 1
+    for i in np.unique(whose).tolist():
+      places = np.flatnonzero(whose == i).tolist()
+      samples = many(self._sources[i], [int(indices[place]) - self._starts[i] for place in places])
+      for place, sample in zip(places, samples, strict=True):
+        found[place] = sample
+    return found
+
   def caption(self, index: int) -> str:
     source, row = self._find(index)
     return source.caption(row)
+
+  @property
+  def starts(self) -> Array:  # [shards + 1] int64
+    """Where each shard of each source begins, and where the last ends."""
+    parts = [start + source.starts[:-1] for start, source in zip(self._starts, self._sources)]
+    return np.concatenate([*parts, self._starts[-1:]]).astype(np.int64)
 
   def _find(self, index: int) -> tuple[Any, int]:
     index = _checked(index, len(self))

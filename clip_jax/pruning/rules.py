@@ -54,7 +54,11 @@ class Columns:
 
 @dataclasses.dataclass(frozen=True)
 class Kept:
-  """What a rule keeps: sorted int64 pool rows, and figures about the decision."""
+  """What a rule keeps: sorted int64 pool rows, and figures about the decision.
+
+  Each row once, but for the rule 'listed': a row that a file lists twice is there twice, and is
+  trained on twice an epoch.
+  """
   rows: Array  # [n] int64
   report: dict = dataclasses.field(default_factory=dict)
 
@@ -76,6 +80,19 @@ def keep_all(columns: Columns) -> Kept:
 def keep_none(columns: Columns) -> Kept:
   """Keeps no pool row: the split is the anchor set alone."""
   return Kept(np.zeros(0, np.int64))
+
+
+def listed(
+    columns: Columns,
+    *,
+    rows: Array,  # [m] int64, sorted: the pool rows that a file names, each as often as it does
+) -> Kept:
+  """Keeps the candidates among the rows that a file names, with repeats."""
+  are_candidates = columns.candidates[rows]
+  kept = rows[are_candidates]
+  report = {'rows': len(rows), 'not_candidates': len(rows) - len(kept),
+            'repeats': int((kept[1:] == kept[:-1]).sum())}
+  return Kept(kept, report)
 
 
 def gap_aligned(columns: Columns, *, benchmarks: Sequence[str], slack: float = 0.0) -> Kept:
@@ -295,7 +312,8 @@ class Rule:
   keys: the keys of a split block that this rule reads (beside append_anchor and seeds).
   needs: what the caller supplies: 'search' (similarity columns), 'excess' (and so an anchor),
   'count' (from size or size_of), 'draw' (from the training seed: one draw each), 'target' (the
-  rows that the split named by `to` dropped), 'anchor_classes' (the search against class means).
+  rows that the split named by `to` dropped), 'anchor_classes' (the search against class means),
+  'file' (the rows that the split's file names; the file counts by its content, not by its path).
   append_anchor: where the rule fixes it; None: the split's own key.
   """
   keep: Callable[..., Kept]
@@ -313,4 +331,5 @@ RULES = {
     'far': Rule(far, ('benchmarks', 'size', 'size_of'), ('search', 'count')),
     'random': Rule(random, ('size', 'size_of', 'seed'), ('count', 'draw')),
     'matched': Rule(matched, ('to', 'seed'), ('anchor_classes', 'target', 'draw')),
+    'listed': Rule(listed, ('file',), ('file',)),
 }

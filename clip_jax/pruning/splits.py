@@ -19,7 +19,7 @@ CHECK_ROWS = 4096  # rows widened to float64 at a time
 
 
 def base_rows(
-    pool_rows: Array,  # [n] int64, sorted
+    pool_rows: Array,  # [n] int64, sorted; repeats stay
     pool_size: int,  # N
     anchor_rows: Array,  # [a] int64, sorted: the usable ones of the anchor's own rows 0..A-1
     append_anchor: bool,
@@ -160,7 +160,7 @@ def _query_figures(
 
 
 def overlap(
-    splits: Mapping[str, Array],  # name -> [n] int64 rows, each row once
+    splits: Mapping[str, Array],  # name -> [n] int64 rows; a row that is there twice counts once
 ) -> tuple[list[str], Array, Array]:
   """Returns the names, [S, S] |A and B| / |A or B|, and [S, S] |A and B| / |A| (A is the row).
 

@@ -45,6 +45,7 @@ def rule_words(rule: str, *, benchmarks: Sequence[str] = (), to: str = '',
       'near': f'near-pruned (most similar removed), by {of}',
       'far': f'far-pruned (most similar kept), by {of}',
       'random': 'random rows: the control for size',
+      'listed': 'the pool rows that a file lists',
       'matched': f'control: as many rows removed as in {to}, alike but not the similar ones',
   }[rule]
 

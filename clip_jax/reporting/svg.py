@@ -24,6 +24,7 @@ RULES = {
     'random': ('#c98a00', 'o', 'random'),
     'near': ('#c2609a', 'v', 'near-pruned (most similar removed)'),
     'far': ('#2f7fc4', '^', 'far-pruned (most similar kept)'),
+    'listed': ('#7a5195', 'X', 'listed in a file'),
 }
 POOL_COLOR, ANCHOR_COLOR = '#2f7fc4', '#8c8c8c'
 

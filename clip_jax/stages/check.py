@@ -16,6 +16,7 @@ from clip_jax.stages import embedder
 from clip_jax.stages import layout
 
 NAME = re.compile(r'[A-Za-z0-9][A-Za-z0-9_-]*')
+KEY_FILES = ('.npy', '.parquet', '.txt')  # what the rule listed reads
 FORMATS = (*formats.FORMATS, 'glyphs', 'concat')
 
 
@@ -82,6 +83,13 @@ def _dataset(name: str, block: ConfigDict, known: ConfigDict) -> None:
   elif not block.path:
     raise ConfigError(f'{where}.path is not given: a folder or a pattern such as "DIR/*.tar", for example '
                       f'--{where}.path=DIR.')
+  if block.labels_file:
+    if block.format != 'folder':
+      raise ConfigError(f'{where}.labels_file={block.labels_file!r}: only the format folder reads it.')
+    if block.label_key:
+      raise ConfigError(f'{where}: labels come from labels_file or from label_key; give one of the two.')
+    if not os.path.isfile(os.path.expanduser(block.labels_file)):
+      raise ConfigError(f'{where}.labels_file={block.labels_file!r} is not there.')
   low, high = block.part if len(block.part) == 2 else (1, 0)
   if not 0 <= low < high <= 1:
     raise ConfigError(f'{where}.part={block.part} must be (lo, hi) with 0 <= lo < hi <= 1.')
@@ -119,7 +127,7 @@ def _split(config: ConfigDict, name: str) -> None:
   _one_of(f'{where}.rule', block.rule, rules.RULES)
   rule = rules.RULES[block.rule]
   for key in known:
-    reads = key in (*rule.keys, 'rule', 'seeds') or (key == 'append_anchor' and rule.append_anchor is None)
+    reads = key in (*rule.keys, 'rule', 'seeds', 'export') or (key == 'append_anchor' and rule.append_anchor is None)
     if not reads and block[key] != known[key]:
       raise ConfigError(f'{where}.{key}={block[key]!r}: the rule {block.rule!r} does not read it (it reads '
                         f'{", ".join(rule.keys) or "nothing"}).')
@@ -128,6 +136,17 @@ def _split(config: ConfigDict, name: str) -> None:
   if 'benchmarks' in rule.keys and not block.benchmarks:
     raise ConfigError(f'{where}: the rule {block.rule!r} needs benchmarks=(...); have '
                       f'{", ".join(config.benchmarks) or "none"}.')
+  for kind in block.export:
+    _one_of(f'{where}.export', kind, layout.EXPORTS)
+  if 'file' in rule.keys and not os.path.isfile(os.path.expanduser(block.file)):
+    raise ConfigError(f'{where}.file={block.file!r} is not there: the rule {block.rule!r} needs a file of keys.')
+  if 'file' in rule.keys and os.path.splitext(block.file)[1].lower() not in KEY_FILES:
+    raise ConfigError(f'{where}.file={block.file!r} must end in {", ".join(KEY_FILES)}.')
+  named = config.prune.export_key
+  if named and (block.export or 'file' in rule.keys) and config.pool.format != 'concat' and (
+      named not in ('key', *config.pool.columns)):
+    raise ConfigError(f'config.prune.export_key={named!r} must be in config.pool.columns, or the index has no such '
+                      'column.')
   if not layout.has_anchor(config) and ('excess' in rule.needs or block.rule in ('anchor', 'matched')):
     raise ConfigError(f'{where}: the rule {block.rule!r} needs an anchor; give config.anchor.')
   if config.search.backend == 'scann':
@@ -164,12 +183,15 @@ def _numbers(config: ConfigDict) -> None:
   positive = ('embedder.image_size', 'embedder.dim', 'embedder.fit_images', 'embedder.batch_size',
               'dedup.max_iterations', 'search.top_k', 'search.tile_rows', 'search.query_block',
               'search.candidates', 'search.recall_queries', 'train.batch_size', 'train.keep_checkpoints',
-              'train.log_every_steps', 'train.loader_threads', 'train.fsdp', 'evaluate.batch_size',
-              'glyphs.image_px', 'report.bootstrap_draws')
+              'train.log_every_steps', 'train.loader_threads', 'train.shuffle_window', 'train.fsdp',
+              'evaluate.batch_size', 'glyphs.image_px', 'report.bootstrap_draws')
   for name in positive:
     block, key = name.split('.')
     if config[block][key] <= 0:
       raise ConfigError(f'config.{name}={config[block][key]} must be more than 0.')
+  for block, key in (('train', 'loader_processes'), ('engine', 'workers')):
+    if config[block][key] < 0:
+      raise ConfigError(f'config.{block}.{key}={config[block][key]} must be 0 or more.')
   for name, low, high in (('dedup.threshold', 0, 2), ('dedup.initial_similarity', -1, 1),
                           ('search.min_recall', 0, 1), ('prune.duplicate_similarity', 0, 1)):
     block, key = name.split('.')
@@ -214,6 +236,12 @@ def _training(config: ConfigDict) -> None:
   _one_of('config.train.loss', t.loss, ('clip', 'siglip'))
   _one_of('config.train.remat', t.remat, ('none', 'dots', 'blocks'))
   _one_of('config.train.pack_captions', t.pack_captions, ('auto', 'always', 'never'))
+  _one_of('config.train.order', t.order, ('global', 'blocks'))
+  if t.order == 'blocks' and t.loader_processes:
+    raise ConfigError(f'config.train.order=blocks with config.train.loader_processes={t.loader_processes}: every '
+                      'process would read everything. Set loader_processes to 0 and use more loader_threads.')
+  if t.jpeg_shrink and not 1 <= t.jpeg_shrink <= 8:
+    raise ConfigError(f'config.train.jpeg_shrink={t.jpeg_shrink} must be 0 (off) or from 1 to 8.')
   if not 0 <= t.patch_dropout < 1:
     raise ConfigError(f'config.train.patch_dropout={t.patch_dropout} must be a share from 0 up to less than 1.')
   if t.budget == 'samples' and t.samples < t.batch_size:

@@ -50,7 +50,7 @@ def product(config: ConfigDict, workdir: str) -> Product:
   if config.embedder.source in FITTED:
     keys += ['embedder.dim', 'embedder.fit_images']
   else:
-    keys += ['embedder.samples', 'model', 'preprocess', *layout.RECIPE]
+    keys += ['embedder.samples', 'model', 'preprocess', *layout.recipe(config)]
   inputs = {f'ingest/{name}/index': 'frozen at the first sight' for name in (layout.POOL, layout.ANCHOR)
             if name in layout.datasets(config)}
   del workdir

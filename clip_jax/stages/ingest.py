@@ -1,31 +1,41 @@
 """Stage ingest: finds every sample of every dataset and writes down where it lies. No image is decoded.
 
 In: the source files. Out: WORKDIR/ingest/<dataset>/ with index-*.parquet, skipped-*.json, table.npy,
-captions.bin. The drawn demo is drawn first, once, into WORKDIR/ingest/glyphs/*.tar.
+captions.bin; summary.json, what the dataset holds, and broken.csv, all that is broken in it. The drawn demo is
+drawn first, once, into WORKDIR/ingest/glyphs/*.tar.
 """
 
 import dataclasses
+import functools
 import hashlib
 import os
+import time
 
 from absl import logging
 from ml_collections import ConfigDict
 
+from clip_jax.core import config as config_lib
 from clip_jax.core import engine
 from clip_jax.core import files
 from clip_jax.core import products
+from clip_jax.core import progress
 from clip_jax.core.errors import InputError
 from clip_jax.core.products import Product
+from clip_jax.data import folder
 from clip_jax.data import formats
+from clip_jax.data import labels
 from clip_jax.data import listing
 from clip_jax.data import sources
 from clip_jax.data import storage
+from clip_jax.data import summary
 from clip_jax.data import table
 from clip_jax.stages import layout
 
 LOCATIONS = 'files.json'  # where source files are on this machine: in no fingerprint
-# Keys of a dataset block that say where its files are or what is done with it later, not what its index holds.
-_NOT_CONTENT = ('path', 'sources', 'templates', 'class_mask', 'domain_column')
+# Keys of a dataset block that say where its files are (a file of labels counts by its content) or what is done
+# with it later, not what its index holds.
+_NOT_CONTENT = ('path', 'sources', 'labels_file', 'templates', 'class_mask', 'domain_column')
+_BLOCK = 1 << 22  # bytes of a source file read at once, for its hash
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +46,9 @@ class Shard:
   prefix: str               # 'name/' of that source in a concat, else ''
   root: str                 # the folder that relative paths start from
   files: tuple[storage.SourceFile, ...]
+  classes: tuple[str, ...]  # in label order: the config's, or those that the source itself names
+  labels: str = ''          # of a folder: a hash of what its images' labels depend on
+  said: str = ''            # and how they are told, in words
 
 
 def glyph_tars(config: ConfigDict) -> Product:
@@ -57,11 +70,50 @@ def shards(config: ConfigDict, workdir: str, dataset: str) -> list[Shard]:
       files_ = [_glyph_tar(workdir, block.path)]
     else:
       files_ = listing.list_files(block.format, os.path.expanduser(block.path))
-    size = formats.get(block.format).files_a_shard if block.format != 'glyphs' else 1
+    told = _labels(block)
+    classes = tuple(block.classes) or (told.classes if told else _own_classes(block, files_[0]))
+    size = formats.get(_format(block)).files_a_shard
     for start in range(0, len(files_), size):
-      found.append(Shard(len(found), block, prefix, listing.root(block.format, block.path),
-                         tuple(files_[start:start + size])))
+      part = tuple(files_[start:start + size])
+      found.append(Shard(len(found), block, prefix, listing.root(_format(block), block.path), part, classes,
+                         *((_labels_hash(block, told, part), told.said) if told else ())))
   return found
+
+
+def _labels(block: ConfigDict) -> labels.Labels | None:
+  """Returns what says the labels of a folder's images; None where a key of the samples, or nothing, does."""
+  if block.format != 'folder' or block.label_key:
+    return None
+  return labels.labels(listing.root('folder', block.path), tuple(block.classes),
+                       os.path.expanduser(block.labels_file))
+
+
+def _labels_hash(block: ConfigDict, told: labels.Labels, part: tuple[storage.SourceFile, ...]) -> str:
+  """Returns a hash of what the labels of these images depend on: a file's content, or their folders' labels."""
+  if block.labels_file:
+    return files.sha256(os.path.expanduser(block.labels_file))
+  inside = folder.images_folder(listing.root('folder', block.path))
+
+  def label(path: str) -> int | str | None:
+    try:
+      return told.of(path)
+    except labels.NoLabel as reason:
+      return str(reason)
+  one_each = {folder.class_folder(file.name, inside): file.name for file in part}
+  found = {name: label(path) for name, path in one_each.items()}
+  return hashlib.sha256(config_lib.canonical(found).encode()).hexdigest()
+
+
+def _own_classes(block: ConfigDict, first: storage.SourceFile) -> tuple[str, ...]:
+  """Returns the class names that a source keeps beside its samples, () where it has none."""
+  if formats.get(_format(block)).rooted or not block.label_key:
+    return ()
+  path = block.path if formats.get(block.format).find else first.path
+  return sources.classes(_format(block), path, block.label_key)
+
+
+def _format(block: ConfigDict) -> str:
+  return 'webdataset' if block.format == 'glyphs' else block.format
 
 
 def _glyph_tar(workdir: str, which: str) -> storage.SourceFile:
@@ -82,17 +134,23 @@ def index_product(dataset: str, parts: list[Product]) -> Product:
   return Product(f'ingest/{dataset}/index', {}, {part.name: part.fingerprint for part in parts})
 
 
+def summary_product(dataset: str, whole: Product) -> Product:
+  """What the index of a dataset holds, in numbers: made of the index alone, in seconds."""
+  return Product(f'ingest/{dataset}/summary', {}, {whole.name: whole.fingerprint})
+
+
 def run(config: ConfigDict, workdir: str) -> None:
   made = []
   for dataset in layout.datasets(config):
     made += ingest_dataset(config, workdir, dataset)
+    made.append(_summary(config, workdir, dataset, made[-1]))
   if uses_glyphs(config):
     made.insert(0, glyph_tars(config))
   products.write_manifest(workdir, 'ingest', made)
 
 
 def ingest_dataset(config: ConfigDict, workdir: str, dataset: str) -> list[Product]:
-  """Ingests one dataset; returns its products."""
+  """Indexes one dataset; returns its products, the whole index last."""
   if any(block.format == 'glyphs' for _, block in _flatten(layout.datasets(config)[dataset])):
     _draw(config, workdir)
   parts = shard_products(config, workdir, dataset)
@@ -111,37 +169,81 @@ def _draw(config: ConfigDict, workdir: str) -> None:
     from clip_jax.data import glyphs
     logging.info('Drawing the demo\'s images ...')
     with products.lock(workdir, product.name):
-      folder = os.path.join(workdir, 'ingest', layout.GLYPHS)
-      counts = glyphs.write(folder, **config.glyphs.to_dict())
-      tars = sorted(name for name in os.listdir(folder) if name.endswith('.tar'))
+      directory = os.path.join(workdir, 'ingest', layout.GLYPHS)
+      counts = glyphs.write(directory, **config.glyphs.to_dict())
+      tars = sorted(name for name in os.listdir(directory) if name.endswith('.tar'))
       products.finish(workdir, product, [f'ingest/{layout.GLYPHS}/{name}' for name in tars], counts)
 
 
 def _index(config: ConfigDict, workdir: str, dataset: str, wanted: list[Product], whole: Product) -> None:
   """Scans the missing shards, then puts the table of the whole dataset together."""
-  folder = os.path.join(workdir, 'ingest', dataset)
+  directory = os.path.join(workdir, 'ingest', dataset)
   every = shards(config, workdir, dataset)
   numbers = {f'ingest/{dataset}/index-{shard.number:05d}': shard for shard in every}
   needs_caption = dataset in (layout.POOL, layout.ANCHOR)
-  jobs = [(folder, numbers[product.name], needs_caption) for product in wanted]
+  jobs = [(directory, numbers[product.name], needs_caption) for product in wanted]
   if len(wanted) < len(every):
     logging.info('%s: %d of %d shards are indexed already.', dataset, len(every) - len(wanted), len(every))
-  for product, counts in zip(wanted, engine.run(scan_shard, jobs, workers=config.engine.workers,
-                                                desc=f'ingest {dataset}', unit='shard')):
+  for prefix, said in dict.fromkeys((shard.prefix, shard.said) for shard in every if shard.said):
+    logging.info('%s: %s.', f'{dataset}/{prefix}'.rstrip('/'), said)
+  start, seen = time.monotonic(), 0
+  for number, counts in engine.finished(scan_shard, jobs, workers=config.engine.workers,
+                                        desc=f'ingest {dataset}', unit='shard'):
+    product = wanted[number]
     name = os.path.basename(product.name)
     made = [f'{product.name}.parquet', f'ingest/{dataset}/{name.replace("index", "skipped")}.json']
     products.finish(workdir, product, made, counts)
-  counts = table.assemble(folder, [_location(shard) for shard in every],
-                          classes=[_classes(shard.block) for shard in every])
+    seen += counts['rows'] + counts['skipped'] + counts['left_out']
+  if wanted:
+    spent = max(time.monotonic() - start, 1e-6)
+    size = sum(file.size for _, shard, _ in jobs for file in shard.files)
+    logging.info('%s: %s samples, %s MB, looked through in %s (%s samples and %.0f MB a second).', dataset,
+                 f'{seen:,}', f'{size / 1e6:,.0f}', progress.seconds(spent), f'{seen / spent:,.0f}',
+                 size / 1e6 / spent)
+  counts = table.assemble(directory, [_location(shard) for shard in every],
+                          classes=[shard.classes for shard in every])
   if not counts['rows']:
+    summary.write_broken(directory, [_named(shard) for shard in every])  # to look them up
     raise InputError(f'{dataset} is empty: none of the {counts["skipped"]} samples in '
                      f'{layout.datasets(config)[dataset].path!r} can be used (reasons: {counts["reasons"]}). '
-                     'Check path, where, part and the keys of captions and labels.')
+                     f'Check path, where, part and the keys of captions and labels.')
   made = [name for name in counts.pop('files') if name != LOCATIONS]
   products.finish(workdir, whole, [f'ingest/{dataset}/{name}' for name in made], counts)
   said = ', '.join(f'{number} {reason}' for reason, number in sorted(counts['reasons'].items()))
   logging.info('%s: %s rows in %d shards%s.', dataset, f'{counts["rows"]:,}', len(every),
                f'; skipped: {said}' if said else '')
+
+
+def _summary(config: ConfigDict, workdir: str, dataset: str, whole: Product) -> Product:
+  """Writes what a dataset holds and says it, where that was not done yet."""
+  product = summary_product(dataset, whole)
+  if products.missing(workdir, [product], remake=True, redo=f'ingest:{dataset}'):
+    with products.lock(workdir, product.name):
+      _summarise(config, workdir, dataset, product)
+  return product
+
+
+def _summarise(config: ConfigDict, workdir: str, dataset: str, product: Product) -> None:
+  directory = os.path.join(workdir, 'ingest', dataset)
+  left_out = sum(products.read_sidecar(workdir, part.name)['counts']['left_out']
+                 for part in shard_products(config, workdir, dataset))
+  found = summary.write(directory, [_named(shard) for shard in shards(config, workdir, dataset)], left_out,
+                        functools.partial(_follow, dataset))
+  made = [f'ingest/{dataset}/{name}' for name in (summary.SUMMARY, summary.BROKEN)]
+  products.finish(workdir, product, made, {key: found[key] for key in ('samples', 'skipped', 'left_out')})
+  for line in summary.lines(found):
+    logging.info('%s: %s.', dataset, line)
+  if found['skipped']:
+    logging.info('%s: what cannot be used, and why: %s', dataset, os.path.join(directory, summary.BROKEN))
+
+
+def _follow(dataset: str, items):
+  return progress.track(items, total=len(items), desc=f'summary {dataset}', unit='shard')
+
+
+def _named(shard: Shard) -> str:
+  """Returns what to call a shard's file, wherever it lies on this machine; of a folder, keys are the files."""
+  return _printable(shard.prefix + ('./' if formats.get(_format(shard.block)).rooted else shard.files[0].name))
 
 
 def _find_moved(config: ConfigDict, workdir: str, dataset: str) -> None:
@@ -156,18 +258,18 @@ def _find_moved(config: ConfigDict, workdir: str, dataset: str) -> None:
 
 def scan_shard(job: tuple[str, Shard, bool]) -> dict:
   """Indexes one shard: a pure function of the shard to its index file. Returns the counts."""
-  folder, shard, needs_caption = job
+  directory, shard, needs_caption = job
   block = shard.block
   scan = sources.scan(
-      'webdataset' if block.format == 'glyphs' else block.format, shard.files, root=shard.root,
+      _format(block), shard.files, root=shard.root,
       where=layout.plain(block.where), part=tuple(block.part), group_key=block.group_key,
       group_pattern=block.group_pattern, image_key=block.image_key, caption_key=block.caption_key,
       caption_template=block.caption_template,
       caption_edit=(block.caption_pattern, block.caption_replacement, block.caption_share)
       if block.caption_pattern else (),
-      label_key=block.label_key, classes=_classes(block), columns=tuple(block.columns),
-      require_caption=needs_caption)
-  return table.write_shard(folder, shard.number, scan)
+      label_key=block.label_key, labels_file=os.path.expanduser(block.labels_file), sample_key=block.sample_key,
+      classes=shard.classes, columns=tuple(block.columns), require_caption=needs_caption)
+  return table.write_shard(directory, shard.number, scan)
 
 
 def _flatten(block: ConfigDict, prefix: str = '') -> list[tuple[str, ConfigDict]]:
@@ -177,16 +279,9 @@ def _flatten(block: ConfigDict, prefix: str = '') -> list[tuple[str, ConfigDict]
   return [pair for name in block.sources for pair in _flatten(block.sources[name], f'{prefix}{name}/')]
 
 
-def _classes(block: ConfigDict) -> tuple[str, ...]:
-  """Returns the class names of one source: the config's, or a folder's own folder names."""
-  if block.classes or block.format != 'folder':
-    return tuple(block.classes)
-  return sources.folder_classes(os.path.expanduser(block.path))
-
-
 def _location(shard: Shard) -> dict:
   """Returns what the row table must know to read a shard's samples again."""
-  form = 'webdataset' if shard.block.format == 'glyphs' else shard.block.format
+  form = _format(shard.block)
   path = '' if formats.get(form).rooted else shard.files[0].path
   return {'format': form, 'root': shard.root, 'path': path, 'image_key': shard.block.image_key}
 
@@ -200,9 +295,22 @@ def _inputs(config: ConfigDict, shard: Shard) -> dict[str, str]:
   """Returns what the shard reads, by name relative to its pattern, never by the path of this machine."""
   if shard.block.format == 'glyphs':
     return {'ingest/glyphs/tars': glyph_tars(config).fingerprint, 'file': shard.files[0].name}
-  stamps = [f'{file.name} {files.sha256(file.path) if config.ingest.check_content else file.stamp}'
+  stamps = [f'{file.name} {_sha256(file) if config.ingest.check_content else file.stamp}'
             for file in shard.files]
+  more = {f'labels of {shard.prefix}images': shard.labels} if shard.labels else {}
   if len(stamps) == 1:
-    return {f'source file {shard.prefix}{shard.files[0].name}': stamps[0]}
-  name = f'{len(stamps)} source files from {shard.prefix}{shard.files[0].name}'
-  return {name: hashlib.sha256('\n'.join(stamps).encode()).hexdigest()}
+    return {_printable(f'source file {shard.prefix}{shard.files[0].name}'): _printable(stamps[0]), **more}
+  name = _printable(f'{len(stamps)} source files from {shard.prefix}{shard.files[0].name}')
+  return {name: hashlib.sha256('\n'.join(stamps).encode('utf-8', 'surrogateescape')).hexdigest(), **more}
+
+
+def _sha256(file: storage.SourceFile) -> str:
+  digest, source = hashlib.sha256(), storage.open_file(file.path)
+  for start in range(0, file.size, _BLOCK):
+    digest.update(source.read(start, min(_BLOCK, file.size - start)))
+  return digest.hexdigest()
+
+
+def _printable(name: str) -> str:
+  """Returns a file's name, which may be any bytes, as text that can be written down."""
+  return name.encode('utf-8', 'backslashreplace').decode()

@@ -15,11 +15,14 @@ from clip_jax.core.types import Array
 POOL, ANCHOR, GLYPHS, ANCHOR_CLASSES = 'pool', 'anchor', 'glyphs', 'anchor_classes'
 RESERVED = (POOL, ANCHOR, GLYPHS, ANCHOR_CLASSES)  # names that no benchmark may have
 DRAWN_PER_SEED = ('random', 'matched')             # rules with one draw for each training seed
+EXPORTS = ('datacomp', 'keys', 'clip_ood', 'webdataset', 'array_record')  # what a split can be written as
 ALIGNED = ('gap_aligned',)                         # rules that promise the anchor's similarity gap
 # Config keys that change what a training run learns, beside the model, the preprocessing and the seed.
 RECIPE = tuple(f'train.{key}' for key in (
     'batch_size', 'learning_rate', 'warmup_steps', 'weight_decay', 'beta1', 'beta2', 'eps', 'dtype', 'loss',
     'patch_dropout'))
+# Those that came later: a key counts only where it is not its default, so that older runs stay as they are.
+LATER = {'train.order': 'global', 'train.jpeg_shrink': 0.0}
 
 
 _REMEMBERED: dict[tuple, Any] = {}
@@ -173,6 +176,14 @@ def pick(config: ConfigDict, names: Sequence[str]) -> dict:
       value = value[part]
     found[name] = plain(value)
   return found
+
+
+def recipe(config: ConfigDict) -> list[str]:
+  """Returns the config keys of the recipe that count."""
+  later = [name for name, default in LATER.items() if pick(config, [name])[name] != default]
+  if 'train.order' in later:
+    later.append('train.shuffle_window')
+  return [*RECIPE, *later]
 
 
 def shard_slices(starts: Array) -> Iterator[tuple[int, int, int]]:  # [shards + 1]

@@ -245,7 +245,8 @@ def stage_products(config: ConfigDict, workdir: str, stage: str) -> list[product
     made = [ingest.glyph_tars(config)] if ingest.uses_glyphs(config) else []
     for name in layout.datasets(config):
       parts = ingest.shard_products(config, workdir, name)
-      made += [*parts, ingest.index_product(name, parts)]
+      whole = ingest.index_product(name, parts)
+      made += [*parts, whole, ingest.summary_product(name, whole)]
     return made
   if stage == 'embedder':
     return [embedder.product(config, workdir)]

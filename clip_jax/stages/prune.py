@@ -1,10 +1,11 @@
 """Stage prune: every split as rows of the base set, from the columns that the search left.
 
 In: search columns, dedup marks, embeddings (for rows that float32 cannot decide). Out:
-WORKDIR/splits/<split>/rows.npy (or rows-seed<k>.npy), split.json, and for aligned splits
-queries-<benchmark>.npz: how many removed rows are near each query.
+WORKDIR/splits/<split>/rows.npy (or rows-seed<k>.npy), split.json, for aligned splits
+queries-<benchmark>.npz (how many removed rows are near each query), and what the split exports.
 """
 
+import dataclasses
 import os
 
 from absl import logging
@@ -20,6 +21,7 @@ from clip_jax.pruning import rules
 from clip_jax.pruning import splits
 from clip_jax.stages import dedup
 from clip_jax.stages import embed
+from clip_jax.stages import export
 from clip_jax.stages import ingest
 from clip_jax.stages import layout
 from clip_jax.stages import search
@@ -37,6 +39,11 @@ def rows_product(config: ConfigDict, workdir: str, split: str, seed: int) -> Pro
   keys['splits.append_anchor'] = appends_anchor(config, split)
   if 'draw' in rule.needs:
     keys['draw'] = seed
+  inputs = {}
+  if 'file' in rule.needs:
+    del keys['splits.file']  # where it lies changes nothing
+    keys['prune.export_key'] = config.prune.export_key
+    inputs['the listed file'] = export.listed_sha256(config, workdir, split)
   parts = {name: embed.shard_products(config, workdir, name) for name in layout.datasets(config)}
   reads = [*parts[layout.POOL], *parts.get(layout.ANCHOR, [])]
   if config.dedup.enabled:
@@ -51,12 +58,14 @@ def rows_product(config: ConfigDict, workdir: str, split: str, seed: int) -> Pro
   for other in (block.size_of, block.to):
     if other:
       reads.append(rows_product(config, workdir, other, seeds_of(config, other, seed)))
-  return Product(layout.rows_name(config, split, seed), keys, {part.name: part.fingerprint for part in reads})
+  inputs |= {part.name: part.fingerprint for part in reads}
+  return Product(layout.rows_name(config, split, seed), keys, inputs)
 
 
 def split_product(config: ConfigDict, workdir: str, split: str) -> Product:
   """What is known of a split: split.json, and the figures of its queries."""
-  keys = layout.pick(config, ['prune', 'dedup.threshold', 'pool.domain_column', 'pool.label_key'])
+  keys = layout.pick(config, ['prune.check_queries', 'prune.duplicate_similarity', 'dedup.threshold',
+                              'pool.domain_column', 'pool.label_key'])
   reads = [rows_product(config, workdir, split, seed) for seed in layout.seeds(config, split)]
   return Product(f'splits/{split}/split', keys, {part.name: part.fingerprint for part in reads})
 
@@ -99,17 +108,17 @@ def run(config: ConfigDict, workdir: str) -> None:
       continue
     base = base or Base(config, workdir)
     with products.lock(workdir, about.name):
-      for product in wanted or [p for _, p in rows.values()]:
-        seed = rows[product.name][0]
-        kept = base.keep(split, seed)
-        if product in wanted:
-          files.write_npy(os.path.join(workdir, product.name + '.npy'), base.rows(split, kept))
-          products.finish(workdir, product, [product.name + '.npy'], {'pool_rows': len(kept.rows), **kept.report})
+      for product in wanted:
+        kept = base.keep(split, rows[product.name][0])
+        files.write_npy(os.path.join(workdir, product.name + '.npy'), base.rows(split, kept))
+        products.finish(workdir, product, [product.name + '.npy'], {'pool_rows': len(kept.rows), **kept.report})
       made = base.describe(split)
       products.finish(workdir, about, made)
-  products.write_manifest(workdir, 'splits', every)
   if base is not None:
     _say(config, workdir)
+  every += export.run(config, workdir, {(split, seed): rows_product(config, workdir, split, seed)
+                                        for split, seed in layout.runs(config)})
+  products.write_manifest(workdir, 'splits', every)
 
 
 class Base:
@@ -199,7 +208,11 @@ class Base:
       given |= {'seed': block.seed, 'draw': seed}
     if 'target' in rule.needs:
       given['removed'] = self.removed(block.to, seed)
-    return rule.keep(self.columns, **given)
+    about = {}
+    if 'file' in rule.needs:
+      given['rows'], about = export.listed_rows(self._config, self._workdir, split)
+    kept = rule.keep(self.columns, **given)
+    return dataclasses.replace(kept, report=about | kept.report)
 
   def _count(self, block: ConfigDict, seed: int) -> int:
     candidates = int(self.columns.candidates.sum())
@@ -214,7 +227,7 @@ class Base:
     return rows[rows < len(self._pool)]
 
   def removed(self, split: str, seed: int) -> Array:
-    """Returns the candidates that a split drops."""
+    """Returns the candidates that a split drops, sorted."""
     dropped = self.columns.candidates.copy()
     dropped[self._pool_rows(split, seed)] = False
     return np.flatnonzero(dropped)
@@ -239,10 +252,13 @@ class Base:
           **{key: value for key, value in sidecar['counts'].items() if key != 'pool_rows'}}
     first = next(iter(draws.values()))
     candidates = int(self.columns.candidates.sum())
-    rule = rules.RULES[block.rule]
-    about = {'rule': block.rule, 'parameters': {key: layout.plain(block[key]) for key in rule.keys},
+    parameters = {key: layout.plain(block[key]) for key in rules.RULES[block.rule].keys}
+    if 'file' in parameters:
+      parameters['file'] = os.path.basename(block.file)
+    about = {'rule': block.rule, 'parameters': parameters,
              'candidates': candidates, 'pool_size': len(self._pool), 'pool_rows': first['pool_rows'],
-             'anchor_rows': first['anchor_rows'], 'dropped': candidates - first['pool_rows'],
+             'anchor_rows': first['anchor_rows'],
+             'dropped': candidates - (first['pool_rows'] - first.get('repeats', 0)),
              'append_anchor': appends_anchor(config, split), 'seed': block.seed, 'hash': first['hash'],
              'checks': {}, 'draws': draws}
     if block.rule in layout.ALIGNED:
@@ -326,5 +342,7 @@ def _say(config: ConfigDict, workdir: str) -> None:
       lacking = max(draw['without_full_cell_donor'] for draw in about['draws'].values())
       logging.warning('%s: no matched control exists, as %.0f %% of the rows that %s removes have no donor like them; '
                       'it holds random rows instead.', split, 100 * lacking, config.splits[split].to)
-    logging.info('split %s: %s pool rows (%.1f %% dropped) and %s anchor rows%s.', split, f'{about["pool_rows"]:,}',
-                 100 * share, f'{about["anchor_rows"]:,}', f'; gap checked on {checks} queries' if checks else '')
+    repeats = max(draw.get('repeats', 0) for draw in about['draws'].values())
+    logging.info('split %s: %s pool rows%s (%.1f %% dropped) and %s anchor rows%s.', split, f'{about["pool_rows"]:,}',
+                 f', {repeats:,} of them repeats' if repeats else '', 100 * share, f'{about["anchor_rows"]:,}',
+                 f'; gap checked on {checks} queries' if checks else '')

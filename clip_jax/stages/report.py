@@ -27,15 +27,14 @@ from clip_jax.stages.report_sections import Facts
 
 # Config keys that the page shows. What the runs were made with is in their own fingerprints.
 KEYS = ('splits', 'report', 'prune', 'dedup', 'search.backend', 'search.top_k', 'embedder.source',
-        'embedder.seed', 'model', 'train.budget', 'train.samples', 'train.epochs', 'train.seeds',
-        *layout.RECIPE)
+        'embedder.seed', 'model', 'train.budget', 'train.samples', 'train.epochs', 'train.seeds')
 
 
 def product(config: ConfigDict, workdir: str) -> Product:
   """The page. It reads whatever is finished: made again when a product is new or has changed."""
   inputs = {name: sidecar['fingerprint'] for name, sidecar in products.sidecars(workdir).items()
             if not name.startswith('report/')}
-  keys = {**layout.pick(config, KEYS), 'datasets': list(layout.datasets(config))}
+  keys = {**layout.pick(config, [*KEYS, *layout.recipe(config)]), 'datasets': list(layout.datasets(config))}
   return Product('report/index', keys, inputs)
 
 

@@ -30,7 +30,7 @@ def product(config: ConfigDict, workdir: str, split: str, seed: int) -> Product:
   """One run. Its keys are what changes the data it sees and the steps it takes."""
   budget = 'train.samples' if config.train.budget == 'samples' else 'train.epochs'
   keys = layout.pick(config, ['model', 'train.budget', budget, 'preprocess.mean', 'preprocess.std',
-                              'preprocess.crop_scale', *layout.RECIPE])
+                              'preprocess.crop_scale', *layout.recipe(config)])
   rows = prune.rows_product(config, workdir, split, seed)
   inputs = {rows.name: rows.fingerprint}
   for dataset in (layout.POOL, layout.ANCHOR):
@@ -63,10 +63,14 @@ def run(config: ConfigDict, workdir: str) -> None:
 
 
 def _base(config: ConfigDict, workdir: str):
-  """Returns the base set with decoded images kept in memory, shared by all runs."""
+  """Returns the base set with decoded images kept in memory, shared by all runs.
+
+  Images that are decoded at a smaller size are not kept: which size depends on the crop.
+  """
   from clip_jax.data import loader
   from clip_jax.stages import embedder
-  return loader.DecodedCache(embedder.base_source(config, workdir), config.train.cache_mb * 1_000_000)
+  base, t = embedder.base_source(config, workdir), config.train
+  return base if t.jpeg_shrink else loader.DecodedCache(base, t.cache_mb * 1_000_000, t.loader_processes)
 
 
 def _one(config: ConfigDict, workdir: str, split: str, seed: int, wanted: Product, base) -> None:
@@ -119,7 +123,9 @@ def fit(config: ConfigDict, workdir: str, folder: str, data, base, *, seed: int,
   def batches(start_examples: int):
     return loader.train_batches(data, batch_size=t.batch_size, seed=seed, start_examples=start_examples,
                                 image_size=architecture.image_size, context_length=architecture.context_length,
-                                crop_scale=tuple(p.crop_scale), threads=t.loader_threads, pack=groups,
+                                crop_scale=tuple(p.crop_scale), threads=t.loader_threads,
+                                processes=t.loader_processes, pack=groups, order=t.order,
+                                shuffle_window=t.shuffle_window, jpeg_shrink=t.jpeg_shrink,
                                 on_replaced=on_replaced)
 
   writer = metrics.MetricsWriter(os.path.join(path, 'metrics.jsonl'),

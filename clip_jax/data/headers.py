@@ -1,0 +1,78 @@
+"""The first bytes of an image file -> its type and size, for an index of very many images.
+
+JPEG, PNG and WebP say their size in places that are simple to find, which takes a microsecond;
+whatever is unusual in the least goes to Pillow, which takes thirty and for WebP the whole file.
+"""
+
+import struct
+import zlib
+
+from PIL import Image
+
+from clip_jax.data import images
+
+_FRAMES = (0xC0, 0xC1, 0xC2)  # JPEG: baseline, extended and progressive
+_PASSED = frozenset([0xC4, 0xDB, 0xDD, 0xFE, *range(0xE0, 0xF0)])  # tables, comments, APP0 to APP15
+_LAYERS = (1, 3, 4)
+_FRAME = struct.Struct('>BHHB')  # bits, height, width, layers
+_PNG = b'\x89PNG\r\n\x1a\n\0\0\0\rIHDR'
+_IHDR = struct.Struct('>IIBBBB')  # width, height, bits, colours, compression, filter
+_PNG_BITS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}
+
+
+def header(data: bytes) -> tuple[str, int, int]:
+  """Returns (type, width, height) from the first bytes of an image: images.header, but faster.
+
+  Of a valid file, this is what Pillow says. A damaged one may get its size although Pillow would
+  find the damage. Raises images.UnreadableImage.
+  """
+  start = data[:4]
+  if start[:3] == b'\xff\xd8\xff':
+    kind, size = 'jpeg', _jpeg(data)
+  elif start == b'\x89PNG':
+    kind, size = 'png', _png(data)
+  elif start == b'RIFF':
+    kind, size = 'webp', _webp(data)
+  else:
+    return images.header(data)
+  if size is None or not 0 < size[0] * size[1] <= (Image.MAX_IMAGE_PIXELS or 1 << 62):
+    return images.header(data)
+  return kind, *size
+
+
+def _jpeg(data: bytes) -> tuple[int, int] | None:
+  """Returns (width, height) from the first frame's header, None where the way there is unusual."""
+  at, last = 2, len(data) - 10
+  while at <= last and data[at] == 0xFF:
+    marker = data[at + 1]
+    if marker in _FRAMES:
+      bits, height, width, layers = _FRAME.unpack_from(data, at + 4)
+      return (width, height) if bits == 8 and layers in _LAYERS else None
+    length = data[at + 2] << 8 | data[at + 3]
+    if marker not in _PASSED or length < 2:
+      return None
+    at += 2 + length
+  return None
+
+
+def _png(data: bytes) -> tuple[int, int] | None:
+  if len(data) < 33 or data[:16] != _PNG or zlib.crc32(data[12:29]) != int.from_bytes(data[29:33]):
+    return None
+  width, height, bits, colours, compression, filtering = _IHDR.unpack_from(data, 16)
+  usual = bits in _PNG_BITS.get(colours, ()) and compression == filtering == 0
+  return (width, height) if usual else None
+
+
+def _webp(data: bytes) -> tuple[int, int] | None:
+  if len(data) < 30 or data[8:12] != b'WEBP':
+    return None
+  kind = data[12:16]
+  if kind == b'VP8 ' and not data[20] & 1 and data[23:26] == b'\x9d\x01\x2a':  # a key frame
+    width, height = struct.unpack_from('<HH', data, 26)
+    return width & 0x3FFF, height & 0x3FFF
+  if kind == b'VP8L' and data[20] == 0x2F:
+    bits = int.from_bytes(data[21:25], 'little')
+    return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+  if kind == b'VP8X':
+    return int.from_bytes(data[24:27], 'little') + 1, int.from_bytes(data[27:30], 'little') + 1
+  return None

@@ -1,0 +1,245 @@
+"""What a dataset holds, in numbers, and the whole list of what is broken in it.
+
+In: index-*.parquet, skipped-*.json and files.json in the dataset's folder (table.py). Out:
+summary.json and broken.csv beside them. Index files are read in batches, so memory does not grow
+with the dataset; see `_repeated` for the one limit.
+"""
+
+import collections
+from collections.abc import Callable, Iterable, Iterator, Sequence
+import csv
+import io
+import os
+from typing import Any
+
+import numpy as np
+
+from clip_jax.core import files
+from clip_jax.core.types import Array
+from clip_jax.data import table
+
+SUMMARY, BROKEN = 'summary.json', 'broken.csv'
+_BATCH = 1 << 16         # rows of an index file in memory at once
+_MOST_HASHES = 1 << 25   # hashes in memory at once: 256 MB, twice while they are joined
+_MOST_KEPT = 1 << 25     # hashes of repeated texts, among which the first ones are looked for
+_MOST_CLASSES = 100_000  # that are listed with their counts
+_EXAMPLES = 10           # repeated keys, and shards with problems, that are named
+_QUANTILES = {'min': 0.0, '1%': 0.01, '5%': 0.05, '25%': 0.25, '50%': 0.5, '75%': 0.75, '95%': 0.95,
+              '99%': 0.99, 'max': 1.0}
+
+
+class _Counts:
+  """How often each whole number was seen."""
+
+  def __init__(self):
+    self._counts = collections.Counter()
+
+  def add(self, values: Array) -> None:  # [n] int
+    seen, counts = np.unique(values, return_counts=True)
+    self._counts.update(dict(zip(seen.tolist(), counts.tolist(), strict=True)))
+
+  def quantiles(self) -> dict[str, int]:
+    """Returns numbers that were seen: the smallest that at least a share of all does not exceed."""
+    if not self._counts:
+      return {}
+    values = sorted(self._counts)
+    reached = np.cumsum([self._counts[value] for value in values])
+    places = {name: int(np.searchsorted(reached, share * reached[-1]))
+              for name, share in _QUANTILES.items()}
+    return {name: values[place] for name, place in places.items()}
+
+
+def write(directory: str, shards: Sequence[str], left_out: int,
+          follow: Callable[[range], Iterable[int]] = iter) -> dict[str, Any]:
+  """Writes summary.json and broken.csv; returns the summary.
+
+  shards: what to call each shard's file; left_out: samples that were not asked for; follow: shows
+  the progress of a loop over shards.
+  """
+  every = range(len(shards))
+  found = _contents(directory, follow(every))
+  rows = found['samples']
+  repeats, again = _repeated(directory, 'key', rows, lambda: follow(every))
+  found['repeated_keys'] = {'samples': repeats, 'first': _first(directory, 'key', again, shards)}
+  repeats, _ = _repeated(directory, 'caption', rows - found['captions']['empty'],
+                         lambda: follow(every))
+  found['captions'] |= {'repeated': repeats, 'repeated_share': round(repeats / max(rows, 1), 6)}
+  found |= {'shards': len(shards), 'left_out': left_out, **write_broken(directory, shards)}
+  files.write_json(os.path.join(directory, SUMMARY), found)
+  return found
+
+
+def write_broken(directory: str, shards: Sequence[str]) -> dict[str, Any]:
+  """Writes the list of all samples that cannot be used, in order; returns what it counts."""
+  reasons, by_shard = collections.Counter(), []
+  with (files.atomic(os.path.join(directory, BROKEN)) as path, path.open('wb') as f,
+        io.TextIOWrapper(f, 'utf-8', 'backslashreplace', newline='') as text):
+    rows = csv.writer(text)
+    rows.writerow(('shard', 'file', 'key', 'reason'))
+    for shard, file in enumerate(shards):
+      skipped = files.read_json(table.skipped_file(directory, shard))
+      rows.writerows((shard, file, entry['key'], entry['reason']) for entry in skipped)
+      reasons.update(entry['reason'] for entry in skipped)
+      if skipped:
+        by_shard.append({'file': file, 'skipped': len(skipped)})
+  worst = sorted(by_shard, key=lambda entry: -entry['skipped'])[:_EXAMPLES]
+  return {'skipped': reasons.total(), 'reasons': dict(sorted(reasons.items())),
+          'shards_with_skipped': {'count': len(by_shard), 'worst': worst}}
+
+
+def lines(found: dict[str, Any]) -> list[str]:
+  """Returns a summary in a few sentences."""
+  sizes, captions, labels = found['images'], found['captions'], found['labels']
+  kinds = ', '.join(f'{count:,} {kind}' for kind, count in sizes['types'].items())
+  line = f'{found["samples"]:,} samples, {_bytes(sizes["bytes"])} of images ({kinds or "none"})'
+  if sizes['short_side']:
+    line += f', short side {_range(sizes["short_side"])} pixels'
+  if sizes['unknown_size']:
+    line += f', {sizes["unknown_size"]:,} of unknown size'
+  said = [line]
+  if captions['empty'] < found['samples']:
+    said.append(f'captions of {_range(captions["words"])} words, {captions["empty"]:,} empty, '
+                f'{captions["repeated"]:,} ({captions["repeated_share"]:.1%}) repeat an earlier '
+                'one')
+  if labels['classes'] or labels['per_class']:
+    each = _range(labels['samples']) if labels['samples'] else 'no'
+    said.append(f'{labels["classes"]:,} classes of {each} samples, {labels["without_samples"]:,} '
+                f'without a sample; {labels["unlabelled"]:,} samples without a label')
+  if found['repeated_keys']['samples']:
+    line = f'{found["repeated_keys"]["samples"]:,} samples have the key of an earlier one'
+    for first in found['repeated_keys']['first'][:1]:
+      line += f' (as {first["key"]!r} in {" and ".join(first["files"][:2])})'
+    said.append(line)
+  return said
+
+
+def _contents(directory: str, shards: Iterable[int]) -> dict[str, Any]:
+  """Returns what the columns of all index files hold."""
+  import pyarrow.compute as pc
+  columns = ['caption', 'label', 'length', 'width', 'height', 'type']
+  count = collections.defaultdict(_Counts)
+  kinds, labels = collections.Counter(), collections.Counter()
+  total = collections.Counter()
+  for shard in shards:
+    for batch in _batches(directory, shard, columns):
+      total['samples'] += batch.num_rows
+      total['bytes'] += pc.sum(batch['length'].cast('int64')).as_py() or 0
+      width, height = (batch[name].to_numpy() for name in ('width', 'height'))
+      known = (width > 0) & (height > 0)
+      total['unknown_size'] += int((~known).sum())
+      short = np.minimum(width, height)
+      for name, values in (('width', width), ('height', height), ('short_side', short)):
+        count[name].add(values[known])
+      characters, words = _lengths(batch['caption'])
+      total['empty'] += int((characters == 0).sum())
+      count['characters'].add(characters)
+      count['words'].add(words)
+      seen = pc.value_counts(batch['label']).to_pylist()
+      labels.update({entry['values']: entry['counts'] for entry in seen})
+      seen = pc.value_counts(batch['type']).to_pylist() if 'type' in batch.schema.names else [
+          {'values': '', 'counts': batch.num_rows}]
+      kinds.update({entry['values'] or 'unknown': entry['counts'] for entry in seen})
+  classes = files.read_json(os.path.join(directory, 'files.json'))['classes']
+  return {
+      'samples': total['samples'],
+      'images': {'bytes': total['bytes'], 'types': dict(kinds.most_common()),
+                 **{name: count[name].quantiles() for name in ('width', 'height', 'short_side')},
+                 'unknown_size': total['unknown_size']},
+      'captions': {**{name: count[name].quantiles() for name in ('characters', 'words')},
+                   'empty': total['empty']},
+      'labels': _labels(labels, classes)}
+
+
+def _labels(counts: dict[int, int], classes: Sequence[str]) -> dict[str, Any]:
+  """Returns what is said of labels: per_class is [name, samples] in label order."""
+  unlabelled = sum(count for label, count in counts.items() if label < 0)
+  numbers = range(len(classes)) if classes else sorted(label for label in counts if label >= 0)
+  per_class = [[classes[label] if classes else str(label), counts.get(label, 0)]
+               for label in numbers]
+  sizes = _Counts()
+  sizes.add(np.array([count for _, count in per_class if count], np.int64))
+  return {'classes': len(per_class), 'without_samples': sum(not count for _, count in per_class),
+          'samples': {name: size for name, size in sizes.quantiles().items()
+                      if name in ('min', '50%', 'max')},
+          'unlabelled': unlabelled,
+          'per_class': per_class if len(per_class) <= _MOST_CLASSES else []}
+
+
+def _repeated(directory: str, column: str, rows: int, every: Callable[[], Iterable[int]]
+              ) -> tuple[int, list[Array]]:  # [n] int64, sorted
+  """Returns how many samples have the text of an earlier one, and hashes of (most of) these texts.
+
+  Empty texts do not count. The others count by 64-bit hashes, _MOST_HASHES at a time, so that
+  memory is bounded: the column is read once for every 33 million rows. That two of n different
+  texts count as one has the chance n^2 / 2^65: 0.1 % at 200 million. every: begins a loop over
+  the shards.
+  """
+  passes = max(1, -(-rows // _MOST_HASHES))
+  repeats, kept = 0, []
+  for turn in range(passes):
+    hashes = [np.zeros(0, np.int64)]
+    for shard in every():
+      hashes += [values[values % passes == turn] for _, values in _hashed(directory, shard, column)]
+    hashes = np.sort(np.concatenate(hashes))
+    again = hashes[1:][hashes[1:] == hashes[:-1]]
+    repeats += len(again)
+    again = np.unique(again)
+    kept.append(again[:max(0, _MOST_KEPT - sum(map(len, kept)))])
+  return repeats, kept
+
+
+def _first(directory: str, column: str, repeated: Sequence[Array],  # [n] int64, sorted
+           shards: Sequence[str]) -> list[dict[str, Any]]:
+  """Returns the first texts with a repeated hash, and where they are; texts count, not hashes."""
+  count: dict[str, int] = {}
+  files_of: dict[str, dict[str, None]] = {}  # file names, each once, in order
+  wanted = np.sort(np.concatenate(repeated))
+  for shard, file in enumerate(shards if len(wanted) else ()):
+    for texts, hashes in _hashed(directory, shard, column):
+      place = np.minimum(np.searchsorted(wanted, hashes), len(wanted) - 1)
+      for text in (texts[i] for i in np.flatnonzero(wanted[place] == hashes)):
+        if text in count or len(count) < _EXAMPLES:
+          count[text] = count.get(text, 0) + 1
+          files_of.setdefault(text, {}).setdefault(file)
+      if len(count) == _EXAMPLES:  # the others need not be looked for any more
+        wanted = np.sort(np.array([hash(text) for text in count], np.int64))
+  return [{column: text, 'samples': samples, 'files': list(files_of[text])[:_EXAMPLES]}
+          for text, samples in count.items() if samples > 1]
+
+
+def _hashed(directory: str, shard: int, column: str) -> Iterator[tuple[list[str], Array]]:
+  """Yields the texts of a column that are not empty, and their hashes, [n] int64, in batches."""
+  for batch in _batches(directory, shard, [column]):
+    texts = [text for text in batch[column].to_pylist() if text]
+    # Python's hashes of text differ from process to process, so none is ever written down.
+    yield texts, np.fromiter(map(hash, texts), np.int64, len(texts))
+
+
+def _lengths(captions) -> tuple[Array, Array]:  # [n] int, [n] int
+  """Returns the characters and the words of captions, an arrow array of text."""
+  import pyarrow.compute as pc
+  trimmed = pc.utf8_trim_whitespace(captions)
+  words = pc.list_value_length(pc.utf8_split_whitespace(trimmed))  # 1 of an empty text
+  return (pc.utf8_length(captions).to_numpy(zero_copy_only=False),
+          np.where(pc.equal(trimmed, '').to_numpy(zero_copy_only=False), 0,
+                   words.to_numpy(zero_copy_only=False)))
+
+
+def _batches(directory: str, shard: int, columns: list[str]) -> Iterator:
+  """Yields columns of an index file, those that it has, as arrow record batches."""
+  import pyarrow.parquet as pq
+  with pq.ParquetFile(table.index_file(directory, shard)) as file:
+    there = [name for name in columns if name in file.schema_arrow.names]
+    yield from file.iter_batches(_BATCH, columns=there)
+
+
+def _range(quantiles: dict[str, int]) -> str:
+  low, middle, high = (quantiles[name] for name in ('min', '50%', 'max'))
+  return f'{low:,}' if low == high else f'{low:,} to {high:,} (median {middle:,})'
+
+
+def _bytes(count: int) -> str:
+  for unit, size in (('TB', 1e12), ('GB', 1e9), ('MB', 1e6)):
+    if count >= size:
+      return f'{count / size:,.1f} {unit}'
+  return f'{count / 1e3:,.1f} kB'

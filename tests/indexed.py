@@ -1,0 +1,28 @@
+"""Small indexed datasets for the tests of the row table and its reader."""
+
+import numpy as np
+
+from clip_jax.data import reader
+from clip_jax.data import table
+
+BYTES = np.random.default_rng(0).integers(0, 256, 100_000, np.uint8).tobytes()
+
+
+def record(i, caption=None, **columns):
+  return table.Record(
+      key=f'k{i}', caption=f'caption {i} é' if caption is None else caption, label=i % 5 - 1,
+      group=f'g{i // 2}', offset=i * 7, length=i, width=i, height=2 * i, columns=columns)
+
+
+def shard(path, n, first=0, skipped=(), **columns):
+  path.write_bytes(BYTES)
+  return {'format': 'webdataset', 'root': '', 'path': str(path)}, table.Scan(
+      [record(first + i, **columns) for i in range(n)], list(skipped))
+
+
+def dataset(directory, shards, classes=()):
+  """Writes and assembles shards of (file, scan), and opens them."""
+  for i, (_, scan) in enumerate(shards):
+    table.write_shard(str(directory), i, scan)
+  counts = table.assemble(str(directory), [file for file, _ in shards], classes)
+  return reader.Source(str(directory)), counts

@@ -1,0 +1,177 @@
+"""Lists of keys, to and from rows of the pool: against plain Python, and forged files."""
+
+import io
+import pickle
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from clip_jax.core.errors import InputError
+from clip_jax.pruning import exports
+
+hexes = st.text('0123456789abcdef', min_size=32, max_size=32)
+
+
+def expected_rows(listed, pool):
+  """The definition: every row of the pool whose key is listed, as often as it is."""
+  return sorted(row for row, key in enumerate(pool) for other in listed if other == key)
+
+
+def cut(keys, seed):
+  """Returns the keys as blocks of odd sizes, of the types that indexes have."""
+  rng = np.random.default_rng(seed)
+  ends = sorted(rng.integers(0, len(keys) + 1, 3).tolist())
+  parts = [keys[a:b] for a, b in zip([0, *ends], [*ends, len(keys)])]
+  return [pa.array(part, pa.string()) if i % 2 else pa.chunked_array([part], pa.string())
+          for i, part in enumerate(parts)]
+
+
+@given(st.lists(hexes, min_size=1, max_size=20))
+def test_uids_are_two_numbers_sorted_as_pairs(keys):
+  found = exports.uids(keys)
+  assert found.dtype == np.dtype('u8,u8')
+  pairs = [(int(key[:16], 16), int(key[16:], 16)) for key in keys]
+  assert found.tolist() == pairs and exports.sorted_uids(found).tolist() == sorted(pairs)
+  assert exports.uids([key.upper() for key in keys]).tolist() == pairs
+  assert exports.uids(pa.array(['x', *keys, 'y']).slice(1, len(keys))).tolist() == pairs
+
+
+@settings(max_examples=25)
+@given(st.data())
+def test_files_of_every_kind_name_the_same_rows(tmp_path_factory, data):
+  few = data.draw(st.lists(st.integers(-3, 9), min_size=1, max_size=5))
+  pool = data.draw(st.lists(st.sampled_from([*few, 11, 12]), min_size=1, max_size=30))
+  listed = data.draw(st.lists(st.sampled_from([*pool, 77]), min_size=1, max_size=20))
+  folder, seed = tmp_path_factory.mktemp('lists'), data.draw(st.integers(0, 9))
+  as_uid = lambda key: f'{key + 3:016x}{key * key:016x}'
+  expected = expected_rows(listed, pool)
+  report = {'listed': len(listed), 'not_in_pool': len(set(listed) - set(pool)),
+            'listed_twice': sum(listed.count(key) > 1 for key in set(listed)),
+            'several_rows': sum(pool.count(key) > 1 for key in set(listed))}
+
+  np.save(folder / 'u.npy', exports.sorted_uids(exports.uids(list(map(as_uid, listed)))))
+  np.save(folder / 'i.npy', np.array(listed, np.int32))
+  np.save(folder / 's.npy', np.array([f'k{key}' for key in listed]))
+  pq.write_table(pa.table({'url': ['u'] * len(listed), 'uid': list(map(as_uid, listed))}),
+                 folder / 't.parquet')
+  pq.write_table(pa.table({'SAMPLE_ID': pa.array(listed, pa.int32())}), folder / 'n.parquet')
+  texts = [f'k{key}' for key in pool]
+  (folder / 't.txt').write_text('\n\r\n'.join(f'k{key}' for key in listed))
+  for name, keys in (('u.npy', list(map(as_uid, pool))), ('i.npy', [f'{key:09d}' for key in pool]),
+                     ('s.npy', texts), ('t.parquet', list(map(as_uid, pool))),
+                     ('n.parquet', list(map(str, pool))), ('t.txt', texts)):
+    found = exports.find(exports.read(folder / name), cut(keys, seed))
+    assert found.rows.dtype == np.int64 and found.rows.tolist() == expected, name
+    assert found.report == report, name
+
+
+def test_blocks_are_looked_up_in_order_however_they_are_joined(monkeypatch):
+  keys = [f'{i:05d}' for i in range(100)]
+  for size in (1, 7, 1000):
+    monkeypatch.setattr(exports, '_BLOCK', size)
+    found = exports.find(pa.array([3, 99, 3, 200]), [keys[:1], [], keys[1:50], keys[50:]])
+    assert found.rows.tolist() == [3, 3, 99] and found.not_in_pool == ['200']
+    uids = exports.uids([f'{i:032x}' for i in range(20)])
+    assert uids['f1'].tolist() == list(range(20))
+
+
+def test_rows_without_a_key_are_never_named():
+  uid = f'{5:032x}'
+  file = io.BytesIO()
+  np.save(file, exports.uids([uid]))
+  listed = exports._binary(np.frombuffer(bytes(15) + b'\5', np.uint8).reshape(1, 16))
+  found = exports.find(listed, [pa.array([None, uid, None]), pa.nulls(2), pa.array([uid])])
+  assert found.rows.tolist() == [1, 5]
+  assert exports.find(pa.array([7]), [pa.array([None, '007']), pa.array([7, None])]).rows.tolist() == [1, 2]
+
+
+@pytest.mark.parametrize('convert, keys, said', [
+    (exports.uids, ['0' * 32, 'abc'], "'abc' of row 11 is no uid"),
+    (exports.uids, ['0' * 32, None], 'None of row 11 is no uid'),
+    (exports.uids, ['0' * 32, '0' * 31 + 'g'], '0g.* of row 11 is no uid'),
+    (exports.uids, ['é' * 16], 'of row 10 is no uid'),
+    (exports.numbers, ['1', '1.0'], "'1.0' of row 11 is no 64-bit number"),
+    (exports.numbers, ['0x1F'], 'no 64-bit number'),
+    (exports.numbers, [' 1'], 'no 64-bit number'),
+    (exports.numbers, [str(2**63)], '9223372036854775808.* of row 10'),
+    (exports.numbers, ['', '1'], 'row 10'),
+    (exports.numbers, [1.5], "'1.5' of row 10"),
+    (exports.numbers, ['5', None], 'None of row 11'),
+])
+def test_bad_keys_are_named_with_their_row(convert, keys, said):
+  with pytest.raises(InputError, match=f'{said}.*prune.export_key'):
+    convert(keys, 10)
+  with pytest.raises(InputError, match=said):
+    convert(keys, np.arange(10, 10 + len(keys)))
+
+
+def test_numbers_with_many_zeros_and_the_largest():
+  assert exports.numbers(['0' * 30 + '7', str(2**63 - 1), str(-2**63)]).tolist() == [
+      7, 2**63 - 1, -2**63]
+
+
+def test_uids_of_a_machine_with_other_bytes(tmp_path):
+  np.save(tmp_path / 'u.npy', np.array([(1, 2**64 - 1)], '>u8,>u8'))
+  assert exports.find(exports.read(tmp_path / 'u.npy'), [[f'{1:016x}{2**64 - 1:016X}']]).rows.tolist() == [0]
+
+
+class Bomb:
+  def __reduce__(self):
+    return open, ('/nonexistent/bomb', 'w')
+
+
+def test_forged_files_are_sentences(tmp_path):
+  def refused(name, data, said):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(InputError, match=said):
+      exports.read(tmp_path / name)
+
+  def npy(array):
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+  pickled = io.BytesIO()
+  np.save(pickled, np.array([Bomb()], object), allow_pickle=True)
+  refused('a.npy', pickled.getvalue(), 'cannot be read .*pickle')
+  refused('a.npy', pickle.dumps([1]), 'cannot be read')
+  refused('a.npy', b'', 'cannot be read')
+  whole = npy(np.arange(100))
+  refused('a.npy', whole[:-8], 'cannot be read')
+  refused('a.npy', whole.replace(b'(100,)', b'(10**14,)'), 'cannot be read')
+  refused('a.npy', whole.replace(b'(100,), }   ', b'(99999999999999,)}'[:12]), 'cannot be read|holds')
+  refused('a.npy', npy(np.zeros((2, 2), np.int64)), r'holds int64 \[2, 2\]')
+  refused('a.npy', npy(np.zeros(2)), 'holds float64')
+  refused('a.npy', npy(np.zeros(2, 'i8,i8')), 'Give .* u8,u8')
+  refused('a.npy', npy(np.zeros(2, 'u8,u8,u8')), 'Give .* u8,u8')
+  refused('a.npy', npy(np.array([2**63], np.uint64)), 'no int64')
+  refused('a.npy', npy(np.zeros(0, np.int64)), 'lists no sample')
+  refused('a.npy', npy(np.int64(3)), 'holds int64')
+  refused('a.txt', b'', 'lists no sample')
+  refused('a.txt', b'\n \n', 'lists no sample')
+  refused('a.txt', b'ok\n\xff\xfe\n', 'not text in UTF-8')
+  refused('a.parquet', b'PAR1', 'cannot be read')
+  refused('a.csv', b'a', 'must end in .npy, .parquet, .txt')
+  with pytest.raises(InputError, match='is not there'):
+    exports.read(tmp_path / 'none.npy')
+  for table, said in (({'a': ['x'], 'b': ['y']}, "columns a, b, and no 'key'"),
+                      ({'key': [1.5]}, "'key' is double"), ({'key': ['x', None]}, '1 of 2 rows'),
+                      ({'key': [[1]]}, "'key' is list")):
+    pq.write_table(pa.table(table), tmp_path / 't.parquet')
+    with pytest.raises(InputError, match=said):
+      exports.read(tmp_path / 't.parquet')
+
+
+def test_a_parquet_column_is_chosen_and_ours_lists_pool_rows_only(tmp_path):
+  path = tmp_path / 't.parquet'
+  pq.write_table(pa.table({'key': ['a'], 'other': ['b']}), path)
+  assert exports.read(path).to_pylist() == ['a'] and exports.read(path, 'other').to_pylist() == ['b']
+  pq.write_table(pa.table({'dataset': ['pool', 'anchor'], 'key': ['a', 'x'], 'row': [0, 0]}), path)
+  assert exports.read(path).to_pylist() == ['a']
+  words = pa.array(['a', 'b', 'a']).dictionary_encode()
+  pq.write_table(pa.table({'key': words}), path)
+  assert exports.read(path).to_pylist() == ['a', 'b', 'a']

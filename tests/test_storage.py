@@ -1,0 +1,221 @@
+import concurrent.futures
+import io
+import multiprocessing
+import os
+import random
+import threading
+
+import fsspec
+import pytest
+
+from clip_jax.core.errors import InputError
+from clip_jax.data import storage
+import web
+
+_DATA = random.Random(0).randbytes(300_000)
+
+
+@pytest.fixture(name='memory')
+def _memory():
+  system = fsspec.filesystem('memory')
+  system.pipe('/bucket/a.bin', _DATA)
+  yield 'memory://bucket/a.bin'
+  system.rm('/bucket', recursive=True)
+
+
+@pytest.fixture(name='site')
+def _site(tmp_path):
+  pytest.importorskip('aiohttp')
+  (tmp_path / 'a.bin').write_bytes(_DATA)
+  with web.serve(tmp_path) as (url, server):
+    yield f'{url}/a.bin', server
+
+
+def _small_windows(monkeypatch):
+  monkeypatch.setattr(storage, '_WINDOW', 4096)
+  monkeypatch.setattr(storage, '_REMOTE_WINDOW', 5000)
+
+
+def _opened(kind, tmp_path, memory):
+  (tmp_path / 'a.bin').write_bytes(_DATA)
+  return storage.open_file(str(tmp_path / 'a.bin') if kind == 'local' else memory)
+
+
+@pytest.mark.parametrize('kind', ['local', 'memory'])
+def test_any_place_can_be_read(kind, tmp_path, memory):
+  file = _opened(kind, tmp_path, memory)
+  assert file.size() == len(_DATA)
+  for offset, length in ((0, 10), (123_456, 7), (299_990, 10), (299_990, 99), (5, 0), (0, 1 << 20)):
+    assert file.read(offset, length) == _DATA[offset:offset + length]
+
+
+def test_a_stamp_tells_states_apart():
+  local = storage.SourceFile('/x', 'x', 5, 2.5)
+  remote = storage.SourceFile('s3://b/x', 'x', 5, 0.0, 'etag')
+  assert local.stamp == '5 2.5' and remote.stamp == '5 etag'
+
+
+@pytest.mark.parametrize('kind', ['local', 'memory'])
+def test_reading_ahead_gives_the_bytes_of_the_file_in_any_order(kind, tmp_path, memory, monkeypatch):
+  _small_windows(monkeypatch)
+  rng = random.Random(1)
+  for _ in range(30):
+    ahead, at = storage.Ahead(_opened(kind, tmp_path, memory)), 0
+    for _ in range(60):
+      length = rng.choice((1, 512, 3000, 9000))
+      if rng.random() < 0.1:
+        at = rng.randrange(len(_DATA) + 1000)
+      assert ahead.read(at, length) == _DATA[at:at + length]
+      at += length + rng.choice((0, 0, 0, 700, 4000, 30_000))
+      if rng.random() < 0.02:
+        ahead.close()
+    ahead.close()
+
+
+class _Counting(storage.RemoteFile):
+  """A remote file that notes what is read of it, and by which thread."""
+
+  def __init__(self, path):
+    super().__init__(path)
+    self.reads, self.threads = [], set()
+
+  def read(self, offset, length):
+    self.reads.append((offset, length))
+    self.threads.add(threading.get_ident())
+    return super().read(offset, length)
+
+
+def test_a_remote_pass_fetches_each_byte_once_and_ahead(memory, monkeypatch):
+  _small_windows(monkeypatch)
+  file = _Counting(memory)
+  ahead = storage.Ahead(file)
+  assert b''.join(ahead.read(at, 100) for at in range(0, len(_DATA), 100)) == _DATA
+  assert sum(length for _, length in file.reads) == len(_DATA)
+  assert sorted(offset for offset, _ in file.reads) == list(range(0, len(_DATA), 5000))
+  assert threading.get_ident() in file.threads and len(file.threads) > 1
+  ahead.close()
+
+
+def test_what_a_remote_pass_skips_is_not_read(memory, monkeypatch):
+  _small_windows(monkeypatch)
+  file = _Counting(memory)
+  ahead = storage.Ahead(file)
+  for at in range(0, len(_DATA), 30_000):
+    assert ahead.read(at, 100) == _DATA[at:at + 100]
+  ahead.close()
+  assert sum(length for _, length in file.reads) <= 10 * 5000 + 3 * 5000
+
+
+def test_a_file_that_shrinks_ends_a_pass(tmp_path, monkeypatch):
+  _small_windows(monkeypatch)
+  (tmp_path / 'a.bin').write_bytes(_DATA)
+  ahead = storage.Ahead(storage.open_file(str(tmp_path / 'a.bin')))
+  os.truncate(tmp_path / 'a.bin', 10_000)
+  assert ahead.read(9000, 4000) == _DATA[9000:10_000] and ahead.read(20_000, 10) == b''
+
+
+@pytest.mark.parametrize('kind', ['local', 'memory'])
+def test_a_stream_seeks_and_reads(kind, tmp_path, memory):
+  (tmp_path / 'a.bin').write_bytes(_DATA)
+  with storage.open_stream(str(tmp_path / 'a.bin') if kind == 'local' else memory) as stream:
+    assert stream.seek(-8, io.SEEK_END) == len(_DATA) - 8 and stream.read() == _DATA[-8:]
+    assert stream.read(5) == b'' and stream.seek(1000) == 1000
+    assert stream.read(10) == _DATA[1000:1010] and stream.tell() == 1010
+    assert stream.seek(90, io.SEEK_CUR) == 1100 and stream.read(200_000) == _DATA[1100:201_100]
+    assert stream.seek(0) == 0 and stream.read() == _DATA
+
+
+def test_ranges_come_in_order_however_they_are_merged(memory, monkeypatch):
+  fsspec.filesystem('memory').pipe('/bucket/b.bin', _DATA[::-1])
+  monkeypatch.setattr(storage, '_GAP', 1000)
+  monkeypatch.setattr(storage, '_MOST_MERGED', 20_000)
+  contents = {memory: _DATA, memory.replace('a.bin', 'b.bin'): _DATA[::-1]}
+  rng = random.Random(2)
+  for _ in range(50):
+    ranges = [(rng.choice(list(contents)), rng.randrange(len(_DATA)), rng.choice((0, 1, 900, 30_000)))
+              for _ in range(rng.randrange(40))]
+    assert storage.read_ranges(ranges) == [
+        contents[path][offset:offset + length] for path, offset, length in ranges]
+
+
+def test_neighbours_are_one_request_and_the_rest_are_not(site):
+  url, server = site
+  file = storage.open_file(url)
+  assert file.read_many([(70_000, 10), (100, 50), (0, 50), (250_000, 9)]) == [
+      _DATA[70_000:70_010], _DATA[100:150], _DATA[:50], _DATA[250_000:250_009]]
+  asked = sorted(wanted for _, wanted in server.asked)
+  assert asked == ['bytes=0-149', 'bytes=250000-250008', 'bytes=70000-70009']
+
+
+def test_a_web_server_is_read_in_parts(site):
+  url, server = site
+  file = storage.open_file(url)
+  assert file.size() == len(_DATA) and file.read(1000, 10) == _DATA[1000:1010]
+  with storage.open_stream(url) as stream:
+    stream.seek(200_000)
+    assert stream.read() == _DATA[200_000:]
+  assert server.asked and all(wanted for _, wanted in server.asked)
+
+
+def test_errors_of_the_network_name_the_path(site, tmp_path):
+  url, server = site
+  with pytest.raises(InputError, match='none.bin is not there'):
+    storage.open_file(url.replace('a.bin', 'none.bin')).read(0, 10)
+  server.fails = 1
+  with pytest.raises(InputError, match='a.bin cannot be read .*503'):
+    storage.open_file(url).read(0, 10)
+  with pytest.raises(InputError, match='a.bin cannot be read'):
+    storage.open_file(url).read(len(_DATA) + 5, 10)
+  with web.serve(tmp_path, ranges=False) as (whole, _):
+    with pytest.raises(InputError, match='a.bin sends whole files'):
+      storage.open_file(f'{whole}/a.bin').read(5, 10)
+    gone = f'{whole}/a.bin'
+  with pytest.raises(InputError, match='a.bin'):
+    storage.open_file(gone).read(5, 10)
+
+
+@pytest.mark.parametrize(('path', 'say'), [
+    ('gs://b/x', r"clip-jax-ood\[gcs\]"), ('s3://b/x', r"clip-jax-ood\[s3\]"),
+    ('https://h/x', r"clip-jax-ood\[http\]"), ('nothing://h/x', 'Protocol not known')])
+def test_a_storage_without_its_package_is_told(path, say, monkeypatch):
+  known = fsspec.filesystem
+
+  def filesystem(protocol):
+    if protocol in ('gs', 's3', 'https'):
+      raise ImportError('Install it')
+    return known(protocol)
+
+  monkeypatch.setattr(fsspec, 'filesystem', filesystem)
+  storage._file_system.cache_clear()
+  with pytest.raises(InputError, match=say):
+    storage.open_file(path).size()
+
+
+def _read_in_process(url, queue):
+  queue.put(storage.open_file(url).read(5, 10))
+
+
+@pytest.mark.parametrize('method', ['fork', 'spawn'])
+def test_processes_read_what_this_one_has_open(site, method):
+  url, _ = site
+  assert storage.open_file(url).read(5, 10) == _DATA[5:15]  # threads of its event loop are there now
+  context = multiprocessing.get_context(method)
+  queue = context.Queue()
+  worker = context.Process(target=_read_in_process, args=(url, queue), daemon=True)
+  worker.start()
+  try:
+    assert queue.get(timeout=60) == _DATA[5:15]
+  finally:
+    worker.kill()
+    worker.join()
+
+
+def test_threads_read_at_once(site):
+  url, _ = site
+  file, places = storage.open_file(url), [random.Random(i).randrange(299_000) for i in range(100)]
+  with concurrent.futures.ThreadPoolExecutor(8) as threads:
+    assert list(threads.map(lambda at: file.read(at, 50), places)) == [_DATA[at:at + 50] for at in places]
+
+
+def test_paths_sort_by_their_numbers():
+  assert sorted(['s10', 's9', 'a/b', 's9/1'], key=storage.natural) == ['a/b', 's9', 's9/1', 's10']

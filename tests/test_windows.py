@@ -1,0 +1,100 @@
+import threading
+import time
+
+import numpy as np
+import pytest
+
+import loader_sources
+from clip_jax.core.errors import InputError
+from clip_jax.data import order
+from clip_jax.data import windows
+
+
+def _windows(source, window, wanted=lambda start, stop: np.arange(start, stop), most=10):
+  blocks = order.Blocks(order.block_starts(source.starts, most), 0, window)
+  return windows.Windows(source, blocks, wanted), blocks
+
+
+def _settled(source, calls, secs=10.0):
+  """Waits until so many calls were made: what is read ahead is read by a thread."""
+  deadline = time.time() + secs
+  while len(source.calls) < calls and time.time() < deadline:
+    time.sleep(0.005)
+  time.sleep(0.05)
+  return source.calls
+
+
+@pytest.mark.parametrize('window', [1, 7, 30, 1000])
+@pytest.mark.parametrize('length', [3, 25, 200])
+def test_samples_are_those_of_the_order(window, length):
+  source = loader_sources.Source(100)
+  read, blocks = _windows(source, window)
+  for start in range(0, 230, length):
+    positions = range(start, min(start + length, 230))
+    places, samples = read(positions)
+    assert places == [blocks.place(position) for position in positions]
+    assert [sample['caption'] for sample in samples] == [f'number {i}' for i in places]
+
+
+def test_a_window_is_read_once_in_the_source_s_order_and_two_are_kept():
+  source = loader_sources.Source(100)
+  read, blocks = _windows(source, 25)
+  first = blocks.window(0)
+  read(range(1))
+  assert [len(call) for call in _settled(source, 2)] == [
+      len(first.places), len(blocks.window(first.stop).places)]
+  read(range(1, first.stop - 1))
+  assert len(_settled(source, 3, secs=0.2)) == 2  # the first is not used up yet
+  read(range(first.stop - 1, first.stop))
+  assert len(_settled(source, 3)) == 3
+  assert all(call == sorted(call) for call in source.calls)
+  for at in range(first.stop, 100):
+    read(range(at, at + 1))
+  assert set(source.reads) == set(range(100))
+  assert all(len(call) > 1 for call in source.calls)
+
+
+def test_what_others_see_is_not_read():
+  source = loader_sources.Source(100)
+  mine = lambda start, stop: np.array([p for p in range(start, stop) if p % 8 < 2 and p >= 16])
+  read, blocks = _windows(source, 5, mine)
+  for start in range(16, 96, 8):
+    read(range(start, start + 2))
+  expected = {blocks.place(position) for position in mine(0, 96)}
+  ahead = {blocks.place(position) for position in mine(96, 140)}
+  assert expected <= set(source.reads) <= expected | ahead
+  assert sum(source.reads.values()) <= len(expected) + 10
+
+
+def test_threads_share_what_is_read():
+  source = loader_sources.Source(300)
+  read, blocks = _windows(source, 40)
+  found, waiting = {}, list(range(0, 300, 6))[::-1]
+
+  def work():
+    while True:
+      try:
+        start = waiting.pop()
+      except IndexError:
+        return
+      for position, place in zip(range(start, start + 6), read(range(start, start + 6))[0]):
+        found[position] = place
+
+  threads = [threading.Thread(target=work) for _ in range(5)]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
+  assert found == {position: blocks.place(position) for position in range(300)}
+  own = [call for call in source.calls if len(call)]
+  assert max(source.reads.values()) <= 2 and len(own) < 20  # 2: the next epoch's first windows
+
+
+def test_an_error_of_the_source_is_raised_where_its_samples_are_asked_for():
+  class Gone(loader_sources.Source):
+    def many(self, indices):
+      raise InputError('the file is gone')
+
+  read, _ = _windows(Gone(50), 10)
+  with pytest.raises(InputError, match='gone'):
+    read(range(4))

@@ -1,0 +1,71 @@
+"""A web server on this machine for the tests of remote files: a folder, with ranges and ETags."""
+
+from collections.abc import Iterator
+import contextlib
+import functools
+import hashlib
+import http.server
+import os
+import pathlib
+import re
+import threading
+
+
+class _Handler(http.server.SimpleHTTPRequestHandler):
+  """Serves ranges of files, as object storage does; server.ranges = False: whole files only."""
+  protocol_version = 'HTTP/1.1'
+
+  def do_GET(self):
+    path = self.translate_path(self.path)
+    if self.command == 'GET':
+      self.server.asked.append((self.path, self.headers.get('Range')))
+    if self.server.fails:
+      self.server.fails -= 1
+      self.send_error(503)
+    elif os.path.isdir(path):
+      super().do_GET() if self.command == 'GET' else super().do_HEAD()
+    else:
+      self._file(path)
+
+  do_HEAD = do_GET
+
+  def _file(self, path):
+    if not os.path.isfile(path):
+      self.send_error(404)
+      return
+    data = pathlib.Path(path).read_bytes()
+    tag, wanted = hashlib.md5(data).hexdigest(), self.headers.get('Range')
+    status, first, last = 200, 0, len(data) - 1
+    if wanted and self.server.ranges:
+      first, last = (int(number) for number in re.fullmatch(r'bytes=(\d+)-(\d+)', wanted).groups())
+      status, last = 206, min(last, len(data) - 1)
+    if first >= len(data) > 0:
+      self.send_error(416)
+      return
+    self.send_response(status)
+    self.send_header('Content-Length', str(last - first + 1))
+    self.send_header('ETag', f'"{tag}"')
+    if status == 206:
+      self.send_header('Content-Range', f'bytes {first}-{last}/{len(data)}')
+    self.end_headers()
+    if self.command == 'GET':
+      self.wfile.write(data[first:last + 1])
+
+  def log_message(self, *_):
+    pass
+
+
+@contextlib.contextmanager
+def serve(folder, ranges: bool = True) -> Iterator[tuple[str, http.server.ThreadingHTTPServer]]:
+  """Yields (URL of the folder, server): server.asked are the GETs, server.fails the next to fail."""
+  handler = functools.partial(_Handler, directory=os.fspath(folder))
+  server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler)
+  server.daemon_threads, server.ranges, server.asked, server.fails = True, ranges, [], 0
+  thread = threading.Thread(target=server.serve_forever, daemon=True)
+  thread.start()
+  try:
+    yield f'http://127.0.0.1:{server.server_port}', server
+  finally:
+    server.shutdown()
+    server.server_close()
+    thread.join()
