@@ -1,6 +1,5 @@
 """The whole experiment: python -m clip_jax.main --config=configs/demo.py --workdir=runs/demo (see README)."""
 
-import os
 import sys
 
 from clip_jax.core import command

@@ -15,6 +15,10 @@ def _square(x):
   return x * x
 
 
+def _process(job):
+  return os.getpid()
+
+
 def _wait_for(job):
   """Job 0 ends after all others did."""
   folder, i = job
@@ -34,11 +38,12 @@ def _killed(job):
 
 
 @pytest.mark.parametrize('workers', [0, 2])
-def test_results_come_in_order_or_with_their_numbers(workers):
+def test_results_come_with_their_numbers(workers):
   said = {'workers': workers, 'desc': 'x', 'unit': 'job'}
-  assert list(engine.run(_square, range(9), **said)) == [x * x for x in range(9)]
-  assert sorted(engine.finished(_square, range(9), **said)) == [(x, x * x) for x in range(9)]
+  found = list(engine.finished(_square, range(9), **said))
+  assert sorted(found) == [(x, x * x) for x in range(9)] and (workers or found == sorted(found))
   assert list(engine.finished(_square, [], **said)) == []
+  assert (os.getpid() in {pid for _, pid in engine.finished(_process, range(4), **said)}) == (not workers)
   with pytest.raises(InputError, match='13'):
     list(engine.finished(_square, [1, 13, 2], **said))
 
@@ -56,4 +61,4 @@ def test_a_killed_worker_is_a_sentence_and_what_was_finished_is_told(tmp_path):
       told.append(i)
   assert sorted(told) == [0, 1] == sorted(map(int, os.listdir(tmp_path)))
   with pytest.raises(InputError, match='worker process was ended'):
-    list(engine.run(_killed, jobs, workers=3, desc='x', unit='job'))
+    list(engine.finished(_killed, jobs, workers=3, desc='x', unit='job'))

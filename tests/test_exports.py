@@ -140,6 +140,10 @@ def test_forged_files_are_sentences(tmp_path):
   refused('a.npy', pickled.getvalue(), 'cannot be read .*pickle')
   refused('a.npy', pickle.dumps([1]), 'cannot be read')
   refused('a.npy', b'', 'cannot be read')
+  several = io.BytesIO()
+  np.savez(several, np.arange(3))
+  refused('a.npy', several.getvalue(), 'cannot be read')
+  refused('a.npy', npy(np.array(['ab'])).replace(b'a\0\0\0b', b'a\0V\0b'), 'cannot be read')
   whole = npy(np.arange(100))
   refused('a.npy', whole[:-8], 'cannot be read')
   refused('a.npy', whole.replace(b'(100,)', b'(10**14,)'), 'cannot be read')
@@ -155,6 +159,11 @@ def test_forged_files_are_sentences(tmp_path):
   refused('a.txt', b'\n \n', 'lists no sample')
   refused('a.txt', b'ok\n\xff\xfe\n', 'not text in UTF-8')
   refused('a.parquet', b'PAR1', 'cannot be read')
+  for kept in ('key', 'some-text'):  # in a column's name, and in a row
+    table = io.BytesIO()
+    pq.write_table(pa.table({'key' if kept == 'some-text' else 'some-text': ['some-text', 'x']}), table,
+                   use_dictionary=False, compression='none')
+    refused('a.parquet', table.getvalue().replace(b'some-text', b'some\xfftext'), 'cannot be read')
   refused('a.csv', b'a', 'must end in .npy, .parquet, .txt')
   with pytest.raises(InputError, match='is not there'):
     exports.read(tmp_path / 'none.npy')

@@ -51,8 +51,12 @@ def test_class_folders_are_places_numbers_or_ranks(tmp_path):
       'n01/sub/a.png': 'bad label', 'n02/a.png': 0, 'n10/a.JPG': 'bad label', 'b.png': -1}
   assert _labels(tmp_path / 'number') == {'0/a.png': 0, '2/a.png': 2, '10/a.png': 10}
   assert _labels(tmp_path / 'number', ('x', 'y', 'z')) == {'0/a.png': 0, '2/a.png': 2, '10/a.png': 'bad label'}
-  with pytest.raises(InputError, match='None of 1000 classes is one of the 3 folders'):
+  with pytest.raises(InputError, match='wnid: none of 1000 classes is one of the 3 folders'):
     labels.labels(str(tmp_path / 'wnid'), [f'class {i}' for i in range(1000)])
+  _touch(tmp_path / 'flat', 'a.png')
+  assert _labels(tmp_path / 'flat') == {'a.png': -1}
+  with pytest.raises(InputError, match='flat.* has no class folders.*labels_file'):
+    labels.labels(str(tmp_path / 'flat'), ('cat', 'dog'))
   with pytest.raises(InputError, match='is no folder'):
     labels.labels(str(tmp_path / 'nowhere'))
 
@@ -103,7 +107,7 @@ def test_objectnet_is_recognised_and_only_its_shared_names_are_asked_for(tmp_pat
     assert {sample.folder for sample in found} == {'alarm_clock', 't-shirt', 'air_freshener', 'unknown'}
   with pytest.raises(InputError, match="some of ObjectNet's names, and not 'Alarm clock' .1 of 3"):
     labels.labels(str(top), ('bench', 't-shirt'))
-  with pytest.raises(InputError, match='None of 2 classes is one of the 3 names of ObjectNet'):
+  with pytest.raises(InputError, match='none of 2 classes is one of the 3 names of ObjectNet'):
     labels.labels(str(top), ('a', 'b'))
   assert labels.labels(str(top / 'images/alarm_clock')).classes == ()  # a folder inside is not the set
 

@@ -74,6 +74,8 @@ def test_paths_that_mean_nothing_are_errors(place):
   for path in ('s{1,1}.tar', '{s,s}*.tar'):
     with pytest.raises(InputError, match='s1.tar more than once'):
       listing.list_files('webdataset', f'{place}/{path}')
+  with pytest.raises(InputError, match='without file://'):
+    listing.list_files('webdataset', 'file:///nowhere/*.tar')
   with pytest.raises(InputError, match="path=''"):
     listing.list_files('webdataset', '')
   with pytest.raises(ConfigError, match="Did you mean 'webdataset'"):
@@ -115,8 +117,9 @@ def test_many_shards_of_a_storage_are_one_question():
     system.rm('/many', recursive=True)
 
 
-def test_a_web_server_is_listed(tmp_path):
+def test_a_web_server_is_listed(tmp_path, monkeypatch):
   pytest.importorskip('aiohttp')
+  monkeypatch.setattr(storage.time, 'sleep', lambda secs: None)
   for name in ('s10.tar', 's9.tar', 'note.txt'):
     (tmp_path / name).write_bytes(name.encode())
   with web.serve(tmp_path) as (url, _):
@@ -133,3 +136,16 @@ def test_a_web_server_is_listed(tmp_path):
       listing.list_files('webdataset', f'{url}/none.tar')
   with pytest.raises(InputError, match='127.0.0.1'):
     listing.list_files('webdataset', f'{url}/s9.tar')
+
+
+@pytest.mark.parametrize('name', ['', '*.tar', 's9.tar', 's{9,10}.tar'])
+def test_a_listing_survives_a_server_that_fails_for_a_while(tmp_path, monkeypatch, name):
+  pytest.importorskip('aiohttp')
+  waits = []
+  monkeypatch.setattr(storage.time, 'sleep', waits.append)
+  for tar in ('s10.tar', 's9.tar'):
+    (tmp_path / tar).write_bytes(tar.encode())
+  with web.serve(tmp_path) as (url, server):
+    expected = listing.list_files('webdataset', f'{url}/{name}')
+    server.fails = 4
+    assert listing.list_files('webdataset', f'{url}/{name}') == expected and waits

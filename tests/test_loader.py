@@ -1,6 +1,5 @@
 import collections
 import io
-import json
 import os
 import pickle
 import signal
@@ -93,17 +92,6 @@ def test_going_on_gives_what_an_uninterrupted_run_gives():
   for step in (1, 5, 11):
     rest = _batches(source, 12 - step, start=8 * step, threads=step % 3)
     assert _equal({name: x[8 * step:] for name, x in whole.items()}, rest)
-
-
-@pytest.mark.parametrize('hosts', [1, 2, 4])
-@pytest.mark.parametrize('threads', [0, 1, 3])
-def test_hosts_and_threads_change_nothing(hosts, threads):
-  source = _Source(37, broken=[4, 5, 30])
-  whole = _batches(source, 6)
-  parts = [_batches(source, 6, host=host, hosts=hosts, threads=threads) for host in range(hosts)]
-  for name, expected in whole.items():  # a global batch is one host's rows after another's
-    steps = [part[name].reshape(6, 8 // hosts, *expected.shape[1:]) for part in parts]
-    assert (np.concatenate(steps, 1).reshape(expected.shape) == expected).all()
 
 
 @pytest.mark.parametrize('run', [1, 3, 8, 100])
@@ -349,20 +337,6 @@ def test_what_cannot_be_in_blocks_is_refused():
     _batches(loader_sources.Source(20), 1, order='sorted')
 
 
-@pytest.mark.parametrize('processes, threads, hosts', [(1, 0, 1), (3, 1, 2), (2, 2, 4)])
-def test_processes_change_nothing_and_report_what_they_replaced(processes, threads, hosts):
-  source, told, again = loader_sources.Source(37, broken=[4, 5, 30]), [], []
-  whole = _batches(source, 6, pack=0, on_replaced=lambda *replaced: told.append(replaced))
-  parts = [_batches(source, 6, host=host, hosts=hosts, threads=threads, processes=processes,
-                    on_replaced=lambda *replaced: again.append(replaced)) for host in range(hosts)]
-  for name, expected in whole.items():
-    steps = [part[name].reshape(6, 8 // hosts, *expected.shape[1:]) for part in parts]
-    assert (np.concatenate(steps, 1).reshape(expected.shape) == expected).all()
-  assert told and sorted(told) == sorted(again)
-  if hosts == 1:
-    assert told == again
-
-
 def test_batches_of_processes_stay_as_they_were(monkeypatch):
   source = loader_sources.Source(64)
   for run in (128, 3):
@@ -407,52 +381,10 @@ def test_images_may_be_decoded_at_a_smaller_size():
 
 
 def test_a_batch_of_large_images_is_made_in_several_runs(monkeypatch):
-  whole = _batches(loader_sources.Source(20), 3)
+  whole = _batches(loader_sources.Source(20), 3, threads=0)
   asked = []
   monkeypatch.setattr(loader_sources.Source, 'many',
                       lambda self, rows: asked.append(len(rows)) or [self[i] for i in rows])
   monkeypatch.setattr(loader, '_RUN_BYTES', 3 * (3 * 8 * 8 + 4 * 12 + 8))
   assert _equal(whole, _batches(loader_sources.Source(20), 3, threads=0))
   assert asked[:6] == [3, 3, 2, 3, 3, 2]
-
-
-READER = '''
-import json, sys
-sys.path.insert(0, 'tests')
-import loader_sources
-from clip_jax.data import loader
-if __name__ == '__main__':
-  options = json.loads(sys.argv[1])
-  source = loader_sources.Source(240, broken=[4, 5], shards=7)
-  batches = loader.train_batches(source, batch_size=8, seed=1, image_size=8, context_length=12,
-                                 **options)
-  for batch in batches:
-    print(json.dumps(batch['index'].tolist()), flush=True)
-'''
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('order_options', [{}, dict(order='blocks', shuffle_window=50)])
-def test_a_run_killed_anywhere_goes_on_with_other_hosts_and_processes(tmp_path, order_options):
-  """Kill -9, then the rest of the epoch by another number of hosts and processes: each once."""
-  path, root = tmp_path / 'reader.py', os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-  path.write_text(READER)
-  some = [(0, 1), (2, 2), (1, 4), (4, 1)] if not order_options else [(0, 1), (0, 2), (0, 4)]
-  rng, seen, steps = np.random.default_rng(0), [], 0
-  for turn in range(6):
-    processes, hosts = some[turn % len(some)]
-    stop = steps + int(rng.integers(1, 6)) if turn < 5 else 30
-    shares = []
-    for host in range(hosts):
-      options = dict(start_examples=8 * steps, host=host, hosts=hosts, processes=processes,
-                     **order_options)
-      reader = subprocess.Popen([sys.executable, str(path), json.dumps(options)], cwd=root,
-                                text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-      shares.append([json.loads(reader.stdout.readline()) for _ in range(steps, stop)])
-      reader.kill()
-      assert reader.communicate(timeout=60)[1] == ''
-    seen += np.concatenate(shares, 1).ravel().tolist()
-    steps = stop
-  whole = _batches(loader_sources.Source(240, broken=[4, 5], shards=7), 30, seed=1, **order_options)
-  assert seen == whole['index'].tolist()
-  assert sorted(seen) == sorted(6 if i in (4, 5) else i for i in range(240))

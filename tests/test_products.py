@@ -42,6 +42,24 @@ def test_status_and_differences(tmp_path):
   assert not (tmp_path / 's/a.txt').exists()  # what did not fit is gone before it is made again
 
 
+@pytest.mark.parametrize('remake', [True, False])
+def test_nothing_is_made_of_a_product_that_does_not_fit(tmp_path, remake):
+  rows = [Product('s/rows', {'size': size}) for size in (1, 2)]
+  runs = [Product('t/run', {}, {row.name: row.fingerprint, 'pool/0.tar': 'stamp', 's/other': products.FROZEN})
+          for row in rows]
+  make(tmp_path, rows[0])
+  make(tmp_path, Product('s/other', {}))
+  with pytest.raises(InputError, match='t/run reads s/rows .*made with another config.*Run without --stages'):
+    products.missing(tmp_path, [runs[1]], remake=remake, redo='train')
+  assert products.missing(tmp_path, [runs[0]], remake=remake, redo='train') == [runs[0]]
+  make(tmp_path, runs[0])
+  with pytest.raises(InputError, match='t/run reads s/rows'):
+    products.missing(tmp_path, [runs[1]], remake=remake, redo='train')
+  assert products.status(tmp_path, runs[0]) == 'fits'  # it was not removed
+  make(tmp_path, rows[1])
+  assert products.missing(tmp_path, [runs[1]], remake=True, redo='train') == [runs[1]]
+
+
 def test_a_lost_or_cut_file_makes_it_missing(tmp_path):
   product = Product('s/a', {})
   make(tmp_path, product, 'hello')
@@ -50,6 +68,16 @@ def test_a_lost_or_cut_file_makes_it_missing(tmp_path):
   make(tmp_path, product)
   (tmp_path / 's/a.txt').unlink()
   assert products.status(tmp_path, product) == 'missing'
+
+
+def test_a_sum_that_is_known_is_taken_and_gives_the_same_checksum(tmp_path, monkeypatch):
+  product = Product('s/a', {})
+  make(tmp_path, product)
+  checksum = products.read_sidecar(tmp_path, product.name)['checksum']
+  known = {'s/a.txt': files.sha256(tmp_path / 's/a.txt')}
+  monkeypatch.setattr(files, 'sha256', lambda path: pytest.fail(f'{path} is read again'))
+  products.finish(tmp_path, product, ['s/a.txt'], sums=known)
+  assert products.read_sidecar(tmp_path, product.name)['checksum'] == checksum
 
 
 def test_followers_last_first(tmp_path):

@@ -271,6 +271,21 @@ def test_columns_of_a_file_count_as_fields(tmp_path):
                                     ).records] == [1, 0, 1]
 
 
+def test_nan_is_no_value_and_whole_floats_are_labels(tmp_path):
+  data = {'key': list('abcde'), 'txt': ['x'] * 5, 'n': [1.0, float('nan'), None, 0.5, float('inf')]}
+  scan = _parquet(tmp_path, data, label_key='n', columns=('n',), classes=('cat', 'dog'))
+  assert [(r.key, r.label, r.columns['n']) for r in scan.records] == [('a', 1, 1.0), ('b', -1, None), ('c', -1, None)]
+  assert scan.skipped == [{'key': key, 'reason': 'bad label'} for key in 'de']
+  scan = _parquet(tmp_path, data, where={'n': (1, 0.5)}, group_key='n')
+  assert [(r.key, r.group) for r in scan.records] == [('a', '1.0'), ('d', '0.5')] and scan.left_out == 1
+  assert scan.skipped == [{'key': key, 'reason': 'no n'} for key in 'bc']
+
+
+def test_of_a_list_of_captions_the_first_that_says_something_counts(tmp_path):
+  data = {'txt': [['a', 'b'], ['', ' c '], [], None, [None, 'd']], 'text': ['e'] * 5}
+  assert [r.caption for r in _parquet(tmp_path, data).records] == ['a', 'c', 'e', 'e', 'd']
+
+
 def test_a_json_column_is_read_only_where_a_key_asks_for_it(tmp_path):
   data = {'key': list('abc'), 'caption': list('xyz'), 'json': ['{"caption": "j", "n": 1}', '[1]', None]}
   assert [r.caption for r in _parquet(tmp_path, data).records] == ['x', 'y', 'z']

@@ -118,7 +118,8 @@ def test_what_is_broken_is_listed_with_its_file(tmp_path, capsys):
   c.pool.where.label = 7
   c.pool.path = f'{tmp_path}/data/1.tar'
   status, said = run(c, tmp_path / 'v', capsys, ['ingest'])
-  assert status == 1 and 'pool is empty' in said
+  assert status == 1 and 'pool is empty: `where`, `part`' in said and 'leave out 3 samples and' in said
+  assert 'cannot be used (1 bad json)' in said
   assert '0,1.tar,00002,bad json' in (tmp_path / 'v/ingest/pool/broken.csv').read_text()
   c = _pool(format='webdataset', path=f'{tmp_path}/data/0.tar')
   assert 'what cannot be used' not in _ingest(c, tmp_path / 'u', capsys)

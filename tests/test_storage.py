@@ -2,7 +2,9 @@ import concurrent.futures
 import io
 import multiprocessing
 import os
+import pickle
 import random
+import re
 import threading
 
 import fsspec
@@ -157,11 +159,75 @@ def test_a_web_server_is_read_in_parts(site):
   assert server.asked and all(wanted for _, wanted in server.asked)
 
 
-def test_errors_of_the_network_name_the_path(site, tmp_path):
+@pytest.fixture(name='waits')
+def _waits(monkeypatch):
+  waits = []
+  monkeypatch.setattr(storage.time, 'sleep', waits.append)
+  return waits
+
+
+@pytest.mark.parametrize('how', ['503', '429', 'cut', 'reset'])
+def test_a_server_that_fails_now_and_then_is_asked_again(site, how, waits, monkeypatch):
+  url, server = site
+  said = []
+  monkeypatch.setattr(storage.logging, 'warning', lambda text, *values: said.append(text % values))
+  ranges = [(url, 70_000 * i, 1000) for i in range(4)]
+  server.fails, server.how = 6, how
+  assert storage.read_ranges(ranges) == [_DATA[at:at + 1000] for _, at, _ in ranges]
+  assert len(server.asked) <= 10  # only what has failed is asked for again
+  assert waits == list(storage._WAITS[:len(said)]) and 1 <= len(said) <= 2
+  assert all(re.search('a.bin cannot be read .*Trying again in', text) for text in said)
+  if how != 'cut':
+    server.fails = 2  # both ways to ask
+    assert storage.open_file(url).size() == len(_DATA)
+
+
+class _Busy:
+  """A storage that serves one range at every fourth call."""
+
+  def __init__(self):
+    self.calls = 0
+
+  def cat_ranges(self, paths, starts, ends, on_error):
+    self.calls += 1
+    found = [OSError('busy') for _ in paths]
+    if not self.calls % 4:
+      found[-1] = _DATA[starts[-1]:ends[-1]]
+    return found
+
+
+def test_a_storage_that_serves_some_each_time_is_asked_for_the_rest(waits, monkeypatch):
+  monkeypatch.setattr(storage, 'file_system', lambda path, busy=_Busy(): busy)
+  ranges = [('memory://b/a.bin', 70_000 * i, 10) for i in range(4)]
+  assert storage.read_ranges(ranges) == [_DATA[at:at + 10] for _, at, _ in ranges]
+  assert len(waits) > len(storage._WAITS)
+
+
+def test_a_file_that_is_missing_is_not_asked_for_again(memory, waits):
+  with pytest.raises(InputError, match='none.bin is not there'):
+    storage.open_file(memory.replace('a.bin', 'none.bin')).read(0, 10)
+  with pytest.raises(InputError, match='none.bin is not there'):
+    storage.open_file(memory.replace('a.bin', 'none.bin')).size()
+  assert not waits
+
+
+@pytest.mark.parametrize('how', ['503', 'cut', 'reset', '403', '404'])
+def test_a_server_that_goes_on_failing_is_an_error(site, how, waits):
+  url, server = site
+  server.fails, server.how = 1000, how
+  with pytest.raises(InputError, match='a.bin') as error:
+    storage.open_file(url).read(0, 10)
+  assert len(waits) == (0 if how in ('403', '404') else len(storage._WAITS))
+  assert ('cannot be read' in str(error.value)) == (how != '404')
+  again = pickle.loads(pickle.dumps(error.value))  # as where another process reads
+  assert isinstance(again, InputError) and str(again) == str(error.value)
+
+
+def test_errors_of_the_network_name_the_path(site, tmp_path, waits):
   url, server = site
   with pytest.raises(InputError, match='none.bin is not there'):
     storage.open_file(url.replace('a.bin', 'none.bin')).read(0, 10)
-  server.fails = 1
+  server.fails = 5
   with pytest.raises(InputError, match='a.bin cannot be read .*503'):
     storage.open_file(url).read(0, 10)
   with pytest.raises(InputError, match='a.bin cannot be read'):

@@ -53,7 +53,8 @@ def test_what_a_dataset_holds(tmp_path):
       'count': 2, 'worst': [{'file': '1.tar', 'skipped': 2}, {'file': '0.tar', 'skipped': 1}]}
   said = '\n'.join(summary.lines(found))
   assert '103 samples, 216.9 GB of images (101 jpeg, 1 png, 1 unknown)' in said and '1 empty, 1 (1.0%) repeat' in said
-  assert '3 classes of 1 to 35 (median 33) samples, 0 without a sample; 34 samples without a label' in said
+  assert 'the size of 2 is not known' in said
+  assert '3 of 3 classes are there, with 1 to 35 (median 33) samples each; 34 samples have no label' in said
 
 
 def test_what_is_broken_is_listed_whole_in_order_and_survives_odd_keys(tmp_path):
@@ -113,6 +114,26 @@ def test_an_index_without_types_and_with_labels_of_no_class(tmp_path):
   found = summary.write(str(tmp_path), ['0.tar'], 0)
   assert found['images']['types'] == {'unknown': 3} and found['left_out'] == 0
   assert found['labels']['per_class'] == [['7', 2], [str(2**31 - 1), 1]]
+
+
+def test_columns_that_no_sample_has_are_said(tmp_path):
+  folder = str(tmp_path)
+  _write(tmp_path, [[{}, {'key': 'x'}], [], [{'key': 'y'}]])
+  for shard, columns in ((0, {'a': [1, None], 'typo': [None, None]}), (2, {'b': ['z'], 'typo': [None]})):
+    index = pq.read_table(tmp_path / f'index-{shard:05d}.parquet')
+    for name, values in columns.items():
+      index = index.append_column(name, [values])
+    pq.write_table(index, tmp_path / f'index-{shard:05d}.parquet')
+  found = summary.write(folder, ['0', '1', '2'], 0)
+  assert found['columns'] == {'a': 2, 'typo': 3, 'b': 2}
+  assert 'no sample has a value of typo, named in columns' in summary.lines(found)
+
+
+def test_classes_that_are_not_there_are_not_said_to_have_samples(tmp_path):
+  said = summary.lines(_write(tmp_path / 'one', [[{'label': 1}, {'label': 1, 'key': 'x'}]], classes='pqr'))
+  assert '1 of 3 classes are there, with 2 samples each; 0 samples have no label' in said
+  said = summary.lines(_write(tmp_path / 'none', [[{'label': -1}]], classes='pqr'))
+  assert '0 of 3 classes are there; 1 samples have no label' in said
 
 
 def test_words_are_counted_in_any_language(tmp_path):

@@ -8,7 +8,6 @@ from clip_jax.core.errors import InputError
 from clip_jax.data import table
 from indexed import BYTES
 from indexed import dataset
-from indexed import record
 from indexed import shard
 
 

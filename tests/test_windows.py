@@ -90,6 +90,22 @@ def test_threads_share_what_is_read():
   assert max(source.reads.values()) <= 2 and len(own) < 20  # 2: the next epoch's first windows
 
 
+def test_a_window_that_is_used_up_before_the_one_in_front_is_not_read_again():
+  source = loader_sources.Source(100)
+  read, blocks = _windows(source, 20)
+  a = blocks.window(0)
+  b = blocks.window(a.stop)
+  c = blocks.window(b.stop)
+  d = blocks.window(c.stop)
+  read(range(1))
+  read(range(c.start, c.stop))  # as a thread does that is ahead of another
+  read(range(1, a.stop))
+  read(range(b.start, b.stop))
+  _settled(source, 5)
+  read(range(d.start, d.stop))
+  assert all(source.reads[i] == 1 for w in (a, b, c, d) for i in w.places.tolist())
+
+
 def test_an_error_of_the_source_is_raised_where_its_samples_are_asked_for():
   class Gone(loader_sources.Source):
     def many(self, indices):

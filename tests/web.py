@@ -8,6 +8,7 @@ import http.server
 import os
 import pathlib
 import re
+import socket
 import threading
 
 
@@ -21,13 +22,26 @@ class _Handler(http.server.SimpleHTTPRequestHandler):
       self.server.asked.append((self.path, self.headers.get('Range')))
     if self.server.fails:
       self.server.fails -= 1
-      self.send_error(503)
+      self._fail(self.server.how)
     elif os.path.isdir(path):
       super().do_GET() if self.command == 'GET' else super().do_HEAD()
     else:
       self._file(path)
 
   do_HEAD = do_GET
+
+  def _fail(self, how):
+    if how == 'cut':
+      self.send_response(206)
+      self.send_header('Content-Length', '10000')
+      self.end_headers()
+      self.wfile.write(bytes(5))
+    elif how != 'reset':
+      self.send_error(int(how))
+    if how in ('cut', 'reset'):
+      self.close_connection = True
+      self.wfile.flush()
+      self.connection.shutdown(socket.SHUT_RDWR)
 
   def _file(self, path):
     if not os.path.isfile(path):
@@ -57,10 +71,14 @@ class _Handler(http.server.SimpleHTTPRequestHandler):
 
 @contextlib.contextmanager
 def serve(folder, ranges: bool = True) -> Iterator[tuple[str, http.server.ThreadingHTTPServer]]:
-  """Yields (URL of the folder, server): server.asked are the GETs, server.fails the next to fail."""
+  """Yields (URL of the folder, server): server.asked are the GETs.
+
+  server.fails: so many of the next requests fail; server.how: by a status, 'cut' or 'reset'.
+  """
   handler = functools.partial(_Handler, directory=os.fspath(folder))
   server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler)
-  server.daemon_threads, server.ranges, server.asked, server.fails = True, ranges, [], 0
+  server.daemon_threads, server.ranges, server.asked = True, ranges, []
+  server.fails, server.how = 0, '503'
   thread = threading.Thread(target=server.serve_forever, daemon=True)
   thread.start()
   try:

@@ -13,24 +13,12 @@ J = TypeVar('J')
 R = TypeVar('R')
 
 
-def run(function: Callable[[J], R], jobs: Sequence[J], *, workers: int, desc: str, unit: str) -> Iterator[R]:
-  """Yields function(job) for every job, in the order of the jobs, showing progress.
+def finished(function: Callable[[J], R], jobs: Sequence[J], *, workers: int, desc: str, unit: str
+             ) -> Iterator[tuple[int, R]]:
+  """Yields (i, function(jobs[i])) for every job, as they finish, showing progress.
 
   workers: processes beside this one; 0 runs the jobs here. The function and the jobs must pickle. An
   error in a job is raised here and stops those that have not begun.
-  """
-  done, wanted = {}, 0
-  for number, result in finished(function, jobs, workers=workers, desc=desc, unit=unit):
-    done[number] = result
-    while wanted in done:
-      yield done.pop(wanted)
-      wanted += 1
-
-
-def finished(function: Callable[[J], R], jobs: Sequence[J], *, workers: int, desc: str, unit: str
-             ) -> Iterator[tuple[int, R]]:
-  """Yields (i, function(jobs[i])) for every job, as they finish, showing progress: see `run`.
-
   What each job made can be recorded at once, so that a kill loses nothing but the jobs under way.
   """
   if not workers or len(jobs) < 2:

@@ -3,6 +3,7 @@
 import logging as python_logging
 import os
 import sys
+import warnings
 
 from absl import logging
 
@@ -31,6 +32,7 @@ def start() -> None:
   logger = logging.get_absl_logger()
   logger.handlers[:] = [handler]
   logger.propagate = False
+  warnings.filterwarnings('ignore', module='PIL')  # a forged image has one a tag; sizes are checked here
   for name in _NOISY:
     python_logging.getLogger(name).setLevel(python_logging.WARNING)
 

@@ -26,6 +26,7 @@ from clip_jax.core.errors import InputError
 
 SIDECAR = '.sidecar.json'
 LOCK = '.lock'
+FROZEN = 'frozen at the first sight'  # in place of a fingerprint: however that product changes later
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,11 +74,14 @@ def missing(workdir, products: Sequence[Product], *, remake: bool, redo: str) ->
   """Returns the products that have to be made, in their order.
 
   Those that are there but do not fit: with `remake` they are made again (it costs seconds), else
-  InputError names the keys that differ and offers `--redo=<redo>` or another work directory.
+  InputError names the keys that differ and offers `--redo=<redo>` or another work directory. InputError,
+  too, where one would be made of a product that does not fit: it would say of itself what is not so.
   """
-  wanted = []
+  wanted, found = [], {}  # found: fingerprints of products that are read
   for product in products:
     state = status(workdir, product)
+    if state != 'fits':
+      _check_inputs(workdir, product, found)
     if state == 'missing':
       wanted.append(product)
     elif state == 'differs':
@@ -90,6 +94,16 @@ def missing(workdir, products: Sequence[Product], *, remake: bool, redo: str) ->
       forget(workdir, product.name)
       wanted.append(product)
   return wanted
+
+
+def _check_inputs(workdir, product: Product, found: dict[str, str | None]) -> None:
+  for name, fingerprint in product.inputs.items():
+    if name not in found:
+      path = sidecar_path(workdir, name)
+      found[name] = files.read_json(path)['fingerprint'] if path.exists() else None  # a source file, not a product
+    if found[name] not in (None, fingerprint) and fingerprint != FROZEN:
+      raise InputError(f'{product.name} reads {name} in {workdir}, which was made with another config or from other '
+                       'files. Run without --stages, or with the stage that makes it, first.')
 
 
 def differences(workdir, product: Product) -> list[str]:
@@ -108,9 +122,11 @@ def differences(workdir, product: Product) -> list[str]:
   return lines
 
 
-def finish(workdir, product: Product, made: Iterable[str], counts: Mapping[str, Any] | None = None) -> None:
+def finish(workdir, product: Product, made: Iterable[str], counts: Mapping[str, Any] | None = None,
+           sums: Mapping[str, str] | None = None) -> None:
   """Writes the sidecar, last. `made`: the product's files relative to the work directory.
 
+  sums: the sha256 of files of which it is known, so that large ones are not read again.
   A folder among them (Orbax checkpoints) is recorded by its presence alone; it guards itself.
   """
   sizes, digest = {}, hashlib.sha256()
@@ -120,7 +136,8 @@ def finish(workdir, product: Product, made: Iterable[str], counts: Mapping[str, 
       sizes[file] = -1
       continue
     sizes[file] = path.stat().length
-    digest.update(f'{file}:{files.sha256(path)}\n'.encode())
+    known = (sums or {}).get(file)
+    digest.update(f'{file}:{known or files.sha256(path)}\n'.encode())
   files.write_json(sidecar_path(workdir, product.name), {
       'name': product.name, 'fingerprint': product.fingerprint, 'version': product.version,
       'keys': config_lib.plain(product.keys), 'inputs': dict(product.inputs), 'files': sizes,

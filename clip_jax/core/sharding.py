@@ -7,7 +7,6 @@ batch. XLA's partitioner does the rest, so no other file names a mesh axis.
 from typing import Any
 
 from clip_jax.core.errors import ConfigError
-from clip_jax.core.types import Array
 
 
 def mesh(fsdp: int = 1) -> Any:

@@ -26,6 +26,8 @@ MODES = ('shortest', 'squash')
 _RATIO = (3 / 4, 4 / 3)  # width / height of a random crop, torchvision's default
 _TRIES = 10    # draws of a crop before the centre is taken, torchvision's
 _LONGEST = 64  # long side / short side: of what is longer only the centre is made, to save memory
+_MOST_SIDE = 1 << 24   # pixels: Pillow asks for memory by rows, and one row may be too much
+_MOST_SCANS = 500      # markers that begin one in a JPEG: each costs a pass over all its pixels
 _SHRINKS = (8, 4, 2)  # a JPEG's 8 x 8 blocks can be decoded to these fractions of a side
 
 # Of another library than simplejpeg's, as some builds of Pillow have, the pixels can differ.
@@ -85,17 +87,8 @@ def header(data: bytes) -> tuple[str, int, int]:
 
   type: 'jpeg', 'png', 'webp', 'gif', 'bmp', 'tiff' or 'ppm'.
   """
-  frame = _jpeg_frame(data)
-  if frame and frame.plain:
-    _check_size(frame.height, frame.width)
-    return 'jpeg', frame.width, frame.height
   kind, *size = _opened(data, lambda image: (image.format, *image.size))
   return {'MPO': 'jpeg'}.get(kind, kind.lower()), *size
-
-
-def header_size(data: bytes) -> tuple[int, int]:
-  """Returns (width, height) in pixels from the first bytes of an image; raises UnreadableImage."""
-  return header(data)[1:]
 
 
 def resize(image: Array,  # [H, W, 3] uint8
@@ -146,6 +139,8 @@ def _decode(data: bytes, factor: Callable[[int, int], int]) -> tuple[Array, int,
 
   factor(height, width): 1, 2, 4 or 8, by which the sides of a JPEG are divided.
   """
+  if data[:2] == b'\xff\xd8' and data.count(b'\xff\xda') > _MOST_SCANS:
+    raise UnreadableImage('too many scans')
   frame = _jpeg_frame(data)
   if frame and frame.plain:
     _check_size(frame.height, frame.width)
@@ -208,7 +203,8 @@ def _jpeg_frame(data: bytes) -> _Frame | None:
 
 
 def _check_size(height: int, width: int) -> None:
-  if Image.MAX_IMAGE_PIXELS and height * width > Image.MAX_IMAGE_PIXELS:
+  over = Image.MAX_IMAGE_PIXELS and height * width > Image.MAX_IMAGE_PIXELS
+  if over or max(height, width) > _MOST_SIDE:
     raise UnreadableImage(f'{width} x {height} pixels are too many')
 
 

@@ -53,10 +53,14 @@ def labels(root: str, class_names: Sequence[str] = (), file: str = '') -> Labels
   if mappings:
     return _by_objectnet(root, class_names, *mappings)
   folders = folder.class_folders(root)
+  if class_names and not folders:
+    raise InputError(f'{root!r} has no class folders, which say what each image shows. Correct the '
+                     'path, or name a file of labels in labels_file, or a key of the json files '
+                     'beside the images in label_key.')
   found = folders
   if _are_numbers(folders):
     found = tuple(map(str, range(max(map(int, folders)) + 1)))
-  rank = _ranks(folders, class_names, 'folders')
+  rank = _ranks(folders, class_names, 'folders', root)
   how = 'their numbers' if found != folders else 'the rank of their names'
   if set(folders) & set(class_names):
     how = 'their places in `classes`'
@@ -69,7 +73,8 @@ def labels(root: str, class_names: Sequence[str] = (), file: str = '') -> Labels
                 lambda path: rank(name) if (name := folder.class_folder(path)) else -1)
 
 
-def _ranks(names: Sequence[str], class_names: Sequence[str], what: str) -> Callable[[str], int]:
+def _ranks(names: Sequence[str], class_names: Sequence[str], what: str, where: str
+           ) -> Callable[[str], int]:
   """Returns name -> label: its place in class_names, else its number, else its rank in `names`.
 
   A number counts where all names are numbers, a rank where there are as many classes as names and
@@ -78,9 +83,10 @@ def _ranks(names: Sequence[str], class_names: Sequence[str], what: str) -> Calla
   numbers = _are_numbers(names)
   known = set(class_names)
   if not numbers and class_names and not known & set(names) and len(class_names) != len(names):
-    raise InputError(f'None of {len(class_names)} classes is one of the {len(names)} {what} '
-                     f'({", ".join(names[:3])}, ...), so labels cannot be told. Name the classes '
-                     f'after the {what}, or give one for each, in sorted order.')
+    raise InputError(f'{where}: none of {len(class_names)} classes is one of the {len(names)} '
+                     f'{what} ({", ".join(names[:3])}, ...), so labels cannot be told. Correct the '
+                     f'path, or name the classes after the {what}, or one for each, in sorted '
+                     'order.')
   order = class_names if known & set(names) else names
   places = {name: place for place, name in reversed(list(enumerate(order)))}
   most = len(class_names) or _MOST_CLASSES
@@ -111,7 +117,7 @@ def _by_objectnet(root: str, class_names: Sequence[str], names_of_folders: str, 
     raise InputError(f'`classes` has some of ObjectNet\'s names, and not {strange[0]!r} '
                      f'({len(strange)} of {len(order)} are missing). Name all of them, or leave '
                      '`classes` out.')
-  rank = _ranks(tuple(map(plain, order)), given, 'names of ObjectNet')
+  rank = _ranks(tuple(map(plain, order)), given, 'names of ObjectNet', root)
   inside = folder.images_folder(root)
 
   def of(path: str) -> int | None:
@@ -160,7 +166,8 @@ def _file_classes(truth: labels_file.Truth, class_names: Sequence[str], path: st
       raise InputError(f'{path} says the class {unknown[0]!r}, which is not one of the '
                        f'{len(class_names)} classes ({", ".join(class_names[:3])}, ...). Add it to '
                        '`classes`, or correct the file.')
-  return tuple(class_names) or tuple(said), _ranks(said, class_names, 'classes of the file')
+  return (tuple(class_names) or tuple(said),
+          _ranks(said, class_names, 'classes of the file', path))
 
 
 def _numbered(said: Sequence[str], class_names: Sequence[str], in_order: bool, path: str

@@ -33,6 +33,8 @@ def list_files(format: str, path: str) -> list[SourceFile]:
   found_by = formats.get(format)
   if not path:
     raise InputError("path='' names no files. Give the path of the dataset.")
+  if path.startswith('file://'):
+    raise InputError(f'path={path!r}: a path on this machine is given without file://.')
   if storage.is_remote(path):
     if not found_by.remote:
       raise InputError(f'path={path!r}: datasets of format {format!r} are read on this machine '
@@ -69,7 +71,8 @@ def _remote_files(path: str, inside: Sequence[str]) -> list[SourceFile]:
         with contextlib.suppress(OSError):
           system.ls(folder)  # is remembered there: one question instead of thousands
   with futures.ThreadPoolExecutor(_THREADS) as threads:
-    matches = threads.map(lambda pattern: _remote_matches(system, pattern, query, inside), patterns)
+    matches = threads.map(lambda pattern: storage.steadily(
+        lambda: _remote_matches(system, pattern, query, inside)), patterns)
     found = [info for infos in matches for info in infos]
   _check_once(path, [url for url, _ in found])
   fixed = posixpath.dirname(re.split(r'[*?\[{]', path)[0])
@@ -87,10 +90,13 @@ def _remote_matches(system: Any, path: str, query: str, inside: Sequence[str]
     if not any(sign in path for sign in '*?['):
       patterns = [f'{path.rstrip("/")}/{name}' for name in inside]
       if not path.endswith('/'):  # which is a folder, also where that is a page
-        with contextlib.suppress(FileNotFoundError):
+        try:
           info = system.info(path + query)
           if info['type'] != 'directory':
             return [(path + query, _sized(system, path + query, info))]
+        except FileNotFoundError as error:
+          if storage.may_pass(error):
+            raise
     for pattern in patterns:
       for name, info in system.glob(pattern, detail=True).items():
         if info['type'] != 'directory':

@@ -94,7 +94,8 @@ class Blocks:
 def block_starts(starts: Array,  # [shards + 1] int64: where each shard begins, and the end
                  most: int = BLOCK) -> Array:  # -> [blocks + 1] int64
   """Cuts every shard into the fewest runs of at most `most` samples, of nearly the same length."""
-  starts = np.unique(np.asarray(starts, np.int64))  # a shard may be empty
+  starts = np.asarray(starts, np.int64)
+  starts = starts[np.append(True, np.diff(starts) > 0)]  # a shard may be empty
   sizes = np.diff(starts)
   parts = -(-sizes // most)  # [shards]
   shard = np.repeat(np.arange(len(sizes)), parts)  # [blocks]

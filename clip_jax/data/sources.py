@@ -85,10 +85,11 @@ def scan(format: str, files: SourceFile | Sequence[SourceFile], *, root: str = '
   sha256(group) / 2^256 lies in [lo, hi). group_key: what siblings share, by default the sample's
   own key; group_pattern: regex, of which the first group (else the whole match) is kept.
   image_key, caption_key, sample_key: names with ';' between them, the first that is there counts,
-  of captions the first that says something. caption_template: '{}' takes the class name.
-  caption_edit: (regex, replacement, share of the samples that are edited, chosen by their keys).
-  label_key: of a number, or a name among `classes`; without it, a folder's class is what labels.py
-  says. A sample without a label has -1. Raises ConfigError for a bad regex or column name.
+  of captions the first that says something, also of a list of them. caption_template: '{}' takes
+  the class name. caption_edit: (regex, replacement, share of the samples that are edited, chosen by
+  their keys). label_key: of a number, or a name among `classes`; without it, a folder's class is
+  what labels.py says. A sample without a label has -1. Raises ConfigError for a bad regex or column
+  name.
   """
   found_by = formats.get(format)
   if taken := set(columns) & set(COLUMNS):
@@ -199,7 +200,7 @@ def _value(sample: Sample, fields: _Fields, key: str) -> Any:
   value = second.get(name) if value is None else value
   if isinstance(value, str) and len(value) > _MOST_TEXT:
     raise _Skip(f'{name} too long')
-  return value
+  return None if value != value else value  # NaN is how tables of numbers say that there is none
 
 
 def _text(sample: Sample, ending: str) -> str:
@@ -239,6 +240,8 @@ def _label(sample: Sample, fields: _Fields, rules: _Rules) -> int | None:
     return -1
   if value in rules.classes:
     return rules.classes.index(value)
+  if isinstance(value, float) and value.is_integer():  # so a column with gaps keeps its numbers
+    value = int(value)
   try:
     label = int(value) if isinstance(value, str) else operator.index(value)
   except (ValueError, TypeError):
@@ -257,7 +260,8 @@ def _caption(sample: Sample, fields: _Fields, label: int, rules: _Rules) -> str:
       raise _Skip('no class name')
     caption = rules.caption_template.replace('{}', str(name))
   else:
-    texts = (_value(sample, fields, key) for key in rules.caption_keys)
+    values = (_value(sample, fields, key) for key in rules.caption_keys)
+    texts = (text for value in values for text in (value if isinstance(value, list) else [value]))
     caption = next((text.strip() for text in texts if isinstance(text, str) and text.strip()), '')
   if rules.caption_edit:
     pattern, replacement, share = rules.caption_edit

@@ -6,7 +6,7 @@ variables (FSSPEC_S3_ANON=true). Threads, and processes forked or spawned, may r
 """
 
 import collections
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 import contextlib
 import dataclasses
@@ -14,7 +14,10 @@ import functools
 import io
 import os
 import re
-from typing import Any, BinaryIO
+import time
+from typing import Any, BinaryIO, TypeVar
+
+from absl import logging
 
 from clip_jax.core.errors import InputError
 
@@ -25,6 +28,15 @@ _WINDOW = 1 << 18          # bytes that a pass over a local file reads at a time
 _REMOTE_WINDOW = 1 << 22   # the same of a remote file
 _AHEAD = 3                 # remote windows that threads fetch while one is used
 _STREAM_BUFFER = 1 << 20   # bytes
+_WAITS = (1.0, 3.0, 10.0, 30.0)  # seconds before a remote storage that fails is asked again
+_BRIEF = (408, 425, 429)         # of HTTP's 4xx: these pass, as 5xx do
+_ADVICE = (' Check the path, the credentials and the network, then run the same command again; it '
+           'goes on from here.')
+_T = TypeVar('_T')
+
+
+class Unavailable(InputError):
+  """A remote storage failed in a way that may pass."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,8 +79,10 @@ class RemoteFile:
     self.path = path
 
   def size(self) -> int:
-    with naming(self.path):
-      return file_system(self.path).info(self.path)['size']
+    def ask() -> int:
+      with naming(self.path):
+        return file_system(self.path).info(self.path)['size']
+    return steadily(ask)
 
   def read(self, offset: int, length: int) -> bytes:
     """Returns `length` bytes from `offset`, which must be in the file; fewer where it ends."""
@@ -115,14 +129,7 @@ def read_ranges(ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
   found = [b''] * len(ranges)
   for protocol in dict.fromkeys(_protocol(path) for path, *_ in merged):
     some = [part for part in merged if _protocol(part[0]) == protocol]
-    with naming(some[0][0] if len({path for path, *_ in some}) == 1 else f'{protocol}://'):
-      parts = file_system(some[0][0]).cat_ranges(
-          [path for path, *_ in some], [start for _, start, _, _ in some],
-          [end for _, _, end, _ in some], on_error='return')
-    for (path, start, end, members), data in zip(some, parts, strict=True):
-      with naming(path):
-        if isinstance(data, BaseException):
-          raise data
+    for (path, start, end, members), data in zip(some, _fetched(some), strict=True):
       if len(data) > end - start:
         raise InputError(f'The server of {path} sends whole files where a part is asked for. Copy '
                          'the dataset to storage that serves ranges, or to this machine.')
@@ -130,6 +137,44 @@ def read_ranges(ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
         first = ranges[i][1] - start
         found[i] = data[first:first + ranges[i][2]]
   return found
+
+
+def _fetched(parts: Sequence[Sequence[Any]]) -> list[bytes]:
+  """Returns the bytes of each (path, start, end, ...), all of one protocol, fetched together."""
+  found: dict[int, bytes] = {}
+
+  def ask() -> None:
+    missing = [i for i in range(len(parts)) if i not in found]
+    paths, starts, ends = zip(*(parts[i][:3] for i in missing), strict=True)
+    with naming(paths[0] if len(set(paths)) == 1 else f'{_protocol(paths[0])}://'):
+      answers = file_system(paths[0]).cat_ranges(
+          list(paths), list(starts), list(ends), on_error='return')
+    answers = dict(zip(missing, answers, strict=True))
+    found.update((i, data) for i, data in answers.items() if not isinstance(data, BaseException))
+    for i in missing:
+      if i not in found:
+        with naming(parts[i][0]):
+          raise answers[i]
+
+  while len(found) < len(parts):
+    before = len(found)
+    try:
+      steadily(ask)
+    except Unavailable:
+      if len(found) == before:  # a server that limits requests serves some each time
+        raise
+  return [found[i] for i in range(len(parts))]
+
+
+def steadily(ask: Callable[[], _T]) -> _T:
+  """Returns ask(); where that raises Unavailable, waits and asks again, a few times."""
+  for wait in _WAITS:
+    try:
+      return ask()
+    except Unavailable as error:
+      logging.warning('%s Trying again in %.0f s.', str(error).removesuffix(_ADVICE), wait)
+      time.sleep(wait)
+  return ask()
 
 
 def file_system(path: str) -> Any:
@@ -149,13 +194,32 @@ def naming(path: str) -> Iterator[None]:
     yield
   except (InputError, MemoryError):
     raise
-  except FileNotFoundError as error:
-    raise InputError(f'{path} is not there. Put it back, or correct the path of the dataset.'
-                     ) from error
   except Exception as error:  # each library of a storage has error types of its own
-    said = f'{type(error).__name__}: {error}'.split('\n')[0][:300]
-    raise InputError(f'{path} cannot be read ({said}). Check the path, the credentials and the '
-                     'network, then run the same command again; it goes on from here.') from error
+    passes, why = may_pass(error), error.__cause__ if _hides(error) else error
+    if isinstance(error, FileNotFoundError) and not passes:
+      raise InputError(f'{path} is not there. Put it back, or correct the path of the dataset.'
+                       ) from error
+    said = f'{type(why).__name__}: {why}'.split('\n')[0][:300]
+    kind = Unavailable if passes else InputError
+    raise kind(f'{path} cannot be read ({said}).{_ADVICE}') from error
+
+
+def may_pass(error: BaseException) -> bool:
+  """Whether an error is of the network, or of a server that is busy, and no verdict on a file."""
+  if _hides(error):
+    return may_pass(error.__cause__)
+  status = getattr(error, 'status', None) or getattr(error, 'code', None)
+  if isinstance(status, int) and status >= 100:
+    return status >= 500 or status in _BRIEF
+  return not isinstance(error, (FileNotFoundError, PermissionError, NotADirectoryError, ImportError,
+                                IsADirectoryError, ValueError, TypeError, NotImplementedError))
+
+
+def _hides(error: BaseException) -> bool:
+  """For fsspec a web server that does not answer has no such file; the reason lies behind."""
+  why = error.__cause__
+  web = isinstance(why, TimeoutError) or type(why).__module__.split('.')[0] == 'aiohttp'
+  return isinstance(error, FileNotFoundError) and web
 
 
 def natural(path: str) -> tuple:

@@ -64,7 +64,8 @@ def write(directory: str, shards: Sequence[str], left_out: int,
   repeats, _ = _repeated(directory, 'caption', rows - found['captions']['empty'],
                          lambda: follow(every))
   found['captions'] |= {'repeated': repeats, 'repeated_share': round(repeats / max(rows, 1), 6)}
-  found |= {'shards': len(shards), 'left_out': left_out, **write_broken(directory, shards)}
+  found |= {'columns': _columns(directory, every, rows), 'shards': len(shards),
+            'left_out': left_out, **write_broken(directory, shards)}
   files.write_json(os.path.join(directory, SUMMARY), found)
   return found
 
@@ -95,16 +96,20 @@ def lines(found: dict[str, Any]) -> list[str]:
   if sizes['short_side']:
     line += f', short side {_range(sizes["short_side"])} pixels'
   if sizes['unknown_size']:
-    line += f', {sizes["unknown_size"]:,} of unknown size'
+    line += (f'; the size of {sizes["unknown_size"]:,} is not known, and embedding will tell '
+             'whether they can be read')
   said = [line]
   if captions['empty'] < found['samples']:
     said.append(f'captions of {_range(captions["words"])} words, {captions["empty"]:,} empty, '
                 f'{captions["repeated"]:,} ({captions["repeated_share"]:.1%}) repeat an earlier '
                 'one')
   if labels['classes'] or labels['per_class']:
-    each = _range(labels['samples']) if labels['samples'] else 'no'
-    said.append(f'{labels["classes"]:,} classes of {each} samples, {labels["without_samples"]:,} '
-                f'without a sample; {labels["unlabelled"]:,} samples without a label')
+    there = labels['classes'] - labels['without_samples']
+    each = f', with {_range(labels["samples"])} samples each' if there else ''
+    said.append(f'{there:,} of {labels["classes"]:,} classes are there{each}; '
+                f'{labels["unlabelled"]:,} samples have no label')
+  if nowhere := [name for name, missing in found['columns'].items() if missing == found['samples']]:
+    said.append(f'no sample has a value of {", ".join(nowhere)}, named in columns')
   if found['repeated_keys']['samples']:
     line = f'{found["repeated_keys"]["samples"]:,} samples have the key of an earlier one'
     for first in found['repeated_keys']['first'][:1]:
@@ -148,6 +153,21 @@ def _contents(directory: str, shards: Iterable[int]) -> dict[str, Any]:
       'captions': {**{name: count[name].quantiles() for name in ('characters', 'words')},
                    'empty': total['empty']},
       'labels': _labels(labels, classes)}
+
+
+def _columns(directory: str, shards: Iterable[int], rows: int) -> dict[str, int]:
+  """Returns for each chosen column how many samples have no value of it: the footers say that."""
+  import pyarrow.parquet as pq
+  missing: dict[str, int] = {}
+  for shard in shards:
+    footer = pq.read_metadata(table.index_file(directory, shard))
+    for group in map(footer.row_group, range(footer.num_row_groups)):
+      for column in map(group.column, range(group.num_columns)):
+        name, said = column.path_in_schema, column.statistics  # None of a column without any value
+        there = group.num_rows - said.null_count if said else 0
+        if name not in table.COLUMNS:
+          missing[name] = missing.get(name, rows) - there
+  return missing
 
 
 def _labels(counts: dict[int, int], classes: Sequence[str]) -> dict[str, Any]:

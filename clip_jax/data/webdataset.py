@@ -8,6 +8,7 @@ tar that ends early, and takes several times as long.
 import collections
 from collections.abc import Iterator
 import functools
+import re
 import struct
 import zlib
 
@@ -38,17 +39,34 @@ def samples(path: str, name: str) -> tuple[list[Sample], list[dict[str, str]]]:
   byte. A key that comes again is listed; its first members count. Hidden files and members without
   an ending are no samples, as in webdataset. One thread may read the samples.
   """
+  return _samples(path, name, _MOST_KEPT)[:2]
+
+
+def samples_and_headers(path: str, name: str
+                        ) -> tuple[list[Sample], list[dict[str, str]], dict[int, int]]:
+  """Returns what `samples` does; and the members whose names are said by more than one field.
+
+  These as the byte where the data begins -> the one where the first of the headers does; of others
+  there is one header, the block before the data.
+  """
+  return _samples(path, name, 0)
+
+
+def _samples(path: str, name: str, room: int
+             ) -> tuple[list[Sample], list[dict[str, str]], dict[int, int]]:
   tar = storage.Ahead(storage.open_file(path))
+  headers: dict[int, int] = {}
   found: dict[str, dict[str, tuple[int, int]]] = {}
   kept: dict[int, bytes] = {}  # offset of a member -> its beginning
-  room = _MOST_KEPT
   repeats: collections.Counter[tuple[str, str]] = collections.Counter()
   skipped = []
   try:
-    for member, offset, length in _members(tar):
+    for member, offset, length, first_header in _members(tar):
       key, ending = _split(member)
       if not key:
         continue
+      if first_header >= 0:
+        headers[offset] = first_header
       members = found.get(key)
       if members is None:
         members = found[key] = {}
@@ -73,7 +91,7 @@ def samples(path: str, name: str) -> tuple[list[Sample], list[dict[str, str]]]:
   for key, count in copies.items():
     skipped += [{'key': key, 'reason': 'duplicate key'}] * count
   return [Sample(key, members, functools.partial(_read, tar, kept, members))
-          for key, members in found.items()], skipped
+          for key, members in found.items()], skipped, headers
 
 
 def _split(member: str) -> tuple[str, str]:
@@ -91,12 +109,14 @@ def _read(tar: storage.Ahead, kept: dict[int, bytes], members: dict[str, tuple[i
   return head[:length] if length <= len(head) else tar.read(offset, length)
 
 
-def _members(tar: storage.Ahead) -> Iterator[tuple[str, int, int]]:
-  """Yields (name, offset, length) of every regular file of a tar (ustar, GNU or pax).
+def _members(tar: storage.Ahead) -> Iterator[tuple[str, int, int, int]]:
+  """Yields (name, offset, length, first header) of every regular file of a tar (ustar, GNU or pax).
 
-  While a member is looked at, its first _KEPT bytes are in the window.
+  While a member is looked at, its first _KEPT bytes are in the window. The byte of the first of
+  its headers is -1 where there is one header, with the name in one field.
   """
-  size, at, said = tar.size, 0, {}  # said: what an extended header says of the member after it
+  size, at, first_header = tar.size, 0, -1
+  said: dict[str, str] = {}  # what an extended header says of the member after it
   while True:
     tar.move(at, _BLOCK + _KEPT)
     data, first = tar.data, at - tar.start
@@ -116,13 +136,16 @@ def _members(tar: storage.Ahead) -> Iterator[tuple[str, int, int]]:
       if length > _MOST_TEXT:
         raise _Damage('damaged header', at, name)
       text = tar.read(start, length)
+      first_header = at if first_header < 0 and kind != 'g' else first_header
       said |= {'path': _text(text)} if kind == 'L' else _pax(text, at) if kind in 'xX' else {}
     elif kind == 'S' or said and any(key.startswith('GNU.sparse') for key in said):
       raise _Damage('sparse file', at, name)
     else:
-      said = {}
       if kind in '07' and not name.endswith('/'):
-        yield name, start, length
+        if data[first + _PREFIX] and first_header < 0:
+          first_header = at
+        yield name, start, length, first_header
+      said, first_header = {}, -1
     at = start + -(-length // _BLOCK) * _BLOCK
 
 
@@ -147,12 +170,14 @@ def _header(data: bytes, first: int, at: int) -> tuple[str, str, int]:
 
 
 def _number(field: bytes) -> int:
-  try:
-    return int(field.rstrip(b'\0 '), 8)  # as nearly all are
-  except ValueError:
-    if field[0] & 0x80:  # GNU: binary where octal digits do not suffice
-      return int.from_bytes(field, 'big') & ~(0x80 << 8 * (len(field) - 1))
-    return int(field.split(b'\0')[0].strip() or b'0', 8)
+  if field[0] & 0x80:  # GNU: binary where octal digits do not suffice
+    return int.from_bytes(field, 'big') & ~(0x80 << 8 * (len(field) - 1))
+  digits = field.rstrip(b'\0 ')
+  if not digits.isdigit():  # nearly all are; int() takes '-7' and '1_0' too
+    digits = field.split(b'\0', 1)[0].strip(b' ') or b'0'
+    if not digits.isdigit():
+      raise ValueError(field)
+  return int(digits, 8)
 
 
 def _text(data: bytes) -> str:
@@ -171,7 +196,7 @@ def _pax(data: bytes, at: int) -> dict[str, str]:
       key, value = data[space + 1:first + length - 1].split(b'=', 1)
       records[_text(key)] = _text(value)
       first += length
-    if int(records.get('size', 0)) < 0:
+    if not re.fullmatch('[0-9]{1,20}', records.get('size', '0')):
       raise ValueError(records)
   except ValueError as error:
     raise _Damage('damaged header', at) from error

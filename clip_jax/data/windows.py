@@ -25,6 +25,8 @@ class Windows:
                wanted: Callable[[int, int], Array]):  # (start, stop) -> positions asked for in it
     self._source, self._blocks, self._wanted = source, blocks, wanted
     self._read: dict[int, futures.Future] = {}  # the window's start -> position -> sample
+    # The end of all that was begun: a window that threads have used up early is not read again.
+    self._stop = 0
     self._lock = threading.Lock()
 
   def __call__(self, positions: range) -> tuple[list[int], list[dict[str, Any]]]:
@@ -52,16 +54,16 @@ class Windows:
     return samples
 
   def _begin_next(self) -> None:
-    """Begins to read the windows that follow, unless so many are kept."""
-    stop = max((self._blocks.window(start).stop for start in self._read), default=None)
-    while stop is not None and len(self._read) < _AHEAD:
-      window = self._blocks.window(stop)
+    """Begins to read the windows that come next, unless so many are kept."""
+    while len(self._read) < _AHEAD:
+      window = self._blocks.window(self._stop)
+      self._stop = window.stop
       if len(self._wanted(window.start, window.stop)):  # of a small one, a host may see nothing
         self._begin(window)
-      stop = window.stop
 
   def _begin(self, window: order.Window) -> None:
     coming = self._read[window.start] = futures.Future()
+    self._stop = max(self._stop, window.stop)
     # A daemon: a program that ends does not wait for what it will not use.
     threading.Thread(target=self._fill, args=(coming, window), daemon=True).start()
 

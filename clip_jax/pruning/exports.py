@@ -218,20 +218,20 @@ def _npy(path: epath.Path, column: str):
   del column
   try:
     with path.open('rb') as f:
-      found = np.load(f, allow_pickle=False)
+      found = np.lib.format.read_array(f, allow_pickle=False)
+    if found.ndim == 1 and found.dtype.kind in 'US':
+      return _strings(pa.array(found.astype(np.str_)))
   except Exception as error:  # numpy reads the header as Python: a forged one raises anything
     raise InputError(f'{path} cannot be read ({error}). Give a .npy of dtype u8,u8 (uids) or '
                      'int64, written without pickle.') from error
   kind = found.dtype
   is_uid = kind.names is not None and [kind[i].str[1:] for i in range(len(kind))] == ['u8', 'u8']
-  if getattr(found, 'ndim', 0) != 1 or not (is_uid or kind.kind in 'iuUS'):
+  if found.ndim != 1 or not (is_uid or kind.kind in 'iu'):
     raise InputError(f'{path} holds {kind} {list(found.shape)}. Give [n] of dtype u8,u8 (uids) or '
                      'int64 (numbers).')
   if is_uid:
     halves = np.stack([found[name] for name in kind.names], axis=1, dtype='>u8')
     return _binary(halves.view(np.uint8))
-  if kind.kind in 'US':
-    return _strings(pa.array(found.astype(np.str_)))
   if len(found) and found.max() >= 2**63:
     raise InputError(f'{path} holds the number {found.max()}, which is no int64. Give int64.')
   return pa.array(found.astype(np.int64))
@@ -253,7 +253,8 @@ def _parquet(path: epath.Path, column: str):
                          f'{column or "key"!r}. Name another in config.prune.export_key.')
       ours = {'dataset', 'key', 'row'} <= set(have)
       read = file.read(['dataset', name] if ours else [name])
-  except (pa.ArrowException, OSError) as error:
+      read.validate(full=True)  # texts may be no UTF-8
+  except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
     raise InputError(f'{path} cannot be read ({error}). Give a parquet file.') from error
   if ours:
     read = read.filter(pc.equal(read['dataset'], 'pool'))

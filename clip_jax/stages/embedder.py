@@ -51,7 +51,7 @@ def product(config: ConfigDict, workdir: str) -> Product:
     keys += ['embedder.dim', 'embedder.fit_images']
   else:
     keys += ['embedder.samples', 'model', 'preprocess', *layout.recipe(config)]
-  inputs = {f'ingest/{name}/index': 'frozen at the first sight' for name in (layout.POOL, layout.ANCHOR)
+  inputs = {f'ingest/{name}/index': products.FROZEN for name in (layout.POOL, layout.ANCHOR)
             if name in layout.datasets(config)}
   del workdir
   version = 1 if config.embedder.source in FITTED else 2  # of a checkpoint: what it says of its model

@@ -222,7 +222,8 @@ def _copies(config: ConfigDict, workdir: str, place: str, kind: str, rows: Produ
     jobs = [job for product, job in parts if product.name in wanted]
     needed = sum(export.image_bytes(job[3], job[4]) + BYTES_BESIDE_IMAGE * len(job[4]) for job in jobs)
     files.check_space(workdir, needed, f'The export {whole.name}')
-    for _ in engine.run(write_part, jobs, workers=config.engine.workers, desc=f'export {place[7:]}', unit='file'):
+    for _ in engine.finished(write_part, jobs, workers=config.engine.workers, desc=f'export {place[7:]}',
+                             unit='file'):
       pass
     counts = {product.name: products.read_sidecar(workdir, product.name)['counts'] for product, _ in parts}
     sizes = {os.path.basename(job[2]): counts[product.name]['samples'] for product, job in parts}
@@ -288,7 +289,7 @@ def write_part(job: tuple[str, Product, str, str, Array]) -> None:
   workdir, product, name, directory, rows = job
   kind = os.path.basename(os.path.dirname(name))
   counts = COPIES[kind][1](os.path.join(workdir, name), directory, rows)
-  products.finish(workdir, product, [name], counts)
+  products.finish(workdir, product, [name], counts, {name: counts['sha256']} if 'sha256' in counts else None)
 
 
 def _unnamed(config: ConfigDict, workdir: str, made: Sequence[Product]) -> None:

@@ -203,15 +203,35 @@ def _index(config: ConfigDict, workdir: str, dataset: str, wanted: list[Product]
   counts = table.assemble(directory, [_location(shard) for shard in every],
                           classes=[shard.classes for shard in every])
   if not counts['rows']:
-    summary.write_broken(directory, [_named(shard) for shard in every])  # to look them up
-    raise InputError(f'{dataset} is empty: none of the {counts["skipped"]} samples in '
-                     f'{layout.datasets(config)[dataset].path!r} can be used (reasons: {counts["reasons"]}). '
-                     f'Check path, where, part and the keys of captions and labels.')
+    raise _empty(config, workdir, dataset, counts)
   made = [name for name in counts.pop('files') if name != LOCATIONS]
   products.finish(workdir, whole, [f'ingest/{dataset}/{name}' for name in made], counts)
-  said = ', '.join(f'{number} {reason}' for reason, number in sorted(counts['reasons'].items()))
+  said = _reasons(counts)
   logging.info('%s: %s rows in %d shards%s.', dataset, f'{counts["rows"]:,}', len(every),
                f'; skipped: {said}' if said else '')
+
+
+def _reasons(counts: dict) -> str:
+  return ', '.join(f'{number:,} {reason}' for reason, number in sorted(counts['reasons'].items()))
+
+
+def _left_out(config: ConfigDict, workdir: str, dataset: str) -> int:
+  """Returns how many samples of a dataset `where` and `part` leave out."""
+  return sum(products.read_sidecar(workdir, part.name)['counts']['left_out']
+             for part in shard_products(config, workdir, dataset))
+
+
+def _empty(config: ConfigDict, workdir: str, dataset: str, counts: dict) -> InputError:
+  """Returns what to say where no sample is left, and lists all that cannot be used."""
+  directory = os.path.join(workdir, 'ingest', dataset)
+  summary.write_broken(directory, [_named(shard) for shard in shards(config, workdir, dataset)])
+  why = []
+  if left_out := _left_out(config, workdir, dataset):
+    why.append(f'`where`, `part` or the folders\' mappings leave out {left_out:,} samples')
+  if counts['skipped']:
+    why.append(f'{os.path.join(directory, summary.BROKEN)} lists what cannot be used ({_reasons(counts)})')
+  return InputError(f'{dataset} is empty: {" and ".join(why) or "its files hold no samples"}. Check format, path, '
+                    'where, part, image_key and the keys of captions and labels.')
 
 
 def _summary(config: ConfigDict, workdir: str, dataset: str, whole: Product) -> Product:
@@ -225,10 +245,8 @@ def _summary(config: ConfigDict, workdir: str, dataset: str, whole: Product) -> 
 
 def _summarise(config: ConfigDict, workdir: str, dataset: str, product: Product) -> None:
   directory = os.path.join(workdir, 'ingest', dataset)
-  left_out = sum(products.read_sidecar(workdir, part.name)['counts']['left_out']
-                 for part in shard_products(config, workdir, dataset))
-  found = summary.write(directory, [_named(shard) for shard in shards(config, workdir, dataset)], left_out,
-                        functools.partial(_follow, dataset))
+  found = summary.write(directory, [_named(shard) for shard in shards(config, workdir, dataset)],
+                        _left_out(config, workdir, dataset), functools.partial(_follow, dataset))
   made = [f'ingest/{dataset}/{name}' for name in (summary.SUMMARY, summary.BROKEN)]
   products.finish(workdir, product, made, {key: found[key] for key in ('samples', 'skipped', 'left_out')})
   for line in summary.lines(found):

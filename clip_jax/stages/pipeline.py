@@ -18,7 +18,6 @@ from clip_jax.core import log
 from clip_jax.core import products
 from clip_jax.core import progress
 from clip_jax.core.errors import ConfigError
-from clip_jax.core.errors import InputError
 from clip_jax.stages import STAGES
 from clip_jax.stages import check
 from clip_jax.stages import layout

@@ -22,7 +22,6 @@ from clip_jax.pruning import splits
 from clip_jax.stages import dedup
 from clip_jax.stages import embed
 from clip_jax.stages import export
-from clip_jax.stages import ingest
 from clip_jax.stages import layout
 from clip_jax.stages import search
 
