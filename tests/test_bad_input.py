@@ -46,6 +46,13 @@ def test_a_benchmark_of_one_class(data, tmp_path, capsys):
   assert status == 1 and "are of one class ('green')" in said
 
 
+def test_a_benchmark_without_labels_is_told_before_anything_is_trained(data, tmp_path, capsys):
+  c = config(data, **{'benchmarks.squares.label_key': 'lable'})
+  status, said = run(c, tmp_path / 'w', capsys)
+  assert status == 1 and 'images of the benchmark squares have no label' in said
+  assert not (tmp_path / 'w/train').exists() and (tmp_path / 'w/splits').exists()
+
+
 def test_labels_outside_the_classes(data, tmp_path, capsys):
   c = config(data)
   c.benchmarks.squares.classes = ('red', 'green')

@@ -1,6 +1,9 @@
+import fcntl
 import os
 import pathlib
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -62,3 +65,34 @@ def test_a_killed_worker_is_a_sentence_and_what_was_finished_is_told(tmp_path):
   assert sorted(told) == [0, 1] == sorted(map(int, os.listdir(tmp_path)))
   with pytest.raises(InputError, match='worker process was ended'):
     list(engine.finished(_killed, jobs, workers=3, desc='x', unit='job'))
+
+
+def _locked(path):
+  with open(path, 'w') as f:
+    fcntl.flock(f, fcntl.LOCK_EX)  # until this process ends
+    f.write('x')
+    f.flush()
+    time.sleep(600)
+
+
+def test_workers_end_with_a_parent_that_is_killed(tmp_path):
+  paths = [str(tmp_path / f'{i}') for i in range(2)]
+  code = ('import sys, test_engine; from clip_jax.core import engine\n'
+          'list(engine.finished(test_engine._locked, sys.argv[1:], workers=2, desc="x", unit="job"))')
+  parent = subprocess.Popen([sys.executable, '-c', code, *paths], cwd=os.path.dirname(__file__),
+                            stderr=subprocess.DEVNULL)
+  deadline = time.monotonic() + 60
+  while not all(os.path.exists(path) and os.path.getsize(path) for path in paths):
+    assert parent.poll() is None and time.monotonic() < deadline
+    time.sleep(0.05)
+  parent.kill()
+  parent.wait()
+  for path in paths:
+    with open(path) as f:
+      while True:
+        try:
+          fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+          break
+        except BlockingIOError:
+          assert time.monotonic() < deadline
+          time.sleep(0.05)

@@ -2,6 +2,8 @@
 
 import errno
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -65,3 +67,18 @@ def test_check_space(tmp_path):
   with pytest.raises(InputError, match='are free'):
     files.check_space(tmp_path, 10**18, 'A huge file')
   assert files.free_bytes('gs://bucket/x') is None
+
+
+def test_what_a_killed_process_left_is_removed_and_what_a_live_one_writes_is_kept(tmp_path):
+  code = ('import os, signal, sys; from clip_jax.core import files\n'
+          'with files.atomic(sys.argv[1]) as path:\n'
+          '  path.write_text("half"); os.kill(os.getpid(), signal.SIGKILL)')
+  (tmp_path / 'deep').mkdir()
+  subprocess.run([sys.executable, '-c', code, str(tmp_path / 'deep/x')], check=False)
+  left, = (tmp_path / 'deep').iterdir()
+  other = tmp_path / '.tmp-otherhost-1-y'
+  other.write_text('another machine')
+  with files.atomic(tmp_path / 'z') as live:
+    live.write_text('whole')
+    assert files.remove_unfinished(str(tmp_path)) == [str(left)]
+  assert sorted(os.listdir(tmp_path)) == ['.tmp-otherhost-1-y', 'deep', 'z']

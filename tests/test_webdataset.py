@@ -91,7 +91,7 @@ def test_every_cut_keeps_the_whole_samples_before_it_and_says_where(tmp_path):
   for cut in [0, 1, 511, 512, 513, *range(600, end, 97), end]:
     (tmp_path / 'cut.tar').write_bytes(data[:cut])
     samples, skipped = _read(str(tmp_path / 'cut.tar'), 'cut.tar')
-    assert skipped == [{'key': f'cut.tar, byte {cut}', 'reason': 'truncated'}]
+    assert skipped == [{'key': f'cut.tar, byte {cut}', 'reason': 'truncated' if cut else 'empty file'}]
     assert [key for key, _ in samples] == [key for key, _ in full][:len(samples)]
     assert samples[:-1] == full[:len(samples)][:-1]
     for _, got in samples[-1:]:  # the last may lack members that come after the cut
@@ -110,8 +110,8 @@ def test_a_sample_whose_member_is_cut_is_no_sample(tmp_path):
 
 
 @pytest.mark.parametrize(('data', 'entry'), [
-    (b'', {'key': 'x.tar, byte 0', 'reason': 'truncated'}),
-    (b'\x1f\x8b' + b'garbage' * 300, {'key': 'x.tar, byte 0', 'reason': 'not a tar'}),
+    (b'', {'key': 'x.tar, byte 0', 'reason': 'empty file'}),
+    (b'\x1f\x8b' + b'garbage' * 300, {'key': 'x.tar, byte 0', 'reason': 'compressed, unpack it'}),
     (bytes(10240), {'key': 'x.tar', 'reason': 'no samples'}),
 ])
 def test_files_without_samples_are_listed(tmp_path, data, entry):

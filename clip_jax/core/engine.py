@@ -2,6 +2,8 @@
 
 import concurrent.futures
 import multiprocessing
+import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import process
 from typing import TypeVar
@@ -29,7 +31,8 @@ def finished(function: Callable[[J], R], jobs: Sequence[J], *, workers: int, des
 
 def _in_processes(function: Callable[[J], R], jobs: Sequence[J], workers: int) -> Iterator[tuple[int, R]]:
   context = multiprocessing.get_context('spawn')  # fork and JAX's threads do not go together
-  pool = concurrent.futures.ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context)
+  pool = concurrent.futures.ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context,
+                                                initializer=_end_with_parent)
   try:
     numbers = {pool.submit(function, job): number for number, job in enumerate(jobs)}
     for future in concurrent.futures.as_completed(numbers):
@@ -39,3 +42,11 @@ def _in_processes(function: Callable[[J], R], jobs: Sequence[J], workers: int) -
                      'again, with fewer engine.workers if memory is short; it goes on from here.') from error
   finally:
     pool.shutdown(cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+  """Ends a worker when the process that started it is killed: it would wait for jobs without end."""
+  def wait():
+    multiprocessing.parent_process().join()
+    os._exit(1)
+  threading.Thread(target=wait, daemon=True).start()

@@ -12,6 +12,7 @@ import io
 import json
 import os
 import shutil
+import socket
 import zipfile
 from collections.abc import Iterator
 from typing import Any
@@ -33,7 +34,7 @@ def atomic(path) -> Iterator[epath.Path]:
   """
   path = epath.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.parent / f'{TEMPORARY}{os.getpid()}-{path.name}'
+  temporary = path.parent / f'{_mine()}{os.getpid()}-{path.name}'
   try:
     yield temporary
     if is_local(path):
@@ -49,6 +50,33 @@ def atomic(path) -> Iterator[epath.Path]:
       raise InputError(f'No space left while writing {path}. Free some space and run the same '
                        'command again; it goes on from here.') from error
     raise
+
+
+def remove_unfinished(folder: str) -> list[str]:
+  """Removes what killed processes of this machine left unfinished below a local folder."""
+  removed = []
+  for where, _, names in os.walk(folder):
+    for name in names:
+      pid = name.removeprefix(_mine()).split('-')[0] if name.startswith(_mine()) else ''
+      if pid.isdecimal() and _gone(int(pid)):
+        with contextlib.suppress(FileNotFoundError):  # another start removes the same
+          os.unlink(os.path.join(where, name))
+          removed.append(os.path.join(where, name))
+  return removed
+
+
+def _gone(pid: int) -> bool:
+  try:
+    os.kill(pid, 0)
+  except (ProcessLookupError, OverflowError):
+    return True
+  except PermissionError:  # another user's
+    pass
+  return False
+
+
+def _mine() -> str:
+  return f'{TEMPORARY}{socket.gethostname()}-'
 
 
 def write_bytes(path, data: bytes) -> None:

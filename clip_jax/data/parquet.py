@@ -23,7 +23,7 @@ from clip_jax.data.table import Sample
 
 _BATCH = 4 << 20     # bytes of images decoded at once, about
 _MOST_ROWS = 256     # and rows: what a footer says of sizes may be wrong
-_CACHED = 256 << 20  # bytes of images kept decoded in a process, over all its files
+_CACHED = 96 << 20   # bytes of images kept decoded in a process, over all its files
 _STREAMS = 8         # row groups that a process has begun to read; each holds a page or two
 _BUFFER = 1 << 20         # bytes read at once
 _REMOTE_BUFFER = 8 << 20  # the same where a read takes long

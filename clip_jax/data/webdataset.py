@@ -21,6 +21,7 @@ _KEPT = 1 << 12        # bytes of the beginning of a member that the pass keeps 
 _MOST_KEPT = 1 << 26   # ... while all that it keeps is less than this: what is more is read again
 _OVERHEAD = 100        # bytes of what is kept, beside itself
 _HEADER = struct.Struct('100s 24x 12s 12x 8s B 355x')  # name, size, checksum, type
+_GZIP = b'\x1f\x8b'
 _MAGIC, _PREFIX = 257, 345  # bytes of a header where these begin
 
 
@@ -121,7 +122,7 @@ def _members(tar: storage.Ahead) -> Iterator[tuple[str, int, int, int]]:
     tar.move(at, _BLOCK + _KEPT)
     data, first = tar.data, at - tar.start
     if size < at + _BLOCK or len(data) < first + _BLOCK:
-      raise _Damage('truncated', size)
+      raise _Damage('truncated' if size else 'empty file', size)
     if not data[first] and not data[first:first + _BLOCK].strip(b'\0'):
       if tar.read(at, 1 << 16).strip(b'\0'):
         raise _Damage('bytes after the end mark', at)
@@ -162,7 +163,8 @@ def _header(data: bytes, first: int, at: int) -> tuple[str, str, int]:
   total = ((zlib.adler32(data[first:a]) & 0xffff) + (zlib.adler32(data[b:middle]) & 0xffff)
            + (zlib.adler32(data[middle:end]) & 0xffff) - 3 + 8 * ord(' '))
   if length < 0 or checksum != total:
-    raise _Damage('damaged header' if at else 'not a tar', at)
+    raise _Damage('damaged header' if at else 'compressed, unpack it' if
+                  data[first:first + 2] == _GZIP else 'not a tar', at)
   kind, name = chr(kind) if kind else '0', _text(name)
   if data[first + _PREFIX] and data[first + _MAGIC:first + _MAGIC + 6] == b'ustar\0':
     name = f'{_text(data[first + _PREFIX:end - 12])}/{name}'  # GNU's magic, 'ustar ', has no prefix

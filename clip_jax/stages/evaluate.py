@@ -135,6 +135,12 @@ def encode(model, pixels: Array, batch_size: int) -> Array:
   return np.concatenate(parts)
 
 
+def check_benchmarks(config: ConfigDict, workdir: str) -> None:
+  """Raises an error for a benchmark that cannot be scored, before models are trained for it."""
+  for name in config.benchmarks:
+    check_labels(name, np.asarray(layout.source(workdir, name).labels), layout.class_names(config, workdir, name))
+
+
 def check_labels(benchmark: str, label: Array, classes) -> None:
   """Raises an error where zero-shot accuracy would mean nothing: no labels, no names, one class."""
   if not classes:

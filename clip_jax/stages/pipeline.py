@@ -48,6 +48,8 @@ def run(config: ConfigDict, workdir: str | None, *, stages: list[str] | None, re
     raise ConfigError(f'--workdir={workdir} is a file; give a folder.')
   log.to_file(os.path.join(workdir, 'log.txt'))
   logging.info('clip_jax: %s', ' '.join([os.path.basename(sys.executable), *sys.orig_argv[1:]]))
+  if unfinished := files.remove_unfinished(workdir):
+    logging.info('%d files that killed processes left unfinished are removed.', len(unfinished))
   files.write_json(os.path.join(workdir, 'config.json'), layout.plain(config))
   if redo:
     forget(workdir, redo)
@@ -57,6 +59,8 @@ def run(config: ConfigDict, workdir: str | None, *, stages: list[str] | None, re
     began = time.monotonic()
     interrupts.check()
     _check_disk(config, workdir, name)
+    if name == 'train' and 'evaluate' in names:
+      importlib.import_module('clip_jax.stages.evaluate').check_benchmarks(config, workdir)
     if name == 'report' and _finished(workdir) != before:
       _versions(workdir)  # the page shows them
     importlib.import_module(f'clip_jax.stages.{name}').run(config, workdir)

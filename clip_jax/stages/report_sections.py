@@ -119,6 +119,9 @@ def _split_row(facts: Facts, name: str) -> dict:
   run = next((run for (split, _), run in facts.runs.items()
               if split == name and run['samples']), {})
   words = sections.rule_words(block.rule, benchmarks=block.benchmarks, to=block.to, slack=block.slack)
+  repeats = max((draw.get('repeats', 0) for draw in about.get('draws', {}).values()), default=0)
+  if repeats:
+    words += f', {repeats:,} of them again'
   if report_statistics.fell_back(about):
     words = f'random rows, as many as {block.to} keeps: no matched control exists'
   return {'name': name, 'rule': block.rule, 'seeds': seeds, 'words': words,
