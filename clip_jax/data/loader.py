@@ -69,7 +69,8 @@ def train_batches(source, *, batch_size: int, seed: int, start_examples: int, im
 
   share = _Share(batch_size, host, hosts, start_examples)
   sample_bytes = 3 * image_size**2 + 4 * context_length + 8
-  length = min(here, _run_length(sample_bytes))
+  # Runs of one size: of a long and a short one by turns, two processes would wait for each other.
+  length = -(-here // -(-here // _run_length(sample_bytes)))
   make = _Runs(source, _ORDERS[order](source, seed, share, shuffle_window), share, length, seed,
                image_size, context_length, tuple(crop_scale), jpeg_shrink)
   runs = -(-here // length)  # of each batch

@@ -28,7 +28,7 @@ from clip_jax.core.errors import InputError
 
 _ATTEMPTS = 3  # deaths of a process one after another, with no element made, that end the run
 _DYING_SECS = 5.0  # that a process may take from the end of its pipe to its own
-_WAITING = 1  # elements of a process that wait for one of its threads, or to be taken
+_WAITING = 2  # elements of a process that wait for one of its threads, or to be taken
 _ALIGNED = 64  # bytes: arrays in a slot begin at multiples of it
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
