@@ -80,3 +80,17 @@ def test_a_run_sees_the_same_with_processes_and_other_data_in_blocks(data, prepa
     found[name] = _batches(c, tmp_path / name, monkeypatch)
   assert _same(found['plain'], found['processes']) and _same(found['plain'], found['shrink'])
   assert not _same(found['plain'], found['blocks'])
+
+
+def test_slow_reads_at_random_are_said(monkeypatch, caplog):
+  from types import SimpleNamespace as Name
+  def said(size, order='global', format='parquet', path='/x'):
+    caplog.clear()
+    shard = Name(block=Name(format=format), files=(Name(size=size, path=path),))
+    monkeypatch.setattr(train.layout, 'datasets', lambda config: {'pool': None})
+    monkeypatch.setattr(train.ingest, 'shards', lambda config, workdir, name: [shard, shard])
+    with caplog.at_level('INFO', 'absl'):
+      train._advise(Name(train=Name(order=order)), '')
+    return 'order=blocks' in caplog.text
+  assert said(1e9) and said(1e9, format='webdataset', path='gs://x')
+  assert not said(1e8) and not said(1e9, order='blocks') and not said(1e9, format='webdataset')

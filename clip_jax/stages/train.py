@@ -22,6 +22,7 @@ from clip_jax.stages import ingest
 from clip_jax.stages import layout
 from clip_jax.stages import prune
 
+SLOW_BYTES = 1e9  # of parquet and remote files, from which on the order of reading is worth a word
 PACKING_SAVES = 0.15  # of a step's FLOPs, at least, for captions to be packed
 VERSION = 2  # of a run's files; 2: a checkpoint says its model as open_clip's model_cfg
 
@@ -54,12 +55,24 @@ def run(config: ConfigDict, workdir: str) -> None:
       todo.append((split, seed))
   if todo and len(todo) < len(every) and not config.train.only:
     logging.info('train: going on, %d of %d runs are done.', len(every) - len(todo), len(every))
+  if todo:
+    _advise(config, workdir)
   base = None
   for number, (split, seed) in enumerate(todo):
     base = base or _base(config, workdir)
     logging.info('train: run %d of %d, %s with seed %d.', number + 1, len(todo), split, seed)
     _one(config, workdir, split, seed, every[split, seed], base)
   products.write_manifest(workdir, 'train', list(every.values()))
+
+
+def _advise(config: ConfigDict, workdir: str) -> None:
+  """Says where the global shuffle reads slowly: a parquet row group is decoded from its start for any one image."""
+  slow = sum(file.size for name in (layout.POOL, layout.ANCHOR) if name in layout.datasets(config)
+             for shard in ingest.shards(config, workdir, name) for file in shard.files
+             if shard.block.format == 'parquet' or '://' in file.path)
+  if config.train.order == 'global' and slow > SLOW_BYTES:
+    logging.info('train: %.0f GB are parquet or remote files, where reads at random are slow; if training waits for '
+                 'images, --config.train.order=blocks reads in order, and mixes less.', slow / 1e9)
 
 
 def _base(config: ConfigDict, workdir: str):
