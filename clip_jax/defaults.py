@@ -123,7 +123,8 @@ def get_config() -> ml_collections.ConfigDict:
   c.train.shuffle_window = 8192     # 'blocks': samples shuffled together; the files of two windows are in memory
   c.train.jpeg_shrink = 0.0         # 0: off. m >= 1: a JPEG is decoded at 1/2, 1/4 or 1/8 of its size where its crop
                                     # then still is m times image_size: faster for large images, costs accuracy
-  c.train.loader_threads = 2        # threads that read, decode and tokenise, in each process; changes speed only
+  c.train.loader_threads = 2        # threads that read, decode and tokenise, in each process, also for embedding and
+                                    # evaluation; changes speed only
   c.train.loader_processes = 0      # processes that do so beside this one, for many cores; changes speed only
   c.train.cache_mb = 1024           # decoded images kept in memory, megabytes; changes speed only (none are kept
                                     # with jpeg_shrink)

@@ -212,8 +212,8 @@ def test_errors_reach_the_caller_as_they_are():
 def test_image_batches_keep_the_order_and_say_what_is_unreadable():
   source = _Source(20, broken=[7, 19])
   rows = np.array([3, 7, 1, 1, 12, 19, 0])
-  for threads in (0, 2):
-    found = list(loader.image_batches(source, rows, batch_size=3, image_size=8, threads=threads))
+  for workers in ({'threads': 0}, {'threads': 2}, {'processes': 2}):
+    found = list(loader.image_batches(source, rows, batch_size=3, image_size=8, **workers))
     assert [len(chosen) for chosen, _, _ in found] == [3, 3, 1]
     chosen, pixels, readable = map(np.concatenate, zip(*found, strict=True))
     assert (chosen == rows).all()
@@ -223,7 +223,9 @@ def test_image_batches_keep_the_order_and_say_what_is_unreadable():
       assert (pixels[i] == expected).all()
   squash = next(loader.image_batches(source, rows, batch_size=3, image_size=8, mode='squash'))[1]
   assert (squash != found[0][1]).any()
-  assert list(loader.image_batches(source, [], batch_size=3, image_size=8)) == []
+  for processes in (0, 2):
+    assert not list(loader.image_batches(source, [], batch_size=3, image_size=8,
+                                         processes=processes))
 
 
 def test_the_cache_decodes_each_image_once_and_changes_no_batch():

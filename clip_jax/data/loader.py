@@ -84,27 +84,20 @@ def train_batches(source, *, batch_size: int, seed: int, start_examples: int, im
 
 
 def image_batches(source, rows: Array,  # [n] int64
-                  *, batch_size: int, image_size: int, mode: str = 'shortest',
-                  threads: int = 2) -> Iterator[tuple[Array, Array, Array]]:
+                  *, batch_size: int, image_size: int, mode: str = 'shortest', threads: int = 2,
+                  processes: int = 0) -> Iterator[tuple[Array, Array, Array]]:
   """Yields (rows [b], images [b, S, S, 3] uint8, readable [b] bool), in order; the last are fewer.
 
-  An image that cannot be read is zeros. mode: as in images.resize.
+  An image that cannot be read is zeros. mode: as in images.resize. threads, processes: as in
+  train_batches.
   """
-  rows, length = np.asarray(rows, np.int64), _run_length(3 * image_size**2)
-
-  def batch(k: int):
-    chosen = rows[k * batch_size:(k + 1) * batch_size]
-    pixels = np.zeros((len(chosen), image_size, image_size, 3), np.uint8)
-    readable = np.zeros(len(chosen), bool)
-    for start in range(0, len(chosen), length):
-      samples = views.many(source, chosen[start:start + length].tolist())
-      for i, sample in enumerate(samples, start):
-        with contextlib.suppress(images.UnreadableImage):
-          pixels[i] = images.resize(_pixels(sample['image']), image_size, mode)
-          readable[i] = True
-    return chosen, pixels, readable
-
-  return _prefetched(batch, -(-len(rows) // batch_size), threads, ahead=_BUFFERED)
+  make = _Batches(source, np.asarray(rows, np.int64), batch_size, image_size, mode)
+  count = -(-len(rows) // batch_size)
+  if not processes:
+    return _prefetched(make, count, threads, ahead=_BUFFERED)
+  slot_bytes = batch_size * (3 * image_size**2 + 9) + _OVERHEAD
+  return _copied(loader_processes.elements(make, count, processes=min(processes, count),
+                                           threads=threads, slot_bytes=slot_bytes))
 
 
 class DecodedCache:
@@ -188,6 +181,36 @@ class _Anywhere:
   def __call__(self, positions: range) -> tuple[list[int], list[dict[str, Any]]]:
     places = list(map(self._order.place, positions))
     return places, views.many(self._source, places)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Batches:
+  """Makes batch k of the images of some rows."""
+  source: Any
+  rows: Array  # [n] int64
+  batch_size: int
+  image_size: int
+  mode: str
+
+  def __call__(self, k: int) -> tuple[Array, Array, Array]:
+    chosen = self.rows[k * self.batch_size:(k + 1) * self.batch_size]
+    pixels = np.zeros((len(chosen), self.image_size, self.image_size, 3), np.uint8)
+    readable = np.zeros(len(chosen), bool)
+    length = _run_length(3 * self.image_size**2)
+    for start in range(0, len(chosen), length):
+      samples = views.many(self.source, chosen[start:start + length].tolist())
+      for i, sample in enumerate(samples, start):
+        with contextlib.suppress(images.UnreadableImage):
+          pixels[i] = images.resize(_pixels(sample['image']), self.image_size, self.mode)
+          readable[i] = True
+    return chosen, pixels, readable
+
+
+def _copied(batches: Iterator[tuple[Array, Array, Array]]) -> Iterator[tuple[Array, Array, Array]]:
+  """Yields batches that may be kept: the memory of processes is used again."""
+  with contextlib.closing(batches):
+    for batch in batches:
+      yield tuple(array.copy() for array in batch)
 
 
 def _run_length(sample_bytes: int) -> int:

@@ -94,7 +94,9 @@ def embed_rows(config: ConfigDict, source, start: int, stop: int, model: embedde
   vectors, usable = [], []
   size = config.embedder.batch_size
   for rows, images, ok in loader.image_batches(source, np.arange(start, stop), batch_size=size,
-                                               image_size=model.image_size, mode=model.resize):
+                                               image_size=model.image_size, mode=model.resize,
+                                               threads=config.train.loader_threads,
+                                               processes=config.train.loader_processes):
     padded = np.concatenate([images, np.zeros((size - len(images), *images.shape[1:]), np.uint8)])
     batch = np.asarray(model.apply(padded), np.float32)[:len(images)]  # one shape, compiled once
     bad = ok & ~np.isfinite(batch).all(axis=1)

@@ -136,7 +136,8 @@ def _fit(config: ConfigDict, workdir: str, wanted: Product):
   rng = np.random.default_rng(np.random.SeedSequence((e.seed, 0)))
   rows = np.sort(rng.choice(len(base), min(e.fit_images, len(base)), replace=False))
   images = [batch[ok] for _, batch, ok in loader.image_batches(
-      base, rows, batch_size=e.batch_size, image_size=e.image_size, mode=config.preprocess.resize)]
+      base, rows, batch_size=e.batch_size, image_size=e.image_size, mode=config.preprocess.resize,
+        threads=config.train.loader_threads, processes=config.train.loader_processes)]
   images = np.concatenate(images)  # [n, S, S, 3]
   if len(images) < 2:
     raise InputError(f'The embedder {e.source!r} needs at least 2 readable images to fit, and of '

@@ -89,7 +89,7 @@ def read_benchmark(config: ConfigDict, workdir: str, benchmark: str, image_size:
   source = layout.source(workdir, benchmark)
   parts = [(images, ok) for _, images, ok in loader.image_batches(
       source, np.arange(len(source)), batch_size=config.evaluate.batch_size, image_size=image_size,
-      mode=resize)]
+      mode=resize, threads=config.train.loader_threads, processes=config.train.loader_processes)]
   return np.concatenate([images for images, _ in parts]), np.concatenate([ok for _, ok in parts])
 
 

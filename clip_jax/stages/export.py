@@ -238,8 +238,8 @@ def _copies(config: ConfigDict, workdir: str, place: str, kind: str, rows: Produ
 
 def _say_copies(workdir: str, whole: Product, number: int) -> None:
   counts = products.read_sidecar(workdir, whole.name)['counts']
-  logging.info('export: %s holds %s samples in %d files, %s MB; every byte was read back and compared with the '
-               'source.', os.path.join(workdir, os.path.dirname(whole.name)), f'{counts["samples"]:,}', number,
+  logging.info('export: %s holds %s samples in %d files, %s MB; all was read back and has the sha256 of its source.',
+               os.path.join(workdir, os.path.dirname(whole.name)), f'{counts["samples"]:,}', number,
                f'{counts["bytes"] / 1e6:,.0f}')
   if counts['renamed']:
     logging.info('export: %s samples have a number after their key, as their file has that key already.',
