@@ -1,4 +1,6 @@
-"""Small indexed datasets for the tests of the row table and its reader."""
+"""Small indexed datasets, and reading in threads, for the tests of what reads samples at random."""
+
+from concurrent import futures
 
 import numpy as np
 
@@ -26,3 +28,9 @@ def dataset(directory, shards, classes=()):
     table.write_shard(str(directory), i, scan)
   counts = table.assemble(str(directory), [file for file, _ in shards], classes)
   return reader.Source(str(directory)), counts
+
+
+def in_threads(read, count):
+  """Calls read(0), ..., read(count - 1) at once; raises what one of them raises."""
+  with futures.ThreadPoolExecutor(count) as threads:
+    list(threads.map(read, range(count)))

@@ -2,7 +2,6 @@ import os
 import random
 import subprocess
 import sys
-import threading
 
 from array_record.python import array_record_module
 from hypothesis import given
@@ -16,6 +15,7 @@ from clip_jax.data import array_record
 from clip_jax.data.storage import SourceFile
 
 import damaged
+import indexed
 
 IMAGE_KEY = ('jpg', 'jpeg', 'png', 'webp', 'image')
 
@@ -129,11 +129,7 @@ def test_many_threads_read_the_same_bytes(tmp_path, options, monkeypatch):
       rows = [draw.randrange(300) for _ in range(draw.randrange(1, 20))]
       if reader.read_many([(row, len(images[row])) for row in rows]) != [images[row] for row in rows]:
         wrong.append(rows)
-  threads = [threading.Thread(target=read, args=(seed,)) for seed in range(4)]
-  for thread in threads:
-    thread.start()
-  for thread in threads:
-    thread.join()
+  indexed.in_threads(read, 4)
   assert not wrong
 
 

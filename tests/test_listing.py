@@ -118,7 +118,6 @@ def test_many_shards_of_a_storage_are_one_question():
 
 
 def test_a_web_server_is_listed(tmp_path, monkeypatch):
-  pytest.importorskip('aiohttp')
   monkeypatch.setattr(storage.time, 'sleep', lambda secs: None)
   for name in ('s10.tar', 's9.tar', 'note.txt'):
     (tmp_path / name).write_bytes(name.encode())
@@ -140,7 +139,6 @@ def test_a_web_server_is_listed(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('name', ['', '*.tar', 's9.tar', 's{9,10}.tar'])
 def test_a_listing_survives_a_server_that_fails_for_a_while(tmp_path, monkeypatch, name):
-  pytest.importorskip('aiohttp')
   waits = []
   monkeypatch.setattr(storage.time, 'sleep', waits.append)
   for tar in ('s10.tar', 's9.tar'):

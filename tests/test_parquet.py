@@ -5,7 +5,6 @@ import os
 import random
 import subprocess
 import sys
-import threading
 
 import fsspec
 import numpy as np
@@ -18,6 +17,7 @@ from clip_jax.data import parquet
 from clip_jax.data.storage import SourceFile
 
 import damaged
+import indexed
 
 IMAGE_KEY = ('jpg', 'jpeg', 'png', 'webp', 'image')
 
@@ -167,11 +167,7 @@ def test_rows_are_read_in_any_order_from_many_threads(tmp_path, monkeypatch):
       rows = [draw.randrange(300) for _ in range(draw.randrange(1, 8))]
       if reader.read_many([(row, len(images[row])) for row in rows]) != [images[row] for row in rows]:
         wrong.append(rows)
-  threads = [threading.Thread(target=read, args=(seed,)) for seed in range(4)]
-  for thread in threads:
-    thread.start()
-  for thread in threads:
-    thread.join()
+  indexed.in_threads(read, 4)
   assert not wrong and parquet._decoded._size <= 2000
   assert parquet._decoded._size == sum(batch.nbytes for batch, _ in parquet._decoded._found.values())
   assert len(parquet._streams._found) == parquet._streams._size <= parquet._STREAMS

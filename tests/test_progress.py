@@ -10,3 +10,9 @@ def test_seconds():
 
 def test_track_yields_all():
   assert list(progress.track([3, 1], total=2, desc='x')) == [3, 1]
+
+
+def test_sizes_and_counts_in_words():
+  assert [progress.size(n) for n in (0, 999, 6200, 1.5e6, 2e9, 3.25e12)] == [
+      '0.0 kB', '1.0 kB', '6.2 kB', '1.5 MB', '2.0 GB', '3.2 TB']
+  assert [progress.counted(n, 'shard') for n in (0, 1, 2000)] == ['0 shards', '1 shard', '2,000 shards']

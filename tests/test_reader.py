@@ -3,7 +3,6 @@ import os
 import pickle
 import subprocess
 import sys
-import threading
 
 import fsspec
 import numpy as np
@@ -16,6 +15,7 @@ from clip_jax.data import storage
 from clip_jax.data import table
 from indexed import BYTES
 from indexed import dataset
+from indexed import in_threads
 from indexed import record
 from indexed import shard
 
@@ -109,11 +109,7 @@ def test_threads_and_pickles_read_the_same(tmp_path, monkeypatch):
       if again[row] != expected[row]:
         wrong.append(row)
 
-  threads = [threading.Thread(target=read, args=(seed,)) for seed in range(8)]
-  for thread in threads:
-    thread.start()
-  for thread in threads:
-    thread.join()
+  in_threads(read, 8)
   assert not wrong
   opened = [os.path.realpath(f'/proc/self/fd/{fd}') for fd in os.listdir('/proc/self/fd')]
   assert len([path for path in opened if path.startswith(str(tmp_path)) and '.tar' in path]) <= 4

@@ -27,7 +27,6 @@ def _memory():
 
 @pytest.fixture(name='site')
 def _site(tmp_path):
-  pytest.importorskip('aiohttp')
   (tmp_path / 'a.bin').write_bytes(_DATA)
   with web.serve(tmp_path) as (url, server):
     yield f'{url}/a.bin', server

@@ -9,6 +9,9 @@ from absl import logging
 
 _NOISY = ('jax', 'jax._src', 'orbax', 'flax', 'grain', 'etils', 'matplotlib', 'PIL', 'fsspec')
 
+# Not any folder of this name: an environment may lie below a clone that is called clip_jax.
+_PACKAGE = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), '')
+
 
 class _Plain(python_logging.Formatter):
   """The message alone; warnings and errors say what they are."""
@@ -55,5 +58,4 @@ def only_to_file(message: str) -> None:
 
 
 def _ours(record) -> bool:
-  inside = f'{os.sep}clip_jax{os.sep}' in record.pathname
-  return inside or record.levelno >= python_logging.ERROR
+  return os.path.abspath(record.pathname).startswith(_PACKAGE) or record.levelno >= python_logging.ERROR

@@ -67,3 +67,16 @@ def seconds(value: float) -> str:
   if value < 3600:
     return f'{value // 60} min {value % 60} s'
   return f'{value // 3600} h {value % 3600 // 60} min'
+
+
+def size(count: float) -> str:
+  """Returns bytes in words: '6.2 kB', '1.3 GB'."""
+  for unit, one in (('TB', 1e12), ('GB', 1e9), ('MB', 1e6)):
+    if count >= one:
+      return f'{count / one:,.1f} {unit}'
+  return f'{count / 1e3:,.1f} kB'
+
+
+def counted(count: int, noun: str) -> str:
+  """Returns '1 shard', '2,000 shards'."""
+  return f'{count:,} {noun}' + ('' if count == 1 else 's')

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from clip_jax.core import files
+from clip_jax.core import progress
 from clip_jax.core.types import Array
 from clip_jax.data import table
 
@@ -92,7 +93,7 @@ def lines(found: dict[str, Any]) -> list[str]:
   """Returns a summary in a few sentences."""
   sizes, captions, labels = found['images'], found['captions'], found['labels']
   kinds = ', '.join(f'{count:,} {kind}' for kind, count in sizes['types'].items())
-  line = f'{found["samples"]:,} samples, {_bytes(sizes["bytes"])} of images ({kinds or "none"})'
+  line = f'{found["samples"]:,} samples, {progress.size(sizes["bytes"])} of images ({kinds or "none"})'
   if sizes['short_side']:
     line += f', short side {_range(sizes["short_side"])} pixels'
   if sizes['unknown_size']:
@@ -256,10 +257,3 @@ def _batches(directory: str, shard: int, columns: list[str]) -> Iterator:
 def _range(quantiles: dict[str, int]) -> str:
   low, middle, high = (quantiles[name] for name in ('min', '50%', 'max'))
   return f'{low:,}' if low == high else f'{low:,} to {high:,} (median {middle:,})'
-
-
-def _bytes(count: int) -> str:
-  for unit, size in (('TB', 1e12), ('GB', 1e9), ('MB', 1e6)):
-    if count >= size:
-      return f'{count / size:,.1f} {unit}'
-  return f'{count / 1e3:,.1f} kB'

@@ -70,7 +70,7 @@ def _embed(config: ConfigDict, workdir: str, dataset: str, missing: list[Product
   said = ''
   if unreadable:
     more = ', ...' if len(unreadable) > LISTED else ''
-    said = (f'; {len(unreadable):,} unreadable images are in no split and no search '
+    said = (f'; {progress.counted(len(unreadable), "unreadable image")} in no split and no search '
             f'({", ".join(unreadable[:LISTED])}{more}; the report lists all)')
   logging.info('embed %s: %s images%s.', dataset, f'{total:,}', said)
 

@@ -16,6 +16,7 @@ import numpy as np
 from clip_jax.core import engine
 from clip_jax.core import files
 from clip_jax.core import products
+from clip_jax.core import progress
 from clip_jax.core.errors import InputError
 from clip_jax.core.products import Product
 from clip_jax.core.types import Array
@@ -238,9 +239,9 @@ def _copies(config: ConfigDict, workdir: str, place: str, kind: str, rows: Produ
 
 def _say_copies(workdir: str, whole: Product, number: int) -> None:
   counts = products.read_sidecar(workdir, whole.name)['counts']
-  logging.info('export: %s holds %s samples in %d files, %s MB; all was read back and has the sha256 of its source.',
-               os.path.join(workdir, os.path.dirname(whole.name)), f'{counts["samples"]:,}', number,
-               f'{counts["bytes"] / 1e6:,.0f}')
+  logging.info('export: %s holds %s in %s, %s; all was read back and has the sha256 of its source.',
+               os.path.join(workdir, os.path.dirname(whole.name)), progress.counted(counts['samples'], 'sample'),
+               progress.counted(number, 'file'), progress.size(counts['bytes']))
   if counts['renamed']:
     logging.info('export: %s samples have a number after their key, as their file has that key already.',
                  f'{counts["renamed"]:,}')

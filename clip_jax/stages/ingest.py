@@ -195,11 +195,11 @@ def _index(config: ConfigDict, workdir: str, dataset: str, wanted: list[Product]
     products.finish(workdir, product, made, counts)
     seen += counts['rows'] + counts['skipped'] + counts['left_out']
   if wanted:
-    spent = max(time.monotonic() - start, 1e-6)
+    spent = time.monotonic() - start
     size = sum(file.size for _, shard, _ in jobs for file in shard.files)
-    logging.info('%s: %s samples, %s MB, looked through in %s (%s samples and %.0f MB a second).', dataset,
-                 f'{seen:,}', f'{size / 1e6:,.0f}', progress.seconds(spent), f'{seen / spent:,.0f}',
-                 size / 1e6 / spent)
+    rate = f' ({seen / spent:,.0f} samples and {progress.size(size / spent)} a second)' if spent >= 1 else ''
+    logging.info('%s: %s, %s, looked through in %s%s.', dataset, progress.counted(seen, 'sample'),
+                 progress.size(size), progress.seconds(spent), rate)
   counts = table.assemble(directory, [_location(shard) for shard in every],
                           classes=[shard.classes for shard in every])
   if not counts['rows']:
@@ -207,7 +207,8 @@ def _index(config: ConfigDict, workdir: str, dataset: str, wanted: list[Product]
   made = [name for name in counts.pop('files') if name != LOCATIONS]
   products.finish(workdir, whole, [f'ingest/{dataset}/{name}' for name in made], counts)
   said = _reasons(counts)
-  logging.info('%s: %s rows in %d shards%s.', dataset, f'{counts["rows"]:,}', len(every),
+  logging.info('%s: %s in %s%s.', dataset, progress.counted(counts['rows'], 'row'),
+               progress.counted(len(every), 'shard'),
                f'; skipped: {said}' if said else '')
 
 

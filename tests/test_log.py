@@ -1,0 +1,19 @@
+"""core/log.py: what a command says."""
+
+import logging as python_logging
+import os
+
+from clip_jax.core import log
+
+
+def test_only_this_package_speaks_wherever_the_others_lie():
+  def passes(path, level=python_logging.INFO):
+    return log._ours(python_logging.LogRecord('absl', level, path, 1, 'said', None, None))
+
+  package = os.path.dirname(os.path.dirname(os.path.abspath(log.__file__)))
+  assert passes(os.path.join(package, 'stages', 'train.py'))
+  # A clone is called clip_jax, too, and its environment lies in it.
+  other = os.path.join('home', 'clip_jax', '.venv', 'lib', 'orbax', 'manager.py')
+  assert not passes(os.path.join(os.sep, other))
+  assert not passes(os.path.join(os.path.dirname(package), '.venv', 'lib', 'orbax', 'manager.py'))
+  assert passes(os.path.join(os.sep, other), python_logging.ERROR)
