@@ -58,7 +58,7 @@ def test_labels_outside_the_classes(data, tmp_path, capsys):
   c = config(data)
   c.benchmarks.squares.classes = ('red', 'green')
   status, said = run(c, tmp_path / 'w', capsys, ['ingest'])
-  assert status == 0 and 'squares: 8 rows in 1 shards; skipped: 4 ' in said, said
+  assert status == 0 and 'squares: 8 rows in 1 shard; skipped: 4 ' in said, said
 
 
 def test_a_split_larger_than_the_pool(data, tmp_path, capsys):
