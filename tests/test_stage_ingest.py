@@ -103,13 +103,14 @@ def test_all_formats_are_one_dataset_which_is_summed_up_and_may_move(tmp_path, c
   assert [source[i]['image'] for i in range(20)] == [sample(i, i % 3)['png'] for i in expected]
 
 
-def test_what_is_broken_is_listed_with_its_file(tmp_path, capsys):
+def test_what_is_broken_is_listed_with_its_file(tmp_path, capsys, monkeypatch):
   bad = _some(0)
   del bad['00001']['txt']
   bad['00002']['json'] = b'{'
   write_tar(tmp_path / 'data/0.tar', _some(10))
   write_tar(tmp_path / 'data/1.tar', bad)
   c = _pool(format='webdataset', path=f'{tmp_path}/data')
+  monkeypatch.setattr(ingest, 'SAID_SECS', 0.0)
   said = _ingest(c, tmp_path / 'w', capsys)
   path = tmp_path / 'w/ingest/pool/broken.csv'
   assert f'what cannot be used, and why: {path}' in said and re.search(r'8 samples, \d+\.\d kB, looked through in', said)

@@ -32,6 +32,7 @@ from clip_jax.data import table
 from clip_jax.stages import layout
 
 LOCATIONS = 'files.json'  # where source files are on this machine: in no fingerprint
+SAID_SECS = 1.0  # of a scan, from which on its rate is worth a line
 # Keys of a dataset block that say where its files are (a file of labels counts by its content) or what is done
 # with it later, not what its index holds.
 _NOT_CONTENT = ('path', 'sources', 'labels_file', 'templates', 'class_mask', 'domain_column')
@@ -194,12 +195,12 @@ def _index(config: ConfigDict, workdir: str, dataset: str, wanted: list[Product]
     made = [f'{product.name}.parquet', f'ingest/{dataset}/{name.replace("index", "skipped")}.json']
     products.finish(workdir, product, made, counts)
     seen += counts['rows'] + counts['skipped'] + counts['left_out']
-  if wanted:
-    spent = time.monotonic() - start
-    size = sum(file.size for _, shard, _ in jobs for file in shard.files)
-    rate = f' ({seen / spent:,.0f} samples and {progress.size(size / spent)} a second)' if spent >= 1 else ''
-    logging.info('%s: %s, %s, looked through in %s%s.', dataset, progress.counted(seen, 'sample'),
-                 progress.size(size), progress.seconds(spent), rate)
+  spent = time.monotonic() - start
+  size = sum(file.size for _, shard, _ in jobs for file in shard.files)  # 0 of what is drawn here
+  if size and spent >= SAID_SECS:
+    logging.info('%s: %s, %s, looked through in %s (%s samples and %s a second).', dataset,
+                 progress.counted(seen, 'sample'), progress.size(size), progress.seconds(spent),
+                 f'{seen / spent:,.0f}', progress.size(size / spent))
   counts = table.assemble(directory, [_location(shard) for shard in every],
                           classes=[shard.classes for shard in every])
   if not counts['rows']:
@@ -250,7 +251,8 @@ def _summarise(config: ConfigDict, workdir: str, dataset: str, product: Product)
                         _left_out(config, workdir, dataset), functools.partial(_follow, dataset))
   made = [f'ingest/{dataset}/{name}' for name in (summary.SUMMARY, summary.BROKEN)]
   products.finish(workdir, product, made, {key: found[key] for key in ('samples', 'skipped', 'left_out')})
-  for line in summary.lines(found):
+  lines = summary.lines(found)
+  for line in lines if dataset == layout.POOL else lines[:1]:  # all of it is in summary.json
     logging.info('%s: %s.', dataset, line)
   if found['skipped']:
     logging.info('%s: what cannot be used, and why: %s', dataset, os.path.join(directory, summary.BROKEN))
