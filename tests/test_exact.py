@@ -5,10 +5,12 @@ import itertools
 import os
 import subprocess
 import sys
+from unittest import mock
 
 from hypothesis import given
 from hypothesis import settings
 from hypothesis import strategies as st
+import jax
 import numpy as np
 import pytest
 
@@ -45,6 +47,11 @@ def same(a, b):
       assert np.array_equal(a[benchmark][key], b[benchmark][key], equal_nan=True), (benchmark, key)
 
 
+def on(accelerator):
+  """The way of a GPU or TPU, float16 products and all, or the CPU's, here on the CPU."""
+  return mock.patch.object(exact, '_accelerated', return_value=accelerator)
+
+
 def join(parts, starts, k):
   """What a caller does with shards: columns one after the other, top lists merged."""
   out = {}
@@ -63,13 +70,26 @@ def join(parts, starts, k):
        st.sampled_from([(1,), (3, 70), (64, 1, 130)]), st.sampled_from([0, 1, 5, 63, 300]),
        st.sampled_from([0, 0.3, 1]))
 def test_every_column_equals_brute_force_ties_included(seed, rows, sizes, k, unusable):
+  check_by_brute_force(seed, rows, sizes, k, unusable, False)
+
+
+@settings(max_examples=10, deadline=None)
+@given(SEEDS, st.sampled_from([1, 200]), st.sampled_from([(3, 70), (64, 1, 130)]),
+       st.sampled_from([5, 70]), st.sampled_from([0, 0.3]))
+def test_an_accelerators_columns_equal_brute_force(seed, rows, sizes, k, unusable):
+  check_by_brute_force(seed, rows, sizes, k, unusable, True)
+
+
+def check_by_brute_force(seed, rows, sizes, k, unusable, accelerator):
   rng = np.random.default_rng(seed)
   pool, vectors = coarse(rng, rows), coarse(rng, sum(sizes))
   usable = rng.random(rows) >= unusable
   pool[~usable] = np.nan  # never looked at
   cuts = rng.choice(np.float32([-0.5, 0, 0.25, 0.5, 1]), len(vectors))
   queries = queries_of(vectors, sizes, cuts)
-  found = exact.search_shard(pool, usable, queries, k=k, tile_rows=64, query_block=64)
+  with on(accelerator):
+    found = exact.search_shard(pool, usable, queries, k=k, tile_rows=64, query_block=64,
+                               devices=jax.devices()[:1])
   good = np.flatnonzero(usable)
   s = pool[good].astype(np.float64) @ vectors.astype(np.float64).T
   for benchmark, start, stop in queries.segments:
@@ -87,12 +107,14 @@ def test_every_column_equals_brute_force_ties_included(seed, rows, sizes, k, unu
 
 
 @settings(max_examples=15, deadline=None)
-@given(SEEDS, st.sampled_from([40, 129]), st.sampled_from([5, 64, 640]))
-def test_real_vectors_are_within_the_error_bound(seed, rows, dim):
+@given(SEEDS, st.sampled_from([40, 129]), st.sampled_from([5, 640]), st.booleans())
+def test_real_vectors_are_within_the_error_bound(seed, rows, dim, accelerator):
   rng = np.random.default_rng(seed)
   pool, vectors, t = unit(rng, rows, dim), unit(rng, 70, dim), rng.uniform(-1, 1, 70)
-  result = exact.search_shard(pool, np.ones(rows, bool), queries_of(vectors, [70], t.astype('f4')),
-                              k=7, tile_rows=64, query_block=64)['b0']
+  with on(accelerator):
+    result = exact.search_shard(
+        pool, np.ones(rows, bool), queries_of(vectors, [70], t.astype('f4')), k=7, tile_rows=64,
+        query_block=64, devices=jax.devices()[:1])['b0']
   s = pool.astype(np.float64) @ vectors.astype(np.float64).T
   bound = decide.error_bound(dim)
   assert np.abs(result['similarity'] - s.max(1)).max() <= bound
@@ -117,9 +139,50 @@ def test_same_bits_for_every_tile_block_and_shard(dim):
         pool, usable, queries, k=20, tile_rows=tile_rows, query_block=query_block)
     same(want, got)
   for starts in ([0, 450], [0, 1, 65, 300, 899]):
-    parts = [exact.search_shard(pool[a:b], usable[a:b], queries, k=20)
-             for a, b in zip(starts, [*starts[1:], 900])]
-    same(want, join(parts, starts, 20))
+    for tile_rows in (0, 128):
+      parts = [exact.search_shard(pool[a:b], usable[a:b], queries, k=20, tile_rows=tile_rows)
+               for a, b in zip(starts, [*starts[1:], 900])]
+      same(want, join(parts, starts, 20))
+
+
+@pytest.mark.parametrize('accelerator, spread', [(False, False), (True, False), (True, True)])
+def test_same_bits_for_every_number_of_devices(accelerator, spread):
+  """Tiles go round the devices; or, too many for one's memory, the queries are spread over them."""
+  rng = np.random.default_rng(0)
+  pool, sizes = unit(rng, 700, 96), [130, 1, 300]
+  pool[rng.integers(700, size=90)] = pool[rng.integers(700, size=90)]
+  queries = queries_of(unit(rng, 431, 96), sizes, rng.uniform(0, 0.5, 431).astype(np.float32))
+  usable = rng.random(700) > 0.1
+  with on(accelerator):
+    want = exact.search_shard(
+        pool, usable, queries, k=20, tile_rows=128, query_block=64, devices=jax.devices()[:1])
+    with mock.patch.object(exact.accelerator, 'too_large', return_value=spread):
+      for count in [3] if accelerator else [2, 8]:
+        same(want, exact.search_shard(pool, usable, queries, k=20, tile_rows=128, query_block=64,
+                                      devices=jax.devices()[:count]))
+
+
+@pytest.mark.parametrize('accelerator', [False, True])
+def test_what_is_not_asked_for_is_not_there_and_changes_nothing_else(accelerator):
+  rng = np.random.default_rng(0)
+  pool, vectors, usable = unit(rng, 200, 8), unit(rng, 90, 8), np.ones(200, bool)
+  cuts = np.zeros(90, np.float32)
+  with on(accelerator):
+    whole = exact.search_shard(pool, usable, queries_of(vectors, [20, 70], cuts), k=5)
+    bare = exact.search_shard(pool, usable, queries_of(vectors, [20, 70]), k=0, nearest=False)
+  for benchmark, result in bare.items():
+    assert np.array_equal(result['similarity'], whole[benchmark]['similarity'])
+    assert (result['nearest'] == -1).all() and np.isnan(result['excess']).all()
+    assert result['top_row'].shape == (20 if benchmark == 'b0' else 70, 0)
+
+
+def test_only_an_accelerator_uses_more_than_one_device_unasked():
+  rng = np.random.default_rng(0)
+  pool, queries = unit(rng, 600, 8), queries_of(unit(rng, 4, 8), [4])
+  for accelerator, want in ((False, 1), (True, len(jax.local_devices()))):
+    with on(accelerator), mock.patch.object(exact, '_passes', return_value=[]) as passes:
+      exact.search_shard(pool, np.ones(600, bool), queries, k=0, tile_rows=64)
+    assert len(passes.call_args.args[2].places) == want
 
 
 def test_a_pair_has_the_same_bits_in_columns_and_lists():
@@ -137,6 +200,8 @@ BITS = '''
 import hashlib, os, sys
 if sys.argv[1] == 'one':
   os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+if sys.argv[1] == 'plain':
+  os.environ['XLA_FLAGS'] = '--xla_cpu_multi_thread_eigen=false'
 import numpy as np
 from clip_jax.similarity import exact
 rng = np.random.default_rng(0)
@@ -151,8 +216,8 @@ print(hashlib.sha256(b''.join(v.tobytes() for r in found.values() for v in r.val
 @pytest.mark.skipif(not hasattr(os, 'sched_setaffinity'), reason='needs Linux to pin to one CPU')
 def test_same_bits_for_every_number_of_threads():
   digests = [subprocess.run([sys.executable, '-c', BITS, threads], capture_output=True, text=True,
-                            check=True).stdout for threads in ('one', 'all')]
-  assert digests[0] == digests[1] and len(digests[0]) == 1 + len(hashlib.sha256().hexdigest())
+                            check=True).stdout for threads in ('one', 'all', 'plain')]
+  assert len(set(digests)) == 1 and len(digests[0]) == 1 + len(hashlib.sha256().hexdigest())
 
 
 def test_a_memory_mapped_pool_and_shards_give_the_same(tmp_path):
@@ -217,6 +282,70 @@ def test_thresholds_equal_float64_brute_force(seed, rows, count, tied):
   assert t.dtype == np.float64 and nearest.dtype == np.int64
 
 
+@settings(max_examples=25, deadline=None)
+@given(SEEDS, st.sampled_from([1, 64, 150]), st.sampled_from([1, 70]), st.sampled_from([1, 2, 9]),
+       st.booleans())
+def test_anchor_top_equals_float64_brute_force(seed, rows, count, k, tied):
+  rng = np.random.default_rng(seed)
+  anchor, queries = nearly_tied(rng, rows, count) if tied else (
+      unit(rng, rows, 9), unit(rng, count, 9))
+  usable = rng.random(len(anchor)) > 0.2
+  usable[rng.permutation(len(anchor))[:k]] = True
+  good = np.flatnonzero(usable)
+  if k > len(good):
+    with pytest.raises(InputError, match=f'anchor: only {len(good)} of its {len(anchor)} rows'):
+      exact.anchor_top(anchor, usable, queries, k)
+    return
+  s = queries.astype(np.float64) @ anchor[good].astype(np.float64).T  # exact
+  anchor[~usable] = 0
+  order = np.argsort(-s, axis=1, kind='stable')[:, :k]
+  for tile_rows in (0, 64):
+    t, row = exact.anchor_top(anchor, usable, queries, k, tile_rows=tile_rows, query_block=64)
+    assert np.array_equal(t, np.take_along_axis(s, order, 1)) and np.array_equal(row, good[order])
+
+
+@settings(max_examples=25, deadline=None)
+@given(SEEDS, st.sampled_from([0, 1, 64, 150]), st.sampled_from([1, 70]), st.booleans())
+def test_pairs_over_equals_float64_brute_force(seed, count, queries, tied):
+  """Cuts are similarities of rows themselves, or a hair beside, so that most decisions are ties."""
+  rng = np.random.default_rng(seed)
+  x, q = nearly_tied(rng, 100, queries) if tied else (unit(rng, 200, 9), unit(rng, queries, 9))
+  rows = np.sort(rng.permutation(200)[:count])
+  s = q.astype(np.float64) @ x.astype(np.float64).T  # exact
+  cut = s[np.arange(queries), rng.integers(200, size=queries)]
+  cut = cut + rng.choice([0, 2**-47, -2**-47, 1e-8, -1e-8], queries)
+  cut[rng.random(queries) < 0.1] = np.nan  # an unusable query
+  pool = np.where(np.isin(np.arange(200), rows)[:, None], x, np.float16(np.nan))  # others: not read
+  parts = list(exact.pairs_over(pool, rows, q, cut, tile_rows=64, query_block=64))
+  assert len(parts) == -(-count // 64)
+  for part, (query, row, similarity) in enumerate(parts):
+    tile = rows[64 * part:64 * part + 64]
+    want, position = np.nonzero(s[:, tile] > cut[:, None])
+    assert np.array_equal(query, want) and np.array_equal(row, tile[position])
+    assert np.array_equal(similarity, s[query, row])
+    assert (query.dtype, row.dtype, similarity.dtype) == (np.int64, np.int64, np.float64)
+
+
+@settings(max_examples=20, deadline=None)
+@given(SEEDS, st.sampled_from([1, 70]), st.booleans())
+def test_float16_at_its_edges(seed, count, accelerator):
+  """Subnormals, both zeros, and vectors as long and as short as is let through."""
+  rng = np.random.default_rng(seed)
+  def edgy(n):
+    x = rng.choice(np.float16([2**-24, -2**-24, 2**-14, 0, -0.0, 2**-15 + 2**-24]), (n, 7))
+    x[np.arange(n), rng.integers(7, size=n)] = rng.choice(np.float16([1, 0.9004, 1.099, -1]), n)
+    return x
+  pool, vectors = edgy(150), edgy(count)
+  with on(accelerator):
+    result = exact.search_shard(pool, np.ones(150, bool), queries_of(vectors, [count]), k=3,
+                                tile_rows=64, devices=jax.devices()[:1])['b0']
+  s = pool.astype(np.float64) @ vectors.astype(np.float64).T
+  assert np.abs(result['similarity'] - s.max(1)).max() <= decide.error_bound(7)
+  t, row = exact.anchor_top(pool, np.ones(150, bool), vectors, 3, tile_rows=64)
+  order = np.argsort(-s.T, axis=1, kind='stable')[:, :3]
+  assert np.array_equal(row, order) and np.array_equal(t, np.take_along_axis(s.T, order, 1))
+
+
 def test_nothing_usable():
   rng = np.random.default_rng(0)
   pool, vectors, usable = unit(rng, 5, 8), unit(rng, 4, 8), np.zeros(5, bool)
@@ -226,7 +355,7 @@ def test_nothing_usable():
     exact.thresholds(pool, usable, vectors)
 
 
-@pytest.mark.parametrize('value', [np.nan, 0])
+@pytest.mark.parametrize('value', [np.nan, 0, np.inf, 65504, 2**-24, 0.5])
 def test_bad_vectors_are_named(value):
   rng = np.random.default_rng(0)
   pool, vectors, usable = unit(rng, 90, 8), unit(rng, 4, 8), np.ones(90, bool)
@@ -235,6 +364,8 @@ def test_bad_vectors_are_named(value):
     exact.search_shard(pool, usable, queries_of(vectors, [4]), k=3, name='pool/00003.npy')
   with pytest.raises(InputError, match='anchor: row 71 '):
     exact.thresholds(pool, usable, vectors)
+  with pytest.raises(InputError, match='removed: row 71 '):
+    list(exact.pairs_over(pool, np.arange(70, 72), vectors, np.zeros(4), name='removed'))
   usable[71] = False
   exact.search_shard(pool, usable, queries_of(vectors, [4]), k=3)
   vectors[2] = value

@@ -132,12 +132,12 @@ def test_an_empty_cluster_keeps_its_centre():
   assert np.isfinite(states[-1].centers).all() and set(states[-1].assignment) <= {1, 2}
 
 
-def test_ties_go_to_the_lowest_centre(monkeypatch):
-  monkeypatch.setattr(kmeans, 'CENTER_BLOCK', 64)
+def test_ties_go_to_the_lowest_centre():
   x = clustered(np.random.default_rng(0), 100)
   centers = np.repeat(x[:2].astype(np.float32), [80, 80], axis=0)  # equal ones in three blocks
   state = kmeans.KMeans(centers, np.full(100, -1, np.int32), 0, 100)
-  tied = kmeans.fit(x, np.ones(100, bool), clusters=160, seed=0, state=state, max_iterations=1)
+  tied = kmeans.fit(x, np.ones(100, bool), clusters=160, seed=0, state=state, max_iterations=1,
+                    center_block=64)
   assert set(tied.assignment) == {0, 80}
 
 

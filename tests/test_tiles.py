@@ -1,5 +1,7 @@
 """tiles.py: padding, blocks, and dot products whose bits depend on their two vectors only."""
 
+import time
+
 import jax
 import numpy as np
 import pytest
@@ -21,19 +23,31 @@ def test_padded_sizes(count, most, want):
 
 
 @pytest.mark.parametrize('sizes, query_block', [
-    ([1], 512), ([600, 620, 10], 512), ([1000], 1), ([64, 65, 63], 64), ([50_000, 7_500], 512)])
-def test_query_blocks_cover_each_benchmark_once_and_then_repeat_the_last(sizes, query_block):
-  numbers = tiles.query_blocks(sizes, query_block)
-  assert len({blocks.shape[1] for blocks in numbers}) == 1  # one compiled shape
-  assert numbers[0].shape[1] % 64 == 0
-  for size, blocks in zip(sizes, numbers):
-    flat = blocks.ravel()
-    assert (flat[:size] == np.arange(size)).all() and (flat[size:] == size - 1).all()
+    ([1], 512), ([600, 620, 10], 512), ([1000], 1), ([64, 65, 63], 64), ([50_000, 7_500], 512),
+    ([1, 1, 1, 200], 128)])
+def test_query_blocks_cover_each_benchmark_once_and_then_repeat_its_last(sizes, query_block):
+  query, owner = tiles.query_blocks(sizes, query_block)
+  assert query.shape[1] % 64 == 0 and query.shape[1] <= max(64, query_block)
+  assert owner.shape == (len(query), query.shape[1] // tiles.GROUP)
+  of = np.repeat(owner.ravel(), tiles.GROUP)
+  start = 0
+  for benchmark, size in enumerate(sizes):
+    slots = query.ravel()[of == benchmark]
+    assert (slots[:size] == start + np.arange(size)).all()
+    assert (slots[size:] == start + size - 1).all()
+    start += size
 
 
 def test_query_blocks_waste_little():
   sizes = [600, 620, 640, 600, 660, 10]
-  assert sum(blocks.size for blocks in tiles.query_blocks(sizes, 512)) < 1.2 * sum(sizes)
+  assert tiles.query_blocks(sizes, 512)[0].size < 1.1 * sum(sizes)
+
+
+@pytest.mark.parametrize('backend, want', [('cpu', (2048, 512)), ('gpu', (32_768, 2048))])
+def test_sizes_follow_the_backend_unless_they_are_set(monkeypatch, backend, want):
+  monkeypatch.setattr(jax, 'default_backend', lambda: backend)
+  assert tiles.sizes(0, 0) == want
+  assert tiles.sizes(640, 0) == (640, want[1]) and tiles.sizes(0, 64) == (want[0], 64)
 
 
 def test_shards_read_like_one_array():
@@ -60,7 +74,7 @@ def test_walk_visits_rows_in_order_and_pads_with_the_last():
   assert np.array_equal(np.concatenate([tile.host[:tile.count] for tile in seen]), x[rows])
   assert (seen[2].host[25:] == x[rows[-1]]).all()
   for tile in seen:
-    assert np.array_equal(np.asarray(tile.device), tile.host.astype(np.float32).T)
+    assert np.array_equal(np.asarray(tile.device), tile.host.astype(np.float32))
 
 
 @pytest.mark.parametrize('value', [np.nan, np.inf, 0, 2])
@@ -78,6 +92,40 @@ def test_walk_wants_float16():
     list(tiles.walk(np.zeros((3, 2), np.float32), np.arange(3), 64, 'pool'))
 
 
+def test_walk_sends_tiles_to_the_devices_in_turn_and_in_the_type_asked_for():
+  x, devices = unit(np.random.default_rng(0), 200, 7), jax.local_devices()[:2]
+  seen = list(tiles.walk(x, np.arange(200), 64, 'pool', devices=devices, dtype=np.float16))
+  assert [tile.device.devices() for tile in seen] == [{devices[i % 2]} for i in range(4)]
+  assert all(np.array_equal(tile.device, tile.host) for tile in seen)
+  assert seen[0].device.dtype == np.float16
+
+
+class Slow:
+  """Rows that remember which were read, and can fail."""
+  dtype, shape = np.dtype(np.float16), (256, 2)
+
+  def __init__(self):
+    self.read = []
+
+  def __getitem__(self, rows):
+    if 200 in rows:
+      raise OSError('the disk is gone')
+    self.read.append(int(rows[0]))
+    return np.tile(np.float16([1, 0]), (len(rows), 1))
+
+
+def test_walk_reads_the_next_tile_meanwhile_and_passes_its_error_on():
+  rows = Slow()
+  walk = tiles.walk(rows, np.arange(256), 64, 'pool')
+  next(walk)
+  deadline = time.monotonic() + 10
+  while len(rows.read) < 2 and time.monotonic() < deadline:
+    time.sleep(0.01)
+  assert rows.read == [0, 64]  # one ahead, not more
+  with pytest.raises(OSError, match='disk'):
+    list(walk)
+
+
 def test_one_ahead_makes_the_next_item_first():
   made = []
   def items():
@@ -87,6 +135,9 @@ def test_one_ahead_makes_the_next_item_first():
   seen = [(item, len(made)) for item in tiles.one_ahead(items())]
   assert seen == [(0, 2), (1, 3), (2, 4), (3, 4)]
   assert list(tiles.one_ahead([])) == [] and list(tiles.one_ahead([7])) == [7]
+  made.clear()
+  assert [(item, len(made)) for item in tiles.one_ahead(items(), 3)] == [
+      (0, 4), (1, 4), (2, 4), (3, 4)]
 
 
 @pytest.mark.parametrize('dim', [1, 3, 17, 64, 100, 640])
@@ -95,10 +146,10 @@ def test_bits_of_a_dot_depend_on_its_vectors_only(dim):
   rng = np.random.default_rng(dim)
   x, q = unit(rng, 1024, dim).astype(np.float32), unit(rng, 256, dim).astype(np.float32)
   dots = jax.jit(tiles.dots)
-  whole = np.asarray(dots(q, x.T.copy()))
+  whole = np.asarray(dots(q, x))
   for b, t in [(64, 64), (64, 1024), (192, 320), (256, 64)]:
     i, j = rng.permutation(256)[:b], rng.permutation(1024)[:t]
-    assert np.array_equal(np.asarray(dots(q[i], x[j].T.copy())), whole[np.ix_(i, j)]), (b, t)
+    assert np.array_equal(np.asarray(dots(q[i], x[j])), whole[np.ix_(i, j)]), (b, t)
 
 
 def test_lowest_argmax_takes_the_first_of_ties():
@@ -111,8 +162,8 @@ def test_lowest_argmax_takes_the_first_of_ties():
 def test_over_finds_what_a_comparison_finds(count):
   scores = np.random.default_rng(0).integers(0, 50, (64, 128)).astype(np.float32)
   cut = np.linspace(-1, 51, 64).astype(np.float32)
-  maxima = tiles.group_maxima(scores, count)
+  maxima = tiles.group_maxima(scores)
   query, position, value = tiles.over(maxima, scores, count, cut)
-  assert (np.diff(query) >= 0).all()
+  assert len(query) == len(set(zip(query, position)))
   assert set(zip(query, position)) == set(zip(*np.nonzero(scores[:, :count] > cut[:, None])))
   assert np.array_equal(value, scores[query, position])

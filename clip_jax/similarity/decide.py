@@ -19,11 +19,15 @@ from clip_jax.similarity import tiles
 def error_bound(dim: int) -> float:
   """The most by which a float32 similarity, or excess, of E-dimensional vectors can be off.
 
-  Products of float16 numbers are exact in float32; each of the E additions, in any order, rounds by
-  at most 2^-24 of a sum <= 1.1 * 1.1; four more cover the threshold's rounding and the subtraction.
-  4.6e-5 at E = 640 and below 1e-5 up to E = 134; the errors that one meets are near 2e-7.
+  Products of float16 numbers are exact in float32, and no partial sum is over 1.1 * 1.1. On a CPU
+  each of the E additions, in any order, rounds by at most 2^-24 of that. A GPU's tensor cores cut
+  off instead of rounding, 2^-23: of every number that they align to the largest, and once more of
+  the sum of at least four products; together at most 1.25 E + 1 cuts of 2^-23, fewer than E + 4 of
+  2^-22. The four cover the threshold's rounding and the subtraction. One bound for both, since
+  rows are decided where they were not searched: 1.9e-4 at E = 640; the errors that one meets are
+  near 2e-7.
   """
-  return 1.21 * (dim + 4) * 2.0**-24
+  return 1.21 * (dim + 4) * 2.0**-22
 
 
 def pair_dots(
@@ -43,6 +47,25 @@ def pair_dots(
   return np.concatenate([np.zeros(0)] + [
       np.einsum('me,me->m', q[query_index[i:i + step]], x[row_index[i:i + step]])
       for i in range(0, len(query), step)])
+
+
+def update_top(
+    best: np.ndarray,  # [Q, k] float64, changed in place; -inf where there is none yet
+    row: np.ndarray,  # [Q, k] int64, changed in place
+    query: Array,  # [m] int
+    value: Array,  # [m] float64
+    rows: Array,  # [m] int64, none of them seen before
+) -> None:
+  """Takes pairs into each query's list of the k highest values, ties: the lowest row first."""
+  k = best.shape[1]
+  seen = np.unique(query)
+  query = np.concatenate([np.repeat(seen, k), query])
+  value = np.concatenate([best[seen].ravel(), value])
+  rows = np.concatenate([row[seen].ravel(), rows])
+  order = np.lexsort((rows, -value, query))
+  start = np.searchsorted(query[order], seen)
+  kept = order[start[:, None] + np.arange(k)]
+  best[seen], row[seen] = value[kept], rows[kept]
 
 
 def update_best(
@@ -89,21 +112,22 @@ def count_over(
     t: Array,  # [Q] float64, exact thresholds
     margins: Sequence[float] = (0.0, 0.02),
     *,
-    tile_rows: int = 4096,
-    query_block: int = 512,
+    tile_rows: int = 0,
+    query_block: int = 0,
     name: str = 'removed rows',
 ) -> np.ndarray:
   """How many rows of x have a similarity > t_i - margin: [Q, len(margins)] int64, exact.
 
   float32 counts what is clear of the cut; pairs within the error bound are decided in float64.
   """
+  tile_rows, query_block = tiles.sizes(tile_rows, query_block)
   cut = np.asarray(t, np.float64)[:, None] - np.asarray(margins, np.float64)  # [Q, margins]
   doubt = error_bound(x.shape[1])
   low, high = (cut - doubt).astype(np.float32), (cut + doubt).astype(np.float32)
   counts = np.zeros(cut.shape, np.int64)
   if not len(q):
     return counts
-  numbers, = tiles.query_blocks([len(q)], query_block)
+  numbers, _ = tiles.query_blocks([len(q)], query_block)
   blocks = [(block, *jax.device_put((q[block].astype(np.float32), low[block], high[block])))
             for block in numbers]
 
@@ -126,9 +150,44 @@ def count_over(
   return counts
 
 
+def count_at_most(
+    x: Array,  # rows [m, E] float16
+    q: Array,  # [Q, E] float16
+    t: Array,  # [Q] float64
+) -> np.ndarray:
+  """How many rows of x may have a similarity > t_i, and never fewer than have: [Q] int64.
+
+  In float32 alone, for what the matrix product costs.
+  """
+  tile_rows, query_block = tiles.sizes(0, 0)
+  low = np.nextafter((t - error_bound(x.shape[1])).astype(np.float32), np.float32(-np.inf))
+  numbers, _ = tiles.query_blocks([len(q)], query_block)
+  blocks = [(block, *jax.device_put((q[block].astype(np.float32), low[block])))
+            for block in numbers]
+  counts = np.zeros(len(q), np.int64)
+
+  def passes():
+    for tile in tiles.walk(x, np.arange(len(x)), tile_rows, 'rows over a threshold'):
+      for block, vectors, lows in blocks:
+        yield block, _count_scores(vectors, tile.device, lows, tile.count)
+
+  for block, found in tiles.one_ahead(passes()):
+    real = block[:block[-1] - block[0] + 1]  # without the padding, which repeats the last query
+    counts[real] += np.asarray(found)[:len(real)]
+  return counts
+
+
+@jax.jit
+def _count_scores(queries, tile, low, rows):
+  """[b, E], [T, E], [b], real rows -> how many similarities are > low, [b]."""
+  scores = tiles.dots(queries, tile)
+  real = lax.broadcasted_iota(jnp.int32, scores.shape, 1) < rows
+  return ((scores > low[:, None]) & real).sum(1)
+
+
 @jax.jit
 def _count_block(queries, tile, low, high, rows):
-  """[b, E], [E, T], [b, margins] x 2, real rows -> counts [b, margins] x 2, similarities [b, T]."""
+  """[b, E], [T, E], [b, margins] x 2, real rows -> counts [b, margins] x 2, similarities [b, T]."""
   scores = tiles.dots(queries, tile)
   real = lax.broadcasted_iota(jnp.int32, scores.shape, 1) < rows
   margins = range(low.shape[1])

@@ -1,6 +1,6 @@
-"""De-duplication inside clusters: SemDeDup with a pool order, as in Mayilvahanan et al. 2024.
+"""De-duplication inside clusters: SemDeDup with an order, as in Mayilvahanan et al. 2024.
 
-Rows and their clusters in, a mask out; no files.
+Rows and their clusters in, the rows that are dropped out; no files.
 """
 
 from collections.abc import Iterator
@@ -16,49 +16,95 @@ from clip_jax.similarity import decide
 from clip_jax.similarity import tiles
 
 
+class Dropped(NamedTuple):
+  """What one block of rows lost: a pure function of the rows, whatever the blocks before it."""
+
+  blocks: int  # finished, with this one and those before it
+  rows: np.ndarray  # [m] int64, of this block: those that are dropped
+  duplicate_of: np.ndarray  # [m] int64
+
+
 def within_clusters(
     x: Array,  # rows [N, E] float16
     usable: Array,  # [N] bool
     assignment: Array,  # [N] int32 cluster of each row
     *,
     threshold: float,  # 1 - similarity; the paper's is 0.124
+    priority: Array | None = None,  # [N] number; None: pool order
     block_rows: int = 2048,
     name: str = 'pool',
 ) -> tuple[np.ndarray, np.ndarray]:
   """Drops a row if an earlier row of its cluster, kept or not, is > 1 - threshold similar to it.
 
-  Returns keep [N] bool (False for unusable rows) and duplicate_of [N] int64: a dropped row's most
-  similar earlier row of the cluster (ties: the lowest), -1 elsewhere. Similarity is divided by both
-  norms, since float16 vectors are up to 1e-3 off unit length. float32 finds the candidates, and
-  float64 decides; memory is one [block_rows, block_rows] block, whatever the size of a cluster.
+  "Earlier" is in pool order or, where a priority is given, highest priority first and pool order
+  among equals. Returns keep [N] bool (False for unusable rows) and duplicate_of [N] int64: a
+  dropped row's most similar earlier row of the cluster (ties: the earliest), -1 elsewhere.
+
+  Chains: since rows that are dropped drop others, duplicate_of may name a row that is itself
+  dropped. Following it leads, always to an earlier row, to one that is kept, which need not be
+  similar to the first. A chain can so lose a row that no kept row is similar to (dedup_audit.py counts
+  them).
+  """
+  keep, duplicate_of = np.array(usable), np.full(len(usable), -1)
+  for part in dropped(x, usable, assignment, threshold=threshold, priority=priority,
+                      block_rows=block_rows, name=name):
+    keep[part.rows], duplicate_of[part.rows] = False, part.duplicate_of
+  return keep, duplicate_of
+
+
+def dropped(
+    x: Array,  # rows [N, E] float16
+    usable: Array,  # [N] bool
+    assignment: Array,  # [N] int32
+    *,
+    threshold: float,
+    priority: Array | None = None,  # [N]
+    start: int = 0,  # blocks that were finished before: they are passed over
+    block_rows: int = 2048,
+    name: str = 'pool',
+) -> Iterator[Dropped]:
+  """The rule of `within_clusters` block by block, so that a caller can stop and go on.
+
+  Similarity is divided by both norms, since float16 vectors are up to 1e-3 off unit length. float32
+  finds the candidates, and float64 decides; beside the order of the rows, memory is one
+  [block_rows, block_rows] block, whatever the size of a cluster.
   """
   if assignment.shape != usable.shape or usable.shape != (x.shape[0],):
     raise ValueError(f'rows [N, E] {x.shape}, usable [N] {usable.shape} and assignment [N] '
                      f'{assignment.shape} must agree in N')
   cut = 1 - threshold
   slack = 2 * decide.error_bound(x.shape[1])
-  seen = np.full(len(usable), -np.inf, np.float32)  # float32 maximum over the blocks so far
-  best = np.full(len(usable), -np.inf)
-  duplicate_of = np.full(len(usable), -1)
-  for later, earlier, maxima, scores in tiles.one_ahead(
-      _block_pairs(x, usable, assignment, block_rows, name)):
-    rows, others = later.rows, earlier.rows
-    seen[rows] = np.maximum(seen[rows], np.asarray(maxima).max(1)[:len(rows)])
+  for later, earlier, best, maxima, scores in tiles.one_ahead(
+      _block_pairs(x, usable, assignment, priority, start, block_rows, name)):
+    count = len(later.rows)
+    np.maximum(best.seen, np.asarray(maxima).max(1)[:count], out=best.seen)
     least = np.full(len(maxima), np.inf)  # no pair of a padding row
-    least[:len(rows)] = np.maximum(seen[rows], cut) - slack
-    query, position, _ = tiles.over(maxima, scores, len(others), least)
+    least[:count] = np.where(best.similarity < 1, np.maximum(best.seen, cut) - slack, np.inf)
+    query, position, _ = tiles.over(maxima, scores, len(earlier.rows), least)
     exact = decide.pair_dots(later.host, query, earlier.host, position)
     exact /= np.sqrt(later.squares[query] * earlier.squares[position])
-    decide.update_best(best, duplicate_of, rows[query], exact, others[position])
-  duplicate = best > cut
-  duplicate_of[~duplicate] = -1
-  return usable & ~duplicate, duplicate_of
+    # No cosine is more than 1: rounding must not let a later copy beat the first one.
+    decide.update_best(best.similarity, best.place, query, np.minimum(exact, 1),
+                       earlier.place + position)
+    if earlier.place == later.place:  # the block itself comes last
+      lost = np.flatnonzero(best.similarity > cut)
+      yield Dropped(best.block + 1, later.rows[lost], best.order[best.place[lost]])
+
+
+class _Best(NamedTuple):
+  """Of one block of rows, over the earlier ones seen so far."""
+
+  block: int
+  order: np.ndarray  # [n] int64, the cluster's rows in their order
+  seen: np.ndarray  # [count] float32, maximum
+  similarity: np.ndarray  # [count] float64, exact where it may be over the cut
+  place: np.ndarray  # [count] int64, of that row in the order
 
 
 class _Block(NamedTuple):
-  """Some of a cluster's rows, from its `start`-th on; padding repeats the last one."""
+  """Some of a cluster's rows, from its `place`-th on; padding repeats the last one."""
 
-  start: int
+  place: int
   rows: np.ndarray  # [count] int64
   host: np.ndarray  # [T, E] float16
   squares: np.ndarray  # [T] float64 squared norms, exact
@@ -66,36 +112,66 @@ class _Block(NamedTuple):
   inverse: Array  # [T] float32, 1 / norm
 
 
-def _load(x: Array, rows: np.ndarray, start: int, block_rows: int, name: str) -> _Block:
-  rows = rows[start:start + block_rows]
+def _load(x: Array, rows: np.ndarray, place: int, block_rows: int, name: str) -> _Block:
+  rows = rows[place:place + block_rows]
   size = tiles.padded(len(rows), block_rows)
   host = np.asarray(x[np.pad(rows, (0, size - len(rows)), mode='edge')])
   squares = np.square(host, dtype=np.float64).sum(1)
   norms = np.sqrt(squares)
   tiles.check_norms(norms, rows, name)
-  return _Block(start, rows, host, squares, *jax.device_put(
+  return _Block(place, rows, host, squares, *jax.device_put(
       (host.astype(np.float32), (1 / norms).astype(np.float32))))
 
 
-def _block_pairs(x, usable, assignment, block_rows, name) -> Iterator[tuple]:
-  """Yields (later block, earlier or same block, group maxima, similarities) of every cluster."""
-  rows = np.flatnonzero(usable)
-  rows = rows[np.argsort(assignment[rows], kind='stable')]
-  first = np.flatnonzero(np.diff(assignment[rows], prepend=-1))
+def ordered(
+    rows: Array,  # [n] int64, ascending
+    assignment: Array,  # [N] int32
+    priority: Array | None,  # [N]
+) -> np.ndarray:
+  """The rows by cluster, and in each cluster in the order of the rule: [n] int64."""
+  if priority is not None:
+    rows = rows[np.argsort(-priority[rows], kind='stable')]
+  return rows[np.argsort(assignment[rows], kind='stable')]
+
+
+def _block_pairs(x, usable, assignment, priority, start, block_rows, name) -> Iterator[tuple]:
+  """Yields (later block, earlier block or the same, its best, group maxima, similarities)."""
+  rows = ordered(np.flatnonzero(usable), assignment, priority)
+  edges = np.flatnonzero(np.diff(assignment[rows], prepend=-1, append=-1))  # of the clusters
   block_rows = tiles.padded(block_rows, block_rows)
-  for cluster in np.split(rows, first[1:]):
-    for i in range(0, len(cluster) if len(cluster) > 1 else 0, block_rows):
+  block = -1
+  for first, stop in zip(edges[:-1], edges[1:]):
+    cluster = rows[first:stop]
+    for i in range(0, len(cluster), block_rows):
+      block += 1
+      if block < start or len(cluster) == 1:
+        continue
       later = _load(x, cluster, i, block_rows, name)
+      count = len(later.rows)
+      best = _Best(block, cluster, np.full(count, -np.inf, np.float32), np.full(count, -np.inf),
+                   np.full(count, -1))
       for j in range(0, i + 1, block_rows):
+        if i != j and (best.similarity == 1).all():
+          continue  # all are copies of rows that were seen: nothing is nearer
         earlier = later if i == j else _load(x, cluster, j, block_rows, name)
-        yield later, earlier, *_similarities(
-            later.device, later.inverse, earlier.device, earlier.inverse, i - j, len(earlier.rows))
+        yield later, earlier, best, *_similarities(
+            later.device, later.inverse, earlier.device, earlier.inverse, i - j)
+
+
+def blocks(
+    usable: Array,  # [N] bool
+    assignment: Array,  # [N] int32
+    block_rows: int = 2048,
+) -> int:
+  """How many blocks `dropped` looks at; a cluster of one row is passed over."""
+  sizes = np.bincount(assignment[usable])
+  return int((-(-sizes // tiles.padded(block_rows, block_rows))).sum())
 
 
 @jax.jit
-def _similarities(later, later_inverse, earlier, earlier_inverse, distance, count):
+def _similarities(later, later_inverse, earlier, earlier_inverse, distance):
   """[b, E], [b], [T, E], [T] -> group maxima and cosines [b, T]; -inf unless the row is earlier."""
-  scores = tiles.dots(later, earlier.T) * later_inverse[:, None] * earlier_inverse[None]
+  scores = tiles.dots(later, earlier) * later_inverse[:, None] * earlier_inverse[None]
   row = lax.broadcasted_iota(jnp.int32, scores.shape, 0) + distance
   scores = jnp.where(row > lax.broadcasted_iota(jnp.int32, scores.shape, 1), scores, -jnp.inf)
-  return tiles.group_maxima(scores, count), scores
+  return tiles.group_maxima(scores), scores

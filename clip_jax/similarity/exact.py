@@ -2,8 +2,12 @@
 
 Arrays in, arrays out; no files. Similarity is the dot product of the stored float16 vectors, added
 up in float32; the same (row, query) pair has the same bits wherever it is reported, for every
-tile_rows, query_block, shard and number of threads of one backend (tiles.py says why).
+tile_rows, query_block, shard and number of threads or devices of one backend (tiles.py says why).
 Decisions that must not hang on a last bit are made in decide.py, in float64.
+
+On a CPU the device makes the scores of a block and the maxima over groups of 16 queries and of 16
+rows, one pass each while the block is in the cache. The host reads those, a 16th of the scores, and
+looks into the few groups that matter. accelerator.py has what a GPU or TPU does instead.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,17 +15,16 @@ from dataclasses import dataclass
 import functools
 from typing import NamedTuple
 
+from absl import logging
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from clip_jax.core.errors import InputError
 from clip_jax.core.types import Array
+from clip_jax.similarity import accelerator
 from clip_jax.similarity import decide
 from clip_jax.similarity import tiles
-
-
-_ROW_KEYS = ('similarity', 'nearest', 'excess')
+from clip_jax.similarity import top_lists
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,24 +48,16 @@ class Queries:
                          f'{len(self.vectors)}; it must have at least one')
 
 
-class _Block(NamedTuple):
-  """Some queries of one benchmark on the device: number start.. of it."""
-
-  benchmark: str
-  start: int
-  last: bool  # closes the benchmark
-  vectors: Array  # [b, E] float32
-  thresholds: Array  # [b] float32
-
-
 def search_shard(
     pool: Array,  # rows [n, E] float16
     usable: Array,  # [n] bool
     queries: Queries,
     *,
     k: int,
-    tile_rows: int = 4096,
-    query_block: int = 512,
+    nearest: bool = True,
+    tile_rows: int = 0,
+    query_block: int = 0,
+    devices: Sequence | None = None,
     name: str = 'pool',
 ) -> dict[str, dict[str, np.ndarray]]:
   """Searches a shard once for all benchmarks; for each benchmark of q queries it returns
@@ -73,32 +68,32 @@ def search_shard(
   top_similarity [q, k'] float32, top_row [q, k'] int64: each query's nearest usable rows of this
   shard, most similar first, ties lowest row first; k' = min(k, usable rows), so nothing is padded.
 
+  What is not asked for costs nothing: k = 0, no thresholds, nearest=False (-1 everywhere).
+  tile_rows and query_block, 0 for tiles.sizes' choice, and devices (default: an accelerator's local
+  ones, or one CPU) change the speed only.
   |similarity - exact| and |excess - exact| are at most decide.error_bound(E).
   InputError names a usable row or a query whose vector is not of unit length.
   """
   _check_shapes(pool, usable, queries.vectors)
   rows = np.flatnonzero(usable)
-  blocks = _cached_blocks(queries, query_block)
-  results = {benchmark: dict(zip(_ROW_KEYS, _unfound(len(pool))))
-             for benchmark, _, _ in queries.segments}
-  tops = {block.benchmark: np.full((block.start + len(block.vectors), min(k, len(rows))), _NOTHING)
-          for block in blocks}  # a benchmark's last block gives its padded size
-
-  for tile, block, found, maxima, scores in tiles.one_ahead(
-      _search_tiles(pool, rows, blocks, tile_rows, name)):
-    _update_top(tops[block.benchmark][block.start:][:len(block.vectors)], maxima, scores, tile)
-    if block.last:
-      for key, value in zip(_ROW_KEYS, found):
-        results[block.benchmark][key][rows[tile.start:][:tile.count]] = (
-            np.asarray(value)[:tile.count])
-
-  for benchmark, start, stop in queries.segments:
-    result = results[benchmark]
-    if queries.thresholds is None or np.isnan(queries.thresholds[start:stop]).any():
+  tile_rows, query_block = tiles.sizes(tile_rows, query_block)
+  accelerated = _accelerated()
+  devices = tuple(devices or jax.local_devices()[:None if accelerated else 1])
+  layout = _layout(queries, query_block, devices, accelerated)
+  found = _Found(layout, len(rows), min(k, len(rows)))
+  search = _search_scanning if accelerated else _search
+  search(pool, rows, layout, found, nearest, tile_rows, name)
+  top = found.tops.sorted()
+  results = {}
+  for i, (benchmark, start, stop) in enumerate(queries.segments):
+    result = dict(zip(_ROW_KEYS, _unfound(len(pool))))
+    for key, values in result.items():
+      values[rows] = getattr(found, key)[i]
+    if not layout.has_cuts[i]:
       result['excess'][:] = np.nan
-    result['top_similarity'], position = _unpack(
-        np.sort(tops[benchmark][:stop - start], axis=1)[:, ::-1])
+    result['top_similarity'], position = top_lists.unpack(top[layout.first[i]:][:stop - start])
     result['top_row'] = rows[position]
+    results[benchmark] = result
   return results
 
 
@@ -119,41 +114,90 @@ def thresholds(
     usable: Array,  # [A] bool
     queries: Array,  # [Q, E] float16
     *,
-    tile_rows: int = 4096,
-    query_block: int = 512,
+    tile_rows: int = 0,
+    query_block: int = 0,
     name: str = 'anchor',
 ) -> tuple[np.ndarray, np.ndarray]:
   """t_i, query i's similarity to its nearest anchor image (Mayilvahanan et al. 2024), and which.
 
-  Returns [Q] float64, exact, and [Q] int64 anchor rows (ties: the lowest). The float32 pass only
-  finds the candidates: all within twice its error bound of the maximum are computed in float64.
+  Returns [Q] float64, exact, and [Q] int64 anchor rows (ties: the lowest).
+  """
+  similarity, row = anchor_top(
+      anchor, usable, queries, 1, tile_rows=tile_rows, query_block=query_block, name=name)
+  return similarity[:, 0], row[:, 0]
+
+
+def anchor_top(
+    anchor: Array,  # rows [A, E] float16
+    usable: Array,  # [A] bool
+    queries: Array,  # [Q, E] float16
+    k: int,
+    *,
+    tile_rows: int = 0,
+    query_block: int = 0,
+    name: str = 'anchor',
+) -> tuple[np.ndarray, np.ndarray]:
+  """Each query's k nearest anchor images, exact: [Q, k] float64, falling, and [Q, k] int64 rows
+  (ties: the lowest first).
+
+  The float32 pass only finds the candidates: all within twice its error bound of the k-th are
+  computed in float64. InputError if fewer than k rows are usable.
   """
   _check_shapes(anchor, usable, queries)
   rows = np.flatnonzero(usable)
   if not len(rows):
     raise InputError(f'{name}: none of its {len(usable)} rows is usable, so that no query has a '
                      'threshold. Check why its samples could not be read.')
-  blocks = _blocks(Queries(queries, (('', 0, len(queries)),)), query_block)
+  if k > len(rows):
+    raise InputError(f'{name}: only {len(rows)} of its {len(usable)} rows are usable, so that no '
+                     f'query has a similarity to its {k} nearest. Use a smaller k.')
   slack = 2 * decide.error_bound(queries.shape[1])
-  seen = np.full(blocks[-1].start + len(blocks[-1].vectors), -np.inf, np.float32)
-  best = np.full(len(queries), -np.inf)
-  nearest = np.full(len(queries), -1)
-
-  def passes():
-    for tile in tiles.walk(anchor, rows, tile_rows, name):
-      for block in blocks:
-        yield tile, block, *tiles.grouped_dots(block.vectors, tile.device, tile.count)
-
-  for tile, block, maxima, scores in tiles.one_ahead(passes()):
-    part = seen[block.start:][:len(block.vectors)]
-    np.maximum(part, np.asarray(maxima).max(1), out=part)
-    query, position, _ = tiles.over(maxima, scores, tile.count, part.astype(np.float64) - slack)
-    query += block.start
-    real = query < len(queries)  # a block's padding is no query
-    query, position = query[real], position[real]
+  best = np.full((len(queries), k), -np.inf)
+  nearest = np.full((len(queries), k), -1)
+  for tile, start, maxima, scores in _scored(anchor, rows, queries, tile_rows, query_block, name):
+    there = best[start:][:len(maxima)]  # shorter than the block, whose padding is no query
+    cut = np.full(len(maxima), np.inf)
+    cut[:len(there)] = there.min(1) - slack
+    if k <= tile.count and np.isneginf(cut).any():
+      cut = np.maximum(cut, tiles.reached(maxima, scores, tile.count, k) - slack)
+    query, position, _ = tiles.over(maxima, scores, tile.count, cut)
+    query += start
     exact = decide.pair_dots(queries, query, tile.host, position)
-    decide.update_best(best, nearest, query, exact, rows[tile.start + position])
+    decide.update_top(best, nearest, query, exact, rows[tile.start + position])
   return best, nearest
+
+
+def pairs_over(
+    x: Array,  # rows [N, E] float16
+    rows: Array,  # [n] int64, ascending: the rows to look at
+    queries: Array,  # [Q, E] float16
+    cut: Array,  # [Q] float64; NaN: no pair of this query
+    *,
+    tile_rows: int = 0,
+    query_block: int = 0,
+    name: str = 'pool',
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+  """All pairs with an exact similarity > cut: yields (query [m] int64, row [m] int64, similarity
+  [m] float64) tile by tile, rows ascending from tile to tile, in each ordered by query and row.
+
+  float32 finds the candidates, float64 decides. Memory: one tile's pairs.
+  """
+  low = np.asarray(cut, np.float64) - decide.error_bound(queries.shape[1])
+  low = np.nextafter(low.astype(np.float32), np.float32(-np.inf))
+  found = []
+  for tile, start, maxima, scores in _scored(x, rows, queries, tile_rows, query_block, name):
+    least = np.full(len(maxima), np.float32(np.inf))
+    least[:len(low) - start] = low[start:][:len(maxima)]
+    query, position, _ = tiles.over(maxima, scores, tile.count, least)
+    query += start
+    similarity = decide.pair_dots(queries, query, tile.host, position)
+    over = similarity > cut[query]
+    found.append((query[over], rows[tile.start + position[over]], similarity[over]))
+    if start + len(maxima) >= len(queries):
+      query, row, similarity = (np.concatenate(part) for part in zip(*found))
+      order = np.lexsort((row, query))
+      yield query[order], row[order], similarity[order]
+      found = []
 
 
 def _check_shapes(x: Array, usable: Array, queries: Array) -> None:
@@ -162,89 +206,188 @@ def _check_shapes(x: Array, usable: Array, queries: Array) -> None:
                      f'{queries.shape} must agree in n and E')
 
 
-def _blocks(queries: Queries, query_block: int) -> list[_Block]:
-  """The queries on the device, padded."""
-  vectors = np.asarray(queries.vectors).astype(np.float32)
-  cuts = queries.thresholds
-  cuts = np.full(len(vectors), np.nan, np.float32) if cuts is None else np.asarray(cuts, np.float32)
+def _scored(x, rows, queries, tile_rows, query_block, name) -> Iterator[tuple]:
+  """Yields (tile, the block's first query, group maxima, scores) for every tile and block."""
+  tile_rows, query_block = tiles.sizes(tile_rows, query_block)
+  vectors = queries.astype(np.float32)
   tiles.check_norms(np.linalg.norm(vectors, axis=1), np.arange(len(vectors)), 'queries')
-  numbers = tiles.query_blocks([stop - start for _, start, stop in queries.segments], query_block)
-  return [
-      _Block(benchmark, int(block[0]), i == len(blocks) - 1,
-             *jax.device_put((vectors[start + block], cuts[start + block])))
-      for (benchmark, start, _), blocks in zip(queries.segments, numbers)
-      for i, block in enumerate(blocks)]
+  numbers, _ = tiles.query_blocks([len(queries)], query_block)
+  blocks = [(block[0], jax.device_put(vectors[block])) for block in numbers]
+
+  def passes():
+    for tile in tiles.walk(x, rows, tile_rows, name):
+      for start, block in blocks:
+        yield tile, start, *tiles.grouped_dots(block, tile.device)
+  return tiles.one_ahead(passes())
 
 
-_cached_blocks = functools.lru_cache(maxsize=1)(_blocks)  # one upload for all shards of a search
+def _accelerated() -> bool:
+  backend = jax.default_backend()
+  _say(backend, len(jax.local_devices()))
+  return backend != 'cpu'
 
 
-def _search_tiles(
-    pool: Array, rows: Array, blocks: list[_Block], tile_rows: int, name: str) -> Iterator[tuple]:
-  """Yields (tile, block, (similarity, nearest, excess) so far, group maxima, similarities)."""
-  for tile in tiles.walk(pool, rows, tile_rows, name):
-    for block in blocks:
-      if block.start == 0:
-        found = _unfound(tile.device.shape[1])
-      *found, maxima, scores = _search_block(
-          block.vectors, tile.device, block.thresholds, np.int32(block.start), tile.count, *found)
-      yield tile, block, found, maxima, scores
+@functools.cache
+def _say(backend: str, devices: int) -> None:  # once
+  if backend == 'cpu':
+    logging.info('search: float32 products on the CPU, the lists kept by the host.')
+  else:
+    logging.info('search: float16 products, added up in float32, on %d %s device%s.', devices,
+                 backend, 's' if devices > 1 else '')
 
 
-def _unfound(n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # for _ROW_KEYS, each [n]
-  return (np.full(n, -np.inf, np.float32), np.full(n, -1, np.int32),
-          np.full(n, -np.inf, np.float32))
+class _Place(NamedTuple):
+  """The query blocks that one device holds."""
+
+  device: object
+  first: int  # the first block's number
+  vectors: Sequence[Array]  # each [b, E]; an accelerator has them as one array
+  cuts: Sequence[Array] | None  # each [b] float32
+  number: Array  # [blocks, b] int32
+  owner: Array  # [blocks, b / GROUP] int32
 
 
-@jax.jit
-def _search_block(queries, tile, cuts, start, count, similarity, nearest, excess):
-  """[b, E], [E, T], [b], first query, real rows, [T] so far -> [T] x 3, [b, T / GROUP], [b, T]."""
+@dataclass(frozen=True, eq=False)
+class _Layout:
+  """Queries in blocks, and where each block's numbers belong; a slot is a place in a block."""
+
+  first: np.ndarray  # [benchmarks] int64: each benchmark's first slot
+  has_cuts: np.ndarray  # [benchmarks] bool
+  number: np.ndarray  # [blocks, b] int32: each slot's query, counted within its benchmark
+  runs: list[list[tuple[int, int, int]]]  # for each block: (benchmark, first and last group of it)
+  places: list[_Place]
+  spread: bool  # each place holds some of the blocks; else each holds all
+
+
+@functools.lru_cache(maxsize=1)  # one upload for all shards of a search
+def _layout(queries: Queries, query_block: int, devices: tuple, accelerated: bool) -> _Layout:
+  x = queries.vectors
+  tiles.check_norms(np.linalg.norm(x.astype(np.float32), axis=1), np.arange(len(x)), 'queries')
+  edges = np.array([segment[1:] for segment in queries.segments])
+  sizes = edges[:, 1] - edges[:, 0]
+  slots, owner = tiles.query_blocks(sizes, query_block)
+  of = np.repeat(owner, tiles.GROUP, axis=1)  # [blocks, b] each slot's benchmark
+  number = (slots - np.cumsum([0, *sizes])[of]).astype(np.int32)
+  query = number + edges[of, 0]
+  cuts, has_cuts = None, np.zeros(len(edges), bool)
+  if queries.thresholds is not None:
+    has_cuts = np.array([not np.isnan(queries.thresholds[a:b]).any() for a, b in edges])
+    cuts = np.asarray(queries.thresholds, np.float32)[query] if has_cuts.any() else None
+  vectors = x.astype(np.float16 if accelerated else np.float32)[query]
+  spread = accelerated and accelerator.too_large(vectors, devices)
+  parts = np.array_split(np.arange(len(query)), len(devices)) if spread else (
+      [np.arange(len(query))] * len(devices))
+  put = jax.device_put if accelerated else lambda x, device: [jax.device_put(i, device) for i in x]
+  return _Layout(
+      np.flatnonzero(np.diff(of.ravel(), prepend=-1)), has_cuts, number,
+      [_runs(block) for block in owner],
+      [_Place(device, part[0], put(vectors[part], device),
+              None if cuts is None else put(cuts[part], device), number[part],
+              owner[part].astype(np.int32))
+       for device, part in zip(devices, parts) if len(part)], spread)
+
+
+def _runs(owner: np.ndarray) -> list[tuple[int, int, int]]:  # [groups], ascending
+  edges = [*np.flatnonzero(np.diff(owner, prepend=-1)), len(owner)]
+  return [(int(owner[a]), int(a), int(b)) for a, b in zip(edges, edges[1:])]
+
+
+def _passes(pool, rows, layout, tile_rows, name, dtype) -> Iterator[tuple[tiles.Tile, _Place]]:
+  """Yields (tile, place) with both on one device: tiles go round, or every tile goes to all."""
+  devices = [place.device for place in layout.places]
+  walk = tiles.walk(pool, rows, tile_rows, name, dtype=dtype,
+                    devices=devices[:1] if layout.spread else devices)
+  for i, tile in enumerate(walk):
+    if not layout.spread:
+      yield tile, layout.places[i % len(devices)]
+      continue
+    for place in layout.places:
+      yield tile._replace(device=jax.device_put(tile.device, place.device)), place
+
+
+def _search(pool, rows, layout, found, nearest, tile_rows, name) -> None:
+  def passes():
+    for tile, place in _passes(pool, rows, layout, tile_rows, name, np.float32):
+      cuts = place.cuts or [None] * len(place.vectors)
+      for i, (vectors, cut) in enumerate(zip(place.vectors, cuts), place.first):
+        yield tile, i, *_score_block(vectors, tile.device, cut, bool(found.tops.k), nearest)
+
+  for tile, i, columns, excess, maxima, scores in tiles.one_ahead(passes()):
+    found.take_groups(tile, layout.runs[i], layout.number[i], columns, excess, scores, nearest)
+    if found.tops.k:
+      found.tops.take(i * layout.number.shape[1], tile, maxima, scores)
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _score_block(queries, tile, cuts, top: bool, nearest: bool):
+  """[b, E], [T, E], [b] -> maxima over GROUP queries [b / GROUP, T] of the scores and of the scores
+  - cuts, maxima over GROUP rows [b, T / GROUP], scores [b, T]; None for what is not asked for."""
   scores = tiles.dots(queries, tile)
-  best, index = tiles.lowest_argmax(scores)
-  nearest = jnp.where(best > similarity, start + index, nearest)  # > : an earlier block wins a tie
-  return (jnp.maximum(best, similarity), nearest,
-          jnp.maximum(excess, (scores - cuts[:, None]).max(0)),
-          tiles.group_maxima(scores, count), scores)
+  columns = lambda x: x.reshape(-1, tiles.GROUP, x.shape[1]).max(1)
+  return (columns(scores), None if cuts is None else columns(scores - cuts[:, None]),
+          tiles.group_maxima(scores) if top else None, scores if top or nearest else None)
 
 
-# A top list holds one uint64 a row: the similarity in the upper half, and in the lower one the
-# position counted from the end: a greater number is a nearer row, or an equally near earlier one.
-_LAST = np.uint32(0xFFFFFFFF)
+def _search_scanning(pool, rows, layout, found, nearest, tile_rows, name) -> None:
+  def passes():
+    for tile, place in _passes(pool, rows, layout, tile_rows, name, np.float16):
+      yield tile, place, *accelerator.scan(
+          place.vectors, place.cuts, place.number, place.owner, tile.device, tile.count,
+          benchmarks=len(layout.first), k=min(found.tops.k, len(tile.host)), nearest=nearest)
+
+  for tile, place, columns, top in tiles.one_ahead(passes(), len(layout.places)):
+    found.take_rows(tile, *columns)
+    if found.tops.k:
+      similarity, position = (np.asarray(x).reshape(-1, x.shape[-1]) for x in top)
+      slot = place.first * layout.number.shape[1] + np.arange(len(similarity))
+      good = position < tile.count
+      slot = np.broadcast_to(slot[:, None], position.shape)[good]
+      found.tops.offer(slot, similarity[good], tile.start + position[good])
 
 
-def _pack(similarity: np.ndarray, position: np.ndarray) -> np.ndarray:  # float32, int -> uint64
-  bits = (similarity + np.float32(0)).view(np.uint32)  # + 0 turns -0 into 0
-  ordered = np.where(bits >> 31, ~bits, bits | np.uint32(1 << 31))
-  return ordered.astype(np.uint64) << 32 | (_LAST - position.astype(np.uint32))
+class _Found:
+  """The best so far of each of n rows (usable ones only) for each of S benchmarks."""
+
+  def __init__(self, layout: _Layout, n: int, k: int):
+    self.similarity, self.nearest, self.excess = _unfound((len(layout.first), n))
+    self.tops = top_lists.TopLists(layout.number.size, k)
+
+  def take_groups(self, tile, runs, number, columns, excess, scores, nearest) -> None:
+    """Takes what _score_block returned. Blocks come in order, and an earlier one wins a tie."""
+    here = slice(tile.start, tile.start + tile.count)
+    columns = np.asarray(columns)[:, :tile.count]
+    for benchmark, first, last in runs:
+      best, now = columns[first:last].max(0), self.similarity[benchmark, here]
+      if nearest:
+        row = np.flatnonzero(best > now)
+        group = first + _first_equal(columns[first:last], best)[row]
+        values = np.asarray(scores).reshape(-1, tiles.GROUP, scores.shape[1])[group, :, row]
+        member = (values == best[row, None]).argmax(1)
+        self.nearest[benchmark, tile.start + row] = number[group * tiles.GROUP + member]
+      np.maximum(now, best, out=now)
+      if excess is not None:
+        now = self.excess[benchmark, here]
+        np.maximum(now, np.asarray(excess)[first:last, :tile.count].max(0), out=now)
+
+  def take_rows(self, tile, similarity, nearest, excess) -> None:  # each [S, T]
+    here = slice(tile.start, tile.start + tile.count)
+    similarity, nearest, excess = (
+        np.asarray(x)[:, :tile.count] for x in (similarity, nearest, excess))
+    better = similarity > self.similarity[:, here]
+    self.nearest[:, here][better] = nearest[better]
+    for now, new in ((self.similarity[:, here], similarity), (self.excess[:, here], excess)):
+      np.maximum(now, new, out=now)
 
 
-def _unpack(top: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # uint64 -> float32, int64
-  ordered = (top >> 32).astype(np.uint32)
-  bits = np.where(ordered >> 31, ordered ^ np.uint32(1 << 31), ~ordered)
-  return bits.view(np.float32), (_LAST - top.astype(np.uint32)).astype(np.int64)
+def _first_equal(groups: np.ndarray, best: np.ndarray) -> np.ndarray:  # [g, T], [T] -> [T] int
+  """The first group that holds the maximum; three times as fast as argmax over a major axis."""
+  number = np.arange(len(groups), dtype=np.int16)[:, None]
+  return np.where(groups == best, number, np.int16(len(groups))).min(0).astype(np.int64)
 
 
-_NOTHING = _pack(np.float32([-np.inf]), np.array([_LAST]))[0]
+_ROW_KEYS = ('similarity', 'nearest', 'excess')
 
 
-def _update_top(top: np.ndarray, maxima: Array, scores: Array, tile: tiles.Tile) -> None:
-  """Takes a tile's rows into the lists, [b, k] uint64 in place; column 0 holds each query's k-th.
-
-  A row must beat the k-th: rows come in order, so a later one loses a tie.
-  """
-  k = top.shape[1]
-  if not k:
-    return
-  cut = _unpack(top[:, 0])[0]
-  if np.isneginf(cut[0]) and k <= tile.count:  # a list's first tile: only its own k best matter
-    kth = np.partition(np.asarray(scores)[:, :tile.count], -k, axis=1)[:, -k]
-    cut = np.nextafter(kth, np.float32(-np.inf))
-  query, position, similarity = tiles.over(maxima, scores, tile.count, cut)
-  if not len(query):
-    return
-  queries, first, count = np.unique(query, return_index=True, return_counts=True)
-  wide = np.full((len(queries), k + count.max()), _NOTHING)
-  wide[:, :k] = top[queries]
-  column = k + np.arange(len(query)) - np.repeat(first, count)
-  wide[np.repeat(np.arange(len(queries)), count), column] = _pack(similarity, tile.start + position)
-  top[queries] = np.partition(wide, -k, axis=1)[:, -k:]
+def _unfound(shape) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # for _ROW_KEYS
+  return (np.full(shape, -np.inf, np.float32), np.full(shape, -1, np.int32),
+          np.full(shape, -np.inf, np.float32))

@@ -9,13 +9,14 @@ exact in any order (multiples of 2^-24, below 2^29). So only items that changed 
 and subtracted.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from absl import logging
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy import sparse
 
 from clip_jax.core.errors import InputError
 from clip_jax.core.types import Array
@@ -23,7 +24,7 @@ from clip_jax.similarity import decide
 from clip_jax.similarity import tiles
 
 CANDIDATES = 1024  # rows that may become first centres, looked at together
-CENTER_BLOCK = 512  # centres compared at a time: a [512, T] block of scores stays in cache
+MOST_TILES = 4  # tiles that are looked at as one, with few centres
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ def fit(
     max_iterations: int = 100,
     on_iteration: Callable[[KMeans], None] = lambda state: None,
     state: KMeans | None = None,
-    tile_rows: int = 4096,
+    tile_rows: int = 0,
+    center_block: int = 0,
     name: str = 'pool',
 ) -> KMeans:
   """Clusters the usable rows; K = len(result.centers) is smaller than asked for where the rows do
@@ -55,7 +57,8 @@ def fit(
 
   Stops when fewer than min_change of the assignments change, or after max_iterations.
   on_iteration gets each iteration's state; a fit that is given one goes on to the same result.
-  An empty cluster keeps its centre. Ties in distance: the lowest centre.
+  An empty cluster keeps its centre. Ties in distance: the lowest centre. tile_rows and center_block
+  change the speed only; 0: what suits the backend.
   """
   rows = np.flatnonzero(usable)
   if not len(rows):
@@ -70,8 +73,8 @@ def fit(
   sums = np.zeros(state.centers.shape)
   counts = np.zeros(len(sums), np.int64)
   known = rows[state.assignment[rows] >= 0]  # none in a fresh start
-  for i in range(0, len(known), tile_rows):
-    part = known[i:i + tile_rows]
+  for i in range(0, len(known), 4096):
+    part = known[i:i + 4096]
     _add(sums, counts, x[part], state.assignment[part], 1)
   centers, assignment = state.centers, state.assignment.copy()
   enough = max(1, min_change * len(rows))
@@ -81,18 +84,35 @@ def fit(
       centers = centers.copy()
       centers[filled] = sums[filled] / counts[filled, None]
     changed = 0
-    for tile, nearest in tiles.one_ahead(_nearest(x, rows, centers, tile_rows, name)):
+    for tile, nearest in _nearest(x, rows, centers, tile_rows, center_block, name):
       part = rows[tile.start:tile.start + tile.count]
-      nearest = np.asarray(nearest)[:tile.count]
       moved = np.flatnonzero(nearest != assignment[part])
-      vectors = tile.host[moved]
-      _add(sums, counts, vectors, assignment[part[moved]], -1)
+      vectors, before = tile.host[moved], assignment[part[moved]]
+      _add(sums, counts, vectors[before >= 0], before[before >= 0], -1)
       _add(sums, counts, vectors, nearest[moved], 1)
       assignment[part[moved]] = nearest[moved]
       changed += len(moved)
     state = KMeans(centers, assignment.copy(), state.iterations + 1, changed)
     on_iteration(state)
   return state
+
+
+def assign(
+    x: Array,  # rows [N, E] float16
+    usable: Array,  # [N] bool
+    centers: Array,  # [K, E] float32
+    *,
+    on_rows: Callable[[int], None] = lambda count: None,  # told how many more are done
+    tile_rows: int = 0,
+    center_block: int = 0,
+    name: str = 'pool',
+) -> np.ndarray:
+  """Each usable row's nearest centre, [N] int32, -1 for the others: one iteration's assignment."""
+  assignment, rows = np.full(len(usable), -1, np.int32), np.flatnonzero(usable)
+  for tile, nearest in _nearest(x, rows, centers, tile_rows, center_block, name):
+    assignment[rows[tile.start:tile.start + tile.count]] = nearest
+    on_rows(tile.count)
+  return assignment
 
 
 def initial_rows(
@@ -109,26 +129,29 @@ def initial_rows(
   One pass over the rows suffices: a row that was refused once would be refused again.
   """
   order = np.random.default_rng(seed).permutation(rows)
+  size = tiles.sizes(0, 0)[1]
   chosen = np.empty(0, np.int64)
-  blocks = []  # the chosen rows' vectors on the device, [CENTER_BLOCK, E] float32 each
+  taken = np.empty((0, x.shape[1]), np.float16)  # their vectors
+  blocks = []  # the same on the device, [size, E] float32 each
   for tile in tiles.walk(x, order, CANDIDATES, name):
     candidates, vectors = order[tile.start:tile.start + tile.count], tile.host[:tile.count]
-    nearest = jnp.full(tile.device.shape[1], -jnp.inf)
+    nearest = jnp.full(len(tile.device), -jnp.inf)
     for block in blocks:
       nearest = _max_dots(block, tile.device, nearest)
     nearest = np.asarray(nearest)[:tile.count].astype(np.float64)
     doubtful = np.abs(nearest - similarity) <= decide.error_bound(x.shape[1])
     if doubtful.any():
-      nearest[doubtful] = decide.exact_similarity(vectors[doubtful], x[chosen])
+      nearest[doubtful] = decide.exact_similarity(vectors[doubtful], taken)
     free = np.flatnonzero(nearest < similarity)
-    new = candidates[free[_dissimilar(vectors[free], similarity)]]
-    full = len(chosen) // CENTER_BLOCK
-    chosen = np.concatenate([chosen, new])[:clusters]
+    new = free[_dissimilar(vectors[free], similarity)][:clusters - len(chosen)]
+    full = len(chosen) // size
+    chosen = np.concatenate([chosen, candidates[new]])
     if len(chosen) == clusters:
       break
+    taken = np.concatenate([taken, vectors[new]])
     blocks[full:] = [
-        jax.device_put(x[np.resize(chosen[i:i + CENTER_BLOCK], CENTER_BLOCK)].astype(np.float32))
-        for i in range(full * CENTER_BLOCK, len(chosen), CENTER_BLOCK)]
+        jax.device_put(np.resize(taken[i:i + size], (size, x.shape[1])).astype(np.float32))
+        for i in range(full * size, len(chosen), size)]
   return chosen
 
 
@@ -149,38 +172,62 @@ def _add(
     sums: np.ndarray,  # [K, E] float64, changed in place
     counts: np.ndarray,  # [K] int64, changed in place
     vectors: np.ndarray,  # [m, E] float16
-    cluster: np.ndarray,  # [m] int, -1: none
+    cluster: np.ndarray,  # [m] int
     sign: int,
 ) -> None:
-  """Adds vectors to (1) or takes them from (-1) their clusters; exact, so the order is free."""
-  order = np.argsort(cluster, kind='stable')
-  order = order[np.searchsorted(cluster[order], 0):]
-  cluster = cluster[order]
-  first = np.flatnonzero(np.diff(cluster, prepend=-1))
-  if len(first):
-    counts[cluster[first]] += sign * np.diff(first, append=len(cluster))
-    sums[cluster[first]] += sign * np.add.reduceat(vectors[order].astype(np.float64), first, axis=0)
+  """Adds vectors to (1) or takes them from (-1) their clusters; exact, so the order is free.
+
+  A sparse product adds them up where they lie: six times as fast as sorting them by cluster.
+  """
+  some, which = np.unique(cluster, return_inverse=True)
+  counts[some] += sign * np.bincount(which, minlength=len(some))
+  members = sparse.csr_matrix((np.full(len(which), float(sign)), which, np.arange(len(which) + 1)),
+                              shape=(len(which), len(some)))
+  sums[some] += members.T @ vectors.astype(np.float64)
 
 
-def _nearest(x, rows, centers, tile_rows, name):
-  """Yields (tile, [T] int32 nearest centre). argmin |x - c|^2 is argmax of x.c - |c|^2 / 2."""
-  half = (0.5 * np.square(centers, dtype=np.float64).sum(1)).astype(np.float32)
-  numbers, = tiles.query_blocks([len(centers)], CENTER_BLOCK)
-  blocks = [(np.int32(i[0]), *jax.device_put((centers[i], half[i]))) for i in numbers]
-  for tile in tiles.walk(x, rows, tile_rows, name):
-    size = tile.device.shape[1]
-    found = np.full(size, -np.inf, np.float32), np.zeros(size, np.int32)
-    for start, block, halves in blocks:
-      found = _nearest_block(block, tile.device, halves, start, *found)
-    yield tile, found[1]
+def _nearest(x, rows, centers, tile_rows, center_block, name) -> Iterator[tuple]:
+  """Yields (tile, [count] int32 nearest centre), in the rows' order.
+
+  With few centres a tile costs the host more than the device, and its scores leave room in the
+  cache: up to four times the rows take half the time (25 and 125 centres, E = 64).
+  """
+  few = 1 if tile_rows else MOST_TILES
+  tile_rows, center_block = tiles.sizes(tile_rows, center_block)
+  tile_rows *= max(1, min(few, center_block // len(centers)))
+  devices = jax.local_devices()
+  of = {device: Centers(centers, center_block, device) for device in devices}
+
+  def passes():
+    for tile in tiles.walk(x, rows, tile_rows, name, devices=devices):
+      yield tile, of[tile.device.device].nearest(tile.device)
+  for tile, nearest in tiles.one_ahead(passes(), len(devices)):
+    yield tile, np.asarray(nearest)[:tile.count]
+
+
+class Centers:
+  """Centres on a device, in blocks."""
+
+  def __init__(self, centers: Array, center_block: int = 0, device=None):  # [K, E] float32
+    half = (0.5 * np.square(centers, dtype=np.float64).sum(1)).astype(np.float32)
+    numbers, _ = tiles.query_blocks([len(centers)], tiles.sizes(0, center_block)[1])
+    self._blocks = [(np.int32(i[0]), *jax.device_put((centers[i], half[i]), device))
+                    for i in numbers]
+
+  def nearest(self, rows: Array) -> Array:  # [T, E] float32 on the device -> [T] int32
+    """The nearest centre, on the device: argmin |x - c|^2 is argmax of x.c - |c|^2 / 2."""
+    found = np.full(len(rows), -np.inf, np.float32), np.zeros(len(rows), np.int32)
+    for start, block, halves in self._blocks:
+      found = _nearest_block(block, rows, halves, start, *found)
+    return found[1]
 
 
 @jax.jit
-def _nearest_block(centers, tile, half, start, score, nearest):  # [b, E], [E, T], [b], [], [T] x 2
-  best, index = tiles.lowest_argmax(tiles.dots(centers, tile) - half[:, None])
+def _nearest_block(centers, rows, half, start, score, nearest):  # [b, E], [T, E], [b], [], [T] x 2
+  best, index = tiles.lowest_argmax(tiles.dots(centers, rows) - half[:, None])
   return jnp.maximum(best, score), jnp.where(best > score, start + index, nearest)
 
 
 @jax.jit
-def _max_dots(queries, tile, nearest):  # [b, E], [E, T], [T] -> [T]
-  return jnp.maximum(nearest, tiles.dots(queries, tile).max(0))
+def _max_dots(queries, rows, nearest):  # [b, E], [T, E], [T] -> [T]
+  return jnp.maximum(nearest, tiles.dots(queries, rows).max(0))

@@ -62,7 +62,8 @@ def recall(
   """
   chosen = np.random.default_rng(seed).permutation(len(queries))[:sample]
   some = exact.Queries(queries[chosen], (('sample', 0, len(chosen)),))
-  true = exact.search_shard(pool, usable, some, k=similarity.shape[1], name=name)['sample']
+  true = exact.search_shard(
+      pool, usable, some, k=similarity.shape[1], nearest=False, name=name)['sample']
   return float((similarity[chosen] >= true['top_similarity'][:, -1:]).mean())
 
 

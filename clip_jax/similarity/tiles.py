@@ -7,7 +7,10 @@ the E products of a (query, row) pair in one fixed order, whatever the tile, the
 the number of threads. For smaller shapes it switches to other loops, and the last bits change.
 """
 
+import collections
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent import futures
+import functools
 from typing import NamedTuple
 
 import jax
@@ -19,7 +22,7 @@ from clip_jax.core.errors import InputError
 from clip_jax.core.types import Array
 
 PAD = 64  # rows and queries come in multiples of this: see above
-GROUP = 16  # rows behind one group maximum; a group that beats a query's cut is looked at
+GROUP = 16  # rows, or queries, behind one maximum; only groups whose maximum matters are looked at
 NORMS = (0.9, 1.1)  # a unit vector in float16 is off by up to 1e-3; anything beyond is not one
 
 
@@ -56,7 +59,7 @@ class Tile(NamedTuple):
   start: int
   count: int
   host: np.ndarray  # [T, E] float16
-  device: Array  # [E, T] float32
+  device: Array  # [T, E] float32, or as walk() was asked
 
 
 def padded(count: int, most: int) -> int:
@@ -68,26 +71,49 @@ def padded(count: int, most: int) -> int:
   return min(most, PAD << (-(-count // PAD) - 1).bit_length())
 
 
+def sizes(tile_rows: int, query_block: int) -> tuple[int, int]:
+  """Both sizes, with 0 replaced by what suits the backend. They change the speed, never a bit.
+
+  CPU: a block of scores, [512, 2048] float32, is 4 MiB and stays in the cache from the product to
+  the maxima; half and twice of either measured alike. An accelerator wants products that fill it.
+  """
+  rows, block = (2048, 512) if jax.default_backend() == 'cpu' else (32_768, 2048)
+  return tile_rows or rows, query_block or block
+
+
 def walk(
     x: Array,  # rows [N, E] float16
     rows: Array,  # [n] int64, the rows to visit, in this order
     tile_rows: int,
     name: str,  # what the rows are called in an error
+    *,
+    devices: Sequence = (None,),  # tiles go to them in turn; None: the default device
+    dtype=np.float32,  # of Tile.device
 ) -> Iterator[Tile]:
-  """Walks over the rows tile by tile. InputError names a row that is not a unit vector."""
+  """Walks over the rows tile by tile. InputError names a row that is not a unit vector.
+
+  A thread reads the next tile meanwhile: a memory map waits for the disk when it is touched.
+  """
   if x.dtype != np.float16:
     raise ValueError(f'{name}: vectors must be float16 [N, E]; got {x.dtype} {x.shape}')
-  late = None  # norms are looked at one tile late: the device need not wait for the host
   step = padded(tile_rows, tile_rows)
-  for start in range(0, len(rows), step):
-    part = rows[start:start + step]
+  parts = [rows[start:start + step] for start in range(0, len(rows), step)]
+
+  def read(part: np.ndarray) -> np.ndarray:
     size = padded(len(part), step)
-    host = np.asarray(x[np.pad(part, (0, size - len(part)), mode='edge')])
-    device, norms = _load(host)
-    if late is not None:
-      check_norms(*late, name)
-    late = norms, part
-    yield Tile(start, len(part), host, device)
+    return np.asarray(x[np.pad(part, (0, size - len(part)), mode='edge')])
+
+  late = None  # norms are looked at one tile late: the device need not wait for the host
+  with futures.ThreadPoolExecutor(1) as reader:
+    reading = [reader.submit(read, part) for part in parts[:1]]
+    for i, part in enumerate(parts):
+      host = reading.pop().result()
+      reading = [reader.submit(read, following) for following in parts[i + 1:i + 2]]
+      device, norms = _load(jax.device_put(host, devices[i % len(devices)]), dtype)
+      if late is not None:
+        check_norms(*late, name)
+      late = norms, part
+      yield Tile(i * step, len(part), host, device)
   if late is not None:
     check_norms(*late, name)
 
@@ -104,42 +130,50 @@ def check_norms(norms: Array, rows: Array, name: str) -> None:  # [>= n] float32
 
 
 def query_blocks(
-    sizes: Sequence[int],  # queries of each benchmark, all > 0
+    sizes: Sequence[int],  # queries of each benchmark, all > 0; they lie one after the other
     query_block: int,  # at most this many in a block, rounded up to 64s
-) -> list[np.ndarray]:
-  """For each benchmark its padded query numbers [blocks, b], b the size that wastes least.
+) -> tuple[np.ndarray, np.ndarray]:
+  """Lays all queries out in blocks of one size, the one that wastes least.
 
-  One size for all benchmarks means one compiled shape. Padding repeats a benchmark's last query: a
-  repeated query changes no maximum, and the lowest number wins a tie.
+  Returns the query in each slot [blocks, b] int64 and the benchmark of each GROUP of slots
+  [blocks, b / GROUP] int64. One size means one compiled shape. A benchmark begins with a group, and
+  padding repeats its last query: that changes no maximum, and the lowest number wins a tie.
   """
-  def cost(block: int) -> int:  # padded rows; starting a block costs as much as some 24 rows
-    return sum(-(-size // block) * (block + 24) for size in sizes)
+  groups = [-(-size // GROUP) for size in sizes]
+  total = sum(groups) * GROUP
+  def cost(block: int) -> int:  # padded queries; starting a block costs as much as some 24
+    return -(-total // block) * (block + 24)
   block = min(range(PAD, -(-query_block // PAD) * PAD + 1, PAD), key=cost)
-  return [
-      np.minimum(np.arange(-(-size // block) * block), size - 1).reshape(-1, block)
-      for size in sizes]
+  groups[-1] += -total % block // GROUP
+  starts = np.cumsum([0, *sizes])
+  query = np.concatenate([
+      start + np.minimum(np.arange(count * GROUP), size - 1)
+      for start, size, count in zip(starts, sizes, groups)])
+  return query.reshape(-1, block), np.repeat(np.arange(len(sizes)), groups).reshape(
+      -1, block // GROUP)
 
 
-def one_ahead(items: Iterable) -> Iterator:
-  """Yields each item after the next is made: the device is at one while the host reads another."""
-  items = iter(items)
-  item = next(items, None)
-  for following in items:
-    yield item
-    item = following
-  if item is not None:
-    yield item
+def one_ahead(items: Iterable, depth: int = 1) -> Iterator:
+  """Yields each item after the next `depth` are made: a device is at one while the host reads
+  another; several devices need as many."""
+  made = collections.deque()
+  for item in items:
+    made.append(item)
+    if len(made) > depth:
+      yield made.popleft()
+  yield from made
 
 
-@jax.jit
-def _load(x: Array) -> tuple[Array, Array]:  # [T, E] float16 -> [E, T] and [T], float32
-  x = x.astype(jnp.float32)
-  return x.T, jnp.sqrt((x * x).sum(1))
+@functools.partial(jax.jit, static_argnames='dtype')
+def _load(x: Array, dtype) -> tuple[Array, Array]:  # [T, E] float16 -> [T, E], norms [T] float32
+  exact = x.astype(jnp.float32)
+  return x.astype(dtype), jnp.sqrt((exact * exact).sum(1))
 
 
-def dots(queries: Array, tile: Array) -> Array:  # [b, E], [E, T] float32 -> [b, T] float32
-  """Every float32 similarity is made here. HIGHEST: a GPU would otherwise round inputs to TF32."""
-  return lax.dot(queries, tile, precision=lax.Precision.HIGHEST)
+def dots(queries: Array, rows: Array) -> Array:  # [b, E], [T, E] -> [b, T] float32
+  """Every float32 similarity is made here. HIGHEST: a GPU would otherwise round float32 to TF32."""
+  return lax.dot_general(queries, rows, (((1,), (1,)), ((), ())), precision=lax.Precision.HIGHEST,
+                         preferred_element_type=jnp.float32)
 
 
 def lowest_argmax(scores: Array) -> tuple[Array, Array]:  # [b, T] -> [T] maximum, [T] int32
@@ -149,17 +183,19 @@ def lowest_argmax(scores: Array) -> tuple[Array, Array]:  # [b, T] -> [T] maximu
   return best, jnp.where(scores == best[None], index, scores.shape[0]).min(0)
 
 
-def group_maxima(scores: Array, count: Array) -> Array:  # [b, T], real rows -> [b, T / GROUP]
-  """Maxima of groups of GROUP rows, which lie T / GROUP apart to keep the minor axis long."""
-  real = lax.broadcasted_iota(jnp.int32, scores.shape, 1) < count
-  return jnp.where(real, scores, -jnp.inf).reshape(scores.shape[0], GROUP, -1).max(1)
+def group_maxima(scores: Array) -> Array:  # [b, T] -> [b, T / GROUP]
+  """Maxima of groups of GROUP rows, which lie T / GROUP apart to keep the minor axis long.
+
+  A tile's padding is in them: it repeats a row, so that a query's maximum stays what it is.
+  """
+  return scores.reshape(scores.shape[0], GROUP, -1).max(1)
 
 
 @jax.jit
-def grouped_dots(queries: Array, tile: Array, count: Array) -> tuple[Array, Array]:
-  """[b, E], [E, T], real rows -> group maxima [b, T / GROUP] and similarities [b, T], float32."""
-  scores = dots(queries, tile)
-  return group_maxima(scores, count), scores
+def grouped_dots(queries: Array, rows: Array) -> tuple[Array, Array]:
+  """[b, E], [T, E] -> group maxima [b, T / GROUP] and similarities [b, T], float32."""
+  scores = dots(queries, rows)
+  return group_maxima(scores), scores
 
 
 def over(
@@ -168,15 +204,29 @@ def over(
     count: int,  # real rows
     cut: np.ndarray,  # [b] float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """All pairs with a score > cut: query [m] (ascending), position in the tile [m], score [m].
+  """All pairs with a score > cut, in no order: query [m], position in the tile [m], score [m].
 
   Only groups whose maximum is over the cut are looked at; without any, `scores` is not fetched.
   """
-  query, group = np.nonzero(np.asarray(maxima) > cut[:, None])
+  maxima, width = np.asarray(maxima), maxima.shape[1]
+  query, group = np.divmod(np.flatnonzero(maxima > cut[:, None]), width)
   if not len(query):
     return query, group, np.empty(0, np.float32)
-  scores = np.asarray(scores)
-  values = scores.reshape(len(scores), GROUP, -1)[query, :, group]  # [m, GROUP]
-  position = np.arange(GROUP) * (scores.shape[1] // GROUP) + group[:, None]  # [m, GROUP]
-  hit = (values > cut[query, None]) & (position < count)
-  return query[np.nonzero(hit)[0]], position[hit], values[hit]
+  place = query * scores.shape[1] + group + np.arange(GROUP)[:, None] * width  # [GROUP, m]
+  values = np.asarray(scores).ravel().take(place)
+  member, pair = np.divmod(np.flatnonzero(values > cut[query]), len(query))
+  position = member * width + group[pair]
+  real = position < count
+  return query[pair[real]], position[real], values[member, pair][real]
+
+
+def reached(maxima: Array, scores: Array, count: int, k: int) -> np.ndarray:
+  """A value that at least k of the tile's real rows reach, for each query: [b] float32.
+
+  The k-th largest group maximum is one, and cheaper than the k-th score. A padded tile has some
+  row's score in two groups, which only k = 1 does not mind.
+  """
+  values = np.asarray(maxima)
+  if k > values.shape[1] or (k > 1 and count < scores.shape[1]):
+    values = np.asarray(scores)[:, :count]
+  return np.partition(values, -k, axis=1)[:, -k]

@@ -1,0 +1,199 @@
+"""What de-duplication inside clusters finds, against exhaustive search: recall, precision, chains.
+
+Rows and clusterings in, counts out; no files. Two near-duplicates in different clusters are never
+compared. So some rows, drawn at random, are compared with ALL rows: a pair of such a row and any
+other is found by a clustering that has both in one cluster. A random sample alone would hold only
+the square of its share of the pairs of a large pool.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+import math
+
+import jax
+import numpy as np
+from scipy import sparse
+from scipy.sparse import csgraph
+
+from clip_jax.core.types import Array
+from clip_jax.similarity import decide
+from clip_jax.similarity import kmeans
+from clip_jax.similarity import tiles
+
+Z = 1.959963984540054  # of a 95 % interval
+EDGES = 1 << 22  # pairs that are held before they are reduced to who belongs together
+
+
+@dataclass(frozen=True)
+class Found:
+  """What one clustering does to the sampled rows and their pairs."""
+
+  clusters: int
+  found: int  # pairs inside one cluster
+  recall: float  # of all pairs; NaN where there is none
+  low: float  # its 95 % interval
+  high: float
+  dropped: int  # sampled rows with an earlier duplicate in their cluster
+  precision: float  # share of the dropped that exhaustive search drops, too; NaN for no dropped
+
+
+@dataclass(frozen=True)
+class Audit:
+  """The clusterings in their order, and what is there to be found."""
+
+  pairs: int  # near-duplicates, at least one of them sampled
+  dropped_exhaustive: int  # sampled rows with an earlier duplicate anywhere
+  clusterings: tuple[Found, ...]
+  components: int  # groups of rows that these pairs join, directly or through others
+  sizes: dict[int, int]  # rows of a group, the unsampled with them -> how many groups
+  through_dropped: int  # sampled rows, dropped though no kept earlier row is their duplicate
+
+
+def measure(
+    x: Array,  # rows [N, E] float16
+    usable: Array,  # [N] bool
+    sample: Array,  # [S] int64, ascending: usable rows drawn at random
+    clusterings: Sequence[Array],  # centres, each [K, E] float32
+    *,
+    threshold: float,  # 1 - similarity
+    keep: Array,  # [N] bool: what de-duplication left
+    priority: Array | None = None,  # [N]: see duplicates.py
+    on_rows: Callable[[int], None] = lambda count: None,  # told how many more are done
+    tile_rows: int = 0,
+    query_block: int = 0,
+    name: str = 'pool',
+) -> Audit:
+  """Compares the sampled rows with all usable rows; the last clustering is the one behind `keep`.
+
+  A pair of two sampled rows counts once, so that every pair is as likely to be in the sample. The
+  interval is Wilson's. What was drawn are rows, not pairs, and the pairs of a row are often found or
+  missed together: so it is that of (sum n)^2 / sum n^2 observations, n being each row's pairs.
+  """
+  tile_rows, query_block = tiles.sizes(tile_rows, query_block)
+  centers = [kmeans.Centers(each) for each in clusterings]
+  rank = np.zeros(len(usable)) if priority is None else priority
+  cut, slack = 1 - threshold, 2 * decide.error_bound(x.shape[1])
+  numbers, _ = tiles.query_blocks([len(sample)], query_block)
+  blocks = [_Block(x, sample, number, centers) for number in numbers]
+  pairs, pairs_of = 0, np.zeros(len(sample), np.int64)
+  found_of = np.zeros(len(centers), np.int64)
+  earlier_of, kept_of = np.zeros((2, len(sample)), bool)
+  dropped = np.zeros((len(centers), len(sample)), bool)
+  joined = np.zeros((2, 0), np.int64)
+  rows = np.flatnonzero(usable)
+
+  def passes():
+    for tile in tiles.walk(x, rows, tile_rows, name):
+      for block in blocks:
+        yield tile, block, *_cosines(block.device, block.inverse, tile.device)
+
+  at = None
+  for tile, block, maxima, scores in tiles.one_ahead(passes()):
+    if tile is not at:
+      at, nearest = tile, None
+      on_rows(tile.count)
+    least = np.full(len(maxima), np.inf)  # no pair of a padding query
+    least[:block.count] = cut - slack
+    query, position, _ = tiles.over(maxima, scores, tile.count, least)
+    other = rows[tile.start + position]
+    real = sample[block.start + query] != other  # every row finds itself
+    query, position, other = query[real], position[real], other[real]
+    if not len(query):
+      continue
+    exact = decide.pair_dots(block.host, query, tile.host, position)
+    squares = np.square(tile.host[position], dtype=np.float64).sum(1)
+    over = exact / np.sqrt(block.squares[query] * squares) > cut
+    query, position, other = query[over], position[over], other[over]
+    if nearest is None:
+      nearest = [np.asarray(each.nearest(tile.device)) for each in centers]
+    one = block.start + query
+    mine = sample[one]
+    once = (mine < other) | ~_among(other, sample)
+    pairs += int(once.sum())
+    np.add.at(pairs_of, one, 1)
+    earlier = (rank[other] > rank[mine]) | ((rank[other] == rank[mine]) & (other < mine))
+    earlier_of[one[earlier]] = True
+    kept_of[one[earlier & keep[other]]] = True
+    for i, each in enumerate(nearest):
+      same = block.nearest[i][query] == each[position]
+      found_of[i] += (same & once).sum()
+      dropped[i, one[same & earlier]] = True
+    joined = np.concatenate([joined, np.stack([mine, other])[:, once]], 1)
+    if joined.shape[1] > EDGES:
+      joined = _forest(joined)
+
+  really = ~keep[sample]
+  dropped[-1] = really
+  sizes = _components(joined)[2]
+  observations = pairs_of.sum()**2 / max(np.square(pairs_of).sum(), 1)
+  return Audit(
+      pairs, int(earlier_of.sum()),
+      tuple(Found(len(each), int(found), _share(found, pairs),
+                  *wilson(_share(found, pairs), observations), int(lost.sum()),
+                  _share((lost & earlier_of).sum(), lost.sum()))
+            for each, found, lost in zip(clusterings, found_of, dropped)),
+      len(sizes), {int(size): int(count) for size, count in zip(*np.unique(
+          sizes, return_counts=True))},
+      int((really & earlier_of & ~kept_of).sum()))
+
+
+def wilson(
+    share: float,  # in [0, 1], or NaN
+    observations: float,
+) -> tuple[float, float]:
+  """Wilson's 95 % interval of a share; NaN where there is no observation."""
+  if not observations > 0:
+    return math.nan, math.nan
+  square = Z * Z / observations
+  middle = (share + square / 2) / (1 + square)
+  half = math.sqrt(share * (1 - share) * square + square * square / 4) / (1 + square)
+  low, high = float(middle - half), float(middle + half)
+  return max(0.0, min(low, share)), min(1.0, max(high, share))
+
+
+class _Block:
+  """Some sampled rows; padding repeats the last one."""
+
+  def __init__(self, x, sample, number, centers):
+    self.start = int(number[0])
+    self.count = int(number[-1]) - self.start + 1
+    self.host = np.asarray(x[sample[number]])  # [b, E] float16
+    self.squares = np.square(self.host, dtype=np.float64).sum(1)
+    self.device, self.inverse = jax.device_put(
+        (self.host.astype(np.float32), (1 / np.sqrt(self.squares)).astype(np.float32)))
+    self.nearest = [np.asarray(each.nearest(self.device)) for each in centers]  # each [b]
+
+
+@jax.jit
+def _cosines(queries, inverse, rows):
+  """[b, E], [b], [T, E] -> group maxima and cosines [b, T]."""
+  scores = tiles.dots(queries, rows) * inverse[:, None]
+  scores = scores * jax.lax.rsqrt((rows * rows).sum(1))[None]
+  return tiles.group_maxima(scores), scores
+
+
+def _among(rows: np.ndarray, sample: np.ndarray) -> np.ndarray:  # [m], [S] ascending -> [m] bool
+  return sample[np.minimum(np.searchsorted(sample, rows), len(sample) - 1)] == rows
+
+
+def _components(pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """Pairs [2, m] -> the rows in them, ascending, the group of each, the groups' sizes."""
+  nodes, edges = np.unique(pairs, return_inverse=True)
+  edges = edges.reshape(2, -1)
+  graph = sparse.coo_matrix((np.ones(edges.shape[1], bool), tuple(edges)),
+                            shape=(len(nodes), len(nodes)))
+  if not len(nodes):
+    return nodes, nodes, nodes
+  label = csgraph.connected_components(graph, directed=False)[1]
+  return nodes, label, np.bincount(label)
+
+
+def _forest(pairs: np.ndarray) -> np.ndarray:  # [2, m] -> [2, at most as many as rows]
+  """As few pairs that join the same groups."""
+  nodes, label, _ = _components(pairs)
+  head = nodes[np.unique(label, return_index=True)[1]][label]
+  return np.stack([head, nodes])[:, head != nodes]
+
+
+def _share(part: int, whole: int) -> float:
+  return float(part / whole) if whole else math.nan

@@ -1,0 +1,76 @@
+"""The k nearest rows of each query, kept while the rows of a shard go by in order.
+
+Arrays in, arrays out; no files. A list holds one uint64 a row: the similarity in the upper half, and
+in the lower one the position counted from the end. A greater number is a nearer row, or an equally
+near earlier one, so that a plain partition keeps the right ones.
+"""
+
+import numpy as np
+
+from clip_jax.core.types import Array
+from clip_jax.similarity import tiles
+
+_LAST = np.uint32(0xFFFFFFFF)
+
+
+def pack(similarity: np.ndarray, position: np.ndarray) -> np.ndarray:  # float32, int -> uint64
+  bits = (similarity + np.float32(0)).view(np.uint32)  # + 0 turns -0 into 0
+  ordered = np.where(bits >> 31, ~bits, bits | np.uint32(1 << 31))
+  return ordered.astype(np.uint64) << 32 | (_LAST - position.astype(np.uint32))
+
+
+def unpack(top: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # uint64 -> float32, int64
+  ordered = (top >> 32).astype(np.uint32)
+  bits = np.where(ordered >> 31, ordered ^ np.uint32(1 << 31), ~ordered)
+  return bits.view(np.float32), (_LAST - top.astype(np.uint32)).astype(np.int64)
+
+
+_NOTHING = pack(np.float32([-np.inf]), np.array([_LAST]))[0]
+
+
+class TopLists:
+  """The k nearest rows of each of P slots. Pairs wait until there are enough to merge at once."""
+
+  def __init__(self, slots: int, k: int):
+    self.k = k
+    self._lists = np.full((slots, k), _NOTHING)
+    self._cut = np.full(slots, -np.inf, np.float32)  # rows come in order: a tie with it loses
+    self._waiting = []
+
+  def take(self, first: int, tile: tiles.Tile, maxima: Array, scores: Array) -> None:
+    """Takes the pairs of a tile with the slots from `first` on that may be among the nearest."""
+    cut = self._cut[first:first + len(maxima)]
+    if np.isneginf(cut[0]) and self.k <= tile.count:
+      cut = np.nextafter(tiles.reached(maxima, scores, tile.count, self.k), np.float32(-np.inf))
+    slot, position, similarity = tiles.over(maxima, scores, tile.count, cut)
+    self._wait(first + slot, similarity, tile.start + position)
+
+  def offer(self, slot: np.ndarray, similarity: np.ndarray, position: np.ndarray) -> None:  # [m]
+    good = similarity > self._cut[slot]
+    self._wait(slot[good], similarity[good], position[good])
+
+  def sorted(self) -> np.ndarray:  # [P, k] uint64, most similar first
+    self._merge()
+    return np.sort(self._lists, axis=1)[:, ::-1]
+
+  def _wait(self, slot, similarity, position) -> None:
+    if len(slot):
+      self._waiting.append((slot, pack(similarity, position)))
+    if sum(len(slot) for slot, _ in self._waiting) > self._lists.size // 4:
+      self._merge()
+
+  def _merge(self) -> None:
+    if not self._waiting:
+      return
+    slot, packed = (np.concatenate(part) for part in zip(*self._waiting))
+    self._waiting = []
+    small = np.min_scalar_type(len(self._lists))  # 16 bits are sorted several times as fast
+    order = np.argsort(slot.astype(small), kind='stable')
+    slots, first, count = np.unique(slot[order], return_index=True, return_counts=True)
+    wide = np.full((len(slots), self.k + count.max()), _NOTHING)
+    wide[:, :self.k] = self._lists[slots]
+    column = self.k + np.arange(len(slot)) - np.repeat(first, count)
+    wide[np.repeat(np.arange(len(slots)), count), column] = packed[order]
+    kept = np.partition(wide, -self.k, axis=1)[:, -self.k:]
+    self._lists[slots] = kept
+    self._cut[slots] = unpack(kept.min(1))[0]
