@@ -90,7 +90,7 @@ MAKERS = {'webdataset': _webdataset, 'parquet': _parquet, 'folder': _folder, 'ar
           'tfds': _tfds}
 
 
-@pytest.mark.parametrize('format', formats.FORMATS)
+@pytest.mark.parametrize('format', [name for name, form in formats.FORMATS.items() if form.samples])
 def test_every_format_gives_the_same_dataset(tmp_path, format):
   path = str(MAKERS[format](tmp_path))
   files = listing.list_files(format, path)

@@ -92,6 +92,38 @@ def test_followers_last_first(tmp_path):
   assert products.followers(tmp_path, ['se/c']) == ['tr/d', 'se/c']
 
 
+def test_followers_in_the_work_directories_of_further_embedders(tmp_path):
+  home = tmp_path / 'embedders/hog'
+  home.mkdir(parents=True)
+  (home / 'ingest').symlink_to('../../ingest')
+  a = Product('ingest/a', {})
+  b = Product('em/b', {}, {a.name: a.fingerprint})
+  c = Product('se/c', {}, {b.name: b.fingerprint, a.name: a.fingerprint})
+  d = Product('splits/d', {}, {'embedders/hog/se/c': c.fingerprint})
+  for folder, product in ((tmp_path, a), (tmp_path, b), (home, b), (home, c), (tmp_path, d)):
+    make(folder, product)
+  assert list(products.sidecars(tmp_path)) == ['em/b', 'ingest/a', 'splits/d']
+  assert sorted(products.all_sidecars(tmp_path)) == ['em/b', 'embedders/hog/em/b', 'embedders/hog/se/c', 'ingest/a',
+                                                     'splits/d']
+  found = ['splits/d', 'embedders/hog/se/c', 'embedders/hog/em/b']
+  assert products.followers(tmp_path, ['embedders/hog/em/b']) == found
+  assert set(products.followers(tmp_path, ['ingest/a'])) == {*found, 'em/b', 'ingest/a'}
+  assert products.followers(tmp_path, ['em/b']) == ['em/b']  # the main one's
+  for name in found:
+    products.forget(tmp_path, name)
+  assert sorted(products.all_sidecars(tmp_path)) == ['em/b', 'ingest/a'] and not os.listdir(home / 'em')
+
+
+def test_a_further_embedder_is_named_where_its_product_differs(tmp_path):
+  home = tmp_path / 'embedders/hog'
+  home.mkdir(parents=True)
+  (home / 'ingest').symlink_to('../../ingest')
+  make(home, Product('em/b', {'embedder.dim': 8}))
+  with pytest.raises(InputError, match=r'config\.embedders\.hog\.dim: 8 -> 9.*--redo=embed:hog@pool to'):
+    products.missing(home, [Product('em/b', {'embedder.dim': 9})], remake=False, redo='embed:pool')
+  assert (products.embedder_of(home), products.embedder_of(tmp_path)) == ('hog', '')
+
+
 def test_manifest_lists_finished_products_only(tmp_path):
   done, not_done = Product('s/a', {}), Product('s/b', {})
   make(tmp_path, done)

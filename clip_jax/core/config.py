@@ -58,6 +58,10 @@ def flat(value: Any, prefix: str = '') -> dict[str, Any]:
 def differences(old: Any, new: Any) -> list[str]:
   """Returns 'a.b: old -> new' for every leaf in which two plain values differ."""
   old, new = flat(old), flat(new)
+  for one, other in ((old, new), (new, old)):  # that a dict was empty is said by what is in the other one
+    for key in [key for key in one if one[key] == {} and key not in other]:
+      if any(name.startswith(f'{key}.' if key else '') for name in other):
+        del one[key]
   missing = 'not there'
   return [f'{key}: {_short(old.get(key, missing))} -> {_short(new.get(key, missing))}'
           for key in sorted(old.keys() | new.keys()) if old.get(key, missing) != new.get(key, missing)]

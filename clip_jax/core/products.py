@@ -12,6 +12,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import socket
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -26,6 +27,7 @@ from clip_jax.core.errors import InputError
 
 SIDECAR = '.sidecar.json'
 LOCK = '.lock'
+EMBEDDERS = 'embedders'  # holds further work directories, one an embedder, whose `ingest` is a link to the main one
 FROZEN = 'frozen at the first sight'  # in place of a fingerprint: however that product changes later
 
 
@@ -88,12 +90,28 @@ def missing(workdir, products: Sequence[Product], *, remake: bool, redo: str) ->
       why = differences(workdir, product)
       if not remake:
         raise InputError(f'{product.name} in {workdir} was made with another config: {"; ".join(why[:6])}. '
-                         f'Run with --redo={redo} to make it and what follows from it again, or choose '
-                         'another --workdir.')
+                         f'Run with --redo={_redo(workdir, redo)} to make it and what follows from it again, or '
+                         'choose another --workdir.')
       logging.info('%s is made again, because %s.', product.name, '; '.join(why[:3]))
       forget(workdir, product.name)
       wanted.append(product)
   return wanted
+
+
+def embedder_of(workdir) -> str:
+  """Returns the name of the further embedder whose work directory this is; '' of a main one.
+
+  A main one that happens to lie in a folder of that name has its own `ingest`, not a link.
+  """
+  path, ingest = epath.Path(workdir), os.path.join(workdir, 'ingest')
+  return path.name if path.parent.name == EMBEDDERS and (os.path.islink(ingest) or not os.path.exists(ingest)) else ''
+
+
+def _redo(workdir, redo: str) -> str:
+  """Returns what --redo must say here: of a further embedder, STAGE:NAME@product."""
+  stage, _, product = redo.partition(':')
+  name = embedder_of(workdir)
+  return f'{stage}:{name}@{product}' if name else redo
 
 
 def _check_inputs(workdir, product: Product, found: dict[str, str | None]) -> None:
@@ -119,6 +137,8 @@ def differences(workdir, product: Product) -> list[str]:
       lines.append(f'{name} {how}')
   if sidecar['version'] != product.version:
     lines.append(f'its format is version {sidecar["version"]}, now {product.version}')
+  if name := embedder_of(workdir):
+    lines = [re.sub(r'\bconfig\.embedder\b', f'config.embedders.{name}', line) for line in lines]
   return lines
 
 
@@ -146,6 +166,9 @@ def finish(workdir, product: Product, made: Iterable[str], counts: Mapping[str, 
 
 def forget(workdir, name: str) -> None:
   """Removes a product: the sidecar first, so that a kill in between leaves it unfinished, not wrong."""
+  if name.startswith(EMBEDDERS + '/'):
+    _, embedder, name = name.split('/', 2)
+    workdir = epath.Path(workdir) / EMBEDDERS / embedder
   path = sidecar_path(workdir, name)
   recorded = list(files.read_json(path)['files']) if path.exists() else []
   path.unlink(missing_ok=True)
@@ -158,27 +181,39 @@ def forget(workdir, name: str) -> None:
 
 
 def sidecars(workdir) -> dict[str, dict]:
-  """Returns the sidecars of all finished products of a work directory by name."""
+  """Returns the sidecars of all finished products of a work directory by name, without those of further embedders."""
   found = {}
-  root = epath.Path(workdir)
-  if root.exists():
-    for path in sorted(_walk(root)):
-      sidecar = files.read_json(path)
-      found[sidecar['name']] = sidecar
+  for path in _walk(epath.Path(workdir), leave_out=(EMBEDDERS,)):
+    sidecar = files.read_json(path)
+    found[sidecar['name']] = sidecar
   return found
 
 
-def _walk(folder: epath.Path) -> Iterator[epath.Path]:
-  for path in folder.iterdir():
+def all_sidecars(workdir) -> dict[str, dict]:
+  """Returns those of further embedders, too, named embedders/<embedder>/<name>, as are their inputs of their own."""
+  found = sidecars(workdir)
+  root = epath.Path(workdir) / EMBEDDERS
+  for home in sorted(root.iterdir()) if root.exists() else ():
+    for path in _walk(home, leave_out=('ingest',)):
+      sidecar = files.read_json(path)
+      inputs = {name if name.startswith('ingest/') else f'{EMBEDDERS}/{home.name}/{name}': fingerprint
+                for name, fingerprint in sidecar['inputs'].items()}
+      found[f'{EMBEDDERS}/{home.name}/{sidecar["name"]}'] = sidecar | {'inputs': inputs}
+  return found
+
+
+def _walk(folder: epath.Path, leave_out: Sequence[str] = ()) -> Iterator[epath.Path]:
+  """Yields the sidecars in a folder, in the order of their names; leave_out: names in the folder itself."""
+  for path in sorted(folder.iterdir()) if folder.is_dir() else ():
     if path.name.endswith(SIDECAR):
       yield path
-    elif path.is_dir() and path.name not in ('checkpoints', 'figures', 'tables'):
+    elif path.is_dir() and path.name not in ('checkpoints', 'figures', 'tables', *leave_out):
       yield from _walk(path)
 
 
 def followers(workdir, names: Iterable[str]) -> list[str]:
   """Returns `names` and every product that reads one of them, directly or not; the last readers first."""
-  found = sidecars(workdir)
+  found = all_sidecars(workdir)
   order: list[str] = []
   todo = list(names)
   while todo:

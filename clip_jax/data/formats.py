@@ -14,6 +14,7 @@ from clip_jax.data import folder
 from clip_jax.data import parquet
 from clip_jax.data import storage
 from clip_jax.data import tfds
+from clip_jax.data import vectors
 from clip_jax.data import webdataset
 from clip_jax.data.storage import SourceFile
 from clip_jax.data.table import Sample
@@ -39,11 +40,14 @@ class Format:
   # (files of one shard, root, image_key's names in order, sample_key's, names of what else will be
   # asked for) -> its samples, and {'key', 'reason'} of what is no sample, which is complete when
   # the samples are exhausted. Names of images are in lower case.
+  # None: a file is vectors, and vector_index.py finds its rows.
   samples: Callable[[Sequence[SourceFile], str, Sequence[str], Sequence[str], Sequence[str]],
-                    tuple[Iterable[Sample], list[dict[str, str]]]]
-  # Of one shard, as it stands in files.json: {'format', 'root', 'path', 'image_key'}.
-  open: Callable[[Mapping[str, str]], Reader]
+                    tuple[Iterable[Sample], list[dict[str, str]]]] | None
+  # Of one shard, as it stands in files.json: {'format', 'root', 'path', 'image_key'}. None: it has
+  # no images of its own.
+  open: Callable[[Mapping[str, str]], Reader] | None
   patterns: tuple[str, ...]    # globs of its files in a folder
+  one_pattern: bool = False    # of these globs only the first that finds a file counts
   find: Callable[[str], list[str]] | None = None  # path -> its files, where globs do not say them
   files_a_shard: int = 1       # 65,536 where a file is one sample; else a file is a shard
   rooted: bool = False         # images are named by paths below a root
@@ -70,13 +74,15 @@ FORMATS = {
         remote=True, classes=parquet.classes),
     'folder': Format(
         lambda files, root, *names: folder.samples(root, [file.name for file in files]),
-        lambda where: storage.open_file(where['path']), (), folder.find, 65_536, True),
+        lambda where: storage.open_file(where['path']), (), find=folder.find,
+        files_a_shard=65_536, rooted=True),
     'tfds': Format(
         lambda files, root, *names: tfds.samples(files[0], *names),
-        lambda where: tfds.reader(where['path'], where['image_key']), (), tfds.find,
+        lambda where: tfds.reader(where['path'], where['image_key']), (), find=tfds.find,
         classes=tfds.classes),
     'array_record': Format(
         lambda files, root, *names: array_record.samples(files[0], *names),
         lambda where: array_record.reader(where['path'], where['image_key']),
         ('*.array_record', '*.array_record-*', '*.arrayrecord')),
+    'embeddings': Format(None, None, vectors.PATTERNS, True, remote=True),
 }

@@ -23,12 +23,16 @@ _VERSIONS = ('generation', 'ETag', 'etag', 'e_tag', 'md5Hash', 'Content-MD5', 'D
              'LastModified', 'Last-Modified', 'last_modified', 'updated', 'modified', 'created')
 
 
+class NoFiles(InputError):
+  """A path means no file at all."""
+
+
 def list_files(format: str, path: str) -> list[SourceFile]:
   """Returns the files of a dataset in order: natural order, braces as they are written.
 
   path: a file, a glob, braces ('{00000..00009}.tar', '{a,b}/*.tar') or a folder of tars, here or on
   gs://, s3:// and the like (on a web server a folder ends in '/'); for format 'folder' the folder
-  of images. Raises InputError where it, or a file that braces name, is missing.
+  of images. Raises NoFiles, an InputError, where it, or a file that braces name, is missing.
   """
   found_by = formats.get(format)
   if not path:
@@ -39,12 +43,12 @@ def list_files(format: str, path: str) -> list[SourceFile]:
     if not found_by.remote:
       raise InputError(f'path={path!r}: datasets of format {format!r} are read on this machine '
                        'only. Copy it here, or mount it.')
-    return _remote_files(path, found_by.patterns)
+    return _remote_files(path, found_by)
   path = os.path.abspath(os.path.expanduser(path))
   if found_by.find:
     found = found_by.find(path)
   else:
-    found = [file for pattern in _braces(path) for file in _matches(pattern, found_by.patterns)]
+    found = [file for pattern in _braces(path) for file in _matches(pattern, found_by)]
   _check_once(path, found)
   fixed = path if os.path.isdir(path) else os.path.dirname(
       path if os.path.exists(path) else re.split(r'[*?\[{]', path)[0])
@@ -59,11 +63,11 @@ def root(format: str, path: str) -> str:
   return os.path.abspath(os.path.expanduser(path)) if formats.get(format).rooted else ''
 
 
-def _remote_files(path: str, inside: Sequence[str]) -> list[SourceFile]:
+def _remote_files(path: str, found_by: formats.Format) -> list[SourceFile]:
   """Returns the files that a remote path, glob, braces or folder means, as `list_files` does."""
   system, web = storage.file_system(path), path.startswith('http')
   path, query = re.fullmatch(r'(.*?)(\?.*)?', path, re.DOTALL).groups('') if web else (path, '')
-  patterns = _expanded(path)
+  patterns = expanded(path)
   with storage.naming(path):
     system.invalidate_cache()  # an object may have changed since it was listed
     if len(patterns) > _THREADS and not web:
@@ -72,7 +76,7 @@ def _remote_files(path: str, inside: Sequence[str]) -> list[SourceFile]:
           system.ls(folder)  # is remembered there: one question instead of thousands
   with futures.ThreadPoolExecutor(_THREADS) as threads:
     matches = threads.map(lambda pattern: storage.steadily(
-        lambda: _remote_matches(system, pattern, query, inside)), patterns)
+        lambda: _remote_matches(system, pattern, query, found_by)), patterns)
     found = [info for infos in matches for info in infos]
   _check_once(path, [url for url, _ in found])
   fixed = posixpath.dirname(re.split(r'[*?\[{]', path)[0])
@@ -82,13 +86,13 @@ def _remote_files(path: str, inside: Sequence[str]) -> list[SourceFile]:
                      0.0, _version(info)) for url, info in found]
 
 
-def _remote_matches(system: Any, path: str, query: str, inside: Sequence[str]
+def _remote_matches(system: Any, path: str, query: str, found_by: formats.Format
                     ) -> list[tuple[str, Mapping[str, Any]]]:
   """Returns (URL, what the storage says of it) of the files that a path or a glob means."""
   patterns, found = [path], {}
   with storage.naming(path):
     if not any(sign in path for sign in '*?['):
-      patterns = [f'{path.rstrip("/")}/{name}' for name in inside]
+      patterns = [f'{path.rstrip("/")}/{name}' for name in found_by.patterns]
       if not path.endswith('/'):  # which is a folder, also where that is a page
         try:
           info = system.info(path + query)
@@ -101,6 +105,8 @@ def _remote_matches(system: Any, path: str, query: str, inside: Sequence[str]
       for name, info in system.glob(pattern, detail=True).items():
         if info['type'] != 'directory':
           found[storage.url(name, like=path) + query] = info
+      if found and found_by.one_pattern:
+        break
     if not found:
       raise _none([path])
     return [(url, _sized(system, url, found[url])) for url in sorted(found, key=natural)]
@@ -122,7 +128,7 @@ def _version(info: Mapping[str, Any]) -> str:
 
 
 def _none(patterns: Sequence[str]) -> InputError:
-  return InputError(f'{" or ".join(map(repr, patterns))} matches no file. Correct the path of the '
+  return NoFiles(f'{" or ".join(map(repr, patterns))} matches no file. Correct the path of the '
                     'dataset.')
 
 
@@ -132,26 +138,33 @@ def _check_once(path: str, found: Sequence[str]) -> None:
     raise InputError(f'{path!r} means {twice} more than once. Correct the path of the dataset.')
 
 
-def _matches(path: str, inside: Sequence[str]) -> list[str]:
-  """Returns the files that a path, or a glob, means; inside: globs of what counts in a folder."""
+def _matches(path: str, found_by: formats.Format) -> list[str]:
+  """Returns the files that a path, or a glob, means; in a folder those of the format's globs."""
   if os.path.isfile(path):
     return [path]
   patterns = [path]
   if os.path.isdir(path):
-    patterns = [os.path.join(glob.escape(path), name) for name in inside]
-  found = {file for pattern in patterns for file in glob.glob(pattern, recursive=True)}
-  found = sorted(filter(os.path.isfile, found), key=natural)
+    patterns = [os.path.join(glob.escape(path), name) for name in found_by.patterns]
+  found: set[str] = set()
+  for pattern in patterns:
+    found |= set(filter(os.path.isfile, glob.glob(pattern, recursive=True)))
+    if found and found_by.one_pattern:
+      break
+  if not found and os.path.isdir(path):
+    raise NoFiles(f'{path!r} matches no file: it is a folder without '
+                  f'{" or ".join(found_by.patterns)}. Correct the path of the dataset, or give a '
+                  'pattern.')
   if not found:
     raise _none(patterns)
-  return found
+  return sorted(found, key=natural)
 
 
 def _braces(path: str) -> list[str]:
   """Returns the paths that braces stand for; a file with braces in its name is itself."""
-  return [path] if os.path.exists(path) else _expanded(path)
+  return [path] if os.path.exists(path) else expanded(path)
 
 
-def _expanded(path: str) -> list[str]:
+def expanded(path: str) -> list[str]:
   """Returns the paths that braces stand for, in the order in which a shell writes them."""
   parts = re.split(r'\{([^{}]*)\}', path)  # what is in braces comes at odd places
   return [''.join(choice) for choice in itertools.product(

@@ -18,8 +18,10 @@ from clip_jax.core import files
 from clip_jax.core.errors import InputError
 from clip_jax.core.types import Array
 from clip_jax.data import formats
+from clip_jax.data import keyed_images
 from clip_jax.data import storage
 from clip_jax.data.table import read_columns
+from clip_jax.data.table import read_key
 
 _OPEN_FILES = 128  # source files that one Source keeps open
 
@@ -41,8 +43,17 @@ class Source:
   def __len__(self) -> int:
     return len(self._table)
 
+  @property
+  def has_images(self) -> bool:
+    """Whether rows have images: vectors alone have none, unless it is said where they are."""
+    return all(formats.get(shard['format']).open or shard.get('images')
+               for shard in self._files['shards'])
+
   def __getitem__(self, row: int) -> dict[str, Any]:
-    """Returns dict(image: the bytes of the file, caption: str, label: int, -1 for none)."""
+    """Returns dict(image: the bytes of the file, caption: str, label: int, -1 for none).
+
+    Raises InputError for a row of vectors whose image is nowhere.
+    """
     place = self._row(row)
     return self._sample(self._image(row, *place[:3]), place)
 
@@ -74,6 +85,10 @@ class Source:
   def classes(self) -> tuple[str, ...]:
     """The class names in label order, () where none are known."""
     return tuple(self._files['classes'])
+
+  def offsets(self, shard: int) -> Array:  # [n] int64
+    """Returns where the rows of a shard are in its file: of vectors, the numbers of their rows."""
+    return self._table['offset'][self.starts[shard]:self.starts[shard + 1]]
 
   def column(self, name: str) -> Array:  # [n]
     """Returns a column of the index: numbers (NaN for none), or objects, str (None for none)."""
@@ -116,7 +131,8 @@ class Source:
     if not where['path']:
       rows = range(int(self.starts[shard]), int(self.starts[shard + 1]))
       return where['root'], np.array(list(map(self._path, rows)), np.str_)
-    return where['path'], self._table['offset'][self.starts[shard]:self.starts[shard + 1]]
+    path = where['path']
+    return path if storage.is_remote(path) else os.path.realpath(path), self.offsets(shard)
 
   def _row(self, row: int) -> tuple[int, int, int, int, int, int]:
     row = operator.index(row)
@@ -131,11 +147,23 @@ class Source:
 
   def _image(self, row: int, shard: int, offset: int, length: int) -> bytes:
     where = self._files['shards'][shard]
+    if not formats.get(where['format']).open:
+      return self._keyed_image(row, shard)
     path = where['path'] or os.path.join(where['root'], self._path(row))
     with _readable(path):
       reader = (self._opened(shard) if where['path'] else
                 formats.get(where['format']).open({**where, 'path': path}))
       return _whole(path, offset, length, reader.read(offset, length))
+
+  def _keyed_image(self, row: int, shard: int) -> bytes:
+    """Returns the image of a row of vectors, which its key names."""
+    where = self._files['shards'][shard]
+    if not where.get('images'):
+      raise InputError(f'{where["path"]} holds vectors and no images. Say where they are with '
+                       '`images` of the dataset.')
+    key = read_key(self._directory, shard, row - int(self.starts[shard]))
+    with _readable(where['images']):
+      return keyed_images.KeyedImages(where['images']).read(key)
 
   def _images(self, rows: Sequence[int], places: Sequence[tuple]) -> list[bytes]:
     """Returns the images of rows: of a file that can read many at once by one call."""
@@ -144,7 +172,8 @@ class Source:
     for k, place in enumerate(places):
       shards[place[0]].append(k)
     for shard, those in shards.items():
-      path = self._files['shards'][shard]['path']
+      where = self._files['shards'][shard]
+      path = where['path'] if formats.get(where['format']).open else ''
       with _readable(path):
         reader = self._opened(shard) if path else None
         if isinstance(reader, storage.RemoteFile):

@@ -93,15 +93,20 @@ def lines(found: dict[str, Any]) -> list[str]:
   """Returns a summary in a few sentences."""
   sizes, captions, labels = found['images'], found['captions'], found['labels']
   kinds = ', '.join(f'{count:,} {kind}' for kind, count in sizes['types'].items())
-  line = f'{found["samples"]:,} samples, {progress.size(sizes["bytes"])} of images ({kinds or "none"})'
+  line = (f'{found["samples"]:,} samples, {progress.size(sizes["bytes"])} of images '
+          f'({kinds or "none"})')
+  if found['samples'] and not sizes['bytes']:  # no image has no bytes
+    line = progress.counted(found['samples'], 'vector')
   if sizes['short_side']:
     line += f', short side {_range(sizes["short_side"])} pixels'
-  if sizes['unknown_size']:
+  if sizes['unknown_size'] and sizes['bytes']:
     line += (f'; the size of {sizes["unknown_size"]:,} is not known, and embedding will tell '
              'whether they can be read')
   said = [line]
   if captions['empty'] < found['samples']:
-    said.append(f'captions of {_range(captions["words"])} words, {captions["empty"]:,} empty, '
+    words = _range(captions['words'])
+    said.append(f'captions of {words} word{"" if words == "1" else "s"}, '
+                f'{captions["empty"]:,} empty, '
                 f'{captions["repeated"]:,} ({captions["repeated_share"]:.1%}) repeat an earlier '
                 'one')
   if labels['classes'] or labels['per_class']:

@@ -150,6 +150,18 @@ def read_columns(directory: str, shard: int, columns: list[str]):
   return pq.ParquetFile(index_file(directory, shard)).read(columns)
 
 
+def read_key(directory: str, shard: int, row: int) -> str:
+  """Returns the key of a row of a shard; only the part of its index where that lies is read."""
+  import pyarrow.parquet as pq
+  with pq.ParquetFile(index_file(directory, shard)) as index:
+    for group in range(index.num_row_groups):
+      size = index.metadata.row_group(group).num_rows
+      if row < size:
+        return index.read_row_group(group, ['key'])['key'][row].as_py()
+      row -= size
+  raise IndexError(f'row {row} is not in {index_file(directory, shard)}')
+
+
 def skipped_file(directory: str, shard: int) -> str:
   return os.path.join(directory, f'skipped-{shard:05d}.json')
 

@@ -1,0 +1,86 @@
+"""Images that a key names, files of a folder or members of tars: pictures of rows that are vectors.
+
+In: a folder, or the path of tars; a key. Out: the bytes of that image.
+"""
+
+import functools
+import os
+
+from clip_jax.core.errors import InputError
+from clip_jax.data import folder
+from clip_jax.data import listing
+from clip_jax.data import storage
+from clip_jax.data import webdataset
+
+ENDINGS = ('jpg', 'jpeg', 'png', 'webp')  # of members of a tar, in this order of preference
+
+
+def is_there(path: str) -> bool:
+  """Returns whether a path is a folder, or means tars; a remote one is believed until read."""
+  path = os.path.expanduser(path)
+  if storage.is_remote(path) or os.path.isdir(path):
+    return True
+  try:
+    return bool(listing.list_files('webdataset', path))
+  except InputError:
+    return False
+
+
+class KeyedImages:
+  """The images of a folder, or of tars, by their keys. Any number of threads may read.
+
+  The headers of tars are passed over once a process, at the first read; their keys are kept.
+  """
+
+  def __init__(self, path: str):
+    self._path = os.path.expanduser(path)
+
+  def read(self, key: str) -> bytes:
+    """Returns the bytes of an image. Raises InputError where there is none of that key."""
+    data = self._of_tars(key) if _tars(self._path) else self._of_folder(key)
+    if data is None:
+      raise InputError(f'{self._path} has no image {key!r}. Correct `images` of the dataset.')
+    return data
+
+  def _of_folder(self, key: str) -> bytes | None:
+    parts = [part for part in key.split('/') if part]
+    if not parts or '..' in parts:
+      return None
+    # An absolute path is of the machine that made the vectors: its end may be a file here.
+    for start in range(len(parts) if key.startswith('/') else 1):
+      path = os.path.join(self._path, *parts[start:])
+      for candidate in (path, *(f'{path}.{ending}' for ending in folder.IMAGES)):
+        if os.path.isfile(candidate):
+          file = storage.File(candidate)
+          return file.read(0, file.size())
+    return None
+
+  def _of_tars(self, key: str) -> bytes | None:
+    place = _members(self._path).get(key)
+    if place is None:
+      return None
+    path, offset, length = place
+    return storage.open_file(path).read(offset, length)
+
+
+@functools.lru_cache(maxsize=64)
+def _tars(path: str) -> tuple[str, ...]:
+  """Returns the tars that a path means, () for a folder without any."""
+  try:
+    return tuple(file.path for file in listing.list_files('webdataset', path))
+  except listing.NoFiles:
+    if os.path.isdir(path):
+      return ()
+    raise
+
+
+@functools.lru_cache(maxsize=8)
+def _members(path: str) -> dict[str, tuple[str, int, int]]:
+  """Returns key -> (tar, offset, length) of the images in all tars; the first of a key counts."""
+  found: dict[str, tuple[str, int, int]] = {}
+  for tar in _tars(path):
+    for sample in webdataset.samples(tar, os.path.basename(tar))[0]:
+      ending = next((ending for ending in ENDINGS if ending in sample.members), None)
+      if ending:
+        found.setdefault(sample.key, (tar, *sample.members[ending]))
+  return found

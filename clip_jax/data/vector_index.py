@@ -1,0 +1,407 @@
+"""The index of files of vectors: which metadata belong to which file, and one row a vector.
+
+In: files of vectors (vectors.py) and, where they have any, parquet files of metadata with as many
+rows; clip-ood's labels_<i>.npy and paths_<i>.npy count as two more columns, 'labels' and 'paths'.
+Out: index-<shard>.parquet as table.py writes it, offset = the row in the file. Arrow computes whole
+columns: there may be a billion rows.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+import glob
+import hashlib
+import json
+import os
+import re
+from typing import Any
+
+from absl import logging
+import numpy as np
+
+from clip_jax.core import files
+from clip_jax.core import progress
+from clip_jax.core.errors import ConfigError
+from clip_jax.core.errors import InputError
+from clip_jax.core.types import Array
+from clip_jax.data import listing
+from clip_jax.data import storage
+from clip_jax.data import table
+from clip_jax.data import vectors
+from clip_jax.data.storage import SourceFile
+
+METADATA, LABELS, PATHS = 'metadata', 'labels', 'paths'  # what may lie beside a file of vectors
+ALSO_KEYS = ('image_path', 'id', 'image_id', PATHS)  # of keys, where sample_key's are not there
+_FOLDERS = ('img_emb', 'images', 'text_emb')  # of vectors, beside which metadata/ may lie
+_ROWS = 1 << 17  # in memory at once
+
+
+def companions(found: Sequence[SourceFile], metadata: str = '') -> list[dict[str, SourceFile]]:
+  """Returns, for each file of vectors, what describes its rows: 'metadata', 'labels', 'paths'.
+
+  metadata: path of parquet files; '' takes those in metadata/ beside the vectors' folder, or
+  parquet files of the same stem (DataComp). Paired by stem where all are the same, else by the
+  number at the end of the stem: img_emb_3 and metadata_3, img_emb_0003 and metadata_0003. Raises
+  InputError where a file of vectors has no partner, or a number comes twice.
+  """
+  beside: list[dict[str, SourceFile]] = [{} for _ in found]
+  groups: dict[str, list[int]] = {}
+  for i, file in enumerate(found):
+    groups.setdefault('' if metadata else os.path.dirname(file.path), []).append(i)
+  for folder, places in groups.items():
+    paths = [found[i].path for i in places]
+    for kind, partners in _described(folder, metadata, paths).items():
+      for i, partner in zip(places, _paired(paths, partners, kind), strict=True):
+        beside[i][kind] = partner
+  return beside
+
+
+def _described(folder: str, metadata: str, paths: Sequence[str]) -> dict[str, list[SourceFile]]:
+  """Returns the files of each kind that describe the vectors of one folder."""
+  if metadata:
+    try:
+      return {METADATA: listing.list_files('parquet', metadata)}
+    except listing.NoFiles as error:
+      raise InputError(f'metadata={metadata!r} matches no parquet file. Correct it.') from error
+  described = {}
+  above, name = os.path.split(folder)
+  if name in _FOLDERS:
+    described = {kind: _listed(f'{above}/{kind}', ending) for kind, ending in (
+        (METADATA, 'parquet'), (LABELS, 'npy'), (PATHS, 'npy'))}
+  if not described.get(METADATA):
+    described[METADATA] = _listed(f'{folder}/{METADATA}', 'parquet')
+  if not described[METADATA] and not any(path.endswith('.parquet') for path in paths):
+    stems = {_stem(path) for path in paths}
+    described[METADATA] = [file for file in _listed(folder, 'parquet') if _stem(file.path) in stems]
+  return {kind: partners for kind, partners in described.items() if partners}
+
+
+def _listed(folder: str, ending: str) -> list[SourceFile]:
+  if not storage.is_remote(folder) and not os.path.isdir(folder):
+    return []
+  try:
+    inside = folder if storage.is_remote(folder) else glob.escape(folder)
+    return listing.list_files('parquet', f'{inside}/*.{ending}')
+  except listing.NoFiles:
+    return []
+
+
+def _stem(path: str) -> str:
+  return os.path.splitext(os.path.basename(path.partition('?')[0]))[0]
+
+
+def _paired(paths: Sequence[str], partners: Sequence[SourceFile], kind: str) -> list[SourceFile]:
+  """Returns the partner of each path, in their order."""
+  by_stem = {_stem(file.path): file for file in partners}
+  if len(by_stem) == len(partners) and all(_stem(path) in by_stem for path in paths):
+    return [by_stem[_stem(path)] for path in paths]
+  if len(paths) == len(partners) == 1 and None in (_number(paths[0]), _number(partners[0].path)):
+    return list(partners)
+  where = os.path.dirname(partners[0].path)
+  numbers: dict[int, SourceFile] = {}
+  for file in partners:
+    number = _number(file.path)
+    if number is not None and number in numbers:
+      raise InputError(f'{numbers[number].path} and {file.path} both end in the number {number}, '
+                       'so which vectors they describe is not clear. Give one folder of '
+                       'metadata, or join folders with format=concat.')
+    if number is not None:
+      numbers[number] = file
+  seen: dict[int, str] = {}
+  for path in paths:
+    number = _number(path)
+    if number not in numbers:
+      raise InputError(f'{path} has no partner in {where}: no file of {kind} there ends in the '
+                       f'same number ({_span(numbers)}). Put it there, or correct the path.')
+    if number in seen:
+      raise InputError(f'{seen[number]} and {path} both end in the number {number}, so {kind} '
+                       'cannot be told apart. Join their folders with format=concat.')
+    seen[number] = path
+  if unused := sorted(set(numbers) - set(seen)):
+    logging.info('%s: %s without vectors in this dataset, for example %s.', where,
+                 progress.counted(len(unused), 'file'), os.path.basename(numbers[unused[0]].path))
+  return [numbers[_number(path)] for path in paths]
+
+
+def _number(path: str) -> int | None:
+  """Returns the number at the end of a file's stem."""
+  digits = re.search('[0-9]+$', _stem(path))
+  return int(digits[0]) if digits else None
+
+
+def _span(numbers: Mapping[int, Any]) -> str:
+  return f'they end in {min(numbers)} to {max(numbers)}' if numbers else 'none ends in a number'
+
+
+def write(directory: str, shard: int, file: SourceFile, beside: Mapping[str, SourceFile], *,
+          vector_key: str = '', vector_dim: int = 0, where: Mapping[str, Any] | None = None,
+          part: tuple[float, float] = (0.0, 1.0), group_key: str = '', group_pattern: str = '',
+          sample_key: str = 'key;uid', caption_key: str = 'txt;caption;text', label_key: str = '',
+          classes: Sequence[str] = (), columns: Sequence[str] = ()) -> dict[str, Any]:
+  """Writes index-<shard>.parquet and skipped-<shard>.json of a file of vectors; returns the counts.
+
+  The arguments are those of sources.scan, over columns of the metadata (of the file itself, where
+  it is a parquet). A row that has no value of a column in `where` is not asked for. Rows with a
+  label that is none of the classes are skipped, as elsewhere. Raises InputError where metadata have
+  another number of rows than there are vectors, or a column that is asked for is not there or of a
+  strange type.
+  """
+  import pyarrow.parquet as pq
+  if taken := set(columns) & set(table.COLUMNS):
+    raise ConfigError(f'columns names {min(taken)!r}, which every index has already: leave it out.')
+  found = vectors.head(file.path, vector_key, vector_dim)
+  rows = _Rows(file, beside, found)
+  keys = [name for name in (*_names(sample_key), *ALSO_KEYS) if rows.has(name)][:1]
+  captions = [name for name in _names(caption_key.replace('json:', '')) if rows.has(name)]
+  sizes = [next((name for name in (side, f'original_{side}') if rows.has(name)), '')
+           for side in ('width', 'height')]
+  asked = [*(where or {}), *filter(None, (group_key, label_key))]
+  for name in asked:
+    rows.check(name)
+  picked = _picker(where or {}, part)
+  skipped, left_out, written = [], 0, 0
+  writer = None
+  with files.atomic(table.index_file(directory, shard)) as path:
+    try:
+      for start, batch in rows.batches([*keys, *captions, *filter(None, sizes), *asked, *columns]):
+        made, label = _index(file, shard, start, batch, keys, captions, sizes, group_key,
+                             group_pattern, label_key, classes, columns)
+        chosen = picked(batch, made['group'].combine_chunks())
+        bad = chosen & (label < -1)
+        skipped += [{'key': key, 'reason': 'bad label'}
+                    for key in made.filter(bad)['key'].to_pylist()]
+        made = made.filter(chosen & ~bad)
+        writer = writer or pq.ParquetWriter(os.fspath(path), made.schema, compression='zstd')
+        writer.write_table(made)
+        left_out, written = left_out + int((~chosen).sum()), written + len(made)
+    finally:
+      if writer:
+        writer.close()
+  files.write_json(table.skipped_file(directory, shard), skipped)
+  return {'rows': written, 'skipped': len(skipped), 'left_out': left_out, 'dim': found.dim,
+          'reasons': {'bad label': len(skipped)} if skipped else {}}
+
+
+class _Rows:
+  """What is said of the rows of a file of vectors, by columns, batch after batch."""
+
+  def __init__(self, file: SourceFile, beside: Mapping[str, SourceFile], found: vectors.Head):
+    self._file, self._rows, self._beside = file, found.rows, beside
+    self._said_by = beside.get(METADATA) or (file if found.kind == 'parquet' else None)
+    self._schema = _parquet(self._said_by).schema_arrow if self._said_by else []
+    self._types = {field.name: field.type for field in self._schema if field.name != found.name}
+    self._arrays = {kind: _array(beside[kind].path) for kind in (LABELS, PATHS) if kind in beside}
+    counts = {beside[kind].path: len(array) for kind, array in self._arrays.items()}
+    if self._said_by:
+      counts[self._said_by.path] = _parquet(self._said_by).metadata.num_rows
+    for path, rows in counts.items():
+      if rows != self._rows:
+        raise InputError(f'{path} describes {rows:,} rows, and {file.path} has {self._rows:,} '
+                         'vectors: they do not belong together, or one of them is cut short.')
+
+  def has(self, name: str) -> bool:
+    return name in self._types or name in self._arrays
+
+  def check(self, name: str) -> None:
+    """Raises InputError where there is no column of a name that is needed."""
+    if not self.has(name):
+      said = self._said_by.path if self._said_by else f'{self._file.path}, which has no metadata,'
+      have = ', '.join([*self._types, *self._arrays]) or 'none'
+      raise InputError(f'{said} has no column {name!r}, which the dataset asks for; it has {have}.')
+
+  def batches(self, names: Sequence[str]) -> Iterator[tuple[int, dict]]:
+    """Yields (first row, column -> arrow array), at most _ROWS at once; at least one batch."""
+    import pyarrow as pa
+    names = [name for name in dict.fromkeys(names) if self.has(name)]
+    read = [name for name in names if name in self._types]
+    start = 0
+    if read:
+      parts = (dict(zip(batch.schema.names, batch.columns, strict=True)) for batch in
+               _parquet(self._said_by).iter_batches(_ROWS, columns=read))
+    else:
+      parts = ({} for _ in range(0, self._rows, _ROWS))
+    empty = {name: pa.array([], self._types[name]) for name in read}
+    for part in parts if self._rows else [empty]:
+      size = len(part[read[0]]) if read else min(_ROWS, self._rows - start)
+      more = {name: pa.array(array[start:start + size]) for name, array in self._arrays.items()
+              if name in names and name not in read}
+      yield start, {'': pa.nulls(size), **part, **more}
+      start += size
+
+
+def _parquet(file: SourceFile):
+  import pyarrow as pa
+  import pyarrow.parquet as pq
+  try:
+    return pq.ParquetFile(storage.open_stream(file.path), pre_buffer=False)
+  except (pa.ArrowInvalid, OSError) as error:
+    raise InputError(f'{file.path} cannot be read as parquet ({str(error).splitlines()[0]}). Put '
+                     'the whole file there.') from error
+
+
+def _array(path: str) -> Array:  # [n]
+  """Returns clip-ood's labels or paths: whole numbers, or text; never Python objects."""
+  try:
+    with storage.open_stream(path) as f:
+      array = np.lib.format.read_array(f, allow_pickle=False)
+  except (ValueError, EOFError) as error:
+    raise InputError(f'{path} cannot be read ({error}). Save whole numbers or text with np.save, '
+                     'and no Python objects.') from error
+  if array.ndim != 1 or array.dtype.kind not in 'iuUS':
+    raise InputError(f'{path} has {array.dtype} {array.shape}; one whole number or text a row is '
+                     'read.')
+  return array.astype(str) if array.dtype.kind in 'SU' else array.astype(np.int64)
+
+
+def _names(keys: str) -> list[str]:
+  return [name for name in map(str.strip, keys.split(';')) if name]
+
+
+def _index(file: SourceFile, shard: int, start: int, batch: dict, keys: Sequence[str],
+           captions: Sequence[str], sizes: Sequence[str], group_key: str, group_pattern: str,
+           label_key: str, classes: Sequence[str], columns: Sequence[str]):
+  """Returns the index of some rows, an arrow table, and their labels [n], -2 where one is bad."""
+  import pyarrow as pa
+  import pyarrow.compute as pc
+  size = len(batch[''])
+  row = pa.array(np.arange(start, start + size, dtype=np.int64))
+  key = pc.binary_join_element_wise(pa.scalar(_clean(file.name)), row.cast(pa.string()), '/')
+  if keys:
+    key = pc.coalesce(_text(file, keys[0], batch), key)
+  caption = pa.nulls(size, pa.string())
+  for name in captions:
+    text = pc.utf8_trim_whitespace(_text(file, name, batch))
+    caption = pc.coalesce(caption, pc.if_else(pc.equal(text, ''), None, text))
+  caption = pc.fill_null(caption, '')
+  group = pc.coalesce(_text(file, group_key, batch), key) if group_key else key
+  if group_pattern:
+    group = _mapped(group, _cut(re.compile(group_pattern)), 'string')
+  label = _labels(file, label_key, batch, classes) if label_key else np.full(size, -1, np.int64)
+  made = {'key': key, 'caption': caption, 'label': pa.array(np.maximum(label, -1).astype(np.int32)),
+          'group': group, 'shard': pa.array(np.full(size, shard, np.int32)), 'offset': row,
+          'length': pa.array(np.zeros(size, np.int32))}
+  for side, name in zip(('width', 'height'), sizes):
+    made[side] = pa.array(_pixels(file, name, batch) if name else np.zeros(size, np.int32))
+  made['type'] = pa.repeat('', size)
+  for name in columns:
+    made[name] = _column(batch[name]) if name in batch else pa.nulls(size)
+  return pa.table(made), label
+
+
+def _picker(where: Mapping[str, Any], part: tuple[float, float]) -> Callable[[dict, Any], Array]:
+  """Returns (batch, groups) -> which rows are asked for, [n] bool."""
+  import pyarrow as pa
+  import pyarrow.compute as pc
+  allowed = {name: list(value) if isinstance(value, (tuple, list)) else [value]
+             for name, value in where.items()}
+  low, high = part
+
+  def picked(batch: dict, group) -> Array:
+    mask = np.ones(len(group), bool)
+    for name, values in allowed.items():
+      try:
+        wanted = pa.array(values, batch[name].type)
+      except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, TypeError) as error:
+        raise ConfigError(f'where names {name}={values}, and that column holds {batch[name].type}: '
+                          f'{str(error).splitlines()[0]}.') from error
+      mask &= pc.is_in(batch[name], wanted).to_numpy(zero_copy_only=False)
+    if part != (0, 1):
+      inside = _mapped(group, lambda text: low <= _fraction(text) < high, 'bool')
+      mask &= inside.to_numpy(zero_copy_only=False)
+    return mask
+  return picked
+
+
+def _fraction(text: str) -> float:
+  """Returns a number in [0, 1) that is a text's own: the one by which sources.py chooses a part."""
+  return int.from_bytes(hashlib.sha256(text.encode()).digest(), 'big') / 2**256
+
+
+def _cut(pattern: re.Pattern) -> Callable[[str], str]:
+  """Returns text -> the first group of a match, else the whole match, else the text."""
+  def cut(text: str) -> str:
+    match = pattern.search(text)
+    return match[1 if match.re.groups and match[1] is not None else 0] if match else text
+  return cut
+
+
+def _mapped(texts, function: Callable[[str], Any], kind: str):
+  """Returns function(text) of every text of an arrow array, computed once for equal ones."""
+  import pyarrow as pa
+  coded = texts.dictionary_encode()
+  return pa.array(map(function, coded.dictionary.to_pylist()), kind).take(coded.indices)
+
+
+def _text(file: SourceFile, name: str, batch: dict):
+  """Returns a column as text, null where it says nothing."""
+  import pyarrow as pa
+  kind = batch[name].type
+  if pa.types.is_dictionary(kind):
+    return batch[name].dictionary_decode().cast(pa.string())
+  if pa.types.is_nested(kind):
+    raise InputError(f'{file.name}: its column {name!r} holds {kind}, which is no text. Name '
+                     'another.')
+  try:
+    return batch[name].cast(pa.string())
+  except pa.ArrowInvalid as error:
+    raise InputError(f'{file.name}: its column {name!r} is no UTF-8 text ({error}). Name another.'
+                     ) from error
+
+
+def _labels(file: SourceFile, name: str, batch: dict, classes: Sequence[str]) -> Array:  # [n] int64
+  """Returns labels: -1 where there is none, -2 where it is no class."""
+  import pyarrow as pa
+  import pyarrow.compute as pc
+  kind = batch[name].type
+  most = len(classes) or 2**31
+  if pa.types.is_integer(kind) or pa.types.is_boolean(kind) or pa.types.is_null(kind):
+    label = pc.fill_null(batch[name].cast(pa.int64(), safe=False), -1)
+    label = label.to_numpy(zero_copy_only=False)
+  elif pa.types.is_floating(kind):
+    number = pc.fill_null(batch[name].cast(pa.float64()), np.nan)
+    number = number.to_numpy(zero_copy_only=False)
+    whole = np.where(np.isnan(number), -1, np.where(number == np.floor(number), number, -2))
+    label = np.clip(whole, -2, 2.0**40).astype(np.int64)
+  else:
+    places = {text: place for place, text in reversed(list(enumerate(classes)))}
+
+    def place(text: str) -> int:
+      return places.get(text, int(text) if re.fullmatch('-?[0-9]{1,10}', text.strip()) else -2)
+    label = _mapped(_text(file, name, batch), place, 'int64')
+    label = pc.fill_null(label, -1).to_numpy(zero_copy_only=False).astype(np.int64)
+  return np.where((label >= -1) & (label < most), label, -2)
+
+
+def _pixels(file: SourceFile, name: str, batch: dict) -> Array:  # [n] int32
+  import pyarrow as pa
+  import pyarrow.compute as pc
+  kind = batch[name].type
+  if not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
+    raise InputError(f'{file.name}: its column {name!r} holds {kind}, which is no number of '
+                     'pixels.')
+  number = pc.fill_null(batch[name].cast(pa.float64(), safe=False), 0)
+  number = number.to_numpy(zero_copy_only=False)
+  return np.clip(np.nan_to_num(number), 0, 2**31 - 1).astype(np.int32)
+
+
+def _column(values):
+  """Returns a chosen column as the index has them: whole numbers, else numbers, else text."""
+  import pyarrow as pa
+  import pyarrow.compute as pc
+  kind = values.type
+  if pa.types.is_dictionary(kind):
+    return _column(values.dictionary_decode())
+  if pa.types.is_integer(kind) and kind != pa.uint64():
+    return values.cast(pa.int64())
+  if pa.types.is_floating(kind):
+    numbers = values.cast(pa.float64())
+    return pc.if_else(pc.is_nan(numbers), None, numbers)
+  if pa.types.is_null(kind):
+    return values
+  if pa.types.is_nested(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+    return pa.array([None if value is None else json.dumps(value, default=str)
+                     for value in values.to_pylist()], pa.string())
+  return values.cast(pa.string())
+
+
+def _clean(name: str) -> str:
+  """Returns a file's name, which may be any bytes, as UTF-8."""
+  return name.encode('utf-8', 'backslashreplace').decode()

@@ -1,0 +1,335 @@
+"""Format 'embeddings': files of vectors that others made, in blocks. Nothing is ever unpickled.
+
+In: .npy, .npz (DataComp), .parquet with a column of lists (NeMo-Curator, autofaiss), or float32
+without a header (SemDeDup), here or remote. Out: their rows and E, told by the file's head alone;
+blocks of vectors; unit vectors. What a file is, its first bytes say, not its ending: SemDeDup's
+have any.
+"""
+
+from collections.abc import Iterator
+import contextlib
+import dataclasses
+import hashlib
+import math
+import os
+from typing import Any, BinaryIO
+import zipfile
+
+import numpy as np
+
+from clip_jax.core import files
+from clip_jax.core import progress
+from clip_jax.core.errors import InputError
+from clip_jax.core.types import Array
+from clip_jax.data import storage
+from clip_jax.data.storage import SourceFile
+
+# Globs of what is looked for in a folder; the first that finds a file counts: clip-retrieval's and
+# clip-ood's layout, then DataComp's, whose .npz lie beside .parquet files of metadata.
+PATTERNS = ('img_emb/*.npy', 'images/img_emb_*.npy', '*.npy', '*.npz', '*.parquet')
+LEAST_NORM, MOST_NORM = 0.9, 1.1
+_BLOCK = 1 << 24             # bytes of float32 in a block
+_COPIED_AT_ONCE = 1 << 23    # bytes of a remote file
+_SQUARED_IN_FLOAT32 = 1e-12, 1e30  # squared norms that float32 holds without loss
+_NPY, _NPZ, _PARQUET = b'\x93NUMPY', b'PK\x03\x04', b'PAR1'
+
+
+@dataclasses.dataclass(frozen=True)
+class Head:
+  """What a file of vectors says of itself: [rows, dim] floats."""
+  kind: str         # 'npy' | 'npz' | 'parquet' | 'raw'
+  rows: int
+  dim: int          # E; 0 where a parquet file has no row that tells it
+  dtype: np.dtype
+  name: str = ''    # the array of an npz, the column of a parquet
+  offset: int = 0   # where the numbers begin: bytes of the file, or of the npz's member
+  fortran: bool = False
+
+
+def head(path: str, key: str = '', dim: int = 0) -> Head:
+  """Returns what a file of vectors holds; the vectors are not read.
+
+  key: the array of an npz, the column of a parquet; '' takes the only one that can be vectors. dim:
+  E of a file without a header. Raises InputError where a file is not whole, or not vectors.
+  """
+  with _readable(path), storage.open_stream(path) as f:
+    magic, size = f.read(6), f.seek(0, os.SEEK_END)
+    f.seek(0)
+    if not size:
+      raise InputError(f'{path} is empty. Put the whole file there.')
+    if magic == _NPY:
+      found = _npy_head(f, path, size)
+    elif magic[:4] == _NPZ:
+      found = _npz_head(f, path, key)
+    elif magic[:4] == _PARQUET:
+      found = _parquet_head(f, path, key)
+    elif dim:
+      if size % (4 * dim):
+        raise InputError(f'{path} has {size:,} bytes, which are no whole rows of vector_dim={dim} '
+                         f'float32 numbers ({4 * dim} bytes each). Correct vector_dim, or put the '
+                         'whole file there.')
+      found = Head('raw', size // (4 * dim), dim, np.dtype('<f4'))
+    else:
+      raise InputError(f'{path} is no .npy, .npz or .parquet file. Float32 numbers without a '
+                       'header (SemDeDup) need vector_dim, the numbers in a vector.')
+  if dim and found.dim and found.dim != dim:
+    raise InputError(f'{path} has vectors of {found.dim} numbers, and vector_dim={dim} says '
+                     'otherwise. Correct it.')
+  if found.rows and not found.dim:
+    raise InputError(f'{path} has vectors of no numbers, {found.rows:,} x 0. Put the right file '
+                     'there.')
+  return found
+
+
+def blocks(path: str, found: Head, block_rows: int = 0) -> Iterator[tuple[int, Array]]:
+  """Yields (first row, vectors [b, E] of the file's dtype) of all rows, in order; memory is flat.
+
+  found: what `head` returned of it; path: of a copy on this machine. Raises InputError where the
+  file is damaged or ends early.
+  """
+  step = block_rows or max(1, _BLOCK // (4 * max(found.dim, 1)))
+  make = {'npz': _npz_blocks, 'parquet': _parquet_blocks}.get(found.kind, _flat_blocks)
+  with _readable(path):
+    start = 0
+    for block in make(path, found, step):
+      yield start, block
+      start += len(block)
+  if start != found.rows:
+    raise InputError(f'{path} gave {start:,} of {found.rows:,} vectors: it is not the file that '
+                     'was indexed. Put that back, or index again with --redo=ingest.')
+
+
+def unit(block: Array,  # [b, E] floats
+         any_norm: bool = False) -> tuple[Array, Array]:
+  """Returns unit vectors, divided in float32, then float16 [b, E]; and which are bad, bool [b].
+
+  Bad: a NaN or an infinity in it, all zeros, or, unless any_norm, a norm outside [0.9, 1.1]. A bad
+  vector's numbers mean nothing.
+  """
+  with np.errstate(over='ignore', invalid='ignore'):
+    x = block.astype(np.float32)
+    squared = np.einsum('be,be->b', x, x)
+    norm = np.sqrt(squared)
+    low, high = _SQUARED_IN_FLOAT32
+    bad = ~((LEAST_NORM <= norm) & (norm <= MOST_NORM))  # so is a NaN
+    rare = np.flatnonzero(~((low < squared) & (squared < high))) if any_norm else ()
+    if any_norm:
+      bad = np.zeros(len(x), bool)
+    if len(rare):  # float32 may not hold their squares
+      exact = block[rare].astype(np.float64)
+      most = np.abs(exact).max(axis=1)
+      bad[rare] = ~((most > 0) & (most < np.inf))
+      exact = exact / np.where(bad[rare], 1, most)[:, None]
+      x[rare], norm[rare] = exact, np.linalg.norm(exact, axis=1)
+    x /= np.where(bad, np.float32(1), norm)[:, None]
+    return x.astype(np.float16), bad
+
+
+def fault(vector: Array) -> str:  # [E]
+  """Returns in words what is wrong with a vector that `unit` calls bad."""
+  if not np.isfinite(vector).all():
+    return 'holds a NaN or an infinity'
+  norm = float(np.linalg.norm(vector.astype(np.float64)))
+  return f'has length {norm:.4g}' if norm else 'is all zeros'
+
+
+def local_copy(file: SourceFile, cache: str) -> str:
+  """Returns the path of a source file on this machine: its own, or of a copy in the folder `cache`.
+
+  A copy's name holds a hash of the URL and of the object's state, so a changed object is copied
+  anew; it appears under that name only when it is whole. Raises InputError where the storage sends
+  less.
+  """
+  if not storage.is_remote(file.path):
+    return file.path
+  stamp = hashlib.sha256(f'{file.path} {file.stamp}'.encode()).hexdigest()[:16]
+  path = os.path.join(cache, f'{stamp}-{os.path.basename(file.name.partition("?")[0])}')
+  if os.path.exists(path) and os.path.getsize(path) == file.size:
+    return path
+  os.makedirs(cache, exist_ok=True)
+  files.check_space(cache, file.size, f'The copy of {file.path}')
+  source = storage.open_file(file.path)
+  with files.atomic(path) as temporary, temporary.open('wb') as f, progress.Bar(
+      total=file.size, desc=f'copy {os.path.basename(file.name)}', unit='byte') as bar:
+    for start in range(0, file.size, _COPIED_AT_ONCE):
+      length = min(_COPIED_AT_ONCE, file.size - start)
+      data = source.read(start, length)
+      if len(data) != length:
+        raise InputError(f'{file.path} ends at byte {start + len(data):,} of {file.size:,}: it '
+                         'has changed since it was listed. Run the same command again.')
+      f.write(data)
+      bar.update(length)
+  return path
+
+
+@contextlib.contextmanager
+def _readable(path: str) -> Iterator[None]:
+  """Turns what libraries say of a damaged file into an InputError that names it."""
+  try:
+    yield
+  except (InputError, MemoryError):
+    raise
+  except FileNotFoundError as error:
+    raise InputError(f'{path} is not there. Put it back, or correct the path of the dataset.'
+                     ) from error
+  except Exception as error:  # each library says in its own way that bytes are damaged
+    raise InputError(f'{path} cannot be read as vectors '
+                     f'({str(error).splitlines()[0] if str(error) else "damaged"}). Put the whole '
+                     'file there.') from error
+
+
+def _npy_head(f: BinaryIO, path: str, size: int) -> Head:
+  shape, fortran, dtype = _array_header(f, path)
+  _check_array(path, shape, dtype)
+  offset = f.tell()
+  needed = offset + math.prod(shape) * dtype.itemsize
+  if size != needed:
+    raise InputError(f'{path} has {size:,} bytes, and its header says {shape[0]:,} x {shape[1]:,} '
+                     f'{dtype} numbers, which need {needed:,}: it is '
+                     f'{"cut short" if size < needed else "damaged"}. Put the whole file there.')
+  return Head('npy', *shape, dtype, '', offset, fortran)
+
+
+def _array_header(f: BinaryIO, path: str) -> tuple[tuple[int, ...], bool, np.dtype]:
+  """Reads the header of an npy, and no more: (shape, is it in Fortran's order, dtype)."""
+  version = np.lib.format.read_magic(f)
+  if version not in ((1, 0), (2, 0), (3, 0)):
+    raise InputError(f'{path} is an .npy of version {version}, which is not known. Write it with '
+                     'np.save.')
+  lib = np.lib.format
+  return (lib.read_array_header_1_0 if version == (1, 0) else lib.read_array_header_2_0)(f)
+
+
+def _check_array(path: str, shape: tuple[int, ...], dtype: np.dtype) -> None:
+  if dtype.hasobject:
+    raise InputError(f'{path} holds Python objects (dtype {dtype}), which are never unpickled. '
+                     'Save the vectors as float16 or float32.')
+  if dtype.kind != 'f' or dtype.itemsize > 8:
+    raise InputError(f'{path} holds {dtype} numbers; vectors are float16, float32 or float64.')
+  if len(shape) != 2 or min(shape) < 0:
+    raise InputError(f'{path} has an array of shape {shape}; vectors are [rows, E]. Save it as '
+                     'two dimensions.')
+
+
+def _npz_head(f: BinaryIO, path: str, key: str) -> Head:
+  found, others = {}, {}
+  with zipfile.ZipFile(f) as archive:
+    members = {info.filename.removesuffix('.npy'): info for info in archive.infolist()
+               if info.filename.endswith('.npy')}
+    if key and key not in members:
+      raise InputError(f'{path} has no array {key!r}, which vector_key names; it has '
+                       f'{", ".join(members) or "none"}.')
+    for name, info in members.items():
+      if key not in ('', name):
+        continue
+      with archive.open(info) as member:
+        shape, fortran, dtype = _array_header(member, f'{path}, {name},')
+        offset = member.tell()
+      if key or len(shape) == 2 and dtype.kind == 'f':
+        _check_array(f'{path}, {name},', shape, dtype)
+        found[name] = Head('npz', *shape, dtype, name, offset, fortran)
+        if info.file_size != offset + math.prod(shape) * dtype.itemsize:
+          raise InputError(f'{path}: the array {name!r} is cut short. Put the whole file there.')
+      else:
+        others[name] = shape
+  return _only_one(path, found, 'arrays of vectors', 'array of vectors', others)
+
+
+def _parquet_head(f: BinaryIO, path: str, key: str) -> Head:
+  import pyarrow as pa
+  import pyarrow.parquet as pq
+  file = pq.ParquetFile(f)
+  schema, rows = file.schema_arrow, file.metadata.num_rows
+  if key and key not in schema.names:
+    raise InputError(f'{path} has no column {key!r}, which vector_key names; it has '
+                     f'{", ".join(schema.names)}.')
+  found = {}
+  for field in schema:
+    if (not key and _floats(field.type)) or field.name == key:
+      if not _floats(field.type):
+        raise InputError(f'{path}: the column {key!r} holds {field.type}, no lists of float '
+                         'numbers.')
+      found[field.name] = field.type
+  name = _only_one(path, {name: name for name in found}, 'columns of vectors', 'column of vectors',
+                   schema.names)
+  kind = found[name]
+  if pa.types.is_fixed_size_list(kind):
+    dim = kind.list_size
+  else:
+    first = next(file.iter_batches(1, columns=[name]), None) if rows else None
+    dim = len(first.column(0)[0].as_py() or ()) if first is not None else 0
+    if rows and not dim:
+      raise InputError(f'{path}: row 0 has no vector. Remove it, or put one there.')
+  return Head('parquet', rows, dim, np.dtype(kind.value_type.to_pandas_dtype()), name)
+
+
+def is_vectors(path: str) -> bool:
+  """Returns whether a parquet file has a column of vectors."""
+  import pyarrow.parquet as pq
+  with _readable(path), storage.open_stream(path) as f:
+    return any(_floats(field.type) for field in pq.read_schema(f))
+
+
+def _floats(kind: Any) -> bool:
+  import pyarrow as pa
+  lists = (pa.types.is_list(kind) or pa.types.is_large_list(kind)
+           or pa.types.is_fixed_size_list(kind))
+  return lists and pa.types.is_floating(kind.value_type)
+
+
+def _only_one(path: str, found: dict, many: str, one: str, others: Any) -> Any:
+  if len(found) > 1:
+    raise InputError(f'{path} has several {many}: {", ".join(found)}. Name one in vector_key.')
+  if not found:
+    raise InputError(f'{path} has no {one} [rows, E] (it has {", ".join(others) or "nothing"}). '
+                     'Correct the path of the dataset, or name it in vector_key.')
+  return next(iter(found.values()))
+
+
+def _flat_blocks(path: str, found: Head, step: int) -> Iterator[Array]:
+  if found.fortran:  # rows are not together; the map is read as it is needed
+    mapped = np.memmap(path, found.dtype, 'r', found.offset, (found.rows, found.dim), 'F')
+    for start in range(0, found.rows, step):
+      yield np.ascontiguousarray(mapped[start:start + step])
+    return
+  with open(path, 'rb') as f:
+    f.seek(found.offset)
+    for start in range(0, found.rows, step):
+      rows = min(step, found.rows - start)
+      numbers = np.fromfile(f, found.dtype, rows * found.dim)
+      yield numbers[:len(numbers) // found.dim * found.dim].reshape(-1, found.dim)
+
+
+def _npz_blocks(path: str, found: Head, step: int) -> Iterator[Array]:
+  if found.fortran:
+    with np.load(path, allow_pickle=False) as arrays:
+      whole = arrays[found.name]
+    yield from (whole[start:start + step] for start in range(0, found.rows, step))
+    return
+  with zipfile.ZipFile(path) as archive, archive.open(f'{found.name}.npy') as member:
+    member.read(found.offset)
+    row = found.dim * found.dtype.itemsize
+    for start in range(0, found.rows, step):
+      data = member.read(row * min(step, found.rows - start))
+      yield np.frombuffer(data, found.dtype, len(data) // row * found.dim).reshape(-1, found.dim)
+
+
+def _parquet_blocks(path: str, found: Head, step: int) -> Iterator[Array]:
+  import pyarrow as pa
+  import pyarrow.parquet as pq
+  start = 0
+  with pq.ParquetFile(path) as file:
+    for batch in file.iter_batches(step, columns=[found.name]):
+      lists = batch.column(0)
+      if lists.null_count:
+        row = start + int(np.argmax(lists.is_null().to_numpy(zero_copy_only=False)))
+        raise InputError(f'{path}: row {row} has no vector. Remove it, or put one there.')
+      if not pa.types.is_fixed_size_list(lists.type):
+        lengths = lists.value_lengths().to_numpy(zero_copy_only=False)
+        if (lengths != found.dim).any():
+          row = int(np.argmax(lengths != found.dim))
+          raise InputError(f'{path}: the vector of row {start + row} has {lengths[row]} numbers, '
+                           f'the first one {found.dim}. All must have as many.')
+      values = lists.flatten().to_numpy(zero_copy_only=False)  # NaN where a number is missing
+      yield values.reshape(-1, found.dim)
+      start += len(lists)
