@@ -8,7 +8,24 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from clip_jax.pruning import columns as columns_lib
 from clip_jax.pruning import rules, splits
+
+
+def numbered(blocks):
+  """Yields each block with the numbers of its rows, counted through all blocks."""
+  start = 0
+  for block in blocks:
+    yield np.arange(start, start + len(block)), block
+    start += len(block)
+
+
+def check(queries, split_blocks, anchor_blocks, *, append_anchor, slack=0.0, k=0, **given):
+  """Checks one split that holds all rows of the blocks, against one benchmark."""
+  split_blocks = list(split_blocks)
+  promise = splits.Promise(('val',), np.arange(sum(map(len, split_blocks))), append_anchor, slack, k)
+  found = splits.check_aligned({'one': promise}, {'val': queries}, numbered(split_blocks), anchor_blocks, **given)
+  return found['one']['val']
 
 
 def unit(rng, n, dim=6, spread=1.0):
@@ -45,6 +62,82 @@ def test_rows_that_are_there_twice_stay_twice():
   assert jaccard[0].tolist() == [1, 1, 0.5] and inside[0].tolist() == [1, 1, 0.5] and inside[2, 0] == 1
 
 
+def test_planted_rows_come_last():
+  rows = splits.base_rows([1, 4], 10, [0, 2], True, 13, [0, 3])
+  assert rows.tolist() == [1, 4, 10, 12, 13, 16] and rows.dtype == np.int64
+  assert splits.base_rows([1, 4], 10, [0, 2], False, 13, [3]).tolist() == [1, 4, 16]
+
+
+@settings(max_examples=60)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 4), st.integers(1, 9), st.integers(0, 30))
+def test_the_k_highest_are_exact_whatever_the_blocks(seed, k, step, rows):
+  rng = np.random.default_rng(seed)
+  queries, x = unit(rng, 5), unit(rng, rows)
+  if rows:
+    x = x[rng.integers(0, max(rows // 2, 1), rows)]  # many exact duplicates
+  true = np.full([5, k], -np.inf)
+  exact = -np.sort(-(queries.astype(np.float64) @ x.astype(np.float64).T), axis=1)[:, :k]
+  true[:, :exact.shape[1]] = exact
+  blocks = [x[i:i + step] for i in range(0, rows, step)]
+  assert (splits._highest(queries, blocks, k, columns_lib.TOLERANCE) == true).all()
+
+
+def test_the_highest_is_found_where_float32_prefers_another():
+  least = 2.0**-24  # 1 + least is 1 in float32: a sum that begins with the 1 loses some of the others
+  rows = np.array([[1] + 255 * [least], 250 * [least] + 5 * [0] + [1]], np.float16)
+  found = splits._highest(np.ones([1, 256], np.float16), [rows], 1, 1e-4)
+  assert found.tolist() == [[1 + 255 * least]]
+
+
+@settings(max_examples=30)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 20))
+def test_many_splits_are_checked_in_one_pass_and_told_apart(seed, step):
+  pool, anchor, queries, t, columns = make_space(seed)
+  base = np.concatenate([pool, anchor])
+  both, rng = ('val', 'sketch'), np.random.default_rng(seed)
+  promises = {}
+  for i in range(9):
+    names = [both, both[:1], both[1:]][i % 3]
+    if i < 6:  # the last three hold any rows
+      slack = [0.0, -0.01, 0.02][rng.integers(3)]
+      kept = rules.gap_aligned(columns, benchmarks=names, slack=slack).rows
+    else:
+      slack, kept = 0.0, np.flatnonzero(rng.random(60) < 0.3)
+    append = bool(rng.integers(2))
+    rows = splits.base_rows(kept, 60, np.arange(9)[rng.random(9) < (1 if i < 6 else 0.5)], append)
+    promises[f'split{i}'] = splits.Promise(names, rows, append, slack, int(i == 8) * 3)
+  promises['none'] = splits.Promise(both, np.zeros(0, np.int64), False, -np.inf)
+  blocks = [(np.arange(i, min(i + step, 69)), base[i:i + step]) for i in range(0, 69, step)]
+  found = splits.check_aligned(promises, queries, reversed(blocks), [anchor], sample=100)
+  for split, promise in promises.items():
+    assert found[split].keys() == set(promise.benchmarks)
+    for name in promise.benchmarks:
+      sims = -np.sort(-(queries[name].astype(float) @ base[promise.rows].astype(float).T), axis=1)
+      k = max(promise.k, 1)
+      s = np.full([len(sims), k], -np.inf)
+      s[:, :sims.shape[1]] = sims[:, :k]
+      tops = -np.sort(-(queries[name].astype(float) @ anchor.astype(float).T), axis=1)[:, :k]
+      equal = promise.append_anchor and promise.slack <= 0 and not promise.k
+      bad = (s != tops if equal else s - tops > promise.slack).any(1)
+      got = found[split][name]
+      assert got['failures'] == bad.sum() and got['checked'] == len(sims)
+      assert [one['query'] for one in got['first_failures']] == np.flatnonzero(bad)[:5].tolist()
+      assert got['kind'] == ('each of k' if promise.k else 'equality' if equal else 'inequality')
+      assert int(split[5:] if split != 'none' else 0) > 5 or not bad.any()
+
+
+def test_the_check_of_k_finds_the_first_place_that_is_too_near():
+  anchor = np.array([[0.5], [0.25], [0.125]], np.float16)
+  run = lambda pool, k: check(np.ones([1, 1], np.float16), [np.array(pool, np.float16)[:, None]], [anchor],
+                              append_anchor=True, k=k)
+  assert run([0.5, 0.25, 0.0], 3) == {
+      'checked': 1, 'failures': 0, 'kind': 'each of k', 'first_failures': []}
+  assert run([0.5, 0.5], 1)['failures'] == 0
+  assert run([0.5, 0.375, 0.25], 3)['first_failures'] == [
+      {'query': 0, 'split': 0.375, 'anchor': 0.25, 'j': 2}]
+  assert run([], 2)['failures'] == 0
+
+
 def test_base_rows_and_their_hash():
   rows = splits.base_rows(np.array([1, 4]), 10, np.array([0, 2]), True)
   assert rows.tolist() == [1, 4, 10, 12] and rows.dtype == np.int64
@@ -64,7 +157,7 @@ def test_after_pruning_the_split_is_as_near_as_the_anchor(seed, names):
   for name in names:
     s = (split @ queries[name].astype(np.float64).T).max(axis=0)
     assert (s == t[name]).all()
-    result = splits.check_aligned(
+    result = check(
         queries[name], [pool[kept], anchor], [anchor], append_anchor=True, sample=100)
     assert result == {'checked': len(s), 'failures': 0, 'kind': 'equality', 'first_failures': []}
   # Every row that was dropped had to go: put back, it breaks the equality for some query.
@@ -80,12 +173,12 @@ def test_the_check_finds_one_row_too_many_and_an_anchor_row_too_few():
   kept = rules.gap_aligned(columns, benchmarks=('val',)).rows
   leak = 60 - 6  # a copy of query 0
   blocks = [pool[kept[:5]], pool[kept[5:]], pool[leak:leak + 1], anchor]
-  result = splits.check_aligned(queries['val'], blocks, [anchor], append_anchor=True, sample=100)
+  result = check(queries['val'], blocks, [anchor], append_anchor=True, sample=100)
   assert result['failures'] >= 1 and result['first_failures'][0]['query'] == 0
   assert result['first_failures'][0]['split'] > t['val'][0] == result['first_failures'][0]['anchor']
   nearest = (anchor.astype(float) @ queries['val'].astype(float).T).argmax(axis=0)[3]
   missing = np.delete(anchor, nearest, axis=0)
-  lacking = splits.check_aligned(
+  lacking = check(
       queries['val'], [missing], [anchor], append_anchor=True, sample=100)
   assert 3 in [failure['query'] for failure in lacking['first_failures']]
 
@@ -96,11 +189,11 @@ def test_with_slack_or_without_anchor_the_check_is_an_inequality(append, slack):
   pool, anchor, queries, _, columns = make_space(1)
   kept = rules.gap_aligned(columns, benchmarks=('val',), slack=slack).rows
   split = [pool[kept]] + [anchor] * append
-  result = splits.check_aligned(
+  result = check(
       queries['val'], split, [anchor], append_anchor=append, slack=slack, sample=100)
   assert result['kind'] == ('equality' if append and slack <= 0 else 'inequality')
   assert result['failures'] == 0
-  everything = splits.check_aligned(
+  everything = check(
       queries['val'], [pool], [anchor], append_anchor=append, slack=slack, sample=100)
   assert everything['failures'] > 0
 
@@ -109,7 +202,7 @@ def test_the_sample_is_seeded_and_blocks_do_not_matter(monkeypatch):
   pool, anchor, queries, _, _ = make_space(2)
 
   def failing(seed, blocks, sample=4):
-    result = splits.check_aligned(
+    result = check(
         queries['val'], blocks, [anchor], append_anchor=True, sample=sample, seed=seed)
     assert result['checked'] == sample
     return result
@@ -126,14 +219,15 @@ def test_the_sample_is_seeded_and_blocks_do_not_matter(monkeypatch):
 
 def test_an_empty_split_is_aligned_without_the_anchor_and_not_with_it():
   _, anchor, queries, _, _ = make_space(3)
-  assert splits.check_aligned(queries['val'], [], [anchor], append_anchor=False)['failures'] == 0
-  assert splits.check_aligned(queries['val'], [], [anchor], append_anchor=True)['failures'] == 12
+  assert check(queries['val'], [], [anchor], append_anchor=False)['failures'] == 0
+  assert check(queries['val'], [], [anchor], append_anchor=True)['failures'] == 12
 
 
 def describe(columns, kept, **given):
   names = ('val',)
   defaults = dict(
-      benchmarks=names, removed_over={'val': np.array([0, 2, 1, 0])},
+      benchmarks=names, dropped_at=splits.dropped_at_slack(columns, names),
+      removed_over={'val': np.array([0, 2, 1, 0])},
       anchor_cosine={'val': np.array([0.2, 0.9, 0.95, 0.1])}, duplicate_similarity=0.9)
   return splits.describe_aligned(columns, kept, **{**defaults, **given})
 

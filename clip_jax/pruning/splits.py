@@ -1,17 +1,19 @@
 """Splits as row numbers: the rows of a split, its check by brute force, its description, overlaps.
 
-Base rows: pool rows are 0..N-1, the anchor's N..N+A-1. Arrays in, arrays and plain dicts out; the
-caller reads and writes the files (rows.npy, split.json).
+Base rows: pool rows are 0..N-1, the anchor's N..N+A-1, planted ones N+A and up. Arrays in, arrays
+and plain dicts out; the caller reads and writes the files (rows.npy, split.json).
 """
 
+import dataclasses
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
 from clip_jax.core.types import Array
 from clip_jax.pruning import cells
-from clip_jax.pruning.rules import Columns, dropped_rows
+from clip_jax.pruning.aligned import dropped_rows
+from clip_jax.pruning.columns import TOLERANCE, Columns
 
 SLACKS = (-0.01, -0.005, 0.0, 0.005, 0.01)
 DOMAIN_REMOVAL = 0.9  # share of a domain over which dropping it is no longer alignment
@@ -23,10 +25,13 @@ def base_rows(
     pool_size: int,  # N
     anchor_rows: Array,  # [a] int64, sorted: the usable ones of the anchor's own rows 0..A-1
     append_anchor: bool,
+    base_size: int = 0,  # N + A, where there are planted rows
+    planted_rows: Array = (),  # [p] int64, sorted: the usable ones of the planted rows 0..P-1
 ) -> Array:
-  """Returns the split's rows of the base set, sorted int64: pool rows, then the anchor's."""
+  """Returns the split's rows of the base set, sorted int64: of the pool, the anchor, planted."""
   anchor = np.asarray(anchor_rows, np.int64) + pool_size
-  return np.concatenate([np.asarray(pool_rows, np.int64), anchor if append_anchor else anchor[:0]])
+  return np.concatenate([np.asarray(pool_rows, np.int64), anchor if append_anchor else anchor[:0],
+                         np.asarray(planted_rows, np.int64) + base_size])
 
 
 def rows_hash(
@@ -36,55 +41,170 @@ def rows_hash(
   return hashlib.sha256(np.ascontiguousarray(rows, '<i8')).hexdigest()
 
 
+@dataclasses.dataclass(frozen=True)
+class Promise:
+  """What an aligned split promises: its queries have no nearer neighbours than in the anchor set.
+
+  k = 0, rule gap_aligned: s and t are a query's nearest-neighbour similarities in the split and in
+  the anchor set. With the anchor appended and slack <= 0, s equals t (kind 'equality'); otherwise
+  s - t <= slack (kind 'inequality'). k > 0, rule k_aligned, of pool rows alone: for every j <= k
+  the j-th nearest of them is no nearer than the j-th nearest anchor row (kind 'each of k').
+  """
+  benchmarks: Sequence[str]
+  rows: Array  # [n] int64, sorted, each once: of the base set; with k, of the pool
+  append_anchor: bool
+  slack: float = 0.0
+  k: int = 0
+
+  @property
+  def kind(self) -> str:
+    if self.k:
+      return 'each of k'
+    return 'equality' if self.append_anchor and self.slack <= 0 else 'inequality'
+
+
 def check_aligned(
-    queries: Array,  # [Q, E] float16, the usable ones of one benchmark
-    split_blocks: Iterable[Array],  # [b, E] float16 each: the vectors of all rows of the split
+    promises: Mapping[str, Promise],  # split -> what it promises
+    queries: Mapping[str, Array],  # benchmark -> [Q, E] float16, its usable ones
+    blocks: Iterable[tuple[Array, Array]],  # base rows [b] int64 and their vectors [b, E] float16
     anchor_blocks: Iterable[Array],  # [b, E] float16 each: the vectors of the usable anchor rows
     *,
-    append_anchor: bool,
-    slack: float = 0.0,
     sample: int = 200,
     seed: int = 0,
-) -> dict:
-  """Checks an aligned split by brute force in float64, on a seeded sample of the queries.
+    tolerance: float = TOLERANCE,
+) -> dict[str, dict[str, dict]]:
+  """Checks aligned splits by brute force, on a seeded sample of the queries of each benchmark.
 
-  s and t are a query's nearest-neighbour similarities in the split and in the anchor set. With the
-  anchor appended and slack <= 0, s must equal t (kind 'equality'; float64 sums of products of
-  float16 numbers are exact). Otherwise s - t <= slack must hold (kind 'inequality').
+  One pass over the blocks serves all splits: they hold all rows of all splits, each once, in any
+  order. Exact: float32 finds the pairs within the tolerance of a limit, float64 decides; its sums
+  of products of float16 numbers are exact.
 
-  Returns checked, failures (counts of queries), kind, and first_failures: up to five of {query,
-  split, anchor} with the query's row and both similarities. Memory: CHECK_ROWS rows, and a block.
+  Returns split -> benchmark -> checked, failures (counts of queries), kind, and first_failures: up
+  to five of {query, split, anchor}: the query's row and the highest similarities in both, -inf
+  where the split has none as high as it must be; with k also j, the first place that is too near.
+  Memory: CHECK_ROWS rows, and a block.
   """
-  chosen = np.random.default_rng(seed).permutation(len(queries))[:sample]
-  chosen.sort()
-  vectors = np.asarray(queries[chosen], np.float64)
-  in_split = _nearest_similarity(vectors, split_blocks)
-  in_anchor = _nearest_similarity(vectors, anchor_blocks)
-  equality = append_anchor and slack <= 0
-  failed = np.flatnonzero(in_split != in_anchor if equality else in_split - in_anchor > slack)
-  return {
-      'checked': len(chosen),
-      'failures': len(failed),
-      'kind': 'equality' if equality else 'inequality',
-      'first_failures': [
-          {'query': int(chosen[i]), 'split': float(in_split[i]), 'anchor': float(in_anchor[i])}
-          for i in failed[:5]],
-  }
+  chosen = _samples(queries, sample, seed)
+  vectors = np.concatenate([queries[name][rows] for name, rows in chosen.items()])
+  starts = dict(zip(chosen, np.cumsum([0, *map(len, chosen.values())]).tolist()))
+  places = {name: slice(starts[name], starts[name] + len(rows)) for name, rows in chosen.items()}
+  anchor = _highest(vectors, anchor_blocks, max(max(p.k, 1) for p in promises.values()), tolerance)
+  best, least = {}, {}  # split -> [q, k] float64, and [q] float64: what is lower breaks nothing
+  for split, promise in promises.items():
+    best[split] = np.full([len(vectors), max(promise.k, 1)], -np.inf)
+    least[split] = np.full(len(vectors), np.inf)
+    margin = (promise.slack if promise.kind == 'inequality' else 0.0) - tolerance
+    for name in promise.benchmarks if len(promise.rows) else ():
+      least[split][places[name]] = anchor[places[name], max(promise.k, 1) - 1] + margin
+  lowest = np.min(list(least.values()), axis=0)
+  single, double = vectors.astype(np.float32), vectors.astype(np.float64)
+  for numbers, scores, rows in _scored(single, blocks):
+    query, row = np.nonzero(scores >= lowest[:, None])
+    high, number = scores[query, row], numbers[row]
+    for split, promise in promises.items():
+      limit = np.maximum(least[split], best[split][:, -1] - tolerance)
+      mine = np.flatnonzero(high >= limit[query])
+      mine = mine[_are_in(number[mine], promise.rows)]
+      if len(mine):
+        exact = _exact(double, query[mine], rows, row[mine])
+        best[split] = _merged(best[split], query[mine], exact)
+  return {split: {name: _failures(promise, chosen[name], *(
+      found[places[name]] for found in (best[split], anchor))) for name in promise.benchmarks}
+          for split, promise in promises.items()}
 
 
-def _nearest_similarity(
-    queries: Array,  # [q, E] float64
-    blocks: Iterable[Array],  # [b, E] each
+def _samples(queries: Mapping[str, Array], sample: int, seed: int) -> dict[str, Array]:
+  """Returns some rows of each benchmark's queries, sorted."""
+  return {name: np.sort(np.random.default_rng(seed).permutation(len(vectors))[:sample])
+          for name, vectors in queries.items()}
+
+
+def _failures(promise: Promise, rows: Array, best: Array, anchor: Array) -> dict:
+  """Returns what the check found of some queries, by their highest similarities, [q, k] float64."""
+  anchor = anchor[:, :best.shape[1]]
+  over = best != anchor if promise.kind == 'equality' else best - anchor > promise.slack
+  j = over.argmax(axis=1)
+  bad = np.flatnonzero(over.any(axis=1))
+  return {'checked': len(rows), 'failures': len(bad), 'kind': promise.kind, 'first_failures': [
+      {'query': int(rows[i]), 'split': float(best[i, j[i]]), 'anchor': float(anchor[i, j[i]]),
+       **({'j': int(j[i]) + 1} if promise.k else {})} for i in bad[:5]]}
+
+
+def _are_in(
+    values: Array,  # [m] int64
+    rows: Array,  # [n] int64, sorted
 ) -> Array:
-  """Returns each query's highest similarity to any row of any block, [q] float64; -inf if none."""
-  nearest = np.full(len(queries), -np.inf)
-  for block in blocks:
+  """Returns which values are among the rows, [m] bool."""
+  if not len(rows):
+    return np.zeros(len(values), bool)
+  return rows[np.minimum(np.searchsorted(rows, values), len(rows) - 1)] == values
+
+
+def _scored(
+    queries: Array,  # [q, E] float32
+    blocks: Iterable[tuple[Array, Array]],  # numbers [b] and vectors [b, E] float16
+) -> Iterator[tuple[Array, Array, Array]]:
+  """Yields numbers [c], similarities [q, c] float32, vectors [c, E]; c is CHECK_ROWS at most."""
+  for numbers, block in blocks:
     if block.ndim != 2 or block.shape[1] != queries.shape[1]:
       raise ValueError(f'blocks must be [rows, {queries.shape[1]}] like queries, got {block.shape}')
     for start in range(0, len(block), CHECK_ROWS):
-      rows = np.asarray(block[start:start + CHECK_ROWS], np.float64)
-      np.maximum(nearest, (queries @ rows.T).max(axis=1), out=nearest)
-  return nearest
+      rows = block[start:start + CHECK_ROWS]
+      yield numbers[start:start + CHECK_ROWS], queries @ rows.astype(np.float32).T, rows
+
+
+def _highest(
+    queries: Array,  # [q, E] float16
+    blocks: Iterable[Array],  # [b, E] float16 each
+    k: int,
+    tolerance: float,
+) -> Array:
+  """Returns each query's k highest similarities to rows of any block, [q, k] float64, descending.
+
+  Exact, where float32 is off by less than half the tolerance; -inf where there are fewer rows.
+  """
+  best = np.full([len(queries), k], -np.inf)
+  double = queries.astype(np.float64)
+  numbered = ((np.arange(len(block)), block) for block in blocks)
+  for _, scores, rows in _scored(queries.astype(np.float32), numbered):
+    least = scores.max(axis=1) if k == 1 else best[:, -1]  # who is lower is none of the highest
+    if np.isneginf(least).any():
+      place = max(len(rows) - k, 0)
+      least = np.partition(scores, place, axis=1)[:, place]
+    least = np.maximum(least, best[:, -1]) - tolerance
+    query, row = np.nonzero(scores >= least[:, None])
+    best = _merged(best, query, _exact(double, query, rows, row))
+  return best
+
+
+def _exact(queries: Array, query: Array, rows: Array, row: Array) -> Array:
+  """Returns the exact similarities of m pairs, [m] float64; as many as CHECK_ROWS at a time."""
+  parts = [slice(start, start + CHECK_ROWS) for start in range(0, len(query), CHECK_ROWS)]
+  return np.concatenate([np.zeros(0)] + [
+      np.einsum('me,me->m', queries[query[part]], rows[row[part]].astype(np.float64))
+      for part in parts])
+
+
+def _merged(
+    best: Array,  # [q, k] float64, descending
+    query: Array,  # [m] integers, sorted
+    values: Array,  # [m] float64
+) -> Array:
+  """Returns the k highest of what each query had and of its new values, descending."""
+  k = best.shape[1]
+  order = np.lexsort((-values, query))
+  query, values = query[order], values[order]
+  place = np.arange(len(query)) - np.searchsorted(query, query)
+  first = place < k
+  new = np.full_like(best, -np.inf)
+  new[query[first], place[first]] = values[first]
+  return -np.sort(-np.concatenate([best, new], axis=1), axis=1)[:, :k]
+
+
+def dropped_at_slack(columns: Columns, benchmarks: Sequence[str]) -> dict[str, int]:
+  """Returns how many rows gap_aligned drops at each of SLACKS, written as '0.005'."""
+  return {f'{slack:g}': len(dropped_rows(columns, benchmarks=benchmarks, slack=slack))
+          for slack in SLACKS}
 
 
 def describe_aligned(
@@ -92,6 +212,7 @@ def describe_aligned(
     kept: Array,  # [n] int64, the pool rows that the aligned split keeps
     *,
     benchmarks: Sequence[str],
+    dropped_at: Mapping[str, int],  # of dropped_at_slack
     removed_over: Mapping[str, Array],  # benchmark -> [Q] integers, removed rows with sim > t_i
     anchor_cosine: Mapping[str, Array],  # benchmark -> [Q] float, t_i divided by both norms
     duplicate_similarity: float,
@@ -109,7 +230,7 @@ def describe_aligned(
   dropped = np.array(columns.candidates, bool)
   dropped[kept] = False
   candidates, count = int(np.sum(columns.candidates)), int(dropped.sum())
-  by_domain = _shares(domain, columns.candidates, dropped)
+  by_domain = shares(domain, columns.candidates, dropped)
   warnings = [
       f'{figures["share"]:.1%} of domain {name!r} is gone: this is domain removal, not alignment'
       for name, figures in by_domain.items()
@@ -119,11 +240,9 @@ def describe_aligned(
   return {
       'dropped': count,
       'dropped_share': count / candidates if candidates else 0.0,
-      'by_class': _shares(label, columns.candidates, dropped),
+      'by_class': shares(label, columns.candidates, dropped),
       'by_domain': by_domain,
-      'dropped_at_slack': {
-          f'{slack:g}': len(dropped_rows(columns, benchmarks=benchmarks, slack=slack))
-          for slack in SLACKS},
+      'dropped_at_slack': dict(dropped_at),
       'queries': {
           name: _query_figures(removed_over[name], anchor_cosine[name], duplicate_similarity)
           for name in benchmarks},
@@ -131,7 +250,7 @@ def describe_aligned(
   }
 
 
-def _shares(
+def shares(
     column: Array | None,  # [N]
     candidates: Array,  # [N] bool
     dropped: Array,  # [N] bool

@@ -1,0 +1,101 @@
+"""The controls: random rows, and rows like the removed ones in all but similarity."""
+
+import numpy as np
+
+from clip_jax.core.errors import InputError
+from clip_jax.core.types import Array
+from clip_jax.pruning import cells
+from clip_jax.pruning.columns import Columns, Kept, candidates_for, lowest, random_order
+
+MAX_UNMATCHED = 0.2  # share of removed rows without a full-cell donor from which no control exists
+
+# Quantile bins of the matched control's numeric variables; the last variable is given up first.
+BINS = {'anchor_class_similarity': 5, 'caption_length': 5, 'image_pixels': 3}
+
+# Streams of random numbers, so that one seed gives unrelated draws to unrelated rules. They are
+# not 0: SeedSequence pads with zeros, and (seed, draw, 0) would be the stream of (seed, draw).
+RANDOM_STREAM, MATCHED_STREAM = 1, 2
+
+
+def random(columns: Columns, *, count: int, seed: int, draw: int = 0) -> Kept:
+  """Keeps `count` candidates, uniform without replacement: the control for size.
+
+  With the same (seed, draw) a smaller split lies inside a larger one.
+  """
+  rows = candidates_for(columns, count)
+  order = random_order(len(columns.candidates), seed, draw, RANDOM_STREAM)
+  return Kept(rows[lowest(order[rows], count)])
+
+
+def matched(
+    columns: Columns,
+    *,
+    removed: Array,  # [R] int64, candidates that the target split dropped
+    seed: int,
+    draw: int = 0,
+) -> Kept:
+  """Removes other candidates like `removed` in their place: the control for all but similarity.
+
+  Cells: nearest anchor class x domain (where given) x quintile of the similarity to that class x
+  quintile of the caption length x tercile of the image size, quantiles over all candidates. Each
+  cell gives as many rows as it has removed ones. Cells that lack donors are merged over image
+  size, then caption length, class similarity, domain; never over classes. What is missing even
+  then is the shortfall, and stays.
+
+  Report: removed, drawn, drawn_after_merging (by the variable given up last), shortfall,
+  without_full_cell_donor (share of `removed`), no_matched_control (that share is over
+  MAX_UNMATCHED: the rows kept are then those of the random rule at the target's size), and
+  standardised_differences (of each variable, between `removed` and the rows removed here: see
+  cells.differences; good below 0.1).
+  """
+  rows = np.flatnonzero(columns.candidates)
+  is_removed = np.zeros(len(columns.candidates), bool)
+  is_removed[removed] = True
+  is_removed = is_removed[rows]
+  if is_removed.sum() != len(removed):
+    raise ValueError(f'only {is_removed.sum()} of {len(removed)} removed rows are candidates, '
+                     'each counted once')
+  numbers, categories = _matched_variables(columns, rows)
+  digits = [*categories.values(), *map(cells.quantile_bins, numbers.values(), BINS.values())]
+  radices = [*(int(codes.max(initial=0)) + 1 for codes in categories.values()), *BINS.values()]
+  order = random_order(len(columns.candidates), seed, draw, MATCHED_STREAM)[rows]
+  drawn, served = cells.draw_like(
+      cells.cell_codes(digits, radices), is_removed, order, radices[:0:-1])
+
+  merged_over = [*reversed(BINS), *list(categories)[:0:-1]]
+  share = 1 - served[0] / len(removed) if len(removed) else 0.0
+  report = {
+      'removed': len(removed),
+      'drawn': sum(served),
+      'drawn_after_merging': dict(zip(merged_over, served[1:], strict=True)),
+      'shortfall': len(removed) - sum(served),
+      'without_full_cell_donor': share,
+      'no_matched_control': share > MAX_UNMATCHED,
+  }
+  kept = rows[~drawn]
+  if report['no_matched_control']:
+    kept = random(columns, count=len(rows) - len(removed), seed=seed, draw=draw).rows
+    drawn = ~np.isin(rows, kept, assume_unique=True)
+  report['standardised_differences'] = cells.differences(
+      np.flatnonzero(is_removed), np.flatnonzero(drawn), numbers, categories)
+  return Kept(kept, report)
+
+
+def _matched_variables(
+    columns: Columns,
+    rows: Array,  # [m] int64
+) -> tuple[dict[str, Array], dict[str, Array]]:
+  """Returns the numeric and the categorical variables of the matched control at these rows."""
+  for name in ('anchor_class', *BINS):
+    if getattr(columns, name) is None:
+      raise InputError(f"rule 'matched' needs {name}: the pool must have images and captions, and "
+                       'the anchor labels')
+  numbers = {name: getattr(columns, name)[rows] for name in BINS}
+  categories = {'anchor_class': columns.anchor_class[rows]}
+  if columns.domain is not None:
+    categories['domain'] = cells.levels(columns.domain)[0][rows]
+  known = (categories['anchor_class'] >= 0) & np.isfinite(numbers['anchor_class_similarity'])
+  if not known.all():
+    raise InputError("rule 'matched' needs the nearest anchor class of every candidate, "
+                     f"{(~known).sum()} have none: search with search.backend='exact'")
+  return numbers, categories
