@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from clip_jax.evaluation.causal import Share
 
 MAIN = 0.5  # "mainly" means more than half
+LISTED = 4  # unfinished runs that are named
+MINUS = '\u2212'
 
 
 def answer_sentence(
@@ -15,6 +17,7 @@ def answer_sentence(
     share: Share | None,  # E; None where base, the gap split or its reference is missing
     matched: Share | None,  # E', its control 'matched' or, where none exists, 'random'
     unfinished: Sequence[str] = (),  # runs that are missing or not converged: 'base/seed0'
+    split: str = '',  # named where several splits speak of the benchmark, or it has another slack
 ) -> str:
   """How much of the accuracy on a benchmark the removed similar images explain.
 
@@ -22,14 +25,17 @@ def answer_sentence(
   takes out size and class mix, else of E. Below three seeds there is no verdict. A second sentence
   names runs that are not finished.
   """
-  late = f' Not finished or not converged: {", ".join(unfinished)}.' if unfinished else ''
+  more = f' and {len(unfinished) - LISTED} more' if len(unfinished) > LISTED else ''
+  late = (f' Not finished or not converged: {", ".join(unfinished[:LISTED])}{more}.' if unfinished
+          else '')
   given = [s for s in (matched, share) if s is not None and not s.reason]
   refused = [s for s in (matched, share) if s is not None and s.reason]
+  where = f'{benchmark}, by {split},' if split else benchmark
   if not given and not refused:
-    return (f'On {benchmark} there is no answer: it needs the base split, the gap-aligned split '
+    return (f'On {where} there is no answer: it needs the base split, the gap-aligned split '
             f'and the reference (anchor_only), all evaluated.{late}')
   if not given:
-    return f'On {benchmark} there is no answer, because {refused[-1].reason}.{late}'
+    return f'On {where} there is no answer, because {refused[-1].reason}.{late}'
   lead, verdict = ' and '.join(_lead(s) for s in reversed(given)), _verdict(given[0])
   caveat = ''
   if given[0].control != 'matched':
@@ -37,20 +43,23 @@ def answer_sentence(
               'random': 'mix of what was removed counts'}[given[0].control]
     why = refused[0].reason if refused else 'there is no matched control'
     caveat = f' (the {counts} too, as {why})'
-  return (f'On {benchmark}, removing the pool images that are nearer to it than the anchor set '
-          f'takes away {lead}{caveat}: {verdict}.{late}')
+  removed = (f'what {split} removes' if split else
+             'the pool images that are nearer to it than the anchor set')
+  return f'On {benchmark}, removing {removed} takes away {lead}{caveat}: {verdict}.{late}'
 
 
 def _lead(share: Share) -> str:
-  span = f'{round(100 * share.low)} to {round(100 * share.high)} %'  # int: no -0
+  value, low, high = (f'{round(100 * part)}'.replace('-', MINUS)  # int: no -0
+                      for part in (share.value, share.low, share.high))
+  span = f'{low} to {high} %'
   span = {'crossed': f'95 % interval {span}', 'range': f'the two seeds: {span}',
           'this checkpoint': f'this checkpoint, over images {span}'}[share.method]
   control = {'base': 'base', 'matched': 'the matched control',
              'random': 'the random control'}[share.control]
   reference = {'anchor_only': 'anchor_only',
                'line': 'the effective-robustness line'}[share.reference]
-  return (f'{round(100 * share.value)} % ({span}) of the {100 * share.room.value:.1f} points by which '
-          f'{control} beats {reference}')
+  return (f'{value} % ({span}) of the {100 * share.room.value:.1f} points by which {control} beats '
+          f'{reference}')
 
 
 def _verdict(share: Share) -> str:

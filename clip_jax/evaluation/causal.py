@@ -267,4 +267,4 @@ def _points(estimate: Estimate) -> str:
   if np.isnan(estimate.low):
     return f'{100 * estimate.value:+.1f} points, no interval as all images are of one group'
   return (f'{100 * estimate.value:+.1f} points, {100 * estimate.low:.1f} to '
-          f'{100 * estimate.high:.1f}')
+          f'{100 * estimate.high:.1f}').replace('-', '\u2212')

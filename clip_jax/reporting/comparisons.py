@@ -15,7 +15,9 @@ from clip_jax.reporting.tables import Cell, Table
 Item = Mapping[str, Any]
 # An item is one aligned split on one of its own benchmarks. What was not computed is None.
 #   split, benchmark, base, control: names (control may be None)
-#   control_rule: 'matched' | 'random'       against_control, against_base, bootstrap: estimates
+#   rule: of the split                    control_rule: 'matched' | 'random'
+#        against_control, against_base, bootstrap: estimates
+#   answers: whether the answer is made of it
 #   holm: adjusted p, NaN outside the family  tests: how many tests the family has
 #   equivalence: verdict, low, high, margin, detectable
 #   share, share_matched: value, low, high, method, reference, loss, room, reason
@@ -28,20 +30,28 @@ ASSUMPTION = ('Assumes that without the removal both would have changed by the s
 
 
 def blocks_of(items: Sequence[Item]) -> list:
-  """Returns a figure of all comparisons, then a table each whose rows say what they mean."""
+  """Returns a figure of all comparisons, then a table each whose rows say what they mean.
+
+  The tables of those that the answer is not made of (doses) are behind a line.
+  """
   blocks: list = []
   drawn = [item for item in items if item['against_control'] is not None]
   if drawn:
     blocks.append(Figures((_figure(drawn),)))
   for item in items:
-    blocks += [Heading(f'{item["split"]} on {item["benchmark"]}', _against(item)), _table(item)]
+    name, shown = f'{item["split"]} on {item["benchmark"]}', [_table(item)]
     checks = _cross_checks(item)
     if checks:
-      blocks.append(Details('Cross-checks', tuple(checks)))
+      shown.append(Details('Cross-checks', tuple(checks)))
+    if item['answers']:
+      blocks += [Heading(name, _against(item)), *shown]
+    else:
+      blocks.append(Details(f'{name}, {_against(item)}', tuple(shown)))
   return [*blocks, Text(
-      'Only the comparisons with a matched control are tests, corrected for their number by '
-      'Holm\u2019s method; all else are estimates with intervals. \u201cNo loss\u201d needs a 90 % '
-      'interval inside the margin.', 'muted')]
+      'Tests are only the splits that the answer is made of, one for each set of benchmarks, each '
+      'against its matched control, corrected for their number by Holm\u2019s method; all else are '
+      'estimates with intervals. \u201cNo loss\u201d needs a 90 % interval inside the margin.',
+      'muted')]
 
 
 def _figure(items: Sequence[Item]) -> Figure:
@@ -50,7 +60,7 @@ def _figure(items: Sequence[Item]) -> Figure:
   for item in items:
     e = item['against_control']
     is_known = tables.known(e.low, e.high)
-    rows.append({'title': f'{item["split"]} on {item["benchmark"]}', 'rule': 'gap_aligned',
+    rows.append({'title': f'{item["split"]} on {item["benchmark"]}', 'rule': item['rule'],
                  'detail': tables.estimate_text(e), 'estimate': e.value,
                  'low': e.low if is_known else None, 'high': e.high if is_known else None})
   text = figures.differences(rows, title='Aligned split against its control',
@@ -105,6 +115,8 @@ def _verdict(item: Item) -> str:
                             'general.')
   if item['control_rule'] != 'matched':
     return 'An estimate: random rows are a control for size only.'
+  if not tables.known(item['holm']):
+    return 'An estimate, not one of the tests: the answer is made of another cut.'
   if tables.known(item['holm']) and item['holm'] < CLAIM:
     size = tables.percent(abs(d.value))
     if d.value < 0:
@@ -144,8 +156,8 @@ def _contrasts(item: Item) -> list[Line]:
   if item['placebo'] is not None:
     other = item['placebo_benchmark']
     lines.append(_contrast(item['placebo'], f'placebo: {b} minus {other}', (
-        f'The loss on {b} beyond the loss on {other}, to which nothing was aligned. Below zero: '
-        'the removal hurt this benchmark in particular.')))
+        f'The loss on {b} beyond the loss on {other}, to which this split is not aligned. Below '
+        'zero: the removal hurt this benchmark in particular.')))
   if item['did'] is not None:
     did = item['did']
     lines.append(_contrast(did, 'hit minus unhit queries', (
@@ -181,7 +193,7 @@ def _no_loss(item: Item) -> list[Line]:
     return []
   words = {'equivalent': f'Inside \u00b1{tables.percent(e.margin, 0)} points: no loss worth the '
                          'name.',
-           'different': 'The 95 % interval excludes zero: there is a difference.',
+           'different': 'The 95 % interval excludes zero.',
            'undetermined': 'Neither a difference nor its absence is shown.'}[e.verdict]
   return [('no loss?', f'90 % interval [{tables.points(e.low)}, {tables.points(e.high)}]',
            f'detectable: {tables.percent(e.detectable)} points (power 80 %)', words)]

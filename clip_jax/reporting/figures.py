@@ -14,6 +14,7 @@ from clip_jax.core.types import Array
 from clip_jax.reporting import svg
 from clip_jax.reporting.svg import ANCHOR_COLOR, INK, POOL_COLOR, RULES
 
+ALIGNED = ('gap_aligned', 'k_aligned')  # rules whose marks lie on top
 Rows = Sequence[Mapping[str, Any]]  # dicts with the keys that the comment beside the argument names
 
 
@@ -160,7 +161,7 @@ def answer_lines(
       values = [100 * p['accuracy'] for p in row['points']]
       ax.plot([min(values), max(values)], [y, y], color=INK, alpha=0.25, linewidth=1.2, zorder=1)
       _row_text(ax, y, row['title'], bold=True)
-      for p in sorted(row['points'], key=lambda p: p['rule'] == 'gap_aligned'):
+      for p in sorted(row['points'], key=lambda p: p['rule'] in ALIGNED):
         color, marker, _ = RULES[p['rule']]
         if p['low'] is not None:
           ax.plot([100 * p['low'], 100 * p['high']], [y, y], color=color, linewidth=3.5,

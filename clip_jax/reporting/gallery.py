@@ -5,15 +5,13 @@ In: uint8 images [H, W, 3], or None where one cannot be read. Out: frozen blocks
 
 import base64
 import io
-import re
-from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from clip_jax.core.types import Array
 
+LONGEST = 300   # letters of a caption that are shown
 THUMBNAIL = 96  # pixels, the longer side: up to this a PNG as it is, above a JPEG of up to twice it
 
 
@@ -47,6 +45,8 @@ def picture(
     marked: bool = False,
 ) -> Picture:
   """Returns a picture whose image is inside the page: PNG when it is small, else JPEG."""
+  if len(caption) > LONGEST:
+    caption = caption[:LONGEST] + '\u2026'
   if image is None:
     return Picture('', line, caption, marked)
   from PIL import Image
@@ -63,63 +63,27 @@ def picture(
   return Picture(f'data:image/{kind};base64,{data}', line, caption, marked, is_small)
 
 
-def pick_queries(
-    similarity: Array,  # [Q]
+def pick_thirds(
+    values: Array,  # [n]
     count: int,
-) -> list[tuple[str, int]]:
-  """Returns (word, query) of the most similar, the median and the least similar queries.
+) -> tuple[Array, Array, Array]:
+  """Returns up to `count` positions in three parts: the highest, around the median, the lowest.
 
-  A third each. Ties go to the lowest query; queries without a similarity (NaN, unreadable images)
-  are left out.
+  Each from high to low, no position twice. Ties go to the lowest position; positions without a
+  value (NaN, infinite) are left out.
   """
-  similarity = np.asarray(similarity, np.float64)
-  order = np.argsort(-similarity, kind='stable')
-  order = order[np.isfinite(similarity[order])]
+  values = np.asarray(values, np.float64)
+  order = np.argsort(-values, kind='stable')
+  order = order[np.isfinite(values[order])]
   count = min(count, len(order))
   top, bottom = (count + 2) // 3, count // 3
   middle = count - top - bottom
   start = min(max(top, (len(order) - middle) // 2), len(order) - bottom - middle)
-  chosen = [('most similar', q) for q in order[:top]]
-  chosen += [('median', q) for q in order[start:start + middle]]
-  chosen += [('least similar', q) for q in order[len(order) - bottom:]]
-  return [(word, int(q)) for word, q in chosen]
+  return order[:top], order[start:start + middle], order[len(order) - bottom:]
 
 
-def pick_quantiles(
-    values: Array,  # [n]
-    count: int,
-) -> list[int]:
-  """Returns up to `count` positions spread evenly over the ranks of the values, highest first."""
-  order = np.argsort(-np.asarray(values, np.float64), kind='stable')
-  if len(order) > count:
-    order = order[np.round(np.linspace(0, len(order) - 1, count)).astype(int)]
-  return [int(i) for i in order]
-
-
-def telling_words(
-    removed: Sequence[str],
-    kept: Sequence[str],
-    count: int = 12,
-    least: int = 3,
-) -> list[tuple[str, float, float]]:
-  """Returns (word, share of removed captions, share of kept ones) of words that tell them apart.
-
-  Ordered by how much more often a word stands in removed captions (log ratio of the shares, with
-  half a caption added to each side). Words in fewer than `least` removed captions are left out.
-  """
-  if not removed or not kept:
-    return []
-  gone, stay = (Counter(word for text in texts for word in _words(text))
-                for texts in (removed, kept))
-
-  def ratio(word: str) -> float:
-    return float(np.log((gone[word] + 0.5) / (len(removed) + 1))
-                 - np.log((stay[word] + 0.5) / (len(kept) + 1)))
-
-  words = sorted((word for word, n in gone.items() if n >= least and ratio(word) > 0),
-                 key=lambda word: (-ratio(word), word))
-  return [(word, gone[word] / len(removed), stay[word] / len(kept)) for word in words[:count]]
-
-
-def _words(text: str) -> set[str]:
-  return set(re.findall(r'[^\W\d_]{2,}', text.lower()))
+def pick_evenly(rows: Array, count: int) -> Array:  # [n] -> [min(n, count)]
+  """Returns up to `count` of the rows, evenly spaced, the first and the last among them."""
+  if len(rows) <= count:
+    return rows
+  return rows[np.round(np.linspace(0, len(rows) - 1, count)).astype(int)]

@@ -86,6 +86,7 @@ def render(
     state: Sequence[tuple[str, str, bool]],  # stage, what is there, whether that is all
     sections: Sequence[Section],
     footer: str,
+    warning: str = '',  # stands above the answer
 ) -> str:
   """Returns the page."""
   import jinja2
@@ -94,7 +95,7 @@ def render(
   template = importlib.resources.files('clip_jax.reporting').joinpath(TEMPLATE)
   return environment.from_string(template.read_text('utf-8')).render(
       title=title, name=name, question=question, answer=answer, state=state, sections=sections,
-      footer=footer)
+      footer=footer, warning=warning)
 
 
 def blocks(sections: Iterable[Section], kind: str) -> list[Any]:

@@ -5,11 +5,13 @@ them. The comparisons are in comparisons.py, the sections on the data itself in 
 """
 
 from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
 from clip_jax.core.types import Array
+from clip_jax.reporting import pool_audit
 from clip_jax.reporting import figures
 from clip_jax.reporting import tables
 from clip_jax.reporting.page import Details, Fact, Figure, Figures, Heading, Missing, Text
@@ -32,22 +34,50 @@ PAPER_BINS = 'accuracy binned by nearest-neighbour similarity (bins 0.05 wide) r
 PAPER_SIZES = 'near-pruning hurts fast, random pruning little, far-pruning hardly.'
 
 
-def rule_words(rule: str, *, benchmarks: Sequence[str] = (), to: str = '',
-               slack: float = 0.0) -> str:
-  """Returns what a split is, in words."""
-  of = tables.listed(benchmarks)
-  more = f', by more than {slack:g}' if slack else ''
+def rule_words(rule: str, **of: Any) -> str:
+  """Returns what a split is, in words; `of`: the keys of its block, those that the rule reads."""
+  benchmarks = tables.listed(of.get('benchmarks', ()))
+  splits = list(of.get('of', ()))
+  both = lambda word: f' {word} '.join(splits) if len(splits) < 3 else (
+      f'{", ".join(splits[:-1])} {word} {splits[-1]}')
   return {
       'all': 'the whole pool and the anchor',
       'anchor': 'the anchor rows alone',
       'pool_only': 'the pool without the anchor rows',
-      'gap_aligned': f'without what is nearer to a query of {of} than any anchor image is{more}',
-      'near': f'near-pruned (most similar removed), by {of}',
-      'far': f'far-pruned (most similar kept), by {of}',
+      'gap_aligned': f'without what is nearer to a query of {benchmarks} than any anchor image '
+                     f'is{_slack_words(of)}',
+      'k_aligned': f'no query of {benchmarks} has nearer pool images than anchor images, for its '
+                   f'{of.get("k", 1)} nearest of each',
+      'near': f'near-pruned (most similar removed), by {benchmarks}',
+      'far': f'far-pruned (most similar kept), by {benchmarks}',
       'random': 'random rows: the control for size',
       'listed': 'the pool rows that a file lists',
-      'matched': f'control: as many rows removed as in {to}, alike but not the similar ones',
+      'matched': f'control: as many rows removed as in {of.get("to", "")}, alike but not the '
+                 'similar ones',
+      'domain_removal': f'domain removal, not alignment: without {_domain_words(of)}',
+      'union': f'what {both("or")} keeps',
+      'intersection': f'what {both("and")} keep, every one of them',
+      'minus': f'what {"".join(splits[:1])} keeps and {tables.listed(splits[1:])} '
+               f'{"does" if len(splits) < 3 else "do"} not',
+      'planted': 'base, and planted copies of test images: a positive control',
   }[rule]
+
+
+def _slack_words(of: Mapping[str, Any]) -> str:
+  """Returns how an aligned split's slack is given."""
+  if of.get('dose'):
+    return f', {100 * of["dose"]:g} % of the number that slack 0 removes, largest excess first'
+  if of.get('quantile'):
+    return f', by more than the {100 * of["quantile"]:g} % quantile of the excess'
+  slack = of.get('slack')
+  return f', by more than {slack:g}'.replace('-', tables.MINUS) if slack else ''
+
+
+def _domain_words(of: Mapping[str, Any]) -> str:
+  values = tables.listed([str(value) for value in of.get('values', ())])
+  if of.get('column'):
+    return f'rows whose {of["column"]} is {values}'
+  return f'rows that are {values} by the nearest example of {of.get("reference", "a reference")}'
 
 
 def answer_blocks(
@@ -163,7 +193,7 @@ def histogram_blocks(
     text = figures.similarity_histogram(anchor, _finite(e['pool']), title=e['name'],
                                         limits=limits)
     drawn.append(Figure(f'similarity_{e["name"]}', text, caption))
-  return [Figures(tuple(drawn))]
+  return [Figures(tuple(drawn)), pool_audit.quantile_table(entries)]
 
 
 def _finite(values: Array) -> Array:  # [Q] -> [q]
@@ -242,14 +272,29 @@ def size_blocks(
 
 
 def dose_blocks(
-    panels: Rows,  # name, points (as figures.dose takes them)
+    panels: Rows,  # name, points: split, control, control_rule, dropped, slack, share, estimate,
+                   # low, high, method
 ) -> list:
   """Returns the dose curve: slacks that remove more and more, each against its own control."""
-  caption = ('Splits that remove more or fewer of the similar rows (slack), each against its own '
-             'matched control.')
+  if not panels:
+    return []
+  caption = ('Splits that remove more or fewer of the similar rows, each against its own control. '
+             'Bars are 95 % intervals (none with fewer than three seeds).')
   drawn = tuple(Figure(f'dose_{p["name"]}', figures.dose(p['points'], title=p['name']), caption)
                 for p in panels)
-  return [Figures(drawn)] if drawn else []
+  rows = tuple((Cell(f'{q["split"]} on {p["name"]}', f'against {q["control"]}' + (
+      '' if q['control_rule'] == 'matched' else ', random rows')),
+                tables.figure(tables.share(q['share'])), tables.figure(tables.number(q['dropped'])),
+                tables.figure(tables.signed(q['slack'])),
+                tables.figure(tables.points(q['estimate']), tables.bounds(
+                    SimpleNamespace(**q), tables.points)))
+               for p in panels for q in sorted(p['points'], key=lambda q: q['share']))
+  records = tuple({'benchmark': p['name'], **q} for p in panels for q in p['points'])
+  heads = (Cell('split'), tables.figure('rows removed', 'of what slack 0 removes'),
+           tables.figure('rows'), tables.figure('slack'),
+           tables.figure('points against the control'))
+  return [Heading('The dose: removing more, and less, than the aligned count'), Figures(drawn),
+          Table('dose', '', heads, rows, (), records)]
 
 
 def plane_blocks(

@@ -25,7 +25,16 @@ RULES = {
     'near': ('#c2609a', 'v', 'near-pruned (most similar removed)'),
     'far': ('#2f7fc4', '^', 'far-pruned (most similar kept)'),
     'listed': ('#7a5195', 'X', 'listed in a file'),
+    'k_aligned': ('#b8472a', 'd', 'aligned to k neighbours'),
+    'domain_removal': ('#8f7a3d', 'H', 'domain removal (not alignment)'),
+    'union': ('#5b7f95', 'p', 'union of splits'),
+    'intersection': ('#6f8f3f', '*', 'intersection of splits'),
+    'minus': ('#a0659a', '<', 'a split without others'),
+    'planted': ('#cc3d3d', 'X', 'base with planted copies of test images'),
 }
+# (colour, dash) of curves that stand for benchmarks, in their order; more than these begin again.
+SERIES = tuple((color, dash) for dash in ('-', (0, (4, 2)), (0, (1.2, 1.4))) for color in (
+    '#2f7fc4', '#d55e00', '#00966d', '#c2609a', '#c98a00', '#7a5195', '#3fa7dd', '#8c8c8c'))
 POOL_COLOR, ANCHOR_COLOR = '#2f7fc4', '#8c8c8c'
 
 _STYLE = {
@@ -95,9 +104,10 @@ def legend_above(ax, columns: int) -> None:
             columnspacing=1.2, borderpad=0.2, borderaxespad=0)
 
 
-def legend_below(figure) -> None:
+def legend_below(figure, columns: int = 1) -> None:
   """Names the curves below the axes, a line each: words may be long."""
-  figure.legend(loc='outside lower left', handlelength=1.6, labelspacing=0.35, borderpad=0.2)
+  figure.legend(loc='outside lower left', handlelength=1.6, labelspacing=0.35, borderpad=0.2,
+                columnspacing=1.2, ncols=columns)
 
 
 def few_ticks(axis, most: int) -> None:

@@ -21,7 +21,7 @@ NOTHING = '\u2013'  # an en dash: no value here
 class Cell:
   text: str
   detail: str = ''            # smaller lines below
-  tone: str = ''              # '' | 'muted' | 'bad' | 'flag' (a dagger: see the note)
+  tone: str = ''              # '' | 'muted' | 'bad' | 'strong' | 'flag' (a dagger: see the note)
   bar: float | None = None    # 0..1: a bar behind the number
   shade: float | None = None  # 0..1: how deep the ground is, in matrices
   number: bool = False        # right-aligned
@@ -73,14 +73,29 @@ def share(value: float | None) -> str:
   return f'{percent(value, 2 if 0 < abs(value) < 0.005 else 1)} %'
 
 
+def share_text(e: Any) -> str:
+  """Returns a rate with its interval in one line, '3.1 % [2.9, 3.3]', with equal digits."""
+  if e is None or not known(e.value):
+    return NOTHING
+  return f'{share(e.value)} {share_bounds(e)}'.strip()
+
+
+def share_bounds(e: Any) -> str:
+  """Returns the interval of a rate, '[2.9, 3.3]', with the digits of `share`; '' without."""
+  if e is None or not known(e.low, e.high):
+    return ''
+  decimals = 2 if e.high < 0.005 or 0 < e.value < 0.005 else 1
+  return f'[{percent(e.low, decimals)}, {percent(e.high, decimals)}]'
+
+
 def points(value: float | None) -> str:
   """0.012 -> '+1.2': a difference of accuracies in percentage points."""
   return _signed(f'{100 * value:+.1f}') if known(value) else NOTHING
 
 
-def similarity(value: float | None) -> str:
+def similarity(value: float | None, decimals: int = 3) -> str:
   """0.9312 -> '0.931'."""
-  return _signed(f'{value:.3f}') if known(value) else NOTHING
+  return _signed(f'{value:.{decimals}f}') if known(value) else NOTHING
 
 
 def signed(value: float | None, decimals: int = 3) -> str:
@@ -95,6 +110,13 @@ def number(value: float | None, digits: int = 3) -> str:
   if float(value).is_integer() and abs(value) < 1e15:
     return f'{int(value):,}'.replace('-', MINUS)
   return f'{value:.{digits}g}'.replace('-', MINUS)
+
+
+def ratio(value: float) -> str:
+  """1.0234 -> '1.02', 12.3 -> '12', 18000.0 -> '> 1,000': odds are rough, and far off unbounded."""
+  if value > 1000:
+    return '> 1,000'
+  return f'{value:.2f}' if value < 9.995 else f'{value:.0f}'
 
 
 def probability(value: float | None) -> str:

@@ -1,0 +1,146 @@
+"""Plain arrays and dicts -> SVG text of curves over a cut: rows dropped, rows kept, pairs found.
+
+As in figures.py, every figure is one small panel. A line a benchmark, in the colours of svg.SERIES;
+all benchmarks together are the broad line below them.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from clip_jax.core.types import Array
+from clip_jax.reporting import svg
+from clip_jax.reporting.svg import INK
+
+Rows = Sequence[Mapping[str, Any]]  # dicts with the keys that the comment beside the argument names
+
+POINTS = 300  # of a curve: more cannot be told apart in a small panel
+_SHORT = 15  # letters of a name up to which the names stand in two columns
+
+
+def rows_by_slack(
+    slack: Array,  # [m], ascending
+    lines: Rows,   # name, rows [m], at_zero (rows at slack 0), together (bool)
+    *,
+    title: str,
+    limits: tuple[float, float],  # of the slack
+) -> str:
+  """Returns how many rows an aligned split drops at any slack, on a logarithmic axis."""
+  inside = _inside(slack, limits)
+  most = max(1.0, *(float(line['rows'][inside].max()) for line in lines))
+
+  def draw(figure) -> None:
+    ax = figure.add_subplot()
+    ax.axvline(0, color=INK, linewidth=0.8, alpha=0.5)
+    for line, style in zip(lines, _styles(lines)):
+      rows = np.where(line['rows'] > 0, line['rows'], np.nan)[inside]
+      ax.plot(slack[inside], rows, label=line['name'], **style)
+      if line['at_zero'] > 0:
+        ax.plot([0], [line['at_zero']], 'o', color=style['color'], markersize=6, zorder=5)
+    ax.set(yscale='log', ylim=(0.8, 1.6 * most), xlim=limits, xlabel='slack', ylabel='rows dropped')
+    ax.yaxis.set_major_formatter(lambda value, _: svg.count(value))
+    ax.yaxis.set_minor_locator(_no_ticks())
+    svg.few_ticks(ax.xaxis, 6)
+    ax.grid(axis='y')
+    ax.set_title(title)
+    _names_below(figure, lines)
+
+  return svg.render(draw, 250 + _names_height(lines), title)
+
+
+def rows_by_cut(
+    cut: Array,   # [m] similarities, ascending
+    lines: Rows,  # name, kept [m] (shares of the candidates), together (bool)
+    *,
+    title: str,
+    limits: tuple[float, float],  # of the cut
+) -> str:
+  """Returns the share of the candidates that near- or far-pruning keeps, by where it cuts."""
+  inside = _inside(cut, limits)
+
+  def draw(figure) -> None:
+    ax = figure.add_subplot()
+    for line, style in zip(lines, _styles(lines)):
+      ax.plot(cut[inside], 100 * line['kept'][inside], label=line['name'], **style)
+    ax.set(ylim=(0, 100), xlim=limits, xlabel='similarity to the nearest query, at the cut',
+           ylabel='% of candidates kept')
+    ax.set_yticks((0, 25, 50, 75, 100))
+    svg.few_ticks(ax.xaxis, 5)
+    ax.grid(axis='y')
+    ax.set_title(title)
+    _names_below(figure, lines)
+
+  return svg.render(draw, 230 + _names_height(lines), title)
+
+
+def recall_by_clusters(
+    points: Rows,  # clusters, recall, low, high
+    *,
+    title: str,
+) -> str:
+  """Returns the share of duplicate pairs that lie inside one cluster, by the number of clusters."""
+
+  def draw(figure) -> None:
+    ax = figure.add_subplot()
+    xs = [p['clusters'] for p in points]
+    color = svg.POOL_COLOR
+    ax.plot(xs, [100 * p['recall'] for p in points], color=color, marker='o', markersize=6)
+    for p in points:
+      ax.plot([p['clusters']] * 2, [100 * p['low'], 100 * p['high']], color=color, linewidth=1.4,
+              alpha=0.6)
+    lowest = min(p['low'] for p in points)
+    ax.set(xscale='log', xlabel='clusters (logarithmic axis)', ylabel='% of pairs found',
+           ylim=(max(0.0, 100 * lowest - 5), 101))
+    ax.set_xticks(_apart(xs), [svg.count(x) for x in _apart(xs)])
+    ax.xaxis.set_minor_locator(_no_ticks())
+    ax.grid(axis='y')
+    ax.set_title(title)
+
+  return svg.render(draw, 230, title)
+
+
+def _inside(values: Array, limits: tuple[float, float]) -> Array:
+  """Returns the positions of about POINTS of the values within limits, evenly spaced."""
+  found = np.flatnonzero((values >= limits[0]) & (values <= limits[1]))
+  return found[np.arange(len(found)) % max(1, len(found) // POINTS) == 0]
+
+
+def _apart(xs: Sequence[float]) -> list[float]:
+  """Returns those of the values that are a factor of 1.6 apart: their labels do not meet."""
+  out: list[float] = []
+  for x in sorted(xs):
+    if not out or x >= 1.6 * out[-1]:
+      out.append(x)
+  return out
+
+
+def _no_ticks():
+  from matplotlib.ticker import NullLocator
+  return NullLocator()
+
+
+def _styles(lines: Rows) -> list[dict]:
+  """Returns how each line is drawn: its colour by its place, all together thick and in ink."""
+  styles, place = [], 0
+  for line in lines:
+    color, dash = svg.SERIES[place % len(svg.SERIES)]
+    if line['together']:
+      styles.append({'color': INK, 'linewidth': 4, 'alpha': 0.35, 'zorder': 1.5})  # below the rest
+    else:
+      styles.append({'color': color, 'linestyle': dash, 'linewidth': 1.8})
+      place += 1
+  return styles
+
+
+def _columns(lines: Rows) -> int:
+  return 2 if all(len(line['name']) <= _SHORT for line in lines) else 1
+
+
+def _names_below(figure, lines: Rows) -> None:
+  if len(lines) > 1:
+    svg.legend_below(figure, _columns(lines))
+
+
+def _names_height(lines: Rows) -> float:
+  return 17.0 * -(-len(lines) // _columns(lines)) if len(lines) > 1 else 0.0
