@@ -22,24 +22,22 @@ def get_config() -> ml_collections.ConfigDict:
   c.pool = dataset()                # the image-text pool that models are trained on
   c.anchor = dataset()              # the labelled reference training set (the paper's ImageNet-Train)
   c.benchmarks = ConfigDict()       # name -> benchmark(...); a name is letters, digits, _ and -
-  c.splits = ConfigDict()           # name -> split(...)
+  c.benchmark_dirs = ''             # more of them, 'name=DIR,other=DIR', each like config.benchmark_template: for the
+                                    # command line, where no keys can be added
+  c.benchmark_template = benchmark()  # of benchmark_dirs; format '': found by what lies in the folder
+  c.references = ConfigDict()       # name -> reference(...): labelled examples, or prompts, for domain_removal
+  c.planted = planted()             # copies of a benchmark's images that a split of rule 'planted' holds beside base
+  c.splits = ConfigDict()           # name -> split(...); add_doses(config, ...) adds a dose curve
+  c.embedders = ConfigDict()        # name -> embedder(...): further ones, for dedup.embedder, prune.sensitivity
+                                    # and prune.preview
+  c.cache_dir = ''                  # where remote files that must be memory-mapped are copied; '': in the workdir
 
   # Reading samples.
   c.ingest = ConfigDict()
   c.ingest.check_content = False    # a source file counts by its sha256, not by size and mtime: slow, sure
 
   # The embedder: the frozen model whose image embeddings define similarity.
-  c.embedder = ConfigDict()
-  c.embedder.source = 'pca'         # 'pca' | 'hog' (fitted on the base set) | 'train' (a CLIP trained here) |
-                                    # 'weights' (published ones: path, name)
-  c.embedder.path = ''              # 'weights': a .safetensors, .pt or .bin of open_clip, OpenAI or Hugging Face
-  c.embedder.name = ''              # 'weights': its open_clip model, 'ViT-B-16-plus-240'; '': by the config beside it
-  c.embedder.image_size = 32        # 'pca', 'hog': pixels; images are resized and cropped to this
-  c.embedder.dim = 64               # E, numbers in an embedding; 'train' and 'weights' take the model's own
-  c.embedder.fit_images = 4096      # 'pca', 'hog': images of the base set that it is fitted on, drawn by seed
-  c.embedder.samples = 0            # 'train': samples seen
-  c.embedder.seed = 1000            # of the fit sample, and of the trained embedder (never an evaluated seed)
-  c.embedder.batch_size = 256       # images a forward pass; changes speed only
+  c.embedder = embedder()         # the keys are those of embedder(...), below
 
   # De-duplication of the pool (SemDeDup-like: k-means, then pairs inside clusters).
   c.dedup = ConfigDict()
@@ -50,13 +48,22 @@ def get_config() -> ml_collections.ConfigDict:
   c.dedup.min_change = 1e-7         # stop when a smaller share of the assignments changes
   c.dedup.max_iterations = 100      # stop after so many passes in any case, and say so
   c.dedup.seed = 0                  # draws the initial centres
+  c.dedup.embedder = ''             # one of config.embedders, whose vectors are compared; '': the similarity's own
+  c.dedup.sample_rows = 0           # k-means on a random sample of so many rows, then one pass that assigns all: for
+                                    # hundreds of millions; 0: Lloyd on all rows, as published
+  c.dedup.survivor = 'first'        # of near-duplicates the one that stays: 'first' in the pool (published) |
+                                    # 'largest' image | 'longest' caption | 'best' image-text similarity
+  c.dedup.audit_rows = 0            # rows drawn to measure, against exhaustive search, how many duplicate pairs the
+                                    # clusters find, for several numbers of clusters; 0: no audit
 
   # The search of the pool with all benchmarks' images.
   c.search = ConfigDict()
   c.search.backend = 'exact'        # 'exact' | 'scann' (approximate; pool_nearest only, no near, far, matched)
-  c.search.top_k = 10               # neighbours kept for every query
-  c.search.tile_rows = 4096         # pool rows in a tile; changes speed only
-  c.search.query_block = 512        # queries in a block; changes speed only
+  c.search.top_k = 10               # neighbours kept for every query; fewer later need no second search, more do
+  c.search.tile_rows = 0            # pool rows in a tile; 0: measured at the start; changes speed only
+  c.search.query_block = 0          # queries in a block; 0: measured at the start; changes speed only
+  c.search.paper_top_k = 20_000     # rows that the published code keeps for a query and a chunk of 1,000,000 rows:
+                                    # what it would have missed is counted; 0: not
   c.search.min_recall = 0.0         # 'scann': least recall against exact search, measured on a sample, that
                                     # gap_aligned accepts; 0 refuses gap_aligned on 'scann'
   c.search.candidates = 1000        # 'scann': candidates a query that are re-scored exactly
@@ -66,7 +73,11 @@ def get_config() -> ml_collections.ConfigDict:
   c.prune = ConfigDict()
   c.prune.check_queries = 200       # aligned splits: queries checked by brute force after pruning; 0: none
   c.prune.export_key = ''           # exports and listed: the column that names a sample ('uid'); '': its key
-  c.prune.duplicate_similarity = 0.0  # similarity from which a pair counts as a duplicate; 0: 1 - dedup.threshold
+  c.prune.duplicate_similarity = 0.0  # similarity from which a pair counts as a duplicate; 0: 1 - dedup.threshold,
+                                    # which dedup.embedder makes another embedder's: then it must be given
+  c.prune.sensitivity = ()          # names in config.embedders: the splits are made with these, too, and compared
+  c.prune.preview = ''              # one of config.embedders: ridge regression on its features previews each split
+                                    # in seconds (it is no CLIP training); '': none
 
   # The model: an open_clip name, or the numbers themselves (name '').
   c.model = ConfigDict()
@@ -135,7 +146,7 @@ def get_config() -> ml_collections.ConfigDict:
 
   c.report = ConfigDict()
   c.report.gallery_queries = 6      # queries shown a benchmark
-  c.report.removed_images = 12      # removed rows, and just-kept rows, shown a split
+  c.report.removed_images = 12      # pictures in each strip of removed, and of just-kept, rows of a split
   c.report.bootstrap_draws = 2000   # resamples behind the bootstrap intervals
   c.report.seed = 0                 # of the bootstrap
   c.report.reference = 'val'        # the benchmark that is like the anchor: the other side of the placebo comparison
@@ -165,7 +176,7 @@ def dataset(**given) -> ml_collections.ConfigDict:
   """Returns a dataset block: where samples are, which of them count, and what they say."""
   c = ConfigDict()
   c.format = ''                     # 'webdataset' | 'parquet' | 'folder' | 'tfds' | 'array_record' | 'glyphs' (the
-                                    # drawn demo) | 'concat'
+                                    # drawn demo) | 'embeddings' (vectors only) | 'concat'
   c.path = ''                       # files: a folder, a glob ('DIR/*.tar') or braces ('{00000..00009}.tar'), here or
                                     # on gs:// or s3://; tfds: DIR/NAME/VERSION/SPLIT; glyphs: which set ('' = 'pool')
   c.sources = ConfigDict()          # 'concat': name -> dataset(...), in the order of their names
@@ -186,7 +197,52 @@ def dataset(**given) -> ml_collections.ConfigDict:
   c.classes = ()                    # class names in label order; '' with folders: the folder names
   c.columns = ()                    # json columns kept in the index ('domain', ...), for joins and figures
   c.domain_column = ''              # the column that names a sample's domain, in reports and matched splits
+  c.metadata = ''                   # embeddings: parquet files of keys, captions and columns, one a file of vectors;
+                                    # '': those in metadata/ beside it, where there are any
+  c.vector_key = ''                 # embeddings: the array of an npz, the column of a parquet; '': the only 2-D one
+  c.vector_dim = 0                  # embeddings: E of files without a header (float32, as SemDeDup writes them)
+  c.any_norm = False                # embeddings: vectors may be of any length (else 0.9 to 1.1); all are normalised
+  c.images = ''                     # embeddings: where the images are, for galleries: a folder in which the keys (or
+                                    # image_path, see sample_key) name files, or tars whose members they name; '': no
+                                    # pictures
   return config_lib.fill(c, given, 'dataset')
+
+
+def reference(**given) -> ml_collections.ConfigDict:
+  """Returns a block of labelled examples that say what a pool row is: a dataset, or prompts."""
+  c = dataset()
+  c.templates = ('a photo of a {}.',)  # format 'prompts': each class is the mean of these, encoded by the embedder
+  return config_lib.fill(c, given, 'reference')
+
+
+def planted(**given) -> ml_collections.ConfigDict:
+  """Returns the block of the positive control: copies of test images, planted on purpose."""
+  c = ConfigDict()
+  c.benchmark = ''                  # whose queries are copied; '': nothing is planted
+  c.share = 0.5                     # of its queries, drawn by seed; whole groups, so with few of them it may be another
+  c.kinds = ('crop', 'jpeg')        # how the copies differ, in turn: 'crop' (to 80 to 95 % of the area) | 'resize' (to
+                                    # 50 to 75 % of the sides) | 'jpeg' (quality 30 to 60) | 'colour' (brightness,
+                                    # contrast, saturation by up to 30 %) | 'none'
+  c.caption_template = 'a photo of a {}'  # '{}' takes the class name: copies are correctly captioned
+  c.copies = 1                      # of each query that is planted
+  c.seed = 0                        # draws the queries; gives each copy its own numbers
+  return config_lib.fill(c, given, 'planted')
+
+
+def embedder(**given) -> ml_collections.ConfigDict:
+  """Returns an embedder block: the frozen model whose image embeddings define similarity."""
+  c = ConfigDict()
+  c.source = 'pca'         # 'pca' | 'hog' (fitted on the base set) | 'train' (a CLIP trained here) |
+                                    # 'weights' (published ones: path, name) | 'files' (every dataset is vectors)
+  c.path = ''              # 'weights': a .safetensors, .pt or .bin of open_clip, OpenAI or Hugging Face
+  c.name = ''              # 'weights': its open_clip model, 'ViT-B-16-plus-240'; '': by the config beside it
+  c.image_size = 32        # 'pca', 'hog': pixels; images are resized and cropped to this
+  c.dim = 64               # E, numbers in an embedding; 'train' and 'weights' take the model's own
+  c.fit_images = 4096      # 'pca', 'hog': images of the base set that it is fitted on, drawn by seed
+  c.samples = 0            # 'train': samples seen
+  c.seed = 1000            # of the fit sample, and of the trained embedder (never an evaluated seed)
+  c.batch_size = 256       # images a forward pass; changes speed only
+  return config_lib.fill(c, given, 'embedder')
 
 
 def benchmark(**given) -> ml_collections.ConfigDict:
@@ -201,12 +257,25 @@ def split(**given) -> ml_collections.ConfigDict:
   """Returns a split block: which rows of the base set a model is trained on."""
   c = ConfigDict()
   c.rule = 'all'                    # all | anchor | pool_only | gap_aligned | near | far | random | matched |
+                                    # k_aligned | domain_removal | union | intersection | minus | planted |
                                     # listed (a subset file)
   c.benchmarks = ()                 # whose queries count (gap_aligned, near, far); several: their union, their max
   c.size = 0.0                      # near, far, random: rows kept; <= 1 a share of the candidates, > 1 a count
   c.size_of = ''                    # near, far, random: as many as that split keeps
-  c.to = ''                         # matched: the aligned split whose removed rows are imitated
+  c.to = ''                         # matched: the split whose removed rows are imitated (aligned, near, far, a domain
+                                    # removal, a join, listed)
   c.slack = 0.0                     # gap_aligned: drop only what is more than this over the anchor's similarity
+  c.quantile = 0.0                  # gap_aligned: the slack is this quantile of the candidates' excess (0.9: a tenth
+                                    # of them goes, or a little less); 0: not given
+  c.dose = 0.0                      # gap_aligned: drops so many times what slack 0 does, the largest excess first;
+                                    # 0: not given
+  c.k = 1                           # k_aligned: the j-th nearest pool row is no nearer than the j-th nearest anchor
+                                    # row, for every j up to k
+  c.reference = ''                  # domain_removal: one of config.references: its nearest example says a row's class
+  c.column = ''                     # domain_removal: or a column of the pool's index that says it
+  c.values = ()                     # domain_removal: the classes, or the column's values, that are dropped
+  c.of = ()                         # union, intersection, minus: the splits that are joined; minus: the first without
+                                    # the others
   c.append_anchor = True            # add the anchor's rows
   c.seed = 0                        # random, matched: of the draw, together with the training seed
   c.seeds = ()                      # training seeds of this split; (): train.seeds
@@ -214,3 +283,15 @@ def split(**given) -> ml_collections.ConfigDict:
   c.export = ()                     # written beside the rows for other programs: 'datacomp' | 'keys' | 'clip_ood' |
                                     # 'webdataset' (byte-exact tars) | 'array_record'
   return config_lib.fill(c, given, 'split')
+
+
+def add_doses(config: ml_collections.ConfigDict, name: str, *, benchmarks: tuple[str, ...],
+              doses: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0, 1.25), **given) -> None:
+  """Adds the dose curve to config.splits: aligned splits that drop more and more, each with its matched control.
+
+  `name`_25, `name`_25_matched, ... for the share of what slack 0 drops, in percent; `given`: of every split (seeds).
+  """
+  for dose in doses:
+    one = f'{name}_{100 * dose:g}'.replace('.', '_')
+    config.splits[one] = split(rule='gap_aligned', benchmarks=benchmarks, dose=dose, **given)
+    config.splits[f'{one}_matched'] = split(rule='matched', to=one, **given)

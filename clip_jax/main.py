@@ -15,7 +15,8 @@ _CONFIG = config_flags.DEFINE_config_file('config', None, 'The experiment: a Pyt
                                           lock_config=True)
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of everything that is made: local, gs:// or s3://.')
 _STAGES = flags.DEFINE_list('stages', None, 'Only these stages, in their order; default: all.')
-_REDO = flags.DEFINE_string('redo', '', 'STAGE or STAGE:product: forget it and what follows from it, then make it.')
+_REDO = flags.DEFINE_string('redo', '', 'STAGE or STAGE:product, of a further embedder STAGE:NAME@product: '
+                            'forget it and what follows from it, then make it.')
 _DRY_RUN = flags.DEFINE_bool('dry_run', False, 'Print the plan and what is there already; write nothing.')
 
 

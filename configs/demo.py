@@ -26,6 +26,11 @@ def get_config():
   config.embedder.dim = 64
   config.dedup.threshold = 0.006
 
+  # A second embedder: how far its splits agree with those above, and a preview of each split in seconds.
+  config.embedders.hog = defaults.embedder(source='hog', image_size=32, dim=64)
+  config.prune.sensitivity = ('hog',)
+  config.prune.preview = 'hog'
+
   seeds_once = (0,)
   config.splits.base = defaults.split(rule='all')
   config.splits.anchor_only = defaults.split(rule='anchor')

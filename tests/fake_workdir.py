@@ -18,6 +18,7 @@ from clip_jax.core import config as config_lib
 from clip_jax.core import files
 from clip_jax.core import products
 from clip_jax.data import table
+from clip_jax.pruning import columns
 from clip_jax.pruning import rules
 from clip_jax.pruning import splits as splits_lib
 from clip_jax.stages import STAGES
@@ -60,11 +61,30 @@ def config(seeds=(0, 1, 2)):
   return c
 
 
-def audit_config():
-  """Returns a config that only asks what the pool holds: no anchor, no splits."""
+def audit_config(anchor: bool = False):
+  """Returns a config that only asks what the pool holds: no splits, and no anchor unless asked."""
   c = config()
-  c.anchor = defaults.dataset()
+  if not anchor:
+    c.anchor = defaults.dataset()
   c.splits = type(c.splits)()
+  return c
+
+
+def pruning_config():
+  """Returns a config with a split of every rule that removes rows, a dose curve, and second looks."""
+  c = config()
+  for name in list(c.splits):
+    if name not in ('base', 'anchor_only', 'handwriting_pruned', 'near_75', 'far_75'):
+      del c.splits[name]
+  defaults.add_doses(c, 'dose', benchmarks=('handwriting',), doses=(0.5, 1.0, 1.25))
+  c.splits.two_nearest = defaults.split(rule='k_aligned', k=2, benchmarks=('handwriting',))
+  c.splits.no_outline = defaults.split(rule='domain_removal', column='domain', values=('outline',))
+  c.splits.both = defaults.split(rule='intersection', of=('handwriting_pruned', 'no_outline'))
+  c.splits.either = defaults.split(rule='union', of=('handwriting_pruned', 'no_outline'))
+  c.splits.rest = defaults.split(rule='minus', of=('base', 'no_outline'))
+  c.embedders.other = defaults.embedder(source='hog')
+  c.prune.sensitivity, c.prune.preview = ('other',), 'other'
+  c.dedup.audit_rows = 500
   return c
 
 
@@ -152,6 +172,15 @@ class _World:
                     np.where(self.keep, -1, similar.argmax(1)))
     self.finish('dedup/keep', ['dedup/keep.npy'], usable=int(usable.sum()),
                 duplicates=int((~self.keep).sum()), clusters=1)
+    if self.c.dedup.audit_rows:
+      points = [{'clusters': k, 'found': 40 - 4 * i, 'recall': 1 - 0.1 * i, 'low': 0.85 - 0.1 * i,
+                 'high': 1 - 0.08 * i, 'dropped': 30 - 3 * i, 'precision': 1.0}
+                for i, k in enumerate((1, 2, 5, 20))]
+      files.write_json(self.path('dedup', 'audit.json'), {
+          'rows': 500, 'threshold': THRESHOLD, 'pairs': 40, 'dropped_exhaustive': 30,
+          'by_clusters': points, 'chains': {'components': 25, 'largest': 4, 'through_dropped': 2,
+                                            'sizes': {'2': 20, '3': 4, '4': 1}}})
+      self.finish('dedup/audit')
 
   def search(self) -> None:
     self.similarity, self.excess, self.queries, self.over = {}, {}, {}, {}
@@ -179,6 +208,33 @@ class _World:
           'anchor_similarity_f64': t.astype(np.float64)}
       files.write_npz(self.path('search', name, 'queries.npz'), **self.queries[name])
       self.finish(f'search/{name}/queries')
+      if 'anchor' in self.sets:
+        files.write_json(self.path('search', name, 'paper.json'), {
+            'top_k': 20_000, 'chunk_rows': 1_000_000,
+            'over': int((self.excess[name][self.candidates] > 0).sum()),
+            'missed': 7 if name == 'handwriting' else 0})
+        self.finish(f'search/{name}/paper')
+    self._sizes()
+
+  @property
+  def candidates(self):
+    """Returns the rows that may be in a split, [m] int64."""
+    return np.flatnonzero(self.usable['pool'] & self.keep)
+
+  def _sizes(self) -> None:
+    edges, rows = np.arange(-1000, 1001) / 1000, self.candidates
+    over = {}
+    for what, column in (('similarity', self.similarity), ('excess', self.excess)):
+      each = [column[name][rows] for name in self.c.benchmarks]
+      each.append(np.max(each, axis=0))
+      over[what] = np.array([[(values > edge).sum() for edge in edges] for values in each], np.int64)
+    has_excess = 'anchor' in self.sets
+    files.write_npz(
+        self.path('search', 'sizes.npz'), edges=edges, benchmarks=np.array(list(self.c.benchmarks)),
+        similarity_over=over['similarity'], excess_over=over['excess'],
+        excess_zero=over['excess'][:, 1000], has_excess=np.bool_(has_excess),
+        candidates=np.int64(len(rows)), rows=np.int64(POOL_ROWS))
+    self.finish('search/sizes')
 
   def prune(self) -> None:
     self.rows, self.abouts = {}, {}
@@ -189,6 +245,34 @@ class _World:
         self.abouts[name] |= self._aligned(name)
       files.write_json(self.path('splits', name, 'split.json'), self.abouts[name])
       self.finish(f'splits/{name}/split')
+    self._second_looks()
+
+  def _second_looks(self) -> None:
+    """Writes the comparison with another embedder, and the ridge preview."""
+    if self.c.prune.sensitivity:
+      gone = np.setdiff1d(self.candidates, self.rows['handwriting_pruned', 0])
+      one = {'embedder': 'other', 'removed_here': len(gone), 'removed_there': len(gone) + 9,
+             'jaccard': 0.5, 'jaccard_interval': [0.42, 0.58], 'same_count_jaccard': 0.625,
+             'same_count_interval': [0.54, 0.71], 'spearman': 0.813, 'only_here': 30, 'only_there': 39,
+             'rows_only_here': gone[:12].tolist(),
+             'rows_only_there': self.rows['handwriting_pruned', 0][:12].tolist()}
+      files.write_json(self.path('splits', 'sensitivity.json'), {
+          'embedders': ['', 'other'], 'splits': {'handwriting_pruned': [one]}})
+      self.finish('splits/sensitivity')
+    for i, name in enumerate(self.c.splits if self.c.prune.preview else ()):
+      top1 = 0.8 - 0.03 * i
+      files.write_json(self.path('splits', name, 'preview.json'), {
+          'embedder': 'other', 'features': 324, 'rows': 600, 'labelled': 480, 'l2': 0.1, 'benchmarks': {
+              b: {'n': QUERIES, 'top1': top1, 'low': top1 - 0.04, 'high': top1 + 0.04}
+              for b in self.c.benchmarks}})
+      self.finish(f'splits/{name}/preview')
+
+  def _pairs(self, name: str, k: int) -> list[columns.Pairs]:
+    to_anchor = self.vectors[name].astype(float) @ self.vectors['anchor'].astype(float).T
+    anchor = -np.sort(-to_anchor, axis=1)[:, :k]
+    s = self.vectors[name].astype(float) @ self.vectors['pool'].astype(float).T
+    query, row = np.nonzero(s > anchor[:, -1:])
+    return [columns.Pairs(anchor, query, row, s[query, row])]
 
   def _columns(self) -> rules.Columns:
     anchor = self.vectors['anchor'].astype(np.float32)
@@ -199,25 +283,28 @@ class _World:
         [column[name][rows] for name in names], axis=0).astype(float)
     return rules.Columns(
         self.usable['pool'] & self.keep, self.similarity, self.excess, highest(self.similarity),
-        highest(self.excess), anchor_class=near.argmax(1).astype(np.int32),
+        highest(self.excess), pairs=self._pairs, anchor_class=near.argmax(1).astype(np.int32),
         anchor_class_similarity=near.max(1), caption_length=np.full(POOL_ROWS, 20, np.int32),
         image_pixels=np.full(POOL_ROWS, 784))
 
   def _draw(self, name: str, seed: int) -> None:
-    block, columns = self.c.splits[name], self._columns()
-    rule, candidates = rules.RULES[block.rule], int(columns.candidates.sum())
-    given = {}
+    block, known = self.c.splits[name], self._columns()
+    rule, candidates = rules.RULES[block.rule], int(known.candidates.sum())
+    given = {key: block[key] for key in ('slack', 'quantile', 'dose', 'k') if key in rule.keys}
     if 'benchmarks' in rule.keys:
       given['benchmarks'] = tuple(block.benchmarks)
-    if 'slack' in rule.keys:
-      given['slack'] = block.slack
+    if 'levels' in rule.needs:
+      given |= {'codes': np.array([STYLES.index(s['domain']) for s in self.sets['pool']]),
+                'names': STYLES, 'values': block['values']}
+    if 'others' in rule.needs:
+      given['others'] = [self.rows[other, 0] for other in block.of]
     if 'count' in rule.needs:
       given['count'] = rules.count_of(block.size, candidates)
     if 'draw' in rule.needs:
       given |= {'seed': block.seed, 'draw': seed}
     if block.to:
-      given['removed'] = np.setdiff1d(np.flatnonzero(columns.candidates), self.rows[block.to, 0])
-    kept = rule.keep(columns, **given)
+      given['removed'] = np.setdiff1d(self.candidates, self.rows[block.to, 0])
+    kept = rule.keep(known, **given)
     rows = splits_lib.base_rows(kept.rows, POOL_ROWS, np.arange(ANCHOR_ROWS), True)
     self.rows[name, seed] = kept.rows
     path = layout.rows_name(self.c, name, seed)
@@ -227,14 +314,14 @@ class _World:
             'hash': splits_lib.rows_hash(rows)}
     about = self.abouts.setdefault(name, {
         'rule': block.rule, 'candidates': candidates, 'pool_size': POOL_ROWS, **size,
-        'parameters': {key: config_lib.plain(block[key]) for key in rule.keys},
+        'parameters': {key: config_lib.plain(layout.plain(block)[key]) for key in rule.keys},
         'dropped': candidates - len(kept.rows), 'append_anchor': True, 'seed': block.seed,
         'checks': {}, 'draws': {}})
     about['draws'][path.rsplit('/', 1)[1]] = {**size, **kept.report}
 
   def _aligned(self, name: str) -> dict:
-    columns, kept = self._columns(), self.rows[name, layout.seeds(self.c, name)[0]]
-    gone = np.setdiff1d(np.flatnonzero(columns.candidates), kept)
+    known, kept = self._columns(), self.rows[name, layout.seeds(self.c, name)[0]]
+    gone = np.setdiff1d(self.candidates, kept)
     over, cosine = {}, {}
     for b in self.c.splits[name].benchmarks:
       over[b] = (self.over[b][:, gone] > 0).sum(1)
@@ -243,9 +330,9 @@ class _World:
                       removed_near=(self.over[b][:, gone] > -0.02).sum(1), anchor_cosine=cosine[b])
     pool = self.sets['pool']
     found = splits_lib.describe_aligned(
-        columns, kept, benchmarks=tuple(over), removed_over=over, anchor_cosine=cosine,
-        duplicate_similarity=1 - THRESHOLD, label=np.array([DIGITS[s['label']] for s in pool]),
-        domain=np.array([s['domain'] for s in pool]))
+        known, kept, benchmarks=tuple(over), dropped_at=splits_lib.dropped_at_slack(known, tuple(over)),
+        removed_over=over, anchor_cosine=cosine, duplicate_similarity=1 - THRESHOLD,
+        label=np.array([DIGITS[s['label']] for s in pool]), domain=np.array([s['domain'] for s in pool]))
     checks = {'checked': 100, 'failures': 0, 'kind': 'equality', 'first_failures': []}
     return {**found, 'duplicate_similarity': 1 - THRESHOLD, 'checks': {b: checks for b in over}}
 

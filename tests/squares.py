@@ -56,7 +56,7 @@ def config(data, **override):
   c.splits.base = defaults.split()
   c.splits.pruned = defaults.split(rule='gap_aligned', benchmarks=('squares',))
   c.dedup.threshold = 1e-4
-  flat = {key: value for key, value in {**tiny.SHRINK, **override}.items() if not key.startswith('glyphs')}
+  flat = {key: value for key, value in {**tiny.SHRINK, **override}.items() if not key.startswith(('glyphs', 'embedders'))}
   flat.setdefault('model.text_layers', 1)
   flat.setdefault('model.context_length', 8)
   for key, value in {'train.samples': 64, **{k: v for k, v in flat.items() if k != 'train.samples'}}.items():

@@ -27,7 +27,7 @@ def test_the_verdict_is_that_of_the_matched_interval(low, high, verdict):
   text = answer_sentence('sketch', share(0.1, 0.9), share(low, high, 'matched'))
   assert verdict in text and text.startswith('On sketch, removing') and text.count('. ') == 0
   assert 'by which base beats anchor_only and' in text and 'the matched control beats' in text
-  assert f'{100 * low:.0f} to {100 * high:.0f} %' in text and 'mix' not in text
+  assert f'{100 * low:.0f} to {100 * high:.0f} %'.replace('-', '\u2212') in text and 'mix' not in text
 
 
 def test_without_a_matched_control_the_sentence_says_so():
@@ -51,10 +51,20 @@ def test_no_answer():
   text = answer_sentence('sketch', None, None, ['base/seed0', 'anchor_only/seed1'])
   assert 'there is no answer: it needs' in text
   assert text.endswith('Not finished or not converged: base/seed0, anchor_only/seed1.')
+  text = answer_sentence('sketch', None, None, [f'base/seed{i}' for i in range(12)])
+  assert text.endswith('base/seed2, base/seed3 and 8 more.')
   text = answer_sentence('sketch', share(0, 1, reason='base is weak'), None)
   assert text == 'On sketch there is no answer, because base is weak.'
   only = answer_sentence('sketch', None, share(0.1, 0.2, 'matched'))
   assert 'the matched control beats' in only and 'less than half' in only
+
+
+def test_a_split_is_named_where_it_is_not_the_only_one_and_minus_is_a_minus_sign():
+  text = answer_sentence('sketch', share(-0.1, 0.2), None, split='two_nearest')
+  assert text.startswith('On sketch, removing what two_nearest removes takes away 5 %')
+  assert '\u221210 to 20 %' in text and '-1' not in text
+  assert 'On sketch, by two_nearest, there is no answer' in answer_sentence('sketch', None, None, split='two_nearest')
+  assert 'two_nearest' not in answer_sentence('sketch', share(0.1, 0.2), None)
 
 
 def test_line_as_reference():

@@ -235,7 +235,7 @@ def test_evaluate_needs_no_embedder(data, tmp_path, capsys):
   from clip_jax.stages import checkpoint
   c = config(data, **{'train.only': ('base/seed0',)})
   status, said = run(c, tmp_path / 'w', capsys, [*PREPARE, 'train'])
-  assert status == 0 and 'against 12 queries of 1 benchmarks' in said, said  # the class means are none
+  assert status == 0 and 'against 12 queries of 1 benchmark' in said, said  # the class means are none
   c.embedder.source, c.embedder.path = 'weights', 'elsewhere.safetensors'
   assert command.guard(lambda: checkpoint.run(
       c, str(tmp_path / 'w/train/base/seed0'), model='', benchmarks=None, output='', follow=False)) == 0

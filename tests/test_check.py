@@ -5,6 +5,7 @@ import pytest
 from clip_jax import defaults
 from clip_jax.core.errors import ConfigError
 from clip_jax.stages import check
+from clip_jax.stages import layout
 
 import tiny
 
@@ -55,7 +56,7 @@ def test_the_shipped_configs_pass(monkeypatch):
     ({'splits.near_75.size': 0.0}, 'give size='),
     ({'splits.near_75.size': 1.5}, 'whole number above 1'),
     ({'splits.near_75.size': float('nan')}, 'whole number above 1'),
-    ({'splits.handwriting_matched.to': 'base'}, 'must be an aligned split'),
+    ({'splits.handwriting_matched.to': 'base'}, "must be a split that removes rows.*it is of rule 'all'"),
     ({'splits.handwriting_matched.to': ''}, 'needs to='),
     ({'splits.random_75.size': 0.0, 'splits.random_75.size_of': 'random_75'}, 'circle'),
     ({'model.patch_size': 7}, 'multiple of patch_size=7'),
@@ -122,3 +123,84 @@ def test_a_resnet_has_no_patches_to_drop():
   config.train.patch_dropout = 0.5
   with pytest.raises(ConfigError, match='RN50 has no patches'):
     check.check(config)
+
+
+@pytest.mark.parametrize('block, said', [
+    ({'rule': 'gap_aligned', 'benchmarks': ('val', 'val')}, 'benchmarks=.* names one twice'),
+    ({'rule': 'gap_aligned', 'benchmarks': ('val',), 'slack': 0.1, 'dose': 0.5}, 'slack=0.1 and dose=0.5 each say'),
+    ({'rule': 'gap_aligned', 'benchmarks': ('val',), 'quantile': 0.1, 'dose': 0.5}, 'quantile=0.1 and dose=0.5'),
+    ({'rule': 'gap_aligned', 'benchmarks': ('val',), 'quantile': 1.5}, 'quantile=1.5 must be a share'),
+    ({'rule': 'gap_aligned', 'benchmarks': ('val',), 'quantile': -0.1}, 'quantile=-0.1 must be a share'),
+    ({'rule': 'gap_aligned', 'benchmarks': ('val',), 'dose': float('inf')}, 'dose=inf must be'),
+    ({'rule': 'gap_aligned', 'benchmarks': ('val',), 'dose': float('nan')}, 'dose=nan must be'),
+    ({'rule': 'gap_aligned', 'benchmarks': ('val',), 'slack': 3.0}, 'slack=3.0 must lie in'),
+    ({'rule': 'gap_aligned', 'benchmarks': ('val',), 'k': 2}, "k=2: the rule 'gap_aligned' does not read it"),
+    ({'rule': 'near', 'benchmarks': ('val',), 'size': 0.5, 'dose': 0.5}, "dose=0.5: the rule 'near' does not read it"),
+    ({'rule': 'k_aligned', 'benchmarks': ('val',), 'k': 0}, 'k=0 must be 1 or more'),
+    ({'rule': 'k_aligned', 'k': 2}, 'needs benchmarks='),
+    ({'rule': 'domain_removal', 'values': ('a',)}, 'give column= .* or reference='),
+    ({'rule': 'domain_removal', 'column': 'domain', 'reference': 'x', 'values': ('a',)}, 'one of the two'),
+    ({'rule': 'domain_removal', 'column': 'domain'}, 'values=.* must name what is dropped: values of the column'),
+    ({'rule': 'domain_removal', 'column': 'domain', 'values': ('',)}, 'must name what is dropped'),
+    ({'rule': 'domain_removal', 'column': 'domain', 'values': (1, '1')}, 'names a value twice'),
+    ({'rule': 'domain_removal', 'column': 'domian', 'values': ('a',)}, "Did you mean 'domain'"),
+    ({'rule': 'domain_removal', 'reference': 'styles', 'values': ('a',)}, "reference='styles' is not known"),
+    ({'rule': 'union', 'of': ('base',)}, 'must name two or more splits'),
+    ({'rule': 'union', 'of': ('base', 'base')}, 'of=.* names one twice'),
+    ({'rule': 'minus', 'of': ('base', 'near_57')}, "Did you mean 'near_75'"),
+    ({'rule': 'intersection', 'of': ('base', 'mine')}, 'round in a circle: mine -> mine'),
+    ({'rule': 'union', 'of': ('base', 'near_75'), 'slack': 0.1}, 'does not read it'),
+    ({'rule': 'matched', 'to': 'random_75'}, "it is of rule 'random'"),
+    ({'rule': 'matched', 'to': 'anchor_only'}, "it is of rule 'anchor'"),
+])
+def test_mistakes_in_a_split(block, said):
+  config = tiny.config()
+  config.splits.mine = defaults.split(**block)
+  with pytest.raises(ConfigError, match='config.splits.mine.*' + said):
+    check.check(config)
+
+
+def test_splits_of_splits_pass_in_any_order():
+  config = tiny.config()
+  split = defaults.split
+  config.splits.far_like = split(rule='far', benchmarks=('val',), size_of='joined')
+  config.splits.like = split(rule='matched', to='joined')
+  config.splits.joined = split(rule='minus', of=('base', 'three', 'drawn'))
+  config.splits.three = split(rule='k_aligned', benchmarks=('val', 'handwriting'), k=3)
+  config.splits.drawn = split(rule='random', size_of='gone')
+  config.splits.gone = split(rule='domain_removal', column='label', values=(3,))
+  defaults.add_doses(config, 'dose', benchmarks=('val',))
+  check.check(config)
+  config.splits.gone = split(rule='intersection', of=('joined', 'base'))
+  with pytest.raises(ConfigError, match='joined .*circle: joined -> drawn -> gone -> joined|circle'):
+    check.check(config)
+
+
+def test_many_joins_are_checked_at_once():
+  """A join of all splits before it: 2^60 ways through them."""
+  config = tiny.config()
+  names = ['base', 'near_75']
+  for i in range(60):
+    config.splits[f'join{i}'] = defaults.split(rule='union', of=tuple(names))
+    names.append(f'join{i}')
+  check.check(config)
+  assert not layout.is_drawn(config, 'join59')
+
+
+def test_classes_of_a_reference_are_checked_before_any_work():
+  config = tiny.config()
+  config.references.styles = defaults.reference(format='folder', path='unused', classes=('photo', 'sketch'))
+  config.splits.mine = defaults.split(rule='domain_removal', reference='styles', values=('skech',))
+  with pytest.raises(ConfigError, match="config.splits.mine.values='skech' is not known. Did you mean 'sketch'"):
+    check.check(config)
+
+
+def test_scann_is_refused_where_every_row_counts():
+  for block in ({'rule': 'k_aligned', 'k': 2}, {'rule': 'gap_aligned', 'dose': 0.5},
+                {'rule': 'gap_aligned', 'quantile': 0.5}):
+    config = tiny.config(**{'search.backend': 'scann', 'search.min_recall': 0.9})
+    for name in list(config.splits):
+      del config.splits[name]
+    config.splits.mine = defaults.split(benchmarks=('val',), **block)
+    with pytest.raises(ConfigError, match='needs every row.*--config.search.backend=exact'):
+      check.check(config)

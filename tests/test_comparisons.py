@@ -25,10 +25,10 @@ def share(value=0.15, reason='', reference='anchor_only'):
 def item(**changes):
   found = {
       'split': 'gap', 'benchmark': 'sketch', 'base': 'base', 'control': 'like_gap',
-      'control_rule': 'matched', 'against_control': estimate(-0.05, -0.08, -0.02),
+      'rule': 'gap_aligned', 'control_rule': 'matched', 'against_control': estimate(-0.05, -0.08, -0.02),
       'against_base': None, 'bootstrap': None, 'holm': 0.004, 'tests': 2, 'equivalence': same(),
       'share': None, 'share_matched': None, 'placebo': None, 'placebo_benchmark': None, 'did': None,
-      'did_reason': '', 'dose': None, 'mcnemar': []
+      'did_reason': '', 'dose': None, 'mcnemar': [], 'answers': True
   }
   return {**found, **changes}
 

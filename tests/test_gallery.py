@@ -35,43 +35,31 @@ def test_unreadable_images_have_no_source():
 
 
 @given(st.lists(st.floats(-1, 1) | st.just(float('nan')), max_size=30), st.integers(0, 9))
-def test_picked_queries_are_different_ordered_and_as_many_as_asked(similarity, count):
-  similarity = np.array(similarity)
-  picked = gallery.pick_queries(similarity, count)
-  queries = [q for _, q in picked]
-  assert len(picked) == min(count, np.isfinite(similarity).sum()) == len(set(queries))
-  values = similarity[queries]
-  assert np.isfinite(values).all() and (np.diff(values) <= 0).all()
-  if picked:
-    assert values[0] == np.nanmax(similarity)
-  if count > 2 and len(picked) > 2:
-    assert values[-1] == np.nanmin(similarity)
+def test_thirds_are_different_ordered_and_as_many_as_asked(values, count):
+  values = np.array(values)
+  thirds = gallery.pick_thirds(values, count)
+  chosen = np.concatenate(thirds)
+  assert len(chosen) == min(count, np.isfinite(values).sum()) == len(set(chosen.tolist()))
+  picked = values[chosen]
+  assert np.isfinite(picked).all() and (np.diff(picked) <= 0).all()
+  if len(chosen):
+    assert picked[0] == np.nanmax(values)
+  if count > 2 and len(chosen) > 2:
+    assert picked[-1] == np.nanmin(values)
 
 
-def test_picked_queries_are_named_in_thirds():
-  picked = gallery.pick_queries(np.linspace(0, 1, 101), 6)
-  assert [word for word, _ in picked
-         ] == ['most similar'] * 2 + ['median'] * 2 + ['least similar'] * 2
-  assert [q for _, q in picked] == [100, 99, 51, 50, 1, 0]
+def test_thirds_are_the_ends_and_the_middle():
+  thirds = gallery.pick_thirds(np.linspace(0, 1, 101), 6)
+  assert [part.tolist() for part in thirds] == [[100, 99], [51, 50], [1, 0]]
+  assert [len(part) for part in gallery.pick_thirds(np.array([0.5, 0.7]), 9)] == [1, 1, 0]
 
 
-def test_quantiles_reach_both_ends():
-  assert gallery.pick_quantiles(np.arange(100.0), 3) == [99, 49, 0] or gallery.pick_quantiles(
-      np.arange(100.0), 3) == [99, 50, 0]
-  assert gallery.pick_quantiles(np.array([1.0, 3.0, 2.0]), 9) == [1, 2, 0]
-  assert gallery.pick_quantiles(np.zeros(0), 4) == []
+def test_evenly_spaced_rows_reach_both_ends():
+  assert gallery.pick_evenly(np.arange(100), 3).tolist() == [0, 50, 99]
+  assert gallery.pick_evenly(np.array([4, 7]), 9).tolist() == [4, 7]
+  assert gallery.pick_evenly(np.zeros(0, int), 4).tolist() == []
 
 
-def test_telling_words_are_those_of_removed_captions():
-  removed = ['a sketch of a dog', 'Sketch: dog', 'pencil sketch, cat'] * 3
-  kept = ['a photo of a dog', 'photo cat', 'photo of a dog'] * 3
-  words = gallery.telling_words(removed, kept)
-  assert words[0] == ('sketch', 1.0, 0.0)
-  assert 'photo' not in [word for word, *_ in words]
-  assert all(gone > stay for _, gone, stay in words)
-  assert gallery.telling_words([], kept) == gallery.telling_words(removed, []) == []
-
-
-def test_telling_words_count_captions_not_words():
-  (word, gone, _), *_ = gallery.telling_words(['dog dog dog'] * 3, ['cat'] * 3)
-  assert (word, gone) == ('dog', 1.0)
+def test_a_very_long_caption_is_cut():
+  assert len(gallery.picture(None, caption='word ' * 3000).caption) == gallery.LONGEST + 1
+  assert gallery.picture(None, caption='a photo').caption == 'a photo'

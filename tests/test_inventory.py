@@ -3,29 +3,6 @@
 import numpy as np
 
 from clip_jax.reporting import inventory
-from clip_jax.reporting.gallery import Gallery
-
-ABOUT = {
-    'dropped': 50, 'candidates': 200,
-    'warnings': ["95.0% of domain 'sketch' is gone: this is domain removal"], 'queries': {
-        'sketch': {'queries': 100, 'hit': 84, 'hit_share': 0.84, 'leaked': 2, 'leaked_share': 0.02}
-    }, 'by_class': {
-        'cat': {'candidates': 100, 'dropped': 10, 'share': 0.1},
-        'dog': {'candidates': 100, 'dropped': 40, 'share': 0.4}
-    }, 'by_domain': {}, 'dropped_at_slack': {'0.01': 30, '-0.01': 70, '0': 50},
-    'checks': {'sketch': {'checked': 200, 'failures': 0, 'kind': 'equality'}}
-}
-DRAW = {
-    'removed': 50, 'drawn': 48, 'shortfall': 2, 'without_full_cell_donor': 0.1,
-    'no_matched_control': False,
-    'standardised_differences': {'caption_length': 0.02, 'image_pixels': 0.3, 'domain': None}
-}
-
-
-def removed(about=None, words=(), controls=None, gallery=None):
-  return inventory.removed_blocks({**ABOUT, **(about or {})}, name='gap', benchmarks=('sketch',),
-                                  gallery=gallery, words=list(words), controls=controls or {})
-
 
 def texts(blocks, tone=None):
   return [b.text for b in blocks if b.kind == 'text' and tone in (None, b.tone)]
@@ -36,73 +13,38 @@ def tables_of(blocks):
   return {b.name: b for b in inner if b.kind == 'table'}
 
 
-def test_numbers_and_hits_are_said():
-  said = ' '.join(texts(removed()))
-  assert '50 of 200 candidates are removed (25.0 %)' in said
-  assert '84 of 100 queries (84.0 %) lose' in said and '2 (2.0 %) already' in said
-  assert 'equals the anchor\u2019s for every one' in said
-
-
-def test_warnings_are_warnings():
-  assert texts(removed(),
-               'warning') == ["95.0% of domain 'sketch' is gone: this is domain removal."]
-
-
-def test_a_failed_check_is_a_warning_and_a_missing_one_is_said():
-  failed = removed({'checks': {'sketch': {'checked': 200, 'failures': 3, 'kind': 'equality'}}})
-  assert any(
-      'differs from the anchor\u2019s for 3 of 200' in text for text in texts(failed, 'warning'))
-  assert any('does not exceed' in text for text in texts(
-      removed({'checks': {'sketch': {'checked': 9, 'failures': 0, 'kind': 'inequality'}}})))
-  assert any(
-      'not checked' in text for text in texts(removed({'checks': {'sketch': {'checked': 0}}})))
-
-
-def test_classes_are_ordered_by_what_they_lose_and_slacks_by_size():
-  found = tables_of(removed())
-  assert [row[0].text for row in found['removed_by_class_gap'].rows] == ['dog', 'cat']
-  assert found['removed_by_class_gap'].rows[0][3].text == '40.0 %'
-  assert [row[0].text for row in found['slack_gap'].rows] == ['\u22120.01', '0', '+0.01']
-  assert 'fragile' in found['slack_gap'].notes[0]
-  assert 'removed_by_domain_gap' not in found
-
-
-def test_words_and_images_are_shown_where_they_are_known():
-  blocks = removed(words=[('sketch', 0.8, 0.1)], gallery=Gallery('', ()))
-  assert 'words_gap' in tables_of(blocks) and any(b.kind == 'gallery' for b in blocks)
-  assert 'words_gap' not in tables_of(removed())
-
-
-def test_balance_of_the_control_is_shown():
-  blocks = removed(controls={'like_gap': {'draws': {'rows-seed0': DRAW}}})
-  assert any('removes 48 other rows in place of 50' in text for text in texts(blocks))
-  rows = tables_of(blocks)['balance_like_gap'].rows
-  assert [row[1].tone for row in rows] == ['', 'bad', 'bad']
-  assert [row[1].text for row in rows] == ['+0.020', '+0.300', '\u2013']
-
-
-def test_a_control_without_donors_is_said_not_to_exist():
-  draw = {**DRAW, 'no_matched_control': True, 'without_full_cell_donor': 0.5}
-  blocks = removed(controls={'like_gap': {'draws': {'rows-seed0': draw}}})
-  assert any(
-      text.startswith('No matched control exists: 50.0 %') for text in texts(blocks, 'warning'))
-
-
-def test_duplicates_of_pool_and_queries():
-  blocks = inventory.duplicate_blocks(
-      {'usable': 200, 'duplicates': 5, 'clusters': 1, 'threshold': 0.124},
-      [{'kind': 'exact', 'planted': 4, 'found': 3}], [{
-          'benchmark': 'v2', 'queries': 100, 'pool': 3, 'anchor': None, 'exact_pool': 0,
-          'exact_anchor': None
-      }], 0.876)
+def test_deduplication_says_which_row_stays():
+  dedup = {'usable': 200, 'duplicates': 5, 'clusters': 1, 'threshold': 0.124}
+  blocks = inventory.dedup_blocks(dedup, [{'kind': 'exact', 'planted': 4, 'found': 3, 'recall': 0.75, 'low': 0.3, 'high': 0.95}], None)
   assert '5 of 200' in blocks[0].text and 'over 0.876 inside one of 1 cluster.' in blocks[0].text
+  assert 'the first in the pool\u2019s order stays' in blocks[0].text
   found = tables_of(blocks)
   assert [cell.text for cell in found['planted_duplicates'].rows[0]
          ] == ['exact', '4', '3', '75.0 %']
-  assert [cell.text for cell in found['duplicate_rates'].rows[0]
-         ] == ['v2', '100', '3.0 %', '0.0 %', '\u2013', '\u2013']
-  assert found['duplicate_rates'].records[0]['pool'] == 3
-  assert inventory.duplicate_blocks(None, [], [], 0.9) == []
+  assert found['planted_duplicates'].rows[0][3].detail == '[30.0, 95.0]'
+  other = inventory.dedup_blocks({**dedup, 'survivor': 'longest', 'embedder': 'b16'}, [], None)[0]
+  assert 'of the embedder b16 over 0.876' in other.text and 'the longest caption stays' in other.text
+  assert inventory.dedup_blocks(None, [], None) == []
+
+
+def test_the_audit_of_deduplication_has_recall_with_intervals_and_chains():
+  audit = {'rows': 500, 'threshold': 0.1, 'pairs': 40, 'dropped_exhaustive': 30, 'by_clusters': [
+      {'clusters': 1, 'found': 40, 'recall': 1.0, 'low': 0.912, 'high': 1.0, 'dropped': 30,
+       'precision': 1.0},
+      {'clusters': 9, 'found': 30, 'recall': 0.75, 'low': 0.598, 'high': 0.858, 'dropped': 25,
+       'precision': None}],
+           'chains': {'components': 25, 'largest': 4, 'through_dropped': 2, 'sizes': {'10': 1, '2': 24}}}
+  blocks = inventory.dedup_blocks(None, [], audit)
+  table = tables_of(blocks)['dedup_audit']
+  assert [cell.text for cell in table.rows[1]] == ['9', '30', '75.0 %', '25', '\u2013']
+  assert [row[0].detail for row in table.rows] == ['', 'as de-duplicated']
+  assert table.rows[1][2].detail == '[59.8, 85.8]' and 'would mark 30 of the' in table.notes[0]
+  assert 'groups, the largest of 4 rows. 2 of the drawn rows are marked though' in texts(blocks)[0]
+  assert [row[0].text for row in tables_of(blocks)['dedup_chains'].rows] == ['2', '10']
+  figure, = (f for b in blocks if b.kind == 'figures' for f in b.items)
+  assert figure.name == 'dedup_recall'
+  lone = inventory.dedup_blocks(None, [], {**audit, 'by_clusters': audit['by_clusters'][:1]})
+  assert not any(b.kind == 'figures' for b in lone)  # a curve needs two points
 
 
 def test_skipped_lists_are_cut_on_the_page_and_whole_in_the_records():

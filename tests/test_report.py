@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import pathlib
 import re
 import shutil
 import subprocess
@@ -12,12 +13,18 @@ import fake_workdir
 import numpy as np
 import pytest
 from test_page import parsed
+import test_planted_copies
 
+from clip_jax import defaults
 from clip_jax.core import files
 from clip_jax.core import products
+from clip_jax.data import reader
+from clip_jax.evaluation.statistics import Estimate
 from clip_jax.reporting import svg
 from clip_jax.stages import report
 from clip_jax.stages import report_data
+from clip_jax.stages import report_panels
+from clip_jax.stages import report_planted
 from clip_jax.stages import report_statistics
 
 
@@ -26,6 +33,15 @@ def finished(tmp_path_factory):
   """A finished work directory with its report: (path, config, page)."""
   c = fake_workdir.config()
   folder = fake_workdir.build(tmp_path_factory.mktemp('finished'), c)
+  report.run(c, folder)
+  return folder, c, page_of(folder)
+
+
+@pytest.fixture(scope='module')
+def pruned(tmp_path_factory):
+  """A work directory with a split of every rule, made and not trained: (path, config, page)."""
+  c = fake_workdir.pruning_config()
+  folder = fake_workdir.build(tmp_path_factory.mktemp('pruned'), c, 'prune')
   report.run(c, folder)
   return folder, c, page_of(folder)
 
@@ -77,7 +93,7 @@ def test_page_is_self_contained_and_well_formed(finished):
       for link in parser.links
       if link.startswith('#') and not re.match(r'#[mp][0-9a-f]', link)
   }
-  assert sections <= set(parser.ids) and len(sections) == 12
+  assert sections <= set(parser.ids) and len(sections) == 13
 
 
 def test_captions_are_escaped(finished):
@@ -271,7 +287,7 @@ def test_a_source_file_that_is_gone_costs_its_images_only(copied):
 @pytest.mark.parametrize('upto, has, lacks', [
     ('ingest', 'The pool was not searched yet.', 'data:image/png'),
     ('embed', 'Nothing', 'data:image/png'),
-    ('search', 'No split was evaluated yet.', 'candidates are removed'),
+    ('search', 'The answer needs base, anchor-only', 'No split was evaluated yet.'),
     ('train', 'candidates are removed', 'Accuracy by similarity</h3>')])
 def test_unfinished_work_directories(tmp_path, blank_figures, upto, has, lacks):
   page = built(tmp_path, upto)
@@ -295,10 +311,103 @@ def test_an_empty_work_directory_has_a_page(tmp_path):
 
 
 def test_an_audit_without_anchor_and_splits(tmp_path):
-  c = fake_workdir.audit_config()
-  page = built(tmp_path, 'search', c)
-  assert 'an audit of the pool. It holds an image at least 0.98 similar to' in page
+  page = built(tmp_path, 'search', fake_workdir.audit_config())
+  assert 'an audit of the pool. It holds an image at least 0.98 similar to 0.7 % of val (95 % interval' in page
   assert 'nearest in the anchor' not in page and 'Accuracy of every split' not in page
+  assert 'Without an anchor there is no similarity gap to align to' in page and 'Rows dropped' not in page
+  assert page.index('id="duplicates"') < page.index('id="neighbours"')
+  assert {r['rule'] for r in table(tmp_path / 'search', 'cut_by_size')} == {'near', 'far'}
+
+
+def test_an_audit_with_an_anchor_says_what_each_rule_would_remove(tmp_path, blank_figures):
+  c = fake_workdir.audit_config(anchor=True)
+  page, folder = built(tmp_path, 'search', c), tmp_path / 'search'
+  excess = np.concatenate([np.load(folder / f'search/handwriting/pool-0000{i}.npz')['excess'] for i in (0, 1)])
+  keep = np.load(folder / 'dedup/keep.npy') & np.isfinite(excess)
+  rows = {(r['benchmark'], r['slack']): int(r['dropped']) for r in table(folder, 'rows_by_slack')}
+  assert rows['handwriting', '0.0'] == (excess[keep] > 0).sum() > 0
+  assert rows['handwriting', '-0.05'] == (excess[keep] > -0.05).sum()
+  assert rows['all together', '0.0'] >= max(rows[b, '0.0'] for b in c.benchmarks)
+  summary = (folder / 'report/summary.txt').read_text()
+  assert f'{rows["handwriting", "0.0"]} rows for handwriting' in summary and 'aligning would drop' in summary
+  assert 'kept rows over a threshold: 7 of' in page
+  rates = {r['benchmark']: r for r in table(folder, 'duplicate_rates')}
+  low, value, high = (float(rates['val'][key]) for key in ('pool_low', 'pool_share', 'pool_high'))
+  assert low < value < high and value == pytest.approx(int(rates['val']['pool']) / 300)
+  assert f'{100 * value:.1f} % [{100 * low:.1f}, {100 * high:.1f}]' in summary
+
+
+def test_vectors_only_leave_out_the_pictures_and_say_so(pruned, tmp_path, monkeypatch, blank_figures):
+  monkeypatch.setattr(reader.Source, 'has_images', property(
+      lambda source: os.path.basename(source._directory) != 'pool'))
+  shutil.copytree(pruned[0], tmp_path / 'prune')
+  shutil.rmtree(tmp_path / 'prune/report')
+  report.run(pruned[1], str(tmp_path / 'prune'))
+  page = page_of(tmp_path / 'prune')
+  assert 'data:image/png' not in page and page.count('give --config.pool.images=DIR.') == 2
+  assert 'candidates are removed' in page and 'words_handwriting_pruned.csv' in os.listdir(
+      tmp_path / 'prune/report/tables')
+  rate = next(r for r in table(tmp_path / 'prune', 'duplicate_rates') if r['benchmark'] == 'val')
+  assert rate['pool'] == '2' and rate['exact_pool'] == '' and rate['exact_anchor'] == '0'
+
+
+def test_what_was_removed_needs_no_training(pruned):
+  folder, c, page = pruned
+  parsed(page)
+  removed = page[page.index('<section id="removed">'):page.index('<section id="sensitivity">')]
+  for name in c.splits:
+    shown = f'<h3>{name} <small>' in removed.replace('<wbr>', '')
+    assert shown == (c.splits[name].rule not in ('all', 'anchor', 'matched')), name
+  strips = re.findall(r'<div class="group"><p>([^<]*)</p>(.*?)</div></div>', removed, re.S)
+  counts = {}
+  for title, pictures in strips:
+    counts.setdefault(title, []).append(pictures.count('<img'))
+  assert counts['removed, largest excess'] == [12] * 5  # three doses, the aligned one, k neighbours
+  assert counts['removed, median'] == [12] * 7
+  assert counts['removed, just over the cut'] == counts['kept, just under the cut'] == [12] * 5  # not k, but near
+  assert counts['removed, least similar'] == [12]  # far
+  assert counts['removed, evenly over the pool'] == [12] * 3  # domains, intersection, minus
+  lines = re.findall(r'<small>(outline|filled|handwriting)</small>', removed)
+  assert lines == ['outline'] * 12 + [x for x in lines[12:] if x != 'outline'] and len(lines) == 24
+  assert 'not alignment: without rows whose domain is outline' in removed and 'outline: 206 rows.' in removed
+  assert 'what handwriting_pruned and no_outline keep' in removed and 'The slack is +0.0' in removed
+  assert 'Accuracy against split size' not in page and 'handwriting_pruned  117 rows' in (
+      pathlib.Path(folder) / 'report/summary.txt').read_text()
+
+
+def test_second_looks_are_shown_and_marked(pruned, monkeypatch, blank_figures):
+  folder, c, page = pruned
+  assert '<h2>Preview: ridge regression on frozen features, not CLIP training</h2>' in page
+  assert len(table(folder, 'preview')) == len(c.splits) * len(c.benchmarks)
+  assert table(folder, 'sensitivity')[0]['same_count_jaccard'] == '0.625'
+  assert 'removed under other only' in page and 'the largest of 4 rows' in page
+  assert len(table(folder, 'dedup_audit')) == 4
+  monkeypatch.setattr(report_data, 'sensitivity', lambda workdir: {})
+  assert 'not compared with those of other embedders yet' in report.gather(c, folder)[0]
+
+
+def test_the_dose_curve_has_each_split_against_its_own_control(tmp_path, blank_figures):
+  c = fake_workdir.pruning_config()
+  for name in list(c.splits):
+    if name not in ('base', 'anchor_only', 'handwriting_pruned', 'two_nearest') and not name.startswith('dose'):
+      del c.splits[name]
+  c.train.seeds = (0,)
+  built(tmp_path, 'evaluate', c)
+  rows = table(tmp_path / 'evaluate', 'dose')
+  assert [(r['split'], r['control']) for r in rows] == [
+      (f'dose_{d}', f'dose_{d}_matched') for d in (50, 100, 125)]
+  assert [float(r['share']) for r in rows] == [59 / 117, 1.0, 146 / 117]
+  expected = correct(tmp_path / 'evaluate', 'dose_50', 'handwriting', (0,)).mean() - correct(
+      tmp_path / 'evaluate', 'dose_50_matched', 'handwriting', (0,)).mean()
+  assert float(rows[0]['estimate']) == pytest.approx(expected)
+
+
+def test_planted_copies_are_said_on_top(copied, monkeypatch):
+  folder, c = copied
+  monkeypatch.setattr(report_planted, 'planted', lambda config, workdir, found: test_planted_copies.FOUND)
+  html, summary, shown = report.gather(c, folder)
+  assert html.index('class="alarm"') < html.index('class="answer"') and 'planted' in [s.id for s in shown]
+  assert summary.startswith('This experiment holds planted copies of test images.')
 
 
 @pytest.mark.parametrize('seeds, said', [((0,), 'this checkpoint'), ((0, 1), 'range of 2 seeds')])
@@ -353,3 +462,41 @@ def test_log_adds_up_the_starts_of_a_stage(tmp_path):
           'train took 30 s.', 'lunch took 1 h 0 min.')))
   log = report_data.log(str(tmp_path))
   assert log.command == 'python second' and log.stages == [{'stage': 'train', 'seconds': 7530.0}]
+
+
+def test_a_dose_without_a_matched_control_stands_in_the_curve_and_equal_rows_once():
+  c = fake_workdir.pruning_config()
+  own = Estimate(-0.1, -0.2, -0.05, 0.02, 3.0, 0.01, 3, 100, 100, 'crossed')
+  dropped = {'handwriting_pruned': 100, 'dose_50': 50, 'dose_100': 100}
+  items = [{'split': name, 'control': 'some', 'control_rule': 'random', 'against_control': own} for name in dropped]
+  abouts = {name: {'dropped': n, 'aligned_dropped': 100, 'slack': 0.0} for name, n in dropped.items()}
+  panel, = report_panels.by_dose(c, abouts, items)
+  assert [(p['split'], p['share'], p['control_rule']) for p in panel['points']] == [
+      ('handwriting_pruned', 1.0, 'random'), ('dose_50', 0.5, 'random')]
+
+
+def test_only_the_splits_that_answer_are_tests(monkeypatch):
+  c = fake_workdir.pruning_config()
+  own = Estimate(-0.1, -0.2, -0.05, 0.02, 3.0, 0.01, 3, 100, 100, 'crossed')
+  monkeypatch.setattr(report_statistics, '_comparison', lambda config, workdir, found, abouts, searched, split, b: {
+      'split': split, 'benchmark': b, 'control_rule': 'matched', 'against_control': own})
+  found = report_data.Results({(name, 'handwriting'): np.ones((3, 2), bool) for name in c.splits}, {}, {}, {}, {})
+  items = {item['split']: item for item in report_statistics.comparisons(c, '', found, {}, {})}
+  assert len(items) == 5 and {item['tests'] for item in items.values()} == {1}
+  assert [name for name, item in items.items() if item['answers']] == ['handwriting_pruned']
+  assert [name for name, item in items.items() if item['holm'] == 0.01] == ['handwriting_pruned']
+  c.splits.handwriting_pruned.slack = 0.02
+  items = report_statistics.comparisons(c, '', found, {}, {})
+  assert [i['split'] for i in items if i['holm'] == 0.01] == ['dose_100']  # as much as slack 0
+
+
+def test_the_answer_is_made_of_what_is_aligned_at_slack_0():
+  c = fake_workdir.pruning_config()
+  c.splits.slack_only = defaults.split(rule='gap_aligned', benchmarks=('val',), slack=0.01)
+  item = lambda split, benchmark, control: {'split': split, 'benchmark': benchmark, 'control_rule': control}
+  items = [item('handwriting_pruned', 'handwriting', 'random'), item('dose_50', 'handwriting', 'matched'),
+           item('dose_100', 'handwriting', 'matched'), item('two_nearest', 'handwriting', 'random'),
+           item('slack_only', 'val', 'random')]
+  headline = lambda items: [i['split'] for i in report_statistics.headline(c, items)]
+  assert headline(items) == ['dose_100', 'slack_only']  # the one with a matched control; a slack where nothing else is
+  assert headline(items[:2] + items[3:]) == ['handwriting_pruned', 'slack_only']

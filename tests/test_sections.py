@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from clip_jax.pruning import rules
 from clip_jax.reporting import sections
 from clip_jax.reporting import svg
 
@@ -96,15 +97,50 @@ def test_near_and_far_are_said_in_words():
   assert all(sections.rule_words(rule) for rule in svg.RULES)
 
 
+def test_every_rule_has_words_a_colour_and_a_mark_of_its_own():
+  assert set(svg.RULES) == set(rules.RULES)
+  marks = [(color, marker) for color, marker, _ in svg.RULES.values()]
+  assert len(set(marks)) == len(marks)
+
+
+@pytest.mark.parametrize('rule, of, words', [
+    ('gap_aligned', {'benchmarks': ('a',), 'dose': 0.5}, '50 % of the number that slack 0 removes, largest excess first'),
+    ('gap_aligned', {'benchmarks': ('a',), 'quantile': 0.9}, 'more than the 90 % quantile of the'),
+    ('gap_aligned', {'benchmarks': ('a',), 'slack': -0.01}, 'by more than \u22120.01'),
+    ('k_aligned', {'benchmarks': ('a', 'b'), 'k': 5}, 'a and b has nearer pool images than anchor images, '
+                                                      'for its 5 nearest'),
+    ('domain_removal', {'column': 'domain', 'values': ('sketch', 'toon')},
+     'not alignment: without rows whose domain is sketch and toon'),
+    ('domain_removal', {'reference': 'styles', 'values': ('sketch',)}, 'nearest example of styles'),
+    ('union', {'of': ('x', 'y')}, 'what x or y keeps'),
+    ('intersection', {'of': ('x', 'y', 'z')}, 'what x, y and z keep'),
+    ('minus', {'of': ('x', 'y')}, 'what x keeps and y does not')])
+def test_rules_are_said_by_their_own_keys(rule, of, words):
+  assert words in sections.rule_words(rule, **of)
+
+
+def test_the_dose_has_a_table_with_shares_and_slacks():
+  point = {'split': 'gap_50', 'control': 'gap_50_matched', 'control_rule': 'matched', 'dropped': 59, 'slack': 0.0144, 'share': 0.504,
+           'estimate': -0.021, 'low': -0.04, 'high': -0.002, 'method': 'crossed'}
+  _, drawn, table = sections.dose_blocks([{'name': 'val', 'points': [
+      {**point, 'split': 'gap', 'share': 1.0, 'low': None, 'high': None}, point]}])
+  assert drawn.items[0].name == 'dose_val'
+  assert [cell.text for cell in table.rows[0]] == ['gap_50 on val', '50.4 %', '59', '+0.014', '\u22122.1']
+  assert table.rows[0][4].detail == '[\u22124.0, \u22120.2]' and table.rows[1][4].detail == ''
+  assert sections.dose_blocks([]) == []
+
+
 def test_histograms_share_one_axis_and_count_who_is_nearer_to_the_pool():
   entries = [{
       'name': 'a', 'anchor': np.array([0.5, 0.6, np.nan]), 'pool': np.array([0.7, 0.5, np.nan])
   }]
-  block, = sections.histogram_blocks(entries)
+  block, table = sections.histogram_blocks(entries)
   assert '33.3 % of the queries' in block.items[0].caption
+  assert [(row[0].detail, row[1].text, row[3].text) for row in table.rows] == [
+      ('in the pool', '2', '0.600'), ('in the anchor', '2', '0.550')]
   assert sections.histogram_blocks([]) == []
-  alone, = sections.histogram_blocks([{'name': 'a', 'anchor': None, 'pool': np.array([0.7, 0.5])}])
-  assert alone.items[0].caption == ''
+  alone, table = sections.histogram_blocks([{'name': 'a', 'anchor': None, 'pool': np.array([0.7, 0.5])}])
+  assert alone.items[0].caption == '' and len(table.rows) == 1
 
 
 def test_bins_are_associations_and_few_is_grey():

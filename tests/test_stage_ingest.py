@@ -261,3 +261,13 @@ def test_shards_in_processes_give_the_same(tmp_path, capsys):
   for name in ('table.npy', 'captions.bin', 'paths.bin', 'summary.json', 'files.json', 'index-00004.parquet'):
     assert (tmp_path / 'one/ingest/pool' / name).read_bytes() == (tmp_path / 'two/ingest/pool' / name).read_bytes()
   assert np.load(tmp_path / 'two/ingest/pool/starts.npy').tolist() == [0, 4, 8, 12, 16, 20]
+
+
+def test_keys_of_vectors_are_in_no_older_fingerprint():
+  keys = lambda **given: {key.removeprefix('pool.') for key in ingest._keys(defaults.dataset(**given), 'pool')}
+  assert keys() == {
+      'format', 'where', 'part', 'group_key', 'group_pattern', 'image_key', 'caption_key', 'sample_key',
+      'caption_template', 'caption_pattern', 'caption_replacement', 'caption_share', 'label_key', 'classes', 'columns',
+      'needs_caption'}
+  assert keys(vector_key='l14_img', vector_dim=4, any_norm=True, images='DIR', metadata='DIR') - keys() == {
+      'vector_key', 'vector_dim'}

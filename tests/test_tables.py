@@ -56,6 +56,10 @@ def test_bounds_say_whether_they_are_an_interval():
   assert tables.estimate_text(estimate(NAN)) == '\u2013'
 
 
+def test_ratios_have_no_exponents():
+  assert [tables.ratio(value) for value in (1.0234, 9.996, 12.34, 18000.0)] == ['1.02', '10', '12', '> 1,000']
+
+
 def test_listed():
   assert [tables.listed(names) for names in ((), ('a',), ('a', 'b'), ('a', 'b', 'c'))] == [
       '', 'a', 'a and b', 'a, b and c']

@@ -18,6 +18,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 SHRINK = {
     'glyphs.pool': 260, 'glyphs.handwritten': 100, 'glyphs.anchor': 80, 'glyphs.queries': 60, 'glyphs.image_px': 16,
     'embedder.image_size': 16, 'embedder.dim': 16, 'embedder.fit_images': 200, 'search.top_k': 4,
+    'embedders.hog.image_size': 16, 'embedders.hog.dim': 8, 'embedders.hog.fit_images': 200,
     'prune.check_queries': 20,
     'model.embed_dim': 16, 'model.image_size': 16, 'model.patch_size': 8, 'model.vision_width': 16,
     'model.vision_layers': 1, 'model.vision_heads': 2, 'model.text_width': 16, 'model.text_heads': 2,

@@ -11,13 +11,25 @@ from clip_jax import defaults
 from clip_jax.core import config as config_lib
 from clip_jax.core.errors import ConfigError
 from clip_jax.data import formats
+from clip_jax.data import keyed_images
+from clip_jax.data import planted
+from clip_jax.data import table
 from clip_jax.pruning import rules
+from clip_jax.stages import benchmark_dirs
+from clip_jax.stages import dedup
 from clip_jax.stages import embedder
+from clip_jax.stages import embedders
+from clip_jax.stages import ingest
 from clip_jax.stages import layout
 
 NAME = re.compile(r'[A-Za-z0-9][A-Za-z0-9_-]*')
+LISTS_OF_POOL = ('datacomp', 'clip_ood')  # exports that name the pool's samples only
 KEY_FILES = ('.npy', '.parquet', '.txt')  # what the rule listed reads
 FORMATS = (*formats.FORMATS, 'glyphs', 'concat')
+# Keys that only a dataset of format 'embeddings' reads, and those that it does not: vectors come with no image.
+VECTOR_KEYS = ('metadata', 'vector_key', 'vector_dim', 'any_norm', 'images')
+NOT_VECTOR_KEYS = ('image_key', 'caption_template', 'caption_pattern', 'caption_replacement', 'caption_share',
+                   'labels_file')
 
 
 def check(config: ConfigDict) -> None:
@@ -32,15 +44,22 @@ def check(config: ConfigDict) -> None:
       raise ConfigError(f'config.benchmarks.{name}: this name is taken; choose another.')
     _dataset(f'benchmarks.{name}', block, defaults.benchmark())
     _benchmark(f'config.benchmarks.{name}', block)
+  for name in config.references:
+    _reference(config, name)
   for name in config.splits:
     _name('splits', name)
     _split(config, name)
+  _planted(config)
   _one_of('config.embedder.source', config.embedder.source, embedder.SOURCES)
   _one_of('config.search.backend', config.search.backend, ('exact', 'scann'))
+  _embedders(config)
   _one_of('config.engine.name', config.engine.name, ('local',))
   _one_of('config.preprocess.resize', config.preprocess.resize, ('shortest', 'squash'))
   _numbers(config)
-  if config.splits or config.embedder.source == 'train':
+  _dedup(config)
+  _vectors(config)
+  if (config.splits and layout.has_own_images(config, layout.POOL)) or 'train' in [
+      block.source for block in (config.embedder, *config.embedders.values())]:
     _model(config)
     _training(config)
 
@@ -83,6 +102,11 @@ def _dataset(name: str, block: ConfigDict, known: ConfigDict) -> None:
   elif not block.path:
     raise ConfigError(f'{where}.path is not given: a folder or a pattern such as "DIR/*.tar", for example '
                       f'--{where}.path=DIR.')
+  for key in NOT_VECTOR_KEYS if block.format == ingest.VECTORS else VECTOR_KEYS:
+    if block[key] != known[key]:
+      raise ConfigError(f'{where}.{key}={block[key]!r}: the format {block.format!r} does not read it. Leave it out.')
+  if block.vector_dim < 0:
+    raise ConfigError(f'{where}.vector_dim={block.vector_dim} must be 0 or more.')
   if block.labels_file:
     if block.format != 'folder':
       raise ConfigError(f'{where}.labels_file={block.labels_file!r}: only the format folder reads it.')
@@ -118,6 +142,32 @@ def _benchmark(where: str, block: ConfigDict) -> None:
                       'right.')
 
 
+def _reference(config: ConfigDict, name: str) -> None:
+  """One of config.references: a dataset of labelled examples, or prompts."""
+  block, where = config.references[name], f'config.references.{name}'
+  _name('references', name)
+  if name in layout.RESERVED or name in config.benchmarks:
+    raise ConfigError(f'{where}: this name is taken{" by a benchmark" if name in config.benchmarks else ""}; choose '
+                      'another.')
+  if not isinstance(block, ConfigDict):
+    raise ConfigError(f'{where} must be made by defaults.reference(...).')
+  if config.search.backend != 'exact':
+    raise ConfigError(f'{where}: every pool row is compared with a reference, and config.search.backend='
+                      f'{config.search.backend!r} does not. Use --config.search.backend=exact.')
+  if not layout.is_prompts(config, name):
+    _dataset(f'references.{name}', block, defaults.reference())
+    return
+  _keys(block, defaults.reference(), where)
+  if len(block.classes) < 2 or len(set(block.classes)) < len(block.classes):
+    raise ConfigError(f'{where}.classes={block.classes} must be two or more different names: the nearest prompt says '
+                      'which one a row is.')
+  if not block.templates or any('{}' not in template for template in block.templates):
+    raise ConfigError(f'{where}.templates={block.templates} must be prompts with {{}} for the class name.')
+  if config.embedder.source not in ('train', 'weights'):
+    raise ConfigError(f'{where}: prompts need an embedder with a text tower, and config.embedder.source='
+                      f'{config.embedder.source!r} has none. Use weights or train, or give labelled examples.')
+
+
 def _split(config: ConfigDict, name: str) -> None:
   block, where = config.splits[name], f'config.splits.{name}'
   if not isinstance(block, ConfigDict):
@@ -131,8 +181,7 @@ def _split(config: ConfigDict, name: str) -> None:
     if not reads and block[key] != known[key]:
       raise ConfigError(f'{where}.{key}={block[key]!r}: the rule {block.rule!r} does not read it (it reads '
                         f'{", ".join(rule.keys) or "nothing"}).')
-  for benchmark in block.benchmarks:
-    _one_of(f'{where}.benchmarks', benchmark, config.benchmarks)
+  _different(f'{where}.benchmarks', block.benchmarks, config.benchmarks)
   if 'benchmarks' in rule.keys and not block.benchmarks:
     raise ConfigError(f'{where}: the rule {block.rule!r} needs benchmarks=(...); have '
                       f'{", ".join(config.benchmarks) or "none"}.')
@@ -150,8 +199,10 @@ def _split(config: ConfigDict, name: str) -> None:
   if not layout.has_anchor(config) and ('excess' in rule.needs or block.rule in ('anchor', 'matched')):
     raise ConfigError(f'{where}: the rule {block.rule!r} needs an anchor; give config.anchor.')
   if config.search.backend == 'scann':
-    if block.rule in ('near', 'far', 'matched'):
-      raise ConfigError(f'{where}: the rule {block.rule!r} needs every row\'s similarity, which ScaNN does not '
+    if rule.every_row or block.quantile or block.dose:
+      key = 'quantile' if block.quantile else 'dose'
+      what = f'the rule {block.rule!r}' if rule.every_row else f'{key}={block[key]:g}'
+      raise ConfigError(f'{where}: {what} needs every row\'s similarity, which ScaNN does not '
                         'give. Use --config.search.backend=exact.')
     if block.rule == 'gap_aligned' and not config.search.min_recall:
       raise ConfigError(f'{where}: gap_aligned on ScaNN misses rows. Say which recall you accept with '
@@ -162,26 +213,126 @@ def _split(config: ConfigDict, name: str) -> None:
                         'of the two.')
     if not block.size >= 0 or (block.size > 1 and block.size != math.floor(block.size)):
       raise ConfigError(f'{where}.size={block.size} must be a share in (0, 1] or a whole number above 1.')
+  _aligned_keys(where, block)
+  if 'levels' in rule.needs:
+    _levels(config, where, block)
+  _others(config, name)
+
+
+def _aligned_keys(where: str, block: ConfigDict) -> None:
+  """What says how much an aligned split drops; of other rules these keys are at their defaults."""
+  given = [f'{key}={block[key]:g}' for key in ('slack', 'quantile', 'dose') if block[key]]
+  if len(given) > 1:
+    raise ConfigError(f'{where}: {" and ".join(given)} each say how much is dropped; give one of them.')
+  if not -2 <= block.slack <= 2:
+    raise ConfigError(f'{where}.slack={block.slack} must lie in [-2, 2]: it is a difference of similarities.')
+  if not 0 <= block.quantile <= 1:
+    raise ConfigError(f'{where}.quantile={block.quantile} must be a share in (0, 1], or 0 for none.')
+  if not 0 <= block.dose < math.inf:
+    raise ConfigError(f'{where}.dose={block.dose} must be more than 0 (1 drops what slack 0 does), or 0 for none.')
+  if block.k < 1:
+    raise ConfigError(f'{where}.k={block.k} must be 1 or more.')
+
+
+def _levels(config: ConfigDict, where: str, block: ConfigDict) -> None:
+  """What says of which domain or class a row is, and which of them go."""
+  if bool(block.column) == bool(block.reference):
+    raise ConfigError(f'{where}: give column= (of the pool\'s index) or reference= (one of config.references), one '
+                      'of the two.')
+  if not block['values'] or any(value in ('', None) for value in block['values']):
+    raise ConfigError(f'{where}.values={block["values"]} must name what is dropped: '
+                      f'{"classes of the reference" if block.reference else "values of the column"}.')
+  if len({str(value) for value in block['values']}) < len(block['values']):
+    raise ConfigError(f'{where}.values={block["values"]} names a value twice.')
+  if block.column and config.pool.format != 'concat':  # its sources have columns of their own
+    _one_of(f'{where}.column', block.column, dict.fromkeys([*config.pool.columns, *table.COLUMNS]))
+  if block.reference:
+    _one_of(f'{where}.reference', block.reference, config.references)
+    classes = config.references[block.reference].classes
+    for value in block['values'] if classes else ():
+      _one_of(f'{where}.values', str(value), classes)
+
+
+def _others(config: ConfigDict, name: str) -> None:
+  """The splits that a split is made from: they are there, no circle, and of use to its rule."""
+  block, where = config.splits[name], f'config.splits.{name}'
+  rule = rules.RULES[block.rule]
   for key in ('size_of', 'to'):
     if block[key]:
       _one_of(f'{where}.{key}', block[key], config.splits)
-      seen = [name]
-      while seen[-1] in config.splits:  # follow who reads whom
-        other = config.splits[seen[-1]]
-        following = other.size_of or other.to
-        if following in seen:
-          raise ConfigError(f'{where}.{key}={block[key]!r} goes round in a circle: {" -> ".join([*seen, following])}.')
-        seen.append(following)
-  if block.rule == 'matched':
+  _different(f'{where}.of', block.of, config.splits)
+  if 'others' in rule.needs and len(block.of) < 2:
+    raise ConfigError(f'{where}.of={block.of} must name two or more splits, which the rule {block.rule!r} joins.')
+  circle = _circle(config, name)
+  if circle:
+    raise ConfigError(f'{where} is made from itself, round in a circle: {" -> ".join(circle)}.')
+  if 'target' in rule.needs:
+    selects = [other for other, made in rules.RULES.items() if made.selects]
     if not block.to:
-      raise ConfigError(f'{where}: the rule matched needs to= (an aligned split).')
-    if config.splits[block.to].rule not in layout.ALIGNED:
-      raise ConfigError(f'{where}.to={block.to!r} must be an aligned split (rule gap_aligned).')
+      raise ConfigError(f'{where}: the rule matched needs to= (a split whose removed rows are imitated).')
+    if config.splits[block.to].rule not in selects:
+      raise ConfigError(f'{where}.to={block.to!r} must be a split that removes rows for what they are, of rule '
+                        f'{", ".join(selects)}; it is of rule {config.splits[block.to].rule!r}.')
+
+
+def _circle(config: ConfigDict, name: str) -> list[str]:
+  """Returns a way from a split back to itself, along what each is made from; [] where there is none."""
+  came, todo = {}, [name]  # split -> who is made from it
+  while todo:
+    split = todo.pop()
+    for other in layout.reads(config, split):
+      if other in config.splits and other not in came:
+        came[other] = split
+        todo.append(other)
+  if name not in came:
+    return []
+  path = [name, came[name]]
+  while path[-1] != name:
+    path.append(came[path[-1]])
+  return path[::-1]
+
+
+def _different(where: str, given: Sequence[str], names: Iterable[str]) -> None:
+  """Raises ConfigError for a name that is not known, or that is there twice."""
+  for name in given:
+    _one_of(where, name, names)
+  if len(set(given)) < len(given):
+    raise ConfigError(f'{where}={tuple(given)} names one twice.')
+
+
+def _planted(config: ConfigDict) -> None:
+  """The copies of test images, and the splits that hold them."""
+  block, where = config.planted, 'config.planted'
+  for name in config.splits:
+    if layout.holds_planted(config, name):
+      if not block.benchmark:
+        raise ConfigError(f'config.splits.{name}: the rule planted needs copies to hold; give {where}.benchmark.')
+      for kind in config.splits[name].export:
+        if kind in LISTS_OF_POOL:
+          raise ConfigError(f'config.splits.{name}.export: {kind!r} lists keys of the pool, which cannot name '
+                            'planted copies: who reads it would train without them. Use keys, webdataset or '
+                            'array_record.')
+  if not block.benchmark:
+    return
+  _one_of(f'{where}.benchmark', block.benchmark, config.benchmarks)
+  if config.embedder.source == 'files':
+    raise ConfigError(f'{where}.benchmark={block.benchmark!r}: copies are made of images and embedded, and here are '
+                      'vectors only. Set it to \'\'.')
+  if not 0 < block.share <= 1:
+    raise ConfigError(f'{where}.share={block.share} must be a share of the queries in (0, 1].')
+  if block.copies < 1:
+    raise ConfigError(f'{where}.copies={block.copies} must be 1 or more.')
+  if not block.kinds:
+    raise ConfigError(f'{where}.kinds is empty; have {", ".join(planted.KINDS)}.')
+  for kind in block.kinds:
+    _one_of(f'{where}.kinds', kind, planted.KINDS)
+  if '{}' not in block.caption_template:
+    raise ConfigError(f'{where}.caption_template={block.caption_template!r} has no {{}} for the class name.')
 
 
 def _numbers(config: ConfigDict) -> None:
   positive = ('embedder.image_size', 'embedder.dim', 'embedder.fit_images', 'embedder.batch_size',
-              'dedup.max_iterations', 'search.top_k', 'search.tile_rows', 'search.query_block',
+              'dedup.max_iterations', 'search.top_k',
               'search.candidates', 'search.recall_queries', 'train.batch_size', 'train.keep_checkpoints',
               'train.log_every_steps', 'train.loader_threads', 'train.shuffle_window', 'train.fsdp',
               'evaluate.batch_size', 'glyphs.image_px', 'report.bootstrap_draws')
@@ -189,7 +340,9 @@ def _numbers(config: ConfigDict) -> None:
     block, key = name.split('.')
     if config[block][key] <= 0:
       raise ConfigError(f'config.{name}={config[block][key]} must be more than 0.')
-  for block, key in (('train', 'loader_processes'), ('engine', 'workers')):
+  for block, key in (('train', 'loader_processes'), ('engine', 'workers'), ('search', 'tile_rows'),
+                     ('search', 'query_block'), ('search', 'paper_top_k'), ('dedup', 'sample_rows'),
+                     ('dedup', 'audit_rows')):
     if config[block][key] < 0:
       raise ConfigError(f'config.{block}.{key}={config[block][key]} must be 0 or more.')
   for name, low, high in (('dedup.threshold', 0, 2), ('dedup.initial_similarity', -1, 1),
@@ -199,11 +352,120 @@ def _numbers(config: ConfigDict) -> None:
       raise ConfigError(f'config.{name}={config[block][key]} must lie in [{low}, {high}].')
 
 
+def _vectors(config: ConfigDict) -> None:
+  """Vectors from files fit the embedders that need no image of them, and exports that copy no image."""
+  given = [name for name in layout.datasets(config) if not layout.has_own_images(config, name)]
+  source = config.embedder.source
+  if source == embedder.FILES:
+    for name, dataset in layout.datasets(config).items():
+      if other := [part.format for _, part in layout.flatten(dataset) if part.format != ingest.VECTORS]:
+        raise ConfigError(f'config.embedder.source=files takes the vectors of every dataset from files, and {name} is '
+                          f'of format {other[0]!r}. Give its vectors (format=embeddings), or the weights that made '
+                          'the others: --config.embedder.source=weights.')
+  elif given and source != 'weights':
+    raise ConfigError(f'config.embedder.source={source}: {given[0]} holds vectors of another embedder (format '
+                      'embeddings), which cannot be compared with its own. Use --config.embedder.source=files, or '
+                      'weights, those that made the vectors.')
+  for name in given:
+    for prefix, block in layout.flatten(layout.datasets(config)[name]):
+      if block.images and not keyed_images.is_there(block.images):
+        flag = benchmark_dirs.flag(config, name, f'sources.{prefix[:-1]}.images' if prefix else 'images')
+        raise ConfigError(f'{flag}={block.images} is no folder of images, and no tars. Correct it, or leave it out.')
+  if layout.POOL in given:
+    for name, split in config.splits.items():
+      if copies := [kind for kind in split.export if kind in ('webdataset', 'array_record')]:
+        raise ConfigError(f'config.splits.{name}.export: {copies[0]} copies images, and the pool has none (format '
+                          'embeddings). Export datacomp, keys or clip_ood.')
+    if not (config.benchmarks or config.splits or config.references):
+      raise ConfigError('There is nothing to compare the pool with. Name benchmarks, for example '
+                        "--config.benchmark_dirs='sketch=DIR,val=DIR'.")
+
+
+def stages(config: ConfigDict, names: Sequence[str]) -> None:
+  """Raises ConfigError where a stage that will run needs images that are not there."""
+  reads = {'train': [layout.POOL, *([layout.ANCHOR] if layout.has_anchor(config) else [])],
+           'evaluate': list(config.benchmarks)}
+  if not config.splits:
+    return
+  for stage, datasets in reads.items():
+    for name in datasets if stage in names else ():
+      if not layout.has_own_images(config, name):
+        raise ConfigError(f'{name} has no images (format embeddings), which the stage {stage} needs for the config\'s '
+                          'splits. Leave it out: --stages=ingest,embedder,embed,dedup,search,prune,report.')
+
+
+def _embedders(config: ConfigDict) -> None:
+  """The further embedders, and who uses them."""
+  for name, block in config.embedders.items():
+    _name('embedders', name)
+    where = f'config.embedders.{name}'
+    if not isinstance(block, ConfigDict):
+      raise ConfigError(f'{where} must be made by defaults.embedder(...).')
+    _keys(block, defaults.embedder(), where)
+    _one_of(f'{where}.source', block.source, embedder.SOURCES)
+    if block.source == 'files':
+      raise ConfigError(f'{where}.source=files: the vectors on disk are those of config.embedder. To compare them with '
+                        'other vectors, use two work directories.')
+    for key in ('image_size', 'dim', 'fit_images', 'batch_size'):
+      if block[key] <= 0:
+        raise ConfigError(f'{where}.{key}={block[key]} must be more than 0.')
+  p = config.prune
+  users = [('dedup.embedder', config.dedup.embedder), ('prune.preview', p.preview),
+           *(('prune.sensitivity', name) for name in p.sensitivity)]
+  for key, name in users:
+    if name:
+      _one_of(f'config.{key}', name, config.embedders)
+      for dataset in layout.datasets(config):
+        if not layout.has_own_images(config, dataset):
+          raise ConfigError(f'config.{key}={name!r}: {dataset} is vectors (format embeddings), and a further embedder '
+                            'needs images. Leave it out, or give images.')
+  if config.dedup.embedder and config.benchmarks and not p.duplicate_similarity:
+    raise ConfigError(f'config.dedup.threshold={config.dedup.threshold} is for similarities of config.dedup.embedder='
+                      f'{config.dedup.embedder!r}, not for those that the search finds. Say from which one of these '
+                      'two images count as duplicates, for example --config.prune.duplicate_similarity=0.95.')
+  if len(set(p.sensitivity)) != len(p.sensitivity):
+    raise ConfigError(f'config.prune.sensitivity={p.sensitivity} names an embedder twice.')
+  if p.sensitivity and config.search.backend != 'exact':
+    raise ConfigError('config.prune.sensitivity compares every candidate, which ScaNN does not score. Use '
+                      '--config.search.backend=exact.')
+
+
+def _dedup(config: ConfigDict) -> None:
+  d = config.dedup
+  if not d.enabled:
+    return
+  _one_of('config.dedup.survivor', d.survivor, dedup.SURVIVORS)
+  if d.clusters < 0:
+    raise ConfigError(f'config.dedup.clusters={d.clusters} must be 0 (one for every 8,000 rows) or more.')
+  if 0 < d.sample_rows < d.clusters:
+    raise ConfigError(f'config.dedup.sample_rows={d.sample_rows} must be at least config.dedup.clusters={d.clusters}: '
+                      'every cluster needs a row to start from.')
+  block, where = config.embedder, 'config.embedder'
+  if d.embedder in config.embedders:
+    block, where = config.embedders[d.embedder], f'config.embedders.{d.embedder}'
+  if d.survivor == 'best' and block.source not in ('train', 'weights'):
+    raise ConfigError(f"config.dedup.survivor='best' compares images with captions, and {where}.source="
+                      f"{block.source!r} has no text tower. Use 'train' or 'weights', here or by "
+                      'config.dedup.embedder, or another survivor.')
+  if d.survivor == 'largest' and config.pool.format == 'embeddings':
+    raise ConfigError("config.dedup.survivor='largest' needs the images' sizes, and config.pool is vectors only. Use "
+                      "'first' or 'longest'.")
+
+
 def embedder_weights(config: ConfigDict) -> None:
-  """The embedder's weights, where it has any: a file of a kind that is read, and which model it holds.
+  """The embedders' weights, where they have any: a file of a kind that is read, and which model it holds.
 
   Not a part of `check`: the evaluate command takes a config's benchmarks and needs no embedder.
   """
+  _embedder_weights(config)
+  for name in embedders.used(config):
+    try:
+      _embedder_weights(layout.under(config, '', name)[0])
+    except ConfigError as error:
+      raise ConfigError(str(error).replace('config.embedder.', f'config.embedders.{name}.')) from error
+
+
+def _embedder_weights(config: ConfigDict) -> None:
   if config.embedder.source != 'weights':
     return
   from clip_jax.models import weights

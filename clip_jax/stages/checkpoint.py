@@ -16,6 +16,7 @@ from clip_jax.core import config as config_lib
 from clip_jax.core import files
 from clip_jax.core.errors import ConfigError
 from clip_jax.core.errors import InputError
+from clip_jax.stages import benchmark_dirs
 from clip_jax.stages import check
 from clip_jax.stages import evaluate
 from clip_jax.stages import ingest
@@ -33,12 +34,16 @@ def run(config: ConfigDict, path: str | None, *, model: str, benchmarks: list[st
   if follow and models.is_weights(path):
     raise ConfigError(f'--follow: {path} is a file of weights, to which no steps are added.')
   layout.forget()
+  config = benchmark_dirs.resolve(config)
   check.check(config)
   names = benchmarks or list(config.benchmarks)
   for name in names:
     if name not in config.benchmarks:
       raise ConfigError(f'--benchmarks={name!r} is not in the config.'
                         f'{config_lib.nearest(name, config.benchmarks)}')
+    if not layout.has_own_images(config, name):
+      raise ConfigError(f'{name} has no images (format embeddings), so no model can be evaluated on it. Leave it out '
+                        'with --benchmarks.')
   loaded = None if follow else models.load(path, model)  # before the benchmarks are read: is there one?
   with tempfile.TemporaryDirectory() as scratch:  # the benchmarks' index; nothing of a work directory is needed
     for name in names:

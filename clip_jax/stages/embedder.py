@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from absl import logging
@@ -24,8 +24,8 @@ from clip_jax.core.types import Array
 from clip_jax.stages import layout
 
 FITTED = ('pca', 'hog')
-SOURCES = (*FITTED, 'train', 'weights')
-NAME_FLAG = '--config.embedder.name'
+FILES = 'files'     # no model at all: every dataset is vectors
+SOURCES = (*FITTED, 'train', 'weights', FILES)
 CONTENT = 'the content of config.embedder.path'
 
 
@@ -46,6 +46,8 @@ def product(config: ConfigDict, workdir: str) -> Product:
   if config.embedder.source == 'weights':
     return Product('embedder/embedder', layout.pick(config, ['embedder.source', 'embedder.name']),
                    weights_content(weights_path(config)))
+  if config.embedder.source == FILES:
+    return Product('embedder/embedder', layout.pick(config, ['embedder.source']))
   keys = ['embedder.source', 'embedder.image_size', 'embedder.seed', 'preprocess.resize']
   if config.embedder.source in FITTED:
     keys += ['embedder.dim', 'embedder.fit_images']
@@ -69,19 +71,33 @@ def run(config: ConfigDict, workdir: str) -> None:
 
 
 def load(config: ConfigDict, workdir: str) -> Embedder:
-  """Opens the embedder of a work directory."""
+  """Opens the embedder of a work directory; one of source 'files' embeds no image, so it is never opened."""
   source = config.embedder.source
   if source in FITTED:
     from clip_jax.models import embedders
     params = files.read_npz(os.path.join(workdir, 'embedder/embedder.npz'))
     apply = embedders.EMBEDDERS[source][1]
     return Embedder(config.embedder.image_size, config.preprocess.resize, lambda images: apply(params, images))
-  from clip_jax.stages import models
-  if source == 'weights':
-    model = models.open_model(models.read(weights_path(config), config.embedder.name, NAME_FLAG))
-  else:
-    model = models.load(os.path.join(workdir, 'embedder'))
+  model = _clip(config, workdir)
   return Embedder(model.image_size, model.resize, model.encode_image)
+
+
+def text_tower(config: ConfigDict, workdir: str) -> Callable[[Sequence[str]], Array]:
+  """Returns the function texts -> [n, E] float32, unit length, of an embedder that is a CLIP ('train', 'weights')."""
+  return _clip(config, workdir).encode_text
+
+
+def _clip(config: ConfigDict, workdir: str):
+  from clip_jax.stages import models
+  if config.embedder.source == 'weights':
+    return models.open_model(models.read(weights_path(config), config.embedder.name, _name_flag(workdir)))
+  return models.load(os.path.join(workdir, 'embedder'))
+
+
+def _name_flag(workdir: str = '') -> str:
+  """Returns with what a user says which model the weights hold; of a further embedder, its work directory's."""
+  name = products.embedder_of(workdir)
+  return f'--config.embedders.{name}.name' if name else '--config.embedder.name'
 
 
 def architecture(config: ConfigDict) -> Any:
@@ -89,7 +105,7 @@ def architecture(config: ConfigDict) -> Any:
   from clip_jax.stages import models
   if config.embedder.source == 'train':
     return models.architecture(config)
-  return models.weights_architecture(weights_path(config), config.embedder.name, NAME_FLAG)
+  return models.weights_architecture(weights_path(config), config.embedder.name, _name_flag())
 
 
 def weights_path(config: ConfigDict) -> str:
@@ -148,7 +164,8 @@ def _fit(config: ConfigDict, workdir: str, wanted: Product):
   about = {'source': e.source, 'fitted_on': len(images), 'of_base_rows': len(base), 'seed': e.seed,
            'image_size': e.image_size, 'sha256': files.sha256(path)}
   del wanted
-  logging.info('embedder: %s, fitted on %s images of the base set.', e.source, f'{len(images):,}')
+  logging.info('embedder%s: %s, fitted on %s images of the base set.', layout.whose(workdir), e.source,
+               f'{len(images):,}')
   return ['embedder/embedder.npz'], about
 
 
@@ -166,13 +183,18 @@ def _train(config: ConfigDict, workdir: str, wanted: Product):
 def _weights(config: ConfigDict, workdir: str, wanted: Product):
   """Opens the weights once, so that what is wrong with them is said here."""
   from clip_jax.stages import models
-  del workdir
   path = weights_path(config)
-  found = models.read(path, config.embedder.name, NAME_FLAG)
+  found = models.read(path, config.embedder.name, _name_flag(workdir))
   about = {'source': 'weights', 'name': config.embedder.name, 'file': os.path.basename(path),
            'sha256': wanted.inputs[CONTENT], 'image_size': found.config.image_size,
            'embed_dim': found.config.embed_dim, **found.preprocess}
   return [], json.loads(json.dumps(about))
 
 
-_MAKERS = {'pca': _fit, 'hog': _fit, 'train': _train, 'weights': _weights}
+def _files(config: ConfigDict, workdir: str, wanted: Product):
+  """Writes down that the vectors are others'."""
+  del config, workdir, wanted
+  return [], {'source': FILES}
+
+
+_MAKERS = {'pca': _fit, 'hog': _fit, 'train': _train, 'weights': _weights, FILES: _files}

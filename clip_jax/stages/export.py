@@ -3,7 +3,7 @@
 In: splits/<split>/rows*.npy, the indexes, for copies the source files. Out, in WORKDIR/splits/<split>/export/
 (export/seed<k>/ where each seed has its own rows): uids.npy, clip_ood.npy, keys.parquet, webdataset/*.tar and
 array_record/*.array_record, each of these two with sizes.json. Lists of uids and of numbers hold the pool's rows;
-the others the anchor's, too.
+the others the anchor's, too, and planted copies, which a list of the pool's keys could not name.
 """
 
 import os
@@ -93,10 +93,15 @@ def _column(workdir: str, dataset: str, shard: int, column: str, rows: int):
   return []
 
 
-def _own_rows(workdir: str, name: str) -> dict[str, Array]:
-  """Returns dataset -> its own rows, of the rows of the base set that a product holds."""
-  rows, size = np.load(os.path.join(workdir, name + '.npy')), len(layout.source(workdir, layout.POOL))
-  return {layout.POOL: rows[rows < size], layout.ANCHOR: rows[rows >= size] - size}
+def _own_rows(config: ConfigDict, workdir: str, name: str) -> dict[str, Array]:
+  """Returns dataset -> its own rows, of the rows of the base set that a product holds, which are sorted."""
+  rows, found, start = np.load(os.path.join(workdir, name + '.npy')), {}, 0
+  for dataset in layout.TRAINED:
+    if dataset in layout.datasets(config):
+      stop = start + len(layout.source(workdir, dataset))
+      first, last = np.searchsorted(rows, (start, stop))
+      found[dataset], start = rows[first:last] - start, stop
+  return found
 
 
 def _by_shard(workdir: str, dataset: str, rows: Array) -> Iterator[tuple[int, int, int, Array]]:
@@ -122,7 +127,7 @@ def _list(config: ConfigDict, workdir: str, place: str, kind: str, rows: Product
                     {part.name: part.fingerprint for part in reads})
   if products.missing(workdir, [product], remake=True, redo='prune'):
     with products.lock(workdir, product.name):
-      counts = write(config, workdir, product.name + ending, _own_rows(workdir, rows.name))
+      counts = write(config, workdir, product.name + ending, _own_rows(config, workdir, rows.name))
       products.finish(workdir, product, [product.name + ending], counts)
     logging.info('export: %s holds %s keys; read back and checked.', os.path.join(workdir, product.name + ending),
                  f'{counts["keys"]:,}')
@@ -253,7 +258,7 @@ def _say_copies(workdir: str, whole: Product, number: int) -> None:
 def _parts(config: ConfigDict, workdir: str, place: str, kind: str, rows: Product) -> list[tuple[Product, tuple]]:
   """Returns the product of each file of copies, and the job that writes it."""
   parts = []
-  for dataset, every in _own_rows(workdir, rows.name).items():
+  for dataset, every in _own_rows(config, workdir, rows.name).items():
     index = ingest.shard_products(config, workdir, dataset) if len(every) else []
     for number, start in enumerate(range(0, len(every), export.SAMPLES_A_SHARD)):
       some = every[start:start + export.SAMPLES_A_SHARD]

@@ -1,8 +1,9 @@
 """Stage ingest: finds every sample of every dataset and writes down where it lies. No image is decoded.
 
-In: the source files. Out: WORKDIR/ingest/<dataset>/ with index-*.parquet, skipped-*.json, table.npy,
-captions.bin; summary.json, what the dataset holds, and broken.csv, all that is broken in it. The drawn demo is
-drawn first, once, into WORKDIR/ingest/glyphs/*.tar.
+In: the source files (of format 'embeddings': vectors and what lies beside them). Out: WORKDIR/ingest/<dataset>/
+with index-*.parquet, skipped-*.json, table.npy, captions.bin; summary.json, what the dataset holds, and
+broken.csv, all that is broken in it. The drawn demo is
+drawn first, once, into WORKDIR/ingest/glyphs/*.tar, and planted copies once their benchmark is indexed.
 """
 
 import dataclasses
@@ -10,6 +11,7 @@ import functools
 import hashlib
 import os
 import time
+from collections.abc import Mapping
 
 from absl import logging
 from ml_collections import ConfigDict
@@ -29,13 +31,19 @@ from clip_jax.data import sources
 from clip_jax.data import storage
 from clip_jax.data import summary
 from clip_jax.data import table
+from clip_jax.data import vector_index
+from clip_jax.data import vectors
 from clip_jax.stages import layout
 
 LOCATIONS = 'files.json'  # where source files are on this machine: in no fingerprint
 SAID_SECS = 1.0  # of a scan, from which on its rate is worth a line
 # Keys of a dataset block that say where its files are (a file of labels counts by its content) or what is done
 # with it later, not what its index holds.
-_NOT_CONTENT = ('path', 'sources', 'labels_file', 'templates', 'class_mask', 'domain_column')
+_NOT_CONTENT = ('path', 'sources', 'labels_file', 'templates', 'class_mask', 'domain_column', 'metadata', 'any_norm',
+                'images')
+# Keys that came later: they count only where they are not their default, so that older indexes stay as they are.
+_LATER = {'vector_key': '', 'vector_dim': 0}
+VECTORS = 'embeddings'  # the format whose files are vectors
 _BLOCK = 1 << 22  # bytes of a source file read at once, for its hash
 
 
@@ -50,6 +58,8 @@ class Shard:
   classes: tuple[str, ...]  # in label order: the config's, or those that the source itself names
   labels: str = ''          # of a folder: a hash of what its images' labels depend on
   said: str = ''            # and how they are told, in words
+  # Of vectors: the files that describe their rows.
+  beside: Mapping[str, storage.SourceFile] = dataclasses.field(default_factory=dict)
 
 
 def glyph_tars(config: ConfigDict) -> Product:
@@ -58,7 +68,7 @@ def glyph_tars(config: ConfigDict) -> Product:
 
 
 def uses_glyphs(config: ConfigDict) -> bool:
-  return any(block.format == 'glyphs' for blocks in map(_flatten, layout.datasets(config).values())
+  return any(block.format == 'glyphs' for blocks in map(layout.flatten, layout.datasets(config).values())
              for _, block in blocks)
 
 
@@ -66,18 +76,23 @@ def uses_glyphs(config: ConfigDict) -> bool:
 def shards(config: ConfigDict, workdir: str, dataset: str) -> list[Shard]:
   """Returns the shards of a dataset, in order. Raises InputError where its path matches nothing."""
   found: list[Shard] = []
-  for prefix, block in _flatten(layout.datasets(config)[dataset]):
+  for prefix, block in layout.flatten(layout.datasets(config)[dataset]):
     if block.format == 'glyphs':
       files_ = [_glyph_tar(workdir, block.path)]
+    elif block.format == layout.PLANTED:
+      from clip_jax.stages import planted
+      files_ = planted.tar_files(config, workdir)
     else:
       files_ = listing.list_files(block.format, os.path.expanduser(block.path))
     told = _labels(block)
     classes = tuple(block.classes) or (told.classes if told else _own_classes(block, files_[0]))
+    beside = (vector_index.companions(files_, os.path.expanduser(block.metadata)) if block.format == VECTORS
+              else [{}] * len(files_))
     size = formats.get(_format(block)).files_a_shard
     for start in range(0, len(files_), size):
       part = tuple(files_[start:start + size])
       found.append(Shard(len(found), block, prefix, listing.root(_format(block), block.path), part, classes,
-                         *((_labels_hash(block, told, part), told.said) if told else ())))
+                         *((_labels_hash(block, told, part), told.said) if told else ('', '')), beside[start]))
   return found
 
 
@@ -109,12 +124,12 @@ def _own_classes(block: ConfigDict, first: storage.SourceFile) -> tuple[str, ...
   """Returns the class names that a source keeps beside its samples, () where it has none."""
   if formats.get(_format(block)).rooted or not block.label_key:
     return ()
-  path = block.path if formats.get(block.format).find else first.path
+  path = block.path if formats.get(_format(block)).find else first.path
   return sources.classes(_format(block), path, block.label_key)
 
 
 def _format(block: ConfigDict) -> str:
-  return 'webdataset' if block.format == 'glyphs' else block.format
+  return 'webdataset' if block.format in ('glyphs', layout.PLANTED) else block.format
 
 
 def _glyph_tar(workdir: str, which: str) -> storage.SourceFile:
@@ -127,7 +142,7 @@ def _glyph_tar(workdir: str, which: str) -> storage.SourceFile:
 def shard_products(config: ConfigDict, workdir: str, dataset: str) -> list[Product]:
   """The index files of a dataset, one a shard."""
   return [Product(f'ingest/{dataset}/index-{shard.number:05d}', _keys(shard.block, dataset),
-                  _inputs(config, shard)) for shard in shards(config, workdir, dataset)]
+                  _inputs(config, workdir, shard)) for shard in shards(config, workdir, dataset)]
 
 
 def index_product(dataset: str, parts: list[Product]) -> Product:
@@ -147,13 +162,19 @@ def run(config: ConfigDict, workdir: str) -> None:
     made.append(_summary(config, workdir, dataset, made[-1]))
   if uses_glyphs(config):
     made.insert(0, glyph_tars(config))
+  if config.planted.benchmark:
+    from clip_jax.stages import planted
+    made += planted.tar_products(config, workdir)
   products.write_manifest(workdir, 'ingest', made)
 
 
 def ingest_dataset(config: ConfigDict, workdir: str, dataset: str) -> list[Product]:
   """Indexes one dataset; returns its products, the whole index last."""
-  if any(block.format == 'glyphs' for _, block in _flatten(layout.datasets(config)[dataset])):
+  if any(block.format == 'glyphs' for _, block in layout.flatten(layout.datasets(config)[dataset])):
     _draw(config, workdir)
+  if dataset == layout.PLANTED:
+    from clip_jax.stages import planted
+    planted.draw(config, workdir)
   parts = shard_products(config, workdir, dataset)
   wanted = products.missing(workdir, parts, remake=False, redo=f'ingest:{dataset}')
   whole = index_product(dataset, parts)
@@ -181,7 +202,7 @@ def _index(config: ConfigDict, workdir: str, dataset: str, wanted: list[Product]
   directory = os.path.join(workdir, 'ingest', dataset)
   every = shards(config, workdir, dataset)
   numbers = {f'ingest/{dataset}/index-{shard.number:05d}': shard for shard in every}
-  needs_caption = dataset in (layout.POOL, layout.ANCHOR)
+  needs_caption = dataset in layout.TRAINED
   jobs = [(directory, numbers[product.name], needs_caption) for product in wanted]
   if len(wanted) < len(every):
     logging.info('%s: %d of %d shards are indexed already.', dataset, len(every) - len(wanted), len(every))
@@ -196,6 +217,7 @@ def _index(config: ConfigDict, workdir: str, dataset: str, wanted: list[Product]
     products.finish(workdir, product, made, counts)
     seen += counts['rows'] + counts['skipped'] + counts['left_out']
   spent = time.monotonic() - start
+  vector_dim(config, workdir, dataset)
   size = sum(file.size for _, shard, _ in jobs for file in shard.files)  # 0 of what is drawn here
   if size and spent >= SAID_SECS:
     logging.info('%s: %s, %s, looked through in %s (%s samples and %s a second).', dataset,
@@ -281,6 +303,13 @@ def scan_shard(job: tuple[str, Shard, bool]) -> dict:
   """Indexes one shard: a pure function of the shard to its index file. Returns the counts."""
   directory, shard, needs_caption = job
   block = shard.block
+  if block.format == VECTORS:
+    return vector_index.write(
+        directory, shard.number, shard.files[0], shard.beside, vector_key=block.vector_key,
+        vector_dim=block.vector_dim, where=layout.plain(block.where), part=tuple(block.part),
+        group_key=block.group_key, group_pattern=block.group_pattern, sample_key=block.sample_key,
+        caption_key=block.caption_key, label_key=block.label_key, classes=shard.classes,
+        columns=tuple(block.columns))
   scan = sources.scan(
       _format(block), shard.files, root=shard.root,
       where=layout.plain(block.where), part=tuple(block.part), group_key=block.group_key,
@@ -293,32 +322,63 @@ def scan_shard(job: tuple[str, Shard, bool]) -> dict:
   return table.write_shard(directory, shard.number, scan)
 
 
-def _flatten(block: ConfigDict, prefix: str = '') -> list[tuple[str, ConfigDict]]:
-  """Returns (prefix, block) of each source of a dataset; one for any format but 'concat'."""
-  if block.format != 'concat':
-    return [(prefix, block)]
-  return [pair for name in block.sources for pair in _flatten(block.sources[name], f'{prefix}{name}/')]
+def vector_shards(config: ConfigDict, workdir: str, dataset: str) -> dict[int, Shard]:
+  """Returns number -> shard of those shards of a dataset that are vectors; none where it has images only."""
+  if not any(block.format == VECTORS for _, block in layout.flatten(layout.datasets(config)[dataset])):
+    return {}
+  return {shard.number: shard for shard in shards(config, workdir, dataset) if shard.block.format == VECTORS}
+
+
+@layout.remembered
+def vector_heads(config: ConfigDict, workdir: str, dataset: str) -> list[vectors.Head]:
+  """Returns what each file of vectors of a dataset says of itself, () where asking takes long: files are remote."""
+  found = vector_shards(config, workdir, dataset).values()
+  if any(storage.is_remote(shard.files[0].path) for shard in found):
+    return []
+  return [vectors.head(shard.files[0].path, shard.block.vector_key, shard.block.vector_dim) for shard in found]
+
+
+def vector_dim(config: ConfigDict, workdir: str, dataset: str) -> int:
+  """Returns E of an ingested dataset's vectors, 0 where it has none. Raises InputError where files differ in it."""
+  first = None
+  for number, shard in vector_shards(config, workdir, dataset).items():
+    sidecar = products.read_sidecar(workdir, f'ingest/{dataset}/index-{number:05d}')
+    dim, path = sidecar['counts']['dim'], shard.files[0].path
+    first = first or (dim and (dim, path))
+    if dim and dim != first[0]:
+      raise InputError(f'{dataset}: {path} has vectors of {dim} numbers, and {first[1]} of {first[0]}: they are not '
+                       'of one embedder. Correct the path of the dataset.')
+  return first[0] if first else 0
 
 
 def _location(shard: Shard) -> dict:
   """Returns what the row table must know to read a shard's samples again."""
   form = _format(shard.block)
   path = '' if formats.get(form).rooted else shard.files[0].path
-  return {'format': form, 'root': shard.root, 'path': path, 'image_key': shard.block.image_key}
+  images = {'images': os.path.expanduser(shard.block.images)} if form == VECTORS else {}
+  return {'format': form, 'root': shard.root, 'path': path, 'image_key': shard.block.image_key, **images}
 
 
 def _keys(block: ConfigDict, dataset: str) -> dict:
-  keys = {f'{dataset}.{key}': value for key, value in layout.plain(block).items() if key not in _NOT_CONTENT}
-  return {**keys, f'{dataset}.needs_caption': dataset in (layout.POOL, layout.ANCHOR)}
+  keys = {f'{dataset}.{key}': value for key, value in layout.plain(block).items()
+          if key not in _NOT_CONTENT and (key not in _LATER or value != _LATER[key])}
+  return {**keys, f'{dataset}.needs_caption': dataset in layout.TRAINED}
 
 
-def _inputs(config: ConfigDict, shard: Shard) -> dict[str, str]:
+def _inputs(config: ConfigDict, workdir: str, shard: Shard) -> dict[str, str]:
   """Returns what the shard reads, by name relative to its pattern, never by the path of this machine."""
   if shard.block.format == 'glyphs':
     return {'ingest/glyphs/tars': glyph_tars(config).fingerprint, 'file': shard.files[0].name}
+  if shard.block.format == layout.PLANTED:
+    from clip_jax.stages import planted
+    product = planted.tar_products(config, workdir)[shard.number]
+    return {product.name: product.fingerprint}
   stamps = [f'{file.name} {_sha256(file) if config.ingest.check_content else file.stamp}'
             for file in shard.files]
   more = {f'labels of {shard.prefix}images': shard.labels} if shard.labels else {}
+  for kind, file in shard.beside.items():
+    stamp = _sha256(file) if config.ingest.check_content else file.stamp
+    more[_printable(f'{kind} of {shard.prefix}{shard.files[0].name}')] = _printable(f'{file.name} {stamp}')
   if len(stamps) == 1:
     return {_printable(f'source file {shard.prefix}{shard.files[0].name}'): _printable(stamps[0]), **more}
   name = _printable(f'{len(stamps)} source files from {shard.prefix}{shard.files[0].name}')

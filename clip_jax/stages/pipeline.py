@@ -19,8 +19,11 @@ from clip_jax.core import products
 from clip_jax.core import progress
 from clip_jax.core.errors import ConfigError
 from clip_jax.stages import STAGES
+from clip_jax.stages import benchmark_dirs
 from clip_jax.stages import check
+from clip_jax.stages import embedders
 from clip_jax.stages import layout
+from clip_jax.stages import sensitivity
 
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy', 'scipy', 'pillow', 'scann',
             'clip-jax-ood')
@@ -34,7 +37,9 @@ def run(config: ConfigDict, workdir: str | None, *, stages: list[str] | None, re
                       '--workdir=runs/demo.')
   names = _stage_names(stages)
   layout.forget()
+  config = benchmark_dirs.resolve(config)
   check.check(config)
+  check.stages(config, names)
   check.embedder_weights(config)
   if not files.is_local(workdir):
     raise ConfigError(f'--workdir={workdir}: tables and embeddings are memory-mapped, so the work directory must be '
@@ -53,17 +58,20 @@ def run(config: ConfigDict, workdir: str | None, *, stages: list[str] | None, re
   files.write_json(os.path.join(workdir, 'config.json'), layout.plain(config))
   if redo:
     forget(workdir, redo)
+  embedders.say_unused(config)
   before, start = _finished(workdir), time.monotonic()
   _check_devices(config, workdir, names)
   for name in names:
     began = time.monotonic()
     interrupts.check()
     _check_disk(config, workdir, name)
-    if name == 'train' and 'evaluate' in names:
+    if name == 'train' and 'evaluate' in names and layout.runs(config):
       importlib.import_module('clip_jax.stages.evaluate').check_benchmarks(config, workdir)
     if name == 'report' and _finished(workdir) != before:
       _versions(workdir)  # the page shows them
-    importlib.import_module(f'clip_jax.stages.{name}').run(config, workdir)
+    stage = importlib.import_module(f'clip_jax.stages.{name}')
+    stage.run(config, workdir)
+    embedders.run(config, workdir, name, stage.run)
     spent = time.monotonic() - began
     if spent > 1:
       logging.info('%s took %s.', name, progress.seconds(spent))
@@ -91,10 +99,12 @@ def _check_devices(config: ConfigDict, workdir: str, names: list[str]) -> None:
 def _check_disk(config: ConfigDict, workdir: str, name: str) -> None:
   """Raises InputError before a stage begins that the disk cannot hold, beside what it has made already."""
   from clip_jax.stages import plan
-  needed = plan.PLANS[name](config, workdir, plan.dataset_rows(config, workdir)).bytes or 0
-  there = sum(os.path.getsize(os.path.join(folder, file))
-              for folder, _, names in os.walk(os.path.join(workdir, STAGES[name])) for file in names)
-  files.check_space(workdir, needed - there, f'The stage {name}')
+  needed = 0
+  for theirs, home in [(config, workdir), *embedders.homes(config, workdir, name)]:
+    needed += plan.PLANS[name](theirs, home, plan.dataset_rows(theirs, workdir)).bytes or 0
+    needed -= sum(os.path.getsize(os.path.join(folder, file))
+                  for folder, _, names in os.walk(os.path.join(home, STAGES[name])) for file in names)
+  files.check_space(workdir, needed, f'The stage {name}')
 
 
 def _stage_names(stages: list[str] | None) -> list[str]:
@@ -105,7 +115,9 @@ def _stage_names(stages: list[str] | None) -> list[str]:
 
 
 def forget(workdir: str, redo: str) -> None:
-  """Removes what --redo names and everything that follows from it, the last first.
+  """Removes what --redo names and everything that follows from it, the last first: STAGE or STAGE:product, and of
+
+  one of config.embedders STAGE:NAME@ or STAGE:NAME@product.
 
   redo.json says that this is done, until the whole command is: after a kill the same command does not
   remove again what it has already made.
@@ -113,18 +125,24 @@ def forget(workdir: str, redo: str) -> None:
   stage, _, product = redo.partition(':')
   if stage not in STAGES:
     raise ConfigError(f'--redo={redo!r}: {stage!r} is not a stage.{config_lib.nearest(stage, STAGES)}')
+  embedder, at, product = product.rpartition('@')
+  if at and stage not in embedders.STAGES:
+    raise ConfigError(f'--redo={redo!r}: only {", ".join(embedders.STAGES)} are run for further embedders; for the '
+                      f'others leave out {embedder}@.')
   path = os.path.join(workdir, REDO)
   state = files.read_json(path) if os.path.exists(path) else {}
   if state.get('redo') == redo and state.get('removed'):
     logging.info('redo: going on with --redo=%s; what it names was removed already.', redo)
     return
-  target = STAGES[stage] + (f'/{product.strip("/")}' if product else '')
-  found = products.sidecars(workdir)
+  target = (f'{layout.EMBEDDERS}/{embedder}/' if at else '') + STAGES[stage] + (
+      f'/{product.strip("/")}' if product else '')
+  found = products.all_sidecars(workdir)
   named = [name for name in found if name == target or name.startswith(target + '/')]
   folder = os.path.join(workdir, target)
-  if not named and not os.path.exists(folder):
+  begun = state.get('redo') == redo  # and killed: perhaps nothing is left
+  if not named and not os.path.exists(folder) and not begun:
     raise ConfigError(f'--redo={redo!r} names nothing in {workdir}.'
-                      f'{config_lib.nearest(target, [n for n in found if n.startswith(STAGES[stage])])}')
+                      f'{config_lib.nearest(target, [n for n in found if f"{STAGES[stage]}/" in n])}')
   files.write_json(path, {'redo': redo, 'removed': False})
   gone = products.followers(workdir, named)  # the named ones, too
   for name in gone:
@@ -139,7 +157,7 @@ def forget(workdir: str, redo: str) -> None:
 
 
 def _finished(workdir: str) -> dict[str, str]:
-  return {name: sidecar['fingerprint'] for name, sidecar in products.sidecars(workdir).items()}
+  return {name: sidecar['fingerprint'] for name, sidecar in products.all_sidecars(workdir).items()}
 
 
 def _versions(workdir: str) -> None:
@@ -162,17 +180,24 @@ def _versions(workdir: str) -> None:
 
 
 def _unnamed(config: ConfigDict, workdir: str) -> None:
-  """Lists finished products of splits, seeds or benchmarks that the config no longer names."""
+  """Lists finished products of splits, seeds, benchmarks or embedders that the config no longer names."""
   runs = {layout.run_folder(split, seed) for split, seed in layout.runs(config)}
   names = set(layout.datasets(config))
+  searched = {*names, *config.references, layout.ANCHOR_CLASSES, layout.SIZES}
   left = []
-  for name in products.sidecars(workdir):
+  for name in products.all_sidecars(workdir):
     part = name.split('/')
-    if ((part[0] == 'splits' and part[1] not in config.splits)
+    if part[0] == layout.EMBEDDERS:
+      folder = '/'.join(part[:2])
+      if part[1] not in embedders.used(config) and folder not in left:
+        left.append(folder)
+    elif ((part[0] == 'splits' and part[1] not in config.splits and not (name == sensitivity.NAME
+                                                                         and config.prune.sensitivity))
+        or (part[0] == 'splits' and part[-1] == 'preview' and not config.prune.preview)
         or (part[0] == 'train' and '/'.join(part[:3]) not in runs)
         or (part[0] == 'evaluate' and ('/'.join(['train', *part[1:3]]) not in runs or part[3] not in names))
         or (part[0] in ('ingest', 'embeddings') and part[1] not in (*names, layout.GLYPHS))
-        or (part[0] == 'search' and part[1] not in (*names, layout.ANCHOR_CLASSES))):
+        or (part[0] == 'search' and part[1] not in searched)):
       left.append(name)
   if left:
     logging.info('Left alone, as the config does not name them: %s.', ', '.join(sorted(left)[:8]) +

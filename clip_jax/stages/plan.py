@@ -8,6 +8,7 @@ elsewhere 40 % of the vendor's dense peak; reading and decoding images comes on 
 import collections
 import dataclasses
 import math
+import os
 import re
 import time
 
@@ -17,6 +18,7 @@ from ml_collections import ConfigDict
 from clip_jax.core import files
 from clip_jax.core import products
 from clip_jax.core import progress
+from clip_jax.stages import embedders
 from clip_jax.stages import layout
 
 # Dense peaks in FLOP/s from the vendors' data sheets: (float32 or TF32 matmul, bfloat16 matmul).
@@ -41,17 +43,21 @@ def show(config: ConfigDict, workdir: str, names: list[str]) -> None:
   rate = matmul_rate()
   logging.info('Plan for %s (nothing is written). Rows: %s.', workdir,
                ', '.join(f'{name} {_number(n)}' for name, n in rows.items()))
-  logging.info('%-9s %12s %10s %10s %14s  %s  %s', 'stage', 'rows', 'disk', 'FLOPs', 'time here',
+  passes = [(name, theirs, home) for name in names
+            for theirs, home in [(config, workdir), *embedders.homes(config, workdir, name)]]
+  said = [name if home == workdir else f'{name} {os.path.basename(home)}' for name, _, home in passes]
+  width = max(9, *map(len, said))
+  logging.info('%-*s %12s %10s %10s %14s  %s  %s', width, 'stage', 'rows', 'disk', 'FLOPs', 'time here',
                '  '.join(f'{name:>9}' for name in ACCELERATORS), 'products')
   disk = 0
-  for name in names:
-    plan = PLANS[name](config, workdir, rows)
+  for shown, (name, theirs, home) in zip(said, passes, strict=True):
+    plan = PLANS[name](theirs, home, {dataset: rows[dataset] for dataset in layout.datasets(theirs)})
     disk += plan.bytes or 0
     bf16 = name in ('train', 'evaluate') and config.train.dtype == 'bfloat16'
     times = [_time(plan.flops, SHARE_OF_PEAK * peaks[bf16]) for peaks in ACCELERATORS.values()]
-    logging.info('%-9s %12s %10s %10s %14s  %s  %s', name, _number(plan.rows), _bytes(plan.bytes),
+    logging.info('%-*s %12s %10s %10s %14s  %s  %s', width, shown, _number(plan.rows), _bytes(plan.bytes),
                  _si(plan.flops), _time(plan.flops, rate), '  '.join(f'{text:>9}' for text in times),
-                 _products(config, workdir, name))
+                 _products(theirs, home, name))
   free = files.free_bytes(workdir)
   logging.info('Disk: about %s in all%s. Time here at %.0f GFLOP/s (measured now); accelerators at %d %% of their '
                'dense peak.', _bytes(disk), f', {_bytes(free)} free' if free is not None else '', rate / 1e9,
@@ -59,12 +65,23 @@ def show(config: ConfigDict, workdir: str, names: list[str]) -> None:
 
 
 def dataset_rows(config: ConfigDict, workdir: str) -> dict[str, int | None]:
-  """Returns the rows of each dataset that was ingested; None for the others."""
+  """Returns the rows of each dataset that was ingested, or whose files of vectors say them; None for the others."""
   found = {}
   for name in layout.datasets(config):
     sidecar = products.read_sidecar(workdir, f'ingest/{name}/index')
-    found[name] = sidecar['counts']['rows'] if sidecar else None
+    found[name] = sidecar['counts']['rows'] if sidecar else _vector_rows(config, workdir, name)
   return found
+
+
+def _vector_rows(config: ConfigDict, workdir: str, dataset: str) -> int | None:
+  """Returns how many vectors a dataset's files hold; None where rows are chosen of them, or some are images."""
+  blocks = [block for _, block in layout.flatten(layout.datasets(config)[dataset])]
+  if layout.has_own_images(config, dataset) or any(
+      block.format != 'embeddings' or block.where or tuple(block.part) != (0, 1) for block in blocks):
+    return None
+  from clip_jax.stages import ingest
+  heads = ingest.vector_heads(config, workdir, dataset)
+  return sum(head.rows for head in heads) if heads else None
 
 
 def matmul_rate() -> float:
@@ -93,15 +110,20 @@ def _ingest(config: ConfigDict, workdir: str, rows) -> StagePlan:
   return StagePlan(n, None if n is None else 200 * n, 0.0)
 
 
-def _dim(config: ConfigDict) -> int:
-  from clip_jax.stages import embedder
+def _dim(config: ConfigDict, workdir: str) -> int:
+  """Returns E; of vectors on a remote storage it is not known before ingest, and 1,000 is taken."""
+  from clip_jax.stages import embedder, ingest
+  if config.embedder.source == embedder.FILES:
+    if products.read_sidecar(workdir, f'ingest/{layout.POOL}/index'):
+      return ingest.vector_dim(config, workdir, layout.POOL)
+    return max([head.dim for head in ingest.vector_heads(config, workdir, layout.POOL)], default=0) or 1000
   return config.embedder.dim if config.embedder.source in embedder.FITTED else embedder.architecture(config).embed_dim
 
 
 def _embedder(config: ConfigDict, workdir: str, rows) -> StagePlan:
   del workdir, rows
   e = config.embedder
-  if e.source == 'weights':
+  if e.source in ('weights', 'files'):
     return StagePlan(0, 1000, 0.0)
   if e.source == 'train':
     return StagePlan(e.samples, _checkpoint_bytes(config), 3.0 * forward_flops(config) * e.samples)
@@ -110,40 +132,47 @@ def _embedder(config: ConfigDict, workdir: str, rows) -> StagePlan:
 
 
 def _embed(config: ConfigDict, workdir: str, rows) -> StagePlan:
-  del workdir
   n = _all_rows(rows)
   if n is None:
     return StagePlan(None, None, None)
   from clip_jax.stages import embedder
+  dim = _dim(config, workdir)
+  images = sum(count for name, count in rows.items() if layout.has_own_images(config, name))
   if config.embedder.source in embedder.FITTED:
-    each = 6.0 * config.embedder.image_size ** 2 * _dim(config)
+    each = 6.0 * config.embedder.image_size ** 2 * dim
   else:
-    each = image_flops(embedder.architecture(config))
-  return StagePlan(n, n * (2 * _dim(config) + 1), n * each)
+    each = image_flops(embedder.architecture(config)) if images else 0.0
+  return StagePlan(n, n * (2 * dim + 1), images * each + 3.0 * (n - images) * dim)
 
 
 def _dedup(config: ConfigDict, workdir: str, rows) -> StagePlan:
-  del workdir
   n = rows[layout.POOL]
-  if not config.dedup.enabled or n is None:
-    return StagePlan(n if config.dedup.enabled else 0, n and 9 * n, None if config.dedup.enabled else 0.0)
-  clusters = config.dedup.clusters or min(-(-n // 8000), 50_000)
-  return StagePlan(n, 9 * n, 2.0 * n * _dim(config) * (ITERATIONS * clusters + n / clusters / 2))
+  if not config.dedup.enabled:
+    return StagePlan(0, 0, 0.0)
+  if n is None:
+    return StagePlan(None, None, None)
+  d = config.dedup
+  clusters = d.clusters or min(-(-n // 8000), 50_000)
+  fitted = min(d.sample_rows or n, n)
+  pairs = n * (n / clusters / 2 + min(d.audit_rows, n))
+  dim = _dim(*layout.dedup_home(config, workdir))
+  return StagePlan(n, 9 * n, 2.0 * dim * ((ITERATIONS * fitted + n) * clusters + pairs))
 
 
 def _search(config: ConfigDict, workdir: str, rows) -> StagePlan:
-  del workdir
   n = rows[layout.POOL]
-  queries = _all_rows({name: rows[name] for name in config.benchmarks})
+  queries = _all_rows({name: rows[name] for name in (*config.benchmarks, *config.references) if name in rows})
   if n is None or queries is None:
     return StagePlan(n, None, None)
   anchor = rows.get(layout.ANCHOR) or 0
-  return StagePlan(n, 12 * n * len(config.benchmarks) + 24 * queries * config.search.top_k,
-                   2.0 * (n + anchor) * queries * _dim(config))
+  return StagePlan(n, 12 * n * (len(config.benchmarks) + len(config.references)) + 24 * queries * config.search.top_k,
+                   2.0 * (n + anchor) * queries * _dim(config, workdir))
 
 
 def _prune(config: ConfigDict, workdir: str, rows) -> StagePlan:
   del workdir
+  if not config.splits:
+    return StagePlan(0, 0, 0.0)
   n = _all_rows({name: rows[name] for name in rows if name in (layout.POOL, layout.ANCHOR)})
   drawn = sum(len(layout.draws(config, split)) for split in config.splits)
   return StagePlan(n, None if n is None else 8 * n * drawn, 0.0)
@@ -240,9 +269,11 @@ PLANS = {'ingest': _ingest, 'embedder': _embedder, 'embed': _embed, 'dedup': _de
 
 def stage_products(config: ConfigDict, workdir: str, stage: str) -> list[products.Product]:
   """Returns the products that the config wants of a stage."""
-  from clip_jax.stages import dedup, embed, embedder, evaluate, ingest, prune, report, search, train
+  from clip_jax.stages import dedup, embed, embedder, evaluate, ingest, planted, preview, prune, report, search
+  from clip_jax.stages import sensitivity, train
   if stage == 'ingest':
     made = [ingest.glyph_tars(config)] if ingest.uses_glyphs(config) else []
+    made += planted.tar_products(config, workdir)
     for name in layout.datasets(config):
       parts = ingest.shard_products(config, workdir, name)
       whole = ingest.index_product(name, parts)
@@ -253,13 +284,16 @@ def stage_products(config: ConfigDict, workdir: str, stage: str) -> list[product
   if stage == 'embed':
     return [p for name in layout.datasets(config) for p in embed.shard_products(config, workdir, name)]
   if stage == 'dedup':
-    return [dedup.product(config, workdir)] if config.dedup.enabled else []
+    return dedup.all_products(config, workdir)
   if stage == 'search':
-    return [p for made in search.all_products(config, workdir).values() for p in made]
+    return search.every_product(config, workdir)
   if stage == 'prune':
     rows = {p.name: p for split in config.splits for seed in layout.seeds(config, split)
             for p in [prune.rows_product(config, workdir, split, seed)]}
-    return [*rows.values(), *(prune.split_product(config, workdir, split) for split in config.splits)]
+    compared = sensitivity.product(config, workdir)
+    previewed = config.splits if config.prune.preview else ()
+    return [*rows.values(), *(prune.split_product(config, workdir, split) for split in config.splits),
+            *([compared] if compared else []), *(preview.product(config, workdir, split) for split in previewed)]
   if stage == 'train':
     return list(train.all_products(config, workdir).values())
   if stage == 'evaluate':

@@ -8,6 +8,7 @@ import dataclasses
 import os
 import re
 from collections.abc import Mapping
+from typing import Any
 
 from etils import epath
 from ml_collections import ConfigDict
@@ -17,6 +18,7 @@ from clip_jax.core import files
 from clip_jax.core import metrics
 from clip_jax.core import products
 from clip_jax.core.types import Array
+from clip_jax.evaluation import statistics
 from clip_jax.stages import STAGES
 from clip_jax.stages import layout
 
@@ -88,6 +90,36 @@ def queries(workdir: str, benchmark: str) -> dict[str, Array] | None:
   return _npz(os.path.join(workdir, 'search', benchmark, 'queries.npz'))
 
 
+def sizes(workdir: str) -> dict[str, Any] | None:
+  """Returns search/sizes.npz: how many candidates every threshold would drop; or None."""
+  found = _npz(os.path.join(workdir, 'search', 'sizes.npz'))
+  return None if found is None else {
+      **found, 'benchmarks': [str(name) for name in found['benchmarks']],
+      'candidates': int(found['candidates']), 'has_excess': bool(found['has_excess'])}
+
+
+def paper_compat(config: ConfigDict, workdir: str) -> list[dict]:
+  """Returns what the published code's truncation would have kept, of each benchmark that it was counted for."""
+  found = {b: _json(os.path.join(workdir, 'search', b, 'paper.json')) for b in config.benchmarks}
+  return [{'benchmark': b, **about} for b, about in found.items() if about]
+
+
+def sensitivity(workdir: str) -> dict[str, list[dict]]:
+  """Returns, for each split, how far it agrees with those of other embedders; {} where that was not compared."""
+  return _json(os.path.join(workdir, 'splits', 'sensitivity.json')).get('splits', {})
+
+
+def previews(config: ConfigDict, workdir: str) -> dict[str, dict]:
+  """Returns preview.json of every split that has one."""
+  found = {name: _json(os.path.join(workdir, 'splits', name, 'preview.json')) for name in config.splits}
+  return {name: about for name, about in found.items() if about}
+
+
+def dedup_audit(workdir: str) -> dict:
+  """Returns dedup/audit.json, {} where there is none."""
+  return _json(os.path.join(workdir, 'dedup', 'audit.json'))
+
+
 def split_queries(workdir: str, split: str, benchmark: str) -> dict[str, Array] | None:
   """Returns how many rows that an aligned split removed are near each query (-1: not searched)."""
   return _npz(os.path.join(workdir, 'splits', split, f'queries-{benchmark}.npz'))
@@ -122,7 +154,8 @@ def results(config: ConfigDict, workdir: str) -> Results:
   """Returns all evaluation results that are there."""
   found = Results({}, {}, {}, {}, {})
   for benchmark in config.benchmarks:
-    grouped = config.benchmarks[benchmark].group_key and is_ingested(workdir, benchmark)
+    block = config.benchmarks[benchmark]
+    grouped = (block.group_key or block.group_pattern) and is_ingested(workdir, benchmark)
     found.groups[benchmark] = (layout.source(workdir, benchmark).column('group') if grouped
                                else None)
     for split in config.splits:
@@ -193,9 +226,10 @@ def _unreadable(workdir: str, dataset: str) -> list[str] | None:
 
 
 def dedup_counts(config: ConfigDict, workdir: str) -> dict | None:
-  """Returns what de-duplication found: usable, duplicates, clusters, threshold; or None."""
+  """Returns what de-duplication found: usable, duplicates, clusters, threshold, survivor, embedder; or None."""
   sidecar = products.read_sidecar(workdir, 'dedup/keep') if config.dedup.enabled else None
-  return None if sidecar is None else {**sidecar['counts'], 'threshold': config.dedup.threshold}
+  return None if sidecar is None else {
+      **sidecar['counts'], **{key: config.dedup[key] for key in ('threshold', 'survivor', 'embedder')}}
 
 
 def planted(config: ConfigDict, workdir: str) -> list[dict]:
@@ -214,8 +248,9 @@ def planted(config: ConfigDict, workdir: str) -> list[dict]:
   for i, (kind, original) in enumerate(zip(kinds, originals)):
     if kind is not None and original in row:
       counts.setdefault(str(kind), []).append(not (keep[i] and keep[row[original]]))
-  return [{'kind': kind, 'planted': len(found), 'found': sum(found)}
-          for kind, found in sorted(counts.items())]
+  recall = {kind: statistics.image_interval(np.array(found)) for kind, found in counts.items()}
+  return [{'kind': kind, 'planted': len(found), 'found': sum(found), 'recall': recall[kind].value,
+           'low': recall[kind].low, 'high': recall[kind].high} for kind, found in sorted(counts.items())]
 
 
 def log(workdir: str) -> Log:

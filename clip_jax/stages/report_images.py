@@ -1,4 +1,6 @@
-"""The report's pictures: queries beside their neighbours, removed rows beside rows just kept."""
+"""The report's pictures: queries beside their neighbours, strips of pool rows, exact duplicates."""
+
+from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 import numpy as np
@@ -8,11 +10,11 @@ from clip_jax.core.types import Array
 from clip_jax.data import images
 from clip_jax.reporting import gallery
 from clip_jax.reporting import tables
+from clip_jax.stages import benchmark_dirs
 from clip_jax.stages import layout
 from clip_jax.stages import report_data
 
 NEIGHBOURS = 4        # pool neighbours shown beside a query
-WORD_SAMPLE = 2000    # captions of removed, and of kept, rows whose words are compared
 MOST_COMPARED = 2000  # pairs of images that are opened to tell exact duplicates
 
 
@@ -22,10 +24,20 @@ class Pictures:
   def __init__(self, config: ConfigDict, workdir: str):
     self._config, self._workdir = config, workdir
     self._sources = {}
+    self.lost: dict[str, str] = {}  # dataset -> why the first image that was asked for in vain is not there
 
   def has(self, *datasets: str) -> bool:
-    """Returns whether all these datasets are ingested, so that their images can be opened."""
-    return all(report_data.is_ingested(self._workdir, name) for name in datasets)
+    """Returns whether all these datasets are ingested and have images that can be opened."""
+    return all(report_data.is_ingested(self._workdir, name) and self.source(name).has_images
+               for name in datasets)
+
+  def without(self, *datasets: str) -> str:
+    """Returns the sentence that says which of these datasets are vectors only; '' where none is."""
+    names = [name for name in datasets
+             if report_data.is_ingested(self._workdir, name) and not self.source(name).has_images]
+    flags = dict.fromkeys(f'{benchmark_dirs.flag(self._config, name, "images")}=DIR' for name in names)
+    return f'No pictures: {tables.listed(names)} {"is" if len(names) == 1 else "are"} vectors only; give ' \
+           f'{tables.listed(list(flags))}.' if names else ''
 
   def source(self, dataset: str):
     if dataset not in self._sources:
@@ -37,9 +49,11 @@ class Pictures:
     similarity, nearest = found['pool_similarity'], found['pool_nearest']  # [Q, k]
     threshold, anchor = found['anchor_similarity'], found['anchor_nearest']  # [Q]
     rows = []
-    for word, q in gallery.pick_queries(similarity[:, 0], self._config.report.gallery_queries):
+    thirds = gallery.pick_thirds(similarity[:, 0], self._config.report.gallery_queries)
+    words = ('most similar', 'median', 'least similar')
+    for word, q in ((word, int(q)) for word, third in zip(words, thirds) for q in third):
       groups = [gallery.Group('query', (self._picture(benchmark, q, f'no. {q}'),))]
-      if anchor[q] >= 0:
+      if anchor[q] >= 0 and self.has(layout.ANCHOR):
         line = tables.similarity(float(threshold[q]))
         groups.append(gallery.Group('nearest in the anchor', (
             self._picture(layout.ANCHOR, int(anchor[q]), line),)))
@@ -49,32 +63,16 @@ class Pictures:
       rows.append((word, (*groups, gallery.Group('nearest in the pool', pool))))
     return gallery.Gallery(benchmark, tuple(rows))
 
-  def removed(self, split: str) -> tuple[gallery.Gallery, list[tuple[str, float, float]]]:
-    """Returns an aligned split's removed rows, largest excess first, beside rows just kept.
+  def strip(self, title: str, rows: Array, lines: Sequence[str]) -> tuple[str, tuple[gallery.Group, ...]]:
+    """Returns pool rows as one strip of a gallery, each with a line below it."""
+    pictures = tuple(self._picture(layout.POOL, int(row), line) for row, line in zip(rows, lines))
+    return '', (gallery.Group(title, pictures),)
 
-    And the words that tell the captions of removed rows from those of kept ones.
-    """
-    config, workdir = self._config, self._workdir
-    columns = [layout.search_column(workdir, name, 'excess')
-               for name in config.splits[split].benchmarks]
-    excess = np.fmax.reduce(columns)  # [N]
-    is_kept = np.zeros(len(excess), bool)
-    is_kept[report_data.pool_rows(config, workdir, split)] = True
-    candidates = layout.candidates(config, workdir)
-    gone, kept = np.flatnonzero(candidates & ~is_kept), np.flatnonzero(is_kept)
-    count = config.report.removed_images
-    border = kept[np.argsort(-excess[kept], kind='stable')[:count]]
-    rows = []
-    for title, chosen in (
-        ('removed, largest excess first', gone[gallery.pick_quantiles(excess[gone], count)]),
-        ('just kept', border)):
-      pictures = tuple(self._picture(layout.POOL, int(row), tables.signed(float(excess[row])))
-                       for row in chosen)
-      rows.append(('', (gallery.Group(title, pictures),)))
-    note = ('Excess: how much nearer the image is to some query than any anchor image is to that '
-            'query. Removed rows are shown at evenly spaced ranks of it.')
-    words = gallery.telling_words(self._captions(gone), self._captions(kept))
-    return gallery.Gallery('', tuple(rows), note), words
+  def captions(self, rows: Array, count: int) -> list[str]:
+    """Returns the captions of at most `count` of these pool rows, evenly spaced; [] where all are empty."""
+    source = self.source(layout.POOL)
+    found = [source.caption(int(row)) for row in gallery.pick_evenly(rows, count)]
+    return found if any(found) else []
 
   def exact_duplicates(
       self,
@@ -85,22 +83,25 @@ class Pictures:
   ) -> int | None:
     """Returns how many queries have the same bytes, or decoded pixels, as their nearest row.
 
-    None where that would mean opening too many images.
+    None where that would mean opening too many images, or where one of them is not there.
     """
     chosen = np.flatnonzero(near)
     if len(chosen) > MOST_COMPARED or not self.has(benchmark, dataset):
       return None
     mine, theirs = self.source(benchmark), self.source(dataset)
-    return sum(_same(mine, int(q), theirs, int(nearest[q])) for q in chosen)
-
-  def _captions(self, rows: Array) -> list[str]:
-    """Returns the captions of at most WORD_SAMPLE of these rows, evenly spaced."""
-    source = self.source(layout.POOL)
-    return [source.caption(int(rows[i])) for i in gallery.pick_quantiles(-rows, WORD_SAMPLE)]
+    try:
+      return sum(_same(mine[int(q)]['image'], theirs[int(nearest[q])]['image']) for q in chosen)
+    except InputError:  # said where the pictures would be
+      return None
 
   def _picture(self, dataset: str, row: int, line: str, marked: bool = False) -> gallery.Picture:
     source = self.source(dataset)
-    return gallery.picture(_decoded(source, row), line, source.caption(row), marked)
+    try:
+      image = _decoded(source[row]['image'])
+    except InputError as error:
+      self.lost.setdefault(dataset, str(error))
+      image = None
+    return gallery.picture(image, line, source.caption(row), marked)
 
 
 def cosine(
@@ -122,18 +123,15 @@ def cosine(
   return out
 
 
-def _decoded(source, row: int) -> Array | None:
+def _decoded(data: bytes) -> Array | None:
   try:
-    return images.decode(source[row]['image'])
-  except (images.UnreadableImage, InputError):  # InputError: the source file has gone since
+    return images.decode(data)
+  except images.UnreadableImage:
     return None
 
 
-def _same(mine, query: int, theirs, row: int) -> bool:
-  try:
-    if mine[query]['image'] == theirs[row]['image']:
-      return True
-  except InputError:
-    return False
-  one, other = _decoded(mine, query), _decoded(theirs, row)
+def _same(mine: bytes, theirs: bytes) -> bool:
+  if mine == theirs:
+    return True
+  one, other = _decoded(mine), _decoded(theirs)
   return one is not None and other is not None and np.array_equal(one, other)

@@ -27,7 +27,7 @@ def answers(config: ConfigDict, accuracy: Mapping[tuple[str, str], Any],
   for item in items:
     b = item['benchmark']
     names = {'all': item['base'], 'anchor': report_statistics.first_split(config, 'anchor'),
-             'gap_aligned': item['split'], item['control_rule']: item['control']}
+             item['rule']: item['split'], item['control_rule']: item['control']}
     points = [{'rule': rule, 'accuracy': accuracy[name, b].value, **_interval(accuracy[name, b])}
               for rule, name in names.items() if (name, b) in accuracy]
     title = b if benchmarks.count(b) == 1 else f'{b} ({item["split"]})'
@@ -119,21 +119,33 @@ def against_random(config: ConfigDict, abouts: Mapping[str, dict], found: Result
 
 
 def by_dose(config: ConfigDict, abouts: Mapping[str, dict], items: Sequence[dict]) -> list[dict]:
-  """Returns, for each benchmark with aligned splits of several slacks, loss by share removed."""
+  """Returns, for each benchmark with gap-aligned splits of several sizes, the loss by share removed.
+
+  Each split against its own control; the share is of what slack 0 removes. Of splits with as many rows the first.
+  """
   panels = []
   for benchmark in config.benchmarks:
-    mine = [item for item in items
-            if tuple(config.splits[item['split']].benchmarks) == (benchmark,)
-            and item['split'] in abouts and item['control_rule'] == 'matched'
-            and item['against_control'] is not None]
-    whole = next((abouts[item['split']]['dropped'] for item in mine
-                  if not config.splits[item['split']].slack), 0)
-    if whole and len(mine) > 1:
-      panels.append({'name': benchmark, 'points': [
-          {'share': abouts[item['split']]['dropped'] / whole,
-           'estimate': item['against_control'].value, **_interval(item['against_control'])}
-          for item in mine]})
+    points: dict[int, dict] = {}  # by the number of rows
+    for item in items:
+      block, about = config.splits[item['split']], abouts.get(item['split'])
+      if (block.rule == 'gap_aligned' and tuple(block.benchmarks) == (benchmark,) and about
+          and item['against_control'] is not None):
+        whole = figure_of(about, 'aligned_dropped') or (0 if block.slack else about['dropped'])
+        if whole:
+          e = item['against_control']
+          points.setdefault(about['dropped'], {
+              'split': item['split'], 'control': item['control'], 'control_rule': item['control_rule'],
+              'dropped': about['dropped'], 'slack': figure_of(about, 'slack'), 'share': about['dropped'] / whole,
+              'estimate': e.value, **_interval(e), 'method': e.method})
+    if len(points) > 1:
+      panels.append({'name': benchmark, 'points': list(points.values())})
   return panels
+
+
+def figure_of(about: Mapping[str, Any], key: str) -> Any:
+  """Returns what a rule reports of itself: in split.json, or in it with the first draw; None without."""
+  draw = next(iter(about.get('draws', {}).values()), {})
+  return about.get(key, draw.get(key))
 
 
 def against_validation(config: ConfigDict, found: Results, abouts: Mapping[str, dict]) -> list[dict]:
@@ -147,8 +159,8 @@ def against_validation(config: ConfigDict, found: Results, abouts: Mapping[str, 
       pair = found.on_shared_seeds((split, benchmark), (split, xname))
       if pair is not None:
         failed = report_statistics.fell_back(abouts.get(split, {}))
-        points += [{'rule': 'random' if failed else config.splits[split].rule, 'x': float(x.mean()), 'y': float(y.mean())}
-                   for y, x in zip(*pair[0])]
+        rule = 'random' if failed else config.splits[split].rule
+        points += [{'rule': rule, 'x': float(x.mean()), 'y': float(y.mean())} for y, x in zip(*pair[0])]
     if benchmark != xname and len(points) > 1:
       panels.append({'name': benchmark, 'xname': xname, 'points': points,
                      'line': _line(report_statistics.shift_of(config, found, benchmark))})

@@ -1,110 +1,40 @@
-"""The report's sections: what the work directory holds, joined with the statistics, as page blocks.
+"""The report's sections on the runs, on what takes no part, and on how it came about, as page blocks.
 
-Each function returns the blocks of one section; what is missing is a sentence and a command.
+Those on the pool are in report_audit, on removed rows in report_removed. Each function returns the blocks of one
+section; what is missing is a sentence and a command.
 """
 
-import dataclasses
-import os
-import re
-
-from ml_collections import ConfigDict
-import numpy as np
-
-from clip_jax.core import products
-from clip_jax.core.types import Array
-from clip_jax.evaluation import convergence
 from clip_jax.pruning import splits as splits_lib
 from clip_jax.reporting import comparisons as comparisons_lib
 from clip_jax.reporting import figures
 from clip_jax.reporting import inventory
-from clip_jax.reporting import page
 from clip_jax.reporting import sections
 from clip_jax.reporting import tables
-from clip_jax.reporting.page import Details, Figure, Figures, Heading, Missing, Text
-from clip_jax.stages import STAGES
+from clip_jax.reporting.page import Details, Figure, Figures, Heading, Text
 from clip_jax.stages import layout
 from clip_jax.stages import report_data
-from clip_jax.stages import report_images
 from clip_jax.stages import report_panels
 from clip_jax.stages import report_statistics
-
-
-@dataclasses.dataclass(frozen=True)
-class Facts:
-  """All that the sections draw on, read once."""
-  config: ConfigDict
-  workdir: str
-  log: report_data.Log
-  results: report_data.Results
-  runs: dict[tuple[str, int], dict]      # (split, seed) -> what report_data.runs says
-  marks: dict[tuple[str, int], str]      # (split, seed) -> why it is 'not converged', '' if it is
-  abouts: dict[str, dict]                # split -> split.json
-  searched: dict[str, dict[str, Array]]  # benchmark -> queries.npz
-  near: dict[tuple[str, str], Array]     # (benchmark, 'pool' | 'anchor') -> [Q] has a duplicate
-
-  @property
-  def duplicate(self) -> float:
-    """The similarity from which a pair counts as a duplicate."""
-    return _duplicate(self.config)
-
-  @property
-  def leaked(self) -> dict[str, Array]:
-    """Per benchmark: queries [Q] that already have a duplicate in the anchor."""
-    return {b: near for (b, dataset), near in self.near.items() if dataset == layout.ANCHOR}
-
-  def missing(self, sentence: str, stage: str) -> Missing:
-    """Returns a sentence, and the command that runs `stage` and what it still waits for."""
-    flag = re.search(r'--config[= ](\S+)', self.log.command)
-    earlier = list(STAGES)[:list(STAGES).index(stage)]
-    wanted = [name for name, _, done in state(self) if not done and name in earlier]
-    return Missing(
-        sentence,
-        f'python -m clip_jax.main --config={flag.group(1) if flag else "CONFIG.py"} '
-        f'--workdir={self.workdir} --stages={",".join([*wanted, stage, "report"])}')
-
-
-def _duplicate(config: ConfigDict) -> float:
-  return config.prune.duplicate_similarity or 1 - config.dedup.threshold
-
-
-def read(config: ConfigDict, workdir: str) -> Facts:
-  """Reads the work directory."""
-  runs = report_data.runs(config, workdir, products.sidecars(workdir))
-  found = {b: report_data.queries(workdir, b) for b in config.benchmarks}
-  searched = {b: queries for b, queries in found.items() if queries is not None}
-  near = {}
-  for b, q in searched.items():
-    for dataset, value, row in (
-        (layout.POOL, q['pool_similarity'][:, 0], q['pool_nearest'][:, 0]),
-        (layout.ANCHOR, q['anchor_similarity'], q['anchor_nearest'])):
-      if dataset in layout.datasets(config) and all(
-          report_data.is_embedded(workdir, name) for name in (dataset, b)):
-        cosine = report_images.cosine(workdir, b, dataset, value, row)
-        near[b, dataset] = np.nan_to_num(cosine, nan=-1.0) >= _duplicate(config)
-  marks = {key: convergence.not_converged(*run['curve'], config.train.batch_size)
-           if len(run['curve'][0]) else '' for key, run in runs.items()}
-  return Facts(config, workdir, report_data.log(workdir), report_data.results(config, workdir),
-               runs, marks, report_data.split_abouts(config, workdir), searched, near)
+from clip_jax.stages.report_facts import Facts
 
 
 def answer(facts: Facts, items: list[dict], every: dict) -> list:
   """Returns the headline figure, or what it needs."""
-  if not report_statistics.aligned(facts.config):
+  if not report_statistics.aligned(facts.config) or not layout.runs(facts.config):
     return []
   missing = None if items else facts.missing(
       'The answer needs base, anchor-only, the aligned split and its control, trained and '
       'evaluated.', 'evaluate')
-  lines = report_panels.answers(facts.config, every, items)
+  lines = report_panels.answers(facts.config, every, report_statistics.headline(facts.config, items))
   return sections.answer_blocks(lines, missing)
 
 
 def accuracy(facts: Facts, every: dict, without: dict) -> list:
   """Returns the answer table of every split and benchmark."""
   config, label, leaked = facts.config, facts.results.label, facts.leaked
-  if not config.splits:
-    return []
-  if not every:
-    return [facts.missing('No split was evaluated yet.', 'evaluate')]
+  if not every:  # the answer says it, where there is to be one
+    late = layout.runs(config) and not report_statistics.aligned(config)
+    return [facts.missing('No split was evaluated yet.', 'evaluate')] if late else []
   benchmarks = [{'name': b, 'queries': len(label[b]),
                  'leaked': int(leaked[b].sum()) if b in leaked else None}
                 for b in config.benchmarks if b in label]
@@ -118,7 +48,7 @@ def _split_row(facts: Facts, name: str) -> dict:
   seeds = max((facts.results.seeds.get((name, b), ()) for b in facts.config.benchmarks), key=len)
   run = next((run for (split, _), run in facts.runs.items()
               if split == name and run['samples']), {})
-  words = sections.rule_words(block.rule, benchmarks=block.benchmarks, to=block.to, slack=block.slack)
+  words = report_statistics.rule_words(facts.config, name)
   repeats = max((draw.get('repeats', 0) for draw in about.get('draws', {}).values()), default=0)
   if repeats:
     words += f', {repeats:,} of them again'
@@ -148,10 +78,11 @@ def _late(facts: Facts) -> list:
 
 def comparisons(facts: Facts, items: list[dict]) -> list:
   """Returns each aligned split against its control, dose curves, the robustness plane."""
-  if not report_statistics.aligned(facts.config):
+  if not report_statistics.aligned(facts.config) or not layout.runs(facts.config):
     return []
   if not items:
-    return [facts.missing('No aligned split was evaluated yet.', 'evaluate')]
+    late = facts.missing('No aligned split was evaluated yet.', 'evaluate')
+    return [late] if facts.results.correct else []  # the answer says it where nothing is
   dose = sections.dose_blocks(report_panels.by_dose(facts.config, facts.abouts, items))
   plane = sections.plane_blocks(report_panels.against_validation(facts.config, facts.results, facts.abouts))
   head = [Heading('Accuracy on each benchmark against the one that is like the anchor',
@@ -159,36 +90,9 @@ def comparisons(facts: Facts, items: list[dict]) -> list:
   return comparisons_lib.blocks_of(items) + dose + (head + plane if plane else [])
 
 
-def neighbours(facts: Facts) -> list:
-  """Returns galleries of queries beside their nearest neighbours."""
-  config, searched = facts.config, facts.searched
-  if not searched:
-    return [facts.missing('The pool was not searched yet.', 'search')]
-  pictures = report_images.Pictures(config, facts.workdir)
-  shown: list = [pictures.neighbours(b, q) for b, q in searched.items()
-                 if pictures.has(layout.POOL, b)]
-  if layout.has_anchor(config):
-    shown.insert(0, Text('Framed pool images are nearer to the query than any anchor image is; '
-                         'point at an image for its caption.', 'muted'))
-  late = [b for b in config.benchmarks if b not in searched]
-  if late:
-    shown.append(facts.missing(f'Not searched yet: {tables.listed(late)}.', 'search'))
-  return shown
-
-
-def similarity(facts: Facts) -> list:
-  """Returns histograms of nearest-neighbour similarity."""
-  has_anchor = layout.has_anchor(facts.config)
-  blocks = sections.histogram_blocks([
-      {'name': b, 'pool': q['pool_similarity'][:, 0],
-       'anchor': q['anchor_similarity'] if has_anchor else None}
-      for b, q in facts.searched.items()])
-  return blocks or [facts.missing('The pool was not searched yet.', 'search')]
-
-
 def bins(facts: Facts) -> list:
   """Returns base's accuracy by nearest-neighbour similarity."""
-  if not facts.config.splits:
+  if not facts.results.correct:
     return []
   panels = report_panels.by_similarity(
       facts.results, facts.searched, report_statistics.first_split(facts.config, 'all'))
@@ -199,59 +103,12 @@ def bins(facts: Facts) -> list:
 def sizes(facts: Facts, every: dict) -> list:
   """Returns accuracy by split size, near and far against random."""
   config = facts.config
-  if not any(config.splits[name].rule in ('near', 'far') for name in config.splits):
+  if not facts.results.correct or not any(config.splits[name].rule in ('near', 'far') for name in config.splits):
     return []
   blocks = sections.size_blocks(
       report_panels.by_size(config, facts.abouts, every),
       report_panels.against_random(config, facts.abouts, facts.results))
   return blocks or [facts.missing('No near- or far-pruned split was evaluated yet.', 'evaluate')]
-
-
-def removed(facts: Facts) -> list:
-  """Returns what every aligned split removed."""
-  config, blocks = facts.config, []
-  for name in report_statistics.aligned(config):
-    if name not in facts.abouts:
-      blocks.append(facts.missing(f'{name} was not made yet.', 'prune'))
-      continue
-    gallery, words = _removed_images(facts, name)
-    controls = {other: about for other, about in facts.abouts.items()
-                if config.splits[other].rule == 'matched' and config.splits[other].to == name}
-    blocks += inventory.removed_blocks(
-        facts.abouts[name], name=name, benchmarks=tuple(config.splits[name].benchmarks),
-        gallery=gallery, words=words, controls=controls)
-  return [*blocks, page.Fact(inventory.PAPER_REMOVED)] if blocks else []
-
-
-def _removed_images(facts: Facts, split: str) -> tuple:
-  """Returns the removed images and the words of their captions; nothing where files are gone."""
-  config, workdir = facts.config, facts.workdir
-  pictures = report_images.Pictures(config, workdir)
-  searched = (report_data.is_searched(workdir, b) for b in config.splits[split].benchmarks)
-  if (pictures.has(layout.POOL) and all(searched) and report_data.has_candidates(config, workdir)
-      and report_data.pool_rows(config, workdir, split) is not None):
-    return pictures.removed(split)
-  return None, []
-
-
-def duplicates(facts: Facts) -> list:
-  """Returns what de-duplication found, and duplicates of the queries."""
-  config, workdir = facts.config, facts.workdir
-  pictures, rates = report_images.Pictures(config, workdir), []
-  for b, q in facts.searched.items():
-    row = {'benchmark': b, 'queries': len(q['pool_similarity'])}
-    for dataset, nearest in ((layout.POOL, q['pool_nearest'][:, 0]),
-                             (layout.ANCHOR, q['anchor_nearest'])):
-      near = facts.near.get((b, dataset))
-      row[dataset] = None if near is None else int(near.sum())
-      row[f'exact_{dataset}'] = None if near is None else pictures.exact_duplicates(
-          b, dataset, near, nearest)
-    rates.append(row)
-  blocks = inventory.duplicate_blocks(
-      report_data.dedup_counts(config, workdir), report_data.planted(config, workdir), rates,
-      facts.duplicate)
-  return blocks or [facts.missing(
-      'Duplicates are found by de-duplication and search.', 'search')]
 
 
 def skipped(facts: Facts) -> list:
@@ -303,12 +160,12 @@ def _settings(facts: Facts) -> list[tuple[str, str]]:
   settings = [
       ('Command', facts.log.command or 'not in the log'),
       ('Work directory', facts.workdir),
-      ('Embedder', f'{_embedder(facts)}, '
-       + (f'sha256 {sha[:16]}\u2026' if sha else 'not made yet')),
+      ('Embedder', 'that of the vectors, which files hold' if config.embedder.source == 'files' else
+       f'{_embedder(facts)}, ' + (f'sha256 {sha[:16]}\u2026' if sha else 'not made yet')),
       ('Search', f'{config.search.backend}, {config.search.top_k} neighbours a query'),
       ('De-duplication', f'similarity over {1 - config.dedup.threshold:.4g}'
        if config.dedup.enabled else 'off')]
-  if not config.splits:
+  if not layout.runs(config):
     return settings
   budget = (f'{tables.number(t.samples)} samples for every split' if t.budget == 'samples'
             else f'{tables.number(t.epochs)} passes over every split')
@@ -328,25 +185,3 @@ def _embedder(facts: Facts) -> str:
     seen = f'{about["image_size"]} pixels, E = {about["embed_dim"]}' if 'embed_dim' in about else ''
     return ', '.join(part for part in ('weights', about.get('name'), about.get('file'), seen) if part)
   return f'{e.source}, seed {e.seed}'
-
-
-def state(facts: Facts) -> list[tuple[str, str, bool]]:
-  """Returns for each stage what is there of it, and whether that is all."""
-  config, workdir = facts.config, facts.workdir
-  sets, runs, made = list(layout.datasets(config)), layout.runs(config), facts.runs.values()
-  evaluated = sum(len(seeds) for seeds in facts.results.seeds.values())
-  counts = {
-      'ingest': (sum(report_data.is_ingested(workdir, d) for d in sets), len(sets), 'datasets'),
-      'embed': (sum(report_data.is_embedded(workdir, d) for d in sets), len(sets), 'datasets'),
-      'search': (len(facts.searched), len(config.benchmarks), 'benchmarks'),
-      'prune': (len(facts.abouts), len(config.splits), 'splits'),
-      'train': (sum(run['finished'] for run in made), len(runs), 'runs'),
-      'evaluate': (evaluated, len(runs) * len(config.benchmarks), 'results')}
-  lines = {stage: (f'{done} of {total} {what}', done == total)
-           for stage, (done, total, what) in counts.items() if total}
-  for stage, path in (('embedder', 'embedder/embedder.json'), ('dedup', 'dedup/keep.npy')):
-    done = os.path.exists(os.path.join(workdir, path))
-    lines[stage] = ('done' if done else 'missing', done)
-  if not config.dedup.enabled:
-    lines['dedup'] = ('off', True)
-  return [(stage, *lines[stage]) for stage in STAGES if stage in lines]

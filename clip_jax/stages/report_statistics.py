@@ -4,7 +4,7 @@ In: report_data.Results, split.json, queries.npz. Out: plain dicts of estimates,
 reporting.comparisons takes them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -14,6 +14,8 @@ from clip_jax.core.types import Array
 from clip_jax.evaluation import causal
 from clip_jax.evaluation import robustness
 from clip_jax.evaluation import statistics
+from clip_jax.pruning import rules
+from clip_jax.reporting import sections
 from clip_jax.stages import layout
 from clip_jax.stages import report_data
 from clip_jax.stages.report_data import Results
@@ -30,6 +32,12 @@ def first_split(config: ConfigDict, rule: str) -> str | None:
 def aligned(config: ConfigDict) -> list[str]:
   """Returns the splits that promise the anchor's similarity gap."""
   return [name for name in config.splits if config.splits[name].rule in layout.ALIGNED]
+
+
+def rule_words(config: ConfigDict, split: str) -> str:
+  """Returns what a split is, in words."""
+  block = config.splits[split]
+  return sections.rule_words(block.rule, **{key: block[key] for key in rules.RULES[block.rule].keys})
 
 
 def control_of(config: ConfigDict, abouts: Mapping[str, dict],
@@ -83,18 +91,44 @@ def comparisons(config: ConfigDict, workdir: str, found: Results, abouts: Mappin
                 searched: Mapping[str, dict]) -> list[dict]:
   """Returns an item for each aligned split and each of its own benchmarks that was evaluated.
 
-  The confirmatory family, corrected by Holm: those with a matched control.
+  The confirmatory family, corrected by Holm: those that the answer is made of, where they have a matched control.
+  Doses and other slacks are estimates with intervals.
   """
   items = [_comparison(config, workdir, found, abouts, searched, split, benchmark)
            for split in aligned(config) for benchmark in config.splits[split].benchmarks
            if (split, benchmark) in found.correct]
+  answers = [(item['split'], item['benchmark']) for item in headline(config, items)]
+  family = [(item['split'], item['benchmark']) in answers and item['control_rule'] == 'matched'
+            and not is_dose(config, item['split']) for item in items]
   p_values = np.array([
-      item['against_control'].p_value
-      if item['control_rule'] == 'matched' and item['against_control'] is not None else np.nan
-      for item in items], float)
+      item['against_control'].p_value if is_test and item['against_control'] is not None else np.nan
+      for item, is_test in zip(items, family)], float)
   adjusted = statistics.holm(p_values) if items else p_values
   tests = int(np.isfinite(p_values).sum())
-  return [{**item, 'holm': float(p), 'tests': tests} for item, p in zip(items, adjusted)]
+  return [{**item, 'holm': float(p), 'tests': tests, 'answers': (item['split'], item['benchmark']) in answers}
+          for item, p in zip(items, adjusted)]
+
+
+def is_dose(config: ConfigDict, split: str) -> bool:
+  """Returns whether a split drops by another cut than slack 0: a point of a curve, not an answer."""
+  block = config.splits[split]
+  return bool(block.slack or block.quantile) or block.dose not in (0.0, 1.0)
+
+
+def headline(config: ConfigDict, items: Sequence[dict]) -> list[dict]:
+  """Returns the comparisons that the answer is made of: those of splits aligned at slack 0, each benchmark set once.
+
+  Other slacks, doses and k neighbours stand for themselves only where a benchmark has nothing else.
+  """
+  plain = [item for item in items
+           if config.splits[item['split']].rule == 'gap_aligned' and not is_dose(config, item['split'])]
+  chosen: dict[tuple, str] = {}  # (the split's benchmarks, benchmark) -> split, one with a matched control if any
+  for item in sorted(plain, key=lambda item: item['control_rule'] != 'matched'):
+    chosen.setdefault((frozenset(config.splits[item['split']].benchmarks), item['benchmark']), item['split'])
+  have = {benchmark for _, benchmark in chosen}
+  pairs = {(split, benchmark) for (_, benchmark), split in chosen.items()}
+  return [item for item in items
+          if item['benchmark'] not in have or (item['split'], item['benchmark']) in pairs]
 
 
 def _comparison(config, workdir, found, abouts, searched, split: str, benchmark: str) -> dict:
@@ -105,8 +139,8 @@ def _comparison(config, workdir, found, abouts, searched, split: str, benchmark:
   item: dict[str, Any] = dict.fromkeys(
       ('against_control', 'against_base', 'equivalence', 'bootstrap', 'dose', 'did', 'placebo',
        'placebo_benchmark'))
-  item |= {'split': split, 'benchmark': benchmark, 'base': base, 'control': control,
-           'control_rule': kind, 'mcnemar': [], 'did_reason': '',
+  item |= {'split': split, 'rule': config.splits[split].rule, 'benchmark': benchmark, 'base': base,
+           'control': control, 'control_rule': kind, 'mcnemar': [], 'did_reason': '',
            'share': _share(config, found, key, base, 'base'),
            'share_matched': _share(config, found, key, control, kind)}
   with_base = found.on_shared_seeds(key, (base, benchmark))

@@ -2,7 +2,8 @@
 
 In: embeddings. Out: WORKDIR/search/<benchmark>/pool-*.npz (similarity, nearest, excess for each pool
 row; the shard's own top-k for each query) and queries.npz (anchor_similarity, anchor_nearest, pool_similarity,
-pool_nearest); search/anchor_classes/pool-*.npz: the same against the class means of the anchor.
+pool_nearest); search/anchor_classes/pool-*.npz: the same against the class means of the anchor;
+search/<reference>/pool-*.npz: against labelled examples or prompts. What is made from these columns: searched.py.
 """
 
 import dataclasses
@@ -18,14 +19,19 @@ from clip_jax.core import progress
 from clip_jax.core.errors import InputError
 from clip_jax.core.products import Product
 from clip_jax.core.types import Array
+from clip_jax.stages import dedup
 from clip_jax.stages import embed
+from clip_jax.stages import embedder
 from clip_jax.stages import ingest
 from clip_jax.stages import layout
 
 
+MERGED = 8  # shards whose top lists are merged at once: memory stays flat in their number
+
+
 @dataclasses.dataclass(frozen=True)
 class Target:
-  """What the pool is compared with: the queries of a benchmark, or the anchor's class means."""
+  """What the pool is compared with: a benchmark's queries, the anchor's class means, examples or prompts."""
   name: str
   vectors: Array                 # [Q, E] float16
   usable: Array                  # [Q] bool; queries that are not usable are not searched
@@ -40,54 +46,162 @@ def targets(config: ConfigDict, workdir: str) -> list[str]:
   if layout.has_anchor(config) and _labelled(config.anchor):
     names.append(layout.ANCHOR_CLASSES)
   del workdir
-  return names
+  return [*names, *config.references]
 
 
 def shard_product(config: ConfigDict, workdir: str, target: str, shard: int, parts: dict) -> Product:
   """One pool shard searched with one target. `parts`: embedding products by dataset."""
   inputs = {parts[layout.POOL][shard].name: parts[layout.POOL][shard].fingerprint}
+  if target in config.references:  # it has no thresholds and no top-k
+    keys = {}
+    if layout.is_prompts(config, target):
+      block = config.references[target]
+      keys = {f'references.{key}': layout.plain(block[key]) for key in ('classes', 'templates')}
+      read = [embedder.product(config, workdir)]
+    else:
+      read = parts[target]
+    return Product(f'search/{target}/pool-{shard:05d}', keys,
+                   inputs | {part.name: part.fingerprint for part in read})
   reads = [layout.ANCHOR] if layout.has_anchor(config) else []
   reads += [target] if target != layout.ANCHOR_CLASSES else []
   inputs |= {part.name: part.fingerprint for name in reads for part in parts[name]}
-  del workdir
-  return Product(f'search/{target}/pool-{shard:05d}',
-                 layout.pick(config, ['search.backend', 'search.top_k', *_scann_keys(config)]), inputs)
+  name = f'search/{target}/pool-{shard:05d}'
+  keys = layout.pick(config, ['search.backend', 'search.top_k', *_scann_keys(config)])
+  there = products.read_sidecar(workdir, name)
+  if there:  # longer lists than are asked for begin with what is
+    keys['search.top_k'] = max(keys['search.top_k'], there['keys'].get('search.top_k', 0))
+  return Product(name, keys, inputs)
 
 
 def queries_product(config: ConfigDict, target: str, shards: list[Product]) -> Product:
   """The per-query results over the whole pool."""
   keys = layout.pick(config, ['search.recall_queries', 'search.seed']) if config.search.backend == 'scann' else {}
+  if any(part.keys['search.top_k'] != config.search.top_k for part in shards):
+    keys |= layout.pick(config, ['search.top_k'])
   return Product(f'search/{target}/queries', keys, {part.name: part.fingerprint for part in shards})
 
 
 @layout.remembered
-def all_products(config: ConfigDict, workdir: str) -> dict[str, list[Product]]:
-  """Returns target -> its products: one a pool shard, then (benchmarks) the queries'."""
+def pass_products(config: ConfigDict, workdir: str) -> dict[str, tuple[list[Product], Product | None]]:
+  """Returns target -> its products of the pass: one a pool shard, and (benchmarks) the queries'."""
   parts = {name: embed.shard_products(config, workdir, name) for name in layout.datasets(config)}
   found = {}
   for target in targets(config, workdir):
     shards = [shard_product(config, workdir, target, i, parts) for i in range(len(parts[layout.POOL]))]
-    found[target] = shards + ([] if target == layout.ANCHOR_CLASSES else [queries_product(config, target, shards)])
+    found[target] = shards, queries_product(config, target, shards) if target in config.benchmarks else None
   return found
 
 
+@layout.remembered
+def all_products(config: ConfigDict, workdir: str) -> dict[str, list[Product]]:
+  """Returns target -> its products: one a pool shard, then, of benchmarks, the queries', pairs and paper.json."""
+  every = pass_products(config, workdir)
+  found = {target: [*shards, *([queries] if queries else [])] for target, (shards, queries) in every.items()}
+  for name, k in wanted_pairs(config):
+    found[name] += pair_products(config, workdir, name, k)
+  for name in config.benchmarks:
+    paper = paper_product(config, workdir, name)
+    found[name] += [paper] if paper else []
+  return found
+
+
+def wanted_pairs(config: ConfigDict) -> list[tuple[str, int]]:
+  """Returns the (benchmark, k) of all splits of rule k_aligned, each once."""
+  return sorted({(name, split.k) for split in config.splits.values() if split.rule == 'k_aligned'
+                 for name in split.benchmarks})
+
+
+def pair_products(config: ConfigDict, workdir: str, benchmark: str, k: int) -> list[Product]:
+  """Returns what the rule k_aligned reads of a benchmark: each query's k nearest anchor rows, then the pairs that
+
+  are nearer than the k-th, one product a pool shard.
+  """
+  key = {'splits.k': k}
+  read = [part for name in (layout.ANCHOR, benchmark) for part in embed.shard_products(config, workdir, name)]
+  top = Product(f'search/{benchmark}/anchor-k{k}', key, {part.name: part.fingerprint for part in read})
+  searched, _ = pass_products(config, workdir)[benchmark]
+  pool = embed.shard_products(config, workdir, layout.POOL)
+  return [top, *(Product(f'search/{benchmark}/pairs-k{k}-{shard:05d}', key,
+                         {part.name: part.fingerprint for part in (top, searched[shard], pool[shard])})
+                 for shard in range(len(pool)))]
+
+
+def paper_product(config: ConfigDict, workdir: str, benchmark: str) -> Product | None:
+  """What the published truncation misses of a benchmark; None without thresholds, and with ScaNN."""
+  if not config.search.paper_top_k or not layout.has_anchor(config) or config.search.backend != 'exact':
+    return None
+  shards, queries = pass_products(config, workdir)[benchmark]
+  return Product(f'search/{benchmark}/paper', layout.pick(config, ['search.paper_top_k']),
+                 {part.name: part.fingerprint for part in (*shards, queries)})
+
+
+def sizes_product(config: ConfigDict, workdir: str) -> Product | None:
+  """How many rows are over each threshold. None where that cannot be told, or nobody asks.
+
+  That is: no benchmarks, ScaNN (it does not score every row), a further embedder.
+  """
+  if not config.benchmarks or config.search.backend != 'exact' or products.embedder_of(workdir):
+    return None
+  every = pass_products(config, workdir)
+  read = [part for name in config.benchmarks for part in (*every[name][0], every[name][1])]
+  if config.dedup.enabled:
+    read.append(dedup.product(config, workdir))
+  elif layout.has_anchor(config):  # which pool rows are anchor rows
+    read += ingest.shard_products(config, workdir, layout.ANCHOR)
+  return Product('search/sizes', {'benchmarks': list(config.benchmarks)},
+                 {part.name: part.fingerprint for part in read})
+
+
+def every_product(config: ConfigDict, workdir: str) -> list[Product]:
+  """Returns all products of this stage."""
+  from clip_jax.stages import planted
+  sizes = sizes_product(config, workdir)
+  return [*(product for made in all_products(config, workdir).values() for product in made),
+          *([sizes] if sizes else []), *planted.calibration_products(config, workdir)]
+
+
 def run(config: ConfigDict, workdir: str) -> None:
-  every = all_products(config, workdir)
+  from clip_jax.stages import planted
+  from clip_jax.stages import searched
+  made = [_pass(config, workdir), searched.make_pairs(config, workdir), searched.make_papers(config, workdir),
+          searched.make_sizes(config, workdir)]
+  planted.calibrate(config, workdir)
+  products.write_manifest(workdir, 'search', every_product(config, workdir))
+  if any(made) and not products.embedder_of(workdir):
+    searched.say(config, workdir)
+
+
+def _pass(config: ConfigDict, workdir: str) -> bool:
+  """Searches what is missing, and merges the queries' results. Returns whether anything was."""
+  every = pass_products(config, workdir)
   wanted: dict[str, set[int]] = {}
   late = []
-  for target, made in every.items():
-    shards = [p for p in made if not p.name.endswith('/queries')]
-    wanted[target] = {shards.index(p) for p in products.missing(workdir, shards, remake=False,
-                                                                redo=f'search:{target}')}
-    late += products.missing(workdir, [p for p in made if p not in shards], remake=True, redo='search')
-  if any(wanted.values()) or late:
-    with products.lock(workdir, 'search/pass'):
-      _search(config, workdir, every, wanted, late)
-  products.write_manifest(workdir, 'search', [product for made in every.values() for product in made])
+  for target, (shards, queries) in every.items():
+    missing = _missing_shards(workdir, every, target)
+    wanted[target] = {shards.index(product) for product in missing}
+    late += products.missing(workdir, [queries] if queries else [], remake=True, redo='search')
+  if not any(wanted.values()) and not late:
+    return False
+  with products.lock(workdir, 'search/pass'):
+    _search(config, workdir, {target: shards for target, (shards, _) in every.items()}, wanted, late)
+  return True
+
+
+def _missing_shards(workdir: str, every, target: str) -> list[Product]:
+  """Returns the shards to search. One that does not fit stops; where other targets' do not, it says --redo=search."""
+  try:
+    return products.missing(workdir, every[target][0], remake=False, redo=f'search:{target}')
+  except InputError:
+    if any(products.status(workdir, product) == 'differs'
+           for name, (shards, _) in every.items() if name != target for product in shards):
+      products.missing(workdir, every[target][0], remake=False, redo='search')
+    raise
 
 
 def _search(config: ConfigDict, workdir: str, every, wanted: dict[str, set[int]], late: list[Product]) -> None:
   pool = layout.embeddings(workdir, layout.POOL)
+  if not pool.usable.any():
+    raise InputError(f'No image of the pool can be read, so nothing can be searched. See {workdir}/ingest/pool.')
   names = [name for name in every if wanted[name] or any(p.name == f'search/{name}/queries' for p in late)]
   opened = {name: open_target(config, workdir, name) for name in names}
   shards = sorted(set().union(*wanted.values()))
@@ -96,7 +210,7 @@ def _search(config: ConfigDict, workdir: str, every, wanted: dict[str, set[int]]
     logging.info('search: going on, %d of %d pool shards are searched already.', there, len(pool.starts) - 1)
   total = sum(int(pool.starts[i + 1] - pool.starts[i]) for i in shards)
   joined = {}  # what is searched together, put on the device once
-  with progress.Bar(total=total, desc='search', unit='row') as bar:
+  with progress.Bar(total=total, desc=f'search{layout.whose(workdir)}', unit='row') as bar:
     for shard in shards:
       now = tuple(name for name in names if shard in wanted[name])
       if now not in joined:
@@ -113,9 +227,12 @@ def _search(config: ConfigDict, workdir: str, every, wanted: dict[str, set[int]]
     files.write_npz(os.path.join(workdir, product.name + '.npz'), **arrays)
     products.finish(workdir, product, [product.name + '.npz'], counts)
   if shards:
-    logging.info('search: %s pool rows against %s queries of %d benchmarks.', f'{total:,}',
-                 f'{sum(len(opened[name].ids) for name in config.benchmarks if name in opened):,}',
-                 len(config.benchmarks))
+    searched = [opened[name] for name in names if wanted[name] and name != layout.ANCHOR_CLASSES]
+    logging.info('search%s: %s against %s of %s.', layout.whose(workdir), progress.counted(total, 'pool row'),
+                 f'{sum(len(target.ids) for target in searched):,} queries',
+                 ' and '.join(progress.counted(sum(target.name in blocks for target in searched), noun)
+                              for noun, blocks in (('benchmark', config.benchmarks), ('reference', config.references))
+                              if any(target.name in blocks for target in searched)) or 'the anchor\'s classes')
 
 
 def open_target(config: ConfigDict, workdir: str, name: str) -> Target:
@@ -125,18 +242,31 @@ def open_target(config: ConfigDict, workdir: str, name: str) -> Target:
   if name == layout.ANCHOR_CLASSES:
     vectors, classes = class_means(anchor, layout.source(workdir, layout.ANCHOR).labels)
     return Target(name, vectors, np.ones(len(vectors), bool), None, None, classes)
+  if name in config.references and layout.is_prompts(config, name):
+    vectors = prompts(config, workdir, name)
+    return Target(name, vectors, np.ones(len(vectors), bool), None, None, np.arange(len(vectors), dtype=np.int32))
   queries = layout.embeddings(workdir, name)
   usable = queries.usable
   if not usable.any():
-    raise InputError(f'No image of the benchmark {name} can be read, so it cannot be searched. '
+    kind = 'reference' if name in config.references else 'benchmark'
+    raise InputError(f'No image of the {kind} {name} can be read, so it cannot be searched. '
                      f'See {workdir}/ingest/{name}.')
   vectors = queries[:]
   thresholds = nearest = None
-  if anchor is not None:
+  if anchor is not None and name in config.benchmarks:
     thresholds = np.full(len(vectors), np.nan)
     nearest = np.full(len(vectors), -1, np.int64)
     thresholds[usable], nearest[usable] = exact.thresholds(anchor, anchor.usable, vectors[usable])
   return Target(name, vectors, usable, thresholds, nearest, np.flatnonzero(usable).astype(np.int32))
+
+
+def prompts(config: ConfigDict, workdir: str, name: str) -> Array:  # [C, E] float16
+  """Encodes the prompts of a reference with the embedder's text tower: one vector a class, in the classes' order."""
+  from clip_jax.evaluation import zero_shot
+  block = config.references[name]
+  encode_text = embedder.text_tower(config, workdir)
+  matrix = zero_shot.class_matrix(encode_text, tuple(block.classes), tuple(block.templates))
+  return matrix.astype(np.float16)
 
 
 def class_means(anchor, labels: Array) -> tuple[Array, Array]:
@@ -178,10 +308,13 @@ def search_one(config: ConfigDict, pool, shard: int, now: list[Target], queries)
   if s.backend == 'scann':
     found = _scann_shard(config, vectors, usable, now)
   else:
-    found = exact.search_shard(vectors, usable, queries, k=s.top_k, tile_rows=s.tile_rows,
-                               query_block=s.query_block, name=f'embeddings/pool/{shard:05d}.npy')
+    k = s.top_k if any(target.name in config.benchmarks for target in now) else 0
+    found = exact.search_shard(vectors, usable, queries, k=k, tile_rows=s.tile_rows, query_block=s.query_block,
+                               name=f'embeddings/pool/{shard:05d}.npy')
   for target in now:  # the search numbers the queries that it got; the files number the benchmark's
     arrays = found[target.name]
+    if target.name not in config.benchmarks:  # nobody asks for the pool rows nearest to a class or an example
+      del arrays['top_similarity'], arrays['top_row']
     arrays['nearest'] = np.where(arrays['nearest'] >= 0, target.ids[arrays['nearest']], -1).astype(np.int32)
   return found
 
@@ -191,10 +324,12 @@ def _queries(config: ConfigDict, workdir: str, target: Target, pool) -> tuple[di
   from clip_jax.similarity import exact
   merged = []
   for shard in range(len(pool.starts) - 1):
-    arrays = files.read_npz(layout.search_file(workdir, target.name, shard))
-    row = arrays['top_row']  # of the shard, so that a shard's file does not depend on those before it
-    merged.append((arrays['top_similarity'], np.where(row >= 0, row + pool.starts[shard], -1)))
-    merged = [exact.merge_top(merged, config.search.top_k)]  # memory stays flat in the number of shards
+    similarity, row = layout.search_arrays(workdir, target.name, shard, ['top_similarity', 'top_row'])
+    # Rows of the shard, so that a shard's file does not depend on those before it.
+    merged.append((similarity, np.where(row >= 0, row + pool.starts[shard], -1)))
+    if len(merged) > MERGED:
+      merged = [exact.merge_top(merged, config.search.top_k)]
+  merged = [exact.merge_top(merged, config.search.top_k)]
   (similarity, row), = merged
   number = len(target.vectors)
   arrays = {'pool_similarity': np.full((number, similarity.shape[1]), np.nan, np.float32),
@@ -257,7 +392,8 @@ def _recall(config: ConfigDict, workdir: str, target: Target, pool) -> float | N
   for shard in range(len(pool.starts) - 1):
     true = exact.search_shard(*pool.shard(shard), queries, k=1)[target.name]['excess'] > 0
     over += int(true.sum())
-    found += int((files.read_npz(layout.search_file(workdir, target.name, shard))['excess'][true] > 0).sum())
+    excess, = layout.search_arrays(workdir, target.name, shard, ['excess'])
+    found += int((excess[true] > 0).sum())
   logging.info('search %s: ScaNN found %d of %d rows over a threshold of %d sampled queries.', target.name, found,
                over, len(sample))
   return found / over if over else 1.0
@@ -269,4 +405,4 @@ def _scann_keys(config: ConfigDict) -> list[str]:
 
 def _labelled(block: ConfigDict) -> bool:
   """Whether the samples of a dataset have labels, as far as its block says."""
-  return all(part.label_key or part.format in ('folder', 'glyphs') for _, part in ingest._flatten(block))
+  return all(part.label_key or part.format in ('folder', 'glyphs') for _, part in layout.flatten(block))

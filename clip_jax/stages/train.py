@@ -34,7 +34,7 @@ def product(config: ConfigDict, workdir: str, split: str, seed: int) -> Product:
                               'preprocess.crop_scale', *layout.recipe(config)])
   rows = prune.rows_product(config, workdir, split, seed)
   inputs = {rows.name: rows.fingerprint}
-  for dataset in (layout.POOL, layout.ANCHOR):
+  for dataset in (layout.POOL, layout.ANCHOR, *([layout.PLANTED] if layout.holds_planted(config, split) else [])):
     if dataset in layout.datasets(config):
       whole = ingest.index_product(dataset, ingest.shard_products(config, workdir, dataset))
       inputs[whole.name] = whole.fingerprint
@@ -76,28 +76,36 @@ def _advise(config: ConfigDict, workdir: str) -> None:
 
 
 def _base(config: ConfigDict, workdir: str):
-  """Returns the base set with decoded images kept in memory, shared by all runs.
+  """Returns the base set, and the planted copies after it, with decoded images kept in memory, shared by all runs.
 
   Images that are decoded at a smaller size are not kept: which size depends on the crop.
   """
   from clip_jax.data import loader
+  from clip_jax.data import views
   from clip_jax.stages import embedder
   base, t = embedder.base_source(config, workdir), config.train
+  if any(layout.holds_planted(config, split) for split in config.splits):
+    base = views.Concatenation([base, layout.source(workdir, layout.PLANTED)])
   return base if t.jpeg_shrink else loader.DecodedCache(base, t.cache_mb * 1_000_000, t.loader_processes)
 
 
 def _one(config: ConfigDict, workdir: str, split: str, seed: int, wanted: Product, base) -> None:
   from clip_jax.data import views
+  from clip_jax.stages import embedder
   rows = layout.split_rows(config, workdir, split, seed)
   data = views.Subset(base, rows)
   size, t = len(data), config.train
+  if layout.holds_planted(config, split):
+    logging.warning('train: %s holds PLANTED copies of test images of %s: a positive control, not a result.', split,
+                    config.planted.benchmark)
   if size < t.batch_size:
     raise InputError(f'The split {split} has {size} rows, less than one batch ({t.batch_size}). Keep more rows, '
                      'or set a smaller --config.train.batch_size.')
   samples = t.samples if t.budget == 'samples' else round(t.epochs * size)
   with products.lock(workdir, wanted.name):
     folder = layout.run_folder(split, seed)
-    result, replaced = fit(config, workdir, folder, data, base, seed=seed, samples=samples, wanted=wanted)
+    unplanted = embedder.base_source(config, workdir)  # planted copies change nothing of other splits' runs
+    result, replaced = fit(config, workdir, folder, data, unplanted, seed=seed, samples=samples, wanted=wanted)
     seen = result.step * t.batch_size
     last = metrics.read(os.path.join(workdir, folder, 'metrics.jsonl'))[-1]
     logging.info('%s: loss %.3f after %s samples (%.1f passes), %s images a second, %s.', folder, last['train/loss'],
@@ -110,8 +118,9 @@ def _one(config: ConfigDict, workdir: str, split: str, seed: int, wanted: Produc
 
 
 def fit(config: ConfigDict, workdir: str, folder: str, data, base, *, seed: int, samples: int, wanted: Product):
-  """Trains one model on a source of samples of `base`. Returns the loop's TrainResult and the images replaced.
+  """Trains one model on a source of samples. Returns the loop's TrainResult and the images replaced.
 
+  base: the source whose captions say how captions are packed, the same for all runs.
   A run that was killed goes on from its last checkpoint. One that was begun with another config is
   an InputError that names the keys. Ctrl-C and SIGTERM end it after the step, state saved.
   """

@@ -1,0 +1,318 @@
+"""Further embedders in a work directory: which stages run for them, what is made again, what is forgotten."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+
+from absl import logging
+import numpy as np
+import pytest
+
+import squares
+import tiny
+from clip_jax import defaults
+from clip_jax.core import products
+from clip_jax.core.errors import ConfigError, InputError
+from clip_jax.stages import check
+from clip_jax.stages import embedder
+from clip_jax.stages import embedders
+from clip_jax.stages import layout
+from clip_jax.stages import models
+from clip_jax.stages import pipeline
+
+PREPARE = squares.PREPARE
+
+
+def config(data, **override):
+  """Two embedders beside the main one: another E, and the main one's own block."""
+  c = squares.config(data)
+  c.embedders.hog = defaults.embedder(source='hog', image_size=16, dim=5, fit_images=40)
+  c.embedders.same = c.embedder.copy_and_resolve_references()
+  c.splits.far = defaults.split(rule='far', benchmarks=('squares',), size=0.5)
+  c.prune.sensitivity, c.prune.preview = ('hog', 'same'), 'hog'
+  c.update_from_flattened_dict(override)
+  return c
+
+
+@pytest.fixture(autouse=True)
+def verbose():
+  logging.set_verbosity(logging.INFO)  # as the command does
+
+
+def run(c, workdir, stages=PREPARE, **more):
+  pipeline.run(c, str(workdir), stages=stages, **{'redo': '', 'dry_run': False, **more})
+
+
+@pytest.fixture(scope='module')
+def world(tmp_path_factory):
+  """The data, and a finished work directory; tests that change it work on a copy."""
+  folder = tmp_path_factory.mktemp('embedders')
+  squares.make(folder / 'data')
+  run(config(folder / 'data'), folder / 'run')
+  return folder
+
+
+@pytest.fixture
+def copy(world, tmp_path):
+  shutil.copytree(world / 'run', tmp_path / 'run', symlinks=True)
+  return tmp_path / 'run'
+
+
+def made(workdir, folder='.'):
+  """Returns when each product was made."""
+  return {str(path.relative_to(workdir)): path.stat().st_mtime_ns
+          for path in (workdir / folder).rglob('*.sidecar.json')}
+
+
+def test_the_work_directory_is_as_promised(world):
+  home = world / 'run/embedders/hog'
+  assert os.readlink(home / 'ingest') == '../../ingest'
+  for name in ('embedder/embedder.npz', 'embeddings/pool/00001.npy', 'embeddings/squares/00000.npy',
+               'search/squares/queries.npz', 'search/squares/pool-00001.npz', 'embeddings/manifest.json'):
+    assert (home / name).exists(), name
+  assert not (home / 'splits').exists() and not (home / 'dedup').exists() and not (home / 'log.txt').exists()
+  dim = lambda folder: np.load(folder / 'embeddings/pool/00000.npy').shape[1]
+  assert (dim(world / 'run'), dim(home)) == (16, 5)
+  same = world / 'run/embedders/same'
+  for name in ('embeddings/pool/00000.npy', 'embeddings/squares/00000.npy'):  # the same block, the same vectors
+    assert (same / name).read_bytes() == (world / 'run' / name).read_bytes()
+  names = products.sidecars(world / 'run')
+  assert 'splits/sensitivity' in names and not [name for name in names if name.startswith('embedders/')]
+  listed = [entry['name'] for entry in json.loads((world / 'run/splits/manifest.json').read_text())['products']]
+  assert {'splits/sensitivity', 'splits/base/preview', 'splits/far/preview'} <= set(listed)
+
+
+def test_the_same_config_each_time_and_nothing_written(world, tmp_path):
+  c = config(world / 'data')
+  theirs, home = layout.under(c, str(tmp_path), 'hog')
+  assert theirs is layout.under(c, str(tmp_path), 'hog')[0]
+  assert theirs.embedder.dim == 5 and not theirs.embedders and not theirs.splits and not theirs.prune.sensitivity
+  assert c.embedders.hog.dim == 5 and c.splits and c.prune.preview == 'hog'  # the config itself is as it was
+  assert home == str(tmp_path / 'embedders/hog') and not os.listdir(tmp_path)
+  assert layout.dedup_home(c, str(tmp_path)) == (c, str(tmp_path))
+  c.dedup.embedder = 'hog'
+  assert layout.dedup_home(c, str(tmp_path)) == (theirs, home)
+
+
+def test_the_threshold_of_duplicates_is_that_of_the_embedder(world):
+  c = config(world / 'data', **{'dedup.embedder': 'hog', 'dedup.threshold': 0.25, 'prune.duplicate_similarity': 0.95})
+  layout.forget()
+  check.check(c)
+  assert layout.duplicate_similarity(c) == 0.95
+  assert layout.duplicate_similarity(layout.under(c, 'w', 'hog')[0]) == 0.75  # dedup.threshold is its own
+  assert layout.duplicate_similarity(layout.under(c, 'w', 'same')[0]) == 0.95
+
+
+def test_only_what_is_used_is_run(world, tmp_path):
+  c = config(world / 'data')
+  c.prune.sensitivity, c.prune.preview, c.dedup.embedder, c.prune.duplicate_similarity = (), '', 'hog', 0.9
+  assert embedders.used(c) == ['hog'] and embedders.used(c, 'search') == [] and embedders.used(c, 'dedup') == []
+  run(c, tmp_path / 'w', stages=['ingest', 'embedder', 'embed', 'dedup', 'search'])
+  assert sorted(os.listdir(tmp_path / 'w/embedders')) == ['hog']
+  assert sorted(os.listdir(tmp_path / 'w/embedders/hog/embeddings')) == ['anchor', 'manifest.json', 'pool']
+  assert not (tmp_path / 'w/embedders/hog/search').exists()
+  assert 'embedders/hog/embeddings/pool/00000' in products.read_sidecar(tmp_path / 'w', 'dedup/keep')['inputs']
+  assert 'nothing uses same' in (tmp_path / 'w/log.txt').read_text()
+
+
+def test_a_dry_run_plans_them_and_writes_nothing(world, tmp_path, capsys):
+  run(config(world / 'data'), tmp_path / 'w', dry_run=True)
+  said = capsys.readouterr()
+  said = said.out + said.err
+  assert 'embedder hog' in said and 'search same' in said and not os.listdir(tmp_path)
+
+
+def test_the_second_run_does_nothing(world):
+  before = made(world / 'run')
+  run(config(world / 'data'), world / 'run')
+  assert made(world / 'run') == before and 'nothing was done' in (world / 'run/log.txt').read_text()
+
+
+def test_another_key_of_one_stops_and_says_how_to_redo(world, copy):
+  c = config(world / 'data', **{'embedders.hog.dim': 4})
+  with pytest.raises(InputError, match=r'config\.embedders\.hog\.dim: 5 -> 4.*--redo=embedder:hog@ to'):
+    run(c, copy)
+  others = {name: when for name, when in made(copy).items()
+            if 'hog' not in name and not name.endswith(('preview.sidecar.json', 'sensitivity.sidecar.json'))}
+  run(c, copy, redo='embedder:hog@')
+  assert np.load(copy / 'embedders/hog/embeddings/pool/00000.npy').shape[1] == 4
+  after = made(copy)
+  assert {name: after[name] for name in others} == others
+  assert json.loads((copy / 'splits/base/preview.json').read_text())['features'] == 4
+
+
+def test_redo_of_a_part_of_one(world, copy):
+  before = made(copy)
+  run(config(world / 'data'), copy, redo='embed:hog@squares')
+  changed = {name for name, when in made(copy).items() if before[name] != when}
+  assert 'embedders/hog/embeddings/squares/00000.sidecar.json' in changed
+  assert 'embedders/hog/search/squares/pool-00000.sidecar.json' in changed
+  assert 'splits/sensitivity.sidecar.json' in changed and 'splits/base/preview.sidecar.json' in changed
+  assert not {name for name in changed if name.startswith(('embedders/same', 'embeddings', 'search', 'train'))}
+  assert 'embedders/hog/embeddings/pool/00000.sidecar.json' not in changed
+  assert 'splits/pruned/rows.sidecar.json' not in changed
+
+
+@pytest.mark.parametrize('redo, why', [
+    ('ingest:hog@pool', 'only embedder, embed, search'), ('embed:hgo@pool', 'names nothing'),
+    ('embed:hog@poool', 'Did you mean .embedders/hog/embeddings/pool')])
+def test_redo_of_what_is_not_theirs(world, copy, redo, why):
+  before = made(copy)
+  with pytest.raises(ConfigError, match=why):
+    run(config(world / 'data'), copy, redo=redo)
+  assert made(copy) == before and (copy / 'ingest/pool/table.npy').exists()
+
+
+def test_a_redo_killed_when_all_is_removed_goes_on(world, copy):
+  for name in ('dedup', 'embed:hog@pool'):
+    pipeline.forget(str(copy), name)
+    state = json.loads((copy / 'redo.json').read_text())
+    (copy / 'redo.json').write_text(json.dumps(state | {'removed': False}))  # as before its last line
+    pipeline.forget(str(copy), name)
+    assert json.loads((copy / 'redo.json').read_text())['removed']
+  with pytest.raises(ConfigError, match='names nothing'):
+    pipeline.forget(str(copy), 'embed:hog@nothing')
+
+
+def test_redo_of_ingest_forgets_what_follows_in_them(world, copy):
+  before = made(copy)
+  run(config(world / 'data'), copy, redo='ingest:squares')
+  after = made(copy)
+  for home in ('', 'embedders/hog/', 'embedders/same/'):
+    for name in ('embeddings/squares/00000', 'search/squares/pool-00001', 'search/squares/queries'):
+      assert after[f'{home}{name}.sidecar.json'] > before[f'{home}{name}.sidecar.json']
+    for name in ('embeddings/pool/00000', 'embedder/embedder', 'search/anchor_classes/pool-00000'):
+      assert after[f'{home}{name}.sidecar.json'] == before[f'{home}{name}.sidecar.json']
+  assert os.path.islink(copy / 'embedders/hog/ingest')
+
+
+def test_new_pool_files_are_embedded_by_all(world, copy, tmp_path):
+  shutil.copytree(world / 'data', tmp_path / 'data')
+  squares.write_tar(tmp_path / 'data/pool/2.tar', {f'{i:05d}': squares.sample(i, i % 3) for i in range(60, 70)})
+  before = made(copy, 'embedders')
+  run(config(tmp_path / 'data'), copy, redo='dedup')
+  assert len(np.load(copy / 'embedders/hog/embeddings/pool/00002.npy')) == 10
+  after = made(copy, 'embedders')
+  old = 'embedders/hog/embeddings/pool/00000.sidecar.json'
+  assert after[old] == before[old]
+
+
+def test_one_that_the_config_no_longer_has_is_left_alone(world, copy):
+  c = config(world / 'data')
+  del c.embedders['same']
+  c.prune.sensitivity, c.prune.preview = ('hog',), ''
+  before = made(copy, 'embedders')
+  run(c, copy)
+  assert made(copy, 'embedders') == before
+  left = [line for line in (copy / 'log.txt').read_text().splitlines() if 'Left alone' in line]
+  assert len(left) == 1 and 'embedders/same' in left[0] and 'splits/base/preview' in left[0]
+  assert 'embedders/hog' not in left[0] and 'splits/sensitivity' not in left[0]
+
+
+def test_a_copy_that_followed_the_link_is_healed(world, tmp_path):
+  shutil.copytree(world / 'run', tmp_path / 'run')
+  assert not os.path.islink(tmp_path / 'run/embedders/hog/ingest')
+  before = made(world / 'run', 'embedders/hog/embeddings')
+  run(config(world / 'data'), tmp_path / 'run')
+  assert os.readlink(tmp_path / 'run/embedders/hog/ingest') == '../../ingest'
+  assert made(tmp_path / 'run', 'embedders/hog/embeddings') == before
+
+
+def test_a_link_that_became_a_text_is_healed(copy):
+  link = copy / 'embedders/hog/ingest'
+  link.unlink()
+  link.write_text('../../ingest')
+  embedders.link_ingest(str(link.parent))
+  assert os.readlink(link) == '../../ingest'
+
+
+def test_weights_of_an_unknown_model_name_the_flag_of_their_embedder(world, tmp_path, monkeypatch):
+  def read(path, name, flag):
+    raise ConfigError(f'Name the model: {flag}=ViT-B-32')
+  monkeypatch.setattr(models, 'read', read)
+  (tmp_path / 'x.bin').write_bytes(b'weights')
+  weights = defaults.embedder(source='weights', path=str(tmp_path / 'x.bin'))
+  c = layout.with_keys(config(world / 'data'), embedder=weights)
+  for home, key in ((tmp_path / 'run', 'embedder'), (tmp_path / 'run/embedders/hog', 'embedders.hog')):
+    for opened in (embedder.run, embedder.load, embedder.text_tower):
+      with pytest.raises(ConfigError, match=f'--config.{key}.name='):
+        opened(c, str(home))
+
+
+def test_a_work_directory_in_a_folder_named_embedders_is_a_main_one(world, tmp_path):
+  run(config(world / 'data'), tmp_path / 'embedders/mine', stages=['ingest', 'embedder'])
+  assert products.embedder_of(tmp_path / 'embedders/mine') == ''
+  assert products.embedder_of(tmp_path / 'embedders/mine/embedders/hog') == 'hog'
+
+
+def test_a_killed_one_goes_on_at_the_shard(world, tmp_path):
+  """Killed between the two pool shards of the further embedder, by its own process's end."""
+  workdir, data = tmp_path / 'run', world / 'data'
+  file = tmp_path / 'two.py'
+  file.write_text(f'''
+import sys
+sys.path.insert(0, {str(tiny.ROOT / "tests")!r})
+import test_stage_embedders
+def get_config():
+  return test_stage_embedders.config({str(data)!r})
+''')
+  process = subprocess.Popen(
+      [sys.executable, '-m', 'clip_jax.main', f'--config={file}', f'--workdir={workdir}',
+       f'--stages={",".join(PREPARE)}'], cwd=tiny.ROOT, env=tiny.environment(), stdout=subprocess.DEVNULL,
+      stderr=subprocess.DEVNULL)
+  first = workdir / 'embedders/hog/embeddings/pool/00000.sidecar.json'
+  deadline = time.monotonic() + 120
+  while not first.exists():
+    assert process.poll() is None and time.monotonic() < deadline
+    time.sleep(0.001)
+  process.kill()
+  process.wait()
+  run(config(data), workdir)
+  assert tiny.content(workdir) == tiny.content(world / 'run')
+
+
+@pytest.mark.slow
+def test_one_that_is_trained(world, tmp_path):
+  c = config(world / 'data')
+  c.embedders.trained = defaults.embedder(source='train', samples=64)
+  c.prune.sensitivity, c.prune.preview = ('trained',), ''
+  run(c, tmp_path / 'w')
+  found = json.loads((tmp_path / 'w/splits/sensitivity.json').read_text())
+  assert found['embedders'] == ['', 'trained'] and (tmp_path / 'w/embedders/trained/embedder/checkpoints').is_dir()
+  before = made(tmp_path / 'w')
+  run(c, tmp_path / 'w')
+  assert made(tmp_path / 'w') == before
+
+
+@pytest.mark.parametrize('change, why', [
+    ({'prune.preview': 'hgo'}, "config.prune.preview='hgo' is not known. Did you mean 'hog'"),
+    ({'dedup.embedder': 'main'}, 'config.dedup.embedder'),
+    ({'dedup.embedder': 'hog'}, r'dedup.threshold=0.0001 is for .*hog.*--config.prune.duplicate_similarity=0.95'),
+    ({'prune.sensitivity': ('hog', 'hog')}, 'twice'),
+    ({'prune.sensitivity': ('hog', 'none')}, "config.prune.sensitivity='none'"),
+    ({'search.backend': 'scann', 'search.min_recall': 0.9}, 'every'),
+    ({'embedders.hog.dim': 0}, r'config.embedders.hog.dim=0 must be more than 0'),
+    ({'embedders.hog.source': 'hogg'}, "config.embedders.hog.source='hogg' is not known"),
+    ({'embedders.hog.source': 'files'}, r'config.embedders.hog.source=files'),
+    ({'embedders.hog.source': 'weights'}, r'config.embedders.hog.path is not given'),
+    ({'embedders.hog.source': 'weights', 'embedders.hog.path': 'x.bin'}, "config.embedders.hog.path='x.bin' is not")])
+def test_what_is_wrong_with_a_config_is_said(world, change, why):
+  c = config(world / 'data')
+  if change.get('search.backend'):
+    del c.splits['far']
+  c.update_from_flattened_dict(change)
+  with pytest.raises(ConfigError, match=why):
+    check.check(c)
+    check.embedder_weights(c)
+
+
+def test_names_that_make_no_folder_and_a_bare_dict(world):
+  for name, block, why in (('a/b', defaults.embedder(), 'a name is letters'), ('-x', defaults.embedder(), 'a name'),
+                           ('x', 3, 'must be made by')):
+    c = config(world / 'data')
+    c.embedders[name] = block
+    with pytest.raises(ConfigError, match=why):
+      check.check(c)
