@@ -236,7 +236,7 @@ def describe_aligned(
       for name, figures in by_domain.items()
       if name and figures['share'] > DOMAIN_REMOVAL]
   if count > candidates / 2:
-    warnings.append(f'{count} of {candidates} candidates are dropped, more than half')
+    warnings.append(f'{count:,} of {candidates:,} candidates are dropped, more than half')
   return {
       'dropped': count,
       'dropped_share': count / candidates if candidates else 0.0,
