@@ -122,8 +122,8 @@ def _calibration_table(calibrations: Mapping[str, Mapping[str, Any]]) -> Table:
           tables.figure(tables.share(kind['others_over_wanted']), _bracket(
               kind, 'others_over_wanted_low', 'others_over_wanted_high'))))
       records.append({'embedder': name, 'duplicate_similarity': found['similarity'], **kind})
-  notes = [f'{name or OWN.capitalize()}: duplicates from a similarity of {found["similarity"]:.4g}; of '
-           f'{tables.number(found["queries"])} planted queries '
+  notes = [f'{name or OWN.capitalize()}: duplicates from a similarity of '
+           f'{found["similarity"]:.4g}; of {tables.number(found["queries"])} planted queries '
            f'{tables.share(found["others_over"])} have another image (of the pool, another query) '
            'that near; the nearest other image lies at '
            f'{tables.similarity(found["others_median"])} in the median, '
