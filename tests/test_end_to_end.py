@@ -27,7 +27,7 @@ def finished(tmp_path_factory):
 
 @pytest.fixture
 def copy(finished, tmp_path):
-  shutil.copytree(finished, tmp_path / 'run')
+  shutil.copytree(finished, tmp_path / 'run', symlinks=True)
   return tmp_path / 'run'
 
 
