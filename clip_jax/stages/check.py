@@ -1,9 +1,8 @@
 """Checks a config before any work: every name, number and reference, with the nearest valid one in the message."""
 
-import math
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
@@ -13,18 +12,16 @@ from clip_jax.core.errors import ConfigError
 from clip_jax.data import formats
 from clip_jax.data import keyed_images
 from clip_jax.data import planted
-from clip_jax.data import table
-from clip_jax.pruning import rules
 from clip_jax.stages import benchmark_dirs
+from clip_jax.stages import check_keys
+from clip_jax.stages import check_splits
 from clip_jax.stages import dedup
 from clip_jax.stages import embedder
 from clip_jax.stages import embedders
 from clip_jax.stages import ingest
 from clip_jax.stages import layout
 
-NAME = re.compile(r'[A-Za-z0-9][A-Za-z0-9_-]*')
 LISTS_OF_POOL = ('datacomp', 'clip_ood')  # exports that name the pool's samples only
-KEY_FILES = ('.npy', '.parquet', '.txt')  # what the rule listed reads
 FORMATS = (*formats.FORMATS, 'glyphs', 'concat')
 # Keys that only a dataset of format 'embeddings' reads, and those that it does not: vectors come with no image.
 VECTOR_KEYS = ('metadata', 'vector_key', 'vector_dim', 'any_norm', 'images')
@@ -34,12 +31,12 @@ NOT_VECTOR_KEYS = ('image_key', 'caption_template', 'caption_pattern', 'caption_
 
 def check(config: ConfigDict) -> None:
   """Raises ConfigError for the first thing in the config that cannot work."""
-  _keys(config, defaults.get_config(), 'config')
+  check_keys.keys(config, defaults.get_config(), 'config')
   _dataset('pool', config.pool, defaults.dataset())
   if layout.has_anchor(config):
     _dataset('anchor', config.anchor, defaults.dataset())
   for name, block in config.benchmarks.items():
-    _name('benchmarks', name)
+    check_keys.valid_name('benchmarks', name)
     if name in layout.RESERVED:
       raise ConfigError(f'config.benchmarks.{name}: this name is taken; choose another.')
     _dataset(f'benchmarks.{name}', block, defaults.benchmark())
@@ -47,14 +44,14 @@ def check(config: ConfigDict) -> None:
   for name in config.references:
     _reference(config, name)
   for name in config.splits:
-    _name('splits', name)
-    _split(config, name)
+    check_keys.valid_name('splits', name)
+    check_splits.check(config, name)
   _planted(config)
-  _one_of('config.embedder.source', config.embedder.source, embedder.SOURCES)
-  _one_of('config.search.backend', config.search.backend, ('exact', 'scann'))
+  check_keys.one_of('config.embedder.source', config.embedder.source, embedder.SOURCES)
+  check_keys.one_of('config.search.backend', config.search.backend, ('exact', 'scann'))
   _embedders(config)
-  _one_of('config.engine.name', config.engine.name, ('local',))
-  _one_of('config.preprocess.resize', config.preprocess.resize, ('shortest', 'squash'))
+  check_keys.one_of('config.engine.name', config.engine.name, ('local',))
+  check_keys.one_of('config.preprocess.resize', config.preprocess.resize, ('shortest', 'squash'))
   _numbers(config)
   _dedup(config)
   _vectors(config)
@@ -64,33 +61,14 @@ def check(config: ConfigDict) -> None:
     _training(config)
 
 
-def _keys(got: ConfigDict, known: ConfigDict, where: str) -> None:
-  """Every key of a block must be one that defaults.py knows, and of its type."""
-  lost = [key for key in known if key not in got]
-  if lost:
-    raise ConfigError(f'{where} has no key {lost[0]!r}: a bare dict loses the defaults. Make the block with the '
-                      'functions of defaults.py, and then set single keys.')
-  for key, value in got.items():
-    if key not in known:
-      raise ConfigError(f'{where}.{key} is not a config key.{config_lib.nearest(key, known.keys())}')
-    default = known[key]
-    if isinstance(default, ConfigDict):
-      if not isinstance(value, ConfigDict):
-        raise ConfigError(f'{where}.{key} must be a block of keys, got {value!r}.')
-      if len(default) and key not in ('pool', 'anchor'):  # datasets are checked on their own
-        _keys(value, default, f'{where}.{key}')
-    elif type(value) is not type(default) and not (isinstance(default, float) and type(value) is int):
-      raise ConfigError(f'{where}.{key} must be {type(default).__name__}, got {value!r}.')
-
-
 def _dataset(name: str, block: ConfigDict, known: ConfigDict) -> None:
   where = f'config.{name}'
   if not isinstance(block, ConfigDict):
     raise ConfigError(f'{where} must be made by defaults.dataset(...) or defaults.benchmark(...).')
-  _keys(block, known, where)
+  check_keys.keys(block, known, where)
   if not block.format:
     raise ConfigError(f'{where}.format is not given; have {", ".join(FORMATS)}.')
-  _one_of(f'{where}.format', block.format, FORMATS)
+  check_keys.one_of(f'{where}.format', block.format, FORMATS)
   if block.format == 'concat':
     if not block.sources:
       raise ConfigError(f'{where}.sources is empty: format "concat" joins sources=dict(name=dataset(...)).')
@@ -98,7 +76,7 @@ def _dataset(name: str, block: ConfigDict, known: ConfigDict) -> None:
       _dataset(f'{name}.sources.{key}', part, defaults.dataset())
   elif block.format == 'glyphs':
     from clip_jax.data import glyphs
-    _one_of(f'{where}.path', block.path or layout.POOL, glyphs.SETS)
+    check_keys.one_of(f'{where}.path', block.path or layout.POOL, glyphs.SETS)
   elif not block.path:
     raise ConfigError(f'{where}.path is not given: a folder or a pattern such as "DIR/*.tar", for example '
                       f'--{where}.path=DIR.')
@@ -145,7 +123,7 @@ def _benchmark(where: str, block: ConfigDict) -> None:
 def _reference(config: ConfigDict, name: str) -> None:
   """One of config.references: a dataset of labelled examples, or prompts."""
   block, where = config.references[name], f'config.references.{name}'
-  _name('references', name)
+  check_keys.valid_name('references', name)
   if name in layout.RESERVED or name in config.benchmarks:
     raise ConfigError(f'{where}: this name is taken{" by a benchmark" if name in config.benchmarks else ""}; choose '
                       'another.')
@@ -157,7 +135,7 @@ def _reference(config: ConfigDict, name: str) -> None:
   if not layout.is_prompts(config, name):
     _dataset(f'references.{name}', block, defaults.reference())
     return
-  _keys(block, defaults.reference(), where)
+  check_keys.keys(block, defaults.reference(), where)
   if len(block.classes) < 2 or len(set(block.classes)) < len(block.classes):
     raise ConfigError(f'{where}.classes={block.classes} must be two or more different names: the nearest prompt says '
                       'which one a row is.')
@@ -166,138 +144,6 @@ def _reference(config: ConfigDict, name: str) -> None:
   if config.embedder.source not in ('train', 'weights'):
     raise ConfigError(f'{where}: prompts need an embedder with a text tower, and config.embedder.source='
                       f'{config.embedder.source!r} has none. Use weights or train, or give labelled examples.')
-
-
-def _split(config: ConfigDict, name: str) -> None:
-  block, where = config.splits[name], f'config.splits.{name}'
-  if not isinstance(block, ConfigDict):
-    raise ConfigError(f'{where} must be made by defaults.split(...).')
-  known = defaults.split()
-  _keys(block, known, where)
-  _one_of(f'{where}.rule', block.rule, rules.RULES)
-  rule = rules.RULES[block.rule]
-  for key in known:
-    reads = key in (*rule.keys, 'rule', 'seeds', 'export') or (key == 'append_anchor' and rule.append_anchor is None)
-    if not reads and block[key] != known[key]:
-      raise ConfigError(f'{where}.{key}={block[key]!r}: the rule {block.rule!r} does not read it (it reads '
-                        f'{", ".join(rule.keys) or "nothing"}).')
-  _different(f'{where}.benchmarks', block.benchmarks, config.benchmarks)
-  if 'benchmarks' in rule.keys and not block.benchmarks:
-    raise ConfigError(f'{where}: the rule {block.rule!r} needs benchmarks=(...); have '
-                      f'{", ".join(config.benchmarks) or "none"}.')
-  for kind in block.export:
-    _one_of(f'{where}.export', kind, layout.EXPORTS)
-  if 'file' in rule.keys and not os.path.isfile(os.path.expanduser(block.file)):
-    raise ConfigError(f'{where}.file={block.file!r} is not there: the rule {block.rule!r} needs a file of keys.')
-  if 'file' in rule.keys and os.path.splitext(block.file)[1].lower() not in KEY_FILES:
-    raise ConfigError(f'{where}.file={block.file!r} must end in {", ".join(KEY_FILES)}.')
-  named = config.prune.export_key
-  if named and (block.export or 'file' in rule.keys) and config.pool.format != 'concat' and (
-      named not in ('key', *config.pool.columns)):
-    raise ConfigError(f'config.prune.export_key={named!r} must be in config.pool.columns, or the index has no such '
-                      'column.')
-  if not layout.has_anchor(config) and ('excess' in rule.needs or block.rule in ('anchor', 'matched')):
-    raise ConfigError(f'{where}: the rule {block.rule!r} needs an anchor; give config.anchor.')
-  if config.search.backend == 'scann':
-    if rule.every_row or block.quantile or block.dose:
-      key = 'quantile' if block.quantile else 'dose'
-      what = f'the rule {block.rule!r}' if rule.every_row else f'{key}={block[key]:g}'
-      raise ConfigError(f'{where}: {what} needs every row\'s similarity, which ScaNN does not '
-                        'give. Use --config.search.backend=exact.')
-    if block.rule == 'gap_aligned' and not config.search.min_recall:
-      raise ConfigError(f'{where}: gap_aligned on ScaNN misses rows. Say which recall you accept with '
-                        '--config.search.min_recall=0.99, or use --config.search.backend=exact.')
-  if 'count' in rule.needs:
-    if bool(block.size) == bool(block.size_of):
-      raise ConfigError(f'{where}: give size= (a share, or a count above 1) or size_of= (another split), one '
-                        'of the two.')
-    if not block.size >= 0 or (block.size > 1 and block.size != math.floor(block.size)):
-      raise ConfigError(f'{where}.size={block.size} must be a share in (0, 1] or a whole number above 1.')
-  _aligned_keys(where, block)
-  if 'levels' in rule.needs:
-    _levels(config, where, block)
-  _others(config, name)
-
-
-def _aligned_keys(where: str, block: ConfigDict) -> None:
-  """What says how much an aligned split drops; of other rules these keys are at their defaults."""
-  given = [f'{key}={block[key]:g}' for key in ('slack', 'quantile', 'dose') if block[key]]
-  if len(given) > 1:
-    raise ConfigError(f'{where}: {" and ".join(given)} each say how much is dropped; give one of them.')
-  if not -2 <= block.slack <= 2:
-    raise ConfigError(f'{where}.slack={block.slack} must lie in [-2, 2]: it is a difference of similarities.')
-  if not 0 <= block.quantile <= 1:
-    raise ConfigError(f'{where}.quantile={block.quantile} must be a share in (0, 1], or 0 for none.')
-  if not 0 <= block.dose < math.inf:
-    raise ConfigError(f'{where}.dose={block.dose} must be more than 0 (1 drops what slack 0 does), or 0 for none.')
-  if block.k < 1:
-    raise ConfigError(f'{where}.k={block.k} must be 1 or more.')
-
-
-def _levels(config: ConfigDict, where: str, block: ConfigDict) -> None:
-  """What says of which domain or class a row is, and which of them go."""
-  if bool(block.column) == bool(block.reference):
-    raise ConfigError(f'{where}: give column= (of the pool\'s index) or reference= (one of config.references), one '
-                      'of the two.')
-  if not block['values'] or any(value in ('', None) for value in block['values']):
-    raise ConfigError(f'{where}.values={block["values"]} must name what is dropped: '
-                      f'{"classes of the reference" if block.reference else "values of the column"}.')
-  if len({str(value) for value in block['values']}) < len(block['values']):
-    raise ConfigError(f'{where}.values={block["values"]} names a value twice.')
-  if block.column and config.pool.format != 'concat':  # its sources have columns of their own
-    _one_of(f'{where}.column', block.column, dict.fromkeys([*config.pool.columns, *table.COLUMNS]))
-  if block.reference:
-    _one_of(f'{where}.reference', block.reference, config.references)
-    classes = config.references[block.reference].classes
-    for value in block['values'] if classes else ():
-      _one_of(f'{where}.values', str(value), classes)
-
-
-def _others(config: ConfigDict, name: str) -> None:
-  """The splits that a split is made from: they are there, no circle, and of use to its rule."""
-  block, where = config.splits[name], f'config.splits.{name}'
-  rule = rules.RULES[block.rule]
-  for key in ('size_of', 'to'):
-    if block[key]:
-      _one_of(f'{where}.{key}', block[key], config.splits)
-  _different(f'{where}.of', block.of, config.splits)
-  if 'others' in rule.needs and len(block.of) < 2:
-    raise ConfigError(f'{where}.of={block.of} must name two or more splits, which the rule {block.rule!r} joins.')
-  circle = _circle(config, name)
-  if circle:
-    raise ConfigError(f'{where} is made from itself, round in a circle: {" -> ".join(circle)}.')
-  if 'target' in rule.needs:
-    selects = [other for other, made in rules.RULES.items() if made.selects]
-    if not block.to:
-      raise ConfigError(f'{where}: the rule matched needs to= (a split whose removed rows are imitated).')
-    if config.splits[block.to].rule not in selects:
-      raise ConfigError(f'{where}.to={block.to!r} must be a split that removes rows for what they are, of rule '
-                        f'{", ".join(selects)}; it is of rule {config.splits[block.to].rule!r}.')
-
-
-def _circle(config: ConfigDict, name: str) -> list[str]:
-  """Returns a way from a split back to itself, along what each is made from; [] where there is none."""
-  came, todo = {}, [name]  # split -> who is made from it
-  while todo:
-    split = todo.pop()
-    for other in layout.reads(config, split):
-      if other in config.splits and other not in came:
-        came[other] = split
-        todo.append(other)
-  if name not in came:
-    return []
-  path = [name, came[name]]
-  while path[-1] != name:
-    path.append(came[path[-1]])
-  return path[::-1]
-
-
-def _different(where: str, given: Sequence[str], names: Iterable[str]) -> None:
-  """Raises ConfigError for a name that is not known, or that is there twice."""
-  for name in given:
-    _one_of(where, name, names)
-  if len(set(given)) < len(given):
-    raise ConfigError(f'{where}={tuple(given)} names one twice.')
 
 
 def _planted(config: ConfigDict) -> None:
@@ -314,7 +160,7 @@ def _planted(config: ConfigDict) -> None:
                             'array_record.')
   if not block.benchmark:
     return
-  _one_of(f'{where}.benchmark', block.benchmark, config.benchmarks)
+  check_keys.one_of(f'{where}.benchmark', block.benchmark, config.benchmarks)
   if config.embedder.source == 'files':
     raise ConfigError(f'{where}.benchmark={block.benchmark!r}: copies are made of images and embedded, and here are '
                       'vectors only. Set it to \'\'.')
@@ -325,7 +171,7 @@ def _planted(config: ConfigDict) -> None:
   if not block.kinds:
     raise ConfigError(f'{where}.kinds is empty; have {", ".join(planted.KINDS)}.')
   for kind in block.kinds:
-    _one_of(f'{where}.kinds', kind, planted.KINDS)
+    check_keys.one_of(f'{where}.kinds', kind, planted.KINDS)
   if '{}' not in block.caption_template:
     raise ConfigError(f'{where}.caption_template={block.caption_template!r} has no {{}} for the class name.')
 
@@ -397,12 +243,12 @@ def stages(config: ConfigDict, names: Sequence[str]) -> None:
 def _embedders(config: ConfigDict) -> None:
   """The further embedders, and who uses them."""
   for name, block in config.embedders.items():
-    _name('embedders', name)
+    check_keys.valid_name('embedders', name)
     where = f'config.embedders.{name}'
     if not isinstance(block, ConfigDict):
       raise ConfigError(f'{where} must be made by defaults.embedder(...).')
-    _keys(block, defaults.embedder(), where)
-    _one_of(f'{where}.source', block.source, embedder.SOURCES)
+    check_keys.keys(block, defaults.embedder(), where)
+    check_keys.one_of(f'{where}.source', block.source, embedder.SOURCES)
     if block.source == 'files':
       raise ConfigError(f'{where}.source=files: the vectors on disk are those of config.embedder. To compare them with '
                         'other vectors, use two work directories.')
@@ -414,7 +260,7 @@ def _embedders(config: ConfigDict) -> None:
            *(('prune.sensitivity', name) for name in p.sensitivity)]
   for key, name in users:
     if name:
-      _one_of(f'config.{key}', name, config.embedders)
+      check_keys.one_of(f'config.{key}', name, config.embedders)
       for dataset in layout.datasets(config):
         if not layout.has_own_images(config, dataset):
           raise ConfigError(f'config.{key}={name!r}: {dataset} is vectors (format embeddings), and a further embedder '
@@ -434,7 +280,7 @@ def _dedup(config: ConfigDict) -> None:
   d = config.dedup
   if not d.enabled:
     return
-  _one_of('config.dedup.survivor', d.survivor, dedup.SURVIVORS)
+  check_keys.one_of('config.dedup.survivor', d.survivor, dedup.SURVIVORS)
   if d.clusters < 0:
     raise ConfigError(f'config.dedup.clusters={d.clusters} must be 0 (one for every 8,000 rows) or more.')
   if 0 < d.sample_rows < d.clusters:
@@ -493,12 +339,12 @@ def _model(config: ConfigDict) -> None:
 
 def _training(config: ConfigDict) -> None:
   t = config.train
-  _one_of('config.train.budget', t.budget, ('samples', 'epochs'))
-  _one_of('config.train.dtype', t.dtype, ('float32', 'bfloat16'))
-  _one_of('config.train.loss', t.loss, ('clip', 'siglip'))
-  _one_of('config.train.remat', t.remat, ('none', 'dots', 'blocks'))
-  _one_of('config.train.pack_captions', t.pack_captions, ('auto', 'always', 'never'))
-  _one_of('config.train.order', t.order, ('global', 'blocks'))
+  check_keys.one_of('config.train.budget', t.budget, ('samples', 'epochs'))
+  check_keys.one_of('config.train.dtype', t.dtype, ('float32', 'bfloat16'))
+  check_keys.one_of('config.train.loss', t.loss, ('clip', 'siglip'))
+  check_keys.one_of('config.train.remat', t.remat, ('none', 'dots', 'blocks'))
+  check_keys.one_of('config.train.pack_captions', t.pack_captions, ('auto', 'always', 'never'))
+  check_keys.one_of('config.train.order', t.order, ('global', 'blocks'))
   if t.order == 'blocks' and t.loader_processes:
     raise ConfigError(f'config.train.order=blocks with config.train.loader_processes={t.loader_processes}: every '
                       'process would read everything. Set loader_processes to 0 and use more loader_threads.')
@@ -519,16 +365,4 @@ def _training(config: ConfigDict) -> None:
                       '0 < lo <= hi <= 1.')
   known = [f'{split}/seed{seed}' for split, seed in layout.runs(config)]
   for run in t.only:
-    _one_of('config.train.only', run, known)
-
-
-def _one_of(where: str, value: str, names: Iterable[str] | Sequence[str]) -> None:
-  names = list(names)
-  if value not in names:
-    raise ConfigError(f'{where}={value!r} is not known.{config_lib.nearest(str(value), names)}')
-
-
-def _name(where: str, name: str) -> None:
-  if not NAME.fullmatch(name):
-    raise ConfigError(f'config.{where}.{name}: a name is letters, digits, _ and -, and begins with a letter or '
-                      'a digit.')
+    check_keys.one_of('config.train.only', run, known)
