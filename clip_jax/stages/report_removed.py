@@ -13,7 +13,6 @@ from clip_jax.pruning import rules
 from clip_jax.reporting import gallery
 from clip_jax.reporting import page
 from clip_jax.reporting import removed
-from clip_jax.reporting import sections
 from clip_jax.reporting import tables
 from clip_jax.reporting import words
 from clip_jax.reporting.page import Text
