@@ -191,9 +191,7 @@ def _parsed(record: bytes) -> Mapping[str, Any] | None:
 @functools.cache
 def _example_type():
   """Returns the class of tf.train.Example messages, from its published fields."""
-  from google.protobuf import descriptor_pb2
-  from google.protobuf import descriptor_pool
-  from google.protobuf import message_factory
+  from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
   file = descriptor_pb2.FileDescriptorProto(
       name='clip_jax/example.proto', package='tensorflow', syntax='proto3')
   kinds = descriptor_pb2.FieldDescriptorProto

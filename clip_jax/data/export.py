@@ -24,13 +24,9 @@ import numpy as np
 from clip_jax.core import files
 from clip_jax.core.errors import InputError
 from clip_jax.core.types import Array
-from clip_jax.data import array_record
-from clip_jax.data import formats
-from clip_jax.data import storage
-from clip_jax.data import webdataset
+from clip_jax.data import array_record, formats, storage, webdataset
 from clip_jax.data.reader import Source
-from clip_jax.data.table import Sample
-from clip_jax.data.table import read_columns
+from clip_jax.data.table import Sample, read_columns
 
 SAMPLES_A_SHARD = 10_000  # as img2dataset's
 _BLOCK = 512              # bytes, of a tar

@@ -10,8 +10,7 @@ import functools
 import os
 
 from clip_jax.core.errors import InputError
-from clip_jax.data.storage import File
-from clip_jax.data.storage import natural
+from clip_jax.data.storage import File, natural
 from clip_jax.data.table import Sample
 
 IMAGES = ('jpg', 'jpeg', 'png', 'webp', 'gif', 'bmp', 'tif', 'tiff', 'ppm')  # endings

@@ -9,13 +9,7 @@ from typing import Protocol
 
 from clip_jax.core.config import nearest
 from clip_jax.core.errors import ConfigError
-from clip_jax.data import array_record
-from clip_jax.data import folder
-from clip_jax.data import parquet
-from clip_jax.data import storage
-from clip_jax.data import tfds
-from clip_jax.data import vectors
-from clip_jax.data import webdataset
+from clip_jax.data import array_record, folder, parquet, storage, tfds, vectors, webdataset
 from clip_jax.data.storage import SourceFile
 from clip_jax.data.table import Sample
 

@@ -13,9 +13,7 @@ import struct
 from typing import NamedTuple
 
 import numpy as np
-from PIL import features
-from PIL import Image
-from PIL import UnidentifiedImageError
+from PIL import features, Image, UnidentifiedImageError
 import simplejpeg
 
 from clip_jax.core.types import Array

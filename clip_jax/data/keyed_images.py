@@ -7,10 +7,7 @@ import functools
 import os
 
 from clip_jax.core.errors import InputError
-from clip_jax.data import folder
-from clip_jax.data import listing
-from clip_jax.data import storage
-from clip_jax.data import webdataset
+from clip_jax.data import folder, listing, storage, webdataset
 
 ENDINGS = ('jpg', 'jpeg', 'png', 'webp')  # of members of a tar, in this order of preference
 

@@ -18,8 +18,7 @@ import os
 import re
 
 from clip_jax.core.errors import InputError
-from clip_jax.data import folder
-from clip_jax.data import labels_file
+from clip_jax.data import folder, labels_file
 
 _WNID = re.compile('n[0-9]{8}')
 _MOST_CLASSES = 100_000  # a larger number (a date) is not a class number

@@ -12,10 +12,8 @@ import re
 from typing import Any
 
 from clip_jax.core.errors import InputError
-from clip_jax.data import formats
-from clip_jax.data import storage
-from clip_jax.data.storage import SourceFile
-from clip_jax.data.storage import natural
+from clip_jax.data import formats, storage
+from clip_jax.data.storage import SourceFile, natural
 
 _THREADS = 16  # questions to a remote storage at once
 # What an fsspec file system says of the state of an object, the surest first.

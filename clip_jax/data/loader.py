@@ -17,13 +17,7 @@ import numpy as np
 
 from clip_jax.core.errors import InputError
 from clip_jax.core.types import Array
-from clip_jax.data import images
-from clip_jax.data import loader_processes
-from clip_jax.data import order as order_lib
-from clip_jax.data import packing
-from clip_jax.data import tokenizer
-from clip_jax.data import views
-from clip_jax.data import windows
+from clip_jax.data import images, loader_processes, order as order_lib, packing, tokenizer, views, windows
 
 _RUN = 128            # examples that one thread makes at a time; a large batch is several runs ...
 _RUN_BYTES = 4 << 20  # ... as is one of large images

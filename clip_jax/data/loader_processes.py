@@ -11,9 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent import futures
 import contextlib
 import multiprocessing
-from multiprocessing import connection
-from multiprocessing import resource_tracker
-from multiprocessing import util
+from multiprocessing import connection, resource_tracker, util
 import os
 import pickle
 import signal

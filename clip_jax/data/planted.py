@@ -15,8 +15,7 @@ import tarfile
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
-from PIL import ImageEnhance
+from PIL import Image, ImageEnhance
 
 from clip_jax.core import files
 from clip_jax.core.types import Array

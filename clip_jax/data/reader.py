@@ -17,11 +17,8 @@ import numpy as np
 from clip_jax.core import files
 from clip_jax.core.errors import InputError
 from clip_jax.core.types import Array
-from clip_jax.data import formats
-from clip_jax.data import keyed_images
-from clip_jax.data import storage
-from clip_jax.data.table import read_columns
-from clip_jax.data.table import read_key
+from clip_jax.data import formats, keyed_images, storage
+from clip_jax.data.table import read_columns, read_key
 
 _OPEN_FILES = 128  # source files that one Source keeps open
 

@@ -14,17 +14,10 @@ import os
 import re
 from typing import Any, NamedTuple
 
-from clip_jax.core.errors import ConfigError
-from clip_jax.core.errors import InputError
-from clip_jax.data import formats
-from clip_jax.data import headers
-from clip_jax.data import images
-from clip_jax.data import labels
+from clip_jax.core.errors import ConfigError, InputError
+from clip_jax.data import formats, headers, images, labels
 from clip_jax.data.storage import SourceFile
-from clip_jax.data.table import COLUMNS
-from clip_jax.data.table import Record
-from clip_jax.data.table import Sample
-from clip_jax.data.table import Scan
+from clip_jax.data.table import COLUMNS, Record, Sample, Scan
 
 _MOST_TEXT = 1 << 24         # bytes of a caption or json member; more is no text
 # Bytes read for an image's size: what the pass over a remote tar keeps of it; mostly enough; enough

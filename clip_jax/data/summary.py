@@ -14,8 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from clip_jax.core import files
-from clip_jax.core import progress
+from clip_jax.core import files, progress
 from clip_jax.core.types import Array
 from clip_jax.data import table
 

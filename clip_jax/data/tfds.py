@@ -12,8 +12,7 @@ import os
 from typing import Any
 
 from clip_jax.core.errors import InputError
-from clip_jax.data import array_record
-from clip_jax.data import parquet
+from clip_jax.data import array_record, parquet
 from clip_jax.data.storage import SourceFile
 from clip_jax.data.table import Sample
 

@@ -17,15 +17,10 @@ from typing import Any
 from absl import logging
 import numpy as np
 
-from clip_jax.core import files
-from clip_jax.core import progress
-from clip_jax.core.errors import ConfigError
-from clip_jax.core.errors import InputError
+from clip_jax.core import files, progress
+from clip_jax.core.errors import ConfigError, InputError
 from clip_jax.core.types import Array
-from clip_jax.data import listing
-from clip_jax.data import storage
-from clip_jax.data import table
-from clip_jax.data import vectors
+from clip_jax.data import listing, storage, table, vectors
 from clip_jax.data.storage import SourceFile
 
 METADATA, LABELS, PATHS = 'metadata', 'labels', 'paths'  # what may lie beside a file of vectors

@@ -17,8 +17,7 @@ import zipfile
 
 import numpy as np
 
-from clip_jax.core import files
-from clip_jax.core import progress
+from clip_jax.core import files, progress
 from clip_jax.core.errors import InputError
 from clip_jax.core.types import Array
 from clip_jax.data import storage

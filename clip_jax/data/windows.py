@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 
 from clip_jax.core.types import Array
-from clip_jax.data import order
-from clip_jax.data import views
+from clip_jax.data import order, views
 
 _AHEAD = 2  # windows that are kept
 
