@@ -9,10 +9,11 @@ import pytest
 from clip_jax.core.errors import ConfigError
 from clip_jax.core.errors import InputError
 from clip_jax.data import listing
-from clip_jax.data import sources
+from clip_jax.data import row_rules
 from clip_jax.data import table
 from clip_jax.data import vector_index
 from clip_jax.data.reader import Source
+from clip_jax.data.row_rules import RowRules
 
 
 def _vectors(path, rows):
@@ -29,7 +30,7 @@ def _index(folder, out, metadata='', assemble=True, **rules):
   """Indexes all files of vectors in a folder; returns the source and the counts of each file."""
   found = listing.list_files('embeddings', str(folder))
   out.mkdir(exist_ok=True)
-  counts = [vector_index.write(str(out), i, file, beside, **rules) for i, (file, beside) in enumerate(
+  counts = [vector_index.write(str(out), i, file, beside, RowRules(**rules)) for i, (file, beside) in enumerate(
       zip(found, vector_index.companions(found, metadata), strict=True))]
   if not assemble:
     return None, counts
@@ -173,7 +174,7 @@ def test_where_and_part_choose_as_for_images(described):
   assert source.offsets(0).tolist() == [1]
   low, high = 0.2, 0.7
   source, _ = _index(described, described / 'out', part=(low, high), group_key='image_path', group_pattern='[0-9]')
-  assert source.offsets(0).tolist() == [i for i in range(4) if low <= sources._fraction(str(i)) < high]
+  assert source.offsets(0).tolist() == [i for i in range(4) if low <= row_rules.fraction(str(i)) < high]
   assert set(source.column('group')) <= set('0123')
   with pytest.raises(InputError, match="metadata_0.parquet has no column 'dom', .* it has image_path, uid"):
     _index(described, described / 'out', where={'dom': 'x'})

@@ -8,7 +8,6 @@ columns: there may be a billion rows.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import glob
-import hashlib
 import json
 import os
 import re
@@ -16,11 +15,15 @@ from typing import Any
 
 from absl import logging
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from clip_jax.core import files, progress
 from clip_jax.core.errors import ConfigError, InputError
 from clip_jax.core.types import Array
-from clip_jax.data import listing, storage, table, vectors
+from clip_jax.data import listing, row_rules, storage, table, vectors
+from clip_jax.data.row_rules import RowRules
 from clip_jax.data.storage import SourceFile
 
 METADATA, LABELS, PATHS = 'metadata', 'labels', 'paths'  # what may lie beside a file of vectors
@@ -126,47 +129,38 @@ def _span(numbers: Mapping[int, Any]) -> str:
   return f'they end in {min(numbers)} to {max(numbers)}' if numbers else 'none ends in a number'
 
 
-def write(directory: str, shard: int, file: SourceFile, beside: Mapping[str, SourceFile], *,
-          vector_key: str = '', vector_dim: int = 0, where: Mapping[str, Any] | None = None,
-          part: tuple[float, float] = (0.0, 1.0), group_key: str = '', group_pattern: str = '',
-          sample_key: str = 'key;uid', caption_key: str = 'txt;caption;text', label_key: str = '',
-          classes: Sequence[str] = (), columns: Sequence[str] = ()) -> dict[str, Any]:
+def write(directory: str, shard: int, file: SourceFile, beside: Mapping[str, SourceFile], rules: RowRules = RowRules(),
+          *, vector_key: str = '', vector_dim: int = 0) -> dict[str, Any]:
   """Writes index-<shard>.parquet and skipped-<shard>.json of a file of vectors; returns the counts.
 
-  The arguments are those of sources.scan, over columns of the metadata (of the file itself, where
-  it is a parquet). A row that has no value of a column in `where` is not asked for. Rows with a
-  label that is none of the classes are skipped, as elsewhere. Raises InputError where metadata have
-  another number of rows than there are vectors, or a column that is asked for is not there or of a
-  strange type.
+  The rules count over columns of the metadata (of the file itself, where it is a parquet); those of images and of
+  captions that are made do not. A row that has no value of a column in `where` is not asked for. Rows with a label
+  that is none of the classes are skipped, as elsewhere. vector_key, vector_dim: as in vectors.head. Raises InputError
+  where metadata have another number of rows than there are vectors, or a column that is asked for is not there or of
+  a strange type.
   """
-  import pyarrow.parquet as pq
-  if taken := set(columns) & set(table.COLUMNS):
-    raise ConfigError(f'columns names {min(taken)!r}, which every index has already: leave it out.')
   found = vectors.head(file.path, vector_key, vector_dim)
   rows = _Rows(file, beside, found)
-  keys = [name for name in (*_names(sample_key), *ALSO_KEYS) if rows.has(name)][:1]
-  captions = [name for name in _names(caption_key.replace('json:', '')) if rows.has(name)]
-  sizes = [next((name for name in (side, f'original_{side}') if rows.has(name)), '')
-           for side in ('width', 'height')]
-  asked = [*(where or {}), *filter(None, (group_key, label_key))]
-  for name in asked:
+  key = next((name for name in (*row_rules.names(rules.sample_key), *ALSO_KEYS) if rows.has(name)), '')
+  captions = [name for name in row_rules.names(rules.caption_key.replace('json:', '')) if rows.has(name)]
+  sizes = {side: next((name for name in (side, f'original_{side}') if rows.has(name)), '')
+           for side in ('width', 'height')}
+  needed = [*rules.where, *filter(None, (rules.group_key, rules.label_key))]
+  for name in needed:
     rows.check(name)
-  picked = _picker(where or {}, part)
   skipped, left_out, written = [], 0, 0
   writer = None
   with files.atomic(table.index_file(directory, shard)) as path:
     try:
-      for start, batch in rows.batches([*keys, *captions, *filter(None, sizes), *asked, *columns]):
-        made, label = _index(file, shard, start, batch, keys, captions, sizes, group_key,
-                             group_pattern, label_key, classes, columns)
-        chosen = picked(batch, made['group'].combine_chunks())
-        bad = chosen & (label < -1)
-        skipped += [{'key': key, 'reason': 'bad label'}
-                    for key in made.filter(bad)['key'].to_pylist()]
-        made = made.filter(chosen & ~bad)
-        writer = writer or pq.ParquetWriter(os.fspath(path), made.schema, compression='zstd')
-        writer.write_table(made)
-        left_out, written = left_out + int((~chosen).sum()), written + len(made)
+      for start, batch in rows.batches([*filter(None, [key, *sizes.values()]), *captions, *needed, *rules.columns]):
+        index, label = _index(file, shard, start, batch, rules, key, captions, sizes)
+        chosen = _chosen(batch, index['group'].combine_chunks(), rules)
+        bad = chosen & (label == row_rules.BAD_LABEL)
+        skipped += [{'key': key, 'reason': 'bad label'} for key in index.filter(bad)['key'].to_pylist()]
+        index = index.filter(chosen & ~bad)
+        writer = writer or pq.ParquetWriter(os.fspath(path), index.schema, compression='zstd')
+        writer.write_table(index)
+        left_out, written = left_out + int((~chosen).sum()), written + len(index)
     finally:
       if writer:
         writer.close()
@@ -179,10 +173,10 @@ class _Rows:
   """What is said of the rows of a file of vectors, by columns, batch after batch."""
 
   def __init__(self, file: SourceFile, beside: Mapping[str, SourceFile], found: vectors.Head):
-    self._file, self._rows, self._beside = file, found.rows, beside
+    self._file, self._rows = file, found.rows
     self._said_by = beside.get(METADATA) or (file if found.kind == 'parquet' else None)
-    self._schema = _parquet(self._said_by).schema_arrow if self._said_by else []
-    self._types = {field.name: field.type for field in self._schema if field.name != found.name}
+    schema = _parquet(self._said_by).schema_arrow if self._said_by else []
+    self._types = {field.name: field.type for field in schema if field.name != found.name}
     self._arrays = {kind: _array(beside[kind].path) for kind in (LABELS, PATHS) if kind in beside}
     counts = {beside[kind].path: len(array) for kind, array in self._arrays.items()}
     if self._said_by:
@@ -204,7 +198,6 @@ class _Rows:
 
   def batches(self, names: Sequence[str]) -> Iterator[tuple[int, dict]]:
     """Yields (first row, column -> arrow array), at most _ROWS at once; at least one batch."""
-    import pyarrow as pa
     names = [name for name in dict.fromkeys(names) if self.has(name)]
     read = [name for name in names if name in self._types]
     start = 0
@@ -223,8 +216,6 @@ class _Rows:
 
 
 def _parquet(file: SourceFile):
-  import pyarrow as pa
-  import pyarrow.parquet as pq
   try:
     return pq.ParquetFile(storage.open_stream(file.path), pre_buffer=False)
   except (pa.ArrowInvalid, OSError) as error:
@@ -246,88 +237,61 @@ def _array(path: str) -> Array:  # [n]
   return array.astype(str) if array.dtype.kind in 'SU' else array.astype(np.int64)
 
 
-def _names(keys: str) -> list[str]:
-  return [name for name in map(str.strip, keys.split(';')) if name]
+def _index(file: SourceFile, shard: int, start: int, batch: dict, rules: RowRules, key_column: str,
+           captions: Sequence[str], sizes: Mapping[str, str]) -> tuple[pa.Table, Array]:
+  """Returns the index of some rows, and their labels [n] int64.
 
-
-def _index(file: SourceFile, shard: int, start: int, batch: dict, keys: Sequence[str],
-           captions: Sequence[str], sizes: Sequence[str], group_key: str, group_pattern: str,
-           label_key: str, classes: Sequence[str], columns: Sequence[str]):
-  """Returns the index of some rows, an arrow table, and their labels [n], -2 where one is bad."""
-  import pyarrow as pa
-  import pyarrow.compute as pc
+  key_column: of the keys, '' takes the file's name and the row; captions: columns, the first that says something
+  counts; sizes: 'width' and 'height' -> a column, '' for none.
+  """
   size = len(batch[''])
   row = pa.array(np.arange(start, start + size, dtype=np.int64))
   key = pc.binary_join_element_wise(pa.scalar(_clean(file.name)), row.cast(pa.string()), '/')
-  if keys:
-    key = pc.coalesce(_text(file, keys[0], batch), key)
+  if key_column:
+    key = pc.coalesce(_text(file, key_column, batch), key)
   caption = pa.nulls(size, pa.string())
   for name in captions:
     text = pc.utf8_trim_whitespace(_text(file, name, batch))
     caption = pc.coalesce(caption, pc.if_else(pc.equal(text, ''), None, text))
-  caption = pc.fill_null(caption, '')
-  group = pc.coalesce(_text(file, group_key, batch), key) if group_key else key
-  if group_pattern:
-    group = _mapped(group, _cut(re.compile(group_pattern)), 'string')
-  label = _labels(file, label_key, batch, classes) if label_key else np.full(size, -1, np.int64)
-  made = {'key': key, 'caption': caption, 'label': pa.array(np.maximum(label, -1).astype(np.int32)),
-          'group': group, 'shard': pa.array(np.full(size, shard, np.int32)), 'offset': row,
-          'length': pa.array(np.zeros(size, np.int32))}
-  for side, name in zip(('width', 'height'), sizes):
-    made[side] = pa.array(_pixels(file, name, batch) if name else np.zeros(size, np.int32))
-  made['type'] = pa.repeat('', size)
-  for name in columns:
-    made[name] = _column(batch[name]) if name in batch else pa.nulls(size)
-  return pa.table(made), label
+  group = pc.coalesce(_text(file, rules.group_key, batch), key) if rules.group_key else key
+  label = np.full(size, row_rules.NO_LABEL)
+  if rules.label_key:
+    label = _labels(file, rules.label_key, batch, rules)
+  columns = {
+      'key': key, 'caption': pc.fill_null(caption, ''),
+      'label': pa.array(np.maximum(label, row_rules.NO_LABEL).astype(np.int32)),
+      'group': _mapped(group, rules.group, 'string') if rules.group_pattern else group,
+      'shard': pa.array(np.full(size, shard, np.int32)), 'offset': row, 'length': pa.array(np.zeros(size, np.int32)),
+      **{side: pa.array(_pixels(file, name, batch) if name else np.zeros(size, np.int32))
+         for side, name in sizes.items()},
+      'type': pa.repeat('', size)}
+  columns |= {name: _column(batch[name]) if name in batch else pa.nulls(size) for name in rules.columns}
+  return pa.table(columns), label
 
 
-def _picker(where: Mapping[str, Any], part: tuple[float, float]) -> Callable[[dict, Any], Array]:
-  """Returns (batch, groups) -> which rows are asked for, [n] bool."""
-  import pyarrow as pa
-  import pyarrow.compute as pc
-  allowed = {name: list(value) if isinstance(value, (tuple, list)) else [value]
-             for name, value in where.items()}
-  low, high = part
-
-  def picked(batch: dict, group) -> Array:
-    mask = np.ones(len(group), bool)
-    for name, values in allowed.items():
-      try:
-        wanted = pa.array(values, batch[name].type)
-      except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, TypeError) as error:
-        raise ConfigError(f'where names {name}={values}, and that column holds {batch[name].type}: '
-                          f'{str(error).splitlines()[0]}.') from error
-      mask &= pc.is_in(batch[name], wanted).to_numpy(zero_copy_only=False)
-    if part != (0, 1):
-      inside = _mapped(group, lambda text: low <= _fraction(text) < high, 'bool')
-      mask &= inside.to_numpy(zero_copy_only=False)
-    return mask
-  return picked
+def _chosen(batch: dict, group: pa.Array, rules: RowRules) -> Array:
+  """Returns which rows `where` and `part` ask for, [n] bool."""
+  mask = np.ones(len(group), bool)
+  for name, values in rules.allowed.items():
+    try:
+      wanted = pa.array(values, batch[name].type)
+    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, TypeError) as error:
+      raise ConfigError(f'where names {name}={list(values)}, and that column holds {batch[name].type}: '
+                        f'{str(error).splitlines()[0]}.') from error
+    mask &= pc.is_in(batch[name], wanted).to_numpy(zero_copy_only=False)
+  if not rules.takes_all:
+    mask &= _mapped(group, rules.in_part, 'bool').to_numpy(zero_copy_only=False)
+  return mask
 
 
-def _fraction(text: str) -> float:
-  """Returns a number in [0, 1) that is a text's own: the one by which sources.py chooses a part."""
-  return int.from_bytes(hashlib.sha256(text.encode()).digest(), 'big') / 2**256
-
-
-def _cut(pattern: re.Pattern) -> Callable[[str], str]:
-  """Returns text -> the first group of a match, else the whole match, else the text."""
-  def cut(text: str) -> str:
-    match = pattern.search(text)
-    return match[1 if match.re.groups and match[1] is not None else 0] if match else text
-  return cut
-
-
-def _mapped(texts, function: Callable[[str], Any], kind: str):
-  """Returns function(text) of every text of an arrow array, computed once for equal ones."""
-  import pyarrow as pa
-  coded = texts.dictionary_encode()
+def _mapped(values: pa.Array, function: Callable[[Any], Any], kind: str) -> pa.Array:
+  """Returns function(value) of every value of an arrow array, computed once for equal ones; null of null."""
+  coded = values.dictionary_encode()
   return pa.array(map(function, coded.dictionary.to_pylist()), kind).take(coded.indices)
 
 
-def _text(file: SourceFile, name: str, batch: dict):
+def _text(file: SourceFile, name: str, batch: dict) -> pa.Array:
   """Returns a column as text, null where it says nothing."""
-  import pyarrow as pa
   kind = batch[name].type
   if pa.types.is_dictionary(kind):
     return batch[name].dictionary_decode().cast(pa.string())
@@ -341,33 +305,17 @@ def _text(file: SourceFile, name: str, batch: dict):
                      ) from error
 
 
-def _labels(file: SourceFile, name: str, batch: dict, classes: Sequence[str]) -> Array:  # [n] int64
-  """Returns labels: -1 where there is none, -2 where it is no class."""
-  import pyarrow as pa
-  import pyarrow.compute as pc
-  kind = batch[name].type
-  most = len(classes) or 2**31
-  if pa.types.is_integer(kind) or pa.types.is_boolean(kind) or pa.types.is_null(kind):
-    label = pc.fill_null(batch[name].cast(pa.int64(), safe=False), -1)
-    label = label.to_numpy(zero_copy_only=False)
-  elif pa.types.is_floating(kind):
-    number = pc.fill_null(batch[name].cast(pa.float64()), np.nan)
-    number = number.to_numpy(zero_copy_only=False)
-    whole = np.where(np.isnan(number), -1, np.where(number == np.floor(number), number, -2))
-    label = np.clip(whole, -2, 2.0**40).astype(np.int64)
-  else:
-    places = {text: place for place, text in reversed(list(enumerate(classes)))}
-
-    def place(text: str) -> int:
-      return places.get(text, int(text) if re.fullmatch('-?[0-9]{1,10}', text.strip()) else -2)
-    label = _mapped(_text(file, name, batch), place, 'int64')
-    label = pc.fill_null(label, -1).to_numpy(zero_copy_only=False).astype(np.int64)
-  return np.where((label >= -1) & (label < most), label, -2)
+def _labels(file: SourceFile, name: str, batch: dict, rules: RowRules) -> Array:  # [n] int64
+  values, kind = batch[name], batch[name].type
+  if pa.types.is_floating(kind):
+    values = values.cast(pa.float64())
+  elif not (pa.types.is_integer(kind) or pa.types.is_boolean(kind) or pa.types.is_null(kind)):
+    values = _text(file, name, batch)
+  label = _mapped(values, rules.label, 'int64')
+  return pc.fill_null(label, row_rules.NO_LABEL).to_numpy(zero_copy_only=False)
 
 
 def _pixels(file: SourceFile, name: str, batch: dict) -> Array:  # [n] int32
-  import pyarrow as pa
-  import pyarrow.compute as pc
   kind = batch[name].type
   if not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
     raise InputError(f'{file.name}: its column {name!r} holds {kind}, which is no number of '
@@ -379,8 +327,6 @@ def _pixels(file: SourceFile, name: str, batch: dict) -> Array:  # [n] int32
 
 def _column(values):
   """Returns a chosen column as the index has them: whole numbers, else numbers, else text."""
-  import pyarrow as pa
-  import pyarrow.compute as pc
   kind = values.type
   if pa.types.is_dictionary(kind):
     return _column(values.dictionary_decode())

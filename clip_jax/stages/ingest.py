@@ -33,6 +33,7 @@ from clip_jax.data import summary
 from clip_jax.data import table
 from clip_jax.data import vector_index
 from clip_jax.data import vectors
+from clip_jax.data.row_rules import RowRules
 from clip_jax.stages import layout
 
 LOCATIONS = 'files.json'  # where source files are on this machine: in no fingerprint
@@ -303,23 +304,17 @@ def scan_shard(job: tuple[str, Shard, bool]) -> dict:
   """Indexes one shard: a pure function of the shard to its index file. Returns the counts."""
   directory, shard, needs_caption = job
   block = shard.block
-  if block.format == VECTORS:
-    return vector_index.write(
-        directory, shard.number, shard.files[0], shard.beside, vector_key=block.vector_key,
-        vector_dim=block.vector_dim, where=layout.plain(block.where), part=tuple(block.part),
-        group_key=block.group_key, group_pattern=block.group_pattern, sample_key=block.sample_key,
-        caption_key=block.caption_key, label_key=block.label_key, classes=shard.classes,
-        columns=tuple(block.columns))
-  scan = sources.scan(
-      _format(block), shard.files, root=shard.root,
+  edit = (block.caption_pattern, block.caption_replacement, block.caption_share) if block.caption_pattern else ()
+  rules = RowRules(
       where=layout.plain(block.where), part=tuple(block.part), group_key=block.group_key,
       group_pattern=block.group_pattern, image_key=block.image_key, caption_key=block.caption_key,
-      caption_template=block.caption_template,
-      caption_edit=(block.caption_pattern, block.caption_replacement, block.caption_share)
-      if block.caption_pattern else (),
-      label_key=block.label_key, labels_file=os.path.expanduser(block.labels_file), sample_key=block.sample_key,
-      classes=shard.classes, columns=tuple(block.columns), require_caption=needs_caption)
-  return table.write_shard(directory, shard.number, scan)
+      sample_key=block.sample_key, caption_template=block.caption_template, caption_edit=edit,
+      label_key=block.label_key, labels_file=os.path.expanduser(block.labels_file), classes=shard.classes,
+      columns=tuple(block.columns), require_caption=needs_caption)
+  if block.format == VECTORS:
+    return vector_index.write(directory, shard.number, shard.files[0], shard.beside, rules,
+                              vector_key=block.vector_key, vector_dim=block.vector_dim)
+  return table.write_shard(directory, shard.number, sources.scan(_format(block), shard.files, rules, root=shard.root))
 
 
 def vector_shards(config: ConfigDict, workdir: str, dataset: str) -> dict[int, Shard]:
