@@ -2,51 +2,30 @@
 
 In: index-*.parquet, skipped-*.json and files.json in the dataset's folder (table.py). Out:
 summary.json and broken.csv beside them. Index files are read in batches, so memory does not grow
-with the dataset; see `_repeated` for the one limit.
+with the dataset, but for 8 bytes a sample to find repeated texts, and as much again while they are
+sorted.
 """
 
 import collections
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import csv
 import io
 import os
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from clip_jax.core import files, progress
 from clip_jax.core.types import Array
 from clip_jax.data import table
 
 SUMMARY, BROKEN = 'summary.json', 'broken.csv'
-_BATCH = 1 << 16         # rows of an index file in memory at once
-_MOST_HASHES = 1 << 25   # hashes in memory at once: 256 MB, twice while they are joined
-_MOST_KEPT = 1 << 25     # hashes of repeated texts, among which the first ones are looked for
 _MOST_CLASSES = 100_000  # that are listed with their counts
 _EXAMPLES = 10           # repeated keys, and shards with problems, that are named
 _QUANTILES = {'min': 0.0, '1%': 0.01, '5%': 0.05, '25%': 0.25, '50%': 0.5, '75%': 0.75, '95%': 0.95,
               '99%': 0.99, 'max': 1.0}
-
-
-class _Counts:
-  """How often each whole number was seen."""
-
-  def __init__(self):
-    self._counts = collections.Counter()
-
-  def add(self, values: Array) -> None:  # [n] int
-    seen, counts = np.unique(values, return_counts=True)
-    self._counts.update(dict(zip(seen.tolist(), counts.tolist(), strict=True)))
-
-  def quantiles(self) -> dict[str, int]:
-    """Returns numbers that were seen: the smallest that at least a share of all does not exceed."""
-    if not self._counts:
-      return {}
-    values = sorted(self._counts)
-    reached = np.cumsum([self._counts[value] for value in values])
-    places = {name: int(np.searchsorted(reached, share * reached[-1]))
-              for name, share in _QUANTILES.items()}
-    return {name: values[place] for name, place in places.items()}
 
 
 def write(directory: str, shards: Sequence[str], left_out: int,
@@ -59,11 +38,10 @@ def write(directory: str, shards: Sequence[str], left_out: int,
   every = range(len(shards))
   found = _contents(directory, follow(every))
   rows = found['samples']
-  repeats, again = _repeated(directory, 'key', rows, lambda: follow(every))
-  found['repeated_keys'] = {'samples': repeats, 'first': _first(directory, 'key', again, shards)}
-  repeats, _ = _repeated(directory, 'caption', rows - found['captions']['empty'],
-                         lambda: follow(every))
-  found['captions'] |= {'repeated': repeats, 'repeated_share': round(repeats / max(rows, 1), 6)}
+  keys = _repeated(directory, 'key', follow(every))
+  captions = len(_repeated(directory, 'caption', follow(every)))
+  found['repeated_keys'] = {'samples': len(keys), 'first': _first(directory, 'key', np.unique(keys), shards)}
+  found['captions'] |= {'repeated': captions, 'repeated_share': round(captions / max(rows, 1), 6)}
   found |= {'columns': _columns(directory, every, rows), 'shards': len(shards),
             'left_out': left_out, **write_broken(directory, shards)}
   files.write_json(os.path.join(directory, SUMMARY), found)
@@ -125,44 +103,52 @@ def lines(found: dict[str, Any]) -> list[str]:
 
 def _contents(directory: str, shards: Iterable[int]) -> dict[str, Any]:
   """Returns what the columns of all index files hold."""
-  import pyarrow.compute as pc
   columns = ['caption', 'label', 'length', 'width', 'height', 'type']
-  count = collections.defaultdict(_Counts)
-  kinds, labels = collections.Counter(), collections.Counter()
   total = collections.Counter()
+  counts = collections.defaultdict(collections.Counter)  # of what -> value -> how often it was seen
   for shard in shards:
-    for batch in _batches(directory, shard, columns):
+    for batch in table.batches(directory, shard, columns):
       total['samples'] += batch.num_rows
       total['bytes'] += pc.sum(batch['length'].cast('int64')).as_py() or 0
       width, height = (batch[name].to_numpy() for name in ('width', 'height'))
       known = (width > 0) & (height > 0)
       total['unknown_size'] += int((~known).sum())
-      short = np.minimum(width, height)
-      for name, values in (('width', width), ('height', height), ('short_side', short)):
-        count[name].add(values[known])
       characters, words = _lengths(batch['caption'])
       total['empty'] += int((characters == 0).sum())
-      count['characters'].add(characters)
-      count['words'].add(words)
-      seen = pc.value_counts(batch['label']).to_pylist()
-      labels.update({entry['values']: entry['counts'] for entry in seen})
-      seen = pc.value_counts(batch['type']).to_pylist() if 'type' in batch.schema.names else [
-          {'values': '', 'counts': batch.num_rows}]
-      kinds.update({entry['values'] or 'unknown': entry['counts'] for entry in seen})
+      for name, values in {
+          'width': width[known], 'height': height[known], 'short_side': np.minimum(width, height)[known],
+          'characters': characters, 'words': words, 'label': batch['label'].to_numpy()}.items():
+        counts[name].update(_tally(values))
+      kinds = pc.value_counts(batch['type']).to_pylist()
+      counts['type'].update({entry['values'] or 'unknown': entry['counts'] for entry in kinds})
   classes = files.read_json(os.path.join(directory, 'files.json'))['classes']
   return {
       'samples': total['samples'],
-      'images': {'bytes': total['bytes'], 'types': dict(kinds.most_common()),
-                 **{name: count[name].quantiles() for name in ('width', 'height', 'short_side')},
+      'images': {'bytes': total['bytes'], 'types': dict(counts['type'].most_common()),
+                 **{name: _quantiles(counts[name]) for name in ('width', 'height', 'short_side')},
                  'unknown_size': total['unknown_size']},
-      'captions': {**{name: count[name].quantiles() for name in ('characters', 'words')},
+      'captions': {**{name: _quantiles(counts[name]) for name in ('characters', 'words')},
                    'empty': total['empty']},
-      'labels': _labels(labels, classes)}
+      'labels': _labels(counts['label'], classes)}
+
+
+def _tally(values: Array) -> dict[int, int]:  # [n] int
+  seen, counts = np.unique(values, return_counts=True)
+  return dict(zip(seen.tolist(), counts.tolist(), strict=True))
+
+
+def _quantiles(counts: Mapping[int, int]) -> dict[str, int]:
+  """Returns numbers that were seen: the smallest that at least a share of all does not exceed."""
+  if not counts:
+    return {}
+  values = sorted(counts)
+  reached = np.cumsum([counts[value] for value in values])
+  places = {name: int(np.searchsorted(reached, share * reached[-1])) for name, share in _QUANTILES.items()}
+  return {name: values[place] for name, place in places.items()}
 
 
 def _columns(directory: str, shards: Iterable[int], rows: int) -> dict[str, int]:
   """Returns for each chosen column how many samples have no value of it: the footers say that."""
-  import pyarrow.parquet as pq
   missing: dict[str, int] = {}
   for shard in shards:
     footer = pq.read_metadata(table.index_file(directory, shard))
@@ -181,44 +167,30 @@ def _labels(counts: dict[int, int], classes: Sequence[str]) -> dict[str, Any]:
   numbers = range(len(classes)) if classes else sorted(label for label in counts if label >= 0)
   per_class = [[classes[label] if classes else str(label), counts.get(label, 0)]
                for label in numbers]
-  sizes = _Counts()
-  sizes.add(np.array([count for _, count in per_class if count], np.int64))
+  sizes = _quantiles(collections.Counter(count for _, count in per_class if count))
   return {'classes': len(per_class), 'without_samples': sum(not count for _, count in per_class),
-          'samples': {name: size for name, size in sizes.quantiles().items()
-                      if name in ('min', '50%', 'max')},
+          'samples': {name: size for name, size in sizes.items() if name in ('min', '50%', 'max')},
           'unlabelled': unlabelled,
           'per_class': per_class if len(per_class) <= _MOST_CLASSES else []}
 
 
-def _repeated(directory: str, column: str, rows: int, every: Callable[[], Iterable[int]]
-              ) -> tuple[int, list[Array]]:  # [n] int64, sorted
-  """Returns how many samples have the text of an earlier one, and hashes of (most of) these texts.
+def _repeated(directory: str, column: str, shards: Iterable[int]) -> Array:  # [n] int64, sorted
+  """Returns the hash of the text of every sample that has the text of an earlier one.
 
-  Empty texts do not count. The others count by 64-bit hashes, _MOST_HASHES at a time, so that
-  memory is bounded: the column is read once for every 33 million rows. That two of n different
-  texts count as one has the chance n^2 / 2^65: 0.1 % at 200 million. every: begins a loop over
-  the shards.
+  Empty texts do not count. That two of n different texts have one hash has the chance n^2 / 2^65:
+  0.1 % at 200 million.
   """
-  passes = max(1, -(-rows // _MOST_HASHES))
-  repeats, kept = 0, []
-  for turn in range(passes):
-    hashes = [np.zeros(0, np.int64)]
-    for shard in every():
-      hashes += [values[values % passes == turn] for _, values in _hashed(directory, shard, column)]
-    hashes = np.sort(np.concatenate(hashes))
-    again = hashes[1:][hashes[1:] == hashes[:-1]]
-    repeats += len(again)
-    again = np.unique(again)
-    kept.append(again[:max(0, _MOST_KEPT - sum(map(len, kept)))])
-  return repeats, kept
+  parts = [values for shard in shards for _, values in _hashed(directory, shard, column)]
+  hashes = np.concatenate([np.zeros(0, np.int64), *parts])
+  hashes.sort()
+  return hashes[1:][hashes[1:] == hashes[:-1]]
 
 
-def _first(directory: str, column: str, repeated: Sequence[Array],  # [n] int64, sorted
+def _first(directory: str, column: str, wanted: Array,  # [n] int64, sorted, each once
            shards: Sequence[str]) -> list[dict[str, Any]]:
   """Returns the first texts with a repeated hash, and where they are; texts count, not hashes."""
   count: dict[str, int] = {}
   files_of: dict[str, dict[str, None]] = {}  # file names, each once, in order
-  wanted = np.sort(np.concatenate(repeated))
   for shard, file in enumerate(shards if len(wanted) else ()):
     for texts, hashes in _hashed(directory, shard, column):
       place = np.minimum(np.searchsorted(wanted, hashes), len(wanted) - 1)
@@ -234,7 +206,7 @@ def _first(directory: str, column: str, repeated: Sequence[Array],  # [n] int64,
 
 def _hashed(directory: str, shard: int, column: str) -> Iterator[tuple[list[str], Array]]:
   """Yields the texts of a column that are not empty, and their hashes, [n] int64, in batches."""
-  for batch in _batches(directory, shard, [column]):
+  for batch in table.batches(directory, shard, [column]):
     texts = [text for text in batch[column].to_pylist() if text]
     # Python's hashes of text differ from process to process, so none is ever written down.
     yield texts, np.fromiter(map(hash, texts), np.int64, len(texts))
@@ -242,20 +214,11 @@ def _hashed(directory: str, shard: int, column: str) -> Iterator[tuple[list[str]
 
 def _lengths(captions) -> tuple[Array, Array]:  # [n] int, [n] int
   """Returns the characters and the words of captions, an arrow array of text."""
-  import pyarrow.compute as pc
   trimmed = pc.utf8_trim_whitespace(captions)
   words = pc.list_value_length(pc.utf8_split_whitespace(trimmed))  # 1 of an empty text
   return (pc.utf8_length(captions).to_numpy(zero_copy_only=False),
           np.where(pc.equal(trimmed, '').to_numpy(zero_copy_only=False), 0,
                    words.to_numpy(zero_copy_only=False)))
-
-
-def _batches(directory: str, shard: int, columns: list[str]) -> Iterator:
-  """Yields columns of an index file, those that it has, as arrow record batches."""
-  import pyarrow.parquet as pq
-  with pq.ParquetFile(table.index_file(directory, shard)) as file:
-    there = [name for name in columns if name in file.schema_arrow.names]
-    yield from file.iter_batches(_BATCH, columns=there)
 
 
 def _range(quantiles: dict[str, int]) -> str:

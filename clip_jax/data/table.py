@@ -22,9 +22,10 @@ from clip_jax.core.types import Array
 
 TABLE_DTYPE = np.dtype([('shard', '<i4'), ('offset', '<i8'), ('length', '<i4'),
                         ('caption_offset', '<i8'), ('caption_length', '<i4'), ('label', '<i4')])
-COLUMNS = ('key', 'caption', 'label', 'group', 'shard', 'offset', 'length', 'width', 'height',
-           'type', 'path')  # of every index; path only where images are files
-_BATCH = 1 << 16  # rows of an index that are put into the table at a time
+_TYPES = {'key': 'string', 'caption': 'string', 'label': 'int32', 'group': 'string', 'shard': 'int32', 'offset': 'int64',
+          'length': 'int32', 'width': 'int32', 'height': 'int32', 'type': 'string', 'path': 'string'}
+COLUMNS = tuple(_TYPES)  # of every index; path only where images are files
+_BATCH = 1 << 16  # rows of an index in memory at a time
 
 
 class Sample(NamedTuple):  # like Record: a frozen dataclass takes four times as long to make
@@ -62,22 +63,12 @@ class Scan:
 
 def write_shard(directory: str, shard: int, scan: Scan) -> dict[str, Any]:
   """Writes index-<shard>.parquet and skipped-<shard>.json; returns the counts."""
-  import pyarrow as pa  # costs 0.1 s to import, and workers of the loader do not need it
+  import pyarrow as pa
   r = scan.records
-  columns = {
-      'key': pa.array([record.key for record in r], pa.string()),
-      'caption': pa.array([record.caption for record in r], pa.string()),
-      'label': pa.array([record.label for record in r], pa.int32()),
-      'group': pa.array([record.group for record in r], pa.string()),
-      'shard': pa.array([shard] * len(r), pa.int32()),
-      'offset': pa.array([record.offset for record in r], pa.int64()),
-      'length': pa.array([record.length for record in r], pa.int32()),
-      'width': pa.array([record.width for record in r], pa.int32()),
-      'height': pa.array([record.height for record in r], pa.int32()),
-      'type': pa.array([record.type for record in r], pa.string()),
-  }
-  if any(record.path for record in r):
-    columns['path'] = pa.array([record.path for record in r], pa.string())
+  columns = {name: pa.array([shard if name == 'shard' else getattr(record, name) for record in r], kind)
+             for name, kind in _TYPES.items()}
+  if not any(record.path for record in r):
+    del columns['path']
   for name in dict.fromkeys(name for record in r for name in record.columns):
     columns[name] = _column([record.columns.get(name) for record in r])
   files.write_parquet(index_file(directory, shard), pa.table(columns))
@@ -94,8 +85,7 @@ def assemble(directory: str, shards: Sequence[Mapping[str, str]],
   files below root. Shards of several sources, of any formats, make one dataset. classes: the class
   names of each shard in label order, () where it has none. Returns counts, and the files made.
   """
-  import pyarrow.parquet as pq
-  sizes = [pq.read_metadata(index_file(directory, i)).num_rows for i in range(len(shards))]
+  sizes = [_open_index(directory, i).metadata.num_rows for i in range(len(shards))]
   reasons, unlabelled, written = collections.Counter(), 0, 0
   with (files.atomic(os.path.join(directory, 'table.npy')) as table_path,
         files.atomic(os.path.join(directory, 'captions.bin')) as text_path,
@@ -132,7 +122,7 @@ def _write_paths(directory: str, shards: Sequence[Mapping[str, str]], sizes: Seq
       if shard['path']:
         ends.write(np.full(sizes[i], written, '<i8').tobytes())
         continue
-      for batch in _batches(directory, i, ['path']):
+      for batch in batches(directory, i, ['path']):
         paths, stops = _joined(batch['path'], written)
         text.write(paths)
         ends.write(stops.tobytes())
@@ -146,14 +136,18 @@ def index_file(directory: str, shard: int) -> str:
 
 def read_columns(directory: str, shard: int, columns: list[str]):
   """Returns columns of an index file, those that it has, as a pyarrow table."""
-  import pyarrow.parquet as pq
-  return pq.ParquetFile(index_file(directory, shard)).read(columns)
+  return _open_index(directory, shard).read(columns)
+
+
+def batches(directory: str, shard: int, columns: list[str]) -> Iterator[Any]:
+  """Yields columns of an index file as pyarrow record batches: memory does not grow with it."""
+  with _open_index(directory, shard) as index:
+    yield from index.iter_batches(_BATCH, columns=columns)
 
 
 def read_key(directory: str, shard: int, row: int) -> str:
   """Returns the key of a row of a shard; only the part of its index where that lies is read."""
-  import pyarrow.parquet as pq
-  with pq.ParquetFile(index_file(directory, shard)) as index:
+  with _open_index(directory, shard) as index:
     for group in range(index.num_row_groups):
       size = index.metadata.row_group(group).num_rows
       if row < size:
@@ -187,7 +181,7 @@ def _column(values: list[Any]):
 
 def _rows(directory: str, shard: int, written: int) -> Iterator[tuple[Array, bytes]]:
   """Yields a shard's rows of the table, and their captions, which begin at byte `written`."""
-  for batch in _batches(directory, shard, ['offset', 'length', 'label', 'caption']):
+  for batch in batches(directory, shard, ['offset', 'length', 'label', 'caption']):
     rows = np.zeros(batch.num_rows, TABLE_DTYPE)
     for name in ('offset', 'length', 'label'):
       rows[name] = batch[name].to_numpy()
@@ -199,11 +193,9 @@ def _rows(directory: str, shard: int, written: int) -> Iterator[tuple[Array, byt
     written += len(captions)
 
 
-def _batches(directory: str, shard: int, columns: list[str]) -> Iterator[Any]:
-  """Yields columns of an index file as pyarrow record batches: memory does not grow with it."""
-  import pyarrow.parquet as pq
-  with pq.ParquetFile(index_file(directory, shard)) as index:
-    yield from index.iter_batches(_BATCH, columns=columns)
+def _open_index(directory: str, shard: int):
+  import pyarrow.parquet as pq  # costs 0.1 s to import, and workers of the loader do not need it
+  return pq.ParquetFile(index_file(directory, shard))
 
 
 def _joined(texts: Any, written: int) -> tuple[bytes, Array]:  # [n] int64
