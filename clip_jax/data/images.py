@@ -6,7 +6,7 @@ decoded by simplejpeg, to the pixels that Pillow would make of it, in less than 
 it finds any fault, Pillow reads the file and its verdict counts.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 import io
 import math
 import struct
@@ -30,10 +30,12 @@ _SHRINKS = (8, 4, 2)  # a JPEG's 8 x 8 blocks can be decoded to these fractions 
 
 # Of another library than simplejpeg's, as some builds of Pillow have, the pixels can differ.
 _SAME_LIBRARY = features.check_feature('libjpeg_turbo')
-_SOS, _DQT, _APP0, _APP15 = 0xFFDA, 0xFFDB, 0xFFE0, 0xFFEF  # markers of JPEG
-_SEGMENT, _FRAME = struct.Struct('>HH'), struct.Struct('>BHHB')
-_FRAMES = (0xFFC0, 0xFFC1, 0xFFC2)   # baseline, extended, progressive; not lossless, not arithmetic
-_PASSED = (0xFFC4, 0xFFDD, 0xFFFE)   # Huffman tables, restart interval, comment
+_SOS, _DQT, _APPS = 0xFFDA, 0xFFDB, range(0xFFE0, 0xFFF0)  # markers of JPEG
+JPEG_FRAMES = (0xFFC0, 0xFFC1, 0xFFC2)  # baseline, extended, progressive; not lossless, not arithmetic
+JPEG_FRAME = struct.Struct('>BHHB')     # bits, height, width, layers
+_SEGMENT = struct.Struct('>HH')         # marker, length
+# And Huffman tables, restart interval, comment.
+_KNOWN = frozenset([*JPEG_FRAMES, _SOS, _DQT, *_APPS, 0xFFC4, 0xFFDD, 0xFFFE])
 _SAMPLINGS = {(0x11, 0x11, 0x11), (0x21, 0x11, 0x11), (0x22, 0x11, 0x11),  # 4:4:4, 4:2:2, 4:2:0
               (0x12, 0x11, 0x11), (0x41, 0x11, 0x11), (0x11,), (0x22,)}    # 4:4:0, 4:1:1, grey
 
@@ -171,33 +173,39 @@ def _fast(data: bytes, frame: _Frame, shrunk: int) -> Array | None:
   return pixels if pixels.shape == shape else None
 
 
+def jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
+  """Yields (marker, first byte of the content, end) of a JPEG's segments, up to the one before its pixels.
+
+  At least 6 bytes of the content are there. Ends early at a marker that usual files do not have.
+  """
+  at, marker = 2, 0
+  while marker != _SOS and at + 10 <= len(data):
+    marker, length = _SEGMENT.unpack_from(data, at)
+    if marker not in _KNOWN or length < 2:
+      break
+    yield marker, at + 4, at + 2 + length
+    at += 2 + length
+
+
 def _jpeg_frame(data: bytes) -> _Frame | None:
   """Returns the frame of a JPEG of a kind that simplejpeg decodes as Pillow does, or else None."""
   if data[:2] != b'\xff\xd8' or not _SAME_LIBRARY:
     return None
-  at, frame, plain = 2, None, True
-  try:
-    while True:
-      marker, length = _SEGMENT.unpack_from(data, at)
-      if marker == _SOS:
-        return frame._replace(plain=plain) if frame and at + 2 + length <= len(data) else None
-      if marker in _FRAMES:
-        bits, height, width, count = _FRAME.unpack_from(data, at + 4)
-        samplings = tuple(data[at + 11:at + 2 + length:3])
-        if bits != 8 or length != 8 + 3 * count or samplings not in _SAMPLINGS:
-          return None
-        if not height or not width:
-          return None
-        frame = _Frame(height, width, plain)
-      elif _APP0 <= marker <= _APP15:
-        plain &= marker == _APP0 and length == 16 and data[at + 4:at + 9] == b'JFIF\0'
-      elif marker == _DQT:
-        plain &= not (length - 2) % 65 and max(data[at + 4:at + 2 + length:65], default=0) < 16
-      elif marker not in _PASSED:
+  frame, plain = None, True
+  for marker, start, end in jpeg_segments(data):
+    if marker == _SOS:
+      return frame._replace(plain=plain) if frame and end <= len(data) else None
+    if marker in JPEG_FRAMES:
+      bits, height, width, count = JPEG_FRAME.unpack_from(data, start)
+      samplings = tuple(data[start + 7:end:3])
+      if bits != 8 or end - start != 6 + 3 * count or samplings not in _SAMPLINGS or not height * width:
         return None
-      at += 2 + length
-  except struct.error:  # it ends before its pixels begin
-    return None
+      frame = _Frame(height, width, plain)
+    elif marker == _DQT:
+      plain &= not (end - start) % 65 and max(data[start:end:65], default=0) < 16
+    elif marker in _APPS:
+      plain &= marker == _APPS[0] and end - start == 14 and data[start:start + 5] == b'JFIF\0'
+  return None
 
 
 def _check_size(height: int, width: int) -> None:
