@@ -70,10 +70,10 @@ def test_records_are_samples(tmp_path):
       ('a/000000001', {'png': (1, 4)}, {'txt': '\ufffd'}, [b'4567']),
       ('a/000000002', {}, {'txt': 'no image'}, [])]
   reader = array_record.reader(file.path, ';'.join(IMAGE_KEY))
-  assert reader.read(1, 4) == b'4567' and reader.read_many([(1, 4), (0, 3), (1, 4)]) == [b'4567', b'123', b'4567']
+  assert reader.read_many([(1, 4), (0, 3), (1, 4)]) == [b'4567', b'123', b'4567']
   for row, length in ((0, 4), (2, 1), (3, 1), (-1, 4), (1 << 40, 1)):
     with pytest.raises(InputError, match='--redo=ingest'):
-      reader.read(row, length)
+      reader.read_many([(row, length)])[0]
 
 
 def test_several_values_are_a_list_and_several_images_no_image(tmp_path):
@@ -85,7 +85,7 @@ def test_several_values_are_a_list_and_several_images_no_image(tmp_path):
   (_, members, fields, images), = _read(file, columns=('tags', 'ids', 'none'))[0]
   assert members == {'image': (0, 1)} and images == [b'3']
   assert fields == {'tags': ['a', 'b'], 'ids': [1, 2], 'none': None}
-  assert array_record.reader(file.path, 'jpg;image').read(0, 1) == b'3'
+  assert array_record.reader(file.path, 'jpg;image').read_many([(0, 1)])[0] == b'3'
 
 
 def test_records_of_another_kind_are_listed(tmp_path):
@@ -145,9 +145,9 @@ def test_a_damaged_record_is_listed_and_the_others_count(tmp_path):
   assert [members['jpg'][0] for _, members, *_ in found] == [i for i in range(20) if i != 7]
   assert skipped == [{'key': 'x/000000007', 'reason': 'damaged record'}]
   reader = array_record.reader(str(path), 'jpg')
-  assert reader.read(8, 6000) == images[8]
+  assert reader.read_many([(8, 6000)])[0] == images[8]
   with pytest.raises(InputError, match='is damaged'):
-    reader.read(7, 6000)
+    reader.read_many([(7, 6000)])[0]
 
 
 @pytest.mark.parametrize('options', [array_record.OPTIONS, 'group_size:8'])

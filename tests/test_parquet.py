@@ -57,7 +57,7 @@ def test_files_of_img2dataset(tmp_path):
   assert found[4][2] == {'key': '000000004', 'caption': 'e', 'width': 7, 'json': '{"similarity": 4}'}
   assert [read for *_, read in found] == [[image] if image else [] for image in images]
   reader = parquet.Reader(file.path, ';'.join(IMAGE_KEY))
-  assert [reader.read(row, len(image)) for row, image in enumerate(images) if image] == [
+  assert [reader.read_many([(row, len(image))])[0] for row, image in enumerate(images) if image] == [
       image for image in images if image]
 
 
@@ -91,7 +91,7 @@ def test_a_path_in_place_of_the_bytes_is_listed_and_never_opened(tmp_path):
   assert skipped == [{'key': 'b', 'reason': 'image is not in the file'}]
   assert [(key, members) for key, members, *_ in found] == [('a', {'image': (0, 5)}), ('c', {}), ('d', {})]
   with pytest.raises(InputError):
-    parquet.Reader(str(tmp_path / 'x.parquet'), 'image').read(1, 6)
+    parquet.Reader(str(tmp_path / 'x.parquet'), 'image').read_many([(1, 6)])[0]
 
 
 def test_the_first_name_that_holds_images_counts(tmp_path):
@@ -120,7 +120,7 @@ def test_names_of_columns_may_have_dots(tmp_path):
       'image.bytes': bytes_(b'1'), 'image': pa.array([{'bytes': b'22', 'path': 'x'}]), 'a.b': bytes_(b'333')})
   for name, image in (('image', b'22'), ('image.bytes', b'1'), ('a.b', b'333')):
     assert [read for *_, read in _read(file, [name])[0]] == [[image]]
-    assert parquet.Reader(file.path, name).read(0, len(image)) == image
+    assert parquet.Reader(file.path, name).read_many([(0, len(image))])[0] == image
 
 
 def test_what_a_column_says_can_be_written_as_json(tmp_path):
@@ -187,7 +187,7 @@ def test_a_call_decodes_each_row_group_once_and_rows_in_order_go_on(tmp_path, mo
   assert sorted(started) == [0, 1, 2]
   started.clear()
   reader = parquet.Reader(file.path, 'jpg')
-  assert [reader.read(row, len(image)) for row, image in enumerate(images)] == images
+  assert [reader.read_many([(row, len(image))])[0] for row, image in enumerate(images)] == images
   assert started == [0, 1, 2]
 
 
@@ -203,7 +203,7 @@ def test_one_large_row_group_is_not_held_whole(tmp_path):
   assert sample.members == {'image': (399, 100_000)} and most < 20_000_000
   del sample
   reader = parquet.Reader(file.path, 'image')
-  assert reader.read(20, 100_000) == images[20]
+  assert reader.read_many([(20, 100_000)])[0] == images[20]
   assert pa.total_allocated_bytes() - before < 20_000_000
 
 
@@ -248,9 +248,9 @@ def test_a_damaged_row_group_is_listed_and_the_others_count(tmp_path):
   assert [members['jpg'][0] for _, members, *_ in found] == [*range(10), *range(20, 30)]
   assert skipped == [{'key': 'x.parquet, row 10', 'reason': 'damaged row group'}]
   reader = parquet.Reader(str(path), 'jpg')
-  assert reader.read(25, len(images[25])) == images[25]
+  assert reader.read_many([(25, len(images[25]))])[0] == images[25]
   with pytest.raises(InputError, match='damaged, or not the file'):
-    reader.read(15, len(images[15]))
+    reader.read_many([(15, len(images[15]))])[0]
 
 
 def test_another_file_in_its_place_is_noticed(tmp_path):
@@ -259,7 +259,7 @@ def test_another_file_in_its_place_is_noticed(tmp_path):
   reader = parquet.Reader(str(path), 'jpg')
   for row, length in ((0, 2), (1, 1), (2, 1), (-1, 1), (1 << 60, 1)):
     with pytest.raises(InputError, match='index again with --redo=ingest'):
-      reader.read(row, length)
+      reader.read_many([(row, length)])[0]
 
 
 def test_remote_files_are_read_in_place():
@@ -269,7 +269,7 @@ def test_remote_files_are_read_in_place():
   file = SourceFile('memory://pool/x.parquet', 'x.parquet', 1, 0.0)
   assert [read for *_, read in _read(file)[0]] == [[image] for image in images]
   reader = parquet.Reader(file.path, 'jpg')
-  assert [reader.read(row, len(images[row])) for row in (49, 3, 20)] == [images[row] for row in (49, 3, 20)]
+  assert [reader.read_many([(row, len(images[row]))])[0] for row in (49, 3, 20)] == [images[row] for row in (49, 3, 20)]
 
 
 @pytest.mark.parametrize('how', [

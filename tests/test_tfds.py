@@ -86,7 +86,7 @@ def test_samples_are_those_of_tfds_own_data_source(prepared, kind, split):
                       'nested/b': 'x', 'tags': tags if len(tags) > 1 else tags[0] if tags else None}
     (row, length), = members.values()
     assert key.startswith(f'noise_splits-{split}-') and key.endswith(f'/{row:09d}')
-    assert tfds.reader(file.path, 'jpg;image').read(row, length) == their['image']
+    assert tfds.reader(file.path, 'jpg;image').read_many([(row, length)])[0] == their['image']
   assert len({key for _, key, *_ in found}) == len(found)
   assert len({file.path for file, *_ in found}) == (3 if kind == 'array_record' else 1)
 
@@ -178,7 +178,7 @@ def test_tensorflow_is_not_imported(prepared):
           'scan = sources.scan("tfds", files[0], label_key="label")\n'
           'row = scan.records[0]\n'
           'reader = formats.get("tfds").open({"path": files[0].path, "image_key": "image"})\n'
-          'assert len(reader.read(row.offset, row.length)) == row.length\n'
+          'assert len(reader.read_many([(row.offset, row.length)])[0]) == row.length\n'
           'assert sources.classes("tfds", sys.argv[1], "label") == ("cat", "dog")\n'
           'assert "tensorflow" not in sys.modules')
   done = subprocess.run([sys.executable, '-c', code, os.path.join(prepared['array_record'], 'train')],

@@ -98,10 +98,6 @@ class Reader:
     self._path, self._values = path, values
     self._names = [name.strip() for name in image_key.lower().split(';')]
 
-  def read(self, row: int, length: int) -> bytes:
-    """Returns the image of a record, which has `length` bytes."""
-    return self.read_many([(row, length)])[0]
-
   def read_many(self, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
     """Returns the images of [(row, length)]."""
     images = []
@@ -188,38 +184,44 @@ def _parsed(record: bytes) -> Mapping[str, Any] | None:
     return None
 
 
+# tf.train.Example by its published fields, as protocol buffers describe a file of messages.
+_EXAMPLE = """
+name: 'clip_jax/example.proto'  package: 'tensorflow'  syntax: 'proto3'
+message_type { name: 'BytesList'  field { name: 'value'  number: 1  label: LABEL_REPEATED  type: TYPE_BYTES } }
+message_type { name: 'FloatList'  field { name: 'value'  number: 1  label: LABEL_REPEATED  type: TYPE_FLOAT } }
+message_type { name: 'Int64List'  field { name: 'value'  number: 1  label: LABEL_REPEATED  type: TYPE_INT64 } }
+message_type {
+  name: 'Feature'
+  oneof_decl { name: 'kind' }
+  field { name: 'bytes_list'  number: 1  label: LABEL_OPTIONAL  type: TYPE_MESSAGE  type_name: '.tensorflow.BytesList'
+          oneof_index: 0 }
+  field { name: 'float_list'  number: 2  label: LABEL_OPTIONAL  type: TYPE_MESSAGE  type_name: '.tensorflow.FloatList'
+          oneof_index: 0 }
+  field { name: 'int64_list'  number: 3  label: LABEL_OPTIONAL  type: TYPE_MESSAGE  type_name: '.tensorflow.Int64List'
+          oneof_index: 0 }
+}
+message_type {
+  name: 'Features'
+  field { name: 'feature'  number: 1  label: LABEL_REPEATED  type: TYPE_MESSAGE
+          type_name: '.tensorflow.Features.FeatureEntry' }
+  nested_type {
+    name: 'FeatureEntry'
+    options { map_entry: true }
+    field { name: 'key'  number: 1  label: LABEL_OPTIONAL  type: TYPE_STRING }
+    field { name: 'value'  number: 2  label: LABEL_OPTIONAL  type: TYPE_MESSAGE  type_name: '.tensorflow.Feature' }
+  }
+}
+message_type {
+  name: 'Example'
+  field { name: 'features'  number: 1  label: LABEL_OPTIONAL  type: TYPE_MESSAGE  type_name: '.tensorflow.Features' }
+}
+"""
+
+
 @functools.cache
 def _example_type():
-  """Returns the class of tf.train.Example messages, from its published fields."""
-  from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
-  file = descriptor_pb2.FileDescriptorProto(
-      name='clip_jax/example.proto', package='tensorflow', syntax='proto3')
-  kinds = descriptor_pb2.FieldDescriptorProto
-
-  def message(name: str, parent=file.message_type):
-    made = parent.add()
-    made.name = name
-    return made
-
-  def field(to, name: str, number: int, kind: int, repeated: bool = False, **more):
-    return to.field.add(name=name, number=number, type=kind, **more,
-                        label=kinds.LABEL_REPEATED if repeated else kinds.LABEL_OPTIONAL)
-
-  feature = message('Feature')
-  feature.oneof_decl.add(name='kind')
-  for number, (name, kind) in enumerate([('Bytes', kinds.TYPE_BYTES), ('Float', kinds.TYPE_FLOAT),
-                                         ('Int64', kinds.TYPE_INT64)], 1):
-    field(message(f'{name}List'), 'value', 1, kind, repeated=True)
-    field(feature, f'{name.lower()}_list', number, kinds.TYPE_MESSAGE,
-          type_name=f'.tensorflow.{name}List', oneof_index=0)
-  features = message('Features')
-  entry = message('FeatureEntry', features.nested_type)
-  entry.options.map_entry = True
-  field(entry, 'key', 1, kinds.TYPE_STRING)
-  field(entry, 'value', 2, kinds.TYPE_MESSAGE, type_name='.tensorflow.Feature')
-  field(features, 'feature', 1, kinds.TYPE_MESSAGE, True,
-        type_name='.tensorflow.Features.FeatureEntry')
-  field(message('Example'), 'features', 1, kinds.TYPE_MESSAGE, type_name='.tensorflow.Features')
+  """Returns the class of tf.train.Example messages."""
+  from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format  # only this format's
   pool = descriptor_pool.DescriptorPool()  # its own: others may have defined tensorflow.Example
-  pool.Add(file)
+  pool.Add(text_format.Parse(_EXAMPLE, descriptor_pb2.FileDescriptorProto()))
   return message_factory.GetMessageClass(pool.FindMessageTypeByName('tensorflow.Example'))

@@ -24,7 +24,7 @@ import numpy as np
 from clip_jax.core import files
 from clip_jax.core.errors import InputError
 from clip_jax.core.types import Array
-from clip_jax.data import array_record, formats, storage, webdataset
+from clip_jax.data import array_record, storage, webdataset
 from clip_jax.data.reader import Source
 from clip_jax.data.table import Sample, read_columns
 
@@ -36,6 +36,7 @@ _MOST_KEY = 1 << 10       # characters of a key that is made safe
 _MOST_HEADERS = 1 << 22   # bytes of the headers of one member; more is no honest tar
 # Of a member's name: it has .. among its parts, or is absolute, on some system.
 _LEADS_OUT = re.compile(r'(?:^|[/\\])\.\.(?:[/\\]|$)|^[/\\]|^[A-Za-z]:').search
+_Tar = storage.File | storage.RemoteFile
 _STARTS = {b'\xff\xd8\xff': 'jpg', b'\x89PNG\r\n': 'png'}  # an image's first bytes -> its ending
 
 
@@ -46,7 +47,7 @@ class _Run:
   begin: int
   end: int
 
-  def blocks(self, tar: formats.Reader) -> Iterator[bytes]:
+  def blocks(self, tar: _Tar) -> Iterator[bytes]:
     for at in range(self.begin, self.end, _AT_ONCE):
       yield tar.read(at, min(_AT_ONCE, self.end - at))
     yield bytes((self.begin - self.end) % _BLOCK)  # a source that was cut can end before these
@@ -57,10 +58,10 @@ class _Made:
   """A sample whose members get new headers."""
   path: str  # of a source tar, else ''
   key: str
-  members: Callable[[formats.Reader | None], Mapping[str, bytes]]  # reads them of that tar
+  members: Callable[[_Tar | None], Mapping[str, bytes]]  # reads them of that tar
   lengths: dict[str, int] = dataclasses.field(default_factory=dict)  # known when they were read
 
-  def blocks(self, tar: formats.Reader | None) -> Iterator[bytes]:
+  def blocks(self, tar: _Tar | None) -> Iterator[bytes]:
     for ending, data in self.members(tar).items():
       self.lengths[ending] = len(data)
       info = tarfile.TarInfo(f'{self.key}.{ending}')
@@ -203,7 +204,7 @@ def _plan_copy(plan: _Plan, path: str, sample: Sample, headers: Mapping[int, int
       plan.pieces.append(_Run(path, begin, end))
 
 
-def _members(members: Mapping[str, tuple[int, int]], tar: formats.Reader) -> dict[str, bytes]:
+def _members(members: Mapping[str, tuple[int, int]], tar: _Tar) -> dict[str, bytes]:
   return {ending: tar.read(*place) for ending, place in members.items()}
 
 

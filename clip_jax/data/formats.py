@@ -15,13 +15,10 @@ from clip_jax.data.table import Sample
 
 
 class Reader(Protocol):
-  """An open source file. Threads may read at once; closed when nobody holds it any more.
+  """An open source file. Threads may read at once; closed when nobody holds it any more."""
 
-  It may also have read_many([(offset, length)]) -> [bytes], where one call costs less than many.
-  """
-
-  def read(self, offset: int, length: int) -> bytes:
-    """Returns the bytes of an image, given the `offset` and the `length` of its row in the table.
+  def read_many(self, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+    """Returns the bytes of images, given the `offset` and the `length` of their rows in the table.
 
     Where a file has no byte offsets that mean something, `offset` is the number of its row.
     """

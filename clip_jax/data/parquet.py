@@ -105,10 +105,6 @@ class Reader:
   def __len__(self) -> int:
     return self._file.starts[-1]
 
-  def read(self, row: int, length: int) -> bytes:
-    """Returns the image of a row, which has `length` bytes."""
-    return self.read_many([(row, length)])[0]
-
   def read_many(self, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
     """Returns the images of [(row, length)]; each row group is read once."""
     found = self.values([row for row, _ in ranges])

@@ -51,15 +51,15 @@ class Source:
 
     Raises InputError for a row of vectors whose image is nowhere.
     """
-    place = self._row(row)
-    return self._sample(self._image(row, *place[:3]), place)
+    return self.many([row])[0]
 
   def many(self, rows: Sequence[int]) -> list[dict[str, Any]]:
     """Returns [self[row] for row in rows], sooner where a file or a storage gives many at once."""
     rows = [operator.index(row) for row in rows]
     places = [self._row(row) for row in rows]
-    return [self._sample(image, place)
-            for image, place in zip(self._images(rows, places), places, strict=True)]
+    images = self._images(rows, places)
+    return [{'image': images[k], 'label': label, 'caption': self._captions[offset:offset + length].decode()}
+            for k, (_, _, _, offset, length, label) in enumerate(places)]
 
   def caption(self, row: int) -> str:
     """Returns the caption of a row without reading its image."""
@@ -137,20 +137,34 @@ class Source:
       raise IndexError(f'row {row} of {len(self._table)} in {self._directory}')
     return self._table[row].item()
 
-  def _sample(self, image: bytes, place: tuple[int, int, int, int, int, int]) -> dict[str, Any]:
-    _, _, _, offset, length, label = place
-    return {'image': image, 'label': label,
-            'caption': self._captions[offset:offset + length].decode()}
-
-  def _image(self, row: int, shard: int, offset: int, length: int) -> bytes:
-    where = self._files['shards'][shard]
-    if not formats.get(where['format']).open:
-      return self._keyed_image(row, shard)
-    path = where['path'] or os.path.join(where['root'], self._path(row))
-    with _readable(path):
-      reader = (self._opened(shard) if where['path'] else
-                formats.get(where['format']).open({**where, 'path': path}))
-      return _whole(path, offset, length, reader.read(offset, length))
+  def _images(self, rows: Sequence[int], places: Sequence[tuple]) -> dict[int, bytes]:
+    """Returns the images of rows, by their places in `rows`: of one file, or of a remote storage, by one call."""
+    images, remote = {}, []
+    shards = collections.defaultdict(list)
+    for k, place in enumerate(places):
+      shards[place[0]].append(k)
+    for shard, those in shards.items():
+      where = self._files['shards'][shard]
+      path, opener = where['path'], formats.get(where['format']).open
+      if not opener:  # vectors
+        images |= {k: self._keyed_image(rows[k], shard) for k in those}
+      elif not path:  # each image is a file
+        for k in those:
+          file = os.path.join(where['root'], self._path(rows[k]))
+          with _readable(file):
+            images |= _whole(file, opener({**where, 'path': file}).read_many([places[k][1:3]]), [k], places)
+      else:
+        with _readable(path):
+          reader = self._opened(shard)
+          if isinstance(reader, storage.RemoteFile):
+            remote += those
+          else:
+            images |= _whole(path, reader.read_many([places[k][1:3] for k in those]), those, places)
+    paths = [self._files['shards'][places[k][0]]['path'] for k in remote]
+    parts = storage.read_ranges([(path, *places[k][1:3]) for path, k in zip(paths, remote)])
+    for path, k, data in zip(paths, remote, parts, strict=True):
+      images |= _whole(path, [data], [k], places)
+    return images
 
   def _keyed_image(self, row: int, shard: int) -> bytes:
     """Returns the image of a row of vectors, which its key names."""
@@ -161,32 +175,6 @@ class Source:
     key = read_key(self._directory, shard, row - int(self.starts[shard]))
     with _readable(where['images']):
       return keyed_images.KeyedImages(where['images']).read(key)
-
-  def _images(self, rows: Sequence[int], places: Sequence[tuple]) -> list[bytes]:
-    """Returns the images of rows: of a file that can read many at once by one call."""
-    images, remote = [b''] * len(rows), []
-    shards = collections.defaultdict(list)
-    for k, place in enumerate(places):
-      shards[place[0]].append(k)
-    for shard, those in shards.items():
-      where = self._files['shards'][shard]
-      path = where['path'] if formats.get(where['format']).open else ''
-      with _readable(path):
-        reader = self._opened(shard) if path else None
-        if isinstance(reader, storage.RemoteFile):
-          remote += those
-        elif hasattr(reader, 'read_many'):
-          parts = reader.read_many([places[k][1:3] for k in those])
-          for k, data in zip(those, parts, strict=True):
-            images[k] = _whole(path, *places[k][1:3], data)
-        else:
-          for k in those:
-            images[k] = self._image(rows[k], *places[k][:3])
-    paths = [self._files['shards'][places[k][0]]['path'] for k in remote]
-    parts = storage.read_ranges([(path, *places[k][1:3]) for path, k in zip(paths, remote)])
-    for path, k, data in zip(paths, remote, parts, strict=True):
-      images[k] = _whole(path, *places[k][1:3], data)
-    return images
 
   def _open(self, shard: int) -> formats.Reader:
     where = self._files['shards'][shard]
@@ -227,12 +215,14 @@ def _readable(path: str) -> Iterator[None]:
                      'index again with --redo=ingest.') from error
 
 
-def _whole(path: str, offset: int, length: int, data: bytes) -> bytes:
-  """Returns the bytes of an image when they are all there."""
-  if len(data) != length:
-    raise InputError(f'{path} ends at byte {offset + len(data)}, inside a sample: it is not the '
-                     'file that was indexed. Put that back, or index again with --redo=ingest.')
-  return data
+def _whole(path: str, images: Sequence[bytes], those: Sequence[int], places: Sequence[tuple]) -> dict[int, bytes]:
+  """Returns images of a file by their numbers `those`; raises InputError where one is not as long as its place says."""
+  for k, data in zip(those, images, strict=True):
+    _, offset, length, *_ = places[k]
+    if len(data) != length:
+      raise InputError(f'{path} ends at byte {offset + len(data)}, inside a sample: it is not the '
+                       'file that was indexed. Put that back, or index again with --redo=ingest.')
+  return dict(zip(those, images))
 
 
 def _mapped(path: str) -> mmap.mmap | bytes:

@@ -71,6 +71,10 @@ class File:
     """Returns `length` bytes from `offset`, fewer where the file ends. Threads may read at once."""
     return os.pread(self._fd, length, offset)
 
+  def read_many(self, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+    """Returns the bytes of each (offset, length)."""
+    return [self.read(offset, length) for offset, length in ranges]
+
 
 class RemoteFile:
   """A remote file: nothing is open between two reads, and any thread or process may read."""
