@@ -16,6 +16,9 @@ import os
 import threading
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from clip_jax.core.errors import InputError
 from clip_jax.data import storage
 from clip_jax.data.storage import SourceFile
@@ -142,7 +145,7 @@ class Reader:
     ends = self._ends[group]
     while True:
       try:
-        batch = _bytes(next(stream).column(self._file.column))
+        batch = _part(next(stream).column(self._file.column), 'bytes')
       except (_Damage, StopIteration) as error:
         raise self._changed() from error
       if number == len(ends):
@@ -223,7 +226,7 @@ def _samples(file: _File, name: str, key: str | None, columns: list[str],
 def _rows(batch, column: str, columns: list[str]) -> Iterator[tuple[Any, bool, dict[str, Any]]]:
   """Yields of each row the image's bytes, or None; whether a path stands for them; the rest."""
   with _damage():
-    images, paths = _bytes(batch.column(column)), _paths(batch.column(column))
+    images, paths = (_part(batch.column(column), name) for name in ('bytes', 'path'))  # no path is ever opened
     arrays = {name: batch.column(name) for name in columns}
     for i in range(batch.num_rows):
       image = _buffer(images, i)
@@ -238,7 +241,6 @@ def _read(data, ending: str, most: int) -> bytes:
 @contextlib.contextmanager
 def _damage() -> Iterator[None]:
   """Raises _Damage for whatever pyarrow raises on damaged files; other errors pass."""
-  import pyarrow as pa
   errors = pa.ArrowException, OSError, ValueError, OverflowError, IndexError, KeyError
   try:
     yield
@@ -250,7 +252,6 @@ def _damage() -> Iterator[None]:
 
 def _parquet(path: str):
   """Returns a pyarrow ParquetFile. A footer cannot ask for more items than the file has bytes."""
-  import pyarrow.parquet as pq
   local = '://' not in path
   size = os.path.getsize(path) if local else _MOST['string']
   with _damage():
@@ -278,89 +279,62 @@ def _open(path: str, image_key: Sequence[str]) -> _File:
 
 def _image_column(schema, names: Sequence[str], path: str) -> tuple[str, str, str]:
   """Returns the column of images, the path of its bytes in the file, and which of `names` it is."""
-  import pyarrow.types as kinds
   fields = {field.name.lower(): field for field in schema}
-  for name in names:
-    if name in fields:
-      kind, column = _stored(fields[name].type), fields[name].name
-      if _holds_bytes(kind):
-        return column, column, name
-      if kinds.is_struct(kind) and kind.get_field_index('bytes') >= 0 and _holds_bytes(
-          _stored(kind.field('bytes').type)):
-        return column, f'{column}.bytes', name
+  for name in filter(fields.__contains__, names):
+    kind, column = _stored(fields[name].type), fields[name].name
+    if _holds_bytes(kind):
+      return column, column, name
+    if pa.types.is_struct(kind) and kind.get_field_index('bytes') >= 0 and _holds_bytes(
+        _stored(kind.field('bytes').type)):
+      return column, f'{column}.bytes', name
   have = ', '.join(f'{field.name} ({field.type})' for field in schema)
   raise InputError(f'{path} has no column of image bytes, or of {{bytes, path}}, among '
                    f'{", ".join(names)}; it has {have[:500]}. Name it in image_key.')
 
 
 def _holds_bytes(kind) -> bool:
-  import pyarrow.types as kinds
-  return kinds.is_binary(kind) or kinds.is_large_binary(kind) or kinds.is_binary_view(kind)
+  return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
 
 
 def _stored(kind):
   """Returns the type of the values, whether they are wrapped in an extension or a dictionary."""
-  import pyarrow as pa
   while isinstance(kind, pa.BaseExtensionType | pa.DictionaryType):
     kind = kind.storage_type if isinstance(kind, pa.BaseExtensionType) else kind.value_type
   return kind
 
 
-def _bytes(array):
-  """Returns the images of a column's batch as an array of bytes, or a dictionary of them."""
-  import pyarrow as pa
+def _part(array, name: str):
+  """Returns the field 'bytes' or 'path' of a batch of images, None where it has none; bytes alone are themselves."""
   if isinstance(array, pa.ExtensionArray):
     array = array.storage
-  if isinstance(array, pa.StructArray):
-    return _bytes(array.flatten()[array.type.get_field_index('bytes')])  # null where the parent is
-  return array
+  if not isinstance(array, pa.StructArray):
+    return array if name == 'bytes' else None
+  place = array.type.get_field_index(name)
+  return None if place < 0 else _part(array.flatten()[place], 'bytes')  # null where the parent is
 
 
 def _buffer(array, i: int):
   """Returns the bytes of one value without a copy, None for null."""
-  import pyarrow as pa
   value = array[i]
   if isinstance(value, pa.DictionaryScalar):
     value = value.value
   return value.as_buffer() if value.is_valid else None
 
 
-def _paths(array):
-  """Returns the paths beside the images, None where there are none.
-
-  A path is never opened: any file of this machine could stand there.
-  """
-  import pyarrow as pa
-  if isinstance(array, pa.ExtensionArray):
-    array = array.storage
-  if not isinstance(array, pa.StructArray) or array.type.get_field_index('path') < 0:
-    return None
-  return array.flatten()[array.type.get_field_index('path')]
-
-
 def _python(array, i: int) -> Any:
   """Returns a value of a column as JSON could hold it, None where it has no Python value."""
-  import pyarrow as pa
   value = array[i]
   if isinstance(value, pa.DictionaryScalar):
     value = value.value
   if not value.is_valid:
     return None
   if isinstance(value, pa.StringScalar | pa.BinaryScalar):  # text may be no UTF-8
-    return value.as_buffer().to_pybytes().decode('utf-8', 'replace')
+    return _as_text(value.as_buffer().to_pybytes())
   try:
-    return _plain(value.as_py())
+    return json.loads(json.dumps(value.as_py(), default=_as_text))
   except (pa.ArrowException, ValueError, OverflowError):  # a time that Python does not know
     return None
 
 
-def _plain(value: Any) -> Any:
-  if value is None or isinstance(value, str | int | float):
-    return value
-  if isinstance(value, bytes):
-    return value.decode('utf-8', 'replace')
-  if isinstance(value, dict):
-    return {str(name): _plain(part) for name, part in value.items()}
-  if isinstance(value, list | tuple):
-    return [_plain(part) for part in value]
-  return str(value)
+def _as_text(value: Any) -> str:
+  return value.decode('utf-8', 'replace') if isinstance(value, bytes) else str(value)

@@ -12,7 +12,7 @@ import os
 from typing import Any
 
 from clip_jax.core.errors import InputError
-from clip_jax.data import array_record, parquet
+from clip_jax.data import array_record
 from clip_jax.data.storage import SourceFile
 from clip_jax.data.table import Sample
 
@@ -77,6 +77,7 @@ def reader(path: str, image_key: str) -> array_record.Reader:
 def _records(path: str):
   """Returns the function that reads records of a file, and their number."""
   if '.parquet' in os.path.basename(path):
+    from clip_jax.data import parquet  # as in formats.py: with pyarrow
     rows = parquet.Reader(path, _RECORDS)
     return rows.values, len(rows)
   records = array_record.Records(path)
