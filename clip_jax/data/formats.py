@@ -9,7 +9,7 @@ from typing import Protocol
 
 from clip_jax.core.config import nearest
 from clip_jax.core.errors import ConfigError
-from clip_jax.data import array_record, folder, storage, tfds, vectors, webdataset
+from clip_jax.data import array_record, folder, storage, tfds, webdataset
 from clip_jax.data.storage import SourceFile
 from clip_jax.data.table import Sample
 
@@ -55,6 +55,11 @@ def get(name: str) -> Format:
   return FORMATS[name]
 
 
+# Globs of what is looked for in a folder; the first that finds a file counts: clip-retrieval's and
+# clip-ood's layout, then DataComp's, whose .npz lie beside .parquet files of metadata.
+_VECTOR_FILES = ('img_emb/*.npy', 'images/img_emb_*.npy', '*.npy', '*.npz', '*.parquet')
+
+
 def _parquet():
   from clip_jax.data import parquet  # with pyarrow: 0.3 s and 30 MB that processes which load tars do not need
   return parquet
@@ -80,5 +85,5 @@ FORMATS = {
         lambda files, root, *names: array_record.samples(files[0], *names),
         lambda where: array_record.reader(where['path'], where['image_key']),
         ('*.array_record', '*.array_record-*', '*.arrayrecord')),
-    'embeddings': Format(None, None, vectors.PATTERNS, True, remote=True),
+    'embeddings': Format(None, None, _VECTOR_FILES, True, remote=True),
 }

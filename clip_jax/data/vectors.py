@@ -16,6 +16,8 @@ from typing import Any, BinaryIO
 import zipfile
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from clip_jax.core import files, progress
 from clip_jax.core.errors import InputError
@@ -23,9 +25,6 @@ from clip_jax.core.types import Array
 from clip_jax.data import storage
 from clip_jax.data.storage import SourceFile
 
-# Globs of what is looked for in a folder; the first that finds a file counts: clip-retrieval's and
-# clip-ood's layout, then DataComp's, whose .npz lie beside .parquet files of metadata.
-PATTERNS = ('img_emb/*.npy', 'images/img_emb_*.npy', '*.npy', '*.npz', '*.parquet')
 LEAST_NORM, MOST_NORM = 0.9, 1.1
 _BLOCK = 1 << 24             # bytes of float32 in a block
 _COPIED_AT_ONCE = 1 << 23    # bytes of a remote file
@@ -87,7 +86,7 @@ def blocks(path: str, found: Head, block_rows: int = 0) -> Iterator[tuple[int, A
   file is damaged or ends early.
   """
   step = block_rows or max(1, _BLOCK // (4 * max(found.dim, 1)))
-  make = {'npz': _npz_blocks, 'parquet': _parquet_blocks}.get(found.kind, _flat_blocks)
+  make = _parquet_blocks if found.kind == 'parquet' else _array_blocks
   with _readable(path):
     start = 0
     for block in make(path, found, step):
@@ -191,11 +190,11 @@ def _npy_head(f: BinaryIO, path: str, size: int) -> Head:
 
 def _array_header(f: BinaryIO, path: str) -> tuple[tuple[int, ...], bool, np.dtype]:
   """Reads the header of an npy, and no more: (shape, is it in Fortran's order, dtype)."""
-  version = np.lib.format.read_magic(f)
+  lib = np.lib.format
+  version = lib.read_magic(f)
   if version not in ((1, 0), (2, 0), (3, 0)):
     raise InputError(f'{path} is an .npy of version {version}, which is not known. Write it with '
                      'np.save.')
-  lib = np.lib.format
   return (lib.read_array_header_1_0 if version == (1, 0) else lib.read_array_header_2_0)(f)
 
 
@@ -211,47 +210,37 @@ def _check_array(path: str, shape: tuple[int, ...], dtype: np.dtype) -> None:
 
 
 def _npz_head(f: BinaryIO, path: str, key: str) -> Head:
-  found, others = {}, {}
+  found = {}
   with zipfile.ZipFile(f) as archive:
     members = {info.filename.removesuffix('.npy'): info for info in archive.infolist()
                if info.filename.endswith('.npy')}
     if key and key not in members:
       raise InputError(f'{path} has no array {key!r}, which vector_key names; it has '
                        f'{", ".join(members) or "none"}.')
-    for name, info in members.items():
-      if key not in ('', name):
-        continue
-      with archive.open(info) as member:
+    for name in [key] if key else members:
+      with archive.open(members[name]) as member:
         shape, fortran, dtype = _array_header(member, f'{path}, {name},')
         offset = member.tell()
       if key or len(shape) == 2 and dtype.kind == 'f':
         _check_array(f'{path}, {name},', shape, dtype)
         found[name] = Head('npz', *shape, dtype, name, offset, fortran)
-        if info.file_size != offset + math.prod(shape) * dtype.itemsize:
+        if members[name].file_size != offset + math.prod(shape) * dtype.itemsize:
           raise InputError(f'{path}: the array {name!r} is cut short. Put the whole file there.')
-      else:
-        others[name] = shape
-  return _only_one(path, found, 'arrays of vectors', 'array of vectors', others)
+  return _only_one(path, found, 'arrays of vectors', 'array of vectors', members)
 
 
 def _parquet_head(f: BinaryIO, path: str, key: str) -> Head:
-  import pyarrow as pa
-  import pyarrow.parquet as pq
   file = pq.ParquetFile(f)
   schema, rows = file.schema_arrow, file.metadata.num_rows
   if key and key not in schema.names:
     raise InputError(f'{path} has no column {key!r}, which vector_key names; it has '
                      f'{", ".join(schema.names)}.')
-  found = {}
-  for field in schema:
-    if (not key and _floats(field.type)) or field.name == key:
-      if not _floats(field.type):
-        raise InputError(f'{path}: the column {key!r} holds {field.type}, no lists of float '
-                         'numbers.')
-      found[field.name] = field.type
-  name = _only_one(path, {name: name for name in found}, 'columns of vectors', 'column of vectors',
-                   schema.names)
-  kind = found[name]
+  if key and not _floats(schema.field(key).type):
+    raise InputError(f'{path}: the column {key!r} holds {schema.field(key).type}, no lists of float '
+                     'numbers.')
+  found = {field.name: field for field in schema if field.name == key or not key and _floats(field.type)}
+  field = _only_one(path, found, 'columns of vectors', 'column of vectors', schema.names)
+  name, kind = field.name, field.type
   if pa.types.is_fixed_size_list(kind):
     dim = kind.list_size
   else:
@@ -264,13 +253,11 @@ def _parquet_head(f: BinaryIO, path: str, key: str) -> Head:
 
 def is_vectors(path: str) -> bool:
   """Returns whether a parquet file has a column of vectors."""
-  import pyarrow.parquet as pq
   with _readable(path), storage.open_stream(path) as f:
     return any(_floats(field.type) for field in pq.read_schema(f))
 
 
 def _floats(kind: Any) -> bool:
-  import pyarrow as pa
   lists = (pa.types.is_list(kind) or pa.types.is_large_list(kind)
            or pa.types.is_fixed_size_list(kind))
   return lists and pa.types.is_floating(kind.value_type)
@@ -285,37 +272,36 @@ def _only_one(path: str, found: dict, many: str, one: str, others: Any) -> Any:
   return next(iter(found.values()))
 
 
-def _flat_blocks(path: str, found: Head, step: int) -> Iterator[Array]:
-  if found.fortran:  # rows are not together; the map is read as it is needed
-    mapped = np.memmap(path, found.dtype, 'r', found.offset, (found.rows, found.dim), 'F')
-    for start in range(0, found.rows, step):
-      yield np.ascontiguousarray(mapped[start:start + step])
+def _array_blocks(path: str, found: Head, step: int) -> Iterator[Array]:
+  if found.fortran:  # rows are not together: a map is read as it is needed, an array of an npz is held whole
+    if found.kind == 'npz':
+      with np.load(path, allow_pickle=False) as arrays:
+        whole = arrays[found.name]
+    else:
+      whole = np.memmap(path, found.dtype, 'r', found.offset, (found.rows, found.dim), 'F')
+    yield from (np.ascontiguousarray(whole[start:start + step]) for start in range(0, found.rows, step))
     return
-  with open(path, 'rb') as f:
-    f.seek(found.offset)
+  row = found.dim * found.dtype.itemsize
+  with _numbers(path, found) as f:
     for start in range(0, found.rows, step):
-      rows = min(step, found.rows - start)
-      numbers = np.fromfile(f, found.dtype, rows * found.dim)
-      yield numbers[:len(numbers) // found.dim * found.dim].reshape(-1, found.dim)
-
-
-def _npz_blocks(path: str, found: Head, step: int) -> Iterator[Array]:
-  if found.fortran:
-    with np.load(path, allow_pickle=False) as arrays:
-      whole = arrays[found.name]
-    yield from (whole[start:start + step] for start in range(0, found.rows, step))
-    return
-  with zipfile.ZipFile(path) as archive, archive.open(f'{found.name}.npy') as member:
-    member.read(found.offset)
-    row = found.dim * found.dtype.itemsize
-    for start in range(0, found.rows, step):
-      data = member.read(row * min(step, found.rows - start))
+      data = f.read(row * min(step, found.rows - start))
       yield np.frombuffer(data, found.dtype, len(data) // row * found.dim).reshape(-1, found.dim)
 
 
+@contextlib.contextmanager
+def _numbers(path: str, found: Head) -> Iterator[BinaryIO]:
+  """Opens a file, or the member of an npz, where its numbers begin."""
+  if found.kind == 'npz':
+    with zipfile.ZipFile(path) as archive, archive.open(f'{found.name}.npy') as member:
+      member.read(found.offset)
+      yield member
+  else:
+    with open(path, 'rb') as f:
+      f.seek(found.offset)
+      yield f
+
+
 def _parquet_blocks(path: str, found: Head, step: int) -> Iterator[Array]:
-  import pyarrow as pa
-  import pyarrow.parquet as pq
   start = 0
   with pq.ParquetFile(path) as file:
     for batch in file.iter_batches(step, columns=[found.name]):
