@@ -6,11 +6,10 @@ members of a sample are copied as they are, headers and all.
 """
 
 import collections
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 import contextlib
 import dataclasses
 import errno
-import functools
 import hashlib
 import io
 import json
@@ -36,47 +35,16 @@ _MOST_KEY = 1 << 10       # characters of a key that is made safe
 _MOST_HEADERS = 1 << 22   # bytes of the headers of one member; more is no honest tar
 # Of a member's name: it has .. among its parts, or is absolute, on some system.
 _LEADS_OUT = re.compile(r'(?:^|[/\\])\.\.(?:[/\\]|$)|^[/\\]|^[A-Za-z]:').search
-_Tar = storage.File | storage.RemoteFile
 _STARTS = {b'\xff\xd8\xff': 'jpg', b'\x89PNG\r\n': 'png'}  # an image's first bytes -> its ending
 
 
 @dataclasses.dataclass
-class _Run:
-  """Bytes of a source tar that are copied as they are: samples that lie one after another."""
-  path: str
-  begin: int
-  end: int
-
-  def blocks(self, tar: _Tar) -> Iterator[bytes]:
-    for at in range(self.begin, self.end, _AT_ONCE):
-      yield tar.read(at, min(_AT_ONCE, self.end - at))
-    yield bytes((self.begin - self.end) % _BLOCK)  # a source that was cut can end before these
-
-
-@dataclasses.dataclass
-class _Made:
-  """A sample whose members get new headers."""
-  path: str  # of a source tar, else ''
-  key: str
-  members: Callable[[_Tar | None], Mapping[str, bytes]]  # reads them of that tar
-  lengths: dict[str, int] = dataclasses.field(default_factory=dict)  # known when they were read
-
-  def blocks(self, tar: _Tar | None) -> Iterator[bytes]:
-    for ending, data in self.members(tar).items():
-      self.lengths[ending] = len(data)
-      info = tarfile.TarInfo(f'{self.key}.{ending}')
-      info.size = len(data)
-      yield info.tobuf(tarfile.GNU_FORMAT, 'utf-8') + data + bytes(-len(data) % _BLOCK)
-
-
-@dataclasses.dataclass
-class _Plan:
-  """What a tar is to hold, in order."""
-  pieces: list[_Run | _Made] = dataclasses.field(default_factory=list)
-  # key -> ending -> bytes of that member; None where they are known when it was read
-  samples: dict[str, dict[str, int] | None] = dataclasses.field(default_factory=dict)
-  renamed: int = 0
+class _Contents:
+  """What was put into a file that is being written."""
+  samples: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)  # key -> ending -> bytes of that member
   copies: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+  renamed: int = 0
+  made: int = 0  # samples whose members got new headers
   refused: list[dict[str, str]] = dataclasses.field(default_factory=list)
 
   def name(self, key: str) -> str:
@@ -86,16 +54,8 @@ class _Plan:
       self.copies[key] += 1
       free = f'{key}-{self.copies[key] + 1}'
     self.renamed += free != key
-    self.samples[free] = None
+    self.samples[free] = {}
     return free
-
-  def blocks(self) -> Iterator[bytes]:
-    path, tar = '', None  # one is open at a time: few rows can lie in more tars than may be open
-    for piece in self.pieces:
-      if piece.path != path:
-        path, tar = piece.path, storage.open_file(piece.path) if piece.path else None
-      yield from piece.blocks(tar)
-    yield bytes(2 * _BLOCK)
 
 
 def write_tar(path: str, directory: str, rows: Array) -> dict[str, Any]:  # rows: [n] int64, sorted
@@ -108,24 +68,17 @@ def write_tar(path: str, directory: str, rows: Array) -> dict[str, Any]:  # rows
   renamed, and refused: {'key', 'reason'} of samples whose names lead out of the folder that they
   are unpacked in.
   """
-  plan, source = _Plan(), Source(directory)
-  for shard, where, some in _by_shard(directory, rows):
-    if where['format'] == 'webdataset':
-      _plan_copies(plan, where['path'], directory, some)
-    else:
-      _plan_made(plan, source, some, _keys(directory, shard, some))
-  digest = hashlib.sha256()
+  contents, digest = _Contents(), hashlib.sha256()
   with files.atomic(path) as temporary:
     with temporary.open('wb') as f:
-      for block in plan.blocks():
+      for block in _tar(contents, directory, rows):
         digest.update(block)
         f.write(block)
-    members = _check_tar(os.fspath(temporary), path, plan, digest.hexdigest())
+    members = _check_tar(os.fspath(temporary), path, contents, digest.hexdigest())
     size = temporary.stat().length
-  made = sum(isinstance(piece, _Made) for piece in plan.pieces)
-  return {'samples': len(plan.samples), 'members': members, 'bytes': size,
-          'sha256': digest.hexdigest(), 'copied': len(plan.samples) - made,
-          'renamed': plan.renamed, 'refused': plan.refused}
+  return {'samples': len(contents.samples), 'members': members, 'bytes': size,
+          'sha256': digest.hexdigest(), 'copied': len(contents.samples) - contents.made,
+          'renamed': contents.renamed, 'refused': contents.refused}
 
 
 def write_array_record(path: str, directory: str, rows: Array) -> dict[str, Any]:  # [n] int64
@@ -134,16 +87,13 @@ def write_array_record(path: str, directory: str, rows: Array) -> dict[str, Any]
   Each has key, the image under its type's ending ('jpg', 'png', 'webp', 'image'), txt, and label
   where it has one. Records are found one by one ('group_size:1').
   """
-  names = _Plan()
-  keys = []
-  for shard, _, some in _by_shard(directory, rows):
-    for key in _keys(directory, shard, some):
-      keys.append(names.name(key))
+  contents = _Contents()
+  keys = [contents.name(key) for shard, _, some in _by_shard(directory, rows) for key in _keys(directory, shard, some)]
   with files.atomic(path) as temporary:
     sums = _write_records(os.fspath(temporary), _records(directory, rows, keys))
     _check_array_record(os.fspath(temporary), path, sums)
     size = temporary.stat().length
-  return {'samples': len(keys), 'bytes': size, 'renamed': names.renamed}
+  return {'samples': len(keys), 'bytes': size, 'renamed': contents.renamed}
 
 
 def image_bytes(directory: str, rows: Array) -> int:  # [n] int64
@@ -168,47 +118,55 @@ def _keys(directory: str, shard: int, rows: Array) -> list[str]:  # [n], of this
   return read_columns(directory, shard, ['key'])['key'].take(rows - start).to_pylist()
 
 
-def _plan_copies(plan: _Plan, path: str, directory: str, rows: Array) -> None:
-  """Plans the copies of samples of one source tar."""
+def _tar(contents: _Contents, directory: str, rows: Array) -> Iterator[bytes]:
+  """Yields the bytes of a tar, and adds what is in them to `contents`."""
+  source = Source(directory)
+  for shard, where, some in _by_shard(directory, rows):
+    if where['format'] == 'webdataset':
+      yield from _copies(contents, where['path'], directory, some)
+    else:
+      for row, key in zip(some.tolist(), _keys(directory, shard, some), strict=True):
+        yield from _made(contents, contents.name(_safe(key) or f'row{row}'), _as_members(source[row], key))
+  yield bytes(2 * _BLOCK)
+
+
+def _copies(contents: _Contents, path: str, directory: str, rows: Array) -> Iterator[bytes]:
+  """Yields the bytes of samples of one source tar."""
   samples, _, headers = webdataset.samples_and_headers(path, os.path.basename(path))
   of_image = {offset: sample for sample in samples for offset, _ in sample.members.values()}
   table = np.load(os.path.join(directory, 'table.npy'), mmap_mode='r')
-  with contextlib.closing(storage.Ahead(storage.open_file(path))) as ahead:
+  with contextlib.closing(storage.Ahead(storage.open_file(path))) as tar:
     for offset in table['offset'][rows].tolist():
       sample = of_image.get(offset)
       if sample is None:
         raise InputError(f'{path} has no sample at byte {offset}: it is not the file that was '
                          'indexed. Put that back, or index again with --redo=ingest.')
-      reason = _refusal(sample, ahead, headers)
-      if reason:
-        plan.refused.append({'key': sample.key, 'reason': reason})
-      else:
-        _plan_copy(plan, path, sample, headers, ahead.size)
+      if reason := _refusal(sample, tar, headers):
+        contents.refused.append({'key': sample.key, 'reason': reason})
+        continue
+      key = contents.name(sample.key)
+      if key != sample.key:
+        yield from _made(contents, key, {ending: tar.read(*place) for ending, place in sample.members.items()})
+        continue
+      contents.samples[key] = {ending: length for ending, (_, length) in sample.members.items()}
+      for begin, length in sorted(sample.members.values()):
+        end = begin + -(-length // _BLOCK) * _BLOCK
+        for at in range(headers.get(begin, begin - _BLOCK), end, _AT_ONCE):
+          size = min(_AT_ONCE, end - at)
+          yield tar.read(at, size).ljust(size, b'\0')  # a source that was cut can end before these zeros
 
 
-def _plan_copy(plan: _Plan, path: str, sample: Sample, headers: Mapping[int, int], size: int
-               ) -> None:
-  """Plans the copy of one sample. headers: as webdataset.samples_and_headers gives them."""
-  key = plan.name(sample.key)
-  if key != sample.key:
-    plan.pieces.append(_Made(path, key, functools.partial(_members, sample.members)))
-    return
-  plan.samples[key] = {ending: length for ending, (_, length) in sample.members.items()}
-  for offset, length in sorted(sample.members.values()):
-    begin = headers.get(offset, offset - _BLOCK)
-    end = min(offset + -(-length // _BLOCK) * _BLOCK, size)
-    last = plan.pieces[-1] if plan.pieces else None
-    if isinstance(last, _Run) and last.path == path and last.end == begin:
-      last.end = end
-    else:
-      plan.pieces.append(_Run(path, begin, end))
+def _made(contents: _Contents, key: str, members: Mapping[str, bytes]) -> Iterator[bytes]:
+  """Yields the bytes of a sample under new headers."""
+  contents.made += 1
+  contents.samples[key] = {ending: len(data) for ending, data in members.items()}
+  for ending, data in members.items():
+    info = tarfile.TarInfo(f'{key}.{ending}')
+    info.size = len(data)
+    yield info.tobuf(tarfile.GNU_FORMAT, 'utf-8') + data + bytes(-len(data) % _BLOCK)
 
 
-def _members(members: Mapping[str, tuple[int, int]], tar: _Tar) -> dict[str, bytes]:
-  return {ending: tar.read(*place) for ending, place in members.items()}
-
-
-def _refusal(sample: Sample, ahead: storage.Ahead, headers: Mapping[int, int]) -> str:
+def _refusal(sample: Sample, tar: storage.Ahead, headers: Mapping[int, int]) -> str:
   """Returns why a sample may not be copied with its members' names, '' where it may."""
   for ending, (offset, _) in sample.members.items():
     name = f'{sample.key}.{ending}'
@@ -221,7 +179,7 @@ def _refusal(sample: Sample, ahead: storage.Ahead, headers: Mapping[int, int]) -
       continue  # the one header says the name once
     if offset - begin > _MOST_HEADERS:
       return 'its headers are too long'
-    told = _told(ahead.read(begin, offset - begin))
+    told = _told(tar.read(begin, offset - begin))
     if not told.startswith(f'{sample.key}.') or told.lower() != name.lower():  # endings are lower
       return 'its headers give it several names'
   return ''
@@ -237,16 +195,7 @@ def _told(headers: bytes) -> str:
     return ''
 
 
-def _plan_made(plan: _Plan, source: Source, rows: Array, keys: list[str]) -> None:
-  """Plans samples of a source that is no tar."""
-  for row, key in zip(rows.tolist(), keys, strict=True):
-    name = plan.name(_safe(key) or f'row{row}')
-    plan.pieces.append(_Made('', name, functools.partial(_as_members, source, row, key)))
-
-
-def _as_members(source: Source, row: int, key: str, tar: None) -> dict[str, bytes]:
-  del tar
-  sample = source[row]
+def _as_members(sample: Mapping[str, Any], key: str) -> dict[str, bytes]:
   about = {'key': key} | ({'label': sample['label']} if sample['label'] >= 0 else {})
   return {_ending(sample['image']): sample['image'], 'txt': sample['caption'].encode(),
           'json': json.dumps(about).encode()}
@@ -263,12 +212,11 @@ def _ending(image: bytes) -> str:
   return next((ending for start, ending in _STARTS.items() if image.startswith(start)), 'image')
 
 
-def _check_tar(temporary: str, path: str, plan: _Plan, sha256: str) -> int:
+def _check_tar(temporary: str, path: str, contents: _Contents, sha256: str) -> int:
   """Reads a tar back: the bytes that the source gave, every sample as planned; counts members."""
   if files.sha256(temporary) != sha256:
     raise _differs(path, 'what was written')
-  expected = plan.samples | {
-      piece.key: piece.lengths for piece in plan.pieces if isinstance(piece, _Made)}
+  expected = contents.samples
   samples, skipped, _ = webdataset.samples_and_headers(temporary, path)
   found = {sample.key: {ending: length for ending, (_, length) in sample.members.items()}
            for sample in samples}
