@@ -6,6 +6,30 @@ N pool rows      A anchor rows      Q queries          G benchmarks      S seeds
 k neighbours kept per query         n, m any count of rows
 """
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 Array = Any  # numpy.ndarray or jax.Array; the shape and dtype stand in a comment at the signature
+
+
+class Source(Protocol):
+  """A source of samples that are read at random, by any number of threads: a Grain RandomAccessDataSource.
+
+  The loader does without `many` (it then reads one by one), and without `starts` but for order 'blocks'.
+  """
+
+  def __len__(self) -> int:
+    """Returns the number of rows."""
+
+  def __getitem__(self, row: int) -> dict[str, Any]:
+    """Returns dict(image: bytes of its file, or pixels [H, W, 3] uint8; caption: str; label: int, -1 for none)."""
+
+  def many(self, rows: Sequence[int]) -> list[dict[str, Any]]:
+    """Returns [self[row] for row in rows]; an image may be a function that returns its pixels."""
+
+  def caption(self, row: int) -> str:
+    """Returns the caption of a row without reading its image."""
+
+  @property
+  def starts(self) -> Array:  # [shards + 1] int64
+    """Where each shard begins, and where the last ends."""

@@ -10,23 +10,26 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 import contextlib
 import dataclasses
+import functools
 import threading
 from typing import Any
 
 import numpy as np
 
 from clip_jax.core.errors import InputError
-from clip_jax.core.types import Array
+from clip_jax.core.types import Array, Source
 from clip_jax.data import images, loader_processes, order as order_lib, packing, tokenizer, views, windows
 
 _RUN = 128            # examples that one thread makes at a time; a large batch is several runs ...
 _RUN_BYTES = 4 << 20  # ... as is one of large images
 _BUFFERED = 4         # elements made ahead, at least; a batch, if that is more
 _ENDLESS = 1 << 40    # elements
+_ORDERS = ('global', 'blocks')
 _OVERHEAD = 512       # bytes of a kept sample, or of a run, beside its arrays
+_Read = Callable[[range], tuple[list[int], list[dict[str, Any]]]]  # positions -> places in the source, samples
 
 
-def train_batches(source, *, batch_size: int, seed: int, start_examples: int, image_size: int,
+def train_batches(source: Source, *, batch_size: int, seed: int, start_examples: int, image_size: int,
                   context_length: int, crop_scale: tuple[float, float] = (0.9, 1.0), host: int = 0,
                   hosts: int = 1, threads: int = 2, processes: int = 0, pack: int = 0,
                   order: str = 'global', shuffle_window: int = 8192, jpeg_shrink: float = 0.0,
@@ -57,7 +60,7 @@ def train_batches(source, *, batch_size: int, seed: int, start_examples: int, im
   if pack < 0 or pack and here % pack:
     raise ValueError(f'{here} captions a host do not divide into {pack=} groups')
   if order not in _ORDERS:
-    raise ValueError(f'order must be one of {tuple(_ORDERS)}, got {order!r}')
+    raise ValueError(f'order must be one of {_ORDERS}, got {order!r}')
   if processes and order == 'blocks':
     raise ValueError(f'{processes=} with order=\'blocks\': each would read every window as a whole')
 
@@ -65,8 +68,13 @@ def train_batches(source, *, batch_size: int, seed: int, start_examples: int, im
   sample_bytes = 3 * image_size**2 + 4 * context_length + 8
   # Runs of one size: of a long and a short one by turns, two processes would wait for each other.
   length = -(-here // -(-here // _run_length(sample_bytes)))
-  make = _Runs(source, _ORDERS[order](source, seed, share, shuffle_window), share, length, seed,
-               image_size, context_length, tuple(crop_scale), jpeg_shrink)
+  if order == 'blocks':
+    blocks = order_lib.Blocks(order_lib.block_starts(source.starts), seed, shuffle_window)
+    read = windows.Windows(source, blocks, share.within)
+  else:
+    read = functools.partial(_anywhere, source, order_lib.Global(len(source), seed))
+  make = functools.partial(_run, source, read, share, length, seed, context_length, image_size, tuple(crop_scale),
+                           jpeg_shrink)
   runs = -(-here // length)  # of each batch
   if processes:
     elements = loader_processes.elements(make, _ENDLESS, processes=processes, threads=threads,
@@ -77,7 +85,7 @@ def train_batches(source, *, batch_size: int, seed: int, start_examples: int, im
   return _reporting(_ahead(joined) if threads or processes else joined, on_replaced)
 
 
-def image_batches(source, rows: Array,  # [n] int64
+def image_batches(source: Source, rows: Array,  # [n] int64
                   *, batch_size: int, image_size: int, mode: str = 'shortest', threads: int = 2,
                   processes: int = 0) -> Iterator[tuple[Array, Array, Array]]:
   """Yields (rows [b], images [b, S, S, 3] uint8, readable [b] bool), in order; the last are fewer.
@@ -85,7 +93,7 @@ def image_batches(source, rows: Array,  # [n] int64
   An image that cannot be read is zeros. mode: as in images.resize. threads, processes: as in
   train_batches.
   """
-  make = _Batches(source, np.asarray(rows, np.int64), batch_size, image_size, mode)
+  make = functools.partial(_batch, source, np.asarray(rows, np.int64), batch_size, image_size, mode)
   count = -(-len(rows) // batch_size)
   if not processes:
     return _prefetched(make, count, threads, ahead=_BUFFERED)
@@ -101,7 +109,7 @@ class DecodedCache:
   several processes keeps what it makes itself, in its own part of max_bytes.
   """
 
-  def __init__(self, source, max_bytes: int, processes: int = 0):
+  def __init__(self, source: Source, max_bytes: int, processes: int = 0):
     self._source, self._max_bytes, self._processes = source, max_bytes, processes
     self._kept: dict[int, dict[str, Any]] = {}
     self._bytes = 0
@@ -166,38 +174,20 @@ class _Share:
     return positions[positions % self.batch_size * self.hosts // self.batch_size == self.host]
 
 
-class _Anywhere:
-  """Reads the samples of positions from wherever they lie."""
-
-  def __init__(self, source, chosen: order_lib.Global):
-    self._source, self._order = source, chosen
-
-  def __call__(self, positions: range) -> tuple[list[int], list[dict[str, Any]]]:
-    places = list(map(self._order.place, positions))
-    return places, views.many(self._source, places)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Batches:
-  """Makes batch k of the images of some rows."""
-  source: Any
-  rows: Array  # [n] int64
-  batch_size: int
-  image_size: int
-  mode: str
-
-  def __call__(self, k: int) -> tuple[Array, Array, Array]:
-    chosen = self.rows[k * self.batch_size:(k + 1) * self.batch_size]
-    pixels = np.zeros((len(chosen), self.image_size, self.image_size, 3), np.uint8)
-    readable = np.zeros(len(chosen), bool)
-    length = _run_length(3 * self.image_size**2)
-    for start in range(0, len(chosen), length):
-      samples = views.many(self.source, chosen[start:start + length].tolist())
-      for i, sample in enumerate(samples, start):
-        with contextlib.suppress(images.UnreadableImage):
-          pixels[i] = images.resize(_pixels(sample['image']), self.image_size, self.mode)
-          readable[i] = True
-    return chosen, pixels, readable
+def _batch(source: Source, rows: Array,  # [n] int64
+           batch_size: int, image_size: int, mode: str, k: int) -> tuple[Array, Array, Array]:
+  """Returns batch k of the images of some rows, as image_batches yields it."""
+  chosen = rows[k * batch_size:(k + 1) * batch_size]
+  pixels = np.zeros((len(chosen), image_size, image_size, 3), np.uint8)
+  readable = np.zeros(len(chosen), bool)
+  length = _run_length(3 * image_size**2)
+  for start in range(0, len(chosen), length):
+    samples = views.many(source, chosen[start:start + length].tolist())
+    for i, sample in enumerate(samples, start):
+      with contextlib.suppress(images.UnreadableImage):
+        pixels[i] = images.resize(_pixels(sample['image']), image_size, mode)
+        readable[i] = True
+  return chosen, pixels, readable
 
 
 def _copied(batches: Iterator[tuple[Array, Array, Array]]) -> Iterator[tuple[Array, Array, Array]]:
@@ -211,53 +201,38 @@ def _run_length(sample_bytes: int) -> int:
   return min(_RUN, max(_RUN_BYTES // sample_bytes, 1))
 
 
-def _in_blocks(source, seed: int, share: _Share, window: int) -> windows.Windows:
-  starts = order_lib.block_starts(source.starts)
-  return windows.Windows(source, order_lib.Blocks(starts, seed, window), share.within)
+def _anywhere(source: Source, order: order_lib.Global, positions: range) -> tuple[list[int], list[dict[str, Any]]]:
+  """Reads the samples of positions from wherever they lie; returns their places in the source, too."""
+  places = list(map(order.place, positions))
+  return places, views.many(source, places)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Runs:
-  """Makes the examples of run k: `length` of them, a part of a batch."""
-  source: Any
-  read: Callable[[range], tuple[list[int], list[dict[str, Any]]]]
-  share: _Share
-  length: int
-  seed: int
-  image_size: int
-  context_length: int
-  crop_scale: tuple[float, float]
-  jpeg_shrink: float
+def _run(source: Source, read: _Read, share: _Share, length: int, seed: int, context_length: int, image_size: int,
+         crop_scale: tuple[float, float], jpeg_shrink: float, k: int
+         ) -> tuple[dict[str, Array], list[tuple[int, str]]]:
+  """Returns the examples of run k, `length` of a batch, and (index, reason) of each image replaced in them."""
+  step, part = divmod(k, -(-(share.batch_size // share.hosts) // length))
+  positions = share.of_batch(step)[part * length:(part + 1) * length]
+  places, samples = read(positions)
+  pixels = np.empty((len(positions), image_size, image_size, 3), np.uint8)
+  index, captions, replaced = np.empty(len(positions), np.int64), [], []
+  bits = np.random.Philox(order_lib.crops_seed(seed))
+  rng, state = np.random.Generator(bits), bits.state
 
-  def __call__(self, k: int) -> tuple[dict[str, Array], list[tuple[int, str]]]:
-    """Returns the examples, and (index, reason) of each image replaced in them."""
-    here = self.share.batch_size // self.share.hosts
-    step, part = divmod(k, -(-here // self.length))
-    positions = self.share.of_batch(step)[part * self.length:(part + 1) * self.length]
-    places, samples = self.read(positions)
-    pixels = np.empty((len(positions), self.image_size, self.image_size, 3), np.uint8)
-    index, captions, replaced = np.empty(len(positions), np.int64), [], []
-    bits = np.random.Philox(order_lib.crops_seed(self.seed))
-    rng, state = np.random.Generator(bits), bits.state
-
-    def draw(image: Any) -> Array:
-      bits.state = state
-      return self._crop(image, rng)
-
-    for i, (position, place, sample) in enumerate(zip(positions, places, samples)):
-      state['state']['counter'][1] = position  # each position has 2^64 draws of its own
-      index[i], pixels[i], caption = _readable(self.source, place, sample, draw, replaced)
-      captions.append(caption)
-    text = tokenizer.tokenize(captions, self.context_length)
-    return {'image': pixels, 'text': text, 'index': index}, replaced
-
-  def _crop(self, image: Any, rng: np.random.Generator) -> Array:  # [S, S, 3] uint8
+  def draw(image: Any) -> Array:  # [S, S, 3] uint8
+    bits.state = state
     if isinstance(image, bytes):
-      return images.decode_crop(image, self.image_size, self.crop_scale, rng, self.jpeg_shrink)
-    return images.random_resized_crop(_pixels(image), self.image_size, self.crop_scale, rng)
+      return images.decode_crop(image, image_size, crop_scale, rng, jpeg_shrink)
+    return images.random_resized_crop(_pixels(image), image_size, crop_scale, rng)
+
+  for i, (position, place, sample) in enumerate(zip(positions, places, samples)):
+    state['state']['counter'][1] = position  # each position has 2^64 draws of its own
+    index[i], pixels[i], caption = _readable(source, place, sample, draw, replaced)
+    captions.append(caption)
+  return {'image': pixels, 'text': tokenizer.tokenize(captions, context_length), 'index': index}, replaced
 
 
-def _readable(source, first: int, sample: dict[str, Any], draw: Callable[[Any], Array],
+def _readable(source: Source, first: int, sample: dict[str, Any], draw: Callable[[Any], Array],
               replaced: list[tuple[int, str]]) -> tuple[int, Array, str]:
   """Returns (index, drawn image, caption) of the first readable sample from `first` on, around.
 
@@ -280,24 +255,11 @@ def _pixels(image: Any) -> Array:  # -> [H, W, 3] uint8
   return image() if callable(image) else images.decode(image)
 
 
-class _Elements:
-  """A Grain source whose element k is make(k)."""
-
-  def __init__(self, make: Callable[[int], Any], count: int):
-    self._make, self._count = make, count
-
-  def __len__(self) -> int:
-    return self._count
-
-  def __getitem__(self, k: int) -> Any:
-    return self._make(k)
-
-
 def _prefetched(make: Callable[[int], Any], count: int, threads: int, ahead: int) -> Iterator[Any]:
   """Yields make(0), make(1), ..., made ahead by threads; 0 threads: made when asked for."""
   import grain  # costs a second to import, with jax
   options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(ahead, threads))
-  elements = iter(grain.MapDataset.source(_Elements(make, count)).to_iter_dataset(options))
+  elements = iter(grain.MapDataset.range(count).map(make).to_iter_dataset(options))
   try:
     yield from elements
   finally:
@@ -341,10 +303,3 @@ def _reporting(batches: Iterator[tuple[Any, list[tuple[int, str]]]],
       for index, reason in replaced:
         on_replaced(index, reason)
       yield batch
-
-
-_ORDERS = {  # (source, seed, share, window) -> what reads the samples at some positions
-    'global': lambda source, seed, share, window: _Anywhere(
-        source, order_lib.Global(len(source), seed)),
-    'blocks': _in_blocks,
-}

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image, ImageEnhance
 
 from clip_jax.core import files
-from clip_jax.core.types import Array
+from clip_jax.core.types import Array, Source
 from clip_jax.data import images
 
 CROP_AREA = (0.8, 0.95)      # share of the area that a crop keeps, in the image's own shape
@@ -128,7 +128,7 @@ KINDS: dict[str, Callable[[Image.Image, Sequence[float]], Image.Image]] = {
 
 def write_tar(
     path: str,
-    source,  # of the benchmark: source[row] -> dict with the bytes of the image
+    source: Source,  # of the benchmark
     copies: Sequence[Copy],  # in the order of the rows
     seed: int,
 ) -> dict:

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 
 from clip_jax.core.errors import InputError
-from clip_jax.core.types import Array
+from clip_jax.core.types import Array, Source
 
 _CHECKED = 1 << 20  # rows that are looked at together
 
 
-def many(source, indices: Sequence[int]) -> list[dict[str, Any]]:
+def many(source: Source, indices: Sequence[int]) -> list[dict[str, Any]]:
   """Returns samples of a source in the order asked: at once, if it can do that, else one by one."""
   if hasattr(source, 'many'):
     return source.many(indices)
@@ -30,7 +30,7 @@ class Subset:
   first and the last at once, for others when they are read, as there may be 10^8 of them.
   """
 
-  def __init__(self, source, rows: Array | str | os.PathLike):
+  def __init__(self, source: Source, rows: Array | str | os.PathLike):
     self._source, self._most = source, len(source)
     self._given = rows if isinstance(rows, np.ndarray) else os.fspath(rows)
     loaded = np.load(rows, mmap_mode='r') if isinstance(self._given, str) else rows
@@ -79,7 +79,7 @@ class Subset:
 class Concatenation:
   """The rows of several sources, one source after the other."""
 
-  def __init__(self, sources: Sequence[Any]):
+  def __init__(self, sources: Sequence[Source]):
     self._sources = tuple(sources)
     self._starts = [0, *itertools.accumulate(map(len, self._sources))]
 
@@ -111,7 +111,7 @@ class Concatenation:
     parts = [start + source.starts[:-1] for start, source in zip(self._starts, self._sources)]
     return np.concatenate([*parts, self._starts[-1:]]).astype(np.int64)
 
-  def _find(self, index: int) -> tuple[Any, int]:
+  def _find(self, index: int) -> tuple[Source, int]:
     index = _checked(index, len(self))
     i = bisect.bisect_right(self._starts, index) - 1
     return self._sources[i], index - self._starts[i]

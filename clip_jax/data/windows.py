@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from clip_jax.core.types import Array
+from clip_jax.core.types import Array, Source
 from clip_jax.data import order, views
 
 _AHEAD = 2  # windows that are kept
@@ -20,7 +20,7 @@ _AHEAD = 2  # windows that are kept
 class Windows:
   """Reads what a host sees of each window. Each position is asked for once; threads may ask."""
 
-  def __init__(self, source, blocks: order.Blocks,
+  def __init__(self, source: Source, blocks: order.Blocks,
                wanted: Callable[[int, int], Array]):  # (start, stop) -> positions asked for in it
     self._source, self._blocks, self._wanted = source, blocks, wanted
     self._read: dict[int, futures.Future] = {}  # the window's start -> position -> sample
