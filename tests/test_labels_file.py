@@ -14,12 +14,21 @@ def _read(tmp_path, text, images=IMAGES):
   return labels_file.read(str(tmp_path / 'file'), ROOT, list(images))
 
 
-def test_names_with_spaces_commas_and_folders(tmp_path):
-  truth = _read(tmp_path, 'my dog.jpg n01\n"a,b.jpg",n02\nc.jpg great white shark, or so\n'
-                'val/sub/1.png\tn03\nsub/2 4')
-  assert truth.classes == {'my dog.jpg': 'n01', 'a,b.jpg': 'n02', 'c.jpg': 'great white shark, or so',
-                           'sub/1.png': 'n03', 'sub/2.png': '4'} and not truth.in_order
+@pytest.mark.parametrize(('text', 'classes'), [
+    ('my dog.jpg n01\nsub/2 4', {'my dog.jpg': 'n01', 'sub/2.png': '4'}),
+    ('"a,b.jpg",n02\nmy dog.jpg,n 1', {'a,b.jpg': 'n02', 'my dog.jpg': 'n 1'}),
+    ('c.jpg great white shark, or so\nx/1 \t dog', {'c.jpg': 'great white shark, or so', 'x/1.png': 'dog'}),
+    ('val/sub/1.png\tn03\na,b.jpg\tn 4', {'sub/1.png': 'n03', 'a,b.jpg': 'n 4'})])
+def test_names_with_spaces_commas_and_folders(tmp_path, text, classes):
+  truth = _read(tmp_path, text)
+  assert truth.classes == classes and not truth.in_order
   assert truth.everything == frozenset(truth.classes.values())
+
+
+def test_lines_that_are_separated_otherwise_are_refused(tmp_path):
+  for text in ('c.jpg n01\nx/1 n02\n"a,b.jpg",n02', 'c.jpg great shark\nx/1 n01\nmy dog.jpg n02'):
+    with pytest.raises(InputError, match='has the line .*not separated as in most lines'):
+      _read(tmp_path, text)
 
 
 def test_a_name_that_means_two_images_is_refused_and_a_path_is_not(tmp_path):
@@ -45,7 +54,7 @@ def test_names_are_never_opened_and_never_reach_outside(tmp_path):
 
 
 def test_lines_of_other_images_are_split_as_most_are_and_headings_left_out(tmp_path):
-  truth = _read(tmp_path, 'name,class\nc.jpg,a b\nmy dog.jpg,d\nelse.jpg,e f\nnothing here\nsub/1.png g')
+  truth = _read(tmp_path, 'name,class\nc.jpg,a b\nmy dog.jpg,d\nelse.jpg,e f\nnothing here\nsub/1.png,g')
   assert truth.classes == {'c.jpg': 'a b', 'my dog.jpg': 'd', 'sub/1.png': 'g'}
   assert truth.everything == {'a b', 'd', 'g', 'e f'}
   truth = _read(tmp_path, 'ImageId,PredictionString\r\nc,n02 1 2 3 4 n05 1 2 3 4 \r\nother_7,n01 9 9 9 9 \r\n')

@@ -69,10 +69,10 @@ def test_paths_are_listed_in_natural_order_and_braces_as_written(tmp_path):
 
 
 def test_braces_keep_the_width_of_their_numbers():
-  assert listing._braces('/x/{008..010}-{a,b}') == [
+  assert listing.expanded('/x/{008..010}-{a,b}') == [
       '/x/008-a', '/x/008-b', '/x/009-a', '/x/009-b', '/x/010-a', '/x/010-b']
-  assert listing._braces('/x/{1..2}') == ['/x/1', '/x/2']
-  assert listing._braces('/x/{odd}') == ['/x/{odd}']
+  assert listing.expanded('/x/{1..2}') == ['/x/1', '/x/2']
+  assert listing.expanded('/x/{odd}') == ['/x/{odd}']
 
 
 def test_paths_that_mean_nothing_are_errors(tmp_path):

@@ -34,12 +34,13 @@ class KeyedImages:
 
   def read(self, key: str) -> bytes:
     """Returns the bytes of an image. Raises InputError where there is none of that key."""
-    data = self._of_tars(key) if _tars(self._path) else self._of_folder(key)
-    if data is None:
+    place = _members(self._path).get(key) if _tars(self._path) else self._in_folder(key)
+    if place is None:
       raise InputError(f'{self._path} has no image {key!r}. Correct `images` of the dataset.')
-    return data
+    path, offset, length = place
+    return storage.open_file(path).read(offset, length)
 
-  def _of_folder(self, key: str) -> bytes | None:
+  def _in_folder(self, key: str) -> tuple[str, int, int] | None:
     parts = [part for part in key.split('/') if part]
     if not parts or '..' in parts:
       return None
@@ -48,16 +49,8 @@ class KeyedImages:
       path = os.path.join(self._path, *parts[start:])
       for candidate in (path, *(f'{path}.{ending}' for ending in folder.IMAGES)):
         if os.path.isfile(candidate):
-          file = storage.File(candidate)
-          return file.read(0, file.size())
+          return candidate, 0, os.path.getsize(candidate)
     return None
-
-  def _of_tars(self, key: str) -> bytes | None:
-    place = _members(self._path).get(key)
-    if place is None:
-      return None
-    path, offset, length = place
-    return storage.open_file(path).read(offset, length)
 
 
 @functools.lru_cache(maxsize=64)

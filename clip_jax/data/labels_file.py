@@ -1,13 +1,12 @@
 """A file that says the class of each image of a folder, in one of the forms in which users hold it.
 
-In: lines 'NAME CLASS', separated by a tab, a comma or spaces; Kaggle's LOC_val_solution.csv, of
+In: lines 'NAME CLASS', all separated alike by a tab, a comma, the first or the last space; Kaggle's LOC_val_solution.csv, of
 which the first wnid counts; JSON {name: class}; or one class a line, in the order of the sorted
 images, for exactly all images. NAME is a path below the folder, or a file's name, with its ending
 or without. Empty lines, and lines that begin with '#', do not count. Names are looked up, never
 opened.
 """
 
-import collections
 from collections.abc import Collection, Iterable, Sequence
 import csv
 import dataclasses
@@ -34,21 +33,19 @@ class Truth:
 
 def read(path: str, root: str, images: Sequence[str]) -> Truth:
   """Returns what a file says of images, given by their paths relative to root, sorted."""
-  text = _text(path)
+  text, known = _text(path), _aliases(root, images)
   if text.lstrip().startswith('{'):
     pairs = [(name, _class(value, path)) for name, value in json_pairs(path)]
-    found = _named(pairs, _aliases(root, images), path)
-    if not found:
+    if not any(_clean(name) in known for name, _ in pairs):
       raise InputError(f'{path} names no image of {root!r}. Give JSON of {{name: class}}, with '
                        f'names such as {images[0] if images else "a.jpg"!r}.')
-    return Truth(found, frozenset(value for _, value in pairs), False)
-  lines = [line for line in map(str.strip, re.split(r'[\r\n]+', text))
-           if line and not line.startswith('#')]
-  known = _aliases(root, images)
-  pairs = _pairs(lines, known)
-  if pairs:
-    return Truth(_named(pairs, known, path), frozenset(value for _, value in pairs), False)
-  return Truth(_in_order(lines, known, images, path), frozenset(lines), True)
+  else:
+    lines = [line for line in map(str.strip, re.split(r'[\r\n]+', text))
+             if line and not line.startswith('#')]
+    pairs = _pairs(lines, known, path)
+    if not pairs:
+      return Truth(_in_order(lines, known, images, path), frozenset(lines), True)
+  return Truth(_named(pairs, known, path), frozenset(value for _, value in pairs), False)
 
 
 def json_pairs(path: str) -> list[tuple[str, Any]]:
@@ -66,41 +63,34 @@ class _Object(list):
   """The (name, value) pairs of a JSON object."""
 
 
-def _pairs(lines: Sequence[str], known: Collection[str]) -> list[tuple[str, str]]:
+def _pairs(lines: Sequence[str], known: Collection[str], path: str) -> list[tuple[str, str]]:
   """Returns the (name, class) of each line, [] where no line names an image that is known.
 
-  Lines of other images are split as most lines are; a heading, which has no number and no ending of
-  an image, is left out.
+  Lines are split as most of those are that name an image. Raises InputError for another that names one if it is split
+  otherwise. A heading, which has no number and no ending of an image, is left out.
   """
-  kaggle = bool(lines) and lines[0].lower().replace(' ', '') == _KAGGLE
-  found, others, used = [], [], collections.Counter()
-  for line in lines:
-    splits = _splits(line)
-    which = next((i for i, (name, value) in splits.items()
-                  if value and _clean(name) in known), None)
-    if which is None:
-      others.append(splits)
-    else:
-      used[which] += 1
-      found.append(splits[which])
-  if not found:
+  ways = [[(_clean(name) in known and bool(value), name, value) for name, value in way]
+          for way in zip(*map(_splits, lines))]  # [ways of splitting][lines]
+  best = max(ways, key=lambda way: sum(names for names, _, _ in way), default=[])
+  if not any(names for names, _, _ in best):
     return []
-  usual = used.most_common(1)[0][0]
-  rest = [splits[usual] for splits in others if usual in splits and splits[usual][1]]
-  found += [(name, value) for name, value in rest
-            if re.search('[0-9]', name) or folder.ending(name) in folder.IMAGES]
-  return [(name, value.split()[0] if kaggle else value) for name, value in found]
+  for line, others, (names, _, _) in zip(lines, zip(*ways), best):
+    if not names and any(names for names, _, _ in others):
+      raise InputError(f'{path} has the line {line[:80]!r}, in which name and class are not separated as in most lines. '
+                       'Separate all by a tab, or by a comma.')
+  kaggle = lines[0].lower().replace(' ', '') == _KAGGLE
+  return [(name, value.split()[0] if kaggle else value) for names, name, value in best
+          if names or value and (re.search('[0-9]', name) or folder.ending(name) in folder.IMAGES)]
 
 
-def _splits(line: str) -> dict[int, tuple[str, str]]:
-  """Returns the (name, class) that a line may mean: by a tab, a comma, the first or last space."""
+def _splits(line: str) -> list[tuple[str, str]]:
+  """Returns the (name, class) that a line may mean: by a tab, a comma, the first or last space; '' where it has none."""
   try:
     fields = next(csv.reader([line]), []) if ',' in line else []
   except csv.Error:  # a field of more than 131,072 characters
     fields = []
   choices = (line.split('\t', 1), fields[:2], line.split(None, 1), line.rsplit(None, 1))
-  return {i: (choice[0], choice[1].strip().strip('"').strip())
-          for i, choice in enumerate(choices) if len(choice) == 2}
+  return [(choice[0], choice[1].strip().strip('"').strip()) if len(choice) == 2 else ('', '') for choice in choices]
 
 
 def _in_order(lines: Sequence[str], known: Collection[str], images: Sequence[str], path: str

@@ -46,7 +46,8 @@ def list_files(format: str, path: str) -> list[SourceFile]:
   if found_by.find:
     found = found_by.find(path)
   else:
-    found = [file for pattern in _braces(path) for file in _matches(pattern, found_by)]
+    patterns = [path] if os.path.exists(path) else expanded(path)  # a file's own name may have braces
+    found = [file for pattern in patterns for file in _matches(pattern, found_by)]
   _check_once(path, found)
   fixed = path if os.path.isdir(path) else os.path.dirname(
       path if os.path.exists(path) else re.split(r'[*?\[{]', path)[0])
@@ -106,7 +107,7 @@ def _remote_matches(system: Any, path: str, query: str, found_by: formats.Format
       if found and found_by.one_pattern:
         break
     if not found:
-      raise _none([path])
+      raise NoFiles(f'{path!r} matches no file. Correct the path of the dataset.')
     return [(url, _sized(system, url, found[url])) for url in sorted(found, key=natural)]
 
 
@@ -123,11 +124,6 @@ def _sized(system: Any, url: str, info: Mapping[str, Any]) -> Mapping[str, Any]:
 def _version(info: Mapping[str, Any]) -> str:
   said = next((info[name] for name in _VERSIONS if info.get(name)), '')
   return str(said.timestamp() if hasattr(said, 'timestamp') else said).strip('"')
-
-
-def _none(patterns: Sequence[str]) -> InputError:
-  return NoFiles(f'{" or ".join(map(repr, patterns))} matches no file. Correct the path of the '
-                    'dataset.')
 
 
 def _check_once(path: str, found: Sequence[str]) -> None:
@@ -153,13 +149,8 @@ def _matches(path: str, found_by: formats.Format) -> list[str]:
                   f'{" or ".join(found_by.patterns)}. Correct the path of the dataset, or give a '
                   'pattern.')
   if not found:
-    raise _none(patterns)
+    raise NoFiles(f'{path!r} matches no file. Correct the path of the dataset.')
   return sorted(found, key=natural)
-
-
-def _braces(path: str) -> list[str]:
-  """Returns the paths that braces stand for; a file with braces in its name is itself."""
-  return [path] if os.path.exists(path) else expanded(path)
 
 
 def expanded(path: str) -> list[str]:

@@ -309,9 +309,6 @@ class _Stream(io.RawIOBase):
   def seekable(self) -> bool:
     return True
 
-  def tell(self) -> int:
-    return self._at
-
   def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
     base = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
     if base + offset < 0:
