@@ -63,10 +63,6 @@ class Blocks:
     self._epoch = functools.lru_cache(2)(self._make_epoch)
     self._made = functools.lru_cache(4)(self._make_window)
 
-  def place(self, position: int) -> int:
-    window = self.window(position)
-    return int(window.places[position - window.start])
-
   def window(self, position: int) -> Window:
     """Returns the window in which a position lies."""
     epoch, place = divmod(position, self._size)

@@ -106,7 +106,7 @@ def _builder(folder: str):
   if not os.path.isfile(os.path.join(folder, 'dataset_info.json')):
     raise InputError(f'{folder!r} holds no dataset_info.json, so it is no prepared TFDS dataset. '
                      'The path must be DIR/NAME/VERSION/SPLIT.')
-  import tensorflow_datasets as tfds
+  import tensorflow_datasets as tfds  # takes seconds
   _check_features(os.path.join(folder, 'features.json'))
   try:
     return tfds.builder_from_directory(folder)
@@ -141,15 +141,14 @@ def _flat(features: Mapping[str, Any], above: str = '') -> dict[str, Any]:
 
 
 def _images(builder) -> list[str]:
-  import tensorflow_datasets as tfds
+  import tensorflow_datasets as tfds  # as in _builder
   return [name for name, feature in _flat(builder.info.features).items()
           if isinstance(feature, tfds.features.Image)]
 
 
 def _expected(builder, path: str) -> int | None:
   """Returns how many records dataset_info.json says that a file holds."""
+  lengths = {}
   for split in builder.info.splits.values():
-    for name, length in zip(split.filenames, split.shard_lengths, strict=True):
-      if name == os.path.basename(path):
-        return length
-  return None
+    lengths |= dict(zip(split.filenames, split.shard_lengths, strict=True))
+  return lengths.get(os.path.basename(path))

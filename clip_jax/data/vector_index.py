@@ -59,13 +59,10 @@ def _described(folder: str, metadata: str, paths: Sequence[str]) -> dict[str, li
       return {METADATA: listing.list_files('parquet', metadata)}
     except listing.NoFiles as error:
       raise InputError(f'metadata={metadata!r} matches no parquet file. Correct it.') from error
-  described = {}
   above, name = os.path.split(folder)
-  if name in _FOLDERS:
-    described = {kind: _listed(f'{above}/{kind}', ending) for kind, ending in (
-        (METADATA, 'parquet'), (LABELS, 'npy'), (PATHS, 'npy'))}
-  if not described.get(METADATA):
-    described[METADATA] = _listed(f'{folder}/{METADATA}', 'parquet')
+  kinds = {METADATA: 'parquet', LABELS: 'npy', PATHS: 'npy'} if name in _FOLDERS else {}
+  described = {kind: _listed(f'{above}/{kind}', ending) for kind, ending in kinds.items()}
+  described[METADATA] = described.get(METADATA) or _listed(f'{folder}/{METADATA}', 'parquet')
   if not described[METADATA] and not any(path.endswith('.parquet') for path in paths):
     stems = {_stem(path) for path in paths}
     described[METADATA] = [file for file in _listed(folder, 'parquet') if _stem(file.path) in stems]
@@ -94,39 +91,37 @@ def _paired(paths: Sequence[str], partners: Sequence[SourceFile], kind: str) -> 
   if len(paths) == len(partners) == 1 and None in (_number(paths[0]), _number(partners[0].path)):
     return list(partners)
   where = os.path.dirname(partners[0].path)
-  numbers: dict[int, SourceFile] = {}
-  for file in partners:
-    number = _number(file.path)
-    if number is not None and number in numbers:
-      raise InputError(f'{numbers[number].path} and {file.path} both end in the number {number}, '
-                       'so which vectors they describe is not clear. Give one folder of '
-                       'metadata, or join folders with format=concat.')
-    if number is not None:
-      numbers[number] = file
-  seen: dict[int, str] = {}
+  numbers = _by_number([file.path for file in partners], 'so which vectors they describe is not clear. Give one folder '
+                       'of metadata, or join folders with format=concat.')
+  for path in paths:
+    if _number(path) not in numbers:
+      span = f'they end in {min(numbers)} to {max(numbers)}' if numbers else 'none ends in a number'
+      raise InputError(f'{path} has no partner in {where}: no file of {kind} there ends in the '
+                       f'same number ({span}). Put it there, or correct the path.')
+  used = _by_number(paths, f'so {kind} cannot be told apart. Join their folders with format=concat.')
+  if unused := sorted(set(numbers) - set(used)):
+    logging.info('%s: %s without vectors in this dataset, for example %s.', where,
+                 progress.counted(len(unused), 'file'), os.path.basename(numbers[unused[0]]))
+  by_path = {file.path: file for file in partners}
+  return [by_path[numbers[_number(path)]] for path in paths]
+
+
+def _by_number(paths: Sequence[str], trouble: str) -> dict[int, str]:
+  """Returns the number at the end of a path's stem -> the path. Raises InputError for a number that comes twice."""
+  found: dict[int, str] = {}
   for path in paths:
     number = _number(path)
-    if number not in numbers:
-      raise InputError(f'{path} has no partner in {where}: no file of {kind} there ends in the '
-                       f'same number ({_span(numbers)}). Put it there, or correct the path.')
-    if number in seen:
-      raise InputError(f'{seen[number]} and {path} both end in the number {number}, so {kind} '
-                       'cannot be told apart. Join their folders with format=concat.')
-    seen[number] = path
-  if unused := sorted(set(numbers) - set(seen)):
-    logging.info('%s: %s without vectors in this dataset, for example %s.', where,
-                 progress.counted(len(unused), 'file'), os.path.basename(numbers[unused[0]].path))
-  return [numbers[_number(path)] for path in paths]
+    if number in found:
+      raise InputError(f'{found[number]} and {path} both end in the number {number}, {trouble}')
+    if number is not None:
+      found[number] = path
+  return found
 
 
 def _number(path: str) -> int | None:
   """Returns the number at the end of a file's stem."""
   digits = re.search('[0-9]+$', _stem(path))
   return int(digits[0]) if digits else None
-
-
-def _span(numbers: Mapping[int, Any]) -> str:
-  return f'they end in {min(numbers)} to {max(numbers)}' if numbers else 'none ends in a number'
 
 
 def write(directory: str, shard: int, file: SourceFile, beside: Mapping[str, SourceFile], rules: RowRules = RowRules(),
