@@ -11,8 +11,7 @@ import re
 from typing import Any
 
 from clip_jax.core.errors import InputError
-from clip_jax.data.storage import SourceFile
-from clip_jax.data.table import Sample
+from clip_jax.data import storage, table
 
 OPTIONS = 'group_size:1'  # of a writer: records in groups are decoded together, slow at random
 _BATCH = 4 << 20          # bytes of records read at once, about
@@ -33,8 +32,8 @@ def example(features: Mapping[str, bytes | str | int | float]) -> bytes:
   return message.SerializeToString(deterministic=True)
 
 
-def samples(file: SourceFile, image_key: Sequence[str], sample_key: Sequence[str],
-            columns: Sequence[str]) -> tuple[Iterable[Sample], list[dict[str, str]]]:
+def samples(file: storage.SourceFile, image_key: Sequence[str], sample_key: Sequence[str],
+            columns: Sequence[str]) -> tuple[Iterable[table.Sample], list[dict[str, str]]]:
   """Returns the samples of a file in order, and what is listed as skipped.
 
   image_key: names of the image's feature, the first that a record has counts; sample_key: of the
@@ -131,7 +130,7 @@ def batches(values: Callable[[Sequence[int]], list[bytes]], count: int, size: in
 
 def example_samples(records: Iterable[tuple[int, bytes | None]], name: str,
                     image_key: Sequence[str], sample_key: Sequence[str], columns: Sequence[str],
-                    skipped: list[dict[str, str]]) -> Iterator[Sample]:
+                    skipped: list[dict[str, str]]) -> Iterator[table.Sample]:
   """Yields the samples of records, given with their numbers; adds to `skipped` what is none."""
   stem = re.sub(r'\.(array_?record|parquet)\b', '', name)
   for row, record in records:
@@ -146,7 +145,7 @@ def example_samples(records: Iterable[tuple[int, bytes | None]], name: str,
     keys = (_value(features[key]) for key in sample_key if key in features)
     key = next((key for key in keys if key not in (None, '')), f'{stem}/{row:09d}')
     members = {image[0].lower(): (row, len(image[1]))} if image else {}
-    yield Sample(str(key), members, functools.partial(_read, image), fields=fields)
+    yield table.Sample(str(key), members, functools.partial(_read, image), fields=fields)
 
 
 def _read(image: tuple[str, bytes], ending: str, most: int) -> bytes:

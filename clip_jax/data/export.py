@@ -23,9 +23,7 @@ import numpy as np
 from clip_jax.core import files
 from clip_jax.core.errors import InputError
 from clip_jax.core.types import Array
-from clip_jax.data import array_record, storage, webdataset
-from clip_jax.data.reader import Source
-from clip_jax.data.table import Sample, read_columns
+from clip_jax.data import array_record, reader, storage, table, webdataset
 
 SAMPLES_A_SHARD = 10_000  # as img2dataset's
 _BLOCK = 512              # bytes, of a tar
@@ -115,12 +113,12 @@ def _by_shard(directory: str, rows: Array) -> Iterator[tuple[int, dict[str, str]
 
 def _keys(directory: str, shard: int, rows: Array) -> list[str]:  # [n], of this shard
   start = int(np.load(os.path.join(directory, 'starts.npy'), mmap_mode='r')[shard])
-  return read_columns(directory, shard, ['key'])['key'].take(rows - start).to_pylist()
+  return table.read_columns(directory, shard, ['key'])['key'].take(rows - start).to_pylist()
 
 
 def _tar(contents: _Contents, directory: str, rows: Array) -> Iterator[bytes]:
   """Yields the bytes of a tar, and adds what is in them to `contents`."""
-  source = Source(directory)
+  source = reader.Source(directory)
   for shard, where, some in _by_shard(directory, rows):
     if where['format'] == 'webdataset':
       yield from _copies(contents, where['path'], directory, some)
@@ -134,9 +132,9 @@ def _copies(contents: _Contents, path: str, directory: str, rows: Array) -> Iter
   """Yields the bytes of samples of one source tar."""
   samples, _, headers = webdataset.samples_and_headers(path, os.path.basename(path))
   of_image = {offset: sample for sample in samples for offset, _ in sample.members.values()}
-  table = np.load(os.path.join(directory, 'table.npy'), mmap_mode='r')
+  offsets = np.load(os.path.join(directory, 'table.npy'), mmap_mode='r')['offset'][rows]
   with contextlib.closing(storage.Ahead(storage.open_file(path))) as tar:
-    for offset in table['offset'][rows].tolist():
+    for offset in offsets.tolist():
       sample = of_image.get(offset)
       if sample is None:
         raise InputError(f'{path} has no sample at byte {offset}: it is not the file that was '
@@ -166,7 +164,7 @@ def _made(contents: _Contents, key: str, members: Mapping[str, bytes]) -> Iterat
     yield info.tobuf(tarfile.GNU_FORMAT, 'utf-8') + data + bytes(-len(data) % _BLOCK)
 
 
-def _refusal(sample: Sample, tar: storage.Ahead, headers: Mapping[int, int]) -> str:
+def _refusal(sample: table.Sample, tar: storage.Ahead, headers: Mapping[int, int]) -> str:
   """Returns why a sample may not be copied with its members' names, '' where it may."""
   for ending, (offset, _) in sample.members.items():
     name = f'{sample.key}.{ending}'
@@ -227,7 +225,7 @@ def _check_tar(temporary: str, path: str, contents: _Contents, sha256: str) -> i
 
 
 def _records(directory: str, rows: Array, keys: list[str]) -> Iterator[bytes]:
-  source = Source(directory)
+  source = reader.Source(directory)
   for row, key in zip(rows.tolist(), keys, strict=True):
     sample = source[row]
     label = {'label': sample['label']} if sample['label'] >= 0 else {}

@@ -11,8 +11,7 @@ import os
 import re
 
 from clip_jax.core.errors import InputError
-from clip_jax.data.storage import File, natural
-from clip_jax.data.table import Sample
+from clip_jax.data import storage, table
 
 IMAGES = ('jpg', 'jpeg', 'png', 'webp', 'gif', 'bmp', 'tif', 'tiff', 'ppm')  # endings
 _BESIDE = ('txt', 'json', 'cls')
@@ -43,14 +42,14 @@ def find(root: str) -> list[str]:
   """Returns the absolute path of every image file below a folder, in natural order."""
   if not os.path.isdir(root):
     raise InputError(f'{root!r} is no folder. Correct the path of the dataset.')
-  found = sorted(paths(root), key=natural)
+  found = sorted(paths(root), key=storage.natural)
   if not found:
     raise InputError(f'{root!r} holds no file that ends in {", ".join(IMAGES)}. Correct the path '
                      'of the dataset.')
   return [os.path.join(root, name) for name in found]
 
 
-def samples(root: str, names: Sequence[str]) -> tuple[list[Sample], list[dict[str, str]]]:
+def samples(root: str, names: Sequence[str]) -> tuple[list[table.Sample], list[dict[str, str]]]:
   """Returns the samples of image files, given relative to root, and what is listed as skipped."""
   found, skipped = [], []
   beside = functools.lru_cache(64)(lambda folder: set(os.listdir(os.path.join(root, folder))))
@@ -113,17 +112,17 @@ def is_text(name: str) -> bool:
   return not re.search('[\ud800-\udfff]', name)
 
 
-def _sample(root: str, name: str, beside: set[str], inside: str) -> Sample:
+def _sample(root: str, name: str, beside: set[str], inside: str) -> table.Sample:
   stem = os.path.splitext(name)[0]
   files = {ending(name): os.path.join(root, name)}
   files |= {end: os.path.join(root, f'{stem}.{end}') for end in _BESIDE
             if f'{os.path.basename(stem)}.{end}' in beside}
   members = {end: (0, os.stat(path).st_size) for end, path in files.items()}
-  return Sample(name, members, functools.partial(_read, files), class_folder(name, inside), name)
+  return table.Sample(name, members, functools.partial(_read, files), class_folder(name, inside), name)
 
 
 def _read(files: dict[str, str], which: str, most: int) -> bytes:
-  return File(files[which]).read(0, most)
+  return storage.File(files[which]).read(0, most)
 
 
 def _entries(folder: str) -> list[os.DirEntry]:

@@ -9,9 +9,7 @@ from typing import Protocol
 
 from clip_jax.core.config import nearest
 from clip_jax.core.errors import ConfigError
-from clip_jax.data import array_record, folder, storage, tfds, webdataset
-from clip_jax.data.storage import SourceFile
-from clip_jax.data.table import Sample
+from clip_jax.data import array_record, folder, storage, table, tfds, webdataset
 
 
 class Reader(Protocol):
@@ -32,8 +30,8 @@ class Format:
   # asked for) -> its samples, and {'key', 'reason'} of what is no sample, which is complete when
   # the samples are exhausted. Names of images are in lower case.
   # None: a file is vectors, and vector_index.py finds its rows.
-  samples: Callable[[Sequence[SourceFile], str, Sequence[str], Sequence[str], Sequence[str]],
-                    tuple[Iterable[Sample], list[dict[str, str]]]] | None
+  samples: Callable[[Sequence[storage.SourceFile], str, Sequence[str], Sequence[str], Sequence[str]],
+                    tuple[Iterable[table.Sample], list[dict[str, str]]]] | None
   # Of one shard, as it stands in files.json: {'format', 'root', 'path', 'image_key'}. None: it has
   # no images of its own.
   open: Callable[[Mapping[str, str]], Reader] | None

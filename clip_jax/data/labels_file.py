@@ -16,8 +16,7 @@ import re
 from typing import Any
 
 from clip_jax.core.errors import InputError
-from clip_jax.data import folder
-from clip_jax.data.storage import natural
+from clip_jax.data import folder, storage
 
 _MOST_BYTES = 1 << 28  # 50,000 lines are 2 MB
 _KAGGLE = 'imageid,predictionstring'  # the first line of LOC_val_solution.csv
@@ -104,7 +103,7 @@ def _in_order(lines: Sequence[str], known: Collection[str], images: Sequence[str
                    and _clean(line) in known), ''):
     raise InputError(f'{path} has a line {name!r}, which is an image without a class. Give lines '
                      'of NAME CLASS.')
-  if images != sorted(images, key=natural):
+  if images != sorted(images, key=storage.natural):
     raise InputError(f'{path} has one class a line, and the order of the images is not clear: '
                      'sorted as text it is not the order of the numbers in their names. Give lines '
                      'of NAME CLASS.')

@@ -13,7 +13,6 @@ from typing import Any
 
 from clip_jax.core.errors import InputError
 from clip_jax.data import formats, storage
-from clip_jax.data.storage import SourceFile, natural
 
 _THREADS = 16  # questions to a remote storage at once
 # What an fsspec file system says of the state of an object, the surest first.
@@ -25,7 +24,7 @@ class NoFiles(InputError):
   """A path means no file at all."""
 
 
-def list_files(format: str, path: str) -> list[SourceFile]:
+def list_files(format: str, path: str) -> list[storage.SourceFile]:
   """Returns the files of a dataset in order: natural order, braces as they are written.
 
   path: a file, a glob, braces ('{00000..00009}.tar', '{a,b}/*.tar') or a folder of tars, here or on
@@ -53,7 +52,7 @@ def list_files(format: str, path: str) -> list[SourceFile]:
       path if os.path.exists(path) else re.split(r'[*?\[{]', path)[0])
   # A link to nothing is listed, as a sample that cannot be read.
   stats = [os.stat(file) if os.path.exists(file) else os.lstat(file) for file in found]
-  return [SourceFile(file, os.path.relpath(file, fixed), stat.st_size, stat.st_mtime)
+  return [storage.SourceFile(file, os.path.relpath(file, fixed), stat.st_size, stat.st_mtime)
           for file, stat in zip(found, stats, strict=True)]
 
 
@@ -62,7 +61,7 @@ def root(format: str, path: str) -> str:
   return os.path.abspath(os.path.expanduser(path)) if formats.get(format).rooted else ''
 
 
-def _remote_files(path: str, found_by: formats.Format) -> list[SourceFile]:
+def _remote_files(path: str, found_by: formats.Format) -> list[storage.SourceFile]:
   """Returns the files that a remote path, glob, braces or folder means, as `list_files` does."""
   system, web = storage.file_system(path), path.startswith('http')
   path, query = re.fullmatch(r'(.*?)(\?.*)?', path, re.DOTALL).groups('') if web else (path, '')
@@ -81,7 +80,7 @@ def _remote_files(path: str, found_by: formats.Format) -> list[SourceFile]:
   fixed = posixpath.dirname(re.split(r'[*?\[{]', path)[0])
   if found[0][0] != path + query and found[0][0].startswith(path.rstrip('/') + '/'):
     fixed = path.rstrip('/')  # the path is a folder
-  return [SourceFile(url, url.removesuffix(query).removeprefix(fixed).lstrip('/'), info['size'],
+  return [storage.SourceFile(url, url.removesuffix(query).removeprefix(fixed).lstrip('/'), info['size'],
                      0.0, _version(info)) for url, info in found]
 
 
@@ -108,7 +107,7 @@ def _remote_matches(system: Any, path: str, query: str, found_by: formats.Format
         break
     if not found:
       raise NoFiles(f'{path!r} matches no file. Correct the path of the dataset.')
-    return [(url, _sized(system, url, found[url])) for url in sorted(found, key=natural)]
+    return [(url, _sized(system, url, found[url])) for url in sorted(found, key=storage.natural)]
 
 
 def _sized(system: Any, url: str, info: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -150,7 +149,7 @@ def _matches(path: str, found_by: formats.Format) -> list[str]:
                   'pattern.')
   if not found:
     raise NoFiles(f'{path!r} matches no file. Correct the path of the dataset.')
-  return sorted(found, key=natural)
+  return sorted(found, key=storage.natural)
 
 
 def expanded(path: str) -> list[str]:

@@ -20,9 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clip_jax.core.errors import InputError
-from clip_jax.data import storage
-from clip_jax.data.storage import SourceFile
-from clip_jax.data.table import Sample
+from clip_jax.data import storage, table
 
 _BATCH = 4 << 20     # bytes of images decoded at once, about
 _MOST_ROWS = 256     # and rows: what a footer says of sizes may be wrong
@@ -53,8 +51,8 @@ class _File:
       yield from self.parquet.iter_batches(self.steps[group], [group], columns, use_threads=False)
 
 
-def samples(file: SourceFile, image_key: Sequence[str], sample_key: Sequence[str],
-            columns: Sequence[str]) -> tuple[Iterator[Sample], list[dict[str, str]]]:
+def samples(file: storage.SourceFile, image_key: Sequence[str], sample_key: Sequence[str],
+            columns: Sequence[str]) -> tuple[Iterator[table.Sample], list[dict[str, str]]]:
   """Returns the samples of a file in order, and what is listed as skipped.
 
   image_key: names of the image's column, in lower case, the first that is there counts; sample_key:
@@ -197,7 +195,7 @@ _numbers = itertools.count()  # one a reader: a file that is opened again may be
 
 
 def _samples(file: _File, name: str, key: str | None, columns: list[str],
-             skipped: list[dict[str, str]]) -> Iterator[Sample]:
+             skipped: list[dict[str, str]]) -> Iterator[table.Sample]:
   leaves = [file.leaf, *columns] if file.leaf == file.column else [
       file.leaf, f'{file.column}.path', *columns]
   stem = os.path.splitext(name)[0]
@@ -213,7 +211,7 @@ def _samples(file: _File, name: str, key: str | None, columns: list[str],
             skipped.append({'key': shown, 'reason': 'image is not in the file'})
           else:
             members = {} if image is None else {file.ending: (row, image.size)}
-            yield Sample(shown, members, functools.partial(_read, image), fields=fields)
+            yield table.Sample(shown, members, functools.partial(_read, image), fields=fields)
           row += 1
       if row < end:
         raise _Damage('fewer rows than the footer says')

@@ -17,8 +17,7 @@ import numpy as np
 from clip_jax.core import files
 from clip_jax.core.errors import InputError
 from clip_jax.core.types import Array
-from clip_jax.data import formats, keyed_images, storage
-from clip_jax.data.table import read_columns, read_key
+from clip_jax.data import formats, keyed_images, storage, table
 
 _OPEN_FILES = 128  # source files that one Source keeps open
 
@@ -91,7 +90,7 @@ class Source:
     """Returns a column of the index: numbers (NaN for none), or objects, str (None for none)."""
     import pyarrow as pa
     shards = range(len(self._files['shards']))
-    parts = [read_columns(self._directory, shard, [name]) for shard in shards]
+    parts = [table.read_columns(self._directory, shard, [name]) for shard in shards]
     if not any(part.column_names for part in parts):
       raise InputError(f'{self._directory} has no column {name!r}: name it in the `columns` of the '
                        'dataset.')
@@ -172,7 +171,7 @@ class Source:
     if not where.get('images'):
       raise InputError(f'{where["path"]} holds vectors and no images. Say where they are with '
                        '`images` of the dataset.')
-    key = read_key(self._directory, shard, row - int(self.starts[shard]))
+    key = table.read_key(self._directory, shard, row - int(self.starts[shard]))
     with _readable(where['images']):
       return keyed_images.KeyedImages(where['images']).read(key)
 
@@ -182,8 +181,8 @@ class Source:
 
   @functools.cached_property
   def _table(self) -> Array:  # [n] TABLE_DTYPE
-    table = np.load(os.path.join(self._directory, 'table.npy'), mmap_mode='r')
-    return table.view(np.ndarray)  # a plain view of the map: np.memmap's own indexing is slow
+    rows = np.load(os.path.join(self._directory, 'table.npy'), mmap_mode='r')
+    return rows.view(np.ndarray)  # a plain view of the map: np.memmap's own indexing is slow
 
   @functools.cached_property
   def _captions(self) -> mmap.mmap | bytes:

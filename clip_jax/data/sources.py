@@ -11,10 +11,8 @@ import os
 from typing import Any, NamedTuple
 
 from clip_jax.core.errors import InputError
-from clip_jax.data import formats, headers, images, labels, row_rules
+from clip_jax.data import formats, headers, images, labels, row_rules, storage, table
 from clip_jax.data.row_rules import RowRules
-from clip_jax.data.storage import SourceFile
-from clip_jax.data.table import Record, Sample, Scan
 
 _MOST_TEXT = 1 << 24         # bytes of a caption or json member; more is no text
 # Bytes read for an image's size: what the pass over a remote tar keeps of it; mostly enough; enough
@@ -41,8 +39,8 @@ def classes(format: str, path: str, label_key: str) -> tuple[str, ...]:
   return formats.get(format).classes(path, label_key) if label_key else ()
 
 
-def scan(format: str, files: SourceFile | Sequence[SourceFile], rules: RowRules | None = None, *, root: str = '',
-         **fields: Any) -> Scan:
+def scan(format: str, files: storage.SourceFile | Sequence[storage.SourceFile], rules: RowRules | None = None, *,
+         root: str = '', **fields: Any) -> table.Scan:
   """Returns the rows of one shard: of one file, or of image files below `root`, the path listed.
 
   rules: which samples count and what their rows say; without it, `fields` are those of RowRules by name. In folders,
@@ -50,7 +48,7 @@ def scan(format: str, files: SourceFile | Sequence[SourceFile], rules: RowRules 
   has -1. Raises ConfigError for a bad rule.
   """
   found_by, rules = formats.get(format), rules or RowRules(**fields)
-  files = [files] if isinstance(files, SourceFile) else files
+  files = [files] if isinstance(files, storage.SourceFile) else files
   folder_label = labels.labels(root, rules.classes, rules.labels_file).of if root and not rules.label_key else None
   try:
     samples, skipped = found_by.samples(files, root, row_rules.names(rules.image_key.lower()),
@@ -61,8 +59,8 @@ def scan(format: str, files: SourceFile | Sequence[SourceFile], rules: RowRules 
                      'the dataset.') from error
 
 
-def _scan(samples: Iterable[Sample], skipped: list[dict[str, str]], rules: RowRules,
-          folder_label: Callable[[str], int | None] | None) -> Scan:
+def _scan(samples: Iterable[table.Sample], skipped: list[dict[str, str]], rules: RowRules,
+          folder_label: Callable[[str], int | None] | None) -> table.Scan:
   records, left_out = [], 0
   for sample in samples:
     try:
@@ -75,7 +73,7 @@ def _scan(samples: Iterable[Sample], skipped: list[dict[str, str]], rules: RowRu
       skipped.append({'key': sample.key, 'reason': str(reason)})
     except OSError:
       skipped.append({'key': sample.key, 'reason': 'file cannot be read'})
-  return Scan(records, skipped, left_out)
+  return table.Scan(records, skipped, left_out)
 
 
 def _wanted(rules: RowRules) -> tuple[str, ...]:
@@ -87,7 +85,8 @@ def _wanted(rules: RowRules) -> tuple[str, ...]:
   return tuple(dict.fromkeys(key.removeprefix('json:') for key in keys if key))
 
 
-def _record(sample: Sample, rules: RowRules, folder_label: Callable[[str], int | None] | None) -> Record | None:
+def _record(sample: table.Sample, rules: RowRules, folder_label: Callable[[str], int | None] | None
+            ) -> table.Record | None:
   """Returns a sample's row, None where it is not asked for.
 
   folder_label: an image's path -> its label, None where its class is not asked for. Raises _Skip or NoLabel where the
@@ -121,11 +120,11 @@ def _record(sample: Sample, rules: RowRules, folder_label: Callable[[str], int |
   kind, width, height = _header(sample, ending, length)
   caption = _caption(sample, fields, label, rules)
   columns = {name: _clean(_value(sample, fields, name)) for name in rules.columns}
-  return Record(sample.key, caption, label, group, offset, length, width, height, columns,
+  return table.Record(sample.key, caption, label, group, offset, length, width, height, columns,
                 sample.path, kind)
 
 
-def _json(sample: Sample) -> Mapping[str, Any]:
+def _json(sample: table.Sample) -> Mapping[str, Any]:
   if 'json' in sample.members:
     text = _text(sample, 'json')
   else:
@@ -141,7 +140,7 @@ def _json(sample: Sample) -> Mapping[str, Any]:
   return value
 
 
-def _value(sample: Sample, fields: _Fields, key: str) -> Any:
+def _value(sample: table.Sample, fields: _Fields, key: str) -> Any:
   """Returns a text member, or a column, or a json field, or None."""
   if key in sample.members and key != 'json':
     return _text(sample, key).strip()
@@ -154,7 +153,7 @@ def _value(sample: Sample, fields: _Fields, key: str) -> Any:
   return None if value != value else value  # NaN is how tables of numbers say that there is none
 
 
-def _needed(sample: Sample, fields: _Fields, key: str) -> Any:
+def _needed(sample: table.Sample, fields: _Fields, key: str) -> Any:
   """Returns the value of a key that a sample must have; raises _Skip where it has none."""
   value = _value(sample, fields, key)
   if value is None:
@@ -162,7 +161,7 @@ def _needed(sample: Sample, fields: _Fields, key: str) -> Any:
   return value
 
 
-def _text(sample: Sample, ending: str) -> str:
+def _text(sample: table.Sample, ending: str) -> str:
   if sample.members[ending][1] > _MOST_TEXT:
     raise _Skip(f'{ending} too long')
   data = sample.read(ending, _MOST_TEXT).removeprefix(codecs.BOM_UTF8)
@@ -176,7 +175,7 @@ def _clean(value: Any) -> Any:
   return value.encode('utf-8', 'replace').decode()
 
 
-def _caption(sample: Sample, fields: _Fields, label: int, rules: RowRules) -> str:
+def _caption(sample: table.Sample, fields: _Fields, label: int, rules: RowRules) -> str:
   if rules.caption_template:
     name = _value(sample, fields, 'class_name') or sample.folder
     if 0 <= label < len(rules.classes):
@@ -197,7 +196,7 @@ def _caption(sample: Sample, fields: _Fields, label: int, rules: RowRules) -> st
   return _clean(caption)
 
 
-def _header(sample: Sample, ending: str, length: int) -> tuple[str, int, int]:
+def _header(sample: table.Sample, ending: str, length: int) -> tuple[str, int, int]:
   """Returns (type, width, height) of an image by its first bytes; ('', 0, 0) for none."""
   for most in _HEADER:
     try:

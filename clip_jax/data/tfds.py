@@ -12,9 +12,7 @@ import os
 from typing import Any
 
 from clip_jax.core.errors import InputError
-from clip_jax.data import array_record
-from clip_jax.data.storage import SourceFile
-from clip_jax.data.table import Sample
+from clip_jax.data import array_record, storage, table
 
 _READABLE = ('array_record', 'parquet')  # of the file formats, those that are read at random
 _RECORDS = 'data'  # the parquet column in which TFDS keeps records
@@ -45,8 +43,8 @@ def classes(path: str, label_key: str) -> tuple[str, ...]:
   return tuple(getattr(feature, 'names', None) or ())
 
 
-def samples(file: SourceFile, image_key: Sequence[str], sample_key: Sequence[str],
-            columns: Sequence[str]) -> tuple[Iterable[Sample], list[dict[str, str]]]:
+def samples(file: storage.SourceFile, image_key: Sequence[str], sample_key: Sequence[str],
+            columns: Sequence[str]) -> tuple[Iterable[table.Sample], list[dict[str, str]]]:
   """Returns the samples of one file of a split, and what is listed as skipped.
 
   The names are features: 'a/b' of a feature in another. See array_record.samples.

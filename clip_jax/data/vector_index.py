@@ -24,7 +24,6 @@ from clip_jax.core.errors import ConfigError, InputError
 from clip_jax.core.types import Array
 from clip_jax.data import listing, row_rules, storage, table, vectors
 from clip_jax.data.row_rules import RowRules
-from clip_jax.data.storage import SourceFile
 
 METADATA, LABELS, PATHS = 'metadata', 'labels', 'paths'  # what may lie beside a file of vectors
 ALSO_KEYS = ('image_path', 'id', 'image_id', PATHS)  # of keys, where sample_key's are not there
@@ -32,7 +31,7 @@ _FOLDERS = ('img_emb', 'images', 'text_emb')  # of vectors, beside which metadat
 _ROWS = 1 << 17  # in memory at once
 
 
-def companions(found: Sequence[SourceFile], metadata: str = '') -> list[dict[str, SourceFile]]:
+def companions(found: Sequence[storage.SourceFile], metadata: str = '') -> list[dict[str, storage.SourceFile]]:
   """Returns, for each file of vectors, what describes its rows: 'metadata', 'labels', 'paths'.
 
   metadata: path of parquet files; '' takes those in metadata/ beside the vectors' folder, or
@@ -40,7 +39,7 @@ def companions(found: Sequence[SourceFile], metadata: str = '') -> list[dict[str
   number at the end of the stem: img_emb_3 and metadata_3, img_emb_0003 and metadata_0003. Raises
   InputError where a file of vectors has no partner, or a number comes twice.
   """
-  beside: list[dict[str, SourceFile]] = [{} for _ in found]
+  beside: list[dict[str, storage.SourceFile]] = [{} for _ in found]
   groups: dict[str, list[int]] = {}
   for i, file in enumerate(found):
     groups.setdefault('' if metadata else os.path.dirname(file.path), []).append(i)
@@ -52,7 +51,7 @@ def companions(found: Sequence[SourceFile], metadata: str = '') -> list[dict[str
   return beside
 
 
-def _described(folder: str, metadata: str, paths: Sequence[str]) -> dict[str, list[SourceFile]]:
+def _described(folder: str, metadata: str, paths: Sequence[str]) -> dict[str, list[storage.SourceFile]]:
   """Returns the files of each kind that describe the vectors of one folder."""
   if metadata:
     try:
@@ -69,7 +68,7 @@ def _described(folder: str, metadata: str, paths: Sequence[str]) -> dict[str, li
   return {kind: partners for kind, partners in described.items() if partners}
 
 
-def _listed(folder: str, ending: str) -> list[SourceFile]:
+def _listed(folder: str, ending: str) -> list[storage.SourceFile]:
   if not storage.is_remote(folder) and not os.path.isdir(folder):
     return []
   try:
@@ -83,7 +82,7 @@ def _stem(path: str) -> str:
   return os.path.splitext(os.path.basename(path.partition('?')[0]))[0]
 
 
-def _paired(paths: Sequence[str], partners: Sequence[SourceFile], kind: str) -> list[SourceFile]:
+def _paired(paths: Sequence[str], partners: Sequence[storage.SourceFile], kind: str) -> list[storage.SourceFile]:
   """Returns the partner of each path, in their order."""
   by_stem = {_stem(file.path): file for file in partners}
   if len(by_stem) == len(partners) and all(_stem(path) in by_stem for path in paths):
@@ -124,8 +123,8 @@ def _number(path: str) -> int | None:
   return int(digits[0]) if digits else None
 
 
-def write(directory: str, shard: int, file: SourceFile, beside: Mapping[str, SourceFile], rules: RowRules = RowRules(),
-          *, vector_key: str = '', vector_dim: int = 0) -> dict[str, Any]:
+def write(directory: str, shard: int, file: storage.SourceFile, beside: Mapping[str, storage.SourceFile],
+          rules: RowRules = RowRules(), *, vector_key: str = '', vector_dim: int = 0) -> dict[str, Any]:
   """Writes index-<shard>.parquet and skipped-<shard>.json of a file of vectors; returns the counts.
 
   The rules count over columns of the metadata (of the file itself, where it is a parquet); those of images and of
@@ -167,7 +166,7 @@ def write(directory: str, shard: int, file: SourceFile, beside: Mapping[str, Sou
 class _Rows:
   """What is said of the rows of a file of vectors, by columns, batch after batch."""
 
-  def __init__(self, file: SourceFile, beside: Mapping[str, SourceFile], found: vectors.Head):
+  def __init__(self, file: storage.SourceFile, beside: Mapping[str, storage.SourceFile], found: vectors.Head):
     self._file, self._rows = file, found.rows
     self._said_by = beside.get(METADATA) or (file if found.kind == 'parquet' else None)
     schema = _parquet(self._said_by).schema_arrow if self._said_by else []
@@ -210,7 +209,7 @@ class _Rows:
       start += size
 
 
-def _parquet(file: SourceFile):
+def _parquet(file: storage.SourceFile):
   try:
     return pq.ParquetFile(storage.open_stream(file.path), pre_buffer=False)
   except (pa.ArrowInvalid, OSError) as error:
@@ -232,7 +231,7 @@ def _array(path: str) -> Array:  # [n]
   return array.astype(str) if array.dtype.kind in 'SU' else array.astype(np.int64)
 
 
-def _index(file: SourceFile, shard: int, start: int, batch: dict, rules: RowRules, key_column: str,
+def _index(file: storage.SourceFile, shard: int, start: int, batch: dict, rules: RowRules, key_column: str,
            captions: Sequence[str], sizes: Mapping[str, str]) -> tuple[pa.Table, Array]:
   """Returns the index of some rows, and their labels [n] int64.
 
@@ -285,7 +284,7 @@ def _mapped(values: pa.Array, function: Callable[[Any], Any], kind: str) -> pa.A
   return pa.array(map(function, coded.dictionary.to_pylist()), kind).take(coded.indices)
 
 
-def _text(file: SourceFile, name: str, batch: dict) -> pa.Array:
+def _text(file: storage.SourceFile, name: str, batch: dict) -> pa.Array:
   """Returns a column as text, null where it says nothing."""
   kind = batch[name].type
   if pa.types.is_dictionary(kind):
@@ -300,7 +299,7 @@ def _text(file: SourceFile, name: str, batch: dict) -> pa.Array:
                      ) from error
 
 
-def _labels(file: SourceFile, name: str, batch: dict, rules: RowRules) -> Array:  # [n] int64
+def _labels(file: storage.SourceFile, name: str, batch: dict, rules: RowRules) -> Array:  # [n] int64
   values, kind = batch[name], batch[name].type
   if pa.types.is_floating(kind):
     values = values.cast(pa.float64())
@@ -310,7 +309,7 @@ def _labels(file: SourceFile, name: str, batch: dict, rules: RowRules) -> Array:
   return pc.fill_null(label, row_rules.NO_LABEL).to_numpy(zero_copy_only=False)
 
 
-def _pixels(file: SourceFile, name: str, batch: dict) -> Array:  # [n] int32
+def _pixels(file: storage.SourceFile, name: str, batch: dict) -> Array:  # [n] int32
   kind = batch[name].type
   if not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
     raise InputError(f'{file.name}: its column {name!r} holds {kind}, which is no number of '

@@ -23,7 +23,6 @@ from clip_jax.core import files, progress
 from clip_jax.core.errors import InputError
 from clip_jax.core.types import Array
 from clip_jax.data import storage
-from clip_jax.data.storage import SourceFile
 
 LEAST_NORM, MOST_NORM = 0.9, 1.1
 _BLOCK = 1 << 24             # bytes of float32 in a block
@@ -131,7 +130,7 @@ def fault(vector: Array) -> str:  # [E]
   return f'has length {norm:.4g}' if norm else 'is all zeros'
 
 
-def local_copy(file: SourceFile, cache: str) -> str:
+def local_copy(file: storage.SourceFile, cache: str) -> str:
   """Returns the path of a source file on this machine: its own, or of a copy in the folder `cache`.
 
   A copy's name holds a hash of the URL and of the object's state, so a changed object is copied
