@@ -70,24 +70,20 @@ class Records:
           path, options='readahead_buffer_size:0,max_parallelism:0')
       self._count = self._reader.num_records()
     except (RuntimeError, ValueError) as error:
-      raise self.changed() from error
+      raise storage.changed(self._path) from error
     if not self._reader.ok() or self._count > size or not self._reader.writer_options_string():
-      raise self.changed()
+      raise storage.changed(self._path)
 
   def __len__(self) -> int:
     return self._count
 
   def values(self, rows: Sequence[int]) -> list[bytes]:
     if rows and not 0 <= min(rows) <= max(rows) < self._count:
-      raise self.changed()
+      raise storage.changed(self._path)
     try:
       return self._reader.read(list(rows))
     except (RuntimeError, ValueError) as error:
-      raise self.changed() from error
-
-  def changed(self) -> InputError:
-    return InputError(f'{self._path} is damaged, or not the file that was indexed. Put that back, '
-                      'or index again with --redo=ingest.')
+      raise storage.changed(self._path) from error
 
 
 class Reader:
@@ -154,14 +150,11 @@ def _read(image: tuple[str, bytes], ending: str, most: int) -> bytes:
 
 def _image(features: Mapping[str, Any], names: Sequence[str]) -> tuple[str, bytes] | None:
   """Returns the first feature among `names`, in lower case, that is one image, and its bytes."""
-  there = {}
-  if not any(name in features for name in names):
-    there = {name.lower(): name for name in features}
-  for name in names:
-    name = there.get(name, name)
-    values = features[name].bytes_list.value if name in features else ()
+  there = {name.lower(): name for name in sorted(features)}  # the name in lower case counts before others
+  for name in filter(there.__contains__, names):
+    values = features[there[name]].bytes_list.value
     if len(values) == 1:
-      return name, values[0]
+      return there[name], values[0]
   return None
 
 

@@ -140,10 +140,8 @@ def _is_folder(entry: os.DirEntry) -> bool:
 
 def _is_file(entry: os.DirEntry) -> bool:
   """A pipe would be waited for without end. A broken link counts: it is listed when it is read."""
-  try:
-    return entry.is_file() or not os.path.exists(entry.path)
-  except OSError:  # a link to itself
-    return True
+  return entry.is_file(follow_symlinks=False) or entry.is_symlink() and (
+      os.path.isfile(entry.path) or not os.path.exists(entry.path))
 
 
 def _is_objectnet(top: str) -> bool:

@@ -1,10 +1,10 @@
 """A file that says the class of each image of a folder, in one of the forms in which users hold it.
 
-In: lines 'NAME CLASS', all separated alike by a tab, a comma, the first or the last space; Kaggle's LOC_val_solution.csv, of
-which the first wnid counts; JSON {name: class}; or one class a line, in the order of the sorted
-images, for exactly all images. NAME is a path below the folder, or a file's name, with its ending
-or without. Empty lines, and lines that begin with '#', do not count. Names are looked up, never
-opened.
+In: lines 'NAME CLASS', all separated alike by a tab, a comma, the first or the last space; Kaggle's
+LOC_val_solution.csv, of which the first wnid counts; JSON {name: class}; or one class a line, in
+the order of the sorted images, for exactly all images. NAME is a path below the folder, or a file's
+name, with its ending or without. Empty lines, and lines that begin with '#', do not count. Names
+are looked up, never opened.
 """
 
 from collections.abc import Collection, Iterable, Sequence
@@ -75,15 +75,15 @@ def _pairs(lines: Sequence[str], known: Collection[str], path: str) -> list[tupl
     return []
   for line, others, (names, _, _) in zip(lines, zip(*ways), best):
     if not names and any(names for names, _, _ in others):
-      raise InputError(f'{path} has the line {line[:80]!r}, in which name and class are not separated as in most lines. '
-                       'Separate all by a tab, or by a comma.')
+      raise InputError(f'{path} has the line {line[:80]!r}, in which name and class are not separated as in most '
+                       'lines. Separate all by a tab, or by a comma.')
   kaggle = lines[0].lower().replace(' ', '') == _KAGGLE
   return [(name, value.split()[0] if kaggle else value) for names, name, value in best
           if names or value and (re.search('[0-9]', name) or folder.ending(name) in folder.IMAGES)]
 
 
 def _splits(line: str) -> list[tuple[str, str]]:
-  """Returns the (name, class) that a line may mean: by a tab, a comma, the first or last space; '' where it has none."""
+  """Returns the (name, class) that a line means if a tab, a comma, the first or the last space separates them."""
   try:
     fields = next(csv.reader([line]), []) if ',' in line else []
   except csv.Error:  # a field of more than 131,072 characters

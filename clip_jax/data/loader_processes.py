@@ -48,9 +48,12 @@ def elements(make: Callable[[int], Any], count: int, *, processes: int, threads:
     made: dict[int, tuple[_Worker, int, Any]] = {}
     asked = 0
     for k in range(count):
-      asked = _ask(workers, asked, count)
+      while asked < count and any(worker.free for worker in workers):
+        max(workers, key=lambda worker: len(worker.free)).give(asked)  # which has least to do
+        asked += 1
       while k not in made:
-        for worker in _speaking(workers):
+        heard = connection.wait([worker.connection for worker in workers])  # one has made something, or died
+        for worker in [worker for worker in workers if worker.connection in heard]:
           for job, slot, element in worker.receive():
             made[job] = worker, slot, element
       worker, slot, element = made.pop(k)
@@ -61,23 +64,6 @@ def elements(make: Callable[[int], Any], count: int, *, processes: int, threads:
       worker.free.append(slot)
   finally:
     closing()
-
-
-def _ask(workers: list['_Worker'], asked: int, count: int) -> int:
-  """Gives the next elements to the processes that have least to do. Returns the first not given."""
-  while asked < count:
-    worker = max(workers, key=lambda worker: len(worker.free))
-    if not worker.free:
-      break
-    worker.give(asked)
-    asked += 1
-  return asked
-
-
-def _speaking(workers: list['_Worker']) -> list['_Worker']:
-  """Waits until a process has something to say, or has died."""
-  heard = connection.wait([worker.connection for worker in workers])
-  return [worker for worker in workers if worker.connection in heard]
 
 
 def _close(workers: list['_Worker']) -> None:

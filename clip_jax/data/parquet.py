@@ -98,7 +98,7 @@ class Reader:
     try:
       self._file = _open(path, [name.strip() for name in image_key.lower().split(';')])
     except _Damage as error:
-      raise self._changed() from error
+      raise storage.changed(self._path) from error
     self._number = next(_numbers)
     self._ends = collections.defaultdict(list)  # row group -> the rows before the end of each batch
     self._lock = threading.Lock()
@@ -110,7 +110,7 @@ class Reader:
     """Returns the images of [(row, length)]; each row group is read once."""
     found = self.values([row for row, _ in ranges])
     if any(len(data) != length for data, (_, length) in zip(found, ranges, strict=True)):
-      raise self._changed()
+      raise storage.changed(self._path)
     return found
 
   def values(self, rows: Sequence[int]) -> list[bytes]:
@@ -123,7 +123,7 @@ class Reader:
 
   def _value(self, row: int) -> bytes:
     if not 0 <= row < self._file.starts[-1]:
-      raise self._changed()
+      raise storage.changed(self._path)
     group = bisect.bisect_right(self._file.starts, row) - 1
     row -= self._file.starts[group]
     number = bisect.bisect_right(self._ends[group], row)
@@ -132,7 +132,7 @@ class Reader:
       number, batch = self._decode(group, row, number)
     data = _buffer(batch, row - (self._ends[group][number - 1] if number else 0))
     if data is None:
-      raise self._changed()
+      raise storage.changed(self._path)
     return data.to_pybytes()
 
   def _decode(self, group: int, row: int, wanted: int) -> tuple[int, Any]:
@@ -145,7 +145,7 @@ class Reader:
       try:
         batch = _part(next(stream).column(self._file.column), 'bytes')
       except (_Damage, StopIteration) as error:
-        raise self._changed() from error
+        raise storage.changed(self._path) from error
       if number == len(ends):
         ends.append((ends[-1] if ends else 0) + len(batch))
       _decoded.put((self._number, group, number), batch, batch.nbytes)
@@ -154,10 +154,6 @@ class Reader:
           _streams.put((self._number, group), (number + 1, stream))
         return number, batch
       number += 1
-
-  def _changed(self) -> InputError:
-    return InputError(f'{self._path} is damaged, or not the file that was indexed. Put that back, '
-                      'or index again with --redo=ingest.')
 
 
 class _Recent:

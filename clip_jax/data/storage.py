@@ -54,6 +54,12 @@ class SourceFile:
     return f'{self.size} {self.version or self.mtime}'
 
 
+def changed(path: str) -> InputError:
+  """Returns what to say of a file in which a row that was indexed cannot be read."""
+  return InputError(f'{path} is damaged, or not the file that was indexed. Put that back, or index again with '
+                    '--redo=ingest.')
+
+
 class File:
   """A file open for reading, closed when nobody holds it any more."""
 

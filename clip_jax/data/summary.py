@@ -118,7 +118,8 @@ def _contents(directory: str, shards: Iterable[int]) -> dict[str, Any]:
       for name, values in {
           'width': width[known], 'height': height[known], 'short_side': np.minimum(width, height)[known],
           'characters': characters, 'words': words, 'label': batch['label'].to_numpy()}.items():
-        counts[name].update(_tally(values))
+        seen, times = np.unique(values, return_counts=True)
+        counts[name].update(dict(zip(seen.tolist(), times.tolist(), strict=True)))
       kinds = pc.value_counts(batch['type']).to_pylist()
       counts['type'].update({entry['values'] or 'unknown': entry['counts'] for entry in kinds})
   classes = files.read_json(os.path.join(directory, 'files.json'))['classes']
@@ -130,11 +131,6 @@ def _contents(directory: str, shards: Iterable[int]) -> dict[str, Any]:
       'captions': {**{name: _quantiles(counts[name]) for name in ('characters', 'words')},
                    'empty': total['empty']},
       'labels': _labels(counts['label'], classes)}
-
-
-def _tally(values: Array) -> dict[int, int]:  # [n] int
-  seen, counts = np.unique(values, return_counts=True)
-  return dict(zip(seen.tolist(), counts.tolist(), strict=True))
 
 
 def _quantiles(counts: Mapping[int, int]) -> dict[str, int]:

@@ -22,8 +22,8 @@ from clip_jax.core.types import Array
 
 TABLE_DTYPE = np.dtype([('shard', '<i4'), ('offset', '<i8'), ('length', '<i4'),
                         ('caption_offset', '<i8'), ('caption_length', '<i4'), ('label', '<i4')])
-_TYPES = {'key': 'string', 'caption': 'string', 'label': 'int32', 'group': 'string', 'shard': 'int32', 'offset': 'int64',
-          'length': 'int32', 'width': 'int32', 'height': 'int32', 'type': 'string', 'path': 'string'}
+_TYPES = {'key': 'string', 'caption': 'string', 'label': 'int32', 'group': 'string', 'shard': 'int32',
+          'offset': 'int64', 'length': 'int32', 'width': 'int32', 'height': 'int32', 'type': 'string', 'path': 'string'}
 COLUMNS = tuple(_TYPES)  # of every index; path only where images are files
 _BATCH = 1 << 16  # rows of an index in memory at a time
 
@@ -64,7 +64,7 @@ class Scan:
 def write_shard(directory: str, shard: int, scan: Scan) -> dict[str, Any]:
   """Writes index-<shard>.parquet and skipped-<shard>.json; returns the counts."""
   import pyarrow as pa
-  r = scan.records
+  r, reasons = scan.records, collections.Counter(entry['reason'] for entry in scan.skipped)
   columns = {name: pa.array([shard if name == 'shard' else getattr(record, name) for record in r], kind)
              for name, kind in _TYPES.items()}
   if not any(record.path for record in r):
@@ -74,7 +74,7 @@ def write_shard(directory: str, shard: int, scan: Scan) -> dict[str, Any]:
   files.write_parquet(index_file(directory, shard), pa.table(columns))
   files.write_json(skipped_file(directory, shard), scan.skipped)
   return {'rows': len(r), 'skipped': len(scan.skipped), 'left_out': scan.left_out,
-          'reasons': _count(scan.skipped)}
+          'reasons': dict(sorted(reasons.items()))}
 
 
 def assemble(directory: str, shards: Sequence[Mapping[str, str]],
@@ -158,10 +158,6 @@ def read_key(directory: str, shard: int, row: int) -> str:
 
 def skipped_file(directory: str, shard: int) -> str:
   return os.path.join(directory, f'skipped-{shard:05d}.json')
-
-
-def _count(skipped: Sequence[Mapping[str, str]]) -> dict[str, int]:
-  return dict(sorted(collections.Counter(entry['reason'] for entry in skipped).items()))
 
 
 def _column(values: list[Any]):

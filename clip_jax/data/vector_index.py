@@ -239,8 +239,9 @@ def _index(file: storage.SourceFile, shard: int, start: int, batch: dict, rules:
   counts; sizes: 'width' and 'height' -> a column, '' for none.
   """
   size = len(batch[''])
+  name = file.name.encode('utf-8', 'backslashreplace').decode()  # it may be any bytes
   row = pa.array(np.arange(start, start + size, dtype=np.int64))
-  key = pc.binary_join_element_wise(pa.scalar(_clean(file.name)), row.cast(pa.string()), '/')
+  key = pc.binary_join_element_wise(pa.scalar(name), row.cast(pa.string()), '/')
   if key_column:
     key = pc.coalesce(_text(file, key_column, batch), key)
   caption = pa.nulls(size, pa.string())
@@ -335,8 +336,3 @@ def _column(values):
     return pa.array([None if value is None else json.dumps(value, default=str)
                      for value in values.to_pylist()], pa.string())
   return values.cast(pa.string())
-
-
-def _clean(name: str) -> str:
-  """Returns a file's name, which may be any bytes, as UTF-8."""
-  return name.encode('utf-8', 'backslashreplace').decode()

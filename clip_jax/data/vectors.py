@@ -17,6 +17,7 @@ import zipfile
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from clip_jax.core import files, progress
@@ -305,15 +306,13 @@ def _parquet_blocks(path: str, found: Head, step: int) -> Iterator[Array]:
   with pq.ParquetFile(path) as file:
     for batch in file.iter_batches(step, columns=[found.name]):
       lists = batch.column(0)
-      if lists.null_count:
-        row = start + int(np.argmax(lists.is_null().to_numpy(zero_copy_only=False)))
-        raise InputError(f'{path}: row {row} has no vector. Remove it, or put one there.')
-      if not pa.types.is_fixed_size_list(lists.type):
-        lengths = lists.value_lengths().to_numpy(zero_copy_only=False)
-        if (lengths != found.dim).any():
-          row = int(np.argmax(lengths != found.dim))
-          raise InputError(f'{path}: the vector of row {start + row} has {lengths[row]} numbers, '
-                           f'the first one {found.dim}. All must have as many.')
+      lengths = pc.fill_null(pc.list_value_length(lists), -1).to_numpy(zero_copy_only=False)
+      if (lengths != found.dim).any():
+        place = int(np.argmax(lengths != found.dim))
+        if lengths[place] < 0:
+          raise InputError(f'{path}: row {start + place} has no vector. Remove it, or put one there.')
+        raise InputError(f'{path}: the vector of row {start + place} has {lengths[place]} numbers, '
+                         f'the first one {found.dim}. All must have as many.')
       values = lists.flatten().to_numpy(zero_copy_only=False)  # NaN where a number is missing
       yield values.reshape(-1, found.dim)
       start += len(lists)
