@@ -85,10 +85,11 @@ def write_array_record(path: str, directory: str, rows: Array) -> dict[str, Any]
   Each has key, the image under its type's ending ('jpg', 'png', 'webp', 'image'), txt, and label
   where it has one. Records are found one by one ('group_size:1').
   """
-  contents = _Contents()
+  contents, source = _Contents(), reader.Source(directory)
   keys = [contents.name(key) for shard, _, some in _by_shard(directory, rows) for key in _keys(directory, shard, some)]
   with files.atomic(path) as temporary:
-    sums = _write_records(os.fspath(temporary), _records(directory, rows, keys))
+    records = (_record(source[row], key) for row, key in zip(rows.tolist(), keys, strict=True))
+    sums = _write_records(os.fspath(temporary), records)
     _check_array_record(os.fspath(temporary), path, sums)
     size = temporary.stat().length
   return {'samples': len(keys), 'bytes': size, 'renamed': contents.renamed}
@@ -194,9 +195,8 @@ def _told(headers: bytes) -> str:
 
 
 def _as_members(sample: Mapping[str, Any], key: str) -> dict[str, bytes]:
-  about = {'key': key} | ({'label': sample['label']} if sample['label'] >= 0 else {})
   return {_ending(sample['image']): sample['image'], 'txt': sample['caption'].encode(),
-          'json': json.dumps(about).encode()}
+          'json': json.dumps({'key': key, **_label(sample)}).encode()}
 
 
 def _safe(key: str) -> str:
@@ -224,13 +224,13 @@ def _check_tar(temporary: str, path: str, contents: _Contents, sha256: str) -> i
   return sum(map(len, found.values()))
 
 
-def _records(directory: str, rows: Array, keys: list[str]) -> Iterator[bytes]:
-  source = reader.Source(directory)
-  for row, key in zip(rows.tolist(), keys, strict=True):
-    sample = source[row]
-    label = {'label': sample['label']} if sample['label'] >= 0 else {}
-    yield array_record.example({'key': key, _ending(sample['image']): sample['image'],
-                                'txt': sample['caption'], **label})
+def _record(sample: Mapping[str, Any], key: str) -> bytes:
+  return array_record.example({'key': key, _ending(sample['image']): sample['image'],
+                               'txt': sample['caption'], **_label(sample)})
+
+
+def _label(sample: Mapping[str, Any]) -> dict[str, int]:
+  return {'label': sample['label']} if sample['label'] >= 0 else {}
 
 
 def _write_records(path: str, records: Iterator[bytes]) -> list[bytes]:

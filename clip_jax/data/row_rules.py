@@ -52,13 +52,9 @@ class RowRules:
     """Column -> the values of the samples that count."""
     return {name: tuple(value) if isinstance(value, (tuple, list)) else (value,) for name, value in self.where.items()}
 
-  @property
-  def takes_all(self) -> bool:
-    return tuple(self.part) == (0, 1)
-
   def in_part(self, group: str) -> bool:
     low, high = self.part
-    return low <= fraction(group) < high
+    return (low, high) == (0, 1) or low <= fraction(group) < high
 
   def group(self, text: str) -> str:
     """Returns what `group_pattern` keeps of a text: the first group of a match, else the match, else the text."""

@@ -100,7 +100,7 @@ def _record(sample: table.Sample, rules: RowRules, folder_label: Callable[[str],
   if rules.group_key:
     group = _needed(sample, fields, rules.group_key)
   group = rules.group(_clean(group if isinstance(group, str) else json.dumps(group)))
-  if not rules.takes_all and not rules.in_part(group):
+  if not rules.in_part(group):
     return None
   endings = (os.path.splitext(sample.path)[1][1:].lower(),) if sample.path else row_rules.names(rules.image_key.lower())
   ending = next((ending for ending in endings if ending in sample.members), None)

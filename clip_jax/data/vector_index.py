@@ -274,7 +274,7 @@ def _chosen(batch: dict, group: pa.Array, rules: RowRules) -> Array:
       raise ConfigError(f'where names {name}={list(values)}, and that column holds {batch[name].type}: '
                         f'{str(error).splitlines()[0]}.') from error
     mask &= pc.is_in(batch[name], wanted).to_numpy(zero_copy_only=False)
-  if not rules.takes_all:
+  if tuple(rules.part) != (0, 1):
     mask &= _mapped(group, rules.in_part, 'bool').to_numpy(zero_copy_only=False)
   return mask
 
