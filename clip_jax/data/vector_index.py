@@ -44,14 +44,15 @@ def companions(found: Sequence[storage.SourceFile], metadata: str = '') -> list[
   for i, file in enumerate(found):
     groups.setdefault('' if metadata else os.path.dirname(file.path), []).append(i)
   for folder, places in groups.items():
-    paths = [found[i].path for i in places]
-    for kind, partners in _described(folder, metadata, paths).items():
-      for i, partner in zip(places, _paired(paths, partners, kind), strict=True):
+    here = [found[i] for i in places]
+    for kind, partners in _described(folder, metadata, here).items():
+      for i, partner in zip(places, _paired(here, partners, kind), strict=True):
         beside[i][kind] = partner
   return beside
 
 
-def _described(folder: str, metadata: str, paths: Sequence[str]) -> dict[str, list[storage.SourceFile]]:
+def _described(folder: str, metadata: str, found: Sequence[storage.SourceFile]
+               ) -> dict[str, list[storage.SourceFile]]:
   """Returns the files of each kind that describe the vectors of one folder."""
   if metadata:
     try:
@@ -62,9 +63,9 @@ def _described(folder: str, metadata: str, paths: Sequence[str]) -> dict[str, li
   kinds = {METADATA: 'parquet', LABELS: 'npy', PATHS: 'npy'} if name in _FOLDERS else {}
   described = {kind: _listed(f'{above}/{kind}', ending) for kind, ending in kinds.items()}
   described[METADATA] = described.get(METADATA) or _listed(f'{folder}/{METADATA}', 'parquet')
-  if not described[METADATA] and not any(path.endswith('.parquet') for path in paths):
-    stems = {_stem(path) for path in paths}
-    described[METADATA] = [file for file in _listed(folder, 'parquet') if _stem(file.path) in stems]
+  if not described[METADATA] and not any(file.path.endswith('.parquet') for file in found):
+    stems = set(map(_stem, found))
+    described[METADATA] = [file for file in _listed(folder, 'parquet') if _stem(file) in stems]
   return {kind: partners for kind, partners in described.items() if partners}
 
 
@@ -78,49 +79,49 @@ def _listed(folder: str, ending: str) -> list[storage.SourceFile]:
     return []
 
 
-def _stem(path: str) -> str:
-  return os.path.splitext(os.path.basename(path.partition('?')[0]))[0]
+def _stem(file: storage.SourceFile) -> str:
+  return os.path.splitext(os.path.basename(file.path.partition('?')[0]))[0]
 
 
-def _paired(paths: Sequence[str], partners: Sequence[storage.SourceFile], kind: str) -> list[storage.SourceFile]:
-  """Returns the partner of each path, in their order."""
-  by_stem = {_stem(file.path): file for file in partners}
-  if len(by_stem) == len(partners) and all(_stem(path) in by_stem for path in paths):
-    return [by_stem[_stem(path)] for path in paths]
-  if len(paths) == len(partners) == 1 and None in (_number(paths[0]), _number(partners[0].path)):
+def _number(file: storage.SourceFile) -> int | None:
+  """Returns the number at the end of a file's stem."""
+  digits = re.search('[0-9]+$', _stem(file))
+  return int(digits[0]) if digits else None
+
+
+def _paired(found: Sequence[storage.SourceFile], partners: Sequence[storage.SourceFile], kind: str
+            ) -> list[storage.SourceFile]:
+  """Returns the partner of each file of vectors, in their order."""
+  by_stem = {_stem(file): file for file in partners}
+  if len(by_stem) == len(partners) and all(_stem(file) in by_stem for file in found):
+    return [by_stem[_stem(file)] for file in found]
+  if len(found) == len(partners) == 1 and None in (_number(found[0]), _number(partners[0])):
     return list(partners)
   where = os.path.dirname(partners[0].path)
-  numbers = _by_number([file.path for file in partners], 'so which vectors they describe is not clear. Give one folder '
-                       'of metadata, or join folders with format=concat.')
-  for path in paths:
-    if _number(path) not in numbers:
+  numbers = _by_number(partners, 'so which vectors they describe is not clear. Give one folder of metadata, or join '
+                       'folders with format=concat.')
+  for file in found:
+    if _number(file) not in numbers:
       span = f'they end in {min(numbers)} to {max(numbers)}' if numbers else 'none ends in a number'
-      raise InputError(f'{path} has no partner in {where}: no file of {kind} there ends in the '
+      raise InputError(f'{file.path} has no partner in {where}: no file of {kind} there ends in the '
                        f'same number ({span}). Put it there, or correct the path.')
-  used = _by_number(paths, f'so {kind} cannot be told apart. Join their folders with format=concat.')
+  used = _by_number(found, f'so {kind} cannot be told apart. Join their folders with format=concat.')
   if unused := sorted(set(numbers) - set(used)):
     logging.info('%s: %s without vectors in this dataset, for example %s.', where,
-                 progress.counted(len(unused), 'file'), os.path.basename(numbers[unused[0]]))
-  by_path = {file.path: file for file in partners}
-  return [by_path[numbers[_number(path)]] for path in paths]
+                 progress.counted(len(unused), 'file'), os.path.basename(numbers[unused[0]].path))
+  return [numbers[_number(file)] for file in found]
 
 
-def _by_number(paths: Sequence[str], trouble: str) -> dict[int, str]:
-  """Returns the number at the end of a path's stem -> the path. Raises InputError for a number that comes twice."""
-  found: dict[int, str] = {}
-  for path in paths:
-    number = _number(path)
-    if number in found:
-      raise InputError(f'{found[number]} and {path} both end in the number {number}, {trouble}')
+def _by_number(found: Sequence[storage.SourceFile], trouble: str) -> dict[int, storage.SourceFile]:
+  """Returns the number at the end of a file's stem -> the file. Raises InputError for a number that comes twice."""
+  by_number: dict[int, storage.SourceFile] = {}
+  for file in found:
+    number = _number(file)
+    if number in by_number:
+      raise InputError(f'{by_number[number].path} and {file.path} both end in the number {number}, {trouble}')
     if number is not None:
-      found[number] = path
-  return found
-
-
-def _number(path: str) -> int | None:
-  """Returns the number at the end of a file's stem."""
-  digits = re.search('[0-9]+$', _stem(path))
-  return int(digits[0]) if digits else None
+      by_number[number] = file
+  return by_number
 
 
 def write(directory: str, shard: int, file: storage.SourceFile, beside: Mapping[str, storage.SourceFile],
