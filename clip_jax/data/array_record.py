@@ -23,12 +23,8 @@ def example(features: Mapping[str, bytes | str | int | float]) -> bytes:
   message = _example_type()()
   for name, value in features.items():
     feature = message.features.feature[name]
-    if isinstance(value, bytes | str):
-      feature.bytes_list.value.append(value.encode() if isinstance(value, str) else value)
-    elif isinstance(value, int):
-      feature.int64_list.value.append(value)
-    else:
-      feature.float_list.value.append(value)
+    kind = 'bytes' if isinstance(value, bytes | str) else 'int64' if isinstance(value, int) else 'float'
+    getattr(feature, f'{kind}_list').value.append(value.encode() if isinstance(value, str) else value)
   return message.SerializeToString(deterministic=True)
 
 

@@ -68,18 +68,20 @@ def _pairs(lines: Sequence[str], known: Collection[str], path: str) -> list[tupl
   Lines are split as most of those are that name an image. Raises InputError for another that names one if it is split
   otherwise. A heading, which has no number and no ending of an image, is left out.
   """
-  ways = [[(_clean(name) in known and bool(value), name, value) for name, value in way]
-          for way in zip(*map(_splits, lines))]  # [ways of splitting][lines]
-  best = max(ways, key=lambda way: sum(names for names, _, _ in way), default=[])
-  if not any(names for names, _, _ in best):
+  def names_image(pair: tuple[str, str]) -> bool:
+    return _clean(pair[0]) in known and bool(pair[1])
+
+  ways = list(zip(*map(_splits, lines)))  # [ways of splitting][lines] of (name, class)
+  best = max(ways, key=lambda way: sum(map(names_image, way)), default=())
+  if not any(map(names_image, best)):
     return []
-  for line, others, (names, _, _) in zip(lines, zip(*ways), best):
-    if not names and any(names for names, _, _ in others):
+  for line, pair, others in zip(lines, best, zip(*ways)):
+    if not names_image(pair) and any(map(names_image, others)):
       raise InputError(f'{path} has the line {line[:80]!r}, in which name and class are not separated as in most '
                        'lines. Separate all by a tab, or by a comma.')
   kaggle = lines[0].lower().replace(' ', '') == _KAGGLE
-  return [(name, value.split()[0] if kaggle else value) for names, name, value in best
-          if names or value and (re.search('[0-9]', name) or folder.ending(name) in folder.IMAGES)]
+  return [(name, value.split()[0] if kaggle else value) for name, value in best if value and (
+      _clean(name) in known or re.search('[0-9]', name) or folder.ending(name) in folder.IMAGES)]
 
 
 def _splits(line: str) -> list[tuple[str, str]]:
