@@ -96,7 +96,7 @@ def test_threads_share_what_is_read():
 
 
 def test_a_window_that_is_used_up_before_the_one_in_front_is_not_read_again():
-  source = loader_sources.Source(100)
+  source = loader_sources.Source(200)  # so that no window of the next epoch is read ahead
   read, blocks = _windows(source, 20)
   a = blocks.window(0)
   b = blocks.window(a.stop)
