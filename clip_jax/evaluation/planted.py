@@ -10,8 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from clip_jax.core.types import Array
-from clip_jax.evaluation import causal
-from clip_jax.evaluation import statistics
+from clip_jax.evaluation import causal, statistics
 from clip_jax.evaluation.statistics import Estimate
 
 WANTED = 0.95  # share of the copies that a calibrated threshold finds

@@ -15,10 +15,7 @@ from flax import nnx
 import jax.numpy as jnp
 
 from clip_jax.core.types import Array
-from clip_jax.models import resnet
-from clip_jax.models import text as text_tower
-from clip_jax.models import vit
-from clip_jax.models import zoo
+from clip_jax.models import resnet, text as text_tower, vit, zoo
 
 
 class CLIP(nnx.Module):

@@ -12,9 +12,7 @@ from absl import logging
 
 from clip_jax.core.errors import ConfigError
 from clip_jax.core.types import Array
-from clip_jax.models import open_clip
-from clip_jax.models import weights
-from clip_jax.models import zoo
+from clip_jax.models import open_clip, weights, zoo
 from clip_jax.models.shapes import shapes
 
 _ACTIVATIONS = {'gelu': 'gelu', 'quick_gelu': 'quick_gelu', 'gelu_pytorch_tanh': 'gelu_tanh'}

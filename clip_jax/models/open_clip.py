@@ -12,11 +12,9 @@ from typing import Any
 from absl import logging
 import numpy as np
 
-from clip_jax.core.errors import ConfigError
-from clip_jax.core.errors import InputError
+from clip_jax.core.errors import ConfigError, InputError
 from clip_jax.core.types import Array
-from clip_jax.models import weights
-from clip_jax.models import zoo
+from clip_jax.models import weights, zoo
 from clip_jax.models.shapes import shapes
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of OpenAI's CLIP, per channel, in [0, 1]

@@ -7,8 +7,7 @@ follow from the intervals and never claim more than the number of seeds allows.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from clip_jax.reporting import figures
-from clip_jax.reporting import tables
+from clip_jax.reporting import figures, tables
 from clip_jax.reporting.page import Details, Figure, Figures, Heading, Text
 from clip_jax.reporting.tables import Cell, Table
 

@@ -9,8 +9,7 @@ from typing import Any
 
 from clip_jax.core import progress
 from clip_jax.core.types import Array
-from clip_jax.reporting import curves
-from clip_jax.reporting import tables
+from clip_jax.reporting import curves, tables
 from clip_jax.reporting.page import Details, Figure, Figures, Heading, Text
 from clip_jax.reporting.tables import Cell, Table
 

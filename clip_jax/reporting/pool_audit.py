@@ -11,8 +11,7 @@ import numpy as np
 
 from clip_jax.core import progress
 from clip_jax.core.types import Array
-from clip_jax.reporting import curves
-from clip_jax.reporting import tables
+from clip_jax.reporting import curves, tables
 from clip_jax.reporting.page import Details, Fact, Figure, Figures, Heading, Text
 from clip_jax.reporting.svg import RULES
 from clip_jax.reporting.tables import Cell, Table

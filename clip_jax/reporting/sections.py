@@ -11,9 +11,7 @@ from typing import Any
 import numpy as np
 
 from clip_jax.core.types import Array
-from clip_jax.reporting import pool_audit
-from clip_jax.reporting import figures
-from clip_jax.reporting import tables
+from clip_jax.reporting import figures, pool_audit, tables
 from clip_jax.reporting.page import Details, Fact, Figure, Figures, Heading, Missing, Text
 from clip_jax.reporting.svg import RULES
 from clip_jax.reporting.tables import Cell, Table
