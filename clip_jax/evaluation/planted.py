@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from clip_jax.core.types import Array
+from clip_jax.core.vectors import cosine, unit
 from clip_jax.evaluation import causal, statistics
 from clip_jax.evaluation.statistics import Estimate
 
@@ -62,21 +63,6 @@ def contrast(
                  estimate=statistics.contrast(gain, both.astype(float), unplanted, groups, level))
 
 
-def cosine(
-    first: Array,  # [n, E] float16
-    second: Array,  # [n, E] float16, or [n, k, E]
-) -> Array:  # [n] float64, or [n, k]
-  """Returns similarities divided by both norms, in float64.
-
-  A float16 vector's norm is off by up to 1e-3.
-  """
-  first, second = np.asarray(first, np.float64), np.asarray(second, np.float64)
-  if second.ndim > first.ndim:
-    first = first[:, None]
-  norms = np.linalg.norm(first, axis=-1) * np.linalg.norm(second, axis=-1)
-  return (first * second).sum(-1) / np.where(norms > 0, norms, 1)
-
-
 def nearest_other(
     vectors: Array,  # [Q, E] float16, of a benchmark
     usable: Array,  # [Q] bool
@@ -86,12 +72,11 @@ def nearest_other(
 
   float32 finds the neighbour, float64 says how near it is. Memory: _BLOCK rows of Q similarities.
   """
-  norms = np.linalg.norm(np.asarray(vectors, np.float32), axis=1, keepdims=True)
-  unit = np.asarray(vectors, np.float32) / np.where(norms > 0, norms, 1)
+  units = unit(np.asarray(vectors, np.float32))
   found = np.full(len(rows), -1.0)
   for start in range(0, len(rows), _BLOCK):
     some = rows[start:start + _BLOCK]
-    similarity = unit[some] @ unit.T  # [b, Q]
+    similarity = units[some] @ units.T  # [b, Q]
     similarity[:, ~usable] = -np.inf
     similarity[np.arange(len(some)), some] = -np.inf
     nearest = similarity.argmax(1)
@@ -118,7 +103,7 @@ def calibration(
   kinds, similarity, others = np.asarray(kinds), np.asarray(similarity), np.asarray(others)
   parts = [(str(kind), similarity[kinds == kind]) for kind in sorted(set(kinds.tolist()))]
   return {'similarity': float(threshold), 'threshold': float(1 - threshold),
-          'wanted': float(wanted), 'queries': len(others), 'others_over': _over(others, threshold),
+          'wanted': float(wanted), 'queries': len(others), 'others_over': float((others >= threshold).mean()),
           'others_median': float(np.median(others)), 'others_highest': float(others.max()),
           'kinds': [_recall(kind, values, others, threshold, wanted)
                     for kind, values in [*parts, ('all', similarity)]]}
@@ -135,7 +120,3 @@ def _recall(kind: str, similarity: Array, others: Array, threshold: float, wante
           'median': float(np.median(similarity)), 'similarity_wanted': reached,
           'threshold_wanted': 1 - reached, 'others_over_wanted': false.value,
           'others_over_wanted_low': false.low, 'others_over_wanted_high': false.high}
-
-
-def _over(values: Array, threshold: float) -> float:
-  return float((values >= threshold).mean())
