@@ -30,48 +30,39 @@ _REALS = ('mlp_ratio', 'ls_init_value', 'eps', 'init_logit_scale', 'init_logit_b
 _ACTIVATIONS = {'gelu': {}, 'gelu_tanh': {'approximate': 'tanh'}}
 
 
+def _unlike(defaults: dict[str, Any], **given: Any) -> dict[str, Any]:
+  """Returns the keys whose value is not open_clip's default (None where `defaults` has none)."""
+  return {key: value for key, value in given.items() if value != defaults.get(key)}
+
+
 def config_to_open_clip(config: zoo.CLIPConfig) -> dict[str, Any]:
   """The model_cfg that open_clip builds this model from (open_clip_config.json's model_cfg)."""
-  text, model = config.text, {'embed_dim': config.embed_dim}
-  if text.activation == 'quick_gelu':
-    model['quick_gelu'] = True
-  if config.init_logit_bias is not None:
-    model['init_logit_bias'] = config.init_logit_bias
-  if config.init_logit_scale != zoo.CLIPConfig.init_logit_scale:
-    model['init_logit_scale'] = config.init_logit_scale
-  if config.custom_text:
-    model['custom_text'] = True
-  model['vision_cfg'] = _vision_to_open_clip(config.vision)
-  text_cfg = {'context_length': text.context_length, 'vocab_size': text.vocab_size,
-              'width': text.width, 'heads': text.heads, 'layers': text.layers}
-  if text.tokenizer:
-    text_cfg['hf_tokenizer_name'] = text.tokenizer
-  if text.tokenizer_kwargs:
-    text_cfg['tokenizer_kwargs'] = dict(text.tokenizer_kwargs)
-  if text.mlp_ratio != 4.0:
-    text_cfg['mlp_ratio'] = text.mlp_ratio
-  if text.pool_type != 'argmax':
-    text_cfg['pool_type'] = text.pool_type
-  if text.pool_type == 'eos':
-    text_cfg['eos_id'] = text.eos_id
-  if not text.causal:
-    text_cfg['no_causal_mask'] = True
-  if text.proj != 'linear':
-    text_cfg |= {'bias': {'proj_bias': True}, 'none': {'proj_type': 'none'}}[text.proj]
-  model['text_cfg'] = text_cfg | _block_to_open_clip(text)
-  return model
+  text = config.text
+  proj = {'linear': {}, 'bias': {'proj_bias': True}, 'none': {'proj_type': 'none'}}[text.proj]
+  return {
+      'embed_dim': config.embed_dim,
+      **_unlike(dict(quick_gelu=False, init_logit_scale=zoo.CLIPConfig.init_logit_scale,
+                     custom_text=False),
+                quick_gelu=text.activation == 'quick_gelu', init_logit_bias=config.init_logit_bias,
+                init_logit_scale=config.init_logit_scale, custom_text=config.custom_text),
+      'vision_cfg': _vision_to_open_clip(config.vision),
+      'text_cfg': {
+          'context_length': text.context_length, 'vocab_size': text.vocab_size,
+          'width': text.width, 'heads': text.heads, 'layers': text.layers,
+          **_unlike(dict(hf_tokenizer_name='', tokenizer_kwargs={}, mlp_ratio=4.0,
+                         pool_type='argmax', no_causal_mask=False),
+                    hf_tokenizer_name=text.tokenizer, tokenizer_kwargs=dict(text.tokenizer_kwargs),
+                    mlp_ratio=text.mlp_ratio, pool_type=text.pool_type,
+                    eos_id=text.eos_id if text.pool_type == 'eos' else None,
+                    no_causal_mask=not text.causal),
+          **proj, **_block_to_open_clip(text)}}
 
 
 def _block_to_open_clip(tower: zoo.ViTConfig | zoo.TextConfig) -> dict[str, Any]:
   """What the two transformers have in common, where it is not open_clip's default."""
-  found: dict[str, Any] = {}
-  if tower.ls_init_value is not None:
-    found['ls_init_value'] = tower.ls_init_value
-  if tower.eps != 1e-5:
-    found['norm_kwargs'] = {'eps': tower.eps}
-  if _ACTIVATIONS.get(tower.activation):
-    found['act_kwargs'] = dict(_ACTIVATIONS[tower.activation])
-  return found
+  return _unlike(dict(norm_kwargs={'eps': 1e-5}, act_kwargs={}), ls_init_value=tower.ls_init_value,
+                 norm_kwargs={'eps': tower.eps},
+                 act_kwargs=dict(_ACTIVATIONS.get(tower.activation, {})))
 
 
 def _vision_to_open_clip(vision: zoo.ViTConfig | zoo.ResNetConfig) -> dict[str, Any]:
@@ -79,23 +70,18 @@ def _vision_to_open_clip(vision: zoo.ViTConfig | zoo.ResNetConfig) -> dict[str, 
     return {'image_size': vision.image_size, 'layers': list(vision.layers), 'width': vision.width,
             'head_width': vision.width * 32 // vision.heads, 'patch_size': None}
   if vision.pool_type == 'map':
-    for name, tower in zoo.TIMM_TOWERS.items():
-      if tower == vision:
-        return {'image_size': vision.image_size, 'timm_model_name': name,
-                'timm_model_pretrained': False, 'timm_pool': 'map', 'timm_proj': 'none'}
-    raise ConfigError('open_clip has no model with this attention-pooled image tower: '
-                      f'{dataclasses.asdict(vision)}.')
-  found = {'image_size': vision.image_size, 'layers': vision.layers, 'width': vision.width,
-           'head_width': vision.width // vision.heads, 'patch_size': vision.patch_size}
-  if vision.mlp_ratio != 4.0:
-    found['mlp_ratio'] = vision.mlp_ratio
-  if vision.pool_type != 'tok':
-    found['pool_type'] = vision.pool_type
-  if not vision.ln_pre:
-    found['no_ln_pre'] = True
-  if vision.final_ln_after_pool:
-    found['final_ln_after_pool'] = True
-  return found | _block_to_open_clip(vision)
+    names = [name for name, tower in zoo.TIMM_TOWERS.items() if tower == vision]
+    if not names:
+      raise ConfigError('open_clip has no model with this attention-pooled image tower: '
+                        f'{dataclasses.asdict(vision)}.')
+    return {'image_size': vision.image_size, 'timm_model_name': names[0],
+            'timm_model_pretrained': False, 'timm_pool': 'map', 'timm_proj': 'none'}
+  return {'image_size': vision.image_size, 'layers': vision.layers, 'width': vision.width,
+          'head_width': vision.width // vision.heads, 'patch_size': vision.patch_size,
+          **_unlike(dict(mlp_ratio=4.0, pool_type='tok', no_ln_pre=False, final_ln_after_pool=False),
+                    mlp_ratio=vision.mlp_ratio, pool_type=vision.pool_type,
+                    no_ln_pre=not vision.ln_pre, final_ln_after_pool=vision.final_ln_after_pool),
+          **_block_to_open_clip(vision)}
 
 
 def config_from_open_clip(model: dict[str, Any]) -> zoo.CLIPConfig:

@@ -16,7 +16,9 @@ from typing import Any
 import zipfile
 
 from absl import logging
+import ml_dtypes  # noqa: F401  numpy has no bfloat16 of its own; safetensors asks for this one
 import numpy as np
+import safetensors.numpy
 
 from clip_jax.core import files
 from clip_jax.core.errors import InputError
@@ -64,13 +66,11 @@ def read(path: Any) -> dict[str, np.ndarray]:
 
 def write(path: Any, tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> None:
   """Writes a .safetensors file. Equal tensors are equal bytes. InputError where it cannot be."""
-  from safetensors import SafetensorError
-  from safetensors.numpy import save_file
   with files.atomic(path) as temporary:
     try:
-      save_file({name: np.ascontiguousarray(array) if np.ndim(array) else np.asarray(array)
+      safetensors.numpy.save_file({name: np.ascontiguousarray(array) if np.ndim(array) else np.asarray(array)
                  for name, array in tensors.items()}, os.fspath(temporary), dict(metadata))
-    except SafetensorError as error:  # its only word for a full disk or a folder that is not ours
+    except safetensors.SafetensorError as error:  # its only word for a full disk or a folder that is not ours
       raise InputError(f'{path} cannot be written ({_first_line(error)}). Check the disk and the '
                        'permissions, then run the same command again.') from error
 
@@ -115,8 +115,6 @@ def _sharded(path: str) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def _safetensors(path: str) -> Iterator[tuple[str, np.ndarray]]:
-  import ml_dtypes  # noqa: F401  numpy has no bfloat16 of its own; safetensors asks for this one
-  import safetensors
   try:
     with safetensors.safe_open(path, 'numpy') as file:
       for name in file.keys():

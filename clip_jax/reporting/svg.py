@@ -72,6 +72,26 @@ def render(draw: Callable[..., None], height: float, title: str) -> str:
   return re.sub(r'\n\s*', '\n', text.replace(INK, 'currentColor'))
 
 
+def panel(
+    draw: Callable[..., None],
+    height: float,
+    title: str,
+    *,
+    grid: str = 'y',  # the axes whose ticks have lines: 'x' | 'y' | 'both' | '' (none)
+    pad: float | None = None,  # between the axes and the title; None: as in every figure
+) -> str:
+  """Returns one pair of axes that `draw(ax)` fills, below its title, as `render` does."""
+
+  def whole(figure) -> None:
+    ax = figure.add_subplot()
+    draw(ax)
+    if grid:
+      ax.grid(axis=grid)
+    ax.set_title(title, pad=pad)
+
+  return render(whole, height, title)
+
+
 def _head(height: float, title: str) -> str:
   for sign, entity in (('&', '&amp;'), ('<', '&lt;'), ('>', '&gt;'), ('"', '&quot;')):
     title = title.replace(sign, entity)
@@ -98,6 +118,13 @@ def count(value: float) -> str:
   return f'{value:.0f}'
 
 
+def whisker(ax, x: float, low: float | None, high: float | None, color: str,
+            alpha: float = 0.6) -> None:
+  """Draws an interval upright at x; nothing where there is none."""
+  if low is not None and high is not None:
+    ax.plot([x, x], [100 * low, 100 * high], color=color, linewidth=1.4, alpha=alpha)
+
+
 def legend_above(ax, columns: int) -> None:
   """Names the curves in one line between the title and the axes."""
   ax.legend(loc='lower left', bbox_to_anchor=(-0.02, 1.02), ncols=columns, handlelength=1.2,
@@ -110,10 +137,12 @@ def legend_below(figure, columns: int = 1) -> None:
                 columnspacing=1.2, ncols=columns)
 
 
-def few_ticks(axis, most: int) -> None:
-  """Lets an axis have at most so many round ticks."""
+def few_ticks(axis, most: int, counts: bool = False) -> None:
+  """Lets an axis have at most so many round ticks; counts: written as `count` does."""
   from matplotlib.ticker import MaxNLocator
   axis.set_major_locator(MaxNLocator(most))
+  if counts:
+    axis.set_major_formatter(lambda value, _: count(value))
 
 
 def percent_ticks(visible: Callable[[float], bool]) -> list[float]:
