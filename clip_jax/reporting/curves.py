@@ -4,6 +4,7 @@ As in figures.py, every figure is one small panel. A line a benchmark, in the co
 all benchmarks together are the broad line below them.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -106,15 +107,10 @@ def _apart(xs: Sequence[float]) -> list[float]:
 
 def _styles(lines: Rows) -> list[dict]:
   """Returns how each line is drawn: its colour by its place, all together thick and in ink."""
-  styles, place = [], 0
-  for line in lines:
-    color, dash = svg.SERIES[place % len(svg.SERIES)]
-    if line['together']:
-      styles.append({'color': INK, 'linewidth': 4, 'alpha': 0.35, 'zorder': 1.5})  # below the rest
-    else:
-      styles.append({'color': color, 'linestyle': dash, 'linewidth': 1.8})
-      place += 1
-  return styles
+  series = itertools.cycle(svg.SERIES)
+  together = {'color': INK, 'linewidth': 4, 'alpha': 0.35, 'zorder': 1.5}  # below the rest
+  return [together if line['together'] else
+          dict(zip(('color', 'linestyle'), next(series)), linewidth=1.8) for line in lines]
 
 
 def _columns(lines: Rows) -> int:

@@ -39,19 +39,13 @@ def blocks_of(
   blocks += [Text(f'{line[:1].upper()}{line[1:]}.', 'warning')
              for line in about.get('warnings', ())]
   blocks += [_check(b, check, about.get('slack')) for b, check in about.get('checks', {}).items()]
-  if gallery is not None:
-    blocks.append(gallery)
   side = [_levels(name, key, first, about[key])
           for key, first in (('by_class', 'class'), ('by_domain', 'domain')) if about.get(key)]
   if about.get('dropped_at_slack'):
     side.append(_slacks(name, about))
-  if side:
-    blocks.append(Columns(tuple(side)))
-  if captions is not None:
-    blocks += _captions(name, captions)
-  for control, found in controls.items():
-    blocks += _control(control, found)
-  return blocks
+  return [*blocks, *([gallery] if gallery else []), *([Columns(tuple(side))] if side else []),
+          *(_captions(name, captions) if captions else []),
+          *(block for control, found in controls.items() for block in _control(control, found))]
 
 
 def _rule_figures(about: Mapping[str, Any]) -> str:
@@ -113,7 +107,7 @@ def _levels(name: str, key: str, first: str, levels: Mapping[str, Mapping[str, A
 
 def _slacks(name: str, about: Mapping[str, Any]) -> Table:
   counts = sorted((float(slack), count) for slack, count in about['dropped_at_slack'].items())
-  rows = tuple((Cell(f'{slack:+g}'.replace('-', tables.MINUS) if slack else '0'),
+  rows = tuple((Cell(tables.slack(slack)),
                 tables.figure(tables.number(count)),
                 tables.figure(tables.share(count / max(about['candidates'], 1))))
                for slack, count in counts)

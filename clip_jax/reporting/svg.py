@@ -7,6 +7,7 @@ bytes.
 import io
 import re
 from collections.abc import Callable
+from xml.sax import saxutils
 
 import numpy as np
 
@@ -65,7 +66,11 @@ def render(draw: Callable[..., None], height: float, title: str) -> str:
   text = text[text.index('<svg'):].strip()
   text = re.sub(r'<metadata>.*?</metadata>|<defs>\s*<style.*?</style>\s*</defs>', '', text,
                 flags=re.S)
-  text = re.sub(r'<svg[^>]*>', lambda _: _head(height, title), text, count=1)
+  label = saxutils.escape(title, {'"': '&quot;'})
+  head = ('<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+          f'viewBox="0 0 {WIDTH:g} {height:g}" role="img" stroke-linejoin="round" '
+          f'aria-label="{label}">')
+  text = re.sub(r'<svg[^>]*>', lambda _: head, text, count=1)
   text = re.sub(r'<g id="[^"]*">', '<g>', text)  # names would repeat on a page of many figures
   text = re.sub(r"font-family: [^;\"]*", f'font-family: {_FONT}', text)
   text = re.sub(r"(font: [^\"]*?)'DejaVu Sans'[^;\"]*", rf'\g<1>{_FONT}', text)
@@ -90,14 +95,6 @@ def panel(
     ax.set_title(title, pad=pad)
 
   return render(whole, height, title)
-
-
-def _head(height: float, title: str) -> str:
-  for sign, entity in (('&', '&amp;'), ('<', '&lt;'), ('>', '&gt;'), ('"', '&quot;')):
-    title = title.replace(sign, entity)
-  return ('<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-          f'viewBox="0 0 {WIDTH:g} {height:g}" role="img" stroke-linejoin="round" '
-          f'aria-label="{title}">')
 
 
 def standalone(text: str) -> str:
@@ -149,9 +146,5 @@ def percent_ticks(visible: Callable[[float], bool]) -> list[float]:
   """Returns round percentages for a logit axis: the coarsest choice that shows at least four."""
   choices = [(1, 5, 20, 50, 80, 95, 99), (1, 2, 5, 10, 20, 40, 60, 80, 90, 95, 98, 99)]
   choices += [tuple(np.arange(step, 100, step)) for step in (10, 5, 2, 1, 0.5)]
-  ticks: list[float] = []
-  for choice in choices:
-    ticks = [float(p) for p in choice if visible(p)]
-    if len(ticks) >= 4:
-      break
-  return ticks
+  shown = [[float(p) for p in choice if visible(p)] for choice in choices]
+  return next((ticks for ticks in shown if len(ticks) >= 4), shown[-1])
