@@ -217,16 +217,13 @@ _COUNTER = 'num_batches_tracked'  # of PyTorch's batch norm; nothing here reads 
 
 def entries(config: zoo.CLIPConfig) -> list[weights.Entry]:
   """Which tensor of open_clip's holds which parameter; its text tensors as text.*."""
-  found = []
-  for path in shapes(config):
-    name, layout = path, 'same'
-    if path.startswith('visual.') and _is_timm(config):
-      name = path.removeprefix('visual.')
-      for ours, theirs in _TIMM:
-        name = name.replace(ours, theirs)
-      name, layout = f'visual.trunk.{name}', 'row' if name == 'pos_embed' else 'same'
-    found.append(weights.Entry((path,), (name,), layout))
-  return found
+  def entry(path: str) -> weights.Entry:
+    if not (path.startswith('visual.') and _is_timm(config)):
+      return weights.Entry((path,), (path,))
+    name = weights.renamed(path.removeprefix('visual.'), _TIMM)
+    return weights.Entry((path,), (f'visual.trunk.{name}',), 'row' if name == 'pos_embed' else 'same')
+
+  return list(map(entry, shapes(config)))
 
 
 def normal(tensors: Mapping[str, Array]) -> dict[str, Array]:
@@ -265,9 +262,7 @@ def params_to_open_clip(params: Mapping, config: zoo.CLIPConfig) -> dict[str, Ar
 
 def fitting(tensors: Mapping[str, Array]) -> list[str]:
   """The zoo's models that have these tensors, at any image size."""
-  tensors = normal(tensors)
-  return [name for name, config in zoo.ARCHITECTURES.items()
-          if weights.fits(entries(config), tensors, config)]
+  return weights.fitting(entries, normal(tensors))
 
 
 def preprocess_to_open_clip(image_size: int, preprocess: Mapping[str, Any]) -> dict[str, Any]:

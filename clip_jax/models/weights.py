@@ -7,7 +7,8 @@ A family of files is a table of entries: which of their tensors hold which of ou
 how they lie. Both ways go by the table, and nothing may be left over on either side.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+import contextlib
 import dataclasses
 import math
 import os
@@ -21,7 +22,7 @@ import numpy as np
 import safetensors.numpy
 
 from clip_jax.core import files
-from clip_jax.core.errors import InputError
+from clip_jax.core.errors import ConfigError, InputError
 from clip_jax.core.types import Array
 from clip_jax.models import zoo
 from clip_jax.models.shapes import shapes
@@ -235,6 +236,24 @@ def their_shapes(entries: Sequence[Entry],
       shape = (rows // len(entry.theirs), *shape[1:])
     shape = {'same': shape, 'transposed': shape[::-1], 'row': (1, *shape)}[entry.layout]
     found |= dict.fromkeys(entry.theirs, shape)
+  return found
+
+
+def renamed(name: str, table: Sequence[tuple[str, str]]) -> str:
+  """Returns a tensor's name in another library: each part of the table replaced, in its order."""
+  for ours, theirs in table:
+    name = name.replace(ours, theirs)
+  return name
+
+
+def fitting(entries: Callable[[zoo.CLIPConfig], Sequence[Entry]],
+            tensors: Mapping[str, Array]) -> list[str]:
+  """The zoo's models that have these tensors, at any image size; `entries` is a family's table."""
+  found = []
+  for name, config in zoo.ARCHITECTURES.items():
+    with contextlib.suppress(ConfigError):  # a model that the family does not have
+      if fits(entries(config), tensors, config):
+        found.append(name)
   return found
 
 

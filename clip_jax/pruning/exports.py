@@ -188,14 +188,11 @@ def _strings(keys: Column):
 
 
 def _plain(keys: Column):
-  """Returns a column as one pyarrow array."""
-  if isinstance(keys, pa.ChunkedArray):
-    kind = keys.type
-    if pa.types.is_dictionary(kind):
-      kind = kind.value_type
-    kind = pa.large_string() if pa.types.is_string(kind) else kind
-    return pa.concat_arrays([chunk.cast(kind) for chunk in keys.chunks] or [pa.array([], kind)])
-  return keys if isinstance(keys, pa.Array) else pa.array(keys)
+  """Returns a column as one pyarrow array, its texts and integers as they are."""
+  keys = pa.table({'key': keys})['key']  # chunked whatever came in
+  kind = keys.type.value_type if pa.types.is_dictionary(keys.type) else keys.type
+  kind = pa.large_string() if pa.types.is_string(kind) else kind  # many may have more than 2 GB
+  return pa.concat_arrays([chunk.cast(kind) for chunk in keys.chunks] or [pa.array([], kind)])
 
 
 def _binary(

@@ -104,12 +104,11 @@ def accuracy_blocks(
 
   What an interval means depends on that number, and the head says it.
   """
-  blocks: list = []
   counts = sorted({len(split['seeds']) for split in splits if split['seeds']}, reverse=True)
-  for count in counts:
-    mine = [split for split in splits if len(split['seeds']) == count]
-    name = 'accuracy' if count == counts[0] else f'accuracy_seeds_{count}'
-    blocks.append(_accuracy_table(name, count, mine, benchmarks, accuracy, unleaked))
+  blocks: list = [_accuracy_table(
+      'accuracy' if count == counts[0] else f'accuracy_seeds_{count}', count,
+      [split for split in splits if len(split['seeds']) == count], benchmarks, accuracy, unleaked)
+                  for count in counts]
   late = [split['name'] for split in splits if not split['seeds']]
   if late and counts:
     blocks.append(Text(f'Not trained or not evaluated yet: {tables.listed(late)}.', 'muted'))
@@ -121,29 +120,25 @@ def _accuracy_table(name: str, count: int, splits: Rows, benchmarks: Rows, accur
   """Returns the table of the splits that were trained with `count` seeds."""
   how = {1: 'this checkpoint', 2: 'mean, range of 2 seeds'}.get(
       count, f'mean of {count} seeds\n95 % interval')
-  columns, rows, records = [Cell('split')], [], []
-  for b in benchmarks:
-    columns.append(tables.figure(b['name'], f'{tables.number(b["queries"])} queries\n{how}'))
-    if b['leaked']:
-      columns.append(tables.figure(f'{b["name"]}, not leaked',
-                                   f'without {tables.number(b["leaked"])} queries'))
-  columns += [tables.figure('pool rows', '+ anchor rows'),
-              tables.figure('samples seen', 'passes')]
-  for split in splits:
-    row, flagged = [Cell(split['name'], split['words'])], bool(split['mark'])
-    for b in benchmarks:
-      key = split['name'], b['name']
-      row.append(tables.accuracy_cell(accuracy.get(key), flagged))
-      if b['leaked']:
-        row.append(tables.accuracy_cell(unleaked.get(key), flagged))
-      records += [_record(split, b['name'], found[key], without) for without, found in
-                  ((False, accuracy), (True, unleaked)) if key in found]
-    rows.append((*row, tables.figure(tables.number(split['pool_rows']),
-                                     f'+ {tables.number(split["anchor_rows"])}'),
-                 tables.figure(tables.number(split['samples']),
-                               f'{tables.number(split["passes"])} passes')))
-  notes = _accuracy_notes(count, records)
-  return Table(name, '', tuple(columns), tuple(rows), notes, tuple(records))
+  kinds = [(b, which) for b in benchmarks for which in ((False, True) if b['leaked'] else (False,))]
+  columns = (
+      Cell('split'),
+      *(tables.figure(f'{b["name"]}, not leaked', f'without {tables.number(b["leaked"])} queries')
+        if without else tables.figure(b['name'], f'{tables.number(b["queries"])} queries\n{how}')
+        for b, without in kinds),
+      tables.figure('pool rows', '+ anchor rows'), tables.figure('samples seen', 'passes'))
+  found = {False: accuracy, True: unleaked}
+  rows = tuple((
+      Cell(split['name'], split['words']),
+      *(tables.accuracy_cell(found[without].get((split['name'], b['name'])), bool(split['mark']))
+        for b, without in kinds),
+      tables.figure(tables.number(split['pool_rows']), f'+ {tables.number(split["anchor_rows"])}'),
+      tables.figure(tables.number(split['samples']), f'{tables.number(split["passes"])} passes'))
+               for split in splits)
+  records = tuple(_record(split, b['name'], found[without][split['name'], b['name']], without)
+                  for split in splits for b in benchmarks for without in (False, True)
+                  if (split['name'], b['name']) in found[without])
+  return Table(name, '', columns, rows, _accuracy_notes(count, records), records)
 
 
 def _accuracy_notes(count: int, records: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
@@ -181,16 +176,12 @@ def histogram_blocks(
     return []
   low = min(float(np.quantile(v, 0.002)) for v in values)
   limits = float(np.floor(low * 20) / 20), max(1.0, *(float(v.max()) for v in values))
-  drawn = []
-  for e in entries:
-    caption = ''
-    if e['anchor'] is not None:
-      caption = (f'{tables.share(float((e["pool"] > e["anchor"]).mean()))} of the queries have a '
-                 'pool image nearer than any anchor image.')
-    text = figures.similarity_histogram(_finite(e['anchor']), _finite(e['pool']), title=e['name'],
-                                        limits=limits)
-    drawn.append(Figure(f'similarity_{e["name"]}', text, caption))
-  return [Figures(tuple(drawn)), pool_audit.quantile_table(entries)]
+  drawn = tuple(Figure(f'similarity_{e["name"]}', figures.similarity_histogram(
+      _finite(e['anchor']), _finite(e['pool']), title=e['name'], limits=limits),
+                       '' if e['anchor'] is None else (
+      f'{tables.share(float((e["pool"] > e["anchor"]).mean()))} of the queries have a pool image '
+      'nearer than any anchor image.')) for e in entries)
+  return [Figures(drawn), pool_audit.quantile_table(entries)]
 
 
 def _finite(values: Array | None) -> Array:  # [Q] -> [q]; None: there are none
