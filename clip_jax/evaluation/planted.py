@@ -53,14 +53,11 @@ def contrast(
   if min(found.planted_queries, found.unplanted_queries) < causal.FEWEST:
     return replace(found, reason=f'not estimable: {found.planted_queries} planted and '
                    f'{found.unplanted_queries} unplanted queries; each needs {causal.FEWEST}')
-  gain = with_copies - base
-
-  def over(arm: Array) -> Estimate:
-    return statistics.contrast(gain, arm.astype(float), np.zeros(len(arm)), groups, level)
-
-  both = planted | unplanted
-  return replace(found, planted=over(planted), unplanted=over(unplanted),
-                 estimate=statistics.contrast(gain, both.astype(float), unplanted, groups, level))
+  one_arm = np.zeros(len(planted))
+  estimates = (statistics.contrast(with_copies - base, counted.astype(float), arms, groups, level)
+               for counted, arms in ((planted | unplanted, unplanted), (planted, one_arm),
+                                     (unplanted, one_arm)))
+  return replace(found, **dict(zip(('estimate', 'planted', 'unplanted'), estimates)))
 
 
 def nearest_other(

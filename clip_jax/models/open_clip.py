@@ -5,7 +5,7 @@ CustomTextCLIP has it. Its CLIP class leaves that prefix out, and its SigLIP ima
 (`visual.trunk.*`): the tables below rename those.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 import dataclasses
 from typing import Any
 
@@ -108,34 +108,35 @@ def config_from_open_clip(model: dict[str, Any]) -> zoo.CLIPConfig:
 
 def checked(config: zoo.CLIPConfig) -> zoo.CLIPConfig:
   """A config whose numbers make a model; ConfigError naming the one that cannot be."""
-  def whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+  for name, value, good, wanted in _demands(config):
+    if not good:
+      raise ConfigError(f'the model has {name}={value!r}, which must be {wanted}. Mend it, or get '
+                        'it again.')
+  return config
 
-  def bad(name: str, value: Any, wanted: str) -> ConfigError:
-    return ConfigError(f'the model has {name}={value!r}, which must be {wanted}. Mend it, or get '
-                       'it again.')
-  for block, part in (('', config), ('vision.', config.vision), ('text.', config.text)):
-    for key, value in vars(part).items():
-      if key in _COUNTS:
-        stages = isinstance(part, zoo.ResNetConfig) and key == 'layers'
-        counts = value if stages else (value,)
-        if len(counts) != (4 if stages else 1) or not all(map(whole, counts)):
-          many = 'four whole numbers' if stages else 'a whole number'
-          raise bad(block + key, value, f'{many} above 0')
-      elif key in _REALS and value is not None and type(value) not in (int, float):
-        raise bad(block + key, value, 'a number')
+
+def _demands(config: zoo.CLIPConfig) -> Iterator[tuple[str, Any, bool, str]]:
+  """Yields (name, value, whether it is good, what it must be); later ones take earlier ones as given."""
+  whole = lambda value: type(value) is int and value > 0
   vision, text = config.vision, config.text
   resnet = isinstance(vision, zoo.ResNetConfig)
-  if resnet and vision.image_size % 32:
-    raise bad('vision.image_size', vision.image_size, 'a multiple of 32')
-  if not resnet and vision.patch_size > vision.image_size:
-    raise bad('vision.patch_size', vision.patch_size,
-              f'at most the image size, {vision.image_size}')
+  for block, part in (('', config), ('vision.', vision), ('text.', text)):
+    for key, value in vars(part).items():
+      if key == 'layers' and part is vision and resnet:
+        yield (block + key, value, len(value) == 4 and all(map(whole, value)),
+               'four whole numbers above 0')
+      elif key in _COUNTS:
+        yield block + key, value, whole(value), 'a whole number above 0'
+      elif key in _REALS:
+        yield block + key, value, value is None or type(value) in (int, float), 'a number'
+  if resnet:
+    yield 'vision.image_size', vision.image_size, vision.image_size % 32 == 0, 'a multiple of 32'
+  else:
+    yield ('vision.patch_size', vision.patch_size, vision.patch_size <= vision.image_size,
+           f'at most the image size, {vision.image_size}')
   for block, width, heads in (('vision', vision.width * (32 if resnet else 1), vision.heads),
                               ('text', text.width, text.heads)):
-    if width % heads:
-      raise bad(f'{block}.heads', heads, f'a divisor of the width, {width}')
-  return config
+    yield f'{block}.heads', heads, width % heads == 0, f'a divisor of the width, {width}'
 
 
 def _text_from_open_clip(text: dict[str, Any], quick_gelu: bool) -> zoo.TextConfig:

@@ -35,7 +35,11 @@ def blocks_of(
       Heading(name, words),
       Text(f'{tables.number(dropped)} of {tables.number(candidates)} candidates are removed '
            f'({tables.share(dropped / max(candidates, 1))}).{_rule_figures(about)}')]
-  blocks += [Text(_hits(b, q)) for b, q in about.get('queries', {}).items()]
+  blocks += [
+      Text(f'{b}: {tables.number(q["hit"])} of {tables.number(q["queries"])} queries '
+           f'({tables.share(q["hit_share"])}) lose at least one neighbour that is nearer than any '
+           f'anchor image; {tables.number(q["leaked"])} ({tables.share(q["leaked_share"])}) already '
+           'have a near-duplicate in the anchor.') for b, q in about.get('queries', {}).items()]
   blocks += [Text(f'{line[:1].upper()}{line[1:]}.', 'warning')
              for line in about.get('warnings', ())]
   blocks += [_check(b, check, about.get('slack')) for b, check in about.get('checks', {}).items()]
@@ -68,13 +72,6 @@ def _rule_figures(about: Mapping[str, Any]) -> str:
   if found.get('without_value'):
     said += f' {tables.number(found["without_value"])} candidates have no value, and stay.'
   return said
-
-
-def _hits(benchmark: str, q: Mapping[str, Any]) -> str:
-  return (f'{benchmark}: {tables.number(q["hit"])} of {tables.number(q["queries"])} queries '
-          f'({tables.share(q["hit_share"])}) lose at least one neighbour that is nearer than any '
-          f'anchor image; {tables.number(q["leaked"])} ({tables.share(q["leaked_share"])}) already '
-          'have a near-duplicate in the anchor.')
 
 
 def _check(benchmark: str, check: Mapping[str, Any], slack: float | None) -> Text:
