@@ -215,6 +215,7 @@ class Rule:
     return 'size' in self.keys
 
 
+# In the order of legends. A rule has its colour by its place: new ones go to the end.
 RULES = {
     'all': Rule(keep_all, label='base (the whole pool)',
                 words=lambda of: 'the whole pool and the anchor'),
@@ -222,20 +223,18 @@ RULES = {
                    words=lambda of: 'the anchor rows alone'),
     'pool_only': Rule(keep_all, append_anchor=False, label='pool without the anchor',
                       words=lambda of: 'the pool without the anchor rows'),
-    'planted': Rule(keep_all, planted=True, label='base with planted copies of test images',
-                    words=lambda of: 'base, and planted copies of test images: a positive control'),
     'gap_aligned': Rule(
         gap_aligned, ('benchmarks', 'slack', 'quantile', 'dose'), ('search', 'excess'),
         selects=True, label='gap-aligned', words=_gap_aligned_words, column='excess', compared=True,
         strips=('removed, largest excess', 'removed, median', 'removed, just over the cut',
                 'kept, just under the cut')),
-    'k_aligned': Rule(
-        k_aligned, ('benchmarks', 'k'), ('search', 'excess', 'pairs'), every_row=True, selects=True,
-        label='aligned to k neighbours', column='excess',
-        words=lambda of: f'no query of {_listed(of["benchmarks"])} has nearer pool images than anchor '
-                         f'images, for its {of["k"]} nearest of each',
-        strips=('removed, largest excess', 'removed, median', 'removed, smallest excess',
-                'kept, largest excess')),
+    'matched': Rule(
+        matched, ('to', 'seed'), ('anchor_classes', 'target', 'draw'), every_row=True,
+        label='matched control',
+        words=lambda of: f'control: as many rows removed as in {of["to"]}, alike but not the similar '
+                         'ones'),
+    'random': Rule(random, ('size', 'size_of', 'seed'), ('count', 'draw'), label='random',
+                   words=lambda of: 'random rows: the control for size'),
     'near': Rule(
         near, ('benchmarks', 'size', 'size_of'), ('search', 'count'), every_row=True, selects=True,
         label='near-pruned (most similar removed)', column='similarity', compared=True,
@@ -248,13 +247,15 @@ RULES = {
         words=lambda of: f'far-pruned (most similar kept), by {_listed(of["benchmarks"])}',
         strips=('removed, least similar', 'removed, median', 'removed, just under the cut',
                 'kept, just over the cut')),
-    'random': Rule(random, ('size', 'size_of', 'seed'), ('count', 'draw'), label='random',
-                   words=lambda of: 'random rows: the control for size'),
-    'matched': Rule(
-        matched, ('to', 'seed'), ('anchor_classes', 'target', 'draw'), every_row=True,
-        label='matched control',
-        words=lambda of: f'control: as many rows removed as in {of["to"]}, alike but not the similar '
-                         'ones'),
+    'listed': Rule(listed, ('file',), ('file',), selects=True, label='listed in a file',
+                   words=lambda of: 'the pool rows that a file lists'),
+    'k_aligned': Rule(
+        k_aligned, ('benchmarks', 'k'), ('search', 'excess', 'pairs'), every_row=True, selects=True,
+        label='aligned to k neighbours', column='excess',
+        words=lambda of: f'no query of {_listed(of["benchmarks"])} has nearer pool images than anchor '
+                         f'images, for its {of["k"]} nearest of each',
+        strips=('removed, largest excess', 'removed, median', 'removed, smallest excess',
+                'kept, largest excess')),
     'domain_removal': Rule(domain_removal, ('reference', 'column', 'values'), ('levels',),
                            selects=True, label='domain removal (not alignment)', words=_domain_words),
     'union': Rule(union, ('of',), ('others',), selects=True, label='union of splits',
@@ -264,6 +265,6 @@ RULES = {
         words=lambda of: f'what {_listed(of["of"])} keep, every one of them'),
     'minus': Rule(minus, ('of',), ('others',), selects=True, label='a split without others',
                   words=_minus_words),
-    'listed': Rule(listed, ('file',), ('file',), selects=True, label='listed in a file',
-                   words=lambda of: 'the pool rows that a file lists'),
+    'planted': Rule(keep_all, planted=True, label='base with planted copies of test images',
+                    words=lambda of: 'base, and planted copies of test images: a positive control'),
 }

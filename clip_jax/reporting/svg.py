@@ -5,8 +5,9 @@ bytes.
 """
 
 import io
+import itertools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from xml.sax import saxutils
 
 import numpy as np
@@ -14,25 +15,39 @@ import numpy as np
 WIDTH = 360.0    # units; the page shows one unit as one CSS pixel
 INK = '#010203'  # replaced by currentColor in the finished SVG
 
-# Rule -> (colour, marker, words), the same in every figure. The colours are after Okabe and Ito:
-# told apart by colour-blind readers, dark enough for white paper, light enough for a dark screen.
-RULES = {
-    'all': (INK, 'o', 'base (the whole pool)'),
-    'anchor': ('#8c8c8c', 's', 'anchor only'),
-    'pool_only': ('#3fa7dd', 'P', 'pool without the anchor'),
-    'gap_aligned': ('#d55e00', 'D', 'gap-aligned'),
-    'matched': ('#00966d', 'o', 'matched control'),
-    'random': ('#c98a00', 'o', 'random'),
-    'near': ('#c2609a', 'v', 'near-pruned (most similar removed)'),
-    'far': ('#2f7fc4', '^', 'far-pruned (most similar kept)'),
-    'listed': ('#7a5195', 'X', 'listed in a file'),
-    'k_aligned': ('#b8472a', 'd', 'aligned to k neighbours'),
-    'domain_removal': ('#8f7a3d', 'H', 'domain removal (not alignment)'),
-    'union': ('#5b7f95', 'p', 'union of splits'),
-    'intersection': ('#6f8f3f', '*', 'intersection of splits'),
-    'minus': ('#a0659a', '<', 'a split without others'),
-    'planted': ('#cc3d3d', 'X', 'base with planted copies of test images'),
-}
+# (colour, marker) of splits' rules, in the order in which a caller names them; more than these begin
+# again. The colours are after Okabe and Ito: told apart by colour-blind readers, dark enough for white
+# paper, light enough for a dark screen.
+PALETTE = (
+    (INK, 'o'), ('#8c8c8c', 's'), ('#3fa7dd', 'P'), ('#d55e00', 'D'), ('#00966d', 'o'),
+    ('#c98a00', 'o'), ('#c2609a', 'v'), ('#2f7fc4', '^'), ('#7a5195', 'X'), ('#b8472a', 'd'),
+    ('#8f7a3d', 'H'), ('#5b7f95', 'p'), ('#6f8f3f', '*'), ('#a0659a', '<'), ('#cc3d3d', 'X'),
+    ('#2a8c8c', '>'), ('#b05a7a', 'h'), ('#7f7f2a', '8'))
+
+
+def looks(labels: Mapping[str, str]) -> dict[str, tuple[str, str, str]]:
+  """Returns rule -> (colour, marker, label), from the label of each rule in their order."""
+  return {rule: (*mark, label)
+          for (rule, label), mark in zip(labels.items(), itertools.cycle(PALETTE))}
+
+
+# Where a caller passes no looks.
+RULES = looks({
+    'all': 'base (the whole pool)',
+    'anchor': 'anchor only',
+    'pool_only': 'pool without the anchor',
+    'gap_aligned': 'gap-aligned',
+    'matched': 'matched control',
+    'random': 'random',
+    'near': 'near-pruned (most similar removed)',
+    'far': 'far-pruned (most similar kept)',
+    'listed': 'listed in a file',
+    'k_aligned': 'aligned to k neighbours',
+    'domain_removal': 'domain removal (not alignment)',
+    'union': 'union of splits',
+    'intersection': 'intersection of splits',
+    'minus': 'a split without others',
+    'planted': 'base with planted copies of test images'})
 # (colour, dash) of curves that stand for benchmarks, in their order; more than these begin again.
 SERIES = tuple((color, dash) for dash in ('-', (0, (4, 2)), (0, (1.2, 1.4))) for color in (
     '#2f7fc4', '#d55e00', '#00966d', '#c2609a', '#c98a00', '#7a5195', '#3fa7dd', '#8c8c8c'))
