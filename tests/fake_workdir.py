@@ -262,7 +262,8 @@ class _World:
     for i, name in enumerate(self.c.splits if self.c.prune.preview else ()):
       top1 = 0.8 - 0.03 * i
       files.write_json(self.path('splits', name, 'preview.json'), {
-          'embedder': 'other', 'features': 324, 'rows': 600, 'labelled': 480, 'l2': 0.1, 'benchmarks': {
+          'embedder': 'other', 'features': 324, 'rows': 600, 'labelled': 480, 'classes_by': {}, 'l2': 0.1,
+          'benchmarks': {
               b: {'n': QUERIES, 'top1': top1, 'low': top1 - 0.04, 'high': top1 + 0.04}
               for b in self.c.benchmarks}})
       self.finish(f'splits/{name}/preview')

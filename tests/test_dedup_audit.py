@@ -5,9 +5,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 import numpy as np
 import pytest
+from test_duplicates import within_clusters
 
 from clip_jax.similarity import dedup_audit
-from clip_jax.similarity import duplicates
 from clip_jax.similarity import kmeans
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -42,7 +42,7 @@ def test_against_all_pairs(seed, whole, ranked):
   rows = np.flatnonzero(usable)
   sample = rows if whole else np.sort(rng.choice(rows, 40, replace=False))
   fits = [kmeans.fit(x, usable, clusters=k, seed=0) for k in (1, 3, 9)]
-  keep, _ = duplicates.within_clusters(x, usable, fits[-1].assignment, threshold=threshold,
+  keep, _ = within_clusters(x, usable, fits[-1].assignment, threshold=threshold,
                                        priority=priority)
   got = dedup_audit.measure(x, usable, sample, [fit.centers for fit in fits], threshold=threshold,
                             keep=keep, priority=priority, tile_rows=64, query_block=64)
@@ -79,7 +79,7 @@ def test_a_row_lost_through_a_chain_is_counted():
   angle = np.deg2rad([0, 10, 20])  # neighbours are similar, the outer two are not
   x = np.stack([np.cos(angle), np.sin(angle)], 1).astype(np.float16)
   rows, threshold = np.ones(3, bool), 1 - np.cos(np.deg2rad(15))
-  keep, _ = duplicates.within_clusters(x, rows, np.zeros(3, np.int32), threshold=threshold)
+  keep, _ = within_clusters(x, rows, np.zeros(3, np.int32), threshold=threshold)
   got = dedup_audit.measure(x, rows, np.arange(3), [x[:1].astype(np.float32)],
                             threshold=threshold, keep=keep)
   assert (got.pairs, got.through_dropped, got.sizes) == (2, 1, {3: 1})

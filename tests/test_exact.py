@@ -7,6 +7,7 @@ import subprocess
 import sys
 from unittest import mock
 
+from by_number import ByNumber
 from hypothesis import given
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -17,7 +18,6 @@ import pytest
 from clip_jax.core.errors import InputError
 from clip_jax.similarity import decide
 from clip_jax.similarity import exact
-from clip_jax.similarity import tiles
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -227,7 +227,7 @@ def test_a_memory_mapped_pool_and_shards_give_the_same(tmp_path):
   usable = np.ones(200, bool)
   want = exact.search_shard(pool, usable, queries, k=3)
   same(want, exact.search_shard(np.load(tmp_path / 'a.npy', mmap_mode='r'), usable, queries, k=3))
-  same(want, exact.search_shard(tiles.Shards([pool[:77], pool[77:]]), usable, queries, k=3))
+  same(want, exact.search_shard(ByNumber(pool), usable, queries, k=3))
 
 
 def test_excess_is_nan_where_a_benchmark_has_no_thresholds():

@@ -14,7 +14,7 @@ def tables_of(blocks):
 
 
 def test_deduplication_says_which_row_stays():
-  dedup = {'usable': 200, 'duplicates': 5, 'clusters': 1, 'threshold': 0.124}
+  dedup = {'usable': 200, 'duplicates': 5, 'clusters': 1, 'threshold': 0.124, 'survivor': 'first', 'embedder': ''}
   blocks = inventory.dedup_blocks(dedup, [{'kind': 'exact', 'planted': 4, 'found': 3, 'recall': 0.75, 'low': 0.3, 'high': 0.95}], None)
   assert '5 of 200' in blocks[0].text and 'over 0.876 inside one of 1 cluster.' in blocks[0].text
   assert 'the first in the pool\u2019s order stays' in blocks[0].text

@@ -335,17 +335,6 @@ def test_the_nearest_other_query_is_brute_forces():
   assert control.nearest_other(vectors[:1], np.ones(1, bool), np.array([0])).tolist() == [-1]
 
 
-def test_cosines_are_divided_by_both_norms():
-  x = unit(20, 16, 1)
-  y = (1.5 * unit(20, 16, 2)).astype(np.float16)
-  a, b = x.astype(np.float64), y.astype(np.float64)
-  wanted = [a[i] @ b[i] / math.sqrt(a[i] @ a[i]) / math.sqrt(b[i] @ b[i]) for i in range(20)]
-  np.testing.assert_allclose(control.cosine(x, y), wanted, rtol=1e-14)
-  several = control.cosine(x, np.stack([y, x], 1))
-  np.testing.assert_allclose(several, np.stack([wanted, np.ones(20)], 1), rtol=1e-14)
-  assert control.cosine(0 * x, y).tolist() == [0] * 20
-
-
 def test_the_calibration_counts_what_a_threshold_finds():
   similarity = np.array([0.999, 0.998, 0.99, 0.9] + [0.95] * 16)
   kinds = ['crop'] * 4 + ['jpeg'] * 16

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from clip_jax import defaults
 from clip_jax.core.errors import ConfigError, InputError
 from clip_jax.pruning import rules
 
@@ -154,3 +155,43 @@ def test_the_table_tells_what_each_rule_takes():
     takes = set(inspect.signature(rule.keep).parameters) - {'columns', 'names'}
     named = {*rule.keys, *rule.needs}
     assert takes == {parameter[name] for name in named & set(parameter)} | (named & set(same))
+
+
+@pytest.mark.parametrize('rule, of, words', [
+    ('gap_aligned', {}, 'without what is nearer to a query of a and b than any anchor image is'),
+    ('gap_aligned', {'slack': 0.01}, 'without what is nearer to a query of a and b than any anchor image is, by more '
+                                     'than 0.01'),
+    ('gap_aligned', {'slack': -0.01}, 'without what is nearer to a query of a and b than any anchor image is, by more '
+                                      'than \u22120.01'),
+    ('gap_aligned', {'dose': 0.5}, 'without what is nearer to a query of a and b than any anchor image is, 50 % of the '
+                                   'number that slack 0 removes, largest excess first'),
+    ('gap_aligned', {'quantile': 0.9}, 'without what is nearer to a query of a and b than any anchor image is, by more '
+                                       'than the 90 % quantile of the excess'),
+    ('k_aligned', {'k': 5}, 'no query of a and b has nearer pool images than anchor images, for its 5 nearest of each'),
+    ('near', {}, 'near-pruned (most similar removed), by a and b'),
+    ('far', {}, 'far-pruned (most similar kept), by a and b'),
+    ('random', {}, 'random rows: the control for size'),
+    ('matched', {'to': 'gap'}, 'control: as many rows removed as in gap, alike but not the similar ones'),
+    ('domain_removal', {'column': 'domain', 'values': ('sketch', 'toon')},
+     'domain removal, not alignment: without rows whose domain is sketch and toon'),
+    ('domain_removal', {'reference': 'styles', 'values': ('sketch',)},
+     'domain removal, not alignment: without rows that are sketch by the nearest example of styles'),
+    ('union', {'of': ('x', 'y')}, 'what x or y keeps'), ('union', {'of': ('x', 'y', 'z')}, 'what x, y or z keeps'),
+    ('intersection', {'of': ('x', 'y', 'z')}, 'what x, y and z keep, every one of them'),
+    ('minus', {'of': ('x', 'y')}, 'what x keeps and y does not'),
+    ('minus', {'of': ('x', 'y', 'z')}, 'what x keeps and y and z do not')])
+def test_words_say_what_a_split_is(rule, of, words):
+  block = {**defaults.split(), 'benchmarks': ('a', 'b'), **of}
+  assert rules.RULES[rule].words({key: block[key] for key in rules.RULES[rule].keys}) == words
+
+
+def test_the_table_tells_how_each_rule_is_shown():
+  block = {**defaults.split(), 'of': ('x', 'y')}
+  assert all(rule.words({key: block[key] for key in rule.keys}) for rule in rules.RULES.values())
+  assert len({rule.label for rule in rules.RULES.values()}) == len(rules.RULES)
+  assert all(len(rule.strips) == 4 * bool(rule.column) for rule in rules.RULES.values())
+  named = lambda kind: {name for name, rule in rules.RULES.items() if getattr(rule, kind)}
+  assert named('drawn') == {'random', 'matched'}
+  assert named('aligned') == {'gap_aligned', 'k_aligned'}
+  assert named('sized') == {'near', 'far', 'random'}
+  assert named('compared') == {'gap_aligned', 'near', 'far'}

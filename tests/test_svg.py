@@ -66,6 +66,9 @@ def test_percent_ticks_are_few_round_and_visible(low, high):
   assert all(low <= tick <= high and (2 * tick).is_integer() for tick in ticks)
 
 
-def test_every_rule_has_its_own_mark():
-  marks = [(color, marker) for color, marker, _ in svg.RULES.values()]
-  assert len(set(marks)) == len(marks)
+def test_looks_go_by_order_and_begin_again():
+  names = [f'rule {i}' for i in range(len(svg.PALETTE) + 1)]
+  looks = svg.looks({name: name.upper() for name in names})
+  assert list(looks) == names and looks['rule 3'] == (*svg.PALETTE[3], 'RULE 3')
+  assert len(set(svg.PALETTE)) == len(svg.PALETTE) > len(svg.RULES)
+  assert looks[names[-1]][:2] == svg.PALETTE[0]

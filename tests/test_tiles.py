@@ -50,22 +50,6 @@ def test_sizes_follow_the_backend_unless_they_are_set(monkeypatch, backend, want
   assert tiles.sizes(640, 0) == (640, want[1]) and tiles.sizes(0, 64) == (want[0], 64)
 
 
-def test_shards_read_like_one_array():
-  rng = np.random.default_rng(0)
-  parts = [unit(rng, n, 5) for n in (3, 0, 4, 1)]
-  whole, shards = np.concatenate(parts), tiles.Shards(parts)
-  assert shards.shape == whole.shape and len(shards) == 8 and shards.dtype == whole.dtype
-  for rows in (np.arange(8), np.array([7, 0, 3, 3, 2]), np.empty(0, np.int64)):
-    assert np.array_equal(shards[rows], whole[rows])
-
-
-@pytest.mark.parametrize('parts', [
-    [np.zeros((1, 2), np.float16), np.zeros((1, 3), np.float16)], [np.zeros((1, 2), np.float32)]])
-def test_shards_must_agree(parts):
-  with pytest.raises(ValueError, match='float16'):
-    tiles.Shards(parts)
-
-
 def test_walk_visits_rows_in_order_and_pads_with_the_last():
   x = unit(np.random.default_rng(0), 300, 7)
   rows = np.array([5, 1, 299] + list(range(150)))

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from clip_jax.core.types import Array
-from clip_jax.evaluation import causal
-from clip_jax.evaluation import statistics
+from clip_jax.core.vectors import cosine, unit
+from clip_jax.evaluation import causal, statistics
 from clip_jax.evaluation.statistics import Estimate
 
 WANTED = 0.95  # share of the copies that a calibrated threshold finds
@@ -53,29 +53,11 @@ def contrast(
   if min(found.planted_queries, found.unplanted_queries) < causal.FEWEST:
     return replace(found, reason=f'not estimable: {found.planted_queries} planted and '
                    f'{found.unplanted_queries} unplanted queries; each needs {causal.FEWEST}')
-  gain = with_copies - base
-
-  def over(arm: Array) -> Estimate:
-    return statistics.contrast(gain, arm.astype(float), np.zeros(len(arm)), groups, level)
-
-  both = planted | unplanted
-  return replace(found, planted=over(planted), unplanted=over(unplanted),
-                 estimate=statistics.contrast(gain, both.astype(float), unplanted, groups, level))
-
-
-def cosine(
-    first: Array,  # [n, E] float16
-    second: Array,  # [n, E] float16, or [n, k, E]
-) -> Array:  # [n] float64, or [n, k]
-  """Returns similarities divided by both norms, in float64.
-
-  A float16 vector's norm is off by up to 1e-3.
-  """
-  first, second = np.asarray(first, np.float64), np.asarray(second, np.float64)
-  if second.ndim > first.ndim:
-    first = first[:, None]
-  norms = np.linalg.norm(first, axis=-1) * np.linalg.norm(second, axis=-1)
-  return (first * second).sum(-1) / np.where(norms > 0, norms, 1)
+  one_arm = np.zeros(len(planted))
+  estimates = (statistics.contrast(with_copies - base, counted.astype(float), arms, groups, level)
+               for counted, arms in ((planted | unplanted, unplanted), (planted, one_arm),
+                                     (unplanted, one_arm)))
+  return replace(found, **dict(zip(('estimate', 'planted', 'unplanted'), estimates)))
 
 
 def nearest_other(
@@ -87,12 +69,11 @@ def nearest_other(
 
   float32 finds the neighbour, float64 says how near it is. Memory: _BLOCK rows of Q similarities.
   """
-  norms = np.linalg.norm(np.asarray(vectors, np.float32), axis=1, keepdims=True)
-  unit = np.asarray(vectors, np.float32) / np.where(norms > 0, norms, 1)
+  units = unit(np.asarray(vectors, np.float32))
   found = np.full(len(rows), -1.0)
   for start in range(0, len(rows), _BLOCK):
     some = rows[start:start + _BLOCK]
-    similarity = unit[some] @ unit.T  # [b, Q]
+    similarity = units[some] @ units.T  # [b, Q]
     similarity[:, ~usable] = -np.inf
     similarity[np.arange(len(some)), some] = -np.inf
     nearest = similarity.argmax(1)
@@ -119,7 +100,7 @@ def calibration(
   kinds, similarity, others = np.asarray(kinds), np.asarray(similarity), np.asarray(others)
   parts = [(str(kind), similarity[kinds == kind]) for kind in sorted(set(kinds.tolist()))]
   return {'similarity': float(threshold), 'threshold': float(1 - threshold),
-          'wanted': float(wanted), 'queries': len(others), 'others_over': _over(others, threshold),
+          'wanted': float(wanted), 'queries': len(others), 'others_over': float((others >= threshold).mean()),
           'others_median': float(np.median(others)), 'others_highest': float(others.max()),
           'kinds': [_recall(kind, values, others, threshold, wanted)
                     for kind, values in [*parts, ('all', similarity)]]}
@@ -136,7 +117,3 @@ def _recall(kind: str, similarity: Array, others: Array, threshold: float, wante
           'median': float(np.median(similarity)), 'similarity_wanted': reached,
           'threshold_wanted': 1 - reached, 'others_over_wanted': false.value,
           'others_over_wanted_low': false.low, 'others_over_wanted_high': false.high}
-
-
-def _over(values: Array, threshold: float) -> float:
-  return float((values >= threshold).mean())

@@ -33,10 +33,7 @@ class Scale:
       self,
       x: Array,  # [b, E]
   ) -> Array:  # [b, E] float32
-    x = x.astype(np.float32)
-    x -= self.mean
-    x /= self.deviation
-    return x
+    return (x.astype(np.float32) - self.mean) / self.deviation
 
 
 def fit_scale(blocks: Iterable[Array]) -> Scale:  # [b, E] each

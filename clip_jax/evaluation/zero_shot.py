@@ -9,6 +9,7 @@ import numpy as np
 
 from clip_jax.core.errors import ConfigError
 from clip_jax.core.types import Array
+from clip_jax.core.vectors import unit
 
 ROWS = 4096  # images scored at a time: with 1,000 classes 32 MB
 
@@ -32,8 +33,8 @@ def class_matrix(
                             for i in range(0, len(texts), batch_size)])  # [C M, E]
   if len(encoded) != len(texts):
     raise ValueError(f'encode_text must give a row a text: got {encoded.shape} for {len(texts)}')
-  mean = _unit(encoded).reshape(len(classes), len(templates), -1).mean(1)  # [C, E]
-  return _unit(mean).astype(np.float32)
+  mean = unit(_nonzero(encoded)).reshape(len(classes), len(templates), -1).mean(1)  # [C, E]
+  return unit(_nonzero(mean)).astype(np.float32)
 
 
 def predict(
@@ -99,9 +100,9 @@ def score(
           'mean_per_class': float(np.nanmean(per_class)), 'per_class': per_class}
 
 
-def _unit(x: np.ndarray) -> np.ndarray:  # [m, E] float64
-  norm = np.linalg.norm(x, axis=1, keepdims=True)
-  if not (np.isfinite(norm) & (norm > 0)).all():
-    row = int(np.flatnonzero(~(np.isfinite(norm) & (norm > 0))[:, 0])[0])
-    raise ValueError(f'text vector {row} is zero or holds NaN')
-  return x / norm
+
+def _nonzero(x: np.ndarray) -> np.ndarray:  # [m, E] float64
+  bad = np.flatnonzero(~(np.isfinite(x).all(1) & x.any(1)))
+  if len(bad):
+    raise ValueError(f'text vector {bad[0]} is zero or holds NaN')
+  return x

@@ -15,10 +15,7 @@ from flax import nnx
 import jax.numpy as jnp
 
 from clip_jax.core.types import Array
-from clip_jax.models import resnet
-from clip_jax.models import text as text_tower
-from clip_jax.models import vit
-from clip_jax.models import zoo
+from clip_jax.models import resnet, text as text_tower, vit, zoo
 
 
 class CLIP(nnx.Module):
@@ -34,9 +31,8 @@ class CLIP(nnx.Module):
     self.text = text_tower.TextTransformer(config.text, config.embed_dim, rngs=rngs, dtype=dtype,
                                            remat=remat)
     self.logit_scale = nnx.Param(jnp.asarray(config.init_logit_scale, jnp.float32))
-    if config.init_logit_bias is not None:
-      self.logit_bias = nnx.Param(jnp.asarray(config.init_logit_bias, jnp.float32))
-    self.has_bias = config.init_logit_bias is not None
+    bias = config.init_logit_bias
+    self.logit_bias = None if bias is None else nnx.Param(jnp.asarray(bias, jnp.float32))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +64,7 @@ def functions(config: zoo.CLIPConfig, dtype: str = 'float32', patch_dropout: flo
     model = nnx.merge(graph, params)
     features = dict(image=model.visual(images, key), text=_text(model, text),
                     scale=jnp.exp(model.logit_scale[...]))
-    if model.has_bias:
+    if model.logit_bias is not None:
       features['bias'] = model.logit_bias[...]
     return features, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
 

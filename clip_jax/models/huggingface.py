@@ -12,9 +12,7 @@ from absl import logging
 
 from clip_jax.core.errors import ConfigError
 from clip_jax.core.types import Array
-from clip_jax.models import open_clip
-from clip_jax.models import weights
-from clip_jax.models import zoo
+from clip_jax.models import open_clip, weights, zoo
 from clip_jax.models.shapes import shapes
 
 _ACTIVATIONS = {'gelu': 'gelu', 'quick_gelu': 'quick_gelu', 'gelu_pytorch_tanh': 'gelu_tanh'}
@@ -171,8 +169,7 @@ def entries(config: zoo.CLIPConfig) -> list[weights.Entry]:
                                  (f'vision_model.head.attention.in_proj_{part}',)))
     elif not name.startswith('attn_pool.kv.'):
       prefix, own = ('vision_model.', _VISION) if tower == 'visual' else ('text_model.', _TEXT)
-      for ours, theirs in (*_BOTH, *own):
-        name = name.replace(ours, theirs)
+      name = weights.renamed(name, (*_BOTH, *own))
       block, in_proj, part = name.partition('.attn.in_proj_')
       names = [f'{block}.self_attn.{x}_proj.{part}' for x in 'qkv'] if in_proj else [name]
       found.append(weights.Entry((path,), tuple(prefix + name for name in names)))
@@ -201,15 +198,7 @@ def params_to_huggingface(params: Mapping, config: zoo.CLIPConfig) -> dict[str, 
 
 def fitting(tensors: Mapping[str, Array]) -> list[str]:
   """The zoo's models that have these tensors, at any image size."""
-  found, tensors = [], _normal(tensors)
-  for name, config in zoo.ARCHITECTURES.items():
-    try:
-      table = entries(config)
-    except ConfigError:  # a model that transformers does not have
-      continue
-    if weights.fits(table, tensors, config):
-      found.append(name)
-  return found
+  return weights.fitting(entries, _normal(tensors))
 
 
 def preprocess_from_huggingface(found: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,18 +5,16 @@ CustomTextCLIP has it. Its CLIP class leaves that prefix out, and its SigLIP ima
 (`visual.trunk.*`): the tables below rename those.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 import dataclasses
 from typing import Any
 
 from absl import logging
 import numpy as np
 
-from clip_jax.core.errors import ConfigError
-from clip_jax.core.errors import InputError
+from clip_jax.core.errors import ConfigError, InputError
 from clip_jax.core.types import Array
-from clip_jax.models import weights
-from clip_jax.models import zoo
+from clip_jax.models import weights, zoo
 from clip_jax.models.shapes import shapes
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of OpenAI's CLIP, per channel, in [0, 1]
@@ -32,48 +30,39 @@ _REALS = ('mlp_ratio', 'ls_init_value', 'eps', 'init_logit_scale', 'init_logit_b
 _ACTIVATIONS = {'gelu': {}, 'gelu_tanh': {'approximate': 'tanh'}}
 
 
+def _unlike(defaults: dict[str, Any], **given: Any) -> dict[str, Any]:
+  """Returns the keys whose value is not open_clip's default (None where `defaults` has none)."""
+  return {key: value for key, value in given.items() if value != defaults.get(key)}
+
+
 def config_to_open_clip(config: zoo.CLIPConfig) -> dict[str, Any]:
   """The model_cfg that open_clip builds this model from (open_clip_config.json's model_cfg)."""
-  text, model = config.text, {'embed_dim': config.embed_dim}
-  if text.activation == 'quick_gelu':
-    model['quick_gelu'] = True
-  if config.init_logit_bias is not None:
-    model['init_logit_bias'] = config.init_logit_bias
-  if config.init_logit_scale != zoo.CLIPConfig.init_logit_scale:
-    model['init_logit_scale'] = config.init_logit_scale
-  if config.custom_text:
-    model['custom_text'] = True
-  model['vision_cfg'] = _vision_to_open_clip(config.vision)
-  text_cfg = {'context_length': text.context_length, 'vocab_size': text.vocab_size,
-              'width': text.width, 'heads': text.heads, 'layers': text.layers}
-  if text.tokenizer:
-    text_cfg['hf_tokenizer_name'] = text.tokenizer
-  if text.tokenizer_kwargs:
-    text_cfg['tokenizer_kwargs'] = dict(text.tokenizer_kwargs)
-  if text.mlp_ratio != 4.0:
-    text_cfg['mlp_ratio'] = text.mlp_ratio
-  if text.pool_type != 'argmax':
-    text_cfg['pool_type'] = text.pool_type
-  if text.pool_type == 'eos':
-    text_cfg['eos_id'] = text.eos_id
-  if not text.causal:
-    text_cfg['no_causal_mask'] = True
-  if text.proj != 'linear':
-    text_cfg |= {'bias': {'proj_bias': True}, 'none': {'proj_type': 'none'}}[text.proj]
-  model['text_cfg'] = text_cfg | _block_to_open_clip(text)
-  return model
+  text = config.text
+  proj = {'linear': {}, 'bias': {'proj_bias': True}, 'none': {'proj_type': 'none'}}[text.proj]
+  return {
+      'embed_dim': config.embed_dim,
+      **_unlike(dict(quick_gelu=False, init_logit_scale=zoo.CLIPConfig.init_logit_scale,
+                     custom_text=False),
+                quick_gelu=text.activation == 'quick_gelu', init_logit_bias=config.init_logit_bias,
+                init_logit_scale=config.init_logit_scale, custom_text=config.custom_text),
+      'vision_cfg': _vision_to_open_clip(config.vision),
+      'text_cfg': {
+          'context_length': text.context_length, 'vocab_size': text.vocab_size,
+          'width': text.width, 'heads': text.heads, 'layers': text.layers,
+          **_unlike(dict(hf_tokenizer_name='', tokenizer_kwargs={}, mlp_ratio=4.0,
+                         pool_type='argmax', no_causal_mask=False),
+                    hf_tokenizer_name=text.tokenizer, tokenizer_kwargs=dict(text.tokenizer_kwargs),
+                    mlp_ratio=text.mlp_ratio, pool_type=text.pool_type,
+                    eos_id=text.eos_id if text.pool_type == 'eos' else None,
+                    no_causal_mask=not text.causal),
+          **proj, **_block_to_open_clip(text)}}
 
 
 def _block_to_open_clip(tower: zoo.ViTConfig | zoo.TextConfig) -> dict[str, Any]:
   """What the two transformers have in common, where it is not open_clip's default."""
-  found: dict[str, Any] = {}
-  if tower.ls_init_value is not None:
-    found['ls_init_value'] = tower.ls_init_value
-  if tower.eps != 1e-5:
-    found['norm_kwargs'] = {'eps': tower.eps}
-  if _ACTIVATIONS.get(tower.activation):
-    found['act_kwargs'] = dict(_ACTIVATIONS[tower.activation])
-  return found
+  return _unlike(dict(norm_kwargs={'eps': 1e-5}, act_kwargs={}), ls_init_value=tower.ls_init_value,
+                 norm_kwargs={'eps': tower.eps},
+                 act_kwargs=dict(_ACTIVATIONS.get(tower.activation, {})))
 
 
 def _vision_to_open_clip(vision: zoo.ViTConfig | zoo.ResNetConfig) -> dict[str, Any]:
@@ -81,23 +70,18 @@ def _vision_to_open_clip(vision: zoo.ViTConfig | zoo.ResNetConfig) -> dict[str, 
     return {'image_size': vision.image_size, 'layers': list(vision.layers), 'width': vision.width,
             'head_width': vision.width * 32 // vision.heads, 'patch_size': None}
   if vision.pool_type == 'map':
-    for name, tower in zoo.TIMM_TOWERS.items():
-      if tower == vision:
-        return {'image_size': vision.image_size, 'timm_model_name': name,
-                'timm_model_pretrained': False, 'timm_pool': 'map', 'timm_proj': 'none'}
-    raise ConfigError('open_clip has no model with this attention-pooled image tower: '
-                      f'{dataclasses.asdict(vision)}.')
-  found = {'image_size': vision.image_size, 'layers': vision.layers, 'width': vision.width,
-           'head_width': vision.width // vision.heads, 'patch_size': vision.patch_size}
-  if vision.mlp_ratio != 4.0:
-    found['mlp_ratio'] = vision.mlp_ratio
-  if vision.pool_type != 'tok':
-    found['pool_type'] = vision.pool_type
-  if not vision.ln_pre:
-    found['no_ln_pre'] = True
-  if vision.final_ln_after_pool:
-    found['final_ln_after_pool'] = True
-  return found | _block_to_open_clip(vision)
+    names = [name for name, tower in zoo.TIMM_TOWERS.items() if tower == vision]
+    if not names:
+      raise ConfigError('open_clip has no model with this attention-pooled image tower: '
+                        f'{dataclasses.asdict(vision)}.')
+    return {'image_size': vision.image_size, 'timm_model_name': names[0],
+            'timm_model_pretrained': False, 'timm_pool': 'map', 'timm_proj': 'none'}
+  return {'image_size': vision.image_size, 'layers': vision.layers, 'width': vision.width,
+          'head_width': vision.width // vision.heads, 'patch_size': vision.patch_size,
+          **_unlike(dict(mlp_ratio=4.0, pool_type='tok', no_ln_pre=False, final_ln_after_pool=False),
+                    mlp_ratio=vision.mlp_ratio, pool_type=vision.pool_type,
+                    no_ln_pre=not vision.ln_pre, final_ln_after_pool=vision.final_ln_after_pool),
+          **_block_to_open_clip(vision)}
 
 
 def config_from_open_clip(model: dict[str, Any]) -> zoo.CLIPConfig:
@@ -124,34 +108,35 @@ def config_from_open_clip(model: dict[str, Any]) -> zoo.CLIPConfig:
 
 def checked(config: zoo.CLIPConfig) -> zoo.CLIPConfig:
   """A config whose numbers make a model; ConfigError naming the one that cannot be."""
-  def whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+  for name, value, good, wanted in _demands(config):
+    if not good:
+      raise ConfigError(f'the model has {name}={value!r}, which must be {wanted}. Mend it, or get '
+                        'it again.')
+  return config
 
-  def bad(name: str, value: Any, wanted: str) -> ConfigError:
-    return ConfigError(f'the model has {name}={value!r}, which must be {wanted}. Mend it, or get '
-                       'it again.')
-  for block, part in (('', config), ('vision.', config.vision), ('text.', config.text)):
-    for key, value in vars(part).items():
-      if key in _COUNTS:
-        stages = isinstance(part, zoo.ResNetConfig) and key == 'layers'
-        counts = value if stages else (value,)
-        if len(counts) != (4 if stages else 1) or not all(map(whole, counts)):
-          many = 'four whole numbers' if stages else 'a whole number'
-          raise bad(block + key, value, f'{many} above 0')
-      elif key in _REALS and value is not None and type(value) not in (int, float):
-        raise bad(block + key, value, 'a number')
+
+def _demands(config: zoo.CLIPConfig) -> Iterator[tuple[str, Any, bool, str]]:
+  """Yields (name, value, whether it is good, what it must be); later ones take earlier ones as given."""
+  whole = lambda value: type(value) is int and value > 0
   vision, text = config.vision, config.text
   resnet = isinstance(vision, zoo.ResNetConfig)
-  if resnet and vision.image_size % 32:
-    raise bad('vision.image_size', vision.image_size, 'a multiple of 32')
-  if not resnet and vision.patch_size > vision.image_size:
-    raise bad('vision.patch_size', vision.patch_size,
-              f'at most the image size, {vision.image_size}')
+  for block, part in (('', config), ('vision.', vision), ('text.', text)):
+    for key, value in vars(part).items():
+      if key == 'layers' and part is vision and resnet:
+        yield (block + key, value, len(value) == 4 and all(map(whole, value)),
+               'four whole numbers above 0')
+      elif key in _COUNTS:
+        yield block + key, value, whole(value), 'a whole number above 0'
+      elif key in _REALS:
+        yield block + key, value, value is None or type(value) in (int, float), 'a number'
+  if resnet:
+    yield 'vision.image_size', vision.image_size, vision.image_size % 32 == 0, 'a multiple of 32'
+  else:
+    yield ('vision.patch_size', vision.patch_size, vision.patch_size <= vision.image_size,
+           f'at most the image size, {vision.image_size}')
   for block, width, heads in (('vision', vision.width * (32 if resnet else 1), vision.heads),
                               ('text', text.width, text.heads)):
-    if width % heads:
-      raise bad(f'{block}.heads', heads, f'a divisor of the width, {width}')
-  return config
+    yield f'{block}.heads', heads, width % heads == 0, f'a divisor of the width, {width}'
 
 
 def _text_from_open_clip(text: dict[str, Any], quick_gelu: bool) -> zoo.TextConfig:
@@ -233,16 +218,13 @@ _COUNTER = 'num_batches_tracked'  # of PyTorch's batch norm; nothing here reads 
 
 def entries(config: zoo.CLIPConfig) -> list[weights.Entry]:
   """Which tensor of open_clip's holds which parameter; its text tensors as text.*."""
-  found = []
-  for path in shapes(config):
-    name, layout = path, 'same'
-    if path.startswith('visual.') and _is_timm(config):
-      name = path.removeprefix('visual.')
-      for ours, theirs in _TIMM:
-        name = name.replace(ours, theirs)
-      name, layout = f'visual.trunk.{name}', 'row' if name == 'pos_embed' else 'same'
-    found.append(weights.Entry((path,), (name,), layout))
-  return found
+  def entry(path: str) -> weights.Entry:
+    if not (path.startswith('visual.') and _is_timm(config)):
+      return weights.Entry((path,), (path,))
+    name = weights.renamed(path.removeprefix('visual.'), _TIMM)
+    return weights.Entry((path,), (f'visual.trunk.{name}',), 'row' if name == 'pos_embed' else 'same')
+
+  return list(map(entry, shapes(config)))
 
 
 def normal(tensors: Mapping[str, Array]) -> dict[str, Array]:
@@ -281,9 +263,7 @@ def params_to_open_clip(params: Mapping, config: zoo.CLIPConfig) -> dict[str, Ar
 
 def fitting(tensors: Mapping[str, Array]) -> list[str]:
   """The zoo's models that have these tensors, at any image size."""
-  tensors = normal(tensors)
-  return [name for name, config in zoo.ARCHITECTURES.items()
-          if weights.fits(entries(config), tensors, config)]
+  return weights.fitting(entries, normal(tensors))
 
 
 def preprocess_to_open_clip(image_size: int, preprocess: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,9 +21,7 @@ class PatchEmbedding(nnx.Module):
   def __init__(self, patch_size: int, width: int, *, bias: bool, rngs: nnx.Rngs, dtype: str):
     init = layers.uniform((3 * patch_size * patch_size) ** -0.5)
     self.weight = nnx.Param(init(rngs.params(), (width, 3, patch_size, patch_size)))
-    if bias:
-      self.bias = nnx.Param(init(rngs.params(), (width,)))
-    self.has_bias = bias
+    self.bias = nnx.Param(init(rngs.params(), (width,))) if bias else None
     self.patch_size = patch_size
     self.dtype = dtype
 
@@ -37,7 +35,7 @@ class PatchEmbedding(nnx.Module):
     x = x.transpose(0, 1, 3, 2, 4, 5).reshape(batch * grid * grid, size * size * 3)
     weight = self.weight[...].transpose(2, 3, 1, 0).reshape(size * size * 3, -1)
     x = x.astype(self.dtype) @ weight.astype(self.dtype)
-    if self.has_bias:
+    if self.bias is not None:
       x = x + self.bias[...].astype(x.dtype)
     return x.reshape(batch, grid * grid, -1)
 

@@ -7,7 +7,8 @@ A family of files is a table of entries: which of their tensors hold which of ou
 how they lie. Both ways go by the table, and nothing may be left over on either side.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+import contextlib
 import dataclasses
 import math
 import os
@@ -16,10 +17,12 @@ from typing import Any
 import zipfile
 
 from absl import logging
+import ml_dtypes  # noqa: F401  numpy has no bfloat16 of its own; safetensors asks for this one
 import numpy as np
+import safetensors.numpy
 
 from clip_jax.core import files
-from clip_jax.core.errors import InputError
+from clip_jax.core.errors import ConfigError, InputError
 from clip_jax.core.types import Array
 from clip_jax.models import zoo
 from clip_jax.models.shapes import shapes
@@ -64,13 +67,11 @@ def read(path: Any) -> dict[str, np.ndarray]:
 
 def write(path: Any, tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> None:
   """Writes a .safetensors file. Equal tensors are equal bytes. InputError where it cannot be."""
-  from safetensors import SafetensorError
-  from safetensors.numpy import save_file
   with files.atomic(path) as temporary:
     try:
-      save_file({name: np.ascontiguousarray(array) if np.ndim(array) else np.asarray(array)
+      safetensors.numpy.save_file({name: np.ascontiguousarray(array) if np.ndim(array) else np.asarray(array)
                  for name, array in tensors.items()}, os.fspath(temporary), dict(metadata))
-    except SafetensorError as error:  # its only word for a full disk or a folder that is not ours
+    except safetensors.SafetensorError as error:  # its only word for a full disk or a folder that is not ours
       raise InputError(f'{path} cannot be written ({_first_line(error)}). Check the disk and the '
                        'permissions, then run the same command again.') from error
 
@@ -115,8 +116,6 @@ def _sharded(path: str) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def _safetensors(path: str) -> Iterator[tuple[str, np.ndarray]]:
-  import ml_dtypes  # noqa: F401  numpy has no bfloat16 of its own; safetensors asks for this one
-  import safetensors
   try:
     with safetensors.safe_open(path, 'numpy') as file:
       for name in file.keys():
@@ -237,6 +236,24 @@ def their_shapes(entries: Sequence[Entry],
       shape = (rows // len(entry.theirs), *shape[1:])
     shape = {'same': shape, 'transposed': shape[::-1], 'row': (1, *shape)}[entry.layout]
     found |= dict.fromkeys(entry.theirs, shape)
+  return found
+
+
+def renamed(name: str, table: Sequence[tuple[str, str]]) -> str:
+  """Returns a tensor's name in another library: each part of the table replaced, in its order."""
+  for ours, theirs in table:
+    name = name.replace(ours, theirs)
+  return name
+
+
+def fitting(entries: Callable[[zoo.CLIPConfig], Sequence[Entry]],
+            tensors: Mapping[str, Array]) -> list[str]:
+  """The zoo's models that have these tensors, at any image size; `entries` is a family's table."""
+  found = []
+  for name, config in zoo.ARCHITECTURES.items():
+    with contextlib.suppress(ConfigError):  # a model that the family does not have
+      if fits(entries(config), tensors, config):
+        found.append(name)
   return found
 
 

@@ -227,10 +227,6 @@ def _siglip(tower: str, tokenizer: str, vocab_size: int, *, context_length: int 
   return CLIPConfig(vision.width, vision, text, init_logit_bias=-10.0, custom_text=True)
 
 
-def _siglip_2(tower: str, tokenizer: str) -> CLIPConfig:
-  return _siglip(tower, tokenizer, 256_000, activation='gelu_tanh')
-
-
 _B, _I18N = 'ViT-B-16-SigLIP', 'ViT-B-16-SigLIP-i18n-256'
 _SIGLIP = {
     'ViT-B-16-SigLIP': _siglip('vit_base_patch16_siglip_224', _B, 32_000),
@@ -247,7 +243,8 @@ _SIGLIP = {
     'ViT-SO400M-16-SigLIP-i18n-256': _siglip(
         'vit_so400m_patch16_siglip_256', _I18N, 250_000, proj='none'),
 } | {
-    f'ViT-{name}': _siglip_2(f'vit_{tower}_siglip_{size}', f'ViT-{name}')
+    f'ViT-{name}': _siglip(f'vit_{tower}_siglip_{size}', f'ViT-{name}', 256_000,
+                           activation='gelu_tanh')
     for name, tower, size in (
         ('B-32-SigLIP2-256', 'base_patch32', 256), ('B-16-SigLIP2', 'base_patch16', 224),
         ('B-16-SigLIP2-256', 'base_patch16', 256), ('B-16-SigLIP2-384', 'base_patch16', 384),

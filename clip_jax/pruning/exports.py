@@ -13,6 +13,9 @@ from typing import Any
 
 from etils import epath
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from clip_jax.core.errors import InputError
 from clip_jax.core.types import Array
@@ -82,8 +85,6 @@ def find(listed, blocks: Iterable[Column]) -> Found:
   listed: as `read` returns it. blocks: the keys of the pool, in the order of its rows; a row may
   have none. A key of several rows names all of them. Memory: a few times the list, not the pool.
   """
-  import pyarrow as pa
-  import pyarrow.compute as pc
   counted = pc.value_counts(listed)
   if isinstance(counted, pa.ChunkedArray):
     counted = counted.combine_chunks()
@@ -110,7 +111,6 @@ def said(key: Any) -> str:
 
 def _joined(blocks: Iterable[Column], kind, size: int) -> Iterator[Any]:
   """Yields the blocks' keys as keys of one kind, in chunked arrays of at least `size` rows."""
-  import pyarrow as pa
   chunks, rows, start = [], 0, 0
   for block in blocks:
     chunks.append(_as(block, kind, start + rows))
@@ -124,7 +124,6 @@ def _joined(blocks: Iterable[Column], kind, size: int) -> Iterator[Any]:
 
 def _as(keys: Column, kind, first_row: int):
   """Returns a pyarrow array of keys of this kind; None stays."""
-  import pyarrow as pa
   if kind == pa.int64():
     return _numbers(keys, first_row, allow_none=True)
   if kind != pa.binary(16):
@@ -141,7 +140,6 @@ def _as(keys: Column, kind, first_row: int):
 
 def _uid_bytes(keys: Column, rows: Array | int) -> Array:  # [n, 16] uint8
   """Returns the 16 bytes of each uid."""
-  import pyarrow.compute as pc
   keys = _strings(keys)
   is_bad = pc.fill_null(pc.not_equal(pc.binary_length(keys), 32), True)
   bad = np.flatnonzero(is_bad.to_numpy(zero_copy_only=False))
@@ -162,8 +160,6 @@ def _uid_bytes(keys: Column, rows: Array | int) -> Array:  # [n, 16] uint8
 
 def _numbers(keys: Column, rows: Array | int, allow_none: bool = False):
   """Returns keys as a pyarrow array of int64."""
-  import pyarrow as pa
-  import pyarrow.compute as pc
   keys = _plain(keys)
   texts = _strings(keys)
   are_good = pc.match_substring_regex(texts, r'^-?[0-9]+$')
@@ -188,33 +184,26 @@ def _bad(keys, i: int, rows: Array | int, what: str) -> InputError:
 
 def _strings(keys: Column):
   """Returns keys as a pyarrow array of large_string: many of them may have more than 2 GB."""
-  import pyarrow as pa
   return _plain(keys).cast(pa.large_string())
 
 
 def _plain(keys: Column):
-  """Returns a column as one pyarrow array."""
-  import pyarrow as pa
-  if isinstance(keys, pa.ChunkedArray):
-    kind = keys.type
-    if pa.types.is_dictionary(kind):
-      kind = kind.value_type
-    kind = pa.large_string() if pa.types.is_string(kind) else kind
-    return pa.concat_arrays([chunk.cast(kind) for chunk in keys.chunks] or [pa.array([], kind)])
-  return keys if isinstance(keys, pa.Array) else pa.array(keys)
+  """Returns a column as one pyarrow array, its texts and integers as they are."""
+  keys = pa.table({'key': keys})['key']  # chunked whatever came in
+  kind = keys.type.value_type if pa.types.is_dictionary(keys.type) else keys.type
+  kind = pa.large_string() if pa.types.is_string(kind) else kind  # many may have more than 2 GB
+  return pa.concat_arrays([chunk.cast(kind) for chunk in keys.chunks] or [pa.array([], kind)])
 
 
 def _binary(
     values: Array,  # [n, 16] uint8
 ):
-  import pyarrow as pa
   data = pa.py_buffer(np.ascontiguousarray(values))
   return pa.FixedSizeBinaryArray.from_buffers(pa.binary(16), len(values), [None, data])
 
 
 def _npy(path: epath.Path, column: str):
   """Reads a .npy: uids, numbers, or texts. Never a pickle."""
-  import pyarrow as pa
   del column
   try:
     with path.open('rb') as f:
@@ -239,9 +228,6 @@ def _npy(path: epath.Path, column: str):
 
 def _parquet(path: epath.Path, column: str):
   """Reads a column of a parquet: texts, or numbers. Of our own keys.parquet the pool's rows."""
-  import pyarrow as pa
-  import pyarrow.compute as pc
-  import pyarrow.parquet as pq
   try:
     with path.open('rb') as f:
       file = pq.ParquetFile(f)
@@ -268,8 +254,6 @@ def _parquet(path: epath.Path, column: str):
 
 def _lines(path: epath.Path, column: str):
   """Reads a text with a key a line."""
-  import pyarrow as pa
-  import pyarrow.compute as pc
   del column
   data = path.read_bytes().removeprefix(b'\xef\xbb\xbf')
   ends = np.flatnonzero(np.frombuffer(data, np.uint8) == ord('\n')) + 1

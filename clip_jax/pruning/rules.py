@@ -1,12 +1,14 @@
 """The pruning rules: columns over the pool in, the pool rows to keep out. No files.
 
 Every rule is a pure function of the columns, its parameters and its seed. Ties go by pool order,
-the earlier row first. To add a rule, write its function and name it in RULES.
+the earlier row first. To add a rule, write its function and its entry in RULES, with the words that
+tables, figures and summaries have for it.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -131,9 +133,37 @@ def _composed(
   return Kept(np.flatnonzero(masks[0]))
 
 
+def _listed(names: Sequence[Any], word: str = 'and') -> str:
+  """Returns 'a, b and c'."""
+  *first, last = map(str, names) if names else ['']
+  return f'{", ".join(first)} {word} {last}' if first else last
+
+
+def _gap_aligned_words(of: Mapping[str, Any]) -> str:
+  slack = of['slack']
+  cut = f', by more than {slack:g}'.replace('-', '\u2212') if slack else ''
+  if of['dose']:
+    cut = f', {100 * of["dose"]:g} % of the number that slack 0 removes, largest excess first'
+  elif of['quantile']:
+    cut = f', by more than the {100 * of["quantile"]:g} % quantile of the excess'
+  return f'without what is nearer to a query of {_listed(of["benchmarks"])} than any anchor image is{cut}'
+
+
+def _domain_words(of: Mapping[str, Any]) -> str:
+  values = _listed(of['values'])
+  rows = (f'rows whose {of["column"]} is {values}' if of['column']
+          else f'rows that are {values} by the nearest example of {of["reference"] or "a reference"}')
+  return f'domain removal, not alignment: without {rows}'
+
+
+def _minus_words(of: Mapping[str, Any]) -> str:
+  first, *others = of['of']
+  return f'what {first} keeps and {_listed(others)} {"does" if len(others) < 2 else "do"} not'
+
+
 @dataclasses.dataclass(frozen=True)
 class Rule:
-  """A rule, and what a caller must know to run it.
+  """A rule, what a caller must know to run it, and how it is shown.
 
   keys: the keys of a split block that this rule reads (beside append_anchor and seeds).
   needs: what the caller supplies: 'search' (similarity columns), 'excess' (and so an anchor),
@@ -146,6 +176,13 @@ class Rule:
   planted: whether the planted rows belong to the split.
   every_row: whether an approximate search, which does not score every row, will not do.
   selects: whether a matched control can imitate it: it drops candidates for what they are.
+  label: a few words for legends and tables.
+  words: the values of `keys` -> what a split of this rule is, in a sentence without a full stop.
+  column: what the rule removes by, 'excess' or 'similarity'; '' for rules on something else.
+  lowest_first: whether it removes what is lowest in that column first, not what is highest.
+  strips: titles of the pictures of removed rows (the first to go, the median, the last) and of the
+  kept rows that would have gone next; () without a column.
+  compared: whether it is one cut through its column, which other embedders can make, too.
   """
   keep: Callable[..., Kept]
   keys: tuple[str, ...] = ()
@@ -154,27 +191,80 @@ class Rule:
   planted: bool = False
   every_row: bool = False
   selects: bool = False
+  _: dataclasses.KW_ONLY
+  label: str
+  words: Callable[[Mapping[str, Any]], str]
+  column: str = ''
+  lowest_first: bool = False
+  strips: tuple[str, ...] = ()
+  compared: bool = False
+
+  @property
+  def drawn(self) -> bool:
+    """Whether there is a draw of its own for each training seed."""
+    return 'draw' in self.needs
+
+  @property
+  def aligned(self) -> bool:
+    """Whether it drops rows for being nearer to a query than the anchor's rows are."""
+    return 'excess' in self.needs
+
+  @property
+  def sized(self) -> bool:
+    """Whether the config asks for a size: accuracy is drawn as a curve over it."""
+    return 'size' in self.keys
 
 
+# In the order of legends. A rule has its colour by its place: new ones go to the end.
 RULES = {
-    'all': Rule(keep_all),
-    'anchor': Rule(keep_none, append_anchor=True),
-    'pool_only': Rule(keep_all, append_anchor=False),
-    'planted': Rule(keep_all, planted=True),
-    'gap_aligned': Rule(gap_aligned, ('benchmarks', 'slack', 'quantile', 'dose'),
-                        ('search', 'excess'), selects=True),
-    'k_aligned': Rule(k_aligned, ('benchmarks', 'k'), ('search', 'excess', 'pairs'),
-                      every_row=True, selects=True),
-    'near': Rule(near, ('benchmarks', 'size', 'size_of'), ('search', 'count'),
-                 every_row=True, selects=True),
-    'far': Rule(far, ('benchmarks', 'size', 'size_of'), ('search', 'count'),
-                every_row=True, selects=True),
-    'random': Rule(random, ('size', 'size_of', 'seed'), ('count', 'draw')),
-    'matched': Rule(matched, ('to', 'seed'), ('anchor_classes', 'target', 'draw'), every_row=True),
+    'all': Rule(keep_all, label='base (the whole pool)',
+                words=lambda of: 'the whole pool and the anchor'),
+    'anchor': Rule(keep_none, append_anchor=True, label='anchor only',
+                   words=lambda of: 'the anchor rows alone'),
+    'pool_only': Rule(keep_all, append_anchor=False, label='pool without the anchor',
+                      words=lambda of: 'the pool without the anchor rows'),
+    'gap_aligned': Rule(
+        gap_aligned, ('benchmarks', 'slack', 'quantile', 'dose'), ('search', 'excess'),
+        selects=True, label='gap-aligned', words=_gap_aligned_words, column='excess', compared=True,
+        strips=('removed, largest excess', 'removed, median', 'removed, just over the cut',
+                'kept, just under the cut')),
+    'matched': Rule(
+        matched, ('to', 'seed'), ('anchor_classes', 'target', 'draw'), every_row=True,
+        label='matched control',
+        words=lambda of: f'control: as many rows removed as in {of["to"]}, alike but not the similar '
+                         'ones'),
+    'random': Rule(random, ('size', 'size_of', 'seed'), ('count', 'draw'), label='random',
+                   words=lambda of: 'random rows: the control for size'),
+    'near': Rule(
+        near, ('benchmarks', 'size', 'size_of'), ('search', 'count'), every_row=True, selects=True,
+        label='near-pruned (most similar removed)', column='similarity', compared=True,
+        words=lambda of: f'near-pruned (most similar removed), by {_listed(of["benchmarks"])}',
+        strips=('removed, most similar', 'removed, median', 'removed, just over the cut',
+                'kept, just under the cut')),
+    'far': Rule(
+        far, ('benchmarks', 'size', 'size_of'), ('search', 'count'), every_row=True, selects=True,
+        label='far-pruned (most similar kept)', column='similarity', lowest_first=True, compared=True,
+        words=lambda of: f'far-pruned (most similar kept), by {_listed(of["benchmarks"])}',
+        strips=('removed, least similar', 'removed, median', 'removed, just under the cut',
+                'kept, just over the cut')),
+    'listed': Rule(listed, ('file',), ('file',), selects=True, label='listed in a file',
+                   words=lambda of: 'the pool rows that a file lists'),
+    'k_aligned': Rule(
+        k_aligned, ('benchmarks', 'k'), ('search', 'excess', 'pairs'), every_row=True, selects=True,
+        label='aligned to k neighbours', column='excess',
+        words=lambda of: f'no query of {_listed(of["benchmarks"])} has nearer pool images than anchor '
+                         f'images, for its {of["k"]} nearest of each',
+        strips=('removed, largest excess', 'removed, median', 'removed, smallest excess',
+                'kept, largest excess')),
     'domain_removal': Rule(domain_removal, ('reference', 'column', 'values'), ('levels',),
-                           selects=True),
-    'union': Rule(union, ('of',), ('others',), selects=True),
-    'intersection': Rule(intersection, ('of',), ('others',), selects=True),
-    'minus': Rule(minus, ('of',), ('others',), selects=True),
-    'listed': Rule(listed, ('file',), ('file',), selects=True),
+                           selects=True, label='domain removal (not alignment)', words=_domain_words),
+    'union': Rule(union, ('of',), ('others',), selects=True, label='union of splits',
+                  words=lambda of: f'what {_listed(of["of"], "or")} keeps'),
+    'intersection': Rule(
+        intersection, ('of',), ('others',), selects=True, label='intersection of splits',
+        words=lambda of: f'what {_listed(of["of"])} keep, every one of them'),
+    'minus': Rule(minus, ('of',), ('others',), selects=True, label='a split without others',
+                  words=_minus_words),
+    'planted': Rule(keep_all, planted=True, label='base with planted copies of test images',
+                    words=lambda of: 'base, and planted copies of test images: a positive control'),
 }

@@ -7,9 +7,10 @@ follow from the intervals and never claim more than the number of seeds allows.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from clip_jax.reporting import figures
-from clip_jax.reporting import tables
+from clip_jax.core import progress
+from clip_jax.reporting import figures, tables
 from clip_jax.reporting.page import Details, Figure, Figures, Heading, Text
+from clip_jax.reporting.svg import RULES
 from clip_jax.reporting.tables import Cell, Table
 
 Item = Mapping[str, Any]
@@ -29,20 +30,16 @@ ASSUMPTION = ('Assumes that without the removal both would have changed by the s
               'a class, and that removals touch unhit queries only as they touch all.')
 
 
-def blocks_of(items: Sequence[Item]) -> list:
+def blocks_of(items: Sequence[Item], looks: figures.Looks = RULES) -> list:
   """Returns a figure of all comparisons, then a table each whose rows say what they mean.
 
   The tables of those that the answer is not made of (doses) are behind a line.
   """
-  blocks: list = []
   drawn = [item for item in items if item['against_control'] is not None]
-  if drawn:
-    blocks.append(Figures((_figure(drawn),)))
+  blocks: list = [Figures((_figure(drawn, looks),))] if drawn else []
   for item in items:
-    name, shown = f'{item["split"]} on {item["benchmark"]}', [_table(item)]
-    checks = _cross_checks(item)
-    if checks:
-      shown.append(Details('Cross-checks', tuple(checks)))
+    name, checks = f'{item["split"]} on {item["benchmark"]}', tuple(_cross_checks(item))
+    shown = [_table(item), *([Details('Cross-checks', checks)] if checks else [])]
     if item['answers']:
       blocks += [Heading(name, _against(item)), *shown]
     else:
@@ -54,17 +51,16 @@ def blocks_of(items: Sequence[Item]) -> list:
       'muted')]
 
 
-def _figure(items: Sequence[Item]) -> Figure:
+def _figure(items: Sequence[Item], looks: figures.Looks) -> Figure:
   margin = items[0]['equivalence'].margin
-  rows = []
-  for item in items:
-    e = item['against_control']
-    is_known = tables.known(e.low, e.high)
-    rows.append({'title': f'{item["split"]} on {item["benchmark"]}', 'rule': item['rule'],
-                 'detail': tables.estimate_text(e), 'estimate': e.value,
-                 'low': e.low if is_known else None, 'high': e.high if is_known else None})
+  rows = [{'title': f'{item["split"]} on {item["benchmark"]}', 'rule': item['rule'],
+           'detail': tables.estimate_text(e), 'estimate': e.value,
+           **({'low': e.low, 'high': e.high} if tables.known(e.low, e.high) else
+              {'low': None, 'high': None})}
+          for item in items for e in [item['against_control']]]
   text = figures.differences(rows, title='Aligned split against its control',
-                             xlabel='difference in accuracy, points', margin=margin)
+                             xlabel='difference in accuracy, points', margin=margin,
+                             looks=looks)
   return Figure('comparisons', text, (
       'On the benchmark that it was aligned to. The grey band is \u00b1'
       f'{tables.percent(margin, 0)} points, inside which a difference would count as no loss.'))
@@ -80,8 +76,7 @@ def _against(item: Item) -> str:
 
 def _table(item: Item) -> Table:
   lines = [*_differences(item), *_shares(item), *_contrasts(item), *_no_loss(item)]
-  rows = tuple((Cell(what), Cell(value, detail), Cell(words))
-               for what, value, detail, words in lines)
+  rows = tuple((Cell(what), Cell(value, detail), Cell(words)) for what, value, detail, words in lines)
   return Table(f'comparison_{item["split"]}_{item["benchmark"]}', '',
                (Cell('compared'), Cell('estimate'), Cell('in words')), rows, (), _records(item),
                stacked=True)
@@ -92,12 +87,12 @@ Line = tuple[str, str, str, str]
 
 
 def _differences(item: Item) -> list[Line]:
-  lines = []
+  lines, p = [], tables.probability(item['holm'])
   if item['against_control'] is not None:
-    tests = f'Holm, {item["tests"]} test{"" if item["tests"] == 1 else "s"}'
-    p = f'{tables.probability(item["holm"])} ({tests})' if tables.known(item['holm']) else ''
     lines.append((f'against {item["control"]}',
-                  f'{tables.estimate_text(item["against_control"])} points', p, _verdict(item)))
+                  f'{tables.estimate_text(item["against_control"])} points',
+                  f'{p} (Holm, {progress.counted(item["tests"], "test")})' if p else '',
+                  _verdict(item)))
   if item['against_base'] is not None:
     lines.append((f'against {item["base"]}',
                   f'{tables.estimate_text(item["against_base"])} points', '',
@@ -117,7 +112,7 @@ def _verdict(item: Item) -> str:
     return 'An estimate: random rows are a control for size only.'
   if not tables.known(item['holm']):
     return 'An estimate, not one of the tests: the answer is made of another cut.'
-  if tables.known(item['holm']) and item['holm'] < CLAIM:
+  if item['holm'] < CLAIM:
     size = tables.percent(abs(d.value))
     if d.value < 0:
       return (f'The removed images mattered because they were similar: without them '
@@ -141,7 +136,7 @@ def _shares(item: Item) -> list[Line]:
     if share is None:
       continue
     if share.reason:
-      lines.append((name, tables.NOTHING, '', _sentence(share.reason)))
+      lines.append((name, tables.NOTHING, '', tables.sentence(share.reason)))
       continue
     over = 'anchor only' if share.reference == 'anchor_only' else 'the effective-robustness line'
     whole = lambda value: tables.percent(value, 0)
@@ -172,14 +167,14 @@ def _contrasts(item: Item) -> list[Line]:
 
 def _contrast(contrast: Any, name: str, words: str) -> Line:
   if contrast.reason:
-    return name, tables.NOTHING, '', _sentence(contrast.reason)
+    return name, tables.NOTHING, '', tables.sentence(contrast.reason)
   return name, f'{tables.estimate_text(contrast.estimate)} points', '', words
 
 
 def _dose(dose: Any) -> Line:
   name = 'dose: per 0.1 of similarity lost'
   if dose.reason:
-    return name, tables.NOTHING, '', _sentence(dose.reason)
+    return name, tables.NOTHING, '', tables.sentence(dose.reason)
   slope, low, high = (tables.signed(value / 10, 2) for value in (dose.slope, dose.low, dose.high))
   return (name, f'{slope} [{low}, {high}] log odds', f'{tables.number(dose.images)} images', (
       'How the odds of a right answer change, aligned split against control, with every 0.1 by '
@@ -197,10 +192,6 @@ def _no_loss(item: Item) -> list[Line]:
            'undetermined': 'Neither a difference nor its absence is shown.'}[e.verdict]
   return [('no loss?', f'90 % interval [{tables.points(e.low)}, {tables.points(e.high)}]',
            f'detectable: {tables.percent(e.detectable)} points (power 80 %)', words)]
-
-
-def _sentence(reason: str) -> str:
-  return f'{reason[:1].upper()}{reason[1:].rstrip(".")}.'
 
 
 def _records(item: Item) -> tuple[dict, ...]:

@@ -4,6 +4,7 @@ As in figures.py, every figure is one small panel. A line a benchmark, in the co
 all benchmarks together are the broad line below them.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -30,8 +31,7 @@ def rows_by_slack(
   inside = _inside(slack, limits)
   most = max(1.0, *(float(line['rows'][inside].max()) for line in lines))
 
-  def draw(figure) -> None:
-    ax = figure.add_subplot()
+  def draw(ax) -> None:
     ax.axvline(0, color=INK, linewidth=0.8, alpha=0.5)
     for line, style in zip(lines, _styles(lines)):
       rows = np.where(line['rows'] > 0, line['rows'], np.nan)[inside]
@@ -40,13 +40,11 @@ def rows_by_slack(
         ax.plot([0], [line['at_zero']], 'o', color=style['color'], markersize=6, zorder=5)
     ax.set(yscale='log', ylim=(0.8, 1.6 * most), xlim=limits, xlabel='slack', ylabel='rows dropped')
     ax.yaxis.set_major_formatter(lambda value, _: svg.count(value))
-    ax.yaxis.set_minor_locator(_no_ticks())
+    ax.minorticks_off()
     svg.few_ticks(ax.xaxis, 6)
-    ax.grid(axis='y')
-    ax.set_title(title)
-    _names_below(figure, lines)
+    _names_below(ax, lines)
 
-  return svg.render(draw, 250 + _names_height(lines), title)
+  return svg.panel(draw, 250 + _names_height(lines), title)
 
 
 def rows_by_cut(
@@ -59,19 +57,16 @@ def rows_by_cut(
   """Returns the share of the candidates that near- or far-pruning keeps, by where it cuts."""
   inside = _inside(cut, limits)
 
-  def draw(figure) -> None:
-    ax = figure.add_subplot()
+  def draw(ax) -> None:
     for line, style in zip(lines, _styles(lines)):
       ax.plot(cut[inside], 100 * line['kept'][inside], label=line['name'], **style)
     ax.set(ylim=(0, 100), xlim=limits, xlabel='similarity to the nearest query, at the cut',
            ylabel='% of candidates kept')
     ax.set_yticks((0, 25, 50, 75, 100))
     svg.few_ticks(ax.xaxis, 5)
-    ax.grid(axis='y')
-    ax.set_title(title)
-    _names_below(figure, lines)
+    _names_below(ax, lines)
 
-  return svg.render(draw, 230 + _names_height(lines), title)
+  return svg.panel(draw, 230 + _names_height(lines), title)
 
 
 def recall_by_clusters(
@@ -81,23 +76,18 @@ def recall_by_clusters(
 ) -> str:
   """Returns the share of duplicate pairs that lie inside one cluster, by the number of clusters."""
 
-  def draw(figure) -> None:
-    ax = figure.add_subplot()
+  def draw(ax) -> None:
     xs = [p['clusters'] for p in points]
-    color = svg.POOL_COLOR
-    ax.plot(xs, [100 * p['recall'] for p in points], color=color, marker='o', markersize=6)
+    ax.plot(xs, [100 * p['recall'] for p in points], color=svg.POOL_COLOR, marker='o', markersize=6)
     for p in points:
-      ax.plot([p['clusters']] * 2, [100 * p['low'], 100 * p['high']], color=color, linewidth=1.4,
-              alpha=0.6)
+      svg.whisker(ax, p['clusters'], p['low'], p['high'], svg.POOL_COLOR)
     lowest = min(p['low'] for p in points)
     ax.set(xscale='log', xlabel='clusters (logarithmic axis)', ylabel='% of pairs found',
            ylim=(max(0.0, 100 * lowest - 5), 101))
     ax.set_xticks(_apart(xs), [svg.count(x) for x in _apart(xs)])
-    ax.xaxis.set_minor_locator(_no_ticks())
-    ax.grid(axis='y')
-    ax.set_title(title)
+    ax.minorticks_off()
 
-  return svg.render(draw, 230, title)
+  return svg.panel(draw, 230, title)
 
 
 def _inside(values: Array, limits: tuple[float, float]) -> Array:
@@ -115,31 +105,21 @@ def _apart(xs: Sequence[float]) -> list[float]:
   return out
 
 
-def _no_ticks():
-  from matplotlib.ticker import NullLocator
-  return NullLocator()
-
-
 def _styles(lines: Rows) -> list[dict]:
   """Returns how each line is drawn: its colour by its place, all together thick and in ink."""
-  styles, place = [], 0
-  for line in lines:
-    color, dash = svg.SERIES[place % len(svg.SERIES)]
-    if line['together']:
-      styles.append({'color': INK, 'linewidth': 4, 'alpha': 0.35, 'zorder': 1.5})  # below the rest
-    else:
-      styles.append({'color': color, 'linestyle': dash, 'linewidth': 1.8})
-      place += 1
-  return styles
+  series = itertools.cycle(svg.SERIES)
+  together = {'color': INK, 'linewidth': 4, 'alpha': 0.35, 'zorder': 1.5}  # below the rest
+  return [together if line['together'] else
+          dict(zip(('color', 'linestyle'), next(series)), linewidth=1.8) for line in lines]
 
 
 def _columns(lines: Rows) -> int:
   return 2 if all(len(line['name']) <= _SHORT for line in lines) else 1
 
 
-def _names_below(figure, lines: Rows) -> None:
+def _names_below(ax, lines: Rows) -> None:
   if len(lines) > 1:
-    svg.legend_below(figure, _columns(lines))
+    svg.legend_below(ax.figure, _columns(lines))
 
 
 def _names_height(lines: Rows) -> float:

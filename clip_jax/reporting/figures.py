@@ -16,6 +16,7 @@ from clip_jax.reporting.svg import ANCHOR_COLOR, INK, POOL_COLOR, RULES
 
 ALIGNED = ('gap_aligned', 'k_aligned')  # rules whose marks lie on top
 Rows = Sequence[Mapping[str, Any]]  # dicts with the keys that the comment beside the argument names
+Looks = Mapping[str, tuple[str, str, str]]  # rule -> (colour, marker, label), in the order of legends
 
 
 def similarity_histogram(
@@ -36,18 +37,16 @@ def similarity_histogram(
     ax.plot([np.median(values)], [0], '^', color=style['color'], markersize=8, clip_on=False,
             zorder=5)
 
-  def draw(figure) -> None:
-    ax = figure.add_subplot()
+  def draw(ax) -> None:
     if anchor is not None and len(anchor):
       one(ax, anchor, 'anchor', color=ANCHOR_COLOR, fill=True, alpha=0.45, linewidth=0)
     if len(pool):
       one(ax, pool, 'pool', color=POOL_COLOR, linewidth=1.6)
     ax.set(xlim=limits, ylim=(0, None), xlabel='similarity to the nearest image',
            ylabel='% of queries')
-    ax.set_title(title, pad=27)
     svg.legend_above(ax, columns=2)
 
-  return svg.render(draw, 230, title)
+  return svg.panel(draw, 230, title, grid='', pad=27)
 
 
 def accuracy_by_similarity(
@@ -56,6 +55,7 @@ def accuracy_by_similarity(
     title: str,
     xlabel: str,
     enough: int = 20,
+    looks: Looks = RULES,
 ) -> str:
   """Returns accuracy in bins of similarity over a strip of bin sizes; n < `enough` is pale.
 
@@ -66,7 +66,8 @@ def accuracy_by_similarity(
     ax, strip = figure.subplots(2, 1, sharex=True,
                                 gridspec_kw={'height_ratios': (5, 1), 'hspace': 0.12})
     for k, one in enumerate(series):
-      _binned(ax, one, shift=0.1 * (k - (len(series) - 1) / 2), enough=enough)
+      _binned(ax, one, *looks[one['rule']][:2], shift=0.1 * (k - (len(series) - 1) / 2),
+              enough=enough)
     ax.set(ylim=(0, 100), ylabel='accuracy, %')
     ax.set_yticks((0, 25, 50, 75, 100))
     ax.grid(axis='y')
@@ -88,9 +89,8 @@ def accuracy_by_similarity(
   return svg.render(draw, 290, title)
 
 
-def _binned(ax, one: Mapping[str, Any], shift: float, enough: int) -> None:
+def _binned(ax, one: Mapping[str, Any], color: str, marker: str, shift: float, enough: int) -> None:
   """Draws one curve; `shift` moves it sideways, in bin widths, to keep curves apart."""
-  color, marker, _ = RULES[one['rule']]
   mark = {'marker': marker, 'markersize': 6, 'color': color, 'linestyle': 'none',
           'markerfacecolor': 'none' if one['adjusted'] else color}
   line = {'linestyle': (0, (4, 2)) if one['adjusted'] else '-', 'linewidth': 1.2}
@@ -100,17 +100,10 @@ def _binned(ax, one: Mapping[str, Any], shift: float, enough: int) -> None:
   ax.plot([x for x, _ in solid], [y for _, y in solid], color=color, alpha=0.55, **line)
   for x, b in points:
     is_solid = b['n'] >= enough
-    _whisker(ax, x, b['accuracy_low'], b['accuracy_high'], color, 0.8 if is_solid else 0.25)
+    svg.whisker(ax, x, b['accuracy_low'], b['accuracy_high'], color, 0.8 if is_solid else 0.25)
     ax.plot([x], [100 * b['accuracy']], **mark, alpha=1.0 if is_solid else 0.3, clip_on=False,
             zorder=3)
   ax.plot([], [], **{**mark, **line}, label=one['name'])
-
-
-def _whisker(ax, x: float, low: float | None, high: float | None, color: str,
-             alpha: float = 0.6) -> None:
-  """Draws an interval upright at x; nothing where there is none."""
-  if low is not None and high is not None:
-    ax.plot([x, x], [100 * low, 100 * high], color=color, linewidth=1.4, alpha=alpha)
 
 
 def accuracy_by_size(
@@ -120,37 +113,35 @@ def accuracy_by_size(
     base: Mapping[str, Any] | None,  # such a point
     reference: float | None,         # accuracy of anchor only
     limits: tuple[float, float],     # of accuracy
+    looks: Looks = RULES,
 ) -> str:
   """Returns accuracy against size for near-, far- and random-pruned splits of one benchmark."""
 
-  def draw(figure) -> None:
-    ax = figure.add_subplot()
+  def draw(ax) -> None:
     if reference is not None:
-      color, _, words = RULES['anchor']
+      color, _, words = looks['anchor']
       ax.axhline(100 * reference, color=color, linestyle=(0, (4, 3)), linewidth=1.2,
                  label=f'{words}, {100 * reference:.1f} %')
     for rule, points in curves.items():
-      color, marker, words = RULES[rule]
+      color, marker, words = looks[rule]
       ordered = sorted([*points, *([base] if base else [])], key=lambda p: p['size'])
       ax.plot([p['size'] for p in ordered], [100 * p['accuracy'] for p in ordered], color=color,
               marker=marker, markersize=6, label=words)
       for p in points:
-        _whisker(ax, p['size'], p['low'], p['high'], color)
+        svg.whisker(ax, p['size'], p['low'], p['high'], color)
     if base:
       ax.plot([base['size']], [100 * base['accuracy']], 'o', color=INK, markersize=7, zorder=5,
-              label=f'{RULES["all"][2]}, {100 * base["accuracy"]:.1f} %')
+              label=f'{looks["all"][2]}, {100 * base["accuracy"]:.1f} %')
     ax.set(ylim=(100 * limits[0], 100 * limits[1]), ylabel='accuracy, %', xlabel='pool rows kept')
-    svg.few_ticks(ax.xaxis, 5)
-    ax.xaxis.set_major_formatter(lambda value, _: svg.count(value))
-    ax.grid(axis='y')
-    ax.set_title(title)
-    svg.legend_below(figure)
+    svg.few_ticks(ax.xaxis, 5, counts=True)
+    svg.legend_below(ax.figure)
 
-  return svg.render(draw, 350, title)
+  return svg.panel(draw, 350, title)
 
 
 def answer_lines(
     rows: Rows,  # title, points: rule, accuracy, low, high
+    looks: Looks = RULES,
 ) -> str:
   """Returns one line a benchmark, anchor only to base, with the aligned split between them."""
 
@@ -162,7 +153,7 @@ def answer_lines(
       ax.plot([min(values), max(values)], [y, y], color=INK, alpha=0.25, linewidth=1.2, zorder=1)
       _row_text(ax, y, row['title'], bold=True)
       for p in sorted(row['points'], key=lambda p: p['rule'] in ALIGNED):
-        color, marker, _ = RULES[p['rule']]
+        color, marker, _ = looks[p['rule']]
         if p['low'] is not None:
           ax.plot([100 * p['low'], 100 * p['high']], [y, y], color=color, linewidth=3.5,
                   alpha=0.35, zorder=2, solid_capstyle='butt')
@@ -171,8 +162,8 @@ def answer_lines(
     ax.set(ylim=(len(rows) - 0.4, -0.75), xlabel='accuracy, %')
     _rows_only(ax)
     ax.grid(axis='x')
-    order = [rule for rule in RULES if rule in drawn]
-    figure.legend([drawn[rule] for rule in order], [RULES[rule][2] for rule in order], ncols=2,
+    order = [rule for rule in looks if rule in drawn]
+    figure.legend([drawn[rule] for rule in order], [looks[rule][2] for rule in order], ncols=2,
                   loc='outside lower left', columnspacing=1.0, handletextpad=0.3)
 
   return svg.render(draw, 56 * len(rows) + 86, 'Accuracy between anchor only and base')
@@ -184,15 +175,15 @@ def differences(
     title: str,
     xlabel: str,
     margin: float | None = None,
+    looks: Looks = RULES,
 ) -> str:
   """Returns differences in points with their intervals around zero; `margin` shades 'no loss'."""
 
-  def draw(figure) -> None:
-    ax = figure.add_subplot()
+  def draw(ax) -> None:
     if margin is not None:
       ax.axvspan(-100 * margin, 100 * margin, color=INK, alpha=0.07, linewidth=0)
     for y, row in enumerate(rows):
-      color, marker, _ = RULES[row['rule']]
+      color, marker, _ = looks[row['rule']]
       if row['low'] is not None:
         ax.plot([100 * row['low'], 100 * row['high']], [y, y], color=color, linewidth=2.4,
                 alpha=0.75, solid_capstyle='butt')
@@ -204,9 +195,8 @@ def differences(
     ax.set(ylim=(len(rows) - 0.5, -0.85), xlabel=xlabel)
     _rows_only(ax)
     svg.few_ticks(ax.xaxis, 6)
-    ax.set_title(title)
 
-  return svg.render(draw, 44 * len(rows) + 84, title)
+  return svg.panel(draw, 44 * len(rows) + 84, title, grid='')
 
 
 def _row_text(ax, y: float, text: str, bold: bool = False) -> None:
@@ -224,24 +214,22 @@ def dose(
     points: Rows,  # share (of the aligned count removed), estimate, low, high
     *,
     title: str,
+    look: tuple[str, str, str] = RULES['gap_aligned'],  # of the aligned splits
 ) -> str:
   """Returns the loss against the matched control for slacks that remove more and more."""
 
-  def draw(figure) -> None:
-    ax = figure.add_subplot()
+  def draw(ax) -> None:
     ax.axhline(0, color=INK, linewidth=0.9)
     ordered = sorted(points, key=lambda p: p['share'])
-    color, marker, _ = RULES['gap_aligned']
+    color, marker, _ = look
     ax.plot([100 * p['share'] for p in ordered], [100 * p['estimate'] for p in ordered],
             color=color, marker=marker, markersize=6)
     for p in ordered:
-      _whisker(ax, 100 * p['share'], p['low'], p['high'], color)
+      svg.whisker(ax, 100 * p['share'], p['low'], p['high'], color)
     ax.set(xlabel='rows removed, % of the aligned count', ylabel='points against the control',
            xlim=(0, None))
-    ax.grid(axis='y')
-    ax.set_title(title)
 
-  return svg.render(draw, 240, title)
+  return svg.panel(draw, 240, title)
 
 
 def robustness_plane(
@@ -251,19 +239,19 @@ def robustness_plane(
     xname: str,
     yname: str,
     line: tuple[Array, Array] | None = None,  # the baseline: [n] x and [n] y accuracies
+    looks: Looks = RULES,
 ) -> str:
   """Returns accuracy against validation accuracy on logit axes."""
   xs, ys = _logit([p['x'] for p in points]), _logit([p['y'] for p in points])
   xlim, ylim = ((values.min() - 0.35, values.max() + 0.35) for values in (xs, ys))
 
-  def draw(figure) -> None:
-    ax = figure.add_subplot()
+  def draw(ax) -> None:
     if line is not None:
       ax.plot(_logit(line[0]), _logit(line[1]), color=INK, alpha=0.5, linestyle=(0, (4, 3)),
               linewidth=1.2, label='models trained on ImageNet alone')
     else:
       ax.plot([-9, 9], [-9, 9], color=INK, alpha=0.3, linewidth=1, label='equal accuracy')
-    for rule, (color, marker, words) in RULES.items():
+    for rule, (color, marker, words) in looks.items():
       mine = [k for k, p in enumerate(points) if p['rule'] == rule]
       if mine:
         ax.plot(xs[mine], ys[mine], marker, color=color, markersize=7, label=words)
@@ -272,11 +260,9 @@ def robustness_plane(
       axis.set_ticks(_logit(np.array(ticks) / 100), [f'{p:g}' for p in ticks])
     ax.set(xlim=xlim, ylim=ylim, xlabel=f'accuracy on {xname}, % (logit axis)',
            ylabel=f'accuracy on {yname}, %')
-    ax.grid()
-    ax.set_title(title)
-    svg.legend_below(figure)
+    svg.legend_below(ax.figure)
 
-  return svg.render(draw, 300 + 17 * (1 + len({p['rule'] for p in points})), title)
+  return svg.panel(draw, 300 + 17 * (1 + len({p['rule'] for p in points})), title, grid='both')
 
 
 def _logit(p: Array) -> Array:
@@ -288,22 +274,19 @@ def loss_curves(
     curves: Rows,  # rule, steps [n], loss [n]
     *,
     title: str,
+    looks: Looks = RULES,
 ) -> str:
   """Returns the training loss of every run; runs of one rule share a colour."""
 
-  def draw(figure) -> None:
-    ax = figure.add_subplot()
+  def draw(ax) -> None:
     named = set()
     for one in curves:
-      color, _, words = RULES[one['rule']]
+      color, _, words = looks[one['rule']]
       ax.plot(one['steps'], one['loss'], color=color, linewidth=1.1, alpha=0.8,
               label=None if one['rule'] in named else words)
       named.add(one['rule'])
     ax.set(xlabel='step', ylabel='training loss')
-    svg.few_ticks(ax.xaxis, 5)
-    ax.xaxis.set_major_formatter(lambda value, _: svg.count(value))
-    ax.grid(axis='y')
-    ax.set_title(title)
-    svg.legend_below(figure)
+    svg.few_ticks(ax.xaxis, 5, counts=True)
+    svg.legend_below(ax.figure)
 
-  return svg.render(draw, 250 + 17 * len({one['rule'] for one in curves}), title)
+  return svg.panel(draw, 250 + 17 * len({one['rule'] for one in curves}), title)

@@ -9,8 +9,7 @@ from typing import Any
 
 from clip_jax.core import progress
 from clip_jax.core.types import Array
-from clip_jax.reporting import curves
-from clip_jax.reporting import tables
+from clip_jax.reporting import curves, tables
 from clip_jax.reporting.page import Details, Figure, Figures, Heading, Text
 from clip_jax.reporting.tables import Cell, Table
 
@@ -33,20 +32,18 @@ def dedup_blocks(
   """Returns what de-duplication found in the pool, which copy stays, and how much it overlooks."""
   blocks: list = []
   if dedup is not None:
-    clusters = f'{tables.number(dedup["clusters"])} cluster{"" if dedup["clusters"] == 1 else "s"}'
-    other = f' of the embedder {dedup["embedder"]}' if dedup.get('embedder') else ''
+    other = f' of the embedder {dedup["embedder"]}' if dedup['embedder'] else ''
     blocks.append(Text(
         f'De-duplication marked {tables.number(dedup["duplicates"])} of '
         f'{tables.number(dedup["usable"])} usable pool rows '
         f'({tables.share(dedup["duplicates"] / max(dedup["usable"], 1))}) as near-duplicates of '
         f'another row: similarity{other} over {1 - dedup["threshold"]:.4g} inside one of '
-        f'{clusters}. They are in no split; the rest are the candidates. '
-        f'{SURVIVORS[dedup.get("survivor", "first")]}'))
+        f'{progress.counted(dedup["clusters"], "cluster")}. They are in no split; the rest are the candidates. '
+        f'{SURVIVORS[dedup["survivor"]]}'))
   if planted:
     rows = tuple((Cell(p['kind']), tables.figure(tables.number(p['planted'])),
                   tables.figure(tables.number(p['found'])),
-                  tables.figure(tables.share(p['recall']),
-                                f'[{tables.percent(p["low"])}, {tables.percent(p["high"])}]'))
+                  tables.figure(tables.share(p['recall']), tables.bracket(p['low'], p['high'])))
                  for p in planted)
     blocks.append(Table('planted_duplicates', 'Duplicates planted in the pool, found again',
                         tables.heads('kind', 'planted', 'found', 'recall'), rows,
@@ -61,8 +58,7 @@ def _audit(audit: Mapping[str, Any]) -> list:
   heads = tables.heads('clusters', 'pairs found', 'recall', 'rows marked', 'precision')
   rows = tuple((Cell(tables.number(p['clusters']), 'as de-duplicated' if p is points[-1] else ''),
                 tables.figure(tables.number(p['found'])),
-                tables.figure(tables.share(p['recall']), f'[{tables.percent(p["low"])}, '
-                              f'{tables.percent(p["high"])}]' if tables.known(p['low']) else ''),
+                tables.figure(tables.share(p['recall']), tables.bracket(p['low'], p['high'])),
                 tables.figure(tables.number(p['dropped'])),
                 tables.figure(tables.share(p['precision']))) for p in points)
   note = (f'Of the {tables.number(audit["pairs"])} pairs of a drawn row and any row of the pool '
@@ -83,20 +79,20 @@ def _audit(audit: Mapping[str, Any]) -> list:
 
 def _chains(chains: Mapping[str, Any]) -> list:
   """Returns how far duplicates of duplicates reach."""
-  said = (f'The pairs join rows into {tables.number(chains["components"])} groups, the largest of '
-          f'{tables.number(chains["largest"])} rows. {tables.number(chains["through_dropped"])} of '
-          'the drawn rows are marked though no row that stays is their duplicate: they are '
-          'duplicates of marked rows only.')
-  sizes = sorted((int(size), count) for size, count in chains.get('sizes', {}).items())
+  said = Text(
+      f'The pairs join rows into {tables.number(chains["components"])} groups, the largest of '
+      f'{tables.number(chains["largest"])} rows. {tables.number(chains["through_dropped"])} of '
+      'the drawn rows are marked though no row that stays is their duplicate: they are '
+      'duplicates of marked rows only.')
+  sizes = [{'rows': size, 'groups': count}
+           for size, count in sorted((int(size), n) for size, n in chains['sizes'].items())]
   if not sizes:
-    return [Text(said)]
-  rows = tuple((Cell(tables.number(size)), tables.figure(tables.number(count)))
-               for size, count in sizes[:MOST_LISTED])
-  more = f'The first {MOST_LISTED} of {len(sizes)} sizes; all are in the CSV.'
+    return [said]
+  rows = tuple((Cell(tables.number(one['rows'])), tables.figure(tables.number(one['groups'])))
+               for one in sizes[:MOST_LISTED])
   table = Table('dedup_chains', '', tables.heads('rows in a group', 'groups'), rows,
-                (more,) if len(sizes) > MOST_LISTED else (),
-                tuple({'rows': size, 'groups': count} for size, count in sizes))
-  return [Text(said), Details('Groups by size', (table,))]
+                tables.first_of(MOST_LISTED, len(sizes), 'sizes'), tuple(sizes))
+  return [said, Details('Groups by size', (table,))]
 
 
 def skipped_blocks(
@@ -104,22 +100,20 @@ def skipped_blocks(
     replaced: Mapping[str, int],  # run -> images replaced while training
 ) -> list:
   """Returns every sample that takes no part, and why."""
-  rows, records = [], []
-  for d in datasets:
-    reasons = Counter(item['reason'] for item in d['skipped'])
-    said = ', '.join(f'{number} {reason}' for reason, number in sorted(reasons.items()))
-    bad = d['unreadable']
-    rows.append((Cell(d['name']), tables.figure(tables.number(d['rows'])),
-                 tables.figure(tables.number(len(d['skipped']))), Cell(said or tables.NOTHING),
-                 tables.figure(tables.NOTHING if bad is None else tables.number(len(bad)))))
-    records += [{'dataset': d['name'], **item} for item in d['skipped']]
-    records += [{'dataset': d['name'], 'key': key, 'reason': 'unreadable image'}
-                for key in bad or ()]
+  rows = tuple(
+      (Cell(d['name']), tables.figure(tables.number(d['rows'])),
+       tables.figure(tables.number(len(d['skipped']))), Cell(_reasons(d['skipped'])),
+       tables.figure(tables.NOTHING if d['unreadable'] is None else tables.number(len(d['unreadable']))))
+      for d in datasets)
+  records = tuple(
+      {'dataset': d['name'], **item} for d in datasets for item in (
+          *d['skipped'],
+          *({'key': key, 'reason': 'unreadable image'} for key in d['unreadable'] or ())))
   columns = (Cell('dataset'), tables.figure('rows'), tables.figure('skipped'), Cell('reasons'),
              tables.figure('unreadable images'))
   note = ('Skipped samples never became a row. Rows with an unreadable image keep their number but '
           'are in no split and no search; an unreadable benchmark image counts as wrong.')
-  blocks: list = [Table('skipped', '', columns, tuple(rows), (note,), tuple(records))]
+  blocks: list = [Table('skipped', '', columns, rows, (note,), records)]
   if records:
     more = f'{len(records) - MOST_LISTED} more in skipped.csv.'
     blocks.append(Details('Which', (Table(
@@ -132,6 +126,11 @@ def skipped_blocks(
     blocks.append(Text('Unreadable while training, replaced by the next readable row of the '
                        f'split: {late}.'))
   return blocks
+
+
+def _reasons(skipped: Rows) -> str:  # key, reason
+  counts = sorted(Counter(item['reason'] for item in skipped).items())
+  return ', '.join(f'{number} {reason}' for reason, number in counts) or tables.NOTHING
 
 
 def overlap_blocks(
@@ -168,10 +167,10 @@ def provenance_blocks(
 
 
 def _run(run: Mapping[str, Any]) -> tuple[Cell, ...]:
-  numbers = [tables.figure(tables.number(run[key])) for key in ('samples', 'passes', 'steps')]
   time = progress.seconds(run['seconds']) if tables.known(run['seconds']) else tables.NOTHING
-  return (Cell(run['run'], run['mark']), *numbers, tables.figure(time),
-          tables.figure(tables.number(run['images_per_sec'])))
+  return (Cell(run['run'], run['mark']),
+          *(tables.figure(tables.number(run[key])) for key in ('samples', 'passes', 'steps')),
+          tables.figure(time), tables.figure(tables.number(run['images_per_sec'])))
 
 
 def _pairs(name: str, pairs) -> Table:

@@ -58,8 +58,7 @@ def _contrasts(found: Mapping[str, Any]) -> Table:
         _estimate(one[key]) for key in ('estimate', 'gain_planted', 'gain_unplanted'))
     words = f'{one["split"]} against {one["base"]}'
     if one['reason']:
-      reason = one['reason'][:1].upper() + one['reason'][1:].rstrip('.') + '.'
-      rows.append((Cell(words), Cell(tables.NOTHING), Cell(reason)))
+      rows.append((Cell(words), Cell(tables.NOTHING), Cell(tables.sentence(one['reason']))))
     else:
       rows += [(Cell(words), Cell(f'{tables.estimate_text(estimate)} points',
                                   tables.method_words(estimate.method)), Cell(_words(estimate))),
@@ -92,13 +91,6 @@ def _words(e: Any) -> str:
           f'smaller effects say little.{one}')
 
 
-def _bracket(found: Mapping[str, Any], low: str, high: str) -> str:
-  bounds = found.get(low), found.get(high)  # a calibration of an older version lacks some
-  if not tables.known(*bounds):
-    return ''
-  return f'[{tables.percent(bounds[0])}, {tables.percent(bounds[1])}]'
-
-
 def _calibration_table(calibrations: Mapping[str, Mapping[str, Any]]) -> Table:
   first = next(iter(calibrations.values()))
   wanted = tables.percent(first['wanted'], 0)
@@ -108,20 +100,20 @@ def _calibration_table(calibrations: Mapping[str, Mapping[str, Any]]) -> Table:
            tables.figure(f'similarity that {wanted} % reach'),
            tables.figure('dedup.threshold for it'),
            tables.figure('others over it', 'false alarms'))
-  rows, records = [], []
-  for name, found in calibrations.items():
-    for kind in found['kinds']:
-      rows.append((
-          Cell('all' if kind['kind'] == 'all' else kind['kind'], name or OWN),
-          tables.figure(tables.number(kind['copies'])),
-          tables.figure(tables.share(kind['recall']), _bracket(kind, 'low', 'high')),
-          tables.figure(tables.similarity(kind['median'])),
-          tables.figure(tables.similarity(kind['least'])),
-          tables.figure(tables.similarity(kind['similarity_wanted'])),
-          tables.figure(tables.similarity(kind['threshold_wanted'])),
-          tables.figure(tables.share(kind['others_over_wanted']), _bracket(
-              kind, 'others_over_wanted_low', 'others_over_wanted_high'))))
-      records.append({'embedder': name, 'duplicate_similarity': found['similarity'], **kind})
+  kinds = [(name, found, kind) for name, found in calibrations.items() for kind in found['kinds']]
+  rows = tuple((
+      Cell(kind['kind'], name or OWN),
+      tables.figure(tables.number(kind['copies'])),
+      tables.figure(tables.share(kind['recall']), tables.bracket(kind['low'], kind['high'])),
+      tables.figure(tables.similarity(kind['median'])),
+      tables.figure(tables.similarity(kind['least'])),
+      tables.figure(tables.similarity(kind['similarity_wanted'])),
+      tables.figure(tables.similarity(kind['threshold_wanted'])),
+      tables.figure(tables.share(kind['others_over_wanted']), tables.bracket(
+          kind['others_over_wanted_low'], kind['others_over_wanted_high'])))
+               for name, _, kind in kinds)
+  records = tuple({'embedder': name, 'duplicate_similarity': found['similarity'], **kind}
+                  for name, found, kind in kinds)
   notes = [f'{name or OWN.capitalize()}: duplicates from a similarity of '
            f'{found["similarity"]:.4g}; of {tables.number(found["queries"])} planted queries '
            f'{tables.share(found["others_over"])} have another image (of the pool, another query) '
@@ -129,5 +121,5 @@ def _calibration_table(calibrations: Mapping[str, Mapping[str, Any]]) -> Table:
            f'{tables.similarity(found["others_median"])} in the median, '
            f'{tables.similarity(found["others_highest"])} at most.'
            for name, found in calibrations.items()]
-  return Table('planted_calibration', '', heads, tuple(rows),
-               (*notes, 'In brackets: 95 % intervals, in percent (Wilson\u2019s).'), tuple(records))
+  return Table('planted_calibration', '', heads, rows,
+               (*notes, 'In brackets: 95 % intervals, in percent (Wilson\u2019s).'), records)

@@ -4,6 +4,7 @@ What is here needs no split and no training: it says what the pool holds of each
 many rows each rule would drop, before a config asks for it.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,8 +12,8 @@ import numpy as np
 
 from clip_jax.core import progress
 from clip_jax.core.types import Array
-from clip_jax.reporting import curves
-from clip_jax.reporting import tables
+from clip_jax.reporting import curves, tables
+from clip_jax.reporting.figures import Looks
 from clip_jax.reporting.page import Details, Fact, Figure, Figures, Heading, Text
 from clip_jax.reporting.svg import RULES
 from clip_jax.reporting.tables import Cell, Table
@@ -46,7 +47,7 @@ def sentence(
   known = [r for r in rates if r['pool'] is not None]
   if not known:
     return 'No split is trained here: an audit of the pool. It has not been searched yet.'
-  held = tables.listed([f'{tables.share(r["pool"].value)} of {r["benchmark"]}{_interval(r["pool"])}'
+  held = tables.listed([f'{tables.share(r["pool"].value)} of {r["benchmark"]}{_in_words(r["pool"])}'
                         for r in known])
   said = ('No split is trained here: an audit of the pool. It holds an image at least '
           f'{similarity:.4g} similar to {held}.')
@@ -60,7 +61,7 @@ def sentence(
   return said
 
 
-def _interval(e: Any) -> str:
+def _in_words(e: Any) -> str:
   bounds = tables.share_bounds(e)
   return f' (95 % interval {bounds.strip("[]").replace(", ", " to ")} %)' if bounds else ''
 
@@ -78,13 +79,11 @@ def rate_blocks(
   if not rates:
     return []
   near, exact = f'at least {similarity:.4g} similar', 'equal bytes or pixels'
-  has = {key: any(r[key] is not None for r in rates)
-         for key in ('pool', 'exact_pool', 'anchor', 'exact_anchor')}
   heads = {'pool': tables.figure('near, in the pool', near),
            'exact_pool': tables.figure('exact, in the pool', exact),
            'anchor': tables.figure('near, in the anchor', near),
            'exact_anchor': tables.figure('exact, in the anchor', exact)}
-  keys = [key for key in heads if has[key]]
+  keys = [key for key in heads if any(r[key] is not None for r in rates)]
   rows = tuple((Cell(r['benchmark']), tables.figure(tables.number(r['queries'])),
                 *(_rate(r[key], r['queries']) for key in keys)) for r in rates)
   note = ('Near: similarity divided by both vectors\u2019 norms. Each embedder needs a threshold '
@@ -121,20 +120,19 @@ def quantile_table(
 ) -> Table:
   """Returns quantiles of the similarity of each benchmark's queries to their nearest image."""
   heads = tables.heads('nearest image to each query of', 'queries', '5 %', 'median', '95 %', 'max')
-  rows, records = [], []
-  for e in entries:
-    for which in ('pool', 'anchor'):
-      values = None if e[which] is None else e[which][np.isfinite(e[which])].astype(float)
-      if values is None or not len(values):
-        continue
-      found = dict(zip(('q05', 'median', 'q95', 'max'), np.quantile(values, (0.05, 0.5, 0.95, 1))))
-      rows.append((Cell(e['name'], f'in the {which}'), tables.figure(tables.number(len(values))),
-                   *(tables.figure(tables.similarity(float(v))) for v in found.values())))
-      records.append({'benchmark': e['name'], 'in': which, 'queries': len(values),
-                      **{key: float(v) for key, v in found.items()}})
+  found = []
+  for e, which in itertools.product(entries, ('pool', 'anchor')):
+    values = np.zeros(0) if e[which] is None else e[which][np.isfinite(e[which])].astype(float)
+    if len(values):
+      quantiles = map(float, np.quantile(values, (0.05, 0.5, 0.95, 1)))
+      found.append({'benchmark': e['name'], 'in': which, 'queries': len(values),
+                    **dict(zip(('q05', 'median', 'q95', 'max'), quantiles))})
+  rows = tuple((Cell(r['benchmark'], f'in the {r["in"]}'), tables.figure(tables.number(r['queries'])),
+                *(tables.figure(tables.similarity(r[q])) for q in ('q05', 'median', 'q95', 'max')))
+               for r in found)
   note = ('Similarities of the stored float16 vectors. They are those of this embedder: those of '
           'another cannot be compared with them.')
-  return Table('nearest_similarity', '', heads, tuple(rows), (note,), tuple(records))
+  return Table('nearest_similarity', '', heads, rows, (note,), tuple(found))
 
 
 def slack_blocks(
@@ -158,61 +156,55 @@ def slack_blocks(
 
 
 def _slack_table(slack: Array, lines: Rows, candidates: int) -> Table:
-  heads = tables.heads('slack', *(f'{s:+g}'.replace('-', tables.MINUS) if s else '0'
-                                  for s in SLACKS))
-  rows, records = [], []
-  for line in lines:
-    counts = [int(line['at_zero'] if s == 0 else line['rows'][np.abs(slack - s).argmin()])
-              for s in SLACKS]
-    rows.append((Cell(line['name']), *(tables.figure(
-        tables.number(n), _part(n, candidates), tone='strong' if s == 0 else '')
-                                       for s, n in zip(SLACKS, counts))))
-    records += [{'benchmark': line['name'], 'slack': s, 'dropped': n, 'candidates': candidates}
-                for s, n in zip(SLACKS, counts)]
+  heads = tables.heads('slack', *map(tables.slack, SLACKS))
+  counts = {line['name']: [int(line['at_zero'] if s == 0 else line['rows'][np.abs(slack - s).argmin()])
+                           for s in SLACKS] for line in lines}
+  rows = tuple((Cell(name), *(tables.figure(tables.number(n), _part(n, candidates),
+                                            tone='strong' if s == 0 else '')
+                              for s, n in zip(SLACKS, found))) for name, found in counts.items())
+  records = tuple({'benchmark': name, 'slack': s, 'dropped': n, 'candidates': candidates}
+                  for name, found in counts.items() for s, n in zip(SLACKS, found))
   note = ('Re-encoded copies of anchor images tie at the threshold up to the rounding of float16: '
           'the count at 0 is fragile by nature. That count is exact; the others are of float32 '
           'similarities.')
-  return Table('rows_by_slack', 'Rows dropped', heads, tuple(rows), (note,), tuple(records))
+  return Table('rows_by_slack', 'Rows dropped', heads, rows, (note,), records)
 
 
 def size_blocks(
     cut: Array,   # [m] ascending
     lines: Rows,  # name, over [m]: candidates more similar than the cut, together
     candidates: int,
+    looks: Looks = RULES,
 ) -> list:
   """Returns how much near- and far-pruning keep, by the similarity at which they cut."""
   share = [line['over'] / max(candidates, 1) for line in lines]
   seen = np.flatnonzero((np.max(share, 0) > SHOWN) & (np.min(share, 0) < 1 - SHOWN))
   first, last = (int(seen[0]), int(seen[-1])) if len(seen) else (0, len(cut) - 1)
   limits = float(cut[max(first - 1, 0)]), float(cut[min(last + 1, len(cut) - 1)])
-  drawn = []
-  for rule in ('near', 'far'):
-    kept = [{**line, 'kept': part if rule == 'far' else 1 - part}
-            for line, part in zip(lines, share)]
-    drawn.append(Figure(f'rows_by_cut_{rule}', curves.rows_by_cut(
-        cut, kept, title=RULES[rule][2], limits=limits)))
+  drawn = tuple(Figure(f'rows_by_cut_{rule}', curves.rows_by_cut(
+      cut, [{**line, 'kept': part if rule == 'far' else 1 - part}
+            for line, part in zip(lines, share)], title=looks[rule][2], limits=limits))
+                for rule in ('near', 'far'))
   return [Heading('Near- and far-pruned', 'by the similarity to the nearest query'),
-          Figures(tuple(drawn)),
+          Figures(drawn),
           Details('Where they cut', (_cut_table(cut, lines, candidates),))]
 
 
 def _cut_table(cut: Array, lines: Rows, candidates: int) -> Table:
   heads = tables.heads('to keep', *(f'{100 * s:g} %' for s in SHARES))
-  rows, records = [], []
+  words = {'near': 'near-pruned: removes what is over', 'far': 'far-pruned: removes what is not over'}
+  cuts = {}  # near keeps what is not over the cut, far what is: the first, the last cut that keep enough
   for line in lines:
     over = line['over'] / max(candidates, 1)
-    for rule, words in (('near', 'near-pruned: removes what is over'),
-                        ('far', 'far-pruned: removes what is not over')):
-      # near keeps what is not over the cut, far what is: the first, the last cut that keep enough.
-      cuts = [float(cut[1 - over >= s].min(initial=1.0)) if rule == 'near' else
-              float(cut[over >= s].max(initial=-1.0)) for s in SHARES]
-      rows.append((Cell(line['name'], words),
-                   *(tables.figure(tables.similarity(c)) for c in cuts)))
-      records += [{'benchmark': line['name'], 'rule': rule, 'keep': s, 'cut': c}
-                  for s, c in zip(SHARES, cuts)]
+    cuts[line['name'], 'near'] = [float(cut[1 - over >= s].min(initial=1.0)) for s in SHARES]
+    cuts[line['name'], 'far'] = [float(cut[over >= s].max(initial=-1.0)) for s in SHARES]
+  rows = tuple((Cell(name, words[rule]), *(tables.figure(tables.similarity(c)) for c in found))
+               for (name, rule), found in cuts.items())
+  records = tuple({'benchmark': name, 'rule': rule, 'keep': s, 'cut': c}
+                  for (name, rule), found in cuts.items() for s, c in zip(SHARES, found))
   note = ('Shares of the candidates. A split asks for a size and finds its cut itself; cuts here '
           'are rounded to 0.001.')
-  return Table('cut_by_size', '', heads, tuple(rows), (note,), tuple(records))
+  return Table('cut_by_size', '', heads, rows, (note,), records)
 
 
 def paper_compat_blocks(
@@ -221,11 +213,9 @@ def paper_compat_blocks(
   """Returns how many rows over a threshold the published code's truncation would have kept."""
   if not found:
     return []
-  first = found[0]
-  missed = sum(r['missed'] for r in found)
-  said = (f'The published code looks at the {tables.number(first["top_k"])} nearest rows of a '
-          f'query in each chunk of {tables.number(first["chunk_rows"])} rows. ')
-  if not missed:
+  said = (f'The published code looks at the {tables.number(found[0]["top_k"])} nearest rows of a '
+          f'query in each chunk of {tables.number(found[0]["chunk_rows"])} rows. ')
+  if not any(r['missed'] for r in found):
     total = tables.number(sum(r['over'] for r in found))
     return [Text(f'{said}Here that would have kept none of the {total} rows over a threshold.')]
   rows = tuple((Cell(r['benchmark']), tables.figure(tables.number(r['over'])),

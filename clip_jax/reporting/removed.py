@@ -35,23 +35,21 @@ def blocks_of(
       Heading(name, words),
       Text(f'{tables.number(dropped)} of {tables.number(candidates)} candidates are removed '
            f'({tables.share(dropped / max(candidates, 1))}).{_rule_figures(about)}')]
-  blocks += [Text(_hits(b, q)) for b, q in about.get('queries', {}).items()]
+  blocks += [
+      Text(f'{b}: {tables.number(q["hit"])} of {tables.number(q["queries"])} queries '
+           f'({tables.share(q["hit_share"])}) lose at least one neighbour that is nearer than any '
+           f'anchor image; {tables.number(q["leaked"])} ({tables.share(q["leaked_share"])}) already '
+           'have a near-duplicate in the anchor.') for b, q in about.get('queries', {}).items()]
   blocks += [Text(f'{line[:1].upper()}{line[1:]}.', 'warning')
              for line in about.get('warnings', ())]
   blocks += [_check(b, check, about.get('slack')) for b, check in about.get('checks', {}).items()]
-  if gallery is not None:
-    blocks.append(gallery)
   side = [_levels(name, key, first, about[key])
           for key, first in (('by_class', 'class'), ('by_domain', 'domain')) if about.get(key)]
   if about.get('dropped_at_slack'):
     side.append(_slacks(name, about))
-  if side:
-    blocks.append(Columns(tuple(side)))
-  if captions is not None:
-    blocks += _captions(name, captions)
-  for control, found in controls.items():
-    blocks += _control(control, found)
-  return blocks
+  return [*blocks, *([gallery] if gallery else []), *([Columns(tuple(side))] if side else []),
+          *(_captions(name, captions) if captions else []),
+          *(block for control, found in controls.items() for block in _control(control, found))]
 
 
 def _rule_figures(about: Mapping[str, Any]) -> str:
@@ -74,13 +72,6 @@ def _rule_figures(about: Mapping[str, Any]) -> str:
   if found.get('without_value'):
     said += f' {tables.number(found["without_value"])} candidates have no value, and stay.'
   return said
-
-
-def _hits(benchmark: str, q: Mapping[str, Any]) -> str:
-  return (f'{benchmark}: {tables.number(q["hit"])} of {tables.number(q["queries"])} queries '
-          f'({tables.share(q["hit_share"])}) lose at least one neighbour that is nearer than any '
-          f'anchor image; {tables.number(q["leaked"])} ({tables.share(q["leaked_share"])}) already '
-          'have a near-duplicate in the anchor.')
 
 
 def _check(benchmark: str, check: Mapping[str, Any], slack: float | None) -> Text:
@@ -113,7 +104,7 @@ def _levels(name: str, key: str, first: str, levels: Mapping[str, Mapping[str, A
 
 def _slacks(name: str, about: Mapping[str, Any]) -> Table:
   counts = sorted((float(slack), count) for slack, count in about['dropped_at_slack'].items())
-  rows = tuple((Cell(f'{slack:+g}'.replace('-', tables.MINUS) if slack else '0'),
+  rows = tuple((Cell(tables.slack(slack)),
                 tables.figure(tables.number(count)),
                 tables.figure(tables.share(count / max(about['candidates'], 1))))
                for slack, count in counts)

@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 
 from clip_jax.core.types import Array
-from clip_jax.reporting import pool_audit
-from clip_jax.reporting import figures
-from clip_jax.reporting import tables
+from clip_jax.reporting import figures, pool_audit, tables
+from clip_jax.reporting.figures import Looks
 from clip_jax.reporting.page import Details, Fact, Figure, Figures, Heading, Missing, Text
 from clip_jax.reporting.svg import RULES
 from clip_jax.reporting.tables import Cell, Table
@@ -83,6 +82,7 @@ def _domain_words(of: Mapping[str, Any]) -> str:
 def answer_blocks(
     lines: Rows,  # as figures.answer_lines takes them
     missing: Missing | None,
+    looks: Looks = RULES,
 ) -> list:
   """Returns the headline figure: where the aligned split lies between anchor only and base."""
   blocks: list = [missing] if missing else []
@@ -90,7 +90,7 @@ def answer_blocks(
     caption = ('Each line runs from the lowest to the highest of these accuracies; pale bars are '
                '95 % intervals (none with fewer than three seeds). The nearer the aligned split '
                'stays to its control, the less of the accuracy comes from similar images.')
-    blocks.append(Figures((Figure('answer', figures.answer_lines(lines), caption),)))
+    blocks.append(Figures((Figure('answer', figures.answer_lines(lines, looks), caption),)))
   return [*blocks, Fact(PAPER_ANSWER)]
 
 
@@ -104,12 +104,11 @@ def accuracy_blocks(
 
   What an interval means depends on that number, and the head says it.
   """
-  blocks: list = []
   counts = sorted({len(split['seeds']) for split in splits if split['seeds']}, reverse=True)
-  for count in counts:
-    mine = [split for split in splits if len(split['seeds']) == count]
-    name = 'accuracy' if count == counts[0] else f'accuracy_seeds_{count}'
-    blocks.append(_accuracy_table(name, count, mine, benchmarks, accuracy, unleaked))
+  blocks: list = [_accuracy_table(
+      'accuracy' if count == counts[0] else f'accuracy_seeds_{count}', count,
+      [split for split in splits if len(split['seeds']) == count], benchmarks, accuracy, unleaked)
+                  for count in counts]
   late = [split['name'] for split in splits if not split['seeds']]
   if late and counts:
     blocks.append(Text(f'Not trained or not evaluated yet: {tables.listed(late)}.', 'muted'))
@@ -121,29 +120,25 @@ def _accuracy_table(name: str, count: int, splits: Rows, benchmarks: Rows, accur
   """Returns the table of the splits that were trained with `count` seeds."""
   how = {1: 'this checkpoint', 2: 'mean, range of 2 seeds'}.get(
       count, f'mean of {count} seeds\n95 % interval')
-  columns, rows, records = [Cell('split')], [], []
-  for b in benchmarks:
-    columns.append(tables.figure(b['name'], f'{tables.number(b["queries"])} queries\n{how}'))
-    if b['leaked']:
-      columns.append(tables.figure(f'{b["name"]}, not leaked',
-                                   f'without {tables.number(b["leaked"])} queries'))
-  columns += [tables.figure('pool rows', '+ anchor rows'),
-              tables.figure('samples seen', 'passes')]
-  for split in splits:
-    row, flagged = [Cell(split['name'], split['words'])], bool(split['mark'])
-    for b in benchmarks:
-      key = split['name'], b['name']
-      row.append(tables.accuracy_cell(accuracy.get(key), flagged))
-      if b['leaked']:
-        row.append(tables.accuracy_cell(unleaked.get(key), flagged))
-      records += [_record(split, b['name'], found[key], without) for without, found in
-                  ((False, accuracy), (True, unleaked)) if key in found]
-    rows.append((*row, tables.figure(tables.number(split['pool_rows']),
-                                     f'+ {tables.number(split["anchor_rows"])}'),
-                 tables.figure(tables.number(split['samples']),
-                               f'{tables.number(split["passes"])} passes')))
-  notes = _accuracy_notes(count, records)
-  return Table(name, '', tuple(columns), tuple(rows), notes, tuple(records))
+  kinds = [(b, which) for b in benchmarks for which in ((False, True) if b['leaked'] else (False,))]
+  columns = (
+      Cell('split'),
+      *(tables.figure(f'{b["name"]}, not leaked', f'without {tables.number(b["leaked"])} queries')
+        if without else tables.figure(b['name'], f'{tables.number(b["queries"])} queries\n{how}')
+        for b, without in kinds),
+      tables.figure('pool rows', '+ anchor rows'), tables.figure('samples seen', 'passes'))
+  found = {False: accuracy, True: unleaked}
+  rows = tuple((
+      Cell(split['name'], split['words']),
+      *(tables.accuracy_cell(found[without].get((split['name'], b['name'])), bool(split['mark']))
+        for b, without in kinds),
+      tables.figure(tables.number(split['pool_rows']), f'+ {tables.number(split["anchor_rows"])}'),
+      tables.figure(tables.number(split['samples']), f'{tables.number(split["passes"])} passes'))
+               for split in splits)
+  records = tuple(_record(split, b['name'], found[without][split['name'], b['name']], without)
+                  for split in splits for b in benchmarks for without in (False, True)
+                  if (split['name'], b['name']) in found[without])
+  return Table(name, '', columns, rows, _accuracy_notes(count, records), records)
 
 
 def _accuracy_notes(count: int, records: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
@@ -176,28 +171,21 @@ def histogram_blocks(
     entries: Rows,  # name, anchor [Q] or None, pool [Q]: nearest-neighbour similarities
 ) -> list:
   """Returns how near the pool and the anchor come to every benchmark's queries, on one axis."""
-  values = [_finite(e[which]) for e in entries for which in ('anchor', 'pool')
-            if e[which] is not None]
-  values = [v for v in values if len(v)]
+  values = [v for e in entries for v in (_finite(e['anchor']), _finite(e['pool'])) if len(v)]
   if not values:
     return []
   low = min(float(np.quantile(v, 0.002)) for v in values)
   limits = float(np.floor(low * 20) / 20), max(1.0, *(float(v.max()) for v in values))
-  drawn = []
-  for e in entries:
-    caption = ''
-    if e['anchor'] is not None:
-      caption = (f'{tables.share(float((e["pool"] > e["anchor"]).mean()))} of the queries have a '
-                 'pool image nearer than any anchor image.')
-    anchor = None if e['anchor'] is None else _finite(e['anchor'])
-    text = figures.similarity_histogram(anchor, _finite(e['pool']), title=e['name'],
-                                        limits=limits)
-    drawn.append(Figure(f'similarity_{e["name"]}', text, caption))
-  return [Figures(tuple(drawn)), pool_audit.quantile_table(entries)]
+  drawn = tuple(Figure(f'similarity_{e["name"]}', figures.similarity_histogram(
+      _finite(e['anchor']), _finite(e['pool']), title=e['name'], limits=limits),
+                       '' if e['anchor'] is None else (
+      f'{tables.share(float((e["pool"] > e["anchor"]).mean()))} of the queries have a pool image '
+      'nearer than any anchor image.')) for e in entries)
+  return [Figures(drawn), pool_audit.quantile_table(entries)]
 
 
-def _finite(values: Array) -> Array:  # [Q] -> [q]
-  return values[np.isfinite(values)]
+def _finite(values: Array | None) -> Array:  # [Q] -> [q]; None: there are none
+  return np.zeros(0) if values is None else values[np.isfinite(values)]
 
 
 BIN_AXES = {'similarity': 'similarity to the nearest pool image',
@@ -206,6 +194,7 @@ BIN_AXES = {'similarity': 'similarity to the nearest pool image',
 
 def bin_blocks(
     panels: Rows,  # name, what (of BIN_AXES), series (as figures.accuracy_by_similarity takes it)
+    looks: Looks = RULES,
 ) -> list:
   """Returns accuracy by nearest-neighbour similarity."""
   if not panels:
@@ -218,7 +207,7 @@ def bin_blocks(
   for what, label in BIN_AXES.items():
     mine = [p for p in panels if p['what'] == what]
     drawn = tuple(Figure(f'accuracy_by_{what}_{p["name"]}', figures.accuracy_by_similarity(
-        p['series'], title=p['name'], xlabel=label)) for p in mine)
+        p['series'], title=p['name'], xlabel=label, looks=looks)) for p in mine)
     if drawn:
       blocks += [Heading(f'Against {label}'), Figures(drawn)]
     records += [{'benchmark': p['name'], 'against': what, 'series': one['name'], **b}
@@ -230,19 +219,18 @@ def bin_blocks(
 
 
 def _bin_row(r: Mapping[str, Any]) -> tuple[Cell, ...]:
-  interval = ''
-  if tables.known(r['accuracy_low'], r['accuracy_high']):
-    interval = f'[{tables.percent(r["accuracy_low"])}, {tables.percent(r["accuracy_high"])}]'
-  tone = 'muted' if r['n'] < 20 else ''
   return (Cell(r['benchmark'], r['series']), tables.figure(r['against']),
           tables.figure(f'{r["low"]:.2f} to {r["high"]:.2f}'.replace('-', tables.MINUS)),
           tables.figure(tables.number(r['n'])),
-          tables.figure(tables.percent(r['accuracy']), interval, tone=tone))
+          tables.figure(tables.percent(r['accuracy']),
+                        tables.bracket(r['accuracy_low'], r['accuracy_high']),
+                        tone='muted' if r['n'] < 20 else ''))
 
 
 def size_blocks(
     panels: Rows,  # name, curves, base, reference (as figures.accuracy_by_size takes them)
     rows: Rows,    # split, rule, control, benchmark, estimate: near and far against random
+    looks: Looks = RULES,
 ) -> list:
   """Returns accuracy against split size, one panel a benchmark, all on one scale."""
   values = [value for p in panels for curve in [*p['curves'].values(), [p['base'] or {}]]
@@ -252,12 +240,12 @@ def size_blocks(
     return []
   limits = max(0.0, min(values) - 0.05), min(1.0, max(values) + 0.05)
   drawn = tuple(Figure(f'size_{p["name"]}', figures.accuracy_by_size(
-      p['curves'], title=p['name'], base=p['base'], reference=p['reference'], limits=limits))
+      p['curves'], title=p['name'], base=p['base'], reference=p['reference'], limits=limits, looks=looks))
                 for p in panels)
   blocks: list = [Figures(drawn), Fact(PAPER_SIZES)]
   if rows:
     cells = tuple((
-        Cell(f'{r["split"]} on {r["benchmark"]}', RULES[r['rule']][2]),
+        Cell(f'{r["split"]} on {r["benchmark"]}', looks[r['rule']][2]),
         Cell(f'against {r["control"]}'),
         Cell(f'{tables.estimate_text(r["estimate"])} points',
              tables.method_words(r['estimate'].method))) for r in rows)
@@ -274,13 +262,14 @@ def size_blocks(
 def dose_blocks(
     panels: Rows,  # name, points: split, control, control_rule, dropped, slack, share, estimate,
                    # low, high, method
+    look: tuple[str, str, str] = RULES['gap_aligned'],
 ) -> list:
   """Returns the dose curve: slacks that remove more and more, each against its own control."""
   if not panels:
     return []
   caption = ('Splits that remove more or fewer of the similar rows, each against its own control. '
              'Bars are 95 % intervals (none with fewer than three seeds).')
-  drawn = tuple(Figure(f'dose_{p["name"]}', figures.dose(p['points'], title=p['name']), caption)
+  drawn = tuple(Figure(f'dose_{p["name"]}', figures.dose(p['points'], title=p['name'], look=look), caption)
                 for p in panels)
   rows = tuple((Cell(f'{q["split"]} on {p["name"]}', f'against {q["control"]}' + (
       '' if q['control_rule'] == 'matched' else ', random rows')),
@@ -299,9 +288,10 @@ def dose_blocks(
 
 def plane_blocks(
     panels: Rows,  # name, xname, points, line (as figures.robustness_plane takes them)
+    looks: Looks = RULES,
 ) -> list:
   """Returns accuracy on each benchmark against validation accuracy, every run a mark."""
   drawn = tuple(Figure(f'plane_{p["name"]}', figures.robustness_plane(
       p['points'], title=f'{p["name"]} against {p["xname"]}', xname=p['xname'], yname=p['name'],
-      line=p['line'])) for p in panels)
+      line=p['line'], looks=looks)) for p in panels)
   return [Figures(drawn)] if drawn else []

@@ -5,33 +5,49 @@ bytes.
 """
 
 import io
+import itertools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from xml.sax import saxutils
 
 import numpy as np
 
 WIDTH = 360.0    # units; the page shows one unit as one CSS pixel
 INK = '#010203'  # replaced by currentColor in the finished SVG
 
-# Rule -> (colour, marker, words), the same in every figure. The colours are after Okabe and Ito:
-# told apart by colour-blind readers, dark enough for white paper, light enough for a dark screen.
-RULES = {
-    'all': (INK, 'o', 'base (the whole pool)'),
-    'anchor': ('#8c8c8c', 's', 'anchor only'),
-    'pool_only': ('#3fa7dd', 'P', 'pool without the anchor'),
-    'gap_aligned': ('#d55e00', 'D', 'gap-aligned'),
-    'matched': ('#00966d', 'o', 'matched control'),
-    'random': ('#c98a00', 'o', 'random'),
-    'near': ('#c2609a', 'v', 'near-pruned (most similar removed)'),
-    'far': ('#2f7fc4', '^', 'far-pruned (most similar kept)'),
-    'listed': ('#7a5195', 'X', 'listed in a file'),
-    'k_aligned': ('#b8472a', 'd', 'aligned to k neighbours'),
-    'domain_removal': ('#8f7a3d', 'H', 'domain removal (not alignment)'),
-    'union': ('#5b7f95', 'p', 'union of splits'),
-    'intersection': ('#6f8f3f', '*', 'intersection of splits'),
-    'minus': ('#a0659a', '<', 'a split without others'),
-    'planted': ('#cc3d3d', 'X', 'base with planted copies of test images'),
-}
+# (colour, marker) of splits' rules, in the order in which a caller names them; more than these begin
+# again. The colours are after Okabe and Ito: told apart by colour-blind readers, dark enough for white
+# paper, light enough for a dark screen.
+PALETTE = (
+    (INK, 'o'), ('#8c8c8c', 's'), ('#3fa7dd', 'P'), ('#d55e00', 'D'), ('#00966d', 'o'),
+    ('#c98a00', 'o'), ('#c2609a', 'v'), ('#2f7fc4', '^'), ('#7a5195', 'X'), ('#b8472a', 'd'),
+    ('#8f7a3d', 'H'), ('#5b7f95', 'p'), ('#6f8f3f', '*'), ('#a0659a', '<'), ('#cc3d3d', 'X'),
+    ('#2a8c8c', '>'), ('#b05a7a', 'h'), ('#7f7f2a', '8'))
+
+
+def looks(labels: Mapping[str, str]) -> dict[str, tuple[str, str, str]]:
+  """Returns rule -> (colour, marker, label), from the label of each rule in their order."""
+  return {rule: (*mark, label)
+          for (rule, label), mark in zip(labels.items(), itertools.cycle(PALETTE))}
+
+
+# Where a caller passes no looks.
+RULES = looks({
+    'all': 'base (the whole pool)',
+    'anchor': 'anchor only',
+    'pool_only': 'pool without the anchor',
+    'gap_aligned': 'gap-aligned',
+    'matched': 'matched control',
+    'random': 'random',
+    'near': 'near-pruned (most similar removed)',
+    'far': 'far-pruned (most similar kept)',
+    'listed': 'listed in a file',
+    'k_aligned': 'aligned to k neighbours',
+    'domain_removal': 'domain removal (not alignment)',
+    'union': 'union of splits',
+    'intersection': 'intersection of splits',
+    'minus': 'a split without others',
+    'planted': 'base with planted copies of test images'})
 # (colour, dash) of curves that stand for benchmarks, in their order; more than these begin again.
 SERIES = tuple((color, dash) for dash in ('-', (0, (4, 2)), (0, (1.2, 1.4))) for color in (
     '#2f7fc4', '#d55e00', '#00966d', '#c2609a', '#c98a00', '#7a5195', '#3fa7dd', '#8c8c8c'))
@@ -65,19 +81,35 @@ def render(draw: Callable[..., None], height: float, title: str) -> str:
   text = text[text.index('<svg'):].strip()
   text = re.sub(r'<metadata>.*?</metadata>|<defs>\s*<style.*?</style>\s*</defs>', '', text,
                 flags=re.S)
-  text = re.sub(r'<svg[^>]*>', lambda _: _head(height, title), text, count=1)
+  label = saxutils.escape(title, {'"': '&quot;'})
+  head = ('<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+          f'viewBox="0 0 {WIDTH:g} {height:g}" role="img" stroke-linejoin="round" '
+          f'aria-label="{label}">')
+  text = re.sub(r'<svg[^>]*>', lambda _: head, text, count=1)
   text = re.sub(r'<g id="[^"]*">', '<g>', text)  # names would repeat on a page of many figures
   text = re.sub(r"font-family: [^;\"]*", f'font-family: {_FONT}', text)
   text = re.sub(r"(font: [^\"]*?)'DejaVu Sans'[^;\"]*", rf'\g<1>{_FONT}', text)
   return re.sub(r'\n\s*', '\n', text.replace(INK, 'currentColor'))
 
 
-def _head(height: float, title: str) -> str:
-  for sign, entity in (('&', '&amp;'), ('<', '&lt;'), ('>', '&gt;'), ('"', '&quot;')):
-    title = title.replace(sign, entity)
-  return ('<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-          f'viewBox="0 0 {WIDTH:g} {height:g}" role="img" stroke-linejoin="round" '
-          f'aria-label="{title}">')
+def panel(
+    draw: Callable[..., None],
+    height: float,
+    title: str,
+    *,
+    grid: str = 'y',  # the axes whose ticks have lines: 'x' | 'y' | 'both' | '' (none)
+    pad: float | None = None,  # between the axes and the title; None: as in every figure
+) -> str:
+  """Returns one pair of axes that `draw(ax)` fills, below its title, as `render` does."""
+
+  def whole(figure) -> None:
+    ax = figure.add_subplot()
+    draw(ax)
+    if grid:
+      ax.grid(axis=grid)
+    ax.set_title(title, pad=pad)
+
+  return render(whole, height, title)
 
 
 def standalone(text: str) -> str:
@@ -98,6 +130,13 @@ def count(value: float) -> str:
   return f'{value:.0f}'
 
 
+def whisker(ax, x: float, low: float | None, high: float | None, color: str,
+            alpha: float = 0.6) -> None:
+  """Draws an interval upright at x; nothing where there is none."""
+  if low is not None and high is not None:
+    ax.plot([x, x], [100 * low, 100 * high], color=color, linewidth=1.4, alpha=alpha)
+
+
 def legend_above(ax, columns: int) -> None:
   """Names the curves in one line between the title and the axes."""
   ax.legend(loc='lower left', bbox_to_anchor=(-0.02, 1.02), ncols=columns, handlelength=1.2,
@@ -110,19 +149,17 @@ def legend_below(figure, columns: int = 1) -> None:
                 columnspacing=1.2, ncols=columns)
 
 
-def few_ticks(axis, most: int) -> None:
-  """Lets an axis have at most so many round ticks."""
+def few_ticks(axis, most: int, counts: bool = False) -> None:
+  """Lets an axis have at most so many round ticks; counts: written as `count` does."""
   from matplotlib.ticker import MaxNLocator
   axis.set_major_locator(MaxNLocator(most))
+  if counts:
+    axis.set_major_formatter(lambda value, _: count(value))
 
 
 def percent_ticks(visible: Callable[[float], bool]) -> list[float]:
   """Returns round percentages for a logit axis: the coarsest choice that shows at least four."""
   choices = [(1, 5, 20, 50, 80, 95, 99), (1, 2, 5, 10, 20, 40, 60, 80, 90, 95, 98, 99)]
   choices += [tuple(np.arange(step, 100, step)) for step in (10, 5, 2, 1, 0.5)]
-  ticks: list[float] = []
-  for choice in choices:
-    ticks = [float(p) for p in choice if visible(p)]
-    if len(ticks) >= 4:
-      break
-  return ticks
+  shown = [[float(p) for p in choice if visible(p)] for choice in choices]
+  return next((ticks for ticks in shown if len(ticks) >= 4), shown[-1])

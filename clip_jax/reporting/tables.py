@@ -73,19 +73,20 @@ def share(value: float | None) -> str:
   return f'{percent(value, 2 if 0 < abs(value) < 0.005 else 1)} %'
 
 
+def bracket(low: float | None, high: float | None, written: Callable[[float], str] = percent) -> str:
+  """Returns '[2.9, 3.3]'; '' where a bound is not known."""
+  return f'[{written(low)}, {written(high)}]' if known(low, high) else ''
+
+
 def share_text(e: Any) -> str:
   """Returns a rate with its interval in one line, '3.1 % [2.9, 3.3]', with equal digits."""
-  if e is None or not known(e.value):
-    return NOTHING
-  return f'{share(e.value)} {share_bounds(e)}'.strip()
+  return NOTHING if e is None else f'{share(e.value)} {share_bounds(e)}'.strip()
 
 
 def share_bounds(e: Any) -> str:
   """Returns the interval of a rate, '[2.9, 3.3]', with the digits of `share`; '' without."""
-  if e is None or not known(e.low, e.high):
-    return ''
-  decimals = 2 if e.high < 0.005 or 0 < e.value < 0.005 else 1
-  return f'[{percent(e.low, decimals)}, {percent(e.high, decimals)}]'
+  decimals = 2 if known(e.high) and e.high < 0.005 or 0 < e.value < 0.005 else 1
+  return bracket(e.low, e.high, lambda bound: percent(bound, decimals))
 
 
 def points(value: float | None) -> str:
@@ -101,6 +102,11 @@ def similarity(value: float | None, decimals: int = 3) -> str:
 def signed(value: float | None, decimals: int = 3) -> str:
   """0.0512 -> '+0.051'."""
   return _signed(f'{value:+.{decimals}f}') if known(value) else NOTHING
+
+
+def slack(value: float) -> str:
+  """0.01 -> '+0.01', 0.0 -> '0': the head of a column of slacks."""
+  return f'{value:+g}'.replace('-', MINUS) if value else '0'
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -133,10 +139,10 @@ def _signed(text: str) -> str:
 
 def bounds(estimate: Any, written: Callable[[float], str] = percent) -> str:
   """'[59.1, 65.4]'; '(seeds: 59.1 to 65.4)' where two seeds give only a range; '' without."""
-  if estimate is None or not known(estimate.low, estimate.high):
-    return ''
-  low, high = written(estimate.low), written(estimate.high)
-  return f'(seeds: {low} to {high})' if estimate.method == 'range' else f'[{low}, {high}]'
+  found = '' if estimate is None else bracket(estimate.low, estimate.high, written)
+  if found and estimate.method == 'range':
+    return f'(seeds: {written(estimate.low)} to {written(estimate.high)})'
+  return found
 
 
 def estimate_text(estimate: Any, written: Callable[[float], str] = points) -> str:
@@ -150,6 +156,11 @@ def method_words(method: str) -> str:
   """Returns what an interval is, in words."""
   return {'crossed': '95 % interval over seeds and images', 'range': 'range of two seeds',
           'this checkpoint': 'this checkpoint, 95 % interval over images'}.get(method, '')
+
+
+def sentence(text: str) -> str:
+  """'not estimable: few' -> 'Not estimable: few.'"""
+  return f'{text[:1].upper()}{text[1:].rstrip(".")}.'
 
 
 def listed(names: Sequence[str]) -> str:
@@ -181,17 +192,16 @@ def matrix(
     notes: Iterable[str] = (),
 ) -> Table:
   """Returns a shaded square table: the share of what the row holds that the column holds too."""
-  rows, records = [], []
-  for i, label in enumerate(labels):
-    cells = [Cell(label)]
-    for j, other in enumerate(labels):
-      value = float(values[i][j])
-      cells.append(figure(percent(value, 0), tone='muted' if i == j else '',
-                          shade=None if i == j else value))
-      records.append({'split': label, 'also_in': other, 'share': value})
-    rows.append(tuple(cells))
-  return Table(name, '', heads('share of \u2026 also in \u2026', *labels), tuple(rows),
-               tuple(notes), tuple(records))
+  def cell(i: int, j: int) -> Cell:
+    value = float(values[i][j])
+    return figure(percent(value, 0), tone='muted' if i == j else '', shade=None if i == j else value)
+
+  places = range(len(labels))
+  return Table(
+      name, '', heads('share of \u2026 also in \u2026', *labels),
+      tuple((Cell(labels[i]), *(cell(i, j) for j in places)) for i in places), tuple(notes),
+      tuple({'split': labels[i], 'also_in': labels[j], 'share': float(values[i][j])}
+            for i in places for j in places))
 
 
 def bars(
@@ -205,6 +215,11 @@ def bars(
   rows = tuple((Cell(str(e['what'])), figure(number(e['count'])), figure(number(e['total'])),
                 figure(share(e['count'] / e['total']), bar=e['count'] / e['total']))
                for e in entries[:most] if e['total'])
-  more = f'The first {most} of {len(entries)}; all are in the CSV.'
   return Table(name, caption, heads(first, 'removed', 'of', 'share removed'), rows,
-               (more,) if len(entries) > most else (), tuple(entries))
+               first_of(most, len(entries)), tuple(entries))
+
+
+def first_of(most: int, count: int, what: str = '') -> tuple[str, ...]:
+  """Returns the note below a table that shows `most` rows of more; () where it shows all."""
+  noun = f' {what}' if what else ''
+  return (f'The first {most} of {count}{noun}; all are in the CSV.',) if count > most else ()

@@ -150,41 +150,6 @@ def count_over(
   return counts
 
 
-def count_at_most(
-    x: Array,  # rows [m, E] float16
-    q: Array,  # [Q, E] float16
-    t: Array,  # [Q] float64
-) -> np.ndarray:
-  """How many rows of x may have a similarity > t_i, and never fewer than have: [Q] int64.
-
-  In float32 alone, for what the matrix product costs.
-  """
-  tile_rows, query_block = tiles.sizes(0, 0)
-  low = np.nextafter((t - error_bound(x.shape[1])).astype(np.float32), np.float32(-np.inf))
-  numbers, _ = tiles.query_blocks([len(q)], query_block)
-  blocks = [(block, *jax.device_put((q[block].astype(np.float32), low[block])))
-            for block in numbers]
-  counts = np.zeros(len(q), np.int64)
-
-  def passes():
-    for tile in tiles.walk(x, np.arange(len(x)), tile_rows, 'rows over a threshold'):
-      for block, vectors, lows in blocks:
-        yield block, _count_scores(vectors, tile.device, lows, tile.count)
-
-  for block, found in tiles.one_ahead(passes()):
-    real = block[:block[-1] - block[0] + 1]  # without the padding, which repeats the last query
-    counts[real] += np.asarray(found)[:len(real)]
-  return counts
-
-
-@jax.jit
-def _count_scores(queries, tile, low, rows):
-  """[b, E], [T, E], [b], real rows -> how many similarities are > low, [b]."""
-  scores = tiles.dots(queries, tile)
-  real = lax.broadcasted_iota(jnp.int32, scores.shape, 1) < rows
-  return ((scores > low[:, None]) & real).sum(1)
-
-
 @jax.jit
 def _count_block(queries, tile, low, high, rows):
   """[b, E], [T, E], [b, margins] x 2, real rows -> counts [b, margins] x 2, similarities [b, T]."""

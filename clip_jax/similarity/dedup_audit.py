@@ -16,9 +16,7 @@ from scipy import sparse
 from scipy.sparse import csgraph
 
 from clip_jax.core.types import Array
-from clip_jax.similarity import decide
-from clip_jax.similarity import kmeans
-from clip_jax.similarity import tiles
+from clip_jax.similarity import decide, kmeans, tiles
 
 Z = 1.959963984540054  # of a 95 % interval
 EDGES = 1 << 22  # pairs that are held before they are reduced to who belongs together

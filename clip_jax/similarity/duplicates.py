@@ -12,8 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from clip_jax.core.types import Array
-from clip_jax.similarity import decide
-from clip_jax.similarity import tiles
+from clip_jax.similarity import decide, tiles
 
 
 class Dropped(NamedTuple):
@@ -24,46 +23,27 @@ class Dropped(NamedTuple):
   duplicate_of: np.ndarray  # [m] int64
 
 
-def within_clusters(
+def dropped(
     x: Array,  # rows [N, E] float16
     usable: Array,  # [N] bool
     assignment: Array,  # [N] int32 cluster of each row
     *,
     threshold: float,  # 1 - similarity; the paper's is 0.124
     priority: Array | None = None,  # [N] number; None: pool order
+    start: int = 0,  # blocks that were finished before: they are passed over
     block_rows: int = 2048,
     name: str = 'pool',
-) -> tuple[np.ndarray, np.ndarray]:
+) -> Iterator[Dropped]:
   """Drops a row if an earlier row of its cluster, kept or not, is > 1 - threshold similar to it.
 
   "Earlier" is in pool order or, where a priority is given, highest priority first and pool order
-  among equals. Returns keep [N] bool (False for unusable rows) and duplicate_of [N] int64: a
-  dropped row's most similar earlier row of the cluster (ties: the earliest), -1 elsewhere.
+  among equals. duplicate_of: the dropped row's most similar earlier row of the cluster (ties: the
+  earliest). Yields block by block, so that a caller can stop and go on.
 
   Chains: since rows that are dropped drop others, duplicate_of may name a row that is itself
   dropped. Following it leads, always to an earlier row, to one that is kept, which need not be
   similar to the first. A chain can so lose a row that no kept row is similar to (dedup_audit.py counts
   them).
-  """
-  keep, duplicate_of = np.array(usable), np.full(len(usable), -1)
-  for part in dropped(x, usable, assignment, threshold=threshold, priority=priority,
-                      block_rows=block_rows, name=name):
-    keep[part.rows], duplicate_of[part.rows] = False, part.duplicate_of
-  return keep, duplicate_of
-
-
-def dropped(
-    x: Array,  # rows [N, E] float16
-    usable: Array,  # [N] bool
-    assignment: Array,  # [N] int32
-    *,
-    threshold: float,
-    priority: Array | None = None,  # [N]
-    start: int = 0,  # blocks that were finished before: they are passed over
-    block_rows: int = 2048,
-    name: str = 'pool',
-) -> Iterator[Dropped]:
-  """The rule of `within_clusters` block by block, so that a caller can stop and go on.
 
   Similarity is divided by both norms, since float16 vectors are up to 1e-3 off unit length. float32
   finds the candidates, and float64 decides; beside the order of the rows, memory is one

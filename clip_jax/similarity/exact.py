@@ -21,10 +21,7 @@ import numpy as np
 
 from clip_jax.core.errors import InputError
 from clip_jax.core.types import Array
-from clip_jax.similarity import accelerator
-from clip_jax.similarity import decide
-from clip_jax.similarity import tiles
-from clip_jax.similarity import top_lists
+from clip_jax.similarity import accelerator, decide, tiles, top_lists
 
 
 @dataclass(frozen=True, eq=False)

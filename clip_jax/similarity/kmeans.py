@@ -20,8 +20,7 @@ from scipy import sparse
 
 from clip_jax.core.errors import InputError
 from clip_jax.core.types import Array
-from clip_jax.similarity import decide
-from clip_jax.similarity import tiles
+from clip_jax.similarity import decide, tiles
 
 CANDIDATES = 1024  # rows that may become first centres, looked at together
 MOST_TILES = 4  # tiles that are looked at as one, with few centres

@@ -14,7 +14,7 @@ from clip_jax.core.types import Array
 from clip_jax.similarity import decide
 
 CHUNK_ROWS = 1_000_000  # of the published code, about
-_ROWS = 65_536  # vectors that are read at a time
+_ROWS = 65_536  # vectors that are widened to float64 at a time
 _PAIRS = 1 << 26  # similarities that are held at a time
 
 
@@ -30,14 +30,11 @@ def chunks(
   held = np.zeros(0, np.int64)
   for rows, stop in parts:
     held = np.concatenate([held, rows])
-    while len(held) and (held[0] // chunk_rows + 1) * chunk_rows <= stop:
-      count = np.searchsorted(held, (held[0] // chunk_rows + 1) * chunk_rows)
-      yield held[:count]
-      held = held[count:]
-  while len(held):  # the last chunk is shorter
-    count = np.searchsorted(held, (held[0] // chunk_rows + 1) * chunk_rows)
-    yield held[:count]
-    held = held[count:]
+    whole, held = np.split(held, [np.searchsorted(held, stop // chunk_rows * chunk_rows)])
+    if len(whole):
+      yield from np.split(whole, np.flatnonzero(np.diff(whole // chunk_rows)) + 1)
+  if len(held):
+    yield held  # the last chunk is shorter
 
 
 def missed(
@@ -51,62 +48,23 @@ def missed(
 
   Rows more similar to a query than one that exceeds it exceed it, too: a query's top k can only
   cut where more than k rows exceed it, and only those rows count for its order. So nothing is
-  computed for k rows or fewer, and no other row of the chunk is read. Exact: float32 finds, float64
-  decides what is near a threshold or a k-th; ties the lowest row.
+  computed for k rows or fewer, and no other row of the chunk is read. Exact; ties: the lowest row.
   """
   if len(rows) <= top_k:
     return 0
-  counts = np.zeros(len(queries), np.int64)
-  for start in range(0, len(rows), _ROWS):
-    counts += decide.count_at_most(x[rows[start:start + _ROWS]], queries, thresholds)
-  crowded = counts > top_k  # and perhaps a few others, of which _by_top cuts nothing
+  vectors = x[rows]
+  crowded = decide.count_over(vectors, queries, thresholds, margins=(0.0,))[:, 0] > top_k
   if not crowded.any():
     return 0
-  cut, kept = _by_top(x, rows, queries[crowded], thresholds[crowded], top_k)
-  doubtful = rows[cut & ~kept]
-  if crowded.all():
-    return len(doubtful)
-  return len(doubtful) - _exceeding(x, doubtful, queries[~crowded], thresholds[~crowded])
-
-
-def _by_top(x, rows, queries, thresholds, top_k: int) -> tuple[np.ndarray, np.ndarray]:
-  """Which rows exceed some query and are outside its top k, and which inside: [m] bool each."""
-  cut, kept = np.zeros(len(rows), bool), np.zeros(len(rows), bool)
-  bound = decide.error_bound(queries.shape[1])
+  kept = np.zeros(len(rows), bool)
   step = max(1, _PAIRS // len(rows))
-  for i in range(0, len(queries), step):
-    q = queries[i:i + step]
-    scores = np.empty([len(q), len(rows)], np.float32)
-    for j in range(0, len(rows), _ROWS):
-      part = x[rows[j:j + _ROWS]].astype(np.float32)
-      np.matmul(q.astype(np.float32), part.T, out=scores[:, j:j + len(part)])
-    for query, one, threshold in zip(q, scores, thresholds[i:i + step]):
-      place = np.flatnonzero(one >= threshold - bound)  # all that may be over it
-      value = one[place].astype(np.float64)
-      doubt = np.abs(value - threshold) <= bound
-      if len(place) > top_k:  # the exact k-th lies within the bound of this one
-        doubt |= np.abs(value - np.partition(value, -top_k)[-top_k]) <= 2 * bound
-      value[doubt] = decide.exact_similarity(x[rows[place[doubt]]], query[None])
-      place, value = place[value > threshold], value[value > threshold]
-      top = np.ones(len(place), bool)
-      if len(place) > top_k:
-        kth = np.partition(value, -top_k)[-top_k]
-        top = value > kth
-        top[np.flatnonzero(value == kth)[:top_k - top.sum()]] = True  # ties: the lowest row
-      kept[place[top]] = True
-      cut[place[~top]] = True
-  return cut, kept
-
-
-def _exceeding(x, rows, queries, thresholds) -> int:
-  """How many rows exceed some of these queries, exactly."""
-  found, bound = 0, decide.error_bound(queries.shape[1])
-  step = max(1, _PAIRS // len(queries))
-  for start in range(0, len(rows), step):
-    part = x[rows[start:start + step]]
-    excess = queries.astype(np.float32) @ part.T.astype(np.float32)
-    excess = (excess - thresholds[:, None].astype(np.float32)).max(0)
-    near = np.abs(excess) <= bound
-    found += int((excess > bound).sum())
-    found += int((decide.exact_excess(part[near], queries, thresholds) > 0).sum())
-  return found
+  for part in np.split(np.flatnonzero(crowded), range(step, crowded.sum(), step)):
+    q = queries[part].astype(np.float64)
+    similarity = np.concatenate([q @ vectors[i:i + _ROWS].astype(np.float64).T  # exact: see decide.py
+                                 for i in range(0, len(rows), _ROWS)], axis=1)
+    for one, threshold in zip(similarity, thresholds[part]):
+      over = np.flatnonzero(one > threshold)
+      kept[over[np.argsort(-one[over], kind='stable')[:top_k]]] = True
+  left = np.flatnonzero(~kept)  # the other queries' top k holds all rows that exceed them
+  excess = decide.exact_excess(vectors[left], queries[~crowded], thresholds[~crowded])
+  return int((excess <= 0).sum())

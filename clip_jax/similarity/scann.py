@@ -12,8 +12,7 @@ import numpy as np
 
 from clip_jax.core.errors import InputError
 from clip_jax.core.types import Array
-from clip_jax.similarity import exact
-from clip_jax.similarity import tiles
+from clip_jax.similarity import exact, tiles
 
 TREE_ROWS = 20_000  # ScaNN's own advice: brute force for fewer points
 
@@ -44,27 +43,6 @@ def candidates(
   position, distance = index.search_batched_parallel(np.asarray(queries, np.float32))
   found = np.where(np.isnan(distance), -1, rows[position])  # ScaNN pads with NaN
   return exact.merge_top([(score(pool, found, queries, name=name), found)], n)
-
-
-def recall(
-    pool: Array,  # rows [N, E] float16
-    usable: Array,  # [N] bool
-    queries: Array,  # [Q, E] float16
-    similarity: Array,  # [Q, n] float32, of candidates()
-    *,
-    sample: int = 200,
-    seed: int = 0,
-    name: str = 'pool',
-) -> float:
-  """The share of the true n nearest rows that the candidates hold, over a random sample of queries.
-
-  A candidate counts if it is at least as similar as the true n-th: rows that tie are as good.
-  """
-  chosen = np.random.default_rng(seed).permutation(len(queries))[:sample]
-  some = exact.Queries(queries[chosen], (('sample', 0, len(chosen)),))
-  true = exact.search_shard(
-      pool, usable, some, k=similarity.shape[1], nearest=False, name=name)['sample']
-  return float((similarity[chosen] >= true['top_similarity'][:, -1:]).mean())
 
 
 def score(

@@ -26,33 +26,6 @@ GROUP = 16  # rows, or queries, behind one maximum; only groups whose maximum ma
 NORMS = (0.9, 1.1)  # a unit vector in float16 is off by up to 1e-3; anything beyond is not one
 
 
-class Shards:
-  """Memory-mapped float16 shards as one [N, E] array: `.shape`, `len`, and rows by number.
-
-  Every function here takes such an object, or a plain array, where it says "rows".
-  """
-
-  def __init__(self, shards: Sequence[Array]):  # each [n, E] float16
-    self._shards = list(shards)
-    self._starts = np.cumsum([0] + [len(shard) for shard in self._shards])
-    kinds = {(shard.shape[1], str(shard.dtype)) for shard in self._shards}
-    if len(kinds) != 1 or 'float16' not in str(kinds):
-      raise ValueError(f'shards must all be float16 [n, E] with one E; got {sorted(kinds)}')
-    self.shape = int(self._starts[-1]), self._shards[0].shape[1]
-    self.dtype = np.dtype(np.float16)
-
-  def __len__(self) -> int:
-    return self.shape[0]
-
-  def __getitem__(self, rows: Array) -> np.ndarray:  # [m] int, any order -> [m, E] float16
-    rows = np.asarray(rows)
-    out = np.empty((len(rows), self.shape[1]), np.float16)
-    shard = np.searchsorted(self._starts, rows, 'right') - 1
-    for s in np.unique(shard):
-      out[shard == s] = self._shards[s][rows[shard == s] - self._starts[s]]
-    return out
-
-
 class Tile(NamedTuple):
   """`count` real rows from position `start` of the row list; padding repeats the last row."""
 

@@ -16,9 +16,7 @@ from absl import logging
 import jax
 import numpy as np
 
-from clip_jax.core import checkpoints
-from clip_jax.core import progress
-from clip_jax.core import sharding
+from clip_jax.core import checkpoints, progress, sharding
 from clip_jax.core.errors import InputError
 from clip_jax.core.types import Array
 from clip_jax.training import step as training_step
