@@ -23,9 +23,9 @@ import numpy as np
 from clip_jax.core import sharding
 from clip_jax.data import packing
 from clip_jax.models import clip
+from clip_jax.models import flops as flops_lib
 from clip_jax.models import open_clip
 from clip_jax.models import zoo
-from clip_jax.stages import plan
 from clip_jax.training import step as training_step
 
 TINY = zoo.CLIPConfig(192, zoo.ViTConfig(64, 8, 192, 6, 3), zoo.TextConfig(77, 49_408, 192, 3, 6))
@@ -152,7 +152,7 @@ def main() -> None:
 
 def report(seconds: dict[str, list[float]], config: zoo.CLIPConfig, batch: int, flags) -> None:
   ceiling = 2 * CEILING ** 3 / min(seconds.pop('ceiling'))
-  flops = (plan.image_flops(config) + plan.text_flops(config)) * batch * (3 if flags.work == 'step' else 1)
+  flops = flops_lib.forward_flops(config) * batch * (3 if flags.work == 'step' else 1)
   print(f'{flags.model}, batch {batch}, {flags.work}; float32 product {ceiling / 1e9:.0f} GFLOP/s, '
         f'{jax.devices()[0].device_kind}, {os.cpu_count()} cores')
   print(f'{"":28}{"s min":>8}{"med":>8}{"img/s":>8}{"of ceiling":>11}   x open_clip: float32, bfloat16')

@@ -16,7 +16,8 @@ _CONFIG = config_flags.DEFINE_config_file('config', None, 'The experiment: a Pyt
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of everything that is made: local, gs:// or s3://.')
 _STAGES = flags.DEFINE_list('stages', None, 'Only these stages, in their order; default: all.')
 _REDO = flags.DEFINE_string('redo', '', 'STAGE or STAGE:product, of a further embedder STAGE:NAME@product: '
-                            'forget it and what follows from it, then make it.')
+                            'set it and what follows from it aside, then make it again.')
+_GRAPH = flags.DEFINE_bool('graph', False, 'Print the graph of products as Mermaid; write nothing.')
 _DRY_RUN = flags.DEFINE_bool('dry_run', False, 'Print the plan and what is there already; write nothing.')
 
 
@@ -24,7 +25,8 @@ def main(argv: list[str]) -> int:
   del argv
   from clip_jax.stages import pipeline
   return command.guard(lambda: pipeline.run(
-      _CONFIG.value, _WORKDIR.value, stages=_STAGES.value, redo=_REDO.value, dry_run=_DRY_RUN.value))
+      _CONFIG.value, _WORKDIR.value, stages=_STAGES.value, redo=_REDO.value, dry_run=_DRY_RUN.value,
+      graph=_GRAPH.value))
 
 
 if __name__ == '__main__':

@@ -8,7 +8,7 @@ real handwriting comes from the pool's images that are nearer to it than the anc
 """
 
 from clip_jax import defaults
-from clip_jax.data import glyph_captions
+from clip_jax.demo import glyph_captions
 
 
 def get_config():

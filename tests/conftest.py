@@ -1,18 +1,71 @@
-"""Every test runs on the CPU with eight virtual devices, so that meshes are tested everywhere."""
+"""Every test runs on the CPU with eight virtual devices, so that meshes are tested everywhere.
 
+`make test` has two processes, and many tests start others. So the libraries below JAX compute in one thread each, no
+test has a deadline of its own making, and the files that take longest come first, which lets both end together.
+"""
+
+import fcntl
 import os
 
+# XLA's compiler is half of the tests' work: with fewer optimizations it takes half as long. And eight devices wait for
+# one another on two cores that may be busy: XLA would end the process after 40 seconds.
+COMPILER = ('--xla_backend_optimization_level=1 --xla_cpu_collective_call_warn_stuck_timeout_seconds=300 '
+            '--xla_cpu_collective_call_terminate_timeout_seconds=1200')
 os.environ['JAX_PLATFORMS'] = 'cpu'
-os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=8'
+os.environ['TESTS_COMPILER'] = COMPILER
+os.environ['XLA_FLAGS'] = f'--xla_force_host_platform_device_count=8 {COMPILER}'
+for _name in ('OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS'):
+  os.environ.setdefault(_name, '1')
 
 from absl import logging
+import hypothesis
 import pytest
+
+# The same examples each time, none remembered from an earlier run, and as much time for each as a busy machine needs.
+hypothesis.settings.register_profile('same', deadline=None, database=None, derandomize=True)
+hypothesis.settings.load_profile('same')
+
+LONGEST = ('end_to_end', 'add_one', 'bad_input', 'stages', 'stage_embedders', 'stage_search', 'loop', 'stage_export',
+           'report', 'audit', 'exact', 'loader_processes', 'stage_dedup', 'step', 'study_planted', 'study_preview',
+           'stage_train', 'exports', 'loader', 'stage_prune', 'study_sensitivity', 'pipeline')
+
+
+def pytest_collection_modifyitems(items):
+  places = {f'test_{name}': place for place, name in enumerate(LONGEST)}
+  items.sort(key=lambda item: places.get(item.path.stem, len(places)))  # stable: a file's own order stays
+
+
+@pytest.fixture(scope='session')
+def _shared(tmp_path_factory):
+  """One folder for both processes of a test run."""
+  here = tmp_path_factory.getbasetemp()
+  return here.parent if 'PYTEST_XDIST_WORKER' in os.environ else here
+
+
+@pytest.fixture(scope='session', autouse=True)
+def _programs_of_commands(_shared):
+  """Commands that tests start find here what others compiled."""
+  os.environ['TESTS_COMPILED'] = str(_shared / 'compiled')
+
+
+@pytest.fixture(scope='session')
+def prepared_squares(_shared):
+  """squares.prepare's data and work directory, made once in a test run: a test that changes them takes a copy."""
+  import squares
+  folder = _shared / 'squares'
+  with open(_shared / 'squares.lock', 'w') as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)  # until it is closed
+    if not (folder / 'finished').exists():
+      squares.prepare(folder)
+      (folder / 'finished').touch()
+  return folder
 
 
 @pytest.fixture(autouse=True)
-def _absl_log_as_before():
-  """A command sends the log to the standard output of its test, which is closed after it."""
+def _as_before():
+  """Nothing of a test stays in the process: a command sets the log up, which says what a user is told."""
   logger = logging.get_absl_logger()
   handlers, propagate = list(logger.handlers), logger.propagate
+  logging.set_verbosity(logging.INFO)
   yield
   logger.handlers[:], logger.propagate = handlers, propagate

@@ -10,6 +10,7 @@ from PIL import Image
 
 from clip_jax import defaults
 from clip_jax.core import command
+from clip_jax.experiment.experiment import Experiment
 from clip_jax.stages import pipeline
 
 import tiny
@@ -56,22 +57,34 @@ def config(data, **override):
   c.splits.base = defaults.split()
   c.splits.pruned = defaults.split(rule='gap_aligned', benchmarks=('squares',))
   c.dedup.threshold = 1e-4
-  flat = {key: value for key, value in {**tiny.SHRINK, **override}.items() if not key.startswith(('glyphs', 'embedders'))}
-  flat.setdefault('model.text_layers', 1)
-  flat.setdefault('model.context_length', 8)
-  for key, value in {'train.samples': 64, **{k: v for k, v in flat.items() if k != 'train.samples'}}.items():
-    c.update_from_flattened_dict({key: value})
+  small = {**tiny.SHRINK, 'model.text_layers': 1, 'model.context_length': 8, 'train.samples': 64, **override}
+  c.update_from_flattened_dict({key: value for key, value in small.items()
+                                if not key.startswith(('glyphs', 'embedders'))})
   return c
 
 
-def run(c, workdir, capsys, stages=None) -> tuple[int, str]:
+def run(c, workdir, capsys, stages=None, redo='', **more) -> tuple[int, str]:
   """Runs the pipeline as the command does; returns the exit status and what was said."""
   handlers = list(logging.get_absl_logger().handlers)
-  status = command.guard(lambda: pipeline.run(c, str(workdir), stages=stages, redo='', dry_run=False))
+  status = command.guard(lambda: pipeline.run(c, str(workdir), stages=stages, redo=redo, **{'dry_run': False, **more}))
   logging.get_absl_logger().handlers[:] = handlers
   said = capsys.readouterr()
   assert 'Traceback' not in said.err + said.out, said.err + said.out
   return status, said.out + said.err
 
 
+def run_stages(c, workdir, *stages) -> Experiment:
+  """Makes what is missing of some stages without the checks before them; errors are raised. Returns the experiment."""
+  x = Experiment(c, str(workdir))
+  for stage in stages:
+    pipeline._run_stage(x, stage, list(stages))
+  return x
+
+
 PREPARE = ['ingest', 'embedder', 'embed', 'dedup', 'search', 'prune']
+
+
+def prepare(folder) -> None:
+  """Writes the squares into `folder`/data, and the work directory of their plain config up to prune: `folder`/run."""
+  make(folder / 'data')
+  pipeline.run(config(folder / 'data'), str(folder / 'run'), stages=PREPARE, redo='', dry_run=False)

@@ -16,9 +16,9 @@ import pytest
 
 from clip_jax import defaults
 from clip_jax.core import products
-from clip_jax.stages import check
-from clip_jax.stages import embedder
-from clip_jax.stages import plan
+from clip_jax.experiment import graph
+from clip_jax.models import flops
+from clip_jax.stages import check, models
 
 import squares
 import tiny
@@ -56,11 +56,10 @@ def _data(tmp_path):
   return tmp_path
 
 
-def _command(data, *more, anchor=False):
+def _command(data, *more):
   flags = ['--config=configs/audit.py', f'--config.pool.path={data}/pool/img_emb/*.npy', f'--workdir={data}/w',
            f'--config.benchmark_dirs=sketch={data}/sketch,val={data}/val', '--config.report.gallery_queries=2',
            '--config.search.top_k=3']
-  flags += [f'--config.anchor.path={data}/anchor'] if anchor else []
   done = subprocess.run([sys.executable, '-m', 'clip_jax.main', *flags, *more], cwd=tiny.ROOT, env=tiny.environment(),
                         capture_output=True, text=True, check=False)
   assert 'Traceback' not in done.stderr, done.stderr
@@ -92,7 +91,7 @@ def _exact(data):
   return load('pool', 3).astype(np.float64), load('sketch', 1).astype(np.float64)
 
 
-def test_an_audit_without_an_anchor(data):
+def test_an_audit_without_an_anchor(data, capsys):
   status, said = _command(data)
   assert status == 0, said
   pool, queries = _exact(data)
@@ -106,13 +105,14 @@ def test_an_audit_without_an_anchor(data):
   resolved = json.loads((data / 'w/config.json').read_text())
   assert resolved['benchmarks']['sketch']['format'] == 'embeddings'
   assert 'data:image/' not in _page(data) and 'vectors only' in _page(data)
-  status, said = _command(data)
+  status, said = squares.run(_config(data), data / 'w', capsys)  # the same as the flags
   assert status == 0 and 'nothing was done' in said
 
 
-def test_an_audit_with_an_anchor_and_metadata(data):
-  status, said = _command(data, '--config.pool.columns=("domain","uid")', '--config.pool.domain_column=domain',
-                          anchor=True)
+def test_an_audit_with_an_anchor_and_metadata(data, capsys):
+  c = _config(data, **{'pool.columns': ('domain', 'uid'), 'pool.domain_column': 'domain',
+                       'anchor.path': f'{data}/anchor'})
+  status, said = squares.run(c, data / 'w', capsys)
   assert status == 0, said
   pool, queries = _exact(data)
   anchor = np.load(data / 'w/embeddings/anchor/00000.npy').astype(np.float64)
@@ -133,7 +133,8 @@ def test_a_misspelt_key_is_a_sentence(data):
 
 
 def test_a_dry_run_tells_rows_and_bytes_and_writes_nothing(data):
-  status, said = _command(data, '--dry_run', anchor=True)
+  status, said = _command(data, '--dry_run', '--config.pool.columns=("domain","uid")',
+                          f'--config.anchor.path={data}/anchor')
   assert status == 0 and not (data / 'w').exists()
   assert 'pool 60, anchor 15, sketch 6, val 7' in said
   for stage in ('dedup', 'prune', 'train', 'evaluate'):
@@ -275,12 +276,15 @@ def test_the_pool_as_its_own_benchmark_and_as_its_anchor(data, capsys):
 def test_vectors_beside_images_that_the_weights_embed(data, capsys, monkeypatch):
   """A downloaded pool, and a benchmark of images that the same model embeds."""
   dim = [E]
-  monkeypatch.setattr(embedder, 'product', lambda config, workdir: products.Product('embedder/embedder', {}))
-  monkeypatch.setattr(embedder, 'architecture', lambda config: types.SimpleNamespace(embed_dim=dim[0]))
-  monkeypatch.setattr(embedder, 'load', lambda config, workdir: embedder.Embedder(
+  weights = products.Product('embedder/embedder')
+  for workdir in ('w', 'w2'):
+    products.finish(str(data / workdir), weights, [], {})
+  monkeypatch.setattr(graph.Graph, 'embedder', lambda self, embedder='': weights)
+  monkeypatch.setattr(models, 'embedder_architecture', lambda x: types.SimpleNamespace(embed_dim=dim[0]))
+  monkeypatch.setattr(models, 'open_embedder', lambda x: models.Embedder(
       8, 'squash', lambda images: images.reshape(len(images), -1)[:, :E].astype(np.float32) + 1))
-  monkeypatch.setattr(check, 'embedder_weights', lambda config: None)
-  monkeypatch.setattr(plan, 'image_flops', lambda architecture: 1.0)
+  monkeypatch.setattr(check, 'embedder_weights', lambda x: None)
+  monkeypatch.setattr(flops, 'image_flops', lambda architecture: 1.0)
   squares.write_tar(data / 'images/0.tar', {f'q{i}': squares.sample(i, 0) for i in range(6)})
   c = _config(data, benchmark_dirs=f'pictures={data}/images', **{'embedder.source': 'weights'})
   status, said = squares.run(c, data / 'w', capsys, ['ingest', 'embed', 'search'])

@@ -205,22 +205,16 @@ def test_a_full_disk(data, tmp_path, capsys):
 
 
 def test_an_embedding_that_is_nan_names_its_image(data, tmp_path, monkeypatch):
-  from clip_jax.stages import embed
-  from clip_jax.stages import embedder
-  from clip_jax.stages import layout
-  c = config(data)
-  workdir = str(tmp_path / 'w')
-  for stage in ('ingest', 'embedder'):
-    __import__(f'clip_jax.stages.{stage}', fromlist=['run']).run(c, workdir)
+  from clip_jax.stages import models
+  squares.run_stages(config(data), tmp_path / 'w', 'ingest', 'embedder')
 
   def apply(images):
     vectors = np.ones((len(images), 4), np.float32)
     vectors[2, 1] = np.nan
     return vectors
-  monkeypatch.setattr(embedder, 'load', lambda *_: embedder.Embedder(16, 'shortest', apply))
-  layout.forget()
+  monkeypatch.setattr(models, 'open_embedder', lambda x: models.Embedder(16, 'shortest', apply))
   with pytest.raises(InputError, match=r'NaN for the image 00002 \(row 2\).*--redo=embedder'):
-    embed.run(c, workdir)
+    squares.run_stages(config(data), tmp_path / 'w', 'embed')
 
 
 def test_a_size_that_no_memory_holds_is_a_sentence(capsys):

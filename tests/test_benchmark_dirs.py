@@ -5,8 +5,8 @@ import pytest
 
 from clip_jax import defaults
 from clip_jax.core.errors import ConfigError
+from clip_jax.experiment import blocks
 from clip_jax.stages import benchmark_dirs
-from clip_jax.stages import layout
 
 import squares
 
@@ -103,4 +103,4 @@ def test_without_any_the_config_stays_the_same():
 
 
 def test_a_resolved_config_can_be_written_down(places):
-  assert layout.plain(benchmark_dirs.resolve(_config(f'x={places}/plain')))['benchmarks']['x']['format'] == 'embeddings'
+  assert blocks.plain(benchmark_dirs.resolve(_config(f'x={places}/plain')))['benchmarks']['x']['format'] == 'embeddings'

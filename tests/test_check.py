@@ -4,8 +4,8 @@ import pytest
 
 from clip_jax import defaults
 from clip_jax.core.errors import ConfigError
+from clip_jax.experiment import blocks
 from clip_jax.stages import check
-from clip_jax.stages import layout
 
 import tiny
 
@@ -58,7 +58,7 @@ def test_the_shipped_configs_pass(monkeypatch):
     ({'splits.near_75.size': float('nan')}, 'whole number above 1'),
     ({'splits.handwriting_matched.to': 'base'}, "must be a split that removes rows.*it is of rule 'all'"),
     ({'splits.handwriting_matched.to': ''}, 'needs to='),
-    ({'splits.random_75.size': 0.0, 'splits.random_75.size_of': 'random_75'}, 'circle'),
+    ({'splits.random_75.size': 0.0, 'splits.random_75.size_of': 'random_75'}, 'circular'),
     ({'model.patch_size': 7}, 'multiple of patch_size=7'),
     ({'model.text_heads': 3}, 'multiple of text_heads=3'),
     ({'model.name': 'ViT-B-32'}, 'fixes the numbers'),
@@ -74,7 +74,7 @@ def test_longer_circles_are_found():
   config = tiny.config()
   for name, other in (('a', 'b'), ('b', 'c'), ('c', 'a')):
     config.splits[name] = defaults.split(rule='random', size_of=other)
-  with pytest.raises(ConfigError, match='circle'):
+  with pytest.raises(ConfigError, match='circular dependency between splits'):
     check.check(config)
 
 
@@ -129,14 +129,14 @@ def test_a_resnet_has_no_patches_to_drop():
     ({'rule': 'gap_aligned', 'benchmarks': ('val', 'val')}, 'benchmarks=.* names one twice'),
     ({'rule': 'gap_aligned', 'benchmarks': ('val',), 'slack': 0.1, 'dose': 0.5}, 'slack=0.1 and dose=0.5 each say'),
     ({'rule': 'gap_aligned', 'benchmarks': ('val',), 'quantile': 0.1, 'dose': 0.5}, 'quantile=0.1 and dose=0.5'),
-    ({'rule': 'gap_aligned', 'benchmarks': ('val',), 'quantile': 1.5}, 'quantile=1.5 must be a share'),
-    ({'rule': 'gap_aligned', 'benchmarks': ('val',), 'quantile': -0.1}, 'quantile=-0.1 must be a share'),
-    ({'rule': 'gap_aligned', 'benchmarks': ('val',), 'dose': float('inf')}, 'dose=inf must be'),
-    ({'rule': 'gap_aligned', 'benchmarks': ('val',), 'dose': float('nan')}, 'dose=nan must be'),
+    ({'rule': 'gap_aligned', 'benchmarks': ('val',), 'quantile': 1.5}, 'quantile=1.5 must lie in'),
+    ({'rule': 'gap_aligned', 'benchmarks': ('val',), 'quantile': -0.1}, 'quantile=-0.1 must lie in'),
+    ({'rule': 'gap_aligned', 'benchmarks': ('val',), 'dose': float('inf')}, 'dose=inf must lie in'),
+    ({'rule': 'gap_aligned', 'benchmarks': ('val',), 'dose': float('nan')}, 'dose=nan must lie in'),
     ({'rule': 'gap_aligned', 'benchmarks': ('val',), 'slack': 3.0}, 'slack=3.0 must lie in'),
     ({'rule': 'gap_aligned', 'benchmarks': ('val',), 'k': 2}, "k=2: the rule 'gap_aligned' does not read it"),
     ({'rule': 'near', 'benchmarks': ('val',), 'size': 0.5, 'dose': 0.5}, "dose=0.5: the rule 'near' does not read it"),
-    ({'rule': 'k_aligned', 'benchmarks': ('val',), 'k': 0}, 'k=0 must be 1 or more'),
+    ({'rule': 'k_aligned', 'benchmarks': ('val',), 'k': 0}, 'k=0 must be'),
     ({'rule': 'k_aligned', 'k': 2}, 'needs benchmarks='),
     ({'rule': 'domain_removal', 'values': ('a',)}, 'give column= .* or reference='),
     ({'rule': 'domain_removal', 'column': 'domain', 'reference': 'x', 'values': ('a',)}, 'one of the two'),
@@ -148,7 +148,7 @@ def test_a_resnet_has_no_patches_to_drop():
     ({'rule': 'union', 'of': ('base',)}, 'must name two or more splits'),
     ({'rule': 'union', 'of': ('base', 'base')}, 'of=.* names one twice'),
     ({'rule': 'minus', 'of': ('base', 'near_57')}, "Did you mean 'near_75'"),
-    ({'rule': 'intersection', 'of': ('base', 'mine')}, 'round in a circle: mine -> mine'),
+    ({'rule': 'intersection', 'of': ('base', 'mine')}, 'circular.*: mine -> mine'),
     ({'rule': 'union', 'of': ('base', 'near_75'), 'slack': 0.1}, 'does not read it'),
     ({'rule': 'matched', 'to': 'random_75'}, "it is of rule 'random'"),
     ({'rule': 'matched', 'to': 'anchor_only'}, "it is of rule 'anchor'"),
@@ -172,7 +172,7 @@ def test_splits_of_splits_pass_in_any_order():
   defaults.add_doses(config, 'dose', benchmarks=('val',))
   check.check(config)
   config.splits.gone = split(rule='intersection', of=('joined', 'base'))
-  with pytest.raises(ConfigError, match='joined .*circle: joined -> drawn -> gone -> joined|circle'):
+  with pytest.raises(ConfigError, match='circular.*: .*joined -> drawn -> gone -> joined|circular'):
     check.check(config)
 
 
@@ -184,7 +184,7 @@ def test_many_joins_are_checked_at_once():
     config.splits[f'join{i}'] = defaults.split(rule='union', of=tuple(names))
     names.append(f'join{i}')
   check.check(config)
-  assert not layout.is_drawn(config, 'join59')
+  assert not blocks.is_drawn(config, 'join59')
 
 
 def test_classes_of_a_reference_are_checked_before_any_work():

@@ -48,7 +48,7 @@ def test_new_checkpoints_are_evaluated_once(tmp_path, monkeypatch, capsys):
   squares.make(tmp_path)
   folder = tmp_path / 'run/checkpoints'
   scored = []
-  monkeypatch.setattr(checkpoint, '_evaluate', lambda c, s, path, *more: scored.append(os.path.basename(path)))
+  monkeypatch.setattr(checkpoint, '_evaluate', lambda x, path, *more: scored.append(os.path.basename(path)))
   follow(tmp_path, tmp_path / 'run', monkeypatch, lambda: steps(folder, '00000004', '00000008'))
   assert scored == ['00000000', '00000004', '00000008']
 
@@ -60,7 +60,7 @@ def test_a_checkpoint_that_training_removes_meanwhile(tmp_path, monkeypatch):
   steps(folder, '00000004', '00000008')
   scored = []
 
-  def evaluate(config_, scratch, path, *more):
+  def evaluate(x, path, *more):
     scored.append(os.path.basename(path))
     shutil.rmtree(folder / '00000004', ignore_errors=True)
   monkeypatch.setattr(checkpoint, '_evaluate', evaluate)

@@ -1,5 +1,6 @@
 """Words of comparisons: they follow from the intervals and never claim more than seeds allow."""
 
+import functools
 from types import SimpleNamespace as Record
 
 import pytest
@@ -7,6 +8,10 @@ import pytest
 from clip_jax.reporting import comparisons
 
 NAN = float('nan')
+
+from looks import LOOKS
+
+blocks_of = functools.partial(comparisons.blocks_of, looks=LOOKS)
 
 
 def estimate(value, low=NAN, high=NAN, method='crossed'):
@@ -35,7 +40,7 @@ def item(**changes):
 
 def lines(**changes):
   """Returns first column -> (estimate, smaller line, words) of the table of one item."""
-  table = next(b for b in comparisons.blocks_of([item(**changes)]) if b.kind == 'table')
+  table = next(b for b in blocks_of([item(**changes)]) if b.kind == 'table')
   return {row[0].text: (row[1].text, row[1].detail, row[2].text) for row in table.rows}
 
 
@@ -73,7 +78,7 @@ def test_fewer_than_three_seeds_claim_nothing(method, said):
 
 
 def test_random_rows_are_a_control_for_size_only():
-  blocks = comparisons.blocks_of([item(control_rule='random', holm=NAN, share_matched=share())])
+  blocks = blocks_of([item(control_rule='random', holm=NAN, share_matched=share())])
   assert 'no matched control exists' in next(b for b in blocks if b.kind == 'heading').detail
   assert 'control for size only' in verdict(control_rule='random', holm=NAN)
   e = lines(control_rule='random',
@@ -119,7 +124,7 @@ def test_detectable_difference_is_printed():
 
 
 def test_records_are_proportions():
-  table = next(b for b in comparisons.blocks_of([item(share=share())]) if b.kind == 'table')
+  table = next(b for b in blocks_of([item(share=share())]) if b.kind == 'table')
   by_what = {record['what']: record for record in table.records}
   assert by_what['against_control']['value'] == -0.05 and by_what['against_control'][
       'p_holm'] == 0.004
@@ -127,7 +132,7 @@ def test_records_are_proportions():
 
 
 def test_cross_checks_are_behind_a_line():
-  details = next(b for b in comparisons.blocks_of([item(
+  details = next(b for b in blocks_of([item(
       bootstrap=estimate(-0.05, -0.09, -0.01),
       mcnemar=[(0, Record(first_only=11, second_only=19, p_value=0.15))])]) if b.kind == 'details')
   text, table = details.blocks
@@ -136,7 +141,7 @@ def test_cross_checks_are_behind_a_line():
 
 
 def test_without_a_control_there_is_no_figure_and_no_test():
-  blocks = comparisons.blocks_of([
+  blocks = blocks_of([
       item(control=None, control_rule='random', against_control=None, equivalence=None, holm=NAN,
            against_base=estimate(-0.05, -0.08, -0.02))
   ])

@@ -5,19 +5,20 @@ import re
 
 from clip_jax import defaults
 from clip_jax.core import config as config_lib
-from clip_jax.stages import layout
+from clip_jax.experiment import blocks
 
 PACKAGE = pathlib.Path(defaults.__file__).parent
 TEXT = (PACKAGE / 'defaults.py').read_text()
-# The code that reads a config: stages only (below them arguments are plain).
-READERS = '\n'.join(path.read_text() for path in (PACKAGE / 'stages').glob('*.py') if path.name != 'check.py')
+# The code that reads a config (below it arguments are plain); what only checks a key does not read it.
+READERS = '\n'.join(path.read_text() for room in ('experiment', 'stages', 'studies') for path in
+                    sorted((PACKAGE / room).rglob('*.py')) if not path.name.startswith('check'))
 
 
 def leaves():
   config = defaults.get_config()
   for name in ('pool', 'anchor', 'benchmarks', 'splits'):
     del config[name]
-  return config_lib.flat(layout.plain(config))
+  return config_lib.flat(blocks.plain(config))
 
 
 def test_every_key_has_a_comment():

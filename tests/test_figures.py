@@ -1,5 +1,6 @@
 """Every figure draws valid SVG that holds the words and the numbers given to it."""
 
+import functools
 import re
 import xml.etree.ElementTree as ET
 
@@ -12,6 +13,15 @@ from clip_jax.reporting import svg
 RNG = np.random.default_rng(0)
 BINS = [{'low': 0.5 + 0.05 * i, 'high': 0.55 + 0.05 * i, 'n': n, 'accuracy': 0.4 + 0.1 * i,
          'accuracy_low': 0.3, 'accuracy_high': 0.6} for i, n in enumerate((3, 40, 50))]
+
+from looks import LOOKS
+
+accuracy_by_similarity = functools.partial(figures.accuracy_by_similarity, looks=LOOKS)
+accuracy_by_size = functools.partial(figures.accuracy_by_size, looks=LOOKS)
+answer_lines = functools.partial(figures.answer_lines, looks=LOOKS)
+differences = functools.partial(figures.differences, looks=LOOKS)
+loss_curves = functools.partial(figures.loss_curves, looks=LOOKS)
+robustness_plane = functools.partial(figures.robustness_plane, looks=LOOKS)
 
 
 def words(text: str) -> str:
@@ -35,23 +45,23 @@ def test_histogram_without_an_anchor_shows_the_pool_alone():
 
 def test_bins_say_their_size_and_pale_ones_are_pale():
   one = {'name': 'base', 'rule': 'all', 'adjusted': False, 'bins': BINS}
-  text = figures.accuracy_by_similarity([one], title='val', xlabel='similarity')
+  text = accuracy_by_similarity([one], title='val', xlabel='similarity')
   assert {'3', '40', '50', 'similarity', 'base'} <= set(words(text).split())
   assert re.search(r'opacity: 0.3', text)  # n = 3
   solid = [{**b, 'n': 40} for b in BINS]
-  text = figures.accuracy_by_similarity([{**one, 'bins': solid}], title='val', xlabel='similarity')
+  text = accuracy_by_similarity([{**one, 'bins': solid}], title='val', xlabel='similarity')
   assert not re.search(r'opacity: 0.3[^0-9]', text)
 
 
 def test_bins_take_curves_without_intervals_and_without_bins():
   bare = [{**b, 'accuracy_low': None, 'accuracy_high': None} for b in BINS]
-  figures.accuracy_by_similarity(
+  accuracy_by_similarity(
       [{'name': 'base', 'rule': 'all', 'adjusted': False, 'bins': bare},
        {'name': 'out', 'rule': 'all', 'adjusted': True, 'bins': []}], title='t', xlabel='x')
 
 
 def test_size_panel_says_near_and_far_in_words():
-  text = figures.accuracy_by_size(
+  text = accuracy_by_size(
       {'near': [point(50, 0.3, 0.2, 0.4)], 'far': [point(50, 0.6)], 'random': [point(50, 0.5)]},
       title='sketch', base=point(100, 0.68), reference=0.2, limits=(0, 1))
   found = words(text)
@@ -61,7 +71,7 @@ def test_size_panel_says_near_and_far_in_words():
 
 
 def test_size_panel_without_base_and_reference():
-  figures.accuracy_by_size({'near': [point(50, 0.3)]}, title='t', base=None, reference=None,
+  accuracy_by_size({'near': [point(50, 0.3)]}, title='t', base=None, reference=None,
                            limits=(0, 1))
 
 
@@ -69,7 +79,7 @@ def test_answer_lines_name_every_benchmark():
   points = [{'rule': rule, 'accuracy': a, 'low': None, 'high': None}
             for rule, a in (('all', 0.7), ('anchor', 0.2), ('gap_aligned', 0.6))]
   found = words(
-      figures.answer_lines([{'title': 'a', 'points': points}, {'title': 'b', 'points': points}]))
+      answer_lines([{'title': 'a', 'points': points}, {'title': 'b', 'points': points}]))
   assert {'a', 'b', 'gap-aligned'} <= set(found.split())
 
 
@@ -77,10 +87,10 @@ def test_answer_lines_place_accuracies_in_order():
   """The aligned split's mark lies between anchor only and base, in proportion."""
   points = [{'rule': rule, 'accuracy': a, 'low': None, 'high': None}
             for rule, a in (('anchor', 0.2), ('gap_aligned', 0.5), ('all', 0.8))]
-  text = figures.answer_lines([{'title': 't', 'points': points}])
+  text = answer_lines([{'title': 't', 'points': points}])
   marks = re.findall(r'<use xlink:href="#\w+" x="([\d.]+)" y="([\d.]+)" style="fill: ([^;"]+)',
                      text)
-  color = {rule: svg.RULES[rule][0].replace(svg.INK, 'currentColor') for rule in svg.RULES}
+  color = {rule: LOOKS[rule][0].replace(svg.INK, 'currentColor') for rule in LOOKS}
   height = next(
       y for _, y, c in marks if c == color['gap_aligned'])  # its first mark: not the legend's
   x = {c: float(x) for x, y, c in marks if y == height}
@@ -91,24 +101,24 @@ def test_answer_lines_place_accuracies_in_order():
 def test_differences_show_titles_numbers_and_margin():
   rows = [{'title': 'p on b', 'detail': '\u22123.1', 'rule': 'gap_aligned', 'estimate': -0.031,
            'low': None, 'high': None}]
-  text = figures.differences(rows, title='T', xlabel='points', margin=0.03)
+  text = differences(rows, title='T', xlabel='points', margin=0.03)
   assert 'p on b' in words(text) and '\u22123.1' in words(text)
 
 
 def test_dose_and_loss_curves():
   points = [{'share': s, 'estimate': -0.05 * s, 'low': -0.1, 'high': 0.0} for s in (1.0, 0.5)]
-  assert 'aligned count' in words(figures.dose(points, title='t'))
+  assert 'aligned count' in words(figures.dose(points, title='t', look=LOOKS['gap_aligned']))
   curves = [{'rule': 'all', 'steps': np.arange(5), 'loss': np.ones(5)}] * 2
-  assert words(figures.loss_curves(curves, title='t')).count('base (the whole pool)') == 1
+  assert words(loss_curves(curves, title='t')).count('base (the whole pool)') == 1
 
 
 @pytest.mark.parametrize('line', [None, (np.linspace(0.1, 0.9, 9), np.linspace(0.05, 0.6, 9))])
 def test_plane_takes_equal_points_extremes_and_a_line(line):
   points = [{'rule': 'all', 'x': 1.0, 'y': 0.0}, {'rule': 'gap_aligned', 'x': 0.5, 'y': 0.5}]
-  found = words(figures.robustness_plane(points, title='t', xname='val', yname='b', line=line))
+  found = words(robustness_plane(points, title='t', xname='val', yname='b', line=line))
   assert 'accuracy on val' in found
   assert ('models trained on ImageNet alone' in found) == (line is not None)
-  figures.robustness_plane(points[1:], title='t', xname='val', yname='b')
+  robustness_plane(points[1:], title='t', xname='val', yname='b')
 
 
 def test_figures_are_pure():

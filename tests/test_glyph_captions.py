@@ -5,8 +5,8 @@ import re
 import numpy as np
 import pytest
 
-from clip_jax.data import glyph_captions
-from clip_jax.data.glyph_captions import CLASSES, STYLE_WORDS, TEMPLATES, caption
+from clip_jax.demo import glyph_captions
+from clip_jax.demo.glyph_captions import CLASSES, STYLE_WORDS, TEMPLATES, caption
 
 
 def captions(style, count=1500, kind='digit', name='seven', sign='7', face='bold serif'):

@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from clip_jax.data import glyph_images
+from clip_jax.demo import glyph_images
 
 
 def rng(*seed):

@@ -10,7 +10,7 @@ from PIL import Image
 import pytest
 
 from clip_jax.core.errors import ConfigError
-from clip_jax.data import glyphs
+from clip_jax.demo import glyphs
 
 SMALL = dict(pool=200, handwritten=60, exact=0.05, near=0.05, broken=2, anchor=60, queries=40)
 

@@ -1,49 +1,141 @@
-"""The arrows of the house: commands -> stages -> libraries -> core; libraries never import one another."""
+"""The arrows of the house: commands -> stages, studies -> experiment -> libraries -> core; and no circle of files."""
 
 import ast
+import functools
 import pathlib
 import subprocess
 import sys
 
 import pytest
 
+from clip_jax.core.products import STAGES
+
 PACKAGE = pathlib.Path(__file__).parent.parent / 'clip_jax'
 LIBRARIES = ('data', 'models', 'similarity', 'pruning', 'training', 'evaluation', 'reporting')
-COMMANDS = ('main.py', 'evaluate.py', 'convert.py')
+COMMANDS = ('main', 'evaluate', 'convert')
+STAGE_FILES = {f'clip_jax.stages.{stage}' for stage in STAGES}
+# The files of the commands, which import the stages that they need.
+RUNNERS = {f'clip_jax.stages.{name}' for name in ('pipeline', 'checkpoint', 'convert')}
+# The experiment takes of the libraries their tables of options, and data's listing and opening of files.
+TABLES = {'clip_jax.models.embedders', 'clip_jax.models.weights', 'clip_jax.pruning.rules', 'clip_jax.pruning.exports'}
+ELSEWHERE = {  # files of which another test file is the test
+    'core/vectors': 'core_vectors', 'demo/glyphs': 'glyphs',
+    'stages/benchmark_dirs': 'benchmark_dirs', 'stages/check': 'check', 'stages/check_keys': 'check',
+    'stages/check_splits': 'check', 'stages/checkpoint': 'checkpoint', 'stages/convert': 'convert',
+    'stages/embed': 'stage_embedders', 'stages/embedder': 'stage_embedders', 'stages/evaluate': 'stages',
+    'stages/fit': 'stage_train', 'stages/models': 'stages', 'stages/pipeline': 'pipeline', 'stages/plan': 'pipeline',
+    'stages/prune_columns': 'stage_prune', 'stages/table': 'studies'}
 
 
-def imports(path: pathlib.Path) -> set[str]:
-  """Returns the rooms of clip_jax that a file imports anywhere, also inside functions."""
-  found = set()
-  for node in ast.walk(ast.parse(path.read_text())):
-    names = []
-    if isinstance(node, ast.Import):
-      names = [alias.name for alias in node.names]
-    elif isinstance(node, ast.ImportFrom):
-      assert not node.level, f'{path}: relative import'
-      names = [f'{node.module}.{alias.name}' for alias in node.names]
-    found |= {name.split('.')[1] for name in names if name.startswith('clip_jax.')}
+@functools.cache
+def modules() -> dict[str, pathlib.Path]:
+  """Returns the name of every file of the package as it is imported -> its path."""
+  found = {}
+  for path in sorted(PACKAGE.rglob('*.py')):
+    parts = path.relative_to(PACKAGE.parent).with_suffix('').parts
+    found['.'.join(parts[:-1] if parts[-1] == '__init__' else parts)] = path
   return found
 
 
-@pytest.mark.parametrize('room', LIBRARIES)
-def test_libraries_import_core_only(room):
-  for path in (PACKAGE / room).rglob('*.py'):
-    assert imports(path) <= {'core', room}, path
+@functools.cache
+def imports(name: str) -> frozenset[str]:
+  """Returns the files of clip_jax that a file imports anywhere, also inside functions."""
+  found = set()
+  for node in ast.walk(ast.parse(modules()[name].read_text())):
+    if isinstance(node, ast.Import):
+      found |= {alias.name for alias in node.names}
+    elif isinstance(node, ast.ImportFrom):
+      assert not node.level, f'{name}: relative import'
+      found |= {whole if (whole := f'{node.module}.{alias.name}') in modules() else node.module for alias in node.names}
+  return frozenset(found & modules().keys())
 
 
-def test_core_imports_core_only():
-  for path in (PACKAGE / 'core').glob('*.py'):
-    assert imports(path) <= {'core'}, path
+def room(name: str) -> str:
+  return name.split('.')[1] if '.' in name else ''
 
 
-def test_defaults_know_core_only():
-  assert imports(PACKAGE / 'defaults.py') <= {'core'}
+def files_of(*rooms: str) -> list[str]:
+  return [name for name in modules() if room(name) in rooms]
+
+
+def rooms(name: str) -> set[str]:
+  """Returns the rooms that a file imports, but for its own."""
+  return {room(other) for other in imports(name)} - {room(name)}
+
+
+def in_circles(edges: dict[str, frozenset[str]]) -> list[str]:
+  """Returns the files that lie on a circle, or between two: what is left without the ends of all ways."""
+  left = dict(edges)
+  while ends := [name for name, others in left.items() if not others & left.keys()
+                 or not any(name in others for others in left.values())]:
+    for name in ends:
+      del left[name]
+  return sorted(left)
+
+
+def test_circles_are_found():
+  way = {'a': frozenset('b'), 'b': frozenset('c'), 'c': frozenset(), 'd': frozenset('ac')}
+  assert in_circles(way) == [] and in_circles(way | {'c': frozenset('b')}) == ['b', 'c']
+
+
+def test_no_circle_among_files():
+  assert len(modules()) > 100 and 'clip_jax.models.embedders' in imports('clip_jax.experiment.graph')
+  assert in_circles({name: imports(name) for name in modules()}) == []
+
+
+@pytest.mark.parametrize('library', LIBRARIES)
+def test_libraries_import_core_only(library):
+  for name in files_of(library):
+    assert rooms(name) <= {'core'}, name
+
+
+def test_core_imports_nothing_the_demo_core_only_and_the_defaults_no_room_above_the_libraries():
+  for name in files_of('core'):
+    assert not rooms(name), name
+  for name in files_of('demo'):
+    assert rooms(name) <= {'core'}, name
+  assert rooms('clip_jax.defaults') <= {'core', *LIBRARIES}  # their tables of options
+
+
+def test_the_experiment_imports_tables_and_files_of_the_libraries():
+  for name in files_of('experiment'):
+    assert rooms(name) <= {'core', 'defaults', 'data', 'models', 'pruning'}, name
+    assert {other for other in imports(name) if room(other) in ('models', 'pruning')} <= TABLES, name
 
 
 def test_commands_import_stages_and_core_only():
   for name in COMMANDS:
-    assert imports(PACKAGE / name) <= {'stages', 'core'}, name
+    assert rooms(f'clip_jax.{name}') <= {'stages', 'core'}, name
+
+
+def test_nobody_imports_a_room_above_his_own():
+  for name in (*files_of('stages'), *files_of('studies')):
+    assert not rooms(name) & {*COMMANDS, 'stages' if room(name) == 'stages' else ''}, name
+
+
+def test_stages_never_import_one_another_nor_studies():
+  for name in files_of('stages'):
+    is_report = name.startswith('clip_jax.stages.report')
+    if name in STAGE_FILES or is_report:
+      others = {other for other in imports(name) if other in STAGE_FILES | RUNNERS or room(other) == 'studies'}
+      assert others <= ({'clip_jax.stages.report'} if is_report else set()), name
+      assert is_report or not any(other.startswith('clip_jax.stages.report') for other in imports(name)), name
+
+
+def test_helpers_of_stages_import_no_stage():
+  for name in files_of('stages'):
+    if name not in STAGE_FILES | RUNNERS and not name.startswith('clip_jax.stages.report'):
+      assert not imports(name) & (STAGE_FILES | RUNNERS), name
+      assert name == 'clip_jax.stages.table' or 'studies' not in rooms(name), name
+
+
+def test_studies_are_reached_by_their_table_only():
+  """A study reads columns and facts as the stages do, and imports no stage and no other study."""
+  for name in files_of('studies'):
+    assert not imports(name) & (STAGE_FILES | RUNNERS), name
+    assert name == 'clip_jax.studies' or not any(room(other) == 'studies' for other in imports(name)), name
+  assert [name for name in modules() if room(name) != 'studies' and 'studies' in rooms(name)] == [
+      'clip_jax.stages.table']
 
 
 def test_config_dict_stops_at_the_stages():
@@ -62,16 +154,18 @@ def test_no_print_and_no_bare_except():
 
 
 def test_every_room_has_a_test_file_for_each_module():
-  names = {path.stem for path in (PACKAGE.parent / 'tests').glob('test_*.py')}
-  exempt = {'__init__', 'types', 'errors'}
-  for room in LIBRARIES:
-    for path in (PACKAGE / room).glob('*.py'):
-      assert path.stem in exempt or f'test_{path.stem}' in names, f'{room}/{path.name} has no test file'
+  names = {path.stem.removeprefix('test_') for path in (PACKAGE.parent / 'tests').glob('test_*.py')}
+  prefix = {'stages': 'stage_', 'studies': 'study_'}
+  for place in (*LIBRARIES, 'core', 'demo', 'experiment', 'stages', 'studies'):
+    for path in (PACKAGE / place).glob('*.py'):
+      test = ELSEWHERE.get(f'{place}/{path.stem}', prefix.get(place, '') + path.stem)
+      assert path.stem in ('__init__', 'types', 'errors') or test in names, f'{place}/{path.name} has no test file'
+  assert {'report', 'studies'} <= names  # of the packages stages/report and studies themselves
 
 
 def test_start_up_does_not_import_the_heavy_libraries():
   """The commands must be at work, or say that all is done, within seconds."""
-  code = ('import sys; import clip_jax.main, clip_jax.stages.pipeline, clip_jax.stages.prune, clip_jax.stages.train; '
+  code = ('import sys; import clip_jax.main, clip_jax.stages.pipeline, clip_jax.stages.ingest; '
           'print([m for m in ("jax", "flax", "orbax", "grain", "matplotlib", "sklearn", "scann", "tensorflow") '
           'if m in sys.modules])')
   out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 
 import numpy as np
 from PIL import Image
@@ -266,9 +265,8 @@ def test_closing_ends_the_threads():
   next(iterator)
   assert set(threading.enumerate()) - before
   iterator.close()
-  deadline = time.time() + 10
-  while set(threading.enumerate()) - before and time.time() < deadline:
-    time.sleep(0.01)
+  for thread in set(threading.enumerate()) - before:
+    thread.join(60)
   assert not set(threading.enumerate()) - before
 
 

@@ -20,7 +20,7 @@ def _elements(make, count=20, processes=2, threads=1, slot_bytes=2000):
                                    slot_bytes=slot_bytes)
 
 
-def _gone(pid, secs=20.0):
+def _gone(pid, secs=60.0):
   """Waits until a process is gone, as one that is no child of ours is seen."""
   deadline = time.time() + secs
   while time.time() < deadline:

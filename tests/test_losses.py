@@ -70,7 +70,7 @@ def test_siglip_loss_is_a_yes_or_no_of_each_pair():
 def test_logits_are_products_in_float32_on_every_backend(loss):
   """GPUs and TPUs round the factors of a float32 product unless they are told not to."""
   x = jnp.ones((4, 8), jnp.bfloat16)
-  program = str(jax.make_jaxpr(jax.grad(losses.LOSSES[loss], argnums=(0, 1)))(x, x, 10.0, -10.0))
+  program = str(jax.make_jaxpr(jax.grad(losses.LOSSES[loss].function, argnums=(0, 1)))(x, x, 10.0, -10.0))
   products = program.split('dot_general[')[1:]
   assert len(products) == 3
   assert all('precision=(Precision.HIGHEST, Precision.HIGHEST)' in product for product in products)

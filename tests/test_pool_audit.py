@@ -10,6 +10,8 @@ from clip_jax.reporting import svg
 
 EDGES = np.arange(-1000, 1001) / 1000
 
+from looks import LOOKS
+
 
 @pytest.fixture(autouse=True)
 def blank_figures(monkeypatch):
@@ -92,7 +94,7 @@ def test_nothing_over_any_threshold_is_drawn_too():
 def test_cuts_keep_at_least_what_they_say(seed):
   values = np.random.default_rng(seed).uniform(0.2, 0.9, 400)
   line = {'name': 'a', 'over': over(values), 'together': False}
-  found = table(pool_audit.size_blocks(EDGES, [line], 400), 'cut_by_size')
+  found = table(pool_audit.size_blocks(EDGES, [line], 400, LOOKS), 'cut_by_size')
   for r in found.records:
     kept = (values <= r['cut']).mean() if r['rule'] == 'near' else (values > r['cut']).mean()
     tighter = (values <= r['cut'] - 0.001).mean() if r['rule'] == 'near' else (values > r['cut'] + 0.001).mean()
@@ -101,7 +103,7 @@ def test_cuts_keep_at_least_what_they_say(seed):
 
 def test_cuts_of_a_pool_that_is_all_copies_stay_in_range():
   line = {'name': 'a', 'over': over(np.full(10, 1.0005)), 'together': False}
-  found = table(pool_audit.size_blocks(EDGES, [line], 10), 'cut_by_size')
+  found = table(pool_audit.size_blocks(EDGES, [line], 10, LOOKS), 'cut_by_size')
   assert {r['cut'] for r in found.records} == {1.0}
 
 

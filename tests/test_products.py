@@ -1,4 +1,4 @@
-"""core/products.py: fingerprints, sidecars, what follows from what, locks."""
+"""core/products.py: fingerprints, sidecars, what is made, what follows from what, locks."""
 
 import json
 import multiprocessing
@@ -6,63 +6,136 @@ import os
 
 import pytest
 
-from clip_jax.core import files
-from clip_jax.core import products
+from clip_jax.core import files, products
 from clip_jax.core.errors import InputError
 from clip_jax.core.products import Product
 
 
-def make(workdir, product, text='x'):
-  (workdir / product.name).parent.mkdir(parents=True, exist_ok=True)
+def write(workdir, product, text='x'):
+  """Writes the file of a product; returns its name."""
   files.write_bytes(workdir / f'{product.name}.txt', text.encode())
-  products.finish(workdir, product, [f'{product.name}.txt'], {'rows': 1})
+  return [f'{product.name}.txt']
 
 
-def test_fingerprint_covers_keys_inputs_and_version_only():
-  one = Product('a/b', {'k': 1, 'j': (1, 2)}, {'in': 'x'})
-  assert one.fingerprint == Product('c/d', {'j': [1, 2], 'k': 1}, {'in': 'x'}).fingerprint
-  for other in (Product('a/b', {'k': 2, 'j': (1, 2)}, {'in': 'x'}),
-                Product('a/b', {'k': 1, 'j': (1, 2)}, {'in': 'y'}),
-                Product('a/b', {'k': 1, 'j': (1, 2)}, {'in': 'x'}, version=2)):
+def make(workdir, *wanted, text='x'):
+  """Makes what is missing of some products; returns their names."""
+  def work(todo):
+    for product in todo:
+      yield product, write(workdir, product, text), {'rows': 1}
+  return [product.name for product in products.make(workdir, list(wanted), work)]
+
+
+def test_fingerprint_covers_keys_inputs_sources_and_version_only():
+  read = Product('in/x')
+  one = Product('a/b', keys={'k': 1, 'j': (1, 2)}, inputs=(read,), sources={'f': '1'})
+  same = Product('a/c', 'kind', (3,), {'j': [1, 2], 'k': 1}, (read,), sources={'f': '1'}, at_least={'top': 3},
+                 batch='b', is_cheap=True)
+  assert one.fingerprint == same.fingerprint
+  for other in (Product('a/b', keys={'k': 2, 'j': (1, 2)}, inputs=(read,), sources={'f': '1'}),
+                Product('a/b', keys={'k': 1, 'j': (1, 2)}, inputs=(Product('in/x', keys={'n': 1}),), sources={'f': '1'}),
+                Product('a/b', keys={'k': 1, 'j': (1, 2)}, inputs=(read,), sources={'f': '2'}),
+                Product('a/b', keys={'k': 1, 'j': (1, 2)}, inputs=(read,), sources={'f': '1'}, version=2)):
     assert one.fingerprint != other.fingerprint
 
 
 def test_status_and_differences(tmp_path):
-  old = Product('s/a', {'search.top_k': 10, 'gone': 1}, {'embeddings/pool/00000': 'f'})
+  pool = [Product('embeddings/pool/00000', keys={'n': n}) for n in (1, 2)]
+  old = Product('search/a/q', keys={'search.top_k': 10, 'gone': 1}, inputs=(pool[0],))
   assert products.status(tmp_path, old) == 'missing'
-  make(tmp_path, old)
+  make(tmp_path, pool[0])
+  assert make(tmp_path, old) == ['search/a/q'] and make(tmp_path, old) == []
   assert products.status(tmp_path, old) == 'fits'
-  new = Product('s/a', {'search.top_k': 20}, {'embeddings/pool/00000': 'g'})
+  new = Product('search/a/q', keys={'search.top_k': 20}, inputs=(pool[1],))
   assert products.status(tmp_path, new) == 'differs'
   why = products.differences(tmp_path, new)
   assert 'config.search.top_k: 10 -> 20' in why and 'embeddings/pool/00000 has changed' in why
-  with pytest.raises(InputError, match='search.top_k: 10 -> 20.*--redo=search:s'):
-    products.missing(tmp_path, [new], remake=False, redo='search:s')
-  assert products.missing(tmp_path, [new], remake=True, redo='search') == [new]
-  assert not (tmp_path / 's/a.txt').exists()  # what did not fit is gone before it is made again
+  make(tmp_path, Product('embeddings/pool/00000', keys={'n': 2}, is_cheap=True))
+  with pytest.raises(InputError, match='search.top_k: 10 -> 20.*--redo=search:a '):
+    make(tmp_path, new)
+  cheap = Product('search/a/q', keys={'search.top_k': 20}, inputs=(pool[1],), is_cheap=True)
+  assert make(tmp_path, cheap) == ['search/a/q'] and products.status(tmp_path, new) == 'fits'
 
 
-@pytest.mark.parametrize('remake', [True, False])
-def test_nothing_is_made_of_a_product_that_does_not_fit(tmp_path, remake):
-  rows = [Product('s/rows', {'size': size}) for size in (1, 2)]
-  runs = [Product('t/run', {}, {row.name: row.fingerprint, 'pool/0.tar': 'stamp', 's/other': products.FROZEN})
-          for row in rows]
+def test_more_than_at_least_is_wanted_fits_and_does_not_change_what_follows(tmp_path):
+  wide, narrow, wider = (Product('search/a/pool-00000', at_least={'search.top_k': k}) for k in (10, 5, 20))
+  make(tmp_path, wide)
+  assert products.status(tmp_path, narrow) == 'fits' and products.status(tmp_path, wider) == 'differs'
+  with pytest.raises(InputError, match='config.search.top_k: 10 -> 20'):
+    make(tmp_path, wider)
+  assert wide.fingerprint == narrow.fingerprint == wider.fingerprint
+
+
+def test_changes_of_an_untracked_input_do_not_invalidate(tmp_path):
+  indexes = [Product('ingest/pool/index', keys={'n': n}, is_cheap=True) for n in (1, 2)]
+  embedders = [Product('embedder/embedder', untracked=(index,)) for index in indexes]
+  with pytest.raises(InputError, match='reads ingest/pool/index, which is not there.*add `ingest`'):
+    make(tmp_path, embedders[0])
+  make(tmp_path, indexes[0])
+  make(tmp_path, embedders[0])
+  make(tmp_path, indexes[1])
+  assert products.status(tmp_path, embedders[1]) == 'fits'
+  assert products.followers(tmp_path, ['ingest/pool/index']) == ['embedder/embedder', 'ingest/pool/index']
+
+
+@pytest.mark.parametrize('is_cheap', [True, False])
+def test_nothing_is_made_of_a_product_that_does_not_fit(tmp_path, is_cheap):
+  rows = [Product('splits/rows', keys={'size': size}, is_cheap=True) for size in (1, 2)]
+  runs = [Product('train/run', inputs=(row,), sources={'pool/0.tar': 'stamp'}, is_cheap=is_cheap) for row in rows]
   make(tmp_path, rows[0])
-  make(tmp_path, Product('s/other', {}))
-  with pytest.raises(InputError, match='t/run reads s/rows .*made with another config.*Run without --stages'):
-    products.missing(tmp_path, [runs[1]], remake=remake, redo='train')
-  assert products.missing(tmp_path, [runs[0]], remake=remake, redo='train') == [runs[0]]
+  with pytest.raises(InputError, match='train/run reads splits/rows .*made with another config.*Run without --stages'):
+    make(tmp_path, runs[1])
   make(tmp_path, runs[0])
-  with pytest.raises(InputError, match='t/run reads s/rows'):
-    products.missing(tmp_path, [runs[1]], remake=remake, redo='train')
+  with pytest.raises(InputError, match='train/run reads splits/rows'):
+    make(tmp_path, runs[1])
   assert products.status(tmp_path, runs[0]) == 'fits'  # it was not removed
   make(tmp_path, rows[1])
-  assert products.missing(tmp_path, [runs[1]], remake=True, redo='train') == [runs[1]]
+  if is_cheap:
+    assert make(tmp_path, runs[1]) == ['train/run']
+  else:
+    with pytest.raises(InputError, match='train/run in .* was made with another config: splits/rows has changed'):
+      make(tmp_path, runs[1])
+
+
+def test_inputs_may_be_made_by_the_same_call(tmp_path):
+  one = Product('splits/a/rows')
+  assert make(tmp_path, one, Product('splits/b/rows', inputs=(one,))) == ['splits/a/rows', 'splits/b/rows']
+
+
+def test_a_product_that_waits_is_left_out_until_its_input_is_there(tmp_path):
+  run = Product('train/a/run')
+  result = Product('evaluate/a/val', inputs=(run,), waits=True, is_cheap=True)
+  assert make(tmp_path, result) == []
+  make(tmp_path, run)
+  assert make(tmp_path, result) == ['evaluate/a/val']
+
+
+def test_a_product_that_reads_all_is_made_again_when_anything_changes(tmp_path):
+  page = Product('report/index', reads_all=True, is_cheap=True)
+  assert make(tmp_path, page) == ['report/index'] and make(tmp_path, page) == []
+  make(tmp_path, Product('splits/a/rows', is_cheap=True))
+  assert products.status(tmp_path, page) == 'differs' and 'splits/a/rows is new' in products.differences(tmp_path, page)
+  assert make(tmp_path, page) == ['report/index']
+  make(tmp_path, Product('splits/a/rows', keys={'size': 1}, is_cheap=True))
+  assert make(tmp_path, page) == ['report/index'] and make(tmp_path, page) == []
+
+
+def test_a_kill_in_between_keeps_what_is_finished(tmp_path):
+  parts = [Product(f'embeddings/pool/{i:05d}', batch='embeddings/pool/embed') for i in range(3)]
+
+  def work(todo):
+    yield todo[0], write(tmp_path, todo[0]), {}
+    write(tmp_path, todo[1])
+    raise KeyboardInterrupt
+
+  with pytest.raises(KeyboardInterrupt):
+    products.make(tmp_path, parts, work)
+  assert [products.status(tmp_path, part) for part in parts] == ['fits', 'missing', 'missing']
+  assert make(tmp_path, *parts) == [part.name for part in parts[1:]]
 
 
 def test_a_lost_or_cut_file_makes_it_missing(tmp_path):
-  product = Product('s/a', {})
-  make(tmp_path, product, 'hello')
+  product = Product('s/a')
+  make(tmp_path, product, text='hello')
   (tmp_path / 's/a.txt').write_text('hell')
   assert products.status(tmp_path, product) == 'missing'
   make(tmp_path, product)
@@ -71,61 +144,54 @@ def test_a_lost_or_cut_file_makes_it_missing(tmp_path):
 
 
 def test_a_sum_that_is_known_is_taken_and_gives_the_same_checksum(tmp_path, monkeypatch):
-  product = Product('s/a', {})
+  product = Product('s/a')
   make(tmp_path, product)
   checksum = products.read_sidecar(tmp_path, product.name)['checksum']
   known = {'s/a.txt': files.sha256(tmp_path / 's/a.txt')}
   monkeypatch.setattr(files, 'sha256', lambda path: pytest.fail(f'{path} is read again'))
-  products.finish(tmp_path, product, ['s/a.txt'], sums=known)
+  products.finish(tmp_path, product, known, {})
   assert products.read_sidecar(tmp_path, product.name)['checksum'] == checksum
 
 
 def test_followers_last_first(tmp_path):
-  a = Product('in/a', {})
-  b = Product('em/b', {}, {a.name: a.fingerprint})
-  c = Product('se/c', {}, {a.name: a.fingerprint, b.name: b.fingerprint})
-  d = Product('tr/d', {}, {c.name: c.fingerprint})
-  other = Product('in/other', {})
+  a, other = Product('in/a'), Product('in/other')
+  b = Product('em/b', inputs=(a,))
+  c = Product('se/c', inputs=(a, b))
+  d = Product('tr/d', inputs=(c,))
   for product in (a, b, c, d, other):
     make(tmp_path, product)
   assert products.followers(tmp_path, ['in/a']) == ['tr/d', 'se/c', 'em/b', 'in/a']
   assert products.followers(tmp_path, ['se/c']) == ['tr/d', 'se/c']
 
 
-def test_followers_in_the_work_directories_of_further_embedders(tmp_path):
-  home = tmp_path / 'embedders/hog'
-  home.mkdir(parents=True)
-  (home / 'ingest').symlink_to('../../ingest')
-  a = Product('ingest/a', {})
-  b = Product('em/b', {}, {a.name: a.fingerprint})
-  c = Product('se/c', {}, {b.name: b.fingerprint, a.name: a.fingerprint})
-  d = Product('splits/d', {}, {'embedders/hog/se/c': c.fingerprint})
-  for folder, product in ((tmp_path, a), (tmp_path, b), (home, b), (home, c), (tmp_path, d)):
-    make(folder, product)
-  assert list(products.sidecars(tmp_path)) == ['em/b', 'ingest/a', 'splits/d']
-  assert sorted(products.all_sidecars(tmp_path)) == ['em/b', 'embedders/hog/em/b', 'embedders/hog/se/c', 'ingest/a',
-                                                     'splits/d']
-  found = ['splits/d', 'embedders/hog/se/c', 'embedders/hog/em/b']
-  assert products.followers(tmp_path, ['embedders/hog/em/b']) == found
-  assert set(products.followers(tmp_path, ['ingest/a'])) == {*found, 'em/b', 'ingest/a'}
-  assert products.followers(tmp_path, ['em/b']) == ['em/b']  # the main one's
-  for name in found:
-    products.forget(tmp_path, name)
-  assert sorted(products.all_sidecars(tmp_path)) == ['em/b', 'ingest/a'] and not os.listdir(home / 'em')
+@pytest.mark.parametrize('names, redo', [
+    (['ingest/pool/index-00000', 'ingest/pool/index-00001'], 'ingest:pool'),
+    (['embedder/embedder'], 'embedder'), (['dedup/keep'], 'dedup'),
+    (['embeddings/pool/00000'], 'embed:pool'), (['train/base/seed0/run'], 'train:base/seed0'),
+    (['search/val/pool-00000', 'search/val/pool-00001'], 'search:val'),
+    (['search/val/pool-00000', 'search/sketch/pool-00000'], 'search'),
+    (['embedders/hog/embeddings/pool/00000'], 'embed:hog@pool'), (['embedders/hog/embedder/embedder'], 'embedder:hog@'),
+    (['splits/base/rows', 'splits/near/rows'], 'prune')])
+def test_what_redo_must_say(names, redo):
+  assert products.redo_of(names) == redo
 
 
-def test_a_further_embedder_is_named_where_its_product_differs(tmp_path):
-  home = tmp_path / 'embedders/hog'
-  home.mkdir(parents=True)
-  (home / 'ingest').symlink_to('../../ingest')
-  make(home, Product('em/b', {'embedder.dim': 8}))
-  with pytest.raises(InputError, match=r'config\.embedders\.hog\.dim: 8 -> 9.*--redo=embed:hog@pool to'):
-    products.missing(home, [Product('em/b', {'embedder.dim': 9})], remake=False, redo='embed:pool')
-  assert (products.embedder_of(home), products.embedder_of(tmp_path)) == ('hog', '')
+def test_set_aside_and_delete_leave_nothing_in_place(tmp_path):
+  product = Product('s/a')
+  make(tmp_path, product)
+  products.set_aside(tmp_path, 's/a')
+  assert not os.listdir(tmp_path / 's')
+  assert sorted(os.listdir(tmp_path / 'replaced/s')) == ['a.sidecar.json', 'a.txt']
+  assert products.sidecars(tmp_path) == {}
+  make(tmp_path, product)
+  products.set_aside(tmp_path, 's/a')  # what was aside gives way
+  make(tmp_path, product)
+  products.delete(tmp_path, 's/a')
+  assert not os.listdir(tmp_path / 's')
 
 
 def test_manifest_lists_finished_products_only(tmp_path):
-  done, not_done = Product('s/a', {}), Product('s/b', {})
+  done, not_done = Product('s/a'), Product('s/b')
   make(tmp_path, done)
   products.write_manifest(tmp_path, 's', [done, not_done])
   entries = files.read_json(tmp_path / 's/manifest.json')['products']
@@ -133,60 +199,60 @@ def test_manifest_lists_finished_products_only(tmp_path):
 
 
 def test_checksum_is_of_the_content(tmp_path):
-  product = Product('s/a', {})
+  product = Product('s/a')
   sums = []
   for text in ('x', 'x', 'y'):
-    make(tmp_path, product, text)
+    products.finish(tmp_path, product, write(tmp_path, product, text), {})
     sums.append(products.read_sidecar(tmp_path, 's/a')['checksum'])
   assert sums[0] == sums[1] != sums[2]
-
-
-def test_forget_leaves_nothing(tmp_path):
-  product = Product('s/a', {})
-  make(tmp_path, product)
-  products.forget(tmp_path, 's/a')
-  assert not os.listdir(tmp_path / 's')
 
 
 def _hold(path, ready, done):
   with products.lock(path, 's/a'):
     ready.set()
-    done.wait(30)
+    done.wait(600)  # its parent ends it sooner
 
 
-def test_lock_says_who_holds_it_and_is_free_afterwards(tmp_path):
+@pytest.fixture
+def holder(tmp_path):
   context = multiprocessing.get_context('spawn')
   ready, done = context.Event(), context.Event()
-  holder = context.Process(target=_hold, args=(str(tmp_path), ready, done))
-  holder.start()
+  process = context.Process(target=_hold, args=(str(tmp_path), ready, done))
+  process.start()
   assert ready.wait(60)
-  with pytest.raises(InputError, match=f'process {holder.pid} on'):
-    with products.lock(tmp_path, 's/a'):
-      pass
+  yield process, done
+  process.kill()
+  process.join()
+
+
+def test_lock_says_who_holds_it_and_is_free_afterwards(tmp_path, holder):
+  process, done = holder
+  with pytest.raises(InputError, match=f'process {process.pid} on .*s/a.lock'):
+    make(tmp_path, Product('s/a'))
   done.set()
-  holder.join()
+  process.join()
   with products.lock(tmp_path, 's/a'):
     assert json.loads((tmp_path / 's/a.lock').read_text())['pid'] == os.getpid()
+    with pytest.raises(InputError, match=f'process {os.getpid()} on'):  # in the same process, too
+      with products.lock(tmp_path, 's/a'):
+        pass
   assert not os.listdir(tmp_path / 's')
 
 
-def test_a_lock_of_a_killed_process_is_taken_over(tmp_path):
-  context = multiprocessing.get_context('spawn')
-  ready, done = context.Event(), context.Event()
-  holder = context.Process(target=_hold, args=(str(tmp_path), ready, done))
-  holder.start()
-  assert ready.wait(60)
-  holder.kill()
-  holder.join()
+def test_a_lock_of_a_killed_process_is_free_even_as_a_zombie(tmp_path, holder):
+  process, _ = holder
+  process.kill()
+  os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # it is dead, and nobody has collected it
   assert (tmp_path / 's/a.lock').exists()
-  with products.lock(tmp_path, 's/a'):
-    pass
+  assert make(tmp_path, Product('s/a')) == ['s/a']
 
 
-def test_a_reused_process_id_is_not_mistaken_for_the_holder(tmp_path):
-  (tmp_path / 's').mkdir()
-  import socket
-  holder = {'host': socket.gethostname(), 'pid': os.getpid(), 'time': 'then', 'started': 'long ago'}
-  (tmp_path / 's/a.lock').write_text(json.dumps(holder))
+def test_a_lock_is_not_inherited(tmp_path):
   with products.lock(tmp_path, 's/a'):
-    pass
+    sleeper = os.posix_spawn('/bin/sleep', ['sleep', '30'], os.environ)
+  try:
+    with products.lock(tmp_path, 's/a'):
+      pass
+  finally:
+    os.kill(sleeper, 9)
+    os.waitpid(sleeper, 0)

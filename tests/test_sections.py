@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from clip_jax.pruning import rules
 from clip_jax.reporting import sections
-from clip_jax.reporting import svg
+
+from looks import LOOKS
 
 BINS = [{
     'low': 0.5, 'high': 0.55, 'n': 30, 'accuracy': 0.5, 'accuracy_low': 0.4, 'accuracy_high': 0.6
@@ -88,47 +88,21 @@ def test_untrained_splits_are_named():
   assert len(table.rows) == 1 and 'gap' in text.text
 
 
-def test_near_and_far_are_said_in_words():
-  for rule, words in (('near', 'near-pruned (most similar removed)'),
-                      ('far', 'far-pruned (most similar kept)')):
-    assert sections.rule_words(rule, benchmarks=('a', 'b')).startswith(words)
-    assert svg.RULES[rule][2] == words
-  assert 'by more than 0.01' in sections.rule_words('gap_aligned', benchmarks=('a',), slack=0.01)
-  assert all(sections.rule_words(rule) for rule in svg.RULES)
-
-
-def test_every_rule_has_words_a_colour_and_a_mark_of_its_own():
-  looks = svg.looks({name: rule.label for name, rule in rules.RULES.items()})
-  assert list(looks.items()) == list(svg.RULES.items())
-  marks = [(color, marker) for color, marker, _ in looks.values()]
+def test_every_rule_has_a_colour_and_a_mark_of_its_own():
+  marks = [(color, marker) for color, marker, _ in LOOKS.values()]
   assert len(set(marks)) == len(marks)
-
-
-@pytest.mark.parametrize('rule, of, words', [
-    ('gap_aligned', {'benchmarks': ('a',), 'dose': 0.5}, '50 % of the number that slack 0 removes, largest excess first'),
-    ('gap_aligned', {'benchmarks': ('a',), 'quantile': 0.9}, 'more than the 90 % quantile of the'),
-    ('gap_aligned', {'benchmarks': ('a',), 'slack': -0.01}, 'by more than \u22120.01'),
-    ('k_aligned', {'benchmarks': ('a', 'b'), 'k': 5}, 'a and b has nearer pool images than anchor images, '
-                                                      'for its 5 nearest'),
-    ('domain_removal', {'column': 'domain', 'values': ('sketch', 'toon')},
-     'not alignment: without rows whose domain is sketch and toon'),
-    ('domain_removal', {'reference': 'styles', 'values': ('sketch',)}, 'nearest example of styles'),
-    ('union', {'of': ('x', 'y')}, 'what x or y keeps'),
-    ('intersection', {'of': ('x', 'y', 'z')}, 'what x, y and z keep'),
-    ('minus', {'of': ('x', 'y')}, 'what x keeps and y does not')])
-def test_rules_are_said_by_their_own_keys(rule, of, words):
-  assert words in sections.rule_words(rule, **of)
 
 
 def test_the_dose_has_a_table_with_shares_and_slacks():
   point = {'split': 'gap_50', 'control': 'gap_50_matched', 'control_rule': 'matched', 'dropped': 59, 'slack': 0.0144, 'share': 0.504,
            'estimate': -0.021, 'low': -0.04, 'high': -0.002, 'method': 'crossed'}
   _, drawn, table = sections.dose_blocks([{'name': 'val', 'points': [
-      {**point, 'split': 'gap', 'share': 1.0, 'low': None, 'high': None}, point]}])
+      {**point, 'split': 'gap', 'share': 1.0, 'low': None, 'high': None}, point]}],
+      LOOKS['gap_aligned'])
   assert drawn.items[0].name == 'dose_val'
   assert [cell.text for cell in table.rows[0]] == ['gap_50 on val', '50.4 %', '59', '+0.014', '\u22122.1']
   assert table.rows[0][4].detail == '[\u22124.0, \u22120.2]' and table.rows[1][4].detail == ''
-  assert sections.dose_blocks([]) == []
+  assert sections.dose_blocks([], LOOKS['gap_aligned']) == []
 
 
 def test_histograms_share_one_axis_and_count_who_is_nearer_to_the_pool():
@@ -145,12 +119,12 @@ def test_histograms_share_one_axis_and_count_who_is_nearer_to_the_pool():
 
 
 def test_bins_are_associations_and_few_is_grey():
-  blocks = sections.bin_blocks([{'name': 'val', 'what': 'similarity', 'series': SERIES}])
+  blocks = sections.bin_blocks([{'name': 'val', 'what': 'similarity', 'series': SERIES}], LOOKS)
   assert blocks[0].text.startswith('Associated with')
   table = blocks[-1].blocks[0]
   assert [row[-1].tone for row in table.rows] == ['', 'muted']
   assert [row[2].text for row in table.rows] == ['0.50 to 0.55', '0.55 to 0.60']
-  assert sections.bin_blocks([]) == []
+  assert sections.bin_blocks([], LOOKS) == []
 
 
 def test_sizes_are_drawn_on_one_scale_and_compared_with_random():
@@ -158,14 +132,14 @@ def test_sizes_are_drawn_on_one_scale_and_compared_with_random():
       'near': [{'size': 5, 'accuracy': 0.5, 'low': None, 'high': None}]}}
   rows = [{'split': 'near_5', 'rule': 'near', 'control': 'random_5', 'benchmark': 'val',
            'estimate': estimate(-0.1, -0.2, 0.0, 'this checkpoint', 1)}]
-  figures, fact, table = sections.size_blocks([panel], rows)
+  figures, fact, table = sections.size_blocks([panel], rows, LOOKS)
   assert figures.items[0].name == 'size_val' and 'near-pruning hurts fast' in fact.text
   assert table.rows[0][0].detail == 'near-pruned (most similar removed)'
   assert table.rows[0][2].text == '\u221210.0 [\u221220.0, 0.0] points'
   assert table.rows[0][2].detail.startswith('this checkpoint')
-  assert sections.size_blocks([], []) == []
+  assert sections.size_blocks([], [], LOOKS) == []
 
 
 def test_answer_shows_what_is_missing_and_the_paper():
-  blocks = sections.answer_blocks([], 'missing')
+  blocks = sections.answer_blocks([], 'missing', LOOKS)
   assert blocks[0] == 'missing' and '15 %' in blocks[1].text

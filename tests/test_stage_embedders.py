@@ -16,12 +16,9 @@ import tiny
 from clip_jax import defaults
 from clip_jax.core import products
 from clip_jax.core.errors import ConfigError, InputError
-from clip_jax.stages import check
-from clip_jax.stages import embedder
-from clip_jax.stages import embedders
-from clip_jax.stages import layout
-from clip_jax.stages import models
-from clip_jax.stages import pipeline
+from clip_jax.experiment import blocks
+from clip_jax.experiment.experiment import Experiment
+from clip_jax.stages import check, embedder, models, pipeline
 
 PREPARE = squares.PREPARE
 
@@ -47,10 +44,10 @@ def run(c, workdir, stages=PREPARE, **more):
 
 
 @pytest.fixture(scope='module')
-def world(tmp_path_factory):
+def world(prepared_squares, tmp_path_factory):
   """The data, and a finished work directory; tests that change it work on a copy."""
-  folder = tmp_path_factory.mktemp('embedders')
-  squares.make(folder / 'data')
+  folder = tmp_path_factory.mktemp('embedders') / 'copy'
+  shutil.copytree(prepared_squares, folder, symlinks=True)
   run(config(folder / 'data'), folder / 'run')
   return folder
 
@@ -69,47 +66,45 @@ def made(workdir, folder='.'):
 
 def test_the_work_directory_is_as_promised(world):
   home = world / 'run/embedders/hog'
-  assert os.readlink(home / 'ingest') == '../../ingest'
   for name in ('embedder/embedder.npz', 'embeddings/pool/00001.npy', 'embeddings/squares/00000.npy',
                'search/squares/queries.npz', 'search/squares/pool-00001.npz', 'embeddings/manifest.json'):
     assert (home / name).exists(), name
-  assert not (home / 'splits').exists() and not (home / 'dedup').exists() and not (home / 'log.txt').exists()
+  assert sorted(os.listdir(home)) == ['embedder', 'embeddings', 'search']
   dim = lambda folder: np.load(folder / 'embeddings/pool/00000.npy').shape[1]
   assert (dim(world / 'run'), dim(home)) == (16, 5)
   same = world / 'run/embedders/same'
   for name in ('embeddings/pool/00000.npy', 'embeddings/squares/00000.npy'):  # the same block, the same vectors
     assert (same / name).read_bytes() == (world / 'run' / name).read_bytes()
   names = products.sidecars(world / 'run')
-  assert 'splits/sensitivity' in names and not [name for name in names if name.startswith('embedders/')]
+  assert {'splits/sensitivity', 'embedders/hog/search/squares/queries', 'embeddings/pool/00001'} <= names.keys()
   listed = [entry['name'] for entry in json.loads((world / 'run/splits/manifest.json').read_text())['products']]
   assert {'splits/sensitivity', 'splits/base/preview', 'splits/far/preview'} <= set(listed)
 
 
-def test_the_same_config_each_time_and_nothing_written(world, tmp_path):
-  c = config(world / 'data')
-  theirs, home = layout.under(c, str(tmp_path), 'hog')
-  assert theirs is layout.under(c, str(tmp_path), 'hog')[0]
-  assert theirs.embedder.dim == 5 and not theirs.embedders and not theirs.splits and not theirs.prune.sensitivity
-  assert c.embedders.hog.dim == 5 and c.splits and c.prune.preview == 'hog'  # the config itself is as it was
-  assert home == str(tmp_path / 'embedders/hog') and not os.listdir(tmp_path)
-  assert layout.dedup_home(c, str(tmp_path)) == (c, str(tmp_path))
-  c.dedup.embedder = 'hog'
-  assert layout.dedup_home(c, str(tmp_path)) == (theirs, home)
+def test_an_embedder_of_its_own_changes_nothing_of_the_main_one(world, tmp_path):
+  x = Experiment(config(world / 'data'), str(tmp_path))
+  hog = x.under('hog')
+  assert (x.embedder_block.dim, hog.embedder_block.dim) == (16, 5) and not os.listdir(tmp_path)
+  assert hog.home('search') == str(tmp_path / 'embedders/hog/search') and x.home('search') == str(tmp_path / 'search')
+  alone = squares.config(world / 'data')
+  alone.splits.far = x.config.splits.far
+  ours = {product.name: product.fingerprint for product in x.graph.everything() if not product.embedder}
+  ours.pop('report/index')
+  theirs = {product.name: product.fingerprint for product in Experiment(alone, '').graph.everything()}
+  assert ours.items() <= theirs.items()
 
 
 def test_the_threshold_of_duplicates_is_that_of_the_embedder(world):
   c = config(world / 'data', **{'dedup.embedder': 'hog', 'dedup.threshold': 0.25, 'prune.duplicate_similarity': 0.95})
-  layout.forget()
   check.check(c)
-  assert layout.duplicate_similarity(c) == 0.95
-  assert layout.duplicate_similarity(layout.under(c, 'w', 'hog')[0]) == 0.75  # dedup.threshold is its own
-  assert layout.duplicate_similarity(layout.under(c, 'w', 'same')[0]) == 0.95
+  assert blocks.duplicate_similarity(c) == blocks.duplicate_similarity(c, 'same') == 0.95
+  assert blocks.duplicate_similarity(c, 'hog') == 0.75  # dedup.threshold is its own
 
 
 def test_only_what_is_used_is_run(world, tmp_path):
   c = config(world / 'data')
   c.prune.sensitivity, c.prune.preview, c.dedup.embedder, c.prune.duplicate_similarity = (), '', 'hog', 0.9
-  assert embedders.used(c) == ['hog'] and embedders.used(c, 'search') == [] and embedders.used(c, 'dedup') == []
+  assert [blocks.further_embedders(c, stage) for stage in ('embed', 'search', 'dedup')] == [['hog'], [], []]
   run(c, tmp_path / 'w', stages=['ingest', 'embedder', 'embed', 'dedup', 'search'])
   assert sorted(os.listdir(tmp_path / 'w/embedders')) == ['hog']
   assert sorted(os.listdir(tmp_path / 'w/embedders/hog/embeddings')) == ['anchor', 'manifest.json', 'pool']
@@ -157,24 +152,13 @@ def test_redo_of_a_part_of_one(world, copy):
 
 
 @pytest.mark.parametrize('redo, why', [
-    ('ingest:hog@pool', 'only embedder, embed, search'), ('embed:hgo@pool', 'names nothing'),
+    ('ingest:hog@pool', 'only embedder, embed and search'), ('embed:hgo@pool', 'names nothing'),
     ('embed:hog@poool', 'Did you mean .embedders/hog/embeddings/pool')])
 def test_redo_of_what_is_not_theirs(world, copy, redo, why):
   before = made(copy)
   with pytest.raises(ConfigError, match=why):
     run(config(world / 'data'), copy, redo=redo)
   assert made(copy) == before and (copy / 'ingest/pool/table.npy').exists()
-
-
-def test_a_redo_killed_when_all_is_removed_goes_on(world, copy):
-  for name in ('dedup', 'embed:hog@pool'):
-    pipeline.forget(str(copy), name)
-    state = json.loads((copy / 'redo.json').read_text())
-    (copy / 'redo.json').write_text(json.dumps(state | {'removed': False}))  # as before its last line
-    pipeline.forget(str(copy), name)
-    assert json.loads((copy / 'redo.json').read_text())['removed']
-  with pytest.raises(ConfigError, match='names nothing'):
-    pipeline.forget(str(copy), 'embed:hog@nothing')
 
 
 def test_redo_of_ingest_forgets_what_follows_in_them(world, copy):
@@ -186,7 +170,6 @@ def test_redo_of_ingest_forgets_what_follows_in_them(world, copy):
       assert after[f'{home}{name}.sidecar.json'] > before[f'{home}{name}.sidecar.json']
     for name in ('embeddings/pool/00000', 'embedder/embedder', 'search/anchor_classes/pool-00000'):
       assert after[f'{home}{name}.sidecar.json'] == before[f'{home}{name}.sidecar.json']
-  assert os.path.islink(copy / 'embedders/hog/ingest')
 
 
 def test_new_pool_files_are_embedded_by_all(world, copy, tmp_path):
@@ -212,40 +195,24 @@ def test_one_that_the_config_no_longer_has_is_left_alone(world, copy):
   assert 'embedders/hog' not in left[0] and 'splits/sensitivity' not in left[0]
 
 
-def test_a_copy_that_followed_the_link_is_healed(world, tmp_path):
-  shutil.copytree(world / 'run', tmp_path / 'run')
-  assert not os.path.islink(tmp_path / 'run/embedders/hog/ingest')
-  before = made(world / 'run', 'embedders/hog/embeddings')
-  run(config(world / 'data'), tmp_path / 'run')
-  assert os.readlink(tmp_path / 'run/embedders/hog/ingest') == '../../ingest'
-  assert made(tmp_path / 'run', 'embedders/hog/embeddings') == before
-
-
-def test_a_link_that_became_a_text_is_healed(copy):
-  link = copy / 'embedders/hog/ingest'
-  link.unlink()
-  link.write_text('../../ingest')
-  embedders.link_ingest(str(link.parent))
-  assert os.readlink(link) == '../../ingest'
-
-
 def test_weights_of_an_unknown_model_name_the_flag_of_their_embedder(world, tmp_path, monkeypatch):
   def read(path, name, flag):
     raise ConfigError(f'Name the model: {flag}=ViT-B-32')
   monkeypatch.setattr(models, 'read', read)
   (tmp_path / 'x.bin').write_bytes(b'weights')
-  weights = defaults.embedder(source='weights', path=str(tmp_path / 'x.bin'))
-  c = layout.with_keys(config(world / 'data'), embedder=weights)
-  for home, key in ((tmp_path / 'run', 'embedder'), (tmp_path / 'run/embedders/hog', 'embedders.hog')):
-    for opened in (embedder.run, embedder.load, embedder.text_tower):
+  c = config(world / 'data')
+  c.embedder = c.embedders.hog = defaults.embedder(source='weights', path=str(tmp_path / 'x.bin'))
+  x = Experiment(c, str(tmp_path / 'run'))
+  make = lambda view: list(embedder.MAKERS['embedder'](view, [view.graph.embedder(view.embedder)]))
+  for view, key in ((x, 'embedder'), (x.under('hog'), 'embedders.hog')):
+    for opened in (make, models.open_embedder, models.text_tower):
       with pytest.raises(ConfigError, match=f'--config.{key}.name='):
-        opened(c, str(home))
+        opened(view)
 
 
 def test_a_work_directory_in_a_folder_named_embedders_is_a_main_one(world, tmp_path):
   run(config(world / 'data'), tmp_path / 'embedders/mine', stages=['ingest', 'embedder'])
-  assert products.embedder_of(tmp_path / 'embedders/mine') == ''
-  assert products.embedder_of(tmp_path / 'embedders/mine/embedders/hog') == 'hog'
+  assert {'embedder/embedder', 'embedders/hog/embedder/embedder'} <= products.sidecars(tmp_path / 'embedders/mine').keys()
 
 
 def test_a_killed_one_goes_on_at_the_shard(world, tmp_path):
@@ -264,7 +231,7 @@ def get_config():
        f'--stages={",".join(PREPARE)}'], cwd=tiny.ROOT, env=tiny.environment(), stdout=subprocess.DEVNULL,
       stderr=subprocess.DEVNULL)
   first = workdir / 'embedders/hog/embeddings/pool/00000.sidecar.json'
-  deadline = time.monotonic() + 120
+  deadline = time.monotonic() + 1800
   while not first.exists():
     assert process.poll() is None and time.monotonic() < deadline
     time.sleep(0.001)
@@ -306,12 +273,12 @@ def test_what_is_wrong_with_a_config_is_said(world, change, why):
   c.update_from_flattened_dict(change)
   with pytest.raises(ConfigError, match=why):
     check.check(c)
-    check.embedder_weights(c)
+    check.embedder_weights(Experiment(c, ''))
 
 
 def test_names_that_make_no_folder_and_a_bare_dict(world):
   for name, block, why in (('a/b', defaults.embedder(), 'a name is letters'), ('-x', defaults.embedder(), 'a name'),
-                           ('x', 3, 'must be made by')):
+                           ('x', 3, 'made by defaults.py')):
     c = config(world / 'data')
     c.embedders[name] = block
     with pytest.raises(ConfigError, match=why):

@@ -18,8 +18,8 @@ from clip_jax.core import files
 from clip_jax.data import export as copies
 from clip_jax.data import reader
 from clip_jax.pruning import exports
+from clip_jax.experiment.experiment import Experiment
 from clip_jax.stages import export
-from clip_jax.stages import layout
 
 from squares import PREPARE, config, run, sample, write_tar
 import squares
@@ -59,7 +59,7 @@ def small(monkeypatch):
 
 def test_every_export_names_the_split_and_comes_back_as_it(world, capsys, small):
   c, w = made(world), world / 'w'
-  c.splits.base.export = layout.EXPORTS[:1] + ('keys', 'webdataset', 'array_record')
+  c.splits.base.export = ('datacomp', 'keys', 'webdataset', 'array_record')
   c.splits.half = defaults.split(rule='random', size=0.5, seeds=(0, 1), export=('datacomp',))
   status, said = run(c, w, capsys, PREPARE)
   assert status == 0, said
@@ -75,7 +75,7 @@ def test_every_export_names_the_split_and_comes_back_as_it(world, capsys, small)
   for key in (keys[3], keys[45], keys[-1]):  # where the image is
     with open(world / key['dataset'] / key['file'], 'rb') as f:
       f.seek(key['offset'])
-      assert f.read(key['length']) == layout.source(str(w), key['dataset'])[key['row']]['image']
+      assert f.read(key['length']) == reader.Source(str(w / 'ingest' / key['dataset']))[key['row']]['image']
   assert sorted(os.listdir(there / 'webdataset'))[1::2] == ['00000.tar', '00001.tar', '00002.tar',
                                                            'anchor-00000.tar', 'sizes.sidecar.json']
   for kind, ending in (('webdataset', 'tar'), ('array_record', 'array_record')):
@@ -122,7 +122,7 @@ def test_a_list_with_repeats_strangers_and_rows_that_are_no_candidates(world, tm
   assert (about['pool_rows'], about['candidates'], about['dropped']) == (5, 60, 57)
   draw = about['draws']['rows']
   assert draw['repeats'] == 2 and draw['not_in_pool'] == 1 and draw['listed_twice'] == 1
-  back = exports.find(exports.read(w / 'splits/subset/export/uids.npy'), export.pool_keys(str(w), 'uid'))
+  back = exports.find(exports.read(w / 'splits/subset/export/uids.npy'), export.pool_keys(Experiment(c, str(w)), 'uid'))
   assert back.rows.tolist() == [3, 5, 5, 5, 50]
   with tarfile.open(w / 'splits/subset/export/webdataset/00000.tar') as tar:
     names = tar.getnames()
@@ -137,9 +137,9 @@ def test_a_list_with_repeats_strangers_and_rows_that_are_no_candidates(world, tm
   assert (w / 'splits/subset/rows.sidecar.json').read_text() == before
   np.save(tmp_path / 'moved.npy', exports.sorted_uids(exports.uids(listed[:2])))  # another content
   status, said = run(c, w, capsys, ['prune'])
-  assert status == 0 and 'splits/subset/rows is made again, because the listed file has changed' in said
+  assert status == 0 and 'splits/subset/rows is made again: the listed file has changed' in said
   assert 'splits/alike/rows-seed0 is made again' in said
-  assert '1 files in splits/subset/export/webdataset do not fit the split; they are removed, or made again' in said
+  assert 'splits/subset/export/webdataset/00000 is made again: ' in said
   assert np.load(w / 'splits/subset/rows.npy')[:2].tolist() == [3, 5]
   assert len(np.load(w / 'splits/subset/export/uids.npy')) == 2
   with tarfile.open(w / 'splits/subset/export/webdataset/00000.tar') as tar:
@@ -157,7 +157,7 @@ def test_fewer_samples_leave_no_old_file(world, tmp_path, capsys, small):
   (folder / '.tmp-1-00009.tar').write_bytes(b'of a process that was killed')
   (folder / '00009.tar').write_bytes(b'of one that was killed before it wrote the sidecar')
   status, said = run(c, w, capsys, ['prune'])
-  assert status == 0 and '2 files in splits/some/export/webdataset do not fit the split' in said, said
+  assert status == 0 and '1 files in splits/some/export/webdataset do not belong to the split; they are removed' in said, said
   assert sorted(name for name in os.listdir(folder) if not name.endswith('.json')) == [
       '00000.tar', '00001.tar', 'anchor-00000.tar']
   assert json.loads((folder / 'sizes.json').read_text()) == {
@@ -166,7 +166,7 @@ def test_fewer_samples_leave_no_old_file(world, tmp_path, capsys, small):
   assert first == ((folder / '00000.tar').stat().st_mtime_ns, (folder / 'anchor-00000.tar').stat().st_mtime_ns)
   c.splits.some.export = ()
   status, said = run(c, w, capsys, ['prune'])
-  assert status == 0 and 'does not ask for them: splits/some/export/webdataset/00000' in said
+  assert status == 0 and 'as the config does not name them: splits/some/export/webdataset/00000' in said
   (folder / '00001.tar').unlink()
   c.splits.some.export = ('webdataset',)
   status, said = run(c, w, capsys, ['prune'])

@@ -1,5 +1,6 @@
 """Stage ingest beyond the demo's path: every format in one dataset, labels of folders, the summary, moves."""
 
+import dataclasses
 import json
 import os
 import re
@@ -12,10 +13,9 @@ import pytest
 
 from clip_jax import defaults
 from clip_jax.core import products
-from clip_jax.data import array_record
-from clip_jax.data import summary
+from clip_jax.data import array_record, formats, reader, summary
+from clip_jax.experiment.graph import Graph
 from clip_jax.stages import ingest
-from clip_jax.stages import layout
 
 from squares import run, sample, write_tar
 
@@ -34,6 +34,10 @@ def _ingest(c, workdir, capsys):
 
 def _summary(workdir, dataset='pool'):
   return json.loads((workdir / 'ingest' / dataset / 'summary.json').read_text())
+
+
+def _source(workdir):
+  return reader.Source(str(workdir / 'ingest/pool'))
 
 
 def _files(folder, samples, ending='png'):
@@ -81,7 +85,7 @@ def test_all_formats_are_one_dataset_which_is_summed_up_and_may_move(tmp_path, c
   said = _ingest(_mixed(tmp_path / 'data'), workdir, capsys)
   assert '20 samples' in said
   assert "2 samples have the key of an earlier one (as '00006' in a/1.tar and b/0.parquet)" in said
-  source = layout.source(str(workdir), 'pool')
+  source = _source(workdir)
   expected = [*range(10), *range(20, 24), *range(30, 34)]
   expected[8:8] = [6, 7]
   assert [row['image'] for row in map(source.__getitem__, range(20))] == [sample(i, i % 3)['png'] for i in expected]
@@ -99,7 +103,7 @@ def test_all_formats_are_one_dataset_which_is_summed_up_and_may_move(tmp_path, c
             if path.name != 'files.json' and path.is_file()}
   assert 'nothing was done' in _ingest(c, workdir, capsys)
   assert all(path.read_bytes() == data for path, data in before.items())
-  source = layout.source(str(workdir), 'pool')
+  source = _source(workdir)
   assert [source[i]['image'] for i in range(20)] == [sample(i, i % 3)['png'] for i in expected]
 
 
@@ -110,10 +114,10 @@ def test_what_is_broken_is_listed_with_its_file(tmp_path, capsys, monkeypatch):
   write_tar(tmp_path / 'data/0.tar', _some(10))
   write_tar(tmp_path / 'data/1.tar', bad)
   c = _pool(format='webdataset', path=f'{tmp_path}/data')
-  monkeypatch.setattr(ingest, 'SAID_SECS', 0.0)
+  monkeypatch.setattr(ingest, 'RATE_SECS', 0.0)
   said = _ingest(c, tmp_path / 'w', capsys)
   path = tmp_path / 'w/ingest/pool/broken.csv'
-  assert f'what cannot be used, and why: {path}' in said and re.search(r'8 samples, \d+\.\d kB, looked through in', said)
+  assert f'what cannot be used, and why: {path}' in said and re.search(r'8 samples, \d+\.\d kB, scanned in', said)
   assert path.read_text().splitlines() == [
       'shard,file,key,reason', '1,1.tar,00001,no caption', '1,1.tar,00002,bad json']
   assert _summary(tmp_path / 'w')['reasons'] == {'bad json': 1, 'no caption': 1}
@@ -171,7 +175,7 @@ def test_a_file_of_labels_counts_by_its_content(tmp_path, capsys):
   c = _flat(tmp_path)
   said = _ingest(c, tmp_path / 'w', capsys)
   assert 'pool: labels by truth.txt: 3 of 4 images.' in said
-  source = layout.source(str(tmp_path / 'w'), 'pool')
+  source = _source(tmp_path / 'w')
   assert source.labels.tolist() == [1, 1, 0] and source.classes == ('n00', 'n01') and source[0]['caption'] == 'a n01'
   assert '0,./,ILSVRC2012_val_00000002.JPEG,no label' in (
       tmp_path / 'w/ingest/pool/broken.csv').read_text()
@@ -185,14 +189,13 @@ def test_a_file_of_labels_counts_by_its_content(tmp_path, capsys):
 
 
 def test_a_class_that_moves_the_others_is_noticed(tmp_path, capsys, monkeypatch):
-  monkeypatch.setitem(ingest.formats.FORMATS, 'folder', ingest.dataclasses.replace(
-      ingest.formats.FORMATS['folder'], files_a_shard=2))
+  monkeypatch.setitem(formats.FORMATS, 'folder', dataclasses.replace(formats.FORMATS['folder'], files_a_shard=2))
   _files(tmp_path / 'data', {'n2/1': sample(1, 1), 'n2/2': sample(2, 1)})
   c = _pool(format='folder', path=f'{tmp_path}/data', caption_template='{}')
   _ingest(c, tmp_path / 'w', capsys)
   _files(tmp_path / 'data', {'n3/1': sample(3, 1)})
   said = _ingest(c, tmp_path / 'w', capsys)  # a class behind the others keeps their labels
-  assert '1 of 2 shards' in said and layout.source(str(tmp_path / 'w'), 'pool').labels.tolist() == [0, 0, 1]
+  assert '1 of 2 shards' in said and _source(tmp_path / 'w').labels.tolist() == [0, 0, 1]
   _files(tmp_path / 'data', {'n10/1': sample(4, 1)})  # n2, n3, n10 as files; but as text n10 is the first class
   status, said = run(c, tmp_path / 'w', capsys, ['ingest'])
   assert status == 1 and 'labels of images has changed' in said
@@ -209,7 +212,7 @@ def test_objectnet_asks_for_its_shared_names_only(tmp_path, capsys):
   c = _pool(format='folder', path=str(top), caption_template='a {}')
   said = _ingest(c, tmp_path / 'w', capsys)
   assert 'recognised as ObjectNet' in said and '2 names that ImageNet has too' in said
-  source = layout.source(str(tmp_path / 'w'), 'pool')
+  source = _source(tmp_path / 'w')
   assert [(source.caption(i), int(source.labels[i])) for i in range(2)] == [('a Alarm clock', 0), ('a Broom', 1)]
   assert (_summary(tmp_path / 'w')['left_out'], _summary(tmp_path / 'w')['skipped']) == (1, 0)
 
@@ -221,7 +224,7 @@ def test_odd_names_of_files(tmp_path, capsys):
   os.link(tmp_path / 'data/a/1.png', os.fsencode(tmp_path) + b'/data/\xfe/1.png')
   c = _pool(format='folder', path=f'{tmp_path}/data')
   _ingest(c, tmp_path / 'w', capsys)
-  assert layout.source(str(tmp_path / 'w'), 'pool').classes == ('a', 'new\nline')
+  assert _source(tmp_path / 'w').classes == ('a', 'new\nline')
   assert _summary(tmp_path / 'w')['reasons'] == {'name is not UTF-8': 2}
   assert 'nothing was done' in _ingest(c, tmp_path / 'w', capsys)
   c = _pool(format='folder', path=f'{tmp_path}/one')
@@ -236,7 +239,7 @@ def test_json_labels_of_a_folder_of_shards_are_not_its_folders(tmp_path, capsys)
   for key, s in _some(0).items():
     (tmp_path / f'data/00000/{key}.json').write_bytes(s['json'])
   _ingest(_pool(format='folder', path=f'{tmp_path}/data', label_key='label'), tmp_path / 'w', capsys)
-  source = layout.source(str(tmp_path / 'w'), 'pool')
+  source = _source(tmp_path / 'w')
   assert source.labels.tolist() == [0, 1, 2, 0] and source.classes == ()
 
 
@@ -263,11 +266,17 @@ def test_shards_in_processes_give_the_same(tmp_path, capsys):
   assert np.load(tmp_path / 'two/ingest/pool/starts.npy').tolist() == [0, 4, 8, 12, 16, 20]
 
 
-def test_keys_of_vectors_are_in_no_older_fingerprint():
-  keys = lambda **given: {key.removeprefix('pool.') for key in ingest._keys(defaults.dataset(**given), 'pool')}
-  assert keys() == {
-      'format', 'where', 'part', 'group_key', 'group_pattern', 'image_key', 'caption_key', 'sample_key',
-      'caption_template', 'caption_pattern', 'caption_replacement', 'caption_share', 'label_key', 'classes', 'columns',
-      'needs_caption'}
-  assert keys(vector_key='l14_img', vector_dim=4, any_norm=True, images='DIR', metadata='DIR') - keys() == {
-      'vector_key', 'vector_dim'}
+def test_what_is_done_with_a_dataset_later_is_in_no_fingerprint_of_its_index(tmp_path):
+  write_tar(tmp_path / 'a/0.tar', _some(0))
+  shutil.copytree(tmp_path / 'a', tmp_path / 'b')
+
+  def index(folder='a', **given):
+    return Graph(_pool(format='webdataset', path=f'{tmp_path}/{folder}', **given)).index_shards('pool')[0]
+  plain = index()
+  assert {'pool.format', 'pool.where', 'pool.part', 'pool.caption_key', 'pool.classes',
+          'pool.needs_caption'} <= plain.keys.keys()
+  later = dict(any_norm=True, images='DIR', metadata='DIR', domain_column='domain')
+  assert not {f'pool.{key}' for key in (*later, 'path', 'labels_file')} & plain.keys.keys()
+  assert index('b', **later).fingerprint == plain.fingerprint
+  for given in (dict(vector_key='l14_img'), dict(where={'label': 1}), dict(part=(0.0, 0.5)), dict(columns=('uid',))):
+    assert index(**given).fingerprint != plain.fingerprint

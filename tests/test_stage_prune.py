@@ -8,12 +8,12 @@ import pytest
 
 from clip_jax import defaults
 from clip_jax.core.errors import ConfigError, InputError
+from clip_jax.data import reader
 from clip_jax.pruning import columns
 from clip_jax.pruning import splits
-from clip_jax.stages import check
-from clip_jax.stages import layout
-from clip_jax.stages import prune
-from clip_jax.stages import prune_columns
+from clip_jax.experiment import blocks, graph
+from clip_jax.experiment.experiment import Experiment
+from clip_jax.stages import check, pipeline, prune, prune_columns
 
 import squares
 
@@ -55,7 +55,6 @@ def made(tmp_path_factory):
   folder = tmp_path_factory.mktemp('prune')
   squares.make(folder)
   c = every_rule(folder)
-  from clip_jax.stages import pipeline
   pipeline.run(c, str(folder / 'w'), stages=squares.PREPARE, redo='', dry_run=False)
   return c, folder / 'w'
 
@@ -64,14 +63,18 @@ def about(workdir, split):
   return json.loads((workdir / f'splits/{split}/split.json').read_text())
 
 
+def rows_of(c, workdir, split, seed=0):
+  return np.load(workdir / (graph.rows_name(c, split, seed) + '.npy'))
+
+
 def pool_rows(c, workdir, split, seed=0):
-  rows = np.load(layout.split_rows(c, str(workdir), split, seed))
+  rows = rows_of(c, workdir, split, seed)
   return set(rows[rows < 60].tolist())
 
 
 def test_joins_are_those_of_sets_and_drawn_where_a_member_is(made):
   c, w = made
-  assert [name for name in c.splits if layout.is_drawn(c, name)] == [
+  assert [name for name in c.splits if blocks.is_drawn(c, name)] == [
       'join', 'some', 'like_three', 'like_both', 'as_few', 'dose_50_matched', 'dose_100_matched', 'dose_125_matched']
   for seed in (0, 1):
     some, no_red = (pool_rows(c, w, name, seed) for name in ('some', 'no_red'))
@@ -93,7 +96,7 @@ def test_sizes_of_others(made):
 @pytest.mark.parametrize('split', ['size_like', 'far_like', 'no_red', 'both', 'join', 'three'])
 def test_what_goes_of_each_class_is_said_of_every_split_that_selects(made, split):
   c, w = made
-  labels = layout.source(str(w), layout.POOL).labels
+  labels = reader.Source(str(w / 'ingest/pool')).labels
   base, kept = pool_rows(c, w, 'base'), pool_rows(c, w, split)
   found = {name: (one['candidates'], one['dropped']) for name, one in about(w, split)['by_class'].items()}
   assert found == {name: (sum(labels[row] == i for row in base), sum(labels[row] == i for row in base - kept))
@@ -112,7 +115,7 @@ def test_planted_copies_stand_behind_the_anchor(made):
   assert (found['anchor_rows'], found['planted_rows'], found['dropped']) == (12, int(planted.sum()), 0)
   for split in ('base', 'three', 'join'):
     assert about(w, split)['planted_rows'] == 0
-    assert np.load(layout.split_rows(c, str(w), split, 0)).max() < 72
+    assert rows_of(c, w, split).max() < 72
 
 
 def test_a_split_may_be_empty_or_whole(made):
@@ -184,8 +187,8 @@ def test_aligned_splits_are_checked_in_one_pass_and_each_refused_at_its_turn(mad
     checked.append(set(promises))
     return check_aligned(promises, *given, **more)
   monkeypatch.setattr(splits, 'check_aligned', recorded)
-  prune.run(c, str(tmp_path / 'w'))
-  aligned = {name for name, block in c.splits.items() if block.rule in layout.ALIGNED}
+  squares.run_stages(c, tmp_path / 'w', 'prune')
+  aligned = {name for name in c.splits if blocks.rule_of(c, name).aligned}
   assert checked == [aligned] and len(aligned) > 5
   for sidecar in sidecars:
     name = sidecar.parent.name
@@ -198,15 +201,15 @@ def test_aligned_splits_are_checked_in_one_pass_and_each_refused_at_its_turn(mad
     sidecar.unlink()
   monkeypatch.setitem(c.prune, 'check_queries', 100)
   with pytest.raises(InputError, match='slack is not aligned to squares: .* 12 checked.*--redo=search'):
-    prune.run(c, str(tmp_path / 'w'))
-  order = prune.order(c)
+    squares.run_stages(c, tmp_path / 'w', 'prune')
+  order = blocks.in_order(c)
   assert [name for name in order if (tmp_path / f'w/splits/{name}/split.sidecar.json').exists()] == order[
       :order.index('slack')]
 
 
 def test_pairs_come_in_parts_of_whole_queries(made, monkeypatch):
   c, w = made
-  base = prune.Base(c, str(w))
+  base = prune.Base(Experiment(c, str(w)))
   whole, = base.pairs('squares', 3)
   want = base.keep('three', 0)
   monkeypatch.setattr(prune_columns, 'PAIRS_AT_ONCE', 7)
@@ -218,25 +221,28 @@ def test_pairs_come_in_parts_of_whole_queries(made, monkeypatch):
   assert found.rows.tolist() == want.rows.tolist() and found.report == want.report
 
 
-def test_a_second_run_makes_nothing_and_older_rows_still_fit(made, monkeypatch):
+def test_a_second_run_makes_nothing(made, monkeypatch):
   c, w = made
-  layout.forget()
   monkeypatch.setattr(prune, 'Base', None)  # it would be needed to make anything
-  prune.run(c, str(w))
-  # What a config said before quantile, dose and joins were there is what it says now.
-  assert prune.rows_product(c, str(w), 'pruned', 0).keys == {
-      'splits.rule': 'gap_aligned', 'splits.benchmarks': ['squares'], 'splits.slack': 0.0,
-      'splits.append_anchor': True}
-  assert not [name for name in prune.rows_product(c, str(w), 'pruned', 0).inputs if 'k3' in name]
-  assert [name for name in prune.rows_product(c, str(w), 'three', 0).inputs if 'k3' in name] == [
-      'search/squares/anchor-k3', 'search/squares/pairs-k3-00000', 'search/squares/pairs-k3-00001']
-  sizes = {prune.rows_product(c, str(w), 'size_like', seed).fingerprint for seed in (0, 1)}
-  assert len(sizes) == 1  # a split that is not drawn is one product, whoever's size it has
+  squares.run_stages(c, w, 'prune')
+
+
+def test_rows_depend_on_what_their_rule_reads(made):
+  c, w = made
+  rows = Experiment(c, str(w)).graph.rows
+  assert rows('pruned', 0).keys == {
+      'splits.rule': 'gap_aligned', 'splits.benchmarks': ['squares'], 'splits.slack': 0.0, 'splits.quantile': 0.0,
+      'splits.dose': 0.0, 'splits.append_anchor': True}
+  k3 = lambda split: [part.name for part in rows(split, 0).inputs if 'k3' in part.name]
+  assert not k3('pruned')
+  assert k3('three') == ['search/squares/anchor-k3', 'search/squares/pairs-k3-00000', 'search/squares/pairs-k3-00001']
+  assert len({rows('size_like', seed).fingerprint for seed in (0, 1)}) == 1  # one product, though `some` has two draws
+  assert len({rows('join', seed).fingerprint for seed in (0, 1)}) == 2
 
 
 def test_mistakes_that_only_the_columns_show(made):
   c, w = made
-  base = prune.Base(c, str(w))
+  base = prune.Base(Experiment(c, str(w)))
   for name, block, said in (
       ('far_out', defaults.split(rule='gap_aligned', benchmarks=B, dose=100.0), 'far_out: dose=100 asks to drop'),
       ('typo', defaults.split(rule='domain_removal', column='label', values=(7,)), "typo: values: '7' is not there"),
@@ -266,7 +272,7 @@ def test_rows_that_an_older_version_wrote_are_described_without_their_slack(made
   path.write_text(json.dumps(sidecar))
   before = about(w, 'slack')
   (tmp_path / 'w/splits/slack/split.sidecar.json').unlink()
-  prune.run(c, str(tmp_path / 'w'))
+  squares.run_stages(c, tmp_path / 'w', 'prune')
   found = about(tmp_path / 'w', 'slack')
   assert found['slack'] == 0.01 and found['aligned_dropped'] == before['aligned_dropped']
 

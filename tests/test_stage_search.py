@@ -11,14 +11,10 @@ import pytest
 
 from clip_jax import defaults
 from clip_jax.core.errors import ConfigError
-from clip_jax.similarity import exact
-from clip_jax.similarity import paper_compat
-from clip_jax.stages import check
-from clip_jax.stages import layout
-from clip_jax.stages import models
-from clip_jax.stages import pipeline
-from clip_jax.stages import search
-from clip_jax.stages import searched
+from clip_jax.experiment.experiment import Experiment
+from clip_jax.experiment.graph import Graph
+from clip_jax.similarity import exact, paper_compat
+from clip_jax.stages import check, models, search
 
 from squares import CLASSES, PREPARE, config, run
 import squares
@@ -54,7 +50,7 @@ def vectors(work, name):
 
 
 def column(work, name, which):
-  return layout.search_column(str(work), name, which)
+  return np.concatenate([np.load(path)[which] for path in sorted((work / f'search/{name}').glob('pool-*.npz'))])
 
 
 @pytest.fixture
@@ -85,10 +81,11 @@ def test_references_are_searched_and_have_no_thresholds(data, tmp_path, capsys, 
   assert np.isnan(column(work, 'colours', 'excess')).all()
   assert sorted(np.load(work / 'search/colours/pool-00000.npz').files) == ['excess', 'nearest', 'similarity']
   assert not (work / 'search/colours/queries.npz').exists() and not (work / 'search/colours/paper.json').exists()
-  c.search.top_k = 7  # of queries: a reference has none
-  products = search.all_products(c, str(work))['colours']
-  layout.forget()
-  assert [p.fingerprint for p in products] == [p.fingerprint for p in search.all_products(c, str(work))['colours']]
+  more = config(data, **{'search.top_k': 7})  # of queries: a reference has none
+  more.references.colours = c.references.colours
+  colours, again = (Graph(each).search_shards('colours') for each in (c, more))
+  assert [part.fingerprint for part in again] == [part.fingerprint for part in colours]
+  assert all(part.at_least == {} for part in again)
 
 
 @pytest.mark.parametrize('source', ['weights', 'train'])
@@ -105,7 +102,7 @@ def test_prompts_are_searched_by_class(data, tmp_path, capsys, monkeypatch, sour
   monkeypatch.setattr(models, 'read', lambda path, name, flag: path)
   monkeypatch.setattr(models, 'open_model', lambda weights: {c.embedder.path: model}[weights])
   c.embedder.source = source
-  target = search.open_target(c, str(work), 'kinds')
+  target = search.open_target(Experiment(c, str(work)), 'kinds')
   unit = lambda x: x / np.linalg.norm(x)
   want = [unit(sum(unit(known[text]) for text in texts)) for texts in (('a red', 'red red'), ('a blue', 'blue blue'))]
   assert target.vectors.dtype == np.float16 and target.thresholds is None and target.ids.tolist() == [0, 1]
@@ -129,12 +126,11 @@ def test_prompts_are_encoded_by_a_trained_embedder(data, tmp_path, capsys):
   np.testing.assert_allclose(column(work, 'kinds', 'similarity'), similarity.max(1), atol=2e-3)
   sure = np.sort(similarity, 1)[:, -1] - np.sort(similarity, 1)[:, -2] > 2e-3
   assert sure.any() and (found[sure] == similarity.argmax(1)[sure]).all() and set(found) <= {0, 1, 2}
-  before = search.all_products(c, str(work))['kinds'][0]
+  before = Graph(c).search_shards('kinds')[0]
   for key, value in (('classes', ('red', 'blue')), ('templates', ('{}',)), ('caption_template', '{}')):
     changed = config(data, **{'embedder.source': 'train', 'embedder.samples': 64})
     changed.references.kinds = defaults.reference(**{**c.references.kinds.to_dict(), key: value})
-    layout.forget()
-    after = search.all_products(changed, str(work))['kinds'][0]
+    after = Graph(changed).search_shards('kinds')[0]
     assert (after.fingerprint != before.fingerprint) == (key != 'caption_template'), key
 
 
@@ -187,7 +183,7 @@ def test_sizes_are_what_the_splits_drop(data, tmp_path, capsys, passes):
   del passes[:]
   c.dedup.enabled = False
   status, said = run(c, work, capsys, PREPARE)
-  assert status == 0 and not passes and 'search/sizes is made again, because dedup/keep is gone' in said, said
+  assert status == 0 and not passes and 'search/sizes is made again: dedup/keep is gone' in said, said
   assert np.load(work / 'search/sizes.npz')['candidates'] == 60
   assert np.load(work / 'search/sizes.npz')['excess_zero'][0] == dropped('pruned')
 
@@ -271,7 +267,7 @@ def test_pairs_of_k_aligned(data, tmp_path, capsys, monkeypatch):
     assert (found['similarity'] == similarity[query, rows[row]]).all()
     assert found['query'].dtype == np.int32 and found['row'].dtype == np.int64
   whole = bytes_of(work)
-  monkeypatch.setattr(searched, 'QUERIES_AT_ONCE', 5)
+  monkeypatch.setattr(search, 'QUERIES_AT_ONCE', 5)
   (work / 'search/squares/pairs-k3-00001.sidecar.json').unlink()
   first = made(work)['search/squares/pairs-k3-00000.npz']
   assert run(c, work, capsys, SEARCH)[0] == 0
@@ -378,15 +374,15 @@ def test_redo_of_one_benchmark_and_of_all(data, tmp_path, capsys, passes):
   assert run(c, work, capsys, SEARCH)[0] == 0
   before = bytes_of(work)
   del passes[:]
-  pipeline.run(c, str(work), stages=SEARCH, redo='search:squares', dry_run=False)
+  assert run(c, work, capsys, SEARCH, redo='search:squares')[0] == 0
   assert passes == [(shard, ('squares',)) for shard in ('00000', '00001')] and bytes_of(work) == before
   del passes[:]
-  pipeline.run(c, str(work), stages=SEARCH, redo='search', dry_run=False)
+  assert run(c, work, capsys, SEARCH, redo='search')[0] == 0
   assert passes == [(shard, ('squares', 'anchor_classes')) for shard in ('00000', '00001')]
   assert bytes_of(work) == before
   c.search.top_k = 5
   status, said = run(c, work, capsys, SEARCH)
-  assert status == 1 and 'search.top_k: 4 -> 5' in said and '--redo=search to make' in said, said
+  assert status == 1 and 'search.top_k: 4 -> 5' in said and '--redo=search:squares to make' in said, said
 
 
 def test_fewer_neighbours_are_cut_from_the_lists_and_not_searched_again(data, tmp_path, capsys, passes):
@@ -475,7 +471,7 @@ def test_what_the_terminal_says_of_twenty_benchmarks(data, tmp_path, capsys, mon
     ('python notebook.py --stages=search', '')])
 def test_the_next_command(data, monkeypatch, argv, following):
   monkeypatch.setattr(sys, 'orig_argv', argv.split())
-  assert searched.next_command(config(data)).partition(' ')[2] == following
+  assert search.next_command(config(data)).partition(' ')[2] == following
 
 
 def test_every_product_is_planned_and_named(data, tmp_path, capsys):
@@ -483,7 +479,7 @@ def test_every_product_is_planned_and_named(data, tmp_path, capsys):
   c.splits.dense = defaults.split(rule='k_aligned', benchmarks=('squares',), k=2)
   work = tmp_path / 'w'
   assert run(c, work, capsys, SEARCH)[0] == 0
-  names = {product.name for product in search.every_product(c, str(work))}
+  names = {product.name for product in Graph(c).of('search')}
   sidecars = {str(path.relative_to(work)).removesuffix('.sidecar.json')
               for path in (work / 'search').rglob('*.sidecar.json')}
   assert names == sidecars and {'search/sizes', 'search/squares/paper', 'search/squares/anchor-k2'} < names

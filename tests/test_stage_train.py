@@ -4,47 +4,30 @@ import shutil
 
 import pytest
 
-from clip_jax import defaults
-from clip_jax.stages import embedder
-from clip_jax.stages import layout
+from clip_jax.experiment.graph import Graph
 from clip_jax.stages import train
 from clip_jax.training import loop
 
-from squares import PREPARE, config, run
-import squares
-
-
-@pytest.fixture(scope='module')
-def data(tmp_path_factory):
-  path = tmp_path_factory.mktemp('data')
-  squares.make(path)
-  return path
+from squares import config, run_stages
 
 
 @pytest.fixture
-def prepared(data, tmp_path, capsys):
-  assert run(config(data), tmp_path / 'prepared', capsys, PREPARE)[0] == 0
-  return tmp_path / 'prepared'
+def data(prepared_squares):
+  return prepared_squares / 'data'
 
 
-def _keys(c, workdir):
-  layout.forget()
-  return train.product(c, str(workdir), 'base', 0)
-
-
-def test_only_what_changes_the_data_is_a_key_of_a_run(data, prepared):
-  assert layout.pick(defaults.get_config(), list(layout.LATER)) == layout.LATER
-  plain = _keys(config(data), prepared)
-  assert not {'train.order', 'train.shuffle_window', 'train.jpeg_shrink'} & plain.keys.keys()
-  for same in ('train.loader_processes', 'train.loader_threads', 'train.shuffle_window'):
-    assert _keys(config(data, **{same: 9}), prepared).fingerprint == plain.fingerprint
-  for other, keys in (({'train.jpeg_shrink': 2.0}, {'train.jpeg_shrink'}),
-                      ({'train.order': 'blocks'}, {'train.order', 'train.shuffle_window'})):
-    found = _keys(config(data, **other), prepared)
-    assert found.keys.keys() - plain.keys.keys() == keys and found.fingerprint != plain.fingerprint
+def test_only_what_changes_the_data_is_a_key_of_a_run(data):
+  plain = Graph(config(data)).run('base', 0)
+  assert {'train.order', 'train.jpeg_shrink'} <= plain.keys.keys() and 'train.shuffle_window' not in plain.keys
+  for same in ('train.loader_processes', 'train.loader_threads', 'train.shuffle_window', 'train.log_every_steps',
+               'train.save_every_steps', 'train.cache_mb', 'train.epochs', 'evaluate.batch_size'):
+    assert Graph(config(data, **{same: 9})).run('base', 0).fingerprint == plain.fingerprint
+  for other, keys in (({'train.jpeg_shrink': 2.0}, set()), ({'train.order': 'blocks'}, {'train.shuffle_window'})):
+    run = Graph(config(data, **other)).run('base', 0)
+    assert run.keys.keys() - plain.keys.keys() == keys and run.fingerprint != plain.fingerprint
     trained = {'embedder.source': 'train', 'embedder.samples': 64}
-    a, b = (embedder.product(config(data, **trained, **more), '') for more in ({}, other))
-    assert b.keys.keys() - a.keys.keys() == keys
+    a, b = (Graph(config(data, **trained, **more)).embedder() for more in ({}, other))
+    assert b.keys.keys() - a.keys.keys() == keys and a.fingerprint != b.fingerprint
 
 
 class _Taken(Exception):
@@ -60,8 +43,7 @@ def _batches(c, workdir, monkeypatch):
 
   monkeypatch.setattr(loop, 'train', take)
   with pytest.raises(_Taken) as taken:
-    layout.forget()
-    train.run(c, str(workdir))
+    run_stages(c, workdir, 'train')
   return taken.value.args[0]
 
 
@@ -70,12 +52,12 @@ def _same(a, b):
              for name in ('image', 'index'))
 
 
-def test_a_run_sees_the_same_with_processes_and_other_data_in_blocks(data, prepared, tmp_path, monkeypatch):
+def test_a_run_sees_the_same_with_processes_and_other_data_in_blocks(data, prepared_squares, tmp_path, monkeypatch):
   found = {}
   for name, options in {'plain': {}, 'processes': {'train.loader_processes': 2},
                         'blocks': {'train.order': 'blocks', 'train.shuffle_window': 16},
                         'shrink': {'train.jpeg_shrink': 1.0}}.items():
-    shutil.copytree(prepared, tmp_path / name)
+    shutil.copytree(prepared_squares / 'run', tmp_path / name)
     c = config(data, **{'train.only': ('base/seed0',)}, **options)
     found[name] = _batches(c, tmp_path / name, monkeypatch)
   assert _same(found['plain'], found['processes']) and _same(found['plain'], found['shrink'])
@@ -84,13 +66,14 @@ def test_a_run_sees_the_same_with_processes_and_other_data_in_blocks(data, prepa
 
 def test_slow_reads_at_random_are_said(monkeypatch, caplog):
   from types import SimpleNamespace as Name
+  monkeypatch.setattr(train.blocks, 'trained', lambda config: ['pool'])
+
   def said(size, order='global', format='parquet', path='/x'):
     caplog.clear()
     shard = Name(block=Name(format=format), files=(Name(size=size, path=path),))
-    monkeypatch.setattr(train.layout, 'datasets', lambda config: {'pool': None})
-    monkeypatch.setattr(train.ingest, 'shards', lambda config, workdir, name: [shard, shard])
+    x = Name(config=Name(train=Name(order=order)), graph=Name(shards=lambda name: [shard, shard]))
     with caplog.at_level('INFO', 'absl'):
-      train._advise(Name(train=Name(order=order)), '')
+      train._advise(x)
     return 'order=blocks' in caplog.text
   assert said(1e9) and said(1e9, format='webdataset', path='gs://x')
   assert not said(1e8) and not said(1e9, order='blocks') and not said(1e9, format='webdataset')

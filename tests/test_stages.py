@@ -1,6 +1,7 @@
 """Stages beyond the demo's path: a trained embedder, k-means that goes on, budgets, single runs."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -52,12 +53,14 @@ def test_kmeans_goes_on_where_it_was_killed(data, tmp_path, capsys, monkeypatch)
 def test_budgets_and_single_runs(data, tmp_path, capsys):
   c = config(data, **{'train.budget': 'epochs', 'train.epochs': 3, 'train.batch_size': 16, 'train.seeds': (0, 1),
                       'train.only': ('pruned/seed1',)})
-  status, said = run(c, tmp_path / 'w', capsys)
+  status, said = run(c, tmp_path / 'w', capsys, [*PREPARE, 'train', 'evaluate'])
   assert status == 0, said
   assert [path.name for path in (tmp_path / 'w/train').iterdir() if path.is_dir()] == ['pruned']
   counts = json.loads((tmp_path / 'w/train/pruned/seed1/run.sidecar.json').read_text())['counts']
   assert counts['steps'] == 3 * counts['rows'] // 16 and 2.5 < counts['passes'] <= 3
-  assert '3 runs are not trained yet and are left out' in said
+  late = 'train/base/seed0/run, train/base/seed1/run, train/pruned/seed0/run'
+  assert f'evaluate: 3 products are left out until 3 others are made: {late}.' in said
+  assert os.listdir(tmp_path / 'w/evaluate/pruned') == ['seed1'] and not (tmp_path / 'w/evaluate/base').exists()
 
 
 def test_a_run_begun_with_another_recipe_is_not_gone_on_with(data, tmp_path, capsys):

@@ -5,6 +5,7 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
+from clip_jax.pruning.rules import RULES
 from clip_jax.reporting import svg
 
 
@@ -70,5 +71,5 @@ def test_looks_go_by_order_and_begin_again():
   names = [f'rule {i}' for i in range(len(svg.PALETTE) + 1)]
   looks = svg.looks({name: name.upper() for name in names})
   assert list(looks) == names and looks['rule 3'] == (*svg.PALETTE[3], 'RULE 3')
-  assert len(set(svg.PALETTE)) == len(svg.PALETTE) > len(svg.RULES)
+  assert len(set(svg.PALETTE)) == len(svg.PALETTE) > len(RULES)
   assert looks[names[-1]][:2] == svg.PALETTE[0]

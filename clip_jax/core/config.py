@@ -2,10 +2,44 @@
 
 import difflib
 import json
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
 from clip_jax.core.errors import ConfigError
+
+
+class Key(NamedTuple):
+  """A config key: its default, and a function that returns what is wrong with another value, '' if nothing is."""
+  default: Any
+  problem: Callable[[Any], str] | None = None
+
+  def check(self, where: str, value: Any) -> None:
+    """Raises ConfigError naming the key for a value of another type, or that it does not take."""
+    is_number = isinstance(self.default, float) and type(value) is int
+    if type(value) is not type(self.default) and not is_number:
+      raise ConfigError(f'{where} must be {type(self.default).__name__}, got {value!r}.')
+    if self.problem and value != self.default and (problem := self.problem(value)):
+      raise ConfigError(f'{where}={value!r} {problem}')
+
+
+def positive(value: float) -> str:
+  return '' if value > 0 else 'must be more than 0.'
+
+
+def natural(value: int) -> str:
+  return '' if value >= 0 else 'must be 0 or more.'
+
+
+def within(low: float, high: float) -> Callable[[float], str]:
+  return lambda value: '' if low <= value <= high else f'must lie in [{low}, {high}].'
+
+
+def one_of(*options: Any) -> Callable[[str], str]:
+  """Returns the check of a name. options: the names, or a function that returns them."""
+  def problem(value: str) -> str:
+    names = options[0]() if callable(options[0]) else options
+    return '' if value in names else f'is not known.{nearest(value, names)}'
+  return problem
 
 
 def fill(block, given: Mapping[str, Any], kind: str):

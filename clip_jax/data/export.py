@@ -261,3 +261,7 @@ def _check_array_record(temporary: str, path: str, sums: list[bytes]) -> None:
 def _differs(path: str, what: str) -> InputError:
   return InputError(f'{path}: {what} is not as in the source when read back, so nothing is left of '
                     'it. A source file was changed meanwhile, or the disk fails: run again.')
+
+
+# What the rows of a split can be written as, images and all: kind -> (ending, what writes one file).
+COPIES = {'webdataset': ('tar', write_tar), 'array_record': ('array_record', write_array_record)}

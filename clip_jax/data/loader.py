@@ -24,7 +24,7 @@ _RUN = 128            # examples that one thread makes at a time; a large batch 
 _RUN_BYTES = 4 << 20  # ... as is one of large images
 _BUFFERED = 4         # elements made ahead, at least; a batch, if that is more
 _ENDLESS = 1 << 40    # elements
-_ORDERS = ('global', 'blocks')
+ORDERS = ('global', 'blocks')
 _OVERHEAD = 512       # bytes of a kept sample, or of a run, beside its arrays
 _Read = Callable[[range], tuple[list[int], list[dict[str, Any]]]]  # positions -> places in the source, samples
 
@@ -59,8 +59,8 @@ def train_batches(source: Source, *, batch_size: int, seed: int, start_examples:
   here = batch_size // hosts
   if pack < 0 or pack and here % pack:
     raise ValueError(f'{here} captions a host do not divide into {pack=} groups')
-  if order not in _ORDERS:
-    raise ValueError(f'order must be one of {_ORDERS}, got {order!r}')
+  if order not in ORDERS:
+    raise ValueError(f'order must be one of {ORDERS}, got {order!r}')
   if processes and order == 'blocks':
     raise ValueError(f'{processes=} with order=\'blocks\': each would read every window as a whole')
 

@@ -11,7 +11,6 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
-from scipy import linalg
 
 from clip_jax.core.types import Array
 
@@ -60,6 +59,7 @@ def fit(
   A block's X^T X is one float32 matrix product; blocks are added in float64. X^T Y takes none:
   with targets -1 and 1 it is twice the sum of each class's rows, less the sum of all.
   """
+  from scipy import linalg  # takes a second to import, which a command with nothing to fit is spared
   dim = len(scale.mean)
   gram, sums = np.zeros((dim, dim)), np.zeros((classes, dim))
   counts = np.zeros(classes, np.int64)

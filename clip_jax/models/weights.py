@@ -29,6 +29,9 @@ from clip_jax.models.shapes import shapes
 
 TORCH_ENDINGS = ('.pt', '.pth', '.bin')
 ENDINGS = ('.safetensors', '.index.json', *TORCH_ENDINGS)
+# Files beside weights that say which model they hold and how images enter it.
+OPEN_CLIP, HUGGING_FACE, PREPROCESSOR = 'open_clip_config.json', 'config.json', 'preprocessor_config.json'
+BESIDE = (OPEN_CLIP, HUGGING_FACE, PREPROCESSOR)
 _NO_PARAMETERS = ('input_resolution', 'context_length', 'vocab_size',  # of TorchScript archives
                   'attn_mask', 'text.attn_mask')
 IMAGE_POSITIONS, TEXT_POSITIONS = 'visual.positional_embedding', 'text.positional_embedding'

@@ -10,8 +10,8 @@ import dataclasses
 import numpy as np
 
 from clip_jax.core.types import Array
-from clip_jax.pruning.columns import Columns
-from clip_jax.pruning.rules import far, near
+from clip_jax.pruning.columns import Columns, highest
+from clip_jax.pruning.rules import RULES, far, near
 
 EXAMPLES = 12  # rows named of each kind of disagreement
 
@@ -94,21 +94,30 @@ def mean_ranks(
   return stats.rankdata(values) - 1
 
 
+def removal_order(
+    columns: Columns,
+    rule: str,  # one that is a cut through its column: RULES[rule].compared
+    *,
+    benchmarks: Sequence[str],
+) -> Array:  # [n] float32, of the candidates
+  """Returns what a rule decides by: the higher, the sooner a row is removed."""
+  about, rows = RULES[rule], np.flatnonzero(columns.candidates)
+  values = highest(rule, getattr(columns, about.column), rows, benchmarks, np.maximum)
+  return -values if about.lowest_first else values
+
+
 def going_first(
     columns: Columns,
-    rule: str,  # 'gap_aligned', 'near' or 'far'
+    rule: str,  # as above
     *,
     benchmarks: Sequence[str],
     count: int,
 ) -> Array:
-  """Returns the `count` candidates that a rule removes first, [n] bool; decided exactly at the cut.
-
-  gap_aligned: those of the highest excess; near: of the highest similarity; far: of the lowest.
-  """
-  rows = np.flatnonzero(columns.candidates)
-  if rule == 'gap_aligned':  # near, with the excess in place of the similarity
+  """Returns the `count` candidates that a rule removes first, [n] bool; decided exactly at the cut."""
+  about, rows = RULES[rule], np.flatnonzero(columns.candidates)
+  if about.column == 'excess':  # near, with the excess in place of the similarity
     columns = dataclasses.replace(
         columns, similarity=columns.excess, exact_similarity=columns.exact_excess)
-  keep = far if rule == 'far' else near
+  keep = far if about.lowest_first else near
   kept = keep(columns, benchmarks=benchmarks, count=len(rows) - count).rows
   return ~np.isin(rows, kept, assume_unique=True)

@@ -20,6 +20,8 @@ import pyarrow.parquet as pq
 from clip_jax.core.errors import InputError
 from clip_jax.core.types import Array
 
+# What the rows of a split can be written as by their keys: kind -> file.
+LISTS = {'datacomp': 'uids.npy', 'clip_ood': 'clip_ood.npy', 'keys': 'keys.parquet'}
 Column = Any  # pyarrow.Array or ChunkedArray, or a sequence of str or int
 UID = np.dtype('u8,u8')  # DataComp's: the first and the last 16 hexadecimal digits of a uid
 _BLOCK = 1 << 20  # rows that are looked at together

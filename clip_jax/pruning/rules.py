@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from clip_jax.core import config as config_lib
+from clip_jax.core.config import Key, positive, within
 from clip_jax.core.errors import ConfigError, InputError
 from clip_jax.core.types import Array
 from clip_jax.pruning.aligned import gap_aligned, k_aligned
@@ -214,6 +215,29 @@ class Rule:
     """Whether the config asks for a size: accuracy is drawn as a curve over it."""
     return 'size' in self.keys
 
+
+# The keys of a split block that rules read, each declared once. A rule names those that it reads.
+KEYS = {
+    'benchmarks': Key(()),  # whose queries count (gap_aligned, near, far); several: their union, their max
+    'size': Key(0.0),  # near, far, random: rows kept; <= 1 a share of the candidates, > 1 a count
+    'size_of': Key(''),  # near, far, random: as many as that split keeps
+    # matched: the split whose removed rows are imitated (aligned, near, far, a domain removal, a join, listed)
+    'to': Key(''),
+    'slack': Key(0.0, within(-2, 2)),  # gap_aligned: drop only what is more than this over the anchor's similarity
+    # gap_aligned: the slack is this quantile of the candidates' excess (0.9: a tenth of them goes, or a little
+    # less); 0: not given
+    'quantile': Key(0.0, within(0, 1)),
+    # gap_aligned: drops so many times what slack 0 does, the largest excess first; 0: not given
+    'dose': Key(0.0, within(0, 1000)),
+    # k_aligned: the j-th nearest pool row is no nearer than the j-th nearest anchor row, for every j up to k
+    'k': Key(1, positive),
+    'reference': Key(''),  # domain_removal: one of config.references: its nearest example says a row's class
+    'column': Key(''),  # domain_removal: or a column of the pool's index that says it
+    'values': Key(()),  # domain_removal: the classes, or the column's values, that are dropped
+    'of': Key(()),  # union, intersection, minus: the splits that are joined; minus: the first without the others
+    'seed': Key(0),  # random, matched: of the draw, together with the training seed
+    'file': Key(''),  # listed: the samples, by key: DataComp's uid .npy, int64 .npy, or parquet of keys
+}
 
 # In the order of legends. A rule has its colour by its place: new ones go to the end.
 RULES = {

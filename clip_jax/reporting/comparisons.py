@@ -10,7 +10,6 @@ from typing import Any
 from clip_jax.core import progress
 from clip_jax.reporting import figures, tables
 from clip_jax.reporting.page import Details, Figure, Figures, Heading, Text
-from clip_jax.reporting.svg import RULES
 from clip_jax.reporting.tables import Cell, Table
 
 Item = Mapping[str, Any]
@@ -30,7 +29,7 @@ ASSUMPTION = ('Assumes that without the removal both would have changed by the s
               'a class, and that removals touch unhit queries only as they touch all.')
 
 
-def blocks_of(items: Sequence[Item], looks: figures.Looks = RULES) -> list:
+def blocks_of(items: Sequence[Item], looks: figures.Looks) -> list:
   """Returns a figure of all comparisons, then a table each whose rows say what they mean.
 
   The tables of those that the answer is not made of (doses) are behind a line.

@@ -12,9 +12,8 @@ import numpy as np
 
 from clip_jax.core.types import Array
 from clip_jax.reporting import svg
-from clip_jax.reporting.svg import ANCHOR_COLOR, INK, POOL_COLOR, RULES
+from clip_jax.reporting.svg import ANCHOR_COLOR, INK, POOL_COLOR
 
-ALIGNED = ('gap_aligned', 'k_aligned')  # rules whose marks lie on top
 Rows = Sequence[Mapping[str, Any]]  # dicts with the keys that the comment beside the argument names
 Looks = Mapping[str, tuple[str, str, str]]  # rule -> (colour, marker, label), in the order of legends
 
@@ -55,7 +54,7 @@ def accuracy_by_similarity(
     title: str,
     xlabel: str,
     enough: int = 20,
-    looks: Looks = RULES,
+    looks: Looks,
 ) -> str:
   """Returns accuracy in bins of similarity over a strip of bin sizes; n < `enough` is pale.
 
@@ -113,7 +112,7 @@ def accuracy_by_size(
     base: Mapping[str, Any] | None,  # such a point
     reference: float | None,         # accuracy of anchor only
     limits: tuple[float, float],     # of accuracy
-    looks: Looks = RULES,
+    looks: Looks,
 ) -> str:
   """Returns accuracy against size for near-, far- and random-pruned splits of one benchmark."""
 
@@ -141,7 +140,7 @@ def accuracy_by_size(
 
 def answer_lines(
     rows: Rows,  # title, points: rule, accuracy, low, high
-    looks: Looks = RULES,
+    looks: Looks,
 ) -> str:
   """Returns one line a benchmark, anchor only to base, with the aligned split between them."""
 
@@ -152,7 +151,7 @@ def answer_lines(
       values = [100 * p['accuracy'] for p in row['points']]
       ax.plot([min(values), max(values)], [y, y], color=INK, alpha=0.25, linewidth=1.2, zorder=1)
       _row_text(ax, y, row['title'], bold=True)
-      for p in sorted(row['points'], key=lambda p: p['rule'] in ALIGNED):
+      for p in row['points']:  # the last lies on top
         color, marker, _ = looks[p['rule']]
         if p['low'] is not None:
           ax.plot([100 * p['low'], 100 * p['high']], [y, y], color=color, linewidth=3.5,
@@ -175,7 +174,7 @@ def differences(
     title: str,
     xlabel: str,
     margin: float | None = None,
-    looks: Looks = RULES,
+    looks: Looks,
 ) -> str:
   """Returns differences in points with their intervals around zero; `margin` shades 'no loss'."""
 
@@ -214,7 +213,7 @@ def dose(
     points: Rows,  # share (of the aligned count removed), estimate, low, high
     *,
     title: str,
-    look: tuple[str, str, str] = RULES['gap_aligned'],  # of the aligned splits
+    look: tuple[str, str, str],  # of the aligned splits
 ) -> str:
   """Returns the loss against the matched control for slacks that remove more and more."""
 
@@ -239,7 +238,7 @@ def robustness_plane(
     xname: str,
     yname: str,
     line: tuple[Array, Array] | None = None,  # the baseline: [n] x and [n] y accuracies
-    looks: Looks = RULES,
+    looks: Looks,
 ) -> str:
   """Returns accuracy against validation accuracy on logit axes."""
   xs, ys = _logit([p['x'] for p in points]), _logit([p['y'] for p in points])
@@ -274,7 +273,7 @@ def loss_curves(
     curves: Rows,  # rule, steps [n], loss [n]
     *,
     title: str,
-    looks: Looks = RULES,
+    looks: Looks,
 ) -> str:
   """Returns the training loss of every run; runs of one rule share a colour."""
 

@@ -1,7 +1,7 @@
 """Sections of plain blocks -> one self-contained HTML page: no request, no script, light and dark.
 
 The template is page.html.j2 beside this file. Everything that goes into it is escaped, except the
-figures' SVG, which this package draws.
+figures' SVG, which this package draws. Jinja2 is imported where a page is rendered: see svg.py.
 """
 
 import importlib.resources

@@ -3,8 +3,7 @@
 They show that the instrument can see leakage, and at which similarity each embedder finds a copy.
 """
 
-from collections.abc import Mapping
-from types import SimpleNamespace
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from clip_jax.reporting import tables
@@ -13,60 +12,48 @@ from clip_jax.reporting.second_looks import OWN
 from clip_jax.reporting.tables import Cell, Table
 
 
-def banner(found: Mapping[str, Any]) -> str:
+def banner(control: Mapping[str, Any]) -> str:
   """Returns the sentence that stands on top of the page."""
-  if not found['contrasts']:
-    return (f'Copies of test images of {found["benchmark"]} were drawn as a positive control; no '
+  if not control['contrasts']:
+    return (f'Copies of test images of {control["benchmark"]} were drawn as a positive control; no '
             'split of this experiment holds them.')
-  copies = 'a transformed copy' if found['copies'] == 1 else f'{found["copies"]} transformed copies'
+  copies = ('a transformed copy' if control['copies'] == 1
+            else f'{control["copies"]} transformed copies')
   return ('This experiment holds planted copies of test images. A split of rule '
-          f'\u201cplanted\u201d holds {copies} of '
-          f'{tables.number(found["drawn"] - len(found["unreadable"]))} of the '
-          f'{tables.number(found["queries"])} images of {found["benchmark"]}, on purpose: '
+          f'\u201cplanted\u201d holds {copies} of {tables.number(control["copied"])} of the '
+          f'{tables.number(control["queries"])} images of {control["benchmark"]}, on purpose: '
           'a positive control. Its accuracy is no result; no other split holds them.')
 
 
 def blocks_of(
-    found: Mapping[str, Any],  # as stages/report_planted.planted returns it
+    control: Mapping[str, Any],  # see studies/planted.py
 ) -> list:
   """Returns the randomised contrast, then how near each embedder says the copies are."""
   blocks: list = []  # the banner stands on top of the page
-  if found['contrasts']:
+  if control['contrasts']:
     blocks += [Heading('Planted against unplanted queries',
-                       'which are planted was drawn at random'), _contrasts(found)]
-  calibrations = {name: c for name, c in {
-      '': found['calibration'], **(found['calibrations'] or {})}.items() if c}
-  if calibrations:
+                       'which are planted was drawn at random'), _contrasts(control['contrasts'])]
+  if control['calibrations']:
     blocks += [Heading('How near the copies are', 'calibrates the duplicate threshold'),
-               _calibration_table(calibrations)]
+               _calibration_table(control['calibrations'])]
   return blocks
 
 
-def _estimate(found: Mapping[str, Any] | None) -> Any:
-  """Returns an estimate in proportions; the stage gives points, and None for what is unknown."""
-  if found is None:
-    return None
-  part = lambda key: None if found[key] is None else found[key] / 100
-  return SimpleNamespace(value=part('value'), low=part('low'), high=part('high'),
-                         method=found['method'])
-
-
-def _contrasts(found: Mapping[str, Any]) -> Table:
+def _contrasts(contrasts: Sequence[tuple[str, str | None, Any]]) -> Table:
   rows, records = [], []
-  for one in found['contrasts']:
-    estimate, planted, others = (
-        _estimate(one[key]) for key in ('estimate', 'gain_planted', 'gain_unplanted'))
-    words = f'{one["split"]} against {one["base"]}'
-    if one['reason']:
-      rows.append((Cell(words), Cell(tables.NOTHING), Cell(tables.sentence(one['reason']))))
+  for split, base, leakage in contrasts:
+    words = f'{split} against {base}'
+    estimate, planted, others = leakage.estimate, leakage.planted, leakage.unplanted
+    if leakage.reason:
+      rows.append((Cell(words), Cell(tables.NOTHING), Cell(tables.sentence(leakage.reason))))
     else:
       rows += [(Cell(words), Cell(f'{tables.estimate_text(estimate)} points',
                                   tables.method_words(estimate.method)), Cell(_words(estimate))),
                (Cell('gain on planted queries'), Cell(f'{tables.estimate_text(planted)} points'),
-                Cell(f'{tables.number(one["planted_queries"])} queries have a copy in the split.')),
+                Cell(f'{tables.number(leakage.planted_queries)} queries have a copy in the split.')),
                (Cell('gain on the others'), Cell(f'{tables.estimate_text(others)} points'),
-                Cell(f'{tables.number(one["unplanted_queries"])} queries have none.'))]
-    records += [{'split': one['split'], 'base': one['base'], 'what': what,
+                Cell(f'{tables.number(leakage.unplanted_queries)} queries have none.'))]
+    records += [{'split': split, 'base': base, 'what': what,
                  **{key: getattr(e, key) for key in ('value', 'low', 'high', 'method')}}
                 for what, e in (('planted_minus_others', estimate), ('planted', planted),
                                 ('others', others)) if e is not None]

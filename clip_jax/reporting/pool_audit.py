@@ -15,7 +15,6 @@ from clip_jax.core.types import Array
 from clip_jax.reporting import curves, tables
 from clip_jax.reporting.figures import Looks
 from clip_jax.reporting.page import Details, Fact, Figure, Figures, Heading, Text
-from clip_jax.reporting.svg import RULES
 from clip_jax.reporting.tables import Cell, Table
 
 Rows = Sequence[Mapping[str, Any]]  # dicts with the keys that the comment beside the argument names
@@ -174,7 +173,7 @@ def size_blocks(
     cut: Array,   # [m] ascending
     lines: Rows,  # name, over [m]: candidates more similar than the cut, together
     candidates: int,
-    looks: Looks = RULES,
+    looks: Looks,
 ) -> list:
   """Returns how much near- and far-pruning keep, by the similarity at which they cut."""
   share = [line['over'] / max(candidates, 1) for line in lines]

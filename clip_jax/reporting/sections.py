@@ -14,7 +14,6 @@ from clip_jax.core.types import Array
 from clip_jax.reporting import figures, pool_audit, tables
 from clip_jax.reporting.figures import Looks
 from clip_jax.reporting.page import Details, Fact, Figure, Figures, Heading, Missing, Text
-from clip_jax.reporting.svg import RULES
 from clip_jax.reporting.tables import Cell, Table
 
 Rows = Sequence[Mapping[str, Any]]  # dicts with the keys that the comment beside the argument names
@@ -33,56 +32,10 @@ PAPER_BINS = 'accuracy binned by nearest-neighbour similarity (bins 0.05 wide) r
 PAPER_SIZES = 'near-pruning hurts fast, random pruning little, far-pruning hardly.'
 
 
-def rule_words(rule: str, **of: Any) -> str:
-  """Returns what a split is, in words; `of`: the keys of its block, those that the rule reads."""
-  benchmarks = tables.listed(of.get('benchmarks', ()))
-  splits = list(of.get('of', ()))
-  both = lambda word: f' {word} '.join(splits) if len(splits) < 3 else (
-      f'{", ".join(splits[:-1])} {word} {splits[-1]}')
-  return {
-      'all': 'the whole pool and the anchor',
-      'anchor': 'the anchor rows alone',
-      'pool_only': 'the pool without the anchor rows',
-      'gap_aligned': f'without what is nearer to a query of {benchmarks} than any anchor image '
-                     f'is{_slack_words(of)}',
-      'k_aligned': f'no query of {benchmarks} has nearer pool images than anchor images, for its '
-                   f'{of.get("k", 1)} nearest of each',
-      'near': f'near-pruned (most similar removed), by {benchmarks}',
-      'far': f'far-pruned (most similar kept), by {benchmarks}',
-      'random': 'random rows: the control for size',
-      'listed': 'the pool rows that a file lists',
-      'matched': f'control: as many rows removed as in {of.get("to", "")}, alike but not the '
-                 'similar ones',
-      'domain_removal': f'domain removal, not alignment: without {_domain_words(of)}',
-      'union': f'what {both("or")} keeps',
-      'intersection': f'what {both("and")} keep, every one of them',
-      'minus': f'what {"".join(splits[:1])} keeps and {tables.listed(splits[1:])} '
-               f'{"does" if len(splits) < 3 else "do"} not',
-      'planted': 'base, and planted copies of test images: a positive control',
-  }[rule]
-
-
-def _slack_words(of: Mapping[str, Any]) -> str:
-  """Returns how an aligned split's slack is given."""
-  if of.get('dose'):
-    return f', {100 * of["dose"]:g} % of the number that slack 0 removes, largest excess first'
-  if of.get('quantile'):
-    return f', by more than the {100 * of["quantile"]:g} % quantile of the excess'
-  slack = of.get('slack')
-  return f', by more than {slack:g}'.replace('-', tables.MINUS) if slack else ''
-
-
-def _domain_words(of: Mapping[str, Any]) -> str:
-  values = tables.listed([str(value) for value in of.get('values', ())])
-  if of.get('column'):
-    return f'rows whose {of["column"]} is {values}'
-  return f'rows that are {values} by the nearest example of {of.get("reference", "a reference")}'
-
-
 def answer_blocks(
     lines: Rows,  # as figures.answer_lines takes them
     missing: Missing | None,
-    looks: Looks = RULES,
+    looks: Looks,
 ) -> list:
   """Returns the headline figure: where the aligned split lies between anchor only and base."""
   blocks: list = [missing] if missing else []
@@ -194,7 +147,7 @@ BIN_AXES = {'similarity': 'similarity to the nearest pool image',
 
 def bin_blocks(
     panels: Rows,  # name, what (of BIN_AXES), series (as figures.accuracy_by_similarity takes it)
-    looks: Looks = RULES,
+    looks: Looks,
 ) -> list:
   """Returns accuracy by nearest-neighbour similarity."""
   if not panels:
@@ -230,7 +183,7 @@ def _bin_row(r: Mapping[str, Any]) -> tuple[Cell, ...]:
 def size_blocks(
     panels: Rows,  # name, curves, base, reference (as figures.accuracy_by_size takes them)
     rows: Rows,    # split, rule, control, benchmark, estimate: near and far against random
-    looks: Looks = RULES,
+    looks: Looks,
 ) -> list:
   """Returns accuracy against split size, one panel a benchmark, all on one scale."""
   values = [value for p in panels for curve in [*p['curves'].values(), [p['base'] or {}]]
@@ -262,7 +215,7 @@ def size_blocks(
 def dose_blocks(
     panels: Rows,  # name, points: split, control, control_rule, dropped, slack, share, estimate,
                    # low, high, method
-    look: tuple[str, str, str] = RULES['gap_aligned'],
+    look: tuple[str, str, str],
 ) -> list:
   """Returns the dose curve: slacks that remove more and more, each against its own control."""
   if not panels:
@@ -288,7 +241,7 @@ def dose_blocks(
 
 def plane_blocks(
     panels: Rows,  # name, xname, points, line (as figures.robustness_plane takes them)
-    looks: Looks = RULES,
+    looks: Looks,
 ) -> list:
   """Returns accuracy on each benchmark against validation accuracy, every run a mark."""
   drawn = tuple(Figure(f'plane_{p["name"]}', figures.robustness_plane(

@@ -1,7 +1,7 @@
 """How every figure looks, and a matplotlib drawing -> SVG text for light and for dark ground.
 
 Backgrounds are transparent, ink is `currentColor`, colours are mid-tones. Equal input gives equal
-bytes.
+bytes. Matplotlib is imported inside functions: the studies' tables of products import this room at every start.
 """
 
 import io
@@ -31,23 +31,6 @@ def looks(labels: Mapping[str, str]) -> dict[str, tuple[str, str, str]]:
           for (rule, label), mark in zip(labels.items(), itertools.cycle(PALETTE))}
 
 
-# Where a caller passes no looks.
-RULES = looks({
-    'all': 'base (the whole pool)',
-    'anchor': 'anchor only',
-    'pool_only': 'pool without the anchor',
-    'gap_aligned': 'gap-aligned',
-    'matched': 'matched control',
-    'random': 'random',
-    'near': 'near-pruned (most similar removed)',
-    'far': 'far-pruned (most similar kept)',
-    'listed': 'listed in a file',
-    'k_aligned': 'aligned to k neighbours',
-    'domain_removal': 'domain removal (not alignment)',
-    'union': 'union of splits',
-    'intersection': 'intersection of splits',
-    'minus': 'a split without others',
-    'planted': 'base with planted copies of test images'})
 # (colour, dash) of curves that stand for benchmarks, in their order; more than these begin again.
 SERIES = tuple((color, dash) for dash in ('-', (0, (4, 2)), (0, (1.2, 1.4))) for color in (
     '#2f7fc4', '#d55e00', '#00966d', '#c2609a', '#c98a00', '#7a5195', '#3fa7dd', '#8c8c8c'))

@@ -1,13 +1,1 @@
-"""The stages in their order, and the folder in which each leaves its files: the only list of them."""
-
-STAGES = {
-    'ingest': 'ingest',
-    'embedder': 'embedder',
-    'embed': 'embeddings',
-    'dedup': 'dedup',
-    'search': 'search',
-    'prune': 'splits',
-    'train': 'train',
-    'evaluate': 'evaluate',
-    'report': 'report',
-}
+"""One file a stage: a table {kind of product: function}, each function as a paragraph of the method."""

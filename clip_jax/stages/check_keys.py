@@ -1,33 +1,31 @@
 """What every check of a config shares: known keys, known names, with the nearest valid one in the message."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 import re
 
 from ml_collections import ConfigDict
 
 from clip_jax.core import config as config_lib
+from clip_jax.core.config import Key
 from clip_jax.core.errors import ConfigError
 
 NAME = re.compile(r'[A-Za-z0-9][A-Za-z0-9_-]*')
 
 
-def keys(got: ConfigDict, known: ConfigDict, where: str) -> None:
-  """Every key of a block must be one that defaults.py knows, and of its type."""
-  lost = [key for key in known if key not in got]
-  if lost:
+def block(where: str, got: ConfigDict, keys: Mapping[str, Key]) -> None:
+  """Every key of a block must be declared in defaults.py, of its type, and have a value that it takes."""
+  if not isinstance(got, ConfigDict):
+    raise ConfigError(f'{where} must be a block made by defaults.py, got {got!r}.')
+  if lost := [key for key in keys if key not in got]:
     raise ConfigError(f'{where} has no key {lost[0]!r}: a bare dict loses the defaults. Make the block with the '
                       'functions of defaults.py, and then set single keys.')
-  for key, value in got.items():
-    if key not in known:
-      raise ConfigError(f'{where}.{key} is not a config key.{config_lib.nearest(key, known.keys())}')
-    default = known[key]
-    if isinstance(default, ConfigDict):
-      if not isinstance(value, ConfigDict):
-        raise ConfigError(f'{where}.{key} must be a block of keys, got {value!r}.')
-      if len(default) and key not in ('pool', 'anchor'):  # datasets are checked on their own
-        keys(value, default, f'{where}.{key}')
-    elif type(value) is not type(default) and not (isinstance(default, float) and type(value) is int):
-      raise ConfigError(f'{where}.{key} must be {type(default).__name__}, got {value!r}.')
+  for name, value in got.items():
+    if name not in keys:
+      raise ConfigError(f'{where}.{name} is not a config key.{config_lib.nearest(name, keys)}')
+    if not isinstance(value, ConfigDict):  # a table of names (where, sources) is checked by what reads it
+      keys[name].check(f'{where}.{name}', value)
+    elif keys[name].default != {}:
+      raise ConfigError(f'{where}.{name} must be {type(keys[name].default).__name__}, got a block.')
 
 
 def one_of(where: str, value: str, names: Iterable[str] | Sequence[str]) -> None:

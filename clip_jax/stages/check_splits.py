@@ -7,25 +7,23 @@ from ml_collections import ConfigDict
 
 from clip_jax import defaults
 from clip_jax.core.errors import ConfigError
-from clip_jax.data import table
-from clip_jax.pruning import rules
+from clip_jax.data import export, table
+from clip_jax.experiment import blocks
+from clip_jax.pruning import exports, rules
 from clip_jax.stages import check_keys
-from clip_jax.stages import layout
 
 KEY_FILES = ('.npy', '.parquet', '.txt')  # what the rule listed reads
 
 
 def check(config: ConfigDict, name: str) -> None:
   block, where = config.splits[name], f'config.splits.{name}'
-  if not isinstance(block, ConfigDict):
-    raise ConfigError(f'{where} must be made by defaults.split(...).')
-  known = defaults.split()
-  check_keys.keys(block, known, where)
+  known = defaults.split_keys()
+  check_keys.block(where, block, known)
   check_keys.one_of(f'{where}.rule', block.rule, rules.RULES)
   rule = rules.RULES[block.rule]
   for key in known:
     reads = key in (*rule.keys, 'rule', 'seeds', 'export') or (key == 'append_anchor' and rule.append_anchor is None)
-    if not reads and block[key] != known[key]:
+    if not reads and block[key] != known[key].default:
       raise ConfigError(f'{where}.{key}={block[key]!r}: the rule {block.rule!r} does not read it (it reads '
                         f'{", ".join(rule.keys) or "nothing"}).')
   check_keys.different(f'{where}.benchmarks', block.benchmarks, config.benchmarks)
@@ -33,7 +31,7 @@ def check(config: ConfigDict, name: str) -> None:
     raise ConfigError(f'{where}: the rule {block.rule!r} needs benchmarks=(...); have '
                       f'{", ".join(config.benchmarks) or "none"}.')
   for kind in block.export:
-    check_keys.one_of(f'{where}.export', kind, layout.EXPORTS)
+    check_keys.one_of(f'{where}.export', kind, (*exports.LISTS, *export.COPIES))
   if 'file' in rule.keys and not os.path.isfile(os.path.expanduser(block.file)):
     raise ConfigError(f'{where}.file={block.file!r} is not there: the rule {block.rule!r} needs a file of keys.')
   if 'file' in rule.keys and os.path.splitext(block.file)[1].lower() not in KEY_FILES:
@@ -43,7 +41,7 @@ def check(config: ConfigDict, name: str) -> None:
       named not in ('key', *config.pool.columns)):
     raise ConfigError(f'config.prune.export_key={named!r} must be in config.pool.columns, or the index has no such '
                       'column.')
-  if not layout.has_anchor(config) and ('excess' in rule.needs or block.rule in ('anchor', 'matched')):
+  if not blocks.has_anchor(config) and ('excess' in rule.needs or block.rule in ('anchor', 'matched')):
     raise ConfigError(f'{where}: the rule {block.rule!r} needs an anchor; give config.anchor.')
   if config.search.backend == 'scann':
     if rule.every_row or block.quantile or block.dose:
@@ -71,14 +69,6 @@ def _aligned_keys(where: str, block: ConfigDict) -> None:
   given = [f'{key}={block[key]:g}' for key in ('slack', 'quantile', 'dose') if block[key]]
   if len(given) > 1:
     raise ConfigError(f'{where}: {" and ".join(given)} each say how much is dropped; give one of them.')
-  if not -2 <= block.slack <= 2:
-    raise ConfigError(f'{where}.slack={block.slack} must lie in [-2, 2]: it is a difference of similarities.')
-  if not 0 <= block.quantile <= 1:
-    raise ConfigError(f'{where}.quantile={block.quantile} must be a share in (0, 1], or 0 for none.')
-  if not 0 <= block.dose < math.inf:
-    raise ConfigError(f'{where}.dose={block.dose} must be more than 0 (1 drops what slack 0 does), or 0 for none.')
-  if block.k < 1:
-    raise ConfigError(f'{where}.k={block.k} must be 1 or more.')
 
 
 def _levels(config: ConfigDict, where: str, block: ConfigDict) -> None:
@@ -112,7 +102,7 @@ def _others(config: ConfigDict, name: str) -> None:
     raise ConfigError(f'{where}.of={block.of} must name two or more splits, which the rule {block.rule!r} joins.')
   circle = _circle(config, name)
   if circle:
-    raise ConfigError(f'{where} is made from itself, round in a circle: {" -> ".join(circle)}.')
+    raise ConfigError(f'{where}: circular dependency between splits: {" -> ".join(circle)}.')
   if 'target' in rule.needs:
     selects = [other for other, made in rules.RULES.items() if made.selects]
     if not block.to:
@@ -127,7 +117,7 @@ def _circle(config: ConfigDict, name: str) -> list[str]:
   came, todo = {}, [name]  # split -> who is made from it
   while todo:
     split = todo.pop()
-    for other in layout.reads(config, split):
+    for other in blocks.read_splits(config, split):
       if other in config.splits and other not in came:
         came[other] = split
         todo.append(other)

@@ -1,10 +1,11 @@
 """The evaluate command: one checkpoint, or every new one of a run, on the benchmarks of a config.
 
-In: a checkpoint, or a file of weights; the benchmarks' source files. Out: a table on the terminal and,
-where asked for, <output>/<benchmark>.json and .npz as the stage evaluate writes them.
+In: a checkpoint, or a file of weights; the benchmarks' source files. Out: a table on the terminal and, where asked
+for, <output>/<benchmark>.json and .npz as the stage evaluate writes them.
 """
 
 from collections.abc import Callable
+import itertools
 import os
 import tempfile
 import time
@@ -12,28 +13,24 @@ import time
 from absl import logging
 from ml_collections import ConfigDict
 
+from clip_jax.core import checkpoints, files, products
 from clip_jax.core import config as config_lib
-from clip_jax.core import files
-from clip_jax.core.errors import ConfigError
-from clip_jax.core.errors import InputError
-from clip_jax.stages import benchmark_dirs
-from clip_jax.stages import check
-from clip_jax.stages import evaluate
-from clip_jax.stages import ingest
-from clip_jax.stages import layout
-from clip_jax.stages import models
+from clip_jax.core.errors import ConfigError, InputError
+from clip_jax.experiment import blocks
+from clip_jax.experiment.experiment import Experiment
+from clip_jax.stages import benchmark_dirs, check, evaluate, ingest, models
 
 POLL_SECS = 5.0
 
 
 def run(config: ConfigDict, path: str | None, *, model: str, benchmarks: list[str] | None, output: str,
         follow: bool) -> None:
+  """Evaluates a checkpoint; with `follow` every new one until Ctrl-C."""
   if not path:
     raise ConfigError('--checkpoint is not given, for example --checkpoint=runs/demo/train/base/seed0.')
   path = models.located(path)
   if follow and models.is_weights(path):
     raise ConfigError(f'--follow: {path} is a file of weights, to which no steps are added.')
-  layout.forget()
   config = benchmark_dirs.resolve(config)
   check.check(config)
   names = benchmarks or list(config.benchmarks)
@@ -41,16 +38,16 @@ def run(config: ConfigDict, path: str | None, *, model: str, benchmarks: list[st
     if name not in config.benchmarks:
       raise ConfigError(f'--benchmarks={name!r} is not in the config.'
                         f'{config_lib.nearest(name, config.benchmarks)}')
-    if not layout.has_own_images(config, name):
+    if not blocks.has_own_images(config, name):
       raise ConfigError(f'{name} has no images (format embeddings), so no model can be evaluated on it. Leave it out '
                         'with --benchmarks.')
   loaded = None if follow else models.load(path, model)  # before the benchmarks are read: is there one?
   with tempfile.TemporaryDirectory() as scratch:  # the benchmarks' index; nothing of a work directory is needed
+    x = Experiment(config, scratch)
     for name in names:
-      ingest.ingest_dataset(config, scratch, name)
-    images: dict = {}
+      _ingest(x, name)
     if loaded is not None:
-      _evaluate(config, scratch, path, loaded, names, output, images)
+      _evaluate(x, path, loaded, names, output)
       return
     done: set[int] = set()
     logging.info('Following %s; Ctrl-C ends it.%s', path, '' if _steps(path) else ' No checkpoint is there yet.')
@@ -61,15 +58,19 @@ def run(config: ConfigDict, path: str | None, *, model: str, benchmarks: list[st
         done.add(step)
         loaded = _load_while_there(folder, model, lambda step=step: step == max(_steps(path), default=step))
         if loaded is not None:
-          _evaluate(config, scratch, folder, loaded, names, os.path.join(output, f'{step:08d}') if output else '',
-                    images)
+          _evaluate(x, folder, loaded, names, os.path.join(output, f'{step:08d}') if output else '')
       time.sleep(POLL_SECS)
 
 
-def _load_while_there(folder: str, model: str, is_newest: Callable[[], bool]):
-  """Returns the model of a step; None, said, where it cannot be read and a newer one is there: training removes
+def _ingest(x: Experiment, name: str) -> None:
+  for _, batch in itertools.groupby(x.graph.dataset(name), key=lambda product: product.kind):
+    products.make(x.workdir, list(batch), lambda todo: ingest.MAKERS[todo[0].kind](x, todo))
 
-  old ones (train.keep_checkpoints), maybe while they are read.
+
+def _load_while_there(folder: str, model: str, is_newest: Callable[[], bool]) -> models.Model | None:
+  """Returns the model of a step; None, with a warning, where it cannot be read and a newer one is there.
+
+  Training removes old ones (train.keep_checkpoints), maybe while they are read.
   """
   try:
     return models.load(folder, model)
@@ -80,17 +81,13 @@ def _load_while_there(folder: str, model: str, is_newest: Callable[[], bool]):
     return None
 
 
-def _evaluate(config: ConfigDict, scratch: str, path: str, model, names: list[str], output: str,
-              images: dict) -> None:
-  source = path if model.step is None else f'{path}, step {model.step}'
-  logging.info('%s:', source)
+def _evaluate(x: Experiment, path: str, model: models.Model, names: list[str], output: str) -> None:
+  checkpoint = path if model.step is None else f'{path}, step {model.step}'
+  logging.info('%s:', checkpoint)
   logging.info('  %-20s %7s %8s  %s', 'benchmark', 'images', 'top-1', '95 % interval')
   for name in names:
-    key = (name, model.image_size, model.resize)
-    if key not in images:
-      images[key] = evaluate.read_benchmark(config, scratch, name, model.image_size, model.resize)
-    result, arrays = evaluate.score(config, scratch, name, model, images[key])
-    result['checkpoint'] = source
+    result, arrays = evaluate.score(x, name, model)
+    result['checkpoint'] = checkpoint
     interval = ('unknown: all images are of one group' if result['top1_low'] is None
                 else f'{100 * result["top1_low"]:.1f} to {100 * result["top1_high"]:.1f}')
     logging.info('  %-20s %7d %7.1f%%  %s', name, result['n'], 100 * result['top1'], interval)
@@ -103,5 +100,4 @@ def _evaluate(config: ConfigDict, scratch: str, path: str, model, names: list[st
 
 def _steps(path: str) -> dict[int, str]:
   """Returns step -> folder of the whole checkpoints that are there now, oldest first."""
-  from clip_jax.core import checkpoints
   return {int(folder.name): str(folder) for folder in checkpoints.step_folders(path)}

@@ -9,9 +9,9 @@ import os
 
 from absl import logging
 
-from clip_jax.core import files
-from clip_jax.core.errors import ConfigError
-from clip_jax.core.errors import InputError
+from clip_jax.core import checkpoints, files
+from clip_jax.core.errors import ConfigError, InputError
+from clip_jax.models import huggingface, open_clip, weights
 from clip_jax.stages import models
 
 METADATA = {'format': 'pt'}  # transformers reads no file without it
@@ -53,7 +53,6 @@ def run(path: str | None, output: str | None, kind: str, *, model: str) -> None:
 
 def _check_space(output: str, params: dict) -> None:
   """Raises InputError before anything is written where the disk has no room for it."""
-  from clip_jax.models import weights
   needed, free = sum(array.nbytes for array in weights.flat(params).values()), files.free_bytes(output)
   if free is not None and free < needed:
     raise InputError(f'{output} takes {needed / 1e6:,.1f} MB, and only {free / 1e6:,.1f} MB are free there. Free some '
@@ -61,8 +60,6 @@ def _check_space(output: str, params: dict) -> None:
 
 
 def _open_clip(found: models.Weights, output: str) -> None:
-  from clip_jax.models import open_clip
-  from clip_jax.models import weights
   config = found.config
   about = {'model_cfg': open_clip.config_to_open_clip(config),
            'preprocess_cfg': open_clip.preprocess_to_open_clip(config.image_size, found.preprocess)}
@@ -74,8 +71,6 @@ def _open_clip(found: models.Weights, output: str) -> None:
 
 
 def _huggingface(found: models.Weights, output: str) -> None:
-  from clip_jax.models import huggingface
-  from clip_jax.models import weights
   config = found.config
   about = huggingface.config_to_huggingface(config)
   processor = huggingface.preprocess_to_huggingface(config.image_size, found.preprocess)
@@ -92,8 +87,6 @@ def _huggingface(found: models.Weights, output: str) -> None:
 
 
 def _orbax(found: models.Weights, output: str) -> None:
-  from clip_jax.core import checkpoints
-  from clip_jax.models import open_clip
   about = {'model': open_clip.config_to_open_clip(found.config),
            'preprocess': {**found.preprocess, 'mean': list(found.preprocess['mean']),
                           'std': list(found.preprocess['std'])},

@@ -7,65 +7,35 @@ the others the anchor's, too, and planted copies, which a list of the pool's key
 """
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 from absl import logging
-from ml_collections import ConfigDict
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
-from clip_jax.core import engine
-from clip_jax.core import files
-from clip_jax.core import products
-from clip_jax.core import progress
+from clip_jax.core import engine, files, products, progress
 from clip_jax.core.errors import InputError
-from clip_jax.core.products import Product
+from clip_jax.core.products import Made, Product
 from clip_jax.core.types import Array
-from clip_jax.data import export
-from clip_jax.data import table
-from clip_jax.pruning import exports
-from clip_jax.pruning import splits
-from clip_jax.stages import ingest
-from clip_jax.stages import layout
+from clip_jax.data import export, table
+from clip_jax.experiment import workdir
+from clip_jax.experiment.blocks import POOL
+from clip_jax.experiment.experiment import Experiment
+from clip_jax.pruning import exports, splits
 
 ROWS_AT_ONCE = 1 << 20     # rows of keys.parquet that are in memory
 BYTES_BESIDE_IMAGE = 6000  # of a sample in a tar, about: captions, json, headers
 
 
-def run(config: ConfigDict, workdir: str, rows: Mapping[tuple[str, int], Product]) -> list[Product]:
-  """Makes what is missing of what the splits export. rows: the product that holds the rows of (split, seed)."""
-  made, folders = [], {}
-  for (split, seed), product in rows.items():
-    folders[folder(config, split, seed)] = split, product
-  for place, (split, product) in folders.items():
-    for kind in config.splits[split].export:
-      make = _list if kind in LISTS else _copies
-      made += make(config, workdir, place, kind, product)
-  _unnamed(config, workdir, made)
-  return made
-
-
-def folder(config: ConfigDict, split: str, seed: int) -> str:
-  return f'splits/{split}/export' + (f'/seed{seed}' if layout.is_drawn(config, split) else '')
-
-
-@layout.remembered
-def listed_sha256(config: ConfigDict, workdir: str, split: str) -> str:
-  """Returns the sha256 of the file that a split of the rule 'listed' names."""
-  del workdir
-  path = os.path.expanduser(config.splits[split].file)
-  if not os.path.isfile(path):
-    raise InputError(f'config.splits.{split}.file={path!r} is not there. Give a .npy, .parquet or .txt of keys.')
-  return files.sha256(path)
-
-
-def listed_rows(config: ConfigDict, workdir: str, split: str) -> tuple[Array, dict]:
+def listed_rows(x: Experiment, split: str) -> tuple[Array, dict]:
   """Returns the pool rows that a split's file names, sorted, with repeats; and what is known of it."""
-  path = os.path.expanduser(config.splits[split].file)
-  column = config.prune.export_key or 'key'
-  found = exports.find(exports.read(path, config.prune.export_key), pool_keys(workdir, column))
-  report = found.report
-  example = ', '.join(map(repr, found.not_in_pool))
-  if not len(found.rows):
+  path = os.path.expanduser(x.config.splits[split].file)
+  column = x.config.prune.export_key or 'key'
+  listed = exports.find(exports.read(path, x.config.prune.export_key), pool_keys(x, column))
+  report = listed.report
+  example = ', '.join(map(repr, listed.not_in_pool))
+  if not len(listed.rows):
     raise InputError(f'None of the {report["listed"]:,} keys in {path} is in the pool, for example {example}. They '
                      f'were looked up in the column {column!r}: name another in config.prune.export_key.')
   if report['not_in_pool']:
@@ -74,41 +44,35 @@ def listed_rows(config: ConfigDict, workdir: str, split: str) -> tuple[Array, di
   if report['several_rows']:
     logging.info('%s: %s keys name several rows of the pool; all of these count.', split,
                  f'{report["several_rows"]:,}')
-  return found.rows, {'file_sha256': listed_sha256(config, workdir, split), **report}
+  return listed.rows, {'file_sha256': x.graph.listed_sha256(split), **report}
 
 
-def pool_keys(workdir: str, column: str) -> Iterator:
+def pool_keys(x: Experiment, column: str) -> Iterator:
   """Yields a column of the pool's index as pyarrow arrays, shard by shard."""
-  for shard, start, stop in layout.shard_slices(layout.source(workdir, layout.POOL).starts):
-    yield _column(workdir, layout.POOL, shard, column, stop - start)
+  for shard, start, stop in workdir.shard_slices(workdir.source(x, POOL).starts):
+    yield _column(x, POOL, shard, column, stop - start)
 
 
-def _column(workdir: str, dataset: str, shard: int, column: str, rows: int):
-  found = table.read_columns(os.path.join(workdir, 'ingest', dataset), shard, [column])
-  if column in found.column_names:
-    return found[column]
+def _column(x: Experiment, dataset: str, shard: int, column: str, rows: int):
+  index = table.read_columns(workdir.index_folder(x, dataset), shard, [column])
+  if column in index.column_names:
+    return index[column]
   if rows:
     raise InputError(f'The {dataset} has no column {column!r}, which config.prune.export_key names. Put it in '
                      f'config.{dataset}.columns, and index again with --redo=ingest:{dataset}.')
   return []
 
 
-def _own_rows(config: ConfigDict, workdir: str, name: str) -> dict[str, Array]:
-  """Returns dataset -> its own rows, of the rows of the base set that a product holds, which are sorted."""
-  rows, found, start = np.load(os.path.join(workdir, name + '.npy')), {}, 0
-  for dataset in layout.TRAINED:
-    if dataset in layout.datasets(config):
-      stop = start + len(layout.source(workdir, dataset))
-      first, last = np.searchsorted(rows, (start, stop))
-      found[dataset], start = rows[first:last] - start, stop
-  return found
+def _own_rows(x: Experiment, split: str, seed: int) -> dict[str, Array]:
+  """Returns dataset -> its own rows among those of a split."""
+  return workdir.base_rows(x).own(np.load(workdir.rows_path(x, split, seed)))
 
 
-def _by_shard(workdir: str, dataset: str, rows: Array) -> Iterator[tuple[int, int, int, Array]]:
+def _by_shard(x: Experiment, dataset: str, rows: Array) -> Iterator[tuple[int, int, int, Array]]:
   """Yields (shard, its first row, its number of rows, those of `rows` that are in it, counted from its first)."""
   if not len(rows):
     return
-  starts = layout.source(workdir, dataset).starts
+  starts = workdir.source(x, dataset).starts
   low, high = np.searchsorted(starts, rows[[0, -1]], side='right')
   for shard in range(int(low) - 1, int(high)):
     start, stop = starts[shard:shard + 2].tolist()
@@ -117,69 +81,60 @@ def _by_shard(workdir: str, dataset: str, rows: Array) -> Iterator[tuple[int, in
       yield shard, start, stop - start, rows[first:last] - start
 
 
-def _list(config: ConfigDict, workdir: str, place: str, kind: str, rows: Product) -> list[Product]:
-  """Makes a list of keys. A list that does not fit is made again: it costs seconds."""
-  name, write = LISTS[kind]
-  reads = [rows, *(ingest.index_product(dataset, ingest.shard_products(config, workdir, dataset))
-                   for dataset in (layout.POOL, layout.ANCHOR) if dataset in layout.datasets(config))]
-  stem, ending = os.path.splitext(name)
-  product = Product(f'{place}/{stem}', layout.pick(config, ['prune.export_key']),
-                    {part.name: part.fingerprint for part in reads})
-  if products.missing(workdir, [product], remake=True, redo='prune'):
-    with products.lock(workdir, product.name):
-      counts = write(config, workdir, product.name + ending, _own_rows(config, workdir, rows.name))
-      products.finish(workdir, product, [product.name + ending], counts)
-    logging.info('export: %s holds %s keys; read back and checked.', os.path.join(workdir, product.name + ending),
-                 f'{counts["keys"]:,}')
-  return [product]
+def write_list(x: Experiment, todo: list[Product]) -> Made:
+  """Writes a list of keys, and reads it back."""
+  product, = todo
+  split, seed, kind = product.of
+  path = product.name + os.path.splitext(exports.LISTS[kind])[1]
+  counts = _LISTS[kind](x, path, _own_rows(x, split, seed))
+  yield product, [path], counts
+  logging.info('export: %s holds %s keys; read back and checked.', x.path(path), f'{counts["keys"]:,}')
 
 
-def _uids(config: ConfigDict, workdir: str, name: str, rows: Mapping[str, Array]) -> dict:
-  return _npy(config, workdir, name, rows[layout.POOL], exports.uids, exports.sorted_uids)
+def _uids(x: Experiment, path: str, rows: Mapping[str, Array]) -> dict:
+  return _npy(x, path, rows[POOL], exports.uids, exports.sorted_uids)
 
 
-def _numbers(config: ConfigDict, workdir: str, name: str, rows: Mapping[str, Array]) -> dict:
-  return _npy(config, workdir, name, rows[layout.POOL], exports.numbers, np.sort)
+def _numbers(x: Experiment, path: str, rows: Mapping[str, Array]) -> dict:
+  return _npy(x, path, rows[POOL], exports.numbers, np.sort)
 
 
-def _npy(config: ConfigDict, workdir: str, name: str, pool: Array, convert, order) -> dict:
+def _npy(x: Experiment, path: str, pool: Array, convert, order) -> dict:
   """Writes the keys of pool rows as an array, in order."""
-  column = config.prune.export_key or 'key'
+  column = x.config.prune.export_key or 'key'
   parts = [convert([])]
-  for shard, start, size, mine in _by_shard(workdir, layout.POOL, pool):
-    keys = _column(workdir, layout.POOL, shard, column, size)
-    parts.append(convert(keys.take(mine), start + mine))
-  with files.atomic(os.path.join(workdir, name)) as temporary:
+  for shard, start, size, own in _by_shard(x, POOL, pool):
+    keys = _column(x, POOL, shard, column, size)
+    parts.append(convert(keys.take(own), start + own))
+  with files.atomic(x.path(path)) as temporary:
     with temporary.open('wb') as f:
       np.save(f, order(np.concatenate(parts)), allow_pickle=False)
-    return {'keys': len(pool), **_checked(workdir, name, temporary, column, pool)}
+    return {'keys': len(pool), **_checked(x, path, temporary, column, pool)}
 
 
-def _checked(workdir: str, name: str, temporary, column: str, rows: Array) -> dict:
+def _checked(x: Experiment, path: str, temporary, column: str, rows: Array) -> dict:
   """Reads a list back as rows of the pool; returns how many keys name several rows."""
   if not len(rows):
     return {'several_rows': 0}
-  found = exports.find(exports.read(temporary), pool_keys(workdir, column))
-  several = found.report['several_rows']
-  if found.report['not_in_pool'] or not several and not np.array_equal(found.rows, rows):
-    raise InputError(f'{name} does not name the rows of the split when read back. The disk fails, or the index was '
+  listed = exports.find(exports.read(temporary), pool_keys(x, column))
+  several = listed.report['several_rows']
+  if listed.report['not_in_pool'] or not several and not np.array_equal(listed.rows, rows):
+    raise InputError(f'{path} does not name the rows of the split when read back. The disk fails, or the index was '
                      'changed meanwhile: run again.')
   if several:
     logging.warning('export: %s keys in %s name several rows of the pool: who reads it takes all of them.',
-                    f'{several:,}', name)
+                    f'{several:,}', path)
   return {'several_rows': several}
 
 
-def _keys(config: ConfigDict, workdir: str, name: str, rows: Mapping[str, Array]) -> dict:
+def _keys(x: Experiment, path: str, rows: Mapping[str, Array]) -> dict:
   """Writes keys.parquet: dataset, key, row of that dataset, and where the image is: file, offset, length."""
-  import pyarrow as pa
-  import pyarrow.parquet as pq
   schema = pa.schema([('dataset', pa.string()), ('key', pa.string()), ('row', pa.int64()), ('file', pa.string()),
                       ('offset', pa.int64()), ('length', pa.int64())])
-  with files.atomic(os.path.join(workdir, name)) as temporary:
+  with files.atomic(x.path(path)) as temporary:
     with pq.ParquetWriter(os.fspath(temporary), schema, compression='zstd') as writer:
       tables, size = [], 0
-      for part in _key_tables(config, workdir, rows, schema):
+      for part in _key_tables(x, rows, schema):
         tables.append(part)
         size += len(part)
         if size >= ROWS_AT_ONCE:
@@ -188,125 +143,108 @@ def _keys(config: ConfigDict, workdir: str, name: str, rows: Mapping[str, Array]
       if tables:
         writer.write_table(pa.concat_tables(tables))
     return {'keys': sum(map(len, rows.values())),
-            **_checked(workdir, name, temporary, config.prune.export_key or 'key', rows[layout.POOL])}
+            **_checked(x, path, temporary, x.config.prune.export_key or 'key', rows[POOL])}
 
 
-def _key_tables(config: ConfigDict, workdir: str, rows: Mapping[str, Array], schema) -> Iterator:
-  import pyarrow as pa
+def _key_tables(x: Experiment, rows: Mapping[str, Array], schema) -> Iterator:
   for dataset, every in rows.items():
-    column = config.prune.export_key if dataset == layout.POOL else ''
-    sources = ingest.shards(config, workdir, dataset) if len(every) else []
-    for shard, start, size, mine in _by_shard(workdir, dataset, every):
-      index = table.read_columns(os.path.join(workdir, 'ingest', dataset), shard,
-                                 ['key', 'offset', 'length', 'path']).take(mine)
+    column = x.config.prune.export_key if dataset == POOL else ''
+    sources = x.graph.shards(dataset) if len(every) else []
+    for shard, start, size, own in _by_shard(x, dataset, every):
+      index = table.read_columns(workdir.index_folder(x, dataset), shard,
+                                 ['key', 'offset', 'length', 'path']).take(own)
       keys = index['key']
       if column:
-        keys = _column(workdir, dataset, shard, column, size).take(mine).cast(pa.string())
+        keys = _column(x, dataset, shard, column, size).take(own).cast(pa.string())
       if keys.null_count:
-        row = start + mine[keys.is_null().to_numpy().argmax()]
+        row = start + own[keys.is_null().to_numpy().argmax()]
         raise InputError(f'Row {row} of the {dataset} has no {column!r}. Name another column in '
                          'config.prune.export_key.')
       file = index['path'] if 'path' in index.column_names else pa.array(
-          [sources[shard].prefix + sources[shard].files[0].name] * len(mine))
-      yield pa.table([pa.array([dataset] * len(mine)), keys, start + mine, file, index['offset'],
+          [sources[shard].prefix + sources[shard].files[0].name] * len(own))
+      yield pa.table([pa.array([dataset] * len(own)), keys, start + own, file, index['offset'],
                       index['length'].cast(pa.int64())], schema=schema)
 
 
-def _copies(config: ConfigDict, workdir: str, place: str, kind: str, rows: Product) -> list[Product]:
-  """Makes copies of a split's samples, one product a file, and sizes.json when all are there.
+def write_copies(x: Experiment, todo: list[Product]) -> Made:
+  """Copies a split's samples, one product a file, and writes their sizes when all are there.
 
   Copies that do not fit are made again: nothing is lost that is not in the source files, and who trains on the
-  folder must not find images of another split there. A file counts by the rows that it holds, so only what
-  changed is written again.
+  folder must not find images of another split there. A file counts by the rows that it holds, so only what changed is
+  written again.
   """
-  parts = _parts(config, workdir, f'{place}/{kind}', kind, rows)
-  whole = Product(f'{place}/{kind}/sizes', {}, {product.name: product.fingerprint for product, _ in parts})
-  if all(products.status(workdir, product) == 'fits' for product in (whole, *(product for product, _ in parts))):
-    return [*(product for product, _ in parts), whole]
-  with products.lock(workdir, whole.name):
-    wanted = _forget(workdir, f'{place}/{kind}', COPIES[kind][0], whole, [product for product, _ in parts])
-    jobs = [job for product, job in parts if product.name in wanted]
-    needed = sum(export.image_bytes(job[3], job[4]) + BYTES_BESIDE_IMAGE * len(job[4]) for job in jobs)
-    files.check_space(workdir, needed, f'The export {whole.name}')
-    for _ in engine.finished(write_part, jobs, workers=config.engine.workers, desc=f'export {place[7:]}',
-                             unit='file'):
-      pass
-    counts = {product.name: products.read_sidecar(workdir, product.name)['counts'] for product, _ in parts}
-    sizes = {os.path.basename(job[2]): counts[product.name]['samples'] for product, job in parts}
-    files.write_json(os.path.join(workdir, place, kind, 'sizes.json'), sizes)
-    products.finish(workdir, whole, [f'{place}/{kind}/sizes.json'],
-                    {key: sum(count.get(key, 0) for count in counts.values())
-                     for key in ('samples', 'members', 'bytes', 'renamed')}
-                    | {'refused': sum(len(count.get('refused', ())) for count in counts.values())})
-  _say_copies(workdir, whole, len(parts))
-  return [*(product for product, _ in parts), whole]
+  whole, = todo
+  split, seed, kind = whole.of
+  place, (ending, _) = os.path.dirname(whole.name), export.COPIES[kind]
+  parts = _parts(x, place, kind, _own_rows(x, split, seed))
+  _remove_others(x, place, ending, whole.name, {part.name for part in parts})
+
+  def write(late: list[Product]) -> Made:
+    jobs = [(x.path(f'{part.name}.{ending}'), kind, *part.of) for part in late]
+    needed = sum(export.image_bytes(folder, rows) + BYTES_BESIDE_IMAGE * len(rows) for _, _, folder, rows in jobs)
+    files.check_space(x.workdir, needed, f'The export {whole.name}')
+    for number, counts in engine.finished(write_part, jobs, workers=x.config.engine.workers, desc=f'export {split}',
+                                          unit='file'):
+      yield late[number], {f'{late[number].name}.{ending}': counts.get('sha256')}, counts
+
+  products.make(x.workdir, parts, write)
+  copies = {f'{part.name}.{ending}': products.counts(x.workdir, part.name) for part in parts}
+  sizes = {os.path.basename(path): count['samples'] for path, count in copies.items()}
+  files.write_json(x.path(f'{whole.name}.json'), sizes)
+  total = {key: sum(count.get(key, 0) for count in copies.values())
+           for key in ('samples', 'members', 'bytes', 'renamed')}
+  total['refused'] = sum(len(count.get('refused', ())) for count in copies.values())
+  yield whole, {f'{whole.name}.json': None, **{path: count.get('sha256') for path, count in copies.items()}}, total
+  _log_copies(x.path(place), total, len(parts))
 
 
-def _say_copies(workdir: str, whole: Product, number: int) -> None:
-  counts = products.read_sidecar(workdir, whole.name)['counts']
-  logging.info('export: %s holds %s in %s, %s; all was read back and has the sha256 of its source.',
-               os.path.join(workdir, os.path.dirname(whole.name)), progress.counted(counts['samples'], 'sample'),
-               progress.counted(number, 'file'), progress.size(counts['bytes']))
-  if counts['renamed']:
+def _log_copies(folder: str, total: dict, number: int) -> None:
+  logging.info('export: %s holds %s in %s, %s; all was read back and has the sha256 of its source.', folder,
+               progress.counted(total['samples'], 'sample'), progress.counted(number, 'file'),
+               progress.size(total['bytes']))
+  if total['renamed']:
     logging.info('export: %s samples have a number after their key, as their file has that key already.',
-                 f'{counts["renamed"]:,}')
-  if counts['refused']:
+                 f'{total["renamed"]:,}')
+  if total['refused']:
     logging.warning('export: %s samples are left out, as unpacking them could write outside a folder; the sidecars '
-                    'list them.', f'{counts["refused"]:,}')
+                    'list them.', f'{total["refused"]:,}')
 
 
-def _parts(config: ConfigDict, workdir: str, place: str, kind: str, rows: Product) -> list[tuple[Product, tuple]]:
-  """Returns the product of each file of copies, and the job that writes it."""
+def _parts(x: Experiment, place: str, kind: str, own_rows: Mapping[str, Array]) -> list[Product]:
+  """Returns the product of each file of copies; `of`: the dataset's index folder and the rows that the file holds."""
   parts = []
-  for dataset, every in _own_rows(config, workdir, rows.name).items():
-    index = ingest.shard_products(config, workdir, dataset) if len(every) else []
+  for dataset, every in own_rows.items():
+    index = x.graph.index_shards(dataset) if len(every) else []
     for number, start in enumerate(range(0, len(every), export.SAMPLES_A_SHARD)):
       some = every[start:start + export.SAMPLES_A_SHARD]
-      of = {shard: splits.rows_hash(mine) for shard, _, _, mine in _by_shard(workdir, dataset, some)}
-      stem = ('' if dataset == layout.POOL else f'{dataset}-') + f'{number:05d}'
-      product = Product(f'{place}/{stem}', {f'rows of {index[shard].name}': found for shard, found in of.items()},
-                        {index[shard].name: index[shard].fingerprint for shard in of})
-      parts.append((product, (workdir, product, f'{place}/{stem}.{COPIES[kind][0]}',
-                              os.path.join(workdir, 'ingest', dataset), some)))
+      hashes = {shard: splits.rows_hash(own) for shard, _, _, own in _by_shard(x, dataset, some)}
+      stem = ('' if dataset == POOL else f'{dataset}-') + f'{number:05d}'
+      parts.append(Product(f'{place}/{stem}', kind, (workdir.index_folder(x, dataset), some),
+                           {f'rows of {index[shard].name}': value for shard, value in hashes.items()},
+                           tuple(index[shard] for shard in hashes), batch=f'{place}/parts', is_cheap=True))
   return parts
 
 
-def _forget(workdir: str, place: str, ending: str, whole: Product, parts: Sequence[Product]) -> set[str]:
-  """Removes what does not fit, the list of all first; returns the names of the parts that are to be made."""
-  path = os.path.join(workdir, place)
-  there = sorted(os.listdir(path)) if os.path.isdir(path) else []
-  fits = {part.name for part in parts if products.status(workdir, part) == 'fits'}
-  found = [f'{place}/{name.removesuffix(products.SIDECAR)}' for name in there if name.endswith(products.SIDECAR)]
-  old = [name for name in found if name not in fits and name != whole.name]
-  products.forget(workdir, whole.name)
-  for name in old:
-    products.forget(workdir, name)
-  for name in there:  # what a process that was killed has left: not whole, or without a sidecar
-    left = name.endswith(f'.{ending}') and f'{place}/{name.removesuffix(f".{ending}")}' not in fits
-    if left or files.TEMPORARY in name:
-      files.epath.Path(os.path.join(path, name)).unlink(missing_ok=True)
-  if old:
-    logging.info('export: %d files in %s do not fit the split; they are removed, or made again.', len(old), place)
-  return {part.name for part in parts} - fits
+def _remove_others(x: Experiment, place: str, ending: str, whole: str, names: set[str]) -> None:
+  """Removes copies that are not among `names`, and what a killed process has left."""
+  present = sorted(os.listdir(x.path(place))) if os.path.isdir(x.path(place)) else []
+  stored = {f'{place}/{name.removesuffix(products.SIDECAR)}' for name in present if name.endswith(products.SIDECAR)}
+  others = stored - names - {whole}
+  for name in others:
+    products.delete(x.workdir, name)
+  for name in present:
+    stem = f'{place}/{name.removesuffix(f".{ending}")}'
+    if (name.endswith(f'.{ending}') and stem not in stored & names) or files.TEMPORARY in name:
+      files.epath.Path(x.path(place, name)).unlink(missing_ok=True)
+  if others:
+    logging.info('export: %d files in %s do not belong to the split; they are removed.', len(others), place)
 
 
-def write_part(job: tuple[str, Product, str, str, Array]) -> None:
-  """Writes one file of copies and its sidecar."""
-  workdir, product, name, directory, rows = job
-  kind = os.path.basename(os.path.dirname(name))
-  counts = COPIES[kind][1](os.path.join(workdir, name), directory, rows)
-  products.finish(workdir, product, [name], counts, {name: counts['sha256']} if 'sha256' in counts else None)
+def write_part(job: tuple[str, str, str, Array]) -> dict:
+  """Writes one file of copies: a pure function of the rows to a file. Returns the counts."""
+  path, kind, folder, rows = job
+  return export.COPIES[kind][1](path, folder, rows)
 
 
-def _unnamed(config: ConfigDict, workdir: str, made: Sequence[Product]) -> None:
-  """Says which finished exports of the config's splits it does not ask for any more."""
-  names = {product.name for product in made}
-  left = sorted(name for split in config.splits for name in products.sidecars(os.path.join(workdir, 'splits', split))
-                if '/export/' in name and name not in names)
-  if left:
-    logging.info('Left alone, as the config does not ask for them: %s.', ', '.join(left[:4]) +
-                 (f' and {len(left) - 4} more' if len(left) > 4 else ''))
-
-
-LISTS = {'datacomp': ('uids.npy', _uids), 'clip_ood': ('clip_ood.npy', _numbers), 'keys': ('keys.parquet', _keys)}
-COPIES = {'webdataset': ('tar', export.write_tar), 'array_record': ('array_record', export.write_array_record)}
+_LISTS = {'datacomp': _uids, 'clip_ood': _numbers, 'keys': _keys}  # kind of exports.LISTS -> what writes it
+MAKERS = {'list': write_list, 'copies': write_copies}

@@ -2,13 +2,13 @@
 
 In: a checkpoint that clip_jax trained, or a file of weights (open_clip's, OpenAI's, Hugging Face's),
 whose architecture and preprocessing are named or lie beside it in open_clip_config.json, config.json
-and preprocessor_config.json.
+and preprocessor_config.json. What imports JAX is imported inside functions: the check of a config, at every start,
+needs architectures only.
 """
 
 from collections.abc import Callable, Sequence
 import dataclasses
 import functools
-import math
 import os
 from typing import Any
 
@@ -16,17 +16,18 @@ from absl import logging
 from ml_collections import ConfigDict
 import numpy as np
 
-from clip_jax.core import files
-from clip_jax.core import sharding
-from clip_jax.core.errors import ConfigError
-from clip_jax.core.errors import InputError
+from clip_jax.core import checkpoints, files, sharding
+from clip_jax.core.errors import ConfigError, InputError
 from clip_jax.core.types import Array
+from clip_jax.data import packing, tokenizer
+from clip_jax.experiment import blocks
+from clip_jax.experiment.experiment import Experiment
+from clip_jax.models import embedders, huggingface, open_clip, weights, zoo
+from clip_jax.models.weights import HUGGING_FACE, OPEN_CLIP, PREPROCESSOR
 
 NUMBERS = ('embed_dim', 'image_size', 'patch_size', 'vision_width', 'vision_layers', 'vision_heads',
            'text_width', 'text_layers', 'text_heads', 'context_length')
-OPEN_CLIP, HUGGING_FACE, PREPROCESSOR = 'open_clip_config.json', 'config.json', 'preprocessor_config.json'
 TOKENIZER = ('tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json')
-BESIDE = (OPEN_CLIP, HUGGING_FACE, PREPROCESSOR)  # what a weights file is read with
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,19 +53,15 @@ class Weights:
 
 
 def architecture(config: ConfigDict):
-  """Returns config.model as a CLIPConfig: a zoo entry by name, or the numbers themselves.
-
-  For the sigmoid loss it begins with a scale of 10 and a bias of -10 (Zhai et al. 2023), as open_clip's.
-  """
-  found = _numbers(config)
-  if config.train.loss == 'siglip':
-    return dataclasses.replace(found, init_logit_scale=math.log(10), init_logit_bias=-10.0)
-  return found
+  """Returns config.model as a CLIPConfig: a zoo entry by name, or the numbers themselves, as its loss begins."""
+  numbers = _numbers(config)
+  if config.train.loss == 'clip':  # which begins with the model's own; the table of losses imports JAX
+    return numbers
+  from clip_jax.training import losses
+  return dataclasses.replace(numbers, **losses.LOSSES[config.train.loss].start)
 
 
 def _numbers(config: ConfigDict):
-  from clip_jax.data import tokenizer
-  from clip_jax.models import zoo
   m = config.model
   given = [key for key in NUMBERS if m[key]]
   if m.name:
@@ -96,9 +93,7 @@ def _numbers(config: ConfigDict):
 
 def about(config: ConfigDict, split: str, seed: int) -> dict:
   """Returns what a checkpoint must say of its model, so that it can be evaluated without the config."""
-  from clip_jax.models import open_clip
-  from clip_jax.stages import layout
-  return {'model': open_clip.config_to_open_clip(architecture(config)), 'preprocess': layout.plain(config.preprocess),
+  return {'model': open_clip.config_to_open_clip(architecture(config)), 'preprocess': blocks.plain(config.preprocess),
           'dtype': config.train.dtype, 'split': split, 'seed': seed}
 
 
@@ -124,7 +119,6 @@ def read(path: str, name: str = '', flag: str = '--model') -> Weights:
 
 def is_weights(path: str) -> bool:
   """Whether a path is by its ending a file of weights, and not a checkpoint's folder."""
-  from clip_jax.models import weights
   return path.endswith(weights.ENDINGS)
 
 
@@ -139,7 +133,6 @@ def located(path: str) -> str:
 
 def _check_folder(path: str) -> None:
   """Raises InputError naming the file where a folder of weights is given, as open_clip and transformers take it."""
-  from clip_jax.core import checkpoints
   inside = [name for name in sorted(os.listdir(path)) if is_weights(name)] if os.path.isdir(path) else []
   if inside and not checkpoints.step_folders(path):
     raise InputError(f'{path} is a folder with weights and no checkpoint. Name the file, '
@@ -148,8 +141,6 @@ def _check_folder(path: str) -> None:
 
 def read_checkpoint(path: str) -> Weights:
   """Reads the parameters of a checkpoint that clip_jax made, of a run the newest."""
-  from clip_jax.core import checkpoints
-  from clip_jax.models import open_clip
   newest = checkpoints.step_folders(path)[-1:]
   try:
     params, step, saved = checkpoints.restore_params(path)
@@ -173,9 +164,6 @@ def read_weights(path: str, name: str, flag: str) -> Weights:
     ConfigError: nothing says which model it holds (the message has the names that fit), or it is one
       that is not built here.
   """
-  from clip_jax.models import huggingface
-  from clip_jax.models import open_clip
-  from clip_jax.models import weights
   tensors = weights.read(path)
   theirs = huggingface if huggingface.is_huggingface(tensors) else open_clip
   order = (HUGGING_FACE, OPEN_CLIP) if theirs is huggingface else (OPEN_CLIP, HUGGING_FACE)
@@ -205,9 +193,6 @@ def weights_architecture(path: str, name: str, flag: str):
 
 def _architecture(path: str, name: str, order: Sequence[str]):
   """Returns the CLIPConfig by name, else by the first of the files `order` that is there, and who said it."""
-  from clip_jax.models import huggingface
-  from clip_jax.models import open_clip
-  from clip_jax.models import zoo
   if name:
     return zoo.get(name), name
   for file in order:
@@ -252,8 +237,6 @@ def _unnamed(path: str, fitting: Sequence[str], flag: str) -> str:
 
 def _preprocess(path: str, config) -> tuple[dict, str]:
   """Returns mean, std and resize, and where they are from."""
-  from clip_jax.models import huggingface
-  from clip_jax.models import open_clip
   found = _beside(path, OPEN_CLIP)
   if found is not None and isinstance(found.get('preprocess_cfg'), dict):
     return open_clip.preprocess_from_open_clip(found['preprocess_cfg'], config), OPEN_CLIP
@@ -285,7 +268,7 @@ def _tokenizer(config, folder: str) -> Callable[[Sequence[str], int], Array]:
     from clip_jax.data import hf_tokenizer
     tokenize = hf_tokenizer.load(folder, dict(config.text.tokenizer_kwargs))
   else:
-    from clip_jax.data.tokenizer import tokenize
+    tokenize = tokenizer.tokenize
 
   def known(texts: Sequence[str], context_length: int) -> Array:
     tokens = tokenize(texts, context_length)
@@ -304,7 +287,6 @@ def _compiled(config, dtype: str, mean: tuple[float, ...], std: tuple[float, ...
   """Returns the two encoders of one architecture; all checkpoints of it share the compiled code."""
   import jax
   import jax.numpy as jnp
-  from clip_jax.data import packing
   from clip_jax.models import clip
   from clip_jax.models import text
   from clip_jax.training import step
@@ -338,3 +320,52 @@ def _compiled(config, dtype: str, mean: tuple[float, ...], std: tuple[float, ...
     return np.concatenate(parts)[:len(ids)]
 
   return encode_image, encode_text
+
+
+# ------------------------------------------------------------------------------------------------ embedders
+
+
+@dataclasses.dataclass(frozen=True)
+class Embedder:
+  """A frozen embedder: images uint8 [b, S, S, 3] -> [b, E] float32, unit length."""
+  image_size: int
+  resize: str
+  apply: Callable[[Array], Array]
+
+
+def open_embedder(x: Experiment) -> Embedder:
+  """Opens the embedder of a work directory; one of source 'files' embeds no image, so it is never opened."""
+  block = x.embedder_block
+  if block.source in embedders.EMBEDDERS:
+    params = files.read_npz(x.home('embedder', 'embedder.npz'))
+    apply = embedders.EMBEDDERS[block.source][1]
+    return Embedder(block.image_size, x.config.preprocess.resize, lambda images: apply(params, images))
+  model = _embedder_clip(x)
+  return Embedder(model.image_size, model.resize, model.encode_image)
+
+
+def text_tower(x: Experiment) -> Callable[[Sequence[str]], Array]:
+  """Returns the function texts -> [n, E] float32, unit length, of an embedder that is a CLIP ('train', 'weights')."""
+  return _embedder_clip(x).encode_text
+
+
+def _embedder_clip(x: Experiment) -> Model:
+  if x.embedder_block.source == 'weights':
+    return open_model(read(weights_path(x), x.embedder_block.name, name_flag(x)))
+  return load(x.home('embedder'))
+
+
+def embedder_architecture(x: Experiment) -> Any:
+  """Returns the CLIPConfig of an embedder that is a CLIP ('train', 'weights')."""
+  if x.embedder_block.source == 'train':
+    return architecture(x.config)
+  return weights_architecture(weights_path(x), x.embedder_block.name, name_flag(x))
+
+
+def weights_path(x: Experiment) -> str:
+  return os.path.abspath(os.path.expanduser(x.embedder_block.path))
+
+
+def name_flag(x: Experiment) -> str:
+  """Returns the flag that says which model the weights of an embedder hold."""
+  return f'--config.embedders.{x.embedder}.name' if x.embedder else '--config.embedder.name'

@@ -1,30 +1,33 @@
-"""--dry_run: what each stage would do: rows, bytes, FLOPs, time, and which products fit. Writes nothing.
+"""--dry_run: what each stage would do: rows, bytes, FLOPs, time, and which products fit. --graph: what is made from what.
 
-FLOPs count multiplications and additions of the matrix products, which are nearly all of the work; a
-training step is three forward passes. Times are FLOPs over a rate: here the matmul rate measured now,
-elsewhere 40 % of the vendor's dense peak; reading and decoding images comes on top.
+Writes nothing. FLOPs count multiplications and additions of the matrix products, which are nearly all of the work; a
+training step is three forward passes. Times are FLOPs over a rate: here the matmul rate measured now, elsewhere 40 % of
+the vendor's dense peak; reading and decoding images comes on top.
 """
 
 import collections
+from collections.abc import Mapping
 import dataclasses
-import math
-import os
 import re
 import time
 
 from absl import logging
-from ml_collections import ConfigDict
 
-from clip_jax.core import files
-from clip_jax.core import products
-from clip_jax.core import progress
-from clip_jax.stages import embedders
-from clip_jax.stages import layout
+from clip_jax.core import files, log, products, progress
+from clip_jax.experiment import blocks, workdir
+from clip_jax.experiment.blocks import ANCHOR, POOL
+from clip_jax.experiment.experiment import Experiment
+from clip_jax.data import vectors
+from clip_jax.data.storage import is_remote
+from clip_jax.models import embedders, flops
+from clip_jax.stages import models, table
 
 # Dense peaks in FLOP/s from the vendors' data sheets: (float32 or TF32 matmul, bfloat16 matmul).
 ACCELERATORS = {'A100': (156e12, 312e12), 'H100 SXM': (494e12, 989e12), 'TPU v5e': (49e12, 197e12)}
 SHARE_OF_PEAK = 0.4  # what such code reaches, as an assumption
 ITERATIONS = 20      # of k-means, a guess for the plan only
+
+Rows = Mapping[str, int | None]  # dataset -> rows; None: not known before ingest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,58 +38,72 @@ class StagePlan:
   flops: float | None
 
 
-def show(config: ConfigDict, workdir: str, names: list[str]) -> None:
+UNKNOWN = StagePlan(None, None, None)
+
+
+def views(x: Experiment, stage: str) -> list[Experiment]:
+  """Returns the experiment as each embedder sees it for which a stage runs, the main one first."""
+  return [x, *(x.under(name) for name in blocks.further_embedders(x.config, stage))]
+
+
+def stage_plan(x: Experiment, stage: str, rows: Rows | None = None) -> StagePlan:
+  """Returns the plan of a stage for the experiment's embedder."""
+  rows = dataset_rows(x) if rows is None else rows
+  own = blocks.embedded_datasets(x.config, x.embedder)
+  return PLANS[stage](x, {name: rows[name] for name in rows if not x.embedder or name in own})
+
+
+def show(x: Experiment, names: list[str]) -> None:
   """Prints the plan of some stages."""
-  from clip_jax.core import log
   log.start()
-  rows = dataset_rows(config, workdir)
-  rate = matmul_rate()
-  logging.info('Plan for %s (nothing is written). Rows: %s.', workdir,
+  rows, rate = dataset_rows(x), matmul_rate()
+  logging.info('Plan for %s (nothing is written). Rows: %s.', x.workdir,
                ', '.join(f'{name} {_number(n)}' for name, n in rows.items()))
-  passes = [(name, theirs, home) for name in names
-            for theirs, home in [(config, workdir), *embedders.homes(config, workdir, name)]]
-  said = [name if home == workdir else f'{name} {os.path.basename(home)}' for name, _, home in passes]
-  width = max(9, *map(len, said))
+  lines = [(f'{name} {view.embedder}'.strip(), name, view) for name in names for view in views(x, name)]
+  width = max(9, *(len(title) for title, _, _ in lines))
   logging.info('%-*s %12s %10s %10s %14s  %s  %s', width, 'stage', 'rows', 'disk', 'FLOPs', 'time here',
                '  '.join(f'{name:>9}' for name in ACCELERATORS), 'products')
   disk = 0
-  for shown, (name, theirs, home) in zip(said, passes, strict=True):
-    plan = PLANS[name](theirs, home, {dataset: rows[dataset] for dataset in layout.datasets(theirs)})
+  for title, name, view in lines:
+    plan = stage_plan(view, name, rows)
     disk += plan.bytes or 0
-    bf16 = name in ('train', 'evaluate') and config.train.dtype == 'bfloat16'
+    bf16 = name in ('train', 'evaluate') and x.config.train.dtype == 'bfloat16'
     times = [_time(plan.flops, SHARE_OF_PEAK * peaks[bf16]) for peaks in ACCELERATORS.values()]
-    logging.info('%-*s %12s %10s %10s %14s  %s  %s', width, shown, _number(plan.rows), _bytes(plan.bytes),
+    logging.info('%-*s %12s %10s %10s %14s  %s  %s', width, title, _number(plan.rows), _bytes(plan.bytes),
                  _si(plan.flops), _time(plan.flops, rate), '  '.join(f'{text:>9}' for text in times),
-                 _products(theirs, home, name))
-  free = files.free_bytes(workdir)
+                 _products(view, name))
+  free = files.free_bytes(x.workdir)
   logging.info('Disk: about %s in all%s. Time here at %.0f GFLOP/s (measured now); accelerators at %d %% of their '
                'dense peak.', _bytes(disk), f', {_bytes(free)} free' if free is not None else '', rate / 1e9,
                round(100 * SHARE_OF_PEAK))
 
 
-def dataset_rows(config: ConfigDict, workdir: str) -> dict[str, int | None]:
-  """Returns the rows of each dataset that was ingested, or whose files of vectors say them; None for the others."""
-  found = {}
-  for name in layout.datasets(config):
-    sidecar = products.read_sidecar(workdir, f'ingest/{name}/index')
-    found[name] = sidecar['counts']['rows'] if sidecar else _vector_rows(config, workdir, name)
-  return found
+def dataset_rows(x: Experiment) -> dict[str, int | None]:
+  """Returns the rows of each dataset that was ingested, or whose files of vectors tell them; None for the others."""
+  return {name: products.counts(x.workdir, f'ingest/{name}/index').get('rows') or _vector_rows(x, name)
+          for name in blocks.datasets(x.config)}
 
 
-def _vector_rows(config: ConfigDict, workdir: str, dataset: str) -> int | None:
+def _heads(x: Experiment, dataset: str) -> list[vectors.Head]:
+  """Returns the header of each file of vectors of a dataset; [] where asking takes long: files are remote."""
+  shards = x.graph.vector_shards(dataset).values()
+  if any(is_remote(shard.files[0].path) for shard in shards):
+    return []
+  return [vectors.head(shard.files[0].path, shard.block.vector_key, shard.block.vector_dim) for shard in shards]
+
+
+def _vector_rows(x: Experiment, dataset: str) -> int | None:
   """Returns how many vectors a dataset's files hold; None where rows are chosen of them, or some are images."""
-  blocks = [block for _, block in layout.flatten(layout.datasets(config)[dataset])]
-  if layout.has_own_images(config, dataset) or any(
-      block.format != 'embeddings' or block.where or tuple(block.part) != (0, 1) for block in blocks):
+  if any(part.format != blocks.VECTORS or part.where or tuple(part.part) != (0, 1)
+         for part in blocks.parts(x.config, dataset)):
     return None
-  from clip_jax.stages import ingest
-  heads = ingest.vector_heads(config, workdir, dataset)
+  heads = _heads(x, dataset)
   return sum(head.rows for head in heads) if heads else None
 
 
 def matmul_rate() -> float:
   """Returns this machine's float32 matmul rate in FLOP/s, measured for a fraction of a second."""
-  import jax
+  import jax  # the pipeline imports this file at every start
   import jax.numpy as jnp
   n = 1024
   x = jnp.ones((n, n), jnp.float32)
@@ -100,219 +117,152 @@ def matmul_rate() -> float:
   return 2 * n ** 3 / best
 
 
-def _all_rows(rows: dict[str, int | None]) -> int | None:
-  return None if any(n is None for n in rows.values()) else sum(rows.values())
+def _sum(rows: Rows, names) -> int | None:
+  counts = [rows[name] for name in names if name in rows]
+  return None if None in counts else sum(counts)
 
 
-def _ingest(config: ConfigDict, workdir: str, rows) -> StagePlan:
-  del config, workdir
-  n = _all_rows(rows)
+def _ingest(x: Experiment, rows: Rows) -> StagePlan:
+  del x
+  n = _sum(rows, rows)
   return StagePlan(n, None if n is None else 200 * n, 0.0)
 
 
-def _dim(config: ConfigDict, workdir: str) -> int:
+def _dim(x: Experiment) -> int:
   """Returns E; of vectors on a remote storage it is not known before ingest, and 1,000 is taken."""
-  from clip_jax.stages import embedder, ingest
-  if config.embedder.source == embedder.FILES:
-    if products.read_sidecar(workdir, f'ingest/{layout.POOL}/index'):
-      return ingest.vector_dim(config, workdir, layout.POOL)
-    return max([head.dim for head in ingest.vector_heads(config, workdir, layout.POOL)], default=0) or 1000
-  return config.embedder.dim if config.embedder.source in embedder.FITTED else embedder.architecture(config).embed_dim
+  block = x.embedder_block
+  if block.source in embedders.EMBEDDERS:
+    return block.dim
+  if block.source != 'files':
+    return models.embedder_architecture(x).embed_dim
+  return max(workdir.vector_dims(x, POOL).values(), default=0) or max(
+      [head.dim for head in _heads(x, POOL)], default=0) or 1000
 
 
-def _embedder(config: ConfigDict, workdir: str, rows) -> StagePlan:
-  del workdir, rows
-  e = config.embedder
-  if e.source in ('weights', 'files'):
+def _embedder(x: Experiment, rows: Rows) -> StagePlan:
+  del rows
+  block = x.embedder_block
+  if block.source in ('weights', 'files'):
     return StagePlan(0, 1000, 0.0)
-  if e.source == 'train':
-    return StagePlan(e.samples, _checkpoint_bytes(config), 3.0 * forward_flops(config) * e.samples)
-  pixels = 3 * e.image_size ** 2
-  return StagePlan(e.fit_images, 4 * pixels * e.dim, 2.0 * e.fit_images * pixels * min(pixels, e.fit_images))
+  if block.source == 'train':
+    architecture = models.architecture(x.config)
+    return StagePlan(block.samples, _checkpoint_bytes(architecture),
+                     3.0 * flops.forward_flops(architecture) * block.samples)
+  pixels = 3 * block.image_size ** 2
+  return StagePlan(block.fit_images, 4 * pixels * block.dim,
+                   2.0 * block.fit_images * pixels * min(pixels, block.fit_images))
 
 
-def _embed(config: ConfigDict, workdir: str, rows) -> StagePlan:
-  n = _all_rows(rows)
+def _embed(x: Experiment, rows: Rows) -> StagePlan:
+  n = _sum(rows, rows)
   if n is None:
-    return StagePlan(None, None, None)
-  from clip_jax.stages import embedder
-  dim = _dim(config, workdir)
-  images = sum(count for name, count in rows.items() if layout.has_own_images(config, name))
-  if config.embedder.source in embedder.FITTED:
-    each = 6.0 * config.embedder.image_size ** 2 * dim
+    return UNKNOWN
+  dim, block = _dim(x), x.embedder_block
+  images = sum(count for name, count in rows.items() if blocks.has_own_images(x.config, name))
+  if block.source in embedders.EMBEDDERS:
+    each = 6.0 * block.image_size ** 2 * dim
   else:
-    each = image_flops(embedder.architecture(config)) if images else 0.0
+    each = flops.image_flops(models.embedder_architecture(x)) if images else 0.0
   return StagePlan(n, n * (2 * dim + 1), images * each + 3.0 * (n - images) * dim)
 
 
-def _dedup(config: ConfigDict, workdir: str, rows) -> StagePlan:
-  n = rows[layout.POOL]
-  if not config.dedup.enabled:
+def _dedup(x: Experiment, rows: Rows) -> StagePlan:
+  n, d = rows[POOL], x.config.dedup
+  if not d.enabled:
     return StagePlan(0, 0, 0.0)
   if n is None:
-    return StagePlan(None, None, None)
-  d = config.dedup
+    return UNKNOWN
   clusters = d.clusters or min(-(-n // 8000), 50_000)
   fitted = min(d.sample_rows or n, n)
   pairs = n * (n / clusters / 2 + min(d.audit_rows, n))
-  dim = _dim(*layout.dedup_home(config, workdir))
-  return StagePlan(n, 9 * n, 2.0 * dim * ((ITERATIONS * fitted + n) * clusters + pairs))
+  return StagePlan(n, 9 * n, 2.0 * _dim(x.under(d.embedder)) * ((ITERATIONS * fitted + n) * clusters + pairs))
 
 
-def _search(config: ConfigDict, workdir: str, rows) -> StagePlan:
-  n = rows[layout.POOL]
-  queries = _all_rows({name: rows[name] for name in (*config.benchmarks, *config.references) if name in rows})
+def _search(x: Experiment, rows: Rows) -> StagePlan:
+  n, targets = rows[POOL], (*x.config.benchmarks, *x.config.references)
+  queries = _sum(rows, targets)
   if n is None or queries is None:
     return StagePlan(n, None, None)
-  anchor = rows.get(layout.ANCHOR) or 0
-  return StagePlan(n, 12 * n * (len(config.benchmarks) + len(config.references)) + 24 * queries * config.search.top_k,
-                   2.0 * (n + anchor) * queries * _dim(config, workdir))
+  return StagePlan(n, 12 * n * len(targets) + 24 * queries * x.config.search.top_k,
+                   2.0 * (n + (rows.get(ANCHOR) or 0)) * queries * _dim(x))
 
 
-def _prune(config: ConfigDict, workdir: str, rows) -> StagePlan:
-  del workdir
-  if not config.splits:
+def _prune(x: Experiment, rows: Rows) -> StagePlan:
+  if not x.config.splits:
     return StagePlan(0, 0, 0.0)
-  n = _all_rows({name: rows[name] for name in rows if name in (layout.POOL, layout.ANCHOR)})
-  drawn = sum(len(layout.draws(config, split)) for split in config.splits)
+  n = _sum(rows, (POOL, ANCHOR))
+  drawn = sum(len(blocks.draws(x.config, split)) for split in x.config.splits)
   return StagePlan(n, None if n is None else 8 * n * drawn, 0.0)
 
 
-def _train(config: ConfigDict, workdir: str, rows) -> StagePlan:
-  del workdir
-  runs = len(layout.runs(config))
-  t = config.train
-  base = _all_rows({name: rows[name] for name in rows if name in (layout.POOL, layout.ANCHOR)})
+def _train(x: Experiment, rows: Rows) -> StagePlan:
+  runs, t = len(blocks.runs(x.config)), x.config.train
+  if not runs:
+    return StagePlan(0, 0, 0.0)
+  base = _sum(rows, (POOL, ANCHOR))
   seen = t.samples if t.budget == 'samples' else base and t.epochs * base
-  if not runs or seen is None:
-    return StagePlan(0 if not runs else None, 0 if not runs else None, 0.0 if not runs else None)
-  return StagePlan(runs * seen, runs * t.keep_checkpoints * _checkpoint_bytes(config),
-                   3.0 * forward_flops(config) * runs * seen)
+  if seen is None:
+    return UNKNOWN
+  architecture = models.architecture(x.config)
+  return StagePlan(runs * seen, runs * t.keep_checkpoints * _checkpoint_bytes(architecture),
+                   3.0 * flops.forward_flops(architecture) * runs * seen)
 
 
-def _evaluate(config: ConfigDict, workdir: str, rows) -> StagePlan:
-  del workdir
-  queries = _all_rows({name: rows[name] for name in config.benchmarks})
-  runs = len(layout.runs(config))
+def _evaluate(x: Experiment, rows: Rows) -> StagePlan:
+  queries, runs = _sum(rows, x.config.benchmarks), len(blocks.runs(x.config))
   if queries is None:
-    return StagePlan(None, None, None)
-  return StagePlan(runs * queries, 29 * runs * queries, runs * queries * forward_flops(config) if runs else 0.0)
+    return UNKNOWN
+  each = flops.forward_flops(models.architecture(x.config)) if runs else 0.0
+  return StagePlan(runs * queries, 29 * runs * queries, runs * queries * each)
 
 
-def _report(config: ConfigDict, workdir: str, rows) -> StagePlan:
-  del config, workdir, rows
+def _report(x: Experiment, rows: Rows) -> StagePlan:
+  del x, rows
   return StagePlan(0, 2_000_000, 0.0)
 
 
-def forward_flops(config: ConfigDict) -> float:
-  """Returns the FLOPs of one image and its caption through both towers: 2 a weight and token, plus attention."""
-  from clip_jax.stages import models
-  a = models.architecture(config)
-  return image_flops(a) + text_flops(a)
-
-
-def text_flops(a) -> float:
-  """Returns the FLOPs of one caption through the text tower of a CLIPConfig, all tokens of the context."""
-  return _transformer_flops(a, 'text.', a.text, a.context_length)
-
-
-def image_flops(a) -> float:
-  """Returns the FLOPs of one image through the image tower of a CLIPConfig."""
-  from clip_jax.models import zoo
-  if isinstance(a.vision, zoo.ResNetConfig):
-    return _resnet_flops(a)
-  patches = (a.image_size // a.vision.patch_size) ** 2 + a.vision.class_token
-  return _transformer_flops(a, 'visual.', a.vision, patches)
-
-
-def _transformer_flops(a, prefix: str, tower, tokens: int) -> float:
-  """Blocks, patches and the attention pool's keys are made for every token, what is beside them once."""
-  flops = 4.0 * tower.layers * tokens ** 2 * tower.width
-  for name, size in _matrices(a, prefix).items():
-    flops += 2.0 * size * (tokens if name.startswith(('transformer.', 'conv1.', 'attn_pool.kv.')) else 1)
-  return flops
-
-
-def _resnet_flops(a) -> float:
-  """A weight of a convolution is used once a place: half the side in the stem, a quarter in layer1, ..."""
-  halved = re.compile(r'layer[234]\.0\.conv[12]\.')  # before the pooling that halves the side
-  flops = 0.0
-  for name, size in _matrices(a, 'visual.').items():
-    if name.startswith('attnpool.'):
-      side = a.image_size // 32
-    elif name.startswith('layer'):
-      side = a.image_size // (2 << int(name[len('layer')])) * (2 if halved.match(name) else 1)
-    else:
-      side = a.image_size // 2
-    flops += 2.0 * size * side ** 2
-  return flops
-
-
-def _matrices(a, prefix: str) -> dict[str, int]:
-  """Returns the number of weights of every matrix and convolution of a tower, by its name there."""
-  from clip_jax.models.shapes import shapes
-  looked_up = ('positional_embedding', 'token_embedding.weight', 'latent')
-  return {name.removeprefix(prefix): math.prod(shape) for name, shape in shapes(a).items()
-          if name.startswith(prefix) and len(shape) > 1 and not name.endswith(looked_up)}
-
-
-def _checkpoint_bytes(config: ConfigDict) -> int:
+def _checkpoint_bytes(architecture) -> int:
   """Parameters and AdamW's two moments, 4 bytes each."""
-  from clip_jax.models.shapes import shapes
-  from clip_jax.stages import models
-  return 12 * sum(math.prod(shape) for shape in shapes(models.architecture(config)).values())
+  return 12 * flops.parameter_count(architecture)
 
 
 PLANS = {'ingest': _ingest, 'embedder': _embedder, 'embed': _embed, 'dedup': _dedup, 'search': _search,
          'prune': _prune, 'train': _train, 'evaluate': _evaluate, 'report': _report}
 
 
-def stage_products(config: ConfigDict, workdir: str, stage: str) -> list[products.Product]:
-  """Returns the products that the config wants of a stage."""
-  from clip_jax.stages import dedup, embed, embedder, evaluate, ingest, planted, preview, prune, report, search
-  from clip_jax.stages import sensitivity, train
-  if stage == 'ingest':
-    made = [ingest.glyph_tars(config)] if ingest.uses_glyphs(config) else []
-    made += planted.tar_products(config, workdir)
-    for name in layout.datasets(config):
-      parts = ingest.shard_products(config, workdir, name)
-      whole = ingest.index_product(name, parts)
-      made += [*parts, whole, ingest.summary_product(name, whole)]
-    return made
-  if stage == 'embedder':
-    return [embedder.product(config, workdir)]
-  if stage == 'embed':
-    return [p for name in layout.datasets(config) for p in embed.shard_products(config, workdir, name)]
-  if stage == 'dedup':
-    return dedup.all_products(config, workdir)
-  if stage == 'search':
-    return search.every_product(config, workdir)
-  if stage == 'prune':
-    rows = {p.name: p for split in config.splits for seed in layout.seeds(config, split)
-            for p in [prune.rows_product(config, workdir, split, seed)]}
-    compared = sensitivity.product(config, workdir)
-    previewed = config.splits if config.prune.preview else ()
-    return [*rows.values(), *(prune.split_product(config, workdir, split) for split in config.splits),
-            *([compared] if compared else []), *(preview.product(config, workdir, split) for split in previewed)]
-  if stage == 'train':
-    return list(train.all_products(config, workdir).values())
-  if stage == 'evaluate':
-    return [p for *_, p in evaluate.all_products(config, workdir)]
-  return [report.product(config, workdir)]
-
-
-def _products(config: ConfigDict, workdir: str, stage: str) -> str:
+def _products(x: Experiment, stage: str) -> str:
   """Returns '12 fit, 3 missing' for a stage, and what differs by name."""
-  wanted = stage_products(config, workdir, stage)
-  states = {product.name: products.status(workdir, product) for product in wanted}
+  wanted = [product for product in table.products_of(x, stage) if product.embedder == x.embedder]
+  states = {product.name: products.status(x.workdir, product) for product in wanted}
   counts = collections.Counter(states.values())
   text = ', '.join(f'{counts[state]} {word}' for state, word in
                    (('fits', 'fit'), ('missing', 'missing'), ('differs', 'differ')) if counts[state])
   different = [product for product in wanted if states[product.name] == 'differs']
   if different:
-    why = products.differences(workdir, different[0])
+    why = products.differences(x.workdir, different[0])
     text += f' ({different[0].name}: {"; ".join(why[:2])})'
   return text or 'none'
+
+
+def print_graph(x: Experiment, names: list[str]) -> None:
+  """Prints the graph of products as Mermaid: shards and seeds as one node, an arrow from what is read to its reader."""
+  log.start()
+  short = lambda product: re.sub(r'seed\d+', 'seed*', re.sub(r'\d{5}', '*', product.name))
+  ids: dict[str, str] = {}
+  lines, arrows = ['flowchart LR'], {}
+  for stage in names:
+    wanted = table.products_of(x, stage)
+    counts = collections.Counter(map(short, wanted))
+    lines.append(f'  subgraph {stage}')
+    for name, count in counts.items():
+      ids[name] = f'p{len(ids)}'
+      lines.append(f'    {ids[name]}["{name}{f" ({count})" if count > 1 else ""}"]')
+    lines.append('  end')
+    for product in wanted:
+      for parts, arrow in ((product.inputs, '-->'), (product.untracked, '-.->')):
+        arrows |= {(short(part), arrow, short(product)): None for part in parts}
+  lines += [f'  {ids[one]} {arrow} {ids[other]}' for one, arrow, other in arrows if one in ids]
+  logging.info('%s', '\n'.join(lines))
 
 
 def _number(n: int | None) -> str:
@@ -333,5 +283,5 @@ def _si(n: float | None) -> str:
   return ''
 
 
-def _time(flops: float | None, rate: float) -> str:
-  return '?' if flops is None else progress.seconds(flops / rate)
+def _time(flops_: float | None, rate: float) -> str:
+  return '?' if flops_ is None else progress.seconds(flops_ / rate)

@@ -1,32 +1,38 @@
-"""Stage search: one exact pass of the pool against the queries of all benchmarks.
+"""Stage search: one exact pass of the pool against the queries of all benchmarks, and what follows from it.
 
-In: embeddings. Out: WORKDIR/search/<benchmark>/pool-*.npz (similarity, nearest, excess for each pool
-row; the shard's own top-k for each query) and queries.npz (anchor_similarity, anchor_nearest, pool_similarity,
-pool_nearest); search/anchor_classes/pool-*.npz: the same against the class means of the anchor;
-search/<reference>/pool-*.npz: against labelled examples or prompts. What is made from these columns: searched.py.
+In: embeddings. Out: WORKDIR/search/<benchmark>/pool-*.npz (similarity, nearest, excess for each pool row; the shard's
+own top-k for each query) and queries.npz (anchor_similarity, anchor_nearest, pool_similarity, pool_nearest);
+search/anchor_classes/pool-*.npz: the same against the class means of the anchor; search/<reference>/pool-*.npz:
+against labelled examples or prompts. From these: anchor-k<k>.npz and pairs-k<k>-*.npz (for splits of rule k_aligned),
+paper.json (how many rows the published truncation misses), search/sizes.npz (how many candidates lie over each
+threshold: the size of every split that is not made yet).
 """
 
+from collections.abc import Iterator
 import dataclasses
 import os
+import shlex
+import sys
 
 from absl import logging
 from ml_collections import ConfigDict
 import numpy as np
 
-from clip_jax.core import files
-from clip_jax.core import products
-from clip_jax.core import progress
+from clip_jax.core import files, products, progress
 from clip_jax.core.errors import InputError
-from clip_jax.core.products import Product
+from clip_jax.core.products import Made, Product
 from clip_jax.core.types import Array
-from clip_jax.stages import dedup
-from clip_jax.stages import embed
-from clip_jax.stages import embedder
-from clip_jax.stages import ingest
-from clip_jax.stages import layout
+from clip_jax.evaluation import zero_shot
+from clip_jax.experiment import blocks, workdir
+from clip_jax.experiment.blocks import ANCHOR, ANCHOR_CLASSES, POOL, SIZES
+from clip_jax.experiment.experiment import Experiment
+from clip_jax.similarity import decide, exact, paper_compat, scann, size_curves
+from clip_jax.stages import models
 
-
-MERGED = 8  # shards whose top lists are merged at once: memory stays flat in their number
+MERGED = 8              # shards whose top lists are merged at once: memory stays flat in their number
+QUERIES_AT_ONCE = 4096  # whose pairs of a shard are sorted at a time
+LISTED = 6              # benchmarks that a line of the summary names
+SLACKS = (-0.01, 0.01)  # at which the summary tells what would be dropped, beside 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,234 +45,76 @@ class Target:
   anchor_nearest: Array | None   # [Q] int64: that image's index in the anchor
   ids: Array                     # [usable Q] int32: what `nearest` holds for each searched query
 
-
-def targets(config: ConfigDict, workdir: str) -> list[str]:
-  """Returns the names of all targets. Class means need an anchor with labels."""
-  names = list(config.benchmarks)
-  if layout.has_anchor(config) and _labelled(config.anchor):
-    names.append(layout.ANCHOR_CLASSES)
-  del workdir
-  return [*names, *config.references]
+  @property
+  def limits(self) -> Array:  # [usable Q] float32
+    if self.thresholds is None:
+      return np.full(len(self.ids), np.nan, np.float32)
+    return self.thresholds[self.usable].astype(np.float32)
 
 
-def shard_product(config: ConfigDict, workdir: str, target: str, shard: int, parts: dict) -> Product:
-  """One pool shard searched with one target. `parts`: embedding products by dataset."""
-  inputs = {parts[layout.POOL][shard].name: parts[layout.POOL][shard].fingerprint}
-  if target in config.references:  # it has no thresholds and no top-k
-    keys = {}
-    if layout.is_prompts(config, target):
-      block = config.references[target]
-      keys = {f'references.{key}': layout.plain(block[key]) for key in ('classes', 'templates')}
-      read = [embedder.product(config, workdir)]
-    else:
-      read = parts[target]
-    return Product(f'search/{target}/pool-{shard:05d}', keys,
-                   inputs | {part.name: part.fingerprint for part in read})
-  reads = [layout.ANCHOR] if layout.has_anchor(config) else []
-  reads += [target] if target != layout.ANCHOR_CLASSES else []
-  inputs |= {part.name: part.fingerprint for name in reads for part in parts[name]}
-  name = f'search/{target}/pool-{shard:05d}'
-  keys = layout.pick(config, ['search.backend', 'search.top_k', *_scann_keys(config)])
-  there = products.read_sidecar(workdir, name)
-  if there:  # longer lists than are asked for begin with what is
-    keys['search.top_k'] = max(keys['search.top_k'], there['keys'].get('search.top_k', 0))
-  return Product(name, keys, inputs)
-
-
-def queries_product(config: ConfigDict, target: str, shards: list[Product]) -> Product:
-  """The per-query results over the whole pool."""
-  keys = layout.pick(config, ['search.recall_queries', 'search.seed']) if config.search.backend == 'scann' else {}
-  if any(part.keys['search.top_k'] != config.search.top_k for part in shards):
-    keys |= layout.pick(config, ['search.top_k'])
-  return Product(f'search/{target}/queries', keys, {part.name: part.fingerprint for part in shards})
-
-
-@layout.remembered
-def pass_products(config: ConfigDict, workdir: str) -> dict[str, tuple[list[Product], Product | None]]:
-  """Returns target -> its products of the pass: one a pool shard, and (benchmarks) the queries'."""
-  parts = {name: embed.shard_products(config, workdir, name) for name in layout.datasets(config)}
-  found = {}
-  for target in targets(config, workdir):
-    shards = [shard_product(config, workdir, target, i, parts) for i in range(len(parts[layout.POOL]))]
-    found[target] = shards, queries_product(config, target, shards) if target in config.benchmarks else None
-  return found
-
-
-@layout.remembered
-def all_products(config: ConfigDict, workdir: str) -> dict[str, list[Product]]:
-  """Returns target -> its products: one a pool shard, then, of benchmarks, the queries', pairs and paper.json."""
-  every = pass_products(config, workdir)
-  found = {target: [*shards, *([queries] if queries else [])] for target, (shards, queries) in every.items()}
-  for name, k in wanted_pairs(config):
-    found[name] += pair_products(config, workdir, name, k)
-  for name in config.benchmarks:
-    paper = paper_product(config, workdir, name)
-    found[name] += [paper] if paper else []
-  return found
-
-
-def wanted_pairs(config: ConfigDict) -> list[tuple[str, int]]:
-  """Returns the (benchmark, k) of all splits of rule k_aligned, each once."""
-  return sorted({(name, split.k) for split in config.splits.values() if split.rule == 'k_aligned'
-                 for name in split.benchmarks})
-
-
-def pair_products(config: ConfigDict, workdir: str, benchmark: str, k: int) -> list[Product]:
-  """Returns what the rule k_aligned reads of a benchmark: each query's k nearest anchor rows, then the pairs that
-
-  are nearer than the k-th, one product a pool shard.
-  """
-  key = {'splits.k': k}
-  read = [part for name in (layout.ANCHOR, benchmark) for part in embed.shard_products(config, workdir, name)]
-  top = Product(f'search/{benchmark}/anchor-k{k}', key, {part.name: part.fingerprint for part in read})
-  searched, _ = pass_products(config, workdir)[benchmark]
-  pool = embed.shard_products(config, workdir, layout.POOL)
-  return [top, *(Product(f'search/{benchmark}/pairs-k{k}-{shard:05d}', key,
-                         {part.name: part.fingerprint for part in (top, searched[shard], pool[shard])})
-                 for shard in range(len(pool)))]
-
-
-def paper_product(config: ConfigDict, workdir: str, benchmark: str) -> Product | None:
-  """What the published truncation misses of a benchmark; None without thresholds, and with ScaNN."""
-  if not config.search.paper_top_k or not layout.has_anchor(config) or config.search.backend != 'exact':
-    return None
-  shards, queries = pass_products(config, workdir)[benchmark]
-  return Product(f'search/{benchmark}/paper', layout.pick(config, ['search.paper_top_k']),
-                 {part.name: part.fingerprint for part in (*shards, queries)})
-
-
-def sizes_product(config: ConfigDict, workdir: str) -> Product | None:
-  """How many rows are over each threshold. None where that cannot be told, or nobody asks.
-
-  That is: no benchmarks, ScaNN (it does not score every row), a further embedder.
-  """
-  if not config.benchmarks or config.search.backend != 'exact' or products.embedder_of(workdir):
-    return None
-  every = pass_products(config, workdir)
-  read = [part for name in config.benchmarks for part in (*every[name][0], every[name][1])]
-  if config.dedup.enabled:
-    read.append(dedup.product(config, workdir))
-  elif layout.has_anchor(config):  # which pool rows are anchor rows
-    read += ingest.shard_products(config, workdir, layout.ANCHOR)
-  return Product('search/sizes', {'benchmarks': list(config.benchmarks)},
-                 {part.name: part.fingerprint for part in read})
-
-
-def every_product(config: ConfigDict, workdir: str) -> list[Product]:
-  """Returns all products of this stage."""
-  from clip_jax.stages import planted
-  sizes = sizes_product(config, workdir)
-  return [*(product for made in all_products(config, workdir).values() for product in made),
-          *([sizes] if sizes else []), *planted.calibration_products(config, workdir)]
-
-
-def run(config: ConfigDict, workdir: str) -> None:
-  from clip_jax.stages import planted
-  from clip_jax.stages import searched
-  made = [_pass(config, workdir), searched.make_pairs(config, workdir), searched.make_papers(config, workdir),
-          searched.make_sizes(config, workdir)]
-  planted.calibrate(config, workdir)
-  products.write_manifest(workdir, 'search', every_product(config, workdir))
-  if any(made) and not products.embedder_of(workdir):
-    searched.say(config, workdir)
-
-
-def _pass(config: ConfigDict, workdir: str) -> bool:
-  """Searches what is missing, and merges the queries' results. Returns whether anything was."""
-  every = pass_products(config, workdir)
-  wanted: dict[str, set[int]] = {}
-  late = []
-  for target, (shards, queries) in every.items():
-    missing = _missing_shards(workdir, every, target)
-    wanted[target] = {shards.index(product) for product in missing}
-    late += products.missing(workdir, [queries] if queries else [], remake=True, redo='search')
-  if not any(wanted.values()) and not late:
-    return False
-  with products.lock(workdir, 'search/pass'):
-    _search(config, workdir, {target: shards for target, (shards, _) in every.items()}, wanted, late)
-  return True
-
-
-def _missing_shards(workdir: str, every, target: str) -> list[Product]:
-  """Returns the shards to search. One that does not fit stops; where other targets' do not, it says --redo=search."""
-  try:
-    return products.missing(workdir, every[target][0], remake=False, redo=f'search:{target}')
-  except InputError:
-    if any(products.status(workdir, product) == 'differs'
-           for name, (shards, _) in every.items() if name != target for product in shards):
-      products.missing(workdir, every[target][0], remake=False, redo='search')
-    raise
-
-
-def _search(config: ConfigDict, workdir: str, every, wanted: dict[str, set[int]], late: list[Product]) -> None:
-  pool = layout.embeddings(workdir, layout.POOL)
+def search_shards(x: Experiment, todo: list[Product]) -> Made:
+  """Searches pool shards, each with all its missing targets in one pass."""
+  pool = workdir.embeddings(x, POOL)
   if not pool.usable.any():
-    raise InputError(f'No image of the pool can be read, so nothing can be searched. See {workdir}/ingest/pool.')
-  names = [name for name in every if wanted[name] or any(p.name == f'search/{name}/queries' for p in late)]
-  opened = {name: open_target(config, workdir, name) for name in names}
-  shards = sorted(set().union(*wanted.values()))
-  there = len(pool.starts) - 1 - len(shards)
-  if shards and there:
-    logging.info('search: going on, %d of %d pool shards are searched already.', there, len(pool.starts) - 1)
-  total = sum(int(pool.starts[i + 1] - pool.starts[i]) for i in shards)
+    raise InputError(f'No image of the pool can be read, so nothing can be searched. See {x.path("ingest", "pool")}.')
+  wanted: dict[int, list[Product]] = {}
+  for product in todo:
+    wanted.setdefault(product.of[1], []).append(product)
+  present = len(pool.starts) - 1 - len(wanted)
+  if present:
+    logging.info('search: going on, %d of %d pool shards are searched already.', present, len(pool.starts) - 1)
+  total = sum(int(pool.starts[shard + 1] - pool.starts[shard]) for shard in wanted)
   joined = {}  # what is searched together, put on the device once
-  with progress.Bar(total=total, desc=f'search{layout.whose(workdir)}', unit='row') as bar:
-    for shard in shards:
-      now = tuple(name for name in names if shard in wanted[name])
-      if now not in joined:
-        joined[now] = join([opened[name] for name in now])
-      found = search_one(config, pool, shard, [opened[name] for name in now], joined[now])
-      for name, arrays in found.items():
-        made = every[name][shard]
-        files.write_npz(os.path.join(workdir, made.name + '.npz'), **arrays)
-        products.finish(workdir, made, [made.name + '.npz'], {'rows': len(arrays['similarity'])})
+  with progress.Bar(total=total, desc=f'search{x.suffix}', unit='row') as bar:
+    for shard in sorted(wanted):
+      targets = [target_of(x, product.of[0]) for product in wanted[shard]]
+      names = tuple(target.name for target in targets)
+      if names not in joined:
+        joined[names] = join(targets)
+      found = search_one(x, pool, shard, targets, joined[names])
+      for product in wanted[shard]:
+        arrays = found[product.of[0]]
+        files.write_npz(x.path(product.name + '.npz'), **arrays)
+        yield product, [product.name + '.npz'], {'rows': len(arrays['similarity'])}
       bar.update(int(pool.starts[shard + 1] - pool.starts[shard]))
-  for product in late:
-    name = product.name.split('/')[1]
-    arrays, counts = _queries(config, workdir, opened[name], pool)
-    files.write_npz(os.path.join(workdir, product.name + '.npz'), **arrays)
-    products.finish(workdir, product, [product.name + '.npz'], counts)
-  if shards:
-    searched = [opened[name] for name in names if wanted[name] and name != layout.ANCHOR_CLASSES]
-    logging.info('search%s: %s against %s of %s.', layout.whose(workdir), progress.counted(total, 'pool row'),
-                 f'{sum(len(target.ids) for target in searched):,} queries',
-                 ' and '.join(progress.counted(sum(target.name in blocks for target in searched), noun)
-                              for noun, blocks in (('benchmark', config.benchmarks), ('reference', config.references))
-                              if any(target.name in blocks for target in searched)) or 'the anchor\'s classes')
+  searched = {product.of[0] for product in todo} - {ANCHOR_CLASSES}
+  counted = [progress.counted(len(searched & set(group)), noun)
+             for noun, group in (('benchmark', x.config.benchmarks), ('reference', x.config.references))
+             if searched & set(group)]
+  logging.info('search%s: %s against %s queries of %s.', x.suffix, progress.counted(total, 'pool row'),
+               f'{sum(len(target_of(x, name).ids) for name in searched):,}',
+               ' and '.join(counted) or 'the anchor\'s classes')
 
 
-def open_target(config: ConfigDict, workdir: str, name: str) -> Target:
+def target_of(x: Experiment, name: str) -> Target:
+  return x.once(f'target {name}', lambda: open_target(x, name))
+
+
+def open_target(x: Experiment, name: str) -> Target:
   """Reads a target's vectors and finds its thresholds against the anchor."""
-  from clip_jax.similarity import exact
-  anchor = layout.embeddings(workdir, layout.ANCHOR) if layout.has_anchor(config) else None
-  if name == layout.ANCHOR_CLASSES:
-    vectors, classes = class_means(anchor, layout.source(workdir, layout.ANCHOR).labels)
+  config = x.config
+  if name == ANCHOR_CLASSES:
+    vectors, classes = class_means(workdir.embeddings(x, ANCHOR), workdir.source(x, ANCHOR).labels)
     return Target(name, vectors, np.ones(len(vectors), bool), None, None, classes)
-  if name in config.references and layout.is_prompts(config, name):
-    vectors = prompts(config, workdir, name)
+  if name in config.references and blocks.is_prompts(config, name):
+    block = config.references[name]
+    vectors = zero_shot.class_matrix(models.text_tower(x), tuple(block.classes),
+                                     tuple(block.templates)).astype(np.float16)  # [C, E]
     return Target(name, vectors, np.ones(len(vectors), bool), None, None, np.arange(len(vectors), dtype=np.int32))
-  queries = layout.embeddings(workdir, name)
+  queries = workdir.embeddings(x, name)
   usable = queries.usable
   if not usable.any():
     kind = 'reference' if name in config.references else 'benchmark'
     raise InputError(f'No image of the {kind} {name} can be read, so it cannot be searched. '
-                     f'See {workdir}/ingest/{name}.')
+                     f'See {x.path("ingest", name)}.')
   vectors = queries[:]
   thresholds = nearest = None
-  if anchor is not None and name in config.benchmarks:
+  if blocks.has_anchor(config) and name in config.benchmarks:
+    anchor = workdir.embeddings(x, ANCHOR)
     thresholds = np.full(len(vectors), np.nan)
     nearest = np.full(len(vectors), -1, np.int64)
     thresholds[usable], nearest[usable] = exact.thresholds(anchor, anchor.usable, vectors[usable])
   return Target(name, vectors, usable, thresholds, nearest, np.flatnonzero(usable).astype(np.int32))
-
-
-def prompts(config: ConfigDict, workdir: str, name: str) -> Array:  # [C, E] float16
-  """Encodes the prompts of a reference with the embedder's text tower: one vector a class, in the classes' order."""
-  from clip_jax.evaluation import zero_shot
-  block = config.references[name]
-  encode_text = embedder.text_tower(config, workdir)
-  matrix = zero_shot.class_matrix(encode_text, tuple(block.classes), tuple(block.templates))
-  return matrix.astype(np.float16)
 
 
 def class_means(anchor, labels: Array) -> tuple[Array, Array]:
@@ -283,126 +131,292 @@ def class_means(anchor, labels: Array) -> tuple[Array, Array]:
   return np.stack(means).astype(np.float16), classes.astype(np.int32)
 
 
-def join(now: list[Target]):
+def join(targets: list[Target]) -> exact.Queries:
   """Puts the usable queries of some targets one after the other, for one pass."""
-  from clip_jax.similarity import exact
   segments, start = [], 0
-  for target in now:
+  for target in targets:
     segments.append((target.name, start, start + len(target.ids)))
     start += len(target.ids)
-  return exact.Queries(np.concatenate([target.vectors[target.usable] for target in now]), tuple(segments),
-                       np.concatenate([_limits(target) for target in now]))
+  return exact.Queries(np.concatenate([target.vectors[target.usable] for target in targets]), tuple(segments),
+                       np.concatenate([target.limits for target in targets]))
 
 
-def _limits(target: Target) -> Array:  # [usable Q] float32
-  if target.thresholds is None:
-    return np.full(len(target.ids), np.nan, np.float32)
-  return target.thresholds[target.usable].astype(np.float32)
-
-
-def search_one(config: ConfigDict, pool, shard: int, now: list[Target], queries) -> dict[str, dict[str, Array]]:
+def search_one(x: Experiment, pool, shard: int, targets: list[Target], queries) -> dict[str, dict[str, Array]]:
   """Searches one pool shard with some targets in one pass. Returns target -> the arrays of its file."""
-  from clip_jax.similarity import exact
   vectors, usable = pool.shard(shard)
-  s = config.search
+  s = x.config.search
   if s.backend == 'scann':
-    found = _scann_shard(config, vectors, usable, now)
+    found = _scann_shard(x, vectors, usable, targets)
   else:
-    k = s.top_k if any(target.name in config.benchmarks for target in now) else 0
+    k = s.top_k if any(target.name in x.config.benchmarks for target in targets) else 0
     found = exact.search_shard(vectors, usable, queries, k=k, tile_rows=s.tile_rows, query_block=s.query_block,
                                name=f'embeddings/pool/{shard:05d}.npy')
-  for target in now:  # the search numbers the queries that it got; the files number the benchmark's
+  for target in targets:  # the search numbers the queries that it got; the files number the benchmark's
     arrays = found[target.name]
-    if target.name not in config.benchmarks:  # nobody asks for the pool rows nearest to a class or an example
+    if target.name not in x.config.benchmarks:  # nobody asks for the pool rows nearest to a class or an example
       del arrays['top_similarity'], arrays['top_row']
     arrays['nearest'] = np.where(arrays['nearest'] >= 0, target.ids[arrays['nearest']], -1).astype(np.int32)
   return found
 
 
-def _queries(config: ConfigDict, workdir: str, target: Target, pool) -> tuple[dict[str, Array], dict]:
-  """Merges the shards' top-k of every query; queries that were not searched hold NaN and -1."""
-  from clip_jax.similarity import exact
-  merged = []
-  for shard in range(len(pool.starts) - 1):
-    similarity, row = layout.search_arrays(workdir, target.name, shard, ['top_similarity', 'top_row'])
-    # Rows of the shard, so that a shard's file does not depend on those before it.
-    merged.append((similarity, np.where(row >= 0, row + pool.starts[shard], -1)))
-    if len(merged) > MERGED:
-      merged = [exact.merge_top(merged, config.search.top_k)]
-  merged = [exact.merge_top(merged, config.search.top_k)]
-  (similarity, row), = merged
-  number = len(target.vectors)
-  arrays = {'pool_similarity': np.full((number, similarity.shape[1]), np.nan, np.float32),
-            'pool_nearest': np.full((number, similarity.shape[1]), -1, np.int64),
-            'anchor_similarity': np.full(number, np.nan, np.float32),
-            'anchor_nearest': np.full(number, -1, np.int64),
-            'anchor_similarity_f64': np.full(number, np.nan)}
-  arrays['pool_similarity'][target.usable] = similarity
-  arrays['pool_nearest'][target.usable] = row
-  if target.thresholds is not None:
-    arrays |= {'anchor_similarity': target.thresholds.astype(np.float32),
-               'anchor_nearest': target.anchor_nearest, 'anchor_similarity_f64': target.thresholds}
-  counts = {'queries': number, 'unusable': int((~target.usable).sum())}
-  if config.search.backend == 'scann':
-    counts['recall'] = _recall(config, workdir, target, pool)
-  return arrays, counts
-
-
-def _scann_shard(config: ConfigDict, vectors, usable, now: list[Target]) -> dict[str, dict[str, Array]]:
+def _scann_shard(x: Experiment, vectors, usable, targets: list[Target]) -> dict[str, dict[str, Array]]:
   """ScaNN: candidates of each query, exactly re-scored; other rows hold NaN, -1, NaN."""
-  from clip_jax.similarity import scann
   found = {}
-  for target in now:
-    similarity, row = scann.candidates(vectors, usable, target.vectors[target.usable], config.search.candidates)
-    limits = _limits(target)
+  for target in targets:
+    similarity, row = scann.candidates(vectors, usable, target.vectors[target.usable], x.config.search.candidates)
     query, place = np.nonzero(row >= 0)
     rows, scores = row[query, place], similarity[query, place]
     best = np.lexsort((query, -scores, rows))  # of each row: the highest score, ties lowest query
-    rows_, first = np.unique(rows[best], return_index=True)
+    scored, first = np.unique(rows[best], return_index=True)
     arrays = {'similarity': np.full(len(usable), np.nan, np.float32),
               'nearest': np.full(len(usable), -1, np.int32),
               'excess': np.full(len(usable), np.nan, np.float32)}
-    arrays['similarity'][rows_] = scores[best][first]
-    arrays['nearest'][rows_] = query[best][first]
+    arrays['similarity'][scored] = scores[best][first]
+    arrays['nearest'][scored] = query[best][first]
     over = np.full(len(usable), -np.inf, np.float32)
     with np.errstate(invalid='ignore'):  # NaN where there is no anchor to compare with
-      np.maximum.at(over, rows, scores - limits[query])
-    arrays['excess'][rows_] = over[rows_]
+      np.maximum.at(over, rows, scores - target.limits[query])
+    arrays['excess'][scored] = over[scored]
     for key in ('similarity', 'excess'):
       arrays[key][~usable] = -np.inf
-    k = min(config.search.top_k, similarity.shape[1])
+    k = min(x.config.search.top_k, similarity.shape[1])
     found[target.name] = arrays | {'top_similarity': similarity[:, :k], 'top_row': row[:, :k]}
   return found
 
 
-def _recall(config: ConfigDict, workdir: str, target: Target, pool) -> float | None:
+def merge_queries(x: Experiment, todo: list[Product]) -> Made:
+  """Merges the shards' top-k of every query; queries that were not searched hold NaN and -1."""
+  pool = workdir.embeddings(x, POOL)
+  for product in todo:
+    target = target_of(x, product.of[0])
+    merged = []
+    for shard in range(len(pool.starts) - 1):
+      similarity, row = workdir.search_arrays(x, target.name, shard, ['top_similarity', 'top_row'])
+      # Rows of the shard, so that a shard's file does not depend on those before it.
+      merged.append((similarity, np.where(row >= 0, row + pool.starts[shard], -1)))
+      if len(merged) > MERGED:
+        merged = [exact.merge_top(merged, x.config.search.top_k)]
+    similarity, row = exact.merge_top(merged, x.config.search.top_k)
+    number = len(target.vectors)
+    thresholds = np.full(number, np.nan) if target.thresholds is None else target.thresholds
+    result = workdir.QueryResult(
+        anchor_similarity=thresholds.astype(np.float32),
+        anchor_nearest=np.full(number, -1) if target.anchor_nearest is None else target.anchor_nearest,
+        pool_similarity=np.full((number, similarity.shape[1]), np.nan, np.float32),
+        pool_nearest=np.full((number, similarity.shape[1]), -1, np.int64), anchor_similarity_f64=thresholds)
+    result.pool_similarity[target.usable] = similarity
+    result.pool_nearest[target.usable] = row
+    counts = {'queries': number, 'unusable': int((~target.usable).sum())}
+    if x.config.search.backend == 'scann':
+      counts['recall'] = _recall(x, target, pool)
+    arrays = vars(result)
+    order = ('pool_similarity', 'pool_nearest', 'anchor_similarity', 'anchor_nearest', 'anchor_similarity_f64')
+    files.write_npz(x.path(product.name + '.npz'), **{key: arrays[key] for key in order})
+    yield product, [product.name + '.npz'], counts
+
+
+def _recall(x: Experiment, target: Target, pool) -> float | None:
   """Returns the share of the rows over a threshold that ScaNN found, for a sample of the queries.
 
   The sampled queries are searched exactly. None without an anchor: there are no thresholds then.
   """
-  from clip_jax.similarity import exact
   if target.thresholds is None:
     return None
   ids = np.flatnonzero(target.usable)
-  sample = np.random.default_rng(config.search.seed).choice(
-      ids, min(config.search.recall_queries, len(ids)), replace=False)
+  sample = np.random.default_rng(x.config.search.seed).choice(
+      ids, min(x.config.search.recall_queries, len(ids)), replace=False)
   queries = exact.Queries(target.vectors[sample], ((target.name, 0, len(sample)),),
                           target.thresholds[sample].astype(np.float32))
   over = found = 0
   for shard in range(len(pool.starts) - 1):
     true = exact.search_shard(*pool.shard(shard), queries, k=1)[target.name]['excess'] > 0
     over += int(true.sum())
-    excess, = layout.search_arrays(workdir, target.name, shard, ['excess'])
+    excess, = workdir.search_arrays(x, target.name, shard, ['excess'])
     found += int((excess[true] > 0).sum())
   logging.info('search %s: ScaNN found %d of %d rows over a threshold of %d sampled queries.', target.name, found,
                over, len(sample))
   return found / over if over else 1.0
 
 
-def _scann_keys(config: ConfigDict) -> list[str]:
-  return ['search.candidates'] if config.search.backend == 'scann' else []
+def anchor_lists(x: Experiment, todo: list[Product]) -> Made:
+  """Finds the exact similarity [Q, k] and the row [Q, k] of each query's k nearest anchor images."""
+  (name, k), anchor = todo[0].of, workdir.embeddings(x, ANCHOR)
+  if k > anchor.usable.sum():
+    split = next(s for s, block in x.config.splits.items() if block.rule == 'k_aligned' and block.k == k)
+    raise InputError(f'config.splits.{split}.k={k}, and the anchor has {int(anchor.usable.sum())} usable images: no '
+                     'query has so many neighbours in it. Choose a smaller k.')
+  queries = workdir.embeddings(x, name)
+  usable = queries.usable
+  similarity, row = np.full((len(queries), k), np.nan), np.full((len(queries), k), -1, np.int64)
+  similarity[usable], row[usable] = exact.anchor_top(anchor, anchor.usable, queries[:][usable], k,
+                                                     name='embeddings/anchor')
+  files.write_npz(x.path(todo[0].name + '.npz'), similarity=similarity, row=row)
+  yield todo[0], [todo[0].name + '.npz'], {}
 
 
-def _labelled(block: ConfigDict) -> bool:
-  """Whether the samples of a dataset have labels, as far as its block says."""
-  return all(part.label_key or part.format in ('folder', 'glyphs') for _, part in layout.flatten(block))
+def pairs(x: Experiment, todo: list[Product]) -> Made:
+  """Lists, shard by shard, the pairs of queries and pool rows that are nearer than the k-th anchor row."""
+  name, k, _ = todo[0].of
+  pool, queries = workdir.embeddings(x, POOL), workdir.embeddings(x, name)
+  usable = np.flatnonzero(queries.usable)
+  vectors = queries[:][usable]
+  cut = files.read_npz(x.path(x.graph.anchor_lists(name, k).name + '.npz'))['similarity'][usable, k - 1]
+  lowest = cut.min() - decide.error_bound(pool.dim)  # a row below it is no pair of any query
+  with progress.Bar(total=len(todo), desc=f'pairs of {name}, k={k}', unit='shard') as bar:
+    for product in todo:
+      shard = product.of[2]
+      similarity, = workdir.search_arrays(x, name, shard, ['similarity'])
+      part = pool.shard(shard)[0]
+      rows = np.flatnonzero(similarity >= lowest)  # unusable rows hold -inf
+      arrays = {'query': [np.zeros(0, np.int32)], 'row': [np.zeros(0, np.int64)], 'similarity': [np.zeros(0)]}
+      for start in range(0, len(usable), QUERIES_AT_ONCE):
+        some = slice(start, start + QUERIES_AT_ONCE)
+        found = list(exact.pairs_over(part, rows, vectors[some], cut[some], name=f'embeddings/pool/{shard:05d}.npy'))
+        if not found:
+          continue
+        query, row, value = (np.concatenate(column) for column in zip(*found))
+        order = np.lexsort((row, query))
+        for key, one in (('query', usable[some].astype(np.int32)[query]), ('row', row), ('similarity', value)):
+          arrays[key].append(one[order])
+      joined = {key: np.concatenate(arrays.pop(key)) for key in list(arrays)}
+      files.write_npz(x.path(product.name + '.npz'), **joined)
+      yield product, [product.name + '.npz'], {'pairs': len(joined['row']), 'rows_revisited': len(rows)}
+      bar.update()
+
+
+def _over(x: Experiment, name: str, rows: Array, excess: Array) -> Array:
+  """Returns which pool rows [m] are over a threshold of a benchmark, exactly, by their column: [m] bool."""
+  pool = workdir.embeddings(x, POOL)
+  return size_curves.over_zero(excess, decide.error_bound(pool.dim), lambda doubt: decide.exact_excess(
+      pool.rows(rows[doubt]), *workdir.thresholds(x, name)))
+
+
+def truncation(x: Experiment, todo: list[Product]) -> Made:
+  """Counts what the published truncation misses. Every usable row of the pool counts, duplicates too."""
+  product, = todo
+  name, = product.of
+  pool, top_k = workdir.embeddings(x, POOL), x.config.search.paper_top_k
+  over = missed = 0
+  for rows in paper_compat.chunks(_over_rows(x, name)):
+    over += len(rows)
+    missed += paper_compat.missed(pool, rows, *workdir.thresholds(x, name), top_k)
+  about = {'top_k': top_k, 'chunk_rows': paper_compat.CHUNK_ROWS, 'over': over, 'missed': missed}
+  files.write_json(x.path(product.name + '.json'), about)
+  yield product, [product.name + '.json'], about
+
+
+def _over_rows(x: Experiment, name: str) -> Iterator[tuple[Array, int]]:
+  """Yields for each shard the pool rows over a threshold [m] int64, and the row after its last."""
+  pool = workdir.embeddings(x, POOL)
+  for shard, start, stop in workdir.shard_slices(pool.starts):
+    excess, = workdir.search_arrays(x, name, shard, ['excess'])
+    rows = np.flatnonzero(excess >= -decide.error_bound(pool.dim))
+    yield start + rows[_over(x, name, start + rows, excess[rows])], stop
+
+
+def sizes(x: Experiment, todo: list[Product]) -> Made:
+  """Counts how many candidates are over each threshold, of each benchmark and of all together."""
+  names = list(x.config.benchmarks)
+  counted = size_curves.count(_candidate_parts(x, names), len(names))
+  files.write_npz(x.path(todo[0].name + '.npz'), benchmarks=np.array(names),
+                  rows=np.int64(len(workdir.embeddings(x, POOL))), **counted)
+  yield todo[0], [todo[0].name + '.npz'], {'candidates': int(counted['candidates'])}
+
+
+def _candidate_parts(x: Experiment, names: list[str]):
+  """Yields for each shard the candidates' similarity and excess [G, n], and whether they are over a threshold."""
+  candidates, has_anchor = workdir.candidates(x), blocks.has_anchor(x.config)
+  for shard, start, stop in workdir.shard_slices(workdir.embeddings(x, POOL).starts):
+    rows = np.flatnonzero(candidates[start:stop])
+    if not len(rows):
+      continue
+    read = [workdir.search_arrays(x, name, shard, ['similarity', 'excess']) for name in names]
+    similarity, excess = (np.stack([one[column][rows] for one in read]) for column in (0, 1))
+    dropped = [_over(x, name, start + rows, one) for name, one in zip(names, excess)] if has_anchor else None
+    yield similarity, excess if has_anchor else None, np.stack(dropped) if has_anchor else None
+
+
+# ------------------------------------------------------------------------------------------------ the summary
+
+
+def summarize(x: Experiment, made: list[Product]) -> None:
+  """Logs in a few lines what the search found: duplicates, what would be dropped, how to go on."""
+  config = x.config
+  if config.dedup.enabled and products.read_sidecar(x.workdir, x.graph.marks().name) is None and config.benchmarks:
+    logging.info('search: what a split would drop is counted once the pool is de-duplicated: run the stage dedup, '
+                 'then this one again (seconds).')
+  if all(product.embedder for product in made):
+    return
+  duplicate = blocks.duplicate_similarity(config)
+  rates = []
+  for name in config.benchmarks:
+    rate = duplicate_rates(x, name, duplicate)
+    rates.append((rate[0], f'{name} ' + ' / '.join(f'{100 * one:.3g} %' for one in rate)))
+  if rates:
+    where = 'in the pool / in the anchor' if blocks.has_anchor(config) else 'in the pool'
+    logging.info('duplicates (similarity %.4g or more), queries with one %s: %s.', duplicate, where, _list(rates))
+  if config.benchmarks and config.search.backend == 'exact' and blocks.has_anchor(config) and products.status(
+      x.workdir, x.graph.sizes()) == 'fits':
+    _log_sizes(x)
+  if following := next_command(config):
+    logging.info('next: %s', following)
+
+
+def _log_sizes(x: Experiment) -> None:
+  counted = files.read_npz(x.path('search', f'{SIZES}.npz'))
+  dropped, candidates = counted['excess_zero'], int(counted['candidates'])
+  at = [int(np.argmin(np.abs(counted['edges'] - slack))) for slack in SLACKS]
+  names = list(x.config.benchmarks)
+  if len(names) > 1:
+    names.append('any')
+  logging.info('gap-aligned would drop, of %s: %s (%.3g %%).', progress.counted(candidates, 'candidate'),
+               _list([(n, f'{name} {n:,}') for name, n in zip(names, dropped.tolist())], last=len(names) > 1),
+               100 * dropped[-1] / max(candidates, 1))
+  logging.info('with a slack of %g / %g: %s.', *SLACKS, _list(
+      [(n, f'{name} {one[at[0]]:,} / {one[at[1]]:,}') for name, n, one in
+       zip(names, dropped.tolist(), counted['excess_over'])], last=len(names) > 1))
+
+
+def _list(items: list[tuple[float, str]], last: bool = False) -> str:
+  """Joins texts; of many, those of the highest values, and with `last` the last one in any case."""
+  tail = [items[-1][1]] if last else []
+  items = items[:-1] if last else items
+  texts = [text for _, text in items]
+  if len(items) > LISTED:
+    largest = sorted(sorted(range(len(items)), key=lambda i: -items[i][0])[:LISTED])
+    texts = [*(texts[i] for i in largest), f'{len(items) - LISTED} more']
+  return ', '.join([*texts, *tail])
+
+
+def duplicate_rates(x: Experiment, benchmark: str, duplicate: float) -> list[float]:
+  """Returns the share of a benchmark's usable queries with a near-duplicate in the pool, and, if any, the anchor."""
+  result, usable = workdir.query_result(x, benchmark), workdir.embeddings(x, benchmark).usable
+  rates = []
+  for dataset in (POOL, ANCHOR) if blocks.has_anchor(x.config) else (POOL,):
+    cosine = workdir.cosine(x, benchmark, dataset, *result.nearest(dataset))
+    rates.append(float((cosine[usable] >= duplicate).mean()))
+  return rates
+
+
+def next_command(config: ConfigDict) -> str:
+  """Returns the user's own command line with the stages that follow; '' where this run goes on to them itself."""
+  following = ['prune', 'report'] if config.splits else ['report']
+  kept, stages, given = [], None, sys.orig_argv[1:]
+  while given:
+    part, *given = given
+    name, equals, value = part.lstrip('-').partition('=')
+    if not part.startswith('-') or name not in ('stages', 'redo', 'dry_run'):
+      kept.append(part)
+      continue
+    if not equals and name != 'dry_run':
+      value, *given = given or ['']
+    stages = value.split(',') if name == 'stages' else stages
+  if not any(part.endswith(('clip_jax.main', 'clip_jax/main.py')) for part in kept):
+    return ''  # started from other Python code
+  if not stages or set(stages) & set(following):
+    return ''
+  return shlex.join([os.path.basename(sys.executable), *kept, f'--stages={",".join(following)}'])
+
+
+MAKERS = {'search shard': search_shards, 'queries': merge_queries, 'anchor lists': anchor_lists, 'pairs': pairs,
+          'truncation': truncation, 'sizes': sizes}

@@ -4,6 +4,10 @@ They are written on global arrays: under jit with the batch sharded over a mesh,
 gathers, and every sample meets all others of the global batch as negatives.
 """
 
+from collections.abc import Callable, Mapping
+import math
+from typing import NamedTuple
+
 import jax
 from jax import lax
 import jax.numpy as jnp
@@ -52,4 +56,14 @@ def _logits(image: Array, text: Array, scale: Array) -> Array:  # [B, E] twice, 
   return jnp.matmul(scale * normalize(image), normalize(text).T, precision=lax.Precision.HIGHEST)
 
 
-LOSSES = {'clip': clip_loss, 'siglip': siglip_loss}
+class Loss(NamedTuple):
+  """A loss, and the numbers of the model with which it begins where they are not the model's own."""
+  function: Callable[..., Array]       # (image, text, scale, bias) -> []
+  start: Mapping[str, float] = {}      # init_logit_scale (log of the scale), init_logit_bias
+
+
+LOSSES = {
+    'clip': Loss(clip_loss),
+    # A scale of 10 and a bias of -10 (Zhai et al. 2023), as open_clip's.
+    'siglip': Loss(siglip_loss, {'init_logit_scale': math.log(10), 'init_logit_bias': -10.0}),
+}

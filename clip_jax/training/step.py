@@ -70,7 +70,7 @@ def steps(
   """
   tx = optimizer.adamw(beta1=recipe.beta1, beta2=recipe.beta2, eps=recipe.eps,
                        weight_decay=recipe.weight_decay)
-  loss_function = losses.LOSSES[recipe.loss]
+  loss_function = losses.LOSSES[recipe.loss].function
 
   def init(seed: Array) -> dict:
     params = init_params(jax.random.key(seed))

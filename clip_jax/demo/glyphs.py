@@ -24,8 +24,8 @@ import numpy as np
 from clip_jax.core import files
 from clip_jax.core.errors import ConfigError
 from clip_jax.core.types import Array
-from clip_jax.data import glyph_images
-from clip_jax.data.glyph_captions import CLASSES, LABELLED_TEMPLATE, caption, pick
+from clip_jax.demo import glyph_images
+from clip_jax.demo.glyph_captions import CLASSES, LABELLED_TEMPLATE, caption, pick
 
 SETS = ('pool', 'anchor', 'val', 'outline', 'inverted', 'rotated', 'handwriting')
 LETTER = -1  # the label of what belongs to no class

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import types
 
 import numpy as np
 import pytest
@@ -11,7 +12,9 @@ import squares
 from clip_jax import defaults
 from clip_jax.core.errors import InputError
 from clip_jax.data import reader
+from clip_jax.experiment.experiment import Experiment
 from clip_jax.stages import pipeline
+from clip_jax.studies import preview
 
 
 def config(data, **override):
@@ -30,9 +33,9 @@ def run(c, workdir, stages=squares.PREPARE):
 
 
 @pytest.fixture(scope='module')
-def world(tmp_path_factory):
-  folder = tmp_path_factory.mktemp('preview')
-  squares.make(folder / 'data')
+def world(prepared_squares, tmp_path_factory):
+  folder = tmp_path_factory.mktemp('preview') / 'copy'
+  shutil.copytree(prepared_squares, folder, symlinks=True)
   run(config(folder / 'data'), folder / 'run')
   return folder
 
@@ -121,3 +124,19 @@ def test_only_the_previews_are_made_again(world, copy):
   run(config(world / 'data', **{'benchmarks.squares.class_mask': ('red', 'green')}), copy)
   changed = {str(path.relative_to(copy)) for path, when in before.items() if path.stat().st_mtime_ns != when}
   assert changed == {f'splits/{split}/preview.sidecar.json' for split in ('base', 'pruned', 'anchor_only', 'half')}
+
+
+def test_the_section_says_what_is_missing(world, copy):
+  c = config(world / 'data')
+  facts = types.SimpleNamespace(x=Experiment(c, str(copy)), missing=lambda *said: said)
+  name, title, short, page = preview.section(facts)
+  assert (name, short) == ('preview', 'Preview') and 'not CLIP training' in title
+  assert [block.kind for block in page] == ['text', 'table'] and len(page[1].records) == 4
+  (copy / 'splits/pruned/preview.json').unlink()
+  page = preview.section(facts)[3]
+  assert len(page[1].records) == 3 and page[2].text == 'Not previewed: pruned.'
+  for split in c.splits:
+    (copy / f'splits/{split}/preview.json').unlink(missing_ok=True)
+  assert preview.section(facts)[3] == [('The splits were not previewed yet.', 'prune')]
+  c.prune.preview = ''
+  assert preview.section(facts) is None

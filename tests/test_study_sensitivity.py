@@ -1,6 +1,8 @@
 """prune.sensitivity against brute force on the embeddings of both embedders."""
 
 import json
+import shutil
+import types
 
 import numpy as np
 import pytest
@@ -8,8 +10,10 @@ from scipy import stats
 
 import squares
 from clip_jax import defaults
+from clip_jax.experiment.experiment import Experiment
+from clip_jax.experiment.graph import Graph
 from clip_jax.stages import pipeline
-from clip_jax.stages import sensitivity
+from clip_jax.studies import sensitivity
 
 
 def config(data):
@@ -26,9 +30,9 @@ def config(data):
 
 
 @pytest.fixture(scope='module')
-def world(tmp_path_factory):
-  folder = tmp_path_factory.mktemp('sensitivity')
-  squares.make(folder / 'data')
+def world(prepared_squares, tmp_path_factory):
+  folder = tmp_path_factory.mktemp('sensitivity') / 'copy'
+  shutil.copytree(prepared_squares, folder, symlinks=True)
   pipeline.run(config(folder / 'data'), str(folder / 'run'), stages=squares.PREPARE, redo='', dry_run=False)
   return folder / 'run'
 
@@ -83,7 +87,6 @@ def test_the_same_block_agrees_with_itself(world):
 
 def test_a_split_more_or_less_is_compared_anew_and_none_is_no_product(world):
   c = config(world.parent / 'data')
-  assert sensitivity.product(c, str(world)).fingerprint
   before = (world / 'splits/near/rows.npy').stat().st_mtime_ns
   del c.splits['far']
   pipeline.run(c, str(world), stages=['prune'], redo='', dry_run=False)
@@ -92,6 +95,39 @@ def test_a_split_more_or_less_is_compared_anew_and_none_is_no_product(world):
   assert (world / 'splits/near/rows.npy').stat().st_mtime_ns == before
   for name in ('slack', 'near', 'pruned'):
     del c.splits[name]
-  assert sensitivity.product(c, str(world)) is None
+  x = Experiment(c, str(world))
+  assert sensitivity.products(x.graph) == {}
+  page = sensitivity.section(types.SimpleNamespace(x=x))[3]
+  assert page[0].text == 'The config has no split of rule gap_aligned, near, far to compare.'
   c.prune.sensitivity = ()
-  assert sensitivity.run(c, str(world)) == []
+  assert sensitivity.products(Graph(c)) == {} and sensitivity.section(types.SimpleNamespace(x=x)) is None
+
+
+class Pictures:
+  """Stands for the report's pictures."""
+
+  def __init__(self, *datasets):
+    self.has = lambda dataset: dataset in datasets
+
+  def strip(self, title, rows, lines):
+    assert len(rows) == len(lines)
+    return title, rows.tolist()
+
+
+def test_the_section_has_a_line_for_each_split_and_embedder_and_shows_the_rows_that_flip(world, tmp_path):
+  c = config(world.parent / 'data')
+  del c.splits['far']
+  facts = types.SimpleNamespace(x=Experiment(c, str(world)), pictures=Pictures('pool'), missing=lambda *said: said)
+  name, _, short, (table, *details) = sensitivity.section(facts)
+  assert (name, short) == ('sensitivity', 'Sensitivity') and len(table.records) == 6
+  lines = [line for lines in json.loads((world / 'splits/sensitivity.json').read_text())['splits'].values()
+           for line in lines if line['only_here'] or line['only_there']]
+  shown = [dict(gallery.rows) for block in details for gallery in block.blocks]
+  assert shown == [{title: rows[:c.report.removed_images] for title, rows in (
+      ('removed under the main embedder only', line['rows_only_here']),
+      ('removed under hog only', line['rows_only_there'])) if rows} for line in lines]
+  facts.pictures = Pictures()
+  assert len(sensitivity.section(facts)[3]) == 1
+  facts.x = Experiment(c, str(tmp_path))
+  assert sensitivity.section(facts)[3] == [
+      ('The splits were not compared with those of other embedders yet.', 'prune')]

@@ -7,6 +7,7 @@ import pathlib
 import shutil
 import signal
 import time
+import types
 
 import numpy as np
 import pytest
@@ -16,12 +17,10 @@ from clip_jax.core import products
 from clip_jax.core.errors import ConfigError
 from clip_jax.data import images
 from clip_jax.data import planted
-from clip_jax.stages import check
-from clip_jax.stages import layout
-from clip_jax.stages import plan
-from clip_jax.stages import report_data
-from clip_jax.stages import report_planted
-from clip_jax.stages import train
+from clip_jax.data import reader
+from clip_jax.experiment.experiment import Experiment
+from clip_jax.stages import check, pipeline, table, train
+from clip_jax.studies import planted as study
 
 from squares import CLASSES, PREPARE, run, sample, write_tar
 import squares
@@ -55,17 +54,35 @@ def config(data, share=0.5, split=True, **override):
 @pytest.fixture(scope='module')
 def prepared(data, tmp_path_factory):
   workdir = tmp_path_factory.mktemp('prepared') / 'run'
-  from clip_jax.stages import pipeline
   pipeline.run(config(data), str(workdir), stages=PREPARE, redo='', dry_run=False)
   return workdir
 
 
+def source_of(workdir, dataset):
+  return reader.Source(str(workdir / 'ingest' / dataset))
+
+
 def _column(workdir, name):
-  return layout.source(str(workdir), 'planted').column(name)
+  return source_of(workdir, 'planted').column(name)
+
+
+def facts_of(c, workdir, correct=(), seeds=(0,)):
+  """Returns what the study reads of the report's facts. correct: split -> [S, Q] on the benchmark."""
+  keys = {(split, 'squares'): rows for split, rows in dict(correct).items()}
+
+  def on_shared_seeds(*pair):
+    return ([keys[key] for key in pair], seeds) if all(key in keys for key in pair) else None
+  return types.SimpleNamespace(x=Experiment(c, str(workdir)), results=types.SimpleNamespace(
+      on_shared_seeds=on_shared_seeds, groups={'squares': None}))
+
+
+def evaluated(workdir, seeds=(0,)):
+  return {name: np.stack([np.load(workdir / f'evaluate/{name}/seed{seed}/squares.npz')['correct'] for seed in seeds])
+          for name in ('base', 'control')}
 
 
 def test_copies_are_drawn_captioned_and_indexed(prepared):
-  queries, source = layout.source(str(prepared), 'squares'), layout.source(str(prepared), 'planted')
+  queries, source = source_of(prepared, 'squares'), source_of(prepared, 'planted')
   place = planted.draw(queries.column('group').tolist(), 0.5, 0)
   readable = np.arange(len(queries)) != 72  # 12 of the first tar, 60 of the second, then the broken one
   assert len(queries) == 113 and queries.column('key')[72] == 'broken'
@@ -86,7 +103,7 @@ def test_copies_are_drawn_captioned_and_indexed(prepared):
 def test_the_split_is_base_and_the_copies(prepared):
   base, control = (np.load(prepared / f'splits/{name}/rows.npy') for name in ('base', 'control'))
   about = json.loads((prepared / 'splits/control/split.json').read_text())
-  copies = len(layout.source(str(prepared), 'planted'))
+  copies = len(source_of(prepared, 'planted'))
   assert control.tolist() == [*base.tolist(), *range(60 + 12, 60 + 12 + copies)]
   assert (about['planted_rows'], about['anchor_rows']) == (copies, 12)
   assert about['pool_rows'] + 12 + copies == len(control)
@@ -125,9 +142,7 @@ def test_the_second_run_draws_nothing(data, prepared, capsys):
 def test_only_the_split_with_copies_reads_them(data, prepared):
   """What is planted changes no fingerprint of another split, run or embedder."""
   def fingerprints(c):
-    layout.forget()
-    stages = ('ingest', 'embedder', 'embed', 'dedup', 'search', 'prune', 'train', 'evaluate')
-    return {p.name: p.fingerprint for stage in stages for p in plan.stage_products(c, str(prepared), stage)}
+    return {p.name: p.fingerprint for p in table.everything(Experiment(c, str(prepared))) if p.name != 'report/index'}
   without, planted_ = fingerprints(squares.config(data)), fingerprints(config(data))
   assert {name: planted_[name] for name in without} == without
   assert {name.split('/')[1] if name.startswith(('splits/', 'train/', 'evaluate/')) else '/'.join(name.split('/')[:2])
@@ -154,10 +169,9 @@ def test_other_runs_see_the_same_batches(data, prepared, monkeypatch):
   for more in ({}, {'train.order': 'blocks', 'train.shuffle_window': 16}, {'train.pack_captions': 'always'}):
     for c in (squares.config(data), config(data)):
       c.update_from_flattened_dict(more)
-      layout.forget()
-      wanted = train.product(c, str(prepared), 'base', 0)
+      x = Experiment(c, str(prepared))
       with pytest.raises(InterruptedError):
-        train._one(c, str(prepared), 'base', 0, wanted, train._base(c, str(prepared)))
+        list(train.train(x, [x.graph.run('base', 0)]))
       (prepared / 'train/base/seed0/config.json').unlink()
     first, second = seen[-2:]
     for a, b in zip(first, second, strict=True):
@@ -174,7 +188,7 @@ def test_exports_name_the_copies_or_refuse(data, prepared, capsys):
   assert status == 0, said
   keys = pq.read_table(prepared / 'splits/control/export/keys.parquet').to_pylist()
   counts = collections.Counter(row['dataset'] for row in keys)
-  copies = len(layout.source(str(prepared), 'planted'))
+  copies = len(source_of(prepared, 'planted'))
   assert (counts['planted'], counts['anchor']) == (copies, 12)
   last = [row for row in keys if row['dataset'] == 'planted'][-1]
   assert last['row'] == copies - 1 and last['file'] == '00002.tar' and last['key'].endswith('-0')
@@ -188,37 +202,36 @@ def test_exports_name_the_copies_or_refuse(data, prepared, capsys):
 
 def _arms(workdir):
   """Returns which queries have a copy, and which were not drawn and can be read."""
-  place = planted.draw(layout.source(str(workdir), 'squares').column('group').tolist(), 0.5, 0)
+  place = planted.draw(source_of(workdir, 'squares').column('group').tolist(), 0.5, 0)
   return np.isin(np.arange(113), _column(workdir, 'query')), (place < 0) & (np.arange(113) != 72)
 
 
-def test_the_contrast_is_of_what_was_evaluated(data, prepared, tmp_path):
-  shutil.copytree(prepared, tmp_path / 'run')
-  c, rng = config(data, **{'train.seeds': (0, 1, 2)}), np.random.default_rng(0)
-  correct = {}
-  for name, p in (('base', 0.4), ('control', 0.7)):
-    correct[name] = rng.random((3, 113)) < p
-    for seed in c.train.seeds:
-      folder = tmp_path / f'run/evaluate/{name}/seed{seed}'
-      folder.mkdir(parents=True)
-      np.savez(folder / 'squares.npz', correct=correct[name][seed], label=np.zeros(113, np.int32))
-      (folder / 'squares.json').write_text(json.dumps({'classes': 3, 'n': 113}))
-  layout.forget()
-  found = report_planted.planted(c, str(tmp_path / 'run'), report_data.results(c, str(tmp_path / 'run')))
-  json.dumps(found, allow_nan=False)
-  contrast, = found['contrasts']
-  gain, (drawn, others) = correct['control'].astype(float) - correct['base'], _arms(prepared)
-  assert (contrast['split'], contrast['base'], contrast['reason']) == ('control', 'base', '')
-  assert (contrast['planted_queries'], contrast['unplanted_queries']) == (drawn.sum(), others.sum())
-  assert contrast['estimate']['value'] == pytest.approx(100 * (gain[:, drawn].mean() - gain[:, others].mean()))
-  assert contrast['gain_planted']['value'] == pytest.approx(100 * gain[:, drawn].mean())
-  assert contrast['gain_unplanted']['value'] == pytest.approx(100 * gain[:, others].mean())
-  assert contrast['estimate']['method'] == 'crossed'
-  assert contrast['estimate']['low'] < contrast['estimate']['value'] < contrast['estimate']['high']
-  assert found['calibration'] == json.loads((prepared / 'search/planted/calibration.json').read_text())
-  assert found['calibrations'] == {'': found['calibration']}
-  place = planted.draw(layout.source(str(prepared), 'squares').column('group').tolist(), 0.5, 0)
-  assert (found['queries'], found['drawn'], found['samples']) == (113, (place >= 0).sum(), drawn.sum())
+def test_the_contrast_is_of_what_was_evaluated(data, prepared):
+  c, rng = config(data), np.random.default_rng(0)
+  correct = {name: rng.random((3, 113)) < p for name, p in (('base', 0.4), ('control', 0.7))}
+  control = study.control_of(facts_of(c, prepared, correct, (0, 1, 2)))
+  (split, base, leakage), = control['contrasts']
+  gain, (copied, others) = correct['control'].astype(float) - correct['base'], _arms(prepared)
+  assert (split, base, leakage.reason) == ('control', 'base', '')
+  assert (leakage.planted_queries, leakage.unplanted_queries) == (copied.sum(), others.sum())
+  assert leakage.estimate.value == pytest.approx(gain[:, copied].mean() - gain[:, others].mean())
+  assert leakage.planted.value == pytest.approx(gain[:, copied].mean())
+  assert leakage.unplanted.value == pytest.approx(gain[:, others].mean())
+  assert leakage.estimate.method == 'crossed'
+  assert leakage.estimate.low < leakage.estimate.value < leakage.estimate.high
+  assert control['calibrations'] == {'': json.loads((prepared / 'search/planted/calibration.json').read_text())}
+  assert (control['queries'], control['copied'], control['benchmark']) == (113, copied.sum(), 'squares')
+
+
+def test_the_section_and_the_banner(data, prepared):
+  facts = facts_of(config(data), prepared)
+  name, title, short, page = study.section(facts)
+  assert (name, title, short) == ('planted', 'Planted copies of test images', 'Planted')
+  assert [block.name for block in page if block.kind == 'table'] == ['planted_contrast', 'planted_calibration']
+  copied = _arms(prepared)[0].sum()
+  assert f'holds a transformed copy of {copied} of the 113 images of squares' in study.banner(facts)
+  facts = facts_of(squares.config(data), prepared)
+  assert study.section(facts) is None and study.banner(facts) == ''
 
 
 @pytest.mark.slow
@@ -229,32 +242,33 @@ def test_trained_evaluated_and_reported(data, prepared, tmp_path, capsys):
   status, said = run(c, tmp_path / 'run', capsys, ['train', 'evaluate', 'report'])
   assert status == 0, said
   assert 'control holds PLANTED copies of test images of squares: a positive control, not a result.' in said
-  layout.forget()
-  found = report_planted.planted(c, str(tmp_path / 'run'), report_data.results(c, str(tmp_path / 'run')))
-  json.dumps(found, allow_nan=False)
-  correct = {name: np.load(tmp_path / f'run/evaluate/{name}/seed0/squares.npz')['correct'].astype(float)
-             for name in ('base', 'control')}
-  gain, (drawn, others) = correct['control'] - correct['base'], _arms(prepared)
-  estimate = found['contrasts'][0]['estimate']
-  assert estimate['value'] == pytest.approx(100 * (gain[drawn].mean() - gain[others].mean()), abs=1e-9)
-  assert estimate['method'] == 'this checkpoint' and estimate['p_value'] is None
-  assert 'planted copies of test images' in (tmp_path / 'run/report/index.html').read_text()
+  correct = evaluated(tmp_path / 'run')
+  leakage = study.control_of(facts_of(c, tmp_path / 'run', correct))['contrasts'][0][2]
+  gain, (copied, others) = correct['control'][0].astype(float) - correct['base'][0], _arms(prepared)
+  assert leakage.estimate.value == pytest.approx(gain[copied].mean() - gain[others].mean(), abs=1e-9)
+  assert leakage.estimate.method == 'this checkpoint' and np.isnan(leakage.estimate.p_value)
+  page = (tmp_path / 'run/report/index.html').read_text()
+  assert 'planted copies of test images' in page and '<section id="planted">' in page
 
 
 def test_all_queries_planted_is_not_estimable(data, prepared, tmp_path):
+  correct = {name: np.ones((3, 113), bool) for name in ('base', 'control')}
+
+  def contrast(c, *known):
+    split, base, leakage = study.control_of(facts_of(c, prepared, *known))['contrasts'][0]
+    assert split == 'control' and leakage.estimate is leakage.planted is leakage.unplanted is None
+    return base, leakage
+
   c = config(data, share=1.0)
-  found = report_data.Results(
-      {(name, 'squares'): np.ones((3, 113), bool) for name in ('base', 'control')},
-      {(name, 'squares'): (0, 1, 2) for name in ('base', 'control')}, {'squares': 3}, {}, {'squares': None})
-  layout.forget()
-  item = report_planted._contrast(c, str(prepared), found, 'control', np.ones(113, bool))
-  assert item['estimate'] is None and item['unplanted_queries'] == 0
-  assert item['reason'].startswith('not estimable: ') and '0 unplanted queries' in item['reason']
+  base, leakage = contrast(c, correct)
+  assert base == 'base' and leakage.unplanted_queries == 0
+  assert leakage.reason.startswith('not estimable: ') and '0 unplanted queries' in leakage.reason
+  assert contrast(c)[1].reason == 'not estimable: control and base were not both evaluated on squares with one seed'
   del c.splits['base']
-  assert 'no split of the rule all' in report_planted._contrast(c, str(prepared), found, 'control',
-                                                                np.ones(113, bool))['reason']
-  assert report_planted.planted(squares.config(data), str(prepared), found) is None
-  assert report_planted.planted(c, str(tmp_path), found) is None  # nothing is drawn there
+  base, leakage = contrast(c, correct)
+  assert base is None and 'no split of the rule all' in leakage.reason
+  assert study.control_of(facts_of(squares.config(data), prepared)) is None
+  assert study.control_of(facts_of(c, tmp_path)) is None  # no copy is drawn there
 
 
 def test_another_draw_stops_and_says_what_to_do(data, prepared, capsys):
@@ -282,11 +296,11 @@ def test_images_that_cannot_be_read_are_nothing_to_plant(data, tmp_path, capsys)
 
 @pytest.mark.parametrize('key, value, said', [
     ('benchmark', 'square', "config.planted.benchmark='square' is not known. Did you mean 'squares'?"),
-    ('share', 0.0, 'config.planted.share=0.0 must be a share of the queries in (0, 1]'),
+    ('share', 0.0, 'config.planted.share=0.0 must be a share in (0, 1]'),
     ('share', 1.5, 'config.planted.share=1.5 must be a share'),
-    ('copies', 0, 'config.planted.copies=0 must be 1 or more'),
-    ('kinds', (), 'config.planted.kinds is empty; have crop, resize, jpeg, colour, none'),
-    ('kinds', ('crop', 'jpg'), "config.planted.kinds='jpg' is not known. Did you mean 'jpeg'?"),
+    ('copies', 0, 'config.planted.copies=0 must be more than 0'),
+    ('kinds', (), 'config.planted.kinds=() is empty; have crop, resize, jpeg, colour, none'),
+    ('kinds', ('crop', 'jpg'), "config.planted.kinds=('crop', 'jpg') names 'jpg', which is not known. Did you mean 'jpeg'?"),
     ('caption_template', 'a photo', 'has no {} for the class name'),
     ('benchmark', '', 'the rule planted needs copies to hold; give config.planted.benchmark')])
 def test_a_wrong_key_is_said(data, key, value, said):
@@ -308,9 +322,8 @@ def test_a_folder_with_its_own_classes_and_the_pools_own_tars(data, tmp_path, ca
   c.benchmarks.squares = defaults.benchmark(format='folder', path=str(tmp_path / 'folder'))
   status, said = run(c, tmp_path / 'a', capsys, ['ingest'])
   assert status == 0, said
-  layout.forget()
-  source = layout.source(str(tmp_path / 'a'), 'planted')
-  classes = layout.source(str(tmp_path / 'a'), 'squares').classes
+  source = source_of(tmp_path / 'a', 'planted')
+  classes = source_of(tmp_path / 'a', 'squares').classes
   assert 4 <= len(source) <= 5
   assert {source.caption(i) for i in range(len(source))} <= {f'a photo of a {name}' for name in sorted(CLASSES)}
   assert all(source.caption(i).endswith(classes[source.labels[i]]) for i in range(len(source)))
@@ -320,8 +333,7 @@ def test_a_folder_with_its_own_classes_and_the_pools_own_tars(data, tmp_path, ca
       format='webdataset', path=f'{data}/pool/*.tar', label_key='label', classes=CLASSES, where={'key': ('00041',)})
   status, said = run(c, tmp_path / 'b', capsys, ['ingest', 'embedder', 'embed', 'search'])
   assert status == 0, said
-  layout.forget()
-  assert layout.source(str(tmp_path / 'b'), 'planted').starts.tolist() == [0, 0, 1]
+  assert source_of(tmp_path / 'b', 'planted').starts.tolist() == [0, 0, 1]
   found = json.loads((tmp_path / 'b/search/planted/calibration.json').read_text())
   assert found['queries'] == 1 and found['others_highest'] < 0.9999  # not the query itself, which is in the pool
 
@@ -333,13 +345,11 @@ def test_each_further_embedder_is_calibrated(data, prepared, tmp_path, capsys):
   shutil.copytree(prepared, tmp_path / 'run', symlinks=True)
   status, said = run(c, tmp_path / 'run', capsys, ['embedder', 'embed', 'search'])
   assert status == 0, said
-  layout.forget()
-  found = report_planted.planted(c, str(tmp_path / 'run'), report_data.Results({}, {}, {}, {}, {}))
-  assert set(found['calibrations']) == {'', 'other'}
-  own, other = found['calibrations'].values()
+  calibrations = study.control_of(facts_of(c, tmp_path / 'run'))['calibrations']
+  assert set(calibrations) == {'', 'other'}
+  own, other = calibrations.values()
   assert own['queries'] == other['queries'] and own['kinds'] != other['kinds']
-  reason = 'not estimable: control and base were not both evaluated on squares with one seed'
-  assert found['contrasts'][0]['reason'] == reason
+  assert (tmp_path / 'run/embedders/other/search/planted/calibration.sidecar.json').exists()
 
 
 def test_tars_are_drawn_by_several_processes_alike(data, prepared, tmp_path, capsys):
@@ -378,7 +388,7 @@ def test_killed_with_sigkill_while_drawing_it_ends_the_same(tmp_path):
   assert tiny.run(tmp_path / 'whole', '--stages=ingest', **more).returncode == 0
   process = tiny.start(tmp_path / 'run', '--stages=ingest', **more)
   unfinished = lambda: list((tmp_path / 'run/ingest/planted/tars').glob('.tmp-*'))
-  deadline = time.monotonic() + 120
+  deadline = time.monotonic() + 1800
   while not unfinished():
     assert process.poll() is None and time.monotonic() < deadline
     time.sleep(0.005)

@@ -1,0 +1,111 @@
+"""Trains one CLIP on a source of samples: a run of the stage train, or the embedder 'train'.
+
+In: a source, the config's model and recipe. Out, in a folder of the work directory: checkpoints/, metrics.jsonl and
+config.json (written first: what the run was begun with).
+"""
+
+import os
+
+from absl import logging
+import numpy as np
+
+from clip_jax.core import config as config_lib, files, interrupts, metrics, products, sharding
+from clip_jax.core.errors import InputError
+from clip_jax.core.products import Product
+from clip_jax.data import loader, packing, tokenizer
+from clip_jax.experiment.experiment import Experiment
+from clip_jax.models import clip, flops, text
+from clip_jax.stages import models
+from clip_jax.training import loop
+
+PACKING_SAVES = 0.15  # of a step's FLOPs, at least, for captions to be packed
+
+
+def fit(x: Experiment, folder: str, data, base, *, seed: int, samples: int, product: Product):
+  """Trains one model on a source of samples. Returns the loop's TrainResult and the images replaced.
+
+  base: the source whose captions decide how captions are packed, the same for all runs.
+  A run that was killed goes on from its last checkpoint. One that was begun with another config is an InputError that
+  names the keys. Ctrl-C and SIGTERM end it after the step, state saved.
+  """
+  t, p = x.config.train, x.config.preprocess
+  path = x.path(folder)
+  _begin(path, product, folder)
+  architecture = models.architecture(x.config)
+  functions = clip.functions(architecture, t.dtype, t.patch_dropout, t.remat)
+  groups = _caption_groups(x, base, architecture, folder)
+  replaced: list[int] = []
+
+  def on_replaced(index: int, reason: str) -> None:
+    if index not in replaced:
+      replaced.append(index)
+      logging.warning('%s: image %d of the split cannot be read (%s); the next readable one stands in.', folder,
+                      index, reason)
+
+  def batches(start_examples: int):
+    return loader.train_batches(data, batch_size=t.batch_size, seed=seed, start_examples=start_examples,
+                                image_size=architecture.image_size, context_length=architecture.context_length,
+                                crop_scale=tuple(p.crop_scale), threads=t.loader_threads,
+                                processes=t.loader_processes, pack=groups, order=t.order,
+                                shuffle_window=t.shuffle_window, jpeg_shrink=t.jpeg_shrink,
+                                on_replaced=on_replaced)
+
+  writer = metrics.MetricsWriter(os.path.join(path, 'metrics.jsonl'),
+                                 os.path.join(path, 'tensorboard') if t.tensorboard else '')
+  with interrupts.deferred() as should_stop:
+    result = loop.train(
+        init_params=functions.init, encode=functions.encode, batches=batches,
+        total_steps=samples // t.batch_size, batch_size=t.batch_size,
+        learning_rate=t.learning_rate, warmup_steps=t.warmup_steps, weight_decay=t.weight_decay, beta1=t.beta1,
+        beta2=t.beta2, eps=t.eps, seed=seed, loss=t.loss, fsdp=t.fsdp, mean=tuple(p.mean), std=tuple(p.std),
+        checkpoint_dir=os.path.join(path, 'checkpoints'), config=models.about(x.config, folder, seed),
+        save_every_steps=t.save_every_steps, save_every_secs=t.save_every_secs, keep=t.keep_checkpoints,
+        log_every_steps=t.log_every_steps, metrics=writer, name=folder, should_stop=should_stop)
+  writer.close()
+  return result, replaced
+
+
+def _caption_groups(x: Experiment, base, architecture, folder: str) -> int:
+  """Returns in how many groups a batch's captions are packed, one a device; 0: one caption a row.
+
+  'auto' packs one batch's worth of the base set's captions and looks how many tokens are left: the same for all
+  splits, which then share their compiled code, and for a run which goes on. Where little is saved, what packing costs
+  (attention in full rows, a last block that is not pooled, more shapes to compile) was measured to eat it.
+  """
+  t = x.config.train
+  devices = sharding.mesh(t.fsdp).size
+  if t.pack_captions == 'never' or t.batch_size % devices:  # which the loop refuses
+    return 0
+  if not text.packable(architecture.text):
+    if t.pack_captions == 'always':
+      raise InputError('config.train.pack_captions=always: this text tower looks at all tokens, so its captions '
+                       'cannot be packed. Choose auto or never.')
+    return 0
+  rows = np.random.Generator(np.random.PCG64(0)).permutation(len(base))[:t.batch_size]
+  rows = rows[:max(len(rows) // devices, 1) * devices]
+  tokens = tokenizer.tokenize([base.caption(int(row)) for row in rows], architecture.context_length)
+  packed = packing.pack(tokens, devices)['tokens']
+  share = packed.size / tokens.size
+  saved = (1 - share) * flops.text_flops(architecture) / flops.forward_flops(architecture)
+  if t.pack_captions == 'auto' and saved < PACKING_SAVES:
+    return 0
+  logging.info('%s: captions are packed, %.0f %% of the tokens of one caption a row; %.0f %% of the FLOPs are saved.',
+               folder, 100 * share, 100 * saved)
+  return devices
+
+
+def _begin(path: str, product: Product, folder: str) -> None:
+  """Writes down what a run is begun with; refuses to go on with one that was begun with something else."""
+  began = os.path.join(path, 'config.json')
+  now = {'fingerprint': product.fingerprint, 'keys': config_lib.plain(product.keys), 'inputs': product.read}
+  if not os.path.exists(began):
+    files.write_json(began, now)
+    return
+  old = files.read_json(began)
+  if old['fingerprint'] != now['fingerprint']:
+    why = [f'config.{line}' for line in config_lib.differences(old['keys'], now['keys'])]
+    why += [f'{name} has changed' for name in sorted({*old['inputs'], *now['inputs']})
+            if old['inputs'].get(name) != now['inputs'].get(name)]
+    raise InputError(f'{folder} was begun with another config and is not finished: {"; ".join(why[:6])}. Run '
+                     f'with --redo={products.redo_of([product.name])} to begin it again, or with the old config to go '
+                     'on.')

@@ -1,0 +1,213 @@
+"""The report's comparisons: evaluation results joined with splits and search, into statistics.
+
+Out: plain dicts of estimates, as reporting.comparisons takes them.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+import numpy as np
+
+from clip_jax.core.types import Array
+from clip_jax.evaluation import causal, robustness, statistics
+from clip_jax.experiment import blocks, workdir
+from clip_jax.stages.report.facts import Facts, Results
+
+IMAGENET_CLASSES = 1000  # of the reference benchmark, where the effective-robustness lines hold
+SHIFT_CLASSES = {'v2': 1000, 'sketch': 1000, 'r': 200, 'objectnet': 113}  # shift -> classes
+
+Pair = tuple[list[Array], tuple[int, ...]]  # what Results.on_shared_seeds returns for two splits
+
+
+def first_split(config: ConfigDict, rule: str) -> str | None:
+  """Returns the first split with a rule: 'all' is the base, 'anchor' the reference."""
+  return next((name for name in config.splits if config.splits[name].rule == rule), None)
+
+
+def aligned(config: ConfigDict) -> list[str]:
+  """Returns the splits that promise the anchor's similarity gap."""
+  return [name for name in config.splits if blocks.rule_of(config, name).aligned]
+
+
+def words_of(config: ConfigDict, split: str) -> str:
+  """Returns what a split is, in words."""
+  return blocks.rule_of(config, split).words(blocks.parameters(config, split))
+
+
+def control_of(facts: Facts, split: str) -> tuple[str | None, str]:
+  """Returns an aligned split's control and what it is: 'matched', else 'random'.
+
+  A matched split without enough donors holds random rows, and counts as such.
+  """
+  splits = facts.config.splits.items()
+  matched = next((name for name, block in splits if block.rule == 'matched' and block.to == split), None)
+  if matched is None:
+    return next((name for name, block in splits if block.rule == 'random' and block.size_of == split), None), 'random'
+  return matched, 'random' if has_random_rows(facts.splits.get(matched, {})) else 'matched'
+
+
+def has_random_rows(about: Mapping[str, Any]) -> bool:
+  """Returns whether a matched split, by its split.json, holds random rows for want of donors."""
+  return any(draw.get('no_matched_control') for draw in about.get('draws', {}).values())
+
+
+def placebo_benchmark(facts: Facts, split: str) -> str | None:
+  """Returns the benchmark on which an aligned split should lose nothing: config.report.reference.
+
+  Where that is its own or was not evaluated: another one, whose queries lie nearest to the anchor.
+  """
+  config = facts.config
+  others = [b for b in config.benchmarks
+            if b not in config.splits[split].benchmarks and (split, b) in facts.results.correct]
+  if config.report.reference in others:
+    return config.report.reference
+  nearness = {b: np.nanmedian(facts.searched[b].anchor_similarity) for b in others if b in facts.searched}
+  return max(nearness, key=nearness.get) if nearness else next(iter(others), None)
+
+
+def accuracies(results: Results) -> dict[tuple[str, str], statistics.Estimate]:
+  """Returns (split, benchmark) -> accuracy estimate."""
+  return {(split, benchmark): statistics.accuracy_interval(correct, results.groups[benchmark])
+          for (split, benchmark), correct in results.correct.items()}
+
+
+def comparisons(facts: Facts) -> list[dict]:
+  """Returns an item for each aligned split and each of its own benchmarks that was evaluated.
+
+  The confirmatory family, corrected by Holm: those that the answer is made of, where they have a matched control.
+  Doses and other slacks are estimates with intervals.
+  """
+  config = facts.config
+  items = [compare(facts, split, benchmark) for split in aligned(config)
+           for benchmark in config.splits[split].benchmarks if (split, benchmark) in facts.results.correct]
+  answers = [(item['split'], item['benchmark']) for item in headline(config, items)]
+  for item in items:
+    item['answers'] = (item['split'], item['benchmark']) in answers
+  adjusted = statistics.holm([
+      item['against_control'].p_value if item['answers'] and item['against_control'] is not None
+      and item['control_rule'] == 'matched' and not is_dose(config, item['split']) else np.nan for item in items])
+  tests = int(np.isfinite(adjusted).sum())
+  return [{**item, 'holm': float(p), 'tests': tests} for item, p in zip(items, adjusted)]
+
+
+def is_dose(config: ConfigDict, split: str) -> bool:
+  """Returns whether a split drops by another cut than slack 0: a point of a curve, not an answer."""
+  block = config.splits[split]
+  return bool(block.slack or block.quantile) or block.dose not in (0.0, 1.0)
+
+
+def headline(config: ConfigDict, items: Sequence[dict]) -> list[dict]:
+  """Returns the comparisons that the answer is made of: those of splits aligned at slack 0, each benchmark set once.
+
+  Other slacks, doses and k neighbours stand for themselves only where a benchmark has nothing else.
+  """
+  plain = [item for item in items
+           if config.splits[item['split']].rule == 'gap_aligned' and not is_dose(config, item['split'])]
+  chosen: dict[tuple, str] = {}  # (the split's benchmarks, benchmark) -> split, one with a matched control if any
+  for item in sorted(plain, key=lambda item: item['control_rule'] != 'matched'):
+    chosen.setdefault((frozenset(config.splits[item['split']].benchmarks), item['benchmark']), item['split'])
+  have = {benchmark for _, benchmark in chosen}
+  pairs = {(split, benchmark) for (_, benchmark), split in chosen.items()}
+  return [item for item in items
+          if item['benchmark'] not in have or (item['split'], item['benchmark']) in pairs]
+
+
+def compare(facts: Facts, split: str, benchmark: str) -> dict:
+  """Returns all figures of one aligned split on one benchmark; None where something is missing."""
+  config, results = facts.config, facts.results
+  control, control_rule = control_of(facts, split)
+  base = first_split(config, 'all')
+  groups, key = results.groups[benchmark], (split, benchmark)
+  item: dict[str, Any] = dict.fromkeys(
+      ('against_control', 'against_base', 'equivalence', 'bootstrap', 'dose', 'did', 'placebo', 'placebo_benchmark'))
+  item |= {'split': split, 'rule': config.splits[split].rule, 'benchmark': benchmark, 'base': base,
+           'control': control, 'control_rule': control_rule, 'mcnemar': [], 'did_reason': '',
+           'share': _share(facts, key, base, 'base'), 'share_matched': _share(facts, key, control, control_rule)}
+  with_base = results.on_shared_seeds(key, (base, benchmark))
+  if with_base is not None:
+    item['against_base'] = statistics.crossed_interval(difference(with_base), groups)
+  pair = results.on_shared_seeds(key, (control, benchmark))
+  if pair is None:
+    return item
+  (pruned, controlled), seeds = pair
+  gap = difference(pair)
+  item |= {'against_control': statistics.crossed_interval(gap, groups),
+           'equivalence': statistics.equivalence(gap, groups),
+           'mcnemar': [(seed, statistics.mcnemar(pruned[i], controlled[i])) for i, seed in enumerate(seeds)],
+           **_placebo(facts, key, control), **_by_hits(facts, key, pair)}
+  if len(seeds) > 2:
+    item['bootstrap'] = statistics.bootstrap_interval(
+        gap, groups, draws=config.report.bootstrap_draws, seed=config.report.seed)
+  if benchmark in facts.searched:
+    result = facts.searched[benchmark]
+    excess = np.nan_to_num(result.pool_similarity[:, 0] - result.anchor_similarity)
+    item['dose'] = causal.dose(pruned, controlled, excess, results.label[benchmark], groups)
+  return item
+
+
+def difference(pair: Pair) -> Array:  # [S, Q]
+  """Returns correct(first) - correct(second)."""
+  (first, second), _ = pair
+  return first.astype(float) - second.astype(float)
+
+
+def _share(facts: Facts, key: tuple[str, str], control: str | None, control_name: str) -> causal.Share | None:
+  """Returns the explained share on the seeds that all its splits have; None where one is missing.
+
+  The reference is anchor_only, else, in ImageNet's family, the effective-robustness line.
+  """
+  config, results, benchmark = facts.config, facts.results, key[1]
+  reference = first_split(config, 'anchor')
+  has_reference = (reference, benchmark) in results.correct
+  rows = results.on_shared_seeds((control, benchmark), key, *([(reference, benchmark)] if has_reference else []))
+  if rows is None:
+    return None
+  (with_control, gap, *rest), seeds = rows
+  expected = rest[0] if has_reference else _line_accuracies(config, results, key, seeds)
+  if expected is None:
+    return None
+  return causal.explained_share(
+      with_control, gap, expected, groups=results.groups[benchmark], control_name=control_name,
+      reference_name='anchor_only' if has_reference else 'line', draws=config.report.bootstrap_draws,
+      seed=config.report.seed)
+
+
+def shift_of(config: ConfigDict, results: Results, benchmark: str) -> str | None:
+  """Returns whose effective-robustness line holds for a benchmark, by its name and its classes.
+
+  The lines start from accuracy on ImageNet-Val: config.report.reference, if it has 1,000 classes.
+  """
+  name = benchmark.lower().replace('-', '_').removeprefix('imagenet').strip('_')
+  is_family = (results.classes.get(config.report.reference) == IMAGENET_CLASSES
+               and results.classes.get(benchmark) == SHIFT_CLASSES.get(name, 0))
+  return name if is_family else None
+
+
+def _line_accuracies(config: ConfigDict, results: Results, key: tuple[str, str], seeds) -> Array | None:  # [S]
+  """Returns what the line gives at the split's own validation accuracy, for each seed."""
+  shift, key = shift_of(config, results, key[1]), (key[0], config.report.reference)
+  if shift is None or key not in results.correct or not set(seeds) <= set(results.seeds[key]):
+    return None
+  runs = [results.correct[key][results.seeds[key].index(seed)] for seed in seeds]
+  return np.array([robustness.line_accuracy(shift, float(run.mean())) for run in runs])
+
+
+def _placebo(facts: Facts, key: tuple[str, str], control: str) -> dict:
+  (split, benchmark), results = key, facts.results
+  other = placebo_benchmark(facts, split)
+  four = results.on_shared_seeds(key, (control, benchmark), (split, other), (control, other))
+  if four is None:
+    return {}
+  return {'placebo_benchmark': other, 'placebo': causal.placebo(
+      *four[0], groups=results.groups[benchmark], placebo_groups=results.groups[other])}
+
+
+def _by_hits(facts: Facts, key: tuple[str, str], pair: Pair) -> dict:
+  """Compares the queries that lost a neighbour with those that lost none."""
+  counts, results = workdir.split_queries(facts.x, *key), facts.results
+  if counts is None:
+    return {'did_reason': 'Which queries lost a neighbour is not known: run the stage prune.'}
+  return {'did': causal.difference_in_differences(
+      *pair[0], counts['removed_over'] > 0, counts['removed_near'] == 0, results.label[key[1]],
+      groups=results.groups[key[1]])}

@@ -1,0 +1,108 @@
+"""The report's pictures: queries beside their neighbours, strips of pool rows, exact duplicates."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from clip_jax.core.errors import InputError
+from clip_jax.core.types import Array
+from clip_jax.data import images
+from clip_jax.experiment import workdir
+from clip_jax.experiment.blocks import ANCHOR, POOL
+from clip_jax.experiment.experiment import Experiment
+from clip_jax.reporting import gallery, tables
+from clip_jax.stages import benchmark_dirs
+
+NEIGHBOURS = 4        # pool neighbours shown beside a query
+MOST_COMPARED = 2000  # pairs of images that are opened to tell exact duplicates
+
+
+class Pictures:
+  """The images of an experiment as pictures of the page."""
+
+  def __init__(self, x: Experiment):
+    self._x = x
+    self.lost: dict[str, str] = {}  # dataset -> why the first image that could not be opened is missing
+
+  def has(self, *datasets: str) -> bool:
+    """Returns whether all these datasets are ingested and have images that can be opened."""
+    return all(workdir.is_ingested(self._x, name) and workdir.source(self._x, name).has_images for name in datasets)
+
+  def without(self, *datasets: str) -> str:
+    """Returns the sentence that says which of these datasets are vectors only; '' where none is."""
+    names = [name for name in datasets if workdir.is_ingested(self._x, name) and not self.has(name)]
+    if not names:
+      return ''
+    flags = dict.fromkeys(f'{benchmark_dirs.flag(self._x.config, name, "images")}=DIR' for name in names)
+    return (f'No pictures: {tables.listed(names)} {"is" if len(names) == 1 else "are"} vectors only; give '
+            f'{tables.listed(list(flags))}.')
+
+  def neighbours(self, benchmark: str, result: workdir.QueryResult) -> gallery.Gallery:
+    """Returns queries, most similar to least, beside their nearest anchor and pool images."""
+    rows = []
+    thirds = gallery.pick_thirds(result.pool_similarity[:, 0], self._x.config.report.gallery_queries)
+    heads = ('most similar', 'median', 'least similar')
+    for head, query in ((head, int(q)) for head, third in zip(heads, thirds) for q in third):
+      threshold, anchor = result.anchor_similarity[query], int(result.anchor_nearest[query])
+      groups = [gallery.Group('query', (self._picture(benchmark, query, f'no. {query}'),))]
+      if anchor >= 0 and self.has(ANCHOR):
+        nearest = self._picture(ANCHOR, anchor, tables.similarity(float(threshold)))
+        groups.append(gallery.Group('nearest in the anchor', (nearest,)))
+      pool = tuple(self._picture(POOL, int(row), tables.similarity(float(value)), marked=bool(value > threshold))
+                   for row, value in zip(result.pool_nearest[query, :NEIGHBOURS], result.pool_similarity[query])
+                   if row >= 0)
+      rows.append((head, (*groups, gallery.Group('nearest in the pool', pool))))
+    return gallery.Gallery(benchmark, tuple(rows))
+
+  def strip(self, title: str, rows: Array, lines: Sequence[str]) -> tuple[str, tuple[gallery.Group, ...]]:
+    """Returns pool rows as one strip of a gallery, each with a line below it."""
+    pictures = tuple(self._picture(POOL, int(row), line) for row, line in zip(rows, lines))
+    return '', (gallery.Group(title, pictures),)
+
+  def captions(self, rows: Array, count: int) -> list[str]:
+    """Returns the captions of at most `count` of these pool rows, evenly spaced; [] where all are empty."""
+    source = workdir.source(self._x, POOL)
+    captions = [source.caption(int(row)) for row in gallery.pick_evenly(rows, count)]
+    return captions if any(captions) else []
+
+  def exact_duplicates(
+      self,
+      benchmark: str,
+      dataset: str,
+      near: Array | None,  # [Q] bool: queries whose nearest row is a near-duplicate; None: not known
+      nearest: Array,      # [Q] int64
+  ) -> int | None:
+    """Returns how many queries have the same bytes, or decoded pixels, as their nearest row.
+
+    None where that would mean opening too many images, or where one of them cannot be opened.
+    """
+    if near is None or near.sum() > MOST_COMPARED or not self.has(benchmark, dataset):
+      return None
+    queries, rows = workdir.source(self._x, benchmark), workdir.source(self._x, dataset)
+    try:
+      return sum(_are_equal(queries[int(q)]['image'], rows[int(nearest[q])]['image']) 
+                 for q in np.flatnonzero(near))
+    except InputError:  # the gallery says why
+      return None
+
+  def _picture(self, dataset: str, row: int, line: str, marked: bool = False) -> gallery.Picture:
+    source, image = workdir.source(self._x, dataset), None
+    try:
+      image = _decoded(source[row]['image'])
+    except InputError as error:
+      self.lost.setdefault(dataset, str(error))
+    return gallery.picture(image, line, source.caption(row), marked)
+
+
+def _decoded(data: bytes) -> Array | None:
+  try:
+    return images.decode(data)
+  except images.UnreadableImage:
+    return None
+
+
+def _are_equal(query: bytes, row: bytes) -> bool:
+  if query == row:
+    return True
+  one, other = _decoded(query), _decoded(row)
+  return one is not None and other is not None and np.array_equal(one, other)

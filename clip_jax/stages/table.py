@@ -1,0 +1,35 @@
+"""What each stage makes and with what: the main line and the studies together."""
+
+import functools
+import importlib
+from collections.abc import Callable
+
+from clip_jax.core.products import STAGES, Made, Product
+from clip_jax.experiment.experiment import Experiment
+from clip_jax.studies import STUDIES
+
+
+def products_of(x: Experiment, stage: str) -> list[Product]:
+  """Returns the products that the config wants of a stage, in the order in which they are made."""
+  return [*x.graph.of(stage), *(product for study in STUDIES for product in study.products(x.graph).get(stage, ()))]
+
+
+def everything(x: Experiment) -> list[Product]:
+  """Returns the products of all stages."""
+  return [product for stage in STAGES for product in products_of(x, stage)]
+
+
+def module(stage: str):
+  """Returns the file of a stage. Most import JAX, which takes seconds: only where there is something to make."""
+  return importlib.import_module(f'clip_jax.stages.{stage}')
+
+
+def work(x: Experiment, stage: str, todo: list[Product]) -> Made:
+  """Makes products of one kind and one embedder."""
+  kind = todo[0].kind
+  makers: dict[str, Callable] = {**module(stage).MAKERS}
+  for study in STUDIES:
+    makers |= study.MAKERS
+  if stage == 'report':
+    makers[kind] = functools.partial(makers[kind], studies=STUDIES)
+  return makers[kind](x.under(todo[0].embedder), todo)

@@ -1,0 +1,143 @@
+"""The positive control: how near planted copies of test images lie to these images, and what training on them changes.
+
+The stage ingest draws the copies (config.planted); a split of rule 'planted' holds them. In: the embedded copies, the
+search of their benchmark. Out: WORKDIR/search/planted/calibration.json, and the same in embedders/<name>/ of each
+further embedder that is searched, as evaluation/planted.calibration returns it. The page compares each split that
+holds copies with the split that differs by the copies alone.
+"""
+
+import os
+from typing import TYPE_CHECKING
+
+from absl import logging
+import numpy as np
+
+from clip_jax.core import files
+from clip_jax.core.products import EMBEDDERS, Made, Product
+from clip_jax.core.types import Array
+from clip_jax.core.vectors import cosine
+from clip_jax.data import planted
+from clip_jax.experiment import blocks, workdir
+from clip_jax.experiment.blocks import PLANTED, POOL
+from clip_jax.experiment.experiment import Experiment
+from clip_jax.experiment.graph import Graph
+from clip_jax.reporting import planted_copies
+
+if TYPE_CHECKING:
+  from clip_jax.stages.report.facts import Facts
+
+_AT_ONCE = 1024  # queries whose neighbours' vectors are in memory
+
+
+def products(graph: Graph) -> dict[str, list[Product]]:
+  """Adds a calibration of the duplicate threshold for each embedder to the stage search, where copies are planted."""
+  config, name = graph.config, graph.config.planted.benchmark
+  if not name:
+    return {}
+  keys = blocks.pick(config, ['dedup.threshold', 'dedup.embedder', 'prune.duplicate_similarity'])
+  return {'search': [
+      Product(_calibration_name(embedder), 'planted calibration', keys=keys,
+              inputs=(graph.queries(name, embedder), *graph.embeddings(PLANTED, embedder)), embedder=embedder,
+              is_cheap=True) for embedder in ('', *blocks.further_embedders(config, 'search'))]}
+
+
+def _calibration_name(embedder: str) -> str:
+  return os.path.join(*((EMBEDDERS, embedder) if embedder else ()), 'search', PLANTED, 'calibration')
+
+
+def calibrate(x: Experiment, todo: list[Product]) -> Made:
+  """Measures how near copies lie to the images that they are copies of, and how near other images do."""
+  from clip_jax.evaluation import planted as control  # imports SciPy
+  copies, source = workdir.embeddings(x, PLANTED), workdir.source(x, PLANTED)
+  queries, usable = workdir.embeddings(x, x.config.planted.benchmark), copies.usable
+  vectors, query_of = queries[:], source.column('query')[usable]  # [Q, E], [n]
+  copied = np.unique(query_of)
+  others = np.maximum(control.nearest_other(vectors, queries.usable, copied), _nearest_in_pool(x, vectors, copied))
+  calibration = {'embedder': x.embedder_block.source, **control.calibration(
+      source.column('kind')[usable], cosine(vectors[query_of], copies[:][usable]), others,
+      blocks.duplicate_similarity(x.config, x.embedder))}
+  path = todo[0].name + '.json'
+  files.write_json(x.path(path), calibration)
+  yield todo[0], [path], {}
+  every = calibration['kinds'][-1]
+  logging.info('planted%s: %s of %s copies are duplicates of their queries (similarity %.4g or more), as are %.1f '
+               '%% of the nearest other images; for %.0f %% of the copies it takes %.4g (%.1f %% of others).',
+               x.suffix, f'{every["found"]:,}', f'{every["copies"]:,}', calibration['similarity'],
+               100 * calibration['others_over'], 100 * calibration['wanted'], every['similarity_wanted'],
+               100 * every['others_over_wanted'])
+
+
+def _nearest_in_pool(x: Experiment, vectors: Array, copied: Array) -> Array:  # [m] float64
+  """Returns the cosine similarity of some queries to the nearest pool row that is not the query's own file."""
+  pool, name = workdir.embeddings(x, POOL), x.config.planted.benchmark
+  rows = workdir.query_result(x, name).pool_nearest[copied]  # [m, k]
+  is_query = workdir.source(x, POOL).same_samples(workdir.source(x, name))  # [N]
+  counts = (rows >= 0) & ~is_query[rows]
+  nearest = np.full(len(copied), -1.0)
+  for start in range(0, len(copied), _AT_ONCE):
+    some = slice(start, start + _AT_ONCE)
+    near = pool.rows(rows[some].clip(0).ravel()).reshape(*rows[some].shape, pool.dim)
+    nearest[some] = np.where(counts[some], cosine(vectors[copied[some]], near), -1).max(1, initial=-1)
+  return nearest
+
+
+# ------------------------------------------------------------------------------------------------ the page
+
+
+def banner(facts: 'Facts') -> str:
+  """Returns the warning that test images are in the training data on purpose; '' where none are."""
+  known = facts.x.once('planted control', lambda: control_of(facts))
+  return planted_copies.banner(known) if known else ''
+
+
+def section(facts: 'Facts') -> tuple[str, str, str, list] | None:
+  """Returns what the copies changed, and how near each embedder says they are."""
+  known = facts.x.once('planted control', lambda: control_of(facts))
+  return ('planted', 'Planted copies of test images', 'Planted', planted_copies.blocks_of(known)) if known else None
+
+
+def control_of(facts: 'Facts') -> dict | None:
+  """Returns what is known of the planted copies; None where nothing is planted, or the copies are not ingested.
+
+  benchmark, copies: the config's. queries: the benchmark's; copied: how many of them have a copy. calibrations:
+  '' and each further embedder -> its calibration, where it is there. contrasts: for each split that holds copies:
+  (split, the split that it is compared with or None, evaluation/planted.Leakage).
+  """
+  x, config, name = facts.x, facts.x.config, facts.x.config.planted.benchmark
+  if not name or not workdir.is_ingested(x, PLANTED):
+    return None
+  calibrations = {embedder: workdir.read_json(x, _calibration_name(embedder) + '.json')
+                  for embedder in ('', *config.embedders)}
+  return {'benchmark': name, 'copies': config.planted.copies, 'queries': len(workdir.source(x, name)),
+          'copied': len(np.unique(workdir.source(x, PLANTED).column('query'))),
+          'calibrations': {embedder: about for embedder, about in calibrations.items() if about},
+          'contrasts': [_contrast(facts, split) for split in config.splits if blocks.holds_planted(config, split)]}
+
+
+def _contrast(facts: 'Facts', split: str) -> tuple:
+  """Returns the randomised contrast of a split against the one that differs by the copies alone."""
+  from clip_jax.evaluation import planted as control
+  x, config, name = facts.x, facts.x.config, facts.x.config.planted.benchmark
+  base = next((other for other in config.splits if config.splits[other].rule == 'all'
+               and blocks.appends_anchor(config, other) == blocks.appends_anchor(config, split)), None)
+  pair = facts.results.on_shared_seeds((split, name), (base, name))
+  source, block = workdir.source(x, name), config.planted
+  is_drawn = planted.draw(source.column('group').tolist(), block.share, block.seed) >= 0
+  reason = ''
+  if base is None:
+    reason = 'no split of the rule all with the same append_anchor is there to compare with'
+  elif pair is None:
+    reason = f'{split} and {base} were not both evaluated on {name} with one seed'
+  elif not workdir.is_embedded(x, name) or not workdir.is_embedded(x, PLANTED):
+    reason = f'{name} and its copies are not embedded, so that it is not known which images can be read'
+  if reason:
+    return split, base, control.Leakage(None, None, None, int(is_drawn.sum()), int((~is_drawn).sum()),
+                                        f'not estimable: {reason}')
+  copies, can_be_read = workdir.embeddings(x, PLANTED), workdir.embeddings(x, name).usable
+  has_copy = np.zeros(len(source), bool)
+  has_copy[workdir.source(x, PLANTED).column('query')[copies.usable]] = True
+  return split, base, control.contrast(*pair[0], has_copy & can_be_read, ~is_drawn & can_be_read,
+                                       facts.results.groups[name])
+
+
+MAKERS = {'planted calibration': calibrate}
