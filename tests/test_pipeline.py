@@ -202,3 +202,14 @@ def test_the_graph_is_drawn_and_nothing_is_written(world, tmp_path, capsys, monk
   assert f'  {ids["ingest/pool/index"]} -.-> {ids["embedder/embedder"]}' in lines
   named = {word for line in lines if '->' in line for word in line.split()[::2]}
   assert named <= set(ids.values())
+
+
+def test_what_is_aside_stays_until_it_is_made_again(world, copy, capsys):
+  status, said = run(config(world), copy, capsys, ['embed'], redo='embed:squares')
+  assert status == 0 and 'not made again yet: the replaced files stay in' in said, said
+  assert (copy / 'replaced/search/squares/queries.npz').exists() and not (copy / 'redo.json').exists()
+  status, said = run(config(world), copy, capsys, ['report'])  # which remakes none of it
+  assert (copy / 'replaced/search/squares/queries.npz').exists()
+  status, said = run(config(world), copy, capsys, STAGES)
+  assert status == 0 and not (copy / 'replaced').exists(), said
+  assert tiny.content(copy) == tiny.content(world / 'run')

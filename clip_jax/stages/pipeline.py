@@ -129,7 +129,7 @@ def _is_begun(x: Experiment, redo: str) -> bool:
 def _set_aside(x: Experiment, redo: str, names: set[str]) -> None:
   """Moves the products that --redo names, and what follows from them, to WORKDIR/replaced, the last readers first.
 
-  They are deleted when the command has ended. redo.json records that they are moved: after a kill the same command
+  They are deleted when they are made again. redo.json records that they are moved: after a kill the same command
   does not move again what it has made.
   """
   if _is_begun(x, redo) and workdir.read_json(x, REDO)['removed']:
@@ -144,6 +144,21 @@ def _set_aside(x: Experiment, redo: str, names: set[str]) -> None:
   files.write_json(x.path(REDO), {'redo': redo, 'removed': True})
   logging.info('redo: %s and what follows from it, %s, are set aside in %s until they are made again.',
                _redo_target(x, redo), progress.counted(len(names), 'product'), x.path(products.REPLACED))
+
+
+def _end_redo(x: Experiment, redo: str) -> None:
+  """Deletes what --redo has set aside once all of it that the config names is made again."""
+  wanted = {product.name for product in table.everything(x)}
+  late = [name for name in products.sidecars(x.path(products.REPLACED))
+          if name in wanted and products.read_sidecar(x.workdir, name) is None]
+  if late:
+    logging.info('redo: %s, for example %s, not made again yet: the replaced files stay in %s.',
+                 f'{progress.counted(len(late), "product")} {"is" if len(late) == 1 else "are"}', late[0],
+                 x.path(products.REPLACED))
+  else:
+    shutil.rmtree(x.path(products.REPLACED), ignore_errors=True)
+  if os.path.exists(x.path(REDO)) and (_is_begun(x, redo) or not late):
+    os.unlink(x.path(REDO))
 
 
 # ------------------------------------------------------------------------------------------------ the work
@@ -184,9 +199,7 @@ def _run(x: Experiment, names: list[str], redo: str) -> None:
     _versions(x)
   if names != ['report']:
     _left_alone(x)
-  shutil.rmtree(x.path(products.REPLACED), ignore_errors=True)
-  if os.path.exists(x.path(REDO)):
-    os.unlink(x.path(REDO))
+    _end_redo(x, redo)
   _close(x, names, time.monotonic() - start)
 
 
