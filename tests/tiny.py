@@ -54,8 +54,8 @@ def command(workdir, *more: str, module: str = 'clip_jax.main', **override) -> l
 def environment() -> dict[str, str]:
   """Returns this environment without the eight virtual devices, as a user's terminal has it, but for the compiler.
 
-  What a command compiles, the next one finds. Not so in the tests' own process: of a program for several CPU devices
-  that was read from disk the collectives run in no order (JAX 0.10), so that devices wait for one another for ever.
+  What a command compiles, the next one finds. Not so in the tests' own process: with that cache its eight CPU devices
+  were seen to wait for one another for ever (JAX 0.10), presumably as collectives read from disk lose their order.
   """
   found = {key: value for key, value in os.environ.items() if key != 'XLA_FLAGS'}
   if 'TESTS_COMPILED' in found:

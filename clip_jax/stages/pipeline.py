@@ -29,7 +29,7 @@ def run(config: ConfigDict, workdir: str | None, *, stages: list[str] | None, re
         graph: bool = False) -> None:
   """Runs the experiment, or the named stages of it; with dry_run or graph it only prints."""
   names = _stage_names(stages)
-  x = _open(config, 'runs/graph' if graph and not workdir else workdir)
+  x = _open(config, workdir or ('.' if graph else None))  # the graph does not depend on a work directory
   check.check(x.config)
   check.stages(x.config, names)
   check.embedder_weights(x)
