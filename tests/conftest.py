@@ -7,13 +7,15 @@ test has a deadline of its own making, and the files that take longest come firs
 import fcntl
 import os
 
-# XLA's compiler is half of the tests' work: with fewer optimizations it takes half as long. And eight devices wait for
+# XLA's compiler would be half of the tests' work. Without LLVM's optimizations and the newer emitters of fusions it needs
+# a fifth of the time; `TESTS_COMPILER= make test` takes a user's settings (the slow tests do). And eight devices wait for
 # one another on two cores that may be busy: XLA would end the process after 40 seconds.
-COMPILER = ('--xla_backend_optimization_level=1 --xla_cpu_collective_call_warn_stuck_timeout_seconds=300 '
-            '--xla_cpu_collective_call_terminate_timeout_seconds=1200')
+FAST = '--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false'
+PATIENT = ('--xla_cpu_collective_call_warn_stuck_timeout_seconds=300 '
+           '--xla_cpu_collective_call_terminate_timeout_seconds=1200')
+os.environ.setdefault('TESTS_COMPILER', FAST)
 os.environ['JAX_PLATFORMS'] = 'cpu'
-os.environ['TESTS_COMPILER'] = COMPILER
-os.environ['XLA_FLAGS'] = f'--xla_force_host_platform_device_count=8 {COMPILER}'
+os.environ['XLA_FLAGS'] = f'--xla_force_host_platform_device_count=8 {PATIENT} {os.environ["TESTS_COMPILER"]}'
 for _name in ('OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS'):
   os.environ.setdefault(_name, '1')
 
