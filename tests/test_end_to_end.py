@@ -108,7 +108,7 @@ def get_config():
   config.splits.near_count = defaults.split(rule='near', size=100, benchmarks=('val',))
   return config
 ''')
-  done = tiny.run(copy, file=config)
+  done = tiny.run(copy, '--stages=ingest,embedder,embed,dedup,search,prune,train,evaluate', file=config)
   assert done.returncode == 0, done.stdout
   assert 'train: going on, 2 of 4 runs are done.' in done.stdout
   assert 'Left alone, as the config does not name them' in done.stdout

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -50,8 +51,9 @@ def test_kmeans_goes_on_where_it_was_killed(data, tmp_path, capsys, monkeypatch)
   assert not (tmp_path / 'cut/dedup/kmeans-state.npz').exists()
 
 
-def test_budgets_and_single_runs(data, tmp_path, capsys):
-  c = config(data, **{'train.budget': 'epochs', 'train.epochs': 3, 'train.batch_size': 16, 'train.seeds': (0, 1),
+def test_budgets_and_single_runs(prepared_squares, tmp_path, capsys):
+  shutil.copytree(prepared_squares / 'run', tmp_path / 'w')
+  c = config(prepared_squares / 'data', **{'train.budget': 'epochs', 'train.epochs': 3, 'train.batch_size': 16, 'train.seeds': (0, 1),
                       'train.only': ('pruned/seed1',)})
   status, said = run(c, tmp_path / 'w', capsys, [*PREPARE, 'train', 'evaluate'])
   assert status == 0, said
@@ -63,10 +65,10 @@ def test_budgets_and_single_runs(data, tmp_path, capsys):
   assert os.listdir(tmp_path / 'w/evaluate/pruned') == ['seed1'] and not (tmp_path / 'w/evaluate/base').exists()
 
 
-def test_a_run_begun_with_another_recipe_is_not_gone_on_with(data, tmp_path, capsys):
+def test_a_run_begun_with_another_recipe_is_not_gone_on_with(prepared_squares, tmp_path, capsys):
   import clip_jax.training.loop as loop
-  c = config(data)
-  assert run(c, tmp_path / 'w', capsys, PREPARE)[0] == 0
+  shutil.copytree(prepared_squares / 'run', tmp_path / 'w')
+  c = config(prepared_squares / 'data')
   train = loop.train
   try:
     loop.train = lambda **_: (_ for _ in ()).throw(KeyboardInterrupt)  # killed after it wrote config.json
@@ -74,7 +76,7 @@ def test_a_run_begun_with_another_recipe_is_not_gone_on_with(data, tmp_path, cap
       run(c, tmp_path / 'w', capsys, ['train'])
   finally:
     loop.train = train
-  other = config(data, **{'train.weight_decay': 0.5})
+  other = config(prepared_squares / 'data', **{'train.weight_decay': 0.5})
   status, said = run(other, tmp_path / 'w', capsys, ['train'])
   assert status == 1 and 'was begun with another config' in said and 'train.weight_decay: 0.2 -> 0.5' in said
 
@@ -93,8 +95,8 @@ def test_a_model_encodes_on_all_devices_whatever_the_number_of_images_and_prompt
   pixels = np.random.default_rng(0).integers(0, 256, (11, 16, 16, 3)).astype(np.uint8)
   texts = [f'a photo of {"a very " * n}big cat' for n in range(5)]
   tokens = tokenizer.tokenize(texts, 77)  # not trimmed
-  for found, raw in ((model.encode_image(pixels), functions.encode_image(params, (pixels / 255 - 0.5) / 0.25)),
-                     (model.encode_text(texts), functions.encode_text(params, tokens))):
+  for found, raw in ((model.encode_image(pixels), jax.jit(functions.encode_image)(params, (pixels / 255 - 0.5) / 0.25)),
+                     (model.encode_text(texts), jax.jit(functions.encode_text)(params, tokens))):
     raw = np.asarray(raw)
     np.testing.assert_allclose(found, raw / np.linalg.norm(raw, axis=1, keepdims=True), atol=2e-6)
 
@@ -113,10 +115,11 @@ def test_tokens_that_a_model_does_not_know_are_an_error():
     model.encode_text(['a cat'])
 
 
-def test_packed_captions_train_alike(data, tmp_path, capsys):
+def test_packed_captions_train_alike(prepared_squares, tmp_path, capsys):
   seen = {}
   for pack in ('auto', 'always', 'never'):
-    c = config(data, **{'train.pack_captions': pack, 'train.only': ('base/seed0',)})
+    c = config(prepared_squares / 'data', **{'train.pack_captions': pack, 'train.only': ('base/seed0',)})
+    shutil.copytree(prepared_squares / 'run', tmp_path / pack)
     status, said = run(c, tmp_path / pack, capsys, [*PREPARE, 'train'])
     assert status == 0, said
     seen[pack] = 'captions are packed' in said

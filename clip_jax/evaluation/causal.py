@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 from clip_jax.core.types import Array
 from clip_jax.evaluation import statistics
@@ -208,8 +208,8 @@ def dose(
     return replace(found, reason='not estimable: the dose hardly varies within classes, or it '
                    'separates right answers from wrong ones')
   slope, error = fit
-  half = float(stats.t.ppf((1 + level) / 2, units - 1)) * error
-  p_value = 2 * stats.t.sf(abs(slope) / error, units - 1) if seeds > 2 else nan
+  half = float(special.stdtrit(units - 1, (1 + level) / 2)) * error
+  p_value = 2 * special.stdtr(units - 1, -abs(slope) / error) if seeds > 2 else nan
   return replace(found, slope=slope, low=slope - half, high=slope + half, error=error,
                  p_value=float(p_value))
 

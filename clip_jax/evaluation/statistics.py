@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 from clip_jax.core.types import Array
 
@@ -104,8 +104,8 @@ def contrast(
   if seeds == 2 or units < 2:
     return _without_error(totals, images, units)
   value, error = float(totals.mean()), float(np.sqrt(variance))
-  half = float(stats.t.ppf((1 + level) / 2, df)) * error
-  p_value = float(2 * stats.t.sf(abs(value) / error, df)) if seeds > 2 else np.nan
+  half = float(special.stdtrit(df, (1 + level) / 2)) * error
+  p_value = float(2 * special.stdtr(df, -abs(value) / error)) if seeds > 2 else np.nan
   return Estimate(value, value - half, value + half, error, float(df), p_value, seeds, images,
                   units, 'crossed' if seeds > 2 else 'this checkpoint')
 
@@ -137,7 +137,7 @@ def image_interval(
   if group.max() + 1 < images:
     return replace(_bounded(correct, np.ones(images), groups, level), method='cluster-robust')
   p = float(correct.mean())
-  low, high = _wilson(p, images, stats.norm.ppf((1 + level) / 2))
+  low, high = _wilson(p, images, special.ndtri((1 + level) / 2))
   error = float(np.sqrt(p * (1 - p) / images))
   return Estimate(p, low, high, error, np.inf, np.nan, 1, images, images, 'wilson')
 
@@ -225,7 +225,7 @@ def equivalence(
   narrow, wide = (crossed_interval(difference, groups, level) for level in (0.9, 0.95))
   verdict, detectable = 'undetermined', np.nan
   if wide.method == 'crossed':
-    detectable = wide.error * (stats.t.ppf(0.975, wide.df) + stats.t.ppf(POWER, wide.df))
+    detectable = wide.error * (special.stdtrit(wide.df, 0.975) + special.stdtrit(wide.df, POWER))
     if -margin < narrow.low and narrow.high < margin:
       verdict = 'equivalent'
     elif wide.low > 0 or wide.high < 0:
@@ -240,7 +240,7 @@ def mcnemar(first: Array, second: Array) -> McNemar:  # [Q] bool, [Q] bool
     raise ValueError(f'first {first.shape} and second {second.shape} must have one shape')
   b, c = int((first & ~second).sum()), int((second & ~first).sum())
   low, n = min(b, c), b + c
-  p = 2 * stats.binom.cdf(low, n, 0.5) - stats.binom.pmf(low, n, 0.5)  # = 1 where b = c
+  p = special.bdtr(low, n, 0.5) + (special.bdtr(low - 1, n, 0.5) if low else 0)  # 2 P(X <= low) - P(X = low)
   return McNemar(b, c, float(p))
 
 
@@ -330,7 +330,7 @@ def _bounded(correct, weights, groups, level) -> Estimate:
     effective, df = units, units - 1.0
   else:
     effective = min(p * (1 - p) / variance, seeds * images)
-  low, high = _wilson(p, effective, stats.t.ppf((1 + level) / 2, df))
+  low, high = _wilson(p, effective, special.stdtrit(df, (1 + level) / 2))
   return Estimate(p, low, high, float(np.sqrt(variance)), float(df), np.nan, seeds, images, units,
                   'crossed' if seeds > 2 else 'this checkpoint')
 
