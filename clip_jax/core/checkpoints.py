@@ -81,10 +81,10 @@ class Checkpoints:
         found = self._manager.restore(step, args=ocp.args.Composite(
             params=ocp.args.StandardRestore(params), opt=ocp.args.StandardRestore(opt),
             data=ocp.args.JsonRestore()))
-        data = found.data
+        data = found['data']
         digests = data['digests']
-        if digests['params'] == digest(found.params) and digests['opt'] == digest(found.opt):
-          return step, found.params, found.opt, data
+        if digests['params'] == digest(found['params']) and digests['opt'] == digest(found['opt']):
+          return step, found['params'], found['opt'], data
         reason = 'its arrays are not those that were saved'
       except Exception as error:  # Orbax and its storage raise many kinds for damaged files
         reason = _first_line(error)

@@ -23,7 +23,7 @@ class MetricsWriter:
     self._board = _tensorboard(tensorboard_dir) if tensorboard_dir else None
 
   def write(self, step: int, metrics: Mapping[str, float]) -> None:
-    line = {'step': int(step)}
+    line: dict[str, float | None] = {'step': int(step)}
     for name, value in metrics.items():
       value = float(value)
       line[name] = value if math.isfinite(value) else None  # JSON has no NaN

@@ -40,7 +40,7 @@ def parameter_shardings(tree: Any, mesh: Any) -> Any:
   parts = mesh.shape['fsdp']
 
   def sharding(leaf: Any) -> NamedSharding:
-    spec = [None] * len(leaf.shape)
+    spec: list[str | None] = [None] * len(leaf.shape)
     axes = [i for i, size in enumerate(leaf.shape) if size % parts == 0]
     if parts > 1 and len(leaf.shape) >= 2 and axes:
       spec[max(axes, key=lambda i: leaf.shape[i])] = 'fsdp'

@@ -9,7 +9,11 @@ k neighbours kept per query         n, m any count of rows
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-Array = Any  # numpy.ndarray or jax.Array; the shape and dtype stand in a comment at the signature
+import numpy as np
+
+# An array in host memory; the shape and dtype stand in a comment at the signature. The rooms that compute on devices
+# (models, training, similarity/accelerator.py) import jax.Array under this name.
+Array = np.ndarray
 
 
 class Source(Protocol):
@@ -20,16 +24,37 @@ class Source(Protocol):
 
   def __len__(self) -> int:
     """Returns the number of rows."""
+    ...
 
-  def __getitem__(self, row: int) -> dict[str, Any]:
+  def __getitem__(self, row: int, /) -> dict[str, Any]:
     """Returns dict(image: bytes of its file, or pixels [H, W, 3] uint8; caption: str; label: int, -1 for none)."""
+    ...
 
-  def many(self, rows: Sequence[int]) -> list[dict[str, Any]]:
+  def many(self, rows: Sequence[int], /) -> list[dict[str, Any]]:
     """Returns [self[row] for row in rows]; an image may be a function that returns its pixels."""
+    ...
 
-  def caption(self, row: int) -> str:
+  def caption(self, row: int, /) -> str:
     """Returns the caption of a row without reading its image."""
+    ...
 
   @property
   def starts(self) -> Array:  # [shards + 1] int64
-    """Where each shard begins, and where the last ends."""
+    """The row at which each shard begins, and where the last ends."""
+    ...
+
+
+class Vectors(Protocol):
+  """Rows [N, E] of an array, or of embeddings on disk (data/embeddings.py), which are read when asked for."""
+
+  @property
+  def shape(self) -> tuple[int, ...]: ...
+
+  @property
+  def dtype(self) -> np.dtype: ...
+
+  def __len__(self) -> int: ...
+
+  def __getitem__(self, rows: Any, /) -> Array:
+    """Returns the vectors of a slice or an integer array of rows: [m, E]."""
+    ...

@@ -55,4 +55,4 @@ class Embeddings:
     """Returns rows start:stop as one array, or the rows of an integer array (as a memory map would)."""
     if isinstance(index, slice):
       return self.rows(np.arange(*index.indices(len(self))))
-    return self.rows(index) if np.ndim(index) else self.rows([index])[0]
+    return self.rows(index) if np.ndim(index) else self.rows(np.array([index]))[0]

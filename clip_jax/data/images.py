@@ -238,7 +238,7 @@ def _bicubic(image: Array,  # [H, W, 3] uint8
   if (rows, columns) == (h, w) == (height, width):
     return image[y:y + rows, x:x + columns]
   row = 3 * image.shape[1]  # bytes; Pillow passes over what is not of the part: no copy is cut out
-  pixels = memoryview(np.ascontiguousarray(image)).cast('B')[y * row + 3 * x:]
+  pixels = np.ascontiguousarray(image).data.cast('B')[y * row + 3 * x:]
   part = Image.frombytes('RGB', (columns, rows), pixels, 'raw', 'RGB', row, 1)
   inner = left - x, top - y, left - x + w, top - y + h
   resized = part.resize((width, height), Image.Resampling.BICUBIC, inner)

@@ -6,7 +6,7 @@ needs one integer, the examples seen, and gets the same data on any number of ho
 threads.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent import futures
 import contextlib
 import dataclasses
@@ -73,7 +73,7 @@ def train_batches(source: Source, *, batch_size: int, seed: int, start_examples:
     read = windows.Windows(source, blocks, share.within)
   else:
     read = functools.partial(_anywhere, source, order_lib.Global(len(source), seed))
-  make = functools.partial(_run, source, read, share, length, seed, context_length, image_size, tuple(crop_scale),
+  make = functools.partial(_run, source, read, share, length, seed, context_length, image_size, crop_scale,
                            jpeg_shrink)
   runs = -(-here // length)  # of each batch
   if processes:
@@ -190,11 +190,12 @@ def _batch(source: Source, rows: Array,  # [n] int64
   return chosen, pixels, readable
 
 
-def _copied(batches: Iterator[tuple[Array, Array, Array]]) -> Iterator[tuple[Array, Array, Array]]:
+def _copied(batches: Generator[tuple[Array, Array, Array]]) -> Iterator[tuple[Array, Array, Array]]:
   """Yields batches that may be kept: the memory of processes is used again."""
   with contextlib.closing(batches):
     for batch in batches:
-      yield tuple(array.copy() for array in batch)
+      rows, pixels, readable = batch
+      yield rows.copy(), pixels.copy(), readable.copy()
 
 
 def _run_length(sample_bytes: int) -> int:
@@ -248,14 +249,14 @@ def _readable(source: Source, first: int, sample: dict[str, Any], draw: Callable
   raise InputError(f'None of {len(source)} images can be read; the last: {replaced[-1][1]}.')
 
 
-def _pixels(image: Any) -> Array:  # -> [H, W, 3] uint8
+def _pixels(image: bytes | Array | Callable[[], Array]) -> Array:  # -> [H, W, 3] uint8
   """Decodes what a source gives: bytes, pixels, or a function that returns them."""
   if isinstance(image, np.ndarray):
     return image
   return image() if callable(image) else images.decode(image)
 
 
-def _prefetched(make: Callable[[int], Any], count: int, threads: int, ahead: int) -> Iterator[Any]:
+def _prefetched(make: Callable[[int], Any], count: int, threads: int, ahead: int) -> Generator[Any]:
   """Yields make(0), make(1), ..., made ahead by threads; 0 threads: made when asked for."""
   import grain  # costs a second to import, with jax
   options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(ahead, threads))
@@ -266,8 +267,8 @@ def _prefetched(make: Callable[[int], Any], count: int, threads: int, ahead: int
     elements.close()
 
 
-def _joined(elements: Iterator[tuple[dict[str, Array], list[tuple[int, str]]]], here: int,
-            runs: int, pack: int) -> Iterator[tuple[dict[str, Any], list[tuple[int, str]]]]:
+def _joined(elements: Generator[tuple[dict[str, Array], list[tuple[int, str]]]], here: int,
+            runs: int, pack: int) -> Generator[tuple[dict[str, Any], list[tuple[int, str]]]]:
   """Yields batches of `here` samples in several runs, with what was replaced in each."""
   with contextlib.closing(elements):
     while True:
@@ -285,7 +286,7 @@ def _joined(elements: Iterator[tuple[dict[str, Array], list[tuple[int, str]]]], 
       yield batch, told
 
 
-def _ahead(elements: Iterator[Any]) -> Iterator[Any]:
+def _ahead(elements: Generator[Any]) -> Generator[Any]:
   """Yields the elements of an endless iterator; a thread asks for the next one meanwhile."""
   with contextlib.closing(elements), futures.ThreadPoolExecutor(1) as thread:
     coming = thread.submit(next, elements)
@@ -295,7 +296,7 @@ def _ahead(elements: Iterator[Any]) -> Iterator[Any]:
       yield element
 
 
-def _reporting(batches: Iterator[tuple[Any, list[tuple[int, str]]]],
+def _reporting(batches: Generator[tuple[Any, list[tuple[int, str]]]],
                on_replaced: Callable[[int, str], None]) -> Iterator[Any]:
   """Yields the batches, and says what was replaced in each just before it."""
   with contextlib.closing(batches):

@@ -7,7 +7,7 @@ process holds, all end when it ends, however that happens. They also begin in 0.
 and take 65 MB each, not 200, as they import neither Grain nor JAX (but for over a million samples).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent import futures
 import contextlib
 import multiprocessing
@@ -32,7 +32,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def elements(make: Callable[[int], Any], count: int, *, processes: int, threads: int,
-             slot_bytes: int) -> Iterator[Any]:
+             slot_bytes: int) -> Generator[Any]:
   """Yields make(0), make(1), ..., made ahead by processes with so many threads each.
 
   `make` must pickle. An element's arrays lie in shared memory, slot_bytes for each element; they

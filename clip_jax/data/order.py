@@ -82,7 +82,7 @@ class Blocks:
     low, high = np.searchsorted(begins, [number * self._window_size,
                                          (number + 1) * self._window_size])
     blocks = order[low:high]
-    places = np.concatenate([np.arange(self._starts[i], self._starts[i + 1]) for i in blocks])
+    places = np.concatenate([np.arange(int(self._starts[i]), int(self._starts[i + 1])) for i in blocks])
     mixed = _permutation_of(len(places), self._seed, _WINDOW, epoch, int(low))
     return Window(epoch * self._size + int(begins[low]), places[mixed])
 

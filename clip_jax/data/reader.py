@@ -73,8 +73,12 @@ class Source:
   def caption_lengths(self) -> Array:  # [n] int32, bytes of UTF-8
     return np.ascontiguousarray(self._table['caption_length'])
 
-  @functools.cached_property
+  @property
   def starts(self) -> Array:  # [shards + 1] int64
+    return self._starts
+
+  @functools.cached_property
+  def _starts(self) -> Array:
     return np.load(os.path.join(self._directory, 'starts.npy'))
 
   @property

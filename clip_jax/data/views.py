@@ -33,7 +33,7 @@ class Subset:
   def __init__(self, source: Source, rows: Array | str | os.PathLike):
     self._source, self._most = source, len(source)
     self._given = rows if isinstance(rows, np.ndarray) else os.fspath(rows)
-    loaded = np.load(rows, mmap_mode='r') if isinstance(self._given, str) else rows
+    loaded = rows if isinstance(rows, np.ndarray) else np.load(rows, mmap_mode='r')
     self._rows = loaded.view(np.ndarray)  # [n]; np.memmap's own indexing is slow
     if self._rows.ndim != 1 or self._rows.dtype.kind not in 'iu':
       raise ValueError(f'rows must be integers [n], got {self._rows.dtype} {self._rows.shape}')

@@ -16,6 +16,7 @@ import functools
 import io
 import json
 import tarfile
+from typing import Any
 from collections.abc import Callable, Iterator, Sequence
 
 from etils import epath
@@ -157,7 +158,7 @@ def _character(key: str, label: int, name: str, style: str, font: str, say: Call
                  font=font)
 
 
-def _written(stream: str, rows: Sequence[int], styles: Sequence[str] = ('handwriting',),
+def _written(stream: str, rows: Sequence[int] | Array, styles: Sequence[str] = ('handwriting',),
              say: Callable = _plain_caption, *, image_px: int, seed: int) -> list[Sample]:
   """Makes samples of rows of load_digits. Their group is the form, which stands for the writer."""
   bitmaps, labels = _load_digits()
@@ -218,7 +219,7 @@ def _load_digits() -> tuple[Array, Array]:
   """Returns the bitmaps, [1797, 8, 8] in 0..16, and labels, [1797], in the order of the forms."""
   from sklearn.datasets import load_digits  # costs a second to import
 
-  digits = load_digits()
+  digits: Any = load_digits()
   return digits.images, digits.target
 
 

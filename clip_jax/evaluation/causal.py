@@ -62,7 +62,7 @@ def explained_share(
     gap: Array,  # [S, Q] bool: the gap-aligned split
     reference: Array,  # [S, Q] bool: anchor_only; or [S]: the robustness line's accuracies
     *,
-    groups: Sequence | None = None,
+    groups: Sequence | Array | None = None,
     control_name: str = 'base',
     reference_name: str = 'anchor_only',
     level: float = 0.95,
@@ -112,7 +112,7 @@ def difference_in_differences(
     hit: Array,  # [Q] bool: P removed a row that is nearer than t_i
     unhit: Array,  # [Q] bool: P removed no row that is nearer than t_i - 0.02
     label: Array,  # [Q] int
-    groups: Sequence | None = None,
+    groups: Sequence | Array | None = None,
     level: float = 0.95,
 ) -> Contrast:
   """(P - C on hit queries) - (P - C on unhit queries of the same classes).
@@ -147,8 +147,8 @@ def placebo(
     control: Array,  # [S, Q] bool
     placebo_pruned: Array,  # [S, Q'] bool: the same runs on the placebo benchmark (val)
     placebo_control: Array,  # [S, Q'] bool
-    groups: Sequence | None = None,  # [Q]
-    placebo_groups: Sequence | None = None,  # [Q']; a name in both lists is one group
+    groups: Sequence | Array | None = None,  # [Q]
+    placebo_groups: Sequence | Array | None = None,  # [Q']; a name in both lists is one group
     level: float = 0.95,
 ) -> Contrast:
   """[acc_b(P) - acc_b(C)] - [acc_val(P) - acc_val(C)]: does P lose more than it loses anyway?"""
@@ -168,7 +168,7 @@ def dose(
     control: Array,  # [S, Q] bool
     excess: Array,  # [Q] s_i(pool) - t_i; below 0 the dose is 0
     label: Array,  # [Q] int
-    groups: Sequence | None = None,
+    groups: Sequence | Array | None = None,
     level: float = 0.95,
 ) -> Dose:
   """logit P(correct) = pruned + dose + slope (pruned x dose) + class + seed; cov. by group.

@@ -34,7 +34,7 @@ def contrast(
     base: Array,  # [S, Q] bool, the same seeds
     planted: Array,  # [Q] bool: a copy of it is in the split
     unplanted: Array,  # [Q] bool: it was not drawn; what is neither does not count
-    groups: Sequence | None = None,  # [Q] names, as in statistics.group_index
+    groups: Sequence | Array | None = None,  # [Q] names, as in statistics.group_index
     level: float = 0.95,
 ) -> Leakage:
   """[acc(with copies) - acc(base)] on planted queries less the same on unplanted ones.
@@ -83,7 +83,7 @@ def nearest_other(
 
 
 def calibration(
-    kinds: Sequence[str],  # [n] of each copy
+    kinds: Sequence[str] | Array,  # [n] of each copy
     similarity: Array,  # [n] float64: of each copy to its own query
     others: Array,  # [m] float64: of each planted query to the nearest image that is no copy of it
     threshold: float,  # similarity from which a pair counts as a duplicate

@@ -37,7 +37,7 @@ class Scale:
 
 def fit_scale(blocks: Iterable[Array]) -> Scale:  # [b, E] each
   """Returns the scale of all rows of some blocks; ValueError where there are none."""
-  count, total, square = 0, 0.0, 0.0
+  count, total, square = 0, np.zeros(()), np.zeros(())
   for x in blocks:
     x = x.astype(np.float64)
     count, total, square = count + len(x), total + x.sum(0), square + np.einsum('be,be->e', x, x)

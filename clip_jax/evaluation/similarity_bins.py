@@ -33,7 +33,7 @@ def accuracy_by_similarity(
     correct: Array,  # [S, Q] bool
     similarity: Array,  # [Q]: s_i(pool), or s_i(pool) - t_i
     label: Array,  # [Q] int
-    groups: Sequence | None = None,
+    groups: Sequence | Array | None = None,
     width: float = 0.05,
 ) -> list[Bin]:  # lowest similarity first; empty bins are left out
   """Accuracy per similarity bin (the paper's Fig. 3, left).

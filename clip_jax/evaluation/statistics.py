@@ -54,7 +54,7 @@ class McNemar:
   p_value: float    # exact, mid-p
 
 
-def group_index(groups: Sequence | None, images: int) -> np.ndarray:  # [Q] int64 in 0..G-1
+def group_index(groups: Sequence | Array | None, images: int) -> np.ndarray:  # [Q] int64 in 0..G-1
   """Numbers the groups. An image whose group is None, NaN, '' or -1 stands alone."""
   if groups is None:
     return np.arange(images)
@@ -70,7 +70,7 @@ def group_index(groups: Sequence | None, images: int) -> np.ndarray:  # [Q] int6
 
 def crossed_interval(
     difference: Array,  # [S, Q] correct(A) - correct(B)
-    groups: Sequence | None = None,  # [Q] names, as in group_index
+    groups: Sequence | Array | None = None,  # [Q] names, as in group_index
     level: float = 0.95,
 ) -> Estimate:
   """The mean difference over seeds and images, by two-way random effects.
@@ -87,7 +87,7 @@ def contrast(
     values: Array,  # [S, Q]
     weights: Array,  # [Q], 0 leaves an image out
     arms: Array,  # [Q] 0 or 1: the estimate is arm 0's weighted mean less arm 1's, if there is one
-    groups: Sequence | None = None,
+    groups: Sequence | Array | None = None,
     level: float = 0.95,
 ) -> Estimate:
   """A difference of two weighted means over images with the crossed variance.
@@ -112,7 +112,7 @@ def contrast(
 
 def accuracy_interval(
     correct: Array,  # [S, Q] bool
-    groups: Sequence | None = None,
+    groups: Sequence | Array | None = None,
     level: float = 0.95,
 ) -> Estimate:
   """One accuracy over S seeds: the crossed variance in Wilson's form, so bounds stay in 0..1."""
@@ -124,7 +124,7 @@ def accuracy_interval(
 
 def image_interval(
     correct: Array,  # [Q] bool
-    groups: Sequence | None = None,
+    groups: Sequence | Array | None = None,
     level: float = 0.95,
 ) -> Estimate:
   """One run's accuracy over images: method 'wilson', or 'cluster-robust' where images share groups.
@@ -145,7 +145,7 @@ def image_interval(
 def balanced_accuracy(
     correct: Array,  # [S, Q] bool
     label: Array,  # [Q] int
-    groups: Sequence | None = None,
+    groups: Sequence | Array | None = None,
     level: float = 0.95,
 ) -> Estimate:
   """The mean of the per-class accuracies; classes without images do not count."""
@@ -158,7 +158,7 @@ def balanced_accuracy(
 
 def bootstrap_interval(
     difference: Array,  # [S, Q]
-    groups: Sequence | None = None,
+    groups: Sequence | Array | None = None,
     level: float = 0.95,
     draws: int = 2000,
     seed: int = 0,
@@ -179,7 +179,7 @@ def bootstrap_interval(
 
 def crossed_bootstrap(
     values: Array,  # [K, S, Q]: K quantities on the same seeds and images
-    groups: Sequence | None = None,
+    groups: Sequence | Array | None = None,
     draws: int = 2000,
     seed: int = 0,
 ) -> np.ndarray:  # [draws, K] means under the same resampled seeds and groups; NaN for one group
@@ -211,7 +211,7 @@ def crossed_bootstrap(
 
 def equivalence(
     difference: Array,  # [S, Q]
-    groups: Sequence | None = None,
+    groups: Sequence | Array | None = None,
     margin: float | None = None,  # None: 0.01, or 0.03 for fewer than SMALL_SET images
 ) -> Equivalence:
   """'equivalent': the 90 % interval lies inside +-margin. 'different': the 95 % one excludes 0.
@@ -244,7 +244,7 @@ def mcnemar(first: Array, second: Array) -> McNemar:  # [Q] bool, [Q] bool
   return McNemar(b, c, float(p))
 
 
-def holm(p_values: Array) -> np.ndarray:  # [m] -> [m]
+def holm(p_values: Array | Sequence[float]) -> np.ndarray:  # [m] -> [m]
   """Holm's adjusted p-values, in the given order; NaN stays NaN and is not in the family."""
   p_values = np.asarray(p_values, np.float64)
   adjusted = np.full(p_values.shape, np.nan)
@@ -291,7 +291,7 @@ def _contributions(
     values: np.ndarray,  # [S, Q]
     weights: Array,  # [Q]
     arms: Array,  # [Q] 0 or 1
-    groups: Sequence | None,
+    groups: Sequence | Array | None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   """Each seed's estimate [S], what each group adds to it [S, G], and the groups of each arm."""
   group = group_index(groups, values.shape[1])

@@ -11,10 +11,10 @@ import dataclasses
 import functools
 from typing import Any
 
+from jax import Array
 from flax import nnx
 import jax.numpy as jnp
 
-from clip_jax.core.types import Array
 from clip_jax.models import resnet, text as text_tower, vit, zoo
 
 

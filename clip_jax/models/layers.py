@@ -11,10 +11,10 @@ from collections.abc import Callable
 
 from flax import nnx
 import jax
+from jax import Array
 from jax import lax
 import jax.numpy as jnp
 
-from clip_jax.core.types import Array
 
 Init = Callable[..., Array]  # (key, shape, dtype) -> array
 Pick = Callable[[Array], Array]  # [B*T, D] -> [B, D]: the rows of some tokens

@@ -6,10 +6,10 @@ stem of three convolutions, average pooling before each strided convolution, att
 
 from flax import nnx
 import jax
+from jax import Array
 from jax import lax
 import jax.numpy as jnp
 
-from clip_jax.core.types import Array
 from clip_jax.models import layers
 from clip_jax.models.zoo import ResNetConfig
 

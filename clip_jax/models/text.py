@@ -5,9 +5,9 @@ Names, shapes and initialisation are those of open_clip's TextTransformer.
 
 from flax import nnx
 import jax
+from jax import Array
 import jax.numpy as jnp
 
-from clip_jax.core.types import Array
 from clip_jax.models import layers
 from clip_jax.models.zoo import TextConfig
 

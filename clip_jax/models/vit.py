@@ -6,9 +6,9 @@ Names, shapes and initialisation are those of open_clip's VisionTransformer. Wit
 
 from flax import nnx
 import jax
+from jax import Array
 import jax.numpy as jnp
 
-from clip_jax.core.types import Array
 from clip_jax.models import layers
 from clip_jax.models.zoo import ViTConfig
 

@@ -123,7 +123,8 @@ def differences(
     a, b = (np.bincount(codes[rows], minlength=size) / len(rows) for rows in (left, right))
     shares = zip(a - b, (a * (1 - a) + b * (1 - b)) / 2, strict=True)
     by_level = [_standardised(abs(gap), variance) for gap, variance in shares]
-    result[name] = None if None in by_level else max(by_level)
+    known = [value for value in by_level if value is not None]
+    result[name] = max(known) if len(known) == len(by_level) else None
   return result
 
 

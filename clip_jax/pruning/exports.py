@@ -216,12 +216,13 @@ def _npy(path: epath.Path, column: str):
     raise InputError(f'{path} cannot be read ({error}). Give a .npy of dtype u8,u8 (uids) or '
                      'int64, written without pickle.') from error
   kind = found.dtype
-  is_uid = kind.names is not None and [kind[i].str[1:] for i in range(len(kind))] == ['u8', 'u8']
+  fields = kind.names or ()
+  is_uid = [kind[name].str[1:] for name in fields] == ['u8', 'u8']
   if found.ndim != 1 or not (is_uid or kind.kind in 'iu'):
     raise InputError(f'{path} holds {kind} {list(found.shape)}. Give [n] of dtype u8,u8 (uids) or '
                      'int64 (numbers).')
   if is_uid:
-    halves = np.stack([found[name] for name in kind.names], axis=1, dtype='>u8')
+    halves = np.stack([found[name] for name in fields], axis=1, dtype='>u8')
     return _binary(halves.view(np.uint8))
   if len(found) and found.max() >= 2**63:
     raise InputError(f'{path} holds the number {found.max()}, which is no int64. Give int64.')

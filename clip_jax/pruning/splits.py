@@ -26,19 +26,19 @@ def base_rows(
     anchor_rows: Array,  # [a] int64, sorted: the usable ones of the anchor's own rows 0..A-1
     append_anchor: bool,
     base_size: int = 0,  # N + A, where there are planted rows
-    planted_rows: Array = (),  # [p] int64, sorted: the usable ones of the planted rows 0..P-1
+    planted_rows: Array | None = None,  # [p] int64, sorted: the usable ones of the planted rows 0..P-1
 ) -> Array:
   """Returns the split's rows of the base set, sorted int64: of the pool, the anchor, planted."""
   anchor = np.asarray(anchor_rows, np.int64) + pool_size
   return np.concatenate([np.asarray(pool_rows, np.int64), anchor if append_anchor else anchor[:0],
-                         np.asarray(planted_rows, np.int64) + base_size])
+                         np.asarray([] if planted_rows is None else planted_rows, np.int64) + base_size])
 
 
 def rows_hash(
     rows: Array,  # [n] int64
 ) -> str:
   """Returns the sha256 of the rows as little-endian int64, in hex."""
-  return hashlib.sha256(np.ascontiguousarray(rows, '<i8')).hexdigest()
+  return hashlib.sha256(np.ascontiguousarray(rows, '<i8').data).hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)

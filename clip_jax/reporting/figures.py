@@ -264,7 +264,7 @@ def robustness_plane(
   return svg.panel(draw, 300 + 17 * (1 + len({p['rule'] for p in points})), title, grid='both')
 
 
-def _logit(p: Array) -> Array:
+def _logit(p: Array | Sequence[float] | float) -> Array:
   p = np.clip(np.asarray(p, float), 0.002, 0.998)
   return np.log(p / (1 - p))
 

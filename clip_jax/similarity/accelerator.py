@@ -8,10 +8,11 @@ from collections.abc import Sequence
 import functools
 
 import jax
+from jax import Array
 from jax import lax
 import jax.numpy as jnp
+import numpy as np
 
-from clip_jax.core.types import Array
 from clip_jax.similarity import tiles
 
 
@@ -66,7 +67,7 @@ def _segment_max(x: Array, owner: Array, benchmarks: int) -> Array:  # [groups, 
   return jax.ops.segment_max(x, owner, num_segments=benchmarks, indices_are_sorted=True)
 
 
-def too_large(queries: Array, devices: Sequence) -> bool:
+def too_large(queries: np.ndarray, devices: Sequence) -> bool:
   """Whether a copy of the queries would take more than a third of a device's memory, so that each
   device should hold some of them instead."""
   limits = [(device.memory_stats() or {}).get('bytes_limit') for device in devices]

@@ -15,7 +15,7 @@ import numpy as np
 from scipy import sparse
 from scipy.sparse import csgraph
 
-from clip_jax.core.types import Array
+from clip_jax.core.types import Array, Vectors
 from clip_jax.similarity import decide, kmeans, tiles
 
 Z = 1.959963984540054  # of a 95 % interval
@@ -48,7 +48,7 @@ class Audit:
 
 
 def measure(
-    x: Array,  # rows [N, E] float16
+    x: Vectors,  # rows [N, E] float16
     usable: Array,  # [N] bool
     sample: Array,  # [S] int64, ascending: usable rows drawn at random
     clusterings: Sequence[Array],  # centres, each [K, E] float32
@@ -128,7 +128,7 @@ def measure(
       pairs, int(earlier_of.sum()),
       tuple(Found(len(each), int(found), _share(found, pairs),
                   *wilson(_share(found, pairs), observations), int(lost.sum()),
-                  _share((lost & earlier_of).sum(), lost.sum()))
+                  _share(int((lost & earlier_of).sum()), int(lost.sum())))
             for each, found, lost in zip(clusterings, found_of, dropped)),
       len(sizes), {int(size): int(count) for size, count in zip(*np.unique(
           sizes, return_counts=True))},

@@ -11,7 +11,7 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-from clip_jax.core.types import Array
+from clip_jax.core.types import Array, Vectors
 from clip_jax.similarity import decide, tiles
 
 
@@ -24,7 +24,7 @@ class Dropped(NamedTuple):
 
 
 def dropped(
-    x: Array,  # rows [N, E] float16
+    x: Vectors,  # rows [N, E] float16
     usable: Array,  # [N] bool
     assignment: Array,  # [N] int32 cluster of each row
     *,
@@ -88,11 +88,11 @@ class _Block(NamedTuple):
   rows: np.ndarray  # [count] int64
   host: np.ndarray  # [T, E] float16
   squares: np.ndarray  # [T] float64 squared norms, exact
-  device: Array  # [T, E] float32
-  inverse: Array  # [T] float32, 1 / norm
+  device: jax.Array  # [T, E] float32
+  inverse: jax.Array  # [T] float32, 1 / norm
 
 
-def _load(x: Array, rows: np.ndarray, place: int, block_rows: int, name: str) -> _Block:
+def _load(x: Vectors, rows: np.ndarray, place: int, block_rows: int, name: str) -> _Block:
   rows = rows[place:place + block_rows]
   size = tiles.padded(len(rows), block_rows)
   host = np.asarray(x[np.pad(rows, (0, size - len(rows)), mode='edge')])

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from clip_jax.core.errors import InputError
-from clip_jax.core.types import Array
+from clip_jax.core.types import Array, Vectors
 from clip_jax.similarity import accelerator, decide, tiles, top_lists
 
 
@@ -83,7 +83,7 @@ def search_shard(
   top = found.tops.sorted()
   results = {}
   for i, (benchmark, start, stop) in enumerate(queries.segments):
-    result = dict(zip(_ROW_KEYS, _unfound(len(pool))))
+    result: dict[str, np.ndarray] = dict(zip(_ROW_KEYS, _unfound(len(pool))))
     for key, values in result.items():
       values[rows] = getattr(found, key)[i]
     if not layout.has_cuts[i]:
@@ -107,7 +107,7 @@ def merge_top(
 
 
 def thresholds(
-    anchor: Array,  # rows [A, E] float16
+    anchor: Vectors,  # rows [A, E] float16
     usable: Array,  # [A] bool
     queries: Array,  # [Q, E] float16
     *,
@@ -125,7 +125,7 @@ def thresholds(
 
 
 def anchor_top(
-    anchor: Array,  # rows [A, E] float16
+    anchor: Vectors,  # rows [A, E] float16
     usable: Array,  # [A] bool
     queries: Array,  # [Q, E] float16
     k: int,
@@ -165,7 +165,7 @@ def anchor_top(
 
 
 def pairs_over(
-    x: Array,  # rows [N, E] float16
+    x: Vectors,  # rows [N, E] float16
     rows: Array,  # [n] int64, ascending: the rows to look at
     queries: Array,  # [Q, E] float16
     cut: Array,  # [Q] float64; NaN: no pair of this query
@@ -197,7 +197,7 @@ def pairs_over(
       found = []
 
 
-def _check_shapes(x: Array, usable: Array, queries: Array) -> None:
+def _check_shapes(x: Vectors, usable: Array, queries: Array) -> None:
   if x.shape[1] != queries.shape[1] or usable.shape != (x.shape[0],):
     raise ValueError(f'rows [n, E] {x.shape}, usable [n] {usable.shape} and queries [Q, E] '
                      f'{queries.shape} must agree in n and E')
@@ -262,7 +262,7 @@ def _layout(queries: Queries, query_block: int, devices: tuple, accelerated: boo
   tiles.check_norms(np.linalg.norm(x.astype(np.float32), axis=1), np.arange(len(x)), 'queries')
   edges = np.array([segment[1:] for segment in queries.segments])
   sizes = edges[:, 1] - edges[:, 0]
-  slots, owner = tiles.query_blocks(sizes, query_block)
+  slots, owner = tiles.query_blocks(sizes.tolist(), query_block)
   of = np.repeat(owner, tiles.GROUP, axis=1)  # [blocks, b] each slot's benchmark
   number = (slots - np.cumsum([0, *sizes])[of]).astype(np.int32)
   query = number + edges[of, 0]

@@ -213,7 +213,7 @@ class Centers:
     self._blocks = [(np.int32(i[0]), *jax.device_put((centers[i], half[i]), device))
                     for i in numbers]
 
-  def nearest(self, rows: Array) -> Array:  # [T, E] float32 on the device -> [T] int32
+  def nearest(self, rows: jax.Array) -> jax.Array:  # [T, E] float32 on the device -> [T] int32
     """The nearest centre, on the device: argmin |x - c|^2 is argmax of x.c - |c|^2 / 2."""
     found = np.full(len(rows), -np.inf, np.float32), np.zeros(len(rows), np.int32)
     for start, block, halves in self._blocks:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from clip_jax.core.types import Array
+from clip_jax.core.types import Array, Vectors
 from clip_jax.similarity import decide
 
 CHUNK_ROWS = 1_000_000  # of the published code, about
@@ -38,7 +38,7 @@ def chunks(
 
 
 def missed(
-    x: Array,  # rows [N, E] float16
+    x: Vectors,  # rows [N, E] float16
     rows: Array,  # [m] int64, in order: all rows of one chunk that are over some threshold
     queries: Array,  # [Q, E] float16
     thresholds: Array,  # [Q] float64, exact

@@ -34,7 +34,7 @@ def over_zero(
 
 
 def count(
-    parts: Iterable[tuple[Array, Array, Array | None]],
+    parts: Iterable[tuple[Array, Array | None, Array | None]],
     benchmarks: int,  # G
 ) -> dict[str, np.ndarray]:
   """Counts over all parts of a pool, of each benchmark and (the last row) of all together.
@@ -55,14 +55,14 @@ def count(
   for similarity, excess, dropped in parts:
     candidates += similarity.shape[1]
     _add(similar, similarity)
-    if excess is not None:
+    if excess is not None and dropped is not None:
       has_excess = True
       _add(exceeding, excess)
       zero[:-1] += dropped.sum(1)
       zero[-1] += dropped.any(0).sum()
   exceeding[:, ZERO] = zero
   return {'edges': EDGES, 'similarity_over': similar, 'excess_over': exceeding, 'excess_zero': zero,
-          'has_excess': np.bool_(has_excess), 'candidates': np.int64(candidates)}
+          'has_excess': np.array(has_excess), 'candidates': np.array(candidates)}
 
 
 def _add(counts: np.ndarray, values: Array) -> None:  # [G + 1, M] in place, [G, n]

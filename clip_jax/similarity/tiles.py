@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from clip_jax.core.errors import InputError
-from clip_jax.core.types import Array
+from clip_jax.core.types import Array, Vectors
 
 PAD = 64  # rows and queries come in multiples of this: see above
 GROUP = 16  # rows, or queries, behind one maximum; only groups whose maximum matters are looked at
@@ -32,7 +32,7 @@ class Tile(NamedTuple):
   start: int
   count: int
   host: np.ndarray  # [T, E] float16
-  device: Array  # [T, E] float32, or as walk() was asked
+  device: jax.Array  # [T, E] float32, or as walk() was asked
 
 
 def padded(count: int, most: int) -> int:
@@ -55,7 +55,7 @@ def sizes(tile_rows: int, query_block: int) -> tuple[int, int]:
 
 
 def walk(
-    x: Array,  # rows [N, E] float16
+    x: Vectors,  # rows [N, E] float16
     rows: Array,  # [n] int64, the rows to visit, in this order
     tile_rows: int,
     name: str,  # what the rows are called in an error
@@ -138,25 +138,25 @@ def one_ahead(items: Iterable, depth: int = 1) -> Iterator:
 
 
 @functools.partial(jax.jit, static_argnames='dtype')
-def _load(x: Array, dtype) -> tuple[Array, Array]:  # [T, E] float16 -> [T, E], norms [T] float32
+def _load(x: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:  # [T, E] float16 -> [T, E], norms [T] float32
   exact = x.astype(jnp.float32)
   return x.astype(dtype), jnp.sqrt((exact * exact).sum(1))
 
 
-def dots(queries: Array, rows: Array) -> Array:  # [b, E], [T, E] -> [b, T] float32
+def dots(queries: jax.Array, rows: jax.Array) -> jax.Array:  # [b, E], [T, E] -> [b, T] float32
   """Every float32 similarity is made here. HIGHEST: a GPU would otherwise round float32 to TF32."""
   return lax.dot_general(queries, rows, (((1,), (1,)), ((), ())), precision=lax.Precision.HIGHEST,
                          preferred_element_type=jnp.float32)
 
 
-def lowest_argmax(scores: Array) -> tuple[Array, Array]:  # [b, T] -> [T] maximum, [T] int32
+def lowest_argmax(scores: jax.Array) -> tuple[jax.Array, jax.Array]:  # [b, T] -> [T] maximum, [T] int32
   """Maximum over the major axis and its lowest index; argmax itself is twice as slow on a CPU."""
   best = scores.max(0)
   index = lax.broadcasted_iota(jnp.int32, scores.shape, 0)
   return best, jnp.where(scores == best[None], index, scores.shape[0]).min(0)
 
 
-def group_maxima(scores: Array) -> Array:  # [b, T] -> [b, T / GROUP]
+def group_maxima(scores: jax.Array) -> jax.Array:  # [b, T] -> [b, T / GROUP]
   """Maxima of groups of GROUP rows, which lie T / GROUP apart to keep the minor axis long.
 
   A tile's padding is in them: it repeats a row, so that a query's maximum stays what it is.
@@ -165,15 +165,15 @@ def group_maxima(scores: Array) -> Array:  # [b, T] -> [b, T / GROUP]
 
 
 @jax.jit
-def grouped_dots(queries: Array, rows: Array) -> tuple[Array, Array]:
+def grouped_dots(queries: jax.Array, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
   """[b, E], [T, E] -> group maxima [b, T / GROUP] and similarities [b, T], float32."""
   scores = dots(queries, rows)
   return group_maxima(scores), scores
 
 
 def over(
-    maxima: Array,  # [b, T / GROUP] float32
-    scores: Array,  # [b, T] float32
+    maxima: jax.Array,  # [b, T / GROUP] float32
+    scores: jax.Array,  # [b, T] float32
     count: int,  # real rows
     cut: np.ndarray,  # [b] float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -181,8 +181,8 @@ def over(
 
   Only groups whose maximum is over the cut are looked at; without any, `scores` is not fetched.
   """
-  maxima, width = np.asarray(maxima), maxima.shape[1]
-  query, group = np.divmod(np.flatnonzero(maxima > cut[:, None]), width)
+  width = maxima.shape[1]
+  query, group = np.divmod(np.flatnonzero(np.asarray(maxima) > cut[:, None]), width)
   if not len(query):
     return query, group, np.empty(0, np.float32)
   place = query * scores.shape[1] + group + np.arange(GROUP)[:, None] * width  # [GROUP, m]
@@ -193,7 +193,7 @@ def over(
   return query[pair[real]], position[real], values[member, pair][real]
 
 
-def reached(maxima: Array, scores: Array, count: int, k: int) -> np.ndarray:
+def reached(maxima: jax.Array, scores: jax.Array, count: int, k: int) -> np.ndarray:
   """A value that at least k of the tile's real rows reach, for each query: [b] float32.
 
   The k-th largest group maximum is one, and cheaper than the k-th score. A padded tile has some

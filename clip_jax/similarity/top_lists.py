@@ -5,9 +5,9 @@ in the lower one the position counted from the end. A greater number is a nearer
 near earlier one, so that a plain partition keeps the right ones.
 """
 
+import jax
 import numpy as np
 
-from clip_jax.core.types import Array
 from clip_jax.similarity import tiles
 
 _LAST = np.uint32(0xFFFFFFFF)
@@ -25,7 +25,7 @@ def unpack(top: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # uint64 -> float
   return bits.view(np.float32), (_LAST - top.astype(np.uint32)).astype(np.int64)
 
 
-_NOTHING = pack(np.float32([-np.inf]), np.array([_LAST]))[0]
+_NOTHING = pack(np.array([-np.inf], np.float32), np.array([_LAST]))[0]
 
 
 class TopLists:
@@ -37,7 +37,7 @@ class TopLists:
     self._cut = np.full(slots, -np.inf, np.float32)  # rows come in order: a tie with it loses
     self._waiting = []
 
-  def take(self, first: int, tile: tiles.Tile, maxima: Array, scores: Array) -> None:
+  def take(self, first: int, tile: tiles.Tile, maxima: jax.Array, scores: jax.Array) -> None:
     """Takes the pairs of a tile with the slots from `first` on that may be among the nearest."""
     cut = self._cut[first:first + len(maxima)]
     if np.isneginf(cut[0]) and self.k <= tile.count:

@@ -319,7 +319,7 @@ def sizes(x: Experiment, todo: list[Product]) -> Made:
   names = list(x.config.benchmarks)
   counted = size_curves.count(_candidate_parts(x, names), len(names))
   files.write_npz(x.path(todo[0].name + '.npz'), benchmarks=np.array(names),
-                  rows=np.int64(len(workdir.embeddings(x, POOL))), **counted)
+                  rows=np.array(len(workdir.embeddings(x, POOL))), **counted)
   yield todo[0], [todo[0].name + '.npz'], {'candidates': int(counted['candidates'])}
 
 

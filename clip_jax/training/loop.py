@@ -18,7 +18,6 @@ import numpy as np
 
 from clip_jax.core import checkpoints, progress, sharding
 from clip_jax.core.errors import InputError
-from clip_jax.core.types import Array
 from clip_jax.training import step as training_step
 
 
@@ -40,8 +39,8 @@ class TrainResult:
 
 def train(
     *,
-    init_params: Callable[[Array], dict],  # PRNG key -> params
-    encode: Callable[[dict, Array, Any, Array], tuple[dict, dict]],  # see models/clip.py, functions
+    init_params: Callable[[jax.Array], dict],  # PRNG key -> params
+    encode: Callable[[dict, jax.Array, Any, jax.Array], tuple[dict, dict]],  # see models/clip.py, functions
     batches: Callable[[int], Generator],  # examples seen -> endless dicts of image, text [, index]
     total_steps: int,
     batch_size: int,  # of all devices together
@@ -79,7 +78,7 @@ def train(
   mesh = sharding.mesh(fsdp)
   sharding.check_batch_size(batch_size, mesh)
   recipe = training_step.Recipe(loss=loss, beta1=beta1, beta2=beta2, eps=eps,
-                                weight_decay=weight_decay, mean=tuple(mean), std=tuple(std))
+                                weight_decay=weight_decay, mean=mean, std=std)
   steps = training_step.steps(init_params, encode, recipe, mesh)
   schedule = dict(peak=np.float32(learning_rate), warmup_steps=np.int32(warmup_steps),
                   total_steps=np.int32(total_steps), seed=np.uint32(seed))
@@ -162,7 +161,7 @@ class _Log:
     """Seconds of training, those before a restart included."""
     return time.monotonic() - self._began
 
-  def add(self, step: int, values: dict[str, Array]) -> None:
+  def add(self, step: int, values: dict[str, jax.Array]) -> None:
     self.flush()
     self._pending = step, values
 
@@ -178,14 +177,11 @@ class _Log:
     now = time.monotonic()
     if self._since is None:  # the first update compiles: the speed is that of the later ones
       self._since = step, now
+    since, at = self._since
     if step % self._every == 0 or step == self._last:
       self._metrics.write(step, {
           'train/loss': loss, 'train/logit_scale': float(values['logit_scale']),
           'train/learning_rate': float(values['learning_rate']),
           'train/samples': step * self._batch_size, 'train/seconds': self.seconds(),
-          'train/images_per_sec': self._speed(step, now)})
+          'train/images_per_sec': (step - since) * self._batch_size / max(now - at, 1e-9)})
       self._since = step, now
-
-  def _speed(self, step: int, now: float) -> float:
-    since, at = self._since
-    return (step - since) * self._batch_size / max(now - at, 1e-9)

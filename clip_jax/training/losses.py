@@ -9,10 +9,10 @@ import math
 from typing import NamedTuple
 
 import jax
+from jax import Array
 from jax import lax
 import jax.numpy as jnp
 
-from clip_jax.core.types import Array
 
 
 def normalize(

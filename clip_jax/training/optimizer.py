@@ -1,10 +1,10 @@
 """AdamW as open_clip uses it, and its learning rate: linear warm-up, then cosine to zero."""
 
 import jax
+from jax import Array
 import jax.numpy as jnp
 import optax
 
-from clip_jax.core.types import Array
 
 
 def decays(params: dict) -> dict:

@@ -11,10 +11,10 @@ import math
 from typing import Any
 
 import jax
+from jax import Array
 import jax.numpy as jnp
 
 from clip_jax.core import sharding
-from clip_jax.core.types import Array
 from clip_jax.training import losses, optimizer
 
 MAX_LOGIT_SCALE = math.log(100)  # Radford et al. 2021, section 2.5: cosines times at most 100
