@@ -66,7 +66,7 @@ def _sentence(error: Exception) -> str:
     return f'The config file cannot be read: {lines[-1].split("] ", 1)[-1]}.'
   frame = traceback.extract_tb(error.__traceback__)[-1]
   if isinstance(error, (KeyError, AttributeError)) and 'ml_collections' in frame.filename:
-    key = re.search(r'(\w*)(?:.*Did you mean "(\w+)")?', text, re.DOTALL)
+    key = re.search(r'(\w+)(?:.*Did you mean "(\w+)")?', text, re.DOTALL)
     near = f' Did you mean {key[2]!r}?' if key and key[2] else ''
     return f'The config has no key {key[1] if key else text!r}.{near} clip_jax/defaults.py has all keys.'
   if not isinstance(error, (flags.Error, ConfigError)) and 'site-packages' not in frame.filename:
