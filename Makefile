@@ -18,8 +18,9 @@ demo: env
 test: env
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
+# With a user's compiler settings, where `make test` takes those that compile soonest (tests/conftest.py).
 test-slow: env
-	$(BIN)/python -m pytest -m slow
+	TESTS_COMPILER= $(BIN)/python -m pytest -m slow -n 2
 
 clean:
 	rm -rf $(VENV) build *.egg-info
