@@ -31,14 +31,7 @@ import time
 import numpy as np
 from PIL import Image
 
-from clip_jax.data import images
-from clip_jax.data import loader
-from clip_jax.data import reader
-from clip_jax.data import sources
-from clip_jax.data import storage
-from clip_jax.data import table
-from clip_jax.data import tokenizer
-from clip_jax.data import views
+from clip_jax.data import images, loader, reader, sources, storage, table, tokenizer, views
 
 BASE = 'webdataset, 2 workers'  # what ratios are to
 
@@ -46,6 +39,7 @@ BASE = 'webdataset, 2 workers'  # what ratios are to
 @dataclasses.dataclass(frozen=True)
 class Pool:
   """Tars, their index, and what is made of them."""
+
   name: str
   tars: list[str]
   source: reader.Source
@@ -92,8 +86,14 @@ def build_index(tars: list[str], folder: str) -> reader.Source:
 def ours(pool: Pool, source, context_length: int, warm: int, **options) -> float:
   """Seconds that pool.batches batches take, after `warm` more."""
   stream = loader.train_batches(
-      source, batch_size=pool.batch, seed=0, start_examples=0, image_size=pool.image_size,
-      context_length=context_length, **options)
+    source,
+    batch_size=pool.batch,
+    seed=0,
+    start_examples=0,
+    image_size=pool.image_size,
+    context_length=context_length,
+    **options,
+  )
   with contextlib.closing(stream):
     for _ in range(warm):
       next(stream)
@@ -121,18 +121,30 @@ class Peer:
     script = os.path.join(os.path.dirname(__file__), 'webdataset_peer.py')
     environment = {**os.environ, **({'PYTHONPATH': path} if path else {})}
     self._loader = loader_name
-    self._process = subprocess.Popen([python, script], stdin=subprocess.PIPE, text=True,
-                                     stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                                     env=environment)
+    self._process = subprocess.Popen(
+      [python, script],
+      stdin=subprocess.PIPE,
+      text=True,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.DEVNULL,
+      env=environment,
+    )
     said = self._process.stdout.readline()
     if not said:
       raise SystemExit(f'{python} cannot import webdataset: pip install webdataset')
     print(f'{loader_name}: {json.loads(said)}, {python}')
 
   def ask(self, pool: Pool, work: str, context_length: int, **asked) -> float | dict[str, str]:
-    line = dict(work=work, tars=pool.tars, loader=self._loader, batch=pool.batch,
-                batches=pool.batches, image_size=pool.image_size, context_length=context_length,
-                **{'workers': 0, 'keep': 1.0, 'warm': 0} | asked)
+    line = dict(
+      work=work,
+      tars=pool.tars,
+      loader=self._loader,
+      batch=pool.batch,
+      batches=pool.batches,
+      image_size=pool.image_size,
+      context_length=context_length,
+      **{'workers': 0, 'keep': 1.0, 'warm': 0} | asked,
+    )
     self._process.stdin.write(json.dumps(line) + '\n')
     self._process.stdin.flush()
     said = self._process.stdout.readline()
@@ -148,7 +160,7 @@ class Peer:
 def check_same(pool: Pool, peer: Peer, context_length: int) -> None:
   """The whole image of the first samples, resized, and its ids: the peer's, to the bit."""
   theirs, rows = peer.ask(pool, 'pixels', context_length), {}
-  for row, key in enumerate(pool.source.column('key')[:pool.source.starts[1]]):
+  for row, key in enumerate(pool.source.column('key')[: pool.source.starts[1]]):
     rows[key.split('/')[-1]] = row
   same = 0
   for key, digest in theirs.items():
@@ -163,7 +175,7 @@ def measure(jobs: dict[str, Callable[[], float]], repeats: int) -> dict[str, lis
   """Seconds of each job: rounds in alternating order, the first is not counted."""
   seconds = {name: [] for name in jobs}
   for turn in range(repeats + 1):
-    for name in list(jobs)[::-1 if turn % 2 else 1]:
+    for name in list(jobs)[:: -1 if turn % 2 else 1]:
       took = jobs[name]()
       if turn:
         seconds[name].append(took)
@@ -172,14 +184,18 @@ def measure(jobs: dict[str, Callable[[], float]], repeats: int) -> dict[str, lis
 
 def report(pool: Pool, seconds: dict[str, list[float]]) -> None:
   samples, base = pool.batch * pool.batches, seconds.get(BASE)
-  print(f'\n{pool.name}: {len(pool.source):,} samples, to {pool.image_size} px, '
-        f'batches of {pool.batch}')
+  print(
+    f'\n{pool.name}: {len(pool.source):,} samples, to {pool.image_size} px, batches of {pool.batch}'
+  )
   print(f'{"":34}samples/s max, median   x {BASE}: max, median')
   for name, taken in seconds.items():
     rates = [samples / f(taken) for f in (min, statistics.median)]
     ratios = [f(base) / f(taken) for f in (min, statistics.median)] if base else []
-    print(f'{name:34}{rates[0]:13,.0f} {rates[1]:7,.0f}'
-          + ' ' * 19 + ' '.join(f'{ratio:7.2f}' for ratio in ratios))
+    print(
+      f'{name:34}{rates[0]:13,.0f} {rates[1]:7,.0f}'
+      + ' ' * 19
+      + ' '.join(f'{ratio:7.2f}' for ratio in ratios)
+    )
 
 
 def ways(pool: Pool, peers: dict[str, Peer], flags) -> dict[str, Callable[[], float]]:
@@ -190,48 +206,59 @@ def ways(pool: Pool, peers: dict[str, Peer], flags) -> dict[str, Callable[[], fl
     with only_pillow():
       return ours(pool, pool.source, length, warm, **options)
 
-  half = np.random.default_rng(0).permutation(len(pool.source))[:len(pool.source) // 2]
+  half = np.random.default_rng(0).permutation(len(pool.source))[: len(pool.source) // 2]
   view = views.Subset(pool.source, np.sort(half))
   jobs = {
-      'ours, 1 thread': lambda: ours(pool, pool.source, length, warm, threads=1),
-      'ours, 2 threads': lambda: ours(pool, pool.source, length, warm, threads=2),
-      'ours, 2 threads, a random half': lambda: ours(pool, view, length, warm, threads=2),
-      'ours, 2 processes': lambda: ours(pool, pool.source, length, warm, threads=1, processes=2),
-      'ours, 1 thread, Pillow': lambda: with_pillow(threads=1),
-      'ours, 2 threads, Pillow': lambda: with_pillow(threads=2)}
+    'ours, 1 thread': lambda: ours(pool, pool.source, length, warm, threads=1),
+    'ours, 2 threads': lambda: ours(pool, pool.source, length, warm, threads=2),
+    'ours, 2 threads, a random half': lambda: ours(pool, view, length, warm, threads=2),
+    'ours, 2 processes': lambda: ours(pool, pool.source, length, warm, threads=1, processes=2),
+    'ours, 1 thread, Pillow': lambda: with_pillow(threads=1),
+    'ours, 2 threads, Pillow': lambda: with_pillow(threads=2),
+  }
   if flags.jpeg_shrink:
     jobs[f'ours, 2 threads, shrink {flags.jpeg_shrink}'] = lambda: ours(
-        pool, pool.source, length, warm, threads=2, jpeg_shrink=flags.jpeg_shrink)
+      pool, pool.source, length, warm, threads=2, jpeg_shrink=flags.jpeg_shrink
+    )
   for prefix, peer in peers.items():
     for workers in (0, 1, 2):
       named = f'{prefix}, {workers} worker{"s" if workers > 1 else ""}'
       jobs[named.replace('0 worker', 'in process')] = lambda peer=peer, workers=workers: peer.ask(
-          pool, 'batches', length, workers=workers, warm=warm)
+        pool, 'batches', length, workers=workers, warm=warm
+      )
   if 'webdataset' in peers:
     jobs['webdataset, 2 workers, select half'] = lambda: peers['webdataset'].ask(
-        pool, 'batches', length, workers=2, warm=warm, keep=0.5)
+      pool, 'batches', length, workers=2, warm=warm, keep=0.5
+    )
   return jobs
 
 
 def index_rate(pool: Pool, folder: str, repeats: int) -> None:
   """GB/s of an index of the tars, and of reading them, both from the page cache."""
+
   def read() -> None:
     for path in pool.tars:
       with open(path, 'rb', buffering=0) as f:
         while f.read(1 << 20):
           pass
+
   works = {'index': lambda: build_index(pool.tars, os.path.join(folder, 'again')), 'read': read}
 
   def job(work):
     began = time.perf_counter()
     work()
     return time.perf_counter() - began
+
   seconds = measure({name: lambda work=work: job(work) for name, work in works.items()}, repeats)
   size = sum(map(os.path.getsize, pool.tars)) / 1e9
-  text = ', '.join(f'{name} {size / min(taken):.2f}/{size / statistics.median(taken):.2f} GB/s'
-                   for name, taken in seconds.items())
-  print(f'{pool.name}, index of {size:.3f} GB, {len(pool.source) / min(seconds["index"]):,.0f} '
-        f'samples/s: {text} (max/median)')
+  text = ', '.join(
+    f'{name} {size / min(taken):.2f}/{size / statistics.median(taken):.2f} GB/s'
+    for name, taken in seconds.items()
+  )
+  print(
+    f'{pool.name}, index of {size:.3f} GB, {len(pool.source) / min(seconds["index"]):,.0f} '
+    f'samples/s: {text} (max/median)'
+  )
 
 
 def main() -> None:
@@ -260,12 +287,28 @@ def main() -> None:
     tars = sorted(glob.glob(flags.tars)) if flags.tars else write_tars(folder, 4000, 4, 96, 96)
     if not tars:
       raise SystemExit(f'--tars={flags.tars} matches no file')
-    pools = [Pool('small', tars, build_index(tars, os.path.join(folder, 'small')),
-                  flags.image_size, flags.batch, flags.batches)]
+    pools = [
+      Pool(
+        'small',
+        tars,
+        build_index(tars, os.path.join(folder, 'small')),
+        flags.image_size,
+        flags.batch,
+        flags.batches,
+      )
+    ]
     if flags.web_samples:
       tars = write_tars(folder, flags.web_samples, 4, 350, 400)
-      pools.append(Pool('web size', tars, build_index(tars, os.path.join(folder, 'web')), 224, 32,
-                        max(flags.batches // 2, 1)))
+      pools.append(
+        Pool(
+          'web size',
+          tars,
+          build_index(tars, os.path.join(folder, 'web')),
+          224,
+          32,
+          max(flags.batches // 2, 1),
+        )
+      )
     for pool in pools:
       for peer in peers.values():
         check_same(pool, peer, flags.context_length)

@@ -22,10 +22,8 @@ import numpy as np
 
 from clip_jax.core import sharding
 from clip_jax.data import packing
-from clip_jax.models import clip
+from clip_jax.models import clip, open_clip, zoo
 from clip_jax.models import flops as flops_lib
-from clip_jax.models import open_clip
-from clip_jax.models import zoo
 from clip_jax.training import step as training_step
 
 TINY = zoo.CLIPConfig(192, zoo.ViTConfig(64, 8, 192, 6, 3), zoo.TextConfig(77, 49_408, 192, 3, 6))
@@ -36,9 +34,11 @@ CEILING = 2048  # rows and columns of the product that the machine's rate is mea
 def captions(kind: str, batch: int, context_length: int) -> np.ndarray:  # [B, T] int32
   """'full' rows; 'web': lognormal lengths of mean 22, as LAION's; 'short': 7 or 8, as class names."""
   rng = np.random.default_rng(0)
-  length = {'full': np.full(batch, context_length),
-            'web': np.clip(rng.lognormal(2.95, 0.55, batch), 4, context_length).astype(int),
-            'short': rng.integers(7, 9, batch)}[kind]
+  length = {
+    'full': np.full(batch, context_length),
+    'web': np.clip(rng.lognormal(2.95, 0.55, batch), 4, context_length).astype(int),
+    'short': rng.integers(7, 9, batch),
+  }[kind]
   text = rng.integers(1, 40_000, (batch, context_length)).astype(np.int32)
   place = np.arange(context_length)
   text = np.where(place < length[:, None], text, 0)
@@ -54,23 +54,28 @@ def ours(config: zoo.CLIPConfig, batch: int, work: str, dtype: str, text: dict |
   images = np.random.default_rng(1).integers(0, 256, (batch, size, size, 3)).astype(np.uint8)
   mesh = sharding.mesh()
   placed = sharding.place_batch(dict(image=images, text=text), mesh)
-  recipe = training_step.Recipe(loss='clip', beta1=0.9, beta2=0.98, eps=1e-6, weight_decay=0.2,
-                                mean=(0.5,) * 3, std=(0.25,) * 3)
+  recipe = training_step.Recipe(
+    loss='clip', beta1=0.9, beta2=0.98, eps=1e-6, weight_decay=0.2, mean=(0.5,) * 3, std=(0.25,) * 3
+  )
   steps = training_step.steps(functions.init, functions.encode, recipe, mesh)
   state = steps.init(0)
   if work == 'forward':
+
     @jax.jit
     def both(params, placed):
       images = training_step.normalize(placed['image'], recipe.mean, recipe.std)
       return functions.encode_image(params, images), functions.encode_text(params, placed['text'])
+
     return lambda: jax.block_until_ready(both(state['params'], placed))
-  schedule = dict(peak=np.float32(5e-4), warmup_steps=np.int32(10), total_steps=np.int32(1000),
-                  seed=np.uint32(0))
+  schedule = dict(
+    peak=np.float32(5e-4), warmup_steps=np.int32(10), total_steps=np.int32(1000), seed=np.uint32(0)
+  )
 
   def step() -> None:
     nonlocal state
     state, values = steps.step(state, placed, schedule)
     jax.block_until_ready((state, values))
+
   return step
 
 
@@ -79,8 +84,13 @@ class Peer:
 
   def __init__(self, python: str):
     script = os.path.join(os.path.dirname(__file__), 'open_clip_peer.py')
-    self._process = subprocess.Popen([python, script], stdin=subprocess.PIPE, text=True,
-                                     stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    self._process = subprocess.Popen(
+      [python, script],
+      stdin=subprocess.PIPE,
+      text=True,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.DEVNULL,
+    )
     print(self._process.stdout.readline().strip())
 
   def seconds(self, **asked) -> float:
@@ -115,21 +125,27 @@ def main() -> None:
   parser.add_argument('--work', default='step', choices=('step', 'forward'))
   parser.add_argument('--repeats', type=int, default=5)
   parser.add_argument('--only', default='', help='ways of ours, comma separated')
-  parser.add_argument('--peer_dtypes', default='float32,bfloat16',
-                      help='bfloat16 takes minutes where the processor has no such instructions')
+  parser.add_argument(
+    '--peer_dtypes',
+    default='float32,bfloat16',
+    help='bfloat16 takes minutes where the processor has no such instructions',
+  )
   flags = parser.parse_args()
   config, batch = MODELS[flags.model], flags.batch
   texts = {kind: captions(kind, batch, config.context_length) for kind in ('full', 'web', 'short')}
   ways = {}
   for dtype in ('float32', 'bfloat16'):
     ways |= {
-        f'{dtype} all': (dtype, texts['full']),
-        f'{dtype} web packed': (dtype, packing.pack(texts['web'], 1)),
-        f'{dtype} short trimmed': (dtype, packing.trim(texts['short'])),
-        f'{dtype} short packed': (dtype, packing.pack(texts['short'], 1))}
+      f'{dtype} all': (dtype, texts['full']),
+      f'{dtype} web packed': (dtype, packing.pack(texts['web'], 1)),
+      f'{dtype} short trimmed': (dtype, packing.trim(texts['short'])),
+      f'{dtype} short packed': (dtype, packing.pack(texts['short'], 1)),
+    }
   if flags.only:
     ways = {name: ways[name] for name in flags.only.split(',')}
-  jobs = {name: ours(config, batch, flags.work, dtype, text) for name, (dtype, text) in ways.items()}
+  jobs = {
+    name: ours(config, batch, flags.work, dtype, text) for name, (dtype, text) in ways.items()
+  }
   peer = Peer(flags.peer) if flags.peer else None
   if peer:
     asked = dict(model_cfg=open_clip.config_to_open_clip(config), batch=batch, work=flags.work)
@@ -137,7 +153,7 @@ def main() -> None:
       jobs[f'open_clip {dtype}'] = lambda dtype=dtype: peer.seconds(**asked, dtype=dtype)
   seconds = {name: [] for name in jobs}
   for turn in range(flags.repeats + 1):
-    for name in (list(jobs) if turn % 2 else list(jobs)[::-1]):
+    for name in list(jobs) if turn % 2 else list(jobs)[::-1]:
       job = jobs[name]
       job()  # untimed: what ran before has emptied the caches
       took = job() if name.startswith('open_clip') else timed(job)
@@ -151,11 +167,15 @@ def main() -> None:
 
 
 def report(seconds: dict[str, list[float]], config: zoo.CLIPConfig, batch: int, flags) -> None:
-  ceiling = 2 * CEILING ** 3 / min(seconds.pop('ceiling'))
+  ceiling = 2 * CEILING**3 / min(seconds.pop('ceiling'))
   flops = flops_lib.forward_flops(config) * batch * (3 if flags.work == 'step' else 1)
-  print(f'{flags.model}, batch {batch}, {flags.work}; float32 product {ceiling / 1e9:.0f} GFLOP/s, '
-        f'{jax.devices()[0].device_kind}, {os.cpu_count()} cores')
-  print(f'{"":28}{"s min":>8}{"med":>8}{"img/s":>8}{"of ceiling":>11}   x open_clip: float32, bfloat16')
+  print(
+    f'{flags.model}, batch {batch}, {flags.work}; float32 product {ceiling / 1e9:.0f} GFLOP/s, '
+    f'{jax.devices()[0].device_kind}, {os.cpu_count()} cores'
+  )
+  print(
+    f'{"":28}{"s min":>8}{"med":>8}{"img/s":>8}{"of ceiling":>11}   x open_clip: float32, bfloat16'
+  )
   for name, took in seconds.items():
     low, middle = min(took), statistics.median(took)
     ratios = ''
@@ -163,7 +183,9 @@ def report(seconds: dict[str, list[float]], config: zoo.CLIPConfig, batch: int, 
       base = seconds.get(f'open_clip {dtype}')
       if base:
         ratios += f'{min(base) / low:8.2f}/{statistics.median(base) / middle:6.2f}'
-    print(f'{name:28}{low:8.3f}{middle:8.3f}{batch / low:8.1f}{flops / low / ceiling:11.2f}{ratios}')
+    print(
+      f'{name:28}{low:8.3f}{middle:8.3f}{batch / low:8.1f}{flops / low / ceiling:11.2f}{ratios}'
+    )
 
 
 if __name__ == '__main__':

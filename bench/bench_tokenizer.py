@@ -17,10 +17,51 @@ import time
 from clip_jax.data import tokenizer
 
 CONTEXT_LENGTH = 77
-SYLLABLES = ('ba', 'con', 'de', 'er', 'for', 'gra', 'hi', 'in', 'jo', 'ka', 'li', 'mo', 'ness',
-             'or', 'pre', 'qui', 'ri', 'sta', 'tion', 'un', 'ver', 'wa', 'xi', 'yo', 'zen')
-ODD = ('café', 'Zürich', 'señor', '“quoted”', 'it’s', 'R&amp;B', 'A &#39;B&#39;', '™', '–', '…',
-       '😍', '北京', '½', 'naïve', '&quot;new&quot;', 'l’été')
+SYLLABLES = (
+  'ba',
+  'con',
+  'de',
+  'er',
+  'for',
+  'gra',
+  'hi',
+  'in',
+  'jo',
+  'ka',
+  'li',
+  'mo',
+  'ness',
+  'or',
+  'pre',
+  'qui',
+  'ri',
+  'sta',
+  'tion',
+  'un',
+  'ver',
+  'wa',
+  'xi',
+  'yo',
+  'zen',
+)
+ODD = (
+  'café',
+  'Zürich',
+  'señor',
+  '“quoted”',
+  'it’s',
+  'R&amp;B',
+  'A &#39;B&#39;',
+  '™',
+  '–',
+  '…',
+  '😍',
+  '北京',
+  '½',
+  'naïve',
+  '&quot;new&quot;',
+  'l’été',
+)
 SIGNS = (',', ',', '.', ' -', ' |', ':', '!', '...', "'s", '?', ' /', ')', ' (', '"')
 
 
@@ -50,12 +91,14 @@ def main() -> None:
   ways = {'clip_jax': tokenizer.tokenize}
   if importlib.util.find_spec('open_clip'):
     from open_clip import tokenizer as peer
+
     ways['open_clip'] = peer.SimpleTokenizer()
   else:
     print('open_clip is not installed (pip install open_clip_torch): only clip_jax is timed.')
   rng = random.Random(0)
-  words = sorted({''.join(rng.choices(SYLLABLES, k=rng.randint(1, 4))) for _ in range(flags.words)},
-                 key=len)
+  words = sorted(
+    {''.join(rng.choices(SYLLABLES, k=rng.randint(1, 4))) for _ in range(flags.words)}, key=len
+  )
   rounds = [captions(rng, flags.captions, words, flags.odd) for _ in range(flags.repeats + 1)]
   tokens = sum(map(len, map(tokenizer._encode, rounds[0]))) / flags.captions
   print(f'{flags.captions} captions a round, {flags.odd:.0%} not plain, {tokens:.1f} tokens each')
@@ -68,7 +111,7 @@ def measure(ways, rounds):
   for way in ways.values():
     way(rounds[0], CONTEXT_LENGTH)
   for i, texts in enumerate(rounds[1:]):
-    for name in list(ways)[::-1 if i % 2 else 1]:
+    for name in list(ways)[:: -1 if i % 2 else 1]:
       for state in ('cold', 'warm'):
         start = time.perf_counter()
         ways[name](texts, CONTEXT_LENGTH)
@@ -81,9 +124,11 @@ def report(captions_a_round, seconds):
   for (name, state), taken in seconds.items():
     peer = seconds.get(('open_clip', state))
     ratio = [f(peer) / f(taken) for f in (min, statistics.median)] if peer else []
-    print(f'{name:10s} {state}  {captions_a_round / min(taken):12,.0f} '
-          f'{captions_a_round / statistics.median(taken):10,.0f}     '
-          + ' '.join(f'{x:8.2f}' for x in ratio))
+    print(
+      f'{name:10s} {state}  {captions_a_round / min(taken):12,.0f} '
+      f'{captions_a_round / statistics.median(taken):10,.0f}     '
+      + ' '.join(f'{x:8.2f}' for x in ratio)
+    )
 
 
 if __name__ == '__main__':

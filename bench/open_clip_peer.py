@@ -20,8 +20,9 @@ def prepared(line: str):
   torch.manual_seed(0)
   model = open_clip_model.CLIP(**asked['model_cfg'])
   loss_function = open_clip.ClipLoss()
-  optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4, betas=(0.9, 0.98), eps=1e-6,
-                                weight_decay=0.2)
+  optimizer = torch.optim.AdamW(
+    model.parameters(), lr=5e-4, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.2
+  )
   size = model.visual.image_size
   images = torch.randn(asked['batch'], 3, *((size, size) if isinstance(size, int) else size))
   texts = torch.randint(1, 400, (asked['batch'], model.context_length))

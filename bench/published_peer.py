@@ -26,7 +26,7 @@ THREADS = 2
 
 def chunks(pool):
   for i in range(0, len(pool), CHUNK):
-    yield i, pool[i:i + CHUNK].astype(np.float32)
+    yield i, pool[i : i + CHUNK].astype(np.float32)
 
 
 def published(pool, queries, edges, k):
@@ -45,6 +45,7 @@ def published(pool, queries, edges, k):
 def faiss_nearest(pool, queries, edges, k):
   del k
   import faiss
+
   for a, b in zip(edges, edges[1:]):
     index = faiss.IndexFlatIP(queries.shape[1])
     index.add(queries[a:b])
@@ -60,6 +61,7 @@ def faiss_top(pool, queries, edges, k):
 @functools.cache
 def pool_index(path):
   import faiss
+
   pool = np.load(path, mmap_mode='r')
   index = faiss.IndexFlatIP(pool.shape[1])
   for _, rows in chunks(pool):

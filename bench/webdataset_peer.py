@@ -54,12 +54,15 @@ def tools(asked: dict):
   if asked['loader'] == 'torch':
     import open_clip
     from torchvision import transforms
+
     tokenizer = open_clip.SimpleTokenizer(context_length=length)
     bicubic = transforms.InterpolationMode.BICUBIC
-    cropped = transforms.Compose([
-        transforms.RandomResizedCrop(size, SCALE, interpolation=bicubic), transforms.PILToTensor()])
+    cropped = transforms.Compose(
+      [transforms.RandomResizedCrop(size, SCALE, interpolation=bicubic), transforms.PILToTensor()]
+    )
     return cropped, lambda text: tokenizer(text)[0]
   from clip_jax.data import tokenizer as ours
+
   return lambda image: crop(image, size), lambda text: ours.tokenize([text], length)[0]
 
 
@@ -69,8 +72,13 @@ def dataset(asked: dict, tars: list[str]):
   if asked['keep'] < 1:  # before anything is decoded
     most = asked['keep'] * 2**32
     made = made.select(lambda sample: zlib.crc32(sample['__key__'].encode()) < most)
-  return made.shuffle(1000, initial=1000).decode('pilrgb').to_tuple('jpg', 'txt').map_tuple(
-      image, tokens).batched(asked['batch'], partial=False)
+  return (
+    made.shuffle(1000, initial=1000)
+    .decode('pilrgb')
+    .to_tuple('jpg', 'txt')
+    .map_tuple(image, tokens)
+    .batched(asked['batch'], partial=False)
+  )
 
 
 def fill(asked: dict, tars: list[str], queue) -> None:
@@ -88,8 +96,10 @@ def batches(asked: dict):
   else:
     forked = multiprocessing.get_context('fork')
     queue = forked.Queue(2 * workers)
-    processes = [forked.Process(target=fill, args=(asked, tars[i::workers], queue), daemon=True)
-                 for i in range(workers)]
+    processes = [
+      forked.Process(target=fill, args=(asked, tars[i::workers], queue), daemon=True)
+      for i in range(workers)
+    ]
     for process in processes:
       process.start()
     try:

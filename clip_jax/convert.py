@@ -6,24 +6,39 @@
 
 import sys
 
-from absl import app
-from absl import flags
+from absl import app, flags
 
 from clip_jax.core import command
 
-_CHECKPOINT = flags.DEFINE_string('checkpoint', None, "A run's folder, its checkpoints/ (latest step), or one step; "
-                                  'or weights of open_clip, OpenAI or Hugging Face (.safetensors, .pt, .bin).')
-_OUTPUT = flags.DEFINE_string('output', None, 'The .safetensors file (its config is written beside it); with '
-                              '--format=orbax: the folder. It must not be there yet.')
-_FORMAT = flags.DEFINE_string('format', 'open_clip', 'What is written: open_clip, huggingface or orbax.')
-_MODEL = flags.DEFINE_string('model', '', 'open_clip model of a weights file, where no open_clip_config.json or '
-                             'config.json is beside it.')
+_CHECKPOINT = flags.DEFINE_string(
+  'checkpoint',
+  None,
+  "A run's folder, its checkpoints/ (latest step), or one step; "
+  'or weights of open_clip, OpenAI or Hugging Face (.safetensors, .pt, .bin).',
+)
+_OUTPUT = flags.DEFINE_string(
+  'output',
+  None,
+  'The .safetensors file (its config is written beside it); with '
+  '--format=orbax: the folder. It must not be there yet.',
+)
+_FORMAT = flags.DEFINE_string(
+  'format', 'open_clip', 'What is written: open_clip, huggingface or orbax.'
+)
+_MODEL = flags.DEFINE_string(
+  'model',
+  '',
+  'open_clip model of a weights file, where no open_clip_config.json or config.json is beside it.',
+)
 
 
 def main(argv: list[str]) -> int:
   del argv
   from clip_jax.stages import convert
-  return command.guard(lambda: convert.run(_CHECKPOINT.value, _OUTPUT.value, _FORMAT.value, model=_MODEL.value))
+
+  return command.guard(
+    lambda: convert.run(_CHECKPOINT.value, _OUTPUT.value, _FORMAT.value, model=_MODEL.value)
+  )
 
 
 if __name__ == '__main__':

@@ -14,12 +14,22 @@ from clip_jax.demo import glyph_captions
 def get_config():
   config = defaults.get_config()
 
-  drawn = dict(format='glyphs', label_key='label', classes=glyph_captions.CLASSES, group_key='group',
-               columns=('domain', 'class_name', 'duplicate_of', 'duplicate_kind'), domain_column='domain')
+  drawn = dict(
+    format='glyphs',
+    label_key='label',
+    classes=glyph_captions.CLASSES,
+    group_key='group',
+    columns=('domain', 'class_name', 'duplicate_of', 'duplicate_kind'),
+    domain_column='domain',
+  )
   config.pool = defaults.dataset(**drawn)
-  config.anchor = defaults.dataset(path='anchor', caption_template='a photo of the digit {}', **drawn)
+  config.anchor = defaults.dataset(
+    path='anchor', caption_template='a photo of the digit {}', **drawn
+  )
   for name in ('val', 'outline', 'inverted', 'rotated', 'handwriting'):
-    config.benchmarks[name] = defaults.benchmark(path=name, templates=glyph_captions.TEMPLATES, **drawn)
+    config.benchmarks[name] = defaults.benchmark(
+      path=name, templates=glyph_captions.TEMPLATES, **drawn
+    )
 
   config.embedder.source = 'pca'
   config.embedder.image_size = 32
@@ -36,8 +46,12 @@ def get_config():
   config.splits.anchor_only = defaults.split(rule='anchor')
   config.splits.handwriting_pruned = defaults.split(rule='gap_aligned', benchmarks=('handwriting',))
   config.splits.handwriting_matched = defaults.split(rule='matched', to='handwriting_pruned')
-  config.splits.near_75 = defaults.split(rule='near', size=0.75, benchmarks=('handwriting',), seeds=seeds_once)
-  config.splits.far_75 = defaults.split(rule='far', size=0.75, benchmarks=('handwriting',), seeds=seeds_once)
+  config.splits.near_75 = defaults.split(
+    rule='near', size=0.75, benchmarks=('handwriting',), seeds=seeds_once
+  )
+  config.splits.far_75 = defaults.split(
+    rule='far', size=0.75, benchmarks=('handwriting',), seeds=seeds_once
+  )
   config.splits.random_75 = defaults.split(rule='random', size=0.75, seeds=seeds_once)
 
   config.model.embed_dim = 128

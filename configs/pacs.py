@@ -15,19 +15,33 @@ from clip_jax import defaults
 
 CLASSES = ('dog', 'elephant', 'giraffe', 'guitar', 'horse', 'house', 'person')
 DOMAINS = ('photo', 'art_painting', 'cartoon', 'sketch')
-TEMPLATES = ('a photo of a {}', 'a painting of a {}', 'a cartoon of a {}', 'a sketch of a {}')  # the same for all
+TEMPLATES = (
+  'a photo of a {}',
+  'a painting of a {}',
+  'a cartoon of a {}',
+  'a sketch of a {}',
+)  # the same for all
 TRAINING = 0.75  # share of the groups that is pool or anchor; the rest is held out as queries
 FORMS = ('', 'full', 'domain_removal')
 
 
 def get_config(form=''):
   if form not in FORMS:
-    raise ValueError(f'configs/pacs.py:{form} is not a form; have {", ".join(FORMS[1:])}, or none of them')
+    raise ValueError(
+      f'configs/pacs.py:{form} is not a form; have {", ".join(FORMS[1:])}, or none of them'
+    )
   config = defaults.get_config()
 
   # Sketches n02374451_8526-2 were drawn from the photo n02374451_8526: siblings must lie on the same side.
-  tars = dict(format='webdataset', label_key='label', classes=CLASSES, group_key='source',
-              group_pattern=r'n\d{8}_\d+', columns=('domain', 'class_name', 'source'), domain_column='domain')
+  tars = dict(
+    format='webdataset',
+    label_key='label',
+    classes=CLASSES,
+    group_key='source',
+    group_pattern=r'n\d{8}_\d+',
+    columns=('domain', 'class_name', 'source'),
+    domain_column='domain',
+  )
   # Half of the captions lose their domain word, or 28 strings would be all that the text tower sees, and
   # "sketch" would be an untrained word once the sketches are pruned.
   captions = dict(caption_pattern='^an? (photo|painting|cartoon|sketch) of ', caption_share=0.5)
@@ -37,16 +51,23 @@ def get_config(form=''):
 
   # The anchor: half of the training photos, and 15 % of the training part of each other domain ("strays", as
   # ImageNet-Train holds drawings). Without them, alignment would remove every sketch.
-  photos = defaults.dataset(where=dict(domain='photo'), part=(0.0, 0.5 * TRAINING), **tars, **captions)
-  strays = defaults.dataset(where=dict(domain=DOMAINS[1:]), part=(0.0, 0.15 * TRAINING), **tars, **captions)
+  photos = defaults.dataset(
+    where=dict(domain='photo'), part=(0.0, 0.5 * TRAINING), **tars, **captions
+  )
+  strays = defaults.dataset(
+    where=dict(domain=DOMAINS[1:]), part=(0.0, 0.15 * TRAINING), **tars, **captions
+  )
   parts = dict(photos=photos) if form == 'domain_removal' else dict(photos=photos, strays=strays)
-  config.anchor = defaults.dataset(format='concat', sources=parts, classes=CLASSES, domain_column='domain')
+  config.anchor = defaults.dataset(
+    format='concat', sources=parts, classes=CLASSES, domain_column='domain'
+  )
   for block in parts:
     config.anchor.sources[block].path = path
 
   for domain in DOMAINS:
     config.benchmarks[domain] = defaults.benchmark(
-        where=dict(domain=domain), part=(TRAINING, 1.0), templates=TEMPLATES, **tars)
+      where=dict(domain=domain), part=(TRAINING, 1.0), templates=TEMPLATES, **tars
+    )
     config.benchmarks[domain].path = path
 
   config.embedder.source = 'pca'
@@ -66,8 +87,11 @@ def get_config(form=''):
     for percent in (90, 75, 50):
       for rule in ('near', 'far'):
         config.splits[f'{rule}_{percent}'] = defaults.split(
-            rule=rule, size=percent / 100, benchmarks=('sketch',), seeds=(0, 1, 2))
-      config.splits[f'random_{percent}'] = defaults.split(rule='random', size=percent / 100, seeds=(0, 1, 2))
+          rule=rule, size=percent / 100, benchmarks=('sketch',), seeds=(0, 1, 2)
+        )
+      config.splits[f'random_{percent}'] = defaults.split(
+        rule='random', size=percent / 100, seeds=(0, 1, 2)
+      )
 
   config.model.embed_dim = 128
   config.model.image_size = 32

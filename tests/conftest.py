@@ -11,11 +11,15 @@ import os
 # a fifth of the time; `TESTS_COMPILER= make test` takes a user's settings (the slow tests do). And eight devices wait for
 # one another on two cores that may be busy: XLA would end the process after 40 seconds.
 FAST = '--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false'
-PATIENT = ('--xla_cpu_collective_call_warn_stuck_timeout_seconds=300 '
-           '--xla_cpu_collective_call_terminate_timeout_seconds=1200')
+PATIENT = (
+  '--xla_cpu_collective_call_warn_stuck_timeout_seconds=300 '
+  '--xla_cpu_collective_call_terminate_timeout_seconds=1200'
+)
 os.environ.setdefault('TESTS_COMPILER', FAST)
 os.environ['JAX_PLATFORMS'] = 'cpu'
-os.environ['XLA_FLAGS'] = f'--xla_force_host_platform_device_count=8 {PATIENT} {os.environ["TESTS_COMPILER"]}'
+os.environ['XLA_FLAGS'] = (
+  f'--xla_force_host_platform_device_count=8 {PATIENT} {os.environ["TESTS_COMPILER"]}'
+)
 for _name in ('OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS'):
   os.environ.setdefault(_name, '1')
 
@@ -27,14 +31,37 @@ import pytest
 hypothesis.settings.register_profile('same', deadline=None, database=None, derandomize=True)
 hypothesis.settings.load_profile('same')
 
-LONGEST = ('end_to_end', 'add_one', 'bad_input', 'stages', 'stage_embedders', 'stage_search', 'loop', 'stage_export',
-           'report', 'audit', 'exact', 'loader_processes', 'stage_dedup', 'step', 'study_planted', 'study_preview',
-           'stage_train', 'exports', 'loader', 'stage_prune', 'study_sensitivity', 'pipeline')
+LONGEST = (
+  'end_to_end',
+  'add_one',
+  'bad_input',
+  'stages',
+  'stage_embedders',
+  'stage_search',
+  'loop',
+  'stage_export',
+  'report',
+  'audit',
+  'exact',
+  'loader_processes',
+  'stage_dedup',
+  'step',
+  'study_planted',
+  'study_preview',
+  'stage_train',
+  'exports',
+  'loader',
+  'stage_prune',
+  'study_sensitivity',
+  'pipeline',
+)
 
 
 def pytest_collection_modifyitems(items):
   places = {f'test_{name}': place for place, name in enumerate(LONGEST)}
-  items.sort(key=lambda item: places.get(item.path.stem, len(places)))  # stable: a file's own order stays
+  items.sort(
+    key=lambda item: places.get(item.path.stem, len(places))
+  )  # stable: a file's own order stays
 
 
 @pytest.fixture(scope='session')
@@ -54,6 +81,7 @@ def _programs_of_commands(_shared):
 def prepared_squares(_shared):
   """squares.prepare's data and work directory, made once in a test run: a test that changes them takes a copy."""
   import squares
+
   folder = _shared / 'squares'
   with open(_shared / 'squares.lock', 'w') as lock:
     fcntl.flock(lock, fcntl.LOCK_EX)  # until it is closed

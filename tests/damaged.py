@@ -21,12 +21,16 @@ def damage(data: bytes, draw: random.Random) -> bytes:
   if how == 0:
     del data[at:]
   elif how == 1:
-    del data[at:at + draw.randrange(1, 30)]
+    del data[at : at + draw.randrange(1, 30)]
   elif how == 2:
     data[at:at] = draw.randbytes(draw.randrange(1, 10))
   else:
     for _ in range(draw.randrange(1, 4)):
-      at = draw.randrange(len(data)) if how == 3 else len(data) - 1 - draw.randrange(min(len(data), 1500))
+      at = (
+        draw.randrange(len(data))
+        if how == 3
+        else len(data) - 1 - draw.randrange(min(len(data), 1500))
+      )
       data[at] = draw.choice([0, 1, 127, 128, 255, data[at] ^ 1 << draw.randrange(8)])
   return bytes(data)
 
@@ -35,7 +39,9 @@ def read(format: str, path: str, rows: list[tuple[int, int]]) -> int:
   """Reads all samples, then the same rows at random and those of the whole file; returns how many there are."""
   form, found = formats.get(format), []
   try:
-    samples, skipped = form.samples([SourceFile(path, 'x', os.path.getsize(path), 0.0)], '', IMAGES, ('key',), COLUMNS)
+    samples, skipped = form.samples(
+      [SourceFile(path, 'x', os.path.getsize(path), 0.0)], '', IMAGES, ('key',), COLUMNS
+    )
     count = 0
     for sample in samples:
       count += 1
@@ -48,7 +54,9 @@ def read(format: str, path: str, rows: list[tuple[int, int]]) -> int:
     pass
   for places in (found, rows):
     try:
-      reader = form.open({'format': format, 'root': '', 'path': path, 'image_key': ';'.join(IMAGES)})
+      reader = form.open(
+        {'format': format, 'root': '', 'path': path, 'image_key': ';'.join(IMAGES)}
+      )
       assert [len(data) for data in reader.read_many(places)] == [length for _, length in places]
     except InputError:
       pass
@@ -58,7 +66,8 @@ def read(format: str, path: str, rows: list[tuple[int, int]]) -> int:
 def main(format: str, path: str, count: str) -> None:
   data = pathlib.Path(path).read_bytes()
   samples, _ = formats.get(format).samples(
-      [SourceFile(path, 'x', len(data), 0.0)], '', IMAGES, ('key',), COLUMNS)
+    [SourceFile(path, 'x', len(data), 0.0)], '', IMAGES, ('key',), COLUMNS
+  )
   rows = [place for sample in samples for place in sample.members.values()]
   some = 0
   for seed in range(int(count)):

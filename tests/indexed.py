@@ -4,22 +4,30 @@ from concurrent import futures
 
 import numpy as np
 
-from clip_jax.data import reader
-from clip_jax.data import table
+from clip_jax.data import reader, table
 
 BYTES = np.random.default_rng(0).integers(0, 256, 100_000, np.uint8).tobytes()
 
 
 def record(i, caption=None, **columns):
   return table.Record(
-      key=f'k{i}', caption=f'caption {i} é' if caption is None else caption, label=i % 5 - 1,
-      group=f'g{i // 2}', offset=i * 7, length=i, width=i, height=2 * i, columns=columns)
+    key=f'k{i}',
+    caption=f'caption {i} é' if caption is None else caption,
+    label=i % 5 - 1,
+    group=f'g{i // 2}',
+    offset=i * 7,
+    length=i,
+    width=i,
+    height=2 * i,
+    columns=columns,
+  )
 
 
 def shard(path, n, first=0, skipped=(), **columns):
   path.write_bytes(BYTES)
   return {'format': 'webdataset', 'root': '', 'path': str(path)}, table.Scan(
-      [record(first + i, **columns) for i in range(n)], list(skipped))
+    [record(first + i, **columns) for i in range(n)], list(skipped)
+  )
 
 
 def dataset(directory, shards, classes=()):

@@ -109,5 +109,8 @@ def dies(folder, fatal, times, k):
 
 def environment(k):
   import sys
-  return {'platforms': os.environ.get('JAX_PLATFORMS'),
-          'heavy': [name for name in ('jax', 'grain', 'pyarrow') if name in sys.modules]}
+
+  return {
+    'platforms': os.environ.get('JAX_PLATFORMS'),
+    'heavy': [name for name in ('jax', 'grain', 'pyarrow') if name in sys.modules],
+  }

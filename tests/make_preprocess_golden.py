@@ -22,8 +22,12 @@ POINTS = np.linspace(0.013, 0.987, 20)
 def boxes_to_shares(boxes, height: int, width: int):  # [n, 4]: top, left, height, width -> [4, 20]
   """The shares of crops whose area, ratio and places lie under the points of a grid."""
   top, left, h, w = np.asarray(boxes, np.float64).T
-  found = (h * w / (height * width) * 6 - 5, np.log(w / h) * 2 + 0.5,  # mostly in 0..1
-           (top + 0.5) / (height - h + 1), (left + 0.5) / (width - w + 1))
+  found = (
+    h * w / (height * width) * 6 - 5,
+    np.log(w / h) * 2 + 0.5,  # mostly in 0..1
+    (top + 0.5) / (height - h + 1),
+    (left + 0.5) / (width - w + 1),
+  )
   return np.array([(values[:, None] < POINTS).mean(0) for values in found])
 
 
@@ -44,26 +48,30 @@ def files() -> dict[str, bytes]:
   """Lossless image files of many shapes and modes."""
   shapes = ((48, 48), (16, 16), (1, 1), (5, 9), (40, 53), (61, 33), (37, 111), (150, 20), (3, 301))
   made = {f'rgb_{h}x{w}': _file(Image.fromarray(pixels(h, w))) for h, w in shapes}
-  made['noise'] = _file(Image.fromarray(
-      np.random.default_rng(0).integers(0, 256, (45, 64, 3), np.uint8)))
+  made['noise'] = _file(
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (45, 64, 3), np.uint8))
+  )
   grey = pixels(31, 44, 1)[..., 0]
   palette = Image.fromarray(grey % 16).convert('L')
   palette.putpalette(np.random.default_rng(1).integers(0, 256, 48).astype(np.uint8).tobytes())
   exif = Image.Exif()
   exif[0x0112] = 6  # turned by 90 degrees
   return made | {
-      'grey': _file(Image.fromarray(grey)), 'palette': _file(palette),
-      'rgba': _file(Image.fromarray(pixels(31, 44, 4))),
-      'grey_alpha': _file(Image.fromarray(pixels(31, 44, 2))),
-      'cmyk': _file(Image.fromarray(pixels(31, 44, 4), 'CMYK'), 'TIFF'),
-      'bits_1': _file(Image.fromarray(grey).convert('1', dither=Image.Dither.NONE)),
-      'bits_16': _file(Image.fromarray(grey.astype(np.uint16) * 257)),
-      'turned': _file(Image.fromarray(pixels(31, 44)), exif=exif)}
+    'grey': _file(Image.fromarray(grey)),
+    'palette': _file(palette),
+    'rgba': _file(Image.fromarray(pixels(31, 44, 4))),
+    'grey_alpha': _file(Image.fromarray(pixels(31, 44, 2))),
+    'cmyk': _file(Image.fromarray(pixels(31, 44, 4), 'CMYK'), 'TIFF'),
+    'bits_1': _file(Image.fromarray(grey).convert('1', dither=Image.Dither.NONE)),
+    'bits_16': _file(Image.fromarray(grey.astype(np.uint16) * 257)),
+    'turned': _file(Image.fromarray(pixels(31, 44)), exif=exif),
+  }
 
 
 def main() -> None:
   from open_clip.transform import image_transform
   import torch
+
   torch.manual_seed(0)
   plain = {'mean': (0, 0, 0), 'std': (1, 1, 1)}
   arrays = {}

@@ -56,7 +56,7 @@ def encode_image(image, p, heads, layers, activation=gelu):
   patches = []
   for row in range(grid):
     for column in range(grid):
-      pixels = image[row * size:(row + 1) * size, column * size:(column + 1) * size]
+      pixels = image[row * size : (row + 1) * size, column * size : (column + 1) * size]
       patches.append(np.einsum('dcyx,yxc->d', weight, pixels))
   x = np.stack([p['class_embedding'], *patches]) + p['positional_embedding']
   x = layer_norm(x, p, 'ln_pre')
@@ -67,7 +67,7 @@ def encode_image(image, p, heads, layers, activation=gelu):
 
 def encode_text(text, p, heads, layers, activation=gelu):
   """One caption [T] -> [E], pooled at the highest id."""
-  x = p['token_embedding.weight'][text] + p['positional_embedding'][:len(text)]
+  x = p['token_embedding.weight'][text] + p['positional_embedding'][: len(text)]
   for i in range(layers):
     x = block(x, p, f'transformer.resblocks.{i}', heads, True, activation)
   return layer_norm(x, p, 'ln_final')[text.argmax()] @ p['text_projection']

@@ -7,13 +7,12 @@ import tarfile
 from absl import logging
 import numpy as np
 from PIL import Image
+import tiny
 
 from clip_jax import defaults
 from clip_jax.core import command
 from clip_jax.experiment.experiment import Experiment
 from clip_jax.stages import pipeline
-
-import tiny
 
 CLASSES = ('red', 'green', 'blue')
 
@@ -25,8 +24,11 @@ def sample(i: int, label: int) -> dict[str, bytes]:
   pixels[..., label] += np.uint8(150)
   image = io.BytesIO()
   Image.fromarray(pixels).save(image, 'PNG')
-  return {'png': image.getvalue(), 'txt': f'a {CLASSES[label]} square'.encode(),
-          'json': json.dumps({'key': f'{i:05d}', 'label': label}).encode()}
+  return {
+    'png': image.getvalue(),
+    'txt': f'a {CLASSES[label]} square'.encode(),
+    'json': json.dumps({'key': f'{i:05d}', 'label': label}).encode(),
+  }
 
 
 def write_tar(path, samples: dict[str, dict[str, bytes]]) -> None:
@@ -53,20 +55,31 @@ def config(data, **override):
   c = defaults.get_config()
   c.pool = defaults.dataset(path=f'{data}/pool/*.tar', **tars)
   c.anchor = defaults.dataset(path=f'{data}/anchor/*.tar', **tars)
-  c.benchmarks.squares = defaults.benchmark(path=f'{data}/bench/*.tar', templates=('a {} square',), **tars)
+  c.benchmarks.squares = defaults.benchmark(
+    path=f'{data}/bench/*.tar', templates=('a {} square',), **tars
+  )
   c.splits.base = defaults.split()
   c.splits.pruned = defaults.split(rule='gap_aligned', benchmarks=('squares',))
   c.dedup.threshold = 1e-4
-  small = {**tiny.SHRINK, 'model.text_layers': 1, 'model.context_length': 8, 'train.samples': 64, **override}
-  c.update_from_flattened_dict({key: value for key, value in small.items()
-                                if not key.startswith(('glyphs', 'embedders'))})
+  small = {
+    **tiny.SHRINK,
+    'model.text_layers': 1,
+    'model.context_length': 8,
+    'train.samples': 64,
+    **override,
+  }
+  c.update_from_flattened_dict(
+    {key: value for key, value in small.items() if not key.startswith(('glyphs', 'embedders'))}
+  )
   return c
 
 
 def run(c, workdir, capsys, stages=None, redo='', **more) -> tuple[int, str]:
   """Runs the pipeline as the command does; returns the exit status and what was said."""
   handlers = list(logging.get_absl_logger().handlers)
-  status = command.guard(lambda: pipeline.run(c, str(workdir), stages=stages, redo=redo, **{'dry_run': False, **more}))
+  status = command.guard(
+    lambda: pipeline.run(c, str(workdir), stages=stages, redo=redo, **{'dry_run': False, **more})
+  )
   logging.get_absl_logger().handlers[:] = handlers
   said = capsys.readouterr()
   assert 'Traceback' not in said.err + said.out, said.err + said.out

@@ -7,6 +7,7 @@ import json
 
 import numpy as np
 import pytest
+import squares
 
 from clip_jax import defaults
 from clip_jax.core.config import Key, within
@@ -16,18 +17,22 @@ from clip_jax.pruning import rules
 from clip_jax.stages import pipeline
 from clip_jax.training import losses
 
-import squares
-
 
 def _samples(files, root, *names):
   """The toy format: a file of lines, key TAB label TAB caption TAB place TAB length, and its images in one file."""
   del root, names
   lines = [line.split('\t') for line in open(files[0].path)]
-  return [table.Sample(key, {'png': (int(place), int(length))},
-                       lambda ending, most, place=place, length=length: storage.open_file(
-                           files[0].path + '.images').read(int(place), min(most, int(length))),
-                       fields={'label': int(label), 'txt': caption})
-          for key, label, caption, place, length in lines], []
+  return [
+    table.Sample(
+      key,
+      {'png': (int(place), int(length))},
+      lambda ending, most, place=place, length=length: storage.open_file(
+        files[0].path + '.images'
+      ).read(int(place), min(most, int(length))),
+      fields={'label': int(label), 'txt': caption},
+    )
+    for key, label, caption, place, length in lines
+  ], []
 
 
 def _write_lines(path, numbers):
@@ -68,17 +73,37 @@ def work(tmp_path_factory):
   _write_lines(folder / 'lines/0.lines', range(40))
   _write_lines(folder / 'lines/1.lines', range(40, 60))
   with pytest.MonkeyPatch.context() as patch:
-    patch.setitem(rules.RULES, 'every_third', rules.Rule(
-        _every_third, ('offset',), selects=True, label='every third', words=lambda of: f'from {of["offset"]} on'))
+    patch.setitem(
+      rules.RULES,
+      'every_third',
+      rules.Rule(
+        _every_third,
+        ('offset',),
+        selects=True,
+        label='every third',
+        words=lambda of: f'from {of["offset"]} on',
+      ),
+    )
     patch.setitem(rules.KEYS, 'offset', Key(0, within(0, 2)))
-    patch.setitem(formats.FORMATS, 'lines', formats.Format(
-        _samples, lambda where: storage.open_file(where['path'] + '.images'), ('*.lines',)))
-    patch.setitem(embedders.EMBEDDERS, 'mean_colour', (
-        lambda images, dim: {'mean': images.astype(np.float32).mean(axis=(0, 1, 2))}, _mean_colour))
+    patch.setitem(
+      formats.FORMATS,
+      'lines',
+      formats.Format(
+        _samples, lambda where: storage.open_file(where['path'] + '.images'), ('*.lines',)
+      ),
+    )
+    patch.setitem(
+      embedders.EMBEDDERS,
+      'mean_colour',
+      (lambda images, dim: {'mean': images.astype(np.float32).mean(axis=(0, 1, 2))}, _mean_colour),
+    )
     patch.setitem(losses.LOSSES, 'distance', losses.Loss(_distance))
-    config = squares.config(folder, **{'embedder.source': 'mean_colour', 'train.loss': 'distance',
-                                       'dedup.enabled': False})
-    config.pool = defaults.dataset(format='lines', path=f'{folder}/lines', label_key='label', classes=squares.CLASSES)
+    config = squares.config(
+      folder, **{'embedder.source': 'mean_colour', 'train.loss': 'distance', 'dedup.enabled': False}
+    )
+    config.pool = defaults.dataset(
+      format='lines', path=f'{folder}/lines', label_key='label', classes=squares.CLASSES
+    )
     config.benchmarks.more = config.benchmarks.squares.copy_and_resolve_references()
     config.splits.thirds = defaults.split(rule='every_third', offset=1)
     pipeline.run(config, str(folder / 'w'), stages=None, redo='', dry_run=False)
@@ -102,20 +127,34 @@ def test_a_wrong_value_of_a_rule_key_is_refused(work, tmp_path, capsys):
 
 def test_a_source_format(work):
   assert len(np.load(work / 'ingest/pool/table.npy')) == 60
-  assert np.concatenate([np.load(work / f'embeddings/pool/usable-0000{i}.npy') for i in (0, 1)]).all()
+  assert np.concatenate(
+    [np.load(work / f'embeddings/pool/usable-0000{i}.npy') for i in (0, 1)]
+  ).all()
 
 
 def test_an_embedder(work):
   vectors = np.load(work / 'embeddings/pool/00000.npy')
-  assert vectors.shape == (40, 3) and json.loads((work / 'embedder/embedder.json').read_text())['source'] == 'mean_colour'
+  assert (
+    vectors.shape == (40, 3)
+    and json.loads((work / 'embedder/embedder.json').read_text())['source'] == 'mean_colour'
+  )
 
 
 def test_a_loss(work):
-  lines = [json.loads(line) for line in (work / 'train/thirds/seed0/metrics.jsonl').read_text().splitlines()]
+  lines = [
+    json.loads(line)
+    for line in (work / 'train/thirds/seed0/metrics.jsonl').read_text().splitlines()
+  ]
   assert 0 < lines[-1]['train/loss'] < 4.2
 
 
 def test_a_benchmark(work):
-  one, other = (json.loads((work / f'evaluate/base/seed0/{name}.json').read_text()) for name in ('squares', 'more'))
+  one, other = (
+    json.loads((work / f'evaluate/base/seed0/{name}.json').read_text())
+    for name in ('squares', 'more')
+  )
   assert one['top1'] == other['top1'] and one['n'] == 12
-  assert '<td>more' in (work / 'report/index.html').read_text() or 'more' in (work / 'report/summary.txt').read_text()
+  assert (
+    '<td>more' in (work / 'report/index.html').read_text()
+    or 'more' in (work / 'report/summary.txt').read_text()
+  )

@@ -1,14 +1,13 @@
 """The aligned rules against their definition, on exact similarities full of ties."""
 
-import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+import numpy as np
+import pytest
+from worlds import NAMES, candidate_list, make_world
 
 from clip_jax.core.errors import ConfigError, InputError
 from clip_jax.pruning import aligned, rules
-
-from worlds import NAMES, candidate_list, make_world
 
 seeds = st.integers(0, 2**32 - 1)
 
@@ -35,22 +34,31 @@ def test_gap_aligned_drops_what_is_strictly_over_for_any_query(seed, names, slac
 def test_combined_is_the_union_of_drops(seed):
   columns, _, _ = make_world(seed)
   one, two, both = (
-      set(aligned.dropped_rows(columns, benchmarks=names).tolist())
-      for names in (('sketch',), ('val',), NAMES))
+    set(aligned.dropped_rows(columns, benchmarks=names).tolist())
+    for names in (('sketch',), ('val',), NAMES)
+  )
   assert both == one | two
 
 
 def test_gap_aligned_of_an_approximate_search_keeps_and_counts_what_was_not_scored():
   nan = np.nan
   columns = rules.Columns(
-      np.ones(5, bool),
-      excess={'val': np.array([nan, 0.5, -0.5, nan, nan], np.float32),
-              'sketch': np.array([nan, nan, 0.5, -0.5, nan], np.float32)},
-      recall=0.9)
+    np.ones(5, bool),
+    excess={
+      'val': np.array([nan, 0.5, -0.5, nan, nan], np.float32),
+      'sketch': np.array([nan, nan, 0.5, -0.5, nan], np.float32),
+    },
+    recall=0.9,
+  )
   result = rules.gap_aligned(columns, benchmarks=('val', 'sketch'))
   assert result.rows.tolist() == [0, 3, 4]
-  assert result.report == {'decided_exactly': 0, 'recall': 0.9, 'unscored': 2, 'slack': 0.0,
-                           'aligned_dropped': 2}
+  assert result.report == {
+    'decided_exactly': 0,
+    'recall': 0.9,
+    'unscored': 2,
+    'slack': 0.0,
+    'aligned_dropped': 2,
+  }
 
 
 def test_quantile_and_dose_need_every_row():
@@ -64,18 +72,31 @@ def test_quantile_and_dose_need_every_row():
 
 def four(excess=(0.5, 0.25, 0.25, -0.5), candidates=(1, 1, 1, 1)):
   excess = np.array(excess)
-  return rules.Columns(np.array(candidates, bool), excess={'val': excess.astype(np.float32)},
-                       exact_excess=lambda names, rows: excess[rows])
+  return rules.Columns(
+    np.array(candidates, bool),
+    excess={'val': excess.astype(np.float32)},
+    exact_excess=lambda names, rows: excess[rows],
+  )
 
 
-@pytest.mark.parametrize('given_, kept, slack', [
-    ({}, [3], 0.0), ({'slack': 0.25}, [1, 2, 3], 0.25), ({'slack': -0.5}, [3], -0.5),
+@pytest.mark.parametrize(
+  'given_, kept, slack',
+  [
+    ({}, [3], 0.0),
+    ({'slack': 0.25}, [1, 2, 3], 0.25),
+    ({'slack': -0.5}, [3], -0.5),
     ({'slack': -1.0}, [], -1.0),
-    ({'quantile': 1.0}, [0, 1, 2, 3], 0.5), ({'quantile': 0.75}, [1, 2, 3], 0.25),
-    ({'quantile': 0.5}, [1, 2, 3], 0.25), ({'quantile': 0.25}, [3], -0.5),
-    ({'dose': 0.1}, [0, 1, 2, 3], 0.5), ({'dose': 0.25}, [1, 2, 3], 0.25),
+    ({'quantile': 1.0}, [0, 1, 2, 3], 0.5),
+    ({'quantile': 0.75}, [1, 2, 3], 0.25),
+    ({'quantile': 0.5}, [1, 2, 3], 0.25),
+    ({'quantile': 0.25}, [3], -0.5),
+    ({'dose': 0.1}, [0, 1, 2, 3], 0.5),
+    ({'dose': 0.25}, [1, 2, 3], 0.25),
     ({'dose': 0.6}, [2, 3], 0.25),  # of equal ones the earlier goes
-    ({'dose': 1.0}, [3], -0.5), ({'dose': 1.34}, [], None)])
+    ({'dose': 1.0}, [3], -0.5),
+    ({'dose': 1.34}, [], None),
+  ],
+)
 def test_what_is_dropped_and_the_slack_that_results(given_, kept, slack):
   found = rules.gap_aligned(four(), benchmarks=('val',), **given_)
   assert found.rows.tolist() == kept
@@ -85,8 +106,13 @@ def test_what_is_dropped_and_the_slack_that_results(given_, kept, slack):
 def test_doses_and_quantiles_that_cannot_be():
   with pytest.raises(ConfigError, match=r'dose=100 asks to drop 300 rows.*3 that slack 0.*4 cand'):
     rules.gap_aligned(four(), benchmarks=('val',), dose=100)
-  for given_ in ({'dose': -1.0}, {'quantile': 1.5}, {'quantile': -0.5},
-                 {'slack': 0.1, 'dose': 1.0}, {'quantile': 0.1, 'dose': 1.0}):
+  for given_ in (
+    {'dose': -1.0},
+    {'quantile': 1.5},
+    {'quantile': -0.5},
+    {'slack': 0.1, 'dose': 1.0},
+    {'quantile': 0.1, 'dose': 1.0},
+  ):
     with pytest.raises(ConfigError):
       rules.gap_aligned(four(), benchmarks=('val',), **given_)
   nothing_over = four((-1, -2, -3, -4))
@@ -100,8 +126,10 @@ def test_doses_and_quantiles_that_cannot_be():
 def test_float32_alone_would_choose_another_quantile_and_another_dose():
   exact = np.array([1e-9, 0.0, 2e-9, 3e-9])
   columns = rules.Columns(
-      np.ones(4, bool), excess={'val': np.array([4e-7, 3e-7, 2e-7, 1e-7], np.float32)},
-      exact_excess=lambda names, rows: exact[rows])
+    np.ones(4, bool),
+    excess={'val': np.array([4e-7, 3e-7, 2e-7, 1e-7], np.float32)},
+    exact_excess=lambda names, rows: exact[rows],
+  )
   found = rules.gap_aligned(columns, benchmarks=('val',), quantile=0.5)
   assert found.rows.tolist() == [0, 1] and found.report['slack'] == 1e-9
   found = rules.gap_aligned(columns, benchmarks=('val',), dose=0.5)  # of the three over 0: two

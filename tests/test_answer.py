@@ -13,21 +13,28 @@ def share(low, high, control='base', method='crossed', reason=''):
   rng = np.random.default_rng(0)
   base, reference = rng.random((3, 2000)) < 0.5, rng.random((3, 2000)) < 0.14
   found = causal.explained_share(base, base, reference)
-  return replace(found, value=(low + high) / 2, low=low, high=high, control=control, method=method,
-                 reason=reason)
+  return replace(
+    found, value=(low + high) / 2, low=low, high=high, control=control, method=method, reason=reason
+  )
 
 
-@pytest.mark.parametrize(('low', 'high', 'verdict'), [
+@pytest.mark.parametrize(
+  ('low', 'high', 'verdict'),
+  [
     (0.1, 0.2, 'explains a part of that lead, and less than half'),
     (-0.1, 0.2, 'explains less than half of that lead, possibly nothing'),
     (0.4, 0.6, 'main source of that lead is undetermined'),
     (-0.4, 0.6, 'main source of that lead is undetermined'),
-    (0.6, 0.8, 'similarity is the main source of that lead.')])
+    (0.6, 0.8, 'similarity is the main source of that lead.'),
+  ],
+)
 def test_the_verdict_is_that_of_the_matched_interval(low, high, verdict):
   text = answer_sentence('sketch', share(0.1, 0.9), share(low, high, 'matched'))
   assert verdict in text and text.startswith('On sketch, removing') and text.count('. ') == 0
   assert 'by which base beats anchor_only and' in text and 'the matched control beats' in text
-  assert f'{100 * low:.0f} to {100 * high:.0f} %'.replace('-', '\u2212') in text and 'mix' not in text
+  assert (
+    f'{100 * low:.0f} to {100 * high:.0f} %'.replace('-', '\u2212') in text and 'mix' not in text
+  )
 
 
 def test_without_a_matched_control_the_sentence_says_so():
@@ -63,7 +70,9 @@ def test_a_split_is_named_where_it_is_not_the_only_one_and_minus_is_a_minus_sign
   text = answer_sentence('sketch', share(-0.1, 0.2), None, split='two_nearest')
   assert text.startswith('On sketch, removing what two_nearest removes takes away 5 %')
   assert '\u221210 to 20 %' in text and '-1' not in text
-  assert 'On sketch, by two_nearest, there is no answer' in answer_sentence('sketch', None, None, split='two_nearest')
+  assert 'On sketch, by two_nearest, there is no answer' in answer_sentence(
+    'sketch', None, None, split='two_nearest'
+  )
   assert 'two_nearest' not in answer_sentence('sketch', share(0.1, 0.2), None)
 
 

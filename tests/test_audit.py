@@ -13,15 +13,14 @@ from PIL import Image
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import squares
+import tiny
 
 from clip_jax import defaults
 from clip_jax.core import products
 from clip_jax.experiment import graph
 from clip_jax.models import flops
 from clip_jax.stages import check, models
-
-import squares
-import tiny
 
 E = 8
 ROWS = 20  # of each file
@@ -44,10 +43,17 @@ def _data(tmp_path):
     for kind in ('img_emb', 'metadata'):
       (tmp_path / 'pool' / kind).mkdir(parents=True, exist_ok=True)
     np.save(tmp_path / f'pool/img_emb/img_emb_{part}.npy', x.astype(np.float16))
-    pq.write_table(pa.table({
-        'image_path': [f'{part:02d}{i:03d}' for i in range(ROWS)], 'caption': [f'word{i} {part}' for i in range(ROWS)],
-        'uid': [f'{part:016x}{i:016x}' for i in range(ROWS)], 'domain': ['photo', 'sketch'] * (ROWS // 2)}),
-        tmp_path / f'pool/metadata/metadata_{part}.parquet')
+    pq.write_table(
+      pa.table(
+        {
+          'image_path': [f'{part:02d}{i:03d}' for i in range(ROWS)],
+          'caption': [f'word{i} {part}' for i in range(ROWS)],
+          'uid': [f'{part:016x}{i:016x}' for i in range(ROWS)],
+          'domain': ['photo', 'sketch'] * (ROWS // 2),
+        }
+      ),
+      tmp_path / f'pool/metadata/metadata_{part}.parquet',
+    )
   (tmp_path / 'anchor').mkdir()
   np.savez(tmp_path / 'anchor/anchor.npz', b32_img=_unit(rng, 15))
   for name, x in (('sketch', sketch), ('val', val)):
@@ -57,11 +63,22 @@ def _data(tmp_path):
 
 
 def _command(data, *more):
-  flags = ['--config=configs/audit.py', f'--config.pool.path={data}/pool/img_emb/*.npy', f'--workdir={data}/w',
-           f'--config.benchmark_dirs=sketch={data}/sketch,val={data}/val', '--config.report.gallery_queries=2',
-           '--config.search.top_k=3']
-  done = subprocess.run([sys.executable, '-m', 'clip_jax.main', *flags, *more], cwd=tiny.ROOT, env=tiny.environment(),
-                        capture_output=True, text=True, check=False)
+  flags = [
+    '--config=configs/audit.py',
+    f'--config.pool.path={data}/pool/img_emb/*.npy',
+    f'--workdir={data}/w',
+    f'--config.benchmark_dirs=sketch={data}/sketch,val={data}/val',
+    '--config.report.gallery_queries=2',
+    '--config.search.top_k=3',
+  ]
+  done = subprocess.run(
+    [sys.executable, '-m', 'clip_jax.main', *flags, *more],
+    cwd=tiny.ROOT,
+    env=tiny.environment(),
+    capture_output=True,
+    text=True,
+    check=False,
+  )
   assert 'Traceback' not in done.stderr, done.stderr
   return done.returncode, done.stdout + done.stderr
 
@@ -72,9 +89,15 @@ def _config(data, **override):
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
   found = module.get_config()
-  found.update_from_flattened_dict({
-      'pool.path': f'{data}/pool/img_emb/*.npy', 'benchmark_dirs': f'sketch={data}/sketch,val={data}/val',
-      'search.top_k': 3, 'report.gallery_queries': 2, **override})
+  found.update_from_flattened_dict(
+    {
+      'pool.path': f'{data}/pool/img_emb/*.npy',
+      'benchmark_dirs': f'sketch={data}/sketch,val={data}/val',
+      'search.top_k': 3,
+      'report.gallery_queries': 2,
+      **override,
+    }
+  )
   return found
 
 
@@ -87,7 +110,9 @@ def _page(data):
 
 def _exact(data):
   """Returns the pool and the queries of sketch as they are stored, float64."""
-  load = lambda name, n: np.concatenate([np.load(data / f'w/embeddings/{name}/{i:05d}.npy') for i in range(n)])
+  load = lambda name, n: np.concatenate(
+    [np.load(data / f'w/embeddings/{name}/{i:05d}.npy') for i in range(n)]
+  )
   return load('pool', 3).astype(np.float64), load('sketch', 1).astype(np.float64)
 
 
@@ -97,7 +122,9 @@ def test_an_audit_without_an_anchor(data, capsys):
   pool, queries = _exact(data)
   assert np.abs(np.linalg.norm(pool, axis=1) - 1).max() < 1e-3
   found = np.load(data / 'w/search/sketch/queries.npz')
-  np.testing.assert_allclose(found['pool_similarity'][:, 0], (pool @ queries.T).max(axis=0), atol=1e-6)
+  np.testing.assert_allclose(
+    found['pool_similarity'][:, 0], (pool @ queries.T).max(axis=0), atol=1e-6
+  )
   assert found['pool_nearest'][:4, 0].tolist() == [ROWS, ROWS + 1, ROWS + 2, ROWS + 3]
   assert np.isnan(found['anchor_similarity']).all()
   assert re.search(r'sketch +66\.7 %', said) and '0 %' in said  # queries with a duplicate
@@ -110,31 +137,49 @@ def test_an_audit_without_an_anchor(data, capsys):
 
 
 def test_an_audit_with_an_anchor_and_metadata(data, capsys):
-  c = _config(data, **{'pool.columns': ('domain', 'uid'), 'pool.domain_column': 'domain',
-                       'anchor.path': f'{data}/anchor'})
+  c = _config(
+    data,
+    **{
+      'pool.columns': ('domain', 'uid'),
+      'pool.domain_column': 'domain',
+      'anchor.path': f'{data}/anchor',
+    },
+  )
   status, said = squares.run(c, data / 'w', capsys)
   assert status == 0, said
   pool, queries = _exact(data)
   anchor = np.load(data / 'w/embeddings/anchor/00000.npy').astype(np.float64)
-  excess = np.concatenate([np.load(data / f'w/search/sketch/pool-{i:05d}.npz')['excess'] for i in range(3)])
+  excess = np.concatenate(
+    [np.load(data / f'w/search/sketch/pool-{i:05d}.npz')['excess'] for i in range(3)]
+  )
   exact = (pool @ queries.T - (anchor @ queries.T).max(axis=0)).max(axis=1)
   np.testing.assert_allclose(excess, exact, atol=1e-6)
   assert f'sketch {(exact > 0).sum()}' in said
   index = pq.read_table(data / 'w/ingest/pool/index-00001.parquet')
-  assert index['key'].to_pylist()[:2] == [f'{1:016x}{0:016x}', f'{1:016x}{1:016x}']  # sample_key has uid
-  assert index['domain'].to_pylist()[:2] == ['photo', 'sketch'] and index['offset'].to_pylist() == list(range(ROWS))
+  assert index['key'].to_pylist()[:2] == [
+    f'{1:016x}{0:016x}',
+    f'{1:016x}{1:016x}',
+  ]  # sample_key has uid
+  assert index['domain'].to_pylist()[:2] == ['photo', 'sketch'] and index[
+    'offset'
+  ].to_pylist() == list(range(ROWS))
 
 
 def test_a_misspelt_key_is_a_sentence(data):
   status, said = _command(data, '--config.search.topk=3')
   assert status == 2
-  assert said.strip() == ("Error: The config has no key 'topk'. Did you mean 'top_k'? "
-                          'clip_jax/defaults.py has all keys.')
+  assert said.strip() == (
+    "Error: The config has no key 'topk'. Did you mean 'top_k'? clip_jax/defaults.py has all keys."
+  )
 
 
 def test_a_dry_run_tells_rows_and_bytes_and_writes_nothing(data):
-  status, said = _command(data, '--dry_run', '--config.pool.columns=("domain","uid")',
-                          f'--config.anchor.path={data}/anchor')
+  status, said = _command(
+    data,
+    '--dry_run',
+    '--config.pool.columns=("domain","uid")',
+    f'--config.anchor.path={data}/anchor',
+  )
   assert status == 0 and not (data / 'w').exists()
   assert 'pool 60, anchor 15, sketch 6, val 7' in said
   for stage in ('dedup', 'prune', 'train', 'evaluate'):
@@ -146,27 +191,45 @@ def test_galleries_where_the_images_are(data, capsys):
   rng = np.random.default_rng(1)
   for part in range(3):
     for i in range(ROWS):
-      Image.fromarray(rng.integers(0, 255, (9, 9, 3), dtype=np.uint8)).save(data / f'{part:02d}{i:03d}.png')
+      Image.fromarray(rng.integers(0, 255, (9, 9, 3), dtype=np.uint8)).save(
+        data / f'{part:02d}{i:03d}.png'
+      )
   squares.write_tar(data / 'images/0.tar', {f'q{i}': squares.sample(i, 0) for i in range(6)})
   for name in ('sketch', 'val'):
-    pq.write_table(pa.table({'key': [f'q{i}' for i in range(len(np.load(data / name / 'x.npy')))]}),
-                   data / name / 'x.parquet')
-  c = _config(data, **{'pool.images': str(data), 'pool.sample_key': 'image_path',
-                       'benchmark_template.images': f'{data}/images/*.tar'})
+    pq.write_table(
+      pa.table({'key': [f'q{i}' for i in range(len(np.load(data / name / 'x.npy')))]}),
+      data / name / 'x.parquet',
+    )
+  c = _config(
+    data,
+    **{
+      'pool.images': str(data),
+      'pool.sample_key': 'image_path',
+      'benchmark_template.images': f'{data}/images/*.tar',
+    },
+  )
   status, said = squares.run(c, data / 'w', capsys)
   assert status == 0, said
   assert _page(data).count('data:image/') >= 8  # two queries a benchmark, and their neighbours
   c.pool.images, c.benchmark_template.images = '', ''
   assert squares.run(c, data / 'w', capsys)[0] == 0
   assert 'data:image/' not in _page(data)  # nothing else is made again
-  c.pool.images, c.benchmark_template.images = str(data), str(data)  # a folder without the benchmarks' images
+  c.pool.images, c.benchmark_template.images = (
+    str(data),
+    str(data),
+  )  # a folder without the benchmarks' images
   assert squares.run(c, data / 'w', capsys)[0] == 0
   assert f'sketch: {data} has no image' in _page(data)
   rates = (data / 'w/report/tables/duplicate_rates.csv').read_text().splitlines()
-  assert [line.split(',')[:4] + line.split(',')[7:8] for line in rates[1:2]] == [['sketch', '6', '0.876', '4', '']]
+  assert [line.split(',')[:4] + line.split(',')[7:8] for line in rates[1:2]] == [
+    ['sketch', '6', '0.876', '4', '']
+  ]
   c.benchmark_template.images = f'{data}/nowhere/*.tar'
   status, said = squares.run(c, data / 'w', capsys)
-  assert status == 2 and f'--config.benchmark_template.images={data}/nowhere/*.tar is no folder of images' in said
+  assert (
+    status == 2
+    and f'--config.benchmark_template.images={data}/nowhere/*.tar is no folder of images' in said
+  )
 
 
 def test_an_audit_goes_on_where_shards_were_added(data, capsys):
@@ -181,16 +244,25 @@ def test_an_audit_goes_on_where_shards_were_added(data, capsys):
 
 def test_splits_of_vectors_are_pruned_and_listed_and_never_trained(data, capsys):
   c = _config(data, **{'anchor.path': f'{data}/anchor'})
-  c.splits.near = defaults.split(rule='near', size=0.5, benchmarks=('sketch',), export=('keys', 'datacomp'),
-                                 append_anchor=False)
+  c.splits.near = defaults.split(
+    rule='near', size=0.5, benchmarks=('sketch',), export=('keys', 'datacomp'), append_anchor=False
+  )
   c.splits.aligned = defaults.split(rule='gap_aligned', benchmarks=('sketch',))
   status, said = squares.run(c, data / 'w', capsys)
-  assert status == 2 and 'pool has no images (format embeddings), which the stage train needs' in said
+  assert (
+    status == 2 and 'pool has no images (format embeddings), which the stage train needs' in said
+  )
   status, said = squares.run(c, data / 'w', capsys, [*SEARCHED, 'prune', 'report'])
   assert status == 0, said
-  assert 'No split is trained here: an audit of the pool. It holds' in said and 'Not answered' not in _page(data)
+  assert (
+    'No split is trained here: an audit of the pool. It holds' in said
+    and 'Not answered' not in _page(data)
+  )
   assert 'id="removed"' in _page(data) and 'evaluated' not in _page(data)
-  uids, rows = np.load(data / 'w/splits/near/export/uids.npy'), np.load(data / 'w/splits/near/rows.npy')
+  uids, rows = (
+    np.load(data / 'w/splits/near/export/uids.npy'),
+    np.load(data / 'w/splits/near/rows.npy'),
+  )
   assert len(uids) == 30 == len(rows)
   assert sorted(uids.tolist()) == sorted((int(row) // ROWS, int(row) % ROWS) for row in rows)
   keys = pq.read_table(data / 'w/splits/near/export/keys.parquet').to_pylist()
@@ -200,8 +272,14 @@ def test_splits_of_vectors_are_pruned_and_listed_and_never_trained(data, capsys)
   assert status == 2 and 'webdataset copies images, and the pool has none' in said
 
 
-@pytest.mark.parametrize('override, status, said', [
-    ({'embedder.source': 'pca'}, 2, 'config.embedder.source=pca: pool holds vectors of another embedder'),
+@pytest.mark.parametrize(
+  'override, status, said',
+  [
+    (
+      {'embedder.source': 'pca'},
+      2,
+      'config.embedder.source=pca: pool holds vectors of another embedder',
+    ),
     ({'benchmark_dirs': 'x'}, 2, 'is not name=DIR'),
     ({'benchmark_dirs': ''}, 2, 'nothing to compare the pool with'),
     ({'pool.caption_template': 'a {}'}, 2, "the format 'embeddings' does not read it"),
@@ -209,7 +287,8 @@ def test_splits_of_vectors_are_pruned_and_listed_and_never_trained(data, capsys)
     ({'pool.vector_dim': 9}, 1, 'img_emb_0.npy has vectors of 8 numbers, and vector_dim=9'),
     ({'pool.columns': ('caption',)}, 2, 'which every index has already'),
     ({'pool.label_key': 'lable'}, 1, "has no column 'lable'"),
-])
+  ],
+)
 def test_mistakes_are_sentences(data, capsys, override, status, said):
   got, text = squares.run(_config(data, **override), data / 'w', capsys, SEARCHED)
   assert got == status and said in text, text
@@ -224,7 +303,9 @@ def test_vectors_have_keys_that_images_do_not(data, capsys):
 def test_an_image_benchmark_needs_weights(data, capsys):
   (data / 'images/cat').mkdir(parents=True)
   Image.new('RGB', (8, 8)).save(data / 'images/cat/a.png')
-  status, said = squares.run(_config(data, benchmark_dirs=f'pictures={data}/images'), data / 'w', capsys)
+  status, said = squares.run(
+    _config(data, benchmark_dirs=f'pictures={data}/images'), data / 'w', capsys
+  )
   assert status == 2 and "pictures is of format 'folder'" in said and 'source=weights' in said
 
 
@@ -245,16 +326,23 @@ def test_bad_vectors_are_told_with_their_row(data, capsys):
   x[7, 2] = np.nan
   np.save(path, x)
   status, said = squares.run(_config(data), data / 'w', capsys, SEARCHED)
-  assert status == 1 and 'img_emb_1.npy: row 5 is all zeros, and 2 of 20 vectors in all are not of length' in said
+  assert (
+    status == 1
+    and 'img_emb_1.npy: row 5 is all zeros, and 2 of 20 vectors in all are not of length' in said
+  )
   assert '--config.pool.any_norm=True takes' in said
-  status, said = squares.run(_config(data, **{'pool.any_norm': True}), data / 'w3', capsys, SEARCHED)
+  status, said = squares.run(
+    _config(data, **{'pool.any_norm': True}), data / 'w3', capsys, SEARCHED
+  )
   assert status == 1 and 'row 5 is all zeros, and 2 of 20 vectors in all have no direction' in said
   assert not (data / 'w/embeddings/pool/00001.npy').exists()
   x[[5, 7]] = 3 * np.eye(E)[0]
   np.save(path, x)
   status, said = squares.run(_config(data), data / 'w2', capsys, SEARCHED)
   assert status == 1 and 'row 5 has length 3, ' in said
-  assert squares.run(_config(data, **{'pool.any_norm': True}), data / 'w2', capsys, SEARCHED)[0] == 0
+  assert (
+    squares.run(_config(data, **{'pool.any_norm': True}), data / 'w2', capsys, SEARCHED)[0] == 0
+  )
 
 
 def test_rows_that_where_leaves_out_are_not_taken(data, capsys):
@@ -266,11 +354,19 @@ def test_rows_that_where_leaves_out_are_not_taken(data, capsys):
 
 
 def test_the_pool_as_its_own_benchmark_and_as_its_anchor(data, capsys):
-  c = _config(data, benchmark_dirs=f'self={data}/pool', **{'anchor.path': f'{data}/pool/img_emb/img_emb_0.npy'})
+  c = _config(
+    data,
+    benchmark_dirs=f'self={data}/pool',
+    **{'anchor.path': f'{data}/pool/img_emb/img_emb_0.npy'},
+  )
   c.splits.base = defaults.split()
   assert squares.run(c, data / 'w', capsys, [*SEARCHED, 'prune'])[0] == 0
-  assert np.load(data / 'w/search/self/queries.npz')['pool_nearest'][:, 0].tolist() == list(range(3 * ROWS))
-  assert np.load(data / 'w/splits/base/rows.npy').tolist() == list(range(ROWS, 4 * ROWS))  # once, as anchor rows
+  assert np.load(data / 'w/search/self/queries.npz')['pool_nearest'][:, 0].tolist() == list(
+    range(3 * ROWS)
+  )
+  assert np.load(data / 'w/splits/base/rows.npy').tolist() == list(
+    range(ROWS, 4 * ROWS)
+  )  # once, as anchor rows
 
 
 def test_vectors_beside_images_that_the_weights_embed(data, capsys, monkeypatch):
@@ -280,9 +376,16 @@ def test_vectors_beside_images_that_the_weights_embed(data, capsys, monkeypatch)
   for workdir in ('w', 'w2'):
     products.finish(str(data / workdir), weights, [], {})
   monkeypatch.setattr(graph.Graph, 'embedder', lambda self, embedder='': weights)
-  monkeypatch.setattr(models, 'embedder_architecture', lambda x: types.SimpleNamespace(embed_dim=dim[0]))
-  monkeypatch.setattr(models, 'open_embedder', lambda x: models.Embedder(
-      8, 'squash', lambda images: images.reshape(len(images), -1)[:, :E].astype(np.float32) + 1))
+  monkeypatch.setattr(
+    models, 'embedder_architecture', lambda x: types.SimpleNamespace(embed_dim=dim[0])
+  )
+  monkeypatch.setattr(
+    models,
+    'open_embedder',
+    lambda x: models.Embedder(
+      8, 'squash', lambda images: images.reshape(len(images), -1)[:, :E].astype(np.float32) + 1
+    ),
+  )
   monkeypatch.setattr(check, 'embedder_weights', lambda x: None)
   monkeypatch.setattr(flops, 'image_flops', lambda architecture: 1.0)
   squares.write_tar(data / 'images/0.tar', {f'q{i}': squares.sample(i, 0) for i in range(6)})
@@ -316,4 +419,6 @@ def test_workers_make_the_same_index(data, capsys):
   assert squares.run(_config(data, **{'engine.workers': 2}), data / 'w', capsys, ['ingest'])[0] == 0
   assert squares.run(_config(data), data / 'w2', capsys, ['ingest'])[0] == 0
   for name in ('index-00001.parquet', 'table.npy', 'captions.bin'):
-    assert (data / 'w/ingest/pool' / name).read_bytes() == (data / 'w2/ingest/pool' / name).read_bytes()
+    assert (data / 'w/ingest/pool' / name).read_bytes() == (
+      data / 'w2/ingest/pool' / name
+    ).read_bytes()

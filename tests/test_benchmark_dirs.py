@@ -2,13 +2,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import squares
 
 from clip_jax import defaults
 from clip_jax.core.errors import ConfigError
 from clip_jax.experiment import blocks
 from clip_jax.stages import benchmark_dirs
-
-import squares
 
 
 def _config(dirs, **template):
@@ -35,11 +34,24 @@ def _places(tmp_path):
   return tmp_path
 
 
-@pytest.mark.parametrize('path, format_', [
-    ('.', 'embeddings'), ('img_emb', 'embeddings'), ('img_emb/*.npy', 'embeddings'), ('plain', 'embeddings'),
-    ('ood', 'embeddings'), ('lists', 'embeddings'), ('lists/a.parquet', 'embeddings'), ('npz', 'embeddings'),
-    ('images_in_parquet', 'parquet'), ('images_in_parquet/*.parquet', 'parquet'), ('tars', 'webdataset'),
-    ('tars/{0..0}.tar', 'webdataset'), ('folder', 'folder')])
+@pytest.mark.parametrize(
+  'path, format_',
+  [
+    ('.', 'embeddings'),
+    ('img_emb', 'embeddings'),
+    ('img_emb/*.npy', 'embeddings'),
+    ('plain', 'embeddings'),
+    ('ood', 'embeddings'),
+    ('lists', 'embeddings'),
+    ('lists/a.parquet', 'embeddings'),
+    ('npz', 'embeddings'),
+    ('images_in_parquet', 'parquet'),
+    ('images_in_parquet/*.parquet', 'parquet'),
+    ('tars', 'webdataset'),
+    ('tars/{0..0}.tar', 'webdataset'),
+    ('folder', 'folder'),
+  ],
+)
 def test_the_format_is_found_by_what_lies_there(places, path, format_):
   given = _config(f'x={places}/{path}', templates=('a {} there',))
   found = benchmark_dirs.resolve(given)
@@ -49,9 +61,14 @@ def test_the_format_is_found_by_what_lies_there(places, path, format_):
 
 def test_several_with_commas_and_spaces_and_a_home(places, monkeypatch):
   monkeypatch.setenv('HOME', str(places))
-  found = benchmark_dirs.resolve(_config(f' a = ~/plain , b={places}/a,b,c={places}/{{plain,npz}}/*.np*'))
+  found = benchmark_dirs.resolve(
+    _config(f' a = ~/plain , b={places}/a,b,c={places}/{{plain,npz}}/*.np*')
+  )
   assert {name: block.path for name, block in found.benchmarks.items()} == {
-      'a': f'{places}/plain', 'b': f'{places}/a,b', 'c': f'{places}/{{plain,npz}}/*.np*'}
+    'a': f'{places}/plain',
+    'b': f'{places}/a,b',
+    'c': f'{places}/{{plain,npz}}/*.np*',
+  }
   assert set(benchmark_dirs.resolve(_config(f'a={places}/plain, ')).benchmarks) == {'a'}
   found.benchmarks.a.path = 'elsewhere'
   assert found.benchmarks.b.path != 'elsewhere'  # each has a block of its own
@@ -75,12 +92,20 @@ def test_the_template_decides_where_it_says_the_format(places):
   assert found.benchmarks.x.format == 'embeddings'
 
 
-@pytest.mark.parametrize('dirs, said', [
+@pytest.mark.parametrize(
+  'dirs, said',
+  [
     ('x', "'x' is not name=DIR. Write --config.benchmark_dirs='sketch=DIR,val=DIR'"),
-    ('x=', "'x=' is not name=DIR"), ('=DIR', "'=DIR' is not name=DIR"), (',', "',' is not name=DIR"),
-    ('x={}/plain,x={}/npz', "two benchmarks named 'x'"), ('x={}/nowhere', "nowhere' is not there"),
-    ('x={}/*.tar', "is not there"), ('x={}/empty', 'holds no .npy, .npz, .parquet'),
-    ('x={}/raw/x.bin', 'holds no .npy')])
+    ('x=', "'x=' is not name=DIR"),
+    ('=DIR', "'=DIR' is not name=DIR"),
+    (',', "',' is not name=DIR"),
+    ('x={}/plain,x={}/npz', "two benchmarks named 'x'"),
+    ('x={}/nowhere', "nowhere' is not there"),
+    ('x={}/*.tar', 'is not there'),
+    ('x={}/empty', 'holds no .npy, .npz, .parquet'),
+    ('x={}/raw/x.bin', 'holds no .npy'),
+  ],
+)
 def test_what_cannot_be_read_is_a_sentence(places, dirs, said):
   with pytest.raises(ConfigError) as error:
     benchmark_dirs.resolve(_config(dirs.replace('{}', str(places))))
@@ -92,9 +117,15 @@ def test_the_flag_of_a_key_is_the_one_that_can_be_given(places):
   c.unlock()
   c.benchmarks.own = defaults.benchmark()
   c.references.kinds = defaults.reference()
-  assert [benchmark_dirs.flag(benchmark_dirs.resolve(c), name, 'images') for name in ('x', 'own', 'kinds', 'pool')] == [
-      '--config.benchmark_template.images', '--config.benchmarks.own.images', '--config.references.kinds.images',
-      '--config.pool.images']
+  assert [
+    benchmark_dirs.flag(benchmark_dirs.resolve(c), name, 'images')
+    for name in ('x', 'own', 'kinds', 'pool')
+  ] == [
+    '--config.benchmark_template.images',
+    '--config.benchmarks.own.images',
+    '--config.references.kinds.images',
+    '--config.pool.images',
+  ]
 
 
 def test_without_any_the_config_stays_the_same():
@@ -103,4 +134,7 @@ def test_without_any_the_config_stays_the_same():
 
 
 def test_a_resolved_config_can_be_written_down(places):
-  assert blocks.plain(benchmark_dirs.resolve(_config(f'x={places}/plain')))['benchmarks']['x']['format'] == 'embeddings'
+  assert (
+    blocks.plain(benchmark_dirs.resolve(_config(f'x={places}/plain')))['benchmarks']['x']['format']
+    == 'embeddings'
+  )

@@ -8,7 +8,9 @@ from clip_jax.experiment import blocks
 
 def config(**splits):
   c = defaults.get_config()
-  c.pool, c.anchor = (defaults.dataset(format='webdataset', path=path) for path in ('pool', 'anchor'))
+  c.pool, c.anchor = (
+    defaults.dataset(format='webdataset', path=path) for path in ('pool', 'anchor')
+  )
   for name in ('b', 'a'):
     c.benchmarks[name] = defaults.benchmark(format='webdataset', path=name)
   for name, block in splits.items():
@@ -24,7 +26,11 @@ def test_datasets_and_the_base_set_in_order():
   assert list(blocks.datasets(c)) == ['pool', 'anchor', 'b', 'a', 'examples']
   assert blocks.trained(c) == ['pool', 'anchor']
   c.planted.benchmark = 'a'
-  assert list(blocks.datasets(c))[-1] == 'planted' and blocks.trained(c) == ['pool', 'anchor', 'planted']
+  assert list(blocks.datasets(c))[-1] == 'planted' and blocks.trained(c) == [
+    'pool',
+    'anchor',
+    'planted',
+  ]
   c.anchor = defaults.dataset()
   assert not blocks.has_anchor(c) and blocks.trained(c) == ['pool', 'planted']
 
@@ -34,13 +40,19 @@ def test_an_anchor_of_vectors_may_have_no_path():
   c.anchor = defaults.dataset(format='embeddings')
   assert not blocks.has_anchor(c)
   c.anchor.path = 'DIR'
-  assert blocks.has_anchor(c) and not blocks.has_own_images(c, 'anchor') and blocks.has_own_images(c, 'pool')
+  assert (
+    blocks.has_anchor(c)
+    and not blocks.has_own_images(c, 'anchor')
+    and blocks.has_own_images(c, 'pool')
+  )
 
 
 def test_sources_of_a_concat_are_its_parts():
   c = config()
   c.pool = defaults.dataset(format='concat')
-  c.pool.sources = dict(tars=defaults.dataset(format='webdataset', path='x'), more=defaults.dataset(format='concat'))
+  c.pool.sources = dict(
+    tars=defaults.dataset(format='webdataset', path='x'), more=defaults.dataset(format='concat')
+  )
   c.pool.sources.more.sources = dict(vectors=defaults.dataset(format='embeddings', path='y'))
   assert [prefix for prefix, _ in blocks.flatten(c.pool)] == ['more/vectors/', 'tars/']
   assert not blocks.has_own_images(c, 'pool') and blocks.runs(c) == []
@@ -52,7 +64,11 @@ def test_labels_decide_whether_the_anchor_has_classes():
   c.anchor.label_key = 'label'
   c.references.examples = defaults.reference(format='folder', path='examples')
   assert blocks.targets(c) == ['b', 'a', 'anchor_classes', 'examples']
-  assert blocks.targets(c, 'hog') == ['b', 'a', 'anchor_classes']  # a further embedder searches no reference
+  assert blocks.targets(c, 'hog') == [
+    'b',
+    'a',
+    'anchor_classes',
+  ]  # a further embedder searches no reference
 
 
 def test_further_embedders_run_what_they_are_used_for():
@@ -61,10 +77,20 @@ def test_further_embedders_run_what_they_are_used_for():
     c.embedders[name] = defaults.embedder()
   c.prune.sensitivity, c.prune.preview, c.dedup.embedder = ('two',), 'one', 'three'
   c.references.examples = defaults.reference(format='folder', path='examples')
-  assert blocks.further_embedders(c) == blocks.further_embedders(c, 'embedder') == ['one', 'two', 'three']
-  assert blocks.further_embedders(c, 'search') == ['two'] and blocks.further_embedders(c, 'train') == []
+  assert (
+    blocks.further_embedders(c)
+    == blocks.further_embedders(c, 'embedder')
+    == ['one', 'two', 'three']
+  )
+  assert (
+    blocks.further_embedders(c, 'search') == ['two'] and blocks.further_embedders(c, 'train') == []
+  )
   assert blocks.embedded_datasets(c) == ['pool', 'anchor', 'b', 'a', 'examples']
-  assert blocks.embedded_datasets(c, 'one') == blocks.embedded_datasets(c, 'two') == ['pool', 'anchor', 'b', 'a']
+  assert (
+    blocks.embedded_datasets(c, 'one')
+    == blocks.embedded_datasets(c, 'two')
+    == ['pool', 'anchor', 'b', 'a']
+  )
   assert blocks.embedded_datasets(c, 'three') == ['pool', 'anchor']
   c.dedup.enabled = False
   assert blocks.further_embedders(c) == ['one', 'two']
@@ -72,21 +98,32 @@ def test_further_embedders_run_what_they_are_used_for():
 
 def test_splits_in_an_order_in_which_each_comes_after_those_that_it_reads():
   split = defaults.split
-  c = config(join=split(rule='union', of=('near', 'drawn')), near=split(rule='near', size_of='drawn'),
-             drawn=split(rule='random', size=0.5), like=split(rule='matched', to='near'))
+  c = config(
+    join=split(rule='union', of=('near', 'drawn')),
+    near=split(rule='near', size_of='drawn'),
+    drawn=split(rule='random', size=0.5),
+    like=split(rule='matched', to='near'),
+  )
   assert blocks.in_order(c) == ['drawn', 'near', 'join', 'like']
   assert [name for name in c.splits if blocks.is_drawn(c, name)] == ['join', 'drawn', 'like']
-  assert blocks.read_splits(c, 'join') == ['near', 'drawn'] and blocks.read_splits(c, 'like') == ['near']
+  assert blocks.read_splits(c, 'join') == ['near', 'drawn'] and blocks.read_splits(c, 'like') == [
+    'near'
+  ]
 
 
 def test_draws_and_whose_draw_counts():
   split = defaults.split
-  c = config(drawn=split(rule='random', size=0.5, seeds=(3, 4)), near=split(rule='near', size_of='drawn'),
-             join=split(rule='union', of=('near', 'drawn'), seeds=(4, 5)))
+  c = config(
+    drawn=split(rule='random', size=0.5, seeds=(3, 4)),
+    near=split(rule='near', size_of='drawn'),
+    join=split(rule='union', of=('near', 'drawn'), seeds=(4, 5)),
+  )
   assert [blocks.draws(c, name) for name in c.splits] == [[3, 4], [0], [4, 5]]
   assert blocks.seed_of(c, 'join', 'drawn', 4) == 4
   assert blocks.seed_of(c, 'join', 'drawn', 5) == 3  # it has no such draw: its first
-  assert {blocks.seed_of(c, 'near', 'drawn', seed) for seed in (0, 1)} == {3}  # one product, one size
+  assert {blocks.seed_of(c, 'near', 'drawn', seed) for seed in (0, 1)} == {
+    3
+  }  # one product, one size
 
 
 def test_runs_are_the_first_seeds_of_all_splits_first():
@@ -114,7 +151,10 @@ def test_the_threshold_of_duplicates_is_that_of_the_embedder():
 
 def test_keys_are_picked_as_plain_values():
   c = config()
-  assert blocks.pick(c, ['train.seeds', 'search.top_k']) == {'train.seeds': [0, 1], 'search.top_k': c.search.top_k}
+  assert blocks.pick(c, ['train.seeds', 'search.top_k']) == {
+    'train.seeds': [0, 1],
+    'search.top_k': c.search.top_k,
+  }
   assert blocks.pick(c, ['embedders']) == {'embedders': {}}
   assert 'train.shuffle_window' not in blocks.recipe(c)
   c.train.order = 'blocks'

@@ -32,8 +32,10 @@ def test_the_papers_share():
 
 def test_share_is_0_for_no_loss_and_1_for_all():
   base, reference = exactly(5000), exactly(1000)
-  none, everything = (causal.explained_share(base, gap, reference, control_name='matched')
-                      for gap in (base, reference))
+  none, everything = (
+    causal.explained_share(base, gap, reference, control_name='matched')
+    for gap in (base, reference)
+  )
   assert (none.value, everything.value) == (0, 1) and none.control == 'matched'
   assert none.low < 0 < none.high  # equal answers on every image are not certainty
 
@@ -74,8 +76,9 @@ def test_share_covers(seed_sd):
   for _ in range(120):
     image = 1.5 * rng.normal(size=400)
     base, gap, reference = (
-        runs(rng, 3, 400, expit(b + seed_sd * rng.normal(size=(3, 1)) + image))
-        for b in (0, -0.3, -2.2))
+      runs(rng, 3, 400, expit(b + seed_sd * rng.normal(size=(3, 1)) + image))
+      for b in (0, -0.3, -2.2)
+    )
     found = causal.explained_share(base, gap, reference, draws=300)
     hits += found.reason == '' and found.low <= share <= found.high
   assert hits / 120 > 0.91, hits / 120
@@ -138,12 +141,15 @@ def test_placebo():
   pruned, others_pruned = runs(rng, 4, 3000, 0.5), runs(rng, 4, 2000, 0.77)
   found = causal.placebo(pruned, control, others_pruned, others)
   assert found.estimate.value == pytest.approx(
-      pruned.mean() - control.mean() - others_pruned.mean() + others.mean())
+    pruned.mean() - control.mean() - others_pruned.mean() + others.mean()
+  )
   assert found.estimate.low < -0.07 < found.estimate.high < 0
   assert (found.hit, found.unhit, found.estimate.groups) == (3000, 2000, 5000)
   names = np.arange(3000)  # the first 2,000 images of both sets come from one photo each
-  assert causal.placebo(pruned, control, others_pruned, others, names,
-                        names[:2000]).estimate.groups == 3000
+  assert (
+    causal.placebo(pruned, control, others_pruned, others, names, names[:2000]).estimate.groups
+    == 3000
+  )
   with pytest.raises(ValueError, match='same seeds: got 4 and 3'):
     causal.placebo(pruned, control, others_pruned[:3], others[:3])
 
@@ -181,9 +187,20 @@ def test_dose_is_the_dense_logistic_regression():
   """Against Newton steps with every dummy column written out, and the textbook sandwich."""
   pruned, control, excess, label = dose_data(np.random.default_rng(9), -4, images=300)
   group = np.arange(300) // 3
-  rows = [(c[s, i], t * max(excess[i], 0), t, max(excess[i], 0), *(s == np.arange(1, 3)),
-           *(label[i] == np.arange(6)), group[i])
-          for t, c in ((0, control), (1, pruned)) for s in range(3) for i in range(300)]
+  rows = [
+    (
+      c[s, i],
+      t * max(excess[i], 0),
+      t,
+      max(excess[i], 0),
+      *(s == np.arange(1, 3)),
+      *(label[i] == np.arange(6)),
+      group[i],
+    )
+    for t, c in ((0, control), (1, pruned))
+    for s in range(3)
+    for i in range(300)
+  ]
   y, x, g = (a.astype(float) for a in np.split(np.array(rows, float), [1, -1], 1))
   beta = np.zeros(x.shape[1])
   for _ in range(30):

@@ -2,18 +2,23 @@
 
 import math
 
+from hypothesis import given
+from hypothesis import strategies as st
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from clip_jax.pruning import cells
 
 
-@pytest.mark.parametrize('column', [
-    np.array(['b', None, 'a', 'b'], object), pa.array(['b', None, 'a', 'b']),
-    pa.chunked_array([['b', None], ['a', 'b']])])
+@pytest.mark.parametrize(
+  'column',
+  [
+    np.array(['b', None, 'a', 'b'], object),
+    pa.array(['b', None, 'a', 'b']),
+    pa.chunked_array([['b', None], ['a', 'b']]),
+  ],
+)
 def test_levels_of_strings(column):
   codes, names = cells.levels(column)
   assert [names[code] for code in codes] == ['b', '', 'a', 'b']
@@ -52,8 +57,7 @@ def test_codes_are_mixed_radix():
 
 
 def draw(code, removed, order, radices=(2, 2)):
-  drawn, served = cells.draw_like(
-      np.array(code), np.array(removed, bool), np.array(order), radices)
+  drawn, served = cells.draw_like(np.array(code), np.array(removed, bool), np.array(order), radices)
   return np.flatnonzero(drawn).tolist(), served
 
 

@@ -1,18 +1,18 @@
 """stages/check.py: each mistake in a config is one sentence that names the key, the value and what to do."""
 
 import pytest
+import tiny
 
 from clip_jax import defaults
 from clip_jax.core.errors import ConfigError
 from clip_jax.experiment import blocks
 from clip_jax.stages import check
 
-import tiny
-
 
 def test_the_shipped_configs_pass(monkeypatch):
   check.check(tiny.config())
   import importlib.util
+
   for form in ('', 'full', 'domain_removal'):
     spec = importlib.util.spec_from_file_location('pacs', tiny.ROOT / 'configs/pacs.py')
     module = importlib.util.module_from_spec(spec)
@@ -24,7 +24,9 @@ def test_the_shipped_configs_pass(monkeypatch):
     check.check(config)
 
 
-@pytest.mark.parametrize('change, said', [
+@pytest.mark.parametrize(
+  'change, said',
+  [
     ({'train.samples': 10}, 'less than one batch'),
     ({'train.seeds': (0, 0)}, 'train.seeds'),
     ({'train.budget': 'steps'}, "train.budget='steps'.*samples"),
@@ -56,14 +58,18 @@ def test_the_shipped_configs_pass(monkeypatch):
     ({'splits.near_75.size': 0.0}, 'give size='),
     ({'splits.near_75.size': 1.5}, 'whole number above 1'),
     ({'splits.near_75.size': float('nan')}, 'whole number above 1'),
-    ({'splits.handwriting_matched.to': 'base'}, "must be a split that removes rows.*it is of rule 'all'"),
+    (
+      {'splits.handwriting_matched.to': 'base'},
+      "must be a split that removes rows.*it is of rule 'all'",
+    ),
     ({'splits.handwriting_matched.to': ''}, 'needs to='),
     ({'splits.random_75.size': 0.0, 'splits.random_75.size_of': 'random_75'}, 'circular'),
     ({'model.patch_size': 7}, 'multiple of patch_size=7'),
     ({'model.text_heads': 3}, 'multiple of text_heads=3'),
     ({'model.name': 'ViT-B-32'}, 'fixes the numbers'),
     ({'preprocess.crop_scale': (0.0, 1.0)}, 'crop_scale'),
-])
+  ],
+)
 def test_mistakes(change, said):
   config = tiny.config(**change)
   with pytest.raises(ConfigError, match=said):
@@ -115,8 +121,18 @@ def test_names_must_make_good_file_names():
 
 def test_a_resnet_has_no_patches_to_drop():
   config = tiny.config()
-  for key in ('embed_dim', 'image_size', 'patch_size', 'vision_width', 'vision_layers', 'vision_heads', 'text_width',
-              'text_layers', 'text_heads', 'context_length'):
+  for key in (
+    'embed_dim',
+    'image_size',
+    'patch_size',
+    'vision_width',
+    'vision_layers',
+    'vision_heads',
+    'text_width',
+    'text_layers',
+    'text_heads',
+    'context_length',
+  ):
     config.model[key] = 0
   config.model.name = 'RN50'
   check.check(config)
@@ -125,26 +141,52 @@ def test_a_resnet_has_no_patches_to_drop():
     check.check(config)
 
 
-@pytest.mark.parametrize('block, said', [
+@pytest.mark.parametrize(
+  'block, said',
+  [
     ({'rule': 'gap_aligned', 'benchmarks': ('val', 'val')}, 'benchmarks=.* names one twice'),
-    ({'rule': 'gap_aligned', 'benchmarks': ('val',), 'slack': 0.1, 'dose': 0.5}, 'slack=0.1 and dose=0.5 each say'),
-    ({'rule': 'gap_aligned', 'benchmarks': ('val',), 'quantile': 0.1, 'dose': 0.5}, 'quantile=0.1 and dose=0.5'),
+    (
+      {'rule': 'gap_aligned', 'benchmarks': ('val',), 'slack': 0.1, 'dose': 0.5},
+      'slack=0.1 and dose=0.5 each say',
+    ),
+    (
+      {'rule': 'gap_aligned', 'benchmarks': ('val',), 'quantile': 0.1, 'dose': 0.5},
+      'quantile=0.1 and dose=0.5',
+    ),
     ({'rule': 'gap_aligned', 'benchmarks': ('val',), 'quantile': 1.5}, 'quantile=1.5 must lie in'),
-    ({'rule': 'gap_aligned', 'benchmarks': ('val',), 'quantile': -0.1}, 'quantile=-0.1 must lie in'),
+    (
+      {'rule': 'gap_aligned', 'benchmarks': ('val',), 'quantile': -0.1},
+      'quantile=-0.1 must lie in',
+    ),
     ({'rule': 'gap_aligned', 'benchmarks': ('val',), 'dose': float('inf')}, 'dose=inf must lie in'),
     ({'rule': 'gap_aligned', 'benchmarks': ('val',), 'dose': float('nan')}, 'dose=nan must lie in'),
     ({'rule': 'gap_aligned', 'benchmarks': ('val',), 'slack': 3.0}, 'slack=3.0 must lie in'),
-    ({'rule': 'gap_aligned', 'benchmarks': ('val',), 'k': 2}, "k=2: the rule 'gap_aligned' does not read it"),
-    ({'rule': 'near', 'benchmarks': ('val',), 'size': 0.5, 'dose': 0.5}, "dose=0.5: the rule 'near' does not read it"),
+    (
+      {'rule': 'gap_aligned', 'benchmarks': ('val',), 'k': 2},
+      "k=2: the rule 'gap_aligned' does not read it",
+    ),
+    (
+      {'rule': 'near', 'benchmarks': ('val',), 'size': 0.5, 'dose': 0.5},
+      "dose=0.5: the rule 'near' does not read it",
+    ),
     ({'rule': 'k_aligned', 'benchmarks': ('val',), 'k': 0}, 'k=0 must be'),
     ({'rule': 'k_aligned', 'k': 2}, 'needs benchmarks='),
     ({'rule': 'domain_removal', 'values': ('a',)}, 'give column= .* or reference='),
-    ({'rule': 'domain_removal', 'column': 'domain', 'reference': 'x', 'values': ('a',)}, 'one of the two'),
-    ({'rule': 'domain_removal', 'column': 'domain'}, 'values=.* must name what is dropped: values of the column'),
+    (
+      {'rule': 'domain_removal', 'column': 'domain', 'reference': 'x', 'values': ('a',)},
+      'one of the two',
+    ),
+    (
+      {'rule': 'domain_removal', 'column': 'domain'},
+      'values=.* must name what is dropped: values of the column',
+    ),
     ({'rule': 'domain_removal', 'column': 'domain', 'values': ('',)}, 'must name what is dropped'),
     ({'rule': 'domain_removal', 'column': 'domain', 'values': (1, '1')}, 'names a value twice'),
     ({'rule': 'domain_removal', 'column': 'domian', 'values': ('a',)}, "Did you mean 'domain'"),
-    ({'rule': 'domain_removal', 'reference': 'styles', 'values': ('a',)}, "reference='styles' is not known"),
+    (
+      {'rule': 'domain_removal', 'reference': 'styles', 'values': ('a',)},
+      "reference='styles' is not known",
+    ),
     ({'rule': 'union', 'of': ('base',)}, 'must name two or more splits'),
     ({'rule': 'union', 'of': ('base', 'base')}, 'of=.* names one twice'),
     ({'rule': 'minus', 'of': ('base', 'near_57')}, "Did you mean 'near_75'"),
@@ -152,7 +194,8 @@ def test_a_resnet_has_no_patches_to_drop():
     ({'rule': 'union', 'of': ('base', 'near_75'), 'slack': 0.1}, 'does not read it'),
     ({'rule': 'matched', 'to': 'random_75'}, "it is of rule 'random'"),
     ({'rule': 'matched', 'to': 'anchor_only'}, "it is of rule 'anchor'"),
-])
+  ],
+)
 def test_mistakes_in_a_split(block, said):
   config = tiny.config()
   config.splits.mine = defaults.split(**block)
@@ -189,15 +232,22 @@ def test_many_joins_are_checked_at_once():
 
 def test_classes_of_a_reference_are_checked_before_any_work():
   config = tiny.config()
-  config.references.styles = defaults.reference(format='folder', path='unused', classes=('photo', 'sketch'))
+  config.references.styles = defaults.reference(
+    format='folder', path='unused', classes=('photo', 'sketch')
+  )
   config.splits.mine = defaults.split(rule='domain_removal', reference='styles', values=('skech',))
-  with pytest.raises(ConfigError, match="config.splits.mine.values='skech' is not known. Did you mean 'sketch'"):
+  with pytest.raises(
+    ConfigError, match="config.splits.mine.values='skech' is not known. Did you mean 'sketch'"
+  ):
     check.check(config)
 
 
 def test_scann_is_refused_where_every_row_counts():
-  for block in ({'rule': 'k_aligned', 'k': 2}, {'rule': 'gap_aligned', 'dose': 0.5},
-                {'rule': 'gap_aligned', 'quantile': 0.5}):
+  for block in (
+    {'rule': 'k_aligned', 'k': 2},
+    {'rule': 'gap_aligned', 'dose': 0.5},
+    {'rule': 'gap_aligned', 'quantile': 0.5},
+  ):
     config = tiny.config(**{'search.backend': 'scann', 'search.min_recall': 0.9})
     for name in list(config.splits):
       del config.splits[name]

@@ -4,17 +4,13 @@ import os
 import shutil
 
 import pytest
-
-from clip_jax.core import checkpoints
-from clip_jax.core.errors import ConfigError
-from clip_jax.core.errors import InputError
-from clip_jax.stages import checkpoint
-from clip_jax.stages import convert
-from clip_jax.stages import models
-
+import squares
 from squares import config
 from test_convert import CLIP, write_open_clip
-import squares
+
+from clip_jax.core import checkpoints
+from clip_jax.core.errors import ConfigError, InputError
+from clip_jax.stages import checkpoint, convert, models
 
 
 class Enough(Exception):
@@ -30,6 +26,7 @@ def follow(data, path, monkeypatch, between) -> None:
     if work is None:
       raise Enough
     work()
+
   monkeypatch.setattr(checkpoint.time, 'sleep', sleep)
   with pytest.raises(Enough):
     checkpoint.run(config(data), str(path), model='', benchmarks=None, output='', follow=True)
@@ -48,7 +45,9 @@ def test_new_checkpoints_are_evaluated_once(tmp_path, monkeypatch, capsys):
   squares.make(tmp_path)
   folder = tmp_path / 'run/checkpoints'
   scored = []
-  monkeypatch.setattr(checkpoint, '_evaluate', lambda x, path, *more: scored.append(os.path.basename(path)))
+  monkeypatch.setattr(
+    checkpoint, '_evaluate', lambda x, path, *more: scored.append(os.path.basename(path))
+  )
   follow(tmp_path, tmp_path / 'run', monkeypatch, lambda: steps(folder, '00000004', '00000008'))
   assert scored == ['00000000', '00000004', '00000008']
 
@@ -63,6 +62,7 @@ def test_a_checkpoint_that_training_removes_meanwhile(tmp_path, monkeypatch):
   def evaluate(x, path, *more):
     scored.append(os.path.basename(path))
     shutil.rmtree(folder / '00000004', ignore_errors=True)
+
   monkeypatch.setattr(checkpoint, '_evaluate', evaluate)
   follow(tmp_path, tmp_path / 'run', monkeypatch, lambda: None)
   assert scored == ['00000000', '00000008']
@@ -78,6 +78,7 @@ def test_a_checkpoint_that_training_removes_while_it_is_read(tmp_path, monkeypat
       steps(folder, '00000004')
       (folder / '00000000/params/_METADATA').unlink()  # half removed
     return restore(path)
+
   monkeypatch.setattr(checkpoints, 'restore_params', slow)
   assert models.read(str(tmp_path / 'run')).step == 4
   with pytest.raises(InputError, match='00000000 is damaged'):  # it was named
@@ -95,5 +96,7 @@ def test_a_folder_of_weights_names_its_file(tmp_path):
 
 def test_a_file_of_weights_in_a_bucket():
   assert models.located('gs://b/run') == 'gs://b/run'
-  with pytest.raises(ConfigError, match='gs://b/x.safetensors: a file of weights must be on this machine'):
+  with pytest.raises(
+    ConfigError, match='gs://b/x.safetensors: a file of weights must be on this machine'
+  ):
     models.located('gs://b/x.safetensors')

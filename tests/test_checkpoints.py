@@ -21,8 +21,9 @@ CONFIG = {'model': {'width': 8}, 'mean': [0.5, 0.5, 0.5]}
 def state(seed, size=1000):
   """(params, opt) with numbered list elements and a scalar, as models have them."""
   key = jax.random.key(seed)
-  blocks = {i: {'weight': jax.random.normal(jax.random.fold_in(key, i), (size,))}
-            for i in range(11)}
+  blocks = {
+    i: {'weight': jax.random.normal(jax.random.fold_in(key, i), (size,))} for i in range(11)
+  }
   params = {'tower': {'blocks': blocks}, 'scale': jnp.float32(seed)}
   return params, {'moment': jax.tree.map(lambda x: x * 2, params)}
 
@@ -60,10 +61,13 @@ def flip(path, position):
 
 def test_a_digest_tells_values_names_shapes_and_types_apart():
   base = {'a': np.arange(6, dtype=np.float32), 'b': np.float32(1)}
-  others = [{'a': base['a'], 'b': np.float32(2)}, {'a': base['a'], 'c': base['b']},
-            {'a': base['a'].reshape(2, 3), 'b': base['b']},
-            {'a': base['a'].view(np.int32), 'b': base['b']},
-            {'a': -0.0 * base['a'], 'b': base['b']}]
+  others = [
+    {'a': base['a'], 'b': np.float32(2)},
+    {'a': base['a'], 'c': base['b']},
+    {'a': base['a'].reshape(2, 3), 'b': base['b']},
+    {'a': base['a'].view(np.int32), 'b': base['b']},
+    {'a': -0.0 * base['a'], 'b': base['b']},
+  ]
   digests = {checkpoints.digest(tree) for tree in [base, *others]}
   assert len(digests) == 6
   assert checkpoints.digest(dict(reversed(base.items()))) == checkpoints.digest(base)
@@ -157,7 +161,7 @@ def test_another_models_checkpoint_is_refused_and_kept(tmp_path):
   assert restore(tmp_path)[0] == 1
 
 
-SAVE_FOR_EVER = '''
+SAVE_FOR_EVER = """
 import sys
 sys.path[:0] = sys.argv[2:]
 from test_checkpoints import checkpoints, state
@@ -167,7 +171,7 @@ step = max((int(f.name) for f in checkpoints.step_folders(sys.argv[1])), default
 while True:
   step += 1
   store.save(step, *state(step, 100_000), {'seconds': 0}, {})
-'''
+"""
 
 
 @pytest.mark.slow
@@ -175,8 +179,10 @@ def test_a_kill_in_the_middle_of_a_save_never_leaves_a_step_that_looks_whole(tmp
   here = os.path.dirname(__file__)
   for kill in range(6):
     process = subprocess.Popen(
-        [sys.executable, '-c', SAVE_FOR_EVER, tmp_path, here, os.path.dirname(here)],
-        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+      [sys.executable, '-c', SAVE_FOR_EVER, tmp_path, here, os.path.dirname(here)],
+      stdout=subprocess.PIPE,
+      stderr=subprocess.DEVNULL,
+    )
     process.stdout.readline()
     time.sleep(1 + 0.17 * kill)
     process.send_signal(signal.SIGKILL)

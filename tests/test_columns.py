@@ -1,9 +1,9 @@
 """What rules decide on: exact order at a cut, from float32 values that are a little off."""
 
-import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+import numpy as np
+import pytest
 
 from clip_jax.core.errors import ConfigError
 from clip_jax.pruning import columns
@@ -16,9 +16,11 @@ def test_refined_values_decide_as_the_exact_ones(seed, n, data):
   values = (exact + rng.uniform(-4.8e-6, 4.8e-6, n)).astype(np.float32)
   places = data.draw(st.lists(st.integers(0, n - 1), min_size=1, max_size=2))
   asked = []
+
   def decide(rows):
     asked.extend(rows.tolist())
     return exact[rows]
+
   found, count = columns.refined(values, decide, places, columns.TOLERANCE)
   assert count == len(asked) == len(set(asked))
   for place in places:

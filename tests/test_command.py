@@ -12,6 +12,7 @@ from clip_jax.core.errors import ConfigError, InputError
 def guarded(error):
   def work():
     raise error
+
   return command.guard(work)
 
 
@@ -24,11 +25,15 @@ def handlers():
     signal.signal(signum, handler)
 
 
-@pytest.mark.parametrize('error, status, said', [
+@pytest.mark.parametrize(
+  'error, status, said',
+  [
     (ConfigError('config.x is wrong.'), 2, 'Error: config.x is wrong.'),
     (InputError('x.tar is damaged.'), 1, 'Error: x.tar is damaged.'),
     (FileNotFoundError(2, 'No such file', '/x'), 1, 'Error: No such file (/x). Check the path'),
-    (MemoryError('Unable to allocate 7 PiB'), 1, 'not enough memory: Unable to allocate 7 PiB')])
+    (MemoryError('Unable to allocate 7 PiB'), 1, 'not enough memory: Unable to allocate 7 PiB'),
+  ],
+)
 def test_mistakes_are_sentences_with_a_status(capsys, error, status, said):
   assert guarded(error) == status
   out = capsys.readouterr().err
@@ -47,6 +52,7 @@ def test_a_signal_ends_with_its_status_and_says_how_to_go_on(capsys, signum, sta
     os.kill(os.getpid(), signum)
     for _ in range(1000):
       interrupts.check()
+
   assert command.guard(work) == status
   assert 'Run the same command again to go on' in capsys.readouterr().out
   interrupts.install()  # forgets the signal

@@ -23,17 +23,41 @@ def same(verdict='undetermined', margin=0.03):
 
 
 def share(value=0.15, reason='', reference='anchor_only'):
-  return Record(value=value, low=0.04, high=0.27, method='crossed', reference=reference,
-                reason=reason, loss=estimate(0.057), room=estimate(0.393))
+  return Record(
+    value=value,
+    low=0.04,
+    high=0.27,
+    method='crossed',
+    reference=reference,
+    reason=reason,
+    loss=estimate(0.057),
+    room=estimate(0.393),
+  )
 
 
 def item(**changes):
   found = {
-      'split': 'gap', 'benchmark': 'sketch', 'base': 'base', 'control': 'like_gap',
-      'rule': 'gap_aligned', 'control_rule': 'matched', 'against_control': estimate(-0.05, -0.08, -0.02),
-      'against_base': None, 'bootstrap': None, 'holm': 0.004, 'tests': 2, 'equivalence': same(),
-      'share': None, 'share_matched': None, 'placebo': None, 'placebo_benchmark': None, 'did': None,
-      'did_reason': '', 'dose': None, 'mcnemar': [], 'answers': True
+    'split': 'gap',
+    'benchmark': 'sketch',
+    'base': 'base',
+    'control': 'like_gap',
+    'rule': 'gap_aligned',
+    'control_rule': 'matched',
+    'against_control': estimate(-0.05, -0.08, -0.02),
+    'against_base': None,
+    'bootstrap': None,
+    'holm': 0.004,
+    'tests': 2,
+    'equivalence': same(),
+    'share': None,
+    'share_matched': None,
+    'placebo': None,
+    'placebo_benchmark': None,
+    'did': None,
+    'did_reason': '',
+    'dose': None,
+    'mcnemar': [],
+    'answers': True,
   }
   return {**found, **changes}
 
@@ -65,12 +89,18 @@ def test_no_loss_needs_equivalence():
   assert words.startswith('Undetermined') and '\u22128.0 to \u22122.0' in words
 
 
-@pytest.mark.parametrize('method, said', [('range', 'Two seeds'),
-                                          ('this checkpoint', 'One checkpoint each'),
-                                          ('none', 'No interval and no claim')])
+@pytest.mark.parametrize(
+  'method, said',
+  [
+    ('range', 'Two seeds'),
+    ('this checkpoint', 'One checkpoint each'),
+    ('none', 'No interval and no claim'),
+  ],
+)
 def test_fewer_than_three_seeds_claim_nothing(method, said):
-  found = lines(against_control=estimate(-0.3, -0.31, -0.29, method), holm=NAN,
-                equivalence=same('different'))
+  found = lines(
+    against_control=estimate(-0.3, -0.31, -0.29, method), holm=NAN, equivalence=same('different')
+  )
   words = found['against like_gap'][2]
   assert words.startswith(said) and 'mattered' not in words
   assert found['against like_gap'][1] == ''  # no p-value
@@ -81,8 +111,9 @@ def test_random_rows_are_a_control_for_size_only():
   blocks = blocks_of([item(control_rule='random', holm=NAN, share_matched=share())])
   assert 'no matched control exists' in next(b for b in blocks if b.kind == 'heading').detail
   assert 'control for size only' in verdict(control_rule='random', holm=NAN)
-  e = lines(control_rule='random',
-            share_matched=share())['E\u2032, with the control in place of base']
+  e = lines(control_rule='random', share_matched=share())[
+    'E\u2032, with the control in place of base'
+  ]
   assert 'random images' in e[2]
 
 
@@ -90,19 +121,25 @@ def test_shares_are_whole_percent_with_their_parts():
   value, detail, words = lines(share=share())['E, explained share']
   assert value == '15 % [4, 27]' and detail == '5.7 of 39.3 points over anchor only'
   assert words.startswith('15 % of what base has')
-  assert 'effective-robustness line' in lines(share=share(
-      reference='line'))['E, explained share'][1]
+  assert (
+    'effective-robustness line' in lines(share=share(reference='line'))['E, explained share'][1]
+  )
 
 
 def test_what_cannot_be_estimated_says_why():
   did = Record(estimate=None, hit=40, unhit=10, reason='not estimable: 10 unhit queries')
-  found = lines(share=share(reason='base does not beat the reference'), did=did,
-                dose=Record(reason='not estimable: no spread'))
+  found = lines(
+    share=share(reason='base does not beat the reference'),
+    did=did,
+    dose=Record(reason='not estimable: no spread'),
+  )
   assert found['E, explained share'] == ('\u2013', '', 'Base does not beat the reference.')
   assert found['hit minus unhit queries'] == ('\u2013', '', 'Not estimable: 10 unhit queries.')
   assert found['dose: per 0.1 of similarity lost'][2] == 'Not estimable: no spread.'
-  assert lines(
-      did_reason='Not known: run prune.')['hit minus unhit queries'][2] == 'Not known: run prune.'
+  assert (
+    lines(did_reason='Not known: run prune.')['hit minus unhit queries'][2]
+    == 'Not known: run prune.'
+  )
 
 
 def test_contrasts_print_their_assumption_and_their_numbers():
@@ -116,7 +153,8 @@ def test_contrasts_print_their_assumption_and_their_numbers():
 def test_dose_is_per_tenth_of_similarity():
   dose = Record(slope=-12.0, low=-20.0, high=-4.0, images=180, reason='')
   assert lines(dose=dose)['dose: per 0.1 of similarity lost'][0] == (
-      '\u22121.20 [\u22122.00, \u22120.40] log odds')
+    '\u22121.20 [\u22122.00, \u22120.40] log odds'
+  )
 
 
 def test_detectable_difference_is_printed():
@@ -126,23 +164,41 @@ def test_detectable_difference_is_printed():
 def test_records_are_proportions():
   table = next(b for b in blocks_of([item(share=share())]) if b.kind == 'table')
   by_what = {record['what']: record for record in table.records}
-  assert by_what['against_control']['value'] == -0.05 and by_what['against_control'][
-      'p_holm'] == 0.004
+  assert (
+    by_what['against_control']['value'] == -0.05 and by_what['against_control']['p_holm'] == 0.004
+  )
   assert by_what['E']['value'] == 0.15 and by_what['E']['p_holm'] is None
 
 
 def test_cross_checks_are_behind_a_line():
-  details = next(b for b in blocks_of([item(
-      bootstrap=estimate(-0.05, -0.09, -0.01),
-      mcnemar=[(0, Record(first_only=11, second_only=19, p_value=0.15))])]) if b.kind == 'details')
+  details = next(
+    b
+    for b in blocks_of(
+      [
+        item(
+          bootstrap=estimate(-0.05, -0.09, -0.01),
+          mcnemar=[(0, Record(first_only=11, second_only=19, p_value=0.15))],
+        )
+      ]
+    )
+    if b.kind == 'details'
+  )
   text, table = details.blocks
   assert '\u22125.0 [\u22129.0, \u22121.0]' in text.text
   assert [cell.text for cell in table.rows[0]] == ['seed 0', '11', '19', 'p = 0.150']
 
 
 def test_without_a_control_there_is_no_figure_and_no_test():
-  blocks = blocks_of([
-      item(control=None, control_rule='random', against_control=None, equivalence=None, holm=NAN,
-           against_base=estimate(-0.05, -0.08, -0.02))
-  ])
+  blocks = blocks_of(
+    [
+      item(
+        control=None,
+        control_rule='random',
+        against_control=None,
+        equivalence=None,
+        holm=NAN,
+        against_base=estimate(-0.05, -0.08, -0.02),
+      )
+    ]
+  )
   assert [b.kind for b in blocks] == ['heading', 'table', 'text']

@@ -1,18 +1,17 @@
 """The controls against their definition in plain Python."""
 
-import math
 from collections import Counter, defaultdict
+import math
 
-import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+import numpy as np
+import pytest
+from worlds import candidate_list, make_world
 
 from clip_jax.core.errors import InputError
 from clip_jax.pruning import cells, controls, rules
 from clip_jax.pruning import columns as columns_lib
-
-from worlds import candidate_list, make_world
 
 seeds = st.integers(0, 2**32 - 1)
 
@@ -30,8 +29,10 @@ def test_random_is_pure_nested_and_uniform():
   expected = 600 * 8 / len(rows)
   chi2 = sum((counts[row] - expected) ** 2 / expected for row in rows)
   assert chi2 < len(rows) + 5 * math.sqrt(2 * len(rows))
-  assert rules.random(columns, count=8, seed=6).rows.tolist() != rules.random(
-      columns, count=8, seed=5).rows.tolist()
+  assert (
+    rules.random(columns, count=8, seed=6).rows.tolist()
+    != rules.random(columns, count=8, seed=5).rows.tolist()
+  )
 
 
 def test_random_does_not_change_between_releases():
@@ -52,8 +53,9 @@ def python_matched(columns, removed, order):
   caption = python_bins([columns.caption_length[row] for row in rows], 5)
   pixels = python_bins([columns.image_pixels[row] for row in rows], 3)
   cell = {
-      row: (columns.anchor_class[row], columns.domain[row], similarity[i], caption[i], pixels[i])
-      for i, row in enumerate(rows)}
+    row: (columns.anchor_class[row], columns.domain[row], similarity[i], caption[i], pixels[i])
+    for i, row in enumerate(rows)
+  }
   waiting, drawn, served = set(removed), [], []
   for kept_digits in (5, 4, 3, 2, 1):
     members = defaultdict(list)
@@ -84,7 +86,11 @@ def test_matched_is_its_definition(seed, share, draw, levels):
   assert report['drawn'] == len(drawn)
   assert report['shortfall'] == len(removed) - len(drawn)
   assert list(report['drawn_after_merging']) == [
-      'image_pixels', 'caption_length', 'anchor_class_similarity', 'domain']
+    'image_pixels',
+    'caption_length',
+    'anchor_class_similarity',
+    'domain',
+  ]
   assert list(report['drawn_after_merging'].values()) == served[1:]
   unmatched = 1 - served[0] / len(removed) if len(removed) else 0.0
   assert report['without_full_cell_donor'] == unmatched
@@ -107,12 +113,13 @@ def test_matched_is_its_definition(seed, share, draw, levels):
 def big_columns(n=4000, domain=True):
   rng = np.random.default_rng(0)
   return rules.Columns(
-      candidates=np.ones(n, bool),
-      anchor_class=rng.integers(0, 3, n).astype(np.int32),
-      anchor_class_similarity=rng.random(n).astype(np.float32),
-      caption_length=rng.integers(1, 80, n).astype(np.int32),
-      image_pixels=rng.integers(1, 10**6, n),
-      domain=rng.integers(0, 2, n) if domain else None)
+    candidates=np.ones(n, bool),
+    anchor_class=rng.integers(0, 3, n).astype(np.int32),
+    anchor_class_similarity=rng.random(n).astype(np.float32),
+    caption_length=rng.integers(1, 80, n).astype(np.int32),
+    image_pixels=rng.integers(1, 10**6, n),
+    domain=rng.integers(0, 2, n) if domain else None,
+  )
 
 
 def test_matched_resembles_what_was_removed_and_random_does_not():
@@ -125,7 +132,12 @@ def test_matched_resembles_what_was_removed_and_random_does_not():
   assert len(result.rows) == 4000 - len(removed) and report['shortfall'] == 0
   differences = report['standardised_differences']
   assert set(differences) == {
-      'anchor_class', 'domain', 'anchor_class_similarity', 'caption_length', 'image_pixels'}
+    'anchor_class',
+    'domain',
+    'anchor_class_similarity',
+    'caption_length',
+    'image_pixels',
+  }
   assert differences['anchor_class'] == 0
   assert max(abs(value) for value in differences.values()) < 0.1
   drawn = np.setdiff1d(np.arange(4000), result.rows)
@@ -133,11 +145,13 @@ def test_matched_resembles_what_was_removed_and_random_does_not():
   kept = rules.random(columns, count=len(result.rows), seed=0).rows
   uniform = np.setdiff1d(np.arange(4000), kept)
   plain = cells.differences(
-      removed, uniform, {'x': columns.anchor_class_similarity}, {'c': columns.anchor_class})
+    removed, uniform, {'x': columns.anchor_class_similarity}, {'c': columns.anchor_class}
+  )
   assert plain['x'] > 0.2 and plain['c'] > 0.5
   assert rules.matched(columns, removed=removed, seed=0).rows.tolist() == result.rows.tolist()
   assert rules.matched(columns, removed=removed, seed=0, draw=1).rows.tolist() != (
-      result.rows.tolist())
+    result.rows.tolist()
+  )
 
 
 def test_matched_without_donors_falls_back_to_random_and_says_so():
@@ -147,8 +161,10 @@ def test_matched_without_donors_falls_back_to_random_and_says_so():
   assert result.report['no_matched_control']
   assert result.report['without_full_cell_donor'] == 1
   assert result.report['shortfall'] == len(removed)
-  assert result.rows.tolist() == rules.random(
-      columns, count=4000 - len(removed), seed=0, draw=2).rows.tolist()
+  assert (
+    result.rows.tolist()
+    == rules.random(columns, count=4000 - len(removed), seed=0, draw=2).rows.tolist()
+  )
   assert result.report['standardised_differences']['anchor_class'] > 0.1
 
 
@@ -158,10 +174,14 @@ def test_matched_of_nothing_and_of_everything():
   assert nothing.rows.tolist() == list(range(50)) and not nothing.report['no_matched_control']
   everything = rules.matched(columns, removed=np.arange(50), seed=0)
   assert everything.rows.tolist() == [] and everything.report['no_matched_control']
-  empty = rules.Columns(np.zeros(0, bool), anchor_class=np.zeros(0, np.int32),
-                        anchor_class_similarity=np.zeros(0, np.float32),
-                        caption_length=np.zeros(0, np.int32), image_pixels=np.zeros(0, np.int64),
-                        domain=np.array([], object))
+  empty = rules.Columns(
+    np.zeros(0, bool),
+    anchor_class=np.zeros(0, np.int32),
+    anchor_class_similarity=np.zeros(0, np.float32),
+    caption_length=np.zeros(0, np.int32),
+    image_pixels=np.zeros(0, np.int64),
+    domain=np.array([], object),
+  )
   assert rules.matched(empty, removed=np.zeros(0, np.int64), seed=0).rows.tolist() == []
 
 

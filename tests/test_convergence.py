@@ -16,7 +16,9 @@ def curve(take_off, width, end=1.5, noise=0.1):
   return CHANCE - (CHANCE - end) * fall + noise * np.random.default_rng(0).normal(size=len(x))
 
 
-@pytest.mark.parametrize(('loss', 'reason'), [
+@pytest.mark.parametrize(
+  ('loss', 'reason'),
+  [
     (curve(0.1, 0.03), ''),
     (curve(0.3, 0.05), ''),
     (1.5 + (CHANCE - 1.5) * np.exp(-STEPS / 400), ''),
@@ -24,7 +26,9 @@ def curve(take_off, width, end=1.5, noise=0.1):
     (curve(0.97, 0.02), 'took off after 95%'),
     (curve(2.0, 0.05), 'chance is 4.85'),
     (CHANCE - 3 * (STEPS / 3000) ** 0.8 - 0.5 * (STEPS > 2850), 'still falling'),
-    (np.where(STEPS > 2000, np.nan, 2.0), 'not finite')])
+    (np.where(STEPS > 2000, np.nan, 2.0), 'not finite'),
+  ],
+)
 def test_planted_curves(loss, reason):
   found = not_converged(STEPS, loss, 128)
   assert (reason in found) if reason else found == ''

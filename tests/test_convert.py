@@ -7,29 +7,29 @@ import sys
 
 import numpy as np
 import pytest
-
-from clip_jax.core import checkpoints
-from clip_jax.core import files
-from clip_jax.core.errors import ConfigError
-from clip_jax.core.errors import InputError
-from clip_jax.models import huggingface
-from clip_jax.models import open_clip
-from clip_jax.models import weights
-from clip_jax.models import zoo
-from clip_jax.stages import convert
-from clip_jax.stages import models
-
+import squares
 from squares import config, run
 from test_shapes import CONFIGS
 from test_weights import make, same
-import squares
 import tiny
+
+from clip_jax.core import checkpoints, files
+from clip_jax.core.errors import ConfigError, InputError
+from clip_jax.models import huggingface, open_clip, weights, zoo
+from clip_jax.stages import convert, models
 
 PREPROCESS = dict(mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.2), resize='squash')
 CLIP = zoo.CLIPConfig(8, zoo.ViTConfig(16, 8, 16, 1, 2), zoo.TextConfig(8, 49_408, 16, 2, 1))
 TOWER = CONFIGS['siglip'].vision
-SIGLIP = dataclasses.replace(CONFIGS['siglip'], custom_text=True, text=dataclasses.replace(
-    CONFIGS['siglip'].text, tokenizer='timm/ViT-B-16-SigLIP', tokenizer_kwargs=(('clean', 'canonicalize'),)))
+SIGLIP = dataclasses.replace(
+  CONFIGS['siglip'],
+  custom_text=True,
+  text=dataclasses.replace(
+    CONFIGS['siglip'].text,
+    tokenizer='timm/ViT-B-16-SigLIP',
+    tokenizer_kwargs=(('clean', 'canonicalize'),),
+  ),
+)
 FAMILIES = {**CONFIGS, 'siglip': SIGLIP}
 
 
@@ -57,8 +57,12 @@ def test_from_open_clip_to_a_checkpoint_and_back(name, tmp_path):
   path = write_open_clip(tmp_path / 'in', FAMILIES[name])
   convert.run(path, str(tmp_path / 'orbax'), 'orbax', model='')
   convert.run(str(tmp_path / 'orbax'), str(tmp_path / 'out/x.safetensors'), 'open_clip', model='')
-  for found in (models.read(path), models.read(str(tmp_path / 'orbax')), models.read(str(tmp_path / 'orbax/00000000')),
-                models.read(str(tmp_path / 'out/x.safetensors'))):
+  for found in (
+    models.read(path),
+    models.read(str(tmp_path / 'orbax')),
+    models.read(str(tmp_path / 'orbax/00000000')),
+    models.read(str(tmp_path / 'out/x.safetensors')),
+  ):
     assert same(found.params, make(FAMILIES[name]))
     assert found.config == FAMILIES[name] and found.preprocess == PREPROCESS
   for file in ('x.safetensors', 'open_clip_config.json'):
@@ -69,7 +73,9 @@ def test_from_open_clip_to_a_checkpoint_and_back(name, tmp_path):
 def test_from_hugging_face_to_a_checkpoint_and_back(tmp_path):
   path = write_huggingface(tmp_path / 'in')
   convert.run(path, str(tmp_path / 'orbax'), 'orbax', model='')
-  convert.run(str(tmp_path / 'orbax'), str(tmp_path / 'out/model.safetensors'), 'huggingface', model='')
+  convert.run(
+    str(tmp_path / 'orbax'), str(tmp_path / 'out/model.safetensors'), 'huggingface', model=''
+  )
   for file in ('model.safetensors', 'config.json', 'preprocessor_config.json'):
     assert (tmp_path / 'out' / file).read_bytes() == (tmp_path / 'in' / file).read_bytes()
 
@@ -121,18 +127,28 @@ def test_the_config_of_its_own_side_counts(tmp_path):
 def blank(tmp_path, name, **others) -> str:
   """A file of weights of a named model, with nothing beside it."""
   found = open_clip.params_to_open_clip(make(zoo.get(name)), zoo.get(name))
-  weights.write(tmp_path / 'x.safetensors', {k: np.asarray(v, np.float16) for k, v in found.items()} | others, {})
+  weights.write(
+    tmp_path / 'x.safetensors',
+    {k: np.asarray(v, np.float16) for k, v in found.items()} | others,
+    {},
+  )
   return str(tmp_path / 'x.safetensors')
 
 
 def test_a_file_that_nothing_names(tmp_path, monkeypatch):
-  small = {'small': CLIP, 'small-quickgelu': zoo.quick(CLIP),
-           'large': dataclasses.replace(CLIP, vision=dataclasses.replace(CLIP.vision, image_size=32)),
-           'other': dataclasses.replace(CLIP, embed_dim=4)}
+  small = {
+    'small': CLIP,
+    'small-quickgelu': zoo.quick(CLIP),
+    'large': dataclasses.replace(CLIP, vision=dataclasses.replace(CLIP.vision, image_size=32)),
+    'other': dataclasses.replace(CLIP, embed_dim=4),
+  }
   monkeypatch.setattr(zoo, 'ARCHITECTURES', small)
   path = blank(tmp_path, 'small')
-  with pytest.raises(ConfigError, match='neither open_clip_config.json nor config.json.*--model=small, '
-                     '--model=small-quickgelu, --model=large. OpenAI'):
+  with pytest.raises(
+    ConfigError,
+    match='neither open_clip_config.json nor config.json.*--model=small, '
+    '--model=small-quickgelu, --model=large. OpenAI',
+  ):
     models.read(path)
   assert models.read(path, 'small-quickgelu').config.vision.activation == 'quick_gelu'
   assert models.read(path, 'large').params['visual']['positional_embedding'].shape == (17, 16)
@@ -144,16 +160,25 @@ def test_a_file_that_nothing_names(tmp_path, monkeypatch):
   path = blank(tmp_path, 'small', more=np.zeros(1, np.float32))
   with pytest.raises(ConfigError, match='of no named model'):
     models.read(path)
-  with pytest.raises(InputError, match='the file has more, not of the model. Is it another architecture.$'):
+  with pytest.raises(
+    InputError, match='the file has more, not of the model. Is it another architecture.$'
+  ):
     models.read(path, 'small')
 
 
 def test_configs_beside_a_file_that_are_broken(tmp_path):
   path = write_open_clip(tmp_path)
-  for text, error, match in (('[]', InputError, 'not a JSON object'), ('{', InputError, 'not valid JSON'),
-                             ('{}', ConfigError, 'no model_cfg'), ('{"model_cfg": {}}', ConfigError, 'vision_cfg'),
-                             ('{"model_cfg": {"vision_cfg": 3, "text_cfg": {}}}', ConfigError,
-                              '/open_clip_config.json: .*wrong kind: vision_cfg=3')):
+  for text, error, match in (
+    ('[]', InputError, 'not a JSON object'),
+    ('{', InputError, 'not valid JSON'),
+    ('{}', ConfigError, 'no model_cfg'),
+    ('{"model_cfg": {}}', ConfigError, 'vision_cfg'),
+    (
+      '{"model_cfg": {"vision_cfg": 3, "text_cfg": {}}}',
+      ConfigError,
+      '/open_clip_config.json: .*wrong kind: vision_cfg=3',
+    ),
+  ):
     (tmp_path / 'open_clip_config.json').write_text(text)
     with pytest.raises(error, match=match):
       models.read(path)
@@ -161,7 +186,9 @@ def test_configs_beside_a_file_that_are_broken(tmp_path):
 
 def test_a_checkpoint_of_an_older_version(tmp_path):
   writer = checkpoints.Checkpoints(tmp_path / 'c', keep=1)
-  writer.save(0, {'w': np.zeros(2, np.float32)}, None, {}, {'model': {'embed_dim': 8, 'vision_width': 16}})
+  writer.save(
+    0, {'w': np.zeros(2, np.float32)}, None, {}, {'model': {'embed_dim': 8, 'vision_width': 16}}
+  )
   writer.close()
   with pytest.raises(InputError, match='made by an older version'):
     models.read(str(tmp_path / 'c'))
@@ -169,13 +196,20 @@ def test_a_checkpoint_of_an_older_version(tmp_path):
     models.read(str(tmp_path / 'c'), 'ViT-B-32')
 
 
-@pytest.mark.parametrize('path, output, kind, match', [
-    (None, 'x', 'orbax', '--checkpoint is not given'), ('c', None, 'orbax', '--output is not given'),
+@pytest.mark.parametrize(
+  'path, output, kind, match',
+  [
+    (None, 'x', 'orbax', '--checkpoint is not given'),
+    ('c', None, 'orbax', '--output is not given'),
     ('c', 'x', 'onnx', "--format='onnx' is not known; have open_clip, huggingface, orbax"),
-    ('c', 'x.bin', 'open_clip', 'must end in .safetensors'), ('c', 'x.safetensors', 'orbax', 'makes a folder'),
+    ('c', 'x.bin', 'open_clip', 'must end in .safetensors'),
+    ('c', 'x.safetensors', 'orbax', 'makes a folder'),
     ('c', 'gs://b/x', 'orbax', 'on this machine'),
-    ('none', 'x', 'orbax', 'is not there'), ('c', 'there', 'orbax', 'exists already'),
-    ('c', 'there/x.safetensors', 'open_clip', 'open_clip_config.json exists already')])
+    ('none', 'x', 'orbax', 'is not there'),
+    ('c', 'there', 'orbax', 'exists already'),
+    ('c', 'there/x.safetensors', 'open_clip', 'open_clip_config.json exists already'),
+  ],
+)
 def test_conversions_that_are_refused(path, output, kind, match, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   (tmp_path / 'c').mkdir()
@@ -197,26 +231,38 @@ def test_a_disk_without_room_is_seen_before(kind, tmp_path, monkeypatch):
   path = write_open_clip(tmp_path / 'a')
   monkeypatch.setattr(files, 'free_bytes', lambda path: 1_000_000)
   with pytest.raises(InputError, match='out/x.* takes 3.2 MB, and only 1.0 MB are free'):
-    convert.run(path, str(tmp_path / f'out/x{"" if kind == "orbax" else ".safetensors"}'), kind, model='')
+    convert.run(
+      path, str(tmp_path / f'out/x{"" if kind == "orbax" else ".safetensors"}'), kind, model=''
+    )
   assert not (tmp_path / 'out').exists()
 
 
 def test_what_else_transformers_needs_is_said(tmp_path, caplog):
   caplog.set_level('INFO')
   write_huggingface(tmp_path)
-  assert "AutoTokenizer.from_pretrained('openai/clip-vit-base-patch32', model_max_length=8)" in caplog.text
+  assert (
+    "AutoTokenizer.from_pretrained('openai/clip-vit-base-patch32', model_max_length=8)"
+    in caplog.text
+  )
 
 
 def test_the_command():
-  said = subprocess.run([sys.executable, '-m', 'clip_jax.convert', '--format=orbax'], cwd=tiny.ROOT, text=True,
-                        capture_output=True, check=False)
+  said = subprocess.run(
+    [sys.executable, '-m', 'clip_jax.convert', '--format=orbax'],
+    cwd=tiny.ROOT,
+    text=True,
+    capture_output=True,
+    check=False,
+  )
   assert said.returncode == 2 and said.stderr.startswith('Error: --checkpoint is not given')
 
 
 def test_weights_as_the_embedder(tmp_path, capsys):
   squares.make(tmp_path)
   path = write_open_clip(tmp_path / 'a')
-  c = lambda path, **more: config(tmp_path, **{'embedder.source': 'weights', 'embedder.path': str(path), **more})
+  c = lambda path, **more: config(
+    tmp_path, **{'embedder.source': 'weights', 'embedder.path': str(path), **more}
+  )
   work, stages = tmp_path / 'w', ['ingest', 'embedder', 'embed']
   status, said = run(c(path), work, capsys, stages)
   assert status == 0 and 'Preprocessing by open_clip_config.json: squash' in said
@@ -226,20 +272,36 @@ def test_weights_as_the_embedder(tmp_path, capsys):
   vectors = np.load(work / 'embeddings/pool/00000.npy')
   model = models.load(path)
   from clip_jax.data import loader, reader
+
   source = reader.Source(str(work / 'ingest/pool'))
-  images = next(loader.image_batches(source, np.arange(4), batch_size=4, image_size=16, mode='squash'))[1]
-  assert vectors.shape == (40, 8) and np.allclose(vectors[:4], model.encode_image(images), atol=2e-3)
+  images = next(
+    loader.image_batches(source, np.arange(4), batch_size=4, image_size=16, mode='squash')
+  )[1]
+  assert vectors.shape == (40, 8) and np.allclose(
+    vectors[:4], model.encode_image(images), atol=2e-3
+  )
   (tmp_path / 'b').mkdir()
   for file in ('open_clip_model.safetensors', 'open_clip_config.json'):  # elsewhere: the same
     (tmp_path / 'b' / file).write_bytes((tmp_path / 'a' / file).read_bytes())
-  assert 'nothing was done' in run(c(tmp_path / 'b/open_clip_model.safetensors'), work, capsys, stages)[1]
+  assert (
+    'nothing was done'
+    in run(c(tmp_path / 'b/open_clip_model.safetensors'), work, capsys, stages)[1]
+  )
   tensors = weights.read(path)
   weights.write(path, tensors | {'logit_scale': np.float32(9)}, {})
   status, said = run(c(path), work, capsys, stages)
-  assert status == 1 and 'the content of config.embedder.path has changed' in said and '--redo=embedder' in said
+  assert (
+    status == 1
+    and 'the content of config.embedder.path has changed' in said
+    and '--redo=embedder' in said
+  )
   assert run(c(path), work, capsys, stages, redo='embedder')[0] == 0
-  for bad, match in ((c(''), 'embedder.path is not given'), (c('x.npz'), 'must be a file that ends in'),
-                     (c('x.bin'), 'is not there'), (c(path, **{'embedder.name': 'ViT-B-31'}), 'ViT-B-32')):
+  for bad, match in (
+    (c(''), 'embedder.path is not given'),
+    (c('x.npz'), 'must be a file that ends in'),
+    (c('x.bin'), 'is not there'),
+    (c(path, **{'embedder.name': 'ViT-B-31'}), 'ViT-B-32'),
+  ):
     status, said = run(bad, work, capsys, stages)
     assert status == 2 and match in said
 
@@ -247,13 +309,19 @@ def test_weights_as_the_embedder(tmp_path, capsys):
 def test_naming_is_by_the_flag_that_the_user_has(tmp_path, capsys):
   squares.make(tmp_path)
   path = blank(tmp_path, 'ViT-S-32')
-  status, said = run(config(tmp_path, **{'embedder.source': 'weights', 'embedder.path': path}), tmp_path / 'w', capsys)
+  status, said = run(
+    config(tmp_path, **{'embedder.source': 'weights', 'embedder.path': path}),
+    tmp_path / 'w',
+    capsys,
+  )
   assert status == 2 and '--config.embedder.name=ViT-S-32' in said
 
 
 def test_transformers_siglip_is_read(tmp_path):
-  c = dataclasses.replace(SIGLIP, text=dataclasses.replace(
-      SIGLIP.text, pool_type='last', causal=False, tokenizer='siglip'))
+  c = dataclasses.replace(
+    SIGLIP,
+    text=dataclasses.replace(SIGLIP.text, pool_type='last', causal=False, tokenizer='siglip'),
+  )
   path = write_huggingface(tmp_path, c)
   found = models.read(path)
   assert found.config == c and same(found.params, make(c)) and found.preprocess == PREPROCESS

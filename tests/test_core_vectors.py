@@ -17,7 +17,10 @@ def rows(seed, count=20, dim=16):
 def test_unit_keeps_the_dtype_and_zero_vectors(dtype):
   x = np.array([[3, 4], [0, 0], [np.nan, 1]], dtype)
   got = vectors.unit(x)
-  assert got.dtype == dtype and got[:2].tolist() == [[dtype(3) / dtype(5), dtype(4) / dtype(5)], [0, 0]]
+  assert got.dtype == dtype and got[:2].tolist() == [
+    [dtype(3) / dtype(5), dtype(4) / dtype(5)],
+    [0, 0],
+  ]
   assert np.isnan(got[2, 0])
 
 

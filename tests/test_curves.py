@@ -6,8 +6,7 @@ import xml.etree.ElementTree as ET
 import numpy as np
 import pytest
 
-from clip_jax.reporting import curves
-from clip_jax.reporting import svg
+from clip_jax.reporting import curves, svg
 
 SLACK = np.linspace(-0.05, 0.05, 11)
 
@@ -28,8 +27,12 @@ def path_points(text: str, color: str) -> int:
 
 def test_rows_by_slack_names_its_lines_and_leaves_out_empty_counts():
   rows = np.array([900, 800, 700, 600, 500, 400, 300, 0, 0, 0, 0])
-  text = curves.rows_by_slack(SLACK, [line('sketch', rows), line('all together', rows + 1, True)],
-                              title='T', limits=(-0.05, 0.05))
+  text = curves.rows_by_slack(
+    SLACK,
+    [line('sketch', rows), line('all together', rows + 1, True)],
+    title='T',
+    limits=(-0.05, 0.05),
+  )
   found = words(text)
   assert 'sketch' in found and 'all together' in found and 'rows dropped' in found
   assert path_points(text, svg.SERIES[0][0]) == 7
@@ -37,7 +40,9 @@ def test_rows_by_slack_names_its_lines_and_leaves_out_empty_counts():
 
 
 def test_one_line_needs_no_names():
-  text = curves.rows_by_slack(SLACK, [line('sketch', np.arange(11)[::-1])], title='T', limits=(-0.05, 0.05))
+  text = curves.rows_by_slack(
+    SLACK, [line('sketch', np.arange(11)[::-1])], title='T', limits=(-0.05, 0.05)
+  )
   assert 'sketch' not in words(text)
 
 
@@ -46,8 +51,14 @@ def test_nothing_dropped_at_all_draws_too():
 
 
 def test_rows_by_cut_is_in_percent():
-  lines = [{'name': 'a name that is far too long for two columns', 'kept': np.linspace(1, 0, 11), 'together': False},
-           {'name': 'b', 'kept': np.linspace(0.5, 0, 11), 'together': True}]
+  lines = [
+    {
+      'name': 'a name that is far too long for two columns',
+      'kept': np.linspace(1, 0, 11),
+      'together': False,
+    },
+    {'name': 'b', 'kept': np.linspace(0.5, 0, 11), 'together': True},
+  ]
   found = words(curves.rows_by_cut(np.linspace(0, 1, 11), lines, title='T', limits=(0, 1)))
   assert '% of candidates kept' in found and 'far too long' in found and '75' in found
 
@@ -55,17 +66,23 @@ def test_rows_by_cut_is_in_percent():
 def test_many_benchmarks_differ_in_colour_or_dash():
   lines = [{'name': str(i), 'kept': np.ones(3), 'together': False} for i in range(20)]
   text = curves.rows_by_cut(np.arange(3), lines, title='T', limits=(0, 2))
-  assert len(set(svg.SERIES)) == len(svg.SERIES) >= 20 and all(color in text for color, _ in svg.SERIES)
+  assert len(set(svg.SERIES)) == len(svg.SERIES) >= 20 and all(
+    color in text for color, _ in svg.SERIES
+  )
 
 
-@pytest.mark.parametrize('clusters, labels', [((1, 2, 5, 20), ['1', '2', '5', '20']), ((9, 10, 11), ['9'])])
+@pytest.mark.parametrize(
+  'clusters, labels', [((1, 2, 5, 20), ['1', '2', '5', '20']), ((9, 10, 11), ['9'])]
+)
 def test_recall_by_clusters_labels_do_not_meet(clusters, labels):
   points = [{'clusters': k, 'recall': 0.8, 'low': 0.7, 'high': 0.9} for k in clusters]
   text = curves.recall_by_clusters(points, title='T')
   ticks = words(text).split('clusters')[0].split()
-  assert ticks[:len(labels)] == labels and '% of pairs found' in words(text)
+  assert ticks[: len(labels)] == labels and '% of pairs found' in words(text)
 
 
 def test_curves_are_pure():
-  draw = lambda: curves.rows_by_slack(SLACK, [line('a', np.arange(11)[::-1])], title='t', limits=(-0.05, 0.05))
+  draw = lambda: curves.rows_by_slack(
+    SLACK, [line('a', np.arange(11)[::-1])], title='t', limits=(-0.05, 0.05)
+  )
   assert draw() == draw()

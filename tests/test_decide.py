@@ -2,8 +2,7 @@
 
 from fractions import Fraction
 
-from hypothesis import given
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 import numpy as np
 
@@ -21,7 +20,7 @@ def unit(rng, n, dim):
 def edgy(rng, n, dim):
   """Unit vectors with float16's extremes in them: subnormals, zeros of both signs, one large."""
   x = unit(rng, n, dim)
-  tiny = rng.choice(np.float16([2**-24, -2**-24, 2**-14, 0.0, -0.0, 2**-15 + 2**-24]), (n, dim))
+  tiny = rng.choice(np.float16([2**-24, -(2**-24), 2**-14, 0.0, -0.0, 2**-15 + 2**-24]), (n, dim))
   x = np.where(rng.random((n, dim)) < 0.7, tiny, x)
   x[:, 0] = 0
   x[:, 0] = np.sqrt(np.maximum(0, 1 - np.square(x, dtype=np.float64).sum(1)))
@@ -72,7 +71,7 @@ def test_error_bound_holds(seed, dim):
 
 def cut_off(values, largest):
   """Numbers without the bits that lie 24 or more below the largest one's first."""
-  unit = 2.0**(np.frexp(np.maximum(largest, 2.0**-126))[1] - 24)
+  unit = 2.0 ** (np.frexp(np.maximum(largest, 2.0**-126))[1] - 24)
   return np.trunc(values / unit) * unit
 
 
@@ -85,7 +84,7 @@ def test_error_bound_holds_for_sums_that_cut_off(seed, dim, width):
   products = np.sort(a.astype(np.float64) * b.astype(np.float64))[::-1]
   total = 0.0
   for i in range(0, dim, width):
-    terms = np.append(products[i:i + width], total)
+    terms = np.append(products[i : i + width], total)
     total = cut_off(terms, terms.max()).sum()
     total = float(cut_off(total, total))
   assert 0 <= products.sum() - total <= decide.error_bound(dim)
@@ -100,9 +99,13 @@ def test_error_bound_says_when_1e_5_is_enough():
 def test_update_best_keeps_the_highest_and_lowest_row(seed, queries, pairs):
   rng = np.random.default_rng(seed)
   best, nearest = np.full(queries, -np.inf), np.full(queries, -1)
-  seen = [(q, v, r) for r, (q, v) in enumerate(
-      zip(rng.integers(queries, size=pairs), rng.integers(3, size=pairs).astype(float)))]
-  for part in (seen[:pairs // 2], seen[pairs // 2:]):
+  seen = [
+    (q, v, r)
+    for r, (q, v) in enumerate(
+      zip(rng.integers(queries, size=pairs), rng.integers(3, size=pairs).astype(float))
+    )
+  ]
+  for part in (seen[: pairs // 2], seen[pairs // 2 :]):
     part = [part[i] for i in rng.permutation(len(part))]
     q, v, r = (np.array([p[i] for p in part]) for i in range(3))
     decide.update_best(best, nearest, q.astype(int), v, r.astype(int))
@@ -118,7 +121,7 @@ def test_update_top_keeps_the_k_highest_ties_lowest_row_first(seed, queries, pai
   best, row = np.full((queries, k), -np.inf), np.full((queries, k), -1)
   q, v = rng.integers(queries, size=pairs), rng.integers(3, size=pairs).astype(float)
   order = rng.permutation(pairs)
-  for part in (order[:pairs // 2], order[pairs // 2:]):
+  for part in (order[: pairs // 2], order[pairs // 2 :]):
     decide.update_top(best, row, q[part], v[part], part)
   for query in range(queries):
     want = sorted((-v[r], r) for r in range(pairs) if q[r] == query)[:k]
@@ -146,7 +149,7 @@ def test_count_over_decides_every_tie(seed, rows, queries):
   x = x[rng.integers(max(rows, 1), size=rows)] if rows else x  # exact duplicates, too
   s = q.astype(np.float64) @ x.astype(np.float64).T  # exact
   t = s[np.arange(queries), rng.integers(rows, size=queries)] if rows else np.zeros(queries)
-  t = t + rng.choice([0, 2**-47, -2**-47, 1e-8, -1e-8], queries)
+  t = t + rng.choice([0, 2**-47, -(2**-47), 1e-8, -1e-8], queries)
   margins = (0.0, 0.02, -0.01)
   want = np.stack([(s > (t - margin)[:, None]).sum(1) for margin in margins], 1)
   got = decide.count_over(x, q, t, margins, tile_rows=64, query_block=64)

@@ -10,8 +10,12 @@ from clip_jax.experiment import blocks
 PACKAGE = pathlib.Path(defaults.__file__).parent
 TEXT = (PACKAGE / 'defaults.py').read_text()
 # The code that reads a config (below it arguments are plain); what only checks a key does not read it.
-READERS = '\n'.join(path.read_text() for room in ('experiment', 'stages', 'studies') for path in
-                    sorted((PACKAGE / room).rglob('*.py')) if not path.name.startswith('check'))
+READERS = '\n'.join(
+  path.read_text()
+  for room in ('experiment', 'stages', 'studies')
+  for path in sorted((PACKAGE / room).rglob('*.py'))
+  if not path.name.startswith('check')
+)
 
 
 def leaves():
@@ -23,18 +27,26 @@ def leaves():
 
 def test_every_key_has_a_comment():
   for line in TEXT.splitlines():
-    if re.match(r'  c\.\w+(\.\w+)? = (?!ConfigDict|dataset)', line) or re.match(r'  c\.\w+ = (?!ConfigDict)', line):
+    if re.match(r'  c\.\w+(\.\w+)? = (?!ConfigDict|dataset)', line) or re.match(
+      r'  c\.\w+ = (?!ConfigDict)', line
+    ):
       key = line.split('=')[0].strip()
-      following = TEXT[TEXT.index(line) + len(line):].split('\n')[1] if '#' not in line else ''
-      grouped = re.match(r'\s+(#|c\.model|c\.\w+)', following)  # a group whose comment stands on a neighbour
+      following = TEXT[TEXT.index(line) + len(line) :].split('\n')[1] if '#' not in line else ''
+      grouped = re.match(
+        r'\s+(#|c\.model|c\.\w+)', following
+      )  # a group whose comment stands on a neighbour
       assert '#' in line or grouped, key
 
 
 def test_every_key_is_read():
   for key in leaves():
     block, _, leaf = key.rpartition('.')
-    used = (re.search(rf'\.{leaf}\b', READERS) or f"'{leaf}'" in READERS or f'{key}' in READERS
-            or (block == 'glyphs' and 'config.glyphs.to_dict()' in READERS))
+    used = (
+      re.search(rf'\.{leaf}\b', READERS)
+      or f"'{leaf}'" in READERS
+      or f'{key}' in READERS
+      or (block == 'glyphs' and 'config.glyphs.to_dict()' in READERS)
+    )
     assert used, f'config.{key} is in defaults.py and no stage reads it'
 
 

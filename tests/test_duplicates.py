@@ -1,8 +1,7 @@
 """duplicates.py against the definition, written out pair by pair in exact arithmetic."""
 
 from by_number import ByNumber
-from hypothesis import given
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 import numpy as np
 import pytest
@@ -56,8 +55,7 @@ def test_rule_in_blocks(seed, rows, threshold):
   x, assignment = clustered(rng, rows)
   usable = rng.random(rows) > 0.1
   assignment[~usable], x[~usable] = -1, np.nan  # never looked at
-  keep, duplicate_of = within_clusters(
-      x, usable, assignment, threshold=threshold, block_rows=64)
+  keep, duplicate_of = within_clusters(x, usable, assignment, threshold=threshold, block_rows=64)
   want = by_definition(x, usable, assignment, threshold)
   assert np.array_equal(keep, want[0]) and np.array_equal(duplicate_of, want[1])
   assert keep.dtype == bool and duplicate_of.dtype == np.int64
@@ -81,8 +79,7 @@ def test_pairs_at_the_threshold_are_decided_exactly(seed):
 def test_norms_are_divided_out():
   """0.96 long and 3 % apart: the plain dot product would miss it, and find itself too small."""
   x = np.float16([[0.96, 0], [0.96, 0.03], [0, 1]])
-  keep, duplicate_of = within_clusters(
-      x, np.ones(3, bool), np.zeros(3, np.int32), threshold=0.05)
+  keep, duplicate_of = within_clusters(x, np.ones(3, bool), np.zeros(3, np.int32), threshold=0.05)
   assert keep.tolist() == [True, False, True] and duplicate_of.tolist() == [-1, 0, -1]
 
 
@@ -90,7 +87,8 @@ def test_dropped_rows_still_drop_others():
   angle = np.deg2rad([0, 10, 20])  # neighbours are similar, the outer two are not
   x = np.stack([np.cos(angle), np.sin(angle)], 1).astype(np.float16)
   keep, duplicate_of = within_clusters(
-      x, np.ones(3, bool), np.zeros(3, np.int32), threshold=1 - np.cos(np.deg2rad(15)))
+    x, np.ones(3, bool), np.zeros(3, np.int32), threshold=1 - np.cos(np.deg2rad(15))
+  )
   assert keep.tolist() == [True, False, False] and duplicate_of.tolist() == [-1, 0, 1]
 
 
@@ -107,7 +105,8 @@ def test_block_size_and_shards_change_nothing():
 def test_a_cluster_of_copies_keeps_the_first():
   x = np.repeat(np.float16([[0.6, 0.8]]), 500, axis=0)
   keep, duplicate_of = within_clusters(
-      x, np.ones(500, bool), np.zeros(500, np.int32), threshold=0.124, block_rows=128)
+    x, np.ones(500, bool), np.zeros(500, np.int32), threshold=0.124, block_rows=128
+  )
   assert keep.tolist() == [True] + 499 * [False]
   assert (duplicate_of[1:] == 0).all()
 
@@ -115,8 +114,7 @@ def test_a_cluster_of_copies_keeps_the_first():
 def test_bad_input():
   x = np.float16([[1, 0], [0, 3]])
   with pytest.raises(InputError, match='shard 2: row 1 '):
-    within_clusters(x, np.ones(2, bool), np.zeros(2, np.int32), threshold=0.1,
-                               name='shard 2')
+    within_clusters(x, np.ones(2, bool), np.zeros(2, np.int32), threshold=0.1, name='shard 2')
   with pytest.raises(ValueError, match='agree in N'):
     within_clusters(x, np.ones(2, bool), np.zeros(3, np.int32), threshold=0.1)
   keep, _ = within_clusters(x, np.zeros(2, bool), np.zeros(2, np.int32), threshold=0.1)

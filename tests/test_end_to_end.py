@@ -8,11 +8,18 @@ import time
 
 import numpy as np
 import pytest
-
 import squares
 import tiny
 
-SPLITS = ('base', 'anchor_only', 'handwriting_pruned', 'handwriting_matched', 'near_75', 'far_75', 'random_75')
+SPLITS = (
+  'base',
+  'anchor_only',
+  'handwriting_pruned',
+  'handwriting_matched',
+  'near_75',
+  'far_75',
+  'random_75',
+)
 BENCHMARKS = ('val', 'outline', 'inverted', 'rotated', 'handwriting')
 
 
@@ -33,23 +40,61 @@ def copy(finished, tmp_path):
 
 
 def mtimes(workdir, *parts):
-  return {str(path): path.stat().st_mtime_ns for part in parts for path in (workdir / part).rglob('*')
-          if path.is_file() and path.name not in ('manifest.json', 'files.json')}
+  return {
+    str(path): path.stat().st_mtime_ns
+    for part in parts
+    for path in (workdir / part).rglob('*')
+    if path.is_file() and path.name not in ('manifest.json', 'files.json')
+  }
 
 
 def test_the_work_directory_is_as_promised(finished):
-  names = ['config.json', 'versions.json', 'log.txt', 'ingest/pool/index-00000.parquet', 'ingest/pool/table.npy',
-           'embedder/embedder.npz', 'embedder/embedder.json', 'embeddings/pool/00000.npy',
-           'embeddings/pool/usable-00000.npy', 'dedup/keep.npy', 'dedup/duplicate_of.npy',
-           'search/anchor_classes/pool-00000.npz', 'report/index.html']
-  names += [f'search/{name}/{file}' for name in BENCHMARKS for file in ('pool-00000.npz', 'queries.npz')]
+  names = [
+    'config.json',
+    'versions.json',
+    'log.txt',
+    'ingest/pool/index-00000.parquet',
+    'ingest/pool/table.npy',
+    'embedder/embedder.npz',
+    'embedder/embedder.json',
+    'embeddings/pool/00000.npy',
+    'embeddings/pool/usable-00000.npy',
+    'dedup/keep.npy',
+    'dedup/duplicate_of.npy',
+    'search/anchor_classes/pool-00000.npz',
+    'report/index.html',
+  ]
+  names += [
+    f'search/{name}/{file}' for name in BENCHMARKS for file in ('pool-00000.npz', 'queries.npz')
+  ]
   names += [f'splits/{name}/split.json' for name in SPLITS]
-  names += [f'train/{name}/seed0/{file}' for name in SPLITS for file in ('metrics.jsonl', 'config.json')]
-  names += [f'evaluate/{split}/seed0/{name}.{end}' for split in SPLITS for name in BENCHMARKS for end in ('json', 'npz')]
-  names += [f'{stage}/manifest.json' for stage in ('ingest', 'embedder', 'embeddings', 'dedup', 'search', 'splits',
-                                                   'train', 'evaluate', 'report')]
+  names += [
+    f'train/{name}/seed0/{file}' for name in SPLITS for file in ('metrics.jsonl', 'config.json')
+  ]
+  names += [
+    f'evaluate/{split}/seed0/{name}.{end}'
+    for split in SPLITS
+    for name in BENCHMARKS
+    for end in ('json', 'npz')
+  ]
+  names += [
+    f'{stage}/manifest.json'
+    for stage in (
+      'ingest',
+      'embedder',
+      'embeddings',
+      'dedup',
+      'search',
+      'splits',
+      'train',
+      'evaluate',
+      'report',
+    )
+  ]
   assert [name for name in names if not (finished / name).exists()] == []
-  assert not [path for path in finished.rglob('*') if path.name.endswith('.lock') or '.tmp-' in path.name]
+  assert not [
+    path for path in finished.rglob('*') if path.name.endswith('.lock') or '.tmp-' in path.name
+  ]
 
 
 def test_the_search_equals_brute_force(finished):
@@ -61,7 +106,9 @@ def test_the_search_equals_brute_force(finished):
   per_query = np.load(finished / 'search/handwriting/queries.npz')
   similarity, threshold = pool @ queries.T, (queries @ anchor.T).max(axis=1)
   np.testing.assert_allclose(found['similarity'][usable], similarity.max(axis=1)[usable], atol=1e-5)
-  np.testing.assert_allclose(found['excess'][usable], (similarity - threshold).max(axis=1)[usable], atol=1e-5)
+  np.testing.assert_allclose(
+    found['excess'][usable], (similarity - threshold).max(axis=1)[usable], atol=1e-5
+  )
   np.testing.assert_allclose(per_query['anchor_similarity'], threshold, atol=1e-6)
   assert (found['similarity'][~usable] == -np.inf).all() and (found['nearest'][~usable] == -1).all()
   best = np.where(usable[:, None], similarity, -np.inf).max(axis=0)
@@ -88,13 +135,18 @@ def test_the_second_run_does_nothing(copy):
   before = mtimes(copy, 'ingest', 'embeddings', 'search', 'splits', 'train', 'evaluate', 'report')
   done = tiny.run(copy)
   assert done.returncode == 0 and 'nothing was done' in done.stdout
-  assert mtimes(copy, 'ingest', 'embeddings', 'search', 'splits', 'train', 'evaluate', 'report') == before
+  assert (
+    mtimes(copy, 'ingest', 'embeddings', 'search', 'splits', 'train', 'evaluate', 'report')
+    == before
+  )
 
 
 def test_a_new_split_and_seed_are_only_more_work(copy):
-  before = mtimes(copy, 'ingest', 'embeddings', 'search', 'train/base/seed0', 'train/random_75/seed0')
+  before = mtimes(
+    copy, 'ingest', 'embeddings', 'search', 'train/base/seed0', 'train/random_75/seed0'
+  )
   config = copy.parent / 'more.py'
-  config.write_text('''
+  config.write_text("""
 import importlib.util
 from clip_jax import defaults
 def get_config():
@@ -107,12 +159,16 @@ def get_config():
   config.splits.random_75.seeds = (0, 1)
   config.splits.near_count = defaults.split(rule='near', size=100, benchmarks=('val',))
   return config
-''')
-  done = tiny.run(copy, '--stages=ingest,embedder,embed,dedup,search,prune,train,evaluate', file=config)
+""")
+  done = tiny.run(
+    copy, '--stages=ingest,embedder,embed,dedup,search,prune,train,evaluate', file=config
+  )
   assert done.returncode == 0, done.stdout
   assert 'train: going on, 2 of 4 runs are done.' in done.stdout
   assert 'Left alone, as the config does not name them' in done.stdout
-  after = mtimes(copy, 'ingest', 'embeddings', 'search', 'train/base/seed0', 'train/random_75/seed0')
+  after = mtimes(
+    copy, 'ingest', 'embeddings', 'search', 'train/base/seed0', 'train/random_75/seed0'
+  )
   assert before == after
   assert (copy / 'splits/random_75/rows-seed1.npy').exists()
   assert len(np.load(copy / 'splits/near_count/rows.npy')) == 180
@@ -152,8 +208,13 @@ def test_dry_run_of_a_finished_directory(finished, capsys):
 
 
 def test_evaluate_command_agrees_with_the_stage(finished, tmp_path):
-  done = tiny.run(None, f'--checkpoint={finished}/train/base/seed0', '--benchmarks=val,handwriting',
-                  f'--output={tmp_path}/out', module='clip_jax.evaluate')
+  done = tiny.run(
+    None,
+    f'--checkpoint={finished}/train/base/seed0',
+    '--benchmarks=val,handwriting',
+    f'--output={tmp_path}/out',
+    module='clip_jax.evaluate',
+  )
   assert done.returncode == 0, done.stdout
   for name in ('val', 'handwriting'):
     ours = np.load(tmp_path / f'out/{name}.npz')
@@ -173,7 +234,9 @@ def test_killed_and_run_again_it_ends_the_same(finished, tmp_path):
   kill_at(workdir, 'train: run 3 of 7', signal.SIGKILL, 0.3)
   assert (workdir / 'train/anchor_only/seed0/run.sidecar.json').exists()
   done = tiny.run(workdir)
-  assert done.returncode == 0 and 'train: going on, 2 of 7 runs are done.' in done.stdout, done.stdout
+  assert done.returncode == 0 and 'train: going on, 2 of 7 runs are done.' in done.stdout, (
+    done.stdout
+  )
   assert tiny.content(workdir) == tiny.content(finished)
 
 

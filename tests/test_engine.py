@@ -46,7 +46,9 @@ def test_results_come_with_their_numbers(workers):
   found = list(engine.finished(_square, range(9), **said))
   assert sorted(found) == [(x, x * x) for x in range(9)] and (workers or found == sorted(found))
   assert list(engine.finished(_square, [], **said)) == []
-  assert (os.getpid() in {pid for _, pid in engine.finished(_process, range(4), **said)}) == (not workers)
+  assert (os.getpid() in {pid for _, pid in engine.finished(_process, range(4), **said)}) == (
+    not workers
+  )
   with pytest.raises(InputError, match='13'):
     list(engine.finished(_square, [1, 13, 2], **said))
 
@@ -77,10 +79,13 @@ def _locked(path):
 
 def test_workers_end_with_a_parent_that_is_killed(tmp_path):
   paths = [str(tmp_path / f'{i}') for i in range(2)]
-  code = ('import sys, test_engine; from clip_jax.core import engine\n'
-          'list(engine.finished(test_engine._locked, sys.argv[1:], workers=2, desc="x", unit="job"))')
-  parent = subprocess.Popen([sys.executable, '-c', code, *paths], cwd=os.path.dirname(__file__),
-                            stderr=subprocess.DEVNULL)
+  code = (
+    'import sys, test_engine; from clip_jax.core import engine\n'
+    'list(engine.finished(test_engine._locked, sys.argv[1:], workers=2, desc="x", unit="job"))'
+  )
+  parent = subprocess.Popen(
+    [sys.executable, '-c', code, *paths], cwd=os.path.dirname(__file__), stderr=subprocess.DEVNULL
+  )
   deadline = time.monotonic() + 60
   while not all(os.path.exists(path) and os.path.getsize(path) for path in paths):
     assert parent.poll() is None and time.monotonic() < deadline

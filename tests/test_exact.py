@@ -8,16 +8,14 @@ import sys
 from unittest import mock
 
 from by_number import ByNumber
-from hypothesis import given
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 import jax
 import numpy as np
 import pytest
 
 from clip_jax.core.errors import InputError
-from clip_jax.similarity import decide
-from clip_jax.similarity import exact
+from clip_jax.similarity import decide, exact
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -58,24 +56,35 @@ def join(parts, starts, k):
   for benchmark in parts[0]:
     results = [part[benchmark] for part in parts]
     similarity, row = exact.merge_top(
-        [(r['top_similarity'], r['top_row'] + start) for r, start in zip(results, starts)], k)
-    out[benchmark] = {key: np.concatenate([r[key] for r in results])
-                      for key in ('similarity', 'nearest', 'excess')}
+      [(r['top_similarity'], r['top_row'] + start) for r, start in zip(results, starts)], k
+    )
+    out[benchmark] = {
+      key: np.concatenate([r[key] for r in results]) for key in ('similarity', 'nearest', 'excess')
+    }
     out[benchmark] |= {'top_similarity': similarity, 'top_row': row}
   return out
 
 
 @settings(max_examples=40, deadline=None)
-@given(SEEDS, st.sampled_from([1, 2, 63, 64, 65, 200]),
-       st.sampled_from([(1,), (3, 70), (64, 1, 130)]), st.sampled_from([0, 1, 5, 63, 300]),
-       st.sampled_from([0, 0.3, 1]))
+@given(
+  SEEDS,
+  st.sampled_from([1, 2, 63, 64, 65, 200]),
+  st.sampled_from([(1,), (3, 70), (64, 1, 130)]),
+  st.sampled_from([0, 1, 5, 63, 300]),
+  st.sampled_from([0, 0.3, 1]),
+)
 def test_every_column_equals_brute_force_ties_included(seed, rows, sizes, k, unusable):
   check_by_brute_force(seed, rows, sizes, k, unusable, False)
 
 
 @settings(max_examples=10, deadline=None)
-@given(SEEDS, st.sampled_from([1, 200]), st.sampled_from([(3, 70), (64, 1, 130)]),
-       st.sampled_from([5, 70]), st.sampled_from([0, 0.3]))
+@given(
+  SEEDS,
+  st.sampled_from([1, 200]),
+  st.sampled_from([(3, 70), (64, 1, 130)]),
+  st.sampled_from([5, 70]),
+  st.sampled_from([0, 0.3]),
+)
 def test_an_accelerators_columns_equal_brute_force(seed, rows, sizes, k, unusable):
   check_by_brute_force(seed, rows, sizes, k, unusable, True)
 
@@ -88,8 +97,9 @@ def check_by_brute_force(seed, rows, sizes, k, unusable, accelerator):
   cuts = rng.choice(np.float32([-0.5, 0, 0.25, 0.5, 1]), len(vectors))
   queries = queries_of(vectors, sizes, cuts)
   with on(accelerator):
-    found = exact.search_shard(pool, usable, queries, k=k, tile_rows=64, query_block=64,
-                               devices=jax.devices()[:1])
+    found = exact.search_shard(
+      pool, usable, queries, k=k, tile_rows=64, query_block=64, devices=jax.devices()[:1]
+    )
   good = np.flatnonzero(usable)
   s = pool[good].astype(np.float64) @ vectors.astype(np.float64).T
   for benchmark, start, stop in queries.segments:
@@ -103,7 +113,12 @@ def check_by_brute_force(seed, rows, sizes, k, unusable, accelerator):
     assert np.array_equal(result['top_row'], good[order])
     assert np.array_equal(result['top_similarity'], np.take_along_axis(part.T, order, 1))
     assert [result[key].dtype for key in result] == [
-        np.float32, np.int32, np.float32, np.float32, np.int64]
+      np.float32,
+      np.int32,
+      np.float32,
+      np.float32,
+      np.int64,
+    ]
 
 
 @settings(max_examples=15, deadline=None)
@@ -113,8 +128,14 @@ def test_real_vectors_are_within_the_error_bound(seed, rows, dim, accelerator):
   pool, vectors, t = unit(rng, rows, dim), unit(rng, 70, dim), rng.uniform(-1, 1, 70)
   with on(accelerator):
     result = exact.search_shard(
-        pool, np.ones(rows, bool), queries_of(vectors, [70], t.astype('f4')), k=7, tile_rows=64,
-        query_block=64, devices=jax.devices()[:1])['b0']
+      pool,
+      np.ones(rows, bool),
+      queries_of(vectors, [70], t.astype('f4')),
+      k=7,
+      tile_rows=64,
+      query_block=64,
+      devices=jax.devices()[:1],
+    )['b0']
   s = pool.astype(np.float64) @ vectors.astype(np.float64).T
   bound = decide.error_bound(dim)
   assert np.abs(result['similarity'] - s.max(1)).max() <= bound
@@ -130,18 +151,21 @@ def test_same_bits_for_every_tile_block_and_shard(dim):
   pool, sizes = unit(rng, 900, dim), [130, 1, 300]
   pool[rng.integers(900, size=90)] = pool[rng.integers(900, size=90)]
   vectors = unit(rng, sum(sizes), dim)
-  vectors[::9] = pool[:len(vectors[::9])]
+  vectors[::9] = pool[: len(vectors[::9])]
   usable = rng.random(900) > 0.1
   queries = queries_of(vectors, sizes, rng.uniform(0, 0.5, len(vectors)).astype(np.float32))
   want = exact.search_shard(pool, usable, queries, k=20)
   for tile_rows, query_block in [(64, 64), (100, 512), (512, 1), (4096, 192)]:
     got = exact.search_shard(
-        pool, usable, queries, k=20, tile_rows=tile_rows, query_block=query_block)
+      pool, usable, queries, k=20, tile_rows=tile_rows, query_block=query_block
+    )
     same(want, got)
   for starts in ([0, 450], [0, 1, 65, 300, 899]):
     for tile_rows in (0, 128):
-      parts = [exact.search_shard(pool[a:b], usable[a:b], queries, k=20, tile_rows=tile_rows)
-               for a, b in zip(starts, [*starts[1:], 900])]
+      parts = [
+        exact.search_shard(pool[a:b], usable[a:b], queries, k=20, tile_rows=tile_rows)
+        for a, b in zip(starts, [*starts[1:], 900])
+      ]
       same(want, join(parts, starts, 20))
 
 
@@ -155,11 +179,22 @@ def test_same_bits_for_every_number_of_devices(accelerator, spread):
   usable = rng.random(700) > 0.1
   with on(accelerator):
     want = exact.search_shard(
-        pool, usable, queries, k=20, tile_rows=128, query_block=64, devices=jax.devices()[:1])
+      pool, usable, queries, k=20, tile_rows=128, query_block=64, devices=jax.devices()[:1]
+    )
     with mock.patch.object(exact.accelerator, 'too_large', return_value=spread):
       for count in [3] if accelerator else [2, 8]:
-        same(want, exact.search_shard(pool, usable, queries, k=20, tile_rows=128, query_block=64,
-                                      devices=jax.devices()[:count]))
+        same(
+          want,
+          exact.search_shard(
+            pool,
+            usable,
+            queries,
+            k=20,
+            tile_rows=128,
+            query_block=64,
+            devices=jax.devices()[:count],
+          ),
+        )
 
 
 @pytest.mark.parametrize('accelerator', [False, True])
@@ -196,7 +231,7 @@ def test_a_pair_has_the_same_bits_in_columns_and_lists():
   assert np.array_equal(result['nearest'], s.argmax(0))
 
 
-BITS = '''
+BITS = """
 import hashlib, os, sys
 if sys.argv[1] == 'one':
   os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
@@ -210,15 +245,23 @@ x = (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float16)
 queries = exact.Queries(x[:400], (('a', 0, 150), ('b', 150, 400)), np.zeros(400, np.float32))
 found = exact.search_shard(x[400:], np.ones(1000, bool), queries, k=10, tile_rows=512)
 print(hashlib.sha256(b''.join(v.tobytes() for r in found.values() for v in r.values())).hexdigest())
-'''
+"""
 
 
 @pytest.mark.skipif(not hasattr(os, 'sched_setaffinity'), reason='needs Linux to pin to one CPU')
 def test_same_bits_for_every_number_of_threads():
   environment = {**os.environ, 'XLA_FLAGS': '--xla_force_host_platform_device_count=8'}
   del environment['OMP_NUM_THREADS'], environment['OPENBLAS_NUM_THREADS']
-  digests = [subprocess.run([sys.executable, '-c', BITS, threads], capture_output=True, text=True,
-                            check=True, env=environment).stdout for threads in ('one', 'all', 'plain')]
+  digests = [
+    subprocess.run(
+      [sys.executable, '-c', BITS, threads],
+      capture_output=True,
+      text=True,
+      check=True,
+      env=environment,
+    ).stdout
+    for threads in ('one', 'all', 'plain')
+  ]
   assert len(set(digests)) == 1 and len(digests[0]) == 1 + len(hashlib.sha256().hexdigest())
 
 
@@ -272,8 +315,9 @@ def nearly_tied(rng, rows, count):
 @given(SEEDS, st.sampled_from([1, 64, 150]), st.sampled_from([1, 64, 70]), st.booleans())
 def test_thresholds_equal_float64_brute_force(seed, rows, count, tied):
   rng = np.random.default_rng(seed)
-  anchor, queries = nearly_tied(rng, rows, count) if tied else (
-      unit(rng, rows, 9), unit(rng, count, 9))
+  anchor, queries = (
+    nearly_tied(rng, rows, count) if tied else (unit(rng, rows, 9), unit(rng, count, 9))
+  )
   usable = rng.random(len(anchor)) > 0.2
   usable[rng.integers(len(anchor))] = True
   good = np.flatnonzero(usable)
@@ -285,12 +329,18 @@ def test_thresholds_equal_float64_brute_force(seed, rows, count, tied):
 
 
 @settings(max_examples=25, deadline=None)
-@given(SEEDS, st.sampled_from([1, 64, 150]), st.sampled_from([1, 70]), st.sampled_from([1, 2, 9]),
-       st.booleans())
+@given(
+  SEEDS,
+  st.sampled_from([1, 64, 150]),
+  st.sampled_from([1, 70]),
+  st.sampled_from([1, 2, 9]),
+  st.booleans(),
+)
 def test_anchor_top_equals_float64_brute_force(seed, rows, count, k, tied):
   rng = np.random.default_rng(seed)
-  anchor, queries = nearly_tied(rng, rows, count) if tied else (
-      unit(rng, rows, 9), unit(rng, count, 9))
+  anchor, queries = (
+    nearly_tied(rng, rows, count) if tied else (unit(rng, rows, 9), unit(rng, count, 9))
+  )
   usable = rng.random(len(anchor)) > 0.2
   usable[rng.permutation(len(anchor))[:k]] = True
   good = np.flatnonzero(usable)
@@ -315,13 +365,13 @@ def test_pairs_over_equals_float64_brute_force(seed, count, queries, tied):
   rows = np.sort(rng.permutation(200)[:count])
   s = q.astype(np.float64) @ x.astype(np.float64).T  # exact
   cut = s[np.arange(queries), rng.integers(200, size=queries)]
-  cut = cut + rng.choice([0, 2**-47, -2**-47, 1e-8, -1e-8], queries)
+  cut = cut + rng.choice([0, 2**-47, -(2**-47), 1e-8, -1e-8], queries)
   cut[rng.random(queries) < 0.1] = np.nan  # an unusable query
   pool = np.where(np.isin(np.arange(200), rows)[:, None], x, np.float16(np.nan))  # others: not read
   parts = list(exact.pairs_over(pool, rows, q, cut, tile_rows=64, query_block=64))
   assert len(parts) == -(-count // 64)
   for part, (query, row, similarity) in enumerate(parts):
-    tile = rows[64 * part:64 * part + 64]
+    tile = rows[64 * part : 64 * part + 64]
     want, position = np.nonzero(s[:, tile] > cut[:, None])
     assert np.array_equal(query, want) and np.array_equal(row, tile[position])
     assert np.array_equal(similarity, s[query, row])
@@ -333,14 +383,22 @@ def test_pairs_over_equals_float64_brute_force(seed, count, queries, tied):
 def test_float16_at_its_edges(seed, count, accelerator):
   """Subnormals, both zeros, and vectors as long and as short as is let through."""
   rng = np.random.default_rng(seed)
+
   def edgy(n):
-    x = rng.choice(np.float16([2**-24, -2**-24, 2**-14, 0, -0.0, 2**-15 + 2**-24]), (n, 7))
+    x = rng.choice(np.float16([2**-24, -(2**-24), 2**-14, 0, -0.0, 2**-15 + 2**-24]), (n, 7))
     x[np.arange(n), rng.integers(7, size=n)] = rng.choice(np.float16([1, 0.9004, 1.099, -1]), n)
     return x
+
   pool, vectors = edgy(150), edgy(count)
   with on(accelerator):
-    result = exact.search_shard(pool, np.ones(150, bool), queries_of(vectors, [count]), k=3,
-                                tile_rows=64, devices=jax.devices()[:1])['b0']
+    result = exact.search_shard(
+      pool,
+      np.ones(150, bool),
+      queries_of(vectors, [count]),
+      k=3,
+      tile_rows=64,
+      devices=jax.devices()[:1],
+    )['b0']
   s = pool.astype(np.float64) @ vectors.astype(np.float64).T
   assert np.abs(result['similarity'] - s.max(1)).max() <= decide.error_bound(7)
   t, row = exact.anchor_top(pool, np.ones(150, bool), vectors, 3, tile_rows=64)
@@ -375,12 +433,16 @@ def test_bad_vectors_are_named(value):
     exact.search_shard(pool, usable, queries_of(vectors, [4]), k=3)
 
 
-@pytest.mark.parametrize('make', [
+@pytest.mark.parametrize(
+  'make',
+  [
     lambda x: exact.Queries(x.astype(np.float32), (('a', 0, 4),)),
     lambda x: exact.Queries(x, (('a', 0, 4),), np.zeros(3, np.float32)),
     lambda x: exact.Queries(x, (('a', 0, 4), ('b', 4, 4))),
     lambda x: exact.search_shard(x[:, :7], np.ones(4, bool), queries_of(x, [4]), k=1),
-    lambda x: exact.search_shard(x, np.ones(3, bool), queries_of(x, [4]), k=1)])
+    lambda x: exact.search_shard(x, np.ones(3, bool), queries_of(x, [4]), k=1),
+  ],
+)
 def test_wrong_shapes_are_refused(make):
   with pytest.raises(ValueError):
     make(unit(np.random.default_rng(0), 4, 8))

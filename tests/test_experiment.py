@@ -13,7 +13,9 @@ def _experiment():
 def test_a_view_is_the_same_object_each_time_and_shares_the_graph():
   x = _experiment()
   hog = x.under('hog')
-  assert x.under('hog') is hog and hog.under('hog') is hog and hog.under('') is x and x.under('') is x
+  assert (
+    x.under('hog') is hog and hog.under('hog') is hog and hog.under('') is x and x.under('') is x
+  )
   assert hog.graph is x.graph and x.graph is x.graph and hog.config is x.config
   assert (x.embedder_block.source, hog.embedder_block.dim) == ('pca', 5)
 
@@ -32,6 +34,12 @@ def test_what_is_shared_is_built_once_for_each_view_until_the_stage_ends():
   def build():
     built.append(1)
     return len(built)
-  assert [x.once('a', build), x.once('a', build), x.once('b', build), x.under('hog').once('a', build)] == [1, 1, 2, 3]
+
+  assert [
+    x.once('a', build),
+    x.once('a', build),
+    x.once('b', build),
+    x.under('hog').once('a', build),
+  ] == [1, 1, 2, 3]
   x.under('hog').close()  # of all views
   assert [x.under('hog').once('a', build), x.once('a', build)] == [4, 5]

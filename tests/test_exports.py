@@ -26,8 +26,10 @@ def cut(keys, seed):
   rng = np.random.default_rng(seed)
   ends = sorted(rng.integers(0, len(keys) + 1, 3).tolist())
   parts = [keys[a:b] for a, b in zip([0, *ends], [*ends, len(keys)])]
-  return [pa.array(part, pa.string()) if i % 2 else pa.chunked_array([part], pa.string())
-          for i, part in enumerate(parts)]
+  return [
+    pa.array(part, pa.string()) if i % 2 else pa.chunked_array([part], pa.string())
+    for i, part in enumerate(parts)
+  ]
 
 
 @given(st.lists(hexes, min_size=1, max_size=20))
@@ -49,21 +51,30 @@ def test_files_of_every_kind_name_the_same_rows(tmp_path_factory, data):
   folder, seed = tmp_path_factory.mktemp('lists'), data.draw(st.integers(0, 9))
   as_uid = lambda key: f'{key + 3:016x}{key * key:016x}'
   expected = expected_rows(listed, pool)
-  report = {'listed': len(listed), 'not_in_pool': len(set(listed) - set(pool)),
-            'listed_twice': sum(listed.count(key) > 1 for key in set(listed)),
-            'several_rows': sum(pool.count(key) > 1 for key in set(listed))}
+  report = {
+    'listed': len(listed),
+    'not_in_pool': len(set(listed) - set(pool)),
+    'listed_twice': sum(listed.count(key) > 1 for key in set(listed)),
+    'several_rows': sum(pool.count(key) > 1 for key in set(listed)),
+  }
 
   np.save(folder / 'u.npy', exports.sorted_uids(exports.uids(list(map(as_uid, listed)))))
   np.save(folder / 'i.npy', np.array(listed, np.int32))
   np.save(folder / 's.npy', np.array([f'k{key}' for key in listed]))
-  pq.write_table(pa.table({'url': ['u'] * len(listed), 'uid': list(map(as_uid, listed))}),
-                 folder / 't.parquet')
+  pq.write_table(
+    pa.table({'url': ['u'] * len(listed), 'uid': list(map(as_uid, listed))}), folder / 't.parquet'
+  )
   pq.write_table(pa.table({'SAMPLE_ID': pa.array(listed, pa.int32())}), folder / 'n.parquet')
   texts = [f'k{key}' for key in pool]
   (folder / 't.txt').write_text('\n\r\n'.join(f'k{key}' for key in listed))
-  for name, keys in (('u.npy', list(map(as_uid, pool))), ('i.npy', [f'{key:09d}' for key in pool]),
-                     ('s.npy', texts), ('t.parquet', list(map(as_uid, pool))),
-                     ('n.parquet', list(map(str, pool))), ('t.txt', texts)):
+  for name, keys in (
+    ('u.npy', list(map(as_uid, pool))),
+    ('i.npy', [f'{key:09d}' for key in pool]),
+    ('s.npy', texts),
+    ('t.parquet', list(map(as_uid, pool))),
+    ('n.parquet', list(map(str, pool))),
+    ('t.txt', texts),
+  ):
     found = exports.find(exports.read(folder / name), cut(keys, seed))
     assert found.rows.dtype == np.int64 and found.rows.tolist() == expected, name
     assert found.report == report, name
@@ -86,10 +97,14 @@ def test_rows_without_a_key_are_never_named():
   listed = exports._binary(np.frombuffer(bytes(15) + b'\5', np.uint8).reshape(1, 16))
   found = exports.find(listed, [pa.array([None, uid, None]), pa.nulls(2), pa.array([uid])])
   assert found.rows.tolist() == [1, 5]
-  assert exports.find(pa.array([7]), [pa.array([None, '007']), pa.array([7, None])]).rows.tolist() == [1, 2]
+  assert exports.find(
+    pa.array([7]), [pa.array([None, '007']), pa.array([7, None])]
+  ).rows.tolist() == [1, 2]
 
 
-@pytest.mark.parametrize('convert, keys, said', [
+@pytest.mark.parametrize(
+  'convert, keys, said',
+  [
     (exports.uids, ['0' * 32, 'abc'], "'abc' of row 11 is no uid"),
     (exports.uids, ['0' * 32, None], 'None of row 11 is no uid'),
     (exports.uids, ['0' * 32, '0' * 31 + 'g'], '0g.* of row 11 is no uid'),
@@ -101,7 +116,8 @@ def test_rows_without_a_key_are_never_named():
     (exports.numbers, ['', '1'], 'row 10'),
     (exports.numbers, [1.5], "'1.5' of row 10"),
     (exports.numbers, ['5', None], 'None of row 11'),
-])
+  ],
+)
 def test_bad_keys_are_named_with_their_row(convert, keys, said):
   with pytest.raises(InputError, match=f'{said}.*prune.export_key'):
     convert(keys, 10)
@@ -110,13 +126,18 @@ def test_bad_keys_are_named_with_their_row(convert, keys, said):
 
 
 def test_numbers_with_many_zeros_and_the_largest():
-  assert exports.numbers(['0' * 30 + '7', str(2**63 - 1), str(-2**63)]).tolist() == [
-      7, 2**63 - 1, -2**63]
+  assert exports.numbers(['0' * 30 + '7', str(2**63 - 1), str(-(2**63))]).tolist() == [
+    7,
+    2**63 - 1,
+    -(2**63),
+  ]
 
 
 def test_uids_of_a_machine_with_other_bytes(tmp_path):
   np.save(tmp_path / 'u.npy', np.array([(1, 2**64 - 1)], '>u8,>u8'))
-  assert exports.find(exports.read(tmp_path / 'u.npy'), [[f'{1:016x}{2**64 - 1:016X}']]).rows.tolist() == [0]
+  assert exports.find(
+    exports.read(tmp_path / 'u.npy'), [[f'{1:016x}{2**64 - 1:016X}']]
+  ).rows.tolist() == [0]
 
 
 class Bomb:
@@ -147,7 +168,9 @@ def test_forged_files_are_sentences(tmp_path):
   whole = npy(np.arange(100))
   refused('a.npy', whole[:-8], 'cannot be read')
   refused('a.npy', whole.replace(b'(100,)', b'(10**14,)'), 'cannot be read')
-  refused('a.npy', whole.replace(b'(100,), }   ', b'(99999999999999,)}'[:12]), 'cannot be read|holds')
+  refused(
+    'a.npy', whole.replace(b'(100,), }   ', b'(99999999999999,)}'[:12]), 'cannot be read|holds'
+  )
   refused('a.npy', npy(np.zeros((2, 2), np.int64)), r'holds int64 \[2, 2\]')
   refused('a.npy', npy(np.zeros(2)), 'holds float64')
   refused('a.npy', npy(np.zeros(2, 'i8,i8')), 'Give .* u8,u8')
@@ -161,15 +184,22 @@ def test_forged_files_are_sentences(tmp_path):
   refused('a.parquet', b'PAR1', 'cannot be read')
   for kept in ('key', 'some-text'):  # in a column's name, and in a row
     table = io.BytesIO()
-    pq.write_table(pa.table({'key' if kept == 'some-text' else 'some-text': ['some-text', 'x']}), table,
-                   use_dictionary=False, compression='none')
+    pq.write_table(
+      pa.table({'key' if kept == 'some-text' else 'some-text': ['some-text', 'x']}),
+      table,
+      use_dictionary=False,
+      compression='none',
+    )
     refused('a.parquet', table.getvalue().replace(b'some-text', b'some\xfftext'), 'cannot be read')
   refused('a.csv', b'a', 'must end in .npy, .parquet, .txt')
   with pytest.raises(InputError, match='is not there'):
     exports.read(tmp_path / 'none.npy')
-  for table, said in (({'a': ['x'], 'b': ['y']}, "columns a, b, and no 'key'"),
-                      ({'key': [1.5]}, "'key' is double"), ({'key': ['x', None]}, '1 of 2 rows'),
-                      ({'key': [[1]]}, "'key' is list")):
+  for table, said in (
+    ({'a': ['x'], 'b': ['y']}, "columns a, b, and no 'key'"),
+    ({'key': [1.5]}, "'key' is double"),
+    ({'key': ['x', None]}, '1 of 2 rows'),
+    ({'key': [[1]]}, "'key' is list"),
+  ):
     pq.write_table(pa.table(table), tmp_path / 't.parquet')
     with pytest.raises(InputError, match=said):
       exports.read(tmp_path / 't.parquet')
@@ -178,7 +208,9 @@ def test_forged_files_are_sentences(tmp_path):
 def test_a_parquet_column_is_chosen_and_ours_lists_pool_rows_only(tmp_path):
   path = tmp_path / 't.parquet'
   pq.write_table(pa.table({'key': ['a'], 'other': ['b']}), path)
-  assert exports.read(path).to_pylist() == ['a'] and exports.read(path, 'other').to_pylist() == ['b']
+  assert exports.read(path).to_pylist() == ['a'] and exports.read(path, 'other').to_pylist() == [
+    'b'
+  ]
   pq.write_table(pa.table({'dataset': ['pool', 'anchor'], 'key': ['a', 'x'], 'row': [0, 0]}), path)
   assert exports.read(path).to_pylist() == ['a']
   words = pa.array(['a', 'b', 'a']).dictionary_encode()

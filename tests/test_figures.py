@@ -7,12 +7,20 @@ import xml.etree.ElementTree as ET
 import numpy as np
 import pytest
 
-from clip_jax.reporting import figures
-from clip_jax.reporting import svg
+from clip_jax.reporting import figures, svg
 
 RNG = np.random.default_rng(0)
-BINS = [{'low': 0.5 + 0.05 * i, 'high': 0.55 + 0.05 * i, 'n': n, 'accuracy': 0.4 + 0.1 * i,
-         'accuracy_low': 0.3, 'accuracy_high': 0.6} for i, n in enumerate((3, 40, 50))]
+BINS = [
+  {
+    'low': 0.5 + 0.05 * i,
+    'high': 0.55 + 0.05 * i,
+    'n': n,
+    'accuracy': 0.4 + 0.1 * i,
+    'accuracy_low': 0.3,
+    'accuracy_high': 0.6,
+  }
+  for i, n in enumerate((3, 40, 50))
+]
 
 from looks import LOOKS
 
@@ -33,8 +41,9 @@ def point(size, accuracy, low=None, high=None):
 
 
 def test_histogram_names_both_sets_and_their_medians():
-  text = figures.similarity_histogram(np.full(9, 0.5), np.full(9, 0.8), title='val',
-                                      limits=(0.2, 1))
+  text = figures.similarity_histogram(
+    np.full(9, 0.5), np.full(9, 0.8), title='val', limits=(0.2, 1)
+  )
   assert 'anchor, median 0.50' in words(text) and 'pool, median 0.80' in words(text)
 
 
@@ -56,14 +65,23 @@ def test_bins_say_their_size_and_pale_ones_are_pale():
 def test_bins_take_curves_without_intervals_and_without_bins():
   bare = [{**b, 'accuracy_low': None, 'accuracy_high': None} for b in BINS]
   accuracy_by_similarity(
-      [{'name': 'base', 'rule': 'all', 'adjusted': False, 'bins': bare},
-       {'name': 'out', 'rule': 'all', 'adjusted': True, 'bins': []}], title='t', xlabel='x')
+    [
+      {'name': 'base', 'rule': 'all', 'adjusted': False, 'bins': bare},
+      {'name': 'out', 'rule': 'all', 'adjusted': True, 'bins': []},
+    ],
+    title='t',
+    xlabel='x',
+  )
 
 
 def test_size_panel_says_near_and_far_in_words():
   text = accuracy_by_size(
-      {'near': [point(50, 0.3, 0.2, 0.4)], 'far': [point(50, 0.6)], 'random': [point(50, 0.5)]},
-      title='sketch', base=point(100, 0.68), reference=0.2, limits=(0, 1))
+    {'near': [point(50, 0.3, 0.2, 0.4)], 'far': [point(50, 0.6)], 'random': [point(50, 0.5)]},
+    title='sketch',
+    base=point(100, 0.68),
+    reference=0.2,
+    limits=(0, 1),
+  )
   found = words(text)
   assert 'near-pruned (most similar removed)' in found
   assert 'far-pruned (most similar kept)' in found
@@ -71,36 +89,48 @@ def test_size_panel_says_near_and_far_in_words():
 
 
 def test_size_panel_without_base_and_reference():
-  accuracy_by_size({'near': [point(50, 0.3)]}, title='t', base=None, reference=None,
-                           limits=(0, 1))
+  accuracy_by_size({'near': [point(50, 0.3)]}, title='t', base=None, reference=None, limits=(0, 1))
 
 
 def test_answer_lines_name_every_benchmark():
-  points = [{'rule': rule, 'accuracy': a, 'low': None, 'high': None}
-            for rule, a in (('all', 0.7), ('anchor', 0.2), ('gap_aligned', 0.6))]
-  found = words(
-      answer_lines([{'title': 'a', 'points': points}, {'title': 'b', 'points': points}]))
+  points = [
+    {'rule': rule, 'accuracy': a, 'low': None, 'high': None}
+    for rule, a in (('all', 0.7), ('anchor', 0.2), ('gap_aligned', 0.6))
+  ]
+  found = words(answer_lines([{'title': 'a', 'points': points}, {'title': 'b', 'points': points}]))
   assert {'a', 'b', 'gap-aligned'} <= set(found.split())
 
 
 def test_answer_lines_place_accuracies_in_order():
   """The aligned split's mark lies between anchor only and base, in proportion."""
-  points = [{'rule': rule, 'accuracy': a, 'low': None, 'high': None}
-            for rule, a in (('anchor', 0.2), ('gap_aligned', 0.5), ('all', 0.8))]
+  points = [
+    {'rule': rule, 'accuracy': a, 'low': None, 'high': None}
+    for rule, a in (('anchor', 0.2), ('gap_aligned', 0.5), ('all', 0.8))
+  ]
   text = answer_lines([{'title': 't', 'points': points}])
-  marks = re.findall(r'<use xlink:href="#\w+" x="([\d.]+)" y="([\d.]+)" style="fill: ([^;"]+)',
-                     text)
+  marks = re.findall(
+    r'<use xlink:href="#\w+" x="([\d.]+)" y="([\d.]+)" style="fill: ([^;"]+)', text
+  )
   color = {rule: LOOKS[rule][0].replace(svg.INK, 'currentColor') for rule in LOOKS}
   height = next(
-      y for _, y, c in marks if c == color['gap_aligned'])  # its first mark: not the legend's
+    y for _, y, c in marks if c == color['gap_aligned']
+  )  # its first mark: not the legend's
   x = {c: float(x) for x, y, c in marks if y == height}
   anchor, gap, base = (x[color[rule]] for rule in ('anchor', 'gap_aligned', 'all'))
   assert anchor < gap and gap - anchor == pytest.approx(base - gap, rel=1e-3)
 
 
 def test_differences_show_titles_numbers_and_margin():
-  rows = [{'title': 'p on b', 'detail': '\u22123.1', 'rule': 'gap_aligned', 'estimate': -0.031,
-           'low': None, 'high': None}]
+  rows = [
+    {
+      'title': 'p on b',
+      'detail': '\u22123.1',
+      'rule': 'gap_aligned',
+      'estimate': -0.031,
+      'low': None,
+      'high': None,
+    }
+  ]
   text = differences(rows, title='T', xlabel='points', margin=0.03)
   assert 'p on b' in words(text) and '\u22123.1' in words(text)
 
@@ -122,6 +152,7 @@ def test_plane_takes_equal_points_extremes_and_a_line(line):
 
 
 def test_figures_are_pure():
-  draw = lambda: figures.similarity_histogram(np.linspace(0, 1, 9), np.linspace(0, 1, 9), title='t',
-                                              limits=(0, 1))
+  draw = lambda: figures.similarity_histogram(
+    np.linspace(0, 1, 9), np.linspace(0, 1, 9), title='t', limits=(0, 1)
+  )
   assert draw() == draw()

@@ -70,12 +70,14 @@ def test_check_space(tmp_path):
 
 
 def test_what_a_killed_process_left_is_removed_and_what_a_live_one_writes_is_kept(tmp_path):
-  code = ('import os, signal, sys; from clip_jax.core import files\n'
-          'with files.atomic(sys.argv[1]) as path:\n'
-          '  path.write_text("half"); os.kill(os.getpid(), signal.SIGKILL)')
+  code = (
+    'import os, signal, sys; from clip_jax.core import files\n'
+    'with files.atomic(sys.argv[1]) as path:\n'
+    '  path.write_text("half"); os.kill(os.getpid(), signal.SIGKILL)'
+  )
   (tmp_path / 'deep').mkdir()
   subprocess.run([sys.executable, '-c', code, str(tmp_path / 'deep/x')], check=False)
-  left, = (tmp_path / 'deep').iterdir()
+  (left,) = (tmp_path / 'deep').iterdir()
   other = tmp_path / '.tmp-otherhost-1-y'
   other.write_text('another machine')
   with files.atomic(tmp_path / 'z') as live:

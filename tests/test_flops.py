@@ -4,17 +4,19 @@ import jax
 import numpy as np
 import pytest
 
-from clip_jax.models import clip
-from clip_jax.models import flops
-from clip_jax.models import zoo
+from clip_jax.models import clip, flops, zoo
 
 
-@pytest.mark.parametrize('name, gflops', [('ViT-B-32', 8.82), ('ViT-L-14', 162.03), ('RN50', 12.22)])
+@pytest.mark.parametrize(
+  'name, gflops', [('ViT-B-32', 8.82), ('ViT-L-14', 162.03), ('RN50', 12.22)]
+)
 def test_images_cost_what_open_clip_says(name, gflops):
   assert flops.image_flops(zoo.get(name)) / 1e9 == pytest.approx(gflops, rel=0.005)
 
 
-@pytest.mark.parametrize('name, gflops', [('ViT-B-32', 14.78), ('ViT-L-14', 175.33), ('RN50', 18.18)])
+@pytest.mark.parametrize(
+  'name, gflops', [('ViT-B-32', 14.78), ('ViT-L-14', 175.33), ('RN50', 18.18)]
+)
 def test_both_towers_cost_what_open_clip_says(name, gflops):
   config = zoo.get(name)
   assert flops.forward_flops(config) == flops.image_flops(config) + flops.text_flops(config)
@@ -24,7 +26,9 @@ def test_both_towers_cost_what_open_clip_says(name, gflops):
 def test_patches_and_a_class_token_by_hand():
   vision = zoo.ViTConfig(image_size=8, patch_size=4, width=6, layers=0, heads=1)
   config = zoo.CLIPConfig(5, vision, zoo.TextConfig(3, 9, 4, 1, 0))
-  assert flops.image_flops(config) == 2 * (6 * 3 * 16 * 5 + 6 * 5)  # the class token counts as a patch
+  assert flops.image_flops(config) == 2 * (
+    6 * 3 * 16 * 5 + 6 * 5
+  )  # the class token counts as a patch
   assert flops.text_flops(config) == 2 * 4 * 5
 
 

@@ -8,9 +8,7 @@ from PIL import Image
 import pytest
 
 from clip_jax.core.errors import InputError
-from clip_jax.data import folder
-from clip_jax.data import listing
-from clip_jax.data import sources
+from clip_jax.data import folder, listing, sources
 
 
 def _image(path, value=0):
@@ -42,7 +40,7 @@ def test_files_beside_an_image_belong_to_it(tmp_path):
   _image(tmp_path / '00000' / '000000002.png')
   scan = _scan(tmp_path, label_key='label', columns=('domain', 'folder'))
   assert scan.skipped == [{'key': '00000/000000002.png', 'reason': 'no caption'}]
-  record, = scan.records
+  (record,) = scan.records
   assert (record.caption, record.label) == ('a caption', 3)
   assert record.columns == {'domain': 'web', 'folder': '00000'}
   assert len(_scan(tmp_path, where={'domain': 'web'}).records) == 1
@@ -74,7 +72,9 @@ def test_what_is_no_file_is_no_image_and_a_broken_link_is_listed(tmp_path):
   assert sorted(folder.paths(str(tmp_path))) == names
   found, skipped = folder.samples(str(tmp_path), names)
   assert [sample.key for sample in found] == ['a/1.png', 'a/folder.png/2.png']
-  assert skipped == [{'key': f'a/{name}.png', 'reason': 'file cannot be read'} for name in ('broken', 'self')]
+  assert skipped == [
+    {'key': f'a/{name}.png', 'reason': 'file cannot be read'} for name in ('broken', 'self')
+  ]
 
 
 def test_folders_in_one_another_without_end_and_odd_names(tmp_path):
@@ -99,6 +99,7 @@ def test_a_folder_that_cannot_be_listed_is_said(tmp_path, monkeypatch):
     if os.path.basename(path) == 'a':
       raise PermissionError(13, 'Permission denied')
     return scandir(path)
+
   monkeypatch.setattr(os, 'scandir', forbidden)
   with pytest.raises(InputError, match="/a' cannot be listed .Permission denied"):
     folder.find(str(tmp_path))
@@ -109,9 +110,17 @@ def test_class_folders_hold_an_image(tmp_path):
     _image(tmp_path / name)
   (tmp_path / 'empty').mkdir()
   assert folder.class_folders(str(tmp_path)) == ('a', 'b')
-  assert [folder.class_folder(name) for name in ('b/x/1.png', 'top.png', 'images/a/1.png')] == ['b', '', 'images']
+  assert [folder.class_folder(name) for name in ('b/x/1.png', 'top.png', 'images/a/1.png')] == [
+    'b',
+    '',
+    'images',
+  ]
   assert folder.class_folder('images/a/1.png', 'images/') == 'a'
-  assert folder.class_folder('other/a/1.png', 'images/') == '' == folder.class_folder('images/1.png', 'images/')
+  assert (
+    folder.class_folder('other/a/1.png', 'images/')
+    == ''
+    == folder.class_folder('images/1.png', 'images/')
+  )
   with pytest.raises(InputError, match='is no folder'):
     folder.find(str(tmp_path / 'nowhere'))
   with pytest.raises(InputError, match='holds no file that ends in'):

@@ -3,8 +3,9 @@
 import base64
 import io
 
+from hypothesis import given
+from hypothesis import strategies as st
 import numpy as np
-from hypothesis import given, strategies as st
 from PIL import Image
 
 from clip_jax.reporting import gallery

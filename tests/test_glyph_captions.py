@@ -10,8 +10,9 @@ from clip_jax.demo.glyph_captions import CLASSES, STYLE_WORDS, TEMPLATES, captio
 
 
 def captions(style, count=1500, kind='digit', name='seven', sign='7', face='bold serif'):
-  return [caption(name, sign, kind, style, face, np.random.default_rng((1, i)))
-          for i in range(count)]
+  return [
+    caption(name, sign, kind, style, face, np.random.default_rng((1, i))) for i in range(count)
+  ]
 
 
 @pytest.mark.parametrize('style', STYLE_WORDS)
@@ -25,14 +26,19 @@ def test_names_come_at_the_same_rate_in_every_style(style):
 
 @pytest.mark.parametrize('style', STYLE_WORDS)
 def test_style_words_are_in_about_half(style):
-  share = np.mean([any(word in text.lower() for word in STYLE_WORDS[style])
-                   for text in captions(style)])
+  share = np.mean(
+    [any(word in text.lower() for word in STYLE_WORDS[style]) for text in captions(style)]
+  )
   assert 0.44 < share < 0.56
 
 
 def test_the_noise_names_no_class_and_holds_no_digit():
-  parts = [*glyph_captions.LEADS, *glyph_captions.JUNK, *sum(glyph_captions.NOUNS.values(), ()),
-           *sum(STYLE_WORDS.values(), ())]
+  parts = [
+    *glyph_captions.LEADS,
+    *glyph_captions.JUNK,
+    *sum(glyph_captions.NOUNS.values(), ()),
+    *sum(STYLE_WORDS.values(), ()),
+  ]
   words = set(re.findall(r'\w+', ' '.join(parts)))
   assert not words & set(CLASSES)
   assert not any(character.isdigit() for part in parts for character in part)

@@ -16,8 +16,10 @@ def rng(*seed):
 
 @pytest.mark.parametrize('font', glyph_images.FONTS)
 def test_every_font_has_its_own_glyph_for_every_digit_and_letter(font):
-  masks = [np.asarray(glyph_images._glyph(character, font, 0.0, False, 48)) for character in
-           string.digits + 'fkmrxyFKMRXY']
+  masks = [
+    np.asarray(glyph_images._glyph(character, font, 0.0, False, 48))
+    for character in string.digits + 'fkmrxyFKMRXY'
+  ]
   assert all(mask.any() for mask in masks)
   assert len({mask.tobytes() for mask in masks}) == len(masks)  # a missing glyph is the same box
 
@@ -43,6 +45,7 @@ def test_outlines_are_hollow():
   def covered(hollow):
     mask = glyph_images._glyph('8', 'DejaVuSans-Bold', 0.04, hollow, 96)
     return np.asarray(mask, float).sum()
+
   assert covered(True) < 0.75 * covered(False)
 
 
@@ -56,8 +59,10 @@ def test_grey_value_of_a_colour_is_the_asked_lightness():
 
 def test_light_on_dark_and_dark_on_light():
   def ground(style):
-    return np.mean([glyph_images.draw('1', 'cmss10', style, 32, rng(2, i))[::31, ::31]
-                    for i in range(20)])
+    return np.mean(
+      [glyph_images.draw('1', 'cmss10', style, 32, rng(2, i))[::31, ::31] for i in range(20)]
+    )
+
   assert ground('inverted') < 110 < 200 < ground('filled')
 
 
@@ -73,14 +78,17 @@ def test_handwriting_is_drawn_in_any_style():
 def test_equal_seeds_draw_equal_pixels_and_others_do_not():
   def draw(seed):
     return glyph_images.draw('5', 'cmr10', 'noisy', 32, rng(seed))
+
   np.testing.assert_array_equal(draw(4), draw(4))
   assert (draw(4) != draw(5)).mean() > 0.5
 
 
 def test_near_copies_differ_a_little():
   file = glyph_images.encode(glyph_images.draw('5', 'cmr10', 'coloured', 32, rng(6)))
+
   def pixels(data):
     return np.asarray(Image.open(io.BytesIO(data)), float)
+
   for i in range(12):
     difference = np.abs(pixels(glyph_images.near_copy(file, rng(7, i))) - pixels(file))
     assert 0 < difference.mean() < 8

@@ -100,8 +100,16 @@ def test_copies_are_what_they_say_and_come_after_their_originals(drawn):
     if row['duplicate_kind'] == 'near':
       difference = np.abs(pixels(row).astype(float) - pixels(original)).mean()
       assert 0 < difference < 8
-  assert len({row['png'] for row in rows if row['png'] and not row['duplicate_of']
-              and row['broken'] in (None, 'no caption')}) == 260 + 2
+  assert (
+    len(
+      {
+        row['png']
+        for row in rows
+        if row['png'] and not row['duplicate_of'] and row['broken'] in (None, 'no caption')
+      }
+    )
+    == 260 + 2
+  )
 
 
 def test_planted_copies_are_nearer_than_any_other_pair(drawn):
@@ -122,7 +130,11 @@ def test_broken_samples_are_broken(drawn):
   rows = {row['key']: row for row in sets['pool']}
   broken = counts['pool']['broken']
   assert {kind: len(keys) for kind, keys in broken.items()} == {
-      'cut': 2, 'garbage': 2, 'empty': 2, 'no caption': 2}
+    'cut': 2,
+    'garbage': 2,
+    'empty': 2,
+    'no caption': 2,
+  }
   for key in broken['cut'] + broken['garbage'] + broken['empty']:
     with pytest.raises((OSError, SyntaxError, ValueError)):
       Image.open(io.BytesIO(rows[key]['png'])).convert('RGB')
@@ -150,8 +162,10 @@ def test_benchmarks_are_balanced_and_labelled(drawn):
 
 
 def test_writers_of_pool_strays_and_benchmark_are_disjoint(drawn):
-  groups = [{row['group'] for row in drawn[2][name] if row['domain'] == 'handwriting'}
-            for name in ('pool', 'anchor', 'handwriting')]
+  groups = [
+    {row['group'] for row in drawn[2][name] if row['domain'] == 'handwriting'}
+    for name in ('pool', 'anchor', 'handwriting')
+  ]
   assert all(groups) and len(set.union(*groups)) == sum(map(len, groups))
   starts = set(glyphs.FORMS)  # no form is cut in two between the blocks
   assert {glyphs.POOL_ROWS.stop, glyphs.STRAY_ROWS.stop} <= starts
@@ -161,7 +175,7 @@ def test_forms_start_where_the_sequence_of_digits_starts_again():
   _, labels = glyphs._load_digits()
   assert len(labels) == glyphs.BENCHMARK_ROWS.stop
   # The first digit of one form was lost in the data set, and an 8 took its place.
-  assert all(list(labels[start + 1:start + 7]) == [1, 2, 3, 4, 5, 6] for start in glyphs.FORMS)
+  assert all(list(labels[start + 1 : start + 7]) == [1, 2, 3, 4, 5, 6] for start in glyphs.FORMS)
 
 
 def test_fonts_of_anchor_and_val_are_disjoint_and_val_is_unseen_as_filled(drawn):
@@ -188,9 +202,17 @@ def test_an_empty_pool_is_a_tar(tmp_path):
   assert counts['pool']['samples'] == 0 and read(tmp_path, 'pool') == []
 
 
-@pytest.mark.parametrize('wrong, says', (
-    (dict(handwritten=906), '905'), (dict(queries=740), '730'), (dict(anchor=3000), '124'),
-    (dict(image_px=8), '16'), (dict(exact=0.7, near=0.7), 'shares'), (dict(letters=''), 'letters')))
+@pytest.mark.parametrize(
+  'wrong, says',
+  (
+    (dict(handwritten=906), '905'),
+    (dict(queries=740), '730'),
+    (dict(anchor=3000), '124'),
+    (dict(image_px=8), '16'),
+    (dict(exact=0.7, near=0.7), 'shares'),
+    (dict(letters=''), 'letters'),
+  ),
+)
 def test_impossible_sizes_are_refused_before_anything_is_written(tmp_path, wrong, says):
   with pytest.raises(ConfigError, match=says):
     glyphs.write(tmp_path, **{**SMALL, **wrong})

@@ -5,15 +5,13 @@ Agreement in float32: the largest difference over the largest value of a tensor.
 
 import pathlib
 
+import golden_clip
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import golden_clip
-from clip_jax.models import clip
-from clip_jax.models import open_clip
-from clip_jax.models import weights
+from clip_jax.models import clip, open_clip, weights
 from clip_jax.models.shapes import shapes
 from clip_jax.training import losses
 
@@ -42,8 +40,10 @@ def near(got, want, tolerance):
 def test_a_model_has_the_parameters_that_its_numbers_say(family):
   config = golden_clip.FAMILIES[family]
   tree = jax.eval_shape(clip.functions(config).init, jax.random.key(0))
-  found = {jax.tree_util.keystr(path, simple=True, separator='.'): leaf.shape
-           for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+  found = {
+    jax.tree_util.keystr(path, simple=True, separator='.'): leaf.shape
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+  }
   assert found == shapes(config)
 
 
@@ -64,14 +64,19 @@ def test_loss_gradients_and_recorded_statistics(family):
   sigmoid = config.init_logit_bias is not None
 
   def loss_of(params):
-    features, recorded = functions.encode(params, golden_clip.images(config),
-                                          golden_clip.texts(config), jax.random.key(0))
+    features, recorded = functions.encode(
+      params, golden_clip.images(config), golden_clip.texts(config), jax.random.key(0)
+    )
     return losses.LOSSES['siglip' if sigmoid else 'clip'].function(**features), recorded
+
   (loss, recorded), gradients = jax.jit(jax.value_and_grad(loss_of, has_aux=True))(params)
   near(loss, GOLDEN[f'{family}/loss'], 1e-6)
 
-  wanted = {name.split('/', 2)[2]: value for name, value in GOLDEN.items()
-            if name.startswith(f'{family}/gradient/')}
+  wanted = {
+    name.split('/', 2)[2]: value
+    for name, value in GOLDEN.items()
+    if name.startswith(f'{family}/gradient/')
+  }
   largest = max(wanted.values())
   found = open_clip.params_to_open_clip(jax.device_get(gradients), config)
   statistics = {name for name in found if 'running_' in name or 'num_batches' in name}
@@ -82,8 +87,11 @@ def test_loss_gradients_and_recorded_statistics(family):
     assert abs(np.linalg.norm(found[name]) - want) <= 1e-4 * want + 1e-7 * largest, name
 
   recorded = weights.flat(recorded)
-  wanted = {name.split('/', 2)[2]: value for name, value in GOLDEN.items()
-            if name.startswith(f'{family}/recorded/')}
+  wanted = {
+    name.split('/', 2)[2]: value
+    for name, value in GOLDEN.items()
+    if name.startswith(f'{family}/recorded/')
+  }
   assert recorded.keys() == wanted.keys()
   for name, want in wanted.items():
     near(recorded[name], want, 1e-5)

@@ -17,14 +17,31 @@ STAGE_FILES = {f'clip_jax.stages.{stage}' for stage in STAGES}
 # The files of the commands, which import the stages that they need.
 RUNNERS = {f'clip_jax.stages.{name}' for name in ('pipeline', 'checkpoint', 'convert')}
 # The experiment takes of the libraries their tables of options, and data's listing and opening of files.
-TABLES = {'clip_jax.models.embedders', 'clip_jax.models.weights', 'clip_jax.pruning.rules', 'clip_jax.pruning.exports'}
+TABLES = {
+  'clip_jax.models.embedders',
+  'clip_jax.models.weights',
+  'clip_jax.pruning.rules',
+  'clip_jax.pruning.exports',
+}
 ELSEWHERE = {  # files of which another test file is the test
-    'core/vectors': 'core_vectors', 'demo/glyphs': 'glyphs',
-    'stages/benchmark_dirs': 'benchmark_dirs', 'stages/check': 'check', 'stages/check_keys': 'check',
-    'stages/check_splits': 'check', 'stages/checkpoint': 'checkpoint', 'stages/convert': 'convert',
-    'stages/embed': 'stage_embedders', 'stages/embedder': 'stage_embedders', 'stages/evaluate': 'stages',
-    'stages/fit': 'stage_train', 'stages/models': 'stages', 'stages/pipeline': 'pipeline', 'stages/plan': 'pipeline',
-    'stages/prune_columns': 'stage_prune', 'stages/table': 'studies'}
+  'core/vectors': 'core_vectors',
+  'demo/glyphs': 'glyphs',
+  'stages/benchmark_dirs': 'benchmark_dirs',
+  'stages/check': 'check',
+  'stages/check_keys': 'check',
+  'stages/check_splits': 'check',
+  'stages/checkpoint': 'checkpoint',
+  'stages/convert': 'convert',
+  'stages/embed': 'stage_embedders',
+  'stages/embedder': 'stage_embedders',
+  'stages/evaluate': 'stages',
+  'stages/fit': 'stage_train',
+  'stages/models': 'stages',
+  'stages/pipeline': 'pipeline',
+  'stages/plan': 'pipeline',
+  'stages/prune_columns': 'stage_prune',
+  'stages/table': 'studies',
+}
 
 
 @functools.cache
@@ -46,7 +63,10 @@ def imports(name: str) -> frozenset[str]:
       found |= {alias.name for alias in node.names}
     elif isinstance(node, ast.ImportFrom):
       assert not node.level, f'{name}: relative import'
-      found |= {whole if (whole := f'{node.module}.{alias.name}') in modules() else node.module for alias in node.names}
+      found |= {
+        whole if (whole := f'{node.module}.{alias.name}') in modules() else node.module
+        for alias in node.names
+      }
   return frozenset(found & modules().keys())
 
 
@@ -66,8 +86,11 @@ def rooms(name: str) -> set[str]:
 def in_circles(edges: dict[str, frozenset[str]]) -> list[str]:
   """Returns the files that lie on a circle, or between two: what is left without the ends of all ways."""
   left = dict(edges)
-  while ends := [name for name, others in left.items() if not others & left.keys()
-                 or not any(name in others for others in left.values())]:
+  while ends := [
+    name
+    for name, others in left.items()
+    if not others & left.keys() or not any(name in others for others in left.values())
+  ]:
     for name in ends:
       del left[name]
   return sorted(left)
@@ -79,7 +102,9 @@ def test_circles_are_found():
 
 
 def test_no_circle_among_files():
-  assert len(modules()) > 100 and 'clip_jax.models.embedders' in imports('clip_jax.experiment.graph')
+  assert len(modules()) > 100 and 'clip_jax.models.embedders' in imports(
+    'clip_jax.experiment.graph'
+  )
   assert in_circles({name: imports(name) for name in modules()}) == []
 
 
@@ -100,7 +125,9 @@ def test_core_imports_nothing_the_demo_core_only_and_the_defaults_no_room_above_
 def test_the_experiment_imports_tables_and_files_of_the_libraries():
   for name in files_of('experiment'):
     assert rooms(name) <= {'core', 'defaults', 'data', 'models', 'pruning'}, name
-    assert {other for other in imports(name) if room(other) in ('models', 'pruning')} <= TABLES, name
+    assert {other for other in imports(name) if room(other) in ('models', 'pruning')} <= TABLES, (
+      name
+    )
 
 
 def test_commands_import_stages_and_core_only():
@@ -117,9 +144,15 @@ def test_stages_never_import_one_another_nor_studies():
   for name in files_of('stages'):
     is_report = name.startswith('clip_jax.stages.report')
     if name in STAGE_FILES or is_report:
-      others = {other for other in imports(name) if other in STAGE_FILES | RUNNERS or room(other) == 'studies'}
+      others = {
+        other
+        for other in imports(name)
+        if other in STAGE_FILES | RUNNERS or room(other) == 'studies'
+      }
       assert others <= ({'clip_jax.stages.report'} if is_report else set()), name
-      assert is_report or not any(other.startswith('clip_jax.stages.report') for other in imports(name)), name
+      assert is_report or not any(
+        other.startswith('clip_jax.stages.report') for other in imports(name)
+      ), name
 
 
 def test_helpers_of_stages_import_no_stage():
@@ -133,9 +166,12 @@ def test_studies_are_reached_by_their_table_only():
   """A study reads columns and facts as the stages do, and imports no stage and no other study."""
   for name in files_of('studies'):
     assert not imports(name) & (STAGE_FILES | RUNNERS), name
-    assert name == 'clip_jax.studies' or not any(room(other) == 'studies' for other in imports(name)), name
+    assert name == 'clip_jax.studies' or not any(
+      room(other) == 'studies' for other in imports(name)
+    ), name
   assert [name for name in modules() if room(name) != 'studies' and 'studies' in rooms(name)] == [
-      'clip_jax.stages.table']
+    'clip_jax.stages.table'
+  ]
 
 
 def test_config_dict_stops_at_the_stages():
@@ -148,9 +184,13 @@ def test_config_dict_stops_at_the_stages():
 def test_no_print_and_no_bare_except():
   for path in PACKAGE.rglob('*.py'):
     for node in ast.walk(ast.parse(path.read_text())):
-      assert not (isinstance(node, ast.ExceptHandler) and node.type is None), f'{path}:{node.lineno} bare except'
+      assert not (isinstance(node, ast.ExceptHandler) and node.type is None), (
+        f'{path}:{node.lineno} bare except'
+      )
       if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == 'print':
-        assert path.name == 'command.py', f'{path}:{node.lineno} print'  # errors go to standard error there
+        assert path.name == 'command.py', (
+          f'{path}:{node.lineno} print'
+        )  # errors go to standard error there
 
 
 def test_every_room_has_a_test_file_for_each_module():
@@ -159,14 +199,20 @@ def test_every_room_has_a_test_file_for_each_module():
   for place in (*LIBRARIES, 'core', 'demo', 'experiment', 'stages', 'studies'):
     for path in (PACKAGE / place).glob('*.py'):
       test = ELSEWHERE.get(f'{place}/{path.stem}', prefix.get(place, '') + path.stem)
-      assert path.stem in ('__init__', 'types', 'errors') or test in names, f'{place}/{path.name} has no test file'
+      assert path.stem in ('__init__', 'types', 'errors') or test in names, (
+        f'{place}/{path.name} has no test file'
+      )
   assert {'report', 'studies'} <= names  # of the packages stages/report and studies themselves
 
 
 def test_start_up_does_not_import_the_heavy_libraries():
   """The commands must be at work, or say that all is done, within seconds."""
-  code = ('import sys; import clip_jax.main, clip_jax.stages.pipeline, clip_jax.stages.ingest; '
-          'print([m for m in ("jax", "flax", "orbax", "grain", "matplotlib", "sklearn", "scann", "tensorflow") '
-          'if m in sys.modules])')
-  out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout
+  code = (
+    'import sys; import clip_jax.main, clip_jax.stages.pipeline, clip_jax.stages.ingest; '
+    'print([m for m in ("jax", "flax", "orbax", "grain", "matplotlib", "sklearn", "scann", "tensorflow") '
+    'if m in sys.modules])'
+  )
+  out = subprocess.run(
+    [sys.executable, '-c', code], capture_output=True, text=True, check=True
+  ).stdout
   assert out.strip() == '[]'

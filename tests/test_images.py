@@ -1,13 +1,13 @@
 import io
 import zlib
 
+import make_preprocess_golden
 import numpy as np
 from PIL import Image
 import pytest
 import simplejpeg
 
 from clip_jax.data import images
-import make_preprocess_golden
 
 
 def _pixels(height, width, seed=0):
@@ -35,6 +35,7 @@ def test_lossless_formats_decode_exactly(format):
 @pytest.fixture
 def by_pillow(monkeypatch):
   """Calls a function with simplejpeg out of use: what open_clip would make of the same data."""
+
   def call(function, *args):
     with monkeypatch.context() as patch:
       patch.setattr(images, '_SAME_LIBRARY', False)
@@ -42,6 +43,7 @@ def by_pillow(monkeypatch):
         return function(*args)
       except images.UnreadableImage:
         return None
+
   return call
 
 
@@ -68,10 +70,12 @@ def test_every_mode_becomes_rgb_as_pillow_converts(mode):
 
 def test_transparent_colours_and_moving_images_are_their_first_frame_without_alpha():
   frames = [Image.fromarray(_pixels(9, 11, seed)) for seed in range(3)]
-  files = [_file(frames[0].quantize(16), 'PNG', transparency=3),
-           _file(frames[0], 'PNG', transparency=tuple(_pixels(9, 11)[0, 0].tolist())),
-           _file(frames[0].quantize(200), 'GIF', save_all=True, append_images=frames[1:]),
-           _file(frames[0], 'WEBP', save_all=True, append_images=frames[1:], lossless=True)]
+  files = [
+    _file(frames[0].quantize(16), 'PNG', transparency=3),
+    _file(frames[0], 'PNG', transparency=tuple(_pixels(9, 11)[0, 0].tolist())),
+    _file(frames[0].quantize(200), 'GIF', save_all=True, append_images=frames[1:]),
+    _file(frames[0], 'WEBP', save_all=True, append_images=frames[1:], lossless=True),
+  ]
   for data in files:
     assert (images.decode(data) == _opened_by_pillow(data)).all()
   assert (images.decode(files[1]) == _pixels(9, 11)).all()
@@ -86,11 +90,13 @@ def _jpegs():
     image = Image.fromarray(_smooth(height, width) + noise)
     for subsampling in (0, 1, 2):
       files[f'{height}x{width} {subsampling}'] = _file(
-          image, 'JPEG', subsampling=subsampling, quality=30 + 11 * i, progressive=i % 2 == 0)
+        image, 'JPEG', subsampling=subsampling, quality=30 + 11 * i, progressive=i % 2 == 0
+      )
     files[f'{height}x{width} grey'] = _file(image.convert('L'), 'JPEG', restart_marker_blocks=2)
     for sampling in ('440', '411'):
       files[f'{height}x{width} {sampling}'] = simplejpeg.encode_jpeg(
-          np.asarray(image), colorsubsampling=sampling)
+        np.asarray(image), colorsubsampling=sampling
+      )
   exif = Image.Exif()
   exif[0x0112] = 6  # turned by 90 degrees
   files['exif'] = _file(image, 'JPEG', exif=exif, comment=b'a comment')
@@ -128,14 +134,18 @@ def test_damaged_jpegs_are_read_or_refused_as_by_pillow(by_pillow):
   files = [data for name, data in _jpegs().items() if '33x47' in name or ' ' not in name]
   for data in files * 3:
     header = min(len(data), 700)
-    damaged = [data[:rng.integers(len(data))], data[:-rng.integers(1, 9)], data[:-2] + bytes(3)]
+    damaged = [data[: rng.integers(len(data))], data[: -rng.integers(1, 9)], data[:-2] + bytes(3)]
     for most in (header, header, header, len(data)):
       flipped = bytearray(data)
       flipped[rng.integers(most)] ^= 1 << rng.integers(8)
       at = rng.integers(most)
       segment = bytes([255, rng.integers(0xDB, 0xF0), 0, 2 + 14, *b'JFIF\0Adobe', *rng.bytes(4)])
-      damaged += [bytes(flipped), data[:at] + data[at + 1:], data[:at] + b'\xff' + data[at:],
-                  data[:at] + segment + data[at:]]
+      damaged += [
+        bytes(flipped),
+        data[:at] + data[at + 1 :],
+        data[:at] + b'\xff' + data[at:],
+        data[:at] + segment + data[at:],
+      ]
     damaged.append(data[:20] + segment + data[20:])  # between the first segments
     for bad in damaged:
       expected, found = by_pillow(images.decode, bad), _or_none(images.decode, bad)
@@ -149,28 +159,60 @@ def _forged(kind):
   """Returns a JPEG whose header is wrong, or odd, in a way that Pillow has an opinion of."""
   data = _file(Image.fromarray(_smooth(24, 24)), 'JPEG', optimize=True)
   tables, frame, scan = (data.index(mark) for mark in (b'\xff\xdb', b'\xff\xc0', b'\xff\xda'))
-  after = {'file header': b'\xff\xe0\0\x06JFIF', 'profile': b'\xff\xe2\0\x0eICC_PROFILE\0',
-           'short file header': b'\xff\xe0\0\x08JFIF\0\1', 'adobe': b'\xff\xee\0\x07Adobe',
-           'two frames': data[frame:frame + 5] + b'\0\x30\0\x30' + data[frame + 9:frame + 19],
-           'wide tables': b'\xff\xdb\0\x43' + b'\x10' + bytes(64),
-           'cut tables': b'\xff\xdb\0\x42' + bytes(64), 'no tables': b'\xff\xdb\0\2',
-           'arithmetic': b'\xff\xcc\0\2', 'fill': b'\xff'}
-  edits = {'no height': (frame + 5, b'\0\0'), 'no width': (frame + 7, b'\0\0'),
-           '12 bits': (frame + 4, b'\x0c'), 'lossless': (frame + 1, b'\xc3'),
-           'arithmetic frame': (frame + 1, b'\xc9'), 'components': (frame + 9, b'\2'),
-           'long frame': (frame + 3, b'\x12'), 'table 9': (tables + 4, b'\x09')}
+  after = {
+    'file header': b'\xff\xe0\0\x06JFIF',
+    'profile': b'\xff\xe2\0\x0eICC_PROFILE\0',
+    'short file header': b'\xff\xe0\0\x08JFIF\0\1',
+    'adobe': b'\xff\xee\0\x07Adobe',
+    'two frames': data[frame : frame + 5] + b'\0\x30\0\x30' + data[frame + 9 : frame + 19],
+    'wide tables': b'\xff\xdb\0\x43' + b'\x10' + bytes(64),
+    'cut tables': b'\xff\xdb\0\x42' + bytes(64),
+    'no tables': b'\xff\xdb\0\2',
+    'arithmetic': b'\xff\xcc\0\2',
+    'fill': b'\xff',
+  }
+  edits = {
+    'no height': (frame + 5, b'\0\0'),
+    'no width': (frame + 7, b'\0\0'),
+    '12 bits': (frame + 4, b'\x0c'),
+    'lossless': (frame + 1, b'\xc3'),
+    'arithmetic frame': (frame + 1, b'\xc9'),
+    'components': (frame + 9, b'\2'),
+    'long frame': (frame + 3, b'\x12'),
+    'table 9': (tables + 4, b'\x09'),
+  }
   if kind in edits:
     at, value = edits[kind]
-    return data[:at] + value + data[at + len(value):]
+    return data[:at] + value + data[at + len(value) :]
   if kind == 'cut scan header':
-    return data[:scan + 9]
+    return data[: scan + 9]
   return data[:frame] + after[kind] + data[frame:]
 
 
-@pytest.mark.parametrize('kind', [
-    'file header', 'profile', 'short file header', 'adobe', 'two frames', 'wide tables',
-    'cut tables', 'no tables', 'arithmetic', 'fill', 'no height', 'no width', '12 bits', 'lossless',
-    'components', 'arithmetic frame', 'long frame', 'table 9', 'cut scan header'])
+@pytest.mark.parametrize(
+  'kind',
+  [
+    'file header',
+    'profile',
+    'short file header',
+    'adobe',
+    'two frames',
+    'wide tables',
+    'cut tables',
+    'no tables',
+    'arithmetic',
+    'fill',
+    'no height',
+    'no width',
+    '12 bits',
+    'lossless',
+    'components',
+    'arithmetic frame',
+    'long frame',
+    'table 9',
+    'cut scan header',
+  ],
+)
 def test_odd_headers_are_judged_as_by_pillow(kind, by_pillow):
   data = _forged(kind)
   expected, found = by_pillow(images.decode, data), _or_none(images.decode, data)
@@ -255,8 +297,9 @@ def _open_clip_resize(image, size):
   return np.asarray(resized.crop((left, top, left + size, top + size)))
 
 
-@pytest.mark.parametrize('shape', [
-    (96, 96), (32, 32), (40, 53), (61, 33), (7, 9), (1, 1), (100, 33), (33, 99)])
+@pytest.mark.parametrize(
+  'shape', [(96, 96), (32, 32), (40, 53), (61, 33), (7, 9), (1, 1), (100, 33), (33, 99)]
+)
 @pytest.mark.parametrize('size', [32, 33])
 def test_resize_is_open_clips(shape, size):
   image = _pixels(*shape)
@@ -350,7 +393,7 @@ def test_a_crop_is_resized_as_if_it_had_been_cut_out():
     last = height - 1, width - 1, 1, 1
     for box in ((0, 0, height, width), last, (3, 4, 20, 21), (0, 5, 16, 9)):
       y, x, h, w = box
-      cut = Image.fromarray(np.ascontiguousarray(strided[y:y + h, x:x + w]))
+      cut = Image.fromarray(np.ascontiguousarray(strided[y : y + h, x : x + w]))
       expected = np.asarray(cut.resize((9, 16), Image.Resampling.BICUBIC))
       assert (images._bicubic(strided, 16, 9, box) == expected).all(), box
 
@@ -366,7 +409,8 @@ def test_a_crop_of_bytes_is_the_crop_of_their_pixels(format):
   data = _photo(61, 47, format)
   for seed in range(20):
     expected = images.random_resized_crop(
-        images.decode(data), 16, (0.1, 1.0), np.random.default_rng(seed))
+      images.decode(data), 16, (0.1, 1.0), np.random.default_rng(seed)
+    )
     for shrink in (0.0, 3.0) if format == 'JPEG' else (0.0, 1.0):
       rng = np.random.default_rng(seed)
       assert (images.decode_crop(data, 16, (0.1, 1.0), rng, shrink) == expected).all()
@@ -376,14 +420,22 @@ def test_a_crop_of_bytes_is_the_crop_of_their_pixels(format):
 def test_a_shrunk_jpeg_gives_the_same_crops_nearly(kind, monkeypatch):
   if kind == 'pillow':
     monkeypatch.setattr(images, '_SAME_LIBRARY', False)
-  data = _photo(301, 413, quality=95, progressive=kind == 'progressive',
-                icc_profile=b'x' if kind == 'profile' else None)
+  data = _photo(
+    301,
+    413,
+    quality=95,
+    progressive=kind == 'progressive',
+    icc_profile=b'x' if kind == 'profile' else None,
+  )
   if kind in ('grey', 'cmyk'):
     image = Image.open(io.BytesIO(data)).convert({'grey': 'L', 'cmyk': 'CMYK'}[kind])
     data = _file(image, 'JPEG', quality=95)
   whole, bicubic, sides = images.decode(data), images._bicubic, []
-  monkeypatch.setattr(images, '_bicubic', lambda image, *args: sides.append(
-      (image.shape[0], *args[2][2:])) or bicubic(image, *args))
+  monkeypatch.setattr(
+    images,
+    '_bicubic',
+    lambda image, *args: sides.append((image.shape[0], *args[2][2:])) or bicubic(image, *args),
+  )
   for seed in range(30):
     expected = images.random_resized_crop(whole, 32, (0.1, 1.0), np.random.default_rng(seed))
     for shrink in (1.0, 1.5, 3.0):
@@ -391,7 +443,7 @@ def test_a_shrunk_jpeg_gives_the_same_crops_nearly(kind, monkeypatch):
       crop = images.decode_crop(data, 32, (0.1, 1.0), rng, shrink).astype(int)
       assert abs(crop - expected).mean() < 2, (seed, shrink)
       factor = round(301 / sides[-1][0])  # the last of the crop alone: this one
-      least = min(sides[-1][1:])          # of the crop, in the pixels that were decoded
+      least = min(sides[-1][1:])  # of the crop, in the pixels that were decoded
       assert least >= shrink * 32 or factor == 1
       assert factor == 8 or least < 2 * shrink * 32
   assert {round(301 / height) for height, *_ in sides} == {1, 2, 4, 8}

@@ -49,6 +49,7 @@ def test_a_signal_whose_exception_was_lost_is_raised_later():
   class Lost:
     def __del__(self):
       os.kill(os.getpid(), signal.SIGTERM)  # Python drops what is raised in here
+
   lost = Lost()
   try:
     del lost

@@ -41,6 +41,14 @@ def test_a_path_that_is_not_there(tmp_path):
   with pytest.raises(InputError, match='matches no file'):
     _read(tmp_path / 'nowhere', 'a')
   (tmp_path / 'a.tar').touch()
-  there = {path: keyed_images.is_there(path) for path in (
-      f'{tmp_path}', f'{tmp_path}/*.tar', 'memory://x', f'{tmp_path}/nowhere', f'{tmp_path}/*.zip')}
+  there = {
+    path: keyed_images.is_there(path)
+    for path in (
+      f'{tmp_path}',
+      f'{tmp_path}/*.tar',
+      'memory://x',
+      f'{tmp_path}/nowhere',
+      f'{tmp_path}/*.zip',
+    )
+  }
   assert list(there.values()) == [True, True, True, False, False], there

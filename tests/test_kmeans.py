@@ -1,8 +1,7 @@
 """kmeans.py: Lloyd's steps against plain NumPy; the same clusters however it is cut or resumed."""
 
 from by_number import ByNumber
-from hypothesis import given
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 import numpy as np
 import pytest
@@ -39,8 +38,15 @@ def test_each_iteration_is_one_of_lloyds(seed, rows, clusters, copies):
   usable[0] = True
   x[~usable] = np.nan  # never looked at
   states = []
-  final = kmeans.fit(x, usable, clusters=clusters, seed=seed, tile_rows=64, max_iterations=50,
-                     on_iteration=states.append)
+  final = kmeans.fit(
+    x,
+    usable,
+    clusters=clusters,
+    seed=seed,
+    tile_rows=64,
+    max_iterations=50,
+    on_iteration=states.append,
+  )
   same(final, states[-1])
   assert [state.iterations for state in states] == list(range(1, len(states) + 1))
   assert final.changed == 0 or final.iterations == 50
@@ -107,8 +113,10 @@ def test_tiles_and_shards_change_no_bit(dim):
   want = kmeans.fit(x, usable, clusters=clusters, seed=1, max_iterations=6)
   assert want.iterations > 2
   for rows, tile_rows in [(x, 64), (x, 500), (ByNumber(x), 256)]:
-    same(want, kmeans.fit(rows, usable, clusters=clusters, seed=1, max_iterations=6,
-                          tile_rows=tile_rows))
+    same(
+      want,
+      kmeans.fit(rows, usable, clusters=clusters, seed=1, max_iterations=6, tile_rows=tile_rows),
+    )
 
 
 def test_resuming_goes_on_to_the_same_result():
@@ -124,8 +132,9 @@ def test_resuming_goes_on_to_the_same_result():
 def test_an_empty_cluster_keeps_its_centre():
   x = clustered(np.random.default_rng(0), 100)
   far = np.zeros((1, 8), np.float32) + 10
-  start = kmeans.KMeans(np.concatenate([far, x[:1], x[:1]]).astype(np.float32),
-                        np.ones(100, np.int32), 1, 100)
+  start = kmeans.KMeans(
+    np.concatenate([far, x[:1], x[:1]]).astype(np.float32), np.ones(100, np.int32), 1, 100
+  )
   states = []
   kmeans.fit(x, np.ones(100, bool), clusters=3, seed=0, state=start, on_iteration=states.append)
   assert np.array_equal(states[-1].centers[0], far[0])
@@ -136,8 +145,9 @@ def test_ties_go_to_the_lowest_centre():
   x = clustered(np.random.default_rng(0), 100)
   centers = np.repeat(x[:2].astype(np.float32), [80, 80], axis=0)  # equal ones in three blocks
   state = kmeans.KMeans(centers, np.full(100, -1, np.int32), 0, 100)
-  tied = kmeans.fit(x, np.ones(100, bool), clusters=160, seed=0, state=state, max_iterations=1,
-                    center_block=64)
+  tied = kmeans.fit(
+    x, np.ones(100, bool), clusters=160, seed=0, state=state, max_iterations=1, center_block=64
+  )
   assert set(tied.assignment) == {0, 80}
 
 

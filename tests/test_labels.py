@@ -1,13 +1,11 @@
 import json
 
-from hypothesis import given
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 import pytest
 
 from clip_jax.core.errors import InputError
-from clip_jax.data import folder
-from clip_jax.data import labels
+from clip_jax.data import folder, labels
 
 
 def _touch(root, *names):
@@ -46,11 +44,23 @@ def test_class_folders_are_places_numbers_or_ranks(tmp_path):
   _touch(tmp_path / 'number', *(f'{i}/a.png' for i in (0, 2, 10)))
   ranks = {'n01/sub/a.png': 0, 'n02/a.png': 1, 'n10/a.JPG': 2, 'b.png': -1}
   assert _labels(tmp_path / 'wnid') == _labels(tmp_path / 'wnid', ('x', 'y', 'z')) == ranks
-  assert _labels(tmp_path / 'wnid', ('n10', 'n02', 'n01')) == {**ranks, 'n10/a.JPG': 0, 'n01/sub/a.png': 2}
+  assert _labels(tmp_path / 'wnid', ('n10', 'n02', 'n01')) == {
+    **ranks,
+    'n10/a.JPG': 0,
+    'n01/sub/a.png': 2,
+  }
   assert _labels(tmp_path / 'wnid', ('n02', 'z')) == {
-      'n01/sub/a.png': 'bad label', 'n02/a.png': 0, 'n10/a.JPG': 'bad label', 'b.png': -1}
+    'n01/sub/a.png': 'bad label',
+    'n02/a.png': 0,
+    'n10/a.JPG': 'bad label',
+    'b.png': -1,
+  }
   assert _labels(tmp_path / 'number') == {'0/a.png': 0, '2/a.png': 2, '10/a.png': 10}
-  assert _labels(tmp_path / 'number', ('x', 'y', 'z')) == {'0/a.png': 0, '2/a.png': 2, '10/a.png': 'bad label'}
+  assert _labels(tmp_path / 'number', ('x', 'y', 'z')) == {
+    '0/a.png': 0,
+    '2/a.png': 2,
+    '10/a.png': 'bad label',
+  }
   with pytest.raises(InputError, match='wnid: none of 1000 classes is one of the 3 folders'):
     labels.labels(str(tmp_path / 'wnid'), [f'class {i}' for i in range(1000)])
   _touch(tmp_path / 'flat', 'a.png')
@@ -75,7 +85,9 @@ def test_dates_are_no_class_numbers(tmp_path):
   assert labels.labels(str(tmp_path)).classes == ('20240101', '20240102')
 
 
-@pytest.mark.parametrize('names', [('n01', 'n02', 'n10'), ('0', '2', '10'), ('00', '01'), ('a b', 'c')])
+@pytest.mark.parametrize(
+  'names', [('n01', 'n02', 'n10'), ('0', '2', '10'), ('00', '01'), ('a b', 'c')]
+)
 def test_the_classes_that_are_found_give_the_same_labels(tmp_path, names):
   _touch(tmp_path, *(f'{name}/a.png' for name in names))
   assert _labels(tmp_path) == _labels(tmp_path, labels.labels(str(tmp_path)).classes)
@@ -83,33 +95,69 @@ def test_the_classes_that_are_found_give_the_same_labels(tmp_path, names):
 
 def _objectnet(tmp_path):
   top = tmp_path / 'objectnet-1.0'
-  _touch(top, *(f'images/{name}/1.png' for name in ('alarm_clock', 'air_freshener', 't-shirt', 'unknown')))
+  _touch(
+    top,
+    *(f'images/{name}/1.png' for name in ('alarm_clock', 'air_freshener', 't-shirt', 'unknown')),
+  )
   (top / 'mappings').mkdir()
-  (top / 'mappings/folder_to_objectnet_label.json').write_text(json.dumps(
-      {'t-shirt': 'T-shirt', 'air_freshener': 'Air freshener', 'alarm_clock': 'Alarm clock', 'bench': 'Bench'}))
-  (top / 'mappings/objectnet_to_imagenet_1k.json').write_text(json.dumps(
-      {'T-shirt': 'jersey, T-shirt, tee shirt', 'Alarm clock': 'analog clock', 'Bench': 'park bench'}))
+  (top / 'mappings/folder_to_objectnet_label.json').write_text(
+    json.dumps(
+      {
+        't-shirt': 'T-shirt',
+        'air_freshener': 'Air freshener',
+        'alarm_clock': 'Alarm clock',
+        'bench': 'Bench',
+      }
+    )
+  )
+  (top / 'mappings/objectnet_to_imagenet_1k.json').write_text(
+    json.dumps(
+      {
+        'T-shirt': 'jersey, T-shirt, tee shirt',
+        'Alarm clock': 'analog clock',
+        'Bench': 'park bench',
+      }
+    )
+  )
   return top
 
 
 def test_objectnet_is_recognised_and_only_its_shared_names_are_asked_for(tmp_path):
   top = _objectnet(tmp_path)
   for root, inside in ((top, 'images/'), (top / 'images', '')):
-    expected = {f'{inside}alarm_clock/1.png': 0, f'{inside}t-shirt/1.png': 2,
-                f'{inside}air_freshener/1.png': None, f'{inside}unknown/1.png': None}
+    expected = {
+      f'{inside}alarm_clock/1.png': 0,
+      f'{inside}t-shirt/1.png': 2,
+      f'{inside}air_freshener/1.png': None,
+      f'{inside}unknown/1.png': None,
+    }
     told = labels.labels(str(root))
     assert told.classes == ('Alarm clock', 'Bench', 'T-shirt')
-    assert '3 names' in told.said and '2 of them with images' in told.said and 'ObjectNet' in told.said
-    assert _labels(root) == expected == _labels(root, told.classes) == _labels(root, ('clock', 'couch', 'shirt'))
+    assert (
+      '3 names' in told.said and '2 of them with images' in told.said and 'ObjectNet' in told.said
+    )
+    assert (
+      _labels(root)
+      == expected
+      == _labels(root, told.classes)
+      == _labels(root, ('clock', 'couch', 'shirt'))
+    )
     for names in (('T-shirt', 'Bench', 'Alarm clock'), ('t-shirt', 'bench', 'alarm clock', 'more')):
       assert _labels(root, names)[f'{inside}t-shirt/1.png'] == 0
     found, _ = folder.samples(str(root), sorted(expected))
-    assert {sample.folder for sample in found} == {'alarm_clock', 't-shirt', 'air_freshener', 'unknown'}
+    assert {sample.folder for sample in found} == {
+      'alarm_clock',
+      't-shirt',
+      'air_freshener',
+      'unknown',
+    }
   with pytest.raises(InputError, match="some of ObjectNet's names, and not 'Alarm clock' .1 of 3"):
     labels.labels(str(top), ('bench', 't-shirt'))
   with pytest.raises(InputError, match='none of 2 classes is one of the 3 names of ObjectNet'):
     labels.labels(str(top), ('a', 'b'))
-  assert labels.labels(str(top / 'images/alarm_clock')).classes == ()  # a folder inside is not the set
+  assert (
+    labels.labels(str(top / 'images/alarm_clock')).classes == ()
+  )  # a folder inside is not the set
 
 
 @pytest.mark.parametrize('text', ['[]', '{"T-shirt": 1', '{"Sofa": "couch"}'])
@@ -125,20 +173,33 @@ def test_a_file_names_images_in_each_form(tmp_path):
   name = 'ILSVRC2012_val_0000000{}'.format
   wnids = ['n02', 'n01', 'n02']
   lines = [f'{name(i + 1)}.JPEG {wnid}' for i, wnid in enumerate(wnids)]
-  kaggle = ['ImageId,PredictionString', *(f'{name(i + 1)},{wnid} 1 2 3 4 n09 5 6 7 8 '
-                                          for i, wnid in enumerate(wnids))]
-  for text in ('\n'.join(lines), '\n'.join(lines[::-1]), '\r\n'.join(['\ufeff' + lines[0], '', *lines[1:], '']),
-               '# said by hand\n' + '\n\n'.join(line.replace(' ', '\t') for line in lines),
-               '\n'.join('val/' + line for line in lines), '\n'.join('./' + line.replace(' ', ',') for line in lines),
-               '\n'.join(kaggle), '\r\n'.join(kaggle[:1] + kaggle[:0:-1]), '\n'.join(wnids),
-               '\r\n'.join(wnids) + '\r\n\r\n',
-               'name,class\n' + '\n'.join(f'"{name(i + 1)}.JPEG","{wnid}"' for i, wnid in enumerate(wnids)),
-               json.dumps({f'{name(i + 1)}.JPEG': wnid for i, wnid in enumerate(wnids)}),
-               json.dumps({name(i + 1): wnid for i, wnid in enumerate(wnids)}, indent=2)):
+  kaggle = [
+    'ImageId,PredictionString',
+    *(f'{name(i + 1)},{wnid} 1 2 3 4 n09 5 6 7 8 ' for i, wnid in enumerate(wnids)),
+  ]
+  for text in (
+    '\n'.join(lines),
+    '\n'.join(lines[::-1]),
+    '\r\n'.join(['\ufeff' + lines[0], '', *lines[1:], '']),
+    '# said by hand\n' + '\n\n'.join(line.replace(' ', '\t') for line in lines),
+    '\n'.join('val/' + line for line in lines),
+    '\n'.join('./' + line.replace(' ', ',') for line in lines),
+    '\n'.join(kaggle),
+    '\r\n'.join(kaggle[:1] + kaggle[:0:-1]),
+    '\n'.join(wnids),
+    '\r\n'.join(wnids) + '\r\n\r\n',
+    'name,class\n' + '\n'.join(f'"{name(i + 1)}.JPEG","{wnid}"' for i, wnid in enumerate(wnids)),
+    json.dumps({f'{name(i + 1)}.JPEG': wnid for i, wnid in enumerate(wnids)}),
+    json.dumps({name(i + 1): wnid for i, wnid in enumerate(wnids)}, indent=2),
+  ):
     assert _said(val, file, text) == [1, 0, 1], text
     assert labels.labels(str(val), (), str(file)).classes == ('n01', 'n02')
     assert _said(val, file, text, ('n02', 'n03', 'n01')) == [0, 2, 0]
-    assert _said(val, file, text, ('tench', 'shark')) == [1, 0, 1]  # as many names as wnids: in sorted order
+    assert _said(val, file, text, ('tench', 'shark')) == [
+      1,
+      0,
+      1,
+    ]  # as many names as wnids: in sorted order
     assert 'labels.txt: 3 of 3 images' in labels.labels(str(val), (), str(file)).said
 
 
@@ -150,15 +211,25 @@ def test_numbers_count_from_0(tmp_path):
     assert _said(val, file, text) == [65, 0, 3]
     assert labels.labels(str(val), (), str(file)).classes == tuple(map(str, range(66)))
     assert _said(val, file, text, [f'class {i}' for i in range(1000)]) == [65, 0, 3]
-    with pytest.raises(InputError, match='says the class 65, and there are 50 classes, from 0 to 49'):
+    with pytest.raises(
+      InputError, match='says the class 65, and there are 50 classes, from 0 to 49'
+    ):
       _said(val, file, text, [f'class {i}' for i in range(50)])
-  for text, what in (('1\n-1\n0', "'-1'"), ('1\n0.5\n0', "'0.5'"), ('1\n+2\n0', "'\\+2'"),
-                     ('1\n0\n100000', '100000')):
+  for text, what in (
+    ('1\n-1\n0', "'-1'"),
+    ('1\n0.5\n0', "'0.5'"),
+    ('1\n+2\n0', "'\\+2'"),
+    ('1\n0\n100000', '100000'),
+  ):
     with pytest.raises(InputError, match=what):
       _said(val, file, text)
   with pytest.raises(InputError, match='both numbers and names'):
     _said(val, file, '1\n0\nn01')
-  assert _said(val, file, 'b\n1\n1', ('1', 'b')) == [1, 0, 0]  # names of the config, though one is a number
+  assert _said(val, file, 'b\n1\n1', ('1', 'b')) == [
+    1,
+    0,
+    0,
+  ]  # names of the config, though one is a number
 
 
 def test_the_devkits_numbers_are_refused(tmp_path):
@@ -168,7 +239,9 @@ def test_the_devkits_numbers_are_refused(tmp_path):
   named = '\n'.join(f'ILSVRC2012_val_{i + 1:08d}.JPEG {n}' for i, n in enumerate(order))
   alone = '\n'.join(map(str, order))
   for text, names in ((alone, classes), (alone, ()), (named, classes), (named, ())):
-    with pytest.raises(InputError, match='ILSVRC2012_validation_ground_truth.txt of the devkit counts from 1'):
+    with pytest.raises(
+      InputError, match='ILSVRC2012_validation_ground_truth.txt of the devkit counts from 1'
+    ):
       _said(val, file, text, names)
   zero = '\n'.join(str(n - 1) for n in order)
   assert _said(val, file, zero, classes) == [n - 1 for n in order]
@@ -197,14 +270,21 @@ def _write(file, text):
 
 def test_a_rank_counts_all_classes_of_the_file_also_of_images_that_are_not_there(tmp_path):
   val, file = _val(tmp_path, 2)
-  lines = [f'ILSVRC2012_val_{i:08d}.JPEG n{i * 7 % 10:02d}' for i in range(1, 11)]  # images 1 and 2 are n07 and n04
-  kaggle = ['ImageId,PredictionString'] + [f'ILSVRC2012_val_{i:08d},n{i * 7 % 10:02d} 1 2 3 4' for i in range(1, 11)]
+  lines = [
+    f'ILSVRC2012_val_{i:08d}.JPEG n{i * 7 % 10:02d}' for i in range(1, 11)
+  ]  # images 1 and 2 are n07 and n04
+  kaggle = ['ImageId,PredictionString'] + [
+    f'ILSVRC2012_val_{i:08d},n{i * 7 % 10:02d} 1 2 3 4' for i in range(1, 11)
+  ]
   heading = ['image,class'] + [line.replace(' ', ',') for line in lines]
   object_ = json.dumps(dict(line.split() for line in lines))
   for text in ('\n'.join(lines), '\n'.join(kaggle), '\n'.join(heading), object_):
     assert _said(val, file, text) == [7, 4]
     assert _said(val, file, text, [f'class {i}' for i in range(10)]) == [7, 4]
-    assert _said(val, file, text, ('n04', 'n07')) == [1, 0]  # the others matter not: their images are not there
+    assert _said(val, file, text, ('n04', 'n07')) == [
+      1,
+      0,
+    ]  # the others matter not: their images are not there
     with pytest.raises(InputError, match="'n04', which is not one of the 1 classes"):
       _said(val, file, text, ('n07',))
     assert labels.labels(str(val), (), str(file)).classes == tuple(f'n{i:02d}' for i in range(10))
@@ -213,12 +293,16 @@ def test_a_rank_counts_all_classes_of_the_file_also_of_images_that_are_not_there
 def test_classes_and_files_that_cannot_be_read_are_a_sentence(tmp_path):
   val, file = _val(tmp_path, 2)
   for text, names, what in (
-      ('n01\nn09', ('n01', 'n02'), "'n09', which is not one of the 2 classes"),
-      ('n01\nn09', ('a', 'b', 'c'), "'n01', which is not one of the 3 classes"),
-      (b'\xff\xfe', (), 'no text in UTF-8'), ('{"a": ', (), 'not valid JSON'), ('{"a": 1}', (), 'names no image'),
-      ('{' * 100_000, (), 'not valid JSON'), ('{"a":' * 50_000 + '1' + '}' * 50_000, (), 'JSON'),
-      ('{"ILSVRC2012_val_00000001": [1]}', (), 'a class is a name or a number'),
-      ('{"ILSVRC2012_val_00000001": true}', (), 'a class is a name or a number')):
+    ('n01\nn09', ('n01', 'n02'), "'n09', which is not one of the 2 classes"),
+    ('n01\nn09', ('a', 'b', 'c'), "'n01', which is not one of the 3 classes"),
+    (b'\xff\xfe', (), 'no text in UTF-8'),
+    ('{"a": ', (), 'not valid JSON'),
+    ('{"a": 1}', (), 'names no image'),
+    ('{' * 100_000, (), 'not valid JSON'),
+    ('{"a":' * 50_000 + '1' + '}' * 50_000, (), 'JSON'),
+    ('{"ILSVRC2012_val_00000001": [1]}', (), 'a class is a name or a number'),
+    ('{"ILSVRC2012_val_00000001": true}', (), 'a class is a name or a number'),
+  ):
     with pytest.raises(InputError, match=what):
       _said(val, file, text, names)
   with pytest.raises(InputError, match='cannot be read'):
@@ -228,8 +312,10 @@ def test_classes_and_files_that_cannot_be_read_are_a_sentence(tmp_path):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.binary(max_size=60) | st.text(alphabet='01n.,\t"{}:#\r\n /a', max_size=60).map(str.encode), st.sampled_from(
-    [(), ('n01', 'n1'), ('0', '1')]))
+@given(
+  st.binary(max_size=60) | st.text(alphabet='01n.,\t"{}:#\r\n /a', max_size=60).map(str.encode),
+  st.sampled_from([(), ('n01', 'n1'), ('0', '1')]),
+)
 def test_any_bytes_are_labels_or_a_sentence(tmp_path_factory, data, names):
   root = tmp_path_factory.mktemp('any')
   _touch(root / 'i', '0.png', '1.png', 'n/a.png')
@@ -238,5 +324,8 @@ def test_any_bytes_are_labels_or_a_sentence(tmp_path_factory, data, names):
     found = _labels(root / 'i', names, root / 'f')
   except InputError:
     return
-  assert all(label == 'no label' or 0 <= label < len(labels.labels(str(root / 'i'), names, str(root / 'f')).classes)
-             for label in found.values())
+  assert all(
+    label == 'no label'
+    or 0 <= label < len(labels.labels(str(root / 'i'), names, str(root / 'f')).classes)
+    for label in found.values()
+  )

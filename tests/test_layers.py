@@ -19,8 +19,14 @@ def softmax(x):
 
 def block(seed=0, width=8, heads=2):
   return layers.ResidualAttentionBlock(
-      width, heads, 4 * width, init=layers.clip_init(width, 2), activation=layers.gelu,
-      rngs=nnx.Rngs(seed), dtype='float32')
+    width,
+    heads,
+    4 * width,
+    init=layers.clip_init(width, 2),
+    activation=layers.gelu,
+    rngs=nnx.Rngs(seed),
+    dtype='float32',
+  )
 
 
 def test_gelu_is_x_times_the_normal_distribution():
@@ -71,15 +77,25 @@ def test_the_fused_attention_is_the_same(shape):
   q = jnp.asarray(rng.normal(size=(2, shape[-2], 6)), jnp.float32)
   mask = jnp.asarray(rng.random(shape) < 0.6).at[..., 0].set(True)
   for mask in (mask, None):
-    np.testing.assert_allclose(layers.attention_fused(q, k, v, 3, mask),
-                               layers.attention_by_head(q, k, v, 3, mask), atol=1e-6)
+    np.testing.assert_allclose(
+      layers.attention_fused(q, k, v, 3, mask),
+      layers.attention_by_head(q, k, v, 3, mask),
+      atol=1e-6,
+    )
 
 
-@pytest.mark.parametrize('queries, keys, size, dtype, flash', [
-    (50, 50, 64, 'bfloat16', True), (256, 256, 80, 'bfloat16', True),
-    (197, 197, 64, 'bfloat16', False), (1, 50, 64, 'bfloat16', False),  # odd lengths
-    (50, 50, 64, 'float32', False), (50, 50, 136, 'bfloat16', False),
-    (50, 50, 12, 'bfloat16', False)])
+@pytest.mark.parametrize(
+  'queries, keys, size, dtype, flash',
+  [
+    (50, 50, 64, 'bfloat16', True),
+    (256, 256, 80, 'bfloat16', True),
+    (197, 197, 64, 'bfloat16', False),
+    (1, 50, 64, 'bfloat16', False),  # odd lengths
+    (50, 50, 64, 'float32', False),
+    (50, 50, 136, 'bfloat16', False),
+    (50, 50, 12, 'bfloat16', False),
+  ],
+)
 def test_cudnn_is_asked_for_what_jax_lets_it_train(monkeypatch, queries, keys, size, dtype, flash):
   """cuDNN's own check of the shapes runs where a gradient is traced: no GPU is needed for it."""
   monkeypatch.setattr(cudnn, 'check_cudnn_version', lambda: 91_500)
@@ -87,8 +103,10 @@ def test_cudnn_is_asked_for_what_jax_lets_it_train(monkeypatch, queries, keys, s
   q, k = (jax.ShapeDtypeStruct((2, n, 2 * size), dtype) for n in (queries, keys))
   masks = [None, np.ones((queries, keys), bool), np.ones((2, queries, keys), bool)]
   for mask in masks:
+
     def total(q, k, v, mask=mask):
       return layers.attention_fused(q, k, v, 2, mask).astype(jnp.float32).sum()
+
     program = str(jax.make_jaxpr(jax.grad(total, argnums=(0, 1, 2)))(q, k, k))
     assert ('dot_product_attention_bwd' in program) == flash
 
@@ -96,8 +114,9 @@ def test_cudnn_is_asked_for_what_jax_lets_it_train(monkeypatch, queries, keys, s
 def test_a_block_may_be_asked_for_some_of_its_tokens():
   layer, x = block(), jax.random.normal(jax.random.key(1), (3 * 5, 8))
   mask, rows = jnp.tril(jnp.ones((5, 5), bool)), jnp.array([1, 1, 14, 7])
-  np.testing.assert_allclose(layer(x, 5, mask, lambda y: y[rows]), layer(x, 5, mask)[rows],
-                             atol=1e-6)
+  np.testing.assert_allclose(
+    layer(x, 5, mask, lambda y: y[rows]), layer(x, 5, mask)[rows], atol=1e-6
+  )
 
 
 def test_a_pooled_block_is_the_block_at_the_picked_token():
@@ -107,8 +126,11 @@ def test_a_pooled_block_is_the_block_at_the_picked_token():
     x = jax.random.normal(jax.random.key(1), (3 * 5, 8))
     mask = jnp.tril(jnp.ones((5, 5), bool))
     rows = jnp.array([2, 0, 4])  # the token picked in each of three samples
-    return (layer(x, 5, mask).reshape(3, 5, 8)[jnp.arange(3), rows],
-            layer.pooled(x, 5, mask[rows][:, None], lambda y: y[jnp.arange(3) * 5 + rows]))
+    return (
+      layer(x, 5, mask).reshape(3, 5, 8)[jnp.arange(3), rows],
+      layer.pooled(x, 5, mask[rows][:, None], lambda y: y[jnp.arange(3) * 5 + rows]),
+    )
+
   whole, got = both()
   np.testing.assert_allclose(got, whole, atol=1e-6)
 
@@ -116,16 +138,22 @@ def test_a_pooled_block_is_the_block_at_the_picked_token():
 def test_initial_spread():
   width, mlp_width = 64, 256
   torch = layers.pytorch_init(width, mlp_width)
-  for init, shape, bound in ((torch.in_proj, (3 * width, width), math.sqrt(6 / (4 * width))),
-                             (torch.out_proj, (width, width), 1 / 8),
-                             (torch.c_fc, (mlp_width, width), 1 / 8),
-                             (torch.c_proj, (width, mlp_width), 1 / 16)):
+  for init, shape, bound in (
+    (torch.in_proj, (3 * width, width), math.sqrt(6 / (4 * width))),
+    (torch.out_proj, (width, width), 1 / 8),
+    (torch.c_fc, (mlp_width, width), 1 / 8),
+    (torch.c_proj, (width, mlp_width), 1 / 16),
+  ):
     x = init(jax.random.key(0), shape)
     assert 0.98 * bound < jnp.abs(x).max() <= bound
     np.testing.assert_allclose(x.std(), bound / math.sqrt(3), rtol=0.03)
   clip = layers.clip_init(width, 3)
-  for init, std in ((clip.in_proj, width ** -0.5), (clip.out_proj, (width * 6) ** -0.5),
-                    (clip.c_fc, (2 * width) ** -0.5), (clip.c_proj, (width * 6) ** -0.5)):
+  for init, std in (
+    (clip.in_proj, width**-0.5),
+    (clip.out_proj, (width * 6) ** -0.5),
+    (clip.c_fc, (2 * width) ** -0.5),
+    (clip.c_proj, (width * 6) ** -0.5),
+  ):
     np.testing.assert_allclose(init(jax.random.key(0), (256, 64)).std(), std, rtol=0.03)
 
 

@@ -2,12 +2,10 @@ import os
 
 import fsspec
 import pytest
-
-from clip_jax.core.errors import ConfigError
-from clip_jax.core.errors import InputError
-from clip_jax.data import listing
-from clip_jax.data import storage
 import web
+
+from clip_jax.core.errors import ConfigError, InputError
+from clip_jax.data import listing, storage
 
 _NAMES = ('s10.tar', 's9.tar', 's1.tar', 'a/s2.tar', 'b/s1.tar', 'note.txt', 'a/x.parquet')
 
@@ -37,7 +35,9 @@ def _names(path, format='webdataset'):
 def test_paths_are_listed_in_natural_order_and_braces_as_written(place):
   for path in (place, f'{place}/', f'{place}/*.tar', f'{place}/s*.tar'):
     assert _names(path) == ['s1.tar', 's9.tar', 's10.tar']
-  assert _names(f'{place}/s{{10..9}}.tar') == _names(f'{place}/s{{10,9}}.tar') == ['s10.tar', 's9.tar']
+  assert (
+    _names(f'{place}/s{{10..9}}.tar') == _names(f'{place}/s{{10,9}}.tar') == ['s10.tar', 's9.tar']
+  )
   assert _names(f'{place}/{{b,a}}/*.tar') == ['b/s1.tar', 'a/s2.tar']
   assert _names(f'{place}/{{b,a}}') == ['b/s1.tar', 'a/s2.tar']
   assert _names(f'{place}/**/s[12].tar') == ['a/s2.tar', 'b/s1.tar', 's1.tar']
@@ -69,7 +69,7 @@ def test_a_stamp_is_the_same_however_a_file_is_named_and_changes_with_it(place):
 
 def test_paths_that_mean_nothing_are_errors(place):
   for path in ('nothing*.tar', 'missing.tar', 's{0..1}.tar', 'empty', 'missing/', 'missing/*.tar'):
-    with pytest.raises(InputError, match=r"matches no file|is not there"):
+    with pytest.raises(InputError, match=r'matches no file|is not there'):
       listing.list_files('webdataset', f'{place}/{path}')
   for path in ('s{1,1}.tar', '{s,s}*.tar'):
     with pytest.raises(InputError, match='s1.tar more than once'):
@@ -83,7 +83,9 @@ def test_paths_that_mean_nothing_are_errors(place):
 
 
 @pytest.mark.parametrize('format', ['folder', 'tfds', 'array_record'])
-def test_formats_that_must_be_on_this_machine_are_refused_before_anything_is_opened(format, monkeypatch):
+def test_formats_that_must_be_on_this_machine_are_refused_before_anything_is_opened(
+  format, monkeypatch
+):
   monkeypatch.setattr(storage, 'file_system', None)
   with pytest.raises(InputError, match='this machine only'):
     listing.list_files(format, 's3://bucket/data')
@@ -91,7 +93,13 @@ def test_formats_that_must_be_on_this_machine_are_refused_before_anything_is_ope
 
 def test_braces_keep_the_width_of_their_numbers():
   assert listing.expanded('/x/{008..010}-{a,b}') == [
-      '/x/008-a', '/x/008-b', '/x/009-a', '/x/009-b', '/x/010-a', '/x/010-b']
+    '/x/008-a',
+    '/x/008-b',
+    '/x/009-a',
+    '/x/009-b',
+    '/x/010-a',
+    '/x/010-b',
+  ]
   assert listing.expanded('/x/{1..2}') == ['/x/1', '/x/2']
   assert listing.expanded('/x/{odd}') == ['/x/{odd}']
 
@@ -126,7 +134,7 @@ def test_a_web_server_is_listed(tmp_path, monkeypatch):
       files = listing.list_files('webdataset', path)
       assert [(file.name, file.size) for file in files] == [('s9.tar', 6), ('s10.tar', 7)]
       assert storage.open_file(files[0].path).read(0, 99) == b's9.tar'
-    signed, = listing.list_files('webdataset', f'{url}/s9.tar?token=*{{a}}')
+    (signed,) = listing.list_files('webdataset', f'{url}/s9.tar?token=*{{a}}')
     assert signed.name == 's9.tar' and signed.path.endswith('?token=*{a}')
     assert signed.stamp == files[0].stamp
     (tmp_path / 's9.tar').write_bytes(b'changed')

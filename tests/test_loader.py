@@ -7,18 +7,13 @@ import subprocess
 import sys
 import threading
 
+import loader_sources
 import numpy as np
 from PIL import Image
 import pytest
 
-import loader_sources
 from clip_jax.core.errors import InputError
-from clip_jax.data import images
-from clip_jax.data import loader
-from clip_jax.data import order
-from clip_jax.data import packing
-from clip_jax.data import tokenizer
-from clip_jax.data import views
+from clip_jax.data import images, loader, order, packing, tokenizer, views
 
 
 class _Source:
@@ -46,8 +41,15 @@ class _Source:
 
 
 def _steps(source, steps, batch_size=8, seed=0, start=0, **options):
-  iterator = loader.train_batches(source, batch_size=batch_size, seed=seed, start_examples=start,
-                                  image_size=8, context_length=12, **options)
+  iterator = loader.train_batches(
+    source,
+    batch_size=batch_size,
+    seed=seed,
+    start_examples=start,
+    image_size=8,
+    context_length=12,
+    **options,
+  )
   found = [next(iterator) for _ in range(steps)]
   iterator.close()
   return found
@@ -70,7 +72,10 @@ def _equal(a, b):
 def test_batches_hold_images_text_and_index():
   batch = _batches(_Source(20), 2)
   assert {name: (x.shape, x.dtype.name) for name, x in batch.items()} == {
-      'image': ((16, 8, 8, 3), 'uint8'), 'text': ((16, 12), 'int32'), 'index': ((16,), 'int64')}
+    'image': ((16, 8, 8, 3), 'uint8'),
+    'text': ((16, 12), 'int32'),
+    'index': ((16,), 'int64'),
+  }
   assert (batch['text'] == tokenizer.tokenize([f'number {i}' for i in batch['index']], 12)).all()
   assert (batch['index'] == _order(20)[:16]).all()
 
@@ -79,7 +84,7 @@ def test_batches_hold_images_text_and_index():
 def test_every_epoch_is_a_permutation_also_where_a_batch_holds_several(n):
   epochs = 6
   steps = -(-epochs * n // 8)
-  index = _batches(_Source(n), steps)['index'][:epochs * n].reshape(epochs, n)
+  index = _batches(_Source(n), steps)['index'][: epochs * n].reshape(epochs, n)
   assert (np.sort(index, 1) == np.arange(n)).all()
   if n > 5:
     assert len({tuple(row) for row in index}) == epochs
@@ -90,7 +95,7 @@ def test_going_on_gives_what_an_uninterrupted_run_gives():
   whole = _batches(source, 12)
   for step in (1, 5, 11):
     rest = _batches(source, 12 - step, start=8 * step, threads=step % 3)
-    assert _equal({name: x[8 * step:] for name, x in whole.items()}, rest)
+    assert _equal({name: x[8 * step :] for name, x in whole.items()}, rest)
 
 
 @pytest.mark.parametrize('run', [1, 3, 8, 100])
@@ -109,8 +114,9 @@ def test_packed_text_is_the_batch_s_own_and_all_else_is_as_before(monkeypatch, p
   source, told, again = _Source(11, broken=[4, 5]), [], []
   plain = _steps(source, 7, on_replaced=lambda index, _: told.append(index))
   monkeypatch.setattr(loader, '_RUN', run)
-  packed = _steps(source, 7, pack=pack, threads=threads,
-                  on_replaced=lambda index, _: again.append(index))
+  packed = _steps(
+    source, 7, pack=pack, threads=threads, on_replaced=lambda index, _: again.append(index)
+  )
   assert told and told == again
   for ours, other in zip(packed, plain, strict=True):
     text, expected = ours.pop('text'), packing.pack(other.pop('text'), pack)
@@ -147,8 +153,11 @@ def test_a_place_in_the_stream_has_its_own_crop():
 def test_seeds_and_epochs_are_unrelated_permutations(monkeypatch, listed):
   monkeypatch.setattr(order, '_LISTED', listed)
   n = 3000
-  orders = {(seed, epoch): order for seed in range(3)
-            for epoch, order in enumerate(_order(n, seed, 2).reshape(2, n))}
+  orders = {
+    (seed, epoch): order
+    for seed in range(3)
+    for epoch, order in enumerate(_order(n, seed, 2).reshape(2, n))
+  }
   for a in orders:
     assert (np.sort(orders[a]) == np.arange(n)).all()
     assert abs(np.corrcoef(orders[a][:-1], orders[a][1:])[0, 1]) < 4 / n**0.5
@@ -165,7 +174,7 @@ def test_large_sources_are_mixed(n):
   assert len(set(index.tolist())) == m and 0 <= index.min() and index.max() < n
   assert abs(np.corrcoef(index[:-1], index[1:])[0, 1]) < 4 / m**0.5  # Grain's own: 0.08 at 12.8M
   counts = np.bincount(index * 64 // n, minlength=64)
-  assert ((counts - m / 64)**2 / (m / 64)).sum() < 120  # chi-square, 63 degrees of freedom
+  assert ((counts - m / 64) ** 2 / (m / 64)).sum() < 120  # chi-square, 63 degrees of freedom
 
 
 def test_broken_images_are_replaced_by_the_next_and_reported_in_order():
@@ -182,9 +191,15 @@ def test_broken_images_are_replaced_by_the_next_and_reported_in_order():
 
 def test_reports_come_with_their_batch_not_ahead_of_it():
   source, told = _Source(64, broken=[int(_order(64)[20])]), []
-  iterator = loader.train_batches(source, batch_size=8, seed=0, start_examples=0, image_size=8,
-                                  context_length=12,
-                                  on_replaced=lambda i, _: told.append((i, threading.get_ident())))
+  iterator = loader.train_batches(
+    source,
+    batch_size=8,
+    seed=0,
+    start_examples=0,
+    image_size=8,
+    context_length=12,
+    on_replaced=lambda i, _: told.append((i, threading.get_ident())),
+  )
   counts = [len(told) for _ in range(4) if next(iterator)]
   iterator.close()
   assert counts == [0, 0, 1, 1] and told[0][1] == threading.get_ident()
@@ -200,8 +215,15 @@ def test_errors_reach_the_caller_as_they_are():
 
   with pytest.raises(InputError, match='gone'):
     _batches(Gone(5), 1)
-  for wrong in ({'hosts': 3}, {'host': 2, 'hosts': 2}, {'start': 4}, {'start': -8}, {'pack': 3},
-                {'pack': -1}, {'pack': 8, 'hosts': 2}):
+  for wrong in (
+    {'hosts': 3},
+    {'host': 2, 'hosts': 2},
+    {'start': 4},
+    {'start': -8},
+    {'pack': 3},
+    {'pack': -1},
+    {'pack': 8, 'hosts': 2},
+  ):
     with pytest.raises(ValueError):
       _batches(_Source(5), 1, **wrong)
   with pytest.raises(ValueError, match='samples'):
@@ -223,8 +245,9 @@ def test_image_batches_keep_the_order_and_say_what_is_unreadable():
   squash = next(loader.image_batches(source, rows, batch_size=3, image_size=8, mode='squash'))[1]
   assert (squash != found[0][1]).any()
   for processes in (0, 2):
-    assert not list(loader.image_batches(source, [], batch_size=3, image_size=8,
-                                         processes=processes))
+    assert not list(
+      loader.image_batches(source, [], batch_size=3, image_size=8, processes=processes)
+    )
 
 
 def test_the_cache_decodes_each_image_once_and_changes_no_batch():
@@ -260,8 +283,9 @@ def test_the_cache_keeps_to_its_budget_and_pickles_empty():
 
 def test_closing_ends_the_threads():
   before = set(threading.enumerate())
-  iterator = loader.train_batches(_Source(50), batch_size=8, seed=0, start_examples=0, image_size=8,
-                                  context_length=12)
+  iterator = loader.train_batches(
+    _Source(50), batch_size=8, seed=0, start_examples=0, image_size=8, context_length=12
+  )
   next(iterator)
   assert set(threading.enumerate()) - before
   iterator.close()
@@ -272,7 +296,7 @@ def test_closing_ends_the_threads():
 
 @pytest.mark.parametrize('end', ['', 'iterator.close()', 'raise SystemExit(0)', 'del iterator'])
 def test_leaving_with_an_open_iterator_is_quiet_and_quick(end):
-  code = f'''
+  code = f"""
 import sys
 sys.path.insert(0, 'tests')
 import test_loader
@@ -281,10 +305,11 @@ iterator = loader.train_batches(test_loader._Source(50), batch_size=8, seed=0, s
                                 image_size=8, context_length=12)
 next(iterator)
 {end}
-'''
+"""
   root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-  done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=100,
-                        cwd=root)
+  done = subprocess.run(
+    [sys.executable, '-c', code], capture_output=True, text=True, timeout=100, cwd=root
+  )
   assert (done.returncode, done.stdout, done.stderr) == (0, '', '')
 
 
@@ -302,7 +327,7 @@ def test_blocks_are_an_exact_permutation_in_each_epoch_and_goes_on():
   assert (whole['index'] != _batches(source, 9)['index']).any()
   for step in (1, 4, 8):
     rest = _batches(loader_sources.Source(72, shards=5), 9 - step, start=8 * step, **BLOCKS)
-    assert _equal({name: x[8 * step:] for name, x in whole.items()}, rest)
+    assert _equal({name: x[8 * step :] for name, x in whole.items()}, rest)
 
 
 @pytest.mark.parametrize('hosts', [1, 2, 4])
@@ -372,10 +397,14 @@ def test_images_may_be_decoded_at_a_smaller_size():
   y, x = np.mgrid[0:240, 0:320]
   Image.fromarray(np.stack([x * 255 // 320, y, 0 * x], -1).astype(np.uint8)).save(out, 'JPEG')
   source = loader_sources.Source(16)
-  source.__class__ = type('Large', (loader_sources.Source,), {
-      '__getitem__': lambda self, i: {'image': out.getvalue(), 'caption': ''}})
-  plain, off, shrunk = (_batches(source, 2, jpeg_shrink=m)['image'].astype(int)
-                        for m in (0.0, 1000.0, 1.0))
+  source.__class__ = type(
+    'Large',
+    (loader_sources.Source,),
+    {'__getitem__': lambda self, i: {'image': out.getvalue(), 'caption': ''}},
+  )
+  plain, off, shrunk = (
+    _batches(source, 2, jpeg_shrink=m)['image'].astype(int) for m in (0.0, 1000.0, 1.0)
+  )
   assert (plain == off).all()
   assert (plain != shrunk).any() and abs(plain - shrunk).mean() < 8  # the same crops
 
@@ -383,8 +412,11 @@ def test_images_may_be_decoded_at_a_smaller_size():
 def test_a_batch_of_large_images_is_made_in_several_runs(monkeypatch):
   whole = _batches(loader_sources.Source(20), 3, threads=0)
   asked = []
-  monkeypatch.setattr(loader_sources.Source, 'many',
-                      lambda self, rows: asked.append(len(rows)) or [self[i] for i in rows])
+  monkeypatch.setattr(
+    loader_sources.Source,
+    'many',
+    lambda self, rows: asked.append(len(rows)) or [self[i] for i in rows],
+  )
   monkeypatch.setattr(loader, '_RUN_BYTES', 3 * (3 * 8 * 8 + 4 * 12 + 8))
   assert _equal(whole, _batches(loader_sources.Source(20), 3, threads=0))
   assert asked[:6] == [3, 3, 2, 3, 3, 2]

@@ -6,9 +6,9 @@ import sys
 import time
 
 from absl import logging
+import loader_sources
 import pytest
 
-import loader_sources
 from clip_jax.core.errors import InputError
 from clip_jax.data import loader_processes
 
@@ -16,8 +16,9 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 def _elements(make, count=20, processes=2, threads=1, slot_bytes=2000):
-  return loader_processes.elements(make, count, processes=processes, threads=threads,
-                                   slot_bytes=slot_bytes)
+  return loader_processes.elements(
+    make, count, processes=processes, threads=threads, slot_bytes=slot_bytes
+  )
 
 
 def _gone(pid, secs=60.0):
@@ -114,7 +115,7 @@ def test_processes_see_no_accelerator_and_import_little(monkeypatch):
   assert 'JAX_PLATFORMS' not in os.environ
 
 
-PROGRAM = '''
+PROGRAM = """
 import os, signal, sys, time
 sys.path.insert(0, 'tests')
 import loader_sources
@@ -125,20 +126,34 @@ if __name__ == '__main__':
   pids = {next(elements)['pid'] for _ in range(30)}
   print(*pids, flush=True)
   %s
-'''
+"""
 
 
 def _program(tmp_path, end):
   path = tmp_path / 'program.py'
   path.write_text(PROGRAM % end)
-  return subprocess.Popen([sys.executable, str(path)], stdout=subprocess.PIPE, cwd=ROOT,
-                          stderr=subprocess.PIPE, text=True, start_new_session=True,
-                          env={**os.environ, 'PYTHONPATH': ROOT})
+  return subprocess.Popen(
+    [sys.executable, str(path)],
+    stdout=subprocess.PIPE,
+    cwd=ROOT,
+    stderr=subprocess.PIPE,
+    text=True,
+    start_new_session=True,
+    env={**os.environ, 'PYTHONPATH': ROOT},
+  )
 
 
-@pytest.mark.parametrize('end, status', [
-    ('', 0), ('elements.close()', 0), ('raise SystemExit(3)', 3), ('del elements', 0),
-    ('os.kill(os.getpid(), signal.SIGKILL)', -9), ('os._exit(5)', 5)])
+@pytest.mark.parametrize(
+  'end, status',
+  [
+    ('', 0),
+    ('elements.close()', 0),
+    ('raise SystemExit(3)', 3),
+    ('del elements', 0),
+    ('os.kill(os.getpid(), signal.SIGKILL)', -9),
+    ('os._exit(5)', 5),
+  ],
+)
 def test_no_process_stays_and_an_end_is_quiet(tmp_path, end, status):
   process = _program(tmp_path, end)
   out, err = process.communicate(timeout=60)
@@ -147,17 +162,18 @@ def test_no_process_stays_and_an_end_is_quiet(tmp_path, end, status):
   assert len(pids) == 2 and all(map(_gone, pids))
 
 
-@pytest.mark.parametrize('signum, group', [(signal.SIGINT, True), (signal.SIGTERM, True),
-                                           (signal.SIGINT, False)])
+@pytest.mark.parametrize(
+  'signum, group', [(signal.SIGINT, True), (signal.SIGTERM, True), (signal.SIGINT, False)]
+)
 def test_signals_are_for_the_first_process_to_answer(tmp_path, signum, group):
-  end = '''
+  end = """
   def stop(signum, frame):
     raise SystemExit(7)
   signal.signal(signal.SIGINT, stop), signal.signal(signal.SIGTERM, stop)
   print('ready', flush=True)
   for _ in elements:
     pass
-'''
+"""
   process = _program(tmp_path, end)
   pids = list(map(int, process.stdout.readline().split()))
   assert process.stdout.readline() == 'ready\n'

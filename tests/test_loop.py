@@ -8,15 +8,14 @@ import time
 
 import numpy as np
 import pytest
-
+from test_checkpoints import damage
 import test_step
+
 from clip_jax.core import checkpoints
 from clip_jax.core import metrics as metrics_lib
-from clip_jax.core.errors import ConfigError
-from clip_jax.core.errors import InputError
+from clip_jax.core.errors import ConfigError, InputError
 from clip_jax.models import clip
 from clip_jax.training import loop
-from test_checkpoints import damage
 
 BATCH = 16
 
@@ -32,12 +31,28 @@ def batches(start):
 def train(folder, **changes):
   functions = clip.functions(test_step.CONFIG)
   arguments = dict(
-      init_params=functions.init, encode=functions.encode, batches=batches, total_steps=12,
-      batch_size=BATCH, learning_rate=1e-2, warmup_steps=3, weight_decay=0.2, beta1=0.9, beta2=0.98,
-      eps=1e-6, seed=0, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25),
-      checkpoint_dir=os.path.join(folder, 'checkpoints'), config={'width': 8}, save_every_steps=4,
-      save_every_secs=0, keep=3, log_every_steps=2,
-      metrics=metrics_lib.MetricsWriter(os.path.join(folder, 'metrics.jsonl')))
+    init_params=functions.init,
+    encode=functions.encode,
+    batches=batches,
+    total_steps=12,
+    batch_size=BATCH,
+    learning_rate=1e-2,
+    warmup_steps=3,
+    weight_decay=0.2,
+    beta1=0.9,
+    beta2=0.98,
+    eps=1e-6,
+    seed=0,
+    mean=(0.5, 0.5, 0.5),
+    std=(0.25, 0.25, 0.25),
+    checkpoint_dir=os.path.join(folder, 'checkpoints'),
+    config={'width': 8},
+    save_every_steps=4,
+    save_every_secs=0,
+    keep=3,
+    log_every_steps=2,
+    metrics=metrics_lib.MetricsWriter(os.path.join(folder, 'metrics.jsonl')),
+  )
   return loop.train(**(arguments | changes))
 
 
@@ -48,8 +63,10 @@ def stop_after(updates):
 
 def lines(folder):
   """The metrics without what tells of the clock."""
-  return [{name: value for name, value in line.items() if name not in metrics_lib.TIME_FIELDS}
-          for line in metrics_lib.read(os.path.join(folder, 'metrics.jsonl'))]
+  return [
+    {name: value for name, value in line.items() if name not in metrics_lib.TIME_FIELDS}
+    for line in metrics_lib.read(os.path.join(folder, 'metrics.jsonl'))
+  ]
 
 
 @pytest.fixture(scope='module')
@@ -67,8 +84,15 @@ def test_a_run_says_and_keeps_what_it_should(whole):
   assert [int(f.name) for f in checkpoints.step_folders(folder)] == [4, 8, 12]
   written = metrics_lib.read(os.path.join(folder, 'metrics.jsonl'))
   assert [line['step'] for line in written] == [2, 4, 6, 8, 10, 12]
-  assert set(written[0]) == {'step', 'train/loss', 'train/logit_scale', 'train/learning_rate',
-                             'train/samples', 'train/seconds', 'train/images_per_sec'}
+  assert set(written[0]) == {
+    'step',
+    'train/loss',
+    'train/logit_scale',
+    'train/learning_rate',
+    'train/samples',
+    'train/seconds',
+    'train/images_per_sec',
+  }
   assert written[-1]['train/samples'] == 12 * BATCH
   assert written[-1]['train/loss'] < written[0]['train/loss']
   np.testing.assert_allclose(written[0]['train/learning_rate'], 1e-2 * 2 / 3, rtol=1e-6)
@@ -115,12 +139,12 @@ def test_a_batch_must_divide_by_the_devices(tmp_path):
     train(tmp_path, batch_size=12)
 
 
-RUN = '''
+RUN = """
 import sys
 sys.path[:0] = sys.argv[2:]
 import conftest, test_loop
 print(test_loop.train(sys.argv[1], save_every_steps=3, total_steps=90).digest)
-'''
+"""
 
 
 @pytest.mark.slow
@@ -134,11 +158,13 @@ def test_a_run_killed_at_any_moment_goes_on_bit_for_bit(tmp_path):
   want = subprocess.run(whole, capture_output=True, text=True, check=True).stdout
   killed = tmp_path / 'killed'
   for kill in range(2):
-    process = subprocess.Popen(command(killed), stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+      command(killed), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     before = max((int(f.name) for f in checkpoints.step_folders(killed)), default=0)
     while process.poll() is None and not any(
-        int(f.name) > before + 10 for f in checkpoints.step_folders(killed)):
+      int(f.name) > before + 10 for f in checkpoints.step_folders(killed)
+    ):
       time.sleep(0.01)
     time.sleep(0.05 * kill)
     process.send_signal(signal.SIGKILL)

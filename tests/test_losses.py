@@ -57,12 +57,19 @@ def test_other_shapes_are_refused():
 
 def test_siglip_loss_is_a_yes_or_no_of_each_pair():
   image, text = features()
-  logits = 3.0 * (image / np.linalg.norm(image, axis=1, keepdims=True)) @ (
-      text / np.linalg.norm(text, axis=1, keepdims=True)).T - 1.5
-  want = sum(np.log1p(np.exp(-(1 if i == j else -1) * logits[i, j]))
-             for i in range(6) for j in range(6)) / 6
-  got = losses.siglip_loss(jnp.asarray(image), jnp.asarray(text), jnp.asarray(3.0),
-                           jnp.asarray(-1.5))
+  logits = (
+    3.0
+    * (image / np.linalg.norm(image, axis=1, keepdims=True))
+    @ (text / np.linalg.norm(text, axis=1, keepdims=True)).T
+    - 1.5
+  )
+  want = (
+    sum(np.log1p(np.exp(-(1 if i == j else -1) * logits[i, j])) for i in range(6) for j in range(6))
+    / 6
+  )
+  got = losses.siglip_loss(
+    jnp.asarray(image), jnp.asarray(text), jnp.asarray(3.0), jnp.asarray(-1.5)
+  )
   np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
@@ -70,7 +77,9 @@ def test_siglip_loss_is_a_yes_or_no_of_each_pair():
 def test_logits_are_products_in_float32_on_every_backend(loss):
   """GPUs and TPUs round the factors of a float32 product unless they are told not to."""
   x = jnp.ones((4, 8), jnp.bfloat16)
-  program = str(jax.make_jaxpr(jax.grad(losses.LOSSES[loss].function, argnums=(0, 1)))(x, x, 10.0, -10.0))
+  program = str(
+    jax.make_jaxpr(jax.grad(losses.LOSSES[loss].function, argnums=(0, 1)))(x, x, 10.0, -10.0)
+  )
   products = program.split('dot_general[')[1:]
   assert len(products) == 3
   assert all('precision=(Precision.HIGHEST, Precision.HIGHEST)' in product for product in products)

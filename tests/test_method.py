@@ -2,13 +2,12 @@
 
 import dataclasses
 
-import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
+import numpy as np
 
 from clip_jax.pruning import columns as columns_lib
-from clip_jax.pruning import rules
-from clip_jax.pruning import splits
+from clip_jax.pruning import rules, splits
 
 NAMES = ('sketch', 'val')
 seeds = st.integers(0, 2**32 - 1)
@@ -18,6 +17,7 @@ some_names = st.sampled_from([('sketch',), ('val',), NAMES])
 @dataclasses.dataclass
 class World:
   """Vectors on a coarse grid, so that similarities tie, with rows and queries that are there twice."""
+
   seed: int
   pool_rows: int
   anchor_rows: int
@@ -39,32 +39,49 @@ class World:
     excess = {name: (self.sim[name] - self.anchor_sim[name][0]).max(1) for name in NAMES}
     blurred = lambda x: (x + rng.uniform(-4e-6, 4e-6, n)).astype(np.float32)
     self.columns = rules.Columns(
-        self.candidates, {name: blurred(highest[name]) for name in NAMES},
-        {name: blurred(excess[name]) for name in NAMES},
-        lambda names, rows: np.max([highest[name][rows] for name in names], axis=0),
-        lambda names, rows: np.max([excess[name][rows] for name in names], axis=0), pairs=self.pairs)
+      self.candidates,
+      {name: blurred(highest[name]) for name in NAMES},
+      {name: blurred(excess[name]) for name in NAMES},
+      lambda names, rows: np.max([highest[name][rows] for name in names], axis=0),
+      lambda names, rows: np.max([excess[name][rows] for name in names], axis=0),
+      pairs=self.pairs,
+    )
 
   def rows(self):
     return np.flatnonzero(self.candidates).tolist()
 
   def excess(self, names):
     """Of each pool row, by the words of the method."""
-    return {row: max(self.sim[name][row, i] - self.anchor_sim[name][0, i]
-                     for name in names for i in range(self.query_rows)) for row in self.rows()}
+    return {
+      row: max(
+        self.sim[name][row, i] - self.anchor_sim[name][0, i]
+        for name in names
+        for i in range(self.query_rows)
+      )
+      for row in self.rows()
+    }
 
   def pairs(self, name, k):
     top = self.anchor_sim[name][:k].T
     query, row = np.nonzero(self.sim[name].T > top[:, -1:])
     half = query < self.query_rows // 2
     for mine in (half, ~half):
-      yield columns_lib.Pairs(top, query[mine].astype(np.int32), row[mine], self.sim[name].T[query, row][mine])
+      yield columns_lib.Pairs(
+        top, query[mine].astype(np.int32), row[mine], self.sim[name].T[query, row][mine]
+      )
 
   def check(self, names, kept, append_anchor, slack, k=0):
     base = np.concatenate([self.pool, self.anchor])
-    rows = splits.base_rows(sorted(kept), len(self.pool), np.arange(len(self.anchor)), append_anchor and not k)
+    rows = splits.base_rows(
+      sorted(kept), len(self.pool), np.arange(len(self.anchor)), append_anchor and not k
+    )
     promise = splits.Promise(names, rows, append_anchor, slack, k)
-    found = splits.check_aligned({'it': promise}, {name: self.queries[name] for name in names},
-                                 [(np.arange(len(base)), base)], [self.anchor])
+    found = splits.check_aligned(
+      {'it': promise},
+      {name: self.queries[name] for name in names},
+      [(np.arange(len(base)), base)],
+      [self.anchor],
+    )
     return sum(figures['failures'] for figures in found['it'].values())
 
 
@@ -74,16 +91,24 @@ worlds = st.builds(World, seeds, st.integers(1, 30), st.integers(2, 8), st.integ
 @given(worlds, some_names)
 def test_gap_aligned(world, names):
   """Drop pool item x if sim(query_i, x) > t_i for ANY query i; afterwards s_i(split) = s_i(anchor) for every i."""
-  kept = [row for row in world.rows()
-          if not any(world.sim[name][row, i] > world.anchor_sim[name][0, i]
-                     for name in names for i in range(world.query_rows))]
+  kept = [
+    row
+    for row in world.rows()
+    if not any(
+      world.sim[name][row, i] > world.anchor_sim[name][0, i]
+      for name in names
+      for i in range(world.query_rows)
+    )
+  ]
   found = rules.gap_aligned(world.columns, benchmarks=names)
   assert found.rows.tolist() == kept
   for name in names:
     for i in range(world.query_rows):
       in_split = max([*(world.sim[name][row, i] for row in kept), world.anchor_sim[name][0, i]])
       assert in_split == world.anchor_sim[name][0, i]
-  assert world.check(names, found.rows, True, 0.0) == world.check(names, found.rows, False, 0.0) == 0
+  assert (
+    world.check(names, found.rows, True, 0.0) == world.check(names, found.rows, False, 0.0) == 0
+  )
   for row in set(world.rows()) - set(kept):  # put back, each of them breaks the equality
     assert world.check(names, np.array([*kept, row]), True, 0.0)
 
@@ -95,7 +120,9 @@ def test_slack(world, names, slack):
   found = rules.gap_aligned(world.columns, benchmarks=names, slack=slack)
   assert found.rows.tolist() == [row for row in world.rows() if not excess[row] > slack]
   assert found.report['slack'] == slack
-  assert world.check(names, found.rows, False, slack) == world.check(names, found.rows, True, slack) == 0
+  assert (
+    world.check(names, found.rows, False, slack) == world.check(names, found.rows, True, slack) == 0
+  )
 
 
 @given(worlds, some_names, st.integers(1, 20))
@@ -106,11 +133,16 @@ def test_quantile(world, names, twentieths):
   if not excess:
     assert not len(found.rows)
     return
-  slack = min(e for e in excess.values()
-              if 20 * sum(other <= e for other in excess.values()) >= twentieths * len(excess))
+  slack = min(
+    e
+    for e in excess.values()
+    if 20 * sum(other <= e for other in excess.values()) >= twentieths * len(excess)
+  )
   assert found.report['slack'] == slack
   assert found.rows.tolist() == [row for row in world.rows() if not excess[row] > slack]
-  assert world.check(names, found.rows, False, slack) == world.check(names, found.rows, True, slack) == 0
+  assert (
+    world.check(names, found.rows, False, slack) == world.check(names, found.rows, True, slack) == 0
+  )
 
 
 @given(worlds, some_names, st.sampled_from([0.25, 0.5, 0.75, 1.0, 1.25, 2.0]))
@@ -129,7 +161,9 @@ def test_dose(world, names, dose):
   slack = max((excess[row] for row in kept), default=None)
   assert found.report['slack'] == slack
   least = -np.inf if slack is None else slack
-  assert world.check(names, found.rows, False, least) == world.check(names, found.rows, True, least) == 0
+  assert (
+    world.check(names, found.rows, False, least) == world.check(names, found.rows, True, least) == 0
+  )
   if dose == 1:
     assert kept == rules.gap_aligned(world.columns, benchmarks=names).rows.tolist()
 
@@ -159,13 +193,17 @@ def test_k_aligned(world, names, data):
 
 @given(worlds, st.sets(st.sampled_from(['a', 'b', 'c']), min_size=1))
 def test_domain_removal(world, values):
-  names, codes = ['a', 'b', 'c'], world.label - (world.domain == 0) * (world.label == 2) * 3  # some have none
+  names, codes = (
+    ['a', 'b', 'c'],
+    world.label - (world.domain == 0) * (world.label == 2) * 3,
+  )  # some have none
   found = rules.domain_removal(world.columns, codes=codes, names=names, values=sorted(values))
   gone = [row for row in world.rows() if codes[row] >= 0 and names[codes[row]] in values]
   assert found.rows.tolist() == sorted(set(world.rows()) - set(gone))
   assert found.report == {
-      'dropped_by_value': {v: sum(names[codes[row]] == v for row in gone) for v in sorted(values)},
-      'without_value': sum(codes[row] < 0 for row in world.rows())}
+    'dropped_by_value': {v: sum(names[codes[row]] == v for row in gone) for v in sorted(values)},
+    'without_value': sum(codes[row] < 0 for row in world.rows()),
+  }
 
 
 @given(worlds, st.lists(st.lists(st.integers(0, 40)), min_size=2, max_size=4))
@@ -175,21 +213,39 @@ def test_joins(world, lists):
   others = [np.array(rows, np.int64) for rows in lists]
   first, *further = map(set, lists)
   assert rules.union(world.columns, others=others).rows.tolist() == sorted(first.union(*further))
-  assert rules.intersection(world.columns, others=others).rows.tolist() == sorted(first.intersection(*further))
-  assert rules.minus(world.columns, others=others).rows.tolist() == sorted(first.difference(*further))
+  assert rules.intersection(world.columns, others=others).rows.tolist() == sorted(
+    first.intersection(*further)
+  )
+  assert rules.minus(world.columns, others=others).rows.tolist() == sorted(
+    first.difference(*further)
+  )
 
 
 @given(worlds, some_names, st.sampled_from([0.0, 0.25, 0.5]))
 def test_what_is_printed_of_an_aligned_split(world, names, duplicate):
   kept = rules.gap_aligned(world.columns, benchmarks=names).rows
   gone = sorted(set(world.rows()) - set(kept.tolist()))
-  over = {name: np.array([sum(world.sim[name][row, i] > world.anchor_sim[name][0, i] for row in gone)
-                          for i in range(world.query_rows)]) for name in names}
+  over = {
+    name: np.array(
+      [
+        sum(world.sim[name][row, i] > world.anchor_sim[name][0, i] for row in gone)
+        for i in range(world.query_rows)
+      ]
+    )
+    for name in names
+  }
   cosine = {name: world.anchor_sim[name][0] for name in names}
   figures = splits.describe_aligned(
-      world.columns, kept, benchmarks=names, dropped_at=splits.dropped_at_slack(world.columns, names),
-      removed_over=over, anchor_cosine=cosine, duplicate_similarity=duplicate,
-      label=world.label, domain=np.array(['photo', 'sketch'])[world.domain])
+    world.columns,
+    kept,
+    benchmarks=names,
+    dropped_at=splits.dropped_at_slack(world.columns, names),
+    removed_over=over,
+    anchor_cosine=cosine,
+    duplicate_similarity=duplicate,
+    label=world.label,
+    domain=np.array(['photo', 'sketch'])[world.domain],
+  )
   n = len(world.rows())
   assert figures['dropped'] == len(gone) and figures['dropped_share'] == (len(gone) / n if n else 0)
   for level, shares in figures['by_class'].items():
@@ -197,14 +253,20 @@ def test_what_is_printed_of_an_aligned_split(world, names, duplicate):
     assert shares['candidates'] == len(mine) and shares['dropped'] == len(set(mine) & set(gone))
   excess = world.excess(names)
   assert figures['dropped_at_slack'] == {
-      f'{slack:g}': sum(e > slack for e in excess.values()) for slack in (-0.01, -0.005, 0.0, 0.005, 0.01)}
+    f'{slack:g}': sum(e > slack for e in excess.values())
+    for slack in (-0.01, -0.005, 0.0, 0.005, 0.01)
+  }
   for name in names:
     q = figures['queries'][name]
-    assert q['hit'] == sum(any(world.sim[name][row, i] > world.anchor_sim[name][0, i] for row in gone)
-                           for i in range(world.query_rows))
+    assert q['hit'] == sum(
+      any(world.sim[name][row, i] > world.anchor_sim[name][0, i] for row in gone)
+      for i in range(world.query_rows)
+    )
     assert q['leaked'] == sum(t >= duplicate for t in world.anchor_sim[name][0])
   for i, domain in enumerate(('photo', 'sketch')):
     mine = {row for row in world.rows() if world.domain[row] == i}
     is_removal = bool(mine) and len(mine & set(gone)) > 0.9 * len(mine)
-    said = any(f'{domain!r} is gone: this is domain removal, not alignment' in w for w in figures['warnings'])
+    said = any(
+      f'{domain!r} is gone: this is domain removal, not alignment' in w for w in figures['warnings']
+    )
     assert said == is_removal

@@ -4,16 +4,12 @@ import dataclasses
 
 import numpy as np
 import pytest
-
-from clip_jax.core.errors import ConfigError
-from clip_jax.core.errors import InputError
-from clip_jax.models import open_clip
-from clip_jax.models import weights
-from clip_jax.models import zoo
-from clip_jax.models.shapes import shapes
-
 from test_shapes import CONFIGS
 from test_weights import CONFIG, make, same
+
+from clip_jax.core.errors import ConfigError, InputError
+from clip_jax.models import open_clip, weights, zoo
+from clip_jax.models.shapes import shapes
 
 
 @pytest.mark.parametrize('name', zoo.ARCHITECTURES)
@@ -36,26 +32,39 @@ def test_parameters_survive_the_way_there_and_back(name, custom):
 
 def test_names_of_clip():
   names = open_clip.params_to_open_clip(make(CONFIGS['vit']), CONFIGS['vit']).keys()
-  assert {'visual.proj', 'token_embedding.weight', 'text_projection', 'logit_scale',
-          'visual.transformer.resblocks.1.attn.in_proj_weight',
-          'transformer.resblocks.0.mlp.c_fc.bias'} <= names
+  assert {
+    'visual.proj',
+    'token_embedding.weight',
+    'text_projection',
+    'logit_scale',
+    'visual.transformer.resblocks.1.attn.in_proj_weight',
+    'transformer.resblocks.0.mlp.c_fc.bias',
+  } <= names
 
 
 def test_names_of_timms_tower():
   tensors = open_clip.params_to_open_clip(make(CONFIGS['siglip']), CONFIGS['siglip'])
-  found = {name.removeprefix('visual.trunk.'): array.shape for name, array in tensors.items()
-           if name.startswith('visual.')}
+  found = {
+    name.removeprefix('visual.trunk.'): array.shape
+    for name, array in tensors.items()
+    if name.startswith('visual.')
+  }
   assert found.pop('pos_embed') == (1, 16, 16) and found['attn_pool.latent'] == (1, 1, 16)
   assert {name.split('.')[0] for name in found} == {'patch_embed', 'blocks', 'norm', 'attn_pool'}
   block = {name.removeprefix('blocks.0.') for name in found if name.startswith('blocks.0.')}
-  assert block == {f'{name}.{part}' for name in ('norm1', 'attn.qkv', 'attn.proj', 'norm2', 'mlp.fc1', 'mlp.fc2')
-                   for part in ('weight', 'bias')}
+  assert block == {
+    f'{name}.{part}'
+    for name in ('norm1', 'attn.qkv', 'attn.proj', 'norm2', 'mlp.fc1', 'mlp.fc2')
+    for part in ('weight', 'bias')
+  }
 
 
 def test_the_counters_of_batch_norm_are_written_as_0_and_not_read():
   config = CONFIGS['resnet']
   tensors = open_clip.params_to_open_clip(make(config), config)
-  counters = {name: array for name, array in tensors.items() if name.endswith('num_batches_tracked')}
+  counters = {
+    name: array for name, array in tensors.items() if name.endswith('num_batches_tracked')
+  }
   norms = [name for name in tensors if name.endswith('running_mean')]
   assert len(counters) == len(norms) == 3 + 5 * 3 + 4
   assert all(array.dtype == np.int64 and array.shape == () for array in counters.values())
@@ -80,15 +89,24 @@ def test_another_model_is_an_error():
 
 def blank(config):
   """Tensors of the right shapes that take no memory."""
-  return {name: np.broadcast_to(np.float32(0), shape) for name, shape in
-          weights.their_shapes(open_clip.entries(config), shapes(config)).items()}
+  return {
+    name: np.broadcast_to(np.float32(0), shape)
+    for name, shape in weights.their_shapes(open_clip.entries(config), shapes(config)).items()
+  }
 
 
-@pytest.mark.parametrize('name, fit', [
-    ('ViT-B-32', ['ViT-B-32', 'ViT-B-32-256', 'ViT-B-32-quickgelu']), ('ViT-S-32', ['ViT-S-32']),
+@pytest.mark.parametrize(
+  'name, fit',
+  [
+    ('ViT-B-32', ['ViT-B-32', 'ViT-B-32-256', 'ViT-B-32-quickgelu']),
+    ('ViT-S-32', ['ViT-S-32']),
     ('RN50x4', ['RN50x4', 'RN50x4-quickgelu']),
-    ('ViT-B-16-SigLIP-384', ['ViT-B-16-SigLIP', 'ViT-B-16-SigLIP-256', 'ViT-B-16-SigLIP-384',
-                             'ViT-B-16-SigLIP-512'])])
+    (
+      'ViT-B-16-SigLIP-384',
+      ['ViT-B-16-SigLIP', 'ViT-B-16-SigLIP-256', 'ViT-B-16-SigLIP-384', 'ViT-B-16-SigLIP-512'],
+    ),
+  ],
+)
 def test_models_that_fit_by_shape(name, fit):
   assert open_clip.fitting(blank(zoo.get(name))) == fit
 
@@ -111,19 +129,28 @@ def test_preprocessing_both_ways():
       open_clip.preprocess_from_open_clip({'mean': mean}, config)
 
 
-@pytest.mark.parametrize('block, key, value, match', [
+@pytest.mark.parametrize(
+  'block, key, value, match',
+  [
     ('vision_cfg', 'layers', '1', "vision.layers='1', which must be a whole number above 0"),
     ('vision_cfg', 'layers', [1, 1], 'vision.layers=.1, 1., which must be four whole numbers'),
-    ('vision_cfg', 'width', 16.5, 'vision.width=16.5'), ('vision_cfg', 'patch_size', 0, 'patch_size=0'),
+    ('vision_cfg', 'width', 16.5, 'vision.width=16.5'),
+    ('vision_cfg', 'patch_size', 0, 'patch_size=0'),
     ('vision_cfg', 'image_size', 4, 'patch_size=16, which must be at most the image size, 4'),
     ('vision_cfg', 'image_size', [32, 64], 'image_size=.32, 64.'),
-    ('vision_cfg', 'head_width', 0, 'wrong kind'), ('vision_cfg', 'head_width', 2000, 'vision.heads=0'),
+    ('vision_cfg', 'head_width', 0, 'wrong kind'),
+    ('vision_cfg', 'head_width', 2000, 'vision.heads=0'),
     ('vision_cfg', 'head_width', 80, 'vision.heads=9, which must be a divisor of the width, 768'),
     ('text_cfg', 'heads', 7, 'text.heads=7, which must be a divisor of the width, 512'),
-    ('text_cfg', 'heads', True, 'text.heads=True'), ('text_cfg', 'context_length', None, 'context_length=None'),
+    ('text_cfg', 'heads', True, 'text.heads=True'),
+    ('text_cfg', 'context_length', None, 'context_length=None'),
     ('text_cfg', 'mlp_ratio', '4', "mlp_ratio='4', which must be a number"),
-    ('text_cfg', 'tokenizer_kwargs', 'abc', 'wrong kind'), ('', 'embed_dim', '8', "embed_dim='8'"),
-    ('', 'init_logit_scale', 'x', 'init_logit_scale'), ('', 'vision_cfg', 'ViT', "vision_cfg='ViT'")])
+    ('text_cfg', 'tokenizer_kwargs', 'abc', 'wrong kind'),
+    ('', 'embed_dim', '8', "embed_dim='8'"),
+    ('', 'init_logit_scale', 'x', 'init_logit_scale'),
+    ('', 'vision_cfg', 'ViT', "vision_cfg='ViT'"),
+  ],
+)
 def test_numbers_that_make_no_model(block, key, value, match):
   model = open_clip.config_to_open_clip(zoo.get('ViT-B-16'))
   (model[block] if block else model)[key] = value

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from test_clip import CONFIG
 
 from clip_jax.models import clip
 from clip_jax.training import optimizer
-from test_clip import CONFIG
 
 
 def test_ten_updates_equal_pytorchs_adamw():
@@ -27,7 +27,7 @@ def test_ten_updates_equal_pytorchs_adamw():
       want[k] *= 1 - rate * (0.2 if k == 'proj' else 0)
       m[k] = 0.9 * m[k] + 0.1 * g
       v[k] = 0.98 * v[k] + 0.02 * g * g
-      want[k] -= rate / (1 - 0.9 ** t) * m[k] / (np.sqrt(v[k] / (1 - 0.98 ** t)) + 1e-6)
+      want[k] -= rate / (1 - 0.9**t) * m[k] / (np.sqrt(v[k] / (1 - 0.98**t)) + 1e-6)
     tree = {'proj': jnp.asarray(grads['proj']), 'ln_1': {'bias': jnp.asarray(grads['bias'])}}
     updates, opt = tx.update(tree, opt, params)
     params = optax.apply_updates(params, jax.tree.map(lambda u: -rate * u, updates))
@@ -38,13 +38,28 @@ def test_ten_updates_equal_pytorchs_adamw():
 def test_decay_leaves_out_what_open_clip_leaves_out():
   shapes = jax.eval_shape(clip.functions(CONFIG).init, jax.random.key(0))
   mask = jax.tree_util.tree_leaves_with_path(optimizer.decays(shapes))
-  names = {jax.tree_util.keystr(path, simple=True, separator='.')
-           for path, decays in mask if decays}
+  names = {
+    jax.tree_util.keystr(path, simple=True, separator='.') for path, decays in mask if decays
+  }
   blocks = [('visual', 0), ('visual', 1), ('text', 0)]
-  want = {f'{tower}.transformer.resblocks.{i}.{matrix}' for tower, i in blocks for matrix in (
-      'attn.in_proj_weight', 'attn.out_proj.weight', 'mlp.c_fc.weight', 'mlp.c_proj.weight')}
-  want |= {'visual.conv1.weight', 'visual.positional_embedding', 'visual.proj',
-           'text.positional_embedding', 'text.text_projection', 'text.token_embedding.weight'}
+  want = {
+    f'{tower}.transformer.resblocks.{i}.{matrix}'
+    for tower, i in blocks
+    for matrix in (
+      'attn.in_proj_weight',
+      'attn.out_proj.weight',
+      'mlp.c_fc.weight',
+      'mlp.c_proj.weight',
+    )
+  }
+  want |= {
+    'visual.conv1.weight',
+    'visual.positional_embedding',
+    'visual.proj',
+    'text.positional_embedding',
+    'text.text_projection',
+    'text.token_embedding.weight',
+  }
   assert names == want
 
 
@@ -56,8 +71,11 @@ def open_clip_cosine(step, base, warmup, steps):
 
 def test_the_schedule_is_open_clips():
   for warmup, total in ((10, 100), (0, 7), (5, 5)):
-    rate = jax.jit(lambda step: optimizer.learning_rate(
-        step, peak=np.float32(2e-3), warmup_steps=np.int32(warmup), total_steps=np.int32(total)))
+    rate = jax.jit(
+      lambda step: optimizer.learning_rate(
+        step, peak=np.float32(2e-3), warmup_steps=np.int32(warmup), total_steps=np.int32(total)
+      )
+    )
     got = [float(rate(jnp.int32(step))) for step in range(total)]
     want = [open_clip_cosine(step, 2e-3, warmup, total) for step in range(total)]
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-9)

@@ -1,7 +1,6 @@
 import itertools
 
-from hypothesis import given
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 import numpy as np
 import pytest
@@ -36,8 +35,12 @@ def test_blocks_cut_every_shard_evenly_and_cross_none(sizes, most):
 
 
 @settings(deadline=None)
-@given(st.lists(st.integers(0, 30), min_size=1, max_size=6).filter(sum), st.integers(1, 8),
-       st.integers(1, 100), st.integers(0, 3))
+@given(
+  st.lists(st.integers(0, 30), min_size=1, max_size=6).filter(sum),
+  st.integers(1, 8),
+  st.integers(1, 100),
+  st.integers(0, 3),
+)
 def test_every_epoch_of_blocks_is_a_permutation_and_a_window_its_blocks(sizes, most, window, seed):
   blocks, starts = _blocks(sizes, window, seed, most)
   n = sum(sizes)
@@ -70,8 +73,11 @@ KNOWN = [4, 3, 8, 7, 2, 0, 1, 6, 5, 7, 2, 3, 8, 4, 0, 5, 1, 6]
 
 def test_seeds_and_epochs_and_windows_are_unrelated():
   n = 4000
-  orders = [part for seed in range(3)
-            for part in _places(_blocks([n], 500, seed, 50)[0], range(2 * n)).reshape(2, n)]
+  orders = [
+    part
+    for seed in range(3)
+    for part in _places(_blocks([n], 500, seed, 50)[0], range(2 * n)).reshape(2, n)
+  ]
   for a, b in itertools.combinations(orders, 2):
     assert abs(np.corrcoef(a, b)[0, 1]) < 0.5 and (a == b).sum() < 15
     neighbours = set(zip(a, a[1:]))  # of the same window both times, or they were not mixed

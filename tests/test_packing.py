@@ -4,8 +4,7 @@ from hypothesis.extra import numpy as arrays
 import numpy as np
 import pytest
 
-from clip_jax.data import packing
-from clip_jax.data import tokenizer
+from clip_jax.data import packing, tokenizer
 
 START, END = tokenizer.START, tokenizer.END
 LADDER = (1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 18, 22, 27, 33, 40, 48)
@@ -24,13 +23,13 @@ def _captions(lengths, width, repeats=1):
   """Returns captions of given lengths, each with its own token if it has a third one."""
   tokens = np.zeros((len(lengths), width), np.int32)
   for i, (row, n) in enumerate(zip(tokens, lengths, strict=True)):
-    row[:n - 1] = 1 + i // repeats
+    row[: n - 1] = 1 + i // repeats
     row[0], row[n - 1] = START, END
   return tokens
 
 
 def _texts(tokens):
-  return [row[:row.argmax() + 1].tolist() for row in tokens]
+  return [row[: row.argmax() + 1].tolist() for row in tokens]
 
 
 def _check(tokens, groups, packed):
@@ -45,7 +44,7 @@ def _check(tokens, groups, packed):
   assert (text[segment == 0] == 0).all() and (position[segment == 0] == 0).all()
   for g in range(groups):
     places = {}
-    for i, caption in enumerate(_texts(tokens[g * each:][:each])):
+    for i, caption in enumerate(_texts(tokens[g * each :][:each])):
       row, at = divmod(int(end[g, i]), width)
       mine = np.flatnonzero(segment[g, row] == segment[g, row, at])
       assert mine.tolist() == list(range(at - len(caption) + 1, at + 1))  # one run, at its end
@@ -57,7 +56,7 @@ def _check(tokens, groups, packed):
     for row in segment[g]:
       found = row[row > 0]
       assert (np.unique(found) == np.arange(1, found.max(initial=0) + 1)).all()
-      assert (np.diff(found) >= 0).all() and (row[:len(found)] > 0).all()
+      assert (np.diff(found) >= 0).all() and (row[: len(found)] > 0).all()
 
 
 def _rows_one_by_one(tokens):
@@ -120,11 +119,13 @@ def test_a_large_batch_is_right_and_nearly_full():
   assert (np.take_along_axis(text, packed['end'], 1) == END).all()
   for i in range(0, 4000, 37):
     n, end = lengths[i], packed['end'].ravel()[i]
-    assert (text[i // 1000, end - n + 1:end + 1] == tokens[i, :n]).all()
+    assert (text[i // 1000, end - n + 1 : end + 1] == tokens[i, :n]).all()
     assert end % width >= n - 1
 
 
-@pytest.mark.parametrize('lengths, groups, rows', [
+@pytest.mark.parametrize(
+  'lengths, groups, rows',
+  [
     ([5], 1, 1),  # one caption
     ([2], 1, 1),
     ([12] * 7, 1, 7),  # all full: no rung above b / G
@@ -132,7 +133,8 @@ def test_a_large_batch_is_right_and_nearly_full():
     ([5, 2, 12, 7], 4, 1),  # b = G
     ([6] * 14, 1, 8),  # 7 rows are needed
     ([12, 3, 4, 5, 9], 1, 3),
-])
+  ],
+)
 def test_edges(lengths, groups, rows):
   tokens = _captions(lengths, 12)
   packed = packing.pack(tokens, groups)
@@ -167,16 +169,31 @@ def test_real_captions_also_truncated_ones():
 
 def test_rungs():
   assert [packing.rung(n) for n in LADDER] == list(LADDER)
-  assert [packing.rung(n) for n in range(1, 49)] == [min(r for r in LADDER if r >= n)
-                                                     for n in range(1, 49)]
+  assert [packing.rung(n) for n in range(1, 49)] == [
+    min(r for r in LADDER if r >= n) for n in range(1, 49)
+  ]
   assert len({packing.rung(n) for n in range(1, 10_000)}) < 50
   assert all(packing.rung(n) < 1.2 * n + 1 for n in range(1, 10_000))
 
 
-@pytest.mark.parametrize('longest, width, lengths, expected', [
-    (2, 77, (), 8), (8, 77, (), 8), (9, 77, (), 16), (72, 77, (), 72), (73, 77, (), 77),
-    (77, 77, (), 77), (5, 16, (), 8), (9, 16, (), 16), (3, 4, (), 4),
-    (5, 77, (20, 40), 20), (21, 77, (40, 20), 40), (41, 77, (20, 40), 77), (4, 12, (20,), 12)])
+@pytest.mark.parametrize(
+  'longest, width, lengths, expected',
+  [
+    (2, 77, (), 8),
+    (8, 77, (), 8),
+    (9, 77, (), 16),
+    (72, 77, (), 72),
+    (73, 77, (), 77),
+    (77, 77, (), 77),
+    (5, 16, (), 8),
+    (9, 16, (), 16),
+    (3, 4, (), 4),
+    (5, 77, (20, 40), 20),
+    (21, 77, (40, 20), 40),
+    (41, 77, (20, 40), 77),
+    (4, 12, (20,), 12),
+  ],
+)
 def test_trimming(longest, width, lengths, expected):
   tokens = _captions([2, longest, 2], width)
   trimmed = packing.trim(tokens, lengths)

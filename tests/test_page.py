@@ -5,9 +5,7 @@ import re
 
 import pytest
 
-from clip_jax.reporting import gallery
-from clip_jax.reporting import page
-from clip_jax.reporting import tables
+from clip_jax.reporting import gallery, page, tables
 
 EVIL = '<script>alert("x")</script> & \'quoted\''
 VOID = {'meta', 'link', 'img', 'br', 'wbr', 'path', 'use'}
@@ -40,22 +38,50 @@ def parsed(text: str) -> Balanced:
 
 def render(*blocks, **given):
   sections = [page.Section('one', EVIL, 'One', blocks), page.Section('two', 'Two', 'Two', ())]
-  values = {'title': EVIL, 'name': EVIL, 'question': EVIL, 'answer': EVIL, 'footer': EVIL,
-            'state': [('train', '3 of 9 runs', False), ('ingest', 'done', True)]}
+  values = {
+    'title': EVIL,
+    'name': EVIL,
+    'question': EVIL,
+    'answer': EVIL,
+    'footer': EVIL,
+    'state': [('train', '3 of 9 runs', False), ('ingest', 'done', True)],
+  }
   return page.render(**{**values, **given}, sections=sections)
 
 
-CELLS = (tables.Cell(EVIL, EVIL), tables.Cell('1', number=True, bar=0.5),
-         tables.Cell('2', shade=0.25), tables.Cell('3', tone='flag'))
-BLOCKS = (page.Text(EVIL), page.Heading(EVIL, EVIL), page.Fact(EVIL), page.Missing(EVIL, EVIL),
-          page.Figures((page.Figure('f', '<svg xmlns="http://www.w3.org/2000/svg"></svg>', EVIL),)),
-          tables.Table('t', EVIL, CELLS, (CELLS,), (EVIL,), stacked=True),
-          gallery.Gallery(
-              EVIL,
-              ((EVIL, (gallery.Group(EVIL,
-                                     (gallery.Picture('data:image/png;base64,AA', EVIL, EVIL, True,
-                                                      True), gallery.Picture('', EVIL, EVIL))),)),),
-              EVIL), page.Details(EVIL, (page.Text(EVIL), page.Columns((page.Text(EVIL),)))))
+CELLS = (
+  tables.Cell(EVIL, EVIL),
+  tables.Cell('1', number=True, bar=0.5),
+  tables.Cell('2', shade=0.25),
+  tables.Cell('3', tone='flag'),
+)
+BLOCKS = (
+  page.Text(EVIL),
+  page.Heading(EVIL, EVIL),
+  page.Fact(EVIL),
+  page.Missing(EVIL, EVIL),
+  page.Figures((page.Figure('f', '<svg xmlns="http://www.w3.org/2000/svg"></svg>', EVIL),)),
+  tables.Table('t', EVIL, CELLS, (CELLS,), (EVIL,), stacked=True),
+  gallery.Gallery(
+    EVIL,
+    (
+      (
+        EVIL,
+        (
+          gallery.Group(
+            EVIL,
+            (
+              gallery.Picture('data:image/png;base64,AA', EVIL, EVIL, True, True),
+              gallery.Picture('', EVIL, EVIL),
+            ),
+          ),
+        ),
+      ),
+    ),
+    EVIL,
+  ),
+  page.Details(EVIL, (page.Text(EVIL), page.Columns((page.Text(EVIL),)))),
+)
 
 
 def test_everything_given_is_escaped():
@@ -83,13 +109,17 @@ def test_works_on_a_phone_and_in_the_dark():
   assert '<meta name="color-scheme" content="light dark">' in text
 
 
-@pytest.mark.parametrize('block, found', [
+@pytest.mark.parametrize(
+  'block, found',
+  [
     (page.Missing('Not there yet.', 'python -m x'), '<code>python -m x</code>'),
     (page.Text('w', 'warning'), '<p class="warning">w</p>'),
     (tables.Table('t', '', (), ((tables.Cell('a_b'), tables.Cell('1', bar=0.5)),)), '--bar:50.00%'),
     (tables.Table('t', '', (), ((tables.Cell('a_b'),),)), 'a_<wbr>b'),
     (gallery.Gallery('g', (('', (gallery.Group('p', (gallery.Picture(''),)),)),)), 'not readable'),
-    (page.Details('more', (page.Text('inner'),)), '<summary>more</summary>')])
+    (page.Details('more', (page.Text('inner'),)), '<summary>more</summary>'),
+  ],
+)
 def test_blocks(block, found):
   assert found in render(block)
 
@@ -103,7 +133,7 @@ def test_state_tells_what_is_complete():
 def test_blocks_are_found_inside_other_blocks():
   inner = page.Text('inner')
   sections = [
-      page.Section('a', '', '', (page.Details('d', (page.Columns((inner,)),)), page.Text('x')))
+    page.Section('a', '', '', (page.Details('d', (page.Columns((inner,)),)), page.Text('x')))
   ]
   assert [b.text for b in page.blocks(sections, 'text')] == ['inner', 'x']
 

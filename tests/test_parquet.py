@@ -6,7 +6,9 @@ import random
 import subprocess
 import sys
 
+import damaged
 import fsspec
+import indexed
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,9 +17,6 @@ import pytest
 from clip_jax.core.errors import InputError
 from clip_jax.data import parquet
 from clip_jax.data.storage import SourceFile
-
-import damaged
-import indexed
 
 IMAGE_KEY = ('jpg', 'jpeg', 'png', 'webp', 'image')
 
@@ -39,32 +38,62 @@ def _source(path):
 def _read(file, image_key=IMAGE_KEY, sample_key=('key', 'uid'), columns=()):
   """Returns the samples, all read while they come, and what was skipped."""
   samples, skipped = parquet.samples(file, image_key, sample_key, columns)
-  return [(sample.key, dict(sample.members), sample.fields,
-           [sample.read(ending, 1 << 30) for ending in sample.members]) for sample in samples], skipped
+  return [
+    (
+      sample.key,
+      dict(sample.members),
+      sample.fields,
+      [sample.read(ending, 1 << 30) for ending in sample.members],
+    )
+    for sample in samples
+  ], skipped
 
 
 def test_files_of_img2dataset(tmp_path):
   images = _images(5)
   images[3] = None  # a failed download
-  file = _write(tmp_path / '00000.parquet', {
-      'url': ['http://x'] * 5, 'caption': list('abcde'), 'key': [f'{i:09d}' for i in range(5)],
-      'status': ['success'] * 3 + ['failed_to_download', 'success'], 'width': pa.array([7] * 5, pa.int32()),
-      'json': [json.dumps({'similarity': i}) for i in range(5)], 'jpg': pa.array(images, pa.binary())})
+  file = _write(
+    tmp_path / '00000.parquet',
+    {
+      'url': ['http://x'] * 5,
+      'caption': list('abcde'),
+      'key': [f'{i:09d}' for i in range(5)],
+      'status': ['success'] * 3 + ['failed_to_download', 'success'],
+      'width': pa.array([7] * 5, pa.int32()),
+      'json': [json.dumps({'similarity': i}) for i in range(5)],
+      'jpg': pa.array(images, pa.binary()),
+    },
+  )
   found, skipped = _read(file, columns=('caption', 'width', 'json', 'none'))
   assert skipped == [] and [key for key, *_ in found] == [f'{i:09d}' for i in range(5)]
   assert [members for _, members, *_ in found] == [
-      {} if image is None else {'jpg': (row, len(image))} for row, image in enumerate(images)]
-  assert found[4][2] == {'key': '000000004', 'caption': 'e', 'width': 7, 'json': '{"similarity": 4}'}
+    {} if image is None else {'jpg': (row, len(image))} for row, image in enumerate(images)
+  ]
+  assert found[4][2] == {
+    'key': '000000004',
+    'caption': 'e',
+    'width': 7,
+    'json': '{"similarity": 4}',
+  }
   assert [read for *_, read in found] == [[image] if image else [] for image in images]
   reader = parquet.Reader(file.path, ';'.join(IMAGE_KEY))
-  assert [reader.read_many([(row, len(image))])[0] for row, image in enumerate(images) if image] == [
-      image for image in images if image]
+  assert [
+    reader.read_many([(row, len(image))])[0] for row, image in enumerate(images) if image
+  ] == [image for image in images if image]
 
 
-@pytest.mark.parametrize(('kind', 'struct'), [
-    (pa.binary(), False), (pa.large_binary(), False), (pa.binary_view(), False),
-    (pa.dictionary(pa.int32(), pa.binary()), False), (pa.opaque(pa.binary(), 'image', 'someone'), False),
-    (pa.binary(), True), (pa.large_binary(), True)])
+@pytest.mark.parametrize(
+  ('kind', 'struct'),
+  [
+    (pa.binary(), False),
+    (pa.large_binary(), False),
+    (pa.binary_view(), False),
+    (pa.dictionary(pa.int32(), pa.binary()), False),
+    (pa.opaque(pa.binary(), 'image', 'someone'), False),
+    (pa.binary(), True),
+    (pa.large_binary(), True),
+  ],
+)
 def test_every_way_to_store_bytes_is_read(tmp_path, kind, struct):
   images = [*_images(7), *_images(7)]
   array = pa.array(images, getattr(kind, 'storage_type', kind))
@@ -84,24 +113,41 @@ def test_a_path_in_place_of_the_bytes_is_listed_and_never_opened(tmp_path):
   secret = tmp_path / 'secret.jpg'
   secret.write_bytes(b'secret')
   kind = pa.struct([('bytes', pa.binary()), ('path', pa.string())])
-  rows = [{'bytes': b'image', 'path': None}, {'bytes': None, 'path': str(secret)}, None,
-          {'bytes': None, 'path': None}]
+  rows = [
+    {'bytes': b'image', 'path': None},
+    {'bytes': None, 'path': str(secret)},
+    None,
+    {'bytes': None, 'path': None},
+  ]
   file = _write(tmp_path / 'x.parquet', {'image': pa.array(rows, kind), 'uid': list('abcd')})
   found, skipped = _read(file)
   assert skipped == [{'key': 'b', 'reason': 'image is not in the file'}]
-  assert [(key, members) for key, members, *_ in found] == [('a', {'image': (0, 5)}), ('c', {}), ('d', {})]
+  assert [(key, members) for key, members, *_ in found] == [
+    ('a', {'image': (0, 5)}),
+    ('c', {}),
+    ('d', {}),
+  ]
   with pytest.raises(InputError):
     parquet.Reader(str(tmp_path / 'x.parquet'), 'image').read_many([(1, 6)])[0]
 
 
 def test_the_first_name_that_holds_images_counts(tmp_path):
-  columns = {'image': ['a/b.jpg'], 'png': pa.array([b'1'], pa.binary()), 'jpg': pa.array([b'22'], pa.binary())}
+  columns = {
+    'image': ['a/b.jpg'],
+    'png': pa.array([b'1'], pa.binary()),
+    'jpg': pa.array([b'22'], pa.binary()),
+  }
   file = _write(tmp_path / 'x.parquet', columns)
   for names, ending in {'jpg;png': 'jpg', 'image;png;jpg': 'png'}.items():
     assert list(_read(file, names.split(';'))[0][0][1]) == [ending]
-    assert len(parquet.Reader(file.path, names.replace(';', '; ')).values([0])[0]) == {'jpg': 2, 'png': 1}[ending]
+    assert (
+      len(parquet.Reader(file.path, names.replace(';', '; ')).values([0])[0])
+      == {'jpg': 2, 'png': 1}[ending]
+    )
   for read in (lambda: _read(file, ['image', 'webp']), lambda: parquet.Reader(file.path, 'image')):
-    with pytest.raises(InputError, match=r'x.parquet has no column of image bytes.*image \(string\), png'):
+    with pytest.raises(
+      InputError, match=r'x.parquet has no column of image bytes.*image \(string\), png'
+    ):
       read()
 
 
@@ -116,8 +162,14 @@ def test_columns_of_one_name_are_an_error(tmp_path):
 
 def test_names_of_columns_may_have_dots(tmp_path):
   bytes_ = lambda *images: pa.array(images, pa.binary())
-  file = _write(tmp_path / 'x.parquet', {
-      'image.bytes': bytes_(b'1'), 'image': pa.array([{'bytes': b'22', 'path': 'x'}]), 'a.b': bytes_(b'333')})
+  file = _write(
+    tmp_path / 'x.parquet',
+    {
+      'image.bytes': bytes_(b'1'),
+      'image': pa.array([{'bytes': b'22', 'path': 'x'}]),
+      'a.b': bytes_(b'333'),
+    },
+  )
   for name, image in (('image', b'22'), ('image.bytes', b'1'), ('a.b', b'333')):
     assert [read for *_, read in _read(file, [name])[0]] == [[image]]
     assert parquet.Reader(file.path, name).read_many([(0, len(image))])[0] == image
@@ -125,25 +177,36 @@ def test_names_of_columns_may_have_dots(tmp_path):
 
 def test_what_a_column_says_can_be_written_as_json(tmp_path):
   values = {
-      'int': 2**62, 'float': 0.5, 'bool': True, 'list': [1, None], 'struct': {'a': [b'\xff'], 'b': None},
-      'date': datetime.datetime(2020, 1, 2), 'decimal': decimal.Decimal('1.5'), 'none': None}
+    'int': 2**62,
+    'float': 0.5,
+    'bool': True,
+    'list': [1, None],
+    'struct': {'a': [b'\xff'], 'b': None},
+    'date': datetime.datetime(2020, 1, 2),
+    'decimal': decimal.Decimal('1.5'),
+    'none': None,
+  }
   columns = {name: pa.array([value]) for name, value in values.items()}
   columns['bytes'] = pa.array([b'caf\xe9'], pa.binary())
   columns['text'] = pa.Array.from_buffers(pa.string(), 1, columns['bytes'].buffers())
   columns['words'] = pa.array(['word'], pa.string()).dictionary_encode()
   columns['late'] = pa.array([2**62], pa.timestamp('us'))  # a year that Python has not
   file = _write(tmp_path / 'x.parquet', {'jpg': pa.array([b'1'], pa.binary()), **columns})
-  (_, _, fields, _), = _read(file, columns=tuple(columns))[0]
+  ((_, _, fields, _),) = _read(file, columns=tuple(columns))[0]
   json.dumps(fields)
   assert fields['int'] == 2**62 and fields['bool'] is True and fields['list'] == [1, None]
-  assert fields['struct'] == {'a': ['\ufffd'], 'b': None} and fields['date'] == '2020-01-02 00:00:00'
+  assert (
+    fields['struct'] == {'a': ['\ufffd'], 'b': None} and fields['date'] == '2020-01-02 00:00:00'
+  )
   assert fields['decimal'] == '1.5' and fields['text'] == fields['bytes'] == 'caf\ufffd'
   assert fields['words'] == 'word' and fields['none'] is None
 
 
 def test_keys_are_what_the_file_says_else_the_row(tmp_path):
   images = pa.array([b'1'] * 4, pa.binary())
-  keys = lambda **columns: [key for key, *_ in _read(_write(tmp_path / 'x.parquet', {'jpg': images, **columns}))[0]]
+  keys = lambda **columns: [
+    key for key, *_ in _read(_write(tmp_path / 'x.parquet', {'jpg': images, **columns}))[0]
+  ]
   assert keys(uid=list('abca'), key=[1, 2, None, 2]) == ['1', '2', 'x/000000002', '2']
   assert keys(uid=list('abca')) == list('abca')
   assert keys() == [f'x/{i:09d}' for i in range(4)]
@@ -165,11 +228,16 @@ def test_rows_are_read_in_any_order_from_many_threads(tmp_path, monkeypatch):
     draw = random.Random(seed)
     for _ in range(25):
       rows = [draw.randrange(300) for _ in range(draw.randrange(1, 8))]
-      if reader.read_many([(row, len(images[row])) for row in rows]) != [images[row] for row in rows]:
+      if reader.read_many([(row, len(images[row])) for row in rows]) != [
+        images[row] for row in rows
+      ]:
         wrong.append(rows)
+
   indexed.in_threads(read, 4)
   assert not wrong and parquet._decoded._size <= 2000
-  assert parquet._decoded._size == sum(batch.nbytes for batch, _ in parquet._decoded._found.values())
+  assert parquet._decoded._size == sum(
+    batch.nbytes for batch, _ in parquet._decoded._found.values()
+  )
   assert len(parquet._streams._found) == parquet._streams._size <= parquet._STREAMS
 
 
@@ -179,8 +247,11 @@ def test_a_call_decodes_each_row_group_once_and_rows_in_order_go_on(tmp_path, mo
   file = _write(tmp_path / 'x.parquet', {'jpg': pa.array(images, pa.binary())}, row_group_size=100)
   started = []
   batches = parquet._File.batches
-  monkeypatch.setattr(parquet._File, 'batches', lambda self, group, columns: (
-      started.append(group), batches(self, group, columns))[1])
+  monkeypatch.setattr(
+    parquet._File,
+    'batches',
+    lambda self, group, columns: (started.append(group), batches(self, group, columns))[1],
+  )
   reader = parquet.Reader(file.path, 'jpg')
   rows = random.Random(0).sample(range(300), 90)
   reader.read_many([(row, len(images[row])) for row in rows])
@@ -194,8 +265,11 @@ def test_a_call_decodes_each_row_group_once_and_rows_in_order_go_on(tmp_path, mo
 def test_one_large_row_group_is_not_held_whole(tmp_path):
   images = [os.urandom(100_000) for _ in range(400)]
   kind = pa.struct([('bytes', pa.binary()), ('path', pa.string())])
-  file = _write(tmp_path / 'x.parquet', {'image': pa.array([{'bytes': image} for image in images], kind)},
-                write_batch_size=4)  # a page is decoded whole, and ends when a batch is written
+  file = _write(
+    tmp_path / 'x.parquet',
+    {'image': pa.array([{'bytes': image} for image in images], kind)},
+    write_batch_size=4,
+  )  # a page is decoded whole, and ends when a batch is written
   before = pa.total_allocated_bytes()
   most = 0
   for sample in parquet.samples(file, ('image',), (), ())[0]:
@@ -209,10 +283,18 @@ def test_one_large_row_group_is_not_held_whole(tmp_path):
 
 def test_class_names_of_hugging_face_are_found(tmp_path):
   table = pa.table({'image': pa.array([b'1'], pa.binary()), 'label': [0]})
-  said = {'info': {'features': {'label': {'names': ['cat', 'dog'], '_type': 'ClassLabel'}, 'x': {}}}}
-  for text, key, names in ((json.dumps(said), 'label', ('cat', 'dog')), (json.dumps(said), 'x', ()),
-                           (json.dumps(said), 'none', ()), ('[1', 'label', ()), ('[1]', 'label', ()),
-                           ('{"info": 3}', 'label', ()), ('[' * 100_000, 'label', ())):
+  said = {
+    'info': {'features': {'label': {'names': ['cat', 'dog'], '_type': 'ClassLabel'}, 'x': {}}}
+  }
+  for text, key, names in (
+    (json.dumps(said), 'label', ('cat', 'dog')),
+    (json.dumps(said), 'x', ()),
+    (json.dumps(said), 'none', ()),
+    ('[1', 'label', ()),
+    ('[1]', 'label', ()),
+    ('{"info": 3}', 'label', ()),
+    ('[' * 100_000, 'label', ()),
+  ):
     pq.write_table(table.replace_schema_metadata({'huggingface': text}), tmp_path / 'x.parquet')
     assert parquet.classes(str(tmp_path / 'x.parquet'), key) == names
   (tmp_path / 'bad.parquet').write_bytes(b'PAR1')
@@ -242,7 +324,7 @@ def test_a_damaged_row_group_is_listed_and_the_others_count(tmp_path):
   _write(path, {'jpg': pa.array(images, pa.binary())}, row_group_size=10, use_dictionary=False)
   at = pq.read_metadata(path).row_group(1).column(0).data_page_offset
   data = bytearray(path.read_bytes())
-  data[at:at + 40] = b'\xff' * 40
+  data[at : at + 40] = b'\xff' * 40
   path.write_bytes(data)
   found, skipped = _read(_source(path))
   assert [members['jpg'][0] for _, members, *_ in found] == [*range(10), *range(20, 30)]
@@ -269,21 +351,38 @@ def test_remote_files_are_read_in_place():
   file = SourceFile('memory://pool/x.parquet', 'x.parquet', 1, 0.0)
   assert [read for *_, read in _read(file)[0]] == [[image] for image in images]
   reader = parquet.Reader(file.path, 'jpg')
-  assert [reader.read_many([(row, len(images[row]))])[0] for row in (49, 3, 20)] == [images[row] for row in (49, 3, 20)]
+  assert [reader.read_many([(row, len(images[row]))])[0] for row in (49, 3, 20)] == [
+    images[row] for row in (49, 3, 20)
+  ]
 
 
-@pytest.mark.parametrize('how', [
-    dict(row_group_size=10, use_dictionary=False), dict(compression='zstd'),
-    dict(compression='none', write_page_index=True, write_page_checksum=True, data_page_version='2.0')])
+@pytest.mark.parametrize(
+  'how',
+  [
+    dict(row_group_size=10, use_dictionary=False),
+    dict(compression='zstd'),
+    dict(
+      compression='none', write_page_index=True, write_page_checksum=True, data_page_version='2.0'
+    ),
+  ],
+)
 def test_damage_anywhere_is_never_fatal(tmp_path, how):
   """In a process of its own: pyarrow, which is C++, could end it."""
   images = _images(24)
   kind = pa.struct([('bytes', pa.binary()), ('path', pa.string())])
-  columns = {'image': pa.array([{'bytes': images[i % 5], 'path': 'p'} for i in range(24)], kind),
-             'jpg': pa.array(images, pa.binary()), 'text': pa.array(['a', 'b'] * 12).dictionary_encode(),
-             'when': pa.array(range(24), pa.timestamp('us')), 'list': [[1, 2]] * 24}
+  columns = {
+    'image': pa.array([{'bytes': images[i % 5], 'path': 'p'} for i in range(24)], kind),
+    'jpg': pa.array(images, pa.binary()),
+    'text': pa.array(['a', 'b'] * 12).dictionary_encode(),
+    'when': pa.array(range(24), pa.timestamp('us')),
+    'list': [[1, 2]] * 24,
+  }
   _write(tmp_path / 'x.parquet', columns, **how)
-  done = subprocess.run([sys.executable, damaged.__file__, 'parquet', str(tmp_path / 'x.parquet'), '300'],
-                        capture_output=True, text=True, check=False)
+  done = subprocess.run(
+    [sys.executable, damaged.__file__, 'parquet', str(tmp_path / 'x.parquet'), '300'],
+    capture_output=True,
+    text=True,
+    check=False,
+  )
   assert done.returncode == 0, done.stderr
   assert int(done.stdout) > 30  # files of which something was read none the less

@@ -7,13 +7,12 @@ import subprocess
 import sys
 
 import pytest
+import squares
+from squares import PREPARE, run
+import tiny
 
 from clip_jax.core import files, products
 from clip_jax.training import loop
-
-from squares import PREPARE, run
-import squares
-import tiny
 
 STAGES = [*PREPARE, 'train']
 TINY = {'train.samples': 16, 'train.batch_size': 8}
@@ -57,19 +56,37 @@ def copy(world, tmp_path):
 
 def files_of(workdir, but=('log.txt', 'times.json', 'versions.json', 'config.json')):
   """Returns when each file of a work directory was written."""
-  times = {str(path.relative_to(workdir)): path.stat().st_mtime_ns for path in workdir.rglob('*') if path.is_file()}
+  times = {
+    str(path.relative_to(workdir)): path.stat().st_mtime_ns
+    for path in workdir.rglob('*')
+    if path.is_file()
+  }
   return {name: when for name, when in times.items() if name not in but}
 
 
-@pytest.mark.parametrize('redo, override, status, said', [
-    ('train', {'train.batch_size': 12}, 2, 'train.batch_size = 12 must be a multiple of the 8 devices'),
+@pytest.mark.parametrize(
+  'redo, override, status, said',
+  [
+    (
+      'train',
+      {'train.batch_size': 12},
+      2,
+      'train.batch_size = 12 must be a multiple of the 8 devices',
+    ),
     ('ingest', {'pool.path': '/nowhere/*.tar'}, 1, "'/nowhere/*.tar' matches no file"),
-    ('train:base/seed0', {'train.learning_rate': 0.5}, 1, '--redo=train:pruned/seed0'),  # it would not fit, either
+    (
+      'train:base/seed0',
+      {'train.learning_rate': 0.5},
+      1,
+      '--redo=train:pruned/seed0',
+    ),  # it would not fit, either
     ('search:squares', {'embedder.dim': 8}, 1, '--redo=embedder to'),
     ('trian:base/seed0', {}, 2, "Did you mean 'train'"),
     ('train:bsae/seed0', {}, 2, "Did you mean 'train/base/seed0/run'"),
     ('ingest:hog@pool', {}, 2, 'leave out hog@'),
-    ('train', {'serach.top_k': 1}, 2, "Did you mean 'search'")])
+    ('train', {'serach.top_k': 1}, 2, "Did you mean 'search'"),
+  ],
+)
 def test_a_redo_with_a_mistake_removes_nothing(world, copy, capsys, redo, override, status, said):
   before = files_of(copy, but=())
   c = config(world)
@@ -92,15 +109,21 @@ def test_redo_sets_aside_and_deletes_when_the_command_has_ended(world, copy, cap
   left = files_of(copy)
   assert checkpoints and {f'replaced/{name}' for name in aside} <= left.keys()
   assert left.keys() - {f'replaced/{name}' for name in aside} == before.keys() - aside | {
-      'redo.json', 'train/base/seed0/config.json'}  # begun anew
-  assert json.loads((copy / 'redo.json').read_text()) == {'redo': 'train:base/seed0', 'removed': True}
+    'redo.json',
+    'train/base/seed0/config.json',
+  }  # begun anew
+  assert json.loads((copy / 'redo.json').read_text()) == {
+    'redo': 'train:base/seed0',
+    'removed': True,
+  }
   assert not [name for name in products.sidecars(copy) if 'base/seed0' in name]
   status, said = run(config(world), copy, capsys, STAGES, redo='train:base/seed0')
   assert status == 0 and 'going on with --redo=train:base/seed0' in said, said
   after = files_of(copy)
   assert after.keys() == before.keys() and not (copy / 'replaced').exists()
-  assert {name: after[name] for name in before.keys() - aside if not name.endswith('manifest.json')} == {
-      name: before[name] for name in before.keys() - aside if not name.endswith('manifest.json')}
+  assert {
+    name: after[name] for name in before.keys() - aside if not name.endswith('manifest.json')
+  } == {name: before[name] for name in before.keys() - aside if not name.endswith('manifest.json')}
   assert tiny.content(copy) == tiny.content(world / 'run')
 
 
@@ -112,16 +135,21 @@ def test_a_redo_killed_while_it_sets_aside_goes_on(world, copy, capsys, monkeypa
       raise KeyboardInterrupt
     moved.append(name)
     real(workdir, name)
+
   with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
     patch.setattr(products, 'set_aside', once)
     run(config(world), copy, capsys, STAGES, redo='search')
   assert json.loads((copy / 'redo.json').read_text()) == {'redo': 'search', 'removed': False}
-  assert not {*moved} & products.sidecars(copy).keys() and 'search/squares/queries' in products.sidecars(copy)
+  assert not {*moved} & products.sidecars(
+    copy
+  ).keys() and 'search/squares/queries' in products.sidecars(copy)
   before = files_of(copy)
   status, said = run(config(world), copy, capsys, STAGES, redo='search')
   assert status == 0 and 'search: 60 pool rows' in said, said
   after = files_of(copy)
-  again = [name for name in after if name.startswith(('search/', 'splits/pruned/', 'train/pruned/'))]
+  again = [
+    name for name in after if name.startswith(('search/', 'splits/pruned/', 'train/pruned/'))
+  ]
   assert len(again) > 9 and not [name for name in again if before.get(name) == after[name]]
   assert before['train/base/seed0/run.sidecar.json'] == after['train/base/seed0/run.sidecar.json']
   assert not (copy / 'redo.json').exists() and not (copy / 'replaced').exists()
@@ -134,6 +162,7 @@ def test_a_redo_killed_later_keeps_what_it_has_made_again(world, copy, capsys, m
   def second_is_killed(**given):
     begun.append(given['name'])
     return (real if len(begun) == 1 else killed)(**given)
+
   with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
     patch.setattr(loop, 'train', second_is_killed)
     run(config(world), copy, capsys, STAGES, redo='train')
@@ -172,7 +201,7 @@ def test_a_single_run_looks_at_no_other_run_and_is_listed_beside_them(world, cop
 
 def test_the_second_run_does_nothing_and_imports_no_stage_and_no_jax(world):
   before = files_of(world / 'run')
-  code = f'''
+  code = f"""
 import sys
 sys.path.insert(0, {os.path.dirname(__file__)!r})
 from absl import logging
@@ -182,10 +211,12 @@ c = squares.config({str(world / 'data')!r}, **{TINY!r})
 squares.pipeline.run(c, {str(world / 'run')!r}, stages={STAGES!r}, redo='', dry_run=False)
 stages = [f'clip_jax.stages.{{stage}}' for stage in {STAGES[1:]!r}]  # ingest looks where the source files are now
 print([name for name in ('jax', 'flax', 'orbax', 'matplotlib', 'sklearn', *stages) if name in sys.modules])
-'''
+"""
   done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=False)
   assert done.returncode == 0 and done.stdout.splitlines()[-1] == '[]', done.stdout + done.stderr
-  assert 'nothing was done' in (world / 'run/log.txt').read_text() and files_of(world / 'run') == before
+  assert (
+    'nothing was done' in (world / 'run/log.txt').read_text() and files_of(world / 'run') == before
+  )
 
 
 def test_the_graph_is_drawn_and_nothing_is_written(world, tmp_path, capsys, monkeypatch):
@@ -195,7 +226,8 @@ def test_the_graph_is_drawn_and_nothing_is_written(world, tmp_path, capsys, monk
     assert status == 0 and not os.listdir(tmp_path), said
   lines = said.splitlines()
   assert lines[0] == 'flowchart LR' and [
-      line.split()[1] for line in lines if line.startswith('  subgraph')] == [*STAGES, 'evaluate', 'report']
+    line.split()[1] for line in lines if line.startswith('  subgraph')
+  ] == [*STAGES, 'evaluate', 'report']
   ids = {line.split('"')[1]: line.split('[')[0].strip() for line in lines if '["' in line}
   assert ids.keys() >= {'embeddings/pool/* (2)', 'train/base/seed*/run', 'search/sizes'}
   assert f'  {ids["train/base/seed*/run"]} --> {ids["evaluate/base/seed*/squares"]}' in lines
@@ -207,7 +239,9 @@ def test_the_graph_is_drawn_and_nothing_is_written(world, tmp_path, capsys, monk
 def test_what_is_aside_stays_until_it_is_made_again(world, copy, capsys):
   status, said = run(config(world), copy, capsys, ['embed'], redo='embed:squares')
   assert status == 0 and 'not made again yet: the replaced files stay in' in said, said
-  assert (copy / 'replaced/search/squares/queries.npz').exists() and not (copy / 'redo.json').exists()
+  assert (copy / 'replaced/search/squares/queries.npz').exists() and not (
+    copy / 'redo.json'
+  ).exists()
   status, said = run(config(world), copy, capsys, ['report'])  # which remakes none of it
   assert (copy / 'replaced/search/squares/queries.npz').exists()
   status, said = run(config(world), copy, capsys, STAGES)

@@ -11,8 +11,7 @@ from PIL import Image
 import pytest
 
 from clip_jax.core.types import Array
-from clip_jax.data import images
-from clip_jax.data import planted
+from clip_jax.data import images, planted
 from clip_jax.evaluation import planted as control
 from clip_jax.evaluation import statistics
 
@@ -25,9 +24,11 @@ KINDS = tuple(planted.KINDS)
 def test_a_draw_takes_whole_groups_in_the_order_of_their_hashes():
   groups = ['a', 'b', 'a', 'c', 'd', 'b', 'e', 'a']
   place = planted.draw(groups, 0.5, 3)
-  order = sorted(set(groups), key=lambda group: hashlib.sha256(f'planted:3:{group}'.encode()).digest())
+  order = sorted(
+    set(groups), key=lambda group: hashlib.sha256(f'planted:3:{group}'.encode()).digest()
+  )
   sizes = np.cumsum([groups.count(group) for group in order])
-  taken = order[:int(np.argmin(np.abs(sizes - 4))) + 1]
+  taken = order[: int(np.argmin(np.abs(sizes - 4))) + 1]
   rows = [row for group in taken for row, name in enumerate(groups) if name == group]
   assert [int(np.flatnonzero(place == k)[0]) for k in range(len(rows))] == rows
   assert (place >= 0).sum() == len(rows) and {groups[row] for row in rows} == set(taken)
@@ -49,7 +50,12 @@ def test_a_draw_depends_on_the_seed_and_on_names_alone():
   assert (first != second).sum() > 100 and abs((first & second).sum() - 100) < 40
   order = np.random.default_rng(0).permutation(400)
   assert ((planted.draw([groups[i] for i in order], 0.5, 0) >= 0) == first[order]).all()
-  assert np.flatnonzero(planted.draw(groups[:40], 0.1, 0) >= 0).tolist() == [0, 4, 9, 21]  # on every machine
+  assert np.flatnonzero(planted.draw(groups[:40], 0.1, 0) >= 0).tolist() == [
+    0,
+    4,
+    9,
+    21,
+  ]  # on every machine
 
 
 def test_all_are_drawn_at_share_one_and_one_group_at_least():
@@ -63,7 +69,9 @@ def test_all_are_drawn_at_share_one_and_one_group_at_least():
 
 
 def test_kinds_come_in_turn_over_the_draw():
-  found = [planted.kind_of(place, copy, 2, ('x', 'y', 'z')) for place in range(3) for copy in range(2)]
+  found = [
+    planted.kind_of(place, copy, 2, ('x', 'y', 'z')) for place in range(3) for copy in range(2)
+  ]
   assert found == ['x', 'y', 'z', 'x', 'y', 'z']
 
 
@@ -72,7 +80,9 @@ def test_kinds_come_in_turn_over_the_draw():
 
 def picture(height: int = 90, width: int = 120) -> Array:
   y, x = np.mgrid[:height, :width]
-  return np.stack([255 * x / width, 255 * y / height, 128 + 100 * np.sin(x / 9)], -1).astype(np.uint8)
+  return np.stack([255 * x / width, 255 * y / height, 128 + 100 * np.sin(x / 9)], -1).astype(
+    np.uint8
+  )
 
 
 def decoded(data: bytes) -> Array:
@@ -87,8 +97,10 @@ def test_a_transform_is_a_pure_function_of_its_arguments(kind):
   assert (image == before).all() and planted.transform(image, kind, seed=1, row=7) == (data, ending)
   assert ending == ('jpg' if kind == 'jpeg' else 'png')
   assert Image.open(io.BytesIO(data)).format == ('JPEG' if kind == 'jpeg' else 'PNG')
-  others = [planted.transform(image, kind, **{'seed': 1, 'row': 7, **other})[0]
-            for other in ({'seed': 2}, {'row': 8}, {'copy': 1})]
+  others = [
+    planted.transform(image, kind, **{'seed': 1, 'row': 7, **other})[0]
+    for other in ({'seed': 2}, {'row': 8}, {'copy': 1})
+  ]
   assert all((data == other) == (kind == 'none') for other in others)
 
 
@@ -99,8 +111,12 @@ def test_a_crop_keeps_a_part_as_it_is():
     low, high = planted.CROP_AREA
     assert low - 0.02 <= part.shape[0] * part.shape[1] / (90 * 120) <= high + 0.02
     assert abs(part.shape[1] / part.shape[0] - 120 / 90) < 0.03
-    found = [(top, left) for top in range(91 - part.shape[0]) for left in range(121 - part.shape[1])
-             if (image[top:top + part.shape[0], left:left + part.shape[1]] == part).all()]
+    found = [
+      (top, left)
+      for top in range(91 - part.shape[0])
+      for left in range(121 - part.shape[1])
+      if (image[top : top + part.shape[0], left : left + part.shape[1]] == part).all()
+    ]
     assert len(found) == 1
     places.add(found[0])
   assert len(places) > 15
@@ -111,18 +127,27 @@ def test_a_resized_copy_is_smaller_and_looks_the_same():
   for row in range(30):
     small = decoded(planted.transform(image, 'resize', seed=0, row=row)[0])
     sides.append(small.shape[0] / 90)
-    back = np.asarray(Image.fromarray(small).resize((120, 90), Image.Resampling.BICUBIC)).astype(int)
+    back = np.asarray(Image.fromarray(small).resize((120, 90), Image.Resampling.BICUBIC)).astype(
+      int
+    )
     assert np.abs(back - image).mean() < 3
   low, high = planted.RESIZE_SIDE
   assert low - 0.01 <= min(sides) < low + 0.08 and high - 0.08 < max(sides) <= high + 0.01
 
 
 def test_jpeg_has_the_qualities_that_are_said():
-  tables = {quality: _table(quality) for quality in range(planted.JPEG_QUALITY[0], planted.JPEG_QUALITY[1] + 1)}
+  tables = {
+    quality: _table(quality)
+    for quality in range(planted.JPEG_QUALITY[0], planted.JPEG_QUALITY[1] + 1)
+  }
   found = set()
   for row in range(60):
     data, _ = planted.transform(picture(), 'jpeg', seed=0, row=row)
-    found.add(next(q for q, table in tables.items() if Image.open(io.BytesIO(data)).quantization[0] == table))
+    found.add(
+      next(
+        q for q, table in tables.items() if Image.open(io.BytesIO(data)).quantization[0] == table
+      )
+    )
   assert len(found) > 15 and max(found) - min(found) > 20
 
 
@@ -170,7 +195,9 @@ def _bytes(image: Image.Image, form: str = 'PNG') -> bytes:
 
 
 def _copy(row: int, number: int = 0, kind: str = 'none') -> planted.Copy:
-  return planted.Copy(row, number, kind, f'key {row}', row % 2, 'dög', f'group {row}', f'a photo of dög {row}')
+  return planted.Copy(
+    row, number, kind, f'key {row}', row % 2, 'dög', f'group {row}', f'a photo of dög {row}'
+  )
 
 
 def _members(path) -> dict[str, dict[str, bytes]]:
@@ -184,16 +211,31 @@ def _members(path) -> dict[str, dict[str, bytes]]:
 
 def test_a_tar_holds_the_copies_captioned(tmp_path):
   source = [{'image': _bytes(Image.fromarray(picture(9 + row, 12)))} for row in range(4)]
-  counts = planted.write_tar(str(tmp_path / 'a.tar'), source, [_copy(1), _copy(1, 1, 'jpeg'), _copy(3, 0, 'crop')], 0)
-  assert counts == {'samples': 3, 'kinds': {'none': 1, 'jpeg': 1, 'crop': 1}, 'queries': 2, 'unreadable': {}}
+  counts = planted.write_tar(
+    str(tmp_path / 'a.tar'), source, [_copy(1), _copy(1, 1, 'jpeg'), _copy(3, 0, 'crop')], 0
+  )
+  assert counts == {
+    'samples': 3,
+    'kinds': {'none': 1, 'jpeg': 1, 'crop': 1},
+    'queries': 2,
+    'unreadable': {},
+  }
   found = _members(tmp_path / 'a.tar')
   assert {key: set(members) for key, members in found.items()} == {
-      '00000001-0': {'png', 'txt', 'json'}, '00000001-1': {'jpg', 'txt', 'json'},
-      '00000003-0': {'png', 'txt', 'json'}}
+    '00000001-0': {'png', 'txt', 'json'},
+    '00000001-1': {'jpg', 'txt', 'json'},
+    '00000003-0': {'png', 'txt', 'json'},
+  }
   assert found['00000003-0']['txt'].decode() == 'a photo of dög 3'
   assert json.loads(found['00000001-1']['json']) == {
-      'query': 1, 'query_key': 'key 1', 'kind': 'jpeg', 'copy': 1, 'label': 1, 'class_name': 'dög',
-      'group': 'group 1'}
+    'query': 1,
+    'query_key': 'key 1',
+    'kind': 'jpeg',
+    'copy': 1,
+    'label': 1,
+    'class_name': 'dög',
+    'group': 'group 1',
+  }
   assert (decoded(found['00000001-0']['png']) == picture(10, 12)).all()
   assert found['00000003-0']['png'] == planted.transform(picture(12, 12), 'crop', seed=0, row=3)[0]
 
@@ -205,7 +247,9 @@ def test_images_of_every_mode_are_copied_as_they_are_seen(tmp_path, mode):
     image = Image.fromarray(np.asarray(image).astype(np.uint16) * 257)
   data = _bytes(image, 'JPEG' if mode == 'CMYK' else 'PNG')
   copies = [_copy(0, i, kind) for i, kind in enumerate(KINDS)]
-  assert planted.write_tar(str(tmp_path / 'a.tar'), [{'image': data}], copies, 0)['samples'] == len(KINDS)
+  assert planted.write_tar(str(tmp_path / 'a.tar'), [{'image': data}], copies, 0)['samples'] == len(
+    KINDS
+  )
   same = _members(tmp_path / 'a.tar')[f'00000000-{KINDS.index("none")}']['png']
   assert (decoded(same) == decoded(data)).all()
 
@@ -231,6 +275,7 @@ def test_a_killed_drawing_leaves_nothing(tmp_path):
       if row:
         raise KeyboardInterrupt
       return {'image': _bytes(Image.fromarray(picture()))}
+
   with pytest.raises(KeyboardInterrupt):
     planted.write_tar(str(tmp_path / 'a.tar'), Killed(), [_copy(0), _copy(1)], 0)
   assert not list(tmp_path.iterdir())
@@ -254,7 +299,10 @@ def test_the_contrast_is_a_difference_of_gains():
   assert found.planted.value == pytest.approx(gain[:, :120].mean())
   assert found.unplanted.value == pytest.approx(gain[:, 150:].mean())
   assert (found.planted_queries, found.unplanted_queries, found.reason) == (120, 150, '')
-  assert found.estimate.method == 'crossed' and 0 < found.estimate.low < found.estimate.value < found.estimate.high
+  assert (
+    found.estimate.method == 'crossed'
+    and 0 < found.estimate.low < found.estimate.value < found.estimate.high
+  )
   assert found.planted.low == pytest.approx(statistics.crossed_interval(gain[:, :120]).low)
   # Linearised by hand: what each query adds to the estimate, then the two-way variance.
   z = np.where(planted_, (gain - gain[:, :120].mean()) / 120, -(gain - gain[:, 150:].mean()) / 150)
@@ -266,8 +314,12 @@ def test_the_interval_covers_where_nothing_leaks():
   covered = 0
   for trial in range(200):
     queries = np.random.default_rng(trial).random(200) < 0.5
-    found = control.contrast(answers(3, 200, 0.5, 2 * trial + 1000), answers(3, 200, 0.5, 2 * trial + 1001), queries,
-                             ~queries)
+    found = control.contrast(
+      answers(3, 200, 0.5, 2 * trial + 1000),
+      answers(3, 200, 0.5, 2 * trial + 1001),
+      queries,
+      ~queries,
+    )
     covered += found.estimate.low <= 0 <= found.estimate.high
   assert covered >= 184  # 95 % expected; 92 % is two standard errors below
 
@@ -279,14 +331,19 @@ def test_groups_widen_the_interval():
   planted_ = group % 2 == 0
   alone = control.contrast(with_copies, base, planted_, ~planted_)
   together = control.contrast(with_copies, base, planted_, ~planted_, group)
-  assert together.estimate.value == alone.estimate.value and together.estimate.error > alone.estimate.error
+  assert (
+    together.estimate.value == alone.estimate.value
+    and together.estimate.error > alone.estimate.error
+  )
   assert together.estimate.groups == 50
 
 
 @pytest.mark.parametrize('seeds, method', [(1, 'this checkpoint'), (2, 'range'), (3, 'crossed')])
 def test_what_is_said_depends_on_the_seeds(seeds, method):
   planted_ = np.arange(200) % 2 == 0
-  found = control.contrast(answers(seeds, 200, 0.6, 0), answers(seeds, 200, 0.5, 1), planted_, ~planted_)
+  found = control.contrast(
+    answers(seeds, 200, 0.6, 0), answers(seeds, 200, 0.5, 1), planted_, ~planted_
+  )
   assert found.estimate.method == method and (seeds > 2) == (not math.isnan(found.estimate.p_value))
 
 
@@ -296,8 +353,9 @@ def test_few_queries_of_one_kind_are_not_estimable():
     planted_ = np.arange(120) >= unplanted
     found = control.contrast(base, base, planted_, ~planted_)
     assert found.estimate is found.planted is found.unplanted is None
-    assert found.reason == (f'not estimable: {120 - unplanted} planted and {unplanted} unplanted queries; '
-                            'each needs 50')
+    assert found.reason == (
+      f'not estimable: {120 - unplanted} planted and {unplanted} unplanted queries; each needs 50'
+    )
   assert not control.contrast(base, base, np.arange(120) >= 50, np.arange(120) < 50).reason
 
 
@@ -331,7 +389,9 @@ def test_the_nearest_other_query_is_brute_forces():
   similarity = exact @ exact.T / np.where(np.outer(norms, norms) > 0, np.outer(norms, norms), 1)
   similarity[:, ~usable] = -np.inf
   np.fill_diagonal(similarity, -np.inf)
-  np.testing.assert_allclose(control.nearest_other(vectors, usable, rows), similarity[rows].max(1), atol=1e-7)
+  np.testing.assert_allclose(
+    control.nearest_other(vectors, usable, rows), similarity[rows].max(1), atol=1e-7
+  )
   assert control.nearest_other(vectors[:1], np.ones(1, bool), np.array([0])).tolist() == [-1]
 
 
@@ -345,10 +405,15 @@ def test_the_calibration_counts_what_a_threshold_finds():
   crop, jpeg, every = found['kinds']
   assert (crop['kind'], crop['copies'], crop['found'], crop['recall']) == ('crop', 4, 3, 0.75)
   assert (jpeg['found'], jpeg['recall'], every['kind'], every['copies']) == (0, 0.0, 'all', 20)
-  assert every['similarity_wanted'] == 0.95 and every['others_over_wanted'] == 0.5  # 19 of 20 reach it
+  assert (
+    every['similarity_wanted'] == 0.95 and every['others_over_wanted'] == 0.5
+  )  # 19 of 20 reach it
   assert crop['similarity_wanted'] == 0.9 and crop['least'] == 0.9
   z = 1.959963984540054  # Wilson's interval, written out for 3 of 4
-  middle, half = (0.75 + z**2 / 8) / (1 + z**2 / 4), z / (1 + z**2 / 4) * math.sqrt(0.75 * 0.25 / 4 + z**2 / 64)
+  middle, half = (
+    (0.75 + z**2 / 8) / (1 + z**2 / 4),
+    z / (1 + z**2 / 4) * math.sqrt(0.75 * 0.25 / 4 + z**2 / 64),
+  )
   assert (crop['low'], crop['high']) == (pytest.approx(middle - half), pytest.approx(middle + half))
   json.dumps(found, allow_nan=False)
 

@@ -5,8 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from clip_jax.reporting import pool_audit
-from clip_jax.reporting import svg
+from clip_jax.reporting import pool_audit, svg
 
 EDGES = np.arange(-1000, 1001) / 1000
 
@@ -23,9 +22,17 @@ def estimate(value, low, high):
   return SimpleNamespace(value=value, low=low, high=high, method='wilson')
 
 
-def rate(name='v2', pool=estimate(0.031, 0.029, 0.033), anchor=None, exact_pool=0, exact_anchor=None):
-  return {'benchmark': name, 'queries': 1000, 'pool': pool, 'anchor': anchor, 'exact_pool': exact_pool,
-          'exact_anchor': exact_anchor}
+def rate(
+  name='v2', pool=estimate(0.031, 0.029, 0.033), anchor=None, exact_pool=0, exact_anchor=None
+):
+  return {
+    'benchmark': name,
+    'queries': 1000,
+    'pool': pool,
+    'anchor': anchor,
+    'exact_pool': exact_pool,
+    'exact_anchor': exact_anchor,
+  }
 
 
 def over(values):
@@ -34,7 +41,12 @@ def over(values):
 
 def drop(name, values):
   rows = over(values)
-  return {'name': name, 'rows': rows, 'at_zero': int(rows[1000]), 'together': name == pool_audit.TOGETHER}
+  return {
+    'name': name,
+    'rows': rows,
+    'at_zero': int(rows[1000]),
+    'together': name == pool_audit.TOGETHER,
+  }
 
 
 def table(blocks, name):
@@ -52,10 +64,16 @@ def test_the_answer_has_the_rate_with_its_interval():
 
 
 def test_the_answer_says_what_aligning_would_drop():
-  drops = [drop('a', [0.1, 0.2, -0.1]), drop('b', [0.3, -0.1, -0.1]), drop(pool_audit.TOGETHER, [0.3, 0.2, -0.1])]
+  drops = [
+    drop('a', [0.1, 0.2, -0.1]),
+    drop('b', [0.3, -0.1, -0.1]),
+    drop(pool_audit.TOGETHER, [0.3, 0.2, -0.1]),
+  ]
   said = pool_audit.sentence([rate()], 0.9, drops, 4)
   assert 'would drop 2 rows for a and 1 row for b, together 2 of 4 candidates (50.0 %).' in said
-  assert 'would drop 2 rows for a, of 4 candidates' in pool_audit.sentence([rate()], 0.9, drops[:1], 4)
+  assert 'would drop 2 rows for a, of 4 candidates' in pool_audit.sentence(
+    [rate()], 0.9, drops[:1], 4
+  )
 
 
 def test_rates_have_intervals_and_columns_that_are_known():
@@ -64,15 +82,20 @@ def test_rates_have_intervals_and_columns_that_are_known():
   assert [cell.text for cell in found.rows[0]] == ['v2', '1,000', '3.1 %', '0.0 %']
   assert found.rows[0][2].detail == '[2.9, 3.3]\n31 of 1,000' and found.records[0]['pool'] == 31
   assert found.records[0]['pool_low'] == 0.029 and found.records[0]['similarity'] == 0.876
-  with_anchor = table(pool_audit.rate_blocks([rate(anchor=estimate(0.0, 0.0, 0.0038), exact_anchor=0)], 0.9),
-                      'duplicate_rates')
-  assert with_anchor.rows[0][4].text == '0.0 %' and with_anchor.rows[0][4].detail.startswith('[0.00, 0.38]')
+  with_anchor = table(
+    pool_audit.rate_blocks([rate(anchor=estimate(0.0, 0.0, 0.0038), exact_anchor=0)], 0.9),
+    'duplicate_rates',
+  )
+  assert with_anchor.rows[0][4].text == '0.0 %' and with_anchor.rows[0][4].detail.startswith(
+    '[0.00, 0.38]'
+  )
   assert pool_audit.rate_blocks([], 0.9) == []
 
 
 def test_quantiles_are_those_of_the_finite_similarities():
-  found = pool_audit.quantile_table([{'name': 'v2', 'anchor': None,
-                                      'pool': np.array([np.nan, *np.linspace(0, 1, 101), -np.inf])}])
+  found = pool_audit.quantile_table(
+    [{'name': 'v2', 'anchor': None, 'pool': np.array([np.nan, *np.linspace(0, 1, 101), -np.inf])}]
+  )
   assert [cell.text for cell in found.rows[0]] == ['v2', '101', '0.050', '0.500', '0.950', '1.000']
   assert found.records[0]['q95'] == pytest.approx(0.95) and found.records[0]['in'] == 'pool'
 
@@ -97,7 +120,11 @@ def test_cuts_keep_at_least_what_they_say(seed):
   found = table(pool_audit.size_blocks(EDGES, [line], 400, LOOKS), 'cut_by_size')
   for r in found.records:
     kept = (values <= r['cut']).mean() if r['rule'] == 'near' else (values > r['cut']).mean()
-    tighter = (values <= r['cut'] - 0.001).mean() if r['rule'] == 'near' else (values > r['cut'] + 0.001).mean()
+    tighter = (
+      (values <= r['cut'] - 0.001).mean()
+      if r['rule'] == 'near'
+      else (values > r['cut'] + 0.001).mean()
+    )
     assert kept >= r['keep'] > tighter
 
 
@@ -109,8 +136,11 @@ def test_cuts_of_a_pool_that_is_all_copies_stay_in_range():
 
 def test_the_published_truncation_is_one_line_and_a_table_where_it_matters():
   one = {'benchmark': 'a', 'top_k': 20_000, 'chunk_rows': 1_000_000, 'over': 117, 'missed': 0}
-  text, = pool_audit.paper_compat_blocks([one])
+  (text,) = pool_audit.paper_compat_blocks([one])
   assert 'the 20,000 nearest rows' in text.text and 'kept none of the 117 rows over' in text.text
   text, details = pool_audit.paper_compat_blocks([one, {**one, 'benchmark': 'b', 'missed': 7}])
-  assert 'rows over a threshold: 7 of 117 for b.' in text.text and details.blocks[0].rows[1][2].detail == '6.0 %'
+  assert (
+    'rows over a threshold: 7 of 117 for b.' in text.text
+    and details.blocks[0].rows[1][2].detail == '6.0 %'
+  )
   assert pool_audit.paper_compat_blocks([]) == []

@@ -17,7 +17,7 @@ def world(rows=500, dim=7, classes=4):
 
 
 def cut(x, label, size):
-  return [(x[i:i + size], label[i:i + size]) for i in range(0, len(x), size)]
+  return [(x[i : i + size], label[i : i + size]) for i in range(0, len(x), size)]
 
 
 def dense(x, label, scale, classes, l2=preview.L2):
@@ -52,7 +52,9 @@ def test_weights_are_scikit_learns():
   scale = preview.fit_scale([x])
   peer = Ridge(alpha=64.0, fit_intercept=False)
   peer.fit(np.pad(scale(x), ((0, 0), (0, 1)), constant_values=100.0), 2.0 * np.eye(3)[label] - 1)
-  np.testing.assert_allclose(preview.fit(cut(x, label, 64), scale, 3, l2=64.0), peer.coef_.T, atol=2e-6)
+  np.testing.assert_allclose(
+    preview.fit(cut(x, label, 64), scale, 3, l2=64.0), peer.coef_.T, atol=2e-6
+  )
 
 
 def test_a_row_that_is_there_twice_counts_twice():
@@ -70,7 +72,9 @@ def test_predictions_are_of_the_allowed_classes_and_learn_something():
   weights = preview.fit([(x[:1000], label[:1000])], scale, 4)
   found = preview.predict(x[1000:], scale, weights, np.arange(4))
   assert (found == label[1000:]).mean() > 0.5
-  scores = np.pad(scale(x[1000:]), ((0, 0), (0, 1)), constant_values=100.0).astype(np.float64) @ weights
+  scores = (
+    np.pad(scale(x[1000:]), ((0, 0), (0, 1)), constant_values=100.0).astype(np.float64) @ weights
+  )
   assert (found == scores.argmax(1)).all()
   some = preview.predict(x[1000:], scale, weights, np.array([3, 1]))
   assert (some == np.array([3, 1])[scores[:, [3, 1]].argmax(1)]).all()
@@ -79,10 +83,27 @@ def test_predictions_are_of_the_allowed_classes_and_learn_something():
 NAMES = {'car': 0, 'sports car': 1, 'dog': 2, 't shirt': 3, 'élan': 4}
 
 
-@pytest.mark.parametrize('caption, wanted', [
-    ('A photo of a dog.', 2), ('my Dog', 2), ('hotdog stand', -1), ('dogs', -1), ('a dog and a car', -1),
-    ('a sports car', 1), ('a sports  CAR in the rain', 1), ('a sports car beside a car', -1), ('sports', -1),
-    ('dog, dog!', 2), ('a T-shirt', 3), ('t_shirt', 3), ('ÉLAN', 4), ('', -1), ('car', 0), ('sports sports car', 1)])
+@pytest.mark.parametrize(
+  'caption, wanted',
+  [
+    ('A photo of a dog.', 2),
+    ('my Dog', 2),
+    ('hotdog stand', -1),
+    ('dogs', -1),
+    ('a dog and a car', -1),
+    ('a sports car', 1),
+    ('a sports  CAR in the rain', 1),
+    ('a sports car beside a car', -1),
+    ('sports', -1),
+    ('dog, dog!', 2),
+    ('a T-shirt', 3),
+    ('t_shirt', 3),
+    ('ÉLAN', 4),
+    ('', -1),
+    ('car', 0),
+    ('sports sports car', 1),
+  ],
+)
 def test_the_one_class_that_a_caption_names(caption, wanted):
   assert preview.caption_classes([caption], NAMES).tolist() == [wanted]
 

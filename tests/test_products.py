@@ -19,22 +19,40 @@ def write(workdir, product, text='x'):
 
 def make(workdir, *wanted, text='x'):
   """Makes what is missing of some products; returns their names."""
+
   def work(todo):
     for product in todo:
       yield product, write(workdir, product, text), {'rows': 1}
+
   return [product.name for product in products.make(workdir, list(wanted), work)]
 
 
 def test_fingerprint_covers_keys_inputs_sources_and_version_only():
   read = Product('in/x')
   one = Product('a/b', keys={'k': 1, 'j': (1, 2)}, inputs=(read,), sources={'f': '1'})
-  same = Product('a/c', 'kind', (3,), {'j': [1, 2], 'k': 1}, (read,), sources={'f': '1'}, at_least={'top': 3},
-                 batch='b', is_cheap=True)
+  same = Product(
+    'a/c',
+    'kind',
+    (3,),
+    {'j': [1, 2], 'k': 1},
+    (read,),
+    sources={'f': '1'},
+    at_least={'top': 3},
+    batch='b',
+    is_cheap=True,
+  )
   assert one.fingerprint == same.fingerprint
-  for other in (Product('a/b', keys={'k': 2, 'j': (1, 2)}, inputs=(read,), sources={'f': '1'}),
-                Product('a/b', keys={'k': 1, 'j': (1, 2)}, inputs=(Product('in/x', keys={'n': 1}),), sources={'f': '1'}),
-                Product('a/b', keys={'k': 1, 'j': (1, 2)}, inputs=(read,), sources={'f': '2'}),
-                Product('a/b', keys={'k': 1, 'j': (1, 2)}, inputs=(read,), sources={'f': '1'}, version=2)):
+  for other in (
+    Product('a/b', keys={'k': 2, 'j': (1, 2)}, inputs=(read,), sources={'f': '1'}),
+    Product(
+      'a/b',
+      keys={'k': 1, 'j': (1, 2)},
+      inputs=(Product('in/x', keys={'n': 1}),),
+      sources={'f': '1'},
+    ),
+    Product('a/b', keys={'k': 1, 'j': (1, 2)}, inputs=(read,), sources={'f': '2'}),
+    Product('a/b', keys={'k': 1, 'j': (1, 2)}, inputs=(read,), sources={'f': '1'}, version=2),
+  ):
     assert one.fingerprint != other.fingerprint
 
 
@@ -57,9 +75,13 @@ def test_status_and_differences(tmp_path):
 
 
 def test_more_than_at_least_is_wanted_fits_and_does_not_change_what_follows(tmp_path):
-  wide, narrow, wider = (Product('search/a/pool-00000', at_least={'search.top_k': k}) for k in (10, 5, 20))
+  wide, narrow, wider = (
+    Product('search/a/pool-00000', at_least={'search.top_k': k}) for k in (10, 5, 20)
+  )
   make(tmp_path, wide)
-  assert products.status(tmp_path, narrow) == 'fits' and products.status(tmp_path, wider) == 'differs'
+  assert (
+    products.status(tmp_path, narrow) == 'fits' and products.status(tmp_path, wider) == 'differs'
+  )
   with pytest.raises(InputError, match='config.search.top_k: 10 -> 20'):
     make(tmp_path, wider)
   assert wide.fingerprint == narrow.fingerprint == wider.fingerprint
@@ -74,15 +96,23 @@ def test_changes_of_an_untracked_input_do_not_invalidate(tmp_path):
   make(tmp_path, embedders[0])
   make(tmp_path, indexes[1])
   assert products.status(tmp_path, embedders[1]) == 'fits'
-  assert products.followers(tmp_path, ['ingest/pool/index']) == ['embedder/embedder', 'ingest/pool/index']
+  assert products.followers(tmp_path, ['ingest/pool/index']) == [
+    'embedder/embedder',
+    'ingest/pool/index',
+  ]
 
 
 @pytest.mark.parametrize('is_cheap', [True, False])
 def test_nothing_is_made_of_a_product_that_does_not_fit(tmp_path, is_cheap):
   rows = [Product('splits/rows', keys={'size': size}, is_cheap=True) for size in (1, 2)]
-  runs = [Product('train/run', inputs=(row,), sources={'pool/0.tar': 'stamp'}, is_cheap=is_cheap) for row in rows]
+  runs = [
+    Product('train/run', inputs=(row,), sources={'pool/0.tar': 'stamp'}, is_cheap=is_cheap)
+    for row in rows
+  ]
   make(tmp_path, rows[0])
-  with pytest.raises(InputError, match='train/run reads splits/rows .*made with another config.*Run without --stages'):
+  with pytest.raises(
+    InputError, match='train/run reads splits/rows .*made with another config.*Run without --stages'
+  ):
     make(tmp_path, runs[1])
   make(tmp_path, runs[0])
   with pytest.raises(InputError, match='train/run reads splits/rows'):
@@ -92,13 +122,18 @@ def test_nothing_is_made_of_a_product_that_does_not_fit(tmp_path, is_cheap):
   if is_cheap:
     assert make(tmp_path, runs[1]) == ['train/run']
   else:
-    with pytest.raises(InputError, match='train/run in .* was made with another config: splits/rows has changed'):
+    with pytest.raises(
+      InputError, match='train/run in .* was made with another config: splits/rows has changed'
+    ):
       make(tmp_path, runs[1])
 
 
 def test_inputs_may_be_made_by_the_same_call(tmp_path):
   one = Product('splits/a/rows')
-  assert make(tmp_path, one, Product('splits/b/rows', inputs=(one,))) == ['splits/a/rows', 'splits/b/rows']
+  assert make(tmp_path, one, Product('splits/b/rows', inputs=(one,))) == [
+    'splits/a/rows',
+    'splits/b/rows',
+  ]
 
 
 def test_a_product_that_waits_is_left_out_until_its_input_is_there(tmp_path):
@@ -113,7 +148,9 @@ def test_a_product_that_reads_all_is_made_again_when_anything_changes(tmp_path):
   page = Product('report/index', reads_all=True, is_cheap=True)
   assert make(tmp_path, page) == ['report/index'] and make(tmp_path, page) == []
   make(tmp_path, Product('splits/a/rows', is_cheap=True))
-  assert products.status(tmp_path, page) == 'differs' and 'splits/a/rows is new' in products.differences(tmp_path, page)
+  assert products.status(
+    tmp_path, page
+  ) == 'differs' and 'splits/a/rows is new' in products.differences(tmp_path, page)
   assert make(tmp_path, page) == ['report/index']
   make(tmp_path, Product('splits/a/rows', keys={'size': 1}, is_cheap=True))
   assert make(tmp_path, page) == ['report/index'] and make(tmp_path, page) == []
@@ -164,14 +201,21 @@ def test_followers_last_first(tmp_path):
   assert products.followers(tmp_path, ['se/c']) == ['tr/d', 'se/c']
 
 
-@pytest.mark.parametrize('names, redo', [
+@pytest.mark.parametrize(
+  'names, redo',
+  [
     (['ingest/pool/index-00000', 'ingest/pool/index-00001'], 'ingest:pool'),
-    (['embedder/embedder'], 'embedder'), (['dedup/keep'], 'dedup'),
-    (['embeddings/pool/00000'], 'embed:pool'), (['train/base/seed0/run'], 'train:base/seed0'),
+    (['embedder/embedder'], 'embedder'),
+    (['dedup/keep'], 'dedup'),
+    (['embeddings/pool/00000'], 'embed:pool'),
+    (['train/base/seed0/run'], 'train:base/seed0'),
     (['search/val/pool-00000', 'search/val/pool-00001'], 'search:val'),
     (['search/val/pool-00000', 'search/sketch/pool-00000'], 'search'),
-    (['embedders/hog/embeddings/pool/00000'], 'embed:hog@pool'), (['embedders/hog/embedder/embedder'], 'embedder:hog@'),
-    (['splits/base/rows', 'splits/near/rows'], 'prune')])
+    (['embedders/hog/embeddings/pool/00000'], 'embed:hog@pool'),
+    (['embedders/hog/embedder/embedder'], 'embedder:hog@'),
+    (['splits/base/rows', 'splits/near/rows'], 'prune'),
+  ],
+)
 def test_what_redo_must_say(names, redo):
   assert products.redo_of(names) == redo
 
@@ -242,7 +286,9 @@ def test_lock_says_who_holds_it_and_is_free_afterwards(tmp_path, holder):
 def test_a_lock_of_a_killed_process_is_free_even_as_a_zombie(tmp_path, holder):
   process, _ = holder
   process.kill()
-  os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # it is dead, and nobody has collected it
+  os.waitid(
+    os.P_PID, process.pid, os.WEXITED | os.WNOWAIT
+  )  # it is dead, and nobody has collected it
   assert (tmp_path / 's/a.lock').exists()
   assert make(tmp_path, Product('s/a')) == ['s/a']
 

@@ -7,13 +7,26 @@ import pytest
 from clip_jax.evaluation import prompts
 
 
-@pytest.mark.parametrize(('lines', 'count', 'digest'), [
-    (prompts.imagenet_classes(), 1000,
-     '571ae1c583b4be7da87519494c52bf405a46af05d5815627c7a0dee997068b60'),
-    (prompts.imagenet_templates(), 80,
-     '4f976686fb651bb5803d4689dcd849f75efe0ef19a3c801355bc9a6f03c8a5af'),
-    (prompts.simple_templates(), 7,
-     '6ef3883987d224b7949da69fe0b615af152e1560eaac4c5c38555e50c882d415')])
+@pytest.mark.parametrize(
+  ('lines', 'count', 'digest'),
+  [
+    (
+      prompts.imagenet_classes(),
+      1000,
+      '571ae1c583b4be7da87519494c52bf405a46af05d5815627c7a0dee997068b60',
+    ),
+    (
+      prompts.imagenet_templates(),
+      80,
+      '4f976686fb651bb5803d4689dcd849f75efe0ef19a3c801355bc9a6f03c8a5af',
+    ),
+    (
+      prompts.simple_templates(),
+      7,
+      '6ef3883987d224b7949da69fe0b615af152e1560eaac4c5c38555e50c882d415',
+    ),
+  ],
+)
 def test_sha256(lines, count, digest):
   assert len(lines) == count
   assert sha256('\n'.join(lines).encode()).hexdigest() == digest

@@ -5,19 +5,12 @@ import subprocess
 import sys
 
 import fsspec
+from indexed import BYTES, dataset, in_threads, record, shard
 import numpy as np
 import pytest
 
 from clip_jax.core.errors import InputError
-from clip_jax.data import formats
-from clip_jax.data import reader
-from clip_jax.data import storage
-from clip_jax.data import table
-from indexed import BYTES
-from indexed import dataset
-from indexed import in_threads
-from indexed import record
-from indexed import shard
+from clip_jax.data import formats, reader, storage, table
 
 
 @pytest.fixture(name='source')
@@ -32,7 +25,10 @@ def test_samples_are_what_was_recorded(source):
   assert source.starts.tolist() == [0, 3, 3, 8] and source.starts.dtype == np.int64
   for row, i in enumerate(rows):
     assert source[np.int64(row)] == {
-        'image': BYTES[7 * i:8 * i], 'caption': f'caption {i} é', 'label': i % 5 - 1}
+      'image': BYTES[7 * i : 8 * i],
+      'caption': f'caption {i} é',
+      'label': i % 5 - 1,
+    }
     assert source.caption(row) == f'caption {i} é'
   assert source.labels.tolist() == [i % 5 - 1 for i in rows] and source.labels.dtype == np.int32
   assert source.column('key').tolist() == [f'k{i}' for i in rows]
@@ -61,14 +57,23 @@ def test_captions_may_all_be_empty(tmp_path):
 def test_columns_of_shards_that_differ_are_joined(tmp_path):
   def column(parts):
     file, _ = shard(tmp_path / 'a.tar', 0)
-    shards = [(file, table.Scan([record(i, c=value) for i, value in enumerate(part)], []))
-              for part in parts]
+    shards = [
+      (file, table.Scan([record(i, c=value) for i, value in enumerate(part)], [])) for part in parts
+    ]
     return dataset(tmp_path / 'index', [*shards, shard(tmp_path / 'a.tar', 2)])[0].column('c')
 
   numbers = column([[1, None], [2.5, float('nan')], [None, None]])
   assert numbers[[0, 2]].tolist() == [1, 2.5] and np.isnan(numbers[[1, 3, 4, 5, 6, 7]]).all()
   assert column([[1, 2], ['x', None], [[1], {'a': 1}]]).tolist() == [
-      '1', '2', 'x', None, '[1]', '{"a": 1}', None, None]
+    '1',
+    '2',
+    'x',
+    None,
+    '[1]',
+    '{"a": 1}',
+    None,
+    None,
+  ]
   assert column([[1 << 70, 2]]).tolist() == [str(1 << 70), '2', None, None]
   assert column([[None, None]]).tolist() == [None] * 4
   assert column([[3, 4], [5, 6]])[:4].tolist() == [3, 4, 5, 6]
@@ -81,8 +86,10 @@ def test_same_samples_are_the_same_bytes_of_the_same_file(tmp_path):
   file, scan = shard(tmp_path / 'a.tar', 6)
   elsewhere, _ = shard(tmp_path / 'b.tar', 6)
   pool, _ = dataset(tmp_path / 'pool', [(elsewhere, scan), (file, scan)])
-  some, _ = dataset(tmp_path / 'some', [(file, table.Scan(scan.records[1:3], [])),
-                                         (file, table.Scan(scan.records[4:5], []))])
+  some, _ = dataset(
+    tmp_path / 'some',
+    [(file, table.Scan(scan.records[1:3], [])), (file, table.Scan(scan.records[4:5], []))],
+  )
   assert np.flatnonzero(pool.same_samples(some)).tolist() == [7, 8, 10]
   assert some.same_samples(pool).all()
 
@@ -137,6 +144,7 @@ def _mixed(tmp_path):
 
 class _Rows(storage.File):
   """A reader that can read many at once, as that of parquet can."""
+
   calls: list[int] = []
 
   def read_many(self, ranges):
@@ -146,9 +154,14 @@ class _Rows(storage.File):
 
 def test_many_is_one_after_another_whatever_the_storage(tmp_path, monkeypatch):
   asked, read = [], storage.read_ranges
-  monkeypatch.setattr(storage, 'read_ranges', lambda ranges: asked.append(len(ranges)) or read(ranges))
-  monkeypatch.setitem(formats.FORMATS, 'rows', formats.Format(
-      formats.FORMATS['webdataset'].samples, lambda where: _Rows(where['path']), ()))
+  monkeypatch.setattr(
+    storage, 'read_ranges', lambda ranges: asked.append(len(ranges)) or read(ranges)
+  )
+  monkeypatch.setitem(
+    formats.FORMATS,
+    'rows',
+    formats.Format(formats.FORMATS['webdataset'].samples, lambda where: _Rows(where['path']), ()),
+  )
   monkeypatch.setattr(_Rows, 'calls', [])
   source, _ = dataset(tmp_path / 'index', _mixed(tmp_path))
   rng = np.random.default_rng(0)
@@ -175,7 +188,9 @@ def test_many_names_files_that_changed(tmp_path, source):
   system = fsspec.filesystem('memory')
   system.pipe('/reader/x.tar', BYTES)
   where = {'format': 'webdataset', 'root': '', 'path': 'memory://reader/x.tar'}
-  remote, _ = dataset(tmp_path / 'remote', [(where, table.Scan([record(i) for i in range(30)], []))])
+  remote, _ = dataset(
+    tmp_path / 'remote', [(where, table.Scan([record(i) for i in range(30)], []))]
+  )
   system.pipe('/reader/x.tar', BYTES[:150])
   with pytest.raises(InputError, match='memory://reader/x.tar ends at byte 150'):
     remote.many([1, 20, 21])
@@ -232,14 +247,16 @@ def _large(directory, rows, shards):
     f.truncate(20 * rows)
   where = {'format': 'webdataset', 'root': '', 'path': str(directory / 'x.tar'), 'image_key': 'jpg'}
   folder = {'format': 'folder', 'root': str(directory), 'path': '', 'image_key': 'jpg'}
-  (directory / 'files.json').write_text(json.dumps(
-      {'shards': [where] * (shards - 1) + [folder], 'classes': []}))
+  (directory / 'files.json').write_text(
+    json.dumps({'shards': [where] * (shards - 1) + [folder], 'classes': []})
+  )
 
 
 def _heap(directory, order='random'):
   """Returns (rows, MB of private memory after the first reads, MB that 20,000 more add)."""
-  done = subprocess.run([sys.executable, '-c', _HEAP, str(directory), order], capture_output=True,
-                        text=True, check=True)
+  done = subprocess.run(
+    [sys.executable, '-c', _HEAP, str(directory), order], capture_output=True, text=True, check=True
+  )
   return json.loads(done.stdout)
 
 

@@ -6,25 +6,39 @@ from clip_jax.reporting.gallery import Gallery
 from clip_jax.reporting.words import Word
 
 ABOUT = {
-    'dropped': 50, 'candidates': 200,
-    'warnings': ["95.0% of domain 'sketch' is gone: this is domain removal"], 'queries': {
-        'sketch': {'queries': 100, 'hit': 84, 'hit_share': 0.84, 'leaked': 2, 'leaked_share': 0.02}
-    }, 'by_class': {
-        'cat': {'candidates': 100, 'dropped': 10, 'share': 0.1},
-        'dog': {'candidates': 100, 'dropped': 40, 'share': 0.4}
-    }, 'by_domain': {}, 'dropped_at_slack': {'0.01': 30, '-0.01': 70, '0': 50},
-    'checks': {'sketch': {'checked': 200, 'failures': 0, 'kind': 'equality'}}
+  'dropped': 50,
+  'candidates': 200,
+  'warnings': ["95.0% of domain 'sketch' is gone: this is domain removal"],
+  'queries': {
+    'sketch': {'queries': 100, 'hit': 84, 'hit_share': 0.84, 'leaked': 2, 'leaked_share': 0.02}
+  },
+  'by_class': {
+    'cat': {'candidates': 100, 'dropped': 10, 'share': 0.1},
+    'dog': {'candidates': 100, 'dropped': 40, 'share': 0.4},
+  },
+  'by_domain': {},
+  'dropped_at_slack': {'0.01': 30, '-0.01': 70, '0': 50},
+  'checks': {'sketch': {'checked': 200, 'failures': 0, 'kind': 'equality'}},
 }
 DRAW = {
-    'removed': 50, 'drawn': 48, 'shortfall': 2, 'without_full_cell_donor': 0.1,
-    'no_matched_control': False,
-    'standardised_differences': {'caption_length': 0.02, 'image_pixels': 0.3, 'domain': None}
+  'removed': 50,
+  'drawn': 48,
+  'shortfall': 2,
+  'without_full_cell_donor': 0.1,
+  'no_matched_control': False,
+  'standardised_differences': {'caption_length': 0.02, 'image_pixels': 0.3, 'domain': None},
 }
 
 
 def removed(about=None, captions=None, controls=None, gallery=None):
-  return removed_lib.blocks_of({**ABOUT, **(about or {})}, name='gap', words='aligned to sketch',
-                               gallery=gallery, captions=captions, controls=controls or {})
+  return removed_lib.blocks_of(
+    {**ABOUT, **(about or {})},
+    name='gap',
+    words='aligned to sketch',
+    gallery=gallery,
+    captions=captions,
+    controls=controls or {},
+  )
 
 
 def texts(blocks, tone=None):
@@ -44,22 +58,39 @@ def test_numbers_and_hits_are_said():
 
 
 def test_warnings_are_warnings():
-  assert texts(removed(),
-               'warning') == ["95.0% of domain 'sketch' is gone: this is domain removal."]
+  assert texts(removed(), 'warning') == [
+    "95.0% of domain 'sketch' is gone: this is domain removal."
+  ]
 
 
 def test_a_failed_check_is_a_warning_and_a_missing_one_is_said():
   failed = removed({'checks': {'sketch': {'checked': 200, 'failures': 3, 'kind': 'equality'}}})
   assert any(
-      'differs from the anchor\u2019s for 3 of 200' in text for text in texts(failed, 'warning'))
-  assert any('does not exceed' in text for text in texts(
-      removed({'checks': {'sketch': {'checked': 9, 'failures': 0, 'kind': 'inequality'}}})))
-  assert any('does not exceed the anchor\u2019s by more than the slack, +0.1130, for' in text for text in texts(
-      removed({'checks': {'sketch': {'checked': 9, 'failures': 0, 'kind': 'inequality'}}, 'slack': 0.113})))
-  assert any('no j-th nearest pool image of the split is nearer' in text for text in texts(
-      removed({'checks': {'sketch': {'checked': 9, 'failures': 0, 'kind': 'each of k'}}})))
+    'differs from the anchor\u2019s for 3 of 200' in text for text in texts(failed, 'warning')
+  )
   assert any(
-      'not checked' in text for text in texts(removed({'checks': {'sketch': {'checked': 0}}})))
+    'does not exceed' in text
+    for text in texts(
+      removed({'checks': {'sketch': {'checked': 9, 'failures': 0, 'kind': 'inequality'}}})
+    )
+  )
+  assert any(
+    'does not exceed the anchor\u2019s by more than the slack, +0.1130, for' in text
+    for text in texts(
+      removed(
+        {'checks': {'sketch': {'checked': 9, 'failures': 0, 'kind': 'inequality'}}, 'slack': 0.113}
+      )
+    )
+  )
+  assert any(
+    'no j-th nearest pool image of the split is nearer' in text
+    for text in texts(
+      removed({'checks': {'sketch': {'checked': 9, 'failures': 0, 'kind': 'each of k'}}})
+    )
+  )
+  assert any(
+    'not checked' in text for text in texts(removed({'checks': {'sketch': {'checked': 0}}}))
+  )
 
 
 def test_classes_are_ordered_by_what_they_lose_and_slacks_by_size():
@@ -80,8 +111,10 @@ def test_words_have_intervals_and_images_are_shown_where_they_are_known():
   assert table.rows[0][3].detail == '[5.06, 30]' and table.records[0]['z'] == 5.5
   assert any(b.kind == 'gallery' for b in blocks) and 'words_gap_kept' not in tables_of(blocks)
   none = removed(captions={**captions, 'removed': []})
-  assert any('No word tells removed captions from kept ones: 50 removed and 2,000' in text
-             for text in texts(none))
+  assert any(
+    'No word tells removed captions from kept ones: 50 removed and 2,000' in text
+    for text in texts(none)
+  )
   assert 'words_gap' not in tables_of(removed())
 
 
@@ -109,4 +142,5 @@ def test_a_control_without_donors_is_said_not_to_exist():
   draw = {**DRAW, 'no_matched_control': True, 'without_full_cell_donor': 0.5}
   blocks = removed(controls={'like_gap': {'draws': {'rows-seed0': draw}}})
   assert any(
-      text.startswith('No matched control exists: 50.0 %') for text in texts(blocks, 'warning'))
+    text.startswith('No matched control exists: 50.0 %') for text in texts(blocks, 'warning')
+  )

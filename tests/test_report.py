@@ -33,15 +33,30 @@ from clip_jax.studies import STUDIES
 THRESHOLD = 0.92  # similarity of duplicates: a few queries have one in the anchor
 STEPS = 400
 LATE = 'near_75'  # the split whose runs do not converge
-ACCURACY = {'anchor_only': 0.35, 'handwriting_pruned': 0.6, 'handwriting_matched': 0.72, 'base': 0.75}
+ACCURACY = {
+  'anchor_only': 0.35,
+  'handwriting_pruned': 0.6,
+  'handwriting_matched': 0.72,
+  'base': 0.75,
+}
 ESTIMATE = Estimate(-0.1, -0.2, -0.05, 0.02, 3.0, 0.01, 3, 100, 100, 'crossed')
 
 
 def config(seeds=(0, 1, 2)):
-  c = tiny.config(**{
-      'glyphs.pool': 900, 'glyphs.handwritten': 150, 'glyphs.anchor': 300, 'glyphs.queries': 120,
-      'prune.duplicate_similarity': THRESHOLD, 'report.bootstrap_draws': 200, 'report.removed_images': 4,
-      'train.seeds': tuple(seeds), 'train.samples': STEPS * 32, 'dedup.audit_rows': 500})
+  c = tiny.config(
+    **{
+      'glyphs.pool': 900,
+      'glyphs.handwritten': 150,
+      'glyphs.anchor': 300,
+      'glyphs.queries': 120,
+      'prune.duplicate_similarity': THRESHOLD,
+      'report.bootstrap_draws': 200,
+      'report.removed_images': 4,
+      'train.seeds': tuple(seeds),
+      'train.samples': STEPS * 32,
+      'dedup.audit_rows': 500,
+    }
+  )
   del c.benchmarks['inverted'], c.benchmarks['rotated']
   c.benchmarks.handwriting.group_key = ''  # its few writers would give no interval
   return c
@@ -90,13 +105,33 @@ def evaluate(c, folder):
   x = Experiment(c, str(folder))
   for split, seed in blocks.runs(c):
     takes_off, rng = (250 if split == LATE else 60), np.random.default_rng((7, seed))
-    loss = lambda step: 0.6 + (math.log(32) - 0.6) / (1 + math.exp((step - takes_off) / 20)) + 0.02 * rng.normal()
-    lines = [json.dumps({'step': step, 'train/loss': loss(step), 'train/seconds': step / 4,
-                         'train/images_per_sec': 2500.0}) for step in range(10, STEPS + 1, 10)]
+    loss = lambda step: (
+      0.6 + (math.log(32) - 0.6) / (1 + math.exp((step - takes_off) / 20)) + 0.02 * rng.normal()
+    )
+    lines = [
+      json.dumps(
+        {
+          'step': step,
+          'train/loss': loss(step),
+          'train/seconds': step / 4,
+          'train/images_per_sec': 2500.0,
+        }
+      )
+      for step in range(10, STEPS + 1, 10)
+    ]
     made, path = x.graph.run(split, seed), workdir.metrics_path(x, split, seed)
     files.write_bytes(path, '\n'.join(lines).encode())
-    products.finish(x.workdir, made, [os.path.relpath(path, x.workdir)], {
-        'samples': STEPS * 32, 'passes': 9.5, 'steps': STEPS, 'replaced': [4] if split == 'base' else []})
+    products.finish(
+      x.workdir,
+      made,
+      [os.path.relpath(path, x.workdir)],
+      {
+        'samples': STEPS * 32,
+        'passes': 9.5,
+        'steps': STEPS,
+        'replaced': [4] if split == 'base' else [],
+      },
+    )
     for b in c.benchmarks:
       label = np.asarray(workdir.source(x, b).labels, np.int32)
       image = np.random.default_rng(len(b)).random(len(label))
@@ -104,9 +139,14 @@ def evaluate(c, folder):
       right = 0.6 * image + 0.4 * noise < ACCURACY.get(split, 0.65)
       right[0] = False
       files.write_npz(workdir.result_path(x, split, seed, b, '.npz'), label=label, correct=right)
-      files.write_json(workdir.result_path(x, split, seed, b, '.json'), {'classes': 10, 'top1': float(right.mean())})
+      files.write_json(
+        workdir.result_path(x, split, seed, b, '.json'),
+        {'classes': 10, 'top1': float(right.mean())},
+      )
       name = f'evaluate/{split}/seed{seed}/{b}'
-      products.finish(x.workdir, x.graph.result(split, seed, b), [name + '.json', name + '.npz'], {})
+      products.finish(
+        x.workdir, x.graph.result(split, seed, b), [name + '.json', name + '.npz'], {}
+      )
 
 
 @pytest.fixture(scope='module')
@@ -168,7 +208,9 @@ def table(folder, name) -> list[dict]:
 
 
 def correct(folder, split, benchmark, seeds=(0, 1, 2)):
-  return np.stack([np.load(f'{folder}/evaluate/{split}/seed{s}/{benchmark}.npz')['correct'] for s in seeds])
+  return np.stack(
+    [np.load(f'{folder}/evaluate/{split}/seed{s}/{benchmark}.npz')['correct'] for s in seeds]
+  )
 
 
 def facts_of(c, results=None, searched=None, splits=None) -> Facts:
@@ -182,12 +224,19 @@ def test_page_is_self_contained_and_well_formed(finished):
   assert all(link.startswith(('data:', '#')) for link in parser.links)
   assert not re.search(r'https?://', re.sub(r'xmlns(:\w+)?="[^"]*"', '', page))
   assert '<script' not in page
-  sections = {link[1:] for link in parser.links if link.startswith('#') and not re.match(r'#[mp][0-9a-f]', link)}
+  sections = {
+    link[1:]
+    for link in parser.links
+    if link.startswith('#') and not re.match(r'#[mp][0-9a-f]', link)
+  }
   assert sections <= set(parser.ids) and len(sections) == 15
 
 
 def test_sections_of_studies_follow_what_was_removed(finished):
-  places = [finished[2].index(f'<section id="{name}">') for name in ('removed', 'preview', 'sensitivity', 'neighbours')]
+  places = [
+    finished[2].index(f'<section id="{name}">')
+    for name in ('removed', 'preview', 'sensitivity', 'neighbours')
+  ]
   assert places == sorted(places)
 
 
@@ -205,7 +254,11 @@ def test_answer_names_both_shares(finished):
 
 def test_accuracies_are_the_means_of_the_results(finished):
   folder, c, page = finished
-  rows = {(r['split'], r['benchmark']): r for r in table(folder, 'accuracy') if r['without_leaked'] == 'False'}
+  rows = {
+    (r['split'], r['benchmark']): r
+    for r in table(folder, 'accuracy')
+    if r['without_leaked'] == 'False'
+  }
   for split in ACCURACY:
     for benchmark in c.benchmarks:
       expected = correct(folder, split, benchmark).mean()
@@ -227,32 +280,48 @@ def test_splits_with_one_seed_say_so(finished):
 
 def test_leaked_queries_are_left_out_of_the_second_column(finished):
   folder, _, _ = finished
-  vectors = {n: np.load(f'{folder}/embeddings/{n}/00000.npy').astype(float) for n in ('anchor', 'handwriting')}
+  vectors = {
+    n: np.load(f'{folder}/embeddings/{n}/00000.npy').astype(float)
+    for n in ('anchor', 'handwriting')
+  }
   unit = {n: x / np.linalg.norm(x, axis=1, keepdims=True) for n, x in vectors.items()}
   leaked = (unit['handwriting'] @ unit['anchor'].T).max(1) >= THRESHOLD
   assert 0 < leaked.sum() < 60
-  row = next(r for r in table(folder, 'accuracy')
-             if r['split'] == 'base' and r['benchmark'] == 'handwriting' and r['without_leaked'] == 'True')
+  row = next(
+    r
+    for r in table(folder, 'accuracy')
+    if r['split'] == 'base' and r['benchmark'] == 'handwriting' and r['without_leaked'] == 'True'
+  )
   assert int(row['images']) == (~leaked).sum()
-  assert float(row['accuracy']) == pytest.approx(correct(folder, 'base', 'handwriting')[:, ~leaked].mean())
+  assert float(row['accuracy']) == pytest.approx(
+    correct(folder, 'base', 'handwriting')[:, ~leaked].mean()
+  )
 
 
 def test_comparisons_are_differences_on_the_same_seeds_and_images(finished):
   folder, c, page = finished
   rows = {r['what']: r for r in table(folder, 'comparison_handwriting_pruned_handwriting')}
-  gap, matched, base, anchor = (correct(folder, split, 'handwriting').mean() for split in (
-      'handwriting_pruned', 'handwriting_matched', 'base', 'anchor_only'))
+  gap, matched, base, anchor = (
+    correct(folder, split, 'handwriting').mean()
+    for split in ('handwriting_pruned', 'handwriting_matched', 'base', 'anchor_only')
+  )
   assert float(rows['against_control']['value']) == pytest.approx(gap - matched)
   assert float(rows['against_base']['value']) == pytest.approx(gap - base)
   assert float(rows['E']['value']) == pytest.approx((base - gap) / (base - anchor))
   assert float(rows['E_control']['value']) == pytest.approx((matched - gap) / (matched - anchor))
-  val = correct(folder, 'handwriting_pruned', 'val').mean() - correct(folder, 'handwriting_matched', 'val').mean()
+  val = (
+    correct(folder, 'handwriting_pruned', 'val').mean()
+    - correct(folder, 'handwriting_matched', 'val').mean()
+  )
   assert float(rows['placebo']['value']) == pytest.approx(gap - matched - val)
   assert rows['against_control']['p_holm'] and 'hit minus unhit queries' in page
   x = Experiment(c, str(folder))
   hits = contrasts.compare(read(x), 'handwriting_pruned', 'handwriting')['did']
   counts = workdir.split_queries(x, 'handwriting_pruned', 'handwriting')
-  assert (hits.hit, hits.unhit) == ((counts['removed_over'] > 0).sum(), (counts['removed_near'] == 0).sum())
+  assert (hits.hit, hits.unhit) == (
+    (counts['removed_over'] > 0).sum(),
+    (counts['removed_near'] == 0).sum(),
+  )
 
 
 def test_removed_rows_and_hits_are_those_of_the_split(finished):
@@ -264,9 +333,14 @@ def test_removed_rows_and_hits_are_those_of_the_split(finished):
   rows = table(folder, 'slack_handwriting_pruned')
   assert {r['slack']: int(r['dropped']) for r in rows}['0.0'] == about['dropped']
   x = Experiment(c, str(folder))
-  gone = np.setdiff1d(np.flatnonzero(workdir.candidates(x)), workdir.pool_rows(x, 'handwriting_pruned', 0))
+  gone = np.setdiff1d(
+    np.flatnonzero(workdir.candidates(x)), workdir.pool_rows(x, 'handwriting_pruned', 0)
+  )
   word = table(folder, 'words_handwriting_pruned')[0]  # all captions are read, they are few
-  holds = [re.search(rf'\b{word["word"]}\b', workdir.source(x, 'pool').caption(int(row)).lower()) for row in gone]
+  holds = [
+    re.search(rf'\b{word["word"]}\b', workdir.source(x, 'pool').caption(int(row)).lower())
+    for row in gone
+  ]
   assert float(word['removed_share']) == pytest.approx(sum(map(bool, holds)) / len(gone))
 
 
@@ -275,7 +349,9 @@ def test_duplicates_are_found_again(finished):
   x = Experiment(c, str(folder))
   pool, facts = workdir.source(x, 'pool'), read(x)
   kinds, originals, keys = (pool.column(name) for name in ('duplicate_kind', 'duplicate_of', 'key'))
-  planted = {r['kind']: (int(r['planted']), int(r['found'])) for r in table(folder, 'planted_duplicates')}
+  planted = {
+    r['kind']: (int(r['planted']), int(r['found'])) for r in table(folder, 'planted_duplicates')
+  }
   assert planted['exact'][0] == planted['exact'][1] == (kinds == 'exact').sum() > 0
   assert planted['near'][0] == (kinds == 'near').sum() >= planted['near'][1]
   row = {key: i for i, key in enumerate(keys)}
@@ -295,8 +371,14 @@ def test_skipped_unreadable_and_replaced_are_listed(finished):
   rows, lost = table(folder, 'skipped'), files.read_json(folder / 'ingest/pool/skipped-00000.json')
   x = Experiment(c, str(folder))
   bad = workdir.source(x, 'pool').column('key')[~workdir.embeddings(x, 'pool').usable]
-  assert len(lost) and len(bad) and rows[:len(lost)] == [{'dataset': 'pool', **sample} for sample in lost]
-  assert rows[len(lost):] == [{'dataset': 'pool', 'key': key, 'reason': 'unreadable image'} for key in bad]
+  assert (
+    len(lost)
+    and len(bad)
+    and rows[: len(lost)] == [{'dataset': 'pool', **sample} for sample in lost]
+  )
+  assert rows[len(lost) :] == [
+    {'dataset': 'pool', 'key': key, 'reason': 'unreadable image'} for key in bad
+  ]
   assert 'base/seed0: 1, base/seed1: 1' in page
 
 
@@ -304,7 +386,9 @@ def test_overlap_counts_pool_rows(finished):
   folder, c, _ = finished
   rows = {(r['split'], r['also_in']): float(r['share']) for r in table(folder, 'overlap')}
   assert rows['near_75', 'base'] == rows['base', 'base'] == 1.0
-  near, far = (workdir.pool_rows(Experiment(c, str(folder)), split, 0) for split in ('near_75', 'far_75'))
+  near, far = (
+    workdir.pool_rows(Experiment(c, str(folder)), split, 0) for split in ('near_75', 'far_75')
+  )
   assert rows['near_75', 'far_75'] == pytest.approx(len(np.intersect1d(near, far)) / len(near))
   assert not any('anchor_only' in pair for pair in rows)
 
@@ -316,12 +400,23 @@ def test_near_and_far_are_said_in_words_wherever_they_are_printed(finished):
 
 def test_provenance(copied):
   folder, c = copied
-  files.write_json(folder / 'times.json', {'seconds': {'train': 1265.2, 'search': 4.4, 'dedup': 0.0},
-                                           'command': 'python -m clip_jax.main --config=configs/tiny.py'})
-  files.write_json(folder / 'versions.json', {'packages': {'jax': '0.99.9', 'scann': None}, 'devices': ['cpu: cpu']})
+  files.write_json(
+    folder / 'times.json',
+    {
+      'seconds': {'train': 1265.2, 'search': 4.4, 'dedup': 0.0},
+      'command': 'python -m clip_jax.main --config=configs/tiny.py',
+    },
+  )
+  files.write_json(
+    folder / 'versions.json',
+    {'packages': {'jax': '0.99.9', 'scann': None}, 'devices': ['cpu: cpu']},
+  )
   html = compose(c, folder)[0]
-  assert '--config=configs/tiny.py' in html and workdir.embedder_json(Experiment(c, str(folder)))['sha256'][:16] in html
-  assert '0.99.9' in html and 'scann' not in html[html.index('Packages and devices'):]
+  assert (
+    '--config=configs/tiny.py' in html
+    and workdir.embedder_json(Experiment(c, str(folder)))['sha256'][:16] in html
+  )
+  assert '0.99.9' in html and 'scann' not in html[html.index('Packages and devices') :]
   assert html.index('>4 s<') < html.index('>21 min 5 s<') and 'dedup</span>' not in html
   assert '12,800 samples for every split, 32 a batch' in html
 
@@ -329,11 +424,22 @@ def test_provenance(copied):
 def test_figures_and_tables_are_files_too(finished):
   folder = finished[0]
   names = set(os.listdir(f'{folder}/report/figures'))
-  assert {'answer.svg', 'comparisons.svg', 'size_handwriting.svg', 'similarity_val.svg', 'plane_outline.svg',
-          'accuracy_by_similarity_val.svg', 'accuracy_by_excess_val.svg', 'loss.svg'} <= names
+  assert {
+    'answer.svg',
+    'comparisons.svg',
+    'size_handwriting.svg',
+    'similarity_val.svg',
+    'plane_outline.svg',
+    'accuracy_by_similarity_val.svg',
+    'accuracy_by_excess_val.svg',
+    'loss.svg',
+  } <= names
   recorded = products.read_sidecar(str(folder), 'report/index')
   assert {f'report/figures/{name}' for name in names} <= set(recorded['files'])
-  assert recorded['counts'] == {'.svg': len(names), '.csv': len(os.listdir(f'{folder}/report/tables'))}
+  assert recorded['counts'] == {
+    '.svg': len(names),
+    '.csv': len(os.listdir(f'{folder}/report/tables')),
+  }
 
 
 def test_a_second_run_does_nothing_and_a_new_product_remakes_the_page(copied):
@@ -351,13 +457,20 @@ def test_a_second_run_does_nothing_and_a_new_product_remakes_the_page(copied):
 def test_equal_results_give_equal_bytes(finished, tmp_path):
   """Drawn again in another process, from the same files."""
   folder, _, page = finished
-  code = ('import sys, test_report\n'
-          'open(sys.argv[2], "w", encoding="utf8").write(test_report.compose(test_report.config(), sys.argv[1])[0])')
+  code = (
+    'import sys, test_report\n'
+    'open(sys.argv[2], "w", encoding="utf8").write(test_report.compose(test_report.config(), sys.argv[1])[0])'
+  )
   out = tmp_path / 'again.html'
   path = os.pathsep.join([os.path.dirname(__file__), os.path.dirname(os.path.dirname(__file__))])
-  subprocess.run([sys.executable, '-c', code, str(folder), str(out)], check=True,
-                 env={**os.environ, 'PYTHONPATH': path, 'PYTHONHASHSEED': '7'})
-  times = lambda text: re.sub(r'<details><summary>Wall-clock.*?</details>', '', text, flags=re.S)  # of the page itself
+  subprocess.run(
+    [sys.executable, '-c', code, str(folder), str(out)],
+    check=True,
+    env={**os.environ, 'PYTHONPATH': path, 'PYTHONHASHSEED': '7'},
+  )
+  times = lambda text: re.sub(
+    r'<details><summary>Wall-clock.*?</details>', '', text, flags=re.S
+  )  # of the page itself
   assert times(out.read_text('utf8')) == times(page)
 
 
@@ -385,16 +498,24 @@ def test_a_source_file_that_is_gone_costs_its_images_only(copied):
   text = (folder / 'ingest/pool/files.json').read_text()
   (folder / 'ingest/pool/files.json').write_text(text.replace('.tar', '.gone'))
   html, _, _ = compose(c, folder)
-  assert 'not readable' in html and 'cannot be read any more' in html and html.count('data:image/png') > 10
+  assert (
+    'not readable' in html
+    and 'cannot be read any more' in html
+    and html.count('data:image/png') > 10
+  )
 
 
-@pytest.mark.parametrize('upto, has, lacks', [
+@pytest.mark.parametrize(
+  'upto, has, lacks',
+  [
     ('ingest', 'The pool was not searched yet.', 'data:image/png'),
     ('embed', 'Nothing', 'data:image/png'),
     ('search', 'The answer needs base, anchor-only', 'No split was evaluated yet.'),
-    ('train', 'candidates are removed', 'Accuracy by similarity</h3>')])
+    ('train', 'candidates are removed', 'Accuracy by similarity</h3>'),
+  ],
+)
 def test_unfinished_work_directories(finished, tmp_path, blank_figures, upto, has, lacks):
-  later = list(STAGES)[list(STAGES).index(upto) + 1:]
+  later = list(STAGES)[list(STAGES).index(upto) + 1 :]
   page = compose(finished[1], copy(finished[0], tmp_path / upto, *later))[0]
   parsed(page)
   assert 'Not answered yet' in page and lacks not in page
@@ -406,11 +527,17 @@ def test_missing_parts_name_the_command_that_makes_them(searched, blank_figures)
   facts = read(Experiment(config(), str(searched)))
   line = f'--workdir={searched} --stages=prune,train,evaluate,report'
   assert f'python -m clip_jax.main --config=CONFIG.py {line}' in report.compose(facts)[0]
-  assert [stage for stage, _, is_done in facts.state if not is_done] == ['prune', 'train', 'evaluate']
+  assert [stage for stage, _, is_done in facts.state if not is_done] == [
+    'prune',
+    'train',
+    'evaluate',
+  ]
 
 
 def test_an_empty_work_directory_has_a_page(tmp_path):
-  files.write_json(tmp_path / 'empty/times.json', {'command': 'python -m clip_jax.main --config configs/my.py'})
+  files.write_json(
+    tmp_path / 'empty/times.json', {'command': 'python -m clip_jax.main --config configs/my.py'}
+  )
   html, summary, _ = compose(config(), tmp_path / 'empty')
   assert 'Nothing was indexed yet.' in html and '--config=configs/my.py' in html
   assert summary.startswith('Not answered yet') and 'the pool is not searched' in summary
@@ -423,12 +550,17 @@ def test_an_audit_without_anchor_and_splits(searched, tmp_path):
   assert f'an audit of the pool. It holds an image at least {THRESHOLD} similar to ' in page
   assert f'{100 * float(rate["pool_share"]):.1f} % of val (95 % interval' in page
   assert 'nearest in the anchor' not in page and 'Accuracy of every split' not in page
-  assert 'Without an anchor there is no similarity gap to align to' in page and 'Rows dropped' not in page
+  assert (
+    'Without an anchor there is no similarity gap to align to' in page
+    and 'Rows dropped' not in page
+  )
   assert page.index('id="duplicates"') < page.index('id="neighbours"')
   assert {r['rule'] for r in table(folder, 'cut_by_size')} == {'near', 'far'}
 
 
-def test_an_audit_with_an_anchor_says_what_each_rule_would_remove(searched, tmp_path, blank_figures):
+def test_an_audit_with_an_anchor_says_what_each_rule_would_remove(
+  searched, tmp_path, blank_figures
+):
   c, folder = audit_config(anchor=True), copy(searched, tmp_path / 'audit')
   about = files.read_json(folder / 'search/handwriting/paper.json')
   files.write_json(folder / 'search/handwriting/paper.json', {**about, 'missed': 7})
@@ -440,7 +572,10 @@ def test_an_audit_with_an_anchor_says_what_each_rule_would_remove(searched, tmp_
   assert rows['handwriting', '-0.05'] == (excess > -0.05).sum()
   assert rows['all together', '0.0'] >= max(rows[b, '0.0'] for b in c.benchmarks)
   summary = (folder / 'report/summary.txt').read_text()
-  assert f'{rows["handwriting", "0.0"]} rows for handwriting' in summary and 'aligning would drop' in summary
+  assert (
+    f'{rows["handwriting", "0.0"]} rows for handwriting' in summary
+    and 'aligning would drop' in summary
+  )
   assert 'kept rows over a threshold: 7 of' in page
   rates = {r['benchmark']: r for r in table(folder, 'duplicate_rates')}
   low, value, high = (float(rates['val'][key]) for key in ('pool_low', 'pool_share', 'pool_high'))
@@ -448,9 +583,14 @@ def test_an_audit_with_an_anchor_says_what_each_rule_would_remove(searched, tmp_
   assert f'{100 * value:.1f} % [{100 * low:.1f}, {100 * high:.1f}]' in summary
 
 
-def test_vectors_only_leave_out_the_pictures_and_say_so(pruned, tmp_path, monkeypatch, blank_figures):
-  monkeypatch.setattr(reader.Source, 'has_images', property(
-      lambda source: os.path.basename(source._directory) != 'pool'))
+def test_vectors_only_leave_out_the_pictures_and_say_so(
+  pruned, tmp_path, monkeypatch, blank_figures
+):
+  monkeypatch.setattr(
+    reader.Source,
+    'has_images',
+    property(lambda source: os.path.basename(source._directory) != 'pool'),
+  )
   folder = copy(pruned[0], tmp_path / 'prune')
   run(pruned[1], folder, 'report')
   page = page_of(folder)
@@ -464,7 +604,7 @@ def test_vectors_only_leave_out_the_pictures_and_say_so(pruned, tmp_path, monkey
 def test_removed_rows_need_no_training(pruned):
   folder, c, page = pruned
   parsed(page)
-  removed = page[page.index('<section id="removed">'):page.index('<section id="preview">')]
+  removed = page[page.index('<section id="removed">') : page.index('<section id="preview">')]
   for name in c.splits:
     is_shown = f'<h3>{name} <small>' in removed.replace('<wbr>', '')
     assert is_shown == (c.splits[name].rule not in ('all', 'anchor', 'matched')), name
@@ -474,18 +614,26 @@ def test_removed_rows_need_no_training(pruned):
     counts.setdefault(title, []).append(pictures.count('<img'))
   assert counts['removed, largest excess'] == [4] * 5  # three doses, the aligned one, k neighbours
   assert counts['removed, median'] == [4] * 7
-  assert counts['removed, just over the cut'] == counts['kept, just under the cut'] == [4] * 5  # not k, but near
+  assert (
+    counts['removed, just over the cut'] == counts['kept, just under the cut'] == [4] * 5
+  )  # not k, but near
   assert counts['removed, least similar'] == [4]  # far
   assert counts['removed, evenly over the pool'] == [4] * 4  # domains and the three joins
-  lines = re.findall(r'<small>(outline|filled|handwriting|coloured|inverted|noisy|rotated)</small>', removed)
-  assert lines == ['outline'] * 4 + [line for line in lines[4:] if line != 'outline'] and len(lines) == 8
+  lines = re.findall(
+    r'<small>(outline|filled|handwriting|coloured|inverted|noisy|rotated)</small>', removed
+  )
+  assert (
+    lines == ['outline'] * 4 + [line for line in lines[4:] if line != 'outline'] and len(lines) == 8
+  )
   about = workdir.split_json(Experiment(c, str(folder)), 'no_outline')
   assert f'outline: {about["dropped"]} rows.' in removed
   assert 'not alignment: without rows whose domain is outline' in removed
   assert 'what handwriting_pruned and no_outline keep' in removed and 'The slack is +0.0' in removed
   aligned = workdir.split_json(Experiment(c, str(folder)), 'handwriting_pruned')
   assert 'Accuracy against split size' not in page
-  assert f'handwriting_pruned  {aligned["dropped"]} rows' in (folder / 'report/summary.txt').read_text()
+  assert (
+    f'handwriting_pruned  {aligned["dropped"]} rows' in (folder / 'report/summary.txt').read_text()
+  )
 
 
 def test_studies_are_shown_and_marked(pruned, tmp_path, blank_figures):
@@ -500,7 +648,12 @@ def test_studies_are_shown_and_marked(pruned, tmp_path, blank_figures):
 def test_the_dose_curve_has_each_split_against_its_own_control(pruned, tmp_path, blank_figures):
   c = pruning_config()
   for name in list(c.splits):
-    if name not in ('base', 'anchor_only', 'handwriting_pruned', 'two_nearest') and not name.startswith('dose'):
+    if name not in (
+      'base',
+      'anchor_only',
+      'handwriting_pruned',
+      'two_nearest',
+    ) and not name.startswith('dose'):
       del c.splits[name]
   c.train.seeds = (0,)
   folder = copy(pruned[0], tmp_path / 'evaluate')
@@ -510,18 +663,26 @@ def test_the_dose_curve_has_each_split_against_its_own_control(pruned, tmp_path,
   assert [(r['split'], r['control']) for r in rows] == [(dose, f'{dose}_matched') for dose in doses]
   dropped = [workdir.split_json(Experiment(c, str(folder)), dose)['dropped'] for dose in doses]
   assert [float(r['share']) for r in rows] == [n / dropped[1] for n in dropped]
-  expected = correct(folder, 'dose_50', 'handwriting', (0,)).mean() - correct(
-      folder, 'dose_50_matched', 'handwriting', (0,)).mean()
+  expected = (
+    correct(folder, 'dose_50', 'handwriting', (0,)).mean()
+    - correct(folder, 'dose_50_matched', 'handwriting', (0,)).mean()
+  )
   assert float(rows[0]['estimate']) == pytest.approx(expected)
 
 
 def test_the_warning_of_a_study_stands_on_top(copied):
   folder, c = copied
-  study = types.SimpleNamespace(section=lambda facts: ('planted', 'Planted copies', 'Planted', [Text('Copies.')]),
-                                banner=lambda facts: 'This experiment holds planted copies.')
+  study = types.SimpleNamespace(
+    section=lambda facts: ('planted', 'Planted copies', 'Planted', [Text('Copies.')]),
+    banner=lambda facts: 'This experiment holds planted copies.',
+  )
   silent = types.SimpleNamespace(section=lambda facts: None, banner=lambda facts: '')
-  html, summary, shown = compose(c, folder, (silent, study, types.SimpleNamespace(section=lambda facts: None)))
-  assert html.index('class="alarm"') < html.index('class="answer"') and 'planted' in [s.id for s in shown]
+  html, summary, shown = compose(
+    c, folder, (silent, study, types.SimpleNamespace(section=lambda facts: None))
+  )
+  assert html.index('class="alarm"') < html.index('class="answer"') and 'planted' in [
+    s.id for s in shown
+  ]
   assert summary.startswith('This experiment holds planted copies.\n\nOn handwriting')
 
 
@@ -534,26 +695,45 @@ def test_few_seeds_claim_nothing(copied, seeds, words):
 
 def test_results_share_seeds():
   ones = np.ones((3, 4), bool)
-  results = Results({('a', 'b'): ones, ('c', 'b'): ones[:2] & False},
-                    {('a', 'b'): (0, 1, 2), ('c', 'b'): (2, 5)}, {}, {}, {})
+  results = Results(
+    {('a', 'b'): ones, ('c', 'b'): ones[:2] & False},
+    {('a', 'b'): (0, 1, 2), ('c', 'b'): (2, 5)},
+    {},
+    {},
+    {},
+  )
   (first, second), seeds = results.on_shared_seeds(('a', 'b'), ('c', 'b'))
-  assert seeds == (2,) and first.shape == second.shape == (1, 4) and first.all() and not second.any()
+  assert (
+    seeds == (2,) and first.shape == second.shape == (1, 4) and first.all() and not second.any()
+  )
   assert results.on_shared_seeds(('a', 'b'), ('x', 'b')) is None
   results.seeds['c', 'b'] = (7, 8)
   assert results.on_shared_seeds(('a', 'b'), ('c', 'b')) is None
 
 
 def test_results_without_leaked_images():
-  results = Results({('a', 'b'): np.array([[True, False, True]]), ('a', 'c'): np.ones((1, 2), bool)}, {}, {}, {},
-                    {'b': np.array(['x', 'y', 'z']), 'c': None})
+  results = Results(
+    {('a', 'b'): np.array([[True, False, True]]), ('a', 'c'): np.ones((1, 2), bool)},
+    {},
+    {},
+    {},
+    {'b': np.array(['x', 'y', 'z']), 'c': None},
+  )
   rest = results.without({'b': np.array([True, False, False]), 'c': np.ones(2, bool)})
   assert list(rest.correct) == [('a', 'b')] and rest.correct['a', 'b'].tolist() == [[False, True]]
   assert rest.groups['b'].tolist() == ['y', 'z']
 
 
-@pytest.mark.parametrize('benchmark, classes, shift', [
-    ('sketch', 1000, 'sketch'), ('imagenet-r', 200, 'r'), ('imagenet_v2', 1000, 'v2'), ('sketch', 7, None),
-    ('handwriting', 1000, None)])
+@pytest.mark.parametrize(
+  'benchmark, classes, shift',
+  [
+    ('sketch', 1000, 'sketch'),
+    ('imagenet-r', 200, 'r'),
+    ('imagenet_v2', 1000, 'v2'),
+    ('sketch', 7, None),
+    ('handwriting', 1000, None),
+  ],
+)
 def test_robustness_lines_hold_for_the_imagenet_family_only(benchmark, classes, shift):
   c, results = config(), Results({}, {}, {'val': 1000, benchmark: classes}, {}, {})
   assert contrasts.shift_of(c, results, benchmark) == shift
@@ -563,9 +743,16 @@ def test_robustness_lines_hold_for_the_imagenet_family_only(benchmark, classes, 
 
 def test_the_placebo_is_the_reference_else_the_benchmark_nearest_to_the_anchor():
   c = config()
-  results = Results({('handwriting_pruned', b): np.ones((1, 2), bool) for b in c.benchmarks}, {}, {}, {}, {})
-  searched = {b: types.SimpleNamespace(anchor_similarity=np.full(2, t)) for b, t in (('val', 0.5), ('outline', 0.9))}
-  placebo = lambda: contrasts.placebo_benchmark(facts_of(c, results, searched), 'handwriting_pruned')
+  results = Results(
+    {('handwriting_pruned', b): np.ones((1, 2), bool) for b in c.benchmarks}, {}, {}, {}, {}
+  )
+  searched = {
+    b: types.SimpleNamespace(anchor_similarity=np.full(2, t))
+    for b, t in (('val', 0.5), ('outline', 0.9))
+  }
+  placebo = lambda: contrasts.placebo_benchmark(
+    facts_of(c, results, searched), 'handwriting_pruned'
+  )
   assert placebo() == 'val'
   c.report.reference = 'handwriting'  # its own: nothing to compare with
   assert placebo() == 'outline'
@@ -575,34 +762,63 @@ def test_the_placebo_is_the_reference_else_the_benchmark_nearest_to_the_anchor()
 
 def test_a_dose_without_a_matched_control_stands_in_the_curve_and_equal_rows_once():
   dropped = {'handwriting_pruned': 100, 'dose_50': 50, 'dose_100': 100}
-  items = [{'split': name, 'control': 'some', 'control_rule': 'random', 'against_control': ESTIMATE}
-           for name in dropped]
-  splits = {name: {'dropped': n, 'aligned_dropped': 100, 'slack': 0.0} for name, n in dropped.items()}
-  panel, = panels.by_dose(facts_of(pruning_config(), splits=splits), items)
+  items = [
+    {'split': name, 'control': 'some', 'control_rule': 'random', 'against_control': ESTIMATE}
+    for name in dropped
+  ]
+  splits = {
+    name: {'dropped': n, 'aligned_dropped': 100, 'slack': 0.0} for name, n in dropped.items()
+  }
+  (panel,) = panels.by_dose(facts_of(pruning_config(), splits=splits), items)
   assert [(p['split'], p['share'], p['control_rule']) for p in panel['points']] == [
-      ('handwriting_pruned', 1.0, 'random'), ('dose_50', 0.5, 'random')]
+    ('handwriting_pruned', 1.0, 'random'),
+    ('dose_50', 0.5, 'random'),
+  ]
 
 
 def test_only_the_splits_that_answer_are_tests(monkeypatch):
   c = pruning_config()
-  monkeypatch.setattr(contrasts, 'compare', lambda facts, split, b: {
-      'split': split, 'benchmark': b, 'control_rule': 'matched', 'against_control': ESTIMATE})
-  facts = facts_of(c, Results({(name, 'handwriting'): np.ones((3, 2), bool) for name in c.splits}, {}, {}, {}, {}))
+  monkeypatch.setattr(
+    contrasts,
+    'compare',
+    lambda facts, split, b: {
+      'split': split,
+      'benchmark': b,
+      'control_rule': 'matched',
+      'against_control': ESTIMATE,
+    },
+  )
+  facts = facts_of(
+    c, Results({(name, 'handwriting'): np.ones((3, 2), bool) for name in c.splits}, {}, {}, {}, {})
+  )
   items = {item['split']: item for item in contrasts.comparisons(facts)}
   assert len(items) == 5 and {item['tests'] for item in items.values()} == {1}
   assert [name for name, item in items.items() if item['answers']] == ['handwriting_pruned']
   assert [name for name, item in items.items() if item['holm'] == 0.01] == ['handwriting_pruned']
   c.splits.handwriting_pruned.slack = 0.02
-  assert [i['split'] for i in contrasts.comparisons(facts) if i['holm'] == 0.01] == ['dose_100']  # as much as slack 0
+  assert [i['split'] for i in contrasts.comparisons(facts) if i['holm'] == 0.01] == [
+    'dose_100'
+  ]  # as much as slack 0
 
 
 def test_the_answer_is_made_of_what_is_aligned_at_slack_0():
   c = pruning_config()
   c.splits.slack_only = defaults.split(rule='gap_aligned', benchmarks=('val',), slack=0.01)
-  item = lambda split, benchmark, control: {'split': split, 'benchmark': benchmark, 'control_rule': control}
-  items = [item('handwriting_pruned', 'handwriting', 'random'), item('dose_50', 'handwriting', 'matched'),
-           item('dose_100', 'handwriting', 'matched'), item('two_nearest', 'handwriting', 'random'),
-           item('slack_only', 'val', 'random')]
+  item = lambda split, benchmark, control: {
+    'split': split,
+    'benchmark': benchmark,
+    'control_rule': control,
+  }
+  items = [
+    item('handwriting_pruned', 'handwriting', 'random'),
+    item('dose_50', 'handwriting', 'matched'),
+    item('dose_100', 'handwriting', 'matched'),
+    item('two_nearest', 'handwriting', 'random'),
+    item('slack_only', 'val', 'random'),
+  ]
   headline = lambda items: [i['split'] for i in contrasts.headline(c, items)]
-  assert headline(items) == ['dose_100', 'slack_only']  # the one with a matched control; a slack where nothing else is
+  assert headline(items) == [
+    'dose_100',
+    'slack_only',
+  ]  # the one with a matched control; a slack where nothing else is
   assert headline(items[:2] + items[3:]) == ['handwriting_pruned', 'slack_only']

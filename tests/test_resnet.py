@@ -6,8 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clip_jax.models import resnet
-from clip_jax.models import zoo
+from clip_jax.models import resnet, zoo
 
 CONFIG = zoo.ResNetConfig(image_size=32, width=4, layers=(1, 1, 1, 1), heads=2)
 
@@ -21,7 +20,7 @@ def test_convolution_is_pytorchs_cross_correlation(kernel, stride):
   want = np.zeros((2, -(-5 // stride), -(-7 // stride), 3))
   for i in range(want.shape[1]):
     for j in range(want.shape[2]):
-      part = padded[:, i * stride:i * stride + kernel, j * stride:j * stride + kernel]
+      part = padded[:, i * stride : i * stride + kernel, j * stride : j * stride + kernel]
       want[:, i, j] = np.einsum('byxc,ocyx->bo', part, weight)
   np.testing.assert_allclose(conv(jnp.asarray(x, jnp.float32)), want, atol=1e-5)
 
@@ -51,7 +50,8 @@ def test_a_block_starts_as_its_shortcut():
 
 
 def test_an_image_of_another_size_is_refused():
-  model = nnx.eval_shape(lambda: resnet.ModifiedResNet(CONFIG, 6, rngs=nnx.Rngs(0),
-                                                       dtype='float32'))
+  model = nnx.eval_shape(
+    lambda: resnet.ModifiedResNet(CONFIG, 6, rngs=nnx.Rngs(0), dtype='float32')
+  )
   with pytest.raises(ValueError, match=r'\[B, 32, 32, 3\], got \[2, 16, 16, 3\]'):
     model(jnp.zeros((2, 16, 16, 3)))

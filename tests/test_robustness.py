@@ -38,7 +38,10 @@ def test_fit_line():
   noise = 0.05 * np.random.default_rng(0).normal(size=9)
   rough = robustness.fit_line(x, np.clip(y + noise, 0.01, 1))
   assert 0.2 < rough.r2 < 1
-  for x, y in (([0.1, 0.2], [0.1, 0.2]), ([0.1, 0.2, 0.3], [0, 0.1, 0.2]),
-               ([0.5, 0.5, 0.5], [0.1, 0.2, 0.3])):
+  for x, y in (
+    ([0.1, 0.2], [0.1, 0.2]),
+    ([0.1, 0.2, 0.3], [0, 0.1, 0.2]),
+    ([0.5, 0.5, 0.5], [0.1, 0.2, 0.3]),
+  ):
     with pytest.raises(ValueError, match='three models or more'):
       robustness.fit_line(x, y)

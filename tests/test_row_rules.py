@@ -5,9 +5,29 @@ from clip_jax.data import row_rules
 from clip_jax.data.row_rules import RowRules
 
 
-@pytest.mark.parametrize(('value', 'label'), [
-    (None, -1), (float('nan'), -1), (-1, -1), (0, 0), (1.0, 1), (True, 1), ('1', 1), (' 1 ', 1), ('dog', 1), ('cat', 0),
-    ('Dog', -2), (2, -2), (-2, -2), (0.5, -2), (float('inf'), -2), ([1], -2), ('', -2), ('1' * 30, -2)])
+@pytest.mark.parametrize(
+  ('value', 'label'),
+  [
+    (None, -1),
+    (float('nan'), -1),
+    (-1, -1),
+    (0, 0),
+    (1.0, 1),
+    (True, 1),
+    ('1', 1),
+    (' 1 ', 1),
+    ('dog', 1),
+    ('cat', 0),
+    ('Dog', -2),
+    (2, -2),
+    (-2, -2),
+    (0.5, -2),
+    (float('inf'), -2),
+    ([1], -2),
+    ('', -2),
+    ('1' * 30, -2),
+  ],
+)
 def test_a_label_is_a_class_or_its_number(value, label):
   assert RowRules(classes=('cat', 'dog')).label(value) == label
 
@@ -20,8 +40,10 @@ def test_a_class_that_comes_twice_is_its_first_place():
   assert RowRules(classes=('missile', 'dog', 'missile')).label('missile') == 0
 
 
-@pytest.mark.parametrize(('pattern', 'group'), [
-    ('', 'a-12'), ('[0-9]+', '12'), ('([a-z])-', 'a'), ('x', 'a-12'), ('(x)?a', 'a')])
+@pytest.mark.parametrize(
+  ('pattern', 'group'),
+  [('', 'a-12'), ('[0-9]+', '12'), ('([a-z])-', 'a'), ('x', 'a-12'), ('(x)?a', 'a')],
+)
 def test_a_group_is_what_the_pattern_keeps(pattern, group):
   assert RowRules(group_pattern=pattern).group('a-12') == group
 
@@ -32,9 +54,15 @@ def test_parts_divide_all_groups():
     assert sum(rule.in_part(f'group {i}') for rule in rules) == 1
 
 
-@pytest.mark.parametrize('rules', [
-    {'group_pattern': '('}, {'caption_edit': ('a', r'\1', 0.5)}, {'columns': ('label',)},
-    {'labels_file': 'x.txt', 'label_key': 'label'}])
+@pytest.mark.parametrize(
+  'rules',
+  [
+    {'group_pattern': '('},
+    {'caption_edit': ('a', r'\1', 0.5)},
+    {'columns': ('label',)},
+    {'labels_file': 'x.txt', 'label_key': 'label'},
+  ],
+)
 def test_rules_that_cannot_be_followed_are_config_errors(rules):
   with pytest.raises(ConfigError):
     RowRules(**rules)

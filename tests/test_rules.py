@@ -3,16 +3,15 @@
 import inspect
 import math
 
-import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+import numpy as np
+import pytest
+from worlds import NAMES, candidate_list, make_world
 
 from clip_jax import defaults
 from clip_jax.core.errors import ConfigError, InputError
 from clip_jax.pruning import rules
-
-from worlds import NAMES, candidate_list, make_world
 
 seeds = st.integers(0, 2**32 - 1)
 
@@ -38,11 +37,12 @@ def test_near_and_far_keep_the_extremes_ties_by_pool_order(seed, names, share):
 def test_float32_alone_would_decide_wrongly():
   exact = np.array([0.0, 1e-9, -1e-9])
   columns = rules.Columns(
-      candidates=np.ones(3, bool),
-      similarity={'val': np.array([3e-7, 2e-7, 1e-7], np.float32)},
-      excess={'val': np.array([3e-7, -2e-7, 2e-7], np.float32)},
-      exact_similarity=lambda names, rows: exact[rows],
-      exact_excess=lambda names, rows: exact[rows])
+    candidates=np.ones(3, bool),
+    similarity={'val': np.array([3e-7, 2e-7, 1e-7], np.float32)},
+    excess={'val': np.array([3e-7, -2e-7, 2e-7], np.float32)},
+    exact_similarity=lambda names, rows: exact[rows],
+    exact_excess=lambda names, rows: exact[rows],
+  )
   assert rules.gap_aligned(columns, benchmarks=('val',)).rows.tolist() == [0, 2]
   assert rules.near(columns, benchmarks=('val',), count=2).rows.tolist() == [0, 2]
   assert rules.far(columns, benchmarks=('val',), count=1).rows.tolist() == [1]
@@ -57,8 +57,12 @@ def test_only_rows_near_the_cut_are_decided_exactly():
 
   values = np.array([0.1, 0.5, 0.500004, 0.9, 0.500004], np.float32)
   columns = rules.Columns(
-      np.array([1, 1, 1, 1, 0], bool), {'val': values}, {'val': values - np.float32(0.5)},
-      exact, lambda names, rows: exact(names, rows) - 0.5)
+    np.array([1, 1, 1, 1, 0], bool),
+    {'val': values},
+    {'val': values - np.float32(0.5)},
+    exact,
+    lambda names, rows: exact(names, rows) - 0.5,
+  )
   assert rules.near(columns, benchmarks=('val',), count=2).report['decided_exactly'] == 2
   assert asked == [1, 2]
   asked.clear()
@@ -74,7 +78,14 @@ def test_a_cut_without_exact_similarities_says_what_is_missing():
 
 def test_sizes():
   assert [rules.count_of(size, 10) for size in (0.25, 0.24, 1, 1.0, 7, 7.0, 400)] == [
-      3, 2, 10, 10, 7, 7, 400]
+    3,
+    2,
+    10,
+    10,
+    7,
+    7,
+    400,
+  ]
   assert rules.count_of(0.5, 0) == 0
   for size in (0, 0.0, -1, 1.5, math.nan, math.inf):
     with pytest.raises(ConfigError, match='size='):
@@ -126,8 +137,12 @@ def test_unknown_similarities_are_errors():
 def test_tiny_pools(n):
   zeros = np.zeros(n, np.float32)
   columns = rules.Columns(
-      np.ones(n, bool), {'val': zeros}, {'val': zeros},
-      lambda names, rows: np.zeros(len(rows)), lambda names, rows: np.zeros(len(rows)))
+    np.ones(n, bool),
+    {'val': zeros},
+    {'val': zeros},
+    lambda names, rows: np.zeros(len(rows)),
+    lambda names, rows: np.zeros(len(rows)),
+  )
   everything = list(range(n))
   assert rules.keep_all(columns).rows.tolist() == everything
   assert rules.gap_aligned(columns, benchmarks=('val',)).rows.tolist() == everything
@@ -144,42 +159,90 @@ def test_listed_keeps_the_named_candidates_as_often_as_they_are_named(seed, name
   kept = rules.listed(columns, rows=np.sort(np.array(named, np.int64)))
   expected = sorted(row for row in named if columns.candidates[row])
   assert kept.rows.tolist() == expected and kept.rows.dtype == np.int64
-  assert kept.report == {'rows': len(named), 'not_candidates': len(named) - len(expected),
-                         'repeats': len(expected) - len(set(expected))}
+  assert kept.report == {
+    'rows': len(named),
+    'not_candidates': len(named) - len(expected),
+    'repeats': len(expected) - len(set(expected)),
+  }
 
 
 def test_the_table_tells_what_each_rule_takes():
   parameter = {'target': 'removed', 'file': 'rows', 'levels': 'codes'}
-  same = ('benchmarks', 'slack', 'quantile', 'dose', 'k', 'values', 'seed', 'count', 'draw', 'others')
+  same = (
+    'benchmarks',
+    'slack',
+    'quantile',
+    'dose',
+    'k',
+    'values',
+    'seed',
+    'count',
+    'draw',
+    'others',
+  )
   for rule in rules.RULES.values():
     takes = set(inspect.signature(rule.keep).parameters) - {'columns', 'names'}
     named = {*rule.keys, *rule.needs}
     assert takes == {parameter[name] for name in named & set(parameter)} | (named & set(same))
 
 
-@pytest.mark.parametrize('rule, of, words', [
+@pytest.mark.parametrize(
+  'rule, of, words',
+  [
     ('gap_aligned', {}, 'without what is nearer to a query of a and b than any anchor image is'),
-    ('gap_aligned', {'slack': 0.01}, 'without what is nearer to a query of a and b than any anchor image is, by more '
-                                     'than 0.01'),
-    ('gap_aligned', {'slack': -0.01}, 'without what is nearer to a query of a and b than any anchor image is, by more '
-                                      'than \u22120.01'),
-    ('gap_aligned', {'dose': 0.5}, 'without what is nearer to a query of a and b than any anchor image is, 50 % of the '
-                                   'number that slack 0 removes, largest excess first'),
-    ('gap_aligned', {'quantile': 0.9}, 'without what is nearer to a query of a and b than any anchor image is, by more '
-                                       'than the 90 % quantile of the excess'),
-    ('k_aligned', {'k': 5}, 'no query of a and b has nearer pool images than anchor images, for its 5 nearest of each'),
+    (
+      'gap_aligned',
+      {'slack': 0.01},
+      'without what is nearer to a query of a and b than any anchor image is, by more than 0.01',
+    ),
+    (
+      'gap_aligned',
+      {'slack': -0.01},
+      'without what is nearer to a query of a and b than any anchor image is, by more '
+      'than \u22120.01',
+    ),
+    (
+      'gap_aligned',
+      {'dose': 0.5},
+      'without what is nearer to a query of a and b than any anchor image is, 50 % of the '
+      'number that slack 0 removes, largest excess first',
+    ),
+    (
+      'gap_aligned',
+      {'quantile': 0.9},
+      'without what is nearer to a query of a and b than any anchor image is, by more '
+      'than the 90 % quantile of the excess',
+    ),
+    (
+      'k_aligned',
+      {'k': 5},
+      'no query of a and b has nearer pool images than anchor images, for its 5 nearest of each',
+    ),
     ('near', {}, 'near-pruned (most similar removed), by a and b'),
     ('far', {}, 'far-pruned (most similar kept), by a and b'),
     ('random', {}, 'random rows: the control for size'),
-    ('matched', {'to': 'gap'}, 'control: as many rows removed as in gap, alike but not the similar ones'),
-    ('domain_removal', {'column': 'domain', 'values': ('sketch', 'toon')},
-     'domain removal, not alignment: without rows whose domain is sketch and toon'),
-    ('domain_removal', {'reference': 'styles', 'values': ('sketch',)},
-     'domain removal, not alignment: without rows that are sketch by the nearest example of styles'),
-    ('union', {'of': ('x', 'y')}, 'what x or y keeps'), ('union', {'of': ('x', 'y', 'z')}, 'what x, y or z keeps'),
+    (
+      'matched',
+      {'to': 'gap'},
+      'control: as many rows removed as in gap, alike but not the similar ones',
+    ),
+    (
+      'domain_removal',
+      {'column': 'domain', 'values': ('sketch', 'toon')},
+      'domain removal, not alignment: without rows whose domain is sketch and toon',
+    ),
+    (
+      'domain_removal',
+      {'reference': 'styles', 'values': ('sketch',)},
+      'domain removal, not alignment: without rows that are sketch by the nearest example of styles',
+    ),
+    ('union', {'of': ('x', 'y')}, 'what x or y keeps'),
+    ('union', {'of': ('x', 'y', 'z')}, 'what x, y or z keeps'),
     ('intersection', {'of': ('x', 'y', 'z')}, 'what x, y and z keep, every one of them'),
     ('minus', {'of': ('x', 'y')}, 'what x keeps and y does not'),
-    ('minus', {'of': ('x', 'y', 'z')}, 'what x keeps and y and z do not')])
+    ('minus', {'of': ('x', 'y', 'z')}, 'what x keeps and y and z do not'),
+  ],
+)
 def test_words_say_what_a_split_is(rule, of, words):
   block = {**defaults.split(), 'benchmarks': ('a', 'b'), **of}
   assert rules.RULES[rule].words({key: block[key] for key in rules.RULES[rule].keys}) == words

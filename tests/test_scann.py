@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from clip_jax.core.errors import InputError
-from clip_jax.similarity import exact
-from clip_jax.similarity import scann
+from clip_jax.similarity import exact, scann
 
 needs_scann = pytest.mark.skipif(
-    importlib.util.find_spec('scann') is None, reason='scann exists for Linux, Python < 3.14 only')
+  importlib.util.find_spec('scann') is None, reason='scann exists for Linux, Python < 3.14 only'
+)
 
 
 def clustered(rng, rows, centers, spread=0.7):

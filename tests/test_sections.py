@@ -2,28 +2,43 @@
 
 from types import SimpleNamespace
 
+from looks import LOOKS
 import numpy as np
 import pytest
 
 from clip_jax.reporting import sections
 
-from looks import LOOKS
-
-BINS = [{
-    'low': 0.5, 'high': 0.55, 'n': 30, 'accuracy': 0.5, 'accuracy_low': 0.4, 'accuracy_high': 0.6
-}, {'low': 0.55, 'high': 0.6, 'n': 3, 'accuracy': 0.7, 'accuracy_low': None, 'accuracy_high': None}]
+BINS = [
+  {'low': 0.5, 'high': 0.55, 'n': 30, 'accuracy': 0.5, 'accuracy_low': 0.4, 'accuracy_high': 0.6},
+  {'low': 0.55, 'high': 0.6, 'n': 3, 'accuracy': 0.7, 'accuracy_low': None, 'accuracy_high': None},
+]
 SERIES = [{'name': 'base', 'rule': 'all', 'adjusted': False, 'bins': BINS}]
 
 
 def estimate(value, low=None, high=None, method='crossed', seeds=3):
   nan = float('nan')
-  return SimpleNamespace(value=value, low=nan if low is None else low,
-                         high=nan if high is None else high, method=method, seeds=seeds, images=100)
+  return SimpleNamespace(
+    value=value,
+    low=nan if low is None else low,
+    high=nan if high is None else high,
+    method=method,
+    seeds=seeds,
+    images=100,
+  )
 
 
 def split(name, seeds=(0, 1, 2), mark=''):
-  return {'name': name, 'rule': 'all', 'words': 'words', 'pool_rows': 1000, 'anchor_rows': 50,
-          'samples': 25600, 'passes': 24.4, 'seeds': seeds, 'mark': mark}
+  return {
+    'name': name,
+    'rule': 'all',
+    'words': 'words',
+    'pool_rows': 1000,
+    'anchor_rows': 50,
+    'samples': 25600,
+    'passes': 24.4,
+    'seeds': seeds,
+    'mark': mark,
+  }
 
 
 def accuracy(splits, leaked=None, unleaked=None, **values):
@@ -36,24 +51,31 @@ def heads(table):
   return ' | '.join(f'{cell.text} {cell.detail}' for cell in table.columns)
 
 
-@pytest.mark.parametrize('seeds, said, note', [
+@pytest.mark.parametrize(
+  'seeds, said, note',
+  [
     ((0,), 'this checkpoint', 'says nothing about another training run'),
     ((0, 1), 'range of 2 seeds', 'two give no interval'),
-    ((0, 1, 2, 3), 'mean of 4 seeds\n95 % interval', 'over seeds and images')])
+    ((0, 1, 2, 3), 'mean of 4 seeds\n95 % interval', 'over seeds and images'),
+  ],
+)
 def test_the_head_says_what_the_bounds_are(seeds, said, note):
-  table, = accuracy([split('base', seeds)], base=estimate(0.6, 0.5, 0.7))
+  (table,) = accuracy([split('base', seeds)], base=estimate(0.6, 0.5, 0.7))
   assert said in heads(table) and note in table.notes[0]
 
 
 def test_splits_with_other_numbers_of_seeds_get_a_table_of_their_own():
-  many, one = accuracy([split('base'), split('near', (0,))], base=estimate(0.6, 0.5, 0.7),
-                       near=estimate(0.4, 0.3, 0.5, 'wilson', 1))
+  many, one = accuracy(
+    [split('base'), split('near', (0,))],
+    base=estimate(0.6, 0.5, 0.7),
+    near=estimate(0.4, 0.3, 0.5, 'wilson', 1),
+  )
   assert [row[0].text for row in many.rows] == ['base'] and many.name == 'accuracy'
   assert [row[0].text for row in one.rows] == ['near'] and 'this checkpoint' in heads(one)
 
 
 def test_accuracies_are_percent_on_the_page_and_proportions_in_the_records():
-  table, = accuracy([split('base')], base=estimate(0.6234, 0.5, 0.7))
+  (table,) = accuracy([split('base')], base=estimate(0.6234, 0.5, 0.7))
   assert (table.rows[0][1].text, table.rows[0][1].detail) == ('62.3', '[50.0, 70.0]')
   assert table.records[0]['accuracy'] == 0.6234 and table.records[0]['low'] == 0.5
   assert [cell.text for cell in table.rows[0][2:]] == ['1,000', '25,600']
@@ -61,25 +83,31 @@ def test_accuracies_are_percent_on_the_page_and_proportions_in_the_records():
 
 
 def test_leaked_queries_get_a_second_column():
-  table, = accuracy([split('base')], leaked=7, unleaked={('base', 'val'): estimate(0.5, 0.4, 0.6)},
-                    base=estimate(0.6, 0.5, 0.7))
+  (table,) = accuracy(
+    [split('base')],
+    leaked=7,
+    unleaked={('base', 'val'): estimate(0.5, 0.4, 0.6)},
+    base=estimate(0.6, 0.5, 0.7),
+  )
   assert 'val, not leaked without 7 queries' in heads(table)
   assert [cell.text for cell in table.rows[0][1:3]] == ['60.0', '50.0']
   assert [record['without_leaked'] for record in table.records] == [False, True]
-  table, = accuracy([split('base')], leaked=0, base=estimate(0.6, 0.5, 0.7))
+  (table,) = accuracy([split('base')], leaked=0, base=estimate(0.6, 0.5, 0.7))
   assert 'leaked' not in heads(table)
 
 
 def test_runs_that_did_not_converge_are_marked():
-  table, = accuracy(
-      [split('base', mark='not converged'), split('gap')], base=estimate(0.6, 0.5, 0.7),
-      gap=estimate(0.6, 0.5, 0.7))
+  (table,) = accuracy(
+    [split('base', mark='not converged'), split('gap')],
+    base=estimate(0.6, 0.5, 0.7),
+    gap=estimate(0.6, 0.5, 0.7),
+  )
   assert [row[1].tone for row in table.rows] == ['flag', '']
   assert any('Not converged' in note for note in table.notes)
 
 
 def test_missing_intervals_are_explained():
-  table, = accuracy([split('base')], base=estimate(0.6, method='none'))
+  (table,) = accuracy([split('base')], base=estimate(0.6, method='none'))
   assert table.rows[0][1].detail == '' and any('one group' in note for note in table.notes)
 
 
@@ -94,27 +122,53 @@ def test_every_rule_has_a_colour_and_a_mark_of_its_own():
 
 
 def test_the_dose_has_a_table_with_shares_and_slacks():
-  point = {'split': 'gap_50', 'control': 'gap_50_matched', 'control_rule': 'matched', 'dropped': 59, 'slack': 0.0144, 'share': 0.504,
-           'estimate': -0.021, 'low': -0.04, 'high': -0.002, 'method': 'crossed'}
-  _, drawn, table = sections.dose_blocks([{'name': 'val', 'points': [
-      {**point, 'split': 'gap', 'share': 1.0, 'low': None, 'high': None}, point]}],
-      LOOKS['gap_aligned'])
+  point = {
+    'split': 'gap_50',
+    'control': 'gap_50_matched',
+    'control_rule': 'matched',
+    'dropped': 59,
+    'slack': 0.0144,
+    'share': 0.504,
+    'estimate': -0.021,
+    'low': -0.04,
+    'high': -0.002,
+    'method': 'crossed',
+  }
+  _, drawn, table = sections.dose_blocks(
+    [
+      {
+        'name': 'val',
+        'points': [{**point, 'split': 'gap', 'share': 1.0, 'low': None, 'high': None}, point],
+      }
+    ],
+    LOOKS['gap_aligned'],
+  )
   assert drawn.items[0].name == 'dose_val'
-  assert [cell.text for cell in table.rows[0]] == ['gap_50 on val', '50.4 %', '59', '+0.014', '\u22122.1']
+  assert [cell.text for cell in table.rows[0]] == [
+    'gap_50 on val',
+    '50.4 %',
+    '59',
+    '+0.014',
+    '\u22122.1',
+  ]
   assert table.rows[0][4].detail == '[\u22124.0, \u22120.2]' and table.rows[1][4].detail == ''
   assert sections.dose_blocks([], LOOKS['gap_aligned']) == []
 
 
 def test_histograms_share_one_axis_and_count_who_is_nearer_to_the_pool():
-  entries = [{
-      'name': 'a', 'anchor': np.array([0.5, 0.6, np.nan]), 'pool': np.array([0.7, 0.5, np.nan])
-  }]
+  entries = [
+    {'name': 'a', 'anchor': np.array([0.5, 0.6, np.nan]), 'pool': np.array([0.7, 0.5, np.nan])}
+  ]
   block, table = sections.histogram_blocks(entries)
   assert '33.3 % of the queries' in block.items[0].caption
   assert [(row[0].detail, row[1].text, row[3].text) for row in table.rows] == [
-      ('in the pool', '2', '0.600'), ('in the anchor', '2', '0.550')]
+    ('in the pool', '2', '0.600'),
+    ('in the anchor', '2', '0.550'),
+  ]
   assert sections.histogram_blocks([]) == []
-  alone, table = sections.histogram_blocks([{'name': 'a', 'anchor': None, 'pool': np.array([0.7, 0.5])}])
+  alone, table = sections.histogram_blocks(
+    [{'name': 'a', 'anchor': None, 'pool': np.array([0.7, 0.5])}]
+  )
   assert alone.items[0].caption == '' and len(table.rows) == 1
 
 
@@ -128,10 +182,21 @@ def test_bins_are_associations_and_few_is_grey():
 
 
 def test_sizes_are_drawn_on_one_scale_and_compared_with_random():
-  panel = {'name': 'val', 'base': None, 'reference': None, 'curves': {
-      'near': [{'size': 5, 'accuracy': 0.5, 'low': None, 'high': None}]}}
-  rows = [{'split': 'near_5', 'rule': 'near', 'control': 'random_5', 'benchmark': 'val',
-           'estimate': estimate(-0.1, -0.2, 0.0, 'this checkpoint', 1)}]
+  panel = {
+    'name': 'val',
+    'base': None,
+    'reference': None,
+    'curves': {'near': [{'size': 5, 'accuracy': 0.5, 'low': None, 'high': None}]},
+  }
+  rows = [
+    {
+      'split': 'near_5',
+      'rule': 'near',
+      'control': 'random_5',
+      'benchmark': 'val',
+      'estimate': estimate(-0.1, -0.2, 0.0, 'this checkpoint', 1),
+    }
+  ]
   figures, fact, table = sections.size_blocks([panel], rows, LOOKS)
   assert figures.items[0].name == 'size_val' and 'near-pruning hurts fast' in fact.text
   assert table.rows[0][0].detail == 'near-pruned (most similar removed)'

@@ -30,12 +30,15 @@ def test_a_batch_that_divides_passes():
 
 
 def test_parameters_are_split_along_their_longest_axis_that_divides():
-  tree = {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in
-          dict(tall=(12, 4), odd=(9, 4), none=(3, 5), vector=(8,), scalar=()).items()}
+  tree = {
+    name: jax.ShapeDtypeStruct(shape, np.float32)
+    for name, shape in dict(tall=(12, 4), odd=(9, 4), none=(3, 5), vector=(8,), scalar=()).items()
+  }
   shardings = sharding.parameter_shardings(tree, sharding.mesh(fsdp=4))
   specs = jax.tree.map(lambda s: tuple(s.spec), shardings)
-  assert specs == dict(tall=('fsdp', None), odd=(None, 'fsdp'), none=(None, None), vector=(None,),
-                       scalar=())
+  assert specs == dict(
+    tall=('fsdp', None), odd=(None, 'fsdp'), none=(None, None), vector=(None,), scalar=()
+  )
 
 
 def test_without_fsdp_all_is_replicated():

@@ -5,12 +5,11 @@ import shutil
 
 import numpy as np
 import pytest
+from squares import CLASSES, sample, write_tar
 
 from clip_jax import defaults
 from clip_jax.core.errors import InputError
 from clip_jax.experiment.shards import list_shards, printable
-
-from squares import CLASSES, sample, write_tar
 
 
 @pytest.fixture(scope='module')
@@ -34,9 +33,15 @@ def block(path, format='webdataset', **more):
 def test_a_tar_is_a_shard_in_natural_order(data):
   shards = list_shards(block(data / 'tars/*.tar', label_key='label', classes=CLASSES))
   assert [(shard.number, shard.name, shard.classes) for shard in shards] == [
-      (0, '2.tar', CLASSES), (1, '10.tar', CLASSES)]
-  assert shards[1].location() == {'format': 'webdataset', 'root': shards[1].root, 'path': str(data / 'tars/10.tar'),
-                                  'image_key': shards[1].block.image_key}
+    (0, '2.tar', CLASSES),
+    (1, '10.tar', CLASSES),
+  ]
+  assert shards[1].location() == {
+    'format': 'webdataset',
+    'root': shards[1].root,
+    'path': str(data / 'tars/10.tar'),
+    'image_key': shards[1].block.image_key,
+  }
   with pytest.raises(InputError, match='nothing.* matches no file'):
     list_shards(block(data / 'nothing/*.tar'))
 
@@ -46,22 +51,33 @@ def test_shards_of_a_concat_are_numbered_through_and_keep_their_source(data):
   whole.sources = dict(b=block(data / 'tars'), a=block(data / 'images', 'folder'))
   shards = list_shards(whole)
   assert [(shard.number, shard.name, shard.format) for shard in shards] == [
-      (0, 'a/./', 'folder'), (1, 'b/2.tar', 'webdataset'), (2, 'b/10.tar', 'webdataset')]
+    (0, 'a/./', 'folder'),
+    (1, 'b/2.tar', 'webdataset'),
+    (2, 'b/10.tar', 'webdataset'),
+  ]
   assert len(shards[0].files) == 4 and shards[0].classes == ('blue', 'red') and shards[0].labels
-  assert [list(shard.stamps(False)) for shard in shards[1:]] == [['source file b/2.tar'], ['source file b/10.tar']]
+  assert [list(shard.stamps(False)) for shard in shards[1:]] == [
+    ['source file b/2.tar'],
+    ['source file b/10.tar'],
+  ]
 
 
 def test_stamps_name_no_path_of_this_machine(data, tmp_path):
   shutil.copytree(data, tmp_path / 'copy')
   for path, format in (('tars', 'webdataset'), ('images', 'folder')):
-    one, other = (list_shards(block(folder / path, format))[0].stamps(False) for folder in (data, tmp_path / 'copy'))
+    one, other = (
+      list_shards(block(folder / path, format))[0].stamps(False)
+      for folder in (data, tmp_path / 'copy')
+    )
     assert one == other and str(data) not in str(one)
   os.utime(tmp_path / 'copy/tars/2.tar', (0, 0))
   os.utime(tmp_path / 'copy/images/red/0.png', (0, 0))
   for path, format in (('tars', 'webdataset'), ('images', 'folder')):
     for check_content in (False, True):
-      one, other = (list_shards(block(folder / path, format))[0].stamps(check_content)
-                    for folder in (data, tmp_path / 'copy'))
+      one, other = (
+        list_shards(block(folder / path, format))[0].stamps(check_content)
+        for folder in (data, tmp_path / 'copy')
+      )
       assert (one == other) == check_content  # the content is the same, the time is not
 
 
@@ -78,11 +94,13 @@ def test_classes_of_folders_count_where_they_move_others(data, tmp_path):
 
 
 def test_drawn_tars_are_listed_before_they_are_drawn():
-  shard, = list_shards(defaults.dataset(format='glyphs', path='anchor'))
+  (shard,) = list_shards(defaults.dataset(format='glyphs', path='anchor'))
   assert shard.files[0].path == 'ingest/glyphs/anchor-00000.tar' and shard.format == 'webdataset'
   assert shard.at('/w').files[0].path == '/w/ingest/glyphs/anchor-00000.tar'
   planted = list_shards(defaults.dataset(format='planted'), ['ingest/planted/tars/00000.tar'])
-  assert [one.at('/w').location()['path'] for one in planted] == ['/w/ingest/planted/tars/00000.tar']
+  assert [one.at('/w').location()['path'] for one in planted] == [
+    '/w/ingest/planted/tars/00000.tar'
+  ]
 
 
 def test_files_are_where_they_are_and_not_in_the_work_directory(data):
@@ -91,7 +109,7 @@ def test_files_are_where_they_are_and_not_in_the_work_directory(data):
 
 
 def test_vectors_have_what_describes_them_beside_them(data):
-  shard, = list_shards(block(data / 'vectors', 'embeddings'))
+  (shard,) = list_shards(block(data / 'vectors', 'embeddings'))
   assert shard.name == 'img_emb_0.npy' and shard.location()['images'] == '' and not shard.beside
   assert list(shard.stamps(False)) == ['source file img_emb_0.npy']
 

@@ -31,11 +31,12 @@ def test_within_class_is_the_dense_regression():
   correct, similarity, label = data(images=400)
   similarity[label == 0] *= 0.9
   bins = accuracy_by_similarity(correct, similarity, label)
-  index = np.array([next(j for j, b in enumerate(bins) if b.low - 1e-9 <= s < b.high)
-                    for s in similarity])
+  index = np.array(
+    [next(j for j, b in enumerate(bins) if b.low - 1e-9 <= s < b.high) for s in similarity]
+  )
   x = np.hstack([np.eye(len(bins))[index], np.eye(8)[label]])
   y = correct.mean(0)
-  effect = np.linalg.lstsq(x, y, rcond=None)[0][:len(bins)]
+  effect = np.linalg.lstsq(x, y, rcond=None)[0][: len(bins)]
   effect += y.mean() - effect[index].mean()
   np.testing.assert_allclose([b.within_class for b in bins], effect, atol=1e-9)
 
@@ -71,4 +72,5 @@ def test_groups_widen_the_interval():
   for plain, one in zip(accuracy_by_similarity(correct, similarity, label), grouped, strict=True):
     if plain.images > 100:
       assert one.accuracy_high - one.accuracy_low == pytest.approx(
-          plain.accuracy_high - plain.accuracy_low, rel=0.02)
+        plain.accuracy_high - plain.accuracy_low, rel=0.02
+      )

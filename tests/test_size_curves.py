@@ -15,17 +15,25 @@ def parts_of(similarity, excess, exact, cuts):
     if excess is None:
       yield similarity[:, some], None, None
       continue
-    dropped = [size_curves.over_zero(excess[g, some], 1e-5, lambda m, g=g: exact[g, some][m])
-               for g in range(len(excess))]
+    dropped = [
+      size_curves.over_zero(excess[g, some], 1e-5, lambda m, g=g: exact[g, some][m])
+      for g in range(len(excess))
+    ]
     yield similarity[:, some], excess[:, some], np.stack(dropped)
 
 
-@given(seed=st.integers(0, 999), benchmarks=st.integers(1, 3), rows=st.integers(0, 60),
-       cut=st.integers(0, 60))
+@given(
+  seed=st.integers(0, 999),
+  benchmarks=st.integers(1, 3),
+  rows=st.integers(0, 60),
+  cut=st.integers(0, 60),
+)
 def test_counts_are_those_of_every_threshold(seed, benchmarks, rows, cut):
   rng = np.random.default_rng(seed)
   # Values on edges, between them, beyond them; the error of float32 hides the sign near 0.
-  exact = rng.choice([-1.2, -0.5, -0.01, -1e-7, 0, 1e-7, 0.005, 0.0051, 0.9, 1.05], (benchmarks, rows))
+  exact = rng.choice(
+    [-1.2, -0.5, -0.01, -1e-7, 0, 1e-7, 0.005, 0.0051, 0.9, 1.05], (benchmarks, rows)
+  )
   excess = (exact + rng.uniform(-3e-7, 3e-7, exact.shape)).astype(np.float32)
   similarity = rng.choice(np.arange(-1000, 1001) / 1000, (benchmarks, rows)).astype(np.float32)
   found = size_curves.count(parts_of(similarity, excess, exact, [min(cut, rows)]), benchmarks)
@@ -38,14 +46,18 @@ def test_counts_are_those_of_every_threshold(seed, benchmarks, rows, cut):
       edge = found['edges'][i]
       over = (exact if i == 1000 else excess.astype(np.float64)) > edge
       assert found['excess_over'][g, i] == over[pick].any(0).sum()
-      assert found['similarity_over'][g, i] == (similarity[pick].astype(np.float64) > edge).any(0).sum()
+      assert (
+        found['similarity_over'][g, i] == (similarity[pick].astype(np.float64) > edge).any(0).sum()
+      )
     assert (np.diff(found['excess_over'][g]) <= 0).all()
 
 
 def test_without_an_anchor_there_is_no_excess():
   similarity = np.float32([[0.5, 0.7], [0.6, 0.1]])
   found = size_curves.count(parts_of(similarity, None, None, [1]), 2)
-  assert not found['has_excess'] and not found['excess_over'].any() and not found['excess_zero'].any()
+  assert (
+    not found['has_excess'] and not found['excess_over'].any() and not found['excess_zero'].any()
+  )
   assert found['similarity_over'][:, 1000 + 550].tolist() == [1, 1, 2]
 
 
@@ -57,9 +69,11 @@ def test_edges_are_the_numbers_that_one_writes():
 
 def test_only_rows_near_zero_are_decided_exactly():
   asked = []
+
   def exact(rows):
     asked.extend(rows.tolist())
     return np.float64([1e-9, -1e-9])
+
   found = size_curves.over_zero(np.float32([-0.5, -1e-6, 1e-6, 0.5]), 1e-5, exact)
   assert asked == [1, 2] and found.tolist() == [False, True, False, True]
   with pytest.raises(ZeroDivisionError):

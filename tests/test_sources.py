@@ -11,11 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from clip_jax.core.errors import ConfigError
-from clip_jax.core.errors import InputError
-from clip_jax.data import formats
-from clip_jax.data import listing
-from clip_jax.data import sources
+from clip_jax.core.errors import ConfigError, InputError
+from clip_jax.data import formats, listing, sources
 
 PACS = os.path.join(os.path.dirname(__file__), '..', '..', 'shared', 'data', 'pacs')
 
@@ -32,12 +29,15 @@ def _tar(path, samples):
   with tarfile.open(path, 'w') as tar:
     for key, members in samples.items():
       for ending, value in members.items():
-        data = value if isinstance(value, bytes) else (
-            value if isinstance(value, str) else json.dumps(value)).encode()
+        data = (
+          value
+          if isinstance(value, bytes)
+          else (value if isinstance(value, str) else json.dumps(value)).encode()
+        )
         info = tarfile.TarInfo(f'{key}.{ending}')
         info.size = len(data)
         tar.addfile(info, io.BytesIO(data))
-  file, = listing.list_files('webdataset', str(path))
+  (file,) = listing.list_files('webdataset', str(path))
   return file
 
 
@@ -70,7 +70,13 @@ def test_paths_are_listed_in_natural_order_and_braces_as_written(tmp_path):
 
 def test_braces_keep_the_width_of_their_numbers():
   assert listing.expanded('/x/{008..010}-{a,b}') == [
-      '/x/008-a', '/x/008-b', '/x/009-a', '/x/009-b', '/x/010-a', '/x/010-b']
+    '/x/008-a',
+    '/x/008-b',
+    '/x/009-a',
+    '/x/009-b',
+    '/x/010-a',
+    '/x/010-b',
+  ]
   assert listing.expanded('/x/{1..2}') == ['/x/1', '/x/2']
   assert listing.expanded('/x/{odd}') == ['/x/{odd}']
 
@@ -94,18 +100,22 @@ def test_paths_that_mean_nothing_are_errors(tmp_path):
 
 def test_a_literal_path_with_braces_and_stars_is_taken_as_it_is(tmp_path):
   _touch(tmp_path / 'we[i]{r,d}*.tar')
-  file, = listing.list_files('webdataset', str(tmp_path / 'we[i]{r,d}*.tar'))
+  (file,) = listing.list_files('webdataset', str(tmp_path / 'we[i]{r,d}*.tar'))
   assert file.name == 'we[i]{r,d}*.tar' and os.path.isabs(file.path)
 
 
 def test_rows_say_where_images_lie_and_how_large_they_are(tmp_path):
-  file = _tar(tmp_path / 'x.tar', {
+  file = _tar(
+    tmp_path / 'x.tar',
+    {
       'a': {'json': {'domain': 'photo'}, 'png': _image(8, 6), 'txt': ' a cat\n'},
-      'b': {'jpg': _image(20, 10, 'JPEG'), 'txt': 'b', 'json': {}}})
+      'b': {'jpg': _image(20, 10, 'JPEG'), 'txt': 'b', 'json': {}},
+    },
+  )
   scan = sources.scan('webdataset', file, columns=('domain',))
   a, b = scan.records
   data = open(file.path, 'rb').read()
-  assert data[a.offset:a.offset + a.length] == _image(8, 6)
+  assert data[a.offset : a.offset + a.length] == _image(8, 6)
   assert (a.key, a.caption, a.label, a.group) == ('a', 'a cat', -1, 'a')
   assert a.columns == {'domain': 'photo'}
   assert (a.width, a.height, b.width, b.height) == (8, 6, 20, 10) and b.columns == {'domain': None}
@@ -114,9 +124,11 @@ def test_rows_say_where_images_lie_and_how_large_they_are(tmp_path):
 
 def test_what_cannot_be_used_is_listed_and_never_fatal(tmp_path):
   image = _image(90, 80, 'JPEG')
-  scan = _scan(tmp_path, {
+  scan = _scan(
+    tmp_path,
+    {
       'good': {'jpg': image, 'txt': 'x', 'json': {'label': 1}},
-      'half': {'jpg': image[:len(image) // 2], 'txt': 'x'},
+      'half': {'jpg': image[: len(image) // 2], 'txt': 'x'},
       'garbage': {'jpg': b'garbage', 'txt': 'x'},
       'empty': {'jpg': b'', 'txt': 'x'},
       'no_image': {'txt': 'x'},
@@ -129,13 +141,24 @@ def test_what_cannot_be_used_is_listed_and_never_fatal(tmp_path):
       'high': {'jpg': image, 'txt': 'x', 'json': {'label': 2}},
       'big': {'jpg': image, 'txt': 'x', 'json': {'label': 1 << 70}},
       'dict': {'jpg': image, 'txt': 'x', 'json': {'label': {}}},
-  }, label_key='label', classes=('cat', 'dog'))
+    },
+    label_key='label',
+    classes=('cat', 'dog'),
+  )
   assert _keys(scan) == ['good', 'half', 'garbage', 'empty']
   assert [(r.width, r.height) for r in scan.records] == [(90, 80), (90, 80), (0, 0), (0, 0)]
   assert {entry['key']: entry['reason'] for entry in scan.skipped} == {
-      'no_image': 'no image', 'no_caption': 'no caption', 'blank': 'no caption',
-      'json': 'bad json', 'list': 'bad json', 'deep': 'bad json',
-      'label': 'bad label', 'high': 'bad label', 'big': 'bad label', 'dict': 'bad label'}
+    'no_image': 'no image',
+    'no_caption': 'no caption',
+    'blank': 'no caption',
+    'json': 'bad json',
+    'list': 'bad json',
+    'deep': 'bad json',
+    'label': 'bad label',
+    'high': 'bad label',
+    'big': 'bad label',
+    'dict': 'bad label',
+  }
 
 
 def test_headers_far_into_a_file_are_found(tmp_path):
@@ -167,18 +190,24 @@ def test_captions_and_labels_come_from_where_the_keys_say(tmp_path):
 
 
 def test_text_is_kept_even_where_it_is_not_unicode(tmp_path):
-  scan = _scan(tmp_path, {
+  scan = _scan(
+    tmp_path,
+    {
       'latin': {'jpg': _image(), 'txt': 'caf\xe9'.encode('latin1'), 'json': {}},
       'half': {'jpg': _image(), 'txt': 'x', 'json': '{"c": "\\ud800", "g": "\\ud800"}'},
       'bom': {'jpg': _image(), 'txt': b'\xef\xbb\xbfmark', 'json': b'\xef\xbb\xbf{}'},
-  }, columns=('c',))
+    },
+    columns=('c',),
+  )
   assert [r.caption for r in scan.records] == ['caf\ufffd', 'x', 'mark']
   assert scan.records[1].columns == {'c': '?'}
 
 
 def test_where_takes_values_and_tuples(tmp_path):
-  samples = {str(i): {'jpg': _image(), 'txt': 'x', 'json': {'d': d} if d else {}}
-             for i, d in enumerate(['a', 'b', 'c', 3, None])}
+  samples = {
+    str(i): {'jpg': _image(), 'txt': 'x', 'json': {'d': d} if d else {}}
+    for i, d in enumerate(['a', 'b', 'c', 3, None])
+  }
   assert _keys(_scan(tmp_path, samples, where={'d': 'a'})) == ['0']
   scan = _scan(tmp_path, samples, where={'d': ['a', 3]})
   assert _keys(scan) == ['0', '3'] and scan.left_out == 2
@@ -186,8 +215,10 @@ def test_where_takes_values_and_tuples(tmp_path):
 
 
 def test_parts_are_by_group_and_cover_everything_once(tmp_path):
-  samples = {f'n{i}': {'jpg': _image(), 'txt': 'x', 'json': {'s': f'dir/n{i // 3}-{i % 3}.png'}}
-             for i in range(120)}
+  samples = {
+    f'n{i}': {'jpg': _image(), 'txt': 'x', 'json': {'s': f'dir/n{i // 3}-{i % 3}.png'}}
+    for i in range(120)
+  }
   rules = {'group_key': 's', 'group_pattern': r'/(n\d+)'}
   edges = ((0, 0.3), (0.3, 0.75), (0.75, 1))
   parts = [_scan(tmp_path, samples, part=part, **rules) for part in edges]
@@ -222,10 +253,16 @@ def test_caption_edit_takes_its_share_by_key_alone(tmp_path):
   assert 0.3 < np.mean([r.caption == 'a dog' for r in half]) < 0.7
 
 
-@pytest.mark.parametrize('rules', [
-    {'group_pattern': '('}, {'caption_edit': ('a(', '', 0.5)},
-    {'caption_edit': ('a', r'\1', 0.5)}, {'columns': ('key',)},
-    {'labels_file': 'x.txt', 'label_key': 'label'}])
+@pytest.mark.parametrize(
+  'rules',
+  [
+    {'group_pattern': '('},
+    {'caption_edit': ('a(', '', 0.5)},
+    {'caption_edit': ('a', r'\1', 0.5)},
+    {'columns': ('key',)},
+    {'labels_file': 'x.txt', 'label_key': 'label'},
+  ],
+)
 def test_rules_that_cannot_be_followed_are_config_errors(tmp_path, rules):
   with pytest.raises(ConfigError):
     _scan(tmp_path, {}, **rules)
@@ -233,10 +270,11 @@ def test_rules_that_cannot_be_followed_are_config_errors(tmp_path, rules):
 
 def test_the_first_caption_that_says_something_counts(tmp_path):
   samples = {
-      'txt': {'jpg': _image(), 'txt': 'one', 'json': {'caption': 'two'}},
-      'blank': {'jpg': _image(), 'txt': ' ', 'json': {'caption': '', 'text': 'three'}},
-      'number': {'jpg': _image(), 'json': {'caption': 5, 'text': 'four'}},
-      'none': {'jpg': _image(), 'json': {'caption': None}}}
+    'txt': {'jpg': _image(), 'txt': 'one', 'json': {'caption': 'two'}},
+    'blank': {'jpg': _image(), 'txt': ' ', 'json': {'caption': '', 'text': 'three'}},
+    'number': {'jpg': _image(), 'json': {'caption': 5, 'text': 'four'}},
+    'none': {'jpg': _image(), 'json': {'caption': None}},
+  }
   captions = lambda **rules: {r.key: r.caption for r in _scan(tmp_path, samples, **rules).records}
   assert captions() == {'txt': 'one', 'blank': 'three', 'number': 'four'}
   assert captions(caption_key='json:caption; txt ;') == {'txt': 'two'}
@@ -244,40 +282,72 @@ def test_the_first_caption_that_says_something_counts(tmp_path):
 
 
 def test_the_type_of_an_image_is_that_of_its_bytes(tmp_path):
-  scan = _scan(tmp_path, {
-      'a': {'jpg': _image(format='PNG'), 'txt': 'x'}, 'b': {'png': _image(format='JPEG'), 'txt': 'x'},
-      'c': {'webp': _image(format='WEBP'), 'txt': 'x'}, 'd': {'jpg': b'garbage', 'txt': 'x'}})
+  scan = _scan(
+    tmp_path,
+    {
+      'a': {'jpg': _image(format='PNG'), 'txt': 'x'},
+      'b': {'png': _image(format='JPEG'), 'txt': 'x'},
+      'c': {'webp': _image(format='WEBP'), 'txt': 'x'},
+      'd': {'jpg': b'garbage', 'txt': 'x'},
+    },
+  )
   assert [record.type for record in scan.records] == ['png', 'jpeg', 'webp', '']
 
 
 def _parquet(tmp_path, data, **rules):
   n = len(next(iter(data.values())))
-  pq.write_table(pa.table({'jpg': pa.array([_image()] * n, pa.binary()), **data}), tmp_path / 'x.parquet')
-  file, = listing.list_files('parquet', str(tmp_path / 'x.parquet'))
+  pq.write_table(
+    pa.table({'jpg': pa.array([_image()] * n, pa.binary()), **data}), tmp_path / 'x.parquet'
+  )
+  (file,) = listing.list_files('parquet', str(tmp_path / 'x.parquet'))
   return sources.scan('parquet', file, **rules)
 
 
 def test_columns_of_a_file_count_as_fields(tmp_path):
-  data = {'uid': list('abcd'), 'text': ['x', 'y', None, 'z'], 'd': ['p', 'q', 'p', None], 'n': [0, 1, 1, -1],
-             's': [{'a': [1]}] * 4}
-  scan = _parquet(tmp_path, data, where={'d': 'p'}, label_key='n', columns=('s', 'n'), group_key='json:d')
-  record, = scan.records
+  data = {
+    'uid': list('abcd'),
+    'text': ['x', 'y', None, 'z'],
+    'd': ['p', 'q', 'p', None],
+    'n': [0, 1, 1, -1],
+    's': [{'a': [1]}] * 4,
+  }
+  scan = _parquet(
+    tmp_path, data, where={'d': 'p'}, label_key='n', columns=('s', 'n'), group_key='json:d'
+  )
+  (record,) = scan.records
   assert (record.key, record.caption, record.label, record.group) == ('a', 'x', 0, 'p')
-  assert record.columns == {'s': {'a': [1]}, 'n': 0} and (record.offset, record.length) == (0, len(_image()))
+  assert record.columns == {'s': {'a': [1]}, 'n': 0} and (record.offset, record.length) == (
+    0,
+    len(_image()),
+  )
   assert (record.type, record.width, record.height) == ('png', 8, 6)
-  assert scan.skipped == [{'key': 'c', 'reason': 'no caption'}, {'key': 'd', 'reason': 'no d'}] and scan.left_out == 1
+  assert (
+    scan.skipped == [{'key': 'c', 'reason': 'no caption'}, {'key': 'd', 'reason': 'no d'}]
+    and scan.left_out == 1
+  )
   assert _keys(_parquet(tmp_path, data, sample_key='d;uid')) == ['p', 'q', 'x/000000003']
-  assert [r.label for r in _parquet(tmp_path, data, label_key='d', classes=('q', 'p'), caption_template='a {}'
-                                    ).records] == [1, 0, 1]
+  assert [
+    r.label
+    for r in _parquet(
+      tmp_path, data, label_key='d', classes=('q', 'p'), caption_template='a {}'
+    ).records
+  ] == [1, 0, 1]
 
 
 def test_nan_is_no_value_and_whole_floats_are_labels(tmp_path):
   data = {'key': list('abcde'), 'txt': ['x'] * 5, 'n': [1.0, float('nan'), None, 0.5, float('inf')]}
   scan = _parquet(tmp_path, data, label_key='n', columns=('n',), classes=('cat', 'dog'))
-  assert [(r.key, r.label, r.columns['n']) for r in scan.records] == [('a', 1, 1.0), ('b', -1, None), ('c', -1, None)]
+  assert [(r.key, r.label, r.columns['n']) for r in scan.records] == [
+    ('a', 1, 1.0),
+    ('b', -1, None),
+    ('c', -1, None),
+  ]
   assert scan.skipped == [{'key': key, 'reason': 'bad label'} for key in 'de']
   scan = _parquet(tmp_path, data, where={'n': (1, 0.5)}, group_key='n')
-  assert [(r.key, r.group) for r in scan.records] == [('a', '1.0'), ('d', '0.5')] and scan.left_out == 1
+  assert [(r.key, r.group) for r in scan.records] == [
+    ('a', '1.0'),
+    ('d', '0.5'),
+  ] and scan.left_out == 1
   assert scan.skipped == [{'key': key, 'reason': 'no n'} for key in 'bc']
 
 
@@ -287,11 +357,17 @@ def test_of_a_list_of_captions_the_first_that_says_something_counts(tmp_path):
 
 
 def test_a_json_column_is_read_only_where_a_key_asks_for_it(tmp_path):
-  data = {'key': list('abc'), 'caption': list('xyz'), 'json': ['{"caption": "j", "n": 1}', '[1]', None]}
+  data = {
+    'key': list('abc'),
+    'caption': list('xyz'),
+    'json': ['{"caption": "j", "n": 1}', '[1]', None],
+  }
   assert [r.caption for r in _parquet(tmp_path, data).records] == ['x', 'y', 'z']
   scan = _parquet(tmp_path, data, caption_key='json:caption', columns=('json:n',))
   assert [(r.key, r.caption, r.columns) for r in scan.records] == [
-      ('a', 'j', {'json:n': 1}), ('c', 'z', {'json:n': None})]
+    ('a', 'j', {'json:n': 1}),
+    ('c', 'z', {'json:n': None}),
+  ]
   assert scan.skipped == [{'key': 'b', 'reason': 'bad json'}]
   struct = _parquet(tmp_path, {'json': [{'caption': 'j'}, None]}, caption_key='json:caption')
   assert [r.caption for r in struct.records] == ['j'] and len(struct.skipped) == 1
@@ -301,7 +377,10 @@ def test_a_file_that_fails_while_it_is_read_is_an_error_that_says_so(tmp_path, m
   def samples(*_):
     raise OSError(5, 'Input/output error')
     yield
-  form = dataclasses.replace(formats.FORMATS['parquet'], samples=lambda *given: (samples(*given), []))
+
+  form = dataclasses.replace(
+    formats.FORMATS['parquet'], samples=lambda *given: (samples(*given), [])
+  )
   monkeypatch.setitem(formats.FORMATS, 'parquet', form)
   with pytest.raises(InputError, match='cannot be read: .*Input/output error'):
     _parquet(tmp_path, {'txt': ['a']})
@@ -322,9 +401,15 @@ def test_pacs_sketches_share_the_group_of_their_photo():
   files = listing.list_files('webdataset', PACS)
   assert len(files) == 12
   rules = {'group_key': 'source', 'group_pattern': r'n\d{8}_\d+', 'label_key': 'label'}
-  photos, sketches = ([record for file in files if domain in file.name for record in
-                       sources.scan('webdataset', file, where={'domain': domain}, **rules).records]
-                      for domain in ('photo', 'sketch'))
+  photos, sketches = (
+    [
+      record
+      for file in files
+      if domain in file.name
+      for record in sources.scan('webdataset', file, where={'domain': domain}, **rules).records
+    ]
+    for domain in ('photo', 'sketch')
+  )
   assert len(photos) == 1670 and len(sketches) == 3929
   assert len({r.group for r in sketches}) == 1140
   assert len({r.group for r in sketches} & {r.group for r in photos}) == 434

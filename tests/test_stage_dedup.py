@@ -12,17 +12,15 @@ import textwrap
 import numpy as np
 from PIL import Image
 import pytest
+import squares
 
 from clip_jax import defaults
 from clip_jax.core import files
-from clip_jax.core.errors import ConfigError
-from clip_jax.core.errors import InputError
+from clip_jax.core.errors import ConfigError, InputError
 from clip_jax.experiment import workdir
 from clip_jax.experiment.experiment import Experiment
 from clip_jax.experiment.graph import Graph
 from clip_jax.stages import check, dedup, models
-
-import squares
 
 COPIES = {40: 3, 41: 3, 42: 17, 55: 8}  # row -> the earlier row whose pixels it has
 FILES = ('keep.npy', 'duplicate_of.npy', 'centers.npy')
@@ -35,16 +33,22 @@ def make(folder) -> None:
     sample = squares.sample(COPIES.get(i, i), COPIES.get(i, i) % 3)
     if i in COPIES:
       size, image = 16 * (3 if i == 41 else 2), io.BytesIO()
-      Image.open(io.BytesIO(sample['png'])).resize((size, size), Image.Resampling.NEAREST).save(image, 'PNG')
+      Image.open(io.BytesIO(sample['png'])).resize((size, size), Image.Resampling.NEAREST).save(
+        image, 'PNG'
+      )
       sample |= {'png': image.getvalue(), 'txt': b'a square' + b'!' * (i if i != 41 else 1)}
-    samples[f'{i:05d}'] = sample | {'json': json.dumps({'key': f'{i:05d}', 'label': i % 3}).encode()}
+    samples[f'{i:05d}'] = sample | {
+      'json': json.dumps({'key': f'{i:05d}', 'label': i % 3}).encode()
+    }
   names = list(samples)
   squares.write_tar(folder / 'pool/0.tar', {name: samples[name] for name in names[:40]})
   squares.write_tar(folder / 'pool/1.tar', {name: samples[name] for name in names[40:]})
 
 
 def config(data, **override):
-  c = squares.config(data, **{'dedup.threshold': 0.02, 'embedder.image_size': 16, 'dedup.clusters': 3, **override})
+  c = squares.config(
+    data, **{'dedup.threshold': 0.02, 'embedder.image_size': 16, 'dedup.clusters': 3, **override}
+  )
   c.anchor, c.splits = defaults.dataset(), type(c.splits)()
   c.benchmarks = type(c.benchmarks)()
   return c
@@ -92,9 +96,16 @@ def test_what_changes_no_mark_is_in_no_fingerprint(embedded):
   marks = lambda **override: Graph(config(embedded, **override)).marks()
   made = marks()
   assert made.keys == {
-      'dedup.enabled': True, 'dedup.threshold': 0.02, 'dedup.clusters': 3, 'dedup.sample_rows': 0,
-      'dedup.initial_similarity': 0.9, 'dedup.min_change': 1e-7, 'dedup.max_iterations': 100, 'dedup.survivor': 'first',
-      'dedup.seed': 0}
+    'dedup.enabled': True,
+    'dedup.threshold': 0.02,
+    'dedup.clusters': 3,
+    'dedup.sample_rows': 0,
+    'dedup.initial_similarity': 0.9,
+    'dedup.min_change': 1e-7,
+    'dedup.max_iterations': 100,
+    'dedup.survivor': 'first',
+    'dedup.seed': 0,
+  }
   assert [part.name for part in made.inputs] == ['embeddings/pool/00000', 'embeddings/pool/00001']
   assert marks(**{'dedup.audit_rows': 5}).fingerprint == made.fingerprint
   other = marks(**{'dedup.sample_rows': 9, 'dedup.survivor': 'largest'})
@@ -106,11 +117,14 @@ def test_what_changes_no_mark_is_in_no_fingerprint(embedded):
 @pytest.mark.parametrize('survivor, row', [('largest', 41), ('longest', 40), ('best', 3)])
 def test_survivors(new, monkeypatch, caplog, survivor, row):
   folder, seen = new(), []
-  image = workdir.embeddings(Experiment(config(folder / 'data'), str(folder)), 'pool')[3].astype(np.float64)
+  image = workdir.embeddings(Experiment(config(folder / 'data'), str(folder)), 'pool')[3].astype(
+    np.float64
+  )
 
   def encode(texts):  # row 3 alone has a caption of a colour, among its copies
     seen.extend(texts)
     return np.stack([image if text == 'a red square' else -image for text in texts])
+
   monkeypatch.setattr(models, 'text_tower', lambda *_: encode)
   first_keep, first_of = run(new())
   with caplog.at_level('INFO'):
@@ -123,13 +137,21 @@ def test_survivors(new, monkeypatch, caplog, survivor, row):
   assert (place[of[~keep]] < place[~keep]).all()  # of an earlier row, in this order
   if survivor == 'best':  # texts are encoded of rows that have a duplicate, and of no other
     among = {*np.flatnonzero(~first_keep), *first_of[~first_keep]}
-    assert among <= set(np.flatnonzero(np.isfinite(priority))) and len(seen) == np.isfinite(priority).sum() < 60
+    assert (
+      among <= set(np.flatnonzero(np.isfinite(priority)))
+      and len(seen) == np.isfinite(priority).sum() < 60
+    )
 
 
 def test_a_survivor_needs_what_it_goes_by(new, monkeypatch):
   from clip_jax.data import reader
-  monkeypatch.setattr(reader.Source, 'caption_lengths', property(lambda self: np.zeros(60, np.int32)))
-  with pytest.raises(InputError, match="survivor='longest': no usable row of the pool has a caption"):
+
+  monkeypatch.setattr(
+    reader.Source, 'caption_lengths', property(lambda self: np.zeros(60, np.int32))
+  )
+  with pytest.raises(
+    InputError, match="survivor='longest': no usable row of the pool has a caption"
+  ):
     run(new(), **{'dedup.survivor': 'longest'})
 
 
@@ -155,8 +177,15 @@ def finely(monkeypatch):
   monkeypatch.setattr(dedup, 'PART_SECS', 0.0)
   monkeypatch.setattr(dedup, 'CAPTIONS', 4)
   monkeypatch.setattr(dedup, 'STATE_SHARE', np.inf)
-  monkeypatch.setattr(models, 'text_tower', lambda *_: lambda texts: np.stack(
-      [np.resize(np.frombuffer(text.encode(), np.uint8), 16) for text in texts]) / 4096)
+  monkeypatch.setattr(
+    models,
+    'text_tower',
+    lambda *_: (
+      lambda texts: (
+        np.stack([np.resize(np.frombuffer(text.encode(), np.uint8), 16) for text in texts]) / 4096
+      )
+    ),
+  )
 
 
 @pytest.mark.parametrize('override', OVERRIDES)
@@ -175,6 +204,7 @@ def test_cut_anywhere_it_ends_the_same(new, monkeypatch, override):
       write_npz(path, **arrays)
       if kills % 2 == 0:  # after the first
         raise KeyboardInterrupt
+
     monkeypatch.setattr(files, 'write_npz', killed)
     try:
       run(cut, **override)
@@ -198,7 +228,7 @@ def test_killed_while_a_file_is_written_it_ends_the_same(embedded, new, monkeypa
   whole, cut = new(), new()
   finely(monkeypatch)
   run(whole, **override)
-  script = textwrap.dedent(f'''
+  script = textwrap.dedent(f"""
       import os, sys
       sys.path.insert(0, {os.path.dirname(__file__)!r})
       import contextlib, pathlib
@@ -217,10 +247,12 @@ def test_killed_while_a_file_is_written_it_ends_the_same(embedded, new, monkeypa
           yield temporary
       files.atomic = killed
       here.finely(pytest.MonkeyPatch())
-      here.run(pathlib.Path({str(cut)!r}), **{override!r})''')
+      here.run(pathlib.Path({str(cut)!r}), **{override!r})""")
   environment = os.environ | {'PYTHONPATH': os.pathsep.join(sys.path)}
   for kill in (1, 2, 2, 3, 2, 1, 2, 3):
-    done = subprocess.run([sys.executable, '-c', script, str(kill)], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+      [sys.executable, '-c', script, str(kill)], env=environment, capture_output=True, text=True
+    )
     assert done.returncode in (0, -signal.SIGKILL), done.stderr
     if done.returncode == 0:
       break
@@ -240,12 +272,16 @@ def test_what_another_config_left_is_put_aside(new, caplog, monkeypatch):
   with caplog.at_level('INFO'):
     run(folder, **{'dedup.seed': 1})
   assert 'of another config is left aside' in caplog.text
-  assert sorted(os.listdir(folder / 'dedup')) == sorted([*FILES, 'keep.sidecar.json', 'manifest.json'])
+  assert sorted(os.listdir(folder / 'dedup')) == sorted(
+    [*FILES, 'keep.sidecar.json', 'manifest.json']
+  )
 
 
 def vectors(folder, change):
   """Changes the stored vectors of the first shard, and which are usable, in place."""
-  paths = [folder / f'embeddings/pool/{name}.npy' for name in ('00000', 'usable-00000', 'usable-00001')]
+  paths = [
+    folder / f'embeddings/pool/{name}.npy' for name in ('00000', 'usable-00000', 'usable-00001')
+  ]
   arrays = [np.load(path) for path in paths]
   change(*arrays)
   for path, array in zip(paths, arrays):
@@ -265,6 +301,7 @@ def test_few_usable_rows(new, caplog):
 
   def none(x, usable, others):
     usable[:], others[:] = False, False
+
   vectors(folder, none)
   with pytest.raises(InputError, match='none of its 60 rows is usable'):
     run(folder)
@@ -278,6 +315,7 @@ def test_equal_rows_leave_the_first(new, caplog):
 
   def equal(x, usable, others):
     x[:], others[:] = x[0], False
+
   vectors(folder, equal)
   with caplog.at_level('INFO'):
     keep, of = run(folder, **{'dedup.clusters': 50})
@@ -295,16 +333,22 @@ def test_another_embedder(embedded, new):
   assert np.load(folder / 'dedup/centers.npy').shape[1] == theirs.shape[1] == 8
   assert not keep[list(COPIES)].any() and keep.sum() > 2
   made = x.graph.marks()
-  assert made.inputs[0].name == 'embedders/edges/embeddings/pool/00000' and 'dedup.embedder' not in made.keys
+  assert (
+    made.inputs[0].name == 'embedders/edges/embeddings/pool/00000'
+    and 'dedup.embedder' not in made.keys
+  )
 
 
-@pytest.mark.parametrize('override, said', [
+@pytest.mark.parametrize(
+  'override, said',
+  [
     ({'dedup.survivor': 'larger'}, "Did you mean 'largest'"),
     ({'dedup.survivor': 'best'}, "config.embedder.source='pca' has no text tower"),
     ({'dedup.sample_rows': 2}, 'sample_rows=2 must be at least config.dedup.clusters=3'),
     ({'dedup.clusters': -1}, 'clusters=-1 must be 0'),
     ({'dedup.embedder': 'other'}, 'dedup.embedder'),
-])
+  ],
+)
 def test_mistakes(embedded, override, said):
   with pytest.raises(ConfigError, match=said):
     check.check(config(embedded, **override))

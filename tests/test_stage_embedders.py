@@ -10,9 +10,9 @@ import time
 from absl import logging
 import numpy as np
 import pytest
-
 import squares
 import tiny
+
 from clip_jax import defaults
 from clip_jax.core import products
 from clip_jax.core.errors import ConfigError, InputError
@@ -60,24 +60,42 @@ def copy(world, tmp_path):
 
 def made(workdir, folder='.'):
   """Returns when each product was made."""
-  return {str(path.relative_to(workdir)): path.stat().st_mtime_ns
-          for path in (workdir / folder).rglob('*.sidecar.json')}
+  return {
+    str(path.relative_to(workdir)): path.stat().st_mtime_ns
+    for path in (workdir / folder).rglob('*.sidecar.json')
+  }
 
 
 def test_the_work_directory_is_as_promised(world):
   home = world / 'run/embedders/hog'
-  for name in ('embedder/embedder.npz', 'embeddings/pool/00001.npy', 'embeddings/squares/00000.npy',
-               'search/squares/queries.npz', 'search/squares/pool-00001.npz', 'embeddings/manifest.json'):
+  for name in (
+    'embedder/embedder.npz',
+    'embeddings/pool/00001.npy',
+    'embeddings/squares/00000.npy',
+    'search/squares/queries.npz',
+    'search/squares/pool-00001.npz',
+    'embeddings/manifest.json',
+  ):
     assert (home / name).exists(), name
   assert sorted(os.listdir(home)) == ['embedder', 'embeddings', 'search']
   dim = lambda folder: np.load(folder / 'embeddings/pool/00000.npy').shape[1]
   assert (dim(world / 'run'), dim(home)) == (16, 5)
   same = world / 'run/embedders/same'
-  for name in ('embeddings/pool/00000.npy', 'embeddings/squares/00000.npy'):  # the same block, the same vectors
+  for name in (
+    'embeddings/pool/00000.npy',
+    'embeddings/squares/00000.npy',
+  ):  # the same block, the same vectors
     assert (same / name).read_bytes() == (world / 'run' / name).read_bytes()
   names = products.sidecars(world / 'run')
-  assert {'splits/sensitivity', 'embedders/hog/search/squares/queries', 'embeddings/pool/00001'} <= names.keys()
-  listed = [entry['name'] for entry in json.loads((world / 'run/splits/manifest.json').read_text())['products']]
+  assert {
+    'splits/sensitivity',
+    'embedders/hog/search/squares/queries',
+    'embeddings/pool/00001',
+  } <= names.keys()
+  listed = [
+    entry['name']
+    for entry in json.loads((world / 'run/splits/manifest.json').read_text())['products']
+  ]
   assert {'splits/sensitivity', 'splits/base/preview', 'splits/far/preview'} <= set(listed)
 
 
@@ -85,17 +103,26 @@ def test_an_embedder_of_its_own_changes_nothing_of_the_main_one(world, tmp_path)
   x = Experiment(config(world / 'data'), str(tmp_path))
   hog = x.under('hog')
   assert (x.embedder_block.dim, hog.embedder_block.dim) == (16, 5) and not os.listdir(tmp_path)
-  assert hog.home('search') == str(tmp_path / 'embedders/hog/search') and x.home('search') == str(tmp_path / 'search')
+  assert hog.home('search') == str(tmp_path / 'embedders/hog/search') and x.home('search') == str(
+    tmp_path / 'search'
+  )
   alone = squares.config(world / 'data')
   alone.splits.far = x.config.splits.far
-  ours = {product.name: product.fingerprint for product in x.graph.everything() if not product.embedder}
+  ours = {
+    product.name: product.fingerprint for product in x.graph.everything() if not product.embedder
+  }
   ours.pop('report/index')
-  theirs = {product.name: product.fingerprint for product in Experiment(alone, '').graph.everything()}
+  theirs = {
+    product.name: product.fingerprint for product in Experiment(alone, '').graph.everything()
+  }
   assert ours.items() <= theirs.items()
 
 
 def test_the_threshold_of_duplicates_is_that_of_the_embedder(world):
-  c = config(world / 'data', **{'dedup.embedder': 'hog', 'dedup.threshold': 0.25, 'prune.duplicate_similarity': 0.95})
+  c = config(
+    world / 'data',
+    **{'dedup.embedder': 'hog', 'dedup.threshold': 0.25, 'prune.duplicate_similarity': 0.95},
+  )
   check.check(c)
   assert blocks.duplicate_similarity(c) == blocks.duplicate_similarity(c, 'same') == 0.95
   assert blocks.duplicate_similarity(c, 'hog') == 0.75  # dedup.threshold is its own
@@ -103,13 +130,29 @@ def test_the_threshold_of_duplicates_is_that_of_the_embedder(world):
 
 def test_only_what_is_used_is_run(world, tmp_path):
   c = config(world / 'data')
-  c.prune.sensitivity, c.prune.preview, c.dedup.embedder, c.prune.duplicate_similarity = (), '', 'hog', 0.9
-  assert [blocks.further_embedders(c, stage) for stage in ('embed', 'search', 'dedup')] == [['hog'], [], []]
+  c.prune.sensitivity, c.prune.preview, c.dedup.embedder, c.prune.duplicate_similarity = (
+    (),
+    '',
+    'hog',
+    0.9,
+  )
+  assert [blocks.further_embedders(c, stage) for stage in ('embed', 'search', 'dedup')] == [
+    ['hog'],
+    [],
+    [],
+  ]
   run(c, tmp_path / 'w', stages=['ingest', 'embedder', 'embed', 'dedup', 'search'])
   assert sorted(os.listdir(tmp_path / 'w/embedders')) == ['hog']
-  assert sorted(os.listdir(tmp_path / 'w/embedders/hog/embeddings')) == ['anchor', 'manifest.json', 'pool']
+  assert sorted(os.listdir(tmp_path / 'w/embedders/hog/embeddings')) == [
+    'anchor',
+    'manifest.json',
+    'pool',
+  ]
   assert not (tmp_path / 'w/embedders/hog/search').exists()
-  assert 'embedders/hog/embeddings/pool/00000' in products.read_sidecar(tmp_path / 'w', 'dedup/keep')['inputs']
+  assert (
+    'embedders/hog/embeddings/pool/00000'
+    in products.read_sidecar(tmp_path / 'w', 'dedup/keep')['inputs']
+  )
   assert 'nothing uses same' in (tmp_path / 'w/log.txt').read_text()
 
 
@@ -128,10 +171,15 @@ def test_the_second_run_does_nothing(world):
 
 def test_another_key_of_one_stops_and_says_how_to_redo(world, copy):
   c = config(world / 'data', **{'embedders.hog.dim': 4})
-  with pytest.raises(InputError, match=r'config\.embedders\.hog\.dim: 5 -> 4.*--redo=embedder:hog@ to'):
+  with pytest.raises(
+    InputError, match=r'config\.embedders\.hog\.dim: 5 -> 4.*--redo=embedder:hog@ to'
+  ):
     run(c, copy)
-  others = {name: when for name, when in made(copy).items()
-            if 'hog' not in name and not name.endswith(('preview.sidecar.json', 'sensitivity.sidecar.json'))}
+  others = {
+    name: when
+    for name, when in made(copy).items()
+    if 'hog' not in name and not name.endswith(('preview.sidecar.json', 'sensitivity.sidecar.json'))
+  }
   run(c, copy, redo='embedder:hog@')
   assert np.load(copy / 'embedders/hog/embeddings/pool/00000.npy').shape[1] == 4
   after = made(copy)
@@ -145,15 +193,24 @@ def test_redo_of_a_part_of_one(world, copy):
   changed = {name for name, when in made(copy).items() if before[name] != when}
   assert 'embedders/hog/embeddings/squares/00000.sidecar.json' in changed
   assert 'embedders/hog/search/squares/pool-00000.sidecar.json' in changed
-  assert 'splits/sensitivity.sidecar.json' in changed and 'splits/base/preview.sidecar.json' in changed
-  assert not {name for name in changed if name.startswith(('embedders/same', 'embeddings', 'search', 'train'))}
+  assert (
+    'splits/sensitivity.sidecar.json' in changed and 'splits/base/preview.sidecar.json' in changed
+  )
+  assert not {
+    name for name in changed if name.startswith(('embedders/same', 'embeddings', 'search', 'train'))
+  }
   assert 'embedders/hog/embeddings/pool/00000.sidecar.json' not in changed
   assert 'splits/pruned/rows.sidecar.json' not in changed
 
 
-@pytest.mark.parametrize('redo, why', [
-    ('ingest:hog@pool', 'only embedder, embed and search'), ('embed:hgo@pool', 'names nothing'),
-    ('embed:hog@poool', 'Did you mean .embedders/hog/embeddings/pool')])
+@pytest.mark.parametrize(
+  'redo, why',
+  [
+    ('ingest:hog@pool', 'only embedder, embed and search'),
+    ('embed:hgo@pool', 'names nothing'),
+    ('embed:hog@poool', 'Did you mean .embedders/hog/embeddings/pool'),
+  ],
+)
 def test_redo_of_what_is_not_theirs(world, copy, redo, why):
   before = made(copy)
   with pytest.raises(ConfigError, match=why):
@@ -174,7 +231,9 @@ def test_redo_of_ingest_forgets_what_follows_in_them(world, copy):
 
 def test_new_pool_files_are_embedded_by_all(world, copy, tmp_path):
   shutil.copytree(world / 'data', tmp_path / 'data')
-  squares.write_tar(tmp_path / 'data/pool/2.tar', {f'{i:05d}': squares.sample(i, i % 3) for i in range(60, 70)})
+  squares.write_tar(
+    tmp_path / 'data/pool/2.tar', {f'{i:05d}': squares.sample(i, i % 3) for i in range(60, 70)}
+  )
   before = made(copy, 'embedders')
   run(config(tmp_path / 'data'), copy, redo='dedup')
   assert len(np.load(copy / 'embedders/hog/embeddings/pool/00002.npy')) == 10
@@ -198,6 +257,7 @@ def test_one_that_the_config_no_longer_has_is_left_alone(world, copy):
 def test_weights_of_an_unknown_model_name_the_flag_of_their_embedder(world, tmp_path, monkeypatch):
   def read(path, name, flag):
     raise ConfigError(f'Name the model: {flag}=ViT-B-32')
+
   monkeypatch.setattr(models, 'read', read)
   (tmp_path / 'x.bin').write_bytes(b'weights')
   c = config(world / 'data')
@@ -212,24 +272,36 @@ def test_weights_of_an_unknown_model_name_the_flag_of_their_embedder(world, tmp_
 
 def test_a_work_directory_in_a_folder_named_embedders_is_a_main_one(world, tmp_path):
   run(config(world / 'data'), tmp_path / 'embedders/mine', stages=['ingest', 'embedder'])
-  assert {'embedder/embedder', 'embedders/hog/embedder/embedder'} <= products.sidecars(tmp_path / 'embedders/mine').keys()
+  assert {'embedder/embedder', 'embedders/hog/embedder/embedder'} <= products.sidecars(
+    tmp_path / 'embedders/mine'
+  ).keys()
 
 
 def test_a_killed_one_goes_on_at_the_shard(world, tmp_path):
   """Killed between the two pool shards of the further embedder, by its own process's end."""
   workdir, data = tmp_path / 'run', world / 'data'
   file = tmp_path / 'two.py'
-  file.write_text(f'''
+  file.write_text(f"""
 import sys
-sys.path.insert(0, {str(tiny.ROOT / "tests")!r})
+sys.path.insert(0, {str(tiny.ROOT / 'tests')!r})
 import test_stage_embedders
 def get_config():
   return test_stage_embedders.config({str(data)!r})
-''')
+""")
   process = subprocess.Popen(
-      [sys.executable, '-m', 'clip_jax.main', f'--config={file}', f'--workdir={workdir}',
-       f'--stages={",".join(PREPARE)}'], cwd=tiny.ROOT, env=tiny.environment(), stdout=subprocess.DEVNULL,
-      stderr=subprocess.DEVNULL)
+    [
+      sys.executable,
+      '-m',
+      'clip_jax.main',
+      f'--config={file}',
+      f'--workdir={workdir}',
+      f'--stages={",".join(PREPARE)}',
+    ],
+    cwd=tiny.ROOT,
+    env=tiny.environment(),
+    stdout=subprocess.DEVNULL,
+    stderr=subprocess.DEVNULL,
+  )
   first = workdir / 'embedders/hog/embeddings/pool/00000.sidecar.json'
   deadline = time.monotonic() + 1800
   while not first.exists():
@@ -248,16 +320,24 @@ def test_one_that_is_trained(world, tmp_path):
   c.prune.sensitivity, c.prune.preview = ('trained',), ''
   run(c, tmp_path / 'w')
   found = json.loads((tmp_path / 'w/splits/sensitivity.json').read_text())
-  assert found['embedders'] == ['', 'trained'] and (tmp_path / 'w/embedders/trained/embedder/checkpoints').is_dir()
+  assert (
+    found['embedders'] == ['', 'trained']
+    and (tmp_path / 'w/embedders/trained/embedder/checkpoints').is_dir()
+  )
   before = made(tmp_path / 'w')
   run(c, tmp_path / 'w')
   assert made(tmp_path / 'w') == before
 
 
-@pytest.mark.parametrize('change, why', [
+@pytest.mark.parametrize(
+  'change, why',
+  [
     ({'prune.preview': 'hgo'}, "config.prune.preview='hgo' is not known. Did you mean 'hog'"),
     ({'dedup.embedder': 'main'}, 'config.dedup.embedder'),
-    ({'dedup.embedder': 'hog'}, r'dedup.threshold=0.0001 is for .*hog.*--config.prune.duplicate_similarity=0.95'),
+    (
+      {'dedup.embedder': 'hog'},
+      r'dedup.threshold=0.0001 is for .*hog.*--config.prune.duplicate_similarity=0.95',
+    ),
     ({'prune.sensitivity': ('hog', 'hog')}, 'twice'),
     ({'prune.sensitivity': ('hog', 'none')}, "config.prune.sensitivity='none'"),
     ({'search.backend': 'scann', 'search.min_recall': 0.9}, 'every'),
@@ -265,7 +345,12 @@ def test_one_that_is_trained(world, tmp_path):
     ({'embedders.hog.source': 'hogg'}, "config.embedders.hog.source='hogg' is not known"),
     ({'embedders.hog.source': 'files'}, r'config.embedders.hog.source=files'),
     ({'embedders.hog.source': 'weights'}, r'config.embedders.hog.path is not given'),
-    ({'embedders.hog.source': 'weights', 'embedders.hog.path': 'x.bin'}, "config.embedders.hog.path='x.bin' is not")])
+    (
+      {'embedders.hog.source': 'weights', 'embedders.hog.path': 'x.bin'},
+      "config.embedders.hog.path='x.bin' is not",
+    ),
+  ],
+)
 def test_what_is_wrong_with_a_config_is_said(world, change, why):
   c = config(world / 'data')
   if change.get('search.backend'):
@@ -277,8 +362,11 @@ def test_what_is_wrong_with_a_config_is_said(world, change, why):
 
 
 def test_names_that_make_no_folder_and_a_bare_dict(world):
-  for name, block, why in (('a/b', defaults.embedder(), 'a name is letters'), ('-x', defaults.embedder(), 'a name'),
-                           ('x', 3, 'made by defaults.py')):
+  for name, block, why in (
+    ('a/b', defaults.embedder(), 'a name is letters'),
+    ('-x', defaults.embedder(), 'a name'),
+    ('x', 3, 'made by defaults.py'),
+  ):
     c = config(world / 'data')
     c.embedders[name] = block
     with pytest.raises(ConfigError, match=why):

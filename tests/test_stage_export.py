@@ -12,17 +12,16 @@ import time
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import squares
+from squares import PREPARE, config, run, sample, write_tar
 
 from clip_jax import defaults
 from clip_jax.core import files
 from clip_jax.data import export as copies
 from clip_jax.data import reader
-from clip_jax.pruning import exports
 from clip_jax.experiment.experiment import Experiment
+from clip_jax.pruning import exports
 from clip_jax.stages import export
-
-from squares import PREPARE, config, run, sample, write_tar
-import squares
 
 
 def uid(i: int) -> str:
@@ -67,25 +66,45 @@ def test_every_export_names_the_split_and_comes_back_as_it(world, capsys, small)
   assert f'{w}/splits/base/export/webdataset holds 72 samples in 4 files' in said
   there = w / 'splits/base/export'
   assert np.load(there / 'uids.npy').tolist() == sorted(
-      (int(uid(i)[:16], 16), int(uid(i)[16:], 16)) for i in range(60))
+    (int(uid(i)[:16], 16), int(uid(i)[16:], 16)) for i in range(60)
+  )
   keys = pq.read_table(there / 'keys.parquet').to_pylist()
   assert [(k['dataset'], k['row']) for k in keys] == [('pool', i) for i in range(60)] + [
-      ('anchor', i) for i in range(12)]
+    ('anchor', i) for i in range(12)
+  ]
   assert [k['key'] for k in keys[:60]] == [uid(i) for i in range(60)] and keys[60]['key'] == '00100'
   for key in (keys[3], keys[45], keys[-1]):  # where the image is
     with open(world / key['dataset'] / key['file'], 'rb') as f:
       f.seek(key['offset'])
-      assert f.read(key['length']) == reader.Source(str(w / 'ingest' / key['dataset']))[key['row']]['image']
-  assert sorted(os.listdir(there / 'webdataset'))[1::2] == ['00000.tar', '00001.tar', '00002.tar',
-                                                           'anchor-00000.tar', 'sizes.sidecar.json']
+      assert (
+        f.read(key['length'])
+        == reader.Source(str(w / 'ingest' / key['dataset']))[key['row']]['image']
+      )
+  assert sorted(os.listdir(there / 'webdataset'))[1::2] == [
+    '00000.tar',
+    '00001.tar',
+    '00002.tar',
+    'anchor-00000.tar',
+    'sizes.sidecar.json',
+  ]
   for kind, ending in (('webdataset', 'tar'), ('array_record', 'array_record')):
     assert json.loads((there / kind / 'sizes.json').read_text()) == {
-        f'00000.{ending}': 25, f'00001.{ending}': 25, f'00002.{ending}': 10, f'anchor-00000.{ending}': 12}
+      f'00000.{ending}': 25,
+      f'00001.{ending}': 25,
+      f'00002.{ending}': 10,
+      f'anchor-00000.{ending}': 12,
+    }
   sidecar = json.loads((there / 'webdataset/00001.sidecar.json').read_text())
   assert list(sidecar['inputs']) == ['ingest/pool/index-00000', 'ingest/pool/index-00001']
-  assert sidecar['counts'] == {'samples': 25, 'members': 75, 'copied': 25, 'renamed': 0, 'refused': [],
-                               'bytes': (there / 'webdataset/00001.tar').stat().st_size,
-                               'sha256': files.sha256(there / 'webdataset/00001.tar')}
+  assert sidecar['counts'] == {
+    'samples': 25,
+    'members': 75,
+    'copied': 25,
+    'renamed': 0,
+    'refused': [],
+    'bytes': (there / 'webdataset/00001.tar').stat().st_size,
+    'sha256': files.sha256(there / 'webdataset/00001.tar'),
+  }
   copied = made(world)
   copied.pool.path = f'{there}/webdataset/0*.tar'
   copied.anchor.path = f'{there}/webdataset/anchor-*.tar'
@@ -94,14 +113,19 @@ def test_every_export_names_the_split_and_comes_back_as_it(world, capsys, small)
     old, new = (reader.Source(str(folder / 'ingest' / dataset)) for folder in (w, world / 'copied'))
     assert [old[i] for i in range(len(old))] == [new[i] for i in range(len(new))]
 
-  for name, file in (('uids', 'base/export/uids.npy'), ('keys', 'base/export/keys.parquet'),
-                     ('seed1', 'half/export/seed1/uids.npy')):
+  for name, file in (
+    ('uids', 'base/export/uids.npy'),
+    ('keys', 'base/export/keys.parquet'),
+    ('seed1', 'half/export/seed1/uids.npy'),
+  ):
     c.splits[name] = defaults.split(rule='listed', file=str(w / 'splits' / file))
   status, said = run(c, w, capsys, ['prune'])
   assert status == 0 and 'is made again' not in said and 'read back' not in said, said
   for name, rows in (('uids', 'base/rows'), ('keys', 'base/rows'), ('seed1', 'half/rows-seed1')):
     assert (np.load(w / f'splits/{name}/rows.npy') == np.load(w / f'splits/{rows}.npy')).all()
-    assert json.loads((w / f'splits/{name}/split.json').read_text())['dropped'] == (30 if name == 'seed1' else 0)
+    assert json.loads((w / f'splits/{name}/split.json').read_text())['dropped'] == (
+      30 if name == 'seed1' else 0
+    )
 
 
 def test_a_list_with_repeats_strangers_and_rows_that_are_no_candidates(world, tmp_path, capsys):
@@ -109,8 +133,9 @@ def test_a_list_with_repeats_strangers_and_rows_that_are_no_candidates(world, tm
   c.dedup.enabled = True
   listed = [uid(i) for i in (5, 3, 5, 5, 50)] + [uid(777)]
   np.save(tmp_path / 'subset.npy', exports.sorted_uids(exports.uids(listed)))
-  c.splits.subset = defaults.split(rule='listed', file=str(tmp_path / 'subset.npy'),
-                                   export=('datacomp', 'keys', 'webdataset'))
+  c.splits.subset = defaults.split(
+    rule='listed', file=str(tmp_path / 'subset.npy'), export=('datacomp', 'keys', 'webdataset')
+  )
   c.splits.alike = defaults.split(rule='random', size_of='subset')
   status, said = run(c, w, capsys, PREPARE)
   assert status == 0, said
@@ -122,12 +147,20 @@ def test_a_list_with_repeats_strangers_and_rows_that_are_no_candidates(world, tm
   assert (about['pool_rows'], about['candidates'], about['dropped']) == (5, 60, 57)
   draw = about['draws']['rows']
   assert draw['repeats'] == 2 and draw['not_in_pool'] == 1 and draw['listed_twice'] == 1
-  back = exports.find(exports.read(w / 'splits/subset/export/uids.npy'), export.pool_keys(Experiment(c, str(w)), 'uid'))
+  back = exports.find(
+    exports.read(w / 'splits/subset/export/uids.npy'),
+    export.pool_keys(Experiment(c, str(w)), 'uid'),
+  )
   assert back.rows.tolist() == [3, 5, 5, 5, 50]
   with tarfile.open(w / 'splits/subset/export/webdataset/00000.tar') as tar:
     names = tar.getnames()
   assert [name for name in names if name.endswith('.png')] == [
-      '00003.png', '00005.png', '00005-2.png', '00005-3.png', '00050.png']
+    '00003.png',
+    '00005.png',
+    '00005-2.png',
+    '00005-3.png',
+    '00050.png',
+  ]
 
   before = (w / 'splits/subset/rows.sidecar.json').read_text()
   os.rename(tmp_path / 'subset.npy', tmp_path / 'moved.npy')  # another path, the same content
@@ -149,36 +182,66 @@ def test_a_list_with_repeats_strangers_and_rows_that_are_no_candidates(world, tm
 def test_fewer_samples_leave_no_old_file(world, tmp_path, capsys, small):
   c, w = made(world), tmp_path / 'w'
   (tmp_path / 'all.txt').write_text('\n'.join(uid(i) for i in range(60)))
-  c.splits.some = defaults.split(rule='listed', file=str(tmp_path / 'all.txt'), export=('webdataset',))
+  c.splits.some = defaults.split(
+    rule='listed', file=str(tmp_path / 'all.txt'), export=('webdataset',)
+  )
   assert run(c, w, capsys, PREPARE)[0] == 0
   folder = w / 'splits/some/export/webdataset'
-  first = (folder / '00000.tar').stat().st_mtime_ns, (folder / 'anchor-00000.tar').stat().st_mtime_ns
+  first = (
+    (folder / '00000.tar').stat().st_mtime_ns,
+    (folder / 'anchor-00000.tar').stat().st_mtime_ns,
+  )
   (tmp_path / 'all.txt').write_text('\n'.join(uid(i) for i in range(30)))
   (folder / '.tmp-1-00009.tar').write_bytes(b'of a process that was killed')
   (folder / '00009.tar').write_bytes(b'of one that was killed before it wrote the sidecar')
   status, said = run(c, w, capsys, ['prune'])
-  assert status == 0 and '1 files in splits/some/export/webdataset do not belong to the split; they are removed' in said, said
+  assert (
+    status == 0
+    and '1 files in splits/some/export/webdataset do not belong to the split; they are removed'
+    in said
+  ), said
   assert sorted(name for name in os.listdir(folder) if not name.endswith('.json')) == [
-      '00000.tar', '00001.tar', 'anchor-00000.tar']
+    '00000.tar',
+    '00001.tar',
+    'anchor-00000.tar',
+  ]
   assert json.loads((folder / 'sizes.json').read_text()) == {
-      '00000.tar': 25, '00001.tar': 5, 'anchor-00000.tar': 12}
+    '00000.tar': 25,
+    '00001.tar': 5,
+    'anchor-00000.tar': 12,
+  }
   # what holds the same rows was not written again
-  assert first == ((folder / '00000.tar').stat().st_mtime_ns, (folder / 'anchor-00000.tar').stat().st_mtime_ns)
+  assert first == (
+    (folder / '00000.tar').stat().st_mtime_ns,
+    (folder / 'anchor-00000.tar').stat().st_mtime_ns,
+  )
   c.splits.some.export = ()
   status, said = run(c, w, capsys, ['prune'])
-  assert status == 0 and 'as the config does not name them: splits/some/export/webdataset/00000' in said
+  assert (
+    status == 0 and 'as the config does not name them: splits/some/export/webdataset/00000' in said
+  )
   (folder / '00001.tar').unlink()
   c.splits.some.export = ('webdataset',)
   status, said = run(c, w, capsys, ['prune'])
   assert status == 0 and (folder / '00001.tar').exists()
 
 
-@pytest.mark.parametrize('change, expected, said', [
-    (lambda c, f: f.write_text('nothing\nof this'), 1,
-     "None of the 2 keys in .* is in the pool, for example 'nothing'"),
+@pytest.mark.parametrize(
+  'change, expected, said',
+  [
+    (
+      lambda c, f: f.write_text('nothing\nof this'),
+      1,
+      "None of the 2 keys in .* is in the pool, for example 'nothing'",
+    ),
     (lambda c, f: f.write_bytes(b'\xff'), 1, 'not text in UTF-8'),
-    (lambda c, f: c.prune.update(export_key='colour'), 2, "export_key='colour' must be in config.pool.columns"),
-])
+    (
+      lambda c, f: c.prune.update(export_key='colour'),
+      2,
+      "export_key='colour' must be in config.pool.columns",
+    ),
+  ],
+)
 def test_lists_that_name_nothing_are_sentences(world, capsys, tmp_path, change, expected, said):
   c = made(world)
   (tmp_path / 'l.txt').write_text(uid(1))
@@ -189,8 +252,10 @@ def test_lists_that_name_nothing_are_sentences(world, capsys, tmp_path, change, 
 
 
 def test_keys_that_are_no_uids_or_numbers_are_named(world, capsys):
-  for kind, key, wrong in (('datacomp', '', "'00000' of row 0 is no uid"),
-                           ('clip_ood', 'uid', f"'{uid(3)}' of row 3 is no 64-bit number")):
+  for kind, key, wrong in (
+    ('datacomp', '', "'00000' of row 0 is no uid"),
+    ('clip_ood', 'uid', f"'{uid(3)}' of row 3 is no 64-bit number"),
+  ):
     c = made(world)
     c.prune.export_key = key
     c.splits.base.export = (kind,)
@@ -211,7 +276,7 @@ def test_too_little_disk_is_said_before(world, capsys, monkeypatch):
 @pytest.mark.slow
 def test_a_killed_export_loses_the_file_in_flight(world, capsys, tmp_path):
   """SIGKILL again and again; in the end the files are those of a run that was left alone."""
-  script = f'''
+  script = f"""
 import sys, time
 sys.path[:0] = {sys.path!r}
 import test_stage_export as t
@@ -225,12 +290,14 @@ def slow(*given):
 export._check_tar = slow
 c = t.made({str(world)!r})
 c.splits.base.export = ('webdataset',)
-pipeline.run(c, {str(tmp_path / "w")!r}, stages=t.PREPARE, redo='', dry_run=False)
-'''
+pipeline.run(c, {str(tmp_path / 'w')!r}, stages=t.PREPARE, redo='', dry_run=False)
+"""
   folder = tmp_path / 'w/splits/base/export/webdataset'
   kept: dict = {}
   for attempt in range(12):
-    process = subprocess.Popen([sys.executable, '-c', script], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+      [sys.executable, '-c', script], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
     start = time.monotonic()
     while process.poll() is None and time.monotonic() - start < 60:
       found = len(list(folder.glob('[!.]*.sidecar.json'))) if folder.exists() else 0
@@ -249,4 +316,5 @@ pipeline.run(c, {str(tmp_path / "w")!r}, stages=t.PREPARE, redo='', dry_run=Fals
   for shard in range(12):
     with tarfile.open(folder / f'{shard:05d}.tar') as tar:
       assert [name for name in tar.getnames() if name.endswith('png')] == [
-          f'{i:05d}.png' for i in range(5 * shard, 5 * shard + 5)]
+        f'{i:05d}.png' for i in range(5 * shard, 5 * shard + 5)
+      ]

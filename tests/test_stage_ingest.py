@@ -10,14 +10,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from squares import run, sample, write_tar
 
 from clip_jax import defaults
 from clip_jax.core import products
 from clip_jax.data import array_record, formats, reader, summary
 from clip_jax.experiment.graph import Graph
 from clip_jax.stages import ingest
-
-from squares import run, sample, write_tar
 
 
 def _pool(**block):
@@ -49,16 +48,27 @@ def _files(folder, samples, ending='png'):
 
 def _parquet(path, samples):
   path.parent.mkdir(parents=True, exist_ok=True)
-  pq.write_table(pa.table({'key': list(samples), 'png': [s['png'] for s in samples.values()],
-                           'caption': [s['txt'].decode() for s in samples.values()]}), path)
+  pq.write_table(
+    pa.table(
+      {
+        'key': list(samples),
+        'png': [s['png'] for s in samples.values()],
+        'caption': [s['txt'].decode() for s in samples.values()],
+      }
+    ),
+    path,
+  )
 
 
 def _array_record(path, samples):
   from array_record.python import array_record_module
+
   path.parent.mkdir(parents=True, exist_ok=True)
   writer = array_record_module.ArrayRecordWriter(str(path), array_record.OPTIONS)
   for key, s in samples.items():
-    writer.write(array_record.example({'key': key, 'image': s['png'], 'caption': s['txt'].decode()}))
+    writer.write(
+      array_record.example({'key': key, 'image': s['png'], 'caption': s['txt'].decode()})
+    )
   writer.close()
 
 
@@ -73,10 +83,12 @@ def _mixed(data):
   _files(data / 'folder', {f'x/{key}': s for key, s in _some(20).items()})
   _array_record(data / 'records/0.array_record', _some(30))
   c = _pool(format='concat')
-  c.pool.sources = dict(a=defaults.dataset(format='webdataset', path=f'{data}/tars'),
-                        b=defaults.dataset(format='parquet', path=f'{data}/parquet', image_key='png'),
-                        c=defaults.dataset(format='folder', path=f'{data}/folder', label_key='none'),
-                        d=defaults.dataset(format='array_record', path=f'{data}/records'))
+  c.pool.sources = dict(
+    a=defaults.dataset(format='webdataset', path=f'{data}/tars'),
+    b=defaults.dataset(format='parquet', path=f'{data}/parquet', image_key='png'),
+    c=defaults.dataset(format='folder', path=f'{data}/folder', label_key='none'),
+    d=defaults.dataset(format='array_record', path=f'{data}/records'),
+  )
   return c
 
 
@@ -88,19 +100,28 @@ def test_all_formats_are_one_dataset_which_is_summed_up_and_may_move(tmp_path, c
   source = _source(workdir)
   expected = [*range(10), *range(20, 24), *range(30, 34)]
   expected[8:8] = [6, 7]
-  assert [row['image'] for row in map(source.__getitem__, range(20))] == [sample(i, i % 3)['png'] for i in expected]
+  assert [row['image'] for row in map(source.__getitem__, range(20))] == [
+    sample(i, i % 3)['png'] for i in expected
+  ]
   found = _summary(workdir)
   assert (found['samples'], found['shards'], found['images']['types']) == (20, 5, {'png': 20})
   assert found['images']['short_side']['max'] == 16 and found['captions']['repeated'] == 17
-  assert found['repeated_keys'] == {'samples': 2, 'first': [
-      {'key': key, 'samples': 2, 'files': ['a/1.tar', 'b/0.parquet']} for key in ('00006', '00007')]}
+  assert found['repeated_keys'] == {
+    'samples': 2,
+    'first': [
+      {'key': key, 'samples': 2, 'files': ['a/1.tar', 'b/0.parquet']} for key in ('00006', '00007')
+    ],
+  }
   (tmp_path / 'data').rename(tmp_path / 'moved')
   del source
   c = _mixed(tmp_path / 'other')  # the same config, of another folder
   shutil.rmtree(tmp_path / 'other')
   (tmp_path / 'moved').rename(tmp_path / 'other')
-  before = {path: path.read_bytes() for path in (workdir / 'ingest').rglob('*')
-            if path.name != 'files.json' and path.is_file()}
+  before = {
+    path: path.read_bytes()
+    for path in (workdir / 'ingest').rglob('*')
+    if path.name != 'files.json' and path.is_file()
+  }
   assert 'nothing was done' in _ingest(c, workdir, capsys)
   assert all(path.read_bytes() == data for path, data in before.items())
   source = _source(workdir)
@@ -117,14 +138,21 @@ def test_what_is_broken_is_listed_with_its_file(tmp_path, capsys, monkeypatch):
   monkeypatch.setattr(ingest, 'RATE_SECS', 0.0)
   said = _ingest(c, tmp_path / 'w', capsys)
   path = tmp_path / 'w/ingest/pool/broken.csv'
-  assert f'what cannot be used, and why: {path}' in said and re.search(r'8 samples, \d+\.\d kB, scanned in', said)
+  assert f'what cannot be used, and why: {path}' in said and re.search(
+    r'8 samples, \d+\.\d kB, scanned in', said
+  )
   assert path.read_text().splitlines() == [
-      'shard,file,key,reason', '1,1.tar,00001,no caption', '1,1.tar,00002,bad json']
+    'shard,file,key,reason',
+    '1,1.tar,00001,no caption',
+    '1,1.tar,00002,bad json',
+  ]
   assert _summary(tmp_path / 'w')['reasons'] == {'bad json': 1, 'no caption': 1}
   c.pool.where.label = 7
   c.pool.path = f'{tmp_path}/data/1.tar'
   status, said = run(c, tmp_path / 'v', capsys, ['ingest'])
-  assert status == 1 and 'pool is empty: `where`, `part`' in said and 'leave out 3 samples and' in said
+  assert (
+    status == 1 and 'pool is empty: `where`, `part`' in said and 'leave out 3 samples and' in said
+  )
   assert 'cannot be used (1 bad json)' in said
   assert '0,1.tar,00002,bad json' in (tmp_path / 'v/ingest/pool/broken.csv').read_text()
   c = _pool(format='webdataset', path=f'{tmp_path}/data/0.tar')
@@ -132,13 +160,19 @@ def test_what_is_broken_is_listed_with_its_file(tmp_path, capsys, monkeypatch):
   assert (tmp_path / 'u/ingest/pool/broken.csv').exists()
 
 
-def test_a_summary_that_is_missing_or_was_cut_off_is_made_without_looking_at_the_files(tmp_path, capsys, monkeypatch):
+def test_a_summary_that_is_missing_or_was_cut_off_is_made_without_looking_at_the_files(
+  tmp_path, capsys, monkeypatch
+):
   write_tar(tmp_path / 'data/0.tar', _some(0))
   c = _pool(format='webdataset', path=f'{tmp_path}/data')
   _ingest(c, tmp_path / 'w', capsys)
   folder = tmp_path / 'w/ingest/pool'
   whole = (folder / 'summary.json').read_bytes()
-  for name in ('summary.sidecar.json', 'summary.json', 'broken.csv'):  # as before there were summaries
+  for name in (
+    'summary.sidecar.json',
+    'summary.json',
+    'broken.csv',
+  ):  # as before there were summaries
     (folder / name).unlink()
   monkeypatch.setattr(ingest, 'scan_shard', None)
   said = _ingest(c, tmp_path / 'w', capsys)
@@ -147,11 +181,15 @@ def test_a_summary_that_is_missing_or_was_cut_off_is_made_without_looking_at_the
 
   def killed(*_):
     raise KeyboardInterrupt
+
   monkeypatch.setattr(summary, 'lines', killed)
   with pytest.raises(KeyboardInterrupt):
     run(c, tmp_path / 'w', capsys, ['ingest'])
   assert products.read_sidecar(tmp_path / 'w', 'ingest/pool/summary')  # what was finished counts
-  names = [entry['name'] for entry in json.loads((tmp_path / 'w/ingest/manifest.json').read_text())['products']]
+  names = [
+    entry['name']
+    for entry in json.loads((tmp_path / 'w/ingest/manifest.json').read_text())['products']
+  ]
   assert names == ['ingest/pool/index-00000', 'ingest/pool/index', 'ingest/pool/summary']
 
 
@@ -166,9 +204,18 @@ def test_files_added_at_the_end_keep_all_shards_and_remake_the_summary(tmp_path,
 
 
 def _flat(tmp_path):
-  _files(tmp_path / 'val', {f'ILSVRC2012_val_0000000{i}': sample(i, i % 3) for i in range(1, 5)}, 'JPEG')
-  (tmp_path / 'truth.txt').write_text('\n'.join(f'ILSVRC2012_val_0000000{i} n0{i % 2}' for i in (4, 3, 1)))
-  return _pool(format='folder', path=f'{tmp_path}/val', labels_file=f'{tmp_path}/truth.txt', caption_template='a {}')
+  _files(
+    tmp_path / 'val', {f'ILSVRC2012_val_0000000{i}': sample(i, i % 3) for i in range(1, 5)}, 'JPEG'
+  )
+  (tmp_path / 'truth.txt').write_text(
+    '\n'.join(f'ILSVRC2012_val_0000000{i} n0{i % 2}' for i in (4, 3, 1))
+  )
+  return _pool(
+    format='folder',
+    path=f'{tmp_path}/val',
+    labels_file=f'{tmp_path}/truth.txt',
+    caption_template='a {}',
+  )
 
 
 def test_a_file_of_labels_counts_by_its_content(tmp_path, capsys):
@@ -176,9 +223,15 @@ def test_a_file_of_labels_counts_by_its_content(tmp_path, capsys):
   said = _ingest(c, tmp_path / 'w', capsys)
   assert 'pool: labels by truth.txt: 3 of 4 images.' in said
   source = _source(tmp_path / 'w')
-  assert source.labels.tolist() == [1, 1, 0] and source.classes == ('n00', 'n01') and source[0]['caption'] == 'a n01'
-  assert '0,./,ILSVRC2012_val_00000002.JPEG,no label' in (
-      tmp_path / 'w/ingest/pool/broken.csv').read_text()
+  assert (
+    source.labels.tolist() == [1, 1, 0]
+    and source.classes == ('n00', 'n01')
+    and source[0]['caption'] == 'a n01'
+  )
+  assert (
+    '0,./,ILSVRC2012_val_00000002.JPEG,no label'
+    in (tmp_path / 'w/ingest/pool/broken.csv').read_text()
+  )
   (tmp_path / 'truth.txt').rename(tmp_path / 'elsewhere.txt')
   c.pool.labels_file = f'{tmp_path}/elsewhere.txt'
   assert 'nothing was done' in _ingest(c, tmp_path / 'w', capsys)
@@ -189,14 +242,18 @@ def test_a_file_of_labels_counts_by_its_content(tmp_path, capsys):
 
 
 def test_a_class_that_moves_the_others_is_noticed(tmp_path, capsys, monkeypatch):
-  monkeypatch.setitem(formats.FORMATS, 'folder', dataclasses.replace(formats.FORMATS['folder'], files_a_shard=2))
+  monkeypatch.setitem(
+    formats.FORMATS, 'folder', dataclasses.replace(formats.FORMATS['folder'], files_a_shard=2)
+  )
   _files(tmp_path / 'data', {'n2/1': sample(1, 1), 'n2/2': sample(2, 1)})
   c = _pool(format='folder', path=f'{tmp_path}/data', caption_template='{}')
   _ingest(c, tmp_path / 'w', capsys)
   _files(tmp_path / 'data', {'n3/1': sample(3, 1)})
   said = _ingest(c, tmp_path / 'w', capsys)  # a class behind the others keeps their labels
   assert '1 of 2 shards' in said and _source(tmp_path / 'w').labels.tolist() == [0, 0, 1]
-  _files(tmp_path / 'data', {'n10/1': sample(4, 1)})  # n2, n3, n10 as files; but as text n10 is the first class
+  _files(
+    tmp_path / 'data', {'n10/1': sample(4, 1)}
+  )  # n2, n3, n10 as files; but as text n10 is the first class
   status, said = run(c, tmp_path / 'w', capsys, ['ingest'])
   assert status == 1 and 'labels of images has changed' in said
 
@@ -207,13 +264,19 @@ def test_objectnet_asks_for_its_shared_names_only(tmp_path, capsys):
   _files(top / 'images', {f'{name}/1': sample(i, 0) for i, name in enumerate(names)})
   (top / 'mappings').mkdir()
   (top / 'mappings/folder_to_objectnet_label.json').write_text(
-      '{"alarm_clock": "Alarm clock", "broom": "Broom", "air_freshener": "Air freshener"}')
-  (top / 'mappings/objectnet_to_imagenet_1k.json').write_text('{"Broom": "broom", "Alarm clock": "analog clock"}')
+    '{"alarm_clock": "Alarm clock", "broom": "Broom", "air_freshener": "Air freshener"}'
+  )
+  (top / 'mappings/objectnet_to_imagenet_1k.json').write_text(
+    '{"Broom": "broom", "Alarm clock": "analog clock"}'
+  )
   c = _pool(format='folder', path=str(top), caption_template='a {}')
   said = _ingest(c, tmp_path / 'w', capsys)
   assert 'recognised as ObjectNet' in said and '2 names that ImageNet has too' in said
   source = _source(tmp_path / 'w')
-  assert [(source.caption(i), int(source.labels[i])) for i in range(2)] == [('a Alarm clock', 0), ('a Broom', 1)]
+  assert [(source.caption(i), int(source.labels[i])) for i in range(2)] == [
+    ('a Alarm clock', 0),
+    ('a Broom', 1),
+  ]
   assert (_summary(tmp_path / 'w')['left_out'], _summary(tmp_path / 'w')['skipped']) == (1, 0)
 
 
@@ -238,7 +301,9 @@ def test_json_labels_of_a_folder_of_shards_are_not_its_folders(tmp_path, capsys)
   _files(tmp_path / 'data', {f'00000/{key}': s for key, s in _some(0).items()})
   for key, s in _some(0).items():
     (tmp_path / f'data/00000/{key}.json').write_bytes(s['json'])
-  _ingest(_pool(format='folder', path=f'{tmp_path}/data', label_key='label'), tmp_path / 'w', capsys)
+  _ingest(
+    _pool(format='folder', path=f'{tmp_path}/data', label_key='label'), tmp_path / 'w', capsys
+  )
   source = _source(tmp_path / 'w')
   assert source.labels.tolist() == [0, 1, 2, 0] and source.classes == ()
 
@@ -261,8 +326,17 @@ def test_shards_in_processes_give_the_same(tmp_path, capsys):
   _ingest(c, tmp_path / 'one', capsys)
   c.engine.workers = 2
   _ingest(c, tmp_path / 'two', capsys)
-  for name in ('table.npy', 'captions.bin', 'paths.bin', 'summary.json', 'files.json', 'index-00004.parquet'):
-    assert (tmp_path / 'one/ingest/pool' / name).read_bytes() == (tmp_path / 'two/ingest/pool' / name).read_bytes()
+  for name in (
+    'table.npy',
+    'captions.bin',
+    'paths.bin',
+    'summary.json',
+    'files.json',
+    'index-00004.parquet',
+  ):
+    assert (tmp_path / 'one/ingest/pool' / name).read_bytes() == (
+      tmp_path / 'two/ingest/pool' / name
+    ).read_bytes()
   assert np.load(tmp_path / 'two/ingest/pool/starts.npy').tolist() == [0, 4, 8, 12, 16, 20]
 
 
@@ -271,12 +345,26 @@ def test_what_is_done_with_a_dataset_later_is_in_no_fingerprint_of_its_index(tmp
   shutil.copytree(tmp_path / 'a', tmp_path / 'b')
 
   def index(folder='a', **given):
-    return Graph(_pool(format='webdataset', path=f'{tmp_path}/{folder}', **given)).index_shards('pool')[0]
+    return Graph(_pool(format='webdataset', path=f'{tmp_path}/{folder}', **given)).index_shards(
+      'pool'
+    )[0]
+
   plain = index()
-  assert {'pool.format', 'pool.where', 'pool.part', 'pool.caption_key', 'pool.classes',
-          'pool.needs_caption'} <= plain.keys.keys()
+  assert {
+    'pool.format',
+    'pool.where',
+    'pool.part',
+    'pool.caption_key',
+    'pool.classes',
+    'pool.needs_caption',
+  } <= plain.keys.keys()
   later = dict(any_norm=True, images='DIR', metadata='DIR', domain_column='domain')
   assert not {f'pool.{key}' for key in (*later, 'path', 'labels_file')} & plain.keys.keys()
   assert index('b', **later).fingerprint == plain.fingerprint
-  for given in (dict(vector_key='l14_img'), dict(where={'label': 1}), dict(part=(0.0, 0.5)), dict(columns=('uid',))):
+  for given in (
+    dict(vector_key='l14_img'),
+    dict(where={'label': 1}),
+    dict(part=(0.0, 0.5)),
+    dict(columns=('uid',)),
+  ):
     assert index(**given).fingerprint != plain.fingerprint

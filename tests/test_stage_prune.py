@@ -5,17 +5,15 @@ import shutil
 
 import numpy as np
 import pytest
+import squares
 
 from clip_jax import defaults
 from clip_jax.core.errors import ConfigError, InputError
 from clip_jax.data import reader
-from clip_jax.pruning import columns
-from clip_jax.pruning import splits
 from clip_jax.experiment import blocks, graph
 from clip_jax.experiment.experiment import Experiment
+from clip_jax.pruning import columns, splits
 from clip_jax.stages import check, pipeline, prune, prune_columns
-
-import squares
 
 B = ('squares',)
 
@@ -24,7 +22,8 @@ def every_rule(data):
   """A config with a split of every rule that needs no other embedder."""
   c = squares.config(data, **{'train.seeds': (0, 1), 'prune.check_queries': 5})
   c.references.examples = defaults.reference(
-      format='webdataset', path=f'{data}/bench/*.tar', label_key='label', classes=squares.CLASSES)
+    format='webdataset', path=f'{data}/bench/*.tar', label_key='label', classes=squares.CLASSES
+  )
   split = defaults.split
   # Splits are written before those that they are made from, where the order of work must not follow the order here.
   c.splits.join = split(rule='union', of=('no_red', 'some'))
@@ -75,7 +74,15 @@ def pool_rows(c, workdir, split, seed=0):
 def test_joins_are_those_of_sets_and_drawn_where_a_member_is(made):
   c, w = made
   assert [name for name in c.splits if blocks.is_drawn(c, name)] == [
-      'join', 'some', 'like_three', 'like_both', 'as_few', 'dose_50_matched', 'dose_100_matched', 'dose_125_matched']
+    'join',
+    'some',
+    'like_three',
+    'like_both',
+    'as_few',
+    'dose_50_matched',
+    'dose_100_matched',
+    'dose_125_matched',
+  ]
   for seed in (0, 1):
     some, no_red = (pool_rows(c, w, name, seed) for name in ('some', 'no_red'))
     assert pool_rows(c, w, 'join', seed) == some | no_red
@@ -98,9 +105,13 @@ def test_what_goes_of_each_class_is_said_of_every_split_that_selects(made, split
   c, w = made
   labels = reader.Source(str(w / 'ingest/pool')).labels
   base, kept = pool_rows(c, w, 'base'), pool_rows(c, w, split)
-  found = {name: (one['candidates'], one['dropped']) for name, one in about(w, split)['by_class'].items()}
-  assert found == {name: (sum(labels[row] == i for row in base), sum(labels[row] == i for row in base - kept))
-                   for i, name in enumerate(squares.CLASSES)}
+  found = {
+    name: (one['candidates'], one['dropped']) for name, one in about(w, split)['by_class'].items()
+  }
+  assert found == {
+    name: (sum(labels[row] == i for row in base), sum(labels[row] == i for row in base - kept))
+    for i, name in enumerate(squares.CLASSES)
+  }
   assert 'by_class' not in about(w, 'some') and about(w, split)['by_domain'] == {}
 
 
@@ -112,7 +123,11 @@ def test_planted_copies_stand_behind_the_anchor(made):
   assert rows[rows < 60].tolist() == sorted(pool_rows(c, w, 'base'))
   assert rows[rows >= 60].tolist() == [*range(60, 72), *(72 + np.flatnonzero(planted)).tolist()]
   found = about(w, 'leaky')
-  assert (found['anchor_rows'], found['planted_rows'], found['dropped']) == (12, int(planted.sum()), 0)
+  assert (found['anchor_rows'], found['planted_rows'], found['dropped']) == (
+    12,
+    int(planted.sum()),
+    0,
+  )
   for split in ('base', 'three', 'join'):
     assert about(w, split)['planted_rows'] == 0
     assert rows_of(c, w, split).max() < 72
@@ -132,10 +147,17 @@ def test_a_split_may_be_empty_or_whole(made):
 def test_domains_by_a_column_and_by_the_nearest_example(made):
   c, w = made
   base = pool_rows(c, w, 'base')
-  assert pool_rows(c, w, 'no_red') == {row for row in base if row % 3}  # the label of a square is its number mod 3
+  assert pool_rows(c, w, 'no_red') == {
+    row for row in base if row % 3
+  }  # the label of a square is its number mod 3
   draw = about(w, 'no_red')['draws']['rows']
-  assert draw['dropped_by_value'] == {'0': len(base) - len(pool_rows(c, w, 'no_red'))} and draw['without_value'] == 0
-  nearest = np.concatenate([np.load(w / f'search/examples/pool-{i:05d}.npz')['nearest'] for i in (0, 1)])
+  assert (
+    draw['dropped_by_value'] == {'0': len(base) - len(pool_rows(c, w, 'no_red'))}
+    and draw['without_value'] == 0
+  )
+  nearest = np.concatenate(
+    [np.load(w / f'search/examples/pool-{i:05d}.npz')['nearest'] for i in (0, 1)]
+  )
   assert pool_rows(c, w, 'no_blue') == {row for row in base if (200 + nearest[row]) % 3 != 2}
   assert about(w, 'no_blue')['draws']['rows']['dropped_by_value'].keys() == {'blue'}
 
@@ -143,17 +165,21 @@ def test_domains_by_a_column_and_by_the_nearest_example(made):
 def test_aligned_splits_by_brute_force(made):
   c, w = made
   load = lambda name, shards: np.concatenate(
-      [np.load(w / f'embeddings/{name}/{i:05d}.npy') for i in range(shards)]).astype(np.float64)
+    [np.load(w / f'embeddings/{name}/{i:05d}.npy') for i in range(shards)]
+  ).astype(np.float64)
   pool, anchor, queries = load('pool', 2), load('anchor', 1), load('squares', 1)
   sim, t = queries @ pool.T, -np.sort(-(queries @ anchor.T), axis=1)
   base = sorted(pool_rows(c, w, 'base'))
   excess = (sim - t[:, :1]).max(0)
-  kept = {'pruned': {row for row in base if excess[row] <= 0}, 'slack': {row for row in base if excess[row] <= 0.01}}
+  kept = {
+    'pruned': {row for row in base if excess[row] <= 0},
+    'slack': {row for row in base if excess[row] <= 0.01},
+  }
   kept['one'] = kept['dose_100'] = kept['pruned']
   aligned = len(base) - len(kept['pruned'])
   for dose in (0.5, 1.25):
     order = sorted(base, key=lambda row: (-excess[row], row))
-    kept[f'dose_{100 * dose:g}'] = set(order[int(dose * aligned + 0.5):])
+    kept[f'dose_{100 * dose:g}'] = set(order[int(dose * aligned + 0.5) :])
   median = sorted(excess[base])[-(-len(base) // 2) - 1]
   kept['half'] = {row for row in base if excess[row] <= median}
   dropped = set()
@@ -166,7 +192,9 @@ def test_aligned_splits_by_brute_force(made):
     found = about(w, name)
     assert pool_rows(c, w, name) == expected, name
     assert found['aligned_dropped'] == aligned and found['dropped'] == len(base) - len(expected)
-    assert found['checks']['squares']['checked'] == 5 and found['checks']['squares']['failures'] == 0
+    assert (
+      found['checks']['squares']['checked'] == 5 and found['checks']['squares']['failures'] == 0
+    )
     gone = sorted(set(base) - expected)
     per_query = np.load(w / f'splits/{name}/queries-squares.npz')
     assert (per_query['removed_over'] == (sim[:, gone] > t[:, :1]).sum(1)).all()
@@ -176,16 +204,20 @@ def test_aligned_splits_by_brute_force(made):
   assert about(w, 'three')['checks']['squares']['kind'] == 'each of k'
 
 
-def test_aligned_splits_are_checked_in_one_pass_and_each_refused_at_its_turn(made, tmp_path, monkeypatch):
+def test_aligned_splits_are_checked_in_one_pass_and_each_refused_at_its_turn(
+  made, tmp_path, monkeypatch
+):
   c, w = made
   shutil.copytree(w, tmp_path / 'w')
   sidecars = list((tmp_path / 'w/splits').glob('*/split.sidecar.json'))
   for sidecar in sidecars:
     sidecar.unlink()
   checked, check_aligned = [], splits.check_aligned
+
   def recorded(promises, *given, **more):
     checked.append(set(promises))
     return check_aligned(promises, *given, **more)
+
   monkeypatch.setattr(splits, 'check_aligned', recorded)
   squares.run_stages(c, tmp_path / 'w', 'prune')
   aligned = {name for name in c.splits if blocks.rule_of(c, name).aligned}
@@ -200,22 +232,27 @@ def test_aligned_splits_are_checked_in_one_pass_and_each_refused_at_its_turn(mad
   for sidecar in sidecars:
     sidecar.unlink()
   monkeypatch.setitem(c.prune, 'check_queries', 100)
-  with pytest.raises(InputError, match='slack is not aligned to squares: .* 12 checked.*--redo=search'):
+  with pytest.raises(
+    InputError, match='slack is not aligned to squares: .* 12 checked.*--redo=search'
+  ):
     squares.run_stages(c, tmp_path / 'w', 'prune')
   order = blocks.in_order(c)
-  assert [name for name in order if (tmp_path / f'w/splits/{name}/split.sidecar.json').exists()] == order[
-      :order.index('slack')]
+  assert [
+    name for name in order if (tmp_path / f'w/splits/{name}/split.sidecar.json').exists()
+  ] == order[: order.index('slack')]
 
 
 def test_pairs_come_in_parts_of_whole_queries(made, monkeypatch):
   c, w = made
   base = prune.Base(Experiment(c, str(w)))
-  whole, = base.pairs('squares', 3)
+  (whole,) = base.pairs('squares', 3)
   want = base.keep('three', 0)
   monkeypatch.setattr(prune_columns, 'PAIRS_AT_ONCE', 7)
   parts = list(base.pairs('squares', 3))
   assert len(parts) > 2 and sum(len(set(part.query)) for part in parts) == len(set(whole.query))
-  pairs = lambda parts: {(q, r, s) for part in parts for q, r, s in zip(part.query, part.row, part.similarity)}
+  pairs = lambda parts: {
+    (q, r, s) for part in parts for q, r, s in zip(part.query, part.row, part.similarity)
+  }
   assert pairs(parts) == pairs([whole]) and sum(len(part.row) for part in parts) == len(whole.row)
   found = base.keep('three', 0)
   assert found.rows.tolist() == want.rows.tolist() and found.report == want.report
@@ -231,12 +268,23 @@ def test_rows_depend_on_what_their_rule_reads(made):
   c, w = made
   rows = Experiment(c, str(w)).graph.rows
   assert rows('pruned', 0).keys == {
-      'splits.rule': 'gap_aligned', 'splits.benchmarks': ['squares'], 'splits.slack': 0.0, 'splits.quantile': 0.0,
-      'splits.dose': 0.0, 'splits.append_anchor': True}
+    'splits.rule': 'gap_aligned',
+    'splits.benchmarks': ['squares'],
+    'splits.slack': 0.0,
+    'splits.quantile': 0.0,
+    'splits.dose': 0.0,
+    'splits.append_anchor': True,
+  }
   k3 = lambda split: [part.name for part in rows(split, 0).inputs if 'k3' in part.name]
   assert not k3('pruned')
-  assert k3('three') == ['search/squares/anchor-k3', 'search/squares/pairs-k3-00000', 'search/squares/pairs-k3-00001']
-  assert len({rows('size_like', seed).fingerprint for seed in (0, 1)}) == 1  # one product, though `some` has two draws
+  assert k3('three') == [
+    'search/squares/anchor-k3',
+    'search/squares/pairs-k3-00000',
+    'search/squares/pairs-k3-00001',
+  ]
+  assert (
+    len({rows('size_like', seed).fingerprint for seed in (0, 1)}) == 1
+  )  # one product, though `some` has two draws
   assert len({rows('join', seed).fingerprint for seed in (0, 1)}) == 2
 
 
@@ -244,9 +292,22 @@ def test_mistakes_that_only_the_columns_show(made):
   c, w = made
   base = prune.Base(Experiment(c, str(w)))
   for name, block, said in (
-      ('far_out', defaults.split(rule='gap_aligned', benchmarks=B, dose=100.0), 'far_out: dose=100 asks to drop'),
-      ('typo', defaults.split(rule='domain_removal', column='label', values=(7,)), "typo: values: '7' is not there"),
-      ('nobody', defaults.split(rule='domain_removal', reference='examples', values=('blu',)), 'Did you mean')):
+    (
+      'far_out',
+      defaults.split(rule='gap_aligned', benchmarks=B, dose=100.0),
+      'far_out: dose=100 asks to drop',
+    ),
+    (
+      'typo',
+      defaults.split(rule='domain_removal', column='label', values=(7,)),
+      "typo: values: '7' is not there",
+    ),
+    (
+      'nobody',
+      defaults.split(rule='domain_removal', reference='examples', values=('blu',)),
+      'Did you mean',
+    ),
+  ):
     c.splits[name] = block
     with pytest.raises(ConfigError, match=said):
       base.keep(name, 0)

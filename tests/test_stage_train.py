@@ -3,12 +3,11 @@
 import shutil
 
 import pytest
+from squares import config, run_stages
 
 from clip_jax.experiment.graph import Graph
 from clip_jax.stages import train
 from clip_jax.training import loop
-
-from squares import config, run_stages
 
 
 @pytest.fixture
@@ -18,11 +17,25 @@ def data(prepared_squares):
 
 def test_only_what_changes_the_data_is_a_key_of_a_run(data):
   plain = Graph(config(data)).run('base', 0)
-  assert {'train.order', 'train.jpeg_shrink'} <= plain.keys.keys() and 'train.shuffle_window' not in plain.keys
-  for same in ('train.loader_processes', 'train.loader_threads', 'train.shuffle_window', 'train.log_every_steps',
-               'train.save_every_steps', 'train.cache_mb', 'train.epochs', 'evaluate.batch_size'):
+  assert {
+    'train.order',
+    'train.jpeg_shrink',
+  } <= plain.keys.keys() and 'train.shuffle_window' not in plain.keys
+  for same in (
+    'train.loader_processes',
+    'train.loader_threads',
+    'train.shuffle_window',
+    'train.log_every_steps',
+    'train.save_every_steps',
+    'train.cache_mb',
+    'train.epochs',
+    'evaluate.batch_size',
+  ):
     assert Graph(config(data, **{same: 9})).run('base', 0).fingerprint == plain.fingerprint
-  for other, keys in (({'train.jpeg_shrink': 2.0}, set()), ({'train.order': 'blocks'}, {'train.shuffle_window'})):
+  for other, keys in (
+    ({'train.jpeg_shrink': 2.0}, set()),
+    ({'train.order': 'blocks'}, {'train.shuffle_window'}),
+  ):
     run = Graph(config(data, **other)).run('base', 0)
     assert run.keys.keys() - plain.keys.keys() == keys and run.fingerprint != plain.fingerprint
     trained = {'embedder.source': 'train', 'embedder.samples': 64}
@@ -48,15 +61,23 @@ def _batches(c, workdir, monkeypatch):
 
 
 def _same(a, b):
-  return all((ours[name] == other[name]).all() for ours, other in zip(a, b, strict=True)
-             for name in ('image', 'index'))
+  return all(
+    (ours[name] == other[name]).all()
+    for ours, other in zip(a, b, strict=True)
+    for name in ('image', 'index')
+  )
 
 
-def test_a_run_sees_the_same_with_processes_and_other_data_in_blocks(data, prepared_squares, tmp_path, monkeypatch):
+def test_a_run_sees_the_same_with_processes_and_other_data_in_blocks(
+  data, prepared_squares, tmp_path, monkeypatch
+):
   found = {}
-  for name, options in {'plain': {}, 'processes': {'train.loader_processes': 2},
-                        'blocks': {'train.order': 'blocks', 'train.shuffle_window': 16},
-                        'shrink': {'train.jpeg_shrink': 1.0}}.items():
+  for name, options in {
+    'plain': {},
+    'processes': {'train.loader_processes': 2},
+    'blocks': {'train.order': 'blocks', 'train.shuffle_window': 16},
+    'shrink': {'train.jpeg_shrink': 1.0},
+  }.items():
     shutil.copytree(prepared_squares / 'run', tmp_path / name)
     c = config(data, **{'train.only': ('base/seed0',)}, **options)
     found[name] = _batches(c, tmp_path / name, monkeypatch)
@@ -66,6 +87,7 @@ def test_a_run_sees_the_same_with_processes_and_other_data_in_blocks(data, prepa
 
 def test_slow_reads_at_random_are_said(monkeypatch, caplog):
   from types import SimpleNamespace as Name
+
   monkeypatch.setattr(train.blocks, 'trained', lambda config: ['pool'])
 
   def said(size, order='global', format='parquet', path='/x'):
@@ -75,5 +97,6 @@ def test_slow_reads_at_random_are_said(monkeypatch, caplog):
     with caplog.at_level('INFO', 'absl'):
       train._advise(x)
     return 'order=blocks' in caplog.text
+
   assert said(1e9) and said(1e9, format='webdataset', path='gs://x')
   assert not said(1e8) and not said(1e9, order='blocks') and not said(1e9, format='webdataset')

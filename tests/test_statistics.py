@@ -2,10 +2,10 @@
 
 import warnings
 
-import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as some
+import numpy as np
+import pytest
 from scipy import stats
 
 from clip_jax.evaluation import statistics
@@ -17,17 +17,25 @@ def anova(d):
   mean = d.sum() / d.size
   ms_s = images * sum((d[s].mean() - mean) ** 2 for s in range(seeds)) / (seeds - 1)
   ms_i = seeds * sum((d[:, i].mean() - mean) ** 2 for i in range(images)) / (images - 1)
-  ms_e = sum((d[s, i] - d[s].mean() - d[:, i].mean() + mean) ** 2
-             for s in range(seeds) for i in range(images)) / ((seeds - 1) * (images - 1))
+  ms_e = sum(
+    (d[s, i] - d[s].mean() - d[:, i].mean() + mean) ** 2
+    for s in range(seeds)
+    for i in range(images)
+  ) / ((seeds - 1) * (images - 1))
   ms = max(ms_s + ms_i - ms_e, ms_s, ms_i)
-  df = ms**2 / (ms_s**2 / (seeds - 1) + ms_i**2 / (images - 1)
-                + ms_e**2 / ((seeds - 1) * (images - 1)))
+  df = ms**2 / (
+    ms_s**2 / (seeds - 1) + ms_i**2 / (images - 1) + ms_e**2 / ((seeds - 1) * (images - 1))
+  )
   return ms / (seeds * images), max(df, seeds - 1)
 
 
 def crossed(rng, seeds, images, mean, seed_sd, image_sd, error_sd):
-  return (mean + seed_sd * rng.normal(size=(seeds, 1)) + image_sd * rng.normal(size=(1, images))
-          + error_sd * rng.normal(size=(seeds, images)))
+  return (
+    mean
+    + seed_sd * rng.normal(size=(seeds, 1))
+    + image_sd * rng.normal(size=(1, images))
+    + error_sd * rng.normal(size=(seeds, images))
+  )
 
 
 @pytest.mark.parametrize('components', [(0.3, 0.1, 0.1), (0, 0.5, 0.2), (0, 0, 0.4), (0.1, 0, 0.4)])
@@ -37,8 +45,10 @@ def test_crossed_interval_is_the_anova_by_hand(components):
   found = statistics.crossed_interval(d)
   half = stats.t.ppf(0.975, df) * np.sqrt(variance)
   np.testing.assert_allclose(
-      [found.value, found.low, found.high, found.error, found.df],
-      [d.mean(), d.mean() - half, d.mean() + half, np.sqrt(variance), df], rtol=1e-9)
+    [found.value, found.low, found.high, found.error, found.df],
+    [d.mean(), d.mean() - half, d.mean() + half, np.sqrt(variance), df],
+    rtol=1e-9,
+  )
   assert found.p_value == pytest.approx(2 * stats.t.sf(abs(d.mean()) / np.sqrt(variance), df))
   assert (found.method, found.seeds, found.images, found.groups) == ('crossed', 4, 30, 30)
 
@@ -49,11 +59,12 @@ def test_df_is_never_below_that_of_the_seeds():
 
 
 def test_hand_numbers():
-  d = np.array([[1, 0, 0, 1], [1, 0, 1, 0], [1, -1, 0, 0.]])  # means: seeds .5 .5 0; all 1/3
+  d = np.array([[1, 0, 0, 1], [1, 0, 1, 0], [1, -1, 0, 0.0]])  # means: seeds .5 .5 0; all 1/3
   ms_s, ms_i = 4 * (2 / 36 + 1 / 9) / 2, 3 * (4 / 9 + 4 / 9) / 3
   ms_e = (4 + 1 + 1 - 4 / 3 - 2 * ms_s - 3 * ms_i) / 6
   assert statistics.crossed_interval(d).error == pytest.approx(
-      np.sqrt(max(ms_s + ms_i - ms_e, ms_s, ms_i) / 12))
+    np.sqrt(max(ms_s + ms_i - ms_e, ms_s, ms_i) / 12)
+  )
 
 
 def test_repeating_images_inside_a_group_changes_nothing():
@@ -61,8 +72,9 @@ def test_repeating_images_inside_a_group_changes_nothing():
   plain = statistics.crossed_interval(d)
   twice = statistics.crossed_interval(np.repeat(d, 2, 1), np.repeat(np.arange(20), 2))
   assert twice.groups == 20 and twice.images == 40
-  np.testing.assert_allclose([twice.value, twice.error, twice.df],
-                             [plain.value, plain.error, plain.df])
+  np.testing.assert_allclose(
+    [twice.value, twice.error, twice.df], [plain.value, plain.error, plain.df]
+  )
   assert statistics.crossed_interval(np.repeat(d, 2, 1)).error < 0.99 * twice.error
 
 
@@ -76,9 +88,14 @@ def test_sizes_of_groups_add_no_variance_of_their_own():
 
 
 def test_an_image_without_a_group_stands_alone():
-  for names in ([None, None, 'a', 'a'], ['', '', 'a', 'a'], [-1, -1, 7, 7],
-                [np.nan, np.nan, 1.0, 1.0], np.float32([np.nan, np.nan, 1, 1]),
-                np.array(['', '', 'a', 'a'])):
+  for names in (
+    [None, None, 'a', 'a'],
+    ['', '', 'a', 'a'],
+    [-1, -1, 7, 7],
+    [np.nan, np.nan, 1.0, 1.0],
+    np.float32([np.nan, np.nan, 1, 1]),
+    np.array(['', '', 'a', 'a']),
+  ):
     assert statistics.group_index(names, 4).tolist() == [0, 1, 2, 2]
   with pytest.raises(ValueError, match='3 for 4 images'):
     statistics.group_index(['a'] * 3, 4)
@@ -114,8 +131,9 @@ def test_bootstrap_agrees_where_it_should():
   exact, drawn = statistics.crossed_interval(d), statistics.bootstrap_interval(d, draws=4000)
   assert drawn.error == pytest.approx(exact.error, rel=0.1)
   assert drawn.value == pytest.approx(exact.value) and drawn.method == 'bootstrap'
-  np.testing.assert_allclose([drawn.low, drawn.high], [exact.low, exact.high],
-                             atol=0.4 * exact.error)
+  np.testing.assert_allclose(
+    [drawn.low, drawn.high], [exact.low, exact.high], atol=0.4 * exact.error
+  )
   assert drawn == statistics.bootstrap_interval(d, draws=4000)
   assert drawn.low != statistics.bootstrap_interval(d, draws=4000, seed=1).low
 
@@ -181,8 +199,7 @@ def test_balanced_accuracy():
   label = np.repeat([0, 3, 7], [100, 10, 40])  # classes 1, 2 have no images
   correct = rng.random((3, 150)) < np.array([0.9, 0.2, 0.5])[np.searchsorted([0, 3, 7], label)]
   found = statistics.balanced_accuracy(correct, label)
-  assert found.value == pytest.approx(
-      np.mean([correct[:, label == c].mean() for c in (0, 3, 7)]))
+  assert found.value == pytest.approx(np.mean([correct[:, label == c].mean() for c in (0, 3, 7)]))
   assert found.error > statistics.accuracy_interval(correct).error
   even = statistics.balanced_accuracy(correct, np.arange(150) % 3)
   plain = statistics.accuracy_interval(correct)
@@ -199,8 +216,9 @@ def test_seeds_decide_what_is_said():
 
 
 @settings(max_examples=60, deadline=None)
-@given(some.integers(1, 4), some.integers(1, 12), some.sampled_from([-1, 0, 1]),
-       some.integers(0, 10**6))
+@given(
+  some.integers(1, 4), some.integers(1, 12), some.sampled_from([-1, 0, 1]), some.integers(0, 10**6)
+)
 def test_extremes_are_never_certain(seeds, images, constant, seed):
   with warnings.catch_warnings():
     warnings.simplefilter('error')
@@ -221,8 +239,11 @@ def test_extremes_are_never_certain(seeds, images, constant, seed):
           assert seeds == 2 or exact.high > exact.low
         statistics.balanced_accuracy(np.abs(d), rng.integers(0, 3, images), groups)
         statistics.bootstrap_interval(d, groups, draws=20)
-        assert statistics.equivalence(d, groups).verdict in ('equivalent', 'different',
-                                                             'undetermined')
+        assert statistics.equivalence(d, groups).verdict in (
+          'equivalent',
+          'different',
+          'undetermined',
+        )
 
 
 def test_equivalence():
@@ -246,15 +267,20 @@ def test_equivalence():
 def test_the_detectable_difference_is_found_four_times_in_five():
   rng = np.random.default_rng(11)
   size = statistics.equivalence(crossed(rng, 5, 400, 0, 0.005, 0.3, 0.1)).detectable
-  found = [statistics.crossed_interval(crossed(rng, 5, 400, size, 0.005, 0.3, 0.1)).low > 0
-           for _ in range(300)]
+  found = [
+    statistics.crossed_interval(crossed(rng, 5, 400, size, 0.005, 0.3, 0.1)).low > 0
+    for _ in range(300)
+  ]
   assert 0.7 < np.mean(found) < 0.9
 
 
 def test_mcnemar_hand_values():
   def pair(both, first, second, neither):
-    return (np.repeat([True, True, False, False], [both, first, second, neither]),
-            np.repeat([True, False, True, False], [both, first, second, neither]))
+    return (
+      np.repeat([True, True, False, False], [both, first, second, neither]),
+      np.repeat([True, False, True, False], [both, first, second, neither]),
+    )
+
   found = statistics.mcnemar(*pair(20, 1, 5, 3))
   assert (found.first_only, found.second_only) == (1, 5)
   assert found.p_value == pytest.approx((2 * (1 + 6) - 6) / 64)

@@ -7,18 +7,25 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clip_jax.core import checkpoints
-from clip_jax.core import sharding
+from clip_jax.core import checkpoints, sharding
 from clip_jax.data import packing
-from clip_jax.models import clip
-from clip_jax.models import zoo
+from clip_jax.models import clip, zoo
 from clip_jax.training import step as training_step
 
 CONFIG = zoo.CLIPConfig(
-    embed_dim=8, vision=zoo.ViTConfig(image_size=8, patch_size=4, width=8, layers=1, heads=2),
-    text=zoo.TextConfig(context_length=6, vocab_size=32, width=8, heads=2, layers=1))
-RECIPE = training_step.Recipe(loss='clip', beta1=0.9, beta2=0.98, eps=1e-6, weight_decay=0.2,
-                              mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3))
+  embed_dim=8,
+  vision=zoo.ViTConfig(image_size=8, patch_size=4, width=8, layers=1, heads=2),
+  text=zoo.TextConfig(context_length=6, vocab_size=32, width=8, heads=2, layers=1),
+)
+RECIPE = training_step.Recipe(
+  loss='clip',
+  beta1=0.9,
+  beta2=0.98,
+  eps=1e-6,
+  weight_decay=0.2,
+  mean=(0.5, 0.4, 0.3),
+  std=(0.2, 0.25, 0.3),
+)
 
 
 def batch(n, size=16):
@@ -32,13 +39,21 @@ def batch(n, size=16):
 
 
 def schedule(total_steps=50, peak=3e-3):
-  return dict(peak=np.float32(peak), warmup_steps=np.int32(5), total_steps=np.int32(total_steps),
-              seed=np.uint32(0))
+  return dict(
+    peak=np.float32(peak),
+    warmup_steps=np.int32(5),
+    total_steps=np.int32(total_steps),
+    seed=np.uint32(0),
+  )
 
 
 def compiled(devices, fsdp=1, recipe=RECIPE):
-  mesh = jax.make_mesh((devices // fsdp, fsdp), ('data', 'fsdp'), devices=jax.devices()[:devices],
-                       axis_types=(jax.sharding.AxisType.Auto,) * 2)
+  mesh = jax.make_mesh(
+    (devices // fsdp, fsdp),
+    ('data', 'fsdp'),
+    devices=jax.devices()[:devices],
+    axis_types=(jax.sharding.AxisType.Auto,) * 2,
+  )
   functions = clip.functions(CONFIG)
   return training_step.steps(functions.init, functions.encode, recipe, mesh), mesh
 
@@ -64,8 +79,11 @@ def test_eight_devices_agree_with_one(alone, fsdp):
   born, losses, state = run(8, fsdp)
   assert born == alone[0]
   np.testing.assert_allclose(losses, alone[1], rtol=2e-5)
-  for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(state['params']),
-                          jax.tree.leaves(alone[2]['params']), strict=True):
+  for (path, a), b in zip(
+    jax.tree_util.tree_leaves_with_path(state['params']),
+    jax.tree.leaves(alone[2]['params']),
+    strict=True,
+  ):
     if 'in_proj_bias' in jax.tree_util.keystr(path):  # softmax ignores the keys' bias: its gradient
       a, b = np.delete([a, b], slice(8, 16), axis=1)  # is rounding noise, which Adam blows up
     np.testing.assert_allclose(a, b, atol=1e-5, err_msg=jax.tree_util.keystr(path))
@@ -89,23 +107,33 @@ RESNET = dataclasses.replace(CONFIG, vision=zoo.ResNetConfig(32, 4, (1, 1, 1, 1)
 
 def test_batch_statistics_are_recorded_and_not_trained():
   functions = clip.functions(RESNET)
-  mesh = jax.make_mesh((1, 1), ('data', 'fsdp'), devices=jax.devices()[:1],
-                       axis_types=(jax.sharding.AxisType.Auto,) * 2)
+  mesh = jax.make_mesh(
+    (1, 1),
+    ('data', 'fsdp'),
+    devices=jax.devices()[:1],
+    axis_types=(jax.sharding.AxisType.Auto,) * 2,
+  )
   steps = training_step.steps(functions.init, functions.encode, RECIPE, mesh)
   state = steps.init(0)
-  data = dict(image=np.random.default_rng(0).integers(0, 256, (16, 32, 32, 3)).astype(np.uint8),
-              text=batch(0)['text'])
+  data = dict(
+    image=np.random.default_rng(0).integers(0, 256, (16, 32, 32, 3)).astype(np.uint8),
+    text=batch(0)['text'],
+  )
   pixels = (data['image'] / 255 - np.array(RECIPE.mean)) / RECIPE.std
   weight = np.asarray(state['params']['visual']['conv1']['weight'], np.float64)
   padded = np.pad(pixels, ((0, 0), (1, 1), (1, 1), (0, 0)))
-  stem = sum(padded[:, y:y + 32:2, x:x + 32:2] @ weight[:, :, y, x].T
-             for y in range(3) for x in range(3))  # the first convolution, stride 2
+  stem = sum(
+    padded[:, y : y + 32 : 2, x : x + 32 : 2] @ weight[:, :, y, x].T
+    for y in range(3)
+    for x in range(3)
+  )  # the first convolution, stride 2
   state, _ = steps.step(state, sharding.place_batch(data, mesh), schedule())
   norm = state['params']['visual']['bn1']
   np.testing.assert_allclose(norm['running_mean'], 0.1 * stem.mean((0, 1, 2)), atol=1e-5)
   n = stem.size // stem.shape[-1]
-  np.testing.assert_allclose(norm['running_var'], 0.9 + 0.1 * stem.var((0, 1, 2)) * n / (n - 1),
-                             atol=1e-5)
+  np.testing.assert_allclose(
+    norm['running_var'], 0.9 + 0.1 * stem.var((0, 1, 2)) * n / (n - 1), atol=1e-5
+  )
 
 
 def test_patches_are_dropped_by_seed_and_step():
@@ -118,6 +146,7 @@ def test_patches_are_dropped_by_seed_and_step():
     state['step'] = jnp.int32(step)
     drawn = dict(schedule(), seed=np.uint32(seed))
     return float(steps.step(state, sharding.place_batch(batch(0), mesh), drawn)[1]['loss'])
+
   assert loss(0, 0) == loss(0, 0)
   assert len({loss(0, 0), loss(1, 0), loss(0, 1)}) == 3
 

@@ -9,10 +9,10 @@ import threading
 
 import fsspec
 import pytest
+import web
 
 from clip_jax.core.errors import InputError
 from clip_jax.data import storage
-import web
 
 _DATA = random.Random(0).randbytes(300_000)
 
@@ -47,7 +47,7 @@ def test_any_place_can_be_read(kind, tmp_path, memory):
   file = _opened(kind, tmp_path, memory)
   assert file.size() == len(_DATA)
   for offset, length in ((0, 10), (123_456, 7), (299_990, 10), (299_990, 99), (5, 0), (0, 1 << 20)):
-    assert file.read(offset, length) == _DATA[offset:offset + length]
+    assert file.read(offset, length) == _DATA[offset : offset + length]
 
 
 def test_a_stamp_tells_states_apart():
@@ -57,7 +57,9 @@ def test_a_stamp_tells_states_apart():
 
 
 @pytest.mark.parametrize('kind', ['local', 'memory'])
-def test_reading_ahead_gives_the_bytes_of_the_file_in_any_order(kind, tmp_path, memory, monkeypatch):
+def test_reading_ahead_gives_the_bytes_of_the_file_in_any_order(
+  kind, tmp_path, memory, monkeypatch
+):
   _small_windows(monkeypatch)
   rng = random.Random(1)
   for _ in range(30):
@@ -66,7 +68,7 @@ def test_reading_ahead_gives_the_bytes_of_the_file_in_any_order(kind, tmp_path, 
       length = rng.choice((1, 512, 3000, 9000))
       if rng.random() < 0.1:
         at = rng.randrange(len(_DATA) + 1000)
-      assert ahead.read(at, length) == _DATA[at:at + length]
+      assert ahead.read(at, length) == _DATA[at : at + length]
       at += length + rng.choice((0, 0, 0, 700, 4000, 30_000))
       if rng.random() < 0.02:
         ahead.close()
@@ -102,7 +104,7 @@ def test_what_a_remote_pass_skips_is_not_read(memory, monkeypatch):
   file = _Counting(memory)
   ahead = storage.Ahead(file)
   for at in range(0, len(_DATA), 30_000):
-    assert ahead.read(at, 100) == _DATA[at:at + 100]
+    assert ahead.read(at, 100) == _DATA[at : at + 100]
   ahead.close()
   assert sum(length for _, length in file.reads) <= 10 * 5000 + 3 * 5000
 
@@ -133,17 +135,24 @@ def test_ranges_come_in_order_however_they_are_merged(memory, monkeypatch):
   contents = {memory: _DATA, memory.replace('a.bin', 'b.bin'): _DATA[::-1]}
   rng = random.Random(2)
   for _ in range(50):
-    ranges = [(rng.choice(list(contents)), rng.randrange(len(_DATA)), rng.choice((0, 1, 900, 30_000)))
-              for _ in range(rng.randrange(40))]
+    ranges = [
+      (rng.choice(list(contents)), rng.randrange(len(_DATA)), rng.choice((0, 1, 900, 30_000)))
+      for _ in range(rng.randrange(40))
+    ]
     assert storage.read_ranges(ranges) == [
-        contents[path][offset:offset + length] for path, offset, length in ranges]
+      contents[path][offset : offset + length] for path, offset, length in ranges
+    ]
 
 
 def test_neighbours_are_one_request_and_the_rest_are_not(site):
   url, server = site
   file = storage.open_file(url)
   assert file.read_many([(70_000, 10), (100, 50), (0, 50), (250_000, 9)]) == [
-      _DATA[70_000:70_010], _DATA[100:150], _DATA[:50], _DATA[250_000:250_009]]
+    _DATA[70_000:70_010],
+    _DATA[100:150],
+    _DATA[:50],
+    _DATA[250_000:250_009],
+  ]
   asked = sorted(wanted for _, wanted in server.asked)
   assert asked == ['bytes=0-149', 'bytes=250000-250008', 'bytes=70000-70009']
 
@@ -172,9 +181,9 @@ def test_a_server_that_fails_now_and_then_is_asked_again(site, how, waits, monke
   monkeypatch.setattr(storage.logging, 'warning', lambda text, *values: said.append(text % values))
   ranges = [(url, 70_000 * i, 1000) for i in range(4)]
   server.fails, server.how = 6, how
-  assert storage.read_ranges(ranges) == [_DATA[at:at + 1000] for _, at, _ in ranges]
+  assert storage.read_ranges(ranges) == [_DATA[at : at + 1000] for _, at, _ in ranges]
   assert len(server.asked) <= 10  # only what has failed is asked for again
-  assert waits == list(storage._WAITS[:len(said)]) and 1 <= len(said) <= 2
+  assert waits == list(storage._WAITS[: len(said)]) and 1 <= len(said) <= 2
   assert all(re.search('a.bin cannot be read .*Trying again in', text) for text in said)
   if how != 'cut':
     server.fails = 2  # both ways to ask
@@ -191,14 +200,14 @@ class _Busy:
     self.calls += 1
     found = [OSError('busy') for _ in paths]
     if not self.calls % 4:
-      found[-1] = _DATA[starts[-1]:ends[-1]]
+      found[-1] = _DATA[starts[-1] : ends[-1]]
     return found
 
 
 def test_a_storage_that_serves_some_each_time_is_asked_for_the_rest(waits, monkeypatch):
   monkeypatch.setattr(storage, 'file_system', lambda path, busy=_Busy(): busy)
   ranges = [('memory://b/a.bin', 70_000 * i, 10) for i in range(4)]
-  assert storage.read_ranges(ranges) == [_DATA[at:at + 10] for _, at, _ in ranges]
+  assert storage.read_ranges(ranges) == [_DATA[at : at + 10] for _, at, _ in ranges]
   assert len(waits) > len(storage._WAITS)
 
 
@@ -239,9 +248,15 @@ def test_errors_of_the_network_name_the_path(site, tmp_path, waits):
     storage.open_file(gone).read(5, 10)
 
 
-@pytest.mark.parametrize(('path', 'say'), [
-    ('gs://b/x', r"clip-jax-ood\[gcs\]"), ('s3://b/x', r"clip-jax-ood\[s3\]"),
-    ('https://h/x', r"clip-jax-ood\[http\]"), ('nothing://h/x', 'Protocol not known')])
+@pytest.mark.parametrize(
+  ('path', 'say'),
+  [
+    ('gs://b/x', r'clip-jax-ood\[gcs\]'),
+    ('s3://b/x', r'clip-jax-ood\[s3\]'),
+    ('https://h/x', r'clip-jax-ood\[http\]'),
+    ('nothing://h/x', 'Protocol not known'),
+  ],
+)
 def test_a_storage_without_its_package_is_told(path, say, monkeypatch):
   known = fsspec.filesystem
 
@@ -263,7 +278,9 @@ def _read_in_process(url, queue):
 @pytest.mark.parametrize('method', ['fork', 'spawn'])
 def test_processes_read_what_this_one_has_open(site, method):
   url, _ = site
-  assert storage.open_file(url).read(5, 10) == _DATA[5:15]  # threads of its event loop are there now
+  assert (
+    storage.open_file(url).read(5, 10) == _DATA[5:15]
+  )  # threads of its event loop are there now
   context = multiprocessing.get_context(method)
   queue = context.Queue()
   worker = context.Process(target=_read_in_process, args=(url, queue), daemon=True)
@@ -279,7 +296,9 @@ def test_threads_read_at_once(site):
   url, _ = site
   file, places = storage.open_file(url), [random.Random(i).randrange(299_000) for i in range(100)]
   with concurrent.futures.ThreadPoolExecutor(8) as threads:
-    assert list(threads.map(lambda at: file.read(at, 50), places)) == [_DATA[at:at + 50] for at in places]
+    assert list(threads.map(lambda at: file.read(at, 50), places)) == [
+      _DATA[at : at + 50] for at in places
+    ]
 
 
 def test_paths_sort_by_their_numbers():

@@ -5,19 +5,20 @@ import shutil
 
 import numpy as np
 import pytest
+import squares
 
 from clip_jax import defaults
 from clip_jax.experiment.graph import Graph
 from clip_jax.stages import pipeline
 from clip_jax.studies import dedup_audit
 
-import squares
-
 COPIES = {40: 3, 41: 3, 42: 17, 55: 8}  # row -> the earlier row whose pixels it has
 
 
 def config(data, **override):
-  c = squares.config(data, **{'dedup.threshold': 0.02, 'embedder.image_size': 16, 'dedup.clusters': 3, **override})
+  c = squares.config(
+    data, **{'dedup.threshold': 0.02, 'embedder.image_size': 16, 'dedup.clusters': 3, **override}
+  )
   c.anchor, c.splits = defaults.dataset(), type(c.splits)()
   c.benchmarks = type(c.benchmarks)()
   return c
@@ -66,7 +67,9 @@ def test_audit(audit, caplog):
   assert chains['components'] == sum(chains['sizes'].values()) and chains['largest'] >= 3
   assert 'dedup: audit of 60 sampled rows against all: ' in caplog.text
   before = (audit.folder / 'dedup/keep.sidecar.json').read_bytes()
-  assert audit(**{'dedup.audit_rows': 20})['rows'] == 20  # another audit, without another de-duplication
+  assert (
+    audit(**{'dedup.audit_rows': 20})['rows'] == 20
+  )  # another audit, without another de-duplication
   assert (audit.folder / 'dedup/keep.sidecar.json').read_bytes() == before
 
 
@@ -95,7 +98,7 @@ def test_no_audit_is_no_product(embedded):
   c = config(embedded)
   assert dedup_audit.products(Graph(c)) == {}
   c.dedup.audit_rows = 5
-  product, = dedup_audit.products(Graph(c))['dedup']
+  (product,) = dedup_audit.products(Graph(c))['dedup']
   assert product.name == 'dedup/audit' and list(product.read) == ['dedup/keep']
   c.dedup.enabled = False
   assert dedup_audit.products(Graph(c)) == {}

@@ -11,20 +11,17 @@ import types
 
 import numpy as np
 import pytest
+import squares
+from squares import CLASSES, PREPARE, run, sample, write_tar
+import tiny
 
 from clip_jax import defaults
 from clip_jax.core import products
 from clip_jax.core.errors import ConfigError
-from clip_jax.data import images
-from clip_jax.data import planted
-from clip_jax.data import reader
+from clip_jax.data import images, planted, reader
 from clip_jax.experiment.experiment import Experiment
 from clip_jax.stages import check, pipeline, table, train
 from clip_jax.studies import planted as study
-
-from squares import CLASSES, PREPARE, run, sample, write_tar
-import squares
-import tiny
 
 KINDS = ('crop', 'resize', 'jpeg', 'colour', 'none')
 PACS = pathlib.Path(__file__).parent.parent.parent / 'shared' / 'data' / 'pacs'
@@ -72,32 +69,48 @@ def facts_of(c, workdir, correct=(), seeds=(0,)):
 
   def on_shared_seeds(*pair):
     return ([keys[key] for key in pair], seeds) if all(key in keys for key in pair) else None
-  return types.SimpleNamespace(x=Experiment(c, str(workdir)), results=types.SimpleNamespace(
-      on_shared_seeds=on_shared_seeds, groups={'squares': None}))
+
+  return types.SimpleNamespace(
+    x=Experiment(c, str(workdir)),
+    results=types.SimpleNamespace(on_shared_seeds=on_shared_seeds, groups={'squares': None}),
+  )
 
 
 def evaluated(workdir, seeds=(0,)):
-  return {name: np.stack([np.load(workdir / f'evaluate/{name}/seed{seed}/squares.npz')['correct'] for seed in seeds])
-          for name in ('base', 'control')}
+  return {
+    name: np.stack(
+      [np.load(workdir / f'evaluate/{name}/seed{seed}/squares.npz')['correct'] for seed in seeds]
+    )
+    for name in ('base', 'control')
+  }
 
 
 def test_copies_are_drawn_captioned_and_indexed(prepared):
   queries, source = source_of(prepared, 'squares'), source_of(prepared, 'planted')
   place = planted.draw(queries.column('group').tolist(), 0.5, 0)
-  readable = np.arange(len(queries)) != 72  # 12 of the first tar, 60 of the second, then the broken one
+  readable = (
+    np.arange(len(queries)) != 72
+  )  # 12 of the first tar, 60 of the second, then the broken one
   assert len(queries) == 113 and queries.column('key')[72] == 'broken'
   rows = np.flatnonzero((place >= 0) & readable)
   assert _column(prepared, 'query').tolist() == rows.tolist()
   assert _column(prepared, 'kind').tolist() == [KINDS[place[row] % 5] for row in rows]
   assert (source.labels == queries.labels[rows]).all()
-  assert [source.caption(i) for i in range(len(source))] == [f'a photo of a {CLASSES[k]}' for k in source.labels]
+  assert [source.caption(i) for i in range(len(source))] == [
+    f'a photo of a {CLASSES[k]}' for k in source.labels
+  ]
   same = np.flatnonzero(_column(prepared, 'kind') == 'none')
   assert len(same) and all(
-      (images.decode(source[int(i)]['image']) == images.decode(queries[int(rows[i])]['image'])).all() for i in same)
+    (images.decode(source[int(i)]['image']) == images.decode(queries[int(rows[i])]['image'])).all()
+    for i in same
+  )
   assert sorted(os.listdir(prepared / 'ingest/planted/tars')) == sorted(
-      f'{i:05d}{end}' for i in range(3) for end in ('.sidecar.json', '.tar'))
+    f'{i:05d}{end}' for i in range(3) for end in ('.sidecar.json', '.tar')
+  )
   if place[72] >= 0:
-    assert products.read_sidecar(prepared, 'ingest/planted/tars/00001')['counts']['unreadable'].keys() == {'broken'}
+    assert products.read_sidecar(prepared, 'ingest/planted/tars/00001')['counts'][
+      'unreadable'
+    ].keys() == {'broken'}
 
 
 def test_the_split_is_base_and_the_copies(prepared):
@@ -112,8 +125,12 @@ def test_the_split_is_base_and_the_copies(prepared):
 
 def test_the_calibration_is_brute_forces(data, prepared):
   found = json.loads((prepared / 'search/planted/calibration.json').read_text())
-  load = lambda name: np.concatenate([np.load(path).astype(np.float64) for path in sorted(
-      (prepared / 'embeddings' / name).glob('0*.npy'))])
+  load = lambda name: np.concatenate(
+    [
+      np.load(path).astype(np.float64)
+      for path in sorted((prepared / 'embeddings' / name).glob('0*.npy'))
+    ]
+  )
   unit = lambda x: x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
   pool, queries, copies = (unit(load(name)) for name in ('pool', 'squares', 'planted'))
   mine, kinds = _column(prepared, 'query'), _column(prepared, 'kind')
@@ -141,13 +158,22 @@ def test_the_second_run_draws_nothing(data, prepared, capsys):
 
 def test_only_the_split_with_copies_reads_them(data, prepared):
   """What is planted changes no fingerprint of another split, run or embedder."""
+
   def fingerprints(c):
-    return {p.name: p.fingerprint for p in table.everything(Experiment(c, str(prepared))) if p.name != 'report/index'}
+    return {
+      p.name: p.fingerprint
+      for p in table.everything(Experiment(c, str(prepared)))
+      if p.name != 'report/index'
+    }
+
   without, planted_ = fingerprints(squares.config(data)), fingerprints(config(data))
   assert {name: planted_[name] for name in without} == without
-  assert {name.split('/')[1] if name.startswith(('splits/', 'train/', 'evaluate/')) else '/'.join(name.split('/')[:2])
-          for name in planted_.keys() - without} == {'control', *(f'{folder}/planted' for folder in (
-              'ingest', 'embeddings', 'search'))}
+  assert {
+    name.split('/')[1]
+    if name.startswith(('splits/', 'train/', 'evaluate/'))
+    else '/'.join(name.split('/')[:2])
+    for name in planted_.keys() - without
+  } == {'control', *(f'{folder}/planted' for folder in ('ingest', 'embeddings', 'search'))}
   other = fingerprints(config(data, share=0.25))
   changed = {name for name in planted_ if other[name] != planted_[name]}
   assert changed and all('planted' in name or 'control' in name for name in changed)
@@ -165,8 +191,13 @@ def test_other_runs_see_the_same_batches(data, prepared, monkeypatch):
     seen.append([next(stream) for _ in range(3)])
     stream.close()
     raise InterruptedError
+
   monkeypatch.setattr('clip_jax.training.loop.train', take)
-  for more in ({}, {'train.order': 'blocks', 'train.shuffle_window': 16}, {'train.pack_captions': 'always'}):
+  for more in (
+    {},
+    {'train.order': 'blocks', 'train.shuffle_window': 16},
+    {'train.pack_captions': 'always'},
+  ):
     for c in (squares.config(data), config(data)):
       c.update_from_flattened_dict(more)
       x = Experiment(c, str(prepared))
@@ -176,12 +207,16 @@ def test_other_runs_see_the_same_batches(data, prepared, monkeypatch):
     first, second = seen[-2:]
     for a, b in zip(first, second, strict=True):
       assert (a['index'] == b['index']).all() and (a['image'] == b['image']).all()
-      assert all((a['text'][key] == b['text'][key]).all() for key in a['text']) if isinstance(a['text'], dict) else (
-          (a['text'] == b['text']).all())
+      assert (
+        all((a['text'][key] == b['text'][key]).all() for key in a['text'])
+        if isinstance(a['text'], dict)
+        else ((a['text'] == b['text']).all())
+      )
 
 
 def test_exports_name_the_copies_or_refuse(data, prepared, capsys):
   import pyarrow.parquet as pq
+
   c = config(data)
   c.splits.control.export = ('keys', 'webdataset')
   status, said = run(c, prepared, capsys, ['prune'])
@@ -196,7 +231,9 @@ def test_exports_name_the_copies_or_refuse(data, prepared, capsys):
   assert sizes['planted-00000.tar'] == copies
   for kind in ('datacomp', 'clip_ood'):
     c.splits.control.export = (kind,)
-    with pytest.raises(ConfigError, match=f"'{kind}' lists keys of the pool, which cannot name planted copies"):
+    with pytest.raises(
+      ConfigError, match=f"'{kind}' lists keys of the pool, which cannot name planted copies"
+    ):
       check.check(c)
 
 
@@ -210,7 +247,7 @@ def test_the_contrast_is_of_what_was_evaluated(data, prepared):
   c, rng = config(data), np.random.default_rng(0)
   correct = {name: rng.random((3, 113)) < p for name, p in (('base', 0.4), ('control', 0.7))}
   control = study.control_of(facts_of(c, prepared, correct, (0, 1, 2)))
-  (split, base, leakage), = control['contrasts']
+  ((split, base, leakage),) = control['contrasts']
   gain, (copied, others) = correct['control'].astype(float) - correct['base'], _arms(prepared)
   assert (split, base, leakage.reason) == ('control', 'base', '')
   assert (leakage.planted_queries, leakage.unplanted_queries) == (copied.sum(), others.sum())
@@ -219,15 +256,24 @@ def test_the_contrast_is_of_what_was_evaluated(data, prepared):
   assert leakage.unplanted.value == pytest.approx(gain[:, others].mean())
   assert leakage.estimate.method == 'crossed'
   assert leakage.estimate.low < leakage.estimate.value < leakage.estimate.high
-  assert control['calibrations'] == {'': json.loads((prepared / 'search/planted/calibration.json').read_text())}
-  assert (control['queries'], control['copied'], control['benchmark']) == (113, copied.sum(), 'squares')
+  assert control['calibrations'] == {
+    '': json.loads((prepared / 'search/planted/calibration.json').read_text())
+  }
+  assert (control['queries'], control['copied'], control['benchmark']) == (
+    113,
+    copied.sum(),
+    'squares',
+  )
 
 
 def test_the_section_and_the_banner(data, prepared):
   facts = facts_of(config(data), prepared)
   name, title, short, page = study.section(facts)
   assert (name, title, short) == ('planted', 'Planted copies of test images', 'Planted')
-  assert [block.name for block in page if block.kind == 'table'] == ['planted_contrast', 'planted_calibration']
+  assert [block.name for block in page if block.kind == 'table'] == [
+    'planted_contrast',
+    'planted_calibration',
+  ]
   copied = _arms(prepared)[0].sum()
   assert f'holds a transformed copy of {copied} of the 113 images of squares' in study.banner(facts)
   facts = facts_of(squares.config(data), prepared)
@@ -241,11 +287,16 @@ def test_trained_evaluated_and_reported(data, prepared, tmp_path, capsys):
   del c.splits['pruned']
   status, said = run(c, tmp_path / 'run', capsys, ['train', 'evaluate', 'report'])
   assert status == 0, said
-  assert 'control holds PLANTED copies of test images of squares: a positive control, not a result.' in said
+  assert (
+    'control holds PLANTED copies of test images of squares: a positive control, not a result.'
+    in said
+  )
   correct = evaluated(tmp_path / 'run')
   leakage = study.control_of(facts_of(c, tmp_path / 'run', correct))['contrasts'][0][2]
   gain, (copied, others) = correct['control'][0].astype(float) - correct['base'][0], _arms(prepared)
-  assert leakage.estimate.value == pytest.approx(gain[copied].mean() - gain[others].mean(), abs=1e-9)
+  assert leakage.estimate.value == pytest.approx(
+    gain[copied].mean() - gain[others].mean(), abs=1e-9
+  )
   assert leakage.estimate.method == 'this checkpoint' and np.isnan(leakage.estimate.p_value)
   page = (tmp_path / 'run/report/index.html').read_text()
   assert 'planted copies of test images' in page and '<section id="planted">' in page
@@ -263,7 +314,10 @@ def test_all_queries_planted_is_not_estimable(data, prepared, tmp_path):
   base, leakage = contrast(c, correct)
   assert base == 'base' and leakage.unplanted_queries == 0
   assert leakage.reason.startswith('not estimable: ') and '0 unplanted queries' in leakage.reason
-  assert contrast(c)[1].reason == 'not estimable: control and base were not both evaluated on squares with one seed'
+  assert (
+    contrast(c)[1].reason
+    == 'not estimable: control and base were not both evaluated on squares with one seed'
+  )
   del c.splits['base']
   base, leakage = contrast(c, correct)
   assert base is None and 'no split of the rule all' in leakage.reason
@@ -294,15 +348,27 @@ def test_images_that_cannot_be_read_are_nothing_to_plant(data, tmp_path, capsys)
   assert status == 1 and 'none of the 2 drawn images can be read' in said
 
 
-@pytest.mark.parametrize('key, value, said', [
-    ('benchmark', 'square', "config.planted.benchmark='square' is not known. Did you mean 'squares'?"),
+@pytest.mark.parametrize(
+  'key, value, said',
+  [
+    (
+      'benchmark',
+      'square',
+      "config.planted.benchmark='square' is not known. Did you mean 'squares'?",
+    ),
     ('share', 0.0, 'config.planted.share=0.0 must be a share in (0, 1]'),
     ('share', 1.5, 'config.planted.share=1.5 must be a share'),
     ('copies', 0, 'config.planted.copies=0 must be more than 0'),
     ('kinds', (), 'config.planted.kinds=() is empty; have crop, resize, jpeg, colour, none'),
-    ('kinds', ('crop', 'jpg'), "config.planted.kinds=('crop', 'jpg') names 'jpg', which is not known. Did you mean 'jpeg'?"),
+    (
+      'kinds',
+      ('crop', 'jpg'),
+      "config.planted.kinds=('crop', 'jpg') names 'jpg', which is not known. Did you mean 'jpeg'?",
+    ),
     ('caption_template', 'a photo', 'has no {} for the class name'),
-    ('benchmark', '', 'the rule planted needs copies to hold; give config.planted.benchmark')])
+    ('benchmark', '', 'the rule planted needs copies to hold; give config.planted.benchmark'),
+  ],
+)
 def test_a_wrong_key_is_said(data, key, value, said):
   c = config(data)
   check.check(c)
@@ -325,17 +391,26 @@ def test_a_folder_with_its_own_classes_and_the_pools_own_tars(data, tmp_path, ca
   source = source_of(tmp_path / 'a', 'planted')
   classes = source_of(tmp_path / 'a', 'squares').classes
   assert 4 <= len(source) <= 5
-  assert {source.caption(i) for i in range(len(source))} <= {f'a photo of a {name}' for name in sorted(CLASSES)}
+  assert {source.caption(i) for i in range(len(source))} <= {
+    f'a photo of a {name}' for name in sorted(CLASSES)
+  }
   assert all(source.caption(i).endswith(classes[source.labels[i]]) for i in range(len(source)))
 
   c = config(data, split=False, share=1.0)
   c.benchmarks.squares = defaults.benchmark(
-      format='webdataset', path=f'{data}/pool/*.tar', label_key='label', classes=CLASSES, where={'key': ('00041',)})
+    format='webdataset',
+    path=f'{data}/pool/*.tar',
+    label_key='label',
+    classes=CLASSES,
+    where={'key': ('00041',)},
+  )
   status, said = run(c, tmp_path / 'b', capsys, ['ingest', 'embedder', 'embed', 'search'])
   assert status == 0, said
   assert source_of(tmp_path / 'b', 'planted').starts.tolist() == [0, 0, 1]
   found = json.loads((tmp_path / 'b/search/planted/calibration.json').read_text())
-  assert found['queries'] == 1 and found['others_highest'] < 0.9999  # not the query itself, which is in the pool
+  assert (
+    found['queries'] == 1 and found['others_highest'] < 0.9999
+  )  # not the query itself, which is in the pool
 
 
 def test_each_further_embedder_is_calibrated(data, prepared, tmp_path, capsys):
@@ -368,6 +443,7 @@ def test_a_kill_while_drawing_keeps_the_tars_that_are_whole(data, tmp_path, caps
       raise KeyboardInterrupt
     done.append(path)
     return write(path, *more)
+
   with monkeypatch.context() as patch:
     patch.setattr(planted, 'write_tar', killed)
     with pytest.raises((KeyboardInterrupt, SystemExit)):
@@ -384,7 +460,12 @@ def test_a_kill_while_drawing_keeps_the_tars_that_are_whole(data, tmp_path, caps
 @pytest.mark.slow
 def test_killed_with_sigkill_while_drawing_it_ends_the_same(tmp_path):
   """The demo's val, 700 queries and twenty copies each, in a process of its own."""
-  more = {'planted.benchmark': 'val', 'planted.copies': 20, 'planted.share': 1.0, 'glyphs.queries': 700}
+  more = {
+    'planted.benchmark': 'val',
+    'planted.copies': 20,
+    'planted.share': 1.0,
+    'glyphs.queries': 700,
+  }
   assert tiny.run(tmp_path / 'whole', '--stages=ingest', **more).returncode == 0
   process = tiny.start(tmp_path / 'run', '--stages=ingest', **more)
   unfinished = lambda: list((tmp_path / 'run/ingest/planted/tars').glob('.tmp-*'))
@@ -403,8 +484,13 @@ def test_killed_with_sigkill_while_drawing_it_ends_the_same(tmp_path):
 @pytest.mark.skipif(not PACS.exists(), reason='PACS is not here')
 def test_on_pacs_the_threshold_finds_compressed_copies_and_not_crops(tmp_path, capsys):
   """A small form of the experiment: two tars, the pca embedder, the threshold of configs/pacs.py."""
-  tars = dict(format='webdataset', path=f'{PACS}/photo-0000*.tar', label_key='label', group_key='source',
-              classes=tuple(json.loads((PACS / 'classes.json').read_text())))
+  tars = dict(
+    format='webdataset',
+    path=f'{PACS}/photo-0000*.tar',
+    label_key='label',
+    group_key='source',
+    classes=tuple(json.loads((PACS / 'classes.json').read_text())),
+  )
   c = defaults.get_config()
   c.pool = defaults.dataset(part=(0.0, 0.75), **tars)
   c.benchmarks.photo = defaults.benchmark(part=(0.75, 1.0), **tars)

@@ -7,8 +7,8 @@ import types
 import numpy as np
 import pytest
 from sklearn.linear_model import Ridge
-
 import squares
+
 from clip_jax import defaults
 from clip_jax.core.errors import InputError
 from clip_jax.data import reader
@@ -29,7 +29,9 @@ def config(data, **override):
 
 def run(c, workdir, stages=squares.PREPARE):
   pipeline.run(c, str(workdir), stages=stages, redo='', dry_run=False)
-  return {split: json.loads((workdir / f'splits/{split}/preview.json').read_text()) for split in c.splits}
+  return {
+    split: json.loads((workdir / f'splits/{split}/preview.json').read_text()) for split in c.splits
+  }
 
 
 @pytest.fixture(scope='module')
@@ -55,10 +57,14 @@ def labels(workdir, name):
   return reader.Source(str(workdir / 'ingest' / name)).labels
 
 
-@pytest.mark.parametrize('split, rows', [('base', 'rows'), ('anchor_only', 'rows'), ('half', 'rows-seed0')])
+@pytest.mark.parametrize(
+  'split, rows', [('base', 'rows'), ('anchor_only', 'rows'), ('half', 'rows-seed0')]
+)
 def test_against_scikit_learn(world, split, rows):
   workdir = world / 'run'
-  x, y = (np.concatenate([get(workdir, name) for name in ('pool', 'anchor')]) for get in (load, labels))
+  x, y = (
+    np.concatenate([get(workdir, name) for name in ('pool', 'anchor')]) for get in (load, labels)
+  )
   base = np.load(workdir / 'splits/base/rows.npy')
   mean, deviation = x[base].mean(0), x[base].std(0) + 1e-5
   scaled = lambda x: np.pad((x - mean) / deviation, ((0, 0), (0, 1)), constant_values=100.0)
@@ -67,7 +73,11 @@ def test_against_scikit_learn(world, split, rows):
   right = peer.predict(scaled(load(workdir, 'squares'))).argmax(1) == labels(workdir, 'squares')
   found = json.loads((workdir / f'splits/{split}/preview.json').read_text())
   one = found['benchmarks']['squares']
-  assert found['kind'] == 'preview, not CLIP training' and found['embedder'] == 'hog' and found['features'] == 5
+  assert (
+    found['kind'] == 'preview, not CLIP training'
+    and found['embedder'] == 'hog'
+    and found['features'] == 5
+  )
   assert found['rows'] == found['labelled'] == len(rows) and found['l2'] == 1024
   assert found['classes_by'] == {'pool': 'labels', 'anchor': 'labels'}
   assert one['n'] == one['images'] == 12 and one['classes'] == one['of_classes'] == 3
@@ -84,18 +94,38 @@ def test_a_pool_without_labels_is_read_by_its_captions(world, tmp_path):
 
 def test_without_an_anchor_the_benchmarks_names_count_and_few_captions_have_one(world, tmp_path):
   c = config(world / 'data', **{'pool.label_key': '', 'pool.classes': (), 'anchor.format': ''})
-  c.pool.caption_pattern, c.pool.caption_replacement, c.pool.caption_share = 'red|green', 'red and green', 1.0
+  c.pool.caption_pattern, c.pool.caption_replacement, c.pool.caption_share = (
+    'red|green',
+    'red and green',
+    1.0,
+  )
   for name in ('pruned', 'anchor_only', 'half'):
     del c.splits[name]
   found = run(c, tmp_path / 'w')['base']
   assert found['classes_by'] == {'pool': 'captions'} and 0 < found['labelled'] < found['rows']
   assert found['benchmarks']['squares'] == {  # only blue has rows: nothing to tell apart
-      'images': 12, 'n': 0, 'classes': 1, 'of_classes': 3, 'top1': None, 'low': None, 'high': None}
+    'images': 12,
+    'n': 0,
+    'classes': 1,
+    'of_classes': 3,
+    'top1': None,
+    'low': None,
+    'high': None,
+  }
 
 
 def test_no_class_at_all_is_said(world, tmp_path):
-  c = config(world / 'data', **{'pool.label_key': '', 'pool.classes': (), 'anchor.label_key': '',
-                                'anchor.classes': (), 'pool.caption_template': '', 'dedup.enabled': False})
+  c = config(
+    world / 'data',
+    **{
+      'pool.label_key': '',
+      'pool.classes': (),
+      'anchor.label_key': '',
+      'anchor.classes': (),
+      'pool.caption_template': '',
+      'dedup.enabled': False,
+    },
+  )
   c.benchmarks.squares.classes = ('x-ray', 'yacht', 'zebra')
   with pytest.raises(InputError, match='prune.preview has nothing to learn'):
     run(c, tmp_path / 'w')
@@ -110,20 +140,30 @@ def test_names_are_matched_not_numbers_and_the_mask_counts(world, copy):
 
 def test_class_lists_in_another_order(world, tmp_path):
   shutil.copytree(world / 'data', tmp_path / 'data')
-  turned = lambda start, n: {f'{i:05d}': squares.sample(i, i % 3) | {
-      'json': json.dumps({'key': f'{i:05d}', 'label': 2 - i % 3}).encode()} for i in range(start, start + n)}
+  turned = lambda start, n: {
+    f'{i:05d}': squares.sample(i, i % 3)
+    | {'json': json.dumps({'key': f'{i:05d}', 'label': 2 - i % 3}).encode()}
+    for i in range(start, start + n)
+  }
   squares.write_tar(tmp_path / 'data/bench/0.tar', turned(200, 12))
   c = config(tmp_path / 'data')
   c.benchmarks.squares.classes = ('Blue', 'GREEN', 'red')
   found = run(c, tmp_path / 'w')['base']['benchmarks']['squares']
-  assert found == json.loads((world / 'run/splits/base/preview.json').read_text())['benchmarks']['squares']
+  assert (
+    found
+    == json.loads((world / 'run/splits/base/preview.json').read_text())['benchmarks']['squares']
+  )
 
 
 def test_only_the_previews_are_made_again(world, copy):
   before = {path: path.stat().st_mtime_ns for path in copy.rglob('*.sidecar.json')}
   run(config(world / 'data', **{'benchmarks.squares.class_mask': ('red', 'green')}), copy)
-  changed = {str(path.relative_to(copy)) for path, when in before.items() if path.stat().st_mtime_ns != when}
-  assert changed == {f'splits/{split}/preview.sidecar.json' for split in ('base', 'pruned', 'anchor_only', 'half')}
+  changed = {
+    str(path.relative_to(copy)) for path, when in before.items() if path.stat().st_mtime_ns != when
+  }
+  assert changed == {
+    f'splits/{split}/preview.sidecar.json' for split in ('base', 'pruned', 'anchor_only', 'half')
+  }
 
 
 def test_the_section_says_what_is_missing(world, copy):

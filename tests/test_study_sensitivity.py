@@ -7,8 +7,8 @@ import types
 import numpy as np
 import pytest
 from scipy import stats
-
 import squares
+
 from clip_jax import defaults
 from clip_jax.experiment.experiment import Experiment
 from clip_jax.experiment.graph import Graph
@@ -21,7 +21,9 @@ def config(data):
   c.embedders.hog = defaults.embedder(source='hog', image_size=16, dim=5, fit_images=40)
   c.embedders.same = c.embedder.copy_and_resolve_references()
   c.splits.slack = defaults.split(rule='gap_aligned', benchmarks=('squares',), slack=-0.1)
-  c.splits.dose = defaults.split(rule='gap_aligned', benchmarks=('squares',), dose=0.5)  # not compared
+  c.splits.dose = defaults.split(
+    rule='gap_aligned', benchmarks=('squares',), dose=0.5
+  )  # not compared
   c.splits.near = defaults.split(rule='near', benchmarks=('squares',), size=0.7)
   c.splits.far = defaults.split(rule='far', benchmarks=('squares',), size_of='slack')
   c.splits.random = defaults.split(rule='random', size=0.5)
@@ -33,14 +35,17 @@ def config(data):
 def world(prepared_squares, tmp_path_factory):
   folder = tmp_path_factory.mktemp('sensitivity') / 'copy'
   shutil.copytree(prepared_squares, folder, symlinks=True)
-  pipeline.run(config(folder / 'data'), str(folder / 'run'), stages=squares.PREPARE, redo='', dry_run=False)
+  pipeline.run(
+    config(folder / 'data'), str(folder / 'run'), stages=squares.PREPARE, redo='', dry_run=False
+  )
   return folder / 'run'
 
 
 def columns(workdir, home):
   """Returns the candidates, and by brute force their similarity and excess under the embedder of `home`."""
-  load = lambda name: np.concatenate([np.load(path) for path in sorted((home / f'embeddings/{name}').glob('0*.npy'))
-                                      ]).astype(np.float64)
+  load = lambda name: np.concatenate(
+    [np.load(path) for path in sorted((home / f'embeddings/{name}').glob('0*.npy'))]
+  ).astype(np.float64)
   pool, anchor, queries = load('pool'), load('anchor'), load('squares')
   rows = np.flatnonzero(np.load(workdir / 'dedup/keep.npy'))
   similarity = pool[rows] @ queries.T
@@ -50,7 +55,12 @@ def columns(workdir, home):
 @pytest.mark.parametrize('split', ['pruned', 'slack', 'near', 'far'])
 def test_against_brute_force(world, split):
   found = json.loads((world / 'splits/sensitivity.json').read_text())
-  assert found['embedders'] == ['', 'hog', 'same'] and list(found['splits']) == ['pruned', 'slack', 'near', 'far']
+  assert found['embedders'] == ['', 'hog', 'same'] and list(found['splits']) == [
+    'pruned',
+    'slack',
+    'near',
+    'far',
+  ]
   rows, similarity, excess = columns(world, world)
   _, similarity_there, excess_there = columns(world, world / 'embedders/hog')
   assert found['candidates'] == len(rows)
@@ -58,7 +68,7 @@ def test_against_brute_force(world, split):
   here, there = (excess, excess_there) if aligned else (sign * similarity, sign * similarity_there)
   kept = np.load(world / f'splits/{split}/rows.npy')
   removed = set(rows.tolist()) - set(kept.tolist())
-  first = set(rows[np.argsort(-there, kind='stable')[:len(removed)]].tolist())
+  first = set(rows[np.argsort(-there, kind='stable')[: len(removed)]].tolist())
   theirs = set(rows[there > {'pruned': 0, 'slack': -0.1}[split]].tolist()) if aligned else first
   one = found['splits'][split][0]
   assert one['embedder'] == 'hog'
@@ -73,7 +83,10 @@ def test_against_brute_force(world, split):
   value = dict(zip(rows.tolist(), here.tolist()))
   order = [value[row] for row in one['rows_only_here']]
   assert set(one['rows_only_here']) <= removed - theirs and order == sorted(order, reverse=True)
-  assert len(order) == min(12, len(removed - theirs)) and order[:1] == [max(value[r] for r in removed - theirs)][:1]
+  assert (
+    len(order) == min(12, len(removed - theirs))
+    and order[:1] == [max(value[r] for r in removed - theirs)][:1]
+  )
   assert set(one['rows_only_there']) <= theirs - removed
 
 
@@ -100,7 +113,9 @@ def test_a_split_more_or_less_is_compared_anew_and_none_is_no_product(world):
   page = sensitivity.section(types.SimpleNamespace(x=x))[3]
   assert page[0].text == 'The config has no split of rule gap_aligned, near, far to compare.'
   c.prune.sensitivity = ()
-  assert sensitivity.products(Graph(c)) == {} and sensitivity.section(types.SimpleNamespace(x=x)) is None
+  assert (
+    sensitivity.products(Graph(c)) == {} and sensitivity.section(types.SimpleNamespace(x=x)) is None
+  )
 
 
 class Pictures:
@@ -114,20 +129,37 @@ class Pictures:
     return title, rows.tolist()
 
 
-def test_the_section_has_a_line_for_each_split_and_embedder_and_shows_the_rows_that_flip(world, tmp_path):
+def test_the_section_has_a_line_for_each_split_and_embedder_and_shows_the_rows_that_flip(
+  world, tmp_path
+):
   c = config(world.parent / 'data')
   del c.splits['far']
-  facts = types.SimpleNamespace(x=Experiment(c, str(world)), pictures=Pictures('pool'), missing=lambda *said: said)
+  facts = types.SimpleNamespace(
+    x=Experiment(c, str(world)), pictures=Pictures('pool'), missing=lambda *said: said
+  )
   name, _, short, (table, *details) = sensitivity.section(facts)
   assert (name, short) == ('sensitivity', 'Sensitivity') and len(table.records) == 6
-  lines = [line for lines in json.loads((world / 'splits/sensitivity.json').read_text())['splits'].values()
-           for line in lines if line['only_here'] or line['only_there']]
+  lines = [
+    line
+    for lines in json.loads((world / 'splits/sensitivity.json').read_text())['splits'].values()
+    for line in lines
+    if line['only_here'] or line['only_there']
+  ]
   shown = [dict(gallery.rows) for block in details for gallery in block.blocks]
-  assert shown == [{title: rows[:c.report.removed_images] for title, rows in (
-      ('removed under the main embedder only', line['rows_only_here']),
-      ('removed under hog only', line['rows_only_there'])) if rows} for line in lines]
+  assert shown == [
+    {
+      title: rows[: c.report.removed_images]
+      for title, rows in (
+        ('removed under the main embedder only', line['rows_only_here']),
+        ('removed under hog only', line['rows_only_there']),
+      )
+      if rows
+    }
+    for line in lines
+  ]
   facts.pictures = Pictures()
   assert len(sensitivity.section(facts)[3]) == 1
   facts.x = Experiment(c, str(tmp_path))
   assert sensitivity.section(facts)[3] == [
-      ('The splits were not compared with those of other embedders yet.', 'prune')]
+    ('The splits were not compared with those of other embedders yet.', 'prune')
+  ]

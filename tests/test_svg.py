@@ -15,6 +15,7 @@ def line(title='a < b & "c"', end=2.0):
     ax.plot([0, end], [0, 1], 'o-', color=svg.INK, label='ink <&>')
     ax.set_title(title)
     svg.legend_below(figure)
+
   return svg.render(draw, 200, title)
 
 
@@ -54,8 +55,9 @@ def test_standalone_has_a_size_and_both_colour_schemes():
   assert 'prefers-color-scheme:dark' in text
 
 
-@pytest.mark.parametrize('value, text', [(7, '7'), (950, '950'), (1500, '1.5k'), (75e6, '75M'),
-                                         (2e9, '2G')])
+@pytest.mark.parametrize(
+  'value, text', [(7, '7'), (950, '950'), (1500, '1.5k'), (75e6, '75M'), (2e9, '2G')]
+)
 def test_counts(value, text):
   assert svg.count(value) == text
 

@@ -15,16 +15,34 @@ def unit(rng, n, dim):
   return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float16)
 
 
-@pytest.mark.parametrize('count, most, want', [
-    (1, 4096, 64), (64, 4096, 64), (65, 4096, 128), (3000, 4096, 4096), (4096, 4096, 4096),
-    (130, 192, 192), (1, 1, 64), (100, 100, 128)])
+@pytest.mark.parametrize(
+  'count, most, want',
+  [
+    (1, 4096, 64),
+    (64, 4096, 64),
+    (65, 4096, 128),
+    (3000, 4096, 4096),
+    (4096, 4096, 4096),
+    (130, 192, 192),
+    (1, 1, 64),
+    (100, 100, 128),
+  ],
+)
 def test_padded_sizes(count, most, want):
   assert tiles.padded(count, most) == want
 
 
-@pytest.mark.parametrize('sizes, query_block', [
-    ([1], 512), ([600, 620, 10], 512), ([1000], 1), ([64, 65, 63], 64), ([50_000, 7_500], 512),
-    ([1, 1, 1, 200], 128)])
+@pytest.mark.parametrize(
+  'sizes, query_block',
+  [
+    ([1], 512),
+    ([600, 620, 10], 512),
+    ([1000], 1),
+    ([64, 65, 63], 64),
+    ([50_000, 7_500], 512),
+    ([1, 1, 1, 200], 128),
+  ],
+)
 def test_query_blocks_cover_each_benchmark_once_and_then_repeat_its_last(sizes, query_block):
   query, owner = tiles.query_blocks(sizes, query_block)
   assert query.shape[1] % 64 == 0 and query.shape[1] <= max(64, query_block)
@@ -55,7 +73,7 @@ def test_walk_visits_rows_in_order_and_pads_with_the_last():
   rows = np.array([5, 1, 299] + list(range(150)))
   seen = list(tiles.walk(x, rows, 64, 'pool'))
   assert [(tile.start, tile.count) for tile in seen] == [(0, 64), (64, 64), (128, 25)]
-  assert np.array_equal(np.concatenate([tile.host[:tile.count] for tile in seen]), x[rows])
+  assert np.array_equal(np.concatenate([tile.host[: tile.count] for tile in seen]), x[rows])
   assert (seen[2].host[25:] == x[rows[-1]]).all()
   for tile in seen:
     assert np.array_equal(np.asarray(tile.device), tile.host.astype(np.float32))
@@ -86,6 +104,7 @@ def test_walk_sends_tiles_to_the_devices_in_turn_and_in_the_type_asked_for():
 
 class Slow:
   """Rows that remember which were read, and can fail."""
+
   dtype, shape = np.dtype(np.float16), (256, 2)
 
   def __init__(self):
@@ -112,16 +131,22 @@ def test_walk_reads_the_next_tile_meanwhile_and_passes_its_error_on():
 
 def test_one_ahead_makes_the_next_item_first():
   made = []
+
   def items():
     for i in range(4):
       made.append(i)
       yield i
+
   seen = [(item, len(made)) for item in tiles.one_ahead(items())]
   assert seen == [(0, 2), (1, 3), (2, 4), (3, 4)]
   assert list(tiles.one_ahead([])) == [] and list(tiles.one_ahead([7])) == [7]
   made.clear()
   assert [(item, len(made)) for item in tiles.one_ahead(items(), 3)] == [
-      (0, 4), (1, 4), (2, 4), (3, 4)]
+    (0, 4),
+    (1, 4),
+    (2, 4),
+    (3, 4),
+  ]
 
 
 @pytest.mark.parametrize('dim', [1, 3, 17, 64, 100, 640])

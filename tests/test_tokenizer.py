@@ -8,53 +8,183 @@ import pytest
 
 from clip_jax.data import tokenizer
 
-
 # Made once by OpenAI's rules and list of merges, in an implementation that shares no code.
 GOLDEN = {
-    'a photo of a cat': [320, 1125, 539, 320, 2368],
-    'A Photo OF a CAT': [320, 1125, 539, 320, 2368],
-    '  a\tphoto\n of a   cat ': [320, 1125, 539, 320, 2368],
-    "it's the dog's, they'll say we've 3.14 or 100 cats!!": [
-        585, 568, 518, 1929, 568, 267, 889, 1342, 1451, 649, 1200, 274, 269, 272, 275, 541, 272,
-        271, 271, 3989, 748],
-    '': [],
-    '<|startoftext|> cat <|endoftext|>': [49406, 2368, 49407],
-    'cat<|endoftext|><|EndOfText|>dog': [2368, 49407, 49407, 1929],
-    '!<|startoftext|>cat': [0, 27, 347, 993, 6659, 4160, 91, 285, 2368],
-    '!<|endoftext|><|endoftext|>': [0, 27, 347, 40786, 4160, 91, 29, 27, 347, 40786, 4160, 91, 285],
-    "'s<|endoftext|>": [568, 49407],
-    '&lt;|endoftext|&gt; &amp;amp; caf&eacute;': [49407, 261, 15304],
-    '<b> caf&amp;amp;eacute;': [283, 321, 285, 20867, 261, 68, 19734, 282],
-    '\u039f\u0394\u039f\u03a3 \u03a3': [138, 123, 138, 112, 138, 123, 139, 480, 139, 481],
-    '\u0130STANBUL \u0131I': [328, 16384, 11231, 18562, 328],
-    '\ufb01ne caf\xe9 na\xefve': [3797, 15304, 1097, 35689, 563],
-    'na\xc3\xafve \xe2\u20ac\u0153quotes\xe2\u20ac\x9d': [1097, 35689, 563, 257, 5808, 257],
-    'x\xb2\u2462\u2167\u0663 \u5317\u4eac ': [
-        343, 41175, 158, 239, 351, 158, 227, 371, 149, 352, 161, 234, 245, 21078, 361],
-    '\U0001f44d\U0001f3fd \U0001f469\u200d\U0001f469\u200d\U0001f467 ok': [
-        43722, 26304, 26304, 964, 356, 2481],
-    'e\u0301 a\u200bb': [4166, 320, 9844, 321],
-    'stra\xdfe STRASSE \u1e9e': [1894, 127, 253, 324, 1894, 8938, 127, 509],
-    'a\ud800b': [320, 39802, 321],
-    'Black & White, R&B, AT&T; x &lt y&': [
-        1449, 261, 1579, 267, 337, 261, 321, 267, 536, 261, 339, 282, 343, 283, 344, 261],
-    'the newest letters: a\u1c8ab x\ua7cby \U00031350\U00031351': [
-        518, 4990, 9181, 281, 64, 157, 110, 232, 321, 87, 166, 253, 233, 344, 172, 109, 235,
-        238, 172, 109, 235, 495],
-    # no special tokens of OpenAI's; the engine has them, as open_clip does
-    '<start_of_text> a<end_of_text>': [
-        283, 1572, 318, 539, 318, 4160, 285, 320, 283, 806, 318, 539, 318, 4160, 285],
-    # the pattern takes the long s for an s, but the word is no special token
-    "it'\u017f x<|\u017ftartoftext|>": [
-        585, 6, 129, 379, 343, 27, 91, 129, 123, 2002, 6659, 18169, 91, 285],
-    # is neither a letter nor another sign to the pattern: lost
-    'a\u0345b\u0345': [320, 321],
-    '<|startoftext |> <| endoftext|>': [
-        27, 347, 993, 6659, 4160, 91, 285, 27, 347, 40786, 4160, 91, 285],
-    '\x1b[31mred\x1b[0m a\x00b\x1cc\x85d\xa0e': [736, 5334, 959, 323, 324],
-    '\uff26\uff35\uff2c\uff2c \uff8a\uff9f \u2163 \u01c5 \ufb03': [
-        1476, 2429, 495, 158, 227, 367, 67, 129, 378, 1021, 328],
-    '&#xD800; &#128512; &bogus; &notit;': [39802, 7334, 261, 42907, 282, 126, 361, 585, 282],
+  'a photo of a cat': [320, 1125, 539, 320, 2368],
+  'A Photo OF a CAT': [320, 1125, 539, 320, 2368],
+  '  a\tphoto\n of a   cat ': [320, 1125, 539, 320, 2368],
+  "it's the dog's, they'll say we've 3.14 or 100 cats!!": [
+    585,
+    568,
+    518,
+    1929,
+    568,
+    267,
+    889,
+    1342,
+    1451,
+    649,
+    1200,
+    274,
+    269,
+    272,
+    275,
+    541,
+    272,
+    271,
+    271,
+    3989,
+    748,
+  ],
+  '': [],
+  '<|startoftext|> cat <|endoftext|>': [49406, 2368, 49407],
+  'cat<|endoftext|><|EndOfText|>dog': [2368, 49407, 49407, 1929],
+  '!<|startoftext|>cat': [0, 27, 347, 993, 6659, 4160, 91, 285, 2368],
+  '!<|endoftext|><|endoftext|>': [0, 27, 347, 40786, 4160, 91, 29, 27, 347, 40786, 4160, 91, 285],
+  "'s<|endoftext|>": [568, 49407],
+  '&lt;|endoftext|&gt; &amp;amp; caf&eacute;': [49407, 261, 15304],
+  '<b> caf&amp;amp;eacute;': [283, 321, 285, 20867, 261, 68, 19734, 282],
+  '\u039f\u0394\u039f\u03a3 \u03a3': [138, 123, 138, 112, 138, 123, 139, 480, 139, 481],
+  '\u0130STANBUL \u0131I': [328, 16384, 11231, 18562, 328],
+  '\ufb01ne caf\xe9 na\xefve': [3797, 15304, 1097, 35689, 563],
+  'na\xc3\xafve \xe2\u20ac\u0153quotes\xe2\u20ac\x9d': [1097, 35689, 563, 257, 5808, 257],
+  'x\xb2\u2462\u2167\u0663 \u5317\u4eac ': [
+    343,
+    41175,
+    158,
+    239,
+    351,
+    158,
+    227,
+    371,
+    149,
+    352,
+    161,
+    234,
+    245,
+    21078,
+    361,
+  ],
+  '\U0001f44d\U0001f3fd \U0001f469\u200d\U0001f469\u200d\U0001f467 ok': [
+    43722,
+    26304,
+    26304,
+    964,
+    356,
+    2481,
+  ],
+  'e\u0301 a\u200bb': [4166, 320, 9844, 321],
+  'stra\xdfe STRASSE \u1e9e': [1894, 127, 253, 324, 1894, 8938, 127, 509],
+  'a\ud800b': [320, 39802, 321],
+  'Black & White, R&B, AT&T; x &lt y&': [
+    1449,
+    261,
+    1579,
+    267,
+    337,
+    261,
+    321,
+    267,
+    536,
+    261,
+    339,
+    282,
+    343,
+    283,
+    344,
+    261,
+  ],
+  'the newest letters: a\u1c8ab x\ua7cby \U00031350\U00031351': [
+    518,
+    4990,
+    9181,
+    281,
+    64,
+    157,
+    110,
+    232,
+    321,
+    87,
+    166,
+    253,
+    233,
+    344,
+    172,
+    109,
+    235,
+    238,
+    172,
+    109,
+    235,
+    495,
+  ],
+  # no special tokens of OpenAI's; the engine has them, as open_clip does
+  '<start_of_text> a<end_of_text>': [
+    283,
+    1572,
+    318,
+    539,
+    318,
+    4160,
+    285,
+    320,
+    283,
+    806,
+    318,
+    539,
+    318,
+    4160,
+    285,
+  ],
+  # the pattern takes the long s for an s, but the word is no special token
+  "it'\u017f x<|\u017ftartoftext|>": [
+    585,
+    6,
+    129,
+    379,
+    343,
+    27,
+    91,
+    129,
+    123,
+    2002,
+    6659,
+    18169,
+    91,
+    285,
+  ],
+  # is neither a letter nor another sign to the pattern: lost
+  'a\u0345b\u0345': [320, 321],
+  '<|startoftext |> <| endoftext|>': [
+    27,
+    347,
+    993,
+    6659,
+    4160,
+    91,
+    285,
+    27,
+    347,
+    40786,
+    4160,
+    91,
+    285,
+  ],
+  '\x1b[31mred\x1b[0m a\x00b\x1cc\x85d\xa0e': [736, 5334, 959, 323, 324],
+  '\uff26\uff35\uff2c\uff2c \uff8a\uff9f \u2163 \u01c5 \ufb03': [
+    1476,
+    2429,
+    495,
+    158,
+    227,
+    367,
+    67,
+    129,
+    378,
+    1021,
+    328,
+  ],
+  '&#xD800; &#128512; &bogus; &notit;': [39802, 7334, 261, 42907, 282, 126, 361, 585, 282],
 }
 
 
@@ -67,8 +197,10 @@ def test_tokens_are_openais(text):
 def test_a_long_text_keeps_its_end_token():
   texts = ['cat ' * n for n in (0, 1, 5, 6, 7, 100)]
   cat = GOLDEN['a photo of a cat'][-1]
-  expected = [[tokenizer.START, *[cat] * min(n, 6), tokenizer.END] + [0] * (6 - n)
-              for n in (0, 1, 5, 6, 7, 100)]
+  expected = [
+    [tokenizer.START, *[cat] * min(n, 6), tokenizer.END] + [0] * (6 - n)
+    for n in (0, 1, 5, 6, 7, 100)
+  ]
   tokens = tokenizer.tokenize(texts, 8)
   assert tokens.dtype == np.int32 and tokens.tolist() == expected
   assert tokenizer.tokenize(['cat'], 2).tolist() == [[tokenizer.START, tokenizer.END]]
@@ -100,7 +232,7 @@ def test_a_batch_gives_each_text_its_own_tokens(texts):
   for context_length in (2, 3, 8):
     tokens = tokenizer.tokenize(texts, context_length)
     for row, text in zip(tokens, texts, strict=True):
-      ids = [tokenizer.START, *tokenizer._encode(text)[:context_length - 2], tokenizer.END]
+      ids = [tokenizer.START, *tokenizer._encode(text)[: context_length - 2], tokenizer.END]
       assert row.tolist() == ids + [0] * (context_length - len(ids))
 
 

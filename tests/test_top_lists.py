@@ -7,7 +7,19 @@ import pytest
 
 from clip_jax.similarity import top_lists
 
-FLOATS = np.float32([-np.inf, -1.5, -1e-45, -0.0, 0.0, 1e-45, 0.25, np.nextafter(np.float32(0.25), np.float32(1)), 1.1])
+FLOATS = np.float32(
+  [
+    -np.inf,
+    -1.5,
+    -1e-45,
+    -0.0,
+    0.0,
+    1e-45,
+    0.25,
+    np.nextafter(np.float32(0.25), np.float32(1)),
+    1.1,
+  ]
+)
 
 
 def test_a_greater_number_is_a_nearer_or_an_earlier_row():
@@ -25,7 +37,9 @@ def test_packing_loses_nothing():
 
 
 @hypothesis.settings(deadline=None, max_examples=60)
-@hypothesis.given(st.integers(1, 5), st.integers(1, 40), st.integers(1, 9), st.integers(0, 2**32 - 1))
+@hypothesis.given(
+  st.integers(1, 5), st.integers(1, 40), st.integers(1, 9), st.integers(0, 2**32 - 1)
+)
 def test_lists_hold_the_nearest_rows(slots, rows, k, seed):
   rng = np.random.default_rng(seed)
   similarity = rng.choice(FLOATS[1:], (slots, rows))  # full of ties

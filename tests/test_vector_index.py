@@ -6,12 +6,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from clip_jax.core.errors import ConfigError
-from clip_jax.core.errors import InputError
-from clip_jax.data import listing
-from clip_jax.data import row_rules
-from clip_jax.data import table
-from clip_jax.data import vector_index
+from clip_jax.core.errors import ConfigError, InputError
+from clip_jax.data import listing, row_rules, table, vector_index
 from clip_jax.data.reader import Source
 from clip_jax.data.row_rules import RowRules
 
@@ -30,19 +26,27 @@ def _index(folder, out, metadata='', assemble=True, **rules):
   """Indexes all files of vectors in a folder; returns the source and the counts of each file."""
   found = listing.list_files('embeddings', str(folder))
   out.mkdir(exist_ok=True)
-  counts = [vector_index.write(str(out), i, file, beside, RowRules(**rules)) for i, (file, beside) in enumerate(
-      zip(found, vector_index.companions(found, metadata), strict=True))]
+  counts = [
+    vector_index.write(str(out), i, file, beside, RowRules(**rules))
+    for i, (file, beside) in enumerate(
+      zip(found, vector_index.companions(found, metadata), strict=True)
+    )
+  ]
   if not assemble:
     return None, counts
-  table.assemble(str(out), [{'format': 'embeddings', 'root': '', 'path': file.path, 'image_key': ''}
-                            for file in found])
+  table.assemble(
+    str(out),
+    [{'format': 'embeddings', 'root': '', 'path': file.path, 'image_key': ''} for file in found],
+  )
   return Source(str(out)), counts
 
 
 def _pair(folder, metadata=''):
   found = listing.list_files('embeddings', str(folder))
-  return [{kind: file.name for kind, file in beside.items()}
-          for beside in vector_index.companions(found, metadata)]
+  return [
+    {kind: file.name for kind, file in beside.items()}
+    for beside in vector_index.companions(found, metadata)
+  ]
 
 
 def test_files_are_paired_by_their_numbers_whatever_their_zeros(tmp_path):
@@ -51,15 +55,21 @@ def test_files_are_paired_by_their_numbers_whatever_their_zeros(tmp_path):
   for number in ('1', '2', '10'):
     _metadata(tmp_path / f'metadata/metadata_{number}.parquet', key=['a', 'b'])
   expected = [{'metadata': f'metadata_{i}.parquet'} for i in (1, 2, 10)]
-  assert _pair(tmp_path) == _pair(tmp_path / 'img_emb') == _pair(tmp_path / 'img_emb/*.npy') == expected
+  assert (
+    _pair(tmp_path) == _pair(tmp_path / 'img_emb') == _pair(tmp_path / 'img_emb/*.npy') == expected
+  )
   assert _pair(tmp_path / 'img_emb', str(tmp_path / 'metadata/*.parquet')) == expected
 
 
 def test_a_missing_partner_is_named(tmp_path):
   for number in range(3):
     _vectors(tmp_path / f'img_emb/img_emb_{number}.npy', 2)
-    _metadata(tmp_path / f'metadata/metadata_{number + 1}.parquet', key=['a', 'b'])  # counted from 1
-  with pytest.raises(InputError, match='img_emb_0.npy has no partner in .*metadata: .*end in 1 to 3'):
+    _metadata(
+      tmp_path / f'metadata/metadata_{number + 1}.parquet', key=['a', 'b']
+    )  # counted from 1
+  with pytest.raises(
+    InputError, match='img_emb_0.npy has no partner in .*metadata: .*end in 1 to 3'
+  ):
     _pair(tmp_path)
   (tmp_path / 'img_emb/img_emb_0.npy').unlink()
   (tmp_path / 'metadata/metadata_2.parquet').unlink()  # a hole
@@ -75,7 +85,9 @@ def test_partitions_that_the_pattern_leaves_out_need_no_vectors(tmp_path):
     _vectors(tmp_path / f'img_emb/img_emb_{number}.npy', 2)
     _metadata(tmp_path / f'metadata/metadata_{number}.parquet', key=[f'{number}a', f'{number}b'])
   assert _pair(tmp_path / 'img_emb/img_emb_[02].npy') == [
-      {'metadata': 'metadata_0.parquet'}, {'metadata': 'metadata_2.parquet'}]
+    {'metadata': 'metadata_0.parquet'},
+    {'metadata': 'metadata_2.parquet'},
+  ]
 
 
 def test_a_number_that_comes_twice_is_refused(tmp_path):
@@ -86,7 +98,9 @@ def test_a_number_that_comes_twice_is_refused(tmp_path):
     _pair(tmp_path)
   _vectors(tmp_path / 'more/img_emb_1.npy', 2)
   (tmp_path / 'metadata/metadata_01.parquet').unlink()
-  with pytest.raises(InputError, match='cannot be told apart. Join their folders with format=concat'):
+  with pytest.raises(
+    InputError, match='cannot be told apart. Join their folders with format=concat'
+  ):
     _pair(tmp_path / '{img_emb,more}/*.npy', str(tmp_path / 'metadata'))
 
 
@@ -97,7 +111,10 @@ def test_datacomp_and_clip_ood_lie_beside_one_another(tmp_path):
   assert _pair(tmp_path) == [{'metadata': '0a1.parquet'}, {'metadata': '0b1.parquet'}]
   ood = tmp_path / 'val/ViT-B-16__laion'
   _vectors(ood / 'images/img_emb_0.npy', 3)
-  for kind, values in (('labels', np.array([2, 0, -1])), ('paths', np.array(['a.png', 'b.png', 'ü.png']))):
+  for kind, values in (
+    ('labels', np.array([2, 0, -1])),
+    ('paths', np.array(['a.png', 'b.png', 'ü.png'])),
+  ):
     (ood / kind).mkdir()
     np.save(ood / f'{kind}/{kind}_0.npy', values)
   assert _pair(ood) == [{'labels': 'labels_0.npy', 'paths': 'paths_0.npy'}]
@@ -112,7 +129,9 @@ def test_datacomp_and_clip_ood_lie_beside_one_another(tmp_path):
 def test_another_number_of_rows_is_refused_by_name(tmp_path):
   _vectors(tmp_path / 'img_emb/img_emb_0.npy', 3)
   _metadata(tmp_path / 'metadata/metadata_0.parquet', key=['a', 'b'])
-  with pytest.raises(InputError, match='metadata_0.parquet describes 2 rows, and .*img_emb_0.npy has 3 vectors'):
+  with pytest.raises(
+    InputError, match='metadata_0.parquet describes 2 rows, and .*img_emb_0.npy has 3 vectors'
+  ):
     _index(tmp_path, tmp_path / 'out', assemble=False)
 
 
@@ -121,8 +140,13 @@ def test_without_metadata_a_key_is_the_file_and_the_row(tmp_path, monkeypatch):
   for number, rows in enumerate((3, 0, 2)):
     _vectors(tmp_path / f'img_emb/e_{number}.npy', rows)
   source, counts = _index(tmp_path, tmp_path / 'out')
-  assert source.column('key').tolist() == ['img_emb/e_0.npy/0', 'img_emb/e_0.npy/1', 'img_emb/e_0.npy/2',
-                                           'img_emb/e_2.npy/0', 'img_emb/e_2.npy/1']
+  assert source.column('key').tolist() == [
+    'img_emb/e_0.npy/0',
+    'img_emb/e_0.npy/1',
+    'img_emb/e_0.npy/2',
+    'img_emb/e_2.npy/0',
+    'img_emb/e_2.npy/1',
+  ]
   assert [c['rows'] for c in counts] == [3, 0, 2] and {c['dim'] for c in counts} == {4}
   assert source.offsets(0).tolist() == [0, 1, 2] and source.offsets(2).tolist() == [0, 1]
   assert not source.has_images and source.caption(1) == '' and source.labels.tolist() == [-1] * 5
@@ -131,11 +155,20 @@ def test_without_metadata_a_key_is_the_file_and_the_row(tmp_path, monkeypatch):
 
 
 SAMPLES = {
-    'image_path': ['p0', 'p1', 'p2', 'p3'], 'uid': ['u0', None, 'u2', 'u3'], 'caption': [' a ', '', None, 'ü'],
-    'text': ['b', ' c ', None, 'd'], 'class': ['cat', 'dog', None, 'cow'], 'number': [1.0, 0.0, None, 7.0],
-    'width': [10, 20, None, -1], 'original_width': [1] * 4, 'original_height': [5.0, float('nan'), 7.0, 8.0],
-    'domain': ['x', 'y', 'x', None], 'score': [0.5, float('nan'), None, 1.0],
-    'tags': [['s'], [], None, ['t', 'u']], 'seen': [True, None, False, True]}
+  'image_path': ['p0', 'p1', 'p2', 'p3'],
+  'uid': ['u0', None, 'u2', 'u3'],
+  'caption': [' a ', '', None, 'ü'],
+  'text': ['b', ' c ', None, 'd'],
+  'class': ['cat', 'dog', None, 'cow'],
+  'number': [1.0, 0.0, None, 7.0],
+  'width': [10, 20, None, -1],
+  'original_width': [1] * 4,
+  'original_height': [5.0, float('nan'), 7.0, 8.0],
+  'domain': ['x', 'y', 'x', None],
+  'score': [0.5, float('nan'), None, 1.0],
+  'tags': [['s'], [], None, ['t', 'u']],
+  'seen': [True, None, False, True],
+}
 
 
 @pytest.fixture(name='described')
@@ -148,21 +181,42 @@ def _described(tmp_path):
 @pytest.mark.parametrize('rows', [1, 3, 100])
 def test_columns_of_metadata(described, monkeypatch, rows):
   monkeypatch.setattr(vector_index, '_ROWS', rows)
-  source, _ = _index(described, described / 'out', columns=('domain', 'score', 'tags', 'seen', 'nowhere'),
-                     label_key='class', classes=('dog', 'cat', 'cow'))
+  source, _ = _index(
+    described,
+    described / 'out',
+    columns=('domain', 'score', 'tags', 'seen', 'nowhere'),
+    label_key='class',
+    classes=('dog', 'cat', 'cow'),
+  )
   column = lambda name: source.column(name).tolist()
   assert column('key') == ['u0', 'img_emb/img_emb_0.npy/1', 'u2', 'u3']
-  assert [source.caption(i) for i in range(4)] == ['a', 'c', '', 'ü']  # the first of caption_key that says something
+  assert [source.caption(i) for i in range(4)] == [
+    'a',
+    'c',
+    '',
+    'ü',
+  ]  # the first of caption_key that says something
   assert source.labels.tolist() == [1, 0, -1, 2]
   assert column('width') == [10, 20, 0, 0] and column('height') == [5, 0, 7, 8]
-  assert column('domain') == ['x', 'y', 'x', None] and column('tags') == ['["s"]', '[]', None, '["t", "u"]']
+  assert column('domain') == ['x', 'y', 'x', None] and column('tags') == [
+    '["s"]',
+    '[]',
+    None,
+    '["t", "u"]',
+  ]
   assert column('seen') == ['true', None, 'false', 'true'] and column('nowhere') == [None] * 4
-  assert column('score')[::3] == [0.5, 1.0] and np.isnan(column('score')[1]) and np.isnan(column('score')[2])
+  assert (
+    column('score')[::3] == [0.5, 1.0]
+    and np.isnan(column('score')[1])
+    and np.isnan(column('score')[2])
+  )
   assert column('group') == column('key')
 
 
 def test_the_last_caption_key_that_says_something(described):
-  source, _ = _index(described, described / 'out', caption_key='json:text;caption', sample_key='image_path')
+  source, _ = _index(
+    described, described / 'out', caption_key='json:text;caption', sample_key='image_path'
+  )
   assert [source.caption(i) for i in range(4)] == ['b', 'c', '', 'd']
   assert source.column('key').tolist() == ['p0', 'p1', 'p2', 'p3']
 
@@ -173,27 +227,42 @@ def test_where_and_part_choose_as_for_images(described):
   source, _ = _index(described, described / 'out', where={'domain': ('x', 'y'), 'number': 0})
   assert source.offsets(0).tolist() == [1]
   low, high = 0.2, 0.7
-  source, _ = _index(described, described / 'out', part=(low, high), group_key='image_path', group_pattern='[0-9]')
-  assert source.offsets(0).tolist() == [i for i in range(4) if low <= row_rules.fraction(str(i)) < high]
+  source, _ = _index(
+    described, described / 'out', part=(low, high), group_key='image_path', group_pattern='[0-9]'
+  )
+  assert source.offsets(0).tolist() == [
+    i for i in range(4) if low <= row_rules.fraction(str(i)) < high
+  ]
   assert set(source.column('group')) <= set('0123')
-  with pytest.raises(InputError, match="metadata_0.parquet has no column 'dom', .* it has image_path, uid"):
+  with pytest.raises(
+    InputError, match="metadata_0.parquet has no column 'dom', .* it has image_path, uid"
+  ):
     _index(described, described / 'out', where={'dom': 'x'})
-  with pytest.raises(ConfigError, match=r"where names number=\['x'\], and that column holds double"):
+  with pytest.raises(
+    ConfigError, match=r"where names number=\['x'\], and that column holds double"
+  ):
     _index(described, described / 'out', where={'number': 'x'})
 
 
 def test_labels_that_are_no_class_are_listed(described):
   source, (counts,) = _index(described, described / 'out', label_key='number', classes=('a', 'b'))
   assert source.labels.tolist() == [1, 0, -1] and counts['reasons'] == {'bad label': 1}
-  assert json.loads((described / 'out/skipped-00000.json').read_text()) == [{'key': 'u3', 'reason': 'bad label'}]
+  assert json.loads((described / 'out/skipped-00000.json').read_text()) == [
+    {'key': 'u3', 'reason': 'bad label'}
+  ]
   source, _ = _index(described, described / 'out', label_key='class', classes=('dog', 'cat'))
   assert source.labels.tolist() == [1, 0, -1]
 
 
-@pytest.mark.parametrize('rules, said', [
-    ({'label_key': 'lable'}, "no column 'lable'"), ({'group_key': 'x'}, "no column 'x'"),
+@pytest.mark.parametrize(
+  'rules, said',
+  [
+    ({'label_key': 'lable'}, "no column 'lable'"),
+    ({'group_key': 'x'}, "no column 'x'"),
     ({'sample_key': 'tags'}, "its column 'tags' holds list.*no text"),
-    ({'caption_key': 'tags'}, "its column 'tags' holds list")])
+    ({'caption_key': 'tags'}, "its column 'tags' holds list"),
+  ],
+)
 def test_columns_that_cannot_be_used(described, rules, said):
   with pytest.raises(InputError, match=said):
     _index(described, described / 'out', **rules)
@@ -206,7 +275,12 @@ def test_a_column_that_every_index_has(described):
 
 def test_a_parquet_of_vectors_describes_itself(tmp_path):
   (tmp_path / 'x').mkdir()
-  _metadata(tmp_path / 'x/a.parquet', image_id=[7, 8], embedding=[[1.0, 0.0], [0.0, 1.0]], caption=['a', 'b'])
+  _metadata(
+    tmp_path / 'x/a.parquet',
+    image_id=[7, 8],
+    embedding=[[1.0, 0.0], [0.0, 1.0]],
+    caption=['a', 'b'],
+  )
   source, _ = _index(tmp_path / 'x', tmp_path / 'out')
   assert source.column('key').tolist() == ['7', '8'] and source.caption(1) == 'b'
 
@@ -223,7 +297,7 @@ def test_remote_files_are_indexed_in_place(described):
   for name in ('img_emb/img_emb_0.npy', 'metadata/metadata_0.parquet'):
     system.pipe(f'/pool/{name}', (described / name).read_bytes())
   found = listing.list_files('embeddings', 'memory://pool')
-  beside, = vector_index.companions(found)
+  (beside,) = vector_index.companions(found)
   assert beside['metadata'].path == 'memory://pool/metadata/metadata_0.parquet'
   (described / 'out').mkdir()
   assert vector_index.write(str(described / 'out'), 0, found[0], beside)['rows'] == 4
@@ -233,7 +307,9 @@ def test_remote_files_are_indexed_in_place(described):
 def test_rows_that_two_datasets_share(described, tmp_path):
   (tmp_path / 'link').symlink_to(described / 'img_emb', target_is_directory=True)
   whole, _ = _index(described / 'img_emb', described / 'a')
-  some, _ = _index(tmp_path / 'link', described / 'b', metadata=str(described / 'metadata'), where={'domain': 'x'})
+  some, _ = _index(
+    tmp_path / 'link', described / 'b', metadata=str(described / 'metadata'), where={'domain': 'x'}
+  )
   assert whole.same_samples(some).tolist() == [True, False, True, False]
 
 

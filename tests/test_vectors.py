@@ -11,30 +11,31 @@ import pyarrow.parquet as pq
 import pytest
 
 from clip_jax.core.errors import InputError
-from clip_jax.data import listing
-from clip_jax.data import storage
-from clip_jax.data import vectors
+from clip_jax.data import listing, storage, vectors
 
 _X = np.random.default_rng(0).normal(size=(23, 5)).astype(np.float32)
 
 
 def _lists(path, x, kind=pa.list_(pa.float32()), **more):
-  pq.write_table(pa.table({'id': list(range(len(x))), 'embedding': pa.array(x.tolist(), kind), **more}), path,
-                 row_group_size=7)
+  pq.write_table(
+    pa.table({'id': list(range(len(x))), 'embedding': pa.array(x.tolist(), kind), **more}),
+    path,
+    row_group_size=7,
+  )
 
 
 _WRITERS = {
-    'x.npy': lambda path: np.save(path, _X),
-    'half.npy': lambda path: np.save(path, _X.astype(np.float16)),
-    'double.npy': lambda path: np.save(path, _X.astype(np.float64)),
-    'big_endian.npy': lambda path: np.save(path, _X.astype('>f4')),
-    'fortran.npy': lambda path: np.save(path, np.asfortranarray(_X)),
-    'x.npz': lambda path: np.savez(path, b32_img=_X, uid=np.arange(23)),
-    'packed.npz': lambda path: np.savez_compressed(path, b32_img=_X),
-    'fortran.npz': lambda path: np.savez(path, b32_img=np.asfortranarray(_X)),
-    'x.parquet': lambda path: _lists(path, _X),
-    'fixed.parquet': lambda path: _lists(path, _X, pa.list_(pa.float32(), 5)),
-    'large.parquet': lambda path: _lists(path, _X, pa.large_list(pa.float64())),
+  'x.npy': lambda path: np.save(path, _X),
+  'half.npy': lambda path: np.save(path, _X.astype(np.float16)),
+  'double.npy': lambda path: np.save(path, _X.astype(np.float64)),
+  'big_endian.npy': lambda path: np.save(path, _X.astype('>f4')),
+  'fortran.npy': lambda path: np.save(path, np.asfortranarray(_X)),
+  'x.npz': lambda path: np.savez(path, b32_img=_X, uid=np.arange(23)),
+  'packed.npz': lambda path: np.savez_compressed(path, b32_img=_X),
+  'fortran.npz': lambda path: np.savez(path, b32_img=np.asfortranarray(_X)),
+  'x.parquet': lambda path: _lists(path, _X),
+  'fixed.parquet': lambda path: _lists(path, _X, pa.list_(pa.float32(), 5)),
+  'large.parquet': lambda path: _lists(path, _X, pa.large_list(pa.float64())),
 }
 
 
@@ -42,7 +43,9 @@ def _read(path, key='', dim=0, block_rows=4):
   found = vectors.head(str(path), key, dim)
   starts, blocks = zip(*vectors.blocks(str(path), found, block_rows))
   whole = np.concatenate(blocks)
-  assert whole.shape == (found.rows, found.dim) and list(starts) == list(range(0, found.rows, block_rows))
+  assert whole.shape == (found.rows, found.dim) and list(starts) == list(
+    range(0, found.rows, block_rows)
+  )
   return whole
 
 
@@ -72,9 +75,13 @@ def test_a_dim_that_a_header_contradicts(tmp_path):
 def test_one_of_several_arrays_is_named(tmp_path):
   path = str(tmp_path / 'x.npz')
   np.savez(path, b32_img=_X, l14_img=2 * _X, n=np.arange(3))
-  with pytest.raises(InputError, match='several arrays of vectors: b32_img, l14_img. Name one in vector_key'):
+  with pytest.raises(
+    InputError, match='several arrays of vectors: b32_img, l14_img. Name one in vector_key'
+  ):
     vectors.head(path)
-  with pytest.raises(InputError, match="no array 'l14', which vector_key names; it has b32_img, l14_img, n"):
+  with pytest.raises(
+    InputError, match="no array 'l14', which vector_key names; it has b32_img, l14_img, n"
+  ):
     vectors.head(path, 'l14')
   with pytest.raises(InputError, match='n, holds int64 numbers'):
     vectors.head(path, 'n')
@@ -97,7 +104,9 @@ class _Unpickled:
     return os.mkdir, (os.environ['MARK'],)
 
 
-@pytest.mark.parametrize('array, said', [
+@pytest.mark.parametrize(
+  'array, said',
+  [
     (np.array([[None, 1.0]], object), 'Python objects .dtype object., which are never unpickled'),
     (_X[0], r'an array of shape \(5,\)'),
     (_X[:20].reshape(2, 10, 5), r'an array of shape \(2, 10, 5\)'),
@@ -106,7 +115,8 @@ class _Unpickled:
     (_X.astype(np.longdouble), 'holds (float128|longdouble) numbers'),
     (np.zeros((4, 0), np.float32), 'vectors of no numbers, 4 x 0'),
     (np.zeros(3, 'u8,u8'), 'holds '),
-])
+  ],
+)
 def test_arrays_that_are_no_vectors(tmp_path, array, said):
   np.save(tmp_path / 'x.npy', array, allow_pickle=True)
   with pytest.raises(InputError, match='x.npy.*' + said):
@@ -192,7 +202,9 @@ def test_lists_of_other_lengths_and_without_a_vector(tmp_path):
 
 
 def test_unit_vectors_are_divided_in_float32():
-  x = (_X / np.linalg.norm(_X, axis=1, keepdims=True) * np.linspace(0.91, 1.09, 23)[:, None]).astype(np.float32)
+  x = (
+    _X / np.linalg.norm(_X, axis=1, keepdims=True) * np.linspace(0.91, 1.09, 23)[:, None]
+  ).astype(np.float32)
   found, bad = vectors.unit(x)
   assert found.dtype == np.float16 and not bad.any()
   exact = x.astype(np.float64) / np.linalg.norm(x.astype(np.float64), axis=1, keepdims=True)
@@ -223,8 +235,15 @@ def test_any_length_is_taken_where_asked(power, seed):
   x = np.random.default_rng(seed).normal(size=(3, 6)) * 10.0**power
   found, bad = vectors.unit(x, any_norm=True)
   assert not bad.any()
-  assert np.abs(found - x / np.abs(x).max(1, keepdims=True) /
-                np.linalg.norm(x / np.abs(x).max(1, keepdims=True), axis=1, keepdims=True)).max() < 2**-11
+  assert (
+    np.abs(
+      found
+      - x
+      / np.abs(x).max(1, keepdims=True)
+      / np.linalg.norm(x / np.abs(x).max(1, keepdims=True), axis=1, keepdims=True)
+    ).max()
+    < 2**-11
+  )
 
 
 def test_a_float16_that_overflowed_is_bad():
@@ -244,7 +263,7 @@ def _remote(tmp_path):
 
 def test_a_remote_file_is_copied_once_and_again_when_it_changes(tmp_path, remote, monkeypatch):
   cache = tmp_path / 'cache'
-  file, = listing.list_files('embeddings', 'memory://pool')
+  (file,) = listing.list_files('embeddings', 'memory://pool')
   assert vectors.head(file.path).rows == 23  # its head is read in place
   path = vectors.local_copy(file, str(cache))
   assert np.array_equal(_read(path), _X) and len(list(cache.iterdir())) == 1
@@ -253,15 +272,17 @@ def test_a_remote_file_is_copied_once_and_again_when_it_changes(tmp_path, remote
     assert vectors.local_copy(file, str(cache)) == path  # no second copy
   np.save(tmp_path / 'x.npy', 2 * _X)
   remote.pipe('/pool/img_emb/x.npy', (tmp_path / 'x.npy').read_bytes())
-  file, = listing.list_files('embeddings', 'memory://pool')
+  (file,) = listing.list_files('embeddings', 'memory://pool')
   assert np.array_equal(_read(vectors.local_copy(file, str(cache))), 2 * _X)
 
 
 def test_half_a_copy_is_never_taken_for_a_whole_one(tmp_path, remote, monkeypatch):
   cache = tmp_path / 'cache'
-  file, = listing.list_files('embeddings', 'memory://pool')
+  (file,) = listing.list_files('embeddings', 'memory://pool')
   whole = storage.RemoteFile.read
-  monkeypatch.setattr(storage.RemoteFile, 'read', lambda self, offset, length: whole(self, offset, length)[:-1])
+  monkeypatch.setattr(
+    storage.RemoteFile, 'read', lambda self, offset, length: whole(self, offset, length)[:-1]
+  )
   with pytest.raises(InputError, match='x.npy ends at byte 587 of 588'):
     vectors.local_copy(file, str(cache))
   assert not list(cache.iterdir())
@@ -272,19 +293,34 @@ def test_half_a_copy_is_never_taken_for_a_whole_one(tmp_path, remote, monkeypatc
 
 
 def test_the_files_of_each_layout_are_found_in_a_folder(tmp_path):
-  names = {'clip_retrieval': ('img_emb/img_emb_10.npy', 'img_emb/img_emb_9.npy', 'text_emb/text_emb_9.npy'),
-           'clip_ood': ('images/img_emb_0.npy', 'labels/labels_0.npy', 'paths/paths_0.npy'),
-           'datacomp': ('0a.npz', '0a.parquet'), 'parquet': ('a.parquet',), 'plain': ('a.npy', 'a.parquet')}
-  expected = {'clip_retrieval': ['img_emb/img_emb_9.npy', 'img_emb/img_emb_10.npy'],
-              'clip_ood': ['images/img_emb_0.npy'], 'datacomp': ['0a.npz'], 'parquet': ['a.parquet'],
-              'plain': ['a.npy']}
+  names = {
+    'clip_retrieval': (
+      'img_emb/img_emb_10.npy',
+      'img_emb/img_emb_9.npy',
+      'text_emb/text_emb_9.npy',
+    ),
+    'clip_ood': ('images/img_emb_0.npy', 'labels/labels_0.npy', 'paths/paths_0.npy'),
+    'datacomp': ('0a.npz', '0a.parquet'),
+    'parquet': ('a.parquet',),
+    'plain': ('a.npy', 'a.parquet'),
+  }
+  expected = {
+    'clip_retrieval': ['img_emb/img_emb_9.npy', 'img_emb/img_emb_10.npy'],
+    'clip_ood': ['images/img_emb_0.npy'],
+    'datacomp': ['0a.npz'],
+    'parquet': ['a.parquet'],
+    'plain': ['a.npy'],
+  }
   for layout, files in names.items():
     for name in files:
       (tmp_path / layout / name).parent.mkdir(parents=True, exist_ok=True)
       (tmp_path / layout / name).write_bytes(b'x')
-    assert [file.name for file in listing.list_files('embeddings', str(tmp_path / layout))] == expected[layout]
-  assert [file.name for file in listing.list_files('embeddings', str(tmp_path / 'clip_retrieval/img_emb'))] == [
-      'img_emb_9.npy', 'img_emb_10.npy']
+    assert [
+      file.name for file in listing.list_files('embeddings', str(tmp_path / layout))
+    ] == expected[layout]
+  assert [
+    file.name for file in listing.list_files('embeddings', str(tmp_path / 'clip_retrieval/img_emb'))
+  ] == ['img_emb_9.npy', 'img_emb_10.npy']
 
 
 def test_a_parquet_whose_first_row_has_no_vector(tmp_path):

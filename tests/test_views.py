@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from clip_jax.core.errors import InputError
-from clip_jax.data import order
-from clip_jax.data import views
+from clip_jax.data import order, views
 
 
 class _Source:
@@ -120,8 +119,11 @@ def test_rows_that_are_not_there_are_named(tmp_path, bad):
 @given(st.lists(st.integers(0, 29), max_size=40), st.integers(1, 5))
 def test_shards_of_a_view_hold_the_rows_of_the_source_s_shards(rows, most):
   base = views.Concatenation([_Many('a', 17), _Many('b', 0), _Many('c', 13)])
-  shard_of = {row: shard for shard, low in enumerate(base.starts[:-1])
-              for row in range(low, base.starts[shard + 1])}
+  shard_of = {
+    row: shard
+    for shard, low in enumerate(base.starts[:-1])
+    for row in range(low, base.starts[shard + 1])
+  }
   assert set(shard_of) == set(range(30))
   some = views.Subset(base, np.sort(np.array(rows, np.int32)))
   starts = some.starts

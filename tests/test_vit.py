@@ -7,15 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 import reference_clip
-from clip_jax.models import vit
-from clip_jax.models import zoo
+
+from clip_jax.models import vit, zoo
 
 
 def make(dtype='float32', activation='gelu', image_size=10, **others):
-  config = zoo.ViTConfig(image_size=image_size, patch_size=4, width=8, layers=2, heads=2,
-                         activation=activation)
+  config = zoo.ViTConfig(
+    image_size=image_size, patch_size=4, width=8, layers=2, heads=2, activation=activation
+  )
   return vit.VisionTransformer(config, 6, rngs=nnx.Rngs(0), dtype=dtype, **others)
 
 
@@ -23,19 +23,23 @@ def random_model(make):
   """(compiled call, flat float64 params) of a model with every parameter random, norms' too."""
   graph, state = nnx.split(nnx.eval_shape(make))
   rng = np.random.default_rng(0)
-  params = jax.tree.map(lambda x: rng.normal(0, 0.5, x.shape).astype(np.float32),
-                        nnx.to_pure_dict(state))
+  params = jax.tree.map(
+    lambda x: rng.normal(0, 0.5, x.shape).astype(np.float32), nnx.to_pure_dict(state)
+  )
   compiled = jax.jit(lambda params, x: nnx.merge(graph, params)(x))
   return functools.partial(compiled, params), reference_clip.flat(params)
 
 
-@pytest.mark.parametrize('ours, theirs', [('gelu', reference_clip.gelu),
-                                          ('quick_gelu', reference_clip.quick_gelu)])
+@pytest.mark.parametrize(
+  'ours, theirs', [('gelu', reference_clip.gelu), ('quick_gelu', reference_clip.quick_gelu)]
+)
 def test_equals_the_reference(ours, theirs):
   model, params = random_model(lambda: make(activation=ours))
   images = np.random.default_rng(1).normal(size=(3, 10, 10, 3))
-  want = [reference_clip.encode_image(image, params, heads=2, layers=2, activation=theirs)
-          for image in images]
+  want = [
+    reference_clip.encode_image(image, params, heads=2, layers=2, activation=theirs)
+    for image in images
+  ]
   got = model(jnp.asarray(images, jnp.float32))
   assert got.dtype == jnp.float32
   np.testing.assert_allclose(got, np.stack(want), atol=2e-5)
@@ -89,5 +93,8 @@ def test_what_is_recomputed_changes_nothing(remat):
     graph, state = nnx.split(make(remat=remat))
     images = jnp.asarray(np.random.default_rng(1).normal(size=(2, 10, 10, 3)), jnp.float32)
     return jax.jit(jax.grad(lambda state: nnx.merge(graph, state)(images).sum()))(state)
-  for a, b in zip(jax.tree.leaves(gradients(remat)), jax.tree.leaves(gradients('none')), strict=True):
+
+  for a, b in zip(
+    jax.tree.leaves(gradients(remat)), jax.tree.leaves(gradients('none')), strict=True
+  ):
     np.testing.assert_allclose(a, b, atol=1e-5)

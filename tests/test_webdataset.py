@@ -6,14 +6,12 @@ import tarfile
 import tracemalloc
 
 import fsspec
-from hypothesis import given
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 import pytest
 import webdataset as writer
 
-from clip_jax.data import storage
-from clip_jax.data import webdataset
+from clip_jax.data import storage, webdataset
 
 
 def _tar(path, members, format=tarfile.USTAR_FORMAT):
@@ -27,15 +25,20 @@ def _tar(path, members, format=tarfile.USTAR_FORMAT):
 
 
 def _sample(key, n=0):
-  return [(f'{key}.jpg', b'image' * (n + 1)), (f'{key}.txt', f'caption {key}'.encode()),
-          (f'{key}.json', b'{}')]
+  return [
+    (f'{key}.jpg', b'image' * (n + 1)),
+    (f'{key}.txt', f'caption {key}'.encode()),
+    (f'{key}.json', b'{}'),
+  ]
 
 
 def _read(path, name='x.tar'):
   """Returns [(key, {ending: bytes})] and what was skipped."""
   samples, skipped = webdataset.samples(path, name)
-  return [(sample.key, {ending: sample.read(ending, 1 << 30) for ending in sample.members})
-          for sample in samples], skipped
+  return [
+    (sample.key, {ending: sample.read(ending, 1 << 30) for ending in sample.members})
+    for sample in samples
+  ], skipped
 
 
 @pytest.mark.parametrize('format', [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -53,12 +56,25 @@ def test_walk_equals_tarfile(tmp_path, format):
 
 
 def test_members_are_grouped_by_key_in_order_of_first_member(tmp_path):
-  path = _tar(tmp_path / 'x.tar', [
-      ('b.jpg', b'1'), ('a.jpg', b'2'), ('a.seg.png', b'3'), ('b.TXT', b'4'), ('d/b.jpg', b'5'),
-      ('.hidden.jpg', b'6'), ('noending', b'7'), ('d/._b.jpg', b'8')])
+  path = _tar(
+    tmp_path / 'x.tar',
+    [
+      ('b.jpg', b'1'),
+      ('a.jpg', b'2'),
+      ('a.seg.png', b'3'),
+      ('b.TXT', b'4'),
+      ('d/b.jpg', b'5'),
+      ('.hidden.jpg', b'6'),
+      ('noending', b'7'),
+      ('d/._b.jpg', b'8'),
+    ],
+  )
   samples, skipped = _read(path)
-  assert samples == [('b', {'jpg': b'1', 'txt': b'4'}), ('a', {'jpg': b'2', 'seg.png': b'3'}),
-                     ('d/b', {'jpg': b'5'})]
+  assert samples == [
+    ('b', {'jpg': b'1', 'txt': b'4'}),
+    ('a', {'jpg': b'2', 'seg.png': b'3'}),
+    ('d/b', {'jpg': b'5'}),
+  ]
   assert skipped == []
 
 
@@ -82,7 +98,7 @@ def test_links_and_folders_are_no_members(tmp_path):
 
 
 def test_every_cut_keeps_the_whole_samples_before_it_and_says_where(tmp_path):
-  whole = (tmp_path / 'x.tar')
+  whole = tmp_path / 'x.tar'
   _tar(whole, [member for key in 'abc' for member in _sample(key, ord(key))])
   data = whole.read_bytes()
   full, _ = _read(str(whole))
@@ -91,9 +107,11 @@ def test_every_cut_keeps_the_whole_samples_before_it_and_says_where(tmp_path):
   for cut in [0, 1, 511, 512, 513, *range(600, end, 97), end]:
     (tmp_path / 'cut.tar').write_bytes(data[:cut])
     samples, skipped = _read(str(tmp_path / 'cut.tar'), 'cut.tar')
-    assert skipped == [{'key': f'cut.tar, byte {cut}', 'reason': 'truncated' if cut else 'empty file'}]
-    assert [key for key, _ in samples] == [key for key, _ in full][:len(samples)]
-    assert samples[:-1] == full[:len(samples)][:-1]
+    assert skipped == [
+      {'key': f'cut.tar, byte {cut}', 'reason': 'truncated' if cut else 'empty file'}
+    ]
+    assert [key for key, _ in samples] == [key for key, _ in full][: len(samples)]
+    assert samples[:-1] == full[: len(samples)][:-1]
     for _, got in samples[-1:]:  # the last may lack members that come after the cut
       assert got.items() <= full[len(samples) - 1][1].items()
     if cut == end:
@@ -103,17 +121,20 @@ def test_every_cut_keeps_the_whole_samples_before_it_and_says_where(tmp_path):
 def test_a_sample_whose_member_is_cut_is_no_sample(tmp_path):
   path = tmp_path / 'x.tar'
   _tar(path, [('a.jpg', b'1'), ('b.jpg', b'2'), ('b.txt', b'x' * 600)])
-  path.write_bytes(path.read_bytes()[:5 * 512 + 100])
+  path.write_bytes(path.read_bytes()[: 5 * 512 + 100])
   samples, skipped = _read(str(path))
   assert [key for key, _ in samples] == ['a']
   assert skipped == [{'key': f'x.tar, byte {5 * 512 + 100}', 'reason': 'truncated'}]
 
 
-@pytest.mark.parametrize(('data', 'entry'), [
+@pytest.mark.parametrize(
+  ('data', 'entry'),
+  [
     (b'', {'key': 'x.tar, byte 0', 'reason': 'empty file'}),
     (b'\x1f\x8b' + b'garbage' * 300, {'key': 'x.tar, byte 0', 'reason': 'compressed, unpack it'}),
     (bytes(10240), {'key': 'x.tar', 'reason': 'no samples'}),
-])
+  ],
+)
 def test_files_without_samples_are_listed(tmp_path, data, entry):
   (tmp_path / 'x.tar').write_bytes(data)
   assert _read(tmp_path / 'x.tar') == ([], [entry])
@@ -134,7 +155,7 @@ def test_bytes_after_the_end_mark_are_listed(tmp_path):
   one, two = tmp_path / 'x.tar', tmp_path / 'y.tar'
   _tar(one, _sample('a'))
   _tar(two, _sample('b'))
-  one.write_bytes(one.read_bytes()[:-10240 + 4096] + two.read_bytes())
+  one.write_bytes(one.read_bytes()[: -10240 + 4096] + two.read_bytes())
   samples, skipped = _read(one)
   assert [key for key, _ in samples] == ['a']
   assert [entry['reason'] for entry in skipped] == ['bytes after the end mark']
@@ -142,7 +163,7 @@ def test_bytes_after_the_end_mark_are_listed(tmp_path):
 
 def _header(size: bytes, kind=b'0', name=b'a.jpg'):
   block = bytearray(512)
-  block[:len(name)] = name
+  block[: len(name)] = name
   block[124:136] = size
   block[156:157] = kind
   block[148:156] = b' ' * 8
@@ -158,7 +179,9 @@ def test_a_forged_size_allocates_nothing(tmp_path, kind, size):
   assert samples == [] and [entry['reason'] for entry in skipped] == ['truncated']
 
 
-@pytest.mark.parametrize('size', [b'-0000000010\0', b'zz', b'00000000009\0', b'0000000_010\0', b'+0000000010\0'])
+@pytest.mark.parametrize(
+  'size', [b'-0000000010\0', b'zz', b'00000000009\0', b'0000000_010\0', b'+0000000010\0']
+)
 def test_a_size_that_is_no_number_is_damage(tmp_path, size):
   (tmp_path / 'x.tar').write_bytes(_header(size.ljust(12, b'\0')) + bytes(2048))
   assert [entry['reason'] for entry in _read(tmp_path / 'x.tar')[1]] == ['not a tar']
@@ -167,9 +190,14 @@ def test_a_size_that_is_no_number_is_damage(tmp_path, size):
 def test_binary_sizes_and_pax_sizes_are_read(tmp_path):
   record = b'10 size=3\n'
   (tmp_path / 'x.tar').write_bytes(
-      _header(b'\x80' + (3).to_bytes(11, 'big')) + b'abc'.ljust(512, b'\0')
-      + _header(b'%011o\0' % len(record), b'x', b'pax') + record.ljust(512, b'\0')
-      + _header(b'00000000000\0', name=b'b.jpg') + b'def'.ljust(512, b'\0') + bytes(1024))
+    _header(b'\x80' + (3).to_bytes(11, 'big'))
+    + b'abc'.ljust(512, b'\0')
+    + _header(b'%011o\0' % len(record), b'x', b'pax')
+    + record.ljust(512, b'\0')
+    + _header(b'00000000000\0', name=b'b.jpg')
+    + b'def'.ljust(512, b'\0')
+    + bytes(1024)
+  )
   assert _read(tmp_path / 'x.tar') == ([('a', {'jpg': b'abc'}), ('b', {'jpg': b'def'})], [])
 
 
@@ -178,8 +206,13 @@ def test_a_pax_size_that_others_read_otherwise_is_damage(tmp_path, number):
   record = b' size=' + number.encode() + b'\n'
   record = b'%d' % next(n for n in range(9999) if n == len(str(n)) + len(record)) + record
   (tmp_path / 'x.tar').write_bytes(
-      _header(b'%011o\0' % len(record), b'x') + record + bytes(-len(record) % 512)
-      + _header(b'00000000003\0') + b'abc'.ljust(512, b'\0') + bytes(1024))
+    _header(b'%011o\0' % len(record), b'x')
+    + record
+    + bytes(-len(record) % 512)
+    + _header(b'00000000003\0')
+    + b'abc'.ljust(512, b'\0')
+    + bytes(1024)
+  )
   assert [entry['reason'] for entry in _read(tmp_path / 'x.tar')[1]] == ['damaged header']
 
 
@@ -187,12 +220,15 @@ def test_a_pax_size_that_others_read_otherwise_is_damage(tmp_path, number):
 @given(data=st.data())
 def test_damage_anywhere_is_never_fatal(tmp_path_factory, data):
   path = tmp_path_factory.mktemp('fuzz') / 'x.tar'
-  _tar(path, [('long' * 40 + '.jpg', b'1' * 700), *_sample('b')],
-       data.draw(st.sampled_from([tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])))
+  _tar(
+    path,
+    [('long' * 40 + '.jpg', b'1' * 700), *_sample('b')],
+    data.draw(st.sampled_from([tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])),
+  )
   raw = bytearray(path.read_bytes())
   for _ in range(data.draw(st.integers(1, 4))):
     at = data.draw(st.integers(0, 6000))
-    raw[at:at + 1] = data.draw(st.binary(min_size=0, max_size=3))
+    raw[at : at + 1] = data.draw(st.binary(min_size=0, max_size=3))
   path.write_bytes(raw)
   size = os.path.getsize(path)
   samples, skipped = webdataset.samples(str(path), 'x.tar')
@@ -203,8 +239,23 @@ def test_damage_anywhere_is_never_fatal(tmp_path_factory, data):
 
 def _forged(rng):
   """Returns the bytes of a tar with headers as an attacker, or a bad disk, would leave them."""
-  names = [b'a.jpg', b'a.txt', b'b.JPG', b'../../x.jpg', b'/etc/passwd.jpg', b'.hidden.jpg', b'', b'..',
-           b'a\0b.jpg', b'/', b'dir/', b'x' * 100, b'a.' * 50, b'\xff\xfe.jpg', b'././@LongLink']
+  names = [
+    b'a.jpg',
+    b'a.txt',
+    b'b.JPG',
+    b'../../x.jpg',
+    b'/etc/passwd.jpg',
+    b'.hidden.jpg',
+    b'',
+    b'..',
+    b'a\0b.jpg',
+    b'/',
+    b'dir/',
+    b'x' * 100,
+    b'a.' * 50,
+    b'\xff\xfe.jpg',
+    b'././@LongLink',
+  ]
   values = [b'3', b'-3', b'9' * 22, b'9' * 5000, b'../../y.jpg', b'a=b', b'\n', b'\0', b'\xff', b'']
   out = b''
   for i in range(rng.randrange(1, 14)):
@@ -216,14 +267,26 @@ def _forged(rng):
       data += b'%d %s' % (rng.choice([len(record) + 3] * 5 + [0, 4, -1, 10**9]), record)
     size = b'%011o\0' % len(data)
     if rng.random() < 0.05:
-      size = rng.choice([b'77777777777\0', b'\xff' * 12, b'-0000000010\0', b'zz', b'', b'99999999999\0',
-                         b'\x80' + (2**80).to_bytes(11, 'big'), b'\x80' + len(data).to_bytes(11, 'big')])
-    header = bytearray(_header(size.ljust(12, b'\0'), kind, rng.choice(names + [b'%d.jpg' % i] * 9)))
+      size = rng.choice(
+        [
+          b'77777777777\0',
+          b'\xff' * 12,
+          b'-0000000010\0',
+          b'zz',
+          b'',
+          b'99999999999\0',
+          b'\x80' + (2**80).to_bytes(11, 'big'),
+          b'\x80' + len(data).to_bytes(11, 'big'),
+        ]
+      )
+    header = bytearray(
+      _header(size.ljust(12, b'\0'), kind, rng.choice(names + [b'%d.jpg' % i] * 9))
+    )
     if rng.random() < 0.02:
       header[rng.randrange(512)] ^= 1 << rng.randrange(8)
     out += bytes(header) + data + bytes(-len(data) % 512)
   out += rng.choice([b'', bytes(512), bytes(1024), bytes(1024), bytes(1024) + b'junk'])
-  return out if rng.random() < 0.8 else out[:rng.randrange(len(out) + 1)]
+  return out if rng.random() < 0.8 else out[: rng.randrange(len(out) + 1)]
 
 
 def test_forged_headers_never_crash_nor_read_outside_the_file(tmp_path, monkeypatch):
@@ -238,8 +301,8 @@ def test_forged_headers_never_crash_nor_read_outside_the_file(tmp_path, monkeypa
       found += 1
       for ending, (offset, length) in sample.members.items():
         assert 512 <= offset <= offset + length <= len(data)
-        assert sample.read(ending, 1 << 40) == data[offset:offset + length]
-        assert sample.read(ending, 5) == data[offset:offset + min(5, length)]
+        assert sample.read(ending, 1 << 40) == data[offset : offset + length]
+        assert sample.read(ending, 5) == data[offset : offset + min(5, length)]
     assert all(set(entry) == {'key', 'reason'} for entry in skipped)
   assert found > 300
 
@@ -252,7 +315,9 @@ def test_large_members_are_passed_over_and_what_is_kept_is_bounded(tmp_path, mon
       f.write(_header(b'%011o\0' % (1 << 29), name=b'%d.jpg' % i))
       f.seek(1 << 29, os.SEEK_CUR)
     for i in range(500):
-      f.write(_header(b'%011o\0' % 2000, name=b'%d.png' % (i + 8)) + bytes([i % 256]) * 2000 + bytes(48))
+      f.write(
+        _header(b'%011o\0' % 2000, name=b'%d.png' % (i + 8)) + bytes([i % 256]) * 2000 + bytes(48)
+      )
     f.write(bytes(1024))
   tracemalloc.start()
   try:
@@ -265,11 +330,14 @@ def test_large_members_are_passed_over_and_what_is_kept_is_bounded(tmp_path, mon
     assert sample.read('png', 3000) == bytes([i % 256]) * 2000
 
 
-@pytest.mark.parametrize('records', [b'5 a=\n' * 100_000, b'999 a=\n' * 9, b'9' * 900_000, b' ' * 9])
+@pytest.mark.parametrize(
+  'records', [b'5 a=\n' * 100_000, b'999 a=\n' * 9, b'9' * 900_000, b' ' * 9]
+)
 def test_an_extended_header_takes_no_more_time_than_its_length(tmp_path, records):
   block = records.ljust(-(-len(records) // 512) * 512, b'\0')
   (tmp_path / 'x.tar').write_bytes(
-      (_header(b'%011o\0' % len(records), b'x') + block) * 2 + _header(b'%011o\0' % 0) + bytes(1024))
+    (_header(b'%011o\0' % len(records), b'x') + block) * 2 + _header(b'%011o\0' % 0) + bytes(1024)
+  )
   samples, skipped = _read(tmp_path / 'x.tar')
   assert [key for key, _ in samples] == (['a'] if records[:1] == b'5' else [])
   assert not skipped or skipped[0]['reason'] == 'damaged header'
@@ -279,8 +347,11 @@ def test_a_remote_tar_is_read_once_and_as_a_local_one(tmp_path, monkeypatch):
   system, read = fsspec.filesystem('memory'), []
   monkeypatch.setattr(storage, '_REMOTE_WINDOW', 20_000)
   rng = random.Random(0)
-  members = [(f'{i}.{ending}', rng.randbytes(rng.randrange(2000)))
-             for i in range(100) for ending in ('jpg', 'txt')]
+  members = [
+    (f'{i}.{ending}', rng.randbytes(rng.randrange(2000)))
+    for i in range(100)
+    for ending in ('jpg', 'txt')
+  ]
   local = _tar(tmp_path / 'x.tar', members)
   system.pipe('/remote/x.tar', (tmp_path / 'x.tar').read_bytes())
   ranges = storage.read_ranges
@@ -291,8 +362,10 @@ def test_a_remote_tar_is_read_once_and_as_a_local_one(tmp_path, monkeypatch):
 
 
 def test_what_webdataset_writes_is_read(tmp_path):
-  written = [{'__key__': f'dir/{i:09d}', 'jpg': os.urandom(50 * i), 'txt': f'text {i}', 'json': {'i': i}}
-             for i in range(30)]
+  written = [
+    {'__key__': f'dir/{i:09d}', 'jpg': os.urandom(50 * i), 'txt': f'text {i}', 'json': {'i': i}}
+    for i in range(30)
+  ]
   with writer.TarWriter(str(tmp_path / 'x.tar'), encoder=True) as tar:
     for sample in written:
       tar.write(sample)

@@ -12,9 +12,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from clip_jax.core.errors import InputError
-from clip_jax.models import open_clip
-from clip_jax.models import weights
-from clip_jax.models import zoo
+from clip_jax.models import open_clip, weights, zoo
 from clip_jax.models.shapes import shapes
 
 CONFIG = zoo.CLIPConfig(8, zoo.ViTConfig(16, 4, 8, 1, 2), zoo.TextConfig(6, 20, 8, 2, 1))
@@ -23,8 +21,9 @@ CONFIG = zoo.CLIPConfig(8, zoo.ViTConfig(16, 4, 8, 1, 2), zoo.TextConfig(6, 20, 
 def make(config=CONFIG):
   """Parameters of a config, from numbers drawn by their order."""
   rng = np.random.default_rng(0)
-  return weights.nested({name: np.asarray(rng.normal(size=shape), np.float32)
-                         for name, shape in shapes(config).items()})
+  return weights.nested(
+    {name: np.asarray(rng.normal(size=shape), np.float32) for name, shape in shapes(config).items()}
+  )
 
 
 def same(a, b):
@@ -56,8 +55,10 @@ def test_writing_is_read_back_and_the_bytes_are_the_same(tmp_path):
 
 @pytest.mark.parametrize('bad', [np.nan, np.inf])
 def test_a_tensor_that_is_no_number_is_named(tmp_path, bad):
-  save_file({'fine': np.zeros(3, np.float32), 'broken': np.array([0, bad], np.float16)},
-            tmp_path / 'a.safetensors')
+  save_file(
+    {'fine': np.zeros(3, np.float32), 'broken': np.array([0, bad], np.float16)},
+    tmp_path / 'a.safetensors',
+  )
   with pytest.raises(InputError, match='tensor broken holds NaN or infinity'):
     weights.read(tmp_path / 'a.safetensors')
 
@@ -119,6 +120,7 @@ def test_a_disk_that_takes_no_more(tmp_path, monkeypatch):
 
   def full(*_):
     raise safetensors.SafetensorError('I/O error: No space left on device (os error 28)')
+
   monkeypatch.setattr(safetensors.numpy, 'save_file', full)
   with pytest.raises(InputError, match='a.safetensors cannot be written .*No space left'):
     weights.write(tmp_path / 'a.safetensors', {'a': np.zeros(2)}, {})
@@ -126,7 +128,6 @@ def test_a_disk_that_takes_no_more(tmp_path, monkeypatch):
 
 
 class _Code:
-
   def __reduce__(self):
     return os.system, ('exit 1',)
 
@@ -137,9 +138,11 @@ def test_pytorchs_files_that_hold_something_else(tmp_path):
   (tmp_path / 'a.pt').write_bytes(pickle.dumps({'state_dict': _Code()}, 2))
   with pytest.raises(InputError, match='objects that would run code, which are not opened'):
     weights.read(tmp_path / 'a.pt')
-  for bad, match in (({1: torch.zeros(2)}, 'no state_dict'),
-                     ({'a': torch.zeros(2, 2).to_sparse()}, 'tensor a is sparse, quantised or without'),
-                     ({'a': torch.zeros(2, device='meta')}, 'tensor a is sparse, quantised or without')):
+  for bad, match in (
+    ({1: torch.zeros(2)}, 'no state_dict'),
+    ({'a': torch.zeros(2, 2).to_sparse()}, 'tensor a is sparse, quantised or without'),
+    ({'a': torch.zeros(2, device='meta')}, 'tensor a is sparse, quantised or without'),
+  ):
     torch.save(bad, tmp_path / 'a.pt')
     with pytest.raises(InputError, match=match):
       weights.read(tmp_path / 'a.pt')
@@ -151,7 +154,10 @@ def test_shards(tmp_path):
   index = tmp_path / 'x.safetensors.index.json'
   where = {'a': 'x-1.safetensors', 'b': 'x-2.safetensors'}
   index.write_text(json.dumps({'weight_map': where}))
-  assert {name: float(array.sum()) for name, array in weights.read(index).items()} == {'a': 0, 'b': 2}
+  assert {name: float(array.sum()) for name, array in weights.read(index).items()} == {
+    'a': 0,
+    'b': 2,
+  }
   index.write_text(json.dumps({'weight_map': {**where, 'c': 'x-1.safetensors'}}))
   with pytest.raises(InputError, match='names c, which its shards do not hold'):
     weights.read(index)
@@ -176,12 +182,16 @@ def test_nothing_is_missing_left_over_or_of_another_shape():
   read = lambda tensors: weights.from_theirs(table, tensors, CONFIG, 'F')
   assert same(read(tensors), make())
   less = {name: array for name, array in tensors.items() if name != 'visual.proj'}
-  with pytest.raises(InputError, match='F does not hold this model: the model needs visual.proj, not'):
+  with pytest.raises(
+    InputError, match='F does not hold this model: the model needs visual.proj, not'
+  ):
     read(less)
   more = tensors | {f'other.{i}': np.zeros(1) for i in range(6)}
   with pytest.raises(InputError, match='the file has other.0, .* and 2 more, not of the model'):
     read(more)
-  with pytest.raises(InputError, match=r'visual.proj has shape \[8, 9\], and the model needs \[8, 8\]'):
+  with pytest.raises(
+    InputError, match=r'visual.proj has shape \[8, 9\], and the model needs \[8, 8\]'
+  ):
     read(tensors | {'visual.proj': np.zeros((8, 9), np.float32)})
   with pytest.raises(InputError, match=r'positional_embedding has shape \[17, 9\]'):
     read(tensors | {'visual.positional_embedding': np.zeros((17, 9), np.float32)})
@@ -189,7 +199,9 @@ def test_nothing_is_missing_left_over_or_of_another_shape():
 
 def test_parameters_of_another_config_are_not_written():
   with pytest.raises(ValueError, match='text_projection has shape'):
-    weights.to_theirs(open_clip.entries(CONFIG), make(dataclasses.replace(CONFIG, embed_dim=4)), CONFIG)
+    weights.to_theirs(
+      open_clip.entries(CONFIG), make(dataclasses.replace(CONFIG, embed_dim=4)), CONFIG
+    )
 
 
 @pytest.mark.parametrize('old, new', [(4, 7), (7, 4), (3, 3), (14, 24), (24, 5)])
@@ -197,15 +209,21 @@ def test_resizing_keeps_constants_and_mirrors(old, new):
   assert np.allclose(weights.resize_grid(np.full((old, old, 2), 3, np.float32), new), 3, atol=1e-6)
   grid = np.random.default_rng(0).normal(size=(old, old, 3)).astype(np.float32)
   out = weights.resize_grid(grid, new).reshape(new, new, 3)
-  assert np.allclose(weights.resize_grid(grid[::-1], new).reshape(new, new, 3)[::-1], out, atol=1e-5)
-  assert np.allclose(weights.resize_grid(grid.swapaxes(0, 1), new).reshape(new, new, 3),
-                     out.swapaxes(0, 1), atol=1e-5)
+  assert np.allclose(
+    weights.resize_grid(grid[::-1], new).reshape(new, new, 3)[::-1], out, atol=1e-5
+  )
+  assert np.allclose(
+    weights.resize_grid(grid.swapaxes(0, 1), new).reshape(new, new, 3),
+    out.swapaxes(0, 1),
+    atol=1e-5,
+  )
   if old == new:
     assert np.allclose(out, grid, atol=1e-6)
 
 
 def test_resizing_is_pils_bicubic():
   from PIL import Image
+
   grid = np.random.default_rng(1).normal(size=(14, 14)).astype(np.float32)
   for new in (7, 9, 24):
     pil = np.asarray(Image.fromarray(grid).resize((new, new), Image.Resampling.BICUBIC))
@@ -215,8 +233,11 @@ def test_resizing_is_pils_bicubic():
 
 def test_another_image_size_and_context_length():
   tensors = open_clip.normal(open_clip.params_to_open_clip(make(), CONFIG))
-  other = dataclasses.replace(CONFIG, vision=dataclasses.replace(CONFIG.vision, image_size=24),
-                              text=dataclasses.replace(CONFIG.text, context_length=9))
+  other = dataclasses.replace(
+    CONFIG,
+    vision=dataclasses.replace(CONFIG.vision, image_size=24),
+    text=dataclasses.replace(CONFIG.text, context_length=9),
+  )
   found = weights.flat(weights.from_theirs(open_clip.entries(other), tensors, other, 'F'))
   before = weights.flat(make())
   changed = {name for name in before if not np.array_equal(before[name], found[name])}

@@ -1,13 +1,12 @@
 from concurrent import futures
 import threading
 
+import loader_sources
 import numpy as np
 import pytest
 
-import loader_sources
 from clip_jax.core.errors import InputError
-from clip_jax.data import order
-from clip_jax.data import windows
+from clip_jax.data import order, windows
 
 
 def _place(blocks, position):
@@ -44,7 +43,8 @@ def test_a_window_is_read_once_in_the_source_s_order_and_two_are_kept():
   first = blocks.window(0)
   read(range(1))
   assert sorted(map(len, _settled(read, source))) == sorted(
-      [len(first.places), len(blocks.window(first.stop).places)])
+    [len(first.places), len(blocks.window(first.stop).places)]
+  )
   read(range(1, first.stop - 1))
   assert len(_settled(read, source)) == 2  # the first is not used up yet
   read(range(first.stop - 1, first.stop))
@@ -108,7 +108,9 @@ def test_a_window_that_is_used_up_before_the_one_in_front_is_not_read_again():
   read(range(b.start, b.stop))
   _settled(read, source)
   read(range(d.start, d.stop))
-  calls = list(map(sorted, _settled(read, source)))  # with the next epoch's, which has the same rows
+  calls = list(
+    map(sorted, _settled(read, source))
+  )  # with the next epoch's, which has the same rows
   assert all(calls.count(sorted(w.places.tolist())) == 1 for w in (a, b, c, d))
 
 

@@ -19,13 +19,13 @@ def test_telling_words_are_those_of_these_captions():
 
 
 def test_captions_count_not_words():
-  found, = words.telling_words(['dog dog dog'] * 9, ['cat'] * 9)
+  (found,) = words.telling_words(['dog dog dog'] * 9, ['cat'] * 9)
   assert (found.word, found.here) == ('dog', 1.0)
 
 
 def test_ratio_and_interval_are_those_of_the_formula():
   here, there = ['dog'] * 30 + ['cat'] * 70, ['dog'] * 10 + ['cat'] * 190
-  found, = words.telling_words(here, there)
+  (found,) = words.telling_words(here, there)
   prior = 10 * 40 / 300
   a, b, c, d = 30 + prior, 70 + 10 - prior, 10 + prior, 190 + 10 - prior
   error = math.sqrt(1 / a + 1 / b + 1 / c + 1 / d)
@@ -41,6 +41,8 @@ def test_few_captions_prove_nothing():
 def test_words_of_like_sets_are_said_to_tell_about_as_seldom_as_the_interval_says():
   names, rng, said = ['ab', 'cd', 'ef', 'gh'], np.random.default_rng(0), 0
   for _ in range(100):
-    texts = [[' '.join(n for n in names if rng.random() < 0.3) for _ in range(100)] for _ in range(2)]
+    texts = [
+      [' '.join(n for n in names if rng.random() < 0.3) for _ in range(100)] for _ in range(2)
+    ]
     said += len(words.telling_words(*texts))
   assert said < 0.05 * 400  # one side of 5 %

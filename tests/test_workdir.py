@@ -4,14 +4,13 @@ import shutil
 
 import numpy as np
 import pytest
+import squares
 
 from clip_jax import defaults
 from clip_jax.core import products
 from clip_jax.core.errors import InputError
 from clip_jax.experiment import workdir
 from clip_jax.experiment.experiment import Experiment
-
-import squares
 
 
 @pytest.fixture(scope='module')
@@ -29,16 +28,23 @@ def world(tmp_path_factory):
 
 def vectors(x, name):
   shards = range(len(workdir.source(x, name).starts) - 1)
-  return np.concatenate([np.load(workdir.embeddings_path(x, name, shard)) for shard in shards]).astype(np.float64)
+  return np.concatenate(
+    [np.load(workdir.embeddings_path(x, name, shard)) for shard in shards]
+  ).astype(np.float64)
 
 
 def test_the_base_set_is_pool_and_anchor(world):
   rows = workdir.base_rows(world)
   assert rows.names == ('pool', 'anchor') and rows.lengths == (60, 20)
   base = workdir.base_source(world)
-  assert len(base) == 80 and base[60]['image'] == base[40]['image']  # the anchor's first is a row of the pool
+  assert (
+    len(base) == 80 and base[60]['image'] == base[40]['image']
+  )  # the anchor's first is a row of the pool
   assert workdir.class_names(world, 'pool') == squares.CLASSES
-  assert list(workdir.shard_slices(workdir.source(world, 'pool').starts)) == [(0, 0, 40), (1, 40, 60)]
+  assert list(workdir.shard_slices(workdir.source(world, 'pool').starts)) == [
+    (0, 0, 40),
+    (1, 40, 60),
+  ]
 
 
 def test_what_is_opened_is_opened_once_a_stage(world):
@@ -53,7 +59,9 @@ def test_candidates_are_usable_kept_and_no_anchor_rows(world):
   assert np.flatnonzero(workdir.in_anchor(world)).tolist() == list(range(40, 60))
   keep = np.load(workdir.keep_path(world))
   assert workdir.has_candidates(world)
-  assert np.flatnonzero(workdir.candidates(world)).tolist() == [row for row in range(40) if keep[row]]
+  assert np.flatnonzero(workdir.candidates(world)).tolist() == [
+    row for row in range(40) if keep[row]
+  ]
   c = world.config.copy_and_resolve_references()
   c.dedup.enabled, c.anchor = False, defaults.dataset()
   x = Experiment(c, world.workdir)
@@ -66,18 +74,24 @@ def test_columns_and_queries_of_the_search(world):
   similarity = workdir.search_column(world, 'squares', 'similarity')
   assert np.isneginf(similarity[41]) and not usable[41]
   np.testing.assert_allclose(similarity[usable], (pool @ queries.T).max(1)[usable], atol=1e-6)
-  assert [len(one) for one in workdir.search_arrays(world, 'squares', 1, ['excess', 'nearest'])] == [20, 20]
+  assert [
+    len(one) for one in workdir.search_arrays(world, 'squares', 1, ['excess', 'nearest'])
+  ] == [20, 20]
   result = workdir.query_result(world, 'squares')
   best, row = result.nearest('pool')
   assert row.tolist() == np.where(usable, queries @ pool.T, -1).argmax(1).tolist()
   threshold, nearest = result.nearest('anchor')
-  np.testing.assert_allclose(threshold, np.where(usable[40:], queries @ anchor.T, -1).max(1), atol=1e-6)
+  np.testing.assert_allclose(
+    threshold, np.where(usable[40:], queries @ anchor.T, -1).max(1), atol=1e-6
+  )
   found, exact = workdir.thresholds(world, 'squares')
   assert found.dtype == np.float16 and (exact == result.anchor_similarity_f64).all()
   unit = lambda x: x / np.linalg.norm(x, axis=1, keepdims=True)
   cosine = workdir.cosine(world, 'squares', 'pool', best, row)
   np.testing.assert_allclose(cosine, (unit(queries) * unit(pool[row])).sum(1), atol=1e-6)
-  missing = workdir.cosine(world, 'squares', 'pool', np.where(np.arange(12) == 3, np.nan, best), row)
+  missing = workdir.cosine(
+    world, 'squares', 'pool', np.where(np.arange(12) == 3, np.nan, best), row
+  )
   assert np.flatnonzero(np.isnan(missing)).tolist() == [3] and nearest.max() < 20
 
 
@@ -85,14 +99,18 @@ def test_rows_and_files_of_a_split(world):
   rows = np.load(workdir.rows_path(world, 'pruned', 0))
   assert workdir.rows_path(world, 'pruned', 5) == workdir.rows_path(world, 'pruned', 0)  # not drawn
   assert workdir.pool_rows(world, 'pruned', 0).tolist() == rows[rows < 60].tolist()
-  assert workdir.split_json(world, 'pruned')['rule'] == 'gap_aligned' and workdir.split_json(world, 'none') == {}
+  assert (
+    workdir.split_json(world, 'pruned')['rule'] == 'gap_aligned'
+    and workdir.split_json(world, 'none') == {}
+  )
   assert (workdir.split_queries(world, 'pruned', 'squares')['removed_over'] >= 0).all()
   assert workdir.split_queries(world, 'base', 'squares') is None
 
 
 def test_what_is_finished(world):
-  assert workdir.finished(world) == {name: sidecar['fingerprint']
-                                     for name, sidecar in products.sidecars(world.workdir).items()}
+  assert workdir.finished(world) == {
+    name: sidecar['fingerprint'] for name, sidecar in products.sidecars(world.workdir).items()
+  }
   assert workdir.finished(world)['dedup/keep'] == world.graph.marks().fingerprint
   assert workdir.read_json(world, 'nothing', 'here.json') == {}
   assert workdir.embedder_json(world)['source'] == 'pca'
@@ -126,4 +144,7 @@ def test_a_further_embedder_has_its_own_similarities_and_the_same_rows(world):
   assert workdir.embeddings_path(hog, 'pool', 3) == '/w/embedders/same/embeddings/pool/00003.npy'
   assert workdir.search_path(hog, 'squares', 0) == '/w/embedders/same/search/squares/pool-00000.npz'
   assert workdir.queries_path(hog, 'squares') == '/w/embedders/same/search/squares/queries.npz'
-  assert workdir.index_folder(hog, 'pool') == '/w/ingest/pool' and workdir.keep_path(hog) == '/w/dedup/keep.npy'
+  assert (
+    workdir.index_folder(hog, 'pool') == '/w/ingest/pool'
+    and workdir.keep_path(hog) == '/w/dedup/keep.npy'
+  )

@@ -9,10 +9,12 @@ from clip_jax.evaluation import zero_shot
 
 def encoder(calls=None):
   """A text's vector is a fixed random function of the text, with a norm far from 1."""
+
   def encode(texts):
     if calls is not None:
       calls.append(len(texts))
     return np.stack([np.random.default_rng(list(t.encode())).normal(size=6) * 7 for t in texts])
+
   return encode
 
 

@@ -16,15 +16,35 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 # Flags that shrink configs/demo.py. Sizes are the smallest at which every part still has something to do.
 SHRINK = {
-    'glyphs.pool': 260, 'glyphs.handwritten': 100, 'glyphs.anchor': 80, 'glyphs.queries': 60, 'glyphs.image_px': 16,
-    'embedder.image_size': 16, 'embedder.dim': 16, 'embedder.fit_images': 200, 'search.top_k': 4,
-    'embedders.hog.image_size': 16, 'embedders.hog.dim': 8, 'embedders.hog.fit_images': 200,
-    'prune.check_queries': 20,
-    'model.embed_dim': 16, 'model.image_size': 16, 'model.patch_size': 8, 'model.vision_width': 16,
-    'model.vision_layers': 1, 'model.vision_heads': 2, 'model.text_width': 16, 'model.text_heads': 2,
-    'train.samples': 256, 'train.batch_size': 32, 'train.warmup_steps': 2, 'train.log_every_steps': 1,
-    'train.save_every_steps': 4, 'report.bootstrap_draws': 50, 'report.gallery_queries': 2,
-    'report.removed_images': 2,
+  'glyphs.pool': 260,
+  'glyphs.handwritten': 100,
+  'glyphs.anchor': 80,
+  'glyphs.queries': 60,
+  'glyphs.image_px': 16,
+  'embedder.image_size': 16,
+  'embedder.dim': 16,
+  'embedder.fit_images': 200,
+  'search.top_k': 4,
+  'embedders.hog.image_size': 16,
+  'embedders.hog.dim': 8,
+  'embedders.hog.fit_images': 200,
+  'prune.check_queries': 20,
+  'model.embed_dim': 16,
+  'model.image_size': 16,
+  'model.patch_size': 8,
+  'model.vision_width': 16,
+  'model.vision_layers': 1,
+  'model.vision_heads': 2,
+  'model.text_width': 16,
+  'model.text_heads': 2,
+  'train.samples': 256,
+  'train.batch_size': 32,
+  'train.warmup_steps': 2,
+  'train.log_every_steps': 1,
+  'train.save_every_steps': 4,
+  'report.bootstrap_draws': 50,
+  'report.gallery_queries': 2,
+  'report.removed_images': 2,
 }
 
 
@@ -59,22 +79,41 @@ def environment() -> dict[str, str]:
   """
   found = {key: value for key, value in os.environ.items() if key != 'XLA_FLAGS'}
   if 'TESTS_COMPILED' in found:
-    found |= {'XLA_FLAGS': found['TESTS_COMPILER'], 'JAX_COMPILATION_CACHE_DIR': found['TESTS_COMPILED'],
-              'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0', 'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '-1'}
+    found |= {
+      'XLA_FLAGS': found['TESTS_COMPILER'],
+      'JAX_COMPILATION_CACHE_DIR': found['TESTS_COMPILED'],
+      'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+      'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '-1',
+    }
   return found
 
 
-def run(workdir, *more: str, module: str = 'clip_jax.main', **override) -> subprocess.CompletedProcess:
+def run(
+  workdir, *more: str, module: str = 'clip_jax.main', **override
+) -> subprocess.CompletedProcess:
   """Runs a command in a process of its own; returns what it said (stdout and stderr together)."""
-  return subprocess.run(command(workdir, *more, module=module, **override), cwd=ROOT, env=environment(),
-                        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+  return subprocess.run(
+    command(workdir, *more, module=module, **override),
+    cwd=ROOT,
+    env=environment(),
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+    check=False,
+  )
 
 
 def start(workdir, *more: str, **override) -> subprocess.Popen:
   """Starts the command in a process group of its own; its output goes to WORKDIR.out."""
   with open(f'{workdir}.out', 'a') as out:
-    return subprocess.Popen(command(workdir, *more, **override), cwd=ROOT, env=environment(), stdout=out,
-                            stderr=subprocess.STDOUT, start_new_session=True)
+    return subprocess.Popen(
+      command(workdir, *more, **override),
+      cwd=ROOT,
+      env=environment(),
+      stdout=out,
+      stderr=subprocess.STDOUT,
+      start_new_session=True,
+    )
 
 
 def content(workdir) -> dict[str, str]:
@@ -92,8 +131,10 @@ def content(workdir) -> dict[str, str]:
     elif path.suffix == '.parquet':
       found[name] = str(pq.ParquetFile(path).read().to_pydict())
     elif path.name == 'metrics.jsonl':
-      lines = [{key: value for key, value in line.items() if key not in metrics.TIME_FIELDS}
-               for line in metrics.read(path)]
+      lines = [
+        {key: value for key, value in line.items() if key not in metrics.TIME_FIELDS}
+        for line in metrics.read(path)
+      ]
       found[name] = json.dumps(lines)
     elif path.name.endswith('.sidecar.json'):
       sidecar = json.loads(path.read_text())

@@ -14,6 +14,7 @@ import threading
 
 class _Handler(http.server.SimpleHTTPRequestHandler):
   """Serves ranges of files, as object storage does; server.ranges = False: whole files only."""
+
   protocol_version = 'HTTP/1.1'
 
   def do_GET(self):
@@ -63,7 +64,7 @@ class _Handler(http.server.SimpleHTTPRequestHandler):
       self.send_header('Content-Range', f'bytes {first}-{last}/{len(data)}')
     self.end_headers()
     if self.command == 'GET':
-      self.wfile.write(data[first:last + 1])
+      self.wfile.write(data[first : last + 1])
 
   def log_message(self, *_):
     pass

@@ -25,9 +25,12 @@ _DIGITS = 8  # of a step's folder
 def digest(tree: Any) -> str:
   """sha256 (hex) over the arrays of a tree: names, dtypes, shapes and bytes, in order of name."""
   import jax
+
   sha = hashlib.sha256()
-  named = {jax.tree_util.keystr(path, simple=True, separator='.'): leaf
-           for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+  named = {
+    jax.tree_util.keystr(path, simple=True, separator='.'): leaf
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+  }
   for name in sorted(named):
     array = np.ascontiguousarray(named[name])
     sha.update(f'{name} {array.dtype} {np.shape(named[name])}\n'.encode())
@@ -40,10 +43,15 @@ class Checkpoints:
 
   def __init__(self, directory: Any, *, keep: int):
     import orbax.checkpoint as ocp
+
     self._directory = _absolute(directory)
     self._directory.mkdir(parents=True, exist_ok=True)
-    self._manager = ocp.CheckpointManager(self._directory, options=ocp.CheckpointManagerOptions(
-        max_to_keep=keep, step_format_fixed_length=_DIGITS, cleanup_tmp_directories=True))
+    self._manager = ocp.CheckpointManager(
+      self._directory,
+      options=ocp.CheckpointManagerOptions(
+        max_to_keep=keep, step_format_fixed_length=_DIGITS, cleanup_tmp_directories=True
+      ),
+    )
 
   def save(self, step: int, params: dict, opt: Any, data: dict, config: dict) -> None:
     """Returns when the arrays are copied: the caller may donate them to the next step.
@@ -56,12 +64,17 @@ class Checkpoints:
       config: JSON values for whoever reads the parameters.
     """
     import orbax.checkpoint as ocp
+
     if step in self._manager.all_steps():
       return
-    data = dict(data, digests=dict(params=digest(params), opt=digest(opt),
-                                   config=_json_digest(config)))
-    items = dict(params=ocp.args.StandardSave(params), data=ocp.args.JsonSave(data),
-                 config=ocp.args.JsonSave(config))
+    data = dict(
+      data, digests=dict(params=digest(params), opt=digest(opt), config=_json_digest(config))
+    )
+    items = dict(
+      params=ocp.args.StandardSave(params),
+      data=ocp.args.JsonSave(data),
+      config=ocp.args.JsonSave(config),
+    )
     if opt is not None:  # Orbax refuses an empty tree
       items['opt'] = ocp.args.StandardSave(opt)
     self._manager.save(step, args=ocp.args.Composite(**items))
@@ -74,13 +87,19 @@ class Checkpoints:
     InputError where a step is of another model.
     """
     import orbax.checkpoint as ocp
+
     for step in sorted(self._manager.all_steps(), reverse=True):
       folder = self._directory / f'{step:0{_DIGITS}d}'
       _check_same_model(folder, params)
       try:
-        found = self._manager.restore(step, args=ocp.args.Composite(
-            params=ocp.args.StandardRestore(params), opt=ocp.args.StandardRestore(opt),
-            data=ocp.args.JsonRestore()))
+        found = self._manager.restore(
+          step,
+          args=ocp.args.Composite(
+            params=ocp.args.StandardRestore(params),
+            opt=ocp.args.StandardRestore(opt),
+            data=ocp.args.JsonRestore(),
+          ),
+        )
         data = found['data']
         digests = data['digests']
         if digests['params'] == digest(found['params']) and digests['opt'] == digest(found['opt']):
@@ -88,8 +107,11 @@ class Checkpoints:
         reason = 'its arrays are not those that were saved'
       except Exception as error:  # Orbax and its storage raise many kinds for damaged files
         reason = _first_line(error)
-      logging.warning('Checkpoint %s is damaged (%s). It is removed; training goes on from the one '
-                      'before.', folder, reason)
+      logging.warning(
+        'Checkpoint %s is damaged (%s). It is removed; training goes on from the one before.',
+        folder,
+        reason,
+      )
       self._manager.delete(step)
     return None
 
@@ -121,27 +143,35 @@ def restore_params(path: Any) -> tuple[dict, int, dict]:
   """
   import jax
   import orbax.checkpoint as ocp
+
   path = _absolute(path)
   folders = [path] if _is_step(path) else step_folders(path)
   if not folders:
-    raise InputError(f'{path} holds no checkpoint. Give the folder of a training run, its '
-                     'checkpoints folder, or one step in it.')
+    raise InputError(
+      f'{path} holds no checkpoint. Give the folder of a training run, its '
+      'checkpoints folder, or one step in it.'
+    )
   folder = folders[-1]
   try:
     with ocp.PyTreeCheckpointer() as reader:
-      as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray),
-                              _metadata(reader, folder))
+      as_numpy = jax.tree.map(
+        lambda _: ocp.RestoreArgs(restore_type=np.ndarray), _metadata(reader, folder)
+      )
       params = _integer_keys(reader.restore(folder / 'params', restore_args=as_numpy))
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
       config, data = reader.restore(folder / 'config'), reader.restore(folder / 'data')
     digests = data['digests']
     same = digests['params'] == digest(params) and digests['config'] == _json_digest(config)
   except Exception as error:  # Orbax and its storage raise many kinds for damaged files
-    raise InputError(f'Checkpoint {folder} is damaged or not whole ({_first_line(error)}). Name '
-                     'another step, or train again.') from error
+    raise InputError(
+      f'Checkpoint {folder} is damaged or not whole ({_first_line(error)}). Name '
+      'another step, or train again.'
+    ) from error
   if not same:
-    raise InputError(f'Checkpoint {folder} is damaged: it does not hold what was saved. Name '
-                     'another step, or train again.')
+    raise InputError(
+      f'Checkpoint {folder} is damaged: it does not hold what was saved. Name '
+      'another step, or train again.'
+    )
   return params, int(folder.name), config
 
 
@@ -161,7 +191,8 @@ def _json_digest(value: Any) -> str:
 
 def _is_step(folder: epath.Path) -> bool:
   return folder.name.isdigit() and all(
-      (folder / item).is_dir() for item in ('params', 'data', 'config'))
+    (folder / item).is_dir() for item in ('params', 'data', 'config')
+  )
 
 
 def _metadata(reader: Any, folder: epath.Path) -> Any:
@@ -181,8 +212,11 @@ def _check_same_model(folder: epath.Path, params: Any) -> None:
   import orbax.checkpoint as ocp
 
   def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    return {jax.tree_util.keystr(path, simple=True, separator='.'): tuple(leaf.shape)
-            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    return {
+      jax.tree_util.keystr(path, simple=True, separator='.'): tuple(leaf.shape)
+      for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
   try:
     with ocp.PyTreeCheckpointer() as reader:
       saved = shapes(_metadata(reader, folder))
@@ -190,8 +224,11 @@ def _check_same_model(folder: epath.Path, params: Any) -> None:
     return
   wanted = shapes(params)
   if saved != wanted:
-    name = sorted(name for name in saved.keys() | wanted.keys()
-                  if saved.get(name) != wanted.get(name))[0]
-    raise InputError(f'Checkpoint {folder} is of another model: {name} has shape '
-                     f'{saved.get(name)} there and {wanted.get(name)} here. Remove that folder, or '
-                     'choose another work directory.')
+    name = sorted(
+      name for name in saved.keys() | wanted.keys() if saved.get(name) != wanted.get(name)
+    )[0]
+    raise InputError(
+      f'Checkpoint {folder} is of another model: {name} has shape '
+      f'{saved.get(name)} there and {wanted.get(name)} here. Remove that folder, or '
+      'choose another work directory.'
+    )

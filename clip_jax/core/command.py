@@ -10,13 +10,10 @@ import re
 import sys
 import traceback
 
-from absl import flags
-from absl import logging
+from absl import flags, logging
 
-from clip_jax.core import interrupts
-from clip_jax.core import log
-from clip_jax.core.errors import ConfigError
-from clip_jax.core.errors import InputError
+from clip_jax.core import interrupts, log
+from clip_jax.core.errors import ConfigError, InputError
 
 TUNABLE = 'glibc.malloc.hugetlb=1'
 _TOLD = 'CLIP_JAX_HUGE_PAGES'  # set once this process was started again, so that it happens once
@@ -41,9 +38,13 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
   try:
     rest = flags.FLAGS(list(argv))
     if 'config' in flags.FLAGS and flags.FLAGS.config is None:
-      raise ConfigError('--config is not given, for example --config=configs/demo.py. --help lists the flags.')
+      raise ConfigError(
+        '--config is not given, for example --config=configs/demo.py. --help lists the flags.'
+      )
     if 'config' in flags.FLAGS:
-      flags.FLAGS.config.get('pool')  # a config that could not be loaded raises why when it is first used
+      flags.FLAGS.config.get(
+        'pool'
+      )  # a config that could not be loaded raises why when it is first used
     if len(rest) > 1:
       raise ConfigError(f'{rest[1]!r} is not a flag; flags are written --name=value.')
     return rest
@@ -68,7 +69,9 @@ def _sentence(error: Exception) -> str:
   if isinstance(error, (KeyError, AttributeError)) and 'ml_collections' in frame.filename:
     key = re.search(r'(\w+)(?:.*Did you mean "(\w+)")?', text, re.DOTALL)
     near = f' Did you mean {key[2]!r}?' if key and key[2] else ''
-    return f'The config has no key {key[1] if key else text!r}.{near} clip_jax/defaults.py has all keys.'
+    return (
+      f'The config has no key {key[1] if key else text!r}.{near} clip_jax/defaults.py has all keys.'
+    )
   if not isinstance(error, (flags.Error, ConfigError)) and 'site-packages' not in frame.filename:
     return f'{type(error).__name__} in {frame.filename}, line {frame.lineno}: {" ".join(lines)}'
   return ' '.join(lines)
@@ -90,15 +93,21 @@ def guard(work: Callable[[], None]) -> int:
   except OSError as error:
     if error.filename is None and error.errno is None:
       raise
-    _fail(f'{error.strerror or error} ({error.filename or "no file named"}). Check the path, its permissions and the '
-          'disk, then run the same command again.')
+    _fail(
+      f'{error.strerror or error} ({error.filename or "no file named"}). Check the path, its permissions and the '
+      'disk, then run the same command again.'
+    )
     return 1
   except MemoryError as error:  # from NumPy: what it could not allocate, and for which shape
-    _fail(f'This machine has not enough memory: {error or "an array did not fit"}. Is a size in the config, or in a '
-          'file beside the weights, far too large? What is done is saved.')
+    _fail(
+      f'This machine has not enough memory: {error or "an array did not fit"}. Is a size in the config, or in a '
+      'file beside the weights, far too large? What is done is saved.'
+    )
     return 1
   except interrupts.Interrupted as signal:
-    logging.info('Stopped by %s; what is done is saved. Run the same command again to go on.', signal)
+    logging.info(
+      'Stopped by %s; what is done is saved. Run the same command again to go on.', signal
+    )
     return signal.status
 
 

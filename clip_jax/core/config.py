@@ -1,8 +1,8 @@
 """Config helpers over plain nested dicts and ml_collections: fill blocks, flatten, suggest, fingerprint text."""
 
+from collections.abc import Callable, Iterable, Mapping
 import difflib
 import json
-from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from clip_jax.core.errors import ConfigError
@@ -10,6 +10,7 @@ from clip_jax.core.errors import ConfigError
 
 class Key(NamedTuple):
   """A config key: its default, and a function that returns what is wrong with another value, '' if nothing is."""
+
   default: Any
   problem: Callable[[Any], str] | None = None
 
@@ -36,9 +37,11 @@ def within(low: float, high: float) -> Callable[[float], str]:
 
 def one_of(*options: Any) -> Callable[[str], str]:
   """Returns the check of a name. options: the names, or a function that returns them."""
+
   def problem(value: str) -> str:
     names = options[0]() if callable(options[0]) else options
     return '' if value in names else f'is not known.{nearest(value, names)}'
+
   return problem
 
 
@@ -48,7 +51,9 @@ def fill(block, given: Mapping[str, Any], kind: str):
     if key not in block:
       raise ConfigError(f'{kind}(...) has no key {key!r}.{nearest(key, block.keys())}')
     if isinstance(value, Mapping) and not hasattr(value, 'to_dict'):
-      block[key].update(value)  # a plain dict fills the block (where=, sources=), it never replaces it
+      block[key].update(
+        value
+      )  # a plain dict fills the block (where=, sources=), it never replaces it
       continue
     try:
       block[key] = value
@@ -84,23 +89,32 @@ def canonical(value: Any) -> str:
 def flat(value: Any, prefix: str = '') -> dict[str, Any]:
   """Returns {'a.b': leaf} of a nested plain dict; an empty dict is a leaf."""
   if isinstance(value, Mapping) and value:
-    return {key: leaf for name, item in value.items()
-            for key, leaf in flat(item, f'{prefix}.{name}' if prefix else name).items()}
+    return {
+      key: leaf
+      for name, item in value.items()
+      for key, leaf in flat(item, f'{prefix}.{name}' if prefix else name).items()
+    }
   return {prefix: value}
 
 
 def differences(old: Any, new: Any) -> list[str]:
   """Returns 'a.b: old -> new' for every leaf in which two plain values differ."""
   old, new = flat(old), flat(new)
-  for one, other in ((old, new), (new, old)):  # that a dict was empty is said by what is in the other one
+  for one, other in (
+    (old, new),
+    (new, old),
+  ):  # that a dict was empty is said by what is in the other one
     for key in [key for key in one if one[key] == {} and key not in other]:
       if any(name.startswith(f'{key}.' if key else '') for name in other):
         del one[key]
   missing = 'not there'
-  return [f'{key}: {_short(old.get(key, missing))} -> {_short(new.get(key, missing))}'
-          for key in sorted(old.keys() | new.keys()) if old.get(key, missing) != new.get(key, missing)]
+  return [
+    f'{key}: {_short(old.get(key, missing))} -> {_short(new.get(key, missing))}'
+    for key in sorted(old.keys() | new.keys())
+    if old.get(key, missing) != new.get(key, missing)
+  ]
 
 
 def _short(value: Any, most: int = 60) -> str:
   text = value if isinstance(value, str) else json.dumps(value)
-  return text if len(text) <= most else text[:most - 3] + '...'
+  return text if len(text) <= most else text[: most - 3] + '...'

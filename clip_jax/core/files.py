@@ -5,6 +5,7 @@ are str, pathlib or epath (local, or gs:// and s3:// where an object appears who
 bytes depend on the content alone: no times, no names.
 """
 
+from collections.abc import Iterator
 import contextlib
 import errno
 import hashlib
@@ -13,9 +14,8 @@ import json
 import os
 import shutil
 import socket
-import zipfile
-from collections.abc import Iterator
 from typing import Any
+import zipfile
 
 from etils import epath
 import numpy as np
@@ -47,8 +47,10 @@ def atomic(path) -> Iterator[epath.Path]:
     with contextlib.suppress(OSError):
       temporary.unlink(missing_ok=True)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-      raise InputError(f'No space left while writing {path}. Free some space and run the same '
-                       'command again; it goes on from here.') from error
+      raise InputError(
+        f'No space left while writing {path}. Free some space and run the same '
+        'command again; it goes on from here.'
+      ) from error
     raise
 
 
@@ -120,6 +122,7 @@ def read_npz(path) -> dict[str, np.ndarray]:
 def write_parquet(path, table) -> None:
   """Writes a pyarrow table."""
   import pyarrow.parquet as pq  # pyarrow costs 0.1 s to import
+
   with atomic(path) as temporary, temporary.open('wb') as f:
     pq.write_table(table, f, compression='zstd')
 
@@ -151,5 +154,7 @@ def check_space(path, needed: int, what: str) -> None:
   """Raises InputError when the disk of `path` has less than `needed` bytes free."""
   free = free_bytes(path)
   if free is not None and free < needed:
-    raise InputError(f'{what} needs about {needed / 1e6:,.0f} MB under {path}, and only '
-                     f'{free / 1e6:,.0f} MB are free. Free some space or choose another --workdir.')
+    raise InputError(
+      f'{what} needs about {needed / 1e6:,.0f} MB under {path}, and only '
+      f'{free / 1e6:,.0f} MB are free. Free some space or choose another --workdir.'
+    )

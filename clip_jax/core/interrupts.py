@@ -1,8 +1,8 @@
 """Ctrl-C and SIGTERM: an exception where work is in shards, a flag where a step must end first."""
 
+from collections.abc import Callable, Iterator
 import contextlib
 import signal
-from collections.abc import Callable, Iterator
 
 
 class Interrupted(BaseException):
@@ -14,7 +14,7 @@ class Interrupted(BaseException):
 
 
 _received: list[int] = []  # signals so far
-_deferring = False         # a block lets its step end first
+_deferring = False  # a block lets its step end first
 
 
 def _handle(signum, frame):

@@ -20,7 +20,11 @@ class _Plain(python_logging.Formatter):
     text = record.getMessage()
     if record.exc_info:
       text += '\n' + self.formatException(record.exc_info)
-    return text if record.levelno < python_logging.WARNING else f'{record.levelname.capitalize()}: {text}'
+    return (
+      text
+      if record.levelno < python_logging.WARNING
+      else f'{record.levelname.capitalize()}: {text}'
+    )
 
 
 def start() -> None:
@@ -35,7 +39,9 @@ def start() -> None:
   logger = logging.get_absl_logger()
   logger.handlers[:] = [handler]
   logger.propagate = False
-  warnings.filterwarnings('ignore', module='PIL')  # a forged image has one a tag; sizes are checked here
+  warnings.filterwarnings(
+    'ignore', module='PIL'
+  )  # a forged image has one a tag; sizes are checked here
   for name in _NOISY:
     python_logging.getLogger(name).setLevel(python_logging.WARNING)
 
@@ -58,4 +64,6 @@ def only_to_file(message: str) -> None:
 
 
 def _ours(record) -> bool:
-  return os.path.abspath(record.pathname).startswith(_PACKAGE) or record.levelno >= python_logging.ERROR
+  return (
+    os.path.abspath(record.pathname).startswith(_PACKAGE) or record.levelno >= python_logging.ERROR
+  )

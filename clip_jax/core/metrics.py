@@ -1,9 +1,9 @@
 """metrics.jsonl: one JSON object a line, {"step": int, name: float, ...}; cut back on resume."""
 
+from collections.abc import Mapping
 import json
 import math
 import os
-from collections.abc import Mapping
 
 from absl import logging
 from etils import epath
@@ -67,6 +67,9 @@ def _tensorboard(folder: str):
       from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
       from clip_jax.core.errors import ConfigError
-      raise ConfigError('config.train.tensorboard is on, but no TensorBoard writer is installed. '
-                        'Run `pip install tensorboardX`, or switch it off.') from error
+
+      raise ConfigError(
+        'config.train.tensorboard is on, but no TensorBoard writer is installed. '
+        'Run `pip install tensorboardX`, or switch it off.'
+      ) from error
   return SummaryWriter(folder)

@@ -8,6 +8,7 @@ stamps of the source files that it reads, and the version of its format; nothing
 `make` is the only function that looks for products, locks them, has them made and writes their sidecars.
 """
 
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
 import fcntl
@@ -17,7 +18,6 @@ import json
 import os
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from absl import logging
@@ -28,12 +28,21 @@ from clip_jax.core import files
 from clip_jax.core.errors import InputError
 
 # The stages in their order, and the folder in which each leaves its products: the only list of them.
-STAGES = {'ingest': 'ingest', 'embedder': 'embedder', 'embed': 'embeddings', 'dedup': 'dedup', 'search': 'search',
-          'prune': 'splits', 'train': 'train', 'evaluate': 'evaluate', 'report': 'report'}
+STAGES = {
+  'ingest': 'ingest',
+  'embedder': 'embedder',
+  'embed': 'embeddings',
+  'dedup': 'dedup',
+  'search': 'search',
+  'prune': 'splits',
+  'train': 'train',
+  'evaluate': 'evaluate',
+  'report': 'report',
+}
 SIDECAR = '.sidecar.json'
 LOCK = '.lock'
 EMBEDDERS = 'embedders'  # embedders/<name>/ holds the products of a further embedder
-REPLACED = 'replaced'    # what --redo has set aside, until it is made again
+REPLACED = 'replaced'  # what --redo has set aside, until it is made again
 UNTRACKED = 'untracked: later changes of this input do not invalidate the product'
 _NO_PRODUCTS = ('checkpoints', 'figures', 'tables', REPLACED)  # folders without sidecars
 
@@ -45,20 +54,27 @@ Made = Iterator[tuple['Product', Iterable[str], Mapping[str, Any]]]
 @dataclasses.dataclass(frozen=True, eq=False)
 class Product:
   """One product as the config wants it."""
-  name: str                                    # its path in the work directory, without ending
-  kind: str = ''                               # names the function that makes it
-  of: tuple = ()                               # what it is of: (dataset, shard), (split, seed), ...
-  keys: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # config keys that change its content
-  inputs: tuple['Product', ...] = ()           # the products that it reads
-  untracked: tuple['Product', ...] = ()        # read too, but later changes of these do not invalidate it
-  sources: Mapping[str, str] = dataclasses.field(default_factory=dict)  # other files that it reads: name -> stamp
-  at_least: Mapping[str, int] = dataclasses.field(default_factory=dict)  # keys of which more than wanted fits, too
-  version: int = 1                             # of the format of its files
-  embedder: str = ''                           # the further embedder whose product it is; '': the main one
-  batch: str = ''                              # products of one kind and batch are made together, under one lock
-  is_cheap: bool = False                       # made again where it does not fit; others stop the command
-  waits: bool = False                          # left out while an input is missing, which is an error for others
-  reads_all: bool = False                      # reads whatever is finished in the work directory
+
+  name: str  # its path in the work directory, without ending
+  kind: str = ''  # names the function that makes it
+  of: tuple = ()  # what it is of: (dataset, shard), (split, seed), ...
+  keys: Mapping[str, Any] = dataclasses.field(
+    default_factory=dict
+  )  # config keys that change its content
+  inputs: tuple['Product', ...] = ()  # the products that it reads
+  untracked: tuple['Product', ...] = ()  # read too, but later changes of these do not invalidate it
+  sources: Mapping[str, str] = dataclasses.field(
+    default_factory=dict
+  )  # other files that it reads: name -> stamp
+  at_least: Mapping[str, int] = dataclasses.field(
+    default_factory=dict
+  )  # keys of which more than wanted fits, too
+  version: int = 1  # of the format of its files
+  embedder: str = ''  # the further embedder whose product it is; '': the main one
+  batch: str = ''  # products of one kind and batch are made together, under one lock
+  is_cheap: bool = False  # made again where it does not fit; others stop the command
+  waits: bool = False  # left out while an input is missing, which is an error for others
+  reads_all: bool = False  # reads whatever is finished in the work directory
 
   @functools.cached_property
   def fingerprint(self) -> str:
@@ -68,11 +84,16 @@ class Product:
   @functools.cached_property
   def read(self) -> dict[str, str]:
     """What it reads: name -> fingerprint or stamp."""
-    return {**{product.name: product.fingerprint for product in self.inputs},
-            **{product.name: UNTRACKED for product in self.untracked}, **self.sources}
+    return {
+      **{product.name: product.fingerprint for product in self.inputs},
+      **{product.name: UNTRACKED for product in self.untracked},
+      **self.sources,
+    }
 
 
-def make(workdir: str, wanted: Sequence[Product], work: Callable[[list[Product]], Made]) -> list[Product]:
+def make(
+  workdir: str, wanted: Sequence[Product], work: Callable[[list[Product]], Made]
+) -> list[Product]:
   """Makes those of some products that are missing, or cheap and do not fit; returns them.
 
   `work` gets them in their order and yields each as its files are whole. Products of one call share a lock.
@@ -84,10 +105,14 @@ def make(workdir: str, wanted: Sequence[Product], work: Callable[[list[Product]]
   if not missing(workdir, wanted):
     return []
   with lock(workdir, wanted[0].batch or wanted[0].name):
-    todo = [_resolved(workdir, product) for product in missing(workdir, wanted)]  # another process may have made some
+    todo = [
+      _resolved(workdir, product) for product in missing(workdir, wanted)
+    ]  # another process may have made some
     for product in todo:
       if (path := sidecar_path(workdir, product.name)).exists():
-        logging.info('%s is made again: %s.', product.name, '; '.join(differences(workdir, product)[:3]))
+        logging.info(
+          '%s is made again: %s.', product.name, '; '.join(differences(workdir, product)[:3])
+        )
         path.unlink()
     made = []
     for product, made_files, counts in work(todo):
@@ -116,17 +141,24 @@ def refuse(workdir: str, different: Sequence[Product]) -> None:
   if different:
     first = different[0]
     redo = redo_of([product.name for product in different if product.embedder == first.embedder])
-    raise InputError(f'{first.name} in {workdir} was made with another config: '
-                     f'{"; ".join(differences(workdir, first)[:6])}. Run with --redo={redo} to make it and what '
-                     'follows from it again, or choose another --workdir.')
+    raise InputError(
+      f'{first.name} in {workdir} was made with another config: '
+      f'{"; ".join(differences(workdir, first)[:6])}. Run with --redo={redo} to make it and what '
+      'follows from it again, or choose another --workdir.'
+    )
 
 
-def _has_inputs(workdir: str, product: Product, names: set[str], stored: dict[str, dict | None]) -> bool:
+def _has_inputs(
+  workdir: str, product: Product, names: set[str], stored: dict[str, dict | None]
+) -> bool:
   """Returns whether a product can be made; False of one that waits. InputError where it cannot and does not wait.
 
   names: what is made in the same call, in an order in which inputs come first.
   """
-  for part, is_tracked in (*((part, True) for part in product.inputs), *((part, False) for part in product.untracked)):
+  for part, is_tracked in (
+    *((part, True) for part in product.inputs),
+    *((part, False) for part in product.untracked),
+  ):
     if part.name in names:
       continue
     if part.name not in stored:
@@ -135,11 +167,15 @@ def _has_inputs(workdir: str, product: Product, names: set[str], stored: dict[st
     if sidecar is None and product.waits:
       return False
     if sidecar is None:
-      raise InputError(f'{product.name} reads {part.name}, which is not there in {workdir}: run without --stages, or '
-                       f'add `{redo_of([part.name]).partition(":")[0]}` to them.')
+      raise InputError(
+        f'{product.name} reads {part.name}, which is not there in {workdir}: run without --stages, or '
+        f'add `{redo_of([part.name]).partition(":")[0]}` to them.'
+      )
     if is_tracked and not _fits(sidecar, part):
-      raise InputError(f'{product.name} reads {part.name} in {workdir}, which was made with another config or from '
-                       'other files. Run without --stages, or with the stage that makes it, first.')
+      raise InputError(
+        f'{product.name} reads {part.name} in {workdir}, which was made with another config or from '
+        'other files. Run without --stages, or with the stage that makes it, first.'
+      )
   return True
 
 
@@ -153,14 +189,19 @@ def status(workdir: str, product: Product) -> str:
 
 def _fits(sidecar: Mapping[str, Any], product: Product) -> bool:
   return sidecar['fingerprint'] == product.fingerprint and all(
-      sidecar['at_least'].get(key, 0) >= value for key, value in product.at_least.items())
+    sidecar['at_least'].get(key, 0) >= value for key, value in product.at_least.items()
+  )
 
 
 def _resolved(workdir: str, product: Product) -> Product:
   """Returns a product that reads whatever is finished as one with these inputs; any other as it is."""
   if not product.reads_all:
     return product
-  finished = {name: sidecar['fingerprint'] for name, sidecar in sidecars(workdir).items() if name != product.name}
+  finished = {
+    name: sidecar['fingerprint']
+    for name, sidecar in sidecars(workdir).items()
+    if name != product.name
+  }
   return dataclasses.replace(product, sources=finished)
 
 
@@ -184,7 +225,10 @@ def differences(workdir: str, product: Product) -> list[str]:
   old_keys, new_keys = sidecar['keys'], config_lib.plain(product.keys)
   for key, value in product.at_least.items():
     if sidecar['at_least'].get(key, 0) < value:
-      old_keys, new_keys = old_keys | {key: sidecar['at_least'].get(key, 0)}, new_keys | {key: value}
+      old_keys, new_keys = (
+        old_keys | {key: sidecar['at_least'].get(key, 0)},
+        new_keys | {key: value},
+      )
   lines = [f'config.{line}' for line in config_lib.differences(old_keys, new_keys)]
   old, new = sidecar['inputs'], product.read
   for name in sorted(old.keys() | new.keys()):
@@ -207,10 +251,20 @@ def finish(workdir: str, product: Product, made: Iterable[str], counts: Mapping[
       continue
     sizes[file] = path.stat().length
     digest.update(f'{file}:{known.get(file) or files.sha256(path)}\n'.encode())
-  files.write_json(sidecar_path(workdir, product.name), {
-      'name': product.name, 'fingerprint': product.fingerprint, 'version': product.version,
-      'keys': config_lib.plain(product.keys), 'at_least': dict(product.at_least), 'inputs': product.read,
-      'files': sizes, 'checksum': digest.hexdigest(), 'counts': config_lib.plain(counts)})
+  files.write_json(
+    sidecar_path(workdir, product.name),
+    {
+      'name': product.name,
+      'fingerprint': product.fingerprint,
+      'version': product.version,
+      'keys': config_lib.plain(product.keys),
+      'at_least': dict(product.at_least),
+      'inputs': product.read,
+      'files': sizes,
+      'checksum': digest.hexdigest(),
+      'counts': config_lib.plain(counts),
+    },
+  )
 
 
 def sidecar_path(workdir: str, name: str) -> epath.Path:
@@ -226,7 +280,11 @@ def read_sidecar(workdir: str, name: str) -> dict | None:
   for file, size in sidecar['files'].items():
     there = epath.Path(workdir) / file
     if not there.exists() or (size >= 0 and there.stat().length != size):
-      logging.warning('%s: %s is missing or has another size than when it was finished; it is made again.', name, file)
+      logging.warning(
+        '%s: %s is missing or has another size than when it was finished; it is made again.',
+        name,
+        file,
+      )
       return None
   return sidecar
 
@@ -302,8 +360,11 @@ def delete(workdir: str, name: str) -> None:
 def write_manifest(workdir: str, folder: str, products: Sequence[Product]) -> None:
   """Writes WORKDIR/<folder>/manifest.json: the finished products of a stage, nothing else."""
   stored = [read_sidecar(workdir, product.name) for product in products]
-  entries = [{key: sidecar[key] for key in ('name', 'fingerprint', 'checksum', 'counts')}
-             for sidecar in stored if sidecar is not None]
+  entries = [
+    {key: sidecar[key] for key in ('name', 'fingerprint', 'checksum', 'counts')}
+    for sidecar in stored
+    if sidecar is not None
+  ]
   path = epath.Path(workdir) / folder / 'manifest.json'
   text = {'products': entries}
   if (entries or path.exists()) and not (path.exists() and files.read_json(path) == text):
@@ -322,11 +383,17 @@ def lock(workdir: str, name: str) -> Iterator[None]:
   held = _flock(path)
   if held is None:
     holder = _holder(path)
-    raise InputError(f'{name} in {workdir} is being made by process {holder.get("pid", "?")} on '
-                     f'{holder.get("host", "?")} since {holder.get("time", "?")} ({path}). Wait for it, or stop it, '
-                     'then run the same command again.')
+    raise InputError(
+      f'{name} in {workdir} is being made by process {holder.get("pid", "?")} on '
+      f'{holder.get("host", "?")} since {holder.get("time", "?")} ({path}). Wait for it, or stop it, '
+      'then run the same command again.'
+    )
   try:
-    about = {'host': socket.gethostname(), 'pid': os.getpid(), 'time': time.strftime('%Y-%m-%d %H:%M:%S')}
+    about = {
+      'host': socket.gethostname(),
+      'pid': os.getpid(),
+      'time': time.strftime('%Y-%m-%d %H:%M:%S'),
+    }
     os.ftruncate(held, 0)
     os.pwrite(held, json.dumps(about).encode(), 0)
     yield

@@ -1,8 +1,8 @@
 """Progress of long work: a bar with rate and ETA on a terminal, a line now and then elsewhere."""
 
+from collections.abc import Iterable, Iterator
 import sys
 import time
-from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 from absl import logging
@@ -13,8 +13,9 @@ T = TypeVar('T')
 LINE_EVERY_SECS = 30.0
 
 
-def track(items: Iterable[T], *, total: int, desc: str, unit: str = 'it', size=None,
-          initial: int = 0) -> Iterator[T]:
+def track(
+  items: Iterable[T], *, total: int, desc: str, unit: str = 'it', size=None, initial: int = 0
+) -> Iterator[T]:
   """Yields `items`, showing progress towards `total`; `size(item)` counts an item as so many units."""
   with Bar(total=total, desc=desc, unit=unit, initial=initial) as bar:
     for item in items:
@@ -32,8 +33,16 @@ class Bar:
     self._bar = None
     if sys.stderr.isatty():
       import tqdm
-      self._bar = tqdm.tqdm(total=total, desc=desc, unit=unit, initial=initial, leave=False,
-                            dynamic_ncols=True, unit_scale=total > 10_000)
+
+      self._bar = tqdm.tqdm(
+        total=total,
+        desc=desc,
+        unit=unit,
+        initial=initial,
+        leave=False,
+        dynamic_ncols=True,
+        unit_scale=total > 10_000,
+      )
 
   def update(self, n: int = 1) -> None:
     interrupts.check()
@@ -46,8 +55,15 @@ class Bar:
       self._said = now
       rate = (self._done - self._initial) / (now - self._start)
       left = (self._total - self._done) / rate if rate else float('inf')
-      logging.info('%s: %s of %s %s (%s a second, %s left)', self._desc, f'{self._done:,}',
-                   f'{self._total:,}', self._unit, f'{rate:.0f}' if rate >= 10 else f'{rate:.2g}', seconds(left))
+      logging.info(
+        '%s: %s of %s %s (%s a second, %s left)',
+        self._desc,
+        f'{self._done:,}',
+        f'{self._total:,}',
+        self._unit,
+        f'{rate:.0f}' if rate >= 10 else f'{rate:.2g}',
+        seconds(left),
+      )
 
   def __enter__(self):
     return self

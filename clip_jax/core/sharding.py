@@ -13,11 +13,13 @@ from clip_jax.core.errors import ConfigError
 def mesh(fsdp: int = 1) -> Any:
   """All devices of all processes as a [devices / fsdp, fsdp] mesh with axes data and fsdp."""
   import jax
+
   count = jax.device_count()
   if fsdp < 1 or count % fsdp:
     raise ConfigError(f'train.fsdp = {fsdp} must divide the number of devices, {count}.')
-  return jax.make_mesh((count // fsdp, fsdp), ('data', 'fsdp'),
-                       axis_types=(jax.sharding.AxisType.Auto,) * 2)
+  return jax.make_mesh(
+    (count // fsdp, fsdp), ('data', 'fsdp'), axis_types=(jax.sharding.AxisType.Auto,) * 2
+  )
 
 
 def check_batch_size(batch_size: int, mesh: Any) -> None:
@@ -25,8 +27,10 @@ def check_batch_size(batch_size: int, mesh: Any) -> None:
   count = mesh.size
   if batch_size < 1 or batch_size % count:
     nearest = max(1, round(batch_size / count)) * count
-    raise ConfigError(f'train.batch_size = {batch_size} must be a multiple of the {count} devices; '
-                      f'the nearest is {nearest}.')
+    raise ConfigError(
+      f'train.batch_size = {batch_size} must be a multiple of the {count} devices; '
+      f'the nearest is {nearest}.'
+    )
 
 
 def parameter_shardings(tree: Any, mesh: Any) -> Any:
@@ -37,6 +41,7 @@ def parameter_shardings(tree: Any, mesh: Any) -> Any:
   """
   import jax
   from jax.sharding import NamedSharding, PartitionSpec
+
   parts = mesh.shape['fsdp']
 
   def sharding(leaf: Any) -> NamedSharding:
@@ -45,18 +50,21 @@ def parameter_shardings(tree: Any, mesh: Any) -> Any:
     if parts > 1 and len(leaf.shape) >= 2 and axes:
       spec[max(axes, key=lambda i: leaf.shape[i])] = 'fsdp'
     return NamedSharding(mesh, PartitionSpec(*spec))
+
   return jax.tree.map(sharding, tree)
 
 
 def replicated(mesh: Any) -> Any:
   """The whole array on every device."""
   from jax.sharding import NamedSharding, PartitionSpec
+
   return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: Any) -> Any:
   """The first axis split over every device."""
   from jax.sharding import NamedSharding, PartitionSpec
+
   return NamedSharding(mesh, PartitionSpec(('data', 'fsdp')))
 
 
@@ -67,16 +75,23 @@ def local() -> tuple[Any, Any, int]:
   """
   import jax
   from jax.sharding import NamedSharding, PartitionSpec
+
   devices = jax.local_devices()
-  mesh = jax.make_mesh((len(devices),), ('data',), devices=devices,
-                       axis_types=(jax.sharding.AxisType.Auto,))
-  return NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec('data')), len(devices)
+  mesh = jax.make_mesh(
+    (len(devices),), ('data',), devices=devices, axis_types=(jax.sharding.AxisType.Auto,)
+  )
+  return (
+    NamedSharding(mesh, PartitionSpec()),
+    NamedSharding(mesh, PartitionSpec('data')),
+    len(devices),
+  )
 
 
 def place_batch(
-    batch: dict,  # arrays, nested or not, each [b, ...]: this process's part of the global batch
-    mesh: Any,
+  batch: dict,  # arrays, nested or not, each [b, ...]: this process's part of the global batch
+  mesh: Any,
 ) -> dict:  # each [B, ...], global, split over the devices
   import jax
+
   sharding = batch_sharding(mesh)
   return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)

@@ -6,7 +6,7 @@ from clip_jax.core.types import Array
 
 
 def unit(
-    x: Array,  # [..., E] floating
+  x: Array,  # [..., E] floating
 ) -> np.ndarray:  # [..., E], of the same dtype
   """Returns the vectors at length 1; a zero vector stays zero, and NaN stays NaN."""
   norm = np.linalg.norm(x, axis=-1, keepdims=True)
@@ -14,8 +14,8 @@ def unit(
 
 
 def cosine(
-    first: Array,  # [n, E] float16
-    second: Array,  # [n, E] float16, or [n, k, E]
+  first: Array,  # [n, E] float16
+  second: Array,  # [n, E] float16, or [n, k, E]
 ) -> np.ndarray:  # [n] float64, or [n, k]
   """Returns similarities divided by both norms, in float64; 0 for a zero vector.
 

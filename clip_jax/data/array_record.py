@@ -14,7 +14,7 @@ from clip_jax.core.errors import InputError
 from clip_jax.data import storage, table
 
 OPTIONS = 'group_size:1'  # of a writer: records in groups are decoded together, slow at random
-_BATCH = 4 << 20          # bytes of records read at once, about
+_BATCH = 4 << 20  # bytes of records read at once, about
 _MOST_RECORDS = 256
 
 
@@ -23,13 +23,21 @@ def example(features: Mapping[str, bytes | str | int | float]) -> bytes:
   message = _example_type()()
   for name, value in features.items():
     feature = message.features.feature[name]
-    kind = 'bytes' if isinstance(value, bytes | str) else 'int64' if isinstance(value, int) else 'float'
-    getattr(feature, f'{kind}_list').value.append(value.encode() if isinstance(value, str) else value)
+    kind = (
+      'bytes' if isinstance(value, bytes | str) else 'int64' if isinstance(value, int) else 'float'
+    )
+    getattr(feature, f'{kind}_list').value.append(
+      value.encode() if isinstance(value, str) else value
+    )
   return message.SerializeToString(deterministic=True)
 
 
-def samples(file: storage.SourceFile, image_key: Sequence[str], sample_key: Sequence[str],
-            columns: Sequence[str]) -> tuple[Iterable[table.Sample], list[dict[str, str]]]:
+def samples(
+  file: storage.SourceFile,
+  image_key: Sequence[str],
+  sample_key: Sequence[str],
+  columns: Sequence[str],
+) -> tuple[Iterable[table.Sample], list[dict[str, str]]]:
   """Returns the samples of a file in order, and what is listed as skipped.
 
   image_key: names of the image's feature, the first that a record has counts; sample_key: of the
@@ -57,13 +65,17 @@ class Records:
 
   def __init__(self, path: str):
     if '://' in path:
-      raise InputError(f'{path}: ArrayRecord files are read on this machine only. Copy them here, '
-                       'or mount the bucket.')
+      raise InputError(
+        f'{path}: ArrayRecord files are read on this machine only. Copy them here, '
+        'or mount the bucket.'
+      )
     from array_record.python import array_record_module
+
     self._path, size = path, os.path.getsize(path)  # the reader takes a missing file for empty
     try:
       self._reader = array_record_module.ArrayRecordReader(
-          path, options='readahead_buffer_size:0,max_parallelism:0')
+        path, options='readahead_buffer_size:0,max_parallelism:0'
+      )
       self._count = self._reader.num_records()
     except (RuntimeError, ValueError) as error:
       raise storage.changed(self._path) from error
@@ -95,14 +107,17 @@ class Reader:
     for record, (row, length) in zip(self._values([row for row, _ in ranges]), ranges, strict=True):
       image = _image(_parsed(record) or {}, self._names)
       if image is None or len(image[1]) != length:
-        raise InputError(f'{self._path} is not the file that was indexed: record {row} is another. '
-                         'Put that back, or index again with --redo=ingest.')
+        raise InputError(
+          f'{self._path} is not the file that was indexed: record {row} is another. '
+          'Put that back, or index again with --redo=ingest.'
+        )
       images.append(image[1])
     return images
 
 
-def batches(values: Callable[[Sequence[int]], list[bytes]], count: int, size: int
-            ) -> Iterator[tuple[int, bytes | None]]:
+def batches(
+  values: Callable[[Sequence[int]], list[bytes]], count: int, size: int
+) -> Iterator[tuple[int, bytes | None]]:
   """Yields every record of a file with its number; None for one that is damaged.
 
   size: of the file, bytes, which says how many records to read at once.
@@ -120,20 +135,32 @@ def batches(values: Callable[[Sequence[int]], list[bytes]], count: int, size: in
           yield row, None
 
 
-def example_samples(records: Iterable[tuple[int, bytes | None]], name: str,
-                    image_key: Sequence[str], sample_key: Sequence[str], columns: Sequence[str],
-                    skipped: list[dict[str, str]]) -> Iterator[table.Sample]:
+def example_samples(
+  records: Iterable[tuple[int, bytes | None]],
+  name: str,
+  image_key: Sequence[str],
+  sample_key: Sequence[str],
+  columns: Sequence[str],
+  skipped: list[dict[str, str]],
+) -> Iterator[table.Sample]:
   """Yields the samples of records, given with their numbers; adds to `skipped` what is none."""
   stem = re.sub(r'\.(array_?record|parquet)\b', '', name)
   for row, record in records:
     features = None if record is None else _parsed(record)
     if not features:
-      skipped.append({'key': f'{stem}/{row:09d}', 'reason': 'damaged record' if record is None else
-                      'not a tf.train.Example'})
+      skipped.append(
+        {
+          'key': f'{stem}/{row:09d}',
+          'reason': 'damaged record' if record is None else 'not a tf.train.Example',
+        }
+      )
       continue
     image = _image(features, image_key)
-    fields = {column: _value(features[column]) for column in columns
-              if column in features and not (image and column == image[0])}
+    fields = {
+      column: _value(features[column])
+      for column in columns
+      if column in features and not (image and column == image[0])
+    }
     keys = (_value(features[key]) for key in sample_key if key in features)
     key = next((key for key in keys if key not in (None, '')), f'{stem}/{row:09d}')
     members = {image[0].lower(): (row, len(image[1]))} if image else {}
@@ -146,7 +173,9 @@ def _read(image: tuple[str, bytes], ending: str, most: int) -> bytes:
 
 def _image(features: Mapping[str, Any], names: Sequence[str]) -> tuple[str, bytes] | None:
   """Returns the first feature among `names`, in lower case, that is one image, and its bytes."""
-  there = {name.lower(): name for name in sorted(features)}  # the name in lower case counts before others
+  there = {
+    name.lower(): name for name in sorted(features)
+  }  # the name in lower case counts before others
   for name in filter(there.__contains__, names):
     values = features[there[name]].bytes_list.value
     if len(values) == 1:
@@ -166,6 +195,7 @@ def _value(feature: Any) -> Any:
 def _parsed(record: bytes) -> Mapping[str, Any] | None:
   """Returns the features of a tf.train.Example by their names, None where it is none."""
   from google.protobuf.message import DecodeError
+
   try:
     return _example_type().FromString(record).features.feature
   except DecodeError:
@@ -209,7 +239,13 @@ message_type {
 @functools.cache
 def _example_type():
   """Returns the class of tf.train.Example messages."""
-  from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format  # only this format's
+  from google.protobuf import (
+    descriptor_pb2,
+    descriptor_pool,
+    message_factory,
+    text_format,
+  )  # only this format's
+
   pool = descriptor_pool.DescriptorPool()  # its own: others may have defined tensorflow.Example
   pool.Add(text_format.Parse(_EXAMPLE, descriptor_pb2.FileDescriptorProto()))
   return message_factory.GetMessageClass(pool.FindMessageTypeByName('tensorflow.Example'))

@@ -14,7 +14,9 @@ class Embeddings:
   """A read-only view of all shards of a dataset's embeddings."""
 
   def __init__(self, directory: str, shards: int):
-    self._vectors = [np.load(os.path.join(directory, f'{i:05d}.npy'), mmap_mode='r') for i in range(shards)]
+    self._vectors = [
+      np.load(os.path.join(directory, f'{i:05d}.npy'), mmap_mode='r') for i in range(shards)
+    ]
     self._usable = [np.load(os.path.join(directory, f'usable-{i:05d}.npy')) for i in range(shards)]
     self.starts = np.cumsum([0] + [len(shard) for shard in self._vectors])  # [shards + 1]
 

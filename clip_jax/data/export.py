@@ -26,11 +26,11 @@ from clip_jax.core.types import Array
 from clip_jax.data import array_record, reader, storage, table, webdataset
 
 SAMPLES_A_SHARD = 10_000  # as img2dataset's
-_BLOCK = 512              # bytes, of a tar
-_AT_ONCE = 1 << 23        # bytes that are copied at a time
-_MOST_NAME = 1 << 12      # characters of a member's name: no file can have a longer path
-_MOST_KEY = 1 << 10       # characters of a key that is made safe
-_MOST_HEADERS = 1 << 22   # bytes of the headers of one member; more is no honest tar
+_BLOCK = 512  # bytes, of a tar
+_AT_ONCE = 1 << 23  # bytes that are copied at a time
+_MOST_NAME = 1 << 12  # characters of a member's name: no file can have a longer path
+_MOST_KEY = 1 << 10  # characters of a key that is made safe
+_MOST_HEADERS = 1 << 22  # bytes of the headers of one member; more is no honest tar
 # Of a member's name: it has .. among its parts, or is absolute, on some system.
 _LEADS_OUT = re.compile(r'(?:^|[/\\])\.\.(?:[/\\]|$)|^[/\\]|^[A-Za-z]:').search
 _STARTS = {b'\xff\xd8\xff': 'jpg', b'\x89PNG\r\n': 'png'}  # an image's first bytes -> its ending
@@ -39,7 +39,10 @@ _STARTS = {b'\xff\xd8\xff': 'jpg', b'\x89PNG\r\n': 'png'}  # an image's first by
 @dataclasses.dataclass
 class _Contents:
   """What was put into a file that is being written."""
-  samples: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)  # key -> ending -> bytes of that member
+
+  samples: dict[str, dict[str, int]] = dataclasses.field(
+    default_factory=dict
+  )  # key -> ending -> bytes of that member
   copies: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
   renamed: int = 0
   made: int = 0  # samples whose members got new headers
@@ -74,9 +77,15 @@ def write_tar(path: str, directory: str, rows: Array) -> dict[str, Any]:  # rows
         f.write(block)
     members = _check_tar(os.fspath(temporary), path, contents, digest.hexdigest())
     size = temporary.stat().length
-  return {'samples': len(contents.samples), 'members': members, 'bytes': size,
-          'sha256': digest.hexdigest(), 'copied': len(contents.samples) - contents.made,
-          'renamed': contents.renamed, 'refused': contents.refused}
+  return {
+    'samples': len(contents.samples),
+    'members': members,
+    'bytes': size,
+    'sha256': digest.hexdigest(),
+    'copied': len(contents.samples) - contents.made,
+    'renamed': contents.renamed,
+    'refused': contents.refused,
+  }
 
 
 def write_array_record(path: str, directory: str, rows: Array) -> dict[str, Any]:  # [n] int64
@@ -86,7 +95,11 @@ def write_array_record(path: str, directory: str, rows: Array) -> dict[str, Any]
   where it has one. Records are found one by one ('group_size:1').
   """
   contents, source = _Contents(), reader.Source(directory)
-  keys = [contents.name(key) for shard, _, some in _by_shard(directory, rows) for key in _keys(directory, shard, some)]
+  keys = [
+    contents.name(key)
+    for shard, _, some in _by_shard(directory, rows)
+    for key in _keys(directory, shard, some)
+  ]
   with files.atomic(path) as temporary:
     records = (_record(source[row], key) for row, key in zip(rows.tolist(), keys, strict=True))
     sums = _write_records(os.fspath(temporary), records)
@@ -125,7 +138,9 @@ def _tar(contents: _Contents, directory: str, rows: Array) -> Iterator[bytes]:
       yield from _copies(contents, where['path'], directory, some)
     else:
       for row, key in zip(some.tolist(), _keys(directory, shard, some), strict=True):
-        yield from _made(contents, contents.name(_safe(key) or f'row{row}'), _as_members(source[row], key))
+        yield from _made(
+          contents, contents.name(_safe(key) or f'row{row}'), _as_members(source[row], key)
+        )
   yield bytes(2 * _BLOCK)
 
 
@@ -138,21 +153,27 @@ def _copies(contents: _Contents, path: str, directory: str, rows: Array) -> Iter
     for offset in offsets.tolist():
       sample = of_image.get(offset)
       if sample is None:
-        raise InputError(f'{path} has no sample at byte {offset}: it is not the file that was '
-                         'indexed. Put that back, or index again with --redo=ingest.')
+        raise InputError(
+          f'{path} has no sample at byte {offset}: it is not the file that was '
+          'indexed. Put that back, or index again with --redo=ingest.'
+        )
       if reason := _refusal(sample, tar, headers):
         contents.refused.append({'key': sample.key, 'reason': reason})
         continue
       key = contents.name(sample.key)
       if key != sample.key:
-        yield from _made(contents, key, {ending: tar.read(*place) for ending, place in sample.members.items()})
+        yield from _made(
+          contents, key, {ending: tar.read(*place) for ending, place in sample.members.items()}
+        )
         continue
       contents.samples[key] = {ending: length for ending, (_, length) in sample.members.items()}
       for begin, length in sorted(sample.members.values()):
         end = begin + -(-length // _BLOCK) * _BLOCK
         for at in range(headers.get(begin, begin - _BLOCK), end, _AT_ONCE):
           size = min(_AT_ONCE, end - at)
-          yield tar.read(at, size).ljust(size, b'\0')  # a source that was cut can end before these zeros
+          yield tar.read(at, size).ljust(
+            size, b'\0'
+          )  # a source that was cut can end before these zeros
 
 
 def _made(contents: _Contents, key: str, members: Mapping[str, bytes]) -> Iterator[bytes]:
@@ -195,8 +216,11 @@ def _told(headers: bytes) -> str:
 
 
 def _as_members(sample: Mapping[str, Any], key: str) -> dict[str, bytes]:
-  return {_ending(sample['image']): sample['image'], 'txt': sample['caption'].encode(),
-          'json': json.dumps({'key': key, **_label(sample)}).encode()}
+  return {
+    _ending(sample['image']): sample['image'],
+    'txt': sample['caption'].encode(),
+    'json': json.dumps({'key': key, **_label(sample)}).encode(),
+  }
 
 
 def _safe(key: str) -> str:
@@ -216,8 +240,10 @@ def _check_tar(temporary: str, path: str, contents: _Contents, sha256: str) -> i
     raise _differs(path, 'what was written')
   expected = contents.samples
   samples, skipped, _ = webdataset.samples_and_headers(temporary, path)
-  found = {sample.key: {ending: length for ending, (_, length) in sample.members.items()}
-           for sample in samples}
+  found = {
+    sample.key: {ending: length for ending, (_, length) in sample.members.items()}
+    for sample in samples
+  }
   if expected and (skipped or list(found.items()) != list(expected.items())):
     wrong = next((key for key in expected if found.get(key) != expected[key]), skipped[:1])
     raise _differs(path, f'sample {wrong!r}')
@@ -225,8 +251,14 @@ def _check_tar(temporary: str, path: str, contents: _Contents, sha256: str) -> i
 
 
 def _record(sample: Mapping[str, Any], key: str) -> bytes:
-  return array_record.example({'key': key, _ending(sample['image']): sample['image'],
-                               'txt': sample['caption'], **_label(sample)})
+  return array_record.example(
+    {
+      'key': key,
+      _ending(sample['image']): sample['image'],
+      'txt': sample['caption'],
+      **_label(sample),
+    }
+  )
 
 
 def _label(sample: Mapping[str, Any]) -> dict[str, int]:
@@ -236,6 +268,7 @@ def _label(sample: Mapping[str, Any]) -> dict[str, int]:
 def _write_records(path: str, records: Iterator[bytes]) -> list[bytes]:
   """Writes an ArrayRecord file; returns the sha256 of each record."""
   from array_record.python import array_record_module
+
   writer, sums = array_record_module.ArrayRecordWriter(path, array_record.OPTIONS), []
   try:
     for record in records:
@@ -259,8 +292,10 @@ def _check_array_record(temporary: str, path: str, sums: list[bytes]) -> None:
 
 
 def _differs(path: str, what: str) -> InputError:
-  return InputError(f'{path}: {what} is not as in the source when read back, so nothing is left of '
-                    'it. A source file was changed meanwhile, or the disk fails: run again.')
+  return InputError(
+    f'{path}: {what} is not as in the source when read back, so nothing is left of '
+    'it. A source file was changed meanwhile, or the disk fails: run again.'
+  )
 
 
 # What the rows of a split can be written as, images and all: kind -> (ending, what writes one file).

@@ -44,8 +44,9 @@ def find(root: str) -> list[str]:
     raise InputError(f'{root!r} is no folder. Correct the path of the dataset.')
   found = sorted(paths(root), key=storage.natural)
   if not found:
-    raise InputError(f'{root!r} holds no file that ends in {", ".join(IMAGES)}. Correct the path '
-                     'of the dataset.')
+    raise InputError(
+      f'{root!r} holds no file that ends in {", ".join(IMAGES)}. Correct the path of the dataset.'
+    )
   return [os.path.join(root, name) for name in found]
 
 
@@ -56,8 +57,9 @@ def samples(root: str, names: Sequence[str]) -> tuple[list[table.Sample], list[d
   inside = images_folder(root)
   for name in names:
     if not is_text(name):
-      skipped.append({'key': os.fsencode(name).decode(errors='backslashreplace'),
-                      'reason': 'name is not UTF-8'})
+      skipped.append(
+        {'key': os.fsencode(name).decode(errors='backslashreplace'), 'reason': 'name is not UTF-8'}
+      )
       continue
     try:
       found.append(_sample(root, name, beside(os.path.dirname(name)), inside))
@@ -69,8 +71,11 @@ def samples(root: str, names: Sequence[str]) -> tuple[list[table.Sample], list[d
 def class_folders(root: str) -> tuple[str, ...]:
   """Returns the folders below the root that hold an image, sorted by their names."""
   inside = images_folder(root)
-  folders = sorted(entry.name for entry in _entries(os.path.join(root, inside))
-                   if _is_folder(entry) and is_text(entry.name) and not entry.name.startswith('.'))
+  folders = sorted(
+    entry.name
+    for entry in _entries(os.path.join(root, inside))
+    if _is_folder(entry) and is_text(entry.name) and not entry.name.startswith('.')
+  )
   return tuple(name for name in folders if any(paths(root, os.path.join(inside, name))))
 
 
@@ -81,7 +86,7 @@ def class_folder(path: str, inside: str = '') -> str:
   """
   if not path.startswith(inside):
     return ''
-  first, separator, _ = path[len(inside):].partition(os.sep)
+  first, separator, _ = path[len(inside) :].partition(os.sep)
   return first if separator else ''
 
 
@@ -96,8 +101,11 @@ def objectnet_mappings(root: str) -> tuple[str, ...]:
   root: the folder objectnet-1.0, or the images/ in it.
   """
   top = root if _is_objectnet(root) else os.path.dirname(os.path.abspath(root))
-  if not _is_objectnet(top) or not os.path.samefile(root, top) and not os.path.samefile(
-      root, os.path.join(top, 'images')):
+  if (
+    not _is_objectnet(top)
+    or not os.path.samefile(root, top)
+    and not os.path.samefile(root, os.path.join(top, 'images'))
+  ):
     return ()
   return tuple(os.path.join(top, 'mappings', name) for name in _MAPPINGS)
 
@@ -115,10 +123,15 @@ def is_text(name: str) -> bool:
 def _sample(root: str, name: str, beside: set[str], inside: str) -> table.Sample:
   stem = os.path.splitext(name)[0]
   files = {ending(name): os.path.join(root, name)}
-  files |= {end: os.path.join(root, f'{stem}.{end}') for end in _BESIDE
-            if f'{os.path.basename(stem)}.{end}' in beside}
+  files |= {
+    end: os.path.join(root, f'{stem}.{end}')
+    for end in _BESIDE
+    if f'{os.path.basename(stem)}.{end}' in beside
+  }
   members = {end: (0, os.stat(path).st_size) for end, path in files.items()}
-  return table.Sample(name, members, functools.partial(_read, files), class_folder(name, inside), name)
+  return table.Sample(
+    name, members, functools.partial(_read, files), class_folder(name, inside), name
+  )
 
 
 def _read(files: dict[str, str], which: str, most: int) -> bytes:
@@ -130,8 +143,10 @@ def _entries(folder: str) -> list[os.DirEntry]:
     with os.scandir(folder) as entries:
       return list(entries)
   except OSError as error:  # how many images are missed cannot be said
-    raise InputError(f'The folder {folder!r} cannot be listed ({error.strerror}). Give this user '
-                     'the right to read it, or take it out of the dataset.') from error
+    raise InputError(
+      f'The folder {folder!r} cannot be listed ({error.strerror}). Give this user '
+      'the right to read it, or take it out of the dataset.'
+    ) from error
 
 
 def _is_folder(entry: os.DirEntry) -> bool:
@@ -140,10 +155,14 @@ def _is_folder(entry: os.DirEntry) -> bool:
 
 def _is_file(entry: os.DirEntry) -> bool:
   """A pipe would be waited for without end. A broken link counts: it is listed when it is read."""
-  return entry.is_file(follow_symlinks=False) or entry.is_symlink() and (
-      os.path.isfile(entry.path) or not os.path.exists(entry.path))
+  return (
+    entry.is_file(follow_symlinks=False)
+    or entry.is_symlink()
+    and (os.path.isfile(entry.path) or not os.path.exists(entry.path))
+  )
 
 
 def _is_objectnet(top: str) -> bool:
   return os.path.isdir(os.path.join(top, 'images')) and all(
-      os.path.isfile(os.path.join(top, 'mappings', name)) for name in _MAPPINGS)
+    os.path.isfile(os.path.join(top, 'mappings', name)) for name in _MAPPINGS
+  )

@@ -31,21 +31,29 @@ def load(folder: str, kwargs: dict[str, str | bool]) -> Callable[[Sequence[str],
   """
   kwargs = {'clean': 'whitespace', 'strip_sep_token': False} | kwargs
   if set(kwargs) != {'clean', 'strip_sep_token'} or kwargs['clean'] not in CLEAN:
-    raise ConfigError(f'tokenizer_kwargs={kwargs}: only clean (one of {", ".join(CLEAN)}) and '
-                      'strip_sep_token are built here.')
+    raise ConfigError(
+      f'tokenizer_kwargs={kwargs}: only clean (one of {", ".join(CLEAN)}) and '
+      'strip_sep_token are built here.'
+    )
   clean, named, base = CLEAN[kwargs['clean']], _named(folder), _engine(folder)
   pad = _token(base, named, 'pad_token')
   if pad is None:
-    raise InputError(f'The tokenizer in {folder!r} has no pad token. Name one of its tokens as '
-                     '"pad_token" in tokenizer_config.json there.')
+    raise InputError(
+      f'The tokenizer in {folder!r} has no pad token. Name one of its tokens as '
+      '"pad_token" in tokenizer_config.json there.'
+    )
   stripped = kwargs['strip_sep_token'] and _token(base, named, 'sep_token')
 
   @functools.lru_cache  # its own for each length: one that threads use must not be changed
   def engine(context_length: int):
     engine = type(base).from_str(base.to_str())
     engine.enable_truncation(context_length, direction=named.get('truncation_side', 'right'))
-    engine.enable_padding(length=context_length, direction=named.get('padding_side', 'right'),
-                          pad_id=base.token_to_id(pad), pad_token=pad)
+    engine.enable_padding(
+      length=context_length,
+      direction=named.get('padding_side', 'right'),
+      pad_id=base.token_to_id(pad),
+      pad_token=pad,
+    )
     return engine
 
   def tokenize(texts: Sequence[str], context_length: int) -> Array:  # -> [n, T] int32
@@ -65,26 +73,32 @@ def load(folder: str, kwargs: dict[str, str | bool]) -> Callable[[Sequence[str],
 def _engine(folder: str):
   path = os.path.join(folder, 'tokenizer.json')
   if not os.path.isfile(path):
-    raise InputError(f'{path!r} is missing. Put the files of the model\'s Hugging Face tokenizer '
-                     'there (transformers writes them by AutoTokenizer.from_pretrained(NAME)'
-                     '.save_pretrained(FOLDER)).')
+    raise InputError(
+      f"{path!r} is missing. Put the files of the model's Hugging Face tokenizer "
+      'there (transformers writes them by AutoTokenizer.from_pretrained(NAME)'
+      '.save_pretrained(FOLDER)).'
+    )
   try:
     import tokenizers
   except ImportError as error:
-    raise InputError(f'{path!r} is read by the package tokenizers, which is not installed: '
-                     'pip install tokenizers') from error
+    raise InputError(
+      f'{path!r} is read by the package tokenizers, which is not installed: pip install tokenizers'
+    ) from error
   try:
     return tokenizers.Tokenizer.from_file(path)
   except Exception as error:  # the package raises no type of its own
-    raise InputError(f'{path!r} is no tokenizer that the package tokenizers can read: {error}. '
-                     'Copy it anew, or update the package.') from error
+    raise InputError(
+      f'{path!r} is no tokenizer that the package tokenizers can read: {error}. '
+      'Copy it anew, or update the package.'
+    ) from error
 
 
 def _named(folder: str) -> dict[str, Any]:
   """What the folder says beside tokenizer.json; a token is its text, or a dict with its content."""
   config, special = (
-      files.read_json(path) if os.path.isfile(path := os.path.join(folder, name)) else {}
-      for name in ('tokenizer_config.json', 'special_tokens_map.json'))
+    files.read_json(path) if os.path.isfile(path := os.path.join(folder, name)) else {}
+    for name in ('tokenizer_config.json', 'special_tokens_map.json')
+  )
   newer = 'added_tokens_decoder' in config  # then transformers does not read the other file
   named = special | config if newer else config | special
   named = {key: value for key, value in named.items() if value is not None}

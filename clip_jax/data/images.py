@@ -13,7 +13,7 @@ import struct
 from typing import NamedTuple
 
 import numpy as np
-from PIL import features, Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError, features
 import simplejpeg
 
 from clip_jax.core.types import Array
@@ -22,22 +22,33 @@ from clip_jax.core.types import Array
 FORMATS = ('JPEG', 'PNG', 'WEBP', 'GIF', 'BMP', 'TIFF', 'PPM')
 MODES = ('shortest', 'squash')
 _RATIO = (3 / 4, 4 / 3)  # width / height of a random crop, torchvision's default
-_TRIES = 10    # draws of a crop before the centre is taken, torchvision's
+_TRIES = 10  # draws of a crop before the centre is taken, torchvision's
 _LONGEST = 64  # long side / short side: of what is longer only the centre is made, to save memory
-_MOST_SIDE = 1 << 24   # pixels: Pillow asks for memory by rows, and one row may be too much
-_MOST_SCANS = 500      # markers that begin one in a JPEG: each costs a pass over all its pixels
+_MOST_SIDE = 1 << 24  # pixels: Pillow asks for memory by rows, and one row may be too much
+_MOST_SCANS = 500  # markers that begin one in a JPEG: each costs a pass over all its pixels
 _SHRINKS = (8, 4, 2)  # a JPEG's 8 x 8 blocks can be decoded to these fractions of a side
 
 # Of another library than simplejpeg's, as some builds of Pillow have, the pixels can differ.
 _SAME_LIBRARY = features.check_feature('libjpeg_turbo')
 _SOS, _DQT, _APPS = 0xFFDA, 0xFFDB, range(0xFFE0, 0xFFF0)  # markers of JPEG
-JPEG_FRAMES = (0xFFC0, 0xFFC1, 0xFFC2)  # baseline, extended, progressive; not lossless, not arithmetic
-JPEG_FRAME = struct.Struct('>BHHB')     # bits, height, width, layers
-_SEGMENT = struct.Struct('>HH')         # marker, length
+JPEG_FRAMES = (
+  0xFFC0,
+  0xFFC1,
+  0xFFC2,
+)  # baseline, extended, progressive; not lossless, not arithmetic
+JPEG_FRAME = struct.Struct('>BHHB')  # bits, height, width, layers
+_SEGMENT = struct.Struct('>HH')  # marker, length
 # And Huffman tables, restart interval, comment.
 _KNOWN = frozenset([*JPEG_FRAMES, _SOS, _DQT, *_APPS, 0xFFC4, 0xFFDD, 0xFFFE])
-_SAMPLINGS = {(0x11, 0x11, 0x11), (0x21, 0x11, 0x11), (0x22, 0x11, 0x11),  # 4:4:4, 4:2:2, 4:2:0
-              (0x12, 0x11, 0x11), (0x41, 0x11, 0x11), (0x11,), (0x22,)}    # 4:4:0, 4:1:1, grey
+_SAMPLINGS = {
+  (0x11, 0x11, 0x11),
+  (0x21, 0x11, 0x11),
+  (0x22, 0x11, 0x11),  # 4:4:4, 4:2:2, 4:2:0
+  (0x12, 0x11, 0x11),
+  (0x41, 0x11, 0x11),
+  (0x11,),
+  (0x22,),
+}  # 4:4:0, 4:1:1, grey
 
 
 class UnreadableImage(ValueError):
@@ -46,6 +57,7 @@ class UnreadableImage(ValueError):
 
 class _Frame(NamedTuple):
   """What a JPEG says of itself; plain: beside JFIF's it has no segments with a use of their own."""
+
   height: int
   width: int
   plain: bool
@@ -60,8 +72,9 @@ def decode(data: bytes) -> Array:
   return _decode(data, lambda height, width: 1)[0]
 
 
-def decode_crop(data: bytes, size: int, scale: tuple[float, float], rng: np.random.Generator,
-                shrink: float = 0.0) -> Array:  # [S, S, 3] uint8
+def decode_crop(
+  data: bytes, size: int, scale: tuple[float, float], rng: np.random.Generator, shrink: float = 0.0
+) -> Array:  # [S, S, 3] uint8
   """Returns random_resized_crop(decode(data), size, scale, rng); draws before it reads the data.
 
   With `shrink` of 1 or more a JPEG is decoded at 1/2, 1/4 or 1/8 of its size where both sides of
@@ -91,8 +104,11 @@ def header(data: bytes) -> tuple[str, int, int]:
   return {'MPO': 'jpeg'}.get(kind, kind.lower()), *size
 
 
-def resize(image: Array,  # [H, W, 3] uint8
-           size: int, mode: str = 'shortest') -> Array:  # [S, S, 3] uint8
+def resize(
+  image: Array,  # [H, W, 3] uint8
+  size: int,
+  mode: str = 'shortest',
+) -> Array:  # [S, S, 3] uint8
   """Resizes for evaluation: 'shortest', the short side to `size`, then the centre; or 'squash'."""
   if mode not in MODES:
     raise ValueError(f'resize mode must be one of {MODES}, got {mode!r}')
@@ -103,17 +119,24 @@ def resize(image: Array,  # [H, W, 3] uint8
   new_height, new_width = size * height // short, size * width // short
   top, left = round((new_height - size) / 2), round((new_width - size) / 2)
   if max(height, width) <= _LONGEST * short:
-    return _bicubic(image, new_height, new_width)[top:top + size, left:left + size]
+    return _bicubic(image, new_height, new_width)[top : top + size, left : left + size]
   x, y = (left * width / new_width, top * height / new_height)  # the same part, before resizing
   across = Image.fromarray(image).resize(
-      (size, height), Image.Resampling.BICUBIC, (x, 0, x + size * width / new_width, height))
-  return np.asarray(across.resize(
-      (size, size), Image.Resampling.BICUBIC, (0, y, size, y + size * height / new_height)))
+    (size, height), Image.Resampling.BICUBIC, (x, 0, x + size * width / new_width, height)
+  )
+  return np.asarray(
+    across.resize(
+      (size, size), Image.Resampling.BICUBIC, (0, y, size, y + size * height / new_height)
+    )
+  )
 
 
-def random_resized_crop(image: Array,  # [H, W, 3] uint8
-                        size: int, scale: tuple[float, float],
-                        rng: np.random.Generator) -> Array:  # [S, S, 3] uint8
+def random_resized_crop(
+  image: Array,  # [H, W, 3] uint8
+  size: int,
+  scale: tuple[float, float],
+  rng: np.random.Generator,
+) -> Array:  # [S, S, 3] uint8
   """Crops a random part, `scale` of the area, and resizes it, as torchvision's RandomResizedCrop.
 
   Takes the same number of draws from rng whatever the image.
@@ -122,8 +145,9 @@ def random_resized_crop(image: Array,  # [H, W, 3] uint8
   return _bicubic(image, size, size, box)
 
 
-def _crop_box(height: int, width: int, scale: tuple[float, float],
-              draws: Array) -> tuple[int, int, int, int]:  # top, left, height, width
+def _crop_box(
+  height: int, width: int, scale: tuple[float, float], draws: Array
+) -> tuple[int, int, int, int]:  # top, left, height, width
   for area, ratio, top, left in draws.tolist():
     area = height * width * (scale[0] + (scale[1] - scale[0]) * area)
     ratio = _RATIO[0] * (_RATIO[1] / _RATIO[0]) ** ratio  # uniform in its logarithm
@@ -158,6 +182,7 @@ def _decode(data: bytes, factor: Callable[[int, int], int]) -> tuple[Array, int,
         image.draft(None, (width // shrunk, height // shrunk))
       pixels = np.asarray(image if image.mode == 'RGB' else image.convert('RGB'))
     return pixels, height, width
+
   return _opened(data, read)
 
 
@@ -197,14 +222,19 @@ def _jpeg_frame(data: bytes) -> _Frame | None:
       return frame._replace(plain=plain) if frame and end <= len(data) else None
     if marker in JPEG_FRAMES:
       bits, height, width, count = JPEG_FRAME.unpack_from(data, start)
-      samplings = tuple(data[start + 7:end:3])
-      if bits != 8 or end - start != 6 + 3 * count or samplings not in _SAMPLINGS or not height * width:
+      samplings = tuple(data[start + 7 : end : 3])
+      if (
+        bits != 8
+        or end - start != 6 + 3 * count
+        or samplings not in _SAMPLINGS
+        or not height * width
+      ):
         return None
       frame = _Frame(height, width, plain)
     elif marker == _DQT:
       plain &= not (end - start) % 65 and max(data[start:end:65], default=0) < 16
     elif marker in _APPS:
-      plain &= marker == _APPS[0] and end - start == 14 and data[start:start + 5] == b'JFIF\0'
+      plain &= marker == _APPS[0] and end - start == 14 and data[start : start + 5] == b'JFIF\0'
   return None
 
 
@@ -228,17 +258,20 @@ def _opened(data: bytes, read):
     raise UnreadableImage(f'{type(error).__name__}: {error}') from error
 
 
-def _bicubic(image: Array,  # [H, W, 3] uint8
-             height: int, width: int, box: tuple[float, float, float, float] | None = None
-             ) -> Array:  # [height, width, 3] uint8
+def _bicubic(
+  image: Array,  # [H, W, 3] uint8
+  height: int,
+  width: int,
+  box: tuple[float, float, float, float] | None = None,
+) -> Array:  # [height, width, 3] uint8
   """Resizes an image, or the part of it at box: (top, left, height, width)."""
   top, left, h, w = box or (0, 0, *image.shape[:2])
   y, x = math.floor(top), math.floor(left)
   rows, columns = math.ceil(top + h) - y, math.ceil(left + w) - x
   if (rows, columns) == (h, w) == (height, width):
-    return image[y:y + rows, x:x + columns]
+    return image[y : y + rows, x : x + columns]
   row = 3 * image.shape[1]  # bytes; Pillow passes over what is not of the part: no copy is cut out
-  pixels = np.ascontiguousarray(image).data.cast('B')[y * row + 3 * x:]
+  pixels = np.ascontiguousarray(image).data.cast('B')[y * row + 3 * x :]
   part = Image.frombytes('RGB', (columns, rows), pixels, 'raw', 'RGB', row, 1)
   inner = left - x, top - y, left - x + w, top - y + h
   resized = part.resize((width, height), Image.Resampling.BICUBIC, inner)

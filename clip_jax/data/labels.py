@@ -31,8 +31,9 @@ class NoLabel(Exception):
 @dataclasses.dataclass(frozen=True)
 class Labels:
   """What says the classes of a folder's images."""
+
   classes: tuple[str, ...]  # in label order
-  said: str                 # what was recognised, in words
+  said: str  # what was recognised, in words
   # Path relative to the root -> label; -1 for an image in no class folder, None for one that is not
   # asked for. Raises NoLabel.
   of: Callable[[str], int | None]
@@ -53,9 +54,11 @@ def labels(root: str, class_names: Sequence[str] = (), file: str = '') -> Labels
     return _by_objectnet(root, class_names, *mappings)
   folders = folder.class_folders(root)
   if class_names and not folders:
-    raise InputError(f'{root!r} has no class folders, which say what each image shows. Correct the '
-                     'path, or name a file of labels in labels_file, or a key of the json files '
-                     'beside the images in label_key.')
+    raise InputError(
+      f'{root!r} has no class folders, which say what each image shows. Correct the '
+      'path, or name a file of labels in labels_file, or a key of the json files '
+      'beside the images in label_key.'
+    )
   found = folders
   if _are_numbers(folders):
     found = tuple(map(str, range(max(map(int, folders)) + 1)))
@@ -68,12 +71,16 @@ def labels(root: str, class_names: Sequence[str] = (), file: str = '') -> Labels
     said = f'labels by {len(folders):,} class folders ({how})'
     if not class_names and (found != folders or all(map(_WNID.fullmatch, folders))):
       said += '; prompts would name these numbers or wnids, so give `classes` to evaluate'
-  return Labels(tuple(class_names) or found, said,
-                lambda path: rank(name) if (name := folder.class_folder(path)) else -1)
+  return Labels(
+    tuple(class_names) or found,
+    said,
+    lambda path: rank(name) if (name := folder.class_folder(path)) else -1,
+  )
 
 
-def _ranks(names: Sequence[str], class_names: Sequence[str], what: str, where: str
-           ) -> Callable[[str], int]:
+def _ranks(
+  names: Sequence[str], class_names: Sequence[str], what: str, where: str
+) -> Callable[[str], int]:
   """Returns name -> label: its place in class_names, else its number, else its rank in `names`.
 
   A number counts where all names are numbers, a rank where there are as many classes as names and
@@ -82,10 +89,12 @@ def _ranks(names: Sequence[str], class_names: Sequence[str], what: str, where: s
   numbers = _are_numbers(names)
   known = set(class_names)
   if not numbers and class_names and not known & set(names) and len(class_names) != len(names):
-    raise InputError(f'{where}: none of {len(class_names)} classes is one of the {len(names)} '
-                     f'{what} ({", ".join(names[:3])}, ...), so labels cannot be told. Correct the '
-                     f'path, or name the classes after the {what}, or one for each, in sorted '
-                     'order.')
+    raise InputError(
+      f'{where}: none of {len(class_names)} classes is one of the {len(names)} '
+      f'{what} ({", ".join(names[:3])}, ...), so labels cannot be told. Correct the '
+      f'path, or name the classes after the {what}, or one for each, in sorted '
+      'order.'
+    )
   order = class_names if known & set(names) else names
   places = {name: place for place, name in reversed(list(enumerate(order)))}
   most = len(class_names) or _MOST_CLASSES
@@ -96,35 +105,47 @@ def _ranks(names: Sequence[str], class_names: Sequence[str], what: str, where: s
       if label < most:
         return label
     raise NoLabel('bad label')
+
   return rank
 
 
-def _by_objectnet(root: str, class_names: Sequence[str], names_of_folders: str, asked_for: str
-                  ) -> Labels:
+def _by_objectnet(
+  root: str, class_names: Sequence[str], names_of_folders: str, asked_for: str
+) -> Labels:
   """Returns the labels of ObjectNet's images; None for those of folders that are not asked for."""
   names, asked = (dict(labels_file.json_pairs(path)) for path in (names_of_folders, asked_for))
-  if (not all(isinstance(name, str) for name in names.values())
-      or not set(asked) <= set(names.values())):
-    raise InputError(f'{names_of_folders} and {asked_for} do not fit together: the first maps '
-                     'folders to names, and the second has some of these names. Restore '
-                     'ObjectNet\'s own.')
+  if not all(isinstance(name, str) for name in names.values()) or not set(asked) <= set(
+    names.values()
+  ):
+    raise InputError(
+      f'{names_of_folders} and {asked_for} do not fit together: the first maps '
+      'folders to names, and the second has some of these names. Restore '
+      "ObjectNet's own."
+    )
   order = tuple(sorted(asked))
   plain = str.casefold  # 'alarm clock' is 'Alarm clock', not a name that counts by its rank
   given = tuple(map(plain, class_names))
   strange = [name for name in order if plain(name) not in given]
   if class_names and 0 < len(strange) < len(order):
-    raise InputError(f'`classes` has some of ObjectNet\'s names, and not {strange[0]!r} '
-                     f'({len(strange)} of {len(order)} are missing). Name all of them, or leave '
-                     '`classes` out.')
+    raise InputError(
+      f"`classes` has some of ObjectNet's names, and not {strange[0]!r} "
+      f'({len(strange)} of {len(order)} are missing). Name all of them, or leave '
+      '`classes` out.'
+    )
   rank = _ranks(tuple(map(plain, order)), given, 'names of ObjectNet', root)
   inside = folder.images_folder(root)
 
   def of(path: str) -> int | None:
     name = names.get(folder.class_folder(path, inside))
     return rank(plain(name)) if name in asked else None
+
   there = sum(names.get(name) in asked for name in folder.class_folders(root))
-  return Labels(tuple(class_names) or order, f'recognised as ObjectNet, labels by its mappings: '
-                f'{len(order)} names that ImageNet has too, {there} of them with images', of)
+  return Labels(
+    tuple(class_names) or order,
+    f'recognised as ObjectNet, labels by its mappings: '
+    f'{len(order)} names that ImageNet has too, {there} of them with images',
+    of,
+  )
 
 
 def _by_file(root: str, class_names: Sequence[str], path: str) -> Labels:
@@ -138,12 +159,14 @@ def _by_file(root: str, class_names: Sequence[str], path: str) -> Labels:
     if name not in found:
       raise NoLabel('no label')
     return rank(found[name])
+
   said = f'labels by {os.path.basename(path)}: {len(found):,} of {len(images):,} images'
   return Labels(classes, said + (', in sorted order' if truth.in_order else ''), of)
 
 
-def _file_classes(truth: labels_file.Truth, class_names: Sequence[str], path: str
-                  ) -> tuple[tuple[str, ...], Callable[[str], int]]:
+def _file_classes(
+  truth: labels_file.Truth, class_names: Sequence[str], path: str
+) -> tuple[tuple[str, ...], Callable[[str], int]]:
   """Returns the classes in label order, and class -> label.
 
   A rank counts all classes of the file; that they are known matters of images that are there.
@@ -159,18 +182,22 @@ def _file_classes(truth: labels_file.Truth, class_names: Sequence[str], path: st
       return _numbered(said, class_names, truth.in_order, path)
     if numbers:
       other = next(name for name in said if name not in numbers)
-      raise InputError(f'{path} has both numbers and names as classes ({numbers[0]!r}, {other!r}). '
-                       'Give one or the other.')
+      raise InputError(
+        f'{path} has both numbers and names as classes ({numbers[0]!r}, {other!r}). '
+        'Give one or the other.'
+      )
     if class_names and (len(unknown) < len(said) or len(said) != len(class_names)):
-      raise InputError(f'{path} says the class {unknown[0]!r}, which is not one of the '
-                       f'{len(class_names)} classes ({", ".join(class_names[:3])}, ...). Add it to '
-                       '`classes`, or correct the file.')
-  return (tuple(class_names) or tuple(said),
-          _ranks(said, class_names, 'classes of the file', path))
+      raise InputError(
+        f'{path} says the class {unknown[0]!r}, which is not one of the '
+        f'{len(class_names)} classes ({", ".join(class_names[:3])}, ...). Add it to '
+        '`classes`, or correct the file.'
+      )
+  return (tuple(class_names) or tuple(said), _ranks(said, class_names, 'classes of the file', path))
 
 
-def _numbered(said: Sequence[str], class_names: Sequence[str], in_order: bool, path: str
-              ) -> tuple[tuple[str, ...], Callable[[str], int]]:
+def _numbered(
+  said: Sequence[str], class_names: Sequence[str], in_order: bool, path: str
+) -> tuple[tuple[str, ...], Callable[[str], int]]:
   most = len(class_names) or _MOST_CLASSES
   if not all(name.isdecimal() for name in said):
     name = next(name for name in said if not name.isdecimal())
@@ -179,13 +206,16 @@ def _numbered(said: Sequence[str], class_names: Sequence[str], in_order: bool, p
   from_one = not class_names and values == set(range(1, len(values) + 1))
   if 0 not in values and (in_order or from_one or max(values) == most):
     raise InputError(
-        f'{path} has numbers from {min(values)} to {max(values)} and no 0. Class numbers count '
-        'from 0, in the order of the sorted wnids. ILSVRC2012_validation_ground_truth.txt of the '
-        'devkit counts from 1 in an order of its own, so labels would be wrong: give wnids '
-        '(LOC_val_solution.csv, or lines of NAME WNID), or sort the images into folders of wnids.')
+      f'{path} has numbers from {min(values)} to {max(values)} and no 0. Class numbers count '
+      'from 0, in the order of the sorted wnids. ILSVRC2012_validation_ground_truth.txt of the '
+      'devkit counts from 1 in an order of its own, so labels would be wrong: give wnids '
+      '(LOC_val_solution.csv, or lines of NAME WNID), or sort the images into folders of wnids.'
+    )
   if max(values) >= most:
-    raise InputError(f'{path} says the class {max(values)}, and there are {most} classes, from 0 '
-                     f'to {most - 1}. Correct the file, or `classes`.')
+    raise InputError(
+      f'{path} says the class {max(values)}, and there are {most} classes, from 0 '
+      f'to {most - 1}. Correct the file, or `classes`.'
+    )
   return tuple(class_names) or tuple(map(str, range(max(values) + 1))), int
 
 

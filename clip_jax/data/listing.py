@@ -16,8 +16,22 @@ from clip_jax.data import formats, storage
 
 _THREADS = 16  # questions to a remote storage at once
 # What an fsspec file system says of the state of an object, the surest first.
-_VERSIONS = ('generation', 'ETag', 'etag', 'e_tag', 'md5Hash', 'Content-MD5', 'Digest', 'mtime',
-             'LastModified', 'Last-Modified', 'last_modified', 'updated', 'modified', 'created')
+_VERSIONS = (
+  'generation',
+  'ETag',
+  'etag',
+  'e_tag',
+  'md5Hash',
+  'Content-MD5',
+  'Digest',
+  'mtime',
+  'LastModified',
+  'Last-Modified',
+  'last_modified',
+  'updated',
+  'modified',
+  'created',
+)
 
 
 class NoFiles(InputError):
@@ -38,22 +52,31 @@ def list_files(format: str, path: str) -> list[storage.SourceFile]:
     raise InputError(f'path={path!r}: a path on this machine is given without file://.')
   if storage.is_remote(path):
     if not found_by.remote:
-      raise InputError(f'path={path!r}: datasets of format {format!r} are read on this machine '
-                       'only. Copy it here, or mount it.')
+      raise InputError(
+        f'path={path!r}: datasets of format {format!r} are read on this machine '
+        'only. Copy it here, or mount it.'
+      )
     return _remote_files(path, found_by)
   path = os.path.abspath(os.path.expanduser(path))
   if found_by.find:
     found = found_by.find(path)
   else:
-    patterns = [path] if os.path.exists(path) else expanded(path)  # a file's own name may have braces
+    patterns = (
+      [path] if os.path.exists(path) else expanded(path)
+    )  # a file's own name may have braces
     found = [file for pattern in patterns for file in _matches(pattern, found_by)]
   _check_once(path, found)
-  fixed = path if os.path.isdir(path) else os.path.dirname(
-      path if os.path.exists(path) else re.split(r'[*?\[{]', path)[0])
+  fixed = (
+    path
+    if os.path.isdir(path)
+    else os.path.dirname(path if os.path.exists(path) else re.split(r'[*?\[{]', path)[0])
+  )
   # A link to nothing is listed, as a sample that cannot be read.
   stats = [os.stat(file) if os.path.exists(file) else os.lstat(file) for file in found]
-  return [storage.SourceFile(file, os.path.relpath(file, fixed), stat.st_size, stat.st_mtime)
-          for file, stat in zip(found, stats, strict=True)]
+  return [
+    storage.SourceFile(file, os.path.relpath(file, fixed), stat.st_size, stat.st_mtime)
+    for file, stat in zip(found, stats, strict=True)
+  ]
 
 
 def root(format: str, path: str) -> str:
@@ -73,19 +96,30 @@ def _remote_files(path: str, found_by: formats.Format) -> list[storage.SourceFil
         with contextlib.suppress(OSError):
           system.ls(folder)  # is remembered there: one question instead of thousands
   with futures.ThreadPoolExecutor(_THREADS) as threads:
-    matches = threads.map(lambda pattern: storage.steadily(
-        lambda: _remote_matches(system, pattern, query, found_by)), patterns)
+    matches = threads.map(
+      lambda pattern: storage.steadily(lambda: _remote_matches(system, pattern, query, found_by)),
+      patterns,
+    )
     found = [info for infos in matches for info in infos]
   _check_once(path, [url for url, _ in found])
   fixed = posixpath.dirname(re.split(r'[*?\[{]', path)[0])
   if found[0][0] != path + query and found[0][0].startswith(path.rstrip('/') + '/'):
     fixed = path.rstrip('/')  # the path is a folder
-  return [storage.SourceFile(url, url.removesuffix(query).removeprefix(fixed).lstrip('/'), info['size'],
-                     0.0, _version(info)) for url, info in found]
+  return [
+    storage.SourceFile(
+      url,
+      url.removesuffix(query).removeprefix(fixed).lstrip('/'),
+      info['size'],
+      0.0,
+      _version(info),
+    )
+    for url, info in found
+  ]
 
 
-def _remote_matches(system: Any, path: str, query: str, found_by: formats.Format
-                    ) -> list[tuple[str, Mapping[str, Any]]]:
+def _remote_matches(
+  system: Any, path: str, query: str, found_by: formats.Format
+) -> list[tuple[str, Mapping[str, Any]]]:
   """Returns (URL, what the storage says of it) of the files that a path or a glob means."""
   patterns, found = [path], {}
   with storage.naming(path):
@@ -115,8 +149,10 @@ def _sized(system: Any, url: str, info: Mapping[str, Any]) -> Mapping[str, Any]:
   if info.get('size') is None:
     info = system.info(url)  # a page that lists files does not say it
   if info.get('size') is None:
-    raise InputError(f'The server does not say how large {url} is, so it cannot be read in parts. '
-                     'Copy the dataset to another storage, or to this machine.')
+    raise InputError(
+      f'The server does not say how large {url} is, so it cannot be read in parts. '
+      'Copy the dataset to another storage, or to this machine.'
+    )
   return info
 
 
@@ -144,9 +180,11 @@ def _matches(path: str, found_by: formats.Format) -> list[str]:
     if found and found_by.one_pattern:
       break
   if not found and os.path.isdir(path):
-    raise NoFiles(f'{path!r} matches no file: it is a folder without '
-                  f'{" or ".join(found_by.patterns)}. Correct the path of the dataset, or give a '
-                  'pattern.')
+    raise NoFiles(
+      f'{path!r} matches no file: it is a folder without '
+      f'{" or ".join(found_by.patterns)}. Correct the path of the dataset, or give a '
+      'pattern.'
+    )
   if not found:
     raise NoFiles(f'{path!r} matches no file. Correct the path of the dataset.')
   return sorted(found, key=storage.natural)
@@ -155,8 +193,12 @@ def _matches(path: str, found_by: formats.Format) -> list[str]:
 def expanded(path: str) -> list[str]:
   """Returns the paths that braces stand for, in the order in which a shell writes them."""
   parts = re.split(r'\{([^{}]*)\}', path)  # what is in braces comes at odd places
-  return [''.join(choice) for choice in itertools.product(
-      *(_options(part) if i % 2 else [part] for i, part in enumerate(parts)))]
+  return [
+    ''.join(choice)
+    for choice in itertools.product(
+      *(_options(part) if i % 2 else [part] for i, part in enumerate(parts))
+    )
+  ]
 
 
 def _options(text: str) -> list[str]:

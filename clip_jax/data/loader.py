@@ -18,23 +18,48 @@ import numpy as np
 
 from clip_jax.core.errors import InputError
 from clip_jax.core.types import Array, Source
-from clip_jax.data import images, loader_processes, order as order_lib, packing, tokenizer, views, windows
+from clip_jax.data import (
+  images,
+  loader_processes,
+  packing,
+  tokenizer,
+  views,
+  windows,
+)
+from clip_jax.data import (
+  order as order_lib,
+)
 
-_RUN = 128            # examples that one thread makes at a time; a large batch is several runs ...
+_RUN = 128  # examples that one thread makes at a time; a large batch is several runs ...
 _RUN_BYTES = 4 << 20  # ... as is one of large images
-_BUFFERED = 4         # elements made ahead, at least; a batch, if that is more
-_ENDLESS = 1 << 40    # elements
+_BUFFERED = 4  # elements made ahead, at least; a batch, if that is more
+_ENDLESS = 1 << 40  # elements
 ORDERS = ('global', 'blocks')
-_OVERHEAD = 512       # bytes of a kept sample, or of a run, beside its arrays
-_Read = Callable[[range], tuple[list[int], list[dict[str, Any]]]]  # positions -> places in the source, samples
+_OVERHEAD = 512  # bytes of a kept sample, or of a run, beside its arrays
+_Read = Callable[
+  [range], tuple[list[int], list[dict[str, Any]]]
+]  # positions -> places in the source, samples
 
 
-def train_batches(source: Source, *, batch_size: int, seed: int, start_examples: int, image_size: int,
-                  context_length: int, crop_scale: tuple[float, float] = (0.9, 1.0), host: int = 0,
-                  hosts: int = 1, threads: int = 2, processes: int = 0, pack: int = 0,
-                  order: str = 'global', shuffle_window: int = 8192, jpeg_shrink: float = 0.0,
-                  on_replaced: Callable[[int, str], None] = lambda index, reason: None
-                  ) -> Iterator[dict[str, Any]]:
+def train_batches(
+  source: Source,
+  *,
+  batch_size: int,
+  seed: int,
+  start_examples: int,
+  image_size: int,
+  context_length: int,
+  crop_scale: tuple[float, float] = (0.9, 1.0),
+  host: int = 0,
+  hosts: int = 1,
+  threads: int = 2,
+  processes: int = 0,
+  pack: int = 0,
+  order: str = 'global',
+  shuffle_window: int = 8192,
+  jpeg_shrink: float = 0.0,
+  on_replaced: Callable[[int, str], None] = lambda index, reason: None,
+) -> Iterator[dict[str, Any]]:
   """Yields dict(image [b, S, S, 3] uint8, text [b, T] int32, index [b] int64), without end.
 
   The stream is one permutation of the source after another. Step k takes batch_size examples of it,
@@ -62,7 +87,7 @@ def train_batches(source: Source, *, batch_size: int, seed: int, start_examples:
   if order not in ORDERS:
     raise ValueError(f'order must be one of {ORDERS}, got {order!r}')
   if processes and order == 'blocks':
-    raise ValueError(f'{processes=} with order=\'blocks\': each would read every window as a whole')
+    raise ValueError(f"{processes=} with order='blocks': each would read every window as a whole")
 
   share = _Share(batch_size, host, hosts, start_examples)
   sample_bytes = 3 * image_size**2 + 4 * context_length + 8
@@ -73,21 +98,34 @@ def train_batches(source: Source, *, batch_size: int, seed: int, start_examples:
     read = windows.Windows(source, blocks, share.within)
   else:
     read = functools.partial(_anywhere, source, order_lib.Global(len(source), seed))
-  make = functools.partial(_run, source, read, share, length, seed, context_length, image_size, crop_scale,
-                           jpeg_shrink)
+  make = functools.partial(
+    _run, source, read, share, length, seed, context_length, image_size, crop_scale, jpeg_shrink
+  )
   runs = -(-here // length)  # of each batch
   if processes:
-    elements = loader_processes.elements(make, _ENDLESS, processes=processes, threads=threads,
-                                         slot_bytes=length * sample_bytes + _OVERHEAD)
+    elements = loader_processes.elements(
+      make,
+      _ENDLESS,
+      processes=processes,
+      threads=threads,
+      slot_bytes=length * sample_bytes + _OVERHEAD,
+    )
   else:
     elements = _prefetched(make, _ENDLESS, threads, ahead=max(_BUFFERED, runs))
   joined = _joined(elements, here, runs, pack)
   return _reporting(_ahead(joined) if threads or processes else joined, on_replaced)
 
 
-def image_batches(source: Source, rows: Array,  # [n] int64
-                  *, batch_size: int, image_size: int, mode: str = 'shortest', threads: int = 2,
-                  processes: int = 0) -> Iterator[tuple[Array, Array, Array]]:
+def image_batches(
+  source: Source,
+  rows: Array,  # [n] int64
+  *,
+  batch_size: int,
+  image_size: int,
+  mode: str = 'shortest',
+  threads: int = 2,
+  processes: int = 0,
+) -> Iterator[tuple[Array, Array, Array]]:
   """Yields (rows [b], images [b, S, S, 3] uint8, readable [b] bool), in order; the last are fewer.
 
   An image that cannot be read is zeros. mode: as in images.resize. threads, processes: as in
@@ -98,8 +136,11 @@ def image_batches(source: Source, rows: Array,  # [n] int64
   if not processes:
     return _prefetched(make, count, threads, ahead=_BUFFERED)
   slot_bytes = batch_size * (3 * image_size**2 + 9) + _OVERHEAD
-  return _copied(loader_processes.elements(make, count, processes=min(processes, count),
-                                           threads=threads, slot_bytes=slot_bytes))
+  return _copied(
+    loader_processes.elements(
+      make, count, processes=min(processes, count), threads=threads, slot_bytes=slot_bytes
+    )
+  )
 
 
 class DecodedCache:
@@ -159,6 +200,7 @@ class DecodedCache:
 @dataclasses.dataclass(frozen=True)
 class _Share:
   """Which positions of the stream one host sees."""
+
   batch_size: int
   host: int
   hosts: int
@@ -174,15 +216,21 @@ class _Share:
     return positions[positions % self.batch_size * self.hosts // self.batch_size == self.host]
 
 
-def _batch(source: Source, rows: Array,  # [n] int64
-           batch_size: int, image_size: int, mode: str, k: int) -> tuple[Array, Array, Array]:
+def _batch(
+  source: Source,
+  rows: Array,  # [n] int64
+  batch_size: int,
+  image_size: int,
+  mode: str,
+  k: int,
+) -> tuple[Array, Array, Array]:
   """Returns batch k of the images of some rows, as image_batches yields it."""
-  chosen = rows[k * batch_size:(k + 1) * batch_size]
+  chosen = rows[k * batch_size : (k + 1) * batch_size]
   pixels = np.zeros((len(chosen), image_size, image_size, 3), np.uint8)
   readable = np.zeros(len(chosen), bool)
   length = _run_length(3 * image_size**2)
   for start in range(0, len(chosen), length):
-    samples = views.many(source, chosen[start:start + length].tolist())
+    samples = views.many(source, chosen[start : start + length].tolist())
     for i, sample in enumerate(samples, start):
       with contextlib.suppress(images.UnreadableImage):
         pixels[i] = images.resize(_pixels(sample['image']), image_size, mode)
@@ -202,18 +250,29 @@ def _run_length(sample_bytes: int) -> int:
   return min(_RUN, max(_RUN_BYTES // sample_bytes, 1))
 
 
-def _anywhere(source: Source, order: order_lib.Global, positions: range) -> tuple[list[int], list[dict[str, Any]]]:
+def _anywhere(
+  source: Source, order: order_lib.Global, positions: range
+) -> tuple[list[int], list[dict[str, Any]]]:
   """Reads the samples of positions from wherever they lie; returns their places in the source, too."""
   places = list(map(order.place, positions))
   return places, views.many(source, places)
 
 
-def _run(source: Source, read: _Read, share: _Share, length: int, seed: int, context_length: int, image_size: int,
-         crop_scale: tuple[float, float], jpeg_shrink: float, k: int
-         ) -> tuple[dict[str, Array], list[tuple[int, str]]]:
+def _run(
+  source: Source,
+  read: _Read,
+  share: _Share,
+  length: int,
+  seed: int,
+  context_length: int,
+  image_size: int,
+  crop_scale: tuple[float, float],
+  jpeg_shrink: float,
+  k: int,
+) -> tuple[dict[str, Array], list[tuple[int, str]]]:
   """Returns the examples of run k, `length` of a batch, and (index, reason) of each image replaced in them."""
   step, part = divmod(k, -(-(share.batch_size // share.hosts) // length))
-  positions = share.of_batch(step)[part * length:(part + 1) * length]
+  positions = share.of_batch(step)[part * length : (part + 1) * length]
   places, samples = read(positions)
   pixels = np.empty((len(positions), image_size, image_size, 3), np.uint8)
   index, captions, replaced = np.empty(len(positions), np.int64), [], []
@@ -230,11 +289,20 @@ def _run(source: Source, read: _Read, share: _Share, length: int, seed: int, con
     state['state']['counter'][1] = position  # each position has 2^64 draws of its own
     index[i], pixels[i], caption = _readable(source, place, sample, draw, replaced)
     captions.append(caption)
-  return {'image': pixels, 'text': tokenizer.tokenize(captions, context_length), 'index': index}, replaced
+  return {
+    'image': pixels,
+    'text': tokenizer.tokenize(captions, context_length),
+    'index': index,
+  }, replaced
 
 
-def _readable(source: Source, first: int, sample: dict[str, Any], draw: Callable[[Any], Array],
-              replaced: list[tuple[int, str]]) -> tuple[int, Array, str]:
+def _readable(
+  source: Source,
+  first: int,
+  sample: dict[str, Any],
+  draw: Callable[[Any], Array],
+  replaced: list[tuple[int, str]],
+) -> tuple[int, Array, str]:
   """Returns (index, drawn image, caption) of the first readable sample from `first` on, around.
 
   Adds (index, reason) of those that it passes over to `replaced`. sample: the first.
@@ -259,6 +327,7 @@ def _pixels(image: bytes | Array | Callable[[], Array]) -> Array:  # -> [H, W, 3
 def _prefetched(make: Callable[[int], Any], count: int, threads: int, ahead: int) -> Generator[Any]:
   """Yields make(0), make(1), ..., made ahead by threads; 0 threads: made when asked for."""
   import grain  # costs a second to import, with jax
+
   options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(ahead, threads))
   elements = iter(grain.MapDataset.range(count).map(make).to_iter_dataset(options))
   try:
@@ -267,8 +336,12 @@ def _prefetched(make: Callable[[int], Any], count: int, threads: int, ahead: int
     elements.close()
 
 
-def _joined(elements: Generator[tuple[dict[str, Array], list[tuple[int, str]]]], here: int,
-            runs: int, pack: int) -> Generator[tuple[dict[str, Any], list[tuple[int, str]]]]:
+def _joined(
+  elements: Generator[tuple[dict[str, Array], list[tuple[int, str]]]],
+  here: int,
+  runs: int,
+  pack: int,
+) -> Generator[tuple[dict[str, Any], list[tuple[int, str]]]]:
   """Yields batches of `here` samples in several runs, with what was replaced in each."""
   with contextlib.closing(elements):
     while True:
@@ -279,7 +352,7 @@ def _joined(elements: Generator[tuple[dict[str, Array], list[tuple[int, str]]]],
         for name, rows in part.items():
           if not at:
             batch[name] = np.empty((here, *rows.shape[1:]), rows.dtype)
-          batch[name][at:at + len(rows)] = rows
+          batch[name][at : at + len(rows)] = rows
         at += len(rows)
       if pack:
         batch['text'] = packing.pack(batch['text'], pack)
@@ -296,8 +369,9 @@ def _ahead(elements: Generator[Any]) -> Generator[Any]:
       yield element
 
 
-def _reporting(batches: Generator[tuple[Any, list[tuple[int, str]]]],
-               on_replaced: Callable[[int, str], None]) -> Iterator[Any]:
+def _reporting(
+  batches: Generator[tuple[Any, list[tuple[int, str]]]], on_replaced: Callable[[int, str], None]
+) -> Iterator[Any]:
   """Yields the batches, and says what was replaced in each just before it."""
   with contextlib.closing(batches):
     for batch, replaced in batches:

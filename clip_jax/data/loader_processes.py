@@ -31,8 +31,9 @@ _ALIGNED = 64  # bytes: arrays in a slot begin at multiples of it
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-def elements(make: Callable[[int], Any], count: int, *, processes: int, threads: int,
-             slot_bytes: int) -> Generator[Any]:
+def elements(
+  make: Callable[[int], Any], count: int, *, processes: int, threads: int, slot_bytes: int
+) -> Generator[Any]:
   """Yields make(0), make(1), ..., made ahead by processes with so many threads each.
 
   `make` must pickle. An element's arrays lie in shared memory, slot_bytes for each element; they
@@ -52,7 +53,9 @@ def elements(make: Callable[[int], Any], count: int, *, processes: int, threads:
         max(workers, key=lambda worker: len(worker.free)).give(asked)  # which has least to do
         asked += 1
       while k not in made:
-        heard = connection.wait([worker.connection for worker in workers])  # one has made something, or died
+        heard = connection.wait(
+          [worker.connection for worker in workers]
+        )  # one has made something, or died
         for worker in [worker for worker in workers if worker.connection in heard]:
           for job, slot, element in worker.receive():
             made[job] = worker, slot, element
@@ -91,8 +94,9 @@ class _Worker:
   def _start(self) -> None:
     self.connection, theirs = self._context.Pipe()
     arguments = theirs, self._make, self._slots, self._threads
-    self._process = self._context.Process(target=_work, args=arguments, daemon=True,
-                                          name=f'loader-{self._number}')
+    self._process = self._context.Process(
+      target=_work, args=arguments, daemon=True, name=f'loader-{self._number}'
+    )
     with _quiet_start():
       self._process.start()
     theirs.close()
@@ -114,7 +118,7 @@ class _Worker:
     slot = self._jobs.pop(k)
     parts, at = [], 0
     for size in sizes:
-      parts.append(_memory(self._slots[slot])[at:at + size])
+      parts.append(_memory(self._slots[slot])[at : at + size])
       at += _padded(size)
     return [(k, slot, pickle.loads(data, buffers=parts))]
 
@@ -128,14 +132,24 @@ class _Worker:
     how = names.get(-status, f'signal {-status}') if status < 0 else f'status {status}'
     self._deaths += 1
     if self._deaths >= _ATTEMPTS:
-      advice = ('Most likely memory runs out: set fewer train.loader_processes or a smaller '
-                'train.cache_mb.' if status == -signal.SIGKILL else
-                'Set train.loader_processes=0 to see what fails.')
-      raise InputError(f'Loader process {self._number} ended with {how} {self._deaths} times in a '
-                       f'row, with nothing made. {advice}')
+      advice = (
+        'Most likely memory runs out: set fewer train.loader_processes or a smaller train.cache_mb.'
+        if status == -signal.SIGKILL
+        else 'Set train.loader_processes=0 to see what fails.'
+      )
+      raise InputError(
+        f'Loader process {self._number} ended with {how} {self._deaths} times in a '
+        f'row, with nothing made. {advice}'
+      )
     why = ' (does memory run out?)' if status == -signal.SIGKILL else ''
-    logging.warning('Loader process %d (pid %d) ended with %s%s; a new one makes its %d elements '
-                    'again.', self._number, pid, how, why, len(self._jobs))
+    logging.warning(
+      'Loader process %d (pid %d) ended with %s%s; a new one makes its %d elements again.',
+      self._number,
+      pid,
+      how,
+      why,
+      len(self._jobs),
+    )
     self._start()
     for job in self._jobs.items():
       with contextlib.suppress(OSError):
@@ -168,8 +182,9 @@ def _quiet_start() -> Iterator[None]:
     signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
-def _work(jobs: connection.Connection, make: Callable[[int], Any], slots: list[Any],
-          threads: int) -> None:
+def _work(
+  jobs: connection.Connection, make: Callable[[int], Any], slots: list[Any], threads: int
+) -> None:
   """The life of a process: makes what it is asked for, until nobody asks any more."""
   lock = threading.Lock()
 
@@ -196,7 +211,7 @@ def _packed(make: Callable[[int], Any], k: int, slot: memoryview) -> tuple[bytes
       return pickle.dumps(element, 5), []
     at = 0
     for part in parts:
-      slot[at:at + part.nbytes] = part
+      slot[at : at + part.nbytes] = part
       at += _padded(part.nbytes)
     return data, [part.nbytes for part in parts]
   except BaseException as error:  # whatever it is, it is raised where the elements are asked for

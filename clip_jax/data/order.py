@@ -11,9 +11,9 @@ import numpy as np
 
 from clip_jax.core.types import Array
 
-BLOCK = 1024        # samples of a block, at most
-_ROUNDS = 16        # of index_shuffle: Grain's own 4 mix weakly from some million samples on
-_LISTED = 1 << 20   # samples up to which an epoch's order is a list: index_shuffle is slow for few
+BLOCK = 1024  # samples of a block, at most
+_ROUNDS = 16  # of index_shuffle: Grain's own 4 mix weakly from some million samples on
+_LISTED = 1 << 20  # samples up to which an epoch's order is a list: index_shuffle is slow for few
 _ORDER, _CROPS, _BLOCKS, _WINDOW = range(4)  # random streams of one seed
 
 
@@ -29,6 +29,7 @@ class Global:
     if self._size <= _LISTED:
       return int(_permutation(self._size, self._seed, _ORDER, epoch)[place])
     from grain.experimental import index_shuffle
+
     seed = _shuffle_seed(self._seed, epoch)
     return index_shuffle(place, max_index=self._size - 1, seed=seed, rounds=_ROUNDS)
 
@@ -36,6 +37,7 @@ class Global:
 @dataclasses.dataclass(frozen=True)
 class Window:
   """Positions of the stream from `start` on: `places` are the samples that they see, in order."""
+
   start: int
   places: Array  # [n] int64
 
@@ -54,8 +56,12 @@ class Blocks:
   Memory grows with the number of blocks, 8 bytes each a few times.
   """
 
-  def __init__(self, starts: Array,  # [blocks + 1] int64, as block_starts makes them
-               seed: int, window: int):
+  def __init__(
+    self,
+    starts: Array,  # [blocks + 1] int64, as block_starts makes them
+    seed: int,
+    window: int,
+  ):
     if window < 1:
       raise ValueError(f'the window must hold at least 1 sample, got {window}')
     self._starts, self._seed, self._window_size = starts, seed, window
@@ -79,16 +85,21 @@ class Blocks:
   def _make_window(self, epoch: int, number: int) -> Window:
     """Returns the blocks that begin at the places number * window .. (number + 1) * window - 1."""
     order, begins = self._epoch(epoch)
-    low, high = np.searchsorted(begins, [number * self._window_size,
-                                         (number + 1) * self._window_size])
+    low, high = np.searchsorted(
+      begins, [number * self._window_size, (number + 1) * self._window_size]
+    )
     blocks = order[low:high]
-    places = np.concatenate([np.arange(int(self._starts[i]), int(self._starts[i + 1])) for i in blocks])
+    places = np.concatenate(
+      [np.arange(int(self._starts[i]), int(self._starts[i + 1])) for i in blocks]
+    )
     mixed = _permutation_of(len(places), self._seed, _WINDOW, epoch, int(low))
     return Window(epoch * self._size + int(begins[low]), places[mixed])
 
 
-def block_starts(starts: Array,  # [shards + 1] int64: where each shard begins, and the end
-                 most: int = BLOCK) -> Array:  # -> [blocks + 1] int64
+def block_starts(
+  starts: Array,  # [shards + 1] int64: where each shard begins, and the end
+  most: int = BLOCK,
+) -> Array:  # -> [blocks + 1] int64
   """Cuts every shard into the fewest runs of at most `most` samples, of nearly the same length."""
   starts = np.asarray(starts, np.int64)
   starts = starts[np.append(True, np.diff(starts) > 0)]  # a shard may be empty

@@ -12,8 +12,10 @@ import numpy as np
 from clip_jax.core.types import Array
 
 
-def pack(tokens: Array,  # [b, T] int32, rows of tokenizer.tokenize
-         groups: int) -> dict[str, Array]:
+def pack(
+  tokens: Array,  # [b, T] int32, rows of tokenizer.tokenize
+  groups: int,
+) -> dict[str, Array]:
   """Packs the captions of each of G equal runs of a batch into R rows of T places.
 
   A caption is its row up to the first place of the row's maximum, its end token (as open_clip pools
@@ -57,8 +59,12 @@ def pack(tokens: Array,  # [b, T] int32, rows of tokenizer.tokenize
   end = np.zeros(b, np.int32)
   end[put] = start + length - 1 - group * (rows * width)
   packed = packed.reshape(3, groups, rows, width)
-  return {'tokens': packed[0], 'segment': packed[1], 'position': packed[2],
-          'end': end[first].reshape(groups, -1)}
+  return {
+    'tokens': packed[0],
+    'segment': packed[1],
+    'position': packed[2],
+    'end': end[first].reshape(groups, -1),
+  }
 
 
 def rung(n: int) -> int:
@@ -69,20 +75,24 @@ def rung(n: int) -> int:
   return step
 
 
-def trim(tokens: Array,  # [b, T] int32, rows of tokenizer.tokenize
-         lengths: tuple[int, ...] = ()) -> Array:  # -> [b, T'] int32
+def trim(
+  tokens: Array,  # [b, T] int32, rows of tokenizer.tokenize
+  lengths: tuple[int, ...] = (),
+) -> Array:  # -> [b, T'] int32
   """Cuts all rows to the shortest of some lengths that holds every end token; T is one of them.
 
   No lengths: the multiples of 8. As the tower is causal, what follows an end token has no effect.
   """
   width = tokens.shape[1]
   longest = int(tokens.argmax(1).max()) + 1
-  return tokens[:, :min(n for n in (*(lengths or range(8, width, 8)), width) if n >= longest)]
+  return tokens[:, : min(n for n in (*(lengths or range(8, width, 8)), width) if n >= longest)]
 
 
-def _first_equal(tokens: Array,  # [b, T] int32
-                 length: Array,  # [b] int64: up to the end token
-                 groups: int) -> Array:  # -> [b] int64
+def _first_equal(
+  tokens: Array,  # [b, T] int32
+  length: Array,  # [b] int64: up to the end token
+  groups: int,
+) -> Array:  # -> [b] int64
   """Returns the first caption of the same group that has the same tokens, for each caption."""
   text = tokens[np.arange(tokens.shape[1]) < length[:, None]].tobytes()
   stops = (tokens.itemsize * np.cumsum(length)).tolist()
@@ -90,13 +100,16 @@ def _first_equal(tokens: Array,  # [b, T] int32
   first, size = [], len(captions) // groups
   for start in range(0, len(captions), size):
     seen: dict[bytes, int] = {}
-    first += map(seen.setdefault, captions[start:start + size], range(start, start + size))
+    first += map(seen.setdefault, captions[start : start + size], range(start, start + size))
   return np.array(first)
 
 
-def _first_fit(length: Array,  # [n] int64
-               group: Array,  # [n] int64, ascending
-               groups: int, width: int) -> Array:  # -> [n] int64
+def _first_fit(
+  length: Array,  # [n] int64
+  group: Array,  # [n] int64, ascending
+  groups: int,
+  width: int,
+) -> Array:  # -> [n] int64
   """Returns each caption's row of its group: the longest first, each in the first row with room.
 
   Captions of one length are placed at once, since a row takes all of them that fit before the next

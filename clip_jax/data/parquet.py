@@ -22,11 +22,11 @@ import pyarrow.parquet as pq
 from clip_jax.core.errors import InputError
 from clip_jax.data import storage, table
 
-_BATCH = 4 << 20     # bytes of images decoded at once, about
-_MOST_ROWS = 256     # and rows: what a footer says of sizes may be wrong
-_CACHED = 96 << 20   # bytes of images kept decoded in a process, over all its files
-_STREAMS = 8         # row groups that a process has begun to read; each holds a page or two
-_BUFFER = 1 << 20         # bytes read at once
+_BATCH = 4 << 20  # bytes of images decoded at once, about
+_MOST_ROWS = 256  # and rows: what a footer says of sizes may be wrong
+_CACHED = 96 << 20  # bytes of images kept decoded in a process, over all its files
+_STREAMS = 8  # row groups that a process has begun to read; each holds a page or two
+_BUFFER = 1 << 20  # bytes read at once
 _REMOTE_BUFFER = 8 << 20  # the same where a read takes long
 _MOST = {'string': 100_000_000, 'container': 1_000_000}  # in a footer: pyarrow's own limits
 
@@ -38,10 +38,11 @@ class _Damage(Exception):
 @dataclasses.dataclass(frozen=True)
 class _File:
   """An open file, and what is needed to read its images."""
-  parquet: Any            # pyarrow's ParquetFile
-  column: str             # of the images
-  leaf: str               # the path of the bytes in the file: the column, or 'column.bytes'
-  ending: str             # the name in image_key that the column goes by
+
+  parquet: Any  # pyarrow's ParquetFile
+  column: str  # of the images
+  leaf: str  # the path of the bytes in the file: the column, or 'column.bytes'
+  ending: str  # the name in image_key that the column goes by
   starts: tuple[int, ...]  # the first row of each row group, and the number of all rows
   steps: tuple[int, ...]  # rows of each row group that are decoded at once
 
@@ -51,8 +52,12 @@ class _File:
       yield from self.parquet.iter_batches(self.steps[group], [group], columns, use_threads=False)
 
 
-def samples(file: storage.SourceFile, image_key: Sequence[str], sample_key: Sequence[str],
-            columns: Sequence[str]) -> tuple[Iterator[table.Sample], list[dict[str, str]]]:
+def samples(
+  file: storage.SourceFile,
+  image_key: Sequence[str],
+  sample_key: Sequence[str],
+  columns: Sequence[str],
+) -> tuple[Iterator[table.Sample], list[dict[str, str]]]:
   """Returns the samples of a file in order, and what is listed as skipped.
 
   image_key: names of the image's column, in lower case, the first that is there counts; sample_key:
@@ -66,12 +71,17 @@ def samples(file: storage.SourceFile, image_key: Sequence[str], sample_key: Sequ
     return iter(()), [{'key': file.name, 'reason': 'not a parquet file'}]
   names = set(opened.parquet.schema_arrow.names)
   key = next((name for name in sample_key if name in names), None)
-  wanted = [name for name in dict.fromkeys([*filter(None, [key]), *columns])
-            if name in names and name != opened.column]
+  wanted = [
+    name
+    for name in dict.fromkeys([*filter(None, [key]), *columns])
+    if name in names and name != opened.column
+  ]
   for name in [opened.column, *wanted]:
     if opened.parquet.schema_arrow.names.count(name) > 1:
-      raise InputError(f'{file.path} has two columns named {name}, so it is not clear which is '
-                       'meant. Write it with one, or name others in the dataset.')
+      raise InputError(
+        f'{file.path} has two columns named {name}, so it is not clear which is '
+        'meant. Write it with one, or name others in the dataset.'
+      )
   skipped = [] if opened.starts[-1] else [{'key': file.name, 'reason': 'no samples'}]
   return _samples(opened, file.name, key, wanted, skipped), skipped
 
@@ -185,15 +195,19 @@ class _Recent:
         self._size -= self._found.popitem(last=False)[1][1]
 
 
-_decoded = _Recent(_CACHED)   # (reader, row group, batch) -> the batch's images
+_decoded = _Recent(_CACHED)  # (reader, row group, batch) -> the batch's images
 _streams = _Recent(_STREAMS)  # (reader, row group) -> (the batch that comes next, the batches)
 _numbers = itertools.count()  # one a reader: a file that is opened again may be another
 
 
-def _samples(file: _File, name: str, key: str | None, columns: list[str],
-             skipped: list[dict[str, str]]) -> Iterator[table.Sample]:
-  leaves = [file.leaf, *columns] if file.leaf == file.column else [
-      file.leaf, f'{file.column}.path', *columns]
+def _samples(
+  file: _File, name: str, key: str | None, columns: list[str], skipped: list[dict[str, str]]
+) -> Iterator[table.Sample]:
+  leaves = (
+    [file.leaf, *columns]
+    if file.leaf == file.column
+    else [file.leaf, f'{file.column}.path', *columns]
+  )
   stem = os.path.splitext(name)[0]
   for group, (row, end) in enumerate(itertools.pairwise(file.starts)):
     try:
@@ -213,14 +227,20 @@ def _samples(file: _File, name: str, key: str | None, columns: list[str],
         raise _Damage('fewer rows than the footer says')
     except _Damage as damage:
       short = isinstance(damage.__cause__, MemoryError)
-      skipped.append({'key': f'{name}, row {row}', 'reason':
-                      'not enough memory for a page' if short else 'damaged row group'})
+      skipped.append(
+        {
+          'key': f'{name}, row {row}',
+          'reason': 'not enough memory for a page' if short else 'damaged row group',
+        }
+      )
 
 
 def _rows(batch, column: str, columns: list[str]) -> Iterator[tuple[Any, bool, dict[str, Any]]]:
   """Yields of each row the image's bytes, or None; whether a path stands for them; the rest."""
   with _damage():
-    images, paths = (_part(batch.column(column), name) for name in ('bytes', 'path'))  # no path is ever opened
+    images, paths = (
+      _part(batch.column(column), name) for name in ('bytes', 'path')
+    )  # no path is ever opened
     arrays = {name: batch.column(name) for name in columns}
     for i in range(batch.num_rows):
       image = _buffer(images, i)
@@ -250,10 +270,12 @@ def _parquet(path: str):
   size = os.path.getsize(path) if local else _MOST['string']
   with _damage():
     return pq.ParquetFile(
-        path if local else storage.open_stream(path), pre_buffer=False,
-        buffer_size=_BUFFER if local else _REMOTE_BUFFER,
-        thrift_string_size_limit=min(_MOST['string'], max(size, 1)),
-        thrift_container_size_limit=min(_MOST['container'], max(size, 1)))
+      path if local else storage.open_stream(path),
+      pre_buffer=False,
+      buffer_size=_BUFFER if local else _REMOTE_BUFFER,
+      thrift_string_size_limit=min(_MOST['string'], max(size, 1)),
+      thrift_container_size_limit=min(_MOST['container'], max(size, 1)),
+    )
 
 
 def _open(path: str, image_key: Sequence[str]) -> _File:
@@ -267,8 +289,14 @@ def _open(path: str, image_key: Sequence[str]) -> _File:
       raise _Damage('the footer contradicts itself')
     # Not by the sizes of columns: on some damaged footers pyarrow ends the process when asked.
     steps = (_BATCH * group.num_rows // max(group.total_byte_size, 1) for group in groups)
-    return _File(parquet, column, leaf, ending, (0, *itertools.accumulate(counts)),
-                 tuple(min(_MOST_ROWS, max(1, step)) for step in steps))
+    return _File(
+      parquet,
+      column,
+      leaf,
+      ending,
+      (0, *itertools.accumulate(counts)),
+      tuple(min(_MOST_ROWS, max(1, step)) for step in steps),
+    )
 
 
 def _image_column(schema, names: Sequence[str], path: str) -> tuple[str, str, str]:
@@ -278,12 +306,17 @@ def _image_column(schema, names: Sequence[str], path: str) -> tuple[str, str, st
     kind, column = _stored(fields[name].type), fields[name].name
     if _holds_bytes(kind):
       return column, column, name
-    if pa.types.is_struct(kind) and kind.get_field_index('bytes') >= 0 and _holds_bytes(
-        _stored(kind.field('bytes').type)):
+    if (
+      pa.types.is_struct(kind)
+      and kind.get_field_index('bytes') >= 0
+      and _holds_bytes(_stored(kind.field('bytes').type))
+    ):
       return column, f'{column}.bytes', name
   have = ', '.join(f'{field.name} ({field.type})' for field in schema)
-  raise InputError(f'{path} has no column of image bytes, or of {{bytes, path}}, among '
-                   f'{", ".join(names)}; it has {have[:500]}. Name it in image_key.')
+  raise InputError(
+    f'{path} has no column of image bytes, or of {{bytes, path}}, among '
+    f'{", ".join(names)}; it has {have[:500]}. Name it in image_key.'
+  )
 
 
 def _holds_bytes(kind) -> bool:

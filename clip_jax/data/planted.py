@@ -21,19 +21,20 @@ from clip_jax.core import files
 from clip_jax.core.types import Array, Source
 from clip_jax.data import images
 
-CROP_AREA = (0.8, 0.95)      # share of the area that a crop keeps, in the image's own shape
-RESIZE_SIDE = (0.5, 0.75)    # of both sides; it stays so small, as a thumbnail on the web does
-JPEG_QUALITY = (30, 60)      # Pillow's scale, colours at half the resolution
-COLOUR_FACTOR = (0.7, 1.3)   # of brightness, contrast and saturation, each its own
-_MOST_JPEG_SIDE = 65_500     # pixels, of what libjpeg writes
+CROP_AREA = (0.8, 0.95)  # share of the area that a crop keeps, in the image's own shape
+RESIZE_SIDE = (0.5, 0.75)  # of both sides; it stays so small, as a thumbnail on the web does
+JPEG_QUALITY = (30, 60)  # Pillow's scale, colours at half the resolution
+COLOUR_FACTOR = (0.7, 1.3)  # of brightness, contrast and saturation, each its own
+_MOST_JPEG_SIDE = 65_500  # pixels, of what libjpeg writes
 
 
 class Copy(NamedTuple):
   """One copy that is to be made."""
-  row: int         # of the query in the benchmark
-  number: int      # which copy of it, from 0
+
+  row: int  # of the query in the benchmark
+  number: int  # which copy of it, from 0
   kind: str
-  key: str         # of the query
+  key: str  # of the query
   label: int
   class_name: str
   group: str
@@ -41,9 +42,9 @@ class Copy(NamedTuple):
 
 
 def draw(
-    groups: Sequence[str],  # [Q] what siblings share
-    share: float,  # of the queries, in (0, 1]
-    seed: int,
+  groups: Sequence[str],  # [Q] what siblings share
+  share: float,  # of the queries, in (0, 1]
+  seed: int,
 ) -> Array:  # [Q] int64
   """Returns each query's place in the order of the draw, from 0; -1 where it is not drawn.
 
@@ -71,12 +72,12 @@ def kind_of(place: int, copy: int, copies: int, kinds: Sequence[str]) -> str:
 
 
 def transform(
-    image: Array,  # [H, W, 3] uint8
-    kind: str,
-    *,
-    seed: int,
-    row: int,
-    copy: int = 0,
+  image: Array,  # [H, W, 3] uint8
+  kind: str,
+  *,
+  seed: int,
+  row: int,
+  copy: int = 0,
 ) -> tuple[bytes, str]:
   """Returns the file of a copy of an image, and its ending: 'png', or 'jpg' of the kind 'jpeg'.
 
@@ -87,8 +88,9 @@ def transform(
   file = io.BytesIO()
   if kind == 'jpeg':
     if max(changed.size) > _MOST_JPEG_SIDE:
-      raise images.UnreadableImage(f'{changed.width} x {changed.height} pixels are too many for '
-                                   'a JPEG')
+      raise images.UnreadableImage(
+        f'{changed.width} x {changed.height} pixels are too many for a JPEG'
+      )
     low, high = JPEG_QUALITY
     quality = low + int(amounts[0] * (high - low + 1))
     changed.save(file, 'JPEG', quality=quality, subsampling='4:2:0')
@@ -100,8 +102,10 @@ def transform(
 def _crop(image: Image.Image, amounts: Sequence[float]) -> Image.Image:
   side = math.sqrt(_between(CROP_AREA, amounts[0]))
   width, height = (max(round(side * full), 1) for full in image.size)
-  left, top = (int(amount * (full - part + 1))
-               for amount, full, part in zip(amounts[1:], image.size, (width, height)))
+  left, top = (
+    int(amount * (full - part + 1))
+    for amount, full, part in zip(amounts[1:], image.size, (width, height))
+  )
   return image.crop((left, top, left + width, top + height))
 
 
@@ -123,14 +127,19 @@ def _same(image: Image.Image, amounts: Sequence[float]) -> Image.Image:
 
 
 KINDS: dict[str, Callable[[Image.Image, Sequence[float]], Image.Image]] = {
-    'crop': _crop, 'resize': _resize, 'jpeg': _same, 'colour': _colour, 'none': _same}
+  'crop': _crop,
+  'resize': _resize,
+  'jpeg': _same,
+  'colour': _colour,
+  'none': _same,
+}
 
 
 def write_tar(
-    path: str,
-    source: Source,  # of the benchmark
-    copies: Sequence[Copy],  # in the order of the rows
-    seed: int,
+  path: str,
+  source: Source,  # of the benchmark
+  copies: Sequence[Copy],  # in the order of the rows
+  seed: int,
 ) -> dict:
   """Writes the tar of some copies, one image in memory at a time.
 
@@ -156,14 +165,25 @@ def write_tar(
       kinds[copy.kind] = kinds.get(copy.kind, 0) + 1
       queries.add(copy.row)
     tar.write(bytes(2 * tarfile.BLOCKSIZE))  # its end
-  return {'samples': sum(kinds.values()), 'kinds': kinds, 'queries': len(queries),
-          'unreadable': unreadable}
+  return {
+    'samples': sum(kinds.values()),
+    'kinds': kinds,
+    'queries': len(queries),
+    'unreadable': unreadable,
+  }
 
 
 def _blocks(copy: Copy, data: bytes, ending: str) -> bytes:
   """Returns a sample as blocks of a tar. By hand: tarfile would keep the header of every member."""
-  about = {'query': copy.row, 'query_key': copy.key, 'kind': copy.kind, 'copy': copy.number,
-           'label': copy.label, 'class_name': copy.class_name, 'group': copy.group}
+  about = {
+    'query': copy.row,
+    'query_key': copy.key,
+    'kind': copy.kind,
+    'copy': copy.number,
+    'label': copy.label,
+    'class_name': copy.class_name,
+    'group': copy.group,
+  }
   members = {ending: data, 'txt': copy.caption.encode(), 'json': json.dumps(about).encode()}
   parts = []
   for name, content in members.items():
@@ -180,7 +200,7 @@ def _between(bounds: tuple[float, float], amount: float) -> float:
 def _uniform(name: str, count: int) -> list[float]:
   """Returns up to four numbers in [0, 1) that are a name's own."""
   digest = _digest(name)
-  parts = (digest[8 * i:8 * i + 8] for i in range(count))
+  parts = (digest[8 * i : 8 * i + 8] for i in range(count))
   return [(int.from_bytes(part, 'big') >> 11) / 2**53 for part in parts]  # 53 bits: exact
 
 

@@ -42,8 +42,9 @@ class Source:
   @property
   def has_images(self) -> bool:
     """Whether rows have images: vectors alone have none, unless it is said where they are."""
-    return all(formats.get(shard['format']).open or shard.get('images')
-               for shard in self._files['shards'])
+    return all(
+      formats.get(shard['format']).open or shard.get('images') for shard in self._files['shards']
+    )
 
   def __getitem__(self, row: int) -> dict[str, Any]:
     """Returns dict(image: the bytes of the file, caption: str, label: int, -1 for none).
@@ -57,13 +58,19 @@ class Source:
     rows = [operator.index(row) for row in rows]
     places = [self._row(row) for row in rows]
     images = self._images(rows, places)
-    return [{'image': images[k], 'label': label, 'caption': self._captions[offset:offset + length].decode()}
-            for k, (_, _, _, offset, length, label) in enumerate(places)]
+    return [
+      {
+        'image': images[k],
+        'label': label,
+        'caption': self._captions[offset : offset + length].decode(),
+      }
+      for k, (_, _, _, offset, length, label) in enumerate(places)
+    ]
 
   def caption(self, row: int) -> str:
     """Returns the caption of a row without reading its image."""
     _, _, _, offset, length, _ = self._row(row)
-    return self._captions[offset:offset + length].decode()
+    return self._captions[offset : offset + length].decode()
 
   @property
   def labels(self) -> Array:  # [n] int32
@@ -88,22 +95,26 @@ class Source:
 
   def offsets(self, shard: int) -> Array:  # [n] int64
     """Returns where the rows of a shard are in its file: of vectors, the numbers of their rows."""
-    return self._table['offset'][self.starts[shard]:self.starts[shard + 1]]
+    return self._table['offset'][self.starts[shard] : self.starts[shard + 1]]
 
   def column(self, name: str) -> Array:  # [n]
     """Returns a column of the index: numbers (NaN for none), or objects, str (None for none)."""
     import pyarrow as pa
+
     shards = range(len(self._files['shards']))
     parts = [table.read_columns(self._directory, shard, [name]) for shard in shards]
     if not any(part.column_names for part in parts):
-      raise InputError(f'{self._directory} has no column {name!r}: name it in the `columns` of the '
-                       'dataset.')
-    parts = [part[name] if part.column_names else pa.chunked_array([pa.nulls(part.num_rows)])
-             for part in parts]
+      raise InputError(
+        f'{self._directory} has no column {name!r}: name it in the `columns` of the dataset.'
+      )
+    parts = [
+      part[name] if part.column_names else pa.chunked_array([pa.nulls(part.num_rows)])
+      for part in parts
+    ]
     kinds = {part.type for part in parts} - {pa.null()}  # shards without a value have no type
     if len(kinds) != 1:
       kinds = {pa.float64() if kinds == {pa.int64(), pa.float64()} else pa.string()}
-    kind, = kinds
+    (kind,) = kinds
     column = pa.chunked_array([chunk for part in parts for chunk in part.cast(kind).chunks], kind)
     if kind != pa.string():
       return column.to_numpy()
@@ -155,7 +166,9 @@ class Source:
         for k in those:
           file = os.path.join(where['root'], self._path(rows[k]))
           with _readable(file):
-            images |= _whole(file, opener({**where, 'path': file}).read_many([places[k][1:3]]), [k], places)
+            images |= _whole(
+              file, opener({**where, 'path': file}).read_many([places[k][1:3]]), [k], places
+            )
       else:
         with _readable(path):
           reader = self._opened(shard)
@@ -173,8 +186,10 @@ class Source:
     """Returns the image of a row of vectors, which its key names."""
     where = self._files['shards'][shard]
     if not where.get('images'):
-      raise InputError(f'{where["path"]} holds vectors and no images. Say where they are with '
-                       '`images` of the dataset.')
+      raise InputError(
+        f'{where["path"]} holds vectors and no images. Say where they are with '
+        '`images` of the dataset.'
+      )
     key = table.read_key(self._directory, shard, row - int(self.starts[shard]))
     with _readable(where['images']):
       return keyed_images.KeyedImages(where['images']).read(key)
@@ -205,7 +220,7 @@ class Source:
   def _path(self, row: int) -> str:
     """Returns the path of a row's image, relative to its root."""
     ends, text = self._paths
-    return text[int(ends[row - 1]) if row else 0:int(ends[row])].decode()
+    return text[int(ends[row - 1]) if row else 0 : int(ends[row])].decode()
 
 
 @contextlib.contextmanager
@@ -214,17 +229,23 @@ def _readable(path: str) -> Iterator[None]:
   try:
     yield
   except OSError as error:
-    raise InputError(f'{path} cannot be read any more ({error.strerror or error}). Put it back, or '
-                     'index again with --redo=ingest.') from error
+    raise InputError(
+      f'{path} cannot be read any more ({error.strerror or error}). Put it back, or '
+      'index again with --redo=ingest.'
+    ) from error
 
 
-def _whole(path: str, images: Sequence[bytes], those: Sequence[int], places: Sequence[tuple]) -> dict[int, bytes]:
+def _whole(
+  path: str, images: Sequence[bytes], those: Sequence[int], places: Sequence[tuple]
+) -> dict[int, bytes]:
   """Returns images of a file by their numbers `those`; raises InputError where one is not as long as its place says."""
   for k, data in zip(those, images, strict=True):
     _, offset, length, *_ = places[k]
     if len(data) != length:
-      raise InputError(f'{path} ends at byte {offset + len(data)}, inside a sample: it is not the '
-                       'file that was indexed. Put that back, or index again with --redo=ingest.')
+      raise InputError(
+        f'{path} ends at byte {offset + len(data)}, inside a sample: it is not the '
+        'file that was indexed. Put that back, or index again with --redo=ingest.'
+      )
   return dict(zip(those, images))
 
 

@@ -22,35 +22,50 @@ class RowRules:
   the field of the json member, or of the column 'json', else a column. image_key, caption_key and sample_key are
   names with ';' between them: the first that is there counts.
   """
-  where: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # column -> value, or values, of what counts
-  part: tuple[float, float] = (0.0, 1.0)  # samples count whose sha256(group) / 2^256 lies in [low, high)
-  group_key: str = ''      # what siblings share; '' takes the sample's own key
+
+  where: Mapping[str, Any] = dataclasses.field(
+    default_factory=dict
+  )  # column -> value, or values, of what counts
+  part: tuple[float, float] = (
+    0.0,
+    1.0,
+  )  # samples count whose sha256(group) / 2^256 lies in [low, high)
+  group_key: str = ''  # what siblings share; '' takes the sample's own key
   group_pattern: str = ''  # regex of which the first group, else the whole match, is kept
   image_key: str = 'jpg;jpeg;png;webp;image'
-  caption_key: str = 'txt;caption;text'  # the first that says something counts, also of a list of them
+  caption_key: str = (
+    'txt;caption;text'  # the first that says something counts, also of a list of them
+  )
   sample_key: str = 'key;uid'
   caption_template: str = ''  # '{}' takes the class name; '' takes the sample's own caption
   # (regex, replacement, share of the samples that are edited, chosen by their keys)
   caption_edit: tuple[str, str, float] | tuple[()] = ()
-  label_key: str = ''      # of a number, or a name among `classes`
-  labels_file: str = ''    # format 'folder': the path of a file of labels (labels.py)
+  label_key: str = ''  # of a number, or a name among `classes`
+  labels_file: str = ''  # format 'folder': the path of a file of labels (labels.py)
   classes: Sequence[str] = ()  # class names in label order
   columns: Sequence[str] = ()  # more columns of the index
   require_caption: bool = True
 
   def __post_init__(self):
     if taken := set(self.columns) & set(COLUMNS):
-      raise ConfigError(f'columns names {min(taken)!r}, which every index has already: leave it out.')
+      raise ConfigError(
+        f'columns names {min(taken)!r}, which every index has already: leave it out.'
+      )
     if self.labels_file and self.label_key:
-      raise ConfigError(f'labels_file={self.labels_file!r} and label_key={self.label_key!r} both say what an image '
-                        'shows: leave one out.')
+      raise ConfigError(
+        f'labels_file={self.labels_file!r} and label_key={self.label_key!r} both say what an image '
+        'shows: leave one out.'
+      )
     regex(self.group_pattern)
     regex(*self.caption_edit[:2])
 
   @functools.cached_property
   def allowed(self) -> dict[str, tuple]:
     """Column -> the values of the samples that count."""
-    return {name: tuple(value) if isinstance(value, (tuple, list)) else (value,) for name, value in self.where.items()}
+    return {
+      name: tuple(value) if isinstance(value, (tuple, list)) else (value,)
+      for name, value in self.where.items()
+    }
 
   def in_part(self, group: str) -> bool:
     low, high = self.part
@@ -95,5 +110,7 @@ def regex(pattern: str = '', replacement: str = '') -> re.Pattern:
     compiled.sub(replacement, '')  # a reference to a group that is not there fails here
     return compiled
   except (re.error, IndexError) as error:
-    raise ConfigError(f'The regular expression {pattern!r}, replaced by {replacement!r}, is wrong: {error}. Correct '
-                      'it.') from error
+    raise ConfigError(
+      f'The regular expression {pattern!r}, replaced by {replacement!r}, is wrong: {error}. Correct '
+      'it.'
+    ) from error

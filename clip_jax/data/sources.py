@@ -14,7 +14,7 @@ from clip_jax.core.errors import InputError
 from clip_jax.data import formats, headers, images, labels, row_rules, storage, table
 from clip_jax.data.row_rules import RowRules
 
-_MOST_TEXT = 1 << 24         # bytes of a caption or json member; more is no text
+_MOST_TEXT = 1 << 24  # bytes of a caption or json member; more is no text
 # Bytes read for an image's size: what the pass over a remote tar keeps of it; mostly enough; enough
 # for any.
 _HEADER = (1 << 12, 1 << 14, 1 << 26)
@@ -26,8 +26,9 @@ class _Skip(Exception):
 
 class _Fields(NamedTuple):
   """What a sample says beside its members."""
+
   columns: Mapping[str, Any]  # of its file; the class folder
-  json: Mapping[str, Any]     # of its json member, or of the column 'json'
+  json: Mapping[str, Any]  # of its json member, or of the column 'json'
 
 
 def classes(format: str, path: str, label_key: str) -> tuple[str, ...]:
@@ -39,8 +40,14 @@ def classes(format: str, path: str, label_key: str) -> tuple[str, ...]:
   return formats.get(format).classes(path, label_key) if label_key else ()
 
 
-def scan(format: str, files: storage.SourceFile | Sequence[storage.SourceFile], rules: RowRules | None = None, *,
-         root: str = '', **fields: Any) -> table.Scan:
+def scan(
+  format: str,
+  files: storage.SourceFile | Sequence[storage.SourceFile],
+  rules: RowRules | None = None,
+  *,
+  root: str = '',
+  **fields: Any,
+) -> table.Scan:
   """Returns the rows of one shard: of one file, or of image files below `root`, the path listed.
 
   rules: which samples count and what their rows say; without it, `fields` are those of RowRules by name. In folders,
@@ -49,18 +56,32 @@ def scan(format: str, files: storage.SourceFile | Sequence[storage.SourceFile], 
   """
   found_by, rules = formats.get(format), rules or RowRules(**fields)
   files = [files] if isinstance(files, storage.SourceFile) else files
-  folder_label = labels.labels(root, rules.classes, rules.labels_file).of if root and not rules.label_key else None
+  folder_label = (
+    labels.labels(root, rules.classes, rules.labels_file).of
+    if root and not rules.label_key
+    else None
+  )
   try:
-    samples, skipped = found_by.samples(files, root, row_rules.names(rules.image_key.lower()),
-                                        row_rules.names(rules.sample_key), _wanted(rules))
+    samples, skipped = found_by.samples(
+      files,
+      root,
+      row_rules.names(rules.image_key.lower()),
+      row_rules.names(rules.sample_key),
+      _wanted(rules),
+    )
     return _scan(samples, skipped, rules, folder_label)
   except OSError as error:
-    raise InputError(f'A source file cannot be read: {error}. Put it back, or correct the path of '
-                     'the dataset.') from error
+    raise InputError(
+      f'A source file cannot be read: {error}. Put it back, or correct the path of the dataset.'
+    ) from error
 
 
-def _scan(samples: Iterable[table.Sample], skipped: list[dict[str, str]], rules: RowRules,
-          folder_label: Callable[[str], int | None] | None) -> table.Scan:
+def _scan(
+  samples: Iterable[table.Sample],
+  skipped: list[dict[str, str]],
+  rules: RowRules,
+  folder_label: Callable[[str], int | None] | None,
+) -> table.Scan:
   records, left_out = [], 0
   for sample in samples:
     try:
@@ -85,8 +106,9 @@ def _wanted(rules: RowRules) -> tuple[str, ...]:
   return tuple(dict.fromkeys(key.removeprefix('json:') for key in keys if key))
 
 
-def _record(sample: table.Sample, rules: RowRules, folder_label: Callable[[str], int | None] | None
-            ) -> table.Record | None:
+def _record(
+  sample: table.Sample, rules: RowRules, folder_label: Callable[[str], int | None] | None
+) -> table.Record | None:
   """Returns a sample's row, None where it is not asked for.
 
   folder_label: an image's path -> its label, None where its class is not asked for. Raises _Skip or NoLabel where the
@@ -102,7 +124,11 @@ def _record(sample: table.Sample, rules: RowRules, folder_label: Callable[[str],
   group = rules.group(_clean(group if isinstance(group, str) else json.dumps(group)))
   if not rules.in_part(group):
     return None
-  endings = (os.path.splitext(sample.path)[1][1:].lower(),) if sample.path else row_rules.names(rules.image_key.lower())
+  endings = (
+    (os.path.splitext(sample.path)[1][1:].lower(),)
+    if sample.path
+    else row_rules.names(rules.image_key.lower())
+  )
   ending = next((ending for ending in endings if ending in sample.members), None)
   if ending is None:
     raise _Skip('no image')
@@ -120,8 +146,9 @@ def _record(sample: table.Sample, rules: RowRules, folder_label: Callable[[str],
   kind, width, height = _header(sample, ending, length)
   caption = _caption(sample, fields, label, rules)
   columns = {name: _clean(_value(sample, fields, name)) for name in rules.columns}
-  return table.Record(sample.key, caption, label, group, offset, length, width, height, columns,
-                sample.path, kind)
+  return table.Record(
+    sample.key, caption, label, group, offset, length, width, height, columns, sample.path, kind
+  )
 
 
 def _json(sample: table.Sample) -> Mapping[str, Any]:
@@ -189,7 +216,9 @@ def _caption(sample: table.Sample, fields: _Fields, label: int, rules: RowRules)
     caption = next((text.strip() for text in texts if isinstance(text, str) and text.strip()), '')
   if rules.caption_edit:
     pattern, replacement, share = rules.caption_edit
-    if row_rules.fraction(f'caption_edit:{sample.key}') < share:  # not the hash by which `part` chooses
+    if (
+      row_rules.fraction(f'caption_edit:{sample.key}') < share
+    ):  # not the hash by which `part` chooses
       caption = row_rules.regex(pattern, replacement).sub(replacement, caption)
   if not caption and rules.require_caption:
     raise _Skip('no caption')

@@ -22,16 +22,18 @@ from absl import logging
 from clip_jax.core.errors import InputError
 
 _EXTRAS = {'gs': 'gcs', 'gcs': 'gcs', 's3': 's3', 's3a': 's3', 'http': 'http', 'https': 'http'}
-_GAP = 1 << 16          # remote ranges that lie closer are read as one
+_GAP = 1 << 16  # remote ranges that lie closer are read as one
 _MOST_MERGED = 1 << 23  # bytes of such a one
-_WINDOW = 1 << 18          # bytes that a pass over a local file reads at a time
-_REMOTE_WINDOW = 1 << 22   # the same of a remote file
-_AHEAD = 3                 # remote windows that threads fetch while one is used
-_STREAM_BUFFER = 1 << 20   # bytes
+_WINDOW = 1 << 18  # bytes that a pass over a local file reads at a time
+_REMOTE_WINDOW = 1 << 22  # the same of a remote file
+_AHEAD = 3  # remote windows that threads fetch while one is used
+_STREAM_BUFFER = 1 << 20  # bytes
 _WAITS = (1.0, 3.0, 10.0, 30.0)  # seconds before a remote storage that fails is asked again
-_BRIEF = (408, 425, 429)         # of HTTP's 4xx: these pass, as 5xx do
-_ADVICE = (' Check the path, the credentials and the network, then run the same command again; it '
-           'goes on from here.')
+_BRIEF = (408, 425, 429)  # of HTTP's 4xx: these pass, as 5xx do
+_ADVICE = (
+  ' Check the path, the credentials and the network, then run the same command again; it '
+  'goes on from here.'
+)
 _T = TypeVar('_T')
 
 
@@ -42,9 +44,10 @@ class Unavailable(InputError):
 @dataclasses.dataclass(frozen=True)
 class SourceFile:
   """One file of a dataset, as it was when it was listed."""
-  path: str     # absolute, or a URL
-  name: str     # relative to the fixed folder of the pattern that found it
-  size: int     # bytes
+
+  path: str  # absolute, or a URL
+  name: str  # relative to the fixed folder of the pattern that found it
+  size: int  # bytes
   mtime: float  # seconds; 0 where the version says more
   version: str = ''  # remote: the object's generation, ETag or time, as its storage gives it
 
@@ -56,8 +59,10 @@ class SourceFile:
 
 def changed(path: str) -> InputError:
   """Returns what to say of a file in which a row that was indexed cannot be read."""
-  return InputError(f'{path} is damaged, or not the file that was indexed. Put that back, or index again with '
-                    '--redo=ingest.')
+  return InputError(
+    f'{path} is damaged, or not the file that was indexed. Put that back, or index again with '
+    '--redo=ingest.'
+  )
 
 
 class File:
@@ -92,6 +97,7 @@ class RemoteFile:
     def ask() -> int:
       with naming(self.path):
         return file_system(self.path).info(self.path)['size']
+
     return steadily(ask)
 
   def read(self, offset: int, length: int) -> bytes:
@@ -126,8 +132,9 @@ def read_ranges(ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
   gives fewer bytes where the file ends.
   """
   merged: list[list] = []  # [path, first byte, end, which of the ranges]
-  order = sorted((i for i, (_, _, length) in enumerate(ranges) if length > 0),
-                 key=lambda i: ranges[i][:2])
+  order = sorted(
+    (i for i, (_, _, length) in enumerate(ranges) if length > 0), key=lambda i: ranges[i][:2]
+  )
   for i in order:
     path, start, end = ranges[i][0], ranges[i][1], ranges[i][1] + ranges[i][2]
     last = merged[-1] if merged else None
@@ -141,11 +148,13 @@ def read_ranges(ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
     some = [part for part in merged if _protocol(part[0]) == protocol]
     for (path, start, end, members), data in zip(some, _fetched(some), strict=True):
       if len(data) > end - start:
-        raise InputError(f'The server of {path} sends whole files where a part is asked for. Copy '
-                         'the dataset to storage that serves ranges, or to this machine.')
+        raise InputError(
+          f'The server of {path} sends whole files where a part is asked for. Copy '
+          'the dataset to storage that serves ranges, or to this machine.'
+        )
       for i in members:
         first = ranges[i][1] - start
-        found[i] = data[first:first + ranges[i][2]]
+        found[i] = data[first : first + ranges[i][2]]
   return found
 
 
@@ -158,7 +167,8 @@ def _fetched(parts: Sequence[Sequence[Any]]) -> list[bytes]:
     paths, starts, ends = zip(*(parts[i][:3] for i in missing), strict=True)
     with naming(paths[0] if len(set(paths)) == 1 else f'{_protocol(paths[0])}://'):
       answers = file_system(paths[0]).cat_ranges(
-          list(paths), list(starts), list(ends), on_error='return')
+        list(paths), list(starts), list(ends), on_error='return'
+      )
     answers = dict(zip(missing, answers, strict=True))
     found.update((i, data) for i, data in answers.items() if not isinstance(data, BaseException))
     for i in missing:
@@ -207,8 +217,9 @@ def naming(path: str) -> Iterator[None]:
   except Exception as error:  # each library of a storage has error types of its own
     passes, why = may_pass(error), error.__cause__ if _hides(error) else error
     if isinstance(error, FileNotFoundError) and not passes:
-      raise InputError(f'{path} is not there. Put it back, or correct the path of the dataset.'
-                       ) from error
+      raise InputError(
+        f'{path} is not there. Put it back, or correct the path of the dataset.'
+      ) from error
     said = f'{type(why).__name__}: {why}'.split('\n')[0][:300]
     kind = Unavailable if passes else InputError
     raise kind(f'{path} cannot be read ({said}).{_ADVICE}') from error
@@ -221,8 +232,19 @@ def may_pass(error: BaseException) -> bool:
   status = getattr(error, 'status', None) or getattr(error, 'code', None)
   if isinstance(status, int) and status >= 100:
     return status >= 500 or status in _BRIEF
-  return not isinstance(error, (FileNotFoundError, PermissionError, NotADirectoryError, ImportError,
-                                IsADirectoryError, ValueError, TypeError, NotImplementedError))
+  return not isinstance(
+    error,
+    (
+      FileNotFoundError,
+      PermissionError,
+      NotADirectoryError,
+      ImportError,
+      IsADirectoryError,
+      ValueError,
+      TypeError,
+      NotImplementedError,
+    ),
+  )
 
 
 def _hides(error: BaseException) -> bool:
@@ -265,7 +287,7 @@ class Ahead:
     if length > self._length // 2 and offset + length > self.start + len(self.data):
       return self._file.read(offset, length)
     self.move(offset, length)
-    return self.data[offset - self.start:offset - self.start + length]
+    return self.data[offset - self.start : offset - self.start + length]
 
   def move(self, offset: int, length: int) -> None:
     """Moves the window to `offset` where it lacks one of the `length` bytes that follow there."""
@@ -275,7 +297,7 @@ class Ahead:
     if self.start <= offset and end <= self.start + len(self.data):
       return
     gap = offset - self.start - len(self.data)
-    data = self.data[offset - self.start:] if self._threads and offset >= self.start else b''
+    data = self.data[offset - self.start :] if self._threads and offset >= self.start else b''
     while offset + len(data) < end:
       new = self._next(offset + len(data))
       if not new:
@@ -290,7 +312,7 @@ class Ahead:
     while self._coming:
       first, future = self._coming.popleft()
       if first <= offset < first + self._length:
-        return future.result()[offset - first:]
+        return future.result()[offset - first :]
     return self._file.read(offset, min(self._length, self.size - offset))
 
   def _fetch(self, following: int) -> None:
@@ -327,7 +349,7 @@ class _Stream(io.RawIOBase):
     if length <= 0:
       return 0
     data = self._file.read(self._at, length)
-    buffer[:len(data)] = data
+    buffer[: len(data)] = data
     self._at += len(data)
     return len(data)
 
@@ -341,10 +363,13 @@ def _file_system(protocol: str, process: int) -> Any:
   """Returns one file system a process: a forked one has not the threads of the first."""
   del process
   import fsspec
+
   with naming(f'{protocol}://'):
     try:
       return fsspec.filesystem(protocol)
     except ImportError as error:
       extra = _EXTRAS.get(protocol)
-      raise InputError(f'{protocol}:// needs a package that is not installed: ' + (
-          f"pip install 'clip-jax-ood[{extra}]'." if extra else f'{error}.')) from error
+      raise InputError(
+        f'{protocol}:// needs a package that is not installed: '
+        + (f"pip install 'clip-jax-ood[{extra}]'." if extra else f'{error}.')
+      ) from error

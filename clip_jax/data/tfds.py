@@ -23,14 +23,18 @@ def find(path: str) -> list[str]:
   builder, split = _split(path)
   kind = builder.info.file_format.value if builder.info.file_format else 'none'
   if kind not in _READABLE:
-    raise InputError(f'{path}: its files are of format {kind}, which cannot be read at random. '
-                     "Prepare it again with file_format='array_record', or convert it with "
-                     "tfds' convert_format script.")
+    raise InputError(
+      f'{path}: its files are of format {kind}, which cannot be read at random. '
+      "Prepare it again with file_format='array_record', or convert it with "
+      "tfds' convert_format script."
+    )
   found = [os.fspath(file) for file in builder.info.splits[split].filepaths]
   for file in found:
     if not os.path.isfile(file):
-      raise InputError(f'{file} is missing, which dataset_info.json names. Put it back, or prepare '
-                       'the dataset again.')
+      raise InputError(
+        f'{file} is missing, which dataset_info.json names. Put it back, or prepare '
+        'the dataset again.'
+      )
   if not found:
     raise InputError(f'{path}: the split {split!r} has no files. Choose another split.')
   return found
@@ -43,8 +47,12 @@ def classes(path: str, label_key: str) -> tuple[str, ...]:
   return tuple(getattr(feature, 'names', None) or ())
 
 
-def samples(file: storage.SourceFile, image_key: Sequence[str], sample_key: Sequence[str],
-            columns: Sequence[str]) -> tuple[Iterable[table.Sample], list[dict[str, str]]]:
+def samples(
+  file: storage.SourceFile,
+  image_key: Sequence[str],
+  sample_key: Sequence[str],
+  columns: Sequence[str],
+) -> tuple[Iterable[table.Sample], list[dict[str, str]]]:
   """Returns the samples of one file of a split, and what is listed as skipped.
 
   The names are features: 'a/b' of a feature in another. See array_record.samples.
@@ -53,8 +61,10 @@ def samples(file: storage.SourceFile, image_key: Sequence[str], sample_key: Sequ
   images = _images(builder)
   names = [name for name in image_key if name in map(str.lower, images)]
   if not names:
-    raise InputError(f'{file.path}: no Image feature is among {", ".join(image_key)}; it has '
-                     f'{", ".join(images) or "none"}. Name it in image_key.')
+    raise InputError(
+      f'{file.path}: no Image feature is among {", ".join(image_key)}; it has '
+      f'{", ".join(images) or "none"}. Name it in image_key.'
+    )
   skipped: list[dict[str, str]] = []
   try:
     values, count = _records(file.path)
@@ -76,6 +86,7 @@ def _records(path: str):
   """Returns the function that reads records of a file, and their number."""
   if '.parquet' in os.path.basename(path):
     from clip_jax.data import parquet  # as in formats.py: with pyarrow
+
     rows = parquet.Reader(path, _RECORDS)
     return rows.values, len(rows)
   records = array_record.Records(path)
@@ -85,32 +96,40 @@ def _records(path: str):
 def _split(path: str) -> tuple[Any, str]:
   """Returns the builder of a dataset, and which of its splits a path means."""
   if '://' in path:
-    raise InputError(f'{path}: TFDS datasets are read on this machine only. Copy it here, or mount '
-                     'the bucket.')
+    raise InputError(
+      f'{path}: TFDS datasets are read on this machine only. Copy it here, or mount the bucket.'
+    )
   inside = os.path.exists(os.path.join(path, 'dataset_info.json'))
   folder, split = (path, '') if inside else os.path.split(path.rstrip(os.sep))
   builder = _builder(folder)
   splits = list(builder.info.splits)
   if not split and len(splits) == 1:
-    split, = splits
+    (split,) = splits
   if split not in splits:
-    raise InputError(f'{path} names no split of the dataset, which has '
-                     f'{", ".join(splits) or "none"}. '
-                     f'Give {os.path.join(folder, splits[0] if splits else "SPLIT")}.')
+    raise InputError(
+      f'{path} names no split of the dataset, which has '
+      f'{", ".join(splits) or "none"}. '
+      f'Give {os.path.join(folder, splits[0] if splits else "SPLIT")}.'
+    )
   return builder, split
 
 
 def _builder(folder: str):
   if not os.path.isfile(os.path.join(folder, 'dataset_info.json')):
-    raise InputError(f'{folder!r} holds no dataset_info.json, so it is no prepared TFDS dataset. '
-                     'The path must be DIR/NAME/VERSION/SPLIT.')
+    raise InputError(
+      f'{folder!r} holds no dataset_info.json, so it is no prepared TFDS dataset. '
+      'The path must be DIR/NAME/VERSION/SPLIT.'
+    )
   import tensorflow_datasets as tfds  # takes seconds
+
   _check_features(os.path.join(folder, 'features.json'))
   try:
     return tfds.builder_from_directory(folder)
   except Exception as error:  # damaged descriptions raise a dozen different types
-    raise InputError(f'{folder}: tensorflow-datasets cannot read its description '
-                     f'({type(error).__name__}: {error}). Prepare the dataset again.') from error
+    raise InputError(
+      f'{folder}: tensorflow-datasets cannot read its description '
+      f'({type(error).__name__}: {error}). Prepare the dataset again.'
+    ) from error
 
 
 def _check_features(path: str) -> None:
@@ -118,13 +137,19 @@ def _check_features(path: str) -> None:
   named = []
   try:
     with open(path, encoding='utf-8') as f:
-      json.load(f, object_hook=lambda part: named.extend(
-          part[key] for key in ('pythonClassName', 'type') if isinstance(part.get(key), str)))
+      json.load(
+        f,
+        object_hook=lambda part: named.extend(
+          part[key] for key in ('pythonClassName', 'type') if isinstance(part.get(key), str)
+        ),
+      )
   except (OSError, ValueError, RecursionError) as error:
     raise InputError(f'{path} cannot be read ({error}). Prepare the dataset again.') from error
   if other := [name for name in named if not name.startswith('tensorflow_datasets.')]:
-    raise InputError(f'{path} names {other[0]}, which is its own code, and is not run. '
-                     'Prepare the dataset with the features of tensorflow-datasets.')
+    raise InputError(
+      f'{path} names {other[0]}, which is its own code, and is not run. '
+      'Prepare the dataset with the features of tensorflow-datasets.'
+    )
 
 
 def _flat(features: Mapping[str, Any], above: str = '') -> dict[str, Any]:
@@ -140,8 +165,12 @@ def _flat(features: Mapping[str, Any], above: str = '') -> dict[str, Any]:
 
 def _images(builder) -> list[str]:
   import tensorflow_datasets as tfds  # as in _builder
-  return [name for name, feature in _flat(builder.info.features).items()
-          if isinstance(feature, tfds.features.Image)]
+
+  return [
+    name
+    for name, feature in _flat(builder.info.features).items()
+    if isinstance(feature, tfds.features.Image)
+  ]
 
 
 def _expected(builder, path: str) -> int | None:

@@ -37,16 +37,17 @@ def tokenize(texts: Sequence[str], context_length: int) -> Array:  # -> [n, T] i
     tokens = np.tile(np.int32([START, END]), (len(texts), 1))
   for row, text, done in zip(tokens, texts, plain, strict=True):
     if text is not done:
-      ids = _encode(text)[:context_length - 2]
-      row[1:len(ids) + 1] = ids
+      ids = _encode(text)[: context_length - 2]
+      row[1 : len(ids) + 1] = ids
       row[len(ids) + 1] = END
   return tokens
 
 
 def _is_plain(text: str) -> bool:
   """True where the engine needs no help: nothing to mend, no HTML, no special token."""
-  return (text.isascii() and text.isprintable() and '<' not in text
-          and '&' not in text.replace('& ', ''))
+  return (
+    text.isascii() and text.isprintable() and '<' not in text and '&' not in text.replace('& ', '')
+  )
 
 
 @functools.lru_cache(1 << 16)  # a training reads each caption of its split many times
@@ -63,6 +64,7 @@ def _encode(text: str) -> Array:  # -> [t] uint16
 def mend(text: str) -> str:
   """What open_clip's tokenizers do first with any text: ftfy, then HTML's characters, twice."""
   import ftfy
+
   return html.unescape(html.unescape(ftfy.fix_text(text)))
 
 
@@ -74,9 +76,19 @@ def single_spaces(text: str) -> str:
 def _pattern():
   """OpenAI's words. Python's own `re` has no such classes, and folds fewer letters."""
   import regex
+
   return regex.compile(
-      '|'.join([*map(regex.escape, _SPECIAL), "'(?:s|t|re|ve|m|ll|d)",
-                r'\p{L}+', r'\p{N}', r'[^\s\p{L}\p{N}]+']), regex.IGNORECASE)
+    '|'.join(
+      [
+        *map(regex.escape, _SPECIAL),
+        "'(?:s|t|re|ve|m|ll|d)",
+        r'\p{L}+',
+        r'\p{N}',
+        r'[^\s\p{L}\p{N}]+',
+      ]
+    ),
+    regex.IGNORECASE,
+  )
 
 
 def _word(word: str) -> list[int]:
@@ -114,7 +126,7 @@ def _spelling(token: int) -> bytes:
   for before, after in itertools.product(_BEFORE, _AFTER):
     text = _engine().decode([*_bytes_to_ids(before), token, *_bytes_to_ids(after)])
     if '\ufffd' not in text:  # all of it is UTF-8
-      return text.encode()[len(before):len(text.encode()) - len(after)]
+      return text.encode()[len(before) : len(text.encode()) - len(after)]
   return _engine().decode([token]).encode()  # U+FFFD itself
 
 
@@ -134,4 +146,5 @@ def _byte_order() -> bytes:
 @functools.cache
 def _engine():
   import instant_clip_tokenizer
+
   return instant_clip_tokenizer.Tokenizer()

@@ -31,7 +31,9 @@ _FOLDERS = ('img_emb', 'images', 'text_emb')  # of vectors, beside which metadat
 _ROWS = 1 << 17  # in memory at once
 
 
-def companions(found: Sequence[storage.SourceFile], metadata: str = '') -> list[dict[str, storage.SourceFile]]:
+def companions(
+  found: Sequence[storage.SourceFile], metadata: str = ''
+) -> list[dict[str, storage.SourceFile]]:
   """Returns, for each file of vectors, what describes its rows: 'metadata', 'labels', 'paths'.
 
   metadata: path of parquet files; '' takes those in metadata/ beside the vectors' folder, or
@@ -51,8 +53,9 @@ def companions(found: Sequence[storage.SourceFile], metadata: str = '') -> list[
   return beside
 
 
-def _described(folder: str, metadata: str, found: Sequence[storage.SourceFile]
-               ) -> dict[str, list[storage.SourceFile]]:
+def _described(
+  folder: str, metadata: str, found: Sequence[storage.SourceFile]
+) -> dict[str, list[storage.SourceFile]]:
   """Returns the files of each kind that describe the vectors of one folder."""
   if metadata:
     try:
@@ -89,8 +92,9 @@ def _number(file: storage.SourceFile) -> int | None:
   return int(digits[0]) if digits else None
 
 
-def _paired(found: Sequence[storage.SourceFile], partners: Sequence[storage.SourceFile], kind: str
-            ) -> list[storage.SourceFile]:
+def _paired(
+  found: Sequence[storage.SourceFile], partners: Sequence[storage.SourceFile], kind: str
+) -> list[storage.SourceFile]:
   """Returns the partner of each file of vectors, in their order."""
   by_stem = {_stem(file): file for file in partners}
   if len(by_stem) == len(partners) and all(_stem(file) in by_stem for file in found):
@@ -98,17 +102,28 @@ def _paired(found: Sequence[storage.SourceFile], partners: Sequence[storage.Sour
   if len(found) == len(partners) == 1 and None in (_number(found[0]), _number(partners[0])):
     return list(partners)
   where = os.path.dirname(partners[0].path)
-  numbers = _by_number(partners, 'so which vectors they describe is not clear. Give one folder of metadata, or join '
-                       'folders with format=concat.')
+  numbers = _by_number(
+    partners,
+    'so which vectors they describe is not clear. Give one folder of metadata, or join '
+    'folders with format=concat.',
+  )
   for file in found:
     if _number(file) not in numbers:
       span = f'they end in {min(numbers)} to {max(numbers)}' if numbers else 'none ends in a number'
-      raise InputError(f'{file.path} has no partner in {where}: no file of {kind} there ends in the '
-                       f'same number ({span}). Put it there, or correct the path.')
-  used = _by_number(found, f'so {kind} cannot be told apart. Join their folders with format=concat.')
+      raise InputError(
+        f'{file.path} has no partner in {where}: no file of {kind} there ends in the '
+        f'same number ({span}). Put it there, or correct the path.'
+      )
+  used = _by_number(
+    found, f'so {kind} cannot be told apart. Join their folders with format=concat.'
+  )
   if unused := sorted(set(numbers) - set(used)):
-    logging.info('%s: %s without vectors in this dataset, for example %s.', where,
-                 progress.counted(len(unused), 'file'), os.path.basename(numbers[unused[0]].path))
+    logging.info(
+      '%s: %s without vectors in this dataset, for example %s.',
+      where,
+      progress.counted(len(unused), 'file'),
+      os.path.basename(numbers[unused[0]].path),
+    )
   return [numbers[_number(file)] for file in found]
 
 
@@ -118,14 +133,24 @@ def _by_number(found: Sequence[storage.SourceFile], trouble: str) -> dict[int, s
   for file in found:
     number = _number(file)
     if number in by_number:
-      raise InputError(f'{by_number[number].path} and {file.path} both end in the number {number}, {trouble}')
+      raise InputError(
+        f'{by_number[number].path} and {file.path} both end in the number {number}, {trouble}'
+      )
     if number is not None:
       by_number[number] = file
   return by_number
 
 
-def write(directory: str, shard: int, file: storage.SourceFile, beside: Mapping[str, storage.SourceFile],
-          rules: RowRules = RowRules(), *, vector_key: str = '', vector_dim: int = 0) -> dict[str, Any]:
+def write(
+  directory: str,
+  shard: int,
+  file: storage.SourceFile,
+  beside: Mapping[str, storage.SourceFile],
+  rules: RowRules = RowRules(),
+  *,
+  vector_key: str = '',
+  vector_dim: int = 0,
+) -> dict[str, Any]:
   """Writes index-<shard>.parquet and skipped-<shard>.json of a file of vectors; returns the counts.
 
   The rules count over columns of the metadata (of the file itself, where it is a parquet); those of images and of
@@ -136,10 +161,16 @@ def write(directory: str, shard: int, file: storage.SourceFile, beside: Mapping[
   """
   found = vectors.head(file.path, vector_key, vector_dim)
   rows = _Rows(file, beside, found)
-  key = next((name for name in (*row_rules.names(rules.sample_key), *ALSO_KEYS) if rows.has(name)), '')
-  captions = [name for name in row_rules.names(rules.caption_key.replace('json:', '')) if rows.has(name)]
-  sizes = {side: next((name for name in (side, f'original_{side}') if rows.has(name)), '')
-           for side in ('width', 'height')}
+  key = next(
+    (name for name in (*row_rules.names(rules.sample_key), *ALSO_KEYS) if rows.has(name)), ''
+  )
+  captions = [
+    name for name in row_rules.names(rules.caption_key.replace('json:', '')) if rows.has(name)
+  ]
+  sizes = {
+    side: next((name for name in (side, f'original_{side}') if rows.has(name)), '')
+    for side in ('width', 'height')
+  }
   needed = [*rules.where, *filter(None, (rules.group_key, rules.label_key))]
   for name in needed:
     rows.check(name)
@@ -147,11 +178,15 @@ def write(directory: str, shard: int, file: storage.SourceFile, beside: Mapping[
   writer = None
   with files.atomic(table.index_file(directory, shard)) as path:
     try:
-      for start, batch in rows.batches([*filter(None, [key, *sizes.values()]), *captions, *needed, *rules.columns]):
+      for start, batch in rows.batches(
+        [*filter(None, [key, *sizes.values()]), *captions, *needed, *rules.columns]
+      ):
         index, label = _index(file, shard, start, batch, rules, key, captions, sizes)
         chosen = _chosen(batch, index['group'].combine_chunks(), rules)
         bad = chosen & (label == row_rules.BAD_LABEL)
-        skipped += [{'key': key, 'reason': 'bad label'} for key in index.filter(bad)['key'].to_pylist()]
+        skipped += [
+          {'key': key, 'reason': 'bad label'} for key in index.filter(bad)['key'].to_pylist()
+        ]
         index = index.filter(chosen & ~bad)
         writer = writer or pq.ParquetWriter(os.fspath(path), index.schema, compression='zstd')
         writer.write_table(index)
@@ -160,14 +195,21 @@ def write(directory: str, shard: int, file: storage.SourceFile, beside: Mapping[
       if writer:
         writer.close()
   files.write_json(table.skipped_file(directory, shard), skipped)
-  return {'rows': written, 'skipped': len(skipped), 'left_out': left_out, 'dim': found.dim,
-          'reasons': {'bad label': len(skipped)} if skipped else {}}
+  return {
+    'rows': written,
+    'skipped': len(skipped),
+    'left_out': left_out,
+    'dim': found.dim,
+    'reasons': {'bad label': len(skipped)} if skipped else {},
+  }
 
 
 class _Rows:
   """What is said of the rows of a file of vectors, by columns, batch after batch."""
 
-  def __init__(self, file: storage.SourceFile, beside: Mapping[str, storage.SourceFile], found: vectors.Head):
+  def __init__(
+    self, file: storage.SourceFile, beside: Mapping[str, storage.SourceFile], found: vectors.Head
+  ):
     self._file, self._rows = file, found.rows
     self._said_by = beside.get(METADATA) or (file if found.kind == 'parquet' else None)
     schema = _parquet(self._said_by).schema_arrow if self._said_by else []
@@ -178,8 +220,10 @@ class _Rows:
       counts[self._said_by.path] = _parquet(self._said_by).metadata.num_rows
     for path, rows in counts.items():
       if rows != self._rows:
-        raise InputError(f'{path} describes {rows:,} rows, and {file.path} has {self._rows:,} '
-                         'vectors: they do not belong together, or one of them is cut short.')
+        raise InputError(
+          f'{path} describes {rows:,} rows, and {file.path} has {self._rows:,} '
+          'vectors: they do not belong together, or one of them is cut short.'
+        )
 
   def has(self, name: str) -> bool:
     return name in self._types or name in self._arrays
@@ -197,15 +241,20 @@ class _Rows:
     read = [name for name in names if name in self._types]
     start = 0
     if read:
-      parts = (dict(zip(batch.schema.names, batch.columns, strict=True)) for batch in
-               _parquet(self._said_by).iter_batches(_ROWS, columns=read))
+      parts = (
+        dict(zip(batch.schema.names, batch.columns, strict=True))
+        for batch in _parquet(self._said_by).iter_batches(_ROWS, columns=read)
+      )
     else:
       parts = ({} for _ in range(0, self._rows, _ROWS))
     empty = {name: pa.array([], self._types[name]) for name in read}
     for part in parts if self._rows else [empty]:
       size = len(part[read[0]]) if read else min(_ROWS, self._rows - start)
-      more = {name: pa.array(array[start:start + size]) for name, array in self._arrays.items()
-              if name in names and name not in read}
+      more = {
+        name: pa.array(array[start : start + size])
+        for name, array in self._arrays.items()
+        if name in names and name not in read
+      }
       yield start, {'': pa.nulls(size), **part, **more}
       start += size
 
@@ -214,8 +263,10 @@ def _parquet(file: storage.SourceFile):
   try:
     return pq.ParquetFile(storage.open_stream(file.path), pre_buffer=False)
   except (pa.ArrowInvalid, OSError) as error:
-    raise InputError(f'{file.path} cannot be read as parquet ({str(error).splitlines()[0]}). Put '
-                     'the whole file there.') from error
+    raise InputError(
+      f'{file.path} cannot be read as parquet ({str(error).splitlines()[0]}). Put '
+      'the whole file there.'
+    ) from error
 
 
 def _array(path: str) -> Array:  # [n]
@@ -224,16 +275,27 @@ def _array(path: str) -> Array:  # [n]
     with storage.open_stream(path) as f:
       array = np.lib.format.read_array(f, allow_pickle=False)
   except (ValueError, EOFError) as error:
-    raise InputError(f'{path} cannot be read ({error}). Save whole numbers or text with np.save, '
-                     'and no Python objects.') from error
+    raise InputError(
+      f'{path} cannot be read ({error}). Save whole numbers or text with np.save, '
+      'and no Python objects.'
+    ) from error
   if array.ndim != 1 or array.dtype.kind not in 'iuUS':
-    raise InputError(f'{path} has {array.dtype} {array.shape}; one whole number or text a row is '
-                     'read.')
+    raise InputError(
+      f'{path} has {array.dtype} {array.shape}; one whole number or text a row is read.'
+    )
   return array.astype(str) if array.dtype.kind in 'SU' else array.astype(np.int64)
 
 
-def _index(file: storage.SourceFile, shard: int, start: int, batch: dict, rules: RowRules, key_column: str,
-           captions: Sequence[str], sizes: Mapping[str, str]) -> tuple[pa.Table, Array]:
+def _index(
+  file: storage.SourceFile,
+  shard: int,
+  start: int,
+  batch: dict,
+  rules: RowRules,
+  key_column: str,
+  captions: Sequence[str],
+  sizes: Mapping[str, str],
+) -> tuple[pa.Table, Array]:
   """Returns the index of some rows, and their labels [n] int64.
 
   key_column: of the keys, '' takes the file's name and the row; captions: columns, the first that says something
@@ -254,14 +316,22 @@ def _index(file: storage.SourceFile, shard: int, start: int, batch: dict, rules:
   if rules.label_key:
     label = _labels(file, rules.label_key, batch, rules)
   columns = {
-      'key': key, 'caption': pc.fill_null(caption, ''),
-      'label': pa.array(np.maximum(label, row_rules.NO_LABEL).astype(np.int32)),
-      'group': _mapped(group, rules.group, 'string') if rules.group_pattern else group,
-      'shard': pa.array(np.full(size, shard, np.int32)), 'offset': row, 'length': pa.array(np.zeros(size, np.int32)),
-      **{side: pa.array(_pixels(file, name, batch) if name else np.zeros(size, np.int32))
-         for side, name in sizes.items()},
-      'type': pa.repeat('', size)}
-  columns |= {name: _column(batch[name]) if name in batch else pa.nulls(size) for name in rules.columns}
+    'key': key,
+    'caption': pc.fill_null(caption, ''),
+    'label': pa.array(np.maximum(label, row_rules.NO_LABEL).astype(np.int32)),
+    'group': _mapped(group, rules.group, 'string') if rules.group_pattern else group,
+    'shard': pa.array(np.full(size, shard, np.int32)),
+    'offset': row,
+    'length': pa.array(np.zeros(size, np.int32)),
+    **{
+      side: pa.array(_pixels(file, name, batch) if name else np.zeros(size, np.int32))
+      for side, name in sizes.items()
+    },
+    'type': pa.repeat('', size),
+  }
+  columns |= {
+    name: _column(batch[name]) if name in batch else pa.nulls(size) for name in rules.columns
+  }
   return pa.table(columns), label
 
 
@@ -272,8 +342,10 @@ def _chosen(batch: dict, group: pa.Array, rules: RowRules) -> Array:
     try:
       wanted = pa.array(values, batch[name].type)
     except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, TypeError) as error:
-      raise ConfigError(f'where names {name}={list(values)}, and that column holds {batch[name].type}: '
-                        f'{str(error).splitlines()[0]}.') from error
+      raise ConfigError(
+        f'where names {name}={list(values)}, and that column holds {batch[name].type}: '
+        f'{str(error).splitlines()[0]}.'
+      ) from error
     mask &= pc.is_in(batch[name], wanted).to_numpy(zero_copy_only=False)
   if tuple(rules.part) != (0, 1):
     mask &= _mapped(group, rules.in_part, 'bool').to_numpy(zero_copy_only=False)
@@ -292,16 +364,20 @@ def _text(file: storage.SourceFile, name: str, batch: dict) -> pa.Array:
   if pa.types.is_dictionary(kind):
     return batch[name].dictionary_decode().cast(pa.string())
   if pa.types.is_nested(kind):
-    raise InputError(f'{file.name}: its column {name!r} holds {kind}, which is no text. Name '
-                     'another.')
+    raise InputError(
+      f'{file.name}: its column {name!r} holds {kind}, which is no text. Name another.'
+    )
   try:
     return batch[name].cast(pa.string())
   except pa.ArrowInvalid as error:
-    raise InputError(f'{file.name}: its column {name!r} is no UTF-8 text ({error}). Name another.'
-                     ) from error
+    raise InputError(
+      f'{file.name}: its column {name!r} is no UTF-8 text ({error}). Name another.'
+    ) from error
 
 
-def _labels(file: storage.SourceFile, name: str, batch: dict, rules: RowRules) -> Array:  # [n] int64
+def _labels(
+  file: storage.SourceFile, name: str, batch: dict, rules: RowRules
+) -> Array:  # [n] int64
   values, kind = batch[name], batch[name].type
   if pa.types.is_floating(kind):
     values = values.cast(pa.float64())
@@ -314,8 +390,9 @@ def _labels(file: storage.SourceFile, name: str, batch: dict, rules: RowRules) -
 def _pixels(file: storage.SourceFile, name: str, batch: dict) -> Array:  # [n] int32
   kind = batch[name].type
   if not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
-    raise InputError(f'{file.name}: its column {name!r} holds {kind}, which is no number of '
-                     'pixels.')
+    raise InputError(
+      f'{file.name}: its column {name!r} holds {kind}, which is no number of pixels.'
+    )
   number = pc.fill_null(batch[name].cast(pa.float64(), safe=False), 0)
   number = number.to_numpy(zero_copy_only=False)
   return np.clip(np.nan_to_num(number), 0, 2**31 - 1).astype(np.int32)
@@ -334,6 +411,8 @@ def _column(values):
   if pa.types.is_null(kind):
     return values
   if pa.types.is_nested(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
-    return pa.array([None if value is None else json.dumps(value, default=str)
-                     for value in values.to_pylist()], pa.string())
+    return pa.array(
+      [None if value is None else json.dumps(value, default=str) for value in values.to_pylist()],
+      pa.string(),
+    )
   return values.cast(pa.string())

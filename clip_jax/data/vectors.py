@@ -26,8 +26,8 @@ from clip_jax.core.types import Array
 from clip_jax.data import storage
 
 LEAST_NORM, MOST_NORM = 0.9, 1.1
-_BLOCK = 1 << 24             # bytes of float32 in a block
-_COPIED_AT_ONCE = 1 << 23    # bytes of a remote file
+_BLOCK = 1 << 24  # bytes of float32 in a block
+_COPIED_AT_ONCE = 1 << 23  # bytes of a remote file
 _SQUARED_IN_FLOAT32 = 1e-12, 1e30  # squared norms that float32 holds without loss
 _NPY, _NPZ, _PARQUET = b'\x93NUMPY', b'PK\x03\x04', b'PAR1'
 
@@ -35,12 +35,13 @@ _NPY, _NPZ, _PARQUET = b'\x93NUMPY', b'PK\x03\x04', b'PAR1'
 @dataclasses.dataclass(frozen=True)
 class Head:
   """What a file of vectors says of itself: [rows, dim] floats."""
-  kind: str         # 'npy' | 'npz' | 'parquet' | 'raw'
+
+  kind: str  # 'npy' | 'npz' | 'parquet' | 'raw'
   rows: int
-  dim: int          # E; 0 where a parquet file has no row that tells it
+  dim: int  # E; 0 where a parquet file has no row that tells it
   dtype: np.dtype
-  name: str = ''    # the array of an npz, the column of a parquet
-  offset: int = 0   # where the numbers begin: bytes of the file, or of the npz's member
+  name: str = ''  # the array of an npz, the column of a parquet
+  offset: int = 0  # where the numbers begin: bytes of the file, or of the npz's member
   fortran: bool = False
 
 
@@ -63,19 +64,25 @@ def head(path: str, key: str = '', dim: int = 0) -> Head:
       found = _parquet_head(f, path, key)
     elif dim:
       if size % (4 * dim):
-        raise InputError(f'{path} has {size:,} bytes, which are no whole rows of vector_dim={dim} '
-                         f'float32 numbers ({4 * dim} bytes each). Correct vector_dim, or put the '
-                         'whole file there.')
+        raise InputError(
+          f'{path} has {size:,} bytes, which are no whole rows of vector_dim={dim} '
+          f'float32 numbers ({4 * dim} bytes each). Correct vector_dim, or put the '
+          'whole file there.'
+        )
       found = Head('raw', size // (4 * dim), dim, np.dtype('<f4'))
     else:
-      raise InputError(f'{path} is no .npy, .npz or .parquet file. Float32 numbers without a '
-                       'header (SemDeDup) need vector_dim, the numbers in a vector.')
+      raise InputError(
+        f'{path} is no .npy, .npz or .parquet file. Float32 numbers without a '
+        'header (SemDeDup) need vector_dim, the numbers in a vector.'
+      )
   if dim and found.dim and found.dim != dim:
-    raise InputError(f'{path} has vectors of {found.dim} numbers, and vector_dim={dim} says '
-                     'otherwise. Correct it.')
+    raise InputError(
+      f'{path} has vectors of {found.dim} numbers, and vector_dim={dim} says otherwise. Correct it.'
+    )
   if found.rows and not found.dim:
-    raise InputError(f'{path} has vectors of no numbers, {found.rows:,} x 0. Put the right file '
-                     'there.')
+    raise InputError(
+      f'{path} has vectors of no numbers, {found.rows:,} x 0. Put the right file there.'
+    )
   return found
 
 
@@ -93,12 +100,16 @@ def blocks(path: str, found: Head, block_rows: int = 0) -> Iterator[tuple[int, A
       yield start, block
       start += len(block)
   if start != found.rows:
-    raise InputError(f'{path} gave {start:,} of {found.rows:,} vectors: it is not the file that '
-                     'was indexed. Put that back, or index again with --redo=ingest.')
+    raise InputError(
+      f'{path} gave {start:,} of {found.rows:,} vectors: it is not the file that '
+      'was indexed. Put that back, or index again with --redo=ingest.'
+    )
 
 
-def unit(block: Array,  # [b, E] floats
-         any_norm: bool = False) -> tuple[Array, Array]:
+def unit(
+  block: Array,  # [b, E] floats
+  any_norm: bool = False,
+) -> tuple[Array, Array]:
   """Returns unit vectors, divided in float32, then float16 [b, E]; and which are bad, bool [b].
 
   Bad: a NaN or an infinity in it, all zeros, or, unless any_norm, a norm outside [0.9, 1.1]. A bad
@@ -147,14 +158,19 @@ def local_copy(file: storage.SourceFile, cache: str) -> str:
   os.makedirs(cache, exist_ok=True)
   files.check_space(cache, file.size, f'The copy of {file.path}')
   source = storage.open_file(file.path)
-  with files.atomic(path) as temporary, temporary.open('wb') as f, progress.Bar(
-      total=file.size, desc=f'copy {os.path.basename(file.name)}', unit='byte') as bar:
+  with (
+    files.atomic(path) as temporary,
+    temporary.open('wb') as f,
+    progress.Bar(total=file.size, desc=f'copy {os.path.basename(file.name)}', unit='byte') as bar,
+  ):
     for start in range(0, file.size, _COPIED_AT_ONCE):
       length = min(_COPIED_AT_ONCE, file.size - start)
       data = source.read(start, length)
       if len(data) != length:
-        raise InputError(f'{file.path} ends at byte {start + len(data):,} of {file.size:,}: it '
-                         'has changed since it was listed. Run the same command again.')
+        raise InputError(
+          f'{file.path} ends at byte {start + len(data):,} of {file.size:,}: it '
+          'has changed since it was listed. Run the same command again.'
+        )
       f.write(data)
       bar.update(length)
   return path
@@ -168,12 +184,15 @@ def _readable(path: str) -> Iterator[None]:
   except (InputError, MemoryError):
     raise
   except FileNotFoundError as error:
-    raise InputError(f'{path} is not there. Put it back, or correct the path of the dataset.'
-                     ) from error
+    raise InputError(
+      f'{path} is not there. Put it back, or correct the path of the dataset.'
+    ) from error
   except Exception as error:  # each library says in its own way that bytes are damaged
-    raise InputError(f'{path} cannot be read as vectors '
-                     f'({str(error).splitlines()[0] if str(error) else "damaged"}). Put the whole '
-                     'file there.') from error
+    raise InputError(
+      f'{path} cannot be read as vectors '
+      f'({str(error).splitlines()[0] if str(error) else "damaged"}). Put the whole '
+      'file there.'
+    ) from error
 
 
 def _npy_head(f: BinaryIO, path: str, size: int) -> Head:
@@ -182,9 +201,11 @@ def _npy_head(f: BinaryIO, path: str, size: int) -> Head:
   offset = f.tell()
   needed = offset + math.prod(shape) * dtype.itemsize
   if size != needed:
-    raise InputError(f'{path} has {size:,} bytes, and its header says {shape[0]:,} x {shape[1]:,} '
-                     f'{dtype} numbers, which need {needed:,}: it is '
-                     f'{"cut short" if size < needed else "damaged"}. Put the whole file there.')
+    raise InputError(
+      f'{path} has {size:,} bytes, and its header says {shape[0]:,} x {shape[1]:,} '
+      f'{dtype} numbers, which need {needed:,}: it is '
+      f'{"cut short" if size < needed else "damaged"}. Put the whole file there.'
+    )
   return Head('npy', *shape, dtype, '', offset, fortran)
 
 
@@ -193,30 +214,39 @@ def _array_header(f: BinaryIO, path: str) -> tuple[tuple[int, ...], bool, np.dty
   lib = np.lib.format
   version = lib.read_magic(f)
   if version not in ((1, 0), (2, 0), (3, 0)):
-    raise InputError(f'{path} is an .npy of version {version}, which is not known. Write it with '
-                     'np.save.')
+    raise InputError(
+      f'{path} is an .npy of version {version}, which is not known. Write it with np.save.'
+    )
   return (lib.read_array_header_1_0 if version == (1, 0) else lib.read_array_header_2_0)(f)
 
 
 def _check_array(path: str, shape: tuple[int, ...], dtype: np.dtype) -> None:
   if dtype.hasobject:
-    raise InputError(f'{path} holds Python objects (dtype {dtype}), which are never unpickled. '
-                     'Save the vectors as float16 or float32.')
+    raise InputError(
+      f'{path} holds Python objects (dtype {dtype}), which are never unpickled. '
+      'Save the vectors as float16 or float32.'
+    )
   if dtype.kind != 'f' or dtype.itemsize > 8:
     raise InputError(f'{path} holds {dtype} numbers; vectors are float16, float32 or float64.')
   if len(shape) != 2 or min(shape) < 0:
-    raise InputError(f'{path} has an array of shape {shape}; vectors are [rows, E]. Save it as '
-                     'two dimensions.')
+    raise InputError(
+      f'{path} has an array of shape {shape}; vectors are [rows, E]. Save it as two dimensions.'
+    )
 
 
 def _npz_head(f: BinaryIO, path: str, key: str) -> Head:
   found = {}
   with zipfile.ZipFile(f) as archive:
-    members = {info.filename.removesuffix('.npy'): info for info in archive.infolist()
-               if info.filename.endswith('.npy')}
+    members = {
+      info.filename.removesuffix('.npy'): info
+      for info in archive.infolist()
+      if info.filename.endswith('.npy')
+    }
     if key and key not in members:
-      raise InputError(f'{path} has no array {key!r}, which vector_key names; it has '
-                       f'{", ".join(members) or "none"}.')
+      raise InputError(
+        f'{path} has no array {key!r}, which vector_key names; it has '
+        f'{", ".join(members) or "none"}.'
+      )
     for name in [key] if key else members:
       with archive.open(members[name]) as member:
         shape, fortran, dtype = _array_header(member, f'{path}, {name},')
@@ -233,12 +263,16 @@ def _parquet_head(f: BinaryIO, path: str, key: str) -> Head:
   file = pq.ParquetFile(f)
   schema, rows = file.schema_arrow, file.metadata.num_rows
   if key and key not in schema.names:
-    raise InputError(f'{path} has no column {key!r}, which vector_key names; it has '
-                     f'{", ".join(schema.names)}.')
+    raise InputError(
+      f'{path} has no column {key!r}, which vector_key names; it has {", ".join(schema.names)}.'
+    )
   if key and not _floats(schema.field(key).type):
-    raise InputError(f'{path}: the column {key!r} holds {schema.field(key).type}, no lists of float '
-                     'numbers.')
-  found = {field.name: field for field in schema if field.name == key or not key and _floats(field.type)}
+    raise InputError(
+      f'{path}: the column {key!r} holds {schema.field(key).type}, no lists of float numbers.'
+    )
+  found = {
+    field.name: field for field in schema if field.name == key or not key and _floats(field.type)
+  }
   field = _only_one(path, found, 'columns of vectors', 'column of vectors', schema.names)
   name, kind = field.name, field.type
   if pa.types.is_fixed_size_list(kind):
@@ -258,8 +292,9 @@ def is_vectors(path: str) -> bool:
 
 
 def _floats(kind: Any) -> bool:
-  lists = (pa.types.is_list(kind) or pa.types.is_large_list(kind)
-           or pa.types.is_fixed_size_list(kind))
+  lists = (
+    pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+  )
   return lists and pa.types.is_floating(kind.value_type)
 
 
@@ -267,19 +302,25 @@ def _only_one(path: str, found: dict, many: str, one: str, others: Any) -> Any:
   if len(found) > 1:
     raise InputError(f'{path} has several {many}: {", ".join(found)}. Name one in vector_key.')
   if not found:
-    raise InputError(f'{path} has no {one} [rows, E] (it has {", ".join(others) or "nothing"}). '
-                     'Correct the path of the dataset, or name it in vector_key.')
+    raise InputError(
+      f'{path} has no {one} [rows, E] (it has {", ".join(others) or "nothing"}). '
+      'Correct the path of the dataset, or name it in vector_key.'
+    )
   return next(iter(found.values()))
 
 
 def _array_blocks(path: str, found: Head, step: int) -> Iterator[Array]:
-  if found.fortran:  # rows are not together: a map is read as it is needed, an array of an npz is held whole
+  if (
+    found.fortran
+  ):  # rows are not together: a map is read as it is needed, an array of an npz is held whole
     if found.kind == 'npz':
       with np.load(path, allow_pickle=False) as arrays:
         whole = arrays[found.name]
     else:
       whole = np.memmap(path, found.dtype, 'r', found.offset, (found.rows, found.dim), 'F')
-    yield from (np.ascontiguousarray(whole[start:start + step]) for start in range(0, found.rows, step))
+    yield from (
+      np.ascontiguousarray(whole[start : start + step]) for start in range(0, found.rows, step)
+    )
     return
   row = found.dim * found.dtype.itemsize
   with _numbers(path, found) as f:
@@ -310,9 +351,13 @@ def _parquet_blocks(path: str, found: Head, step: int) -> Iterator[Array]:
       if (lengths != found.dim).any():
         place = int(np.argmax(lengths != found.dim))
         if lengths[place] < 0:
-          raise InputError(f'{path}: row {start + place} has no vector. Remove it, or put one there.')
-        raise InputError(f'{path}: the vector of row {start + place} has {lengths[place]} numbers, '
-                         f'the first one {found.dim}. All must have as many.')
+          raise InputError(
+            f'{path}: row {start + place} has no vector. Remove it, or put one there.'
+          )
+        raise InputError(
+          f'{path}: the vector of row {start + place} has {lengths[place]} numbers, '
+          f'the first one {found.dim}. All must have as many.'
+        )
       values = lists.flatten().to_numpy(zero_copy_only=False)  # NaN where a number is missing
       yield values.reshape(-1, found.dim)
       start += len(lists)

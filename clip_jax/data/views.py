@@ -59,17 +59,21 @@ class Subset:
   def starts(self) -> Array:  # [shards + 1] int64
     """Where the rows of each shard of the source begin; InputError where they are not sorted."""
     for i in range(0, len(self), _CHECKED):  # a part at a time: they may be more than memory holds
-      part = self._rows[max(i - 1, 0):i + _CHECKED]
+      part = self._rows[max(i - 1, 0) : i + _CHECKED]
       if (part[1:] < part[:-1]).any():
-        raise InputError(f'{self._name()} are not sorted, so that they cannot be read in blocks. '
-                         'Sort them, or set train.order=global.')
+        raise InputError(
+          f'{self._name()} are not sorted, so that they cannot be read in blocks. '
+          'Sort them, or set train.order=global.'
+        )
     return np.searchsorted(self._rows, self._source.starts.astype(self._rows.dtype))
 
   def _row(self, index: int) -> int:
     row = int(self._rows[_checked(index, len(self))])
     if not 0 <= row < self._most:
-      raise InputError(f'{self._name()} name row {row}, at place {index}, of a source with '
-                       f'{self._most} rows. Make them again from this source.')
+      raise InputError(
+        f'{self._name()} name row {row}, at place {index}, of a source with '
+        f'{self._most} rows. Make them again from this source.'
+      )
     return row
 
   def _name(self) -> str:
@@ -92,8 +96,9 @@ class Concatenation:
 
   def many(self, indices: Sequence[int]) -> list[dict[str, Any]]:
     found: list[Any] = [None] * len(indices)
-    whose = np.searchsorted(self._starts, [_checked(index, len(self)) for index in indices],
-                            'right') - 1
+    whose = (
+      np.searchsorted(self._starts, [_checked(index, len(self)) for index in indices], 'right') - 1
+    )
     for i in np.unique(whose).tolist():
       places = np.flatnonzero(whose == i).tolist()
       samples = many(self._sources[i], [int(indices[place]) - self._starts[i] for place in places])

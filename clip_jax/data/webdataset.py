@@ -15,11 +15,11 @@ import zlib
 from clip_jax.data import storage
 from clip_jax.data.table import Sample
 
-_BLOCK = 512           # bytes
-_MOST_TEXT = 1 << 20   # bytes of a long name or an extended header; more is damage
-_KEPT = 1 << 12        # bytes of the beginning of a member that the pass keeps for Sample.read ...
-_MOST_KEPT = 1 << 26   # ... while all that it keeps is less than this: what is more is read again
-_OVERHEAD = 100        # bytes of what is kept, beside itself
+_BLOCK = 512  # bytes
+_MOST_TEXT = 1 << 20  # bytes of a long name or an extended header; more is damage
+_KEPT = 1 << 12  # bytes of the beginning of a member that the pass keeps for Sample.read ...
+_MOST_KEPT = 1 << 26  # ... while all that it keeps is less than this: what is more is read again
+_OVERHEAD = 100  # bytes of what is kept, beside itself
 _HEADER = struct.Struct('100s 24x 12s 12x 8s B 355x')  # name, size, checksum, type
 _GZIP = b'\x1f\x8b'
 _MAGIC, _PREFIX = 257, 345  # bytes of a header where these begin
@@ -43,8 +43,9 @@ def samples(path: str, name: str) -> tuple[list[Sample], list[dict[str, str]]]:
   return _samples(path, name, _MOST_KEPT)[:2]
 
 
-def samples_and_headers(path: str, name: str
-                        ) -> tuple[list[Sample], list[dict[str, str]], dict[int, int]]:
+def samples_and_headers(
+  path: str, name: str
+) -> tuple[list[Sample], list[dict[str, str]], dict[int, int]]:
   """Returns what `samples` does; and the members whose names are said by more than one field.
 
   These as the byte where the data begins -> the one where the first of the headers does; of others
@@ -53,8 +54,9 @@ def samples_and_headers(path: str, name: str
   return _samples(path, name, 0)
 
 
-def _samples(path: str, name: str, room: int
-             ) -> tuple[list[Sample], list[dict[str, str]], dict[int, int]]:
+def _samples(
+  path: str, name: str, room: int
+) -> tuple[list[Sample], list[dict[str, str]], dict[int, int]]:
   tar = storage.Ahead(storage.open_file(path))
   headers: dict[int, int] = {}
   found: dict[str, dict[str, tuple[int, int]]] = {}
@@ -77,7 +79,7 @@ def _samples(path: str, name: str, room: int
       members[ending] = offset, length
       if room > 0:
         at, most = offset - tar.start, length if length < _KEPT else _KEPT
-        kept[offset] = tar.data[at:at + most]
+        kept[offset] = tar.data[at : at + most]
         room -= most + _OVERHEAD
   except _Damage as damage:
     skipped.append({'key': f'{name}, byte {damage.byte}', 'reason': damage.reason})
@@ -91,19 +93,30 @@ def _samples(path: str, name: str, room: int
     copies[key] = max(count, copies.get(key, 0))
   for key, count in copies.items():
     skipped += [{'key': key, 'reason': 'duplicate key'}] * count
-  return [Sample(key, members, functools.partial(_read, tar, kept, members))
-          for key, members in found.items()], skipped, headers
+  return (
+    [
+      Sample(key, members, functools.partial(_read, tar, kept, members))
+      for key, members in found.items()
+    ],
+    skipped,
+    headers,
+  )
 
 
 def _split(member: str) -> tuple[str, str]:
   """Returns (the key, up to the first dot of the file's name; the ending), or two times ''."""
   first = member.rfind('/') + 1
   dot = member.find('.', first)
-  return (member[:dot], member[dot + 1:].lower()) if dot > first else ('', '')
+  return (member[:dot], member[dot + 1 :].lower()) if dot > first else ('', '')
 
 
-def _read(tar: storage.Ahead, kept: dict[int, bytes], members: dict[str, tuple[int, int]],
-          ending: str, most: int) -> bytes:
+def _read(
+  tar: storage.Ahead,
+  kept: dict[int, bytes],
+  members: dict[str, tuple[int, int]],
+  ending: str,
+  most: int,
+) -> bytes:
   offset, length = members[ending]
   length = min(length, most)
   head = kept.get(offset, b'')
@@ -123,7 +136,7 @@ def _members(tar: storage.Ahead) -> Iterator[tuple[str, int, int, int]]:
     data, first = tar.data, at - tar.start
     if size < at + _BLOCK or len(data) < first + _BLOCK:
       raise _Damage('truncated' if size else 'empty file', size)
-    if not data[first] and not data[first:first + _BLOCK].strip(b'\0'):
+    if not data[first] and not data[first : first + _BLOCK].strip(b'\0'):
       if tar.read(at, 1 << 16).strip(b'\0'):
         raise _Damage('bytes after the end mark', at)
       return
@@ -160,14 +173,27 @@ def _header(data: bytes, first: int, at: int) -> tuple[str, str, int]:
   # The sum of the bytes, the checksum's own as spaces. Adler-32 begins with one more than the sum
   # modulo 65,521, which these parts stay below; it takes an eighth of the time of sum().
   a, b, middle, end = first + 148, first + 156, first + 334, first + _BLOCK
-  total = ((zlib.adler32(data[first:a]) & 0xffff) + (zlib.adler32(data[b:middle]) & 0xffff)
-           + (zlib.adler32(data[middle:end]) & 0xffff) - 3 + 8 * ord(' '))
+  total = (
+    (zlib.adler32(data[first:a]) & 0xFFFF)
+    + (zlib.adler32(data[b:middle]) & 0xFFFF)
+    + (zlib.adler32(data[middle:end]) & 0xFFFF)
+    - 3
+    + 8 * ord(' ')
+  )
   if length < 0 or checksum != total:
-    raise _Damage('damaged header' if at else 'compressed, unpack it' if
-                  data[first:first + 2] == _GZIP else 'not a tar', at)
+    raise _Damage(
+      'damaged header'
+      if at
+      else 'compressed, unpack it'
+      if data[first : first + 2] == _GZIP
+      else 'not a tar',
+      at,
+    )
   kind, name = chr(kind) if kind else '0', _text(name)
-  if data[first + _PREFIX] and data[first + _MAGIC:first + _MAGIC + 6] == b'ustar\0':
-    name = f'{_text(data[first + _PREFIX:end - 12])}/{name}'  # GNU's magic, 'ustar ', has no prefix
+  if data[first + _PREFIX] and data[first + _MAGIC : first + _MAGIC + 6] == b'ustar\0':
+    name = (
+      f'{_text(data[first + _PREFIX : end - 12])}/{name}'  # GNU's magic, 'ustar ', has no prefix
+    )
   return kind, name, 0 if kind in '123456' else length  # links, devices and folders have no data
 
 
@@ -193,9 +219,9 @@ def _pax(data: bytes, at: int) -> dict[str, str]:
     while first < end:
       space = data.index(b' ', first, first + 20)
       length = int(data[first:space])
-      if length < 5 or data[first + length - 1:first + length] != b'\n':
+      if length < 5 or data[first + length - 1 : first + length] != b'\n':
         raise ValueError(length)
-      key, value = data[space + 1:first + length - 1].split(b'=', 1)
+      key, value = data[space + 1 : first + length - 1].split(b'=', 1)
       records[_text(key)] = _text(value)
       first += length
     if not re.fullmatch('[0-9]{1,20}', records.get('size', '0')):

@@ -20,8 +20,9 @@ _AHEAD = 2  # windows that are kept
 class Windows:
   """Reads what a host sees of each window. Each position is asked for once; threads may ask."""
 
-  def __init__(self, source: Source, blocks: order.Blocks,
-               wanted: Callable[[int, int], Array]):  # (start, stop) -> positions asked for in it
+  def __init__(
+    self, source: Source, blocks: order.Blocks, wanted: Callable[[int, int], Array]
+  ):  # (start, stop) -> positions asked for in it
     self._source, self._blocks, self._wanted = source, blocks, wanted
     self._read: dict[int, futures.Future] = {}  # the window's start -> position -> sample
     # The end of all that was begun: a window that threads have used up early is not read again.
@@ -34,7 +35,7 @@ class Windows:
     while at < positions.stop:
       window = self._blocks.window(at)
       stop = min(window.stop, positions.stop)
-      places += window.places[at - window.start:stop - window.start].tolist()
+      places += window.places[at - window.start : stop - window.start].tolist()
       samples += self._take(window, range(at, stop))
       at = stop
     return places, samples

@@ -9,39 +9,66 @@ from collections.abc import Sequence
 
 CLASSES = ('zero', 'one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight', 'nine')
 TEMPLATES = (
-    '{}',
-    'number {}',
-    'the number {}',
-    'the digit {}',
-    'the numeral {}',
-    'a photo of the number {}',
-    'a picture of the digit {}',
+  '{}',
+  'number {}',
+  'the number {}',
+  'the digit {}',
+  'the numeral {}',
+  'a photo of the number {}',
+  'a picture of the digit {}',
 )
 LABELLED_TEMPLATE = 'a photo of the digit {}'  # the captions of anchor and benchmarks
 
 # About half of a style's captions hold one of its words.
 STYLE_WORDS = {
-    'filled': ('plain', 'printed', 'solid', 'clean'),
-    'outline': ('outlined', 'hollow', 'line drawn', 'contour'),
-    'inverted': ('inverted', 'white on black', 'light on dark', 'glowing'),
-    'coloured': ('coloured', 'colourful', 'bright', 'painted'),
-    'rotated': ('tilted', 'rotated', 'turned', 'crooked'),
-    'noisy': ('noisy', 'grainy', 'worn', 'dusty'),
-    'handwriting': ('handwritten', 'hand drawn', 'scribbled', 'pen and paper'),
+  'filled': ('plain', 'printed', 'solid', 'clean'),
+  'outline': ('outlined', 'hollow', 'line drawn', 'contour'),
+  'inverted': ('inverted', 'white on black', 'light on dark', 'glowing'),
+  'coloured': ('coloured', 'colourful', 'bright', 'painted'),
+  'rotated': ('tilted', 'rotated', 'turned', 'crooked'),
+  'noisy': ('noisy', 'grainy', 'worn', 'dusty'),
+  'handwriting': ('handwritten', 'hand drawn', 'scribbled', 'pen and paper'),
 }
 WORD, NUMERAL = 0.88, 0.09  # shares of captions with 'seven', with '7'; the rest name nothing
 
 # No word here may name a class, as 'one' does in 'one size fits all', or hold a digit.
 NOUNS = {
-    'digit': ('number', 'digit', 'numeral', 'figure'),
-    'letter': ('letter', 'character', 'initial'),
+  'digit': ('number', 'digit', 'numeral', 'figure'),
+  'letter': ('letter', 'character', 'initial'),
 }
-LEADS = ('', '', '', 'the ', 'the ', 'a photo of the ', 'a picture of the ', 'image of ', 'icon: ',
-         'free download: ', 'how to draw the ', 'my favourite ', 'new! ')
-JUNK = (', stock photo', ', vector clip art', ' - free shipping', ' | poster for kids', '.jpg',
-        ' (sold out)', ' wallpaper hd', ', buy now', ' :: type specimen', ', print it at home',
-        ' ... read more', ', house sign with screws', ' birthday candle', ' #typography',
-        ' #font #design', ' #cute')
+LEADS = (
+  '',
+  '',
+  '',
+  'the ',
+  'the ',
+  'a photo of the ',
+  'a picture of the ',
+  'image of ',
+  'icon: ',
+  'free download: ',
+  'how to draw the ',
+  'my favourite ',
+  'new! ',
+)
+JUNK = (
+  ', stock photo',
+  ', vector clip art',
+  ' - free shipping',
+  ' | poster for kids',
+  '.jpg',
+  ' (sold out)',
+  ' wallpaper hd',
+  ', buy now',
+  ' :: type specimen',
+  ', print it at home',
+  ' ... read more',
+  ', house sign with screws',
+  ' birthday candle',
+  ' #typography',
+  ' #font #design',
+  ' #cute',
+)
 CASES = (str.lower, str.lower, str.lower, str.capitalize, str.title, str.upper)
 
 

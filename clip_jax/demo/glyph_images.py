@@ -20,28 +20,28 @@ from clip_jax.core.types import Array
 # symbol fonts do not: DejaVu*Display, STIXNonUni*, STIXSiz*, cmex10, cmsy10, LastResort). The value
 # describes the face, for captions.
 FONTS = {
-    'DejaVuSans': 'sans serif',
-    'DejaVuSans-Bold': 'bold sans serif',
-    'DejaVuSans-Oblique': 'italic sans serif',
-    'DejaVuSans-BoldOblique': 'bold italic sans serif',
-    'DejaVuSansMono': 'monospaced',
-    'DejaVuSansMono-Bold': 'bold monospaced',
-    'DejaVuSansMono-Oblique': 'italic monospaced',
-    'DejaVuSansMono-BoldOblique': 'bold italic monospaced',
-    'DejaVuSerif': 'serif',
-    'DejaVuSerif-Bold': 'bold serif',
-    'DejaVuSerif-Italic': 'italic serif',
-    'DejaVuSerif-BoldItalic': 'bold italic serif',
-    'STIXGeneral': 'serif',
-    'STIXGeneralBol': 'bold serif',
-    'STIXGeneralItalic': 'italic serif',
-    'STIXGeneralBolIta': 'bold italic serif',
-    'cmb10': 'bold serif',
-    'cmmi10': 'old style serif',
-    'cmr10': 'serif',
-    'cmss10': 'sans serif',
-    'cmti10': 'italic serif',
-    'cmtt10': 'monospaced typewriter',
+  'DejaVuSans': 'sans serif',
+  'DejaVuSans-Bold': 'bold sans serif',
+  'DejaVuSans-Oblique': 'italic sans serif',
+  'DejaVuSans-BoldOblique': 'bold italic sans serif',
+  'DejaVuSansMono': 'monospaced',
+  'DejaVuSansMono-Bold': 'bold monospaced',
+  'DejaVuSansMono-Oblique': 'italic monospaced',
+  'DejaVuSansMono-BoldOblique': 'bold italic monospaced',
+  'DejaVuSerif': 'serif',
+  'DejaVuSerif-Bold': 'bold serif',
+  'DejaVuSerif-Italic': 'italic serif',
+  'DejaVuSerif-BoldItalic': 'bold italic serif',
+  'STIXGeneral': 'serif',
+  'STIXGeneralBol': 'bold serif',
+  'STIXGeneralItalic': 'italic serif',
+  'STIXGeneralBolIta': 'bold italic serif',
+  'cmb10': 'bold serif',
+  'cmmi10': 'old style serif',
+  'cmr10': 'serif',
+  'cmss10': 'sans serif',
+  'cmti10': 'italic serif',
+  'cmtt10': 'monospaced typewriter',
 }
 
 SUPERSAMPLING = 3  # masks are placed on a canvas this much finer, then averaged down
@@ -68,17 +68,33 @@ class Style:
 # Light on dark varies most in place and shape: centred on the mean image, which is light, any two
 # dark images are alike, and would be near-copies to an embedder otherwise.
 STYLES = {
-    'clean': Style(shade=0.04, angle=(0.0, 2.0), fill=(0.84, 0.92), drift=0.1, stretch=0.04),
-    'filled': Style(),
-    'outline': Style(ink=(0.0, 0.25), stroke=(0.035, 0.055), hollow=True),
-    'inverted': Style(ground=(0.8, 1.0), ink=(0.08, 0.42), swapped=1.0, shade=0.3,
-                      fill=(0.68, 0.94), drift=0.4, stretch=0.2),
-    'coloured': Style(ground=(0.8, 1.0), ink=(0.1, 0.45), swapped=0.5, saturation=(0.5, 1.0),
-                      shade=0.3, fill=(0.72, 0.94), drift=0.35, stretch=0.15),
-    'rotated': Style(angle=(25.0, 60.0)),  # at most 60 degrees, or a 6 would be read as a 9
-    'noisy': Style(noise=(0.08, 0.14)),
-    'handwriting': Style(ink=(0.0, 0.35), shade=0.04, angle=(0.0, 2.0), fill=(0.84, 0.92),
-                         stretch=0.04),
+  'clean': Style(shade=0.04, angle=(0.0, 2.0), fill=(0.84, 0.92), drift=0.1, stretch=0.04),
+  'filled': Style(),
+  'outline': Style(ink=(0.0, 0.25), stroke=(0.035, 0.055), hollow=True),
+  'inverted': Style(
+    ground=(0.8, 1.0),
+    ink=(0.08, 0.42),
+    swapped=1.0,
+    shade=0.3,
+    fill=(0.68, 0.94),
+    drift=0.4,
+    stretch=0.2,
+  ),
+  'coloured': Style(
+    ground=(0.8, 1.0),
+    ink=(0.1, 0.45),
+    swapped=0.5,
+    saturation=(0.5, 1.0),
+    shade=0.3,
+    fill=(0.72, 0.94),
+    drift=0.35,
+    stretch=0.15,
+  ),
+  'rotated': Style(angle=(25.0, 60.0)),  # at most 60 degrees, or a 6 would be read as a 9
+  'noisy': Style(noise=(0.08, 0.14)),
+  'handwriting': Style(
+    ink=(0.0, 0.35), shade=0.04, angle=(0.0, 2.0), fill=(0.84, 0.92), stretch=0.04
+  ),
 }
 
 
@@ -122,8 +138,12 @@ def _place(mask: Image.Image, look: Style, image_px: int, rng) -> Array:
   centre = canvas_px / 2 + rng.uniform(-look.drift, look.drift, 2) * room
   back = np.linalg.inv(forward)
   shift = (size / 2 + 1) - back @ centre
-  placed = mask.transform((canvas_px, canvas_px), Image.Transform.AFFINE,
-                          (*back[0], shift[0], *back[1], shift[1]), Image.Resampling.BICUBIC)
+  placed = mask.transform(
+    (canvas_px, canvas_px),
+    Image.Transform.AFFINE,
+    (*back[0], shift[0], *back[1], shift[1]),
+    Image.Resampling.BICUBIC,
+  )
   return np.asarray(placed.reduce(SUPERSAMPLING), np.float32) / 255
 
 
@@ -138,8 +158,10 @@ def _colour(lightness: float, saturation: float, hue: float) -> Array:
 
 def _paint(mask: Array, look: Style, rng) -> Array:
   """Paints a mask, [S, S] float in 0..1, on a softly shaded ground. Returns [S, S, 3] uint8."""
-  ground, ink = (_colour(rng.uniform(*lightness), rng.uniform(*look.saturation), rng.uniform())
-                 for lightness in (look.ground, look.ink))
+  ground, ink = (
+    _colour(rng.uniform(*lightness), rng.uniform(*look.saturation), rng.uniform())
+    for lightness in (look.ground, look.ink)
+  )
   if rng.random() < look.swapped:
     ground, ink = ink, ground
   across = np.linspace(-1, 1, len(mask))

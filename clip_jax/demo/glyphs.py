@@ -11,13 +11,13 @@ decodes faster, and keeps the pixels as drawn.
 """
 
 import collections
+from collections.abc import Callable, Iterator, Sequence
 import dataclasses
 import functools
 import io
 import json
 import tarfile
 from typing import Any
-from collections.abc import Callable, Iterator, Sequence
 
 from etils import epath
 import numpy as np
@@ -35,8 +35,8 @@ FONTS = tuple(glyph_images.FONTS)
 ANCHOR_FONTS = ('DejaVuSans', 'DejaVuSans-Bold', 'DejaVuSansMono')
 VAL_FONTS = ('DejaVuSansMono-Bold', 'cmss10', 'cmtt10')  # the pool holds them in other styles only
 POOL_FONTS = {
-    'filled': tuple(font for font in FONTS if font not in VAL_FONTS),
-    **dict.fromkeys(('outline', 'inverted', 'coloured', 'rotated', 'noisy'), FONTS),
+  'filled': tuple(font for font in FONTS if font not in VAL_FONTS),
+  **dict.fromkeys(('outline', 'inverted', 'coloured', 'rotated', 'noisy'), FONTS),
 }
 # A fifth of the pool's handwriting looks as the benchmark's does: aligning removes some, not all.
 HAND_STYLES = ('handwriting', 'inverted', 'coloured', 'rotated', 'noisy')
@@ -48,8 +48,18 @@ FORMS = (0, 130, 256, 386, 516, 646, 776, 905, 1029, 1157, 1287, 1415, 1545, 166
 POOL_ROWS, STRAY_ROWS, BENCHMARK_ROWS = range(905), range(905, 1029), range(1029, 1797)
 
 # A random stream for each kind of image; its place in this tuple is part of the seed: append only.
-STREAMS = ('drawn', 'handwritten', 'exact', 'near', 'broken', 'chosen', 'order', 'anchor', 'strays',
-           *SETS[2:])
+STREAMS = (
+  'drawn',
+  'handwritten',
+  'exact',
+  'near',
+  'broken',
+  'chosen',
+  'order',
+  'anchor',
+  'strays',
+  *SETS[2:],
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,10 +70,22 @@ class Sample:
   about: dict
 
 
-def write(directory, *, image_px: int = 32, pool: int = 5000, handwritten: int = 900,
-          exact: float = 0.01, near: float = 0.015, broken: int = 2, letters: str = 'fkmrxy',
-          letter_share: float = 0.05, anchor: int = 600, strays: float = 0.05, queries: int = 700,
-          seed: int = 0) -> dict:
+def write(
+  directory,
+  *,
+  image_px: int = 32,
+  pool: int = 5000,
+  handwritten: int = 900,
+  exact: float = 0.01,
+  near: float = 0.015,
+  broken: int = 2,
+  letters: str = 'fkmrxy',
+  letter_share: float = 0.05,
+  anchor: int = 600,
+  strays: float = 0.05,
+  queries: int = 700,
+  seed: int = 0,
+) -> dict:
   """Writes the tar of every set into `directory` and returns what each holds.
 
   Args:
@@ -100,16 +122,21 @@ def write(directory, *, image_px: int = 32, pool: int = 5000, handwritten: int =
   pool_rows = _first_rows('handwritten', handwritten, POOL_ROWS)
   stray_rows = _first_rows('strays', _round(strays * anchor), STRAY_ROWS)
   query_rows = _balanced_rows(queries, BENCHMARK_ROWS)
-  originals = [*_drawn_for_pool(pool, letters, letter_share, image_px, seed),
-               *written('handwritten', pool_rows, HAND_STYLES, _web_caption)]
+  originals = [
+    *_drawn_for_pool(pool, letters, letter_share, image_px, seed),
+    *written('handwritten', pool_rows, HAND_STYLES, _web_caption),
+  ]
   sets = {
-      'pool': _mixed(originals, _copies(originals, exact, near, seed),
-                     _broken(broken, image_px, seed), seed),
-      'anchor': [*drawn('anchor', anchor - len(stray_rows), 'clean', ANCHOR_FONTS),
-                 *written('strays', stray_rows)],
-      'val': drawn('val', queries, 'clean', VAL_FONTS),
-      **{name: drawn(name, queries, name, FONTS) for name in ('outline', 'inverted', 'rotated')},
-      'handwriting': written('handwriting', query_rows),
+    'pool': _mixed(
+      originals, _copies(originals, exact, near, seed), _broken(broken, image_px, seed), seed
+    ),
+    'anchor': [
+      *drawn('anchor', anchor - len(stray_rows), 'clean', ANCHOR_FONTS),
+      *written('strays', stray_rows),
+    ],
+    'val': drawn('val', queries, 'clean', VAL_FONTS),
+    **{name: drawn(name, queries, name, FONTS) for name in ('outline', 'inverted', 'rotated')},
+    'handwriting': written('handwriting', query_rows),
   }
   for name in SETS:
     _write_tar(epath.Path(directory) / f'{name}-00000.tar', sets[name])
@@ -128,16 +155,19 @@ def _web_caption(about: dict, rng) -> str:
   return caption(name, sign, kind, about['domain'], face, rng)
 
 
-def _drawn(stream: str, count: int, style: str, fonts: Sequence[str], *, image_px: int,
-           seed: int) -> list[Sample]:
+def _drawn(
+  stream: str, count: int, style: str, fonts: Sequence[str], *, image_px: int, seed: int
+) -> list[Sample]:
   """Draws labelled digits of one style, as many of each."""
-  return [_character(key, i % 10, CLASSES[i % 10], style, pick(fonts, rng), _plain_caption,
-                     image_px, rng)
-          for i, (key, rng) in enumerate(_streams(stream, count, seed))]
+  return [
+    _character(key, i % 10, CLASSES[i % 10], style, pick(fonts, rng), _plain_caption, image_px, rng)
+    for i, (key, rng) in enumerate(_streams(stream, count, seed))
+  ]
 
 
-def _drawn_for_pool(count: int, letters: str, letter_share: float, image_px: int,
-                    seed: int) -> list[Sample]:
+def _drawn_for_pool(
+  count: int, letters: str, letter_share: float, image_px: int, seed: int
+) -> list[Sample]:
   """Draws digits and letters in all styles of POOL_FONTS."""
   samples = []
   for key, rng in _streams('drawn', count, seed):
@@ -149,26 +179,45 @@ def _drawn_for_pool(count: int, letters: str, letter_share: float, image_px: int
   return samples
 
 
-def _character(key: str, label: int, name: str, style: str, font: str, say: Callable, image_px: int,
-               rng) -> Sample:
+def _character(
+  key: str, label: int, name: str, style: str, font: str, say: Callable, image_px: int, rng
+) -> Sample:
   """Draws a digit, or a letter, which is its own name, small or capital."""
   character = pick((name.lower(), name.upper()), rng) if label == LETTER else str(label)
   image = glyph_images.draw(character, font, style, image_px, rng)
-  return _sample(image, say, rng, key=key, label=label, class_name=name, domain=style, group=key,
-                 font=font)
+  return _sample(
+    image, say, rng, key=key, label=label, class_name=name, domain=style, group=key, font=font
+  )
 
 
-def _written(stream: str, rows: Sequence[int] | Array, styles: Sequence[str] = ('handwriting',),
-             say: Callable = _plain_caption, *, image_px: int, seed: int) -> list[Sample]:
+def _written(
+  stream: str,
+  rows: Sequence[int] | Array,
+  styles: Sequence[str] = ('handwriting',),
+  say: Callable = _plain_caption,
+  *,
+  image_px: int,
+  seed: int,
+) -> list[Sample]:
   """Makes samples of rows of load_digits. Their group is the form, which stands for the writer."""
   bitmaps, labels = _load_digits()
   samples = []
   for row, (key, rng) in zip(rows, _streams(stream, len(rows), seed), strict=True):
     form = np.searchsorted(FORMS, row, side='right') - 1
     image = glyph_images.handwrite(bitmaps[row], pick(styles, rng), image_px, rng)
-    samples.append(_sample(
-        image, say, rng, key=key, label=int(labels[row]), class_name=CLASSES[labels[row]],
-        domain='handwriting', group=f'form-{form:02d}', font=None))
+    samples.append(
+      _sample(
+        image,
+        say,
+        rng,
+        key=key,
+        label=int(labels[row]),
+        class_name=CLASSES[labels[row]],
+        domain='handwriting',
+        group=f'form-{form:02d}',
+        font=None,
+      )
+    )
   return samples
 
 
@@ -184,8 +233,12 @@ def _copies(originals: list[Sample], exact: float, near: float, seed: int) -> li
   for kind, share in (('exact', exact), ('near', near)):
     for key, rng in _streams(kind, _round(share * len(originals)), seed):
       original = originals[next(chosen)]
-      about = {**original.about, 'key': key, 'duplicate_of': original.about['key'],
-               'duplicate_kind': kind}
+      about = {
+        **original.about,
+        'key': key,
+        'duplicate_of': original.about['key'],
+        'duplicate_kind': kind,
+      }
       image = original.image if kind == 'exact' else glyph_images.near_copy(original.image, rng)
       samples.append(Sample(image, {**about, 'caption': _web_caption(about, rng)}))
   return samples
@@ -197,15 +250,20 @@ def _broken(count: int, image_px: int, seed: int) -> list[Sample]:
   samples = []
   good = _drawn('broken', len(kinds), 'filled', ANCHOR_FONTS, image_px=image_px, seed=seed)
   for kind, whole in zip(kinds, good, strict=True):
-    image = {'cut': whole.image[:len(whole.image) // 2], 'garbage': whole.image[::-1],
-             'empty': b'', 'no caption': whole.image}[kind]
+    image = {
+      'cut': whole.image[: len(whole.image) // 2],
+      'garbage': whole.image[::-1],
+      'empty': b'',
+      'no caption': whole.image,
+    }[kind]
     text = None if kind == 'no caption' else whole.about['caption']
     samples.append(Sample(image, {**whole.about, 'caption': text, 'broken': kind}))
   return samples
 
 
-def _mixed(originals: list[Sample], copies: list[Sample], broken: list[Sample],
-           seed: int) -> list[Sample]:
+def _mixed(
+  originals: list[Sample], copies: list[Sample], broken: list[Sample], seed: int
+) -> list[Sample]:
   """Puts the pool in a random order in which each copy comes after its original."""
   rng = np.random.default_rng((seed, STREAMS.index('order')))
   place = {sample.about['key']: rng.random() for sample in (*originals, *broken)}
@@ -225,8 +283,10 @@ def _load_digits() -> tuple[Array, Array]:
 
 def _first_rows(name: str, count: int, rows: range) -> range:
   if count > len(rows):
-    raise ConfigError(f'{name} asks for {count} handwritten images, but its block of load_digits '
-                      f'has {len(rows)}; ask for fewer.')
+    raise ConfigError(
+      f'{name} asks for {count} handwritten images, but its block of load_digits '
+      f'has {len(rows)}; ask for fewer.'
+    )
   return rows[:count]
 
 
@@ -238,8 +298,10 @@ def _balanced_rows(count: int, rows: range) -> Array:
     rank[labels == label] = np.arange(np.sum(labels == label))
   chosen = np.array(rows)[10 * rank + labels < count]
   if len(chosen) < count:
-    raise ConfigError(f'queries={count}: of handwriting there are at most '
-                      f'{10 * np.bincount(labels).min()} with balanced classes; ask for fewer.')
+    raise ConfigError(
+      f'queries={count}: of handwriting there are at most '
+      f'{10 * np.bincount(labels).min()} with balanced classes; ask for fewer.'
+    )
   return chosen
 
 
@@ -261,15 +323,23 @@ def _counts(samples: list[Sample]) -> dict:
   for about in abouts:
     if about['broken']:
       broken[about['broken']].append(about['key'])
-  return {'samples': len(abouts), 'letters': sum(about['label'] == LETTER for about in abouts),
-          'exact': copied['exact'], 'near': copied['near'], 'broken': dict(broken),
-          'domains': dict(collections.Counter(about['domain'] for about in abouts))}
+  return {
+    'samples': len(abouts),
+    'letters': sum(about['label'] == LETTER for about in abouts),
+    'exact': copied['exact'],
+    'near': copied['near'],
+    'broken': dict(broken),
+    'domains': dict(collections.Counter(about['domain'] for about in abouts)),
+  }
 
 
 def _write_tar(path, samples: list[Sample]) -> None:
   """Writes a tar; TarInfo's defaults put neither times nor owners into the headers."""
-  with files.atomic(path) as temporary, temporary.open('wb') as f, \
-      tarfile.open(fileobj=f, mode='w', format=tarfile.USTAR_FORMAT) as tar:
+  with (
+    files.atomic(path) as temporary,
+    temporary.open('wb') as f,
+    tarfile.open(fileobj=f, mode='w', format=tarfile.USTAR_FORMAT) as tar,
+  ):
     for sample in samples:
       members = {'png': sample.image, 'json': json.dumps(sample.about).encode()}
       if sample.about['caption'] is not None:

@@ -13,11 +13,11 @@ MINUS = '\u2212'
 
 
 def answer_sentence(
-    benchmark: str,
-    share: Share | None,  # E; None where base, the gap split or its reference is missing
-    matched: Share | None,  # E', its control 'matched' or, where none exists, 'random'
-    unfinished: Sequence[str] = (),  # runs that are missing or not converged: 'base/seed0'
-    split: str = '',  # named where several splits speak of the benchmark, or it has another slack
+  benchmark: str,
+  share: Share | None,  # E; None where base, the gap split or its reference is missing
+  matched: Share | None,  # E', its control 'matched' or, where none exists, 'random'
+  unfinished: Sequence[str] = (),  # runs that are missing or not converged: 'base/seed0'
+  split: str = '',  # named where several splits speak of the benchmark, or it has another slack
 ) -> str:
   """How much of the accuracy on a benchmark the removed similar images explain.
 
@@ -26,40 +26,57 @@ def answer_sentence(
   names runs that are not finished.
   """
   more = f' and {len(unfinished) - LISTED} more' if len(unfinished) > LISTED else ''
-  late = (f' Not finished or not converged: {", ".join(unfinished[:LISTED])}{more}.' if unfinished
-          else '')
+  late = (
+    f' Not finished or not converged: {", ".join(unfinished[:LISTED])}{more}.' if unfinished else ''
+  )
   given = [s for s in (matched, share) if s is not None and not s.reason]
   refused = [s for s in (matched, share) if s is not None and s.reason]
   where = f'{benchmark}, by {split},' if split else benchmark
   if not given and not refused:
-    return (f'On {where} there is no answer: it needs the base split, the gap-aligned split '
-            f'and the reference (anchor_only), all evaluated.{late}')
+    return (
+      f'On {where} there is no answer: it needs the base split, the gap-aligned split '
+      f'and the reference (anchor_only), all evaluated.{late}'
+    )
   if not given:
     return f'On {where} there is no answer, because {refused[-1].reason}.{late}'
   lead, verdict = ' and '.join(_lead(s) for s in reversed(given)), _verdict(given[0])
   caveat = ''
   if given[0].control != 'matched':
-    counts = {'base': 'size and mix of what was removed count',
-              'random': 'mix of what was removed counts'}[given[0].control]
+    counts = {
+      'base': 'size and mix of what was removed count',
+      'random': 'mix of what was removed counts',
+    }[given[0].control]
     why = refused[0].reason if refused else 'there is no matched control'
     caveat = f' (the {counts} too, as {why})'
-  removed = (f'what {split} removes' if split else
-             'the pool images that are nearer to it than the anchor set')
+  removed = (
+    f'what {split} removes'
+    if split
+    else 'the pool images that are nearer to it than the anchor set'
+  )
   return f'On {benchmark}, removing {removed} takes away {lead}{caveat}: {verdict}.{late}'
 
 
 def _lead(share: Share) -> str:
-  value, low, high = (f'{round(100 * part)}'.replace('-', MINUS)  # int: no -0
-                      for part in (share.value, share.low, share.high))
+  value, low, high = (
+    f'{round(100 * part)}'.replace('-', MINUS)  # int: no -0
+    for part in (share.value, share.low, share.high)
+  )
   span = f'{low} to {high} %'
-  span = {'crossed': f'95 % interval {span}', 'range': f'the two seeds: {span}',
-          'this checkpoint': f'this checkpoint, over images {span}'}[share.method]
-  control = {'base': 'base', 'matched': 'the matched control',
-             'random': 'the random control'}[share.control]
-  reference = {'anchor_only': 'anchor_only',
-               'line': 'the effective-robustness line'}[share.reference]
-  return (f'{value} % ({span}) of the {100 * share.room.value:.1f} points by which {control} beats '
-          f'{reference}')
+  span = {
+    'crossed': f'95 % interval {span}',
+    'range': f'the two seeds: {span}',
+    'this checkpoint': f'this checkpoint, over images {span}',
+  }[share.method]
+  control = {'base': 'base', 'matched': 'the matched control', 'random': 'the random control'}[
+    share.control
+  ]
+  reference = {'anchor_only': 'anchor_only', 'line': 'the effective-robustness line'}[
+    share.reference
+  ]
+  return (
+    f'{value} % ({span}) of the {100 * share.room.value:.1f} points by which {control} beats '
+    f'{reference}'
+  )
 
 
 def _verdict(share: Share) -> str:

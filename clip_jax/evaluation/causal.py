@@ -22,52 +22,55 @@ STEPS = 50  # of IRLS; a fit that exists needs about ten
 @dataclass(frozen=True)
 class Share:
   """The explained share E, or E'. A value of 0.15 is printed as 15 %."""
-  value: float     # NaN, as its interval, where reason is not ''
+
+  value: float  # NaN, as its interval, where reason is not ''
   low: float
   high: float
-  control: str     # 'base' (E) | 'matched' (E') | 'random' (E' where no matched control exists)
-  reference: str   # 'anchor_only' | 'line'
-  loss: Estimate   # acc_control - acc_gap, the numerator
-  room: Estimate   # acc_control - acc_reference, the denominator
-  method: str      # 'crossed' (S >= 3) | 'range' (S = 2) | 'this checkpoint' (S = 1)
-  reason: str      # '' or why there is no share
+  control: str  # 'base' (E) | 'matched' (E') | 'random' (E' where no matched control exists)
+  reference: str  # 'anchor_only' | 'line'
+  loss: Estimate  # acc_control - acc_gap, the numerator
+  room: Estimate  # acc_control - acc_reference, the denominator
+  method: str  # 'crossed' (S >= 3) | 'range' (S = 2) | 'this checkpoint' (S = 1)
+  reason: str  # '' or why there is no share
 
 
 @dataclass(frozen=True)
 class Contrast:
   """A difference in differences, or its placebo form."""
+
   estimate: Estimate | None  # None where reason is not ''
-  hit: int                   # images in the first arm: hit queries, or the benchmark
-  unhit: int                 # images in the second arm: unhit queries, or the placebo benchmark
-  used: float                # share of the hit queries whose class has unhit ones too
-  reason: str                # '' or 'not estimable: ...'
+  hit: int  # images in the first arm: hit queries, or the benchmark
+  unhit: int  # images in the second arm: unhit queries, or the placebo benchmark
+  used: float  # share of the hit queries whose class has unhit ones too
+  reason: str  # '' or 'not estimable: ...'
 
 
 @dataclass(frozen=True)
 class Dose:
   """The dose response of the pruned split against its control, for these seeds."""
-  slope: float     # log odds of a correct answer per unit of dose, pruned against control
+
+  slope: float  # log odds of a correct answer per unit of dose, pruned against control
   low: float
   high: float
-  error: float     # clustered by group
-  p_value: float   # NaN below three seeds
-  images: int      # in classes that are neither all right nor all wrong
-  dropped: int     # images of the other classes, which say nothing about a slope
+  error: float  # clustered by group
+  p_value: float  # NaN below three seeds
+  images: int  # in classes that are neither all right nor all wrong
+  dropped: int  # images of the other classes, which say nothing about a slope
   groups: int
-  reason: str      # '' or 'not estimable: ...'
+  reason: str  # '' or 'not estimable: ...'
 
 
 def explained_share(
-    control: Array,  # [S, Q] bool: base for E, matched (else random) for E'
-    gap: Array,  # [S, Q] bool: the gap-aligned split
-    reference: Array,  # [S, Q] bool: anchor_only; or [S]: the robustness line's accuracies
-    *,
-    groups: Sequence | Array | None = None,
-    control_name: str = 'base',
-    reference_name: str = 'anchor_only',
-    level: float = 0.95,
-    draws: int = 2000,
-    seed: int = 0,
+  control: Array,  # [S, Q] bool: base for E, matched (else random) for E'
+  gap: Array,  # [S, Q] bool: the gap-aligned split
+  reference: Array,  # [S, Q] bool: anchor_only; or [S]: the robustness line's accuracies
+  *,
+  groups: Sequence | Array | None = None,
+  control_name: str = 'base',
+  reference_name: str = 'anchor_only',
+  level: float = 0.95,
+  draws: int = 2000,
+  seed: int = 0,
 ) -> Share:
   """E = (acc_control - acc_gap) / (acc_control - acc_reference).
 
@@ -83,14 +86,18 @@ def explained_share(
   if reference.ndim == 1:
     reference = np.repeat(reference[:, None], control.shape[1], 1)
   if not control.shape == gap.shape == reference.shape:
-    raise ValueError('control, gap and reference must hold the same seeds and images: got '
-                     f'{control.shape}, {gap.shape}, {reference.shape}')
+    raise ValueError(
+      'control, gap and reference must hold the same seeds and images: got '
+      f'{control.shape}, {gap.shape}, {reference.shape}'
+    )
   loss = statistics.crossed_interval(control - gap, groups, level)
   room = statistics.crossed_interval(control - reference, groups, level)
   share = Share(np.nan, np.nan, np.nan, control_name, reference_name, loss, room, room.method, '')
   if not room.low > 0:
-    return replace(share, reason=f'{control_name} is not shown to be better than {reference_name} '
-                   f'({_points(room)})')
+    return replace(
+      share,
+      reason=f'{control_name} is not shown to be better than {reference_name} ({_points(room)})',
+    )
   value = loss.value / room.value
   parts = np.stack([control - gap, control - reference])
   if room.method == 'range':
@@ -99,7 +106,9 @@ def explained_share(
   else:
     drawn = statistics.crossed_bootstrap(parts, groups, draws, seed)
     linear = statistics.crossed_interval((parts[0] - value * parts[1]) / room.value, groups, level)
-    with np.errstate(divide='ignore', invalid='ignore'):  # a draw without room is infinitely far out
+    with np.errstate(
+      divide='ignore', invalid='ignore'
+    ):  # a draw without room is infinitely far out
       ratio = drawn[:, 0] / drawn[:, 1]
     low, high = np.nanquantile(ratio, [(1 - level) / 2, (1 + level) / 2])
     low, high = min(low, value + linear.low), max(high, value + linear.high)
@@ -107,13 +116,13 @@ def explained_share(
 
 
 def difference_in_differences(
-    pruned: Array,  # [S, Q] bool: the aligned split P
-    control: Array,  # [S, Q] bool: its control C: matched, else random
-    hit: Array,  # [Q] bool: P removed a row that is nearer than t_i
-    unhit: Array,  # [Q] bool: P removed no row that is nearer than t_i - 0.02
-    label: Array,  # [Q] int
-    groups: Sequence | Array | None = None,
-    level: float = 0.95,
+  pruned: Array,  # [S, Q] bool: the aligned split P
+  control: Array,  # [S, Q] bool: its control C: matched, else random
+  hit: Array,  # [Q] bool: P removed a row that is nearer than t_i
+  unhit: Array,  # [Q] bool: P removed no row that is nearer than t_i - 0.02
+  label: Array,  # [Q] int
+  groups: Sequence | Array | None = None,
+  level: float = 0.95,
 ) -> Contrast:
   """(P - C on hit queries) - (P - C on unhit queries of the same classes).
 
@@ -124,8 +133,10 @@ def difference_in_differences(
   difference = _difference(pruned, control)
   hit, unhit, label = np.asarray(hit, bool), np.asarray(unhit, bool), np.asarray(label)
   if not hit.shape == unhit.shape == label.shape == difference.shape[1:]:
-    raise ValueError(f'hit {hit.shape}, unhit {unhit.shape}, label {label.shape} and correctness '
-                     f'{difference.shape} must agree in images')
+    raise ValueError(
+      f'hit {hit.shape}, unhit {unhit.shape}, label {label.shape} and correctness '
+      f'{difference.shape} must agree in images'
+    )
   if (hit & unhit).any():
     raise ValueError(f'{(hit & unhit).sum()} queries are both hit and unhit')
   _, label = np.unique(label, return_inverse=True)
@@ -134,8 +145,11 @@ def difference_in_differences(
   used_hits, used_unhits = int(hits[both].sum()), int(unhits[both].sum())
   found = Contrast(None, int(hit.sum()), int(unhit.sum()), used_hits / max(int(hit.sum()), 1), '')
   if min(used_hits, used_unhits) < FEWEST:
-    return replace(found, reason=f'not estimable: {used_hits} hit and {used_unhits} unhit queries '
-                   f'in classes that have both; each needs {FEWEST}')
+    return replace(
+      found,
+      reason=f'not estimable: {used_hits} hit and {used_unhits} unhit queries '
+      f'in classes that have both; each needs {FEWEST}',
+    )
   hit, unhit = hit & both[label], unhit & both[label]
   per_unhit = hits / np.maximum(unhits, 1)  # [C] hit queries that one unhit query stands for
   weights = hit + unhit * per_unhit[label]
@@ -143,33 +157,35 @@ def difference_in_differences(
 
 
 def placebo(
-    pruned: Array,  # [S, Q] bool
-    control: Array,  # [S, Q] bool
-    placebo_pruned: Array,  # [S, Q'] bool: the same runs on the placebo benchmark (val)
-    placebo_control: Array,  # [S, Q'] bool
-    groups: Sequence | Array | None = None,  # [Q]
-    placebo_groups: Sequence | Array | None = None,  # [Q']; a name in both lists is one group
-    level: float = 0.95,
+  pruned: Array,  # [S, Q] bool
+  control: Array,  # [S, Q] bool
+  placebo_pruned: Array,  # [S, Q'] bool: the same runs on the placebo benchmark (val)
+  placebo_control: Array,  # [S, Q'] bool
+  groups: Sequence | Array | None = None,  # [Q]
+  placebo_groups: Sequence | Array | None = None,  # [Q']; a name in both lists is one group
+  level: float = 0.95,
 ) -> Contrast:
   """[acc_b(P) - acc_b(C)] - [acc_val(P) - acc_val(C)]: does P lose more than it loses anyway?"""
   first, second = _difference(pruned, control), _difference(placebo_pruned, placebo_control)
   if len(first) != len(second):
     raise ValueError(f'both benchmarks need the same seeds: got {len(first)} and {len(second)}')
   images, others = first.shape[1], second.shape[1]
-  names = [*(groups if groups is not None else [None] * images),
-           *(placebo_groups if placebo_groups is not None else [None] * others)]
+  names = [
+    *(groups if groups is not None else [None] * images),
+    *(placebo_groups if placebo_groups is not None else [None] * others),
+  ]
   arms = np.repeat([0, 1], [images, others])
   estimate = statistics.contrast(np.hstack([first, second]), np.ones(len(arms)), arms, names, level)
   return Contrast(estimate, images, others, 1.0, '')
 
 
 def dose(
-    pruned: Array,  # [S, Q] bool
-    control: Array,  # [S, Q] bool
-    excess: Array,  # [Q] s_i(pool) - t_i; below 0 the dose is 0
-    label: Array,  # [Q] int
-    groups: Sequence | Array | None = None,
-    level: float = 0.95,
+  pruned: Array,  # [S, Q] bool
+  control: Array,  # [S, Q] bool
+  excess: Array,  # [Q] s_i(pool) - t_i; below 0 the dose is 0
+  label: Array,  # [Q] int
+  groups: Sequence | Array | None = None,
+  level: float = 0.95,
 ) -> Dose:
   """logit P(correct) = pruned + dose + slope (pruned x dose) + class + seed; cov. by group.
 
@@ -180,8 +196,10 @@ def dose(
   difference = _difference(pruned, control)  # checks the shapes
   excess, label = np.asarray(excess, np.float64), np.asarray(label)
   if not excess.shape == label.shape == difference.shape[1:]:
-    raise ValueError(f'excess {excess.shape}, label {label.shape} and correctness '
-                     f'{difference.shape} must agree in images')
+    raise ValueError(
+      f'excess {excess.shape}, label {label.shape} and correctness '
+      f'{difference.shape} must agree in images'
+    )
   if np.isnan(excess).any():
     raise ValueError(f'{np.isnan(excess).sum()} queries have no excess (NaN)')
   seeds, images = pruned.shape
@@ -199,26 +217,29 @@ def dose(
   shape = 2, seeds, len(kept)
   treated = np.broadcast_to(np.array([0.0, 1.0])[:, None, None], shape)
   amount = np.broadcast_to(np.maximum(excess[kept], 0), shape)
-  seed_effects = [np.broadcast_to((np.arange(seeds) == s)[:, None], shape)
-                  for s in range(1, seeds)]
+  seed_effects = [np.broadcast_to((np.arange(seeds) == s)[:, None], shape) for s in range(1, seeds)]
   x = np.stack([treated * amount, treated, amount, *seed_effects], -1).reshape(-1, 2 + seeds)
   group, label = (np.broadcast_to(i, shape).ravel() for i in (group, label[kept]))
   fit = _logistic(x, answers[:, :, kept].ravel(), np.unique(label, return_inverse=True)[1], group)
   if fit is None:
-    return replace(found, reason='not estimable: the dose hardly varies within classes, or it '
-                   'separates right answers from wrong ones')
+    return replace(
+      found,
+      reason='not estimable: the dose hardly varies within classes, or it '
+      'separates right answers from wrong ones',
+    )
   slope, error = fit
   half = float(special.stdtrit(units - 1, (1 + level) / 2)) * error
   p_value = 2 * special.stdtr(units - 1, -abs(slope) / error) if seeds > 2 else nan
-  return replace(found, slope=slope, low=slope - half, high=slope + half, error=error,
-                 p_value=float(p_value))
+  return replace(
+    found, slope=slope, low=slope - half, high=slope + half, error=error, p_value=float(p_value)
+  )
 
 
 def _logistic(
-    x: np.ndarray,  # [n, k]
-    y: np.ndarray,  # [n] 0 or 1
-    label: np.ndarray,  # [n] in 0..C-1: one intercept each
-    group: np.ndarray,  # [n]: the clusters
+  x: np.ndarray,  # [n, k]
+  y: np.ndarray,  # [n] 0 or 1
+  label: np.ndarray,  # [n] in 0..C-1: one intercept each
+  group: np.ndarray,  # [n]: the clusters
 ) -> tuple[float, float] | None:  # the first coefficient and its clustered error
   """IRLS with the class effects absorbed: each step is a weighted regression within classes.
 
@@ -258,13 +279,16 @@ def _logistic(
 def _difference(pruned: Array, control: Array) -> np.ndarray:  # [S, Q]
   pruned, control = statistics.matrix(pruned), statistics.matrix(control)
   if pruned.shape != control.shape:
-    raise ValueError('pruned and control must hold the same seeds and images: got '
-                     f'{pruned.shape} and {control.shape}')
+    raise ValueError(
+      'pruned and control must hold the same seeds and images: got '
+      f'{pruned.shape} and {control.shape}'
+    )
   return pruned - control
 
 
 def _points(estimate: Estimate) -> str:
   if np.isnan(estimate.low):
     return f'{100 * estimate.value:+.1f} points, no interval as all images are of one group'
-  return (f'{100 * estimate.value:+.1f} points, {100 * estimate.low:.1f} to '
-          f'{100 * estimate.high:.1f}').replace('-', '\u2212')
+  return (
+    f'{100 * estimate.value:+.1f} points, {100 * estimate.low:.1f} to {100 * estimate.high:.1f}'
+  ).replace('-', '\u2212')

@@ -12,9 +12,9 @@ FEWEST = PARTS  # logged losses needed to judge
 
 
 def not_converged(
-    steps: Array,  # [n] increasing
-    loss: Array,  # [n] train/loss
-    batch_size: int,  # global
+  steps: Array,  # [n] increasing
+  loss: Array,  # [n] train/loss
+  batch_size: int,  # global
 ) -> str:
   """Why a run is marked 'not converged', else ''.
 

@@ -6,15 +6,15 @@ W = (X^T X + l2 I)^-1 X^T Y with l2 = 2^10. Arrays in, arrays out; rows come in 
 memory is flat in their number: [E + 1, E + 1] and [C, E + 1] sums.
 """
 
+from collections.abc import Iterable, Mapping, Sequence
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
 from clip_jax.core.types import Array
 
-L2 = 2.0 ** 10
+L2 = 2.0**10
 BIAS = 100.0
 SPREAD = 1e-5  # added to a feature's deviation, so that a constant one is not divided by 0
 NAME = 'preview, not CLIP training'
@@ -25,12 +25,13 @@ _WORD = re.compile(r'\w+')
 @dataclasses.dataclass(frozen=True)
 class Scale:
   """What features are scaled by: x -> (x - mean) / deviation."""
-  mean: Array       # [E] float32
+
+  mean: Array  # [E] float32
   deviation: Array  # [E] float32
 
   def __call__(
-      self,
-      x: Array,  # [b, E]
+    self,
+    x: Array,  # [b, E]
   ) -> Array:  # [b, E] float32
     return (x.astype(np.float32) - self.mean) / self.deviation
 
@@ -44,22 +45,25 @@ def fit_scale(blocks: Iterable[Array]) -> Scale:  # [b, E] each
   if not count:
     raise ValueError('features of no row have no scale')
   mean = total / count
-  deviation = np.sqrt(np.maximum(square / count - mean ** 2, 0)) + SPREAD
+  deviation = np.sqrt(np.maximum(square / count - mean**2, 0)) + SPREAD
   return Scale(mean.astype(np.float32), deviation.astype(np.float32))
 
 
 def fit(
-    blocks: Iterable[tuple[Array, Array]],  # features [b, E], classes [b] integers in 0..C-1
-    scale: Scale,
-    classes: int,  # C
-    l2: float = L2,
+  blocks: Iterable[tuple[Array, Array]],  # features [b, E], classes [b] integers in 0..C-1
+  scale: Scale,
+  classes: int,  # C
+  l2: float = L2,
 ) -> Array:  # [E + 1, C] float64, the last row for the constant feature
   """Returns the weights of ridge regression on the rows of some blocks.
 
   A block's X^T X is one float32 matrix product; blocks are added in float64. X^T Y takes none:
   with targets -1 and 1 it is twice the sum of each class's rows, less the sum of all.
   """
-  from scipy import linalg  # takes a second to import, which a command with nothing to fit is spared
+  from scipy import (
+    linalg,
+  )  # takes a second to import, which a command with nothing to fit is spared
+
   dim = len(scale.mean)
   gram, sums = np.zeros((dim, dim)), np.zeros((classes, dim))
   counts = np.zeros(classes, np.int64)
@@ -75,17 +79,17 @@ def fit(
   left = np.empty((dim + 1, dim + 1))
   left[:dim, :dim] = gram
   left[:dim, dim] = left[dim, :dim] = BIAS * total
-  left[dim, dim] = BIAS ** 2 * counts.sum()
+  left[dim, dim] = BIAS**2 * counts.sum()
   left[np.diag_indices(dim + 1)] += l2
   right = np.vstack([2 * sums.T - total[:, None], BIAS * (2 * counts - counts.sum())])
   return linalg.solve(left, right, assume_a='pos')
 
 
 def predict(
-    x: Array,  # [b, E]
-    scale: Scale,
-    weights: Array,  # [E + 1, C]
-    allowed: Array,  # [c] int, the classes that may be predicted
+  x: Array,  # [b, E]
+  scale: Scale,
+  weights: Array,  # [E + 1, C]
+  allowed: Array,  # [c] int, the classes that may be predicted
 ) -> Array:  # [b] int, one of `allowed`
   """Returns the class of the highest score of each row; ties: the first of `allowed`."""
   chosen = weights[:, allowed]
@@ -99,8 +103,8 @@ def plain_name(name: str) -> str:
 
 
 def caption_classes(
-    captions: Iterable[str],
-    names: Mapping[str, int],  # plain_name -> class
+  captions: Iterable[str],
+  names: Mapping[str, int],  # plain_name -> class
 ) -> Array:  # [n] int32, -1 where a caption names no class, or several
   """Returns the one class that each caption names in whole words.
 
@@ -108,14 +112,14 @@ def caption_classes(
   are classes.
   """
   lengths: dict[str, list[int]] = {}  # word -> of the names that begin with it, the longest first
-  for length, word in sorted({(len(words), words[0]) for name in names if (words := name.split())},
-                             reverse=True):
+  for length, word in sorted(
+    {(len(words), words[0]) for name in names if (words := name.split())}, reverse=True
+  ):
     lengths.setdefault(word, []).append(length)
   return np.fromiter((_one_class(caption, lengths, names) for caption in captions), np.int32)
 
 
-def _one_class(
-    caption: str, lengths: Mapping[str, Sequence[int]], names: Mapping[str, int]) -> int:
+def _one_class(caption: str, lengths: Mapping[str, Sequence[int]], names: Mapping[str, int]) -> int:
   words = _WORD.findall(caption.replace('_', ' ').casefold())
   if lengths.keys().isdisjoint(words):
     return -1
@@ -123,7 +127,7 @@ def _one_class(
   while place < len(words):
     step = 1
     for length in lengths.get(words[place], ()):
-      name = ' '.join(words[place:place + length])
+      name = ' '.join(words[place : place + length])
       if name in names:
         found.add(names[name])
         step = length

@@ -16,10 +16,11 @@ from clip_jax.core.types import Array
 @dataclass(frozen=True)
 class Line:
   """logit(accuracy) = slope * logit(x accuracy) + intercept; natural log odds of proportions."""
+
   slope: float
   intercept: float
   models: int  # points of the fit
-  r2: float    # on the logit axes
+  r2: float  # on the logit axes
 
   def accuracy(self, x_accuracy: float) -> float:
     """The line's accuracy for a model of x_accuracy, both in 0..1."""
@@ -52,8 +53,8 @@ def effective_robustness(shift: str, accuracy: float, x_accuracy: float, x: str 
 
 
 def fit_line(
-    x_accuracy: Array,  # [n] proportions
-    accuracy: Array,  # [n] proportions
+  x_accuracy: Array,  # [n] proportions
+  accuracy: Array,  # [n] proportions
 ) -> Line:
   """Least squares on logit axes. Needs three models or more, at two x accuracies or more."""
   x_accuracy, accuracy = (np.asarray(a, np.float64) for a in (x_accuracy, accuracy))
@@ -61,8 +62,10 @@ def fit_line(
     raise ValueError(f'x_accuracy {x_accuracy.shape} and accuracy {accuracy.shape} must be [n]')
   x, y = logit(x_accuracy), logit(accuracy)
   if len(x) < 3 or not np.isfinite([x, y]).all() or np.ptp(x) == 0:
-    raise ValueError('a line needs three models or more, strictly between 0 and 1 and not all at '
-                     f'one x accuracy: got x {x_accuracy.tolist()}, y {accuracy.tolist()}')
+    raise ValueError(
+      'a line needs three models or more, strictly between 0 and 1 and not all at '
+      f'one x accuracy: got x {x_accuracy.tolist()}, y {accuracy.tolist()}'
+    )
   slope, intercept = np.polyfit(x, y, 1)
   residual, total = ((y - slope * x - intercept) ** 2).sum(), ((y - y.mean()) ** 2).sum()
   return Line(float(slope), float(intercept), len(x), float(1 - residual / total) if total else 1.0)
@@ -74,11 +77,11 @@ def _straight(*numbers) -> tuple[Line, Line]:
 
 A_BREAK = 0.9186  # val accuracy on ImageNet-A's classes
 LINES = {  # (shift, x axis): the line below and above A_BREAK
-    ('v2', 'val'): _straight(0.9232, -0.4977, 85, 0.996),
-    ('sketch', 'val'): _straight(1.0709, -2.3701, 85, 0.869),
-    ('r', 'classes'): _straight(0.6368, -2.1077, 80, 0.889),
-    ('r', 'val'): _straight(0.9116, -1.5999, 80, 0.877),
-    ('objectnet', 'classes'): _straight(0.9809, -1.9283, 85, 0.953),
-    ('objectnet', 'val'): _straight(1.1993, -2.0243, 85, 0.941),
-    ('a', 'classes'): (Line(0.6894, -5.1400, 33, 0.411), Line(2.9560, -10.2774, 51, 0.905)),
+  ('v2', 'val'): _straight(0.9232, -0.4977, 85, 0.996),
+  ('sketch', 'val'): _straight(1.0709, -2.3701, 85, 0.869),
+  ('r', 'classes'): _straight(0.6368, -2.1077, 80, 0.889),
+  ('r', 'val'): _straight(0.9116, -1.5999, 80, 0.877),
+  ('objectnet', 'classes'): _straight(0.9809, -1.9283, 85, 0.953),
+  ('objectnet', 'val'): _straight(1.1993, -2.0243, 85, 0.941),
+  ('a', 'classes'): (Line(0.6894, -5.1400, 33, 0.411), Line(2.9560, -10.2774, 51, 0.905)),
 }

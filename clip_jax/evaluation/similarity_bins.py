@@ -19,22 +19,23 @@ FEW = 20  # images
 @dataclass(frozen=True)
 class Bin:
   """The queries whose similarity lies in [low, high)."""
+
   low: float
   high: float
   images: int
   accuracy: float
-  accuracy_low: float   # 95 % interval, the range of two seeds, or NaN for a single group
+  accuracy_low: float  # 95 % interval, the range of two seeds, or NaN for a single group
   accuracy_high: float
-  within_class: float   # class effects taken out; NaN where no class links this bin to the others
-  few: bool             # fewer than 20 images: to be greyed
+  within_class: float  # class effects taken out; NaN where no class links this bin to the others
+  few: bool  # fewer than 20 images: to be greyed
 
 
 def accuracy_by_similarity(
-    correct: Array,  # [S, Q] bool
-    similarity: Array,  # [Q]: s_i(pool), or s_i(pool) - t_i
-    label: Array,  # [Q] int
-    groups: Sequence | Array | None = None,
-    width: float = 0.05,
+  correct: Array,  # [S, Q] bool
+  similarity: Array,  # [Q]: s_i(pool), or s_i(pool) - t_i
+  label: Array,  # [Q] int
+  groups: Sequence | Array | None = None,
+  width: float = 0.05,
 ) -> list[Bin]:  # lowest similarity first; empty bins are left out
   """Accuracy per similarity bin (the paper's Fig. 3, left).
 
@@ -44,8 +45,10 @@ def accuracy_by_similarity(
   correct = statistics.matrix(correct)
   similarity, label = np.asarray(similarity, np.float64), np.asarray(label)
   if not similarity.shape == label.shape == correct.shape[1:]:
-    raise ValueError(f'similarity {similarity.shape}, label {label.shape} and correctness '
-                     f'{correct.shape} must agree in images')
+    raise ValueError(
+      f'similarity {similarity.shape}, label {label.shape} and correctness '
+      f'{correct.shape} must agree in images'
+    )
   kept = np.flatnonzero(np.isfinite(similarity))
   if not kept.size:
     return []
@@ -60,15 +63,25 @@ def accuracy_by_similarity(
     members = np.flatnonzero(index == b)
     raw = statistics.accuracy_interval(correct[:, members], groups[members])
     low, high = (round(float(e * width), 6) for e in (edge, edge + 1))
-    bins.append(Bin(low, high, len(members), raw.value, raw.low, raw.high, float(adjusted[b]),
-                    len(members) < FEW))
+    bins.append(
+      Bin(
+        low,
+        high,
+        len(members),
+        raw.value,
+        raw.low,
+        raw.high,
+        float(adjusted[b]),
+        len(members) < FEW,
+      )
+    )
   return bins
 
 
 def _within_class(
-    accuracy: np.ndarray,  # [n] mean over seeds
-    index: np.ndarray,  # [n] bin, 0..b-1
-    label: np.ndarray,  # [n]
+  accuracy: np.ndarray,  # [n] mean over seeds
+  index: np.ndarray,  # [n] bin, 0..b-1
+  label: np.ndarray,  # [n]
 ) -> np.ndarray:  # [b]
   """Least squares on bin and class effects: the bins' part, at the mean of the bins it covers.
 

@@ -23,35 +23,38 @@ TINY = 1e-24  # a variance below this is rounding: all contributions are equal
 @dataclass(frozen=True)
 class Estimate:
   """A mean with its interval; low, high, error, df and p_value are NaN where they do not exist."""
-  value: float    # a proportion, or a difference of proportions
+
+  value: float  # a proportion, or a difference of proportions
   low: float
   high: float
-  error: float    # standard error
-  df: float       # degrees of freedom of the t behind the interval
+  error: float  # standard error
+  df: float  # degrees of freedom of the t behind the interval
   p_value: float  # two-sided, of value = 0: only for a difference, and three seeds or more
-  seeds: int      # S
-  images: int     # Q
-  groups: int     # independent units among the images: Q where no image has a group
-  method: str     # 'crossed' (S >= 3) | 'range' (S = 2) | 'this checkpoint' (S = 1) | 'bootstrap' |
-                  # 'wilson' or 'cluster-robust' (one accuracy, S = 1) | 'none' (a single group)
+  seeds: int  # S
+  images: int  # Q
+  groups: int  # independent units among the images: Q where no image has a group
+  method: str  # 'crossed' (S >= 3) | 'range' (S = 2) | 'this checkpoint' (S = 1) | 'bootstrap' |
+  # 'wilson' or 'cluster-robust' (one accuracy, S = 1) | 'none' (a single group)
 
 
 @dataclass(frozen=True)
 class Equivalence:
   """Whether a difference is negligible, is there, or is neither shown."""
-  verdict: str       # 'equivalent' | 'different' | 'undetermined'
-  low: float         # the 90 % interval
+
+  verdict: str  # 'equivalent' | 'different' | 'undetermined'
+  low: float  # the 90 % interval
   high: float
-  margin: float      # what counts as negligible
+  margin: float  # what counts as negligible
   detectable: float  # the true difference found with power 80 % at level 5 %; NaN for S < 3
 
 
 @dataclass(frozen=True)
 class McNemar:
   """The images on which two models of one seed differ."""
-  first_only: int   # only the first model is right
+
+  first_only: int  # only the first model is right
   second_only: int
-  p_value: float    # exact, mid-p
+  p_value: float  # exact, mid-p
 
 
 def group_index(groups: Sequence | Array | None, images: int) -> np.ndarray:  # [Q] int64 in 0..G-1
@@ -69,9 +72,9 @@ def group_index(groups: Sequence | Array | None, images: int) -> np.ndarray:  # 
 
 
 def crossed_interval(
-    difference: Array,  # [S, Q] correct(A) - correct(B)
-    groups: Sequence | Array | None = None,  # [Q] names, as in group_index
-    level: float = 0.95,
+  difference: Array,  # [S, Q] correct(A) - correct(B)
+  groups: Sequence | Array | None = None,  # [Q] names, as in group_index
+  level: float = 0.95,
 ) -> Estimate:
   """The mean difference over seeds and images, by two-way random effects.
 
@@ -84,11 +87,11 @@ def crossed_interval(
 
 
 def contrast(
-    values: Array,  # [S, Q]
-    weights: Array,  # [Q], 0 leaves an image out
-    arms: Array,  # [Q] 0 or 1: the estimate is arm 0's weighted mean less arm 1's, if there is one
-    groups: Sequence | Array | None = None,
-    level: float = 0.95,
+  values: Array,  # [S, Q]
+  weights: Array,  # [Q], 0 leaves an image out
+  arms: Array,  # [Q] 0 or 1: the estimate is arm 0's weighted mean less arm 1's, if there is one
+  groups: Sequence | Array | None = None,
+  level: float = 0.95,
 ) -> Estimate:
   """A difference of two weighted means over images with the crossed variance.
 
@@ -106,14 +109,24 @@ def contrast(
   value, error = float(totals.mean()), float(np.sqrt(variance))
   half = float(special.stdtrit(df, (1 + level) / 2)) * error
   p_value = float(2 * special.stdtr(df, -abs(value) / error)) if seeds > 2 else np.nan
-  return Estimate(value, value - half, value + half, error, float(df), p_value, seeds, images,
-                  units, 'crossed' if seeds > 2 else 'this checkpoint')
+  return Estimate(
+    value,
+    value - half,
+    value + half,
+    error,
+    float(df),
+    p_value,
+    seeds,
+    images,
+    units,
+    'crossed' if seeds > 2 else 'this checkpoint',
+  )
 
 
 def accuracy_interval(
-    correct: Array,  # [S, Q] bool
-    groups: Sequence | Array | None = None,
-    level: float = 0.95,
+  correct: Array,  # [S, Q] bool
+  groups: Sequence | Array | None = None,
+  level: float = 0.95,
 ) -> Estimate:
   """One accuracy over S seeds: the crossed variance in Wilson's form, so bounds stay in 0..1."""
   correct = matrix(correct)
@@ -123,9 +136,9 @@ def accuracy_interval(
 
 
 def image_interval(
-    correct: Array,  # [Q] bool
-    groups: Sequence | Array | None = None,
-    level: float = 0.95,
+  correct: Array,  # [Q] bool
+  groups: Sequence | Array | None = None,
+  level: float = 0.95,
 ) -> Estimate:
   """One run's accuracy over images: method 'wilson', or 'cluster-robust' where images share groups.
 
@@ -143,10 +156,10 @@ def image_interval(
 
 
 def balanced_accuracy(
-    correct: Array,  # [S, Q] bool
-    label: Array,  # [Q] int
-    groups: Sequence | Array | None = None,
-    level: float = 0.95,
+  correct: Array,  # [S, Q] bool
+  label: Array,  # [Q] int
+  groups: Sequence | Array | None = None,
+  level: float = 0.95,
 ) -> Estimate:
   """The mean of the per-class accuracies; classes without images do not count."""
   correct, label = matrix(correct), np.asarray(label)
@@ -157,11 +170,11 @@ def balanced_accuracy(
 
 
 def bootstrap_interval(
-    difference: Array,  # [S, Q]
-    groups: Sequence | Array | None = None,
-    level: float = 0.95,
-    draws: int = 2000,
-    seed: int = 0,
+  difference: Array,  # [S, Q]
+  groups: Sequence | Array | None = None,
+  level: float = 0.95,
+  draws: int = 2000,
+  seed: int = 0,
 ) -> Estimate:
   """The cross-check of crossed_interval: percentiles of crossed_bootstrap.
 
@@ -173,15 +186,25 @@ def bootstrap_interval(
   drawn = crossed_bootstrap(difference[None], groups, draws, seed)[:, 0]
   low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
   units = int(group_index(groups, images).max()) + 1
-  return Estimate(float(difference.mean()), float(low), float(high), float(drawn.std(ddof=1)),
-                  np.nan, np.nan, seeds, images, units, 'bootstrap')
+  return Estimate(
+    float(difference.mean()),
+    float(low),
+    float(high),
+    float(drawn.std(ddof=1)),
+    np.nan,
+    np.nan,
+    seeds,
+    images,
+    units,
+    'bootstrap',
+  )
 
 
 def crossed_bootstrap(
-    values: Array,  # [K, S, Q]: K quantities on the same seeds and images
-    groups: Sequence | Array | None = None,
-    draws: int = 2000,
-    seed: int = 0,
+  values: Array,  # [K, S, Q]: K quantities on the same seeds and images
+  groups: Sequence | Array | None = None,
+  draws: int = 2000,
+  seed: int = 0,
 ) -> np.ndarray:  # [draws, K] means under the same resampled seeds and groups; NaN for one group
   """Means under seeds and groups resampled independently, counts_s^T values counts_g.
 
@@ -195,24 +218,31 @@ def crossed_bootstrap(
   units = int(group.max()) + 1
   if units < 2:
     return np.full((draws, quantities), np.nan)
-  rows = np.vstack([_group_sums(values.reshape(-1, images), group),
-                    np.bincount(group)])  # [K S + 1, G], the last row holds the group sizes
+  rows = np.vstack(
+    [_group_sums(values.reshape(-1, images), group), np.bincount(group)]
+  )  # [K S + 1, G], the last row holds the group sizes
   cells, count = np.unique(rows, axis=1, return_counts=True)  # [K S + 1, U]
   rng = np.random.default_rng(seed)
-  seed_counts = np.ones((draws, 1)) if seeds == 1 else rng.multinomial(
-      seeds - 1, np.full(seeds, 1 / seeds), draws)  # [draws, S]
+  seed_counts = (
+    np.ones((draws, 1))
+    if seeds == 1
+    else rng.multinomial(seeds - 1, np.full(seeds, 1 / seeds), draws)
+  )  # [draws, S]
   block = max(1, 2_000_000 // len(count))  # draws at a time, 16 MB
-  sums = np.concatenate([
+  sums = np.concatenate(
+    [
       rng.multinomial(units - 1, count / units, min(block, draws - start)) @ cells.T
-      for start in range(0, draws, block)])  # [draws, K S + 1]
+      for start in range(0, draws, block)
+    ]
+  )  # [draws, K S + 1]
   per_seed = sums[:, :-1].reshape(draws, quantities, seeds) / sums[:, -1, None, None]
   return np.einsum('bks,bs->bk', per_seed, seed_counts) / seed_counts.sum(1, keepdims=True)
 
 
 def equivalence(
-    difference: Array,  # [S, Q]
-    groups: Sequence | Array | None = None,
-    margin: float | None = None,  # None: 0.01, or 0.03 for fewer than SMALL_SET images
+  difference: Array,  # [S, Q]
+  groups: Sequence | Array | None = None,
+  margin: float | None = None,  # None: 0.01, or 0.03 for fewer than SMALL_SET images
 ) -> Equivalence:
   """'equivalent': the 90 % interval lies inside +-margin. 'different': the 95 % one excludes 0.
 
@@ -240,7 +270,9 @@ def mcnemar(first: Array, second: Array) -> McNemar:  # [Q] bool, [Q] bool
     raise ValueError(f'first {first.shape} and second {second.shape} must have one shape')
   b, c = int((first & ~second).sum()), int((second & ~first).sum())
   low, n = min(b, c), b + c
-  p = special.bdtr(low, n, 0.5) + (special.bdtr(low - 1, n, 0.5) if low else 0)  # 2 P(X <= low) - P(X = low)
+  p = special.bdtr(low, n, 0.5) + (
+    special.bdtr(low - 1, n, 0.5) if low else 0
+  )  # 2 P(X <= low) - P(X = low)
   return McNemar(b, c, float(p))
 
 
@@ -288,10 +320,10 @@ def _group_sums(values: np.ndarray, group: np.ndarray) -> np.ndarray:  # [m, Q],
 
 
 def _contributions(
-    values: np.ndarray,  # [S, Q]
-    weights: Array,  # [Q]
-    arms: Array,  # [Q] 0 or 1
-    groups: Sequence | Array | None,
+  values: np.ndarray,  # [S, Q]
+  weights: Array,  # [Q]
+  arms: Array,  # [Q] 0 or 1
+  groups: Sequence | Array | None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   """Each seed's estimate [S], what each group adds to it [S, G], and the groups of each arm."""
   group = group_index(groups, values.shape[1])
@@ -314,8 +346,18 @@ def _without_error(totals, images, units) -> Estimate:  # [S]
   """Two seeds: their range. A single group: no interval."""
   seeds, nan = len(totals), np.nan
   low, high = (float(totals.min()), float(totals.max())) if seeds == 2 else (nan, nan)
-  return Estimate(float(totals.mean()), low, high, nan, nan, nan, seeds, images, units,
-                  'range' if seeds == 2 else 'none')
+  return Estimate(
+    float(totals.mean()),
+    low,
+    high,
+    nan,
+    nan,
+    nan,
+    seeds,
+    images,
+    units,
+    'range' if seeds == 2 else 'none',
+  )
 
 
 def _bounded(correct, weights, groups, level) -> Estimate:
@@ -331,8 +373,18 @@ def _bounded(correct, weights, groups, level) -> Estimate:
   else:
     effective = min(p * (1 - p) / variance, seeds * images)
   low, high = _wilson(p, effective, special.stdtrit(df, (1 + level) / 2))
-  return Estimate(p, low, high, float(np.sqrt(variance)), float(df), np.nan, seeds, images, units,
-                  'crossed' if seeds > 2 else 'this checkpoint')
+  return Estimate(
+    p,
+    low,
+    high,
+    float(np.sqrt(variance)),
+    float(df),
+    np.nan,
+    seeds,
+    images,
+    units,
+    'crossed' if seeds > 2 else 'this checkpoint',
+  )
 
 
 def _wilson(p: float, n: float, quantile: float) -> tuple[float, float]:

@@ -15,22 +15,29 @@ ROWS = 4096  # images scored at a time: with 1,000 classes 32 MB
 
 
 def class_matrix(
-    encode_text: Callable[[list[str]], Array],  # n texts -> [n, E] float32, of any length
-    classes: Sequence[str],  # C names
-    templates: Sequence[str],  # M texts; '{}' takes the class name
-    batch_size: int = 1024,  # texts; the last batch is shorter
+  encode_text: Callable[[list[str]], Array],  # n texts -> [n, E] float32, of any length
+  classes: Sequence[str],  # C names
+  templates: Sequence[str],  # M texts; '{}' takes the class name
+  batch_size: int = 1024,  # texts; the last batch is shorter
 ) -> np.ndarray:  # [C, E] float32, unit norm
   """Per class: encode every template, normalise, average, normalise (CLIP's prompt ensemble)."""
   if not classes or not templates:
-    raise ConfigError(f'zero-shot needs classes and templates: got {len(classes)} classes and '
-                      f'{len(templates)} templates.')
+    raise ConfigError(
+      f'zero-shot needs classes and templates: got {len(classes)} classes and '
+      f'{len(templates)} templates.'
+    )
   for template in templates:
     if '{}' not in template:
-      raise ConfigError(f"the template {template!r} has no '{{}}' where the class name goes; "
-                        'add one.')
+      raise ConfigError(
+        f"the template {template!r} has no '{{}}' where the class name goes; add one."
+      )
   texts = [template.replace('{}', name) for name in classes for template in templates]
-  encoded = np.concatenate([np.asarray(encode_text(texts[i:i + batch_size]), np.float64)
-                            for i in range(0, len(texts), batch_size)])  # [C M, E]
+  encoded = np.concatenate(
+    [
+      np.asarray(encode_text(texts[i : i + batch_size]), np.float64)
+      for i in range(0, len(texts), batch_size)
+    ]
+  )  # [C M, E]
   if len(encoded) != len(texts):
     raise ValueError(f'encode_text must give a row a text: got {encoded.shape} for {len(texts)}')
   mean = unit(_nonzero(encoded)).reshape(len(classes), len(templates), -1).mean(1)  # [C, E]
@@ -38,10 +45,10 @@ def class_matrix(
 
 
 def predict(
-    image: Array,  # [n, E] float32; the norm does not matter
-    classes: Array,  # [C, E] float32, the class matrix
-    mask: Array | None = None,  # [C] bool: the classes that may be answered
-    usable: Array | None = None,  # [n] bool: an image that is not answers -1
+  image: Array,  # [n, E] float32; the norm does not matter
+  classes: Array,  # [C, E] float32, the class matrix
+  mask: Array | None = None,  # [C] bool: the classes that may be answered
+  usable: Array | None = None,  # [n] bool: an image that is not answers -1
 ) -> np.ndarray:  # [n, min(5, C)] int32, best first, ties lowest class; -1 where none is left
   """The best five classes of each image; the mask applies before the argmax.
 
@@ -50,13 +57,15 @@ def predict(
   """
   image, classes = np.asarray(image), np.asarray(classes, np.float64)
   if image.ndim != 2 or classes.ndim != 2 or image.shape[1] != classes.shape[1]:
-    raise ValueError(f'image [n, E] and classes [C, E] must agree in E: got {image.shape} and '
-                     f'{classes.shape}')
+    raise ValueError(
+      f'image [n, E] and classes [C, E] must agree in E: got {image.shape} and {classes.shape}'
+    )
   mask = np.ones(len(classes), bool) if mask is None else np.asarray(mask)
   usable = np.ones(len(image), bool) if usable is None else np.asarray(usable)
   if mask.dtype != bool or mask.shape != classes.shape[:1] or not mask.any():
-    raise ValueError(f'mask must be bool [{len(classes)}] with a class left: got {mask.dtype} '
-                     f'{mask.shape}')
+    raise ValueError(
+      f'mask must be bool [{len(classes)}] with a class left: got {mask.dtype} {mask.shape}'
+    )
   if usable.dtype != bool or usable.shape != image.shape[:1]:
     raise ValueError(f'usable must be bool [{len(image)}]: got {usable.dtype} {usable.shape}')
   allowed = np.flatnonzero(mask)
@@ -76,9 +85,9 @@ def predict(
 
 
 def score(
-    label: Array,  # [n] int in 0..C-1
-    top5: Array,  # [n, k] int32 from predict
-    classes: int,  # C
+  label: Array,  # [n] int in 0..C-1
+  top5: Array,  # [n, k] int32 from predict
+  classes: int,  # C
 ) -> dict:
   """top1, top5, mean_per_class (floats), per_class ([C] float64, NaN where no image has the class).
 
@@ -88,17 +97,21 @@ def score(
   """
   label, top5 = np.asarray(label), np.asarray(top5)
   if label.ndim != 1 or not len(label) or top5.ndim != 2 or len(top5) != len(label):
-    raise ValueError(f'label [n] and top5 [n, k] must agree and hold an image: got {label.shape} '
-                     f'and {top5.shape}')
+    raise ValueError(
+      f'label [n] and top5 [n, k] must agree and hold an image: got {label.shape} and {top5.shape}'
+    )
   if label.min() < 0 or label.max() >= classes:
     raise ValueError(f'labels must lie in 0..{classes - 1}: got {label.min()} to {label.max()}')
   hit = top5 == label[:, None]  # [n, k]
   images = np.bincount(label, minlength=classes)
   right = np.bincount(label, hit[:, 0], classes)
   per_class = np.where(images > 0, right / np.maximum(images, 1), np.nan)  # [C]
-  return {'top1': float(hit[:, 0].mean()), 'top5': float(hit.any(1).mean()),
-          'mean_per_class': float(np.nanmean(per_class)), 'per_class': per_class}
-
+  return {
+    'top1': float(hit[:, 0].mean()),
+    'top5': float(hit.any(1).mean()),
+    'mean_per_class': float(np.nanmean(per_class)),
+    'per_class': per_class,
+  }
 
 
 def _nonzero(x: np.ndarray) -> np.ndarray:  # [m, E] float64

@@ -10,6 +10,7 @@ from clip_jax.core.types import Array
 @dataclasses.dataclass(frozen=True)
 class BaseRows:
   """Where each dataset's rows begin in the base set."""
+
   names: tuple[str, ...]
   lengths: tuple[int, ...]
 
@@ -18,9 +19,9 @@ class BaseRows:
     return [0, *np.cumsum(self.lengths).tolist()]
 
   def own(
-      self,
-      rows: Array,  # [n] int64, sorted
+    self,
+    rows: Array,  # [n] int64, sorted
   ) -> dict[str, Array]:
     """Returns dataset -> its own rows among rows of the base set, sorted."""
     cuts = np.searchsorted(rows, self.starts)
-    return {name: rows[cuts[i]:cuts[i + 1]] - self.starts[i] for i, name in enumerate(self.names)}
+    return {name: rows[cuts[i] : cuts[i + 1]] - self.starts[i] for i, name in enumerate(self.names)}

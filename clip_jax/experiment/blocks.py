@@ -8,19 +8,53 @@ from clip_jax import defaults
 from clip_jax.core import config as config_lib
 from clip_jax.pruning import rules
 
-POOL, ANCHOR, GLYPHS, ANCHOR_CLASSES, PLANTED, SIZES = 'pool', 'anchor', 'glyphs', 'anchor_classes', 'planted', 'sizes'
-RESERVED = (POOL, ANCHOR, GLYPHS, ANCHOR_CLASSES, PLANTED, SIZES)  # names that no benchmark and no reference may have
-TRAINED = (POOL, ANCHOR, PLANTED)  # datasets whose samples need a caption; the base set has their rows in this order
-VECTORS = 'embeddings'             # the format whose files are vectors
+POOL, ANCHOR, GLYPHS, ANCHOR_CLASSES, PLANTED, SIZES = (
+  'pool',
+  'anchor',
+  'glyphs',
+  'anchor_classes',
+  'planted',
+  'sizes',
+)
+RESERVED = (
+  POOL,
+  ANCHOR,
+  GLYPHS,
+  ANCHOR_CLASSES,
+  PLANTED,
+  SIZES,
+)  # names that no benchmark and no reference may have
+TRAINED = (
+  POOL,
+  ANCHOR,
+  PLANTED,
+)  # datasets whose samples need a caption; the base set has their rows in this order
+VECTORS = 'embeddings'  # the format whose files are vectors
 # Config keys that change what a training run learns, beside the model, the preprocessing and the seed.
-RECIPE = tuple(f'train.{key}' for key in (
-    'batch_size', 'learning_rate', 'warmup_steps', 'weight_decay', 'beta1', 'beta2', 'eps', 'dtype', 'loss',
-    'patch_dropout', 'order', 'jpeg_shrink'))
+RECIPE = tuple(
+  f'train.{key}'
+  for key in (
+    'batch_size',
+    'learning_rate',
+    'warmup_steps',
+    'weight_decay',
+    'beta1',
+    'beta2',
+    'eps',
+    'dtype',
+    'loss',
+    'patch_dropout',
+    'order',
+    'jpeg_shrink',
+  )
+)
 
 
 def has_anchor(config: ConfigDict) -> bool:
   """Returns whether an anchor is configured: an audit's has the format of vectors and may have no path."""
-  return bool(config.anchor.format) and (config.anchor.format != VECTORS or bool(config.anchor.path))
+  return bool(config.anchor.format) and (
+    config.anchor.format != VECTORS or bool(config.anchor.path)
+  )
 
 
 def datasets(config: ConfigDict) -> dict[str, ConfigDict]:
@@ -29,15 +63,24 @@ def datasets(config: ConfigDict) -> dict[str, ConfigDict]:
   The copies of a benchmark that are planted come last: they are drawn once that benchmark is indexed.
   """
   anchor = {ANCHOR: config.anchor} if has_anchor(config) else {}
-  return {POOL: config.pool, **anchor, **{name: config.benchmarks[name] for name in config.benchmarks},
-          **{name: config.references[name] for name in config.references if not is_prompts(config, name)},
-          **({PLANTED: _planted_block(config)} if config.planted.benchmark else {})}
+  return {
+    POOL: config.pool,
+    **anchor,
+    **{name: config.benchmarks[name] for name in config.benchmarks},
+    **{name: config.references[name] for name in config.references if not is_prompts(config, name)},
+    **({PLANTED: _planted_block(config)} if config.planted.benchmark else {}),
+  }
 
 
 def _planted_block(config: ConfigDict) -> ConfigDict:
   """Returns the block of the dataset of planted copies, which are tars that the stage ingest draws."""
-  return defaults.dataset(format=PLANTED, label_key='label', group_key='group', columns=('query', 'kind', 'copy'),
-                          classes=tuple(config.benchmarks[config.planted.benchmark].classes))
+  return defaults.dataset(
+    format=PLANTED,
+    label_key='label',
+    group_key='group',
+    columns=('query', 'kind', 'copy'),
+    classes=tuple(config.benchmarks[config.planted.benchmark].classes),
+  )
 
 
 def trained(config: ConfigDict) -> list[str]:
@@ -49,7 +92,9 @@ def flatten(block: ConfigDict, prefix: str = '') -> list[tuple[str, ConfigDict]]
   """Returns (prefix, block) of each source of a dataset; one for any format but 'concat'."""
   if block.format != 'concat':
     return [(prefix, block)]
-  return [pair for name in block.sources for pair in flatten(block.sources[name], f'{prefix}{name}/')]
+  return [
+    pair for name in block.sources for pair in flatten(block.sources[name], f'{prefix}{name}/')
+  ]
 
 
 def parts(config: ConfigDict, dataset: str) -> list[ConfigDict]:
@@ -80,7 +125,9 @@ def further_embedders(config: ConfigDict, stage: str = 'embed') -> list[str]:
   names = set(config.prune.sensitivity)
   if stage != 'search':
     names |= {config.prune.preview, config.dedup.embedder if config.dedup.enabled else ''}
-  return [name for name in config.embedders if name in names and stage in ('embedder', 'embed', 'search')]
+  return [
+    name for name in config.embedders if name in names and stage in ('embedder', 'embed', 'search')
+  ]
 
 
 def embedded_datasets(config: ConfigDict, embedder: str = '') -> list[str]:
@@ -182,7 +229,11 @@ def runs(config: ConfigDict) -> list[tuple[str, int]]:
   """Returns every (split, seed) that the config trains, the first seeds of all splits first; of vectors, none."""
   if not has_own_images(config, POOL):
     return []
-  pairs = [(order, split, seed) for split in config.splits for order, seed in enumerate(seeds(config, split))]
+  pairs = [
+    (order, split, seed)
+    for split in config.splits
+    for order, seed in enumerate(seeds(config, split))
+  ]
   return [(split, seed) for _, split, seed in sorted(pairs, key=lambda pair: pair[0])]
 
 

@@ -1,9 +1,9 @@
 """One experiment: a config, its work directory, and the embedder through which similarity is seen."""
 
+from collections.abc import Callable
 import dataclasses
 import functools
 import os
-from collections.abc import Callable
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -18,6 +18,7 @@ class Experiment:
 
   The products of a further embedder lie in WORKDIR/embedders/<name>/, laid out as those of the main one.
   """
+
   config: ConfigDict
   workdir: str
   embedder: str = ''

@@ -5,9 +5,9 @@ it (core/products.py). One method makes one kind of product; `Graph.of` lists th
 they are made. The studies beside the paper add theirs (studies/).
 """
 
+from collections.abc import Callable
 import functools
 import os
-from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
@@ -22,24 +22,48 @@ from clip_jax.pruning import exports
 
 # Keys of a dataset block that say where its files are (a file of labels counts by its content), or what is done with
 # it later; all others change what its index holds.
-_NOT_IN_INDEX = ('path', 'sources', 'labels_file', 'templates', 'class_mask', 'domain_column', 'metadata', 'any_norm',
-                 'images')
+_NOT_IN_INDEX = (
+  'path',
+  'sources',
+  'labels_file',
+  'templates',
+  'class_mask',
+  'domain_column',
+  'metadata',
+  'any_norm',
+  'images',
+)
 # Keys of config.dedup that change no mark: the vectors are inputs, the audit is a product of its own.
 _NOT_IN_MARKS = ('embedder', 'audit_rows')
 # Keys that the page shows. What the runs were made with is in their own fingerprints.
-_ON_PAGE = ('splits', 'report', 'prune', 'dedup', 'search.backend', 'search.top_k', 'embedder.source', 'embedder.seed',
-            'model', 'train.budget', 'train.samples', 'train.epochs', 'train.seeds')
+_ON_PAGE = (
+  'splits',
+  'report',
+  'prune',
+  'dedup',
+  'search.backend',
+  'search.top_k',
+  'embedder.source',
+  'embedder.seed',
+  'model',
+  'train.budget',
+  'train.samples',
+  'train.epochs',
+  'train.seeds',
+)
 WEIGHTS = 'the content of config.embedder.path'
 
 
 def _remembered(method: Callable) -> Callable:
   """Makes a method answer from the graph's own memory: products read one another's many times."""
+
   @functools.wraps(method)
   def wrapper(self, *args):
     key = (method.__name__, *args)
     if key not in self._memory:
       self._memory[key] = method(self, *args)
     return self._memory[key]
+
   return wrapper
 
 
@@ -52,9 +76,17 @@ class Graph:
 
   def of(self, stage: str) -> list[Product]:
     """Returns the products of a stage, those of further embedders after those of the main one."""
-    lists = {'ingest': self._ingest, 'embedder': self._embedders, 'embed': self._embed, 'dedup': self._dedup,
-             'search': self._search, 'prune': self._prune, 'train': self._train, 'evaluate': self._evaluate,
-             'report': self._report}
+    lists = {
+      'ingest': self._ingest,
+      'embedder': self._embedders,
+      'embed': self._embed,
+      'dedup': self._dedup,
+      'search': self._search,
+      'prune': self._prune,
+      'train': self._train,
+      'evaluate': self._evaluate,
+      'report': self._report,
+    }
     return list({product.name: product for product in lists[stage]()}.values())
 
   def everything(self) -> list[Product]:
@@ -81,15 +113,28 @@ class Graph:
     if not name:
       return []
     keys = blocks.pick(self.config, ['planted', f'benchmarks.{name}.classes'])
-    return [Product(f'ingest/planted/tars/{i:05d}', 'planted tar', (i,), keys, (self.index(name),),
-                    batch='ingest/planted/tars') for i in range(len(self.shards(name)))]
+    return [
+      Product(
+        f'ingest/planted/tars/{i:05d}',
+        'planted tar',
+        (i,),
+        keys,
+        (self.index(name),),
+        batch='ingest/planted/tars',
+      )
+      for i in range(len(self.shards(name)))
+    ]
 
   @_remembered
   def index_shards(self, dataset: str) -> list[Product]:
     """The index files of a dataset, one a shard."""
     products = []
     for shard in self.shards(dataset):
-      keys = {f'{dataset}.{key}': value for key, value in blocks.plain(shard.block).items() if key not in _NOT_IN_INDEX}
+      keys = {
+        f'{dataset}.{key}': value
+        for key, value in blocks.plain(shard.block).items()
+        if key not in _NOT_IN_INDEX
+      }
       keys[f'{dataset}.needs_caption'] = dataset in blocks.TRAINED
       inputs, stamps = (), {}
       if shard.block.format == GLYPHS:
@@ -98,28 +143,60 @@ class Graph:
         inputs = (self.planted_tars()[shard.number],)
       else:
         stamps = shard.stamps(self.config.ingest.check_content)
-      products.append(Product(f'ingest/{dataset}/index-{shard.number:05d}', 'index shard', (dataset, shard.number),
-                              keys, inputs, sources=stamps, batch=f'ingest/{dataset}/index'))
+      products.append(
+        Product(
+          f'ingest/{dataset}/index-{shard.number:05d}',
+          'index shard',
+          (dataset, shard.number),
+          keys,
+          inputs,
+          sources=stamps,
+          batch=f'ingest/{dataset}/index',
+        )
+      )
     return products
 
   @_remembered
   def index(self, dataset: str) -> Product:
     """The whole index of a dataset: the loader's table over all its shards."""
-    return Product(f'ingest/{dataset}/index', 'index', (dataset,), inputs=tuple(self.index_shards(dataset)),
-                   is_cheap=True)
+    return Product(
+      f'ingest/{dataset}/index',
+      'index',
+      (dataset,),
+      inputs=tuple(self.index_shards(dataset)),
+      is_cheap=True,
+    )
 
   def summary(self, dataset: str) -> Product:
     """What the index of a dataset holds, in numbers."""
-    return Product(f'ingest/{dataset}/summary', 'summary', (dataset,), inputs=(self.index(dataset),), is_cheap=True)
+    return Product(
+      f'ingest/{dataset}/summary',
+      'summary',
+      (dataset,),
+      inputs=(self.index(dataset),),
+      is_cheap=True,
+    )
 
   def dataset(self, name: str) -> list[Product]:
     """All that is made at ingest of one dataset, what is drawn for it first."""
-    drawn = [self.drawn()] if any(part.format == GLYPHS for part in blocks.parts(self.config, name)) else []
-    return [*drawn, *(self.planted_tars() if name == PLANTED else []), *self.index_shards(name), self.index(name)]
+    drawn = (
+      [self.drawn()]
+      if any(part.format == GLYPHS for part in blocks.parts(self.config, name))
+      else []
+    )
+    return [
+      *drawn,
+      *(self.planted_tars() if name == PLANTED else []),
+      *self.index_shards(name),
+      self.index(name),
+    ]
 
   def _ingest(self) -> list[Product]:
-    return [product for name in blocks.datasets(self.config)
-            for product in (*self.dataset(name), self.summary(name))]
+    return [
+      product
+      for name in blocks.datasets(self.config)
+      for product in (*self.dataset(name), self.summary(name))
+    ]
 
   # ------------------------------------------------------------------------------------------------ embedder, embed
 
@@ -130,9 +207,12 @@ class Graph:
   def vector_shards(self, dataset: str) -> dict[int, Shard]:
     """Number -> shard of those shards of a dataset that are vectors; none where it has images only."""
     if blocks.has_own_images(self.config, dataset) and blocks.VECTORS not in {
-        part.format for part in blocks.parts(self.config, dataset)}:
+      part.format for part in blocks.parts(self.config, dataset)
+    }:
       return {}
-    return {shard.number: shard for shard in self.shards(dataset) if shard.block.format == blocks.VECTORS}
+    return {
+      shard.number: shard for shard in self.shards(dataset) if shard.block.format == blocks.VECTORS
+    }
 
   @_remembered
   def embedder(self, embedder: str = '') -> Product:
@@ -145,32 +225,55 @@ class Graph:
     where = f'embedders.{embedder}' if embedder else 'embedder'
     picked = lambda *keys: {f'{where}.{key}': blocks.plain(block[key]) for key in ('source', *keys)}
     if block.source == 'weights':
-      return Product(name, 'embedder', keys=picked('name'), sources=weights_content(block.path), embedder=embedder)
+      return Product(
+        name,
+        'embedder',
+        keys=picked('name'),
+        sources=weights_content(block.path),
+        embedder=embedder,
+      )
     if block.source == 'files':
       return Product(name, 'embedder', keys=picked(), embedder=embedder)
     keys = picked('image_size', 'seed') | blocks.pick(self.config, ['preprocess.resize'])
     if block.source in embedders.EMBEDDERS:
       keys |= picked('dim', 'fit_images')
     else:
-      keys |= picked('samples') | blocks.pick(self.config, ['model', 'preprocess', *blocks.recipe(self.config)])
-    fitted_on = tuple(self.index(dataset) for dataset in (POOL, ANCHOR) if dataset in blocks.datasets(self.config))
+      keys |= picked('samples') | blocks.pick(
+        self.config, ['model', 'preprocess', *blocks.recipe(self.config)]
+      )
+    fitted_on = tuple(
+      self.index(dataset) for dataset in (POOL, ANCHOR) if dataset in blocks.datasets(self.config)
+    )
     return Product(name, 'embedder', keys=keys, untracked=fitted_on, version=2, embedder=embedder)
 
   def _embedders(self) -> list[Product]:
-    return [self.embedder(name) for name in ('', *blocks.further_embedders(self.config, 'embedder'))]
+    return [
+      self.embedder(name) for name in ('', *blocks.further_embedders(self.config, 'embedder'))
+    ]
 
   @_remembered
   def embeddings(self, dataset: str, embedder: str = '') -> list[Product]:
     """The embeddings of a dataset, one product a shard. Vectors from files are the same with any embedder."""
     vectors, folder = self.vector_shards(dataset), f'{_home(embedder)}embeddings/{dataset}'
-    return [Product(f'{folder}/{i:05d}', 'vectors' if i in vectors else 'embeddings', (dataset, i),
-                    inputs=(*([] if i in vectors else [self.embedder(embedder)]), part), embedder=embedder,
-                    batch=f'{folder}/embed') for i, part in enumerate(self.index_shards(dataset))]
+    return [
+      Product(
+        f'{folder}/{i:05d}',
+        'vectors' if i in vectors else 'embeddings',
+        (dataset, i),
+        inputs=(*([] if i in vectors else [self.embedder(embedder)]), part),
+        embedder=embedder,
+        batch=f'{folder}/embed',
+      )
+      for i, part in enumerate(self.index_shards(dataset))
+    ]
 
   def _embed(self) -> list[Product]:
-    return [product for embedder in ('', *blocks.further_embedders(self.config))
-            for dataset in blocks.embedded_datasets(self.config, embedder)
-            for product in self.embeddings(dataset, embedder)]
+    return [
+      product
+      for embedder in ('', *blocks.further_embedders(self.config))
+      for dataset in blocks.embedded_datasets(self.config, embedder)
+      for product in self.embeddings(dataset, embedder)
+    ]
 
   # ------------------------------------------------------------------------------------------------ dedup
 
@@ -178,7 +281,11 @@ class Graph:
   def marks(self) -> Product:
     """Which pool rows are near-duplicates of others."""
     config = self.config
-    keys = {f'dedup.{key}': value for key, value in blocks.plain(config.dedup).items() if key not in _NOT_IN_MARKS}
+    keys = {
+      f'dedup.{key}': value
+      for key, value in blocks.plain(config.dedup).items()
+      if key not in _NOT_IN_MARKS
+    }
     inputs = list(self.embeddings(POOL, config.dedup.embedder))
     if blocks.has_anchor(config):  # which pool rows are anchor rows
       inputs += self.index_shards(ANCHOR)
@@ -196,50 +303,88 @@ class Graph:
     """The pool shards searched with a target: a benchmark, the anchor's classes, a reference."""
     config, keys, at_least = self.config, {}, {}
     if target in config.references and blocks.is_prompts(config, target):
-      keys = {f'references.{target}.{key}': blocks.plain(config.references[target][key])
-              for key in ('classes', 'templates')}
+      keys = {
+        f'references.{target}.{key}': blocks.plain(config.references[target][key])
+        for key in ('classes', 'templates')
+      }
       reads = [self.embedder(embedder)]
     elif target in config.references:  # it has no thresholds and no lists
       reads = self.embeddings(target, embedder)
     else:
-      keys = blocks.pick(config, ['search.backend', *(['search.candidates'] if self._is_scann() else [])])
+      keys = blocks.pick(
+        config, ['search.backend', *(['search.candidates'] if self._is_scann() else [])]
+      )
       reads = list(self.embeddings(ANCHOR, embedder)) if blocks.has_anchor(config) else []
       if target != ANCHOR_CLASSES:
         reads += self.embeddings(target, embedder)
-        at_least = {'search.top_k': config.search.top_k}  # longer lists begin with those that are asked for
+        at_least = {
+          'search.top_k': config.search.top_k
+        }  # longer lists begin with those that are asked for
     home = _home(embedder)
-    return [Product(f'{home}search/{target}/pool-{i:05d}', 'search shard', (target, i), keys, (part, *reads),
-                    at_least=at_least, embedder=embedder, batch=f'{home}search/pass')
-            for i, part in enumerate(self.embeddings(POOL, embedder))]
+    return [
+      Product(
+        f'{home}search/{target}/pool-{i:05d}',
+        'search shard',
+        (target, i),
+        keys,
+        (part, *reads),
+        at_least=at_least,
+        embedder=embedder,
+        batch=f'{home}search/pass',
+      )
+      for i, part in enumerate(self.embeddings(POOL, embedder))
+    ]
 
   @_remembered
   def queries(self, benchmark: str, embedder: str = '') -> Product:
     """The results of each query over the whole pool."""
     keys = ['search.top_k', *(['search.recall_queries', 'search.seed'] if self._is_scann() else [])]
     home = _home(embedder)
-    return Product(f'{home}search/{benchmark}/queries', 'queries', (benchmark,), blocks.pick(self.config, keys),
-                   tuple(self.search_shards(benchmark, embedder)), embedder=embedder, batch=f'{home}search/pass',
-                   is_cheap=True)
+    return Product(
+      f'{home}search/{benchmark}/queries',
+      'queries',
+      (benchmark,),
+      blocks.pick(self.config, keys),
+      tuple(self.search_shards(benchmark, embedder)),
+      embedder=embedder,
+      batch=f'{home}search/pass',
+      is_cheap=True,
+    )
 
   @_remembered
   def anchor_lists(self, benchmark: str, k: int) -> Product:
     """The k nearest anchor rows of each query, for splits of rule k_aligned."""
     reads = (*self.embeddings(ANCHOR), *self.embeddings(benchmark))
-    return Product(f'search/{benchmark}/anchor-k{k}', 'anchor lists', (benchmark, k), {'splits.k': k}, reads)
+    return Product(
+      f'search/{benchmark}/anchor-k{k}', 'anchor lists', (benchmark, k), {'splits.k': k}, reads
+    )
 
   @_remembered
   def pairs(self, benchmark: str, k: int) -> list[Product]:
     """The pairs of queries and pool rows that are nearer than the k-th anchor row, one product a pool shard."""
     searched = zip(self.search_shards(benchmark), self.embeddings(POOL), strict=True)
-    return [Product(f'search/{benchmark}/pairs-k{k}-{i:05d}', 'pairs', (benchmark, k, i), {'splits.k': k},
-                    (self.anchor_lists(benchmark, k), *parts), batch=f'search/{benchmark}/pairs-k{k}')
-            for i, parts in enumerate(searched)]
+    return [
+      Product(
+        f'search/{benchmark}/pairs-k{k}-{i:05d}',
+        'pairs',
+        (benchmark, k, i),
+        {'splits.k': k},
+        (self.anchor_lists(benchmark, k), *parts),
+        batch=f'search/{benchmark}/pairs-k{k}',
+      )
+      for i, parts in enumerate(searched)
+    ]
 
   def truncation(self, benchmark: str) -> Product:
     """How many rows the published truncation misses of a benchmark."""
-    return Product(f'search/{benchmark}/paper', 'truncation', (benchmark,),
-                   blocks.pick(self.config, ['search.paper_top_k']),
-                   (*self.search_shards(benchmark), self.queries(benchmark)), is_cheap=True)
+    return Product(
+      f'search/{benchmark}/paper',
+      'truncation',
+      (benchmark,),
+      blocks.pick(self.config, ['search.paper_top_k']),
+      (*self.search_shards(benchmark), self.queries(benchmark)),
+      is_cheap=True,
+    )
 
   def sizes(self) -> Product:
     """How many candidates are over each threshold, of every benchmark and of all together."""
@@ -250,8 +395,14 @@ class Graph:
       reads.append(self.marks())
     elif blocks.has_anchor(config):  # which pool rows are anchor rows
       reads += self.index_shards(ANCHOR)
-    return Product(f'search/{SIZES}', 'sizes', keys={'benchmarks': list(config.benchmarks)}, inputs=tuple(reads),
-                   is_cheap=True, waits=True)
+    return Product(
+      f'search/{SIZES}',
+      'sizes',
+      keys={'benchmarks': list(config.benchmarks)},
+      inputs=tuple(reads),
+      is_cheap=True,
+      waits=True,
+    )
 
   def _is_scann(self) -> bool:
     return self.config.search.backend == 'scann'
@@ -262,8 +413,12 @@ class Graph:
       for target in blocks.targets(config, embedder):
         products += self.search_shards(target, embedder)
       products += [self.queries(name, embedder) for name in config.benchmarks]
-    asked = {(name, split.k) for split in config.splits.values() if split.rule == 'k_aligned'
-             for name in split.benchmarks}
+    asked = {
+      (name, split.k)
+      for split in config.splits.values()
+      if split.rule == 'k_aligned'
+      for name in split.benchmarks
+    }
     for name, k in sorted(asked):
       products += [self.anchor_lists(name, k), *self.pairs(name, k)]
     if config.search.paper_top_k and blocks.has_anchor(config) and not self._is_scann():
@@ -279,7 +434,10 @@ class Graph:
     """The rows on which (split, seed) trains. One that is not drawn has the same for each seed."""
     config, block, rule = self.config, self.config.splits[split], blocks.rule_of(self.config, split)
     keys = {f'splits.{key}': value for key, value in blocks.parameters(config, split).items()}
-    keys |= {'splits.rule': block.rule, 'splits.append_anchor': blocks.appends_anchor(config, split)}
+    keys |= {
+      'splits.rule': block.rule,
+      'splits.append_anchor': blocks.appends_anchor(config, split),
+    }
     if 'draw' in rule.needs:
       keys['draw'] = seed
     stamps = {}
@@ -292,30 +450,61 @@ class Graph:
     if config.dedup.enabled:
       inputs.append(self.marks())
     if 'anchor_classes' in rule.needs and ANCHOR_CLASSES not in blocks.targets(config):
-      raise ConfigError(f'The split {split} needs the anchor\'s classes, and config.anchor has no labels. Give '
-                        'config.anchor.label_key.')
-    for name in (*block.benchmarks, *([ANCHOR_CLASSES] if 'anchor_classes' in rule.needs else []),
-                 *([block.reference] if block.reference else [])):
+      raise ConfigError(
+        f"The split {split} needs the anchor's classes, and config.anchor has no labels. Give "
+        'config.anchor.label_key.'
+      )
+    for name in (
+      *block.benchmarks,
+      *([ANCHOR_CLASSES] if 'anchor_classes' in rule.needs else []),
+      *([block.reference] if block.reference else []),
+    ):
       inputs += self.search_shards(name)
     if 'pairs' in rule.needs:
       for name in block.benchmarks:
         inputs += [self.anchor_lists(name, block.k), *self.pairs(name, block.k)]
-    inputs += [self.rows(other, blocks.seed_of(config, split, other, seed))
-               for other in blocks.read_splits(config, split)]
+    inputs += [
+      self.rows(other, blocks.seed_of(config, split, other, seed))
+      for other in blocks.read_splits(config, split)
+    ]
     # Thresholds are of the anchor's and the benchmark's embeddings alone, as the shards are: longer lists of
     # neighbours leave the rows as they are.
     thresholds = tuple(self.queries(name) for name in block.benchmarks)
-    return Product(rows_name(config, split, seed), 'rows', (split, seed), keys, tuple(inputs),
-                   thresholds, stamps, batch='splits/rows', is_cheap=True)
+    return Product(
+      rows_name(config, split, seed),
+      'rows',
+      (split, seed),
+      keys,
+      tuple(inputs),
+      thresholds,
+      stamps,
+      batch='splits/rows',
+      is_cheap=True,
+    )
 
   def split(self, split: str) -> Product:
     """What is known of a split: split.json, and the figures of its queries."""
-    keys = blocks.pick(self.config, ['prune.check_queries', 'prune.duplicate_similarity', 'dedup.threshold',
-                                     'pool.domain_column', 'pool.label_key'])
+    keys = blocks.pick(
+      self.config,
+      [
+        'prune.check_queries',
+        'prune.duplicate_similarity',
+        'dedup.threshold',
+        'pool.domain_column',
+        'pool.label_key',
+      ],
+    )
     reads = [self.rows(split, seed) for seed in blocks.draws(self.config, split)]
     reads += [self.queries(name) for name in self.config.splits[split].benchmarks]
-    return Product(f'splits/{split}/split', 'split', (split,), keys, tuple(reads), batch='splits/splits',
-                   is_cheap=True)
+    return Product(
+      f'splits/{split}/split',
+      'split',
+      (split,),
+      keys,
+      tuple(reads),
+      batch='splits/splits',
+      is_cheap=True,
+    )
 
   def export(self, split: str, seed: int, kind: str) -> Product:
     """What a split is written as for other programs: a list of keys, or copies of its samples (and their sizes)."""
@@ -324,26 +513,44 @@ class Graph:
     rows = self.rows(split, seed)
     if kind in exports.LISTS:
       indexes = [self.index(name) for name in (POOL, ANCHOR) if name in blocks.datasets(config)]
-      return Product(f'{place}/{os.path.splitext(exports.LISTS[kind])[0]}', 'list', (split, seed, kind),
-                     blocks.pick(config, ['prune.export_key']), (rows, *indexes), is_cheap=True)
-    return Product(f'{place}/{kind}/sizes', 'copies', (split, seed, kind),
-                   inputs=(rows, *(part for name in blocks.trained(config) for part in self.index_shards(name))),
-                   is_cheap=True)
+      return Product(
+        f'{place}/{os.path.splitext(exports.LISTS[kind])[0]}',
+        'list',
+        (split, seed, kind),
+        blocks.pick(config, ['prune.export_key']),
+        (rows, *indexes),
+        is_cheap=True,
+      )
+    return Product(
+      f'{place}/{kind}/sizes',
+      'copies',
+      (split, seed, kind),
+      inputs=(rows, *(part for name in blocks.trained(config) for part in self.index_shards(name))),
+      is_cheap=True,
+    )
 
   @_remembered
   def listed_sha256(self, split: str) -> str:
     """The sha256 of the file that a split of the rule 'listed' names."""
     path = os.path.expanduser(self.config.splits[split].file)
     if not os.path.isfile(path):
-      raise InputError(f'config.splits.{split}.file={path!r} is not there. Give a .npy, .parquet or .txt of keys.')
+      raise InputError(
+        f'config.splits.{split}.file={path!r} is not there. Give a .npy, .parquet or .txt of keys.'
+      )
     return files.sha256(path)
 
   def _prune(self) -> list[Product]:
     config, splits = self.config, blocks.in_order(self.config)
-    return [*(self.rows(split, seed) for split in splits for seed in blocks.draws(config, split)),
-            *(self.split(split) for split in splits),
-            *(self.export(split, seed, kind) for split in config.splits for seed in blocks.draws(config, split)
-              for kind in config.splits[split].export)]
+    return [
+      *(self.rows(split, seed) for split in splits for seed in blocks.draws(config, split)),
+      *(self.split(split) for split in splits),
+      *(
+        self.export(split, seed, kind)
+        for split in config.splits
+        for seed in blocks.draws(config, split)
+        for kind in config.splits[split].export
+      ),
+    ]
 
   # ------------------------------------------------------------------------------------------------ train, evaluate
 
@@ -351,13 +558,32 @@ class Graph:
   def run(self, split: str, seed: int) -> Product:
     """One training run. Its keys are what changes the data it sees and the steps it takes."""
     config = self.config
-    keys = blocks.pick(config, ['model', 'train.budget', f'train.{config.train.budget}', 'preprocess.mean',
-                                'preprocess.std', 'preprocess.crop_scale', *blocks.recipe(config)])
+    keys = blocks.pick(
+      config,
+      [
+        'model',
+        'train.budget',
+        f'train.{config.train.budget}',
+        'preprocess.mean',
+        'preprocess.std',
+        'preprocess.crop_scale',
+        *blocks.recipe(config),
+      ],
+    )
     drawn = blocks.draws(config, split)
-    indexes = [self.index(name) for name in blocks.trained(config)
-               if name != PLANTED or blocks.holds_planted(config, split)]
-    return Product(f'train/{split}/seed{seed}/run', 'run', (split, seed), {**keys, 'seed': seed},
-                   (self.rows(split, seed if seed in drawn else drawn[0]), *indexes), version=2)
+    indexes = [
+      self.index(name)
+      for name in blocks.trained(config)
+      if name != PLANTED or blocks.holds_planted(config, split)
+    ]
+    return Product(
+      f'train/{split}/seed{seed}/run',
+      'run',
+      (split, seed),
+      {**keys, 'seed': seed},
+      (self.rows(split, seed if seed in drawn else drawn[0]), *indexes),
+      version=2,
+    )
 
   def _train(self) -> list[Product]:
     return [self.run(split, seed) for split, seed in blocks.runs(self.config)]
@@ -365,20 +591,33 @@ class Graph:
   def result(self, split: str, seed: int, benchmark: str) -> Product:
     """The zero-shot scores of one run on one benchmark."""
     keys = [f'benchmarks.{benchmark}.{key}' for key in ('classes', 'templates', 'class_mask')]
-    return Product(f'evaluate/{split}/seed{seed}/{benchmark}', 'result', (split, seed, benchmark),
-                   blocks.pick(self.config, ['preprocess.resize', *keys]),
-                   (self.run(split, seed), self.index(benchmark)), batch=f'evaluate/{split}/seed{seed}/results',
-                   is_cheap=True, waits=True)
+    return Product(
+      f'evaluate/{split}/seed{seed}/{benchmark}',
+      'result',
+      (split, seed, benchmark),
+      blocks.pick(self.config, ['preprocess.resize', *keys]),
+      (self.run(split, seed), self.index(benchmark)),
+      batch=f'evaluate/{split}/seed{seed}/results',
+      is_cheap=True,
+      waits=True,
+    )
 
   def _evaluate(self) -> list[Product]:
-    return [self.result(split, seed, benchmark) for split, seed in blocks.runs(self.config)
-            for benchmark in self.config.benchmarks]
+    return [
+      self.result(split, seed, benchmark)
+      for split, seed in blocks.runs(self.config)
+      for benchmark in self.config.benchmarks
+    ]
 
   def _report(self) -> list[Product]:
     """The page. It reads whatever is finished, so it is made again when a product is new or has changed."""
     config = self.config
-    keys = blocks.pick(config, [*_ON_PAGE, *blocks.recipe(config)]) | {'datasets': list(blocks.datasets(config))}
-    pictures = [part.images for name in blocks.datasets(config) for part in blocks.parts(config, name)]
+    keys = blocks.pick(config, [*_ON_PAGE, *blocks.recipe(config)]) | {
+      'datasets': list(blocks.datasets(config))
+    }
+    pictures = [
+      part.images for name in blocks.datasets(config) for part in blocks.parts(config, name)
+    ]
     if any(pictures):  # of vectors: they change no other product
       keys['images'] = pictures
     return [Product('report/index', 'page', keys=keys, is_cheap=True, reads_all=True)]
@@ -398,11 +637,17 @@ def weights_content(path: str) -> dict[str, str]:
   path = os.path.abspath(os.path.expanduser(path))
   parts = {WEIGHTS: path}
   if path.endswith('.index.json'):
-    parts |= {f'the shard {shard}': os.path.join(os.path.dirname(path), shard)
-              for shard in weights.shards(path).values()}
-  parts |= {f'{name} beside it': os.path.join(os.path.dirname(path), name) for name in weights.BESIDE}
+    parts |= {
+      f'the shard {shard}': os.path.join(os.path.dirname(path), shard)
+      for shard in weights.shards(path).values()
+    }
+  parts |= {
+    f'{name} beside it': os.path.join(os.path.dirname(path), name) for name in weights.BESIDE
+  }
   stats = {name: (part, os.stat(part)) for name, part in parts.items() if os.path.exists(part)}
-  return {name: _sha256(part, stat.st_size, stat.st_mtime_ns) for name, (part, stat) in stats.items()}
+  return {
+    name: _sha256(part, stat.st_size, stat.st_mtime_ns) for name, (part, stat) in stats.items()
+  }
 
 
 @functools.cache

@@ -28,10 +28,11 @@ LOCATIONS = 'files.json'  # in an index: where source files are on this machine;
 @dataclasses.dataclass(frozen=True)
 class QueryResult:
   """queries.npz: what the search found for each query of a benchmark; NaN and -1 for those not searched."""
-  anchor_similarity: Array      # [Q] float32: t_i, to the nearest anchor image; NaN without an anchor
-  anchor_nearest: Array         # [Q] int64: that image's index in the anchor
-  pool_similarity: Array        # [Q, k] float32, most similar first
-  pool_nearest: Array           # [Q, k] int64: pool rows
+
+  anchor_similarity: Array  # [Q] float32: t_i, to the nearest anchor image; NaN without an anchor
+  anchor_nearest: Array  # [Q] int64: that image's index in the anchor
+  pool_similarity: Array  # [Q, k] float32, most similar first
+  pool_nearest: Array  # [Q, k] int64: pool rows
   anchor_similarity_f64: Array  # [Q] float64: t_i, exact
 
   def nearest(self, dataset: str) -> tuple[Array, Array]:
@@ -44,14 +45,15 @@ class QueryResult:
 @dataclasses.dataclass(frozen=True)
 class Sizes:
   """search/sizes.npz: how many candidates are over each threshold, of each benchmark and, last, of all together."""
-  edges: Array            # [M] float64: the thresholds
+
+  edges: Array  # [M] float64: the thresholds
   similarity_over: Array  # [G + 1, M] int64
-  excess_over: Array      # [G + 1, M] int64
-  excess_zero: Array      # [G + 1] int64: those that aligning drops, exact
-  has_excess: Array       # bool: False without an anchor, where the two above hold zeros
-  candidates: Array       # int64
-  benchmarks: Array       # [G] names
-  rows: Array             # int64: of the pool
+  excess_over: Array  # [G + 1, M] int64
+  excess_zero: Array  # [G + 1] int64: those that aligning drops, exact
+  has_excess: Array  # bool: False without an anchor, where the two above hold zeros
+  candidates: Array  # int64
+  benchmarks: Array  # [G] names
+  rows: Array  # int64: of the pool
 
 
 def index_folder(x: Experiment, dataset: str) -> str:
@@ -60,13 +62,18 @@ def index_folder(x: Experiment, dataset: str) -> str:
 
 def is_ingested(x: Experiment, dataset: str) -> bool:
   """Returns whether a dataset has its whole row table."""
-  return all(os.path.exists(os.path.join(index_folder(x, dataset), name)) for name in ('table.npy', LOCATIONS))
+  return all(
+    os.path.exists(os.path.join(index_folder(x, dataset), name))
+    for name in ('table.npy', LOCATIONS)
+  )
 
 
 def source(x: Experiment, dataset: str) -> reader.Source:
   """Opens a dataset that was ingested: a Grain random access source of its samples."""
   if not is_ingested(x, dataset):
-    raise InputError(f'{dataset} was not ingested yet in {x.workdir}: run without --stages, or add `ingest` to them.')
+    raise InputError(
+      f'{dataset} was not ingested yet in {x.workdir}: run without --stages, or add `ingest` to them.'
+    )
   return x.once(f'source {dataset}', lambda: reader.Source(index_folder(x, dataset)))
 
 
@@ -92,8 +99,10 @@ def class_names(x: Experiment, dataset: str) -> tuple[str, ...]:
 
 def vector_dims(x: Experiment, dataset: str) -> dict[int, int]:
   """Returns shard -> E of those shards of an indexed dataset that are vectors, but for empty ones."""
-  dims = {shard: products.counts(x.workdir, x.graph.index_shards(dataset)[shard].name).get('dim', 0)
-          for shard in x.graph.vector_shards(dataset)}
+  dims = {
+    shard: products.counts(x.workdir, x.graph.index_shards(dataset)[shard].name).get('dim', 0)
+    for shard in x.graph.vector_shards(dataset)
+  }
   return {shard: dim for shard, dim in dims.items() if dim}
 
 
@@ -109,22 +118,32 @@ def embeddings_path(x: Experiment, dataset: str, shard: int) -> str:
 
 def is_embedded(x: Experiment, dataset: str) -> bool:
   """Returns whether every shard of an ingested dataset has its embeddings."""
-  return is_ingested(x, dataset) and all(os.path.exists(embeddings_path(x, dataset, shard))
-                                         for shard in range(len(source(x, dataset).starts) - 1))
+  return is_ingested(x, dataset) and all(
+    os.path.exists(embeddings_path(x, dataset, shard))
+    for shard in range(len(source(x, dataset).starts) - 1)
+  )
 
 
 def embeddings(x: Experiment, dataset: str) -> Embeddings:
   """Opens a dataset's embeddings. Raises InputError where a shard is missing."""
   if not is_embedded(x, dataset):
-    raise InputError(f'{dataset} is not wholly embedded in {x.workdir}: run the stage `embed` first.')
+    raise InputError(
+      f'{dataset} is not wholly embedded in {x.workdir}: run the stage `embed` first.'
+    )
   folder = os.path.dirname(embeddings_path(x, dataset, 0))
-  return x.once(f'embeddings {dataset}', lambda: Embeddings(folder, len(source(x, dataset).starts) - 1))
+  return x.once(
+    f'embeddings {dataset}', lambda: Embeddings(folder, len(source(x, dataset).starts) - 1)
+  )
 
 
 def in_anchor(x: Experiment) -> Array:  # [N] bool
   """Returns which pool rows are the same sample (file and offset) as an anchor row."""
   pool = source(x, POOL)
-  return pool.same_samples(source(x, ANCHOR)) if blocks.has_anchor(x.config) else np.zeros(len(pool), bool)
+  return (
+    pool.same_samples(source(x, ANCHOR))
+    if blocks.has_anchor(x.config)
+    else np.zeros(len(pool), bool)
+  )
 
 
 def keep_path(x: Experiment) -> str:
@@ -153,8 +172,10 @@ def search_path(x: Experiment, target: str, shard: int) -> str:
 
 def is_searched(x: Experiment, target: str) -> bool:
   """Returns whether every pool shard was searched with a target."""
-  return is_ingested(x, POOL) and all(os.path.exists(search_path(x, target, shard))
-                                      for shard in range(len(source(x, POOL).starts) - 1))
+  return is_ingested(x, POOL) and all(
+    os.path.exists(search_path(x, target, shard))
+    for shard in range(len(source(x, POOL).starts) - 1)
+  )
 
 
 def search_arrays(x: Experiment, target: str, shard: int, names: Sequence[str]) -> list[Array]:
@@ -164,10 +185,14 @@ def search_arrays(x: Experiment, target: str, shard: int, names: Sequence[str]) 
     with np.load(path, allow_pickle=False) as arrays:
       return [arrays[name] for name in names]
   except FileNotFoundError:
-    raise InputError(f'The pool\'s shard {shard} was not searched with {target} yet in {x.workdir}: run the stage '
-                     '`search` first.') from None
+    raise InputError(
+      f"The pool's shard {shard} was not searched with {target} yet in {x.workdir}: run the stage "
+      '`search` first.'
+    ) from None
   except (ValueError, OSError, KeyError, EOFError, zipfile.BadZipFile) as error:
-    raise InputError(f'{path} cannot be read ({error}). Make it again with --redo=search:{target}.') from error
+    raise InputError(
+      f'{path} cannot be read ({error}). Make it again with --redo=search:{target}.'
+    ) from error
 
 
 def search_column(x: Experiment, target: str, column: str) -> Array:  # [N]
@@ -188,19 +213,23 @@ def query_result(x: Experiment, benchmark: str) -> QueryResult | None:
 
 def thresholds(x: Experiment, benchmark: str) -> tuple[Array, Array]:
   """Returns a benchmark's usable queries [q, E] float16 and their exact thresholds [q] float64."""
+
   def read():
     embedded = embeddings(x, benchmark)
     usable = embedded.usable
-    return embedded[:][usable], files.read_npz(queries_path(x, benchmark))['anchor_similarity_f64'][usable]
+    return embedded[:][usable], files.read_npz(queries_path(x, benchmark))['anchor_similarity_f64'][
+      usable
+    ]
+
   return x.once(f'thresholds {benchmark}', read)
 
 
 def cosine(
-    x: Experiment,
-    benchmark: str,
-    dataset: str,
-    similarity: Array,  # [Q] of the stored vectors
-    nearest: Array,     # [Q] int64
+  x: Experiment,
+  benchmark: str,
+  dataset: str,
+  similarity: Array,  # [Q] of the stored vectors
+  nearest: Array,  # [Q] int64
 ) -> Array:
   """Returns the similarities divided by both stored vectors' norms, [Q], NaN where there is none.
 
@@ -233,7 +262,7 @@ def rows_path(x: Experiment, split: str, seed: int) -> str:
 def pool_rows(x: Experiment, split: str, seed: int) -> Array:
   """Returns the pool rows among those of (split, seed), sorted."""
   rows = np.load(rows_path(x, split, seed))
-  return rows[:np.searchsorted(rows, len(source(x, POOL)))]
+  return rows[: np.searchsorted(rows, len(source(x, POOL)))]
 
 
 def split_path(x: Experiment, split: str, name: str) -> str:
@@ -264,7 +293,9 @@ def result_path(x: Experiment, split: str, seed: int, benchmark: str, ending: st
   return x.path('evaluate', split, f'seed{seed}', benchmark + ending)
 
 
-def result(x: Experiment, split: str, seed: int, benchmark: str) -> tuple[dict, dict[str, Array]] | None:
+def result(
+  x: Experiment, split: str, seed: int, benchmark: str
+) -> tuple[dict, dict[str, Array]] | None:
   """Returns the scores of a run on a benchmark, and its answer for every image; None before it is evaluated."""
   scores, arrays = (result_path(x, split, seed, benchmark, ending) for ending in ('.json', '.npz'))
   is_evaluated = os.path.exists(scores) and os.path.exists(arrays)

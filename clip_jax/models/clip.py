@@ -11,25 +11,40 @@ import dataclasses
 import functools
 from typing import Any
 
-from jax import Array
 from flax import nnx
+from jax import Array
 import jax.numpy as jnp
 
-from clip_jax.models import resnet, text as text_tower, vit, zoo
+from clip_jax.models import resnet, vit, zoo
+from clip_jax.models import text as text_tower
 
 
 class CLIP(nnx.Module):
   """Both towers. Parameters are float32; the towers compute in `dtype`; features are float32."""
 
-  def __init__(self, config: zoo.CLIPConfig, *, rngs: nnx.Rngs, dtype: str = 'float32',
-               patch_dropout: float = 0.0, remat: str = 'none'):
+  def __init__(
+    self,
+    config: zoo.CLIPConfig,
+    *,
+    rngs: nnx.Rngs,
+    dtype: str = 'float32',
+    patch_dropout: float = 0.0,
+    remat: str = 'none',
+  ):
     if isinstance(config.vision, zoo.ResNetConfig):
       self.visual = resnet.ModifiedResNet(config.vision, config.embed_dim, rngs=rngs, dtype=dtype)
     else:
-      self.visual = vit.VisionTransformer(config.vision, config.embed_dim, rngs=rngs, dtype=dtype,
-                                          patch_dropout=patch_dropout, remat=remat)
-    self.text = text_tower.TextTransformer(config.text, config.embed_dim, rngs=rngs, dtype=dtype,
-                                           remat=remat)
+      self.visual = vit.VisionTransformer(
+        config.vision,
+        config.embed_dim,
+        rngs=rngs,
+        dtype=dtype,
+        patch_dropout=patch_dropout,
+        remat=remat,
+      )
+    self.text = text_tower.TextTransformer(
+      config.text, config.embed_dim, rngs=rngs, dtype=dtype, remat=remat
+    )
     self.logit_scale = nnx.Param(jnp.asarray(config.init_logit_scale, jnp.float32))
     bias = config.init_logit_bias
     self.logit_bias = None if bias is None else nnx.Param(jnp.asarray(bias, jnp.float32))
@@ -38,6 +53,7 @@ class CLIP(nnx.Module):
 @dataclasses.dataclass(frozen=True)
 class Functions:
   """CLIP as pure functions of its parameters (nested dict of float32 arrays)."""
+
   init: Callable[[Array], dict]  # PRNG key -> params
   encode: Callable[[dict, Array, Any, Array], tuple[dict, dict]]  # training, see below
   encode_image: Callable[[dict, Array], Array]  # params, images [B, S, S, 3] -> [B, E]
@@ -45,8 +61,9 @@ class Functions:
 
 
 @functools.lru_cache(maxsize=None)
-def functions(config: zoo.CLIPConfig, dtype: str = 'float32', patch_dropout: float = 0.0,
-              remat: str = 'none') -> Functions:
+def functions(
+  config: zoo.CLIPConfig, dtype: str = 'float32', patch_dropout: float = 0.0, remat: str = 'none'
+) -> Functions:
   """The same objects for equal arguments, so that whatever is compiled over them is shared.
 
   A text is int32 [B, T], or a dict of the arguments of TextTransformer.packed.
@@ -62,8 +79,11 @@ def functions(config: zoo.CLIPConfig, dtype: str = 'float32', patch_dropout: flo
 
   def encode(params: dict, images: Array, text: Any, key: Array) -> tuple[dict, dict]:
     model = nnx.merge(graph, params)
-    features = dict(image=model.visual(images, key), text=_text(model, text),
-                    scale=jnp.exp(model.logit_scale[...]))
+    features = dict(
+      image=model.visual(images, key),
+      text=_text(model, text),
+      scale=jnp.exp(model.logit_scale[...]),
+    )
     if model.logit_bias is not None:
       features['bias'] = model.logit_bias[...]
     return features, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))

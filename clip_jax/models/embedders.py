@@ -19,23 +19,23 @@ _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 
 
 def fit_pca(
-    images: Array,  # [n, S, S, 3] uint8
-    dim: int,  # components kept, at most n - 1 and at most S * S
+  images: Array,  # [n, S, S, 3] uint8
+  dim: int,  # components kept, at most n - 1 and at most S * S
 ) -> dict[str, np.ndarray]:  # mean [S*S], components [S*S, dim], float32
   return _principal(_in_blocks(_luminance, images), dim)
 
 
 def apply_pca(
-    params: dict[str, Array],  # of fit_pca
-    images: Array,  # [b, S, S, 3] uint8
+  params: dict[str, Array],  # of fit_pca
+  images: Array,  # [b, S, S, 3] uint8
 ) -> np.ndarray:  # [b, dim] float32, unit length
   """Luminance minus the fit's mean, on its leading components. See `_unit` for a zero vector."""
   return _in_blocks(lambda block: _project(params, _luminance(block)), images)
 
 
 def fit_hog(
-    images: Array,  # [n, S, S, 3] uint8
-    dim: int,  # components kept; 0 keeps the histogram itself
+  images: Array,  # [n, S, S, 3] uint8
+  dim: int,  # components kept; 0 keeps the histogram itself
 ) -> dict[str, np.ndarray]:  # mean [F], and components [F, dim] where dim > 0, float32
   features = _in_blocks(_histograms, images)
   if dim == 0:
@@ -44,8 +44,8 @@ def fit_hog(
 
 
 def apply_hog(
-    params: dict[str, Array],  # of fit_hog
-    images: Array,  # [b, S, S, 3] uint8
+  params: dict[str, Array],  # of fit_hog
+  images: Array,  # [b, S, S, 3] uint8
 ) -> np.ndarray:  # [b, dim or F] float32, unit length
   """Histogram of oriented gradients minus the fit's mean, on its leading components if any."""
   return _in_blocks(lambda block: _project(params, _histograms(block)), images)
@@ -58,22 +58,25 @@ def _in_blocks(function, images: Array) -> np.ndarray:
     raise ValueError(f'images must be uint8, got {images.dtype}')
   parts = []
   for start in range(0, len(images), _BLOCK):
-    part = images[start:start + _BLOCK]
+    part = images[start : start + _BLOCK]
     block = np.zeros((_BLOCK, *images.shape[1:]), np.uint8)
-    block[:len(part)] = part
-    parts.append(function(block)[:len(part)])
-  return np.concatenate(parts) if parts else function(
-      np.zeros((_BLOCK, *images.shape[1:]), np.uint8))[:0]
+    block[: len(part)] = part
+    parts.append(function(block)[: len(part)])
+  return (
+    np.concatenate(parts)
+    if parts
+    else function(np.zeros((_BLOCK, *images.shape[1:]), np.uint8))[:0]
+  )
 
 
 def _luminance(
-    images: Array,  # [b, S, S, 3] uint8
+  images: Array,  # [b, S, S, 3] uint8
 ) -> np.ndarray:  # [b, S*S] float32 in 0..1
   return ((images * _LUMA).sum(-1) / 255).reshape(len(images), -1)
 
 
 def _histograms(
-    images: Array,  # [b, S, S, 3] uint8, S at least 8
+  images: Array,  # [b, S, S, 3] uint8, S at least 8
 ) -> np.ndarray:  # [b, F] float32, F = (S/c - 1)^2 * 4 * 9 for cells of c pixels
   """Dalal and Triggs 2005: cells of 8 pixels (S // 4 where S < 32), blocks of 2 x 2 cells.
 
@@ -84,7 +87,7 @@ def _histograms(
   size = images.shape[1]
   cell = min(8, size // 4)
   cells = size // cell
-  gray = _luminance(images).reshape(-1, size, size)[:, :cells * cell, :cells * cell]
+  gray = _luminance(images).reshape(-1, size, size)[:, : cells * cell, : cells * cell]
   down, right = np.gradient(gray, axis=(1, 2))
   length = np.hypot(down, right).ravel()
   position = np.arctan2(down, right).ravel() * (_ORIENTATIONS / np.pi) % _ORIENTATIONS
@@ -98,15 +101,17 @@ def _histograms(
   cell_sum = np.bincount(which + lower, length * (1 - share), bins)
   cell_sum += np.bincount(which + (lower + 1) % _ORIENTATIONS, length * share, bins)
   cell_sum = cell_sum.reshape(-1, cells, cells, _ORIENTATIONS)
-  block = np.concatenate([cell_sum[:, :-1, :-1], cell_sum[:, :-1, 1:],
-                          cell_sum[:, 1:, :-1], cell_sum[:, 1:, 1:]], axis=-1)
+  block = np.concatenate(
+    [cell_sum[:, :-1, :-1], cell_sum[:, :-1, 1:], cell_sum[:, 1:, :-1], cell_sum[:, 1:, 1:]],
+    axis=-1,
+  )
   block = block / np.sqrt(np.square(block).sum(-1, keepdims=True) + 1e-4)
   return block.reshape(len(images), -1).astype(np.float32)
 
 
 def _principal(
-    features: Array,  # [n, F] float32
-    dim: int,
+  features: Array,  # [n, F] float32
+  dim: int,
 ) -> dict[str, np.ndarray]:  # mean [F], components [F, dim], float32
   """The `dim` leading directions of the features about their mean, most variance first.
 
@@ -114,8 +119,10 @@ def _principal(
   """
   n, width = features.shape
   if not 1 <= dim <= min(n - 1, width):
-    raise ValueError(f'dim = {dim} components need at least {dim + 1} images and {dim} features, '
-                     f'got {n} images of {width}')
+    raise ValueError(
+      f'dim = {dim} components need at least {dim + 1} images and {dim} features, '
+      f'got {n} images of {width}'
+    )
   mean = features.mean(0, dtype=np.float64)
   centred = features - mean
   if n >= width:
@@ -129,8 +136,8 @@ def _principal(
 
 
 def _project(
-    params: dict[str, Array],
-    features: Array,  # [b, F] float32
+  params: dict[str, Array],
+  features: Array,  # [b, F] float32
 ) -> np.ndarray:  # [b, E] float32, unit length
   x = features - params['mean']
   if 'components' in params:  # row by row: a matrix product's bits depend on a row's place in it
@@ -139,7 +146,7 @@ def _project(
 
 
 def _unit(
-    x: Array,  # [b, E] float32
+  x: Array,  # [b, E] float32
 ) -> np.ndarray:  # [b, E] float32, unit length
   """An image that is the fit's mean has no direction: it gets the first axis, never a NaN."""
   norm = np.linalg.norm(x, axis=-1, keepdims=True)

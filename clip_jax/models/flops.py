@@ -34,12 +34,15 @@ def image_flops(config: zoo.CLIPConfig) -> float:
   return _transformer_flops(config, 'visual.', config.vision, patches)
 
 
-def _transformer_flops(config: zoo.CLIPConfig, prefix: str, tower: zoo.ViTConfig | zoo.TextConfig,
-                       tokens: int) -> float:
+def _transformer_flops(
+  config: zoo.CLIPConfig, prefix: str, tower: zoo.ViTConfig | zoo.TextConfig, tokens: int
+) -> float:
   """Blocks, patches and the attention pool's keys are made for every token, what is beside them once."""
-  flops = 4.0 * tower.layers * tokens ** 2 * tower.width
+  flops = 4.0 * tower.layers * tokens**2 * tower.width
   for name, size in _matrices(config, prefix).items():
-    flops += 2.0 * size * (tokens if name.startswith(('transformer.', 'conv1.', 'attn_pool.kv.')) else 1)
+    flops += (
+      2.0 * size * (tokens if name.startswith(('transformer.', 'conv1.', 'attn_pool.kv.')) else 1)
+    )
   return flops
 
 
@@ -54,12 +57,15 @@ def _resnet_flops(config: zoo.CLIPConfig) -> float:
       side = config.image_size // (2 << int(name[len('layer')])) * (2 if halved.match(name) else 1)
     else:
       side = config.image_size // 2
-    flops += 2.0 * size * side ** 2
+    flops += 2.0 * size * side**2
   return flops
 
 
 def _matrices(config: zoo.CLIPConfig, prefix: str) -> dict[str, int]:
   """Returns the number of weights of every matrix and convolution of a tower, by its name there."""
   looked_up = ('positional_embedding', 'token_embedding.weight', 'latent')
-  return {name.removeprefix(prefix): math.prod(shape) for name, shape in shapes(config).items()
-          if name.startswith(prefix) and len(shape) > 1 and not name.endswith(looked_up)}
+  return {
+    name.removeprefix(prefix): math.prod(shape)
+    for name, shape in shapes(config).items()
+    if name.startswith(prefix) and len(shape) > 1 and not name.endswith(looked_up)
+  }

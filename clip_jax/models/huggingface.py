@@ -17,32 +17,82 @@ from clip_jax.models.shapes import shapes
 
 _ACTIVATIONS = {'gelu': 'gelu', 'quick_gelu': 'quick_gelu', 'gelu_pytorch_tanh': 'gelu_tanh'}
 # Their names for ours, replaced in this order, first in either tower and then in one.
-_BOTH = (('transformer.resblocks.', 'encoder.layers.'), ('.ln_1.', '.layer_norm1.'),
-         ('.ln_2.', '.layer_norm2.'), ('.attn.out_proj.', '.self_attn.out_proj.'),
-         ('.mlp.c_fc.', '.mlp.fc1.'), ('.mlp.c_proj.', '.mlp.fc2.'),
-         ('positional_embedding', 'embeddings.position_embedding.weight'))
-_VISION = (('class_embedding', 'embeddings.class_embedding'),
-           ('conv1.', 'embeddings.patch_embedding.'), ('ln_pre.', 'pre_layrnorm.'),
-           ('ln_post.', 'post_layernorm.'), ('attn_pool.latent', 'head.probe'),
-           ('attn_pool.proj.', 'head.attention.out_proj.'), ('attn_pool.norm.', 'head.layernorm.'),
-           ('attn_pool.mlp.', 'head.mlp.'))
-_TEXT = (('token_embedding.', 'embeddings.token_embedding.'), ('ln_final.', 'final_layer_norm.'),
-         ('text_projection.', 'head.'))
+_BOTH = (
+  ('transformer.resblocks.', 'encoder.layers.'),
+  ('.ln_1.', '.layer_norm1.'),
+  ('.ln_2.', '.layer_norm2.'),
+  ('.attn.out_proj.', '.self_attn.out_proj.'),
+  ('.mlp.c_fc.', '.mlp.fc1.'),
+  ('.mlp.c_proj.', '.mlp.fc2.'),
+  ('positional_embedding', 'embeddings.position_embedding.weight'),
+)
+_VISION = (
+  ('class_embedding', 'embeddings.class_embedding'),
+  ('conv1.', 'embeddings.patch_embedding.'),
+  ('ln_pre.', 'pre_layrnorm.'),
+  ('ln_post.', 'post_layernorm.'),
+  ('attn_pool.latent', 'head.probe'),
+  ('attn_pool.proj.', 'head.attention.out_proj.'),
+  ('attn_pool.norm.', 'head.layernorm.'),
+  ('attn_pool.mlp.', 'head.mlp.'),
+)
+_TEXT = (
+  ('token_embedding.', 'embeddings.token_embedding.'),
+  ('ln_final.', 'final_layer_norm.'),
+  ('text_projection.', 'head.'),
+)
 # What transformers takes where a config.json leaves a number out: (vision, text).
 _DEFAULTS = {
-    'clip': (dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
-                  num_attention_heads=12, image_size=224, patch_size=32, hidden_act='quick_gelu',
-                  layer_norm_eps=1e-5, num_channels=3),
-             dict(hidden_size=512, intermediate_size=2048, num_hidden_layers=12,
-                  num_attention_heads=8, vocab_size=49_408, max_position_embeddings=77,
-                  hidden_act='quick_gelu', layer_norm_eps=1e-5, eos_token_id=49_407)),
-    'siglip': (dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
-                    num_attention_heads=12, image_size=224, patch_size=16,
-                    hidden_act='gelu_pytorch_tanh', layer_norm_eps=1e-6, num_channels=3,
-                    vision_use_head=True),
-               dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
-                    num_attention_heads=12, vocab_size=32_000, max_position_embeddings=64,
-                    hidden_act='gelu_pytorch_tanh', layer_norm_eps=1e-6, projection_size=None))}
+  'clip': (
+    dict(
+      hidden_size=768,
+      intermediate_size=3072,
+      num_hidden_layers=12,
+      num_attention_heads=12,
+      image_size=224,
+      patch_size=32,
+      hidden_act='quick_gelu',
+      layer_norm_eps=1e-5,
+      num_channels=3,
+    ),
+    dict(
+      hidden_size=512,
+      intermediate_size=2048,
+      num_hidden_layers=12,
+      num_attention_heads=8,
+      vocab_size=49_408,
+      max_position_embeddings=77,
+      hidden_act='quick_gelu',
+      layer_norm_eps=1e-5,
+      eos_token_id=49_407,
+    ),
+  ),
+  'siglip': (
+    dict(
+      hidden_size=768,
+      intermediate_size=3072,
+      num_hidden_layers=12,
+      num_attention_heads=12,
+      image_size=224,
+      patch_size=16,
+      hidden_act='gelu_pytorch_tanh',
+      layer_norm_eps=1e-6,
+      num_channels=3,
+      vision_use_head=True,
+    ),
+    dict(
+      hidden_size=768,
+      intermediate_size=3072,
+      num_hidden_layers=12,
+      num_attention_heads=12,
+      vocab_size=32_000,
+      max_position_embeddings=64,
+      hidden_act='gelu_pytorch_tanh',
+      layer_norm_eps=1e-6,
+      projection_size=None,
+    ),
+  ),
+}
 _BICUBIC = 3  # PIL's number, in preprocessor_config.json
 
 
@@ -50,55 +100,92 @@ def config_from_huggingface(found: Mapping[str, Any]) -> zoo.CLIPConfig:
   """A config.json of CLIPModel or SiglipModel -> the numbers; ConfigError for any other model."""
   kind = found.get('model_type')
   if not isinstance(kind, str) or kind not in _DEFAULTS:
-    raise ConfigError(f'config.json has model_type={kind!r}; of transformers\' models these are '
-                      f'built here: {", ".join(_DEFAULTS)}.')
+    raise ConfigError(
+      f"config.json has model_type={kind!r}; of transformers' models these are "
+      f'built here: {", ".join(_DEFAULTS)}.'
+    )
   try:
     # Older files hold the numbers as text_config_dict beside defaults in text_config.
-    v, t = ({**defaults, **(found.get(f'{tower}_config') or {}),
-             **(found.get(f'{tower}_config_dict') or {})}
-            for tower, defaults in zip(('vision', 'text'), _DEFAULTS[kind]))
+    v, t = (
+      {
+        **defaults,
+        **(found.get(f'{tower}_config') or {}),
+        **(found.get(f'{tower}_config_dict') or {}),
+      }
+      for tower, defaults in zip(('vision', 'text'), _DEFAULTS[kind])
+    )
     if v['num_channels'] != 3 or not v.get('vision_use_head', True):
-      raise ConfigError('config.json describes an image tower that is not built here: '
-                        f'num_channels={v["num_channels"]}, '
-                        f'vision_use_head={v.get("vision_use_head", True)}.')
+      raise ConfigError(
+        'config.json describes an image tower that is not built here: '
+        f'num_channels={v["num_channels"]}, '
+        f'vision_use_head={v.get("vision_use_head", True)}.'
+      )
     size = v['image_size']
     if isinstance(size, list) and len(set(size)) == 1:
       size = size[0]  # [height, width]
     vision = zoo.ViTConfig(size, v['patch_size'], **_tower(v))
     if kind == 'clip':
       argmax = t['eos_token_id'] == 2  # what transformers does with its own former default
-      text = zoo.TextConfig(t['max_position_embeddings'], t['vocab_size'], **_tower(t),
-                            pool_type='argmax' if argmax else 'eos', eos_id=t['eos_token_id'])
+      text = zoo.TextConfig(
+        t['max_position_embeddings'],
+        t['vocab_size'],
+        **_tower(t),
+        pool_type='argmax' if argmax else 'eos',
+        eos_id=t['eos_token_id'],
+      )
       scale = found.get('logit_scale_init_value')
-      return open_clip.checked(zoo.CLIPConfig(
-          found.get('projection_dim', 512), vision, text,
-          zoo.CLIPConfig.init_logit_scale if scale in (None, 2.6592) else scale))
-    vision = dataclasses.replace(vision, pool_type='map', class_token=False, patch_bias=True,
-                                 ln_pre=False, proj=False)
-    text = zoo.TextConfig(t['max_position_embeddings'], t['vocab_size'], **_tower(t),
-                          pool_type='last', causal=False, proj='bias', tokenizer='siglip',
-                          tokenizer_kwargs=(('clean', 'canonicalize'),))
+      return open_clip.checked(
+        zoo.CLIPConfig(
+          found.get('projection_dim', 512),
+          vision,
+          text,
+          zoo.CLIPConfig.init_logit_scale if scale in (None, 2.6592) else scale,
+        )
+      )
+    vision = dataclasses.replace(
+      vision, pool_type='map', class_token=False, patch_bias=True, ln_pre=False, proj=False
+    )
+    text = zoo.TextConfig(
+      t['max_position_embeddings'],
+      t['vocab_size'],
+      **_tower(t),
+      pool_type='last',
+      causal=False,
+      proj='bias',
+      tokenizer='siglip',
+      tokenizer_kwargs=(('clean', 'canonicalize'),),
+    )
     if vision.width != (t['projection_size'] or text.width):
-      raise ConfigError(f'config.json has image vectors of {vision.width} numbers and text vectors '
-                        f'of {t["projection_size"] or text.width}.')
-    return open_clip.checked(zoo.CLIPConfig(vision.width, vision, text, init_logit_bias=-10.0,
-                                            custom_text=True))
+      raise ConfigError(
+        f'config.json has image vectors of {vision.width} numbers and text vectors '
+        f'of {t["projection_size"] or text.width}.'
+      )
+    return open_clip.checked(
+      zoo.CLIPConfig(vision.width, vision, text, init_logit_bias=-10.0, custom_text=True)
+    )
   except (KeyError, TypeError, ZeroDivisionError) as error:
-    raise ConfigError(f'config.json cannot be read as a model of type {kind}: '
-                      f'{error!r}.') from error
+    raise ConfigError(
+      f'config.json cannot be read as a model of type {kind}: {error!r}.'
+    ) from error
 
 
 def _tower(found: Mapping[str, Any]) -> dict[str, Any]:
   if found['hidden_act'] not in _ACTIVATIONS:
-    raise ConfigError(f'config.json has hidden_act={found["hidden_act"]!r}; built are '
-                      f'{", ".join(_ACTIVATIONS)}.')
+    raise ConfigError(
+      f'config.json has hidden_act={found["hidden_act"]!r}; built are {", ".join(_ACTIVATIONS)}.'
+    )
   width, hidden = found['hidden_size'], found['intermediate_size']
   ratio = hidden / width
   if int(width * ratio) != hidden:  # rounded down to the number before
     ratio += 0.5 / width
-  return dict(width=width, mlp_ratio=ratio, layers=found['num_hidden_layers'],
-              heads=found['num_attention_heads'], activation=_ACTIVATIONS[found['hidden_act']],
-              eps=found['layer_norm_eps'])
+  return dict(
+    width=width,
+    mlp_ratio=ratio,
+    layers=found['num_hidden_layers'],
+    heads=found['num_attention_heads'],
+    activation=_ACTIVATIONS[found['hidden_act']],
+    eps=found['layer_norm_eps'],
+  )
 
 
 def config_to_huggingface(config: zoo.CLIPConfig) -> dict[str, Any]:
@@ -108,47 +195,65 @@ def config_to_huggingface(config: zoo.CLIPConfig) -> dict[str, Any]:
   names = {ours: theirs for theirs, ours in _ACTIVATIONS.items()}
 
   def tower(c: zoo.ViTConfig | zoo.TextConfig) -> dict[str, Any]:
-    return dict(hidden_size=c.width, intermediate_size=int(c.width * c.mlp_ratio),
-                num_hidden_layers=c.layers, num_attention_heads=c.heads,
-                hidden_act=names[c.activation], layer_norm_eps=c.eps)
+    return dict(
+      hidden_size=c.width,
+      intermediate_size=int(c.width * c.mlp_ratio),
+      num_hidden_layers=c.layers,
+      num_attention_heads=c.heads,
+      hidden_act=names[c.activation],
+      layer_norm_eps=c.eps,
+    )
+
   text = tower(t) | dict(vocab_size=t.vocab_size, max_position_embeddings=t.context_length)
   vision = tower(v) | dict(image_size=v.image_size, patch_size=v.patch_size)
   found = dict(model_type=kind, dtype='float32', text_config=text, vision_config=vision)
   if kind == 'siglip':
     text['projection_size'] = config.embed_dim
     return found | dict(architectures=['SiglipModel'])
-  text |= dict(projection_dim=config.embed_dim,
-               eos_token_id=2 if t.pool_type == 'argmax' else t.eos_id)
+  text |= dict(
+    projection_dim=config.embed_dim, eos_token_id=2 if t.pool_type == 'argmax' else t.eos_id
+  )
   vision['projection_dim'] = config.embed_dim
-  return found | dict(architectures=['CLIPModel'], projection_dim=config.embed_dim,
-                      logit_scale_init_value=config.init_logit_scale)
+  return found | dict(
+    architectures=['CLIPModel'],
+    projection_dim=config.embed_dim,
+    logit_scale_init_value=config.init_logit_scale,
+  )
 
 
 def _kind(config: zoo.CLIPConfig) -> str:
   """'clip' or 'siglip'; ConfigError where the model is neither."""
   v, t = config.vision, config.text
   if isinstance(v, zoo.ResNetConfig):
-    raise ConfigError('transformers has no CLIP with a ResNet; write open_clip\'s format.')
+    raise ConfigError("transformers has no CLIP with a ResNet; write open_clip's format.")
   kind = 'siglip' if v.pool_type == 'map' else 'clip'
   clip = kind == 'clip'
   rules = {
-      'vision.pool_type': (v.pool_type, ('tok',) if clip else ('map',)),
-      'vision.class_token': (v.class_token, (clip,)),
-      'vision.patch_bias': (v.patch_bias, (not clip,)),
-      'vision.ln_pre': (v.ln_pre, (clip,)), 'vision.proj': (v.proj, (clip,)),
-      'vision.ls_init_value': (v.ls_init_value, (None,)),
-      'text.ls_init_value': (t.ls_init_value, (None,)),
-      'text.pool_type': (t.pool_type, ('argmax', 'eos') if clip else ('last',)),
-      'text.causal': (t.causal, (clip,)), 'text.proj': (t.proj, ('linear',) if clip else ('bias',)),
-      'init_logit_bias': (config.init_logit_bias,
-                          (None,) if clip else (config.init_logit_bias or 0.0,))}
+    'vision.pool_type': (v.pool_type, ('tok',) if clip else ('map',)),
+    'vision.class_token': (v.class_token, (clip,)),
+    'vision.patch_bias': (v.patch_bias, (not clip,)),
+    'vision.ln_pre': (v.ln_pre, (clip,)),
+    'vision.proj': (v.proj, (clip,)),
+    'vision.ls_init_value': (v.ls_init_value, (None,)),
+    'text.ls_init_value': (t.ls_init_value, (None,)),
+    'text.pool_type': (t.pool_type, ('argmax', 'eos') if clip else ('last',)),
+    'text.causal': (t.causal, (clip,)),
+    'text.proj': (t.proj, ('linear',) if clip else ('bias',)),
+    'init_logit_bias': (
+      config.init_logit_bias,
+      (None,) if clip else (config.init_logit_bias or 0.0,),
+    ),
+  }
   for name, (value, allowed) in rules.items():
     if value not in allowed:
-      raise ConfigError(f'transformers\' {"CLIPModel" if clip else "SiglipModel"} has no '
-                        f'{name}={value!r}; write open_clip\'s format.')
+      raise ConfigError(
+        f"transformers' {'CLIPModel' if clip else 'SiglipModel'} has no "
+        f"{name}={value!r}; write open_clip's format."
+      )
   if clip and t.pool_type == 'eos' and t.eos_id == 2:
-    raise ConfigError('transformers\' CLIPModel takes eos_token_id=2 for the highest id; write '
-                      'open_clip\'s format.')
+    raise ConfigError(
+      "transformers' CLIPModel takes eos_token_id=2 for the highest id; write open_clip's format."
+    )
   return kind
 
 
@@ -165,8 +270,11 @@ def entries(config: zoo.CLIPConfig) -> list[weights.Entry]:
       found.append(weights.Entry((path,), (theirs,), 'transposed'))
     elif name.startswith('attn_pool.q.'):
       part = name.rsplit('.', 1)[1]
-      found.append(weights.Entry((path, path.replace('.q.', '.kv.')),
-                                 (f'vision_model.head.attention.in_proj_{part}',)))
+      found.append(
+        weights.Entry(
+          (path, path.replace('.q.', '.kv.')), (f'vision_model.head.attention.in_proj_{part}',)
+        )
+      )
     elif not name.startswith('attn_pool.kv.'):
       prefix, own = ('vision_model.', _VISION) if tower == 'visual' else ('text_model.', _TEXT)
       name = weights.renamed(name, (*_BOTH, *own))
@@ -185,8 +293,9 @@ def _normal(tensors: Mapping[str, Array]) -> dict[str, Array]:
   return {name: array for name, array in tensors.items() if not name.endswith('.position_ids')}
 
 
-def params_from_huggingface(tensors: Mapping[str, Array], config: zoo.CLIPConfig,
-                            where: str) -> dict:
+def params_from_huggingface(
+  tensors: Mapping[str, Array], config: zoo.CLIPConfig, where: str
+) -> dict:
   """A state_dict of CLIPModel or SiglipModel -> parameters; InputError where it differs."""
   return weights.from_theirs(entries(config), _normal(tensors), config, where)
 
@@ -205,29 +314,51 @@ def preprocess_from_huggingface(found: Mapping[str, Any]) -> dict[str, Any]:
   """A preprocessor_config.json -> mean, std and resize."""
   size = found.get('size', {})
   exact = isinstance(size, Mapping) and 'height' in size and not found.get('do_center_crop')
-  for key, wanted in (('do_resize', True), ('do_rescale', True), ('do_normalize', True),
-                      ('rescale_factor', 1 / 255)):
+  for key, wanted in (
+    ('do_resize', True),
+    ('do_rescale', True),
+    ('do_normalize', True),
+    ('rescale_factor', 1 / 255),
+  ):
     value = found.get(key, wanted)
     if not isinstance(value, (int, float)) or abs(value - wanted) > 1e-6:
       raise ConfigError(f'preprocessor_config.json has {key}={value!r}; built here is {wanted}.')
-  given = dict(mean=found.get('image_mean') or open_clip.OPENAI_MEAN,
-               std=found.get('image_std') or open_clip.OPENAI_STD,
-               resize='squash' if exact else 'shortest')
-  edge, crop = (value.get(key) if isinstance(value, Mapping) else value
-                for value, key in ((size, 'shortest_edge'), (found.get('crop_size'), 'height')))
+  given = dict(
+    mean=found.get('image_mean') or open_clip.OPENAI_MEAN,
+    std=found.get('image_std') or open_clip.OPENAI_STD,
+    resize='squash' if exact else 'shortest',
+  )
+  edge, crop = (
+    value.get(key) if isinstance(value, Mapping) else value
+    for value, key in ((size, 'shortest_edge'), (found.get('crop_size'), 'height'))
+  )
   if edge and crop and edge != crop:
-    logging.warning('These weights want images of %s pixels cropped to %s; here they are resized '
-                    'to the size of the model and not cropped further.', edge, crop)
+    logging.warning(
+      'These weights want images of %s pixels cropped to %s; here they are resized '
+      'to the size of the model and not cropped further.',
+      edge,
+      crop,
+    )
   resample = found.get('resample', _BICUBIC)
   return open_clip.checked_preprocess(
-      given, 'bicubic' if resample == _BICUBIC else f'PIL\'s number {resample}')
+    given, 'bicubic' if resample == _BICUBIC else f"PIL's number {resample}"
+  )
 
 
 def preprocess_to_huggingface(image_size: int, preprocess: Mapping[str, Any]) -> dict[str, Any]:
   """The preprocessor_config.json of CLIPImageProcessor."""
   square, shortest = dict(height=image_size, width=image_size), preprocess['resize'] == 'shortest'
-  return dict(image_processor_type='CLIPImageProcessor', do_convert_rgb=True, do_resize=True,
-              size=dict(shortest_edge=image_size) if shortest else square, resample=_BICUBIC,
-              do_center_crop=shortest, crop_size=square, do_rescale=True, rescale_factor=1 / 255,
-              do_normalize=True, image_mean=list(preprocess['mean']),
-              image_std=list(preprocess['std']))
+  return dict(
+    image_processor_type='CLIPImageProcessor',
+    do_convert_rgb=True,
+    do_resize=True,
+    size=dict(shortest_edge=image_size) if shortest else square,
+    resample=_BICUBIC,
+    do_center_crop=shortest,
+    crop_size=square,
+    do_rescale=True,
+    rescale_factor=1 / 255,
+    do_normalize=True,
+    image_mean=list(preprocess['mean']),
+    image_std=list(preprocess['std']),
+  )

@@ -6,15 +6,13 @@ Tokens travel flat, as [B*T, D]: only attention needs to see where one sample en
 float32; `dtype` is what the matrix products compute in, while norms and softmax stay in float32.
 """
 
-import dataclasses
 from collections.abc import Callable
+import dataclasses
 
 from flax import nnx
 import jax
-from jax import Array
-from jax import lax
+from jax import Array, lax
 import jax.numpy as jnp
-
 
 Init = Callable[..., Array]  # (key, shape, dtype) -> array
 Pick = Callable[[Array], Array]  # [B*T, D] -> [B, D]: the rows of some tokens
@@ -23,6 +21,7 @@ Pick = Callable[[Array], Array]  # [B*T, D] -> [B, D]: the rows of some tokens
 @dataclasses.dataclass(frozen=True)
 class BlockInit:
   """How the four matrices of a residual block start."""
+
   in_proj: Init
   out_proj: Init
   c_fc: Init
@@ -32,22 +31,30 @@ class BlockInit:
 
 def uniform(bound: float) -> Init:
   return lambda key, shape, dtype=jnp.float32: jax.random.uniform(
-      key, shape, dtype, minval=-bound, maxval=bound)
+    key, shape, dtype, minval=-bound, maxval=bound
+  )
 
 
 def pytorch_init(width: int, mlp_width: int) -> BlockInit:
   """PyTorch's defaults, which open_clip leaves in its vision tower: Xavier for the fused qkv."""
   return BlockInit(
-      in_proj=uniform((6 / (4 * width)) ** 0.5), out_proj=uniform(width ** -0.5),
-      c_fc=uniform(width ** -0.5), c_proj=uniform(mlp_width ** -0.5))
+    in_proj=uniform((6 / (4 * width)) ** 0.5),
+    out_proj=uniform(width**-0.5),
+    c_fc=uniform(width**-0.5),
+    c_proj=uniform(mlp_width**-0.5),
+  )
 
 
 def clip_init(width: int, layers: int) -> BlockInit:
   """The normal initialisation of CLIP's text tower (Radford et al. 2021; open_clip)."""
-  deep = width ** -0.5 * (2 * layers) ** -0.5
+  deep = width**-0.5 * (2 * layers) ** -0.5
   normal = jax.nn.initializers.normal
-  return BlockInit(in_proj=normal(width ** -0.5), out_proj=normal(deep),
-                   c_fc=normal((2 * width) ** -0.5), c_proj=normal(deep))
+  return BlockInit(
+    in_proj=normal(width**-0.5),
+    out_proj=normal(deep),
+    c_fc=normal((2 * width) ** -0.5),
+    c_proj=normal(deep),
+  )
 
 
 def timm_init() -> BlockInit:
@@ -58,7 +65,7 @@ def timm_init() -> BlockInit:
 
 def gelu(x: Array) -> Array:
   """Exact GELU through lax.erf; jax.nn.gelu takes the detour over erfc, which costs more on CPU."""
-  return x * (0.5 + 0.5 * lax.erf(x * 0.5 ** 0.5))
+  return x * (0.5 + 0.5 * lax.erf(x * 0.5**0.5))
 
 
 def quick_gelu(x: Array) -> Array:
@@ -83,8 +90,8 @@ class LayerNorm(nnx.Module):
     self.eps = eps
 
   def __call__(
-      self,
-      x: Array,  # [..., D]
+    self,
+    x: Array,  # [..., D]
   ) -> Array:  # [..., D], the dtype of x
     y = x.astype(jnp.float32)
     y = y - y.mean(-1, keepdims=True)
@@ -95,35 +102,36 @@ class LayerNorm(nnx.Module):
 class Linear(nnx.Module):
   """x @ weight.T + bias in `dtype`, with weight [out, in] as PyTorch keeps it."""
 
-  def __init__(self, size_in: int, size_out: int, *, weight: Init, bias: Init, rngs: nnx.Rngs,
-               dtype: str):
+  def __init__(
+    self, size_in: int, size_out: int, *, weight: Init, bias: Init, rngs: nnx.Rngs, dtype: str
+  ):
     self.weight = nnx.Param(weight(rngs.params(), (size_out, size_in)))
     self.bias = nnx.Param(bias(rngs.params(), (size_out,)))
     self.dtype = dtype
 
   def __call__(
-      self,
-      x: Array,  # [..., in]
+    self,
+    x: Array,  # [..., in]
   ) -> Array:  # [..., out] dtype
     return linear(x, self.weight[...], self.bias[...], self.dtype)
 
 
 def linear(
-    x: Array,  # [..., in]
-    weight: Array,  # [out, in]
-    bias: Array,  # [out]
-    dtype: str,
+  x: Array,  # [..., in]
+  weight: Array,  # [out, in]
+  bias: Array,  # [out]
+  dtype: str,
 ) -> Array:  # [..., out] dtype
   y = lax.dot_general(x.astype(dtype), weight.astype(dtype), (((x.ndim - 1,), (1,)), ((), ())))
   return y + bias.astype(dtype)
 
 
 def attention(
-    q: Array,  # [B, Q, D]; Q is T, or 1 where only the pooled token asks
-    k: Array,  # [B, T, D]
-    v: Array,  # [B, T, D]
-    heads: int,
-    mask: Array | None,  # bool, broadcasts to [B, Q, T]: True where a query may look
+  q: Array,  # [B, Q, D]; Q is T, or 1 where only the pooled token asks
+  k: Array,  # [B, T, D]
+  v: Array,  # [B, T, D]
+  heads: int,
+  mask: Array | None,  # bool, broadcasts to [B, Q, T]: True where a query may look
 ) -> Array:  # [B, Q, D]
   """Softmax attention, by the formulation that suits the backend."""
   by_head = jax.default_backend() == 'cpu'
@@ -136,7 +144,7 @@ def attention_by_head(q: Array, k: Array, v: Array, heads: int, mask: Array | No
   out = []
   for h in range(heads):
     part = slice(h * size, (h + 1) * size)
-    score = jnp.einsum('bqd,btd->bqt', q[..., part] * size ** -0.5, k[..., part])
+    score = jnp.einsum('bqd,btd->bqt', q[..., part] * size**-0.5, k[..., part])
     score = score.astype(jnp.float32)
     if mask is not None:
       score = jnp.where(mask, score, -jnp.inf)
@@ -174,11 +182,11 @@ class Attention(nnx.Module):
     self.dtype = dtype
 
   def __call__(
-      self,
-      x: Array,  # [B*T, D]
-      tokens: int,  # T
-      mask: Array | None,  # bool, broadcasts to [B, T, T]
-      pick: Pick = lambda y: y,  # the output is wanted at these tokens
+    self,
+    x: Array,  # [B*T, D]
+    tokens: int,  # T
+    mask: Array | None,  # bool, broadcasts to [B, T, T]
+    pick: Pick = lambda y: y,  # the output is wanted at these tokens
   ) -> Array:  # [B*T, D], or [B, D] of the picked ones
     width = x.shape[-1]
     qkv = linear(x, self.in_proj_weight[...], self.in_proj_bias[...], self.dtype)
@@ -186,11 +194,11 @@ class Attention(nnx.Module):
     return self.out_proj(pick(attention(q, k, v, self.heads, mask).reshape(-1, width)))
 
   def pooled(
-      self,
-      x: Array,  # [B*T, D]
-      query: Array,  # [B, D], the rows of x that ask
-      tokens: int,  # T
-      mask: Array | None,  # bool, broadcasts to [B, 1, T]
+    self,
+    x: Array,  # [B*T, D]
+    query: Array,  # [B, D], the rows of x that ask
+    tokens: int,  # T
+    mask: Array | None,  # bool, broadcasts to [B, 1, T]
   ) -> Array:  # [B, D]
     """As above where exactly one token of each sample asks: the others need no query."""
     width = x.shape[-1]
@@ -204,18 +212,28 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
   """c_fc, an activation, c_proj."""
 
-  def __init__(self, width: int, mlp_width: int, *, init: BlockInit, activation: Callable,
-               rngs: nnx.Rngs, dtype: str):
+  def __init__(
+    self,
+    width: int,
+    mlp_width: int,
+    *,
+    init: BlockInit,
+    activation: Callable,
+    rngs: nnx.Rngs,
+    dtype: str,
+  ):
     def bias(width: int) -> Init:
-      return jax.nn.initializers.zeros if init.zero_bias else uniform(width ** -0.5)
+      return jax.nn.initializers.zeros if init.zero_bias else uniform(width**-0.5)
+
     self.c_fc = Linear(width, mlp_width, weight=init.c_fc, bias=bias(width), rngs=rngs, dtype=dtype)
-    self.c_proj = Linear(mlp_width, width, weight=init.c_proj, bias=bias(mlp_width), rngs=rngs,
-                         dtype=dtype)
+    self.c_proj = Linear(
+      mlp_width, width, weight=init.c_proj, bias=bias(mlp_width), rngs=rngs, dtype=dtype
+    )
     self.activation = activation
 
   def __call__(
-      self,
-      x: Array,  # [..., D]
+    self,
+    x: Array,  # [..., D]
   ) -> Array:  # [..., D]
     return self.c_proj(self.activation(self.c_fc(x)))
 
@@ -227,8 +245,8 @@ class LayerScale(nnx.Module):
     self.gamma = nnx.Param(jnp.full(width, start))
 
   def __call__(
-      self,
-      x: Array,  # [..., D]
+    self,
+    x: Array,  # [..., D]
   ) -> Array:  # [..., D]
     return x * self.gamma[...].astype(x.dtype)
 
@@ -236,9 +254,19 @@ class LayerScale(nnx.Module):
 class ResidualAttentionBlock(nnx.Module):
   """x + attention(ln_1(x)), then x + mlp(ln_2(x)); with layer scale, each branch has its gain."""
 
-  def __init__(self, width: int, heads: int, mlp_width: int, *, init: BlockInit,
-               activation: Callable, rngs: nnx.Rngs, dtype: str, eps: float = 1e-5,
-               ls_init_value: float | None = None):
+  def __init__(
+    self,
+    width: int,
+    heads: int,
+    mlp_width: int,
+    *,
+    init: BlockInit,
+    activation: Callable,
+    rngs: nnx.Rngs,
+    dtype: str,
+    eps: float = 1e-5,
+    ls_init_value: float | None = None,
+  ):
     self.ln_1 = LayerNorm(width, eps)
     self.attn = Attention(width, heads, init=init, rngs=rngs, dtype=dtype)
     self.ln_2 = LayerNorm(width, eps)
@@ -249,20 +277,20 @@ class ResidualAttentionBlock(nnx.Module):
     self.scaled = ls_init_value is not None
 
   def __call__(
-      self,
-      x: Array,  # [B*T, D]
-      tokens: int,  # T
-      mask: Array | None,  # bool, broadcasts to [B, T, T]
-      pick: Pick = lambda y: y,
+    self,
+    x: Array,  # [B*T, D]
+    tokens: int,  # T
+    mask: Array | None,  # bool, broadcasts to [B, T, T]
+    pick: Pick = lambda y: y,
   ) -> Array:  # [B*T, D], or [B, D] of the picked tokens: no other output of the block is made
     return self._after(pick(x), self.attn(self.ln_1(x), tokens, mask, pick))
 
   def pooled(
-      self,
-      x: Array,  # [B*T, D]
-      tokens: int,  # T
-      mask: Array | None,  # bool, broadcasts to [B, 1, T]
-      pick: Pick,  # exactly one token of each sample
+    self,
+    x: Array,  # [B*T, D]
+    tokens: int,  # T
+    mask: Array | None,  # bool, broadcasts to [B, 1, T]
+    pick: Pick,  # exactly one token of each sample
   ) -> Array:  # [B, D]
     y = self.ln_1(x)
     return self._after(pick(x), self.attn.pooled(y, pick(y), tokens, mask))
@@ -279,32 +307,56 @@ class Transformer(nnx.Module):
   remat: what the backward pass recomputes, a key of REMAT.
   """
 
-  def __init__(self, width: int, layers: int, heads: int, mlp_width: int, *, init: BlockInit,
-               activation: Callable, rngs: nnx.Rngs, dtype: str, eps: float = 1e-5,
-               ls_init_value: float | None = None, remat: str = 'none'):
-    self.resblocks = nnx.List([
-        ResidualAttentionBlock(width, heads, mlp_width, init=init, activation=activation,
-                               rngs=rngs, dtype=dtype, eps=eps, ls_init_value=ls_init_value)
-        for _ in range(layers)])
+  def __init__(
+    self,
+    width: int,
+    layers: int,
+    heads: int,
+    mlp_width: int,
+    *,
+    init: BlockInit,
+    activation: Callable,
+    rngs: nnx.Rngs,
+    dtype: str,
+    eps: float = 1e-5,
+    ls_init_value: float | None = None,
+    remat: str = 'none',
+  ):
+    self.resblocks = nnx.List(
+      [
+        ResidualAttentionBlock(
+          width,
+          heads,
+          mlp_width,
+          init=init,
+          activation=activation,
+          rngs=rngs,
+          dtype=dtype,
+          eps=eps,
+          ls_init_value=ls_init_value,
+        )
+        for _ in range(layers)
+      ]
+    )
     self.remat = remat
 
   def __call__(
-      self,
-      x: Array,  # [B*T, D]
-      tokens: int,  # T
-      mask: Array | None,  # bool, broadcasts to [B, T, T]
+    self,
+    x: Array,  # [B*T, D]
+    tokens: int,  # T
+    mask: Array | None,  # bool, broadcasts to [B, T, T]
   ) -> Array:  # [B*T, D]
     for block in self.resblocks:
       x = self._run(block, x, tokens, mask)
     return x
 
   def pooled(
-      self,
-      x: Array,  # [B*T, D]
-      tokens: int,  # T
-      mask: Array | None,  # bool, broadcasts to [B, T, T]
-      pooled_mask: Array | None,  # bool, broadcasts to [B, 1, T]: the picked tokens' rows of mask
-      pick: Pick,  # exactly one token of each sample
+    self,
+    x: Array,  # [B*T, D]
+    tokens: int,  # T
+    mask: Array | None,  # bool, broadcasts to [B, T, T]
+    pooled_mask: Array | None,  # bool, broadcasts to [B, 1, T]: the picked tokens' rows of mask
+    pick: Pick,  # exactly one token of each sample
   ) -> Array:  # [B, D]
     """The stack's output at the picked tokens; the last block computes nothing else. Exact."""
     *blocks, last = self.resblocks
@@ -313,11 +365,11 @@ class Transformer(nnx.Module):
     return last.pooled(x, tokens, pooled_mask, pick)
 
   def picked(
-      self,
-      x: Array,  # [R*T, D]
-      tokens: int,  # T
-      mask: Array,  # bool [R, T, T]
-      pick: Pick,  # any tokens: packed rows hold several samples
+    self,
+    x: Array,  # [R*T, D]
+    tokens: int,  # T
+    mask: Array,  # bool [R, T, T]
+    pick: Pick,  # any tokens: packed rows hold several samples
   ) -> Array:  # [B, D]
     """The stack's output at the picked tokens, where a row may have any number of them. Exact."""
     *blocks, last = self.resblocks
@@ -329,12 +381,16 @@ class Transformer(nnx.Module):
     if REMAT[self.remat] is None:
       return block(x, tokens, mask)
     graph, state = nnx.split(block)
-    run = jax.checkpoint(lambda state, x: nnx.merge(graph, state)(x, tokens, mask),
-                         policy=REMAT[self.remat])
+    run = jax.checkpoint(
+      lambda state, x: nnx.merge(graph, state)(x, tokens, mask), policy=REMAT[self.remat]
+    )
     return run(state, x)
 
 
 # What a block's backward pass finds in memory: everything, its input alone, or also the results of
 # its matrix products (those over a batch of samples, the attention's, are recomputed).
-REMAT = {'none': None, 'blocks': jax.checkpoint_policies.nothing_saveable,
-         'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+REMAT = {
+  'none': None,
+  'blocks': jax.checkpoint_policies.nothing_saveable,
+  'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}

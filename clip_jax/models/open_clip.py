@@ -21,11 +21,26 @@ OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of OpenAI's CLIP, per chann
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 
 # Keys that describe how open_clip would train or fetch a model, not what it computes.
-_IGNORED = ('timm_model_pretrained', 'timm_drop', 'timm_drop_path', 'patch_dropout',
-            'output_tokens', 'hf_model_pretrained', 'pad_id')
+_IGNORED = (
+  'timm_model_pretrained',
+  'timm_drop',
+  'timm_drop_path',
+  'patch_dropout',
+  'output_tokens',
+  'hf_model_pretrained',
+  'pad_id',
+)
 # Fields of the configs: those that count something, and those that are any number.
-_COUNTS = ('embed_dim', 'image_size', 'patch_size', 'width', 'layers', 'heads', 'context_length',
-           'vocab_size')
+_COUNTS = (
+  'embed_dim',
+  'image_size',
+  'patch_size',
+  'width',
+  'layers',
+  'heads',
+  'context_length',
+  'vocab_size',
+)
 _REALS = ('mlp_ratio', 'ls_init_value', 'eps', 'init_logit_scale', 'init_logit_bias')
 _ACTIVATIONS = {'gelu': {}, 'gelu_tanh': {'approximate': 'tanh'}}
 
@@ -40,48 +55,90 @@ def config_to_open_clip(config: zoo.CLIPConfig) -> dict[str, Any]:
   text = config.text
   proj = {'linear': {}, 'bias': {'proj_bias': True}, 'none': {'proj_type': 'none'}}[text.proj]
   return {
-      'embed_dim': config.embed_dim,
-      **_unlike(dict(quick_gelu=False, init_logit_scale=zoo.CLIPConfig.init_logit_scale,
-                     custom_text=False),
-                quick_gelu=text.activation == 'quick_gelu', init_logit_bias=config.init_logit_bias,
-                init_logit_scale=config.init_logit_scale, custom_text=config.custom_text),
-      'vision_cfg': _vision_to_open_clip(config.vision),
-      'text_cfg': {
-          'context_length': text.context_length, 'vocab_size': text.vocab_size,
-          'width': text.width, 'heads': text.heads, 'layers': text.layers,
-          **_unlike(dict(hf_tokenizer_name='', tokenizer_kwargs={}, mlp_ratio=4.0,
-                         pool_type='argmax', no_causal_mask=False),
-                    hf_tokenizer_name=text.tokenizer, tokenizer_kwargs=dict(text.tokenizer_kwargs),
-                    mlp_ratio=text.mlp_ratio, pool_type=text.pool_type,
-                    eos_id=text.eos_id if text.pool_type == 'eos' else None,
-                    no_causal_mask=not text.causal),
-          **proj, **_block_to_open_clip(text)}}
+    'embed_dim': config.embed_dim,
+    **_unlike(
+      dict(quick_gelu=False, init_logit_scale=zoo.CLIPConfig.init_logit_scale, custom_text=False),
+      quick_gelu=text.activation == 'quick_gelu',
+      init_logit_bias=config.init_logit_bias,
+      init_logit_scale=config.init_logit_scale,
+      custom_text=config.custom_text,
+    ),
+    'vision_cfg': _vision_to_open_clip(config.vision),
+    'text_cfg': {
+      'context_length': text.context_length,
+      'vocab_size': text.vocab_size,
+      'width': text.width,
+      'heads': text.heads,
+      'layers': text.layers,
+      **_unlike(
+        dict(
+          hf_tokenizer_name='',
+          tokenizer_kwargs={},
+          mlp_ratio=4.0,
+          pool_type='argmax',
+          no_causal_mask=False,
+        ),
+        hf_tokenizer_name=text.tokenizer,
+        tokenizer_kwargs=dict(text.tokenizer_kwargs),
+        mlp_ratio=text.mlp_ratio,
+        pool_type=text.pool_type,
+        eos_id=text.eos_id if text.pool_type == 'eos' else None,
+        no_causal_mask=not text.causal,
+      ),
+      **proj,
+      **_block_to_open_clip(text),
+    },
+  }
 
 
 def _block_to_open_clip(tower: zoo.ViTConfig | zoo.TextConfig) -> dict[str, Any]:
   """What the two transformers have in common, where it is not open_clip's default."""
-  return _unlike(dict(norm_kwargs={'eps': 1e-5}, act_kwargs={}), ls_init_value=tower.ls_init_value,
-                 norm_kwargs={'eps': tower.eps},
-                 act_kwargs=dict(_ACTIVATIONS.get(tower.activation, {})))
+  return _unlike(
+    dict(norm_kwargs={'eps': 1e-5}, act_kwargs={}),
+    ls_init_value=tower.ls_init_value,
+    norm_kwargs={'eps': tower.eps},
+    act_kwargs=dict(_ACTIVATIONS.get(tower.activation, {})),
+  )
 
 
 def _vision_to_open_clip(vision: zoo.ViTConfig | zoo.ResNetConfig) -> dict[str, Any]:
   if isinstance(vision, zoo.ResNetConfig):
-    return {'image_size': vision.image_size, 'layers': list(vision.layers), 'width': vision.width,
-            'head_width': vision.width * 32 // vision.heads, 'patch_size': None}
+    return {
+      'image_size': vision.image_size,
+      'layers': list(vision.layers),
+      'width': vision.width,
+      'head_width': vision.width * 32 // vision.heads,
+      'patch_size': None,
+    }
   if vision.pool_type == 'map':
     names = [name for name, tower in zoo.TIMM_TOWERS.items() if tower == vision]
     if not names:
-      raise ConfigError('open_clip has no model with this attention-pooled image tower: '
-                        f'{dataclasses.asdict(vision)}.')
-    return {'image_size': vision.image_size, 'timm_model_name': names[0],
-            'timm_model_pretrained': False, 'timm_pool': 'map', 'timm_proj': 'none'}
-  return {'image_size': vision.image_size, 'layers': vision.layers, 'width': vision.width,
-          'head_width': vision.width // vision.heads, 'patch_size': vision.patch_size,
-          **_unlike(dict(mlp_ratio=4.0, pool_type='tok', no_ln_pre=False, final_ln_after_pool=False),
-                    mlp_ratio=vision.mlp_ratio, pool_type=vision.pool_type,
-                    no_ln_pre=not vision.ln_pre, final_ln_after_pool=vision.final_ln_after_pool),
-          **_block_to_open_clip(vision)}
+      raise ConfigError(
+        'open_clip has no model with this attention-pooled image tower: '
+        f'{dataclasses.asdict(vision)}.'
+      )
+    return {
+      'image_size': vision.image_size,
+      'timm_model_name': names[0],
+      'timm_model_pretrained': False,
+      'timm_pool': 'map',
+      'timm_proj': 'none',
+    }
+  return {
+    'image_size': vision.image_size,
+    'layers': vision.layers,
+    'width': vision.width,
+    'head_width': vision.width // vision.heads,
+    'patch_size': vision.patch_size,
+    **_unlike(
+      dict(mlp_ratio=4.0, pool_type='tok', no_ln_pre=False, final_ln_after_pool=False),
+      mlp_ratio=vision.mlp_ratio,
+      pool_type=vision.pool_type,
+      no_ln_pre=not vision.ln_pre,
+      final_ln_after_pool=vision.final_ln_after_pool,
+    ),
+    **_block_to_open_clip(vision),
+  }
 
 
 def config_from_open_clip(model: dict[str, Any]) -> zoo.CLIPConfig:
@@ -94,14 +151,19 @@ def config_from_open_clip(model: dict[str, Any]) -> zoo.CLIPConfig:
     quick_gelu = model.pop('quick_gelu', False)
     vision = _vision_from_open_clip(dict(model.pop('vision_cfg')), quick_gelu)
     config = zoo.CLIPConfig(
-        model.pop('embed_dim'), vision, _text_from_open_clip(dict(model.pop('text_cfg')), quick_gelu),
-        init_logit_scale=model.pop('init_logit_scale', zoo.CLIPConfig.init_logit_scale),
-        init_logit_bias=model.pop('init_logit_bias', None),
-        custom_text=model.pop('custom_text', False))
+      model.pop('embed_dim'),
+      vision,
+      _text_from_open_clip(dict(model.pop('text_cfg')), quick_gelu),
+      init_logit_scale=model.pop('init_logit_scale', zoo.CLIPConfig.init_logit_scale),
+      init_logit_bias=model.pop('init_logit_bias', None),
+      custom_text=model.pop('custom_text', False),
+    )
   except KeyError as error:
     raise ConfigError(f'A model config of open_clip must have the key {error}.') from error
   except (TypeError, AttributeError, ZeroDivisionError) as error:
-    raise ConfigError(f'A model config of open_clip has a value of the wrong kind: {error}.') from error
+    raise ConfigError(
+      f'A model config of open_clip has a value of the wrong kind: {error}.'
+    ) from error
   _none_left('', model)
   return checked(config)
 
@@ -110,8 +172,9 @@ def checked(config: zoo.CLIPConfig) -> zoo.CLIPConfig:
   """A config whose numbers make a model; ConfigError naming the one that cannot be."""
   for name, value, good, wanted in _demands(config):
     if not good:
-      raise ConfigError(f'the model has {name}={value!r}, which must be {wanted}. Mend it, or get '
-                        'it again.')
+      raise ConfigError(
+        f'the model has {name}={value!r}, which must be {wanted}. Mend it, or get it again.'
+      )
   return config
 
 
@@ -123,8 +186,12 @@ def _demands(config: zoo.CLIPConfig) -> Iterator[tuple[str, Any, bool, str]]:
   for block, part in (('', config), ('vision.', vision), ('text.', text)):
     for key, value in vars(part).items():
       if key == 'layers' and part is vision and resnet:
-        yield (block + key, value, len(value) == 4 and all(map(whole, value)),
-               'four whole numbers above 0')
+        yield (
+          block + key,
+          value,
+          len(value) == 4 and all(map(whole, value)),
+          'four whole numbers above 0',
+        )
       elif key in _COUNTS:
         yield block + key, value, whole(value), 'a whole number above 0'
       elif key in _REALS:
@@ -132,44 +199,70 @@ def _demands(config: zoo.CLIPConfig) -> Iterator[tuple[str, Any, bool, str]]:
   if resnet:
     yield 'vision.image_size', vision.image_size, vision.image_size % 32 == 0, 'a multiple of 32'
   else:
-    yield ('vision.patch_size', vision.patch_size, vision.patch_size <= vision.image_size,
-           f'at most the image size, {vision.image_size}')
-  for block, width, heads in (('vision', vision.width * (32 if resnet else 1), vision.heads),
-                              ('text', text.width, text.heads)):
+    yield (
+      'vision.patch_size',
+      vision.patch_size,
+      vision.patch_size <= vision.image_size,
+      f'at most the image size, {vision.image_size}',
+    )
+  for block, width, heads in (
+    ('vision', vision.width * (32 if resnet else 1), vision.heads),
+    ('text', text.width, text.heads),
+  ):
     yield f'{block}.heads', heads, width % heads == 0, f'a divisor of the width, {width}'
 
 
 def _text_from_open_clip(text: dict[str, Any], quick_gelu: bool) -> zoo.TextConfig:
   if text.get('hf_model_name'):
-    raise ConfigError(f'text_cfg.hf_model_name={text["hf_model_name"]!r}: text towers of Hugging '
-                      'Face are not built here.')
+    raise ConfigError(
+      f'text_cfg.hf_model_name={text["hf_model_name"]!r}: text towers of Hugging '
+      'Face are not built here.'
+    )
   width, proj_type = text.pop('width', 512), text.pop('proj_type', 'linear')
   bias = text.pop('proj_bias', False)
   config = zoo.TextConfig(
-      text.pop('context_length', 77), text.pop('vocab_size', 49_408), width, text.pop('heads', 8),
-      text.pop('layers', 12), text.pop('mlp_ratio', 4.0), text.pop('pool_type', 'argmax'),
-      text.pop('eos_id', 2), causal=not text.pop('no_causal_mask', False),
-      proj='none' if proj_type == 'none' else 'bias' if bias else 'linear',
-      tokenizer=text.pop('hf_tokenizer_name', None) or '',
-      tokenizer_kwargs=tuple((text.pop('tokenizer_kwargs', None) or {}).items()),
-      **_block_from_open_clip(text, quick_gelu))
-  if config.pool_type not in ('argmax', 'eos', 'first', 'last') or proj_type not in ('linear', 'none'):
-    raise ConfigError(f'text_cfg has pool_type={config.pool_type!r} and proj_type={proj_type!r}, '
-                      'which is not built here.')
+    text.pop('context_length', 77),
+    text.pop('vocab_size', 49_408),
+    width,
+    text.pop('heads', 8),
+    text.pop('layers', 12),
+    text.pop('mlp_ratio', 4.0),
+    text.pop('pool_type', 'argmax'),
+    text.pop('eos_id', 2),
+    causal=not text.pop('no_causal_mask', False),
+    proj='none' if proj_type == 'none' else 'bias' if bias else 'linear',
+    tokenizer=text.pop('hf_tokenizer_name', None) or '',
+    tokenizer_kwargs=tuple((text.pop('tokenizer_kwargs', None) or {}).items()),
+    **_block_from_open_clip(text, quick_gelu),
+  )
+  if config.pool_type not in ('argmax', 'eos', 'first', 'last') or proj_type not in (
+    'linear',
+    'none',
+  ):
+    raise ConfigError(
+      f'text_cfg has pool_type={config.pool_type!r} and proj_type={proj_type!r}, '
+      'which is not built here.'
+    )
   _none_left('text_cfg.', text)
   return config
 
 
-def _vision_from_open_clip(vision: dict[str, Any],
-                           quick_gelu: bool) -> zoo.ViTConfig | zoo.ResNetConfig:
+def _vision_from_open_clip(
+  vision: dict[str, Any], quick_gelu: bool
+) -> zoo.ViTConfig | zoo.ResNetConfig:
   name, image_size = vision.pop('timm_model_name', None), vision.pop('image_size', 224)
   if isinstance(image_size, (list, tuple)) and len(set(image_size)) == 1:
     image_size = image_size[0]  # [height, width]
   if name:
-    if name not in zoo.TIMM_TOWERS or vision.pop('timm_pool', 'map') != 'map' or (
-        vision.pop('timm_proj', 'none') != 'none'):
-      raise ConfigError(f'vision_cfg.timm_model_name={name!r} is not built here; of timm\'s towers '
-                        f'these are: {", ".join(zoo.TIMM_TOWERS)}.')
+    if (
+      name not in zoo.TIMM_TOWERS
+      or vision.pop('timm_pool', 'map') != 'map'
+      or (vision.pop('timm_proj', 'none') != 'none')
+    ):
+      raise ConfigError(
+        f"vision_cfg.timm_model_name={name!r} is not built here; of timm's towers "
+        f'these are: {", ".join(zoo.TIMM_TOWERS)}.'
+      )
     _none_left('vision_cfg.', vision)
     return dataclasses.replace(zoo.TIMM_TOWERS[name], image_size=image_size)
   width, layers = vision.pop('width', 768), vision.pop('layers', 12)
@@ -179,11 +272,17 @@ def _vision_from_open_clip(vision: dict[str, Any],
     vision.pop('patch_size', None)
   else:
     config = zoo.ViTConfig(
-        image_size, vision.pop('patch_size', 16), width, layers, width // head_width,
-        vision.pop('mlp_ratio', 4.0), vision.pop('pool_type', 'tok'),
-        ln_pre=not vision.pop('no_ln_pre', False),
-        final_ln_after_pool=vision.pop('final_ln_after_pool', False),
-        **_block_from_open_clip(vision, quick_gelu))
+      image_size,
+      vision.pop('patch_size', 16),
+      width,
+      layers,
+      width // head_width,
+      vision.pop('mlp_ratio', 4.0),
+      vision.pop('pool_type', 'tok'),
+      ln_pre=not vision.pop('no_ln_pre', False),
+      final_ln_after_pool=vision.pop('final_ln_after_pool', False),
+      **_block_from_open_clip(vision, quick_gelu),
+    )
     if config.pool_type not in ('tok', 'avg'):
       raise ConfigError(f'vision_cfg.pool_type={config.pool_type!r} is not built here.')
   _none_left('vision_cfg.', vision)
@@ -195,8 +294,11 @@ def _block_from_open_clip(tower: dict[str, Any], quick_gelu: bool) -> dict[str, 
   names = [name for name, kwargs in _ACTIVATIONS.items() if kwargs == act]
   if not names or set(norm) - {'eps'}:
     raise ConfigError(f'act_kwargs={act} and norm_kwargs={norm} of open_clip are not built here.')
-  return {'activation': 'quick_gelu' if quick_gelu else names[0], 'eps': norm.get('eps', 1e-5),
-          'ls_init_value': tower.pop('ls_init_value', None)}
+  return {
+    'activation': 'quick_gelu' if quick_gelu else names[0],
+    'eps': norm.get('eps', 1e-5),
+    'ls_init_value': tower.pop('ls_init_value', None),
+  }
 
 
 def _none_left(block: str, left: dict[str, Any]) -> None:
@@ -207,10 +309,18 @@ def _none_left(block: str, left: dict[str, Any]) -> None:
 
 
 # Our names in timm's vision transformer, replaced in this order; the others are alike.
-_TIMM = (('conv1.', 'patch_embed.proj.'), ('positional_embedding', 'pos_embed'),
-         ('transformer.resblocks.', 'blocks.'), ('.ln_1.', '.norm1.'), ('.ln_2.', '.norm2.'),
-         ('.attn.in_proj_', '.attn.qkv.'), ('.attn.out_proj.', '.attn.proj.'),
-         ('.mlp.c_fc.', '.mlp.fc1.'), ('.mlp.c_proj.', '.mlp.fc2.'), ('ln_post.', 'norm.'))
+_TIMM = (
+  ('conv1.', 'patch_embed.proj.'),
+  ('positional_embedding', 'pos_embed'),
+  ('transformer.resblocks.', 'blocks.'),
+  ('.ln_1.', '.norm1.'),
+  ('.ln_2.', '.norm2.'),
+  ('.attn.in_proj_', '.attn.qkv.'),
+  ('.attn.out_proj.', '.attn.proj.'),
+  ('.mlp.c_fc.', '.mlp.fc1.'),
+  ('.mlp.c_proj.', '.mlp.fc2.'),
+  ('ln_post.', 'norm.'),
+)
 # Tensors of the text tower, where they have no text. before them.
 _TEXT = ('token_embedding.', 'positional_embedding', 'transformer.', 'ln_final.', 'text_projection')
 _COUNTER = 'num_batches_tracked'  # of PyTorch's batch norm; nothing here reads it
@@ -218,11 +328,14 @@ _COUNTER = 'num_batches_tracked'  # of PyTorch's batch norm; nothing here reads 
 
 def entries(config: zoo.CLIPConfig) -> list[weights.Entry]:
   """Which tensor of open_clip's holds which parameter; its text tensors as text.*."""
+
   def entry(path: str) -> weights.Entry:
     if not (path.startswith('visual.') and _is_timm(config)):
       return weights.Entry((path,), (path,))
     name = weights.renamed(path.removeprefix('visual.'), _TIMM)
-    return weights.Entry((path,), (f'visual.trunk.{name}',), 'row' if name == 'pos_embed' else 'same')
+    return weights.Entry(
+      (path,), (f'visual.trunk.{name}',), 'row' if name == 'pos_embed' else 'same'
+    )
 
   return list(map(entry, shapes(config)))
 
@@ -238,13 +351,12 @@ def normal(tensors: Mapping[str, Array]) -> dict[str, Array]:
   return found
 
 
-def params_from_open_clip(tensors: Mapping[str, Array], config: zoo.CLIPConfig,
-                          where: str) -> dict:
+def params_from_open_clip(tensors: Mapping[str, Array], config: zoo.CLIPConfig, where: str) -> dict:
   """A state_dict of CLIP or CustomTextCLIP -> parameters; InputError where it is another's."""
   given, tensors = tensors, normal(tensors)
   for name in given:
     if f'text.{name}' in given and f'text.{name}' in tensors:
-      raise InputError(f'{where} holds {name} twice, also as text.{name}. Is it another model\'s?')
+      raise InputError(f"{where} holds {name} twice, also as text.{name}. Is it another model's?")
   if config.init_logit_bias is not None and 'logit_bias' not in tensors:
     logging.info('%s has no logit_bias; it begins at 0, as in open_clip.', where)
     tensors['logit_bias'] = np.zeros((), np.float32)
@@ -268,39 +380,53 @@ def fitting(tensors: Mapping[str, Array]) -> list[str]:
 
 def preprocess_to_open_clip(image_size: int, preprocess: Mapping[str, Any]) -> dict[str, Any]:
   """open_clip_config.json's preprocess_cfg. `preprocess` has mean, std (3 numbers) and resize."""
-  return {'size': image_size, 'mode': 'RGB', 'mean': list(preprocess['mean']),
-          'std': list(preprocess['std']), 'interpolation': 'bicubic',
-          'resize_mode': preprocess['resize'], 'fill_color': 0}
+  return {
+    'size': image_size,
+    'mode': 'RGB',
+    'mean': list(preprocess['mean']),
+    'std': list(preprocess['std']),
+    'interpolation': 'bicubic',
+    'resize_mode': preprocess['resize'],
+    'fill_color': 0,
+  }
 
 
 def preprocess_from_open_clip(found: Mapping[str, Any], config: zoo.CLIPConfig) -> dict[str, Any]:
   """The same back; what a preprocess_cfg leaves out is open_clip's default."""
   plain = dict(mean=OPENAI_MEAN, std=OPENAI_STD, resize='shortest')
-  given = {ours: found[theirs] for ours, theirs in (('mean', 'mean'), ('std', 'std'),
-                                                    ('resize', 'resize_mode')) if found.get(theirs)}
+  given = {
+    ours: found[theirs]
+    for ours, theirs in (('mean', 'mean'), ('std', 'std'), ('resize', 'resize_mode'))
+    if found.get(theirs)
+  }
   size = found.get('size') or config.image_size
   if size not in (config.image_size, [config.image_size] * 2):
-    logging.warning('The images are for %s pixels, and the model is for %d: those count.', size,
-                    config.image_size)
+    logging.warning(
+      'The images are for %s pixels, and the model is for %d: those count.', size, config.image_size
+    )
   return checked_preprocess(plain | given, found.get('interpolation') or 'bicubic')
 
 
 def checked_preprocess(found: Mapping[str, Any], interpolation: str) -> dict[str, Any]:
   """mean, std and resize, or ConfigError for what no image is prepared by here."""
   if found['resize'] not in ('shortest', 'squash'):
-    raise ConfigError(f'These weights want images resized by {found["resize"]!r}; built are '
-                      'shortest and squash.')
+    raise ConfigError(
+      f'These weights want images resized by {found["resize"]!r}; built are shortest and squash.'
+    )
   if interpolation != 'bicubic':
     logging.warning('These weights were made with %s resizing; here it is bicubic.', interpolation)
-  given = [(found[key],) * 3 if isinstance(found[key], (int, float)) else found[key]  # as open_clip
-           for key in ('mean', 'std')]
+  given = [
+    (found[key],) * 3 if isinstance(found[key], (int, float)) else found[key]  # as open_clip
+    for key in ('mean', 'std')
+  ]
   try:
     mean, std = (tuple(map(float, numbers)) for numbers in given)
   except (TypeError, ValueError):
     mean = std = ()
   if len(mean) != 3 or len(std) != 3 or min(std) <= 0 or not np.isfinite([mean, std]).all():
-    raise ConfigError(f'Preprocessing needs three means and deviations, got {found["mean"]} and '
-                      f'{found["std"]}.')
+    raise ConfigError(
+      f'Preprocessing needs three means and deviations, got {found["mean"]} and {found["std"]}.'
+    )
   return dict(mean=mean, std=std, resize=found['resize'])
 
 

@@ -6,8 +6,7 @@ stem of three convolutions, average pooling before each strided convolution, att
 
 from flax import nnx
 import jax
-from jax import Array
-from jax import lax
+from jax import Array, lax
 import jax.numpy as jnp
 
 from clip_jax.models import layers
@@ -20,24 +19,26 @@ _EPS = 1e-5
 class Conv(nnx.Module):
   """A convolution without bias, weight [out, in, k, k] as PyTorch keeps it; k is 1 or 3."""
 
-  def __init__(self, size_in: int, size_out: int, kernel: int, *, stride: int = 1, rngs: nnx.Rngs,
-               dtype: str):
+  def __init__(
+    self, size_in: int, size_out: int, kernel: int, *, stride: int = 1, rngs: nnx.Rngs, dtype: str
+  ):
     init = layers.uniform((size_in * kernel * kernel) ** -0.5)
     self.weight = nnx.Param(init(rngs.params(), (size_out, size_in, kernel, kernel)))
     self.stride = stride
     self.dtype = dtype
 
   def __call__(
-      self,
-      x: Array,  # [B, H, W, C]
+    self,
+    x: Array,  # [B, H, W, C]
   ) -> Array:  # [B, H', W', C']
     weight, x = self.weight[...].astype(self.dtype), x.astype(self.dtype)
     kernel = weight.shape[-1]
     if kernel == 1:
       return x @ weight[:, :, 0, 0].T
     pad = (kernel // 2, kernel // 2)
-    return lax.conv_general_dilated(x, weight, (self.stride, self.stride), (pad, pad),
-                                    dimension_numbers=('NHWC', 'OIHW', 'NHWC'))
+    return lax.conv_general_dilated(
+      x, weight, (self.stride, self.stride), (pad, pad), dimension_numbers=('NHWC', 'OIHW', 'NHWC')
+    )
 
 
 class BatchNorm(nnx.Module):
@@ -50,9 +51,9 @@ class BatchNorm(nnx.Module):
     self.running_var = nnx.BatchStat(jnp.ones(width))
 
   def __call__(
-      self,
-      x: Array,  # [B, H, W, C]
-      training: bool,  # the batch's own statistics, recorded; else the running ones
+    self,
+    x: Array,  # [B, H, W, C]
+    training: bool,  # the batch's own statistics, recorded; else the running ones
   ) -> Array:  # [B, H, W, C]
     y = x.astype(jnp.float32)
     mean, var = self.running_mean[...], self.running_var[...]
@@ -80,14 +81,15 @@ class Bottleneck(nnx.Module):
     self.bn3.weight[...] = jnp.zeros(4 * planes)  # a block starts as its shortcut
     self.widened = stride > 1 or size_in != 4 * planes
     if self.widened:
-      self.downsample = nnx.List([Conv(size_in, 4 * planes, 1, rngs=rngs, dtype=dtype),
-                                  BatchNorm(4 * planes)])
+      self.downsample = nnx.List(
+        [Conv(size_in, 4 * planes, 1, rngs=rngs, dtype=dtype), BatchNorm(4 * planes)]
+      )
     self.stride = stride
 
   def __call__(
-      self,
-      x: Array,  # [B, H, W, C]
-      training: bool,
+    self,
+    x: Array,  # [B, H, W, C]
+    training: bool,
   ) -> Array:  # [B, H/stride, W/stride, 4 * planes]
     y = jax.nn.relu(self.bn1(self.conv1(x), training))
     y = jax.nn.relu(self.bn2(self.conv2(y), training))
@@ -101,21 +103,24 @@ class Bottleneck(nnx.Module):
 class AttentionPool(nnx.Module):
   """The mean of all places asks, the mean and the places answer."""
 
-  def __init__(self, places: int, width: int, heads: int, embed_dim: int, *, rngs: nnx.Rngs,
-               dtype: str):
-    normal = jax.nn.initializers.normal(width ** -0.5)
+  def __init__(
+    self, places: int, width: int, heads: int, embed_dim: int, *, rngs: nnx.Rngs, dtype: str
+  ):
+    normal = jax.nn.initializers.normal(width**-0.5)
 
     def make(size_out: int) -> layers.Linear:
-      return layers.Linear(width, size_out, weight=normal, bias=layers.uniform(width ** -0.5),
-                           rngs=rngs, dtype=dtype)
+      return layers.Linear(
+        width, size_out, weight=normal, bias=layers.uniform(width**-0.5), rngs=rngs, dtype=dtype
+      )
+
     self.positional_embedding = nnx.Param(normal(rngs.params(), (places + 1, width)))
     self.k_proj, self.q_proj, self.v_proj = make(width), make(width), make(width)
     self.c_proj = make(embed_dim)
     self.heads = heads
 
   def __call__(
-      self,
-      x: Array,  # [B, H, W, D]
+    self,
+    x: Array,  # [B, H, W, D]
   ) -> Array:  # [B, E]
     x = x.reshape(x.shape[0], -1, x.shape[-1])
     x = jnp.concatenate([x.mean(axis=1, keepdims=True), x], axis=1)  # [B, 1 + H*W, D]
@@ -125,7 +130,6 @@ class AttentionPool(nnx.Module):
 
 
 class ModifiedResNet(nnx.Module):
-
   def __init__(self, config: ResNetConfig, embed_dim: int, *, rngs: nnx.Rngs, dtype: str):
     width, half = config.width, config.width // 2
     self.conv1 = Conv(3, half, 3, stride=2, rngs=rngs, dtype=dtype)
@@ -136,21 +140,22 @@ class ModifiedResNet(nnx.Module):
     self.bn3 = BatchNorm(width)
     size_in = width
     for stage, count in enumerate(config.layers):
-      planes = width * 2 ** stage
+      planes = width * 2**stage
       blocks = []
       for number in range(count):
         stride = 2 if stage and not number else 1
         blocks.append(Bottleneck(size_in, planes, stride, rngs=rngs, dtype=dtype))
         size_in = 4 * planes
       setattr(self, f'layer{stage + 1}', nnx.List(blocks))
-    self.attnpool = AttentionPool((config.image_size // 32) ** 2, 32 * width, config.heads,
-                                  embed_dim, rngs=rngs, dtype=dtype)
+    self.attnpool = AttentionPool(
+      (config.image_size // 32) ** 2, 32 * width, config.heads, embed_dim, rngs=rngs, dtype=dtype
+    )
     self.config = config
 
   def __call__(
-      self,
-      images: Array,  # [B, S, S, 3] float32, normalised
-      key: Array | None = None,  # any PRNG key: training, with the batch's statistics; none is drawn
+    self,
+    images: Array,  # [B, S, S, 3] float32, normalised
+    key: Array | None = None,  # any PRNG key: training, with the batch's statistics; none is drawn
   ) -> Array:  # [B, E] float32, not normalised
     size, training = self.config.image_size, key is not None
     if images.ndim != 4 or images.shape[1:] != (size, size, 3):
@@ -166,12 +171,12 @@ class ModifiedResNet(nnx.Module):
 
 
 def average_pool(
-    x: Array,  # [B, H, W, C]
-    size: int,
+  x: Array,  # [B, H, W, C]
+  size: int,
 ) -> Array:  # [B, H // size, W // size, C]; rows beyond the last whole window are not seen
   if size == 1:
     return x
   batch, height, width, channels = x.shape
   h, w = height // size, width // size
-  x = x[:, :h * size, :w * size].reshape(batch, h, size, w, size, channels)
+  x = x[:, : h * size, : w * size].reshape(batch, h, size, w, size, channels)
   return x.mean((2, 4))

@@ -10,15 +10,26 @@ def shapes(config: zoo.CLIPConfig) -> dict[str, tuple[int, ...]]:
   """Every parameter of a model by its path, and its shape; computes nothing."""
   text, embed = config.text, config.embed_dim
   tower = _resnet if isinstance(config.vision, zoo.ResNetConfig) else _vit
-  projection = {'linear': {'text_projection': (text.width, embed)}, 'none': {},
-                'bias': _linear_layer('text_projection', text.width, embed)}[text.proj]
+  projection = {
+    'linear': {'text_projection': (text.width, embed)},
+    'none': {},
+    'bias': _linear_layer('text_projection', text.width, embed),
+  }[text.proj]
   return {
-      **_below('visual', tower(config.vision, embed)),
-      **_below('text', {
-          'token_embedding.weight': (text.vocab_size, text.width),
-          'positional_embedding': (text.context_length, text.width),
-          **_blocks(text), **_norm('ln_final', text.width), **projection}),
-      'logit_scale': (), **_where(config.init_logit_bias is not None, logit_bias=())}
+    **_below('visual', tower(config.vision, embed)),
+    **_below(
+      'text',
+      {
+        'token_embedding.weight': (text.vocab_size, text.width),
+        'positional_embedding': (text.context_length, text.width),
+        **_blocks(text),
+        **_norm('ln_final', text.width),
+        **projection,
+      },
+    ),
+    'logit_scale': (),
+    **_where(config.init_logit_bias is not None, logit_bias=()),
+  }
 
 
 def _below(folder: str, found: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
@@ -32,32 +43,48 @@ def _where(has: bool, **found: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
 def _vit(c: zoo.ViTConfig, embed: int) -> dict[str, tuple[int, ...]]:
   places = (c.image_size // c.patch_size) ** 2 + c.class_token
   return {
-      'conv1.weight': (c.width, 3, c.patch_size, c.patch_size),
-      **_below('conv1', _where(c.patch_bias, bias=(c.width,))),
-      **_where(c.class_token, class_embedding=(c.width,)),
-      'positional_embedding': (places, c.width),
-      **(_norm('ln_pre', c.width) if c.ln_pre else {}), **_blocks(c), **_norm('ln_post', c.width),
-      **_where(c.proj, proj=(c.width, embed)),
-      **(_below('attn_pool', _pool(c)) if c.pool_type == 'map' else {})}
+    'conv1.weight': (c.width, 3, c.patch_size, c.patch_size),
+    **_below('conv1', _where(c.patch_bias, bias=(c.width,))),
+    **_where(c.class_token, class_embedding=(c.width,)),
+    'positional_embedding': (places, c.width),
+    **(_norm('ln_pre', c.width) if c.ln_pre else {}),
+    **_blocks(c),
+    **_norm('ln_post', c.width),
+    **_where(c.proj, proj=(c.width, embed)),
+    **(_below('attn_pool', _pool(c)) if c.pool_type == 'map' else {}),
+  }
 
 
 def _pool(c: zoo.ViTConfig) -> dict[str, tuple[int, ...]]:
   width, hidden = c.width, int(c.width * c.mlp_ratio)
-  return {'latent': (1, 1, width), **_linear_layer('q', width, width),
-          **_linear_layer('kv', width, 2 * width), **_linear_layer('proj', width, width),
-          **_norm('norm', width), **_linear_layer('mlp.fc1', width, hidden),
-          **_linear_layer('mlp.fc2', hidden, width)}
+  return {
+    'latent': (1, 1, width),
+    **_linear_layer('q', width, width),
+    **_linear_layer('kv', width, 2 * width),
+    **_linear_layer('proj', width, width),
+    **_norm('norm', width),
+    **_linear_layer('mlp.fc1', width, hidden),
+    **_linear_layer('mlp.fc2', hidden, width),
+  }
 
 
 def _blocks(c: zoo.ViTConfig | zoo.TextConfig) -> dict[str, tuple[int, ...]]:
   hidden, scaled = int(c.width * c.mlp_ratio), c.ls_init_value is not None
-  block = {**_norm('ln_1', c.width), 'attn.in_proj_weight': (3 * c.width, c.width),
-           'attn.in_proj_bias': (3 * c.width,), **_linear_layer('attn.out_proj', c.width, c.width),
-           **_norm('ln_2', c.width), **_linear_layer('mlp.c_fc', c.width, hidden),
-           **_linear_layer('mlp.c_proj', hidden, c.width),
-           **({'ls_1.gamma': (c.width,), 'ls_2.gamma': (c.width,)} if scaled else {})}
-  return {f'transformer.resblocks.{n}.{name}': shape
-          for n in range(c.layers) for name, shape in block.items()}
+  block = {
+    **_norm('ln_1', c.width),
+    'attn.in_proj_weight': (3 * c.width, c.width),
+    'attn.in_proj_bias': (3 * c.width,),
+    **_linear_layer('attn.out_proj', c.width, c.width),
+    **_norm('ln_2', c.width),
+    **_linear_layer('mlp.c_fc', c.width, hidden),
+    **_linear_layer('mlp.c_proj', hidden, c.width),
+    **({'ls_1.gamma': (c.width,), 'ls_2.gamma': (c.width,)} if scaled else {}),
+  }
+  return {
+    f'transformer.resblocks.{n}.{name}': shape
+    for n in range(c.layers)
+    for name, shape in block.items()
+  }
 
 
 def _norm(name: str, width: int) -> dict[str, tuple[int, ...]]:
@@ -75,12 +102,13 @@ def _resnet(c: zoo.ResNetConfig, embed: int) -> dict[str, tuple[int, ...]]:
     found[f'{conv}.weight'] = (outputs, inputs, size, size)
     for part in ('weight', 'bias', 'running_mean', 'running_var'):
       found[f'{norm}.{part}'] = (outputs,)
+
   half = c.width // 2
   for n, (inputs, outputs) in enumerate(((3, half), (half, half), (half, c.width)), 1):
     convolution(f'conv{n}', f'bn{n}', inputs, outputs, 3)
   inputs = c.width
   for stage, blocks in enumerate(c.layers):
-    planes = c.width * 2 ** stage
+    planes = c.width * 2**stage
     for n in range(blocks):
       name = f'layer{stage + 1}.{n}.'
       convolution(f'{name}conv1', f'{name}bn1', inputs, planes, 1)
@@ -89,7 +117,13 @@ def _resnet(c: zoo.ResNetConfig, embed: int) -> dict[str, tuple[int, ...]]:
       if n == 0:
         convolution(f'{name}downsample.0', f'{name}downsample.1', inputs, 4 * planes, 1)
       inputs = 4 * planes
-  return found | _below('attnpool', {
+  return found | _below(
+    'attnpool',
+    {
       'positional_embedding': ((c.image_size // 32) ** 2 + 1, inputs),
-      **_linear_layer('q_proj', inputs, inputs), **_linear_layer('k_proj', inputs, inputs),
-      **_linear_layer('v_proj', inputs, inputs), **_linear_layer('c_proj', inputs, embed)})
+      **_linear_layer('q_proj', inputs, inputs),
+      **_linear_layer('k_proj', inputs, inputs),
+      **_linear_layer('v_proj', inputs, inputs),
+      **_linear_layer('c_proj', inputs, embed),
+    },
+  )

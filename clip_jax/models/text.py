@@ -19,8 +19,8 @@ class TokenEmbedding(nnx.Module):
     self.weight = nnx.Param(jax.nn.initializers.normal(0.02)(rngs.params(), (vocab_size, width)))
 
   def __call__(
-      self,
-      text: Array,  # [...] int32
+    self,
+    text: Array,  # [...] int32
   ) -> Array:  # [..., D] float32
     return self.weight[...][text]
 
@@ -28,29 +28,45 @@ class TokenEmbedding(nnx.Module):
 class TextTransformer(nnx.Module):
   """Tokens and positions through the blocks, pooled to one token, normed, projected to E."""
 
-  def __init__(self, config: TextConfig, embed_dim: int, *, rngs: nnx.Rngs, dtype: str,
-               remat: str = 'none'):
+  def __init__(
+    self, config: TextConfig, embed_dim: int, *, rngs: nnx.Rngs, dtype: str, remat: str = 'none'
+  ):
     width, normal = config.width, jax.nn.initializers.normal
     self.token_embedding = TokenEmbedding(config.vocab_size, width, rngs=rngs)
     self.positional_embedding = nnx.Param(
-        normal(0.01)(rngs.params(), (config.context_length, width)))
+      normal(0.01)(rngs.params(), (config.context_length, width))
+    )
     self.transformer = layers.Transformer(
-        width, config.layers, config.heads, int(config.mlp_ratio * width),
-        init=layers.clip_init(width, config.layers),
-        activation=layers.ACTIVATIONS[config.activation], rngs=rngs, dtype=dtype, eps=config.eps,
-        ls_init_value=config.ls_init_value, remat=remat)
+      width,
+      config.layers,
+      config.heads,
+      int(config.mlp_ratio * width),
+      init=layers.clip_init(width, config.layers),
+      activation=layers.ACTIVATIONS[config.activation],
+      rngs=rngs,
+      dtype=dtype,
+      eps=config.eps,
+      ls_init_value=config.ls_init_value,
+      remat=remat,
+    )
     self.ln_final = layers.LayerNorm(width, config.eps)
     if config.proj == 'linear':
-      self.text_projection = nnx.Param(normal(width ** -0.5)(rngs.params(), (width, embed_dim)))
+      self.text_projection = nnx.Param(normal(width**-0.5)(rngs.params(), (width, embed_dim)))
     elif config.proj == 'bias':
-      self.text_projection = layers.Linear(width, embed_dim, weight=normal(width ** -0.5),
-                                           bias=jax.nn.initializers.zeros, rngs=rngs, dtype=dtype)
+      self.text_projection = layers.Linear(
+        width,
+        embed_dim,
+        weight=normal(width**-0.5),
+        bias=jax.nn.initializers.zeros,
+        rngs=rngs,
+        dtype=dtype,
+      )
     self.config = config
     self.dtype = dtype
 
   def __call__(
-      self,
-      text: Array,  # [B, T] int32, T at most the context length
+    self,
+    text: Array,  # [B, T] int32, T at most the context length
   ) -> Array:  # [B, E] float32, not normalised
     """With a causal mask, ids after the pooled token change nothing.
 
@@ -64,26 +80,29 @@ class TextTransformer(nnx.Module):
     end, position = self._pooled_at(text), jnp.arange(tokens)  # [B], [T]
     causal = self.config.causal
     x = self.transformer.pooled(
-        x.reshape(-1, width).astype(self.dtype), tokens,
-        mask=position[:, None] >= position if causal else None,  # [T, T]
-        pooled_mask=(position <= end[:, None])[:, None] if causal else None,  # [B, 1, T]
-        pick=lambda y: _take(y.reshape(batch, tokens, width), end[:, None])[:, 0])
+      x.reshape(-1, width).astype(self.dtype),
+      tokens,
+      mask=position[:, None] >= position if causal else None,  # [T, T]
+      pooled_mask=(position <= end[:, None])[:, None] if causal else None,  # [B, 1, T]
+      pick=lambda y: _take(y.reshape(batch, tokens, width), end[:, None])[:, 0],
+    )
     return self._project(x)
 
   def packed(
-      self,
-      tokens: Array,  # [G, R, T] int32: rows that hold several captions each
-      segment: Array,  # [G, R, T] int32: which caption of its row a token is of; 0: none
-      position: Array,  # [G, R, T] int32: its place in that caption
-      end: Array,  # [G, B/G] int32: where among a group's R*T tokens each caption is pooled
+    self,
+    tokens: Array,  # [G, R, T] int32: rows that hold several captions each
+    segment: Array,  # [G, R, T] int32: which caption of its row a token is of; 0: none
+    position: Array,  # [G, R, T] int32: its place in that caption
+    end: Array,  # [G, B/G] int32: where among a group's R*T tokens each caption is pooled
   ) -> Array:  # [B, E] float32, not normalised, in the order of `end`
     """The same features as of the captions one a row: a token sees its own caption only.
 
     Each of the G groups is whole on one device, so that nothing is sent between them.
     """
     if not packable(self.config):
-      raise ValueError('only captions with a causal mask that are pooled at their highest id can '
-                       'be packed')
+      raise ValueError(
+        'only captions with a causal mask that are pooled at their highest id can be packed'
+      )
     groups, rows, length = tokens.shape
     width = self.config.width
     x = self.token_embedding(tokens) + self.positional_embedding[...][position]
@@ -91,8 +110,11 @@ class TextTransformer(nnx.Module):
     mask = (segment[..., None] == segment[..., None, :]) & (place[:, None] >= place)
 
     x = self.transformer.picked(
-        x.reshape(-1, width).astype(self.dtype), length, mask.reshape(-1, length, length),
-        pick=lambda y: _take(y.reshape(groups, rows * length, width), end).reshape(-1, width))
+      x.reshape(-1, width).astype(self.dtype),
+      length,
+      mask.reshape(-1, length, length),
+      pick=lambda y: _take(y.reshape(groups, rows * length, width), end).reshape(-1, width),
+    )
     return self._project(x)
 
   def _pooled_at(self, text: Array) -> Array:  # [B, T] -> [B] int32
@@ -111,8 +133,8 @@ class TextTransformer(nnx.Module):
 
 
 def _take(
-    x: Array,  # [G, N, D]
-    places: Array,  # [G, n] int32, each in 0..N-1
+  x: Array,  # [G, N, D]
+  places: Array,  # [G, n] int32, each in 0..N-1
 ) -> Array:  # [G, n, D]
   """Some rows of each group: where groups lie on several devices, each device takes its own."""
   return jnp.take_along_axis(x, places[..., None], axis=1)

@@ -26,12 +26,12 @@ class PatchEmbedding(nnx.Module):
     self.dtype = dtype
 
   def __call__(
-      self,
-      images: Array,  # [B, S, S, 3]; pixels beyond the last whole patch are not seen
+    self,
+    images: Array,  # [B, S, S, 3]; pixels beyond the last whole patch are not seen
   ) -> Array:  # [B, P, D]
     size = self.patch_size
     batch, grid = images.shape[0], images.shape[1] // size
-    x = images[:, :grid * size, :grid * size].reshape(batch, grid, size, grid, size, 3)
+    x = images[:, : grid * size, : grid * size].reshape(batch, grid, size, grid, size, 3)
     x = x.transpose(0, 1, 3, 2, 4, 5).reshape(batch * grid * grid, size * size * 3)
     weight = self.weight[...].transpose(2, 3, 1, 0).reshape(size * size * 3, -1)
     x = x.astype(self.dtype) @ weight.astype(self.dtype)
@@ -49,8 +49,8 @@ class LatentMLP(nnx.Module):
     self.activation = layers.ACTIVATIONS[activation]
 
   def __call__(
-      self,
-      x: Array,  # [..., D]
+    self,
+    x: Array,  # [..., D]
   ) -> Array:  # [..., D]
     return self.fc2(self.activation(self.fc1(x)))
 
@@ -63,17 +63,18 @@ class AttentionPool(nnx.Module):
 
   def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs, dtype: str):
     width, make = config.width, _timm_linear(rngs, dtype)
-    latent = jax.nn.initializers.truncated_normal(width ** -0.5)
+    latent = jax.nn.initializers.truncated_normal(width**-0.5)
     self.latent = nnx.Param(latent(rngs.params(), (1, 1, width)))
     self.q, self.kv, self.proj = make(width, width), make(width, 2 * width), make(width, width)
     self.norm = layers.LayerNorm(width, config.eps)
-    self.mlp = LatentMLP(width, int(config.mlp_ratio * width), activation=config.activation,
-                         rngs=rngs, dtype=dtype)
+    self.mlp = LatentMLP(
+      width, int(config.mlp_ratio * width), activation=config.activation, rngs=rngs, dtype=dtype
+    )
     self.heads = config.heads
 
   def __call__(
-      self,
-      x: Array,  # [B, T, D]
+    self,
+    x: Array,  # [B, T, D]
   ) -> Array:  # [B, D]
     k, v = jnp.split(self.kv(x), 2, axis=-1)
     q = jnp.broadcast_to(self.q(self.latent[...].astype(x.dtype)), (x.shape[0], 1, x.shape[-1]))
@@ -84,25 +85,44 @@ class AttentionPool(nnx.Module):
 class VisionTransformer(nnx.Module):
   """Patches (and a class token) through the blocks, pooled to one token, projected to E."""
 
-  def __init__(self, config: ViTConfig, embed_dim: int, *, rngs: nnx.Rngs, dtype: str,
-               patch_dropout: float = 0.0, remat: str = 'none'):
+  def __init__(
+    self,
+    config: ViTConfig,
+    embed_dim: int,
+    *,
+    rngs: nnx.Rngs,
+    dtype: str,
+    patch_dropout: float = 0.0,
+    remat: str = 'none',
+  ):
     width, patches = config.width, (config.image_size // config.patch_size) ** 2
     mlp_width = int(config.mlp_ratio * width)
     timm = config.pool_type == 'map'
-    normal = jax.nn.initializers.normal(_TIMM_STD if timm else width ** -0.5)
+    normal = jax.nn.initializers.normal(_TIMM_STD if timm else width**-0.5)
     init = layers.timm_init() if timm else layers.pytorch_init(width, mlp_width)
-    self.conv1 = PatchEmbedding(config.patch_size, width, bias=config.patch_bias, rngs=rngs,
-                                dtype=dtype)
+    self.conv1 = PatchEmbedding(
+      config.patch_size, width, bias=config.patch_bias, rngs=rngs, dtype=dtype
+    )
     if config.class_token:
       self.class_embedding = nnx.Param(normal(rngs.params(), (width,)))
     self.positional_embedding = nnx.Param(
-        normal(rngs.params(), (patches + config.class_token, width)))
+      normal(rngs.params(), (patches + config.class_token, width))
+    )
     if config.ln_pre:
       self.ln_pre = layers.LayerNorm(width, config.eps)
     self.transformer = layers.Transformer(
-        width, config.layers, config.heads, mlp_width, init=init,
-        activation=layers.ACTIVATIONS[config.activation], rngs=rngs, dtype=dtype, eps=config.eps,
-        ls_init_value=config.ls_init_value, remat=remat)
+      width,
+      config.layers,
+      config.heads,
+      mlp_width,
+      init=init,
+      activation=layers.ACTIVATIONS[config.activation],
+      rngs=rngs,
+      dtype=dtype,
+      eps=config.eps,
+      ls_init_value=config.ls_init_value,
+      remat=remat,
+    )
     self.ln_post = layers.LayerNorm(width, config.eps)
     if timm:
       self.attn_pool = AttentionPool(config, rngs=rngs, dtype=dtype)
@@ -113,9 +133,9 @@ class VisionTransformer(nnx.Module):
     self.dtype = dtype
 
   def __call__(
-      self,
-      images: Array,  # [B, S, S, 3] float32, normalised
-      key: Array | None = None,  # PRNG key: training, with patch dropout; None: evaluation
+    self,
+    images: Array,  # [B, S, S, 3] float32, normalised
+    key: Array | None = None,  # PRNG key: training, with patch dropout; None: evaluation
   ) -> Array:  # [B, E] float32, not normalised
     config, size = self.config, self.config.image_size
     if images.ndim != 4 or images.shape[1:] != (size, size, 3):
@@ -126,8 +146,9 @@ class VisionTransformer(nnx.Module):
     if config.ln_pre:
       x = self.ln_pre(x)
     if config.pool_type == 'tok':
-      x = self.transformer.pooled(x, tokens, mask=None, pooled_mask=None,
-                                  pick=lambda y: y.reshape(batch, tokens, width)[:, 0])
+      x = self.transformer.pooled(
+        x, tokens, mask=None, pooled_mask=None, pick=lambda y: y.reshape(batch, tokens, width)[:, 0]
+      )
       x = self.ln_post(x)  # pooling before the norm is exact: it looks at one token at a time
     else:
       x = self._pool(self.transformer(x, tokens, mask=None), batch, tokens)
@@ -154,14 +175,14 @@ class VisionTransformer(nnx.Module):
     x = (x if after else self.ln_post(x)).reshape(batch, tokens, -1)
     if config.pool_type == 'map':
       return self.attn_pool(x)
-    x = x[:, int(config.class_token):].mean(axis=1)
+    x = x[:, int(config.class_token) :].mean(axis=1)
     return self.ln_post(x) if after else x
 
 
 def drop_patches(
-    x: Array,  # [B, P, D]
-    share: float,  # of the patches that are dropped, in each image others
-    key: Array,
+  x: Array,  # [B, P, D]
+  share: float,  # of the patches that are dropped, in each image others
+  key: Array,
 ) -> Array:  # [B, P', D], P' = max(1, floor(P * (1 - share)))
   """A random part of each image's patches (Li et al. 2022, FLIP), as open_clip's PatchDropout."""
   kept = max(1, int(x.shape[1] * (1 - share)))
@@ -172,5 +193,6 @@ def drop_patches(
 def _timm_linear(rngs: nnx.Rngs, dtype: str):
   """timm's initialisation of a linear map: a narrow normal, no bias."""
   weight, bias = jax.nn.initializers.truncated_normal(_TIMM_STD), jax.nn.initializers.zeros
-  return lambda size_in, size_out: layers.Linear(size_in, size_out, weight=weight, bias=bias,
-                                                 rngs=rngs, dtype=dtype)
+  return lambda size_in, size_out: layers.Linear(
+    size_in, size_out, weight=weight, bias=bias, rngs=rngs, dtype=dtype
+  )

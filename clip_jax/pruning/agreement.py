@@ -19,12 +19,13 @@ EXAMPLES = 12  # rows named of each kind of disagreement
 @dataclasses.dataclass(frozen=True)
 class Agreement:
   """Two embedders' decisions on the same candidates; `here` is the one whose split it is."""
+
   removed_here: int
-  removed_there: int      # by the same rule
-  both: int               # rows that both remove
-  same_count_both: int    # rows removed here that are among as many that go first there
-  spearman: float         # rank correlation of all candidates' values; NaN where one is constant
-  rows_only_here: Array   # [up to EXAMPLES] int64, the highest values here first
+  removed_there: int  # by the same rule
+  both: int  # rows that both remove
+  same_count_both: int  # rows removed here that are among as many that go first there
+  spearman: float  # rank correlation of all candidates' values; NaN where one is constant
+  rows_only_here: Array  # [up to EXAMPLES] int64, the highest values here first
   rows_only_there: Array  # [up to EXAMPLES] int64, the highest values there first
 
   @property
@@ -37,23 +38,28 @@ class Agreement:
 
 
 def compare(
-    rows: Array,  # [n] int64, the candidates
-    here: Array,  # [n] bool, which of them the split removes
-    there: Array,  # [n] bool, which the same rule removes with the other embedder
-    same_count: Array,  # [n] bool, as many as in `here`: those that go first there
-    value_here: Array,  # [n] float, by which the rule decides: the higher, the sooner a row goes
-    value_there: Array,  # [n] float
+  rows: Array,  # [n] int64, the candidates
+  here: Array,  # [n] bool, which of them the split removes
+  there: Array,  # [n] bool, which the same rule removes with the other embedder
+  same_count: Array,  # [n] bool, as many as in `here`: those that go first there
+  value_here: Array,  # [n] float, by which the rule decides: the higher, the sooner a row goes
+  value_there: Array,  # [n] float
 ) -> Agreement:
   """Compares the decisions of two embedders."""
   return Agreement(
-      int(here.sum()), int(there.sum()), int((here & there).sum()), int((here & same_count).sum()),
-      spearman(value_here, value_there), rows[_highest(here & ~there, value_here)],
-      rows[_highest(there & ~here, value_there)])
+    int(here.sum()),
+    int(there.sum()),
+    int((here & there).sum()),
+    int((here & same_count).sum()),
+    spearman(value_here, value_there),
+    rows[_highest(here & ~there, value_here)],
+    rows[_highest(there & ~here, value_there)],
+  )
 
 
 def _highest(
-    which: Array,  # [n] bool
-    value: Array,  # [n]
+  which: Array,  # [n] bool
+  value: Array,  # [n]
 ) -> Array:
   """Returns the places of the highest values among some, descending; ties: the earlier place."""
   places = np.flatnonzero(which)
@@ -69,8 +75,8 @@ def jaccard(both: int, either: int) -> float:
 
 
 def spearman(
-    a: Array,  # [n]
-    b: Array,  # [n]
+  a: Array,  # [n]
+  b: Array,  # [n]
 ) -> float:
   """Returns the rank correlation of two columns, ties by their mean rank.
 
@@ -85,7 +91,7 @@ def spearman(
 
 
 def mean_ranks(
-    values: Array,  # [n], no NaN
+  values: Array,  # [n], no NaN
 ) -> Array:
   """Returns the ranks from 0, [n] float64; equal values share the mean of their ranks."""
   if np.isnan(values).any():
@@ -95,10 +101,10 @@ def mean_ranks(
 
 
 def removal_order(
-    columns: Columns,
-    rule: str,  # one that is a cut through its column: RULES[rule].compared
-    *,
-    benchmarks: Sequence[str],
+  columns: Columns,
+  rule: str,  # one that is a cut through its column: RULES[rule].compared
+  *,
+  benchmarks: Sequence[str],
 ) -> Array:  # [n] float32, of the candidates
   """Returns what a rule decides by: the higher, the sooner a row is removed."""
   about, rows = RULES[rule], np.flatnonzero(columns.candidates)
@@ -107,17 +113,18 @@ def removal_order(
 
 
 def going_first(
-    columns: Columns,
-    rule: str,  # as above
-    *,
-    benchmarks: Sequence[str],
-    count: int,
+  columns: Columns,
+  rule: str,  # as above
+  *,
+  benchmarks: Sequence[str],
+  count: int,
 ) -> Array:
   """Returns the `count` candidates that a rule removes first, [n] bool; decided exactly at the cut."""
   about, rows = RULES[rule], np.flatnonzero(columns.candidates)
   if about.column == 'excess':  # near, with the excess in place of the similarity
     columns = dataclasses.replace(
-        columns, similarity=columns.excess, exact_similarity=columns.exact_excess)
+      columns, similarity=columns.excess, exact_similarity=columns.exact_excess
+    )
   keep = far if about.lowest_first else near
   kept = keep(columns, benchmarks=benchmarks, count=len(rows) - count).rows
   return ~np.isin(rows, kept, assume_unique=True)

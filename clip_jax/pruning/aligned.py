@@ -11,8 +11,14 @@ from clip_jax.core.types import Array
 from clip_jax.pruning.columns import Columns, Kept, Pairs, highest, lowest, refined
 
 
-def gap_aligned(columns: Columns, *, benchmarks: Sequence[str], slack: float = 0.0,
-                quantile: float = 0.0, dose: float = 0.0) -> Kept:
+def gap_aligned(
+  columns: Columns,
+  *,
+  benchmarks: Sequence[str],
+  slack: float = 0.0,
+  quantile: float = 0.0,
+  dose: float = 0.0,
+) -> Kept:
   """Drops each row that is nearer to some query than the anchor set is, by more than a slack.
 
   With slack 0 and the anchor's rows appended, every query's nearest-neighbour similarity in the
@@ -40,8 +46,12 @@ def gap_aligned(columns: Columns, *, benchmarks: Sequence[str], slack: float = 0
   else:
     over, decided = _over(columns, excess, exact, slack)
   aligned = over if slack == 0 and not dose else _over(columns, excess, exact, 0.0)[0]
-  report = {'decided_exactly': decided, 'slack': float(slack) if np.isfinite(slack) else None,
-            'aligned_dropped': int(aligned.sum()), **report}
+  report = {
+    'decided_exactly': decided,
+    'slack': float(slack) if np.isfinite(slack) else None,
+    'aligned_dropped': int(aligned.sum()),
+    **report,
+  }
   return Kept(rows[~over], report)
 
 
@@ -69,8 +79,9 @@ def k_aligned(columns: Columns, *, benchmarks: Sequence[str], k: int) -> Kept:
   if not benchmarks:
     raise ConfigError("rule 'k_aligned' needs benchmarks=('name', ...)")
   if columns.recall is not None:
-    raise InputError("rule 'k_aligned' needs every pair over a threshold: search with "
-                     "search.backend='exact'")
+    raise InputError(
+      "rule 'k_aligned' needs every pair over a threshold: search with search.backend='exact'"
+    )
   dropped, nearer = np.zeros((2, len(columns.candidates)), bool)
   count = denser = 0
   for name in benchmarks:
@@ -83,8 +94,10 @@ def k_aligned(columns: Columns, *, benchmarks: Sequence[str], k: int) -> Kept:
       count += len(pairs.row)
       denser += len(np.unique(pairs.query[listed & ~first]))
   kept = np.flatnonzero(columns.candidates & ~dropped)
-  return Kept(kept, {'pairs': count, 'denser_queries': denser, 'slack': 0.0,
-                     'aligned_dropped': int(nearer.sum())})
+  return Kept(
+    kept,
+    {'pairs': count, 'denser_queries': denser, 'slack': 0.0, 'aligned_dropped': int(nearer.sum())},
+  )
 
 
 def _k_lists(pairs: Pairs) -> tuple[Array, Array]:
@@ -109,34 +122,42 @@ def _k_lists(pairs: Pairs) -> tuple[Array, Array]:
 def _excess(columns: Columns, rows: Array, benchmarks: Sequence[str]) -> tuple[Array, dict]:
   """Returns each row's highest excess, [m] float32, and what an approximate search lacks."""
   exhaustive = columns.recall is None
-  excess = highest('gap_aligned', columns.excess, rows, benchmarks,
-                   np.maximum if exhaustive else np.fmax)
+  excess = highest(
+    'gap_aligned', columns.excess, rows, benchmarks, np.maximum if exhaustive else np.fmax
+  )
   unscored = int(np.isnan(excess).sum())
   if unscored and exhaustive:
-    reason = ('an anchor' if unscored == len(rows)
-              else "search.backend='exact', or an approximate search with its measured recall")
-    raise InputError(f"rule 'gap_aligned' needs {reason}: the excess of {unscored} of {len(rows)} "
-                     f'candidates over {tuple(benchmarks)} is NaN')
+    reason = (
+      'an anchor'
+      if unscored == len(rows)
+      else "search.backend='exact', or an approximate search with its measured recall"
+    )
+    raise InputError(
+      f"rule 'gap_aligned' needs {reason}: the excess of {unscored} of {len(rows)} "
+      f'candidates over {tuple(benchmarks)} is NaN'
+    )
   return excess, {} if exhaustive else {'recall': columns.recall, 'unscored': unscored}
 
 
 def _over(
-    columns: Columns,
-    excess: Array,  # [m] float32
-    exact: Callable[[Array], Array],  # positions -> [p] float64
-    slack: float,
+  columns: Columns,
+  excess: Array,  # [m] float32
+  exact: Callable[[Array], Array],  # positions -> [p] float64
+  slack: float,
 ) -> tuple[Array, int]:
   """Returns whether each excess is strictly over slack, [m] bool, and how many are exact."""
   over = excess > slack
   near_cut = np.flatnonzero(
-      (excess >= slack - columns.tolerance) & (excess <= slack + columns.tolerance))
+    (excess >= slack - columns.tolerance) & (excess <= slack + columns.tolerance)
+  )
   if len(near_cut):
     over[near_cut] = exact(near_cut) > slack
   return over, len(near_cut)
 
 
-def _over_quantile(columns: Columns, excess: Array, exact: Callable[[Array], Array],
-                   quantile: float) -> tuple[Array, float, int]:
+def _over_quantile(
+  columns: Columns, excess: Array, exact: Callable[[Array], Array], quantile: float
+) -> tuple[Array, float, int]:
   """Returns what is over this quantile of the excess, [m] bool, the slack, how many are exact."""
   _every_row(columns, 'quantile')
   if not 0 < quantile <= 1:
@@ -149,8 +170,9 @@ def _over_quantile(columns: Columns, excess: Array, exact: Callable[[Array], Arr
   return found > slack, slack, decided
 
 
-def _over_dose(columns: Columns, excess: Array, exact: Callable[[Array], Array],
-               dose: float) -> tuple[Array, float, int]:
+def _over_dose(
+  columns: Columns, excess: Array, exact: Callable[[Array], Array], dose: float
+) -> tuple[Array, float, int]:
   """Returns the rows of largest excess, [m] bool, the slack, how many are exact."""
   _every_row(columns, 'dose')
   if not dose > 0:
@@ -158,17 +180,21 @@ def _over_dose(columns: Columns, excess: Array, exact: Callable[[Array], Array],
   aligned, decided = _over(columns, excess, exact, 0.0)
   count = math.floor(dose * int(aligned.sum()) + 0.5)
   if count > len(excess):
-    raise ConfigError(f'dose={dose:g} asks to drop {count} rows, {dose:g} times the '
-                      f'{aligned.sum()} that slack 0 drops; there are {len(excess)} candidates. '
-                      'Give a smaller dose')
+    raise ConfigError(
+      f'dose={dose:g} asks to drop {count} rows, {dose:g} times the '
+      f'{aligned.sum()} that slack 0 drops; there are {len(excess)} candidates. '
+      'Give a smaller dose'
+    )
   if count == len(excess):
     return np.ones(count, bool), -math.inf, decided
   found, decided = refined(  # at the first that stays
-      -excess, lambda near_cut: -exact(near_cut), [count], columns.tolerance)
+    -excess, lambda near_cut: -exact(near_cut), [count], columns.tolerance
+  )
   return lowest(found, count), -float(np.partition(found, count)[count]), decided
 
 
 def _every_row(columns: Columns, key: str) -> None:
   if columns.recall is not None:
-    raise InputError(f"rule 'gap_aligned' with {key} needs every row's excess: search with "
-                     "search.backend='exact'")
+    raise InputError(
+      f"rule 'gap_aligned' with {key} needs every row's excess: search with search.backend='exact'"
+    )

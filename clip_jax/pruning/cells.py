@@ -14,7 +14,7 @@ from clip_jax.core.types import Array
 
 
 def levels(
-    column: Array,  # [n] strings or integers; None where unknown
+  column: Array,  # [n] strings or integers; None where unknown
 ) -> tuple[Array, list[str]]:
   """Returns each row's level, [n] int32, and the levels' names; unknown is the level ''."""
   chunks = pa.table({'level': column})['level']  # chunked whatever came in
@@ -23,8 +23,8 @@ def levels(
 
 
 def quantile_bins(
-    values: Array,  # [n]
-    bins: int,
+  values: Array,  # [n]
+  bins: int,
 ) -> Array:
   """Returns the bin of each row, [n] int64 in [0, bins): the number of edges strictly below it.
 
@@ -40,8 +40,8 @@ def quantile_bins(
 
 
 def cell_codes(
-    digits: Sequence[Array],  # each [n] integers in [0, its radix), most significant first
-    radices: Sequence[int],
+  digits: Sequence[Array],  # each [n] integers in [0, its radix), most significant first
+  radices: Sequence[int],
 ) -> Array:
   """Returns the numbers with these digits, [n] int64; code // (last radix) drops the last digit."""
   code = np.zeros(len(digits[0]), np.int64)
@@ -52,10 +52,10 @@ def cell_codes(
 
 
 def draw_like(
-    code: Array,  # [n] int64 cells
-    removed: Array,  # [n] bool
-    order: Array,  # [n] random numbers: rows with lower ones are drawn first
-    radices: Sequence[int],  # of the digits that may be given up, the first to go first
+  code: Array,  # [n] int64 cells
+  removed: Array,  # [n] bool
+  order: Array,  # [n] random numbers: rows with lower ones are drawn first
+  radices: Sequence[int],  # of the digits that may be given up, the first to go first
 ) -> tuple[Array, list[int]]:
   """Draws in each cell as many other rows as it has removed rows; what it lacks, in merged cells.
 
@@ -83,10 +83,10 @@ def draw_like(
 
 
 def _lowest_in_cells(
-    code: Array,  # [n] int64
-    order: Array,  # [n]
-    cells: Array,  # [m] int64, sorted
-    counts: Array,  # [m] int64
+  code: Array,  # [n] int64
+  order: Array,  # [n]
+  cells: Array,  # [m] int64, sorted
+  counts: Array,  # [m] int64
 ) -> tuple[Array, Array]:
   """Returns up to counts[j] positions of lowest order in each cells[j], and the j of each."""
   if len(cells) == 0:
@@ -101,10 +101,10 @@ def _lowest_in_cells(
 
 
 def differences(
-    left: Array,  # [a] int64 rows
-    right: Array,  # [b] int64 rows
-    numbers: Mapping[str, Array],  # name -> [n]
-    categories: Mapping[str, Array],  # name -> [n] integers >= 0
+  left: Array,  # [a] int64 rows
+  right: Array,  # [b] int64 rows
+  numbers: Mapping[str, Array],  # name -> [n]
+  categories: Mapping[str, Array],  # name -> [n] integers >= 0
 ) -> dict[str, float | None]:
   """Returns the standardised mean difference of each variable between two sets of rows.
 

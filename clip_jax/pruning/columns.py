@@ -5,8 +5,8 @@ tolerance of a cut are decided by exact float64 similarities instead. Ties go by
 earlier row first.
 """
 
-import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
+import dataclasses
 
 import numpy as np
 
@@ -17,16 +17,19 @@ TOLERANCE = 1e-5  # where nothing is said: float32 similarities are off by less 
 
 
 def _not_given(benchmarks: Sequence[str], rows: Array) -> Array:
-  raise ValueError(f'{len(rows)} rows lie near a cut over {tuple(benchmarks)}: '
-                   'give Columns exact_similarity and exact_excess to decide them')
+  raise ValueError(
+    f'{len(rows)} rows lie near a cut over {tuple(benchmarks)}: '
+    'give Columns exact_similarity and exact_excess to decide them'
+  )
 
 
 @dataclasses.dataclass(frozen=True)
 class Pairs:
   """All pairs of some queries of a benchmark and pool rows, nearer than the k-th anchor row."""
-  anchor: Array      # [Q, k] float64, t_i^(1) >= ... >= t_i^(k), exact; NaN for unusable queries
-  query: Array       # [m] integers below Q
-  row: Array         # [m] int64, of the pool; ascending for each query
+
+  anchor: Array  # [Q, k] float64, t_i^(1) >= ... >= t_i^(k), exact; NaN for unusable queries
+  query: Array  # [m] integers below Q
+  row: Array  # [m] int64, of the pool; ascending for each query
   similarity: Array  # [m] float64, exact, > t_i^(k)
 
 
@@ -37,6 +40,7 @@ def _no_pairs(benchmark: str, k: int) -> Iterable[Pairs]:
 @dataclasses.dataclass(frozen=True)
 class Columns:
   """What rules know of the N pool rows: the candidates, and columns from search and ingest."""
+
   candidates: Array  # [N] bool: usable and kept by de-duplication
   # benchmark -> [N] float32, the highest over its queries of sim(query, row) and of sim - t_query
   similarity: Mapping[str, Array] = dataclasses.field(default_factory=dict)
@@ -65,16 +69,17 @@ class Kept:
   Each row once, but for the rule 'listed': a row that a file lists twice is there twice, and is
   trained on twice an epoch.
   """
+
   rows: Array  # [n] int64
   report: dict = dataclasses.field(default_factory=dict)
 
 
 def highest(
-    rule: str,
-    column: Mapping[str, Array],  # benchmark -> [N] float32
-    rows: Array,  # [m] int64
-    benchmarks: Sequence[str],
-    larger: Callable[[Array, Array], Array],
+  rule: str,
+  column: Mapping[str, Array],  # benchmark -> [N] float32
+  rows: Array,  # [m] int64
+  benchmarks: Sequence[str],
+  larger: Callable[[Array, Array], Array],
 ) -> Array:
   """Returns the highest value over the benchmarks, [m] float32: the larger of each two."""
   if not benchmarks:
@@ -92,8 +97,10 @@ def candidates_for(columns: Columns, count: int) -> Array:
   """Returns the candidate rows, [m] int64; refuses a count above their number."""
   rows = np.flatnonzero(columns.candidates)
   if not 0 <= count <= len(rows):
-    raise ConfigError(f'size asks for {count} pool rows, there are {len(rows)} candidates '
-                      '(usable and kept by de-duplication)')
+    raise ConfigError(
+      f'size asks for {count} pool rows, there are {len(rows)} candidates '
+      '(usable and kept by de-duplication)'
+    )
   return rows
 
 
@@ -106,23 +113,23 @@ def random_order(n: int, seed: int, draw: int, stream: int) -> Array:
 
 
 def lowest(
-    values: Array,  # [n]
-    count: int,
+  values: Array,  # [n]
+  count: int,
 ) -> Array:
   """Returns which are the `count` lowest values, [n] bool; ties go to the earlier position."""
   if count == 0:
     return np.zeros(len(values), bool)
   cut = np.partition(values, count - 1)[count - 1]
   lowest = values < cut
-  lowest[np.flatnonzero(values == cut)[:count - lowest.sum()]] = True
+  lowest[np.flatnonzero(values == cut)[: count - lowest.sum()]] = True
   return lowest
 
 
 def refined(
-    values: Array,  # [n] float32, off by less than half of the tolerance
-    exact: Callable[[Array], Array],  # positions [m] -> [m] float64, their exact values
-    places: Sequence[int],  # in ascending order of the values, each in [0, n)
-    tolerance: float,
+  values: Array,  # [n] float32, off by less than half of the tolerance
+  exact: Callable[[Array], Array],  # positions [m] -> [m] float64, their exact values
+  places: Sequence[int],  # in ascending order of the values, each in [0, n)
+  tolerance: float,
 ) -> tuple[Array, int]:
   """Returns [n] float64 that decide exactly at these places of the order, and how many are exact.
 

@@ -28,11 +28,11 @@ def random(columns: Columns, *, count: int, seed: int, draw: int = 0) -> Kept:
 
 
 def matched(
-    columns: Columns,
-    *,
-    removed: Array,  # [R] int64, candidates that the target split dropped
-    seed: int,
-    draw: int = 0,
+  columns: Columns,
+  *,
+  removed: Array,  # [R] int64, candidates that the target split dropped
+  seed: int,
+  draw: int = 0,
 ) -> Kept:
   """Removes other candidates like `removed` in their place: the control for all but similarity.
 
@@ -53,49 +53,56 @@ def matched(
   is_removed[removed] = True
   is_removed = is_removed[rows]
   if is_removed.sum() != len(removed):
-    raise ValueError(f'only {is_removed.sum()} of {len(removed)} removed rows are candidates, '
-                     'each counted once')
+    raise ValueError(
+      f'only {is_removed.sum()} of {len(removed)} removed rows are candidates, each counted once'
+    )
   numbers, categories = _matched_variables(columns, rows)
   digits = [*categories.values(), *map(cells.quantile_bins, numbers.values(), BINS.values())]
   radices = [*(int(codes.max(initial=0)) + 1 for codes in categories.values()), *BINS.values()]
   order = random_order(len(columns.candidates), seed, draw, MATCHED_STREAM)[rows]
   drawn, served = cells.draw_like(
-      cells.cell_codes(digits, radices), is_removed, order, radices[:0:-1])
+    cells.cell_codes(digits, radices), is_removed, order, radices[:0:-1]
+  )
 
   merged_over = [*reversed(BINS), *list(categories)[:0:-1]]
   share = 1 - served[0] / len(removed) if len(removed) else 0.0
   report = {
-      'removed': len(removed),
-      'drawn': sum(served),
-      'drawn_after_merging': dict(zip(merged_over, served[1:], strict=True)),
-      'shortfall': len(removed) - sum(served),
-      'without_full_cell_donor': share,
-      'no_matched_control': share > MAX_UNMATCHED,
+    'removed': len(removed),
+    'drawn': sum(served),
+    'drawn_after_merging': dict(zip(merged_over, served[1:], strict=True)),
+    'shortfall': len(removed) - sum(served),
+    'without_full_cell_donor': share,
+    'no_matched_control': share > MAX_UNMATCHED,
   }
   kept = rows[~drawn]
   if report['no_matched_control']:
     kept = random(columns, count=len(rows) - len(removed), seed=seed, draw=draw).rows
     drawn = ~np.isin(rows, kept, assume_unique=True)
   report['standardised_differences'] = cells.differences(
-      np.flatnonzero(is_removed), np.flatnonzero(drawn), numbers, categories)
+    np.flatnonzero(is_removed), np.flatnonzero(drawn), numbers, categories
+  )
   return Kept(kept, report)
 
 
 def _matched_variables(
-    columns: Columns,
-    rows: Array,  # [m] int64
+  columns: Columns,
+  rows: Array,  # [m] int64
 ) -> tuple[dict[str, Array], dict[str, Array]]:
   """Returns the numeric and the categorical variables of the matched control at these rows."""
   for name in ('anchor_class', *BINS):
     if getattr(columns, name) is None:
-      raise InputError(f"rule 'matched' needs {name}: the pool must have images and captions, and "
-                       'the anchor labels')
+      raise InputError(
+        f"rule 'matched' needs {name}: the pool must have images and captions, and "
+        'the anchor labels'
+      )
   numbers = {name: getattr(columns, name)[rows] for name in BINS}
   categories = {'anchor_class': columns.anchor_class[rows]}
   if columns.domain is not None:
     categories['domain'] = cells.levels(columns.domain)[0][rows]
   known = (categories['anchor_class'] >= 0) & np.isfinite(numbers['anchor_class_similarity'])
   if not known.all():
-    raise InputError("rule 'matched' needs the nearest anchor class of every candidate, "
-                     f"{(~known).sum()} have none: search with search.backend='exact'")
+    raise InputError(
+      "rule 'matched' needs the nearest anchor class of every candidate, "
+      f"{(~known).sum()} have none: search with search.backend='exact'"
+    )
   return numbers, categories

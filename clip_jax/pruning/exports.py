@@ -25,8 +25,9 @@ LISTS = {'datacomp': 'uids.npy', 'clip_ood': 'clip_ood.npy', 'keys': 'keys.parqu
 Column = Any  # pyarrow.Array or ChunkedArray, or a sequence of str or int
 UID = np.dtype('u8,u8')  # DataComp's: the first and the last 16 hexadecimal digits of a uid
 _BLOCK = 1 << 20  # rows that are looked at together
-_ANOTHER = ('Name the column that has them in config.prune.export_key, and in the columns of the '
-            'pool.')
+_ANOTHER = (
+  'Name the column that has them in config.prune.export_key, and in the columns of the pool.'
+)
 
 _HEX = np.full(256, 255, np.uint8)  # byte -> its value as a hexadecimal digit; 255: none
 for _digits in (b'0123456789abcdef', b'0123456789ABCDEF'):
@@ -36,8 +37,9 @@ for _digits in (b'0123456789abcdef', b'0123456789ABCDEF'):
 @dataclasses.dataclass(frozen=True)
 class Found:
   """The rows of a pool that a list of keys names."""
-  rows: Array      # [n] int64, sorted; a row is there as often as its key is listed
-  report: dict     # listed, listed_twice, not_in_pool, several_rows: counts of keys
+
+  rows: Array  # [n] int64, sorted; a row is there as often as its key is listed
+  report: dict  # listed, listed_twice, not_in_pool, several_rows: counts of keys
   not_in_pool: list[str]  # up to three of these keys
 
 
@@ -55,7 +57,7 @@ def numbers(keys: Column, rows: Array | int = 0) -> Array:  # [n] int64
 
 
 def sorted_uids(
-    found: Array,  # [n] UID
+  found: Array,  # [n] UID
 ) -> Array:
   """Returns uids in DataComp's order: by the first half, then by the second."""
   return found[np.lexsort((found['f1'], found['f0']))]
@@ -100,8 +102,12 @@ def find(listed, blocks: Iterable[Column]) -> Found:
     hits += np.bincount(places[here], minlength=len(wanted))
     start += len(block)
   missing = np.flatnonzero(hits == 0)
-  report = {'listed': len(listed), 'listed_twice': int((times > 1).sum()),
-            'not_in_pool': len(missing), 'several_rows': int((hits > 1).sum())}
+  report = {
+    'listed': len(listed),
+    'listed_twice': int((times > 1).sum()),
+    'not_in_pool': len(missing),
+    'several_rows': int((hits > 1).sum()),
+  }
   return Found(np.concatenate(rows), report, [said(wanted[int(i)]) for i in missing[:3]])
 
 
@@ -154,7 +160,7 @@ def _uid_bytes(keys: Column, rows: Array | int) -> Array:  # [n, 16] uint8
     bad = start + np.flatnonzero((digits == 255).any(axis=1))
     if len(bad):
       break
-    found[start:start + _BLOCK] = digits[:, ::2] << 4 | digits[:, 1::2]
+    found[start : start + _BLOCK] = digits[:, ::2] << 4 | digits[:, 1::2]
   if len(bad):
     raise _bad(keys, int(bad[0]), rows, 'uid, 32 hexadecimal digits')
   return found
@@ -172,8 +178,9 @@ def _numbers(keys: Column, rows: Array | int, allow_none: bool = False):
       return (keys if pa.types.is_integer(keys.type) else texts).cast(pa.int64())
     except pa.ArrowInvalid:  # some are too large, or have many zeros in front
       values = [None if text is None else int(text) for text in texts.to_pylist()]
-      bad = [i for i, value in enumerate(values)
-             if value is not None and not -2**63 <= value < 2**63]
+      bad = [
+        i for i, value in enumerate(values) if value is not None and not -(2**63) <= value < 2**63
+      ]
       if not bad:
         return pa.array(values, pa.int64())
   raise _bad(texts, int(bad[0]), rows, '64-bit number')
@@ -198,7 +205,7 @@ def _plain(keys: Column):
 
 
 def _binary(
-    values: Array,  # [n, 16] uint8
+  values: Array,  # [n, 16] uint8
 ):
   data = pa.py_buffer(np.ascontiguousarray(values))
   return pa.FixedSizeBinaryArray.from_buffers(pa.binary(16), len(values), [None, data])
@@ -213,14 +220,17 @@ def _npy(path: epath.Path, column: str):
     if found.ndim == 1 and found.dtype.kind in 'US':
       return _strings(pa.array(found.astype(np.str_)))
   except Exception as error:  # numpy reads the header as Python: a forged one raises anything
-    raise InputError(f'{path} cannot be read ({error}). Give a .npy of dtype u8,u8 (uids) or '
-                     'int64, written without pickle.') from error
+    raise InputError(
+      f'{path} cannot be read ({error}). Give a .npy of dtype u8,u8 (uids) or '
+      'int64, written without pickle.'
+    ) from error
   kind = found.dtype
   fields = kind.names or ()
   is_uid = [kind[name].str[1:] for name in fields] == ['u8', 'u8']
   if found.ndim != 1 or not (is_uid or kind.kind in 'iu'):
-    raise InputError(f'{path} holds {kind} {list(found.shape)}. Give [n] of dtype u8,u8 (uids) or '
-                     'int64 (numbers).')
+    raise InputError(
+      f'{path} holds {kind} {list(found.shape)}. Give [n] of dtype u8,u8 (uids) or int64 (numbers).'
+    )
   if is_uid:
     halves = np.stack([found[name] for name in fields], axis=1, dtype='>u8')
     return _binary(halves.view(np.uint8))
@@ -238,8 +248,10 @@ def _parquet(path: epath.Path, column: str):
       only = have[0] if len(have) == 1 else ''
       name = next((name for name in (column, 'key', 'uid', only) if name in have), None)
       if name is None:
-        raise InputError(f'{path} has the columns {", ".join(have[:9])}, and no '
-                         f'{column or "key"!r}. Name another in config.prune.export_key.')
+        raise InputError(
+          f'{path} has the columns {", ".join(have[:9])}, and no '
+          f'{column or "key"!r}. Name another in config.prune.export_key.'
+        )
       ours = {'dataset', 'key', 'row'} <= set(have)
       read = file.read(['dataset', name] if ours else [name])
       read.validate(full=True)  # texts may be no UTF-8

@@ -5,9 +5,9 @@ the earlier row first. To add a rule, write its function and its entry in RULES,
 tables, figures and summaries have for it.
 """
 
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -41,15 +41,18 @@ def keep_none(columns: Columns) -> Kept:
 
 
 def listed(
-    columns: Columns,
-    *,
-    rows: Array,  # [m] int64, sorted: the pool rows that a file names, each as often as it does
+  columns: Columns,
+  *,
+  rows: Array,  # [m] int64, sorted: the pool rows that a file names, each as often as it does
 ) -> Kept:
   """Keeps the candidates among the rows that a file names, with repeats."""
   are_candidates = columns.candidates[rows]
   kept = rows[are_candidates]
-  report = {'rows': len(rows), 'not_candidates': len(rows) - len(kept),
-            'repeats': int((kept[1:] == kept[:-1]).sum())}
+  report = {
+    'rows': len(rows),
+    'not_candidates': len(rows) - len(kept),
+    'repeats': int((kept[1:] == kept[:-1]).sum()),
+  }
   return Kept(kept, report)
 
 
@@ -67,29 +70,35 @@ def far(columns: Columns, *, benchmarks: Sequence[str], count: int) -> Kept:
 
 
 def _least(
-    rule: str, columns: Columns, benchmarks: Sequence[str], count: int, *, sign: int) -> Kept:
+  rule: str, columns: Columns, benchmarks: Sequence[str], count: int, *, sign: int
+) -> Kept:
   """Keeps the `count` candidates with the lowest sign * similarity, decided exactly at the cut."""
   rows = candidates_for(columns, count)
   values = sign * highest(rule, columns.similarity, rows, benchmarks, np.maximum)
   if np.isnan(values).any():
-    raise InputError(f"rule {rule!r} needs every row's similarity to {tuple(benchmarks)}: "
-                     "search with search.backend='exact'")
+    raise InputError(
+      f"rule {rule!r} needs every row's similarity to {tuple(benchmarks)}: "
+      "search with search.backend='exact'"
+    )
   if count in (0, len(rows)):
     return Kept(rows[:count], {'decided_exactly': 0})
   found, decided = refined(
-      values, lambda near_cut: sign * columns.exact_similarity(benchmarks, rows[near_cut]),
-      [count - 1], columns.tolerance)
+    values,
+    lambda near_cut: sign * columns.exact_similarity(benchmarks, rows[near_cut]),
+    [count - 1],
+    columns.tolerance,
+  )
   keep = lowest(found, count)
   report = {'decided_exactly': decided, 'similarity_at_cut': float(sign * found[keep].max())}
   return Kept(rows[keep], report)
 
 
 def domain_removal(
-    columns: Columns,
-    *,
-    codes: Array,  # [N] integers, each row's level; -1 where it has none
-    names: Sequence[str],  # of the levels
-    values: Sequence[str],  # the levels that go
+  columns: Columns,
+  *,
+  codes: Array,  # [N] integers, each row's level; -1 where it has none
+  names: Sequence[str],  # of the levels
+  values: Sequence[str],  # the levels that go
 ) -> Kept:
   """Drops the candidates of some domains or classes; rows without one are kept.
 
@@ -103,8 +112,10 @@ def domain_removal(
   gone[[names.index(value) for value in values]] = True
   dropped = columns.candidates & gone[codes]
   counts = np.bincount(codes[dropped], minlength=len(names))
-  report = {'dropped_by_value': {value: int(counts[names.index(value)]) for value in values},
-            'without_value': int((columns.candidates & (codes < 0)).sum())}
+  report = {
+    'dropped_by_value': {value: int(counts[names.index(value)]) for value in values},
+    'without_value': int((columns.candidates & (codes < 0)).sum()),
+  }
   return Kept(np.flatnonzero(columns.candidates & ~dropped), report)
 
 
@@ -124,7 +135,8 @@ def minus(columns: Columns, *, others: Sequence[Array]) -> Kept:
 
 
 def _composed(
-    columns: Columns, others: Sequence[Array], join: Callable[[Array, Array], Array]) -> Kept:
+  columns: Columns, others: Sequence[Array], join: Callable[[Array, Array], Array]
+) -> Kept:
   masks = np.zeros((2, len(columns.candidates)), bool)
   masks[0][others[0]] = True
   for rows in others[1:]:
@@ -152,8 +164,11 @@ def _gap_aligned_words(of: Mapping[str, Any]) -> str:
 
 def _domain_words(of: Mapping[str, Any]) -> str:
   values = _listed(of['values'])
-  rows = (f'rows whose {of["column"]} is {values}' if of['column']
-          else f'rows that are {values} by the nearest example of {of["reference"] or "a reference"}')
+  rows = (
+    f'rows whose {of["column"]} is {values}'
+    if of['column']
+    else f'rows that are {values} by the nearest example of {of["reference"] or "a reference"}'
+  )
   return f'domain removal, not alignment: without {rows}'
 
 
@@ -185,6 +200,7 @@ class Rule:
   kept rows that would have gone next; () without a column.
   compared: whether it is one cut through its column, which other embedders can make, too.
   """
+
   keep: Callable[..., Kept]
   keys: tuple[str, ...] = ()
   needs: tuple[str, ...] = ()
@@ -218,77 +234,177 @@ class Rule:
 
 # The keys of a split block that rules read, each declared once. A rule names those that it reads.
 KEYS = {
-    'benchmarks': Key(()),  # whose queries count (gap_aligned, near, far); several: their union, their max
-    'size': Key(0.0),  # near, far, random: rows kept; <= 1 a share of the candidates, > 1 a count
-    'size_of': Key(''),  # near, far, random: as many as that split keeps
-    # matched: the split whose removed rows are imitated (aligned, near, far, a domain removal, a join, listed)
-    'to': Key(''),
-    'slack': Key(0.0, within(-2, 2)),  # gap_aligned: drop only what is more than this over the anchor's similarity
-    # gap_aligned: the slack is this quantile of the candidates' excess (0.9: a tenth of them goes, or a little
-    # less); 0: not given
-    'quantile': Key(0.0, within(0, 1)),
-    # gap_aligned: drops so many times what slack 0 does, the largest excess first; 0: not given
-    'dose': Key(0.0, within(0, 1000)),
-    # k_aligned: the j-th nearest pool row is no nearer than the j-th nearest anchor row, for every j up to k
-    'k': Key(1, positive),
-    'reference': Key(''),  # domain_removal: one of config.references: its nearest example says a row's class
-    'column': Key(''),  # domain_removal: or a column of the pool's index that says it
-    'values': Key(()),  # domain_removal: the classes, or the column's values, that are dropped
-    'of': Key(()),  # union, intersection, minus: the splits that are joined; minus: the first without the others
-    'seed': Key(0),  # random, matched: of the draw, together with the training seed
-    'file': Key(''),  # listed: the samples, by key: DataComp's uid .npy, int64 .npy, or parquet of keys
+  'benchmarks': Key(
+    ()
+  ),  # whose queries count (gap_aligned, near, far); several: their union, their max
+  'size': Key(0.0),  # near, far, random: rows kept; <= 1 a share of the candidates, > 1 a count
+  'size_of': Key(''),  # near, far, random: as many as that split keeps
+  # matched: the split whose removed rows are imitated (aligned, near, far, a domain removal, a join, listed)
+  'to': Key(''),
+  'slack': Key(
+    0.0, within(-2, 2)
+  ),  # gap_aligned: drop only what is more than this over the anchor's similarity
+  # gap_aligned: the slack is this quantile of the candidates' excess (0.9: a tenth of them goes, or a little
+  # less); 0: not given
+  'quantile': Key(0.0, within(0, 1)),
+  # gap_aligned: drops so many times what slack 0 does, the largest excess first; 0: not given
+  'dose': Key(0.0, within(0, 1000)),
+  # k_aligned: the j-th nearest pool row is no nearer than the j-th nearest anchor row, for every j up to k
+  'k': Key(1, positive),
+  'reference': Key(
+    ''
+  ),  # domain_removal: one of config.references: its nearest example says a row's class
+  'column': Key(''),  # domain_removal: or a column of the pool's index that says it
+  'values': Key(()),  # domain_removal: the classes, or the column's values, that are dropped
+  'of': Key(
+    ()
+  ),  # union, intersection, minus: the splits that are joined; minus: the first without the others
+  'seed': Key(0),  # random, matched: of the draw, together with the training seed
+  'file': Key(
+    ''
+  ),  # listed: the samples, by key: DataComp's uid .npy, int64 .npy, or parquet of keys
 }
 
 # In the order of legends. A rule has its colour by its place: new ones go to the end.
 RULES = {
-    'all': Rule(keep_all, label='base (the whole pool)',
-                words=lambda of: 'the whole pool and the anchor'),
-    'anchor': Rule(keep_none, append_anchor=True, label='anchor only',
-                   words=lambda of: 'the anchor rows alone'),
-    'pool_only': Rule(keep_all, append_anchor=False, label='pool without the anchor',
-                      words=lambda of: 'the pool without the anchor rows'),
-    'gap_aligned': Rule(
-        gap_aligned, ('benchmarks', 'slack', 'quantile', 'dose'), ('search', 'excess'),
-        selects=True, label='gap-aligned', words=_gap_aligned_words, column='excess', compared=True,
-        strips=('removed, largest excess', 'removed, median', 'removed, just over the cut',
-                'kept, just under the cut')),
-    'matched': Rule(
-        matched, ('to', 'seed'), ('anchor_classes', 'target', 'draw'), every_row=True,
-        label='matched control',
-        words=lambda of: f'control: as many rows removed as in {of["to"]}, alike but not the similar '
-                         'ones'),
-    'random': Rule(random, ('size', 'size_of', 'seed'), ('count', 'draw'), label='random',
-                   words=lambda of: 'random rows: the control for size'),
-    'near': Rule(
-        near, ('benchmarks', 'size', 'size_of'), ('search', 'count'), every_row=True, selects=True,
-        label='near-pruned (most similar removed)', column='similarity', compared=True,
-        words=lambda of: f'near-pruned (most similar removed), by {_listed(of["benchmarks"])}',
-        strips=('removed, most similar', 'removed, median', 'removed, just over the cut',
-                'kept, just under the cut')),
-    'far': Rule(
-        far, ('benchmarks', 'size', 'size_of'), ('search', 'count'), every_row=True, selects=True,
-        label='far-pruned (most similar kept)', column='similarity', lowest_first=True, compared=True,
-        words=lambda of: f'far-pruned (most similar kept), by {_listed(of["benchmarks"])}',
-        strips=('removed, least similar', 'removed, median', 'removed, just under the cut',
-                'kept, just over the cut')),
-    'listed': Rule(listed, ('file',), ('file',), selects=True, label='listed in a file',
-                   words=lambda of: 'the pool rows that a file lists'),
-    'k_aligned': Rule(
-        k_aligned, ('benchmarks', 'k'), ('search', 'excess', 'pairs'), every_row=True, selects=True,
-        label='aligned to k neighbours', column='excess',
-        words=lambda of: f'no query of {_listed(of["benchmarks"])} has nearer pool images than anchor '
-                         f'images, for its {of["k"]} nearest of each',
-        strips=('removed, largest excess', 'removed, median', 'removed, smallest excess',
-                'kept, largest excess')),
-    'domain_removal': Rule(domain_removal, ('reference', 'column', 'values'), ('levels',),
-                           selects=True, label='domain removal (not alignment)', words=_domain_words),
-    'union': Rule(union, ('of',), ('others',), selects=True, label='union of splits',
-                  words=lambda of: f'what {_listed(of["of"], "or")} keeps'),
-    'intersection': Rule(
-        intersection, ('of',), ('others',), selects=True, label='intersection of splits',
-        words=lambda of: f'what {_listed(of["of"])} keep, every one of them'),
-    'minus': Rule(minus, ('of',), ('others',), selects=True, label='a split without others',
-                  words=_minus_words),
-    'planted': Rule(keep_all, planted=True, label='base with planted copies of test images',
-                    words=lambda of: 'base, and planted copies of test images: a positive control'),
+  'all': Rule(
+    keep_all, label='base (the whole pool)', words=lambda of: 'the whole pool and the anchor'
+  ),
+  'anchor': Rule(
+    keep_none, append_anchor=True, label='anchor only', words=lambda of: 'the anchor rows alone'
+  ),
+  'pool_only': Rule(
+    keep_all,
+    append_anchor=False,
+    label='pool without the anchor',
+    words=lambda of: 'the pool without the anchor rows',
+  ),
+  'gap_aligned': Rule(
+    gap_aligned,
+    ('benchmarks', 'slack', 'quantile', 'dose'),
+    ('search', 'excess'),
+    selects=True,
+    label='gap-aligned',
+    words=_gap_aligned_words,
+    column='excess',
+    compared=True,
+    strips=(
+      'removed, largest excess',
+      'removed, median',
+      'removed, just over the cut',
+      'kept, just under the cut',
+    ),
+  ),
+  'matched': Rule(
+    matched,
+    ('to', 'seed'),
+    ('anchor_classes', 'target', 'draw'),
+    every_row=True,
+    label='matched control',
+    words=lambda of: (
+      f'control: as many rows removed as in {of["to"]}, alike but not the similar ones'
+    ),
+  ),
+  'random': Rule(
+    random,
+    ('size', 'size_of', 'seed'),
+    ('count', 'draw'),
+    label='random',
+    words=lambda of: 'random rows: the control for size',
+  ),
+  'near': Rule(
+    near,
+    ('benchmarks', 'size', 'size_of'),
+    ('search', 'count'),
+    every_row=True,
+    selects=True,
+    label='near-pruned (most similar removed)',
+    column='similarity',
+    compared=True,
+    words=lambda of: f'near-pruned (most similar removed), by {_listed(of["benchmarks"])}',
+    strips=(
+      'removed, most similar',
+      'removed, median',
+      'removed, just over the cut',
+      'kept, just under the cut',
+    ),
+  ),
+  'far': Rule(
+    far,
+    ('benchmarks', 'size', 'size_of'),
+    ('search', 'count'),
+    every_row=True,
+    selects=True,
+    label='far-pruned (most similar kept)',
+    column='similarity',
+    lowest_first=True,
+    compared=True,
+    words=lambda of: f'far-pruned (most similar kept), by {_listed(of["benchmarks"])}',
+    strips=(
+      'removed, least similar',
+      'removed, median',
+      'removed, just under the cut',
+      'kept, just over the cut',
+    ),
+  ),
+  'listed': Rule(
+    listed,
+    ('file',),
+    ('file',),
+    selects=True,
+    label='listed in a file',
+    words=lambda of: 'the pool rows that a file lists',
+  ),
+  'k_aligned': Rule(
+    k_aligned,
+    ('benchmarks', 'k'),
+    ('search', 'excess', 'pairs'),
+    every_row=True,
+    selects=True,
+    label='aligned to k neighbours',
+    column='excess',
+    words=lambda of: (
+      f'no query of {_listed(of["benchmarks"])} has nearer pool images than anchor '
+      f'images, for its {of["k"]} nearest of each'
+    ),
+    strips=(
+      'removed, largest excess',
+      'removed, median',
+      'removed, smallest excess',
+      'kept, largest excess',
+    ),
+  ),
+  'domain_removal': Rule(
+    domain_removal,
+    ('reference', 'column', 'values'),
+    ('levels',),
+    selects=True,
+    label='domain removal (not alignment)',
+    words=_domain_words,
+  ),
+  'union': Rule(
+    union,
+    ('of',),
+    ('others',),
+    selects=True,
+    label='union of splits',
+    words=lambda of: f'what {_listed(of["of"], "or")} keeps',
+  ),
+  'intersection': Rule(
+    intersection,
+    ('of',),
+    ('others',),
+    selects=True,
+    label='intersection of splits',
+    words=lambda of: f'what {_listed(of["of"])} keep, every one of them',
+  ),
+  'minus': Rule(
+    minus, ('of',), ('others',), selects=True, label='a split without others', words=_minus_words
+  ),
+  'planted': Rule(
+    keep_all,
+    planted=True,
+    label='base with planted copies of test images',
+    words=lambda of: 'base, and planted copies of test images: a positive control',
+  ),
 }

@@ -4,9 +4,9 @@ Base rows: pool rows are 0..N-1, the anchor's N..N+A-1, planted ones N+A and up.
 and plain dicts out; the caller reads and writes the files (rows.npy, split.json).
 """
 
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 import dataclasses
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -21,21 +21,27 @@ CHECK_ROWS = 4096  # rows widened to float64 at a time
 
 
 def base_rows(
-    pool_rows: Array,  # [n] int64, sorted; repeats stay
-    pool_size: int,  # N
-    anchor_rows: Array,  # [a] int64, sorted: the usable ones of the anchor's own rows 0..A-1
-    append_anchor: bool,
-    base_size: int = 0,  # N + A, where there are planted rows
-    planted_rows: Array | None = None,  # [p] int64, sorted: the usable ones of the planted rows 0..P-1
+  pool_rows: Array,  # [n] int64, sorted; repeats stay
+  pool_size: int,  # N
+  anchor_rows: Array,  # [a] int64, sorted: the usable ones of the anchor's own rows 0..A-1
+  append_anchor: bool,
+  base_size: int = 0,  # N + A, where there are planted rows
+  planted_rows: Array
+  | None = None,  # [p] int64, sorted: the usable ones of the planted rows 0..P-1
 ) -> Array:
   """Returns the split's rows of the base set, sorted int64: of the pool, the anchor, planted."""
   anchor = np.asarray(anchor_rows, np.int64) + pool_size
-  return np.concatenate([np.asarray(pool_rows, np.int64), anchor if append_anchor else anchor[:0],
-                         np.asarray([] if planted_rows is None else planted_rows, np.int64) + base_size])
+  return np.concatenate(
+    [
+      np.asarray(pool_rows, np.int64),
+      anchor if append_anchor else anchor[:0],
+      np.asarray([] if planted_rows is None else planted_rows, np.int64) + base_size,
+    ]
+  )
 
 
 def rows_hash(
-    rows: Array,  # [n] int64
+  rows: Array,  # [n] int64
 ) -> str:
   """Returns the sha256 of the rows as little-endian int64, in hex."""
   return hashlib.sha256(np.ascontiguousarray(rows, '<i8').data).hexdigest()
@@ -50,6 +56,7 @@ class Promise:
   s - t <= slack (kind 'inequality'). k > 0, rule k_aligned, of pool rows alone: for every j <= k
   the j-th nearest of them is no nearer than the j-th nearest anchor row (kind 'each of k').
   """
+
   benchmarks: Sequence[str]
   rows: Array  # [n] int64, sorted, each once: of the base set; with k, of the pool
   append_anchor: bool
@@ -64,14 +71,14 @@ class Promise:
 
 
 def check_aligned(
-    promises: Mapping[str, Promise],  # split -> what it promises
-    queries: Mapping[str, Array],  # benchmark -> [Q, E] float16, its usable ones
-    blocks: Iterable[tuple[Array, Array]],  # base rows [b] int64 and their vectors [b, E] float16
-    anchor_blocks: Iterable[Array],  # [b, E] float16 each: the vectors of the usable anchor rows
-    *,
-    sample: int = 200,
-    seed: int = 0,
-    tolerance: float = TOLERANCE,
+  promises: Mapping[str, Promise],  # split -> what it promises
+  queries: Mapping[str, Array],  # benchmark -> [Q, E] float16, its usable ones
+  blocks: Iterable[tuple[Array, Array]],  # base rows [b] int64 and their vectors [b, E] float16
+  anchor_blocks: Iterable[Array],  # [b, E] float16 each: the vectors of the usable anchor rows
+  *,
+  sample: int = 200,
+  seed: int = 0,
+  tolerance: float = TOLERANCE,
 ) -> dict[str, dict[str, dict]]:
   """Checks aligned splits by brute force, on a seeded sample of the queries of each benchmark.
 
@@ -108,31 +115,50 @@ def check_aligned(
       if len(mine):
         exact = _exact(double, query[mine], rows, row[mine])
         best[split] = _merged(best[split], query[mine], exact)
-  return {split: {name: _failures(promise, chosen[name], *(
-      found[places[name]] for found in (best[split], anchor))) for name in promise.benchmarks}
-          for split, promise in promises.items()}
+  return {
+    split: {
+      name: _failures(
+        promise, chosen[name], *(found[places[name]] for found in (best[split], anchor))
+      )
+      for name in promise.benchmarks
+    }
+    for split, promise in promises.items()
+  }
 
 
 def _samples(queries: Mapping[str, Array], sample: int, seed: int) -> dict[str, Array]:
   """Returns some rows of each benchmark's queries, sorted."""
-  return {name: np.sort(np.random.default_rng(seed).permutation(len(vectors))[:sample])
-          for name, vectors in queries.items()}
+  return {
+    name: np.sort(np.random.default_rng(seed).permutation(len(vectors))[:sample])
+    for name, vectors in queries.items()
+  }
 
 
 def _failures(promise: Promise, rows: Array, best: Array, anchor: Array) -> dict:
   """Returns what the check found of some queries, by their highest similarities, [q, k] float64."""
-  anchor = anchor[:, :best.shape[1]]
+  anchor = anchor[:, : best.shape[1]]
   over = best != anchor if promise.kind == 'equality' else best - anchor > promise.slack
   j = over.argmax(axis=1)
   bad = np.flatnonzero(over.any(axis=1))
-  return {'checked': len(rows), 'failures': len(bad), 'kind': promise.kind, 'first_failures': [
-      {'query': int(rows[i]), 'split': float(best[i, j[i]]), 'anchor': float(anchor[i, j[i]]),
-       **({'j': int(j[i]) + 1} if promise.k else {})} for i in bad[:5]]}
+  return {
+    'checked': len(rows),
+    'failures': len(bad),
+    'kind': promise.kind,
+    'first_failures': [
+      {
+        'query': int(rows[i]),
+        'split': float(best[i, j[i]]),
+        'anchor': float(anchor[i, j[i]]),
+        **({'j': int(j[i]) + 1} if promise.k else {}),
+      }
+      for i in bad[:5]
+    ],
+  }
 
 
 def _are_in(
-    values: Array,  # [m] int64
-    rows: Array,  # [n] int64, sorted
+  values: Array,  # [m] int64
+  rows: Array,  # [n] int64, sorted
 ) -> Array:
   """Returns which values are among the rows, [m] bool."""
   if not len(rows):
@@ -141,23 +167,23 @@ def _are_in(
 
 
 def _scored(
-    queries: Array,  # [q, E] float32
-    blocks: Iterable[tuple[Array, Array]],  # numbers [b] and vectors [b, E] float16
+  queries: Array,  # [q, E] float32
+  blocks: Iterable[tuple[Array, Array]],  # numbers [b] and vectors [b, E] float16
 ) -> Iterator[tuple[Array, Array, Array]]:
   """Yields numbers [c], similarities [q, c] float32, vectors [c, E]; c is CHECK_ROWS at most."""
   for numbers, block in blocks:
     if block.ndim != 2 or block.shape[1] != queries.shape[1]:
       raise ValueError(f'blocks must be [rows, {queries.shape[1]}] like queries, got {block.shape}')
     for start in range(0, len(block), CHECK_ROWS):
-      rows = block[start:start + CHECK_ROWS]
-      yield numbers[start:start + CHECK_ROWS], queries @ rows.astype(np.float32).T, rows
+      rows = block[start : start + CHECK_ROWS]
+      yield numbers[start : start + CHECK_ROWS], queries @ rows.astype(np.float32).T, rows
 
 
 def _highest(
-    queries: Array,  # [q, E] float16
-    blocks: Iterable[Array],  # [b, E] float16 each
-    k: int,
-    tolerance: float,
+  queries: Array,  # [q, E] float16
+  blocks: Iterable[Array],  # [b, E] float16 each
+  k: int,
+  tolerance: float,
 ) -> Array:
   """Returns each query's k highest similarities to rows of any block, [q, k] float64, descending.
 
@@ -180,15 +206,19 @@ def _highest(
 def _exact(queries: Array, query: Array, rows: Array, row: Array) -> Array:
   """Returns the exact similarities of m pairs, [m] float64; as many as CHECK_ROWS at a time."""
   parts = [slice(start, start + CHECK_ROWS) for start in range(0, len(query), CHECK_ROWS)]
-  return np.concatenate([np.zeros(0)] + [
+  return np.concatenate(
+    [np.zeros(0)]
+    + [
       np.einsum('me,me->m', queries[query[part]], rows[row[part]].astype(np.float64))
-      for part in parts])
+      for part in parts
+    ]
+  )
 
 
 def _merged(
-    best: Array,  # [q, k] float64, descending
-    query: Array,  # [m] integers, sorted
-    values: Array,  # [m] float64
+  best: Array,  # [q, k] float64, descending
+  query: Array,  # [m] integers, sorted
+  values: Array,  # [m] float64
 ) -> Array:
   """Returns the k highest of what each query had and of its new values, descending."""
   k = best.shape[1]
@@ -203,21 +233,22 @@ def _merged(
 
 def dropped_at_slack(columns: Columns, benchmarks: Sequence[str]) -> dict[str, int]:
   """Returns how many rows gap_aligned drops at each of SLACKS, written as '0.005'."""
-  return {f'{slack:g}': len(dropped_rows(columns, benchmarks=benchmarks, slack=slack))
-          for slack in SLACKS}
+  return {
+    f'{slack:g}': len(dropped_rows(columns, benchmarks=benchmarks, slack=slack)) for slack in SLACKS
+  }
 
 
 def describe_aligned(
-    columns: Columns,
-    kept: Array,  # [n] int64, the pool rows that the aligned split keeps
-    *,
-    benchmarks: Sequence[str],
-    dropped_at: Mapping[str, int],  # of dropped_at_slack
-    removed_over: Mapping[str, Array],  # benchmark -> [Q] integers, removed rows with sim > t_i
-    anchor_cosine: Mapping[str, Array],  # benchmark -> [Q] float, t_i divided by both norms
-    duplicate_similarity: float,
-    label: Array | None = None,  # [N] strings or integers; None where unknown
-    domain: Array | None = None,  # [N]
+  columns: Columns,
+  kept: Array,  # [n] int64, the pool rows that the aligned split keeps
+  *,
+  benchmarks: Sequence[str],
+  dropped_at: Mapping[str, int],  # of dropped_at_slack
+  removed_over: Mapping[str, Array],  # benchmark -> [Q] integers, removed rows with sim > t_i
+  anchor_cosine: Mapping[str, Array],  # benchmark -> [Q] float, t_i divided by both norms
+  duplicate_similarity: float,
+  label: Array | None = None,  # [N] strings or integers; None where unknown
+  domain: Array | None = None,  # [N]
 ) -> dict:
   """Returns the figures that are printed with every aligned split.
 
@@ -232,28 +263,30 @@ def describe_aligned(
   candidates, count = int(np.sum(columns.candidates)), int(dropped.sum())
   by_domain = shares(domain, columns.candidates, dropped)
   warnings = [
-      f'{figures["share"]:.1%} of domain {name!r} is gone: this is domain removal, not alignment'
-      for name, figures in by_domain.items()
-      if name and figures['share'] > DOMAIN_REMOVAL]
+    f'{figures["share"]:.1%} of domain {name!r} is gone: this is domain removal, not alignment'
+    for name, figures in by_domain.items()
+    if name and figures['share'] > DOMAIN_REMOVAL
+  ]
   if count > candidates / 2:
     warnings.append(f'{count:,} of {candidates:,} candidates are dropped, more than half')
   return {
-      'dropped': count,
-      'dropped_share': count / candidates if candidates else 0.0,
-      'by_class': shares(label, columns.candidates, dropped),
-      'by_domain': by_domain,
-      'dropped_at_slack': dict(dropped_at),
-      'queries': {
-          name: _query_figures(removed_over[name], anchor_cosine[name], duplicate_similarity)
-          for name in benchmarks},
-      'warnings': warnings,
+    'dropped': count,
+    'dropped_share': count / candidates if candidates else 0.0,
+    'by_class': shares(label, columns.candidates, dropped),
+    'by_domain': by_domain,
+    'dropped_at_slack': dict(dropped_at),
+    'queries': {
+      name: _query_figures(removed_over[name], anchor_cosine[name], duplicate_similarity)
+      for name in benchmarks
+    },
+    'warnings': warnings,
   }
 
 
 def shares(
-    column: Array | None,  # [N]
-    candidates: Array,  # [N] bool
-    dropped: Array,  # [N] bool
+  column: Array | None,  # [N]
+  candidates: Array,  # [N] bool
+  dropped: Array,  # [N] bool
 ) -> dict:
   """Returns, for each level that has candidates: their number, those dropped, and the share."""
   if column is None:
@@ -262,24 +295,31 @@ def shares(
   n = np.bincount(codes[candidates], minlength=len(names)).tolist()
   gone = np.bincount(codes[dropped], minlength=len(names)).tolist()
   return {
-      names[i]: {'candidates': n[i], 'dropped': gone[i], 'share': gone[i] / n[i]}
-      for i in sorted(range(len(names)), key=names.__getitem__) if n[i]}
+    names[i]: {'candidates': n[i], 'dropped': gone[i], 'share': gone[i] / n[i]}
+    for i in sorted(range(len(names)), key=names.__getitem__)
+    if n[i]
+  }
 
 
 def _query_figures(
-    removed_over: Array,  # [Q] integers
-    anchor_cosine: Array,  # [Q] float
-    duplicate_similarity: float,
+  removed_over: Array,  # [Q] integers
+  anchor_cosine: Array,  # [Q] float
+  duplicate_similarity: float,
 ) -> dict:
   n = len(removed_over)
   hit = int((removed_over > 0).sum())
   leaked = int((anchor_cosine >= duplicate_similarity).sum())
-  return {'queries': n, 'hit': hit, 'hit_share': hit / max(n, 1),
-          'leaked': leaked, 'leaked_share': leaked / max(n, 1)}
+  return {
+    'queries': n,
+    'hit': hit,
+    'hit_share': hit / max(n, 1),
+    'leaked': leaked,
+    'leaked_share': leaked / max(n, 1),
+  }
 
 
 def overlap(
-    splits: Mapping[str, Array],  # name -> [n] int64 rows; a row that is there twice counts once
+  splits: Mapping[str, Array],  # name -> [n] int64 rows; a row that is there twice counts once
 ) -> tuple[list[str], Array, Array]:
   """Returns the names, [S, S] |A and B| / |A or B|, and [S, S] |A and B| / |A| (A is the row).
 
@@ -299,8 +339,8 @@ def overlap(
 
 
 def _bits(
-    rows: Array,  # [n] int64
-    size: int,
+  rows: Array,  # [n] int64
+  size: int,
 ) -> Array:
   """Returns the rows as a packed bit mask, [ceil(size / 8)] uint8."""
   mask = np.zeros(size, bool)

@@ -4,8 +4,8 @@ As in figures.py, every figure is one small panel. A line a benchmark, in the co
 all benchmarks together are the broad line below them.
 """
 
-import itertools
 from collections.abc import Mapping, Sequence
+import itertools
 from typing import Any
 
 import numpy as np
@@ -21,11 +21,11 @@ _SHORT = 15  # letters of a name up to which the names stand in two columns
 
 
 def rows_by_slack(
-    slack: Array,  # [m], ascending
-    lines: Rows,   # name, rows [m], at_zero (rows at slack 0), together (bool)
-    *,
-    title: str,
-    limits: tuple[float, float],  # of the slack
+  slack: Array,  # [m], ascending
+  lines: Rows,  # name, rows [m], at_zero (rows at slack 0), together (bool)
+  *,
+  title: str,
+  limits: tuple[float, float],  # of the slack
 ) -> str:
   """Returns how many rows an aligned split drops at any slack, on a logarithmic axis."""
   inside = _inside(slack, limits)
@@ -48,11 +48,11 @@ def rows_by_slack(
 
 
 def rows_by_cut(
-    cut: Array,   # [m] similarities, ascending
-    lines: Rows,  # name, kept [m] (shares of the candidates), together (bool)
-    *,
-    title: str,
-    limits: tuple[float, float],  # of the cut
+  cut: Array,  # [m] similarities, ascending
+  lines: Rows,  # name, kept [m] (shares of the candidates), together (bool)
+  *,
+  title: str,
+  limits: tuple[float, float],  # of the cut
 ) -> str:
   """Returns the share of the candidates that near- or far-pruning keeps, by where it cuts."""
   inside = _inside(cut, limits)
@@ -60,8 +60,12 @@ def rows_by_cut(
   def draw(ax) -> None:
     for line, style in zip(lines, _styles(lines)):
       ax.plot(cut[inside], 100 * line['kept'][inside], label=line['name'], **style)
-    ax.set(ylim=(0, 100), xlim=limits, xlabel='similarity to the nearest query, at the cut',
-           ylabel='% of candidates kept')
+    ax.set(
+      ylim=(0, 100),
+      xlim=limits,
+      xlabel='similarity to the nearest query, at the cut',
+      ylabel='% of candidates kept',
+    )
     ax.set_yticks((0, 25, 50, 75, 100))
     svg.few_ticks(ax.xaxis, 5)
     _names_below(ax, lines)
@@ -70,9 +74,9 @@ def rows_by_cut(
 
 
 def recall_by_clusters(
-    points: Rows,  # clusters, recall, low, high
-    *,
-    title: str,
+  points: Rows,  # clusters, recall, low, high
+  *,
+  title: str,
 ) -> str:
   """Returns the share of duplicate pairs that lie inside one cluster, by the number of clusters."""
 
@@ -82,8 +86,12 @@ def recall_by_clusters(
     for p in points:
       svg.whisker(ax, p['clusters'], p['low'], p['high'], svg.POOL_COLOR)
     lowest = min(p['low'] for p in points)
-    ax.set(xscale='log', xlabel='clusters (logarithmic axis)', ylabel='% of pairs found',
-           ylim=(max(0.0, 100 * lowest - 5), 101))
+    ax.set(
+      xscale='log',
+      xlabel='clusters (logarithmic axis)',
+      ylabel='% of pairs found',
+      ylim=(max(0.0, 100 * lowest - 5), 101),
+    )
     ax.set_xticks(_apart(xs), [svg.count(x) for x in _apart(xs)])
     ax.minorticks_off()
 
@@ -109,8 +117,10 @@ def _styles(lines: Rows) -> list[dict]:
   """Returns how each line is drawn: its colour by its place, all together thick and in ink."""
   series = itertools.cycle(svg.SERIES)
   together = {'color': INK, 'linewidth': 4, 'alpha': 0.35, 'zorder': 1.5}  # below the rest
-  return [together if line['together'] else
-          dict(zip(('color', 'linestyle'), next(series)), linewidth=1.8) for line in lines]
+  return [
+    together if line['together'] else dict(zip(('color', 'linestyle'), next(series)), linewidth=1.8)
+    for line in lines
+  ]
 
 
 def _columns(lines: Rows) -> int:

@@ -15,16 +15,18 @@ from clip_jax.reporting import svg
 from clip_jax.reporting.svg import ANCHOR_COLOR, INK, POOL_COLOR
 
 Rows = Sequence[Mapping[str, Any]]  # dicts with the keys that the comment beside the argument names
-Looks = Mapping[str, tuple[str, str, str]]  # rule -> (colour, marker, label), in the order of legends
+Looks = Mapping[
+  str, tuple[str, str, str]
+]  # rule -> (colour, marker, label), in the order of legends
 
 
 def similarity_histogram(
-    anchor: Array | None,  # [Q] nearest-neighbour similarity to the anchor; None: there is none
-    pool: Array,           # [Q] nearest-neighbour similarity to the pool
-    *,
-    title: str,
-    limits: tuple[float, float],
-    bins: int = 40,
+  anchor: Array | None,  # [Q] nearest-neighbour similarity to the anchor; None: there is none
+  pool: Array,  # [Q] nearest-neighbour similarity to the pool
+  *,
+  title: str,
+  limits: tuple[float, float],
+  bins: int = 40,
 ) -> str:
   """Returns two histograms over the queries: how near the anchor comes, and how near the pool."""
   edges = np.linspace(*limits, bins + 1)
@@ -33,28 +35,30 @@ def similarity_histogram(
     share = np.histogram(np.clip(values, *limits), edges)[0] / max(1, len(values))
     label = f'{name}, median {np.median(values):.2f}'
     ax.stairs(100 * share, edges, label=label, **style)
-    ax.plot([np.median(values)], [0], '^', color=style['color'], markersize=8, clip_on=False,
-            zorder=5)
+    ax.plot(
+      [np.median(values)], [0], '^', color=style['color'], markersize=8, clip_on=False, zorder=5
+    )
 
   def draw(ax) -> None:
     if anchor is not None and len(anchor):
       one(ax, anchor, 'anchor', color=ANCHOR_COLOR, fill=True, alpha=0.45, linewidth=0)
     if len(pool):
       one(ax, pool, 'pool', color=POOL_COLOR, linewidth=1.6)
-    ax.set(xlim=limits, ylim=(0, None), xlabel='similarity to the nearest image',
-           ylabel='% of queries')
+    ax.set(
+      xlim=limits, ylim=(0, None), xlabel='similarity to the nearest image', ylabel='% of queries'
+    )
     svg.legend_above(ax, columns=2)
 
   return svg.panel(draw, 230, title, grid='', pad=27)
 
 
 def accuracy_by_similarity(
-    series: Rows,  # name, rule, adjusted (bool), bins: low, high, n, accuracy, accuracy_low, _high
-    *,
-    title: str,
-    xlabel: str,
-    enough: int = 20,
-    looks: Looks,
+  series: Rows,  # name, rule, adjusted (bool), bins: low, high, n, accuracy, accuracy_low, _high
+  *,
+  title: str,
+  xlabel: str,
+  enough: int = 20,
+  looks: Looks,
 ) -> str:
   """Returns accuracy in bins of similarity over a strip of bin sizes; n < `enough` is pale.
 
@@ -62,11 +66,13 @@ def accuracy_by_similarity(
   """
 
   def draw(figure) -> None:
-    ax, strip = figure.subplots(2, 1, sharex=True,
-                                gridspec_kw={'height_ratios': (5, 1), 'hspace': 0.12})
+    ax, strip = figure.subplots(
+      2, 1, sharex=True, gridspec_kw={'height_ratios': (5, 1), 'hspace': 0.12}
+    )
     for k, one in enumerate(series):
-      _binned(ax, one, *looks[one['rule']][:2], shift=0.1 * (k - (len(series) - 1) / 2),
-              enough=enough)
+      _binned(
+        ax, one, *looks[one['rule']][:2], shift=0.1 * (k - (len(series) - 1) / 2), enough=enough
+      )
     ax.set(ylim=(0, 100), ylabel='accuracy, %')
     ax.set_yticks((0, 25, 50, 75, 100))
     ax.grid(axis='y')
@@ -75,10 +81,22 @@ def accuracy_by_similarity(
     svg.legend_above(ax, columns=len(series))
     for b in series[0]['bins']:
       middle = (b['low'] + b['high']) / 2
-      strip.bar(middle, b['n'], 0.8 * (b['high'] - b['low']), color=INK,
-                alpha=0.45 if b['n'] >= enough else 0.15)
-      strip.annotate(str(b['n']), (middle, b['n']), (0, 1.5), textcoords='offset points',
-                     ha='center', fontsize=7.5, alpha=0.8)
+      strip.bar(
+        middle,
+        b['n'],
+        0.8 * (b['high'] - b['low']),
+        color=INK,
+        alpha=0.45 if b['n'] >= enough else 0.15,
+      )
+      strip.annotate(
+        str(b['n']),
+        (middle, b['n']),
+        (0, 1.5),
+        textcoords='offset points',
+        ha='center',
+        fontsize=7.5,
+        alpha=0.8,
+      )
     strip.set(xlabel=xlabel)
     strip.set_ylabel('n', rotation=0, ha='right', va='center')
     strip.set_yticks(())
@@ -90,47 +108,70 @@ def accuracy_by_similarity(
 
 def _binned(ax, one: Mapping[str, Any], color: str, marker: str, shift: float, enough: int) -> None:
   """Draws one curve; `shift` moves it sideways, in bin widths, to keep curves apart."""
-  mark = {'marker': marker, 'markersize': 6, 'color': color, 'linestyle': 'none',
-          'markerfacecolor': 'none' if one['adjusted'] else color}
+  mark = {
+    'marker': marker,
+    'markersize': 6,
+    'color': color,
+    'linestyle': 'none',
+    'markerfacecolor': 'none' if one['adjusted'] else color,
+  }
   line = {'linestyle': (0, (4, 2)) if one['adjusted'] else '-', 'linewidth': 1.2}
-  points = [((b['low'] + b['high']) / 2 + shift * (b['high'] - b['low']), b)
-            for b in one['bins']]
+  points = [((b['low'] + b['high']) / 2 + shift * (b['high'] - b['low']), b) for b in one['bins']]
   solid = [(x, 100 * b['accuracy']) for x, b in points if b['n'] >= enough]
   ax.plot([x for x, _ in solid], [y for _, y in solid], color=color, alpha=0.55, **line)
   for x, b in points:
     is_solid = b['n'] >= enough
     svg.whisker(ax, x, b['accuracy_low'], b['accuracy_high'], color, 0.8 if is_solid else 0.25)
-    ax.plot([x], [100 * b['accuracy']], **mark, alpha=1.0 if is_solid else 0.3, clip_on=False,
-            zorder=3)
+    ax.plot(
+      [x], [100 * b['accuracy']], **mark, alpha=1.0 if is_solid else 0.3, clip_on=False, zorder=3
+    )
   ax.plot([], [], **{**mark, **line}, label=one['name'])
 
 
 def accuracy_by_size(
-    curves: Mapping[str, Rows],  # rule -> points: size, accuracy, low, high
-    *,
-    title: str,
-    base: Mapping[str, Any] | None,  # such a point
-    reference: float | None,         # accuracy of anchor only
-    limits: tuple[float, float],     # of accuracy
-    looks: Looks,
+  curves: Mapping[str, Rows],  # rule -> points: size, accuracy, low, high
+  *,
+  title: str,
+  base: Mapping[str, Any] | None,  # such a point
+  reference: float | None,  # accuracy of anchor only
+  limits: tuple[float, float],  # of accuracy
+  looks: Looks,
 ) -> str:
   """Returns accuracy against size for near-, far- and random-pruned splits of one benchmark."""
 
   def draw(ax) -> None:
     if reference is not None:
       color, _, words = looks['anchor']
-      ax.axhline(100 * reference, color=color, linestyle=(0, (4, 3)), linewidth=1.2,
-                 label=f'{words}, {100 * reference:.1f} %')
+      ax.axhline(
+        100 * reference,
+        color=color,
+        linestyle=(0, (4, 3)),
+        linewidth=1.2,
+        label=f'{words}, {100 * reference:.1f} %',
+      )
     for rule, points in curves.items():
       color, marker, words = looks[rule]
       ordered = sorted([*points, *([base] if base else [])], key=lambda p: p['size'])
-      ax.plot([p['size'] for p in ordered], [100 * p['accuracy'] for p in ordered], color=color,
-              marker=marker, markersize=6, label=words)
+      ax.plot(
+        [p['size'] for p in ordered],
+        [100 * p['accuracy'] for p in ordered],
+        color=color,
+        marker=marker,
+        markersize=6,
+        label=words,
+      )
       for p in points:
         svg.whisker(ax, p['size'], p['low'], p['high'], color)
     if base:
-      ax.plot([base['size']], [100 * base['accuracy']], 'o', color=INK, markersize=7, zorder=5,
-              label=f'{looks["all"][2]}, {100 * base["accuracy"]:.1f} %')
+      ax.plot(
+        [base['size']],
+        [100 * base['accuracy']],
+        'o',
+        color=INK,
+        markersize=7,
+        zorder=5,
+        label=f'{looks["all"][2]}, {100 * base["accuracy"]:.1f} %',
+      )
     ax.set(ylim=(100 * limits[0], 100 * limits[1]), ylabel='accuracy, %', xlabel='pool rows kept')
     svg.few_ticks(ax.xaxis, 5, counts=True)
     svg.legend_below(ax.figure)
@@ -139,8 +180,8 @@ def accuracy_by_size(
 
 
 def answer_lines(
-    rows: Rows,  # title, points: rule, accuracy, low, high
-    looks: Looks,
+  rows: Rows,  # title, points: rule, accuracy, low, high
+  looks: Looks,
 ) -> str:
   """Returns one line a benchmark, anchor only to base, with the aligned split between them."""
 
@@ -154,27 +195,41 @@ def answer_lines(
       for p in row['points']:  # the last lies on top
         color, marker, _ = looks[p['rule']]
         if p['low'] is not None:
-          ax.plot([100 * p['low'], 100 * p['high']], [y, y], color=color, linewidth=3.5,
-                  alpha=0.35, zorder=2, solid_capstyle='butt')
-        drawn[p['rule']], = ax.plot([100 * p['accuracy']], [y], marker, color=color, markersize=9,
-                                    zorder=3)
+          ax.plot(
+            [100 * p['low'], 100 * p['high']],
+            [y, y],
+            color=color,
+            linewidth=3.5,
+            alpha=0.35,
+            zorder=2,
+            solid_capstyle='butt',
+          )
+        (drawn[p['rule']],) = ax.plot(
+          [100 * p['accuracy']], [y], marker, color=color, markersize=9, zorder=3
+        )
     ax.set(ylim=(len(rows) - 0.4, -0.75), xlabel='accuracy, %')
     _rows_only(ax)
     ax.grid(axis='x')
     order = [rule for rule in looks if rule in drawn]
-    figure.legend([drawn[rule] for rule in order], [looks[rule][2] for rule in order], ncols=2,
-                  loc='outside lower left', columnspacing=1.0, handletextpad=0.3)
+    figure.legend(
+      [drawn[rule] for rule in order],
+      [looks[rule][2] for rule in order],
+      ncols=2,
+      loc='outside lower left',
+      columnspacing=1.0,
+      handletextpad=0.3,
+    )
 
   return svg.render(draw, 56 * len(rows) + 86, 'Accuracy between anchor only and base')
 
 
 def differences(
-    rows: Rows,  # title, detail, rule, estimate, low, high (differences of proportions)
-    *,
-    title: str,
-    xlabel: str,
-    margin: float | None = None,
-    looks: Looks,
+  rows: Rows,  # title, detail, rule, estimate, low, high (differences of proportions)
+  *,
+  title: str,
+  xlabel: str,
+  margin: float | None = None,
+  looks: Looks,
 ) -> str:
   """Returns differences in points with their intervals around zero; `margin` shades 'no loss'."""
 
@@ -184,13 +239,25 @@ def differences(
     for y, row in enumerate(rows):
       color, marker, _ = looks[row['rule']]
       if row['low'] is not None:
-        ax.plot([100 * row['low'], 100 * row['high']], [y, y], color=color, linewidth=2.4,
-                alpha=0.75, solid_capstyle='butt')
+        ax.plot(
+          [100 * row['low'], 100 * row['high']],
+          [y, y],
+          color=color,
+          linewidth=2.4,
+          alpha=0.75,
+          solid_capstyle='butt',
+        )
       ax.plot([0, 0], [y - 0.22, y + 0.22], color=INK, linewidth=0.9)
       ax.plot([100 * row['estimate']], [y], marker, color=color, markersize=7)
       _row_text(ax, y, row['title'])
-      ax.annotate(row['detail'], (1, y - 0.45), xycoords=('axes fraction', 'data'), va='center',
-                  ha='right', alpha=0.8)
+      ax.annotate(
+        row['detail'],
+        (1, y - 0.45),
+        xycoords=('axes fraction', 'data'),
+        va='center',
+        ha='right',
+        alpha=0.8,
+      )
     ax.set(ylim=(len(rows) - 0.5, -0.85), xlabel=xlabel)
     _rows_only(ax)
     svg.few_ticks(ax.xaxis, 6)
@@ -200,8 +267,13 @@ def differences(
 
 def _row_text(ax, y: float, text: str, bold: bool = False) -> None:
   """Writes a row's name above its line: it fits on a narrow screen, whatever its length."""
-  ax.annotate(text, (0, y - 0.44), xycoords=('axes fraction', 'data'), va='center',
-              fontweight='bold' if bold else 'normal')
+  ax.annotate(
+    text,
+    (0, y - 0.44),
+    xycoords=('axes fraction', 'data'),
+    va='center',
+    fontweight='bold' if bold else 'normal',
+  )
 
 
 def _rows_only(ax) -> None:
@@ -210,10 +282,10 @@ def _rows_only(ax) -> None:
 
 
 def dose(
-    points: Rows,  # share (of the aligned count removed), estimate, low, high
-    *,
-    title: str,
-    look: tuple[str, str, str],  # of the aligned splits
+  points: Rows,  # share (of the aligned count removed), estimate, low, high
+  *,
+  title: str,
+  look: tuple[str, str, str],  # of the aligned splits
 ) -> str:
   """Returns the loss against the matched control for slacks that remove more and more."""
 
@@ -221,24 +293,32 @@ def dose(
     ax.axhline(0, color=INK, linewidth=0.9)
     ordered = sorted(points, key=lambda p: p['share'])
     color, marker, _ = look
-    ax.plot([100 * p['share'] for p in ordered], [100 * p['estimate'] for p in ordered],
-            color=color, marker=marker, markersize=6)
+    ax.plot(
+      [100 * p['share'] for p in ordered],
+      [100 * p['estimate'] for p in ordered],
+      color=color,
+      marker=marker,
+      markersize=6,
+    )
     for p in ordered:
       svg.whisker(ax, 100 * p['share'], p['low'], p['high'], color)
-    ax.set(xlabel='rows removed, % of the aligned count', ylabel='points against the control',
-           xlim=(0, None))
+    ax.set(
+      xlabel='rows removed, % of the aligned count',
+      ylabel='points against the control',
+      xlim=(0, None),
+    )
 
   return svg.panel(draw, 240, title)
 
 
 def robustness_plane(
-    points: Rows,  # rule, x, y (accuracies)
-    *,
-    title: str,
-    xname: str,
-    yname: str,
-    line: tuple[Array, Array] | None = None,  # the baseline: [n] x and [n] y accuracies
-    looks: Looks,
+  points: Rows,  # rule, x, y (accuracies)
+  *,
+  title: str,
+  xname: str,
+  yname: str,
+  line: tuple[Array, Array] | None = None,  # the baseline: [n] x and [n] y accuracies
+  looks: Looks,
 ) -> str:
   """Returns accuracy against validation accuracy on logit axes."""
   xs, ys = _logit([p['x'] for p in points]), _logit([p['y'] for p in points])
@@ -246,8 +326,15 @@ def robustness_plane(
 
   def draw(ax) -> None:
     if line is not None:
-      ax.plot(_logit(line[0]), _logit(line[1]), color=INK, alpha=0.5, linestyle=(0, (4, 3)),
-              linewidth=1.2, label='models trained on ImageNet alone')
+      ax.plot(
+        _logit(line[0]),
+        _logit(line[1]),
+        color=INK,
+        alpha=0.5,
+        linestyle=(0, (4, 3)),
+        linewidth=1.2,
+        label='models trained on ImageNet alone',
+      )
     else:
       ax.plot([-9, 9], [-9, 9], color=INK, alpha=0.3, linewidth=1, label='equal accuracy')
     for rule, (color, marker, words) in looks.items():
@@ -257,8 +344,12 @@ def robustness_plane(
     for axis, (low, high) in ((ax.xaxis, xlim), (ax.yaxis, ylim)):
       ticks = svg.percent_ticks(lambda p, low=low, high=high: low <= _logit(p / 100) <= high)
       axis.set_ticks(_logit(np.array(ticks) / 100), [f'{p:g}' for p in ticks])
-    ax.set(xlim=xlim, ylim=ylim, xlabel=f'accuracy on {xname}, % (logit axis)',
-           ylabel=f'accuracy on {yname}, %')
+    ax.set(
+      xlim=xlim,
+      ylim=ylim,
+      xlabel=f'accuracy on {xname}, % (logit axis)',
+      ylabel=f'accuracy on {yname}, %',
+    )
     svg.legend_below(ax.figure)
 
   return svg.panel(draw, 300 + 17 * (1 + len({p['rule'] for p in points})), title, grid='both')
@@ -270,10 +361,10 @@ def _logit(p: Array | Sequence[float] | float) -> Array:
 
 
 def loss_curves(
-    curves: Rows,  # rule, steps [n], loss [n]
-    *,
-    title: str,
-    looks: Looks,
+  curves: Rows,  # rule, steps [n], loss [n]
+  *,
+  title: str,
+  looks: Looks,
 ) -> str:
   """Returns the training loss of every run; runs of one rule share a colour."""
 
@@ -281,8 +372,14 @@ def loss_curves(
     named = set()
     for one in curves:
       color, _, words = looks[one['rule']]
-      ax.plot(one['steps'], one['loss'], color=color, linewidth=1.1, alpha=0.8,
-              label=None if one['rule'] in named else words)
+      ax.plot(
+        one['steps'],
+        one['loss'],
+        color=color,
+        linewidth=1.1,
+        alpha=0.8,
+        label=None if one['rule'] in named else words,
+      )
       named.add(one['rule'])
     ax.set(xlabel='step', ylabel='training loss')
     svg.few_ticks(ax.xaxis, 5, counts=True)

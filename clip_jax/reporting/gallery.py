@@ -4,22 +4,22 @@ In: uint8 images [H, W, 3], or None where one cannot be read. Out: frozen blocks
 """
 
 import base64
-import io
 from dataclasses import dataclass
+import io
 
 import numpy as np
 
 from clip_jax.core.types import Array
 
-LONGEST = 300   # letters of a caption that are shown
+LONGEST = 300  # letters of a caption that are shown
 THUMBNAIL = 96  # pixels, the longer side: up to this a PNG as it is, above a JPEG of up to twice it
 
 
 @dataclass(frozen=True)
 class Picture:
-  source: str           # data: URI; '' where the image cannot be read
-  line: str = ''        # shown below: a similarity, a number
-  caption: str = ''     # shown on hover and read aloud
+  source: str  # data: URI; '' where the image cannot be read
+  line: str = ''  # shown below: a similarity, a number
+  caption: str = ''  # shown on hover and read aloud
   marked: bool = False  # framed
   pixels: bool = False  # small, enlarged without smoothing
 
@@ -39,10 +39,10 @@ class Gallery:
 
 
 def picture(
-    image: Array | None,  # [H, W, 3] uint8
-    line: str = '',
-    caption: str = '',
-    marked: bool = False,
+  image: Array | None,  # [H, W, 3] uint8
+  line: str = '',
+  caption: str = '',
+  marked: bool = False,
 ) -> Picture:
   """Returns a picture whose image is inside the page: PNG when it is small, else JPEG."""
   if len(caption) > LONGEST:
@@ -50,6 +50,7 @@ def picture(
   if image is None:
     return Picture('', line, caption, marked)
   from PIL import Image
+
   shown = Image.fromarray(np.asarray(image, np.uint8))
   is_small = max(shown.size) <= THUMBNAIL
   out = io.BytesIO()
@@ -64,8 +65,8 @@ def picture(
 
 
 def pick_thirds(
-    values: Array,  # [n]
-    count: int,
+  values: Array,  # [n]
+  count: int,
 ) -> tuple[Array, Array, Array]:
   """Returns up to `count` positions in three parts: the highest, around the median, the lowest.
 
@@ -79,7 +80,7 @@ def pick_thirds(
   top, bottom = (count + 2) // 3, count // 3
   middle = count - top - bottom
   start = min(max(top, (len(order) - middle) // 2), len(order) - bottom - middle)
-  return order[:top], order[start:start + middle], order[len(order) - bottom:]
+  return order[:top], order[start : start + middle], order[len(order) - bottom :]
 
 
 def pick_evenly(rows: Array, count: int) -> Array:  # [n] -> [min(n, count)]

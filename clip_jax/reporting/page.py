@@ -4,9 +4,9 @@ The template is page.html.j2 beside this file. Everything that goes into it is e
 figures' SVG, which this package draws. Jinja2 is imported where a page is rendered: see svg.py.
 """
 
-import importlib.resources
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+import importlib.resources
 from typing import Any
 
 TEMPLATE = 'page.html.j2'
@@ -15,7 +15,7 @@ TEMPLATE = 'page.html.j2'
 @dataclass(frozen=True)
 class Text:
   text: str
-  tone: str = ''   # '' | 'muted' | 'warning'
+  tone: str = ''  # '' | 'muted' | 'warning'
   kind: str = 'text'
 
 
@@ -29,6 +29,7 @@ class Heading:
 @dataclass(frozen=True)
 class Fact:
   """What the paper found, beside a user's own numbers."""
+
   text: str
   kind: str = 'fact'
 
@@ -36,6 +37,7 @@ class Fact:
 @dataclass(frozen=True)
 class Missing:
   """One sentence for what is not there yet, and the command that makes it."""
+
   sentence: str
   command: str = ''
   kind: str = 'missing'
@@ -43,7 +45,7 @@ class Missing:
 
 @dataclass(frozen=True)
 class Figure:
-  name: str        # of the file in report/figures
+  name: str  # of the file in report/figures
   svg: str
   caption: str = ''
 
@@ -57,6 +59,7 @@ class Figures:
 @dataclass(frozen=True)
 class Columns:
   """Blocks side by side where there is room."""
+
   blocks: tuple[Any, ...]
   kind: str = 'columns'
 
@@ -64,6 +67,7 @@ class Columns:
 @dataclass(frozen=True)
 class Details:
   """Blocks behind a line that opens them."""
+
   summary: str
   blocks: tuple[Any, ...]
   kind: str = 'details'
@@ -73,29 +77,38 @@ class Details:
 class Section:
   id: str
   title: str
-  short: str       # in the page's navigation
+  short: str  # in the page's navigation
   blocks: tuple[Any, ...] = ()
 
 
 def render(
-    *,
-    title: str,
-    name: str,
-    question: str,
-    answer: str,
-    state: Sequence[tuple[str, str, bool]],  # stage, what is there, whether that is all
-    sections: Sequence[Section],
-    footer: str,
-    warning: str = '',  # stands above the answer
+  *,
+  title: str,
+  name: str,
+  question: str,
+  answer: str,
+  state: Sequence[tuple[str, str, bool]],  # stage, what is there, whether that is all
+  sections: Sequence[Section],
+  footer: str,
+  warning: str = '',  # stands above the answer
 ) -> str:
   """Returns the page."""
   import jinja2
-  environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True,
-                                   undefined=jinja2.StrictUndefined)
+
+  environment = jinja2.Environment(
+    autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+  )
   template = importlib.resources.files('clip_jax.reporting').joinpath(TEMPLATE)
   return environment.from_string(template.read_text('utf-8')).render(
-      title=title, name=name, question=question, answer=answer, state=state, sections=sections,
-      footer=footer, warning=warning)
+    title=title,
+    name=name,
+    question=question,
+    answer=answer,
+    state=state,
+    sections=sections,
+    footer=footer,
+    warning=warning,
+  )
 
 
 def blocks(sections: Iterable[Section], kind: str) -> list[Any]:

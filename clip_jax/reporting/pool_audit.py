@@ -4,8 +4,8 @@ What is here needs no split and no training: it says what the pool holds of each
 many rows each rule would drop, before a config asks for it.
 """
 
-import itertools
 from collections.abc import Mapping, Sequence
+import itertools
 from typing import Any
 
 import numpy as np
@@ -20,16 +20,19 @@ from clip_jax.reporting.tables import Cell, Table
 Rows = Sequence[Mapping[str, Any]]  # dicts with the keys that the comment beside the argument names
 
 QUESTION = (
-    'Is the benchmark in the pool? An accuracy on images that the pool holds, or nearly holds, may '
-    'say little about new images. This page says how near the pool comes to each benchmark, before '
-    'anything is trained.')
+  'Is the benchmark in the pool? An accuracy on images that the pool holds, or nearly holds, may '
+  'say little about new images. This page says how near the pool comes to each benchmark, before '
+  'anything is trained.'
+)
 PAPER_DUPLICATES = (
-    '3.1 % of ImageNet-Sketch has an exact or near duplicate in LAION and 0.04 % in '
-    'ImageNet-Train; 2.67 % of ImageNet-V2 has one in ImageNet-Train and 0.14 % in LAION.')
+  '3.1 % of ImageNet-Sketch has an exact or near duplicate in LAION and 0.04 % in '
+  'ImageNet-Train; 2.67 % of ImageNet-V2 has one in ImageNet-Train and 0.14 % in LAION.'
+)
 PAPER_REMOVED = (
-    'of about 201 million pool items, aligning drops 377,340 for ImageNet-Val, 8,342,783 for '
-    'Sketch, 138,852 for A, 5,735,749 for R, 274,325 for V2 and 266,025 for ObjectNet; about '
-    '12.4 million together.')
+  'of about 201 million pool items, aligning drops 377,340 for ImageNet-Val, 8,342,783 for '
+  'Sketch, 138,852 for A, 5,735,749 for R, 274,325 for V2 and 266,025 for ObjectNet; about '
+  '12.4 million together.'
+)
 TOGETHER = 'all together'  # the name of the line over all benchmarks
 SLACKS = (-0.05, -0.02, -0.01, -0.005, 0.0, 0.005, 0.01, 0.02, 0.05)
 SHARES = (0.9, 0.75, 0.5, 0.25)  # of the candidates that near- and far-pruning keep in the table
@@ -37,26 +40,31 @@ SHOWN = 0.001  # of the candidates: figures end where fewer are left, or fewer a
 
 
 def sentence(
-    rates: Rows,      # benchmark, pool (an estimate or None)
-    similarity: float,
-    drops: Rows,      # name, at_zero; () without an anchor
-    candidates: int,
+  rates: Rows,  # benchmark, pool (an estimate or None)
+  similarity: float,
+  drops: Rows,  # name, at_zero; () without an anchor
+  candidates: int,
 ) -> str:
   """Returns the answer of an audit: what the pool holds of each benchmark, what aligning drops."""
   known = [r for r in rates if r['pool'] is not None]
   if not known:
     return 'No split is trained here: an audit of the pool. It has not been searched yet.'
-  held = tables.listed([f'{tables.share(r["pool"].value)} of {r["benchmark"]}{_in_words(r["pool"])}'
-                        for r in known])
-  said = ('No split is trained here: an audit of the pool. It holds an image at least '
-          f'{similarity:.4g} similar to {held}.')
+  held = tables.listed(
+    [f'{tables.share(r["pool"].value)} of {r["benchmark"]}{_in_words(r["pool"])}' for r in known]
+  )
+  said = (
+    'No split is trained here: an audit of the pool. It holds an image at least '
+    f'{similarity:.4g} similar to {held}.'
+  )
   if drops and candidates:
     # The last is all together, or the only one.
     *each, last = [(d['name'], d['at_zero']) for d in drops]
     counts = [f'{progress.counted(n, "row")} for {name}' for name, n in each or [last]]
     together = f', together {tables.number(last[1])} of' if each else ', of'
-    said += (f' Aligning the pool to the anchor would drop {tables.listed(counts)}{together} '
-             f'{tables.number(candidates)} candidates ({_part(last[1], candidates)}).')
+    said += (
+      f' Aligning the pool to the anchor would drop {tables.listed(counts)}{together} '
+      f'{tables.number(candidates)} candidates ({_part(last[1], candidates)}).'
+    )
   return said
 
 
@@ -70,27 +78,45 @@ def _part(count: int, of: int) -> str:
 
 
 def rate_blocks(
-    rates: Rows,  # benchmark, queries, pool, anchor (estimates or None), exact_pool, exact_anchor
-                  # (counts or None)
-    similarity: float,  # from which a pair counts as near-duplicate
+  rates: Rows,  # benchmark, queries, pool, anchor (estimates or None), exact_pool, exact_anchor
+  # (counts or None)
+  similarity: float,  # from which a pair counts as near-duplicate
 ) -> list:
   """Returns how many of the queries have a duplicate in pool and anchor, with 95 % intervals."""
   if not rates:
     return []
   near, exact = f'at least {similarity:.4g} similar', 'equal bytes or pixels'
-  heads = {'pool': tables.figure('near, in the pool', near),
-           'exact_pool': tables.figure('exact, in the pool', exact),
-           'anchor': tables.figure('near, in the anchor', near),
-           'exact_anchor': tables.figure('exact, in the anchor', exact)}
+  heads = {
+    'pool': tables.figure('near, in the pool', near),
+    'exact_pool': tables.figure('exact, in the pool', exact),
+    'anchor': tables.figure('near, in the anchor', near),
+    'exact_anchor': tables.figure('exact, in the anchor', exact),
+  }
   keys = [key for key in heads if any(r[key] is not None for r in rates)]
-  rows = tuple((Cell(r['benchmark']), tables.figure(tables.number(r['queries'])),
-                *(_rate(r[key], r['queries']) for key in keys)) for r in rates)
-  note = ('Near: similarity divided by both vectors\u2019 norms. Each embedder needs a threshold '
-          'of its own: set it with --config.prune.duplicate_similarity. In brackets: 95 % '
-          'intervals over queries, in percent (Wilson\u2019s).')
-  return [Table('duplicate_rates', 'Queries with a duplicate',
-                (Cell('benchmark'), tables.figure('queries'), *(heads[key] for key in keys)), rows,
-                (note,), tuple(_rate_record(r, similarity) for r in rates)), Fact(PAPER_DUPLICATES)]
+  rows = tuple(
+    (
+      Cell(r['benchmark']),
+      tables.figure(tables.number(r['queries'])),
+      *(_rate(r[key], r['queries']) for key in keys),
+    )
+    for r in rates
+  )
+  note = (
+    'Near: similarity divided by both vectors\u2019 norms. Each embedder needs a threshold '
+    'of its own: set it with --config.prune.duplicate_similarity. In brackets: 95 % '
+    'intervals over queries, in percent (Wilson\u2019s).'
+  )
+  return [
+    Table(
+      'duplicate_rates',
+      'Queries with a duplicate',
+      (Cell('benchmark'), tables.figure('queries'), *(heads[key] for key in keys)),
+      rows,
+      (note,),
+      tuple(_rate_record(r, similarity) for r in rates),
+    ),
+    Fact(PAPER_DUPLICATES),
+  ]
 
 
 def _rate(found: Any, queries: int) -> Cell:
@@ -100,22 +126,28 @@ def _rate(found: Any, queries: int) -> Cell:
   count = lambda n: f'{tables.number(n)} of {tables.number(queries)}'
   if isinstance(found, int):
     return tables.figure(tables.share(found / queries), count(found))
-  return tables.figure(tables.share(found.value), '\n'.join(
-      (tables.share_bounds(found), count(round(found.value * queries)))).strip())
+  return tables.figure(
+    tables.share(found.value),
+    '\n'.join((tables.share_bounds(found), count(round(found.value * queries)))).strip(),
+  )
 
 
 def _rate_record(r: Mapping[str, Any], similarity: float) -> dict:
   record = {'benchmark': r['benchmark'], 'queries': r['queries'], 'similarity': similarity}
   for key in ('pool', 'anchor'):
     e = r[key]
-    record |= {key: e and round(e.value * r['queries']), f'{key}_share': e and e.value,
-               f'{key}_low': e and e.low, f'{key}_high': e and e.high,
-               f'exact_{key}': r[f'exact_{key}']}
+    record |= {
+      key: e and round(e.value * r['queries']),
+      f'{key}_share': e and e.value,
+      f'{key}_low': e and e.low,
+      f'{key}_high': e and e.high,
+      f'exact_{key}': r[f'exact_{key}'],
+    }
   return record
 
 
 def quantile_table(
-    entries: Rows,  # name, anchor [Q] or None, pool [Q]: nearest-neighbour similarities
+  entries: Rows,  # name, anchor [Q] or None, pool [Q]: nearest-neighbour similarities
 ) -> Table:
   """Returns quantiles of the similarity of each benchmark's queries to their nearest image."""
   heads = tables.heads('nearest image to each query of', 'queries', '5 %', 'median', '95 %', 'max')
@@ -124,106 +156,180 @@ def quantile_table(
     values = np.zeros(0) if e[which] is None else e[which][np.isfinite(e[which])].astype(float)
     if len(values):
       quantiles = map(float, np.quantile(values, (0.05, 0.5, 0.95, 1)))
-      found.append({'benchmark': e['name'], 'in': which, 'queries': len(values),
-                    **dict(zip(('q05', 'median', 'q95', 'max'), quantiles))})
-  rows = tuple((Cell(r['benchmark'], f'in the {r["in"]}'), tables.figure(tables.number(r['queries'])),
-                *(tables.figure(tables.similarity(r[q])) for q in ('q05', 'median', 'q95', 'max')))
-               for r in found)
-  note = ('Similarities of the stored float16 vectors. They are those of this embedder: those of '
-          'another cannot be compared with them.')
+      found.append(
+        {
+          'benchmark': e['name'],
+          'in': which,
+          'queries': len(values),
+          **dict(zip(('q05', 'median', 'q95', 'max'), quantiles)),
+        }
+      )
+  rows = tuple(
+    (
+      Cell(r['benchmark'], f'in the {r["in"]}'),
+      tables.figure(tables.number(r['queries'])),
+      *(tables.figure(tables.similarity(r[q])) for q in ('q05', 'median', 'q95', 'max')),
+    )
+    for r in found
+  )
+  note = (
+    'Similarities of the stored float16 vectors. They are those of this embedder: those of '
+    'another cannot be compared with them.'
+  )
   return Table('nearest_similarity', '', heads, rows, (note,), tuple(found))
 
 
 def slack_blocks(
-    slack: Array,  # [m] ascending
-    lines: Rows,   # name, rows [m], at_zero, together
-    candidates: int,
+  slack: Array,  # [m] ascending
+  lines: Rows,  # name, rows [m], at_zero, together
+  candidates: int,
 ) -> list:
   """Returns how many rows gap-aligned pruning would drop, at any slack."""
   last = max(int(np.flatnonzero(line['rows'] > 0)[-1:].sum()) for line in lines)
   high = float(max(0.02, slack[min(last + 1, len(slack) - 1)]))
   whole = np.flatnonzero(np.max([line['rows'] for line in lines], axis=0) >= 0.99 * candidates)
   low = float(min(-0.02, max(-high, slack[whole[-1]] if len(whole) else -high)))
-  text = curves.rows_by_slack(slack, lines, title='Rows that aligning would drop',
-                              limits=(low, high))
-  caption = (f'Of {tables.number(candidates)} candidates. An aligned split drops a row that is '
-             'nearer to some query than the anchor is by more than the slack; the marks stand at '
-             'slack 0.')
-  return [Heading('Gap-aligned', 'without what is nearer to a query than any anchor image is'),
-          Figures((Figure('rows_by_slack', text, caption),)),
-          _slack_table(slack, lines, candidates), Fact(PAPER_REMOVED)]
+  text = curves.rows_by_slack(
+    slack, lines, title='Rows that aligning would drop', limits=(low, high)
+  )
+  caption = (
+    f'Of {tables.number(candidates)} candidates. An aligned split drops a row that is '
+    'nearer to some query than the anchor is by more than the slack; the marks stand at '
+    'slack 0.'
+  )
+  return [
+    Heading('Gap-aligned', 'without what is nearer to a query than any anchor image is'),
+    Figures((Figure('rows_by_slack', text, caption),)),
+    _slack_table(slack, lines, candidates),
+    Fact(PAPER_REMOVED),
+  ]
 
 
 def _slack_table(slack: Array, lines: Rows, candidates: int) -> Table:
   heads = tables.heads('slack', *map(tables.slack, SLACKS))
-  counts = {line['name']: [int(line['at_zero'] if s == 0 else line['rows'][np.abs(slack - s).argmin()])
-                           for s in SLACKS] for line in lines}
-  rows = tuple((Cell(name), *(tables.figure(tables.number(n), _part(n, candidates),
-                                            tone='strong' if s == 0 else '')
-                              for s, n in zip(SLACKS, found))) for name, found in counts.items())
-  records = tuple({'benchmark': name, 'slack': s, 'dropped': n, 'candidates': candidates}
-                  for name, found in counts.items() for s, n in zip(SLACKS, found))
-  note = ('Re-encoded copies of anchor images tie at the threshold up to the rounding of float16: '
-          'the count at 0 is fragile by nature. That count is exact; the others are of float32 '
-          'similarities.')
+  counts = {
+    line['name']: [
+      int(line['at_zero'] if s == 0 else line['rows'][np.abs(slack - s).argmin()]) for s in SLACKS
+    ]
+    for line in lines
+  }
+  rows = tuple(
+    (
+      Cell(name),
+      *(
+        tables.figure(tables.number(n), _part(n, candidates), tone='strong' if s == 0 else '')
+        for s, n in zip(SLACKS, found)
+      ),
+    )
+    for name, found in counts.items()
+  )
+  records = tuple(
+    {'benchmark': name, 'slack': s, 'dropped': n, 'candidates': candidates}
+    for name, found in counts.items()
+    for s, n in zip(SLACKS, found)
+  )
+  note = (
+    'Re-encoded copies of anchor images tie at the threshold up to the rounding of float16: '
+    'the count at 0 is fragile by nature. That count is exact; the others are of float32 '
+    'similarities.'
+  )
   return Table('rows_by_slack', 'Rows dropped', heads, rows, (note,), records)
 
 
 def size_blocks(
-    cut: Array,   # [m] ascending
-    lines: Rows,  # name, over [m]: candidates more similar than the cut, together
-    candidates: int,
-    looks: Looks,
+  cut: Array,  # [m] ascending
+  lines: Rows,  # name, over [m]: candidates more similar than the cut, together
+  candidates: int,
+  looks: Looks,
 ) -> list:
   """Returns how much near- and far-pruning keep, by the similarity at which they cut."""
   share = [line['over'] / max(candidates, 1) for line in lines]
   seen = np.flatnonzero((np.max(share, 0) > SHOWN) & (np.min(share, 0) < 1 - SHOWN))
   first, last = (int(seen[0]), int(seen[-1])) if len(seen) else (0, len(cut) - 1)
   limits = float(cut[max(first - 1, 0)]), float(cut[min(last + 1, len(cut) - 1)])
-  drawn = tuple(Figure(f'rows_by_cut_{rule}', curves.rows_by_cut(
-      cut, [{**line, 'kept': part if rule == 'far' else 1 - part}
-            for line, part in zip(lines, share)], title=looks[rule][2], limits=limits))
-                for rule in ('near', 'far'))
-  return [Heading('Near- and far-pruned', 'by the similarity to the nearest query'),
-          Figures(drawn),
-          Details('Where they cut', (_cut_table(cut, lines, candidates),))]
+  drawn = tuple(
+    Figure(
+      f'rows_by_cut_{rule}',
+      curves.rows_by_cut(
+        cut,
+        [{**line, 'kept': part if rule == 'far' else 1 - part} for line, part in zip(lines, share)],
+        title=looks[rule][2],
+        limits=limits,
+      ),
+    )
+    for rule in ('near', 'far')
+  )
+  return [
+    Heading('Near- and far-pruned', 'by the similarity to the nearest query'),
+    Figures(drawn),
+    Details('Where they cut', (_cut_table(cut, lines, candidates),)),
+  ]
 
 
 def _cut_table(cut: Array, lines: Rows, candidates: int) -> Table:
   heads = tables.heads('to keep', *(f'{100 * s:g} %' for s in SHARES))
-  words = {'near': 'near-pruned: removes what is over', 'far': 'far-pruned: removes what is not over'}
+  words = {
+    'near': 'near-pruned: removes what is over',
+    'far': 'far-pruned: removes what is not over',
+  }
   cuts = {}  # near keeps what is not over the cut, far what is: the first, the last cut that keep enough
   for line in lines:
     over = line['over'] / max(candidates, 1)
     cuts[line['name'], 'near'] = [float(cut[1 - over >= s].min(initial=1.0)) for s in SHARES]
     cuts[line['name'], 'far'] = [float(cut[over >= s].max(initial=-1.0)) for s in SHARES]
-  rows = tuple((Cell(name, words[rule]), *(tables.figure(tables.similarity(c)) for c in found))
-               for (name, rule), found in cuts.items())
-  records = tuple({'benchmark': name, 'rule': rule, 'keep': s, 'cut': c}
-                  for (name, rule), found in cuts.items() for s, c in zip(SHARES, found))
-  note = ('Shares of the candidates. A split asks for a size and finds its cut itself; cuts here '
-          'are rounded to 0.001.')
+  rows = tuple(
+    (Cell(name, words[rule]), *(tables.figure(tables.similarity(c)) for c in found))
+    for (name, rule), found in cuts.items()
+  )
+  records = tuple(
+    {'benchmark': name, 'rule': rule, 'keep': s, 'cut': c}
+    for (name, rule), found in cuts.items()
+    for s, c in zip(SHARES, found)
+  )
+  note = (
+    'Shares of the candidates. A split asks for a size and finds its cut itself; cuts here '
+    'are rounded to 0.001.'
+  )
   return Table('cut_by_size', '', heads, rows, (note,), records)
 
 
 def paper_compat_blocks(
-    found: Rows,  # benchmark, top_k, chunk_rows, over, missed
+  found: Rows,  # benchmark, top_k, chunk_rows, over, missed
 ) -> list:
   """Returns how many rows over a threshold the published code's truncation would have kept."""
   if not found:
     return []
-  said = (f'The published code looks at the {tables.number(found[0]["top_k"])} nearest rows of a '
-          f'query in each chunk of {tables.number(found[0]["chunk_rows"])} rows. ')
+  said = (
+    f'The published code looks at the {tables.number(found[0]["top_k"])} nearest rows of a '
+    f'query in each chunk of {tables.number(found[0]["chunk_rows"])} rows. '
+  )
   if not any(r['missed'] for r in found):
     total = tables.number(sum(r['over'] for r in found))
     return [Text(f'{said}Here that would have kept none of the {total} rows over a threshold.')]
-  rows = tuple((Cell(r['benchmark']), tables.figure(tables.number(r['over'])),
-                tables.figure(tables.number(r['missed']), _part(r['missed'], r['over'])))
-               for r in found)
-  counts = tables.listed([f'{tables.number(r["missed"])} of {tables.number(r["over"])} for '
-                          f'{r["benchmark"]}' for r in found if r['missed']])
-  table = Table('paper_compat', '', tables.heads('benchmark', 'rows over a threshold',
-                                                 'of them kept by the published truncation'),
-                rows, (), tuple(found))
-  return [Text(f'{said}It would have kept rows over a threshold: {counts}. Splits here drop them.'),
-          Details('For each benchmark', (table,))]
+  rows = tuple(
+    (
+      Cell(r['benchmark']),
+      tables.figure(tables.number(r['over'])),
+      tables.figure(tables.number(r['missed']), _part(r['missed'], r['over'])),
+    )
+    for r in found
+  )
+  counts = tables.listed(
+    [
+      f'{tables.number(r["missed"])} of {tables.number(r["over"])} for {r["benchmark"]}'
+      for r in found
+      if r['missed']
+    ]
+  )
+  table = Table(
+    'paper_compat',
+    '',
+    tables.heads('benchmark', 'rows over a threshold', 'of them kept by the published truncation'),
+    rows,
+    (),
+    tuple(found),
+  )
+  return [
+    Text(f'{said}It would have kept rows over a threshold: {counts}. Splits here drop them.'),
+    Details('For each benchmark', (table,)),
+  ]

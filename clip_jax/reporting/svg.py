@@ -4,47 +4,94 @@ Backgrounds are transparent, ink is `currentColor`, colours are mid-tones. Equal
 bytes. Matplotlib is imported inside functions: the studies' tables of products import this room at every start.
 """
 
+from collections.abc import Callable, Mapping
 import io
 import itertools
 import re
-from collections.abc import Callable, Mapping
 from xml.sax import saxutils
 
 import numpy as np
 
-WIDTH = 360.0    # units; the page shows one unit as one CSS pixel
+WIDTH = 360.0  # units; the page shows one unit as one CSS pixel
 INK = '#010203'  # replaced by currentColor in the finished SVG
 
 # (colour, marker) of splits' rules, in the order in which a caller names them; more than these begin
 # again. The colours are after Okabe and Ito: told apart by colour-blind readers, dark enough for white
 # paper, light enough for a dark screen.
 PALETTE = (
-    (INK, 'o'), ('#8c8c8c', 's'), ('#3fa7dd', 'P'), ('#d55e00', 'D'), ('#00966d', 'o'),
-    ('#c98a00', 'o'), ('#c2609a', 'v'), ('#2f7fc4', '^'), ('#7a5195', 'X'), ('#b8472a', 'd'),
-    ('#8f7a3d', 'H'), ('#5b7f95', 'p'), ('#6f8f3f', '*'), ('#a0659a', '<'), ('#cc3d3d', 'X'),
-    ('#2a8c8c', '>'), ('#b05a7a', 'h'), ('#7f7f2a', '8'))
+  (INK, 'o'),
+  ('#8c8c8c', 's'),
+  ('#3fa7dd', 'P'),
+  ('#d55e00', 'D'),
+  ('#00966d', 'o'),
+  ('#c98a00', 'o'),
+  ('#c2609a', 'v'),
+  ('#2f7fc4', '^'),
+  ('#7a5195', 'X'),
+  ('#b8472a', 'd'),
+  ('#8f7a3d', 'H'),
+  ('#5b7f95', 'p'),
+  ('#6f8f3f', '*'),
+  ('#a0659a', '<'),
+  ('#cc3d3d', 'X'),
+  ('#2a8c8c', '>'),
+  ('#b05a7a', 'h'),
+  ('#7f7f2a', '8'),
+)
 
 
 def looks(labels: Mapping[str, str]) -> dict[str, tuple[str, str, str]]:
   """Returns rule -> (colour, marker, label), from the label of each rule in their order."""
-  return {rule: (*mark, label)
-          for (rule, label), mark in zip(labels.items(), itertools.cycle(PALETTE))}
+  return {
+    rule: (*mark, label) for (rule, label), mark in zip(labels.items(), itertools.cycle(PALETTE))
+  }
 
 
 # (colour, dash) of curves that stand for benchmarks, in their order; more than these begin again.
-SERIES = tuple((color, dash) for dash in ('-', (0, (4, 2)), (0, (1.2, 1.4))) for color in (
-    '#2f7fc4', '#d55e00', '#00966d', '#c2609a', '#c98a00', '#7a5195', '#3fa7dd', '#8c8c8c'))
+SERIES = tuple(
+  (color, dash)
+  for dash in ('-', (0, (4, 2)), (0, (1.2, 1.4)))
+  for color in (
+    '#2f7fc4',
+    '#d55e00',
+    '#00966d',
+    '#c2609a',
+    '#c98a00',
+    '#7a5195',
+    '#3fa7dd',
+    '#8c8c8c',
+  )
+)
 POOL_COLOR, ANCHOR_COLOR = '#2f7fc4', '#8c8c8c'
 
 _STYLE = {
-    'svg.fonttype': 'none', 'font.family': ['DejaVu Sans'], 'font.size': 10.5, 'text.color': INK,
-    'axes.edgecolor': INK, 'axes.labelcolor': INK, 'axes.labelsize': 10.5, 'axes.linewidth': 0.7,
-    'axes.spines.top': False, 'axes.spines.right': False, 'axes.titlesize': 12,
-    'axes.titleweight': 'bold', 'axes.titlelocation': 'left', 'axes.titlepad': 10,
-    'xtick.color': INK, 'ytick.color': INK, 'xtick.major.width': 0.7, 'ytick.major.width': 0.7,
-    'xtick.major.size': 3, 'ytick.major.size': 0, 'grid.color': INK, 'grid.alpha': 0.12,
-    'grid.linewidth': 0.7, 'legend.frameon': False, 'legend.fontsize': 10.5,
-    'lines.linewidth': 1.8, 'path.simplify': False,
+  'svg.fonttype': 'none',
+  'font.family': ['DejaVu Sans'],
+  'font.size': 10.5,
+  'text.color': INK,
+  'axes.edgecolor': INK,
+  'axes.labelcolor': INK,
+  'axes.labelsize': 10.5,
+  'axes.linewidth': 0.7,
+  'axes.spines.top': False,
+  'axes.spines.right': False,
+  'axes.titlesize': 12,
+  'axes.titleweight': 'bold',
+  'axes.titlelocation': 'left',
+  'axes.titlepad': 10,
+  'xtick.color': INK,
+  'ytick.color': INK,
+  'xtick.major.width': 0.7,
+  'ytick.major.width': 0.7,
+  'xtick.major.size': 3,
+  'ytick.major.size': 0,
+  'grid.color': INK,
+  'grid.alpha': 0.12,
+  'grid.linewidth': 0.7,
+  'legend.frameon': False,
+  'legend.fontsize': 10.5,
+  'lines.linewidth': 1.8,
+  'path.simplify': False,
 }
 _FONT = 'system-ui, sans-serif'  # narrower than the DejaVu that lays the text out: it always fits
 
@@ -53,35 +100,43 @@ def render(draw: Callable[..., None], height: float, title: str) -> str:
   """Returns what `draw(figure)` draws, `height` units high, as an <svg> element without a size."""
   import matplotlib
   from matplotlib.figure import Figure  # not pyplot: no global state, safe in any thread
+
   style = {**matplotlib.rcParamsDefault, **_STYLE, 'backend': 'agg', 'svg.hashsalt': title}
   with matplotlib.rc_context(style):
     figure = Figure(figsize=(WIDTH / 72, height / 72), layout='constrained')
     draw(figure)
     buffer = io.StringIO()
-    figure.savefig(buffer, format='svg', transparent=True,
-                   metadata=dict.fromkeys(('Date', 'Creator', 'Format', 'Type')))
+    figure.savefig(
+      buffer,
+      format='svg',
+      transparent=True,
+      metadata=dict.fromkeys(('Date', 'Creator', 'Format', 'Type')),
+    )
   text = buffer.getvalue()
-  text = text[text.index('<svg'):].strip()
-  text = re.sub(r'<metadata>.*?</metadata>|<defs>\s*<style.*?</style>\s*</defs>', '', text,
-                flags=re.S)
+  text = text[text.index('<svg') :].strip()
+  text = re.sub(
+    r'<metadata>.*?</metadata>|<defs>\s*<style.*?</style>\s*</defs>', '', text, flags=re.S
+  )
   label = saxutils.escape(title, {'"': '&quot;'})
-  head = ('<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-          f'viewBox="0 0 {WIDTH:g} {height:g}" role="img" stroke-linejoin="round" '
-          f'aria-label="{label}">')
+  head = (
+    '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+    f'viewBox="0 0 {WIDTH:g} {height:g}" role="img" stroke-linejoin="round" '
+    f'aria-label="{label}">'
+  )
   text = re.sub(r'<svg[^>]*>', lambda _: head, text, count=1)
   text = re.sub(r'<g id="[^"]*">', '<g>', text)  # names would repeat on a page of many figures
-  text = re.sub(r"font-family: [^;\"]*", f'font-family: {_FONT}', text)
+  text = re.sub(r'font-family: [^;\"]*', f'font-family: {_FONT}', text)
   text = re.sub(r"(font: [^\"]*?)'DejaVu Sans'[^;\"]*", rf'\g<1>{_FONT}', text)
   return re.sub(r'\n\s*', '\n', text.replace(INK, 'currentColor'))
 
 
 def panel(
-    draw: Callable[..., None],
-    height: float,
-    title: str,
-    *,
-    grid: str = 'y',  # the axes whose ticks have lines: 'x' | 'y' | 'both' | '' (none)
-    pad: float | None = None,  # between the axes and the title; None: as in every figure
+  draw: Callable[..., None],
+  height: float,
+  title: str,
+  *,
+  grid: str = 'y',  # the axes whose ticks have lines: 'x' | 'y' | 'both' | '' (none)
+  pad: float | None = None,  # between the axes and the title; None: as in every figure
 ) -> str:
   """Returns one pair of axes that `draw(ax)` fills, below its title, as `render` does."""
 
@@ -98,11 +153,15 @@ def panel(
 def standalone(text: str) -> str:
   """Returns a figure as a file: with a size, and ink that follows the reader's colour scheme."""
   width, height = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', text).groups()
-  style = ('<style>svg{color:#222;font-family:system-ui,sans-serif}'
-           '@media(prefers-color-scheme:dark){svg{color:#ddd}}</style>')
+  style = (
+    '<style>svg{color:#222;font-family:system-ui,sans-serif}'
+    '@media(prefers-color-scheme:dark){svg{color:#ddd}}</style>'
+  )
   head, body = text.split('>', 1)
-  return ('<?xml version="1.0" encoding="utf-8"?>\n'
-          f'{head} width="{width}" height="{height}">{style}{body}\n')
+  return (
+    '<?xml version="1.0" encoding="utf-8"?>\n'
+    f'{head} width="{width}" height="{height}">{style}{body}\n'
+  )
 
 
 def count(value: float) -> str:
@@ -113,8 +172,9 @@ def count(value: float) -> str:
   return f'{value:.0f}'
 
 
-def whisker(ax, x: float, low: float | None, high: float | None, color: str,
-            alpha: float = 0.6) -> None:
+def whisker(
+  ax, x: float, low: float | None, high: float | None, color: str, alpha: float = 0.6
+) -> None:
   """Draws an interval upright at x; nothing where there is none."""
   if low is not None and high is not None:
     ax.plot([x, x], [100 * low, 100 * high], color=color, linewidth=1.4, alpha=alpha)
@@ -122,19 +182,33 @@ def whisker(ax, x: float, low: float | None, high: float | None, color: str,
 
 def legend_above(ax, columns: int) -> None:
   """Names the curves in one line between the title and the axes."""
-  ax.legend(loc='lower left', bbox_to_anchor=(-0.02, 1.02), ncols=columns, handlelength=1.2,
-            columnspacing=1.2, borderpad=0.2, borderaxespad=0)
+  ax.legend(
+    loc='lower left',
+    bbox_to_anchor=(-0.02, 1.02),
+    ncols=columns,
+    handlelength=1.2,
+    columnspacing=1.2,
+    borderpad=0.2,
+    borderaxespad=0,
+  )
 
 
 def legend_below(figure, columns: int = 1) -> None:
   """Names the curves below the axes, a line each: words may be long."""
-  figure.legend(loc='outside lower left', handlelength=1.6, labelspacing=0.35, borderpad=0.2,
-                columnspacing=1.2, ncols=columns)
+  figure.legend(
+    loc='outside lower left',
+    handlelength=1.6,
+    labelspacing=0.35,
+    borderpad=0.2,
+    columnspacing=1.2,
+    ncols=columns,
+  )
 
 
 def few_ticks(axis, most: int, counts: bool = False) -> None:
   """Lets an axis have at most so many round ticks; counts: written as `count` does."""
   from matplotlib.ticker import MaxNLocator
+
   axis.set_major_locator(MaxNLocator(most))
   if counts:
     axis.set_major_formatter(lambda value, _: count(value))

@@ -4,11 +4,11 @@ Values in records are proportions in 0..1, as in every file; cells show percent 
 An estimate here is anything with value, low, high and method, as the statistics give it.
 """
 
+from collections.abc import Callable, Iterable, Mapping, Sequence
 import csv
+from dataclasses import dataclass
 import io
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from clip_jax.core.types import Array
@@ -20,22 +20,22 @@ NOTHING = '\u2013'  # an en dash: no value here
 @dataclass(frozen=True)
 class Cell:
   text: str
-  detail: str = ''            # smaller lines below
-  tone: str = ''              # '' | 'muted' | 'bad' | 'strong' | 'flag' (a dagger: see the note)
-  bar: float | None = None    # 0..1: a bar behind the number
+  detail: str = ''  # smaller lines below
+  tone: str = ''  # '' | 'muted' | 'bad' | 'strong' | 'flag' (a dagger: see the note)
+  bar: float | None = None  # 0..1: a bar behind the number
   shade: float | None = None  # 0..1: how deep the ground is, in matrices
-  number: bool = False        # right-aligned
+  number: bool = False  # right-aligned
 
 
 @dataclass(frozen=True)
 class Table:
-  name: str                             # of the CSV file
+  name: str  # of the CSV file
   caption: str
   columns: tuple[Cell, ...]
   rows: tuple[tuple[Cell, ...], ...]
   notes: tuple[str, ...] = ()
   records: tuple[Mapping[str, Any], ...] = ()
-  stacked: bool = False                 # on a phone a row is a small block, not a line to scroll
+  stacked: bool = False  # on a phone a row is a small block, not a line to scroll
   kind: str = 'table'
 
 
@@ -73,7 +73,9 @@ def share(value: float | None) -> str:
   return f'{percent(value, 2 if 0 < abs(value) < 0.005 else 1)} %'
 
 
-def bracket(low: float | None, high: float | None, written: Callable[[float], str] = percent) -> str:
+def bracket(
+  low: float | None, high: float | None, written: Callable[[float], str] = percent
+) -> str:
   """Returns '[2.9, 3.3]'; '' where a bound is not known."""
   return f'[{written(low)}, {written(high)}]' if known(low, high) else ''
 
@@ -154,8 +156,11 @@ def estimate_text(estimate: Any, written: Callable[[float], str] = points) -> st
 
 def method_words(method: str) -> str:
   """Returns what an interval is, in words."""
-  return {'crossed': '95 % interval over seeds and images', 'range': 'range of two seeds',
-          'this checkpoint': 'this checkpoint, 95 % interval over images'}.get(method, '')
+  return {
+    'crossed': '95 % interval over seeds and images',
+    'range': 'range of two seeds',
+    'this checkpoint': 'this checkpoint, 95 % interval over images',
+  }.get(method, '')
 
 
 def sentence(text: str) -> str:
@@ -186,37 +191,60 @@ def accuracy_cell(estimate: Any, flagged: bool) -> Cell:
 
 
 def matrix(
-    name: str,
-    labels: Sequence[str],
-    values: Array,  # [n, n] shares, row by column
-    notes: Iterable[str] = (),
+  name: str,
+  labels: Sequence[str],
+  values: Array,  # [n, n] shares, row by column
+  notes: Iterable[str] = (),
 ) -> Table:
   """Returns a shaded square table: the share of what the row holds that the column holds too."""
+
   def cell(i: int, j: int) -> Cell:
     value = float(values[i][j])
-    return figure(percent(value, 0), tone='muted' if i == j else '', shade=None if i == j else value)
+    return figure(
+      percent(value, 0), tone='muted' if i == j else '', shade=None if i == j else value
+    )
 
   places = range(len(labels))
   return Table(
-      name, '', heads('share of \u2026 also in \u2026', *labels),
-      tuple((Cell(labels[i]), *(cell(i, j) for j in places)) for i in places), tuple(notes),
-      tuple({'split': labels[i], 'also_in': labels[j], 'share': float(values[i][j])}
-            for i in places for j in places))
+    name,
+    '',
+    heads('share of \u2026 also in \u2026', *labels),
+    tuple((Cell(labels[i]), *(cell(i, j) for j in places)) for i in places),
+    tuple(notes),
+    tuple(
+      {'split': labels[i], 'also_in': labels[j], 'share': float(values[i][j])}
+      for i in places
+      for j in places
+    ),
+  )
 
 
 def bars(
-    name: str,
-    caption: str,
-    first: str,  # the head of the first column
-    entries: Sequence[Mapping[str, Any]],  # what, count, total
-    most: int,
+  name: str,
+  caption: str,
+  first: str,  # the head of the first column
+  entries: Sequence[Mapping[str, Any]],  # what, count, total
+  most: int,
 ) -> Table:
   """Returns shares of each kind with a bar behind the number: the `most` first on the page."""
-  rows = tuple((Cell(str(e['what'])), figure(number(e['count'])), figure(number(e['total'])),
-                figure(share(e['count'] / e['total']), bar=e['count'] / e['total']))
-               for e in entries[:most] if e['total'])
-  return Table(name, caption, heads(first, 'removed', 'of', 'share removed'), rows,
-               first_of(most, len(entries)), tuple(entries))
+  rows = tuple(
+    (
+      Cell(str(e['what'])),
+      figure(number(e['count'])),
+      figure(number(e['total'])),
+      figure(share(e['count'] / e['total']), bar=e['count'] / e['total']),
+    )
+    for e in entries[:most]
+    if e['total']
+  )
+  return Table(
+    name,
+    caption,
+    heads(first, 'removed', 'of', 'share removed'),
+    rows,
+    first_of(most, len(entries)),
+    tuple(entries),
+  )
 
 
 def first_of(most: int, count: int, what: str = '') -> tuple[str, ...]:

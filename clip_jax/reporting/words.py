@@ -17,20 +17,21 @@ NORMAL = 1.959964  # two-sided 95 %
 @dataclass(frozen=True)
 class Word:
   """A word, and how its odds of standing in a caption differ between two sets of captions."""
+
   word: str
-  here: float   # share of these captions that hold it
+  here: float  # share of these captions that hold it
   there: float  # share of the others
   ratio: float  # of the odds, here over there, with the prior
-  low: float    # its 95 % interval
+  low: float  # its 95 % interval
   high: float
-  z: float      # log ratio over its standard error
+  z: float  # log ratio over its standard error
 
 
 def telling_words(
-    here: Sequence[str],
-    there: Sequence[str],
-    count: int = 12,
-    least: int = 3,
+  here: Sequence[str],
+  there: Sequence[str],
+  count: int = 12,
+  least: int = 3,
 ) -> list[Word]:
   """Returns the words that stand in captions `here` more often than in those `there`, surest first.
 
@@ -38,10 +39,14 @@ def telling_words(
   """
   if not here or not there:
     return []
-  mine, others = (Counter(word for text in texts for word in words_of(text))
-                  for texts in (here, there))
-  found = [_compared(word, n, others[word], len(here), len(there))
-           for word, n in mine.items() if n >= least]
+  mine, others = (
+    Counter(word for text in texts for word in words_of(text)) for texts in (here, there)
+  )
+  found = [
+    _compared(word, n, others[word], len(here), len(there))
+    for word, n in mine.items()
+    if n >= least
+  ]
   return sorted((w for w in found if w.low > 1), key=lambda w: (-w.z, w.word))[:count]
 
 
@@ -53,9 +58,15 @@ def _compared(word: str, here: int, there: int, captions_here: int, captions_the
   without_there = max(captions_there + PRIOR - with_there, 0.5)
   log_ratio = math.log(with_here / without_here) - math.log(with_there / without_there)
   error = math.sqrt(1 / with_here + 1 / without_here + 1 / with_there + 1 / without_there)
-  return Word(word, here / captions_here, there / captions_there, math.exp(log_ratio),
-              math.exp(log_ratio - NORMAL * error), math.exp(log_ratio + NORMAL * error),
-              log_ratio / error)
+  return Word(
+    word,
+    here / captions_here,
+    there / captions_there,
+    math.exp(log_ratio),
+    math.exp(log_ratio - NORMAL * error),
+    math.exp(log_ratio + NORMAL * error),
+    log_ratio / error,
+  )
 
 
 def words_of(text: str) -> set[str]:

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 import functools
 
 import jax
-from jax import Array
-from jax import lax
+from jax import Array, lax
 import jax.numpy as jnp
 import numpy as np
 
@@ -18,16 +17,16 @@ from clip_jax.similarity import tiles
 
 @functools.partial(jax.jit, static_argnames=('benchmarks', 'k', 'nearest'))
 def scan(
-    vectors: Array,  # [blocks, b, E] float16
-    cuts: Array | None,  # [blocks, b] float32
-    number: Array,  # [blocks, b] int32: each query's number in its benchmark, rising
-    owner: Array,  # [blocks, b / GROUP] int32: the benchmark of each group of queries, rising
-    tile: Array,  # [T, E] float16
-    count: Array,  # real rows
-    *,
-    benchmarks: int,  # S
-    k: int,
-    nearest: bool,
+  vectors: Array,  # [blocks, b, E] float16
+  cuts: Array | None,  # [blocks, b] float32
+  number: Array,  # [blocks, b] int32: each query's number in its benchmark, rising
+  owner: Array,  # [blocks, b / GROUP] int32: the benchmark of each group of queries, rising
+  tile: Array,  # [T, E] float16
+  count: Array,  # real rows
+  *,
+  benchmarks: int,  # S
+  k: int,
+  nearest: bool,
 ) -> tuple[tuple[Array, Array, Array], tuple[Array, Array] | None]:
   """Returns (similarity, nearest, excess), each [S, T], and, of each query, the k nearest rows'
   (similarity, position), each [blocks, b, k], ties lowest position first; None for k = 0.
@@ -48,8 +47,9 @@ def scan(
       lowest = -_segment_max(-lowest, owner, benchmarks)
       index = jnp.where(best > similarity, lowest, index)
     if cuts is not None:
-      excess = jnp.maximum(excess, _segment_max(
-          groups(scores - cuts[:, None]).max(1), owner, benchmarks))
+      excess = jnp.maximum(
+        excess, _segment_max(groups(scores - cuts[:, None]).max(1), owner, benchmarks)
+      )
     top = None
     if k:
       real = lax.broadcasted_iota(jnp.int32, scores.shape, 1) < count

@@ -31,30 +31,33 @@ def error_bound(dim: int) -> float:
 
 
 def pair_dots(
-    q: Array,  # [Q, E] float16
-    query: Array,  # [m] int
-    x: Array,  # [n, E] float16
-    row: Array,  # [m] int
+  q: Array,  # [Q, E] float16
+  query: Array,  # [m] int
+  x: Array,  # [n, E] float16
+  row: Array,  # [m] int
 ) -> np.ndarray:
-  """The exact similarity of m pairs, float64 [m]. Dense sets of pairs go through a matrix product.
-  """
+  """The exact similarity of m pairs, float64 [m]. Dense sets of pairs go through a matrix product."""
   queries, query_index = np.unique(query, return_inverse=True)
   rows, row_index = np.unique(row, return_inverse=True)
   q, x = q[queries].astype(np.float64), x[rows].astype(np.float64)
   if len(queries) * len(rows) < 16 * len(query):
     return (q @ x.T)[query_index, row_index]
   step = 8192  # pairs at a time: flat memory
-  return np.concatenate([np.zeros(0)] + [
-      np.einsum('me,me->m', q[query_index[i:i + step]], x[row_index[i:i + step]])
-      for i in range(0, len(query), step)])
+  return np.concatenate(
+    [np.zeros(0)]
+    + [
+      np.einsum('me,me->m', q[query_index[i : i + step]], x[row_index[i : i + step]])
+      for i in range(0, len(query), step)
+    ]
+  )
 
 
 def update_top(
-    best: np.ndarray,  # [Q, k] float64, changed in place; -inf where there is none yet
-    row: np.ndarray,  # [Q, k] int64, changed in place
-    query: Array,  # [m] int
-    value: Array,  # [m] float64
-    rows: Array,  # [m] int64, none of them seen before
+  best: np.ndarray,  # [Q, k] float64, changed in place; -inf where there is none yet
+  row: np.ndarray,  # [Q, k] int64, changed in place
+  query: Array,  # [m] int
+  value: Array,  # [m] float64
+  rows: Array,  # [m] int64, none of them seen before
 ) -> None:
   """Takes pairs into each query's list of the k highest values, ties: the lowest row first."""
   k = best.shape[1]
@@ -69,11 +72,11 @@ def update_top(
 
 
 def update_best(
-    best: np.ndarray,  # [Q] float64, changed in place
-    nearest: np.ndarray,  # [Q] int64, changed in place
-    query: Array,  # [m] int
-    value: Array,  # [m] float64
-    row: Array,  # [m] int64, none lower than a row seen before
+  best: np.ndarray,  # [Q] float64, changed in place
+  nearest: np.ndarray,  # [Q] int64, changed in place
+  query: Array,  # [m] int
+  value: Array,  # [m] float64
+  row: Array,  # [m] int64, none lower than a row seen before
 ) -> None:
   """Takes over each query's highest value where it beats the best so far; ties: the lowest row."""
   order = np.lexsort((row, -value, query))
@@ -84,37 +87,37 @@ def update_best(
 
 
 def exact_similarity(
-    x: Array,  # [m, E] float16
-    q: Array,  # [Q, E] float16
+  x: Array,  # [m, E] float16
+  q: Array,  # [Q, E] float16
 ) -> np.ndarray:
   """max over queries of the similarity, exact: [m] float64."""
   return exact_excess(x, q, np.zeros(len(q)))
 
 
 def exact_excess(
-    x: Array,  # [m, E] float16
-    q: Array,  # [Q, E] float16
-    t: Array,  # [Q] float64, exact thresholds
+  x: Array,  # [m, E] float16
+  q: Array,  # [Q, E] float16
+  t: Array,  # [Q] float64, exact thresholds
 ) -> np.ndarray:
   """max over queries of similarity - t_i, exact: [m] float64. > 0: nearer than any anchor image."""
   best, t = np.full(len(x), -np.inf), np.asarray(t)
   for i in range(0, len(x), 2048):
-    rows = x[i:i + 2048].astype(np.float64)
+    rows = x[i : i + 2048].astype(np.float64)
     for j in range(0, len(q), 2048):
-      excess = q[j:j + 2048].astype(np.float64) @ rows.T - t[j:j + 2048, None]
-      np.maximum(best[i:i + 2048], excess.max(0), out=best[i:i + 2048])
+      excess = q[j : j + 2048].astype(np.float64) @ rows.T - t[j : j + 2048, None]
+      np.maximum(best[i : i + 2048], excess.max(0), out=best[i : i + 2048])
   return best
 
 
 def count_over(
-    x: Array,  # rows [m, E] float16
-    q: Array,  # [Q, E] float16
-    t: Array,  # [Q] float64, exact thresholds
-    margins: Sequence[float] = (0.0, 0.02),
-    *,
-    tile_rows: int = 0,
-    query_block: int = 0,
-    name: str = 'removed rows',
+  x: Array,  # rows [m, E] float16
+  q: Array,  # [Q, E] float16
+  t: Array,  # [Q] float64, exact thresholds
+  margins: Sequence[float] = (0.0, 0.02),
+  *,
+  tile_rows: int = 0,
+  query_block: int = 0,
+  name: str = 'removed rows',
 ) -> np.ndarray:
   """How many rows of x have a similarity > t_i - margin: [Q, len(margins)] int64, exact.
 
@@ -128,8 +131,10 @@ def count_over(
   if not len(q):
     return counts
   numbers, _ = tiles.query_blocks([len(q)], query_block)
-  blocks = [(block, *jax.device_put((q[block].astype(np.float32), low[block], high[block])))
-            for block in numbers]
+  blocks = [
+    (block, *jax.device_put((q[block].astype(np.float32), low[block], high[block])))
+    for block in numbers
+  ]
 
   def passes():
     for tile in tiles.walk(x, np.arange(len(x)), tile_rows, name):
@@ -137,13 +142,14 @@ def count_over(
         yield tile, block, *_count_block(vectors, tile.device, lows, highs, tile.count)
 
   for tile, block, clear, doubtful, scores in tiles.one_ahead(passes()):
-    real = block[:block[-1] - block[0] + 1]  # without the padding, which repeats the last query
-    counts[real] += np.asarray(clear)[:len(real)]
+    real = block[: block[-1] - block[0] + 1]  # without the padding, which repeats the last query
+    counts[real] += np.asarray(clear)[: len(real)]
     for margin in range(len(margins)):
-      query = real[np.asarray(doubtful)[:len(real), margin] > 0]
-      seen = np.asarray(scores)[query - block[0], :tile.count] if len(query) else np.empty((0, 0))
-      pair, position = np.nonzero((seen > low[query, margin, None]) &
-                                  (seen <= high[query, margin, None]))
+      query = real[np.asarray(doubtful)[: len(real), margin] > 0]
+      seen = np.asarray(scores)[query - block[0], : tile.count] if len(query) else np.empty((0, 0))
+      pair, position = np.nonzero(
+        (seen > low[query, margin, None]) & (seen <= high[query, margin, None])
+      )
       query = query[pair]
       over = pair_dots(q, query, tile.host, position) > cut[query, margin]
       np.add.at(counts[:, margin], query, over)
@@ -156,6 +162,6 @@ def _count_block(queries, tile, low, high, rows):
   scores = tiles.dots(queries, tile)
   real = lax.broadcasted_iota(jnp.int32, scores.shape, 1) < rows
   margins = range(low.shape[1])
-  over_high = jnp.stack([((scores > high[:, i:i + 1]) & real).sum(1) for i in margins], 1)
-  over_low = jnp.stack([((scores > low[:, i:i + 1]) & real).sum(1) for i in margins], 1)
+  over_high = jnp.stack([((scores > high[:, i : i + 1]) & real).sum(1) for i in margins], 1)
+  over_low = jnp.stack([((scores > low[:, i : i + 1]) & real).sum(1) for i in margins], 1)
   return over_high, over_low - over_high, scores

@@ -48,18 +48,18 @@ class Audit:
 
 
 def measure(
-    x: Vectors,  # rows [N, E] float16
-    usable: Array,  # [N] bool
-    sample: Array,  # [S] int64, ascending: usable rows drawn at random
-    clusterings: Sequence[Array],  # centres, each [K, E] float32
-    *,
-    threshold: float,  # 1 - similarity
-    keep: Array,  # [N] bool: what de-duplication left
-    priority: Array | None = None,  # [N]: see duplicates.py
-    on_rows: Callable[[int], None] = lambda count: None,  # told how many more are done
-    tile_rows: int = 0,
-    query_block: int = 0,
-    name: str = 'pool',
+  x: Vectors,  # rows [N, E] float16
+  usable: Array,  # [N] bool
+  sample: Array,  # [S] int64, ascending: usable rows drawn at random
+  clusterings: Sequence[Array],  # centres, each [K, E] float32
+  *,
+  threshold: float,  # 1 - similarity
+  keep: Array,  # [N] bool: what de-duplication left
+  priority: Array | None = None,  # [N]: see duplicates.py
+  on_rows: Callable[[int], None] = lambda count: None,  # told how many more are done
+  tile_rows: int = 0,
+  query_block: int = 0,
+  name: str = 'pool',
 ) -> Audit:
   """Compares the sampled rows with all usable rows; the last clustering is the one behind `keep`.
 
@@ -91,7 +91,7 @@ def measure(
       at, nearest = tile, None
       on_rows(tile.count)
     least = np.full(len(maxima), np.inf)  # no pair of a padding query
-    least[:block.count] = cut - slack
+    least[: block.count] = cut - slack
     query, position, _ = tiles.over(maxima, scores, tile.count, least)
     other = rows[tile.start + position]
     real = sample[block.start + query] != other  # every row finds itself
@@ -123,21 +123,30 @@ def measure(
   really = ~keep[sample]
   dropped[-1] = really
   sizes = _components(joined)[2]
-  observations = pairs_of.sum()**2 / max(np.square(pairs_of).sum(), 1)
+  observations = pairs_of.sum() ** 2 / max(np.square(pairs_of).sum(), 1)
   return Audit(
-      pairs, int(earlier_of.sum()),
-      tuple(Found(len(each), int(found), _share(found, pairs),
-                  *wilson(_share(found, pairs), observations), int(lost.sum()),
-                  _share(int((lost & earlier_of).sum()), int(lost.sum())))
-            for each, found, lost in zip(clusterings, found_of, dropped)),
-      len(sizes), {int(size): int(count) for size, count in zip(*np.unique(
-          sizes, return_counts=True))},
-      int((really & earlier_of & ~kept_of).sum()))
+    pairs,
+    int(earlier_of.sum()),
+    tuple(
+      Found(
+        len(each),
+        int(found),
+        _share(found, pairs),
+        *wilson(_share(found, pairs), observations),
+        int(lost.sum()),
+        _share(int((lost & earlier_of).sum()), int(lost.sum())),
+      )
+      for each, found, lost in zip(clusterings, found_of, dropped)
+    ),
+    len(sizes),
+    {int(size): int(count) for size, count in zip(*np.unique(sizes, return_counts=True))},
+    int((really & earlier_of & ~kept_of).sum()),
+  )
 
 
 def wilson(
-    share: float,  # in [0, 1], or NaN
-    observations: float,
+  share: float,  # in [0, 1], or NaN
+  observations: float,
 ) -> tuple[float, float]:
   """Wilson's 95 % interval of a share; NaN where there is no observation."""
   if not observations > 0:
@@ -158,7 +167,8 @@ class _Block:
     self.host = np.asarray(x[sample[number]])  # [b, E] float16
     self.squares = np.square(self.host, dtype=np.float64).sum(1)
     self.device, self.inverse = jax.device_put(
-        (self.host.astype(np.float32), (1 / np.sqrt(self.squares)).astype(np.float32)))
+      (self.host.astype(np.float32), (1 / np.sqrt(self.squares)).astype(np.float32))
+    )
     self.nearest = [np.asarray(each.nearest(self.device)) for each in centers]  # each [b]
 
 
@@ -178,8 +188,9 @@ def _components(pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   """Pairs [2, m] -> the rows in them, ascending, the group of each, the groups' sizes."""
   nodes, edges = np.unique(pairs, return_inverse=True)
   edges = edges.reshape(2, -1)
-  graph = sparse.coo_matrix((np.ones(edges.shape[1], bool), tuple(edges)),
-                            shape=(len(nodes), len(nodes)))
+  graph = sparse.coo_matrix(
+    (np.ones(edges.shape[1], bool), tuple(edges)), shape=(len(nodes), len(nodes))
+  )
   if not len(nodes):
     return nodes, nodes, nodes
   label = csgraph.connected_components(graph, directed=False)[1]

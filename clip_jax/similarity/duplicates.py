@@ -24,15 +24,15 @@ class Dropped(NamedTuple):
 
 
 def dropped(
-    x: Vectors,  # rows [N, E] float16
-    usable: Array,  # [N] bool
-    assignment: Array,  # [N] int32 cluster of each row
-    *,
-    threshold: float,  # 1 - similarity; the paper's is 0.124
-    priority: Array | None = None,  # [N] number; None: pool order
-    start: int = 0,  # blocks that were finished before: they are passed over
-    block_rows: int = 2048,
-    name: str = 'pool',
+  x: Vectors,  # rows [N, E] float16
+  usable: Array,  # [N] bool
+  assignment: Array,  # [N] int32 cluster of each row
+  *,
+  threshold: float,  # 1 - similarity; the paper's is 0.124
+  priority: Array | None = None,  # [N] number; None: pool order
+  start: int = 0,  # blocks that were finished before: they are passed over
+  block_rows: int = 2048,
+  name: str = 'pool',
 ) -> Iterator[Dropped]:
   """Drops a row if an earlier row of its cluster, kept or not, is > 1 - threshold similar to it.
 
@@ -50,12 +50,15 @@ def dropped(
   [block_rows, block_rows] block, whatever the size of a cluster.
   """
   if assignment.shape != usable.shape or usable.shape != (x.shape[0],):
-    raise ValueError(f'rows [N, E] {x.shape}, usable [N] {usable.shape} and assignment [N] '
-                     f'{assignment.shape} must agree in N')
+    raise ValueError(
+      f'rows [N, E] {x.shape}, usable [N] {usable.shape} and assignment [N] '
+      f'{assignment.shape} must agree in N'
+    )
   cut = 1 - threshold
   slack = 2 * decide.error_bound(x.shape[1])
   for later, earlier, best, maxima, scores in tiles.one_ahead(
-      _block_pairs(x, usable, assignment, priority, start, block_rows, name)):
+    _block_pairs(x, usable, assignment, priority, start, block_rows, name)
+  ):
     count = len(later.rows)
     np.maximum(best.seen, np.asarray(maxima).max(1)[:count], out=best.seen)
     least = np.full(len(maxima), np.inf)  # no pair of a padding row
@@ -64,8 +67,9 @@ def dropped(
     exact = decide.pair_dots(later.host, query, earlier.host, position)
     exact /= np.sqrt(later.squares[query] * earlier.squares[position])
     # No cosine is more than 1: rounding must not let a later copy beat the first one.
-    decide.update_best(best.similarity, best.place, query, np.minimum(exact, 1),
-                       earlier.place + position)
+    decide.update_best(
+      best.similarity, best.place, query, np.minimum(exact, 1), earlier.place + position
+    )
     if earlier.place == later.place:  # the block itself comes last
       lost = np.flatnonzero(best.similarity > cut)
       yield Dropped(best.block + 1, later.rows[lost], best.order[best.place[lost]])
@@ -93,20 +97,25 @@ class _Block(NamedTuple):
 
 
 def _load(x: Vectors, rows: np.ndarray, place: int, block_rows: int, name: str) -> _Block:
-  rows = rows[place:place + block_rows]
+  rows = rows[place : place + block_rows]
   size = tiles.padded(len(rows), block_rows)
   host = np.asarray(x[np.pad(rows, (0, size - len(rows)), mode='edge')])
   squares = np.square(host, dtype=np.float64).sum(1)
   norms = np.sqrt(squares)
   tiles.check_norms(norms, rows, name)
-  return _Block(place, rows, host, squares, *jax.device_put(
-      (host.astype(np.float32), (1 / norms).astype(np.float32))))
+  return _Block(
+    place,
+    rows,
+    host,
+    squares,
+    *jax.device_put((host.astype(np.float32), (1 / norms).astype(np.float32))),
+  )
 
 
 def ordered(
-    rows: Array,  # [n] int64, ascending
-    assignment: Array,  # [N] int32
-    priority: Array | None,  # [N]
+  rows: Array,  # [n] int64, ascending
+  assignment: Array,  # [N] int32
+  priority: Array | None,  # [N]
 ) -> np.ndarray:
   """The rows by cluster, and in each cluster in the order of the rule: [n] int64."""
   if priority is not None:
@@ -128,20 +137,29 @@ def _block_pairs(x, usable, assignment, priority, start, block_rows, name) -> It
         continue
       later = _load(x, cluster, i, block_rows, name)
       count = len(later.rows)
-      best = _Best(block, cluster, np.full(count, -np.inf, np.float32), np.full(count, -np.inf),
-                   np.full(count, -1))
+      best = _Best(
+        block,
+        cluster,
+        np.full(count, -np.inf, np.float32),
+        np.full(count, -np.inf),
+        np.full(count, -1),
+      )
       for j in range(0, i + 1, block_rows):
         if i != j and (best.similarity == 1).all():
           continue  # all are copies of rows that were seen: nothing is nearer
         earlier = later if i == j else _load(x, cluster, j, block_rows, name)
-        yield later, earlier, best, *_similarities(
-            later.device, later.inverse, earlier.device, earlier.inverse, i - j)
+        yield (
+          later,
+          earlier,
+          best,
+          *_similarities(later.device, later.inverse, earlier.device, earlier.inverse, i - j),
+        )
 
 
 def blocks(
-    usable: Array,  # [N] bool
-    assignment: Array,  # [N] int32
-    block_rows: int = 2048,
+  usable: Array,  # [N] bool
+  assignment: Array,  # [N] int32
+  block_rows: int = 2048,
 ) -> int:
   """How many blocks `dropped` looks at; a cluster of one row is passed over."""
   sizes = np.bincount(assignment[usable])

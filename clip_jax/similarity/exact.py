@@ -34,28 +34,32 @@ class Queries:
 
   def __post_init__(self):
     if self.vectors.ndim != 2 or self.vectors.dtype != np.float16:
-      raise ValueError('queries must be float16 [Q, E]; got '
-                       f'{self.vectors.dtype} {self.vectors.shape}')
+      raise ValueError(
+        f'queries must be float16 [Q, E]; got {self.vectors.dtype} {self.vectors.shape}'
+      )
     if self.thresholds is not None and self.thresholds.shape != self.vectors.shape[:1]:
-      raise ValueError(f'thresholds {self.thresholds.shape} must be [Q] for queries [Q, E] '
-                       f'{self.vectors.shape}')
+      raise ValueError(
+        f'thresholds {self.thresholds.shape} must be [Q] for queries [Q, E] {self.vectors.shape}'
+      )
     for benchmark, start, stop in self.segments:
       if not 0 <= start < stop <= len(self.vectors):
-        raise ValueError(f'benchmark {benchmark!r} has queries {start}..{stop} of '
-                         f'{len(self.vectors)}; it must have at least one')
+        raise ValueError(
+          f'benchmark {benchmark!r} has queries {start}..{stop} of '
+          f'{len(self.vectors)}; it must have at least one'
+        )
 
 
 def search_shard(
-    pool: Array,  # rows [n, E] float16
-    usable: Array,  # [n] bool
-    queries: Queries,
-    *,
-    k: int,
-    nearest: bool = True,
-    tile_rows: int = 0,
-    query_block: int = 0,
-    devices: Sequence | None = None,
-    name: str = 'pool',
+  pool: Array,  # rows [n, E] float16
+  usable: Array,  # [n] bool
+  queries: Queries,
+  *,
+  k: int,
+  nearest: bool = True,
+  tile_rows: int = 0,
+  query_block: int = 0,
+  devices: Sequence | None = None,
+  name: str = 'pool',
 ) -> dict[str, dict[str, np.ndarray]]:
   """Searches a shard once for all benchmarks; for each benchmark of q queries it returns
 
@@ -75,7 +79,7 @@ def search_shard(
   rows = np.flatnonzero(usable)
   tile_rows, query_block = tiles.sizes(tile_rows, query_block)
   accelerated = _accelerated()
-  devices = tuple(devices or jax.local_devices()[:None if accelerated else 1])
+  devices = tuple(devices or jax.local_devices()[: None if accelerated else 1])
   layout = _layout(queries, query_block, devices, accelerated)
   found = _Found(layout, len(rows), min(k, len(rows)))
   search = _search_scanning if accelerated else _search
@@ -88,15 +92,15 @@ def search_shard(
       values[rows] = getattr(found, key)[i]
     if not layout.has_cuts[i]:
       result['excess'][:] = np.nan
-    result['top_similarity'], position = top_lists.unpack(top[layout.first[i]:][:stop - start])
+    result['top_similarity'], position = top_lists.unpack(top[layout.first[i] :][: stop - start])
     result['top_row'] = rows[position]
     results[benchmark] = result
   return results
 
 
 def merge_top(
-    parts: Sequence[tuple[Array, Array]],  # each [Q, k_i] float32 and [Q, k_i] int64 pool rows
-    k: int,
+  parts: Sequence[tuple[Array, Array]],  # each [Q, k_i] float32 and [Q, k_i] int64 pool rows
+  k: int,
 ) -> tuple[np.ndarray, np.ndarray]:
   """The k nearest of several shards' lists: [Q, min(k, all)], most similar first, ties lowest row
   first. Merging is associative; entries padded with -inf come last."""
@@ -107,32 +111,33 @@ def merge_top(
 
 
 def thresholds(
-    anchor: Vectors,  # rows [A, E] float16
-    usable: Array,  # [A] bool
-    queries: Array,  # [Q, E] float16
-    *,
-    tile_rows: int = 0,
-    query_block: int = 0,
-    name: str = 'anchor',
+  anchor: Vectors,  # rows [A, E] float16
+  usable: Array,  # [A] bool
+  queries: Array,  # [Q, E] float16
+  *,
+  tile_rows: int = 0,
+  query_block: int = 0,
+  name: str = 'anchor',
 ) -> tuple[np.ndarray, np.ndarray]:
   """t_i, query i's similarity to its nearest anchor image (Mayilvahanan et al. 2024), and which.
 
   Returns [Q] float64, exact, and [Q] int64 anchor rows (ties: the lowest).
   """
   similarity, row = anchor_top(
-      anchor, usable, queries, 1, tile_rows=tile_rows, query_block=query_block, name=name)
+    anchor, usable, queries, 1, tile_rows=tile_rows, query_block=query_block, name=name
+  )
   return similarity[:, 0], row[:, 0]
 
 
 def anchor_top(
-    anchor: Vectors,  # rows [A, E] float16
-    usable: Array,  # [A] bool
-    queries: Array,  # [Q, E] float16
-    k: int,
-    *,
-    tile_rows: int = 0,
-    query_block: int = 0,
-    name: str = 'anchor',
+  anchor: Vectors,  # rows [A, E] float16
+  usable: Array,  # [A] bool
+  queries: Array,  # [Q, E] float16
+  k: int,
+  *,
+  tile_rows: int = 0,
+  query_block: int = 0,
+  name: str = 'anchor',
 ) -> tuple[np.ndarray, np.ndarray]:
   """Each query's k nearest anchor images, exact: [Q, k] float64, falling, and [Q, k] int64 rows
   (ties: the lowest first).
@@ -143,18 +148,22 @@ def anchor_top(
   _check_shapes(anchor, usable, queries)
   rows = np.flatnonzero(usable)
   if not len(rows):
-    raise InputError(f'{name}: none of its {len(usable)} rows is usable, so that no query has a '
-                     'threshold. Check why its samples could not be read.')
+    raise InputError(
+      f'{name}: none of its {len(usable)} rows is usable, so that no query has a '
+      'threshold. Check why its samples could not be read.'
+    )
   if k > len(rows):
-    raise InputError(f'{name}: only {len(rows)} of its {len(usable)} rows are usable, so that no '
-                     f'query has a similarity to its {k} nearest. Use a smaller k.')
+    raise InputError(
+      f'{name}: only {len(rows)} of its {len(usable)} rows are usable, so that no '
+      f'query has a similarity to its {k} nearest. Use a smaller k.'
+    )
   slack = 2 * decide.error_bound(queries.shape[1])
   best = np.full((len(queries), k), -np.inf)
   nearest = np.full((len(queries), k), -1)
   for tile, start, maxima, scores in _scored(anchor, rows, queries, tile_rows, query_block, name):
-    there = best[start:][:len(maxima)]  # shorter than the block, whose padding is no query
+    there = best[start:][: len(maxima)]  # shorter than the block, whose padding is no query
     cut = np.full(len(maxima), np.inf)
-    cut[:len(there)] = there.min(1) - slack
+    cut[: len(there)] = there.min(1) - slack
     if k <= tile.count and np.isneginf(cut).any():
       cut = np.maximum(cut, tiles.reached(maxima, scores, tile.count, k) - slack)
     query, position, _ = tiles.over(maxima, scores, tile.count, cut)
@@ -165,14 +174,14 @@ def anchor_top(
 
 
 def pairs_over(
-    x: Vectors,  # rows [N, E] float16
-    rows: Array,  # [n] int64, ascending: the rows to look at
-    queries: Array,  # [Q, E] float16
-    cut: Array,  # [Q] float64; NaN: no pair of this query
-    *,
-    tile_rows: int = 0,
-    query_block: int = 0,
-    name: str = 'pool',
+  x: Vectors,  # rows [N, E] float16
+  rows: Array,  # [n] int64, ascending: the rows to look at
+  queries: Array,  # [Q, E] float16
+  cut: Array,  # [Q] float64; NaN: no pair of this query
+  *,
+  tile_rows: int = 0,
+  query_block: int = 0,
+  name: str = 'pool',
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
   """All pairs with an exact similarity > cut: yields (query [m] int64, row [m] int64, similarity
   [m] float64) tile by tile, rows ascending from tile to tile, in each ordered by query and row.
@@ -184,7 +193,7 @@ def pairs_over(
   found = []
   for tile, start, maxima, scores in _scored(x, rows, queries, tile_rows, query_block, name):
     least = np.full(len(maxima), np.float32(np.inf))
-    least[:len(low) - start] = low[start:][:len(maxima)]
+    least[: len(low) - start] = low[start:][: len(maxima)]
     query, position, _ = tiles.over(maxima, scores, tile.count, least)
     query += start
     similarity = decide.pair_dots(queries, query, tile.host, position)
@@ -199,8 +208,10 @@ def pairs_over(
 
 def _check_shapes(x: Vectors, usable: Array, queries: Array) -> None:
   if x.shape[1] != queries.shape[1] or usable.shape != (x.shape[0],):
-    raise ValueError(f'rows [n, E] {x.shape}, usable [n] {usable.shape} and queries [Q, E] '
-                     f'{queries.shape} must agree in n and E')
+    raise ValueError(
+      f'rows [n, E] {x.shape}, usable [n] {usable.shape} and queries [Q, E] '
+      f'{queries.shape} must agree in n and E'
+    )
 
 
 def _scored(x, rows, queries, tile_rows, query_block, name) -> Iterator[tuple]:
@@ -215,6 +226,7 @@ def _scored(x, rows, queries, tile_rows, query_block, name) -> Iterator[tuple]:
     for tile in tiles.walk(x, rows, tile_rows, name):
       for start, block in blocks:
         yield tile, start, *tiles.grouped_dots(block, tile.device)
+
   return tiles.one_ahead(passes())
 
 
@@ -229,8 +241,12 @@ def _say(backend: str, devices: int) -> None:  # once
   if backend == 'cpu':
     logging.info('search: float32 products on the CPU, the lists kept by the host.')
   else:
-    logging.info('search: float16 products, added up in float32, on %d %s device%s.', devices,
-                 backend, 's' if devices > 1 else '')
+    logging.info(
+      'search: float16 products, added up in float32, on %d %s device%s.',
+      devices,
+      backend,
+      's' if devices > 1 else '',
+    )
 
 
 class _Place(NamedTuple):
@@ -272,16 +288,31 @@ def _layout(queries: Queries, query_block: int, devices: tuple, accelerated: boo
     cuts = np.asarray(queries.thresholds, np.float32)[query] if has_cuts.any() else None
   vectors = x.astype(np.float16 if accelerated else np.float32)[query]
   spread = accelerated and accelerator.too_large(vectors, devices)
-  parts = np.array_split(np.arange(len(query)), len(devices)) if spread else (
-      [np.arange(len(query))] * len(devices))
+  parts = (
+    np.array_split(np.arange(len(query)), len(devices))
+    if spread
+    else ([np.arange(len(query))] * len(devices))
+  )
   put = jax.device_put if accelerated else lambda x, device: [jax.device_put(i, device) for i in x]
   return _Layout(
-      np.flatnonzero(np.diff(of.ravel(), prepend=-1)), has_cuts, number,
-      [_runs(block) for block in owner],
-      [_Place(device, part[0], put(vectors[part], device),
-              None if cuts is None else put(cuts[part], device), number[part],
-              owner[part].astype(np.int32))
-       for device, part in zip(devices, parts) if len(part)], spread)
+    np.flatnonzero(np.diff(of.ravel(), prepend=-1)),
+    has_cuts,
+    number,
+    [_runs(block) for block in owner],
+    [
+      _Place(
+        device,
+        part[0],
+        put(vectors[part], device),
+        None if cuts is None else put(cuts[part], device),
+        number[part],
+        owner[part].astype(np.int32),
+      )
+      for device, part in zip(devices, parts)
+      if len(part)
+    ],
+    spread,
+  )
 
 
 def _runs(owner: np.ndarray) -> list[tuple[int, int, int]]:  # [groups], ascending
@@ -292,8 +323,9 @@ def _runs(owner: np.ndarray) -> list[tuple[int, int, int]]:  # [groups], ascendi
 def _passes(pool, rows, layout, tile_rows, name, dtype) -> Iterator[tuple[tiles.Tile, _Place]]:
   """Yields (tile, place) with both on one device: tiles go round, or every tile goes to all."""
   devices = [place.device for place in layout.places]
-  walk = tiles.walk(pool, rows, tile_rows, name, dtype=dtype,
-                    devices=devices[:1] if layout.spread else devices)
+  walk = tiles.walk(
+    pool, rows, tile_rows, name, dtype=dtype, devices=devices[:1] if layout.spread else devices
+  )
   for i, tile in enumerate(walk):
     if not layout.spread:
       yield tile, layout.places[i % len(devices)]
@@ -321,16 +353,32 @@ def _score_block(queries, tile, cuts, top: bool, nearest: bool):
   - cuts, maxima over GROUP rows [b, T / GROUP], scores [b, T]; None for what is not asked for."""
   scores = tiles.dots(queries, tile)
   columns = lambda x: x.reshape(-1, tiles.GROUP, x.shape[1]).max(1)
-  return (columns(scores), None if cuts is None else columns(scores - cuts[:, None]),
-          tiles.group_maxima(scores) if top else None, scores if top or nearest else None)
+  return (
+    columns(scores),
+    None if cuts is None else columns(scores - cuts[:, None]),
+    tiles.group_maxima(scores) if top else None,
+    scores if top or nearest else None,
+  )
 
 
 def _search_scanning(pool, rows, layout, found, nearest, tile_rows, name) -> None:
   def passes():
     for tile, place in _passes(pool, rows, layout, tile_rows, name, np.float16):
-      yield tile, place, *accelerator.scan(
-          place.vectors, place.cuts, place.number, place.owner, tile.device, tile.count,
-          benchmarks=len(layout.first), k=min(found.tops.k, len(tile.host)), nearest=nearest)
+      yield (
+        tile,
+        place,
+        *accelerator.scan(
+          place.vectors,
+          place.cuts,
+          place.number,
+          place.owner,
+          tile.device,
+          tile.count,
+          benchmarks=len(layout.first),
+          k=min(found.tops.k, len(tile.host)),
+          nearest=nearest,
+        ),
+      )
 
   for tile, place, columns, top in tiles.one_ahead(passes(), len(layout.places)):
     found.take_rows(tile, *columns)
@@ -352,7 +400,7 @@ class _Found:
   def take_groups(self, tile, runs, number, columns, excess, scores, nearest) -> None:
     """Takes what _score_block returned. Blocks come in order, and an earlier one wins a tie."""
     here = slice(tile.start, tile.start + tile.count)
-    columns = np.asarray(columns)[:, :tile.count]
+    columns = np.asarray(columns)[:, : tile.count]
     for benchmark, first, last in runs:
       best, now = columns[first:last].max(0), self.similarity[benchmark, here]
       if nearest:
@@ -364,12 +412,13 @@ class _Found:
       np.maximum(now, best, out=now)
       if excess is not None:
         now = self.excess[benchmark, here]
-        np.maximum(now, np.asarray(excess)[first:last, :tile.count].max(0), out=now)
+        np.maximum(now, np.asarray(excess)[first:last, : tile.count].max(0), out=now)
 
   def take_rows(self, tile, similarity, nearest, excess) -> None:  # each [S, T]
     here = slice(tile.start, tile.start + tile.count)
     similarity, nearest, excess = (
-        np.asarray(x)[:, :tile.count] for x in (similarity, nearest, excess))
+      np.asarray(x)[:, : tile.count] for x in (similarity, nearest, excess)
+    )
     better = similarity > self.similarity[:, here]
     self.nearest[:, here][better] = nearest[better]
     for now, new in ((self.similarity[:, here], similarity), (self.excess[:, here], excess)):
@@ -386,5 +435,8 @@ _ROW_KEYS = ('similarity', 'nearest', 'excess')
 
 
 def _unfound(shape) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # for _ROW_KEYS
-  return (np.full(shape, -np.inf, np.float32), np.full(shape, -1, np.int32),
-          np.full(shape, -np.inf, np.float32))
+  return (
+    np.full(shape, -np.inf, np.float32),
+    np.full(shape, -1, np.int32),
+    np.full(shape, -np.inf, np.float32),
+  )

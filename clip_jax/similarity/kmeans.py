@@ -37,19 +37,19 @@ class KMeans:
 
 
 def fit(
-    x: Array,  # rows [N, E] float16
-    usable: Array,  # [N] bool
-    *,
-    clusters: int,
-    seed: int,
-    initial_similarity: float = 0.9,
-    min_change: float = 1e-7,
-    max_iterations: int = 100,
-    on_iteration: Callable[[KMeans], None] = lambda state: None,
-    state: KMeans | None = None,
-    tile_rows: int = 0,
-    center_block: int = 0,
-    name: str = 'pool',
+  x: Array,  # rows [N, E] float16
+  usable: Array,  # [N] bool
+  *,
+  clusters: int,
+  seed: int,
+  initial_similarity: float = 0.9,
+  min_change: float = 1e-7,
+  max_iterations: int = 100,
+  on_iteration: Callable[[KMeans], None] = lambda state: None,
+  state: KMeans | None = None,
+  tile_rows: int = 0,
+  center_block: int = 0,
+  name: str = 'pool',
 ) -> KMeans:
   """Clusters the usable rows; K = len(result.centers) is smaller than asked for where the rows do
   not hold so many dissimilar ones (logged).
@@ -61,19 +61,27 @@ def fit(
   """
   rows = np.flatnonzero(usable)
   if not len(rows):
-    raise InputError(f'{name}: none of its {len(usable)} rows is usable, so there is nothing to '
-                     'cluster. Check why its samples could not be read.')
+    raise InputError(
+      f'{name}: none of its {len(usable)} rows is usable, so there is nothing to '
+      'cluster. Check why its samples could not be read.'
+    )
   if state is None:
     chosen = initial_rows(x, rows, clusters, seed, initial_similarity, name)
     if len(chosen) < clusters:
-      logging.info('k-means: %d of %d centres found, every other row of %s is at least %g similar '
-                   'to one of them', len(chosen), clusters, name, initial_similarity)
+      logging.info(
+        'k-means: %d of %d centres found, every other row of %s is at least %g similar '
+        'to one of them',
+        len(chosen),
+        clusters,
+        name,
+        initial_similarity,
+      )
     state = KMeans(x[chosen].astype(np.float32), np.full(len(usable), -1, np.int32), 0, len(rows))
   sums = np.zeros(state.centers.shape)
   counts = np.zeros(len(sums), np.int64)
   known = rows[state.assignment[rows] >= 0]  # none in a fresh start
   for i in range(0, len(known), 4096):
-    part = known[i:i + 4096]
+    part = known[i : i + 4096]
     _add(sums, counts, x[part], state.assignment[part], 1)
   centers, assignment = state.centers, state.assignment.copy()
   enough = max(1, min_change * len(rows))
@@ -84,7 +92,7 @@ def fit(
       centers[filled] = sums[filled] / counts[filled, None]
     changed = 0
     for tile, nearest in _nearest(x, rows, centers, tile_rows, center_block, name):
-      part = rows[tile.start:tile.start + tile.count]
+      part = rows[tile.start : tile.start + tile.count]
       moved = np.flatnonzero(nearest != assignment[part])
       vectors, before = tile.host[moved], assignment[part[moved]]
       _add(sums, counts, vectors[before >= 0], before[before >= 0], -1)
@@ -97,30 +105,30 @@ def fit(
 
 
 def assign(
-    x: Array,  # rows [N, E] float16
-    usable: Array,  # [N] bool
-    centers: Array,  # [K, E] float32
-    *,
-    on_rows: Callable[[int], None] = lambda count: None,  # told how many more are done
-    tile_rows: int = 0,
-    center_block: int = 0,
-    name: str = 'pool',
+  x: Array,  # rows [N, E] float16
+  usable: Array,  # [N] bool
+  centers: Array,  # [K, E] float32
+  *,
+  on_rows: Callable[[int], None] = lambda count: None,  # told how many more are done
+  tile_rows: int = 0,
+  center_block: int = 0,
+  name: str = 'pool',
 ) -> np.ndarray:
   """Each usable row's nearest centre, [N] int32, -1 for the others: one iteration's assignment."""
   assignment, rows = np.full(len(usable), -1, np.int32), np.flatnonzero(usable)
   for tile, nearest in _nearest(x, rows, centers, tile_rows, center_block, name):
-    assignment[rows[tile.start:tile.start + tile.count]] = nearest
+    assignment[rows[tile.start : tile.start + tile.count]] = nearest
     on_rows(tile.count)
   return assignment
 
 
 def initial_rows(
-    x: Array,  # rows [N, E] float16
-    rows: Array,  # [n] int64, the usable ones
-    clusters: int,
-    seed: int,
-    similarity: float,
-    name: str = 'pool',
+  x: Array,  # rows [N, E] float16
+  rows: Array,  # [n] int64, the usable ones
+  clusters: int,
+  seed: int,
+  similarity: float,
+  name: str = 'pool',
 ) -> np.ndarray:
   """Up to `clusters` rows that are pairwise less than `similarity` similar, [K] int64.
 
@@ -133,24 +141,25 @@ def initial_rows(
   taken = np.empty((0, x.shape[1]), np.float16)  # their vectors
   blocks = []  # the same on the device, [size, E] float32 each
   for tile in tiles.walk(x, order, CANDIDATES, name):
-    candidates, vectors = order[tile.start:tile.start + tile.count], tile.host[:tile.count]
+    candidates, vectors = order[tile.start : tile.start + tile.count], tile.host[: tile.count]
     nearest = jnp.full(len(tile.device), -jnp.inf)
     for block in blocks:
       nearest = _max_dots(block, tile.device, nearest)
-    nearest = np.asarray(nearest)[:tile.count].astype(np.float64)
+    nearest = np.asarray(nearest)[: tile.count].astype(np.float64)
     doubtful = np.abs(nearest - similarity) <= decide.error_bound(x.shape[1])
     if doubtful.any():
       nearest[doubtful] = decide.exact_similarity(vectors[doubtful], taken)
     free = np.flatnonzero(nearest < similarity)
-    new = free[_dissimilar(vectors[free], similarity)][:clusters - len(chosen)]
+    new = free[_dissimilar(vectors[free], similarity)][: clusters - len(chosen)]
     full = len(chosen) // size
     chosen = np.concatenate([chosen, candidates[new]])
     if len(chosen) == clusters:
       break
     taken = np.concatenate([taken, vectors[new]])
     blocks[full:] = [
-        jax.device_put(np.resize(taken[i:i + size], (size, x.shape[1])).astype(np.float32))
-        for i in range(full * size, len(chosen), size)]
+      jax.device_put(np.resize(taken[i : i + size], (size, x.shape[1])).astype(np.float32))
+      for i in range(full * size, len(chosen), size)
+    ]
   return chosen
 
 
@@ -168,11 +177,11 @@ def _dissimilar(vectors: np.ndarray, similarity: float) -> list[int]:  # [m, E] 
 
 
 def _add(
-    sums: np.ndarray,  # [K, E] float64, changed in place
-    counts: np.ndarray,  # [K] int64, changed in place
-    vectors: np.ndarray,  # [m, E] float16
-    cluster: np.ndarray,  # [m] int
-    sign: int,
+  sums: np.ndarray,  # [K, E] float64, changed in place
+  counts: np.ndarray,  # [K] int64, changed in place
+  vectors: np.ndarray,  # [m, E] float16
+  cluster: np.ndarray,  # [m] int
+  sign: int,
 ) -> None:
   """Adds vectors to (1) or takes them from (-1) their clusters; exact, so the order is free.
 
@@ -180,8 +189,10 @@ def _add(
   """
   some, which = np.unique(cluster, return_inverse=True)
   counts[some] += sign * np.bincount(which, minlength=len(some))
-  members = sparse.csr_matrix((np.full(len(which), float(sign)), which, np.arange(len(which) + 1)),
-                              shape=(len(which), len(some)))
+  members = sparse.csr_matrix(
+    (np.full(len(which), float(sign)), which, np.arange(len(which) + 1)),
+    shape=(len(which), len(some)),
+  )
   sums[some] += members.T @ vectors.astype(np.float64)
 
 
@@ -200,8 +211,9 @@ def _nearest(x, rows, centers, tile_rows, center_block, name) -> Iterator[tuple]
   def passes():
     for tile in tiles.walk(x, rows, tile_rows, name, devices=devices):
       yield tile, of[tile.device.device].nearest(tile.device)
+
   for tile, nearest in tiles.one_ahead(passes(), len(devices)):
-    yield tile, np.asarray(nearest)[:tile.count]
+    yield tile, np.asarray(nearest)[: tile.count]
 
 
 class Centers:
@@ -210,8 +222,9 @@ class Centers:
   def __init__(self, centers: Array, center_block: int = 0, device=None):  # [K, E] float32
     half = (0.5 * np.square(centers, dtype=np.float64).sum(1)).astype(np.float32)
     numbers, _ = tiles.query_blocks([len(centers)], tiles.sizes(0, center_block)[1])
-    self._blocks = [(np.int32(i[0]), *jax.device_put((centers[i], half[i]), device))
-                    for i in numbers]
+    self._blocks = [
+      (np.int32(i[0]), *jax.device_put((centers[i], half[i]), device)) for i in numbers
+    ]
 
   def nearest(self, rows: jax.Array) -> jax.Array:  # [T, E] float32 on the device -> [T] int32
     """The nearest centre, on the device: argmin |x - c|^2 is argmax of x.c - |c|^2 / 2."""

@@ -19,8 +19,8 @@ _PAIRS = 1 << 26  # similarities that are held at a time
 
 
 def chunks(
-    parts: Iterable[tuple[Array, int]],
-    chunk_rows: int = CHUNK_ROWS,
+  parts: Iterable[tuple[Array, int]],
+  chunk_rows: int = CHUNK_ROWS,
 ) -> Iterator[np.ndarray]:
   """Regroups pool rows by chunks of consecutive rows: [m] int64 of each chunk that has any.
 
@@ -38,11 +38,11 @@ def chunks(
 
 
 def missed(
-    x: Vectors,  # rows [N, E] float16
-    rows: Array,  # [m] int64, in order: all rows of one chunk that are over some threshold
-    queries: Array,  # [Q, E] float16
-    thresholds: Array,  # [Q] float64, exact
-    top_k: int,
+  x: Vectors,  # rows [N, E] float16
+  rows: Array,  # [m] int64, in order: all rows of one chunk that are over some threshold
+  queries: Array,  # [Q, E] float16
+  thresholds: Array,  # [Q] float64, exact
+  top_k: int,
 ) -> int:
   """How many of the rows are outside the top k, within the chunk, of every query they exceed.
 
@@ -60,8 +60,13 @@ def missed(
   step = max(1, _PAIRS // len(rows))
   for part in np.split(np.flatnonzero(crowded), range(step, crowded.sum(), step)):
     q = queries[part].astype(np.float64)
-    similarity = np.concatenate([q @ vectors[i:i + _ROWS].astype(np.float64).T  # exact: see decide.py
-                                 for i in range(0, len(rows), _ROWS)], axis=1)
+    similarity = np.concatenate(
+      [
+        q @ vectors[i : i + _ROWS].astype(np.float64).T  # exact: see decide.py
+        for i in range(0, len(rows), _ROWS)
+      ],
+      axis=1,
+    )
     for one, threshold in zip(similarity, thresholds[part]):
       over = np.flatnonzero(one > threshold)
       kept[over[np.argsort(-one[over], kind='stable')[:top_k]]] = True

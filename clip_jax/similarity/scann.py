@@ -18,14 +18,14 @@ TREE_ROWS = 20_000  # ScaNN's own advice: brute force for fewer points
 
 
 def candidates(
-    pool: Array,  # rows [N, E] float16
-    usable: Array,  # [N] bool
-    queries: Array,  # [Q, E] float16
-    n: int,
-    *,
-    leaves: int | None = None,
-    searched: float = 0.25,
-    name: str = 'pool',
+  pool: Array,  # rows [N, E] float16
+  usable: Array,  # [N] bool
+  queries: Array,  # [Q, E] float16
+  n: int,
+  *,
+  leaves: int | None = None,
+  searched: float = 0.25,
+  name: str = 'pool',
 ) -> tuple[np.ndarray, np.ndarray]:
   """About the n nearest usable rows of each query: [Q, n'] float32 and [Q, n'] int64 pool rows,
   most similar first, ties lowest row first, n' = min(n, usable rows); -inf and -1 where ScaNN found
@@ -46,12 +46,12 @@ def candidates(
 
 
 def score(
-    pool: Array,  # rows [N, E] float16
-    rows: Array,  # [Q, n] int64, -1 none
-    queries: Array,  # [Q, E] float16
-    *,
-    tile_rows: int = 4096,
-    name: str = 'pool',
+  pool: Array,  # rows [N, E] float16
+  rows: Array,  # [Q, n] int64, -1 none
+  queries: Array,  # [Q, E] float16
+  *,
+  tile_rows: int = 4096,
+  name: str = 'pool',
 ) -> np.ndarray:
   """Similarities of given pairs with the bits of the exact search: [Q, n] float32, -inf for -1.
 
@@ -59,7 +59,7 @@ def score(
   """
   out = np.full(rows.shape, -np.inf, np.float32)
   for i in range(0, len(queries), tiles.PAD):
-    part = rows[i:i + tiles.PAD]
+    part = rows[i : i + tiles.PAD]
     block = np.resize(np.arange(i, i + len(part)), tiles.PAD)
     block = jax.device_put(queries[block].astype(np.float32))
     named = np.unique(part[part >= 0])
@@ -77,9 +77,9 @@ _dots = jax.jit(tiles.dots)
 def _load(pool: Array, rows: np.ndarray, name: str) -> np.ndarray:  # -> [m, E] float32
   out = np.empty((len(rows), pool.shape[1]), np.float32)
   for i in range(0, len(rows), 65_536):
-    part = out[i:i + 65_536]
-    part[:] = pool[rows[i:i + len(part)]]
-    tiles.check_norms(np.linalg.norm(part, axis=1), rows[i:i + len(part)], name)
+    part = out[i : i + 65_536]
+    part[:] = pool[rows[i : i + len(part)]]
+    tiles.check_norms(np.linalg.norm(part, axis=1), rows[i : i + len(part)], name)
   return out
 
 
@@ -88,15 +88,18 @@ def _build(vectors: np.ndarray, n: int, leaves: int | None, searched: float):
     import scann
   except ImportError as error:
     raise InputError(
-        "search.backend='scann' needs the package scann, which exists for Linux and Python < 3.14 "
-        "only: install it, or use backend='exact', which works everywhere.") from error
+      "search.backend='scann' needs the package scann, which exists for Linux and Python < 3.14 "
+      "only: install it, or use backend='exact', which works everywhere."
+    ) from error
   builder = scann.scann_ops_pybind.builder(vectors, n, 'dot_product')
   if len(vectors) < TREE_ROWS:
     return builder.score_brute_force().build()
-  leaves = leaves or round(len(vectors)**0.5)
+  leaves = leaves or round(len(vectors) ** 0.5)
   return (
-      builder.tree(leaves, max(1, round(searched * leaves)), training_sample_size=250_000,
-                   random_init=False)
-      .score_ah(2, anisotropic_quantization_threshold=0.2)  # both: ScaNN's advice
-      .reorder(min(4 * n, len(vectors)))
-      .build())
+    builder.tree(
+      leaves, max(1, round(searched * leaves)), training_sample_size=250_000, random_init=False
+    )
+    .score_ah(2, anisotropic_quantization_threshold=0.2)  # both: ScaNN's advice
+    .reorder(min(4 * n, len(vectors)))
+    .build()
+  )

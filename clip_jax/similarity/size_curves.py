@@ -11,7 +11,9 @@ import numpy as np
 
 from clip_jax.core.types import Array
 
-EDGES = np.arange(-1000, 1001) / 1000  # [M] float64; a quotient, so that an edge is the literal 0.005
+EDGES = (
+  np.arange(-1000, 1001) / 1000
+)  # [M] float64; a quotient, so that an edge is the literal 0.005
 ZERO = 1000  # the edge 0
 
 
@@ -21,9 +23,9 @@ def over(values: Array) -> np.ndarray:  # [n] float32, no NaN -> [M] int64
 
 
 def over_zero(
-    excess: Array,  # [n] float32, off by less than the tolerance
-    tolerance: float,
-    exact: Callable[[Array], Array],  # positions [m] int64 -> [m] float64, the exact excess
+  excess: Array,  # [n] float32, off by less than the tolerance
+  tolerance: float,
+  exact: Callable[[Array], Array],  # positions [m] int64 -> [m] float64, the exact excess
 ) -> np.ndarray:
   """Which rows have an excess strictly over 0, [n] bool: those near 0 are decided by `exact`."""
   found = excess > 0
@@ -34,8 +36,8 @@ def over_zero(
 
 
 def count(
-    parts: Iterable[tuple[Array, Array | None, Array | None]],
-    benchmarks: int,  # G
+  parts: Iterable[tuple[Array, Array | None, Array | None]],
+  benchmarks: int,  # G
 ) -> dict[str, np.ndarray]:
   """Counts over all parts of a pool, of each benchmark and (the last row) of all together.
 
@@ -61,8 +63,14 @@ def count(
       zero[:-1] += dropped.sum(1)
       zero[-1] += dropped.any(0).sum()
   exceeding[:, ZERO] = zero
-  return {'edges': EDGES, 'similarity_over': similar, 'excess_over': exceeding, 'excess_zero': zero,
-          'has_excess': np.array(has_excess), 'candidates': np.array(candidates)}
+  return {
+    'edges': EDGES,
+    'similarity_over': similar,
+    'excess_over': exceeding,
+    'excess_zero': zero,
+    'has_excess': np.array(has_excess),
+    'candidates': np.array(candidates),
+  }
 
 
 def _add(counts: np.ndarray, values: Array) -> None:  # [G + 1, M] in place, [G, n]

@@ -55,13 +55,13 @@ def sizes(tile_rows: int, query_block: int) -> tuple[int, int]:
 
 
 def walk(
-    x: Vectors,  # rows [N, E] float16
-    rows: Array,  # [n] int64, the rows to visit, in this order
-    tile_rows: int,
-    name: str,  # what the rows are called in an error
-    *,
-    devices: Sequence = (None,),  # tiles go to them in turn; None: the default device
-    dtype=np.float32,  # of Tile.device
+  x: Vectors,  # rows [N, E] float16
+  rows: Array,  # [n] int64, the rows to visit, in this order
+  tile_rows: int,
+  name: str,  # what the rows are called in an error
+  *,
+  devices: Sequence = (None,),  # tiles go to them in turn; None: the default device
+  dtype=np.float32,  # of Tile.device
 ) -> Iterator[Tile]:
   """Walks over the rows tile by tile. InputError names a row that is not a unit vector.
 
@@ -70,7 +70,7 @@ def walk(
   if x.dtype != np.float16:
     raise ValueError(f'{name}: vectors must be float16 [N, E]; got {x.dtype} {x.shape}')
   step = padded(tile_rows, tile_rows)
-  parts = [rows[start:start + step] for start in range(0, len(rows), step)]
+  parts = [rows[start : start + step] for start in range(0, len(rows), step)]
 
   def read(part: np.ndarray) -> np.ndarray:
     size = padded(len(part), step)
@@ -81,7 +81,7 @@ def walk(
     reading = [reader.submit(read, part) for part in parts[:1]]
     for i, part in enumerate(parts):
       host = reading.pop().result()
-      reading = [reader.submit(read, following) for following in parts[i + 1:i + 2]]
+      reading = [reader.submit(read, following) for following in parts[i + 1 : i + 2]]
       device, norms = _load(jax.device_put(host, devices[i % len(devices)]), dtype)
       if late is not None:
         check_norms(*late, name)
@@ -93,18 +93,19 @@ def walk(
 
 def check_norms(norms: Array, rows: Array, name: str) -> None:  # [>= n] float32, [n] int64
   """InputError unless all of the first n norms are those of unit vectors."""
-  norms = np.asarray(norms)[:len(rows)]
+  norms = np.asarray(norms)[: len(rows)]
   bad = np.flatnonzero(~((norms >= NORMS[0]) & (norms <= NORMS[1])))  # NaN is bad, too
   if len(bad):
     raise InputError(
-        f'{name}: row {rows[bad[0]]} is marked usable, but its vector has norm {norms[bad[0]]:g} '
-        f'and must be of unit length ({len(bad)} such rows near it). '
-        'Embed that shard again, or mark the row unusable.')
+      f'{name}: row {rows[bad[0]]} is marked usable, but its vector has norm {norms[bad[0]]:g} '
+      f'and must be of unit length ({len(bad)} such rows near it). '
+      'Embed that shard again, or mark the row unusable.'
+    )
 
 
 def query_blocks(
-    sizes: Sequence[int],  # queries of each benchmark, all > 0; they lie one after the other
-    query_block: int,  # at most this many in a block, rounded up to 64s
+  sizes: Sequence[int],  # queries of each benchmark, all > 0; they lie one after the other
+  query_block: int,  # at most this many in a block, rounded up to 64s
 ) -> tuple[np.ndarray, np.ndarray]:
   """Lays all queries out in blocks of one size, the one that wastes least.
 
@@ -114,16 +115,22 @@ def query_blocks(
   """
   groups = [-(-size // GROUP) for size in sizes]
   total = sum(groups) * GROUP
+
   def cost(block: int) -> int:  # padded queries; starting a block costs as much as some 24
     return -(-total // block) * (block + 24)
+
   block = min(range(PAD, -(-query_block // PAD) * PAD + 1, PAD), key=cost)
   groups[-1] += -total % block // GROUP
   starts = np.cumsum([0, *sizes])
-  query = np.concatenate([
+  query = np.concatenate(
+    [
       start + np.minimum(np.arange(count * GROUP), size - 1)
-      for start, size, count in zip(starts, sizes, groups)])
+      for start, size, count in zip(starts, sizes, groups)
+    ]
+  )
   return query.reshape(-1, block), np.repeat(np.arange(len(sizes)), groups).reshape(
-      -1, block // GROUP)
+    -1, block // GROUP
+  )
 
 
 def one_ahead(items: Iterable, depth: int = 1) -> Iterator:
@@ -138,18 +145,27 @@ def one_ahead(items: Iterable, depth: int = 1) -> Iterator:
 
 
 @functools.partial(jax.jit, static_argnames='dtype')
-def _load(x: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:  # [T, E] float16 -> [T, E], norms [T] float32
+def _load(
+  x: jax.Array, dtype
+) -> tuple[jax.Array, jax.Array]:  # [T, E] float16 -> [T, E], norms [T] float32
   exact = x.astype(jnp.float32)
   return x.astype(dtype), jnp.sqrt((exact * exact).sum(1))
 
 
 def dots(queries: jax.Array, rows: jax.Array) -> jax.Array:  # [b, E], [T, E] -> [b, T] float32
   """Every float32 similarity is made here. HIGHEST: a GPU would otherwise round float32 to TF32."""
-  return lax.dot_general(queries, rows, (((1,), (1,)), ((), ())), precision=lax.Precision.HIGHEST,
-                         preferred_element_type=jnp.float32)
+  return lax.dot_general(
+    queries,
+    rows,
+    (((1,), (1,)), ((), ())),
+    precision=lax.Precision.HIGHEST,
+    preferred_element_type=jnp.float32,
+  )
 
 
-def lowest_argmax(scores: jax.Array) -> tuple[jax.Array, jax.Array]:  # [b, T] -> [T] maximum, [T] int32
+def lowest_argmax(
+  scores: jax.Array,
+) -> tuple[jax.Array, jax.Array]:  # [b, T] -> [T] maximum, [T] int32
   """Maximum over the major axis and its lowest index; argmax itself is twice as slow on a CPU."""
   best = scores.max(0)
   index = lax.broadcasted_iota(jnp.int32, scores.shape, 0)
@@ -172,10 +188,10 @@ def grouped_dots(queries: jax.Array, rows: jax.Array) -> tuple[jax.Array, jax.Ar
 
 
 def over(
-    maxima: jax.Array,  # [b, T / GROUP] float32
-    scores: jax.Array,  # [b, T] float32
-    count: int,  # real rows
-    cut: np.ndarray,  # [b] float
+  maxima: jax.Array,  # [b, T / GROUP] float32
+  scores: jax.Array,  # [b, T] float32
+  count: int,  # real rows
+  cut: np.ndarray,  # [b] float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   """All pairs with a score > cut, in no order: query [m], position in the tile [m], score [m].
 

@@ -39,7 +39,7 @@ class TopLists:
 
   def take(self, first: int, tile: tiles.Tile, maxima: jax.Array, scores: jax.Array) -> None:
     """Takes the pairs of a tile with the slots from `first` on that may be among the nearest."""
-    cut = self._cut[first:first + len(maxima)]
+    cut = self._cut[first : first + len(maxima)]
     if np.isneginf(cut[0]) and self.k <= tile.count:
       cut = np.nextafter(tiles.reached(maxima, scores, tile.count, self.k), np.float32(-np.inf))
     slot, position, similarity = tiles.over(maxima, scores, tile.count, cut)
@@ -68,9 +68,9 @@ class TopLists:
     order = np.argsort(slot.astype(small), kind='stable')
     slots, first, count = np.unique(slot[order], return_index=True, return_counts=True)
     wide = np.full((len(slots), self.k + count.max()), _NOTHING)
-    wide[:, :self.k] = self._lists[slots]
+    wide[:, : self.k] = self._lists[slots]
     column = self.k + np.arange(len(slot)) - np.repeat(first, count)
     wide[np.repeat(np.arange(len(slots)), count), column] = packed[order]
-    kept = np.partition(wide, -self.k, axis=1)[:, -self.k:]
+    kept = np.partition(wide, -self.k, axis=1)[:, -self.k :]
     self._lists[slots] = kept
     self._cut[slots] = unpack(kept.min(1))[0]

@@ -12,13 +12,15 @@ import re
 from ml_collections import ConfigDict
 
 from clip_jax.core.errors import ConfigError
-from clip_jax.data import folder
-from clip_jax.data import listing
-from clip_jax.data import storage
-from clip_jax.data import vectors
+from clip_jax.data import folder, listing, storage, vectors
 
 EXAMPLE = "--config.benchmark_dirs='sketch=DIR,val=DIR'"
-FORMATS = ('embeddings', 'webdataset', 'parquet', 'array_record')  # told by their files; folders by their images
+FORMATS = (
+  'embeddings',
+  'webdataset',
+  'parquet',
+  'array_record',
+)  # told by their files; folders by their images
 
 
 def resolve(config: ConfigDict) -> ConfigDict:
@@ -33,9 +35,13 @@ def resolve(config: ConfigDict) -> ConfigDict:
   for part in _parts(config.benchmark_dirs):
     name, equals, path = (text.strip() for text in part.partition('='))
     if not equals or not name or not path:
-      raise ConfigError(f'config.benchmark_dirs: {part.strip()!r} is not name=DIR. Write {EXAMPLE}.')
+      raise ConfigError(
+        f'config.benchmark_dirs: {part.strip()!r} is not name=DIR. Write {EXAMPLE}.'
+      )
     if name in found.benchmarks:
-      raise ConfigError(f'config.benchmark_dirs: there are two benchmarks named {name!r}. Give each its own name.')
+      raise ConfigError(
+        f'config.benchmark_dirs: there are two benchmarks named {name!r}. Give each its own name.'
+      )
     block = copy.deepcopy(found.benchmark_template)
     block.path = os.path.expanduser(path)
     block.format = block.format or format_of(name, block.path, bool(block.vector_dim))
@@ -47,7 +53,9 @@ def flag(config: ConfigDict, dataset: str, key: str) -> str:
   """Returns the flag that sets a key of a dataset; a benchmark of benchmark_dirs has it from the template."""
   if any(part.partition('=')[0].strip() == dataset for part in _parts(config.benchmark_dirs)):
     return f'--config.benchmark_template.{key}'
-  group = next((f'{group}.' for group in ('benchmarks', 'references') if dataset in config[group]), '')
+  group = next(
+    (f'{group}.' for group in ('benchmarks', 'references') if dataset in config[group]), ''
+  )
   return f'--config.{group}{dataset}.{key}'
 
 
@@ -65,19 +73,29 @@ def format_of(name: str, path: str, headerless: bool = False) -> str:
   ending, is_folder = os.path.splitext(path.partition('?')[0])[1].lower(), True
   if not storage.is_remote(path) and not os.path.isdir(path):
     is_folder = False
-    found = sorted(file for part in listing.expanded(path) for file in glob.glob(part, recursive=True))
+    found = sorted(
+      file for part in listing.expanded(path) for file in glob.glob(part, recursive=True)
+    )
     if not found:
       raise ConfigError(f'config.benchmark_dirs: {name}={path!r} is not there. Correct the path.')
     ending = os.path.splitext(found[0])[1].lower()
-  known = {'.npy': 'embeddings', '.npz': 'embeddings', '.tar': 'webdataset', '.parquet': 'parquet',
-           '.array_record': 'array_record', '.arrayrecord': 'array_record'}
+  known = {
+    '.npy': 'embeddings',
+    '.npz': 'embeddings',
+    '.tar': 'webdataset',
+    '.parquet': 'parquet',
+    '.array_record': 'array_record',
+    '.arrayrecord': 'array_record',
+  }
   format_ = known.get(ending) or (_inside(path) if is_folder else '')
   if not format_ and headerless:
     return 'embeddings'
   if not format_:
-    raise ConfigError(f'config.benchmark_dirs: {name}={path!r} holds no .npy, .npz, .parquet, .tar or .array_record '
-                      'file, and no folder of images. Correct the path, or say what it is in '
-                      '--config.benchmark_template.format.')
+    raise ConfigError(
+      f'config.benchmark_dirs: {name}={path!r} holds no .npy, .npz, .parquet, .tar or .array_record '
+      'file, and no folder of images. Correct the path, or say what it is in '
+      '--config.benchmark_template.format.'
+    )
   if format_ == 'parquet':
     first = listing.list_files('parquet', path)[0].path
     return 'embeddings' if vectors.is_vectors(first) else 'parquet'

@@ -1,7 +1,7 @@
 """Checks a config before any work: every name, number and reference, with the nearest valid one in the message."""
 
-import os
 from collections.abc import Mapping, Sequence
+import os
 
 from ml_collections import ConfigDict
 
@@ -18,8 +18,14 @@ from clip_jax.stages import benchmark_dirs, check_keys, check_splits, models
 LISTS_OF_POOL = ('datacomp', 'clip_ood')  # exports that name the pool's samples only
 # Keys that only a dataset of format 'embeddings' reads, and those that it does not: vectors come with no image.
 VECTOR_KEYS = ('metadata', 'vector_key', 'vector_dim', 'any_norm', 'images')
-NOT_VECTOR_KEYS = ('image_key', 'caption_template', 'caption_pattern', 'caption_replacement', 'caption_share',
-                   'labels_file')
+NOT_VECTOR_KEYS = (
+  'image_key',
+  'caption_template',
+  'caption_pattern',
+  'caption_replacement',
+  'caption_share',
+  'labels_file',
+)
 
 
 def check(config: ConfigDict) -> None:
@@ -44,7 +50,8 @@ def check(config: ConfigDict) -> None:
   _dedup(config)
   _vectors(config)
   if (config.splits and blocks.has_own_images(config, blocks.POOL)) or 'train' in [
-      block.source for block in (config.embedder, *config.embedders.values())]:
+    block.source for block in (config.embedder, *config.embedders.values())
+  ]:
     _model(config)
     _training(config)
 
@@ -52,8 +59,11 @@ def check(config: ConfigDict) -> None:
 def _top(config: ConfigDict) -> None:
   """The keys of the config itself, and all blocks but those of datasets and splits."""
   known = defaults.get_config()
-  check_keys.block('config', config, {name: Key({} if isinstance(value, ConfigDict) else value)
-                                      for name, value in known.items()})
+  check_keys.block(
+    'config',
+    config,
+    {name: Key({} if isinstance(value, ConfigDict) else value) for name, value in known.items()},
+  )
   for name, value in known.items():
     if isinstance(value, ConfigDict) and not isinstance(config[name], ConfigDict):
       raise ConfigError(f'config.{name} must be a block of keys, got {config[name]!r}.')
@@ -73,34 +83,49 @@ def _dataset(name: str, block: ConfigDict, known: Mapping[str, Key]) -> None:
   check_keys.one_of(f'{where}.format', block.format, names)
   if block.format == 'concat':
     if not block.sources:
-      raise ConfigError(f'{where}.sources is empty: format "concat" joins sources=dict(name=dataset(...)).')
+      raise ConfigError(
+        f'{where}.sources is empty: format "concat" joins sources=dict(name=dataset(...)).'
+      )
     for key, part in block.sources.items():
       _dataset(f'{name}.sources.{key}', part, defaults.DATASET)
   elif block.format == 'glyphs':
     from clip_jax.demo import glyphs  # PIL, for the demo only
+
     check_keys.one_of(f'{where}.path', block.path or blocks.POOL, glyphs.SETS)
   elif not block.path:
-    raise ConfigError(f'{where}.path is not given: a folder or a pattern such as "DIR/*.tar", for example '
-                      f'--{where}.path=DIR.')
+    raise ConfigError(
+      f'{where}.path is not given: a folder or a pattern such as "DIR/*.tar", for example '
+      f'--{where}.path=DIR.'
+    )
   for key in NOT_VECTOR_KEYS if block.format == blocks.VECTORS else VECTOR_KEYS:
     if block[key] != known[key].default:
-      raise ConfigError(f'{where}.{key}={block[key]!r}: the format {block.format!r} does not read it. Leave it out.')
+      raise ConfigError(
+        f'{where}.{key}={block[key]!r}: the format {block.format!r} does not read it. Leave it out.'
+      )
   if block.labels_file:
     if block.format != 'folder':
-      raise ConfigError(f'{where}.labels_file={block.labels_file!r}: only the format folder reads it.')
+      raise ConfigError(
+        f'{where}.labels_file={block.labels_file!r}: only the format folder reads it.'
+      )
     if block.label_key:
-      raise ConfigError(f'{where}: labels come from labels_file or from label_key; give one of the two.')
+      raise ConfigError(
+        f'{where}: labels come from labels_file or from label_key; give one of the two.'
+      )
     if not os.path.isfile(os.path.expanduser(block.labels_file)):
       raise ConfigError(f'{where}.labels_file={block.labels_file!r} is not there.')
 
 
 def _benchmark(where: str, block: ConfigDict) -> None:
   if len(block.classes) == 1:
-    raise ConfigError(f'{where}.classes has one class, {block.classes[0]!r}: with one, every prediction is '
-                      'right. Give all classes.')
+    raise ConfigError(
+      f'{where}.classes has one class, {block.classes[0]!r}: with one, every prediction is '
+      'right. Give all classes.'
+    )
   for name in block.class_mask:
     if block.classes and name not in block.classes:
-      raise ConfigError(f'{where}.class_mask: {name!r} is not a class.{config_lib.nearest(name, block.classes)}')
+      raise ConfigError(
+        f'{where}.class_mask: {name!r} is not a class.{config_lib.nearest(name, block.classes)}'
+      )
 
 
 def _reference(config: ConfigDict, name: str) -> None:
@@ -108,21 +133,29 @@ def _reference(config: ConfigDict, name: str) -> None:
   block, where = config.references[name], f'config.references.{name}'
   check_keys.valid_name('references', name)
   if name in blocks.RESERVED or name in config.benchmarks:
-    raise ConfigError(f'{where}: this name is taken{" by a benchmark" if name in config.benchmarks else ""}; choose '
-                      'another.')
+    raise ConfigError(
+      f'{where}: this name is taken{" by a benchmark" if name in config.benchmarks else ""}; choose '
+      'another.'
+    )
   if config.search.backend != 'exact':
-    raise ConfigError(f'{where}: every pool row is compared with a reference, and config.search.backend='
-                      f'{config.search.backend!r} does not. Use --config.search.backend=exact.')
+    raise ConfigError(
+      f'{where}: every pool row is compared with a reference, and config.search.backend='
+      f'{config.search.backend!r} does not. Use --config.search.backend=exact.'
+    )
   if not blocks.is_prompts(config, name):
     _dataset(f'references.{name}', block, defaults.REFERENCE)
     return
   check_keys.block(where, block, defaults.REFERENCE)
   if len(block.classes) < 2 or len(set(block.classes)) < len(block.classes):
-    raise ConfigError(f'{where}.classes={block.classes} must be two or more different names: the nearest prompt says '
-                      'which one a row is.')
+    raise ConfigError(
+      f'{where}.classes={block.classes} must be two or more different names: the nearest prompt says '
+      'which one a row is.'
+    )
   if config.embedder.source not in ('train', 'weights'):
-    raise ConfigError(f'{where}: prompts need an embedder with a text tower, and config.embedder.source='
-                      f'{config.embedder.source!r} has none. Use weights or train, or give labelled examples.')
+    raise ConfigError(
+      f'{where}: prompts need an embedder with a text tower, and config.embedder.source='
+      f'{config.embedder.source!r} has none. Use weights or train, or give labelled examples.'
+    )
 
 
 def _planted(config: ConfigDict) -> None:
@@ -131,18 +164,24 @@ def _planted(config: ConfigDict) -> None:
   for name in config.splits:
     if blocks.holds_planted(config, name):
       if not block.benchmark:
-        raise ConfigError(f'config.splits.{name}: the rule planted needs copies to hold; give {where}.benchmark.')
+        raise ConfigError(
+          f'config.splits.{name}: the rule planted needs copies to hold; give {where}.benchmark.'
+        )
       for kind in config.splits[name].export:
         if kind in LISTS_OF_POOL:
-          raise ConfigError(f'config.splits.{name}.export: {kind!r} lists keys of the pool, which cannot name '
-                            'planted copies: who reads it would train without them. Use keys, webdataset or '
-                            'array_record.')
+          raise ConfigError(
+            f'config.splits.{name}.export: {kind!r} lists keys of the pool, which cannot name '
+            'planted copies: who reads it would train without them. Use keys, webdataset or '
+            'array_record.'
+          )
   if not block.benchmark:
     return
   check_keys.one_of(f'{where}.benchmark', block.benchmark, config.benchmarks)
   if config.embedder.source == 'files':
-    raise ConfigError(f'{where}.benchmark={block.benchmark!r}: copies are made of images and embedded, and here are '
-                      'vectors only. Set it to \'\'.')
+    raise ConfigError(
+      f'{where}.benchmark={block.benchmark!r}: copies are made of images and embedded, and here are '
+      "vectors only. Set it to ''."
+    )
 
 
 def _vectors(config: ConfigDict) -> None:
@@ -151,67 +190,96 @@ def _vectors(config: ConfigDict) -> None:
   source = config.embedder.source
   if source == 'files':
     for name, dataset in blocks.datasets(config).items():
-      if other := [part.format for _, part in blocks.flatten(dataset) if part.format != blocks.VECTORS]:
-        raise ConfigError(f'config.embedder.source=files takes the vectors of every dataset from files, and {name} is '
-                          f'of format {other[0]!r}. Give its vectors (format=embeddings), or the weights that made '
-                          'the others: --config.embedder.source=weights.')
+      if other := [
+        part.format for _, part in blocks.flatten(dataset) if part.format != blocks.VECTORS
+      ]:
+        raise ConfigError(
+          f'config.embedder.source=files takes the vectors of every dataset from files, and {name} is '
+          f'of format {other[0]!r}. Give its vectors (format=embeddings), or the weights that made '
+          'the others: --config.embedder.source=weights.'
+        )
   elif given and source != 'weights':
-    raise ConfigError(f'config.embedder.source={source}: {given[0]} holds vectors of another embedder (format '
-                      'embeddings), which cannot be compared with its own. Use --config.embedder.source=files, or '
-                      'weights, those that made the vectors.')
+    raise ConfigError(
+      f'config.embedder.source={source}: {given[0]} holds vectors of another embedder (format '
+      'embeddings), which cannot be compared with its own. Use --config.embedder.source=files, or '
+      'weights, those that made the vectors.'
+    )
   for name in given:
     for prefix, block in blocks.flatten(blocks.datasets(config)[name]):
       if block.images and not keyed_images.is_there(block.images):
-        flag = benchmark_dirs.flag(config, name, f'sources.{prefix[:-1]}.images' if prefix else 'images')
-        raise ConfigError(f'{flag}={block.images} is no folder of images, and no tars. Correct it, or leave it out.')
+        flag = benchmark_dirs.flag(
+          config, name, f'sources.{prefix[:-1]}.images' if prefix else 'images'
+        )
+        raise ConfigError(
+          f'{flag}={block.images} is no folder of images, and no tars. Correct it, or leave it out.'
+        )
   if blocks.POOL in given:
     for name, split in config.splits.items():
       if copies := [kind for kind in split.export if kind in ('webdataset', 'array_record')]:
-        raise ConfigError(f'config.splits.{name}.export: {copies[0]} copies images, and the pool has none (format '
-                          'embeddings). Export datacomp, keys or clip_ood.')
+        raise ConfigError(
+          f'config.splits.{name}.export: {copies[0]} copies images, and the pool has none (format '
+          'embeddings). Export datacomp, keys or clip_ood.'
+        )
     if not (config.benchmarks or config.splits or config.references):
-      raise ConfigError('There is nothing to compare the pool with. Name benchmarks, for example '
-                        "--config.benchmark_dirs='sketch=DIR,val=DIR'.")
+      raise ConfigError(
+        'There is nothing to compare the pool with. Name benchmarks, for example '
+        "--config.benchmark_dirs='sketch=DIR,val=DIR'."
+      )
 
 
 def stages(config: ConfigDict, names: Sequence[str]) -> None:
   """Raises ConfigError where a stage that will run needs images that are not there."""
-  reads = {'train': [blocks.POOL, *([blocks.ANCHOR] if blocks.has_anchor(config) else [])],
-           'evaluate': list(config.benchmarks)}
+  reads = {
+    'train': [blocks.POOL, *([blocks.ANCHOR] if blocks.has_anchor(config) else [])],
+    'evaluate': list(config.benchmarks),
+  }
   if not config.splits:
     return
   for stage, datasets in reads.items():
     for name in datasets if stage in names else ():
       if not blocks.has_own_images(config, name):
-        raise ConfigError(f'{name} has no images (format embeddings), which the stage {stage} needs for the config\'s '
-                          'splits. Leave it out: --stages=ingest,embedder,embed,dedup,search,prune,report.')
+        raise ConfigError(
+          f"{name} has no images (format embeddings), which the stage {stage} needs for the config's "
+          'splits. Leave it out: --stages=ingest,embedder,embed,dedup,search,prune,report.'
+        )
 
 
 def _embedders(config: ConfigDict) -> None:
   """The further embedders, and who uses them."""
   for name, block in config.embedders.items():
     if block.source == 'files':
-      raise ConfigError(f'config.embedders.{name}.source=files: the vectors on disk are those of config.embedder. To '
-                        'compare them with other vectors, use two work directories.')
+      raise ConfigError(
+        f'config.embedders.{name}.source=files: the vectors on disk are those of config.embedder. To '
+        'compare them with other vectors, use two work directories.'
+      )
   p = config.prune
-  users = [('dedup.embedder', config.dedup.embedder), ('prune.preview', p.preview),
-           *(('prune.sensitivity', name) for name in p.sensitivity)]
+  users = [
+    ('dedup.embedder', config.dedup.embedder),
+    ('prune.preview', p.preview),
+    *(('prune.sensitivity', name) for name in p.sensitivity),
+  ]
   for key, name in users:
     if name:
       check_keys.one_of(f'config.{key}', name, config.embedders)
       for dataset in blocks.datasets(config):
         if not blocks.has_own_images(config, dataset):
-          raise ConfigError(f'config.{key}={name!r}: {dataset} is vectors (format embeddings), and a further embedder '
-                            'needs images. Leave it out, or give images.')
+          raise ConfigError(
+            f'config.{key}={name!r}: {dataset} is vectors (format embeddings), and a further embedder '
+            'needs images. Leave it out, or give images.'
+          )
   if config.dedup.embedder and config.benchmarks and not p.duplicate_similarity:
-    raise ConfigError(f'config.dedup.threshold={config.dedup.threshold} is for similarities of config.dedup.embedder='
-                      f'{config.dedup.embedder!r}, not for those that the search finds. Say from which one of these '
-                      'two images count as duplicates, for example --config.prune.duplicate_similarity=0.95.')
+    raise ConfigError(
+      f'config.dedup.threshold={config.dedup.threshold} is for similarities of config.dedup.embedder='
+      f'{config.dedup.embedder!r}, not for those that the search finds. Say from which one of these '
+      'two images count as duplicates, for example --config.prune.duplicate_similarity=0.95.'
+    )
   if len(set(p.sensitivity)) != len(p.sensitivity):
     raise ConfigError(f'config.prune.sensitivity={p.sensitivity} names an embedder twice.')
   if p.sensitivity and config.search.backend != 'exact':
-    raise ConfigError('config.prune.sensitivity compares every candidate, which ScaNN does not score. Use '
-                      '--config.search.backend=exact.')
+    raise ConfigError(
+      'config.prune.sensitivity compares every candidate, which ScaNN does not score. Use '
+      '--config.search.backend=exact.'
+    )
 
 
 def _dedup(config: ConfigDict) -> None:
@@ -219,18 +287,24 @@ def _dedup(config: ConfigDict) -> None:
   if not d.enabled:
     return
   if 0 < d.sample_rows < d.clusters:
-    raise ConfigError(f'config.dedup.sample_rows={d.sample_rows} must be at least config.dedup.clusters={d.clusters}: '
-                      'every cluster needs a row to start from.')
+    raise ConfigError(
+      f'config.dedup.sample_rows={d.sample_rows} must be at least config.dedup.clusters={d.clusters}: '
+      'every cluster needs a row to start from.'
+    )
   block, where = config.embedder, 'config.embedder'
   if d.embedder in config.embedders:
     block, where = config.embedders[d.embedder], f'config.embedders.{d.embedder}'
   if d.survivor == 'best' and block.source not in ('train', 'weights'):
-    raise ConfigError(f"config.dedup.survivor='best' compares images with captions, and {where}.source="
-                      f"{block.source!r} has no text tower. Use 'train' or 'weights', here or by "
-                      'config.dedup.embedder, or another survivor.')
+    raise ConfigError(
+      f"config.dedup.survivor='best' compares images with captions, and {where}.source="
+      f"{block.source!r} has no text tower. Use 'train' or 'weights', here or by "
+      'config.dedup.embedder, or another survivor.'
+    )
   if d.survivor == 'largest' and config.pool.format == 'embeddings':
-    raise ConfigError("config.dedup.survivor='largest' needs the images' sizes, and config.pool is vectors only. Use "
-                      "'first' or 'longest'.")
+    raise ConfigError(
+      "config.dedup.survivor='largest' needs the images' sizes, and config.pool is vectors only. Use "
+      "'first' or 'longest'."
+    )
 
 
 def embedder_weights(x: Experiment) -> None:
@@ -244,10 +318,14 @@ def embedder_weights(x: Experiment) -> None:
       continue
     given, path = view.embedder_block.path, models.weights_path(view)
     if not given:
-      raise ConfigError(f'{where}.path is not given: a file of weights, for example '
-                        f'--{where}.path=open_clip_model.safetensors.')
+      raise ConfigError(
+        f'{where}.path is not given: a file of weights, for example '
+        f'--{where}.path=open_clip_model.safetensors.'
+      )
     if not models.is_weights(path):
-      raise ConfigError(f'{where}.path={given!r} must be a file that ends in {", ".join(weights.ENDINGS)}.')
+      raise ConfigError(
+        f'{where}.path={given!r} must be a file that ends in {", ".join(weights.ENDINGS)}.'
+      )
     if not os.path.isfile(path):
       raise ConfigError(f'{where}.path={given!r} is not there.')
     models.embedder_architecture(view)
@@ -256,18 +334,24 @@ def embedder_weights(x: Experiment) -> None:
 def _model(config: ConfigDict) -> None:
   found = models.architecture(config)
   if config.train.patch_dropout and not isinstance(found.vision, zoo.ViTConfig):
-    raise ConfigError(f'config.train.patch_dropout={config.train.patch_dropout}: the image tower of '
-                      f'{config.model.name} has no patches. Set it to 0.')
+    raise ConfigError(
+      f'config.train.patch_dropout={config.train.patch_dropout}: the image tower of '
+      f'{config.model.name} has no patches. Set it to 0.'
+    )
 
 
 def _training(config: ConfigDict) -> None:
   t = config.train
   if t.order == 'blocks' and t.loader_processes:
-    raise ConfigError(f'config.train.order=blocks with config.train.loader_processes={t.loader_processes}: every '
-                      'process would read everything. Set loader_processes to 0 and use more loader_threads.')
+    raise ConfigError(
+      f'config.train.order=blocks with config.train.loader_processes={t.loader_processes}: every '
+      'process would read everything. Set loader_processes to 0 and use more loader_threads.'
+    )
   if t.budget == 'samples' and t.samples < t.batch_size:
-    raise ConfigError(f'config.train.samples={t.samples} is less than one batch ({t.batch_size}). Set the samples '
-                      'a run sees, or --config.train.budget=epochs.')
+    raise ConfigError(
+      f'config.train.samples={t.samples} is less than one batch ({t.batch_size}). Set the samples '
+      'a run sees, or --config.train.budget=epochs.'
+    )
   if t.budget == 'epochs' and t.epochs <= 0:
     raise ConfigError(f'config.train.epochs={t.epochs} must be more than 0.')
   known = [f'{split}/seed{seed}' for split, seed in blocks.runs(config)]

@@ -17,12 +17,16 @@ def block(where: str, got: ConfigDict, keys: Mapping[str, Key]) -> None:
   if not isinstance(got, ConfigDict):
     raise ConfigError(f'{where} must be a block made by defaults.py, got {got!r}.')
   if lost := [key for key in keys if key not in got]:
-    raise ConfigError(f'{where} has no key {lost[0]!r}: a bare dict loses the defaults. Make the block with the '
-                      'functions of defaults.py, and then set single keys.')
+    raise ConfigError(
+      f'{where} has no key {lost[0]!r}: a bare dict loses the defaults. Make the block with the '
+      'functions of defaults.py, and then set single keys.'
+    )
   for name, value in got.items():
     if name not in keys:
       raise ConfigError(f'{where}.{name} is not a config key.{config_lib.nearest(name, keys)}')
-    if not isinstance(value, ConfigDict):  # a table of names (where, sources) is checked by what reads it
+    if not isinstance(
+      value, ConfigDict
+    ):  # a table of names (where, sources) is checked by what reads it
       keys[name].check(f'{where}.{name}', value)
     elif keys[name].default != {}:
       raise ConfigError(f'{where}.{name} must be {type(keys[name].default).__name__}, got a block.')
@@ -44,5 +48,7 @@ def different(where: str, given: Sequence[str], names: Iterable[str]) -> None:
 
 def valid_name(where: str, name: str) -> None:
   if not NAME.fullmatch(name):
-    raise ConfigError(f'config.{where}.{name}: a name is letters, digits, _ and -, and begins with a letter or '
-                      'a digit.')
+    raise ConfigError(
+      f'config.{where}.{name}: a name is letters, digits, _ and -, and begins with a letter or '
+      'a digit.'
+    )

@@ -23,11 +23,20 @@ from clip_jax.stages import benchmark_dirs, check, evaluate, ingest, models
 POLL_SECS = 5.0
 
 
-def run(config: ConfigDict, path: str | None, *, model: str, benchmarks: list[str] | None, output: str,
-        follow: bool) -> None:
+def run(
+  config: ConfigDict,
+  path: str | None,
+  *,
+  model: str,
+  benchmarks: list[str] | None,
+  output: str,
+  follow: bool,
+) -> None:
   """Evaluates a checkpoint; with `follow` every new one until Ctrl-C."""
   if not path:
-    raise ConfigError('--checkpoint is not given, for example --checkpoint=runs/demo/train/base/seed0.')
+    raise ConfigError(
+      '--checkpoint is not given, for example --checkpoint=runs/demo/train/base/seed0.'
+    )
   path = models.located(path)
   if follow and models.is_weights(path):
     raise ConfigError(f'--follow: {path} is a file of weights, to which no steps are added.')
@@ -36,13 +45,20 @@ def run(config: ConfigDict, path: str | None, *, model: str, benchmarks: list[st
   names = benchmarks or list(config.benchmarks)
   for name in names:
     if name not in config.benchmarks:
-      raise ConfigError(f'--benchmarks={name!r} is not in the config.'
-                        f'{config_lib.nearest(name, config.benchmarks)}')
+      raise ConfigError(
+        f'--benchmarks={name!r} is not in the config.{config_lib.nearest(name, config.benchmarks)}'
+      )
     if not blocks.has_own_images(config, name):
-      raise ConfigError(f'{name} has no images (format embeddings), so no model can be evaluated on it. Leave it out '
-                        'with --benchmarks.')
-  loaded = None if follow else models.load(path, model)  # before the benchmarks are read: is there one?
-  with tempfile.TemporaryDirectory() as scratch:  # the benchmarks' index; nothing of a work directory is needed
+      raise ConfigError(
+        f'{name} has no images (format embeddings), so no model can be evaluated on it. Leave it out '
+        'with --benchmarks.'
+      )
+  loaded = (
+    None if follow else models.load(path, model)
+  )  # before the benchmarks are read: is there one?
+  with (
+    tempfile.TemporaryDirectory() as scratch
+  ):  # the benchmarks' index; nothing of a work directory is needed
     x = Experiment(config, scratch)
     for name in names:
       _ingest(x, name)
@@ -50,13 +66,19 @@ def run(config: ConfigDict, path: str | None, *, model: str, benchmarks: list[st
       _evaluate(x, path, loaded, names, output)
       return
     done: set[int] = set()
-    logging.info('Following %s; Ctrl-C ends it.%s', path, '' if _steps(path) else ' No checkpoint is there yet.')
+    logging.info(
+      'Following %s; Ctrl-C ends it.%s',
+      path,
+      '' if _steps(path) else ' No checkpoint is there yet.',
+    )
     while True:
       for step, folder in _steps(path).items():
         if step in done:
           continue
         done.add(step)
-        loaded = _load_while_there(folder, model, lambda step=step: step == max(_steps(path), default=step))
+        loaded = _load_while_there(
+          folder, model, lambda step=step: step == max(_steps(path), default=step)
+        )
         if loaded is not None:
           _evaluate(x, folder, loaded, names, os.path.join(output, f'{step:08d}') if output else '')
       time.sleep(POLL_SECS)
@@ -67,7 +89,9 @@ def _ingest(x: Experiment, name: str) -> None:
     products.make(x.workdir, list(batch), lambda todo: ingest.MAKERS[todo[0].kind](x, todo))
 
 
-def _load_while_there(folder: str, model: str, is_newest: Callable[[], bool]) -> models.Model | None:
+def _load_while_there(
+  folder: str, model: str, is_newest: Callable[[], bool]
+) -> models.Model | None:
   """Returns the model of a step; None, with a warning, where it cannot be read and a newer one is there.
 
   Training removes old ones (train.keep_checkpoints), maybe while they are read.
@@ -77,7 +101,10 @@ def _load_while_there(folder: str, model: str, is_newest: Callable[[], bool]) ->
   except InputError as error:
     if is_newest():
       raise
-    logging.warning('Not evaluated: %s Training keeps the newest only; more with config.train.keep_checkpoints.', error)
+    logging.warning(
+      'Not evaluated: %s Training keeps the newest only; more with config.train.keep_checkpoints.',
+      error,
+    )
     return None
 
 
@@ -88,8 +115,11 @@ def _evaluate(x: Experiment, path: str, model: models.Model, names: list[str], o
   for name in names:
     result, arrays = evaluate.score(x, name, model)
     result['checkpoint'] = checkpoint
-    interval = ('unknown: all images are of one group' if result['top1_low'] is None
-                else f'{100 * result["top1_low"]:.1f} to {100 * result["top1_high"]:.1f}')
+    interval = (
+      'unknown: all images are of one group'
+      if result['top1_low'] is None
+      else f'{100 * result["top1_low"]:.1f} to {100 * result["top1_high"]:.1f}'
+    )
     logging.info('  %-20s %7d %7.1f%%  %s', name, result['n'], 100 * result['top1'], interval)
     if output:
       files.write_npz(os.path.join(output, f'{name}.npz'), **arrays)

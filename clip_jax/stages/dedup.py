@@ -7,12 +7,12 @@ priority.npy float64 [N]. Rows are only marked; nothing is renumbered. Samples t
 A killed run goes on in the k-means (kmeans-state.npz, after an iteration) and in what follows (parts-*/).
 """
 
+from collections.abc import Iterator
 import dataclasses
 import math
 import os
 import shutil
 import time
-from collections.abc import Iterator
 
 from absl import logging
 import numpy as np
@@ -31,14 +31,16 @@ from clip_jax.stages import models
 KEEP, DUPLICATE_OF, CENTERS = 'dedup/keep.npy', 'dedup/duplicate_of.npy', 'dedup/centers.npy'
 PRIORITY = 'dedup/priority.npy'
 STATE, PARTS = 'dedup/kmeans-state.npz', 'dedup/parts-'
-STATE_SHARE = 0.02   # of the time of k-means that saving its state may take: 1.6 GB for 400 million rows
-PART_SECS = 30.0     # of the passes after it: a kill loses no more
-CAPTIONS = 16_384    # captions encoded between two saves
+STATE_SHARE = (
+  0.02  # of the time of k-means that saving its state may take: 1.6 GB for 400 million rows
+)
+PART_SECS = 30.0  # of the passes after it: a kill loses no more
+CAPTIONS = 16_384  # captions encoded between two saves
 
 
 def mark(x: Experiment, todo: list[Product]) -> Made:
   """Marks the near-duplicates."""
-  product, = todo
+  (product,) = todo
   _clear(x, but=product.fingerprint)
   pool = _pool(x)
   usable = pool.usable & ~workdir.in_anchor(x)
@@ -58,9 +60,14 @@ def mark(x: Experiment, todo: list[Product]) -> Made:
   keep[rows], duplicate_of[rows] = False, of
   for name, array in ((KEEP, keep), (DUPLICATE_OF, duplicate_of), (CENTERS, result.centers)):
     files.write_npy(x.path(name), array)
-  counts = {'usable': int(usable.sum()), 'duplicates': len(rows), 'clusters': len(result.centers),
-            'iterations': result.iterations, 'changed': result.changed,
-            'largest_cluster': int(np.bincount(result.assignment[usable]).max())}
+  counts = {
+    'usable': int(usable.sum()),
+    'duplicates': len(rows),
+    'clusters': len(result.centers),
+    'iterations': result.iterations,
+    'changed': result.changed,
+    'largest_cluster': int(np.bincount(result.assignment[usable]).max()),
+  }
   _log(x, counts)
   yield product, made, counts
   _clear(x, but='')  # after the sidecar: a kill in between loses nothing
@@ -77,23 +84,37 @@ def _check_vectors(x: Experiment, pool) -> None:
     vectors, usable = pool.shard(shard)
     rows = np.flatnonzero(usable)
     for start in range(0, len(rows), 65_536):
-      some = rows[start:start + 65_536]
-      tiles.check_norms(np.linalg.norm(vectors[some].astype(np.float32), axis=1), some,
-                        workdir.embeddings_path(x.under(x.config.dedup.embedder), POOL, shard))
+      some = rows[start : start + 65_536]
+      tiles.check_norms(
+        np.linalg.norm(vectors[some].astype(np.float32), axis=1),
+        some,
+        workdir.embeddings_path(x.under(x.config.dedup.embedder), POOL, shard),
+      )
 
 
 def _log(x: Experiment, counts: dict) -> None:
   d, share = x.config.dedup, counts['duplicates'] / counts['usable']
   embedder = f' to {d.embedder}' if d.embedder else ''
   stays = f'; of duplicates {SURVIVORS[d.survivor]} stays' if d.survivor != 'first' else ''
-  logging.info('dedup: %s of %s usable pool rows are near-duplicates (%.1f %%): similarity%s over %.4g inside one '
-               'of %s (the largest: %s), k-means of %s%s.', f'{counts["duplicates"]:,}', f'{counts["usable"]:,}',
-               100 * share, embedder, 1 - d.threshold, progress.counted(counts['clusters'], 'cluster'),
-               progress.counted(counts['largest_cluster'], 'row'),
-               progress.counted(counts['iterations'], 'iteration'), stays)
+  logging.info(
+    'dedup: %s of %s usable pool rows are near-duplicates (%.1f %%): similarity%s over %.4g inside one '
+    'of %s (the largest: %s), k-means of %s%s.',
+    f'{counts["duplicates"]:,}',
+    f'{counts["usable"]:,}',
+    100 * share,
+    embedder,
+    1 - d.threshold,
+    progress.counted(counts['clusters'], 'cluster'),
+    progress.counted(counts['largest_cluster'], 'row'),
+    progress.counted(counts['iterations'], 'iteration'),
+    stays,
+  )
   if share > 0.5:
-    logging.warning('De-duplication drops more than half of the pool. Each embedder needs its own '
-                    'config.dedup.threshold (now %g): is this one too large?', d.threshold)
+    logging.warning(
+      'De-duplication drops more than half of the pool. Each embedder needs its own '
+      'config.dedup.threshold (now %g): is this one too large?',
+      d.threshold,
+    )
 
 
 def _cluster(x: Experiment, pool, usable: Array, product: Product) -> kmeans.KMeans:
@@ -103,12 +124,18 @@ def _cluster(x: Experiment, pool, usable: Array, product: Product) -> kmeans.KMe
   if not 0 < d.sample_rows < n:
     return _fit(x, pool, usable, clusters, product)
   if d.sample_rows < clusters:
-    raise InputError(f'config.dedup.sample_rows={d.sample_rows:,} is less than the {clusters:,} clusters that '
-                     f'{n:,} usable pool rows get. Set more rows, some 256 a cluster, or config.dedup.clusters.')
+    raise InputError(
+      f'config.dedup.sample_rows={d.sample_rows:,} is less than the {clusters:,} clusters that '
+      f'{n:,} usable pool rows get. Set more rows, some 256 a cluster, or config.dedup.clusters.'
+    )
   sample = np.zeros(len(usable), bool)
   sample[draw(np.flatnonzero(usable), d.sample_rows, (d.seed, 1))] = True
-  logging.info('dedup: k-means of a sample of %s of %s usable rows (config.dedup.sample_rows), then one pass that '
-               'assigns all.', f'{d.sample_rows:,}', f'{n:,}')
+  logging.info(
+    'dedup: k-means of a sample of %s of %s usable rows (config.dedup.sample_rows), then one pass that '
+    'assigns all.',
+    f'{d.sample_rows:,}',
+    f'{n:,}',
+  )
   result = _fit(x, pool, sample, clusters, product)
   parts = _Parts(x, product, 'assignment')
   saved = next(iter(parts), None)
@@ -119,7 +146,9 @@ def _cluster(x: Experiment, pool, usable: Array, product: Product) -> kmeans.KMe
   return dataclasses.replace(result, assignment=saved['assignment'])
 
 
-def _fit(x: Experiment, pool, rows: Array, clusters: int, product: Product) -> kmeans.KMeans:  # rows [N] bool
+def _fit(
+  x: Experiment, pool, rows: Array, clusters: int, product: Product
+) -> kmeans.KMeans:  # rows [N] bool
   """K-means whose state is saved after an iteration, and after the last: a killed run goes on from there."""
   d, path = x.config.dedup, x.path(STATE)
   state, unsaved, saved_at, took = None, None, -math.inf, 0.0
@@ -128,7 +157,9 @@ def _fit(x: Experiment, pool, rows: Array, clusters: int, product: Product) -> k
     if str(saved['fingerprint']) == product.fingerprint and len(saved['assignment']) == rows.sum():
       assignment = np.full(len(rows), -1, np.int32)
       assignment[rows] = saved['assignment']
-      state = kmeans.KMeans(saved['centers'], assignment, int(saved['iterations']), int(saved['changed']))
+      state = kmeans.KMeans(
+        saved['centers'], assignment, int(saved['iterations']), int(saved['changed'])
+      )
       logging.info('dedup: k-means goes on after iteration %d.', state.iterations)
     else:
       logging.info('dedup: a half-done k-means of another config is left aside.')
@@ -136,25 +167,46 @@ def _fit(x: Experiment, pool, rows: Array, clusters: int, product: Product) -> k
   def write(state: kmeans.KMeans) -> None:
     nonlocal unsaved, saved_at, took
     began = time.monotonic()
-    files.write_npz(path, fingerprint=np.array(product.fingerprint),
-                    **vars(state) | {'assignment': state.assignment[rows]})
+    files.write_npz(
+      path,
+      fingerprint=np.array(product.fingerprint),
+      **vars(state) | {'assignment': state.assignment[rows]},
+    )
     unsaved, saved_at, took = None, time.monotonic(), time.monotonic() - began
 
-  with progress.Bar(total=d.max_iterations, desc='k-means', unit='iteration',
-                    initial=state.iterations if state else 0) as bar:
+  with progress.Bar(
+    total=d.max_iterations,
+    desc='k-means',
+    unit='iteration',
+    initial=state.iterations if state else 0,
+  ) as bar:
+
     def save(state: kmeans.KMeans) -> None:
       nonlocal unsaved
       unsaved = state
       if took <= STATE_SHARE * (time.monotonic() - saved_at):
         write(state)
       bar.update()
-    result = kmeans.fit(pool, rows, clusters=clusters, seed=d.seed, initial_similarity=d.initial_similarity,
-                        min_change=d.min_change, max_iterations=d.max_iterations, on_iteration=save, state=state)
+
+    result = kmeans.fit(
+      pool,
+      rows,
+      clusters=clusters,
+      seed=d.seed,
+      initial_similarity=d.initial_similarity,
+      min_change=d.min_change,
+      max_iterations=d.max_iterations,
+      on_iteration=save,
+      state=state,
+    )
   if unsaved is not None:
     write(unsaved)
   if result.changed >= max(1, d.min_change * rows.sum()):
-    logging.warning('dedup: k-means stopped after %d iterations with %d assignments still changing.',
-                    result.iterations, result.changed)
+    logging.warning(
+      'dedup: k-means stopped after %d iterations with %d assignments still changing.',
+      result.iterations,
+      result.changed,
+    )
   return result
 
 
@@ -171,20 +223,33 @@ class _Pairs:
     """Returns the rows [m] that are dropped, and of which row each is a duplicate [m]. `name` tells passes apart."""
     parts = self.parts(f'pairs-{name}')
     saved = list(parts)
-    done, total = int(saved[-1]['blocks']) if saved else 0, duplicates.blocks(usable, self._assignment)
+    done, total = (
+      int(saved[-1]['blocks']) if saved else 0,
+      duplicates.blocks(usable, self._assignment),
+    )
     if saved:
-      logging.info('dedup: the pairs (%s) go on after block %s of %s.', name, f'{done:,}', f'{total:,}')
+      logging.info(
+        'dedup: the pairs (%s) go on after block %s of %s.', name, f'{done:,}', f'{total:,}'
+      )
 
     def add(blocks: int, waiting: list) -> None:
-      arrays = {key: np.concatenate([np.zeros(0, np.int64), *(getattr(part, key) for part in waiting)])
-                for key in ('rows', 'duplicate_of')}
+      arrays = {
+        key: np.concatenate([np.zeros(0, np.int64), *(getattr(part, key) for part in waiting)])
+        for key in ('rows', 'duplicate_of')
+      }
       parts.add(blocks=np.array(blocks), **arrays)
       saved.append(arrays)
 
     waiting, saved_at = [], time.monotonic()
     with progress.Bar(total=total, desc='pairs', unit='block', initial=done) as bar:
-      for part in duplicates.dropped(self._pool, usable, self._assignment, threshold=self._x.config.dedup.threshold,
-                                     priority=priority, start=done):
+      for part in duplicates.dropped(
+        self._pool,
+        usable,
+        self._assignment,
+        threshold=self._x.config.dedup.threshold,
+        priority=priority,
+        start=done,
+      ):
         waiting.append(part)
         bar.update(part.blocks - done)
         done = part.blocks
@@ -202,12 +267,17 @@ def _priority(x: Experiment, pool, usable: Array, pairs: _Pairs) -> tuple[Array,
   if survivor == 'best':
     return _similarities(x, pool, usable, source, pairs)
   if survivor == 'largest':
-    priority, what = source.column('width').astype(np.float64) * source.column('height'), 'size of its image'
+    priority, what = (
+      source.column('width').astype(np.float64) * source.column('height'),
+      'size of its image',
+    )
   else:
     priority, what = source.caption_lengths.astype(np.float64), 'caption'
   if not (priority[usable] > 0).any():
-    raise InputError(f'config.dedup.survivor={survivor!r}: no usable row of the pool has a {what} in the index. Use '
-                     '--config.dedup.survivor=first.')
+    raise InputError(
+      f'config.dedup.survivor={survivor!r}: no usable row of the pool has a {what} in the index. Use '
+      '--config.dedup.survivor=first.'
+    )
   return np.nan_to_num(priority), usable
 
 
@@ -225,19 +295,22 @@ def _similarities(x: Experiment, pool, usable: Array, source, pairs: _Pairs) -> 
   done = [part['similarity'] for part in parts]
   left = len(done) * CAPTIONS < len(rows)
   encode = models.text_tower(x.under(x.config.dedup.embedder)) if left else None
-  with progress.Bar(total=len(rows), desc='captions', unit='caption',
-                    initial=min(len(done) * CAPTIONS, len(rows))) as bar:
+  with progress.Bar(
+    total=len(rows), desc='captions', unit='caption', initial=min(len(done) * CAPTIONS, len(rows))
+  ) as bar:
     for start in range(len(done) * CAPTIONS, len(rows), CAPTIONS):
       similarity = []
       for first in range(start, min(start + CAPTIONS, len(rows)), 1024):
-        some = rows[first:min(first + 1024, start + CAPTIONS)]
+        some = rows[first : min(first + 1024, start + CAPTIONS)]
         texts = np.asarray(encode([source.caption(row) for row in some]), np.float64)
         similarity.append(np.einsum('me,me->m', pool[some].astype(np.float64), texts))
         bar.update(len(some))
       done.append(np.concatenate(similarity))
       parts.add(similarity=done[-1])
   priority[rows] = np.concatenate([np.zeros(0), *done])
-  logging.info('dedup: captions of %s rows that have a near-duplicate were encoded.', f'{len(rows):,}')
+  logging.info(
+    'dedup: captions of %s rows that have a near-duplicate were encoded.', f'{len(rows):,}'
+  )
   return priority, among
 
 

@@ -27,21 +27,36 @@ LISTED = 3  # unreadable images that the log names
 def vectors(x: Experiment, todo: list[Product]) -> Made:
   """Normalises vectors of files, shard by shard, block by block."""
   _check_dims(x)
-  dataset, = {product.of[0] for product in todo}
+  (dataset,) = {product.of[0] for product in todo}
   source, shards = workdir.source(x, dataset), x.graph.vector_shards(dataset)
   cache = os.path.abspath(os.path.expanduser(x.config.cache_dir or x.path('cache')))
   files.remove_unfinished(cache)
   total = sum(len(source.offsets(product.of[1])) for product in todo)
   with progress.Bar(total=total, desc=f'embed {dataset}{x.suffix}', unit='vector') as bar:
     for product in todo:
-      shard, rows = shards[product.of[1]], source.offsets(product.of[1])  # rows of the file, ascending
+      shard, rows = (
+        shards[product.of[1]],
+        source.offsets(product.of[1]),
+      )  # rows of the file, ascending
       flag = 'any_norm' if shard.prefix else benchmark_dirs.flag(x.config, dataset, 'any_norm')
       made = _files_of(product)
-      _write_unit(shard, vectors_lib.local_copy(shard.files[0], cache), rows, x.path(made[0]), bar, f'{flag}=True')
+      _write_unit(
+        shard,
+        vectors_lib.local_copy(shard.files[0], cache),
+        rows,
+        x.path(made[0]),
+        bar,
+        f'{flag}=True',
+      )
       files.write_npy(x.path(made[1]), np.ones(len(rows), bool))
       yield product, made, {'rows': len(rows), 'unreadable': 0}
-  logging.info('embed %s%s: %s vectors taken from %s.', dataset, x.suffix, f'{total:,}',
-               progress.counted(len(todo), 'file'))
+  logging.info(
+    'embed %s%s: %s vectors taken from %s.',
+    dataset,
+    x.suffix,
+    f'{total:,}',
+    progress.counted(len(todo), 'file'),
+  )
 
 
 def _files_of(product: Product) -> list[str]:
@@ -60,8 +75,10 @@ def _check_dims(x: Experiment) -> None:
   first = next(iter(dims), '')
   for name, dim in dims.items():
     if dim != dims[first]:
-      raise InputError(f'{first} has vectors of {dims[first]} numbers, and {name} of {dim}: they are not of one '
-                       'embedder, so they cannot be compared. Give vectors of the same.')
+      raise InputError(
+        f'{first} has vectors of {dims[first]} numbers, and {name} of {dim}: they are not of one '
+        'embedder, so they cannot be compared. Give vectors of the same.'
+      )
 
 
 def _write_unit(shard: Shard, path: str, rows: Array, out: str, bar, flag: str) -> None:
@@ -73,7 +90,9 @@ def _write_unit(shard: Shard, path: str, rows: Array, out: str, bar, flag: str) 
   head = vectors_lib.head(path, settings.vector_key, settings.vector_dim)
   bad_rows, first = 0, ''
   with files.atomic(out) as temporary, temporary.open('wb') as f:
-    np.lib.format.write_array_header_1_0(f, {'descr': '<f2', 'fortran_order': False, 'shape': (len(rows), head.dim)})
+    np.lib.format.write_array_header_1_0(
+      f, {'descr': '<f2', 'fortran_order': False, 'shape': (len(rows), head.dim)}
+    )
     for start, block in vectors_lib.blocks(path, head):
       low, high = np.searchsorted(rows, (start, start + len(block)))
       if high - low < len(block):
@@ -89,24 +108,31 @@ def _write_unit(shard: Shard, path: str, rows: Array, out: str, bar, flag: str) 
       where = f'{shard.files[0].path}: {first}, and {bad_rows:,} of {len(rows):,} vectors in all '
       if settings.any_norm:
         raise InputError(f'{where}have no direction. Remove them, or put the right file there.')
-      raise InputError(f'{where}are not of length {vectors_lib.LEAST_NORM} to {vectors_lib.MOST_NORM}, as embeddings '
-                       f'of images are. Is this the right file? {flag} takes vectors of any length, never NaN or '
-                       'zeros.')
+      raise InputError(
+        f'{where}are not of length {vectors_lib.LEAST_NORM} to {vectors_lib.MOST_NORM}, as embeddings '
+        f'of images are. Is this the right file? {flag} takes vectors of any length, never NaN or '
+        'zeros.'
+      )
 
 
 def embeddings(x: Experiment, todo: list[Product]) -> Made:
   """Embeds the images of some shards of a dataset."""
   _check_dims(x)
-  dataset, = {product.of[0] for product in todo}
+  (dataset,) = {product.of[0] for product in todo}
   source, every = workdir.source(x, dataset), x.graph.embeddings(dataset, x.embedder)
   model = x.once('embedder', lambda: models.open_embedder(x))
   if len(todo) < len(every):
-    logging.info('embed %s: going on, %d of %d shards are there.', dataset, len(every) - len(todo), len(every))
-  total = sum(int(source.starts[shard + 1] - source.starts[shard]) for _, shard in (product.of for product in todo))
+    logging.info(
+      'embed %s: going on, %d of %d shards are there.', dataset, len(every) - len(todo), len(every)
+    )
+  total = sum(
+    int(source.starts[shard + 1] - source.starts[shard])
+    for _, shard in (product.of for product in todo)
+  )
   unreadable: list[str] = []
   with progress.Bar(total=total, desc=f'embed {dataset}{x.suffix}', unit='image') as bar:
     for product in todo:
-      start, stop = source.starts[product.of[1]:][:2].tolist()
+      start, stop = source.starts[product.of[1] :][:2].tolist()
       vectors_, usable = embed_rows(x, source, start, stop, model, bar, product.of)
       made = _files_of(product)
       files.write_npy(x.path(made[0]), vectors_)
@@ -117,8 +143,10 @@ def embeddings(x: Experiment, todo: list[Product]) -> Made:
   listed = ''
   if unreadable:
     more = ', ...' if len(unreadable) > LISTED else ''
-    listed = (f'; {progress.counted(len(unreadable), "unreadable image")} in no split and no search '
-              f'({", ".join(unreadable[:LISTED])}{more}; the report lists all)')
+    listed = (
+      f'; {progress.counted(len(unreadable), "unreadable image")} in no split and no search '
+      f'({", ".join(unreadable[:LISTED])}{more}; the report lists all)'
+    )
   logging.info('embed %s%s: %s images%s.', dataset, x.suffix, f'{total:,}', listed)
 
 
@@ -130,7 +158,9 @@ def _keys(x: Experiment, dataset: str, shard: int, rows) -> list[str]:
   return pq.read_table(path, columns=['key'])['key'].take(np.asarray(rows)).to_pylist()
 
 
-def embed_rows(x: Experiment, source, start: int, stop: int, model: models.Embedder, bar, of: tuple[str, int]):
+def embed_rows(
+  x: Experiment, source, start: int, stop: int, model: models.Embedder, bar, of: tuple[str, int]
+):
   """Embeds rows start..stop of a source. Returns ([n, E] float16, usable [n] bool).
 
   of: (dataset, shard). Raises InputError where the embedder gives a NaN, which no later stage may see.
@@ -138,15 +168,23 @@ def embed_rows(x: Experiment, source, start: int, stop: int, model: models.Embed
   vectors_, usable = [], []
   size, train = x.embedder_block.batch_size, x.config.train
   for rows, images, ok in loader.image_batches(
-      source, np.arange(start, stop), batch_size=size, image_size=model.image_size, mode=model.resize,
-      threads=train.loader_threads, processes=train.loader_processes):
+    source,
+    np.arange(start, stop),
+    batch_size=size,
+    image_size=model.image_size,
+    mode=model.resize,
+    threads=train.loader_threads,
+    processes=train.loader_processes,
+  ):
     padded = np.concatenate([images, np.zeros((size - len(images), *images.shape[1:]), np.uint8)])
-    batch = np.asarray(model.apply(padded), np.float32)[:len(images)]  # one shape, compiled once
+    batch = np.asarray(model.apply(padded), np.float32)[: len(images)]  # one shape, compiled once
     bad = ok & ~np.isfinite(batch).all(axis=1)
     if bad.any():
       row = int(rows[bad][0])
-      raise InputError(f'The embedder gives NaN for the image {_keys(x, *of, [row - start])[0]} (row {row}). Its '
-                       'weights are broken: remake it with --redo=embedder.')
+      raise InputError(
+        f'The embedder gives NaN for the image {_keys(x, *of, [row - start])[0]} (row {row}). Its '
+        'weights are broken: remake it with --redo=embedder.'
+      )
     norm = np.linalg.norm(batch, axis=1, keepdims=True)
     batch = np.where(ok[:, None], batch / np.where(norm > 0, norm, 1), 0)
     vectors_.append(batch.astype(np.float16))

@@ -9,7 +9,8 @@ import os
 from absl import logging
 import numpy as np
 
-from clip_jax.core import config as config_lib, files
+from clip_jax.core import config as config_lib
+from clip_jax.core import files
 from clip_jax.core.errors import InputError
 from clip_jax.core.products import Made, Product
 from clip_jax.data import loader
@@ -21,7 +22,7 @@ from clip_jax.stages import fit, models
 
 def make(x: Experiment, todo: list[Product]) -> Made:
   """Makes the embedder, and writes down what it is."""
-  product, = todo
+  (product,) = todo
   folder = os.path.dirname(product.name)
   source = x.embedder_block.source
   made, about = _MAKERS.get(source, _fit)(x, product)
@@ -35,34 +36,74 @@ def _fit(x: Experiment, product: Product):
   block, train, base = x.embedder_block, x.config.train, workdir.base_source(x)
   rng = np.random.default_rng(np.random.SeedSequence((block.seed, 0)))
   rows = np.sort(rng.choice(len(base), min(block.fit_images, len(base)), replace=False))
-  images = np.concatenate([batch[ok] for _, batch, ok in loader.image_batches(
-      base, rows, batch_size=block.batch_size, image_size=block.image_size, mode=x.config.preprocess.resize,
-      threads=train.loader_threads, processes=train.loader_processes)])  # [n, S, S, 3]
+  images = np.concatenate(
+    [
+      batch[ok]
+      for _, batch, ok in loader.image_batches(
+        base,
+        rows,
+        batch_size=block.batch_size,
+        image_size=block.image_size,
+        mode=x.config.preprocess.resize,
+        threads=train.loader_threads,
+        processes=train.loader_processes,
+      )
+    ]
+  )  # [n, S, S, 3]
   if len(images) < 2:
-    raise InputError(f'The embedder {block.source!r} needs at least 2 readable images to fit, and of {len(rows)} drawn '
-                     f'from the pool and the anchor only {len(images)} can be read.')
+    raise InputError(
+      f'The embedder {block.source!r} needs at least 2 readable images to fit, and of {len(rows)} drawn '
+      f'from the pool and the anchor only {len(images)} can be read.'
+    )
   path = x.path(product.name + '.npz')
   files.write_npz(path, **embedders.EMBEDDERS[block.source][0](images, block.dim))
-  logging.info('embedder%s: %s, fitted on %s images of the base set.', x.suffix, block.source, f'{len(images):,}')
-  return ['embedder.npz'], {'fitted_on': len(images), 'of_base_rows': len(base), 'seed': block.seed,
-                            'image_size': block.image_size, 'sha256': files.sha256(path)}
+  logging.info(
+    'embedder%s: %s, fitted on %s images of the base set.',
+    x.suffix,
+    block.source,
+    f'{len(images):,}',
+  )
+  return ['embedder.npz'], {
+    'fitted_on': len(images),
+    'of_base_rows': len(base),
+    'seed': block.seed,
+    'image_size': block.image_size,
+    'sha256': files.sha256(path),
+  }
 
 
 def _train(x: Experiment, product: Product):
   """Trains a CLIP on all usable pool rows and the anchor, with its own seed."""
   base, block = workdir.base_source(x), x.embedder_block
-  result, _ = fit.fit(x, os.path.dirname(product.name), base, base, seed=block.seed, samples=block.samples,
-                      product=product)
+  result, _ = fit.fit(
+    x,
+    os.path.dirname(product.name),
+    base,
+    base,
+    seed=block.seed,
+    samples=block.samples,
+    product=product,
+  )
   return ['checkpoints', 'config.json', 'metrics.jsonl'], {
-      'samples': block.samples, 'seed': block.seed, 'of_base_rows': len(base), 'sha256': result.digest}
+    'samples': block.samples,
+    'seed': block.seed,
+    'of_base_rows': len(base),
+    'sha256': result.digest,
+  }
 
 
 def _weights(x: Experiment, product: Product):
   """Opens the weights once, so that what is wrong with them is told here."""
   block = x.embedder_block
   opened = models.read(models.weights_path(x), block.name, models.name_flag(x))
-  return [], {'name': block.name, 'file': os.path.basename(block.path), 'sha256': product.sources[graph.WEIGHTS],
-              'image_size': opened.config.image_size, 'embed_dim': opened.config.embed_dim, **opened.preprocess}
+  return [], {
+    'name': block.name,
+    'file': os.path.basename(block.path),
+    'sha256': product.sources[graph.WEIGHTS],
+    'image_size': opened.config.image_size,
+    'embed_dim': opened.config.embed_dim,
+    **opened.preprocess,
+  }
 
 
 def _files(x: Experiment, product: Product):
@@ -71,5 +112,9 @@ def _files(x: Experiment, product: Product):
   return [], {}
 
 
-_MAKERS = {'train': _train, 'weights': _weights, 'files': _files}  # those fitted on images: embedders.EMBEDDERS
+_MAKERS = {
+  'train': _train,
+  'weights': _weights,
+  'files': _files,
+}  # those fitted on images: embedders.EMBEDDERS
 MAKERS = {'embedder': make}

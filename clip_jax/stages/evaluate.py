@@ -25,20 +25,29 @@ def evaluate(x: Experiment, todo: list[Product]) -> Made:
   split, seed, _ = todo[0].of
   folder = workdir.run_folder(split, seed)
   model = models.load(x.path(folder))
-  for product in progress.track(todo, total=len(todo), desc=f'evaluate {split}/seed{seed}', unit='result'):
+  for product in progress.track(
+    todo, total=len(todo), desc=f'evaluate {split}/seed{seed}', unit='result'
+  ):
     result, arrays = score(x, product.of[2], model)
     result['checkpoint'] = f'{folder}/checkpoints, step {model.step}'
     files.write_npz(x.path(product.name + '.npz'), **arrays)
     files.write_json(x.path(product.name + '.json'), result)
-    yield product, [product.name + '.json', product.name + '.npz'], {
-        'n': result['n'], 'top1': result['top1'], 'unreadable': result['unreadable']}
+    yield (
+      product,
+      [product.name + '.json', product.name + '.npz'],
+      {'n': result['n'], 'top1': result['top1'], 'unreadable': result['unreadable']},
+    )
 
 
 def summarize(x: Experiment, made: list[Product]) -> None:
   """Logs how many results there are."""
   del x
-  logging.info('evaluate: %d results, %d models on %d benchmarks.', len(made),
-               len({product.of[:2] for product in made}), len({product.of[2] for product in made}))
+  logging.info(
+    'evaluate: %d results, %d models on %d benchmarks.',
+    len(made),
+    len({product.of[:2] for product in made}),
+    len({product.of[2] for product in made}),
+  )
 
 
 def score(x: Experiment, benchmark: str, model: models.Model) -> tuple[dict, dict[str, Array]]:
@@ -49,28 +58,55 @@ def score(x: Experiment, benchmark: str, model: models.Model) -> tuple[dict, dic
   check_labels(benchmark, label, classes)
   matrix = zero_shot.class_matrix(model.encode_text, classes, tuple(block.templates))
   mask = np.isin(classes, list(block.class_mask)) if block.class_mask else None
-  pixels, ok = x.once(f'images {benchmark}, {model.image_size} pixels, {model.resize}',
-                      lambda: read_images(x, benchmark, model))
+  pixels, ok = x.once(
+    f'images {benchmark}, {model.image_size} pixels, {model.resize}',
+    lambda: read_images(x, benchmark, model),
+  )
   vectors = encode(model, pixels, x.config.evaluate.batch_size)
   top5 = zero_shot.predict(vectors, matrix, mask, usable=ok)
   scores = zero_shot.score(label, top5, len(classes))
   prediction = top5[:, 0].astype(np.int32)
   correct = prediction == label
   interval = statistics.image_interval(correct, source.column('group') if block.group_key else None)
-  numbers = {'top1': scores['top1'], 'top1_low': interval.low, 'top1_high': interval.high, 'top5': scores['top5'],
-             'mean_per_class': scores['mean_per_class']}
-  result = {'n': len(label), 'classes': len(classes), **{key: number(value) for key, value in numbers.items()},
-            'interval': interval.method, 'per_class': [number(value) for value in scores['per_class']],
-            'unreadable': int((~ok).sum()), 'templates': list(block.templates)}
-  return result, {'label': label, 'prediction': prediction, 'top5': top5.astype(np.int32), 'correct': correct}
+  numbers = {
+    'top1': scores['top1'],
+    'top1_low': interval.low,
+    'top1_high': interval.high,
+    'top5': scores['top5'],
+    'mean_per_class': scores['mean_per_class'],
+  }
+  result = {
+    'n': len(label),
+    'classes': len(classes),
+    **{key: number(value) for key, value in numbers.items()},
+    'interval': interval.method,
+    'per_class': [number(value) for value in scores['per_class']],
+    'unreadable': int((~ok).sum()),
+    'templates': list(block.templates),
+  }
+  return result, {
+    'label': label,
+    'prediction': prediction,
+    'top5': top5.astype(np.int32),
+    'correct': correct,
+  }
 
 
 def read_images(x: Experiment, benchmark: str, model: models.Model) -> tuple[Array, Array]:
   """Returns a benchmark's preprocessed images uint8 [n, S, S, 3] and which could be read, bool [n]."""
   source, train = workdir.source(x, benchmark), x.config.train
-  parts = [(images, ok) for _, images, ok in loader.image_batches(
-      source, np.arange(len(source)), batch_size=x.config.evaluate.batch_size, image_size=model.image_size,
-      mode=model.resize, threads=train.loader_threads, processes=train.loader_processes)]
+  parts = [
+    (images, ok)
+    for _, images, ok in loader.image_batches(
+      source,
+      np.arange(len(source)),
+      batch_size=x.config.evaluate.batch_size,
+      image_size=model.image_size,
+      mode=model.resize,
+      threads=train.loader_threads,
+      processes=train.loader_processes,
+    )
+  ]
   return np.concatenate([images for images, _ in parts]), np.concatenate([ok for _, ok in parts])
 
 
@@ -83,9 +119,11 @@ def encode(model: models.Model, pixels: Array, batch_size: int) -> Array:
   """Returns the image embeddings [n, E]; the last batch is padded, so that one shape is compiled."""
   parts = []
   for start in range(0, len(pixels), batch_size):
-    batch = pixels[start:start + batch_size]
-    padded = np.concatenate([batch, np.zeros((batch_size - len(batch), *batch.shape[1:]), batch.dtype)])
-    parts.append(model.encode_image(padded)[:len(batch)])
+    batch = pixels[start : start + batch_size]
+    padded = np.concatenate(
+      [batch, np.zeros((batch_size - len(batch), *batch.shape[1:]), batch.dtype)]
+    )
+    parts.append(model.encode_image(padded)[: len(batch)])
   return np.concatenate(parts)
 
 
@@ -98,15 +136,21 @@ def check_benchmarks(x: Experiment) -> None:
 def check_labels(benchmark: str, label: Array, classes) -> None:
   """Raises an error where zero-shot accuracy would mean nothing: no labels, no names, one class."""
   if not classes:
-    raise ConfigError(f'config.benchmarks.{benchmark}.classes is not given: zero-shot needs the class names, in '
-                      'label order.')
+    raise ConfigError(
+      f'config.benchmarks.{benchmark}.classes is not given: zero-shot needs the class names, in '
+      'label order.'
+    )
   if (label < 0).any() or (label >= len(classes)).any():
     bad = int(((label < 0) | (label >= len(classes))).sum())
-    raise InputError(f'{bad} of {len(label)} images of the benchmark {benchmark} have no label among its '
-                     f'{len(classes)} classes. Check label_key, classes and where.')
+    raise InputError(
+      f'{bad} of {len(label)} images of the benchmark {benchmark} have no label among its '
+      f'{len(classes)} classes. Check label_key, classes and where.'
+    )
   if len(np.unique(label)) < 2:
-    raise InputError(f'All images of the benchmark {benchmark} are of one class ({classes[label[0]]!r}): there is '
-                     'nothing to tell apart.')
+    raise InputError(
+      f'All images of the benchmark {benchmark} are of one class ({classes[label[0]]!r}): there is '
+      'nothing to tell apart.'
+    )
 
 
 MAKERS = {'result': evaluate}

@@ -6,8 +6,8 @@ array_record/*.array_record, each of these two with sizes.json. Lists of uids an
 the others the anchor's, too, and planted copies, which a list of the pool's keys could not name.
 """
 
-import os
 from collections.abc import Iterator, Mapping
+import os
 
 from absl import logging
 import numpy as np
@@ -24,7 +24,7 @@ from clip_jax.experiment.blocks import POOL
 from clip_jax.experiment.experiment import Experiment
 from clip_jax.pruning import exports, splits
 
-ROWS_AT_ONCE = 1 << 20     # rows of keys.parquet that are in memory
+ROWS_AT_ONCE = 1 << 20  # rows of keys.parquet that are in memory
 BYTES_BESIDE_IMAGE = 6000  # of a sample in a tar, about: captions, json, headers
 
 
@@ -36,14 +36,24 @@ def listed_rows(x: Experiment, split: str) -> tuple[Array, dict]:
   report = listed.report
   example = ', '.join(map(repr, listed.not_in_pool))
   if not len(listed.rows):
-    raise InputError(f'None of the {report["listed"]:,} keys in {path} is in the pool, for example {example}. They '
-                     f'were looked up in the column {column!r}: name another in config.prune.export_key.')
+    raise InputError(
+      f'None of the {report["listed"]:,} keys in {path} is in the pool, for example {example}. They '
+      f'were looked up in the column {column!r}: name another in config.prune.export_key.'
+    )
   if report['not_in_pool']:
-    logging.info('%s: %s keys of %s are not in the pool, for example %s.', split, f'{report["not_in_pool"]:,}',
-                 os.path.basename(path), example)
+    logging.info(
+      '%s: %s keys of %s are not in the pool, for example %s.',
+      split,
+      f'{report["not_in_pool"]:,}',
+      os.path.basename(path),
+      example,
+    )
   if report['several_rows']:
-    logging.info('%s: %s keys name several rows of the pool; all of these count.', split,
-                 f'{report["several_rows"]:,}')
+    logging.info(
+      '%s: %s keys name several rows of the pool; all of these count.',
+      split,
+      f'{report["several_rows"]:,}',
+    )
   return listed.rows, {'file_sha256': x.graph.listed_sha256(split), **report}
 
 
@@ -58,8 +68,10 @@ def _column(x: Experiment, dataset: str, shard: int, column: str, rows: int):
   if column in index.column_names:
     return index[column]
   if rows:
-    raise InputError(f'The {dataset} has no column {column!r}, which config.prune.export_key names. Put it in '
-                     f'config.{dataset}.columns, and index again with --redo=ingest:{dataset}.')
+    raise InputError(
+      f'The {dataset} has no column {column!r}, which config.prune.export_key names. Put it in '
+      f'config.{dataset}.columns, and index again with --redo=ingest:{dataset}.'
+    )
   return []
 
 
@@ -75,7 +87,7 @@ def _by_shard(x: Experiment, dataset: str, rows: Array) -> Iterator[tuple[int, i
   starts = workdir.source(x, dataset).starts
   low, high = np.searchsorted(starts, rows[[0, -1]], side='right')
   for shard in range(int(low) - 1, int(high)):
-    start, stop = starts[shard:shard + 2].tolist()
+    start, stop = starts[shard : shard + 2].tolist()
     first, last = np.searchsorted(rows, (start, stop))
     if last > first:
       yield shard, start, stop - start, rows[first:last] - start
@@ -83,12 +95,14 @@ def _by_shard(x: Experiment, dataset: str, rows: Array) -> Iterator[tuple[int, i
 
 def write_list(x: Experiment, todo: list[Product]) -> Made:
   """Writes a list of keys, and reads it back."""
-  product, = todo
+  (product,) = todo
   split, seed, kind = product.of
   path = product.name + os.path.splitext(exports.LISTS[kind])[1]
   counts = _LISTS[kind](x, path, _own_rows(x, split, seed))
   yield product, [path], counts
-  logging.info('export: %s holds %s keys; read back and checked.', x.path(path), f'{counts["keys"]:,}')
+  logging.info(
+    'export: %s holds %s keys; read back and checked.', x.path(path), f'{counts["keys"]:,}'
+  )
 
 
 def _uids(x: Experiment, path: str, rows: Mapping[str, Array]) -> dict:
@@ -119,18 +133,31 @@ def _checked(x: Experiment, path: str, temporary, column: str, rows: Array) -> d
   listed = exports.find(exports.read(temporary), pool_keys(x, column))
   several = listed.report['several_rows']
   if listed.report['not_in_pool'] or not several and not np.array_equal(listed.rows, rows):
-    raise InputError(f'{path} does not name the rows of the split when read back. The disk fails, or the index was '
-                     'changed meanwhile: run again.')
+    raise InputError(
+      f'{path} does not name the rows of the split when read back. The disk fails, or the index was '
+      'changed meanwhile: run again.'
+    )
   if several:
-    logging.warning('export: %s keys in %s name several rows of the pool: who reads it takes all of them.',
-                    f'{several:,}', path)
+    logging.warning(
+      'export: %s keys in %s name several rows of the pool: who reads it takes all of them.',
+      f'{several:,}',
+      path,
+    )
   return {'several_rows': several}
 
 
 def _keys(x: Experiment, path: str, rows: Mapping[str, Array]) -> dict:
   """Writes keys.parquet: dataset, key, row of that dataset, and where the image is: file, offset, length."""
-  schema = pa.schema([('dataset', pa.string()), ('key', pa.string()), ('row', pa.int64()), ('file', pa.string()),
-                      ('offset', pa.int64()), ('length', pa.int64())])
+  schema = pa.schema(
+    [
+      ('dataset', pa.string()),
+      ('key', pa.string()),
+      ('row', pa.int64()),
+      ('file', pa.string()),
+      ('offset', pa.int64()),
+      ('length', pa.int64()),
+    ]
+  )
   with files.atomic(x.path(path)) as temporary:
     with pq.ParquetWriter(os.fspath(temporary), schema, compression='zstd') as writer:
       tables, size = [], 0
@@ -142,8 +169,10 @@ def _keys(x: Experiment, path: str, rows: Mapping[str, Array]) -> dict:
           tables, size = [], 0
       if tables:
         writer.write_table(pa.concat_tables(tables))
-    return {'keys': sum(map(len, rows.values())),
-            **_checked(x, path, temporary, x.config.prune.export_key or 'key', rows[POOL])}
+    return {
+      'keys': sum(map(len, rows.values())),
+      **_checked(x, path, temporary, x.config.prune.export_key or 'key', rows[POOL]),
+    }
 
 
 def _key_tables(x: Experiment, rows: Mapping[str, Array], schema) -> Iterator:
@@ -151,19 +180,34 @@ def _key_tables(x: Experiment, rows: Mapping[str, Array], schema) -> Iterator:
     column = x.config.prune.export_key if dataset == POOL else ''
     sources = x.graph.shards(dataset) if len(every) else []
     for shard, start, size, own in _by_shard(x, dataset, every):
-      index = table.read_columns(workdir.index_folder(x, dataset), shard,
-                                 ['key', 'offset', 'length', 'path']).take(own)
+      index = table.read_columns(
+        workdir.index_folder(x, dataset), shard, ['key', 'offset', 'length', 'path']
+      ).take(own)
       keys = index['key']
       if column:
         keys = _column(x, dataset, shard, column, size).take(own).cast(pa.string())
       if keys.null_count:
         row = start + own[keys.is_null().to_numpy().argmax()]
-        raise InputError(f'Row {row} of the {dataset} has no {column!r}. Name another column in '
-                         'config.prune.export_key.')
-      file = index['path'] if 'path' in index.column_names else pa.array(
-          [sources[shard].prefix + sources[shard].files[0].name] * len(own))
-      yield pa.table([pa.array([dataset] * len(own)), keys, start + own, file, index['offset'],
-                      index['length'].cast(pa.int64())], schema=schema)
+        raise InputError(
+          f'Row {row} of the {dataset} has no {column!r}. Name another column in '
+          'config.prune.export_key.'
+        )
+      file = (
+        index['path']
+        if 'path' in index.column_names
+        else pa.array([sources[shard].prefix + sources[shard].files[0].name] * len(own))
+      )
+      yield pa.table(
+        [
+          pa.array([dataset] * len(own)),
+          keys,
+          start + own,
+          file,
+          index['offset'],
+          index['length'].cast(pa.int64()),
+        ],
+        schema=schema,
+      )
 
 
 def write_copies(x: Experiment, todo: list[Product]) -> Made:
@@ -173,7 +217,7 @@ def write_copies(x: Experiment, todo: list[Product]) -> Made:
   folder must not find images of another split there. A file counts by the rows that it holds, so only what changed is
   written again.
   """
-  whole, = todo
+  (whole,) = todo
   split, seed, kind = whole.of
   place, (ending, _) = os.path.dirname(whole.name), export.COPIES[kind]
   parts = _parts(x, place, kind, _own_rows(x, split, seed))
@@ -181,33 +225,52 @@ def write_copies(x: Experiment, todo: list[Product]) -> Made:
 
   def write(late: list[Product]) -> Made:
     jobs = [(x.path(f'{part.name}.{ending}'), kind, *part.of) for part in late]
-    needed = sum(export.image_bytes(folder, rows) + BYTES_BESIDE_IMAGE * len(rows) for _, _, folder, rows in jobs)
+    needed = sum(
+      export.image_bytes(folder, rows) + BYTES_BESIDE_IMAGE * len(rows)
+      for _, _, folder, rows in jobs
+    )
     files.check_space(x.workdir, needed, f'The export {whole.name}')
-    for number, counts in engine.finished(write_part, jobs, workers=x.config.engine.workers, desc=f'export {split}',
-                                          unit='file'):
+    for number, counts in engine.finished(
+      write_part, jobs, workers=x.config.engine.workers, desc=f'export {split}', unit='file'
+    ):
       yield late[number], {f'{late[number].name}.{ending}': counts.get('sha256')}, counts
 
   products.make(x.workdir, parts, write)
   copies = {f'{part.name}.{ending}': products.counts(x.workdir, part.name) for part in parts}
   sizes = {os.path.basename(path): count['samples'] for path, count in copies.items()}
   files.write_json(x.path(f'{whole.name}.json'), sizes)
-  total = {key: sum(count.get(key, 0) for count in copies.values())
-           for key in ('samples', 'members', 'bytes', 'renamed')}
+  total = {
+    key: sum(count.get(key, 0) for count in copies.values())
+    for key in ('samples', 'members', 'bytes', 'renamed')
+  }
   total['refused'] = sum(len(count.get('refused', ())) for count in copies.values())
-  yield whole, {f'{whole.name}.json': None, **{path: count.get('sha256') for path, count in copies.items()}}, total
+  yield (
+    whole,
+    {f'{whole.name}.json': None, **{path: count.get('sha256') for path, count in copies.items()}},
+    total,
+  )
   _log_copies(x.path(place), total, len(parts))
 
 
 def _log_copies(folder: str, total: dict, number: int) -> None:
-  logging.info('export: %s holds %s in %s, %s; all was read back and has the sha256 of its source.', folder,
-               progress.counted(total['samples'], 'sample'), progress.counted(number, 'file'),
-               progress.size(total['bytes']))
+  logging.info(
+    'export: %s holds %s in %s, %s; all was read back and has the sha256 of its source.',
+    folder,
+    progress.counted(total['samples'], 'sample'),
+    progress.counted(number, 'file'),
+    progress.size(total['bytes']),
+  )
   if total['renamed']:
-    logging.info('export: %s samples have a number after their key, as their file has that key already.',
-                 f'{total["renamed"]:,}')
+    logging.info(
+      'export: %s samples have a number after their key, as their file has that key already.',
+      f'{total["renamed"]:,}',
+    )
   if total['refused']:
-    logging.warning('export: %s samples are left out, as unpacking them could write outside a folder; the sidecars '
-                    'list them.', f'{total["refused"]:,}')
+    logging.warning(
+      'export: %s samples are left out, as unpacking them could write outside a folder; the sidecars '
+      'list them.',
+      f'{total["refused"]:,}',
+    )
 
 
 def _parts(x: Experiment, place: str, kind: str, own_rows: Mapping[str, Array]) -> list[Product]:
@@ -216,19 +279,31 @@ def _parts(x: Experiment, place: str, kind: str, own_rows: Mapping[str, Array]) 
   for dataset, every in own_rows.items():
     index = x.graph.index_shards(dataset) if len(every) else []
     for number, start in enumerate(range(0, len(every), export.SAMPLES_A_SHARD)):
-      some = every[start:start + export.SAMPLES_A_SHARD]
+      some = every[start : start + export.SAMPLES_A_SHARD]
       hashes = {shard: splits.rows_hash(own) for shard, _, _, own in _by_shard(x, dataset, some)}
       stem = ('' if dataset == POOL else f'{dataset}-') + f'{number:05d}'
-      parts.append(Product(f'{place}/{stem}', kind, (workdir.index_folder(x, dataset), some),
-                           {f'rows of {index[shard].name}': value for shard, value in hashes.items()},
-                           tuple(index[shard] for shard in hashes), batch=f'{place}/parts', is_cheap=True))
+      parts.append(
+        Product(
+          f'{place}/{stem}',
+          kind,
+          (workdir.index_folder(x, dataset), some),
+          {f'rows of {index[shard].name}': value for shard, value in hashes.items()},
+          tuple(index[shard] for shard in hashes),
+          batch=f'{place}/parts',
+          is_cheap=True,
+        )
+      )
   return parts
 
 
 def _remove_others(x: Experiment, place: str, ending: str, whole: str, names: set[str]) -> None:
   """Removes copies that are not among `names`, and what a killed process has left."""
   present = sorted(os.listdir(x.path(place))) if os.path.isdir(x.path(place)) else []
-  stored = {f'{place}/{name.removesuffix(products.SIDECAR)}' for name in present if name.endswith(products.SIDECAR)}
+  stored = {
+    f'{place}/{name.removesuffix(products.SIDECAR)}'
+    for name in present
+    if name.endswith(products.SIDECAR)
+  }
   others = stored - names - {whole}
   for name in others:
     products.delete(x.workdir, name)
@@ -237,7 +312,9 @@ def _remove_others(x: Experiment, place: str, ending: str, whole: str, names: se
     if (name.endswith(f'.{ending}') and stem not in stored & names) or files.TEMPORARY in name:
       files.epath.Path(x.path(place, name)).unlink(missing_ok=True)
   if others:
-    logging.info('export: %d files in %s do not belong to the split; they are removed.', len(others), place)
+    logging.info(
+      'export: %d files in %s do not belong to the split; they are removed.', len(others), place
+    )
 
 
 def write_part(job: tuple[str, str, str, Array]) -> dict:
@@ -246,5 +323,9 @@ def write_part(job: tuple[str, str, str, Array]) -> dict:
   return export.COPIES[kind][1](path, folder, rows)
 
 
-_LISTS = {'datacomp': _uids, 'clip_ood': _numbers, 'keys': _keys}  # kind of exports.LISTS -> what writes it
+_LISTS = {
+  'datacomp': _uids,
+  'clip_ood': _numbers,
+  'keys': _keys,
+}  # kind of exports.LISTS -> what writes it
 MAKERS = {'list': write_list, 'copies': write_copies}

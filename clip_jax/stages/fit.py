@@ -9,7 +9,8 @@ import os
 from absl import logging
 import numpy as np
 
-from clip_jax.core import config as config_lib, files, interrupts, metrics, products, sharding
+from clip_jax.core import config as config_lib
+from clip_jax.core import files, interrupts, metrics, products, sharding
 from clip_jax.core.errors import InputError
 from clip_jax.core.products import Product
 from clip_jax.data import loader, packing, tokenizer
@@ -39,28 +40,62 @@ def fit(x: Experiment, folder: str, data, base, *, seed: int, samples: int, prod
   def on_replaced(index: int, reason: str) -> None:
     if index not in replaced:
       replaced.append(index)
-      logging.warning('%s: image %d of the split cannot be read (%s); the next readable one stands in.', folder,
-                      index, reason)
+      logging.warning(
+        '%s: image %d of the split cannot be read (%s); the next readable one stands in.',
+        folder,
+        index,
+        reason,
+      )
 
   def batches(start_examples: int):
-    return loader.train_batches(data, batch_size=t.batch_size, seed=seed, start_examples=start_examples,
-                                image_size=architecture.image_size, context_length=architecture.context_length,
-                                crop_scale=tuple(p.crop_scale), threads=t.loader_threads,
-                                processes=t.loader_processes, pack=groups, order=t.order,
-                                shuffle_window=t.shuffle_window, jpeg_shrink=t.jpeg_shrink,
-                                on_replaced=on_replaced)
+    return loader.train_batches(
+      data,
+      batch_size=t.batch_size,
+      seed=seed,
+      start_examples=start_examples,
+      image_size=architecture.image_size,
+      context_length=architecture.context_length,
+      crop_scale=tuple(p.crop_scale),
+      threads=t.loader_threads,
+      processes=t.loader_processes,
+      pack=groups,
+      order=t.order,
+      shuffle_window=t.shuffle_window,
+      jpeg_shrink=t.jpeg_shrink,
+      on_replaced=on_replaced,
+    )
 
-  writer = metrics.MetricsWriter(os.path.join(path, 'metrics.jsonl'),
-                                 os.path.join(path, 'tensorboard') if t.tensorboard else '')
+  writer = metrics.MetricsWriter(
+    os.path.join(path, 'metrics.jsonl'), os.path.join(path, 'tensorboard') if t.tensorboard else ''
+  )
   with interrupts.deferred() as should_stop:
     result = loop.train(
-        init_params=functions.init, encode=functions.encode, batches=batches,
-        total_steps=samples // t.batch_size, batch_size=t.batch_size,
-        learning_rate=t.learning_rate, warmup_steps=t.warmup_steps, weight_decay=t.weight_decay, beta1=t.beta1,
-        beta2=t.beta2, eps=t.eps, seed=seed, loss=t.loss, fsdp=t.fsdp, mean=tuple(p.mean), std=tuple(p.std),
-        checkpoint_dir=os.path.join(path, 'checkpoints'), config=models.about(x.config, folder, seed),
-        save_every_steps=t.save_every_steps, save_every_secs=t.save_every_secs, keep=t.keep_checkpoints,
-        log_every_steps=t.log_every_steps, metrics=writer, name=folder, should_stop=should_stop)
+      init_params=functions.init,
+      encode=functions.encode,
+      batches=batches,
+      total_steps=samples // t.batch_size,
+      batch_size=t.batch_size,
+      learning_rate=t.learning_rate,
+      warmup_steps=t.warmup_steps,
+      weight_decay=t.weight_decay,
+      beta1=t.beta1,
+      beta2=t.beta2,
+      eps=t.eps,
+      seed=seed,
+      loss=t.loss,
+      fsdp=t.fsdp,
+      mean=tuple(p.mean),
+      std=tuple(p.std),
+      checkpoint_dir=os.path.join(path, 'checkpoints'),
+      config=models.about(x.config, folder, seed),
+      save_every_steps=t.save_every_steps,
+      save_every_secs=t.save_every_secs,
+      keep=t.keep_checkpoints,
+      log_every_steps=t.log_every_steps,
+      metrics=writer,
+      name=folder,
+      should_stop=should_stop,
+    )
   writer.close()
   return result, replaced
 
@@ -78,34 +113,49 @@ def _caption_groups(x: Experiment, base, architecture, folder: str) -> int:
     return 0
   if not text.packable(architecture.text):
     if t.pack_captions == 'always':
-      raise InputError('config.train.pack_captions=always: this text tower looks at all tokens, so its captions '
-                       'cannot be packed. Choose auto or never.')
+      raise InputError(
+        'config.train.pack_captions=always: this text tower looks at all tokens, so its captions '
+        'cannot be packed. Choose auto or never.'
+      )
     return 0
-  rows = np.random.Generator(np.random.PCG64(0)).permutation(len(base))[:t.batch_size]
-  rows = rows[:max(len(rows) // devices, 1) * devices]
+  rows = np.random.Generator(np.random.PCG64(0)).permutation(len(base))[: t.batch_size]
+  rows = rows[: max(len(rows) // devices, 1) * devices]
   tokens = tokenizer.tokenize([base.caption(int(row)) for row in rows], architecture.context_length)
   packed = packing.pack(tokens, devices)['tokens']
   share = packed.size / tokens.size
   saved = (1 - share) * flops.text_flops(architecture) / flops.forward_flops(architecture)
   if t.pack_captions == 'auto' and saved < PACKING_SAVES:
     return 0
-  logging.info('%s: captions are packed, %.0f %% of the tokens of one caption a row; %.0f %% of the FLOPs are saved.',
-               folder, 100 * share, 100 * saved)
+  logging.info(
+    '%s: captions are packed, %.0f %% of the tokens of one caption a row; %.0f %% of the FLOPs are saved.',
+    folder,
+    100 * share,
+    100 * saved,
+  )
   return devices
 
 
 def _begin(path: str, product: Product, folder: str) -> None:
   """Writes down what a run is begun with; refuses to go on with one that was begun with something else."""
   began = os.path.join(path, 'config.json')
-  now = {'fingerprint': product.fingerprint, 'keys': config_lib.plain(product.keys), 'inputs': product.read}
+  now = {
+    'fingerprint': product.fingerprint,
+    'keys': config_lib.plain(product.keys),
+    'inputs': product.read,
+  }
   if not os.path.exists(began):
     files.write_json(began, now)
     return
   old = files.read_json(began)
   if old['fingerprint'] != now['fingerprint']:
     why = [f'config.{line}' for line in config_lib.differences(old['keys'], now['keys'])]
-    why += [f'{name} has changed' for name in sorted({*old['inputs'], *now['inputs']})
-            if old['inputs'].get(name) != now['inputs'].get(name)]
-    raise InputError(f'{folder} was begun with another config and is not finished: {"; ".join(why[:6])}. Run '
-                     f'with --redo={products.redo_of([product.name])} to begin it again, or with the old config to go '
-                     'on.')
+    why += [
+      f'{name} has changed'
+      for name in sorted({*old['inputs'], *now['inputs']})
+      if old['inputs'].get(name) != now['inputs'].get(name)
+    ]
+    raise InputError(
+      f'{folder} was begun with another config and is not finished: {"; ".join(why[:6])}. Run '
+      f'with --redo={products.redo_of([product.name])} to begin it again, or with the old config to go '
+      'on.'
+    )

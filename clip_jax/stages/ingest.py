@@ -5,9 +5,9 @@ index-*.parquet, skipped-*.json, table.npy, captions.bin; summary.json, what the
 that is broken in it. What is drawn (the demo, planted copies) is drawn first, into tars.
 """
 
+from collections.abc import Iterator
 import os
 import time
-from collections.abc import Iterator
 
 from absl import logging
 
@@ -27,7 +27,8 @@ RATE_SECS = 1.0  # of a scan, from which on its rate is worth a line
 def draw_demo(x: Experiment, todo: list[Product]) -> Made:
   """Draws the demo's images."""
   from clip_jax.demo import glyphs  # fonts and scikit-learn take seconds to import
-  logging.info('Drawing the demo\'s images ...')
+
+  logging.info("Drawing the demo's images ...")
   folder = os.path.dirname(todo[0].name)
   counts = glyphs.write(x.path(folder), **x.config.glyphs.to_dict())
   tars = sorted(name for name in os.listdir(x.path(folder)) if name.endswith('.tar'))
@@ -38,57 +39,103 @@ def index_shards(x: Experiment, todo: list[Product]) -> Made:
   """Scans shards of one dataset, each to an index of its samples."""
   dataset, every = todo[0].of[0], x.graph.shards(todo[0].of[0])
   if len(todo) < len(every):
-    logging.info('%s: %d of %d shards are indexed already.', dataset, len(every) - len(todo), len(every))
-  for prefix, labels_by in dict.fromkeys((shard.prefix, shard.labels_by) for shard in every if shard.labels_by):
+    logging.info(
+      '%s: %d of %d shards are indexed already.', dataset, len(every) - len(todo), len(every)
+    )
+  for prefix, labels_by in dict.fromkeys(
+    (shard.prefix, shard.labels_by) for shard in every if shard.labels_by
+  ):
     logging.info('%s: %s.', f'{dataset}/{prefix}'.rstrip('/'), labels_by)
   chosen = [every[product.of[1]].at(x.workdir) for product in todo]
   jobs = [(workdir.index_folder(x, dataset), shard, dataset in blocks.TRAINED) for shard in chosen]
   start, samples = time.monotonic(), 0
-  for number, counts in engine.finished(scan_shard, jobs, workers=x.config.engine.workers, desc=f'ingest {dataset}',
-                                        unit='shard'):
+  for number, counts in engine.finished(
+    scan_shard, jobs, workers=x.config.engine.workers, desc=f'ingest {dataset}', unit='shard'
+  ):
     product = todo[number]
-    yield product, [f'{product.name}.parquet', f'{product.name.replace("/index-", "/skipped-")}.json'], counts
+    yield (
+      product,
+      [f'{product.name}.parquet', f'{product.name.replace("/index-", "/skipped-")}.json'],
+      counts,
+    )
     samples += counts['rows'] + counts['skipped'] + counts['left_out']
   spent = time.monotonic() - start
   size = sum(file.size for shard in chosen for file in shard.files)  # 0 of what is drawn here
   if size and spent >= RATE_SECS:
-    logging.info('%s: %s, %s, scanned in %s (%s samples and %s a second).', dataset,
-                 progress.counted(samples, 'sample'), progress.size(size), progress.seconds(spent),
-                 f'{samples / spent:,.0f}', progress.size(size / spent))
+    logging.info(
+      '%s: %s, %s, scanned in %s (%s samples and %s a second).',
+      dataset,
+      progress.counted(samples, 'sample'),
+      progress.size(size),
+      progress.seconds(spent),
+      f'{samples / spent:,.0f}',
+      progress.size(size / spent),
+    )
 
 
 def scan_shard(job: tuple[str, Shard, bool]) -> dict:
   """Indexes one shard: a pure function of the shard to its index file. Returns the counts."""
   folder, shard, needs_caption = job
   block = shard.block
-  edit = (block.caption_pattern, block.caption_replacement, block.caption_share) if block.caption_pattern else ()
+  edit = (
+    (block.caption_pattern, block.caption_replacement, block.caption_share)
+    if block.caption_pattern
+    else ()
+  )
   rules = RowRules(
-      where=blocks.plain(block.where), part=tuple(block.part), group_key=block.group_key,
-      group_pattern=block.group_pattern, image_key=block.image_key, caption_key=block.caption_key,
-      sample_key=block.sample_key, caption_template=block.caption_template, caption_edit=edit,
-      label_key=block.label_key, labels_file=os.path.expanduser(block.labels_file), classes=shard.classes,
-      columns=tuple(block.columns), require_caption=needs_caption)
+    where=blocks.plain(block.where),
+    part=tuple(block.part),
+    group_key=block.group_key,
+    group_pattern=block.group_pattern,
+    image_key=block.image_key,
+    caption_key=block.caption_key,
+    sample_key=block.sample_key,
+    caption_template=block.caption_template,
+    caption_edit=edit,
+    label_key=block.label_key,
+    labels_file=os.path.expanduser(block.labels_file),
+    classes=shard.classes,
+    columns=tuple(block.columns),
+    require_caption=needs_caption,
+  )
   if block.format == blocks.VECTORS:
-    return vector_index.write(folder, shard.number, shard.files[0], shard.beside, rules,
-                              vector_key=block.vector_key, vector_dim=block.vector_dim)
-  return table.write_shard(folder, shard.number, sources.scan(shard.format, shard.files, rules, root=shard.root))
+    return vector_index.write(
+      folder,
+      shard.number,
+      shard.files[0],
+      shard.beside,
+      rules,
+      vector_key=block.vector_key,
+      vector_dim=block.vector_dim,
+    )
+  return table.write_shard(
+    folder, shard.number, sources.scan(shard.format, shard.files, rules, root=shard.root)
+  )
 
 
 def index(x: Experiment, todo: list[Product]) -> Made:
   """Joins the shards' indexes to the table of the whole dataset, which the loader reads."""
-  dataset, = todo[0].of
+  (dataset,) = todo[0].of
   shards = _shards(x, dataset)
   _check_dims(x, dataset)
-  counts = table.assemble(workdir.index_folder(x, dataset), [shard.location() for shard in shards],
-                          classes=[shard.classes for shard in shards])
+  counts = table.assemble(
+    workdir.index_folder(x, dataset),
+    [shard.location() for shard in shards],
+    classes=[shard.classes for shard in shards],
+  )
   if not counts['rows']:
     raise _empty(x, dataset, counts)
   folder = os.path.dirname(todo[0].name)
   made = [f'{folder}/{name}' for name in counts.pop('files') if name != workdir.LOCATIONS]
   yield todo[0], made, counts
   reasons = _reasons(counts)
-  logging.info('%s: %s in %s%s.', dataset, progress.counted(counts['rows'], 'row'),
-               progress.counted(len(shards), 'shard'), f'; skipped: {reasons}' if reasons else '')
+  logging.info(
+    '%s: %s in %s%s.',
+    dataset,
+    progress.counted(counts['rows'], 'row'),
+    progress.counted(len(shards), 'shard'),
+    f'; skipped: {reasons}' if reasons else '',
+  )
 
 
 def _shards(x: Experiment, dataset: str) -> list[Shard]:
@@ -101,7 +148,9 @@ def _reasons(counts: dict) -> str:
 
 def _left_out(x: Experiment, dataset: str) -> int:
   """Returns how many samples of a dataset `where` and `part` leave out."""
-  return sum(products.counts(x.workdir, part.name)['left_out'] for part in x.graph.index_shards(dataset))
+  return sum(
+    products.counts(x.workdir, part.name)['left_out'] for part in x.graph.index_shards(dataset)
+  )
 
 
 def _empty(x: Experiment, dataset: str, counts: dict) -> InputError:
@@ -110,29 +159,43 @@ def _empty(x: Experiment, dataset: str, counts: dict) -> InputError:
   summary.write_broken(folder, [shard.name for shard in x.graph.shards(dataset)])
   why = []
   if left_out := _left_out(x, dataset):
-    why.append(f'`where`, `part` or the folders\' mappings leave out {left_out:,} samples')
+    why.append(f"`where`, `part` or the folders' mappings leave out {left_out:,} samples")
   if counts['skipped']:
-    why.append(f'{os.path.join(folder, summary.BROKEN)} lists what cannot be used ({_reasons(counts)})')
-  return InputError(f'{dataset} is empty: {" and ".join(why) or "its files hold no samples"}. Check format, path, '
-                    'where, part, image_key and the keys of captions and labels.')
+    why.append(
+      f'{os.path.join(folder, summary.BROKEN)} lists what cannot be used ({_reasons(counts)})'
+    )
+  return InputError(
+    f'{dataset} is empty: {" and ".join(why) or "its files hold no samples"}. Check format, path, '
+    'where, part, image_key and the keys of captions and labels.'
+  )
 
 
 def summarize(x: Experiment, todo: list[Product]) -> Made:
   """Writes what a dataset holds, in numbers."""
-  dataset, = todo[0].of
+  (dataset,) = todo[0].of
   folder = workdir.index_folder(x, dataset)
 
   def bar(items) -> Iterator:
     return progress.track(items, total=len(items), desc=f'summary {dataset}', unit='shard')
 
-  numbers = summary.write(folder, [shard.name for shard in x.graph.shards(dataset)], _left_out(x, dataset), bar)
-  yield (todo[0], [os.path.join(os.path.dirname(todo[0].name), name) for name in (summary.SUMMARY, summary.BROKEN)],
-         {key: numbers[key] for key in ('samples', 'skipped', 'left_out')})
+  numbers = summary.write(
+    folder, [shard.name for shard in x.graph.shards(dataset)], _left_out(x, dataset), bar
+  )
+  yield (
+    todo[0],
+    [
+      os.path.join(os.path.dirname(todo[0].name), name)
+      for name in (summary.SUMMARY, summary.BROKEN)
+    ],
+    {key: numbers[key] for key in ('samples', 'skipped', 'left_out')},
+  )
   lines = summary.lines(numbers)
   for line in lines if dataset == blocks.POOL else lines[:1]:  # all of it is in summary.json
     logging.info('%s: %s.', dataset, line)
   if numbers['skipped']:
-    logging.info('%s: what cannot be used, and why: %s', dataset, os.path.join(folder, summary.BROKEN))
+    logging.info(
+      '%s: what cannot be used, and why: %s', dataset, os.path.join(folder, summary.BROKEN)
+    )
 
 
 def refresh_locations(x: Experiment) -> None:
@@ -152,8 +215,10 @@ def _check_dims(x: Experiment, dataset: str) -> None:
   for shard, dim in dims.items():
     if dim != dims[first]:
       paths = [x.graph.shards(dataset)[number].files[0].path for number in (shard, first)]
-      raise InputError(f'{dataset}: {paths[0]} has vectors of {dim} numbers, and {paths[1]} of {dims[first]}: they are '
-                       'not of one embedder. Correct the path of the dataset.')
+      raise InputError(
+        f'{dataset}: {paths[0]} has vectors of {dim} numbers, and {paths[1]} of {dims[first]}: they are '
+        'not of one embedder. Correct the path of the dataset.'
+      )
 
 
 def draw_planted(x: Experiment, todo: list[Product]) -> Made:
@@ -161,25 +226,42 @@ def draw_planted(x: Experiment, todo: list[Product]) -> Made:
   block, name = x.config.planted, x.config.planted.benchmark
   source, classes = workdir.source(x, name), workdir.class_names(x, name)
   keys, groups, labels = source.column('key'), source.column('group'), source.labels
-  place = planted.draw(groups.tolist(), block.share, block.seed)  # [Q]: -1 where a query is not drawn
+  place = planted.draw(
+    groups.tolist(), block.share, block.seed
+  )  # [Q]: -1 where a query is not drawn
   _check_captions(name, classes, labels[place >= 0])
   jobs = []
   for product in todo:
-    start, stop = source.starts[product.of[0]:][:2].tolist()
+    start, stop = source.starts[product.of[0] :][:2].tolist()
     copies = [
-        planted.Copy(row, copy, planted.kind_of(int(place[row]), copy, block.copies, block.kinds), str(keys[row]),
-                     int(labels[row]), classes[labels[row]], str(groups[row]),
-                     block.caption_template.replace('{}', classes[labels[row]]))
-        for row in range(start, stop) if place[row] >= 0 for copy in range(block.copies)]
+      planted.Copy(
+        row,
+        copy,
+        planted.kind_of(int(place[row]), copy, block.copies, block.kinds),
+        str(keys[row]),
+        int(labels[row]),
+        classes[labels[row]],
+        str(groups[row]),
+        block.caption_template.replace('{}', classes[labels[row]]),
+      )
+      for row in range(start, stop)
+      if place[row] >= 0
+      for copy in range(block.copies)
+    ]
     jobs.append((x.path(product.name + '.tar'), workdir.index_folder(x, name), copies, block.seed))
   tars = {}
-  for number, counts in engine.finished(_draw_tar, jobs, workers=x.config.engine.workers, desc=blocks.PLANTED,
-                                        unit='tar'):
+  for number, counts in engine.finished(
+    _draw_tar, jobs, workers=x.config.engine.workers, desc=blocks.PLANTED, unit='tar'
+  ):
     tars[number] = counts
     unreadable = [key for counts in tars.values() for key in counts['unreadable']]
-    if len(tars) == len(x.graph.planted_tars()) and not any(counts['samples'] for counts in tars.values()):
-      raise InputError(f'config.planted.benchmark={name!r}: none of the {len(unreadable)} drawn images can be read, '
-                       'so that there is nothing to plant.')
+    if len(tars) == len(x.graph.planted_tars()) and not any(
+      counts['samples'] for counts in tars.values()
+    ):
+      raise InputError(
+        f'config.planted.benchmark={name!r}: none of the {len(unreadable)} drawn images can be read, '
+        'so that there is nothing to plant.'
+      )
     yield todo[number], [todo[number].name + '.tar'], counts
   _warn_planted(x, len(source), list(tars.values()))
 
@@ -193,28 +275,45 @@ def _draw_tar(job: tuple[str, str, list[planted.Copy], int]) -> dict:
 def _check_captions(name: str, classes: tuple[str, ...], labels: Array) -> None:
   """Raises an error where the drawn queries cannot be captioned."""
   if not classes:
-    raise ConfigError(f'config.planted.benchmark={name!r} has no class names, so that copies cannot be captioned. '
-                      f'Give config.benchmarks.{name}.classes and label_key, or plant another benchmark.')
+    raise ConfigError(
+      f'config.planted.benchmark={name!r} has no class names, so that copies cannot be captioned. '
+      f'Give config.benchmarks.{name}.classes and label_key, or plant another benchmark.'
+    )
   bad = int(((labels < 0) | (labels >= len(classes))).sum())
   if bad:
-    raise InputError(f'config.planted.benchmark={name!r}: {bad} of {len(labels)} drawn images have no label among '
-                     f'its {len(classes)} classes, so that their copies cannot be captioned. Check its label_key and '
-                     'classes, or plant another benchmark.')
+    raise InputError(
+      f'config.planted.benchmark={name!r}: {bad} of {len(labels)} drawn images have no label among '
+      f'its {len(classes)} classes, so that their copies cannot be captioned. Check its label_key and '
+      'classes, or plant another benchmark.'
+    )
 
 
 def _warn_planted(x: Experiment, queries: int, counts: list[dict]) -> None:
   """Warns that test images are in the training data on purpose, and in which splits."""
   holders = [split for split in x.config.splits if blocks.holds_planted(x.config, split)]
   unreadable = [key for part in counts for key in part['unreadable']]
-  logging.warning('PLANTED: %s copies of %s of the %s test images of %s, on purpose (config.planted): a positive '
-                  'control. %s', f'{sum(part["samples"] for part in counts):,}',
-                  f'{sum(part["queries"] for part in counts):,}', f'{queries:,}', x.config.planted.benchmark,
-                  f'Trained on by {", ".join(holders)} only.' if holders else 'No split trains on them.')
+  logging.warning(
+    'PLANTED: %s copies of %s of the %s test images of %s, on purpose (config.planted): a positive '
+    'control. %s',
+    f'{sum(part["samples"] for part in counts):,}',
+    f'{sum(part["queries"] for part in counts):,}',
+    f'{queries:,}',
+    x.config.planted.benchmark,
+    f'Trained on by {", ".join(holders)} only.' if holders else 'No split trains on them.',
+  )
   if unreadable:
-    logging.info('planted: %s are skipped, as they cannot be read (%s%s).',
-                 progress.counted(len(unreadable), 'drawn image'), ', '.join(unreadable[:3]),
-                 ', ...' if len(unreadable) > 3 else '')
+    logging.info(
+      'planted: %s are skipped, as they cannot be read (%s%s).',
+      progress.counted(len(unreadable), 'drawn image'),
+      ', '.join(unreadable[:3]),
+      ', ...' if len(unreadable) > 3 else '',
+    )
 
 
-MAKERS = {'demo tars': draw_demo, 'planted tar': draw_planted, 'index shard': index_shards, 'index': index,
-          'summary': summarize}
+MAKERS = {
+  'demo tars': draw_demo,
+  'planted tar': draw_planted,
+  'index shard': index_shards,
+  'index': index,
+  'summary': summarize,
+}

@@ -1,13 +1,13 @@
 """Walks the graph of products stage by stage: checks first, sets aside what --redo names, makes what is missing."""
 
+from collections.abc import Iterator
+from importlib import metadata
 import itertools
 import os
 import platform
 import shutil
 import sys
 import time
-from collections.abc import Iterator
-from importlib import metadata
 
 from absl import logging
 from ml_collections import ConfigDict
@@ -20,16 +20,36 @@ from clip_jax.experiment import blocks, workdir
 from clip_jax.experiment.experiment import Experiment
 from clip_jax.stages import benchmark_dirs, check, plan, table
 
-PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy', 'scipy', 'pillow', 'scann',
-            'clip-jax-ood')
+PACKAGES = (
+  'jax',
+  'jaxlib',
+  'flax',
+  'optax',
+  'orbax-checkpoint',
+  'grain',
+  'numpy',
+  'scipy',
+  'pillow',
+  'scann',
+  'clip-jax-ood',
+)
 REDO = 'redo.json'  # a --redo in progress
 
 
-def run(config: ConfigDict, workdir: str | None, *, stages: list[str] | None, redo: str, dry_run: bool,
-        graph: bool = False) -> None:
+def run(
+  config: ConfigDict,
+  workdir: str | None,
+  *,
+  stages: list[str] | None,
+  redo: str,
+  dry_run: bool,
+  graph: bool = False,
+) -> None:
   """Runs the experiment, or the named stages of it; with dry_run or graph it only prints."""
   names = _stage_names(stages)
-  x = _open(config, workdir or ('.' if graph else None))  # the graph does not depend on a work directory
+  x = _open(
+    config, workdir or ('.' if graph else None)
+  )  # the graph does not depend on a work directory
   check.check(x.config)
   check.stages(x.config, names)
   check.embedder_weights(x)
@@ -55,11 +75,15 @@ def _stage_names(stages: list[str] | None) -> list[str]:
 
 def _open(config: ConfigDict, folder: str | None) -> Experiment:
   if not folder:
-    raise ConfigError('--workdir is not given: the folder for everything that is made, for example '
-                      '--workdir=runs/demo.')
+    raise ConfigError(
+      '--workdir is not given: the folder for everything that is made, for example '
+      '--workdir=runs/demo.'
+    )
   if not files.is_local(folder):
-    raise ConfigError(f'--workdir={folder}: tables and embeddings are memory-mapped, so the work directory must be '
-                      'a local folder. Sync it to the bucket afterwards.')
+    raise ConfigError(
+      f'--workdir={folder}: tables and embeddings are memory-mapped, so the work directory must be '
+      'a local folder. Sync it to the bucket afterwards.'
+    )
   folder = os.path.abspath(os.path.expanduser(folder))
   if os.path.exists(folder) and not os.path.isdir(folder):
     raise ConfigError(f'--workdir={folder} is a file; give a folder.')
@@ -80,12 +104,20 @@ def _check(x: Experiment, names: list[str], redo: str) -> set[str]:
   wanted = {stage: _wanted(x, stage) for stage in names}
   different = {}
   for stage, parts in wanted.items():
-    different[stage] = [part for part in parts if part.name not in aside and not part.is_cheap
-                        and products.status(x.workdir, part) == 'differs']
+    different[stage] = [
+      part
+      for part in parts
+      if part.name not in aside
+      and not part.is_cheap
+      and products.status(x.workdir, part) == 'differs'
+    ]
   for parts in different.values():
     products.refuse(x.workdir, parts)
-  runs = [part for part in wanted.get('train', ()) if part.name in aside
-          or products.status(x.workdir, part) != 'fits']
+  runs = [
+    part
+    for part in wanted.get('train', ())
+    if part.name in aside or products.status(x.workdir, part) != 'fits'
+  ]
   if runs:  # a finished work directory trains nothing, and is not made to wait for JAX
     sharding.check_batch_size(x.config.train.batch_size, sharding.mesh(x.config.train.fsdp))
   return aside
@@ -94,7 +126,11 @@ def _check(x: Experiment, names: list[str], redo: str) -> set[str]:
 def _wanted(x: Experiment, stage: str) -> list[Product]:
   """Returns the products that this command makes of a stage: of the runs those of config.train.only, if it is given."""
   wanted, only = table.products_of(x, stage), x.config.train.only
-  return [run_ for run_ in wanted if '{}/seed{}'.format(*run_.of) in only] if stage == 'train' and only else wanted
+  return (
+    [run_ for run_ in wanted if '{}/seed{}'.format(*run_.of) in only]
+    if stage == 'train' and only
+    else wanted
+  )
 
 
 def _redo_names(x: Experiment, redo: str) -> set[str]:
@@ -103,8 +139,10 @@ def _redo_names(x: Experiment, redo: str) -> set[str]:
   named = [name for name in stored if name == target or name.startswith(target + '/')]
   if not named and not os.path.exists(x.path(target)) and not _is_begun(x, redo):
     stage_folder = STAGES[redo.partition(':')[0]]
-    raise ConfigError(f'--redo={redo!r} names nothing in {x.workdir}.'
-                      f'{config_lib.nearest(target, [n for n in stored if f"{stage_folder}/" in n])}')
+    raise ConfigError(
+      f'--redo={redo!r} names nothing in {x.workdir}.'
+      f'{config_lib.nearest(target, [n for n in stored if f"{stage_folder}/" in n])}'
+    )
   return set(products.followers(x.workdir, named))
 
 
@@ -112,11 +150,15 @@ def _redo_target(x: Experiment, redo: str) -> str:
   """Returns the folder or product that --redo means: STAGE, STAGE:product, STAGE:NAME@product of an embedder."""
   stage, _, product = redo.partition(':')
   if stage not in STAGES:
-    raise ConfigError(f'--redo={redo!r}: {stage!r} is not a stage.{config_lib.nearest(stage, STAGES)}')
+    raise ConfigError(
+      f'--redo={redo!r}: {stage!r} is not a stage.{config_lib.nearest(stage, STAGES)}'
+    )
   embedder, at, product = product.rpartition('@')
   if at and stage not in ('embedder', 'embed', 'search'):
-    raise ConfigError(f'--redo={redo!r}: only embedder, embed and search are run for further embedders; for the '
-                      f'others leave out {embedder}@.')
+    raise ConfigError(
+      f'--redo={redo!r}: only embedder, embed and search are run for further embedders; for the '
+      f'others leave out {embedder}@.'
+    )
   home = f'{EMBEDDERS}/{embedder}/' if at else ''
   return '/'.join([home + STAGES[stage], *([product.strip('/')] if product else [])])
 
@@ -140,21 +182,33 @@ def _set_aside(x: Experiment, redo: str, names: set[str]) -> None:
     products.set_aside(x.workdir, name)
     if name.endswith('/run'):
       products.move_aside(x.workdir, os.path.dirname(name))
-  products.move_aside(x.workdir, _redo_target(x, redo))  # also what was begun there and is not finished
+  products.move_aside(
+    x.workdir, _redo_target(x, redo)
+  )  # also what was begun there and is not finished
   files.write_json(x.path(REDO), {'redo': redo, 'removed': True})
-  logging.info('redo: %s and what follows from it, %s, are set aside in %s until they are made again.',
-               _redo_target(x, redo), progress.counted(len(names), 'product'), x.path(products.REPLACED))
+  logging.info(
+    'redo: %s and what follows from it, %s, are set aside in %s until they are made again.',
+    _redo_target(x, redo),
+    progress.counted(len(names), 'product'),
+    x.path(products.REPLACED),
+  )
 
 
 def _end_redo(x: Experiment, redo: str) -> None:
   """Deletes what --redo has set aside once all of it that the config names is made again."""
   wanted = {product.name for product in table.everything(x)}
-  late = [name for name in products.sidecars(x.path(products.REPLACED))
-          if name in wanted and products.read_sidecar(x.workdir, name) is None]
+  late = [
+    name
+    for name in products.sidecars(x.path(products.REPLACED))
+    if name in wanted and products.read_sidecar(x.workdir, name) is None
+  ]
   if late:
-    logging.info('redo: %s, for example %s, not made again yet: the replaced files stay in %s.',
-                 f'{progress.counted(len(late), "product")} {"is" if len(late) == 1 else "are"}', late[0],
-                 x.path(products.REPLACED))
+    logging.info(
+      'redo: %s, for example %s, not made again yet: the replaced files stay in %s.',
+      f'{progress.counted(len(late), "product")} {"is" if len(late) == 1 else "are"}',
+      late[0],
+      x.path(products.REPLACED),
+    )
   else:
     shutil.rmtree(x.path(products.REPLACED), ignore_errors=True)
   if os.path.exists(x.path(REDO)) and (_is_begun(x, redo) or not late):
@@ -169,13 +223,19 @@ def _begin(x: Experiment, names: list[str]) -> None:
   log.to_file(x.path('log.txt'))
   command = ' '.join([os.path.basename(sys.executable), *sys.orig_argv[1:]])
   logging.info('clip_jax: %s', command)
-  files.write_json(x.path('times.json'), {'seconds': {}, **workdir.read_json(x, 'times.json'), 'command': command})
+  files.write_json(
+    x.path('times.json'), {'seconds': {}, **workdir.read_json(x, 'times.json'), 'command': command}
+  )
   if unfinished := files.remove_unfinished(x.workdir):
     logging.info('%d files that killed processes left unfinished are removed.', len(unfinished))
   files.write_json(x.path('config.json'), blocks.plain(x.config))
-  if unused := [name for name in x.config.embedders if name not in blocks.further_embedders(x.config)]:
-    logging.info('config.embedders: nothing uses %s; name it in prune.sensitivity, prune.preview or dedup.embedder.',
-                 ', '.join(unused))
+  if unused := [
+    name for name in x.config.embedders if name not in blocks.further_embedders(x.config)
+  ]:
+    logging.info(
+      'config.embedders: nothing uses %s; name it in prune.sensitivity, prune.preview or dedup.embedder.',
+      ', '.join(unused),
+    )
   if names != ['report']:
     table.module('ingest').refresh_locations(x)
 
@@ -221,7 +281,9 @@ def _run_stage(x: Experiment, stage: str, names: list[str]) -> list[Product]:
     table.module(stage).summarize(x, made)
   x.close()
   every = table.products_of(x, stage)  # a manifest lists runs of other commands, too
-  for folder, parts in itertools.groupby(sorted(every, key=lambda p: p.embedder), lambda p: p.embedder):
+  for folder, parts in itertools.groupby(
+    sorted(every, key=lambda p: p.embedder), lambda p: p.embedder
+  ):
     home = f'{EMBEDDERS}/{folder}/' if folder else ''
     products.write_manifest(x.workdir, home + STAGES[stage], list(parts))
   return made
@@ -230,26 +292,39 @@ def _run_stage(x: Experiment, stage: str, names: list[str]) -> list[Product]:
 def _check_disk(x: Experiment, stage: str) -> None:
   """Raises InputError before a stage begins that the disk cannot hold, beside what it has made already."""
   needed = sum(plan.stage_plan(view, stage).bytes or 0 for view in plan.views(x, stage))
-  present = sum(os.path.getsize(os.path.join(folder, file)) for view in plan.views(x, stage)
-                for folder, _, names in os.walk(view.home(STAGES[stage])) for file in names)
+  present = sum(
+    os.path.getsize(os.path.join(folder, file))
+    for view in plan.views(x, stage)
+    for folder, _, names in os.walk(view.home(STAGES[stage]))
+    for file in names
+  )
   files.check_space(x.workdir, needed - present, f'The stage {stage}')
 
 
 def _batches(wanted: list[Product]) -> Iterator[list[Product]]:
   """Yields the products that are made by one call and under one lock."""
-  for _, batch in itertools.groupby(wanted, key=lambda product: (product.kind, product.batch or product.name)):
+  for _, batch in itertools.groupby(
+    wanted, key=lambda product: (product.kind, product.batch or product.name)
+  ):
     yield list(batch)
 
 
 def _log_waiting(x: Experiment, stage: str, wanted: list[Product]) -> None:
-  waiting = [product for product in wanted if product.waits and products.status(x.workdir, product) == 'missing']
+  waiting = [
+    product
+    for product in wanted
+    if product.waits and products.status(x.workdir, product) == 'missing'
+  ]
   inputs = {part.name: part for product in waiting for part in product.inputs}
   late = sorted(name for name in inputs if products.read_sidecar(x.workdir, name) is None)
   if late:
-    logging.info('%s: %s left out until %s made: %s.', stage,
-                 f'{progress.counted(len(waiting), "product")} {"is" if len(waiting) == 1 else "are"}',
-                 f'{progress.counted(len(late), "other")} {"is" if len(late) == 1 else "are"}',
-                 ', '.join(late[:6]) + (', ...' if len(late) > 6 else ''))
+    logging.info(
+      '%s: %s left out until %s made: %s.',
+      stage,
+      f'{progress.counted(len(waiting), "product")} {"is" if len(waiting) == 1 else "are"}',
+      f'{progress.counted(len(late), "other")} {"is" if len(late) == 1 else "are"}',
+      ', '.join(late[:6]) + (', ...' if len(late) > 6 else ''),
+    )
 
 
 def _add_time(x: Experiment, stage: str, seconds: float) -> None:
@@ -270,25 +345,47 @@ def _versions(x: Experiment) -> None:
   devices = []
   if 'jax' in sys.modules:
     import jax  # it is imported already
+
     devices = sorted({f'{device.platform}: {device.device_kind}' for device in jax.devices()})
     devices.append(f'{jax.device_count()} in all')
-  files.write_json(x.path('versions.json'), {
-      'python': platform.python_version(), 'packages': versions, 'devices': devices,
+  files.write_json(
+    x.path('versions.json'),
+    {
+      'python': platform.python_version(),
+      'packages': versions,
+      'devices': devices,
       'cpus': len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count(),
-      'machine': platform.machine(), 'huge_pages': os.environ.get('GLIBC_TUNABLES', '')})
+      'machine': platform.machine(),
+      'huge_pages': os.environ.get('GLIBC_TUNABLES', ''),
+    },
+  )
 
 
 def _left_alone(x: Experiment) -> None:
   """Lists finished products that the config does not name any more."""
   wanted = {product.name for product in table.everything(x)}
-  copies = tuple(os.path.dirname(name) + '/' for name in wanted if '/export/' in name and name.endswith('/sizes'))
-  left = [name for name in products.sidecars(x.workdir) if name not in wanted and not name.startswith(copies)]
+  copies = tuple(
+    os.path.dirname(name) + '/' for name in wanted if '/export/' in name and name.endswith('/sizes')
+  )
+  left = [
+    name
+    for name in products.sidecars(x.workdir)
+    if name not in wanted and not name.startswith(copies)
+  ]
   used = blocks.further_embedders(x.config)
-  left = sorted({'/'.join(name.split('/')[:2]) if name.startswith(EMBEDDERS) and name.split('/')[1] not in used
-                 else name for name in left})
+  left = sorted(
+    {
+      '/'.join(name.split('/')[:2])
+      if name.startswith(EMBEDDERS) and name.split('/')[1] not in used
+      else name
+      for name in left
+    }
+  )
   if left:
-    logging.info('Left alone, as the config does not name them: %s.', ', '.join(left[:8]) +
-                 (f' and {len(left) - 8} more' if len(left) > 8 else ''))
+    logging.info(
+      'Left alone, as the config does not name them: %s.',
+      ', '.join(left[:8]) + (f' and {len(left) - 8} more' if len(left) > 8 else ''),
+    )
 
 
 def _close(x: Experiment, names: list[str], spent: float) -> None:
@@ -299,5 +396,8 @@ def _close(x: Experiment, names: list[str], spent: float) -> None:
   if 'report' in names and os.path.exists(page):
     logging.info('\nDone in %s. The report: %s', progress.seconds(spent), page)
   else:
-    logging.info('Done in %s. Results are in %s.', progress.seconds(spent),
-                 ', '.join(x.path(STAGES[name]) for name in names))
+    logging.info(
+      'Done in %s. Results are in %s.',
+      progress.seconds(spent),
+      ', '.join(x.path(STAGES[name]) for name in names),
+    )

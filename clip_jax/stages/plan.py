@@ -14,18 +14,18 @@ import time
 from absl import logging
 
 from clip_jax.core import files, log, products, progress
+from clip_jax.data import vectors
+from clip_jax.data.storage import is_remote
 from clip_jax.experiment import blocks, workdir
 from clip_jax.experiment.blocks import ANCHOR, POOL
 from clip_jax.experiment.experiment import Experiment
-from clip_jax.data import vectors
-from clip_jax.data.storage import is_remote
 from clip_jax.models import embedders, flops
 from clip_jax.stages import models, table
 
 # Dense peaks in FLOP/s from the vendors' data sheets: (float32 or TF32 matmul, bfloat16 matmul).
 ACCELERATORS = {'A100': (156e12, 312e12), 'H100 SXM': (494e12, 989e12), 'TPU v5e': (49e12, 197e12)}
 SHARE_OF_PEAK = 0.4  # what such code reaches, as an assumption
-ITERATIONS = 20      # of k-means, a guess for the plan only
+ITERATIONS = 20  # of k-means, a guess for the plan only
 
 Rows = Mapping[str, int | None]  # dataset -> rows; None: not known before ingest
 
@@ -33,8 +33,9 @@ Rows = Mapping[str, int | None]  # dataset -> rows; None: not known before inges
 @dataclasses.dataclass(frozen=True)
 class StagePlan:
   """What one stage would do with all its products, made or not. None: not known before ingest."""
+
   rows: int | None
-  bytes: int | None   # on disk, when all is made
+  bytes: int | None  # on disk, when all is made
   flops: float | None
 
 
@@ -57,31 +58,60 @@ def show(x: Experiment, names: list[str]) -> None:
   """Prints the plan of some stages."""
   log.start()
   rows, rate = dataset_rows(x), matmul_rate()
-  logging.info('Plan for %s (nothing is written). Rows: %s.', x.workdir,
-               ', '.join(f'{name} {_number(n)}' for name, n in rows.items()))
-  lines = [(f'{name} {view.embedder}'.strip(), name, view) for name in names for view in views(x, name)]
+  logging.info(
+    'Plan for %s (nothing is written). Rows: %s.',
+    x.workdir,
+    ', '.join(f'{name} {_number(n)}' for name, n in rows.items()),
+  )
+  lines = [
+    (f'{name} {view.embedder}'.strip(), name, view) for name in names for view in views(x, name)
+  ]
   width = max(9, *(len(title) for title, _, _ in lines))
-  logging.info('%-*s %12s %10s %10s %14s  %s  %s', width, 'stage', 'rows', 'disk', 'FLOPs', 'time here',
-               '  '.join(f'{name:>9}' for name in ACCELERATORS), 'products')
+  logging.info(
+    '%-*s %12s %10s %10s %14s  %s  %s',
+    width,
+    'stage',
+    'rows',
+    'disk',
+    'FLOPs',
+    'time here',
+    '  '.join(f'{name:>9}' for name in ACCELERATORS),
+    'products',
+  )
   disk = 0
   for title, name, view in lines:
     plan = stage_plan(view, name, rows)
     disk += plan.bytes or 0
     bf16 = name in ('train', 'evaluate') and x.config.train.dtype == 'bfloat16'
     times = [_time(plan.flops, SHARE_OF_PEAK * peaks[bf16]) for peaks in ACCELERATORS.values()]
-    logging.info('%-*s %12s %10s %10s %14s  %s  %s', width, title, _number(plan.rows), _bytes(plan.bytes),
-                 _si(plan.flops), _time(plan.flops, rate), '  '.join(f'{text:>9}' for text in times),
-                 _products(view, name))
+    logging.info(
+      '%-*s %12s %10s %10s %14s  %s  %s',
+      width,
+      title,
+      _number(plan.rows),
+      _bytes(plan.bytes),
+      _si(plan.flops),
+      _time(plan.flops, rate),
+      '  '.join(f'{text:>9}' for text in times),
+      _products(view, name),
+    )
   free = files.free_bytes(x.workdir)
-  logging.info('Disk: about %s in all%s. Time here at %.0f GFLOP/s (measured now); accelerators at %d %% of their '
-               'dense peak.', _bytes(disk), f', {_bytes(free)} free' if free is not None else '', rate / 1e9,
-               round(100 * SHARE_OF_PEAK))
+  logging.info(
+    'Disk: about %s in all%s. Time here at %.0f GFLOP/s (measured now); accelerators at %d %% of their '
+    'dense peak.',
+    _bytes(disk),
+    f', {_bytes(free)} free' if free is not None else '',
+    rate / 1e9,
+    round(100 * SHARE_OF_PEAK),
+  )
 
 
 def dataset_rows(x: Experiment) -> dict[str, int | None]:
   """Returns the rows of each dataset that was ingested, or whose files of vectors tell them; None for the others."""
-  return {name: products.counts(x.workdir, f'ingest/{name}/index').get('rows') or _vector_rows(x, name)
-          for name in blocks.datasets(x.config)}
+  return {
+    name: products.counts(x.workdir, f'ingest/{name}/index').get('rows') or _vector_rows(x, name)
+    for name in blocks.datasets(x.config)
+  }
 
 
 def _heads(x: Experiment, dataset: str) -> list[vectors.Head]:
@@ -89,13 +119,18 @@ def _heads(x: Experiment, dataset: str) -> list[vectors.Head]:
   shards = x.graph.vector_shards(dataset).values()
   if any(is_remote(shard.files[0].path) for shard in shards):
     return []
-  return [vectors.head(shard.files[0].path, shard.block.vector_key, shard.block.vector_dim) for shard in shards]
+  return [
+    vectors.head(shard.files[0].path, shard.block.vector_key, shard.block.vector_dim)
+    for shard in shards
+  ]
 
 
 def _vector_rows(x: Experiment, dataset: str) -> int | None:
   """Returns how many vectors a dataset's files hold; None where rows are chosen of them, or some are images."""
-  if any(part.format != blocks.VECTORS or part.where or tuple(part.part) != (0, 1)
-         for part in blocks.parts(x.config, dataset)):
+  if any(
+    part.format != blocks.VECTORS or part.where or tuple(part.part) != (0, 1)
+    for part in blocks.parts(x.config, dataset)
+  ):
     return None
   heads = _heads(x, dataset)
   return sum(head.rows for head in heads) if heads else None
@@ -105,6 +140,7 @@ def matmul_rate() -> float:
   """Returns this machine's float32 matmul rate in FLOP/s, measured for a fraction of a second."""
   import jax  # the pipeline imports this file at every start
   import jax.numpy as jnp
+
   n = 1024
   x = jnp.ones((n, n), jnp.float32)
   product = jax.jit(lambda a: a @ a)
@@ -114,7 +150,7 @@ def matmul_rate() -> float:
     start = time.perf_counter()
     product(x).block_until_ready()
     best = min(best, time.perf_counter() - start)
-  return 2 * n ** 3 / best
+  return 2 * n**3 / best
 
 
 def _sum(rows: Rows, names) -> int | None:
@@ -135,8 +171,11 @@ def _dim(x: Experiment) -> int:
     return block.dim
   if block.source != 'files':
     return models.embedder_architecture(x).embed_dim
-  return max(workdir.vector_dims(x, POOL).values(), default=0) or max(
-      [head.dim for head in _heads(x, POOL)], default=0) or 1000
+  return (
+    max(workdir.vector_dims(x, POOL).values(), default=0)
+    or max([head.dim for head in _heads(x, POOL)], default=0)
+    or 1000
+  )
 
 
 def _embedder(x: Experiment, rows: Rows) -> StagePlan:
@@ -146,11 +185,17 @@ def _embedder(x: Experiment, rows: Rows) -> StagePlan:
     return StagePlan(0, 1000, 0.0)
   if block.source == 'train':
     architecture = models.architecture(x.config)
-    return StagePlan(block.samples, _checkpoint_bytes(architecture),
-                     3.0 * flops.forward_flops(architecture) * block.samples)
-  pixels = 3 * block.image_size ** 2
-  return StagePlan(block.fit_images, 4 * pixels * block.dim,
-                   2.0 * block.fit_images * pixels * min(pixels, block.fit_images))
+    return StagePlan(
+      block.samples,
+      _checkpoint_bytes(architecture),
+      3.0 * flops.forward_flops(architecture) * block.samples,
+    )
+  pixels = 3 * block.image_size**2
+  return StagePlan(
+    block.fit_images,
+    4 * pixels * block.dim,
+    2.0 * block.fit_images * pixels * min(pixels, block.fit_images),
+  )
 
 
 def _embed(x: Experiment, rows: Rows) -> StagePlan:
@@ -160,7 +205,7 @@ def _embed(x: Experiment, rows: Rows) -> StagePlan:
   dim, block = _dim(x), x.embedder_block
   images = sum(count for name, count in rows.items() if blocks.has_own_images(x.config, name))
   if block.source in embedders.EMBEDDERS:
-    each = 6.0 * block.image_size ** 2 * dim
+    each = 6.0 * block.image_size**2 * dim
   else:
     each = flops.image_flops(models.embedder_architecture(x)) if images else 0.0
   return StagePlan(n, n * (2 * dim + 1), images * each + 3.0 * (n - images) * dim)
@@ -175,7 +220,9 @@ def _dedup(x: Experiment, rows: Rows) -> StagePlan:
   clusters = d.clusters or min(-(-n // 8000), 50_000)
   fitted = min(d.sample_rows or n, n)
   pairs = n * (n / clusters / 2 + min(d.audit_rows, n))
-  return StagePlan(n, 9 * n, 2.0 * _dim(x.under(d.embedder)) * ((ITERATIONS * fitted + n) * clusters + pairs))
+  return StagePlan(
+    n, 9 * n, 2.0 * _dim(x.under(d.embedder)) * ((ITERATIONS * fitted + n) * clusters + pairs)
+  )
 
 
 def _search(x: Experiment, rows: Rows) -> StagePlan:
@@ -183,8 +230,11 @@ def _search(x: Experiment, rows: Rows) -> StagePlan:
   queries = _sum(rows, targets)
   if n is None or queries is None:
     return StagePlan(n, None, None)
-  return StagePlan(n, 12 * n * len(targets) + 24 * queries * x.config.search.top_k,
-                   2.0 * (n + (rows.get(ANCHOR) or 0)) * queries * _dim(x))
+  return StagePlan(
+    n,
+    12 * n * len(targets) + 24 * queries * x.config.search.top_k,
+    2.0 * (n + (rows.get(ANCHOR) or 0)) * queries * _dim(x),
+  )
 
 
 def _prune(x: Experiment, rows: Rows) -> StagePlan:
@@ -204,8 +254,11 @@ def _train(x: Experiment, rows: Rows) -> StagePlan:
   if seen is None:
     return UNKNOWN
   architecture = models.architecture(x.config)
-  return StagePlan(runs * seen, runs * t.keep_checkpoints * _checkpoint_bytes(architecture),
-                   3.0 * flops.forward_flops(architecture) * runs * seen)
+  return StagePlan(
+    runs * seen,
+    runs * t.keep_checkpoints * _checkpoint_bytes(architecture),
+    3.0 * flops.forward_flops(architecture) * runs * seen,
+  )
 
 
 def _evaluate(x: Experiment, rows: Rows) -> StagePlan:
@@ -226,8 +279,17 @@ def _checkpoint_bytes(architecture) -> int:
   return 12 * flops.parameter_count(architecture)
 
 
-PLANS = {'ingest': _ingest, 'embedder': _embedder, 'embed': _embed, 'dedup': _dedup, 'search': _search,
-         'prune': _prune, 'train': _train, 'evaluate': _evaluate, 'report': _report}
+PLANS = {
+  'ingest': _ingest,
+  'embedder': _embedder,
+  'embed': _embed,
+  'dedup': _dedup,
+  'search': _search,
+  'prune': _prune,
+  'train': _train,
+  'evaluate': _evaluate,
+  'report': _report,
+}
 
 
 def _products(x: Experiment, stage: str) -> str:
@@ -235,8 +297,11 @@ def _products(x: Experiment, stage: str) -> str:
   wanted = [product for product in table.products_of(x, stage) if product.embedder == x.embedder]
   states = {product.name: products.status(x.workdir, product) for product in wanted}
   counts = collections.Counter(states.values())
-  text = ', '.join(f'{counts[state]} {word}' for state, word in
-                   (('fits', 'fit'), ('missing', 'missing'), ('differs', 'differ')) if counts[state])
+  text = ', '.join(
+    f'{counts[state]} {word}'
+    for state, word in (('fits', 'fit'), ('missing', 'missing'), ('differs', 'differ'))
+    if counts[state]
+  )
   different = [product for product in wanted if states[product.name] == 'differs']
   if different:
     why = products.differences(x.workdir, different[0])

@@ -26,7 +26,18 @@ from clip_jax.stages import export
 from clip_jax.stages.prune_columns import ROWS_AT_ONCE, PoolColumns
 
 # Keys of a split in whose place its rule gets what they name.
-_SUPPLIED = ('benchmarks', 'size', 'size_of', 'to', 'reference', 'column', 'values', 'of', 'seed', 'file')
+_SUPPLIED = (
+  'benchmarks',
+  'size',
+  'size_of',
+  'to',
+  'reference',
+  'column',
+  'values',
+  'of',
+  'seed',
+  'file',
+)
 NEAR_MARGIN = 0.02  # a query is "unhit" where no removed row is nearer than its threshold less this
 
 
@@ -43,7 +54,9 @@ def write_rows(x: Experiment, todo: list[Product]) -> Made:
 def describe(x: Experiment, todo: list[Product]) -> Made:
   """Writes what is known of splits: split.json, and the figures of an aligned split's queries."""
   base = x.once('base', lambda: Base(x))
-  checks = base.check([product.of[0] for product in todo])  # of all splits together: one pass over their vectors
+  checks = base.check(
+    [product.of[0] for product in todo]
+  )  # of all splits together: one pass over their vectors
   for product in todo:
     yield product, base.describe(product, checks.get(product.of[0], {})), {}
 
@@ -54,13 +67,23 @@ class Base(PoolColumns):
   def __init__(self, x: Experiment, candidates: Array | None = None):
     super().__init__(x, candidates)
     self._base = workdir.base_rows(x)
-    self._anchor_rows = np.flatnonzero(self.anchor.usable) if self.anchor is not None else np.zeros(0, np.int64)
-    self._size = len(self.pool) + (0 if self.anchor is None else len(self.anchor))  # without planted copies
-    self._counted: dict[str, tuple[Array, Array]] = {}  # benchmark -> rows that the last split removed, and counts
+    self._anchor_rows = (
+      np.flatnonzero(self.anchor.usable) if self.anchor is not None else np.zeros(0, np.int64)
+    )
+    self._size = len(self.pool) + (
+      0 if self.anchor is None else len(self.anchor)
+    )  # without planted copies
+    self._counted: dict[
+      str, tuple[Array, Array]
+    ] = {}  # benchmark -> rows that the last split removed, and counts
 
   def keep(self, split: str, seed: int) -> rules.Kept:
     """Applies a split's rule."""
-    config, block, rule = self.x.config, self.x.config.splits[split], blocks.rule_of(self.x.config, split)
+    config, block, rule = (
+      self.x.config,
+      self.x.config.splits[split],
+      blocks.rule_of(self.x.config, split),
+    )
     known = self.matched_columns if 'anchor_classes' in rule.needs else self.columns
     given = {key: block[key] for key in rule.keys if key not in _SUPPLIED}  # numbers, as they are
     about = {}
@@ -70,8 +93,11 @@ class Base(PoolColumns):
       given['codes'], given['names'] = self.levels(block.column, block.reference)
       given['values'] = tuple(map(str, block['values']))
     if 'count' in rule.needs:
-      given['count'] = (len(self._pool_rows(split, block.size_of, seed)) if block.size_of
-                        else rules.count_of(block.size, int(self.columns.candidates.sum())))
+      given['count'] = (
+        len(self._pool_rows(split, block.size_of, seed))
+        if block.size_of
+        else rules.count_of(block.size, int(self.columns.candidates.sum()))
+      )
     if 'draw' in rule.needs:
       given |= {'seed': block.seed, 'draw': seed}
     if 'target' in rule.needs:
@@ -101,16 +127,26 @@ class Base(PoolColumns):
     planted = np.zeros(0, np.int64)
     if blocks.holds_planted(self.x.config, split):
       planted = np.flatnonzero(workdir.embeddings(self.x, blocks.PLANTED).usable)
-    return splits.base_rows(kept.rows, len(self.pool), self._anchor_rows, blocks.appends_anchor(self.x.config, split),
-                            self._size, planted)
+    return splits.base_rows(
+      kept.rows,
+      len(self.pool),
+      self._anchor_rows,
+      blocks.appends_anchor(self.x.config, split),
+      self._size,
+      planted,
+    )
 
   def describe(self, product: Product, checks: dict[str, dict]) -> list[str]:
     """Writes split.json (and the queries' figures of an aligned split); returns the files.
 
     `checks`: what check() returned of this split. InputError where it is not aligned.
     """
-    split, = product.of
-    config, block, rule = self.x.config, self.x.config.splits[split], blocks.rule_of(self.x.config, split)
+    (split,) = product.of
+    config, block, rule = (
+      self.x.config,
+      self.x.config.splits[split],
+      blocks.rule_of(self.x.config, split),
+    )
     made, draws = [f'{product.name}.json'], {}
     for seed in blocks.draws(config, split):
       name = self.x.graph.rows(split, seed).name
@@ -118,20 +154,32 @@ class Base(PoolColumns):
       sizes = {dataset: len(own) for dataset, own in self._base.own(rows).items()}
       counts = products.counts(self.x.workdir, name)
       draws[os.path.basename(name)] = {
-          'pool_rows': sizes[blocks.POOL], 'anchor_rows': sizes.get(blocks.ANCHOR, 0),
-          'planted_rows': sizes.get(blocks.PLANTED, 0), 'hash': splits.rows_hash(rows),
-          **{key: value for key, value in counts.items() if key != 'pool_rows'}}
+        'pool_rows': sizes[blocks.POOL],
+        'anchor_rows': sizes.get(blocks.ANCHOR, 0),
+        'planted_rows': sizes.get(blocks.PLANTED, 0),
+        'hash': splits.rows_hash(rows),
+        **{key: value for key, value in counts.items() if key != 'pool_rows'},
+      }
     first = next(iter(draws.values()))
     candidates = int(self.columns.candidates.sum())
     parameters = blocks.parameters(config, split)
     if 'file' in parameters:
       parameters['file'] = os.path.basename(block.file)
-    about = {'rule': block.rule, 'parameters': parameters,
-             'candidates': candidates, 'pool_size': len(self.pool), 'pool_rows': first['pool_rows'],
-             'anchor_rows': first['anchor_rows'], 'planted_rows': first['planted_rows'],
-             'dropped': candidates - (first['pool_rows'] - first.get('repeats', 0)),
-             'append_anchor': blocks.appends_anchor(config, split), 'seed': block.seed, 'hash': first['hash'],
-             'checks': checks, 'draws': draws}
+    about = {
+      'rule': block.rule,
+      'parameters': parameters,
+      'candidates': candidates,
+      'pool_size': len(self.pool),
+      'pool_rows': first['pool_rows'],
+      'anchor_rows': first['anchor_rows'],
+      'planted_rows': first['planted_rows'],
+      'dropped': candidates - (first['pool_rows'] - first.get('repeats', 0)),
+      'append_anchor': blocks.appends_anchor(config, split),
+      'seed': block.seed,
+      'hash': first['hash'],
+      'checks': checks,
+      'draws': draws,
+    }
     if rule.aligned:
       _refuse(split, checks)
       figures, more = self._aligned(split, first, os.path.dirname(product.name))
@@ -140,8 +188,10 @@ class Base(PoolColumns):
     elif rule.selects:
       dropped = np.zeros(len(self.pool), bool)
       dropped[self.removed(split, blocks.seeds(config, split)[0])] = True
-      about |= {key: splits.shares(column, self.columns.candidates, dropped)
-                for key, column in (('by_class', self.classes), ('by_domain', self.domain))}
+      about |= {
+        key: splits.shares(column, self.columns.candidates, dropped)
+        for key, column in (('by_class', self.classes), ('by_domain', self.domain))
+      }
     files.write_json(self.x.path(made[0]), about)
     return made
 
@@ -155,19 +205,31 @@ class Base(PoolColumns):
       counts = self._count_over(name, removed)
       over[name], cosine[name] = counts[:, 0], self._anchor_cosine(name)
       number = len(workdir.source(self.x, name))
-      arrays = {'removed_over': np.full(number, -1, np.int64), 'removed_near': np.full(number, -1, np.int64),
-                'anchor_cosine': np.full(number, np.nan)}
-      for key, values in (('removed_over', counts[:, 0]), ('removed_near', counts[:, 1]),
-                          ('anchor_cosine', cosine[name])):
+      arrays = {
+        'removed_over': np.full(number, -1, np.int64),
+        'removed_near': np.full(number, -1, np.int64),
+        'anchor_cosine': np.full(number, np.nan),
+      }
+      for key, values in (
+        ('removed_over', counts[:, 0]),
+        ('removed_near', counts[:, 1]),
+        ('anchor_cosine', cosine[name]),
+      ):
         arrays[key][usable] = values
       made.append(f'{folder}/queries-{name}.npz')
       files.write_npz(self.x.path(made[-1]), **arrays)
     duplicate = blocks.duplicate_similarity(self.x.config)
     figures = splits.describe_aligned(
-        self.columns, np.setdiff1d(np.flatnonzero(self.columns.candidates), removed, assume_unique=True),
-        benchmarks=tuple(block.benchmarks), dropped_at=self._dropped_at(tuple(block.benchmarks)),
-        removed_over=over, anchor_cosine=cosine,
-        duplicate_similarity=duplicate, label=self.classes, domain=self.domain)
+      self.columns,
+      np.setdiff1d(np.flatnonzero(self.columns.candidates), removed, assume_unique=True),
+      benchmarks=tuple(block.benchmarks),
+      dropped_at=self._dropped_at(tuple(block.benchmarks)),
+      removed_over=over,
+      anchor_cosine=cosine,
+      duplicate_similarity=duplicate,
+      label=self.classes,
+      domain=self.domain,
+    )
     figures['duplicate_similarity'] = duplicate
     figures['slack'] = report.get('slack', block.slack)
     figures['aligned_dropped'] = report.get('aligned_dropped', figures['dropped_at_slack']['0'])
@@ -185,23 +247,31 @@ class Base(PoolColumns):
     Counts of the last split of this benchmark are taken over: only rows that one of the two removes are counted.
     """
     queries, thresholds = workdir.thresholds(self.x, benchmark)
-    last, counts = self._counted.get(benchmark, (removed[:0], np.zeros((len(queries), 2), np.int64)))
-    gone, new = (np.setdiff1d(*pair, assume_unique=True) for pair in ((last, removed), (removed, last)))
+    last, counts = self._counted.get(
+      benchmark, (removed[:0], np.zeros((len(queries), 2), np.int64))
+    )
+    gone, new = (
+      np.setdiff1d(*pair, assume_unique=True) for pair in ((last, removed), (removed, last))
+    )
     if len(gone) + len(new) > len(removed):
       gone, new, counts = gone[:0], removed, np.zeros_like(counts)
     counts = counts.copy()
     for rows, sign in ((new, 1), (gone, -1)):
       for start in range(0, len(rows), ROWS_AT_ONCE):
-        vectors = self.pool.rows(rows[start:start + ROWS_AT_ONCE])
+        vectors = self.pool.rows(rows[start : start + ROWS_AT_ONCE])
         counts += sign * decide.count_over(vectors, queries, thresholds, margins=(0.0, NEAR_MARGIN))
     self._counted[benchmark] = removed, counts
     return counts
 
   def _anchor_cosine(self, benchmark: str) -> Array:
     """Returns each usable query's threshold, divided by both vectors' norms, [q] float64."""
-    result, usable = workdir.query_result(self.x, benchmark), workdir.embeddings(self.x, benchmark).usable
-    return workdir.cosine(self.x, benchmark, blocks.ANCHOR, result.anchor_similarity_f64,
-                          result.anchor_nearest)[usable]
+    result, usable = (
+      workdir.query_result(self.x, benchmark),
+      workdir.embeddings(self.x, benchmark).usable,
+    )
+    return workdir.cosine(
+      self.x, benchmark, blocks.ANCHOR, result.anchor_similarity_f64, result.anchor_nearest
+    )[usable]
 
   def check(self, late: list[str]) -> dict[str, dict]:
     """Checks by brute force, on a sample of the queries, that splits have the anchor's similarity gap.
@@ -212,44 +282,64 @@ class Base(PoolColumns):
     aligned = [split for split in late if blocks.rule_of(config, split).aligned]
     is_exact = config.search.backend == 'exact'
     if not aligned or not is_exact or not config.prune.check_queries:
-      none = {'checked': 0} | ({} if is_exact else {'kind': 'not exact: ScaNN may have missed rows'})
+      none = {'checked': 0} | (
+        {} if is_exact else {'kind': 'not exact: ScaNN may have missed rows'}
+      )
       return {split: {name: none for name in config.splits[split].benchmarks} for split in aligned}
     promises = {split: self._promise(split) for split in aligned}
     wanted = np.zeros(self._size, bool)
     for promise in promises.values():
       wanted[promise.rows] = True
 
-    def parts(vectors, rows, first):  # rows of the base set, of vectors whose row 0 is its row `first`
+    def parts(
+      vectors, rows, first
+    ):  # rows of the base set, of vectors whose row 0 is its row `first`
       for start in range(0, len(rows), splits.CHECK_ROWS):
-        some = rows[start:start + splits.CHECK_ROWS]
+        some = rows[start : start + splits.CHECK_ROWS]
         yield some, vectors.rows(some - first)
 
     size = len(self.pool)
     anchor = size + self._anchor_rows
     return splits.check_aligned(
-        promises,
-        {name: workdir.thresholds(self.x, name)[0] for split in aligned for name in config.splits[split].benchmarks},
-        itertools.chain(parts(self.pool, np.flatnonzero(wanted[:size]), 0), parts(self.anchor, anchor, size)),
-        (vectors for _, vectors in parts(self.anchor, anchor, size)),
-        sample=config.prune.check_queries, tolerance=self.columns.tolerance)
+      promises,
+      {
+        name: workdir.thresholds(self.x, name)[0]
+        for split in aligned
+        for name in config.splits[split].benchmarks
+      },
+      itertools.chain(
+        parts(self.pool, np.flatnonzero(wanted[:size]), 0), parts(self.anchor, anchor, size)
+      ),
+      (vectors for _, vectors in parts(self.anchor, anchor, size)),
+      sample=config.prune.check_queries,
+      tolerance=self.columns.tolerance,
+    )
 
   def _promise(self, split: str) -> splits.Promise:
     block, seed = self.x.config.splits[split], blocks.seeds(self.x.config, split)[0]
     k = block.k if block.rule == 'k_aligned' else 0
     rows = np.load(workdir.rows_path(self.x, split, seed), mmap_mode='r')  # of all splits at once
-    rows = rows[:np.searchsorted(rows, len(self.pool))] if k else rows
-    slack = products.counts(self.x.workdir, self.x.graph.rows(split, seed).name).get('slack', block.slack)
-    return splits.Promise(tuple(block.benchmarks), rows, blocks.appends_anchor(self.x.config, split),
-                          -math.inf if slack is None else slack, k)
+    rows = rows[: np.searchsorted(rows, len(self.pool))] if k else rows
+    slack = products.counts(self.x.workdir, self.x.graph.rows(split, seed).name).get(
+      'slack', block.slack
+    )
+    return splits.Promise(
+      tuple(block.benchmarks),
+      rows,
+      blocks.appends_anchor(self.x.config, split),
+      -math.inf if slack is None else slack,
+      k,
+    )
 
 
 def _refuse(split: str, checks: dict[str, dict]) -> None:
   for benchmark, figures in checks.items():
     if figures.get('failures'):
       raise InputError(
-          f'{split} is not aligned to {benchmark}: {figures["failures"]} of {figures["checked"]} checked queries '
-          f'have nearer neighbours than in the anchor, for example {figures["first_failures"][0]}. The search is '
-          'not of these embeddings: --redo=search.')
+        f'{split} is not aligned to {benchmark}: {figures["failures"]} of {figures["checked"]} checked queries '
+        f'have nearer neighbours than in the anchor, for example {figures["first_failures"][0]}. The search is '
+        'not of these embeddings: --redo=search.'
+      )
 
 
 def summarize(x: Experiment, made: list[Product]) -> None:
@@ -262,15 +352,25 @@ def summarize(x: Experiment, made: list[Product]) -> None:
     checks = sum(check.get('checked', 0) for check in about['checks'].values())
     if any(draw.get('no_matched_control') for draw in about['draws'].values()):
       lacking = max(draw['without_full_cell_donor'] for draw in about['draws'].values())
-      logging.warning('%s: no matched control exists, as %.0f %% of the rows that %s removes have no donor like '
-                      'them; it holds random rows instead.', split, 100 * lacking, x.config.splits[split].to)
+      logging.warning(
+        '%s: no matched control exists, as %.0f %% of the rows that %s removes have no donor like '
+        'them; it holds random rows instead.',
+        split,
+        100 * lacking,
+        x.config.splits[split].to,
+      )
     repeats = max(draw.get('repeats', 0) for draw in about['draws'].values())
     planted = about['planted_rows']
-    logging.info('split %s: %s pool rows%s (%.1f %% dropped) and %s anchor rows%s%s.', split,
-                 f'{about["pool_rows"]:,}', f', {repeats:,} of them repeats' if repeats else '', 100 * share,
-                 f'{about["anchor_rows"]:,}',
-                 f', and {planted:,} COPIES OF TEST IMAGES, planted on purpose' if planted else '',
-                 f'; gap checked on {checks} queries' if checks else '')
+    logging.info(
+      'split %s: %s pool rows%s (%.1f %% dropped) and %s anchor rows%s%s.',
+      split,
+      f'{about["pool_rows"]:,}',
+      f', {repeats:,} of them repeats' if repeats else '',
+      100 * share,
+      f'{about["anchor_rows"]:,}',
+      f', and {planted:,} COPIES OF TEST IMAGES, planted on purpose' if planted else '',
+      f'; gap checked on {checks} queries' if checks else '',
+    )
     if not about['pool_rows'] + about['anchor_rows'] + planted:
       logging.warning('split %s holds no row: nothing can be trained on it.', split)
 

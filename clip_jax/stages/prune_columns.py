@@ -59,21 +59,33 @@ class PoolColumns:
     recall = min(map(self._recall, used)) if config.search.backend == 'scann' and used else None
     column = lambda which: Lazy(used, lambda name: workdir.search_column(self.x, name, which))
     return rules.Columns(
-        tolerance=max(columns.TOLERANCE, 2 * decide.error_bound(self.pool.dim)), candidates=candidates,
-        similarity=column('similarity'), excess=column('excess'), exact_similarity=self._exact_similarity,
-        exact_excess=self._exact_excess, pairs=self.pairs, recall=recall)
+      tolerance=max(columns.TOLERANCE, 2 * decide.error_bound(self.pool.dim)),
+      candidates=candidates,
+      similarity=column('similarity'),
+      excess=column('excess'),
+      exact_similarity=self._exact_similarity,
+      exact_excess=self._exact_excess,
+      pairs=self.pairs,
+      recall=recall,
+    )
 
   @functools.cached_property
   def matched_columns(self) -> rules.Columns:
     """The columns with those of the matched control; None for captions and sizes that no row has."""
     lengths = self.source.caption_lengths
-    width, height = (np.nan_to_num(self.source.column(name).astype(np.float64)) for name in ('width', 'height'))
+    width, height = (
+      np.nan_to_num(self.source.column(name).astype(np.float64)) for name in ('width', 'height')
+    )
     pixels = (width * height).astype(np.int64)
     column = lambda which: workdir.search_column(self.x, ANCHOR_CLASSES, which)
     return dataclasses.replace(
-        self.columns, anchor_class=column('nearest'), anchor_class_similarity=column('similarity'),
-        caption_length=lengths if lengths.any() else None, image_pixels=pixels if pixels.any() else None,
-        domain=self.domain)
+      self.columns,
+      anchor_class=column('nearest'),
+      anchor_class_similarity=column('similarity'),
+      caption_length=lengths if lengths.any() else None,
+      image_pixels=pixels if pixels.any() else None,
+      domain=self.domain,
+    )
 
   @functools.cached_property
   def domain(self) -> Array | None:
@@ -94,13 +106,17 @@ class PoolColumns:
   def levels(self, column: str, reference: str) -> tuple[Array, list[str]]:
     """Returns the level of each pool row, [N], -1 for none, and the levels' names, for domain_removal."""
     if column:
-      codes, names = cells.levels(pa.array(self.source.column(column), from_pandas=True))  # NaN: none
+      codes, names = cells.levels(
+        pa.array(self.source.column(column), from_pandas=True)
+      )  # NaN: none
       return (np.where(codes == names.index(''), -1, codes) if '' in names else codes), names
     nearest = workdir.search_column(self.x, reference, 'nearest')
     if blocks.is_prompts(self.x.config, reference):
       return nearest, list(self.x.config.references[reference].classes)
     names = list(workdir.class_names(self.x, reference))
-    labels = np.append(workdir.source(self.x, reference).labels, -1)  # the last: rows without a nearest
+    labels = np.append(
+      workdir.source(self.x, reference).labels, -1
+    )  # the last: rows without a nearest
     codes = labels[nearest]
     return np.where(codes < len(names), codes, -1), names
 
@@ -120,7 +136,13 @@ class PoolColumns:
       parts = []
       for start, found in self._pair_files(folder, k):
         mine = slice(*np.searchsorted(found['query'], (lo, hi)))
-        parts.append((found['query'][mine].copy(), found['row'][mine] + start, found['similarity'][mine].copy()))
+        parts.append(
+          (
+            found['query'][mine].copy(),
+            found['row'][mine] + start,
+            found['similarity'][mine].copy(),
+          )
+        )
       yield columns.Pairs(top, *(np.concatenate(column) for column in zip(*parts)))
 
   def _pair_files(self, folder: str, k: int) -> Iterator[tuple[int, dict[str, Array]]]:
@@ -128,28 +150,49 @@ class PoolColumns:
     for shard, start, _ in workdir.shard_slices(self.pool.starts):
       path = os.path.join(folder, f'pairs-k{k}-{shard:05d}.npz')
       if not os.path.exists(path):
-        raise InputError(f'The pool\'s shard {shard} was not searched for the pairs of {os.path.basename(folder)} '
-                         f'with k={k} yet in {self.x.workdir}: run the stage `search` first.')
+        raise InputError(
+          f"The pool's shard {shard} was not searched for the pairs of {os.path.basename(folder)} "
+          f'with k={k} yet in {self.x.workdir}: run the stage `search` first.'
+        )
       yield start, files.read_npz(path)
 
   def _recall(self, benchmark: str) -> float:
-    recall = products.counts(self.x.workdir, self.x.graph.queries(benchmark, self.x.embedder).name)['recall']
+    recall = products.counts(self.x.workdir, self.x.graph.queries(benchmark, self.x.embedder).name)[
+      'recall'
+    ]
     least = self.x.config.search.min_recall
     if recall < least:
-      raise InputError(f'ScaNN found {recall:.4f} of the true neighbours of {benchmark} on a '
-                       f'sample, less than config.search.min_recall={least}. Raise config.search.candidates, or '
-                       'use --config.search.backend=exact.')
+      raise InputError(
+        f'ScaNN found {recall:.4f} of the true neighbours of {benchmark} on a '
+        f'sample, less than config.search.min_recall={least}. Raise config.search.candidates, or '
+        'use --config.search.backend=exact.'
+      )
     return recall
 
   def _exact_similarity(self, benchmarks, rows: Array) -> Array:
-    return self._in_blocks(rows, lambda vectors: np.max(
-        [decide.exact_similarity(vectors, workdir.thresholds(self.x, name)[0]) for name in benchmarks], axis=0))
+    return self._in_blocks(
+      rows,
+      lambda vectors: np.max(
+        [
+          decide.exact_similarity(vectors, workdir.thresholds(self.x, name)[0])
+          for name in benchmarks
+        ],
+        axis=0,
+      ),
+    )
 
   def _exact_excess(self, benchmarks, rows: Array) -> Array:
-    return self._in_blocks(rows, lambda vectors: np.max(
-        [decide.exact_excess(vectors, *workdir.thresholds(self.x, name)) for name in benchmarks], axis=0))
+    return self._in_blocks(
+      rows,
+      lambda vectors: np.max(
+        [decide.exact_excess(vectors, *workdir.thresholds(self.x, name)) for name in benchmarks],
+        axis=0,
+      ),
+    )
 
   def _in_blocks(self, rows: Array, decide) -> Array:
-    parts = [decide(self.pool.rows(rows[start:start + ROWS_AT_ONCE]))
-             for start in range(0, len(rows), ROWS_AT_ONCE)]
+    parts = [
+      decide(self.pool.rows(rows[start : start + ROWS_AT_ONCE]))
+      for start in range(0, len(rows), ROWS_AT_ONCE)
+    ]
     return np.concatenate(parts) if parts else np.zeros(0)

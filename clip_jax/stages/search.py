@@ -29,21 +29,22 @@ from clip_jax.experiment.experiment import Experiment
 from clip_jax.similarity import decide, exact, paper_compat, scann, size_curves
 from clip_jax.stages import models
 
-MERGED = 8              # shards whose top lists are merged at once: memory stays flat in their number
+MERGED = 8  # shards whose top lists are merged at once: memory stays flat in their number
 QUERIES_AT_ONCE = 4096  # whose pairs of a shard are sorted at a time
-LISTED = 6              # benchmarks that a line of the summary names
+LISTED = 6  # benchmarks that a line of the summary names
 SLACKS = (-0.01, 0.01)  # at which the summary tells what would be dropped, beside 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
   """What the pool is compared with: a benchmark's queries, the anchor's class means, examples or prompts."""
+
   name: str
-  vectors: Array                 # [Q, E] float16
-  usable: Array                  # [Q] bool; queries that are not usable are not searched
-  thresholds: Array | None       # [Q] float64: similarity to the nearest anchor image, exact
-  anchor_nearest: Array | None   # [Q] int64: that image's index in the anchor
-  ids: Array                     # [usable Q] int32: what `nearest` holds for each searched query
+  vectors: Array  # [Q, E] float16
+  usable: Array  # [Q] bool; queries that are not usable are not searched
+  thresholds: Array | None  # [Q] float64: similarity to the nearest anchor image, exact
+  anchor_nearest: Array | None  # [Q] int64: that image's index in the anchor
+  ids: Array  # [usable Q] int32: what `nearest` holds for each searched query
 
   @property
   def limits(self) -> Array:  # [usable Q] float32
@@ -56,13 +57,17 @@ def search_shards(x: Experiment, todo: list[Product]) -> Made:
   """Searches pool shards, each with all its missing targets in one pass."""
   pool = workdir.embeddings(x, POOL)
   if not pool.usable.any():
-    raise InputError(f'No image of the pool can be read, so nothing can be searched. See {x.path("ingest", "pool")}.')
+    raise InputError(
+      f'No image of the pool can be read, so nothing can be searched. See {x.path("ingest", "pool")}.'
+    )
   wanted: dict[int, list[Product]] = {}
   for product in todo:
     wanted.setdefault(product.of[1], []).append(product)
   present = len(pool.starts) - 1 - len(wanted)
   if present:
-    logging.info('search: going on, %d of %d pool shards are searched already.', present, len(pool.starts) - 1)
+    logging.info(
+      'search: going on, %d of %d pool shards are searched already.', present, len(pool.starts) - 1
+    )
   total = sum(int(pool.starts[shard + 1] - pool.starts[shard]) for shard in wanted)
   joined = {}  # what is searched together, put on the device once
   with progress.Bar(total=total, desc=f'search{x.suffix}', unit='row') as bar:
@@ -78,12 +83,18 @@ def search_shards(x: Experiment, todo: list[Product]) -> Made:
         yield product, [product.name + '.npz'], {'rows': len(arrays['similarity'])}
       bar.update(int(pool.starts[shard + 1] - pool.starts[shard]))
   searched = {product.of[0] for product in todo} - {ANCHOR_CLASSES}
-  counted = [progress.counted(len(searched & set(group)), noun)
-             for noun, group in (('benchmark', x.config.benchmarks), ('reference', x.config.references))
-             if searched & set(group)]
-  logging.info('search%s: %s against %s queries of %s.', x.suffix, progress.counted(total, 'pool row'),
-               f'{sum(len(target_of(x, name).ids) for name in searched):,}',
-               ' and '.join(counted) or 'the anchor\'s classes')
+  counted = [
+    progress.counted(len(searched & set(group)), noun)
+    for noun, group in (('benchmark', x.config.benchmarks), ('reference', x.config.references))
+    if searched & set(group)
+  ]
+  logging.info(
+    'search%s: %s against %s queries of %s.',
+    x.suffix,
+    progress.counted(total, 'pool row'),
+    f'{sum(len(target_of(x, name).ids) for name in searched):,}',
+    ' and '.join(counted) or "the anchor's classes",
+  )
 
 
 def target_of(x: Experiment, name: str) -> Target:
@@ -98,15 +109,25 @@ def open_target(x: Experiment, name: str) -> Target:
     return Target(name, vectors, np.ones(len(vectors), bool), None, None, classes)
   if name in config.references and blocks.is_prompts(config, name):
     block = config.references[name]
-    vectors = zero_shot.class_matrix(models.text_tower(x), tuple(block.classes),
-                                     tuple(block.templates)).astype(np.float16)  # [C, E]
-    return Target(name, vectors, np.ones(len(vectors), bool), None, None, np.arange(len(vectors), dtype=np.int32))
+    vectors = zero_shot.class_matrix(
+      models.text_tower(x), tuple(block.classes), tuple(block.templates)
+    ).astype(np.float16)  # [C, E]
+    return Target(
+      name,
+      vectors,
+      np.ones(len(vectors), bool),
+      None,
+      None,
+      np.arange(len(vectors), dtype=np.int32),
+    )
   queries = workdir.embeddings(x, name)
   usable = queries.usable
   if not usable.any():
     kind = 'reference' if name in config.references else 'benchmark'
-    raise InputError(f'No image of the {kind} {name} can be read, so it cannot be searched. '
-                     f'See {x.path("ingest", name)}.')
+    raise InputError(
+      f'No image of the {kind} {name} can be read, so it cannot be searched. '
+      f'See {x.path("ingest", name)}.'
+    )
   vectors = queries[:]
   thresholds = nearest = None
   if blocks.has_anchor(config) and name in config.benchmarks:
@@ -126,8 +147,10 @@ def class_means(anchor, labels: Array) -> tuple[Array, Array]:
     mean = anchor[np.flatnonzero(usable & (labels == label))].astype(np.float64).mean(axis=0)
     means.append(mean / max(np.linalg.norm(mean), 1e-12))
   if not means:
-    raise InputError('No usable anchor image has a label, so the anchor has no class means. Give '
-                     'config.anchor.label_key.')
+    raise InputError(
+      'No usable anchor image has a label, so the anchor has no class means. Give '
+      'config.anchor.label_key.'
+    )
   return np.stack(means).astype(np.float16), classes.astype(np.int32)
 
 
@@ -137,11 +160,16 @@ def join(targets: list[Target]) -> exact.Queries:
   for target in targets:
     segments.append((target.name, start, start + len(target.ids)))
     start += len(target.ids)
-  return exact.Queries(np.concatenate([target.vectors[target.usable] for target in targets]), tuple(segments),
-                       np.concatenate([target.limits for target in targets]))
+  return exact.Queries(
+    np.concatenate([target.vectors[target.usable] for target in targets]),
+    tuple(segments),
+    np.concatenate([target.limits for target in targets]),
+  )
 
 
-def search_one(x: Experiment, pool, shard: int, targets: list[Target], queries) -> dict[str, dict[str, Array]]:
+def search_one(
+  x: Experiment, pool, shard: int, targets: list[Target], queries
+) -> dict[str, dict[str, Array]]:
   """Searches one pool shard with some targets in one pass. Returns target -> the arrays of its file."""
   vectors, usable = pool.shard(shard)
   s = x.config.search
@@ -149,28 +177,47 @@ def search_one(x: Experiment, pool, shard: int, targets: list[Target], queries) 
     found = _scann_shard(x, vectors, usable, targets)
   else:
     k = s.top_k if any(target.name in x.config.benchmarks for target in targets) else 0
-    found = exact.search_shard(vectors, usable, queries, k=k, tile_rows=s.tile_rows, query_block=s.query_block,
-                               name=f'embeddings/pool/{shard:05d}.npy')
-  for target in targets:  # the search numbers the queries that it got; the files number the benchmark's
+    found = exact.search_shard(
+      vectors,
+      usable,
+      queries,
+      k=k,
+      tile_rows=s.tile_rows,
+      query_block=s.query_block,
+      name=f'embeddings/pool/{shard:05d}.npy',
+    )
+  for (
+    target
+  ) in targets:  # the search numbers the queries that it got; the files number the benchmark's
     arrays = found[target.name]
-    if target.name not in x.config.benchmarks:  # nobody asks for the pool rows nearest to a class or an example
+    if (
+      target.name not in x.config.benchmarks
+    ):  # nobody asks for the pool rows nearest to a class or an example
       del arrays['top_similarity'], arrays['top_row']
-    arrays['nearest'] = np.where(arrays['nearest'] >= 0, target.ids[arrays['nearest']], -1).astype(np.int32)
+    arrays['nearest'] = np.where(arrays['nearest'] >= 0, target.ids[arrays['nearest']], -1).astype(
+      np.int32
+    )
   return found
 
 
-def _scann_shard(x: Experiment, vectors, usable, targets: list[Target]) -> dict[str, dict[str, Array]]:
+def _scann_shard(
+  x: Experiment, vectors, usable, targets: list[Target]
+) -> dict[str, dict[str, Array]]:
   """ScaNN: candidates of each query, exactly re-scored; other rows hold NaN, -1, NaN."""
   found = {}
   for target in targets:
-    similarity, row = scann.candidates(vectors, usable, target.vectors[target.usable], x.config.search.candidates)
+    similarity, row = scann.candidates(
+      vectors, usable, target.vectors[target.usable], x.config.search.candidates
+    )
     query, place = np.nonzero(row >= 0)
     rows, scores = row[query, place], similarity[query, place]
     best = np.lexsort((query, -scores, rows))  # of each row: the highest score, ties lowest query
     scored, first = np.unique(rows[best], return_index=True)
-    arrays = {'similarity': np.full(len(usable), np.nan, np.float32),
-              'nearest': np.full(len(usable), -1, np.int32),
-              'excess': np.full(len(usable), np.nan, np.float32)}
+    arrays = {
+      'similarity': np.full(len(usable), np.nan, np.float32),
+      'nearest': np.full(len(usable), -1, np.int32),
+      'excess': np.full(len(usable), np.nan, np.float32),
+    }
     arrays['similarity'][scored] = scores[best][first]
     arrays['nearest'][scored] = query[best][first]
     over = np.full(len(usable), -np.inf, np.float32)
@@ -200,17 +247,27 @@ def merge_queries(x: Experiment, todo: list[Product]) -> Made:
     number = len(target.vectors)
     thresholds = np.full(number, np.nan) if target.thresholds is None else target.thresholds
     result = workdir.QueryResult(
-        anchor_similarity=thresholds.astype(np.float32),
-        anchor_nearest=np.full(number, -1) if target.anchor_nearest is None else target.anchor_nearest,
-        pool_similarity=np.full((number, similarity.shape[1]), np.nan, np.float32),
-        pool_nearest=np.full((number, similarity.shape[1]), -1, np.int64), anchor_similarity_f64=thresholds)
+      anchor_similarity=thresholds.astype(np.float32),
+      anchor_nearest=np.full(number, -1)
+      if target.anchor_nearest is None
+      else target.anchor_nearest,
+      pool_similarity=np.full((number, similarity.shape[1]), np.nan, np.float32),
+      pool_nearest=np.full((number, similarity.shape[1]), -1, np.int64),
+      anchor_similarity_f64=thresholds,
+    )
     result.pool_similarity[target.usable] = similarity
     result.pool_nearest[target.usable] = row
     counts = {'queries': number, 'unusable': int((~target.usable).sum())}
     if x.config.search.backend == 'scann':
       counts['recall'] = _recall(x, target, pool)
     arrays = vars(result)
-    order = ('pool_similarity', 'pool_nearest', 'anchor_similarity', 'anchor_nearest', 'anchor_similarity_f64')
+    order = (
+      'pool_similarity',
+      'pool_nearest',
+      'anchor_similarity',
+      'anchor_nearest',
+      'anchor_similarity_f64',
+    )
     files.write_npz(x.path(product.name + '.npz'), **{key: arrays[key] for key in order})
     yield product, [product.name + '.npz'], counts
 
@@ -224,17 +281,26 @@ def _recall(x: Experiment, target: Target, pool) -> float | None:
     return None
   ids = np.flatnonzero(target.usable)
   sample = np.random.default_rng(x.config.search.seed).choice(
-      ids, min(x.config.search.recall_queries, len(ids)), replace=False)
-  queries = exact.Queries(target.vectors[sample], ((target.name, 0, len(sample)),),
-                          target.thresholds[sample].astype(np.float32))
+    ids, min(x.config.search.recall_queries, len(ids)), replace=False
+  )
+  queries = exact.Queries(
+    target.vectors[sample],
+    ((target.name, 0, len(sample)),),
+    target.thresholds[sample].astype(np.float32),
+  )
   over = found = 0
   for shard in range(len(pool.starts) - 1):
     true = exact.search_shard(*pool.shard(shard), queries, k=1)[target.name]['excess'] > 0
     over += int(true.sum())
-    excess, = workdir.search_arrays(x, target.name, shard, ['excess'])
+    (excess,) = workdir.search_arrays(x, target.name, shard, ['excess'])
     found += int((excess[true] > 0).sum())
-  logging.info('search %s: ScaNN found %d of %d rows over a threshold of %d sampled queries.', target.name, found,
-               over, len(sample))
+  logging.info(
+    'search %s: ScaNN found %d of %d rows over a threshold of %d sampled queries.',
+    target.name,
+    found,
+    over,
+    len(sample),
+  )
   return found / over if over else 1.0
 
 
@@ -242,14 +308,19 @@ def anchor_lists(x: Experiment, todo: list[Product]) -> Made:
   """Finds the exact similarity [Q, k] and the row [Q, k] of each query's k nearest anchor images."""
   (name, k), anchor = todo[0].of, workdir.embeddings(x, ANCHOR)
   if k > anchor.usable.sum():
-    split = next(s for s, block in x.config.splits.items() if block.rule == 'k_aligned' and block.k == k)
-    raise InputError(f'config.splits.{split}.k={k}, and the anchor has {int(anchor.usable.sum())} usable images: no '
-                     'query has so many neighbours in it. Choose a smaller k.')
+    split = next(
+      s for s, block in x.config.splits.items() if block.rule == 'k_aligned' and block.k == k
+    )
+    raise InputError(
+      f'config.splits.{split}.k={k}, and the anchor has {int(anchor.usable.sum())} usable images: no '
+      'query has so many neighbours in it. Choose a smaller k.'
+    )
   queries = workdir.embeddings(x, name)
   usable = queries.usable
   similarity, row = np.full((len(queries), k), np.nan), np.full((len(queries), k), -1, np.int64)
-  similarity[usable], row[usable] = exact.anchor_top(anchor, anchor.usable, queries[:][usable], k,
-                                                     name='embeddings/anchor')
+  similarity[usable], row[usable] = exact.anchor_top(
+    anchor, anchor.usable, queries[:][usable], k, name='embeddings/anchor'
+  )
   files.write_npz(x.path(todo[0].name + '.npz'), similarity=similarity, row=row)
   yield todo[0], [todo[0].name + '.npz'], {}
 
@@ -260,41 +331,62 @@ def pairs(x: Experiment, todo: list[Product]) -> Made:
   pool, queries = workdir.embeddings(x, POOL), workdir.embeddings(x, name)
   usable = np.flatnonzero(queries.usable)
   vectors = queries[:][usable]
-  cut = files.read_npz(x.path(x.graph.anchor_lists(name, k).name + '.npz'))['similarity'][usable, k - 1]
+  cut = files.read_npz(x.path(x.graph.anchor_lists(name, k).name + '.npz'))['similarity'][
+    usable, k - 1
+  ]
   lowest = cut.min() - decide.error_bound(pool.dim)  # a row below it is no pair of any query
   with progress.Bar(total=len(todo), desc=f'pairs of {name}, k={k}', unit='shard') as bar:
     for product in todo:
       shard = product.of[2]
-      similarity, = workdir.search_arrays(x, name, shard, ['similarity'])
+      (similarity,) = workdir.search_arrays(x, name, shard, ['similarity'])
       part = pool.shard(shard)[0]
       rows = np.flatnonzero(similarity >= lowest)  # unusable rows hold -inf
-      arrays = {'query': [np.zeros(0, np.int32)], 'row': [np.zeros(0, np.int64)], 'similarity': [np.zeros(0)]}
+      arrays = {
+        'query': [np.zeros(0, np.int32)],
+        'row': [np.zeros(0, np.int64)],
+        'similarity': [np.zeros(0)],
+      }
       for start in range(0, len(usable), QUERIES_AT_ONCE):
         some = slice(start, start + QUERIES_AT_ONCE)
-        found = list(exact.pairs_over(part, rows, vectors[some], cut[some], name=f'embeddings/pool/{shard:05d}.npy'))
+        found = list(
+          exact.pairs_over(
+            part, rows, vectors[some], cut[some], name=f'embeddings/pool/{shard:05d}.npy'
+          )
+        )
         if not found:
           continue
         query, row, value = (np.concatenate(column) for column in zip(*found))
         order = np.lexsort((row, query))
-        for key, one in (('query', usable[some].astype(np.int32)[query]), ('row', row), ('similarity', value)):
+        for key, one in (
+          ('query', usable[some].astype(np.int32)[query]),
+          ('row', row),
+          ('similarity', value),
+        ):
           arrays[key].append(one[order])
       joined = {key: np.concatenate(arrays.pop(key)) for key in list(arrays)}
       files.write_npz(x.path(product.name + '.npz'), **joined)
-      yield product, [product.name + '.npz'], {'pairs': len(joined['row']), 'rows_revisited': len(rows)}
+      yield (
+        product,
+        [product.name + '.npz'],
+        {'pairs': len(joined['row']), 'rows_revisited': len(rows)},
+      )
       bar.update()
 
 
 def _over(x: Experiment, name: str, rows: Array, excess: Array) -> Array:
   """Returns which pool rows [m] are over a threshold of a benchmark, exactly, by their column: [m] bool."""
   pool = workdir.embeddings(x, POOL)
-  return size_curves.over_zero(excess, decide.error_bound(pool.dim), lambda doubt: decide.exact_excess(
-      pool.rows(rows[doubt]), *workdir.thresholds(x, name)))
+  return size_curves.over_zero(
+    excess,
+    decide.error_bound(pool.dim),
+    lambda doubt: decide.exact_excess(pool.rows(rows[doubt]), *workdir.thresholds(x, name)),
+  )
 
 
 def truncation(x: Experiment, todo: list[Product]) -> Made:
   """Counts what the published truncation misses. Every usable row of the pool counts, duplicates too."""
-  product, = todo
-  name, = product.of
+  (product,) = todo
+  (name,) = product.of
   pool, top_k = workdir.embeddings(x, POOL), x.config.search.paper_top_k
   over = missed = 0
   for rows in paper_compat.chunks(_over_rows(x, name)):
@@ -309,7 +401,7 @@ def _over_rows(x: Experiment, name: str) -> Iterator[tuple[Array, int]]:
   """Yields for each shard the pool rows over a threshold [m] int64, and the row after its last."""
   pool = workdir.embeddings(x, POOL)
   for shard, start, stop in workdir.shard_slices(pool.starts):
-    excess, = workdir.search_arrays(x, name, shard, ['excess'])
+    (excess,) = workdir.search_arrays(x, name, shard, ['excess'])
     rows = np.flatnonzero(excess >= -decide.error_bound(pool.dim))
     yield start + rows[_over(x, name, start + rows, excess[rows])], stop
 
@@ -318,8 +410,12 @@ def sizes(x: Experiment, todo: list[Product]) -> Made:
   """Counts how many candidates are over each threshold, of each benchmark and of all together."""
   names = list(x.config.benchmarks)
   counted = size_curves.count(_candidate_parts(x, names), len(names))
-  files.write_npz(x.path(todo[0].name + '.npz'), benchmarks=np.array(names),
-                  rows=np.array(len(workdir.embeddings(x, POOL))), **counted)
+  files.write_npz(
+    x.path(todo[0].name + '.npz'),
+    benchmarks=np.array(names),
+    rows=np.array(len(workdir.embeddings(x, POOL))),
+    **counted,
+  )
   yield todo[0], [todo[0].name + '.npz'], {'candidates': int(counted['candidates'])}
 
 
@@ -332,7 +428,11 @@ def _candidate_parts(x: Experiment, names: list[str]):
       continue
     read = [workdir.search_arrays(x, name, shard, ['similarity', 'excess']) for name in names]
     similarity, excess = (np.stack([one[column][rows] for one in read]) for column in (0, 1))
-    dropped = [_over(x, name, start + rows, one) for name, one in zip(names, excess)] if has_anchor else None
+    dropped = (
+      [_over(x, name, start + rows, one) for name, one in zip(names, excess)]
+      if has_anchor
+      else None
+    )
     yield similarity, excess if has_anchor else None, np.stack(dropped) if has_anchor else None
 
 
@@ -342,9 +442,15 @@ def _candidate_parts(x: Experiment, names: list[str]):
 def summarize(x: Experiment, made: list[Product]) -> None:
   """Logs in a few lines what the search found: duplicates, what would be dropped, how to go on."""
   config = x.config
-  if config.dedup.enabled and products.read_sidecar(x.workdir, x.graph.marks().name) is None and config.benchmarks:
-    logging.info('search: what a split would drop is counted once the pool is de-duplicated: run the stage dedup, '
-                 'then this one again (seconds).')
+  if (
+    config.dedup.enabled
+    and products.read_sidecar(x.workdir, x.graph.marks().name) is None
+    and config.benchmarks
+  ):
+    logging.info(
+      'search: what a split would drop is counted once the pool is de-duplicated: run the stage dedup, '
+      'then this one again (seconds).'
+    )
   if all(product.embedder for product in made):
     return
   duplicate = blocks.duplicate_similarity(config)
@@ -354,9 +460,18 @@ def summarize(x: Experiment, made: list[Product]) -> None:
     rates.append((rate[0], f'{name} ' + ' / '.join(f'{100 * one:.3g} %' for one in rate)))
   if rates:
     where = 'in the pool / in the anchor' if blocks.has_anchor(config) else 'in the pool'
-    logging.info('duplicates (similarity %.4g or more), queries with one %s: %s.', duplicate, where, _list(rates))
-  if config.benchmarks and config.search.backend == 'exact' and blocks.has_anchor(config) and products.status(
-      x.workdir, x.graph.sizes()) == 'fits':
+    logging.info(
+      'duplicates (similarity %.4g or more), queries with one %s: %s.',
+      duplicate,
+      where,
+      _list(rates),
+    )
+  if (
+    config.benchmarks
+    and config.search.backend == 'exact'
+    and blocks.has_anchor(config)
+    and products.status(x.workdir, x.graph.sizes()) == 'fits'
+  ):
     _log_sizes(x)
   if following := next_command(config):
     logging.info('next: %s', following)
@@ -369,12 +484,23 @@ def _log_sizes(x: Experiment) -> None:
   names = list(x.config.benchmarks)
   if len(names) > 1:
     names.append('any')
-  logging.info('gap-aligned would drop, of %s: %s (%.3g %%).', progress.counted(candidates, 'candidate'),
-               _list([(n, f'{name} {n:,}') for name, n in zip(names, dropped.tolist())], last=len(names) > 1),
-               100 * dropped[-1] / max(candidates, 1))
-  logging.info('with a slack of %g / %g: %s.', *SLACKS, _list(
-      [(n, f'{name} {one[at[0]]:,} / {one[at[1]]:,}') for name, n, one in
-       zip(names, dropped.tolist(), counted['excess_over'])], last=len(names) > 1))
+  logging.info(
+    'gap-aligned would drop, of %s: %s (%.3g %%).',
+    progress.counted(candidates, 'candidate'),
+    _list([(n, f'{name} {n:,}') for name, n in zip(names, dropped.tolist())], last=len(names) > 1),
+    100 * dropped[-1] / max(candidates, 1),
+  )
+  logging.info(
+    'with a slack of %g / %g: %s.',
+    *SLACKS,
+    _list(
+      [
+        (n, f'{name} {one[at[0]]:,} / {one[at[1]]:,}')
+        for name, n, one in zip(names, dropped.tolist(), counted['excess_over'])
+      ],
+      last=len(names) > 1,
+    ),
+  )
 
 
 def _list(items: list[tuple[float, str]], last: bool = False) -> str:
@@ -418,5 +544,11 @@ def next_command(config: ConfigDict) -> str:
   return shlex.join([os.path.basename(sys.executable), *kept, f'--stages={",".join(following)}'])
 
 
-MAKERS = {'search shard': search_shards, 'queries': merge_queries, 'anchor lists': anchor_lists, 'pairs': pairs,
-          'truncation': truncation, 'sizes': sizes}
+MAKERS = {
+  'search shard': search_shards,
+  'queries': merge_queries,
+  'anchor lists': anchor_lists,
+  'pairs': pairs,
+  'truncation': truncation,
+  'sizes': sizes,
+}

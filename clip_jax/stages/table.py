@@ -1,8 +1,8 @@
 """What each stage makes and with what: the main line and the studies together."""
 
+from collections.abc import Callable
 import functools
 import importlib
-from collections.abc import Callable
 
 from clip_jax.core.products import STAGES, Made, Product
 from clip_jax.experiment.experiment import Experiment
@@ -11,7 +11,10 @@ from clip_jax.studies import STUDIES
 
 def products_of(x: Experiment, stage: str) -> list[Product]:
   """Returns the products that the config wants of a stage, in the order in which they are made."""
-  return [*x.graph.of(stage), *(product for study in STUDIES for product in study.products(x.graph).get(stage, ()))]
+  return [
+    *x.graph.of(stage),
+    *(product for study in STUDIES for product in study.products(x.graph).get(stage, ())),
+  ]
 
 
 def everything(x: Experiment) -> list[Product]:

@@ -26,8 +26,10 @@ def check(x: Experiment, todo: list[Product], number: int) -> None:
   for split, seed in (product.of for product in todo):
     size = len(np.load(workdir.rows_path(x, split, seed), mmap_mode='r'))
     if size < batch_size:
-      raise InputError(f'The split {split} has {size} rows, less than one batch ({batch_size}). Keep more rows, or set '
-                       'a smaller --config.train.batch_size.')
+      raise InputError(
+        f'The split {split} has {size} rows, less than one batch ({batch_size}). Keep more rows, or set '
+        'a smaller --config.train.batch_size.'
+      )
   if len(todo) < number:
     logging.info('train: going on, %d of %d runs are done.', number - len(todo), number)
   _advise(x)
@@ -35,36 +37,68 @@ def check(x: Experiment, todo: list[Product], number: int) -> None:
 
 def _advise(x: Experiment) -> None:
   """Logs where the global shuffle reads slowly: a parquet row group is decoded from its start for any one image."""
-  slow = sum(file.size for name in blocks.trained(x.config) for shard in x.graph.shards(name) for file in shard.files
-             if shard.block.format == 'parquet' or '://' in file.path)
+  slow = sum(
+    file.size
+    for name in blocks.trained(x.config)
+    for shard in x.graph.shards(name)
+    for file in shard.files
+    if shard.block.format == 'parquet' or '://' in file.path
+  )
   if x.config.train.order == 'global' and slow > SLOW_BYTES:
-    logging.info('train: %.0f GB are parquet or remote files, where reads at random are slow; if training waits for '
-                 'images, --config.train.order=blocks reads in order, and mixes less.', slow / 1e9)
+    logging.info(
+      'train: %.0f GB are parquet or remote files, where reads at random are slow; if training waits for '
+      'images, --config.train.order=blocks reads in order, and mixes less.',
+      slow / 1e9,
+    )
 
 
 def train(x: Experiment, todo: list[Product]) -> Made:
   """Trains one run."""
-  product, = todo
+  (product,) = todo
   split, seed = product.of
   t, folder = x.config.train, workdir.run_folder(split, seed)
   every = [run.of for run in x.graph.of('train')]
-  logging.info('train: run %d of %d, %s with seed %d.', every.index(product.of) + 1, len(every), split, seed)
-  data = views.Subset(x.once('decoded base set', lambda: _base(x)), workdir.rows_path(x, split, seed))
+  logging.info(
+    'train: run %d of %d, %s with seed %d.', every.index(product.of) + 1, len(every), split, seed
+  )
+  data = views.Subset(
+    x.once('decoded base set', lambda: _base(x)), workdir.rows_path(x, split, seed)
+  )
   size = len(data)
   if blocks.holds_planted(x.config, split):
-    logging.warning('train: %s holds PLANTED copies of test images of %s: a positive control, not a result.', split,
-                    x.config.planted.benchmark)
+    logging.warning(
+      'train: %s holds PLANTED copies of test images of %s: a positive control, not a result.',
+      split,
+      x.config.planted.benchmark,
+    )
   samples = t.samples if t.budget == 'samples' else round(t.epochs * size)
   # Captions are packed by the base set alone: planted copies change nothing of other splits' runs.
-  result, replaced = fit.fit(x, folder, data, workdir.base_source(x), seed=seed, samples=samples, product=product)
+  result, replaced = fit.fit(
+    x, folder, data, workdir.base_source(x), seed=seed, samples=samples, product=product
+  )
   seen = result.step * t.batch_size
   last = metrics.read(x.path(folder, 'metrics.jsonl'))[-1]
-  logging.info('%s: loss %.3f after %s samples (%.1f passes), %s images a second, %s.', folder, last['train/loss'],
-               f'{seen:,}', seen / size, f'{last["train/images_per_sec"]:,.0f}',
-               progress.seconds(last['train/seconds']))
-  yield product, [os.path.join(folder, name) for name in ('checkpoints', 'config.json', 'metrics.jsonl')], {
-      'rows': size, 'samples': seen, 'passes': seen / size, 'steps': result.step, 'digest': result.digest,
-      'replaced': replaced}
+  logging.info(
+    '%s: loss %.3f after %s samples (%.1f passes), %s images a second, %s.',
+    folder,
+    last['train/loss'],
+    f'{seen:,}',
+    seen / size,
+    f'{last["train/images_per_sec"]:,.0f}',
+    progress.seconds(last['train/seconds']),
+  )
+  yield (
+    product,
+    [os.path.join(folder, name) for name in ('checkpoints', 'config.json', 'metrics.jsonl')],
+    {
+      'rows': size,
+      'samples': seen,
+      'passes': seen / size,
+      'steps': result.step,
+      'digest': result.digest,
+      'replaced': replaced,
+    },
+  )
 
 
 def _base(x: Experiment):
@@ -72,9 +106,13 @@ def _base(x: Experiment):
 
   Images that are decoded at a smaller size are not kept: which size depends on the crop.
   """
-  base = workdir.base_source(x, planted=any(blocks.holds_planted(x.config, split) for split in x.config.splits))
+  base = workdir.base_source(
+    x, planted=any(blocks.holds_planted(x.config, split) for split in x.config.splits)
+  )
   t = x.config.train
-  return base if t.jpeg_shrink else loader.DecodedCache(base, t.cache_mb * 1_000_000, t.loader_processes)
+  return (
+    base if t.jpeg_shrink else loader.DecodedCache(base, t.cache_mb * 1_000_000, t.loader_processes)
+  )
 
 
 MAKERS = {'run': train}

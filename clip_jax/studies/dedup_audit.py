@@ -23,50 +23,108 @@ def products(graph: Graph) -> dict[str, list[Product]]:
   config = graph.config
   if not config.dedup.enabled or not config.dedup.audit_rows:
     return {}
-  return {'dedup': [Product('dedup/audit', 'dedup audit', keys=blocks.pick(config, ['dedup.audit_rows']),
-                            inputs=(graph.marks(),), is_cheap=True)]}
+  return {
+    'dedup': [
+      Product(
+        'dedup/audit',
+        'dedup audit',
+        keys=blocks.pick(config, ['dedup.audit_rows']),
+        inputs=(graph.marks(),),
+        is_cheap=True,
+      )
+    ]
+  }
 
 
 def audit(x: Experiment, todo: list[Product]) -> Made:
   """Compares sampled rows with all rows, and with those of their cluster."""
   from clip_jax.similarity import dedup_audit  # imports JAX and SciPy
+
   d, pool = x.config.dedup, workdir.embeddings(x.under(x.config.dedup.embedder), POOL)
   usable, centers = pool.usable & ~workdir.in_anchor(x), np.load(x.path('dedup', 'centers.npy'))
-  sample = np.sort(np.random.default_rng((d.seed, 2)).choice(
-      np.flatnonzero(usable), min(d.audit_rows, int(usable.sum())), replace=False, shuffle=False))
+  sample = np.sort(
+    np.random.default_rng((d.seed, 2)).choice(
+      np.flatnonzero(usable), min(d.audit_rows, int(usable.sum())), replace=False, shuffle=False
+    )
+  )
   priority = np.load(x.path('dedup', 'priority.npy')) if d.survivor != 'first' else None
   with progress.Bar(total=int(usable.sum()), desc='audit', unit='row') as bar:
     result = dedup_audit.measure(
-        pool, usable, sample, [*_fewer_clusters(x, pool, sample, len(centers)), centers], threshold=d.threshold,
-        keep=np.load(workdir.keep_path(x)), priority=priority, on_rows=bar.update)
-  by_clusters = [{key: _number(value) for key, value in vars(each).items()} for each in result.clusterings]
-  files.write_json(x.path('dedup', 'audit.json'), {
-      'rows': len(sample), 'usable': int(usable.sum()), 'threshold': d.threshold, 'clusters': len(centers),
-      'pairs': result.pairs, 'dropped_exhaustive': result.dropped_exhaustive, 'by_clusters': by_clusters,
-      'chains': {'components': result.components, 'largest': max(result.sizes, default=0),
-                 'through_dropped': result.through_dropped,
-                 'sizes': {str(size): count for size, count in sorted(result.sizes.items())}}})
+      pool,
+      usable,
+      sample,
+      [*_fewer_clusters(x, pool, sample, len(centers)), centers],
+      threshold=d.threshold,
+      keep=np.load(workdir.keep_path(x)),
+      priority=priority,
+      on_rows=bar.update,
+    )
+  by_clusters = [
+    {key: _number(value) for key, value in vars(each).items()} for each in result.clusterings
+  ]
+  files.write_json(
+    x.path('dedup', 'audit.json'),
+    {
+      'rows': len(sample),
+      'usable': int(usable.sum()),
+      'threshold': d.threshold,
+      'clusters': len(centers),
+      'pairs': result.pairs,
+      'dropped_exhaustive': result.dropped_exhaustive,
+      'by_clusters': by_clusters,
+      'chains': {
+        'components': result.components,
+        'largest': max(result.sizes, default=0),
+        'through_dropped': result.through_dropped,
+        'sizes': {str(size): count for size, count in sorted(result.sizes.items())},
+      },
+    },
+  )
   own = result.clusterings[-1]
-  yield todo[0], ['dedup/audit.json'], {'rows': len(sample), 'pairs': result.pairs, 'recall': _number(own.recall)}
+  yield (
+    todo[0],
+    ['dedup/audit.json'],
+    {'rows': len(sample), 'pairs': result.pairs, 'recall': _number(own.recall)},
+  )
   if result.pairs:
-    logging.info('dedup: audit of %s sampled rows against all: %s of %s pairs of near-duplicates lie inside one '
-                 'cluster, %.1f %% [%.1f, %.1f]; %s of the rows are dropped, %s by exhaustive search.',
-                 f'{len(sample):,}', f'{own.found:,}', f'{result.pairs:,}', 100 * own.recall, 100 * own.low,
-                 100 * own.high, f'{own.dropped:,}', f'{result.dropped_exhaustive:,}')
+    logging.info(
+      'dedup: audit of %s sampled rows against all: %s of %s pairs of near-duplicates lie inside one '
+      'cluster, %.1f %% [%.1f, %.1f]; %s of the rows are dropped, %s by exhaustive search.',
+      f'{len(sample):,}',
+      f'{own.found:,}',
+      f'{result.pairs:,}',
+      100 * own.recall,
+      100 * own.low,
+      100 * own.high,
+      f'{own.dropped:,}',
+      f'{result.dropped_exhaustive:,}',
+    )
   else:
-    logging.info('dedup: audit of %s sampled rows: none has a near-duplicate in the pool, so recall is not known. '
-                 'Set more config.dedup.audit_rows.', f'{len(sample):,}')
+    logging.info(
+      'dedup: audit of %s sampled rows: none has a near-duplicate in the pool, so recall is not known. '
+      'Set more config.dedup.audit_rows.',
+      f'{len(sample):,}',
+    )
 
 
 def _fewer_clusters(x: Experiment, pool, sample: Array, most: int) -> list[Array]:
   """Returns the centres of k-means of the sample with 1, 2, 4, ... clusters, fewer than `most`."""
   from clip_jax.similarity import kmeans
+
   d, centers, clusters = x.config.dedup, [], 1
   rows = np.zeros(len(pool), bool)
   rows[sample] = True
   while clusters < most and 2 * clusters <= len(sample):
-    fit = kmeans.fit(pool, rows, clusters=clusters, seed=d.seed, initial_similarity=d.initial_similarity,
-                     min_change=d.min_change, max_iterations=d.max_iterations, name="the audit's sample of the pool")
+    fit = kmeans.fit(
+      pool,
+      rows,
+      clusters=clusters,
+      seed=d.seed,
+      initial_similarity=d.initial_similarity,
+      min_change=d.min_change,
+      max_iterations=d.max_iterations,
+      name="the audit's sample of the pool",
+    )
     if len(fit.centers) < clusters:
       break  # the sample holds no more that are dissimilar
     centers.append(fit.centers)

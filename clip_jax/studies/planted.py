@@ -35,36 +35,63 @@ def products(graph: Graph) -> dict[str, list[Product]]:
   if not name:
     return {}
   keys = blocks.pick(config, ['dedup.threshold', 'dedup.embedder', 'prune.duplicate_similarity'])
-  return {'search': [
-      Product(_calibration_name(embedder), 'planted calibration', keys=keys,
-              inputs=(graph.queries(name, embedder), *graph.embeddings(PLANTED, embedder)), embedder=embedder,
-              is_cheap=True) for embedder in ('', *blocks.further_embedders(config, 'search'))]}
+  return {
+    'search': [
+      Product(
+        _calibration_name(embedder),
+        'planted calibration',
+        keys=keys,
+        inputs=(graph.queries(name, embedder), *graph.embeddings(PLANTED, embedder)),
+        embedder=embedder,
+        is_cheap=True,
+      )
+      for embedder in ('', *blocks.further_embedders(config, 'search'))
+    ]
+  }
 
 
 def _calibration_name(embedder: str) -> str:
-  return os.path.join(*((EMBEDDERS, embedder) if embedder else ()), 'search', PLANTED, 'calibration')
+  return os.path.join(
+    *((EMBEDDERS, embedder) if embedder else ()), 'search', PLANTED, 'calibration'
+  )
 
 
 def calibrate(x: Experiment, todo: list[Product]) -> Made:
   """Measures how near copies lie to the images that they are copies of, and how near other images do."""
   from clip_jax.evaluation import planted as control  # imports SciPy
+
   copies, source = workdir.embeddings(x, PLANTED), workdir.source(x, PLANTED)
   queries, usable = workdir.embeddings(x, x.config.planted.benchmark), copies.usable
   vectors, query_of = queries[:], source.column('query')[usable]  # [Q, E], [n]
   copied = np.unique(query_of)
-  others = np.maximum(control.nearest_other(vectors, queries.usable, copied), _nearest_in_pool(x, vectors, copied))
-  calibration = {'embedder': x.embedder_block.source, **control.calibration(
-      source.column('kind')[usable], cosine(vectors[query_of], copies[:][usable]), others,
-      blocks.duplicate_similarity(x.config, x.embedder))}
+  others = np.maximum(
+    control.nearest_other(vectors, queries.usable, copied), _nearest_in_pool(x, vectors, copied)
+  )
+  calibration = {
+    'embedder': x.embedder_block.source,
+    **control.calibration(
+      source.column('kind')[usable],
+      cosine(vectors[query_of], copies[:][usable]),
+      others,
+      blocks.duplicate_similarity(x.config, x.embedder),
+    ),
+  }
   path = todo[0].name + '.json'
   files.write_json(x.path(path), calibration)
   yield todo[0], [path], {}
   every = calibration['kinds'][-1]
-  logging.info('planted%s: %s of %s copies are duplicates of their queries (similarity %.4g or more), as are %.1f '
-               '%% of the nearest other images; for %.0f %% of the copies it takes %.4g (%.1f %% of others).',
-               x.suffix, f'{every["found"]:,}', f'{every["copies"]:,}', calibration['similarity'],
-               100 * calibration['others_over'], 100 * calibration['wanted'], every['similarity_wanted'],
-               100 * every['others_over_wanted'])
+  logging.info(
+    'planted%s: %s of %s copies are duplicates of their queries (similarity %.4g or more), as are %.1f '
+    '%% of the nearest other images; for %.0f %% of the copies it takes %.4g (%.1f %% of others).',
+    x.suffix,
+    f'{every["found"]:,}',
+    f'{every["copies"]:,}',
+    calibration['similarity'],
+    100 * calibration['others_over'],
+    100 * calibration['wanted'],
+    every['similarity_wanted'],
+    100 * every['others_over_wanted'],
+  )
 
 
 def _nearest_in_pool(x: Experiment, vectors: Array, copied: Array) -> Array:  # [m] float64
@@ -77,7 +104,9 @@ def _nearest_in_pool(x: Experiment, vectors: Array, copied: Array) -> Array:  # 
   for start in range(0, len(copied), _AT_ONCE):
     some = slice(start, start + _AT_ONCE)
     near = pool.rows(rows[some].clip(0).ravel()).reshape(*rows[some].shape, pool.dim)
-    nearest[some] = np.where(counts[some], cosine(vectors[copied[some]], near), -1).max(1, initial=-1)
+    nearest[some] = np.where(counts[some], cosine(vectors[copied[some]], near), -1).max(
+      1, initial=-1
+    )
   return nearest
 
 
@@ -93,7 +122,11 @@ def banner(facts: 'Facts') -> str:
 def section(facts: 'Facts') -> tuple[str, str, str, list] | None:
   """Returns what the copies changed, and how near each embedder says they are."""
   known = facts.x.once('planted control', lambda: control_of(facts))
-  return ('planted', 'Planted copies of test images', 'Planted', planted_copies.blocks_of(known)) if known else None
+  return (
+    ('planted', 'Planted copies of test images', 'Planted', planted_copies.blocks_of(known))
+    if known
+    else None
+  )
 
 
 def control_of(facts: 'Facts') -> dict | None:
@@ -106,20 +139,36 @@ def control_of(facts: 'Facts') -> dict | None:
   x, config, name = facts.x, facts.x.config, facts.x.config.planted.benchmark
   if not name or not workdir.is_ingested(x, PLANTED):
     return None
-  calibrations = {embedder: workdir.read_json(x, _calibration_name(embedder) + '.json')
-                  for embedder in ('', *config.embedders)}
-  return {'benchmark': name, 'copies': config.planted.copies, 'queries': len(workdir.source(x, name)),
-          'copied': len(np.unique(workdir.source(x, PLANTED).column('query'))),
-          'calibrations': {embedder: about for embedder, about in calibrations.items() if about},
-          'contrasts': [_contrast(facts, split) for split in config.splits if blocks.holds_planted(config, split)]}
+  calibrations = {
+    embedder: workdir.read_json(x, _calibration_name(embedder) + '.json')
+    for embedder in ('', *config.embedders)
+  }
+  return {
+    'benchmark': name,
+    'copies': config.planted.copies,
+    'queries': len(workdir.source(x, name)),
+    'copied': len(np.unique(workdir.source(x, PLANTED).column('query'))),
+    'calibrations': {embedder: about for embedder, about in calibrations.items() if about},
+    'contrasts': [
+      _contrast(facts, split) for split in config.splits if blocks.holds_planted(config, split)
+    ],
+  }
 
 
 def _contrast(facts: 'Facts', split: str) -> tuple:
   """Returns the randomised contrast of a split against the one that differs by the copies alone."""
   from clip_jax.evaluation import planted as control
+
   x, config, name = facts.x, facts.x.config, facts.x.config.planted.benchmark
-  base = next((other for other in config.splits if config.splits[other].rule == 'all'
-               and blocks.appends_anchor(config, other) == blocks.appends_anchor(config, split)), None)
+  base = next(
+    (
+      other
+      for other in config.splits
+      if config.splits[other].rule == 'all'
+      and blocks.appends_anchor(config, other) == blocks.appends_anchor(config, split)
+    ),
+    None,
+  )
   pair = facts.results.on_shared_seeds((split, name), (base, name))
   source, block = workdir.source(x, name), config.planted
   is_drawn = planted.draw(source.column('group').tolist(), block.share, block.seed) >= 0
@@ -129,15 +178,27 @@ def _contrast(facts: 'Facts', split: str) -> tuple:
   elif pair is None:
     reason = f'{split} and {base} were not both evaluated on {name} with one seed'
   elif not workdir.is_embedded(x, name) or not workdir.is_embedded(x, PLANTED):
-    reason = f'{name} and its copies are not embedded, so that it is not known which images can be read'
+    reason = (
+      f'{name} and its copies are not embedded, so that it is not known which images can be read'
+    )
   if reason:
-    return split, base, control.Leakage(None, None, None, int(is_drawn.sum()), int((~is_drawn).sum()),
-                                        f'not estimable: {reason}')
+    return (
+      split,
+      base,
+      control.Leakage(
+        None, None, None, int(is_drawn.sum()), int((~is_drawn).sum()), f'not estimable: {reason}'
+      ),
+    )
   copies, can_be_read = workdir.embeddings(x, PLANTED), workdir.embeddings(x, name).usable
   has_copy = np.zeros(len(source), bool)
   has_copy[workdir.source(x, PLANTED).column('query')[copies.usable]] = True
-  return split, base, control.contrast(*pair[0], has_copy & can_be_read, ~is_drawn & can_be_read,
-                                       facts.results.groups[name])
+  return (
+    split,
+    base,
+    control.contrast(
+      *pair[0], has_copy & can_be_read, ~is_drawn & can_be_read, facts.results.groups[name]
+    ),
+  )
 
 
 MAKERS = {'planted calibration': calibrate}

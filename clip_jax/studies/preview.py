@@ -37,29 +37,56 @@ def products(graph: Graph) -> dict[str, list[Product]]:
   config, embedder = graph.config, graph.config.prune.preview
   if not embedder:
     return {}
-  keys = blocks.pick(config, ['prune.preview', *(f'benchmarks.{name}.class_mask' for name in config.benchmarks)])
-  features = [part for name in (*blocks.trained(config), *config.benchmarks)
-              for part in graph.embeddings(name, embedder)]
-  return {'prune': [Product(f'splits/{split}/preview', 'preview', (split,), keys,
-                            (graph.rows(split, blocks.seeds(config, split)[0]), *features), batch='splits/preview',
-                            is_cheap=True) for split in config.splits]}
+  keys = blocks.pick(
+    config, ['prune.preview', *(f'benchmarks.{name}.class_mask' for name in config.benchmarks)]
+  )
+  features = [
+    part
+    for name in (*blocks.trained(config), *config.benchmarks)
+    for part in graph.embeddings(name, embedder)
+  ]
+  return {
+    'prune': [
+      Product(
+        f'splits/{split}/preview',
+        'preview',
+        (split,),
+        keys,
+        (graph.rows(split, blocks.seeds(config, split)[0]), *features),
+        batch='splits/preview',
+        is_cheap=True,
+      )
+      for split in config.splits
+    ]
+  }
 
 
 def preview_splits(x: Experiment, todo: list[Product]) -> Made:
   """Trains on the labelled rows of each split, and scores on every benchmark."""
   features = _Features(x)
-  rows = {split: np.load(workdir.rows_path(x, split, blocks.seeds(x.config, split)[0]), mmap_mode='r')
-          for split, in (product.of for product in todo)}
+  rows = {
+    split: np.load(workdir.rows_path(x, split, blocks.seeds(x.config, split)[0]), mmap_mode='r')
+    for (split,) in (product.of for product in todo)
+  }
   with progress.Bar(total=sum(map(len, rows.values())), desc='preview', unit='row') as bar:
     for product in todo:
-      split, = product.of
+      (split,) = product.of
       about = features.preview_of(rows[split], bar.update)
       files.write_json(x.path(f'{product.name}.json'), about)
       yield product, [f'{product.name}.json'], {}
-      scores = [f'{name} {100 * score["top1"]:.1f} %' for name, score in about['benchmarks'].items()
-                if score['top1'] is not None]
-      logging.info('%s, %s: %s, from %s of %s rows, that have a class.', preview.NAME, split,
-                   ', '.join(scores) or 'nothing to score', f'{about["labelled"]:,}', f'{about["rows"]:,}')
+      scores = [
+        f'{name} {100 * score["top1"]:.1f} %'
+        for name, score in about['benchmarks'].items()
+        if score['top1'] is not None
+      ]
+      logging.info(
+        '%s, %s: %s, from %s of %s rows, that have a class.',
+        preview.NAME,
+        split,
+        ', '.join(scores) or 'nothing to score',
+        f'{about["labelled"]:,}',
+        f'{about["rows"]:,}',
+      )
 
 
 class _Features:
@@ -68,21 +95,36 @@ class _Features:
   def __init__(self, x: Experiment):
     config, view = x.config, x.under(x.config.prune.preview)
     self._x, self._base = x, workdir.base_rows(x)
-    self._vectors = {name: workdir.embeddings(view, name) for name in (*self._base.names, *config.benchmarks)}
-    names = {dataset: [preview.plain_name(name) for name in workdir.class_names(x, dataset)]
-             for dataset in self._vectors}
-    self._number = {name: i for i, name in enumerate(dict.fromkeys(name for some in names.values() for name in some))}
-    self._codes = {dataset: np.array([self._number[name] for name in some], np.int32)
-                   for dataset, some in names.items()}
+    self._vectors = {
+      name: workdir.embeddings(view, name) for name in (*self._base.names, *config.benchmarks)
+    }
+    names = {
+      dataset: [preview.plain_name(name) for name in workdir.class_names(x, dataset)]
+      for dataset in self._vectors
+    }
+    self._number = {
+      name: i
+      for i, name in enumerate(dict.fromkeys(name for some in names.values() for name in some))
+    }
+    self._codes = {
+      dataset: np.array([self._number[name] for name in some], np.int32)
+      for dataset, some in names.items()
+    }
     self._classes_by: dict[str, str] = {}  # dataset -> 'labels' or 'captions'
-    self._class = np.concatenate([self._classes(name) for name in self._base.names])  # [rows of the base set] int32
+    self._class = np.concatenate(
+      [self._classes(name) for name in self._base.names]
+    )  # [rows of the base set] int32
     of_candidates = np.flatnonzero(self._class >= 0)
     if PLANTED in self._base.names:
       of_candidates = of_candidates[of_candidates < self._base.starts[-2]]
     if not len(of_candidates):
-      raise InputError('No row of the pool or the anchor has a class, by label or by caption, so prune.preview has '
-                       'nothing to learn. Give classes and label_key, or set --config.prune.preview=.')
-    self._has_rows = np.bincount(self._class[of_candidates], minlength=len(self._number)) > 0  # [C] bool
+      raise InputError(
+        'No row of the pool or the anchor has a class, by label or by caption, so prune.preview has '
+        'nothing to learn. Give classes and label_key, or set --config.prune.preview=.'
+      )
+    self._has_rows = (
+      np.bincount(self._class[of_candidates], minlength=len(self._number)) > 0
+    )  # [C] bool
     self._scale = preview.fit_scale(vectors for vectors, _ in self._parts(of_candidates))
 
   def _classes(self, dataset: str) -> Array:  # [n] int32
@@ -95,21 +137,30 @@ class _Features:
       return np.where(usable, self._labels(dataset), -1)
     self._classes_by[dataset] = 'captions'
     with_classes = [name for name in (ANCHOR, POOL) if len(self._codes.get(name, ()))]
-    sought = {code for name in with_classes[:1] or self._x.config.benchmarks for code in self._codes[name].tolist()}
+    sought = {
+      code
+      for name in with_classes[:1] or self._x.config.benchmarks
+      for code in self._codes[name].tolist()
+    }
     rows, classes = np.flatnonzero(usable), np.full(len(source), -1, np.int32)
-    classes[rows] = preview.caption_classes(map(source.caption, rows.tolist()),
-                                            {name: code for name, code in self._number.items() if code in sought})
+    classes[rows] = preview.caption_classes(
+      map(source.caption, rows.tolist()),
+      {name: code for name, code in self._number.items() if code in sought},
+    )
     return classes
 
   def _labels(self, dataset: str) -> Array:  # [n] int32
     """Returns the class of each row by its label, -1 where it has none among the names."""
-    labels, codes = workdir.source(self._x, dataset).labels, np.append(self._codes[dataset], np.int32(-1))
+    labels, codes = (
+      workdir.source(self._x, dataset).labels,
+      np.append(self._codes[dataset], np.int32(-1)),
+    )
     return codes[np.where((labels >= 0) & (labels < len(codes) - 1), labels, -1)]
 
   def _parts(self, rows: Array) -> Iterator[tuple[Array, Array]]:
     """Yields the features [b, E] float16 and the classes [b] of some labelled rows of the base set, sorted."""
     for start in range(0, len(rows), ROWS_AT_ONCE):
-      part = rows[start:start + ROWS_AT_ONCE]
+      part = rows[start : start + ROWS_AT_ONCE]
       vectors = [self._vectors[name].rows(own) for name, own in self._base.own(part).items()]
       yield np.concatenate(vectors), self._class[part]
 
@@ -126,26 +177,48 @@ class _Features:
     if len(labelled):
       weights = preview.fit(counted(), self._scale, len(self._number))
       scores = {name: self._accuracy(name, weights) for name in self._x.config.benchmarks}
-    return {'kind': preview.NAME, 'embedder': self._x.config.prune.preview, 'features': self._vectors[POOL].dim,
-            'rows': len(rows), 'labelled': len(labelled), 'classes_by': self._classes_by, 'l2': preview.L2,
-            'benchmarks': scores}
+    return {
+      'kind': preview.NAME,
+      'embedder': self._x.config.prune.preview,
+      'features': self._vectors[POOL].dim,
+      'rows': len(rows),
+      'labelled': len(labelled),
+      'classes_by': self._classes_by,
+      'l2': preview.L2,
+      'benchmarks': scores,
+    }
 
   def _accuracy(self, benchmark: str, weights: Array) -> dict:
     """Returns the accuracy over the images whose class has rows; an image that cannot be read is wrong."""
     from clip_jax.evaluation import statistics  # imports SciPy
-    block, vectors, codes = self._x.config.benchmarks[benchmark], self._vectors[benchmark], self._codes[benchmark]
+
+    block, vectors, codes = (
+      self._x.config.benchmarks[benchmark],
+      self._vectors[benchmark],
+      self._codes[benchmark],
+    )
     truth = self._labels(benchmark)
     images = np.flatnonzero((truth >= 0) & self._has_rows[truth])
     allowed = np.unique(codes[self._has_rows[codes]])
     if block.class_mask:
       masked = map(preview.plain_name, block.class_mask)
-      allowed = np.intersect1d(allowed, [self._number[name] for name in masked if name in self._number])
-    about = {'images': len(truth), 'n': len(images), 'classes': len(allowed), 'of_classes': len(codes)}
+      allowed = np.intersect1d(
+        allowed, [self._number[name] for name in masked if name in self._number]
+      )
+    about = {
+      'images': len(truth),
+      'n': len(images),
+      'classes': len(allowed),
+      'of_classes': len(codes),
+    }
     if len(allowed) < 2 or not len(images):  # no two classes to tell apart
       return about | {'n': 0, 'top1': None, 'low': None, 'high': None}
-    predicted = np.concatenate([
-        preview.predict(vectors.rows(images[i:i + ROWS_AT_ONCE]), self._scale, weights, allowed)
-        for i in range(0, len(images), ROWS_AT_ONCE)])
+    predicted = np.concatenate(
+      [
+        preview.predict(vectors.rows(images[i : i + ROWS_AT_ONCE]), self._scale, weights, allowed)
+        for i in range(0, len(images), ROWS_AT_ONCE)
+      ]
+    )
     correct = (predicted == truth[images]) & vectors.usable[images]
     groups = workdir.source(self._x, benchmark).column('group')[images] if block.group_key else None
     interval = statistics.image_interval(correct, groups)
@@ -158,9 +231,14 @@ def section(facts: 'Facts') -> tuple[str, str, str, list] | None:
   config = facts.x.config
   if not config.prune.preview or not config.splits:
     return None
-  previews = {split: about for split in config.splits
-              if (about := workdir.read_json(facts.x, 'splits', split, 'preview.json'))}
-  page_blocks = second_looks.preview_blocks(previews) or [facts.missing('The splits were not previewed yet.', 'prune')]
+  previews = {
+    split: about
+    for split in config.splits
+    if (about := workdir.read_json(facts.x, 'splits', split, 'preview.json'))
+  }
+  page_blocks = second_looks.preview_blocks(previews) or [
+    facts.missing('The splits were not previewed yet.', 'prune')
+  ]
   late = [split for split in config.splits if split not in previews]
   if previews and late:
     page_blocks.append(Text(f'Not previewed: {tables.listed(late)}.', 'muted'))

@@ -4,8 +4,8 @@ In: the splits' rows, the searches of the main embedder and of each further one.
 WORKDIR/splits/sensitivity.json. Only splits that are one cut through one column are compared.
 """
 
-import math
 from collections.abc import Mapping, Sequence
+import math
 from typing import TYPE_CHECKING, Any
 
 from absl import logging
@@ -33,8 +33,11 @@ def compared(config: ConfigDict) -> list[str]:
 
   Not the doses: another share of the same cut, which under another embedder may be more rows than there are.
   """
-  return [split for split, block in config.splits.items()
-          if blocks.rule_of(config, split).compared and block.dose in (0.0, 1.0)]
+  return [
+    split
+    for split, block in config.splits.items()
+    if blocks.rule_of(config, split).compared and block.dose in (0.0, 1.0)
+  ]
 
 
 def products(graph: Graph) -> dict[str, list[Product]]:
@@ -43,32 +46,58 @@ def products(graph: Graph) -> dict[str, list[Product]]:
   if not config.prune.sensitivity or not splits:
     return {}
   benchmarks = sorted({name for split in splits for name in config.splits[split].benchmarks})
-  searches = [part for embedder in ('', *config.prune.sensitivity) for name in benchmarks
-              for part in (*graph.search_shards(name, embedder), graph.queries(name, embedder))]
+  searches = [
+    part
+    for embedder in ('', *config.prune.sensitivity)
+    for name in benchmarks
+    for part in (*graph.search_shards(name, embedder), graph.queries(name, embedder))
+  ]
   rows = [graph.rows(split, blocks.seeds(config, split)[0]) for split in splits]
-  return {'prune': [Product('splits/sensitivity', 'sensitivity', keys=blocks.pick(config, ['prune.sensitivity']),
-                            inputs=(*rows, *searches), is_cheap=True)]}
+  return {
+    'prune': [
+      Product(
+        'splits/sensitivity',
+        'sensitivity',
+        keys=blocks.pick(config, ['prune.sensitivity']),
+        inputs=(*rows, *searches),
+        is_cheap=True,
+      )
+    ]
+  }
 
 
 def compare(x: Experiment, todo: list[Product]) -> Made:
   """Compares what the splits remove with what the same rules remove under further embedders."""
   from clip_jax.stages.prune_columns import PoolColumns  # imports JAX
+
   splits: dict[str, list[dict]] = {split: [] for split in compared(x.config)}
   here = PoolColumns(x).columns
   for embedder in x.config.prune.sensitivity:
     there = PoolColumns(x.under(embedder), here.candidates).columns
     for split, lines in splits.items():
       lines.append({'embedder': embedder, **_agreement(x, split, here, there)})
-  files.write_json(x.path('splits', 'sensitivity.json'), {
-      'embedders': ['', *x.config.prune.sensitivity], 'candidates': int(here.candidates.sum()), 'interval': INTERVAL,
-      'splits': splits})
+  files.write_json(
+    x.path('splits', 'sensitivity.json'),
+    {
+      'embedders': ['', *x.config.prune.sensitivity],
+      'candidates': int(here.candidates.sum()),
+      'interval': INTERVAL,
+      'splits': splits,
+    },
+  )
   yield todo[0], ['splits/sensitivity.json'], {}
   for split, line in ((split, line) for split, lines in splits.items() for line in lines):
     correlation = 'none' if line['spearman'] is None else f'{line["spearman"]:.2f}'
-    logging.info('sensitivity, %s: %s removes %s rows, the main embedder %s; at the same count they share %.0f %% '
-                 'of what either removes; rank correlation %s.', split, line['embedder'],
-                 f'{line["removed_there"]:,}', f'{line["removed_here"]:,}', 100 * line['same_count_jaccard'],
-                 correlation)
+    logging.info(
+      'sensitivity, %s: %s removes %s rows, the main embedder %s; at the same count they share %.0f %% '
+      'of what either removes; rank correlation %s.',
+      split,
+      line['embedder'],
+      f'{line["removed_there"]:,}',
+      f'{line["removed_here"]:,}',
+      100 * line['same_count_jaccard'],
+      correlation,
+    )
 
 
 def _agreement(x: Experiment, split: str, here: rules.Columns, there: rules.Columns) -> dict:
@@ -82,22 +111,41 @@ def _agreement(x: Experiment, split: str, here: rules.Columns, there: rules.Colu
   if 'count' not in rule.needs:
     kept = rule.keep(there, **blocks.parameters(x.config, split)).rows
     removed_there = ~np.isin(rows, kept, assume_unique=True)
-  result = agreement.compare(rows, removed, removed_there, first,
-                             *(agreement.removal_order(columns, block.rule, benchmarks=benchmarks)
-                               for columns in (here, there)))
-  own, own_interval = _overlap(result.both, result.removed_here + result.removed_there - result.both)
-  same, same_interval = _overlap(result.same_count_both, 2 * result.removed_here - result.same_count_both)
-  return {'removed_here': result.removed_here, 'removed_there': result.removed_there,
-          'jaccard': own, 'jaccard_interval': own_interval,
-          'same_count_jaccard': same, 'same_count_interval': same_interval,
-          'spearman': None if math.isnan(result.spearman) else result.spearman,
-          'only_here': result.only_here, 'only_there': result.only_there,
-          'rows_only_here': result.rows_only_here.tolist(), 'rows_only_there': result.rows_only_there.tolist()}
+  result = agreement.compare(
+    rows,
+    removed,
+    removed_there,
+    first,
+    *(
+      agreement.removal_order(columns, block.rule, benchmarks=benchmarks)
+      for columns in (here, there)
+    ),
+  )
+  own, own_interval = _overlap(
+    result.both, result.removed_here + result.removed_there - result.both
+  )
+  same, same_interval = _overlap(
+    result.same_count_both, 2 * result.removed_here - result.same_count_both
+  )
+  return {
+    'removed_here': result.removed_here,
+    'removed_there': result.removed_there,
+    'jaccard': own,
+    'jaccard_interval': own_interval,
+    'same_count_jaccard': same,
+    'same_count_interval': same_interval,
+    'spearman': None if math.isnan(result.spearman) else result.spearman,
+    'only_here': result.only_here,
+    'only_there': result.only_there,
+    'rows_only_here': result.rows_only_here.tolist(),
+    'rows_only_there': result.rows_only_there.tolist(),
+  }
 
 
 def _overlap(both: int, either: int) -> tuple[float, list[float] | None]:
   """Returns the share that two sets have in common, and its interval; no interval for two empty sets."""
   from clip_jax.evaluation import statistics  # imports SciPy
+
   interval = statistics.image_interval(np.arange(either) < both) if either else None
   return agreement.jaccard(both, either), interval and [interval.low, interval.high]
 
@@ -109,12 +157,18 @@ def section(facts: 'Facts') -> tuple[str, str, str, list] | None:
     return None
   stored = workdir.read_json(facts.x, 'splits', 'sensitivity.json').get('splits', {})
   splits = {split: lines for split, lines in stored.items() if split in config.splits}
-  galleries = {(split, line['embedder']): _disagreement(facts, line) for split, lines in splits.items()
-               for line in lines if facts.pictures.has(POOL) and (line['rows_only_here'] or line['rows_only_there'])}
+  galleries = {
+    (split, line['embedder']): _disagreement(facts, line)
+    for split, lines in splits.items()
+    for line in lines
+    if facts.pictures.has(POOL) and (line['rows_only_here'] or line['rows_only_there'])
+  }
   if splits:
     page_blocks = second_looks.sensitivity_blocks(splits, galleries)
   elif compared(config):
-    page_blocks = [facts.missing('The splits were not compared with those of other embedders yet.', 'prune')]
+    page_blocks = [
+      facts.missing('The splits were not compared with those of other embedders yet.', 'prune')
+    ]
   else:
     names = [name for name, rule in rules.RULES.items() if rule.compared]
     page_blocks = [Text(f'The config has no split of rule {", ".join(names)} to compare.', 'muted')]
@@ -125,11 +179,18 @@ def _disagreement(facts: 'Facts', line: Mapping[str, Any]) -> gallery.Gallery:
   """Returns pictures of the rows that only one of two embedders removes, both ways."""
   count = facts.x.config.report.removed_images
   strips: list[tuple[str, Sequence[int]]] = [
-      (f'removed under {second_looks.OWN} only', line['rows_only_here'][:count]),
-      (f'removed under {line["embedder"]} only', line['rows_only_there'][:count])]
-  return gallery.Gallery('', tuple(facts.pictures.strip(title, np.array(rows), [''] * len(rows))
-                                   for title, rows in strips if rows),
-                         'In the order in which the rule removes them.')
+    (f'removed under {second_looks.OWN} only', line['rows_only_here'][:count]),
+    (f'removed under {line["embedder"]} only', line['rows_only_there'][:count]),
+  ]
+  return gallery.Gallery(
+    '',
+    tuple(
+      facts.pictures.strip(title, np.array(rows), [''] * len(rows))
+      for title, rows in strips
+      if rows
+    ),
+    'In the order in which the rule removes them.',
+  )
 
 
 MAKERS = {'sensitivity': compare}

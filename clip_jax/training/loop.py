@@ -38,32 +38,34 @@ class TrainResult:
 
 
 def train(
-    *,
-    init_params: Callable[[jax.Array], dict],  # PRNG key -> params
-    encode: Callable[[dict, jax.Array, Any, jax.Array], tuple[dict, dict]],  # see models/clip.py, functions
-    batches: Callable[[int], Generator],  # examples seen -> endless dicts of image, text [, index]
-    total_steps: int,
-    batch_size: int,  # of all devices together
-    learning_rate: float,  # at its peak
-    warmup_steps: int,
-    weight_decay: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    seed: int,  # of the initialisation, and of what training draws
-    mean: tuple[float, float, float],  # of the pixels in 0..1
-    std: tuple[float, float, float],
-    checkpoint_dir: Any,
-    config: dict,  # JSON values, saved in every checkpoint
-    save_every_steps: int,  # 0: never by steps
-    save_every_secs: float,  # 0: never by the clock
-    keep: int,  # checkpoints kept
-    log_every_steps: int,
-    metrics: MetricsWriter,
-    loss: str = 'clip',  # a key of losses.LOSSES
-    fsdp: int = 1,  # devices over which one copy of the parameters is split
-    name: str = 'train',  # of the run, beside the progress bar
-    should_stop: Callable[[], bool] = lambda: False,  # asked after each update
+  *,
+  init_params: Callable[[jax.Array], dict],  # PRNG key -> params
+  encode: Callable[
+    [dict, jax.Array, Any, jax.Array], tuple[dict, dict]
+  ],  # see models/clip.py, functions
+  batches: Callable[[int], Generator],  # examples seen -> endless dicts of image, text [, index]
+  total_steps: int,
+  batch_size: int,  # of all devices together
+  learning_rate: float,  # at its peak
+  warmup_steps: int,
+  weight_decay: float,
+  beta1: float,
+  beta2: float,
+  eps: float,
+  seed: int,  # of the initialisation, and of what training draws
+  mean: tuple[float, float, float],  # of the pixels in 0..1
+  std: tuple[float, float, float],
+  checkpoint_dir: Any,
+  config: dict,  # JSON values, saved in every checkpoint
+  save_every_steps: int,  # 0: never by steps
+  save_every_secs: float,  # 0: never by the clock
+  keep: int,  # checkpoints kept
+  log_every_steps: int,
+  metrics: MetricsWriter,
+  loss: str = 'clip',  # a key of losses.LOSSES
+  fsdp: int = 1,  # devices over which one copy of the parameters is split
+  name: str = 'train',  # of the run, beside the progress bar
+  should_stop: Callable[[], bool] = lambda: False,  # asked after each update
 ) -> TrainResult:
   """Trains from the latest good checkpoint in checkpoint_dir, or from the start, to total_steps.
 
@@ -77,18 +79,25 @@ def train(
   """
   mesh = sharding.mesh(fsdp)
   sharding.check_batch_size(batch_size, mesh)
-  recipe = training_step.Recipe(loss=loss, beta1=beta1, beta2=beta2, eps=eps,
-                                weight_decay=weight_decay, mean=mean, std=std)
+  recipe = training_step.Recipe(
+    loss=loss, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay, mean=mean, std=std
+  )
   steps = training_step.steps(init_params, encode, recipe, mesh)
-  schedule = dict(peak=np.float32(learning_rate), warmup_steps=np.int32(warmup_steps),
-                  total_steps=np.int32(total_steps), seed=np.uint32(seed))
+  schedule = dict(
+    peak=np.float32(learning_rate),
+    warmup_steps=np.int32(warmup_steps),
+    total_steps=np.int32(total_steps),
+    seed=np.uint32(seed),
+  )
   with contextlib.closing(checkpoints.Checkpoints(checkpoint_dir, keep=keep)) as store:
     state, start, seconds = _restore(store, steps, seed)
     metrics.truncate(start)
-    log = _Log(metrics, batch_size=batch_size, every=log_every_steps, last=total_steps,
-               seconds=seconds)
-    todo = progress.track(range(start, total_steps), total=total_steps, initial=start, desc=name,
-                          unit='steps')
+    log = _Log(
+      metrics, batch_size=batch_size, every=log_every_steps, last=total_steps, seconds=seconds
+    )
+    todo = progress.track(
+      range(start, total_steps), total=total_steps, initial=start, desc=name, unit='steps'
+    )
     saved_at, done = time.monotonic(), start
     for done, state in _updates(state, todo, batches, batch_size, steps, schedule, mesh, log):
       stop = done == total_steps or should_stop()
@@ -101,13 +110,24 @@ def train(
         saved_at = time.monotonic()
       if stop:
         break
-  return TrainResult(step=done, digest=checkpoints.digest(state['params']),
-                     finished=done >= total_steps, resumed_from=start or None)
+  return TrainResult(
+    step=done,
+    digest=checkpoints.digest(state['params']),
+    finished=done >= total_steps,
+    resumed_from=start or None,
+  )
 
 
-def _updates(state: dict, todo: Iterable[int], batches: Callable[[int], Generator], batch_size: int,
-             steps: training_step.Steps, schedule: dict, mesh: Any, log: '_Log'
-             ) -> Iterator[tuple[int, dict]]:
+def _updates(
+  state: dict,
+  todo: Iterable[int],
+  batches: Callable[[int], Generator],
+  batch_size: int,
+  steps: training_step.Steps,
+  schedule: dict,
+  mesh: Any,
+  log: '_Log',
+) -> Iterator[tuple[int, dict]]:
   """Yields (updates done, state) after each update; the state before it is gone by then."""
   stream = None
   try:
@@ -123,8 +143,9 @@ def _updates(state: dict, todo: Iterable[int], batches: Callable[[int], Generato
       stream.close()
 
 
-def _restore(store: checkpoints.Checkpoints, steps: training_step.Steps, seed: int
-             ) -> tuple[dict, int, float]:
+def _restore(
+  store: checkpoints.Checkpoints, steps: training_step.Steps, seed: int
+) -> tuple[dict, int, float]:
   """(state, updates done, seconds trained) of the latest good checkpoint, or of a fresh start."""
   found = store.restore(steps.abstract['params'], steps.abstract['opt'])
   if found is None:
@@ -142,15 +163,18 @@ def _check_finite(params: dict, step: int) -> None:
 
 
 def _diverged(what: str, step: int) -> InputError:
-  return InputError(f'Training diverged at step {step}: {what}. Lower train.learning_rate or '
-                    'lengthen train.warmup_steps; the last checkpoint is from before.')
+  return InputError(
+    f'Training diverged at step {step}: {what}. Lower train.learning_rate or '
+    'lengthen train.warmup_steps; the last checkpoint is from before.'
+  )
 
 
 class _Log:
   """Metrics of an update are read when the next one is under way: the device never waits."""
 
-  def __init__(self, metrics: MetricsWriter, *, batch_size: int, every: int, last: int,
-               seconds: float):
+  def __init__(
+    self, metrics: MetricsWriter, *, batch_size: int, every: int, last: int, seconds: float
+  ):
     self._metrics = metrics
     self._batch_size, self._every, self._last = batch_size, every, last
     self._pending: tuple[int, dict] | None = None
@@ -179,9 +203,15 @@ class _Log:
       self._since = step, now
     since, at = self._since
     if step % self._every == 0 or step == self._last:
-      self._metrics.write(step, {
-          'train/loss': loss, 'train/logit_scale': float(values['logit_scale']),
+      self._metrics.write(
+        step,
+        {
+          'train/loss': loss,
+          'train/logit_scale': float(values['logit_scale']),
           'train/learning_rate': float(values['learning_rate']),
-          'train/samples': step * self._batch_size, 'train/seconds': self.seconds(),
-          'train/images_per_sec': (step - since) * self._batch_size / max(now - at, 1e-9)})
+          'train/samples': step * self._batch_size,
+          'train/seconds': self.seconds(),
+          'train/images_per_sec': (step - since) * self._batch_size / max(now - at, 1e-9),
+        },
+      )
       self._since = step, now

@@ -9,24 +9,22 @@ import math
 from typing import NamedTuple
 
 import jax
-from jax import Array
-from jax import lax
+from jax import Array, lax
 import jax.numpy as jnp
 
 
-
 def normalize(
-    x: Array,  # [..., E]
+  x: Array,  # [..., E]
 ) -> Array:  # [..., E] float32, unit length (a zero vector stays zero)
   x = x.astype(jnp.float32)
   return x * lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-24))
 
 
 def clip_loss(
-    image: Array,  # [B, E], not normalised
-    text: Array,  # [B, E], not normalised; row i belongs to image i
-    scale: Array,  # []: what cosines are multiplied with, the exponential of logit_scale
-    bias: Array | None = None,  # of a model for the sigmoid loss: a softmax does not see it
+  image: Array,  # [B, E], not normalised
+  text: Array,  # [B, E], not normalised; row i belongs to image i
+  scale: Array,  # []: what cosines are multiplied with, the exponential of logit_scale
+  bias: Array | None = None,  # of a model for the sigmoid loss: a softmax does not see it
 ) -> Array:  # [] float32
   """Mean of the two cross-entropies, image to text and text to image (Radford et al. 2021)."""
   del bias
@@ -38,10 +36,10 @@ def clip_loss(
 
 
 def siglip_loss(
-    image: Array,  # [B, E], not normalised
-    text: Array,  # [B, E], not normalised; row i belongs to image i
-    scale: Array,  # []
-    bias: Array,  # []: added to all logits, as most pairs do not match
+  image: Array,  # [B, E], not normalised
+  text: Array,  # [B, E], not normalised; row i belongs to image i
+  scale: Array,  # []
+  bias: Array,  # []: added to all logits, as most pairs do not match
 ) -> Array:  # [] float32
   """Each pair matches or does not, on its own: the sum over pairs, by image (Zhai et al. 2023)."""
   logits = _logits(image, text, scale) + bias  # [B, B]
@@ -58,12 +56,13 @@ def _logits(image: Array, text: Array, scale: Array) -> Array:  # [B, E] twice, 
 
 class Loss(NamedTuple):
   """A loss, and the numbers of the model with which it begins where they are not the model's own."""
-  function: Callable[..., Array]       # (image, text, scale, bias) -> []
-  start: Mapping[str, float] = {}      # init_logit_scale (log of the scale), init_logit_bias
+
+  function: Callable[..., Array]  # (image, text, scale, bias) -> []
+  start: Mapping[str, float] = {}  # init_logit_scale (log of the scale), init_logit_bias
 
 
 LOSSES = {
-    'clip': Loss(clip_loss),
-    # A scale of 10 and a bias of -10 (Zhai et al. 2023), as open_clip's.
-    'siglip': Loss(siglip_loss, {'init_logit_scale': math.log(10), 'init_logit_bias': -10.0}),
+  'clip': Loss(clip_loss),
+  # A scale of 10 and a bias of -10 (Zhai et al. 2023), as open_clip's.
+  'siglip': Loss(siglip_loss, {'init_logit_scale': math.log(10), 'init_logit_bias': -10.0}),
 }

@@ -6,7 +6,6 @@ import jax.numpy as jnp
 import optax
 
 
-
 def decays(params: dict) -> dict:
   """Which parameters weight decay pulls on: True for every array of two or more axes.
 
@@ -15,29 +14,34 @@ def decays(params: dict) -> dict:
   scale and the class embedding are left alone, while positional and token embeddings and the
   projections do decay.
   """
+
   def decay(path: tuple, leaf: Array) -> bool:
     name = jax.tree_util.keystr(path, simple=True, separator='.')
     excluded = any(word in name for word in ('bn', 'ln', 'bias', 'logit_scale'))
     return leaf.ndim >= 2 and not excluded
+
   return jax.tree_util.tree_map_with_path(decay, params)
 
 
-def adamw(*, beta1: float, beta2: float, eps: float, weight_decay: float
-          ) -> optax.GradientTransformation:
+def adamw(
+  *, beta1: float, beta2: float, eps: float, weight_decay: float
+) -> optax.GradientTransformation:
   """The direction of AdamW's step, to be multiplied by minus the learning rate.
 
   As torch.optim.AdamW: bias-corrected moments, eps outside the root, decoupled decay.
   """
-  return optax.chain(optax.scale_by_adam(b1=beta1, b2=beta2, eps=eps),
-                     optax.add_decayed_weights(weight_decay, mask=decays))
+  return optax.chain(
+    optax.scale_by_adam(b1=beta1, b2=beta2, eps=eps),
+    optax.add_decayed_weights(weight_decay, mask=decays),
+  )
 
 
 def learning_rate(
-    step: Array,  # [] int32: updates done before this one
-    *,
-    peak: Array,  # [] float32
-    warmup_steps: Array,  # [] int32
-    total_steps: Array,  # [] int32
+  step: Array,  # [] int32: updates done before this one
+  *,
+  peak: Array,  # [] float32
+  warmup_steps: Array,  # [] int32
+  total_steps: Array,  # [] int32
 ) -> Array:  # [] float32
   """open_clip's cosine_lr. All arguments may be traced: another length compiles nothing anew."""
   warm = (step + 1) / jnp.maximum(warmup_steps, 1)

@@ -30,15 +30,24 @@ def make(x: Experiment, todo: list[Product], studies: Sequence[ModuleType] = ())
   """Writes the page, its figures and its tables. studies: modules that add sections, as compose takes them."""
   html, summary, shown = compose(read(x), studies)
   texts = {'index.html': html, 'summary.txt': summary}
-  texts |= {f'figures/{item.name}.svg': svg.standalone(item.svg)
-            for block in page.blocks(shown, 'figures') for item in block.items}
-  texts |= {f'tables/{block.name}.csv': tables.csv_text(block.records)
-            for block in page.blocks(shown, 'table') if block.records}
+  texts |= {
+    f'figures/{item.name}.svg': svg.standalone(item.svg)
+    for block in page.blocks(shown, 'figures')
+    for item in block.items
+  }
+  texts |= {
+    f'tables/{block.name}.csv': tables.csv_text(block.records)
+    for block in page.blocks(shown, 'table')
+    if block.records
+  }
   folder = os.path.dirname(todo[0].name)
   for name, text in texts.items():
     files.write_bytes(x.path(folder, name), text.encode())
-  yield todo[0], [f'{folder}/{name}' for name in texts], {
-      ending: sum(name.endswith(ending) for name in texts) for ending in ('.svg', '.csv')}
+  yield (
+    todo[0],
+    [f'{folder}/{name}' for name in texts],
+    {ending: sum(name.endswith(ending) for name in texts) for ending in ('.svg', '.csv')},
+  )
 
 
 def compose(facts: Facts, studies: Sequence[ModuleType] = ()) -> tuple[str, str, list[Section]]:
@@ -48,51 +57,93 @@ def compose(facts: Facts, studies: Sequence[ModuleType] = ()) -> tuple[str, str,
   sentence that stands above the answer, '' for none.
   """
   items = contrasts.comparisons(facts)
-  accuracies, without_leaked = map(contrasts.accuracies, (facts.results, facts.results.without(facts.leaked)))
-  rows = _sections(facts, items, accuracies, without_leaked, [study.section(facts) for study in studies])
+  accuracies, without_leaked = map(
+    contrasts.accuracies, (facts.results, facts.results.without(facts.leaked))
+  )
+  rows = _sections(
+    facts, items, accuracies, without_leaked, [study.section(facts) for study in studies]
+  )
   shown = [Section(name, title, short, tuple(parts)) for name, title, short, parts in rows if parts]
-  banner = ' '.join(filter(None, (study.banner(facts) for study in studies if hasattr(study, 'banner'))))
+  banner = ' '.join(
+    filter(None, (study.banner(facts) for study in studies if hasattr(study, 'banner')))
+  )
   sentence = _answer(facts, items)
   html = page.render(
-      title=_title(facts.config), name=f'clip_jax report \u00b7 {os.path.basename(facts.x.workdir.rstrip("/"))}',
-      question=sections_lib.QUESTION if blocks.runs(facts.config) else pool_audit.QUESTION, answer=sentence,
-      warning=banner, state=facts.state, sections=shown,
-      footer=f'The experiment is that of {sections_lib.PAPER}. Values in tables/*.csv lie in 0..1.')
+    title=_title(facts.config),
+    name=f'clip_jax report \u00b7 {os.path.basename(facts.x.workdir.rstrip("/"))}',
+    question=sections_lib.QUESTION if blocks.runs(facts.config) else pool_audit.QUESTION,
+    answer=sentence,
+    warning=banner,
+    state=facts.state,
+    sections=shown,
+    footer=f'The experiment is that of {sections_lib.PAPER}. Values in tables/*.csv lie in 0..1.',
+  )
   return html, _summary(facts, banner, sentence, accuracies), shown
 
 
-def _sections(facts: Facts, items: Sequence[dict], accuracies: Accuracies, without_leaked: Accuracies,
-              of_studies: Sequence[tuple | None]) -> list[tuple[str, str, str, list]]:
+def _sections(
+  facts: Facts,
+  items: Sequence[dict],
+  accuracies: Accuracies,
+  without_leaked: Accuracies,
+  of_studies: Sequence[tuple | None],
+) -> list[tuple[str, str, str, list]]:
   """Returns (name, title, short title, blocks) of every section, in the order of the page."""
   has_anchor = blocks.has_anchor(facts.config)
   is_asked = contrasts.aligned(facts.config) and blocks.runs(facts.config)
   rows = [
-      ('answer', 'The answer', 'Answer', sections.answer(facts, items, accuracies) if is_asked else []),
-      ('accuracy', 'Accuracy of every split', 'Accuracy', sections.accuracy(facts, accuracies, without_leaked)),
-      ('comparisons', 'Aligned splits against their controls', 'Comparisons',
-       sections.comparisons(facts, items) if is_asked else []),
-      ('bins', 'Accuracy by similarity', 'By similarity', sections.bins(facts)),
-      ('size', 'Accuracy against split size', 'Size', sections.sizes(facts, accuracies)),
-      ('removed', 'What was removed', 'Removed', removed.section(facts)),
-      *filter(None, of_studies),
-      ('neighbours', 'Nearest neighbours', 'Neighbours', audit.neighbours(facts)),
-      ('similarity', f'How near the pool comes{", and how near the anchor" if has_anchor else ""}', 'Similarity',
-       audit.similarity(facts)),
-      ('before', 'How many rows each rule would remove', 'Rule sizes', audit.before(facts)),
-      ('duplicates', 'Duplicates', 'Duplicates', audit.duplicates(facts)),
-      ('skipped', 'What takes no part', 'Skipped', sections.skipped(facts)),
-      ('overlap', 'How far the splits overlap', 'Overlap', sections.overlap(facts)),
-      ('provenance', 'How this came about', 'Provenance', sections.provenance(facts))]
+    (
+      'answer',
+      'The answer',
+      'Answer',
+      sections.answer(facts, items, accuracies) if is_asked else [],
+    ),
+    (
+      'accuracy',
+      'Accuracy of every split',
+      'Accuracy',
+      sections.accuracy(facts, accuracies, without_leaked),
+    ),
+    (
+      'comparisons',
+      'Aligned splits against their controls',
+      'Comparisons',
+      sections.comparisons(facts, items) if is_asked else [],
+    ),
+    ('bins', 'Accuracy by similarity', 'By similarity', sections.bins(facts)),
+    ('size', 'Accuracy against split size', 'Size', sections.sizes(facts, accuracies)),
+    ('removed', 'What was removed', 'Removed', removed.section(facts)),
+    *filter(None, of_studies),
+    ('neighbours', 'Nearest neighbours', 'Neighbours', audit.neighbours(facts)),
+    (
+      'similarity',
+      f'How near the pool comes{", and how near the anchor" if has_anchor else ""}',
+      'Similarity',
+      audit.similarity(facts),
+    ),
+    ('before', 'How many rows each rule would remove', 'Rule sizes', audit.before(facts)),
+    ('duplicates', 'Duplicates', 'Duplicates', audit.duplicates(facts)),
+    ('skipped', 'What takes no part', 'Skipped', sections.skipped(facts)),
+    ('overlap', 'How far the splits overlap', 'Overlap', sections.overlap(facts)),
+    ('provenance', 'How this came about', 'Provenance', sections.provenance(facts)),
+  ]
   if not blocks.runs(facts.config):  # an audit: its answer comes first
     rows.sort(key=lambda row: row[0] != 'duplicates')
   return rows
 
 
 def _title(config: ConfigDict) -> str:
-  names = [b for b in config.benchmarks if blocks.runs(config)
-           and any(b in config.splits[name].benchmarks for name in contrasts.aligned(config))]
-  return (f'Does accuracy on {tables.listed(names)} come from similar training images?' if names
-          else 'How similar is the training pool to the benchmarks?')
+  names = [
+    b
+    for b in config.benchmarks
+    if blocks.runs(config)
+    and any(b in config.splits[name].benchmarks for name in contrasts.aligned(config))
+  ]
+  return (
+    f'Does accuracy on {tables.listed(names)} come from similar training images?'
+    if names
+    else 'How similar is the training pool to the benchmarks?'
+  )
 
 
 def _answer(facts: Facts, items: Sequence[dict]) -> str:
@@ -104,7 +155,10 @@ def _answer(facts: Facts, items: Sequence[dict]) -> str:
     return 'This config has no aligned split: it asks what the size of a split does, below.'
   if not items:
     return 'Not answered yet: no aligned split was evaluated' + (
-        '. The pool is searched; what that shows is below.' if facts.searched else ', and the pool is not searched.')
+      '. The pool is searched; what that shows is below.'
+      if facts.searched
+      else ', and the pool is not searched.'
+    )
   sentences = []
   shown = contrasts.headline(config, items)
   count = Counter(item['benchmark'] for item in shown)
@@ -113,8 +167,15 @@ def _answer(facts: Facts, items: Sequence[dict]) -> str:
     parts = (item['base'], split, item['control'], contrasts.first_split(config, 'anchor'))
     late = [run for part in parts if part for run in _unfinished(facts, part, benchmark)]
     is_plain = item['rule'] == 'gap_aligned' and not contrasts.is_dose(config, split)
-    sentences.append(answer.answer_sentence(benchmark, item['share'], item['share_matched'], late,
-                                            '' if is_plain and count[benchmark] == 1 else split))
+    sentences.append(
+      answer.answer_sentence(
+        benchmark,
+        item['share'],
+        item['share_matched'],
+        late,
+        '' if is_plain and count[benchmark] == 1 else split,
+      )
+    )
   return ' '.join(sentences)
 
 
@@ -122,16 +183,23 @@ def _unfinished(facts: Facts, split: str, benchmark: str) -> list[str]:
   """Returns the runs of a split that are not evaluated, or did not converge."""
   evaluated = facts.results.seeds.get((split, benchmark), ())
   late = {seed for (name, seed), run in facts.runs.items() if name == split and run.not_converged}
-  return [f'{split}/seed{seed}' for seed in blocks.seeds(facts.config, split) if seed not in evaluated or seed in late]
+  return [
+    f'{split}/seed{seed}'
+    for seed in blocks.seeds(facts.config, split)
+    if seed not in evaluated or seed in late
+  ]
 
 
 def _summary(facts: Facts, banner: str, sentence: str, accuracies: Accuracies) -> str:
   """Returns the answer and the accuracies as text for a terminal; before there are any, what the pool shows."""
   text = [banner, '', sentence] if banner else [sentence]
   if accuracies:
-    text += ['', *_accuracy_lines(facts.config, accuracies),
-             'In brackets: 95 % interval over seeds and images; with two seeds (r) their range; with one (1) over '
-             'images, of this checkpoint.']
+    text += [
+      '',
+      *_accuracy_lines(facts.config, accuracies),
+      'In brackets: 95 % interval over seeds and images; with two seeds (r) their range; with one (1) over '
+      'images, of this checkpoint.',
+    ]
   else:
     for lines in (audit.summary(facts), _removed(facts)):
       text += ['', *_columns(lines)] if lines else []
@@ -141,22 +209,40 @@ def _summary(facts: Facts, banner: str, sentence: str, accuracies: Accuracies) -
 def _accuracy_lines(config: ConfigDict, accuracies: Accuracies) -> list[str]:
   benchmarks = [b for b in config.benchmarks if any(b == key[1] for key in accuracies)]
   names = [name for name in config.splits if any(name == key[0] for key in accuracies)]
-  return _columns([['Accuracy, %', *benchmarks], *(
-      [name, *(_cell(accuracies.get((name, b))) for b in benchmarks)] for name in names)])
+  return _columns(
+    [
+      ['Accuracy, %', *benchmarks],
+      *([name, *(_cell(accuracies.get((name, b))) for b in benchmarks)] for name in names),
+    ]
+  )
 
 
 def _removed(facts: Facts) -> list[list[str]]:
   """Returns lines of cells: how many rows each split that was made removes."""
-  lines = [[name, f'{about["dropped"]:,} rows', tables.share(about['dropped'] / max(about['candidates'], 1))]
-           for name, about in facts.splits.items() if blocks.rule_of(facts.config, name).selects]
+  lines = [
+    [
+      name,
+      f'{about["dropped"]:,} rows',
+      tables.share(about['dropped'] / max(about['candidates'], 1)),
+    ]
+    for name, about in facts.splits.items()
+    if blocks.rule_of(facts.config, name).selects
+  ]
   return [['Removed', '', 'of candidates'], *lines] if lines else []
 
 
 def _columns(lines: Sequence[Sequence[str]]) -> list[str]:
   """Returns lines of cells as text: the first column to the left, the others to the right."""
   widths = [max(map(len, column)) for column in zip(*lines)]
-  return [''.join([line[0].ljust(widths[0]), *(f'  {cell:>{width}}' for cell, width in zip(line[1:], widths[1:]))])
-          for line in lines]
+  return [
+    ''.join(
+      [
+        line[0].ljust(widths[0]),
+        *(f'  {cell:>{width}}' for cell, width in zip(line[1:], widths[1:])),
+      ]
+    )
+    for line in lines
+  ]
 
 
 def _cell(estimate: Estimate | None) -> str:

@@ -17,18 +17,27 @@ from clip_jax.stages.report.panels import looks
 
 def sentence(facts: Facts) -> str:
   """Returns the answer of a config without splits: how much of each benchmark the pool holds."""
-  return pool_audit.sentence(_rates(facts), blocks.duplicate_similarity(facts.config), _drops(facts),
-                             _candidates(facts))
+  return pool_audit.sentence(
+    _rates(facts), blocks.duplicate_similarity(facts.config), _drops(facts), _candidates(facts)
+  )
 
 
 def summary(facts: Facts) -> list[list[str]]:
   """Returns lines of cells for the terminal: each benchmark's duplicates, and what aligning would drop."""
   dropped = {drop['name']: drop['at_zero'] for drop in _drops(facts)}
-  cell = lambda n: '-' if n is None else f'{n:,} rows, {tables.share(n / max(_candidates(facts), 1))}'
+  cell = lambda n: (
+    '-' if n is None else f'{n:,} rows, {tables.share(n / max(_candidates(facts), 1))}'
+  )
   head = ['Benchmark', 'queries with a duplicate', *(['aligning would drop'] if dropped else [])]
-  lines = [[rate['benchmark'], tables.share_text(rate['pool']),
-            *([cell(dropped.get(rate['benchmark']))] if dropped else [])]
-           for rate in _rates(facts) if rate['pool'] is not None]
+  lines = [
+    [
+      rate['benchmark'],
+      tables.share_text(rate['pool']),
+      *([cell(dropped.get(rate['benchmark']))] if dropped else []),
+    ]
+    for rate in _rates(facts)
+    if rate['pool'] is not None
+  ]
   return [head, *lines] if lines else []
 
 
@@ -46,7 +55,11 @@ def neighbours(facts: Facts) -> list:
       shown.append(drawn if b in about else page.Details(b, (drawn,)))
   has_anchor = blocks.has_anchor(config)
   if shown:
-    point = 'Framed pool images are nearer to the query than any anchor image is; point' if has_anchor else 'Point'
+    point = (
+      'Framed pool images are nearer to the query than any anchor image is; point'
+      if has_anchor
+      else 'Point'
+    )
     shown.insert(0, Text(f'{point} at an image for its caption.', 'muted'))
   shown += [Text(f'{name}: {why}', 'warning') for name, why in pictures.lost.items()]
   without = pictures.without(POOL, *([ANCHOR] if has_anchor else []), *searched)
@@ -61,9 +74,16 @@ def neighbours(facts: Facts) -> list:
 def similarity(facts: Facts) -> list:
   """Returns histograms and quantiles of nearest-neighbour similarity."""
   has_anchor = blocks.has_anchor(facts.config)
-  shown = sections.histogram_blocks([
-      {'name': b, 'pool': result.pool_similarity[:, 0], 'anchor': result.anchor_similarity if has_anchor else None}
-      for b, result in facts.searched.items()])
+  shown = sections.histogram_blocks(
+    [
+      {
+        'name': b,
+        'pool': result.pool_similarity[:, 0],
+        'anchor': result.anchor_similarity if has_anchor else None,
+      }
+      for b, result in facts.searched.items()
+    ]
+  )
   return shown or [facts.missing('The pool was not searched yet.', 'search')]
 
 
@@ -74,11 +94,19 @@ def before(facts: Facts) -> list:
     return [facts.missing('The sizes of the rules are counted by the search.', 'search')]
   if sizes.has_excess:
     truncated = {b: workdir.truncation(facts.x, b) for b in facts.config.benchmarks}
-    shown = [*pool_audit.slack_blocks(sizes.edges, _drops(facts), _candidates(facts)),
-             *pool_audit.paper_compat_blocks([{'benchmark': b, **one} for b, one in truncated.items() if one])]
+    shown = [
+      *pool_audit.slack_blocks(sizes.edges, _drops(facts), _candidates(facts)),
+      *pool_audit.paper_compat_blocks(
+        [{'benchmark': b, **one} for b, one in truncated.items() if one]
+      ),
+    ]
   else:
-    shown = [Text('Without an anchor there is no similarity gap to align to, so that there is nothing to say of '
-                  'gap-aligned pruning: give config.anchor.')]
+    shown = [
+      Text(
+        'Without an anchor there is no similarity gap to align to, so that there is nothing to say of '
+        'gap-aligned pruning: give config.anchor.'
+      )
+    ]
   over = [{**line, 'over': counts} for line, counts in _lines(facts, sizes.similarity_over)]
   return shown + pool_audit.size_blocks(sizes.edges, over, _candidates(facts), looks())
 
@@ -86,11 +114,16 @@ def before(facts: Facts) -> list:
 def duplicates(facts: Facts) -> list:
   """Returns duplicates of the queries, and what de-duplication found in the pool."""
   dedup, counts = facts.config.dedup, facts.counts.get('dedup/keep')
-  marked = {**counts, **{key: dedup[key] for key in ('threshold', 'survivor', 'embedder')}
-            } if dedup.enabled and counts is not None else None
+  marked = (
+    {**counts, **{key: dedup[key] for key in ('threshold', 'survivor', 'embedder')}}
+    if dedup.enabled and counts is not None
+    else None
+  )
   rates = [{**rate, **_exact(facts, rate['benchmark'])} for rate in _rates(facts)]
-  shown = [*pool_audit.rate_blocks(rates, blocks.duplicate_similarity(facts.config)),
-           *inventory.dedup_blocks(marked, _planted(facts), workdir.dedup_audit(facts.x))]
+  shown = [
+    *pool_audit.rate_blocks(rates, blocks.duplicate_similarity(facts.config)),
+    *inventory.dedup_blocks(marked, _planted(facts), workdir.dedup_audit(facts.x)),
+  ]
   return shown or [facts.missing('Duplicates are found by de-duplication and search.', 'search')]
 
 
@@ -100,17 +133,32 @@ def _planted(facts: Facts) -> list[dict]:
   Nothing where the pool's index has no columns duplicate_of and duplicate_kind.
   """
   x, columns = facts.x, {'duplicate_of', 'duplicate_kind'}
-  if not (columns <= set(x.config.pool.columns) and workdir.is_ingested(x, POOL) and 'dedup/keep' in facts.counts):
+  if not (
+    columns <= set(x.config.pool.columns)
+    and workdir.is_ingested(x, POOL)
+    and 'dedup/keep' in facts.counts
+  ):
     return []
   source, keep = workdir.source(x, POOL), np.load(workdir.keep_path(x))
   row = {key: i for i, key in enumerate(source.column('key'))}
   is_marked: dict[str, list[bool]] = {}
-  for i, (kind, original) in enumerate(zip(source.column('duplicate_kind'), source.column('duplicate_of'))):
+  for i, (kind, original) in enumerate(
+    zip(source.column('duplicate_kind'), source.column('duplicate_of'))
+  ):
     if kind is not None and original in row:
       is_marked.setdefault(str(kind), []).append(not (keep[i] and keep[row[original]]))
   recall = {kind: statistics.image_interval(np.array(marks)) for kind, marks in is_marked.items()}
-  return [{'kind': kind, 'planted': len(marks), 'found': sum(marks), 'recall': recall[kind].value,
-           'low': recall[kind].low, 'high': recall[kind].high} for kind, marks in sorted(is_marked.items())]
+  return [
+    {
+      'kind': kind,
+      'planted': len(marks),
+      'found': sum(marks),
+      'recall': recall[kind].value,
+      'low': recall[kind].low,
+      'high': recall[kind].high,
+    }
+    for kind, marks in sorted(is_marked.items())
+  ]
 
 
 def _rates(facts: Facts) -> list[dict]:
@@ -119,17 +167,33 @@ def _rates(facts: Facts) -> list[dict]:
   Wilson's interval over queries: whether an image has a copy is its own affair, not its group's.
   """
   usable = {b: np.isfinite(result.pool_similarity[:, 0]) for b, result in facts.searched.items()}
-  shares = {(b, dataset): statistics.image_interval(near[usable[b]])
-            for (b, dataset), near in facts.near.items() if usable[b].any()}
-  return [{'benchmark': b, 'queries': int(some.sum()), POOL: shares.get((b, POOL)), ANCHOR: shares.get((b, ANCHOR))}
-          for b, some in usable.items()]
+  shares = {
+    (b, dataset): statistics.image_interval(near[usable[b]])
+    for (b, dataset), near in facts.near.items()
+    if usable[b].any()
+  }
+  return [
+    {
+      'benchmark': b,
+      'queries': int(some.sum()),
+      POOL: shares.get((b, POOL)),
+      ANCHOR: shares.get((b, ANCHOR)),
+    }
+    for b, some in usable.items()
+  ]
 
 
 def _exact(facts: Facts, benchmark: str) -> dict[str, int | None]:
   """Returns how many queries have an exact duplicate in pool and anchor: equal bytes, or equal decoded pixels."""
-  return {f'exact_{dataset}': facts.pictures.exact_duplicates(
-      benchmark, dataset, facts.near.get((benchmark, dataset)), facts.searched[benchmark].nearest(dataset)[1])
-          for dataset in (POOL, ANCHOR)}
+  return {
+    f'exact_{dataset}': facts.pictures.exact_duplicates(
+      benchmark,
+      dataset,
+      facts.near.get((benchmark, dataset)),
+      facts.searched[benchmark].nearest(dataset)[1],
+    )
+    for dataset in (POOL, ANCHOR)
+  }
 
 
 def _candidates(facts: Facts) -> int:
@@ -150,5 +214,7 @@ def _drops(facts: Facts) -> list[dict]:
   sizes = facts.sizes
   if sizes is None or not sizes.has_excess:
     return []
-  return [{**line, 'rows': rows, 'at_zero': int(zero)}
-          for (line, rows), zero in zip(_lines(facts, sizes.excess_over), sizes.excess_zero)]
+  return [
+    {**line, 'rows': rows, 'at_zero': int(zero)}
+    for (line, rows), zero in zip(_lines(facts, sizes.excess_over), sizes.excess_zero)
+  ]

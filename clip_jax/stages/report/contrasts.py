@@ -41,9 +41,13 @@ def control_of(facts: Facts, split: str) -> tuple[str | None, str]:
   A matched split without enough donors holds random rows, and counts as such.
   """
   splits = facts.config.splits.items()
-  matched = next((name for name, block in splits if block.rule == 'matched' and block.to == split), None)
+  matched = next(
+    (name for name, block in splits if block.rule == 'matched' and block.to == split), None
+  )
   if matched is None:
-    return next((name for name, block in splits if block.rule == 'random' and block.size_of == split), None), 'random'
+    return next(
+      (name for name, block in splits if block.rule == 'random' and block.size_of == split), None
+    ), 'random'
   return matched, 'random' if has_random_rows(facts.splits.get(matched, {})) else 'matched'
 
 
@@ -58,18 +62,25 @@ def placebo_benchmark(facts: Facts, split: str) -> str | None:
   Where that is its own or was not evaluated: another one, whose queries lie nearest to the anchor.
   """
   config = facts.config
-  others = [b for b in config.benchmarks
-            if b not in config.splits[split].benchmarks and (split, b) in facts.results.correct]
+  others = [
+    b
+    for b in config.benchmarks
+    if b not in config.splits[split].benchmarks and (split, b) in facts.results.correct
+  ]
   if config.report.reference in others:
     return config.report.reference
-  nearness = {b: np.nanmedian(facts.searched[b].anchor_similarity) for b in others if b in facts.searched}
+  nearness = {
+    b: np.nanmedian(facts.searched[b].anchor_similarity) for b in others if b in facts.searched
+  }
   return max(nearness, key=nearness.get) if nearness else next(iter(others), None)
 
 
 def accuracies(results: Results) -> dict[tuple[str, str], statistics.Estimate]:
   """Returns (split, benchmark) -> accuracy estimate."""
-  return {(split, benchmark): statistics.accuracy_interval(correct, results.groups[benchmark])
-          for (split, benchmark), correct in results.correct.items()}
+  return {
+    (split, benchmark): statistics.accuracy_interval(correct, results.groups[benchmark])
+    for (split, benchmark), correct in results.correct.items()
+  }
 
 
 def comparisons(facts: Facts) -> list[dict]:
@@ -79,14 +90,26 @@ def comparisons(facts: Facts) -> list[dict]:
   Doses and other slacks are estimates with intervals.
   """
   config = facts.config
-  items = [compare(facts, split, benchmark) for split in aligned(config)
-           for benchmark in config.splits[split].benchmarks if (split, benchmark) in facts.results.correct]
+  items = [
+    compare(facts, split, benchmark)
+    for split in aligned(config)
+    for benchmark in config.splits[split].benchmarks
+    if (split, benchmark) in facts.results.correct
+  ]
   answers = [(item['split'], item['benchmark']) for item in headline(config, items)]
   for item in items:
     item['answers'] = (item['split'], item['benchmark']) in answers
-  adjusted = statistics.holm([
-      item['against_control'].p_value if item['answers'] and item['against_control'] is not None
-      and item['control_rule'] == 'matched' and not is_dose(config, item['split']) else np.nan for item in items])
+  adjusted = statistics.holm(
+    [
+      item['against_control'].p_value
+      if item['answers']
+      and item['against_control'] is not None
+      and item['control_rule'] == 'matched'
+      and not is_dose(config, item['split'])
+      else np.nan
+      for item in items
+    ]
+  )
   tests = int(np.isfinite(adjusted).sum())
   return [{**item, 'holm': float(p), 'tests': tests} for item, p in zip(items, adjusted)]
 
@@ -102,15 +125,25 @@ def headline(config: ConfigDict, items: Sequence[dict]) -> list[dict]:
 
   Other slacks, doses and k neighbours stand for themselves only where a benchmark has nothing else.
   """
-  plain = [item for item in items
-           if config.splits[item['split']].rule == 'gap_aligned' and not is_dose(config, item['split'])]
-  chosen: dict[tuple, str] = {}  # (the split's benchmarks, benchmark) -> split, one with a matched control if any
+  plain = [
+    item
+    for item in items
+    if config.splits[item['split']].rule == 'gap_aligned' and not is_dose(config, item['split'])
+  ]
+  chosen: dict[
+    tuple, str
+  ] = {}  # (the split's benchmarks, benchmark) -> split, one with a matched control if any
   for item in sorted(plain, key=lambda item: item['control_rule'] != 'matched'):
-    chosen.setdefault((frozenset(config.splits[item['split']].benchmarks), item['benchmark']), item['split'])
+    chosen.setdefault(
+      (frozenset(config.splits[item['split']].benchmarks), item['benchmark']), item['split']
+    )
   have = {benchmark for _, benchmark in chosen}
   pairs = {(split, benchmark) for (_, benchmark), split in chosen.items()}
-  return [item for item in items
-          if item['benchmark'] not in have or (item['split'], item['benchmark']) in pairs]
+  return [
+    item
+    for item in items
+    if item['benchmark'] not in have or (item['split'], item['benchmark']) in pairs
+  ]
 
 
 def compare(facts: Facts, split: str, benchmark: str) -> dict:
@@ -120,10 +153,29 @@ def compare(facts: Facts, split: str, benchmark: str) -> dict:
   base = first_split(config, 'all')
   groups, key = results.groups[benchmark], (split, benchmark)
   item: dict[str, Any] = dict.fromkeys(
-      ('against_control', 'against_base', 'equivalence', 'bootstrap', 'dose', 'did', 'placebo', 'placebo_benchmark'))
-  item |= {'split': split, 'rule': config.splits[split].rule, 'benchmark': benchmark, 'base': base,
-           'control': control, 'control_rule': control_rule, 'mcnemar': [], 'did_reason': '',
-           'share': _share(facts, key, base, 'base'), 'share_matched': _share(facts, key, control, control_rule)}
+    (
+      'against_control',
+      'against_base',
+      'equivalence',
+      'bootstrap',
+      'dose',
+      'did',
+      'placebo',
+      'placebo_benchmark',
+    )
+  )
+  item |= {
+    'split': split,
+    'rule': config.splits[split].rule,
+    'benchmark': benchmark,
+    'base': base,
+    'control': control,
+    'control_rule': control_rule,
+    'mcnemar': [],
+    'did_reason': '',
+    'share': _share(facts, key, base, 'base'),
+    'share_matched': _share(facts, key, control, control_rule),
+  }
   with_base = results.on_shared_seeds(key, (base, benchmark))
   if with_base is not None:
     item['against_base'] = statistics.crossed_interval(difference(with_base), groups)
@@ -132,13 +184,19 @@ def compare(facts: Facts, split: str, benchmark: str) -> dict:
     return item
   (pruned, controlled), seeds = pair
   gap = difference(pair)
-  item |= {'against_control': statistics.crossed_interval(gap, groups),
-           'equivalence': statistics.equivalence(gap, groups),
-           'mcnemar': [(seed, statistics.mcnemar(pruned[i], controlled[i])) for i, seed in enumerate(seeds)],
-           **_placebo(facts, key, control), **_by_hits(facts, key, pair)}
+  item |= {
+    'against_control': statistics.crossed_interval(gap, groups),
+    'equivalence': statistics.equivalence(gap, groups),
+    'mcnemar': [
+      (seed, statistics.mcnemar(pruned[i], controlled[i])) for i, seed in enumerate(seeds)
+    ],
+    **_placebo(facts, key, control),
+    **_by_hits(facts, key, pair),
+  }
   if len(seeds) > 2:
     item['bootstrap'] = statistics.bootstrap_interval(
-        gap, groups, draws=config.report.bootstrap_draws, seed=config.report.seed)
+      gap, groups, draws=config.report.bootstrap_draws, seed=config.report.seed
+    )
   if benchmark in facts.searched:
     result = facts.searched[benchmark]
     excess = np.nan_to_num(result.pool_similarity[:, 0] - result.anchor_similarity)
@@ -152,7 +210,9 @@ def difference(pair: Pair) -> Array:  # [S, Q]
   return first.astype(float) - second.astype(float)
 
 
-def _share(facts: Facts, key: tuple[str, str], control: str | None, control_name: str) -> causal.Share | None:
+def _share(
+  facts: Facts, key: tuple[str, str], control: str | None, control_name: str
+) -> causal.Share | None:
   """Returns the explained share on the seeds that all its splits have; None where one is missing.
 
   The reference is anchor_only, else, in ImageNet's family, the effective-robustness line.
@@ -160,7 +220,9 @@ def _share(facts: Facts, key: tuple[str, str], control: str | None, control_name
   config, results, benchmark = facts.config, facts.results, key[1]
   reference = first_split(config, 'anchor')
   has_reference = (reference, benchmark) in results.correct
-  rows = results.on_shared_seeds((control, benchmark), key, *([(reference, benchmark)] if has_reference else []))
+  rows = results.on_shared_seeds(
+    (control, benchmark), key, *([(reference, benchmark)] if has_reference else [])
+  )
   if rows is None:
     return None
   (with_control, gap, *rest), seeds = rows
@@ -168,9 +230,15 @@ def _share(facts: Facts, key: tuple[str, str], control: str | None, control_name
   if expected is None:
     return None
   return causal.explained_share(
-      with_control, gap, expected, groups=results.groups[benchmark], control_name=control_name,
-      reference_name='anchor_only' if has_reference else 'line', draws=config.report.bootstrap_draws,
-      seed=config.report.seed)
+    with_control,
+    gap,
+    expected,
+    groups=results.groups[benchmark],
+    control_name=control_name,
+    reference_name='anchor_only' if has_reference else 'line',
+    draws=config.report.bootstrap_draws,
+    seed=config.report.seed,
+  )
 
 
 def shift_of(config: ConfigDict, results: Results, benchmark: str) -> str | None:
@@ -179,12 +247,15 @@ def shift_of(config: ConfigDict, results: Results, benchmark: str) -> str | None
   The lines start from accuracy on ImageNet-Val: config.report.reference, if it has 1,000 classes.
   """
   name = benchmark.lower().replace('-', '_').removeprefix('imagenet').strip('_')
-  is_family = (results.classes.get(config.report.reference) == IMAGENET_CLASSES
-               and results.classes.get(benchmark) == SHIFT_CLASSES.get(name, 0))
+  is_family = results.classes.get(
+    config.report.reference
+  ) == IMAGENET_CLASSES and results.classes.get(benchmark) == SHIFT_CLASSES.get(name, 0)
   return name if is_family else None
 
 
-def _line_accuracies(config: ConfigDict, results: Results, key: tuple[str, str], seeds) -> Array | None:  # [S]
+def _line_accuracies(
+  config: ConfigDict, results: Results, key: tuple[str, str], seeds
+) -> Array | None:  # [S]
   """Returns what the line gives at the split's own validation accuracy, for each seed."""
   shift, key = shift_of(config, results, key[1]), (key[0], config.report.reference)
   if shift is None or key not in results.correct or not set(seeds) <= set(results.seeds[key]):
@@ -199,8 +270,12 @@ def _placebo(facts: Facts, key: tuple[str, str], control: str) -> dict:
   four = results.on_shared_seeds(key, (control, benchmark), (split, other), (control, other))
   if four is None:
     return {}
-  return {'placebo_benchmark': other, 'placebo': causal.placebo(
-      *four[0], groups=results.groups[benchmark], placebo_groups=results.groups[other])}
+  return {
+    'placebo_benchmark': other,
+    'placebo': causal.placebo(
+      *four[0], groups=results.groups[benchmark], placebo_groups=results.groups[other]
+    ),
+  }
 
 
 def _by_hits(facts: Facts, key: tuple[str, str], pair: Pair) -> dict:
@@ -208,6 +283,12 @@ def _by_hits(facts: Facts, key: tuple[str, str], pair: Pair) -> dict:
   counts, results = workdir.split_queries(facts.x, *key), facts.results
   if counts is None:
     return {'did_reason': 'Which queries lost a neighbour is not known: run the stage prune.'}
-  return {'did': causal.difference_in_differences(
-      *pair[0], counts['removed_over'] > 0, counts['removed_near'] == 0, results.label[key[1]],
-      groups=results.groups[key[1]])}
+  return {
+    'did': causal.difference_in_differences(
+      *pair[0],
+      counts['removed_over'] > 0,
+      counts['removed_near'] == 0,
+      results.label[key[1]],
+      groups=results.groups[key[1]],
+    )
+  }

@@ -26,11 +26,12 @@ from clip_jax.stages.report.images import Pictures
 @dataclasses.dataclass(frozen=True)
 class Results:
   """Correctness of every evaluated (split, benchmark), and what the benchmarks' images are."""
+
   correct: dict[tuple[str, str], Array]  # (split, benchmark) -> [S, Q] bool
   seeds: dict[tuple[str, str], tuple[int, ...]]
-  classes: dict[str, int]                # benchmark -> C
-  label: dict[str, Array]                # benchmark -> [Q] int32
-  groups: dict[str, Array | None]        # benchmark -> [Q] names; None: images stand alone
+  classes: dict[str, int]  # benchmark -> C
+  label: dict[str, Array]  # benchmark -> [Q] int32
+  groups: dict[str, Array | None]  # benchmark -> [Q] names; None: images stand alone
 
   def on_shared_seeds(self, *keys: tuple[str, str]) -> tuple[list[Array], tuple[int, ...]] | None:
     """Returns the correctness [S, Q] of each (split, benchmark) on the seeds that all have.
@@ -39,43 +40,53 @@ class Results:
     """
     if any(key not in self.correct for key in keys):
       return None
-    shared = tuple(seed for seed in self.seeds[keys[0]] if all(seed in self.seeds[key] for key in keys))
+    shared = tuple(
+      seed for seed in self.seeds[keys[0]] if all(seed in self.seeds[key] for key in keys)
+    )
     rows = [[self.seeds[key].index(seed) for seed in shared] for key in keys]
     return ([self.correct[key][r] for key, r in zip(keys, rows)], shared) if shared else None
 
   def without(self, leaked: Mapping[str, Array]) -> 'Results':  # benchmark -> [Q] bool
     """Returns the results on the other images, of the benchmarks where some images are leaked and some are not."""
     stays = {b: ~mask for b, mask in leaked.items() if mask.any() and not mask.all()}
-    correct = {(split, b): correct[:, stays[b]] for (split, b), correct in self.correct.items() if b in stays}
-    groups = {b: groups if groups is None else groups[stays[b]] for b, groups in self.groups.items() if b in stays}
+    correct = {
+      (split, b): correct[:, stays[b]] for (split, b), correct in self.correct.items() if b in stays
+    }
+    groups = {
+      b: groups if groups is None else groups[stays[b]]
+      for b, groups in self.groups.items()
+      if b in stays
+    }
     return dataclasses.replace(self, correct=correct, groups=groups)
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
   """A training run that has begun; numbers are None where they are not known yet."""
+
   steps: int | None
   samples: int | None
   passes: float | None
   seconds: float | None
   images_per_sec: float | None  # the median
-  replaced: int                 # unreadable images that another row stood in for
+  replaced: int  # unreadable images that another row stood in for
   is_finished: bool
-  curve: tuple[Array, Array]    # steps [n], train/loss [n]
-  not_converged: str            # why it counts as not converged; '' where it does not
+  curve: tuple[Array, Array]  # steps [n], train/loss [n]
+  not_converged: str  # why it counts as not converged; '' where it does not
 
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
   """What is known of an experiment, finished or not."""
+
   x: Experiment
   results: Results
-  runs: dict[tuple[str, int], Run]           # (split, seed) -> its training run, of those that have begun
-  splits: dict[str, dict]                    # split -> split.json, of those that are made
-  searched: dict[str, workdir.QueryResult]   # benchmark -> what the search found for its queries
-  sizes: workdir.Sizes | None                # how many candidates the rules would drop
-  near: dict[tuple[str, str], Array]         # (benchmark, 'pool' | 'anchor') -> [Q] has a duplicate there
-  counts: dict[str, dict]                    # finished product -> what was counted
+  runs: dict[tuple[str, int], Run]  # (split, seed) -> its training run, of those that have begun
+  splits: dict[str, dict]  # split -> split.json, of those that are made
+  searched: dict[str, workdir.QueryResult]  # benchmark -> what the search found for its queries
+  sizes: workdir.Sizes | None  # how many candidates the rules would drop
+  near: dict[tuple[str, str], Array]  # (benchmark, 'pool' | 'anchor') -> [Q] has a duplicate there
+  counts: dict[str, dict]  # finished product -> what was counted
 
   @property
   def config(self) -> ConfigDict:
@@ -98,7 +109,9 @@ class Facts:
   def pool_rows(self, split: str) -> Array | None:
     """Returns the pool rows of a split's first draw, sorted; None where it was not made."""
     seed = blocks.seeds(self.config, split)[0]
-    is_made = workdir.is_ingested(self.x, POOL) and os.path.exists(workdir.rows_path(self.x, split, seed))
+    is_made = workdir.is_ingested(self.x, POOL) and os.path.exists(
+      workdir.rows_path(self.x, split, seed)
+    )
     return workdir.pool_rows(self.x, split, seed) if is_made else None
 
   @functools.cached_property
@@ -106,15 +119,26 @@ class Facts:
     """(stage, what is finished of it, whether that is all), in the order of the stages."""
     config, sets, runs = self.config, list(blocks.datasets(self.config)), blocks.runs(self.config)
     counts = {
-        'ingest': (sum(workdir.is_ingested(self.x, name) for name in sets), len(sets), 'datasets'),
-        'embed': (sum(workdir.is_embedded(self.x, name) for name in sets), len(sets), 'datasets'),
-        'search': (len(self.searched), len(config.benchmarks), 'benchmarks'),
-        'prune': (len(self.splits), len(config.splits), 'splits'),
-        'train': (sum(run.is_finished for run in self.runs.values()), len(runs), 'runs'),
-        'evaluate': (sum(map(len, self.results.seeds.values())), len(runs) * len(config.benchmarks), 'results')}
-    lines = {stage: (f'{done} of {total} {noun}', done == total)
-             for stage, (done, total, noun) in counts.items() if total}
-    done = {'embedder': bool(workdir.embedder_json(self.x)), 'dedup': os.path.exists(workdir.keep_path(self.x))}
+      'ingest': (sum(workdir.is_ingested(self.x, name) for name in sets), len(sets), 'datasets'),
+      'embed': (sum(workdir.is_embedded(self.x, name) for name in sets), len(sets), 'datasets'),
+      'search': (len(self.searched), len(config.benchmarks), 'benchmarks'),
+      'prune': (len(self.splits), len(config.splits), 'splits'),
+      'train': (sum(run.is_finished for run in self.runs.values()), len(runs), 'runs'),
+      'evaluate': (
+        sum(map(len, self.results.seeds.values())),
+        len(runs) * len(config.benchmarks),
+        'results',
+      ),
+    }
+    lines = {
+      stage: (f'{done} of {total} {noun}', done == total)
+      for stage, (done, total, noun) in counts.items()
+      if total
+    }
+    done = {
+      'embedder': bool(workdir.embedder_json(self.x)),
+      'dedup': os.path.exists(workdir.keep_path(self.x)),
+    }
     lines |= {stage: ('done' if is_done else 'missing', is_done) for stage, is_done in done.items()}
     if not config.dedup.enabled:
       lines['dedup'] = ('off', True)
@@ -123,10 +147,13 @@ class Facts:
   def missing(self, sentence: str, stage: str) -> Missing:
     """Returns a sentence, and the command that runs `stage` and what it still waits for."""
     flag = re.search(r'--config[= ](\S+)', workdir.times(self.x).get('command', ''))
-    earlier = list(STAGES)[:list(STAGES).index(stage)]
+    earlier = list(STAGES)[: list(STAGES).index(stage)]
     unfinished = [name for name, _, is_done in self.state if not is_done and name in earlier]
-    return Missing(sentence, f'python -m clip_jax.main --config={flag.group(1) if flag else "CONFIG.py"} '
-                             f'--workdir={self.x.workdir} --stages={",".join([*unfinished, stage, "report"])}')
+    return Missing(
+      sentence,
+      f'python -m clip_jax.main --config={flag.group(1) if flag else "CONFIG.py"} '
+      f'--workdir={self.x.workdir} --stages={",".join([*unfinished, stage, "report"])}',
+    )
 
 
 def read(x: Experiment) -> Facts:
@@ -136,17 +163,33 @@ def read(x: Experiment) -> Facts:
   splits = {name: workdir.split_json(x, name) for name in config.splits}
   found = {b: workdir.query_result(x, b) for b in config.benchmarks}
   searched = {b: result for b, result in found.items() if result is not None}
-  return Facts(x, results(x), runs(x, counts), {name: about for name, about in splits.items() if about},
-               searched, workdir.sizes(x), _near(x, searched), counts)
+  return Facts(
+    x,
+    results(x),
+    runs(x, counts),
+    {name: about for name, about in splits.items() if about},
+    searched,
+    workdir.sizes(x),
+    _near(x, searched),
+    counts,
+  )
 
 
-def _near(x: Experiment, searched: Mapping[str, workdir.QueryResult]) -> dict[tuple[str, str], Array]:
+def _near(
+  x: Experiment, searched: Mapping[str, workdir.QueryResult]
+) -> dict[tuple[str, str], Array]:
   """Returns which queries have a near-duplicate in the pool, and in the anchor."""
-  cosines = {(b, dataset): workdir.cosine(x, b, dataset, *result.nearest(dataset))
-             for b, result in searched.items() for dataset in (POOL, ANCHOR)
-             if dataset in blocks.datasets(x.config) and all(workdir.is_embedded(x, name) for name in (dataset, b))}
-  return {key: np.nan_to_num(cosine, nan=-1.0) >= blocks.duplicate_similarity(x.config)
-          for key, cosine in cosines.items()}
+  cosines = {
+    (b, dataset): workdir.cosine(x, b, dataset, *result.nearest(dataset))
+    for b, result in searched.items()
+    for dataset in (POOL, ANCHOR)
+    if dataset in blocks.datasets(x.config)
+    and all(workdir.is_embedded(x, name) for name in (dataset, b))
+  }
+  return {
+    key: np.nan_to_num(cosine, nan=-1.0) >= blocks.duplicate_similarity(x.config)
+    for key, cosine in cosines.items()
+  }
 
 
 def results(x: Experiment) -> Results:
@@ -156,20 +199,26 @@ def results(x: Experiment) -> Results:
     has_groups = (block.group_key or block.group_pattern) and workdir.is_ingested(x, benchmark)
     known.groups[benchmark] = workdir.source(x, benchmark).column('group') if has_groups else None
     for split in x.config.splits:
-      of_seeds = {seed: workdir.result(x, split, seed, benchmark) for seed in blocks.seeds(x.config, split)}
+      of_seeds = {
+        seed: workdir.result(x, split, seed, benchmark) for seed in blocks.seeds(x.config, split)
+      }
       of_seeds = {seed: result for seed, result in of_seeds.items() if result is not None}
       if of_seeds:
         scores, arrays = next(iter(of_seeds.values()))
         known.classes[benchmark], known.label[benchmark] = scores['classes'], arrays['label']
-        known.correct[split, benchmark] = np.stack([arrays['correct'].astype(bool) for _, arrays in of_seeds.values()])
+        known.correct[split, benchmark] = np.stack(
+          [arrays['correct'].astype(bool) for _, arrays in of_seeds.values()]
+        )
         known.seeds[split, benchmark] = tuple(of_seeds)
   return known
 
 
 def runs(x: Experiment, counts: Mapping[str, dict]) -> dict[tuple[str, int], Run]:
   """Returns every run that has begun. counts: what the sidecars of finished products say."""
-  known = {(split, seed): _run(x, split, seed, counts.get(f'{workdir.run_folder(split, seed)}/run', {}))
-           for split, seed in blocks.runs(x.config)}
+  known = {
+    (split, seed): _run(x, split, seed, counts.get(f'{workdir.run_folder(split, seed)}/run', {}))
+    for split, seed in blocks.runs(x.config)
+  }
   return {key: run for key, run in known.items() if run is not None}
 
 
@@ -177,12 +226,19 @@ def _run(x: Experiment, split: str, seed: int, counts: Mapping) -> Run | None:
   lines = metrics.read(workdir.metrics_path(x, split, seed))
   if not lines and not counts:
     return None
-  column = lambda key, of='train/loss': np.array([line[key] for line in lines if line.get(of) is not None], float)
+  column = lambda key, of='train/loss': np.array(
+    [line[key] for line in lines if line.get(of) is not None], float
+  )
   steps, loss = column('step'), column('train/loss')
   seconds, speed = (column(key, key) for key in ('train/seconds', 'train/images_per_sec'))
   return Run(
-      **{key: counts.get(key) for key in ('steps', 'samples', 'passes')},
-      seconds=float(seconds.max()) if len(seconds) else None,
-      images_per_sec=float(np.median(speed)) if len(speed) else None,
-      replaced=len(counts.get('replaced', ())), is_finished=bool(counts), curve=(steps, loss),
-      not_converged=convergence.not_converged(steps, loss, x.config.train.batch_size) if len(steps) else '')
+    **{key: counts.get(key) for key in ('steps', 'samples', 'passes')},
+    seconds=float(seconds.max()) if len(seconds) else None,
+    images_per_sec=float(np.median(speed)) if len(speed) else None,
+    replaced=len(counts.get('replaced', ())),
+    is_finished=bool(counts),
+    curve=(steps, loss),
+    not_converged=convergence.not_converged(steps, loss, x.config.train.batch_size)
+    if len(steps)
+    else '',
+  )

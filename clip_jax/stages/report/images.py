@@ -13,7 +13,7 @@ from clip_jax.experiment.experiment import Experiment
 from clip_jax.reporting import gallery, tables
 from clip_jax.stages import benchmark_dirs
 
-NEIGHBOURS = 4        # pool neighbours shown beside a query
+NEIGHBOURS = 4  # pool neighbours shown beside a query
 MOST_COMPARED = 2000  # pairs of images that are opened to tell exact duplicates
 
 
@@ -22,25 +22,36 @@ class Pictures:
 
   def __init__(self, x: Experiment):
     self._x = x
-    self.lost: dict[str, str] = {}  # dataset -> why the first image that could not be opened is missing
+    self.lost: dict[
+      str, str
+    ] = {}  # dataset -> why the first image that could not be opened is missing
 
   def has(self, *datasets: str) -> bool:
     """Returns whether all these datasets are ingested and have images that can be opened."""
-    return all(workdir.is_ingested(self._x, name) and workdir.source(self._x, name).has_images for name in datasets)
+    return all(
+      workdir.is_ingested(self._x, name) and workdir.source(self._x, name).has_images
+      for name in datasets
+    )
 
   def without(self, *datasets: str) -> str:
     """Returns the sentence that says which of these datasets are vectors only; '' where none is."""
     names = [name for name in datasets if workdir.is_ingested(self._x, name) and not self.has(name)]
     if not names:
       return ''
-    flags = dict.fromkeys(f'{benchmark_dirs.flag(self._x.config, name, "images")}=DIR' for name in names)
-    return (f'No pictures: {tables.listed(names)} {"is" if len(names) == 1 else "are"} vectors only; give '
-            f'{tables.listed(list(flags))}.')
+    flags = dict.fromkeys(
+      f'{benchmark_dirs.flag(self._x.config, name, "images")}=DIR' for name in names
+    )
+    return (
+      f'No pictures: {tables.listed(names)} {"is" if len(names) == 1 else "are"} vectors only; give '
+      f'{tables.listed(list(flags))}.'
+    )
 
   def neighbours(self, benchmark: str, result: workdir.QueryResult) -> gallery.Gallery:
     """Returns queries, most similar to least, beside their nearest anchor and pool images."""
     rows = []
-    thirds = gallery.pick_thirds(result.pool_similarity[:, 0], self._x.config.report.gallery_queries)
+    thirds = gallery.pick_thirds(
+      result.pool_similarity[:, 0], self._x.config.report.gallery_queries
+    )
     heads = ('most similar', 'median', 'least similar')
     for head, query in ((head, int(q)) for head, third in zip(heads, thirds) for q in third):
       threshold, anchor = result.anchor_similarity[query], int(result.anchor_nearest[query])
@@ -48,13 +59,21 @@ class Pictures:
       if anchor >= 0 and self.has(ANCHOR):
         nearest = self._picture(ANCHOR, anchor, tables.similarity(float(threshold)))
         groups.append(gallery.Group('nearest in the anchor', (nearest,)))
-      pool = tuple(self._picture(POOL, int(row), tables.similarity(float(value)), marked=bool(value > threshold))
-                   for row, value in zip(result.pool_nearest[query, :NEIGHBOURS], result.pool_similarity[query])
-                   if row >= 0)
+      pool = tuple(
+        self._picture(
+          POOL, int(row), tables.similarity(float(value)), marked=bool(value > threshold)
+        )
+        for row, value in zip(
+          result.pool_nearest[query, :NEIGHBOURS], result.pool_similarity[query]
+        )
+        if row >= 0
+      )
       rows.append((head, (*groups, gallery.Group('nearest in the pool', pool))))
     return gallery.Gallery(benchmark, tuple(rows))
 
-  def strip(self, title: str, rows: Array, lines: Sequence[str]) -> tuple[str, tuple[gallery.Group, ...]]:
+  def strip(
+    self, title: str, rows: Array, lines: Sequence[str]
+  ) -> tuple[str, tuple[gallery.Group, ...]]:
     """Returns pool rows as one strip of a gallery, each with a line below it."""
     pictures = tuple(self._picture(POOL, int(row), line) for row, line in zip(rows, lines))
     return '', (gallery.Group(title, pictures),)
@@ -66,11 +85,11 @@ class Pictures:
     return captions if any(captions) else []
 
   def exact_duplicates(
-      self,
-      benchmark: str,
-      dataset: str,
-      near: Array | None,  # [Q] bool: queries whose nearest row is a near-duplicate; None: not known
-      nearest: Array,      # [Q] int64
+    self,
+    benchmark: str,
+    dataset: str,
+    near: Array | None,  # [Q] bool: queries whose nearest row is a near-duplicate; None: not known
+    nearest: Array,  # [Q] int64
   ) -> int | None:
     """Returns how many queries have the same bytes, or decoded pixels, as their nearest row.
 
@@ -80,8 +99,10 @@ class Pictures:
       return None
     queries, rows = workdir.source(self._x, benchmark), workdir.source(self._x, dataset)
     try:
-      return sum(_are_equal(queries[int(q)]['image'], rows[int(nearest[q])]['image']) 
-                 for q in np.flatnonzero(near))
+      return sum(
+        _are_equal(queries[int(q)]['image'], rows[int(nearest[q])]['image'])
+        for q in np.flatnonzero(near)
+      )
     except InputError:  # the gallery says why
       return None
 

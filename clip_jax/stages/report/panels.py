@@ -30,12 +30,21 @@ def answers(config: ConfigDict, accuracy: Accuracies, items: Sequence[dict]) -> 
   lines = []
   for item in items:
     b = item['benchmark']
-    names = {'all': item['base'], 'anchor': contrasts.first_split(config, 'anchor'),
-             item['control_rule']: item['control'], item['rule']: item['split']}  # the last mark lies on top
-    points = [{'rule': rule, 'accuracy': accuracy[name, b].value, **_interval(accuracy[name, b])}
-              for rule, name in names.items() if (name, b) in accuracy]
+    names = {
+      'all': item['base'],
+      'anchor': contrasts.first_split(config, 'anchor'),
+      item['control_rule']: item['control'],
+      item['rule']: item['split'],
+    }  # the last mark lies on top
+    points = [
+      {'rule': rule, 'accuracy': accuracy[name, b].value, **_interval(accuracy[name, b])}
+      for rule, name in names.items()
+      if (name, b) in accuracy
+    ]
     if len(points) > 1:
-      lines.append({'title': b if benchmarks.count(b) == 1 else f'{b} ({item["split"]})', 'points': points})
+      lines.append(
+        {'title': b if benchmarks.count(b) == 1 else f'{b} ({item["split"]})', 'points': points}
+      )
   return lines
 
 
@@ -54,21 +63,49 @@ def by_similarity(facts: Facts) -> list[dict]:
   results, base = facts.results, contrasts.first_split(facts.config, 'all')
   known = {b: result for b, result in facts.searched.items() if (base, b) in results.correct}
   values = {('similarity', b): result.pool_similarity[:, 0] for b, result in known.items()}
-  values |= {('excess', b): result.pool_similarity[:, 0] - result.anchor_similarity for b, result in known.items()}
-  bins = {(against, b): similarity_bins.accuracy_by_similarity(
-      results.correct[base, b], value, results.label[b], results.groups[b]) for (against, b), value in values.items()}
-  return [{'name': b, 'what': against, 'series': _series(base, some)} for (against, b), some in bins.items() if some]
+  values |= {
+    ('excess', b): result.pool_similarity[:, 0] - result.anchor_similarity
+    for b, result in known.items()
+  }
+  bins = {
+    (against, b): similarity_bins.accuracy_by_similarity(
+      results.correct[base, b], value, results.label[b], results.groups[b]
+    )
+    for (against, b), value in values.items()
+  }
+  return [
+    {'name': b, 'what': against, 'series': _series(base, some)}
+    for (against, b), some in bins.items()
+    if some
+  ]
 
 
 def _series(base: str, bins: Sequence[similarity_bins.Bin]) -> list[dict]:
   """Returns two curves: accuracy as it is, and with class effects taken out."""
   head = lambda b: {'low': b.low, 'high': b.high, 'n': b.images}
-  raw = [{**head(b), 'accuracy': b.accuracy, 'accuracy_low': _known(b.accuracy_low),
-          'accuracy_high': _known(b.accuracy_high)} for b in bins]
-  within = [{**head(b), 'accuracy': float(np.clip(b.within_class, 0, 1)), 'accuracy_low': None, 'accuracy_high': None}
-            for b in bins if np.isfinite(b.within_class)]
-  return [{'name': base, 'rule': 'all', 'adjusted': False, 'bins': raw},
-          {'name': 'class effects out', 'rule': 'all', 'adjusted': True, 'bins': within}]
+  raw = [
+    {
+      **head(b),
+      'accuracy': b.accuracy,
+      'accuracy_low': _known(b.accuracy_low),
+      'accuracy_high': _known(b.accuracy_high),
+    }
+    for b in bins
+  ]
+  within = [
+    {
+      **head(b),
+      'accuracy': float(np.clip(b.within_class, 0, 1)),
+      'accuracy_low': None,
+      'accuracy_high': None,
+    }
+    for b in bins
+    if np.isfinite(b.within_class)
+  ]
+  return [
+    {'name': base, 'rule': 'all', 'adjusted': False, 'bins': raw},
+    {'name': 'class effects out', 'rule': 'all', 'adjusted': True, 'bins': within},
+  ]
 
 
 def is_sized(config: ConfigDict, split: str) -> bool:
@@ -82,31 +119,70 @@ def by_size(facts: Facts, accuracy: Accuracies) -> list[dict]:
   config, panels = facts.config, []
   base, reference = (contrasts.first_split(config, rule) for rule in ('all', 'anchor'))
   for benchmark in config.benchmarks:
-    points = {name: {'size': about['pool_rows'], 'accuracy': accuracy[name, benchmark].value,
-                     'low': _known(accuracy[name, benchmark].low), 'high': _known(accuracy[name, benchmark].high)}
-              for name, about in facts.splits.items() if (name, benchmark) in accuracy}
-    names = [name for name in points if blocks.rule_of(config, name).sized
-             and (not is_sized(config, name) or benchmark in config.splits[name].benchmarks)]
+    points = {
+      name: {
+        'size': about['pool_rows'],
+        'accuracy': accuracy[name, benchmark].value,
+        'low': _known(accuracy[name, benchmark].low),
+        'high': _known(accuracy[name, benchmark].high),
+      }
+      for name, about in facts.splits.items()
+      if (name, benchmark) in accuracy
+    }
+    names = [
+      name
+      for name in points
+      if blocks.rule_of(config, name).sized
+      and (not is_sized(config, name) or benchmark in config.splits[name].benchmarks)
+    ]
     if any(is_sized(config, name) for name in names):
-      curves = {rule: [points[name] for name in names if config.splits[name].rule == rule]
-                for rule in sorted(RULES, key=lambda rule: not RULES[rule].selects)}  # random ones last
+      curves = {
+        rule: [points[name] for name in names if config.splits[name].rule == rule]
+        for rule in sorted(RULES, key=lambda rule: not RULES[rule].selects)
+      }  # random ones last
       alone = accuracy.get((reference, benchmark))
-      panels.append({'name': benchmark, 'base': points.get(base), 'reference': alone and alone.value,
-                     'curves': {rule: curve for rule, curve in curves.items() if curve}})
+      panels.append(
+        {
+          'name': benchmark,
+          'base': points.get(base),
+          'reference': alone and alone.value,
+          'curves': {rule: curve for rule, curve in curves.items() if curve},
+        }
+      )
   return panels
 
 
 def against_random(facts: Facts) -> list[dict]:
   """Returns each near and far split against a random split of the same number of rows."""
   splits, made, results = facts.config.splits, facts.splits, facts.results
-  controls = {name: next((other for other in made if splits[other].rule == 'random'
-                          and made[other]['pool_rows'] == made[name]['pool_rows']), None)
-              for name in made if is_sized(facts.config, name)}
-  pairs = {(name, b): results.on_shared_seeds((name, b), (control, b))
-           for name, control in controls.items() for b in splits[name].benchmarks}
-  return [{'split': name, 'rule': splits[name].rule, 'control': controls[name], 'benchmark': b,
-           'estimate': statistics.crossed_interval(contrasts.difference(pair), results.groups[b])}
-          for (name, b), pair in pairs.items() if pair is not None]
+  controls = {
+    name: next(
+      (
+        other
+        for other in made
+        if splits[other].rule == 'random' and made[other]['pool_rows'] == made[name]['pool_rows']
+      ),
+      None,
+    )
+    for name in made
+    if is_sized(facts.config, name)
+  }
+  pairs = {
+    (name, b): results.on_shared_seeds((name, b), (control, b))
+    for name, control in controls.items()
+    for b in splits[name].benchmarks
+  }
+  return [
+    {
+      'split': name,
+      'rule': splits[name].rule,
+      'control': controls[name],
+      'benchmark': b,
+      'estimate': statistics.crossed_interval(contrasts.difference(pair), results.groups[b]),
+    }
+    for (name, b), pair in pairs.items()
+    if pair is not None
+  ]
 
 
 def by_dose(facts: Facts, items: Sequence[dict]) -> list[dict]:
@@ -117,18 +193,36 @@ def by_dose(facts: Facts, items: Sequence[dict]) -> list[dict]:
   splits, panels = facts.config.splits, []
   for benchmark in facts.config.benchmarks:
     points: dict[int, dict] = {}  # by the number of rows
-    compared = [item for item in items if item['split'] in facts.splits and item['against_control'] is not None
-                and splits[item['split']].rule == 'gap_aligned'
-                and tuple(splits[item['split']].benchmarks) == (benchmark,)]
+    compared = [
+      item
+      for item in items
+      if item['split'] in facts.splits
+      and item['against_control'] is not None
+      and splits[item['split']].rule == 'gap_aligned'
+      and tuple(splits[item['split']].benchmarks) == (benchmark,)
+    ]
     for item in compared:
       about, estimate = facts.splits[item['split']], item['against_control']
-      about = {**next(iter(about.get('draws', {}).values()), {}), **about}  # what the rule reports is with a draw
-      whole = about.get('aligned_dropped') or (0 if splits[item['split']].slack else about['dropped'])
+      about = {
+        **next(iter(about.get('draws', {}).values()), {}),
+        **about,
+      }  # what the rule reports is with a draw
+      whole = about.get('aligned_dropped') or (
+        0 if splits[item['split']].slack else about['dropped']
+      )
       if whole:
-        points.setdefault(about['dropped'], {
-            **{key: item[key] for key in ('split', 'control', 'control_rule')}, 'dropped': about['dropped'],
-            'slack': about.get('slack'), 'share': about['dropped'] / whole, 'estimate': estimate.value,
-            **_interval(estimate), 'method': estimate.method})
+        points.setdefault(
+          about['dropped'],
+          {
+            **{key: item[key] for key in ('split', 'control', 'control_rule')},
+            'dropped': about['dropped'],
+            'slack': about.get('slack'),
+            'share': about['dropped'] / whole,
+            'estimate': estimate.value,
+            **_interval(estimate),
+            'method': estimate.method,
+          },
+        )
     if len(points) > 1:
       panels.append({'name': benchmark, 'points': list(points.values())})
   return panels
@@ -139,15 +233,32 @@ def against_validation(facts: Facts) -> list[dict]:
   config, panels = facts.config, []
   names = list(config.benchmarks)
   xname = config.report.reference if config.report.reference in names else names[0]
-  rule = {split: 'random' if contrasts.has_random_rows(facts.splits.get(split, {})) else config.splits[split].rule
-          for split in config.splits}
+  rule = {
+    split: 'random'
+    if contrasts.has_random_rows(facts.splits.get(split, {}))
+    else config.splits[split].rule
+    for split in config.splits
+  }
   for benchmark in names:
-    pairs = {split: facts.results.on_shared_seeds((split, benchmark), (split, xname)) for split in config.splits}
-    points = [{'rule': rule[split], 'x': float(x.mean()), 'y': float(y.mean())}
-              for split, pair in pairs.items() if pair is not None for y, x in zip(*pair[0])]
+    pairs = {
+      split: facts.results.on_shared_seeds((split, benchmark), (split, xname))
+      for split in config.splits
+    }
+    points = [
+      {'rule': rule[split], 'x': float(x.mean()), 'y': float(y.mean())}
+      for split, pair in pairs.items()
+      if pair is not None
+      for y, x in zip(*pair[0])
+    ]
     if benchmark != xname and len(points) > 1:
-      panels.append({'name': benchmark, 'xname': xname, 'points': points,
-                     'line': _line(contrasts.shift_of(config, facts.results, benchmark))})
+      panels.append(
+        {
+          'name': benchmark,
+          'xname': xname,
+          'points': points,
+          'line': _line(contrasts.shift_of(config, facts.results, benchmark)),
+        }
+      )
   return panels
 
 

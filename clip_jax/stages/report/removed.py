@@ -17,16 +17,20 @@ from clip_jax.stages.report.facts import Facts
 
 WORD_SAMPLE = 2000  # captions of removed, and of kept, rows whose words are compared
 NOTES = {  # column that a rule removes by -> what stands below the pictures
-    'excess': 'Excess: how much nearer the image is to some query than any anchor image is to that query.',
-    'similarity': 'Similarity: to the nearest query.'}
+  'excess': 'Excess: how much nearer the image is to some query than any anchor image is to that query.',
+  'similarity': 'Similarity: to the nearest query.',
+}
 
 
 def section(facts: Facts) -> list:
   """Returns what every split removed whose rule picks rows for what they are."""
   config = facts.config
   names = [name for name in config.splits if blocks.rule_of(config, name).selects]
-  aligned_to = {frozenset(config.splits[name].benchmarks) for name in contrasts.aligned(config)
-                if not config.splits[name].dose}
+  aligned_to = {
+    frozenset(config.splits[name].benchmarks)
+    for name in contrasts.aligned(config)
+    if not config.splits[name].dose
+  }
   without = facts.pictures.without(POOL)
   shown: list = [Text(without)] if names and without else []
   for name in names:
@@ -34,13 +38,25 @@ def section(facts: Facts) -> list:
       shown.append(facts.missing(f'{name} was not made yet.', 'prune'))
       continue
     about, block = facts.splits[name], config.splits[name]
-    controls = {other: control for other, control in facts.splits.items()
-                if config.splits[other].rule == 'matched' and config.splits[other].to == name}
-    parts = removed.blocks_of(about, name=name, words=contrasts.words_of(config, name), controls=controls,
-                              **_samples(facts, name))
+    controls = {
+      other: control
+      for other, control in facts.splits.items()
+      if config.splits[other].rule == 'matched' and config.splits[other].to == name
+    }
+    parts = removed.blocks_of(
+      about,
+      name=name,
+      words=contrasts.words_of(config, name),
+      controls=controls,
+      **_samples(facts, name),
+    )
     # The points of a dose curve are much alike.
     if block.dose and (block.dose != 1 or frozenset(block.benchmarks) in aligned_to):
-      parts = [page.Details(f'{name}: {about["dropped"]:,} of {about["candidates"]:,} candidates', tuple(parts))]
+      parts = [
+        page.Details(
+          f'{name}: {about["dropped"]:,} of {about["candidates"]:,} candidates', tuple(parts)
+        )
+      ]
     shown += parts
   return shown
 
@@ -54,10 +70,21 @@ def _samples(facts: Facts, split: str) -> dict[str, Any]:
   is_kept[rows] = True
   gone, kept = np.flatnonzero(facts.candidates & ~is_kept), np.flatnonzero(is_kept)
   of_gone, of_kept = (facts.pictures.captions(some, WORD_SAMPLE) for some in (gone, kept))
-  captions = {'removed': words.telling_words(of_gone, of_kept), 'kept': words.telling_words(of_kept, of_gone),
-              'read_removed': len(of_gone), 'read_kept': len(of_kept)} if of_gone and of_kept else None
+  captions = (
+    {
+      'removed': words.telling_words(of_gone, of_kept),
+      'kept': words.telling_words(of_kept, of_gone),
+      'read_removed': len(of_gone),
+      'read_kept': len(of_kept),
+    }
+    if of_gone and of_kept
+    else None
+  )
   has_pictures = facts.pictures.has(POOL) and len(gone)
-  return {'gallery': _gallery(facts, split, gone, kept) if has_pictures else None, 'captions': captions}
+  return {
+    'gallery': _gallery(facts, split, gone, kept) if has_pictures else None,
+    'captions': captions,
+  }
 
 
 def _gallery(facts: Facts, split: str, gone: Array, kept: Array) -> gallery.Gallery:
@@ -65,8 +92,10 @@ def _gallery(facts: Facts, split: str, gone: Array, kept: Array) -> gallery.Gall
   rule, count = blocks.rule_of(facts.config, split), facts.config.report.removed_images
   values = _values(facts, split)
   if values is None:
-    strips = [(f'{title}, evenly over the pool', gallery.pick_evenly(rows, count))
-              for title, rows in (('removed', gone), ('kept', kept))]
+    strips = [
+      (f'{title}, evenly over the pool', gallery.pick_evenly(rows, count))
+      for title, rows in (('removed', gone), ('kept', kept))
+    ]
     lines = _levels(facts, split, np.concatenate([rows for _, rows in strips]))
   else:
     order = -values if rule.lowest_first else values
@@ -76,21 +105,32 @@ def _gallery(facts: Facts, split: str, gone: Array, kept: Array) -> gallery.Gall
     written = tables.similarity if rule.column == 'similarity' else tables.signed
     lines = [written(float(values[row]), 4) for _, rows in strips for row in rows]
   line = iter(lines)
-  shown = [facts.pictures.strip(title, rows, [next(line) for _ in rows]) for title, rows in strips if len(rows)]
+  shown = [
+    facts.pictures.strip(title, rows, [next(line) for _ in rows])
+    for title, rows in strips
+    if len(rows)
+  ]
   return gallery.Gallery('', tuple(shown), '' if values is None else NOTES[rule.column])
 
 
 def _highest(values: Array, count: int) -> Array:  # [n] -> [count] positions, from high to low
   """Returns the positions of the highest values; those without one (not scored) are left out."""
   values = np.where(np.isfinite(values), values, -np.inf)
-  chosen = np.argpartition(-values, count - 1)[:count] if 0 < count < len(values) else np.arange(len(values))[:count]
+  chosen = (
+    np.argpartition(-values, count - 1)[:count]
+    if 0 < count < len(values)
+    else np.arange(len(values))[:count]
+  )
   chosen = chosen[np.lexsort((chosen, -values[chosen]))]
   return chosen[np.isfinite(values[chosen])]
 
 
 def _values(facts: Facts, split: str) -> Array | None:  # [N]
   """Returns the column that a rule removes by; None for rules on something else, and before the search."""
-  column, benchmarks = blocks.rule_of(facts.config, split).column, facts.config.splits[split].benchmarks
+  column, benchmarks = (
+    blocks.rule_of(facts.config, split).column,
+    facts.config.splits[split].benchmarks,
+  )
   if not column or not all(workdir.is_searched(facts.x, b) for b in benchmarks):
     return None
   return np.fmax.reduce([workdir.search_column(facts.x, b, column) for b in benchmarks])
@@ -101,14 +141,24 @@ def _levels(facts: Facts, split: str, rows: Array) -> list[str]:  # [n]
   x, block = facts.x, facts.config.splits[split]
   has_levels = 'levels' in blocks.rule_of(facts.config, split).needs
   if has_levels and block.column:
-    return ['' if value is None else str(value) for value in workdir.source(x, POOL).column(block.column)[rows]]
+    return [
+      '' if value is None else str(value)
+      for value in workdir.source(x, POOL).column(block.column)[rows]
+    ]
   if not has_levels or not workdir.is_searched(x, block.reference):
     return [''] * len(rows)
-  nearest, similarity = (workdir.search_column(x, block.reference, name)[rows] for name in ('nearest', 'similarity'))
+  nearest, similarity = (
+    workdir.search_column(x, block.reference, name)[rows] for name in ('nearest', 'similarity')
+  )
   if blocks.is_prompts(x.config, block.reference):
     names, labels = tuple(x.config.references[block.reference].classes), nearest
   else:
-    names, labels = workdir.class_names(x, block.reference), workdir.source(x, block.reference).labels[nearest]
+    names, labels = (
+      workdir.class_names(x, block.reference),
+      workdir.source(x, block.reference).labels[nearest],
+    )
   named = [names[label] if 0 <= label < len(names) else 'other' for label in labels]
-  return [f'{name} {tables.similarity(float(value))}' if near >= 0 else ''
-          for name, value, near in zip(named, similarity, nearest)]
+  return [
+    f'{name} {tables.similarity(float(value))}' if near >= 0 else ''
+    for name, value, near in zip(named, similarity, nearest)
+  ]

@@ -24,8 +24,14 @@ MOST_NAMED = 12  # runs that a sentence names
 
 def answer(facts: Facts, items: Sequence[dict], accuracies: Accuracies) -> list:
   """Returns the headline figure, or what it needs."""
-  missing = None if items else facts.missing(
-      'The answer needs base, anchor-only, the aligned split and its control, trained and evaluated.', 'evaluate')
+  missing = (
+    None
+    if items
+    else facts.missing(
+      'The answer needs base, anchor-only, the aligned split and its control, trained and evaluated.',
+      'evaluate',
+    )
+  )
   lines = panels.answers(facts.config, accuracies, contrasts.headline(facts.config, items))
   return sections.answer_blocks(lines, missing, looks())
 
@@ -36,8 +42,11 @@ def accuracy(facts: Facts, accuracies: Accuracies, without_leaked: Accuracies) -
   if not accuracies:  # the answer says it, where there is to be one
     is_late = blocks.runs(config) and not contrasts.aligned(config)
     return [facts.missing('No split was evaluated yet.', 'evaluate')] if is_late else []
-  benchmarks = [{'name': b, 'queries': len(label[b]), 'leaked': int(leaked[b].sum()) if b in leaked else None}
-                for b in config.benchmarks if b in label]
+  benchmarks = [
+    {'name': b, 'queries': len(label[b]), 'leaked': int(leaked[b].sum()) if b in leaked else None}
+    for b in config.benchmarks
+    if b in label
+  ]
   rows = [_split_row(facts, name) for name in config.splits]
   return sections.accuracy_blocks(rows, benchmarks, accuracies, without_leaked) + _late(facts)
 
@@ -54,24 +63,43 @@ def _split_row(facts: Facts, name: str) -> dict:
     words += f', {repeats:,} of them again'
   if contrasts.has_random_rows(about):
     words = f'random rows, as many as {block.to} keeps: no matched control exists'
-  return {'name': name, 'rule': block.rule, 'seeds': seeds, 'words': words,
-          'pool_rows': about.get('pool_rows'), 'anchor_rows': about.get('anchor_rows'),
-          'samples': run and run.samples, 'passes': run and run.passes,
-          'mark': 'not converged' if any(seed in runs and runs[seed].not_converged for seed in seeds) else ''}
+  return {
+    'name': name,
+    'rule': block.rule,
+    'seeds': seeds,
+    'words': words,
+    'pool_rows': about.get('pool_rows'),
+    'anchor_rows': about.get('anchor_rows'),
+    'samples': run and run.samples,
+    'passes': run and run.passes,
+    'mark': 'not converged'
+    if any(seed in runs and runs[seed].not_converged for seed in seeds)
+    else '',
+  }
 
 
 def _late(facts: Facts) -> list:
   """Returns which runs are not evaluated yet, and why runs are marked 'not converged'."""
   runs, seeds, shown = blocks.runs(facts.config), facts.results.seeds, []
-  late = [f'{split}/seed{seed}' for split, seed in runs
-          if not any(seed in seeds.get((split, b), ()) for b in facts.config.benchmarks)]
+  late = [
+    f'{split}/seed{seed}'
+    for split, seed in runs
+    if not any(seed in seeds.get((split, b), ()) for b in facts.config.benchmarks)
+  ]
   if late:
     names = ', '.join(late[:MOST_NAMED]) + (' and more' if len(late) > MOST_NAMED else '')
-    shown.append(facts.missing(f'{len(late)} of {len(runs)} runs are not evaluated yet: {names}.', 'evaluate'))
-  reasons = [f'{split}/seed{seed}: {run.not_converged}' for (split, seed), run in facts.runs.items()
-             if run.not_converged]
+    shown.append(
+      facts.missing(f'{len(late)} of {len(runs)} runs are not evaluated yet: {names}.', 'evaluate')
+    )
+  reasons = [
+    f'{split}/seed{seed}: {run.not_converged}'
+    for (split, seed), run in facts.runs.items()
+    if run.not_converged
+  ]
   if reasons:
-    shown.append(Details('Why runs are marked \u201cnot converged\u201d', (Text('; '.join(reasons) + '.'),)))
+    shown.append(
+      Details('Why runs are marked \u201cnot converged\u201d', (Text('; '.join(reasons) + '.'),))
+    )
   return shown
 
 
@@ -81,7 +109,9 @@ def comparisons(facts: Facts, items: Sequence[dict]) -> list:
     late = facts.missing('No aligned split was evaluated yet.', 'evaluate')
     return [late] if facts.results.correct else []  # the answer says it where nothing is
   plane = sections.plane_blocks(panels.against_validation(facts), looks())
-  head = Heading('Accuracy on each benchmark against the one that is like the anchor', 'every run a mark')
+  head = Heading(
+    'Accuracy on each benchmark against the one that is like the anchor', 'every run a mark'
+  )
   dose = sections.dose_blocks(panels.by_dose(facts, items), looks()['gap_aligned'])
   return [*comparisons_lib.blocks_of(items, looks()), *dose, *([head, *plane] if plane else [])]
 
@@ -90,15 +120,22 @@ def bins(facts: Facts) -> list:
   """Returns base's accuracy by nearest-neighbour similarity."""
   if not facts.results.correct:
     return []
-  return sections.bin_blocks(panels.by_similarity(facts), looks()) or [facts.missing(
-      'Accuracy by similarity needs the search, and the base split evaluated.', 'evaluate')]
+  return sections.bin_blocks(panels.by_similarity(facts), looks()) or [
+    facts.missing(
+      'Accuracy by similarity needs the search, and the base split evaluated.', 'evaluate'
+    )
+  ]
 
 
 def sizes(facts: Facts, accuracies: Accuracies) -> list:
   """Returns accuracy by split size, near and far against random."""
-  if not facts.results.correct or not any(panels.is_sized(facts.config, name) for name in facts.config.splits):
+  if not facts.results.correct or not any(
+    panels.is_sized(facts.config, name) for name in facts.config.splits
+  ):
     return []
-  shown = sections.size_blocks(panels.by_size(facts, accuracies), panels.against_random(facts), looks())
+  shown = sections.size_blocks(
+    panels.by_size(facts, accuracies), panels.against_random(facts), looks()
+  )
   return shown or [facts.missing('No near- or far-pruned split was evaluated yet.', 'evaluate')]
 
 
@@ -107,17 +144,28 @@ def skipped(facts: Facts) -> list:
   datasets = [name for name in blocks.datasets(facts.config) if workdir.is_ingested(facts.x, name)]
   if not datasets:
     return [facts.missing('Nothing was indexed yet.', 'ingest')]
-  known = [{'name': name, 'rows': len(workdir.source(facts.x, name)), 'skipped': workdir.skipped(facts.x, name),
-            'unreadable': _unreadable(facts, name)} for name in datasets]
-  return inventory.skipped_blocks(known, {f'{split}/seed{seed}': run.replaced
-                                          for (split, seed), run in facts.runs.items()})
+  known = [
+    {
+      'name': name,
+      'rows': len(workdir.source(facts.x, name)),
+      'skipped': workdir.skipped(facts.x, name),
+      'unreadable': _unreadable(facts, name),
+    }
+    for name in datasets
+  ]
+  return inventory.skipped_blocks(
+    known, {f'{split}/seed{seed}': run.replaced for (split, seed), run in facts.runs.items()}
+  )
 
 
 def _unreadable(facts: Facts, dataset: str) -> list[str] | None:
   """Returns the keys of the images that cannot be read, None where that is not known yet."""
   if not workdir.is_embedded(facts.x, dataset):
     return None
-  bad, source = np.flatnonzero(~workdir.embeddings(facts.x, dataset).usable), workdir.source(facts.x, dataset)
+  bad, source = (
+    np.flatnonzero(~workdir.embeddings(facts.x, dataset).usable),
+    workdir.source(facts.x, dataset),
+  )
   if not len(bad) or len(source) > KEYS_LISTED:
     return [f'row {row}' for row in bad]
   return [str(key) for key in source.column('key')[bad]]
@@ -136,16 +184,33 @@ def overlap(facts: Facts) -> list:
 
 def provenance(facts: Facts) -> list:
   """Returns settings, times, runs and versions."""
-  runs = [{'run': f'{split}/seed{seed}',
-           **{key: getattr(run, key) for key in ('samples', 'passes', 'steps', 'seconds', 'images_per_sec')},
-           'mark': 'not finished' if not run.is_finished else 'not converged' if run.not_converged else ''}
-          for (split, seed), run in facts.runs.items()]
+  runs = [
+    {
+      'run': f'{split}/seed{seed}',
+      **{
+        key: getattr(run, key)
+        for key in ('samples', 'passes', 'steps', 'seconds', 'images_per_sec')
+      },
+      'mark': 'not finished'
+      if not run.is_finished
+      else 'not converged'
+      if run.not_converged
+      else '',
+    }
+    for (split, seed), run in facts.runs.items()
+  ]
   seconds = workdir.times(facts.x).get('seconds', {})
   shown = inventory.provenance_blocks(
-      _settings(facts), [{'stage': stage, 'seconds': seconds[stage]} for stage in STAGES if seconds.get(stage)],
-      _versions(facts), runs)
-  curves = [{'rule': facts.config.splits[split].rule, 'steps': run.curve[0], 'loss': run.curve[1]}
-            for (split, _), run in facts.runs.items() if len(run.curve[0])]
+    _settings(facts),
+    [{'stage': stage, 'seconds': seconds[stage]} for stage in STAGES if seconds.get(stage)],
+    _versions(facts),
+    runs,
+  )
+  curves = [
+    {'rule': facts.config.splits[split].rule, 'steps': run.curve[0], 'loss': run.curve[1]}
+    for (split, _), run in facts.runs.items()
+    if len(run.curve[0])
+  ]
   if curves:
     drawn = figures.loss_curves(curves, title='Training loss', looks=looks())
     shown.append(Details('Training loss', (Figures((Figure('loss', drawn, 'Every run.'),)),)))
@@ -156,22 +221,37 @@ def _settings(facts: Facts) -> list[tuple[str, str]]:
   """Returns (what, value) of the settings that a reader needs to judge the results."""
   config, t, m = facts.config, facts.config.train, facts.config.model
   settings = [
-      ('Command', workdir.times(facts.x).get('command') or 'not in the log'),
-      ('Work directory', facts.x.workdir),
-      ('Embedder', _embedder(facts)),
-      ('Search', f'{config.search.backend}, {config.search.top_k} neighbours a query'),
-      ('De-duplication', f'similarity over {1 - config.dedup.threshold:.4g}' if config.dedup.enabled else 'off')]
+    ('Command', workdir.times(facts.x).get('command') or 'not in the log'),
+    ('Work directory', facts.x.workdir),
+    ('Embedder', _embedder(facts)),
+    ('Search', f'{config.search.backend}, {config.search.top_k} neighbours a query'),
+    (
+      'De-duplication',
+      f'similarity over {1 - config.dedup.threshold:.4g}' if config.dedup.enabled else 'off',
+    ),
+  ]
   if not blocks.runs(config):
     return settings
-  budget = (f'{tables.number(t.samples)} samples for every split' if t.budget == 'samples'
-            else f'{tables.number(t.epochs)} passes over every split')
+  budget = (
+    f'{tables.number(t.samples)} samples for every split'
+    if t.budget == 'samples'
+    else f'{tables.number(t.epochs)} passes over every split'
+  )
   return settings + [
-      ('Budget', f'{budget}, {tables.number(t.batch_size)} a batch'),
-      ('Training seeds', ', '.join(map(str, t.seeds))),
-      ('Recipe', f'AdamW, peak learning rate {t.learning_rate:g}, warm-up of {tables.number(t.warmup_steps)} steps, '
-                 f'cosine to 0, weight decay {t.weight_decay:g}, {t.dtype}'),
-      ('Model', m.name or f'ViT, {m.image_size} pixels, patch {m.patch_size}, width {m.vision_width}, '
-                          f'{m.vision_layers} image and {m.text_layers} text layers')]
+    ('Budget', f'{budget}, {tables.number(t.batch_size)} a batch'),
+    ('Training seeds', ', '.join(map(str, t.seeds))),
+    (
+      'Recipe',
+      f'AdamW, peak learning rate {t.learning_rate:g}, warm-up of {tables.number(t.warmup_steps)} steps, '
+      f'cosine to 0, weight decay {t.weight_decay:g}, {t.dtype}',
+    ),
+    (
+      'Model',
+      m.name
+      or f'ViT, {m.image_size} pixels, patch {m.patch_size}, width {m.vision_width}, '
+      f'{m.vision_layers} image and {m.text_layers} text layers',
+    ),
+  ]
 
 
 def _embedder(facts: Facts) -> str:
@@ -183,7 +263,9 @@ def _embedder(facts: Facts) -> str:
     seen = f'{about["image_size"]} pixels, E = {about["embed_dim"]}' if 'embed_dim' in about else ''
     kind = ['weights', about.get('name'), about.get('file'), seen]
   sha256 = about.get('sha256', '')
-  return ', '.join([*filter(None, kind), f'sha256 {sha256[:16]}\u2026' if sha256 else 'not made yet'])
+  return ', '.join(
+    [*filter(None, kind), f'sha256 {sha256[:16]}\u2026' if sha256 else 'not made yet']
+  )
 
 
 def _versions(facts: Facts) -> dict[str, str]:
@@ -191,5 +273,8 @@ def _versions(facts: Facts) -> dict[str, str]:
   lines: dict = {}
   for key, value in workdir.versions(facts.x).items():
     lines |= value if isinstance(value, dict) else {key: value}
-  return {name: ', '.join(map(str, value)) if isinstance(value, list) else str(value)
-          for name, value in lines.items() if value not in ('', None, [])}
+  return {
+    name: ', '.join(map(str, value)) if isinstance(value, list) else str(value)
+    for name, value in lines.items()
+    if value not in ('', None, [])
+  }
