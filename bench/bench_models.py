@@ -32,7 +32,9 @@ CEILING = 2048  # rows and columns of the product that the machine's rate is mea
 
 
 def captions(kind: str, batch: int, context_length: int) -> np.ndarray:  # [B, T] int32
-  """'full' rows; 'web': lognormal lengths of mean 22, as LAION's; 'short': 7 or 8, as class names."""
+  """'full' rows; 'web': lognormal lengths of mean 22, as LAION's; 'short': 7 or 8, as class
+  names.
+  """
   rng = np.random.default_rng(0)
   length = {
     'full': np.full(batch, context_length),

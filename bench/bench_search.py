@@ -1,4 +1,5 @@
-"""The exact search against the machine's matrix product, NumPy and its peers, interleaved in one run.
+"""The exact search against the machine's matrix product, NumPy and its peers, interleaved in one
+run.
 
   export GLIBC_TUNABLES=glibc.malloc.hugetlb=1                             # as the commands run it
   python bench/bench_search.py                                             # a minute, no peer
@@ -271,7 +272,9 @@ def search_shards(flags) -> None:
 
 
 def recall_of(pool, usable, queries, similarity, sample=200):
-  """The share of the true n nearest rows that candidates hold, over a random sample of queries; ties are as good."""
+  """The share of the true n nearest rows that candidates hold, over a random sample of queries;
+  ties are as good.
+  """
   chosen = np.random.default_rng(0).permutation(len(queries))[:sample]
   true = exact.search_shard(
     pool,

@@ -4,12 +4,12 @@
 
 In (stdin): 'published', 'faiss 1' or 'faiss k'. Out: a line with wall and CPU seconds.
 
-'published' is our own plain transcription, in PyTorch, of what Mayilvahanan et al. 2024 publish: for
-each benchmark, one pass over the pool for each query's K nearest rows (a list for each chunk, then
-lists merged), and another for each row's maximum over the queries. Their K is 10,000 or 20,000,
-ours here is the search's.
-'faiss 1': IndexFlatIP over each benchmark's queries, the nearest of each pool row. 'faiss k':
-IndexFlatIP over the pool, which is filled untimed, the K nearest rows of each query.
+'published' is our own plain transcription, in PyTorch, of what Mayilvahanan et al. 2024 publish:
+for each benchmark, one pass over the pool for each query's K nearest rows (a list for each chunk,
+then lists merged), and another for each row's maximum over the queries. Their K is 10,000 or
+20,000, ours here is the search's. 'faiss 1': IndexFlatIP over each benchmark's queries, the nearest
+of each pool row. 'faiss k': IndexFlatIP over the pool, which is filled untimed, the K nearest rows
+of each query.
 """
 
 import functools

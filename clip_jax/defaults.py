@@ -1,8 +1,12 @@
-"""Every config key: its default, its unit and effect, and what values it takes; the only place that declares it.
+"""Every config key: its default, its unit and effect, and what values it takes; the only place that
+declares it.
 
-A config file makes `get_config()`, fills in the blocks below and returns it. Blocks are made by functions that know
-every key, so that a misspelt keyword is an error where it is written. On the command line any key is overridden by
---config.a.b=value. Empty values ('' or ()) mean "not given". What holds between several keys is checked in
+A config file makes `get_config()`, fills in the blocks below and returns it. Blocks are made by
+functions that know
+every key, so that a misspelt keyword is an error where it is written. On the command line any key
+is overridden by
+--config.a.b=value. Empty values ('' or ()) mean "not given". What holds between several keys is
+  checked in
 stages/check.py; the keys of pruning rules are declared beside the rules (pruning/rules.py).
 """
 
@@ -32,9 +36,10 @@ SURVIVORS = {
 }
 
 
-# ------------------------------------------------------------------------------------------------ values
-# Functions that return what is wrong with a value, '' if nothing is. Options stand in the table that implements them;
-# the tables of files that import JAX are opened only for a value other than the default (start-up).
+# ------------------------------------------------------------------------------------------------
+# values Functions that return what is wrong with a value, '' if nothing is. Options stand in the
+# table that implements them; the tables of files that import JAX are opened only for a value other
+# than the default (start-up).
 
 
 def _losses():
@@ -124,7 +129,8 @@ def _kinds(value: tuple) -> str:
   return '' if value else f'is empty; have {", ".join(planted_lib.KINDS)}.'
 
 
-# ------------------------------------------------------------------------------------------------ blocks of the config
+# ------------------------------------------------------------------------------------------------
+# blocks of the config
 
 # Reading samples.
 INGEST = {
@@ -149,14 +155,14 @@ DEDUP = {
   'embedder': Key(
     ''
   ),  # one of config.embedders, whose vectors are compared; '': the similarity's own
-  # k-means on a random sample of so many rows, then one pass that assigns all: for hundreds of millions; 0:
-  # Lloyd on all rows, as published
+  # k-means on a random sample of so many rows, then one pass that assigns all: for hundreds of
+  # millions; 0: Lloyd on all rows, as published
   'sample_rows': Key(0, natural),
-  # of near-duplicates the one that stays: 'first' in the pool (published) | 'largest' image | 'longest'
-  # caption | 'best' image-text similarity
+  # of near-duplicates the one that stays: 'first' in the pool (published) | 'largest' image |
+  # 'longest' caption | 'best' image-text similarity
   'survivor': Key('first', one_of(*SURVIVORS)),
-  # rows drawn to measure, against exhaustive search, how many duplicate pairs the clusters find, for several
-  # numbers of clusters; 0: no audit
+  # rows drawn to measure, against exhaustive search, how many duplicate pairs the clusters find,
+  # for several numbers of clusters; 0: no audit
   'audit_rows': Key(0, natural),
 }
 
@@ -173,11 +179,11 @@ SEARCH = {
   'query_block': Key(
     0, natural
   ),  # queries in a block; 0: by the size of a tile; changes speed only
-  # rows that the published code keeps for a query and a chunk of 1,000,000 rows: what it would have missed is
-  # counted; 0: not
+  # rows that the published code keeps for a query and a chunk of 1,000,000 rows: what it would have
+  # missed is counted; 0: not
   'paper_top_k': Key(20_000, natural),
-  # 'scann': least recall against exact search, measured on a sample, that gap_aligned accepts; 0 refuses
-  # gap_aligned on 'scann'
+  # 'scann': least recall against exact search, measured on a sample, that gap_aligned accepts; 0
+  # refuses gap_aligned on 'scann'
   'min_recall': Key(0.0, within(0, 1)),
   'candidates': Key(1000, positive),  # 'scann': candidates a query that are re-scored exactly
   'recall_queries': Key(256, positive),  # 'scann': size of the sample on which recall is measured
@@ -189,14 +195,14 @@ PRUNE = {
     200
   ),  # aligned splits: queries checked by brute force after pruning; 0: none
   'export_key': Key(''),  # exports and listed: the column that names a sample ('uid'); '': its key
-  # similarity from which a pair counts as a duplicate; 0: 1 - dedup.threshold, which dedup.embedder makes
-  # another embedder's: then it must be given
+  # similarity from which a pair counts as a duplicate; 0: 1 - dedup.threshold, which dedup.embedder
+  # makes another embedder's: then it must be given
   'duplicate_similarity': Key(0.0, within(0, 1)),
   'sensitivity': Key(
     ()
   ),  # names in config.embedders: the splits are made with these, too, and compared
-  # one of config.embedders: ridge regression on its features previews each split in seconds (it is no CLIP
-  # training); '': none
+  # one of config.embedders: ridge regression on its features previews each split in seconds (it is
+  # no CLIP training); '': none
   'preview': Key(''),
 }
 
@@ -245,15 +251,17 @@ TRAIN = {
   'only': Key(()),  # ('base/seed0', ...): only these runs now (several machines, one workdir)
   # 'clip' (softmax over the batch) | 'siglip' (sigmoid of each pair; adds a bias)
   'loss': Key('clip', one_of(_losses)),
-  # share of an image's patches that a step does not see: faster, costs accuracy; of vision transformers only
+  # share of an image's patches that a step does not see: faster, costs accuracy; of vision
+  # transformers only
   'patch_dropout': Key(0.0, _patch_dropout),
   # of activations: 'float32' | 'bfloat16'; parameters stay float32
   'dtype': Key('float32', one_of('float32', 'bfloat16')),
-  # recomputed in a transformer's backward pass: 'none' | 'dots' (all but matrix products) | 'blocks' (all but
-  # each block's input); saves memory on accelerators (XLA's CPU compiler undoes it), changes speed only
+  # recomputed in a transformer's backward pass: 'none' | 'dots' (all but matrix products) |
+  # 'blocks' (all but each block's input); saves memory on accelerators (XLA's CPU compiler undoes
+  # it), changes speed only
   'remat': Key('none', one_of(_remats)),
-  # several captions in a row of tokens, with the same features: 'always' | 'never' | 'auto' (where it saves
-  # 15 % of the FLOPs or more); changes speed only
+  # several captions in a row of tokens, with the same features: 'always' | 'never' | 'auto' (where
+  # it saves 15 % of the FLOPs or more); changes speed only
   'pack_captions': Key('auto', one_of('auto', 'always', 'never')),
   'fsdp': Key(
     1, positive
@@ -262,16 +270,16 @@ TRAIN = {
   'save_every_secs': Key(600.0),  # seconds between checkpoints, at most
   'keep_checkpoints': Key(2, positive),  # older ones are removed
   'log_every_steps': Key(20, positive),
-  # an epoch is 'global': one shuffle of all samples | 'blocks': runs of 1,024 samples in random order,
-  # shuffled within a window: for storage where random reads are slow, mixes less
+  # an epoch is 'global': one shuffle of all samples | 'blocks': runs of 1,024 samples in random
+  # order, shuffled within a window: for storage where random reads are slow, mixes less
   'order': Key('global', one_of(_orders)),
   # 'blocks': samples shuffled together; the files of two windows are in memory
   'shuffle_window': Key(8192, positive),
-  # 0: off. m >= 1: a JPEG is decoded at 1/2, 1/4 or 1/8 of its size where its crop then still is m times
-  # image_size: faster for large images, costs accuracy
+  # 0: off. m >= 1: a JPEG is decoded at 1/2, 1/4 or 1/8 of its size where its crop then still is m
+  # times image_size: faster for large images, costs accuracy
   'jpeg_shrink': Key(0.0, _jpeg_shrink),
-  # threads that read, decode and tokenise, in each process, also for embedding and evaluation; changes speed
-  # only
+  # threads that read, decode and tokenise, in each process, also for embedding and evaluation;
+  # changes speed only
   'loader_threads': Key(2, positive),
   'loader_processes': Key(
     0, natural
@@ -318,8 +326,8 @@ ENGINE = {
 
 # The embedder: the frozen model whose image embeddings define similarity.
 EMBEDDER = {
-  # 'pca' | 'hog' (fitted on the base set) | 'train' (a CLIP trained here) | 'weights' (published ones: path,
-  # name) | 'files' (every dataset is vectors)
+  # 'pca' | 'hog' (fitted on the base set) | 'train' (a CLIP trained here) | 'weights' (published
+  # ones: path, name) | 'files' (every dataset is vectors)
   'source': Key('pca', one_of(_embedder_sources)),
   'path': Key(''),  # 'weights': a .safetensors, .pt or .bin of open_clip, OpenAI or Hugging Face
   'name': Key(
@@ -343,7 +351,8 @@ PLANTED = {
   'share': Key(
     0.5, _share
   ),  # of its queries, drawn by seed; whole groups, so with few of them it may be another
-  # how the copies differ, in turn: 'crop' (to 80 to 95 % of the area) | 'resize' (to 50 to 75 % of the sides)
+  # how the copies differ, in turn: 'crop' (to 80 to 95 % of the area) | 'resize' (to 50 to 75 % of
+  # the sides)
   # | 'jpeg' (quality 30 to 60) | 'colour' (brightness, contrast, saturation by up to 30 %) | 'none'
   'kinds': Key(('crop', 'jpeg'), _kinds),
   'caption_template': Key(
@@ -354,15 +363,16 @@ PLANTED = {
 }
 
 
-# ------------------------------------------------------------------------------------------------ datasets and splits
+# ------------------------------------------------------------------------------------------------
+# datasets and splits
 
 # Where samples are, which of them count, and what they say.
 DATASET = {
-  # 'webdataset' | 'parquet' | 'folder' | 'tfds' | 'array_record' | 'glyphs' (the drawn demo) | 'embeddings'
-  # (vectors only) | 'concat'
+  # 'webdataset' | 'parquet' | 'folder' | 'tfds' | 'array_record' | 'glyphs' (the drawn demo) |
+  # 'embeddings' (vectors only) | 'concat'
   'format': Key(''),
-  # files: a folder, a glob ('DIR/*.tar') or braces ('{00000..00009}.tar'), here or on gs:// or s3://; tfds:
-  # DIR/NAME/VERSION/SPLIT; glyphs: which set ('' = 'pool')
+  # files: a folder, a glob ('DIR/*.tar') or braces ('{00000..00009}.tar'), here or on gs:// or
+  # s3://; tfds: DIR/NAME/VERSION/SPLIT; glyphs: which set ('' = 'pool')
   'path': Key(''),
   'sources': Key({}),  # 'concat': name -> dataset(...), in the order of their names
   'where': Key({}),  # column -> value, or tuple of values: samples that count
@@ -377,8 +387,8 @@ DATASET = {
   'caption_key': Key(
     'txt;caption;text'
   ),  # a member's ending, a column or 'json:NAME', in this order of preference
-  # parquet, tfds, array_record: the column of keys, in this order of preference; where there is none, the
-  # file's name and the row
+  # parquet, tfds, array_record: the column of keys, in this order of preference; where there is
+  # none, the file's name and the row
   'sample_key': Key('key;uid'),
   'caption_template': Key(
     '', _template
@@ -395,8 +405,8 @@ DATASET = {
   'domain_column': Key(
     ''
   ),  # the column that names a sample's domain, in reports and matched splits
-  # embeddings: parquet files of keys, captions and columns, one a file of vectors; '': those in metadata/
-  # beside it, where there are any
+  # embeddings: parquet files of keys, captions and columns, one a file of vectors; '': those in
+  # metadata/ beside it, where there are any
   'metadata': Key(''),
   'vector_key': Key(
     ''
@@ -427,19 +437,21 @@ REFERENCE = {
   'templates': Key(('a photo of a {}.',), _templates),
 }
 
-# Which rows of the base set a model is trained on; the keys of the rules are added (pruning/rules.KEYS).
+# Which rows of the base set a model is trained on; the keys of the rules are added
+# (pruning/rules.KEYS).
 SPLIT = {
-  # all | anchor | pool_only | gap_aligned | near | far | random | matched | k_aligned | domain_removal |
-  # union | intersection | minus | planted | listed (a subset file)
+  # all | anchor | pool_only | gap_aligned | near | far | random | matched | k_aligned |
+  # domain_removal | union | intersection | minus | planted | listed (a subset file)
   'rule': Key('all'),
   'append_anchor': Key(True),  # add the anchor's rows
   'seeds': Key(()),  # training seeds of this split; (): train.seeds
-  # written beside the rows for other programs: 'datacomp' | 'keys' | 'clip_ood' | 'webdataset' (byte-exact
-  # tars) | 'array_record'
+  # written beside the rows for other programs: 'datacomp' | 'keys' | 'clip_ood' | 'webdataset'
+  # (byte-exact tars) | 'array_record'
   'export': Key(()),
 }
 
-# The blocks with keys of their own; pool, anchor, benchmarks, references and splits are made by functions.
+# The blocks with keys of their own; pool, anchor, benchmarks, references and splits are made by
+# functions.
 BLOCKS = {
   'ingest': INGEST,
   'dedup': DEDUP,
@@ -458,7 +470,9 @@ BLOCKS = {
 
 
 def get_config() -> ml_collections.ConfigDict:
-  """Returns the whole config with its defaults; pool, anchor, benchmarks and splits are still empty."""
+  """Returns the whole config with its defaults; pool, anchor, benchmarks and splits are still
+  empty.
+  """
   c = ConfigDict()
   c.pool = dataset()  # the image-text pool that models are trained on
   c.anchor = (
@@ -535,9 +549,11 @@ def add_doses(
   doses: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0, 1.25),
   **given,
 ) -> None:
-  """Adds the dose curve to config.splits: aligned splits that drop more and more, each with its matched control.
+  """Adds the dose curve to config.splits: aligned splits that drop more and more, each with its
+  matched control.
 
-  `name`_25, `name`_25_matched, ... for the share of what slack 0 drops, in percent; `given`: of every split (seeds).
+  `name`_25, `name`_25_matched, ... for the share of what slack 0 drops, in percent; `given`: of
+  every split (seeds).
   """
   for dose in doses:
     one = f'{name}_{100 * dose:g}'.replace('.', '_')

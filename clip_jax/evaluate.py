@@ -1,7 +1,8 @@
 """Zero-shot accuracy of any checkpoint, or of published weights, on a config's benchmarks.
 
-python -m clip_jax.evaluate --checkpoint=runs/demo/train/base/seed0 --config=configs/demo.py
-python -m clip_jax.evaluate --checkpoint=open_clip_model.safetensors --model=ViT-B-32 --config=configs/demo.py
+python -m clip_jax.evaluate --checkpoint=runs/demo/train/base/seed0 --config=configs/demo.py python
+-m clip_jax.evaluate --checkpoint=open_clip_model.safetensors --model=ViT-B-32
+--config=configs/demo.py
 """
 
 import sys

@@ -1,4 +1,6 @@
-"""The whole experiment: python -m clip_jax.main --config=configs/demo.py --workdir=runs/demo (see README)."""
+"""The whole experiment: python -m clip_jax.main --config=configs/demo.py --workdir=runs/demo (see
+README).
+"""
 
 import sys
 

@@ -2,9 +2,10 @@
 
   python -m clip_jax.main --config=configs/demo.py --workdir=runs/demo
 
-The pool: drawn digits and letters in many styles, and real handwritten digits, with web-like captions.
-The anchor: clean upright digits and a few strays of handwriting. The question: how much of the accuracy on
-real handwriting comes from the pool's images that are nearer to it than the anchor's?
+The pool: drawn digits and letters in many styles, and real handwritten digits, with web-like
+captions. The anchor: clean upright digits and a few strays of handwriting. The question: how much
+of the accuracy on real handwriting comes from the pool's images that are nearer to it than the
+anchor's?
 """
 
 from clip_jax import defaults
@@ -36,7 +37,8 @@ def get_config():
   config.embedder.dim = 64
   config.dedup.threshold = 0.006
 
-  # A second embedder: how far its splits agree with those above, and a preview of each split in seconds.
+  # A second embedder: how far its splits agree with those above, and a preview of each split in
+  # seconds.
   config.embedders.hog = defaults.embedder(source='hog', image_size=32, dim=64)
   config.prune.sensitivity = ('hog',)
   config.prune.preview = 'hog'
@@ -65,7 +67,8 @@ def get_config():
   config.model.text_heads = 8
   config.model.context_length = 16
 
-  # The drawings are jittered already: a random crop on top of that takes an eighth more time, and off more slowly.
+  # The drawings are jittered already: a random crop on top of that takes an eighth more time, and
+  # off more slowly.
   config.preprocess.crop_scale = (1.0, 1.0)
   config.train.samples = 25_600
   config.train.batch_size = 64

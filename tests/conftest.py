@@ -1,15 +1,17 @@
 """Every test runs on the CPU with eight virtual devices, so that meshes are tested everywhere.
 
-`make test` has two processes, and many tests start others. So the libraries below JAX compute in one thread each, no
-test has a deadline of its own making, and the files that take longest come first, which lets both end together.
+`make test` has two processes, and many tests start others. So the libraries below JAX compute in
+one thread each, no test has a deadline of its own making, and the files that take longest come
+first, which lets both end together.
 """
 
 import fcntl
 import os
 
-# XLA's compiler would be half of the tests' work. Without LLVM's optimizations and the newer emitters of fusions it needs
-# a fifth of the time; `TESTS_COMPILER= make test` takes a user's settings (the slow tests do). And eight devices wait for
-# one another on two cores that may be busy: XLA would end the process after 40 seconds.
+# XLA's compiler would be half of the tests' work. Without LLVM's optimizations and the newer
+# emitters of fusions it needs a fifth of the time; `TESTS_COMPILER= make test` takes a user's
+# settings (the slow tests do). And eight devices wait for one another on two cores that may be
+# busy: XLA would end the process after 40 seconds.
 FAST = '--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false'
 PATIENT = (
   '--xla_cpu_collective_call_warn_stuck_timeout_seconds=300 '
@@ -27,7 +29,8 @@ from absl import logging
 import hypothesis
 import pytest
 
-# The same examples each time, none remembered from an earlier run, and as much time for each as a busy machine needs.
+# The same examples each time, none remembered from an earlier run, and as much time for each as a
+# busy machine needs.
 hypothesis.settings.register_profile('same', deadline=None, database=None, derandomize=True)
 hypothesis.settings.load_profile('same')
 
@@ -79,7 +82,9 @@ def _programs_of_commands(_shared):
 
 @pytest.fixture(scope='session')
 def prepared_squares(_shared):
-  """squares.prepare's data and work directory, made once in a test run: a test that changes them takes a copy."""
+  """squares.prepare's data and work directory, made once in a test run: a test that changes them
+  takes a copy.
+  """
   import squares
 
   folder = _shared / 'squares'
@@ -93,7 +98,9 @@ def prepared_squares(_shared):
 
 @pytest.fixture(autouse=True)
 def _as_before():
-  """Nothing of a test stays in the process: a command sets the log up, which says what a user is told."""
+  """Nothing of a test stays in the process: a command sets the log up, which says what a user is
+  told.
+  """
   logger = logging.get_absl_logger()
   handlers, propagate = list(logger.handlers), logger.propagate
   logging.set_verbosity(logging.INFO)

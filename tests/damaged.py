@@ -1,4 +1,7 @@
-"""Reads many damaged copies of a file: python damaged.py FORMAT FILE HOW_MANY. Exit 0: only InputErrors."""
+"""Reads many damaged copies of a file: python damaged.py FORMAT FILE HOW_MANY.
+
+Exit 0: only InputErrors.
+"""
 
 import json
 import os
@@ -15,7 +18,9 @@ COLUMNS = ('text', 'when', 'list', 'label', 'json')
 
 
 def damage(data: bytes, draw: random.Random) -> bytes:
-  """Returns the bytes cut, or with some changed (also near the end, where footers are), or shifted."""
+  """Returns the bytes cut, or with some changed (also near the end, where footers are), or
+  shifted.
+  """
   data, how = bytearray(data), draw.randrange(6)
   at = draw.randrange(len(data))
   if how == 0:
@@ -36,7 +41,9 @@ def damage(data: bytes, draw: random.Random) -> bytes:
 
 
 def read(format: str, path: str, rows: list[tuple[int, int]]) -> int:
-  """Reads all samples, then the same rows at random and those of the whole file; returns how many there are."""
+  """Reads all samples, then the same rows at random and those of the whole file; returns how many
+  there are.
+  """
   form, found = formats.get(format), []
   try:
     samples, skipped = form.samples(

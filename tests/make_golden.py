@@ -83,7 +83,7 @@ def outputs(config: zoo.CLIPConfig) -> dict[str, np.ndarray]:
 
 def shapes(name: str) -> dict:
   with torch.device('meta'):
-    model = build({key: value for key, value in open_clip.get_model_config(name).items()})
+    model = build(dict(open_clip.get_model_config(name)))
   lines = sorted(f'{key} {list(value.shape)}' for key, value in tensors(model).items())
   return {
     'parameters': sum(value.numel() for value in model.parameters()),

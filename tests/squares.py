@@ -87,7 +87,10 @@ def run(c, workdir, capsys, stages=None, redo='', **more) -> tuple[int, str]:
 
 
 def run_stages(c, workdir, *stages) -> Experiment:
-  """Makes what is missing of some stages without the checks before them; errors are raised. Returns the experiment."""
+  """Makes what is missing of some stages without the checks before them; errors are raised.
+
+  Returns the experiment.
+  """
   x = Experiment(c, str(workdir))
   for stage in stages:
     pipeline._run_stage(x, stage, list(stages))
@@ -98,6 +101,8 @@ PREPARE = ['ingest', 'embedder', 'embed', 'dedup', 'search', 'prune']
 
 
 def prepare(folder) -> None:
-  """Writes the squares into `folder`/data, and the work directory of their plain config up to prune: `folder`/run."""
+  """Writes the squares into `folder`/data, and the work directory of their plain config up to
+  prune: `folder`/run.
+  """
   make(folder / 'data')
   pipeline.run(config(folder / 'data'), str(folder / 'run'), stages=PREPARE, redo='', dry_run=False)

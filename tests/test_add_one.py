@@ -1,4 +1,5 @@
-"""Adding one of each is a change in one file: a toy one is put into the owning table alone, and a tiny experiment runs.
+"""Adding one of each is a change in one file: a toy one is put into the owning table alone, and a
+tiny experiment runs.
 
 A pruning rule (with a key of its own), a source format, an embedder, a loss and a benchmark.
 """
@@ -19,7 +20,9 @@ from clip_jax.training import losses
 
 
 def _samples(files, root, *names):
-  """The toy format: a file of lines, key TAB label TAB caption TAB place TAB length, and its images in one file."""
+  """The toy format: a file of lines, key TAB label TAB caption TAB place TAB length, and its images
+  in one file.
+  """
   del root, names
   lines = [line.split('\t') for line in open(files[0].path)]
   return [

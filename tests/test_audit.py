@@ -33,7 +33,9 @@ def _unit(rng, n):
 
 @pytest.fixture(name='data')
 def _data(tmp_path):
-  """Pool (clip-retrieval, 3 files with metadata), anchor, two benchmarks; 4 of sketch's 6 queries are in the pool."""
+  """Pool (clip-retrieval, 3 files with metadata), anchor, two benchmarks; 4 of sketch's 6 queries
+  are in the pool.
+  """
   rng = np.random.default_rng(0)
   sketch, val = _unit(rng, 6), _unit(rng, 7)
   for part in range(3):

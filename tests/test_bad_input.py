@@ -1,4 +1,6 @@
-"""What a user can get wrong in data: a sentence and an exit status, or a counted skip; never a traceback."""
+"""What a user can get wrong in data: a sentence and an exit status, or a counted skip; never a
+traceback.
+"""
 
 import json
 import re
@@ -201,7 +203,9 @@ def test_a_stage_that_the_disk_cannot_hold_does_not_begin(data, tmp_path, capsys
 
 @pytest.mark.slow
 def test_a_full_disk(data, tmp_path, capsys):
-  """A file system of 300 kB: an error that says so, nothing half-written, and it goes on with more space."""
+  """A file system of 300 kB: an error that says so, nothing half-written, and it goes on with more
+  space.
+  """
   import subprocess
 
   small = tmp_path / 'small'

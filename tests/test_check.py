@@ -1,4 +1,6 @@
-"""stages/check.py: each mistake in a config is one sentence that names the key, the value and what to do."""
+"""stages/check.py: each mistake in a config is one sentence that names the key, the value and what
+to do.
+"""
 
 import pytest
 import tiny

@@ -83,7 +83,7 @@ def test_all_comes_back(tmp_path):
     params, step, config = checkpoints.restore_params(tmp_path / path)
     assert step == want and config == CONFIG
     assert isinstance(params['scale'], np.ndarray)
-    assert list(sorted(params['tower']['blocks'])) == list(range(11))
+    assert sorted(params['tower']['blocks']) == list(range(11))
     assert checkpoints.digest(params) == checkpoints.digest(state(want)[0])
 
 

@@ -1,4 +1,7 @@
-"""core/command.py: exit statuses, and errors that are sentences. What is parsed is tested through the commands."""
+"""core/command.py: exit statuses, and errors that are sentences.
+
+What is parsed is tested through the commands.
+"""
 
 import os
 import signal

@@ -1,4 +1,6 @@
-"""Curves over a cut: the lines are where the numbers say, empty counts are left out, names are there."""
+"""Curves over a cut: the lines are where the numbers say, empty counts are left out, names are
+there.
+"""
 
 import re
 import xml.etree.ElementTree as ET

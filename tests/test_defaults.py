@@ -9,7 +9,8 @@ from clip_jax.experiment import blocks
 
 PACKAGE = pathlib.Path(defaults.__file__).parent
 TEXT = (PACKAGE / 'defaults.py').read_text()
-# The code that reads a config (below it arguments are plain); what only checks a key does not read it.
+# The code that reads a config (below it arguments are plain); what only checks a key does not read
+# it.
 READERS = '\n'.join(
   path.read_text()
   for room in ('experiment', 'stages', 'studies')

@@ -1,4 +1,6 @@
-"""The whole tiny experiment through the command, then what a user does next with its work directory."""
+"""The whole tiny experiment through the command, then what a user does next with its work
+directory.
+"""
 
 import json
 import os

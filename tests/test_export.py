@@ -1,4 +1,6 @@
-"""Copies of samples: byte for byte against tarfile, read by webdataset and by ourselves, and hostile tars."""
+"""Copies of samples: byte for byte against tarfile, read by webdataset and by ourselves, and
+hostile tars.
+"""
 
 import io
 import json
@@ -169,7 +171,9 @@ def test_a_repeated_row_and_a_key_of_two_tars_are_named_anew(tmp_path):
 @settings(max_examples=30, deadline=None)
 @given(st.data())
 def test_any_rows_of_any_tar_come_back_as_they_were(tmp_path_factory, data):
-  """Members in any order, of any size, with headers of every kind, strangers among them; rows with repeats."""
+  """Members in any order, of any size, with headers of every kind, strangers among them; rows with
+  repeats.
+  """
   folder = tmp_path_factory.mktemp('any')
   keys = [f'{"d/" * (i % 3)}k{i}' + 'x' * (97 * (i % 4 == 3)) for i in range(6)]
   wanted = [(key, ending) for key in keys for ending in ('png', 'txt', 'cls')] + [

@@ -31,17 +31,15 @@ def test_equal_arrays_are_equal_bytes(tmp_path):
 def test_an_error_while_writing_leaves_the_old_file_and_nothing_else(tmp_path):
   path = tmp_path / 'x.bin'
   files.write_bytes(path, b'old')
-  with pytest.raises(RuntimeError, match='stop'):
-    with files.atomic(path) as temporary:
-      temporary.write_bytes(b'new')
-      raise RuntimeError('stop')
+  with pytest.raises(RuntimeError, match='stop'), files.atomic(path) as temporary:
+    temporary.write_bytes(b'new')
+    raise RuntimeError('stop')
   assert path.read_bytes() == b'old' and os.listdir(tmp_path) == ['x.bin']
 
 
 def test_a_full_disk_is_one_sentence(tmp_path):
-  with pytest.raises(InputError, match='No space left'):
-    with files.atomic(tmp_path / 'x'):
-      raise OSError(errno.ENOSPC, 'No space left on device')
+  with pytest.raises(InputError, match='No space left'), files.atomic(tmp_path / 'x'):
+    raise OSError(errno.ENOSPC, 'No space left on device')
   assert not os.listdir(tmp_path)
 
 

@@ -1,4 +1,6 @@
-"""experiment/graph.py: pure in the config and the source files; what a change of the config changes, and what not."""
+"""experiment/graph.py: pure in the config and the source files; what a change of the config
+changes, and what not.
+"""
 
 import os
 import shutil

@@ -1,4 +1,6 @@
-"""The arrows of the house: commands -> stages, studies -> experiment -> libraries -> core; and no circle of files."""
+"""The arrows of the house: commands -> stages, studies -> experiment -> libraries -> core; and no
+circle of files.
+"""
 
 import ast
 import functools
@@ -16,7 +18,8 @@ COMMANDS = ('main', 'evaluate', 'convert')
 STAGE_FILES = {f'clip_jax.stages.{stage}' for stage in STAGES}
 # The files of the commands, which import the stages that they need.
 RUNNERS = {f'clip_jax.stages.{name}' for name in ('pipeline', 'checkpoint', 'convert')}
-# The experiment takes of the libraries their tables of options, and data's listing and opening of files.
+# The experiment takes of the libraries their tables of options, and data's listing and opening of
+# files.
 TABLES = {
   'clip_jax.models.embedders',
   'clip_jax.models.weights',
@@ -84,7 +87,9 @@ def rooms(name: str) -> set[str]:
 
 
 def in_circles(edges: dict[str, frozenset[str]]) -> list[str]:
-  """Returns the files that lie on a circle, or between two: what is left without the ends of all ways."""
+  """Returns the files that lie on a circle, or between two: what is left without the ends of all
+  ways.
+  """
   left = dict(edges)
   while ends := [
     name
@@ -209,7 +214,8 @@ def test_start_up_does_not_import_the_heavy_libraries():
   """The commands must be at work, or say that all is done, within seconds."""
   code = (
     'import sys; import clip_jax.main, clip_jax.stages.pipeline, clip_jax.stages.ingest; '
-    'print([m for m in ("jax", "flax", "orbax", "grain", "matplotlib", "sklearn", "scann", "tensorflow") '
+    'print([m for m in ("jax", "flax", "orbax", "grain", "matplotlib", "sklearn", "scann", '
+    '"tensorflow") '
     'if m in sys.modules])'
   )
   out = subprocess.run(

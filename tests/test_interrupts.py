@@ -27,21 +27,19 @@ def test_raises_with_the_status(signum, status):
 
 def test_deferred_ends_the_step_first():
   steps = 0
-  with pytest.raises(interrupts.Interrupted):
-    with interrupts.deferred() as should_stop:
-      assert not should_stop()
-      os.kill(os.getpid(), signal.SIGTERM)
-      steps += 1
-      assert should_stop()
+  with pytest.raises(interrupts.Interrupted), interrupts.deferred() as should_stop:
+    assert not should_stop()
+    os.kill(os.getpid(), signal.SIGTERM)
+    steps += 1
+    assert should_stop()
   assert steps == 1
 
 
 def test_a_second_signal_does_not_wait():
-  with pytest.raises(interrupts.Interrupted):
-    with interrupts.deferred():
-      os.kill(os.getpid(), signal.SIGINT)
-      os.kill(os.getpid(), signal.SIGINT)
-      pytest.fail('still here')
+  with pytest.raises(interrupts.Interrupted), interrupts.deferred():
+    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGINT)
+    pytest.fail('still here')
 
 
 @pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
@@ -55,6 +53,5 @@ def test_a_signal_whose_exception_was_lost_is_raised_later():
     del lost
   except interrupts.Interrupted:
     pytest.skip('this Python delivered the signal after the destructor')
-  with pytest.raises(interrupts.Interrupted):
-    with interrupts.deferred():
-      pytest.fail('the lost signal was forgotten')
+  with pytest.raises(interrupts.Interrupted), interrupts.deferred():
+    pytest.fail('the lost signal was forgotten')

@@ -171,7 +171,7 @@ def test_seeds_and_epochs_are_unrelated_permutations(monkeypatch, listed):
 def test_large_sources_are_mixed(n):
   m = 20_000
   index = np.array([order.Global(n, 0).place(n + i) for i in range(m)])  # the second epoch begins
-  assert len(set(index.tolist())) == m and 0 <= index.min() and index.max() < n
+  assert len(set(index.tolist())) == m and index.min() >= 0 and index.max() < n
   assert abs(np.corrcoef(index[:-1], index[1:])[0, 1]) < 4 / m**0.5  # Grain's own: 0.08 at 12.8M
   counts = np.bincount(index * 64 // n, minlength=64)
   assert ((counts - m / 64) ** 2 / (m / 64)).sum() < 120  # chi-square, 63 degrees of freedom

@@ -1,4 +1,6 @@
-"""The rules against method.md, written out word by word in float64: small sizes, many ties and exact duplicates."""
+"""The rules against method.md, written out word by word in float64: small sizes, many ties and
+exact duplicates.
+"""
 
 import dataclasses
 
@@ -16,7 +18,9 @@ some_names = st.sampled_from([('sketch',), ('val',), NAMES])
 
 @dataclasses.dataclass
 class World:
-  """Vectors on a coarse grid, so that similarities tie, with rows and queries that are there twice."""
+  """Vectors on a coarse grid, so that similarities tie, with rows and queries that are there
+  twice.
+  """
 
   seed: int
   pool_rows: int
@@ -63,7 +67,7 @@ class World:
 
   def pairs(self, name, k):
     top = self.anchor_sim[name][:k].T
-    query, row = np.nonzero(self.sim[name].T > top[:, -1:])
+    query, row = np.nonzero(top[:, -1:] < self.sim[name].T)
     half = query < self.query_rows // 2
     for mine in (half, ~half):
       yield columns_lib.Pairs(
@@ -90,7 +94,9 @@ worlds = st.builds(World, seeds, st.integers(1, 30), st.integers(2, 8), st.integ
 
 @given(worlds, some_names)
 def test_gap_aligned(world, names):
-  """Drop pool item x if sim(query_i, x) > t_i for ANY query i; afterwards s_i(split) = s_i(anchor) for every i."""
+  """Drop pool item x if sim(query_i, x) > t_i for ANY query i; afterwards s_i(split) = s_i(anchor)
+  for every i.
+  """
   kept = [
     row
     for row in world.rows()
@@ -147,7 +153,9 @@ def test_quantile(world, names, twentieths):
 
 @given(worlds, some_names, st.sampled_from([0.25, 0.5, 0.75, 1.0, 1.25, 2.0]))
 def test_dose(world, names, dose):
-  """Drops this many times what slack 0 drops: the largest excess first, of equal ones the earlier."""
+  """Drops this many times what slack 0 drops: the largest excess first, of equal ones the
+  earlier.
+  """
   excess = world.excess(names)
   aligned = sum(e > 0 for e in excess.values())
   count = int(np.floor(dose * aligned + 0.5))
@@ -171,7 +179,9 @@ def test_dose(world, names, dose):
 @settings(max_examples=200)
 @given(worlds, some_names, st.data())
 def test_k_aligned(world, names, data):
-  """Drop per query, most similar first, until for every j <= k the j-th nearest kept row is <= t_i^(j); union."""
+  """Drop per query, most similar first, until for every j <= k the j-th nearest kept row is <=
+  t_i^(j); union.
+  """
   k = data.draw(st.integers(1, world.anchor_rows))
   dropped = set()
   for name in names:

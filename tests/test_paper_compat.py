@@ -1,4 +1,6 @@
-"""paper_compat.py against the published way itself: the top k of each query and chunk, then the threshold."""
+"""paper_compat.py against the published way itself: the top k of each query and chunk, then the
+threshold.
+"""
 
 from hypothesis import given, settings
 from hypothesis import strategies as st

@@ -1,4 +1,6 @@
-"""The pipeline: what is checked before anything is touched, --redo, single runs, a second run, the drawn graph."""
+"""The pipeline: what is checked before anything is touched, --redo, single runs, a second run, the
+drawn graph.
+"""
 
 import json
 import os
@@ -40,7 +42,9 @@ def quick(monkeypatch):
 
 @pytest.fixture(scope='module')
 def world(tmp_path_factory):
-  """The data, and a work directory that is finished up to train; tests that change it work on a copy."""
+  """The data, and a work directory that is finished up to train; tests that change it work on a
+  copy.
+  """
   folder = tmp_path_factory.mktemp('pipeline')
   squares.make(folder / 'data')
   with pytest.MonkeyPatch.context() as patch:
@@ -209,8 +213,9 @@ import squares
 logging.set_verbosity(logging.INFO)
 c = squares.config({str(world / 'data')!r}, **{TINY!r})
 squares.pipeline.run(c, {str(world / 'run')!r}, stages={STAGES!r}, redo='', dry_run=False)
-stages = [f'clip_jax.stages.{{stage}}' for stage in {STAGES[1:]!r}]  # ingest looks where the source files are now
-print([name for name in ('jax', 'flax', 'orbax', 'matplotlib', 'sklearn', *stages) if name in sys.modules])
+stages = [f'clip_jax.stages.{{stage}}' for stage in {STAGES[1:]!r}]  # but ingest
+heavy = ('jax', 'flax', 'orbax', 'matplotlib', 'sklearn')
+print([name for name in (*heavy, *stages) if name in sys.modules])
 """
   done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=False)
   assert done.returncode == 0 and done.stdout.splitlines()[-1] == '[]', done.stdout + done.stderr

@@ -21,7 +21,9 @@ def cut(x, label, size):
 
 
 def dense(x, label, scale, classes, l2=preview.L2):
-  """big_vision's formulas as they are written down: whitened, 100 for the bias, targets -1 and 1."""
+  """big_vision's formulas as they are written down: whitened, 100 for the bias, targets -1 and
+  1.
+  """
   x = (x.astype(np.float64) - scale.mean) / scale.deviation
   x = np.pad(x, ((0, 0), (0, 1)), constant_values=100.0)
   y = 2.0 * np.eye(classes)[label] - 1

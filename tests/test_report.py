@@ -459,7 +459,8 @@ def test_equal_results_give_equal_bytes(finished, tmp_path):
   folder, _, page = finished
   code = (
     'import sys, test_report\n'
-    'open(sys.argv[2], "w", encoding="utf8").write(test_report.compose(test_report.config(), sys.argv[1])[0])'
+    'open(sys.argv[2], "w", encoding="utf8").write(test_report.compose(test_report.config(), '
+    'sys.argv[1])[0])'
   )
   out = tmp_path / 'again.html'
   path = os.pathsep.join([os.path.dirname(__file__), os.path.dirname(os.path.dirname(__file__))])

@@ -234,7 +234,8 @@ def test_the_table_tells_what_each_rule_takes():
     (
       'domain_removal',
       {'reference': 'styles', 'values': ('sketch',)},
-      'domain removal, not alignment: without rows that are sketch by the nearest example of styles',
+      'domain removal, not alignment: without rows that are sketch by the nearest example of '
+      'styles',
     ),
     ('union', {'of': ('x', 'y')}, 'what x or y keeps'),
     ('union', {'of': ('x', 'y', 'z')}, 'what x, y or z keeps'),

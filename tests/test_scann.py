@@ -27,7 +27,9 @@ def top(pool, usable, queries, k):
 
 
 def recall_of(pool, usable, queries, similarity, sample=200):
-  """The share of the true n nearest rows that candidates hold, over a random sample of queries; ties are as good."""
+  """The share of the true n nearest rows that candidates hold, over a random sample of queries;
+  ties are as good.
+  """
   chosen = np.random.default_rng(0).permutation(len(queries))[:sample]
   true = top(pool, usable, queries[chosen], similarity.shape[1])[0]
   return float((similarity[chosen] >= true[:, -1:]).mean())

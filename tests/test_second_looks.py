@@ -33,8 +33,8 @@ def test_overlap_and_flips_of_each_split_and_embedder():
     {'gap': [ONE], 'near': [blank]}, {('gap', 'hog'): Gallery('', ())}
   )
   assert [cell.text for cell in table.rows[0]] == ['gap', '117', '50.0 %', '62.5 %', '+0.81', '69']
-  assert table.rows[0][2].detail == '[42.0, 58.0]' and 'against hog' == table.rows[0][0].detail
-  assert '30 removed here only\n39 there only' == table.rows[0][5].detail
+  assert table.rows[0][2].detail == '[42.0, 58.0]' and table.rows[0][0].detail == 'against hog'
+  assert table.rows[0][5].detail == '30 removed here only\n39 there only'
   assert table.rows[1][2].detail == '' and table.rows[1][4].text == '\u2013'
   assert 'rows_only_here' not in table.records[0] and table.records[0]['only_there'] == 39
   assert 'gap: rows on which hog and' in details.summary and details.blocks[0].kind == 'gallery'

@@ -1,4 +1,6 @@
-"""experiment/shards.py: the source files of a dataset as shards, and the stamps by which they count."""
+"""experiment/shards.py: the source files of a dataset as shards, and the stamps by which they
+count.
+"""
 
 import os
 import shutil

@@ -27,7 +27,9 @@ FILES = ('keep.npy', 'duplicate_of.npy', 'centers.npy')
 
 
 def make(folder) -> None:
-  """A pool of two tars; copies are twice as large, row 41 of them three times, with ever longer captions."""
+  """A pool of two tars; copies are twice as large, row 41 of them three times, with ever longer
+  captions.
+  """
   samples = {}
   for i in range(60):
     sample = squares.sample(COPIES.get(i, i), COPIES.get(i, i) % 3)
@@ -224,7 +226,9 @@ def same(whole, cut):
 @pytest.mark.slow
 @pytest.mark.parametrize('override', OVERRIDES)
 def test_killed_while_a_file_is_written_it_ends_the_same(embedded, new, monkeypatch, override):
-  """kill -9 of a process of its own, in the k-th file that it writes: half of that file is there."""
+  """kill -9 of a process of its own, in the k-th file that it writes: half of that file is
+  there.
+  """
   whole, cut = new(), new()
   finely(monkeypatch)
   run(whole, **override)

@@ -1,4 +1,6 @@
-"""Further embedders in a work directory: which stages run for them, what is made again, what is forgotten."""
+"""Further embedders in a work directory: which stages run for them, what is made again, what is
+forgotten.
+"""
 
 import json
 import os

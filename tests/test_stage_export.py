@@ -1,4 +1,6 @@
-"""What a split exports, as the command makes it: there and back, kept, made anew, killed on the way."""
+"""What a split exports, as the command makes it: there and back, kept, made anew, killed on the
+way.
+"""
 
 import json
 import os

@@ -1,4 +1,6 @@
-"""Stage ingest beyond the demo's path: every format in one dataset, labels of folders, the summary, moves."""
+"""Stage ingest beyond the demo's path: every format in one dataset, labels of folders, the summary,
+moves.
+"""
 
 import dataclasses
 import json

@@ -1,4 +1,6 @@
-"""Stage prune end to end on coloured squares: every rule, what split.json says, and that nothing is made twice."""
+"""Stage prune end to end on coloured squares: every rule, what split.json says, and that nothing is
+made twice.
+"""
 
 import json
 import shutil
@@ -25,7 +27,8 @@ def every_rule(data):
     format='webdataset', path=f'{data}/bench/*.tar', label_key='label', classes=squares.CLASSES
   )
   split = defaults.split
-  # Splits are written before those that they are made from, where the order of work must not follow the order here.
+  # Splits are written before those that they are made from, where the order of work must not follow
+  # the order here.
   c.splits.join = split(rule='union', of=('no_red', 'some'))
   c.splits.size_like = split(rule='near', benchmarks=B, size_of='some')
   c.splits.some = split(rule='random', size=0.3)

@@ -1,4 +1,6 @@
-"""The stage search: what is searched again and what is not, references, pairs, sizes, what the terminal says."""
+"""The stage search: what is searched again and what is not, references, pairs, sizes, what the
+terminal says.
+"""
 
 import hashlib
 import json

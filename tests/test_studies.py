@@ -14,7 +14,8 @@ from clip_jax.studies import STUDIES
 
 def test_importing_them_imports_nothing_heavy():
   code = (
-    'import sys, clip_jax.studies; print([m for m in ("jax", "flax", "orbax", "matplotlib", "sklearn", "scann", '
+    'import sys, clip_jax.studies; print([m for m in ("jax", "flax", "orbax", "matplotlib", '
+    '"sklearn", "scann", '
     '"scipy") if m in sys.modules])'
   )
   out = subprocess.run(

@@ -1,4 +1,6 @@
-"""dedup.audit_rows: sampled rows against all rows of a pool with copies, beside the marks of the stage."""
+"""dedup.audit_rows: sampled rows against all rows of a pool with copies, beside the marks of the
+stage.
+"""
 
 import json
 import shutil

@@ -1,4 +1,6 @@
-"""Planted copies through the stages: drawn once, embedded, trained on by their split alone, measured, reported."""
+"""Planted copies through the stages: drawn once, embedded, trained on by their split alone,
+measured, reported.
+"""
 
 import collections
 import json
@@ -64,7 +66,9 @@ def _column(workdir, name):
 
 
 def facts_of(c, workdir, correct=(), seeds=(0,)):
-  """Returns what the study reads of the report's facts. correct: split -> [S, Q] on the benchmark."""
+  """Returns what the study reads of the report's facts. correct: split -> [S, Q] on the
+  benchmark.
+  """
   keys = {(split, 'squares'): rows for split, rows in dict(correct).items()}
 
   def on_shared_seeds(*pair):
@@ -183,7 +187,9 @@ def test_only_the_split_with_copies_reads_them(data, prepared):
 
 
 def test_other_runs_see_the_same_batches(data, prepared, monkeypatch):
-  """Also in the order of blocks, and with packed captions: the copies come after all that they read."""
+  """Also in the order of blocks, and with packed captions: the copies come after all that they
+  read.
+  """
   seen = []
 
   def take(*, batches, **_):
@@ -379,7 +385,9 @@ def test_a_wrong_key_is_said(data, key, value, said):
 
 
 def test_a_folder_with_its_own_classes_and_the_pools_own_tars(data, tmp_path, capsys):
-  """Class names of folders; then a benchmark that is a part of the pool's tars: most of them hold no query."""
+  """Class names of folders; then a benchmark that is a part of the pool's tars: most of them hold
+  no query.
+  """
   for i in range(9):
     path = tmp_path / 'folder' / CLASSES[i % 3] / f'{i}.png'
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -483,7 +491,9 @@ def test_killed_with_sigkill_while_drawing_it_ends_the_same(tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(not PACS.exists(), reason='PACS is not here')
 def test_on_pacs_the_threshold_finds_compressed_copies_and_not_crops(tmp_path, capsys):
-  """A small form of the experiment: two tars, the pca embedder, the threshold of configs/pacs.py."""
+  """A small form of the experiment: two tars, the pca embedder, the threshold of
+  configs/pacs.py.
+  """
   tars = dict(
     format='webdataset',
     path=f'{PACS}/photo-0000*.tar',

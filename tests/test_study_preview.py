@@ -1,4 +1,6 @@
-"""prune.preview against scikit-learn's ridge regression on the embeddings, and how classes are found."""
+"""prune.preview against scikit-learn's ridge regression on the embeddings, and how classes are
+found.
+"""
 
 import json
 import shutil

@@ -42,7 +42,9 @@ def world(prepared_squares, tmp_path_factory):
 
 
 def columns(workdir, home):
-  """Returns the candidates, and by brute force their similarity and excess under the embedder of `home`."""
+  """Returns the candidates, and by brute force their similarity and excess under the embedder of
+  `home`.
+  """
   load = lambda name: np.concatenate(
     [np.load(path) for path in sorted((home / f'embeddings/{name}').glob('0*.npy'))]
   ).astype(np.float64)

@@ -150,7 +150,9 @@ def open_clips(model, config):
 
 
 def build(model_cfg):
-  """open_clip's model of a model_cfg, as its create_model builds it; random, also where it begins with 0."""
+  """open_clip's model of a model_cfg, as its create_model builds it; random, also where it begins
+  with 0.
+  """
   cfg = dict(model_cfg)
   make = theirs.CustomTextCLIP if cfg.pop('custom_text', False) else theirs.CLIP
   torch.manual_seed(0)

@@ -20,7 +20,9 @@ def _windows(source, window, wanted=lambda start, stop: np.arange(start, stop), 
 
 
 def _settled(read, source):
-  """Waits for the threads that read ahead, each begun by the call that needs it; returns what was asked for."""
+  """Waits for the threads that read ahead, each begun by the call that needs it; returns what was
+  asked for.
+  """
   futures.wait(list(read._read.values()))
   return source.calls
 

@@ -1,4 +1,6 @@
-"""Words that tell two sets of captions apart: the sure ones, in order, with the interval they deserve."""
+"""Words that tell two sets of captions apart: the sure ones, in order, with the interval they
+deserve.
+"""
 
 import math
 

@@ -1,4 +1,6 @@
-"""experiment/workdir.py: what stages read of a finished search, and what is said of what is not there."""
+"""experiment/workdir.py: what stages read of a finished search, and what is said of what is not
+there.
+"""
 
 import shutil
 

@@ -1,4 +1,7 @@
-"""A tiny experiment, the demo's config shrunk: every stage in seconds. Used by the end-to-end tests."""
+"""A tiny experiment, the demo's config shrunk: every stage in seconds.
+
+Used by the end-to-end tests.
+"""
 
 import hashlib
 import importlib.util
@@ -14,7 +17,8 @@ from clip_jax.core import metrics
 
 ROOT = pathlib.Path(__file__).parent.parent
 
-# Flags that shrink configs/demo.py. Sizes are the smallest at which every part still has something to do.
+# Flags that shrink configs/demo.py. Sizes are the smallest at which every part still has something
+# to do.
 SHRINK = {
   'glyphs.pool': 260,
   'glyphs.handwritten': 100,
@@ -72,10 +76,12 @@ def command(workdir, *more: str, module: str = 'clip_jax.main', **override) -> l
 
 
 def environment() -> dict[str, str]:
-  """Returns this environment without the eight virtual devices, as a user's terminal has it, but for the compiler.
+  """Returns this environment without the eight virtual devices, as a user's terminal has it, but
+  for the compiler.
 
-  What a command compiles, the next one finds. Not so in the tests' own process: with that cache its eight CPU devices
-  were seen to wait for one another for ever (JAX 0.10), presumably as collectives read from disk lose their order.
+  What a command compiles, the next one finds. Not so in the tests' own process: with that cache its
+  eight CPU devices were seen to wait for one another for ever (JAX 0.10), presumably as collectives
+  read from disk lose their order.
   """
   found = {key: value for key, value in os.environ.items() if key != 'XLA_FLAGS'}
   if 'TESTS_COMPILED' in found:
@@ -117,9 +123,11 @@ def start(workdir, *more: str, **override) -> subprocess.Popen:
 
 
 def content(workdir) -> dict[str, str]:
-  """Returns what a run computed, by file: digests of arrays, columns, parameters, metrics without times, rows.
+  """Returns what a run computed, by file: digests of arrays, columns, parameters, metrics without
+  times, rows.
 
-  What may differ between an interrupted and an uninterrupted run is left out: Orbax's files, times, logs.
+  What may differ between an interrupted and an uninterrupted run is left out: Orbax's files, times,
+  logs.
   """
   found = {}
   for path in sorted(pathlib.Path(workdir).rglob('*')):

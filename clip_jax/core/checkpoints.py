@@ -3,8 +3,8 @@
 Out: DIRECTORY/<step, 8 digits>/ with the items params, opt (optimizer state), data (JSON: what the
 loop needs to go on, and the digests) and config (JSON). A step is written beside and renamed when
 whole. Orbax does not notice damaged array bytes, so each step carries the sha256 of its params, opt
-and config, checked whenever they are read. JAX and Orbax are imported inside functions: every command imports this
-file at its start, and they take two seconds.
+and config, checked whenever they are read. JAX and Orbax are imported inside functions: every
+command imports this file at its start, and they take two seconds.
 """
 
 import hashlib

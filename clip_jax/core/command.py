@@ -20,11 +20,12 @@ _TOLD = 'CLIP_JAX_HUGE_PAGES'  # set once this process was started again, so tha
 
 
 def huge_pages() -> None:
-  """Starts this process again with glibc's huge pages on, where that can help and was not decided by the user.
+  """Starts this process again with glibc's huge pages on, where that can help and was not decided
+  by the user.
 
-  XLA on a CPU takes fresh memory for every step; with huge pages a training step was measured 1.5 times
-  as fast. glibc reads the tunable before the process begins, hence the new start (same process id).
-  Switch it off with GLIBC_TUNABLES= (set to anything).
+  XLA on a CPU takes fresh memory for every step; with huge pages a training step was measured 1.5
+  times as fast. glibc reads the tunable before the process begins, hence the new start (same
+  process id). Switch it off with GLIBC_TUNABLES= (set to anything).
   """
   if not sys.platform.startswith('linux') or 'GLIBC_TUNABLES' in os.environ or _TOLD in os.environ:
     return
@@ -56,7 +57,9 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
 
 
 def _sentence(error: Exception) -> str:
-  """Returns what a failed parse says in one line: ml_collections wraps tracebacks and quotes into its errors."""
+  """Returns what a failed parse says in one line: ml_collections wraps tracebacks and quotes into
+  its errors.
+  """
   text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
   lines = [line.strip() for line in text.splitlines() if line.strip()]
   if 'Traceback (most recent call last)' in text:  # raised inside get_config(): where, and what
@@ -78,7 +81,10 @@ def _sentence(error: Exception) -> str:
 
 
 def guard(work: Callable[[], None]) -> int:
-  """Runs a command's work and returns its exit status. Users' mistakes are sentences, bugs tracebacks."""
+  """Runs a command's work and returns its exit status.
+
+  Users' mistakes are sentences, bugs tracebacks.
+  """
   log.start()
   interrupts.install()
   try:
@@ -94,13 +100,15 @@ def guard(work: Callable[[], None]) -> int:
     if error.filename is None and error.errno is None:
       raise
     _fail(
-      f'{error.strerror or error} ({error.filename or "no file named"}). Check the path, its permissions and the '
+      f'{error.strerror or error} ({error.filename or "no file named"}). Check the path, its '
+      'permissions and the '
       'disk, then run the same command again.'
     )
     return 1
   except MemoryError as error:  # from NumPy: what it could not allocate, and for which shape
     _fail(
-      f'This machine has not enough memory: {error or "an array did not fit"}. Is a size in the config, or in a '
+      f'This machine has not enough memory: {error or "an array did not fit"}. Is a size in the '
+      'config, or in a '
       'file beside the weights, far too large? What is done is saved.'
     )
     return 1

@@ -1,4 +1,6 @@
-"""Config helpers over plain nested dicts and ml_collections: fill blocks, flatten, suggest, fingerprint text."""
+"""Config helpers over plain nested dicts and ml_collections: fill blocks, flatten, suggest,
+fingerprint text.
+"""
 
 from collections.abc import Callable, Iterable, Mapping
 import difflib
@@ -9,7 +11,9 @@ from clip_jax.core.errors import ConfigError
 
 
 class Key(NamedTuple):
-  """A config key: its default, and a function that returns what is wrong with another value, '' if nothing is."""
+  """A config key: its default, and a function that returns what is wrong with another value, '' if
+  nothing is.
+  """
 
   default: Any
   problem: Callable[[Any], str] | None = None

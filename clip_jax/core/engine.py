@@ -1,4 +1,6 @@
-"""Runs the shards of a stage: each is a pure function of its job to files, so they may run anywhere, in any order."""
+"""Runs the shards of a stage: each is a pure function of its job to files, so they may run
+anywhere, in any order.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 import concurrent.futures
@@ -20,9 +22,9 @@ def finished(
 ) -> Iterator[tuple[int, R]]:
   """Yields (i, function(jobs[i])) for every job, as they finish, showing progress.
 
-  workers: processes beside this one; 0 runs the jobs here. The function and the jobs must pickle. An
-  error in a job is raised here and stops those that have not begun.
-  What each job made can be recorded at once, so that a kill loses nothing but the jobs under way.
+  workers: processes beside this one; 0 runs the jobs here. The function and the jobs must pickle.
+  An error in a job is raised here and stops those that have not begun. What each job made can be
+  recorded at once, so that a kill loses nothing but the jobs under way.
   """
   if not workers or len(jobs) < 2:
     yield from progress.track(enumerate(map(function, jobs)), total=len(jobs), desc=desc, unit=unit)
@@ -45,7 +47,8 @@ def _in_processes(
       yield numbers.pop(future), future.result()
   except process.BrokenProcessPool as error:
     raise InputError(
-      'A worker process was ended from outside, perhaps because memory ran out. Run the same command '
+      'A worker process was ended from outside, perhaps because memory ran out. Run the same '
+      'command '
       'again, with fewer engine.workers if memory is short; it goes on from here.'
     ) from error
   finally:
@@ -53,7 +56,9 @@ def _in_processes(
 
 
 def _end_with_parent() -> None:
-  """Ends a worker when the process that started it is killed: it would wait for jobs without end."""
+  """Ends a worker when the process that started it is killed: it would wait for jobs without
+  end.
+  """
 
   def wait():
     multiprocessing.parent_process().join()

@@ -105,7 +105,9 @@ def write_npy(path, array: Array) -> None:
 
 
 def write_npz(path, **arrays: Array) -> None:
-  """Writes an uncompressed npz; numpy stamps every member 1980-01-01, so equal arrays are equal bytes."""
+  """Writes an uncompressed npz; numpy stamps every member 1980-01-01, so equal arrays are equal
+  bytes.
+  """
   with atomic(path) as temporary, temporary.open('wb') as f:
     np.savez(f, allow_pickle=False, **{name: np.asarray(array) for name, array in arrays.items()})
 

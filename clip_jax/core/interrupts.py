@@ -27,8 +27,9 @@ def _handle(signum, frame):
 def check() -> None:
   """Raises Interrupted where a signal came and its exception was lost.
 
-  Python drops what is raised inside a destructor or a garbage collection callback (JAX has one), and a
-  signal can arrive just there; so long work asks here now and then. Silent while a block defers signals.
+  Python drops what is raised inside a destructor or a garbage collection callback (JAX has one),
+  and a signal can arrive just there; so long work asks here now and then. Silent while a block
+  defers signals.
   """
   if _received and not _deferring:
     raise Interrupted(_received[0])

@@ -1,11 +1,14 @@
-"""Products: what an experiment makes, how a finished one is compared with the config, and who makes it.
+"""Products: what an experiment makes, how a finished one is compared with the config, and who makes
+it.
 
-A product is a few files in the work directory and a sidecar, WORKDIR/<name>.sidecar.json, written last: {name,
-fingerprint, version, keys, at_least, inputs, files, checksum, counts}. A product without a sidecar was never finished.
-The fingerprint covers the config keys that change the product's content, the fingerprints of the products and the
-stamps of the source files that it reads, and the version of its format; nothing else.
+A product is a few files in the work directory and a sidecar, WORKDIR/<name>.sidecar.json, written
+last: {name, fingerprint, version, keys, at_least, inputs, files, checksum, counts}. A product
+without a sidecar was never finished. The fingerprint covers the config keys that change the
+product's content, the fingerprints of the products and the stamps of the source files that it
+reads, and the version of its format; nothing else.
 
-`make` is the only function that looks for products, locks them, has them made and writes their sidecars.
+`make` is the only function that looks for products, locks them, has them made and writes their
+sidecars.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -27,7 +30,8 @@ from clip_jax.core import config as config_lib
 from clip_jax.core import files
 from clip_jax.core.errors import InputError
 
-# The stages in their order, and the folder in which each leaves its products: the only list of them.
+# The stages in their order, and the folder in which each leaves its products: the only list of
+# them.
 STAGES = {
   'ingest': 'ingest',
   'embedder': 'embedder',
@@ -46,8 +50,9 @@ REPLACED = 'replaced'  # what --redo has set aside, until it is made again
 UNTRACKED = 'untracked: later changes of this input do not invalidate the product'
 _NO_PRODUCTS = ('checkpoints', 'figures', 'tables', REPLACED)  # folders without sidecars
 
-# What makes products: yields (product, its files relative to the work directory, counts) as each is finished. Files may
-# be a mapping to their sha256, or None where it is not known: large ones are then not read again.
+# What makes products: yields (product, its files relative to the work directory, counts) as each is
+# finished. Files may be a mapping to their sha256, or None where it is not known: large ones are
+# then not read again.
 Made = Iterator[tuple['Product', Iterable[str], Mapping[str, Any]]]
 
 
@@ -96,11 +101,12 @@ def make(
 ) -> list[Product]:
   """Makes those of some products that are missing, or cheap and do not fit; returns them.
 
-  `work` gets them in their order and yields each as its files are whole. Products of one call share a lock.
+  `work` gets them in their order and yields each as its files are whole. Products of one call share
+  a lock.
 
   Raises:
-    InputError: a product does not fit and is not cheap; one reads what is missing or does not fit; another process
-      makes them.
+    InputError: a product does not fit and is not cheap; one reads what is missing or does not fit;
+      another process makes them.
   """
   if not missing(workdir, wanted):
     return []
@@ -122,7 +128,10 @@ def make(
 
 
 def missing(workdir: str, wanted: Sequence[Product]) -> list[Product]:
-  """Returns the products that `make` would make, in their order. Raises InputError as `make` does."""
+  """Returns the products that `make` would make, in their order.
+
+  Raises InputError as `make` does.
+  """
   todo, different, names = [], [], {product.name for product in wanted}
   stored: dict[str, dict | None] = {}  # sidecars of inputs, each read once
   for product in wanted:
@@ -137,7 +146,9 @@ def missing(workdir: str, wanted: Sequence[Product]) -> list[Product]:
 
 
 def refuse(workdir: str, different: Sequence[Product]) -> None:
-  """Raises InputError for products that do not fit, if there are any: the keys that differ, and what --redo to give."""
+  """Raises InputError for products that do not fit, if there are any: the keys that differ, and
+  what --redo to give.
+  """
   if different:
     first = different[0]
     redo = redo_of([product.name for product in different if product.embedder == first.embedder])
@@ -151,7 +162,8 @@ def refuse(workdir: str, different: Sequence[Product]) -> None:
 def _has_inputs(
   workdir: str, product: Product, names: set[str], stored: dict[str, dict | None]
 ) -> bool:
-  """Returns whether a product can be made; False of one that waits. InputError where it cannot and does not wait.
+  """Returns whether a product can be made; False of one that waits. InputError where it cannot and
+  does not wait.
 
   names: what is made in the same call, in an order in which inputs come first.
   """
@@ -168,12 +180,14 @@ def _has_inputs(
       return False
     if sidecar is None:
       raise InputError(
-        f'{product.name} reads {part.name}, which is not there in {workdir}: run without --stages, or '
+        f'{product.name} reads {part.name}, which is not there in {workdir}: run without --stages, '
+        'or '
         f'add `{redo_of([part.name]).partition(":")[0]}` to them.'
       )
     if is_tracked and not _fits(sidecar, part):
       raise InputError(
-        f'{product.name} reads {part.name} in {workdir}, which was made with another config or from '
+        f'{product.name} reads {part.name} in {workdir}, which was made with another config or '
+        'from '
         'other files. Run without --stages, or with the stage that makes it, first.'
       )
   return True
@@ -194,7 +208,9 @@ def _fits(sidecar: Mapping[str, Any], product: Product) -> bool:
 
 
 def _resolved(workdir: str, product: Product) -> Product:
-  """Returns a product that reads whatever is finished as one with these inputs; any other as it is."""
+  """Returns a product that reads whatever is finished as one with these inputs; any other as it
+  is.
+  """
   if not product.reads_all:
     return product
   finished = {
@@ -206,7 +222,9 @@ def _resolved(workdir: str, product: Product) -> Product:
 
 
 def redo_of(names: Sequence[str]) -> str:
-  """Returns what --redo must say to remove some products: STAGE[:folder], of a further embedder STAGE:NAME@folder."""
+  """Returns what --redo must say to remove some products: STAGE[:folder], of a further embedder
+  STAGE:NAME@folder.
+  """
   folders = [os.path.dirname(name).split('/') for name in names]
   common = os.path.commonprefix(folders)
   embedder = ''
@@ -241,7 +259,10 @@ def differences(workdir: str, product: Product) -> list[str]:
 
 
 def finish(workdir: str, product: Product, made: Iterable[str], counts: Mapping[str, Any]) -> None:
-  """Writes the sidecar, last. A folder among the files (Orbax checkpoints) is recorded by its presence alone."""
+  """Writes the sidecar, last.
+
+  A folder among the files (Orbax checkpoints) is recorded by its presence alone.
+  """
   sizes, digest = {}, hashlib.sha256()
   known = made if isinstance(made, Mapping) else {}
   for file in sorted(made):
@@ -272,7 +293,9 @@ def sidecar_path(workdir: str, name: str) -> epath.Path:
 
 
 def read_sidecar(workdir: str, name: str) -> dict | None:
-  """Returns the sidecar of a finished product, or None where it or one of its files is missing or cut."""
+  """Returns the sidecar of a finished product, or None where it or one of its files is missing or
+  cut.
+  """
   path = sidecar_path(workdir, name)
   if not path.exists():
     return None
@@ -309,7 +332,9 @@ def _walk(folder: epath.Path) -> Iterator[epath.Path]:
 
 
 def followers(workdir: str, names: Iterable[str]) -> list[str]:
-  """Returns `names` and every product that reads one of them, directly or not; the last readers first."""
+  """Returns `names` and every product that reads one of them, directly or not; the last readers
+  first.
+  """
   readers: dict[str, list[str]] = {}
   for other, sidecar in sidecars(workdir).items():
     for name in sidecar['inputs']:
@@ -325,7 +350,9 @@ def followers(workdir: str, names: Iterable[str]) -> list[str]:
 
 
 def set_aside(workdir: str, name: str) -> None:
-  """Moves a product to WORKDIR/replaced, the sidecar first: a kill in between leaves it unfinished, not wrong."""
+  """Moves a product to WORKDIR/replaced, the sidecar first: a kill in between leaves it unfinished,
+  not wrong.
+  """
   path = sidecar_path(workdir, name)
   recorded = list(files.read_json(path)['files']) if path.exists() else []
   for file in (name + SIDECAR, *recorded):
@@ -333,7 +360,9 @@ def set_aside(workdir: str, name: str) -> None:
 
 
 def move_aside(workdir: str, file: str) -> None:
-  """Moves a file or a folder of the work directory to the same place under WORKDIR/replaced, beside what is there."""
+  """Moves a file or a folder of the work directory to the same place under WORKDIR/replaced, beside
+  what is there.
+  """
   here, there = os.path.join(workdir, file), os.path.join(workdir, REPLACED, file)
   if os.path.isdir(here) and os.path.isdir(there):  # its products were moved before it
     for name in os.listdir(here):
@@ -375,8 +404,9 @@ def write_manifest(workdir: str, folder: str, products: Sequence[Product]) -> No
 def lock(workdir: str, name: str) -> Iterator[None]:
   """Holds WORKDIR/<name>.lock while products are made.
 
-  The lock is the kernel's (flock): it ends with the process that holds it, however that ends, and no process that
-  it starts inherits it. Raises InputError naming the holder where another process of this machine has it.
+  The lock is the kernel's (flock): it ends with the process that holds it, however that ends, and
+  no process that it starts inherits it. Raises InputError naming the holder where another process
+  of this machine has it.
   """
   path = os.path.join(workdir, name + LOCK)
   os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -385,7 +415,8 @@ def lock(workdir: str, name: str) -> Iterator[None]:
     holder = _holder(path)
     raise InputError(
       f'{name} in {workdir} is being made by process {holder.get("pid", "?")} on '
-      f'{holder.get("host", "?")} since {holder.get("time", "?")} ({path}). Wait for it, or stop it, '
+      f'{holder.get("host", "?")} since {holder.get("time", "?")} ({path}). Wait for it, or stop '
+      'it, '
       'then run the same command again.'
     )
   try:

@@ -16,7 +16,9 @@ LINE_EVERY_SECS = 30.0
 def track(
   items: Iterable[T], *, total: int, desc: str, unit: str = 'it', size=None, initial: int = 0
 ) -> Iterator[T]:
-  """Yields `items`, showing progress towards `total`; `size(item)` counts an item as so many units."""
+  """Yields `items`, showing progress towards `total`; `size(item)` counts an item as so many
+  units.
+  """
   with Bar(total=total, desc=desc, unit=unit, initial=initial) as bar:
     for item in items:
       yield item

@@ -1,8 +1,8 @@
 """The device mesh and how arrays lie on it: batches split over all devices, parameters by fsdp.
 
-Axes: 'data' holds whole copies of the parameters, 'fsdp' splits each of them. Both split the
-batch. XLA's partitioner does the rest, so no other file names a mesh axis. JAX is imported inside functions: every command
-imports this file at its start, and JAX takes a second.
+Axes: 'data' holds whole copies of the parameters, 'fsdp' splits each of them. Both split the batch.
+XLA's partitioner does the rest, so no other file names a mesh axis. JAX is imported inside
+functions: every command imports this file at its start, and JAX takes a second.
 """
 
 from typing import Any

@@ -11,15 +11,17 @@ from typing import Any, Protocol
 
 import numpy as np
 
-# An array in host memory; the shape and dtype stand in a comment at the signature. The rooms that compute on devices
-# (models, training, similarity/accelerator.py) import jax.Array under this name.
+# An array in host memory; the shape and dtype stand in a comment at the signature. The rooms that
+# compute on devices (models, training, similarity/accelerator.py) import jax.Array under this name.
 Array = np.ndarray
 
 
 class Source(Protocol):
-  """A source of samples that are read at random, by any number of threads: a Grain RandomAccessDataSource.
+  """A source of samples that are read at random, by any number of threads: a Grain
+  RandomAccessDataSource.
 
-  The loader does without `many` (it then reads one by one), and without `starts` but for order 'blocks'.
+  The loader does without `many` (it then reads one by one), and without `starts` but for order
+  'blocks'.
   """
 
   def __len__(self) -> int:
@@ -27,7 +29,9 @@ class Source(Protocol):
     ...
 
   def __getitem__(self, row: int, /) -> dict[str, Any]:
-    """Returns dict(image: bytes of its file, or pixels [H, W, 3] uint8; caption: str; label: int, -1 for none)."""
+    """Returns dict(image: bytes of its file, or pixels [H, W, 3] uint8; caption: str; label: int,
+    -1 for none).
+    """
     ...
 
   def many(self, rows: Sequence[int], /) -> list[dict[str, Any]]:
@@ -45,7 +49,9 @@ class Source(Protocol):
 
 
 class Vectors(Protocol):
-  """Rows [N, E] of an array, or of embeddings on disk (data/embeddings.py), which are read when asked for."""
+  """Rows [N, E] of an array, or of embeddings on disk (data/embeddings.py), which are read when
+  asked for.
+  """
 
   @property
   def shape(self) -> tuple[int, ...]: ...

@@ -1,4 +1,5 @@
-"""Embeddings of one dataset on disk: WORKDIR/embeddings/<dataset>/00000.npy [n, E] float16 and usable-00000.npy [n].
+"""Embeddings of one dataset on disk: WORKDIR/embeddings/<dataset>/00000.npy [n, E] float16 and
+usable-00000.npy [n].
 
 Shards are memory-mapped; rows are numbered through all shards, in index order.
 """
@@ -54,7 +55,9 @@ class Embeddings:
     return out
 
   def __getitem__(self, index) -> Array:
-    """Returns rows start:stop as one array, or the rows of an integer array (as a memory map would)."""
+    """Returns rows start:stop as one array, or the rows of an integer array (as a memory map
+    would).
+    """
     if isinstance(index, slice):
       return self.rows(np.arange(*index.indices(len(self))))
     return self.rows(index) if np.ndim(index) else self.rows(np.array([index]))[0]

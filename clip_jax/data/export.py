@@ -298,5 +298,6 @@ def _differs(path: str, what: str) -> InputError:
   )
 
 
-# What the rows of a split can be written as, images and all: kind -> (ending, what writes one file).
+# What the rows of a split can be written as, images and all: kind -> (ending, what writes one
+# file).
 COPIES = {'webdataset': ('tar', write_tar), 'array_record': ('array_record', write_array_record)}

@@ -199,7 +199,8 @@ def _fast(data: bytes, frame: _Frame, shrunk: int) -> Array | None:
 
 
 def jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
-  """Yields (marker, first byte of the content, end) of a JPEG's segments, up to the one before its pixels.
+  """Yields (marker, first byte of the content, end) of a JPEG's segments, up to the one before its
+  pixels.
 
   At least 6 bytes of the content are there. Ends early at a marker that usual files do not have.
   """

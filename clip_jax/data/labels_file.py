@@ -71,8 +71,9 @@ class _Object(list):
 def _pairs(lines: Sequence[str], known: Collection[str], path: str) -> list[tuple[str, str]]:
   """Returns the (name, class) of each line, [] where no line names an image that is known.
 
-  Lines are split as most of those are that name an image. Raises InputError for another that names one if it is split
-  otherwise. A heading, which has no number and no ending of an image, is left out.
+  Lines are split as most of those are that name an image. Raises InputError for another that names
+  one if it is split otherwise. A heading, which has no number and no ending of an image, is left
+  out.
   """
 
   def names_image(pair: tuple[str, str]) -> bool:
@@ -98,7 +99,9 @@ def _pairs(lines: Sequence[str], known: Collection[str], path: str) -> list[tupl
 
 
 def _splits(line: str) -> list[tuple[str, str]]:
-  """Returns the (name, class) that a line means if a tab, a comma, the first or the last space separates them."""
+  """Returns the (name, class) that a line means if a tab, a comma, the first or the last space
+  separates them.
+  """
   try:
     fields = next(csv.reader([line]), []) if ',' in line else []
   except csv.Error:  # a field of more than 131,072 characters

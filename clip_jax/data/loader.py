@@ -253,7 +253,9 @@ def _run_length(sample_bytes: int) -> int:
 def _anywhere(
   source: Source, order: order_lib.Global, positions: range
 ) -> tuple[list[int], list[dict[str, Any]]]:
-  """Reads the samples of positions from wherever they lie; returns their places in the source, too."""
+  """Reads the samples of positions from wherever they lie; returns their places in the source,
+  too.
+  """
   places = list(map(order.place, positions))
   return places, views.many(source, places)
 
@@ -270,7 +272,9 @@ def _run(
   jpeg_shrink: float,
   k: int,
 ) -> tuple[dict[str, Array], list[tuple[int, str]]]:
-  """Returns the examples of run k, `length` of a batch, and (index, reason) of each image replaced in them."""
+  """Returns the examples of run k, `length` of a batch, and (index, reason) of each image replaced
+  in them.
+  """
   step, part = divmod(k, -(-(share.batch_size // share.hosts) // length))
   positions = share.of_batch(step)[part * length : (part + 1) * length]
   places, samples = read(positions)

@@ -45,7 +45,7 @@ def elements(
   closing = util.Finalize(None, _close, (workers,), exitpriority=10)
   try:
     for number in range(processes):
-      workers.append(_Worker(make, max(threads, 1), slot_bytes, number))
+      workers.append(_Worker(make, max(threads, 1), slot_bytes, number))  # noqa: PERF401 (_close sees each)
     made: dict[int, tuple[_Worker, int, Any]] = {}
     asked = 0
     for k in range(count):

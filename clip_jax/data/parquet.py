@@ -331,7 +331,9 @@ def _stored(kind):
 
 
 def _part(array, name: str):
-  """Returns the field 'bytes' or 'path' of a batch of images, None where it has none; bytes alone are themselves."""
+  """Returns the field 'bytes' or 'path' of a batch of images, None where it has none; bytes alone
+  are themselves.
+  """
   if isinstance(array, pa.ExtensionArray):
     array = array.storage
   if not isinstance(array, pa.StructArray):

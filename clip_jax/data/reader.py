@@ -152,7 +152,9 @@ class Source:
     return self._table[row].item()
 
   def _images(self, rows: Sequence[int], places: Sequence[tuple]) -> dict[int, bytes]:
-    """Returns the images of rows, by their places in `rows`: of one file, or of a remote storage, by one call."""
+    """Returns the images of rows, by their places in `rows`: of one file, or of a remote storage,
+    by one call.
+    """
     images, remote = {}, []
     shards = collections.defaultdict(list)
     for k, place in enumerate(places):
@@ -238,7 +240,9 @@ def _readable(path: str) -> Iterator[None]:
 def _whole(
   path: str, images: Sequence[bytes], those: Sequence[int], places: Sequence[tuple]
 ) -> dict[int, bytes]:
-  """Returns images of a file by their numbers `those`; raises InputError where one is not as long as its place says."""
+  """Returns images of a file by their numbers `those`; raises InputError where one is not as long
+  as its place says.
+  """
   for k, data in zip(those, images, strict=True):
     _, offset, length, *_ = places[k]
     if len(data) != length:

@@ -1,4 +1,6 @@
-"""Which samples of a dataset become rows, and what each row says: the rules that every source format shares."""
+"""Which samples of a dataset become rows, and what each row says: the rules that every source
+format shares.
+"""
 
 from collections.abc import Mapping, Sequence
 import dataclasses
@@ -16,11 +18,12 @@ NO_LABEL, BAD_LABEL = -1, -2
 
 @dataclasses.dataclass(frozen=True)
 class RowRules:
-  """The keys of a dataset block that choose samples and describe them. Raises ConfigError for a bad one.
+  """The keys of a dataset block that choose samples and describe them. Raises ConfigError for a bad
+  one.
 
-  A key names a member by its ending ('txt', 'cls'), else a column, else a field of the json member; 'json:NAME' is
-  the field of the json member, or of the column 'json', else a column. image_key, caption_key and sample_key are
-  names with ';' between them: the first that is there counts.
+  A key names a member by its ending ('txt', 'cls'), else a column, else a field of the json member;
+  'json:NAME' is the field of the json member, or of the column 'json', else a column. image_key,
+  caption_key and sample_key are names with ';' between them: the first that is there counts.
   """
 
   where: Mapping[str, Any] = dataclasses.field(
@@ -72,12 +75,16 @@ class RowRules:
     return (low, high) == (0, 1) or low <= fraction(group) < high
 
   def group(self, text: str) -> str:
-    """Returns what `group_pattern` keeps of a text: the first group of a match, else the match, else the text."""
+    """Returns what `group_pattern` keeps of a text: the first group of a match, else the match,
+    else the text.
+    """
     match = regex(self.group_pattern).search(text) if self.group_pattern else None
     return match[1 if match.re.groups and match[1] is not None else 0] if match else text
 
   def label(self, value: Any) -> int:
-    """Returns the label that a value means, NO_LABEL for no value, BAD_LABEL for what is none of the classes."""
+    """Returns the label that a value means, NO_LABEL for no value, BAD_LABEL for what is none of
+    the classes.
+    """
     if value is None or value != value:  # NaN is how tables of numbers say that there is none
       return NO_LABEL
     if value in self.classes:
@@ -111,6 +118,7 @@ def regex(pattern: str = '', replacement: str = '') -> re.Pattern:
     return compiled
   except (re.error, IndexError) as error:
     raise ConfigError(
-      f'The regular expression {pattern!r}, replaced by {replacement!r}, is wrong: {error}. Correct '
+      f'The regular expression {pattern!r}, replaced by {replacement!r}, is wrong: {error}. '
+      'Correct '
       'it.'
     ) from error

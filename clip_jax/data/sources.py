@@ -50,9 +50,9 @@ def scan(
 ) -> table.Scan:
   """Returns the rows of one shard: of one file, or of image files below `root`, the path listed.
 
-  rules: which samples count and what their rows say; without it, `fields` are those of RowRules by name. In folders,
-  'folder' is a column too, and without a label_key a folder's class is what labels.py says. A sample without a label
-  has -1. Raises ConfigError for a bad rule.
+  rules: which samples count and what their rows say; without it, `fields` are those of RowRules by
+  name. In folders, 'folder' is a column too, and without a label_key a folder's class is what
+  labels.py says. A sample without a label has -1. Raises ConfigError for a bad rule.
   """
   found_by, rules = formats.get(format), rules or RowRules(**fields)
   files = [files] if isinstance(files, storage.SourceFile) else files
@@ -111,8 +111,8 @@ def _record(
 ) -> table.Record | None:
   """Returns a sample's row, None where it is not asked for.
 
-  folder_label: an image's path -> its label, None where its class is not asked for. Raises _Skip or NoLabel where the
-  sample is of no use.
+  folder_label: an image's path -> its label, None where its class is not asked for. Raises _Skip or
+  NoLabel where the sample is of no use.
   """
   fields = _Fields({'folder': sample.folder} if sample.path else sample.fields, _json(sample))
   for name, allowed in rules.allowed.items():

@@ -3,8 +3,8 @@
 In: the scans of the dataset's shards (data/sources.py). Out, in the dataset's folder:
 index-<shard>.parquet and skipped-<shard>.json for people and joins; table.npy, captions.bin,
 starts.npy [shards + 1] and files.json, from which reader.Source reads samples at random; where
-images are files also paths.bin and path_ends.npy [rows]. pyarrow is imported inside functions: processes of the loader
-do without it.
+images are files also paths.bin and path_ends.npy [rows]. pyarrow is imported inside functions:
+processes of the loader do without it.
 """
 
 import collections

@@ -2,8 +2,9 @@
 
 That engine carries CLIP's vocabulary, so no file is needed. On plain ASCII its words are OpenAI's;
 elsewhere OpenAI's own pattern finds them, and where the engine would read others (it knows neither
-OpenAI's special tokens nor the newest letters of Unicode) its byte pairs are applied here. The three packages are
-imported inside functions: the check of a config, at every start, needs the size of the vocabulary only.
+OpenAI's special tokens nor the newest letters of Unicode) its byte pairs are applied here. The
+three packages are imported inside functions: the check of a config, at every start, needs the size
+of the vocabulary only.
 """
 
 from collections.abc import Sequence

@@ -128,7 +128,10 @@ def _paired(
 
 
 def _by_number(found: Sequence[storage.SourceFile], trouble: str) -> dict[int, storage.SourceFile]:
-  """Returns the number at the end of a file's stem -> the file. Raises InputError for a number that comes twice."""
+  """Returns the number at the end of a file's stem -> the file.
+
+  Raises InputError for a number that comes twice.
+  """
   by_number: dict[int, storage.SourceFile] = {}
   for file in found:
     number = _number(file)
@@ -153,11 +156,11 @@ def write(
 ) -> dict[str, Any]:
   """Writes index-<shard>.parquet and skipped-<shard>.json of a file of vectors; returns the counts.
 
-  The rules count over columns of the metadata (of the file itself, where it is a parquet); those of images and of
-  captions that are made do not. A row that has no value of a column in `where` is not asked for. Rows with a label
-  that is none of the classes are skipped, as elsewhere. vector_key, vector_dim: as in vectors.head. Raises InputError
-  where metadata have another number of rows than there are vectors, or a column that is asked for is not there or of
-  a strange type.
+  The rules count over columns of the metadata (of the file itself, where it is a parquet); those of
+  images and of captions that are made do not. A row that has no value of a column in `where` is not
+  asked for. Rows with a label that is none of the classes are skipped, as elsewhere. vector_key,
+  vector_dim: as in vectors.head. Raises InputError where metadata have another number of rows than
+  there are vectors, or a column that is asked for is not there or of a strange type.
   """
   found = vectors.head(file.path, vector_key, vector_dim)
   rows = _Rows(file, beside, found)
@@ -298,8 +301,8 @@ def _index(
 ) -> tuple[pa.Table, Array]:
   """Returns the index of some rows, and their labels [n] int64.
 
-  key_column: of the keys, '' takes the file's name and the row; captions: columns, the first that says something
-  counts; sizes: 'width' and 'height' -> a column, '' for none.
+  key_column: of the keys, '' takes the file's name and the row; captions: columns, the first that
+  says something counts; sizes: 'width' and 'height' -> a column, '' for none.
   """
   size = len(batch[''])
   name = file.name.encode('utf-8', 'backslashreplace').decode()  # it may be any bytes
@@ -353,7 +356,9 @@ def _chosen(batch: dict, group: pa.Array, rules: RowRules) -> Array:
 
 
 def _mapped(values: pa.Array, function: Callable[[Any], Any], kind: str) -> pa.Array:
-  """Returns function(value) of every value of an arrow array, computed once for equal ones; null of null."""
+  """Returns function(value) of every value of an arrow array, computed once for equal ones; null of
+  null.
+  """
   coded = values.dictionary_encode()
   return pa.array(map(function, coded.dictionary.to_pylist()), kind).take(coded.indices)
 

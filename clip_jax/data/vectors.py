@@ -120,7 +120,7 @@ def unit(
     squared = np.einsum('be,be->b', x, x)
     norm = np.sqrt(squared)
     low, high = _SQUARED_IN_FLOAT32
-    bad = ~((LEAST_NORM <= norm) & (norm <= MOST_NORM))  # so is a NaN
+    bad = ~((norm >= LEAST_NORM) & (norm <= MOST_NORM))  # so is a NaN
     rare = np.flatnonzero(~((low < squared) & (squared < high))) if any_norm else ()
     if any_norm:
       bad = np.zeros(len(x), bool)

@@ -1,4 +1,6 @@
-"""Rows of the base set: the pool's are 0..N-1, the anchor's follow, and then those of planted copies."""
+"""Rows of the base set: the pool's are 0..N-1, the anchor's follow, and then those of planted
+copies.
+"""
 
 import dataclasses
 

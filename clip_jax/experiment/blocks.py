@@ -1,4 +1,7 @@
-"""What a config asks for, in the words of the experiment: its datasets, its splits, its runs. Pure in the config."""
+"""What a config asks for, in the words of the experiment: its datasets, its splits, its runs.
+
+Pure in the config.
+"""
 
 from collections.abc import Sequence
 
@@ -30,7 +33,8 @@ TRAINED = (
   PLANTED,
 )  # datasets whose samples need a caption; the base set has their rows in this order
 VECTORS = 'embeddings'  # the format whose files are vectors
-# Config keys that change what a training run learns, beside the model, the preprocessing and the seed.
+# Config keys that change what a training run learns, beside the model, the preprocessing and the
+# seed.
 RECIPE = tuple(
   f'train.{key}'
   for key in (
@@ -51,16 +55,20 @@ RECIPE = tuple(
 
 
 def has_anchor(config: ConfigDict) -> bool:
-  """Returns whether an anchor is configured: an audit's has the format of vectors and may have no path."""
+  """Returns whether an anchor is configured: an audit's has the format of vectors and may have no
+  path.
+  """
   return bool(config.anchor.format) and (
     config.anchor.format != VECTORS or bool(config.anchor.path)
   )
 
 
 def datasets(config: ConfigDict) -> dict[str, ConfigDict]:
-  """Returns name -> block of every dataset: pool, anchor (if any), benchmarks, references of samples, planted copies.
+  """Returns name -> block of every dataset: pool, anchor (if any), benchmarks, references of
+  samples, planted copies.
 
-  The copies of a benchmark that are planted come last: they are drawn once that benchmark is indexed.
+  The copies of a benchmark that are planted come last: they are drawn once that benchmark is
+  indexed.
   """
   anchor = {ANCHOR: config.anchor} if has_anchor(config) else {}
   return {
@@ -73,7 +81,9 @@ def datasets(config: ConfigDict) -> dict[str, ConfigDict]:
 
 
 def _planted_block(config: ConfigDict) -> ConfigDict:
-  """Returns the block of the dataset of planted copies, which are tars that the stage ingest draws."""
+  """Returns the block of the dataset of planted copies, which are tars that the stage ingest
+  draws.
+  """
   return defaults.dataset(
     format=PLANTED,
     label_key='label',
@@ -120,7 +130,8 @@ def is_prompts(config: ConfigDict, reference: str) -> bool:
 def further_embedders(config: ConfigDict, stage: str = 'embed') -> list[str]:
   """Returns which of config.embedders a stage runs for, in their order.
 
-  dedup.embedder: embedder, embed of pool and anchor; prune.preview: embedder, embed; prune.sensitivity: search, too.
+  dedup.embedder: embedder, embed of pool and anchor; prune.preview: embedder, embed;
+  prune.sensitivity: search, too.
   """
   names = set(config.prune.sensitivity)
   if stage != 'search':
@@ -131,7 +142,9 @@ def further_embedders(config: ConfigDict, stage: str = 'embed') -> list[str]:
 
 
 def embedded_datasets(config: ConfigDict, embedder: str = '') -> list[str]:
-  """Returns the datasets that an embedder embeds: one that only de-duplication uses embeds pool and anchor."""
+  """Returns the datasets that an embedder embeds: one that only de-duplication uses embeds pool and
+  anchor.
+  """
   names = list(datasets(config))
   if not embedder or embedder in (*config.prune.sensitivity, config.prune.preview):
     return [name for name in names if not embedder or name not in config.references]
@@ -139,7 +152,9 @@ def embedded_datasets(config: ConfigDict, embedder: str = '') -> list[str]:
 
 
 def targets(config: ConfigDict, embedder: str = '') -> list[str]:
-  """Returns what the pool is searched with: benchmarks, the classes of a labelled anchor, references."""
+  """Returns what the pool is searched with: benchmarks, the classes of a labelled anchor,
+  references.
+  """
   names = list(config.benchmarks)
   if has_anchor(config) and is_labelled(config.anchor):
     names.append(ANCHOR_CLASSES)
@@ -149,7 +164,8 @@ def targets(config: ConfigDict, embedder: str = '') -> list[str]:
 def duplicate_similarity(config: ConfigDict, embedder: str = '') -> float:
   """Returns the cosine similarity to an embedder from which two images count as duplicates.
 
-  dedup.threshold is that of the embedder that de-duplicates; the config check asks for the other one.
+  dedup.threshold is that of the embedder that de-duplicates; the config check asks for the other
+  one.
   """
   own_threshold = embedder and embedder == config.dedup.embedder
   return (0 if own_threshold else config.prune.duplicate_similarity) or 1 - config.dedup.threshold
@@ -182,7 +198,9 @@ def seeds(config: ConfigDict, split: str) -> tuple[int, ...]:
 
 
 def read_splits(config: ConfigDict, split: str) -> list[str]:
-  """Returns the splits that a split is made from: whose size it has, whose control it is, which it joins."""
+  """Returns the splits that a split is made from: whose size it has, whose control it is, which it
+  joins.
+  """
   block = config.splits[split]
   return [name for name in (block.size_of, block.to, *block.of) if name]
 
@@ -204,7 +222,9 @@ def in_order(config: ConfigDict) -> list[str]:
 
 
 def is_drawn(config: ConfigDict, split: str) -> bool:
-  """Returns whether each training seed has rows of its own: a drawn rule, or a join with a split of one."""
+  """Returns whether each training seed has rows of its own: a drawn rule, or a join with a split of
+  one.
+  """
   joined = [split]
   for name in joined:  # it grows; each split once, as there may be many ways to it
     joined += [other for other in config.splits[name].of if other not in joined]
@@ -212,21 +232,27 @@ def is_drawn(config: ConfigDict, split: str) -> bool:
 
 
 def seed_of(config: ConfigDict, split: str, other: str, seed: int) -> int:
-  """Returns the seed whose draw of another split counts for (split, seed): the same where it has it, else its first.
+  """Returns the seed whose draw of another split counts for (split, seed): the same where it has
+  it, else its first.
 
-  A split that is not drawn itself (near, of the size of a random one) has one seed to go by: its first.
+  A split that is not drawn itself (near, of the size of a random one) has one seed to go by: its
+  first.
   """
   seed = seed if is_drawn(config, split) else seeds(config, split)[0]
   return seed if seed in seeds(config, other) else seeds(config, other)[0]
 
 
 def draws(config: ConfigDict, split: str) -> list[int]:
-  """Returns the seeds of which a split has a file of rows each; one that is not drawn has one file: its first seed."""
+  """Returns the seeds of which a split has a file of rows each; one that is not drawn has one file:
+  its first seed.
+  """
   return list(seeds(config, split)) if is_drawn(config, split) else [seeds(config, split)[0]]
 
 
 def runs(config: ConfigDict) -> list[tuple[str, int]]:
-  """Returns every (split, seed) that the config trains, the first seeds of all splits first; of vectors, none."""
+  """Returns every (split, seed) that the config trains, the first seeds of all splits first; of
+  vectors, none.
+  """
   if not has_own_images(config, POOL):
     return []
   pairs = [

@@ -1,4 +1,6 @@
-"""One experiment: a config, its work directory, and the embedder through which similarity is seen."""
+"""One experiment: a config, its work directory, and the embedder through which similarity is
+seen.
+"""
 
 from collections.abc import Callable
 import dataclasses
@@ -16,7 +18,8 @@ from clip_jax.experiment.graph import Graph
 class Experiment:
   """What every stage gets. embedder: one of config.embedders, '' for the main one.
 
-  The products of a further embedder lie in WORKDIR/embedders/<name>/, laid out as those of the main one.
+  The products of a further embedder lie in WORKDIR/embedders/<name>/, laid out as those of the main
+  one.
   """
 
   config: ConfigDict
@@ -28,7 +31,9 @@ class Experiment:
     return Graph(self.config)
 
   def under(self, embedder: str) -> 'Experiment':
-    """Returns the experiment as another embedder sees it, the same object each time; '' for the main one."""
+    """Returns the experiment as another embedder sees it, the same object each time; '' for the
+    main one.
+    """
     if embedder not in self._views:
       view = Experiment(self.config, self.workdir, embedder)
       view.__dict__.update(graph=self.graph, _views=self._views)
@@ -57,13 +62,18 @@ class Experiment:
     return f' ({self.embedder})' if self.embedder else ''
 
   def once(self, name: str, build: Callable[[], Any]) -> Any:
-    """Returns what `build` returns, built once a stage: a model, decoded images, what several products share."""
+    """Returns what `build` returns, built once a stage: a model, decoded images, what several
+    products share.
+    """
     if name not in self._shared:
       self._shared[name] = build()
     return self._shared[name]
 
   def close(self) -> None:
-    """Drops what `once` keeps. The pipeline calls it after each stage, so that memory is free for the next."""
+    """Drops what `once` keeps.
+
+    The pipeline calls it after each stage, so that memory is free for the next.
+    """
     for view in self._views.values():
       view._shared.clear()
 

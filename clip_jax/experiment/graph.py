@@ -1,8 +1,9 @@
-"""The graph of products: every product of an experiment, the config keys that change it, and what it is made from.
+"""The graph of products: every product of an experiment, the config keys that change it, and what
+it is made from.
 
-Pure in the config and the listed source files. It never looks at the work directory: what is there is compared with
-it (core/products.py). One method makes one kind of product; `Graph.of` lists those of a stage in the order in which
-they are made. The studies beside the paper add theirs (studies/).
+Pure in the config and the listed source files. It never looks at the work directory: what is there
+is compared with it (core/products.py). One method makes one kind of product; `Graph.of` lists those
+of a stage in the order in which they are made. The studies beside the paper add theirs (studies/).
 """
 
 from collections.abc import Callable
@@ -20,8 +21,8 @@ from clip_jax.experiment.shards import Shard, list_shards
 from clip_jax.models import embedders, weights
 from clip_jax.pruning import exports
 
-# Keys of a dataset block that say where its files are (a file of labels counts by its content), or what is done with
-# it later; all others change what its index holds.
+# Keys of a dataset block that say where its files are (a file of labels counts by its content), or
+# what is done with it later; all others change what its index holds.
 _NOT_IN_INDEX = (
   'path',
   'sources',
@@ -33,7 +34,8 @@ _NOT_IN_INDEX = (
   'any_norm',
   'images',
 )
-# Keys of config.dedup that change no mark: the vectors are inputs, the audit is a product of its own.
+# Keys of config.dedup that change no mark: the vectors are inputs, the audit is a product of its
+# own.
 _NOT_IN_MARKS = ('embedder', 'audit_rows')
 # Keys that the page shows. What the runs were made with is in their own fingerprints.
 _ON_PAGE = (
@@ -93,7 +95,8 @@ class Graph:
     """Returns the products of all stages."""
     return [product for stage in STAGES for product in self.of(stage)]
 
-  # ------------------------------------------------------------------------------------------------ ingest
+  # ------------------------------------------------------------------------------------------------
+  # ingest
 
   @_remembered
   def shards(self, dataset: str) -> list[Shard]:
@@ -108,7 +111,9 @@ class Graph:
 
   @_remembered
   def planted_tars(self) -> list[Product]:
-    """The tars of planted copies, one for each shard of the benchmark that is copied; none where nothing is planted."""
+    """The tars of planted copies, one for each shard of the benchmark that is copied; none where
+    nothing is planted.
+    """
     name = self.config.planted.benchmark
     if not name:
       return []
@@ -198,14 +203,17 @@ class Graph:
       for product in (*self.dataset(name), self.summary(name))
     ]
 
-  # ------------------------------------------------------------------------------------------------ embedder, embed
+  # ------------------------------------------------------------------------------------------------
+  # embedder, embed
 
   def embedder_block(self, embedder: str = '') -> ConfigDict:
     """The block of an embedder."""
     return self.config.embedders[embedder] if embedder else self.config.embedder
 
   def vector_shards(self, dataset: str) -> dict[int, Shard]:
-    """Number -> shard of those shards of a dataset that are vectors; none where it has images only."""
+    """Number -> shard of those shards of a dataset that are vectors; none where it has images
+    only.
+    """
     if blocks.has_own_images(self.config, dataset) and blocks.VECTORS not in {
       part.format for part in blocks.parts(self.config, dataset)
     }:
@@ -216,10 +224,11 @@ class Graph:
 
   @_remembered
   def embedder(self, embedder: str = '') -> Product:
-    """The embedder, frozen once it is made: samples that are added to the pool later do not make it another one.
+    """The embedder, frozen once it is made: samples that are added to the pool later do not make it
+    another one.
 
-    So it depends on the datasets' blocks and not on their files; embedder.json says what it was made from. Weights
-    count by their content, not by their path.
+    So it depends on the datasets' blocks and not on their files; embedder.json says what it was
+    made from. Weights count by their content, not by their path.
     """
     block, name = self.embedder_block(embedder), _home(embedder) + 'embedder/embedder'
     where = f'embedders.{embedder}' if embedder else 'embedder'
@@ -253,7 +262,10 @@ class Graph:
 
   @_remembered
   def embeddings(self, dataset: str, embedder: str = '') -> list[Product]:
-    """The embeddings of a dataset, one product a shard. Vectors from files are the same with any embedder."""
+    """The embeddings of a dataset, one product a shard.
+
+    Vectors from files are the same with any embedder.
+    """
     vectors, folder = self.vector_shards(dataset), f'{_home(embedder)}embeddings/{dataset}'
     return [
       Product(
@@ -275,7 +287,8 @@ class Graph:
       for product in self.embeddings(dataset, embedder)
     ]
 
-  # ------------------------------------------------------------------------------------------------ dedup
+  # ------------------------------------------------------------------------------------------------
+  # dedup
 
   @_remembered
   def marks(self) -> Product:
@@ -296,7 +309,8 @@ class Graph:
   def _dedup(self) -> list[Product]:
     return [self.marks()] if self.config.dedup.enabled else []
 
-  # ------------------------------------------------------------------------------------------------ search
+  # ------------------------------------------------------------------------------------------------
+  # search
 
   @_remembered
   def search_shards(self, target: str, embedder: str = '') -> list[Product]:
@@ -361,7 +375,9 @@ class Graph:
 
   @_remembered
   def pairs(self, benchmark: str, k: int) -> list[Product]:
-    """The pairs of queries and pool rows that are nearer than the k-th anchor row, one product a pool shard."""
+    """The pairs of queries and pool rows that are nearer than the k-th anchor row, one product a
+    pool shard.
+    """
     searched = zip(self.search_shards(benchmark), self.embeddings(POOL), strict=True)
     return [
       Product(
@@ -427,7 +443,8 @@ class Graph:
       products.append(self.sizes())
     return products
 
-  # ------------------------------------------------------------------------------------------------ prune
+  # ------------------------------------------------------------------------------------------------
+  # prune
 
   @_remembered
   def rows(self, split: str, seed: int) -> Product:
@@ -467,8 +484,8 @@ class Graph:
       self.rows(other, blocks.seed_of(config, split, other, seed))
       for other in blocks.read_splits(config, split)
     ]
-    # Thresholds are of the anchor's and the benchmark's embeddings alone, as the shards are: longer lists of
-    # neighbours leave the rows as they are.
+    # Thresholds are of the anchor's and the benchmark's embeddings alone, as the shards are: longer
+    # lists of neighbours leave the rows as they are.
     thresholds = tuple(self.queries(name) for name in block.benchmarks)
     return Product(
       rows_name(config, split, seed),
@@ -507,7 +524,9 @@ class Graph:
     )
 
   def export(self, split: str, seed: int, kind: str) -> Product:
-    """What a split is written as for other programs: a list of keys, or copies of its samples (and their sizes)."""
+    """What a split is written as for other programs: a list of keys, or copies of its samples (and
+    their sizes).
+    """
     config = self.config
     place = f'splits/{split}/export' + (f'/seed{seed}' if blocks.is_drawn(config, split) else '')
     rows = self.rows(split, seed)
@@ -552,7 +571,8 @@ class Graph:
       ),
     ]
 
-  # ------------------------------------------------------------------------------------------------ train, evaluate
+  # ------------------------------------------------------------------------------------------------
+  # train, evaluate
 
   @_remembered
   def run(self, split: str, seed: int) -> Product:
@@ -610,7 +630,10 @@ class Graph:
     ]
 
   def _report(self) -> list[Product]:
-    """The page. It reads whatever is finished, so it is made again when a product is new or has changed."""
+    """The page.
+
+    It reads whatever is finished, so it is made again when a product is new or has changed.
+    """
     config = self.config
     keys = blocks.pick(config, [*_ON_PAGE, *blocks.recipe(config)]) | {
       'datasets': list(blocks.datasets(config))
@@ -633,7 +656,9 @@ def rows_name(config: ConfigDict, split: str, seed: int) -> str:
 
 
 def weights_content(path: str) -> dict[str, str]:
-  """Returns the sha256 of a file of weights, of its further shards and of what is read beside it."""
+  """Returns the sha256 of a file of weights, of its further shards and of what is read beside
+  it.
+  """
   path = os.path.abspath(os.path.expanduser(path))
   parts = {WEIGHTS: path}
   if path.endswith('.index.json'):

@@ -1,4 +1,7 @@
-"""The source files of a dataset as shards: what is listed before anything is read. Pure in the block and the files."""
+"""The source files of a dataset as shards: what is listed before anything is read.
+
+Pure in the block and the files.
+"""
 
 from collections.abc import Mapping, Sequence
 import dataclasses
@@ -18,7 +21,9 @@ _BLOCK = 1 << 22  # bytes of a source file that are hashed at once
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-  """The part of a dataset that one index file describes: a tar, or up to 65,536 images of a folder."""
+  """The part of a dataset that one index file describes: a tar, or up to 65,536 images of a
+  folder.
+  """
 
   number: int
   block: ConfigDict  # of the one source that it comes from (never a 'concat')
@@ -69,7 +74,8 @@ class Shard:
     }
 
   def stamps(self, check_content: bool) -> dict[str, str]:
-    """Returns what the shard reads: name relative to its pattern, never a path of this machine -> stamp.
+    """Returns what the shard reads: name relative to its pattern, never a path of this machine ->
+    stamp.
 
     A file counts by size and time, or with check_content by its sha256.
     """
@@ -92,8 +98,9 @@ class Shard:
 def list_shards(block: ConfigDict, planted_tars: Sequence[str] = ()) -> list[Shard]:
   """Returns the shards of a dataset, in order. Raises InputError where a path matches nothing.
 
-  planted_tars: the files of the dataset of planted copies. What is drawn here counts by its product, so that its tars
-  are listed, relative to the work directory, whether they are there already or not.
+  planted_tars: the files of the dataset of planted copies. What is drawn here counts by its
+  product, so that its tars are listed, relative to the work directory, whether they are there
+  already or not.
   """
   shards: list[Shard] = []
   for prefix, part in blocks.flatten(block):
@@ -127,7 +134,9 @@ def list_shards(block: ConfigDict, planted_tars: Sequence[str] = ()) -> list[Sha
 
 
 def _labels(block: ConfigDict) -> labels.Labels | None:
-  """Returns what gives the labels of a folder's images; None where a key of the samples, or nothing, does."""
+  """Returns what gives the labels of a folder's images; None where a key of the samples, or
+  nothing, does.
+  """
   if block.format != 'folder' or block.label_key:
     return None
   return labels.labels(
@@ -138,7 +147,9 @@ def _labels(block: ConfigDict) -> labels.Labels | None:
 def _labels_hash(
   block: ConfigDict, known: labels.Labels, part: tuple[storage.SourceFile, ...]
 ) -> str:
-  """Returns a hash of what the labels of these images depend on: a file's content, or their folders' labels."""
+  """Returns a hash of what the labels of these images depend on: a file's content, or their
+  folders' labels.
+  """
   if block.labels_file:
     return files.sha256(os.path.expanduser(block.labels_file))
   inside = folder.images_folder(listing.root('folder', block.path))

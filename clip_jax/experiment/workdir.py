@@ -1,7 +1,8 @@
-"""What stages read of a work directory: the only place, beside the graph's names, that spells its paths.
+"""What stages read of a work directory: the only place, beside the graph's names, that spells its
+paths.
 
-Functions open what is there; `is_*` tell whether it is, for the report, which reads what is finished. Everything that
-an embedder makes is that of the experiment's own embedder.
+Functions open what is there; `is_*` tell whether it is, for the report, which reads what is
+finished. Everything that an embedder makes is that of the experiment's own embedder.
 """
 
 from collections.abc import Iterator, Sequence
@@ -27,7 +28,9 @@ LOCATIONS = 'files.json'  # in an index: where source files are on this machine;
 
 @dataclasses.dataclass(frozen=True)
 class QueryResult:
-  """queries.npz: what the search found for each query of a benchmark; NaN and -1 for those not searched."""
+  """queries.npz: what the search found for each query of a benchmark; NaN and -1 for those not
+  searched.
+  """
 
   anchor_similarity: Array  # [Q] float32: t_i, to the nearest anchor image; NaN without an anchor
   anchor_nearest: Array  # [Q] int64: that image's index in the anchor
@@ -44,7 +47,9 @@ class QueryResult:
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-  """search/sizes.npz: how many candidates are over each threshold, of each benchmark and, last, of all together."""
+  """search/sizes.npz: how many candidates are over each threshold, of each benchmark and, last, of
+  all together.
+  """
 
   edges: Array  # [M] float64: the thresholds
   similarity_over: Array  # [G + 1, M] int64
@@ -72,13 +77,16 @@ def source(x: Experiment, dataset: str) -> reader.Source:
   """Opens a dataset that was ingested: a Grain random access source of its samples."""
   if not is_ingested(x, dataset):
     raise InputError(
-      f'{dataset} was not ingested yet in {x.workdir}: run without --stages, or add `ingest` to them.'
+      f'{dataset} was not ingested yet in {x.workdir}: run without --stages, or add `ingest` to '
+      'them.'
     )
   return x.once(f'source {dataset}', lambda: reader.Source(index_folder(x, dataset)))
 
 
 def base_source(x: Experiment, planted: bool = False) -> views.Concatenation:
-  """Opens the base set: the pool's rows, the anchor's, and with `planted` those of the planted copies."""
+  """Opens the base set: the pool's rows, the anchor's, and with `planted` those of the planted
+  copies.
+  """
   return views.Concatenation([source(x, name) for name in _base_names(x, planted)])
 
 
@@ -98,7 +106,9 @@ def class_names(x: Experiment, dataset: str) -> tuple[str, ...]:
 
 
 def vector_dims(x: Experiment, dataset: str) -> dict[int, int]:
-  """Returns shard -> E of those shards of an indexed dataset that are vectors, but for empty ones."""
+  """Returns shard -> E of those shards of an indexed dataset that are vectors, but for empty
+  ones.
+  """
   dims = {
     shard: products.counts(x.workdir, x.graph.index_shards(dataset)[shard].name).get('dim', 0)
     for shard in x.graph.vector_shards(dataset)
@@ -156,7 +166,9 @@ def has_candidates(x: Experiment) -> bool:
 
 
 def candidates(x: Experiment) -> Array:  # [N] bool
-  """Returns which pool rows may be in a split: usable, kept by de-duplication, and not an anchor row too."""
+  """Returns which pool rows may be in a split: usable, kept by de-duplication, and not an anchor
+  row too.
+  """
   mask = embeddings(x, POOL).usable & ~in_anchor(x)
   return mask & np.load(keep_path(x)) if x.config.dedup.enabled else mask
 
@@ -276,7 +288,9 @@ def split_json(x: Experiment, split: str) -> dict:
 
 
 def split_queries(x: Experiment, split: str, benchmark: str) -> dict[str, Array] | None:
-  """Returns how many rows that an aligned split removed are near each query (-1: not searched), None before that."""
+  """Returns how many rows that an aligned split removed are near each query (-1: not searched),
+  None before that.
+  """
   path = split_path(x, split, f'queries-{benchmark}.npz')
   return files.read_npz(path) if os.path.exists(path) else None
 
@@ -296,7 +310,9 @@ def result_path(x: Experiment, split: str, seed: int, benchmark: str, ending: st
 def result(
   x: Experiment, split: str, seed: int, benchmark: str
 ) -> tuple[dict, dict[str, Array]] | None:
-  """Returns the scores of a run on a benchmark, and its answer for every image; None before it is evaluated."""
+  """Returns the scores of a run on a benchmark, and its answer for every image; None before it is
+  evaluated.
+  """
   scores, arrays = (result_path(x, split, seed, benchmark, ending) for ending in ('.json', '.npz'))
   is_evaluated = os.path.exists(scores) and os.path.exists(arrays)
   return (files.read_json(scores), files.read_npz(arrays)) if is_evaluated else None
@@ -319,7 +335,9 @@ def versions(x: Experiment) -> dict:
 
 
 def times(x: Experiment) -> dict:
-  """Returns the command of the last start, and the seconds of each stage in all starts; {} before a stage ends."""
+  """Returns the command of the last start, and the seconds of each stage in all starts; {} before a
+  stage ends.
+  """
   return read_json(x, 'times.json')
 
 

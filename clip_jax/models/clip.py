@@ -60,7 +60,7 @@ class Functions:
   encode_text: Callable[[dict, Any], Array]  # params, text -> [B, E]
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def functions(
   config: zoo.CLIPConfig, dtype: str = 'float32', patch_dropout: float = 0.0, remat: str = 'none'
 ) -> Functions:

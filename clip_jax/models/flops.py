@@ -1,7 +1,7 @@
 """The work and the size of a model, from its numbers alone: computes nothing.
 
-FLOPs count the multiplications and additions of the matrix products, which are nearly all of the work: two
-for each weight and each place where it is used, and the attention's own.
+FLOPs count the multiplications and additions of the matrix products, which are nearly all of the
+work: two for each weight and each place where it is used, and the attention's own.
 """
 
 import math
@@ -37,7 +37,9 @@ def image_flops(config: zoo.CLIPConfig) -> float:
 def _transformer_flops(
   config: zoo.CLIPConfig, prefix: str, tower: zoo.ViTConfig | zoo.TextConfig, tokens: int
 ) -> float:
-  """Blocks, patches and the attention pool's keys are made for every token, what is beside them once."""
+  """Blocks, patches and the attention pool's keys are made for every token, what is beside them
+  once.
+  """
   flops = 4.0 * tower.layers * tokens**2 * tower.width
   for name, size in _matrices(config, prefix).items():
     flops += (
@@ -47,7 +49,9 @@ def _transformer_flops(
 
 
 def _resnet_flops(config: zoo.CLIPConfig) -> float:
-  """A weight of a convolution is used once a place: half the side in the stem, a quarter in layer1, ..."""
+  """A weight of a convolution is used once a place: half the side in the stem, a quarter in layer1,
+  ...
+  """
   halved = re.compile(r'layer[234]\.0\.conv[12]\.')  # before the pooling that halves the side
   flops = 0.0
   for name, size in _matrices(config, 'visual.').items():

@@ -179,7 +179,9 @@ def checked(config: zoo.CLIPConfig) -> zoo.CLIPConfig:
 
 
 def _demands(config: zoo.CLIPConfig) -> Iterator[tuple[str, Any, bool, str]]:
-  """Yields (name, value, whether it is good, what it must be); later ones take earlier ones as given."""
+  """Yields (name, value, whether it is good, what it must be); later ones take earlier ones as
+  given.
+  """
   whole = lambda value: type(value) is int and value > 0
   vision, text = config.vision, config.text
   resnet = isinstance(vision, zoo.ResNetConfig)

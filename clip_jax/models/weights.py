@@ -144,7 +144,7 @@ def _sharded(path: str) -> Iterator[tuple[str, np.ndarray]]:
 def _safetensors(path: str) -> Iterator[tuple[str, np.ndarray]]:
   try:
     with safetensors.safe_open(path, 'numpy') as file:
-      for name in file.keys():
+      for name in file.keys():  # noqa: SIM118 (no mapping)
         yield name, file.get_tensor(name)
   except (safetensors.SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
     raise InputError(

@@ -119,7 +119,9 @@ def going_first(
   benchmarks: Sequence[str],
   count: int,
 ) -> Array:
-  """Returns the `count` candidates that a rule removes first, [n] bool; decided exactly at the cut."""
+  """Returns the `count` candidates that a rule removes first, [n] bool; decided exactly at the
+  cut.
+  """
   about, rows = RULES[rule], np.flatnonzero(columns.candidates)
   if about.column == 'excess':  # near, with the excess in place of the similarity
     columns = dataclasses.replace(

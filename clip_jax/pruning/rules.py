@@ -159,7 +159,8 @@ def _gap_aligned_words(of: Mapping[str, Any]) -> str:
     cut = f', {100 * of["dose"]:g} % of the number that slack 0 removes, largest excess first'
   elif of['quantile']:
     cut = f', by more than the {100 * of["quantile"]:g} % quantile of the excess'
-  return f'without what is nearer to a query of {_listed(of["benchmarks"])} than any anchor image is{cut}'
+  queries = f'a query of {_listed(of["benchmarks"])}'
+  return f'without what is nearer to {queries} than any anchor image is{cut}'
 
 
 def _domain_words(of: Mapping[str, Any]) -> str:
@@ -239,17 +240,19 @@ KEYS = {
   ),  # whose queries count (gap_aligned, near, far); several: their union, their max
   'size': Key(0.0),  # near, far, random: rows kept; <= 1 a share of the candidates, > 1 a count
   'size_of': Key(''),  # near, far, random: as many as that split keeps
-  # matched: the split whose removed rows are imitated (aligned, near, far, a domain removal, a join, listed)
+  # matched: the split whose removed rows are imitated (aligned, near, far, a domain removal, a
+  # join, listed)
   'to': Key(''),
   'slack': Key(
     0.0, within(-2, 2)
   ),  # gap_aligned: drop only what is more than this over the anchor's similarity
-  # gap_aligned: the slack is this quantile of the candidates' excess (0.9: a tenth of them goes, or a little
-  # less); 0: not given
+  # gap_aligned: the slack is this quantile of the candidates' excess (0.9: a tenth of them goes, or
+  # a little less); 0: not given
   'quantile': Key(0.0, within(0, 1)),
   # gap_aligned: drops so many times what slack 0 does, the largest excess first; 0: not given
   'dose': Key(0.0, within(0, 1000)),
-  # k_aligned: the j-th nearest pool row is no nearer than the j-th nearest anchor row, for every j up to k
+  # k_aligned: the j-th nearest pool row is no nearer than the j-th nearest anchor row, for every j
+  # up to k
   'k': Key(1, positive),
   'reference': Key(
     ''

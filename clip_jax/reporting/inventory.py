@@ -40,7 +40,8 @@ def dedup_blocks(
         f'{tables.number(dedup["usable"])} usable pool rows '
         f'({tables.share(dedup["duplicates"] / max(dedup["usable"], 1))}) as near-duplicates of '
         f'another row: similarity{other} over {1 - dedup["threshold"]:.4g} inside one of '
-        f'{progress.counted(dedup["clusters"], "cluster")}. They are in no split; the rest are the candidates. '
+        f'{progress.counted(dedup["clusters"], "cluster")}. They are in no split; the rest are the '
+        'candidates. '
         f'{SURVIVORS[dedup["survivor"]]}'
       )
     )
@@ -104,7 +105,8 @@ def _audit(audit: Mapping[str, Any]) -> list:
             'dedup_recall',
             drawn,
             (
-              'A pair is found when both rows lie in one cluster; more clusters are faster and overlook '
+              'A pair is found when both rows lie in one cluster; more clusters are faster and '
+              'overlook '
               'more. Bars are 95 % intervals.'
             ),
           ),

@@ -272,7 +272,8 @@ def _cut_table(cut: Array, lines: Rows, candidates: int) -> Table:
     'near': 'near-pruned: removes what is over',
     'far': 'far-pruned: removes what is not over',
   }
-  cuts = {}  # near keeps what is not over the cut, far what is: the first, the last cut that keep enough
+  # near keeps what is not over the cut, far what is: the first, the last cut that keep enough
+  cuts = {}
   for line in lines:
     over = line['over'] / max(candidates, 1)
     cuts[line['name'], 'near'] = [float(cut[1 - over >= s].min(initial=1.0)) for s in SHARES]

@@ -1,7 +1,8 @@
 """How every figure looks, and a matplotlib drawing -> SVG text for light and for dark ground.
 
 Backgrounds are transparent, ink is `currentColor`, colours are mid-tones. Equal input gives equal
-bytes. Matplotlib is imported inside functions: the studies' tables of products import this room at every start.
+bytes. Matplotlib is imported inside functions: the studies' tables of products import this room at
+every start.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,9 +16,9 @@ import numpy as np
 WIDTH = 360.0  # units; the page shows one unit as one CSS pixel
 INK = '#010203'  # replaced by currentColor in the finished SVG
 
-# (colour, marker) of splits' rules, in the order in which a caller names them; more than these begin
-# again. The colours are after Okabe and Ito: told apart by colour-blind readers, dark enough for white
-# paper, light enough for a dark screen.
+# (colour, marker) of splits' rules, in the order in which a caller names them; more than these
+# begin again. The colours are after Okabe and Ito: told apart by colour-blind readers, dark enough
+# for white paper, light enough for a dark screen.
 PALETTE = (
   (INK, 'o'),
   ('#8c8c8c', 's'),

@@ -36,7 +36,10 @@ def pair_dots(
   x: Array,  # [n, E] float16
   row: Array,  # [m] int
 ) -> np.ndarray:
-  """The exact similarity of m pairs, float64 [m]. Dense sets of pairs go through a matrix product."""
+  """The exact similarity of m pairs, float64 [m].
+
+  Dense sets of pairs go through a matrix product.
+  """
   queries, query_index = np.unique(query, return_inverse=True)
   rows, row_index = np.unique(row, return_inverse=True)
   q, x = q[queries].astype(np.float64), x[rows].astype(np.float64)

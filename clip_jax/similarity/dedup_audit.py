@@ -64,8 +64,8 @@ def measure(
   """Compares the sampled rows with all usable rows; the last clustering is the one behind `keep`.
 
   A pair of two sampled rows counts once, so that every pair is as likely to be in the sample. The
-  interval is Wilson's. What was drawn are rows, not pairs, and the pairs of a row are often found or
-  missed together: so it is that of (sum n)^2 / sum n^2 observations, n being each row's pairs.
+  interval is Wilson's. What was drawn are rows, not pairs, and the pairs of a row are often found
+  or missed together: so it is that of (sum n)^2 / sum n^2 observations, n being each row's pairs.
   """
   tile_rows, query_block = tiles.sizes(tile_rows, query_block)
   centers = [kmeans.Centers(each) for each in clusterings]

@@ -42,8 +42,8 @@ def dropped(
 
   Chains: since rows that are dropped drop others, duplicate_of may name a row that is itself
   dropped. Following it leads, always to an earlier row, to one that is kept, which need not be
-  similar to the first. A chain can so lose a row that no kept row is similar to (dedup_audit.py counts
-  them).
+  similar to the first. A chain can so lose a row that no kept row is similar to (dedup_audit.py
+  counts them).
 
   Similarity is divided by both norms, since float16 vectors are up to 1e-3 off unit length. float32
   finds the candidates, and float64 decides; beside the order of the rows, memory is one

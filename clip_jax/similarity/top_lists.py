@@ -1,8 +1,8 @@
 """The k nearest rows of each query, kept while the rows of a shard go by in order.
 
-Arrays in, arrays out; no files. A list holds one uint64 a row: the similarity in the upper half, and
-in the lower one the position counted from the end. A greater number is a nearer row, or an equally
-near earlier one, so that a plain partition keeps the right ones.
+Arrays in, arrays out; no files. A list holds one uint64 a row: the similarity in the upper half,
+and in the lower one the position counted from the end. A greater number is a nearer row, or an
+equally near earlier one, so that a plain partition keeps the right ones.
 """
 
 import jax

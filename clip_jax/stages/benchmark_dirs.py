@@ -1,4 +1,5 @@
-"""config.benchmark_dirs: more benchmarks, named on the command line, where no keys can be added to a config.
+"""config.benchmark_dirs: more benchmarks, named on the command line, where no keys can be added to
+a config.
 
 'name=DIR,other=DIR' makes config.benchmarks.name and config.benchmarks.other, each like
 config.benchmark_template; what lies in DIR says the format, where the template does not.
@@ -24,9 +25,11 @@ FORMATS = (
 
 
 def resolve(config: ConfigDict) -> ConfigDict:
-  """Returns a config with the benchmarks of config.benchmark_dirs; the same one where there are none.
+  """Returns a config with the benchmarks of config.benchmark_dirs; the same one where there are
+  none.
 
-  Raises ConfigError for a part without '=', a name that is there already, a DIR in which nothing is known.
+  Raises ConfigError for a part without '=', a name that is there already, a DIR in which nothing is
+  known.
   """
   if not config.benchmark_dirs.strip():
     return config
@@ -50,7 +53,9 @@ def resolve(config: ConfigDict) -> ConfigDict:
 
 
 def flag(config: ConfigDict, dataset: str, key: str) -> str:
-  """Returns the flag that sets a key of a dataset; a benchmark of benchmark_dirs has it from the template."""
+  """Returns the flag that sets a key of a dataset; a benchmark of benchmark_dirs has it from the
+  template.
+  """
   if any(part.partition('=')[0].strip() == dataset for part in _parts(config.benchmark_dirs)):
     return f'--config.benchmark_template.{key}'
   group = next(
@@ -60,7 +65,9 @@ def flag(config: ConfigDict, dataset: str, key: str) -> str:
 
 
 def _parts(text: str) -> list[str]:
-  """Returns the parts between commas; a comma that no 'name=' follows belongs to a path, as in '{a,b}/*.npy'."""
+  """Returns the parts between commas; a comma that no 'name=' follows belongs to a path, as in
+  '{a,b}/*.npy'.
+  """
   parts = re.split(r',(?=\s*[A-Za-z0-9_-]+\s*=)', text.rstrip(' ,') or text)
   return [part for part in parts if part.strip(' ,')] or [text]
 
@@ -68,7 +75,8 @@ def _parts(text: str) -> list[str]:
 def format_of(name: str, path: str, headerless: bool = False) -> str:
   """Returns the format of a benchmark by what lies at a path: vectors, tars, or images in folders.
 
-  headerless: files of an unknown ending are vectors, too. Raises ConfigError where nothing is known there.
+  headerless: files of an unknown ending are vectors, too. Raises ConfigError where nothing is known
+  there.
   """
   ending, is_folder = os.path.splitext(path.partition('?')[0])[1].lower(), True
   if not storage.is_remote(path) and not os.path.isdir(path):
@@ -92,7 +100,8 @@ def format_of(name: str, path: str, headerless: bool = False) -> str:
     return 'embeddings'
   if not format_:
     raise ConfigError(
-      f'config.benchmark_dirs: {name}={path!r} holds no .npy, .npz, .parquet, .tar or .array_record '
+      f'config.benchmark_dirs: {name}={path!r} holds no .npy, .npz, .parquet, .tar or '
+      '.array_record '
       'file, and no folder of images. Correct the path, or say what it is in '
       '--config.benchmark_template.format.'
     )

@@ -1,4 +1,6 @@
-"""Checks a config before any work: every name, number and reference, with the nearest valid one in the message."""
+"""Checks a config before any work: every name, number and reference, with the nearest valid one in
+the message.
+"""
 
 from collections.abc import Mapping, Sequence
 import os
@@ -16,7 +18,8 @@ from clip_jax.models import weights, zoo
 from clip_jax.stages import benchmark_dirs, check_keys, check_splits, models
 
 LISTS_OF_POOL = ('datacomp', 'clip_ood')  # exports that name the pool's samples only
-# Keys that only a dataset of format 'embeddings' reads, and those that it does not: vectors come with no image.
+# Keys that only a dataset of format 'embeddings' reads, and those that it does not: vectors come
+# with no image.
 VECTOR_KEYS = ('metadata', 'vector_key', 'vector_dim', 'any_norm', 'images')
 NOT_VECTOR_KEYS = (
   'image_key',
@@ -134,7 +137,8 @@ def _reference(config: ConfigDict, name: str) -> None:
   check_keys.valid_name('references', name)
   if name in blocks.RESERVED or name in config.benchmarks:
     raise ConfigError(
-      f'{where}: this name is taken{" by a benchmark" if name in config.benchmarks else ""}; choose '
+      f'{where}: this name is taken{" by a benchmark" if name in config.benchmarks else ""}; '
+      'choose '
       'another.'
     )
   if config.search.backend != 'exact':
@@ -148,7 +152,8 @@ def _reference(config: ConfigDict, name: str) -> None:
   check_keys.block(where, block, defaults.REFERENCE)
   if len(block.classes) < 2 or len(set(block.classes)) < len(block.classes):
     raise ConfigError(
-      f'{where}.classes={block.classes} must be two or more different names: the nearest prompt says '
+      f'{where}.classes={block.classes} must be two or more different names: the nearest prompt '
+      'says '
       'which one a row is.'
     )
   if config.embedder.source not in ('train', 'weights'):
@@ -179,13 +184,16 @@ def _planted(config: ConfigDict) -> None:
   check_keys.one_of(f'{where}.benchmark', block.benchmark, config.benchmarks)
   if config.embedder.source == 'files':
     raise ConfigError(
-      f'{where}.benchmark={block.benchmark!r}: copies are made of images and embedded, and here are '
+      f'{where}.benchmark={block.benchmark!r}: copies are made of images and embedded, and here '
+      'are '
       "vectors only. Set it to ''."
     )
 
 
 def _vectors(config: ConfigDict) -> None:
-  """Vectors from files fit the embedders that need no image of them, and exports that copy no image."""
+  """Vectors from files fit the embedders that need no image of them, and exports that copy no
+  image.
+  """
   given = [name for name in blocks.datasets(config) if not blocks.has_own_images(config, name)]
   source = config.embedder.source
   if source == 'files':
@@ -194,7 +202,8 @@ def _vectors(config: ConfigDict) -> None:
         part.format for _, part in blocks.flatten(dataset) if part.format != blocks.VECTORS
       ]:
         raise ConfigError(
-          f'config.embedder.source=files takes the vectors of every dataset from files, and {name} is '
+          f'config.embedder.source=files takes the vectors of every dataset from files, and {name} '
+          'is '
           f'of format {other[0]!r}. Give its vectors (format=embeddings), or the weights that made '
           'the others: --config.embedder.source=weights.'
         )
@@ -239,7 +248,8 @@ def stages(config: ConfigDict, names: Sequence[str]) -> None:
     for name in datasets if stage in names else ():
       if not blocks.has_own_images(config, name):
         raise ConfigError(
-          f"{name} has no images (format embeddings), which the stage {stage} needs for the config's "
+          f'{name} has no images (format embeddings), which the stage {stage} needs for the '
+          "config's "
           'splits. Leave it out: --stages=ingest,embedder,embed,dedup,search,prune,report.'
         )
 
@@ -249,7 +259,8 @@ def _embedders(config: ConfigDict) -> None:
   for name, block in config.embedders.items():
     if block.source == 'files':
       raise ConfigError(
-        f'config.embedders.{name}.source=files: the vectors on disk are those of config.embedder. To '
+        f'config.embedders.{name}.source=files: the vectors on disk are those of config.embedder. '
+        'To '
         'compare them with other vectors, use two work directories.'
       )
   p = config.prune
@@ -264,13 +275,16 @@ def _embedders(config: ConfigDict) -> None:
       for dataset in blocks.datasets(config):
         if not blocks.has_own_images(config, dataset):
           raise ConfigError(
-            f'config.{key}={name!r}: {dataset} is vectors (format embeddings), and a further embedder '
+            f'config.{key}={name!r}: {dataset} is vectors (format embeddings), and a further '
+            'embedder '
             'needs images. Leave it out, or give images.'
           )
   if config.dedup.embedder and config.benchmarks and not p.duplicate_similarity:
     raise ConfigError(
-      f'config.dedup.threshold={config.dedup.threshold} is for similarities of config.dedup.embedder='
-      f'{config.dedup.embedder!r}, not for those that the search finds. Say from which one of these '
+      f'config.dedup.threshold={config.dedup.threshold} is for similarities of '
+      'config.dedup.embedder='
+      f'{config.dedup.embedder!r}, not for those that the search finds. Say from which one of '
+      'these '
       'two images count as duplicates, for example --config.prune.duplicate_similarity=0.95.'
     )
   if len(set(p.sensitivity)) != len(p.sensitivity):
@@ -288,7 +302,8 @@ def _dedup(config: ConfigDict) -> None:
     return
   if 0 < d.sample_rows < d.clusters:
     raise ConfigError(
-      f'config.dedup.sample_rows={d.sample_rows} must be at least config.dedup.clusters={d.clusters}: '
+      f'config.dedup.sample_rows={d.sample_rows} must be at least '
+      f'config.dedup.clusters={d.clusters}: '
       'every cluster needs a row to start from.'
     )
   block, where = config.embedder, 'config.embedder'
@@ -302,13 +317,15 @@ def _dedup(config: ConfigDict) -> None:
     )
   if d.survivor == 'largest' and config.pool.format == 'embeddings':
     raise ConfigError(
-      "config.dedup.survivor='largest' needs the images' sizes, and config.pool is vectors only. Use "
+      "config.dedup.survivor='largest' needs the images' sizes, and config.pool is vectors only. "
+      'Use '
       "'first' or 'longest'."
     )
 
 
 def embedder_weights(x: Experiment) -> None:
-  """The embedders' weights, where they have any: a file of a kind that is read, and which model it holds.
+  """The embedders' weights, where they have any: a file of a kind that is read, and which model it
+  holds.
 
   Not a part of `check`: the evaluate command takes a config's benchmarks and needs no embedder.
   """

@@ -1,4 +1,6 @@
-"""What every check of a config shares: known keys, known names, with the nearest valid one in the message."""
+"""What every check of a config shares: known keys, known names, with the nearest valid one in the
+message.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
 import re
@@ -13,7 +15,9 @@ NAME = re.compile(r'[A-Za-z0-9][A-Za-z0-9_-]*')
 
 
 def block(where: str, got: ConfigDict, keys: Mapping[str, Key]) -> None:
-  """Every key of a block must be declared in defaults.py, of its type, and have a value that it takes."""
+  """Every key of a block must be declared in defaults.py, of its type, and have a value that it
+  takes.
+  """
   if not isinstance(got, ConfigDict):
     raise ConfigError(f'{where} must be a block made by defaults.py, got {got!r}.')
   if lost := [key for key in keys if key not in got]:

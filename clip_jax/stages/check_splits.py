@@ -1,4 +1,6 @@
-"""Checks the block of a split: the keys that its rule reads, and the splits that it is made from."""
+"""Checks the block of a split: the keys that its rule reads, and the splits that it is made
+from.
+"""
 
 import math
 import os
@@ -151,7 +153,9 @@ def _others(config: ConfigDict, name: str) -> None:
 
 
 def _circle(config: ConfigDict, name: str) -> list[str]:
-  """Returns a way from a split back to itself, along what each is made from; [] where there is none."""
+  """Returns a way from a split back to itself, along what each is made from; [] where there is
+  none.
+  """
   came, todo = {}, [name]  # split -> who is made from it
   while todo:
     split = todo.pop()

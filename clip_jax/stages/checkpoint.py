@@ -1,7 +1,7 @@
 """The evaluate command: one checkpoint, or every new one of a run, on the benchmarks of a config.
 
-In: a checkpoint, or a file of weights; the benchmarks' source files. Out: a table on the terminal and, where asked
-for, <output>/<benchmark>.json and .npz as the stage evaluate writes them.
+In: a checkpoint, or a file of weights; the benchmarks' source files. Out: a table on the terminal
+and, where asked for, <output>/<benchmark>.json and .npz as the stage evaluate writes them.
 """
 
 from collections.abc import Callable
@@ -50,7 +50,8 @@ def run(
       )
     if not blocks.has_own_images(config, name):
       raise ConfigError(
-        f'{name} has no images (format embeddings), so no model can be evaluated on it. Leave it out '
+        f'{name} has no images (format embeddings), so no model can be evaluated on it. Leave it '
+        'out '
         'with --benchmarks.'
       )
   loaded = (
@@ -92,7 +93,8 @@ def _ingest(x: Experiment, name: str) -> None:
 def _load_while_there(
   folder: str, model: str, is_newest: Callable[[], bool]
 ) -> models.Model | None:
-  """Returns the model of a step; None, with a warning, where it cannot be read and a newer one is there.
+  """Returns the model of a step; None, with a warning, where it cannot be read and a newer one is
+  there.
 
   Training removes old ones (train.keep_checkpoints), maybe while they are read.
   """

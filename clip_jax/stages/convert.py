@@ -1,8 +1,8 @@
 """The convert command: a checkpoint or a file of weights, written as another library reads it.
 
 In: what the evaluate command opens. Out: `open_clip`: FILE.safetensors and open_clip_config.json;
-`huggingface`: FILE.safetensors, config.json and preprocessor_config.json; `orbax`: a folder with one
-step, which evaluate opens as a checkpoint of ours.
+`huggingface`: FILE.safetensors, config.json and preprocessor_config.json; `orbax`: a folder with
+one step, which evaluate opens as a checkpoint of ours.
 """
 
 import os
@@ -67,7 +67,8 @@ def _check_space(output: str, params: dict) -> None:
   )
   if free is not None and free < needed:
     raise InputError(
-      f'{output} takes {needed / 1e6:,.1f} MB, and only {free / 1e6:,.1f} MB are free there. Free some '
+      f'{output} takes {needed / 1e6:,.1f} MB, and only {free / 1e6:,.1f} MB are free there. Free '
+      'some '
       'space, or give --output another disk.'
     )
 
@@ -105,8 +106,10 @@ def _huggingface(found: models.Weights, output: str) -> None:
   )
   logging.info(
     'Written: %s, %s and %s. In Python%s:\n  transformers.%s.from_pretrained(%r)\n'
-    "CLIPProcessor there needs the tokenizer's files too; without them it makes up other tokens and does "
-    'not say so:\n  transformers.AutoTokenizer.from_pretrained(%r, model_max_length=%d).save_pretrained(%r)',
+    "CLIPProcessor there needs the tokenizer's files too; without them it makes up other tokens and "
+    'does '
+    'not say so:\n  transformers.AutoTokenizer.from_pretrained(%r, '
+    'model_max_length=%d).save_pretrained(%r)',
     output,
     models.HUGGING_FACE,
     models.PREPROCESSOR,

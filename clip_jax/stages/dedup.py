@@ -1,10 +1,13 @@
-"""Stage dedup: marks near-duplicates inside the pool (SemDeDup-like: k-means, then pairs inside clusters).
+"""Stage dedup: marks near-duplicates inside the pool (SemDeDup-like: k-means, then pairs inside
+clusters).
 
-In: the pool's embeddings, of the similarity's embedder or of config.dedup.embedder. Out: WORKDIR/dedup/keep.npy
-bool [N], duplicate_of.npy int64 [N], -1 where kept, centers.npy float32 [K, E], and with a survivor other than 'first'
-priority.npy float64 [N]. Rows are only marked; nothing is renumbered. Samples that are anchor rows too take no part.
+In: the pool's embeddings, of the similarity's embedder or of config.dedup.embedder. Out:
+WORKDIR/dedup/keep.npy bool [N], duplicate_of.npy int64 [N], -1 where kept, centers.npy float32 [K,
+E], and with a survivor other than 'first' priority.npy float64 [N]. Rows are only marked; nothing
+is renumbered. Samples that are anchor rows too take no part.
 
-A killed run goes on in the k-means (kmeans-state.npz, after an iteration) and in what follows (parts-*/).
+A killed run goes on in the k-means (kmeans-state.npz, after an iteration) and in what follows
+(parts-*/).
 """
 
 from collections.abc import Iterator
@@ -97,7 +100,8 @@ def _log(x: Experiment, counts: dict) -> None:
   embedder = f' to {d.embedder}' if d.embedder else ''
   stays = f'; of duplicates {SURVIVORS[d.survivor]} stays' if d.survivor != 'first' else ''
   logging.info(
-    'dedup: %s of %s usable pool rows are near-duplicates (%.1f %%): similarity%s over %.4g inside one '
+    'dedup: %s of %s usable pool rows are near-duplicates (%.1f %%): similarity%s over %.4g inside '
+    'one '
     'of %s (the largest: %s), k-means of %s%s.',
     f'{counts["duplicates"]:,}',
     f'{counts["usable"]:,}',
@@ -131,7 +135,8 @@ def _cluster(x: Experiment, pool, usable: Array, product: Product) -> kmeans.KMe
   sample = np.zeros(len(usable), bool)
   sample[draw(np.flatnonzero(usable), d.sample_rows, (d.seed, 1))] = True
   logging.info(
-    'dedup: k-means of a sample of %s of %s usable rows (config.dedup.sample_rows), then one pass that '
+    'dedup: k-means of a sample of %s of %s usable rows (config.dedup.sample_rows), then one pass '
+    'that '
     'assigns all.',
     f'{d.sample_rows:,}',
     f'{n:,}',
@@ -149,7 +154,9 @@ def _cluster(x: Experiment, pool, usable: Array, product: Product) -> kmeans.KMe
 def _fit(
   x: Experiment, pool, rows: Array, clusters: int, product: Product
 ) -> kmeans.KMeans:  # rows [N] bool
-  """K-means whose state is saved after an iteration, and after the last: a killed run goes on from there."""
+  """K-means whose state is saved after an iteration, and after the last: a killed run goes on from
+  there.
+  """
   d, path = x.config.dedup, x.path(STATE)
   state, unsaved, saved_at, took = None, None, -math.inf, 0.0
   if os.path.exists(path):
@@ -220,7 +227,10 @@ class _Pairs:
     return _Parts(self._x, self._product, name)
 
   def __call__(self, name: str, usable: Array, priority: Array | None) -> tuple[Array, Array]:
-    """Returns the rows [m] that are dropped, and of which row each is a duplicate [m]. `name` tells passes apart."""
+    """Returns the rows [m] that are dropped, and of which row each is a duplicate [m].
+
+    `name` tells passes apart.
+    """
     parts = self.parts(f'pairs-{name}')
     saved = list(parts)
     done, total = (
@@ -262,7 +272,9 @@ class _Pairs:
 
 
 def _priority(x: Experiment, pool, usable: Array, pairs: _Pairs) -> tuple[Array, Array]:
-  """Returns what stays first, [N] float64, and the rows among which anything can be dropped, [N] bool."""
+  """Returns what stays first, [N] float64, and the rows among which anything can be dropped, [N]
+  bool.
+  """
   source, survivor = workdir.source(x, POOL), x.config.dedup.survivor
   if survivor == 'best':
     return _similarities(x, pool, usable, source, pairs)
@@ -275,16 +287,19 @@ def _priority(x: Experiment, pool, usable: Array, pairs: _Pairs) -> tuple[Array,
     priority, what = source.caption_lengths.astype(np.float64), 'caption'
   if not (priority[usable] > 0).any():
     raise InputError(
-      f'config.dedup.survivor={survivor!r}: no usable row of the pool has a {what} in the index. Use '
+      f'config.dedup.survivor={survivor!r}: no usable row of the pool has a {what} in the index. '
+      'Use '
       '--config.dedup.survivor=first.'
     )
   return np.nan_to_num(priority), usable
 
 
 def _similarities(x: Experiment, pool, usable: Array, source, pairs: _Pairs) -> tuple[Array, Array]:
-  """Image-text similarity [N] of the rows that have a duplicate, -inf elsewhere, and which those are [N].
+  """Image-text similarity [N] of the rows that have a duplicate, -inf elsewhere, and which those
+  are [N].
 
-  A row has one if it is dropped in pool order (one is earlier) or in the reverse order (one is later).
+  A row has one if it is dropped in pool order (one is earlier) or in the reverse order (one is
+  later).
   """
   among = np.zeros(len(usable), bool)
   for name, order in (('forward', None), ('backward', np.arange(len(usable)))):
@@ -315,7 +330,9 @@ def _similarities(x: Experiment, pool, usable: Array, source, pairs: _Pairs) -> 
 
 
 class _Parts:
-  """Numbered files of one pass, each written once; they are of one fingerprint, and go when all is done."""
+  """Numbered files of one pass, each written once; they are of one fingerprint, and go when all is
+  done.
+  """
 
   def __init__(self, x: Experiment, product: Product, name: str):
     self._folder, self._name, self._next = x.path(PARTS + product.fingerprint[:16]), name, 0

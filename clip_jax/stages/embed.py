@@ -1,7 +1,8 @@
-"""Stage embed: the embedding of every image of every dataset; vectors that others made are normalised, not computed.
+"""Stage embed: the embedding of every image of every dataset; vectors that others made are
+normalised, not computed.
 
-In: ingested datasets, the embedder, files of vectors. Out: WORKDIR/embeddings/<dataset>/00000.npy float16 [n, E],
-normalised in float32 before the cast, and usable-00000.npy bool [n].
+In: ingested datasets, the embedder, files of vectors. Out: WORKDIR/embeddings/<dataset>/00000.npy
+float16 [n, E], normalised in float32 before the cast, and usable-00000.npy bool [n].
 """
 
 import os
@@ -65,7 +66,9 @@ def _files_of(product: Product) -> list[str]:
 
 
 def _check_dims(x: Experiment) -> None:
-  """Raises InputError where the datasets' vectors, or those of the weights, are not of one length E."""
+  """Raises InputError where the datasets' vectors, or those of the weights, are not of one length
+  E.
+  """
   dims = {}
   for dataset, block in blocks.datasets(x.config).items():
     for dim in workdir.vector_dims(x, dataset).values():  # of one dataset they are alike
@@ -109,7 +112,8 @@ def _write_unit(shard: Shard, path: str, rows: Array, out: str, bar, flag: str) 
       if settings.any_norm:
         raise InputError(f'{where}have no direction. Remove them, or put the right file there.')
       raise InputError(
-        f'{where}are not of length {vectors_lib.LEAST_NORM} to {vectors_lib.MOST_NORM}, as embeddings '
+        f'{where}are not of length {vectors_lib.LEAST_NORM} to {vectors_lib.MOST_NORM}, as '
+        'embeddings '
         f'of images are. Is this the right file? {flag} takes vectors of any length, never NaN or '
         'zeros.'
       )
@@ -163,7 +167,8 @@ def embed_rows(
 ):
   """Embeds rows start..stop of a source. Returns ([n, E] float16, usable [n] bool).
 
-  of: (dataset, shard). Raises InputError where the embedder gives a NaN, which no later stage may see.
+  of: (dataset, shard). Raises InputError where the embedder gives a NaN, which no later stage may
+  see.
   """
   vectors_, usable = [], []
   size, train = x.embedder_block.batch_size, x.config.train

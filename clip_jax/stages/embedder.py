@@ -1,7 +1,8 @@
 """Stage embedder: makes the frozen model whose image embeddings define similarity.
 
-In: the ingested pool and anchor, or a file of weights, which stays where it is. Out: WORKDIR/embedder/embedder.json
-(what it is, sha256 of its weights), and embedder.npz ('pca', 'hog') or checkpoints/ ('train').
+In: the ingested pool and anchor, or a file of weights, which stays where it is. Out:
+WORKDIR/embedder/embedder.json (what it is, sha256 of its weights), and embedder.npz ('pca', 'hog')
+or checkpoints/ ('train').
 """
 
 import os
@@ -52,7 +53,8 @@ def _fit(x: Experiment, product: Product):
   )  # [n, S, S, 3]
   if len(images) < 2:
     raise InputError(
-      f'The embedder {block.source!r} needs at least 2 readable images to fit, and of {len(rows)} drawn '
+      f'The embedder {block.source!r} needs at least 2 readable images to fit, and of {len(rows)} '
+      'drawn '
       f'from the pool and the anchor only {len(images)} can be read.'
     )
   path = x.path(product.name + '.npz')

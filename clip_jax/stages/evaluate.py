@@ -1,7 +1,7 @@
 """Stage evaluate: zero-shot classification of every benchmark by every trained model.
 
-In: checkpoints, ingested benchmarks. Out: WORKDIR/evaluate/<split>/seed<k>/<benchmark>.json (scores) and
-<benchmark>.npz (label, prediction, top5 and correct of every image, in index order).
+In: checkpoints, ingested benchmarks. Out: WORKDIR/evaluate/<split>/seed<k>/<benchmark>.json
+(scores) and <benchmark>.npz (label, prediction, top5 and correct of every image, in index order).
 """
 
 import math
@@ -93,7 +93,9 @@ def score(x: Experiment, benchmark: str, model: models.Model) -> tuple[dict, dic
 
 
 def read_images(x: Experiment, benchmark: str, model: models.Model) -> tuple[Array, Array]:
-  """Returns a benchmark's preprocessed images uint8 [n, S, S, 3] and which could be read, bool [n]."""
+  """Returns a benchmark's preprocessed images uint8 [n, S, S, 3] and which could be read, bool
+  [n].
+  """
   source, train = workdir.source(x, benchmark), x.config.train
   parts = [
     (images, ok)
@@ -111,12 +113,16 @@ def read_images(x: Experiment, benchmark: str, model: models.Model) -> tuple[Arr
 
 
 def number(value: float) -> float | None:
-  """Returns a number for JSON: null where it cannot be told (no image of a class, all images in one group)."""
+  """Returns a number for JSON: null where it cannot be told (no image of a class, all images in one
+  group).
+  """
   return None if math.isnan(value) else float(value)
 
 
 def encode(model: models.Model, pixels: Array, batch_size: int) -> Array:
-  """Returns the image embeddings [n, E]; the last batch is padded, so that one shape is compiled."""
+  """Returns the image embeddings [n, E]; the last batch is padded, so that one shape is
+  compiled.
+  """
   parts = []
   for start in range(0, len(pixels), batch_size):
     batch = pixels[start : start + batch_size]

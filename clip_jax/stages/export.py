@@ -1,9 +1,11 @@
-"""What stage prune writes beside the rows of a split, for other programs; and the lists of others read as rows.
+"""What stage prune writes beside the rows of a split, for other programs; and the lists of others
+read as rows.
 
-In: splits/<split>/rows*.npy, the indexes, for copies the source files. Out, in WORKDIR/splits/<split>/export/
-(export/seed<k>/ where each seed has its own rows): uids.npy, clip_ood.npy, keys.parquet, webdataset/*.tar and
-array_record/*.array_record, each of these two with sizes.json. Lists of uids and of numbers hold the pool's rows;
-the others the anchor's, too, and planted copies, which a list of the pool's keys could not name.
+In: splits/<split>/rows*.npy, the indexes, for copies the source files. Out, in
+WORKDIR/splits/<split>/export/ (export/seed<k>/ where each seed has its own rows): uids.npy,
+clip_ood.npy, keys.parquet, webdataset/*.tar and array_record/*.array_record, each of these two with
+sizes.json. Lists of uids and of numbers hold the pool's rows; the others the anchor's, too, and
+planted copies, which a list of the pool's keys could not name.
 """
 
 from collections.abc import Iterator, Mapping
@@ -29,7 +31,9 @@ BYTES_BESIDE_IMAGE = 6000  # of a sample in a tar, about: captions, json, header
 
 
 def listed_rows(x: Experiment, split: str) -> tuple[Array, dict]:
-  """Returns the pool rows that a split's file names, sorted, with repeats; and what is known of it."""
+  """Returns the pool rows that a split's file names, sorted, with repeats; and what is known of
+  it.
+  """
   path = os.path.expanduser(x.config.splits[split].file)
   column = x.config.prune.export_key or 'key'
   listed = exports.find(exports.read(path, x.config.prune.export_key), pool_keys(x, column))
@@ -37,7 +41,8 @@ def listed_rows(x: Experiment, split: str) -> tuple[Array, dict]:
   example = ', '.join(map(repr, listed.not_in_pool))
   if not len(listed.rows):
     raise InputError(
-      f'None of the {report["listed"]:,} keys in {path} is in the pool, for example {example}. They '
+      f'None of the {report["listed"]:,} keys in {path} is in the pool, for example {example}. '
+      'They '
       f'were looked up in the column {column!r}: name another in config.prune.export_key.'
     )
   if report['not_in_pool']:
@@ -81,7 +86,9 @@ def _own_rows(x: Experiment, split: str, seed: int) -> dict[str, Array]:
 
 
 def _by_shard(x: Experiment, dataset: str, rows: Array) -> Iterator[tuple[int, int, int, Array]]:
-  """Yields (shard, its first row, its number of rows, those of `rows` that are in it, counted from its first)."""
+  """Yields (shard, its first row, its number of rows, those of `rows` that are in it, counted from
+  its first).
+  """
   if not len(rows):
     return
   starts = workdir.source(x, dataset).starts
@@ -134,7 +141,8 @@ def _checked(x: Experiment, path: str, temporary, column: str, rows: Array) -> d
   several = listed.report['several_rows']
   if listed.report['not_in_pool'] or not several and not np.array_equal(listed.rows, rows):
     raise InputError(
-      f'{path} does not name the rows of the split when read back. The disk fails, or the index was '
+      f'{path} does not name the rows of the split when read back. The disk fails, or the index '
+      'was '
       'changed meanwhile: run again.'
     )
   if several:
@@ -147,7 +155,9 @@ def _checked(x: Experiment, path: str, temporary, column: str, rows: Array) -> d
 
 
 def _keys(x: Experiment, path: str, rows: Mapping[str, Array]) -> dict:
-  """Writes keys.parquet: dataset, key, row of that dataset, and where the image is: file, offset, length."""
+  """Writes keys.parquet: dataset, key, row of that dataset, and where the image is: file, offset,
+  length.
+  """
   schema = pa.schema(
     [
       ('dataset', pa.string()),
@@ -213,9 +223,9 @@ def _key_tables(x: Experiment, rows: Mapping[str, Array], schema) -> Iterator:
 def write_copies(x: Experiment, todo: list[Product]) -> Made:
   """Copies a split's samples, one product a file, and writes their sizes when all are there.
 
-  Copies that do not fit are made again: nothing is lost that is not in the source files, and who trains on the
-  folder must not find images of another split there. A file counts by the rows that it holds, so only what changed is
-  written again.
+  Copies that do not fit are made again: nothing is lost that is not in the source files, and who
+  trains on the folder must not find images of another split there. A file counts by the rows that
+  it holds, so only what changed is written again.
   """
   (whole,) = todo
   split, seed, kind = whole.of
@@ -267,14 +277,17 @@ def _log_copies(folder: str, total: dict, number: int) -> None:
     )
   if total['refused']:
     logging.warning(
-      'export: %s samples are left out, as unpacking them could write outside a folder; the sidecars '
+      'export: %s samples are left out, as unpacking them could write outside a folder; the '
+      'sidecars '
       'list them.',
       f'{total["refused"]:,}',
     )
 
 
 def _parts(x: Experiment, place: str, kind: str, own_rows: Mapping[str, Array]) -> list[Product]:
-  """Returns the product of each file of copies; `of`: the dataset's index folder and the rows that the file holds."""
+  """Returns the product of each file of copies; `of`: the dataset's index folder and the rows that
+  the file holds.
+  """
   parts = []
   for dataset, every in own_rows.items():
     index = x.graph.index_shards(dataset) if len(every) else []

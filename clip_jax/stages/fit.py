@@ -1,7 +1,7 @@
 """Trains one CLIP on a source of samples: a run of the stage train, or the embedder 'train'.
 
-In: a source, the config's model and recipe. Out, in a folder of the work directory: checkpoints/, metrics.jsonl and
-config.json (written first: what the run was begun with).
+In: a source, the config's model and recipe. Out, in a folder of the work directory: checkpoints/,
+metrics.jsonl and config.json (written first: what the run was begun with).
 """
 
 import os
@@ -23,11 +23,12 @@ PACKING_SAVES = 0.15  # of a step's FLOPs, at least, for captions to be packed
 
 
 def fit(x: Experiment, folder: str, data, base, *, seed: int, samples: int, product: Product):
-  """Trains one model on a source of samples. Returns the loop's TrainResult and the images replaced.
+  """Trains one model on a source of samples. Returns the loop's TrainResult and the images
+  replaced.
 
-  base: the source whose captions decide how captions are packed, the same for all runs.
-  A run that was killed goes on from its last checkpoint. One that was begun with another config is an InputError that
-  names the keys. Ctrl-C and SIGTERM end it after the step, state saved.
+  base: the source whose captions decide how captions are packed, the same for all runs. A run that
+  was killed goes on from its last checkpoint. One that was begun with another config is an
+  InputError that names the keys. Ctrl-C and SIGTERM end it after the step, state saved.
   """
   t, p = x.config.train, x.config.preprocess
   path = x.path(folder)
@@ -103,9 +104,10 @@ def fit(x: Experiment, folder: str, data, base, *, seed: int, samples: int, prod
 def _caption_groups(x: Experiment, base, architecture, folder: str) -> int:
   """Returns in how many groups a batch's captions are packed, one a device; 0: one caption a row.
 
-  'auto' packs one batch's worth of the base set's captions and looks how many tokens are left: the same for all
-  splits, which then share their compiled code, and for a run which goes on. Where little is saved, what packing costs
-  (attention in full rows, a last block that is not pooled, more shapes to compile) was measured to eat it.
+  'auto' packs one batch's worth of the base set's captions and looks how many tokens are left: the
+  same for all splits, which then share their compiled code, and for a run which goes on. Where
+  little is saved, what packing costs (attention in full rows, a last block that is not pooled, more
+  shapes to compile) was measured to eat it.
   """
   t = x.config.train
   devices = sharding.mesh(t.fsdp).size
@@ -127,7 +129,8 @@ def _caption_groups(x: Experiment, base, architecture, folder: str) -> int:
   if t.pack_captions == 'auto' and saved < PACKING_SAVES:
     return 0
   logging.info(
-    '%s: captions are packed, %.0f %% of the tokens of one caption a row; %.0f %% of the FLOPs are saved.',
+    '%s: captions are packed, %.0f %% of the tokens of one caption a row; %.0f %% of the FLOPs are '
+    'saved.',
     folder,
     100 * share,
     100 * saved,
@@ -136,7 +139,9 @@ def _caption_groups(x: Experiment, base, architecture, folder: str) -> int:
 
 
 def _begin(path: str, product: Product, folder: str) -> None:
-  """Writes down what a run is begun with; refuses to go on with one that was begun with something else."""
+  """Writes down what a run is begun with; refuses to go on with one that was begun with something
+  else.
+  """
   began = os.path.join(path, 'config.json')
   now = {
     'fingerprint': product.fingerprint,
@@ -156,6 +161,7 @@ def _begin(path: str, product: Product, folder: str) -> None:
     ]
     raise InputError(
       f'{folder} was begun with another config and is not finished: {"; ".join(why[:6])}. Run '
-      f'with --redo={products.redo_of([product.name])} to begin it again, or with the old config to go '
+      f'with --redo={products.redo_of([product.name])} to begin it again, or with the old config '
+      'to go '
       'on.'
     )

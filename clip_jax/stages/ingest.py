@@ -1,8 +1,10 @@
-"""Stage ingest: finds every sample of every dataset and writes down where it lies. No image is decoded.
+"""Stage ingest: finds every sample of every dataset and writes down where it lies. No image is
+decoded.
 
-In: the source files (of format 'embeddings': vectors and what lies beside them). Out: WORKDIR/ingest/<dataset>/ with
-index-*.parquet, skipped-*.json, table.npy, captions.bin; summary.json, what the dataset holds, and broken.csv, all
-that is broken in it. What is drawn (the demo, planted copies) is drawn first, into tars.
+In: the source files (of format 'embeddings': vectors and what lies beside them). Out:
+WORKDIR/ingest/<dataset>/ with index-*.parquet, skipped-*.json, table.npy, captions.bin;
+summary.json, what the dataset holds, and broken.csv, all that is broken in it. What is drawn (the
+demo, planted copies) is drawn first, into tars.
 """
 
 from collections.abc import Iterator
@@ -154,7 +156,9 @@ def _left_out(x: Experiment, dataset: str) -> int:
 
 
 def _empty(x: Experiment, dataset: str, counts: dict) -> InputError:
-  """Returns the error of a dataset in which no sample is left, and lists all that cannot be used."""
+  """Returns the error of a dataset in which no sample is left, and lists all that cannot be
+  used.
+  """
   folder = workdir.index_folder(x, dataset)
   summary.write_broken(folder, [shard.name for shard in x.graph.shards(dataset)])
   why = []
@@ -199,7 +203,9 @@ def summarize(x: Experiment, todo: list[Product]) -> Made:
 
 
 def refresh_locations(x: Experiment) -> None:
-  """Writes anew where the source files are, where the same files lie in another folder than at ingest."""
+  """Writes anew where the source files are, where the same files lie in another folder than at
+  ingest.
+  """
   for dataset in blocks.datasets(x.config):
     path = os.path.join(workdir.index_folder(x, dataset), workdir.LOCATIONS)
     if os.path.exists(path):
@@ -216,13 +222,16 @@ def _check_dims(x: Experiment, dataset: str) -> None:
     if dim != dims[first]:
       paths = [x.graph.shards(dataset)[number].files[0].path for number in (shard, first)]
       raise InputError(
-        f'{dataset}: {paths[0]} has vectors of {dim} numbers, and {paths[1]} of {dims[first]}: they are '
+        f'{dataset}: {paths[0]} has vectors of {dim} numbers, and {paths[1]} of {dims[first]}: '
+        'they are '
         'not of one embedder. Correct the path of the dataset.'
       )
 
 
 def draw_planted(x: Experiment, todo: list[Product]) -> Made:
-  """Draws the copies of a benchmark's images that are planted, one tar for each shard of the benchmark."""
+  """Draws the copies of a benchmark's images that are planted, one tar for each shard of the
+  benchmark.
+  """
   block, name = x.config.planted, x.config.planted.benchmark
   source, classes = workdir.source(x, name), workdir.class_names(x, name)
   keys, groups, labels = source.column('key'), source.column('group'), source.labels
@@ -259,7 +268,8 @@ def draw_planted(x: Experiment, todo: list[Product]) -> Made:
       counts['samples'] for counts in tars.values()
     ):
       raise InputError(
-        f'config.planted.benchmark={name!r}: none of the {len(unreadable)} drawn images can be read, '
+        f'config.planted.benchmark={name!r}: none of the {len(unreadable)} drawn images can be '
+        'read, '
         'so that there is nothing to plant.'
       )
     yield todo[number], [todo[number].name + '.tar'], counts
@@ -283,7 +293,8 @@ def _check_captions(name: str, classes: tuple[str, ...], labels: Array) -> None:
   if bad:
     raise InputError(
       f'config.planted.benchmark={name!r}: {bad} of {len(labels)} drawn images have no label among '
-      f'its {len(classes)} classes, so that their copies cannot be captioned. Check its label_key and '
+      f'its {len(classes)} classes, so that their copies cannot be captioned. Check its label_key '
+      'and '
       'classes, or plant another benchmark.'
     )
 

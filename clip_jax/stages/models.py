@@ -1,9 +1,10 @@
-"""Joins a CLIP's parameters, tokenizer and preprocessing: what stages need of a model, as two functions.
+"""Joins a CLIP's parameters, tokenizer and preprocessing: what stages need of a model, as two
+functions.
 
-In: a checkpoint that clip_jax trained, or a file of weights (open_clip's, OpenAI's, Hugging Face's),
-whose architecture and preprocessing are named or lie beside it in open_clip_config.json, config.json
-and preprocessor_config.json. What imports JAX is imported inside functions: the check of a config, at every start,
-needs architectures only.
+In: a checkpoint that clip_jax trained, or a file of weights (open_clip's, OpenAI's, Hugging
+Face's), whose architecture and preprocessing are named or lie beside it in open_clip_config.json,
+config.json and preprocessor_config.json. What imports JAX is imported inside functions: the check
+of a config, at every start, needs architectures only.
 """
 
 from collections.abc import Callable, Sequence
@@ -65,7 +66,9 @@ class Weights:
 
 
 def architecture(config: ConfigDict):
-  """Returns config.model as a CLIPConfig: a zoo entry by name, or the numbers themselves, as its loss begins."""
+  """Returns config.model as a CLIPConfig: a zoo entry by name, or the numbers themselves, as its
+  loss begins.
+  """
   numbers = _numbers(config)
   if (
     config.train.loss == 'clip'
@@ -123,7 +126,9 @@ def _numbers(config: ConfigDict):
 
 
 def about(config: ConfigDict, split: str, seed: int) -> dict:
-  """Returns what a checkpoint must say of its model, so that it can be evaluated without the config."""
+  """Returns what a checkpoint must say of its model, so that it can be evaluated without the
+  config.
+  """
   return {
     'model': open_clip.config_to_open_clip(architecture(config)),
     'preprocess': blocks.plain(config.preprocess),
@@ -149,7 +154,8 @@ def read(path: str, name: str = '', flag: str = '--model') -> Weights:
   _check_folder(path)
   if name:
     raise ConfigError(
-      f'{flag}={name!r}: a checkpoint that clip_jax trained knows its own architecture; leave {flag} '
+      f'{flag}={name!r}: a checkpoint that clip_jax trained knows its own architecture; leave '
+      f'{flag} '
       'out.'
     )
   return read_checkpoint(path)
@@ -161,7 +167,10 @@ def is_weights(path: str) -> bool:
 
 
 def located(path: str) -> str:
-  """Returns an absolute path. A checkpoint may also lie in a bucket, a file of weights may not (ConfigError)."""
+  """Returns an absolute path.
+
+  A checkpoint may also lie in a bucket, a file of weights may not (ConfigError).
+  """
   if files.is_local(path):
     return os.path.abspath(os.path.expanduser(path))
   if is_weights(path):
@@ -172,7 +181,9 @@ def located(path: str) -> str:
 
 
 def _check_folder(path: str) -> None:
-  """Raises InputError naming the file where a folder of weights is given, as open_clip and transformers take it."""
+  """Raises InputError naming the file where a folder of weights is given, as open_clip and
+  transformers take it.
+  """
   inside = (
     [name for name in sorted(os.listdir(path)) if is_weights(name)] if os.path.isdir(path) else []
   )
@@ -209,8 +220,8 @@ def read_weights(path: str, name: str, flag: str) -> Weights:
 
   Raises:
     InputError: the file is damaged, or holds another model.
-    ConfigError: nothing says which model it holds (the message has the names that fit), or it is one
-      that is not built here.
+    ConfigError: nothing says which model it holds (the message has the names that fit), or it is
+      one that is not built here.
   """
   tensors = weights.read(path)
   theirs = huggingface if huggingface.is_huggingface(tensors) else open_clip
@@ -233,7 +244,8 @@ def read_weights(path: str, name: str, flag: str) -> Weights:
   preprocess, how = _preprocess(path, config)
   mean, std = (', '.join(f'{x:.4g}' for x in preprocess[key]) for key in ('mean', 'std'))
   said = (
-    f'{path}: {said}, {config.image_size} pixels. Preprocessing by {how}: {preprocess["resize"]}, mean {mean}, '
+    f'{path}: {said}, {config.image_size} pixels. Preprocessing by {how}: {preprocess["resize"]}, '
+    f'mean {mean}, '
     f'std {std}.'
   )
   return Weights(
@@ -242,13 +254,17 @@ def read_weights(path: str, name: str, flag: str) -> Weights:
 
 
 def weights_architecture(path: str, name: str, flag: str):
-  """Returns the CLIPConfig of a file of weights; opens the file itself only where nothing else says it."""
+  """Returns the CLIPConfig of a file of weights; opens the file itself only where nothing else says
+  it.
+  """
   config, _ = _architecture(path, name, (OPEN_CLIP, HUGGING_FACE))
   return config or read_weights(path, name, flag).config
 
 
 def _architecture(path: str, name: str, order: Sequence[str]):
-  """Returns the CLIPConfig by name, else by the first of the files `order` that is there, and who said it."""
+  """Returns the CLIPConfig by name, else by the first of the files `order` that is there, and who
+  said it.
+  """
   if name:
     return zoo.get(name), name
   for file in order:
@@ -291,10 +307,12 @@ def _unnamed(path: str, fitting: Sequence[str], flag: str) -> str:
     )
     if any(name.endswith('-quickgelu') for name in fitting):
       fit += (
-        " OpenAI's own weights, and others trained with QuickGELU, need a name with -quickgelu: the shapes "
+        " OpenAI's own weights, and others trained with QuickGELU, need a name with -quickgelu: "
+        'the shapes '
         'cannot tell, the numbers would be wrong.'
       )
-  return f'{path}: neither {OPEN_CLIP} nor {HUGGING_FACE} is beside it to say which model it holds. {fit}'
+  missing = f'neither {OPEN_CLIP} nor {HUGGING_FACE} is beside it'
+  return f'{path}: {missing} to say which model it holds. {fit}'
 
 
 def _preprocess(path: str, config) -> tuple[dict, str]:
@@ -339,7 +357,9 @@ def open_model(weights: Weights) -> Model:
 
 
 def _tokenizer(config, folder: str) -> Callable[[Sequence[str], int], Array]:
-  """Returns (texts, T) -> int32 [n, T]: CLIP's own tokenizer, or the model's, from its files in `folder`."""
+  """Returns (texts, T) -> int32 [n, T]: CLIP's own tokenizer, or the model's, from its files in
+  `folder`.
+  """
   if config.text.tokenizer:
     from clip_jax.data import hf_tokenizer
 
@@ -353,7 +373,8 @@ def _tokenizer(config, folder: str) -> Callable[[Sequence[str], int], Array]:
     if highest >= config.text.vocab_size:  # the tower would look up its last token instead
       whose = f'in {folder!r}' if config.text.tokenizer else 'of CLIP'
       raise InputError(
-        f'The tokenizer {whose} gives token {highest}, and the model knows {config.text.vocab_size}. '
+        f'The tokenizer {whose} gives token {highest}, and the model knows '
+        f'{config.text.vocab_size}. '
         'Put the tokenizer that it was trained with beside it.'
       )
     return tokens
@@ -406,7 +427,8 @@ def _compiled(config, dtype: str, mean: tuple[float, ...], std: tuple[float, ...
   return encode_image, encode_text
 
 
-# ------------------------------------------------------------------------------------------------ embedders
+# ------------------------------------------------------------------------------------------------
+# embedders
 
 
 @dataclasses.dataclass(frozen=True)
@@ -419,7 +441,9 @@ class Embedder:
 
 
 def open_embedder(x: Experiment) -> Embedder:
-  """Opens the embedder of a work directory; one of source 'files' embeds no image, so it is never opened."""
+  """Opens the embedder of a work directory; one of source 'files' embeds no image, so it is never
+  opened.
+  """
   block = x.embedder_block
   if block.source in embedders.EMBEDDERS:
     params = files.read_npz(x.home('embedder', 'embedder.npz'))
@@ -432,7 +456,9 @@ def open_embedder(x: Experiment) -> Embedder:
 
 
 def text_tower(x: Experiment) -> Callable[[Sequence[str]], Array]:
-  """Returns the function texts -> [n, E] float32, unit length, of an embedder that is a CLIP ('train', 'weights')."""
+  """Returns the function texts -> [n, E] float32, unit length, of an embedder that is a CLIP
+  ('train', 'weights').
+  """
   return _embedder_clip(x).encode_text
 
 

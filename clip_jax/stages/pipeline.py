@@ -1,4 +1,6 @@
-"""Walks the graph of products stage by stage: checks first, sets aside what --redo names, makes what is missing."""
+"""Walks the graph of products stage by stage: checks first, sets aside what --redo names, makes
+what is missing.
+"""
 
 from collections.abc import Iterator
 from importlib import metadata
@@ -90,11 +92,13 @@ def _open(config: ConfigDict, folder: str | None) -> Experiment:
   return Experiment(benchmark_dirs.resolve(config), folder)
 
 
-# ------------------------------------------------------------------------------------------------ before any work
+# ------------------------------------------------------------------------------------------------
+# before any work
 
 
 def _check(x: Experiment, names: list[str], redo: str) -> set[str]:
-  """Checks everything that can be known before work begins: source files, products that do not fit, devices.
+  """Checks everything that can be known before work begins: source files, products that do not fit,
+  devices.
 
   Returns the names of the products that --redo sets aside. Nothing is written or removed.
   """
@@ -124,7 +128,9 @@ def _check(x: Experiment, names: list[str], redo: str) -> set[str]:
 
 
 def _wanted(x: Experiment, stage: str) -> list[Product]:
-  """Returns the products that this command makes of a stage: of the runs those of config.train.only, if it is given."""
+  """Returns the products that this command makes of a stage: of the runs those of
+  config.train.only, if it is given.
+  """
   wanted, only = table.products_of(x, stage), x.config.train.only
   return (
     [run_ for run_ in wanted if '{}/seed{}'.format(*run_.of) in only]
@@ -134,7 +140,10 @@ def _wanted(x: Experiment, stage: str) -> list[Product]:
 
 
 def _redo_names(x: Experiment, redo: str) -> set[str]:
-  """Returns the finished products that --redo names, and all that follow from them. Raises ConfigError for none."""
+  """Returns the finished products that --redo names, and all that follow from them.
+
+  Raises ConfigError for none.
+  """
   target, stored = _redo_target(x, redo), products.sidecars(x.workdir)
   named = [name for name in stored if name == target or name.startswith(target + '/')]
   if not named and not os.path.exists(x.path(target)) and not _is_begun(x, redo):
@@ -147,7 +156,9 @@ def _redo_names(x: Experiment, redo: str) -> set[str]:
 
 
 def _redo_target(x: Experiment, redo: str) -> str:
-  """Returns the folder or product that --redo means: STAGE, STAGE:product, STAGE:NAME@product of an embedder."""
+  """Returns the folder or product that --redo means: STAGE, STAGE:product, STAGE:NAME@product of an
+  embedder.
+  """
   stage, _, product = redo.partition(':')
   if stage not in STAGES:
     raise ConfigError(
@@ -164,15 +175,18 @@ def _redo_target(x: Experiment, redo: str) -> str:
 
 
 def _is_begun(x: Experiment, redo: str) -> bool:
-  """Returns whether the same --redo was begun and its command has not ended: perhaps nothing is left to name."""
+  """Returns whether the same --redo was begun and its command has not ended: perhaps nothing is
+  left to name.
+  """
   return workdir.read_json(x, REDO).get('redo') == redo
 
 
 def _set_aside(x: Experiment, redo: str, names: set[str]) -> None:
-  """Moves the products that --redo names, and what follows from them, to WORKDIR/replaced, the last readers first.
+  """Moves the products that --redo names, and what follows from them, to WORKDIR/replaced, the last
+  readers first.
 
-  They are deleted when they are made again. redo.json records that they are moved: after a kill the same command
-  does not move again what it has made.
+  They are deleted when they are made again. redo.json records that they are moved: after a kill the
+  same command does not move again what it has made.
   """
   if _is_begun(x, redo) and workdir.read_json(x, REDO)['removed']:
     logging.info('redo: going on with --redo=%s; what it names was set aside already.', redo)
@@ -215,7 +229,8 @@ def _end_redo(x: Experiment, redo: str) -> None:
     os.unlink(x.path(REDO))
 
 
-# ------------------------------------------------------------------------------------------------ the work
+# ------------------------------------------------------------------------------------------------
+# the work
 
 
 def _begin(x: Experiment, names: list[str]) -> None:
@@ -233,7 +248,8 @@ def _begin(x: Experiment, names: list[str]) -> None:
     name for name in x.config.embedders if name not in blocks.further_embedders(x.config)
   ]:
     logging.info(
-      'config.embedders: nothing uses %s; name it in prune.sensitivity, prune.preview or dedup.embedder.',
+      'config.embedders: nothing uses %s; name it in prune.sensitivity, prune.preview or '
+      'dedup.embedder.',
       ', '.join(unused),
     )
   if names != ['report']:
@@ -290,7 +306,9 @@ def _run_stage(x: Experiment, stage: str, names: list[str]) -> list[Product]:
 
 
 def _check_disk(x: Experiment, stage: str) -> None:
-  """Raises InputError before a stage begins that the disk cannot hold, beside what it has made already."""
+  """Raises InputError before a stage begins that the disk cannot hold, beside what it has made
+  already.
+  """
   needed = sum(plan.stage_plan(view, stage).bytes or 0 for view in plan.views(x, stage))
   present = sum(
     os.path.getsize(os.path.join(folder, file))
@@ -328,7 +346,9 @@ def _log_waiting(x: Experiment, stage: str, wanted: list[Product]) -> None:
 
 
 def _add_time(x: Experiment, stage: str, seconds: float) -> None:
-  """Adds to the seconds that a stage took in all starts together: WORKDIR/times.json, which the page shows."""
+  """Adds to the seconds that a stage took in all starts together: WORKDIR/times.json, which the
+  page shows.
+  """
   times = workdir.read_json(x, 'times.json')
   times['seconds'][stage] = times['seconds'].get(stage, 0.0) + seconds
   files.write_json(x.path('times.json'), times)

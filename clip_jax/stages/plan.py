@@ -1,8 +1,10 @@
-"""--dry_run: what each stage would do: rows, bytes, FLOPs, time, and which products fit. --graph: what is made from what.
+"""--dry_run: what each stage would do: rows, bytes, FLOPs, time, and which products fit. --graph:
+what is made from what.
 
-Writes nothing. FLOPs count multiplications and additions of the matrix products, which are nearly all of the work; a
-training step is three forward passes. Times are FLOPs over a rate: here the matmul rate measured now, elsewhere 40 % of
-the vendor's dense peak; reading and decoding images comes on top.
+Writes nothing. FLOPs count multiplications and additions of the matrix products, which are nearly
+all of the work; a training step is three forward passes. Times are FLOPs over a rate: here the
+matmul rate measured now, elsewhere 40 % of the vendor's dense peak; reading and decoding images
+comes on top.
 """
 
 import collections
@@ -97,7 +99,8 @@ def show(x: Experiment, names: list[str]) -> None:
     )
   free = files.free_bytes(x.workdir)
   logging.info(
-    'Disk: about %s in all%s. Time here at %.0f GFLOP/s (measured now); accelerators at %d %% of their '
+    'Disk: about %s in all%s. Time here at %.0f GFLOP/s (measured now); accelerators at %d %% of '
+    'their '
     'dense peak.',
     _bytes(disk),
     f', {_bytes(free)} free' if free is not None else '',
@@ -107,7 +110,9 @@ def show(x: Experiment, names: list[str]) -> None:
 
 
 def dataset_rows(x: Experiment) -> dict[str, int | None]:
-  """Returns the rows of each dataset that was ingested, or whose files of vectors tell them; None for the others."""
+  """Returns the rows of each dataset that was ingested, or whose files of vectors tell them; None
+  for the others.
+  """
   return {
     name: products.counts(x.workdir, f'ingest/{name}/index').get('rows') or _vector_rows(x, name)
     for name in blocks.datasets(x.config)
@@ -115,7 +120,9 @@ def dataset_rows(x: Experiment) -> dict[str, int | None]:
 
 
 def _heads(x: Experiment, dataset: str) -> list[vectors.Head]:
-  """Returns the header of each file of vectors of a dataset; [] where asking takes long: files are remote."""
+  """Returns the header of each file of vectors of a dataset; [] where asking takes long: files are
+  remote.
+  """
   shards = x.graph.vector_shards(dataset).values()
   if any(is_remote(shard.files[0].path) for shard in shards):
     return []
@@ -126,7 +133,9 @@ def _heads(x: Experiment, dataset: str) -> list[vectors.Head]:
 
 
 def _vector_rows(x: Experiment, dataset: str) -> int | None:
-  """Returns how many vectors a dataset's files hold; None where rows are chosen of them, or some are images."""
+  """Returns how many vectors a dataset's files hold; None where rows are chosen of them, or some
+  are images.
+  """
   if any(
     part.format != blocks.VECTORS or part.where or tuple(part.part) != (0, 1)
     for part in blocks.parts(x.config, dataset)
@@ -310,7 +319,9 @@ def _products(x: Experiment, stage: str) -> str:
 
 
 def print_graph(x: Experiment, names: list[str]) -> None:
-  """Prints the graph of products as Mermaid: shards and seeds as one node, an arrow from what is read to its reader."""
+  """Prints the graph of products as Mermaid: shards and seeds as one node, an arrow from what is
+  read to its reader.
+  """
   log.start()
   short = lambda product: re.sub(r'seed\d+', 'seed*', re.sub(r'\d{5}', '*', product.name))
   ids: dict[str, str] = {}

@@ -1,8 +1,9 @@
 """Stage prune: every split as rows of the base set, from the columns that the search left.
 
-In: search columns, dedup marks, embeddings (for rows that float32 cannot decide). Out: WORKDIR/splits/<split>/rows.npy
-(or rows-seed<k>.npy), split.json, for aligned splits queries-<benchmark>.npz (how many removed rows are near each
-query), and what the split exports (stages/export.py).
+In: search columns, dedup marks, embeddings (for rows that float32 cannot decide). Out:
+WORKDIR/splits/<split>/rows.npy (or rows-seed<k>.npy), split.json, for aligned splits
+queries-<benchmark>.npz (how many removed rows are near each query), and what the split exports
+(stages/export.py).
 """
 
 import dataclasses
@@ -62,7 +63,9 @@ def describe(x: Experiment, todo: list[Product]) -> Made:
 
 
 class Base(PoolColumns):
-  """The base set: the pool's columns, and what is made of them, the splits and their descriptions."""
+  """The base set: the pool's columns, and what is made of them, the splits and their
+  descriptions.
+  """
 
   def __init__(self, x: Experiment, candidates: Array | None = None):
     super().__init__(x, candidates)
@@ -123,7 +126,9 @@ class Base(PoolColumns):
     return np.flatnonzero(dropped)
 
   def rows(self, split: str, kept: rules.Kept) -> Array:
-    """Returns rows of the base set, sorted: what is kept of the pool, then the anchor's, then planted ones."""
+    """Returns rows of the base set, sorted: what is kept of the pool, then the anchor's, then
+    planted ones.
+    """
     planted = np.zeros(0, np.int64)
     if blocks.holds_planted(self.x.config, split):
       planted = np.flatnonzero(workdir.embeddings(self.x, blocks.PLANTED).usable)
@@ -237,14 +242,16 @@ class Base(PoolColumns):
       logging.warning('%s: %s.', split, warning)
     return figures, made
 
-  @functools.lru_cache
+  @functools.lru_cache  # noqa: B019 (both live as long as the stage)
   def _dropped_at(self, benchmarks: tuple[str, ...]) -> dict[str, int]:
     return splits.dropped_at_slack(self.columns, benchmarks)
 
   def _count_over(self, benchmark: str, removed: Array) -> Array:
-    """Returns how many removed rows are over each usable query's threshold, and near it or over, [q, 2] int64.
+    """Returns how many removed rows are over each usable query's threshold, and near it or over,
+    [q, 2] int64.
 
-    Counts of the last split of this benchmark are taken over: only rows that one of the two removes are counted.
+    Counts of the last split of this benchmark are taken over: only rows that one of the two removes
+    are counted.
     """
     queries, thresholds = workdir.thresholds(self.x, benchmark)
     last, counts = self._counted.get(
@@ -274,7 +281,8 @@ class Base(PoolColumns):
     )[usable]
 
   def check(self, late: list[str]) -> dict[str, dict]:
-    """Checks by brute force, on a sample of the queries, that splits have the anchor's similarity gap.
+    """Checks by brute force, on a sample of the queries, that splits have the anchor's similarity
+    gap.
 
     Returns for each aligned one of them what splits.check_aligned returns of it.
     """
@@ -285,7 +293,7 @@ class Base(PoolColumns):
       none = {'checked': 0} | (
         {} if is_exact else {'kind': 'not exact: ScaNN may have missed rows'}
       )
-      return {split: {name: none for name in config.splits[split].benchmarks} for split in aligned}
+      return {split: dict.fromkeys(config.splits[split].benchmarks, none) for split in aligned}
     promises = {split: self._promise(split) for split in aligned}
     wanted = np.zeros(self._size, bool)
     for promise in promises.values():
@@ -336,8 +344,10 @@ def _refuse(split: str, checks: dict[str, dict]) -> None:
   for benchmark, figures in checks.items():
     if figures.get('failures'):
       raise InputError(
-        f'{split} is not aligned to {benchmark}: {figures["failures"]} of {figures["checked"]} checked queries '
-        f'have nearer neighbours than in the anchor, for example {figures["first_failures"][0]}. The search is '
+        f'{split} is not aligned to {benchmark}: {figures["failures"]} of {figures["checked"]} '
+        'checked queries '
+        f'have nearer neighbours than in the anchor, for example {figures["first_failures"][0]}. '
+        'The search is '
         'not of these embeddings: --redo=search.'
       )
 

@@ -1,4 +1,6 @@
-"""What the rules read of a work directory: columns over the pool, the queries, exact similarities near a cut."""
+"""What the rules read of a work directory: columns over the pool, the queries, exact similarities
+near a cut.
+"""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 import dataclasses
@@ -40,9 +42,11 @@ class Lazy(Mapping):
 
 
 class PoolColumns:
-  """The pool's columns as the experiment's embedder sees it, each read when a rule needs it, and once.
+  """The pool's columns as the experiment's embedder sees it, each read when a rule needs it, and
+  once.
 
-  candidates: [N] bool, where they are not those of this embedder: a comparison of embedders has the same for all.
+  candidates: [N] bool, where they are not those of this embedder: a comparison of embedders has the
+  same for all.
   """
 
   def __init__(self, x: Experiment, candidates: Array | None = None):
@@ -71,7 +75,9 @@ class PoolColumns:
 
   @functools.cached_property
   def matched_columns(self) -> rules.Columns:
-    """The columns with those of the matched control; None for captions and sizes that no row has."""
+    """The columns with those of the matched control; None for captions and sizes that no row
+    has.
+    """
     lengths = self.source.caption_lengths
     width, height = (
       np.nan_to_num(self.source.column(name).astype(np.float64)) for name in ('width', 'height')
@@ -94,7 +100,9 @@ class PoolColumns:
 
   @functools.cached_property
   def classes(self):
-    """The class of each pool row by name, 'other' where it has none; None where the pool has no classes."""
+    """The class of each pool row by name, 'other' where it has none; None where the pool has no
+    classes.
+    """
     classes = workdir.class_names(self.x, POOL)
     if not classes:
       return None
@@ -102,9 +110,11 @@ class PoolColumns:
     codes = np.where((labels >= 0) & (labels < len(classes)), labels, len(classes)).astype(np.int32)
     return pa.DictionaryArray.from_arrays(codes, [*classes, 'other'])
 
-  @functools.lru_cache(1)
+  @functools.lru_cache(1)  # noqa: B019 (both live as long as the stage)
   def levels(self, column: str, reference: str) -> tuple[Array, list[str]]:
-    """Returns the level of each pool row, [N], -1 for none, and the levels' names, for domain_removal."""
+    """Returns the level of each pool row, [N], -1 for none, and the levels' names, for
+    domain_removal.
+    """
     if column:
       codes, names = cells.levels(
         pa.array(self.source.column(column), from_pandas=True)
@@ -121,9 +131,11 @@ class PoolColumns:
     return np.where(codes < len(names), codes, -1), names
 
   def pairs(self, benchmark: str, k: int) -> Iterator[columns.Pairs]:
-    """Yields all pairs of a benchmark's queries and pool rows over the k-th anchor row's similarity.
+    """Yields all pairs of a benchmark's queries and pool rows over the k-th anchor row's
+    similarity.
 
-    Those of some queries at a time, about PAIRS_AT_ONCE of them; each shard's file is read once for each part.
+    Those of some queries at a time, about PAIRS_AT_ONCE of them; each shard's file is read once for
+    each part.
     """
     folder = os.path.dirname(workdir.queries_path(self.x, benchmark))
     top = files.read_npz(os.path.join(folder, f'anchor-k{k}.npz'))['similarity']

@@ -1,11 +1,13 @@
-"""Stage search: one exact pass of the pool against the queries of all benchmarks, and what follows from it.
+"""Stage search: one exact pass of the pool against the queries of all benchmarks, and what follows
+from it.
 
-In: embeddings. Out: WORKDIR/search/<benchmark>/pool-*.npz (similarity, nearest, excess for each pool row; the shard's
-own top-k for each query) and queries.npz (anchor_similarity, anchor_nearest, pool_similarity, pool_nearest);
-search/anchor_classes/pool-*.npz: the same against the class means of the anchor; search/<reference>/pool-*.npz:
-against labelled examples or prompts. From these: anchor-k<k>.npz and pairs-k<k>-*.npz (for splits of rule k_aligned),
-paper.json (how many rows the published truncation misses), search/sizes.npz (how many candidates lie over each
-threshold: the size of every split that is not made yet).
+In: embeddings. Out: WORKDIR/search/<benchmark>/pool-*.npz (similarity, nearest, excess for each
+pool row; the shard's own top-k for each query) and queries.npz (anchor_similarity, anchor_nearest,
+pool_similarity, pool_nearest); search/anchor_classes/pool-*.npz: the same against the class means
+of the anchor; search/<reference>/pool-*.npz: against labelled examples or prompts. From these:
+anchor-k<k>.npz and pairs-k<k>-*.npz (for splits of rule k_aligned), paper.json (how many rows the
+published truncation misses), search/sizes.npz (how many candidates lie over each threshold: the
+size of every split that is not made yet).
 """
 
 from collections.abc import Iterator
@@ -37,7 +39,9 @@ SLACKS = (-0.01, 0.01)  # at which the summary tells what would be dropped, besi
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-  """What the pool is compared with: a benchmark's queries, the anchor's class means, examples or prompts."""
+  """What the pool is compared with: a benchmark's queries, the anchor's class means, examples or
+  prompts.
+  """
 
   name: str
   vectors: Array  # [Q, E] float16
@@ -58,7 +62,8 @@ def search_shards(x: Experiment, todo: list[Product]) -> Made:
   pool = workdir.embeddings(x, POOL)
   if not pool.usable.any():
     raise InputError(
-      f'No image of the pool can be read, so nothing can be searched. See {x.path("ingest", "pool")}.'
+      f'No image of the pool can be read, so nothing can be searched. See '
+      f'{x.path("ingest", "pool")}.'
     )
   wanted: dict[int, list[Product]] = {}
   for product in todo:
@@ -139,7 +144,9 @@ def open_target(x: Experiment, name: str) -> Target:
 
 
 def class_means(anchor, labels: Array) -> tuple[Array, Array]:
-  """Returns the normalised mean vectors of the anchor's classes [C', E] float16 and their labels [C'] int32."""
+  """Returns the normalised mean vectors of the anchor's classes [C', E] float16 and their labels
+  [C'] int32.
+  """
   usable = anchor.usable & (labels >= 0)
   classes = np.unique(labels[usable])
   means = []
@@ -170,7 +177,10 @@ def join(targets: list[Target]) -> exact.Queries:
 def search_one(
   x: Experiment, pool, shard: int, targets: list[Target], queries
 ) -> dict[str, dict[str, Array]]:
-  """Searches one pool shard with some targets in one pass. Returns target -> the arrays of its file."""
+  """Searches one pool shard with some targets in one pass.
+
+  Returns target -> the arrays of its file.
+  """
   vectors, usable = pool.shard(shard)
   s = x.config.search
   if s.backend == 'scann':
@@ -305,14 +315,17 @@ def _recall(x: Experiment, target: Target, pool) -> float | None:
 
 
 def anchor_lists(x: Experiment, todo: list[Product]) -> Made:
-  """Finds the exact similarity [Q, k] and the row [Q, k] of each query's k nearest anchor images."""
+  """Finds the exact similarity [Q, k] and the row [Q, k] of each query's k nearest anchor
+  images.
+  """
   (name, k), anchor = todo[0].of, workdir.embeddings(x, ANCHOR)
   if k > anchor.usable.sum():
     split = next(
       s for s, block in x.config.splits.items() if block.rule == 'k_aligned' and block.k == k
     )
     raise InputError(
-      f'config.splits.{split}.k={k}, and the anchor has {int(anchor.usable.sum())} usable images: no '
+      f'config.splits.{split}.k={k}, and the anchor has {int(anchor.usable.sum())} usable images: '
+      'no '
       'query has so many neighbours in it. Choose a smaller k.'
     )
   queries = workdir.embeddings(x, name)
@@ -326,7 +339,9 @@ def anchor_lists(x: Experiment, todo: list[Product]) -> Made:
 
 
 def pairs(x: Experiment, todo: list[Product]) -> Made:
-  """Lists, shard by shard, the pairs of queries and pool rows that are nearer than the k-th anchor row."""
+  """Lists, shard by shard, the pairs of queries and pool rows that are nearer than the k-th anchor
+  row.
+  """
   name, k, _ = todo[0].of
   pool, queries = workdir.embeddings(x, POOL), workdir.embeddings(x, name)
   usable = np.flatnonzero(queries.usable)
@@ -374,7 +389,9 @@ def pairs(x: Experiment, todo: list[Product]) -> Made:
 
 
 def _over(x: Experiment, name: str, rows: Array, excess: Array) -> Array:
-  """Returns which pool rows [m] are over a threshold of a benchmark, exactly, by their column: [m] bool."""
+  """Returns which pool rows [m] are over a threshold of a benchmark, exactly, by their column: [m]
+  bool.
+  """
   pool = workdir.embeddings(x, POOL)
   return size_curves.over_zero(
     excess,
@@ -384,7 +401,10 @@ def _over(x: Experiment, name: str, rows: Array, excess: Array) -> Array:
 
 
 def truncation(x: Experiment, todo: list[Product]) -> Made:
-  """Counts what the published truncation misses. Every usable row of the pool counts, duplicates too."""
+  """Counts what the published truncation misses.
+
+  Every usable row of the pool counts, duplicates too.
+  """
   (product,) = todo
   (name,) = product.of
   pool, top_k = workdir.embeddings(x, POOL), x.config.search.paper_top_k
@@ -420,7 +440,9 @@ def sizes(x: Experiment, todo: list[Product]) -> Made:
 
 
 def _candidate_parts(x: Experiment, names: list[str]):
-  """Yields for each shard the candidates' similarity and excess [G, n], and whether they are over a threshold."""
+  """Yields for each shard the candidates' similarity and excess [G, n], and whether they are over a
+  threshold.
+  """
   candidates, has_anchor = workdir.candidates(x), blocks.has_anchor(x.config)
   for shard, start, stop in workdir.shard_slices(workdir.embeddings(x, POOL).starts):
     rows = np.flatnonzero(candidates[start:stop])
@@ -436,7 +458,8 @@ def _candidate_parts(x: Experiment, names: list[str]):
     yield similarity, excess if has_anchor else None, np.stack(dropped) if has_anchor else None
 
 
-# ------------------------------------------------------------------------------------------------ the summary
+# ------------------------------------------------------------------------------------------------
+# the summary
 
 
 def summarize(x: Experiment, made: list[Product]) -> None:
@@ -448,7 +471,8 @@ def summarize(x: Experiment, made: list[Product]) -> None:
     and config.benchmarks
   ):
     logging.info(
-      'search: what a split would drop is counted once the pool is de-duplicated: run the stage dedup, '
+      'search: what a split would drop is counted once the pool is de-duplicated: run the stage '
+      'dedup, '
       'then this one again (seconds).'
     )
   if all(product.embedder for product in made):
@@ -515,7 +539,9 @@ def _list(items: list[tuple[float, str]], last: bool = False) -> str:
 
 
 def duplicate_rates(x: Experiment, benchmark: str, duplicate: float) -> list[float]:
-  """Returns the share of a benchmark's usable queries with a near-duplicate in the pool, and, if any, the anchor."""
+  """Returns the share of a benchmark's usable queries with a near-duplicate in the pool, and, if
+  any, the anchor.
+  """
   result, usable = workdir.query_result(x, benchmark), workdir.embeddings(x, benchmark).usable
   rates = []
   for dataset in (POOL, ANCHOR) if blocks.has_anchor(x.config) else (POOL,):
@@ -525,7 +551,9 @@ def duplicate_rates(x: Experiment, benchmark: str, duplicate: float) -> list[flo
 
 
 def next_command(config: ConfigDict) -> str:
-  """Returns the user's own command line with the stages that follow; '' where this run goes on to them itself."""
+  """Returns the user's own command line with the stages that follow; '' where this run goes on to
+  them itself.
+  """
   following = ['prune', 'report'] if config.splits else ['report']
   kept, stages, given = [], None, sys.orig_argv[1:]
   while given:

@@ -23,7 +23,10 @@ def everything(x: Experiment) -> list[Product]:
 
 
 def module(stage: str):
-  """Returns the file of a stage. Most import JAX, which takes seconds: only where there is something to make."""
+  """Returns the file of a stage.
+
+  Most import JAX, which takes seconds: only where there is something to make.
+  """
   return importlib.import_module(f'clip_jax.stages.{stage}')
 
 

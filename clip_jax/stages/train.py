@@ -1,7 +1,8 @@
-"""Stage train: one CLIP for every split and seed; nothing differs between them but the data and the seed.
+"""Stage train: one CLIP for every split and seed; nothing differs between them but the data and the
+seed.
 
-In: split rows, ingested pool and anchor. Out: WORKDIR/train/<split>/seed<k>/ with checkpoints/, metrics.jsonl and
-config.json.
+In: split rows, ingested pool and anchor. Out: WORKDIR/train/<split>/seed<k>/ with checkpoints/,
+metrics.jsonl and config.json.
 """
 
 import os
@@ -21,13 +22,16 @@ SLOW_BYTES = 1e9  # of parquet and remote files, from which on the order of read
 
 
 def check(x: Experiment, todo: list[Product], number: int) -> None:
-  """Raises InputError for a split with fewer rows than a batch, before anything is trained; logs how far it is."""
+  """Raises InputError for a split with fewer rows than a batch, before anything is trained; logs
+  how far it is.
+  """
   batch_size = x.config.train.batch_size
   for split, seed in (product.of for product in todo):
     size = len(np.load(workdir.rows_path(x, split, seed), mmap_mode='r'))
     if size < batch_size:
       raise InputError(
-        f'The split {split} has {size} rows, less than one batch ({batch_size}). Keep more rows, or set '
+        f'The split {split} has {size} rows, less than one batch ({batch_size}). Keep more rows, '
+        'or set '
         'a smaller --config.train.batch_size.'
       )
   if len(todo) < number:
@@ -36,7 +40,9 @@ def check(x: Experiment, todo: list[Product], number: int) -> None:
 
 
 def _advise(x: Experiment) -> None:
-  """Logs where the global shuffle reads slowly: a parquet row group is decoded from its start for any one image."""
+  """Logs where the global shuffle reads slowly: a parquet row group is decoded from its start for
+  any one image.
+  """
   slow = sum(
     file.size
     for name in blocks.trained(x.config)
@@ -46,7 +52,8 @@ def _advise(x: Experiment) -> None:
   )
   if x.config.train.order == 'global' and slow > SLOW_BYTES:
     logging.info(
-      'train: %.0f GB are parquet or remote files, where reads at random are slow; if training waits for '
+      'train: %.0f GB are parquet or remote files, where reads at random are slow; if training '
+      'waits for '
       'images, --config.train.order=blocks reads in order, and mixes less.',
       slow / 1e9,
     )
@@ -102,7 +109,8 @@ def train(x: Experiment, todo: list[Product]) -> Made:
 
 
 def _base(x: Experiment):
-  """Returns the base set, and the planted copies after it, with decoded images kept in memory, shared by all runs.
+  """Returns the base set, and the planted copies after it, with decoded images kept in memory,
+  shared by all runs.
 
   Images that are decoded at a smaller size are not kept: which size depends on the crop.
   """

@@ -1,7 +1,9 @@
-"""De-duplication audit (dedup.audit_rows): what comparing rows inside clusters alone misses, on sampled rows.
+"""De-duplication audit (dedup.audit_rows): what comparing rows inside clusters alone misses, on
+sampled rows.
 
-In: the pool's embeddings that de-duplication compares, its marks and centres. Out: WORKDIR/dedup/audit.json: sampled
-rows against all rows, see similarity/dedup_audit.py. The page shows it among the duplicates.
+In: the pool's embeddings that de-duplication compares, its marks and centres. Out:
+WORKDIR/dedup/audit.json: sampled rows against all rows, see similarity/dedup_audit.py. The page
+shows it among the duplicates.
 """
 
 import math
@@ -88,7 +90,8 @@ def audit(x: Experiment, todo: list[Product]) -> Made:
   )
   if result.pairs:
     logging.info(
-      'dedup: audit of %s sampled rows against all: %s of %s pairs of near-duplicates lie inside one '
+      'dedup: audit of %s sampled rows against all: %s of %s pairs of near-duplicates lie inside '
+      'one '
       'cluster, %.1f %% [%.1f, %.1f]; %s of the rows are dropped, %s by exhaustive search.',
       f'{len(sample):,}',
       f'{own.found:,}',
@@ -101,7 +104,8 @@ def audit(x: Experiment, todo: list[Product]) -> Made:
     )
   else:
     logging.info(
-      'dedup: audit of %s sampled rows: none has a near-duplicate in the pool, so recall is not known. '
+      'dedup: audit of %s sampled rows: none has a near-duplicate in the pool, so recall is not '
+      'known. '
       'Set more config.dedup.audit_rows.',
       f'{len(sample):,}',
     )

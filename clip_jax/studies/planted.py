@@ -1,9 +1,11 @@
-"""The positive control: how near planted copies of test images lie to these images, and what training on them changes.
+"""The positive control: how near planted copies of test images lie to these images, and what
+training on them changes.
 
-The stage ingest draws the copies (config.planted); a split of rule 'planted' holds them. In: the embedded copies, the
-search of their benchmark. Out: WORKDIR/search/planted/calibration.json, and the same in embedders/<name>/ of each
-further embedder that is searched, as evaluation/planted.calibration returns it. The page compares each split that
-holds copies with the split that differs by the copies alone.
+The stage ingest draws the copies (config.planted); a split of rule 'planted' holds them. In: the
+embedded copies, the search of their benchmark. Out: WORKDIR/search/planted/calibration.json, and
+the same in embedders/<name>/ of each further embedder that is searched, as
+evaluation/planted.calibration returns it. The page compares each split that holds copies with the
+split that differs by the copies alone.
 """
 
 import os
@@ -30,7 +32,9 @@ _AT_ONCE = 1024  # queries whose neighbours' vectors are in memory
 
 
 def products(graph: Graph) -> dict[str, list[Product]]:
-  """Adds a calibration of the duplicate threshold for each embedder to the stage search, where copies are planted."""
+  """Adds a calibration of the duplicate threshold for each embedder to the stage search, where
+  copies are planted.
+  """
   config, name = graph.config, graph.config.planted.benchmark
   if not name:
     return {}
@@ -57,7 +61,9 @@ def _calibration_name(embedder: str) -> str:
 
 
 def calibrate(x: Experiment, todo: list[Product]) -> Made:
-  """Measures how near copies lie to the images that they are copies of, and how near other images do."""
+  """Measures how near copies lie to the images that they are copies of, and how near other images
+  do.
+  """
   from clip_jax.evaluation import planted as control  # imports SciPy
 
   copies, source = workdir.embeddings(x, PLANTED), workdir.source(x, PLANTED)
@@ -81,7 +87,8 @@ def calibrate(x: Experiment, todo: list[Product]) -> Made:
   yield todo[0], [path], {}
   every = calibration['kinds'][-1]
   logging.info(
-    'planted%s: %s of %s copies are duplicates of their queries (similarity %.4g or more), as are %.1f '
+    'planted%s: %s of %s copies are duplicates of their queries (similarity %.4g or more), as are '
+    '%.1f '
     '%% of the nearest other images; for %.0f %% of the copies it takes %.4g (%.1f %% of others).',
     x.suffix,
     f'{every["found"]:,}',
@@ -95,7 +102,9 @@ def calibrate(x: Experiment, todo: list[Product]) -> Made:
 
 
 def _nearest_in_pool(x: Experiment, vectors: Array, copied: Array) -> Array:  # [m] float64
-  """Returns the cosine similarity of some queries to the nearest pool row that is not the query's own file."""
+  """Returns the cosine similarity of some queries to the nearest pool row that is not the query's
+  own file.
+  """
   pool, name = workdir.embeddings(x, POOL), x.config.planted.benchmark
   rows = workdir.query_result(x, name).pool_nearest[copied]  # [m, k]
   is_query = workdir.source(x, POOL).same_samples(workdir.source(x, name))  # [N]
@@ -110,7 +119,8 @@ def _nearest_in_pool(x: Experiment, vectors: Array, copied: Array) -> Array:  # 
   return nearest
 
 
-# ------------------------------------------------------------------------------------------------ the page
+# ------------------------------------------------------------------------------------------------
+# the page
 
 
 def banner(facts: 'Facts') -> str:
@@ -130,11 +140,13 @@ def section(facts: 'Facts') -> tuple[str, str, str, list] | None:
 
 
 def control_of(facts: 'Facts') -> dict | None:
-  """Returns what is known of the planted copies; None where nothing is planted, or the copies are not ingested.
+  """Returns what is known of the planted copies; None where nothing is planted, or the copies are
+  not ingested.
 
-  benchmark, copies: the config's. queries: the benchmark's; copied: how many of them have a copy. calibrations:
-  '' and each further embedder -> its calibration, where it is there. contrasts: for each split that holds copies:
-  (split, the split that it is compared with or None, evaluation/planted.Leakage).
+  benchmark, copies: the config's. queries: the benchmark's; copied: how many of them have a copy.
+  calibrations: '' and each further embedder -> its calibration, where it is there. contrasts: for
+  each split that holds copies: (split, the split that it is compared with or None,
+  evaluation/planted.Leakage).
   """
   x, config, name = facts.x, facts.x.config, facts.x.config.planted.benchmark
   if not name or not workdir.is_ingested(x, PLANTED):

@@ -1,11 +1,14 @@
-"""A preview of every split in seconds (prune.preview): ridge regression on frozen features. It is no CLIP training.
+"""A preview of every split in seconds (prune.preview): ridge regression on frozen features. It is
+no CLIP training.
 
-In: the splits' rows, the embeddings of one of config.embedders. Out: WORKDIR/splits/<split>/preview.json, the
-accuracy on each benchmark; of a split that is drawn for each seed, that of its first draw.
+In: the splits' rows, the embeddings of one of config.embedders. Out:
+WORKDIR/splits/<split>/preview.json, the accuracy on each benchmark; of a split that is drawn for
+each seed, that of its first draw.
 
-The rows of a split that have a class are what it is trained on: by their labels, or, where a dataset has none, by the
-one class name in the caption. Features are scaled by the labelled rows of all candidates and of the anchor, the same
-for every split, so that splits differ by their rows alone. Classes of a benchmark are found by their names.
+The rows of a split that have a class are what it is trained on: by their labels, or, where a
+dataset has none, by the one class name in the caption. Features are scaled by the labelled rows of
+all candidates and of the anchor, the same for every split, so that splits differ by their rows
+alone. Classes of a benchmark are found by their names.
 """
 
 from collections.abc import Callable, Iterator
@@ -119,7 +122,8 @@ class _Features:
       of_candidates = of_candidates[of_candidates < self._base.starts[-2]]
     if not len(of_candidates):
       raise InputError(
-        'No row of the pool or the anchor has a class, by label or by caption, so prune.preview has '
+        'No row of the pool or the anchor has a class, by label or by caption, so prune.preview '
+        'has '
         'nothing to learn. Give classes and label_key, or set --config.prune.preview=.'
       )
     self._has_rows = (
@@ -128,7 +132,9 @@ class _Features:
     self._scale = preview.fit_scale(vectors for vectors, _ in self._parts(of_candidates))
 
   def _classes(self, dataset: str) -> Array:  # [n] int32
-    """Returns the class of each row that a split may have, -1 for none: by its label, else by its caption."""
+    """Returns the class of each row that a split may have, -1 for none: by its label, else by its
+    caption.
+    """
     source, usable = workdir.source(self._x, dataset), self._vectors[dataset].usable
     if dataset == POOL:
       usable &= workdir.candidates(self._x)
@@ -158,7 +164,9 @@ class _Features:
     return codes[np.where((labels >= 0) & (labels < len(codes) - 1), labels, -1)]
 
   def _parts(self, rows: Array) -> Iterator[tuple[Array, Array]]:
-    """Yields the features [b, E] float16 and the classes [b] of some labelled rows of the base set, sorted."""
+    """Yields the features [b, E] float16 and the classes [b] of some labelled rows of the base set,
+    sorted.
+    """
     for start in range(0, len(rows), ROWS_AT_ONCE):
       part = rows[start : start + ROWS_AT_ONCE]
       vectors = [self._vectors[name].rows(own) for name, own in self._base.own(part).items()]
@@ -189,7 +197,9 @@ class _Features:
     }
 
   def _accuracy(self, benchmark: str, weights: Array) -> dict:
-    """Returns the accuracy over the images whose class has rows; an image that cannot be read is wrong."""
+    """Returns the accuracy over the images whose class has rows; an image that cannot be read is
+    wrong.
+    """
     from clip_jax.evaluation import statistics  # imports SciPy
 
     block, vectors, codes = (

@@ -1,4 +1,5 @@
-"""The same splits under further embedders (prune.sensitivity): how far they agree on what is removed.
+"""The same splits under further embedders (prune.sensitivity): how far they agree on what is
+removed.
 
 In: the splits' rows, the searches of the main embedder and of each further one. Out:
 WORKDIR/splits/sensitivity.json. Only splits that are one cut through one column are compared.
@@ -31,7 +32,8 @@ INTERVAL = '95 %, by Wilson, as if the rows that either removes were independent
 def compared(config: ConfigDict) -> list[str]:
   """Returns the splits that are compared.
 
-  Not the doses: another share of the same cut, which under another embedder may be more rows than there are.
+  Not the doses: another share of the same cut, which under another embedder may be more rows than
+  there are.
   """
   return [
     split
@@ -89,7 +91,8 @@ def compare(x: Experiment, todo: list[Product]) -> Made:
   for split, line in ((split, line) for split, lines in splits.items() for line in lines):
     correlation = 'none' if line['spearman'] is None else f'{line["spearman"]:.2f}'
     logging.info(
-      'sensitivity, %s: %s removes %s rows, the main embedder %s; at the same count they share %.0f %% '
+      'sensitivity, %s: %s removes %s rows, the main embedder %s; at the same count they share '
+      '%.0f %% '
       'of what either removes; rank correlation %s.',
       split,
       line['embedder'],
@@ -143,7 +146,9 @@ def _agreement(x: Experiment, split: str, here: rules.Columns, there: rules.Colu
 
 
 def _overlap(both: int, either: int) -> tuple[float, list[float] | None]:
-  """Returns the share that two sets have in common, and its interval; no interval for two empty sets."""
+  """Returns the share that two sets have in common, and its interval; no interval for two empty
+  sets.
+  """
   from clip_jax.evaluation import statistics  # imports SciPy
 
   interval = statistics.image_interval(np.arange(either) < both) if either else None
@@ -151,7 +156,9 @@ def _overlap(both: int, either: int) -> tuple[float, list[float] | None]:
 
 
 def section(facts: 'Facts') -> tuple[str, str, str, list] | None:
-  """Returns how far the splits of other embedders hold the same rows, and pictures of rows on which they disagree."""
+  """Returns how far the splits of other embedders hold the same rows, and pictures of rows on which
+  they disagree.
+  """
   config = facts.x.config
   if not config.prune.sensitivity or not config.splits:
     return None

@@ -99,7 +99,9 @@ def train(
       range(start, total_steps), total=total_steps, initial=start, desc=name, unit='steps'
     )
     saved_at, done = time.monotonic(), start
-    for done, state in _updates(state, todo, batches, batch_size, steps, schedule, mesh, log):
+    for done, state in _updates(  # noqa: B020 (each is the state that the next update takes)
+      state, todo, batches, batch_size, steps, schedule, mesh, log
+    ):
       stop = done == total_steps or should_stop()
       by_steps = save_every_steps and done % save_every_steps == 0
       by_clock = save_every_secs and time.monotonic() - saved_at >= save_every_secs

@@ -55,7 +55,9 @@ def _logits(image: Array, text: Array, scale: Array) -> Array:  # [B, E] twice, 
 
 
 class Loss(NamedTuple):
-  """A loss, and the numbers of the model with which it begins where they are not the model's own."""
+  """A loss, and the numbers of the model with which it begins where they are not the model's
+  own.
+  """
 
   function: Callable[..., Array]  # (image, text, scale, bias) -> []
   start: Mapping[str, float] = {}  # init_logit_scale (log of the scale), init_logit_bias

@@ -60,7 +60,7 @@ def _replaced(params: dict, recorded: dict) -> dict:
   }
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def steps(
   init_params: Callable[[Array], dict],  # PRNG key -> params
   encode: Callable[[dict, Array, Any, Array], tuple[dict, dict]],  # see models/clip.py, functions

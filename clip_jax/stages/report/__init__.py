@@ -1,7 +1,9 @@
-"""Stage report: one page that says what the runs show, from whatever is finished in the work directory.
+"""Stage report: one page that says what the runs show, from whatever is finished in the work
+directory.
 
-In: the work directory, finished or not. Out: WORKDIR/report/index.html (self-contained), figures/*.svg, tables/*.csv,
-and summary.txt for the terminal. What is missing is a sentence and the command that makes it.
+In: the work directory, finished or not. Out: WORKDIR/report/index.html (self-contained),
+figures/*.svg, tables/*.csv, and summary.txt for the terminal. What is missing is a sentence and the
+command that makes it.
 """
 
 from collections import Counter
@@ -27,7 +29,9 @@ from clip_jax.stages.report.panels import Accuracies
 
 
 def make(x: Experiment, todo: list[Product], studies: Sequence[ModuleType] = ()) -> Made:
-  """Writes the page, its figures and its tables. studies: modules that add sections, as compose takes them."""
+  """Writes the page, its figures and its tables. studies: modules that add sections, as compose
+  takes them.
+  """
   html, summary, shown = compose(read(x), studies)
   texts = {'index.html': html, 'summary.txt': summary}
   texts |= {
@@ -53,8 +57,8 @@ def make(x: Experiment, todo: list[Product], studies: Sequence[ModuleType] = ())
 def compose(facts: Facts, studies: Sequence[ModuleType] = ()) -> tuple[str, str, list[Section]]:
   """Returns the page, the summary for the terminal, and the sections.
 
-  studies: modules with section(facts) -> (name, title, short title, blocks) or None, and perhaps banner(facts) -> the
-  sentence that stands above the answer, '' for none.
+  studies: modules with section(facts) -> (name, title, short title, blocks) or None, and perhaps
+  banner(facts) -> the sentence that stands above the answer, '' for none.
   """
   items = contrasts.comparisons(facts)
   accuracies, without_leaked = map(
@@ -191,13 +195,16 @@ def _unfinished(facts: Facts, split: str, benchmark: str) -> list[str]:
 
 
 def _summary(facts: Facts, banner: str, sentence: str, accuracies: Accuracies) -> str:
-  """Returns the answer and the accuracies as text for a terminal; before there are any, what the pool shows."""
+  """Returns the answer and the accuracies as text for a terminal; before there are any, what the
+  pool shows.
+  """
   text = [banner, '', sentence] if banner else [sentence]
   if accuracies:
     text += [
       '',
       *_accuracy_lines(facts.config, accuracies),
-      'In brackets: 95 % interval over seeds and images; with two seeds (r) their range; with one (1) over '
+      'In brackets: 95 % interval over seeds and images; with two seeds (r) their range; with one '
+      '(1) over '
       'images, of this checkpoint.',
     ]
   else:
@@ -246,7 +253,9 @@ def _columns(lines: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _cell(estimate: Estimate | None) -> str:
-  """Returns '63.6 [58.1, 69.0]' in percent; what the bracket is where it is not the crossed interval."""
+  """Returns '63.6 [58.1, 69.0]' in percent; what the bracket is where it is not the crossed
+  interval.
+  """
   if estimate is None:
     return '-'
   kind = {'crossed': '', 'range': ' r'}.get(estimate.method, ' 1')

@@ -1,6 +1,8 @@
-"""The report's sections on the pool alone: galleries, similarities, duplicates, what each rule would remove.
+"""The report's sections on the pool alone: galleries, similarities, duplicates, what each rule
+would remove.
 
-In: the search, its sizes, de-duplication. They need no split; a config without splits (an audit) has only these.
+In: the search, its sizes, de-duplication. They need no split; a config without splits (an audit)
+has only these.
 """
 
 import numpy as np
@@ -23,7 +25,9 @@ def sentence(facts: Facts) -> str:
 
 
 def summary(facts: Facts) -> list[list[str]]:
-  """Returns lines of cells for the terminal: each benchmark's duplicates, and what aligning would drop."""
+  """Returns lines of cells for the terminal: each benchmark's duplicates, and what aligning would
+  drop.
+  """
   dropped = {drop['name']: drop['at_zero'] for drop in _drops(facts)}
   cell = lambda n: (
     '-' if n is None else f'{n:,} rows, {tables.share(n / max(_candidates(facts), 1))}'
@@ -103,7 +107,8 @@ def before(facts: Facts) -> list:
   else:
     shown = [
       Text(
-        'Without an anchor there is no similarity gap to align to, so that there is nothing to say of '
+        'Without an anchor there is no similarity gap to align to, so that there is nothing to say '
+        'of '
         'gap-aligned pruning: give config.anchor.'
       )
     ]
@@ -162,7 +167,8 @@ def _planted(facts: Facts) -> list[dict]:
 
 
 def _rates(facts: Facts) -> list[dict]:
-  """Returns each searched benchmark's usable queries, and which share has a duplicate in pool and anchor.
+  """Returns each searched benchmark's usable queries, and which share has a duplicate in pool and
+  anchor.
 
   Wilson's interval over queries: whether an image has a copy is its own affair, not its group's.
   """
@@ -184,7 +190,9 @@ def _rates(facts: Facts) -> list[dict]:
 
 
 def _exact(facts: Facts, benchmark: str) -> dict[str, int | None]:
-  """Returns how many queries have an exact duplicate in pool and anchor: equal bytes, or equal decoded pixels."""
+  """Returns how many queries have an exact duplicate in pool and anchor: equal bytes, or equal
+  decoded pixels.
+  """
   return {
     f'exact_{dataset}': facts.pictures.exact_duplicates(
       benchmark,
@@ -201,7 +209,9 @@ def _candidates(facts: Facts) -> int:
 
 
 def _lines(facts: Facts, counts: Array) -> list[tuple[dict, Array]]:  # [G + 1, ...]
-  """Returns each benchmark's counts, and those of all together where there are several, beside what they are of."""
+  """Returns each benchmark's counts, and those of all together where there are several, beside what
+  they are of.
+  """
   names = facts.sizes.benchmarks.tolist()
   lines = [{'name': name, 'together': False} for name in names]
   if len(names) > 1:

@@ -86,8 +86,8 @@ def accuracies(results: Results) -> dict[tuple[str, str], statistics.Estimate]:
 def comparisons(facts: Facts) -> list[dict]:
   """Returns an item for each aligned split and each of its own benchmarks that was evaluated.
 
-  The confirmatory family, corrected by Holm: those that the answer is made of, where they have a matched control.
-  Doses and other slacks are estimates with intervals.
+  The confirmatory family, corrected by Holm: those that the answer is made of, where they have a
+  matched control. Doses and other slacks are estimates with intervals.
   """
   config = facts.config
   items = [
@@ -115,13 +115,16 @@ def comparisons(facts: Facts) -> list[dict]:
 
 
 def is_dose(config: ConfigDict, split: str) -> bool:
-  """Returns whether a split drops by another cut than slack 0: a point of a curve, not an answer."""
+  """Returns whether a split drops by another cut than slack 0: a point of a curve, not an
+  answer.
+  """
   block = config.splits[split]
   return bool(block.slack or block.quantile) or block.dose not in (0.0, 1.0)
 
 
 def headline(config: ConfigDict, items: Sequence[dict]) -> list[dict]:
-  """Returns the comparisons that the answer is made of: those of splits aligned at slack 0, each benchmark set once.
+  """Returns the comparisons that the answer is made of: those of splits aligned at slack 0, each
+  benchmark set once.
 
   Other slacks, doses and k neighbours stand for themselves only where a benchmark has nothing else.
   """

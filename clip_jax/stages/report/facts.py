@@ -1,4 +1,5 @@
-"""What the report knows: all that it reads of a work directory, finished or not, and how far each stage has come.
+"""What the report knows: all that it reads of a work directory, finished or not, and how far each
+stage has come.
 
 Where something is missing, there is less of it. Everything is read once.
 """
@@ -47,7 +48,9 @@ class Results:
     return ([self.correct[key][r] for key, r in zip(keys, rows)], shared) if shared else None
 
   def without(self, leaked: Mapping[str, Array]) -> 'Results':  # benchmark -> [Q] bool
-    """Returns the results on the other images, of the benchmarks where some images are leaked and some are not."""
+    """Returns the results on the other images, of the benchmarks where some images are leaked and
+    some are not.
+    """
     stays = {b: ~mask for b, mask in leaked.items() if mask.any() and not mask.all()}
     correct = {
       (split, b): correct[:, stays[b]] for (split, b), correct in self.correct.items() if b in stays

@@ -42,7 +42,8 @@ class Pictures:
       f'{benchmark_dirs.flag(self._x.config, name, "images")}=DIR' for name in names
     )
     return (
-      f'No pictures: {tables.listed(names)} {"is" if len(names) == 1 else "are"} vectors only; give '
+      f'No pictures: {tables.listed(names)} {"is" if len(names) == 1 else "are"} vectors only; '
+      'give '
       f'{tables.listed(list(flags))}.'
     )
 
@@ -79,7 +80,9 @@ class Pictures:
     return '', (gallery.Group(title, pictures),)
 
   def captions(self, rows: Array, count: int) -> list[str]:
-    """Returns the captions of at most `count` of these pool rows, evenly spaced; [] where all are empty."""
+    """Returns the captions of at most `count` of these pool rows, evenly spaced; [] where all are
+    empty.
+    """
     source = workdir.source(self._x, POOL)
     captions = [source.caption(int(row)) for row in gallery.pick_evenly(rows, count)]
     return captions if any(captions) else []

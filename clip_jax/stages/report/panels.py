@@ -186,9 +186,11 @@ def against_random(facts: Facts) -> list[dict]:
 
 
 def by_dose(facts: Facts, items: Sequence[dict]) -> list[dict]:
-  """Returns, for each benchmark with gap-aligned splits of several sizes, the loss by share removed.
+  """Returns, for each benchmark with gap-aligned splits of several sizes, the loss by share
+  removed.
 
-  Each split against its own control; the share is of what slack 0 removes. Of splits with as many rows the first.
+  Each split against its own control; the share is of what slack 0 removes. Of splits with as many
+  rows the first.
   """
   splits, panels = facts.config.splits, []
   for benchmark in facts.config.benchmarks:

@@ -1,6 +1,8 @@
-"""The report's section "What was removed": pictures, captions, classes and domains of the rows that splits drop.
+"""The report's section "What was removed": pictures, captions, classes and domains of the rows that
+splits drop.
 
-In: rows.npy and split.json, the search's columns, the pool's images and captions, of which a sample is read.
+In: rows.npy and split.json, the search's columns, the pool's images and captions, of which a sample
+is read.
 """
 
 from typing import Any
@@ -17,7 +19,7 @@ from clip_jax.stages.report.facts import Facts
 
 WORD_SAMPLE = 2000  # captions of removed, and of kept, rows whose words are compared
 NOTES = {  # column that a rule removes by -> what stands below the pictures
-  'excess': 'Excess: how much nearer the image is to some query than any anchor image is to that query.',
+  'excess': 'Excess: how much nearer the image is to some query than any anchor image is to it.',
   'similarity': 'Similarity: to the nearest query.',
 }
 
@@ -62,7 +64,9 @@ def section(facts: Facts) -> list:
 
 
 def _samples(facts: Facts, split: str) -> dict[str, Any]:
-  """Returns the pictures and the words of a split's removed and kept rows; None where files are missing."""
+  """Returns the pictures and the words of a split's removed and kept rows; None where files are
+  missing.
+  """
   rows = facts.pool_rows(split)
   if facts.candidates is None or rows is None:
     return {'gallery': None, 'captions': None}
@@ -88,7 +92,9 @@ def _samples(facts: Facts, split: str) -> dict[str, Any]:
 
 
 def _gallery(facts: Facts, split: str, gone: Array, kept: Array) -> gallery.Gallery:
-  """Returns strips of one size: removed rows at both ends and the middle of the rule's column, and kept ones."""
+  """Returns strips of one size: removed rows at both ends and the middle of the rule's column, and
+  kept ones.
+  """
   rule, count = blocks.rule_of(facts.config, split), facts.config.report.removed_images
   values = _values(facts, split)
   if values is None:
@@ -126,7 +132,9 @@ def _highest(values: Array, count: int) -> Array:  # [n] -> [count] positions, f
 
 
 def _values(facts: Facts, split: str) -> Array | None:  # [N]
-  """Returns the column that a rule removes by; None for rules on something else, and before the search."""
+  """Returns the column that a rule removes by; None for rules on something else, and before the
+  search.
+  """
   column, benchmarks = (
     blocks.rule_of(facts.config, split).column,
     facts.config.splits[split].benchmarks,
@@ -137,7 +145,9 @@ def _values(facts: Facts, split: str) -> Array | None:  # [N]
 
 
 def _levels(facts: Facts, split: str, rows: Array) -> list[str]:  # [n]
-  """Returns what stands below rows' pictures: their value in the column, or their class by the reference."""
+  """Returns what stands below rows' pictures: their value in the column, or their class by the
+  reference.
+  """
   x, block = facts.x, facts.config.splits[split]
   has_levels = 'levels' in blocks.rule_of(facts.config, split).needs
   if has_levels and block.column:

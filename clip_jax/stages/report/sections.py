@@ -1,7 +1,8 @@
-"""The report's sections on the runs, on what takes no part, and on how it came about, as page blocks.
+"""The report's sections on the runs, on what takes no part, and on how it came about, as page
+blocks.
 
-Those on the pool are in audit.py, on removed rows in removed.py. Each function returns the blocks of one section; what
-is missing is a sentence and a command.
+Those on the pool are in audit.py, on removed rows in removed.py. Each function returns the blocks
+of one section; what is missing is a sentence and a command.
 """
 
 from collections.abc import Sequence
@@ -28,7 +29,8 @@ def answer(facts: Facts, items: Sequence[dict], accuracies: Accuracies) -> list:
     None
     if items
     else facts.missing(
-      'The answer needs base, anchor-only, the aligned split and its control, trained and evaluated.',
+      'The answer needs base, anchor-only, the aligned split and its control, trained and '
+      'evaluated.',
       'evaluate',
     )
   )
@@ -242,7 +244,8 @@ def _settings(facts: Facts) -> list[tuple[str, str]]:
     ('Training seeds', ', '.join(map(str, t.seeds))),
     (
       'Recipe',
-      f'AdamW, peak learning rate {t.learning_rate:g}, warm-up of {tables.number(t.warmup_steps)} steps, '
+      f'AdamW, peak learning rate {t.learning_rate:g}, warm-up of {tables.number(t.warmup_steps)} '
+      'steps, '
       f'cosine to 0, weight decay {t.weight_decay:g}, {t.dtype}',
     ),
     (
