@@ -18,6 +18,7 @@ import ml_collections
 
 from clip_jax.core import config as config_lib
 from clip_jax.core.config import Key, natural, one_of, positive, within
+from clip_jax.core.types import Config
 from clip_jax.data import images
 from clip_jax.data import planted as planted_lib
 from clip_jax.models import embedders
@@ -469,7 +470,7 @@ BLOCKS = {
 }
 
 
-def get_config() -> ml_collections.ConfigDict:
+def get_config() -> Config:
   """Returns the whole config with its defaults; pool, anchor, benchmarks and splits are still
   empty.
   """
@@ -498,7 +499,7 @@ def get_config() -> ml_collections.ConfigDict:
   return c
 
 
-def _block(keys: dict[str, Key], kind: str, **given: Any) -> ml_collections.ConfigDict:
+def _block(keys: dict[str, Key], kind: str, **given: Any) -> Config:
   """Returns a block with its defaults and some keys set. Raises ConfigError for an unknown key."""
   c = ConfigDict()
   for name, key in keys.items():
@@ -511,38 +512,38 @@ def split_keys() -> dict[str, Key]:
   return {**SPLIT, **rules.KEYS}
 
 
-def dataset(**given) -> ml_collections.ConfigDict:
+def dataset(**given) -> Config:
   """Returns a dataset block: where samples are, which of them count, and what they say."""
   return _block(DATASET, 'dataset', **given)
 
 
-def benchmark(**given) -> ml_collections.ConfigDict:
+def benchmark(**given) -> Config:
   """Returns a benchmark block: a dataset, plus what zero-shot classification needs."""
   return _block(BENCHMARK, 'benchmark', **given)
 
 
-def reference(**given) -> ml_collections.ConfigDict:
+def reference(**given) -> Config:
   """Returns a block of labelled examples that tell what a pool row is: a dataset, or prompts."""
   return _block(REFERENCE, 'reference', **given)
 
 
-def planted(**given) -> ml_collections.ConfigDict:
+def planted(**given) -> Config:
   """Returns the block of the positive control: copies of test images, planted on purpose."""
   return _block(PLANTED, 'planted', **given)
 
 
-def embedder(**given) -> ml_collections.ConfigDict:
+def embedder(**given) -> Config:
   """Returns an embedder block: the frozen model whose image embeddings define similarity."""
   return _block(EMBEDDER, 'embedder', **given)
 
 
-def split(**given) -> ml_collections.ConfigDict:
+def split(**given) -> Config:
   """Returns a split block: which rows of the base set a model is trained on."""
   return _block(split_keys(), 'split', **given)
 
 
 def add_doses(
-  config: ml_collections.ConfigDict,
+  config: Config,
   name: str,
   *,
   benchmarks: tuple[str, ...],

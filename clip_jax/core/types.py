@@ -15,6 +15,9 @@ import numpy as np
 # compute on devices (models, training, similarity/accelerator.py) import jax.Array under this name.
 Array = np.ndarray
 
+# An ml_collections.ConfigDict. defaults.py declares its keys, which no checker can follow.
+Config = Any
+
 
 class Source(Protocol):
   """A source of samples that are read at random, by any number of threads: a Grain

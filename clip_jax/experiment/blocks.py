@@ -5,10 +5,9 @@ Pure in the config.
 
 from collections.abc import Sequence
 
-from ml_collections import ConfigDict
-
 from clip_jax import defaults
 from clip_jax.core import config as config_lib
+from clip_jax.core.types import Config
 from clip_jax.pruning import rules
 
 POOL, ANCHOR, GLYPHS, ANCHOR_CLASSES, PLANTED, SIZES = (
@@ -54,7 +53,7 @@ RECIPE = tuple(
 )
 
 
-def has_anchor(config: ConfigDict) -> bool:
+def has_anchor(config: Config) -> bool:
   """Returns whether an anchor is configured: an audit's has the format of vectors and may have no
   path.
   """
@@ -63,7 +62,7 @@ def has_anchor(config: ConfigDict) -> bool:
   )
 
 
-def datasets(config: ConfigDict) -> dict[str, ConfigDict]:
+def datasets(config: Config) -> dict[str, Config]:
   """Returns name -> block of every dataset: pool, anchor (if any), benchmarks, references of
   samples, planted copies.
 
@@ -80,7 +79,7 @@ def datasets(config: ConfigDict) -> dict[str, ConfigDict]:
   }
 
 
-def _planted_block(config: ConfigDict) -> ConfigDict:
+def _planted_block(config: Config) -> Config:
   """Returns the block of the dataset of planted copies, which are tars that the stage ingest
   draws.
   """
@@ -93,12 +92,12 @@ def _planted_block(config: ConfigDict) -> ConfigDict:
   )
 
 
-def trained(config: ConfigDict) -> list[str]:
+def trained(config: Config) -> list[str]:
   """Returns the datasets of the base set, in the order of its rows."""
   return [name for name in TRAINED if name in datasets(config)]
 
 
-def flatten(block: ConfigDict, prefix: str = '') -> list[tuple[str, ConfigDict]]:
+def flatten(block: Config, prefix: str = '') -> list[tuple[str, Config]]:
   """Returns (prefix, block) of each source of a dataset; one for any format but 'concat'."""
   if block.format != 'concat':
     return [(prefix, block)]
@@ -107,27 +106,27 @@ def flatten(block: ConfigDict, prefix: str = '') -> list[tuple[str, ConfigDict]]
   ]
 
 
-def parts(config: ConfigDict, dataset: str) -> list[ConfigDict]:
+def parts(config: Config, dataset: str) -> list[Config]:
   """Returns the blocks of the sources of a dataset."""
   return [block for _, block in flatten(datasets(config)[dataset])]
 
 
-def has_own_images(config: ConfigDict, dataset: str) -> bool:
+def has_own_images(config: Config, dataset: str) -> bool:
   """Returns whether a dataset is images, as training and evaluation need; vectors alone are not."""
   return all(block.format != VECTORS for block in parts(config, dataset))
 
 
-def is_labelled(block: ConfigDict) -> bool:
+def is_labelled(block: Config) -> bool:
   """Returns whether the samples of a dataset have labels, as far as its block says."""
   return all(part.label_key or part.format in ('folder', GLYPHS) for _, part in flatten(block))
 
 
-def is_prompts(config: ConfigDict, reference: str) -> bool:
+def is_prompts(config: Config, reference: str) -> bool:
   """Returns whether a reference is prompts, which the embedder's text tower encodes: no dataset."""
   return config.references[reference].format == 'prompts'
 
 
-def further_embedders(config: ConfigDict, stage: str = 'embed') -> list[str]:
+def further_embedders(config: Config, stage: str = 'embed') -> list[str]:
   """Returns which of config.embedders a stage runs for, in their order.
 
   dedup.embedder: embedder, embed of pool and anchor; prune.preview: embedder, embed;
@@ -141,7 +140,7 @@ def further_embedders(config: ConfigDict, stage: str = 'embed') -> list[str]:
   ]
 
 
-def embedded_datasets(config: ConfigDict, embedder: str = '') -> list[str]:
+def embedded_datasets(config: Config, embedder: str = '') -> list[str]:
   """Returns the datasets that an embedder embeds: one that only de-duplication uses embeds pool and
   anchor.
   """
@@ -151,7 +150,7 @@ def embedded_datasets(config: ConfigDict, embedder: str = '') -> list[str]:
   return [name for name in names if name in (POOL, ANCHOR)]
 
 
-def targets(config: ConfigDict, embedder: str = '') -> list[str]:
+def targets(config: Config, embedder: str = '') -> list[str]:
   """Returns what the pool is searched with: benchmarks, the classes of a labelled anchor,
   references.
   """
@@ -161,7 +160,7 @@ def targets(config: ConfigDict, embedder: str = '') -> list[str]:
   return names if embedder else [*names, *config.references]
 
 
-def duplicate_similarity(config: ConfigDict, embedder: str = '') -> float:
+def duplicate_similarity(config: Config, embedder: str = '') -> float:
   """Returns the cosine similarity to an embedder from which two images count as duplicates.
 
   dedup.threshold is that of the embedder that de-duplicates; the config check asks for the other
@@ -171,33 +170,33 @@ def duplicate_similarity(config: ConfigDict, embedder: str = '') -> float:
   return (0 if own_threshold else config.prune.duplicate_similarity) or 1 - config.dedup.threshold
 
 
-def rule_of(config: ConfigDict, split: str) -> rules.Rule:
+def rule_of(config: Config, split: str) -> rules.Rule:
   """Returns the rule of a split."""
   return rules.RULES[config.splits[split].rule]
 
 
-def parameters(config: ConfigDict, split: str) -> dict:
+def parameters(config: Config, split: str) -> dict:
   """Returns the keys of a split that its rule reads, as plain values."""
   return {key: plain(config.splits[split][key]) for key in rule_of(config, split).keys}
 
 
-def holds_planted(config: ConfigDict, split: str) -> bool:
+def holds_planted(config: Config, split: str) -> bool:
   """Returns whether a split holds planted copies of test images."""
   return rule_of(config, split).planted
 
 
-def appends_anchor(config: ConfigDict, split: str) -> bool:
+def appends_anchor(config: Config, split: str) -> bool:
   """Returns whether a split has the anchor's rows."""
   fixed = rule_of(config, split).append_anchor
   return has_anchor(config) and (config.splits[split].append_anchor if fixed is None else fixed)
 
 
-def seeds(config: ConfigDict, split: str) -> tuple[int, ...]:
+def seeds(config: Config, split: str) -> tuple[int, ...]:
   """Returns the training seeds of a split."""
   return tuple(config.splits[split].seeds) or tuple(config.train.seeds)
 
 
-def read_splits(config: ConfigDict, split: str) -> list[str]:
+def read_splits(config: Config, split: str) -> list[str]:
   """Returns the splits that a split is made from: whose size it has, whose control it is, which it
   joins.
   """
@@ -205,7 +204,7 @@ def read_splits(config: ConfigDict, split: str) -> list[str]:
   return [name for name in (block.size_of, block.to, *block.of) if name]
 
 
-def in_order(config: ConfigDict) -> list[str]:
+def in_order(config: Config) -> list[str]:
   """Returns the splits so that each comes after those that it is made from."""
   done: list[str] = []
 
@@ -221,7 +220,7 @@ def in_order(config: ConfigDict) -> list[str]:
   return done
 
 
-def is_drawn(config: ConfigDict, split: str) -> bool:
+def is_drawn(config: Config, split: str) -> bool:
   """Returns whether each training seed has rows of its own: a drawn rule, or a join with a split of
   one.
   """
@@ -231,7 +230,7 @@ def is_drawn(config: ConfigDict, split: str) -> bool:
   return any(rule_of(config, name).drawn for name in joined)
 
 
-def seed_of(config: ConfigDict, split: str, other: str, seed: int) -> int:
+def seed_of(config: Config, split: str, other: str, seed: int) -> int:
   """Returns the seed whose draw of another split counts for (split, seed): the same where it has
   it, else its first.
 
@@ -242,14 +241,14 @@ def seed_of(config: ConfigDict, split: str, other: str, seed: int) -> int:
   return seed if seed in seeds(config, other) else seeds(config, other)[0]
 
 
-def draws(config: ConfigDict, split: str) -> list[int]:
+def draws(config: Config, split: str) -> list[int]:
   """Returns the seeds of which a split has a file of rows each; one that is not drawn has one file:
   its first seed.
   """
   return list(seeds(config, split)) if is_drawn(config, split) else [seeds(config, split)[0]]
 
 
-def runs(config: ConfigDict) -> list[tuple[str, int]]:
+def runs(config: Config) -> list[tuple[str, int]]:
   """Returns every (split, seed) that the config trains, the first seeds of all splits first; of
   vectors, none.
   """
@@ -268,7 +267,7 @@ def plain(block) -> dict:
   return config_lib.plain(block.to_dict() if hasattr(block, 'to_dict') else block)
 
 
-def pick(config: ConfigDict, names: Sequence[str]) -> dict:
+def pick(config: Config, names: Sequence[str]) -> dict:
   """Returns {'train.seeds': value, ...} for dotted keys; a block counts with all that is in it."""
   picked = {}
   for name in names:
@@ -279,6 +278,6 @@ def pick(config: ConfigDict, names: Sequence[str]) -> dict:
   return picked
 
 
-def recipe(config: ConfigDict) -> list[str]:
+def recipe(config: Config) -> list[str]:
   """Returns the config keys of the recipe that count."""
   return [*RECIPE, *(['train.shuffle_window'] if config.train.order != 'global' else [])]

@@ -8,9 +8,8 @@ import functools
 import os
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from clip_jax.core.products import EMBEDDERS
+from clip_jax.core.types import Config
 from clip_jax.experiment.graph import Graph
 
 
@@ -22,7 +21,7 @@ class Experiment:
   one.
   """
 
-  config: ConfigDict
+  config: Config
   workdir: str
   embedder: str = ''
 
@@ -53,7 +52,7 @@ class Experiment:
     return self.path(*((EMBEDDERS, self.embedder) if self.embedder else ()), *parts)
 
   @property
-  def embedder_block(self) -> ConfigDict:
+  def embedder_block(self) -> Config:
     return self.graph.embedder_block(self.embedder)
 
   @property

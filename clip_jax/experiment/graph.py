@@ -10,11 +10,10 @@ from collections.abc import Callable
 import functools
 import os
 
-from ml_collections import ConfigDict
-
 from clip_jax.core import files
 from clip_jax.core.errors import ConfigError, InputError
 from clip_jax.core.products import EMBEDDERS, STAGES, Product
+from clip_jax.core.types import Config
 from clip_jax.experiment import blocks
 from clip_jax.experiment.blocks import ANCHOR, ANCHOR_CLASSES, GLYPHS, PLANTED, POOL, SIZES
 from clip_jax.experiment.shards import Shard, list_shards
@@ -72,7 +71,7 @@ def _remembered(method: Callable) -> Callable:
 class Graph:
   """The products of one config. embedder: one of config.embedders, '' for the main one."""
 
-  def __init__(self, config: ConfigDict):
+  def __init__(self, config: Config):
     self.config = config
     self._memory: dict[tuple, object] = {}
 
@@ -206,7 +205,7 @@ class Graph:
   # ------------------------------------------------------------------------------------------------
   # embedder, embed
 
-  def embedder_block(self, embedder: str = '') -> ConfigDict:
+  def embedder_block(self, embedder: str = '') -> Config:
     """The block of an embedder."""
     return self.config.embedders[embedder] if embedder else self.config.embedder
 
@@ -650,7 +649,7 @@ def _home(embedder: str) -> str:
   return f'{EMBEDDERS}/{embedder}/' if embedder else ''
 
 
-def rows_name(config: ConfigDict, split: str, seed: int) -> str:
+def rows_name(config: Config, split: str, seed: int) -> str:
   """Returns the product that holds the rows on which (split, seed) trains."""
   return f'splits/{split}/' + (f'rows-seed{seed}' if blocks.is_drawn(config, split) else 'rows')
 

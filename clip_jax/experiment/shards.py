@@ -9,10 +9,9 @@ import functools
 import hashlib
 import os
 
-from ml_collections import ConfigDict
-
 from clip_jax.core import config as config_lib
 from clip_jax.core import files
+from clip_jax.core.types import Config
 from clip_jax.data import folder, formats, labels, listing, sources, storage, vector_index
 from clip_jax.experiment import blocks
 
@@ -26,7 +25,7 @@ class Shard:
   """
 
   number: int
-  block: ConfigDict  # of the one source that it comes from (never a 'concat')
+  block: Config  # of the one source that it comes from (never a 'concat')
   prefix: str  # 'name/' of that source in a concat, else ''
   root: str  # the folder that relative paths start from
   files: tuple[storage.SourceFile, ...]
@@ -95,7 +94,7 @@ class Shard:
     return {printable(f'{len(stamps)} source files from {first}'): digest, **more}
 
 
-def list_shards(block: ConfigDict, planted_tars: Sequence[str] = ()) -> list[Shard]:
+def list_shards(block: Config, planted_tars: Sequence[str] = ()) -> list[Shard]:
   """Returns the shards of a dataset, in order. Raises InputError where a path matches nothing.
 
   planted_tars: the files of the dataset of planted copies. What is drawn here counts by its
@@ -133,7 +132,7 @@ def list_shards(block: ConfigDict, planted_tars: Sequence[str] = ()) -> list[Sha
   return shards
 
 
-def _labels(block: ConfigDict) -> labels.Labels | None:
+def _labels(block: Config) -> labels.Labels | None:
   """Returns what gives the labels of a folder's images; None where a key of the samples, or
   nothing, does.
   """
@@ -144,9 +143,7 @@ def _labels(block: ConfigDict) -> labels.Labels | None:
   )
 
 
-def _labels_hash(
-  block: ConfigDict, known: labels.Labels, part: tuple[storage.SourceFile, ...]
-) -> str:
+def _labels_hash(block: Config, known: labels.Labels, part: tuple[storage.SourceFile, ...]) -> str:
   """Returns a hash of what the labels of these images depend on: a file's content, or their
   folders' labels.
   """
@@ -165,7 +162,7 @@ def _labels_hash(
   return hashlib.sha256(config_lib.canonical(by_folder).encode()).hexdigest()
 
 
-def _own_classes(block: ConfigDict, form: str, first: storage.SourceFile) -> tuple[str, ...]:
+def _own_classes(block: Config, form: str, first: storage.SourceFile) -> tuple[str, ...]:
   """Returns the class names that a source keeps beside its samples, () where it has none."""
   if formats.get(form).rooted or not block.label_key:
     return ()

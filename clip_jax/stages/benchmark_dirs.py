@@ -10,9 +10,8 @@ import glob
 import os
 import re
 
-from ml_collections import ConfigDict
-
 from clip_jax.core.errors import ConfigError
+from clip_jax.core.types import Config
 from clip_jax.data import folder, listing, storage, vectors
 
 EXAMPLE = "--config.benchmark_dirs='sketch=DIR,val=DIR'"
@@ -24,7 +23,7 @@ FORMATS = (
 )  # told by their files; folders by their images
 
 
-def resolve(config: ConfigDict) -> ConfigDict:
+def resolve(config: Config) -> Config:
   """Returns a config with the benchmarks of config.benchmark_dirs; the same one where there are
   none.
 
@@ -52,7 +51,7 @@ def resolve(config: ConfigDict) -> ConfigDict:
   return found
 
 
-def flag(config: ConfigDict, dataset: str, key: str) -> str:
+def flag(config: Config, dataset: str, key: str) -> str:
   """Returns the flag that sets a key of a dataset; a benchmark of benchmark_dirs has it from the
   template.
   """

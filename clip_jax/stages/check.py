@@ -11,6 +11,7 @@ from clip_jax import defaults
 from clip_jax.core import config as config_lib
 from clip_jax.core.config import Key
 from clip_jax.core.errors import ConfigError
+from clip_jax.core.types import Config
 from clip_jax.data import formats, keyed_images
 from clip_jax.experiment import blocks
 from clip_jax.experiment.experiment import Experiment
@@ -31,7 +32,7 @@ NOT_VECTOR_KEYS = (
 )
 
 
-def check(config: ConfigDict) -> None:
+def check(config: Config) -> None:
   """Raises ConfigError for the first thing in the config that cannot work."""
   _top(config)
   _dataset('pool', config.pool, defaults.DATASET)
@@ -59,7 +60,7 @@ def check(config: ConfigDict) -> None:
     _training(config)
 
 
-def _top(config: ConfigDict) -> None:
+def _top(config: Config) -> None:
   """The keys of the config itself, and all blocks but those of datasets and splits."""
   known = defaults.get_config()
   check_keys.block(
@@ -77,7 +78,7 @@ def _top(config: ConfigDict) -> None:
     check_keys.block(f'config.embedders.{name}', block, defaults.EMBEDDER)
 
 
-def _dataset(name: str, block: ConfigDict, known: Mapping[str, Key]) -> None:
+def _dataset(name: str, block: Config, known: Mapping[str, Key]) -> None:
   where = f'config.{name}'
   check_keys.block(where, block, known)
   names = (*formats.FORMATS, blocks.GLYPHS, 'concat')
@@ -118,7 +119,7 @@ def _dataset(name: str, block: ConfigDict, known: Mapping[str, Key]) -> None:
       raise ConfigError(f'{where}.labels_file={block.labels_file!r} is not there.')
 
 
-def _benchmark(where: str, block: ConfigDict) -> None:
+def _benchmark(where: str, block: Config) -> None:
   if len(block.classes) == 1:
     raise ConfigError(
       f'{where}.classes has one class, {block.classes[0]!r}: with one, every prediction is '
@@ -131,7 +132,7 @@ def _benchmark(where: str, block: ConfigDict) -> None:
       )
 
 
-def _reference(config: ConfigDict, name: str) -> None:
+def _reference(config: Config, name: str) -> None:
   """One of config.references: a dataset of labelled examples, or prompts."""
   block, where = config.references[name], f'config.references.{name}'
   check_keys.valid_name('references', name)
@@ -163,7 +164,7 @@ def _reference(config: ConfigDict, name: str) -> None:
     )
 
 
-def _planted(config: ConfigDict) -> None:
+def _planted(config: Config) -> None:
   """The copies of test images, and the splits that hold them."""
   block, where = config.planted, 'config.planted'
   for name in config.splits:
@@ -190,7 +191,7 @@ def _planted(config: ConfigDict) -> None:
     )
 
 
-def _vectors(config: ConfigDict) -> None:
+def _vectors(config: Config) -> None:
   """Vectors from files fit the embedders that need no image of them, and exports that copy no
   image.
   """
@@ -236,7 +237,7 @@ def _vectors(config: ConfigDict) -> None:
       )
 
 
-def stages(config: ConfigDict, names: Sequence[str]) -> None:
+def stages(config: Config, names: Sequence[str]) -> None:
   """Raises ConfigError where a stage that will run needs images that are not there."""
   reads = {
     'train': [blocks.POOL, *([blocks.ANCHOR] if blocks.has_anchor(config) else [])],
@@ -254,7 +255,7 @@ def stages(config: ConfigDict, names: Sequence[str]) -> None:
         )
 
 
-def _embedders(config: ConfigDict) -> None:
+def _embedders(config: Config) -> None:
   """The further embedders, and who uses them."""
   for name, block in config.embedders.items():
     if block.source == 'files':
@@ -296,7 +297,7 @@ def _embedders(config: ConfigDict) -> None:
     )
 
 
-def _dedup(config: ConfigDict) -> None:
+def _dedup(config: Config) -> None:
   d = config.dedup
   if not d.enabled:
     return
@@ -348,7 +349,7 @@ def embedder_weights(x: Experiment) -> None:
     models.embedder_architecture(view)
 
 
-def _model(config: ConfigDict) -> None:
+def _model(config: Config) -> None:
   found = models.architecture(config)
   if config.train.patch_dropout and not isinstance(found.vision, zoo.ViTConfig):
     raise ConfigError(
@@ -357,7 +358,7 @@ def _model(config: ConfigDict) -> None:
     )
 
 
-def _training(config: ConfigDict) -> None:
+def _training(config: Config) -> None:
   t = config.train
   if t.order == 'blocks' and t.loader_processes:
     raise ConfigError(

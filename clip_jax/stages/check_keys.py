@@ -10,11 +10,12 @@ from ml_collections import ConfigDict
 from clip_jax.core import config as config_lib
 from clip_jax.core.config import Key
 from clip_jax.core.errors import ConfigError
+from clip_jax.core.types import Config
 
 NAME = re.compile(r'[A-Za-z0-9][A-Za-z0-9_-]*')
 
 
-def block(where: str, got: ConfigDict, keys: Mapping[str, Key]) -> None:
+def block(where: str, got: Config, keys: Mapping[str, Key]) -> None:
   """Every key of a block must be declared in defaults.py, of its type, and have a value that it
   takes.
   """
@@ -29,7 +30,7 @@ def block(where: str, got: ConfigDict, keys: Mapping[str, Key]) -> None:
     if name not in keys:
       raise ConfigError(f'{where}.{name} is not a config key.{config_lib.nearest(name, keys)}')
     if not isinstance(
-      value, ConfigDict
+      value, Config
     ):  # a table of names (where, sources) is checked by what reads it
       keys[name].check(f'{where}.{name}', value)
     elif keys[name].default != {}:

@@ -5,10 +5,9 @@ from.
 import math
 import os
 
-from ml_collections import ConfigDict
-
 from clip_jax import defaults
 from clip_jax.core.errors import ConfigError
+from clip_jax.core.types import Config
 from clip_jax.data import export, table
 from clip_jax.experiment import blocks
 from clip_jax.pruning import exports, rules
@@ -17,7 +16,7 @@ from clip_jax.stages import check_keys
 KEY_FILES = ('.npy', '.parquet', '.txt')  # what the rule listed reads
 
 
-def check(config: ConfigDict, name: str) -> None:
+def check(config: Config, name: str) -> None:
   block, where = config.splits[name], f'config.splits.{name}'
   known = defaults.split_keys()
   check_keys.block(where, block, known)
@@ -90,7 +89,7 @@ def check(config: ConfigDict, name: str) -> None:
   _others(config, name)
 
 
-def _aligned_keys(where: str, block: ConfigDict) -> None:
+def _aligned_keys(where: str, block: Config) -> None:
   """What says how much an aligned split drops; of other rules these keys are at their defaults."""
   given = [f'{key}={block[key]:g}' for key in ('slack', 'quantile', 'dose') if block[key]]
   if len(given) > 1:
@@ -99,7 +98,7 @@ def _aligned_keys(where: str, block: ConfigDict) -> None:
     )
 
 
-def _levels(config: ConfigDict, where: str, block: ConfigDict) -> None:
+def _levels(config: Config, where: str, block: Config) -> None:
   """What says of which domain or class a row is, and which of them go."""
   if bool(block.column) == bool(block.reference):
     raise ConfigError(
@@ -124,7 +123,7 @@ def _levels(config: ConfigDict, where: str, block: ConfigDict) -> None:
       check_keys.one_of(f'{where}.values', str(value), classes)
 
 
-def _others(config: ConfigDict, name: str) -> None:
+def _others(config: Config, name: str) -> None:
   """The splits that a split is made from: they are there, no circle, and of use to its rule."""
   block, where = config.splits[name], f'config.splits.{name}'
   rule = rules.RULES[block.rule]
@@ -152,7 +151,7 @@ def _others(config: ConfigDict, name: str) -> None:
       )
 
 
-def _circle(config: ConfigDict, name: str) -> list[str]:
+def _circle(config: Config, name: str) -> list[str]:
   """Returns a way from a split back to itself, along what each is made from; [] where there is
   none.
   """

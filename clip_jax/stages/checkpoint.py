@@ -11,11 +11,11 @@ import tempfile
 import time
 
 from absl import logging
-from ml_collections import ConfigDict
 
 from clip_jax.core import checkpoints, files, products
 from clip_jax.core import config as config_lib
 from clip_jax.core.errors import ConfigError, InputError
+from clip_jax.core.types import Config
 from clip_jax.experiment import blocks
 from clip_jax.experiment.experiment import Experiment
 from clip_jax.stages import benchmark_dirs, check, evaluate, ingest, models
@@ -24,7 +24,7 @@ POLL_SECS = 5.0
 
 
 def run(
-  config: ConfigDict,
+  config: Config,
   path: str | None,
   *,
   model: str,

@@ -106,9 +106,8 @@ def _huggingface(found: models.Weights, output: str) -> None:
   )
   logging.info(
     'Written: %s, %s and %s. In Python%s:\n  transformers.%s.from_pretrained(%r)\n'
-    "CLIPProcessor there needs the tokenizer's files too; without them it makes up other tokens and "
-    'does '
-    'not say so:\n  transformers.AutoTokenizer.from_pretrained(%r, '
+    "CLIPProcessor there needs the tokenizer's files too; without them it silently makes up other "
+    'tokens:\n  transformers.AutoTokenizer.from_pretrained(%r, '
     'model_max_length=%d).save_pretrained(%r)',
     output,
     models.HUGGING_FACE,

@@ -14,12 +14,11 @@ import os
 from typing import Any
 
 from absl import logging
-from ml_collections import ConfigDict
 import numpy as np
 
 from clip_jax.core import checkpoints, files, sharding
 from clip_jax.core.errors import ConfigError, InputError
-from clip_jax.core.types import Array
+from clip_jax.core.types import Array, Config
 from clip_jax.data import packing, tokenizer
 from clip_jax.experiment import blocks
 from clip_jax.experiment.experiment import Experiment
@@ -65,7 +64,7 @@ class Weights:
   said: str = ''  # of a file of weights: what it was taken for, and why
 
 
-def architecture(config: ConfigDict):
+def architecture(config: Config):
   """Returns config.model as a CLIPConfig: a zoo entry by name, or the numbers themselves, as its
   loss begins.
   """
@@ -79,7 +78,7 @@ def architecture(config: ConfigDict):
   return dataclasses.replace(numbers, **losses.LOSSES[config.train.loss].start)
 
 
-def _numbers(config: ConfigDict):
+def _numbers(config: Config):
   m = config.model
   given = [key for key in NUMBERS if m[key]]
   if m.name:
@@ -125,7 +124,7 @@ def _numbers(config: ConfigDict):
   )
 
 
-def about(config: ConfigDict, split: str, seed: int) -> dict:
+def about(config: Config, split: str, seed: int) -> dict:
   """Returns what a checkpoint must say of its model, so that it can be evaluated without the
   config.
   """

@@ -12,12 +12,12 @@ import sys
 import time
 
 from absl import logging
-from ml_collections import ConfigDict
 
 from clip_jax.core import config as config_lib
 from clip_jax.core import files, interrupts, log, products, progress, sharding
 from clip_jax.core.errors import ConfigError
 from clip_jax.core.products import EMBEDDERS, STAGES, Product
+from clip_jax.core.types import Config
 from clip_jax.experiment import blocks, workdir
 from clip_jax.experiment.experiment import Experiment
 from clip_jax.stages import benchmark_dirs, check, plan, table
@@ -39,7 +39,7 @@ REDO = 'redo.json'  # a --redo in progress
 
 
 def run(
-  config: ConfigDict,
+  config: Config,
   workdir: str | None,
   *,
   stages: list[str] | None,
@@ -75,7 +75,7 @@ def _stage_names(stages: list[str] | None) -> list[str]:
   return [name for name in STAGES if not stages or name in stages]
 
 
-def _open(config: ConfigDict, folder: str | None) -> Experiment:
+def _open(config: Config, folder: str | None) -> Experiment:
   if not folder:
     raise ConfigError(
       '--workdir is not given: the folder for everything that is made, for example '

@@ -17,13 +17,12 @@ import shlex
 import sys
 
 from absl import logging
-from ml_collections import ConfigDict
 import numpy as np
 
 from clip_jax.core import files, products, progress
 from clip_jax.core.errors import InputError
 from clip_jax.core.products import Made, Product
-from clip_jax.core.types import Array
+from clip_jax.core.types import Array, Config
 from clip_jax.evaluation import zero_shot
 from clip_jax.experiment import blocks, workdir
 from clip_jax.experiment.blocks import ANCHOR, ANCHOR_CLASSES, POOL, SIZES
@@ -550,7 +549,7 @@ def duplicate_rates(x: Experiment, benchmark: str, duplicate: float) -> list[flo
   return rates
 
 
-def next_command(config: ConfigDict) -> str:
+def next_command(config: Config) -> str:
   """Returns the user's own command line with the stages that follow; '' where this run goes on to
   them itself.
   """

@@ -10,11 +10,11 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from absl import logging
-from ml_collections import ConfigDict
 import numpy as np
 
 from clip_jax.core import files
 from clip_jax.core.products import Made, Product
+from clip_jax.core.types import Config
 from clip_jax.experiment import blocks, workdir
 from clip_jax.experiment.blocks import POOL
 from clip_jax.experiment.experiment import Experiment
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 INTERVAL = '95 %, by Wilson, as if the rows that either removes were independent draws'
 
 
-def compared(config: ConfigDict) -> list[str]:
+def compared(config: Config) -> list[str]:
   """Returns the splits that are compared.
 
   Not the doses: another share of the same cut, which under another embedder may be more rows than

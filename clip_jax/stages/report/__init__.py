@@ -11,11 +11,11 @@ from collections.abc import Sequence
 import os
 from types import ModuleType
 
-from ml_collections import ConfigDict
 import numpy as np
 
 from clip_jax.core import files
 from clip_jax.core.products import Made, Product
+from clip_jax.core.types import Config
 from clip_jax.evaluation import answer
 from clip_jax.evaluation.statistics import Estimate
 from clip_jax.experiment import blocks
@@ -136,7 +136,7 @@ def _sections(
   return rows
 
 
-def _title(config: ConfigDict) -> str:
+def _title(config: Config) -> str:
   names = [
     b
     for b in config.benchmarks
@@ -213,7 +213,7 @@ def _summary(facts: Facts, banner: str, sentence: str, accuracies: Accuracies) -
   return '\n'.join(text) + '\n'
 
 
-def _accuracy_lines(config: ConfigDict, accuracies: Accuracies) -> list[str]:
+def _accuracy_lines(config: Config, accuracies: Accuracies) -> list[str]:
   benchmarks = [b for b in config.benchmarks if any(b == key[1] for key in accuracies)]
   names = [name for name in config.splits if any(name == key[0] for key in accuracies)]
   return _columns(

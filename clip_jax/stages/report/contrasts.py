@@ -6,10 +6,9 @@ Out: plain dicts of estimates, as reporting.comparisons takes them.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ml_collections import ConfigDict
 import numpy as np
 
-from clip_jax.core.types import Array
+from clip_jax.core.types import Array, Config
 from clip_jax.evaluation import causal, robustness, statistics
 from clip_jax.experiment import blocks, workdir
 from clip_jax.stages.report.facts import Facts, Results
@@ -20,17 +19,17 @@ SHIFT_CLASSES = {'v2': 1000, 'sketch': 1000, 'r': 200, 'objectnet': 113}  # shif
 Pair = tuple[list[Array], tuple[int, ...]]  # what Results.on_shared_seeds returns for two splits
 
 
-def first_split(config: ConfigDict, rule: str) -> str | None:
+def first_split(config: Config, rule: str) -> str | None:
   """Returns the first split with a rule: 'all' is the base, 'anchor' the reference."""
   return next((name for name in config.splits if config.splits[name].rule == rule), None)
 
 
-def aligned(config: ConfigDict) -> list[str]:
+def aligned(config: Config) -> list[str]:
   """Returns the splits that promise the anchor's similarity gap."""
   return [name for name in config.splits if blocks.rule_of(config, name).aligned]
 
 
-def words_of(config: ConfigDict, split: str) -> str:
+def words_of(config: Config, split: str) -> str:
   """Returns what a split is, in words."""
   return blocks.rule_of(config, split).words(blocks.parameters(config, split))
 
@@ -114,7 +113,7 @@ def comparisons(facts: Facts) -> list[dict]:
   return [{**item, 'holm': float(p), 'tests': tests} for item, p in zip(items, adjusted)]
 
 
-def is_dose(config: ConfigDict, split: str) -> bool:
+def is_dose(config: Config, split: str) -> bool:
   """Returns whether a split drops by another cut than slack 0: a point of a curve, not an
   answer.
   """
@@ -122,7 +121,7 @@ def is_dose(config: ConfigDict, split: str) -> bool:
   return bool(block.slack or block.quantile) or block.dose not in (0.0, 1.0)
 
 
-def headline(config: ConfigDict, items: Sequence[dict]) -> list[dict]:
+def headline(config: Config, items: Sequence[dict]) -> list[dict]:
   """Returns the comparisons that the answer is made of: those of splits aligned at slack 0, each
   benchmark set once.
 
@@ -244,7 +243,7 @@ def _share(
   )
 
 
-def shift_of(config: ConfigDict, results: Results, benchmark: str) -> str | None:
+def shift_of(config: Config, results: Results, benchmark: str) -> str | None:
   """Returns whose effective-robustness line holds for a benchmark, by its name and its classes.
 
   The lines start from accuracy on ImageNet-Val: config.report.reference, if it has 1,000 classes.
@@ -257,7 +256,7 @@ def shift_of(config: ConfigDict, results: Results, benchmark: str) -> str | None
 
 
 def _line_accuracies(
-  config: ConfigDict, results: Results, key: tuple[str, str], seeds
+  config: Config, results: Results, key: tuple[str, str], seeds
 ) -> Array | None:  # [S]
   """Returns what the line gives at the split's own validation accuracy, for each seed."""
   shift, key = shift_of(config, results, key[1]), (key[0], config.report.reference)

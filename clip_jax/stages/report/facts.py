@@ -10,12 +10,11 @@ import functools
 import os
 import re
 
-from ml_collections import ConfigDict
 import numpy as np
 
 from clip_jax.core import metrics, products
 from clip_jax.core.products import STAGES
-from clip_jax.core.types import Array
+from clip_jax.core.types import Array, Config
 from clip_jax.evaluation import convergence
 from clip_jax.experiment import blocks, workdir
 from clip_jax.experiment.blocks import ANCHOR, POOL
@@ -92,7 +91,7 @@ class Facts:
   counts: dict[str, dict]  # finished product -> what was counted
 
   @property
-  def config(self) -> ConfigDict:
+  def config(self) -> Config:
     return self.x.config
 
   @functools.cached_property

@@ -5,9 +5,9 @@ Out: plain dicts, one a panel, as reporting.sections takes them.
 
 from collections.abc import Mapping, Sequence
 
-from ml_collections import ConfigDict
 import numpy as np
 
+from clip_jax.core.types import Config
 from clip_jax.evaluation import robustness, similarity_bins, statistics
 from clip_jax.evaluation.statistics import Estimate
 from clip_jax.experiment import blocks
@@ -24,7 +24,7 @@ def looks() -> figures.Looks:
   return svg.looks({name: rule.label for name, rule in RULES.items()})
 
 
-def answers(config: ConfigDict, accuracy: Accuracies, items: Sequence[dict]) -> list[dict]:
+def answers(config: Config, accuracy: Accuracies, items: Sequence[dict]) -> list[dict]:
   """Returns, for each comparison, the accuracies of anchor only, aligned, control and base."""
   benchmarks = [item['benchmark'] for item in items]
   lines = []
@@ -108,7 +108,7 @@ def _series(base: str, bins: Sequence[similarity_bins.Bin]) -> list[dict]:
   ]
 
 
-def is_sized(config: ConfigDict, split: str) -> bool:
+def is_sized(config: Config, split: str) -> bool:
   """Returns whether a split has a size of its own and rows that are chosen: near- or far-pruned."""
   rule = blocks.rule_of(config, split)
   return rule.sized and rule.selects
