@@ -19,8 +19,8 @@ import ml_collections
 from clip_jax.core import config as config_lib
 from clip_jax.core.config import Key, natural, one_of, positive, within
 from clip_jax.core.types import Config
+from clip_jax.data import image_copies as planted_lib
 from clip_jax.data import images
-from clip_jax.data import planted as planted_lib
 from clip_jax.models import embedders
 from clip_jax.pruning import rules
 

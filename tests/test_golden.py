@@ -23,7 +23,7 @@ def load(family):
   """(config, functions, params) with the golden weights, by open_clip's names."""
   config = golden_clip.FAMILIES[family]
   tensors = {}
-  for name, shape in weights.their_shapes(open_clip.entries(config), shapes(config)).items():
+  for name, shape in weights.published_shapes(open_clip.entries(config), shapes(config)).items():
     theirs = name if config.custom_text else name.removeprefix('text.')
     tensors[theirs] = golden_clip.weight(theirs, shape)
   params = open_clip.params_from_open_clip(tensors, config, family)

@@ -160,7 +160,7 @@ def test_another_model_is_an_error():
 
 def test_models_that_fit_by_shape():
   config = zoo.get('ViT-S-32')
-  shapes = weights.their_shapes(huggingface.entries(config), weights.shapes(config))
+  shapes = weights.published_shapes(huggingface.entries(config), weights.shapes(config))
   tensors = {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}
   assert huggingface.fitting(tensors) == ['ViT-S-32']
 

@@ -91,7 +91,7 @@ def blank(config):
   """Tensors of the right shapes that take no memory."""
   return {
     name: np.broadcast_to(np.float32(0), shape)
-    for name, shape in weights.their_shapes(open_clip.entries(config), shapes(config)).items()
+    for name, shape in weights.published_shapes(open_clip.entries(config), shapes(config)).items()
   }
 
 

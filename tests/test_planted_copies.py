@@ -38,7 +38,7 @@ CALIBRATION = {
 
 
 def leakage(reason='', **change):
-  """Returns what evaluation/planted.contrast returns."""
+  """Returns what evaluation/positive_control.contrast returns."""
   gain = lambda **more: None if reason else types.SimpleNamespace(**{**GAIN, **more})
   return types.SimpleNamespace(
     estimate=gain(**change),

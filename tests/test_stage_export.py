@@ -19,10 +19,10 @@ from squares import PREPARE, config, run, sample, write_tar
 
 from clip_jax import defaults
 from clip_jax.core import files
-from clip_jax.data import export as copies
 from clip_jax.data import reader
+from clip_jax.data import shard_writer as copies
 from clip_jax.experiment.experiment import Experiment
-from clip_jax.pruning import exports
+from clip_jax.pruning import key_lists
 from clip_jax.stages import export
 
 
@@ -134,7 +134,7 @@ def test_a_list_with_repeats_strangers_and_rows_that_are_no_candidates(world, tm
   c, w = made(world), tmp_path / 'w'
   c.dedup.enabled = True
   listed = [uid(i) for i in (5, 3, 5, 5, 50)] + [uid(777)]
-  np.save(tmp_path / 'subset.npy', exports.sorted_uids(exports.uids(listed)))
+  np.save(tmp_path / 'subset.npy', key_lists.sorted_uids(key_lists.uids(listed)))
   c.splits.subset = defaults.split(
     rule='listed', file=str(tmp_path / 'subset.npy'), export=('datacomp', 'keys', 'webdataset')
   )
@@ -149,8 +149,8 @@ def test_a_list_with_repeats_strangers_and_rows_that_are_no_candidates(world, tm
   assert (about['pool_rows'], about['candidates'], about['dropped']) == (5, 60, 57)
   draw = about['draws']['rows']
   assert draw['repeats'] == 2 and draw['not_in_pool'] == 1 and draw['listed_twice'] == 1
-  back = exports.find(
-    exports.read(w / 'splits/subset/export/uids.npy'),
+  back = key_lists.find(
+    key_lists.read(w / 'splits/subset/export/uids.npy'),
     export.pool_keys(Experiment(c, str(w)), 'uid'),
   )
   assert back.rows.tolist() == [3, 5, 5, 5, 50]
@@ -170,7 +170,9 @@ def test_a_list_with_repeats_strangers_and_rows_that_are_no_candidates(world, tm
   status, said = run(c, w, capsys, ['prune'])
   assert status == 0 and 'made again' not in said, said
   assert (w / 'splits/subset/rows.sidecar.json').read_text() == before
-  np.save(tmp_path / 'moved.npy', exports.sorted_uids(exports.uids(listed[:2])))  # another content
+  np.save(
+    tmp_path / 'moved.npy', key_lists.sorted_uids(key_lists.uids(listed[:2]))
+  )  # another content
   status, said = run(c, w, capsys, ['prune'])
   assert status == 0 and 'splits/subset/rows is made again: the listed file has changed' in said
   assert 'splits/alike/rows-seed0 is made again' in said
@@ -282,14 +284,14 @@ def test_a_killed_export_loses_the_file_in_flight(world, capsys, tmp_path):
 import sys, time
 sys.path[:0] = {sys.path!r}
 import test_stage_export as t
-from clip_jax.data import export
+from clip_jax.data import shard_writer
 from clip_jax.stages import pipeline
-export.SAMPLES_A_SHARD = 5
-real = export._check_tar
+shard_writer.SAMPLES_A_SHARD = 5
+real = shard_writer._check_tar
 def slow(*given):
   time.sleep(0.15)
   return real(*given)
-export._check_tar = slow
+shard_writer._check_tar = slow
 c = t.made({str(world)!r})
 c.splits.base.export = ('webdataset',)
 pipeline.run(c, {str(tmp_path / 'w')!r}, stages=t.PREPARE, redo='', dry_run=False)

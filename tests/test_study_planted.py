@@ -20,7 +20,7 @@ import tiny
 from clip_jax import defaults
 from clip_jax.core import products
 from clip_jax.core.errors import ConfigError
-from clip_jax.data import images, planted, reader
+from clip_jax.data import image_copies, images, reader
 from clip_jax.experiment.experiment import Experiment
 from clip_jax.stages import check, pipeline, table, train
 from clip_jax.studies import planted as study
@@ -91,7 +91,7 @@ def evaluated(workdir, seeds=(0,)):
 
 def test_copies_are_drawn_captioned_and_indexed(prepared):
   queries, source = source_of(prepared, 'squares'), source_of(prepared, 'planted')
-  place = planted.draw(queries.column('group').tolist(), 0.5, 0)
+  place = image_copies.draw(queries.column('group').tolist(), 0.5, 0)
   readable = (
     np.arange(len(queries)) != 72
   )  # 12 of the first tar, 60 of the second, then the broken one
@@ -245,7 +245,7 @@ def test_exports_name_the_copies_or_refuse(data, prepared, capsys):
 
 def _arms(workdir):
   """Returns which queries have a copy, and which were not drawn and can be read."""
-  place = planted.draw(source_of(workdir, 'squares').column('group').tolist(), 0.5, 0)
+  place = image_copies.draw(source_of(workdir, 'squares').column('group').tolist(), 0.5, 0)
   return np.isin(np.arange(113), _column(workdir, 'query')), (place < 0) & (np.arange(113) != 72)
 
 
@@ -444,7 +444,7 @@ def test_tars_are_drawn_by_several_processes_alike(data, prepared, tmp_path, cap
 def test_a_kill_while_drawing_keeps_the_tars_that_are_whole(data, tmp_path, capsys, monkeypatch):
   c, whole = config(data, split=False), tmp_path / 'whole'
   assert run(c, whole, capsys, ['ingest'])[0] == 0
-  write, done = planted.write_tar, []
+  write, done = image_copies.write_tar, []
 
   def killed(path, *more):
     if len(done) == 1:
@@ -453,7 +453,7 @@ def test_a_kill_while_drawing_keeps_the_tars_that_are_whole(data, tmp_path, caps
     return write(path, *more)
 
   with monkeypatch.context() as patch:
-    patch.setattr(planted, 'write_tar', killed)
+    patch.setattr(image_copies, 'write_tar', killed)
     with pytest.raises((KeyboardInterrupt, SystemExit)):
       status, _ = run(c, tmp_path / 'run', capsys, ['ingest'])
       raise SystemExit(status)

@@ -230,7 +230,7 @@ def test_every_names_tensors_are_open_clips():
     make = theirs.CustomTextCLIP if cfg.pop('custom_text', False) else theirs.CLIP
     with torch.device('meta'):
       tensors = make(**cfg).state_dict()
-    wanted = weights.their_shapes(open_clip.entries(config), shapes(config))
+    wanted = weights.published_shapes(open_clip.entries(config), shapes(config))
     found = {
       k if k.startswith(('visual.', 'text.', 'logit_')) else f'text.{k}': tuple(v.shape)
       for k, v in tensors.items()

@@ -17,7 +17,7 @@ GOLDEN = json.loads((pathlib.Path(__file__).parent / 'golden/zoo.json').read_tex
 
 def theirs(config):
   """{open_clip's name: shape}."""
-  found = weights.their_shapes(open_clip.entries(config), shapes(config))
+  found = weights.published_shapes(open_clip.entries(config), shapes(config))
   return {
     name if config.custom_text else name.removeprefix('text.'): shape
     for name, shape in found.items()

@@ -66,8 +66,8 @@ _VECTOR_FILES = ('img_emb/*.npy', 'images/img_emb_*.npy', '*.npy', '*.npz', '*.p
 
 def _parquet():
   from clip_jax.data import (
-    parquet,
-  )  # with pyarrow: 0.3 s and 30 MB that processes which load tars do not need
+    parquet,  # with pyarrow: 0.3 s and 30 MB that processes which load tars do not need
+  )
 
   return parquet
 

@@ -97,7 +97,9 @@ def _remote_files(path: str, found_by: formats.Format) -> list[storage.SourceFil
           system.ls(folder)  # is remembered there: one question instead of thousands
   with futures.ThreadPoolExecutor(_THREADS) as threads:
     matches = threads.map(
-      lambda pattern: storage.steadily(lambda: _remote_matches(system, pattern, query, found_by)),
+      lambda pattern: storage.with_retries(
+        lambda: _remote_matches(system, pattern, query, found_by)
+      ),
       patterns,
     )
     found = [info for infos in matches for info in infos]

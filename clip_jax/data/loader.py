@@ -18,17 +18,8 @@ import numpy as np
 
 from clip_jax.core.errors import InputError
 from clip_jax.core.types import Array, Source
-from clip_jax.data import (
-  images,
-  loader_processes,
-  packing,
-  tokenizer,
-  views,
-  windows,
-)
-from clip_jax.data import (
-  order as order_lib,
-)
+from clip_jax.data import images, loader_processes, packing, tokenizer, views, windows
+from clip_jax.data import order as order_lib
 
 _RUN = 128  # examples that one thread makes at a time; a large batch is several runs ...
 _RUN_BYTES = 4 << 20  # ... as is one of large images

@@ -98,7 +98,7 @@ class RemoteFile:
       with naming(self.path):
         return file_system(self.path).info(self.path)['size']
 
-    return steadily(ask)
+    return with_retries(ask)
 
   def read(self, offset: int, length: int) -> bytes:
     """Returns `length` bytes from `offset`, which must be in the file; fewer where it ends."""
@@ -179,14 +179,14 @@ def _fetched(parts: Sequence[Sequence[Any]]) -> list[bytes]:
   while len(found) < len(parts):
     before = len(found)
     try:
-      steadily(ask)
+      with_retries(ask)
     except Unavailable:
       if len(found) == before:  # a server that limits requests serves some each time
         raise
   return [found[i] for i in range(len(parts))]
 
 
-def steadily(ask: Callable[[], _T]) -> _T:
+def with_retries(ask: Callable[[], _T]) -> _T:
   """Returns ask(); where that raises Unavailable, waits and asks again, a few times."""
   for wait in _WAITS:
     try:

@@ -96,11 +96,11 @@ class Concatenation:
 
   def many(self, indices: Sequence[int]) -> list[dict[str, Any]]:
     found: list[Any] = [None] * len(indices)
-    whose = (
+    source_of = (
       np.searchsorted(self._starts, [_checked(index, len(self)) for index in indices], 'right') - 1
     )
-    for i in np.unique(whose).tolist():
-      places = np.flatnonzero(whose == i).tolist()
+    for i in np.unique(source_of).tolist():
+      places = np.flatnonzero(source_of == i).tolist()
       samples = many(self._sources[i], [int(indices[place]) - self._starts[i] for place in places])
       for place, sample in zip(places, samples, strict=True):
         found[place] = sample

@@ -18,7 +18,7 @@ from clip_jax.experiment import blocks
 from clip_jax.experiment.blocks import ANCHOR, ANCHOR_CLASSES, GLYPHS, PLANTED, POOL, SIZES
 from clip_jax.experiment.shards import Shard, list_shards
 from clip_jax.models import embedders, weights
-from clip_jax.pruning import exports
+from clip_jax.pruning import key_lists
 
 # Keys of a dataset block that say where its files are (a file of labels counts by its content), or
 # what is done with it later; all others change what its index holds.
@@ -529,10 +529,10 @@ class Graph:
     config = self.config
     place = f'splits/{split}/export' + (f'/seed{seed}' if blocks.is_drawn(config, split) else '')
     rows = self.rows(split, seed)
-    if kind in exports.LISTS:
+    if kind in key_lists.LISTS:
       indexes = [self.index(name) for name in (POOL, ANCHOR) if name in blocks.datasets(config)]
       return Product(
-        f'{place}/{os.path.splitext(exports.LISTS[kind])[0]}',
+        f'{place}/{os.path.splitext(key_lists.LISTS[kind])[0]}',
         'list',
         (split, seed, kind),
         blocks.pick(config, ['prune.export_key']),

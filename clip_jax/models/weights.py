@@ -215,7 +215,7 @@ def from_theirs(
 
   Raises InputError naming what is missing, left over or of another shape.
   """
-  wanted = their_shapes(entries, shapes(config))
+  wanted = published_shapes(entries, shapes(config))
   missing = [name for name in wanted if name not in tensors]
   left = [name for name in tensors if name not in wanted]
   if missing or left:
@@ -273,7 +273,7 @@ def to_theirs(
   return found
 
 
-def their_shapes(
+def published_shapes(
   entries: Sequence[Entry], ours: Mapping[str, tuple[int, ...]]
 ) -> dict[str, tuple[int, ...]]:
   """The shape that each of their tensors has when ours are these."""
@@ -309,7 +309,7 @@ def fitting(
 
 def fits(entries: Sequence[Entry], tensors: Mapping[str, Array], config: zoo.CLIPConfig) -> bool:
   """Whether names and shapes are those of a config; the image size is free."""
-  wanted = their_shapes(entries, shapes(config))
+  wanted = published_shapes(entries, shapes(config))
   free = {name for entry in entries if entry.ours == (IMAGE_POSITIONS,) for name in entry.theirs}
   return wanted.keys() == tensors.keys() and all(
     tensors[name].shape == shape

@@ -30,7 +30,7 @@ def block(where: str, got: Config, keys: Mapping[str, Key]) -> None:
     if name not in keys:
       raise ConfigError(f'{where}.{name} is not a config key.{config_lib.nearest(name, keys)}')
     if not isinstance(
-      value, Config
+      value, ConfigDict
     ):  # a table of names (where, sources) is checked by what reads it
       keys[name].check(f'{where}.{name}', value)
     elif keys[name].default != {}:

@@ -8,9 +8,9 @@ import os
 from clip_jax import defaults
 from clip_jax.core.errors import ConfigError
 from clip_jax.core.types import Config
-from clip_jax.data import export, table
+from clip_jax.data import shard_writer, table
 from clip_jax.experiment import blocks
-from clip_jax.pruning import exports, rules
+from clip_jax.pruning import key_lists, rules
 from clip_jax.stages import check_keys
 
 KEY_FILES = ('.npy', '.parquet', '.txt')  # what the rule listed reads
@@ -38,7 +38,7 @@ def check(config: Config, name: str) -> None:
       f'{", ".join(config.benchmarks) or "none"}.'
     )
   for kind in block.export:
-    check_keys.one_of(f'{where}.export', kind, (*exports.LISTS, *export.COPIES))
+    check_keys.one_of(f'{where}.export', kind, (*key_lists.LISTS, *shard_writer.COPIES))
   if 'file' in rule.keys and not os.path.isfile(os.path.expanduser(block.file)):
     raise ConfigError(
       f'{where}.file={block.file!r} is not there: the rule {block.rule!r} needs a file of keys.'

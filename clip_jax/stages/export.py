@@ -20,11 +20,11 @@ from clip_jax.core import engine, files, products, progress
 from clip_jax.core.errors import InputError
 from clip_jax.core.products import Made, Product
 from clip_jax.core.types import Array
-from clip_jax.data import export, table
+from clip_jax.data import shard_writer, table
 from clip_jax.experiment import workdir
 from clip_jax.experiment.blocks import POOL
 from clip_jax.experiment.experiment import Experiment
-from clip_jax.pruning import exports, splits
+from clip_jax.pruning import key_lists, splits
 
 ROWS_AT_ONCE = 1 << 20  # rows of keys.parquet that are in memory
 BYTES_BESIDE_IMAGE = 6000  # of a sample in a tar, about: captions, json, headers
@@ -36,7 +36,7 @@ def listed_rows(x: Experiment, split: str) -> tuple[Array, dict]:
   """
   path = os.path.expanduser(x.config.splits[split].file)
   column = x.config.prune.export_key or 'key'
-  listed = exports.find(exports.read(path, x.config.prune.export_key), pool_keys(x, column))
+  listed = key_lists.find(key_lists.read(path, x.config.prune.export_key), pool_keys(x, column))
   report = listed.report
   example = ', '.join(map(repr, listed.not_in_pool))
   if not len(listed.rows):
@@ -104,7 +104,7 @@ def write_list(x: Experiment, todo: list[Product]) -> Made:
   """Writes a list of keys, and reads it back."""
   (product,) = todo
   split, seed, kind = product.of
-  path = product.name + os.path.splitext(exports.LISTS[kind])[1]
+  path = product.name + os.path.splitext(key_lists.LISTS[kind])[1]
   counts = _LISTS[kind](x, path, _own_rows(x, split, seed))
   yield product, [path], counts
   logging.info(
@@ -113,11 +113,11 @@ def write_list(x: Experiment, todo: list[Product]) -> Made:
 
 
 def _uids(x: Experiment, path: str, rows: Mapping[str, Array]) -> dict:
-  return _npy(x, path, rows[POOL], exports.uids, exports.sorted_uids)
+  return _npy(x, path, rows[POOL], key_lists.uids, key_lists.sorted_uids)
 
 
 def _numbers(x: Experiment, path: str, rows: Mapping[str, Array]) -> dict:
-  return _npy(x, path, rows[POOL], exports.numbers, np.sort)
+  return _npy(x, path, rows[POOL], key_lists.numbers, np.sort)
 
 
 def _npy(x: Experiment, path: str, pool: Array, convert, order) -> dict:
@@ -137,7 +137,7 @@ def _checked(x: Experiment, path: str, temporary, column: str, rows: Array) -> d
   """Reads a list back as rows of the pool; returns how many keys name several rows."""
   if not len(rows):
     return {'several_rows': 0}
-  listed = exports.find(exports.read(temporary), pool_keys(x, column))
+  listed = key_lists.find(key_lists.read(temporary), pool_keys(x, column))
   several = listed.report['several_rows']
   if listed.report['not_in_pool'] or not several and not np.array_equal(listed.rows, rows):
     raise InputError(
@@ -229,14 +229,14 @@ def write_copies(x: Experiment, todo: list[Product]) -> Made:
   """
   (whole,) = todo
   split, seed, kind = whole.of
-  place, (ending, _) = os.path.dirname(whole.name), export.COPIES[kind]
+  place, (ending, _) = os.path.dirname(whole.name), shard_writer.COPIES[kind]
   parts = _parts(x, place, kind, _own_rows(x, split, seed))
   _remove_others(x, place, ending, whole.name, {part.name for part in parts})
 
   def write(late: list[Product]) -> Made:
     jobs = [(x.path(f'{part.name}.{ending}'), kind, *part.of) for part in late]
     needed = sum(
-      export.image_bytes(folder, rows) + BYTES_BESIDE_IMAGE * len(rows)
+      shard_writer.image_bytes(folder, rows) + BYTES_BESIDE_IMAGE * len(rows)
       for _, _, folder, rows in jobs
     )
     files.check_space(x.workdir, needed, f'The export {whole.name}')
@@ -291,8 +291,8 @@ def _parts(x: Experiment, place: str, kind: str, own_rows: Mapping[str, Array]) 
   parts = []
   for dataset, every in own_rows.items():
     index = x.graph.index_shards(dataset) if len(every) else []
-    for number, start in enumerate(range(0, len(every), export.SAMPLES_A_SHARD)):
-      some = every[start : start + export.SAMPLES_A_SHARD]
+    for number, start in enumerate(range(0, len(every), shard_writer.SAMPLES_A_SHARD)):
+      some = every[start : start + shard_writer.SAMPLES_A_SHARD]
       hashes = {shard: splits.rows_hash(own) for shard, _, _, own in _by_shard(x, dataset, some)}
       stem = ('' if dataset == POOL else f'{dataset}-') + f'{number:05d}'
       parts.append(
@@ -333,12 +333,12 @@ def _remove_others(x: Experiment, place: str, ending: str, whole: str, names: se
 def write_part(job: tuple[str, str, str, Array]) -> dict:
   """Writes one file of copies: a pure function of the rows to a file. Returns the counts."""
   path, kind, folder, rows = job
-  return export.COPIES[kind][1](path, folder, rows)
+  return shard_writer.COPIES[kind][1](path, folder, rows)
 
 
 _LISTS = {
   'datacomp': _uids,
   'clip_ood': _numbers,
   'keys': _keys,
-}  # kind of exports.LISTS -> what writes it
+}  # kind of key_lists.LISTS -> what writes it
 MAKERS = {'list': write_list, 'copies': write_copies}

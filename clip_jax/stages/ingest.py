@@ -17,7 +17,7 @@ from clip_jax.core import engine, files, products, progress
 from clip_jax.core.errors import ConfigError, InputError
 from clip_jax.core.products import Made, Product
 from clip_jax.core.types import Array
-from clip_jax.data import planted, reader, sources, summary, table, vector_index
+from clip_jax.data import image_copies, reader, sources, summary, table, vector_index
 from clip_jax.data.row_rules import RowRules
 from clip_jax.experiment import blocks, workdir
 from clip_jax.experiment.experiment import Experiment
@@ -235,7 +235,7 @@ def draw_planted(x: Experiment, todo: list[Product]) -> Made:
   block, name = x.config.planted, x.config.planted.benchmark
   source, classes = workdir.source(x, name), workdir.class_names(x, name)
   keys, groups, labels = source.column('key'), source.column('group'), source.labels
-  place = planted.draw(
+  place = image_copies.draw(
     groups.tolist(), block.share, block.seed
   )  # [Q]: -1 where a query is not drawn
   _check_captions(name, classes, labels[place >= 0])
@@ -243,10 +243,10 @@ def draw_planted(x: Experiment, todo: list[Product]) -> Made:
   for product in todo:
     start, stop = source.starts[product.of[0] :][:2].tolist()
     copies = [
-      planted.Copy(
+      image_copies.Copy(
         row,
         copy,
-        planted.kind_of(int(place[row]), copy, block.copies, block.kinds),
+        image_copies.kind_of(int(place[row]), copy, block.copies, block.kinds),
         str(keys[row]),
         int(labels[row]),
         classes[labels[row]],
@@ -276,10 +276,10 @@ def draw_planted(x: Experiment, todo: list[Product]) -> Made:
   _warn_planted(x, len(source), list(tars.values()))
 
 
-def _draw_tar(job: tuple[str, str, list[planted.Copy], int]) -> dict:
+def _draw_tar(job: tuple[str, str, list[image_copies.Copy], int]) -> dict:
   """Writes one tar: a pure function of the benchmark's images and the job."""
   path, folder, copies, seed = job
-  return planted.write_tar(path, reader.Source(folder), copies, seed)
+  return image_copies.write_tar(path, reader.Source(folder), copies, seed)
 
 
 def _check_captions(name: str, classes: tuple[str, ...], labels: Array) -> None:

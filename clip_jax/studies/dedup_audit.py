@@ -2,8 +2,8 @@
 sampled rows.
 
 In: the pool's embeddings that de-duplication compares, its marks and centres. Out:
-WORKDIR/dedup/audit.json: sampled rows against all rows, see similarity/dedup_audit.py. The page
-shows it among the duplicates.
+WORKDIR/dedup/audit.json: sampled rows against all rows, see
+similarity/missed_duplicates.py. The page shows it among the duplicates.
 """
 
 import math
@@ -40,7 +40,7 @@ def products(graph: Graph) -> dict[str, list[Product]]:
 
 def audit(x: Experiment, todo: list[Product]) -> Made:
   """Compares sampled rows with all rows, and with those of their cluster."""
-  from clip_jax.similarity import dedup_audit  # imports JAX and SciPy
+  from clip_jax.similarity import missed_duplicates  # imports JAX and SciPy
 
   d, pool = x.config.dedup, workdir.embeddings(x.under(x.config.dedup.embedder), POOL)
   usable, centers = pool.usable & ~workdir.in_anchor(x), np.load(x.path('dedup', 'centers.npy'))
@@ -51,7 +51,7 @@ def audit(x: Experiment, todo: list[Product]) -> Made:
   )
   priority = np.load(x.path('dedup', 'priority.npy')) if d.survivor != 'first' else None
   with progress.Bar(total=int(usable.sum()), desc='audit', unit='row') as bar:
-    result = dedup_audit.measure(
+    result = missed_duplicates.measure(
       pool,
       usable,
       sample,

@@ -4,8 +4,8 @@ training on them changes.
 The stage ingest draws the copies (config.planted); a split of rule 'planted' holds them. In: the
 embedded copies, the search of their benchmark. Out: WORKDIR/search/planted/calibration.json, and
 the same in embedders/<name>/ of each further embedder that is searched, as
-evaluation/planted.calibration returns it. The page compares each split that holds copies with the
-split that differs by the copies alone.
+evaluation/positive_control.calibration returns it. The page compares each split that holds copies
+with the split that differs by the copies alone.
 """
 
 import os
@@ -18,7 +18,7 @@ from clip_jax.core import files
 from clip_jax.core.products import EMBEDDERS, Made, Product
 from clip_jax.core.types import Array
 from clip_jax.core.vectors import cosine
-from clip_jax.data import planted
+from clip_jax.data import image_copies
 from clip_jax.experiment import blocks, workdir
 from clip_jax.experiment.blocks import PLANTED, POOL
 from clip_jax.experiment.experiment import Experiment
@@ -64,7 +64,7 @@ def calibrate(x: Experiment, todo: list[Product]) -> Made:
   """Measures how near copies lie to the images that they are copies of, and how near other images
   do.
   """
-  from clip_jax.evaluation import planted as control  # imports SciPy
+  from clip_jax.evaluation import positive_control as control  # imports SciPy
 
   copies, source = workdir.embeddings(x, PLANTED), workdir.source(x, PLANTED)
   queries, usable = workdir.embeddings(x, x.config.planted.benchmark), copies.usable
@@ -146,7 +146,7 @@ def control_of(facts: 'Facts') -> dict | None:
   benchmark, copies: the config's. queries: the benchmark's; copied: how many of them have a copy.
   calibrations: '' and each further embedder -> its calibration, where it is there. contrasts: for
   each split that holds copies: (split, the split that it is compared with or None,
-  evaluation/planted.Leakage).
+  evaluation/positive_control.Leakage).
   """
   x, config, name = facts.x, facts.x.config, facts.x.config.planted.benchmark
   if not name or not workdir.is_ingested(x, PLANTED):
@@ -169,7 +169,7 @@ def control_of(facts: 'Facts') -> dict | None:
 
 def _contrast(facts: 'Facts', split: str) -> tuple:
   """Returns the randomised contrast of a split against the one that differs by the copies alone."""
-  from clip_jax.evaluation import planted as control
+  from clip_jax.evaluation import positive_control as control
 
   x, config, name = facts.x, facts.x.config, facts.x.config.planted.benchmark
   base = next(
@@ -183,7 +183,7 @@ def _contrast(facts: 'Facts', split: str) -> tuple:
   )
   pair = facts.results.on_shared_seeds((split, name), (base, name))
   source, block = workdir.source(x, name), config.planted
-  is_drawn = planted.draw(source.column('group').tolist(), block.share, block.seed) >= 0
+  is_drawn = image_copies.draw(source.column('group').tolist(), block.share, block.seed) >= 0
   reason = ''
   if base is None:
     reason = 'no split of the rule all with the same append_anchor is there to compare with'

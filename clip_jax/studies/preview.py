@@ -21,7 +21,7 @@ from clip_jax.core import files, progress
 from clip_jax.core.errors import InputError
 from clip_jax.core.products import Made, Product
 from clip_jax.core.types import Array
-from clip_jax.evaluation import preview
+from clip_jax.evaluation import ridge
 from clip_jax.experiment import blocks, workdir
 from clip_jax.experiment.blocks import ANCHOR, PLANTED, POOL
 from clip_jax.experiment.experiment import Experiment
@@ -84,7 +84,7 @@ def preview_splits(x: Experiment, todo: list[Product]) -> Made:
       ]
       logging.info(
         '%s, %s: %s, from %s of %s rows, that have a class.',
-        preview.NAME,
+        ridge.NAME,
         split,
         ', '.join(scores) or 'nothing to score',
         f'{about["labelled"]:,}',
@@ -102,7 +102,7 @@ class _Features:
       name: workdir.embeddings(view, name) for name in (*self._base.names, *config.benchmarks)
     }
     names = {
-      dataset: [preview.plain_name(name) for name in workdir.class_names(x, dataset)]
+      dataset: [ridge.plain_name(name) for name in workdir.class_names(x, dataset)]
       for dataset in self._vectors
     }
     self._number = {
@@ -129,7 +129,7 @@ class _Features:
     self._has_rows = (
       np.bincount(self._class[of_candidates], minlength=len(self._number)) > 0
     )  # [C] bool
-    self._scale = preview.fit_scale(vectors for vectors, _ in self._parts(of_candidates))
+    self._scale = ridge.fit_scale(vectors for vectors, _ in self._parts(of_candidates))
 
   def _classes(self, dataset: str) -> Array:  # [n] int32
     """Returns the class of each row that a split may have, -1 for none: by its label, else by its
@@ -149,7 +149,7 @@ class _Features:
       for code in self._codes[name].tolist()
     }
     rows, classes = np.flatnonzero(usable), np.full(len(source), -1, np.int32)
-    classes[rows] = preview.caption_classes(
+    classes[rows] = ridge.caption_classes(
       map(source.caption, rows.tolist()),
       {name: code for name, code in self._number.items() if code in sought},
     )
@@ -173,7 +173,7 @@ class _Features:
       yield np.concatenate(vectors), self._class[part]
 
   def preview_of(self, rows: Array, on_rows: Callable[[int], None]) -> dict:
-    """Trains on the labelled ones among some rows; returns what preview.json holds."""
+    """Trains on the labelled ones among some rows; returns what a split's preview.json holds."""
     labelled, scores = rows[self._class[rows] >= 0], {}
     on_rows(len(rows) - len(labelled))
 
@@ -183,16 +183,16 @@ class _Features:
         on_rows(len(vectors))
 
     if len(labelled):
-      weights = preview.fit(counted(), self._scale, len(self._number))
+      weights = ridge.fit(counted(), self._scale, len(self._number))
       scores = {name: self._accuracy(name, weights) for name in self._x.config.benchmarks}
     return {
-      'kind': preview.NAME,
+      'kind': ridge.NAME,
       'embedder': self._x.config.prune.preview,
       'features': self._vectors[POOL].dim,
       'rows': len(rows),
       'labelled': len(labelled),
       'classes_by': self._classes_by,
-      'l2': preview.L2,
+      'l2': ridge.L2,
       'benchmarks': scores,
     }
 
@@ -211,7 +211,7 @@ class _Features:
     images = np.flatnonzero((truth >= 0) & self._has_rows[truth])
     allowed = np.unique(codes[self._has_rows[codes]])
     if block.class_mask:
-      masked = map(preview.plain_name, block.class_mask)
+      masked = map(ridge.plain_name, block.class_mask)
       allowed = np.intersect1d(
         allowed, [self._number[name] for name in masked if name in self._number]
       )
@@ -225,7 +225,7 @@ class _Features:
       return about | {'n': 0, 'top1': None, 'low': None, 'high': None}
     predicted = np.concatenate(
       [
-        preview.predict(vectors.rows(images[i : i + ROWS_AT_ONCE]), self._scale, weights, allowed)
+        ridge.predict(vectors.rows(images[i : i + ROWS_AT_ONCE]), self._scale, weights, allowed)
         for i in range(0, len(images), ROWS_AT_ONCE)
       ]
     )

@@ -160,7 +160,7 @@ def _answer(facts: Facts, items: Sequence[dict]) -> str:
   if not items:
     return 'Not answered yet: no aligned split was evaluated' + (
       '. The pool is searched; what that shows is below.'
-      if facts.searched
+      if facts.query_results
       else ', and the pool is not searched.'
     )
   sentences = []

@@ -47,7 +47,7 @@ def summary(facts: Facts) -> list[list[str]]:
 
 def neighbours(facts: Facts) -> list:
   """Returns galleries of queries beside their nearest neighbours."""
-  config, searched, pictures = facts.config, facts.searched, facts.pictures
+  config, searched, pictures = facts.config, facts.query_results, facts.pictures
   if not searched:
     return [facts.missing('The pool was not searched yet.', 'search')]
   # Those that the splits are about are open; where no split is about one, all.
@@ -85,7 +85,7 @@ def similarity(facts: Facts) -> list:
         'pool': result.pool_similarity[:, 0],
         'anchor': result.anchor_similarity if has_anchor else None,
       }
-      for b, result in facts.searched.items()
+      for b, result in facts.query_results.items()
     ]
   )
   return shown or [facts.missing('The pool was not searched yet.', 'search')]
@@ -172,7 +172,9 @@ def _rates(facts: Facts) -> list[dict]:
 
   Wilson's interval over queries: whether an image has a copy is its own affair, not its group's.
   """
-  usable = {b: np.isfinite(result.pool_similarity[:, 0]) for b, result in facts.searched.items()}
+  usable = {
+    b: np.isfinite(result.pool_similarity[:, 0]) for b, result in facts.query_results.items()
+  }
   shares = {
     (b, dataset): statistics.image_interval(near[usable[b]])
     for (b, dataset), near in facts.near.items()
@@ -198,7 +200,7 @@ def _exact(facts: Facts, benchmark: str) -> dict[str, int | None]:
       benchmark,
       dataset,
       facts.near.get((benchmark, dataset)),
-      facts.searched[benchmark].nearest(dataset)[1],
+      facts.query_results[benchmark].nearest(dataset)[1],
     )
     for dataset in (POOL, ANCHOR)
   }

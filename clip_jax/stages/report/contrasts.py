@@ -69,7 +69,9 @@ def placebo_benchmark(facts: Facts, split: str) -> str | None:
   if config.report.reference in others:
     return config.report.reference
   nearness = {
-    b: np.nanmedian(facts.searched[b].anchor_similarity) for b in others if b in facts.searched
+    b: np.nanmedian(facts.query_results[b].anchor_similarity)
+    for b in others
+    if b in facts.query_results
   }
   return max(nearness, key=nearness.get) if nearness else next(iter(others), None)
 
@@ -199,8 +201,8 @@ def compare(facts: Facts, split: str, benchmark: str) -> dict:
     item['bootstrap'] = statistics.bootstrap_interval(
       gap, groups, draws=config.report.bootstrap_draws, seed=config.report.seed
     )
-  if benchmark in facts.searched:
-    result = facts.searched[benchmark]
+  if benchmark in facts.query_results:
+    result = facts.query_results[benchmark]
     excess = np.nan_to_num(result.pool_similarity[:, 0] - result.anchor_similarity)
     item['dose'] = causal.dose(pruned, controlled, excess, results.label[benchmark], groups)
   return item

@@ -85,7 +85,9 @@ class Facts:
   results: Results
   runs: dict[tuple[str, int], Run]  # (split, seed) -> its training run, of those that have begun
   splits: dict[str, dict]  # split -> split.json, of those that are made
-  searched: dict[str, workdir.QueryResult]  # benchmark -> what the search found for its queries
+  query_results: dict[
+    str, workdir.QueryResult
+  ]  # benchmark -> what the search found for its queries
   sizes: workdir.Sizes | None  # how many candidates the rules would drop
   near: dict[tuple[str, str], Array]  # (benchmark, 'pool' | 'anchor') -> [Q] has a duplicate there
   counts: dict[str, dict]  # finished product -> what was counted
@@ -123,7 +125,7 @@ class Facts:
     counts = {
       'ingest': (sum(workdir.is_ingested(self.x, name) for name in sets), len(sets), 'datasets'),
       'embed': (sum(workdir.is_embedded(self.x, name) for name in sets), len(sets), 'datasets'),
-      'search': (len(self.searched), len(config.benchmarks), 'benchmarks'),
+      'search': (len(self.query_results), len(config.benchmarks), 'benchmarks'),
       'prune': (len(self.splits), len(config.splits), 'splits'),
       'train': (sum(run.is_finished for run in self.runs.values()), len(runs), 'runs'),
       'evaluate': (

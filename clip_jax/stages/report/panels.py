@@ -61,7 +61,7 @@ def _interval(estimate: Estimate) -> dict:
 def by_similarity(facts: Facts) -> list[dict]:
   """Returns base's accuracy by pool similarity, and by how much that exceeds the anchor's."""
   results, base = facts.results, contrasts.first_split(facts.config, 'all')
-  known = {b: result for b, result in facts.searched.items() if (base, b) in results.correct}
+  known = {b: result for b, result in facts.query_results.items() if (base, b) in results.correct}
   values = {('similarity', b): result.pool_similarity[:, 0] for b, result in known.items()}
   values |= {
     ('excess', b): result.pool_similarity[:, 0] - result.anchor_similarity

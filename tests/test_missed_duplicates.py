@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from test_duplicates import within_clusters
 
-from clip_jax.similarity import dedup_audit, kmeans
+from clip_jax.similarity import kmeans, missed_duplicates
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -41,7 +41,7 @@ def test_against_all_pairs(seed, whole, ranked):
   sample = rows if whole else np.sort(rng.choice(rows, 40, replace=False))
   fits = [kmeans.fit(x, usable, clusters=k, seed=0) for k in (1, 3, 9)]
   keep, _ = within_clusters(x, usable, fits[-1].assignment, threshold=threshold, priority=priority)
-  got = dedup_audit.measure(
+  got = missed_duplicates.measure(
     x,
     usable,
     sample,
@@ -89,7 +89,7 @@ def test_a_row_lost_through_a_chain_is_counted():
   x = np.stack([np.cos(angle), np.sin(angle)], 1).astype(np.float16)
   rows, threshold = np.ones(3, bool), 1 - np.cos(np.deg2rad(15))
   keep, _ = within_clusters(x, rows, np.zeros(3, np.int32), threshold=threshold)
-  got = dedup_audit.measure(
+  got = missed_duplicates.measure(
     x, rows, np.arange(3), [x[:1].astype(np.float32)], threshold=threshold, keep=keep
   )
   assert (got.pairs, got.through_dropped, got.sizes) == (2, 1, {3: 1})
@@ -98,16 +98,16 @@ def test_a_row_lost_through_a_chain_is_counted():
 def test_groups_stay_the_same_however_often_pairs_are_reduced(monkeypatch):
   x = pool(np.random.default_rng(0), 300)
   args = x, np.ones(300, bool), np.arange(0, 300, 2), [x[:1].astype(np.float32)]
-  want = dedup_audit.measure(*args, threshold=0.03, keep=np.arange(300) % 3 > 0)
+  want = missed_duplicates.measure(*args, threshold=0.03, keep=np.arange(300) % 3 > 0)
   assert want.through_dropped
-  monkeypatch.setattr(dedup_audit, 'EDGES', 3)
-  got = dedup_audit.measure(*args, threshold=0.03, keep=np.arange(300) % 3 > 0, tile_rows=64)
+  monkeypatch.setattr(missed_duplicates, 'EDGES', 3)
+  got = missed_duplicates.measure(*args, threshold=0.03, keep=np.arange(300) % 3 > 0, tile_rows=64)
   assert repr(got) == repr(want)
 
 
 def test_no_pair_is_no_recall():
   x = np.eye(8, dtype=np.float16)
-  got = dedup_audit.measure(
+  got = missed_duplicates.measure(
     x,
     np.ones(8, bool),
     np.arange(4),
@@ -123,7 +123,7 @@ def test_many_copies_of_one_row_say_little():
   """A row with 99 copies has 99 pairs, and was drawn once."""
   x = np.repeat(np.float16([[0.6, 0.8]]), 100, axis=0)
   for rows, low in ((1, 0.2065), (100, 0.9630)):
-    got = dedup_audit.measure(
+    got = missed_duplicates.measure(
       x,
       np.ones(100, bool),
       np.arange(rows),
@@ -140,7 +140,7 @@ def test_many_copies_of_one_row_say_little():
   'share, n, low, high', [(0.5, 100, 0.4038, 0.5962), (1, 10, 0.7225, 1), (0, 10, 0, 0.2775)]
 )
 def test_wilson(share, n, low, high):  # published values
-  assert dedup_audit.wilson(share, n) == (
+  assert missed_duplicates.wilson(share, n) == (
     pytest.approx(low, abs=1e-4),
     pytest.approx(high, abs=1e-4),
   )

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from clip_jax.core.errors import InputError
-from clip_jax.pruning import exports
+from clip_jax.pruning import key_lists
 
 hexes = st.text('0123456789abcdef', min_size=32, max_size=32)
 
@@ -34,12 +34,12 @@ def cut(keys, seed):
 
 @given(st.lists(hexes, min_size=1, max_size=20))
 def test_uids_are_two_numbers_sorted_as_pairs(keys):
-  found = exports.uids(keys)
+  found = key_lists.uids(keys)
   assert found.dtype == np.dtype('u8,u8')
   pairs = [(int(key[:16], 16), int(key[16:], 16)) for key in keys]
-  assert found.tolist() == pairs and exports.sorted_uids(found).tolist() == sorted(pairs)
-  assert exports.uids([key.upper() for key in keys]).tolist() == pairs
-  assert exports.uids(pa.array(['x', *keys, 'y']).slice(1, len(keys))).tolist() == pairs
+  assert found.tolist() == pairs and key_lists.sorted_uids(found).tolist() == sorted(pairs)
+  assert key_lists.uids([key.upper() for key in keys]).tolist() == pairs
+  assert key_lists.uids(pa.array(['x', *keys, 'y']).slice(1, len(keys))).tolist() == pairs
 
 
 @settings(max_examples=25)
@@ -58,7 +58,7 @@ def test_files_of_every_kind_name_the_same_rows(tmp_path_factory, data):
     'several_rows': sum(pool.count(key) > 1 for key in set(listed)),
   }
 
-  np.save(folder / 'u.npy', exports.sorted_uids(exports.uids(list(map(as_uid, listed)))))
+  np.save(folder / 'u.npy', key_lists.sorted_uids(key_lists.uids(list(map(as_uid, listed)))))
   np.save(folder / 'i.npy', np.array(listed, np.int32))
   np.save(folder / 's.npy', np.array([f'k{key}' for key in listed]))
   pq.write_table(
@@ -75,7 +75,7 @@ def test_files_of_every_kind_name_the_same_rows(tmp_path_factory, data):
     ('n.parquet', list(map(str, pool))),
     ('t.txt', texts),
   ):
-    found = exports.find(exports.read(folder / name), cut(keys, seed))
+    found = key_lists.find(key_lists.read(folder / name), cut(keys, seed))
     assert found.rows.dtype == np.int64 and found.rows.tolist() == expected, name
     assert found.report == report, name
 
@@ -83,21 +83,21 @@ def test_files_of_every_kind_name_the_same_rows(tmp_path_factory, data):
 def test_blocks_are_looked_up_in_order_however_they_are_joined(monkeypatch):
   keys = [f'{i:05d}' for i in range(100)]
   for size in (1, 7, 1000):
-    monkeypatch.setattr(exports, '_BLOCK', size)
-    found = exports.find(pa.array([3, 99, 3, 200]), [keys[:1], [], keys[1:50], keys[50:]])
+    monkeypatch.setattr(key_lists, '_BLOCK', size)
+    found = key_lists.find(pa.array([3, 99, 3, 200]), [keys[:1], [], keys[1:50], keys[50:]])
     assert found.rows.tolist() == [3, 3, 99] and found.not_in_pool == ['200']
-    uids = exports.uids([f'{i:032x}' for i in range(20)])
+    uids = key_lists.uids([f'{i:032x}' for i in range(20)])
     assert uids['f1'].tolist() == list(range(20))
 
 
 def test_rows_without_a_key_are_never_named():
   uid = f'{5:032x}'
   file = io.BytesIO()
-  np.save(file, exports.uids([uid]))
-  listed = exports._binary(np.frombuffer(bytes(15) + b'\5', np.uint8).reshape(1, 16))
-  found = exports.find(listed, [pa.array([None, uid, None]), pa.nulls(2), pa.array([uid])])
+  np.save(file, key_lists.uids([uid]))
+  listed = key_lists._binary(np.frombuffer(bytes(15) + b'\5', np.uint8).reshape(1, 16))
+  found = key_lists.find(listed, [pa.array([None, uid, None]), pa.nulls(2), pa.array([uid])])
   assert found.rows.tolist() == [1, 5]
-  assert exports.find(
+  assert key_lists.find(
     pa.array([7]), [pa.array([None, '007']), pa.array([7, None])]
   ).rows.tolist() == [1, 2]
 
@@ -105,17 +105,17 @@ def test_rows_without_a_key_are_never_named():
 @pytest.mark.parametrize(
   'convert, keys, said',
   [
-    (exports.uids, ['0' * 32, 'abc'], "'abc' of row 11 is no uid"),
-    (exports.uids, ['0' * 32, None], 'None of row 11 is no uid'),
-    (exports.uids, ['0' * 32, '0' * 31 + 'g'], '0g.* of row 11 is no uid'),
-    (exports.uids, ['é' * 16], 'of row 10 is no uid'),
-    (exports.numbers, ['1', '1.0'], "'1.0' of row 11 is no 64-bit number"),
-    (exports.numbers, ['0x1F'], 'no 64-bit number'),
-    (exports.numbers, [' 1'], 'no 64-bit number'),
-    (exports.numbers, [str(2**63)], '9223372036854775808.* of row 10'),
-    (exports.numbers, ['', '1'], 'row 10'),
-    (exports.numbers, [1.5], "'1.5' of row 10"),
-    (exports.numbers, ['5', None], 'None of row 11'),
+    (key_lists.uids, ['0' * 32, 'abc'], "'abc' of row 11 is no uid"),
+    (key_lists.uids, ['0' * 32, None], 'None of row 11 is no uid'),
+    (key_lists.uids, ['0' * 32, '0' * 31 + 'g'], '0g.* of row 11 is no uid'),
+    (key_lists.uids, ['é' * 16], 'of row 10 is no uid'),
+    (key_lists.numbers, ['1', '1.0'], "'1.0' of row 11 is no 64-bit number"),
+    (key_lists.numbers, ['0x1F'], 'no 64-bit number'),
+    (key_lists.numbers, [' 1'], 'no 64-bit number'),
+    (key_lists.numbers, [str(2**63)], '9223372036854775808.* of row 10'),
+    (key_lists.numbers, ['', '1'], 'row 10'),
+    (key_lists.numbers, [1.5], "'1.5' of row 10"),
+    (key_lists.numbers, ['5', None], 'None of row 11'),
   ],
 )
 def test_bad_keys_are_named_with_their_row(convert, keys, said):
@@ -126,7 +126,7 @@ def test_bad_keys_are_named_with_their_row(convert, keys, said):
 
 
 def test_numbers_with_many_zeros_and_the_largest():
-  assert exports.numbers(['0' * 30 + '7', str(2**63 - 1), str(-(2**63))]).tolist() == [
+  assert key_lists.numbers(['0' * 30 + '7', str(2**63 - 1), str(-(2**63))]).tolist() == [
     7,
     2**63 - 1,
     -(2**63),
@@ -135,8 +135,8 @@ def test_numbers_with_many_zeros_and_the_largest():
 
 def test_uids_of_a_machine_with_other_bytes(tmp_path):
   np.save(tmp_path / 'u.npy', np.array([(1, 2**64 - 1)], '>u8,>u8'))
-  assert exports.find(
-    exports.read(tmp_path / 'u.npy'), [[f'{1:016x}{2**64 - 1:016X}']]
+  assert key_lists.find(
+    key_lists.read(tmp_path / 'u.npy'), [[f'{1:016x}{2**64 - 1:016X}']]
   ).rows.tolist() == [0]
 
 
@@ -149,7 +149,7 @@ def test_forged_files_are_sentences(tmp_path):
   def refused(name, data, said):
     (tmp_path / name).write_bytes(data)
     with pytest.raises(InputError, match=said):
-      exports.read(tmp_path / name)
+      key_lists.read(tmp_path / name)
 
   def npy(array):
     file = io.BytesIO()
@@ -193,7 +193,7 @@ def test_forged_files_are_sentences(tmp_path):
     refused('a.parquet', table.getvalue().replace(b'some-text', b'some\xfftext'), 'cannot be read')
   refused('a.csv', b'a', 'must end in .npy, .parquet, .txt')
   with pytest.raises(InputError, match='is not there'):
-    exports.read(tmp_path / 'none.npy')
+    key_lists.read(tmp_path / 'none.npy')
   for table, said in (
     ({'a': ['x'], 'b': ['y']}, "columns a, b, and no 'key'"),
     ({'key': [1.5]}, "'key' is double"),
@@ -202,17 +202,17 @@ def test_forged_files_are_sentences(tmp_path):
   ):
     pq.write_table(pa.table(table), tmp_path / 't.parquet')
     with pytest.raises(InputError, match=said):
-      exports.read(tmp_path / 't.parquet')
+      key_lists.read(tmp_path / 't.parquet')
 
 
 def test_a_parquet_column_is_chosen_and_ours_lists_pool_rows_only(tmp_path):
   path = tmp_path / 't.parquet'
   pq.write_table(pa.table({'key': ['a'], 'other': ['b']}), path)
-  assert exports.read(path).to_pylist() == ['a'] and exports.read(path, 'other').to_pylist() == [
-    'b'
-  ]
+  assert key_lists.read(path).to_pylist() == ['a'] and key_lists.read(
+    path, 'other'
+  ).to_pylist() == ['b']
   pq.write_table(pa.table({'dataset': ['pool', 'anchor'], 'key': ['a', 'x'], 'row': [0, 0]}), path)
-  assert exports.read(path).to_pylist() == ['a']
+  assert key_lists.read(path).to_pylist() == ['a']
   words = pa.array(['a', 'b', 'a']).dictionary_encode()
   pq.write_table(pa.table({'key': words}), path)
-  assert exports.read(path).to_pylist() == ['a', 'b', 'a']
+  assert key_lists.read(path).to_pylist() == ['a', 'b', 'a']

@@ -11,11 +11,11 @@ from PIL import Image
 import pytest
 
 from clip_jax.core.types import Array
-from clip_jax.data import images, planted
-from clip_jax.evaluation import planted as control
+from clip_jax.data import image_copies, images
+from clip_jax.evaluation import positive_control as control
 from clip_jax.evaluation import statistics
 
-KINDS = tuple(planted.KINDS)
+KINDS = tuple(image_copies.KINDS)
 
 
 # The draw.
@@ -23,7 +23,7 @@ KINDS = tuple(planted.KINDS)
 
 def test_a_draw_takes_whole_groups_in_the_order_of_their_hashes():
   groups = ['a', 'b', 'a', 'c', 'd', 'b', 'e', 'a']
-  place = planted.draw(groups, 0.5, 3)
+  place = image_copies.draw(groups, 0.5, 3)
   order = sorted(
     set(groups), key=lambda group: hashlib.sha256(f'planted:3:{group}'.encode()).digest()
   )
@@ -37,20 +37,20 @@ def test_a_draw_takes_whole_groups_in_the_order_of_their_hashes():
 @pytest.mark.parametrize('share', [0.01, 0.3, 0.5, 0.999])
 def test_a_draw_is_as_near_to_its_share_as_it_can(share):
   groups = [f'image {i}' for i in range(1000)]
-  place = planted.draw(groups, share, 0)
+  place = image_copies.draw(groups, share, 0)
   assert (place >= 0).sum() == round(1000 * share)
-  larger = planted.draw(groups, min(share + 0.2, 1), 0)
+  larger = image_copies.draw(groups, min(share + 0.2, 1), 0)
   inside = place >= 0
   assert (larger[inside] == place[inside]).all()  # a smaller share lies inside a larger one
 
 
 def test_a_draw_depends_on_the_seed_and_on_names_alone():
   groups = [f'g{i}' for i in range(400)]
-  first, second = planted.draw(groups, 0.5, 0) >= 0, planted.draw(groups, 0.5, 1) >= 0
+  first, second = image_copies.draw(groups, 0.5, 0) >= 0, image_copies.draw(groups, 0.5, 1) >= 0
   assert (first != second).sum() > 100 and abs((first & second).sum() - 100) < 40
   order = np.random.default_rng(0).permutation(400)
-  assert ((planted.draw([groups[i] for i in order], 0.5, 0) >= 0) == first[order]).all()
-  assert np.flatnonzero(planted.draw(groups[:40], 0.1, 0) >= 0).tolist() == [
+  assert ((image_copies.draw([groups[i] for i in order], 0.5, 0) >= 0) == first[order]).all()
+  assert np.flatnonzero(image_copies.draw(groups[:40], 0.1, 0) >= 0).tolist() == [
     0,
     4,
     9,
@@ -60,17 +60,17 @@ def test_a_draw_depends_on_the_seed_and_on_names_alone():
 
 def test_all_are_drawn_at_share_one_and_one_group_at_least():
   groups = ['a'] * 3 + ['b'] * 2
-  assert (planted.draw(groups, 1.0, 0) >= 0).all()
-  assert set(np.asarray(groups)[planted.draw(groups, 1e-9, 0) >= 0]) in ({'a'}, {'b'})
-  assert not len(planted.draw([], 0.5, 0))
+  assert (image_copies.draw(groups, 1.0, 0) >= 0).all()
+  assert set(np.asarray(groups)[image_copies.draw(groups, 1e-9, 0) >= 0]) in ({'a'}, {'b'})
+  assert not len(image_copies.draw([], 0.5, 0))
   for share in (0.0, -0.1, 1.1, math.nan):
     with pytest.raises(ValueError, match='share'):
-      planted.draw(groups, share, 0)
+      image_copies.draw(groups, share, 0)
 
 
 def test_kinds_come_in_turn_over_the_draw():
   found = [
-    planted.kind_of(place, copy, 2, ('x', 'y', 'z')) for place in range(3) for copy in range(2)
+    image_copies.kind_of(place, copy, 2, ('x', 'y', 'z')) for place in range(3) for copy in range(2)
   ]
   assert found == ['x', 'y', 'z', 'x', 'y', 'z']
 
@@ -93,12 +93,15 @@ def decoded(data: bytes) -> Array:
 def test_a_transform_is_a_pure_function_of_its_arguments(kind):
   image = picture()
   before = image.copy()
-  data, ending = planted.transform(image, kind, seed=1, row=7)
-  assert (image == before).all() and planted.transform(image, kind, seed=1, row=7) == (data, ending)
+  data, ending = image_copies.transform(image, kind, seed=1, row=7)
+  assert (image == before).all() and image_copies.transform(image, kind, seed=1, row=7) == (
+    data,
+    ending,
+  )
   assert ending == ('jpg' if kind == 'jpeg' else 'png')
   assert Image.open(io.BytesIO(data)).format == ('JPEG' if kind == 'jpeg' else 'PNG')
   others = [
-    planted.transform(image, kind, **{'seed': 1, 'row': 7, **other})[0]
+    image_copies.transform(image, kind, **{'seed': 1, 'row': 7, **other})[0]
     for other in ({'seed': 2}, {'row': 8}, {'copy': 1})
   ]
   assert all((data == other) == (kind == 'none') for other in others)
@@ -107,8 +110,8 @@ def test_a_transform_is_a_pure_function_of_its_arguments(kind):
 def test_a_crop_keeps_a_part_as_it_is():
   image, places = picture(), set()
   for row in range(30):
-    part = decoded(planted.transform(image, 'crop', seed=0, row=row)[0])
-    low, high = planted.CROP_AREA
+    part = decoded(image_copies.transform(image, 'crop', seed=0, row=row)[0])
+    low, high = image_copies.CROP_AREA
     assert low - 0.02 <= part.shape[0] * part.shape[1] / (90 * 120) <= high + 0.02
     assert abs(part.shape[1] / part.shape[0] - 120 / 90) < 0.03
     found = [
@@ -125,24 +128,24 @@ def test_a_crop_keeps_a_part_as_it_is():
 def test_a_resized_copy_is_smaller_and_looks_the_same():
   image, sides = picture(), []
   for row in range(30):
-    small = decoded(planted.transform(image, 'resize', seed=0, row=row)[0])
+    small = decoded(image_copies.transform(image, 'resize', seed=0, row=row)[0])
     sides.append(small.shape[0] / 90)
     back = np.asarray(Image.fromarray(small).resize((120, 90), Image.Resampling.BICUBIC)).astype(
       int
     )
     assert np.abs(back - image).mean() < 3
-  low, high = planted.RESIZE_SIDE
+  low, high = image_copies.RESIZE_SIDE
   assert low - 0.01 <= min(sides) < low + 0.08 and high - 0.08 < max(sides) <= high + 0.01
 
 
 def test_jpeg_has_the_qualities_that_are_said():
   tables = {
     quality: _table(quality)
-    for quality in range(planted.JPEG_QUALITY[0], planted.JPEG_QUALITY[1] + 1)
+    for quality in range(image_copies.JPEG_QUALITY[0], image_copies.JPEG_QUALITY[1] + 1)
   }
   found = set()
   for row in range(60):
-    data, _ = planted.transform(picture(), 'jpeg', seed=0, row=row)
+    data, _ = image_copies.transform(picture(), 'jpeg', seed=0, row=row)
     found.add(
       next(
         q for q, table in tables.items() if Image.open(io.BytesIO(data)).quantization[0] == table
@@ -160,29 +163,31 @@ def _table(quality: int):
 def test_colour_moves_the_colours_and_nothing_else():
   image = picture()
   for row in range(10):
-    changed = decoded(planted.transform(image, 'colour', seed=0, row=row)[0])
+    changed = decoded(image_copies.transform(image, 'colour', seed=0, row=row)[0])
     assert changed.shape == image.shape
     assert 1 < np.abs(changed.astype(int) - image).mean() < 100
     assert np.corrcoef(changed.ravel(), image.ravel())[0, 1] > 0.8
 
 
 def test_none_is_the_same_pixels():
-  assert (decoded(planted.transform(picture(), 'none', seed=0, row=0)[0]) == picture()).all()
+  assert (decoded(image_copies.transform(picture(), 'none', seed=0, row=0)[0]) == picture()).all()
 
 
 @pytest.mark.parametrize('kind', KINDS)
 @pytest.mark.parametrize('shape', [(1, 1), (1, 40), (40, 1), (2, 3)])
 def test_images_of_a_pixel_have_copies(kind, shape):
   for row in range(5):
-    image = decoded(planted.transform(np.full((*shape, 3), 77, np.uint8), kind, seed=0, row=row)[0])
+    image = decoded(
+      image_copies.transform(np.full((*shape, 3), 77, np.uint8), kind, seed=0, row=row)[0]
+    )
     assert image.shape[0] >= 1 and image.shape[1] >= 1
 
 
 def test_what_is_too_wide_for_a_jpeg_says_so():
   wide = np.zeros((1, 65_501, 3), np.uint8)
   with pytest.raises(images.UnreadableImage, match='65501 x 1 pixels are too many for a JPEG'):
-    planted.transform(wide, 'jpeg', seed=0, row=0)
-  assert planted.transform(wide, 'none', seed=0, row=0)[1] == 'png'
+    image_copies.transform(wide, 'jpeg', seed=0, row=0)
+  assert image_copies.transform(wide, 'none', seed=0, row=0)[1] == 'png'
 
 
 # The tars.
@@ -194,8 +199,8 @@ def _bytes(image: Image.Image, form: str = 'PNG') -> bytes:
   return file.getvalue()
 
 
-def _copy(row: int, number: int = 0, kind: str = 'none') -> planted.Copy:
-  return planted.Copy(
+def _copy(row: int, number: int = 0, kind: str = 'none') -> image_copies.Copy:
+  return image_copies.Copy(
     row, number, kind, f'key {row}', row % 2, 'dög', f'group {row}', f'a photo of dög {row}'
   )
 
@@ -211,7 +216,7 @@ def _members(path) -> dict[str, dict[str, bytes]]:
 
 def test_a_tar_holds_the_copies_captioned(tmp_path):
   source = [{'image': _bytes(Image.fromarray(picture(9 + row, 12)))} for row in range(4)]
-  counts = planted.write_tar(
+  counts = image_copies.write_tar(
     str(tmp_path / 'a.tar'), source, [_copy(1), _copy(1, 1, 'jpeg'), _copy(3, 0, 'crop')], 0
   )
   assert counts == {
@@ -237,7 +242,9 @@ def test_a_tar_holds_the_copies_captioned(tmp_path):
     'group': 'group 1',
   }
   assert (decoded(found['00000001-0']['png']) == picture(10, 12)).all()
-  assert found['00000003-0']['png'] == planted.transform(picture(12, 12), 'crop', seed=0, row=3)[0]
+  assert (
+    found['00000003-0']['png'] == image_copies.transform(picture(12, 12), 'crop', seed=0, row=3)[0]
+  )
 
 
 @pytest.mark.parametrize('mode', ['L', 'LA', 'P', 'RGBA', 'I;16', 'CMYK', '1'])
@@ -247,9 +254,9 @@ def test_images_of_every_mode_are_copied_as_they_are_seen(tmp_path, mode):
     image = Image.fromarray(np.asarray(image).astype(np.uint16) * 257)
   data = _bytes(image, 'JPEG' if mode == 'CMYK' else 'PNG')
   copies = [_copy(0, i, kind) for i, kind in enumerate(KINDS)]
-  assert planted.write_tar(str(tmp_path / 'a.tar'), [{'image': data}], copies, 0)['samples'] == len(
-    KINDS
-  )
+  assert image_copies.write_tar(str(tmp_path / 'a.tar'), [{'image': data}], copies, 0)[
+    'samples'
+  ] == len(KINDS)
   same = _members(tmp_path / 'a.tar')[f'00000000-{KINDS.index("none")}']['png']
   assert (decoded(same) == decoded(data)).all()
 
@@ -258,14 +265,14 @@ def test_unreadable_images_are_passed_over_and_counted(tmp_path):
   good = _bytes(Image.fromarray(picture()))
   source = [{'image': good}, {'image': good[:200]}, {'image': b''}]
   copies = [_copy(row, number) for row in range(3) for number in range(2)]
-  counts = planted.write_tar(str(tmp_path / 'a.tar'), source, copies, 0)
+  counts = image_copies.write_tar(str(tmp_path / 'a.tar'), source, copies, 0)
   assert counts['samples'] == 2 and counts['queries'] == 1
   assert set(counts['unreadable']) == {'key 1', 'key 2'} and all(counts['unreadable'].values())
   assert set(_members(tmp_path / 'a.tar')) == {'00000000-0', '00000000-1'}
 
 
 def test_a_tar_without_copies_is_a_tar(tmp_path):
-  assert planted.write_tar(str(tmp_path / 'a.tar'), [], [], 0)['samples'] == 0
+  assert image_copies.write_tar(str(tmp_path / 'a.tar'), [], [], 0)['samples'] == 0
   assert not _members(tmp_path / 'a.tar')
 
 
@@ -277,7 +284,7 @@ def test_a_killed_drawing_leaves_nothing(tmp_path):
       return {'image': _bytes(Image.fromarray(picture()))}
 
   with pytest.raises(KeyboardInterrupt):
-    planted.write_tar(str(tmp_path / 'a.tar'), Killed(), [_copy(0), _copy(1)], 0)
+    image_copies.write_tar(str(tmp_path / 'a.tar'), Killed(), [_copy(0), _copy(1)], 0)
   assert not list(tmp_path.iterdir())
 
 

@@ -18,7 +18,16 @@ import pytest
 
 from clip_jax.core import files
 from clip_jax.core.errors import InputError
-from clip_jax.data import array_record, export, listing, reader, sources, storage, table, webdataset
+from clip_jax.data import (
+  array_record,
+  listing,
+  reader,
+  shard_writer,
+  sources,
+  storage,
+  table,
+  webdataset,
+)
 
 
 def picture(i: int, kind: str = 'PNG') -> bytes:
@@ -109,7 +118,7 @@ def keys_of(path) -> list[str]:
 @pytest.mark.parametrize('rows', [[0, 1, 2, 3, 4, 5], [1], [0, 2, 4], [5], [3]])
 def test_members_are_copied_with_their_headers(odd, tmp_path, rows):
   out = tmp_path / 'out.tar'
-  counts = export.write_tar(str(out), odd, np.array(rows))
+  counts = shard_writer.write_tar(str(out), odd, np.array(rows))
   names = [
     ['a.png', 'a.TXT', 'a.seg.png'],
     ['b.png', 'b.txt'],
@@ -138,7 +147,7 @@ def test_the_copy_is_read_by_webdataset_and_by_ourselves_alike(odd, tmp_path):
 
   rows = np.arange(6)
   os.mkdir(tmp_path / 'copy')
-  export.write_tar(str(tmp_path / 'copy/00000.tar'), odd, rows)
+  shard_writer.write_tar(str(tmp_path / 'copy/00000.tar'), odd, rows)
   theirs = list(wds.WebDataset(f'file:{tmp_path}/copy/00000.tar', shardshuffle=False))
   source = reader.Source(odd)
   assert [sample['png'] for sample in theirs] == [source[row]['image'] for row in rows]
@@ -158,7 +167,7 @@ def test_a_repeated_row_and_a_key_of_two_tars_are_named_anew(tmp_path):
   folder = index(tmp_path / 'index', 'webdataset', tmp_path / '*.tar')
   rows = np.array([0, 0, 1, 2, 3, 5])
   os.mkdir(tmp_path / 'out')
-  counts = export.write_tar(str(tmp_path / 'out/0.tar'), folder, rows)
+  counts = shard_writer.write_tar(str(tmp_path / 'out/0.tar'), folder, rows)
   assert keys_of(tmp_path / 'out/0.tar') == ['k', 'k-2', 'k-2-2', 'only0', 'k-3', 'only1']
   assert counts['renamed'] == 3 and counts['copied'] == 3
   source, again = (
@@ -194,7 +203,7 @@ def test_any_rows_of_any_tar_come_back_as_they_were(tmp_path_factory, data):
   source, original = reader.Source(source_folder), raw_members(folder / 'a.tar')
   rows = np.array(sorted(data.draw(st.lists(st.integers(0, 5), max_size=8))), np.int64)
   os.mkdir(folder / 'out')
-  counts = export.write_tar(str(folder / 'out/a.tar'), source_folder, rows)
+  counts = shard_writer.write_tar(str(folder / 'out/a.tar'), source_folder, rows)
   copied = raw_members(folder / 'out/a.tar')
   assert counts['samples'] == len(rows) and counts['copied'] == len(set(rows.tolist()))
   for key in source.column('key')[np.unique(rows)]:
@@ -214,7 +223,7 @@ def test_a_remote_tar_is_copied_alike(tmp_path, odd):
   fsspec.filesystem('memory').pipe('/there/odd.tar', (tmp_path / 'odd.tar').read_bytes())
   far = index(tmp_path / 'far', 'webdataset', 'memory://there/odd.tar', require_caption=False)
   for name, folder in (('near', odd), ('far', far)):
-    export.write_tar(str(tmp_path / f'{name}.copy'), folder, np.array([0, 2, 2, 4]))
+    shard_writer.write_tar(str(tmp_path / f'{name}.copy'), folder, np.array([0, 2, 2, 4]))
   assert (tmp_path / 'near.copy').read_bytes() == (tmp_path / 'far.copy').read_bytes()
 
 
@@ -230,7 +239,7 @@ def test_a_remote_tar_is_read_once_to_find_and_once_to_copy(tmp_path, monkeypatc
     'read_ranges',
     lambda ranges: (lengths.extend(length for *_, length in ranges), real(ranges))[1],
   )
-  export.write_tar(str(tmp_path / 'out.tar'), folder, np.arange(5))
+  shard_writer.write_tar(str(tmp_path / 'out.tar'), folder, np.arange(5))
   assert sum(lengths) <= 2 * os.path.getsize(tmp_path / 'a.tar')
 
 
@@ -249,7 +258,7 @@ def test_rows_of_more_files_than_may_be_open(tmp_path, monkeypatch, format):
   limits = resource.getrlimit(resource.RLIMIT_NOFILE)
   resource.setrlimit(resource.RLIMIT_NOFILE, (opened + 20, limits[1]))
   try:
-    counts = export.write_tar(str(tmp_path / 'out/0.tar'), folder, np.arange(40))
+    counts = shard_writer.write_tar(str(tmp_path / 'out/0.tar'), folder, np.arange(40))
   finally:
     resource.setrlimit(resource.RLIMIT_NOFILE, limits)
   assert counts['samples'] == 40 and counts['renamed'] == 39
@@ -261,7 +270,7 @@ def test_a_tar_that_was_cut_in_the_zeros_behind_a_sample(tmp_path, rows):
   (tmp_path / 'a.tar').write_bytes((tmp_path / 'a.tar').read_bytes()[: 7 * 512 + 20])
   forged(tmp_path / 'b.tar', 'c')
   folder = index(tmp_path / 'index', 'webdataset', tmp_path / '*.tar')
-  counts = export.write_tar(str(tmp_path / 'out/0.tar'), folder, np.array([*rows, 2]))
+  counts = shard_writer.write_tar(str(tmp_path / 'out/0.tar'), folder, np.array([*rows, 2]))
   source, again = (
     reader.Source(folder),
     reader.Source(index(tmp_path / 'again', 'webdataset', tmp_path / 'out/0.tar')),
@@ -273,9 +282,9 @@ def test_a_tar_that_was_cut_in_the_zeros_behind_a_sample(tmp_path, rows):
 def test_names_that_no_file_can_have(tmp_path):
   forged(tmp_path / 'a.tar', 'a', 'k' * 5000)
   folder = index(tmp_path / 'index', 'webdataset', tmp_path / 'a.tar')
-  counts = export.write_tar(str(tmp_path / 'out/0.tar'), folder, np.array([0, 1]))
+  counts = shard_writer.write_tar(str(tmp_path / 'out/0.tar'), folder, np.array([0, 1]))
   assert [entry['reason'] for entry in counts['refused']] == ['its name is too long']
-  assert counts['samples'] == 1 and len(export._safe('k' * 5000)) == 1024
+  assert counts['samples'] == 1 and len(shard_writer._safe('k' * 5000)) == 1024
 
 
 def forged(path, *names: str, **more) -> None:
@@ -290,7 +299,7 @@ def test_names_that_lead_out_of_the_folder_are_left_out_and_listed(tmp_path):
   forged(tmp_path / 'a.tar', 'ok', *bad, 'dots..in/a')
   folder = index(tmp_path / 'index', 'webdataset', tmp_path / '*.tar')
   keys = reader.Source(folder).column('key').tolist()
-  counts = export.write_tar(str(tmp_path / 'out/a.tar'), folder, np.arange(len(keys)))
+  counts = shard_writer.write_tar(str(tmp_path / 'out/a.tar'), folder, np.arange(len(keys)))
   assert keys_of(tmp_path / 'out/a.tar') == ['ok', 'dots..in/a']
   assert {entry['key'] for entry in counts['refused']} == set(keys) - {'ok', 'dots..in/a'}
   assert len(keys) == 2 + len(bad) and counts['samples'] == 2
@@ -343,7 +352,7 @@ def test_headers_that_give_a_member_two_names_are_left_out(tmp_path):
     'ok7',
     'ok6',
   ]
-  counts = export.write_tar(str(tmp_path / 'out/a.tar'), folder, np.arange(8))
+  counts = shard_writer.write_tar(str(tmp_path / 'out/a.tar'), folder, np.arange(8))
   with tarfile.open(tmp_path / 'out/a.tar') as tar:
     assert tar.getnames() == [
       'ok.png',
@@ -376,7 +385,7 @@ def test_other_sources_become_tars(images, tmp_path):
 
   rows = np.array([0, 0, 1, 2, 3])
   out = tmp_path / 'out/0.tar'
-  counts = export.write_tar(str(out), images, rows)
+  counts = shard_writer.write_tar(str(out), images, rows)
   source = reader.Source(images)
   theirs = list(wds.WebDataset(f'file:{out}', shardshuffle=False))
   assert len({sample['__key__'] for sample in theirs}) == 5 == counts['samples']
@@ -412,7 +421,7 @@ def test_other_sources_become_tars(images, tmp_path):
   ],
 )
 def test_keys_of_other_sources_are_made_safe(key, safe):
-  assert export._safe(key) == safe
+  assert shard_writer._safe(key) == safe
 
 
 def test_array_records_are_read_by_their_own_library(images, odd, tmp_path):
@@ -421,7 +430,7 @@ def test_array_records_are_read_by_their_own_library(images, odd, tmp_path):
   for folder, rows in ((images, [0, 1, 1, 2, 3]), (odd, [1, 2, 3])):
     out = tmp_path / f'{len(rows)}.array_record'
     source = reader.Source(folder)
-    counts = export.write_array_record(str(out), folder, np.array(rows))
+    counts = shard_writer.write_array_record(str(out), folder, np.array(rows))
     records = array_record_module.ArrayRecordReader(str(out)).read_all()
     keys = [source.column('key')[row] for row in rows]
     keys = [f'{key}-2' if key in keys[:i] else key for i, key in enumerate(keys)]
@@ -452,18 +461,21 @@ def test_a_full_disk_under_an_array_record_is_a_sentence(images, tmp_path, monke
 
   monkeypatch.setattr(array_record_module, 'ArrayRecordWriter', Full)
   with pytest.raises(InputError, match='No space left while writing'):
-    export.write_array_record(str(tmp_path / 'out/x'), images, np.arange(4))
+    shard_writer.write_array_record(str(tmp_path / 'out/x'), images, np.arange(4))
   assert not os.listdir(tmp_path / 'out')
 
 
 @pytest.mark.parametrize(
   'write, check',
-  [(export.write_tar, '_check_tar'), (export.write_array_record, '_check_array_record')],
+  [
+    (shard_writer.write_tar, '_check_tar'),
+    (shard_writer.write_array_record, '_check_array_record'),
+  ],
 )
 def test_a_file_that_differs_when_read_back_does_not_stay(
   images, tmp_path, monkeypatch, write, check
 ):
-  real, out = getattr(export, check), tmp_path / 'out'
+  real, out = getattr(shard_writer, check), tmp_path / 'out'
 
   def spoiled(temporary, *more):
     data = bytearray(open(temporary, 'rb').read())
@@ -472,7 +484,7 @@ def test_a_file_that_differs_when_read_back_does_not_stay(
     open(temporary, 'wb').write(data)
     return real(temporary, *more)
 
-  monkeypatch.setattr(export, check, spoiled)
+  monkeypatch.setattr(shard_writer, check, spoiled)
   with pytest.raises(InputError, match='not as in the source|damaged'):
     write(str(out / 'x'), images, np.arange(4))
   assert not os.listdir(out)
@@ -484,7 +496,7 @@ def test_a_copy_in_which_other_samples_are_found_does_not_stay(odd, tmp_path, mo
     webdataset, 'samples_and_headers', lambda *given: (*real(*given)[:2], {})
   )  # lost long names
   with pytest.raises(InputError, match="sample 'deep/.*' is not as in the source"):
-    export.write_tar(str(tmp_path / 'out/x'), odd, np.arange(3))
+    shard_writer.write_tar(str(tmp_path / 'out/x'), odd, np.arange(3))
   assert not os.listdir(tmp_path / 'out')
 
 
@@ -492,18 +504,18 @@ def test_a_source_that_is_another_file_now_is_a_sentence(odd, tmp_path):
   with tarfile.open(tmp_path / 'odd.tar', 'w') as tar:
     add(tar, 'other.png', picture(3) * 9)
   with pytest.raises(InputError, match='no sample at byte .*--redo=ingest'):
-    export.write_tar(str(tmp_path / 'out/a.tar'), odd, np.arange(2))
+    shard_writer.write_tar(str(tmp_path / 'out/a.tar'), odd, np.arange(2))
   assert not (tmp_path / 'out').exists() or not os.listdir(tmp_path / 'out')
 
 
 def test_every_sample_refused_is_an_empty_tar(tmp_path):
   forged(tmp_path / 'a.tar', '../x')
   folder = index(tmp_path / 'index', 'webdataset', tmp_path / '*.tar')
-  counts = export.write_tar(str(tmp_path / 'out/a.tar'), folder, np.arange(1))
+  counts = shard_writer.write_tar(str(tmp_path / 'out/a.tar'), folder, np.arange(1))
   assert counts['samples'] == 0 and tarfile.open(tmp_path / 'out/a.tar').getnames() == []
 
 
 def test_image_bytes(odd):
   source = reader.Source(odd)
   rows = np.array([0, 2, 2])
-  assert export.image_bytes(odd, rows) == sum(len(source[row]['image']) for row in rows)
+  assert shard_writer.image_bytes(odd, rows) == sum(len(source[row]['image']) for row in rows)
