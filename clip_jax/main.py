@@ -29,6 +29,9 @@ _GRAPH = flags.DEFINE_bool('graph', False, 'Print the graph of products as Merma
 _DRY_RUN = flags.DEFINE_bool(
   'dry_run', False, 'Print the plan and what is there already; write nothing.'
 )
+_VERBOSE = flags.DEFINE_bool(
+  'verbose', False, 'Print the details, too, which else go to WORKDIR/log.txt alone.'
+)
 
 
 def main(argv: list[str]) -> int:
@@ -43,7 +46,8 @@ def main(argv: list[str]) -> int:
       redo=_REDO.value,
       dry_run=_DRY_RUN.value,
       graph=_GRAPH.value,
-    )
+    ),
+    verbose=_VERBOSE.value,
   )
 
 

@@ -75,10 +75,11 @@ def config(data, **override):
 
 
 def run(c, workdir, capsys, stages=None, redo='', **more) -> tuple[int, str]:
-  """Runs the pipeline as the command does; returns the exit status and what was said."""
+  """Runs the pipeline as the command does, with --verbose; returns exit status and output."""
   handlers = list(logging.get_absl_logger().handlers)
   status = command.guard(
-    lambda: pipeline.run(c, str(workdir), stages=stages, redo=redo, **{'dry_run': False, **more})
+    lambda: pipeline.run(c, str(workdir), stages=stages, redo=redo, **{'dry_run': False, **more}),
+    verbose=True,
   )
   logging.get_absl_logger().handlers[:] = handlers
   said = capsys.readouterr()

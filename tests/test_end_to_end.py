@@ -32,6 +32,7 @@ def finished(tmp_path_factory):
   done = tiny.run(workdir)
   assert done.returncode == 0, done.stdout
   assert str(workdir / 'report' / 'index.html') in done.stdout.splitlines()[-1]
+  (workdir.parent / 'terminal.txt').write_text(done.stdout)
   return workdir
 
 
@@ -97,6 +98,15 @@ def test_the_work_directory_is_as_promised(finished):
   assert not [
     path for path in finished.rglob('*') if path.name.endswith('.lock') or '.tmp-' in path.name
   ]
+
+
+def test_a_screen_holds_what_the_terminal_shows(finished):
+  """The answer, the table and the page's path; details are in log.txt alone."""
+  lines = (finished.parent / 'terminal.txt').read_text().splitlines()
+  assert len(lines) <= 40
+  log = (finished / 'log.txt').read_text()
+  for detail in ('sensitivity, ', 'preview, ', 'with a slack of ', ' images a second'):
+    assert detail in log and not any(detail in line for line in lines)
 
 
 def test_the_search_equals_brute_force(finished):

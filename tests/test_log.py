@@ -3,6 +3,9 @@
 import logging as python_logging
 import os
 
+from absl import logging
+import pytest
+
 from clip_jax.core import log
 
 
@@ -17,3 +20,16 @@ def test_only_this_package_speaks_wherever_the_others_lie():
   assert not passes(os.path.join(os.sep, other))
   assert not passes(os.path.join(os.path.dirname(package), '.venv', 'lib', 'orbax', 'manager.py'))
   assert passes(os.path.join(os.sep, other), python_logging.ERROR)
+
+
+@pytest.mark.parametrize('verbose', [False, True])
+def test_details_are_for_the_log_file_unless_asked_for(tmp_path, capsys, verbose):
+  log.start(verbose)
+  log.to_file(str(tmp_path / 'log.txt'))
+  for handler in logging.get_absl_logger().handlers:
+    handler.filters.clear()  # this file is none of the package's
+  logging.info('a result')
+  logging.debug('a detail')
+  text = (tmp_path / 'log.txt').read_text()
+  assert 'a result' in text and 'a detail' in text
+  assert capsys.readouterr().out.split('\n') == ['a result', *(['a detail'] if verbose else []), '']

@@ -80,12 +80,12 @@ def _sentence(error: Exception) -> str:
   return ' '.join(lines)
 
 
-def guard(work: Callable[[], None]) -> int:
+def guard(work: Callable[[], None], verbose: bool = False) -> int:
   """Runs a command's work and returns its exit status.
 
   Users' mistakes are sentences, bugs tracebacks.
   """
-  log.start()
+  log.start(verbose)
   interrupts.install()
   try:
     work()

@@ -27,16 +27,20 @@ class _Plain(python_logging.Formatter):
     )
 
 
-def start() -> None:
+def start(verbose: bool = False) -> None:
   """Sends absl's log to standard output as plain lines, and silences the libraries' own chatter.
+
+  Details (logging.debug) go to log files alone; with `verbose` to standard output, too.
 
   Orbax and others log through absl too: only what comes from this package, or is a warning, passes.
   """
-  logging.set_verbosity(logging.INFO)
+  logging.set_verbosity(logging.INFO)  # of the root logger, too, which stays there
   handler = python_logging.StreamHandler(sys.stdout)
+  handler.setLevel(python_logging.DEBUG if verbose else python_logging.INFO)
   handler.setFormatter(_Plain())
   handler.addFilter(_ours)
   logger = logging.get_absl_logger()
+  logger.setLevel(python_logging.DEBUG)
   logger.handlers[:] = [handler]
   logger.propagate = False
   warnings.filterwarnings(

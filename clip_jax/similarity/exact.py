@@ -239,9 +239,9 @@ def _accelerated() -> bool:
 @functools.cache
 def _say(backend: str, devices: int) -> None:  # once
   if backend == 'cpu':
-    logging.info('search: float32 products on the CPU, the lists kept by the host.')
+    logging.debug('search: float32 products on the CPU, the lists kept by the host.')
   else:
-    logging.info(
+    logging.debug(
       'search: float16 products, added up in float32, on %d %s device%s.',
       devices,
       backend,

@@ -323,7 +323,7 @@ def _similarities(x: Experiment, pool, usable: Array, source, pairs: _Pairs) -> 
       done.append(np.concatenate(similarity))
       parts.add(similarity=done[-1])
   priority[rows] = np.concatenate([np.zeros(0), *done])
-  logging.info(
+  logging.debug(
     'dedup: captions of %s rows that have a near-duplicate were encoded.', f'{len(rows):,}'
   )
   return priority, among

@@ -51,7 +51,7 @@ def vectors(x: Experiment, todo: list[Product]) -> Made:
       )
       files.write_npy(x.path(made[1]), np.ones(len(rows), bool))
       yield product, made, {'rows': len(rows), 'unreadable': 0}
-  logging.info(
+  logging.debug(
     'embed %s%s: %s vectors taken from %s.',
     dataset,
     x.suffix,
@@ -151,7 +151,15 @@ def embeddings(x: Experiment, todo: list[Product]) -> Made:
       f'; {progress.counted(len(unreadable), "unreadable image")} in no split and no search '
       f'({", ".join(unreadable[:LISTED])}{more}; the report lists all)'
     )
-  logging.info('embed %s%s: %s images%s.', dataset, x.suffix, f'{total:,}', listed)
+  shown = not x.embedder and (dataset == blocks.POOL or listed)
+  logging.log(
+    logging.INFO if shown else logging.DEBUG,
+    'embed %s%s: %s images%s.',
+    dataset,
+    x.suffix,
+    f'{total:,}',
+    listed,
+  )
 
 
 def _keys(x: Experiment, dataset: str, shard: int, rows) -> list[str]:

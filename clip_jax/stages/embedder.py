@@ -59,7 +59,8 @@ def _fit(x: Experiment, product: Product):
     )
   path = x.path(product.name + '.npz')
   files.write_npz(path, **embedders.EMBEDDERS[block.source][0](images, block.dim))
-  logging.info(
+  logging.log(
+    logging.DEBUG if x.embedder else logging.INFO,
     'embedder%s: %s, fitted on %s images of the base set.',
     x.suffix,
     block.source,

@@ -128,7 +128,7 @@ def _caption_groups(x: Experiment, base, architecture, folder: str) -> int:
   saved = (1 - share) * flops.text_flops(architecture) / flops.forward_flops(architecture)
   if t.pack_captions == 'auto' and saved < PACKING_SAVES:
     return 0
-  logging.info(
+  logging.debug(
     '%s: captions are packed, %.0f %% of the tokens of one caption a row; %.0f %% of the FLOPs are '
     'saved.',
     folder,

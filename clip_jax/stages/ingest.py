@@ -131,7 +131,9 @@ def index(x: Experiment, todo: list[Product]) -> Made:
   made = [f'{folder}/{name}' for name in counts.pop('files') if name != workdir.LOCATIONS]
   yield todo[0], made, counts
   reasons = _reasons(counts)
-  logging.info(
+  shown = dataset in (blocks.POOL, blocks.ANCHOR) or reasons
+  logging.log(
+    logging.INFO if shown else logging.DEBUG,
     '%s: %s in %s%s.',
     dataset,
     progress.counted(counts['rows'], 'row'),
@@ -195,7 +197,7 @@ def summarize(x: Experiment, todo: list[Product]) -> Made:
   )
   lines = summary.lines(numbers)
   for line in lines if dataset == blocks.POOL else lines[:1]:  # all of it is in summary.json
-    logging.info('%s: %s.', dataset, line)
+    logging.debug('%s: %s.', dataset, line)
   if numbers['skipped']:
     logging.info(
       '%s: what cannot be used, and why: %s', dataset, os.path.join(folder, summary.BROKEN)

@@ -237,7 +237,7 @@ def _begin(x: Experiment, names: list[str]) -> None:
   """Opens the log, records the command and the config."""
   log.to_file(x.path('log.txt'))
   command = ' '.join([os.path.basename(sys.executable), *sys.orig_argv[1:]])
-  logging.info('clip_jax: %s', command)
+  logging.debug('clip_jax: %s', command)
   files.write_json(
     x.path('times.json'), {'seconds': {}, **workdir.read_json(x, 'times.json'), 'command': command}
   )
@@ -268,7 +268,7 @@ def _run(x: Experiment, names: list[str], redo: str) -> None:
     spent = time.monotonic() - began
     _add_time(x, stage, spent)
     if spent > 1:
-      logging.info('%s took %s.', stage, progress.seconds(spent))
+      logging.debug('%s took %s.', stage, progress.seconds(spent))
   if not made and not redo:
     logging.info('Everything was there already and fits the config; nothing was done.')
   elif 'report' not in names:

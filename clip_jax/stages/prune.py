@@ -353,9 +353,10 @@ def _refuse(split: str, checks: dict[str, dict]) -> None:
 
 
 def summarize(x: Experiment, made: list[Product]) -> None:
-  """Logs in one line a split how large it is."""
+  """Logs the size of every split: all in one line, and in the log file a line each."""
   if not any(product.kind == 'split' for product in made):
     return
+  sizes = []
   for split in x.config.splits:
     about = workdir.read_json(x, 'splits', split, 'split.json')
     share = about['dropped'] / max(about['candidates'], 1)
@@ -371,7 +372,7 @@ def summarize(x: Experiment, made: list[Product]) -> None:
       )
     repeats = max(draw.get('repeats', 0) for draw in about['draws'].values())
     planted = about['planted_rows']
-    logging.info(
+    logging.debug(
       'split %s: %s pool rows%s (%.1f %% dropped) and %s anchor rows%s%s.',
       split,
       f'{about["pool_rows"]:,}',
@@ -383,6 +384,8 @@ def summarize(x: Experiment, made: list[Product]) -> None:
     )
     if not about['pool_rows'] + about['anchor_rows'] + planted:
       logging.warning('split %s holds no row: nothing can be trained on it.', split)
+    sizes.append(f'{split} {about["pool_rows"]:,}')
+  logging.info('prune: pool rows of the splits: %s.', ', '.join(sizes))
 
 
 MAKERS = {'rows': write_rows, 'split': describe, **export.MAKERS}

@@ -92,7 +92,8 @@ def search_shards(x: Experiment, todo: list[Product]) -> Made:
     for noun, group in (('benchmark', x.config.benchmarks), ('reference', x.config.references))
     if searched & set(group)
   ]
-  logging.info(
+  logging.log(
+    logging.DEBUG if x.embedder else logging.INFO,
     'search%s: %s against %s queries of %s.',
     x.suffix,
     progress.counted(total, 'pool row'),
@@ -483,7 +484,7 @@ def summarize(x: Experiment, made: list[Product]) -> None:
     rates.append((rate[0], f'{name} ' + ' / '.join(f'{100 * one:.3g} %' for one in rate)))
   if rates:
     where = 'in the pool / in the anchor' if blocks.has_anchor(config) else 'in the pool'
-    logging.info(
+    logging.debug(
       'duplicates (similarity %.4g or more), queries with one %s: %s.',
       duplicate,
       where,
@@ -507,13 +508,13 @@ def _log_sizes(x: Experiment) -> None:
   names = list(x.config.benchmarks)
   if len(names) > 1:
     names.append('any')
-  logging.info(
+  logging.debug(
     'gap-aligned would drop, of %s: %s (%.3g %%).',
     progress.counted(candidates, 'candidate'),
     _list([(n, f'{name} {n:,}') for name, n in zip(names, dropped.tolist())], last=len(names) > 1),
     100 * dropped[-1] / max(candidates, 1),
   )
-  logging.info(
+  logging.debug(
     'with a slack of %g / %g: %s.',
     *SLACKS,
     _list(

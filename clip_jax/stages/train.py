@@ -85,7 +85,7 @@ def train(x: Experiment, todo: list[Product]) -> Made:
   )
   seen = result.step * t.batch_size
   last = metrics.read(x.path(folder, 'metrics.jsonl'))[-1]
-  logging.info(
+  logging.debug(
     '%s: loss %.3f after %s samples (%.1f passes), %s images a second, %s.',
     folder,
     last['train/loss'],

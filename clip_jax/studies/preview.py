@@ -82,7 +82,7 @@ def preview_splits(x: Experiment, todo: list[Product]) -> Made:
         for name, score in about['benchmarks'].items()
         if score['top1'] is not None
       ]
-      logging.info(
+      logging.debug(
         '%s, %s: %s, from %s of %s rows, that have a class.',
         ridge.NAME,
         split,

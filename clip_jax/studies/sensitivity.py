@@ -90,7 +90,7 @@ def compare(x: Experiment, todo: list[Product]) -> Made:
   yield todo[0], ['splits/sensitivity.json'], {}
   for split, line in ((split, line) for split, lines in splits.items() for line in lines):
     correlation = 'none' if line['spearman'] is None else f'{line["spearman"]:.2f}'
-    logging.info(
+    logging.debug(
       'sensitivity, %s: %s removes %s rows, the main embedder %s; at the same count they share '
       '%.0f %% '
       'of what either removes; rank correlation %s.',
