@@ -2,7 +2,7 @@ PYTHON ?= python3.11
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: env demo pacs test test-slow clean
+.PHONY: env demo lint test test-slow clean
 
 env: $(VENV)/.installed
 
@@ -13,6 +13,12 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 demo: env
 	$(BIN)/python -m clip_jax.main --config=configs/demo.py --workdir=runs/demo
+
+# Formatting, lint and types; `$(BIN)/ruff format` and `$(BIN)/ruff check --fix` mend most of it.
+lint: env
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
 # Two processes; a file's tests stay together, for what they share, in the order of tests/conftest.py.
 test: env
