@@ -299,8 +299,8 @@ def _balanced_rows(count: int, rows: range) -> Array:
   chosen = np.array(rows)[10 * rank + labels < count]
   if len(chosen) < count:
     raise ConfigError(
-      f'queries={count}: there are at most {10 * np.bincount(labels).min()} handwritten images with '
-      'balanced classes; use fewer.'
+      f'queries={count}: handwriting with balanced classes has at most '
+      f'{10 * np.bincount(labels).min()} images; use fewer.'
     )
   return chosen
 
