@@ -1,10 +1,10 @@
-"""All config keys: default, unit, effect and allowed values. No other file declares a config key.
+"""The config keys, each with its default, unit, effect and allowed values.
 
-A config file defines `get_config()`: it calls `defaults.get_config()`, fills the blocks below and
-returns the result. Blocks are made by functions (`dataset(...)`, `split(...)`), which reject an
-unknown keyword. On the command line, --config.a.b=value sets a key. Empty values ('' or ()) mean
-"not given". Checks that involve several keys are in stages/check.py; the keys of the pruning rules
-are in pruning/rules.py.
+The keys of pruning rules are declared in pruning/rules.py, all others here. A config file defines
+`get_config()`: it calls `defaults.get_config()`, fills the blocks below and returns the result.
+Blocks are made by functions (`dataset(...)`, `split(...)`), which reject an unknown keyword. On the
+command line, --config.a.b=value sets a key. Empty values ('' or ()) mean "not given". Checks that
+involve several keys are in stages/check.py.
 """
 
 import functools

@@ -12,8 +12,10 @@ The fingerprint of a product is the sha256 of exactly three things:
 - version: the version of its file format.
 Other config keys, paths, package versions, devices and the product's own bytes are not part of it.
 
-`status` compares a product with its sidecar: 'missing' (no sidecar), 'fits' (same fingerprint) or
-'differs'. `make` is the only function that computes products and writes their sidecars.
+`status` compares the config with the sidecar: 'missing' (no sidecar, or a file is missing or
+truncated), 'fits' (same fingerprint) or 'differs'. `make` is the only function that has products
+computed and writes their sidecars. Each shard is a product of its own: if one fails, the command
+stops, the finished ones are kept, and the next command computes the rest.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -65,11 +67,11 @@ class Product:
   """One product as the config describes it, whether it exists on disk or not."""
 
   name: str  # path in the work directory, without file ending
-  kind: str = ''  # selects the function that computes it
+  kind: str = ''  # selects the function that computes it (MAKERS of a stage or study)
   of: tuple = ()  # its subject: (dataset, shard), (split, seed), ...
 
   # In the fingerprint:
-  keys: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # config keys with values
+  keys: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # config key -> value
   inputs: tuple['Product', ...] = ()  # the products that it reads
   untracked: tuple['Product', ...] = ()  # read too, but only their names are in the fingerprint
   sources: Mapping[str, str] = dataclasses.field(default_factory=dict)  # source file -> stamp
@@ -80,8 +82,8 @@ class Product:
   at_least: Mapping[str, int] = dataclasses.field(default_factory=dict)
   embedder: str = ''  # name of the further embedder that it belongs to; '': the main one
   batch: str = ''  # products of one kind and batch are computed in one call, under one lock
-  is_cheap: bool = False  # where it differs: True makes it again, False stops with an error
-  waits: bool = False  # where an input is missing: True skips it, False stops with an error
+  is_cheap: bool = False  # if it differs: True makes it again, False is an error (asks for --redo)
+  waits: bool = False  # if an input is missing: True skips the product, False is an error
   reads_all: bool = False  # its inputs are all finished products of the work directory
 
   @functools.cached_property
@@ -104,19 +106,19 @@ def make(
 ) -> list[Product]:
   """Makes the products that are missing, or that differ and are cheap, and returns them.
 
-  1. `missing` lists them. If there are none, nothing else happens.
-  2. The lock of the batch is taken, and the list is made again: another process may have been here.
-  3. Old sidecars are deleted, so that after a kill no old sidecar stands beside new files.
-  4. `work(todo)` computes them. The sidecar of each is written as soon as `work` yields it.
+  1. List them with `missing`. If there are none, return.
+  2. Take the lock of the batch, and list them again: another process may have made some.
+  3. Delete their old sidecars, so that a kill never leaves an old sidecar beside new files.
+  4. Call `work(todo)`, and write the sidecar of each product as soon as `work` yields it.
 
-  If `work` raises, because a shard failed or a signal came, the exception leaves this function and
-  the lock is released. The products yielded so far have their sidecars and stay; the next call
-  computes the others only. Nothing is retried here.
+  If `work` raises (a shard failed, or a signal came), the lock is released and the exception passes
+  to the caller. Products that were yielded before keep their files and sidecars; the next call
+  computes only the others. Nothing is retried.
 
   Args:
     workdir: the work directory.
     wanted: products of one kind and batch, inputs before their readers.
-    work: computes products in the given order.
+    work: computes the products of a list, and yields each when its files are complete.
 
   Raises:
     InputError: a product differs and is not cheap, an input is missing or differs, or another

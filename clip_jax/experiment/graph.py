@@ -236,8 +236,8 @@ class Graph:
     embedder.json records what it was fitted on. Weights count by their content, not by their path.
     """
     block, name = self.embedder_block(embedder), _home(embedder) + 'embedder/embedder'
-    where = f'embedders.{embedder}' if embedder else 'embedder'
-    picked = lambda *keys: {f'{where}.{key}': blocks.plain(block[key]) for key in ('source', *keys)}
+    home = f'embedders.{embedder}' if embedder else 'embedder'
+    picked = lambda *keys: {f'{home}.{key}': blocks.plain(block[key]) for key in ('source', *keys)}
     if block.source == 'weights':
       return Product(
         name,
@@ -339,9 +339,7 @@ class Graph:
       reads = list(self.embeddings(ANCHOR, embedder)) if blocks.has_anchor(config) else []
       if target != ANCHOR_CLASSES:
         reads += self.embeddings(target, embedder)
-        at_least = {
-          'search.top_k': config.search.top_k
-        }  # a longer list starts with the shorter one
+        at_least = {'search.top_k': config.search.top_k}  # longer lists start with the shorter ones
     home = _home(embedder)
     return [
       Product(
