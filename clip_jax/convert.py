@@ -1,4 +1,4 @@
-"""A checkpoint of ours as weights of open_clip or Hugging Face, and theirs as a checkpoint of ours.
+"""Converts a checkpoint to open_clip or Hugging Face weights, or such weights to a checkpoint.
 
   python -m clip_jax.convert --checkpoint=runs/demo/train/base/seed0 --format=open_clip \
       --output=converted/open_clip_model.safetensors
@@ -13,22 +13,22 @@ from clip_jax.core import command
 _CHECKPOINT = flags.DEFINE_string(
   'checkpoint',
   None,
-  "A run's folder, its checkpoints/ (latest step), or one step; "
-  'or weights of open_clip, OpenAI or Hugging Face (.safetensors, .pt, .bin).',
+  "A run's folder or its checkpoints/ (then: the latest step), one step, or a file of weights of "
+  'open_clip, OpenAI or Hugging Face (.safetensors, .pt, .bin).',
 )
 _OUTPUT = flags.DEFINE_string(
   'output',
   None,
-  'The .safetensors file (its config is written beside it); with '
-  '--format=orbax: the folder. It must not be there yet.',
+  'The .safetensors file (its config is written beside it), or with --format=orbax the folder. It '
+  'must not exist yet.',
 )
 _FORMAT = flags.DEFINE_string(
-  'format', 'open_clip', 'What is written: open_clip, huggingface or orbax.'
+  'format', 'open_clip', 'Format of the output: open_clip, huggingface or orbax.'
 )
 _MODEL = flags.DEFINE_string(
   'model',
   '',
-  'open_clip model of a weights file, where no open_clip_config.json or config.json is beside it.',
+  'open_clip model of a weights file without an open_clip_config.json or config.json beside it.',
 )
 
 

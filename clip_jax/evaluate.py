@@ -1,8 +1,8 @@
-"""Zero-shot accuracy of any checkpoint, or of published weights, on a config's benchmarks.
+"""Zero-shot accuracy of a checkpoint, or of published weights, on the benchmarks of a config.
 
-python -m clip_jax.evaluate --checkpoint=runs/demo/train/base/seed0 --config=configs/demo.py python
--m clip_jax.evaluate --checkpoint=open_clip_model.safetensors --model=ViT-B-32
---config=configs/demo.py
+  python -m clip_jax.evaluate --config=configs/demo.py --checkpoint=runs/demo/train/base/seed0
+  python -m clip_jax.evaluate --config=configs/demo.py --model=ViT-B-32 \
+      --checkpoint=open_clip_model.safetensors
 """
 
 import sys
@@ -10,33 +10,33 @@ import sys
 from clip_jax.core import command
 
 if __name__ == '__main__':
-  command.huge_pages()  # before anything allocates
+  command.huge_pages()  # before anything allocates memory
 
 from absl import app, flags
 from ml_collections import config_flags
 
 _CONFIG = config_flags.DEFINE_config_file(
-  'config', None, 'A Python file with get_config(): its benchmarks are used.', lock_config=True
+  'config', None, 'A Python file with get_config(), which defines the benchmarks.', lock_config=True
 )
 _CHECKPOINT = flags.DEFINE_string(
   'checkpoint',
   None,
-  "A run's folder, its checkpoints/ (latest step), or one step; "
-  'or weights of open_clip, OpenAI or Hugging Face (.safetensors, .pt, .bin).',
+  "A run's folder or its checkpoints/ (then: the latest step), one step, or a file of weights of "
+  'open_clip, OpenAI or Hugging Face (.safetensors, .pt, .bin).',
 )
 _MODEL = flags.DEFINE_string(
   'model',
   '',
-  'open_clip model of a weights file, where no open_clip_config.json or config.json is beside it.',
+  'open_clip model of a weights file without an open_clip_config.json or config.json beside it.',
 )
 _BENCHMARKS = flags.DEFINE_list(
-  'benchmarks', None, 'Only these benchmarks of the config; default: all.'
+  'benchmarks', None, 'Only these benchmarks of the config, comma-separated; default: all.'
 )
 _OUTPUT = flags.DEFINE_string(
-  'output', '', 'Folder for <benchmark>.json and .npz; default: only print.'
+  'output', '', 'Folder for <benchmark>.json and <benchmark>.npz; default: only print.'
 )
 _FOLLOW = flags.DEFINE_bool(
-  'follow', False, 'Evaluate every new checkpoint as it appears, until Ctrl-C.'
+  'follow', False, 'Wait for new checkpoints and evaluate each, until Ctrl-C.'
 )
 
 

@@ -1,5 +1,6 @@
-"""The whole experiment: python -m clip_jax.main --config=configs/demo.py --workdir=runs/demo (see
-README).
+"""Runs the whole experiment, or some of its stages (see README.md).
+
+python -m clip_jax.main --config=configs/demo.py --workdir=runs/demo
 """
 
 import sys
@@ -7,7 +8,7 @@ import sys
 from clip_jax.core import command
 
 if __name__ == '__main__':
-  command.huge_pages()  # before anything allocates
+  command.huge_pages()  # before anything allocates memory
 
 from absl import app, flags
 from ml_collections import config_flags
@@ -16,18 +17,22 @@ _CONFIG = config_flags.DEFINE_config_file(
   'config', None, 'The experiment: a Python file with get_config().', lock_config=True
 )
 _WORKDIR = flags.DEFINE_string(
-  'workdir', None, 'Folder of everything that is made: local, gs:// or s3://.'
+  'workdir', None, 'Local folder for all results; it is created if it does not exist.'
 )
-_STAGES = flags.DEFINE_list('stages', None, 'Only these stages, in their order; default: all.')
+_STAGES = flags.DEFINE_list(
+  'stages', None, 'Run only these stages, comma-separated, in the usual order; default: all.'
+)
 _REDO = flags.DEFINE_string(
   'redo',
   '',
-  'STAGE or STAGE:product, of a further embedder STAGE:NAME@product: '
-  'set it and what follows from it aside, then make it again.',
+  'STAGE or STAGE:product; for a further embedder STAGE:NAME@product. Move these products and all '
+  'that depend on them to WORKDIR/replaced, then make them again.',
 )
-_GRAPH = flags.DEFINE_bool('graph', False, 'Print the graph of products as Mermaid; write nothing.')
+_GRAPH = flags.DEFINE_bool(
+  'graph', False, 'Print the graph of products in Mermaid format; write nothing.'
+)
 _DRY_RUN = flags.DEFINE_bool(
-  'dry_run', False, 'Print the plan and what is there already; write nothing.'
+  'dry_run', False, 'Print the plan and which products are finished; write nothing.'
 )
 _VERBOSE = flags.DEFINE_bool(
   'verbose', False, 'Print the details, too, which else go to WORKDIR/log.txt alone.'

@@ -1,11 +1,10 @@
-"""The demo: a whole experiment in minutes on a CPU, with nothing downloaded but Python packages.
+"""The demo: a whole experiment in minutes on a CPU, without any download.
 
   python -m clip_jax.main --config=configs/demo.py --workdir=runs/demo
 
-The pool: drawn digits and letters in many styles, and real handwritten digits, with web-like
-captions. The anchor: clean upright digits and a few strays of handwriting. The question: how much
-of the accuracy on real handwriting comes from the pool's images that are nearer to it than the
-anchor's?
+Pool: printed digits and letters in many styles, and real handwritten digits, with web-like
+captions. Anchor: clean upright digits and a few handwritten ones. Question: how much of the
+accuracy on handwriting comes from pool images that are nearer to it than any anchor image?
 """
 
 from clip_jax import defaults
@@ -37,8 +36,8 @@ def get_config():
   config.embedder.dim = 64
   config.dedup.threshold = 0.006
 
-  # A second embedder: how far its splits agree with those above, and a preview of each split in
-  # seconds.
+  # A second embedder: the report compares its splits with those of the first, and previews each
+  # split in seconds.
   config.embedders.hog = defaults.embedder(source='hog', image_size=32, dim=64)
   config.prune.sensitivity = ('hog',)
   config.prune.preview = 'hog'
@@ -67,8 +66,8 @@ def get_config():
   config.model.text_heads = 8
   config.model.context_length = 16
 
-  # The drawings are jittered already: a random crop on top of that takes an eighth more time, and
-  # off more slowly.
+  # No random crop: the drawings are jittered already. A crop takes an eighth more time, and the
+  # accuracy rises later.
   config.preprocess.crop_scale = (1.0, 1.0)
   config.train.samples = 25_600
   config.train.batch_size = 64

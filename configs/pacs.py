@@ -1,17 +1,16 @@
-"""The experiment on your own webdataset tars, set up for PACS (photos, paintings, cartoons,
-sketches of 7 classes).
+"""The experiment on your own webdataset tars; the values are for PACS (4 domains, 7 classes).
 
-  python -m clip_jax.main --config=configs/pacs.py --config.pool.path='DIR/*.tar'
-  --workdir=runs/pacs
+  python -m clip_jax.main --config=configs/pacs.py --config.pool.path='DIR/*.tar' \
+      --workdir=runs/pacs
 
 Each sample: an image, a .txt caption "a sketch of a dog" and a .json with domain, label and source.
-Short form (default): 5 splits x 3 seeds x 100,000 samples, about 20 minutes on 2 cores.
-`--config=configs/pacs.py:full`: 14 splits, 5 seeds for the five main ones, 400,000 samples.
-`--config=configs/pacs.py:domain_removal`: an anchor without strays, so that aligning to sketches
-removes that whole domain.
+- default: 5 splits x 3 seeds x 100,000 samples, about 20 minutes on 2 cores.
+- `--config=configs/pacs.py:full`: 14 splits, 5 seeds for the five main ones, 400,000 samples.
+- `--config=configs/pacs.py:domain_removal`: an anchor without strays, so that aligning to sketches
+  removes all sketches.
 
-Question: how much of the accuracy on sketches comes from the pool's images that are nearer to them
-than the anchor's photos and strays are?
+Question: how much of the accuracy on sketches comes from pool images that are nearer to them than
+any anchor image?
 """
 
 from clip_jax import defaults
@@ -23,20 +22,20 @@ TEMPLATES = (
   'a painting of a {}',
   'a cartoon of a {}',
   'a sketch of a {}',
-)  # the same for all
-TRAINING = 0.75  # share of the groups that is pool or anchor; the rest is held out as queries
+)  # for all benchmarks
+TRAINING = 0.75  # fraction of the groups in pool and anchor; the others are queries
 FORMS = ('', 'full', 'domain_removal')
 
 
 def get_config(form=''):
   if form not in FORMS:
     raise ValueError(
-      f'configs/pacs.py:{form} is not a form; have {", ".join(FORMS[1:])}, or none of them'
+      f'configs/pacs.py:{form} is not known. The forms are {", ".join(FORMS[1:])}, or none.'
     )
   config = defaults.get_config()
 
-  # Sketches n02374451_8526-2 were drawn from the photo n02374451_8526: siblings must lie on the
-  # same side.
+  # Sketch n02374451_8526-2 was drawn from photo n02374451_8526. They form one group, so that both
+  # are in training or both are queries.
   tars = dict(
     format='webdataset',
     label_key='label',
@@ -46,15 +45,15 @@ def get_config(form=''):
     columns=('domain', 'class_name', 'source'),
     domain_column='domain',
   )
-  # Half of the captions lose their domain word, or 28 strings would be all that the text tower
-  # sees, and "sketch" would be an untrained word once the sketches are pruned.
+  # Half of the captions lose their domain word. Otherwise the text tower would see 28 strings only,
+  # and "sketch" would be an untrained word once the sketches are pruned.
   captions = dict(caption_pattern='^an? (photo|painting|cartoon|sketch) of ', caption_share=0.5)
 
   config.pool = defaults.dataset(part=(0.0, TRAINING), **tars, **captions)
-  path = config.pool.get_ref('path')  # one flag moves all
+  path = config.pool.get_ref('path')  # --config.pool.path sets the path of all datasets
 
-  # The anchor: half of the training photos, and 15 % of the training part of each other domain
-  # ("strays", as ImageNet-Train holds drawings). Without them, alignment would remove every sketch.
+  # The anchor: half of the training photos, and 15 % of the training samples of each other domain
+  # ("strays": ImageNet-Train holds drawings, too). Without strays, alignment removes all sketches.
   photos = defaults.dataset(
     where=dict(domain='photo'), part=(0.0, 0.5 * TRAINING), **tars, **captions
   )
@@ -77,16 +76,16 @@ def get_config(form=''):
   config.embedder.source = 'pca'
   config.embedder.image_size = 64
   config.embedder.dim = 128
-  # Copies at JPEG quality 60 lie at 0.9997 and more, one in a thousand images has so near a
-  # neighbour by chance.
+  # JPEG copies of quality 60 have similarity 0.9997 or more; 1 in 1,000 images has a neighbour this
+  # near by chance.
   config.dedup.threshold = 0.001
   config.report.reference = 'photo'
 
   config.splits.base = defaults.split(rule='all')
   config.splits.anchor_only = defaults.split(rule='anchor')
   config.splits.sketch_gap = defaults.split(rule='gap_aligned', benchmarks=('sketch',))
-  # seed=1: where no matched control exists it falls back to a random draw, which must not be
-  # sketch_rand's.
+  # seed=1: if no matched control exists, it falls back to a random draw, which must differ from
+  # that of sketch_rand.
   config.splits.sketch_matched = defaults.split(rule='matched', to='sketch_gap', seed=1)
   config.splits.sketch_rand = defaults.split(rule='random', size_of='sketch_gap')
   if form == 'full':

@@ -170,9 +170,8 @@ def test_an_audit_with_an_anchor_and_metadata(data, capsys):
 def test_a_misspelt_key_is_a_sentence(data):
   status, said = _command(data, '--config.search.topk=3')
   assert status == 2
-  assert said.strip() == (
-    "Error: The config has no key 'topk'. Did you mean 'top_k'? clip_jax/defaults.py has all keys."
-  )
+  assert said.startswith('Error: ') and said.count('\n') == 1
+  assert "no key 'topk'. Did you mean 'top_k'?" in said
 
 
 def test_a_dry_run_tells_rows_and_bytes_and_writes_nothing(data):

@@ -66,7 +66,7 @@ def test_a_batch_that_the_devices_do_not_divide(data, tmp_path, capsys):
   status, said = run(
     config(data, **{'train.batch_size': 12}), tmp_path / 'w', capsys
   )  # of 8 virtual devices
-  assert status == 2 and 'train.batch_size = 12 must be a multiple of the 8 devices' in said
+  assert status == 2 and 'train.batch_size=12 must be a multiple' in said
   assert not (tmp_path / 'w/ingest').exists()  # said before any work
 
 

@@ -36,7 +36,7 @@ def test_the_shipped_configs_pass(monkeypatch):
     ({'train.loss': 'sigmoid'}, "Did you mean 'siglip'"),
     ({'train.remat': 'all'}, "train.remat='all'"),
     ({'train.pack_captions': 'yes'}, "train.pack_captions='yes'"),
-    ({'train.patch_dropout': 1.0}, 'train.patch_dropout=1.0 must be a share'),
+    ({'train.patch_dropout': 1.0}, 'train.patch_dropout=1.0'),
     ({'train.only': ('bsae/seed0',)}, "Did you mean 'base/seed0'"),
     ({'embedder.source': 'pac'}, "Did you mean 'pca'"),
     ({'search.backend': 'scan'}, "Did you mean 'scann'"),

@@ -57,7 +57,7 @@ def test_a_signal_ends_with_its_status_and_says_how_to_go_on(capsys, signum, sta
       interrupts.check()
 
   assert command.guard(work) == status
-  assert 'Run the same command again to go on' in capsys.readouterr().out
+  assert 'same command again' in capsys.readouterr().out
   interrupts.install()  # forgets the signal
 
 

@@ -34,7 +34,7 @@ def test_plain_and_canonical():
 
 def test_differences_name_each_leaf():
   lines = config.differences({'a': {'b': 1}, 'c': 'x'}, {'a': {'b': 2}, 'd': 1})
-  assert lines == ['a.b: 1 -> 2', 'c: x -> not there', 'd: not there -> 1']
-  assert config.differences({}, {'a': 1}) == ['a: not there -> 1']
-  assert config.differences({'b': {'c': 2}}, {'b': {}}) == ['b.c: 2 -> not there']
-  assert config.differences({'b': {}}, {'d': 1}) == ['b: {} -> not there', 'd: not there -> 1']
+  assert lines == ['a.b: 1 -> 2', 'c: x -> missing', 'd: missing -> 1']
+  assert config.differences({}, {'a': 1}) == ['a: missing -> 1']
+  assert config.differences({'b': {'c': 2}}, {'b': {}}) == ['b.c: 2 -> missing']
+  assert config.differences({'b': {}}, {'d': 1}) == ['b: {} -> missing', 'd: missing -> 1']

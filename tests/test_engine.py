@@ -61,11 +61,11 @@ def test_what_is_finished_is_told_before_a_slow_job_ends(tmp_path):
 
 def test_a_killed_worker_is_a_sentence_and_what_was_finished_is_told(tmp_path):
   jobs, told = [(str(tmp_path), i) for i in range(9)], []
-  with pytest.raises(InputError, match='worker process was ended.*fewer engine.workers'):
+  with pytest.raises(InputError, match='worker process.*engine.workers'):
     for i, _ in engine.finished(_killed, jobs, workers=1, desc='x', unit='job'):
       told.append(i)
   assert sorted(told) == [0, 1] == sorted(map(int, os.listdir(tmp_path)))
-  with pytest.raises(InputError, match='worker process was ended'):
+  with pytest.raises(InputError, match='worker process'):
     list(engine.finished(_killed, jobs, workers=3, desc='x', unit='job'))
 
 

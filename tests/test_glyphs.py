@@ -209,7 +209,7 @@ def test_an_empty_pool_is_a_tar(tmp_path):
     (dict(queries=740), '730'),
     (dict(anchor=3000), '124'),
     (dict(image_px=8), '16'),
-    (dict(exact=0.7, near=0.7), 'shares'),
+    (dict(exact=0.7, near=0.7), 'near=0.7'),
     (dict(letters=''), 'letters'),
   ),
 )

@@ -11,7 +11,7 @@ from clip_jax.core import log
 
 def test_only_this_package_speaks_wherever_the_others_lie():
   def passes(path, level=python_logging.INFO):
-    return log._ours(python_logging.LogRecord('absl', level, path, 1, 'said', None, None))
+    return log._is_shown(python_logging.LogRecord('absl', level, path, 1, 'said', None, None))
 
   package = os.path.dirname(os.path.dirname(os.path.abspath(log.__file__)))
   assert passes(os.path.join(package, 'stages', 'train.py'))

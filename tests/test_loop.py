@@ -135,7 +135,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(tmp_path):
 
 
 def test_a_batch_must_divide_by_the_devices(tmp_path):
-  with pytest.raises(ConfigError, match='batch_size = 12 .* nearest is 16'):
+  with pytest.raises(ConfigError, match='batch_size=12 .* nearest is 16'):
     train(tmp_path, batch_size=12)
 
 

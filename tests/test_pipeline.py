@@ -75,7 +75,7 @@ def files_of(workdir, but=('log.txt', 'times.json', 'versions.json', 'config.jso
       'train',
       {'train.batch_size': 12},
       2,
-      'train.batch_size = 12 must be a multiple of the 8 devices',
+      'train.batch_size=12 must be a multiple',
     ),
     ('ingest', {'pool.path': '/nowhere/*.tar'}, 1, "'/nowhere/*.tar' matches no file"),
     (

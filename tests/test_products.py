@@ -90,7 +90,7 @@ def test_more_than_at_least_is_wanted_fits_and_does_not_change_what_follows(tmp_
 def test_changes_of_an_untracked_input_do_not_invalidate(tmp_path):
   indexes = [Product('ingest/pool/index', keys={'n': n}, is_cheap=True) for n in (1, 2)]
   embedders = [Product('embedder/embedder', untracked=(index,)) for index in indexes]
-  with pytest.raises(InputError, match='reads ingest/pool/index, which is not there.*add `ingest`'):
+  with pytest.raises(InputError, match='ingest/pool/index.*add `ingest`'):
     make(tmp_path, embedders[0])
   make(tmp_path, indexes[0])
   make(tmp_path, embedders[0])
@@ -110,9 +110,7 @@ def test_nothing_is_made_of_a_product_that_does_not_fit(tmp_path, is_cheap):
     for row in rows
   ]
   make(tmp_path, rows[0])
-  with pytest.raises(
-    InputError, match='train/run reads splits/rows .*made with another config.*Run without --stages'
-  ):
+  with pytest.raises(InputError, match='train/run reads splits/rows .*--stages'):
     make(tmp_path, runs[1])
   make(tmp_path, runs[0])
   with pytest.raises(InputError, match='train/run reads splits/rows'):
@@ -122,9 +120,7 @@ def test_nothing_is_made_of_a_product_that_does_not_fit(tmp_path, is_cheap):
   if is_cheap:
     assert make(tmp_path, runs[1]) == ['train/run']
   else:
-    with pytest.raises(
-      InputError, match='train/run in .* was made with another config: splits/rows has changed'
-    ):
+    with pytest.raises(InputError, match='train/run in .*: splits/rows has changed'):
       make(tmp_path, runs[1])
 
 

@@ -15,13 +15,13 @@ def test_axes():
 
 @pytest.mark.parametrize('fsdp', [0, 3, 16])
 def test_fsdp_must_divide_the_devices(fsdp):
-  with pytest.raises(ConfigError, match=f'train.fsdp = {fsdp} .* 8'):
+  with pytest.raises(ConfigError, match=f'train.fsdp={fsdp} .* 8'):
     sharding.mesh(fsdp)
 
 
 @pytest.mark.parametrize('size, nearest', [(1, 8), (12, 16), (65, 64), (0, 8)])
 def test_a_batch_must_divide(size, nearest):
-  with pytest.raises(ConfigError, match=f'= {size} .* nearest is {nearest}'):
+  with pytest.raises(ConfigError, match=f'={size} .* nearest is {nearest}'):
     sharding.check_batch_size(size, sharding.mesh())
 
 

@@ -199,7 +199,7 @@ def test_prompts_are_encoded_by_a_trained_embedder(data, tmp_path, capsys):
     (
       dict(format='prompts', classes=('a', 'b'), templates=('x',)),
       {'embedder.source': 'train', 'embedder.samples': 64},
-      'must be prompts with {}',
+      'templates',
     ),
     (
       dict(format='webdataset', path='x.tar'),

@@ -101,6 +101,6 @@ def test_no_audit_is_no_product(embedded):
   assert dedup_audit.products(Graph(c)) == {}
   c.dedup.audit_rows = 5
   (product,) = dedup_audit.products(Graph(c))['dedup']
-  assert product.name == 'dedup/audit' and list(product.read) == ['dedup/keep']
+  assert product.name == 'dedup/audit' and list(product.dependencies) == ['dedup/keep']
   c.dedup.enabled = False
   assert dedup_audit.products(Graph(c)) == {}

@@ -362,10 +362,10 @@ def test_images_that_cannot_be_read_are_nothing_to_plant(data, tmp_path, capsys)
       'square',
       "config.planted.benchmark='square' is not known. Did you mean 'squares'?",
     ),
-    ('share', 0.0, 'config.planted.share=0.0 must be a share in (0, 1]'),
-    ('share', 1.5, 'config.planted.share=1.5 must be a share'),
+    ('share', 0.0, 'config.planted.share=0.0'),
+    ('share', 1.5, 'config.planted.share=1.5'),
     ('copies', 0, 'config.planted.copies=0 must be more than 0'),
-    ('kinds', (), 'config.planted.kinds=() is empty; have crop, resize, jpeg, colour, none'),
+    ('kinds', (), 'config.planted.kinds=() is empty'),
     (
       'kinds',
       ('crop', 'jpg'),

@@ -124,18 +124,18 @@ def test_what_is_not_there_is_said_with_the_stage_that_makes_it(world, tmp_path)
   assert not workdir.is_searched(nothing, 'squares') and not workdir.has_candidates(nothing)
   assert workdir.query_result(nothing, 'squares') is None and workdir.sizes(nothing) is None
   assert workdir.result(nothing, 'base', 0, 'squares') is None and workdir.finished(nothing) == {}
-  with pytest.raises(InputError, match='pool was not ingested yet .*add `ingest`'):
+  with pytest.raises(InputError, match='pool is not ingested.*add `ingest`'):
     workdir.source(nothing, 'pool')
   shutil.copytree(world.workdir, tmp_path / 'w')
   x = Experiment(world.config, str(tmp_path / 'w'))
   (tmp_path / 'w/search/squares/pool-00001.npz').unlink()
-  with pytest.raises(InputError, match='shard 1 was not searched with squares'):
+  with pytest.raises(InputError, match='shard 1 .*squares.*`search`'):
     workdir.search_column(x, 'squares', 'similarity')
   (tmp_path / 'w/search/squares/pool-00001.npz').write_bytes(b'x')
   with pytest.raises(InputError, match='pool-00001.npz cannot be read .*--redo=search:squares'):
     workdir.search_column(x, 'squares', 'similarity')
   (tmp_path / 'w/embeddings/pool/00001.npy').unlink()
-  with pytest.raises(InputError, match='pool is not wholly embedded'):
+  with pytest.raises(InputError, match='embeddings of pool.*`embed`'):
     workdir.embeddings(x, 'pool')
 
 

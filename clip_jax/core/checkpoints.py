@@ -1,10 +1,10 @@
-"""Checkpoints of training: every call of Orbax is in this file.
+"""Checkpoints of training. No other file calls Orbax.
 
-Out: DIRECTORY/<step, 8 digits>/ with the items params, opt (optimizer state), data (JSON: what the
-loop needs to go on, and the digests) and config (JSON). A step is written beside and renamed when
-whole. Orbax does not notice damaged array bytes, so each step carries the sha256 of its params, opt
-and config, checked whenever they are read. JAX and Orbax are imported inside functions: every
-command imports this file at its start, and they take two seconds.
+Out: DIRECTORY/<step, 8 digits>/ with the items params, opt (optimizer state), data (JSON: the state
+of the loop, and the digests) and config (JSON). A step is written to a temporary folder and renamed
+when it is complete. Orbax does not detect damaged array bytes, so each step stores the sha256 of
+its params, opt and config, which is checked at every read. JAX and Orbax are imported inside
+functions, because every command imports this file and they take two seconds.
 """
 
 import hashlib
@@ -19,11 +19,11 @@ import numpy as np
 from clip_jax.core import files
 from clip_jax.core.errors import InputError
 
-_DIGITS = 8  # of a step's folder
+_DIGITS = 8  # in the name of a step's folder
 
 
 def digest(tree: Any) -> str:
-  """sha256 (hex) over the arrays of a tree: names, dtypes, shapes and bytes, in order of name."""
+  """Returns the sha256 (hex) of a tree of arrays: names, dtypes, shapes and bytes, by name."""
   import jax
 
   sha = hashlib.sha256()
@@ -39,7 +39,7 @@ def digest(tree: Any) -> str:
 
 
 class Checkpoints:
-  """The checkpoints of one run. Saves go on in the background; `close` waits for them."""
+  """The checkpoints of one run. Saves run in the background; `close` waits for them."""
 
   def __init__(self, directory: Any, *, keep: int):
     import orbax.checkpoint as ocp
@@ -54,14 +54,14 @@ class Checkpoints:
     )
 
   def save(self, step: int, params: dict, opt: Any, data: dict, config: dict) -> None:
-    """Returns when the arrays are copied: the caller may donate them to the next step.
+    """Starts to save a step. Returns when the arrays are copied, so the caller may donate them.
 
     Args:
-      step: updates done. A step that is there already is left as it is.
+      step: updates done. An existing step is not overwritten.
       params: nested dict of arrays.
-      opt: the optimizer's state, any tree of arrays; None: no training goes on from here.
-      data: JSON values that the loop wants back.
-      config: JSON values for whoever reads the parameters.
+      opt: optimizer state, any tree of arrays; None: training cannot resume from this step.
+      data: JSON values that `restore` returns to the loop.
+      config: JSON values that `restore_params` returns.
     """
     import orbax.checkpoint as ocp
 
@@ -80,11 +80,11 @@ class Checkpoints:
     self._manager.save(step, args=ocp.args.Composite(**items))
 
   def restore(self, params: Any, opt: Any) -> tuple[int, dict, Any, dict] | None:
-    """(step, params, opt, data) of the latest step that is whole and undamaged; None without one.
+    """Returns (step, params, opt, data) of the latest undamaged step; None if there is none.
 
-    A damaged step is logged and removed (training will write it again), and the one before is
-    tried. `params` and `opt` are trees of jax.ShapeDtypeStruct with the shardings wanted.
-    InputError where a step is of another model.
+    A damaged step is logged and removed (training writes it again), and the step before it is
+    tried. `params` and `opt` are trees of jax.ShapeDtypeStruct with the wanted shardings. Raises
+    InputError if a step belongs to another model.
     """
     import orbax.checkpoint as ocp
 
@@ -92,7 +92,7 @@ class Checkpoints:
       folder = self._directory / f'{step:0{_DIGITS}d}'
       _check_same_model(folder, params)
       try:
-        found = self._manager.restore(
+        restored = self._manager.restore(
           step,
           args=ocp.args.Composite(
             params=ocp.args.StandardRestore(params),
@@ -100,15 +100,15 @@ class Checkpoints:
             data=ocp.args.JsonRestore(),
           ),
         )
-        data = found['data']
+        data, saved_params, saved_opt = restored['data'], restored['params'], restored['opt']
         digests = data['digests']
-        if digests['params'] == digest(found['params']) and digests['opt'] == digest(found['opt']):
-          return step, found['params'], found['opt'], data
-        reason = 'its arrays are not those that were saved'
-      except Exception as error:  # Orbax and its storage raise many kinds for damaged files
+        if digests['params'] == digest(saved_params) and digests['opt'] == digest(saved_opt):
+          return step, saved_params, saved_opt, data
+        reason = 'the sha256 of its arrays differs from the stored one'
+      except Exception as error:  # Orbax and its storage raise many types for damaged files
         reason = _first_line(error)
       logging.warning(
-        'Checkpoint %s is damaged (%s). It is removed; training goes on from the one before.',
+        'Checkpoint %s is damaged (%s). It is removed; training resumes from the one before it.',
         folder,
         reason,
       )
@@ -116,13 +116,13 @@ class Checkpoints:
     return None
 
   def close(self) -> None:
-    """Waits for saves under way; raises what went wrong in them."""
+    """Waits for running saves, and raises their errors."""
     self._manager.wait_until_finished()
     self._manager.close()
 
 
 def step_folders(path: Any) -> list[epath.Path]:
-  """The whole steps under a run's folder or its checkpoints folder, oldest first; maybe none."""
+  """Returns the complete steps in a run's folder or its checkpoints folder, oldest first."""
   path = _absolute(path)
   if (path / 'checkpoints').is_dir():
     path = path / 'checkpoints'
@@ -131,15 +131,18 @@ def step_folders(path: Any) -> list[epath.Path]:
 
 
 def restore_params(path: Any) -> tuple[dict, int, dict]:
-  """The parameters of a run's folder, its checkpoints folder (latest whole step), or one step.
+  """Returns (params, step, config) of a checkpoint.
+
+  Args:
+    path: one step, or a run's folder or its checkpoints folder (then: the latest complete step).
 
   Returns:
-    params: nested dict of numpy arrays, as they were saved.
+    params: nested dict of numpy arrays.
     step: updates done.
-    config: what was saved beside them.
+    config: the JSON values saved with the parameters.
 
   Raises:
-    InputError: nothing there is a checkpoint, or its arrays are damaged.
+    InputError: the path holds no checkpoint, or a damaged one.
   """
   import jax
   import orbax.checkpoint as ocp
@@ -148,8 +151,8 @@ def restore_params(path: Any) -> tuple[dict, int, dict]:
   folders = [path] if _is_step(path) else step_folders(path)
   if not folders:
     raise InputError(
-      f'{path} holds no checkpoint. Give the folder of a training run, its '
-      'checkpoints folder, or one step in it.'
+      f'{path} holds no checkpoint. Give the folder of a training run, its checkpoints folder, or '
+      'one step.'
     )
   folder = folders[-1]
   try:
@@ -161,22 +164,22 @@ def restore_params(path: Any) -> tuple[dict, int, dict]:
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
       config, data = reader.restore(folder / 'config'), reader.restore(folder / 'data')
     digests = data['digests']
-    same = digests['params'] == digest(params) and digests['config'] == _json_digest(config)
-  except Exception as error:  # Orbax and its storage raise many kinds for damaged files
+    is_intact = digests['params'] == digest(params) and digests['config'] == _json_digest(config)
+  except Exception as error:  # Orbax and its storage raise many types for damaged files
     raise InputError(
-      f'Checkpoint {folder} is damaged or not whole ({_first_line(error)}). Name '
-      'another step, or train again.'
+      f'Checkpoint {folder} is damaged or incomplete ({_first_line(error)}). Give another step, or '
+      'train again.'
     ) from error
-  if not same:
+  if not is_intact:
     raise InputError(
-      f'Checkpoint {folder} is damaged: it does not hold what was saved. Name '
-      'another step, or train again.'
+      f'Checkpoint {folder} is damaged: its sha256 differs from the stored one. Give another step, '
+      'or train again.'
     )
   return params, int(folder.name), config
 
 
 def _absolute(path: Any) -> epath.Path:
-  """Orbax refuses relative paths, and says so only in a background thread."""
+  """Returns an absolute path: Orbax rejects relative ones, but only in a background thread."""
   path = os.fspath(path)
   return epath.Path(os.path.abspath(path) if files.is_local(path) else path)
 
@@ -200,14 +203,14 @@ def _metadata(reader: Any, folder: epath.Path) -> Any:
 
 
 def _integer_keys(tree: Any) -> Any:
-  """Orbax keeps the numbers of a list's elements as strings."""
+  """Returns a tree with integer list indices, which Orbax stores as strings."""
   if not isinstance(tree, dict):
     return tree
   return {int(key) if key.isdigit() else key: _integer_keys(value) for key, value in tree.items()}
 
 
 def _check_same_model(folder: epath.Path, params: Any) -> None:
-  """Raises InputError where a checkpoint's parameters have other names or shapes than these."""
+  """Raises InputError if the parameters of a checkpoint differ from `params` in name or shape."""
   import jax
   import orbax.checkpoint as ocp
 
@@ -220,7 +223,7 @@ def _check_same_model(folder: epath.Path, params: Any) -> None:
   try:
     with ocp.PyTreeCheckpointer() as reader:
       saved = shapes(_metadata(reader, folder))
-  except Exception:  # damaged beyond its metadata: then it is no other model's
+  except Exception:  # metadata are damaged: restore() reports that
     return
   wanted = shapes(params)
   if saved != wanted:
@@ -228,7 +231,6 @@ def _check_same_model(folder: epath.Path, params: Any) -> None:
       name for name in saved.keys() | wanted.keys() if saved.get(name) != wanted.get(name)
     )[0]
     raise InputError(
-      f'Checkpoint {folder} is of another model: {name} has shape '
-      f'{saved.get(name)} there and {wanted.get(name)} here. Remove that folder, or '
-      'choose another work directory.'
+      f'Checkpoint {folder} belongs to another model: {name} has shape {saved.get(name)} in it and '
+      f'{wanted.get(name)} in the config. Remove that folder, or choose another work directory.'
     )

@@ -1,7 +1,6 @@
-"""What the commands share: flags, exit statuses, one-sentence errors, huge pages.
+"""Shared by the commands: parsing of flags, exit statuses, one-line errors, huge pages.
 
-Exit status: 0 done, 1 failed, 2 the command line or the config is wrong, 130 or 143 after Ctrl-C or
-SIGTERM.
+Exit status: 0 success, 1 failure, 2 wrong command line or config, 130 Ctrl-C, 143 SIGTERM.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,26 +15,25 @@ from clip_jax.core import interrupts, log
 from clip_jax.core.errors import ConfigError, InputError
 
 TUNABLE = 'glibc.malloc.hugetlb=1'
-_TOLD = 'CLIP_JAX_HUGE_PAGES'  # set once this process was started again, so that it happens once
+_RESTARTED = 'CLIP_JAX_HUGE_PAGES'  # environment variable: set before the restart, so there is one
 
 
 def huge_pages() -> None:
-  """Starts this process again with glibc's huge pages on, where that can help and was not decided
-  by the user.
+  """Restarts this process once with glibc's huge pages, on Linux.
 
-  XLA on a CPU takes fresh memory for every step; with huge pages a training step was measured 1.5
-  times as fast. glibc reads the tunable before the process begins, hence the new start (same
-  process id). Switch it off with GLIBC_TUNABLES= (set to anything).
+  XLA on a CPU allocates fresh memory in every step; a training step was measured 1.5 times as fast
+  with huge pages. glibc reads the tunable only at process start, hence the restart (the process id
+  stays the same). If GLIBC_TUNABLES is set, to any value, nothing happens.
   """
-  if not sys.platform.startswith('linux') or 'GLIBC_TUNABLES' in os.environ or _TOLD in os.environ:
+  if not sys.platform.startswith('linux') or {'GLIBC_TUNABLES', _RESTARTED} & os.environ.keys():
     return
   os.environ['GLIBC_TUNABLES'] = TUNABLE
-  os.environ[_TOLD] = '1'
+  os.environ[_RESTARTED] = '1'
   os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
-  """Parses flags and loads the config file; a mistake there is one sentence and exit status 2."""
+  """Parses flags and loads the config file. An error is printed in one line; exit status 2."""
   try:
     rest = flags.FLAGS(list(argv))
     if 'config' in flags.FLAGS and flags.FLAGS.config is None:
@@ -43,38 +41,36 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
         '--config is not given, for example --config=configs/demo.py. --help lists the flags.'
       )
     if 'config' in flags.FLAGS:
-      flags.FLAGS.config.get(
-        'pool'
-      )  # a config that could not be loaded raises why when it is first used
+      flags.FLAGS.config.get('pool')  # the first use raises the error of a failed load
     if len(rest) > 1:
       raise ConfigError(f'{rest[1]!r} is not a flag; flags are written --name=value.')
     return rest
   except SyntaxError as error:
-    _fail(f'The config file {error.filename} is not Python: {error.msg}, line {error.lineno}.')
-  except Exception as error:  # a config file is the user's Python: anything can be wrong with it
-    _fail(_sentence(error))
+    _print_error(
+      f'The config file {error.filename} is not valid Python: {error.msg}, line {error.lineno}.'
+    )
+  except Exception as error:  # a config file is Python code of the user, which can raise anything
+    _print_error(_one_line(error))
   sys.exit(2)
 
 
-def _sentence(error: Exception) -> str:
-  """Returns what a failed parse says in one line: ml_collections wraps tracebacks and quotes into
-  its errors.
-  """
+def _one_line(error: Exception) -> str:
+  """Returns a parse error in one line: ml_collections puts tracebacks and quotes into messages."""
   text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
   lines = [line.strip() for line in text.splitlines() if line.strip()]
-  if 'Traceback (most recent call last)' in text:  # raised inside get_config(): where, and what
-    where = [line for line in lines if line.startswith('File ')][-1].split(', in ')[0]
-    what = lines[-1].removeprefix('clip_jax.core.errors.ConfigError: ').removeprefix('ValueError: ')
-    return what if 'clip_jax' in where else f'{what} ({where})'
+  if 'Traceback (most recent call last)' in text:  # raised inside get_config()
+    place = [line for line in lines if line.startswith('File ')][-1].split(', in ')[0]
+    cause = lines[-1].removeprefix('clip_jax.core.errors.ConfigError: ')
+    cause = cause.removeprefix('ValueError: ')
+    return cause if 'clip_jax' in place else f'{cause} ({place})'
   if isinstance(error, OSError) and 'Failed loading config file' in text:
     return f'The config file cannot be read: {lines[-1].split("] ", 1)[-1]}.'
   frame = traceback.extract_tb(error.__traceback__)[-1]
   if isinstance(error, (KeyError, AttributeError)) and 'ml_collections' in frame.filename:
     key = re.search(r'(\w+)(?:.*Did you mean "(\w+)")?', text, re.DOTALL)
     near = f' Did you mean {key[2]!r}?' if key and key[2] else ''
-    return (
-      f'The config has no key {key[1] if key else text!r}.{near} clip_jax/defaults.py has all keys.'
-    )
+    name = key[1] if key else text
+    return f'The config has no key {name!r}.{near} clip_jax/defaults.py lists all keys.'
   if not isinstance(error, (flags.Error, ConfigError)) and 'site-packages' not in frame.filename:
     return f'{type(error).__name__} in {frame.filename}, line {frame.lineno}: {" ".join(lines)}'
   return ' '.join(lines)
@@ -83,7 +79,7 @@ def _sentence(error: Exception) -> str:
 def guard(work: Callable[[], None], verbose: bool = False) -> int:
   """Runs a command's work and returns its exit status.
 
-  Users' mistakes are sentences, bugs tracebacks.
+  Errors that the user can correct are printed in one line; bugs keep their traceback.
   """
   log.start(verbose)
   interrupts.install()
@@ -91,35 +87,33 @@ def guard(work: Callable[[], None], verbose: bool = False) -> int:
     work()
     return 0
   except ConfigError as error:
-    _fail(str(error))
+    _print_error(str(error))
     return 2
   except InputError as error:
-    _fail(str(error))
+    _print_error(str(error))
     return 1
   except OSError as error:
     if error.filename is None and error.errno is None:
       raise
-    _fail(
-      f'{error.strerror or error} ({error.filename or "no file named"}). Check the path, its '
-      'permissions and the '
-      'disk, then run the same command again.'
+    _print_error(
+      f'{error.strerror or error} ({error.filename or "no file name"}). Check the path, its '
+      'permissions and the disk, then run the same command again.'
     )
     return 1
-  except MemoryError as error:  # from NumPy: what it could not allocate, and for which shape
-    _fail(
-      f'This machine has not enough memory: {error or "an array did not fit"}. Is a size in the '
-      'config, or in a '
-      'file beside the weights, far too large? What is done is saved.'
+  except MemoryError as error:  # NumPy's message has the bytes and the shape
+    _print_error(
+      f'This machine has not enough memory: {error or "an array did not fit"}. Check whether a '
+      'size in the config, or in a file beside the weights, is too large. Finished work is saved.'
     )
     return 1
   except interrupts.Interrupted as signal:
     logging.info(
-      'Stopped by %s; what is done is saved. Run the same command again to go on.', signal
+      'Stopped by %s. Finished work is saved; run the same command again to continue.', signal
     )
     return signal.status
 
 
-def _fail(message: str) -> None:
-  """Says an error on standard error and, once there is one, in the log file."""
+def _print_error(message: str) -> None:
+  """Prints an error to standard error, and writes it to the log file if one is open."""
   print(f'Error: {message}', file=sys.stderr, flush=True)
   log.only_to_file(message)

@@ -1,5 +1,6 @@
-"""Config helpers over plain nested dicts and ml_collections: fill blocks, flatten, suggest,
-fingerprint text.
+"""Config helpers: checked keys, filling of blocks, suggestions for typos, canonical text, diffs.
+
+They work on ml_collections' ConfigDict and on plain nested dicts.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -11,15 +12,19 @@ from clip_jax.core.errors import ConfigError
 
 
 class Key(NamedTuple):
-  """A config key: its default, and a function that returns what is wrong with another value, '' if
-  nothing is.
+  """A config key: its default, and a check that returns what is wrong with a value ('': nothing).
+
+  The type of the default is the type of the key.
   """
 
   default: Any
   problem: Callable[[Any], str] | None = None
 
   def check(self, where: str, value: Any) -> None:
-    """Raises ConfigError naming the key for a value of another type, or that it does not take."""
+    """Raises ConfigError if the value has another type, or `problem` rejects it.
+
+    where: the full name of the key, for the message.
+    """
     is_number = isinstance(self.default, float) and type(value) is int
     if type(value) is not type(self.default) and not is_number:
       raise ConfigError(f'{where} must be {type(self.default).__name__}, got {value!r}.')
@@ -40,7 +45,10 @@ def within(low: float, high: float) -> Callable[[float], str]:
 
 
 def one_of(*options: Any) -> Callable[[str], str]:
-  """Returns the check of a name. options: the names, or a function that returns them."""
+  """Returns a check that a value is one of the options.
+
+  options: the names, or one function that returns them and is called only when needed.
+  """
 
   def problem(value: str) -> str:
     names = options[0]() if callable(options[0]) else options
@@ -55,9 +63,7 @@ def fill(block, given: Mapping[str, Any], kind: str):
     if key not in block:
       raise ConfigError(f'{kind}(...) has no key {key!r}.{nearest(key, block.keys())}')
     if isinstance(value, Mapping) and not hasattr(value, 'to_dict'):
-      block[key].update(
-        value
-      )  # a plain dict fills the block (where=, sources=), it never replaces it
+      block[key].update(value)  # keeps the ConfigDict of where= and sources=
       continue
     try:
       block[key] = value
@@ -67,7 +73,7 @@ def fill(block, given: Mapping[str, Any], kind: str):
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-  """Returns ' Did you mean ...? There are: ...' for a name that is not among `names`."""
+  """Returns ' Did you mean ...? There are: ...', to be appended to a message on an unknown name."""
   names = sorted(map(str, names))
   close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
   hint = f' Did you mean {close[0]!r}?' if close else ''
@@ -75,7 +81,7 @@ def nearest(name: str, names: Iterable[str]) -> str:
 
 
 def plain(value: Any) -> Any:
-  """Returns a config value as plain dicts, lists, numbers and strings (what JSON can hold)."""
+  """Returns a config value as plain dicts, lists, numbers and strings, which JSON can hold."""
   if isinstance(value, Mapping) or hasattr(value, 'items'):
     return {str(key): plain(item) for key, item in value.items()}
   if isinstance(value, (tuple, list)):
@@ -91,7 +97,7 @@ def canonical(value: Any) -> str:
 
 
 def flat(value: Any, prefix: str = '') -> dict[str, Any]:
-  """Returns {'a.b': leaf} of a nested plain dict; an empty dict is a leaf."""
+  """Returns {'a.b': leaf} for the leaves of a nested plain dict; an empty dict is a leaf."""
   if isinstance(value, Mapping) and value:
     return {
       key: leaf
@@ -104,14 +110,12 @@ def flat(value: Any, prefix: str = '') -> dict[str, Any]:
 def differences(old: Any, new: Any) -> list[str]:
   """Returns 'a.b: old -> new' for every leaf in which two plain values differ."""
   old, new = flat(old), flat(new)
-  for one, other in (
-    (old, new),
-    (new, old),
-  ):  # that a dict was empty is said by what is in the other one
+  # An empty dict on one side needs no line of its own if the other side has leaves below it.
+  for one, other in ((old, new), (new, old)):
     for key in [key for key in one if one[key] == {} and key not in other]:
       if any(name.startswith(f'{key}.' if key else '') for name in other):
         del one[key]
-  missing = 'not there'
+  missing = 'missing'
   return [
     f'{key}: {_short(old.get(key, missing))} -> {_short(new.get(key, missing))}'
     for key in sorted(old.keys() | new.keys())
@@ -119,6 +123,6 @@ def differences(old: Any, new: Any) -> list[str]:
   ]
 
 
-def _short(value: Any, most: int = 60) -> str:
+def _short(value: Any, max_chars: int = 60) -> str:
   text = value if isinstance(value, str) else json.dumps(value)
-  return text if len(text) <= most else text[: most - 3] + '...'
+  return text if len(text) <= max_chars else text[: max_chars - 3] + '...'

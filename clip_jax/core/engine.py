@@ -1,5 +1,6 @@
-"""Runs the shards of a stage: each is a pure function of its job to files, so they may run
-anywhere, in any order.
+"""Runs a function over the shards of a stage, in this process or in several.
+
+The function writes files that depend on its job alone, so jobs may run in any order and again.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,11 +21,20 @@ R = TypeVar('R')
 def finished(
   function: Callable[[J], R], jobs: Sequence[J], *, workers: int, desc: str, unit: str
 ) -> Iterator[tuple[int, R]]:
-  """Yields (i, function(jobs[i])) for every job, as they finish, showing progress.
+  """Yields (i, function(jobs[i])) as soon as each job ends, in any order, and shows progress.
 
-  workers: processes beside this one; 0 runs the jobs here. The function and the jobs must pickle.
-  An error in a job is raised here and stops those that have not begun. What each job made can be
-  recorded at once, so that a kill loses nothing but the jobs under way.
+  The caller can record each result at once, so a kill loses only the running jobs. If a job raises,
+  the running jobs end, the others are cancelled, and the error is raised here. Nothing is retried.
+
+  Args:
+    function: must pickle, as the jobs must.
+    jobs: the arguments.
+    workers: worker processes; 0 runs the jobs in this process.
+    desc: name of the work in the progress bar.
+    unit: name of a job there, in the singular.
+
+  Raises:
+    InputError: a worker process was killed.
   """
   if not workers or len(jobs) < 2:
     yield from progress.track(enumerate(map(function, jobs)), total=len(jobs), desc=desc, unit=unit)
@@ -37,9 +47,9 @@ def finished(
 def _in_processes(
   function: Callable[[J], R], jobs: Sequence[J], workers: int
 ) -> Iterator[tuple[int, R]]:
-  context = multiprocessing.get_context('spawn')  # fork and JAX's threads do not go together
+  context = multiprocessing.get_context('spawn')  # fork is unsafe with JAX's threads
   pool = concurrent.futures.ProcessPoolExecutor(
-    min(workers, len(jobs)), mp_context=context, initializer=_end_with_parent
+    min(workers, len(jobs)), mp_context=context, initializer=_exit_with_parent
   )
   try:
     numbers = {pool.submit(function, job): number for number, job in enumerate(jobs)}
@@ -47,18 +57,15 @@ def _in_processes(
       yield numbers.pop(future), future.result()
   except process.BrokenProcessPool as error:
     raise InputError(
-      'A worker process was ended from outside, perhaps because memory ran out. Run the same '
-      'command '
-      'again, with fewer engine.workers if memory is short; it goes on from here.'
+      'A worker process was killed, perhaps because memory ran out. Run the same command again, '
+      'with fewer engine.workers if memory is short; finished shards are kept.'
     ) from error
   finally:
     pool.shutdown(cancel_futures=True)
 
 
-def _end_with_parent() -> None:
-  """Ends a worker when the process that started it is killed: it would wait for jobs without
-  end.
-  """
+def _exit_with_parent() -> None:
+  """Makes a worker exit when its parent process is killed; otherwise it would wait forever."""
 
   def wait():
     multiprocessing.parent_process().join()

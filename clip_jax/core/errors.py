@@ -1,7 +1,7 @@
-"""The two ways in which a run ends for a reason that is the user's to mend.
+"""The two errors that the user can correct.
 
-Each message is one or two sentences: what is wrong, the value got, what to do. Commands print it
-without a traceback; any other exception is a bug and keeps its traceback.
+A message has one or two sentences: what is wrong, the value, what to do. Commands print it without
+a traceback. Any other exception is a bug and keeps its traceback.
 """
 
 
@@ -10,4 +10,4 @@ class ConfigError(ValueError):
 
 
 class InputError(ValueError):
-  """A file, a dataset or a work directory is not as it must be. Commands exit with status 1."""
+  """A file, a dataset or a work directory is invalid. Commands exit with status 1."""

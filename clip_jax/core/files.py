@@ -1,8 +1,8 @@
-"""Atomic files: every file appears under its final name only when it is whole.
+"""Atomic files: a file appears under its final name only when it is complete.
 
-A file is written under a temporary name in its own folder, flushed to the disk, then renamed. Paths
-are str, pathlib or epath (local, or gs:// and s3:// where an object appears whole by nature). The
-bytes depend on the content alone: no times, no names.
+A file is written under a temporary name in its folder, flushed to disk, then renamed. Paths are
+str, pathlib or epath, local or gs:// and s3:// (where objects always appear complete). The bytes
+depend on the content alone, not on times or names.
 """
 
 from collections.abc import Iterator
@@ -23,18 +23,18 @@ import numpy as np
 from clip_jax.core.errors import InputError
 from clip_jax.core.types import Array
 
-TEMPORARY = '.tmp-'  # part of the name of every unfinished file
+TEMPORARY = '.tmp-'  # prefix of every unfinished file
 
 
 @contextlib.contextmanager
 def atomic(path) -> Iterator[epath.Path]:
-  """Yields a temporary path; when the block ends well, the file there becomes `path`.
+  """Yields a temporary path, and renames the file to `path` if the block ends without an error.
 
-  Raises InputError when the disk is full; nothing is left behind on any error.
+  After an error the temporary file is deleted. Raises InputError if the disk is full.
   """
   path = epath.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.parent / f'{_mine()}{os.getpid()}-{path.name}'
+  temporary = path.parent / f'{_host_prefix()}{os.getpid()}-{path.name}'
   try:
     yield temporary
     if is_local(path):
@@ -48,36 +48,36 @@ def atomic(path) -> Iterator[epath.Path]:
       temporary.unlink(missing_ok=True)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
       raise InputError(
-        f'No space left while writing {path}. Free some space and run the same '
-        'command again; it goes on from here.'
+        f'No space left while writing {path}. Free some space and run the same command again; '
+        'finished work is kept.'
       ) from error
     raise
 
 
 def remove_unfinished(folder: str) -> list[str]:
-  """Removes what killed processes of this machine left unfinished below a local folder."""
-  removed = []
-  for where, _, names in os.walk(folder):
+  """Deletes temporary files of this machine's dead processes below a local folder; returns them."""
+  removed, prefix = [], _host_prefix()
+  for parent, _, names in os.walk(folder):
     for name in names:
-      pid = name.removeprefix(_mine()).split('-')[0] if name.startswith(_mine()) else ''
-      if pid.isdecimal() and _gone(int(pid)):
-        with contextlib.suppress(FileNotFoundError):  # another start removes the same
-          os.unlink(os.path.join(where, name))
-          removed.append(os.path.join(where, name))
+      pid = name.removeprefix(prefix).split('-')[0] if name.startswith(prefix) else ''
+      if pid.isdecimal() and _is_dead(int(pid)):
+        with contextlib.suppress(FileNotFoundError):  # another process deleted it first
+          os.unlink(os.path.join(parent, name))
+          removed.append(os.path.join(parent, name))
   return removed
 
 
-def _gone(pid: int) -> bool:
+def _is_dead(pid: int) -> bool:
   try:
     os.kill(pid, 0)
   except (ProcessLookupError, OverflowError):
     return True
-  except PermissionError:  # another user's
+  except PermissionError:  # a process of another user
     pass
   return False
 
 
-def _mine() -> str:
+def _host_prefix() -> str:
   return f'{TEMPORARY}{socket.gethostname()}-'
 
 
@@ -87,16 +87,16 @@ def write_bytes(path, data: bytes) -> None:
 
 
 def write_json(path, value: Any) -> None:
-  """Writes indented JSON. NaN and infinity are an error: JSON has neither."""
+  """Writes indented JSON. Raises ValueError for NaN and infinity, which JSON does not have."""
   write_bytes(path, (json.dumps(value, indent=1, allow_nan=False) + '\n').encode())
 
 
 def read_json(path) -> Any:
-  """Returns the JSON value in a file; InputError names the file when it does not parse."""
+  """Returns the JSON value of a file. Raises InputError if it does not parse."""
   try:
     return json.loads(epath.Path(path).read_text())
   except ValueError as error:
-    raise InputError(f'{path} is not valid JSON ({error}). Remove it, or restore it.') from error
+    raise InputError(f'{path} is not valid JSON ({error}). Restore it, or delete it.') from error
 
 
 def write_npy(path, array: Array) -> None:
@@ -105,32 +105,30 @@ def write_npy(path, array: Array) -> None:
 
 
 def write_npz(path, **arrays: Array) -> None:
-  """Writes an uncompressed npz; numpy stamps every member 1980-01-01, so equal arrays are equal
-  bytes.
-  """
+  """Writes an uncompressed npz. Equal arrays give equal bytes: numpy dates members 1980-01-01."""
   with atomic(path) as temporary, temporary.open('wb') as f:
     np.savez(f, allow_pickle=False, **{name: np.asarray(array) for name, array in arrays.items()})
 
 
 def read_npz(path) -> dict[str, np.ndarray]:
-  """Returns all arrays of an npz file; InputError names the file when it is damaged."""
+  """Returns all arrays of an npz file. Raises InputError if it is damaged."""
   try:
     with np.load(io.BytesIO(epath.Path(path).read_bytes()), allow_pickle=False) as arrays:
       return {name: arrays[name] for name in arrays.files}
   except (ValueError, OSError, KeyError, zipfile.BadZipFile) as error:
-    raise InputError(f'{path} cannot be read ({error}). Remake it with --redo.') from error
+    raise InputError(f'{path} cannot be read ({error}). Make it again with --redo.') from error
 
 
 def write_parquet(path, table) -> None:
   """Writes a pyarrow table."""
-  import pyarrow.parquet as pq  # pyarrow costs 0.1 s to import
+  import pyarrow.parquet as pq  # the import takes 0.1 s
 
   with atomic(path) as temporary, temporary.open('wb') as f:
     pq.write_table(table, f, compression='zstd')
 
 
 def sha256(path) -> str:
-  """Returns the sha256 of a file's content, in hex."""
+  """Returns the sha256 (hex) of a file's content."""
   digest = hashlib.sha256()
   with epath.Path(path).open('rb') as f:
     while block := f.read(1 << 22):
@@ -143,7 +141,7 @@ def is_local(path) -> bool:
 
 
 def free_bytes(path) -> int | None:
-  """Returns the free space of the disk that holds `path`, or None for a remote path."""
+  """Returns the free bytes of the disk that holds `path`, or None for a remote path."""
   if not is_local(path):
     return None
   folder = os.path.abspath(path)
@@ -153,10 +151,13 @@ def free_bytes(path) -> int | None:
 
 
 def check_space(path, needed: int, what: str) -> None:
-  """Raises InputError when the disk of `path` has less than `needed` bytes free."""
+  """Raises InputError if the disk of `path` has fewer than `needed` bytes free.
+
+  what: what needs them, the first words of the message.
+  """
   free = free_bytes(path)
   if free is not None and free < needed:
     raise InputError(
-      f'{what} needs about {needed / 1e6:,.0f} MB under {path}, and only '
-      f'{free / 1e6:,.0f} MB are free. Free some space or choose another --workdir.'
+      f'{what} needs about {needed / 1e6:,.0f} MB in {path}, but only {free / 1e6:,.0f} MB are '
+      'free. Free some space, or choose another --workdir.'
     )

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: an exception where work is in shards, a flag where a step must end first."""
+"""Ctrl-C and SIGTERM: raised as an exception, or deferred until a training step has ended."""
 
 from collections.abc import Callable, Iterator
 import contextlib
@@ -6,30 +6,29 @@ import signal
 
 
 class Interrupted(BaseException):
-  """A signal asked the run to end; `status` is the exit status (130 Ctrl-C, 143 SIGTERM)."""
+  """A signal stopped the run. `status` is the exit status: 130 for Ctrl-C, 143 for SIGTERM."""
 
   def __init__(self, signum: int):
     super().__init__(signal.Signals(signum).name)
     self.status = 128 + signum
 
 
-_received: list[int] = []  # signals so far
-_deferring = False  # a block lets its step end first
+_received: list[int] = []  # signal numbers so far
+_deferring = False  # True inside deferred()
 
 
 def _handle(signum, frame):
   del frame
   _received.append(signum)
-  if not _deferring or len(_received) > 1:  # the second signal of an impatient user does not wait
+  if not _deferring or len(_received) > 1:  # a second signal is never deferred
     raise Interrupted(signum)
 
 
 def check() -> None:
-  """Raises Interrupted where a signal came and its exception was lost.
+  """Raises Interrupted if a signal arrived; does nothing inside `deferred`.
 
-  Python drops what is raised inside a destructor or a garbage collection callback (JAX has one),
-  and a signal can arrive just there; so long work asks here now and then. Silent while a block
-  defers signals.
+  Long work calls this now and then: Python drops an exception raised inside a destructor or a
+  garbage collection callback (JAX has one), so the one from the signal handler can get lost.
   """
   if _received and not _deferring:
     raise Interrupted(_received[0])
@@ -44,7 +43,7 @@ def install() -> None:
 
 @contextlib.contextmanager
 def deferred() -> Iterator[Callable[[], bool]]:
-  """Yields should_stop(): inside, a first signal only turns it true; at the end it is raised."""
+  """Defers a first signal to the end of the block; yields should_stop(), True once it arrived."""
   global _deferring
   check()
   _deferring = True

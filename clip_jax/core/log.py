@@ -1,4 +1,4 @@
-"""What a command says: plain lines on standard output, the same with a time in WORKDIR/log.txt."""
+"""Logging of the commands: plain lines on standard output, with times in WORKDIR/log.txt."""
 
 import logging as python_logging
 import os
@@ -7,67 +7,62 @@ import warnings
 
 from absl import logging
 
+# Libraries of which only warnings are logged.
 _NOISY = ('jax', 'jax._src', 'orbax', 'flax', 'grain', 'etils', 'matplotlib', 'PIL', 'fsspec')
 
-# Not any folder of this name: an environment may lie below a clone that is called clip_jax.
+# The full path: an environment may lie below another folder called clip_jax.
 _PACKAGE = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), '')
 
 
 class _Plain(python_logging.Formatter):
-  """The message alone; warnings and errors say what they are."""
+  """Formats a record as its message; warnings and errors start with 'Warning: ' or 'Error: '."""
 
   def format(self, record):
     text = record.getMessage()
     if record.exc_info:
       text += '\n' + self.formatException(record.exc_info)
-    return (
-      text
-      if record.levelno < python_logging.WARNING
-      else f'{record.levelname.capitalize()}: {text}'
-    )
+    is_info = record.levelno < python_logging.WARNING
+    return text if is_info else f'{record.levelname.capitalize()}: {text}'
 
 
 def start(verbose: bool = False) -> None:
-  """Sends absl's log to standard output as plain lines, and silences the libraries' own chatter.
+  """Sends absl's log to standard output as plain lines, and silences other libraries.
 
-  Details (logging.debug) go to log files alone; with `verbose` to standard output, too.
-
-  Orbax and others log through absl too: only what comes from this package, or is a warning, passes.
+  Details (logging.debug) go to log files alone; with `verbose` to standard output, too. Orbax and
+  others log through absl too: only records of this package, and errors, pass.
   """
   logging.set_verbosity(logging.INFO)  # of the root logger, too, which stays there
   handler = python_logging.StreamHandler(sys.stdout)
   handler.setLevel(python_logging.DEBUG if verbose else python_logging.INFO)
   handler.setFormatter(_Plain())
-  handler.addFilter(_ours)
+  handler.addFilter(_is_shown)
   logger = logging.get_absl_logger()
   logger.setLevel(python_logging.DEBUG)
   logger.handlers[:] = [handler]
   logger.propagate = False
-  warnings.filterwarnings(
-    'ignore', module='PIL'
-  )  # a forged image has one a tag; sizes are checked here
+  # A corrupt image may cause a warning for each of its tags.
+  warnings.filterwarnings('ignore', module='PIL')
   for name in _NOISY:
     python_logging.getLogger(name).setLevel(python_logging.WARNING)
 
 
 def to_file(path) -> None:
-  """Adds a log file; everything said from now on is also there, each line with its time."""
+  """Adds a log file, to which every later line is also written, with its time."""
   os.makedirs(os.path.dirname(path), exist_ok=True)
   handler = python_logging.FileHandler(path)
   handler.setFormatter(python_logging.Formatter('%(asctime)s %(levelname).1s %(message)s'))
-  handler.addFilter(_ours)
+  handler.addFilter(_is_shown)
   logging.get_absl_logger().addHandler(handler)
 
 
 def only_to_file(message: str) -> None:
-  """Writes an error to the log files alone; the terminal has it already."""
+  """Writes an error to the log files only: standard error has it already."""
   record = python_logging.LogRecord('clip_jax', python_logging.ERROR, '', 0, message, None, None)
   for handler in logging.get_absl_logger().handlers:
     if isinstance(handler, python_logging.FileHandler):
       handler.emit(record)
 
 
-def _ours(record) -> bool:
-  return (
-    os.path.abspath(record.pathname).startswith(_PACKAGE) or record.levelno >= python_logging.ERROR
-  )
+def _is_shown(record) -> bool:
+  is_ours = os.path.abspath(record.pathname).startswith(_PACKAGE)
+  return is_ours or record.levelno >= python_logging.ERROR

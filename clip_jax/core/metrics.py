@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON object a line, {"step": int, name: float, ...}; cut back on resume."""
+"""metrics.jsonl: one JSON object per line, {"step": int, name: float, ...}; truncated on resume."""
 
 from collections.abc import Mapping
 import json
@@ -10,12 +10,12 @@ from etils import epath
 
 from clip_jax.core import files
 
-# Fields that tell of the machine and the clock, not of the run: left out when runs are compared.
+# Fields that depend on the machine: ignored when runs are compared.
 TIME_FIELDS = ('train/images_per_sec', 'train/seconds')
 
 
 class MetricsWriter:
-  """Appends metrics to a JSONL file; mirrors them to TensorBoard where a folder is given."""
+  """Appends metrics to a JSONL file, and to TensorBoard if a folder is given."""
 
   def __init__(self, path, tensorboard_dir: str = ''):
     self._path = epath.Path(path)
@@ -32,12 +32,12 @@ class MetricsWriter:
     if files.is_local(self._path):
       with open(self._path, 'a') as f:
         f.write(json.dumps(line) + '\n')
-    else:  # object stores have no append
+    else:  # object stores cannot append
       old = self._path.read_text() if self._path.exists() else ''
       self._path.write_text(old + json.dumps(line) + '\n')
 
   def truncate(self, step: int) -> None:
-    """Drops the lines after `step`, and a half-written last line."""
+    """Deletes the lines after `step`, and an incomplete last line."""
     if self._path.exists():
       kept = [line for line in read(self._path) if line['step'] <= step]
       files.write_bytes(self._path, ''.join(json.dumps(line) + '\n' for line in kept).encode())
@@ -48,14 +48,14 @@ class MetricsWriter:
 
 
 def read(path) -> list[dict]:
-  """Returns the lines of a metrics file, without a half-written last one."""
+  """Returns the lines of a metrics file; an incomplete line is skipped with a warning."""
   lines = []
   path = epath.Path(path)
   for text in path.read_text().splitlines() if path.exists() else []:
     try:
       lines.append(json.loads(text))
     except ValueError:
-      logging.warning('%s: a half-written line is left out.', os.fspath(path))
+      logging.warning('%s: an incomplete line is skipped.', os.fspath(path))
   return lines
 
 
@@ -69,7 +69,7 @@ def _tensorboard(folder: str):
       from clip_jax.core.errors import ConfigError
 
       raise ConfigError(
-        'config.train.tensorboard is on, but no TensorBoard writer is installed. '
-        'Run `pip install tensorboardX`, or switch it off.'
+        'config.train.tensorboard=True, but no TensorBoard writer is installed. Run `pip install '
+        'tensorboardX`, or set it to False.'
       ) from error
   return SummaryWriter(folder)

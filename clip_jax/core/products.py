@@ -1,14 +1,21 @@
-"""Products: what an experiment makes, how a finished one is compared with the config, and who makes
-it.
+"""Products: the outputs of an experiment, and how each is kept in step with the config.
 
-A product is a few files in the work directory and a sidecar, WORKDIR/<name>.sidecar.json, written
-last: {name, fingerprint, version, keys, at_least, inputs, files, checksum, counts}. A product
-without a sidecar was never finished. The fingerprint covers the config keys that change the
-product's content, the fingerprints of the products and the stamps of the source files that it
-reads, and the version of its format; nothing else.
+A product is a few files in the work directory, for example the embeddings of one shard, and a
+sidecar, WORKDIR/<name>.sidecar.json, which is written last. A product without a sidecar is
+unfinished and is made again. A sidecar is a JSON object with the keys name, fingerprint, version,
+keys, at_least, inputs, files (name -> bytes), checksum and counts.
 
-`make` is the only function that looks for products, locks them, has them made and writes their
-sidecars.
+The fingerprint of a product is the sha256 of exactly three things:
+- keys: the config keys that change its content, with their values;
+- inputs: the fingerprints of the products that it reads, and the stamps of the source files that
+  it reads (size and modification time, or sha256);
+- version: the version of its file format.
+Other config keys, paths, package versions, devices and the product's own bytes are not part of it.
+
+`status` compares the config with the sidecar: 'missing' (no sidecar, or a file is missing or
+truncated), 'fits' (same fingerprint) or 'differs'. `make` is the only function that has products
+computed and writes their sidecars. Each shard is a product of its own: if one fails, the command
+stops, the finished ones are kept, and the next command computes the rest.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -30,8 +37,7 @@ from clip_jax.core import config as config_lib
 from clip_jax.core import files
 from clip_jax.core.errors import InputError
 
-# The stages in their order, and the folder in which each leaves its products: the only list of
-# them.
+# Stage -> folder of its products, in the order in which the stages run. No other list of stages.
 STAGES = {
   'ingest': 'ingest',
   'embedder': 'embedder',
@@ -46,49 +52,48 @@ STAGES = {
 SIDECAR = '.sidecar.json'
 LOCK = '.lock'
 EMBEDDERS = 'embedders'  # embedders/<name>/ holds the products of a further embedder
-REPLACED = 'replaced'  # what --redo has set aside, until it is made again
+REPLACED = 'replaced'  # products that --redo moved away, kept until they are made again
 UNTRACKED = 'untracked: later changes of this input do not invalidate the product'
 _NO_PRODUCTS = ('checkpoints', 'figures', 'tables', REPLACED)  # folders without sidecars
 
-# What makes products: yields (product, its files relative to the work directory, counts) as each is
-# finished. Files may be a mapping to their sha256, or None where it is not known: large ones are
-# then not read again.
+# Functions that compute products yield (product, its files, counts) as soon as the files are
+# complete. Files are paths relative to the work directory, or a mapping from path to sha256 (None:
+# unknown), which saves reading large files again.
 Made = Iterator[tuple['Product', Iterable[str], Mapping[str, Any]]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Product:
-  """One product as the config wants it."""
+  """One product as the config describes it, whether it exists on disk or not."""
 
-  name: str  # its path in the work directory, without ending
-  kind: str = ''  # names the function that makes it
-  of: tuple = ()  # what it is of: (dataset, shard), (split, seed), ...
-  keys: Mapping[str, Any] = dataclasses.field(
-    default_factory=dict
-  )  # config keys that change its content
+  name: str  # path in the work directory, without file ending
+  kind: str = ''  # selects the function that computes it (MAKERS of a stage or study)
+  of: tuple = ()  # its subject: (dataset, shard), (split, seed), ...
+
+  # In the fingerprint:
+  keys: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # config key -> value
   inputs: tuple['Product', ...] = ()  # the products that it reads
-  untracked: tuple['Product', ...] = ()  # read too, but later changes of these do not invalidate it
-  sources: Mapping[str, str] = dataclasses.field(
-    default_factory=dict
-  )  # other files that it reads: name -> stamp
-  at_least: Mapping[str, int] = dataclasses.field(
-    default_factory=dict
-  )  # keys of which more than wanted fits, too
-  version: int = 1  # of the format of its files
-  embedder: str = ''  # the further embedder whose product it is; '': the main one
-  batch: str = ''  # products of one kind and batch are made together, under one lock
-  is_cheap: bool = False  # made again where it does not fit; others stop the command
-  waits: bool = False  # left out while an input is missing, which is an error for others
-  reads_all: bool = False  # reads whatever is finished in the work directory
+  untracked: tuple['Product', ...] = ()  # read too, but only their names are in the fingerprint
+  sources: Mapping[str, str] = dataclasses.field(default_factory=dict)  # source file -> stamp
+  version: int = 1  # of its file format
+
+  # Not in the fingerprint:
+  # Config keys for which a larger stored value also fits: 20 stored neighbours serve top_k=10.
+  at_least: Mapping[str, int] = dataclasses.field(default_factory=dict)
+  embedder: str = ''  # name of the further embedder that it belongs to; '': the main one
+  batch: str = ''  # products of one kind and batch are computed in one call, under one lock
+  is_cheap: bool = False  # if it differs: True makes it again, False is an error (asks for --redo)
+  waits: bool = False  # if an input is missing: True skips the product, False is an error
+  reads_all: bool = False  # its inputs are all finished products of the work directory
 
   @functools.cached_property
   def fingerprint(self) -> str:
-    text = config_lib.canonical({'keys': self.keys, 'inputs': self.read, 'version': self.version})
-    return hashlib.sha256(text.encode()).hexdigest()
+    content = {'keys': self.keys, 'inputs': self.dependencies, 'version': self.version}
+    return hashlib.sha256(config_lib.canonical(content).encode()).hexdigest()
 
   @functools.cached_property
-  def read(self) -> dict[str, str]:
-    """What it reads: name -> fingerprint or stamp."""
+  def dependencies(self) -> dict[str, str]:
+    """Returns everything that it reads: name -> fingerprint, stamp or UNTRACKED."""
     return {
       **{product.name: product.fingerprint for product in self.inputs},
       **{product.name: UNTRACKED for product in self.untracked},
@@ -99,38 +104,46 @@ class Product:
 def make(
   workdir: str, wanted: Sequence[Product], work: Callable[[list[Product]], Made]
 ) -> list[Product]:
-  """Makes those of some products that are missing, or cheap and do not fit; returns them.
+  """Makes the products that are missing, or that differ and are cheap, and returns them.
 
-  `work` gets them in their order and yields each as its files are whole. Products of one call share
-  a lock.
+  1. List them with `missing`. If there are none, return.
+  2. Take the lock of the batch, and list them again: another process may have made some.
+  3. Delete their old sidecars, so that a kill never leaves an old sidecar beside new files.
+  4. Call `work(todo)`, and write the sidecar of each product as soon as `work` yields it.
+
+  If `work` raises (a shard failed, or a signal came), the lock is released and the exception passes
+  to the caller. Products that were yielded before keep their files and sidecars; the next call
+  computes only the others. Nothing is retried.
+
+  Args:
+    workdir: the work directory.
+    wanted: products of one kind and batch, inputs before their readers.
+    work: computes the products of a list, and yields each when its files are complete.
 
   Raises:
-    InputError: a product does not fit and is not cheap; one reads what is missing or does not fit;
-      another process makes them.
+    InputError: a product differs and is not cheap, an input is missing or differs, or another
+      process holds the lock.
   """
   if not missing(workdir, wanted):
     return []
   with lock(workdir, wanted[0].batch or wanted[0].name):
-    todo = [
-      _resolved(workdir, product) for product in missing(workdir, wanted)
-    ]  # another process may have made some
+    todo = [_with_inputs(workdir, product) for product in missing(workdir, wanted)]
     for product in todo:
       if (path := sidecar_path(workdir, product.name)).exists():
-        logging.info(
-          '%s is made again: %s.', product.name, '; '.join(differences(workdir, product)[:3])
-        )
+        reasons = '; '.join(differences(workdir, product)[:3])
+        logging.info('%s is made again: %s.', product.name, reasons)
         path.unlink()
-    made = []
-    for product, made_files, counts in work(todo):
-      finish(workdir, product, made_files, counts)
-      made.append(product)
-  return made
+    finished = []
+    for product, product_files, product_counts in work(todo):
+      finish(workdir, product, product_files, product_counts)
+      finished.append(product)
+  return finished
 
 
 def missing(workdir: str, wanted: Sequence[Product]) -> list[Product]:
-  """Returns the products that `make` would make, in their order.
+  """Returns the products that `make` would compute, in their order.
 
-  Raises InputError as `make` does.
+  Raises InputError as `make` does, except for the lock.
   """
   todo, different, names = [], [], {product.name for product in wanted}
   stored: dict[str, dict | None] = {}  # sidecars of inputs, each read once
@@ -146,59 +159,62 @@ def missing(workdir: str, wanted: Sequence[Product]) -> list[Product]:
 
 
 def refuse(workdir: str, different: Sequence[Product]) -> None:
-  """Raises InputError for products that do not fit, if there are any: the keys that differ, and
-  what --redo to give.
-  """
+  """Raises InputError if `different` holds a product; the message names the keys and the --redo."""
   if different:
     first = different[0]
     redo = redo_of([product.name for product in different if product.embedder == first.embedder])
     raise InputError(
       f'{first.name} in {workdir} was made with another config: '
-      f'{"; ".join(differences(workdir, first)[:6])}. Run with --redo={redo} to make it and what '
-      'follows from it again, or choose another --workdir.'
+      f'{"; ".join(differences(workdir, first)[:6])}. Run with --redo={redo} to make it and '
+      'everything that depends on it again, or choose another --workdir.'
     )
 
 
 def _has_inputs(
   workdir: str, product: Product, names: set[str], stored: dict[str, dict | None]
 ) -> bool:
-  """Returns whether a product can be made; False of one that waits. InputError where it cannot and
-  does not wait.
+  """Returns whether the inputs of a product are finished; False only if it `waits`.
 
-  names: what is made in the same call, in an order in which inputs come first.
+  Args:
+    workdir: the work directory.
+    product: the product.
+    names: products of the same call, which are made in order and need no check.
+    stored: sidecars read so far; new ones are added.
+
+  Raises:
+    InputError: an input differs, or is missing and the product does not wait.
   """
-  for part, is_tracked in (
-    *((part, True) for part in product.inputs),
-    *((part, False) for part in product.untracked),
+  for dependency, is_tracked in (
+    *((dependency, True) for dependency in product.inputs),
+    *((dependency, False) for dependency in product.untracked),
   ):
-    if part.name in names:
+    if dependency.name in names:
       continue
-    if part.name not in stored:
-      stored[part.name] = read_sidecar(workdir, part.name)
-    sidecar = stored[part.name]
+    if dependency.name not in stored:
+      stored[dependency.name] = read_sidecar(workdir, dependency.name)
+    sidecar = stored[dependency.name]
     if sidecar is None and product.waits:
       return False
     if sidecar is None:
+      stage = redo_of([dependency.name]).partition(':')[0]
       raise InputError(
-        f'{product.name} reads {part.name}, which is not there in {workdir}: run without --stages, '
-        'or '
-        f'add `{redo_of([part.name]).partition(":")[0]}` to them.'
+        f'{product.name} reads {dependency.name}, which is missing in {workdir}. Run without '
+        f'--stages, or add `{stage}` to --stages.'
       )
-    if is_tracked and not _fits(sidecar, part):
+    if is_tracked and not _fits(sidecar, dependency):
       raise InputError(
-        f'{product.name} reads {part.name} in {workdir}, which was made with another config or '
-        'from '
-        'other files. Run without --stages, or with the stage that makes it, first.'
+        f'{product.name} reads {dependency.name} in {workdir}, which was made with another config '
+        'or from other files. Run without --stages, or run the stage that makes it first.'
       )
   return True
 
 
 def status(workdir: str, product: Product) -> str:
-  """Returns 'missing', 'fits' or 'differs'."""
+  """Returns 'missing', 'fits' or 'differs': the state of a product on disk against the config."""
   sidecar = read_sidecar(workdir, product.name)
   if sidecar is None:
     return 'missing'
-  return 'fits' if _fits(sidecar, _resolved(workdir, product)) else 'differs'
+  return 'fits' if _fits(sidecar, _with_inputs(workdir, product)) else 'differs'
 
 
 def _fits(sidecar: Mapping[str, Any], product: Product) -> bool:
@@ -207,10 +223,8 @@ def _fits(sidecar: Mapping[str, Any], product: Product) -> bool:
   )
 
 
-def _resolved(workdir: str, product: Product) -> Product:
-  """Returns a product that reads whatever is finished as one with these inputs; any other as it
-  is.
-  """
+def _with_inputs(workdir: str, product: Product) -> Product:
+  """Returns the product; if it `reads_all`, with every finished product among its sources."""
   if not product.reads_all:
     return product
   finished = {
@@ -222,8 +236,9 @@ def _resolved(workdir: str, product: Product) -> Product:
 
 
 def redo_of(names: Sequence[str]) -> str:
-  """Returns what --redo must say to remove some products: STAGE[:folder], of a further embedder
-  STAGE:NAME@folder.
+  """Returns the value of --redo that covers the named products.
+
+  The form is STAGE or STAGE:folder; for a further embedder STAGE:NAME@folder.
   """
   folders = [os.path.dirname(name).split('/') for name in names]
   common = os.path.commonprefix(folders)
@@ -236,42 +251,42 @@ def redo_of(names: Sequence[str]) -> str:
 
 
 def differences(workdir: str, product: Product) -> list[str]:
-  """Returns in words how the finished product differs from the wanted one."""
-  sidecar, product = read_sidecar(workdir, product.name), _resolved(workdir, product)
+  """Returns one line for each difference between the product on disk and the config."""
+  sidecar, product = read_sidecar(workdir, product.name), _with_inputs(workdir, product)
   if sidecar is None:
-    return ['it is not there']
+    return ['it is missing or incomplete']
   old_keys, new_keys = sidecar['keys'], config_lib.plain(product.keys)
   for key, value in product.at_least.items():
-    if sidecar['at_least'].get(key, 0) < value:
-      old_keys, new_keys = (
-        old_keys | {key: sidecar['at_least'].get(key, 0)},
-        new_keys | {key: value},
-      )
+    stored = sidecar['at_least'].get(key, 0)
+    if stored < value:
+      old_keys, new_keys = old_keys | {key: stored}, new_keys | {key: value}
   lines = [f'config.{line}' for line in config_lib.differences(old_keys, new_keys)]
-  old, new = sidecar['inputs'], product.read
+  old, new = sidecar['inputs'], product.dependencies
   for name in sorted(old.keys() | new.keys()):
     if old.get(name) != new.get(name):
-      how = 'is new' if name not in old else 'is gone' if name not in new else 'has changed'
-      lines.append(f'{name} {how}')
+      change = 'is new' if name not in old else 'is gone' if name not in new else 'has changed'
+      lines.append(f'{name} {change}')
   if sidecar['version'] != product.version:
-    lines.append(f'its format is version {sidecar["version"]}, now {product.version}')
+    lines.append(f'format version: {sidecar["version"]} -> {product.version}')
   return lines
 
 
-def finish(workdir: str, product: Product, made: Iterable[str], counts: Mapping[str, Any]) -> None:
-  """Writes the sidecar, last.
+def finish(
+  workdir: str, product: Product, product_files: Iterable[str], counts: Mapping[str, Any]
+) -> None:
+  """Writes the sidecar of a product whose files are complete.
 
-  A folder among the files (Orbax checkpoints) is recorded by its presence alone.
+  A folder among the files (Orbax checkpoints) is recorded with size -1: only its presence counts.
   """
   sizes, digest = {}, hashlib.sha256()
-  known = made if isinstance(made, Mapping) else {}
-  for file in sorted(made):
+  known_sha256 = product_files if isinstance(product_files, Mapping) else {}
+  for file in sorted(product_files):
     path = epath.Path(workdir) / file
     if path.is_dir():
       sizes[file] = -1
       continue
     sizes[file] = path.stat().length
-    digest.update(f'{file}:{known.get(file) or files.sha256(path)}\n'.encode())
+    digest.update(f'{file}:{known_sha256.get(file) or files.sha256(path)}\n'.encode())
   files.write_json(
     sidecar_path(workdir, product.name),
     {
@@ -280,7 +295,7 @@ def finish(workdir: str, product: Product, made: Iterable[str], counts: Mapping[
       'version': product.version,
       'keys': config_lib.plain(product.keys),
       'at_least': dict(product.at_least),
-      'inputs': product.read,
+      'inputs': product.dependencies,
       'files': sizes,
       'checksum': digest.hexdigest(),
       'counts': config_lib.plain(counts),
@@ -293,101 +308,103 @@ def sidecar_path(workdir: str, name: str) -> epath.Path:
 
 
 def read_sidecar(workdir: str, name: str) -> dict | None:
-  """Returns the sidecar of a finished product, or None where it or one of its files is missing or
-  cut.
-  """
+  """Returns the sidecar of a finished product; None if it or a file is missing or truncated."""
   path = sidecar_path(workdir, name)
   if not path.exists():
     return None
   sidecar = files.read_json(path)
   for file, size in sidecar['files'].items():
-    there = epath.Path(workdir) / file
-    if not there.exists() or (size >= 0 and there.stat().length != size):
+    file_path = epath.Path(workdir) / file
+    if not file_path.exists() or (size >= 0 and file_path.stat().length != size):
       logging.warning(
-        '%s: %s is missing or has another size than when it was finished; it is made again.',
-        name,
-        file,
+        '%s: %s is missing, or its size has changed. The product is made again.', name, file
       )
       return None
   return sidecar
 
 
 def counts(workdir: str, name: str) -> dict:
-  """Returns what was counted when a product was finished; {} where it is not."""
+  """Returns the counts in a product's sidecar; {} if the product is not finished."""
   sidecar = read_sidecar(workdir, name)
   return {} if sidecar is None else sidecar['counts']
 
 
 def sidecars(workdir: str) -> dict[str, dict]:
-  """Returns the sidecars of all finished products of a work directory by name."""
-  return {sidecar['name']: sidecar for sidecar in map(files.read_json, _walk(epath.Path(workdir)))}
+  """Returns all sidecars of a work directory: product name -> sidecar. Files are not checked."""
+  every = map(files.read_json, _sidecar_paths(epath.Path(workdir)))
+  return {sidecar['name']: sidecar for sidecar in every}
 
 
-def _walk(folder: epath.Path) -> Iterator[epath.Path]:
+def _sidecar_paths(folder: epath.Path) -> Iterator[epath.Path]:
   for path in sorted(folder.iterdir()) if folder.is_dir() else ():
     if path.name.endswith(SIDECAR):
       yield path
     elif path.is_dir() and path.name not in _NO_PRODUCTS:
-      yield from _walk(path)
+      yield from _sidecar_paths(path)
 
 
 def followers(workdir: str, names: Iterable[str]) -> list[str]:
-  """Returns `names` and every product that reads one of them, directly or not; the last readers
-  first.
-  """
+  """Returns `names` and all products that depend on them, each before the products it reads."""
   readers: dict[str, list[str]] = {}
-  for other, sidecar in sidecars(workdir).items():
+  for reader, sidecar in sidecars(workdir).items():
     for name in sidecar['inputs']:
-      readers.setdefault(name, []).append(other)
+      readers.setdefault(name, []).append(reader)
   order: dict[str, None] = {}
   todo = list(names)
   while todo:
     name = todo.pop(0)
-    order.pop(name, None)  # it is read later than was known: it moves to the end
+    order.pop(name, None)  # a longer path leads to it: move it to the end
     order[name] = None
     todo += readers.get(name, [])
   return list(order)[::-1]
 
 
 def set_aside(workdir: str, name: str) -> None:
-  """Moves a product to WORKDIR/replaced, the sidecar first: a kill in between leaves it unfinished,
-  not wrong.
+  """Moves a product's files to WORKDIR/replaced.
+
+  The sidecar moves first: a kill in between leaves an unfinished product, not a wrong one.
   """
-  path = sidecar_path(workdir, name)
-  recorded = list(files.read_json(path)['files']) if path.exists() else []
-  for file in (name + SIDECAR, *recorded):
+  for file in (name + SIDECAR, *_recorded_files(workdir, name)):
     move_aside(workdir, file)
 
 
 def move_aside(workdir: str, file: str) -> None:
-  """Moves a file or a folder of the work directory to the same place under WORKDIR/replaced, beside
-  what is there.
+  """Moves a file or folder of the work directory to the same path below WORKDIR/replaced.
+
+  A folder that exists there already is merged.
   """
-  here, there = os.path.join(workdir, file), os.path.join(workdir, REPLACED, file)
-  if os.path.isdir(here) and os.path.isdir(there):  # its products were moved before it
-    for name in os.listdir(here):
+  old, new = os.path.join(workdir, file), os.path.join(workdir, REPLACED, file)
+  if os.path.isdir(old) and os.path.isdir(new):
+    for name in os.listdir(old):
       move_aside(workdir, os.path.join(file, name))
-    os.rmdir(here)
-  elif os.path.exists(here):
-    os.makedirs(os.path.dirname(there), exist_ok=True)
-    os.replace(here, there)
+    os.rmdir(old)
+  elif os.path.exists(old):
+    os.makedirs(os.path.dirname(new), exist_ok=True)
+    os.replace(old, new)
 
 
 def delete(workdir: str, name: str) -> None:
   """Deletes a product's files, the sidecar first."""
-  path = sidecar_path(workdir, name)
-  recorded = list(files.read_json(path)['files']) if path.exists() else []
-  path.unlink(missing_ok=True)
+  recorded = _recorded_files(workdir, name)
+  sidecar_path(workdir, name).unlink(missing_ok=True)
   for file in recorded:
-    there = epath.Path(workdir) / file
-    if there.is_dir():
-      there.rmtree()
+    path = epath.Path(workdir) / file
+    if path.is_dir():
+      path.rmtree()
     else:
-      there.unlink(missing_ok=True)
+      path.unlink(missing_ok=True)
+
+
+def _recorded_files(workdir: str, name: str) -> list[str]:
+  path = sidecar_path(workdir, name)
+  return list(files.read_json(path)['files']) if path.exists() else []
 
 
 def write_manifest(workdir: str, folder: str, products: Sequence[Product]) -> None:
-  """Writes WORKDIR/<folder>/manifest.json: the finished products of a stage, nothing else."""
+  """Writes WORKDIR/<folder>/manifest.json, which lists the finished products of a stage.
+
+  The file is left alone if its content would stay the same.
+  """
   stored = [read_sidecar(workdir, product.name) for product in products]
   entries = [
     {key: sidecar[key] for key in ('name', 'fingerprint', 'checksum', 'counts')}
@@ -402,56 +419,55 @@ def write_manifest(workdir: str, folder: str, products: Sequence[Product]) -> No
 
 @contextlib.contextmanager
 def lock(workdir: str, name: str) -> Iterator[None]:
-  """Holds WORKDIR/<name>.lock while products are made.
+  """Holds the lock WORKDIR/<name>.lock while the block runs.
 
-  The lock is the kernel's (flock): it ends with the process that holds it, however that ends, and
-  no process that it starts inherits it. Raises InputError naming the holder where another process
-  of this machine has it.
+  It is a kernel lock (flock): it is released when the process ends, even by a kill, and child
+  processes do not inherit it. Raises InputError naming the holder if another process of this
+  machine has it.
   """
   path = os.path.join(workdir, name + LOCK)
   os.makedirs(os.path.dirname(path), exist_ok=True)
-  held = _flock(path)
-  if held is None:
-    holder = _holder(path)
+  descriptor = _flock(path)
+  if descriptor is None:
+    holder = _read_holder(path)
     raise InputError(
       f'{name} in {workdir} is being made by process {holder.get("pid", "?")} on '
-      f'{holder.get("host", "?")} since {holder.get("time", "?")} ({path}). Wait for it, or stop '
-      'it, '
-      'then run the same command again.'
+      f'{holder.get("host", "?")} since {holder.get("time", "?")} (lock: {path}). Wait until it '
+      'ends, or stop it; then run the same command again.'
     )
   try:
-    about = {
+    holder = {
       'host': socket.gethostname(),
       'pid': os.getpid(),
       'time': time.strftime('%Y-%m-%d %H:%M:%S'),
     }
-    os.ftruncate(held, 0)
-    os.pwrite(held, json.dumps(about).encode(), 0)
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, json.dumps(holder).encode(), 0)
     yield
   finally:
     with contextlib.suppress(FileNotFoundError):
-      os.unlink(path)  # before the lock ends: whoever opens the path from now on gets a new file
-    os.close(held)
+      os.unlink(path)  # before the lock is released: a process that opens the path gets a new file
+    os.close(descriptor)
 
 
 def _flock(path: str) -> int | None:
-  """Returns a locked descriptor of the file at `path`, None where another process has it."""
+  """Returns a locked file descriptor of `path`, or None if another process has the lock."""
   while True:
-    held = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
-      fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
       with contextlib.suppress(FileNotFoundError):
-        if os.path.samestat(os.fstat(held), os.stat(path)):
-          return held
-      os.close(held)  # its holder has just removed it: once more
+        if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+          return descriptor
+      os.close(descriptor)  # the previous holder removed the file after it was opened here: retry
     except BlockingIOError:
-      os.close(held)
+      os.close(descriptor)
       return None
 
 
-def _holder(path: str) -> dict:
+def _read_holder(path: str) -> dict:
   try:
     with open(path) as f:
       return json.load(f)
-  except (OSError, ValueError):  # it has ended just now, or is just writing
+  except (OSError, ValueError):  # the holder has ended, or is writing the file
     return {}

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar with rate and ETA on a terminal, a line now and then elsewhere."""
+"""Progress of long work: a bar with rate and ETA on a terminal, else a log line every 30 s."""
 
 from collections.abc import Iterable, Iterator
 import sys
@@ -16,9 +16,7 @@ LINE_EVERY_SECS = 30.0
 def track(
   items: Iterable[T], *, total: int, desc: str, unit: str = 'it', size=None, initial: int = 0
 ) -> Iterator[T]:
-  """Yields `items`, showing progress towards `total`; `size(item)` counts an item as so many
-  units.
-  """
+  """Yields `items` and shows progress towards `total`. `size(item)`: its units; default: 1 each."""
   with Bar(total=total, desc=desc, unit=unit, initial=initial) as bar:
     for item in items:
       yield item
@@ -26,12 +24,12 @@ def track(
 
 
 class Bar:
-  """A progress bar to be moved by hand: `with Bar(total=..., desc=...) as bar: bar.update(n)`."""
+  """A progress bar: `with Bar(total=..., desc=...) as bar: bar.update(n)`."""
 
   def __init__(self, *, total: int, desc: str, unit: str = 'it', initial: int = 0):
     self._total, self._desc, self._unit = total, desc, unit
     self._done, self._initial = initial, initial
-    self._start = self._said = time.monotonic()
+    self._start = self._last_line = time.monotonic()
     self._bar = None
     if sys.stderr.isatty():
       import tqdm
@@ -53,12 +51,12 @@ class Bar:
       self._bar.update(n)
       return
     now = time.monotonic()
-    if now - self._said >= LINE_EVERY_SECS:
-      self._said = now
+    if now - self._last_line >= LINE_EVERY_SECS:
+      self._last_line = now
       rate = (self._done - self._initial) / (now - self._start)
       left = (self._total - self._done) / rate if rate else float('inf')
       logging.info(
-        '%s: %s of %s %s (%s a second, %s left)',
+        '%s: %s of %s %s (%s/s, %s left)',
         self._desc,
         f'{self._done:,}',
         f'{self._total:,}',
@@ -76,7 +74,7 @@ class Bar:
 
 
 def seconds(value: float) -> str:
-  """Returns a time in words: '4 s', '3 min 20 s', '2 h 5 min'."""
+  """Returns a duration as text: '4 s', '3 min 20 s', '2 h 5 min'."""
   if value != value or value == float('inf'):
     return 'unknown time'
   value = int(value + 0.5)
@@ -88,13 +86,13 @@ def seconds(value: float) -> str:
 
 
 def size(count: float) -> str:
-  """Returns bytes in words: '6.2 kB', '1.3 GB'."""
-  for unit, one in (('TB', 1e12), ('GB', 1e9), ('MB', 1e6)):
-    if count >= one:
-      return f'{count / one:,.1f} {unit}'
+  """Returns a number of bytes as text: '6.2 kB', '1.3 GB'."""
+  for unit, factor in (('TB', 1e12), ('GB', 1e9), ('MB', 1e6)):
+    if count >= factor:
+      return f'{count / factor:,.1f} {unit}'
   return f'{count / 1e3:,.1f} kB'
 
 
 def counted(count: int, noun: str) -> str:
-  """Returns '1 shard', '2,000 shards'."""
+  """Returns a count with its noun: '1 shard', '2,000 shards'."""
   return f'{count:,} {noun}' + ('' if count == 1 else 's')

@@ -1,8 +1,8 @@
-"""The device mesh and how arrays lie on it: batches split over all devices, parameters by fsdp.
+"""The device mesh and the shardings: batches over all devices, parameters over the fsdp axis.
 
-Axes: 'data' holds whole copies of the parameters, 'fsdp' splits each of them. Both split the batch.
-XLA's partitioner does the rest, so no other file names a mesh axis. JAX is imported inside
-functions: every command imports this file at its start, and JAX takes a second.
+Axes: each slice along 'data' holds a copy of the parameters, which is split along 'fsdp'. Both
+axes split the batch. XLA's partitioner does the rest, so no other file names a mesh axis. JAX is
+imported inside functions: every command imports this file, and JAX takes a second.
 """
 
 from typing import Any
@@ -11,33 +11,33 @@ from clip_jax.core.errors import ConfigError
 
 
 def mesh(fsdp: int = 1) -> Any:
-  """All devices of all processes as a [devices / fsdp, fsdp] mesh with axes data and fsdp."""
+  """Returns a [devices / fsdp, fsdp] mesh of all processes' devices, with axes data and fsdp."""
   import jax
 
   count = jax.device_count()
   if fsdp < 1 or count % fsdp:
-    raise ConfigError(f'train.fsdp = {fsdp} must divide the number of devices, {count}.')
+    raise ConfigError(f'config.train.fsdp={fsdp} must divide the number of devices, {count}.')
   return jax.make_mesh(
     (count // fsdp, fsdp), ('data', 'fsdp'), axis_types=(jax.sharding.AxisType.Auto,) * 2
   )
 
 
 def check_batch_size(batch_size: int, mesh: Any) -> None:
-  """Raises ConfigError, with the nearest that would do, where the devices cannot share a batch."""
+  """Raises ConfigError if the devices cannot split the batch evenly; names the nearest size."""
   count = mesh.size
   if batch_size < 1 or batch_size % count:
     nearest = max(1, round(batch_size / count)) * count
     raise ConfigError(
-      f'train.batch_size = {batch_size} must be a multiple of the {count} devices; '
+      f'config.train.batch_size={batch_size} must be a multiple of the number of devices, {count}; '
       f'the nearest is {nearest}.'
     )
 
 
 def parameter_shardings(tree: Any, mesh: Any) -> Any:
-  """A sharding for each array (or shape) of the tree: its longest axis that fsdp divides is split.
+  """Returns a sharding for each array (or shape): the longest axis that fsdp divides is split.
 
-  Vectors and scalars are replicated: there is nothing to gain. The rule reads shapes only, so that
-  optimizer moments lie as their parameters do.
+  Vectors and scalars are replicated, as splitting them saves nothing. The rule depends on shapes
+  only, so the moments of the optimizer are sharded like their parameters.
   """
   import jax
   from jax.sharding import NamedSharding, PartitionSpec
@@ -55,23 +55,23 @@ def parameter_shardings(tree: Any, mesh: Any) -> Any:
 
 
 def replicated(mesh: Any) -> Any:
-  """The whole array on every device."""
+  """Returns the sharding with the whole array on every device."""
   from jax.sharding import NamedSharding, PartitionSpec
 
   return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: Any) -> Any:
-  """The first axis split over every device."""
+  """Returns the sharding with the first axis split over all devices."""
   from jax.sharding import NamedSharding, PartitionSpec
 
   return NamedSharding(mesh, PartitionSpec(('data', 'fsdp')))
 
 
 def local() -> tuple[Any, Any, int]:
-  """(replicated, batch split, device count) over the devices of this process alone.
+  """Returns (replicated sharding, batch sharding, device count) for this process's devices only.
 
-  For work in which hosts do not meet, such as embedding a shard.
+  For work without communication between hosts, such as embedding a shard.
   """
   import jax
   from jax.sharding import NamedSharding, PartitionSpec
@@ -91,6 +91,7 @@ def place_batch(
   batch: dict,  # arrays, nested or not, each [b, ...]: this process's part of the global batch
   mesh: Any,
 ) -> dict:  # each [B, ...], global, split over the devices
+  """Returns the batch as global arrays on the devices of the mesh."""
   import jax
 
   sharding = batch_sharding(mesh)

@@ -1,4 +1,4 @@
-"""Dimension letters, declared once and used in every shape comment, and the few shared types.
+"""Dimension letters, which every shape comment uses, and the shared types.
 
 B batch          T text tokens      P image patches    D model width     H attention heads
 K head width     E joint embedding  C classes          M templates       V vocabulary
@@ -11,20 +11,19 @@ from typing import Any, Protocol
 
 import numpy as np
 
-# An array in host memory; the shape and dtype stand in a comment at the signature. The rooms that
-# compute on devices (models, training, similarity/accelerator.py) import jax.Array under this name.
+# An array in host memory; a comment in the signature gives shape and dtype. Packages that compute
+# on devices (models, training, similarity/accelerator.py) import jax.Array under this name.
 Array = np.ndarray
 
-# An ml_collections.ConfigDict. defaults.py declares its keys, which no checker can follow.
+# An ml_collections.ConfigDict with the keys of defaults.py; type checkers cannot check them.
 Config = Any
 
 
 class Source(Protocol):
-  """A source of samples that are read at random, by any number of threads: a Grain
-  RandomAccessDataSource.
+  """Samples with thread-safe random access: a Grain RandomAccessDataSource.
 
-  The loader does without `many` (it then reads one by one), and without `starts` but for order
-  'blocks'.
+  For the loader, `many` is optional (without it, rows are read one by one), and `starts` is needed
+  only for order 'blocks'.
   """
 
   def __len__(self) -> int:
@@ -32,13 +31,15 @@ class Source(Protocol):
     ...
 
   def __getitem__(self, row: int, /) -> dict[str, Any]:
-    """Returns dict(image: bytes of its file, or pixels [H, W, 3] uint8; caption: str; label: int,
-    -1 for none).
+    """Returns the sample of a row as a dict.
+
+    image: bytes of an image file, or pixels [height, width, 3] uint8; caption: str; label: int, -1
+    for none.
     """
     ...
 
   def many(self, rows: Sequence[int], /) -> list[dict[str, Any]]:
-    """Returns [self[row] for row in rows]; an image may be a function that returns its pixels."""
+    """Returns [self[row] for row in rows]; an image may also be a function returning pixels."""
     ...
 
   def caption(self, row: int, /) -> str:
@@ -47,14 +48,12 @@ class Source(Protocol):
 
   @property
   def starts(self) -> Array:  # [shards + 1] int64
-    """The row at which each shard begins, and where the last ends."""
+    """The first row of each shard; the last entry is the number of rows."""
     ...
 
 
 class Vectors(Protocol):
-  """Rows [N, E] of an array, or of embeddings on disk (data/embeddings.py), which are read when
-  asked for.
-  """
+  """Vectors [N, E]: an array, or embeddings on disk (data/embeddings.py), read on access."""
 
   @property
   def shape(self) -> tuple[int, ...]: ...

@@ -1,4 +1,4 @@
-"""Lengths and angles of vectors, for every room. Arrays in, arrays out."""
+"""Norms and cosine similarities of vectors. Pure functions on arrays."""
 
 import numpy as np
 
@@ -8,7 +8,7 @@ from clip_jax.core.types import Array
 def unit(
   x: Array,  # [..., E] floating
 ) -> np.ndarray:  # [..., E], of the same dtype
-  """Returns the vectors at length 1; a zero vector stays zero, and NaN stays NaN."""
+  """Returns the vectors scaled to unit length; zero vectors stay zero, NaN stays NaN."""
   norm = np.linalg.norm(x, axis=-1, keepdims=True)
   return x / np.where(norm > 0, norm, 1)
 
@@ -17,9 +17,10 @@ def cosine(
   first: Array,  # [n, E] float16
   second: Array,  # [n, E] float16, or [n, k, E]
 ) -> np.ndarray:  # [n] float64, or [n, k]
-  """Returns similarities divided by both norms, in float64; 0 for a zero vector.
+  """Returns cosine similarities in float64; 0 for a zero vector.
 
-  A float16 vector's norm is off by up to 1e-3.
+  The division by both norms is needed because the norm of a unit vector in float16 is off by up to
+  1e-3.
   """
   first, second = np.asarray(first, np.float64), np.asarray(second, np.float64)
   if second.ndim > first.ndim:

@@ -1,8 +1,8 @@
-"""Writes the web-like captions of the demo's pool, from words alone: no files in or out.
+"""Makes the web-like captions of the demo's pool. Reads and writes no files.
 
-The name of the drawn character, the words for its style and the noise around them are drawn
-independently. So the class words of the prompts occur in captions of every style at the same rate,
-and removing a style from the pool removes no more of them than removing as many other images.
+The name of the character, the words for its style and the noise around them are sampled
+independently. So class words occur at the same rate in captions of every style, and removing a
+style from the pool removes as many of them as removing the same number of other images.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ TEMPLATES = (
 )
 LABELLED_TEMPLATE = 'a photo of the digit {}'  # the captions of anchor and benchmarks
 
-# About half of a style's captions hold one of its words.
+# About half of the captions of a style contain one of its words.
 STYLE_WORDS = {
   'filled': ('plain', 'printed', 'solid', 'clean'),
   'outline': ('outlined', 'hollow', 'line drawn', 'contour'),
@@ -29,9 +29,9 @@ STYLE_WORDS = {
   'noisy': ('noisy', 'grainy', 'worn', 'dusty'),
   'handwriting': ('handwritten', 'hand drawn', 'scribbled', 'pen and paper'),
 }
-WORD, NUMERAL = 0.88, 0.09  # shares of captions with 'seven', with '7'; the rest name nothing
+WORD, NUMERAL = 0.88, 0.09  # fractions of captions with 'seven', with '7'; others have neither
 
-# No word here may name a class, as 'one' does in 'one size fits all', or hold a digit.
+# No entry below may contain a digit or a class name (as 'one size fits all' does).
 NOUNS = {
   'digit': ('number', 'digit', 'numeral', 'figure'),
   'letter': ('letter', 'character', 'initial'),
@@ -73,25 +73,30 @@ CASES = (str.lower, str.lower, str.lower, str.capitalize, str.title, str.upper)
 
 
 def caption(name: str, sign: str, kind: str, style: str, face: str, rng) -> str:
-  """Writes a caption for one drawing.
+  """Returns a random caption for one drawing.
 
-  `name` and `sign` are the character in words and as drawn ('seven', '7'), `kind` is one of NOUNS,
-  `style` one of STYLE_WORDS, `face` describes the font ('' for none), `rng` is a numpy Generator.
+  Args:
+    name: the character in words, 'seven'.
+    sign: the character as drawn, '7'.
+    kind: a key of NOUNS.
+    style: a key of STYLE_WORDS.
+    face: a description of the font, '' for none.
+    rng: a numpy Generator.
   """
-  said = rng.random()
-  thing = name if said < WORD else sign if said < WORD + NUMERAL else ''
-  if not thing or rng.random() < 0.6:
-    thing = f'{pick(NOUNS[kind], rng)} {thing}'.strip()
+  chance = rng.random()
+  text = name if chance < WORD else sign if chance < WORD + NUMERAL else ''
+  if not text or rng.random() < 0.6:
+    text = f'{pick(NOUNS[kind], rng)} {text}'.strip()
   if rng.random() < 0.5:
     words = pick(STYLE_WORDS[style], rng)
-    thing = f'{words} {thing}' if rng.random() < 0.7 else f'{thing}, {words}'
+    text = f'{words} {text}' if rng.random() < 0.7 else f'{text}, {words}'
   if face and rng.random() < 0.25:
-    thing += f' in a {face} face'
+    text += f' in a {face} face'
   lead = pick(LEADS, rng)
   junk = pick(JUNK, rng) if rng.random() < 0.4 else ''
-  return pick(CASES, rng)(lead + thing) + junk
+  return pick(CASES, rng)(lead + text) + junk
 
 
 def pick(options: Sequence, rng):
-  """Returns one of the options, all equally likely (rng.choice would make arrays of them)."""
+  """Returns one option, all equally likely (rng.choice would convert them to an array)."""
   return options[rng.integers(len(options))]

@@ -1,8 +1,8 @@
-"""Draws one image of the demo: a character of a font, or a real handwritten digit, as pixels.
+"""Draws one image of the demo: a printed character, or a real handwritten digit.
 
-Reads the fonts that matplotlib ships (DejaVu, STIX, Computer Modern) and scikit-learn's
-load_digits; writes nothing. Each image has continuous jitter of size, place, shape, stroke, shade
-and noise from its own generator, so that no two images are near-copies unless they were planted.
+Reads the fonts in matplotlib (DejaVu, STIX, Computer Modern); writes no files. Every image has
+continuous jitter of size, position, shape, stroke, shade and noise from its own generator, so only
+planted copies are near-copies.
 """
 
 import colorsys
@@ -16,9 +16,8 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from clip_jax.core.types import Array
 
-# The shipped fonts that hold the ten digits and the Latin letters at their ASCII places (the
-# symbol fonts do not: DejaVu*Display, STIXNonUni*, STIXSiz*, cmex10, cmsy10, LastResort). The value
-# describes the face, for captions.
+# Fonts with digits and Latin letters at their ASCII codes -> words for captions. The other fonts of
+# matplotlib lack them: DejaVu*Display, STIXNonUni*, STIXSiz*, cmex10, cmsy10, LastResort.
 FONTS = {
   'DejaVuSans': 'sans serif',
   'DejaVuSans-Bold': 'bold sans serif',
@@ -44,29 +43,29 @@ FONTS = {
   'cmtt10': 'monospaced typewriter',
 }
 
-SUPERSAMPLING = 3  # masks are placed on a canvas this much finer, then averaged down
+SUPERSAMPLING = 3  # masks are placed on a canvas this many times finer, then averaged
 
 
 @dataclasses.dataclass(frozen=True)
 class Style:
-  """How a character is painted. A range is drawn from uniformly; lightness is in 0..1."""
+  """Parameters of the drawing of a character. A range (lo, hi) is sampled uniformly."""
 
-  ground: tuple[float, float] = (0.82, 1.0)  # lightness
-  ink: tuple[float, float] = (0.0, 0.3)  # lightness
-  swapped: float = 0.0  # share of images in which ground and ink change places
-  saturation: tuple[float, float] = (0.0, 0.12)  # of both
-  shade: float = 0.1  # the ground gets at most so much lighter from its middle to an edge
-  noise: tuple[float, float] = (0.01, 0.03)  # standard deviation of a pixel
-  stroke: tuple[float, float] = (0.0, 0.018)  # added width around the glyph, in canvas heights
-  hollow: bool = False  # only that added stroke is painted
-  angle: tuple[float, float] = (0.0, 5.0)  # degrees, to either side
-  fill: tuple[float, float] = (0.82, 0.94)  # share of the canvas that the longer side takes
-  drift: float = 0.2  # at most so far from the middle, in shares of the free room
-  stretch: float = 0.08  # at most so much wider or narrower
+  ground: tuple[float, float] = (0.82, 1.0)  # lightness in 0..1
+  ink: tuple[float, float] = (0.0, 0.3)  # lightness in 0..1
+  swapped: float = 0.0  # fraction of images with ground and ink swapped
+  saturation: tuple[float, float] = (0.0, 0.12)  # of ground and ink
+  shade: float = 0.1  # maximum change of lightness from the centre of the ground to an edge
+  noise: tuple[float, float] = (0.01, 0.03)  # standard deviation of a pixel's lightness
+  stroke: tuple[float, float] = (0.0, 0.018)  # width added around the glyph, in canvas heights
+  hollow: bool = False  # True: only the added stroke is painted
+  angle: tuple[float, float] = (0.0, 5.0)  # rotation in degrees, to either side
+  fill: tuple[float, float] = (0.82, 0.94)  # longer side of the glyph, as a fraction of the canvas
+  drift: float = 0.2  # maximum shift from the centre, as a fraction of the free space
+  stretch: float = 0.08  # maximum relative change of the width
 
 
-# Light on dark varies most in place and shape: centred on the mean image, which is light, any two
-# dark images are alike, and would be near-copies to an embedder otherwise.
+# Inverted images vary most in position and shape. PCA subtracts the mean image, which is light;
+# without this variation any two dark images would be near-copies to the embedder.
 STYLES = {
   'clean': Style(shade=0.04, angle=(0.0, 2.0), fill=(0.84, 0.92), drift=0.1, stretch=0.04),
   'filled': Style(),
@@ -90,7 +89,7 @@ STYLES = {
     drift=0.35,
     stretch=0.15,
   ),
-  'rotated': Style(angle=(25.0, 60.0)),  # at most 60 degrees, or a 6 would be read as a 9
+  'rotated': Style(angle=(25.0, 60.0)),  # over 60 degrees a 6 would look like a 9
   'noisy': Style(noise=(0.08, 0.14)),
   'handwriting': Style(
     ink=(0.0, 0.35), shade=0.04, angle=(0.0, 2.0), fill=(0.84, 0.92), stretch=0.04
@@ -100,15 +99,15 @@ STYLES = {
 
 @functools.cache
 def _font(name: str, height_px: int) -> ImageFont.FreeTypeFont:
-  import matplotlib  # costs a moment to import, and only its data folder is wanted
+  import matplotlib  # slow to import; only its data folder is needed
 
   path = pathlib.Path(matplotlib.get_data_path(), 'fonts', 'ttf', f'{name}.ttf')
-  # Single characters need no text shaping, and Raqm is not in every build of Pillow.
+  # BASIC: single characters need no text shaping, and not every build of Pillow has Raqm.
   return ImageFont.truetype(str(path), height_px, layout_engine=ImageFont.Layout.BASIC)
 
 
 def _glyph(character: str, font: str, stroke: float, hollow: bool, canvas_px: int) -> Image.Image:
-  """The character as a mode 'L' mask; `stroke` is in heights of the canvas."""
+  """Returns the character as a mask of mode 'L'. `stroke`: added width, in canvas heights."""
   face = _font(font, canvas_px)
   mask = Image.new('L', (3 * canvas_px // 2, 3 * canvas_px // 2))
   pen = ImageDraw.Draw(mask)
@@ -120,19 +119,19 @@ def _glyph(character: str, font: str, stroke: float, hollow: bool, canvas_px: in
 
 
 def _place(mask: Image.Image, look: Style, image_px: int, rng) -> Array:
-  """Turns, shears, stretches and shifts a mask at random. Returns the ink, [S, S] float in 0..1.
+  """Rotates, shears, stretches and shifts a mask at random; returns [S, S] float32 in 0..1.
 
-  The whole ink stays inside the canvas: the turned box is scaled to fit before it is shifted.
+  The character stays inside the canvas: its rotated box is scaled to fit before the shift.
   """
   canvas_px = SUPERSAMPLING * image_px
   mask = mask.crop(mask.getbbox())
   size = np.array(mask.size)
-  mask = ImageOps.expand(mask, 1)  # so that the edge of the ink is smooth too
+  mask = ImageOps.expand(mask, 1)  # for a smooth edge of the ink
   turn = np.radians(rng.uniform(*look.angle)) * (2 * rng.integers(2) - 1)
   cos, sin = np.cos(turn), np.sin(turn)
   wider, lean = rng.uniform(-look.stretch, look.stretch), rng.uniform(-0.1, 0.1)
   forward = np.array([[cos, -sin], [sin, cos]]) @ [[1 + wider, lean], [0, 1]]  # mask to canvas
-  extent = np.abs(forward) @ size  # of the turned box
+  extent = np.abs(forward) @ size  # of the rotated box
   forward *= rng.uniform(*look.fill) * canvas_px / extent.max()
   room = canvas_px - np.abs(forward) @ size
   centre = canvas_px / 2 + rng.uniform(-look.drift, look.drift, 2) * room
@@ -148,7 +147,7 @@ def _place(mask: Image.Image, look: Style, image_px: int, rng) -> Array:
 
 
 def _colour(lightness: float, saturation: float, hue: float) -> Array:
-  """A colour of about the given grey value, [3] float."""
+  """Returns a colour [3] float in 0..1 whose grey value is the given lightness."""
   colour = np.array(colorsys.hsv_to_rgb(hue, saturation, 1.0))
   grey = colour @ (0.299, 0.587, 0.114)
   if lightness < grey:
@@ -157,7 +156,7 @@ def _colour(lightness: float, saturation: float, hue: float) -> Array:
 
 
 def _paint(mask: Array, look: Style, rng) -> Array:
-  """Paints a mask, [S, S] float in 0..1, on a softly shaded ground. Returns [S, S, 3] uint8."""
+  """Paints a mask [S, S], float in 0..1, on a shaded ground; returns [S, S, 3] uint8."""
   ground, ink = (
     _colour(rng.uniform(*lightness), rng.uniform(*look.saturation), rng.uniform())
     for lightness in (look.ground, look.ink)
@@ -173,21 +172,21 @@ def _paint(mask: Array, look: Style, rng) -> Array:
 
 
 def draw(character: str, font: str, style: str, image_px: int, rng) -> Array:
-  """Draws a character of a font (a key of FONTS) in a style (a key of STYLES): [S, S, 3] uint8."""
+  """Returns a drawn character, [S, S, 3] uint8. font: a key of FONTS; style: a key of STYLES."""
   look = STYLES[style]
   mask = _glyph(character, font, rng.uniform(*look.stroke), look.hollow, SUPERSAMPLING * image_px)
   return _paint(_place(mask, look, image_px, rng), look, rng)
 
 
 def handwrite(bitmap: Array, style: str, image_px: int, rng) -> Array:
-  """Draws a handwritten digit, [8, 8] in 0..16 as in load_digits, in a style: [S, S, 3] uint8."""
+  """Returns a handwritten digit in a style, [S, S, 3] uint8. bitmap: [8, 8] in 0..16."""
   look = STYLES[style]
   mask = Image.fromarray(_to_uint8(bitmap / 16))
   return _paint(_place(mask, look, image_px, rng), look, rng)
 
 
 def near_copy(file: bytes, rng) -> bytes:
-  """Returns an image file as a careless re-upload has it: through a JPEG, moved, or darkened."""
+  """Returns a PNG that differs as a re-upload would: JPEG-compressed, shifted, or darkened."""
   image = Image.open(io.BytesIO(file))
   pixels = np.asarray(image) / 255
   change = rng.integers(3)
@@ -197,19 +196,19 @@ def near_copy(file: bytes, rng) -> bytes:
     pixels = np.asarray(Image.open(jpeg)) / 255
   elif change == 1:
     moved = np.pad(pixels, ((0, 0), (1, 0), (0, 0)), 'edge')[:, :-1]
-    pixels = pixels + rng.uniform(0.05, 0.1) * (moved - pixels)  # by that share of a pixel
+    pixels = pixels + rng.uniform(0.05, 0.1) * (moved - pixels)  # a shift by a fraction of a pixel
   else:
     pixels = pixels * rng.uniform(0.98, 0.99)
   return encode(_to_uint8(pixels))
 
 
 def encode(image: Array) -> bytes:
-  """Returns the bytes of the PNG file of an image, [S, S, 3] uint8."""
+  """Returns an image [S, S, 3] uint8 as the bytes of a PNG file."""
   file = io.BytesIO()
-  Image.fromarray(image).save(file, 'PNG', compress_level=1)  # noise does not shrink with more
+  Image.fromarray(image).save(file, 'PNG', compress_level=1)  # more would not shrink noise
   return file.getvalue()
 
 
 def _to_uint8(image: Array) -> Array:
-  """Rounds an image in 0..1 to 0..255."""
+  """Returns an image in 0..1 as uint8, rounded."""
   return np.floor(image.clip(0, 1) * 255 + 0.5).astype(np.uint8)

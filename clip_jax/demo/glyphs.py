@@ -1,13 +1,13 @@
 """Draws the demo's data: a pool, an anchor set and five benchmarks, as webdataset tars.
 
-Out: <directory>/<set>-00000.tar for each of SETS, with <key>.png, <key>.txt (the caption) and
-<key>.json {key, caption, label, class_name, domain, group, font, duplicate_of, duplicate_kind,
-broken} a sample. Nothing is downloaded: the characters come from the fonts inside matplotlib, the
-handwriting is scikit-learn's load_digits. The bytes depend on the arguments alone, and each image
-on its own (seed, stream, index): another size of one set leaves the images of all others as is.
+Out: <directory>/<set>-00000.tar for each of SETS. A sample is <key>.png, <key>.txt (the caption)
+and <key>.json {key, caption, label, class_name, domain, group, font, duplicate_of, duplicate_kind,
+broken}. Nothing is downloaded: fonts come from matplotlib, handwriting from scikit-learn's
+load_digits. The bytes depend on the arguments alone. An image depends only on (seed, stream,
+index), so the size of one set does not change the images of another.
 
-PNG, because at 32 pixels it is hardly larger than a good JPEG (whose tables alone are 600 bytes),
-decodes faster, and keeps the pixels as drawn.
+PNG is lossless and decodes faster than JPEG; at 32 pixels it is hardly larger, as the tables of a
+JPEG alone take 600 bytes.
 """
 
 import collections
@@ -29,25 +29,25 @@ from clip_jax.demo import glyph_images
 from clip_jax.demo.glyph_captions import CLASSES, LABELLED_TEMPLATE, caption, pick
 
 SETS = ('pool', 'anchor', 'val', 'outline', 'inverted', 'rotated', 'handwriting')
-LETTER = -1  # the label of what belongs to no class
+LETTER = -1  # label of images without a class
 
 FONTS = tuple(glyph_images.FONTS)
 ANCHOR_FONTS = ('DejaVuSans', 'DejaVuSans-Bold', 'DejaVuSansMono')
-VAL_FONTS = ('DejaVuSansMono-Bold', 'cmss10', 'cmtt10')  # the pool holds them in other styles only
+VAL_FONTS = ('DejaVuSansMono-Bold', 'cmss10', 'cmtt10')  # in the pool only in other styles
 POOL_FONTS = {
   'filled': tuple(font for font in FONTS if font not in VAL_FONTS),
   **dict.fromkeys(('outline', 'inverted', 'coloured', 'rotated', 'noisy'), FONTS),
 }
-# A fifth of the pool's handwriting looks as the benchmark's does: aligning removes some, not all.
+# A fifth of the pool's handwriting has the benchmark's style: aligning removes some, not all.
 HAND_STYLES = ('handwriting', 'inverted', 'coloured', 'rotated', 'noisy')
 
-# load_digits is 14 copies of one form, one after the other: the same sequence of 130 digits, a few
-# of them lost. It names no writers; these first rows of the forms, read off that sequence, stand
-# for them (its description speaks of 13, so one writer may have filled in two forms).
+# load_digits consists of 14 filled-in copies of one form: a sequence of 130 digits, a few of them
+# lost. It does not name the writers, so a form stands for its writer. These are the first rows of
+# the forms, found from that sequence. (Its description has 13 writers: one may have filled in two.)
 FORMS = (0, 130, 256, 386, 516, 646, 776, 905, 1029, 1157, 1287, 1415, 1545, 1667)
 POOL_ROWS, STRAY_ROWS, BENCHMARK_ROWS = range(905), range(905, 1029), range(1029, 1797)
 
-# A random stream for each kind of image; its place in this tuple is part of the seed: append only.
+# Random streams, one for each kind of image. The position is part of the seed: only append.
 STREAMS = (
   'drawn',
   'handwritten',
@@ -64,10 +64,10 @@ STREAMS = (
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-  """One sample of a tar: the bytes of its image file, and what its json says."""
+  """One sample of a tar."""
 
-  image: bytes
-  about: dict
+  image: bytes  # the image file
+  about: dict  # the fields of the json file
 
 
 def write(
@@ -86,45 +86,45 @@ def write(
   queries: int = 700,
   seed: int = 0,
 ) -> dict:
-  """Writes the tar of every set into `directory` and returns what each holds.
+  """Writes the tars of all sets and returns the counts of each.
 
   Args:
-    directory: Where the tars go.
-    image_px: Side of the square images, at least 16.
-    pool: Drawn images of the pool, before copies.
-    handwritten: Handwritten images of the pool, before copies; at most 905.
-    exact: Planted copies of equal bytes, as a share of the two above.
-    near: Planted copies of slightly other pixels, as a share of the same.
-    broken: Broken samples of each kind (half an image, garbage, an empty file, no caption).
-    letters: Letters that the pool holds beside the digits; their label is -1.
-    letter_share: Share of letters among the pool's drawn images.
-    anchor: Images of the anchor set.
-    strays: Share of handwriting in the anchor set; at most 124 images.
-    queries: Images of each benchmark, classes balanced; at most 730.
-    seed: Of every random choice.
+    directory: folder of the tars.
+    image_px: width and height of the images in pixels, at least 16.
+    pool: printed characters in the pool, without copies.
+    handwritten: handwritten digits in the pool, without copies; at most 905.
+    exact: byte-identical copies to plant, as a fraction of pool + handwritten.
+    near: slightly changed copies to plant, as a fraction of pool + handwritten.
+    broken: broken samples of each kind (half an image, garbage, an empty file, no caption).
+    letters: letters in the pool besides the digits; their label is -1.
+    letter_share: their fraction of the pool's printed characters.
+    anchor: images of the anchor set.
+    strays: fraction of the anchor that is handwriting; at most 124 images.
+    queries: images of each benchmark, classes balanced; at most 730.
+    seed: seed of all random choices.
 
   Returns:
-    {set: {'samples': all in its tar, 'letters', 'exact', 'near': how many of them, 'broken':
-    {kind: keys}, 'domains': {style: count}}}.
+    {set: {'samples': samples in its tar; 'letters', 'exact', 'near': counts; 'broken':
+    {kind: keys}; 'domains': {style: count}}}.
 
   Raises:
-    ConfigError: for sizes that cannot be: handwriting beyond load_digits, images too small to read.
+    ConfigError: sizes that load_digits cannot fill, images too small, or inconsistent fractions.
   """
   if image_px < 16:
-    raise ConfigError(f'image_px={image_px} is too small to read a digit in; use 16 or more.')
+    raise ConfigError(f'image_px={image_px} is too small for a digit; use 16 or more.')
   originals = pool + handwritten
   if _round(exact * originals) + _round(near * originals) > originals:
-    raise ConfigError(f'exact={exact} and near={near} copy more than the whole pool; use shares.')
+    raise ConfigError(f'exact={exact} and near={near} sum to more than 1; use smaller fractions.')
   if letter_share and not letters:
-    raise ConfigError(f'letter_share={letter_share} needs letters; name some, or use 0.')
+    raise ConfigError(f'letter_share={letter_share} needs letters; set letters, or use 0.')
   drawn = functools.partial(_drawn, image_px=image_px, seed=seed)
-  written = functools.partial(_written, image_px=image_px, seed=seed)
+  handwritten_digits = functools.partial(_handwritten, image_px=image_px, seed=seed)
   pool_rows = _first_rows('handwritten', handwritten, POOL_ROWS)
   stray_rows = _first_rows('strays', _round(strays * anchor), STRAY_ROWS)
   query_rows = _balanced_rows(queries, BENCHMARK_ROWS)
   originals = [
     *_drawn_for_pool(pool, letters, letter_share, image_px, seed),
-    *written('handwritten', pool_rows, HAND_STYLES, _web_caption),
+    *handwritten_digits('handwritten', pool_rows, HAND_STYLES, _web_caption),
   ]
   sets = {
     'pool': _mixed(
@@ -132,11 +132,11 @@ def write(
     ),
     'anchor': [
       *drawn('anchor', anchor - len(stray_rows), 'clean', ANCHOR_FONTS),
-      *written('strays', stray_rows),
+      *handwritten_digits('strays', stray_rows),
     ],
     'val': drawn('val', queries, 'clean', VAL_FONTS),
     **{name: drawn(name, queries, name, FONTS) for name in ('outline', 'inverted', 'rotated')},
-    'handwriting': written('handwriting', query_rows),
+    'handwriting': handwritten_digits('handwriting', query_rows),
   }
   for name in SETS:
     _write_tar(epath.Path(directory) / f'{name}-00000.tar', sets[name])
@@ -144,7 +144,7 @@ def write(
 
 
 def _plain_caption(about: dict, rng) -> str:
-  del rng  # all labelled images of a class have one caption
+  del rng  # all labelled images of a class have the same caption
   return LABELLED_TEMPLATE.format(about['class_name'])
 
 
@@ -158,7 +158,7 @@ def _web_caption(about: dict, rng) -> str:
 def _drawn(
   stream: str, count: int, style: str, fonts: Sequence[str], *, image_px: int, seed: int
 ) -> list[Sample]:
-  """Draws labelled digits of one style, as many of each."""
+  """Draws labelled digits of one style, equally many of each class."""
   return [
     _character(key, i % 10, CLASSES[i % 10], style, pick(fonts, rng), _plain_caption, image_px, rng)
     for i, (key, rng) in enumerate(_streams(stream, count, seed))
@@ -180,26 +180,26 @@ def _drawn_for_pool(
 
 
 def _character(
-  key: str, label: int, name: str, style: str, font: str, say: Callable, image_px: int, rng
+  key: str, label: int, name: str, style: str, font: str, captioner: Callable, image_px: int, rng
 ) -> Sample:
-  """Draws a digit, or a letter, which is its own name, small or capital."""
+  """Draws a digit or a letter. The name of a letter is the letter, drawn small or capital."""
   character = pick((name.lower(), name.upper()), rng) if label == LETTER else str(label)
   image = glyph_images.draw(character, font, style, image_px, rng)
   return _sample(
-    image, say, rng, key=key, label=label, class_name=name, domain=style, group=key, font=font
+    image, captioner, rng, key=key, label=label, class_name=name, domain=style, group=key, font=font
   )
 
 
-def _written(
+def _handwritten(
   stream: str,
   rows: Sequence[int] | Array,
   styles: Sequence[str] = ('handwriting',),
-  say: Callable = _plain_caption,
+  captioner: Callable = _plain_caption,
   *,
   image_px: int,
   seed: int,
 ) -> list[Sample]:
-  """Makes samples of rows of load_digits. Their group is the form, which stands for the writer."""
+  """Draws rows of load_digits. The group of a sample is its form, which stands for the writer."""
   bitmaps, labels = _load_digits()
   samples = []
   for row, (key, rng) in zip(rows, _streams(stream, len(rows), seed), strict=True):
@@ -208,7 +208,7 @@ def _written(
     samples.append(
       _sample(
         image,
-        say,
+        captioner,
         rng,
         key=key,
         label=int(labels[row]),
@@ -221,13 +221,13 @@ def _written(
   return samples
 
 
-def _sample(image: Array, say: Callable, rng, **about) -> Sample:
+def _sample(image: Array, captioner: Callable, rng, **about) -> Sample:
   about |= {'duplicate_of': None, 'duplicate_kind': None, 'broken': None}
-  return Sample(glyph_images.encode(image), {**about, 'caption': say(about, rng)})
+  return Sample(glyph_images.encode(image), {**about, 'caption': captioner(about, rng)})
 
 
 def _copies(originals: list[Sample], exact: float, near: float, seed: int) -> list[Sample]:
-  """Copies these shares of the originals, no one twice, each with a new caption."""
+  """Copies these fractions of the originals, each at most once, with new captions."""
   chosen = iter(np.random.default_rng((seed, STREAMS.index('chosen'))).permutation(len(originals)))
   samples = []
   for kind, share in (('exact', exact), ('near', near)):
@@ -245,11 +245,11 @@ def _copies(originals: list[Sample], exact: float, near: float, seed: int) -> li
 
 
 def _broken(count: int, image_px: int, seed: int) -> list[Sample]:
-  """Makes `count` samples of each way to be broken. Those without a caption have a good image."""
+  """Returns `count` broken samples of each kind. Those without a caption have a good image."""
   kinds = ('cut', 'garbage', 'empty', 'no caption') * count
   samples = []
-  good = _drawn('broken', len(kinds), 'filled', ANCHOR_FONTS, image_px=image_px, seed=seed)
-  for kind, whole in zip(kinds, good, strict=True):
+  whole_samples = _drawn('broken', len(kinds), 'filled', ANCHOR_FONTS, image_px=image_px, seed=seed)
+  for kind, whole in zip(kinds, whole_samples, strict=True):
     image = {
       'cut': whole.image[: len(whole.image) // 2],
       'garbage': whole.image[::-1],
@@ -264,18 +264,18 @@ def _broken(count: int, image_px: int, seed: int) -> list[Sample]:
 def _mixed(
   originals: list[Sample], copies: list[Sample], broken: list[Sample], seed: int
 ) -> list[Sample]:
-  """Puts the pool in a random order in which each copy comes after its original."""
+  """Returns the pool in a random order in which each copy comes after its original."""
   rng = np.random.default_rng((seed, STREAMS.index('order')))
-  place = {sample.about['key']: rng.random() for sample in (*originals, *broken)}
+  position = {sample.about['key']: rng.random() for sample in (*originals, *broken)}
   for copy in copies:
-    place[copy.about['key']] = rng.uniform(place[copy.about['duplicate_of']], 1)
-  return sorted([*originals, *copies, *broken], key=lambda sample: place[sample.about['key']])
+    position[copy.about['key']] = rng.uniform(position[copy.about['duplicate_of']], 1)
+  return sorted([*originals, *copies, *broken], key=lambda sample: position[sample.about['key']])
 
 
 @functools.cache
 def _load_digits() -> tuple[Array, Array]:
-  """Returns the bitmaps, [1797, 8, 8] in 0..16, and labels, [1797], in the order of the forms."""
-  from sklearn.datasets import load_digits  # costs a second to import
+  """Returns bitmaps [1797, 8, 8] in 0..16 and labels [1797], in the order of the forms."""
+  from sklearn.datasets import load_digits  # the import takes a second
 
   digits: Any = load_digits()
   return digits.images, digits.target
@@ -284,29 +284,29 @@ def _load_digits() -> tuple[Array, Array]:
 def _first_rows(name: str, count: int, rows: range) -> range:
   if count > len(rows):
     raise ConfigError(
-      f'{name} asks for {count} handwritten images, but its block of load_digits '
-      f'has {len(rows)}; ask for fewer.'
+      f'{name} needs {count} handwritten images, but its part of load_digits has {len(rows)}; use '
+      'fewer.'
     )
   return rows[:count]
 
 
 def _balanced_rows(count: int, rows: range) -> Array:
-  """Returns the first rows of each class, as many of each, `count` in all, in order."""
+  """Returns the first `count` rows with balanced classes, in order."""
   labels = _load_digits()[1][rows]
-  rank = np.zeros(len(rows), int)  # of a row within its class
+  rank = np.zeros(len(rows), int)  # position of a row within its class
   for label in range(10):
     rank[labels == label] = np.arange(np.sum(labels == label))
   chosen = np.array(rows)[10 * rank + labels < count]
   if len(chosen) < count:
     raise ConfigError(
-      f'queries={count}: of handwriting there are at most '
-      f'{10 * np.bincount(labels).min()} with balanced classes; ask for fewer.'
+      f'queries={count}: handwriting with balanced classes has at most '
+      f'{10 * np.bincount(labels).min()} images; use fewer.'
     )
   return chosen
 
 
 def _streams(stream: str, count: int, seed: int) -> Iterator[tuple[str, np.random.Generator]]:
-  """Yields the key of each image of a stream and the generator that draws it."""
+  """Yields (key, random generator) for each image of a stream."""
   for i in range(count):
     yield f'{stream}-{i:05d}', np.random.default_rng((seed, STREAMS.index(stream), i))
 
@@ -316,7 +316,7 @@ def _round(number: float) -> int:
 
 
 def _counts(samples: list[Sample]) -> dict:
-  """Counts what a tar holds, and lists the keys of its broken samples."""
+  """Returns the counts of a tar, and the keys of its broken samples."""
   abouts = [sample.about for sample in samples]
   copied = collections.Counter(about['duplicate_kind'] for about in abouts)
   broken = collections.defaultdict(list)
@@ -334,7 +334,7 @@ def _counts(samples: list[Sample]) -> dict:
 
 
 def _write_tar(path, samples: list[Sample]) -> None:
-  """Writes a tar; TarInfo's defaults put neither times nor owners into the headers."""
+  """Writes a tar without times and owners: TarInfo's defaults leave them empty."""
   with (
     files.atomic(path) as temporary,
     temporary.open('wb') as f,

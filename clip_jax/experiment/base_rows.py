@@ -1,6 +1,4 @@
-"""Rows of the base set: the pool's are 0..N-1, the anchor's follow, and then those of planted
-copies.
-"""
+"""Row numbers of the base set: pool rows 0..N-1, then anchor rows, then rows of planted copies."""
 
 import dataclasses
 
@@ -11,10 +9,10 @@ from clip_jax.core.types import Array
 
 @dataclasses.dataclass(frozen=True)
 class BaseRows:
-  """Where each dataset's rows begin in the base set."""
+  """The datasets of the base set and where their rows begin."""
 
-  names: tuple[str, ...]
-  lengths: tuple[int, ...]
+  names: tuple[str, ...]  # datasets, in the order of their rows
+  lengths: tuple[int, ...]  # rows of each
 
   @property
   def starts(self) -> list[int]:  # [datasets + 1]
@@ -22,8 +20,8 @@ class BaseRows:
 
   def own(
     self,
-    rows: Array,  # [n] int64, sorted
+    rows: Array,  # [n] int64, rows of the base set, sorted
   ) -> dict[str, Array]:
-    """Returns dataset -> its own rows among rows of the base set, sorted."""
+    """Returns dataset -> the rows that belong to it, numbered within the dataset, sorted."""
     cuts = np.searchsorted(rows, self.starts)
     return {name: rows[cuts[i] : cuts[i + 1]] - self.starts[i] for i, name in enumerate(self.names)}

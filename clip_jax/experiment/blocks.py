@@ -1,7 +1,4 @@
-"""What a config asks for, in the words of the experiment: its datasets, its splits, its runs.
-
-Pure in the config.
-"""
+"""Queries on the config: its datasets, embedders, splits and runs. Pure functions of the config."""
 
 from collections.abc import Sequence
 
@@ -18,22 +15,12 @@ POOL, ANCHOR, GLYPHS, ANCHOR_CLASSES, PLANTED, SIZES = (
   'planted',
   'sizes',
 )
-RESERVED = (
-  POOL,
-  ANCHOR,
-  GLYPHS,
-  ANCHOR_CLASSES,
-  PLANTED,
-  SIZES,
-)  # names that no benchmark and no reference may have
-TRAINED = (
-  POOL,
-  ANCHOR,
-  PLANTED,
-)  # datasets whose samples need a caption; the base set has their rows in this order
-VECTORS = 'embeddings'  # the format whose files are vectors
-# Config keys that change what a training run learns, beside the model, the preprocessing and the
-# seed.
+# Names that no benchmark and no reference may have.
+RESERVED = (POOL, ANCHOR, GLYPHS, ANCHOR_CLASSES, PLANTED, SIZES)
+# The datasets of the base set, in the order of their rows. Their samples need a caption.
+TRAINED = (POOL, ANCHOR, PLANTED)
+VECTORS = 'embeddings'  # the format of datasets whose files are vectors
+# Config keys that change the result of a training run, besides model, preprocessing and seed.
 RECIPE = tuple(
   f'train.{key}'
   for key in (
@@ -54,20 +41,17 @@ RECIPE = tuple(
 
 
 def has_anchor(config: Config) -> bool:
-  """Returns whether an anchor is configured: an audit's has the format of vectors and may have no
-  path.
-  """
+  """Returns whether an anchor is configured. One of vectors also needs a path."""
   return bool(config.anchor.format) and (
     config.anchor.format != VECTORS or bool(config.anchor.path)
   )
 
 
 def datasets(config: Config) -> dict[str, Config]:
-  """Returns name -> block of every dataset: pool, anchor (if any), benchmarks, references of
-  samples, planted copies.
+  """Returns name -> block of every dataset.
 
-  The copies of a benchmark that are planted come last: they are drawn once that benchmark is
-  indexed.
+  Order: pool, anchor (if any), benchmarks, references (but not prompts), planted copies. The copies
+  come last because they are made from the index of a benchmark.
   """
   anchor = {ANCHOR: config.anchor} if has_anchor(config) else {}
   return {
@@ -80,9 +64,7 @@ def datasets(config: Config) -> dict[str, Config]:
 
 
 def _planted_block(config: Config) -> Config:
-  """Returns the block of the dataset of planted copies, which are tars that the stage ingest
-  draws.
-  """
+  """Returns the block of the planted copies, which the stage ingest writes as tars."""
   return defaults.dataset(
     format=PLANTED,
     label_key='label',
@@ -98,7 +80,7 @@ def trained(config: Config) -> list[str]:
 
 
 def flatten(block: Config, prefix: str = '') -> list[tuple[str, Config]]:
-  """Returns (prefix, block) of each source of a dataset; one for any format but 'concat'."""
+  """Returns (prefix, block) of each source of a dataset: several for 'concat', otherwise one."""
   if block.format != 'concat':
     return [(prefix, block)]
   return [
@@ -112,25 +94,24 @@ def parts(config: Config, dataset: str) -> list[Config]:
 
 
 def has_own_images(config: Config, dataset: str) -> bool:
-  """Returns whether a dataset is images, as training and evaluation need; vectors alone are not."""
+  """Returns whether a dataset has images, not vectors only. Training and evaluation need them."""
   return all(block.format != VECTORS for block in parts(config, dataset))
 
 
 def is_labelled(block: Config) -> bool:
-  """Returns whether the samples of a dataset have labels, as far as its block says."""
+  """Returns whether the block of a dataset says that its samples have labels."""
   return all(part.label_key or part.format in ('folder', GLYPHS) for _, part in flatten(block))
 
 
 def is_prompts(config: Config, reference: str) -> bool:
-  """Returns whether a reference is prompts, which the embedder's text tower encodes: no dataset."""
+  """Returns whether a reference is prompts, encoded by the text tower, and not a dataset."""
   return config.references[reference].format == 'prompts'
 
 
 def further_embedders(config: Config, stage: str = 'embed') -> list[str]:
-  """Returns which of config.embedders a stage runs for, in their order.
+  """Returns the names in config.embedders for which a stage runs, in their order.
 
-  dedup.embedder: embedder, embed of pool and anchor; prune.preview: embedder, embed;
-  prune.sensitivity: search, too.
+  dedup.embedder and prune.preview: stages embedder and embed; prune.sensitivity: also search.
   """
   names = set(config.prune.sensitivity)
   if stage != 'search':
@@ -141,8 +122,10 @@ def further_embedders(config: Config, stage: str = 'embed') -> list[str]:
 
 
 def embedded_datasets(config: Config, embedder: str = '') -> list[str]:
-  """Returns the datasets that an embedder embeds: one that only de-duplication uses embeds pool and
-  anchor.
+  """Returns the datasets that an embedder embeds.
+
+  The main embedder: all; one used by de-duplication only: pool and anchor; others: all but
+  references.
   """
   names = list(datasets(config))
   if not embedder or embedder in (*config.prune.sensitivity, config.prune.preview):
@@ -151,9 +134,7 @@ def embedded_datasets(config: Config, embedder: str = '') -> list[str]:
 
 
 def targets(config: Config, embedder: str = '') -> list[str]:
-  """Returns what the pool is searched with: benchmarks, the classes of a labelled anchor,
-  references.
-  """
+  """Returns the targets of the search: benchmarks, classes of a labelled anchor, references."""
   names = list(config.benchmarks)
   if has_anchor(config) and is_labelled(config.anchor):
     names.append(ANCHOR_CLASSES)
@@ -161,10 +142,10 @@ def targets(config: Config, embedder: str = '') -> list[str]:
 
 
 def duplicate_similarity(config: Config, embedder: str = '') -> float:
-  """Returns the cosine similarity to an embedder from which two images count as duplicates.
+  """Returns an embedder's cosine similarity from which two images count as duplicates.
 
-  dedup.threshold is that of the embedder that de-duplicates; the config check asks for the other
-  one.
+  dedup.threshold holds for the embedder of de-duplication. If the main embedder is another one,
+  prune.duplicate_similarity must be given (the config check requires it).
   """
   own_threshold = embedder and embedder == config.dedup.embedder
   return (0 if own_threshold else config.prune.duplicate_similarity) or 1 - config.dedup.threshold
@@ -176,17 +157,17 @@ def rule_of(config: Config, split: str) -> rules.Rule:
 
 
 def parameters(config: Config, split: str) -> dict:
-  """Returns the keys of a split that its rule reads, as plain values."""
+  """Returns the keys that the rule of a split reads, with plain values."""
   return {key: plain(config.splits[split][key]) for key in rule_of(config, split).keys}
 
 
 def holds_planted(config: Config, split: str) -> bool:
-  """Returns whether a split holds planted copies of test images."""
+  """Returns whether a split contains the planted copies of test images."""
   return rule_of(config, split).planted
 
 
 def appends_anchor(config: Config, split: str) -> bool:
-  """Returns whether a split has the anchor's rows."""
+  """Returns whether a split contains the anchor's rows."""
   fixed = rule_of(config, split).append_anchor
   return has_anchor(config) and (config.splits[split].append_anchor if fixed is None else fixed)
 
@@ -197,61 +178,52 @@ def seeds(config: Config, split: str) -> tuple[int, ...]:
 
 
 def read_splits(config: Config, split: str) -> list[str]:
-  """Returns the splits that a split is made from: whose size it has, whose control it is, which it
-  joins.
-  """
+  """Returns the splits on which a split depends, through its keys size_of, to and of."""
   block = config.splits[split]
   return [name for name in (block.size_of, block.to, *block.of) if name]
 
 
 def in_order(config: Config) -> list[str]:
-  """Returns the splits so that each comes after those that it is made from."""
-  done: list[str] = []
+  """Returns the splits in an order in which each comes after those it depends on."""
+  ordered: list[str] = []
 
   def visit(name: str) -> None:
     for other in read_splits(config, name):
-      if other not in done:
+      if other not in ordered:
         visit(other)
-    if name not in done:
-      done.append(name)
+    if name not in ordered:
+      ordered.append(name)
 
   for name in config.splits:
     visit(name)
-  return done
+  return ordered
 
 
 def is_drawn(config: Config, split: str) -> bool:
-  """Returns whether each training seed has rows of its own: a drawn rule, or a join with a split of
-  one.
-  """
+  """Returns whether each seed of a split has its own rows: by its rule or a joined split's."""
   joined = [split]
-  for name in joined:  # it grows; each split once, as there may be many ways to it
+  for name in joined:  # the list grows; each split is added once
     joined += [other for other in config.splits[name].of if other not in joined]
   return any(rule_of(config, name).drawn for name in joined)
 
 
 def seed_of(config: Config, split: str, other: str, seed: int) -> int:
-  """Returns the seed whose draw of another split counts for (split, seed): the same where it has
-  it, else its first.
+  """Returns the seed of the rows of split `other` on which (split, seed) depends.
 
-  A split that is not drawn itself (near, of the size of a random one) has one seed to go by: its
-  first.
+  It is the same seed if `other` has it, else the first seed of `other`. A split that is not drawn
+  has one file of rows, which uses its first seed.
   """
   seed = seed if is_drawn(config, split) else seeds(config, split)[0]
   return seed if seed in seeds(config, other) else seeds(config, other)[0]
 
 
 def draws(config: Config, split: str) -> list[int]:
-  """Returns the seeds of which a split has a file of rows each; one that is not drawn has one file:
-  its first seed.
-  """
+  """Returns the seeds for which a split has a file of rows: only the first if it is not drawn."""
   return list(seeds(config, split)) if is_drawn(config, split) else [seeds(config, split)[0]]
 
 
 def runs(config: Config) -> list[tuple[str, int]]:
-  """Returns every (split, seed) that the config trains, the first seeds of all splits first; of
-  vectors, none.
-  """
+  """Returns every (split, seed) to train, first seeds first; [] if the pool is vectors only."""
   if not has_own_images(config, POOL):
     return []
   pairs = [
@@ -268,7 +240,7 @@ def plain(block) -> dict:
 
 
 def pick(config: Config, names: Sequence[str]) -> dict:
-  """Returns {'train.seeds': value, ...} for dotted keys; a block counts with all that is in it."""
+  """Returns {'train.seeds': value, ...} for dotted keys; the value of a block is a plain dict."""
   picked = {}
   for name in names:
     value = config
@@ -279,5 +251,5 @@ def pick(config: Config, names: Sequence[str]) -> dict:
 
 
 def recipe(config: Config) -> list[str]:
-  """Returns the config keys of the recipe that count."""
+  """Returns the keys of RECIPE, and train.shuffle_window if train.order uses it."""
   return [*RECIPE, *(['train.shuffle_window'] if config.train.order != 'global' else [])]

@@ -1,6 +1,4 @@
-"""One experiment: a config, its work directory, and the embedder through which similarity is
-seen.
-"""
+"""One experiment: a config, its work directory, and the embedder that defines similarity."""
 
 from collections.abc import Callable
 import dataclasses
@@ -15,24 +13,22 @@ from clip_jax.experiment.graph import Graph
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Experiment:
-  """What every stage gets. embedder: one of config.embedders, '' for the main one.
+  """The argument of every stage.
 
-  The products of a further embedder lie in WORKDIR/embedders/<name>/, laid out as those of the main
-  one.
+  The products of a further embedder are in WORKDIR/embedders/<name>/, in the same folders as those
+  of the main embedder.
   """
 
   config: Config
   workdir: str
-  embedder: str = ''
+  embedder: str = ''  # a name in config.embedders; '': the main one
 
   @functools.cached_property
   def graph(self) -> Graph:
     return Graph(self.config)
 
   def under(self, embedder: str) -> 'Experiment':
-    """Returns the experiment as another embedder sees it, the same object each time; '' for the
-    main one.
-    """
+    """Returns this experiment with another embedder ('': the main one), always the same object."""
     if embedder not in self._views:
       view = Experiment(self.config, self.workdir, embedder)
       view.__dict__.update(graph=self.graph, _views=self._views)
@@ -48,7 +44,7 @@ class Experiment:
     return os.path.join(self.workdir, *parts)
 
   def home(self, *parts: str) -> str:
-    """Returns a path among the products of this embedder."""
+    """Returns a path in the folder of this embedder's products."""
     return self.path(*((EMBEDDERS, self.embedder) if self.embedder else ()), *parts)
 
   @property
@@ -57,22 +53,17 @@ class Experiment:
 
   @property
   def suffix(self) -> str:
-    """' (<name>)' of a further embedder, for what a stage prints."""
+    """' (<name>)' for a further embedder, to be appended to log lines; '' for the main one."""
     return f' ({self.embedder})' if self.embedder else ''
 
   def once(self, name: str, build: Callable[[], Any]) -> Any:
-    """Returns what `build` returns, built once a stage: a model, decoded images, what several
-    products share.
-    """
+    """Returns build(), which is called once per stage and name: for a model, or decoded images."""
     if name not in self._shared:
       self._shared[name] = build()
     return self._shared[name]
 
   def close(self) -> None:
-    """Drops what `once` keeps.
-
-    The pipeline calls it after each stage, so that memory is free for the next.
-    """
+    """Frees all objects of `once`. The pipeline calls it after each stage."""
     for view in self._views.values():
       view._shared.clear()
 

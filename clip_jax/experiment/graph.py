@@ -1,9 +1,20 @@
-"""The graph of products: every product of an experiment, the config keys that change it, and what
-it is made from.
+"""The graph of products: every product of an experiment, with its config keys and its inputs.
 
-Pure in the config and the listed source files. It never looks at the work directory: what is there
-is compared with it (core/products.py). One method makes one kind of product; `Graph.of` lists those
-of a stage in the order in which they are made. The studies beside the paper add theirs (studies/).
+    stage     product <- what it reads
+    ingest    index shard <- a source file; index <- its shards; summary <- index
+    embedder  embedder <- indexes of pool and anchor, or a file of weights
+    embed     embeddings of a shard <- its index shard, embedder
+    dedup     marks <- embeddings of the pool
+    search    search shard <- embeddings of a pool shard and of a target; queries <- search shards
+    prune     rows <- embeddings, marks, search shards; split, exports <- rows
+    train     run <- rows, indexes of pool and anchor
+    evaluate  result <- a run, index of a benchmark
+    report    page <- all finished products
+
+The graph depends on the config and on the list of source files, not on the work directory:
+core/products.py compares the two. Each method describes one kind of product and computes nothing;
+stages/ holds the functions that compute. `Graph.of` lists the products of a stage in the order in
+which they are made. The studies beside the paper add their own products (studies/).
 """
 
 from collections.abc import Callable
@@ -20,8 +31,8 @@ from clip_jax.experiment.shards import Shard, list_shards
 from clip_jax.models import embedders, weights
 from clip_jax.pruning import key_lists
 
-# Keys of a dataset block that say where its files are (a file of labels counts by its content), or
-# what is done with it later; all others change what its index holds.
+# Keys of a dataset block that do not change its index: where files are (labels_file counts by its
+# content), and what later stages do. All other keys are in the index's fingerprint.
 _NOT_IN_INDEX = (
   'path',
   'sources',
@@ -33,10 +44,10 @@ _NOT_IN_INDEX = (
   'any_norm',
   'images',
 )
-# Keys of config.dedup that change no mark: the vectors are inputs, the audit is a product of its
-# own.
+# Keys of config.dedup that are not in the marks' fingerprint: the embedder counts through the
+# embeddings, which are inputs, and the audit is another product.
 _NOT_IN_MARKS = ('embedder', 'audit_rows')
-# Keys that the page shows. What the runs were made with is in their own fingerprints.
+# Config keys that the page shows.
 _ON_PAGE = (
   'splits',
   'report',
@@ -55,28 +66,32 @@ _ON_PAGE = (
 WEIGHTS = 'the content of config.embedder.path'
 
 
-def _remembered(method: Callable) -> Callable:
-  """Makes a method answer from the graph's own memory: products read one another's many times."""
+def _cached(method: Callable) -> Callable:
+  """Caches a method's results in the graph: most products are inputs of many others."""
 
   @functools.wraps(method)
   def wrapper(self, *args):
     key = (method.__name__, *args)
-    if key not in self._memory:
-      self._memory[key] = method(self, *args)
-    return self._memory[key]
+    if key not in self._cache:
+      self._cache[key] = method(self, *args)
+    return self._cache[key]
 
   return wrapper
 
 
 class Graph:
-  """The products of one config. embedder: one of config.embedders, '' for the main one."""
+  """The products of one config.
+
+  Arguments of the methods: dataset, benchmark, split: their names in the config; embedder: a name
+  in config.embedders, '' for the main embedder (config.embedder).
+  """
 
   def __init__(self, config: Config):
     self.config = config
-    self._memory: dict[tuple, object] = {}
+    self._cache: dict[tuple, object] = {}
 
   def of(self, stage: str) -> list[Product]:
-    """Returns the products of a stage, those of further embedders after those of the main one."""
+    """Returns the products of a stage in order; those of further embedders come last."""
     lists = {
       'ingest': self._ingest,
       'embedder': self._embedders,
@@ -97,22 +112,20 @@ class Graph:
   # ------------------------------------------------------------------------------------------------
   # ingest
 
-  @_remembered
+  @_cached
   def shards(self, dataset: str) -> list[Shard]:
-    """The source files of a dataset. Raises InputError where its path matches nothing."""
+    """Returns the source shards of a dataset. Raises InputError if its path matches no file."""
     tars = [f'{tar.name}.tar' for tar in self.planted_tars()] if dataset == PLANTED else []
     return list_shards(blocks.datasets(self.config)[dataset], tars)
 
-  @_remembered
-  def drawn(self) -> Product:
-    """The tars of the drawn demo."""
+  @_cached
+  def demo_tars(self) -> Product:
+    """Returns the product that holds the demo's tars."""
     return Product('ingest/glyphs/tars', 'demo tars', keys=blocks.pick(self.config, ['glyphs']))
 
-  @_remembered
+  @_cached
   def planted_tars(self) -> list[Product]:
-    """The tars of planted copies, one for each shard of the benchmark that is copied; none where
-    nothing is planted.
-    """
+    """Returns the tars of planted copies, one for each shard of the benchmark that is copied."""
     name = self.config.planted.benchmark
     if not name:
       return []
@@ -129,9 +142,9 @@ class Graph:
       for i in range(len(self.shards(name)))
     ]
 
-  @_remembered
+  @_cached
   def index_shards(self, dataset: str) -> list[Product]:
-    """The index files of a dataset, one a shard."""
+    """Returns the index shards of a dataset, one for each source shard."""
     products = []
     for shard in self.shards(dataset):
       keys = {
@@ -142,7 +155,7 @@ class Graph:
       keys[f'{dataset}.needs_caption'] = dataset in blocks.TRAINED
       inputs, stamps = (), {}
       if shard.block.format == GLYPHS:
-        inputs, stamps = (self.drawn(),), {'file': shard.files[0].name}
+        inputs, stamps = (self.demo_tars(),), {'file': shard.files[0].name}
       elif shard.block.format == PLANTED:
         inputs = (self.planted_tars()[shard.number],)
       else:
@@ -160,9 +173,9 @@ class Graph:
       )
     return products
 
-  @_remembered
+  @_cached
   def index(self, dataset: str) -> Product:
-    """The whole index of a dataset: the loader's table over all its shards."""
+    """Returns the index of a dataset: the table of all its rows, which the loader reads."""
     return Product(
       f'ingest/{dataset}/index',
       'index',
@@ -172,7 +185,7 @@ class Graph:
     )
 
   def summary(self, dataset: str) -> Product:
-    """What the index of a dataset holds, in numbers."""
+    """Returns the summary of a dataset: the counts of its index."""
     return Product(
       f'ingest/{dataset}/summary',
       'summary',
@@ -182,14 +195,10 @@ class Graph:
     )
 
   def dataset(self, name: str) -> list[Product]:
-    """All that is made at ingest of one dataset, what is drawn for it first."""
-    drawn = (
-      [self.drawn()]
-      if any(part.format == GLYPHS for part in blocks.parts(self.config, name))
-      else []
-    )
+    """Returns the products of one dataset in stage ingest, generated tars first."""
+    has_glyphs = any(part.format == GLYPHS for part in blocks.parts(self.config, name))
     return [
-      *drawn,
+      *([self.demo_tars()] if has_glyphs else []),
       *(self.planted_tars() if name == PLANTED else []),
       *self.index_shards(name),
       self.index(name),
@@ -206,13 +215,11 @@ class Graph:
   # embedder, embed
 
   def embedder_block(self, embedder: str = '') -> Config:
-    """The block of an embedder."""
+    """Returns the config block of an embedder."""
     return self.config.embedders[embedder] if embedder else self.config.embedder
 
   def vector_shards(self, dataset: str) -> dict[int, Shard]:
-    """Number -> shard of those shards of a dataset that are vectors; none where it has images
-    only.
-    """
+    """Returns number -> shard of the dataset's shards that are vectors; {} if it is all images."""
     if blocks.has_own_images(self.config, dataset) and blocks.VECTORS not in {
       part.format for part in blocks.parts(self.config, dataset)
     }:
@@ -221,17 +228,16 @@ class Graph:
       shard.number: shard for shard in self.shards(dataset) if shard.block.format == blocks.VECTORS
     }
 
-  @_remembered
+  @_cached
   def embedder(self, embedder: str = '') -> Product:
-    """The embedder, frozen once it is made: samples that are added to the pool later do not make it
-    another one.
+    """Returns the embedder.
 
-    So it depends on the datasets' blocks and not on their files; embedder.json says what it was
-    made from. Weights count by their content, not by their path.
+    Its inputs are untracked: samples that are added to the pool later do not refit it.
+    embedder.json records what it was fitted on. Weights count by their content, not by their path.
     """
     block, name = self.embedder_block(embedder), _home(embedder) + 'embedder/embedder'
-    where = f'embedders.{embedder}' if embedder else 'embedder'
-    picked = lambda *keys: {f'{where}.{key}': blocks.plain(block[key]) for key in ('source', *keys)}
+    home = f'embedders.{embedder}' if embedder else 'embedder'
+    picked = lambda *keys: {f'{home}.{key}': blocks.plain(block[key]) for key in ('source', *keys)}
     if block.source == 'weights':
       return Product(
         name,
@@ -259,11 +265,11 @@ class Graph:
       self.embedder(name) for name in ('', *blocks.further_embedders(self.config, 'embedder'))
     ]
 
-  @_remembered
+  @_cached
   def embeddings(self, dataset: str, embedder: str = '') -> list[Product]:
-    """The embeddings of a dataset, one product a shard.
+    """Returns the embeddings of a dataset, one product for each shard.
 
-    Vectors from files are the same with any embedder.
+    Shards of vectors do not depend on the embedder.
     """
     vectors, folder = self.vector_shards(dataset), f'{_home(embedder)}embeddings/{dataset}'
     return [
@@ -271,11 +277,11 @@ class Graph:
         f'{folder}/{i:05d}',
         'vectors' if i in vectors else 'embeddings',
         (dataset, i),
-        inputs=(*([] if i in vectors else [self.embedder(embedder)]), part),
+        inputs=(*([] if i in vectors else [self.embedder(embedder)]), index_shard),
         embedder=embedder,
         batch=f'{folder}/embed',
       )
-      for i, part in enumerate(self.index_shards(dataset))
+      for i, index_shard in enumerate(self.index_shards(dataset))
     ]
 
   def _embed(self) -> list[Product]:
@@ -289,9 +295,9 @@ class Graph:
   # ------------------------------------------------------------------------------------------------
   # dedup
 
-  @_remembered
+  @_cached
   def marks(self) -> Product:
-    """Which pool rows are near-duplicates of others."""
+    """Returns the marks of de-duplication: for each pool row, whether it is kept."""
     config = self.config
     keys = {
       f'dedup.{key}': value
@@ -299,9 +305,9 @@ class Graph:
       if key not in _NOT_IN_MARKS
     }
     inputs = list(self.embeddings(POOL, config.dedup.embedder))
-    if blocks.has_anchor(config):  # which pool rows are anchor rows
+    if blocks.has_anchor(config):  # to find pool rows that are also anchor rows
       inputs += self.index_shards(ANCHOR)
-    if config.dedup.survivor == 'best':  # the text tower, too
+    if config.dedup.survivor == 'best':  # encodes the captions
       inputs.append(self.embedder(config.dedup.embedder))
     return Product('dedup/keep', 'marks', keys=keys, inputs=tuple(inputs))
 
@@ -311,9 +317,12 @@ class Graph:
   # ------------------------------------------------------------------------------------------------
   # search
 
-  @_remembered
+  @_cached
   def search_shards(self, target: str, embedder: str = '') -> list[Product]:
-    """The pool shards searched with a target: a benchmark, the anchor's classes, a reference."""
+    """Returns the search results of a target, one product for each pool shard.
+
+    target: a benchmark, a reference, or ANCHOR_CLASSES (the mean vectors of the anchor's classes).
+    """
     config, keys, at_least = self.config, {}, {}
     if target in config.references and blocks.is_prompts(config, target):
       keys = {
@@ -321,7 +330,7 @@ class Graph:
         for key in ('classes', 'templates')
       }
       reads = [self.embedder(embedder)]
-    elif target in config.references:  # it has no thresholds and no lists
+    elif target in config.references:  # needs neither thresholds nor neighbour lists
       reads = self.embeddings(target, embedder)
     else:
       keys = blocks.pick(
@@ -330,9 +339,7 @@ class Graph:
       reads = list(self.embeddings(ANCHOR, embedder)) if blocks.has_anchor(config) else []
       if target != ANCHOR_CLASSES:
         reads += self.embeddings(target, embedder)
-        at_least = {
-          'search.top_k': config.search.top_k
-        }  # longer lists begin with those that are asked for
+        at_least = {'search.top_k': config.search.top_k}  # longer lists start with the shorter ones
     home = _home(embedder)
     return [
       Product(
@@ -340,17 +347,17 @@ class Graph:
         'search shard',
         (target, i),
         keys,
-        (part, *reads),
+        (pool_shard, *reads),
         at_least=at_least,
         embedder=embedder,
         batch=f'{home}search/pass',
       )
-      for i, part in enumerate(self.embeddings(POOL, embedder))
+      for i, pool_shard in enumerate(self.embeddings(POOL, embedder))
     ]
 
-  @_remembered
+  @_cached
   def queries(self, benchmark: str, embedder: str = '') -> Product:
-    """The results of each query over the whole pool."""
+    """Returns the merged search results of a benchmark: each query over the whole pool."""
     keys = ['search.top_k', *(['search.recall_queries', 'search.seed'] if self._is_scann() else [])]
     home = _home(embedder)
     return Product(
@@ -364,19 +371,17 @@ class Graph:
       is_cheap=True,
     )
 
-  @_remembered
+  @_cached
   def anchor_lists(self, benchmark: str, k: int) -> Product:
-    """The k nearest anchor rows of each query, for splits of rule k_aligned."""
+    """Returns the k nearest anchor rows of each query (rule k_aligned)."""
     reads = (*self.embeddings(ANCHOR), *self.embeddings(benchmark))
     return Product(
       f'search/{benchmark}/anchor-k{k}', 'anchor lists', (benchmark, k), {'splits.k': k}, reads
     )
 
-  @_remembered
+  @_cached
   def pairs(self, benchmark: str, k: int) -> list[Product]:
-    """The pairs of queries and pool rows that are nearer than the k-th anchor row, one product a
-    pool shard.
-    """
+    """Returns the (query, pool row) pairs nearer than the k-th anchor row, one product a shard."""
     searched = zip(self.search_shards(benchmark), self.embeddings(POOL), strict=True)
     return [
       Product(
@@ -391,7 +396,7 @@ class Graph:
     ]
 
   def truncation(self, benchmark: str) -> Product:
-    """How many rows the published truncation misses of a benchmark."""
+    """Returns the count of rows that the published top-k truncation misses for a benchmark."""
     return Product(
       f'search/{benchmark}/paper',
       'truncation',
@@ -402,13 +407,13 @@ class Graph:
     )
 
   def sizes(self) -> Product:
-    """How many candidates are over each threshold, of every benchmark and of all together."""
+    """Returns the counts of candidates over each threshold, by benchmark and in total."""
     config, reads = self.config, []
     for name in config.benchmarks:
       reads += [*self.search_shards(name), self.queries(name)]
     if config.dedup.enabled:
       reads.append(self.marks())
-    elif blocks.has_anchor(config):  # which pool rows are anchor rows
+    elif blocks.has_anchor(config):  # to find pool rows that are also anchor rows
       reads += self.index_shards(ANCHOR)
     return Product(
       f'search/{SIZES}',
@@ -428,26 +433,29 @@ class Graph:
       for target in blocks.targets(config, embedder):
         products += self.search_shards(target, embedder)
       products += [self.queries(name, embedder) for name in config.benchmarks]
-    asked = {
+    k_aligned = {
       (name, split.k)
       for split in config.splits.values()
       if split.rule == 'k_aligned'
       for name in split.benchmarks
     }
-    for name, k in sorted(asked):
+    for name, k in sorted(k_aligned):
       products += [self.anchor_lists(name, k), *self.pairs(name, k)]
     if config.search.paper_top_k and blocks.has_anchor(config) and not self._is_scann():
       products += [self.truncation(name) for name in config.benchmarks]
-    if config.benchmarks and not self._is_scann():  # which does not score every row
+    if config.benchmarks and not self._is_scann():  # ScaNN does not score every row
       products.append(self.sizes())
     return products
 
   # ------------------------------------------------------------------------------------------------
   # prune
 
-  @_remembered
+  @_cached
   def rows(self, split: str, seed: int) -> Product:
-    """The rows on which (split, seed) trains. One that is not drawn has the same for each seed."""
+    """Returns the rows on which (split, seed) trains.
+
+    A drawn split (its rule samples rows at random) has one product per seed, any other split one.
+    """
     config, block, rule = self.config, self.config.splits[split], blocks.rule_of(self.config, split)
     keys = {f'splits.{key}': value for key, value in blocks.parameters(config, split).items()}
     keys |= {
@@ -458,16 +466,16 @@ class Graph:
       keys['draw'] = seed
     stamps = {}
     if 'file' in rule.needs:
-      del keys['splits.file']  # where it lies changes nothing
+      del keys['splits.file']  # the content counts, not the path
       keys |= blocks.pick(config, ['prune.export_key'])
       stamps['the listed file'] = self.listed_sha256(split)
     base = [name for name in blocks.trained(config) if name != PLANTED or rule.planted]
-    inputs = [part for name in base for part in self.embeddings(name)]
+    inputs = [shard for name in base for shard in self.embeddings(name)]
     if config.dedup.enabled:
       inputs.append(self.marks())
     if 'anchor_classes' in rule.needs and ANCHOR_CLASSES not in blocks.targets(config):
       raise ConfigError(
-        f"The split {split} needs the anchor's classes, and config.anchor has no labels. Give "
+        f"config.splits.{split} needs the anchor's classes, but config.anchor has no labels. Set "
         'config.anchor.label_key.'
       )
     for name in (
@@ -483,8 +491,8 @@ class Graph:
       self.rows(other, blocks.seed_of(config, split, other, seed))
       for other in blocks.read_splits(config, split)
     ]
-    # Thresholds are of the anchor's and the benchmark's embeddings alone, as the shards are: longer
-    # lists of neighbours leave the rows as they are.
+    # Untracked: a split reads only the thresholds of `queries`, which depend on the same embeddings
+    # as the search shards. A larger top_k changes `queries`, but not the rows.
     thresholds = tuple(self.queries(name) for name in block.benchmarks)
     return Product(
       rows_name(config, split, seed),
@@ -499,7 +507,7 @@ class Graph:
     )
 
   def split(self, split: str) -> Product:
-    """What is known of a split: split.json, and the figures of its queries."""
+    """Returns the description of a split: split.json, and counts for each query."""
     keys = blocks.pick(
       self.config,
       [
@@ -523,16 +531,14 @@ class Graph:
     )
 
   def export(self, split: str, seed: int, kind: str) -> Product:
-    """What a split is written as for other programs: a list of keys, or copies of its samples (and
-    their sizes).
-    """
+    """Returns an export of a split for other programs: a list of keys, or copies of its samples."""
     config = self.config
-    place = f'splits/{split}/export' + (f'/seed{seed}' if blocks.is_drawn(config, split) else '')
+    home = f'splits/{split}/export' + (f'/seed{seed}' if blocks.is_drawn(config, split) else '')
     rows = self.rows(split, seed)
     if kind in key_lists.LISTS:
       indexes = [self.index(name) for name in (POOL, ANCHOR) if name in blocks.datasets(config)]
       return Product(
-        f'{place}/{os.path.splitext(key_lists.LISTS[kind])[0]}',
+        f'{home}/{os.path.splitext(key_lists.LISTS[kind])[0]}',
         'list',
         (split, seed, kind),
         blocks.pick(config, ['prune.export_key']),
@@ -540,20 +546,21 @@ class Graph:
         is_cheap=True,
       )
     return Product(
-      f'{place}/{kind}/sizes',
+      f'{home}/{kind}/sizes',
       'copies',
       (split, seed, kind),
       inputs=(rows, *(part for name in blocks.trained(config) for part in self.index_shards(name))),
       is_cheap=True,
     )
 
-  @_remembered
+  @_cached
   def listed_sha256(self, split: str) -> str:
-    """The sha256 of the file that a split of the rule 'listed' names."""
+    """Returns the sha256 of the file of a split of rule 'listed'."""
     path = os.path.expanduser(self.config.splits[split].file)
     if not os.path.isfile(path):
       raise InputError(
-        f'config.splits.{split}.file={path!r} is not there. Give a .npy, .parquet or .txt of keys.'
+        f'config.splits.{split}.file={path!r} does not exist. Give a file of keys: .npy, .parquet '
+        'or .txt.'
       )
     return files.sha256(path)
 
@@ -573,9 +580,9 @@ class Graph:
   # ------------------------------------------------------------------------------------------------
   # train, evaluate
 
-  @_remembered
+  @_cached
   def run(self, split: str, seed: int) -> Product:
-    """One training run. Its keys are what changes the data it sees and the steps it takes."""
+    """Returns a training run. Its keys are those that change its data or its steps."""
     config = self.config
     keys = blocks.pick(
       config,
@@ -589,7 +596,7 @@ class Graph:
         *blocks.recipe(config),
       ],
     )
-    drawn = blocks.draws(config, split)
+    draws = blocks.draws(config, split)
     indexes = [
       self.index(name)
       for name in blocks.trained(config)
@@ -600,7 +607,7 @@ class Graph:
       'run',
       (split, seed),
       {**keys, 'seed': seed},
-      (self.rows(split, seed if seed in drawn else drawn[0]), *indexes),
+      (self.rows(split, seed if seed in draws else draws[0]), *indexes),
       version=2,
     )
 
@@ -608,7 +615,7 @@ class Graph:
     return [self.run(split, seed) for split, seed in blocks.runs(self.config)]
 
   def result(self, split: str, seed: int, benchmark: str) -> Product:
-    """The zero-shot scores of one run on one benchmark."""
+    """Returns the zero-shot scores of a run on a benchmark."""
     keys = [f'benchmarks.{benchmark}.{key}' for key in ('classes', 'templates', 'class_mask')]
     return Product(
       f'evaluate/{split}/seed{seed}/{benchmark}',
@@ -629,19 +636,16 @@ class Graph:
     ]
 
   def _report(self) -> list[Product]:
-    """The page.
-
-    It reads whatever is finished, so it is made again when a product is new or has changed.
-    """
+    """Returns the page. It reads all finished products, so it is made again after any change."""
     config = self.config
     keys = blocks.pick(config, [*_ON_PAGE, *blocks.recipe(config)]) | {
       'datasets': list(blocks.datasets(config))
     }
-    pictures = [
+    image_folders = [
       part.images for name in blocks.datasets(config) for part in blocks.parts(config, name)
     ]
-    if any(pictures):  # of vectors: they change no other product
-      keys['images'] = pictures
+    if any(image_folders):  # shown in galleries of vector datasets; no other product reads them
+      keys['images'] = image_folders
     return [Product('report/index', 'page', keys=keys, is_cheap=True, reads_all=True)]
 
 
@@ -650,14 +654,12 @@ def _home(embedder: str) -> str:
 
 
 def rows_name(config: Config, split: str, seed: int) -> str:
-  """Returns the product that holds the rows on which (split, seed) trains."""
+  """Returns the name of the product that holds the rows on which (split, seed) trains."""
   return f'splits/{split}/' + (f'rows-seed{seed}' if blocks.is_drawn(config, split) else 'rows')
 
 
 def weights_content(path: str) -> dict[str, str]:
-  """Returns the sha256 of a file of weights, of its further shards and of what is read beside
-  it.
-  """
+  """Returns description -> sha256 of a weights file, its shards and the files read beside it."""
   path = os.path.abspath(os.path.expanduser(path))
   parts = {WEIGHTS: path}
   if path.endswith('.index.json'):
@@ -676,6 +678,6 @@ def weights_content(path: str) -> dict[str, str]:
 
 @functools.cache
 def _sha256(path: str, size: int, mtime_ns: int) -> str:
-  """Weights may be gigabytes: they are hashed once a process, as long as size and time stay."""
-  del size, mtime_ns
+  """Returns the sha256 of a file; hashes it once per process unless its size or mtime changes."""
+  del size, mtime_ns  # parts of the cache key
   return files.sha256(path)

@@ -1,7 +1,4 @@
-"""The source files of a dataset as shards: what is listed before anything is read.
-
-Pure in the block and the files.
-"""
+"""Lists the source files of a dataset as shards. Depends on its block and the files alone."""
 
 from collections.abc import Mapping, Sequence
 import dataclasses
@@ -15,51 +12,49 @@ from clip_jax.core.types import Config
 from clip_jax.data import folder, formats, labels, listing, sources, storage, vector_index
 from clip_jax.experiment import blocks
 
-_BLOCK = 1 << 22  # bytes of a source file that are hashed at once
+_BLOCK_BYTES = 1 << 22  # of a source file, hashed at once
 
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-  """The part of a dataset that one index file describes: a tar, or up to 65,536 images of a
-  folder.
-  """
+  """The part of a dataset in one index file: a source file, or up to 65,536 images in a folder."""
 
   number: int
-  block: Config  # of the one source that it comes from (never a 'concat')
-  prefix: str  # 'name/' of that source in a concat, else ''
-  root: str  # the folder that relative paths start from
+  block: Config  # of its source (never a 'concat')
+  prefix: str  # 'name/' of the source in a concat, else ''
+  root: str  # the folder to which paths are relative
   files: tuple[storage.SourceFile, ...]
-  classes: tuple[str, ...]  # in label order: the config's, or those that the source itself names
-  labels: str = ''  # of a folder: a hash of what its images' labels depend on
-  labels_by: str = ''  # and in words how they are known
-  # Of vectors: the files that describe their rows.
+  classes: tuple[str, ...]  # in label order: from the config, else from the source
+  labels: str = ''  # format folder: hash of everything on which the labels depend
+  labels_by: str = ''  # format folder: where the labels come from, for the log
+  # Format embeddings: the files of keys, captions and columns beside the vectors.
   beside: Mapping[str, storage.SourceFile] = dataclasses.field(default_factory=dict)
 
   @property
   def format(self) -> str:
-    """The format of its files: what is drawn here lies in tars."""
+    """The format of its files; generated data are webdataset tars."""
     return (
       'webdataset' if self.block.format in (blocks.GLYPHS, blocks.PLANTED) else self.block.format
     )
 
   @property
   def name(self) -> str:
-    """What to call its file, wherever it lies on this machine; of a folder, keys are the files."""
+    """The file's name without the machine's path; './' for a folder, whose keys name the files."""
     return printable(
       self.prefix + ('./' if formats.get(self.format).rooted else self.files[0].name)
     )
 
   def at(self, workdir: str) -> 'Shard':
-    """Returns the shard with absolute paths: tars that are drawn here lie in the work directory."""
+    """Returns the shard with absolute paths: generated tars are in the work directory."""
     if self.block.format not in (blocks.GLYPHS, blocks.PLANTED):
       return self
-    here = tuple(
+    absolute = tuple(
       dataclasses.replace(file, path=os.path.join(workdir, file.path)) for file in self.files
     )
-    return dataclasses.replace(self, files=here)
+    return dataclasses.replace(self, files=absolute)
 
   def location(self) -> dict:
-    """Returns what the row table must know to read the samples again."""
+    """Returns the values that the row table needs to read the samples again."""
     path = '' if formats.get(self.format).rooted else self.files[0].path
     images = (
       {'images': os.path.expanduser(self.block.images)} if self.format == blocks.VECTORS else {}
@@ -73,15 +68,15 @@ class Shard:
     }
 
   def stamps(self, check_content: bool) -> dict[str, str]:
-    """Returns what the shard reads: name relative to its pattern, never a path of this machine ->
-    stamp.
+    """Returns source file -> stamp, for the fingerprint of the index shard.
 
-    A file counts by size and time, or with check_content by its sha256.
+    Names are relative to the pattern in the config, never paths of this machine. A stamp is size
+    and modification time, or with check_content the sha256. Several files share one stamp.
     """
     stamp = _sha256 if check_content else lambda file: file.stamp
     stamps = [f'{file.name} {stamp(file)}' for file in self.files]
-    more = {f'labels of {self.prefix}images': self.labels} if self.labels else {}
-    more |= {
+    further = {f'labels of {self.prefix}images': self.labels} if self.labels else {}
+    further |= {
       printable(f'{kind} of {self.prefix}{self.files[0].name}'): printable(
         f'{file.name} {stamp(file)}'
       )
@@ -89,33 +84,32 @@ class Shard:
     }
     first = self.prefix + self.files[0].name
     if len(stamps) == 1:
-      return {printable(f'source file {first}'): printable(stamps[0]), **more}
+      return {printable(f'source file {first}'): printable(stamps[0]), **further}
     digest = hashlib.sha256('\n'.join(stamps).encode('utf-8', 'surrogateescape')).hexdigest()
-    return {printable(f'{len(stamps)} source files from {first}'): digest, **more}
+    return {printable(f'{len(stamps)} source files from {first}'): digest, **further}
 
 
 def list_shards(block: Config, planted_tars: Sequence[str] = ()) -> list[Shard]:
-  """Returns the shards of a dataset, in order. Raises InputError where a path matches nothing.
+  """Returns the shards of a dataset, in order. Raises InputError if a path matches no file.
 
-  planted_tars: the files of the dataset of planted copies. What is drawn here counts by its
-  product, so that its tars are listed, relative to the work directory, whether they are there
-  already or not.
+  planted_tars: the tars of planted copies. Generated tars (demo, planted copies) are products: they
+  are listed relative to the work directory, whether they exist or not.
   """
   shards: list[Shard] = []
   for prefix, part in blocks.flatten(block):
-    drawn = {
+    generated = {
       blocks.GLYPHS: [f'ingest/{blocks.GLYPHS}/{part.path or blocks.POOL}-00000.tar'],
       blocks.PLANTED: planted_tars,
     }
-    form = 'webdataset' if part.format in drawn else part.format
+    form = 'webdataset' if part.format in generated else part.format
     listed = (
-      [storage.SourceFile(path, os.path.basename(path), 0, 0.0) for path in drawn[part.format]]
-      if part.format in drawn
+      [storage.SourceFile(path, os.path.basename(path), 0, 0.0) for path in generated[part.format]]
+      if part.format in generated
       else listing.list_files(part.format, os.path.expanduser(part.path))
     )
-    root, known = listing.root(form, part.path), _labels(part)
+    root, folder_labels = listing.root(form, part.path), _labels(part)
     classes = tuple(part.classes) or (
-      known.classes if known else _own_classes(part, form, listed[0])
+      folder_labels.classes if folder_labels else _source_classes(part, form, listed[0])
     )
     beside = (
       vector_index.companions(listed, os.path.expanduser(part.metadata))
@@ -124,18 +118,25 @@ def list_shards(block: Config, planted_tars: Sequence[str] = ()) -> list[Shard]:
     )
     size = formats.get(form).files_a_shard
     for start in range(0, len(listed), size):
-      some = tuple(listed[start : start + size])
-      by_labels = (_labels_hash(part, known, some), known.said) if known else ('', '')
+      shard_files = tuple(listed[start : start + size])
       shards.append(
-        Shard(len(shards), part, prefix, root, some, classes, *by_labels, beside[start])
+        Shard(
+          len(shards),
+          part,
+          prefix,
+          root,
+          shard_files,
+          classes,
+          _labels_hash(part, folder_labels, shard_files) if folder_labels else '',
+          folder_labels.said if folder_labels else '',
+          beside[start],
+        )
       )
   return shards
 
 
 def _labels(block: Config) -> labels.Labels | None:
-  """Returns what gives the labels of a folder's images; None where a key of the samples, or
-  nothing, does.
-  """
+  """Returns the labels of a folder's images; None for other formats, and if label_key is given."""
   if block.format != 'folder' or block.label_key:
     return None
   return labels.labels(
@@ -143,27 +144,27 @@ def _labels(block: Config) -> labels.Labels | None:
   )
 
 
-def _labels_hash(block: Config, known: labels.Labels, part: tuple[storage.SourceFile, ...]) -> str:
-  """Returns a hash of what the labels of these images depend on: a file's content, or their
-  folders' labels.
-  """
+def _labels_hash(
+  block: Config, folder_labels: labels.Labels, images: tuple[storage.SourceFile, ...]
+) -> str:
+  """Returns the sha256 of the labels file, or else of the labels of the images' folders."""
   if block.labels_file:
     return files.sha256(os.path.expanduser(block.labels_file))
   inside = folder.images_folder(listing.root('folder', block.path))
 
   def label(path: str) -> int | str | None:
     try:
-      return known.of(path)
+      return folder_labels.of(path)
     except labels.NoLabel as reason:
       return str(reason)
 
-  one_each = {folder.class_folder(file.name, inside): file.name for file in part}
-  by_folder = {name: label(path) for name, path in one_each.items()}
+  one_image = {folder.class_folder(file.name, inside): file.name for file in images}
+  by_folder = {name: label(path) for name, path in one_image.items()}
   return hashlib.sha256(config_lib.canonical(by_folder).encode()).hexdigest()
 
 
-def _own_classes(block: Config, form: str, first: storage.SourceFile) -> tuple[str, ...]:
-  """Returns the class names that a source keeps beside its samples, () where it has none."""
+def _source_classes(block: Config, form: str, first: storage.SourceFile) -> tuple[str, ...]:
+  """Returns the class names that the source files store, () if there are none."""
   if formats.get(form).rooted or not block.label_key:
     return ()
   return sources.classes(
@@ -174,11 +175,11 @@ def _own_classes(block: Config, form: str, first: storage.SourceFile) -> tuple[s
 @functools.cache
 def _sha256(file: storage.SourceFile) -> str:
   digest, source = hashlib.sha256(), storage.open_file(file.path)
-  for start in range(0, file.size, _BLOCK):
-    digest.update(source.read(start, min(_BLOCK, file.size - start)))
+  for start in range(0, file.size, _BLOCK_BYTES):
+    digest.update(source.read(start, min(_BLOCK_BYTES, file.size - start)))
   return digest.hexdigest()
 
 
 def printable(name: str) -> str:
-  """Returns a file's name, which may be any bytes, as text that can be written down."""
+  """Returns a file name as valid UTF-8 text; other bytes become backslash escapes."""
   return name.encode('utf-8', 'backslashreplace').decode()

@@ -1,8 +1,7 @@
-"""What stages read of a work directory: the only place, beside the graph's names, that spells its
-paths.
+"""Reads the files of a work directory. Only this file and graph.py know its paths.
 
-Functions open what is there; `is_*` tell whether it is, for the report, which reads what is
-finished. Everything that an embedder makes is that of the experiment's own embedder.
+x: the experiment; products of an embedder are those of x.embedder. The functions is_* and has_*
+return whether files exist: the report shows only what is finished.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,17 +22,15 @@ from clip_jax.experiment.base_rows import BaseRows
 from clip_jax.experiment.blocks import ANCHOR, POOL
 from clip_jax.experiment.experiment import Experiment
 
-LOCATIONS = 'files.json'  # in an index: where source files are on this machine; in no fingerprint
+LOCATIONS = 'files.json'  # in an index: paths of the source files on this machine, not a product
 
 
 @dataclasses.dataclass(frozen=True)
 class QueryResult:
-  """queries.npz: what the search found for each query of a benchmark; NaN and -1 for those not
-  searched.
-  """
+  """queries.npz: the search results of each query of a benchmark; NaN and -1 if not searched."""
 
-  anchor_similarity: Array  # [Q] float32: t_i, to the nearest anchor image; NaN without an anchor
-  anchor_nearest: Array  # [Q] int64: that image's index in the anchor
+  anchor_similarity: Array  # [Q] float32: t_i, to the nearest anchor row; NaN without an anchor
+  anchor_nearest: Array  # [Q] int64: that anchor row
   pool_similarity: Array  # [Q, k] float32, most similar first
   pool_nearest: Array  # [Q, k] int64: pool rows
   anchor_similarity_f64: Array  # [Q] float64: t_i, exact
@@ -47,18 +44,16 @@ class QueryResult:
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-  """search/sizes.npz: how many candidates are over each threshold, of each benchmark and, last, of
-  all together.
-  """
+  """search/sizes.npz: candidates over each of M thresholds, by benchmark; the last row is all."""
 
   edges: Array  # [M] float64: the thresholds
-  similarity_over: Array  # [G + 1, M] int64
-  excess_over: Array  # [G + 1, M] int64
-  excess_zero: Array  # [G + 1] int64: those that aligning drops, exact
-  has_excess: Array  # bool: False without an anchor, where the two above hold zeros
-  candidates: Array  # int64
+  similarity_over: Array  # [G + 1, M] int64: candidates with similarity over the threshold
+  excess_over: Array  # [G + 1, M] int64: candidates with excess over the threshold
+  excess_zero: Array  # [G + 1] int64: candidates with excess > 0, which gap_aligned drops; exact
+  has_excess: Array  # bool: False without an anchor; then the two arrays above are zero
+  candidates: Array  # int64: number of candidates
   benchmarks: Array  # [G] names
-  rows: Array  # int64: of the pool
+  rows: Array  # int64: number of pool rows
 
 
 def index_folder(x: Experiment, dataset: str) -> str:
@@ -66,7 +61,7 @@ def index_folder(x: Experiment, dataset: str) -> str:
 
 
 def is_ingested(x: Experiment, dataset: str) -> bool:
-  """Returns whether a dataset has its whole row table."""
+  """Returns whether the index of a dataset is complete."""
   return all(
     os.path.exists(os.path.join(index_folder(x, dataset), name))
     for name in ('table.npy', LOCATIONS)
@@ -74,24 +69,22 @@ def is_ingested(x: Experiment, dataset: str) -> bool:
 
 
 def source(x: Experiment, dataset: str) -> reader.Source:
-  """Opens a dataset that was ingested: a Grain random access source of its samples."""
+  """Opens an ingested dataset as a source of samples (core/types.py, Source)."""
   if not is_ingested(x, dataset):
     raise InputError(
-      f'{dataset} was not ingested yet in {x.workdir}: run without --stages, or add `ingest` to '
-      'them.'
+      f'{dataset} is not ingested yet in {x.workdir}. Run without --stages, or add `ingest` to '
+      '--stages.'
     )
   return x.once(f'source {dataset}', lambda: reader.Source(index_folder(x, dataset)))
 
 
 def base_source(x: Experiment, planted: bool = False) -> views.Concatenation:
-  """Opens the base set: the pool's rows, the anchor's, and with `planted` those of the planted
-  copies.
-  """
+  """Opens the base set: pool, anchor and, with `planted`, the planted copies."""
   return views.Concatenation([source(x, name) for name in _base_names(x, planted)])
 
 
 def base_rows(x: Experiment, planted: bool = True) -> BaseRows:
-  """Returns where each dataset's rows begin in the base set."""
+  """Returns the datasets of the base set and where their rows begin."""
   names = _base_names(x, planted)
   return BaseRows(tuple(names), tuple(len(source(x, name)) for name in names))
 
@@ -101,14 +94,12 @@ def _base_names(x: Experiment, planted: bool) -> list[str]:
 
 
 def class_names(x: Experiment, dataset: str) -> tuple[str, ...]:
-  """Returns a dataset's class names in label order: the config's, else those found at ingest."""
+  """Returns a dataset's class names in label order: from the config, else from its index."""
   return tuple(blocks.datasets(x.config)[dataset].classes) or tuple(source(x, dataset).classes)
 
 
 def vector_dims(x: Experiment, dataset: str) -> dict[int, int]:
-  """Returns shard -> E of those shards of an indexed dataset that are vectors, but for empty
-  ones.
-  """
+  """Returns shard -> E for the nonempty shards of an indexed dataset that are vectors."""
   dims = {
     shard: products.counts(x.workdir, x.graph.index_shards(dataset)[shard].name).get('dim', 0)
     for shard in x.graph.vector_shards(dataset)
@@ -135,10 +126,10 @@ def is_embedded(x: Experiment, dataset: str) -> bool:
 
 
 def embeddings(x: Experiment, dataset: str) -> Embeddings:
-  """Opens a dataset's embeddings. Raises InputError where a shard is missing."""
+  """Opens the embeddings of a dataset. Raises InputError if a shard is missing."""
   if not is_embedded(x, dataset):
     raise InputError(
-      f'{dataset} is not wholly embedded in {x.workdir}: run the stage `embed` first.'
+      f'The embeddings of {dataset} in {x.workdir} are incomplete. Run the stage `embed` first.'
     )
   folder = os.path.dirname(embeddings_path(x, dataset, 0))
   return x.once(
@@ -147,13 +138,11 @@ def embeddings(x: Experiment, dataset: str) -> Embeddings:
 
 
 def in_anchor(x: Experiment) -> Array:  # [N] bool
-  """Returns which pool rows are the same sample (file and offset) as an anchor row."""
+  """Returns which pool rows are also anchor rows: same file and offset."""
   pool = source(x, POOL)
-  return (
-    pool.same_samples(source(x, ANCHOR))
-    if blocks.has_anchor(x.config)
-    else np.zeros(len(pool), bool)
-  )
+  if not blocks.has_anchor(x.config):
+    return np.zeros(len(pool), bool)
+  return pool.same_samples(source(x, ANCHOR))
 
 
 def keep_path(x: Experiment) -> str:
@@ -161,20 +150,18 @@ def keep_path(x: Experiment) -> str:
 
 
 def has_candidates(x: Experiment) -> bool:
-  """Returns whether it is known which pool rows may be in a split."""
+  """Returns whether `candidates` can be computed: the pool is embedded and de-duplicated."""
   return is_embedded(x, POOL) and (not x.config.dedup.enabled or os.path.exists(keep_path(x)))
 
 
 def candidates(x: Experiment) -> Array:  # [N] bool
-  """Returns which pool rows may be in a split: usable, kept by de-duplication, and not an anchor
-  row too.
-  """
+  """Returns which pool rows may be in a split: usable, kept by de-duplication, no anchor row."""
   mask = embeddings(x, POOL).usable & ~in_anchor(x)
   return mask & np.load(keep_path(x)) if x.config.dedup.enabled else mask
 
 
 def dedup_audit(x: Experiment) -> dict:
-  """Returns what de-duplication overlooks, {} where that was not counted."""
+  """Returns the audit of de-duplication (the duplicates that it misses), {} if there is none."""
   return read_json(x, 'dedup', 'audit.json')
 
 
@@ -183,7 +170,7 @@ def search_path(x: Experiment, target: str, shard: int) -> str:
 
 
 def is_searched(x: Experiment, target: str) -> bool:
-  """Returns whether every pool shard was searched with a target."""
+  """Returns whether all pool shards have search results for a target."""
   return is_ingested(x, POOL) and all(
     os.path.exists(search_path(x, target, shard))
     for shard in range(len(source(x, POOL).starts) - 1)
@@ -191,14 +178,14 @@ def is_searched(x: Experiment, target: str) -> bool:
 
 
 def search_arrays(x: Experiment, target: str, shard: int, names: Sequence[str]) -> list[Array]:
-  """Returns some arrays of a shard's search; only they are read."""
+  """Returns the named arrays of a search shard; the others are not read."""
   path = search_path(x, target, shard)
   try:
     with np.load(path, allow_pickle=False) as arrays:
       return [arrays[name] for name in names]
   except FileNotFoundError:
     raise InputError(
-      f"The pool's shard {shard} was not searched with {target} yet in {x.workdir}: run the stage "
+      f'Pool shard {shard} has no search results for {target} in {x.workdir}. Run the stage '
       '`search` first.'
     ) from None
   except (ValueError, OSError, KeyError, EOFError, zipfile.BadZipFile) as error:
@@ -218,7 +205,7 @@ def queries_path(x: Experiment, benchmark: str) -> str:
 
 
 def query_result(x: Experiment, benchmark: str) -> QueryResult | None:
-  """Returns what the search found for a benchmark's queries, None before the search."""
+  """Returns the search results of a benchmark's queries, None before the search."""
   path = queries_path(x, benchmark)
   return QueryResult(**files.read_npz(path)) if os.path.exists(path) else None
 
@@ -227,11 +214,9 @@ def thresholds(x: Experiment, benchmark: str) -> tuple[Array, Array]:
   """Returns a benchmark's usable queries [q, E] float16 and their exact thresholds [q] float64."""
 
   def read():
-    embedded = embeddings(x, benchmark)
-    usable = embedded.usable
-    return embedded[:][usable], files.read_npz(queries_path(x, benchmark))['anchor_similarity_f64'][
-      usable
-    ]
+    vectors = embeddings(x, benchmark)
+    exact = files.read_npz(queries_path(x, benchmark))['anchor_similarity_f64']
+    return vectors[:][vectors.usable], exact[vectors.usable]
 
   return x.once(f'thresholds {benchmark}', read)
 
@@ -240,29 +225,30 @@ def cosine(
   x: Experiment,
   benchmark: str,
   dataset: str,
-  similarity: Array,  # [Q] of the stored vectors
-  nearest: Array,  # [Q] int64
+  similarity: Array,  # [Q] dot products of the stored vectors
+  nearest: Array,  # [Q] int64, rows of the dataset
 ) -> Array:
-  """Returns the similarities divided by both stored vectors' norms, [Q], NaN where there is none.
+  """Returns cosine similarities [Q] float64 between queries and rows; NaN where there is none.
 
-  A float16 vector's norm is off by up to 1e-3, which would blur a duplicate threshold.
+  The dot products are divided by both norms: a norm in float16 is off by up to 1e-3, which would
+  shift a duplicate threshold.
   """
-  out = np.full(len(similarity), np.nan)
-  has = np.flatnonzero(np.isfinite(similarity) & (nearest >= 0))
-  query = embeddings(x, benchmark).rows(has).astype(np.float64)
-  other = embeddings(x, dataset).rows(nearest[has]).astype(np.float64)
-  out[has] = similarity[has] / (np.linalg.norm(query, axis=1) * np.linalg.norm(other, axis=1))
-  return out
+  result = np.full(len(similarity), np.nan)
+  valid = np.flatnonzero(np.isfinite(similarity) & (nearest >= 0))
+  query = embeddings(x, benchmark).rows(valid).astype(np.float64)
+  row = embeddings(x, dataset).rows(nearest[valid]).astype(np.float64)
+  result[valid] = similarity[valid] / (np.linalg.norm(query, axis=1) * np.linalg.norm(row, axis=1))
+  return result
 
 
 def sizes(x: Experiment) -> Sizes | None:
-  """Returns how many candidates the rules would drop, None before that is counted."""
+  """Returns the counts of candidates over each threshold, None before they are counted."""
   path = x.path('search', f'{blocks.SIZES}.npz')
   return Sizes(**files.read_npz(path)) if os.path.exists(path) else None
 
 
 def truncation(x: Experiment, benchmark: str) -> dict:
-  """Returns what the published truncation misses of a benchmark, {} where that was not counted."""
+  """Returns what the published truncation misses for a benchmark, {} if that was not counted."""
   return read_json(x, 'search', benchmark, 'paper.json')
 
 
@@ -272,7 +258,7 @@ def rows_path(x: Experiment, split: str, seed: int) -> str:
 
 
 def pool_rows(x: Experiment, split: str, seed: int) -> Array:
-  """Returns the pool rows among those of (split, seed), sorted."""
+  """Returns the pool rows on which (split, seed) trains, sorted [n] int64."""
   rows = np.load(rows_path(x, split, seed))
   return rows[: np.searchsorted(rows, len(source(x, POOL)))]
 
@@ -283,13 +269,15 @@ def split_path(x: Experiment, split: str, name: str) -> str:
 
 
 def split_json(x: Experiment, split: str) -> dict:
-  """Returns what is known of a split, {} before it is made."""
+  """Returns the split.json of a split, {} before it is made."""
   return read_json(x, 'splits', split, 'split.json')
 
 
 def split_queries(x: Experiment, split: str, benchmark: str) -> dict[str, Array] | None:
-  """Returns how many rows that an aligned split removed are near each query (-1: not searched),
-  None before that.
+  """Returns the counts [Q] of rows that an aligned split removed around each query.
+
+  removed_over: over the query's threshold; removed_near: near it or over. -1: query not searched.
+  Returns None before the split is made.
   """
   path = split_path(x, split, f'queries-{benchmark}.npz')
   return files.read_npz(path) if os.path.exists(path) else None
@@ -310,39 +298,35 @@ def result_path(x: Experiment, split: str, seed: int, benchmark: str, ending: st
 def result(
   x: Experiment, split: str, seed: int, benchmark: str
 ) -> tuple[dict, dict[str, Array]] | None:
-  """Returns the scores of a run on a benchmark, and its answer for every image; None before it is
-  evaluated.
-  """
+  """Returns the scores of a run on a benchmark and its predictions; None before the evaluation."""
   scores, arrays = (result_path(x, split, seed, benchmark, ending) for ending in ('.json', '.npz'))
   is_evaluated = os.path.exists(scores) and os.path.exists(arrays)
   return (files.read_json(scores), files.read_npz(arrays)) if is_evaluated else None
 
 
 def skipped(x: Experiment, dataset: str) -> list[dict]:
-  """Returns the samples of a dataset that became no row: key and reason of each."""
+  """Returns the skipped samples of a dataset, each with its key and reason."""
   paths = sorted(epath.Path(index_folder(x, dataset)).glob('skipped-*.json'))
   return [sample for path in paths for sample in files.read_json(path)]
 
 
 def embedder_json(x: Experiment) -> dict:
-  """Returns what the embedder is, {} before it is made."""
+  """Returns the description of the embedder, {} before it is made."""
   return read_json(x, 'embedder', 'embedder.json')
 
 
 def versions(x: Experiment) -> dict:
-  """Returns the packages and devices of the last start, {} before there is one."""
+  """Returns the packages and devices of the last command, {} before the first."""
   return read_json(x, 'versions.json')
 
 
 def times(x: Experiment) -> dict:
-  """Returns the command of the last start, and the seconds of each stage in all starts; {} before a
-  stage ends.
-  """
+  """Returns the last command, and the seconds of each stage over all commands; {} if none ran."""
   return read_json(x, 'times.json')
 
 
 def read_json(x: Experiment, *parts: str) -> dict:
-  """Returns a JSON file of the work directory, {} where it is not there."""
+  """Returns a JSON file of the work directory, {} if it does not exist."""
   path = x.path(*parts)
   return files.read_json(path) if os.path.exists(path) else {}
 

@@ -146,7 +146,7 @@ def _begin(path: str, product: Product, folder: str) -> None:
   now = {
     'fingerprint': product.fingerprint,
     'keys': config_lib.plain(product.keys),
-    'inputs': product.read,
+    'inputs': product.dependencies,
   }
   if not os.path.exists(began):
     files.write_json(began, now)
