@@ -1,1 +1,1 @@
-"""The stages, one module each, with a table MAKERS {kind of product: the function that makes it}."""
+"""The stages, one module each; MAKERS maps a kind of product to the function that makes it."""

@@ -161,7 +161,7 @@ def embed_rows(
 ):
   """Embeds rows start..stop of a source; returns ([n, E] float16, usable [n] bool).
 
-  of: (dataset, shard). Raises InputError if the embedder gives NaN, so that no later stage reads it.
+  of: (dataset, shard). Raises InputError if the embedder gives NaN.
   """
   vectors_, usable = [], []
   size, train = x.embedder_block.batch_size, x.config.train
