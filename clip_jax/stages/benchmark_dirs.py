@@ -86,7 +86,7 @@ def format_of(name: str, path: str, headerless: bool = False) -> str:
     if not matches:
       raise ConfigError(f'config.benchmark_dirs: {name}={path!r} does not exist. Correct the path.')
     ending = os.path.splitext(matches[0])[1].lower()
-  known = {
+  by_ending = {
     '.npy': 'embeddings',
     '.npz': 'embeddings',
     '.tar': 'webdataset',
@@ -94,7 +94,7 @@ def format_of(name: str, path: str, headerless: bool = False) -> str:
     '.array_record': 'array_record',
     '.arrayrecord': 'array_record',
   }
-  format_ = known.get(ending) or (_inside(path) if is_folder else '')
+  format_ = by_ending.get(ending) or (_inside(path) if is_folder else '')
   if not format_ and headerless:
     return 'embeddings'
   if not format_:

@@ -62,13 +62,13 @@ def check(config: Config) -> None:
 
 def _top(config: Config) -> None:
   """Checks the top-level keys and all blocks except those of datasets and splits."""
-  known = defaults.get_config()
+  declared = defaults.get_config()
   check_keys.block(
     'config',
     config,
-    {name: Key({} if isinstance(value, ConfigDict) else value) for name, value in known.items()},
+    {name: Key({} if isinstance(value, ConfigDict) else value) for name, value in declared.items()},
   )
-  for name, value in known.items():
+  for name, value in declared.items():
     if isinstance(value, ConfigDict) and not isinstance(config[name], ConfigDict):
       raise ConfigError(f'config.{name} must be a block of keys, got {config[name]!r}.')
   for name, keys in defaults.BLOCKS.items():
@@ -78,9 +78,9 @@ def _top(config: Config) -> None:
     check_keys.block(f'config.embedders.{name}', block, defaults.EMBEDDER)
 
 
-def _dataset(name: str, block: Config, known: Mapping[str, Key]) -> None:
+def _dataset(name: str, block: Config, declared: Mapping[str, Key]) -> None:
   where = f'config.{name}'
-  check_keys.block(where, block, known)
+  check_keys.block(where, block, declared)
   names = (*formats.FORMATS, blocks.GLYPHS, 'concat')
   if not block.format:
     raise ConfigError(f'{where}.format is missing; choose one of {", ".join(names)}.')
@@ -102,7 +102,7 @@ def _dataset(name: str, block: Config, known: Mapping[str, Key]) -> None:
       f'--{where}.path=DIR.'
     )
   for key in NOT_VECTOR_KEYS if block.format == blocks.VECTORS else VECTOR_KEYS:
-    if block[key] != known[key].default:
+    if block[key] != declared[key].default:
       raise ConfigError(
         f'{where}.{key}={block[key]!r}: the format {block.format!r} does not read it. Remove it.'
       )
@@ -189,7 +189,9 @@ def _planted(config: Config) -> None:
 
 def _vectors(config: Config) -> None:
   """Checks that no embedder and no export needs images of a dataset that has vectors only."""
-  given = [name for name in blocks.datasets(config) if not blocks.has_own_images(config, name)]
+  vector_datasets = [
+    name for name in blocks.datasets(config) if not blocks.has_own_images(config, name)
+  ]
   source = config.embedder.source
   if source == 'files':
     for name, dataset in blocks.datasets(config).items():
@@ -201,13 +203,13 @@ def _vectors(config: Config) -> None:
           f'format {other[0]!r}. Give its vectors (format=embeddings), or the weights that made '
           'the other vectors: --config.embedder.source=weights.'
         )
-  elif given and source != 'weights':
+  elif vector_datasets and source != 'weights':
     raise ConfigError(
-      f'config.embedder.source={source}: {given[0]} holds vectors of another embedder (format '
-      'embeddings), which are not comparable. Use --config.embedder.source=files, or weights, '
-      'with the weights that made the vectors.'
+      f'config.embedder.source={source}: {vector_datasets[0]} holds vectors of another embedder '
+      '(format embeddings), which are not comparable. Use --config.embedder.source=files, or '
+      'weights, with the weights that made the vectors.'
     )
-  for name in given:
+  for name in vector_datasets:
     for prefix, block in blocks.flatten(blocks.datasets(config)[name]):
       if block.images and not keyed_images.is_there(block.images):
         flag = benchmark_dirs.flag(
@@ -216,7 +218,7 @@ def _vectors(config: Config) -> None:
         raise ConfigError(
           f'{flag}={block.images} is neither a folder of images nor tars. Correct or remove it.'
         )
-  if blocks.POOL in given:
+  if blocks.POOL in vector_datasets:
     for name, split in config.splits.items():
       if copies := [kind for kind in split.export if kind in ('webdataset', 'array_record')]:
         raise ConfigError(
@@ -356,6 +358,6 @@ def _training(config: Config) -> None:
     )
   if t.budget == 'epochs' and t.epochs <= 0:
     raise ConfigError(f'config.train.epochs={t.epochs} must be more than 0.')
-  known = [f'{split}/seed{seed}' for split, seed in blocks.runs(config)]
+  runs = [f'{split}/seed{seed}' for split, seed in blocks.runs(config)]
   for run in t.only:
-    check_keys.one_of('config.train.only', run, known)
+    check_keys.one_of('config.train.only', run, runs)

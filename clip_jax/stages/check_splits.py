@@ -17,15 +17,15 @@ KEY_FILES = ('.npy', '.parquet', '.txt')  # file types that the rule listed read
 def check(config: Config, name: str) -> None:
   """Raises ConfigError for the first invalid key of config.splits[name]."""
   block, where = config.splits[name], f'config.splits.{name}'
-  known = defaults.split_keys()
-  check_keys.block(where, block, known)
+  declared = defaults.split_keys()
+  check_keys.block(where, block, declared)
   check_keys.one_of(f'{where}.rule', block.rule, rules.RULES)
   rule = rules.RULES[block.rule]
-  for key in known:
+  for key in declared:
     reads = key in (*rule.keys, 'rule', 'seeds', 'export') or (
       key == 'append_anchor' and rule.append_anchor is None
     )
-    if not reads and block[key] != known[key].default:
+    if not reads and block[key] != declared[key].default:
       raise ConfigError(
         f'{where}.{key}={block[key]!r}: the rule {block.rule!r} does not read this key (it reads '
         f'{", ".join(rule.keys) or "none"}).'

@@ -221,6 +221,7 @@ class _Pairs:
     self._x, self._pool, self._assignment, self._product = x, pool, assignment, product
 
   def parts(self, name: str) -> '_Parts':
+    """Returns the saved files of the pass `name`."""
     return _Parts(self._x, self._product, name)
 
   def __call__(self, name: str, usable: Array, priority: Array | None) -> tuple[Array, Array]:
@@ -335,6 +336,7 @@ class _Parts:
       yield files.read_npz(self._path(self._next - 1))
 
   def add(self, **arrays: Array) -> None:
+    """Writes the next file of the pass."""
     files.write_npz(self._path(self._next), **arrays)
     self._next += 1
 

@@ -157,11 +157,17 @@ def _keys(x: Experiment, dataset: str, shard: int, rows) -> list[str]:
 
 
 def embed_rows(
-  x: Experiment, source, start: int, stop: int, model: models.Embedder, bar, of: tuple[str, int]
+  x: Experiment,
+  source,
+  start: int,
+  stop: int,
+  model: models.Embedder,
+  bar,
+  shard_id: tuple[str, int],
 ):
   """Embeds rows start..stop of a source; returns ([n, E] float16, usable [n] bool).
 
-  of: (dataset, shard). Raises InputError if the embedder gives NaN.
+  shard_id: (dataset, shard). Raises InputError if the embedder gives NaN.
   """
   vectors_, usable = [], []
   size, train = x.embedder_block.batch_size, x.config.train
@@ -179,9 +185,10 @@ def embed_rows(
     bad = ok & ~np.isfinite(batch).all(axis=1)
     if bad.any():
       row = int(rows[bad][0])
+      (key,) = _keys(x, *shard_id, [row - start])
       raise InputError(
-        f'The embedder gives NaN for the image {_keys(x, *of, [row - start])[0]} (row {row}), so '
-        'its weights are damaged. Make it again with --redo=embedder.'
+        f'The embedder gives NaN for the image {key} (row {row}), so its weights are damaged. Make '
+        'it again with --redo=embedder.'
       )
     norm = np.linalg.norm(batch, axis=1, keepdims=True)
     batch = np.where(ok[:, None], batch / np.where(norm > 0, norm, 1), 0)

@@ -40,14 +40,14 @@ def evaluate(x: Experiment, todo: list[Product]) -> Made:
     )
 
 
-def summarize(x: Experiment, made: list[Product]) -> None:
+def summarize(x: Experiment, new_products: list[Product]) -> None:
   """Logs the number of new results."""
   del x
   logging.info(
     'evaluate: %d results, %d models on %d benchmarks.',
-    len(made),
-    len({product.of[:2] for product in made}),
-    len({product.of[2] for product in made}),
+    len(new_products),
+    len({product.of[:2] for product in new_products}),
+    len({product.of[2] for product in new_products}),
   )
 
 

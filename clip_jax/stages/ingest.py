@@ -171,7 +171,7 @@ def _empty(x: Experiment, dataset: str, counts: dict) -> InputError:
   )
 
 
-def summarize(x: Experiment, todo: list[Product]) -> Made:
+def write_summary(x: Experiment, todo: list[Product]) -> Made:
   """Writes a dataset's summary.json and broken.csv, and logs its main numbers."""
   (dataset,) = todo[0].of
   folder = workdir.index_folder(x, dataset)
@@ -315,5 +315,5 @@ MAKERS = {
   'planted tar': draw_planted,
   'index shard': index_shards,
   'index': index,
-  'summary': summarize,
+  'summary': write_summary,
 }

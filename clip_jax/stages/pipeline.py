@@ -251,18 +251,18 @@ def _begin(x: Experiment, names: list[str]) -> None:
 
 def _run(x: Experiment, names: list[str], redo: str) -> None:
   """Makes the missing products of the stages and logs where the results are."""
-  start, made = time.monotonic(), []
+  start, new_products = time.monotonic(), []
   for stage in names:
     began = time.monotonic()
     interrupts.check()
-    if stage == 'report' and made:
+    if stage == 'report' and new_products:
       _versions(x)  # the report page shows them
-    made += _run_stage(x, stage, names)
+    new_products += _run_stage(x, stage, names)
     spent = time.monotonic() - began
     _add_time(x, stage, spent)
     if spent > 1:
       logging.info('%s took %s.', stage, progress.seconds(spent))
-  if not made and not redo:
+  if not new_products and not redo:
     logging.info('All products exist and match the config; nothing was done.')
   elif 'report' not in names:
     _versions(x)
@@ -282,12 +282,12 @@ def _run_stage(x: Experiment, stage: str, names: list[str]) -> list[Product]:
       if 'evaluate' in names:
         table.module('evaluate').check_benchmarks(x)
       table.module('train').check(x, todo, len(wanted))
-  made = []
+  new_products = []
   for batch in _batches(wanted):
-    made += products.make(x.workdir, batch, lambda missing: table.work(x, stage, missing))
+    new_products += products.make(x.workdir, batch, lambda missing: table.work(x, stage, missing))
   _log_waiting(x, stage, wanted)
-  if made and hasattr(table.module(stage), 'summarize'):
-    table.module(stage).summarize(x, made)
+  if new_products and hasattr(table.module(stage), 'summarize'):
+    table.module(stage).summarize(x, new_products)
   x.close()
   every = table.products_of(x, stage)  # a manifest also lists the runs of other commands
   for folder, parts in itertools.groupby(
@@ -295,7 +295,7 @@ def _run_stage(x: Experiment, stage: str, names: list[str]) -> list[Product]:
   ):
     home = f'{EMBEDDERS}/{folder}/' if folder else ''
     products.write_manifest(x.workdir, home + STAGES[stage], list(parts))
-  return made
+  return new_products
 
 
 def _check_disk(x: Experiment, stage: str) -> None:

@@ -145,7 +145,7 @@ class Base(PoolColumns):
       self.x.config.splits[split],
       blocks.rule_of(self.x.config, split),
     )
-    made, draws = [f'{product.name}.json'], {}
+    paths, draws = [f'{product.name}.json'], {}
     for seed in blocks.draws(config, split):
       name = self.x.graph.rows(split, seed).name
       rows = np.load(workdir.rows_path(self.x, split, seed))
@@ -182,7 +182,7 @@ class Base(PoolColumns):
       _refuse(split, checks)
       figures, more = self._aligned(split, first, os.path.dirname(product.name))
       about |= figures
-      made += more
+      paths += more
     elif rule.selects:
       dropped = np.zeros(len(self.pool), bool)
       dropped[self.removed(split, blocks.seeds(config, split)[0])] = True
@@ -190,14 +190,14 @@ class Base(PoolColumns):
         key: splits.shares(column, self.columns.candidates, dropped)
         for key, column in (('by_class', self.classes), ('by_domain', self.domain))
       }
-    files.write_json(self.x.path(made[0]), about)
-    return made
+    files.write_json(self.x.path(paths[0]), about)
+    return paths
 
   def _aligned(self, split: str, report: dict, folder: str) -> tuple[dict, list[str]]:
     """Returns the figures of an aligned split and the files written; `report` is its rule's."""
     block = self.x.config.splits[split]
     removed = self.removed(split, blocks.seeds(self.x.config, split)[0])
-    over, cosine, made = {}, {}, []
+    over, cosine, paths = {}, {}, []
     for name in block.benchmarks:
       usable = np.flatnonzero(workdir.embeddings(self.x, name).usable)
       counts = self._count_over(name, removed)
@@ -214,8 +214,8 @@ class Base(PoolColumns):
         ('anchor_cosine', cosine[name]),
       ):
         arrays[key][usable] = values
-      made.append(f'{folder}/queries-{name}.npz')
-      files.write_npz(self.x.path(made[-1]), **arrays)
+      paths.append(f'{folder}/queries-{name}.npz')
+      files.write_npz(self.x.path(paths[-1]), **arrays)
     duplicate = blocks.duplicate_similarity(self.x.config)
     figures = splits.describe_aligned(
       self.columns,
@@ -233,7 +233,7 @@ class Base(PoolColumns):
     figures['aligned_dropped'] = report.get('aligned_dropped', figures['dropped_at_slack']['0'])
     for warning in figures['warnings']:
       logging.warning('%s: %s.', split, warning)
-    return figures, made
+    return figures, paths
 
   @functools.lru_cache  # noqa: B019 (both live as long as the stage)
   def _dropped_at(self, benchmarks: tuple[str, ...]) -> dict[str, int]:
@@ -341,9 +341,9 @@ def _refuse(split: str, checks: dict[str, dict]) -> None:
       )
 
 
-def summarize(x: Experiment, made: list[Product]) -> None:
+def summarize(x: Experiment, new_products: list[Product]) -> None:
   """Logs the size of each split in one line."""
-  if not any(product.kind == 'split' for product in made):
+  if not any(product.kind == 'split' for product in new_products):
     return
   for split in x.config.splits:
     about = workdir.read_json(x, 'splits', split, 'split.json')

@@ -93,6 +93,7 @@ class PoolColumns:
 
   @functools.cached_property
   def domain(self) -> Array | None:
+    """Each pool row's value of config.pool.domain_column, [N]; None without that key."""
     name = self.x.config.pool.domain_column
     return self.source.column(name) if name else None
 
@@ -118,7 +119,7 @@ class PoolColumns:
     if blocks.is_prompts(self.x.config, reference):
       return nearest, list(self.x.config.references[reference].classes)
     names = list(workdir.class_names(self.x, reference))
-    # `nearest` is -1 for rows without one, so the appended last label is theirs.
+    # Rows without a nearest example hold -1, which reads the appended last label, -1.
     labels = np.append(workdir.source(self.x, reference).labels, -1)
     codes = labels[nearest]
     return np.where(codes < len(names), codes, -1), names

@@ -53,7 +53,8 @@ class Target:
   ids: Array  # [usable Q] int32: the number of each searched query in `nearest`
 
   @property
-  def limits(self) -> Array:  # [usable Q] float32
+  def limits(self) -> Array:
+    """The thresholds of the searched queries, [usable Q] float32; NaN without an anchor."""
     if self.thresholds is None:
       return np.full(len(self.ids), np.nan, np.float32)
     return self.thresholds[self.usable].astype(np.float32)
@@ -452,7 +453,7 @@ def _candidate_parts(x: Experiment, names: list[str]):
 # the summary
 
 
-def summarize(x: Experiment, made: list[Product]) -> None:
+def summarize(x: Experiment, new_products: list[Product]) -> None:
   """Logs the duplicate rates, the rows that splits would drop, and the next command."""
   config = x.config
   if (
@@ -464,7 +465,7 @@ def summarize(x: Experiment, made: list[Product]) -> None:
       'search: the sizes of splits are counted after de-duplication. Run the stage dedup, then '
       'search again (seconds).'
     )
-  if all(product.embedder for product in made):
+  if all(product.embedder for product in new_products):
     return
   duplicate = blocks.duplicate_similarity(config)
   rates = []
