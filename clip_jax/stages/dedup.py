@@ -276,12 +276,12 @@ def _priority(x: Experiment, pool, usable: Array, pairs: _Pairs) -> tuple[Array,
     return _similarities(x, pool, usable, source, pairs)
   if survivor == 'largest':
     width = source.column('width').astype(np.float64)
-    priority, noun = width * source.column('height'), 'image size'
+    priority, noun = width * source.column('height'), 'known image size'
   else:
     priority, noun = source.caption_lengths.astype(np.float64), 'caption'
   if not (priority[usable] > 0).any():
     raise InputError(
-      f'config.dedup.survivor={survivor!r}: no usable row of the pool has a known {noun} in the '
+      f'config.dedup.survivor={survivor!r}: no usable row of the pool has a {noun} in the '
       'index. Use --config.dedup.survivor=first.'
     )
   return np.nan_to_num(priority), usable
