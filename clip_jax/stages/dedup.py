@@ -34,9 +34,7 @@ from clip_jax.stages import models
 KEEP, DUPLICATE_OF, CENTERS = 'dedup/keep.npy', 'dedup/duplicate_of.npy', 'dedup/centers.npy'
 PRIORITY = 'dedup/priority.npy'
 STATE, PARTS = 'dedup/kmeans-state.npz', 'dedup/parts-'
-STATE_SHARE = (
-  0.02  # largest share of k-means time spent saving its state (1.6 GB for 400 million rows)
-)
+STATE_SHARE = 0.02  # largest share of k-means time for saving its state (1.6 GB for 400M rows)
 PART_SECS = 30.0  # seconds between two saved parts of the passes after k-means
 CAPTIONS = 16_384  # captions encoded between two saves
 

@@ -20,7 +20,7 @@ from clip_jax.models import clip, flops, text
 from clip_jax.stages import models
 from clip_jax.training import loop
 
-PACKING_SAVES = 0.15  # least share of a step's FLOPs saved for captions to be packed
+PACKING_SAVES = 0.15  # captions are packed if this share of a step's FLOPs is saved
 
 
 def fit(x: Experiment, folder: str, data, base, *, seed: int, samples: int, product: Product):

@@ -60,7 +60,7 @@ class Weights:
   dtype: str  # the towers compute in it
   folder: str  # of the tokenizer's files, if the tokenizer is not CLIP's
   step: int | None  # updates done; None: a weights file
-  description: str = ''  # of a weights file: its assumed model and preprocessing, and their sources
+  description: str = ''  # of a weights file: its model and preprocessing, and where they are named
 
 
 def architecture(config: Config):

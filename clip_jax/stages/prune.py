@@ -72,7 +72,7 @@ class Base(PoolColumns):
     )
     # Size without planted copies.
     self._size = len(self.pool) + (0 if self.anchor is None else len(self.anchor))
-    # benchmark -> rows removed by the last described split, and their counts for each query
+    # benchmark -> rows removed by its last split, and their counts for each query
     self._counted: dict[str, tuple[Array, Array]] = {}
 
   def keep(self, split: str, seed: int) -> rules.Kept:
@@ -315,7 +315,7 @@ class Base(PoolColumns):
   def _promise(self, split: str) -> splits.Promise:
     block, seed = self.x.config.splits[split], blocks.seeds(self.x.config, split)[0]
     k = block.k if block.rule == 'k_aligned' else 0
-    rows = np.load(workdir.rows_path(self.x, split, seed), mmap_mode='r')  # of all splits at once
+    rows = np.load(workdir.rows_path(self.x, split, seed), mmap_mode='r')  # all splits are held
     rows = rows[: np.searchsorted(rows, len(self.pool))] if k else rows
     slack = products.counts(self.x.workdir, self.x.graph.rows(split, seed).name).get(
       'slack', block.slack
