@@ -54,7 +54,7 @@ def _fit(x: Experiment, product: Product):
   if len(images) < 2:
     raise InputError(
       f'The embedder {block.source!r} needs at least 2 readable images to fit, but only '
-      f'{len(images)} of {len(rows)} images drawn from the pool and the anchor can be read.'
+      f'{len(images):,} of {len(rows):,} images drawn from the pool and the anchor can be read.'
     )
   path = x.path(product.name + '.npz')
   files.write_npz(path, **embedders.EMBEDDERS[block.source][0](images, block.dim))

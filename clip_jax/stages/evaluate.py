@@ -144,7 +144,7 @@ def check_labels(benchmark: str, label: Array, classes) -> None:
   if (label < 0).any() or (label >= len(classes)).any():
     bad = int(((label < 0) | (label >= len(classes))).sum())
     raise InputError(
-      f'{bad} of {len(label)} images of the benchmark {benchmark} have no label in its '
+      f'{bad:,} of {len(label):,} images of the benchmark {benchmark} have no label in its '
       f'{len(classes)} classes. Check label_key, classes and where.'
     )
   if len(np.unique(label)) < 2:

@@ -259,7 +259,7 @@ def draw_planted(x: Experiment, todo: list[Product]) -> Made:
       counts['samples'] for counts in tars.values()
     ):
       raise InputError(
-        f'config.planted.benchmark={name!r}: none of the {len(unreadable)} drawn images can be '
+        f'config.planted.benchmark={name!r}: none of the {len(unreadable):,} drawn images can be '
         'read, so there is no image to plant. Plant another benchmark.'
       )
     yield todo[number], [todo[number].name + '.tar'], counts
@@ -282,8 +282,8 @@ def _check_captions(name: str, classes: tuple[str, ...], labels: Array) -> None:
   bad = int(((labels < 0) | (labels >= len(classes))).sum())
   if bad:
     raise InputError(
-      f'config.planted.benchmark={name!r}: {bad} of {len(labels)} drawn images have no label in '
-      f'its {len(classes)} classes, so their copies have no caption. Check its label_key and '
+      f'config.planted.benchmark={name!r}: {bad:,} of {len(labels):,} drawn images have no label '
+      f'in its {len(classes)} classes, so their copies have no caption. Check its label_key and '
       'classes, or plant another benchmark.'
     )
 

@@ -414,7 +414,7 @@ class Embedder:
 
 
 def open_embedder(x: Experiment) -> Embedder:
-  """Opens the embedder of a work directory, whose source is not 'files'."""
+  """Opens the embedder of a work directory; its source must not be 'files'."""
   block = x.embedder_block
   if block.source in embedders.EMBEDDERS:
     params = files.read_npz(x.home('embedder', 'embedder.npz'))

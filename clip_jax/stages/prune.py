@@ -334,7 +334,7 @@ def _refuse(split: str, checks: dict[str, dict]) -> None:
   for benchmark, figures in checks.items():
     if figures.get('failures'):
       raise InputError(
-        f'{split} is not aligned to {benchmark}: {figures["failures"]} of {figures["checked"]} '
+        f'{split} is not aligned to {benchmark}: {figures["failures"]:,} of {figures["checked"]:,} '
         'checked queries have nearer neighbours than in the anchor, for example '
         f'{figures["first_failures"][0]}. The search results are of other embeddings; run '
         '--redo=search.'

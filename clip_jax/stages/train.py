@@ -30,8 +30,8 @@ def check(x: Experiment, todo: list[Product], number: int) -> None:
     size = len(np.load(workdir.rows_path(x, split, seed), mmap_mode='r'))
     if size < batch_size:
       raise InputError(
-        f'The split {split} has {size} rows, less than one batch ({batch_size}). Keep more rows, '
-        'or set a smaller --config.train.batch_size.'
+        f'The split {split} has {size:,} rows, less than one batch ({batch_size:,}). Keep more '
+        'rows, or set a smaller --config.train.batch_size.'
       )
   if len(todo) < number:
     logging.info('train: continuing; %d of %d runs are done.', number - len(todo), number)

@@ -62,7 +62,7 @@ def _calibration_name(embedder: str) -> str:
 
 
 def calibrate(x: Experiment, todo: list[Product]) -> Made:
-  """Measures the similarity of copies to their queries, and of the nearest other images."""
+  """Measures how similar the copies, and the nearest other images, are to their queries."""
   from clip_jax.evaluation import positive_control as control  # imports SciPy
 
   copies, source = workdir.embeddings(x, PLANTED), workdir.source(x, PLANTED)
