@@ -153,7 +153,7 @@ def test_what_is_broken_is_listed_with_its_file(tmp_path, capsys, monkeypatch):
   c.pool.path = f'{tmp_path}/data/1.tar'
   status, said = run(c, tmp_path / 'v', capsys, ['ingest'])
   assert (
-    status == 1 and 'pool is empty: `where`, `part`' in said and 'leave out 3 samples and' in said
+    status == 1 and 'pool is empty: `where`, `part`' in said and 'exclude 3 samples and' in said
   )
   assert '(1 bad json)' in said
   assert '0,1.tar,00002,bad json' in (tmp_path / 'v/ingest/pool/broken.csv').read_text()

@@ -570,7 +570,7 @@ def test_what_the_terminal_says_of_twenty_benchmarks(data, tmp_path, capsys, mon
   lines = said[said.index('search: 60') :].splitlines()
   assert lines[0] == 'search: 60 pool rows against 202 queries of 20 benchmarks.'
   assert lines[1].startswith(
-    'duplicates (similarity 0.9999 or more), queries with one in the pool / in the anchor: '
+    'queries with a duplicate (similarity 0.9999 or more) in the pool / in the anchor: '
   )
   assert (
     lines[2].startswith('gap-aligned would drop, of 60 candidates: ')

@@ -237,9 +237,7 @@ def test_exports_name_the_copies_or_refuse(data, prepared, capsys):
   assert sizes['planted-00000.tar'] == copies
   for kind in ('datacomp', 'clip_ood'):
     c.splits.control.export = (kind,)
-    with pytest.raises(
-      ConfigError, match=f"'{kind}' lists keys of the pool, which cannot name planted copies"
-    ):
+    with pytest.raises(ConfigError, match=f"'{kind}' lists keys of the pool only"):
       check.check(c)
 
 
@@ -372,7 +370,7 @@ def test_images_that_cannot_be_read_are_nothing_to_plant(data, tmp_path, capsys)
       "config.planted.kinds=('crop', 'jpg') names 'jpg', which is not known. Did you mean 'jpeg'?",
     ),
     ('caption_template', 'a photo', 'has no {} for the class name'),
-    ('benchmark', '', 'the rule planted needs copies to hold; give config.planted.benchmark'),
+    ('benchmark', '', 'the rule planted needs config.planted.benchmark'),
   ],
 )
 def test_a_wrong_key_is_said(data, key, value, said):
