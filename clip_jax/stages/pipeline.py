@@ -202,7 +202,7 @@ def _set_aside(x: Experiment, redo: str, names: set[str]) -> None:
 
 
 def _end_redo(x: Experiment, redo: str) -> None:
-  """Deletes the replaced files when every product of the config is made again."""
+  """Deletes the replaced files when every replaced product of the config exists again."""
   wanted = {product.name for product in table.everything(x)}
   missing = [
     name
@@ -319,6 +319,7 @@ def _batches(wanted: list[Product]) -> Iterator[list[Product]]:
 
 
 def _log_waiting(x: Experiment, stage: str, wanted: list[Product]) -> None:
+  """Logs the products that were skipped because their inputs are missing."""
   waiting = [
     product
     for product in wanted
