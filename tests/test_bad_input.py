@@ -38,7 +38,7 @@ def test_a_benchmark_of_one_class(data, tmp_path, capsys):
   c = config(data)
   c.benchmarks.squares.where.label = 1
   status, said = run(c, tmp_path / 'w', capsys)
-  assert status == 1 and "are of one class ('green')" in said
+  assert status == 1 and "one class ('green')" in said
 
 
 def test_a_benchmark_without_labels_is_told_before_anything_is_trained(data, tmp_path, capsys):
@@ -98,7 +98,7 @@ def test_broken_samples_are_counted_and_listed(data, tmp_path, capsys):
     and reasons['00044'] == 'no image'
     and 'truncated' in reasons.values()
   )
-  assert re.search(r'; [2-9] unreadable images in no split and no search', said)
+  assert re.search(r'; [2-9] unreadable images', said)
   usable = np.load(tmp_path / 'w/embeddings/pool/usable-00001.npy')
   assert 2 <= (~usable).sum() < len(usable)
   rows = np.load(tmp_path / 'w/splits/base/rows.npy')
@@ -268,4 +268,4 @@ def test_evaluate_needs_no_embedder(data, tmp_path, capsys):
     == 0
   )
   status, said = run(c, tmp_path / 'w', capsys)
-  assert status == 2 and "embedder.path='elsewhere.safetensors' is not there" in said
+  assert status == 2 and "embedder.path='elsewhere.safetensors'" in said

@@ -99,11 +99,11 @@ def test_the_template_decides_where_it_says_the_format(places):
     ('x=', "'x=' is not name=DIR"),
     ('=DIR', "'=DIR' is not name=DIR"),
     (',', "',' is not name=DIR"),
-    ('x={}/plain,x={}/npz', "two benchmarks named 'x'"),
-    ('x={}/nowhere', "nowhere' is not there"),
-    ('x={}/*.tar', 'is not there'),
-    ('x={}/empty', 'holds no .npy, .npz, .parquet'),
-    ('x={}/raw/x.bin', 'holds no .npy'),
+    ('x={}/plain,x={}/npz', "two benchmarks have the name 'x'"),
+    ('x={}/nowhere', "nowhere' does not exist"),
+    ('x={}/*.tar', 'does not exist'),
+    ('x={}/empty', 'no .npy, .npz, .parquet'),
+    ('x={}/raw/x.bin', 'no .npy'),
   ],
 )
 def test_what_cannot_be_read_is_a_sentence(places, dirs, said):

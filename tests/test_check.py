@@ -20,7 +20,7 @@ def test_the_shipped_configs_pass(monkeypatch):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     config = module.get_config(form)
-    with pytest.raises(ConfigError, match=r'config.pool.path is not given'):
+    with pytest.raises(ConfigError, match=r'config.pool.path'):
       check.check(config)
     config.pool.path = '/data/*.tar'
     check.check(config)
@@ -45,24 +45,24 @@ def test_the_shipped_configs_pass(monkeypatch):
     ({'dedup.threshold': 3.0}, 'dedup.threshold=3.0 must lie in'),
     ({'engine.name': 'ray'}, "engine.name='ray' is not known"),
     ({'pool.format': 'tarr'}, 'pool.format'),
-    ({'pool.format': 'webdataset'}, 'pool.path is not given'),
+    ({'pool.format': 'webdataset'}, 'config.pool.path'),
     ({'pool.path': 'poool'}, "Did you mean 'pool'"),
     ({'pool.part': (0.5, 0.5)}, 'pool.part'),
     ({'pool.group_pattern': '('}, 'not a regular expression'),
     ({'anchor.caption_template': 'a photo'}, 'no {} for the class name'),
-    ({'benchmarks.val.classes': ('zero',)}, 'has one class'),
+    ({'benchmarks.val.classes': ('zero',)}, 'classes has only one class'),
     ({'benchmarks.val.class_mask': ('zero', 'elevn')}, "Did you mean 'eleven'|elevn"),
     ({'benchmarks.val.templates': ('a digit',)}, 'templates'),
     ({'splits.base.rule': 'al'}, "Did you mean 'all'"),
-    ({'splits.base.slack': 0.1}, "the rule 'all' does not read it"),
+    ({'splits.base.slack': 0.1}, "slack=0.1: the rule 'all'"),
     ({'splits.near_75.benchmarks': ('handwritting',)}, "Did you mean 'handwriting'"),
     ({'splits.near_75.benchmarks': ()}, 'needs benchmarks='),
-    ({'splits.near_75.size': 0.0}, 'give size='),
+    ({'splits.near_75.size': 0.0}, 'size= '),
     ({'splits.near_75.size': 1.5}, 'whole number above 1'),
     ({'splits.near_75.size': float('nan')}, 'whole number above 1'),
     (
       {'splits.handwriting_matched.to': 'base'},
-      "must be a split that removes rows.*it is of rule 'all'",
+      "to='base' has the rule 'all'",
     ),
     ({'splits.handwriting_matched.to': ''}, 'needs to='),
     ({'splits.random_75.size': 0.0, 'splits.random_75.size_of': 'random_75'}, 'circular'),
@@ -113,11 +113,11 @@ def test_an_anchor_is_needed_where_a_rule_compares_with_it():
 def test_names_must_make_good_file_names():
   config = tiny.config()
   config.splits['a/x'] = defaults.split()
-  with pytest.raises(ConfigError, match='a name is letters'):
+  with pytest.raises(ConfigError, match='splits.a/x: a name'):
     check.check(config)
   config = tiny.config()
   config.benchmarks.pool = config.benchmarks.val
-  with pytest.raises(ConfigError, match='this name is taken'):
+  with pytest.raises(ConfigError, match='benchmarks.pool: this name'):
     check.check(config)
 
 
@@ -146,10 +146,10 @@ def test_a_resnet_has_no_patches_to_drop():
 @pytest.mark.parametrize(
   'block, said',
   [
-    ({'rule': 'gap_aligned', 'benchmarks': ('val', 'val')}, 'benchmarks=.* names one twice'),
+    ({'rule': 'gap_aligned', 'benchmarks': ('val', 'val')}, 'benchmarks=.* twice'),
     (
       {'rule': 'gap_aligned', 'benchmarks': ('val',), 'slack': 0.1, 'dose': 0.5},
-      'slack=0.1 and dose=0.5 each say',
+      'slack=0.1 and dose=0.5',
     ),
     (
       {'rule': 'gap_aligned', 'benchmarks': ('val',), 'quantile': 0.1, 'dose': 0.5},
@@ -165,37 +165,37 @@ def test_a_resnet_has_no_patches_to_drop():
     ({'rule': 'gap_aligned', 'benchmarks': ('val',), 'slack': 3.0}, 'slack=3.0 must lie in'),
     (
       {'rule': 'gap_aligned', 'benchmarks': ('val',), 'k': 2},
-      "k=2: the rule 'gap_aligned' does not read it",
+      "k=2: the rule 'gap_aligned'",
     ),
     (
       {'rule': 'near', 'benchmarks': ('val',), 'size': 0.5, 'dose': 0.5},
-      "dose=0.5: the rule 'near' does not read it",
+      "dose=0.5: the rule 'near'",
     ),
     ({'rule': 'k_aligned', 'benchmarks': ('val',), 'k': 0}, 'k=0 must be'),
     ({'rule': 'k_aligned', 'k': 2}, 'needs benchmarks='),
-    ({'rule': 'domain_removal', 'values': ('a',)}, 'give column= .* or reference='),
+    ({'rule': 'domain_removal', 'values': ('a',)}, 'column= .*reference='),
     (
       {'rule': 'domain_removal', 'column': 'domain', 'reference': 'x', 'values': ('a',)},
-      'one of the two',
+      'exactly one',
     ),
     (
       {'rule': 'domain_removal', 'column': 'domain'},
-      'values=.* must name what is dropped: values of the column',
+      'values=.*: values of the column',
     ),
-    ({'rule': 'domain_removal', 'column': 'domain', 'values': ('',)}, 'must name what is dropped'),
-    ({'rule': 'domain_removal', 'column': 'domain', 'values': (1, '1')}, 'names a value twice'),
+    ({'rule': 'domain_removal', 'column': 'domain', 'values': ('',)}, 'values=.* must name'),
+    ({'rule': 'domain_removal', 'column': 'domain', 'values': (1, '1')}, 'values=.* twice'),
     ({'rule': 'domain_removal', 'column': 'domian', 'values': ('a',)}, "Did you mean 'domain'"),
     (
       {'rule': 'domain_removal', 'reference': 'styles', 'values': ('a',)},
       "reference='styles' is not known",
     ),
     ({'rule': 'union', 'of': ('base',)}, 'must name two or more splits'),
-    ({'rule': 'union', 'of': ('base', 'base')}, 'of=.* names one twice'),
+    ({'rule': 'union', 'of': ('base', 'base')}, 'of=.* twice'),
     ({'rule': 'minus', 'of': ('base', 'near_57')}, "Did you mean 'near_75'"),
     ({'rule': 'intersection', 'of': ('base', 'mine')}, 'circular.*: mine -> mine'),
-    ({'rule': 'union', 'of': ('base', 'near_75'), 'slack': 0.1}, 'does not read it'),
-    ({'rule': 'matched', 'to': 'random_75'}, "it is of rule 'random'"),
-    ({'rule': 'matched', 'to': 'anchor_only'}, "it is of rule 'anchor'"),
+    ({'rule': 'union', 'of': ('base', 'near_75'), 'slack': 0.1}, 'slack=0.1: the rule'),
+    ({'rule': 'matched', 'to': 'random_75'}, "to='random_75' has the rule 'random'"),
+    ({'rule': 'matched', 'to': 'anchor_only'}, "to='anchor_only' has the rule 'anchor'"),
   ],
 )
 def test_mistakes_in_a_split(block, said):
@@ -254,5 +254,5 @@ def test_scann_is_refused_where_every_row_counts():
     for name in list(config.splits):
       del config.splits[name]
     config.splits.mine = defaults.split(benchmarks=('val',), **block)
-    with pytest.raises(ConfigError, match='needs every row.*--config.search.backend=exact'):
+    with pytest.raises(ConfigError, match='every row.*--config.search.backend=exact'):
       check.check(config)

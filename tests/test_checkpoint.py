@@ -83,20 +83,18 @@ def test_a_checkpoint_that_training_removes_while_it_is_read(tmp_path, monkeypat
   assert models.read(str(tmp_path / 'run')).step == 4
   with pytest.raises(InputError, match='00000000 is damaged'):  # it was named
     models.read(str(folder / '00000000'))
-  assert checkpoint._load_while_there(str(folder / '00000000'), '', lambda: False) is None
+  assert checkpoint._load_if_kept(str(folder / '00000000'), '', lambda: False) is None
   with pytest.raises(InputError, match='00000000 is damaged'):
-    checkpoint._load_while_there(str(folder / '00000000'), '', lambda: True)
+    checkpoint._load_if_kept(str(folder / '00000000'), '', lambda: True)
 
 
 def test_a_folder_of_weights_names_its_file(tmp_path):
   write_open_clip(tmp_path / 'a', CLIP)
-  with pytest.raises(InputError, match='Name the file, .*a/open_clip_model.safetensors'):
+  with pytest.raises(InputError, match='a/open_clip_model.safetensors'):
     models.read(str(tmp_path / 'a'))
 
 
 def test_a_file_of_weights_in_a_bucket():
   assert models.located('gs://b/run') == 'gs://b/run'
-  with pytest.raises(
-    ConfigError, match='gs://b/x.safetensors: a file of weights must be on this machine'
-  ):
+  with pytest.raises(ConfigError, match='gs://b/x.safetensors: .*on this machine'):
     models.located('gs://b/x.safetensors')

@@ -152,13 +152,13 @@ def test_a_file_that_nothing_names(tmp_path, monkeypatch):
     models.read(path)
   assert models.read(path, 'small-quickgelu').config.vision.activation == 'quick_gelu'
   assert models.read(path, 'large').params['visual']['positional_embedding'].shape == (17, 16)
-  with pytest.raises(InputError, match='visual.proj has shape .*By its shapes it can be small, '):
+  with pytest.raises(InputError, match='visual.proj has shape .*shapes fit small, '):
     models.read(path, 'other')
   with pytest.raises(ConfigError, match="No model is called 'smal'; the nearest names are small"):
     models.read(path, 'smal')
   assert models.read(path, 'small').preprocess == open_clip.default_preprocess(CLIP)
   path = blank(tmp_path, 'small', more=np.zeros(1, np.float32))
-  with pytest.raises(ConfigError, match='of no named model'):
+  with pytest.raises(ConfigError, match='no known model'):
     models.read(path)
   with pytest.raises(
     InputError, match='the file has more, not of the model. Is it another architecture.$'
@@ -190,22 +190,22 @@ def test_a_checkpoint_of_an_older_version(tmp_path):
     0, {'w': np.zeros(2, np.float32)}, None, {}, {'model': {'embed_dim': 8, 'vision_width': 16}}
   )
   writer.close()
-  with pytest.raises(InputError, match='made by an older version'):
+  with pytest.raises(InputError, match='older.* version'):
     models.read(str(tmp_path / 'c'))
-  with pytest.raises(ConfigError, match='leave --model out'):
+  with pytest.raises(ConfigError, match='--model'):
     models.read(str(tmp_path / 'c'), 'ViT-B-32')
 
 
 @pytest.mark.parametrize(
   'path, output, kind, match',
   [
-    (None, 'x', 'orbax', '--checkpoint is not given'),
-    ('c', None, 'orbax', '--output is not given'),
-    ('c', 'x', 'onnx', "--format='onnx' is not known; have open_clip, huggingface, orbax"),
+    (None, 'x', 'orbax', '--checkpoint is missing'),
+    ('c', None, 'orbax', '--output is missing'),
+    ('c', 'x', 'onnx', "--format='onnx' .*open_clip, huggingface, orbax"),
     ('c', 'x.bin', 'open_clip', 'must end in .safetensors'),
-    ('c', 'x.safetensors', 'orbax', 'makes a folder'),
+    ('c', 'x.safetensors', 'orbax', 'x.safetensors: --format=orbax'),
     ('c', 'gs://b/x', 'orbax', 'on this machine'),
-    ('none', 'x', 'orbax', 'is not there'),
+    ('none', 'x', 'orbax', '--checkpoint=.*none'),
     ('c', 'there', 'orbax', 'exists already'),
     ('c', 'there/x.safetensors', 'open_clip', 'open_clip_config.json exists already'),
   ],
@@ -230,7 +230,7 @@ def test_what_the_other_side_cannot_say_leaves_no_file(tmp_path):
 def test_a_disk_without_room_is_seen_before(kind, tmp_path, monkeypatch):
   path = write_open_clip(tmp_path / 'a')
   monkeypatch.setattr(files, 'free_bytes', lambda path: 1_000_000)
-  with pytest.raises(InputError, match='out/x.* takes 3.2 MB, and only 1.0 MB are free'):
+  with pytest.raises(InputError, match='out/x.* 3.2 MB.* 1.0 MB'):
     convert.run(
       path, str(tmp_path / f'out/x{"" if kind == "orbax" else ".safetensors"}'), kind, model=''
     )
@@ -254,7 +254,7 @@ def test_the_command():
     capture_output=True,
     check=False,
   )
-  assert said.returncode == 2 and said.stderr.startswith('Error: --checkpoint is not given')
+  assert said.returncode == 2 and said.stderr.startswith('Error: --checkpoint')
 
 
 def test_weights_as_the_embedder(tmp_path, capsys):
@@ -265,7 +265,7 @@ def test_weights_as_the_embedder(tmp_path, capsys):
   )
   work, stages = tmp_path / 'w', ['ingest', 'embedder', 'embed']
   status, said = run(c(path), work, capsys, stages)
-  assert status == 0 and 'Preprocessing by open_clip_config.json: squash' in said
+  assert status == 0 and 'open_clip_config.json: squash' in said
   about = json.loads((work / 'embedder/embedder.json').read_text())
   assert about['sha256'] == files.sha256(path) and about['file'] == 'open_clip_model.safetensors'
   assert about['image_size'] == 16 and about['embed_dim'] == 8 and about['mean'] == [0.5, 0.4, 0.3]
@@ -297,9 +297,9 @@ def test_weights_as_the_embedder(tmp_path, capsys):
   )
   assert run(c(path), work, capsys, stages, redo='embedder')[0] == 0
   for bad, match in (
-    (c(''), 'embedder.path is not given'),
-    (c('x.npz'), 'must be a file that ends in'),
-    (c('x.bin'), 'is not there'),
+    (c(''), 'embedder.path'),
+    (c('x.npz'), 'must end in'),
+    (c('x.bin'), 'x.bin'),
     (c(path, **{'embedder.name': 'ViT-B-31'}), 'ViT-B-32'),
   ):
     status, said = run(bad, work, capsys, stages)
@@ -339,5 +339,5 @@ def test_what_training_makes_can_be_written(tmp_path):
   for key in models.NUMBERS:
     c.model[key] = 0
   c.model.name = 'ViT-B-16-SigLIP'
-  with pytest.raises(ConfigError, match='tokens of timm/ViT-B-16-SigLIP'):
+  with pytest.raises(ConfigError, match='timm/ViT-B-16-SigLIP'):
     models.architecture(c)

@@ -643,7 +643,7 @@ def test_studies_are_shown_and_marked(pruned, tmp_path, blank_figures):
   assert len(table(folder, 'preview')) == len(c.splits) * len(c.benchmarks)
   assert 'removed under hog only' in page
   os.remove(copy(folder, tmp_path / 'copy') / 'splits/sensitivity.json')
-  assert 'not compared with those of other embedders yet' in compose(c, tmp_path / 'copy')[0]
+  assert 'not been compared with those of other embedders' in compose(c, tmp_path / 'copy')[0]
 
 
 def test_the_dose_curve_has_each_split_against_its_own_control(pruned, tmp_path, blank_figures):

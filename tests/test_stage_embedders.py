@@ -155,7 +155,7 @@ def test_only_what_is_used_is_run(world, tmp_path):
     'embedders/hog/embeddings/pool/00000'
     in products.read_sidecar(tmp_path / 'w', 'dedup/keep')['inputs']
   )
-  assert 'nothing uses same' in (tmp_path / 'w/log.txt').read_text()
+  assert 'same is unused' in (tmp_path / 'w/log.txt').read_text()
 
 
 def test_a_dry_run_plans_them_and_writes_nothing(world, tmp_path, capsys):
@@ -209,7 +209,7 @@ def test_redo_of_a_part_of_one(world, copy):
   'redo, why',
   [
     ('ingest:hog@pool', 'only embedder, embed and search'),
-    ('embed:hgo@pool', 'names nothing'),
+    ('embed:hgo@pool', 'embed:hgo@pool'),
     ('embed:hog@poool', 'Did you mean .embedders/hog/embeddings/pool'),
   ],
 )
@@ -251,7 +251,11 @@ def test_one_that_the_config_no_longer_has_is_left_alone(world, copy):
   before = made(copy, 'embedders')
   run(c, copy)
   assert made(copy, 'embedders') == before
-  left = [line for line in (copy / 'log.txt').read_text().splitlines() if 'Left alone' in line]
+  left = [
+    line
+    for line in (copy / 'log.txt').read_text().splitlines()
+    if 'Not used by this config' in line
+  ]
   assert len(left) == 1 and 'embedders/same' in left[0] and 'splits/base/preview' in left[0]
   assert 'embedders/hog' not in left[0] and 'splits/sensitivity' not in left[0]
 
@@ -338,18 +342,18 @@ def test_one_that_is_trained(world, tmp_path):
     ({'dedup.embedder': 'main'}, 'config.dedup.embedder'),
     (
       {'dedup.embedder': 'hog'},
-      r'dedup.threshold=0.0001 is for .*hog.*--config.prune.duplicate_similarity=0.95',
+      r'dedup.threshold=0.0001 .*hog.*--config.prune.duplicate_similarity=0.95',
     ),
     ({'prune.sensitivity': ('hog', 'hog')}, 'twice'),
     ({'prune.sensitivity': ('hog', 'none')}, "config.prune.sensitivity='none'"),
-    ({'search.backend': 'scann', 'search.min_recall': 0.9}, 'every'),
+    ({'search.backend': 'scann', 'search.min_recall': 0.9}, 'config.prune.sensitivity'),
     ({'embedders.hog.dim': 0}, r'config.embedders.hog.dim=0 must be more than 0'),
     ({'embedders.hog.source': 'hogg'}, "config.embedders.hog.source='hogg' is not known"),
     ({'embedders.hog.source': 'files'}, r'config.embedders.hog.source=files'),
-    ({'embedders.hog.source': 'weights'}, r'config.embedders.hog.path is not given'),
+    ({'embedders.hog.source': 'weights'}, r'config.embedders.hog.path'),
     (
       {'embedders.hog.source': 'weights', 'embedders.hog.path': 'x.bin'},
-      "config.embedders.hog.path='x.bin' is not",
+      "config.embedders.hog.path='x.bin'",
     ),
   ],
 )
@@ -365,7 +369,7 @@ def test_what_is_wrong_with_a_config_is_said(world, change, why):
 
 def test_names_that_make_no_folder_and_a_bare_dict(world):
   for name, block, why in (
-    ('a/b', defaults.embedder(), 'a name is letters'),
+    ('a/b', defaults.embedder(), 'a/b: a name'),
     ('-x', defaults.embedder(), 'a name'),
     ('x', 3, 'made by defaults.py'),
   ):

@@ -64,7 +64,7 @@ def test_every_export_names_the_split_and_comes_back_as_it(world, capsys, small)
   c.splits.half = defaults.split(rule='random', size=0.5, seeds=(0, 1), export=('datacomp',))
   status, said = run(c, w, capsys, PREPARE)
   assert status == 0, said
-  assert f'{w}/splits/base/export/uids.npy holds 60 keys; read back and checked' in said
+  assert f'{w}/splits/base/export/uids.npy holds 60 keys' in said
   assert f'{w}/splits/base/export/webdataset holds 72 samples in 4 files' in said
   there = w / 'splits/base/export'
   assert np.load(there / 'uids.npy').tolist() == sorted(
@@ -142,7 +142,7 @@ def test_a_list_with_repeats_strangers_and_rows_that_are_no_candidates(world, tm
   status, said = run(c, w, capsys, PREPARE)
   assert status == 0, said
   assert f"1 keys of subset.npy are not in the pool, for example '{uid(777)}'" in said
-  assert '2 samples have a number after their key' in said
+  assert '2 samples got a number after their key' in said
   assert np.load(w / 'splits/subset/rows.npy')[:5].tolist() == [3, 5, 5, 5, 50]
   assert len(np.load(w / 'splits/alike/rows-seed0.npy')) == 5 + 12
   about = json.loads((w / 'splits/subset/split.json').read_text())
@@ -199,11 +199,7 @@ def test_fewer_samples_leave_no_old_file(world, tmp_path, capsys, small):
   (folder / '.tmp-1-00009.tar').write_bytes(b'of a process that was killed')
   (folder / '00009.tar').write_bytes(b'of one that was killed before it wrote the sidecar')
   status, said = run(c, w, capsys, ['prune'])
-  assert (
-    status == 0
-    and '1 files in splits/some/export/webdataset do not belong to the split; they are removed'
-    in said
-  ), said
+  assert status == 0 and 'removed 1 files in splits/some/export/webdataset' in said, said
   assert sorted(name for name in os.listdir(folder) if not name.endswith('.json')) == [
     '00000.tar',
     '00001.tar',
@@ -236,13 +232,13 @@ def test_fewer_samples_leave_no_old_file(world, tmp_path, capsys, small):
     (
       lambda c, f: f.write_text('nothing\nof this'),
       1,
-      "None of the 2 keys in .* is in the pool, for example 'nothing'",
+      "None of the 2 keys in .* for example 'nothing'",
     ),
     (lambda c, f: f.write_bytes(b'\xff'), 1, 'not text in UTF-8'),
     (
       lambda c, f: c.prune.update(export_key='colour'),
       2,
-      "export_key='colour' must be in config.pool.columns",
+      "export_key='colour' .*config.pool.columns",
     ),
   ],
 )

@@ -140,7 +140,7 @@ def test_what_is_broken_is_listed_with_its_file(tmp_path, capsys, monkeypatch):
   monkeypatch.setattr(ingest, 'RATE_SECS', 0.0)
   said = _ingest(c, tmp_path / 'w', capsys)
   path = tmp_path / 'w/ingest/pool/broken.csv'
-  assert f'what cannot be used, and why: {path}' in said and re.search(
+  assert f'unusable samples and reasons: {path}' in said and re.search(
     r'8 samples, \d+\.\d kB, scanned in', said
   )
   assert path.read_text().splitlines() == [
@@ -153,12 +153,12 @@ def test_what_is_broken_is_listed_with_its_file(tmp_path, capsys, monkeypatch):
   c.pool.path = f'{tmp_path}/data/1.tar'
   status, said = run(c, tmp_path / 'v', capsys, ['ingest'])
   assert (
-    status == 1 and 'pool is empty: `where`, `part`' in said and 'leave out 3 samples and' in said
+    status == 1 and 'pool is empty: `where`, `part`' in said and 'exclude 3 samples and' in said
   )
-  assert 'cannot be used (1 bad json)' in said
+  assert '(1 bad json)' in said
   assert '0,1.tar,00002,bad json' in (tmp_path / 'v/ingest/pool/broken.csv').read_text()
   c = _pool(format='webdataset', path=f'{tmp_path}/data/0.tar')
-  assert 'what cannot be used' not in _ingest(c, tmp_path / 'u', capsys)
+  assert 'unusable samples' not in _ingest(c, tmp_path / 'u', capsys)
   assert (tmp_path / 'u/ingest/pool/broken.csv').exists()
 
 

@@ -67,7 +67,7 @@ def test_audit(audit, caplog):
   chains = about['chains']
   assert sum(int(size) * count for size, count in chains['sizes'].items()) >= 7
   assert chains['components'] == sum(chains['sizes'].values()) and chains['largest'] >= 3
-  assert 'dedup: audit of 60 sampled rows against all: ' in caplog.text
+  assert 'dedup: audit of 60 sampled rows against all rows: ' in caplog.text
   before = (audit.folder / 'dedup/keep.sidecar.json').read_bytes()
   assert (
     audit(**{'dedup.audit_rows': 20})['rows'] == 20

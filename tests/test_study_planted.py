@@ -237,9 +237,7 @@ def test_exports_name_the_copies_or_refuse(data, prepared, capsys):
   assert sizes['planted-00000.tar'] == copies
   for kind in ('datacomp', 'clip_ood'):
     c.splits.control.export = (kind,)
-    with pytest.raises(
-      ConfigError, match=f"'{kind}' lists keys of the pool, which cannot name planted copies"
-    ):
+    with pytest.raises(ConfigError, match=f"'{kind}' lists keys of the pool only"):
       check.check(c)
 
 
@@ -340,10 +338,10 @@ def test_images_without_a_label_cannot_be_captioned(data, tmp_path, capsys):
   c = config(data, split=False)
   c.benchmarks.squares.label_key = ''
   status, said = run(c, tmp_path / 'a', capsys, ['ingest'])
-  assert status == 1 and 'drawn images have no label among its 3 classes' in said
+  assert status == 1 and 'no label in its 3 classes' in said
   c.benchmarks.squares.classes = ()
   status, said = run(c, tmp_path / 'b', capsys, ['ingest'])
-  assert status == 2 and 'has no class names, so that copies cannot be captioned' in said
+  assert status == 2 and "'squares' has no class names" in said
 
 
 def test_images_that_cannot_be_read_are_nothing_to_plant(data, tmp_path, capsys):
@@ -372,7 +370,7 @@ def test_images_that_cannot_be_read_are_nothing_to_plant(data, tmp_path, capsys)
       "config.planted.kinds=('crop', 'jpg') names 'jpg', which is not known. Did you mean 'jpeg'?",
     ),
     ('caption_template', 'a photo', 'has no {} for the class name'),
-    ('benchmark', '', 'the rule planted needs copies to hold; give config.planted.benchmark'),
+    ('benchmark', '', 'the rule planted needs config.planted.benchmark'),
   ],
 )
 def test_a_wrong_key_is_said(data, key, value, said):

@@ -129,7 +129,7 @@ def test_no_class_at_all_is_said(world, tmp_path):
     },
   )
   c.benchmarks.squares.classes = ('x-ray', 'yacht', 'zebra')
-  with pytest.raises(InputError, match='prune.preview has nothing to learn'):
+  with pytest.raises(InputError, match='prune.preview'):
     run(c, tmp_path / 'w')
 
 
@@ -176,9 +176,9 @@ def test_the_section_says_what_is_missing(world, copy):
   assert [block.kind for block in page] == ['text', 'table'] and len(page[1].records) == 4
   (copy / 'splits/pruned/preview.json').unlink()
   page = preview.section(facts)[3]
-  assert len(page[1].records) == 3 and page[2].text == 'Not previewed: pruned.'
+  assert len(page[1].records) == 3 and page[2].text == 'Splits without a preview: pruned.'
   for split in c.splits:
     (copy / f'splits/{split}/preview.json').unlink(missing_ok=True)
-  assert preview.section(facts)[3] == [('The splits were not previewed yet.', 'prune')]
+  assert preview.section(facts)[3] == [('The splits have no preview.', 'prune')]
   c.prune.preview = ''
   assert preview.section(facts) is None

@@ -163,5 +163,5 @@ def test_the_section_has_a_line_for_each_split_and_embedder_and_shows_the_rows_t
   assert len(sensitivity.section(facts)[3]) == 1
   facts.x = Experiment(c, str(tmp_path))
   assert sensitivity.section(facts)[3] == [
-    ('The splits were not compared with those of other embedders yet.', 'prune')
+    ('The splits have not been compared with those of other embedders.', 'prune')
   ]

@@ -1,3 +1,1 @@
-"""One file a stage: a table {kind of product: function}, each function as a paragraph of the
-method.
-"""
+"""The stages, one module each; MAKERS maps a kind of product to the function that makes it."""

@@ -1,8 +1,8 @@
-"""config.benchmark_dirs: more benchmarks, named on the command line, where no keys can be added to
-a config.
+"""Adds the benchmarks of config.benchmark_dirs to a config.
 
-'name=DIR,other=DIR' makes config.benchmarks.name and config.benchmarks.other, each like
-config.benchmark_template; what lies in DIR says the format, where the template does not.
+A command line cannot add keys to a config, but it can set this one. 'name=DIR,other=DIR' makes
+config.benchmarks.name and config.benchmarks.other, each a copy of config.benchmark_template. If the
+template has no format, the files in DIR determine it.
 """
 
 import copy
@@ -20,40 +20,39 @@ FORMATS = (
   'webdataset',
   'parquet',
   'array_record',
-)  # told by their files; folders by their images
+)  # recognised by their files; 'folder' is recognised by its images
 
 
 def resolve(config: Config) -> Config:
-  """Returns a config with the benchmarks of config.benchmark_dirs; the same one where there are
-  none.
+  """Returns the config plus the benchmarks of config.benchmark_dirs; unchanged if it is empty.
 
-  Raises ConfigError for a part without '=', a name that is there already, a DIR in which nothing is
-  known.
+  Raises ConfigError for a part without '=', a repeated name, or a DIR of an unknown format.
   """
   if not config.benchmark_dirs.strip():
     return config
-  found = config.copy_and_resolve_references()  # it may be locked
-  found.unlock()
+  resolved = config.copy_and_resolve_references()  # a copy, because the config may be locked
+  resolved.unlock()
   for part in _parts(config.benchmark_dirs):
     name, equals, path = (text.strip() for text in part.partition('='))
     if not equals or not name or not path:
       raise ConfigError(
         f'config.benchmark_dirs: {part.strip()!r} is not name=DIR. Write {EXAMPLE}.'
       )
-    if name in found.benchmarks:
+    if name in resolved.benchmarks:
       raise ConfigError(
-        f'config.benchmark_dirs: there are two benchmarks named {name!r}. Give each its own name.'
+        f'config.benchmark_dirs: two benchmarks have the name {name!r}. Rename one of them.'
       )
-    block = copy.deepcopy(found.benchmark_template)
+    block = copy.deepcopy(resolved.benchmark_template)
     block.path = os.path.expanduser(path)
     block.format = block.format or format_of(name, block.path, bool(block.vector_dim))
-    found.benchmarks[name] = block
-  return found
+    resolved.benchmarks[name] = block
+  return resolved
 
 
 def flag(config: Config, dataset: str, key: str) -> str:
-  """Returns the flag that sets a key of a dataset; a benchmark of benchmark_dirs has it from the
-  template.
+  """Returns the flag that sets a key of a dataset.
+
+  For a benchmark of benchmark_dirs it is a flag of the template.
   """
   if any(part.partition('=')[0].strip() == dataset for part in _parts(config.benchmark_dirs)):
     return f'--config.benchmark_template.{key}'
@@ -64,29 +63,30 @@ def flag(config: Config, dataset: str, key: str) -> str:
 
 
 def _parts(text: str) -> list[str]:
-  """Returns the parts between commas; a comma that no 'name=' follows belongs to a path, as in
-  '{a,b}/*.npy'.
+  """Returns the parts, separated by commas that a 'name=' follows.
+
+  Other commas belong to a path, such as '{a,b}/*.npy'.
   """
   parts = re.split(r',(?=\s*[A-Za-z0-9_-]+\s*=)', text.rstrip(' ,') or text)
   return [part for part in parts if part.strip(' ,')] or [text]
 
 
 def format_of(name: str, path: str, headerless: bool = False) -> str:
-  """Returns the format of a benchmark by what lies at a path: vectors, tars, or images in folders.
+  """Returns the format of the files at a path: vectors, tars, parquet, array records or images.
 
-  headerless: files of an unknown ending are vectors, too. Raises ConfigError where nothing is known
-  there.
+  headerless: files of an unknown ending are vectors. Raises ConfigError for no file or an unknown
+  format.
   """
   ending, is_folder = os.path.splitext(path.partition('?')[0])[1].lower(), True
   if not storage.is_remote(path) and not os.path.isdir(path):
     is_folder = False
-    found = sorted(
+    matches = sorted(
       file for part in listing.expanded(path) for file in glob.glob(part, recursive=True)
     )
-    if not found:
-      raise ConfigError(f'config.benchmark_dirs: {name}={path!r} is not there. Correct the path.')
-    ending = os.path.splitext(found[0])[1].lower()
-  known = {
+    if not matches:
+      raise ConfigError(f'config.benchmark_dirs: {name}={path!r} does not exist. Correct the path.')
+    ending = os.path.splitext(matches[0])[1].lower()
+  by_ending = {
     '.npy': 'embeddings',
     '.npz': 'embeddings',
     '.tar': 'webdataset',
@@ -94,15 +94,13 @@ def format_of(name: str, path: str, headerless: bool = False) -> str:
     '.array_record': 'array_record',
     '.arrayrecord': 'array_record',
   }
-  format_ = known.get(ending) or (_inside(path) if is_folder else '')
+  format_ = by_ending.get(ending) or (_inside(path) if is_folder else '')
   if not format_ and headerless:
     return 'embeddings'
   if not format_:
     raise ConfigError(
-      f'config.benchmark_dirs: {name}={path!r} holds no .npy, .npz, .parquet, .tar or '
-      '.array_record '
-      'file, and no folder of images. Correct the path, or say what it is in '
-      '--config.benchmark_template.format.'
+      f'config.benchmark_dirs: {name}={path!r} has no .npy, .npz, .parquet, .tar or .array_record '
+      'file and no folder of images. Correct the path, or set --config.benchmark_template.format.'
     )
   if format_ == 'parquet':
     first = listing.list_files('parquet', path)[0].path
@@ -111,13 +109,13 @@ def format_of(name: str, path: str, headerless: bool = False) -> str:
 
 
 def _inside(path: str) -> str:
-  """Returns the format of what a folder holds, '' where it is none."""
+  """Returns the format of a folder's files; '' if it is unknown."""
   for format_ in FORMATS:
     try:
       first = listing.list_files(format_, path)[0].path
     except listing.NoFiles:
       continue
-    # A folder of parquet files is listed as vectors, too: what is in them says which they are.
+    # Parquet files are listed under both formats; format_of looks at their columns.
     return 'parquet' if first.endswith('.parquet') else format_
   if not storage.is_remote(path) and os.path.isdir(path) and next(folder.paths(path), None):
     return 'folder'

@@ -1,5 +1,6 @@
-"""Checks a config before any work: every name, number and reference, with the nearest valid one in
-the message.
+"""Checks every name, number and reference of a config before any work.
+
+A message about an unknown name suggests the nearest valid one.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,8 +20,7 @@ from clip_jax.models import weights, zoo
 from clip_jax.stages import benchmark_dirs, check_keys, check_splits, models
 
 LISTS_OF_POOL = ('datacomp', 'clip_ood')  # exports that name the pool's samples only
-# Keys that only a dataset of format 'embeddings' reads, and those that it does not: vectors come
-# with no image.
+# Keys that only a dataset of format 'embeddings' reads, and image keys that it does not read.
 VECTOR_KEYS = ('metadata', 'vector_key', 'vector_dim', 'any_norm', 'images')
 NOT_VECTOR_KEYS = (
   'image_key',
@@ -33,7 +33,7 @@ NOT_VECTOR_KEYS = (
 
 
 def check(config: Config) -> None:
-  """Raises ConfigError for the first thing in the config that cannot work."""
+  """Raises ConfigError for the first invalid value of the config."""
   _top(config)
   _dataset('pool', config.pool, defaults.DATASET)
   if blocks.has_anchor(config):
@@ -41,7 +41,7 @@ def check(config: Config) -> None:
   for name, block in config.benchmarks.items():
     check_keys.valid_name('benchmarks', name)
     if name in blocks.RESERVED:
-      raise ConfigError(f'config.benchmarks.{name}: this name is taken; choose another.')
+      raise ConfigError(f'config.benchmarks.{name}: this name is reserved; choose another.')
     _dataset(f'benchmarks.{name}', block, defaults.BENCHMARK)
     _benchmark(f'config.benchmarks.{name}', block)
   for name in config.references:
@@ -61,14 +61,14 @@ def check(config: Config) -> None:
 
 
 def _top(config: Config) -> None:
-  """The keys of the config itself, and all blocks but those of datasets and splits."""
-  known = defaults.get_config()
+  """Checks the top-level keys and all blocks except those of datasets and splits."""
+  declared = defaults.get_config()
   check_keys.block(
     'config',
     config,
-    {name: Key({} if isinstance(value, ConfigDict) else value) for name, value in known.items()},
+    {name: Key({} if isinstance(value, ConfigDict) else value) for name, value in declared.items()},
   )
-  for name, value in known.items():
+  for name, value in declared.items():
     if isinstance(value, ConfigDict) and not isinstance(config[name], ConfigDict):
       raise ConfigError(f'config.{name} must be a block of keys, got {config[name]!r}.')
   for name, keys in defaults.BLOCKS.items():
@@ -78,17 +78,17 @@ def _top(config: Config) -> None:
     check_keys.block(f'config.embedders.{name}', block, defaults.EMBEDDER)
 
 
-def _dataset(name: str, block: Config, known: Mapping[str, Key]) -> None:
+def _dataset(name: str, block: Config, declared: Mapping[str, Key]) -> None:
   where = f'config.{name}'
-  check_keys.block(where, block, known)
+  check_keys.block(where, block, declared)
   names = (*formats.FORMATS, blocks.GLYPHS, 'concat')
   if not block.format:
-    raise ConfigError(f'{where}.format is not given; have {", ".join(names)}.')
+    raise ConfigError(f'{where}.format is missing; choose one of {", ".join(names)}.')
   check_keys.one_of(f'{where}.format', block.format, names)
   if block.format == 'concat':
     if not block.sources:
       raise ConfigError(
-        f'{where}.sources is empty: format "concat" joins sources=dict(name=dataset(...)).'
+        f'{where}.sources is empty: give sources=dict(name=dataset(...)) for format "concat".'
       )
     for key, part in block.sources.items():
       _dataset(f'{name}.sources.{key}', part, defaults.DATASET)
@@ -98,31 +98,31 @@ def _dataset(name: str, block: Config, known: Mapping[str, Key]) -> None:
     check_keys.one_of(f'{where}.path', block.path or blocks.POOL, glyphs.SETS)
   elif not block.path:
     raise ConfigError(
-      f'{where}.path is not given: a folder or a pattern such as "DIR/*.tar", for example '
+      f'{where}.path is missing: give a folder or a pattern such as "DIR/*.tar", for example '
       f'--{where}.path=DIR.'
     )
   for key in NOT_VECTOR_KEYS if block.format == blocks.VECTORS else VECTOR_KEYS:
-    if block[key] != known[key].default:
+    if block[key] != declared[key].default:
       raise ConfigError(
-        f'{where}.{key}={block[key]!r}: the format {block.format!r} does not read it. Leave it out.'
+        f'{where}.{key}={block[key]!r}: the format {block.format!r} does not read it. Remove it.'
       )
   if block.labels_file:
     if block.format != 'folder':
       raise ConfigError(
-        f'{where}.labels_file={block.labels_file!r}: only the format folder reads it.'
+        f'{where}.labels_file={block.labels_file!r}: only the format folder reads this key.'
       )
     if block.label_key:
       raise ConfigError(
-        f'{where}: labels come from labels_file or from label_key; give one of the two.'
+        f'{where}: both labels_file and label_key give labels; keep one of the two.'
       )
     if not os.path.isfile(os.path.expanduser(block.labels_file)):
-      raise ConfigError(f'{where}.labels_file={block.labels_file!r} is not there.')
+      raise ConfigError(f'{where}.labels_file={block.labels_file!r} does not exist.')
 
 
 def _benchmark(where: str, block: Config) -> None:
   if len(block.classes) == 1:
     raise ConfigError(
-      f'{where}.classes has one class, {block.classes[0]!r}: with one, every prediction is '
+      f'{where}.classes has only one class, {block.classes[0]!r}, so every prediction would be '
       'right. Give all classes.'
     )
   for name in block.class_mask:
@@ -133,19 +133,18 @@ def _benchmark(where: str, block: Config) -> None:
 
 
 def _reference(config: Config, name: str) -> None:
-  """One of config.references: a dataset of labelled examples, or prompts."""
+  """Checks one block of config.references: a dataset of labelled examples, or prompts."""
   block, where = config.references[name], f'config.references.{name}'
   check_keys.valid_name('references', name)
   if name in blocks.RESERVED or name in config.benchmarks:
     raise ConfigError(
-      f'{where}: this name is taken{" by a benchmark" if name in config.benchmarks else ""}; '
-      'choose '
-      'another.'
+      f'{where}: this name is {"a benchmark" if name in config.benchmarks else "reserved"}; '
+      'choose another.'
     )
   if config.search.backend != 'exact':
     raise ConfigError(
-      f'{where}: every pool row is compared with a reference, and config.search.backend='
-      f'{config.search.backend!r} does not. Use --config.search.backend=exact.'
+      f'{where}: config.search.backend={config.search.backend!r} does not compare every pool row '
+      'with a reference. Use --config.search.backend=exact.'
     )
   if not blocks.is_prompts(config, name):
     _dataset(f'references.{name}', block, defaults.REFERENCE)
@@ -153,49 +152,46 @@ def _reference(config: Config, name: str) -> None:
   check_keys.block(where, block, defaults.REFERENCE)
   if len(block.classes) < 2 or len(set(block.classes)) < len(block.classes):
     raise ConfigError(
-      f'{where}.classes={block.classes} must be two or more different names: the nearest prompt '
-      'says '
-      'which one a row is.'
+      f'{where}.classes={block.classes} must be two or more different names: each pool row gets '
+      'the class of its nearest prompt.'
     )
   if config.embedder.source not in ('train', 'weights'):
     raise ConfigError(
-      f'{where}: prompts need an embedder with a text tower, and config.embedder.source='
+      f'{where}: prompts need a text tower, but config.embedder.source='
       f'{config.embedder.source!r} has none. Use weights or train, or give labelled examples.'
     )
 
 
 def _planted(config: Config) -> None:
-  """The copies of test images, and the splits that hold them."""
+  """Checks the planted copies of test images and the splits that contain them."""
   block, where = config.planted, 'config.planted'
   for name in config.splits:
     if blocks.holds_planted(config, name):
       if not block.benchmark:
         raise ConfigError(
-          f'config.splits.{name}: the rule planted needs copies to hold; give {where}.benchmark.'
+          f'config.splits.{name}: the rule planted needs {where}.benchmark, the images to copy.'
         )
       for kind in config.splits[name].export:
         if kind in LISTS_OF_POOL:
           raise ConfigError(
-            f'config.splits.{name}.export: {kind!r} lists keys of the pool, which cannot name '
-            'planted copies: who reads it would train without them. Use keys, webdataset or '
-            'array_record.'
+            f'config.splits.{name}.export: {kind!r} lists keys of the pool only, so training on '
+            'it would miss the planted copies. Use keys, webdataset or array_record.'
           )
   if not block.benchmark:
     return
   check_keys.one_of(f'{where}.benchmark', block.benchmark, config.benchmarks)
   if config.embedder.source == 'files':
     raise ConfigError(
-      f'{where}.benchmark={block.benchmark!r}: copies are made of images and embedded, and here '
-      'are '
-      "vectors only. Set it to ''."
+      f'{where}.benchmark={block.benchmark!r}: planted copies need images, but '
+      "config.embedder.source=files gives vectors only. Set it to ''."
     )
 
 
 def _vectors(config: Config) -> None:
-  """Vectors from files fit the embedders that need no image of them, and exports that copy no
-  image.
-  """
-  given = [name for name in blocks.datasets(config) if not blocks.has_own_images(config, name)]
+  """Checks that no embedder and no export needs images of a dataset that has vectors only."""
+  vector_datasets = [
+    name for name in blocks.datasets(config) if not blocks.has_own_images(config, name)
+  ]
   source = config.embedder.source
   if source == 'files':
     for name, dataset in blocks.datasets(config).items():
@@ -203,42 +199,41 @@ def _vectors(config: Config) -> None:
         part.format for _, part in blocks.flatten(dataset) if part.format != blocks.VECTORS
       ]:
         raise ConfigError(
-          f'config.embedder.source=files takes the vectors of every dataset from files, and {name} '
-          'is '
-          f'of format {other[0]!r}. Give its vectors (format=embeddings), or the weights that made '
-          'the others: --config.embedder.source=weights.'
+          f'config.embedder.source=files needs vector files of every dataset, but {name} has '
+          f'format {other[0]!r}. Give its vectors (format=embeddings), or the weights that made '
+          'the other vectors: --config.embedder.source=weights.'
         )
-  elif given and source != 'weights':
+  elif vector_datasets and source != 'weights':
     raise ConfigError(
-      f'config.embedder.source={source}: {given[0]} holds vectors of another embedder (format '
-      'embeddings), which cannot be compared with its own. Use --config.embedder.source=files, or '
-      'weights, those that made the vectors.'
+      f'config.embedder.source={source}: {vector_datasets[0]} holds vectors of another embedder '
+      '(format embeddings), which are not comparable. Use --config.embedder.source=files, or '
+      'weights, with the weights that made the vectors.'
     )
-  for name in given:
+  for name in vector_datasets:
     for prefix, block in blocks.flatten(blocks.datasets(config)[name]):
       if block.images and not keyed_images.is_there(block.images):
         flag = benchmark_dirs.flag(
           config, name, f'sources.{prefix[:-1]}.images' if prefix else 'images'
         )
         raise ConfigError(
-          f'{flag}={block.images} is no folder of images, and no tars. Correct it, or leave it out.'
+          f'{flag}={block.images} is neither a folder of images nor tars. Correct or remove it.'
         )
-  if blocks.POOL in given:
+  if blocks.POOL in vector_datasets:
     for name, split in config.splits.items():
       if copies := [kind for kind in split.export if kind in ('webdataset', 'array_record')]:
         raise ConfigError(
-          f'config.splits.{name}.export: {copies[0]} copies images, and the pool has none (format '
+          f'config.splits.{name}.export: {copies[0]} copies images, but the pool has none (format '
           'embeddings). Export datacomp, keys or clip_ood.'
         )
     if not (config.benchmarks or config.splits or config.references):
       raise ConfigError(
-        'There is nothing to compare the pool with. Name benchmarks, for example '
+        'The config has no benchmarks, splits or references. Name benchmarks, for example '
         "--config.benchmark_dirs='sketch=DIR,val=DIR'."
       )
 
 
 def stages(config: Config, names: Sequence[str]) -> None:
-  """Raises ConfigError where a stage that will run needs images that are not there."""
+  """Raises ConfigError if a stage that will run needs images of a dataset that has none."""
   reads = {
     'train': [blocks.POOL, *([blocks.ANCHOR] if blocks.has_anchor(config) else [])],
     'evaluate': list(config.benchmarks),
@@ -249,19 +244,18 @@ def stages(config: Config, names: Sequence[str]) -> None:
     for name in datasets if stage in names else ():
       if not blocks.has_own_images(config, name):
         raise ConfigError(
-          f'{name} has no images (format embeddings), which the stage {stage} needs for the '
-          "config's "
-          'splits. Leave it out: --stages=ingest,embedder,embed,dedup,search,prune,report.'
+          f'{name} has no images (format embeddings), but the stage {stage} needs them for the '
+          "config's splits. Skip this stage: "
+          '--stages=ingest,embedder,embed,dedup,search,prune,report.'
         )
 
 
 def _embedders(config: Config) -> None:
-  """The further embedders, and who uses them."""
+  """Checks the further embedders and the keys that name them."""
   for name, block in config.embedders.items():
     if block.source == 'files':
       raise ConfigError(
-        f'config.embedders.{name}.source=files: the vectors on disk are those of config.embedder. '
-        'To '
+        f'config.embedders.{name}.source=files: vector files belong to config.embedder only. To '
         'compare them with other vectors, use two work directories.'
       )
   p = config.prune
@@ -276,23 +270,20 @@ def _embedders(config: Config) -> None:
       for dataset in blocks.datasets(config):
         if not blocks.has_own_images(config, dataset):
           raise ConfigError(
-            f'config.{key}={name!r}: {dataset} is vectors (format embeddings), and a further '
-            'embedder '
-            'needs images. Leave it out, or give images.'
+            f'config.{key}={name!r}: a further embedder needs images, but {dataset} has vectors '
+            'only (format embeddings). Remove this key, or give images.'
           )
   if config.dedup.embedder and config.benchmarks and not p.duplicate_similarity:
     raise ConfigError(
-      f'config.dedup.threshold={config.dedup.threshold} is for similarities of '
-      'config.dedup.embedder='
-      f'{config.dedup.embedder!r}, not for those that the search finds. Say from which one of '
-      'these '
-      'two images count as duplicates, for example --config.prune.duplicate_similarity=0.95.'
+      f'config.dedup.threshold={config.dedup.threshold} applies to similarities of '
+      f'config.dedup.embedder={config.dedup.embedder!r}, but the search uses config.embedder. Set '
+      'its duplicate threshold, for example --config.prune.duplicate_similarity=0.95.'
     )
   if len(set(p.sensitivity)) != len(p.sensitivity):
     raise ConfigError(f'config.prune.sensitivity={p.sensitivity} names an embedder twice.')
   if p.sensitivity and config.search.backend != 'exact':
     raise ConfigError(
-      'config.prune.sensitivity compares every candidate, which ScaNN does not score. Use '
+      'config.prune.sensitivity compares all candidates, but ScaNN does not score all of them. Use '
       '--config.search.backend=exact.'
     )
 
@@ -304,54 +295,49 @@ def _dedup(config: Config) -> None:
   if 0 < d.sample_rows < d.clusters:
     raise ConfigError(
       f'config.dedup.sample_rows={d.sample_rows} must be at least '
-      f'config.dedup.clusters={d.clusters}: '
-      'every cluster needs a row to start from.'
+      f'config.dedup.clusters={d.clusters}: each cluster starts from a sampled row.'
     )
   block, where = config.embedder, 'config.embedder'
   if d.embedder in config.embedders:
     block, where = config.embedders[d.embedder], f'config.embedders.{d.embedder}'
   if d.survivor == 'best' and block.source not in ('train', 'weights'):
     raise ConfigError(
-      f"config.dedup.survivor='best' compares images with captions, and {where}.source="
-      f"{block.source!r} has no text tower. Use 'train' or 'weights', here or by "
+      f"config.dedup.survivor='best' compares images with captions, but {where}.source="
+      f"{block.source!r} has no text tower. Use 'train' or 'weights', here or in "
       'config.dedup.embedder, or another survivor.'
     )
   if d.survivor == 'largest' and config.pool.format == 'embeddings':
     raise ConfigError(
-      "config.dedup.survivor='largest' needs the images' sizes, and config.pool is vectors only. "
-      'Use '
+      "config.dedup.survivor='largest' needs image sizes, but config.pool has vectors only. Use "
       "'first' or 'longest'."
     )
 
 
 def embedder_weights(x: Experiment) -> None:
-  """The embedders' weights, where they have any: a file of a kind that is read, and which model it
-  holds.
+  """Checks that the weights file of each embedder exists and holds a supported model.
 
-  Not a part of `check`: the evaluate command takes a config's benchmarks and needs no embedder.
+  Not a part of `check`: the evaluate command uses a config without its embedder.
   """
   for name in ('', *blocks.further_embedders(x.config)):
     view, where = x.under(name), f'config.embedders.{name}' if name else 'config.embedder'
     if view.embedder_block.source != 'weights':
       continue
-    given, path = view.embedder_block.path, models.weights_path(view)
-    if not given:
+    setting, path = view.embedder_block.path, models.weights_path(view)
+    if not setting:
       raise ConfigError(
-        f'{where}.path is not given: a file of weights, for example '
+        f'{where}.path is missing: give a weights file, for example '
         f'--{where}.path=open_clip_model.safetensors.'
       )
     if not models.is_weights(path):
-      raise ConfigError(
-        f'{where}.path={given!r} must be a file that ends in {", ".join(weights.ENDINGS)}.'
-      )
+      raise ConfigError(f'{where}.path={setting!r} must end in {", ".join(weights.ENDINGS)}.')
     if not os.path.isfile(path):
-      raise ConfigError(f'{where}.path={given!r} is not there.')
+      raise ConfigError(f'{where}.path={setting!r} does not exist.')
     models.embedder_architecture(view)
 
 
 def _model(config: Config) -> None:
-  found = models.architecture(config)
-  if config.train.patch_dropout and not isinstance(found.vision, zoo.ViTConfig):
+  vision = models.architecture(config).vision
+  if config.train.patch_dropout and not isinstance(vision, zoo.ViTConfig):
     raise ConfigError(
       f'config.train.patch_dropout={config.train.patch_dropout}: the image tower of '
       f'{config.model.name} has no patches. Set it to 0.'
@@ -362,16 +348,16 @@ def _training(config: Config) -> None:
   t = config.train
   if t.order == 'blocks' and t.loader_processes:
     raise ConfigError(
-      f'config.train.order=blocks with config.train.loader_processes={t.loader_processes}: every '
-      'process would read everything. Set loader_processes to 0 and use more loader_threads.'
+      f'config.train.order=blocks with config.train.loader_processes={t.loader_processes}: each '
+      'process would read all data. Set loader_processes to 0 and use more loader_threads.'
     )
   if t.budget == 'samples' and t.samples < t.batch_size:
     raise ConfigError(
       f'config.train.samples={t.samples} is less than one batch ({t.batch_size}). Set the samples '
-      'a run sees, or --config.train.budget=epochs.'
+      'per run, or --config.train.budget=epochs.'
     )
   if t.budget == 'epochs' and t.epochs <= 0:
     raise ConfigError(f'config.train.epochs={t.epochs} must be more than 0.')
-  known = [f'{split}/seed{seed}' for split, seed in blocks.runs(config)]
+  runs = [f'{split}/seed{seed}' for split, seed in blocks.runs(config)]
   for run in t.only:
-    check_keys.one_of('config.train.only', run, known)
+    check_keys.one_of('config.train.only', run, runs)

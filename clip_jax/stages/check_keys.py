@@ -1,6 +1,4 @@
-"""What every check of a config shares: known keys, known names, with the nearest valid one in the
-message.
-"""
+"""Functions that all checks of a config share: known keys, known names, valid names."""
 
 from collections.abc import Iterable, Mapping, Sequence
 import re
@@ -15,45 +13,47 @@ from clip_jax.core.types import Config
 NAME = re.compile(r'[A-Za-z0-9][A-Za-z0-9_-]*')
 
 
-def block(where: str, got: Config, keys: Mapping[str, Key]) -> None:
-  """Every key of a block must be declared in defaults.py, of its type, and have a value that it
-  takes.
+def block(where: str, values: Config, keys: Mapping[str, Key]) -> None:
+  """Raises ConfigError for a key not declared in defaults.py or a value of a wrong type or range.
+
+  `where` is the block's name in messages.
   """
-  if not isinstance(got, ConfigDict):
-    raise ConfigError(f'{where} must be a block made by defaults.py, got {got!r}.')
-  if lost := [key for key in keys if key not in got]:
+  if not isinstance(values, ConfigDict):
+    raise ConfigError(f'{where} must be a block made by defaults.py, got {values!r}.')
+  if missing := [key for key in keys if key not in values]:
     raise ConfigError(
-      f'{where} has no key {lost[0]!r}: a bare dict loses the defaults. Make the block with the '
-      'functions of defaults.py, and then set single keys.'
+      f'{where} has no key {missing[0]!r}: a bare dict has no defaults. Make the block with the '
+      'functions of defaults.py, then set single keys.'
     )
-  for name, value in got.items():
+  for name, value in values.items():
     if name not in keys:
       raise ConfigError(f'{where}.{name} is not a config key.{config_lib.nearest(name, keys)}')
-    if not isinstance(
-      value, ConfigDict
-    ):  # a table of names (where, sources) is checked by what reads it
+    # A table of names (where, sources) is checked by the code that reads it.
+    if not isinstance(value, ConfigDict):
       keys[name].check(f'{where}.{name}', value)
     elif keys[name].default != {}:
       raise ConfigError(f'{where}.{name} must be {type(keys[name].default).__name__}, got a block.')
 
 
 def one_of(where: str, value: str, names: Iterable[str] | Sequence[str]) -> None:
+  """Raises ConfigError, with the nearest valid name, if the value is not one of the names."""
   names = list(names)
   if value not in names:
     raise ConfigError(f'{where}={value!r} is not known.{config_lib.nearest(str(value), names)}')
 
 
-def different(where: str, given: Sequence[str], names: Iterable[str]) -> None:
-  """Raises ConfigError for a name that is not known, or that is there twice."""
-  for name in given:
+def different(where: str, values: Sequence[str], names: Iterable[str]) -> None:
+  """Raises ConfigError for an unknown or a repeated name."""
+  for name in values:
     one_of(where, name, names)
-  if len(set(given)) < len(given):
-    raise ConfigError(f'{where}={tuple(given)} names one twice.')
+  if len(set(values)) < len(values):
+    raise ConfigError(f'{where}={tuple(values)} contains a name twice.')
 
 
 def valid_name(where: str, name: str) -> None:
+  """Raises ConfigError for a name that cannot be a folder name and a flag."""
   if not NAME.fullmatch(name):
     raise ConfigError(
-      f'config.{where}.{name}: a name is letters, digits, _ and -, and begins with a letter or '
-      'a digit.'
+      f'config.{where}.{name}: a name may contain letters, digits, _ and -, and must begin with a '
+      'letter or a digit.'
     )

@@ -1,6 +1,4 @@
-"""Checks the block of a split: the keys that its rule reads, and the splits that it is made
-from.
-"""
+"""Checks the block of a split: the keys that its rule reads and the splits it depends on."""
 
 import math
 import os
@@ -13,48 +11,49 @@ from clip_jax.experiment import blocks
 from clip_jax.pruning import key_lists, rules
 from clip_jax.stages import check_keys
 
-KEY_FILES = ('.npy', '.parquet', '.txt')  # what the rule listed reads
+KEY_FILES = ('.npy', '.parquet', '.txt')  # file types that the rule listed reads
 
 
 def check(config: Config, name: str) -> None:
+  """Raises ConfigError for the first invalid key of config.splits[name]."""
   block, where = config.splits[name], f'config.splits.{name}'
-  known = defaults.split_keys()
-  check_keys.block(where, block, known)
+  declared = defaults.split_keys()
+  check_keys.block(where, block, declared)
   check_keys.one_of(f'{where}.rule', block.rule, rules.RULES)
   rule = rules.RULES[block.rule]
-  for key in known:
+  for key in declared:
     reads = key in (*rule.keys, 'rule', 'seeds', 'export') or (
       key == 'append_anchor' and rule.append_anchor is None
     )
-    if not reads and block[key] != known[key].default:
+    if not reads and block[key] != declared[key].default:
       raise ConfigError(
-        f'{where}.{key}={block[key]!r}: the rule {block.rule!r} does not read it (it reads '
-        f'{", ".join(rule.keys) or "nothing"}).'
+        f'{where}.{key}={block[key]!r}: the rule {block.rule!r} does not read this key (it reads '
+        f'{", ".join(rule.keys) or "none"}).'
       )
   check_keys.different(f'{where}.benchmarks', block.benchmarks, config.benchmarks)
   if 'benchmarks' in rule.keys and not block.benchmarks:
     raise ConfigError(
-      f'{where}: the rule {block.rule!r} needs benchmarks=(...); have '
+      f'{where}: the rule {block.rule!r} needs benchmarks=(...); the config has '
       f'{", ".join(config.benchmarks) or "none"}.'
     )
   for kind in block.export:
     check_keys.one_of(f'{where}.export', kind, (*key_lists.LISTS, *shard_writer.COPIES))
   if 'file' in rule.keys and not os.path.isfile(os.path.expanduser(block.file)):
     raise ConfigError(
-      f'{where}.file={block.file!r} is not there: the rule {block.rule!r} needs a file of keys.'
+      f'{where}.file={block.file!r} does not exist; the rule {block.rule!r} needs a file of keys.'
     )
   if 'file' in rule.keys and os.path.splitext(block.file)[1].lower() not in KEY_FILES:
     raise ConfigError(f'{where}.file={block.file!r} must end in {", ".join(KEY_FILES)}.')
-  named = config.prune.export_key
+  key_column = config.prune.export_key
   if (
-    named
+    key_column
     and (block.export or 'file' in rule.keys)
     and config.pool.format != 'concat'
-    and (named not in ('key', *config.pool.columns))
+    and (key_column not in ('key', *config.pool.columns))
   ):
     raise ConfigError(
-      f'config.prune.export_key={named!r} must be in config.pool.columns, or the index has no such '
-      'column.'
+      f'config.prune.export_key={key_column!r} is not a column of the index. Add it to '
+      'config.pool.columns.'
     )
   if not blocks.has_anchor(config) and (
     'excess' in rule.needs or block.rule in ('anchor', 'matched')
@@ -63,21 +62,21 @@ def check(config: Config, name: str) -> None:
   if config.search.backend == 'scann':
     if rule.every_row or block.quantile or block.dose:
       key = 'quantile' if block.quantile else 'dose'
-      what = f'the rule {block.rule!r}' if rule.every_row else f'{key}={block[key]:g}'
+      reason = f'the rule {block.rule!r}' if rule.every_row else f'{key}={block[key]:g}'
       raise ConfigError(
-        f"{where}: {what} needs every row's similarity, which ScaNN does not "
-        'give. Use --config.search.backend=exact.'
+        f'{where}: {reason} needs the similarity of every row, but ScaNN computes only some. Use '
+        '--config.search.backend=exact.'
       )
     if block.rule == 'gap_aligned' and not config.search.min_recall:
       raise ConfigError(
-        f'{where}: gap_aligned on ScaNN misses rows. Say which recall you accept with '
-        '--config.search.min_recall=0.99, or use --config.search.backend=exact.'
+        f'{where}: gap_aligned misses rows with ScaNN. Set the lowest recall that you accept, for '
+        'example --config.search.min_recall=0.99, or use --config.search.backend=exact.'
       )
   if 'count' in rule.needs:
     if bool(block.size) == bool(block.size_of):
       raise ConfigError(
-        f'{where}: give size= (a share, or a count above 1) or size_of= (another split), one '
-        'of the two.'
+        f'{where}: give exactly one of size= (a share, or a count above 1) and size_of= (another '
+        'split).'
       )
     if not block.size >= 0 or (block.size > 1 and block.size != math.floor(block.size)):
       raise ConfigError(
@@ -90,29 +89,27 @@ def check(config: Config, name: str) -> None:
 
 
 def _aligned_keys(where: str, block: Config) -> None:
-  """What says how much an aligned split drops; of other rules these keys are at their defaults."""
-  given = [f'{key}={block[key]:g}' for key in ('slack', 'quantile', 'dose') if block[key]]
-  if len(given) > 1:
-    raise ConfigError(
-      f'{where}: {" and ".join(given)} each say how much is dropped; give one of them.'
-    )
+  """Checks slack, quantile and dose of an aligned split; other rules keep their defaults."""
+  settings = [f'{key}={block[key]:g}' for key in ('slack', 'quantile', 'dose') if block[key]]
+  if len(settings) > 1:
+    raise ConfigError(f'{where}: give only one of {" and ".join(settings)}; each sets the amount.')
 
 
 def _levels(config: Config, where: str, block: Config) -> None:
-  """What says of which domain or class a row is, and which of them go."""
+  """Checks the source of a row's domain or class, and the values that are dropped."""
   if bool(block.column) == bool(block.reference):
     raise ConfigError(
-      f"{where}: give column= (of the pool's index) or reference= (one of config.references), one "
-      'of the two.'
+      f"{where}: give exactly one of column= (of the pool's index) and reference= (of "
+      'config.references).'
     )
   if not block['values'] or any(value in ('', None) for value in block['values']):
     raise ConfigError(
-      f'{where}.values={block["values"]} must name what is dropped: '
+      f'{where}.values={block["values"]} must name what to drop: '
       f'{"classes of the reference" if block.reference else "values of the column"}.'
     )
   if len({str(value) for value in block['values']}) < len(block['values']):
-    raise ConfigError(f'{where}.values={block["values"]} names a value twice.')
-  if block.column and config.pool.format != 'concat':  # its sources have columns of their own
+    raise ConfigError(f'{where}.values={block["values"]} contains a value twice.')
+  if block.column and config.pool.format != 'concat':  # each source may have other columns
     check_keys.one_of(
       f'{where}.column', block.column, dict.fromkeys([*config.pool.columns, *table.COLUMNS])
     )
@@ -124,7 +121,7 @@ def _levels(config: Config, where: str, block: Config) -> None:
 
 
 def _others(config: Config, name: str) -> None:
-  """The splits that a split is made from: they are there, no circle, and of use to its rule."""
+  """Checks the splits that a split depends on: they exist, fit its rule and form no cycle."""
   block, where = config.splits[name], f'config.splits.{name}'
   rule = rules.RULES[block.rule]
   for key in ('size_of', 'to'):
@@ -133,38 +130,36 @@ def _others(config: Config, name: str) -> None:
   check_keys.different(f'{where}.of', block.of, config.splits)
   if 'others' in rule.needs and len(block.of) < 2:
     raise ConfigError(
-      f'{where}.of={block.of} must name two or more splits, which the rule {block.rule!r} joins.'
+      f'{where}.of={block.of} must name two or more splits for the rule {block.rule!r} to join.'
     )
-  circle = _circle(config, name)
-  if circle:
-    raise ConfigError(f'{where}: circular dependency between splits: {" -> ".join(circle)}.')
+  cycle = _cycle(config, name)
+  if cycle:
+    raise ConfigError(f'{where}: circular dependency between splits: {" -> ".join(cycle)}.')
   if 'target' in rule.needs:
-    selects = [other for other, made in rules.RULES.items() if made.selects]
+    selects = [other for other, candidate in rules.RULES.items() if candidate.selects]
     if not block.to:
       raise ConfigError(
-        f'{where}: the rule matched needs to= (a split whose removed rows are imitated).'
+        f'{where}: the rule matched needs to=, the split whose removed rows it matches.'
       )
     if config.splits[block.to].rule not in selects:
       raise ConfigError(
-        f'{where}.to={block.to!r} must be a split that removes rows for what they are, of rule '
-        f'{", ".join(selects)}; it is of rule {config.splits[block.to].rule!r}.'
+        f'{where}.to={block.to!r} has the rule {config.splits[block.to].rule!r}; it must be a '
+        f'split of one of the rules {", ".join(selects)}.'
       )
 
 
-def _circle(config: Config, name: str) -> list[str]:
-  """Returns a way from a split back to itself, along what each is made from; [] where there is
-  none.
-  """
-  came, todo = {}, [name]  # split -> who is made from it
+def _cycle(config: Config, name: str) -> list[str]:
+  """Returns a dependency path from a split back to itself; [] if there is none."""
+  dependent, todo = {}, [name]  # split -> a split that depends on it
   while todo:
     split = todo.pop()
     for other in blocks.read_splits(config, split):
-      if other in config.splits and other not in came:
-        came[other] = split
+      if other in config.splits and other not in dependent:
+        dependent[other] = split
         todo.append(other)
-  if name not in came:
+  if name not in dependent:
     return []
-  path = [name, came[name]]
+  path = [name, dependent[name]]
   while path[-1] != name:
-    path.append(came[path[-1]])
+    path.append(dependent[path[-1]])
   return path[::-1]

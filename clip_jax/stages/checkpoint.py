@@ -1,7 +1,8 @@
-"""The evaluate command: one checkpoint, or every new one of a run, on the benchmarks of a config.
+"""The evaluate command: evaluates a checkpoint, or each new one of a run, on a config's benchmarks.
 
-In: a checkpoint, or a file of weights; the benchmarks' source files. Out: a table on the terminal
-and, where asked for, <output>/<benchmark>.json and .npz as the stage evaluate writes them.
+In: a checkpoint or a weights file; the benchmarks' source files.
+Out: a table on the terminal and, with --output, <output>/<benchmark>.json and .npz, in the format
+of the stage evaluate.
 """
 
 from collections.abc import Callable
@@ -32,14 +33,14 @@ def run(
   output: str,
   follow: bool,
 ) -> None:
-  """Evaluates a checkpoint; with `follow` every new one until Ctrl-C."""
+  """Evaluates a checkpoint; with `follow`, every new checkpoint until Ctrl-C."""
   if not path:
     raise ConfigError(
-      '--checkpoint is not given, for example --checkpoint=runs/demo/train/base/seed0.'
+      '--checkpoint is missing, for example --checkpoint=runs/demo/train/base/seed0.'
     )
   path = models.located(path)
   if follow and models.is_weights(path):
-    raise ConfigError(f'--follow: {path} is a file of weights, to which no steps are added.')
+    raise ConfigError(f'--follow: {path} is a weights file, which gets no new steps.')
   config = benchmark_dirs.resolve(config)
   check.check(config)
   names = benchmarks or list(config.benchmarks)
@@ -50,16 +51,12 @@ def run(
       )
     if not blocks.has_own_images(config, name):
       raise ConfigError(
-        f'{name} has no images (format embeddings), so no model can be evaluated on it. Leave it '
-        'out '
-        'with --benchmarks.'
+        f'{name} has no images (format embeddings), so no model can be evaluated on it. Exclude '
+        'it with --benchmarks.'
       )
-  loaded = (
-    None if follow else models.load(path, model)
-  )  # before the benchmarks are read: is there one?
-  with (
-    tempfile.TemporaryDirectory() as scratch
-  ):  # the benchmarks' index; nothing of a work directory is needed
+  # The model is loaded first, so that a missing checkpoint fails before the benchmarks are read.
+  loaded = None if follow else models.load(path, model)
+  with tempfile.TemporaryDirectory() as scratch:  # holds the benchmarks' index
     x = Experiment(config, scratch)
     for name in names:
       _ingest(x, name)
@@ -68,16 +65,16 @@ def run(
       return
     done: set[int] = set()
     logging.info(
-      'Following %s; Ctrl-C ends it.%s',
+      'Following %s; press Ctrl-C to stop.%s',
       path,
-      '' if _steps(path) else ' No checkpoint is there yet.',
+      '' if _steps(path) else ' It has no checkpoint yet.',
     )
     while True:
       for step, folder in _steps(path).items():
         if step in done:
           continue
         done.add(step)
-        loaded = _load_while_there(
+        loaded = _load_if_kept(
           folder, model, lambda step=step: step == max(_steps(path), default=step)
         )
         if loaded is not None:
@@ -90,13 +87,11 @@ def _ingest(x: Experiment, name: str) -> None:
     products.make(x.workdir, list(batch), lambda todo: ingest.MAKERS[todo[0].kind](x, todo))
 
 
-def _load_while_there(
-  folder: str, model: str, is_newest: Callable[[], bool]
-) -> models.Model | None:
-  """Returns the model of a step; None, with a warning, where it cannot be read and a newer one is
-  there.
+def _load_if_kept(folder: str, model: str, is_newest: Callable[[], bool]) -> models.Model | None:
+  """Returns the model of a step; None, with a warning, if training has removed the checkpoint.
 
-  Training removes old ones (train.keep_checkpoints), maybe while they are read.
+  Training removes old checkpoints (train.keep_checkpoints), perhaps during the read. An unreadable
+  newest checkpoint raises InputError.
   """
   try:
     return models.load(folder, model)
@@ -104,7 +99,8 @@ def _load_while_there(
     if is_newest():
       raise
     logging.warning(
-      'Not evaluated: %s Training keeps the newest only; more with config.train.keep_checkpoints.',
+      'Not evaluated: %s Training keeps only the newest checkpoints; to keep more, raise '
+      'config.train.keep_checkpoints.',
       error,
     )
     return None
@@ -118,7 +114,7 @@ def _evaluate(x: Experiment, path: str, model: models.Model, names: list[str], o
     result, arrays = evaluate.score(x, name, model)
     result['checkpoint'] = checkpoint
     interval = (
-      'unknown: all images are of one group'
+      'unknown: all images belong to one group'
       if result['top1_low'] is None
       else f'{100 * result["top1_low"]:.1f} to {100 * result["top1_high"]:.1f}'
     )
@@ -131,5 +127,5 @@ def _evaluate(x: Experiment, path: str, model: models.Model, names: list[str], o
 
 
 def _steps(path: str) -> dict[int, str]:
-  """Returns step -> folder of the whole checkpoints that are there now, oldest first."""
+  """Returns step -> folder of the complete checkpoints, oldest first."""
   return {int(folder.name): str(folder) for folder in checkpoints.step_folders(path)}

@@ -1,13 +1,13 @@
-"""Stage dedup: marks near-duplicates inside the pool (SemDeDup-like: k-means, then pairs inside
-clusters).
+"""Stage dedup: marks near-duplicates in the pool by k-means, then by pairs inside clusters.
 
-In: the pool's embeddings, of the similarity's embedder or of config.dedup.embedder. Out:
-WORKDIR/dedup/keep.npy bool [N], duplicate_of.npy int64 [N], -1 where kept, centers.npy float32 [K,
-E], and with a survivor other than 'first' priority.npy float64 [N]. Rows are only marked; nothing
-is renumbered. Samples that are anchor rows too take no part.
+The method is like SemDeDup. Pool samples that are also anchor rows are skipped.
+In: the pool's embeddings, of the similarity's embedder or of config.dedup.embedder.
+Out: WORKDIR/dedup/keep.npy bool [N]; duplicate_of.npy int64 [N], -1 for kept rows; centers.npy
+float32 [K, E]; with a survivor other than 'first' also priority.npy float64 [N]. Rows are only
+marked, never renumbered.
 
-A killed run goes on in the k-means (kmeans-state.npz, after an iteration) and in what follows
-(parts-*/).
+After a kill, the next run continues from kmeans-state.npz (saved after an iteration) and from
+parts-*/ (the passes after k-means).
 """
 
 from collections.abc import Iterator
@@ -34,33 +34,31 @@ from clip_jax.stages import models
 KEEP, DUPLICATE_OF, CENTERS = 'dedup/keep.npy', 'dedup/duplicate_of.npy', 'dedup/centers.npy'
 PRIORITY = 'dedup/priority.npy'
 STATE, PARTS = 'dedup/kmeans-state.npz', 'dedup/parts-'
-STATE_SHARE = (
-  0.02  # of the time of k-means that saving its state may take: 1.6 GB for 400 million rows
-)
-PART_SECS = 30.0  # of the passes after it: a kill loses no more
+STATE_SHARE = 0.02  # largest share of k-means time for saving its state (1.6 GB for 400M rows)
+PART_SECS = 30.0  # seconds between two saved parts of the passes after k-means
 CAPTIONS = 16_384  # captions encoded between two saves
 
 
 def mark(x: Experiment, todo: list[Product]) -> Made:
-  """Marks the near-duplicates."""
+  """Marks the near-duplicates of the pool and writes which rows are kept."""
   (product,) = todo
-  _clear(x, but=product.fingerprint)
+  _clear(x, keep=product.fingerprint)
   pool = _pool(x)
   usable = pool.usable & ~workdir.in_anchor(x)
   try:
     result = _cluster(x, pool, usable, product)
   except InputError:
-    _check_vectors(x, pool)  # names the file where it is a vector's fault
+    _check_vectors(x, pool)  # names the file and row if a vector is the cause
     raise
   pairs = _Pairs(x, pool, result.assignment, product)
-  made, priority, among = [KEEP, DUPLICATE_OF, CENTERS], None, usable
+  outputs, priority, compared = [KEEP, DUPLICATE_OF, CENTERS], None, usable
   if x.config.dedup.survivor != 'first':
-    priority, among = _priority(x, pool, usable, pairs)
-    made.append(PRIORITY)
+    priority, compared = _priority(x, pool, usable, pairs)
+    outputs.append(PRIORITY)
     files.write_npy(x.path(PRIORITY), priority)
-  rows, of = pairs(x.config.dedup.survivor, among, priority)
+  rows, originals = pairs(x.config.dedup.survivor, compared, priority)
   keep, duplicate_of = usable.copy(), np.full(len(usable), -1)
-  keep[rows], duplicate_of[rows] = False, of
+  keep[rows], duplicate_of[rows] = False, originals
   for name, array in ((KEEP, keep), (DUPLICATE_OF, duplicate_of), (CENTERS, result.centers)):
     files.write_npy(x.path(name), array)
   counts = {
@@ -72,25 +70,25 @@ def mark(x: Experiment, todo: list[Product]) -> Made:
     'largest_cluster': int(np.bincount(result.assignment[usable]).max()),
   }
   _log(x, counts)
-  yield product, made, counts
-  _clear(x, but='')  # after the sidecar: a kill in between loses nothing
+  yield product, outputs, counts
+  _clear(x, keep='')  # after the sidecar is written, so that a kill loses nothing
 
 
 def _pool(x: Experiment):
-  """Returns the pool embeddings that are compared."""
+  """Returns the pool's embeddings of de-duplication's embedder."""
   return workdir.embeddings(x.under(x.config.dedup.embedder), POOL)
 
 
 def _check_vectors(x: Experiment, pool) -> None:
-  """InputError names the file and the row of the first usable vector that is not of unit length."""
+  """Raises InputError with file and row of the first usable vector that has no unit length."""
   for shard, *_ in workdir.shard_slices(pool.starts):
     vectors, usable = pool.shard(shard)
     rows = np.flatnonzero(usable)
     for start in range(0, len(rows), 65_536):
-      some = rows[start : start + 65_536]
+      block = rows[start : start + 65_536]
       tiles.check_norms(
-        np.linalg.norm(vectors[some].astype(np.float32), axis=1),
-        some,
+        np.linalg.norm(vectors[block].astype(np.float32), axis=1),
+        block,
         workdir.embeddings_path(x.under(x.config.dedup.embedder), POOL, shard),
       )
 
@@ -98,11 +96,10 @@ def _check_vectors(x: Experiment, pool) -> None:
 def _log(x: Experiment, counts: dict) -> None:
   d, share = x.config.dedup, counts['duplicates'] / counts['usable']
   embedder = f' to {d.embedder}' if d.embedder else ''
-  stays = f'; of duplicates {SURVIVORS[d.survivor]} stays' if d.survivor != 'first' else ''
+  kept = f'; of duplicates {SURVIVORS[d.survivor]} is kept' if d.survivor != 'first' else ''
   logging.info(
-    'dedup: %s of %s usable pool rows are near-duplicates (%.1f %%): similarity%s over %.4g inside '
-    'one '
-    'of %s (the largest: %s), k-means of %s%s.',
+    'dedup: %s of %s usable pool rows are near-duplicates (%.1f %%): similarity%s over %.4g within '
+    'one of %s (the largest: %s); k-means took %s%s.',
     f'{counts["duplicates"]:,}',
     f'{counts["usable"]:,}',
     100 * share,
@@ -111,33 +108,32 @@ def _log(x: Experiment, counts: dict) -> None:
     progress.counted(counts['clusters'], 'cluster'),
     progress.counted(counts['largest_cluster'], 'row'),
     progress.counted(counts['iterations'], 'iteration'),
-    stays,
+    kept,
   )
   if share > 0.5:
     logging.warning(
-      'De-duplication drops more than half of the pool. Each embedder needs its own '
-      'config.dedup.threshold (now %g): is this one too large?',
+      'dedup: more than half of the pool is dropped. Each embedder needs its own threshold; check '
+      'that config.dedup.threshold=%g is not too large.',
       d.threshold,
     )
 
 
 def _cluster(x: Experiment, pool, usable: Array, product: Product) -> kmeans.KMeans:
-  """K-means of the usable rows, or of a sample of them: then one pass assigns all."""
+  """Clusters the usable rows by k-means, of all or of a sample; then one pass assigns all rows."""
   d, n = x.config.dedup, int(usable.sum())
   clusters = d.clusters or min(-(-n // 8000), 50_000)
   if not 0 < d.sample_rows < n:
     return _fit(x, pool, usable, clusters, product)
   if d.sample_rows < clusters:
     raise InputError(
-      f'config.dedup.sample_rows={d.sample_rows:,} is less than the {clusters:,} clusters that '
-      f'{n:,} usable pool rows get. Set more rows, some 256 a cluster, or config.dedup.clusters.'
+      f'config.dedup.sample_rows={d.sample_rows:,} is less than the {clusters:,} clusters for '
+      f'{n:,} usable pool rows. Sample about 256 rows per cluster, or set config.dedup.clusters.'
     )
   sample = np.zeros(len(usable), bool)
   sample[draw(np.flatnonzero(usable), d.sample_rows, (d.seed, 1))] = True
   logging.info(
-    'dedup: k-means of a sample of %s of %s usable rows (config.dedup.sample_rows), then one pass '
-    'that '
-    'assigns all.',
+    'dedup: k-means uses a sample of %s of %s usable rows (config.dedup.sample_rows); one pass '
+    'then assigns all rows.',
     f'{d.sample_rows:,}',
     f'{n:,}',
   )
@@ -151,14 +147,13 @@ def _cluster(x: Experiment, pool, usable: Array, product: Product) -> kmeans.KMe
   return dataclasses.replace(result, assignment=saved['assignment'])
 
 
-def _fit(
-  x: Experiment, pool, rows: Array, clusters: int, product: Product
-) -> kmeans.KMeans:  # rows [N] bool
-  """K-means whose state is saved after an iteration, and after the last: a killed run goes on from
-  there.
+def _fit(x: Experiment, pool, rows: Array, clusters: int, product: Product) -> kmeans.KMeans:
+  """Runs k-means on rows [N] bool and saves its state, from which a killed run continues.
+
+  The state is saved after an iteration, at most STATE_SHARE of the time, and after the last.
   """
   d, path = x.config.dedup, x.path(STATE)
-  state, unsaved, saved_at, took = None, None, -math.inf, 0.0
+  state, unsaved, saved_at, save_secs = None, None, -math.inf, 0.0
   if os.path.exists(path):
     saved = files.read_npz(path)
     if str(saved['fingerprint']) == product.fingerprint and len(saved['assignment']) == rows.sum():
@@ -167,19 +162,19 @@ def _fit(
       state = kmeans.KMeans(
         saved['centers'], assignment, int(saved['iterations']), int(saved['changed'])
       )
-      logging.info('dedup: k-means goes on after iteration %d.', state.iterations)
+      logging.info('dedup: k-means continues after iteration %d.', state.iterations)
     else:
-      logging.info('dedup: a half-done k-means of another config is left aside.')
+      logging.info('dedup: ignoring the unfinished k-means of another config.')
 
   def write(state: kmeans.KMeans) -> None:
-    nonlocal unsaved, saved_at, took
+    nonlocal unsaved, saved_at, save_secs
     began = time.monotonic()
     files.write_npz(
       path,
       fingerprint=np.array(product.fingerprint),
       **vars(state) | {'assignment': state.assignment[rows]},
     )
-    unsaved, saved_at, took = None, time.monotonic(), time.monotonic() - began
+    unsaved, saved_at, save_secs = None, time.monotonic(), time.monotonic() - began
 
   with progress.Bar(
     total=d.max_iterations,
@@ -191,7 +186,7 @@ def _fit(
     def save(state: kmeans.KMeans) -> None:
       nonlocal unsaved
       unsaved = state
-      if took <= STATE_SHARE * (time.monotonic() - saved_at):
+      if save_secs <= STATE_SHARE * (time.monotonic() - saved_at):
         write(state)
       bar.update()
 
@@ -218,18 +213,19 @@ def _fit(
 
 
 class _Pairs:
-  """The pass over the pairs inside clusters, saved as it goes."""
+  """The pass over the pairs inside clusters, saved in parts."""
 
   def __init__(self, x: Experiment, pool, assignment: Array, product: Product):
     self._x, self._pool, self._assignment, self._product = x, pool, assignment, product
 
   def parts(self, name: str) -> '_Parts':
+    """Returns the saved files of the pass `name`."""
     return _Parts(self._x, self._product, name)
 
   def __call__(self, name: str, usable: Array, priority: Array | None) -> tuple[Array, Array]:
-    """Returns the rows [m] that are dropped, and of which row each is a duplicate [m].
+    """Returns the dropped rows [m], and for each the row that it duplicates [m].
 
-    `name` tells passes apart.
+    `name` distinguishes the files of several passes.
     """
     parts = self.parts(f'pairs-{name}')
     saved = list(parts)
@@ -239,7 +235,7 @@ class _Pairs:
     )
     if saved:
       logging.info(
-        'dedup: the pairs (%s) go on after block %s of %s.', name, f'{done:,}', f'{total:,}'
+        'dedup: pairs (%s) continue after block %s of %s.', name, f'{done:,}', f'{total:,}'
       )
 
     def add(blocks: int, waiting: list) -> None:
@@ -272,67 +268,59 @@ class _Pairs:
 
 
 def _priority(x: Experiment, pool, usable: Array, pairs: _Pairs) -> tuple[Array, Array]:
-  """Returns what stays first, [N] float64, and the rows among which anything can be dropped, [N]
-  bool.
-  """
+  """Returns each row's priority, [N] float64, highest kept, and the rows to compare, [N] bool."""
   source, survivor = workdir.source(x, POOL), x.config.dedup.survivor
   if survivor == 'best':
     return _similarities(x, pool, usable, source, pairs)
   if survivor == 'largest':
-    priority, what = (
-      source.column('width').astype(np.float64) * source.column('height'),
-      'size of its image',
-    )
+    width = source.column('width').astype(np.float64)
+    priority, noun = width * source.column('height'), 'known image size'
   else:
-    priority, what = source.caption_lengths.astype(np.float64), 'caption'
+    priority, noun = source.caption_lengths.astype(np.float64), 'caption'
   if not (priority[usable] > 0).any():
     raise InputError(
-      f'config.dedup.survivor={survivor!r}: no usable row of the pool has a {what} in the index. '
-      'Use '
-      '--config.dedup.survivor=first.'
+      f'config.dedup.survivor={survivor!r}: no usable row of the pool has a {noun} in the '
+      'index. Use --config.dedup.survivor=first.'
     )
   return np.nan_to_num(priority), usable
 
 
 def _similarities(x: Experiment, pool, usable: Array, source, pairs: _Pairs) -> tuple[Array, Array]:
-  """Image-text similarity [N] of the rows that have a duplicate, -inf elsewhere, and which those
-  are [N].
+  """Returns image-text similarity [N], -inf for rows without a duplicate, and which have one [N].
 
-  A row has one if it is dropped in pool order (one is earlier) or in the reverse order (one is
-  later).
+  A row has a duplicate if it is dropped in pool order (an earlier duplicate exists) or in reverse
+  order (a later one exists).
   """
-  among = np.zeros(len(usable), bool)
+  has_duplicate = np.zeros(len(usable), bool)
   for name, order in (('forward', None), ('backward', np.arange(len(usable)))):
     rows, _ = pairs(name, usable, order)
-    among[rows] = True
-  priority, rows = np.full(len(usable), -np.inf), np.flatnonzero(among)
+    has_duplicate[rows] = True
+  priority, rows = np.full(len(usable), -np.inf), np.flatnonzero(has_duplicate)
   parts = pairs.parts('captions')
   done = [part['similarity'] for part in parts]
-  left = len(done) * CAPTIONS < len(rows)
-  encode = models.text_tower(x.under(x.config.dedup.embedder)) if left else None
+  is_complete = len(done) * CAPTIONS >= len(rows)
+  encode = None if is_complete else models.text_tower(x.under(x.config.dedup.embedder))
   with progress.Bar(
     total=len(rows), desc='captions', unit='caption', initial=min(len(done) * CAPTIONS, len(rows))
   ) as bar:
     for start in range(len(done) * CAPTIONS, len(rows), CAPTIONS):
       similarity = []
       for first in range(start, min(start + CAPTIONS, len(rows)), 1024):
-        some = rows[first : min(first + 1024, start + CAPTIONS)]
-        texts = np.asarray(encode([source.caption(row) for row in some]), np.float64)
-        similarity.append(np.einsum('me,me->m', pool[some].astype(np.float64), texts))
-        bar.update(len(some))
+        block = rows[first : min(first + 1024, start + CAPTIONS)]
+        texts = np.asarray(encode([source.caption(row) for row in block]), np.float64)
+        similarity.append(np.einsum('me,me->m', pool[block].astype(np.float64), texts))
+        bar.update(len(block))
       done.append(np.concatenate(similarity))
       parts.add(similarity=done[-1])
   priority[rows] = np.concatenate([np.zeros(0), *done])
   logging.debug(
-    'dedup: captions of %s rows that have a near-duplicate were encoded.', f'{len(rows):,}'
+    'dedup: encoded the captions of %s rows that have a near-duplicate.', f'{len(rows):,}'
   )
-  return priority, among
+  return priority, has_duplicate
 
 
 class _Parts:
-  """Numbered files of one pass, each written once; they are of one fingerprint, and go when all is
-  done.
-  """
+  """The numbered files of one pass and fingerprint, deleted when the stage is complete."""
 
   def __init__(self, x: Experiment, product: Product, name: str):
     self._folder, self._name, self._next = x.path(PARTS + product.fingerprint[:16]), name, 0
@@ -346,22 +334,23 @@ class _Parts:
       yield files.read_npz(self._path(self._next - 1))
 
   def add(self, **arrays: Array) -> None:
+    """Writes the next file of the pass."""
     files.write_npz(self._path(self._next), **arrays)
     self._next += 1
 
 
-def _clear(x: Experiment, but: str) -> None:
-  """Removes what half-done runs left, but for those of the fingerprint `but` ('': all of it)."""
+def _clear(x: Experiment, keep: str) -> None:
+  """Removes the files of unfinished runs, except those of the fingerprint `keep` ('': none)."""
   folder, start = os.path.split(x.path(PARTS))
   for name in os.listdir(folder) if os.path.isdir(folder) else ():
-    if name.startswith(start) and not (but and name == start + but[:16]):
+    if name.startswith(start) and not (keep and name == start + keep[:16]):
       shutil.rmtree(os.path.join(folder, name))
-  if not but:
+  if not keep:
     (files.epath.Path(x.workdir) / STATE).unlink(missing_ok=True)
 
 
 def draw(rows: Array, count: int, seed: tuple[int, int]) -> Array:
-  """Returns `count` of the rows, ascending."""
+  """Returns `count` of the rows, drawn without replacement, ascending."""
   rng = np.random.default_rng(np.random.SeedSequence(seed))
   return np.sort(rng.choice(rows, min(count, len(rows)), replace=False, shuffle=False))
 

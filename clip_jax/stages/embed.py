@@ -1,8 +1,8 @@
-"""Stage embed: the embedding of every image of every dataset; vectors that others made are
-normalised, not computed.
+"""Stage embed: embeds every image of every dataset, or normalises vectors from files.
 
-In: ingested datasets, the embedder, files of vectors. Out: WORKDIR/embeddings/<dataset>/00000.npy
-float16 [n, E], normalised in float32 before the cast, and usable-00000.npy bool [n].
+In: ingested datasets, the embedder, vector files.
+Out: WORKDIR/embeddings/<dataset>/00000.npy float16 [n, E], normalised in float32 before the cast,
+and usable-00000.npy bool [n].
 """
 
 import os
@@ -22,11 +22,11 @@ from clip_jax.experiment.experiment import Experiment
 from clip_jax.experiment.shards import Shard
 from clip_jax.stages import benchmark_dirs, models
 
-LISTED = 3  # unreadable images that the log names
+LISTED = 3  # unreadable images named in the log
 
 
 def vectors(x: Experiment, todo: list[Product]) -> Made:
-  """Normalises vectors of files, shard by shard, block by block."""
+  """Normalises the vectors of files, shard by shard, in blocks."""
   _check_dims(x)
   (dataset,) = {product.of[0] for product in todo}
   source, shards = workdir.source(x, dataset), x.graph.vector_shards(dataset)
@@ -35,24 +35,21 @@ def vectors(x: Experiment, todo: list[Product]) -> Made:
   total = sum(len(source.offsets(product.of[1])) for product in todo)
   with progress.Bar(total=total, desc=f'embed {dataset}{x.suffix}', unit='vector') as bar:
     for product in todo:
-      shard, rows = (
-        shards[product.of[1]],
-        source.offsets(product.of[1]),
-      )  # rows of the file, ascending
+      shard, rows = shards[product.of[1]], source.offsets(product.of[1])  # rows: ascending, of file
       flag = 'any_norm' if shard.prefix else benchmark_dirs.flag(x.config, dataset, 'any_norm')
-      made = _files_of(product)
+      outputs = _files_of(product)
       _write_unit(
         shard,
         vectors_lib.local_copy(shard.files[0], cache),
         rows,
-        x.path(made[0]),
+        x.path(outputs[0]),
         bar,
         f'{flag}=True',
       )
-      files.write_npy(x.path(made[1]), np.ones(len(rows), bool))
-      yield product, made, {'rows': len(rows), 'unreadable': 0}
+      files.write_npy(x.path(outputs[1]), np.ones(len(rows), bool))
+      yield product, outputs, {'rows': len(rows), 'unreadable': 0}
   logging.debug(
-    'embed %s%s: %s vectors taken from %s.',
+    'embed %s%s: %s vectors normalised from %s.',
     dataset,
     x.suffix,
     f'{total:,}',
@@ -66,12 +63,10 @@ def _files_of(product: Product) -> list[str]:
 
 
 def _check_dims(x: Experiment) -> None:
-  """Raises InputError where the datasets' vectors, or those of the weights, are not of one length
-  E.
-  """
+  """Raises InputError if the vectors of datasets and weights differ in their width E."""
   dims = {}
   for dataset, block in blocks.datasets(x.config).items():
-    for dim in workdir.vector_dims(x, dataset).values():  # of one dataset they are alike
+    for dim in workdir.vector_dims(x, dataset).values():  # ingest checked that they are equal
       dims[f'{dataset} ({block.path or "its sources"})'] = dim
   if dims and x.embedder_block.source == 'weights':
     dims[f'the embedder {x.embedder_block.path}'] = models.embedder_architecture(x).embed_dim
@@ -79,19 +74,19 @@ def _check_dims(x: Experiment) -> None:
   for name, dim in dims.items():
     if dim != dims[first]:
       raise InputError(
-        f'{first} has vectors of {dims[first]} numbers, and {name} of {dim}: they are not of one '
-        'embedder, so they cannot be compared. Give vectors of the same.'
+        f'{first} has vectors of {dims[first]} numbers, but {name} of {dim}: they are of different '
+        'embedders and cannot be compared. Give vectors of one embedder.'
       )
 
 
 def _write_unit(shard: Shard, path: str, rows: Array, out: str, bar, flag: str) -> None:
-  """Writes the chosen rows of a file of vectors as unit vectors, float16 [n, E].
+  """Writes the chosen rows of a vector file as unit vectors, float16 [n, E].
 
-  Raises InputError for bad ones; flag: what takes vectors of any length.
+  Raises InputError for invalid vectors; `flag` is the flag that allows any length.
   """
   settings = shard.block
   head = vectors_lib.head(path, settings.vector_key, settings.vector_dim)
-  bad_rows, first = 0, ''
+  bad_rows, example = 0, ''
   with files.atomic(out) as temporary, temporary.open('wb') as f:
     np.lib.format.write_array_header_1_0(
       f, {'descr': '<f2', 'fortran_order': False, 'shape': (len(rows), head.dim)}
@@ -102,32 +97,31 @@ def _write_unit(shard: Shard, path: str, rows: Array, out: str, bar, flag: str) 
         block = block[rows[low:high] - start]
       unit, bad = vectors_lib.unit(block, settings.any_norm)
       if bad.any():
-        place = int(np.argmax(bad))
-        first = first or f'row {rows[low + place]:,} {vectors_lib.fault(block[place])}'
+        at = int(np.argmax(bad))
+        example = example or f'row {rows[low + at]:,} {vectors_lib.fault(block[at])}'
         bad_rows += int(bad.sum())
       f.write(unit.tobytes())
       bar.update(high - low)
     if bad_rows:
-      where = f'{shard.files[0].path}: {first}, and {bad_rows:,} of {len(rows):,} vectors in all '
+      count = f'{shard.files[0].path}: {example}; in total {bad_rows:,} of {len(rows):,} vectors '
       if settings.any_norm:
-        raise InputError(f'{where}have no direction. Remove them, or put the right file there.')
+        raise InputError(f'{count}have no direction. Remove them, or give the right file.')
       raise InputError(
-        f'{where}are not of length {vectors_lib.LEAST_NORM} to {vectors_lib.MOST_NORM}, as '
-        'embeddings '
-        f'of images are. Is this the right file? {flag} takes vectors of any length, never NaN or '
-        'zeros.'
+        f'{count}have no length from {vectors_lib.LEAST_NORM} to {vectors_lib.MOST_NORM}, unlike '
+        f'embeddings of images. Check the file, or use {flag} to allow any length except NaN and '
+        'zero.'
       )
 
 
 def embeddings(x: Experiment, todo: list[Product]) -> Made:
-  """Embeds the images of some shards of a dataset."""
+  """Embeds the images of the missing shards of a dataset."""
   _check_dims(x)
   (dataset,) = {product.of[0] for product in todo}
   source, every = workdir.source(x, dataset), x.graph.embeddings(dataset, x.embedder)
   model = x.once('embedder', lambda: models.open_embedder(x))
   if len(todo) < len(every):
     logging.info(
-      'embed %s: going on, %d of %d shards are there.', dataset, len(every) - len(todo), len(every)
+      'embed %s: continuing; %d of %d shards exist.', dataset, len(every) - len(todo), len(every)
     )
   total = sum(
     int(source.starts[shard + 1] - source.starts[shard])
@@ -138,17 +132,17 @@ def embeddings(x: Experiment, todo: list[Product]) -> Made:
     for product in todo:
       start, stop = source.starts[product.of[1] :][:2].tolist()
       vectors_, usable = embed_rows(x, source, start, stop, model, bar, product.of)
-      made = _files_of(product)
-      files.write_npy(x.path(made[0]), vectors_)
-      files.write_npy(x.path(made[1]), usable)
-      lost = _keys(x, *product.of, np.flatnonzero(~usable))
-      unreadable += lost
-      yield product, made, {'rows': len(usable), 'unreadable': len(lost)}
+      outputs = _files_of(product)
+      files.write_npy(x.path(outputs[0]), vectors_)
+      files.write_npy(x.path(outputs[1]), usable)
+      keys = _keys(x, *product.of, np.flatnonzero(~usable))
+      unreadable += keys
+      yield product, outputs, {'rows': len(usable), 'unreadable': len(keys)}
   listed = ''
   if unreadable:
     more = ', ...' if len(unreadable) > LISTED else ''
     listed = (
-      f'; {progress.counted(len(unreadable), "unreadable image")} in no split and no search '
+      f'; {progress.counted(len(unreadable), "unreadable image")}, excluded from search and splits '
       f'({", ".join(unreadable[:LISTED])}{more}; the report lists all)'
     )
   shown = not x.embedder and (dataset == blocks.POOL or listed)
@@ -163,7 +157,7 @@ def embeddings(x: Experiment, todo: list[Product]) -> Made:
 
 
 def _keys(x: Experiment, dataset: str, shard: int, rows) -> list[str]:
-  """Returns the keys of some rows, counted from 0 in their shard."""
+  """Returns the keys of rows, which are counted from 0 in their shard."""
   if not len(rows):
     return []
   path = os.path.join(workdir.index_folder(x, dataset), f'index-{shard:05d}.parquet')
@@ -171,12 +165,17 @@ def _keys(x: Experiment, dataset: str, shard: int, rows) -> list[str]:
 
 
 def embed_rows(
-  x: Experiment, source, start: int, stop: int, model: models.Embedder, bar, of: tuple[str, int]
+  x: Experiment,
+  source,
+  start: int,
+  stop: int,
+  model: models.Embedder,
+  bar,
+  shard_id: tuple[str, int],
 ):
-  """Embeds rows start..stop of a source. Returns ([n, E] float16, usable [n] bool).
+  """Embeds rows start..stop of a source; returns ([n, E] float16, usable [n] bool).
 
-  of: (dataset, shard). Raises InputError where the embedder gives a NaN, which no later stage may
-  see.
+  shard_id: (dataset, shard). Raises InputError if the embedder gives NaN.
   """
   vectors_, usable = [], []
   size, train = x.embedder_block.batch_size, x.config.train
@@ -194,16 +193,17 @@ def embed_rows(
     bad = ok & ~np.isfinite(batch).all(axis=1)
     if bad.any():
       row = int(rows[bad][0])
+      (key,) = _keys(x, *shard_id, [row - start])
       raise InputError(
-        f'The embedder gives NaN for the image {_keys(x, *of, [row - start])[0]} (row {row}). Its '
-        'weights are broken: remake it with --redo=embedder.'
+        f'The embedder gives NaN for the image {key} (row {row}), so its weights are damaged. Make '
+        'it again with --redo=embedder.'
       )
     norm = np.linalg.norm(batch, axis=1, keepdims=True)
     batch = np.where(ok[:, None], batch / np.where(norm > 0, norm, 1), 0)
     vectors_.append(batch.astype(np.float16))
     usable.append(ok)
     bar.update(len(rows))
-  if not vectors_:  # a source file that holds no row of this dataset
+  if not vectors_:  # the source file has no row of this dataset
     blank = np.zeros((size, model.image_size, model.image_size, 3), np.uint8)
     return np.zeros((0, np.asarray(model.apply(blank)).shape[1]), np.float16), np.zeros(0, bool)
   return np.concatenate(vectors_), np.concatenate(usable)

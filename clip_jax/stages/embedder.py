@@ -1,8 +1,8 @@
 """Stage embedder: makes the frozen model whose image embeddings define similarity.
 
-In: the ingested pool and anchor, or a file of weights, which stays where it is. Out:
-WORKDIR/embedder/embedder.json (what it is, sha256 of its weights), and embedder.npz ('pca', 'hog')
-or checkpoints/ ('train').
+In: the ingested pool and anchor, or a weights file, which is not copied.
+Out: WORKDIR/embedder/embedder.json (its description and the sha256 of its weights), and
+embedder.npz ('pca', 'hog') or checkpoints/ ('train').
 """
 
 import os
@@ -22,18 +22,18 @@ from clip_jax.stages import fit, models
 
 
 def make(x: Experiment, todo: list[Product]) -> Made:
-  """Makes the embedder, and writes down what it is."""
+  """Makes the embedder and writes its description, embedder.json."""
   (product,) = todo
   folder = os.path.dirname(product.name)
   source = x.embedder_block.source
-  made, about = _MAKERS.get(source, _fit)(x, product)
+  outputs, about = _MAKERS.get(source, _fit)(x, product)
   about = config_lib.plain({'source': source, **about})
   files.write_json(x.path(folder, 'embedder.json'), about)
-  yield product, [f'{folder}/{name}' for name in (*made, 'embedder.json')], about
+  yield product, [f'{folder}/{name}' for name in (*outputs, 'embedder.json')], about
 
 
 def _fit(x: Experiment, product: Product):
-  """Fits 'pca' or 'hog' on a seeded sample of the base set; unreadable images are passed over."""
+  """Fits 'pca' or 'hog' on a seeded sample of the base set; skips unreadable images."""
   block, train, base = x.embedder_block, x.config.train, workdir.base_source(x)
   rng = np.random.default_rng(np.random.SeedSequence((block.seed, 0)))
   rows = np.sort(rng.choice(len(base), min(block.fit_images, len(base)), replace=False))
@@ -53,9 +53,8 @@ def _fit(x: Experiment, product: Product):
   )  # [n, S, S, 3]
   if len(images) < 2:
     raise InputError(
-      f'The embedder {block.source!r} needs at least 2 readable images to fit, and of {len(rows)} '
-      'drawn '
-      f'from the pool and the anchor only {len(images)} can be read.'
+      f'The embedder {block.source!r} needs at least 2 readable images to fit, but only '
+      f'{len(images):,} of {len(rows):,} images drawn from the pool and the anchor can be read.'
     )
   path = x.path(product.name + '.npz')
   files.write_npz(path, **embedders.EMBEDDERS[block.source][0](images, block.dim))
@@ -96,21 +95,21 @@ def _train(x: Experiment, product: Product):
 
 
 def _weights(x: Experiment, product: Product):
-  """Opens the weights once, so that what is wrong with them is told here."""
+  """Opens the weights once, so that errors in them appear in this stage."""
   block = x.embedder_block
-  opened = models.read(models.weights_path(x), block.name, models.name_flag(x))
+  read = models.read(models.weights_path(x), block.name, models.name_flag(x))
   return [], {
     'name': block.name,
     'file': os.path.basename(block.path),
     'sha256': product.sources[graph.WEIGHTS],
-    'image_size': opened.config.image_size,
-    'embed_dim': opened.config.embed_dim,
-    **opened.preprocess,
+    'image_size': read.config.image_size,
+    'embed_dim': read.config.embed_dim,
+    **read.preprocess,
   }
 
 
 def _files(x: Experiment, product: Product):
-  """Makes nothing: the vectors are others'."""
+  """Makes nothing, because the vectors come from files."""
   del x, product
   return [], {}
 
@@ -119,5 +118,5 @@ _MAKERS = {
   'train': _train,
   'weights': _weights,
   'files': _files,
-}  # those fitted on images: embedders.EMBEDDERS
+}  # other sources are fitted on images: embedders.EMBEDDERS
 MAKERS = {'embedder': make}

@@ -1,7 +1,8 @@
-"""Stage evaluate: zero-shot classification of every benchmark by every trained model.
+"""Stage evaluate: classifies every benchmark zero-shot with every trained model.
 
-In: checkpoints, ingested benchmarks. Out: WORKDIR/evaluate/<split>/seed<k>/<benchmark>.json
-(scores) and <benchmark>.npz (label, prediction, top5 and correct of every image, in index order).
+In: checkpoints, ingested benchmarks.
+Out: WORKDIR/evaluate/<split>/seed<k>/<benchmark>.json (scores) and <benchmark>.npz (label,
+prediction, top5 and correct of every image, in index order).
 """
 
 import math
@@ -39,19 +40,19 @@ def evaluate(x: Experiment, todo: list[Product]) -> Made:
     )
 
 
-def summarize(x: Experiment, made: list[Product]) -> None:
-  """Logs how many results there are."""
+def summarize(x: Experiment, new_products: list[Product]) -> None:
+  """Logs the number of new results."""
   del x
   logging.info(
     'evaluate: %d results, %d models on %d benchmarks.',
-    len(made),
-    len({product.of[:2] for product in made}),
-    len({product.of[2] for product in made}),
+    len(new_products),
+    len({product.of[:2] for product in new_products}),
+    len({product.of[2] for product in new_products}),
   )
 
 
 def score(x: Experiment, benchmark: str, model: models.Model) -> tuple[dict, dict[str, Array]]:
-  """Returns the scores of one model on one benchmark, and its answer for every image."""
+  """Returns the scores of one model on one benchmark, and its predictions for every image."""
   block, classes = x.config.benchmarks[benchmark], workdir.class_names(x, benchmark)
   source = workdir.source(x, benchmark)
   label = np.asarray(source.labels, np.int32)  # [n]
@@ -93,9 +94,7 @@ def score(x: Experiment, benchmark: str, model: models.Model) -> tuple[dict, dic
 
 
 def read_images(x: Experiment, benchmark: str, model: models.Model) -> tuple[Array, Array]:
-  """Returns a benchmark's preprocessed images uint8 [n, S, S, 3] and which could be read, bool
-  [n].
-  """
+  """Returns a benchmark's preprocessed images uint8 [n, S, S, 3] and is-readable bool [n]."""
   source, train = workdir.source(x, benchmark), x.config.train
   parts = [
     (images, ok)
@@ -113,16 +112,12 @@ def read_images(x: Experiment, benchmark: str, model: models.Model) -> tuple[Arr
 
 
 def number(value: float) -> float | None:
-  """Returns a number for JSON: null where it cannot be told (no image of a class, all images in one
-  group).
-  """
+  """Returns a number for JSON, None for NaN (a class without images, a single group)."""
   return None if math.isnan(value) else float(value)
 
 
 def encode(model: models.Model, pixels: Array, batch_size: int) -> Array:
-  """Returns the image embeddings [n, E]; the last batch is padded, so that one shape is
-  compiled.
-  """
+  """Returns the image embeddings [n, E]; the last batch is padded to compile only one shape."""
   parts = []
   for start in range(0, len(pixels), batch_size):
     batch = pixels[start : start + batch_size]
@@ -134,28 +129,28 @@ def encode(model: models.Model, pixels: Array, batch_size: int) -> Array:
 
 
 def check_benchmarks(x: Experiment) -> None:
-  """Raises an error for a benchmark that cannot be scored, before models are trained for it."""
+  """Raises an error, before any training, for a benchmark that cannot be scored."""
   for name in x.config.benchmarks:
     check_labels(name, np.asarray(workdir.source(x, name).labels), workdir.class_names(x, name))
 
 
 def check_labels(benchmark: str, label: Array, classes) -> None:
-  """Raises an error where zero-shot accuracy would mean nothing: no labels, no names, one class."""
+  """Raises an error for a benchmark without class names, with unlabelled images or one class."""
   if not classes:
     raise ConfigError(
-      f'config.benchmarks.{benchmark}.classes is not given: zero-shot needs the class names, in '
+      f'config.benchmarks.{benchmark}.classes is missing: zero-shot needs the class names, in '
       'label order.'
     )
   if (label < 0).any() or (label >= len(classes)).any():
     bad = int(((label < 0) | (label >= len(classes))).sum())
     raise InputError(
-      f'{bad} of {len(label)} images of the benchmark {benchmark} have no label among its '
+      f'{bad:,} of {len(label):,} images of the benchmark {benchmark} have no label in its '
       f'{len(classes)} classes. Check label_key, classes and where.'
     )
   if len(np.unique(label)) < 2:
     raise InputError(
-      f'All images of the benchmark {benchmark} are of one class ({classes[label[0]]!r}): there is '
-      'nothing to tell apart.'
+      f'All images of the benchmark {benchmark} have one class ({classes[label[0]]!r}), so its '
+      'accuracy has no meaning. Give images of other classes, too.'
     )
 
 

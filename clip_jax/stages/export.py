@@ -1,11 +1,10 @@
-"""What stage prune writes beside the rows of a split, for other programs; and the lists of others
-read as rows.
+"""Exports splits for other programs, in stage prune, and reads key lists of other programs.
 
-In: splits/<split>/rows*.npy, the indexes, for copies the source files. Out, in
-WORKDIR/splits/<split>/export/ (export/seed<k>/ where each seed has its own rows): uids.npy,
-clip_ood.npy, keys.parquet, webdataset/*.tar and array_record/*.array_record, each of these two with
-sizes.json. Lists of uids and of numbers hold the pool's rows; the others the anchor's, too, and
-planted copies, which a list of the pool's keys could not name.
+In: splits/<split>/rows*.npy, the indexes; for copies also the source files.
+Out, in WORKDIR/splits/<split>/export/ (export/seed<k>/ if each seed has its own rows): uids.npy,
+clip_ood.npy, keys.parquet, webdataset/*.tar and array_record/*.array_record, the last two each with
+sizes.json. uids.npy and clip_ood.npy hold the pool's rows only; the others also hold anchor rows
+and planted copies, which have no key of the pool.
 """
 
 from collections.abc import Iterator, Mapping
@@ -26,14 +25,12 @@ from clip_jax.experiment.blocks import POOL
 from clip_jax.experiment.experiment import Experiment
 from clip_jax.pruning import key_lists, splits
 
-ROWS_AT_ONCE = 1 << 20  # rows of keys.parquet that are in memory
-BYTES_BESIDE_IMAGE = 6000  # of a sample in a tar, about: captions, json, headers
+ROWS_AT_ONCE = 1 << 20  # rows of keys.parquet held in memory
+BYTES_BESIDE_IMAGE = 6000  # estimate for a sample in a tar: captions, json, headers
 
 
 def listed_rows(x: Experiment, split: str) -> tuple[Array, dict]:
-  """Returns the pool rows that a split's file names, sorted, with repeats; and what is known of
-  it.
-  """
+  """Returns the pool rows that a split's key file names, sorted, with repeats, and its counts."""
   path = os.path.expanduser(x.config.splits[split].file)
   column = x.config.prune.export_key or 'key'
   listed = key_lists.find(key_lists.read(path, x.config.prune.export_key), pool_keys(x, column))
@@ -41,9 +38,8 @@ def listed_rows(x: Experiment, split: str) -> tuple[Array, dict]:
   example = ', '.join(map(repr, listed.not_in_pool))
   if not len(listed.rows):
     raise InputError(
-      f'None of the {report["listed"]:,} keys in {path} is in the pool, for example {example}. '
-      'They '
-      f'were looked up in the column {column!r}: name another in config.prune.export_key.'
+      f'None of the {report["listed"]:,} keys in {path} is in the column {column!r} of the pool, '
+      f'for example {example}. Name the right column in config.prune.export_key.'
     )
   if report['not_in_pool']:
     logging.info(
@@ -55,7 +51,7 @@ def listed_rows(x: Experiment, split: str) -> tuple[Array, dict]:
     )
   if report['several_rows']:
     logging.info(
-      '%s: %s keys name several rows of the pool; all of these count.',
+      '%s: %s keys name several rows of the pool; all of these rows are used.',
       split,
       f'{report["several_rows"]:,}',
     )
@@ -74,21 +70,19 @@ def _column(x: Experiment, dataset: str, shard: int, column: str, rows: int):
     return index[column]
   if rows:
     raise InputError(
-      f'The {dataset} has no column {column!r}, which config.prune.export_key names. Put it in '
-      f'config.{dataset}.columns, and index again with --redo=ingest:{dataset}.'
+      f'The {dataset} has no column {column!r} (config.prune.export_key). Add it to '
+      f'config.{dataset}.columns and index again with --redo=ingest:{dataset}.'
     )
   return []
 
 
 def _own_rows(x: Experiment, split: str, seed: int) -> dict[str, Array]:
-  """Returns dataset -> its own rows among those of a split."""
+  """Returns dataset -> the split's rows of it, as row numbers of that dataset."""
   return workdir.base_rows(x).own(np.load(workdir.rows_path(x, split, seed)))
 
 
 def _by_shard(x: Experiment, dataset: str, rows: Array) -> Iterator[tuple[int, int, int, Array]]:
-  """Yields (shard, its first row, its number of rows, those of `rows` that are in it, counted from
-  its first).
-  """
+  """Yields (shard, its first row, its number of rows, the `rows` inside it, counted from 0)."""
   if not len(rows):
     return
   starts = workdir.source(x, dataset).starts
@@ -101,14 +95,14 @@ def _by_shard(x: Experiment, dataset: str, rows: Array) -> Iterator[tuple[int, i
 
 
 def write_list(x: Experiment, todo: list[Product]) -> Made:
-  """Writes a list of keys, and reads it back."""
+  """Writes a list of keys and verifies it by reading it back."""
   (product,) = todo
   split, seed, kind = product.of
   path = product.name + os.path.splitext(key_lists.LISTS[kind])[1]
   counts = _LISTS[kind](x, path, _own_rows(x, split, seed))
   yield product, [path], counts
   logging.info(
-    'export: %s holds %s keys; read back and checked.', x.path(path), f'{counts["keys"]:,}'
+    'export: %s holds %s keys, verified by reading it back.', x.path(path), f'{counts["keys"]:,}'
   )
 
 
@@ -121,7 +115,7 @@ def _numbers(x: Experiment, path: str, rows: Mapping[str, Array]) -> dict:
 
 
 def _npy(x: Experiment, path: str, pool: Array, convert, order) -> dict:
-  """Writes the keys of pool rows as an array, in order."""
+  """Writes the keys of pool rows, converted by `convert` and sorted by `order`, as an array."""
   column = x.config.prune.export_key or 'key'
   parts = [convert([])]
   for shard, start, size, own in _by_shard(x, POOL, pool):
@@ -134,20 +128,19 @@ def _npy(x: Experiment, path: str, pool: Array, convert, order) -> dict:
 
 
 def _checked(x: Experiment, path: str, temporary, column: str, rows: Array) -> dict:
-  """Reads a list back as rows of the pool; returns how many keys name several rows."""
+  """Verifies a list by reading it back; returns the number of keys that name several rows."""
   if not len(rows):
     return {'several_rows': 0}
   listed = key_lists.find(key_lists.read(temporary), pool_keys(x, column))
   several = listed.report['several_rows']
   if listed.report['not_in_pool'] or not several and not np.array_equal(listed.rows, rows):
     raise InputError(
-      f'{path} does not name the rows of the split when read back. The disk fails, or the index '
-      'was '
-      'changed meanwhile: run again.'
+      f'{path}, read back, does not name the rows of the split: a disk error, or the index '
+      'changed during the export. Run the command again.'
     )
   if several:
     logging.warning(
-      'export: %s keys in %s name several rows of the pool: who reads it takes all of them.',
+      'export: %s keys in %s name several rows of the pool; a reader will use all of these rows.',
       f'{several:,}',
       path,
     )
@@ -155,9 +148,7 @@ def _checked(x: Experiment, path: str, temporary, column: str, rows: Array) -> d
 
 
 def _keys(x: Experiment, path: str, rows: Mapping[str, Array]) -> dict:
-  """Writes keys.parquet: dataset, key, row of that dataset, and where the image is: file, offset,
-  length.
-  """
+  """Writes keys.parquet: dataset, key, row of the dataset, and the image's file, offset, length."""
   schema = pa.schema(
     [
       ('dataset', pa.string()),
@@ -186,10 +177,10 @@ def _keys(x: Experiment, path: str, rows: Mapping[str, Array]) -> dict:
 
 
 def _key_tables(x: Experiment, rows: Mapping[str, Array], schema) -> Iterator:
-  for dataset, every in rows.items():
+  for dataset, dataset_rows in rows.items():
     column = x.config.prune.export_key if dataset == POOL else ''
-    sources = x.graph.shards(dataset) if len(every) else []
-    for shard, start, size, own in _by_shard(x, dataset, every):
+    sources = x.graph.shards(dataset) if len(dataset_rows) else []
+    for shard, start, size, own in _by_shard(x, dataset, dataset_rows):
       index = table.read_columns(
         workdir.index_folder(x, dataset), shard, ['key', 'offset', 'length', 'path']
       ).take(own)
@@ -221,29 +212,29 @@ def _key_tables(x: Experiment, rows: Mapping[str, Array], schema) -> Iterator:
 
 
 def write_copies(x: Experiment, todo: list[Product]) -> Made:
-  """Copies a split's samples, one product a file, and writes their sizes when all are there.
+  """Copies a split's samples, one product per file, then writes the sizes of all files.
 
-  Copies that do not fit are made again: nothing is lost that is not in the source files, and who
-  trains on the folder must not find images of another split there. A file counts by the rows that
-  it holds, so only what changed is written again.
+  Outdated copies are replaced: a training run on the folder must not read samples of another
+  split, and the source files still hold them. A file's fingerprint covers its rows, so that only
+  changed files are written again.
   """
   (whole,) = todo
   split, seed, kind = whole.of
-  place, (ending, _) = os.path.dirname(whole.name), shard_writer.COPIES[kind]
-  parts = _parts(x, place, kind, _own_rows(x, split, seed))
-  _remove_others(x, place, ending, whole.name, {part.name for part in parts})
+  folder, (ending, _) = os.path.dirname(whole.name), shard_writer.COPIES[kind]
+  parts = _parts(x, folder, kind, _own_rows(x, split, seed))
+  _remove_others(x, folder, ending, whole.name, {part.name for part in parts})
 
-  def write(late: list[Product]) -> Made:
-    jobs = [(x.path(f'{part.name}.{ending}'), kind, *part.of) for part in late]
+  def write(missing: list[Product]) -> Made:
+    jobs = [(x.path(f'{part.name}.{ending}'), kind, *part.of) for part in missing]
     needed = sum(
-      shard_writer.image_bytes(folder, rows) + BYTES_BESIDE_IMAGE * len(rows)
-      for _, _, folder, rows in jobs
+      shard_writer.image_bytes(index_folder, rows) + BYTES_BESIDE_IMAGE * len(rows)
+      for _, _, index_folder, rows in jobs
     )
     files.check_space(x.workdir, needed, f'The export {whole.name}')
     for number, counts in engine.finished(
       write_part, jobs, workers=x.config.engine.workers, desc=f'export {split}', unit='file'
     ):
-      yield late[number], {f'{late[number].name}.{ending}': counts.get('sha256')}, counts
+      yield missing[number], {f'{missing[number].name}.{ending}': counts.get('sha256')}, counts
 
   products.make(x.workdir, parts, write)
   copies = {f'{part.name}.{ending}': products.counts(x.workdir, part.name) for part in parts}
@@ -259,12 +250,12 @@ def write_copies(x: Experiment, todo: list[Product]) -> Made:
     {f'{whole.name}.json': None, **{path: count.get('sha256') for path, count in copies.items()}},
     total,
   )
-  _log_copies(x.path(place), total, len(parts))
+  _log_copies(x.path(folder), total, len(parts))
 
 
 def _log_copies(folder: str, total: dict, number: int) -> None:
   logging.info(
-    'export: %s holds %s in %s, %s; all was read back and has the sha256 of its source.',
+    'export: %s holds %s in %s, %s; read back, each has the sha256 of its source.',
     folder,
     progress.counted(total['samples'], 'sample'),
     progress.counted(number, 'file'),
@@ -272,48 +263,47 @@ def _log_copies(folder: str, total: dict, number: int) -> None:
   )
   if total['renamed']:
     logging.info(
-      'export: %s samples have a number after their key, as their file has that key already.',
+      'export: %s samples got a number after their key, because their file has the key already.',
       f'{total["renamed"]:,}',
     )
   if total['refused']:
     logging.warning(
-      'export: %s samples are left out, as unpacking them could write outside a folder; the '
-      'sidecars '
-      'list them.',
+      'export: %s samples are skipped, because unpacking them could write outside the folder; the '
+      'sidecars list them.',
       f'{total["refused"]:,}',
     )
 
 
-def _parts(x: Experiment, place: str, kind: str, own_rows: Mapping[str, Array]) -> list[Product]:
-  """Returns the product of each file of copies; `of`: the dataset's index folder and the rows that
-  the file holds.
-  """
+def _parts(x: Experiment, folder: str, kind: str, own_rows: Mapping[str, Array]) -> list[Product]:
+  """Returns each file's product; its `of` is the dataset's index folder and the file's rows."""
   parts = []
-  for dataset, every in own_rows.items():
-    index = x.graph.index_shards(dataset) if len(every) else []
-    for number, start in enumerate(range(0, len(every), shard_writer.SAMPLES_A_SHARD)):
-      some = every[start : start + shard_writer.SAMPLES_A_SHARD]
-      hashes = {shard: splits.rows_hash(own) for shard, _, _, own in _by_shard(x, dataset, some)}
+  for dataset, rows in own_rows.items():
+    index = x.graph.index_shards(dataset) if len(rows) else []
+    for number, start in enumerate(range(0, len(rows), shard_writer.SAMPLES_A_SHARD)):
+      file_rows = rows[start : start + shard_writer.SAMPLES_A_SHARD]
+      hashes = {
+        shard: splits.rows_hash(own) for shard, _, _, own in _by_shard(x, dataset, file_rows)
+      }
       stem = ('' if dataset == POOL else f'{dataset}-') + f'{number:05d}'
       parts.append(
         Product(
-          f'{place}/{stem}',
+          f'{folder}/{stem}',
           kind,
-          (workdir.index_folder(x, dataset), some),
+          (workdir.index_folder(x, dataset), file_rows),
           {f'rows of {index[shard].name}': value for shard, value in hashes.items()},
           tuple(index[shard] for shard in hashes),
-          batch=f'{place}/parts',
+          batch=f'{folder}/parts',
           is_cheap=True,
         )
       )
   return parts
 
 
-def _remove_others(x: Experiment, place: str, ending: str, whole: str, names: set[str]) -> None:
-  """Removes copies that are not among `names`, and what a killed process has left."""
-  present = sorted(os.listdir(x.path(place))) if os.path.isdir(x.path(place)) else []
+def _remove_others(x: Experiment, folder: str, ending: str, whole: str, names: set[str]) -> None:
+  """Removes copies that are not among `names`, and unfinished files of killed processes."""
+  present = sorted(os.listdir(x.path(folder))) if os.path.isdir(x.path(folder)) else []
   stored = {
-    f'{place}/{name.removesuffix(products.SIDECAR)}'
+    f'{folder}/{name.removesuffix(products.SIDECAR)}'
     for name in present
     if name.endswith(products.SIDECAR)
   }
@@ -321,17 +311,17 @@ def _remove_others(x: Experiment, place: str, ending: str, whole: str, names: se
   for name in others:
     products.delete(x.workdir, name)
   for name in present:
-    stem = f'{place}/{name.removesuffix(f".{ending}")}'
+    stem = f'{folder}/{name.removesuffix(f".{ending}")}'
     if (name.endswith(f'.{ending}') and stem not in stored & names) or files.TEMPORARY in name:
-      files.epath.Path(x.path(place, name)).unlink(missing_ok=True)
+      files.epath.Path(x.path(folder, name)).unlink(missing_ok=True)
   if others:
     logging.info(
-      'export: %d files in %s do not belong to the split; they are removed.', len(others), place
+      'export: removed %d files in %s that do not belong to the split.', len(others), folder
     )
 
 
 def write_part(job: tuple[str, str, str, Array]) -> dict:
-  """Writes one file of copies: a pure function of the rows to a file. Returns the counts."""
+  """Writes one file of copies, which depends on its rows only; returns the counts."""
   path, kind, folder, rows = job
   return shard_writer.COPIES[kind][1](path, folder, rows)
 
@@ -340,5 +330,5 @@ _LISTS = {
   'datacomp': _uids,
   'clip_ood': _numbers,
   'keys': _keys,
-}  # kind of key_lists.LISTS -> what writes it
+}  # kind of key_lists.LISTS -> its writer
 MAKERS = {'list': write_list, 'copies': write_copies}

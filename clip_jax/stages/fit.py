@@ -1,7 +1,8 @@
 """Trains one CLIP on a source of samples: a run of the stage train, or the embedder 'train'.
 
-In: a source, the config's model and recipe. Out, in a folder of the work directory: checkpoints/,
-metrics.jsonl and config.json (written first: what the run was begun with).
+In: a source, the config's model and recipe.
+Out, in a folder of the work directory: config.json (written first: the config of the run),
+checkpoints/ and metrics.jsonl.
 """
 
 import os
@@ -19,16 +20,15 @@ from clip_jax.models import clip, flops, text
 from clip_jax.stages import models
 from clip_jax.training import loop
 
-PACKING_SAVES = 0.15  # of a step's FLOPs, at least, for captions to be packed
+PACKING_SAVES = 0.15  # captions are packed if this share of a step's FLOPs is saved
 
 
 def fit(x: Experiment, folder: str, data, base, *, seed: int, samples: int, product: Product):
-  """Trains one model on a source of samples. Returns the loop's TrainResult and the images
-  replaced.
+  """Trains one model; returns the loop's TrainResult and the rows whose images were replaced.
 
-  base: the source whose captions decide how captions are packed, the same for all runs. A run that
-  was killed goes on from its last checkpoint. One that was begun with another config is an
-  InputError that names the keys. Ctrl-C and SIGTERM end it after the step, state saved.
+  `base` is the source, the same for all runs, whose captions determine the packing. A killed run
+  continues from its last checkpoint. Raises InputError, with the differing keys, if the run was
+  begun with another config. Ctrl-C and SIGTERM end it after the current step and a checkpoint.
   """
   t, p = x.config.train, x.config.preprocess
   path = x.path(folder)
@@ -42,7 +42,7 @@ def fit(x: Experiment, folder: str, data, base, *, seed: int, samples: int, prod
     if index not in replaced:
       replaced.append(index)
       logging.warning(
-        '%s: image %d of the split cannot be read (%s); the next readable one stands in.',
+        '%s: image %d of the split is unreadable (%s); the next readable one is used instead.',
         folder,
         index,
         reason,
@@ -102,21 +102,21 @@ def fit(x: Experiment, folder: str, data, base, *, seed: int, samples: int, prod
 
 
 def _caption_groups(x: Experiment, base, architecture, folder: str) -> int:
-  """Returns in how many groups a batch's captions are packed, one a device; 0: one caption a row.
+  """Returns the number of groups that pack a batch's captions, one per device; 0: no packing.
 
-  'auto' packs one batch's worth of the base set's captions and looks how many tokens are left: the
-  same for all splits, which then share their compiled code, and for a run which goes on. Where
-  little is saved, what packing costs (attention in full rows, a last block that is not pooled, more
-  shapes to compile) was measured to eat it.
+  'auto' packs one batch of the base set's captions and measures the tokens saved. The result is the
+  same for all splits, which share their compiled code, and for a continued run. Below PACKING_SAVES
+  the measured cost (attention in full rows, a last block without pooling, more shapes to compile)
+  exceeds the saving.
   """
   t = x.config.train
   devices = sharding.mesh(t.fsdp).size
-  if t.pack_captions == 'never' or t.batch_size % devices:  # which the loop refuses
+  if t.pack_captions == 'never' or t.batch_size % devices:  # the loop rejects such a batch size
     return 0
   if not text.packable(architecture.text):
     if t.pack_captions == 'always':
       raise InputError(
-        'config.train.pack_captions=always: this text tower looks at all tokens, so its captions '
+        'config.train.pack_captions=always: this text tower attends to all tokens, so its captions '
         'cannot be packed. Choose auto or never.'
       )
     return 0
@@ -129,8 +129,8 @@ def _caption_groups(x: Experiment, base, architecture, folder: str) -> int:
   if t.pack_captions == 'auto' and saved < PACKING_SAVES:
     return 0
   logging.debug(
-    '%s: captions are packed, %.0f %% of the tokens of one caption a row; %.0f %% of the FLOPs are '
-    'saved.',
+    '%s: packed captions use %.0f %% of the tokens of one caption per row and save %.0f %% of the '
+    'FLOPs.',
     folder,
     100 * share,
     100 * saved,
@@ -139,29 +139,25 @@ def _caption_groups(x: Experiment, base, architecture, folder: str) -> int:
 
 
 def _begin(path: str, product: Product, folder: str) -> None:
-  """Writes down what a run is begun with; refuses to go on with one that was begun with something
-  else.
-  """
-  began = os.path.join(path, 'config.json')
+  """Writes a run's config; raises InputError if an unfinished run there has another config."""
+  config_path = os.path.join(path, 'config.json')
   now = {
     'fingerprint': product.fingerprint,
     'keys': config_lib.plain(product.keys),
     'inputs': product.dependencies,
   }
-  if not os.path.exists(began):
-    files.write_json(began, now)
+  if not os.path.exists(config_path):
+    files.write_json(config_path, now)
     return
-  old = files.read_json(began)
+  old = files.read_json(config_path)
   if old['fingerprint'] != now['fingerprint']:
-    why = [f'config.{line}' for line in config_lib.differences(old['keys'], now['keys'])]
-    why += [
+    differences = [f'config.{line}' for line in config_lib.differences(old['keys'], now['keys'])]
+    differences += [
       f'{name} has changed'
       for name in sorted({*old['inputs'], *now['inputs']})
       if old['inputs'].get(name) != now['inputs'].get(name)
     ]
     raise InputError(
-      f'{folder} was begun with another config and is not finished: {"; ".join(why[:6])}. Run '
-      f'with --redo={products.redo_of([product.name])} to begin it again, or with the old config '
-      'to go '
-      'on.'
+      f'{folder} is an unfinished run of another config: {"; ".join(differences[:6])}. Use '
+      f'--redo={products.redo_of([product.name])} to train it again, or the old config to continue.'
     )

@@ -1,10 +1,9 @@
-"""Stage ingest: finds every sample of every dataset and writes down where it lies. No image is
-decoded.
+"""Stage ingest: indexes the location of every sample of every dataset, without decoding images.
 
-In: the source files (of format 'embeddings': vectors and what lies beside them). Out:
-WORKDIR/ingest/<dataset>/ with index-*.parquet, skipped-*.json, table.npy, captions.bin;
-summary.json, what the dataset holds, and broken.csv, all that is broken in it. What is drawn (the
-demo, planted copies) is drawn first, into tars.
+In: the source files (of format 'embeddings': vectors and the metadata files beside them).
+Out: WORKDIR/ingest/<dataset>/ with index-*.parquet, skipped-*.json, table.npy, captions.bin,
+summary.json (the dataset in numbers) and broken.csv (every sample that cannot be used). The images
+of the demo and the planted copies are drawn first, into tars.
 """
 
 from collections.abc import Iterator
@@ -23,11 +22,11 @@ from clip_jax.experiment import blocks, workdir
 from clip_jax.experiment.experiment import Experiment
 from clip_jax.experiment.shards import Shard
 
-RATE_SECS = 1.0  # of a scan, from which on its rate is worth a line
+RATE_SECS = 1.0  # scans shorter than this log no rate
 
 
 def draw_demo(x: Experiment, todo: list[Product]) -> Made:
-  """Draws the demo's images."""
+  """Draws the demo's images into tars."""
   from clip_jax.demo import glyphs  # fonts and scikit-learn take seconds to import
 
   logging.info("Drawing the demo's images ...")
@@ -38,7 +37,7 @@ def draw_demo(x: Experiment, todo: list[Product]) -> Made:
 
 
 def index_shards(x: Experiment, todo: list[Product]) -> Made:
-  """Scans shards of one dataset, each to an index of its samples."""
+  """Scans shards of one dataset and writes an index of the samples of each."""
   dataset, every = todo[0].of[0], x.graph.shards(todo[0].of[0])
   if len(todo) < len(every):
     logging.info(
@@ -48,8 +47,8 @@ def index_shards(x: Experiment, todo: list[Product]) -> Made:
     (shard.prefix, shard.labels_by) for shard in every if shard.labels_by
   ):
     logging.info('%s: %s.', f'{dataset}/{prefix}'.rstrip('/'), labels_by)
-  chosen = [every[product.of[1]].at(x.workdir) for product in todo]
-  jobs = [(workdir.index_folder(x, dataset), shard, dataset in blocks.TRAINED) for shard in chosen]
+  shards = [every[product.of[1]].at(x.workdir) for product in todo]
+  jobs = [(workdir.index_folder(x, dataset), shard, dataset in blocks.TRAINED) for shard in shards]
   start, samples = time.monotonic(), 0
   for number, counts in engine.finished(
     scan_shard, jobs, workers=x.config.engine.workers, desc=f'ingest {dataset}', unit='shard'
@@ -62,7 +61,7 @@ def index_shards(x: Experiment, todo: list[Product]) -> Made:
     )
     samples += counts['rows'] + counts['skipped'] + counts['left_out']
   spent = time.monotonic() - start
-  size = sum(file.size for shard in chosen for file in shard.files)  # 0 of what is drawn here
+  size = sum(file.size for shard in shards for file in shard.files)  # 0 for drawn images
   if size and spent >= RATE_SECS:
     logging.info(
       '%s: %s, %s, scanned in %s (%s samples and %s a second).',
@@ -76,7 +75,7 @@ def index_shards(x: Experiment, todo: list[Product]) -> Made:
 
 
 def scan_shard(job: tuple[str, Shard, bool]) -> dict:
-  """Indexes one shard: a pure function of the shard to its index file. Returns the counts."""
+  """Writes the index of one shard, which depends on the shard only; returns the counts."""
   folder, shard, needs_caption = job
   block = shard.block
   edit = (
@@ -116,7 +115,7 @@ def scan_shard(job: tuple[str, Shard, bool]) -> dict:
 
 
 def index(x: Experiment, todo: list[Product]) -> Made:
-  """Joins the shards' indexes to the table of the whole dataset, which the loader reads."""
+  """Joins the shards' indexes to the table of the dataset, which the loader reads."""
   (dataset,) = todo[0].of
   shards = _shards(x, dataset)
   _check_dims(x, dataset)
@@ -128,8 +127,8 @@ def index(x: Experiment, todo: list[Product]) -> Made:
   if not counts['rows']:
     raise _empty(x, dataset, counts)
   folder = os.path.dirname(todo[0].name)
-  made = [f'{folder}/{name}' for name in counts.pop('files') if name != workdir.LOCATIONS]
-  yield todo[0], made, counts
+  outputs = [f'{folder}/{name}' for name in counts.pop('files') if name != workdir.LOCATIONS]
+  yield todo[0], outputs, counts
   reasons = _reasons(counts)
   shown = dataset in (blocks.POOL, blocks.ANCHOR) or reasons
   logging.log(
@@ -151,33 +150,31 @@ def _reasons(counts: dict) -> str:
 
 
 def _left_out(x: Experiment, dataset: str) -> int:
-  """Returns how many samples of a dataset `where` and `part` leave out."""
+  """Returns the number of samples of a dataset that `where` and `part` exclude."""
   return sum(
     products.counts(x.workdir, part.name)['left_out'] for part in x.graph.index_shards(dataset)
   )
 
 
 def _empty(x: Experiment, dataset: str, counts: dict) -> InputError:
-  """Returns the error of a dataset in which no sample is left, and lists all that cannot be
-  used.
-  """
+  """Returns the error for a dataset without samples, and writes the list of unusable samples."""
   folder = workdir.index_folder(x, dataset)
   summary.write_broken(folder, [shard.name for shard in x.graph.shards(dataset)])
-  why = []
+  causes = []
   if left_out := _left_out(x, dataset):
-    why.append(f"`where`, `part` or the folders' mappings leave out {left_out:,} samples")
+    causes.append(f"`where`, `part` or the folders' mappings exclude {left_out:,} samples")
   if counts['skipped']:
-    why.append(
-      f'{os.path.join(folder, summary.BROKEN)} lists what cannot be used ({_reasons(counts)})'
+    causes.append(
+      f'{os.path.join(folder, summary.BROKEN)} lists unusable samples ({_reasons(counts)})'
     )
   return InputError(
-    f'{dataset} is empty: {" and ".join(why) or "its files hold no samples"}. Check format, path, '
-    'where, part, image_key and the keys of captions and labels.'
+    f'{dataset} is empty: {" and ".join(causes) or "its files have no samples"}. Check format, '
+    'path, where, part, image_key and the keys of captions and labels.'
   )
 
 
-def summarize(x: Experiment, todo: list[Product]) -> Made:
-  """Writes what a dataset holds, in numbers."""
+def write_summary(x: Experiment, todo: list[Product]) -> Made:
+  """Writes a dataset's summary.json and broken.csv, and logs its main numbers."""
   (dataset,) = todo[0].of
   folder = workdir.index_folder(x, dataset)
 
@@ -196,18 +193,16 @@ def summarize(x: Experiment, todo: list[Product]) -> Made:
     {key: numbers[key] for key in ('samples', 'skipped', 'left_out')},
   )
   lines = summary.lines(numbers)
-  for line in lines if dataset == blocks.POOL else lines[:1]:  # all of it is in summary.json
+  for line in lines if dataset == blocks.POOL else lines[:1]:  # summary.json has all lines
     logging.debug('%s: %s.', dataset, line)
   if numbers['skipped']:
     logging.info(
-      '%s: what cannot be used, and why: %s', dataset, os.path.join(folder, summary.BROKEN)
+      '%s: unusable samples and reasons: %s', dataset, os.path.join(folder, summary.BROKEN)
     )
 
 
 def refresh_locations(x: Experiment) -> None:
-  """Writes anew where the source files are, where the same files lie in another folder than at
-  ingest.
-  """
+  """Updates the stored locations of source files that have moved to another folder since ingest."""
   for dataset in blocks.datasets(x.config):
     path = os.path.join(workdir.index_folder(x, dataset), workdir.LOCATIONS)
     if os.path.exists(path):
@@ -217,30 +212,26 @@ def refresh_locations(x: Experiment) -> None:
 
 
 def _check_dims(x: Experiment, dataset: str) -> None:
-  """Raises InputError where the files of vectors of a dataset differ in their number of columns."""
+  """Raises InputError if the vector files of a dataset differ in their width."""
   dims = workdir.vector_dims(x, dataset)
   first = next(iter(dims), None)
   for shard, dim in dims.items():
     if dim != dims[first]:
       paths = [x.graph.shards(dataset)[number].files[0].path for number in (shard, first)]
       raise InputError(
-        f'{dataset}: {paths[0]} has vectors of {dim} numbers, and {paths[1]} of {dims[first]}: '
-        'they are '
-        'not of one embedder. Correct the path of the dataset.'
+        f'{dataset}: {paths[0]} has vectors of {dim} numbers, but {paths[1]} of {dims[first]}, so '
+        'they are of different embedders. Correct the path of the dataset.'
       )
 
 
 def draw_planted(x: Experiment, todo: list[Product]) -> Made:
-  """Draws the copies of a benchmark's images that are planted, one tar for each shard of the
-  benchmark.
-  """
+  """Draws the planted copies of a benchmark's images, one tar for each shard of the benchmark."""
   block, name = x.config.planted, x.config.planted.benchmark
   source, classes = workdir.source(x, name), workdir.class_names(x, name)
   keys, groups, labels = source.column('key'), source.column('group'), source.labels
-  place = image_copies.draw(
-    groups.tolist(), block.share, block.seed
-  )  # [Q]: -1 where a query is not drawn
-  _check_captions(name, classes, labels[place >= 0])
+  # [Q]: the position of each drawn query in the draw, -1 for the others
+  position = image_copies.draw(groups.tolist(), block.share, block.seed)
+  _check_captions(name, classes, labels[position >= 0])
   jobs = []
   for product in todo:
     start, stop = source.starts[product.of[0] :][:2].tolist()
@@ -248,7 +239,7 @@ def draw_planted(x: Experiment, todo: list[Product]) -> Made:
       image_copies.Copy(
         row,
         copy,
-        image_copies.kind_of(int(place[row]), copy, block.copies, block.kinds),
+        image_copies.kind_of(int(position[row]), copy, block.copies, block.kinds),
         str(keys[row]),
         int(labels[row]),
         classes[labels[row]],
@@ -256,7 +247,7 @@ def draw_planted(x: Experiment, todo: list[Product]) -> Made:
         block.caption_template.replace('{}', classes[labels[row]]),
       )
       for row in range(start, stop)
-      if place[row] >= 0
+      if position[row] >= 0
       for copy in range(block.copies)
     ]
     jobs.append((x.path(product.name + '.tar'), workdir.index_folder(x, name), copies, block.seed))
@@ -270,44 +261,42 @@ def draw_planted(x: Experiment, todo: list[Product]) -> Made:
       counts['samples'] for counts in tars.values()
     ):
       raise InputError(
-        f'config.planted.benchmark={name!r}: none of the {len(unreadable)} drawn images can be '
-        'read, '
-        'so that there is nothing to plant.'
+        f'config.planted.benchmark={name!r}: none of the {len(unreadable):,} drawn images can be '
+        'read, so there is no image to plant. Plant another benchmark.'
       )
     yield todo[number], [todo[number].name + '.tar'], counts
   _warn_planted(x, len(source), list(tars.values()))
 
 
 def _draw_tar(job: tuple[str, str, list[image_copies.Copy], int]) -> dict:
-  """Writes one tar: a pure function of the benchmark's images and the job."""
+  """Writes one tar, which depends on the benchmark's images and the job only."""
   path, folder, copies, seed = job
   return image_copies.write_tar(path, reader.Source(folder), copies, seed)
 
 
 def _check_captions(name: str, classes: tuple[str, ...], labels: Array) -> None:
-  """Raises an error where the drawn queries cannot be captioned."""
+  """Raises an error if a drawn query has no class name for its caption."""
   if not classes:
     raise ConfigError(
-      f'config.planted.benchmark={name!r} has no class names, so that copies cannot be captioned. '
-      f'Give config.benchmarks.{name}.classes and label_key, or plant another benchmark.'
+      f'config.planted.benchmark={name!r} has no class names for the captions of the copies. Give '
+      f'config.benchmarks.{name}.classes and label_key, or plant another benchmark.'
     )
   bad = int(((labels < 0) | (labels >= len(classes))).sum())
   if bad:
     raise InputError(
-      f'config.planted.benchmark={name!r}: {bad} of {len(labels)} drawn images have no label among '
-      f'its {len(classes)} classes, so that their copies cannot be captioned. Check its label_key '
-      'and '
+      f'config.planted.benchmark={name!r}: {bad:,} of {len(labels):,} drawn images have no label '
+      f'in its {len(classes)} classes, so their copies have no caption. Check its label_key and '
       'classes, or plant another benchmark.'
     )
 
 
 def _warn_planted(x: Experiment, queries: int, counts: list[dict]) -> None:
-  """Warns that test images are in the training data on purpose, and in which splits."""
+  """Warns that the config plants test images in the training data, and names the splits."""
   holders = [split for split in x.config.splits if blocks.holds_planted(x.config, split)]
   unreadable = [key for part in counts for key in part['unreadable']]
   logging.warning(
-    'PLANTED: %s copies of %s of the %s test images of %s, on purpose (config.planted): a positive '
-    'control. %s',
+    'PLANTED: %s copies of %s of the %s test images of %s, as a positive control '
+    '(config.planted). %s',
     f'{sum(part["samples"] for part in counts):,}',
     f'{sum(part["queries"] for part in counts):,}',
     f'{queries:,}',
@@ -316,7 +305,7 @@ def _warn_planted(x: Experiment, queries: int, counts: list[dict]) -> None:
   )
   if unreadable:
     logging.info(
-      'planted: %s are skipped, as they cannot be read (%s%s).',
+      'planted: skipped %s that cannot be read (%s%s).',
       progress.counted(len(unreadable), 'drawn image'),
       ', '.join(unreadable[:3]),
       ', ...' if len(unreadable) > 3 else '',
@@ -328,5 +317,5 @@ MAKERS = {
   'planted tar': draw_planted,
   'index shard': index_shards,
   'index': index,
-  'summary': summarize,
+  'summary': write_summary,
 }

@@ -1,10 +1,9 @@
-"""Joins a CLIP's parameters, tokenizer and preprocessing: what stages need of a model, as two
-functions.
+"""Joins a CLIP's parameters, tokenizer and preprocessing into two functions for the stages.
 
-In: a checkpoint that clip_jax trained, or a file of weights (open_clip's, OpenAI's, Hugging
-Face's), whose architecture and preprocessing are named or lie beside it in open_clip_config.json,
-config.json and preprocessor_config.json. What imports JAX is imported inside functions: the check
-of a config, at every start, needs architectures only.
+In: a checkpoint of clip_jax, or a weights file (of open_clip, OpenAI or Hugging Face). The
+architecture and preprocessing of a weights file are named by the user or stand beside it in
+open_clip_config.json, config.json and preprocessor_config.json. Modules that need JAX are imported
+inside functions, because every start checks the config and needs architectures only.
 """
 
 from collections.abc import Callable, Sequence
@@ -42,36 +41,33 @@ TOKENIZER = ('tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-  """A CLIP with its parameters. Both functions return float32 vectors of unit length."""
+  """A CLIP with its parameters; both functions return float32 vectors of unit length."""
 
   image_size: int
   resize: str
   encode_image: Callable[[Array], Array]  # uint8 [b, S, S, 3] -> [b, E]
   encode_text: Callable[[Sequence[str]], Array]  # n captions -> [n, E]
-  step: int | None  # updates done; None: a file of weights
+  step: int | None  # updates done; None: a weights file
 
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-  """Parameters and what must be known to use them."""
+  """Parameters with the architecture, preprocessing and tokenizer folder that they need."""
 
   params: dict
   config: Any  # zoo.CLIPConfig
   preprocess: dict  # mean, std, resize
-  dtype: str  # that the towers compute in
-  folder: str  # holds the tokenizer's files, if it is not CLIP's own
-  step: int | None  # updates done; None: a file of weights
-  said: str = ''  # of a file of weights: what it was taken for, and why
+  dtype: str  # the towers compute in it
+  folder: str  # of the tokenizer's files, if the tokenizer is not CLIP's
+  step: int | None  # updates done; None: a weights file
+  description: str = ''  # of a weights file: its model and preprocessing, and where they are named
 
 
 def architecture(config: Config):
-  """Returns config.model as a CLIPConfig: a zoo entry by name, or the numbers themselves, as its
-  loss begins.
-  """
+  """Returns config.model as a CLIPConfig, with the start values of config.train.loss."""
   numbers = _numbers(config)
-  if (
-    config.train.loss == 'clip'
-  ):  # which begins with the model's own; the table of losses imports JAX
+  # The loss clip keeps the model's own start values, and the table of losses imports JAX.
+  if config.train.loss == 'clip':
     return numbers
   from clip_jax.training import losses
 
@@ -79,26 +75,27 @@ def architecture(config: Config):
 
 
 def _numbers(config: Config):
+  """Returns the CLIPConfig of config.model.name, or of the numbers in config.model."""
   m = config.model
-  given = [key for key in NUMBERS if m[key]]
+  nonzero = [key for key in NUMBERS if m[key]]
   if m.name:
-    if given:
+    if nonzero:
       raise ConfigError(
-        f'config.model.name={m.name!r} fixes the numbers; leave config.model.{given[0]} at 0, or '
-        'the name empty.'
+        f'config.model.name={m.name!r} fixes the numbers. Set config.model.{nonzero[0]} to 0, or '
+        "config.model.name to ''."
       )
-    found = zoo.get(m.name)
-    if found.text.tokenizer:
+    named = zoo.get(m.name)
+    if named.text.tokenizer:
       raise ConfigError(
-        f'config.model.name={m.name!r} reads the tokens of {found.text.tokenizer}, and models are '
-        "trained here on those of CLIP. Choose a model with CLIP's tokenizer."
+        f'config.model.name={m.name!r} needs the tokenizer {named.text.tokenizer}, but training '
+        "here uses CLIP's. Choose a model with CLIP's tokenizer."
       )
-    return found
+    return named
   for key in NUMBERS:
     if m[key] <= 0:
       raise ConfigError(
-        f'config.model.{key}={m[key]} must be more than 0 (or give config.model.name, for '
-        'example ViT-B-32).'
+        f'config.model.{key}={m[key]} must be more than 0, or config.model.name must be set, for '
+        'example to ViT-B-32.'
       )
   if m.image_size % m.patch_size:
     raise ConfigError(
@@ -112,8 +109,8 @@ def _numbers(config: Config):
       )
   if m.context_length < 3:
     raise ConfigError(
-      f'config.model.context_length={m.context_length} leaves no room between the start and the '
-      'end token; at least 3.'
+      f'config.model.context_length={m.context_length} leaves no token between the start and the '
+      'end token; set at least 3.'
     )
   return zoo.CLIPConfig(
     m.embed_dim,
@@ -125,9 +122,7 @@ def _numbers(config: Config):
 
 
 def about(config: Config, split: str, seed: int) -> dict:
-  """Returns what a checkpoint must say of its model, so that it can be evaluated without the
-  config.
-  """
+  """Returns a checkpoint's description of its model, so that evaluation needs no config."""
   return {
     'model': open_clip.config_to_open_clip(architecture(config)),
     'preprocess': blocks.plain(config.preprocess),
@@ -138,76 +133,66 @@ def about(config: Config, split: str, seed: int) -> dict:
 
 
 def load(path: str, name: str = '') -> Model:
-  """Opens a model; see `read`."""
+  """Opens a model, with the arguments of `read`."""
   return open_model(read(path, name))
 
 
 def read(path: str, name: str = '', flag: str = '--model') -> Weights:
-  """Reads a checkpoint (a run's folder, its checkpoints/, or one step), or a file of weights, where
+  """Reads a checkpoint (a run's folder, its checkpoints/, or one step) or a weights file.
 
-  `name` may say which open_clip model it holds; `flag` is what the user sets it with.
-  Raises InputError where nothing whole is there.
+  `name` is the open_clip model of a weights file; `flag` is the user's flag for it. Raises
+  InputError if there is no complete checkpoint or file.
   """
   if is_weights(path):
     return read_weights(path, name, flag)
   _check_folder(path)
   if name:
     raise ConfigError(
-      f'{flag}={name!r}: a checkpoint that clip_jax trained knows its own architecture; leave '
-      f'{flag} '
-      'out.'
+      f'{flag}={name!r}: a checkpoint of clip_jax contains its architecture. Remove {flag}.'
     )
   return read_checkpoint(path)
 
 
 def is_weights(path: str) -> bool:
-  """Whether a path is by its ending a file of weights, and not a checkpoint's folder."""
+  """Returns whether a path ends like a weights file; other paths are folders of checkpoints."""
   return path.endswith(weights.ENDINGS)
 
 
 def located(path: str) -> str:
-  """Returns an absolute path.
-
-  A checkpoint may also lie in a bucket, a file of weights may not (ConfigError).
-  """
+  """Returns an absolute path, or the URL of a checkpoint; ConfigError for a remote weights file."""
   if files.is_local(path):
     return os.path.abspath(os.path.expanduser(path))
   if is_weights(path):
-    raise ConfigError(
-      f'{path}: a file of weights must be on this machine. Copy it from there first.'
-    )
+    raise ConfigError(f'{path}: a weights file must be on this machine. Copy it here first.')
   return path
 
 
 def _check_folder(path: str) -> None:
-  """Raises InputError naming the file where a folder of weights is given, as open_clip and
-  transformers take it.
-  """
+  """Raises InputError, naming the file, for a folder with a weights file but no checkpoint."""
   inside = (
     [name for name in sorted(os.listdir(path)) if is_weights(name)] if os.path.isdir(path) else []
   )
   if inside and not checkpoints.step_folders(path):
     raise InputError(
-      f'{path} is a folder with weights and no checkpoint. Name the file, '
+      f'{path} is a folder of weights without a checkpoint. Give the file: '
       f'{os.path.join(path, inside[0])}.'
     )
 
 
 def read_checkpoint(path: str) -> Weights:
-  """Reads the parameters of a checkpoint that clip_jax made, of a run the newest."""
+  """Reads the parameters of a checkpoint of clip_jax; of a run, the newest one."""
   newest = checkpoints.step_folders(path)[-1:]
   try:
     params, step, saved = checkpoints.restore_params(path)
   except InputError:
     if checkpoints.step_folders(path)[-1:] == newest:
       raise
-    return read_checkpoint(
-      path
-    )  # training has made a newer one, and may have removed this one meanwhile
+    # Training has saved a newer checkpoint, and may have removed this one.
+    return read_checkpoint(path)
   if 'vision_cfg' not in saved['model']:
     raise InputError(
-      f'The checkpoint {path} was made by an older version of clip_jax, which described models in '
-      'another way. Train it again, or evaluate it with that version.'
+      f'The checkpoint {path} was made by an older, incompatible version of clip_jax. Train it '
+      'again, or evaluate it with that version.'
     )
   config = open_clip.config_from_open_clip(saved['model'])
   folder = os.path.dirname(path) if os.path.basename(path).isdigit() else path
@@ -215,113 +200,106 @@ def read_checkpoint(path: str) -> Weights:
 
 
 def read_weights(path: str, name: str, flag: str) -> Weights:
-  """Reads a file of weights as the open_clip model `name`, else as the config beside it says.
+  """Reads a weights file as the open_clip model `name`, or by the config beside the file.
 
   Raises:
     InputError: the file is damaged, or holds another model.
-    ConfigError: nothing says which model it holds (the message has the names that fit), or it is
-      one that is not built here.
+    ConfigError: the model is unknown (the message lists the names that fit), or is not supported.
   """
   tensors = weights.read(path)
-  theirs = huggingface if huggingface.is_huggingface(tensors) else open_clip
-  order = (HUGGING_FACE, OPEN_CLIP) if theirs is huggingface else (OPEN_CLIP, HUGGING_FACE)
-  config, said = _architecture(path, name, order)
+  library = huggingface if huggingface.is_huggingface(tensors) else open_clip
+  order = (HUGGING_FACE, OPEN_CLIP) if library is huggingface else (OPEN_CLIP, HUGGING_FACE)
+  config, model_source = _architecture(path, name, order)
   if config is None:
-    raise ConfigError(_unnamed(path, theirs.fitting(tensors), flag))
+    raise ConfigError(_unnamed(path, library.fitting(tensors), flag))
   read = (
     huggingface.params_from_huggingface
-    if theirs is huggingface
+    if library is huggingface
     else open_clip.params_from_open_clip
   )
   try:
     params = read(tensors, config, path)
   except InputError as error:
-    fitting = theirs.fitting(tensors)
+    fitting = library.fitting(tensors)
     if not fitting:
       raise
-    raise InputError(f'{error} By its shapes it can be {", ".join(fitting)}.') from error
-  preprocess, how = _preprocess(path, config)
+    raise InputError(f'{error} Its shapes fit {", ".join(fitting)}.') from error
+  preprocess, preprocess_source = _preprocess(path, config)
   mean, std = (', '.join(f'{x:.4g}' for x in preprocess[key]) for key in ('mean', 'std'))
-  said = (
-    f'{path}: {said}, {config.image_size} pixels. Preprocessing by {how}: {preprocess["resize"]}, '
-    f'mean {mean}, '
-    f'std {std}.'
+  description = (
+    f'{path}: {model_source}, {config.image_size} pixels. Preprocessing from {preprocess_source}: '
+    f'{preprocess["resize"]}, mean {mean}, std {std}.'
   )
-  return Weights(
-    params, config, preprocess, 'float32', os.path.dirname(os.path.abspath(path)), None, said
-  )
+  folder = os.path.dirname(os.path.abspath(path))
+  return Weights(params, config, preprocess, 'float32', folder, None, description)
 
 
 def weights_architecture(path: str, name: str, flag: str):
-  """Returns the CLIPConfig of a file of weights; opens the file itself only where nothing else says
-  it.
-  """
+  """Returns the CLIPConfig of a weights file; reads the file only if nothing else names it."""
   config, _ = _architecture(path, name, (OPEN_CLIP, HUGGING_FACE))
   return config or read_weights(path, name, flag).config
 
 
 def _architecture(path: str, name: str, order: Sequence[str]):
-  """Returns the CLIPConfig by name, else by the first of the files `order` that is there, and who
-  said it.
+  """Returns the CLIPConfig and its source: the name, or the first existing file of `order`.
+
+  Returns (None, '') if neither is given.
   """
   if name:
     return zoo.get(name), name
   for file in order:
-    found = _beside(path, file)
-    if found is not None and file == OPEN_CLIP:
-      if not isinstance(found.get('model_cfg'), dict):
-        raise ConfigError(f'{file} beside {path} has no model_cfg. Mend it, or name the model.')
-      return _parsed(
-        open_clip.config_from_open_clip, found['model_cfg'], path, file
-      ), f'the model of {file}'
-    if found is not None and 'model_type' in found:  # else it is some other config.json
-      return _parsed(huggingface.config_from_huggingface, found, path, file), f'the model of {file}'
+    fields = _beside(path, file)
+    if fields is not None and file == OPEN_CLIP:
+      if not isinstance(fields.get('model_cfg'), dict):
+        raise ConfigError(f'{file} beside {path} has no model_cfg. Correct it, or name the model.')
+      config = _parsed(open_clip.config_from_open_clip, fields['model_cfg'], path, file)
+      return config, f'the model of {file}'
+    if fields is not None and 'model_type' in fields:  # else an unrelated config.json
+      config = _parsed(huggingface.config_from_huggingface, fields, path, file)
+      return config, f'the model of {file}'
   return None, ''
 
 
-def _parsed(parse: Callable, found: dict, path: str, file: str):
+def _parsed(parse: Callable, fields: dict, path: str, file: str):
   try:
-    return parse(found)
+    return parse(fields)
   except ConfigError as error:
     raise ConfigError(f'{os.path.join(os.path.dirname(path), file)}: {error}') from error
 
 
 def _beside(path: str, file: str) -> dict | None:
-  """Returns a JSON file of the folder of `path`, None where it is not there."""
+  """Returns the contents of a JSON file in the folder of `path`; None if there is no such file."""
   file = os.path.join(os.path.dirname(path), file)
   if not os.path.exists(file):
     return None
-  found = files.read_json(file)
-  if not isinstance(found, dict):
-    raise InputError(f'{file} is not a JSON object. Remove it, or restore it.')
-  return found
+  fields = files.read_json(file)
+  if not isinstance(fields, dict):
+    raise InputError(f'{file} is not a JSON object. Remove or restore it.')
+  return fields
 
 
 def _unnamed(path: str, fitting: Sequence[str], flag: str) -> str:
+  """Returns the message for a weights file of an unknown model."""
   if not fitting:
-    fit = f'Its shapes are those of no named model; put its {OPEN_CLIP} there.'
+    advice = f'Its shapes fit no known model; put its {OPEN_CLIP} beside it.'
   else:
-    fit = (
-      f'Name the model: by its shapes it can be {", ".join(f"{flag}={name}" for name in fitting)}.'
-    )
+    advice = f'Name the model; its shapes fit {", ".join(f"{flag}={name}" for name in fitting)}.'
     if any(name.endswith('-quickgelu') for name in fitting):
-      fit += (
-        " OpenAI's own weights, and others trained with QuickGELU, need a name with -quickgelu: "
-        'the shapes '
-        'cannot tell, the numbers would be wrong.'
+      advice += (
+        " OpenAI's weights, and others trained with QuickGELU, need a name with -quickgelu: the "
+        'shapes are the same, but the embeddings would be wrong.'
       )
-  missing = f'neither {OPEN_CLIP} nor {HUGGING_FACE} is beside it'
-  return f'{path}: {missing} to say which model it holds. {fit}'
+  return f'{path}: unknown model, as neither {OPEN_CLIP} nor {HUGGING_FACE} is beside it. {advice}'
 
 
 def _preprocess(path: str, config) -> tuple[dict, str]:
-  """Returns mean, std and resize, and where they are from."""
-  found = _beside(path, OPEN_CLIP)
-  if found is not None and isinstance(found.get('preprocess_cfg'), dict):
-    return open_clip.preprocess_from_open_clip(found['preprocess_cfg'], config), OPEN_CLIP
-  found = _beside(path, PREPROCESSOR)
-  if found is not None:
-    return huggingface.preprocess_from_huggingface(found), PREPROCESSOR
+  """Returns mean, std and resize, and the name of their source."""
+  fields = _beside(path, OPEN_CLIP)
+  if fields is not None and isinstance(fields.get('preprocess_cfg'), dict):
+    return open_clip.preprocess_from_open_clip(fields['preprocess_cfg'], config), OPEN_CLIP
+  fields = _beside(path, PREPROCESSOR)
+  if fields is not None:
+    return huggingface.preprocess_from_huggingface(fields), PREPROCESSOR
   return open_clip.default_preprocess(config), "open_clip's default for this family"
 
 
@@ -334,18 +312,17 @@ def _plain(preprocess: dict) -> dict:
 
 
 def open_model(weights: Weights) -> Model:
-  """Returns the two encoders of these parameters."""
+  """Returns the model of the weights, with compiled encoders."""
   import jax
 
-  if weights.said:
-    logging.info('%s', weights.said)
+  if weights.description:
+    logging.info('%s', weights.description)
   image, text = _compiled(
     weights.config, weights.dtype, weights.preprocess['mean'], weights.preprocess['std']
   )
   params = jax.device_put(weights.params, sharding.local()[0])
-  tokenize = functools.cache(
-    lambda: _tokenizer(weights.config, weights.folder)
-  )  # opened when there is text
+  # The tokenizer is opened at the first text.
+  tokenize = functools.cache(lambda: _tokenizer(weights.config, weights.folder))
   return Model(
     weights.config.image_size,
     weights.preprocess['resize'],
@@ -356,9 +333,7 @@ def open_model(weights: Weights) -> Model:
 
 
 def _tokenizer(config, folder: str) -> Callable[[Sequence[str], int], Array]:
-  """Returns (texts, T) -> int32 [n, T]: CLIP's own tokenizer, or the model's, from its files in
-  `folder`.
-  """
+  """Returns a tokenizer (texts, T) -> int32 [n, T]: CLIP's, or the model's own from `folder`."""
   if config.text.tokenizer:
     from clip_jax.data import hf_tokenizer
 
@@ -366,24 +341,23 @@ def _tokenizer(config, folder: str) -> Callable[[Sequence[str], int], Array]:
   else:
     tokenize = tokenizer.tokenize
 
-  def known(texts: Sequence[str], context_length: int) -> Array:
+  def checked(texts: Sequence[str], context_length: int) -> Array:
     tokens = tokenize(texts, context_length)
     highest = int(tokens.max(initial=0))
-    if highest >= config.text.vocab_size:  # the tower would look up its last token instead
-      whose = f'in {folder!r}' if config.text.tokenizer else 'of CLIP'
+    if highest >= config.text.vocab_size:  # the tower would silently use its last token
+      origin = f'in {folder!r}' if config.text.tokenizer else 'of CLIP'
       raise InputError(
-        f'The tokenizer {whose} gives token {highest}, and the model knows '
-        f'{config.text.vocab_size}. '
-        'Put the tokenizer that it was trained with beside it.'
+        f'The tokenizer {origin} gives token {highest}, but the model has only '
+        f'{config.text.vocab_size} tokens. Put the tokenizer of its training beside it.'
       )
     return tokens
 
-  return known
+  return checked
 
 
 @functools.lru_cache(maxsize=4)
 def _compiled(config, dtype: str, mean: tuple[float, ...], std: tuple[float, ...]):
-  """Returns the two encoders of one architecture; all checkpoints of it share the compiled code."""
+  """Returns the two encoders of an architecture; all its checkpoints share the compiled code."""
   import jax
   import jax.numpy as jnp
 
@@ -415,7 +389,7 @@ def _compiled(config, dtype: str, mean: tuple[float, ...], std: tuple[float, ...
   ) -> Array:  # [n, E]
     if text.packable(config.text):
       ids = packing.trim(ids)  # exact; prompts are much shorter than the context
-    block = -(-64 // devices) * devices  # one compiled shape, whatever the number of prompts
+    block = -(-64 // devices) * devices  # one compiled shape for any number of prompts
     whole = padded(ids, block)
     parts = [
       np.asarray(tokens(params, jax.device_put(whole[i : i + block], split)))
@@ -432,7 +406,7 @@ def _compiled(config, dtype: str, mean: tuple[float, ...], std: tuple[float, ...
 
 @dataclasses.dataclass(frozen=True)
 class Embedder:
-  """A frozen embedder: images uint8 [b, S, S, 3] -> [b, E] float32, unit length."""
+  """A frozen embedder; `apply` maps images uint8 [b, S, S, 3] to [b, E] float32, unit length."""
 
   image_size: int
   resize: str
@@ -440,9 +414,7 @@ class Embedder:
 
 
 def open_embedder(x: Experiment) -> Embedder:
-  """Opens the embedder of a work directory; one of source 'files' embeds no image, so it is never
-  opened.
-  """
+  """Opens the embedder of a work directory; its source must not be 'files'."""
   block = x.embedder_block
   if block.source in embedders.EMBEDDERS:
     params = files.read_npz(x.home('embedder', 'embedder.npz'))
@@ -455,8 +427,9 @@ def open_embedder(x: Experiment) -> Embedder:
 
 
 def text_tower(x: Experiment) -> Callable[[Sequence[str]], Array]:
-  """Returns the function texts -> [n, E] float32, unit length, of an embedder that is a CLIP
-  ('train', 'weights').
+  """Returns the text encoder of a CLIP embedder ('train', 'weights').
+
+  It maps n texts to [n, E] float32, unit length.
   """
   return _embedder_clip(x).encode_text
 
@@ -468,16 +441,17 @@ def _embedder_clip(x: Experiment) -> Model:
 
 
 def embedder_architecture(x: Experiment) -> Any:
-  """Returns the CLIPConfig of an embedder that is a CLIP ('train', 'weights')."""
+  """Returns the CLIPConfig of a CLIP embedder ('train', 'weights')."""
   if x.embedder_block.source == 'train':
     return architecture(x.config)
   return weights_architecture(weights_path(x), x.embedder_block.name, name_flag(x))
 
 
 def weights_path(x: Experiment) -> str:
+  """Returns the absolute path of the embedder's weights file."""
   return os.path.abspath(os.path.expanduser(x.embedder_block.path))
 
 
 def name_flag(x: Experiment) -> str:
-  """Returns the flag that says which model the weights of an embedder hold."""
+  """Returns the flag that names the model of an embedder's weights file."""
   return f'--config.embedders.{x.embedder}.name' if x.embedder else '--config.embedder.name'

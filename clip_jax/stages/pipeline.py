@@ -1,6 +1,4 @@
-"""Walks the graph of products stage by stage: checks first, sets aside what --redo names, makes
-what is missing.
-"""
+"""Runs the stages in order: checks everything, applies --redo, then makes the missing products."""
 
 from collections.abc import Iterator
 from importlib import metadata
@@ -35,7 +33,7 @@ PACKAGES = (
   'scann',
   'clip-jax-ood',
 )
-REDO = 'redo.json'  # a --redo in progress
+REDO = 'redo.json'  # records a --redo in progress
 
 
 def run(
@@ -47,11 +45,11 @@ def run(
   dry_run: bool,
   graph: bool = False,
 ) -> None:
-  """Runs the experiment, or the named stages of it; with dry_run or graph it only prints."""
+  """Runs the experiment or the named stages; with dry_run or graph, only prints."""
   names = _stage_names(stages)
-  x = _open(
-    config, workdir or ('.' if graph else None)
-  )  # the graph does not depend on a work directory
+  if graph and not workdir:
+    workdir = '.'  # the graph does not depend on the work directory
+  x = _open(config, workdir)
   check.check(x.config)
   check.stages(x.config, names)
   check.embedder_weights(x)
@@ -61,10 +59,10 @@ def run(
   if dry_run:
     plan.show(x, names)
     return
-  aside = _check(x, names, redo)
+  redo_names = _check(x, names, redo)
   _begin(x, names)
   if redo:
-    _set_aside(x, redo, aside)
+    _set_aside(x, redo, redo_names)
   _run(x, names, redo)
 
 
@@ -78,13 +76,12 @@ def _stage_names(stages: list[str] | None) -> list[str]:
 def _open(config: Config, folder: str | None) -> Experiment:
   if not folder:
     raise ConfigError(
-      '--workdir is not given: the folder for everything that is made, for example '
-      '--workdir=runs/demo.'
+      '--workdir is missing: name a folder for all outputs, for example --workdir=runs/demo.'
     )
   if not files.is_local(folder):
     raise ConfigError(
-      f'--workdir={folder}: tables and embeddings are memory-mapped, so the work directory must be '
-      'a local folder. Sync it to the bucket afterwards.'
+      f'--workdir={folder} is not a local folder, but tables and embeddings are memory-mapped. '
+      'Give a local folder and copy it to the bucket afterwards.'
     )
   folder = os.path.abspath(os.path.expanduser(folder))
   if os.path.exists(folder) and not os.path.isdir(folder):
@@ -93,44 +90,41 @@ def _open(config: Config, folder: str | None) -> Experiment:
 
 
 # ------------------------------------------------------------------------------------------------
-# before any work
+# checks before any work
 
 
 def _check(x: Experiment, names: list[str], redo: str) -> set[str]:
-  """Checks everything that can be known before work begins: source files, products that do not fit,
-  devices.
+  """Checks source files, outdated products and devices; returns the products that --redo replaces.
 
-  Returns the names of the products that --redo sets aside. Nothing is written or removed.
+  Writes and removes nothing.
   """
-  aside = _redo_names(x, redo) if redo else set()
-  if names == ['report']:  # which needs no source file
-    return aside
+  redo_names = _redo_names(x, redo) if redo else set()
+  if names == ['report']:  # the report reads no source file
+    return redo_names
   wanted = {stage: _wanted(x, stage) for stage in names}
-  different = {}
+  outdated = {}
   for stage, parts in wanted.items():
-    different[stage] = [
+    outdated[stage] = [
       part
       for part in parts
-      if part.name not in aside
+      if part.name not in redo_names
       and not part.is_cheap
       and products.status(x.workdir, part) == 'differs'
     ]
-  for parts in different.values():
+  for parts in outdated.values():
     products.refuse(x.workdir, parts)
   runs = [
     part
     for part in wanted.get('train', ())
-    if part.name in aside or products.status(x.workdir, part) != 'fits'
+    if part.name in redo_names or products.status(x.workdir, part) != 'fits'
   ]
-  if runs:  # a finished work directory trains nothing, and is not made to wait for JAX
+  if runs:  # importing JAX is slow, so a work directory without missing runs skips this check
     sharding.check_batch_size(x.config.train.batch_size, sharding.mesh(x.config.train.fsdp))
-  return aside
+  return redo_names
 
 
 def _wanted(x: Experiment, stage: str) -> list[Product]:
-  """Returns the products that this command makes of a stage: of the runs those of
-  config.train.only, if it is given.
-  """
+  """Returns the stage's products that this command makes; config.train.only selects the runs."""
   wanted, only = table.products_of(x, stage), x.config.train.only
   return (
     [run_ for run_ in wanted if '{}/seed{}'.format(*run_.of) in only]
@@ -140,24 +134,25 @@ def _wanted(x: Experiment, stage: str) -> list[Product]:
 
 
 def _redo_names(x: Experiment, redo: str) -> set[str]:
-  """Returns the finished products that --redo names, and all that follow from them.
+  """Returns the finished products that --redo names and all products that depend on them.
 
-  Raises ConfigError for none.
+  Raises ConfigError if --redo names no product.
   """
   target, stored = _redo_target(x, redo), products.sidecars(x.workdir)
   named = [name for name in stored if name == target or name.startswith(target + '/')]
   if not named and not os.path.exists(x.path(target)) and not _is_begun(x, redo):
     stage_folder = STAGES[redo.partition(':')[0]]
     raise ConfigError(
-      f'--redo={redo!r} names nothing in {x.workdir}.'
+      f'--redo={redo!r} matches no product in {x.workdir}.'
       f'{config_lib.nearest(target, [n for n in stored if f"{stage_folder}/" in n])}'
     )
   return set(products.followers(x.workdir, named))
 
 
 def _redo_target(x: Experiment, redo: str) -> str:
-  """Returns the folder or product that --redo means: STAGE, STAGE:product, STAGE:NAME@product of an
-  embedder.
+  """Returns the folder or product that --redo names.
+
+  The forms are STAGE, STAGE:product and, for a further embedder, STAGE:NAME@product.
   """
   stage, _, product = redo.partition(':')
   if stage not in STAGES:
@@ -167,41 +162,39 @@ def _redo_target(x: Experiment, redo: str) -> str:
   embedder, at, product = product.rpartition('@')
   if at and stage not in ('embedder', 'embed', 'search'):
     raise ConfigError(
-      f'--redo={redo!r}: only embedder, embed and search are run for further embedders; for the '
-      f'others leave out {embedder}@.'
+      f'--redo={redo!r}: only embedder, embed and search run for further embedders; remove '
+      f'{embedder}@ for other stages.'
     )
   home = f'{EMBEDDERS}/{embedder}/' if at else ''
   return '/'.join([home + STAGES[stage], *([product.strip('/')] if product else [])])
 
 
 def _is_begun(x: Experiment, redo: str) -> bool:
-  """Returns whether the same --redo was begun and its command has not ended: perhaps nothing is
-  left to name.
+  """Returns whether an earlier command began the same --redo and did not finish it.
+
+  Its products may be in WORKDIR/replaced already.
   """
   return workdir.read_json(x, REDO).get('redo') == redo
 
 
 def _set_aside(x: Experiment, redo: str, names: set[str]) -> None:
-  """Moves the products that --redo names, and what follows from them, to WORKDIR/replaced, the last
-  readers first.
+  """Moves the products that --redo names and their dependents to WORKDIR/replaced.
 
-  They are deleted when they are made again. redo.json records that they are moved: after a kill the
-  same command does not move again what it has made.
+  Dependents move first. The files are deleted when all products are made again. redo.json records
+  the move, so that the same command, after a kill, does not move its own new products.
   """
   if _is_begun(x, redo) and workdir.read_json(x, REDO)['removed']:
-    logging.info('redo: going on with --redo=%s; what it names was set aside already.', redo)
+    logging.info('redo: continuing --redo=%s; its products were moved already.', redo)
     return
   files.write_json(x.path(REDO), {'redo': redo, 'removed': False})
   for name in products.followers(x.workdir, names):
     products.set_aside(x.workdir, name)
     if name.endswith('/run'):
       products.move_aside(x.workdir, os.path.dirname(name))
-  products.move_aside(
-    x.workdir, _redo_target(x, redo)
-  )  # also what was begun there and is not finished
+  products.move_aside(x.workdir, _redo_target(x, redo))  # also moves unfinished files
   files.write_json(x.path(REDO), {'redo': redo, 'removed': True})
   logging.info(
-    'redo: %s and what follows from it, %s, are set aside in %s until they are made again.',
+    'redo: %s and its dependents (%s) are moved to %s until they are made again.',
     _redo_target(x, redo),
     progress.counted(len(names), 'product'),
     x.path(products.REPLACED),
@@ -209,32 +202,32 @@ def _set_aside(x: Experiment, redo: str, names: set[str]) -> None:
 
 
 def _end_redo(x: Experiment, redo: str) -> None:
-  """Deletes what --redo has set aside once all of it that the config names is made again."""
+  """Deletes the replaced files when every replaced product of the config exists again."""
   wanted = {product.name for product in table.everything(x)}
-  late = [
+  missing = [
     name
     for name in products.sidecars(x.path(products.REPLACED))
     if name in wanted and products.read_sidecar(x.workdir, name) is None
   ]
-  if late:
+  if missing:
     logging.info(
-      'redo: %s, for example %s, not made again yet: the replaced files stay in %s.',
-      f'{progress.counted(len(late), "product")} {"is" if len(late) == 1 else "are"}',
-      late[0],
+      'redo: %s still missing, for example %s; the replaced files stay in %s.',
+      f'{progress.counted(len(missing), "product")} {"is" if len(missing) == 1 else "are"}',
+      missing[0],
       x.path(products.REPLACED),
     )
   else:
     shutil.rmtree(x.path(products.REPLACED), ignore_errors=True)
-  if os.path.exists(x.path(REDO)) and (_is_begun(x, redo) or not late):
+  if os.path.exists(x.path(REDO)) and (_is_begun(x, redo) or not missing):
     os.unlink(x.path(REDO))
 
 
 # ------------------------------------------------------------------------------------------------
-# the work
+# running the stages
 
 
 def _begin(x: Experiment, names: list[str]) -> None:
-  """Opens the log, records the command and the config."""
+  """Opens the log and records the command and the config."""
   log.to_file(x.path('log.txt'))
   command = ' '.join([os.path.basename(sys.executable), *sys.orig_argv[1:]])
   logging.debug('clip_jax: %s', command)
@@ -242,13 +235,13 @@ def _begin(x: Experiment, names: list[str]) -> None:
     x.path('times.json'), {'seconds': {}, **workdir.read_json(x, 'times.json'), 'command': command}
   )
   if unfinished := files.remove_unfinished(x.workdir):
-    logging.info('%d files that killed processes left unfinished are removed.', len(unfinished))
+    logging.info('Removed %d unfinished files of killed processes.', len(unfinished))
   files.write_json(x.path('config.json'), blocks.plain(x.config))
   if unused := [
     name for name in x.config.embedders if name not in blocks.further_embedders(x.config)
   ]:
     logging.info(
-      'config.embedders: nothing uses %s; name it in prune.sensitivity, prune.preview or '
+      'config.embedders: %s is unused; name it in prune.sensitivity, prune.preview or '
       'dedup.embedder.',
       ', '.join(unused),
     )
@@ -257,30 +250,30 @@ def _begin(x: Experiment, names: list[str]) -> None:
 
 
 def _run(x: Experiment, names: list[str], redo: str) -> None:
-  """Makes what is missing of some stages, and says where the results are."""
-  start, made = time.monotonic(), []
+  """Makes the missing products of the stages and logs where the results are."""
+  start, new_products = time.monotonic(), []
   for stage in names:
     began = time.monotonic()
     interrupts.check()
-    if stage == 'report' and made:
-      _versions(x)  # the page shows them
-    made += _run_stage(x, stage, names)
+    if stage == 'report' and new_products:
+      _versions(x)  # the report page shows them
+    new_products += _run_stage(x, stage, names)
     spent = time.monotonic() - began
     _add_time(x, stage, spent)
     if spent > 1:
       logging.debug('%s took %s.', stage, progress.seconds(spent))
-  if not made and not redo:
-    logging.info('Everything was there already and fits the config; nothing was done.')
+  if not new_products and not redo:
+    logging.info('All products exist and match the config; nothing was done.')
   elif 'report' not in names:
     _versions(x)
   if names != ['report']:
-    _left_alone(x)
+    _log_unused(x)
     _end_redo(x, redo)
   _close(x, names, time.monotonic() - start)
 
 
 def _run_stage(x: Experiment, stage: str, names: list[str]) -> list[Product]:
-  """Makes what is missing of a stage; returns it. names: the stages of this command."""
+  """Makes a stage's missing products and returns them; `names` are the command's stages."""
   wanted = _wanted(x, stage)
   todo = [product for product in wanted if products.status(x.workdir, product) != 'fits']
   if todo:
@@ -289,26 +282,24 @@ def _run_stage(x: Experiment, stage: str, names: list[str]) -> list[Product]:
       if 'evaluate' in names:
         table.module('evaluate').check_benchmarks(x)
       table.module('train').check(x, todo, len(wanted))
-  made = []
+  new_products = []
   for batch in _batches(wanted):
-    made += products.make(x.workdir, batch, lambda late: table.work(x, stage, late))
+    new_products += products.make(x.workdir, batch, lambda missing: table.work(x, stage, missing))
   _log_waiting(x, stage, wanted)
-  if made and hasattr(table.module(stage), 'summarize'):
-    table.module(stage).summarize(x, made)
+  if new_products and hasattr(table.module(stage), 'summarize'):
+    table.module(stage).summarize(x, new_products)
   x.close()
-  every = table.products_of(x, stage)  # a manifest lists runs of other commands, too
+  every = table.products_of(x, stage)  # a manifest also lists the runs of other commands
   for folder, parts in itertools.groupby(
     sorted(every, key=lambda p: p.embedder), lambda p: p.embedder
   ):
     home = f'{EMBEDDERS}/{folder}/' if folder else ''
     products.write_manifest(x.workdir, home + STAGES[stage], list(parts))
-  return made
+  return new_products
 
 
 def _check_disk(x: Experiment, stage: str) -> None:
-  """Raises InputError before a stage begins that the disk cannot hold, beside what it has made
-  already.
-  """
+  """Raises InputError if the disk has no space for the rest of a stage's files."""
   needed = sum(plan.stage_plan(view, stage).bytes or 0 for view in plan.views(x, stage))
   present = sum(
     os.path.getsize(os.path.join(folder, file))
@@ -320,7 +311,7 @@ def _check_disk(x: Experiment, stage: str) -> None:
 
 
 def _batches(wanted: list[Product]) -> Iterator[list[Product]]:
-  """Yields the products that are made by one call and under one lock."""
+  """Yields the groups of products that one call makes under one lock."""
   for _, batch in itertools.groupby(
     wanted, key=lambda product: (product.kind, product.batch or product.name)
   ):
@@ -328,34 +319,33 @@ def _batches(wanted: list[Product]) -> Iterator[list[Product]]:
 
 
 def _log_waiting(x: Experiment, stage: str, wanted: list[Product]) -> None:
+  """Logs the products that were skipped because their inputs are missing."""
   waiting = [
     product
     for product in wanted
     if product.waits and products.status(x.workdir, product) == 'missing'
   ]
   inputs = {part.name: part for product in waiting for part in product.inputs}
-  late = sorted(name for name in inputs if products.read_sidecar(x.workdir, name) is None)
-  if late:
+  missing = sorted(name for name in inputs if products.read_sidecar(x.workdir, name) is None)
+  if missing:
     logging.info(
-      '%s: %s left out until %s made: %s.',
+      '%s: %s skipped until %s made: %s.',
       stage,
       f'{progress.counted(len(waiting), "product")} {"is" if len(waiting) == 1 else "are"}',
-      f'{progress.counted(len(late), "other")} {"is" if len(late) == 1 else "are"}',
-      ', '.join(late[:6]) + (', ...' if len(late) > 6 else ''),
+      f'{progress.counted(len(missing), "input")} {"is" if len(missing) == 1 else "are"}',
+      ', '.join(missing[:6]) + (', ...' if len(missing) > 6 else ''),
     )
 
 
 def _add_time(x: Experiment, stage: str, seconds: float) -> None:
-  """Adds to the seconds that a stage took in all starts together: WORKDIR/times.json, which the
-  page shows.
-  """
+  """Adds to a stage's total seconds, over all commands, in WORKDIR/times.json."""
   times = workdir.read_json(x, 'times.json')
   times['seconds'][stage] = times['seconds'].get(stage, 0.0) + seconds
   files.write_json(x.path('times.json'), times)
 
 
 def _versions(x: Experiment) -> None:
-  """Writes what made the results: packages, devices, processors. Not part of any fingerprint."""
+  """Writes the versions of packages, devices and processors, which no fingerprint includes."""
   versions = {}
   for name in PACKAGES:
     try:
@@ -364,7 +354,7 @@ def _versions(x: Experiment) -> None:
       versions[name] = None
   devices = []
   if 'jax' in sys.modules:
-    import jax  # it is imported already
+    import jax  # imported already, so this costs no time
 
     devices = sorted({f'{device.platform}: {device.device_kind}' for device in jax.devices()})
     devices.append(f'{jax.device_count()} in all')
@@ -381,35 +371,35 @@ def _versions(x: Experiment) -> None:
   )
 
 
-def _left_alone(x: Experiment) -> None:
-  """Lists finished products that the config does not name any more."""
+def _log_unused(x: Experiment) -> None:
+  """Logs the finished products that the config no longer names."""
   wanted = {product.name for product in table.everything(x)}
   copies = tuple(
     os.path.dirname(name) + '/' for name in wanted if '/export/' in name and name.endswith('/sizes')
   )
-  left = [
+  unused = [
     name
     for name in products.sidecars(x.workdir)
     if name not in wanted and not name.startswith(copies)
   ]
   used = blocks.further_embedders(x.config)
-  left = sorted(
+  unused = sorted(
     {
       '/'.join(name.split('/')[:2])
       if name.startswith(EMBEDDERS) and name.split('/')[1] not in used
       else name
-      for name in left
+      for name in unused
     }
   )
-  if left:
+  if unused:
     logging.info(
-      'Left alone, as the config does not name them: %s.',
-      ', '.join(left[:8]) + (f' and {len(left) - 8} more' if len(left) > 8 else ''),
+      'Not used by this config, and kept: %s.',
+      ', '.join(unused[:8]) + (f' and {len(unused) - 8} more' if len(unused) > 8 else ''),
     )
 
 
 def _close(x: Experiment, names: list[str], spent: float) -> None:
-  """Says how it ended and where the results are."""
+  """Logs the time taken and where the results are."""
   page, summary = x.path('report', 'index.html'), x.path('report', 'summary.txt')
   if 'report' in names and os.path.exists(summary):
     logging.info('\n%s', files.epath.Path(summary).read_text().rstrip())

@@ -1,10 +1,9 @@
-"""--dry_run: what each stage would do: rows, bytes, FLOPs, time, and which products fit. --graph:
-what is made from what.
+"""Prints the plan of each stage (--dry_run) and the graph of products (--graph); writes nothing.
 
-Writes nothing. FLOPs count multiplications and additions of the matrix products, which are nearly
-all of the work; a training step is three forward passes. Times are FLOPs over a rate: here the
-matmul rate measured now, elsewhere 40 % of the vendor's dense peak; reading and decoding images
-comes on top.
+The plan lists rows, bytes, FLOPs, time and the state of the products. FLOPs count multiplications
+and additions of matrix products, which are nearly all of the work; a training step counts as three
+forward passes. Time is FLOPs divided by a rate: for this machine the matmul rate measured now, for
+accelerators 40 % of the vendor's dense peak. Reading and decoding images is not included.
 """
 
 import collections
@@ -26,18 +25,18 @@ from clip_jax.stages import models, table
 
 # Dense peaks in FLOP/s from the vendors' data sheets: (float32 or TF32 matmul, bfloat16 matmul).
 ACCELERATORS = {'A100': (156e12, 312e12), 'H100 SXM': (494e12, 989e12), 'TPU v5e': (49e12, 197e12)}
-SHARE_OF_PEAK = 0.4  # what such code reaches, as an assumption
-ITERATIONS = 20  # of k-means, a guess for the plan only
+SHARE_OF_PEAK = 0.4  # assumed share of the peak that this code reaches
+ITERATIONS = 20  # assumed iterations of k-means
 
-Rows = Mapping[str, int | None]  # dataset -> rows; None: not known before ingest
+Rows = Mapping[str, int | None]  # dataset -> rows; None: unknown before ingest
 
 
 @dataclasses.dataclass(frozen=True)
 class StagePlan:
-  """What one stage would do with all its products, made or not. None: not known before ingest."""
+  """The work of one stage for all its products, missing or not; None: unknown before ingest."""
 
   rows: int | None
-  bytes: int | None  # on disk, when all is made
+  bytes: int | None  # on disk, when the stage is complete
   flops: float | None
 
 
@@ -45,7 +44,7 @@ UNKNOWN = StagePlan(None, None, None)
 
 
 def views(x: Experiment, stage: str) -> list[Experiment]:
-  """Returns the experiment as each embedder sees it for which a stage runs, the main one first."""
+  """Returns the experiment's view for each embedder that a stage runs for, the main one first."""
   return [x, *(x.under(name) for name in blocks.further_embedders(x.config, stage))]
 
 
@@ -57,7 +56,7 @@ def stage_plan(x: Experiment, stage: str, rows: Rows | None = None) -> StagePlan
 
 
 def show(x: Experiment, names: list[str]) -> None:
-  """Prints the plan of some stages."""
+  """Prints the plan of the named stages."""
   log.start()
   rows, rate = dataset_rows(x), matmul_rate()
   logging.info(
@@ -99,9 +98,8 @@ def show(x: Experiment, names: list[str]) -> None:
     )
   free = files.free_bytes(x.workdir)
   logging.info(
-    'Disk: about %s in all%s. Time here at %.0f GFLOP/s (measured now); accelerators at %d %% of '
-    'their '
-    'dense peak.',
+    'Disk: about %s in total%s. Time here: at %.0f GFLOP/s (measured now); accelerators: at %d %% '
+    'of their dense peak.',
     _bytes(disk),
     f', {_bytes(free)} free' if free is not None else '',
     rate / 1e9,
@@ -110,9 +108,7 @@ def show(x: Experiment, names: list[str]) -> None:
 
 
 def dataset_rows(x: Experiment) -> dict[str, int | None]:
-  """Returns the rows of each dataset that was ingested, or whose files of vectors tell them; None
-  for the others.
-  """
+  """Returns the row count of each dataset, from its index or its vector files, or else None."""
   return {
     name: products.counts(x.workdir, f'ingest/{name}/index').get('rows') or _vector_rows(x, name)
     for name in blocks.datasets(x.config)
@@ -120,9 +116,7 @@ def dataset_rows(x: Experiment) -> dict[str, int | None]:
 
 
 def _heads(x: Experiment, dataset: str) -> list[vectors.Head]:
-  """Returns the header of each file of vectors of a dataset; [] where asking takes long: files are
-  remote.
-  """
+  """Returns the header of each vector file of a dataset; [] for remote files, which are slow."""
   shards = x.graph.vector_shards(dataset).values()
   if any(is_remote(shard.files[0].path) for shard in shards):
     return []
@@ -133,8 +127,9 @@ def _heads(x: Experiment, dataset: str) -> list[vectors.Head]:
 
 
 def _vector_rows(x: Experiment, dataset: str) -> int | None:
-  """Returns how many vectors a dataset's files hold; None where rows are chosen of them, or some
-  are images.
+  """Returns the number of vectors in a dataset's files.
+
+  None if the config selects rows (where, part), if some sources are images or if files are remote.
   """
   if any(
     part.format != blocks.VECTORS or part.where or tuple(part.part) != (0, 1)
@@ -146,8 +141,8 @@ def _vector_rows(x: Experiment, dataset: str) -> int | None:
 
 
 def matmul_rate() -> float:
-  """Returns this machine's float32 matmul rate in FLOP/s, measured for a fraction of a second."""
-  import jax  # the pipeline imports this file at every start
+  """Returns this machine's float32 matmul rate in FLOP/s, measured within a second."""
+  import jax  # here, because the pipeline imports this module at every start
   import jax.numpy as jnp
 
   n = 1024
@@ -174,7 +169,7 @@ def _ingest(x: Experiment, rows: Rows) -> StagePlan:
 
 
 def _dim(x: Experiment) -> int:
-  """Returns E; of vectors on a remote storage it is not known before ingest, and 1,000 is taken."""
+  """Returns the width E of the embeddings; 1,000 for remote vectors before ingest."""
   block = x.embedder_block
   if block.source in embedders.EMBEDDERS:
     return block.dim
@@ -284,7 +279,7 @@ def _report(x: Experiment, rows: Rows) -> StagePlan:
 
 
 def _checkpoint_bytes(architecture) -> int:
-  """Parameters and AdamW's two moments, 4 bytes each."""
+  """Returns the size of the parameters and AdamW's two moments, 4 bytes each."""
   return 12 * flops.parameter_count(architecture)
 
 
@@ -302,7 +297,7 @@ PLANS = {
 
 
 def _products(x: Experiment, stage: str) -> str:
-  """Returns '12 fit, 3 missing' for a stage, and what differs by name."""
+  """Returns for example '12 fit, 3 missing', with the reasons for the first outdated product."""
   wanted = [product for product in table.products_of(x, stage) if product.embedder == x.embedder]
   states = {product.name: products.status(x.workdir, product) for product in wanted}
   counts = collections.Counter(states.values())
@@ -311,16 +306,18 @@ def _products(x: Experiment, stage: str) -> str:
     for state, word in (('fits', 'fit'), ('missing', 'missing'), ('differs', 'differ'))
     if counts[state]
   )
-  different = [product for product in wanted if states[product.name] == 'differs']
-  if different:
-    why = products.differences(x.workdir, different[0])
-    text += f' ({different[0].name}: {"; ".join(why[:2])})'
+  outdated = [product for product in wanted if states[product.name] == 'differs']
+  if outdated:
+    reasons = products.differences(x.workdir, outdated[0])
+    text += f' ({outdated[0].name}: {"; ".join(reasons[:2])})'
   return text or 'none'
 
 
 def print_graph(x: Experiment, names: list[str]) -> None:
-  """Prints the graph of products as Mermaid: shards and seeds as one node, an arrow from what is
-  read to its reader.
+  """Prints the graph of products as a Mermaid flowchart.
+
+  Shards and seeds share one node. An arrow points from an input to the product that reads it, and
+  is dotted for untracked inputs.
   """
   log.start()
   short = lambda product: re.sub(r'seed\d+', 'seed*', re.sub(r'\d{5}', '*', product.name))

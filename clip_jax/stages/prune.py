@@ -1,8 +1,8 @@
-"""Stage prune: every split as rows of the base set, from the columns that the search left.
+"""Stage prune: writes every split as rows of the base set.
 
-In: search columns, dedup marks, embeddings (for rows that float32 cannot decide). Out:
-WORKDIR/splits/<split>/rows.npy (or rows-seed<k>.npy), split.json, for aligned splits
-queries-<benchmark>.npz (how many removed rows are near each query), and what the split exports
+In: search columns, dedup marks, embeddings (for rows that float32 cannot decide).
+Out: WORKDIR/splits/<split>/rows.npy (or rows-seed<k>.npy), split.json, for aligned splits
+queries-<benchmark>.npz (the number of removed rows near each query), and the split's exports
 (stages/export.py).
 """
 
@@ -26,7 +26,7 @@ from clip_jax.similarity import decide
 from clip_jax.stages import export
 from clip_jax.stages.prune_columns import ROWS_AT_ONCE, PoolColumns
 
-# Keys of a split in whose place its rule gets what they name.
+# Keys of a split that name rows or counts: keep() passes what they name to the rule.
 _SUPPLIED = (
   'benchmarks',
   'size',
@@ -39,11 +39,11 @@ _SUPPLIED = (
   'seed',
   'file',
 )
-NEAR_MARGIN = 0.02  # a query is "unhit" where no removed row is nearer than its threshold less this
+NEAR_MARGIN = 0.02  # a query is "unhit" if no removed row is over its threshold - NEAR_MARGIN
 
 
 def write_rows(x: Experiment, todo: list[Product]) -> Made:
-  """Writes the rows of splits, in an order in which each comes after those that it is made from."""
+  """Writes the rows of splits; `todo` lists each split after its dependencies."""
   base = x.once('base', lambda: Base(x))
   for product in todo:
     split, seed = product.of
@@ -53,19 +53,16 @@ def write_rows(x: Experiment, todo: list[Product]) -> Made:
 
 
 def describe(x: Experiment, todo: list[Product]) -> Made:
-  """Writes what is known of splits: split.json, and the figures of an aligned split's queries."""
+  """Writes split.json of each split, and the figures of an aligned split's queries."""
   base = x.once('base', lambda: Base(x))
-  checks = base.check(
-    [product.of[0] for product in todo]
-  )  # of all splits together: one pass over their vectors
+  # All splits are checked together, in one pass over their vectors.
+  checks = base.check([product.of[0] for product in todo])
   for product in todo:
     yield product, base.describe(product, checks.get(product.of[0], {})), {}
 
 
 class Base(PoolColumns):
-  """The base set: the pool's columns, and what is made of them, the splits and their
-  descriptions.
-  """
+  """The base set: computes splits and their descriptions from the pool's columns."""
 
   def __init__(self, x: Experiment, candidates: Array | None = None):
     super().__init__(x, candidates)
@@ -73,50 +70,48 @@ class Base(PoolColumns):
     self._anchor_rows = (
       np.flatnonzero(self.anchor.usable) if self.anchor is not None else np.zeros(0, np.int64)
     )
-    self._size = len(self.pool) + (
-      0 if self.anchor is None else len(self.anchor)
-    )  # without planted copies
-    self._counted: dict[
-      str, tuple[Array, Array]
-    ] = {}  # benchmark -> rows that the last split removed, and counts
+    # Size without planted copies.
+    self._size = len(self.pool) + (0 if self.anchor is None else len(self.anchor))
+    # benchmark -> rows removed by its last split, and their counts for each query
+    self._counted: dict[str, tuple[Array, Array]] = {}
 
   def keep(self, split: str, seed: int) -> rules.Kept:
-    """Applies a split's rule."""
+    """Applies a split's rule and returns the pool rows it keeps."""
     config, block, rule = (
       self.x.config,
       self.x.config.splits[split],
       blocks.rule_of(self.x.config, split),
     )
-    known = self.matched_columns if 'anchor_classes' in rule.needs else self.columns
-    given = {key: block[key] for key in rule.keys if key not in _SUPPLIED}  # numbers, as they are
+    read = self.matched_columns if 'anchor_classes' in rule.needs else self.columns
+    arguments = {key: block[key] for key in rule.keys if key not in _SUPPLIED}
     about = {}
     if 'benchmarks' in rule.keys:
-      given['benchmarks'] = tuple(block.benchmarks)
+      arguments['benchmarks'] = tuple(block.benchmarks)
     if 'levels' in rule.needs:
-      given['codes'], given['names'] = self.levels(block.column, block.reference)
-      given['values'] = tuple(map(str, block['values']))
+      arguments['codes'], arguments['names'] = self.levels(block.column, block.reference)
+      arguments['values'] = tuple(map(str, block['values']))
     if 'count' in rule.needs:
-      given['count'] = (
+      arguments['count'] = (
         len(self._pool_rows(split, block.size_of, seed))
         if block.size_of
         else rules.count_of(block.size, int(self.columns.candidates.sum()))
       )
     if 'draw' in rule.needs:
-      given |= {'seed': block.seed, 'draw': seed}
+      arguments |= {'seed': block.seed, 'draw': seed}
     if 'target' in rule.needs:
-      given['removed'] = self.removed(block.to, blocks.seed_of(config, split, block.to, seed))
+      arguments['removed'] = self.removed(block.to, blocks.seed_of(config, split, block.to, seed))
     if 'others' in rule.needs:
-      given['others'] = [self._pool_rows(split, other, seed) for other in block.of]
+      arguments['others'] = [self._pool_rows(split, other, seed) for other in block.of]
     if 'file' in rule.needs:
-      given['rows'], about = export.listed_rows(self.x, split)
+      arguments['rows'], about = export.listed_rows(self.x, split)
     try:
-      kept = rule.keep(known, **given)
+      kept = rule.keep(read, **arguments)
     except ConfigError as error:
       raise ConfigError(f'config.splits.{split}: {error}') from error
     return dataclasses.replace(kept, report=about | kept.report)
 
   def _pool_rows(self, split: str, other: str, seed: int) -> Array:
-    """Returns the pool rows of another split that counts for (split, seed)."""
+    """Returns the pool rows of another split, in the draw that (split, seed) uses."""
     return workdir.pool_rows(self.x, other, blocks.seed_of(self.x.config, split, other, seed))
 
   def removed(self, split: str, seed: int) -> Array:
@@ -126,9 +121,7 @@ class Base(PoolColumns):
     return np.flatnonzero(dropped)
 
   def rows(self, split: str, kept: rules.Kept) -> Array:
-    """Returns rows of the base set, sorted: what is kept of the pool, then the anchor's, then
-    planted ones.
-    """
+    """Returns a split's rows of the base set: the kept pool, anchor, then planted rows, sorted."""
     planted = np.zeros(0, np.int64)
     if blocks.holds_planted(self.x.config, split):
       planted = np.flatnonzero(workdir.embeddings(self.x, blocks.PLANTED).usable)
@@ -142,9 +135,9 @@ class Base(PoolColumns):
     )
 
   def describe(self, product: Product, checks: dict[str, dict]) -> list[str]:
-    """Writes split.json (and the queries' figures of an aligned split); returns the files.
+    """Writes split.json, and the queries' figures of an aligned split; returns the files.
 
-    `checks`: what check() returned of this split. InputError where it is not aligned.
+    `checks` is the result of check() for this split. Raises InputError if it is not aligned.
     """
     (split,) = product.of
     config, block, rule = (
@@ -152,7 +145,7 @@ class Base(PoolColumns):
       self.x.config.splits[split],
       blocks.rule_of(self.x.config, split),
     )
-    made, draws = [f'{product.name}.json'], {}
+    paths, draws = [f'{product.name}.json'], {}
     for seed in blocks.draws(config, split):
       name = self.x.graph.rows(split, seed).name
       rows = np.load(workdir.rows_path(self.x, split, seed))
@@ -189,7 +182,7 @@ class Base(PoolColumns):
       _refuse(split, checks)
       figures, more = self._aligned(split, first, os.path.dirname(product.name))
       about |= figures
-      made += more
+      paths += more
     elif rule.selects:
       dropped = np.zeros(len(self.pool), bool)
       dropped[self.removed(split, blocks.seeds(config, split)[0])] = True
@@ -197,14 +190,14 @@ class Base(PoolColumns):
         key: splits.shares(column, self.columns.candidates, dropped)
         for key, column in (('by_class', self.classes), ('by_domain', self.domain))
       }
-    files.write_json(self.x.path(made[0]), about)
-    return made
+    files.write_json(self.x.path(paths[0]), about)
+    return paths
 
   def _aligned(self, split: str, report: dict, folder: str) -> tuple[dict, list[str]]:
-    """Counts what is printed of an aligned split. `report`: what its rule reported."""
+    """Returns the figures of an aligned split and the files written; `report` is its rule's."""
     block = self.x.config.splits[split]
     removed = self.removed(split, blocks.seeds(self.x.config, split)[0])
-    over, cosine, made = {}, {}, []
+    over, cosine, paths = {}, {}, []
     for name in block.benchmarks:
       usable = np.flatnonzero(workdir.embeddings(self.x, name).usable)
       counts = self._count_over(name, removed)
@@ -221,8 +214,8 @@ class Base(PoolColumns):
         ('anchor_cosine', cosine[name]),
       ):
         arrays[key][usable] = values
-      made.append(f'{folder}/queries-{name}.npz')
-      files.write_npz(self.x.path(made[-1]), **arrays)
+      paths.append(f'{folder}/queries-{name}.npz')
+      files.write_npz(self.x.path(paths[-1]), **arrays)
     duplicate = blocks.duplicate_similarity(self.x.config)
     figures = splits.describe_aligned(
       self.columns,
@@ -240,18 +233,17 @@ class Base(PoolColumns):
     figures['aligned_dropped'] = report.get('aligned_dropped', figures['dropped_at_slack']['0'])
     for warning in figures['warnings']:
       logging.warning('%s: %s.', split, warning)
-    return figures, made
+    return figures, paths
 
   @functools.lru_cache  # noqa: B019 (both live as long as the stage)
   def _dropped_at(self, benchmarks: tuple[str, ...]) -> dict[str, int]:
     return splits.dropped_at_slack(self.columns, benchmarks)
 
   def _count_over(self, benchmark: str, removed: Array) -> Array:
-    """Returns how many removed rows are over each usable query's threshold, and near it or over,
-    [q, 2] int64.
+    """Counts the removed rows over, and over or near, each usable query's threshold, [q, 2] int64.
 
-    Counts of the last split of this benchmark are taken over: only rows that one of the two removes
-    are counted.
+    Starts from the counts of the benchmark's last split, so that only rows in which the two splits
+    differ are compared.
     """
     queries, thresholds = workdir.thresholds(self.x, benchmark)
     last, counts = self._counted.get(
@@ -271,7 +263,7 @@ class Base(PoolColumns):
     return counts
 
   def _anchor_cosine(self, benchmark: str) -> Array:
-    """Returns each usable query's threshold, divided by both vectors' norms, [q] float64."""
+    """Returns each usable query's threshold divided by both vectors' norms, [q] float64."""
     result, usable = (
       workdir.query_result(self.x, benchmark),
       workdir.embeddings(self.x, benchmark).usable,
@@ -280,14 +272,13 @@ class Base(PoolColumns):
       self.x, benchmark, blocks.ANCHOR, result.anchor_similarity_f64, result.anchor_nearest
     )[usable]
 
-  def check(self, late: list[str]) -> dict[str, dict]:
-    """Checks by brute force, on a sample of the queries, that splits have the anchor's similarity
-    gap.
+  def check(self, names: list[str]) -> dict[str, dict]:
+    """Checks by brute force, for sampled queries, that splits have the anchor's similarity gap.
 
-    Returns for each aligned one of them what splits.check_aligned returns of it.
+    Returns the result of splits.check_aligned for each aligned split among the names.
     """
     config = self.x.config
-    aligned = [split for split in late if blocks.rule_of(config, split).aligned]
+    aligned = [split for split in names if blocks.rule_of(config, split).aligned]
     is_exact = config.search.backend == 'exact'
     if not aligned or not is_exact or not config.prune.check_queries:
       none = {'checked': 0} | (
@@ -299,12 +290,10 @@ class Base(PoolColumns):
     for promise in promises.values():
       wanted[promise.rows] = True
 
-    def parts(
-      vectors, rows, first
-    ):  # rows of the base set, of vectors whose row 0 is its row `first`
+    def parts(vectors, rows, first):  # `first`: the row of the base set that vectors[0] belongs to
       for start in range(0, len(rows), splits.CHECK_ROWS):
-        some = rows[start : start + splits.CHECK_ROWS]
-        yield some, vectors.rows(some - first)
+        block = rows[start : start + splits.CHECK_ROWS]
+        yield block, vectors.rows(block - first)
 
     size = len(self.pool)
     anchor = size + self._anchor_rows
@@ -326,7 +315,7 @@ class Base(PoolColumns):
   def _promise(self, split: str) -> splits.Promise:
     block, seed = self.x.config.splits[split], blocks.seeds(self.x.config, split)[0]
     k = block.k if block.rule == 'k_aligned' else 0
-    rows = np.load(workdir.rows_path(self.x, split, seed), mmap_mode='r')  # of all splits at once
+    rows = np.load(workdir.rows_path(self.x, split, seed), mmap_mode='r')  # all splits are held
     rows = rows[: np.searchsorted(rows, len(self.pool))] if k else rows
     slack = products.counts(self.x.workdir, self.x.graph.rows(split, seed).name).get(
       'slack', block.slack
@@ -341,20 +330,20 @@ class Base(PoolColumns):
 
 
 def _refuse(split: str, checks: dict[str, dict]) -> None:
+  """Raises InputError if a checked query has a nearer neighbour in the split than in the anchor."""
   for benchmark, figures in checks.items():
     if figures.get('failures'):
       raise InputError(
-        f'{split} is not aligned to {benchmark}: {figures["failures"]} of {figures["checked"]} '
-        'checked queries '
-        f'have nearer neighbours than in the anchor, for example {figures["first_failures"][0]}. '
-        'The search is '
-        'not of these embeddings: --redo=search.'
+        f'{split} is not aligned to {benchmark}: {figures["failures"]:,} of {figures["checked"]:,} '
+        'checked queries have nearer neighbours than in the anchor, for example '
+        f'{figures["first_failures"][0]}. The search results are of other embeddings; run '
+        '--redo=search.'
       )
 
 
-def summarize(x: Experiment, made: list[Product]) -> None:
-  """Logs the size of every split: all in one line, and in the log file a line each."""
-  if not any(product.kind == 'split' for product in made):
+def summarize(x: Experiment, new_products: list[Product]) -> None:
+  """Logs the size of each split: all in one line, details in the log file."""
+  if not any(product.kind == 'split' for product in new_products):
     return
   sizes = []
   for split in x.config.splits:
@@ -364,8 +353,8 @@ def summarize(x: Experiment, made: list[Product]) -> None:
     if any(draw.get('no_matched_control') for draw in about['draws'].values()):
       lacking = max(draw['without_full_cell_donor'] for draw in about['draws'].values())
       logging.warning(
-        '%s: no matched control exists, as %.0f %% of the rows that %s removes have no donor like '
-        'them; it holds random rows instead.',
+        '%s: no matched control exists, because %.0f %% of the rows that %s removes have no '
+        'similar donor; the split holds random rows instead.',
         split,
         100 * lacking,
         x.config.splits[split].to,
@@ -379,11 +368,11 @@ def summarize(x: Experiment, made: list[Product]) -> None:
       f', {repeats:,} of them repeats' if repeats else '',
       100 * share,
       f'{about["anchor_rows"]:,}',
-      f', and {planted:,} COPIES OF TEST IMAGES, planted on purpose' if planted else '',
+      f', and {planted:,} planted COPIES OF TEST IMAGES' if planted else '',
       f'; gap checked on {checks} queries' if checks else '',
     )
     if not about['pool_rows'] + about['anchor_rows'] + planted:
-      logging.warning('split %s holds no row: nothing can be trained on it.', split)
+      logging.warning('split %s holds no row, so it cannot be trained on.', split)
     sizes.append(f'{split} {about["pool_rows"]:,}')
   logging.info('prune: pool rows of the splits: %s.', ', '.join(sizes))
 

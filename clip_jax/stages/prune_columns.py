@@ -1,5 +1,6 @@
-"""What the rules read of a work directory: columns over the pool, the queries, exact similarities
-near a cut.
+"""Reads the inputs of the rules from a work directory.
+
+They are columns over the pool, the queries, and exact similarities near a threshold.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,12 +20,12 @@ from clip_jax.experiment.experiment import Experiment
 from clip_jax.pruning import cells, columns, rules
 from clip_jax.similarity import decide
 
-ROWS_AT_ONCE = 65_536  # vectors that are read from the pool at a time
-PAIRS_AT_ONCE = 1 << 24  # that the rule k_aligned decides at a time
+ROWS_AT_ONCE = 65_536  # vectors read from the pool at once
+PAIRS_AT_ONCE = 1 << 24  # pairs that the rule k_aligned decides at once
 
 
 class Lazy(Mapping):
-  """A mapping whose values are read when they are asked for, once."""
+  """A mapping that reads each value once, at its first use."""
 
   def __init__(self, names: Iterable[str], read: Callable[[str], Array]):
     self._names, self._read = tuple(names), functools.cache(read)
@@ -42,11 +43,10 @@ class Lazy(Mapping):
 
 
 class PoolColumns:
-  """The pool's columns as the experiment's embedder sees it, each read when a rule needs it, and
-  once.
+  """The pool's columns for the experiment's embedder, each read once, when a rule needs it.
 
-  candidates: [N] bool, where they are not those of this embedder: a comparison of embedders has the
-  same for all.
+  candidates: [N] bool; None for the embedder's own. A comparison of embedders uses the same
+  candidates for all.
   """
 
   def __init__(self, x: Experiment, candidates: Array | None = None):
@@ -55,7 +55,7 @@ class PoolColumns:
     self.anchor = workdir.embeddings(x, ANCHOR) if blocks.has_anchor(x.config) else None
     self.columns = self._columns(workdir.candidates(x) if candidates is None else candidates)
     if not self.columns.candidates.any():
-      raise InputError('The pool has no candidate: no row is readable and kept by de-duplication.')
+      raise InputError('The pool has no candidate: no row is both readable and not a duplicate.')
 
   def _columns(self, candidates: Array) -> rules.Columns:
     config = self.x.config
@@ -75,9 +75,7 @@ class PoolColumns:
 
   @functools.cached_property
   def matched_columns(self) -> rules.Columns:
-    """The columns with those of the matched control; None for captions and sizes that no row
-    has.
-    """
+    """The columns plus those of the matched control; None for a column without any value."""
     lengths = self.source.caption_lengths
     width, height = (
       np.nan_to_num(self.source.column(name).astype(np.float64)) for name in ('width', 'height')
@@ -95,14 +93,13 @@ class PoolColumns:
 
   @functools.cached_property
   def domain(self) -> Array | None:
+    """Each pool row's value of config.pool.domain_column, [N]; None without that key."""
     name = self.x.config.pool.domain_column
     return self.source.column(name) if name else None
 
   @functools.cached_property
   def classes(self):
-    """The class of each pool row by name, 'other' where it has none; None where the pool has no
-    classes.
-    """
+    """Each pool row's class name, 'other' for unlabelled rows; None for a pool without classes."""
     classes = workdir.class_names(self.x, POOL)
     if not classes:
       return None
@@ -112,72 +109,69 @@ class PoolColumns:
 
   @functools.lru_cache(1)  # noqa: B019 (both live as long as the stage)
   def levels(self, column: str, reference: str) -> tuple[Array, list[str]]:
-    """Returns the level of each pool row, [N], -1 for none, and the levels' names, for
-    domain_removal.
-    """
+    """Returns each pool row's level for domain_removal, [N], -1 for none, and the levels' names."""
     if column:
       codes, names = cells.levels(
-        pa.array(self.source.column(column), from_pandas=True)
-      )  # NaN: none
+        pa.array(self.source.column(column), from_pandas=True)  # NaN becomes null
+      )
       return (np.where(codes == names.index(''), -1, codes) if '' in names else codes), names
     nearest = workdir.search_column(self.x, reference, 'nearest')
     if blocks.is_prompts(self.x.config, reference):
       return nearest, list(self.x.config.references[reference].classes)
     names = list(workdir.class_names(self.x, reference))
-    labels = np.append(
-      workdir.source(self.x, reference).labels, -1
-    )  # the last: rows without a nearest
+    # Rows without a nearest example hold -1, which reads the appended last label, -1.
+    labels = np.append(workdir.source(self.x, reference).labels, -1)
     codes = labels[nearest]
     return np.where(codes < len(names), codes, -1), names
 
   def pairs(self, benchmark: str, k: int) -> Iterator[columns.Pairs]:
-    """Yields all pairs of a benchmark's queries and pool rows over the k-th anchor row's
-    similarity.
+    """Yields all pairs of a query and a pool row nearer than the query's k-th anchor row.
 
-    Those of some queries at a time, about PAIRS_AT_ONCE of them; each shard's file is read once for
-    each part.
+    Each part holds all pairs of some queries, about PAIRS_AT_ONCE pairs, and reads the files of all
+    shards.
     """
     folder = os.path.dirname(workdir.queries_path(self.x, benchmark))
     top = files.read_npz(os.path.join(folder, f'anchor-k{k}.npz'))['similarity']
     counts = np.zeros(len(top), np.int64)
-    for _, found in self._pair_files(folder, k):
-      counts += np.bincount(found['query'], minlength=len(top))
-    last = np.cumsum(counts) // PAIRS_AT_ONCE  # the part of each query
-    for part in np.unique(last[counts > 0]):
-      lo, hi = np.searchsorted(last, (part, part + 1))
+    for _, arrays in self._pair_files(folder, k):
+      counts += np.bincount(arrays['query'], minlength=len(top))
+    part_of_query = np.cumsum(counts) // PAIRS_AT_ONCE
+    for part in np.unique(part_of_query[counts > 0]):
+      lo, hi = np.searchsorted(part_of_query, (part, part + 1))
       parts = []
-      for start, found in self._pair_files(folder, k):
-        mine = slice(*np.searchsorted(found['query'], (lo, hi)))
+      for start, arrays in self._pair_files(folder, k):
+        span = slice(*np.searchsorted(arrays['query'], (lo, hi)))
         parts.append(
           (
-            found['query'][mine].copy(),
-            found['row'][mine] + start,
-            found['similarity'][mine].copy(),
+            arrays['query'][span].copy(),
+            arrays['row'][span] + start,
+            arrays['similarity'][span].copy(),
           )
         )
       yield columns.Pairs(top, *(np.concatenate(column) for column in zip(*parts)))
 
   def _pair_files(self, folder: str, k: int) -> Iterator[tuple[int, dict[str, Array]]]:
-    """Yields the first pool row of each shard, and its pairs, ordered by query and row."""
+    """Yields for each shard its first pool row and its pairs, ordered by query and row."""
     for shard, start, _ in workdir.shard_slices(self.pool.starts):
       path = os.path.join(folder, f'pairs-k{k}-{shard:05d}.npz')
       if not os.path.exists(path):
         raise InputError(
-          f"The pool's shard {shard} was not searched for the pairs of {os.path.basename(folder)} "
-          f'with k={k} yet in {self.x.workdir}: run the stage `search` first.'
+          f'{self.x.workdir} has no pairs of pool shard {shard} with {os.path.basename(folder)} '
+          f'for k={k}. Run the stage `search` first.'
         )
       yield start, files.read_npz(path)
 
   def _recall(self, benchmark: str) -> float:
+    """Returns ScaNN's recall for a benchmark; raises InputError below config.search.min_recall."""
     recall = products.counts(self.x.workdir, self.x.graph.queries(benchmark, self.x.embedder).name)[
       'recall'
     ]
     least = self.x.config.search.min_recall
     if recall < least:
       raise InputError(
-        f'ScaNN found {recall:.4f} of the true neighbours of {benchmark} on a '
-        f'sample, less than config.search.min_recall={least}. Raise config.search.candidates, or '
-        'use --config.search.backend=exact.'
+        f'The recall of ScaNN for {benchmark}, on sampled queries, is {recall:.4f}, less than '
+        f'config.search.min_recall={least}. Raise config.search.candidates, or use '
+        '--config.search.backend=exact.'
       )
     return recall
 
@@ -202,9 +196,9 @@ class PoolColumns:
       ),
     )
 
-  def _in_blocks(self, rows: Array, decide) -> Array:
+  def _in_blocks(self, rows: Array, compute) -> Array:
     parts = [
-      decide(self.pool.rows(rows[start : start + ROWS_AT_ONCE]))
+      compute(self.pool.rows(rows[start : start + ROWS_AT_ONCE]))
       for start in range(0, len(rows), ROWS_AT_ONCE)
     ]
     return np.concatenate(parts) if parts else np.zeros(0)

@@ -1,13 +1,15 @@
-"""Stage search: one exact pass of the pool against the queries of all benchmarks, and what follows
-from it.
+"""Stage search: compares every pool row with the queries of all benchmarks, in one exact pass.
 
-In: embeddings. Out: WORKDIR/search/<benchmark>/pool-*.npz (similarity, nearest, excess for each
-pool row; the shard's own top-k for each query) and queries.npz (anchor_similarity, anchor_nearest,
-pool_similarity, pool_nearest); search/anchor_classes/pool-*.npz: the same against the class means
-of the anchor; search/<reference>/pool-*.npz: against labelled examples or prompts. From these:
-anchor-k<k>.npz and pairs-k<k>-*.npz (for splits of rule k_aligned), paper.json (how many rows the
-published truncation misses), search/sizes.npz (how many candidates lie over each threshold: the
-size of every split that is not made yet).
+In: embeddings.
+Out, in WORKDIR/search:
+  <benchmark>/pool-*.npz: similarity, nearest and excess of each pool row; the shard's top-k rows of
+    each query
+  <benchmark>/queries.npz: anchor_similarity, anchor_nearest, pool_similarity, pool_nearest
+  anchor_classes/pool-*.npz: as above, against the class means of the anchor
+  <reference>/pool-*.npz: as above, against labelled examples or prompts
+  <benchmark>/anchor-k<k>.npz, <benchmark>/pairs-k<k>-*.npz: for splits of rule k_aligned
+  <benchmark>/paper.json: the number of rows that the published truncation misses
+  sizes.npz: the number of candidates over each threshold, which gives the size of every split
 """
 
 from collections.abc import Iterator
@@ -30,16 +32,17 @@ from clip_jax.experiment.experiment import Experiment
 from clip_jax.similarity import decide, exact, paper_compat, scann, size_curves
 from clip_jax.stages import models
 
-MERGED = 8  # shards whose top lists are merged at once: memory stays flat in their number
-QUERIES_AT_ONCE = 4096  # whose pairs of a shard are sorted at a time
-LISTED = 6  # benchmarks that a line of the summary names
-SLACKS = (-0.01, 0.01)  # at which the summary tells what would be dropped, beside 0
+MERGED = 8  # shards whose top-k lists are merged at once; bounds the memory
+QUERIES_AT_ONCE = 4096  # queries whose pairs of a shard are sorted at once
+LISTED = 6  # benchmarks named in a line of the summary
+SLACKS = (-0.01, 0.01)  # the summary counts dropped rows at these slacks and at 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-  """What the pool is compared with: a benchmark's queries, the anchor's class means, examples or
-  prompts.
+  """The vectors that the pool is compared with.
+
+  They are a benchmark's queries, the anchor's class means, labelled examples or prompts.
   """
 
   name: str
@@ -47,22 +50,22 @@ class Target:
   usable: Array  # [Q] bool; queries that are not usable are not searched
   thresholds: Array | None  # [Q] float64: similarity to the nearest anchor image, exact
   anchor_nearest: Array | None  # [Q] int64: that image's index in the anchor
-  ids: Array  # [usable Q] int32: what `nearest` holds for each searched query
+  ids: Array  # [usable Q] int32: the number of each searched query in `nearest`
 
   @property
-  def limits(self) -> Array:  # [usable Q] float32
+  def limits(self) -> Array:
+    """The thresholds of the searched queries, [usable Q] float32; NaN without an anchor."""
     if self.thresholds is None:
       return np.full(len(self.ids), np.nan, np.float32)
     return self.thresholds[self.usable].astype(np.float32)
 
 
 def search_shards(x: Experiment, todo: list[Product]) -> Made:
-  """Searches pool shards, each with all its missing targets in one pass."""
+  """Searches each pool shard for all its missing targets in one pass."""
   pool = workdir.embeddings(x, POOL)
   if not pool.usable.any():
     raise InputError(
-      f'No image of the pool can be read, so nothing can be searched. See '
-      f'{x.path("ingest", "pool")}.'
+      f'The pool has no readable image, so it cannot be searched. See {x.path("ingest", "pool")}.'
     )
   wanted: dict[int, list[Product]] = {}
   for product in todo:
@@ -70,19 +73,21 @@ def search_shards(x: Experiment, todo: list[Product]) -> Made:
   present = len(pool.starts) - 1 - len(wanted)
   if present:
     logging.info(
-      'search: going on, %d of %d pool shards are searched already.', present, len(pool.starts) - 1
+      'search: continuing; %d of %d pool shards are searched already.',
+      present,
+      len(pool.starts) - 1,
     )
   total = sum(int(pool.starts[shard + 1] - pool.starts[shard]) for shard in wanted)
-  joined = {}  # what is searched together, put on the device once
+  joined = {}  # names of targets -> their queries, which go to the device once
   with progress.Bar(total=total, desc=f'search{x.suffix}', unit='row') as bar:
     for shard in sorted(wanted):
       targets = [target_of(x, product.of[0]) for product in wanted[shard]]
       names = tuple(target.name for target in targets)
       if names not in joined:
         joined[names] = join(targets)
-      found = search_one(x, pool, shard, targets, joined[names])
+      results = search_one(x, pool, shard, targets, joined[names])
       for product in wanted[shard]:
-        arrays = found[product.of[0]]
+        arrays = results[product.of[0]]
         files.write_npz(x.path(product.name + '.npz'), **arrays)
         yield product, [product.name + '.npz'], {'rows': len(arrays['similarity'])}
       bar.update(int(pool.starts[shard + 1] - pool.starts[shard]))
@@ -103,11 +108,12 @@ def search_shards(x: Experiment, todo: list[Product]) -> Made:
 
 
 def target_of(x: Experiment, name: str) -> Target:
+  """Returns a target, which is opened once."""
   return x.once(f'target {name}', lambda: open_target(x, name))
 
 
 def open_target(x: Experiment, name: str) -> Target:
-  """Reads a target's vectors and finds its thresholds against the anchor."""
+  """Reads a target's vectors and computes its thresholds from the anchor."""
   config = x.config
   if name == ANCHOR_CLASSES:
     vectors, classes = class_means(workdir.embeddings(x, ANCHOR), workdir.source(x, ANCHOR).labels)
@@ -130,7 +136,7 @@ def open_target(x: Experiment, name: str) -> Target:
   if not usable.any():
     kind = 'reference' if name in config.references else 'benchmark'
     raise InputError(
-      f'No image of the {kind} {name} can be read, so it cannot be searched. '
+      f'The {kind} {name} has no readable image, so it cannot be searched. '
       f'See {x.path("ingest", name)}.'
     )
   vectors = queries[:]
@@ -144,9 +150,7 @@ def open_target(x: Experiment, name: str) -> Target:
 
 
 def class_means(anchor, labels: Array) -> tuple[Array, Array]:
-  """Returns the normalised mean vectors of the anchor's classes [C', E] float16 and their labels
-  [C'] int32.
-  """
+  """Returns the normalised class means of the anchor [C', E] float16, and labels [C'] int32."""
   usable = anchor.usable & (labels >= 0)
   classes = np.unique(labels[usable])
   means = []
@@ -155,14 +159,14 @@ def class_means(anchor, labels: Array) -> tuple[Array, Array]:
     means.append(mean / max(np.linalg.norm(mean), 1e-12))
   if not means:
     raise InputError(
-      'No usable anchor image has a label, so the anchor has no class means. Give '
+      'No usable anchor image has a label, so the anchor has no class means. Set '
       'config.anchor.label_key.'
     )
   return np.stack(means).astype(np.float16), classes.astype(np.int32)
 
 
 def join(targets: list[Target]) -> exact.Queries:
-  """Puts the usable queries of some targets one after the other, for one pass."""
+  """Concatenates the usable queries of several targets for one pass."""
   segments, start = [], 0
   for target in targets:
     segments.append((target.name, start, start + len(target.ids)))
@@ -177,17 +181,14 @@ def join(targets: list[Target]) -> exact.Queries:
 def search_one(
   x: Experiment, pool, shard: int, targets: list[Target], queries
 ) -> dict[str, dict[str, Array]]:
-  """Searches one pool shard with some targets in one pass.
-
-  Returns target -> the arrays of its file.
-  """
+  """Searches one pool shard for several targets; returns target -> the arrays of its file."""
   vectors, usable = pool.shard(shard)
   s = x.config.search
   if s.backend == 'scann':
-    found = _scann_shard(x, vectors, usable, targets)
+    results = _scann_shard(x, vectors, usable, targets)
   else:
     k = s.top_k if any(target.name in x.config.benchmarks for target in targets) else 0
-    found = exact.search_shard(
+    results = exact.search_shard(
       vectors,
       usable,
       queries,
@@ -196,32 +197,29 @@ def search_one(
       query_block=s.query_block,
       name=f'embeddings/pool/{shard:05d}.npy',
     )
-  for (
-    target
-  ) in targets:  # the search numbers the queries that it got; the files number the benchmark's
-    arrays = found[target.name]
-    if (
-      target.name not in x.config.benchmarks
-    ):  # nobody asks for the pool rows nearest to a class or an example
+  for target in targets:
+    arrays = results[target.name]
+    if target.name not in x.config.benchmarks:  # top-k rows are used for benchmarks only
       del arrays['top_similarity'], arrays['top_row']
+    # The search numbers the usable queries, the files number all queries of the benchmark.
     arrays['nearest'] = np.where(arrays['nearest'] >= 0, target.ids[arrays['nearest']], -1).astype(
       np.int32
     )
-  return found
+  return results
 
 
 def _scann_shard(
   x: Experiment, vectors, usable, targets: list[Target]
 ) -> dict[str, dict[str, Array]]:
-  """ScaNN: candidates of each query, exactly re-scored; other rows hold NaN, -1, NaN."""
-  found = {}
+  """Searches a shard with ScaNN; scores are exact, and rows that it misses hold NaN, -1, NaN."""
+  results = {}
   for target in targets:
     similarity, row = scann.candidates(
       vectors, usable, target.vectors[target.usable], x.config.search.candidates
     )
-    query, place = np.nonzero(row >= 0)
-    rows, scores = row[query, place], similarity[query, place]
-    best = np.lexsort((query, -scores, rows))  # of each row: the highest score, ties lowest query
+    query, rank = np.nonzero(row >= 0)
+    rows, scores = row[query, rank], similarity[query, rank]
+    best = np.lexsort((query, -scores, rows))  # per row: highest score first, ties by query
     scored, first = np.unique(rows[best], return_index=True)
     arrays = {
       'similarity': np.full(len(usable), np.nan, np.float32),
@@ -231,25 +229,25 @@ def _scann_shard(
     arrays['similarity'][scored] = scores[best][first]
     arrays['nearest'][scored] = query[best][first]
     over = np.full(len(usable), -np.inf, np.float32)
-    with np.errstate(invalid='ignore'):  # NaN where there is no anchor to compare with
+    with np.errstate(invalid='ignore'):  # limits are NaN without an anchor
       np.maximum.at(over, rows, scores - target.limits[query])
     arrays['excess'][scored] = over[scored]
     for key in ('similarity', 'excess'):
       arrays[key][~usable] = -np.inf
     k = min(x.config.search.top_k, similarity.shape[1])
-    found[target.name] = arrays | {'top_similarity': similarity[:, :k], 'top_row': row[:, :k]}
-  return found
+    results[target.name] = arrays | {'top_similarity': similarity[:, :k], 'top_row': row[:, :k]}
+  return results
 
 
 def merge_queries(x: Experiment, todo: list[Product]) -> Made:
-  """Merges the shards' top-k of every query; queries that were not searched hold NaN and -1."""
+  """Merges the shards' top-k lists of every query; unusable queries hold NaN and -1."""
   pool = workdir.embeddings(x, POOL)
   for product in todo:
     target = target_of(x, product.of[0])
     merged = []
     for shard in range(len(pool.starts) - 1):
       similarity, row = workdir.search_arrays(x, target.name, shard, ['top_similarity', 'top_row'])
-      # Rows of the shard, so that a shard's file does not depend on those before it.
+      # Files number a shard's own rows, so that they do not depend on earlier shards.
       merged.append((similarity, np.where(row >= 0, row + pool.starts[shard], -1)))
       if len(merged) > MERGED:
         merged = [exact.merge_top(merged, x.config.search.top_k)]
@@ -283,9 +281,9 @@ def merge_queries(x: Experiment, todo: list[Product]) -> Made:
 
 
 def _recall(x: Experiment, target: Target, pool) -> float | None:
-  """Returns the share of the rows over a threshold that ScaNN found, for a sample of the queries.
+  """Returns ScaNN's recall: the share of rows over a threshold that it finds for sampled queries.
 
-  The sampled queries are searched exactly. None without an anchor: there are no thresholds then.
+  The true rows come from an exact search. None without an anchor, which gives the thresholds.
   """
   if target.thresholds is None:
     return None
@@ -298,35 +296,32 @@ def _recall(x: Experiment, target: Target, pool) -> float | None:
     ((target.name, 0, len(sample)),),
     target.thresholds[sample].astype(np.float32),
   )
-  over = found = 0
+  over = recalled = 0
   for shard in range(len(pool.starts) - 1):
     true = exact.search_shard(*pool.shard(shard), queries, k=1)[target.name]['excess'] > 0
     over += int(true.sum())
     (excess,) = workdir.search_arrays(x, target.name, shard, ['excess'])
-    found += int((excess[true] > 0).sum())
+    recalled += int((excess[true] > 0).sum())
   logging.info(
     'search %s: ScaNN found %d of %d rows over a threshold of %d sampled queries.',
     target.name,
-    found,
+    recalled,
     over,
     len(sample),
   )
-  return found / over if over else 1.0
+  return recalled / over if over else 1.0
 
 
 def anchor_lists(x: Experiment, todo: list[Product]) -> Made:
-  """Finds the exact similarity [Q, k] and the row [Q, k] of each query's k nearest anchor
-  images.
-  """
+  """Writes the exact similarity and the row of each query's k nearest anchor images, [Q, k]."""
   (name, k), anchor = todo[0].of, workdir.embeddings(x, ANCHOR)
   if k > anchor.usable.sum():
     split = next(
       s for s, block in x.config.splits.items() if block.rule == 'k_aligned' and block.k == k
     )
     raise InputError(
-      f'config.splits.{split}.k={k}, and the anchor has {int(anchor.usable.sum())} usable images: '
-      'no '
-      'query has so many neighbours in it. Choose a smaller k.'
+      f'config.splits.{split}.k={k}, but the anchor has only {int(anchor.usable.sum())} usable '
+      'images. Choose a smaller k.'
     )
   queries = workdir.embeddings(x, name)
   usable = queries.usable
@@ -339,9 +334,7 @@ def anchor_lists(x: Experiment, todo: list[Product]) -> Made:
 
 
 def pairs(x: Experiment, todo: list[Product]) -> Made:
-  """Lists, shard by shard, the pairs of queries and pool rows that are nearer than the k-th anchor
-  row.
-  """
+  """Writes for each shard the pairs of a query and a pool row nearer than its k-th anchor row."""
   name, k, _ = todo[0].of
   pool, queries = workdir.embeddings(x, POOL), workdir.embeddings(x, name)
   usable = np.flatnonzero(queries.usable)
@@ -349,7 +342,7 @@ def pairs(x: Experiment, todo: list[Product]) -> Made:
   cut = files.read_npz(x.path(x.graph.anchor_lists(name, k).name + '.npz'))['similarity'][
     usable, k - 1
   ]
-  lowest = cut.min() - decide.error_bound(pool.dim)  # a row below it is no pair of any query
+  lowest = cut.min() - decide.error_bound(pool.dim)  # rows below it are in no pair
   with progress.Bar(total=len(todo), desc=f'pairs of {name}, k={k}', unit='shard') as bar:
     for product in todo:
       shard = product.of[2]
@@ -362,18 +355,18 @@ def pairs(x: Experiment, todo: list[Product]) -> Made:
         'similarity': [np.zeros(0)],
       }
       for start in range(0, len(usable), QUERIES_AT_ONCE):
-        some = slice(start, start + QUERIES_AT_ONCE)
-        found = list(
+        block = slice(start, start + QUERIES_AT_ONCE)
+        blocks_of_pairs = list(
           exact.pairs_over(
-            part, rows, vectors[some], cut[some], name=f'embeddings/pool/{shard:05d}.npy'
+            part, rows, vectors[block], cut[block], name=f'embeddings/pool/{shard:05d}.npy'
           )
         )
-        if not found:
+        if not blocks_of_pairs:
           continue
-        query, row, value = (np.concatenate(column) for column in zip(*found))
+        query, row, value = (np.concatenate(column) for column in zip(*blocks_of_pairs))
         order = np.lexsort((row, query))
         for key, one in (
-          ('query', usable[some].astype(np.int32)[query]),
+          ('query', usable[block].astype(np.int32)[query]),
           ('row', row),
           ('similarity', value),
         ):
@@ -389,22 +382,20 @@ def pairs(x: Experiment, todo: list[Product]) -> Made:
 
 
 def _over(x: Experiment, name: str, rows: Array, excess: Array) -> Array:
-  """Returns which pool rows [m] are over a threshold of a benchmark, exactly, by their column: [m]
-  bool.
+  """Returns whether each pool row [m] is over a benchmark's threshold, decided exactly, [m] bool.
+
+  excess: [m], their column; only values near 0 are computed again.
   """
   pool = workdir.embeddings(x, POOL)
   return size_curves.over_zero(
     excess,
     decide.error_bound(pool.dim),
-    lambda doubt: decide.exact_excess(pool.rows(rows[doubt]), *workdir.thresholds(x, name)),
+    lambda near: decide.exact_excess(pool.rows(rows[near]), *workdir.thresholds(x, name)),
   )
 
 
 def truncation(x: Experiment, todo: list[Product]) -> Made:
-  """Counts what the published truncation misses.
-
-  Every usable row of the pool counts, duplicates too.
-  """
+  """Counts the rows that the published top-k truncation misses, among all usable pool rows."""
   (product,) = todo
   (name,) = product.of
   pool, top_k = workdir.embeddings(x, POOL), x.config.search.paper_top_k
@@ -418,7 +409,7 @@ def truncation(x: Experiment, todo: list[Product]) -> Made:
 
 
 def _over_rows(x: Experiment, name: str) -> Iterator[tuple[Array, int]]:
-  """Yields for each shard the pool rows over a threshold [m] int64, and the row after its last."""
+  """Yields for each shard its pool rows over a threshold, [m] int64, and the shard's end row."""
   pool = workdir.embeddings(x, POOL)
   for shard, start, stop in workdir.shard_slices(pool.starts):
     (excess,) = workdir.search_arrays(x, name, shard, ['excess'])
@@ -427,7 +418,7 @@ def _over_rows(x: Experiment, name: str) -> Iterator[tuple[Array, int]]:
 
 
 def sizes(x: Experiment, todo: list[Product]) -> Made:
-  """Counts how many candidates are over each threshold, of each benchmark and of all together."""
+  """Counts the candidates over each threshold, for each benchmark and for all together."""
   names = list(x.config.benchmarks)
   counted = size_curves.count(_candidate_parts(x, names), len(names))
   files.write_npz(
@@ -440,8 +431,9 @@ def sizes(x: Experiment, todo: list[Product]) -> Made:
 
 
 def _candidate_parts(x: Experiment, names: list[str]):
-  """Yields for each shard the candidates' similarity and excess [G, n], and whether they are over a
-  threshold.
+  """Yields for each shard the candidates' similarity, excess and whether excess > 0, each [G, n].
+
+  G: benchmarks. Without an anchor, the last two are None.
   """
   candidates, has_anchor = workdir.candidates(x), blocks.has_anchor(x.config)
   for shard, start, stop in workdir.shard_slices(workdir.embeddings(x, POOL).starts):
@@ -462,8 +454,8 @@ def _candidate_parts(x: Experiment, names: list[str]):
 # the summary
 
 
-def summarize(x: Experiment, made: list[Product]) -> None:
-  """Logs in a few lines what the search found: duplicates, what would be dropped, how to go on."""
+def summarize(x: Experiment, new_products: list[Product]) -> None:
+  """Logs the duplicate rates, the rows that splits would drop, and the next command."""
   config = x.config
   if (
     config.dedup.enabled
@@ -471,11 +463,10 @@ def summarize(x: Experiment, made: list[Product]) -> None:
     and config.benchmarks
   ):
     logging.info(
-      'search: what a split would drop is counted once the pool is de-duplicated: run the stage '
-      'dedup, '
-      'then this one again (seconds).'
+      'search: the sizes of splits are counted after de-duplication. Run the stage dedup, then '
+      'search again (seconds).'
     )
-  if all(product.embedder for product in made):
+  if all(product.embedder for product in new_products):
     return
   duplicate = blocks.duplicate_similarity(config)
   rates = []
@@ -485,7 +476,7 @@ def summarize(x: Experiment, made: list[Product]) -> None:
   if rates:
     where = 'in the pool / in the anchor' if blocks.has_anchor(config) else 'in the pool'
     logging.debug(
-      'duplicates (similarity %.4g or more), queries with one %s: %s.',
+      'queries with a duplicate (similarity %.4g or more) %s: %s.',
       duplicate,
       where,
       _list(rates),
@@ -528,7 +519,7 @@ def _log_sizes(x: Experiment) -> None:
 
 
 def _list(items: list[tuple[float, str]], last: bool = False) -> str:
-  """Joins texts; of many, those of the highest values, and with `last` the last one in any case."""
+  """Joins the texts of the LISTED highest values; with `last`, always includes the last text."""
   tail = [items[-1][1]] if last else []
   items = items[:-1] if last else items
   texts = [text for _, text in items]
@@ -539,8 +530,9 @@ def _list(items: list[tuple[float, str]], last: bool = False) -> str:
 
 
 def duplicate_rates(x: Experiment, benchmark: str, duplicate: float) -> list[float]:
-  """Returns the share of a benchmark's usable queries with a near-duplicate in the pool, and, if
-  any, the anchor.
+  """Returns the shares of usable queries with a near-duplicate in the pool and in the anchor.
+
+  Without an anchor, the pool's share only.
   """
   result, usable = workdir.query_result(x, benchmark), workdir.embeddings(x, benchmark).usable
   rates = []
@@ -551,19 +543,17 @@ def duplicate_rates(x: Experiment, benchmark: str, duplicate: float) -> list[flo
 
 
 def next_command(config: Config) -> str:
-  """Returns the user's own command line with the stages that follow; '' where this run goes on to
-  them itself.
-  """
+  """Returns the user's command line with the next stages; '' if this command runs them itself."""
   following = ['prune', 'report'] if config.splits else ['report']
-  kept, stages, given = [], None, sys.orig_argv[1:]
-  while given:
-    part, *given = given
+  kept, stages, arguments = [], None, sys.orig_argv[1:]
+  while arguments:
+    part, *arguments = arguments
     name, equals, value = part.lstrip('-').partition('=')
     if not part.startswith('-') or name not in ('stages', 'redo', 'dry_run'):
       kept.append(part)
       continue
     if not equals and name != 'dry_run':
-      value, *given = given or ['']
+      value, *arguments = arguments or ['']
     stages = value.split(',') if name == 'stages' else stages
   if not any(part.endswith(('clip_jax.main', 'clip_jax/main.py')) for part in kept):
     return ''  # started from other Python code

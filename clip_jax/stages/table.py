@@ -1,4 +1,4 @@
-"""What each stage makes and with what: the main line and the studies together."""
+"""Lists the products and makers of each stage, including those of the studies."""
 
 from collections.abc import Callable
 import functools
@@ -10,7 +10,7 @@ from clip_jax.studies import STUDIES
 
 
 def products_of(x: Experiment, stage: str) -> list[Product]:
-  """Returns the products that the config wants of a stage, in the order in which they are made."""
+  """Returns the products of a stage that the config needs, in the order of making."""
   return [
     *x.graph.of(stage),
     *(product for study in STUDIES for product in study.products(x.graph).get(stage, ())),
@@ -23,9 +23,9 @@ def everything(x: Experiment) -> list[Product]:
 
 
 def module(stage: str):
-  """Returns the file of a stage.
+  """Returns the module of a stage.
 
-  Most import JAX, which takes seconds: only where there is something to make.
+  Most modules import JAX, which takes seconds, so they are imported only to make a product.
   """
   return importlib.import_module(f'clip_jax.stages.{stage}')
 

@@ -1,8 +1,7 @@
-"""Stage train: one CLIP for every split and seed; nothing differs between them but the data and the
-seed.
+"""Stage train: trains one CLIP for every split and seed; only data and seed differ between runs.
 
-In: split rows, ingested pool and anchor. Out: WORKDIR/train/<split>/seed<k>/ with checkpoints/,
-metrics.jsonl and config.json.
+In: split rows, ingested pool and anchor.
+Out: WORKDIR/train/<split>/seed<k>/ with checkpoints/, metrics.jsonl and config.json.
 """
 
 import os
@@ -18,30 +17,31 @@ from clip_jax.experiment import blocks, workdir
 from clip_jax.experiment.experiment import Experiment
 from clip_jax.stages import fit
 
-SLOW_BYTES = 1e9  # of parquet and remote files, from which on the order of reading is worth a word
+SLOW_BYTES = 1e9  # size of parquet and remote files above which random reads are worth a message
 
 
 def check(x: Experiment, todo: list[Product], number: int) -> None:
-  """Raises InputError for a split with fewer rows than a batch, before anything is trained; logs
-  how far it is.
+  """Raises InputError for a split with fewer rows than a batch; logs the number of finished runs.
+
+  number: all runs of this command, finished or in `todo`.
   """
   batch_size = x.config.train.batch_size
   for split, seed in (product.of for product in todo):
     size = len(np.load(workdir.rows_path(x, split, seed), mmap_mode='r'))
     if size < batch_size:
       raise InputError(
-        f'The split {split} has {size} rows, less than one batch ({batch_size}). Keep more rows, '
-        'or set '
-        'a smaller --config.train.batch_size.'
+        f'The split {split} has {size:,} rows, less than one batch ({batch_size:,}). Keep more '
+        'rows, or set a smaller --config.train.batch_size.'
       )
   if len(todo) < number:
-    logging.info('train: going on, %d of %d runs are done.', number - len(todo), number)
+    logging.info('train: continuing; %d of %d runs are done.', number - len(todo), number)
   _advise(x)
 
 
 def _advise(x: Experiment) -> None:
-  """Logs where the global shuffle reads slowly: a parquet row group is decoded from its start for
-  any one image.
+  """Logs advice if the global shuffle reads many parquet or remote files, which is slow.
+
+  Each image of a parquet file is decoded from the start of its row group.
   """
   slow = sum(
     file.size
@@ -52,9 +52,8 @@ def _advise(x: Experiment) -> None:
   )
   if x.config.train.order == 'global' and slow > SLOW_BYTES:
     logging.info(
-      'train: %.0f GB are parquet or remote files, where reads at random are slow; if training '
-      'waits for '
-      'images, --config.train.order=blocks reads in order, and mixes less.',
+      'train: %.0f GB are parquet or remote files, where random reads are slow; if training waits '
+      'for images, --config.train.order=blocks reads in order but shuffles less.',
       slow / 1e9,
     )
 
@@ -74,12 +73,12 @@ def train(x: Experiment, todo: list[Product]) -> Made:
   size = len(data)
   if blocks.holds_planted(x.config, split):
     logging.warning(
-      'train: %s holds PLANTED copies of test images of %s: a positive control, not a result.',
+      'train: %s contains PLANTED copies of test images of %s: a positive control, not a result.',
       split,
       x.config.planted.benchmark,
     )
   samples = t.samples if t.budget == 'samples' else round(t.epochs * size)
-  # Captions are packed by the base set alone: planted copies change nothing of other splits' runs.
+  # The packing depends on the base set only, so planted copies do not change other splits' runs.
   result, replaced = fit.fit(
     x, folder, data, workdir.base_source(x), seed=seed, samples=samples, product=product
   )
@@ -109,10 +108,9 @@ def train(x: Experiment, todo: list[Product]) -> Made:
 
 
 def _base(x: Experiment):
-  """Returns the base set, and the planted copies after it, with decoded images kept in memory,
-  shared by all runs.
+  """Returns the base set plus planted copies; all runs share its cache of decoded images.
 
-  Images that are decoded at a smaller size are not kept: which size depends on the crop.
+  With train.jpeg_shrink there is no cache, because the decoded size depends on the crop.
   """
   base = workdir.base_source(
     x, planted=any(blocks.holds_planted(x.config, split) for split in x.config.splits)

@@ -1,9 +1,9 @@
-"""De-duplication audit (dedup.audit_rows): what comparing rows inside clusters alone misses, on
-sampled rows.
+"""De-duplication audit (dedup.audit_rows): measures the duplicates that clustering misses.
 
-In: the pool's embeddings that de-duplication compares, its marks and centres. Out:
-WORKDIR/dedup/audit.json: sampled rows against all rows, see
-similarity/missed_duplicates.py. The page shows it among the duplicates.
+De-duplication compares rows of one cluster only; the audit compares sampled rows with all rows (see
+similarity/missed_duplicates.py).
+In: the pool's embeddings for de-duplication, its marks and centres.
+Out: WORKDIR/dedup/audit.json, which the page shows in the section on duplicates.
 """
 
 import math
@@ -21,7 +21,7 @@ from clip_jax.experiment.graph import Graph
 
 
 def products(graph: Graph) -> dict[str, list[Product]]:
-  """Adds the audit to the stage dedup, where rows are to be sampled."""
+  """Adds the audit to the stage dedup if config.dedup.audit_rows is set."""
   config = graph.config
   if not config.dedup.enabled or not config.dedup.audit_rows:
     return {}
@@ -39,7 +39,7 @@ def products(graph: Graph) -> dict[str, list[Product]]:
 
 
 def audit(x: Experiment, todo: list[Product]) -> Made:
-  """Compares sampled rows with all rows, and with those of their cluster."""
+  """Compares sampled rows with all rows and with the rows of their cluster."""
   from clip_jax.similarity import missed_duplicates  # imports JAX and SciPy
 
   d, pool = x.config.dedup, workdir.embeddings(x.under(x.config.dedup.embedder), POOL)
@@ -90,9 +90,9 @@ def audit(x: Experiment, todo: list[Product]) -> Made:
   )
   if result.pairs:
     logging.info(
-      'dedup: audit of %s sampled rows against all: %s of %s pairs of near-duplicates lie inside '
-      'one '
-      'cluster, %.1f %% [%.1f, %.1f]; %s of the rows are dropped, %s by exhaustive search.',
+      'dedup: audit of %s sampled rows against all rows: %s of %s pairs of near-duplicates are '
+      'inside one cluster, %.1f %% [%.1f, %.1f]; %s of the sampled rows are dropped, %s by '
+      'exhaustive search.',
       f'{len(sample):,}',
       f'{own.found:,}',
       f'{result.pairs:,}',
@@ -104,15 +104,14 @@ def audit(x: Experiment, todo: list[Product]) -> Made:
     )
   else:
     logging.info(
-      'dedup: audit of %s sampled rows: none has a near-duplicate in the pool, so recall is not '
-      'known. '
-      'Set more config.dedup.audit_rows.',
+      'dedup: audit of %s sampled rows: none has a near-duplicate in the pool, so the recall is '
+      'unknown. Increase config.dedup.audit_rows.',
       f'{len(sample):,}',
     )
 
 
 def _fewer_clusters(x: Experiment, pool, sample: Array, most: int) -> list[Array]:
-  """Returns the centres of k-means of the sample with 1, 2, 4, ... clusters, fewer than `most`."""
+  """Returns the k-means centres of the sample for 1, 2, 4, ... clusters, fewer than `most`."""
   from clip_jax.similarity import kmeans
 
   d, centers, clusters = x.config.dedup, [], 1
@@ -130,19 +129,19 @@ def _fewer_clusters(x: Experiment, pool, sample: Array, most: int) -> list[Array
       name="the audit's sample of the pool",
     )
     if len(fit.centers) < clusters:
-      break  # the sample holds no more that are dissimilar
+      break  # the sample has too few dissimilar rows for more clusters
     centers.append(fit.centers)
     clusters *= 2
   return centers
 
 
 def _number(value: float) -> float | None:
-  """Returns a number as JSON can hold it: None for NaN."""
+  """Returns a number for JSON, None for NaN."""
   return None if math.isnan(value) else value
 
 
 def section(_) -> None:
-  """Returns no section: the report shows the audit among the duplicates."""
+  """Returns no section, because the section on duplicates shows the audit."""
 
 
 MAKERS = {'dedup audit': audit}

@@ -1,11 +1,11 @@
-"""The positive control: how near planted copies of test images lie to these images, and what
-training on them changes.
+"""The positive control: measures the effect of planted copies of test images.
 
-The stage ingest draws the copies (config.planted); a split of rule 'planted' holds them. In: the
-embedded copies, the search of their benchmark. Out: WORKDIR/search/planted/calibration.json, and
-the same in embedders/<name>/ of each further embedder that is searched, as
-evaluation/positive_control.calibration returns it. The page compares each split that holds copies
-with the split that differs by the copies alone.
+The stage ingest draws the copies (config.planted); a split of rule 'planted' contains them.
+In: the embedded copies, the search results of their benchmark.
+Out: WORKDIR/search/planted/calibration.json, the similarity of copies to their test images, as
+evaluation/positive_control.calibration returns it; also in embedders/<name>/ of each further
+embedder that is searched. The page compares each split that contains copies with the split that
+differs from it by the copies only.
 """
 
 import os
@@ -28,12 +28,13 @@ from clip_jax.reporting import planted_copies
 if TYPE_CHECKING:
   from clip_jax.stages.report.facts import Facts
 
-_AT_ONCE = 1024  # queries whose neighbours' vectors are in memory
+_AT_ONCE = 1024  # queries whose neighbours' vectors are held in memory
 
 
 def products(graph: Graph) -> dict[str, list[Product]]:
-  """Adds a calibration of the duplicate threshold for each embedder to the stage search, where
-  copies are planted.
+  """Adds a calibration of the duplicate threshold for each embedder to the stage search.
+
+  Adds nothing if the config plants no copies.
   """
   config, name = graph.config, graph.config.planted.benchmark
   if not name:
@@ -61,9 +62,7 @@ def _calibration_name(embedder: str) -> str:
 
 
 def calibrate(x: Experiment, todo: list[Product]) -> Made:
-  """Measures how near copies lie to the images that they are copies of, and how near other images
-  do.
-  """
+  """Measures how similar the copies, and the nearest other images, are to their queries."""
   from clip_jax.evaluation import positive_control as control  # imports SciPy
 
   copies, source = workdir.embeddings(x, PLANTED), workdir.source(x, PLANTED)
@@ -87,9 +86,9 @@ def calibrate(x: Experiment, todo: list[Product]) -> Made:
   yield todo[0], [path], {}
   every = calibration['kinds'][-1]
   logging.info(
-    'planted%s: %s of %s copies are duplicates of their queries (similarity %.4g or more), as are '
-    '%.1f '
-    '%% of the nearest other images; for %.0f %% of the copies it takes %.4g (%.1f %% of others).',
+    'planted%s: %s of %s copies are duplicates of their queries (similarity %.4g or more), and so '
+    'are %.1f %% of the nearest other images; a threshold for %.0f %% of the copies is %.4g (%.1f '
+    '%% of other images).',
     x.suffix,
     f'{every["found"]:,}',
     f'{every["copies"]:,}',
@@ -101,52 +100,53 @@ def calibrate(x: Experiment, todo: list[Product]) -> Made:
   )
 
 
-def _nearest_in_pool(x: Experiment, vectors: Array, copied: Array) -> Array:  # [m] float64
-  """Returns the cosine similarity of some queries to the nearest pool row that is not the query's
-  own file.
+def _nearest_in_pool(x: Experiment, vectors: Array, copied: Array) -> Array:
+  """Returns the cosine similarity of the copied queries to the nearest pool row, [m] float64.
+
+  A pool row that is the query's own file does not count.
   """
   pool, name = workdir.embeddings(x, POOL), x.config.planted.benchmark
   rows = workdir.query_result(x, name).pool_nearest[copied]  # [m, k]
   is_query = workdir.source(x, POOL).same_samples(workdir.source(x, name))  # [N]
-  counts = (rows >= 0) & ~is_query[rows]
+  is_other = (rows >= 0) & ~is_query[rows]
   nearest = np.full(len(copied), -1.0)
   for start in range(0, len(copied), _AT_ONCE):
-    some = slice(start, start + _AT_ONCE)
-    near = pool.rows(rows[some].clip(0).ravel()).reshape(*rows[some].shape, pool.dim)
-    nearest[some] = np.where(counts[some], cosine(vectors[copied[some]], near), -1).max(
+    block = slice(start, start + _AT_ONCE)
+    near = pool.rows(rows[block].clip(0).ravel()).reshape(*rows[block].shape, pool.dim)
+    nearest[block] = np.where(is_other[block], cosine(vectors[copied[block]], near), -1).max(
       1, initial=-1
     )
   return nearest
 
 
 # ------------------------------------------------------------------------------------------------
-# the page
+# the report page
 
 
 def banner(facts: 'Facts') -> str:
-  """Returns the warning that test images are in the training data on purpose; '' where none are."""
-  known = facts.x.once('planted control', lambda: control_of(facts))
-  return planted_copies.banner(known) if known else ''
+  """Returns the warning that training data contains planted test images; '' if there are none."""
+  control = facts.x.once('planted control', lambda: control_of(facts))
+  return planted_copies.banner(control) if control else ''
 
 
 def section(facts: 'Facts') -> tuple[str, str, str, list] | None:
-  """Returns what the copies changed, and how near each embedder says they are."""
-  known = facts.x.once('planted control', lambda: control_of(facts))
+  """Returns the section on the copies' effect and their similarity for each embedder."""
+  control = facts.x.once('planted control', lambda: control_of(facts))
   return (
-    ('planted', 'Planted copies of test images', 'Planted', planted_copies.blocks_of(known))
-    if known
+    ('planted', 'Planted copies of test images', 'Planted', planted_copies.blocks_of(control))
+    if control
     else None
   )
 
 
 def control_of(facts: 'Facts') -> dict | None:
-  """Returns what is known of the planted copies; None where nothing is planted, or the copies are
-  not ingested.
+  """Returns the facts of the planted copies; None if there are none or they are not ingested.
 
-  benchmark, copies: the config's. queries: the benchmark's; copied: how many of them have a copy.
-  calibrations: '' and each further embedder -> its calibration, where it is there. contrasts: for
-  each split that holds copies: (split, the split that it is compared with or None,
-  evaluation/positive_control.Leakage).
+  benchmark, copies: of the config
+  queries, copied: the number of queries of the benchmark, and of those with a copy
+  calibrations: '' and each further embedder -> its calibration, if it exists
+  contrasts: for each split with copies (split, the split that it is compared with or None,
+    evaluation/positive_control.Leakage)
   """
   x, config, name = facts.x, facts.x.config, facts.x.config.planted.benchmark
   if not name or not workdir.is_ingested(x, PLANTED):
@@ -168,7 +168,7 @@ def control_of(facts: 'Facts') -> dict | None:
 
 
 def _contrast(facts: 'Facts', split: str) -> tuple:
-  """Returns the randomised contrast of a split against the one that differs by the copies alone."""
+  """Returns the randomised contrast of a split and the one that differs by the copies only."""
   from clip_jax.evaluation import positive_control as control
 
   x, config, name = facts.x, facts.x.config, facts.x.config.planted.benchmark
@@ -186,13 +186,11 @@ def _contrast(facts: 'Facts', split: str) -> tuple:
   is_drawn = image_copies.draw(source.column('group').tolist(), block.share, block.seed) >= 0
   reason = ''
   if base is None:
-    reason = 'no split of the rule all with the same append_anchor is there to compare with'
+    reason = 'the config has no split of the rule all with the same append_anchor to compare with'
   elif pair is None:
     reason = f'{split} and {base} were not both evaluated on {name} with one seed'
   elif not workdir.is_embedded(x, name) or not workdir.is_embedded(x, PLANTED):
-    reason = (
-      f'{name} and its copies are not embedded, so that it is not known which images can be read'
-    )
+    reason = f'{name} and its copies are not embedded, so the readable images are unknown'
   if reason:
     return (
       split,
@@ -201,14 +199,14 @@ def _contrast(facts: 'Facts', split: str) -> tuple:
         None, None, None, int(is_drawn.sum()), int((~is_drawn).sum()), f'not estimable: {reason}'
       ),
     )
-  copies, can_be_read = workdir.embeddings(x, PLANTED), workdir.embeddings(x, name).usable
+  copies, is_readable = workdir.embeddings(x, PLANTED), workdir.embeddings(x, name).usable
   has_copy = np.zeros(len(source), bool)
   has_copy[workdir.source(x, PLANTED).column('query')[copies.usable]] = True
   return (
     split,
     base,
     control.contrast(
-      *pair[0], has_copy & can_be_read, ~is_drawn & can_be_read, facts.results.groups[name]
+      *pair[0], has_copy & is_readable, ~is_drawn & is_readable, facts.results.groups[name]
     ),
   )
 

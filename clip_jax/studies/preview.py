@@ -1,17 +1,17 @@
-"""A preview of every split in seconds (prune.preview): ridge regression on frozen features. It is
-no CLIP training.
+"""Previews every split in seconds by ridge regression on frozen features, without CLIP training.
 
-In: the splits' rows, the embeddings of one of config.embedders. Out:
-WORKDIR/splits/<split>/preview.json, the accuracy on each benchmark; of a split that is drawn for
-each seed, that of its first draw.
+In (prune.preview): the splits' rows, the embeddings of one of config.embedders.
+Out: WORKDIR/splits/<split>/preview.json, the accuracy on each benchmark. If each seed has its own
+rows, the first draw is used.
 
-The rows of a split that have a class are what it is trained on: by their labels, or, where a
-dataset has none, by the one class name in the caption. Features are scaled by the labelled rows of
-all candidates and of the anchor, the same for every split, so that splits differ by their rows
-alone. Classes of a benchmark are found by their names.
+The regression trains on the rows of a split that have a class: the label or, in a dataset without
+labels, the only class name in the caption. Features are scaled by the labelled rows of all
+candidates and of the anchor, the same for every split, so that splits differ by their rows only.
+Classes of a benchmark are matched by name.
 """
 
 from collections.abc import Callable, Iterator
+import itertools
 from typing import TYPE_CHECKING
 
 from absl import logging
@@ -32,7 +32,7 @@ from clip_jax.reporting.page import Text
 if TYPE_CHECKING:
   from clip_jax.stages.report.facts import Facts
 
-ROWS_AT_ONCE = 16_384
+ROWS_AT_ONCE = 16_384  # feature rows in memory
 
 
 def products(graph: Graph) -> dict[str, list[Product]]:
@@ -65,7 +65,7 @@ def products(graph: Graph) -> dict[str, list[Product]]:
 
 
 def preview_splits(x: Experiment, todo: list[Product]) -> Made:
-  """Trains on the labelled rows of each split, and scores on every benchmark."""
+  """Trains on the labelled rows of each split and measures accuracy on every benchmark."""
   features = _Features(x)
   rows = {
     split: np.load(workdir.rows_path(x, split, blocks.seeds(x.config, split)[0]), mmap_mode='r')
@@ -83,17 +83,17 @@ def preview_splits(x: Experiment, todo: list[Product]) -> Made:
         if score['top1'] is not None
       ]
       logging.debug(
-        '%s, %s: %s, from %s of %s rows, that have a class.',
+        '%s, %s: %s, trained on the %s of %s rows that have a class.',
         ridge.NAME,
         split,
-        ', '.join(scores) or 'nothing to score',
+        ', '.join(scores) or 'no score',
         f'{about["labelled"]:,}',
         f'{about["rows"]:,}',
       )
 
 
 class _Features:
-  """Features and classes of the base set and of the benchmarks, opened once for all splits."""
+  """The features and classes of the base set and of the benchmarks, opened once for all splits."""
 
   def __init__(self, x: Experiment):
     config, view = x.config, x.under(x.config.prune.preview)
@@ -106,35 +106,29 @@ class _Features:
       for dataset in self._vectors
     }
     self._number = {
-      name: i
-      for i, name in enumerate(dict.fromkeys(name for some in names.values() for name in some))
+      name: i for i, name in enumerate(dict.fromkeys(itertools.chain.from_iterable(names.values())))
     }
     self._codes = {
-      dataset: np.array([self._number[name] for name in some], np.int32)
-      for dataset, some in names.items()
+      dataset: np.array([self._number[name] for name in classes], np.int32)
+      for dataset, classes in names.items()
     }
     self._classes_by: dict[str, str] = {}  # dataset -> 'labels' or 'captions'
     self._class = np.concatenate(
       [self._classes(name) for name in self._base.names]
     )  # [rows of the base set] int32
-    of_candidates = np.flatnonzero(self._class >= 0)
+    labelled = np.flatnonzero(self._class >= 0)
     if PLANTED in self._base.names:
-      of_candidates = of_candidates[of_candidates < self._base.starts[-2]]
-    if not len(of_candidates):
+      labelled = labelled[labelled < self._base.starts[-2]]
+    if not len(labelled):
       raise InputError(
         'No row of the pool or the anchor has a class, by label or by caption, so prune.preview '
-        'has '
-        'nothing to learn. Give classes and label_key, or set --config.prune.preview=.'
+        'cannot be trained. Give classes and label_key, or set --config.prune.preview=.'
       )
-    self._has_rows = (
-      np.bincount(self._class[of_candidates], minlength=len(self._number)) > 0
-    )  # [C] bool
-    self._scale = ridge.fit_scale(vectors for vectors, _ in self._parts(of_candidates))
+    self._has_rows = np.bincount(self._class[labelled], minlength=len(self._number)) > 0  # [C] bool
+    self._scale = ridge.fit_scale(vectors for vectors, _ in self._parts(labelled))
 
   def _classes(self, dataset: str) -> Array:  # [n] int32
-    """Returns the class of each row that a split may have, -1 for none: by its label, else by its
-    caption.
-    """
+    """Returns each row's class, by label or by caption; -1 for none and for non-candidates."""
     source, usable = workdir.source(self._x, dataset), self._vectors[dataset].usable
     if dataset == POOL:
       usable &= workdir.candidates(self._x)
@@ -143,7 +137,7 @@ class _Features:
       return np.where(usable, self._labels(dataset), -1)
     self._classes_by[dataset] = 'captions'
     with_classes = [name for name in (ANCHOR, POOL) if len(self._codes.get(name, ()))]
-    sought = {
+    wanted = {
       code
       for name in with_classes[:1] or self._x.config.benchmarks
       for code in self._codes[name].tolist()
@@ -151,12 +145,12 @@ class _Features:
     rows, classes = np.flatnonzero(usable), np.full(len(source), -1, np.int32)
     classes[rows] = ridge.caption_classes(
       map(source.caption, rows.tolist()),
-      {name: code for name, code in self._number.items() if code in sought},
+      {name: code for name, code in self._number.items() if code in wanted},
     )
     return classes
 
   def _labels(self, dataset: str) -> Array:  # [n] int32
-    """Returns the class of each row by its label, -1 where it has none among the names."""
+    """Returns each row's class by its label, -1 if the label has no class name."""
     labels, codes = (
       workdir.source(self._x, dataset).labels,
       np.append(self._codes[dataset], np.int32(-1)),
@@ -164,16 +158,14 @@ class _Features:
     return codes[np.where((labels >= 0) & (labels < len(codes) - 1), labels, -1)]
 
   def _parts(self, rows: Array) -> Iterator[tuple[Array, Array]]:
-    """Yields the features [b, E] float16 and the classes [b] of some labelled rows of the base set,
-    sorted.
-    """
+    """Yields the features [b, E] float16 and classes [b] of sorted, labelled base set rows."""
     for start in range(0, len(rows), ROWS_AT_ONCE):
       part = rows[start : start + ROWS_AT_ONCE]
       vectors = [self._vectors[name].rows(own) for name, own in self._base.own(part).items()]
       yield np.concatenate(vectors), self._class[part]
 
   def preview_of(self, rows: Array, on_rows: Callable[[int], None]) -> dict:
-    """Trains on the labelled ones among some rows; returns what a split's preview.json holds."""
+    """Trains on the labelled ones of a split's rows; returns the contents of preview.json."""
     labelled, scores = rows[self._class[rows] >= 0], {}
     on_rows(len(rows) - len(labelled))
 
@@ -197,8 +189,9 @@ class _Features:
     }
 
   def _accuracy(self, benchmark: str, weights: Array) -> dict:
-    """Returns the accuracy over the images whose class has rows; an image that cannot be read is
-    wrong.
+    """Returns the accuracy on the images whose class has training rows.
+
+    Unreadable images count as wrong.
     """
     from clip_jax.evaluation import statistics  # imports SciPy
 
@@ -221,7 +214,7 @@ class _Features:
       'classes': len(allowed),
       'of_classes': len(codes),
     }
-    if len(allowed) < 2 or not len(images):  # no two classes to tell apart
+    if len(allowed) < 2 or not len(images):  # accuracy needs two classes
       return about | {'n': 0, 'top1': None, 'low': None, 'high': None}
     predicted = np.concatenate(
       [
@@ -237,7 +230,7 @@ class _Features:
 
 
 def section(facts: 'Facts') -> tuple[str, str, str, list] | None:
-  """Returns the ridge preview of every split."""
+  """Returns the section on the ridge preview of every split."""
   config = facts.x.config
   if not config.prune.preview or not config.splits:
     return None
@@ -247,11 +240,11 @@ def section(facts: 'Facts') -> tuple[str, str, str, list] | None:
     if (about := workdir.read_json(facts.x, 'splits', split, 'preview.json'))
   }
   page_blocks = second_looks.preview_blocks(previews) or [
-    facts.missing('The splits were not previewed yet.', 'prune')
+    facts.missing('The splits have no preview.', 'prune')
   ]
-  late = [split for split in config.splits if split not in previews]
-  if previews and late:
-    page_blocks.append(Text(f'Not previewed: {tables.listed(late)}.', 'muted'))
+  missing = [split for split in config.splits if split not in previews]
+  if previews and missing:
+    page_blocks.append(Text(f'Splits without a preview: {tables.listed(missing)}.', 'muted'))
   return 'preview', second_looks.PREVIEW_TITLE, 'Preview', page_blocks
 
 

@@ -1,8 +1,8 @@
-"""The same splits under further embedders (prune.sensitivity): how far they agree on what is
-removed.
+"""Sensitivity (prune.sensitivity): compares the rows that splits remove under further embedders.
 
-In: the splits' rows, the searches of the main embedder and of each further one. Out:
-WORKDIR/splits/sensitivity.json. Only splits that are one cut through one column are compared.
+In: the splits' rows, the search results of the main embedder and of each further one.
+Out: WORKDIR/splits/sensitivity.json. Only splits whose rule cuts one column at one value are
+compared.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,14 +26,14 @@ from clip_jax.reporting.page import Text
 if TYPE_CHECKING:
   from clip_jax.stages.report.facts import Facts
 
-INTERVAL = '95 %, by Wilson, as if the rows that either removes were independent draws'
+INTERVAL = '95 % (Wilson), assuming that the rows that either removes are independent draws'
 
 
 def compared(config: Config) -> list[str]:
   """Returns the splits that are compared.
 
-  Not the doses: another share of the same cut, which under another embedder may be more rows than
-  there are.
+  Doses other than 1 are not: they remove a multiple of the aligned count, which under another
+  embedder may exceed the number of rows.
   """
   return [
     split
@@ -43,7 +43,7 @@ def compared(config: Config) -> list[str]:
 
 
 def products(graph: Graph) -> dict[str, list[Product]]:
-  """Adds the comparison of all splits to the stage prune, where a split can be compared."""
+  """Adds the comparison of all splits to the stage prune, if a split can be compared."""
   config, splits = graph.config, compared(graph.config)
   if not config.prune.sensitivity or not splits:
     return {}
@@ -69,20 +69,20 @@ def products(graph: Graph) -> dict[str, list[Product]]:
 
 
 def compare(x: Experiment, todo: list[Product]) -> Made:
-  """Compares what the splits remove with what the same rules remove under further embedders."""
+  """Compares the rows that the splits' rules remove under the main and the further embedders."""
   from clip_jax.stages.prune_columns import PoolColumns  # imports JAX
 
   splits: dict[str, list[dict]] = {split: [] for split in compared(x.config)}
-  here = PoolColumns(x).columns
+  main = PoolColumns(x).columns
   for embedder in x.config.prune.sensitivity:
-    there = PoolColumns(x.under(embedder), here.candidates).columns
+    other = PoolColumns(x.under(embedder), main.candidates).columns
     for split, lines in splits.items():
-      lines.append({'embedder': embedder, **_agreement(x, split, here, there)})
+      lines.append({'embedder': embedder, **_agreement(x, split, main, other)})
   files.write_json(
     x.path('splits', 'sensitivity.json'),
     {
       'embedders': ['', *x.config.prune.sensitivity],
-      'candidates': int(here.candidates.sum()),
+      'candidates': int(main.candidates.sum()),
       'interval': INTERVAL,
       'splits': splits,
     },
@@ -91,9 +91,8 @@ def compare(x: Experiment, todo: list[Product]) -> Made:
   for split, line in ((split, line) for split, lines in splits.items() for line in lines):
     correlation = 'none' if line['spearman'] is None else f'{line["spearman"]:.2f}'
     logging.debug(
-      'sensitivity, %s: %s removes %s rows, the main embedder %s; at the same count they share '
-      '%.0f %% '
-      'of what either removes; rank correlation %s.',
+      'sensitivity, %s: %s removes %s rows, the main embedder %s; at the same count, %.0f %% of '
+      'the rows that either removes are removed by both; rank correlation %s.',
       split,
       line['embedder'],
       f'{line["removed_there"]:,}',
@@ -103,25 +102,25 @@ def compare(x: Experiment, todo: list[Product]) -> Made:
     )
 
 
-def _agreement(x: Experiment, split: str, here: rules.Columns, there: rules.Columns) -> dict:
-  """Returns how far another embedder agrees on a split. The candidates are the same for both."""
+def _agreement(x: Experiment, split: str, main: rules.Columns, other: rules.Columns) -> dict:
+  """Returns the agreement of two embedders on a split, for the same candidates."""
   block, rule = x.config.splits[split], blocks.rule_of(x.config, split)
-  rows, benchmarks = np.flatnonzero(here.candidates), tuple(block.benchmarks)
+  rows, benchmarks = np.flatnonzero(main.candidates), tuple(block.benchmarks)
   kept = workdir.pool_rows(x, split, blocks.seeds(x.config, split)[0])
   removed = ~np.isin(rows, kept, assume_unique=True)
-  first = agreement.going_first(there, block.rule, benchmarks=benchmarks, count=int(removed.sum()))
-  removed_there = first  # where the config says how many rows are removed
+  first = agreement.going_first(other, block.rule, benchmarks=benchmarks, count=int(removed.sum()))
+  removed_by_other = first  # right if the config fixes the number of removed rows
   if 'count' not in rule.needs:
-    kept = rule.keep(there, **blocks.parameters(x.config, split)).rows
-    removed_there = ~np.isin(rows, kept, assume_unique=True)
+    kept = rule.keep(other, **blocks.parameters(x.config, split)).rows
+    removed_by_other = ~np.isin(rows, kept, assume_unique=True)
   result = agreement.compare(
     rows,
     removed,
-    removed_there,
+    removed_by_other,
     first,
     *(
       agreement.removal_order(columns, block.rule, benchmarks=benchmarks)
-      for columns in (here, there)
+      for columns in (main, other)
     ),
   )
   own, own_interval = _overlap(
@@ -146,9 +145,7 @@ def _agreement(x: Experiment, split: str, here: rules.Columns, there: rules.Colu
 
 
 def _overlap(both: int, either: int) -> tuple[float, list[float] | None]:
-  """Returns the share that two sets have in common, and its interval; no interval for two empty
-  sets.
-  """
+  """Returns the Jaccard index of two sets and its interval, which is None for two empty sets."""
   from clip_jax.evaluation import statistics  # imports SciPy
 
   interval = statistics.image_interval(np.arange(either) < both) if either else None
@@ -156,9 +153,7 @@ def _overlap(both: int, either: int) -> tuple[float, list[float] | None]:
 
 
 def section(facts: 'Facts') -> tuple[str, str, str, list] | None:
-  """Returns how far the splits of other embedders hold the same rows, and pictures of rows on which
-  they disagree.
-  """
+  """Returns the section on the agreement of embedders, with pictures of rows where they differ."""
   config = facts.x.config
   if not config.prune.sensitivity or not config.splits:
     return None
@@ -174,7 +169,7 @@ def section(facts: 'Facts') -> tuple[str, str, str, list] | None:
     page_blocks = second_looks.sensitivity_blocks(splits, galleries)
   elif compared(config):
     page_blocks = [
-      facts.missing('The splits were not compared with those of other embedders yet.', 'prune')
+      facts.missing('The splits have not been compared with those of other embedders.', 'prune')
     ]
   else:
     names = [name for name, rule in rules.RULES.items() if rule.compared]
@@ -183,7 +178,7 @@ def section(facts: 'Facts') -> tuple[str, str, str, list] | None:
 
 
 def _disagreement(facts: 'Facts', line: Mapping[str, Any]) -> gallery.Gallery:
-  """Returns pictures of the rows that only one of two embedders removes, both ways."""
+  """Returns pictures of the rows that only one of the two embedders removes, for both."""
   count = facts.x.config.report.removed_images
   strips: list[tuple[str, Sequence[int]]] = [
     (f'removed under {second_looks.OWN} only', line['rows_only_here'][:count]),
@@ -196,7 +191,7 @@ def _disagreement(facts: 'Facts', line: Mapping[str, Any]) -> gallery.Gallery:
       for title, rows in strips
       if rows
     ),
-    'In the order in which the rule removes them.',
+    "In the rule's order of removal.",
   )
 
 
