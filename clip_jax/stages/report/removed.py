@@ -76,8 +76,8 @@ def _samples(facts: Facts, split: str) -> dict[str, Any]:
   of_gone, of_kept = (facts.pictures.captions(some, WORD_SAMPLE) for some in (gone, kept))
   captions = (
     {
-      'removed': words.telling_words(of_gone, of_kept),
-      'kept': words.telling_words(of_kept, of_gone),
+      'removed': words.distinctive_words(of_gone, of_kept),
+      'kept': words.distinctive_words(of_kept, of_gone),
       'read_removed': len(of_gone),
       'read_kept': len(of_kept),
     }
