@@ -631,7 +631,10 @@ def test_removed_rows_need_no_training(pruned):
   about = workdir.split_json(Experiment(c, str(folder)), 'no_outline')
   assert f'outline: {about["dropped"]} rows.' in removed
   assert 'not alignment: without rows whose domain is outline' in removed
-  assert 'what handwriting_pruned and no_outline keep' in removed and 'The slack is +0.0' in removed
+  assert (
+    'rows that handwriting_pruned and no_outline all keep' in removed
+    and 'The slack is +0.0' in removed
+  )
   aligned = workdir.split_json(Experiment(c, str(folder)), 'handwriting_pruned')
   assert 'Accuracy against split size' not in page
   assert (
