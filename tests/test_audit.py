@@ -254,10 +254,7 @@ def test_splits_of_vectors_are_pruned_and_listed_and_never_trained(data, capsys)
   assert status == 2 and 'pool has no images (format embeddings), but the stage train' in said
   status, said = squares.run(c, data / 'w', capsys, [*SEARCHED, 'prune', 'report'])
   assert status == 0, said
-  assert (
-    'No split is trained here: an audit of the pool. It holds' in said
-    and 'Not answered' not in _page(data)
-  )
+  assert 'this is an audit of the pool. The pool has' in said and 'Not answered' not in _page(data)
   assert 'id="removed"' in _page(data) and 'evaluated' not in _page(data)
   uids, rows = (
     np.load(data / 'w/splits/near/export/uids.npy'),

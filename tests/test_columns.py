@@ -39,7 +39,7 @@ def test_the_lowest_and_ties_to_the_earlier(values, data):
 
 def test_what_is_not_given_is_named():
   known = columns.Columns(np.ones(3, bool))
-  with pytest.raises(ValueError, match="k=2 needs those of 'val'"):
+  with pytest.raises(ValueError, match="k=2 needs the pairs of 'val'"):
     known.pairs('val', 2)
   with pytest.raises(ValueError, match='exact_excess'):
     known.exact_excess(('val',), np.arange(2))

@@ -76,7 +76,7 @@ def test_a_loss_that_is_shown_is_called_one():
   value, detail, words = lines()['against like_gap']
   assert value == '\u22125.0 [\u22128.0, \u22122.0] points'
   assert detail == 'p = 0.004 (Holm, 2 tests)'
-  assert words.startswith('The removed images mattered') and 'loses 5.0 points more' in words
+  assert 'removed images mattered' in words and 'costs 5.0 points more on sketch' in words
 
 
 def test_a_gain_is_called_one():
@@ -84,7 +84,7 @@ def test_a_gain_is_called_one():
 
 
 def test_no_loss_needs_equivalence():
-  assert verdict(holm=0.3, equivalence=same('equivalent')).startswith('No loss: shown')
+  assert verdict(holm=0.3, equivalence=same('equivalent')).startswith('No loss')
   words = verdict(holm=0.3)
   assert words.startswith('Undetermined') and '\u22128.0 to \u22122.0' in words
 
@@ -93,7 +93,7 @@ def test_no_loss_needs_equivalence():
   'method, said',
   [
     ('range', 'Two seeds'),
-    ('this checkpoint', 'One checkpoint each'),
+    ('this checkpoint', 'One seed'),
     ('none', 'No interval and no claim'),
   ],
 )
@@ -104,13 +104,13 @@ def test_fewer_than_three_seeds_claim_nothing(method, said):
   words = found['against like_gap'][2]
   assert words.startswith(said) and 'mattered' not in words
   assert found['against like_gap'][1] == ''  # no p-value
-  assert 'no loss?' not in found
+  assert 'equivalence (no loss)' not in found
 
 
 def test_random_rows_are_a_control_for_size_only():
   blocks = blocks_of([item(control_rule='random', holm=NAN, share_matched=share())])
   assert 'no matched control exists' in next(b for b in blocks if b.kind == 'heading').detail
-  assert 'control for size only' in verdict(control_rule='random', holm=NAN)
+  assert 'random rows control for size' in verdict(control_rule='random', holm=NAN)
   e = lines(control_rule='random', share_matched=share())[
     'E\u2032, with the control in place of base'
   ]
@@ -120,7 +120,7 @@ def test_random_rows_are_a_control_for_size_only():
 def test_shares_are_whole_percent_with_their_parts():
   value, detail, words = lines(share=share())['E, explained share']
   assert value == '15 % [4, 27]' and detail == '5.7 of 39.3 points over anchor only'
-  assert words.startswith('15 % of what base has')
+  assert words.startswith('15 % of the lead of base')
   assert (
     'effective-robustness line' in lines(share=share(reference='line'))['E, explained share'][1]
   )
@@ -146,7 +146,7 @@ def test_contrasts_print_their_assumption_and_their_numbers():
   contrast = Record(estimate=estimate(-0.06, -0.1, -0.02), hit=91, unhit=64, reason='')
   found = lines(did=contrast, placebo=contrast, placebo_benchmark='val')
   words = found['hit minus unhit queries'][2]
-  assert '91 queries' in words and '64' in words and 'Assumes' in words
+  assert '91 hit queries' in words and '64' in words and 'Assumptions' in words
   assert found['placebo: sketch minus val'][0] == '\u22126.0 [\u221210.0, \u22122.0] points'
 
 
@@ -158,7 +158,7 @@ def test_dose_is_per_tenth_of_similarity():
 
 
 def test_detectable_difference_is_printed():
-  assert lines()['no loss?'][1] == 'detectable: 4.5 points (power 80 %)'
+  assert '4.5 points (power 80 %)' in lines()['equivalence (no loss)'][1]
 
 
 def test_records_are_proportions():

@@ -39,5 +39,5 @@ def test_uneven_and_few_steps():
   kept = (STEPS < 300) | (STEPS % 200 == 0)  # sparse after a while: some stretches are empty
   assert not_converged(STEPS[kept], loss[kept], 128) == ''
   assert 'only 5 losses' in not_converged(STEPS[:5], loss[:5], 128)
-  with pytest.raises(ValueError, match='must have one shape'):
+  with pytest.raises(ValueError, match='must have the same shape'):
     not_converged(STEPS, loss[1:], 128)

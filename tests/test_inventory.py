@@ -28,8 +28,8 @@ def test_deduplication_says_which_row_stays():
     [{'kind': 'exact', 'planted': 4, 'found': 3, 'recall': 0.75, 'low': 0.3, 'high': 0.95}],
     None,
   )
-  assert '5 of 200' in blocks[0].text and 'over 0.876 inside one of 1 cluster.' in blocks[0].text
-  assert 'the first in the pool\u2019s order stays' in blocks[0].text
+  assert '5 of 200' in blocks[0].text and 'over 0.876 within one of 1 cluster.' in blocks[0].text
+  assert 'the first row in pool order is kept' in blocks[0].text
   found = tables_of(blocks)
   assert [cell.text for cell in found['planted_duplicates'].rows[0]] == [
     'exact',
@@ -40,7 +40,7 @@ def test_deduplication_says_which_row_stays():
   assert found['planted_duplicates'].rows[0][3].detail == '[30.0, 95.0]'
   other = inventory.dedup_blocks({**dedup, 'survivor': 'longest', 'embedder': 'b16'}, [], None)[0]
   assert (
-    'of the embedder b16 over 0.876' in other.text and 'the longest caption stays' in other.text
+    'of the embedder b16 over 0.876' in other.text and 'the longest caption is kept' in other.text
   )
   assert inventory.dedup_blocks(None, [], None) == []
 
@@ -77,8 +77,8 @@ def test_the_audit_of_deduplication_has_recall_with_intervals_and_chains():
   table = tables_of(blocks)['dedup_audit']
   assert [cell.text for cell in table.rows[1]] == ['9', '30', '75.0 %', '25', '\u2013']
   assert [row[0].detail for row in table.rows] == ['', 'as de-duplicated']
-  assert table.rows[1][2].detail == '[59.8, 85.8]' and 'would mark 30 of the' in table.notes[0]
-  assert 'groups, the largest of 4 rows. 2 of the drawn rows are marked though' in texts(blocks)[0]
+  assert table.rows[1][2].detail == '[59.8, 85.8]' and 'marks 30 of the' in table.notes[0]
+  assert 'the largest has 4 rows. 2 of the sampled rows are marked' in texts(blocks)[0]
   assert [row[0].text for row in tables_of(blocks)['dedup_chains'].rows] == ['2', '10']
   (figure,) = (f for b in blocks if b.kind == 'figures' for f in b.items)
   assert figure.name == 'dedup_recall'

@@ -116,7 +116,7 @@ def test_works_on_a_phone_and_in_the_dark():
     (page.Text('w', 'warning'), '<p class="warning">w</p>'),
     (tables.Table('t', '', (), ((tables.Cell('a_b'), tables.Cell('1', bar=0.5)),)), '--bar:50.00%'),
     (tables.Table('t', '', (), ((tables.Cell('a_b'),),)), 'a_<wbr>b'),
-    (gallery.Gallery('g', (('', (gallery.Group('p', (gallery.Picture(''),)),)),)), 'not readable'),
+    (gallery.Gallery('g', (('', (gallery.Group('p', (gallery.Picture(''),)),)),)), 'unreadable'),
     (page.Details('more', (page.Text('inner'),)), '<summary>more</summary>'),
   ],
 )

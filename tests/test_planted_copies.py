@@ -67,10 +67,10 @@ def tables_of(blocks):
 def test_the_banner_counts_the_images_that_are_held():
   said = planted_copies.banner(CONTROL)
   assert (
-    said.startswith('This experiment holds planted copies of test images.')
+    said.startswith('This experiment contains planted copies of test images.')
     and '150 of the 300 images' in said
   )
-  assert 'no result' in said and '3 transformed copies' in planted_copies.banner(
+  assert 'Do not report its accuracy' in said and '3 transformed copies' in planted_copies.banner(
     {**CONTROL, 'copies': 3}
   )
 
@@ -79,7 +79,7 @@ def test_the_contrast_is_in_points_on_the_page_and_in_proportions_in_the_records
   table = tables_of(planted_copies.blocks_of(CONTROL))['planted_contrast']
   assert (
     table.rows[0][1].text == '+12.0 [+8.0, +16.0] points'
-    and 'leakage shows' in table.rows[0][2].text
+    and 'leakage is detectable' in table.rows[0][2].text
   )
   assert table.rows[1][1].text == '+12.0 points'
   assert table.records[0]['value'] == 0.12 and math.isnan(table.records[1]['low'])
@@ -89,10 +89,10 @@ def test_the_contrast_is_in_points_on_the_page_and_in_proportions_in_the_records
   'change, said',
   [
     ({'low': -0.01}, 'Undetermined'),
-    ({'low': -0.09, 'high': -0.01}, 'look for a mistake'),
+    ({'low': -0.09, 'high': -0.01}, 'look for an error'),
     ({'method': 'range'}, 'no claim'),
     ({'low': NAN, 'high': NAN, 'method': 'none'}, 'no interval'),
-    ({'method': 'this checkpoint'}, 'These checkpoints only'),
+    ({'method': 'this checkpoint'}, 'these checkpoints only'),
   ],
 )
 def test_words_follow_from_the_interval(change, said):

@@ -418,7 +418,7 @@ def test_provenance(copied):
   )
   assert '0.99.9' in html and 'scann' not in html[html.index('Packages and devices') :]
   assert html.index('>4 s<') < html.index('>21 min 5 s<') and 'dedup</span>' not in html
-  assert '12,800 samples for every split, 32 a batch' in html
+  assert '12,800 samples for every split, batch size 32' in html
 
 
 def test_figures_and_tables_are_files_too(finished):
@@ -481,7 +481,7 @@ def test_a_control_without_donors_counts_as_random(copied):
   about['draws']['rows-seed1']['no_matched_control'] = True
   files.write_json(folder / 'splits/handwriting_matched/split.json', about)
   html, summary, _ = compose(c, folder)
-  assert 'no matched control exists; against random rows' in html
+  assert '(no matched control exists)' in html
   assert 'the random control' in summary and 'Holm, ' not in html
 
 
@@ -500,7 +500,7 @@ def test_a_source_file_that_is_gone_costs_its_images_only(copied):
   (folder / 'ingest/pool/files.json').write_text(text.replace('.tar', '.gone'))
   html, _, _ = compose(c, folder)
   assert (
-    'not readable' in html
+    'unreadable</i>' in html
     and 'cannot be read any more' in html
     and html.count('data:image/png') > 10
   )
@@ -509,9 +509,9 @@ def test_a_source_file_that_is_gone_costs_its_images_only(copied):
 @pytest.mark.parametrize(
   'upto, has, lacks',
   [
-    ('ingest', 'The pool was not searched yet.', 'data:image/png'),
+    ('ingest', 'The pool is not searched yet.', 'data:image/png'),
     ('embed', 'Nothing', 'data:image/png'),
-    ('search', 'The answer needs base, anchor-only', 'No split was evaluated yet.'),
+    ('search', 'The answer needs the base split', 'No split is evaluated yet.'),
     ('train', 'candidates are removed', 'Accuracy by similarity</h3>'),
   ],
 )
@@ -540,7 +540,7 @@ def test_an_empty_work_directory_has_a_page(tmp_path):
     tmp_path / 'empty/times.json', {'command': 'python -m clip_jax.main --config configs/my.py'}
   )
   html, summary, _ = compose(config(), tmp_path / 'empty')
-  assert 'Nothing was indexed yet.' in html and '--config=configs/my.py' in html
+  assert 'No dataset is indexed yet.' in html and '--config=configs/my.py' in html
   assert summary.startswith('Not answered yet') and 'the pool is not searched' in summary
 
 
@@ -548,9 +548,11 @@ def test_an_audit_without_anchor_and_splits(searched, tmp_path):
   folder = copy(searched, tmp_path / 'audit', 'embedder', 'embed', 'dedup', 'search')
   run(audit_config(), folder, 'embedder', 'embed', 'dedup', 'search', 'report')
   page, rate = page_of(folder), table(folder, 'duplicate_rates')[0]
-  assert f'an audit of the pool. It holds an image at least {THRESHOLD} similar to ' in page
+  assert (
+    f'an audit of the pool. The pool has a near-duplicate (similarity at least {THRESHOLD})' in page
+  )
   assert f'{100 * float(rate["pool_share"]):.1f} % of val (95 % interval' in page
-  assert 'nearest in the anchor' not in page and 'Accuracy of every split' not in page
+  assert 'nearest in the anchor' not in page and 'Zero-shot accuracy' not in page
   assert (
     'Without an anchor there is no similarity gap to align to' in page
     and 'Rows dropped' not in page
@@ -575,9 +577,9 @@ def test_an_audit_with_an_anchor_says_what_each_rule_would_remove(
   summary = (folder / 'report/summary.txt').read_text()
   assert (
     f'{rows["handwriting", "0.0"]} rows for handwriting' in summary
-    and 'aligning would drop' in summary
+    and 'alignment would drop' in summary
   )
-  assert 'kept rows over a threshold: 7 of' in page
+  assert 'keep rows over a threshold: 7 of' in page
   rates = {r['benchmark']: r for r in table(folder, 'duplicate_rates')}
   low, value, high = (float(rates['val'][key]) for key in ('pool_low', 'pool_share', 'pool_high'))
   assert low < value < high and value == pytest.approx(int(rates['val']['pool']) / 120)
@@ -595,7 +597,7 @@ def test_vectors_only_leave_out_the_pictures_and_say_so(
   folder = copy(pruned[0], tmp_path / 'prune')
   run(pruned[1], folder, 'report')
   page = page_of(folder)
-  assert 'data:image/png' not in page and page.count('give --config.pool.images=DIR.') == 2
+  assert 'data:image/png' not in page and page.count('pass --config.pool.images=DIR.') == 2
   assert 'candidates are removed' in page
   assert 'words_handwriting_pruned.csv' in os.listdir(folder / 'report/tables')
   rate = next(r for r in table(folder, 'duplicate_rates') if r['benchmark'] == 'val')
@@ -619,7 +621,7 @@ def test_removed_rows_need_no_training(pruned):
     counts['removed, just over the cut'] == counts['kept, just under the cut'] == [4] * 5
   )  # not k, but near
   assert counts['removed, least similar'] == [4]  # far
-  assert counts['removed, evenly over the pool'] == [4] * 4  # domains and the three joins
+  assert counts['removed, sampled evenly over the pool'] == [4] * 4  # domains and the three joins
   lines = re.findall(
     r'<small>(outline|filled|handwriting|coloured|inverted|noisy|rotated)</small>', removed
   )
@@ -629,7 +631,10 @@ def test_removed_rows_need_no_training(pruned):
   about = workdir.split_json(Experiment(c, str(folder)), 'no_outline')
   assert f'outline: {about["dropped"]} rows.' in removed
   assert 'not alignment: without rows whose domain is outline' in removed
-  assert 'what handwriting_pruned and no_outline keep' in removed and 'The slack is +0.0' in removed
+  assert (
+    'rows that handwriting_pruned and no_outline all keep' in removed
+    and 'The slack is +0.0' in removed
+  )
   aligned = workdir.split_json(Experiment(c, str(folder)), 'handwriting_pruned')
   assert 'Accuracy against split size' not in page
   assert (
@@ -690,7 +695,7 @@ def test_the_warning_of_a_study_stands_on_top(copied):
 @pytest.mark.parametrize('seeds, words', [((0,), 'this checkpoint'), ((0, 1), 'range of 2 seeds')])
 def test_few_seeds_claim_nothing(copied, seeds, words):
   page = compose(config(seeds), copied[0])[0]
-  assert words in page and 'as a claim needs three' in page
+  assert words in page and 'a claim needs three seeds' in page
   assert 'mattered because' not in page and 'Holm, ' not in page
 
 

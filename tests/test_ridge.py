@@ -37,7 +37,7 @@ def test_scale_is_mean_and_deviation_of_all_rows():
   np.testing.assert_allclose(scale.mean, x.astype(np.float64).mean(0), rtol=1e-6)
   np.testing.assert_allclose(scale.deviation, x.astype(np.float64).std(0) + 1e-5, rtol=1e-5)
   assert np.isfinite(scale(x)).all()
-  with pytest.raises(ValueError, match='no row'):
+  with pytest.raises(ValueError, match='0 rows'):
     ridge.fit_scale([])
 
 

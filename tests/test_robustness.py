@@ -43,5 +43,5 @@ def test_fit_line():
     ([0.1, 0.2, 0.3], [0, 0.1, 0.2]),
     ([0.5, 0.5, 0.5], [0.1, 0.2, 0.3]),
   ):
-    with pytest.raises(ValueError, match='three models or more'):
+    with pytest.raises(ValueError, match='three or more models'):
       robustness.fit_line(x, y)

@@ -189,42 +189,43 @@ def test_the_table_tells_what_each_rule_takes():
 @pytest.mark.parametrize(
   'rule, of, words',
   [
-    ('gap_aligned', {}, 'without what is nearer to a query of a and b than any anchor image is'),
+    ('gap_aligned', {}, 'without rows that are nearer to a query of a and b than any anchor image'),
     (
       'gap_aligned',
       {'slack': 0.01},
-      'without what is nearer to a query of a and b than any anchor image is, by more than 0.01',
+      'without rows that are nearer to a query of a and b than any anchor image, by more than 0.01',
     ),
     (
       'gap_aligned',
       {'slack': -0.01},
-      'without what is nearer to a query of a and b than any anchor image is, by more '
+      'without rows that are nearer to a query of a and b than any anchor image, by more '
       'than \u22120.01',
     ),
     (
       'gap_aligned',
       {'dose': 0.5},
-      'without what is nearer to a query of a and b than any anchor image is, 50 % of the '
+      'without rows that are nearer to a query of a and b than any anchor image; 50 % of the '
       'number that slack 0 removes, largest excess first',
     ),
     (
       'gap_aligned',
       {'quantile': 0.9},
-      'without what is nearer to a query of a and b than any anchor image is, by more '
+      'without rows that are nearer to a query of a and b than any anchor image, by more '
       'than the 90 % quantile of the excess',
     ),
     (
       'k_aligned',
       {'k': 5},
-      'no query of a and b has nearer pool images than anchor images, for its 5 nearest of each',
+      'aligned for the 5 nearest images of each query of a and b: no pool image is nearer than the '
+      'anchor image of the same rank',
     ),
     ('near', {}, 'near-pruned (most similar removed), by a and b'),
     ('far', {}, 'far-pruned (most similar kept), by a and b'),
-    ('random', {}, 'random rows: the control for size'),
+    ('random', {}, 'random rows, the control for size'),
     (
       'matched',
       {'to': 'gap'},
-      'control: as many rows removed as in gap, alike but not the similar ones',
+      'matched control: without as many other rows as gap removes, alike except in similarity',
     ),
     (
       'domain_removal',
@@ -234,14 +235,14 @@ def test_the_table_tells_what_each_rule_takes():
     (
       'domain_removal',
       {'reference': 'styles', 'values': ('sketch',)},
-      'domain removal, not alignment: without rows that are sketch by the nearest example of '
+      'domain removal, not alignment: without rows classified as sketch by the nearest example of '
       'styles',
     ),
-    ('union', {'of': ('x', 'y')}, 'what x or y keeps'),
-    ('union', {'of': ('x', 'y', 'z')}, 'what x, y or z keeps'),
-    ('intersection', {'of': ('x', 'y', 'z')}, 'what x, y and z keep, every one of them'),
-    ('minus', {'of': ('x', 'y')}, 'what x keeps and y does not'),
-    ('minus', {'of': ('x', 'y', 'z')}, 'what x keeps and y and z do not'),
+    ('union', {'of': ('x', 'y')}, 'rows that x or y keeps'),
+    ('union', {'of': ('x', 'y', 'z')}, 'rows that x, y or z keeps'),
+    ('intersection', {'of': ('x', 'y', 'z')}, 'rows that x, y and z all keep'),
+    ('minus', {'of': ('x', 'y')}, 'rows that x keeps and y does not'),
+    ('minus', {'of': ('x', 'y', 'z')}, 'rows that x keeps and y and z do not'),
   ],
 )
 def test_words_say_what_a_split_is(rule, of, words):

@@ -54,8 +54,8 @@ def heads(table):
 @pytest.mark.parametrize(
   'seeds, said, note',
   [
-    ((0,), 'this checkpoint', 'says nothing about another training run'),
-    ((0, 1), 'range of 2 seeds', 'two give no interval'),
+    ((0,), 'this checkpoint', 'says nothing about other training runs'),
+    ((0, 1), 'range of 2 seeds', 'two seeds give no interval'),
     ((0, 1, 2, 3), 'mean of 4 seeds\n95 % interval', 'over seeds and images'),
   ],
 )
@@ -162,8 +162,8 @@ def test_histograms_share_one_axis_and_count_who_is_nearer_to_the_pool():
   block, table = sections.histogram_blocks(entries)
   assert '33.3 % of the queries' in block.items[0].caption
   assert [(row[0].detail, row[1].text, row[3].text) for row in table.rows] == [
-    ('in the pool', '2', '0.600'),
-    ('in the anchor', '2', '0.550'),
+    ('nearest pool image', '2', '0.600'),
+    ('nearest anchor image', '2', '0.550'),
   ]
   assert sections.histogram_blocks([]) == []
   alone, table = sections.histogram_blocks(
@@ -174,7 +174,7 @@ def test_histograms_share_one_axis_and_count_who_is_nearer_to_the_pool():
 
 def test_bins_are_associations_and_few_is_grey():
   blocks = sections.bin_blocks([{'name': 'val', 'what': 'similarity', 'series': SERIES}], LOOKS)
-  assert blocks[0].text.startswith('Associated with')
+  assert blocks[0].text.startswith('Accuracy is associated with')
   table = blocks[-1].blocks[0]
   assert [row[-1].tone for row in table.rows] == ['', 'muted']
   assert [row[2].text for row in table.rows] == ['0.50 to 0.55', '0.55 to 0.60']

@@ -303,7 +303,7 @@ def test_mistakes_that_only_the_columns_show(made):
     (
       'typo',
       defaults.split(rule='domain_removal', column='label', values=(7,)),
-      "typo: values: '7' is not there",
+      "typo: values: '7' is no value",
     ),
     (
       'nobody',

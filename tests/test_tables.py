@@ -125,6 +125,6 @@ def test_matrix_shades_what_is_shared_but_not_the_diagonal():
 def test_bars_show_the_first_and_say_that_the_csv_holds_all():
   entries = [{'what': str(i), 'count': i, 'total': 10} for i in range(5)]
   table = tables.bars('n', 'c', 'class', entries, most=2)
-  assert len(table.rows) == 2 and len(table.records) == 5 and 'all are in the CSV' in table.notes[0]
+  assert len(table.rows) == 2 and len(table.records) == 5 and 'the CSV has all' in table.notes[0]
   assert table.rows[1][3].text == '10.0 %' and table.rows[1][3].bar == 0.1
   assert not tables.bars('n', 'c', 'class', entries, most=5).notes

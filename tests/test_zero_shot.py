@@ -44,7 +44,7 @@ def test_class_matrix_refuses():
     zero_shot.class_matrix(encoder(), [], ['a {}'])
   with pytest.raises(ValueError, match='text vector 0 is zero'):
     zero_shot.class_matrix(lambda texts: np.zeros((len(texts), 3)), ['dog'], ['a {}'])
-  with pytest.raises(ValueError, match='a row a text'):
+  with pytest.raises(ValueError, match='one row per text'):
     zero_shot.class_matrix(lambda texts: np.ones((1, 3)), ['dog', 'cat'], ['a {}'])
 
 

@@ -1,4 +1,4 @@
-"""The report's answer to the title question: a plain sentence from E and E', never from a p-value.
+"""The report's answer to its title question: a sentence from E and E', never from a p-value.
 
 In: the explained shares of one benchmark. Out: a sentence.
 """
@@ -8,22 +8,22 @@ from collections.abc import Sequence
 from clip_jax.evaluation.causal import Share
 
 MAIN = 0.5  # "mainly" means more than half
-LISTED = 4  # unfinished runs that are named
+LISTED = 4  # most unfinished runs that are named
 MINUS = '\u2212'
 
 
 def answer_sentence(
   benchmark: str,
-  share: Share | None,  # E; None where base, the gap split or its reference is missing
-  matched: Share | None,  # E', its control 'matched' or, where none exists, 'random'
+  share: Share | None,  # E; None if base, the gap split or its reference is missing
+  matched: Share | None,  # E', with control 'matched' or, if none exists, 'random'
   unfinished: Sequence[str] = (),  # runs that are missing or not converged: 'base/seed0'
-  split: str = '',  # named where several splits speak of the benchmark, or it has another slack
+  split: str = '',  # named if several splits align to the benchmark, or if its slack is not 0
 ) -> str:
-  """How much of the accuracy on a benchmark the removed similar images explain.
+  """Returns a sentence on the share of the accuracy that the removed images explain.
 
-  The verdict (less than half, more than half, undetermined) is that of E' where there is one, as it
-  takes out size and class mix, else of E. Below three seeds there is no verdict. A second sentence
-  names runs that are not finished.
+  The verdict (less than half, more than half, undetermined) uses E', which controls for size and
+  class mix, and without E' uses E. Fewer than three seeds give no verdict. A second sentence names
+  unfinished runs.
   """
   more = f' and {len(unfinished) - LISTED} more' if len(unfinished) > LISTED else ''
   late = (
@@ -43,13 +43,13 @@ def answer_sentence(
   caveat = ''
   if given[0].control != 'matched':
     counts = {
-      'base': 'size and mix of what was removed count',
-      'random': 'mix of what was removed counts',
+      'base': 'size and mix of the removed rows contribute',
+      'random': 'mix of the removed rows contributes',
     }[given[0].control]
     why = refused[0].reason if refused else 'there is no matched control'
-    caveat = f' (the {counts} too, as {why})'
+    caveat = f' (the {counts} to this, because {why})'
   removed = (
-    f'what {split} removes'
+    f'the rows that {split} removes'
     if split
     else 'the pool images that are nearer to it than the anchor set'
   )
@@ -81,7 +81,7 @@ def _lead(share: Share) -> str:
 
 def _verdict(share: Share) -> str:
   if share.method != 'crossed':
-    return 'whether this holds for other seeds is undetermined, as a claim needs three'
+    return 'whether this holds for other seeds is undetermined; a claim needs three seeds'
   if share.low >= MAIN:
     return 'high train-test similarity is the main source of that lead'
   if share.high > MAIN:

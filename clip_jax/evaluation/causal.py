@@ -1,8 +1,8 @@
-"""What removing similar images did: explained share, difference in differences, placebo, dose.
+"""Effects of removing similar images: explained share, difference in differences, placebo, dose.
 
 In: 0/1 correctness [S, Q] of the splits on one benchmark, same seeds and images. Out: the frozen
-results below. No files. The question is that of Mayilvahanan et al. 2024: how much of what the base
-split gains over a small anchor set goes when the pool's most similar images are removed.
+results below. No files. The question is that of Mayilvahanan et al. 2024: how much of the base
+split's lead over a small anchor set is lost if the pool's most similar images are removed.
 """
 
 from collections.abc import Sequence
@@ -15,33 +15,33 @@ from clip_jax.core.types import Array
 from clip_jax.evaluation import statistics
 from clip_jax.evaluation.statistics import Estimate
 
-FEWEST = 50  # queries in either arm, below which a contrast is not estimable
-STEPS = 50  # of IRLS; a fit that exists needs about ten
+FEWEST = 50  # queries in each arm; with fewer, a contrast is not estimable
+STEPS = 50  # maximum of IRLS; a fit that exists needs about ten
 
 
 @dataclass(frozen=True)
 class Share:
   """The explained share E, or E'. A value of 0.15 is printed as 15 %."""
 
-  value: float  # NaN, as its interval, where reason is not ''
+  value: float  # NaN, like low and high, if reason is not ''
   low: float
   high: float
-  control: str  # 'base' (E) | 'matched' (E') | 'random' (E' where no matched control exists)
+  control: str  # 'base' (E) | 'matched' (E') | 'random' (E' without a matched control)
   reference: str  # 'anchor_only' | 'line'
   loss: Estimate  # acc_control - acc_gap, the numerator
   room: Estimate  # acc_control - acc_reference, the denominator
   method: str  # 'crossed' (S >= 3) | 'range' (S = 2) | 'this checkpoint' (S = 1)
-  reason: str  # '' or why there is no share
+  reason: str  # why there is no share, or ''
 
 
 @dataclass(frozen=True)
 class Contrast:
   """A difference in differences, or its placebo form."""
 
-  estimate: Estimate | None  # None where reason is not ''
+  estimate: Estimate | None  # None if reason is not ''
   hit: int  # images in the first arm: hit queries, or the benchmark
   unhit: int  # images in the second arm: unhit queries, or the placebo benchmark
-  used: float  # share of the hit queries whose class has unhit ones too
+  used: float  # share of the hit queries whose class also has unhit queries
   reason: str  # '' or 'not estimable: ...'
 
 
@@ -54,8 +54,8 @@ class Dose:
   high: float
   error: float  # clustered by group
   p_value: float  # NaN below three seeds
-  images: int  # in classes that are neither all right nor all wrong
-  dropped: int  # images of the other classes, which say nothing about a slope
+  images: int  # in classes that are neither all correct nor all wrong
+  dropped: int  # images of the other classes, which do not inform the slope
   groups: int
   reason: str  # '' or 'not estimable: ...'
 
@@ -72,14 +72,14 @@ def explained_share(
   draws: int = 2000,
   seed: int = 0,
 ) -> Share:
-  """E = (acc_control - acc_gap) / (acc_control - acc_reference).
+  """Returns the explained share E = (acc_control - acc_gap) / (acc_control - acc_reference).
 
-  E' puts the matched control in place of base in both places: then 0 still means that alignment
-  cost nothing, and 1 that it cost all that the control has over the reference. The interval is the
-  crossed bootstrap's, but not narrower than the t interval of the ratio's linearisation: three
-  seeds make too few distinct draws where they vary more than images do (S = 2: the range). There is
-  no share where the denominator's interval reaches 0. A line's accuracies count as known: the error
-  of its fit is not in here.
+  E' has the matched control in place of base, in numerator and denominator: 0 means that alignment
+  costs nothing, 1 that it costs the whole lead of the control over the reference. The interval is
+  that of the crossed bootstrap, but at least as wide as the t interval of the ratio's
+  linearisation, because three seeds give too few distinct draws if seeds vary more than images
+  (S = 2: the range). There is no share if the denominator's interval reaches 0. Accuracies of a
+  robustness line count as known, without the error of the line's fit.
   """
   control, gap = statistics.matrix(control), statistics.matrix(gap)
   reference = np.asarray(reference, np.float64)
@@ -106,9 +106,7 @@ def explained_share(
   else:
     drawn = statistics.crossed_bootstrap(parts, groups, draws, seed)
     linear = statistics.crossed_interval((parts[0] - value * parts[1]) / room.value, groups, level)
-    with np.errstate(
-      divide='ignore', invalid='ignore'
-    ):  # a draw without room is infinitely far out
+    with np.errstate(divide='ignore', invalid='ignore'):  # a draw with denominator 0 is infinite
       ratio = drawn[:, 0] / drawn[:, 1]
     low, high = np.nanquantile(ratio, [(1 - level) / 2, (1 + level) / 2])
     low, high = min(low, value + linear.low), max(high, value + linear.high)
@@ -124,11 +122,11 @@ def difference_in_differences(
   groups: Sequence | Array | None = None,
   level: float = 0.95,
 ) -> Contrast:
-  """(P - C on hit queries) - (P - C on unhit queries of the same classes).
+  """Returns (P - C on hit queries) - (P - C on unhit queries of the same classes).
 
-  Both arms get the class mix of the hit queries; classes without both kinds are left out. Assumes
-  that without the removal, going from C to P had moved both kinds by the same points within a
-  class, and that the removal touches unhit queries only as it touches all.
+  Both arms get the class mix of the hit queries; classes without both kinds are left out.
+  Assumptions: without the removal, swapping C for P would have changed both kinds by the same
+  points within a class; the removal affects unhit queries only as much as it affects all.
   """
   difference = _difference(pruned, control)
   hit, unhit, label = np.asarray(hit, bool), np.asarray(unhit, bool), np.asarray(label)
@@ -143,17 +141,17 @@ def difference_in_differences(
   hits, unhits = (np.bincount(label, arm, label.max() + 1) for arm in (hit, unhit))  # [C]
   both = (hits > 0) & (unhits > 0)
   used_hits, used_unhits = int(hits[both].sum()), int(unhits[both].sum())
-  found = Contrast(None, int(hit.sum()), int(unhit.sum()), used_hits / max(int(hit.sum()), 1), '')
+  result = Contrast(None, int(hit.sum()), int(unhit.sum()), used_hits / max(int(hit.sum()), 1), '')
   if min(used_hits, used_unhits) < FEWEST:
     return replace(
-      found,
+      result,
       reason=f'not estimable: {used_hits} hit and {used_unhits} unhit queries '
       f'in classes that have both; each needs {FEWEST}',
     )
   hit, unhit = hit & both[label], unhit & both[label]
-  per_unhit = hits / np.maximum(unhits, 1)  # [C] hit queries that one unhit query stands for
+  per_unhit = hits / np.maximum(unhits, 1)  # [C] weight of an unhit query
   weights = hit + unhit * per_unhit[label]
-  return replace(found, estimate=statistics.contrast(difference, weights, unhit, groups, level))
+  return replace(result, estimate=statistics.contrast(difference, weights, unhit, groups, level))
 
 
 def placebo(
@@ -165,7 +163,10 @@ def placebo(
   placebo_groups: Sequence | Array | None = None,  # [Q']; a name in both lists is one group
   level: float = 0.95,
 ) -> Contrast:
-  """[acc_b(P) - acc_b(C)] - [acc_val(P) - acc_val(C)]: does P lose more than it loses anyway?"""
+  """Returns the placebo contrast [acc_b(P) - acc_b(C)] - [acc_val(P) - acc_val(C)].
+
+  It shows whether P loses more on benchmark b than on a benchmark to which it is not aligned.
+  """
   first, second = _difference(pruned, control), _difference(placebo_pruned, placebo_control)
   if len(first) != len(second):
     raise ValueError(f'both benchmarks need the same seeds: got {len(first)} and {len(second)}')
@@ -187,13 +188,14 @@ def dose(
   groups: Sequence | Array | None = None,
   level: float = 0.95,
 ) -> Dose:
-  """logit P(correct) = pruned + dose + slope (pruned x dose) + class + seed; cov. by group.
+  """Fits logit P(correct) = pruned + dose + slope (pruned x dose) + class + seed.
 
-  Seeds are fixed effects: the interval is for these seeds, over images. Classes that are all right
-  or all wrong have an infinite class effect and are dropped.
+  The covariance is clustered by group. Seeds are fixed effects: the interval is over images, for
+  the given seeds. Classes that are all correct or all wrong have an infinite class effect and are
+  dropped.
   """
   pruned, control = statistics.matrix(pruned), statistics.matrix(control)
-  difference = _difference(pruned, control)  # checks the shapes
+  difference = _difference(pruned, control)
   excess, label = np.asarray(excess, np.float64), np.asarray(label)
   if not excess.shape == label.shape == difference.shape[1:]:
     raise ValueError(
@@ -210,9 +212,9 @@ def dose(
   group = statistics.group_index(groups, images)[kept]
   units = len(np.unique(group))
   nan = np.nan
-  found = Dose(nan, nan, nan, nan, nan, len(kept), images - len(kept), units, '')
+  result = Dose(nan, nan, nan, nan, nan, len(kept), images - len(kept), units, '')
   if units < 2:
-    return replace(found, reason='not estimable: fewer than two groups in classes that vary')
+    return replace(result, reason='not estimable: fewer than two groups in classes that vary')
 
   shape = 2, seeds, len(kept)
   treated = np.broadcast_to(np.array([0.0, 1.0])[:, None, None], shape)
@@ -223,15 +225,15 @@ def dose(
   fit = _logistic(x, answers[:, :, kept].ravel(), np.unique(label, return_inverse=True)[1], group)
   if fit is None:
     return replace(
-      found,
-      reason='not estimable: the dose hardly varies within classes, or it '
-      'separates right answers from wrong ones',
+      result,
+      reason='not estimable: the dose hardly varies within classes, or it separates correct from '
+      'wrong answers',
     )
   slope, error = fit
   half = float(special.stdtrit(units - 1, (1 + level) / 2)) * error
   p_value = 2 * special.stdtr(units - 1, -abs(slope) / error) if seeds > 2 else nan
   return replace(
-    found, slope=slope, low=slope - half, high=slope + half, error=error, p_value=float(p_value)
+    result, slope=slope, low=slope - half, high=slope + half, error=error, p_value=float(p_value)
   )
 
 
@@ -241,10 +243,10 @@ def _logistic(
   label: np.ndarray,  # [n] in 0..C-1: one intercept each
   group: np.ndarray,  # [n]: the clusters
 ) -> tuple[float, float] | None:  # the first coefficient and its clustered error
-  """IRLS with the class effects absorbed: each step is a weighted regression within classes.
+  """Fits a logistic regression by IRLS, each step a weighted regression within classes.
 
-  Exact (Frisch and Waugh), and the 1,000 class columns are never built. None where the fit does
-  not exist: collinear columns, or a coefficient that runs off to infinity.
+  This is exact (Frisch and Waugh) without building the 1,000 class columns. None if the fit does
+  not exist: collinear columns, or a coefficient that diverges.
   """
   scale = x.std(0)
   if not (scale > 0).all():
@@ -288,7 +290,7 @@ def _difference(pruned: Array, control: Array) -> np.ndarray:  # [S, Q]
 
 def _points(estimate: Estimate) -> str:
   if np.isnan(estimate.low):
-    return f'{100 * estimate.value:+.1f} points, no interval as all images are of one group'
+    return f'{100 * estimate.value:+.1f} points, no interval: all images belong to one group'
   return (
     f'{100 * estimate.value:+.1f} points, {100 * estimate.low:.1f} to {100 * estimate.high:.1f}'
   ).replace('-', '\u2212')

@@ -1,7 +1,7 @@
-"""The positive control: what planted copies of test images changed, and how near they lie to these.
+"""The positive control: effect of planted copies of test images, and calibration of thresholds.
 
-In: correctness [S, Q] of the split with the copies and of base; similarities. Out: the frozen
-result and the dict below. No files.
+In: correctness [S, Q] of the split with the copies and of base; similarities of copies to their
+queries. Out: the frozen result and the dict below. No files.
 """
 
 from collections.abc import Sequence
@@ -15,16 +15,16 @@ from clip_jax.evaluation import causal, statistics
 from clip_jax.evaluation.statistics import Estimate
 
 WANTED = 0.95  # share of the copies that a calibrated threshold finds
-_BLOCK = 256  # queries that are compared with all others at a time
+_BLOCK = 256  # queries compared with all others at a time
 
 
 @dataclass(frozen=True)
 class Leakage:
-  """What the split with the copies has over base, on the queries that it holds and on others."""
+  """Gain of the split with copies over base, on planted and on unplanted queries."""
 
-  estimate: Estimate | None  # gain on the planted less gain on the others
-  planted: Estimate | None  # gain on the planted queries; all None where reason is not ''
-  unplanted: Estimate | None  # gain on the others
+  estimate: Estimate | None  # gain on planted minus gain on unplanted queries
+  planted: Estimate | None  # gain on planted queries; all estimates are None if reason is not ''
+  unplanted: Estimate | None  # gain on unplanted queries
   planted_queries: int
   unplanted_queries: int
   reason: str  # '' or 'not estimable: ...'
@@ -33,15 +33,16 @@ class Leakage:
 def contrast(
   with_copies: Array,  # [S, Q] bool
   base: Array,  # [S, Q] bool, the same seeds
-  planted: Array,  # [Q] bool: a copy of it is in the split
-  unplanted: Array,  # [Q] bool: it was not drawn; what is neither does not count
+  planted: Array,  # [Q] bool: a copy of the query is in the split
+  unplanted: Array,  # [Q] bool: the query was not drawn; queries of neither kind do not count
   groups: Sequence | Array | None = None,  # [Q] names, as in statistics.group_index
   level: float = 0.95,
 ) -> Leakage:
-  """[acc(with copies) - acc(base)] on planted queries less the same on unplanted ones.
+  """Returns [acc(with copies) - acc(base)] on planted queries minus the same on unplanted ones.
 
-  Which queries are planted was drawn at random, so this is a randomised contrast: seeds crossed
-  with groups of images. Three seeds or more: an interval; two: their range; one: over images only.
+  Planted queries were drawn at random, so this is a randomised contrast, with seeds crossed with
+  groups of images. Three or more seeds give an interval, two give a range, one gives an interval
+  over images only.
   """
   with_copies, base = statistics.matrix(with_copies), statistics.matrix(base)
   planted, unplanted = np.asarray(planted, bool), np.asarray(unplanted, bool)
@@ -51,13 +52,13 @@ def contrast(
       f'and unplanted {unplanted.shape} must agree in seeds and images'
     )
   if (planted & unplanted).any():
-    raise ValueError(f'{(planted & unplanted).sum()} queries are both planted and not')
-  found = Leakage(None, None, None, int(planted.sum()), int(unplanted.sum()), '')
-  if min(found.planted_queries, found.unplanted_queries) < causal.FEWEST:
+    raise ValueError(f'{(planted & unplanted).sum()} queries are both planted and unplanted')
+  result = Leakage(None, None, None, int(planted.sum()), int(unplanted.sum()), '')
+  if min(result.planted_queries, result.unplanted_queries) < causal.FEWEST:
     return replace(
-      found,
-      reason=f'not estimable: {found.planted_queries} planted and '
-      f'{found.unplanted_queries} unplanted queries; each needs {causal.FEWEST}',
+      result,
+      reason=f'not estimable: {result.planted_queries} planted and '
+      f'{result.unplanted_queries} unplanted queries; each needs {causal.FEWEST}',
     )
   one_arm = np.zeros(len(planted))
   estimates = (
@@ -68,45 +69,49 @@ def contrast(
       (unplanted, one_arm),
     )
   )
-  return replace(found, **dict(zip(('estimate', 'planted', 'unplanted'), estimates)))
+  return replace(result, **dict(zip(('estimate', 'planted', 'unplanted'), estimates)))
 
 
 def nearest_other(
   vectors: Array,  # [Q, E] float16, of a benchmark
   usable: Array,  # [Q] bool
-  rows: Array,  # [n] int64: the queries that are asked about
+  rows: Array,  # [n] int64: queries
 ) -> Array:  # [n] float64
-  """Returns each asked query's cosine similarity to the nearest other usable one; -1 for none.
+  """Returns the cosine similarity of each row to its nearest other usable query; -1 for none.
 
-  float32 finds the neighbour, float64 says how near it is. Memory: _BLOCK rows of Q similarities.
+  The neighbour is found in float32, its similarity computed in float64. Memory: _BLOCK rows of Q
+  similarities.
   """
   units = unit(np.asarray(vectors, np.float32))
-  found = np.full(len(rows), -1.0)
+  nearest_similarity = np.full(len(rows), -1.0)
   for start in range(0, len(rows), _BLOCK):
-    some = rows[start : start + _BLOCK]
-    similarity = units[some] @ units.T  # [b, Q]
+    block = rows[start : start + _BLOCK]
+    similarity = units[block] @ units.T  # [b, Q]
     similarity[:, ~usable] = -np.inf
-    similarity[np.arange(len(some)), some] = -np.inf
+    similarity[np.arange(len(block)), block] = -np.inf
     nearest = similarity.argmax(1)
-    exact = cosine(vectors[some], vectors[nearest])
-    found[start : start + len(some)] = np.where(np.isfinite(similarity.max(1)), exact, -1)
-  return found
+    exact = cosine(vectors[block], vectors[nearest])
+    nearest_similarity[start : start + len(block)] = np.where(
+      np.isfinite(similarity.max(1)), exact, -1
+    )
+  return nearest_similarity
 
 
 def calibration(
-  kinds: Sequence[str] | Array,  # [n] of each copy
-  similarity: Array,  # [n] float64: of each copy to its own query
-  others: Array,  # [m] float64: of each planted query to the nearest image that is no copy of it
-  threshold: float,  # similarity from which a pair counts as a duplicate
+  kinds: Sequence[str] | Array,  # [n] kind of each copy
+  similarity: Array,  # [n] float64: similarity of each copy to its own query
+  others: Array,  # [m] float64: similarity of each planted query to the nearest non-copy
+  threshold: float,  # a pair counts as a duplicate from this similarity on
   wanted: float = WANTED,
 ) -> dict:
-  """Returns how many copies a duplicate threshold finds, and which threshold finds enough of them.
+  """Returns the recall of a duplicate threshold, and the threshold of recall `wanted`.
 
-  others_over: share of `others` at or over the threshold; others_median, others_highest. kinds: for
-  each kind, and 'all' last: copies, found (at or over the threshold), recall with its Wilson
-  interval low and high, least and median similarity, similarity_wanted (the highest that `wanted`
-  of the copies reach), threshold_wanted (1 - that, as config.dedup.threshold is written),
-  others_over_wanted with its Wilson interval.
+  others_over: share of `others` at or above the threshold. others_median and others_highest are
+  similarities. kinds: for each kind, and for 'all' last, a dict of copies and found (at or above
+  the threshold) as counts, recall with its Wilson interval low and high, least and median
+  similarity, similarity_wanted (the highest similarity that the share `wanted` of the copies
+  reaches), threshold_wanted (1 - similarity_wanted, the form of config.dedup.threshold), and
+  others_over_wanted (share of `others` at or above similarity_wanted) with its Wilson interval.
   """
   kinds, similarity, others = np.asarray(kinds), np.asarray(similarity), np.asarray(others)
   parts = [(str(kind), similarity[kinds == kind]) for kind in sorted(set(kinds.tolist()))]
@@ -126,15 +131,15 @@ def calibration(
 
 
 def _recall(kind: str, similarity: Array, others: Array, threshold: float, wanted: float) -> dict:
-  found = similarity >= threshold
-  interval = statistics.image_interval(found)
+  is_found = similarity >= threshold
+  interval = statistics.image_interval(is_found)
   missed = int(np.floor((1 - wanted) * len(similarity) + 1e-9))  # copies that may be missed
   reached = float(np.sort(similarity)[missed])
   false = statistics.image_interval(others >= reached)
   return {
     'kind': kind,
-    'copies': len(found),
-    'found': int(found.sum()),
+    'copies': len(is_found),
+    'found': int(is_found.sum()),
     'recall': interval.value,
     'low': interval.low,
     'high': interval.high,

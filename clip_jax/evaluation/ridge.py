@@ -1,9 +1,9 @@
-"""A preview of splits in seconds: ridge regression on frozen features. It is no CLIP training.
+"""A preview of splits in seconds: ridge regression on frozen features. It is not CLIP training.
 
-big_vision's fewshot_lsr, on all labelled rows instead of a few: features scaled to mean 0 and
-deviation 1, a constant feature of 100 in place of a bias, targets -1 and 1 for each class,
-W = (X^T X + l2 I)^-1 X^T Y with l2 = 2^10. Arrays in, arrays out; rows come in blocks, so that
-memory is flat in their number: [E + 1, E + 1] and [C, E + 1] sums.
+The method is big_vision's fewshot_lsr, on all labelled rows instead of a few: features scaled to
+mean 0 and standard deviation 1, a constant feature of 100 as the bias, targets -1 and 1 for each
+class, W = (X^T X + l2 I)^-1 X^T Y with l2 = 2^10. Arrays in, arrays out. Rows are read in blocks,
+so memory does not depend on their number: [E + 1, E + 1] and [C, E + 1] sums.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,7 +16,7 @@ from clip_jax.core.types import Array
 
 L2 = 2.0**10
 BIAS = 100.0
-SPREAD = 1e-5  # added to a feature's deviation, so that a constant one is not divided by 0
+SPREAD = 1e-5  # added to standard deviations, so that a constant feature is not divided by 0
 NAME = 'preview, not CLIP training'
 
 _WORD = re.compile(r'\w+')
@@ -24,10 +24,10 @@ _WORD = re.compile(r'\w+')
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-  """What features are scaled by: x -> (x - mean) / deviation."""
+  """Scaling of features: x -> (x - mean) / deviation."""
 
   mean: Array  # [E] float32
-  deviation: Array  # [E] float32
+  deviation: Array  # [E] float32, standard deviations
 
   def __call__(
     self,
@@ -37,13 +37,13 @@ class Scale:
 
 
 def fit_scale(blocks: Iterable[Array]) -> Scale:  # [b, E] each
-  """Returns the scale of all rows of some blocks; ValueError where there are none."""
+  """Returns the scale of all rows of the blocks; raises ValueError without rows."""
   count, total, square = 0, np.zeros(()), np.zeros(())
   for x in blocks:
     x = x.astype(np.float64)
     count, total, square = count + len(x), total + x.sum(0), square + np.einsum('be,be->e', x, x)
   if not count:
-    raise ValueError('features of no row have no scale')
+    raise ValueError('cannot compute the scale of features from 0 rows')
   mean = total / count
   deviation = np.sqrt(np.maximum(square / count - mean**2, 0)) + SPREAD
   return Scale(mean.astype(np.float32), deviation.astype(np.float32))
@@ -55,14 +55,12 @@ def fit(
   classes: int,  # C
   l2: float = L2,
 ) -> Array:  # [E + 1, C] float64, the last row for the constant feature
-  """Returns the weights of ridge regression on the rows of some blocks.
+  """Returns the weights of ridge regression on all rows of the blocks.
 
-  A block's X^T X is one float32 matrix product; blocks are added in float64. X^T Y takes none:
-  with targets -1 and 1 it is twice the sum of each class's rows, less the sum of all.
+  X^T X is one float32 matrix product per block, summed over blocks in float64. X^T Y needs no
+  product: with targets -1 and 1 it is twice the sum of each class's rows minus the total sum.
   """
-  from scipy import (
-    linalg,
-  )  # takes a second to import, which a command with nothing to fit is spared
+  from scipy import linalg  # imported only here: the import takes a second
 
   dim = len(scale.mean)
   gram, sums = np.zeros((dim, dim)), np.zeros((classes, dim))
@@ -91,27 +89,26 @@ def predict(
   weights: Array,  # [E + 1, C]
   allowed: Array,  # [c] int, the classes that may be predicted
 ) -> Array:  # [b] int, one of `allowed`
-  """Returns the class of the highest score of each row; ties: the first of `allowed`."""
+  """Returns the class with the highest score for each row; ties go to the first of `allowed`."""
   chosen = weights[:, allowed]
   scores = scale(x).astype(np.float64) @ chosen[:-1] + BIAS * chosen[-1]
   return np.asarray(allowed)[scores.argmax(axis=1)]
 
 
 def plain_name(name: str) -> str:
-  """Returns a class name as lists are compared by it: lower case, one space between words."""
+  """Returns a class name in the form used for comparisons: lower case, single spaces."""
   return ' '.join(_WORD.findall(name.replace('_', ' ').casefold()))
 
 
 def caption_classes(
   captions: Iterable[str],
   names: Mapping[str, int],  # plain_name -> class
-) -> Array:  # [n] int32, -1 where a caption names no class, or several
-  """Returns the one class that each caption names in whole words.
+) -> Array:  # [n] int32, -1 if a caption names no class or several
+  """Returns the single class that each caption names in whole words.
 
-  A name inside a longer one that is there does not count: 'a sports car' names no car, where both
-  are classes.
+  The longest name counts: 'a sports car' does not name the class car if sports car is a class.
   """
-  lengths: dict[str, list[int]] = {}  # word -> of the names that begin with it, the longest first
+  lengths: dict[str, list[int]] = {}  # first word of names -> their lengths in words, descending
   for length, word in sorted(
     {(len(words), words[0]) for name in names if (words := name.split())}, reverse=True
   ):
@@ -123,14 +120,14 @@ def _one_class(caption: str, lengths: Mapping[str, Sequence[int]], names: Mappin
   words = _WORD.findall(caption.replace('_', ' ').casefold())
   if lengths.keys().isdisjoint(words):
     return -1
-  found, place = set(), 0
+  classes, place = set(), 0
   while place < len(words):
     step = 1
     for length in lengths.get(words[place], ()):
       name = ' '.join(words[place : place + length])
       if name in names:
-        found.add(names[name])
+        classes.add(names[name])
         step = length
         break
     place += step
-  return found.pop() if len(found) == 1 else -1
+  return classes.pop() if len(classes) == 1 else -1

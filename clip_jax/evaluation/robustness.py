@@ -1,8 +1,8 @@
 """Effective robustness: accuracy beyond what a line through standard models predicts.
 
 In: accuracies. Out: accuracies. No files. The lines were refitted from the published accuracies of
-imagenet-testbed (Taori et al. 2020), standard models only, and hold for the ImageNet family;
-elsewhere fit a line through anchor_only checkpoints with fit_line, or leave it out.
+imagenet-testbed (Taori et al. 2020), standard models only, and hold for the ImageNet family only.
+For other benchmarks, fit a line through anchor_only checkpoints with fit_line, or use none.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from clip_jax.core.types import Array
 
 @dataclass(frozen=True)
 class Line:
-  """logit(accuracy) = slope * logit(x accuracy) + intercept; natural log odds of proportions."""
+  """The line logit(accuracy) = slope * logit(x accuracy) + intercept, in natural log odds."""
 
   slope: float
   intercept: float
@@ -23,14 +23,14 @@ class Line:
   r2: float  # on the logit axes
 
   def accuracy(self, x_accuracy: float) -> float:
-    """The line's accuracy for a model of x_accuracy, both in 0..1."""
+    """Returns the line's accuracy at x_accuracy, both in 0..1."""
     return float(expit(self.slope * logit(x_accuracy) + self.intercept))
 
 
 def line(shift: str, x: str = 'val', x_accuracy: float = 0.0) -> Line:
-  """The line of a shift; x_accuracy matters for 'a' only.
+  """Returns the line of a shift; x_accuracy matters only for shift 'a', which has two lines.
 
-  Its two pieces were fitted apart and do not meet: at A_BREAK the line rises from 3.0 to 4.3 %.
+  These were fitted separately and do not meet: at A_BREAK the accuracy jumps from 3.0 to 4.3 %.
   """
   if (shift, x) not in LINES:
     raise ValueError(f'no effective-robustness line for {(shift, x)}; have {sorted(LINES)}')
@@ -39,16 +39,17 @@ def line(shift: str, x: str = 'val', x_accuracy: float = 0.0) -> Line:
 
 
 def line_accuracy(shift: str, x_accuracy: float, x: str = 'val') -> float:
-  """What a standard ImageNet model of this x accuracy gets on the shift; proportions.
+  """Returns the expected accuracy on the shift of a standard ImageNet model with this x accuracy.
 
-  x is 'val' (all 1,000 classes) or 'classes' (val scored among the shift's own classes). ObjectNet
-  must be scored over its 125 ImageNet ids, right if the answer is one of the class's ids.
+  Accuracies are proportions. x is 'val' (all 1,000 classes) or 'classes' (val scored among the
+  shift's own classes). ObjectNet must be scored over its 125 ImageNet ids; an answer is correct if
+  it is one of the class's ids.
   """
   return line(shift, x, x_accuracy).accuracy(x_accuracy)
 
 
 def effective_robustness(shift: str, accuracy: float, x_accuracy: float, x: str = 'val') -> float:
-  """accuracy - line_accuracy: 0.05 means 5 points above the line."""
+  """Returns accuracy - line_accuracy: 0.05 means 5 points above the line."""
   return accuracy - line_accuracy(shift, x_accuracy, x)
 
 
@@ -56,15 +57,15 @@ def fit_line(
   x_accuracy: Array,  # [n] proportions
   accuracy: Array,  # [n] proportions
 ) -> Line:
-  """Least squares on logit axes. Needs three models or more, at two x accuracies or more."""
+  """Fits a line by least squares on logit axes, to three or more models with different x."""
   x_accuracy, accuracy = (np.asarray(a, np.float64) for a in (x_accuracy, accuracy))
   if x_accuracy.shape != accuracy.shape or x_accuracy.ndim != 1:
     raise ValueError(f'x_accuracy {x_accuracy.shape} and accuracy {accuracy.shape} must be [n]')
   x, y = logit(x_accuracy), logit(accuracy)
   if len(x) < 3 or not np.isfinite([x, y]).all() or np.ptp(x) == 0:
     raise ValueError(
-      'a line needs three models or more, strictly between 0 and 1 and not all at '
-      f'one x accuracy: got x {x_accuracy.tolist()}, y {accuracy.tolist()}'
+      'a line needs three or more models, with accuracies strictly between 0 and 1 and at least '
+      f'two different x accuracies: got x {x_accuracy.tolist()}, y {accuracy.tolist()}'
     )
   slope, intercept = np.polyfit(x, y, 1)
   residual, total = ((y - slope * x - intercept) ** 2).sum(), ((y - y.mean()) ** 2).sum()

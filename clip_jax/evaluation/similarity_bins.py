@@ -1,7 +1,7 @@
 """Accuracy by nearest-neighbour similarity, raw and within class.
 
-In: correctness [S, Q] and one similarity per query. Out: a list of bins. No files. Bins describe an
-association; what similarity causes is asked by retraining (causal.py).
+In: correctness [S, Q] and one similarity per query. Out: a list of bins. No files. Bins show an
+association; causal.py estimates effects, from retrained models.
 """
 
 from collections.abc import Sequence
@@ -24,10 +24,10 @@ class Bin:
   high: float
   images: int
   accuracy: float
-  accuracy_low: float  # 95 % interval, the range of two seeds, or NaN for a single group
+  accuracy_low: float  # of the 95 % interval, or of the range of two seeds; NaN for a single group
   accuracy_high: float
-  within_class: float  # class effects taken out; NaN where no class links this bin to the others
-  few: bool  # fewer than 20 images: to be greyed
+  within_class: float  # without class effects; NaN if no class links this bin to the others
+  few: bool  # fewer than FEW images: shown in grey
 
 
 def accuracy_by_similarity(
@@ -37,10 +37,10 @@ def accuracy_by_similarity(
   groups: Sequence | Array | None = None,
   width: float = 0.05,
 ) -> list[Bin]:  # lowest similarity first; empty bins are left out
-  """Accuracy per similarity bin (the paper's Fig. 3, left).
+  """Returns accuracy per similarity bin (the paper's Fig. 3, left).
 
-  Queries without a similarity (NaN or infinite: unreadable) are in no bin. A float16 cosine just
-  over 1 counts in the last bin below 1.
+  Queries without a finite similarity (unreadable images) are in no bin. A float16 cosine just above
+  1 is in the last bin below 1.
   """
   correct = statistics.matrix(correct)
   similarity, label = np.asarray(similarity, np.float64), np.asarray(label)
@@ -83,10 +83,10 @@ def _within_class(
   index: np.ndarray,  # [n] bin, 0..b-1
   label: np.ndarray,  # [n]
 ) -> np.ndarray:  # [b]
-  """Least squares on bin and class effects: the bins' part, at the mean of the bins it covers.
+  """Returns the bin effects of a least-squares fit on bins and classes, plus the overall mean.
 
-  Bins can be compared within class only where shared classes link them: those of the largest
-  linked set get a value, if it has two bins or more.
+  Bins are comparable within class only if shared classes link them. Only the largest linked set
+  gets values, and only if it has two or more bins; the mean is over its images.
   """
   _, label = np.unique(label, return_inverse=True)
   shape = index.max() + 1, label.max() + 1

@@ -1,10 +1,11 @@
-"""Intervals and decisions for correctness that is crossed: the same images under several seeds.
+"""Intervals and tests for crossed correctness: the same images under several seeds.
 
 In: arrays of 0/1 correctness [S, Q], or differences of two of them. Out: frozen results. No files.
 All values are proportions (differences: -1..1); times 100 they are points.
 
-What may be said depends on the seeds. S = 1: an interval over images, for this checkpoint, and no
-p-value. S = 2: the range of the two seeds. S >= 3: a t interval over seeds and images, both random.
+The number of seeds S decides the result. S = 1: an interval over images, for this checkpoint,
+without a p-value. S = 2: the range of the two seeds. S >= 3: a t interval over seeds and images,
+both random.
 """
 
 from collections.abc import Sequence
@@ -15,50 +16,50 @@ from scipy import special
 
 from clip_jax.core.types import Array
 
-SMALL_SET = 3000  # images; below it the 90 % interval of three seeds is wider than +-1 point
+SMALL_SET = 3000  # images; with fewer, the 90 % interval of three seeds is wider than +-1 point
 POWER = 0.8
-TINY = 1e-24  # a variance below this is rounding: all contributions are equal
+TINY = 1e-24  # a smaller variance is rounding error: all contributions are equal
 
 
 @dataclass(frozen=True)
 class Estimate:
-  """A mean with its interval; low, high, error, df and p_value are NaN where they do not exist."""
+  """A mean with its interval; low, high, error, df and p_value are NaN if they do not exist."""
 
   value: float  # a proportion, or a difference of proportions
   low: float
   high: float
   error: float  # standard error
-  df: float  # degrees of freedom of the t behind the interval
-  p_value: float  # two-sided, of value = 0: only for a difference, and three seeds or more
+  df: float  # degrees of freedom of the interval's t distribution
+  p_value: float  # two-sided, of value = 0: only for a difference over three or more seeds
   seeds: int  # S
   images: int  # Q
-  groups: int  # independent units among the images: Q where no image has a group
+  groups: int  # independent units among the images: Q if no image has a group
   method: str  # 'crossed' (S >= 3) | 'range' (S = 2) | 'this checkpoint' (S = 1) | 'bootstrap' |
   # 'wilson' or 'cluster-robust' (one accuracy, S = 1) | 'none' (a single group)
 
 
 @dataclass(frozen=True)
 class Equivalence:
-  """Whether a difference is negligible, is there, or is neither shown."""
+  """Whether a difference is shown to be negligible, shown to differ from 0, or neither."""
 
   verdict: str  # 'equivalent' | 'different' | 'undetermined'
   low: float  # the 90 % interval
   high: float
-  margin: float  # what counts as negligible
-  detectable: float  # the true difference found with power 80 % at level 5 %; NaN for S < 3
+  margin: float  # largest negligible difference
+  detectable: float  # true difference detected with power 80 % at level 5 %; NaN for S < 3
 
 
 @dataclass(frozen=True)
 class McNemar:
   """The images on which two models of one seed differ."""
 
-  first_only: int  # only the first model is right
+  first_only: int  # images on which only the first model is correct
   second_only: int
   p_value: float  # exact, mid-p
 
 
 def group_index(groups: Sequence | Array | None, images: int) -> np.ndarray:  # [Q] int64 in 0..G-1
-  """Numbers the groups. An image whose group is None, NaN, '' or -1 stands alone."""
+  """Numbers the groups; an image with group None, NaN, '' or -1 is a group of its own."""
   if groups is None:
     return np.arange(images)
   if len(groups) != images:
@@ -76,10 +77,10 @@ def crossed_interval(
   groups: Sequence | Array | None = None,  # [Q] names, as in group_index
   level: float = 0.95,
 ) -> Estimate:
-  """The mean difference over seeds and images, by two-way random effects.
+  """Returns the mean difference over seeds and images, with two-way random effects.
 
-  Var = max(MS_S + MS_I - MS_E, MS_S, MS_I) / (S Q), Satterthwaite's df, at least S - 1. Images of
-  one group (siblings of one photo) enter as their sum.
+  Var = max(MS_S + MS_I - MS_E, MS_S, MS_I) / (S Q), with Satterthwaite's df, at least S - 1. Images
+  of one group (siblings of one photo) enter as their sum.
   """
   difference = matrix(difference)
   same = np.ones(difference.shape[1])
@@ -89,19 +90,19 @@ def crossed_interval(
 def contrast(
   values: Array,  # [S, Q]
   weights: Array,  # [Q], 0 leaves an image out
-  arms: Array,  # [Q] 0 or 1: the estimate is arm 0's weighted mean less arm 1's, if there is one
+  arms: Array,  # [Q] 0 or 1: estimate = weighted mean of arm 0 - that of arm 1, if not empty
   groups: Sequence | Array | None = None,
   level: float = 0.95,
 ) -> Estimate:
-  """A difference of two weighted means over images with the crossed variance.
+  """Returns a difference of two weighted means over images, with the crossed variance.
 
-  An image contributes weight times its deviation from its arm's mean: so a group's size, which is
-  as random as its members, adds no variance of its own (the ratio estimator's linearisation).
+  An image contributes its weight times its deviation from its arm's mean, so that random group
+  sizes add no variance of their own (linearisation of the ratio estimator).
   """
   values = matrix(values)
   totals, z, arm_groups = _contributions(values, weights, arms, groups)
   variance, df = two_way(z)
-  if variance < TINY:  # not certainty: as if one group in each arm had gained, and one had lost
+  if variance < TINY:  # avoids a zero-width interval: as if one group per arm gained and one lost
     variance, df = (2 / (arm_groups + 2.0) ** 2).sum(), z.shape[1] - 1.0
   seeds, images, units = *values.shape, z.shape[1]
   if seeds == 2 or units < 2:
@@ -128,7 +129,7 @@ def accuracy_interval(
   groups: Sequence | Array | None = None,
   level: float = 0.95,
 ) -> Estimate:
-  """One accuracy over S seeds: the crossed variance in Wilson's form, so bounds stay in 0..1."""
+  """Returns one accuracy over S seeds; Wilson's form of the crossed variance bounds it in 0..1."""
   correct = matrix(correct)
   if len(correct) == 1:
     return image_interval(correct[0], groups, level)
@@ -140,9 +141,10 @@ def image_interval(
   groups: Sequence | Array | None = None,
   level: float = 0.95,
 ) -> Estimate:
-  """One run's accuracy over images: method 'wilson', or 'cluster-robust' where images share groups.
+  """Returns one run's accuracy with an interval over images.
 
-  Cluster-robust: Wilson's form with n = p (1 - p) / Var and t with G - 1 degrees of freedom.
+  The method is 'wilson' or, if images share groups, 'cluster-robust': Wilson's form with
+  n = p (1 - p) / Var and t with G - 1 degrees of freedom.
   """
   correct = matrix(np.asarray(correct)[None])
   images = correct.shape[1]
@@ -161,7 +163,7 @@ def balanced_accuracy(
   groups: Sequence | Array | None = None,
   level: float = 0.95,
 ) -> Estimate:
-  """The mean of the per-class accuracies; classes without images do not count."""
+  """Returns the mean of the per-class accuracies, over classes that have images."""
   correct, label = matrix(correct), np.asarray(label)
   if label.shape != correct.shape[1:]:
     raise ValueError(f'correct {correct.shape} and label {label.shape} must agree in images')
@@ -176,10 +178,10 @@ def bootstrap_interval(
   draws: int = 2000,
   seed: int = 0,
 ) -> Estimate:
-  """The cross-check of crossed_interval: percentiles of crossed_bootstrap.
+  """Returns percentiles of crossed_bootstrap, as a cross-check of crossed_interval.
 
   It counts the seed-by-image variance up to three times (Owen 2007, the pigeonhole bootstrap), so
-  it is the wider of the two where that dominates, and with three seeds it has few distinct draws.
+  it is wider than crossed_interval if that variance dominates. Three seeds give few distinct draws.
   """
   difference = matrix(difference)
   seeds, images = difference.shape
@@ -206,11 +208,11 @@ def crossed_bootstrap(
   draws: int = 2000,
   seed: int = 0,
 ) -> np.ndarray:  # [draws, K] means under the same resampled seeds and groups; NaN for one group
-  """Means under seeds and groups resampled independently, counts_s^T values counts_g.
+  """Returns means counts_s^T values counts_g with seeds and groups resampled independently.
 
   n - 1 of n are drawn, which makes the variance of a mean unbiased (Rao and Wu 1988); at S = 3 the
-  plain bootstrap misses a third of it. One seed is kept as it is. Groups with equal columns are
-  drawn together, as one multinomial cell: 50,000 images have few distinct columns.
+  plain bootstrap misses a third of the variance. A single seed is not resampled. Groups with equal
+  columns are drawn together, as one multinomial cell: 50,000 images have few distinct columns.
   """
   values = np.asarray(values, np.float64)
   quantities, seeds, images = values.shape
@@ -244,10 +246,10 @@ def equivalence(
   groups: Sequence | Array | None = None,
   margin: float | None = None,  # None: 0.01, or 0.03 for fewer than SMALL_SET images
 ) -> Equivalence:
-  """'equivalent': the 90 % interval lies inside +-margin. 'different': the 95 % one excludes 0.
+  """Tests whether a difference is negligible.
 
-  A difference shown to be negligible is 'equivalent' even if it is shown to exist. Below three
-  seeds nothing is claimed: 'undetermined'.
+  'equivalent': the 90 % interval lies inside +-margin, even if the 95 % interval excludes 0.
+  'different': the 95 % interval excludes 0. 'undetermined': neither, or fewer than three seeds.
   """
   difference = matrix(difference)
   if margin is None:
@@ -264,20 +266,19 @@ def equivalence(
 
 
 def mcnemar(first: Array, second: Array) -> McNemar:  # [Q] bool, [Q] bool
-  """McNemar's exact test with mid-p inside one seed. Ignores groups: for a detail table only."""
+  """Returns McNemar's exact test (mid-p) for one seed; ignores groups, for detail tables only."""
   first, second = np.asarray(first, bool), np.asarray(second, bool)
   if first.shape != second.shape:
-    raise ValueError(f'first {first.shape} and second {second.shape} must have one shape')
+    raise ValueError(f'first {first.shape} and second {second.shape} must have the same shape')
   b, c = int((first & ~second).sum()), int((second & ~first).sum())
   low, n = min(b, c), b + c
-  p = special.bdtr(low, n, 0.5) + (
-    special.bdtr(low - 1, n, 0.5) if low else 0
-  )  # 2 P(X <= low) - P(X = low)
+  # 2 P(X <= low) - P(X = low)
+  p = special.bdtr(low, n, 0.5) + (special.bdtr(low - 1, n, 0.5) if low else 0)
   return McNemar(b, c, float(p))
 
 
 def holm(p_values: Array | Sequence[float]) -> np.ndarray:  # [m] -> [m]
-  """Holm's adjusted p-values, in the given order; NaN stays NaN and is not in the family."""
+  """Returns Holm's adjusted p-values in the given order; NaN is not in the family, stays NaN."""
   p_values = np.asarray(p_values, np.float64)
   adjusted = np.full(p_values.shape, np.nan)
   family = np.flatnonzero(~np.isnan(p_values))
@@ -288,7 +289,7 @@ def holm(p_values: Array | Sequence[float]) -> np.ndarray:  # [m] -> [m]
 
 
 def two_way(z: Array) -> tuple[float, float]:  # [S, G] -> variance, df
-  """Variance and df of the mean over seeds of z's row sums, seeds and columns both random."""
+  """Returns variance and df of the mean over seeds of z's row sums, both axes random."""
   seeds, units = z.shape
   if units < 2:
     return np.nan, np.nan
@@ -306,12 +307,14 @@ def two_way(z: Array) -> tuple[float, float]:  # [S, G] -> variance, df
 
 
 def matrix(values: Array) -> np.ndarray:  # [S, Q] float64
-  """Checks a seeds-by-images array: two axes, nothing empty, nothing NaN."""
+  """Returns a seeds-by-images array as float64; raises ValueError if it is empty or not finite."""
   values = np.asarray(values, np.float64)
   if values.ndim != 2 or not values.size:
-    raise ValueError(f'expected an array [seeds, images] that is not empty, got {values.shape}')
+    raise ValueError(f'expected a non-empty array [seeds, images], got shape {values.shape}')
   if not np.isfinite(values).all():
-    raise ValueError('an array of correctness holds NaN or infinity; an unreadable image is wrong')
+    raise ValueError(
+      'correctness holds NaN or infinity; an unreadable image must count as wrong (0)'
+    )
   return values
 
 
@@ -325,7 +328,7 @@ def _contributions(
   arms: Array,  # [Q] 0 or 1
   groups: Sequence | Array | None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Each seed's estimate [S], what each group adds to it [S, G], and the groups of each arm."""
+  """Returns each seed's estimate [S], each group's contribution [S, G], and groups per arm."""
   group = group_index(groups, values.shape[1])
   counted = np.flatnonzero(weights)
   _, group = np.unique(group[counted], return_inverse=True)
@@ -343,7 +346,7 @@ def _contributions(
 
 
 def _without_error(totals, images, units) -> Estimate:  # [S]
-  """Two seeds: their range. A single group: no interval."""
+  """Returns the range of two seeds, or no interval for a single group."""
   seeds, nan = len(totals), np.nan
   low, high = (float(totals.min()), float(totals.max())) if seeds == 2 else (nan, nan)
   return Estimate(
@@ -361,14 +364,14 @@ def _without_error(totals, images, units) -> Estimate:  # [S]
 
 
 def _bounded(correct, weights, groups, level) -> Estimate:
-  """A weighted accuracy: the crossed variance as an effective number of images in Wilson's form."""
+  """Returns a weighted accuracy in Wilson's form, with an effective number of images."""
   totals, z, _ = _contributions(correct, weights, np.zeros(len(weights)), groups)
   seeds, images, units = *correct.shape, z.shape[1]
   if seeds == 2 or units < 2:
     return _without_error(totals, images, units)
   p = float(totals.mean())
   variance, df = two_way(z)
-  if variance < TINY:  # all right or all wrong: the groups are what was seen
+  if variance < TINY:  # all correct or all wrong: each group counts as one observation
     effective, df = units, units - 1.0
   else:
     effective = min(p * (1 - p) / variance, seeds * images)
@@ -388,7 +391,7 @@ def _bounded(correct, weights, groups, level) -> Estimate:
 
 
 def _wilson(p: float, n: float, quantile: float) -> tuple[float, float]:
-  """Wilson's score interval of a proportion p seen on n images."""
+  """Returns Wilson's score interval of a proportion p observed on n images."""
   shrink = 1 + quantile**2 / n
   middle = (p + quantile**2 / (2 * n)) / shrink
   half = quantile / shrink * np.sqrt(p * (1 - p) / n + quantile**2 / (4 * n**2))

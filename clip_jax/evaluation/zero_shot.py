@@ -1,6 +1,6 @@
-"""Zero-shot classification by OpenAI's protocol: class matrix, predictions, scores. NumPy only.
+"""Zero-shot classification with OpenAI's protocol: class matrix, predictions, scores.
 
-In: a text encoder as a function, image vectors [n, E]. Out: arrays and a dict. No files.
+In: a text encoder as a function, image vectors [n, E]. Out: NumPy arrays and a dict. No files.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,7 +11,7 @@ from clip_jax.core.errors import ConfigError
 from clip_jax.core.types import Array
 from clip_jax.core.vectors import unit
 
-ROWS = 4096  # images scored at a time: with 1,000 classes 32 MB
+ROWS = 4096  # images scored at a time: 32 MB with 1,000 classes
 
 
 def class_matrix(
@@ -20,7 +20,7 @@ def class_matrix(
   templates: Sequence[str],  # M texts; '{}' takes the class name
   batch_size: int = 1024,  # texts; the last batch is shorter
 ) -> np.ndarray:  # [C, E] float32, unit norm
-  """Per class: encode every template, normalise, average, normalise (CLIP's prompt ensemble)."""
+  """Returns CLIP's prompt ensemble: per class, encode templates, normalise, average, normalise."""
   if not classes or not templates:
     raise ConfigError(
       f'zero-shot needs classes and templates: got {len(classes)} classes and '
@@ -28,9 +28,7 @@ def class_matrix(
     )
   for template in templates:
     if '{}' not in template:
-      raise ConfigError(
-        f"the template {template!r} has no '{{}}' where the class name goes; add one."
-      )
+      raise ConfigError(f"the template {template!r} has no '{{}}' for the class name; add one.")
   texts = [template.replace('{}', name) for name in classes for template in templates]
   encoded = np.concatenate(
     [
@@ -39,7 +37,9 @@ def class_matrix(
     ]
   )  # [C M, E]
   if len(encoded) != len(texts):
-    raise ValueError(f'encode_text must give a row a text: got {encoded.shape} for {len(texts)}')
+    raise ValueError(
+      f'encode_text must return one row per text: got shape {encoded.shape} for {len(texts)} texts'
+    )
   mean = unit(_nonzero(encoded)).reshape(len(classes), len(templates), -1).mean(1)  # [C, E]
   return unit(_nonzero(mean)).astype(np.float32)
 
@@ -47,13 +47,15 @@ def class_matrix(
 def predict(
   image: Array,  # [n, E] float32; the norm does not matter
   classes: Array,  # [C, E] float32, the class matrix
-  mask: Array | None = None,  # [C] bool: the classes that may be answered
-  usable: Array | None = None,  # [n] bool: an image that is not answers -1
-) -> np.ndarray:  # [n, min(5, C)] int32, best first, ties lowest class; -1 where none is left
-  """The best five classes of each image; the mask applies before the argmax.
+  mask: Array | None = None,  # [C] bool: classes that may be predicted
+  usable: Array | None = None,  # [n] bool: predictions of other images are -1
+) -> (
+  np.ndarray
+):  # [n, min(5, C)] int32, best first; ties: the lowest class; -1 after the last class
+  """Returns the best five classes of each image; the mask applies before the argmax.
 
-  Scores are summed in float64 and rounded to float32: classes of one name then tie exactly, and
-  the answer does not depend on which images share a block.
+  Scores are summed in float64 and rounded to float32, so that classes with equal names tie exactly
+  and predictions do not depend on the block of an image.
   """
   image, classes = np.asarray(image), np.asarray(classes, np.float64)
   if image.ndim != 2 or classes.ndim != 2 or image.shape[1] != classes.shape[1]:
@@ -64,7 +66,7 @@ def predict(
   usable = np.ones(len(image), bool) if usable is None else np.asarray(usable)
   if mask.dtype != bool or mask.shape != classes.shape[:1] or not mask.any():
     raise ValueError(
-      f'mask must be bool [{len(classes)}] with a class left: got {mask.dtype} {mask.shape}'
+      f'mask must be bool [{len(classes)}] with at least one class: got {mask.dtype} {mask.shape}'
     )
   if usable.dtype != bool or usable.shape != image.shape[:1]:
     raise ValueError(f'usable must be bool [{len(image)}]: got {usable.dtype} {usable.shape}')
@@ -77,7 +79,7 @@ def predict(
       row = start + int(np.flatnonzero(np.isnan(scores).any(1) & usable[block])[0])
       raise ValueError(f'the vector of image {row} or a class vector holds NaN')
     for rank in range(min(best.shape[1], len(allowed))):
-      top = scores.argmax(1)  # the first of equals
+      top = scores.argmax(1)  # ties: the first
       best[block, rank] = allowed[top]
       scores[np.arange(len(scores)), top] = -np.inf
   best[~usable] = -1
@@ -89,16 +91,17 @@ def score(
   top5: Array,  # [n, k] int32 from predict
   classes: int,  # C
 ) -> dict:
-  """top1, top5, mean_per_class (floats), per_class ([C] float64, NaN where no image has the class).
+  """Returns top1, top5 and mean_per_class (floats) and per_class ([C] float64).
 
-  Proportions in 0..1. An image whose answers are -1 is wrong and stays in n;
-  mean_per_class is over the classes that have images. With fewer than five classes, top5 is over
-  all of them.
+  All are proportions in 0..1; per_class is NaN for a class without images, and mean_per_class is
+  the mean over the other classes. An image with predictions -1 counts as wrong. With fewer than
+  five classes, top5 is over all of them.
   """
   label, top5 = np.asarray(label), np.asarray(top5)
   if label.ndim != 1 or not len(label) or top5.ndim != 2 or len(top5) != len(label):
     raise ValueError(
-      f'label [n] and top5 [n, k] must agree and hold an image: got {label.shape} and {top5.shape}'
+      'label [n] and top5 [n, k] must agree in n, with n at least 1: got '
+      f'{label.shape} and {top5.shape}'
     )
   if label.min() < 0 or label.max() >= classes:
     raise ValueError(f'labels must lie in 0..{classes - 1}: got {label.min()} to {label.max()}')
@@ -117,5 +120,5 @@ def score(
 def _nonzero(x: np.ndarray) -> np.ndarray:  # [m, E] float64
   bad = np.flatnonzero(~(np.isfinite(x).all(1) & x.any(1)))
   if len(bad):
-    raise ValueError(f'text vector {bad[0]} is zero or holds NaN')
+    raise ValueError(f'text vector {bad[0]} is zero or has NaN or infinite values')
   return x

@@ -1,4 +1,4 @@
-"""The aligned rules: drop what is nearer to a query than the anchor is, by one row or by k rows."""
+"""The aligned rules: drop rows nearer to a query than its nearest, or k nearest, anchor rows."""
 
 from collections.abc import Callable, Sequence
 import fractions
@@ -22,20 +22,20 @@ def gap_aligned(
   """Drops each row that is nearer to some query than the anchor set is, by more than a slack.
 
   With slack 0 and the anchor's rows appended, every query's nearest-neighbour similarity in the
-  split equals that in the anchor set (Mayilvahanan et al. 2024, section 4). Several benchmarks:
-  the union of what each drops. Rows that an approximate search did not score are kept and counted
-  as `unscored`.
+  split equals that in the anchor set (Mayilvahanan et al. 2024, section 4). With several
+  benchmarks, the union of their dropped rows is dropped. Rows that an approximate search did not
+  score are kept and counted as `unscored`.
 
   quantile: the slack is the smallest excess that at least this share of the candidates does not
-  exceed. dose: drops this many times what slack 0 drops, rounded, the rows of largest excess first
-  and of equal ones the earlier; the slack is then the largest excess that is kept. Give one of
-  slack, quantile and dose.
+  exceed. dose: drops this multiple of the number of rows that slack 0 drops, rounded, in order of
+  decreasing excess (ties: earlier rows first); the slack is then the largest excess that is kept.
+  At most one of slack, quantile and dose may be set.
 
-  Report: slack, the one that results (None: nothing is kept), and aligned_dropped, what slack 0
-  drops.
+  Report: slack, the resulting slack (None: no row is kept), and aligned_dropped, the number of
+  rows that slack 0 drops.
   """
   if sum(map(bool, (slack, quantile, dose))) > 1:
-    raise ConfigError(f'slack={slack:g}, quantile={quantile:g}, dose={dose:g}: give one of them')
+    raise ConfigError(f'slack={slack:g}, quantile={quantile:g}, dose={dose:g}: set only one')
   rows = np.flatnonzero(columns.candidates)
   excess, report = _excess(columns, rows, benchmarks)
   exact = lambda near_cut: columns.exact_excess(benchmarks, rows[near_cut])
@@ -64,17 +64,17 @@ def dropped_rows(columns: Columns, *, benchmarks: Sequence[str], slack: float = 
 
 
 def k_aligned(columns: Columns, *, benchmarks: Sequence[str], k: int) -> Kept:
-  """Drops rows until no query has nearer pool rows than anchor rows, for its k nearest of each.
+  """Drops rows until, for j = 1..k, each query's j-th pool row is not nearer than its anchor row.
 
-  t_i^(j): the similarity of query i to its j-th nearest anchor row. Each query, on its own, drops
-  its most similar candidates, of equal ones the earlier first, until for every j <= k its j-th
-  nearest kept candidate is at t_i^(j) or below; it does not count what other queries drop. What is
-  dropped is the union of these lists over the queries of all benchmarks. The union may be more
-  than is necessary, and never too little: with fewer rows, the j-th nearest is no nearer. The
-  anchor's rows do not count on the pool's side. k = 1 is gap_aligned.
+  t_i^(j): the similarity of query i to its j-th nearest anchor row. Each query lists its most
+  similar candidates (ties: earlier rows first) until, for every j <= k, its j-th nearest other
+  candidate has similarity t_i^(j) or less; it ignores the lists of other queries. The union of
+  these lists over the queries of all benchmarks is dropped. The union may be larger than
+  necessary, but never too small: with fewer rows, the j-th nearest is not nearer. Anchor rows do
+  not count as pool rows. k = 1 is gap_aligned.
 
-  Report: pairs (of queries and candidates over t_i^(k)), denser_queries (those that drop more than
-  what is over t_i^(1)), aligned_dropped (what k = 1 drops), slack (0).
+  Report: pairs (number of pairs of a query and a candidate over t_i^(k)), denser_queries (queries
+  that drop more rows than those over t_i^(1)), aligned_dropped (rows that k = 1 drops), slack (0).
   """
   if not benchmarks:
     raise ConfigError("rule 'k_aligned' needs benchmarks=('name', ...)")
@@ -86,8 +86,13 @@ def k_aligned(columns: Columns, *, benchmarks: Sequence[str], k: int) -> Kept:
   count = denser = 0
   for name in benchmarks:
     for pairs in columns.pairs(name, k):
-      mine = columns.candidates[pairs.row]
-      pairs = Pairs(pairs.anchor, pairs.query[mine], pairs.row[mine], pairs.similarity[mine])
+      is_candidate = columns.candidates[pairs.row]
+      pairs = Pairs(
+        pairs.anchor,
+        pairs.query[is_candidate],
+        pairs.row[is_candidate],
+        pairs.similarity[is_candidate],
+      )
       first, listed = _k_lists(pairs)
       nearer[pairs.row[first]] = True
       dropped[pairs.row[listed]] = True
@@ -101,26 +106,26 @@ def k_aligned(columns: Columns, *, benchmarks: Sequence[str], k: int) -> Kept:
 
 
 def _k_lists(pairs: Pairs) -> tuple[Array, Array]:
-  """Returns which pairs are over t_i^(1), and which their queries drop, [m] bool each.
+  """Returns the pairs over t_i^(1), and the pairs that their queries drop, [m] bool each.
 
-  After a query has dropped its d most similar rows, its j-th nearest is the (d + j)-th of all. That
-  is at t^(j) or below when no more than d + j - 1 rows are over t^(j): d is the largest excess of
-  these counts over j - 1.
+  After a query has dropped its d most similar rows, its j-th nearest row is the (d + j)-th of all
+  rows. Its similarity is at most t^(j) if at most d + j - 1 rows are over t^(j). So d is the
+  maximum over j of (number of rows over t^(j)) - (j - 1).
   """
   first, listed = np.zeros((2, len(pairs.row)), bool)
-  order = np.argsort(pairs.query, kind='stable')  # rows of a query stay in the order of the pool
+  order = np.argsort(pairs.query, kind='stable')  # keeps the rows of a query in pool order
   queries, starts = np.unique(pairs.query[order], return_index=True)
   places = np.arange(pairs.anchor.shape[1])
-  for query, mine in zip(queries, np.split(order, starts[1:])):
-    similarity = pairs.similarity[mine]
+  for query, positions in zip(queries, np.split(order, starts[1:])):
+    similarity = pairs.similarity[positions]
     over = similarity[:, None] > pairs.anchor[query]  # [pairs of the query, k]
-    first[mine] = over[:, 0]
-    listed[mine] = lowest(-similarity, max((over.sum(axis=0) - places).max(), 0))
+    first[positions] = over[:, 0]
+    listed[positions] = lowest(-similarity, max((over.sum(axis=0) - places).max(), 0))
   return first, listed
 
 
 def _excess(columns: Columns, rows: Array, benchmarks: Sequence[str]) -> tuple[Array, dict]:
-  """Returns each row's highest excess, [m] float32, and what an approximate search lacks."""
+  """Returns each row's highest excess, [m] float32, and an approximate search's report."""
   exhaustive = columns.recall is None
   excess = highest(
     'gap_aligned', columns.excess, rows, benchmarks, np.maximum if exhaustive else np.fmax
@@ -145,7 +150,7 @@ def _over(
   exact: Callable[[Array], Array],  # positions -> [p] float64
   slack: float,
 ) -> tuple[Array, int]:
-  """Returns whether each excess is strictly over slack, [m] bool, and how many are exact."""
+  """Returns whether each excess is over slack, [m] bool, and the number decided exactly."""
   over = excess > slack
   near_cut = np.flatnonzero(
     (excess >= slack - columns.tolerance) & (excess <= slack + columns.tolerance)
@@ -158,22 +163,22 @@ def _over(
 def _over_quantile(
   columns: Columns, excess: Array, exact: Callable[[Array], Array], quantile: float
 ) -> tuple[Array, float, int]:
-  """Returns what is over this quantile of the excess, [m] bool, the slack, how many are exact."""
+  """Returns rows over a quantile of the excess, [m] bool, the slack, the number decided exactly."""
   _every_row(columns, 'quantile')
   if not 0 < quantile <= 1:
     raise ConfigError(f'quantile={quantile:g} must be a share in (0, 1]')
   if not len(excess):
     return np.zeros(0, bool), 0.0, 0
   place = math.ceil(fractions.Fraction(str(quantile)) * len(excess)) - 1
-  found, decided = refined(excess, exact, [place], columns.tolerance)
-  slack = float(np.partition(found, place)[place])
-  return found > slack, slack, decided
+  values, decided = refined(excess, exact, [place], columns.tolerance)
+  slack = float(np.partition(values, place)[place])
+  return values > slack, slack, decided
 
 
 def _over_dose(
   columns: Columns, excess: Array, exact: Callable[[Array], Array], dose: float
 ) -> tuple[Array, float, int]:
-  """Returns the rows of largest excess, [m] bool, the slack, how many are exact."""
+  """Returns the rows of largest excess, [m] bool, the slack, the number decided exactly."""
   _every_row(columns, 'dose')
   if not dose > 0:
     raise ConfigError(f'dose={dose:g} must be more than 0')
@@ -181,16 +186,15 @@ def _over_dose(
   count = math.floor(dose * int(aligned.sum()) + 0.5)
   if count > len(excess):
     raise ConfigError(
-      f'dose={dose:g} asks to drop {count} rows, {dose:g} times the '
-      f'{aligned.sum()} that slack 0 drops; there are {len(excess)} candidates. '
-      'Give a smaller dose'
+      f'dose={dose:g} asks to drop {count} rows, {dose:g} times the {aligned.sum()} that slack 0 '
+      f'drops, but there are {len(excess)} candidates. Set a smaller dose'
     )
   if count == len(excess):
     return np.ones(count, bool), -math.inf, decided
-  found, decided = refined(  # at the first that stays
+  values, decided = refined(  # exact at the first row that is kept
     -excess, lambda near_cut: -exact(near_cut), [count], columns.tolerance
   )
-  return lowest(found, count), -float(np.partition(found, count)[count]), decided
+  return lowest(values, count), -float(np.partition(values, count)[count]), decided
 
 
 def _every_row(columns: Columns, key: str) -> None:

@@ -1,8 +1,7 @@
-"""Draws rows that resemble given rows: cells of alike rows, draws inside cells, balance of a draw.
+"""Draws rows that resemble given rows: cells of alike rows, draws within cells, balance of a draw.
 
-Arrays in, arrays out; no files. The matched control is made of these. A cell is one int64 number
-in a mixed radix whose least significant digit is given up first, so that merging cells is integer
-division.
+Arrays in, arrays out; no files. The matched control uses these functions. A cell is one int64
+number in a mixed radix. Cells are merged from the least significant digit on, by integer division.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,10 +13,10 @@ from clip_jax.core.types import Array
 
 
 def levels(
-  column: Array,  # [n] strings or integers; None where unknown
+  column: Array,  # [n] strings or integers; None if unknown
 ) -> tuple[Array, list[str]]:
-  """Returns each row's level, [n] int32, and the levels' names; unknown is the level ''."""
-  chunks = pa.table({'level': column})['level']  # chunked whatever came in
+  """Returns each row's level, [n] int32, and the levels' names; unknown values are level ''."""
+  chunks = pa.table({'level': column})['level']  # a ChunkedArray for every kind of input
   encoded = chunks.cast(pa.large_string()).fill_null('').dictionary_encode().combine_chunks()
   return encoded.indices.to_numpy(), encoded.dictionary.to_pylist()
 
@@ -28,8 +27,8 @@ def quantile_bins(
 ) -> Array:
   """Returns the bin of each row, [n] int64 in [0, bins): the number of edges strictly below it.
 
-  Edge j is the smallest value that at least j / bins of the rows do not exceed. It is an observed
-  value and equal values share a bin, so no rounding decides.
+  Edge j is the smallest value that at least j / bins of the rows do not exceed. Edges are observed
+  values and equal values share a bin, so rounding has no influence.
   """
   n = len(values)
   if n == 0:
@@ -43,7 +42,7 @@ def cell_codes(
   digits: Sequence[Array],  # each [n] integers in [0, its radix), most significant first
   radices: Sequence[int],
 ) -> Array:
-  """Returns the numbers with these digits, [n] int64; code // (last radix) drops the last digit."""
+  """Returns the numbers with the given digits, [n] int64; code // last radix drops the last one."""
   code = np.zeros(len(digits[0]), np.int64)
   for digit, radix in zip(digits, radices, strict=True):
     code *= radix
@@ -54,17 +53,16 @@ def cell_codes(
 def draw_like(
   code: Array,  # [n] int64 cells
   removed: Array,  # [n] bool
-  order: Array,  # [n] random numbers: rows with lower ones are drawn first
-  radices: Sequence[int],  # of the digits that may be given up, the first to go first
+  order: Array,  # [n] random numbers: rows with lower numbers are drawn first
+  radices: Sequence[int],  # of the digits that may be merged over, in order of merging
 ) -> tuple[Array, list[int]]:
-  """Draws in each cell as many other rows as it has removed rows; what it lacks, in merged cells.
+  """Draws in each cell as many other rows as it has removed rows, and the rest in merged cells.
 
-  Exact cells are served first. Then, digit by digit, cells that differ in that digit only become
-  one, and what is still missing is drawn there from the rows left over.
+  Rows are first drawn in full cells. Then, digit by digit, cells that differ only in that digit
+  are merged, and rows still missing are drawn in the merged cells from the remaining rows.
 
-  Returns drawn [n] bool, never a removed row, and how many were drawn at each stage
-  ([1 + len(radices)]: in full cells, after the first merge, ...). Equal numbers in `order` go by
-  position.
+  Returns drawn [n] bool, never a removed row, and the number drawn at each stage
+  ([1 + len(radices)]: in full cells, after the first merge, ...). Ties in `order` go by position.
   """
   drawn = np.zeros(len(code), bool)
   cells, missing = np.unique(code[removed], return_counts=True)
@@ -88,7 +86,7 @@ def _lowest_in_cells(
   cells: Array,  # [m] int64, sorted
   counts: Array,  # [m] int64
 ) -> tuple[Array, Array]:
-  """Returns up to counts[j] positions of lowest order in each cells[j], and the j of each."""
+  """Returns up to counts[j] positions of lowest order in each cells[j], and their j."""
   if len(cells) == 0:
     return np.zeros(0, np.int64), np.zeros(0, np.int64)
   cell = np.minimum(np.searchsorted(cells, code), len(cells) - 1)
@@ -108,9 +106,9 @@ def differences(
 ) -> dict[str, float | None]:
   """Returns the standardised mean difference of each variable between two sets of rows.
 
-  A number: (mean of left - mean of right) / sqrt of the mean of the two variances (divided by n).
-  A category: the largest absolute difference over its levels, each level taken as a 0/1 number.
-  0 where the sets agree exactly; None where a set is empty, or where both are constant and differ.
+  Number: (mean of left - mean of right) / sqrt(mean of the two variances, each divided by n).
+  Category: the largest absolute difference over its levels, each level as a 0/1 number.
+  0 if the sets agree exactly; None if a set is empty, or if both are constant and differ.
   """
   if len(left) == 0 or len(right) == 0:
     return dict.fromkeys([*numbers, *categories])

@@ -1,7 +1,7 @@
-"""What rules decide on: columns over the N pool rows, what a rule keeps, exact order at a cut.
+"""Inputs and outputs of the rules: columns over the N pool rows, kept rows, exact cuts.
 
-The columns hold float32 similarities, which differ in the last bits between machines: rows within a
-tolerance of a cut are decided by exact float64 similarities instead. Ties go by pool order, the
+The columns hold float32 similarities, whose last bits differ between machines. Rows within a
+tolerance of a cut are therefore decided by exact float64 similarities. Ties go by pool order, the
 earlier row first.
 """
 
@@ -13,19 +13,19 @@ import numpy as np
 from clip_jax.core.errors import ConfigError, InputError
 from clip_jax.core.types import Array
 
-TOLERANCE = 1e-5  # where nothing is said: float32 similarities are off by less than half of it
+TOLERANCE = 1e-5  # default; errors of float32 similarities are below half of it
 
 
 def _not_given(benchmarks: Sequence[str], rows: Array) -> Array:
   raise ValueError(
-    f'{len(rows)} rows lie near a cut over {tuple(benchmarks)}: '
-    'give Columns exact_similarity and exact_excess to decide them'
+    f'{len(rows)} rows are near a cut over {tuple(benchmarks)}: '
+    'pass exact_similarity and exact_excess to Columns'
   )
 
 
 @dataclasses.dataclass(frozen=True)
 class Pairs:
-  """All pairs of some queries of a benchmark and pool rows, nearer than the k-th anchor row."""
+  """All pairs of a query and a pool row that is nearer than the query's k-th anchor row."""
 
   anchor: Array  # [Q, k] float64, t_i^(1) >= ... >= t_i^(k), exact; NaN for unusable queries
   query: Array  # [m] integers below Q
@@ -34,40 +34,40 @@ class Pairs:
 
 
 def _no_pairs(benchmark: str, k: int) -> Iterable[Pairs]:
-  raise ValueError(f'give Columns pairs: k={k} needs those of {benchmark!r}')
+  raise ValueError(f'pass pairs to Columns: k={k} needs the pairs of {benchmark!r}')
 
 
 @dataclasses.dataclass(frozen=True)
 class Columns:
-  """What rules know of the N pool rows: the candidates, and columns from search and ingest."""
+  """Inputs of the rules for the N pool rows: the candidates, and columns of search and ingest."""
 
   candidates: Array  # [N] bool: usable and kept by de-duplication
-  # benchmark -> [N] float32, the highest over its queries of sim(query, row) and of sim - t_query
+  # benchmark -> [N] float32: maximum over its queries of sim(query, row), and of sim - t_query
   similarity: Mapping[str, Array] = dataclasses.field(default_factory=dict)
   excess: Mapping[str, Array] = dataclasses.field(default_factory=dict)
-  # (benchmarks, rows [m] int64) -> [m] float64, the same over all queries of all these benchmarks
+  # (benchmarks, rows [m] int64) -> [m] float64, the same maximum over the queries of all benchmarks
   exact_similarity: Callable[[Sequence[str], Array], Array] = _not_given
   exact_excess: Callable[[Sequence[str], Array], Array] = _not_given
-  # Rows so near a cut are decided exactly: at least twice what a float32 value can be off, once for
-  # the row and once for the cut, where that is the value of another row.
+  # Rows this close to a cut are decided exactly. At least twice the error of a float32 value: one
+  # error of the row, and one of the cut if it is the value of another row.
   tolerance: float = TOLERANCE
-  # (benchmark, k) -> what k_aligned reads; the pairs of a query are all in one part
+  # (benchmark, k) -> parts of the pairs that k_aligned reads; each query's pairs are in one part
   pairs: Callable[[str, int], Iterable[Pairs]] = _no_pairs
-  recall: float | None = None  # measured, of an approximate search (misses are NaN); None: exact
+  recall: float | None = None  # of an approximate search (missed rows are NaN); None: exact search
   # For the matched control only.
   anchor_class: Array | None = None  # [N] int32, the class whose mean anchor image is nearest
   anchor_class_similarity: Array | None = None  # [N] float32, to that mean
   caption_length: Array | None = None  # [N] int32
   image_pixels: Array | None = None  # [N] int64, width times height
-  domain: Array | None = None  # [N] strings or integers: domain or label, where there is one
+  domain: Array | None = None  # [N] strings or integers: domain or label, if there is one
 
 
 @dataclasses.dataclass(frozen=True)
 class Kept:
-  """What a rule keeps: sorted int64 pool rows, and figures about the decision.
+  """The sorted int64 pool rows that a rule keeps, and a report of its decision.
 
-  Each row once, but for the rule 'listed': a row that a file lists twice is there twice, and is
-  trained on twice an epoch.
+  Rows are unique except for the rule 'listed': a row that a file lists twice occurs twice, and is
+  trained on twice per epoch.
   """
 
   rows: Array  # [n] int64
@@ -81,7 +81,7 @@ def highest(
   benchmarks: Sequence[str],
   larger: Callable[[Array, Array], Array],
 ) -> Array:
-  """Returns the highest value over the benchmarks, [m] float32: the larger of each two."""
+  """Returns each row's highest value over the benchmarks, [m] float32, by `larger`."""
   if not benchmarks:
     raise ConfigError(f"rule {rule!r} needs benchmarks=('name', ...)")
   for name in benchmarks:
@@ -94,7 +94,7 @@ def highest(
 
 
 def candidates_for(columns: Columns, count: int) -> Array:
-  """Returns the candidate rows, [m] int64; refuses a count above their number."""
+  """Returns the candidate rows, [m] int64; raises ConfigError if `count` exceeds their number."""
   rows = np.flatnonzero(columns.candidates)
   if not 0 <= count <= len(rows):
     raise ConfigError(
@@ -107,7 +107,7 @@ def candidates_for(columns: Columns, count: int) -> Array:
 def random_order(n: int, seed: int, draw: int, stream: int) -> Array:
   """Returns a random number for each of n pool rows, [n] uint64.
 
-  Raw numbers of a bit generator, whose stream NumPy never changes, unlike those of its samplers.
+  These are raw numbers of a bit generator: NumPy never changes their stream, unlike its samplers'.
   """
   return np.random.PCG64(np.random.SeedSequence((seed, draw, stream))).random_raw(n)
 
@@ -116,7 +116,7 @@ def lowest(
   values: Array,  # [n]
   count: int,
 ) -> Array:
-  """Returns which are the `count` lowest values, [n] bool; ties go to the earlier position."""
+  """Returns a mask of the `count` lowest values, [n] bool; ties go to the earlier position."""
   if count == 0:
     return np.zeros(len(values), bool)
   cut = np.partition(values, count - 1)[count - 1]
@@ -131,17 +131,17 @@ def refined(
   places: Sequence[int],  # in ascending order of the values, each in [0, n)
   tolerance: float,
 ) -> tuple[Array, int]:
-  """Returns [n] float64 that decide exactly at these places of the order, and how many are exact.
+  """Returns values that decide exactly at the given places of the order, [n] float64.
 
-  The exact value v at such a place, all that equals it, and who lies below or above it, are those
-  of the exact values. For v lies within half a tolerance of the value at the same place of
-  `values`, and all that lies within a tolerance of that is made exact.
+  Also returns the number of exact values. At each place, the value v, its ties, and which rows are
+  below or above it, are those of the exact values: v is within half a tolerance of the value at
+  the same place of `values`, and all values within a tolerance of that are replaced by exact ones.
   """
-  found = values.astype(np.float64)
+  refined_values = values.astype(np.float64)
   near_cut = np.zeros(len(values), bool)
   ordered = np.partition(values, sorted(set(places)))
   for place in places:
-    near_cut |= np.abs(found - float(ordered[place])) <= tolerance
+    near_cut |= np.abs(refined_values - float(ordered[place])) <= tolerance
   near_cut = np.flatnonzero(near_cut)
-  found[near_cut] = exact(near_cut)
-  return found, len(near_cut)
+  refined_values[near_cut] = exact(near_cut)
+  return refined_values, len(near_cut)

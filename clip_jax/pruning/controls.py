@@ -1,4 +1,4 @@
-"""The controls: random rows, and rows like the removed ones in all but similarity."""
+"""The controls: random rows, and rows that resemble the removed ones except in similarity."""
 
 import numpy as np
 
@@ -7,20 +7,21 @@ from clip_jax.core.types import Array
 from clip_jax.pruning import cells
 from clip_jax.pruning.columns import Columns, Kept, candidates_for, lowest, random_order
 
-MAX_UNMATCHED = 0.2  # share of removed rows without a full-cell donor from which no control exists
+# With a larger share of removed rows without a full-cell donor, no matched control exists.
+MAX_UNMATCHED = 0.2
 
-# Quantile bins of the matched control's numeric variables; the last variable is given up first.
+# Quantile bins of the matched control's numeric variables; cells merge over the last one first.
 BINS = {'anchor_class_similarity': 5, 'caption_length': 5, 'image_pixels': 3}
 
-# Streams of random numbers, so that one seed gives unrelated draws to unrelated rules. They are
-# not 0: SeedSequence pads with zeros, and (seed, draw, 0) would be the stream of (seed, draw).
+# Streams of random numbers, so that the rules' draws are independent for the same seed. Not 0:
+# SeedSequence pads with zeros, so (seed, draw, 0) would equal the stream of (seed, draw).
 RANDOM_STREAM, MATCHED_STREAM = 1, 2
 
 
 def random(columns: Columns, *, count: int, seed: int, draw: int = 0) -> Kept:
-  """Keeps `count` candidates, uniform without replacement: the control for size.
+  """Keeps `count` candidates, uniform without replacement, as the control for size.
 
-  With the same (seed, draw) a smaller split lies inside a larger one.
+  With the same (seed, draw), a smaller split is a subset of a larger one.
   """
   rows = candidates_for(columns, count)
   order = random_order(len(columns.candidates), seed, draw, RANDOM_STREAM)
@@ -34,18 +35,18 @@ def matched(
   seed: int,
   draw: int = 0,
 ) -> Kept:
-  """Removes other candidates like `removed` in their place: the control for all but similarity.
+  """Removes other candidates that resemble `removed`, as the control for all but similarity.
 
-  Cells: nearest anchor class x domain (where given) x quintile of the similarity to that class x
-  quintile of the caption length x tercile of the image size, quantiles over all candidates. Each
-  cell gives as many rows as it has removed ones. Cells that lack donors are merged over image
-  size, then caption length, class similarity, domain; never over classes. What is missing even
-  then is the shortfall, and stays.
+  Cells: nearest anchor class x domain (if given) x quintile of the similarity to that class x
+  quintile of the caption length x tercile of the image size, quantiles over all candidates. In
+  each cell, as many other rows are drawn as it has removed rows. Cells without enough donors are
+  merged over image size, then caption length, class similarity, domain; never over classes. Rows
+  without a donor even then are the shortfall; nothing is removed for them.
 
-  Report: removed, drawn, drawn_after_merging (by the variable given up last), shortfall,
-  without_full_cell_donor (share of `removed`), no_matched_control (that share is over
-  MAX_UNMATCHED: the rows kept are then those of the random rule at the target's size), and
-  standardised_differences (of each variable, between `removed` and the rows removed here: see
+  Report: removed, drawn, drawn_after_merging (by the last variable merged over), shortfall,
+  without_full_cell_donor (share of `removed`), no_matched_control (this share exceeds
+  MAX_UNMATCHED; the rows kept are then those of the random rule at the target's size), and
+  standardised_differences (of each variable, between `removed` and the drawn rows: see
   cells.differences; good below 0.1).
   """
   rows = np.flatnonzero(columns.candidates)
@@ -54,7 +55,7 @@ def matched(
   is_removed = is_removed[rows]
   if is_removed.sum() != len(removed):
     raise ValueError(
-      f'only {is_removed.sum()} of {len(removed)} removed rows are candidates, each counted once'
+      f'only {is_removed.sum()} of {len(removed)} removed rows are distinct candidates'
     )
   numbers, categories = _matched_variables(columns, rows)
   digits = [*categories.values(), *map(cells.quantile_bins, numbers.values(), BINS.values())]
@@ -92,8 +93,8 @@ def _matched_variables(
   for name in ('anchor_class', *BINS):
     if getattr(columns, name) is None:
       raise InputError(
-        f"rule 'matched' needs {name}: the pool must have images and captions, and "
-        'the anchor labels'
+        f"rule 'matched' needs {name}: the pool must have images and captions, and the anchor must "
+        'have labels'
       )
   numbers = {name: getattr(columns, name)[rows] for name in BINS}
   categories = {'anchor_class': columns.anchor_class[rows]}
@@ -102,7 +103,7 @@ def _matched_variables(
   known = (categories['anchor_class'] >= 0) & np.isfinite(numbers['anchor_class_similarity'])
   if not known.all():
     raise InputError(
-      "rule 'matched' needs the nearest anchor class of every candidate, "
+      "rule 'matched' needs the nearest anchor class of every candidate, but "
       f"{(~known).sum()} have none: search with search.backend='exact'"
     )
   return numbers, categories

@@ -1,8 +1,8 @@
 """The pruning rules: columns over the pool in, the pool rows to keep out. No files.
 
 Every rule is a pure function of the columns, its parameters and its seed. Ties go by pool order,
-the earlier row first. To add a rule, write its function and its entry in RULES, with the words that
-tables, figures and summaries have for it.
+the earlier row first. To add a rule, write its function and its entry in RULES, with its
+description for tables, figures and summaries.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +22,7 @@ from clip_jax.pruning.controls import matched, random
 
 
 def count_of(size: float, candidates: int) -> int:
-  """Returns the rows that a split's size asks for: <= 1 a share of the candidates, > 1 a count."""
+  """Returns the number of rows of a size: <= 1 is a share of the candidates, > 1 a count."""
   if size > 1 and float(size).is_integer():
     return int(size)
   if 0 < size <= 1:
@@ -43,9 +43,9 @@ def keep_none(columns: Columns) -> Kept:
 def listed(
   columns: Columns,
   *,
-  rows: Array,  # [m] int64, sorted: the pool rows that a file names, each as often as it does
+  rows: Array,  # [m] int64, sorted: the pool rows that a file lists, with repeats
 ) -> Kept:
-  """Keeps the candidates among the rows that a file names, with repeats."""
+  """Keeps the candidates among the rows that a file lists, with repeats."""
   are_candidates = columns.candidates[rows]
   kept = rows[are_candidates]
   report = {
@@ -59,7 +59,7 @@ def listed(
 def near(columns: Columns, *, benchmarks: Sequence[str], count: int) -> Kept:
   """Keeps the `count` candidates LEAST similar to the benchmarks (the most similar are removed).
 
-  A row's similarity is its highest to any query of any of the benchmarks.
+  A row's similarity is its maximum over all queries of all benchmarks.
   """
   return _least('near', columns, benchmarks, count, sign=1)
 
@@ -82,33 +82,36 @@ def _least(
     )
   if count in (0, len(rows)):
     return Kept(rows[:count], {'decided_exactly': 0})
-  found, decided = refined(
+  exact_values, decided = refined(
     values,
     lambda near_cut: sign * columns.exact_similarity(benchmarks, rows[near_cut]),
     [count - 1],
     columns.tolerance,
   )
-  keep = lowest(found, count)
-  report = {'decided_exactly': decided, 'similarity_at_cut': float(sign * found[keep].max())}
+  keep = lowest(exact_values, count)
+  report = {'decided_exactly': decided, 'similarity_at_cut': float(sign * exact_values[keep].max())}
   return Kept(rows[keep], report)
 
 
 def domain_removal(
   columns: Columns,
   *,
-  codes: Array,  # [N] integers, each row's level; -1 where it has none
+  codes: Array,  # [N] integers, each row's level; -1 for a row without a level
   names: Sequence[str],  # of the levels
-  values: Sequence[str],  # the levels that go
+  values: Sequence[str],  # the levels to drop
 ) -> Kept:
-  """Drops the candidates of some domains or classes; rows without one are kept.
+  """Drops the candidates of the given domains or classes; rows without one are kept.
 
-  Report: dropped_by_value (name -> candidates dropped), without_value (candidates that have none).
-  Raises ConfigError for a value that is no level.
+  Report: dropped_by_value (name -> candidates dropped), without_value (candidates without a
+  level). Raises ConfigError for a value that is no level.
   """
   for value in values:
     if value not in names:
-      raise ConfigError(f'values: {value!r} is not there.{config_lib.nearest(value, names)}')
-  gone = np.zeros(len(names) + 1, bool)  # the last is for rows without a level
+      raise ConfigError(
+        f'values: {value!r} is no value of the column and no class of the reference.'
+        f'{config_lib.nearest(value, names)}'
+      )
+  gone = np.zeros(len(names) + 1, bool)  # the last entry is for rows without a level
   gone[[names.index(value) for value in values]] = True
   dropped = columns.candidates & gone[codes]
   counts = np.bincount(codes[dropped], minlength=len(names))
@@ -120,18 +123,18 @@ def domain_removal(
 
 
 def union(columns: Columns, *, others: Sequence[Array]) -> Kept:
-  """Keeps what any of some splits keeps. others: the rows of each, [n] int64, once."""
+  """Keeps rows that at least one of the other splits keeps; others: [n] int64 rows each, unique."""
   return _composed(columns, others, np.logical_or)
 
 
 def intersection(columns: Columns, *, others: Sequence[Array]) -> Kept:
-  """Keeps what all of some splits keep. others: as of `union`."""
+  """Keeps rows that all other splits keep; `others` as in `union`."""
   return _composed(columns, others, np.logical_and)
 
 
 def minus(columns: Columns, *, others: Sequence[Array]) -> Kept:
-  """Keeps what the first split keeps and none of the further ones. others: as of `union`."""
-  return _composed(columns, others, np.greater)  # of two bools: the first and not the second
+  """Keeps rows of the first split that no further split keeps; `others` as in `union`."""
+  return _composed(columns, others, np.greater)  # on booleans: a and not b
 
 
 def _composed(
@@ -147,7 +150,7 @@ def _composed(
 
 
 def _listed(names: Sequence[Any], word: str = 'and') -> str:
-  """Returns 'a, b and c'."""
+  """Returns the names as a list in prose: 'a, b and c'."""
   *first, last = map(str, names) if names else ['']
   return f'{", ".join(first)} {word} {last}' if first else last
 
@@ -156,11 +159,11 @@ def _gap_aligned_words(of: Mapping[str, Any]) -> str:
   slack = of['slack']
   cut = f', by more than {slack:g}'.replace('-', '\u2212') if slack else ''
   if of['dose']:
-    cut = f', {100 * of["dose"]:g} % of the number that slack 0 removes, largest excess first'
+    cut = f'; {100 * of["dose"]:g} % of the number that slack 0 removes, largest excess first'
   elif of['quantile']:
     cut = f', by more than the {100 * of["quantile"]:g} % quantile of the excess'
   queries = f'a query of {_listed(of["benchmarks"])}'
-  return f'without what is nearer to {queries} than any anchor image is{cut}'
+  return f'without rows that are nearer to {queries} than any anchor image{cut}'
 
 
 def _domain_words(of: Mapping[str, Any]) -> str:
@@ -168,38 +171,38 @@ def _domain_words(of: Mapping[str, Any]) -> str:
   rows = (
     f'rows whose {of["column"]} is {values}'
     if of['column']
-    else f'rows that are {values} by the nearest example of {of["reference"] or "a reference"}'
+    else f'rows classified as {values} by the nearest example of {of["reference"] or "a reference"}'
   )
   return f'domain removal, not alignment: without {rows}'
 
 
 def _minus_words(of: Mapping[str, Any]) -> str:
   first, *others = of['of']
-  return f'what {first} keeps and {_listed(others)} {"does" if len(others) < 2 else "do"} not'
+  return f'rows that {first} keeps and {_listed(others)} {"does" if len(others) < 2 else "do"} not'
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-  """A rule, what a caller must know to run it, and how it is shown.
+  """A rule with its requirements and its description.
 
-  keys: the keys of a split block that this rule reads (beside append_anchor and seeds).
-  needs: what the caller supplies: 'search' (similarity columns), 'excess' (and so an anchor),
+  keys: the keys of a split block that this rule reads (besides append_anchor and seeds).
+  needs: inputs that the caller supplies: 'search' (similarity columns), 'excess' (needs an anchor),
   'pairs' (of k_aligned), 'levels' (`codes` and `names`, from a column or a reference), 'count'
-  (from size or size_of), 'draw' (from the training seed: one draw each), 'target' (the rows that
-  the split named by `to` dropped), 'others' (the rows that the splits named by `of` keep),
-  'anchor_classes' (the search against class means), 'file' (the rows that the split's file names;
-  the file counts by its content, not by its path).
-  append_anchor: where the rule fixes it; None: the split's own key.
-  planted: whether the planted rows belong to the split.
-  every_row: whether an approximate search, which does not score every row, will not do.
-  selects: whether a matched control can imitate it: it drops candidates for what they are.
-  label: a few words for legends and tables.
-  words: the values of `keys` -> what a split of this rule is, in a sentence without a full stop.
-  column: what the rule removes by, 'excess' or 'similarity'; '' for rules on something else.
-  lowest_first: whether it removes what is lowest in that column first, not what is highest.
-  strips: titles of the pictures of removed rows (the first to go, the median, the last) and of the
-  kept rows that would have gone next; () without a column.
-  compared: whether it is one cut through its column, which other embedders can make, too.
+  (from size or size_of), 'draw' (one draw per training seed), 'target' (the rows dropped by the
+  split named in `to`), 'others' (the rows kept by the splits named in `of`), 'anchor_classes' (the
+  search against class means), 'file' (the rows that the split's file lists; the file's content
+  counts, not its path).
+  append_anchor: the rule's fixed value; None: the split's own key.
+  planted: whether the split contains the planted rows.
+  every_row: whether the rule needs every row's score, so that an approximate search is not enough.
+  selects: whether the rule selects rows by their properties; a matched control can imitate it.
+  label: a short name for legends and tables.
+  words: the values of `keys` -> a description of the split, without a full stop.
+  column: the column that the rule removes by, 'excess' or 'similarity'; '' for other rules.
+  lowest_first: whether rows of low values are removed first, instead of high values.
+  strips: titles of the pictures of removed rows (removed first, median, removed last) and of the
+  kept rows nearest to the cut; () without a column.
+  compared: whether the rule is one cut through its column, so that embedders can be compared.
   """
 
   keep: Callable[..., Kept]
@@ -219,56 +222,53 @@ class Rule:
 
   @property
   def drawn(self) -> bool:
-    """Whether there is a draw of its own for each training seed."""
+    """Whether each training seed has its own draw."""
     return 'draw' in self.needs
 
   @property
   def aligned(self) -> bool:
-    """Whether it drops rows for being nearer to a query than the anchor's rows are."""
+    """Whether the rule drops rows that are nearer to a query than the anchor's rows."""
     return 'excess' in self.needs
 
   @property
   def sized(self) -> bool:
-    """Whether the config asks for a size: accuracy is drawn as a curve over it."""
+    """Whether the split has a size in the config; the report plots accuracy against it."""
     return 'size' in self.keys
 
 
-# The keys of a split block that rules read, each declared once. A rule names those that it reads.
+# The keys of a split block, each declared once; every rule names the keys that it reads.
 KEYS = {
-  'benchmarks': Key(
-    ()
-  ),  # whose queries count (gap_aligned, near, far); several: their union, their max
+  # gap_aligned, k_aligned, near, far: the benchmarks whose queries count; of several, the union of
+  # the dropped rows (aligned) or the maximum similarity (near, far)
+  'benchmarks': Key(()),
   'size': Key(0.0),  # near, far, random: rows kept; <= 1 a share of the candidates, > 1 a count
-  'size_of': Key(''),  # near, far, random: as many as that split keeps
+  'size_of': Key(''),  # near, far, random: a split that sets the number of rows kept
   # matched: the split whose removed rows are imitated (aligned, near, far, a domain removal, a
   # join, listed)
   'to': Key(''),
-  'slack': Key(
-    0.0, within(-2, 2)
-  ),  # gap_aligned: drop only what is more than this over the anchor's similarity
-  # gap_aligned: the slack is this quantile of the candidates' excess (0.9: a tenth of them goes, or
-  # a little less); 0: not given
+  # gap_aligned: drop only rows whose similarity exceeds the anchor's by more than this
+  'slack': Key(0.0, within(-2, 2)),
+  # gap_aligned: the slack is this quantile of the candidates' excess (0.9: drops a tenth of them,
+  # or slightly less); 0: not set
   'quantile': Key(0.0, within(0, 1)),
-  # gap_aligned: drops so many times what slack 0 does, the largest excess first; 0: not given
+  # gap_aligned: drops this multiple of the number of rows that slack 0 drops, largest excess first;
+  # 0: not set
   'dose': Key(0.0, within(0, 1000)),
-  # k_aligned: the j-th nearest pool row is no nearer than the j-th nearest anchor row, for every j
-  # up to k
+  # k_aligned: for every j up to k, the j-th nearest pool row is not nearer than the j-th nearest
+  # anchor row
   'k': Key(1, positive),
-  'reference': Key(
-    ''
-  ),  # domain_removal: one of config.references: its nearest example says a row's class
-  'column': Key(''),  # domain_removal: or a column of the pool's index that says it
-  'values': Key(()),  # domain_removal: the classes, or the column's values, that are dropped
-  'of': Key(
-    ()
-  ),  # union, intersection, minus: the splits that are joined; minus: the first without the others
-  'seed': Key(0),  # random, matched: of the draw, together with the training seed
-  'file': Key(
-    ''
-  ),  # listed: the samples, by key: DataComp's uid .npy, int64 .npy, or parquet of keys
+  # domain_removal: one of config.references, whose nearest example sets a row's class
+  'reference': Key(''),
+  'column': Key(''),  # domain_removal: or a column of the pool's index with the class
+  'values': Key(()),  # domain_removal: the classes, or values of the column, that are dropped
+  # union, intersection, minus: the splits that are joined; minus: the first without the others
+  'of': Key(()),
+  'seed': Key(0),  # random, matched: seed of the draw, together with the training seed
+  # listed: a file of sample keys: DataComp's uid .npy, int64 .npy, or parquet of keys
+  'file': Key(''),
 }
 
-# In the order of legends. A rule has its colour by its place: new ones go to the end.
+# In the order of legends. The position sets a rule's colour: add new rules at the end.
 RULES = {
   'all': Rule(
     keep_all, label='base (the whole pool)', words=lambda of: 'the whole pool and the anchor'
@@ -305,7 +305,8 @@ RULES = {
     every_row=True,
     label='matched control',
     words=lambda of: (
-      f'control: as many rows removed as in {of["to"]}, alike but not the similar ones'
+      f'matched control: without as many other rows as {of["to"]} removes, alike except in '
+      'similarity'
     ),
   ),
   'random': Rule(
@@ -313,7 +314,7 @@ RULES = {
     ('size', 'size_of', 'seed'),
     ('count', 'draw'),
     label='random',
-    words=lambda of: 'random rows: the control for size',
+    words=lambda of: 'random rows, the control for size',
   ),
   'near': Rule(
     near,
@@ -367,8 +368,8 @@ RULES = {
     label='aligned to k neighbours',
     column='excess',
     words=lambda of: (
-      f'no query of {_listed(of["benchmarks"])} has nearer pool images than anchor '
-      f'images, for its {of["k"]} nearest of each'
+      f'aligned for the {of["k"]} nearest images of each query of {_listed(of["benchmarks"])}: no '
+      'pool image is nearer than the anchor image of the same rank'
     ),
     strips=(
       'removed, largest excess',
@@ -391,7 +392,7 @@ RULES = {
     ('others',),
     selects=True,
     label='union of splits',
-    words=lambda of: f'what {_listed(of["of"], "or")} keeps',
+    words=lambda of: f'rows that {_listed(of["of"], "or")} keeps',
   ),
   'intersection': Rule(
     intersection,
@@ -399,7 +400,7 @@ RULES = {
     ('others',),
     selects=True,
     label='intersection of splits',
-    words=lambda of: f'what {_listed(of["of"])} keep, every one of them',
+    words=lambda of: f'rows that {_listed(of["of"])} all keep',
   ),
   'minus': Rule(
     minus, ('of',), ('others',), selects=True, label='a split without others', words=_minus_words
@@ -408,6 +409,6 @@ RULES = {
     keep_all,
     planted=True,
     label='base with planted copies of test images',
-    words=lambda of: 'base, and planted copies of test images: a positive control',
+    words=lambda of: 'base with planted copies of test images: a positive control',
   ),
 }

@@ -1,6 +1,6 @@
-"""Splits as row numbers: the rows of a split, its check by brute force, its description, overlaps.
+"""Splits as row numbers: rows of a split, brute-force check, description, overlaps.
 
-Base rows: pool rows are 0..N-1, the anchor's N..N+A-1, planted ones N+A and up. Arrays in, arrays
+Base rows: pool rows are 0..N-1, anchor rows N..N+A-1, planted rows N+A and up. Arrays in, arrays
 and plain dicts out; the caller reads and writes the files (rows.npy, split.json).
 """
 
@@ -16,20 +16,19 @@ from clip_jax.pruning.aligned import dropped_rows
 from clip_jax.pruning.columns import TOLERANCE, Columns
 
 SLACKS = (-0.01, -0.005, 0.0, 0.005, 0.01)
-DOMAIN_REMOVAL = 0.9  # share of a domain over which dropping it is no longer alignment
+DOMAIN_REMOVAL = 0.9  # dropping a larger share of a domain is domain removal, not alignment
 CHECK_ROWS = 4096  # rows widened to float64 at a time
 
 
 def base_rows(
-  pool_rows: Array,  # [n] int64, sorted; repeats stay
+  pool_rows: Array,  # [n] int64, sorted; repeats are kept
   pool_size: int,  # N
-  anchor_rows: Array,  # [a] int64, sorted: the usable ones of the anchor's own rows 0..A-1
+  anchor_rows: Array,  # [a] int64, sorted: the usable rows among the anchor's rows 0..A-1
   append_anchor: bool,
-  base_size: int = 0,  # N + A, where there are planted rows
-  planted_rows: Array
-  | None = None,  # [p] int64, sorted: the usable ones of the planted rows 0..P-1
+  base_size: int = 0,  # N + A, needed for planted rows
+  planted_rows: Array | None = None,  # [p] int64, sorted: the usable rows among 0..P-1
 ) -> Array:
-  """Returns the split's rows of the base set, sorted int64: of the pool, the anchor, planted."""
+  """Returns a split's rows of the base set, sorted int64: pool, anchor and planted rows."""
   anchor = np.asarray(anchor_rows, np.int64) + pool_size
   return np.concatenate(
     [
@@ -49,16 +48,16 @@ def rows_hash(
 
 @dataclasses.dataclass(frozen=True)
 class Promise:
-  """What an aligned split promises: its queries have no nearer neighbours than in the anchor set.
+  """The similarity gap that an aligned split must have: no neighbours nearer than the anchor's.
 
-  k = 0, rule gap_aligned: s and t are a query's nearest-neighbour similarities in the split and in
-  the anchor set. With the anchor appended and slack <= 0, s equals t (kind 'equality'); otherwise
-  s - t <= slack (kind 'inequality'). k > 0, rule k_aligned, of pool rows alone: for every j <= k
-  the j-th nearest of them is no nearer than the j-th nearest anchor row (kind 'each of k').
+  k = 0 (rule gap_aligned): let s and t be a query's nearest-neighbour similarities in the split and
+  in the anchor set. With the anchor appended and slack <= 0, s = t (kind 'equality'); otherwise
+  s - t <= slack (kind 'inequality'). k > 0 (rule k_aligned, on pool rows alone): for every j <= k,
+  the j-th nearest pool row is not nearer than the j-th nearest anchor row (kind 'each of k').
   """
 
   benchmarks: Sequence[str]
-  rows: Array  # [n] int64, sorted, each once: of the base set; with k, of the pool
+  rows: Array  # [n] int64, sorted, unique: of the base set; with k > 0, of the pool
   append_anchor: bool
   slack: float = 0.0
   k: int = 0
@@ -71,8 +70,8 @@ class Promise:
 
 
 def check_aligned(
-  promises: Mapping[str, Promise],  # split -> what it promises
-  queries: Mapping[str, Array],  # benchmark -> [Q, E] float16, its usable ones
+  promises: Mapping[str, Promise],  # split -> its promise
+  queries: Mapping[str, Array],  # benchmark -> [Q, E] float16, usable queries only
   blocks: Iterable[tuple[Array, Array]],  # base rows [b] int64 and their vectors [b, E] float16
   anchor_blocks: Iterable[Array],  # [b, E] float16 each: the vectors of the usable anchor rows
   *,
@@ -80,23 +79,24 @@ def check_aligned(
   seed: int = 0,
   tolerance: float = TOLERANCE,
 ) -> dict[str, dict[str, dict]]:
-  """Checks aligned splits by brute force, on a seeded sample of the queries of each benchmark.
+  """Checks aligned splits by brute force, on a seeded sample of each benchmark's queries.
 
-  One pass over the blocks serves all splits: they hold all rows of all splits, each once, in any
-  order. Exact: float32 finds the pairs within the tolerance of a limit, float64 decides; its sums
-  of products of float16 numbers are exact.
+  All splits are checked in one pass over the blocks, which hold the rows of all splits, each once,
+  in any order. The check is exact: float32 finds the pairs within the tolerance of a limit, float64
+  decides them; its sums of products of float16 numbers are exact.
 
   Returns split -> benchmark -> checked, failures (counts of queries), kind, and first_failures: up
-  to five of {query, split, anchor}: the query's row and the highest similarities in both, -inf
-  where the split has none as high as it must be; with k also j, the first place that is too near.
-  Memory: CHECK_ROWS rows, and a block.
+  to five of {query, split, anchor}: the query's row and the highest similarities in both, -inf if
+  the split has no row near the required similarity; with k > 0 also j, the first rank that is too
+  near. Memory: CHECK_ROWS rows, and a block.
   """
   chosen = _samples(queries, sample, seed)
   vectors = np.concatenate([queries[name][rows] for name, rows in chosen.items()])
   starts = dict(zip(chosen, np.cumsum([0, *map(len, chosen.values())]).tolist()))
   places = {name: slice(starts[name], starts[name] + len(rows)) for name, rows in chosen.items()}
   anchor = _highest(vectors, anchor_blocks, max(max(p.k, 1) for p in promises.values()), tolerance)
-  best, least = {}, {}  # split -> [q, k] float64, and [q] float64: what is lower breaks nothing
+  # split -> [q, k] float64: highest similarities; [q] float64: lower ones cannot break the promise
+  best, least = {}, {}
   for split, promise in promises.items():
     best[split] = np.full([len(vectors), max(promise.k, 1)], -np.inf)
     least[split] = np.full(len(vectors), np.inf)
@@ -110,15 +110,17 @@ def check_aligned(
     high, number = scores[query, row], numbers[row]
     for split, promise in promises.items():
       limit = np.maximum(least[split], best[split][:, -1] - tolerance)
-      mine = np.flatnonzero(high >= limit[query])
-      mine = mine[_are_in(number[mine], promise.rows)]
-      if len(mine):
-        exact = _exact(double, query[mine], rows, row[mine])
-        best[split] = _merged(best[split], query[mine], exact)
+      positions = np.flatnonzero(high >= limit[query])
+      positions = positions[_are_in(number[positions], promise.rows)]
+      if len(positions):
+        exact = _exact(double, query[positions], rows, row[positions])
+        best[split] = _merged(best[split], query[positions], exact)
   return {
     split: {
       name: _failures(
-        promise, chosen[name], *(found[places[name]] for found in (best[split], anchor))
+        promise,
+        chosen[name],
+        *(similarities[places[name]] for similarities in (best[split], anchor)),
       )
       for name in promise.benchmarks
     }
@@ -127,7 +129,7 @@ def check_aligned(
 
 
 def _samples(queries: Mapping[str, Array], sample: int, seed: int) -> dict[str, Array]:
-  """Returns some rows of each benchmark's queries, sorted."""
+  """Returns a sorted random sample of rows of each benchmark's queries."""
   return {
     name: np.sort(np.random.default_rng(seed).permutation(len(vectors))[:sample])
     for name, vectors in queries.items()
@@ -135,7 +137,7 @@ def _samples(queries: Mapping[str, Array], sample: int, seed: int) -> dict[str, 
 
 
 def _failures(promise: Promise, rows: Array, best: Array, anchor: Array) -> dict:
-  """Returns what the check found of some queries, by their highest similarities, [q, k] float64."""
+  """Returns the check's result for queries, from their highest similarities, [q, k] float64."""
   anchor = anchor[:, : best.shape[1]]
   over = best != anchor if promise.kind == 'equality' else best - anchor > promise.slack
   j = over.argmax(axis=1)
@@ -160,7 +162,7 @@ def _are_in(
   values: Array,  # [m] int64
   rows: Array,  # [n] int64, sorted
 ) -> Array:
-  """Returns which values are among the rows, [m] bool."""
+  """Returns whether each value is among the rows, [m] bool."""
   if not len(rows):
     return np.zeros(len(values), bool)
   return rows[np.minimum(np.searchsorted(rows, values), len(rows) - 1)] == values
@@ -170,7 +172,7 @@ def _scored(
   queries: Array,  # [q, E] float32
   blocks: Iterable[tuple[Array, Array]],  # numbers [b] and vectors [b, E] float16
 ) -> Iterator[tuple[Array, Array, Array]]:
-  """Yields numbers [c], similarities [q, c] float32, vectors [c, E]; c is CHECK_ROWS at most."""
+  """Yields numbers [c], similarities [q, c] float32, vectors [c, E], with c <= CHECK_ROWS."""
   for numbers, block in blocks:
     if block.ndim != 2 or block.shape[1] != queries.shape[1]:
       raise ValueError(f'blocks must be [rows, {queries.shape[1]}] like queries, got {block.shape}')
@@ -187,13 +189,13 @@ def _highest(
 ) -> Array:
   """Returns each query's k highest similarities to rows of any block, [q, k] float64, descending.
 
-  Exact, where float32 is off by less than half the tolerance; -inf where there are fewer rows.
+  Exact if float32 errors are below half the tolerance; -inf if there are fewer than k rows.
   """
   best = np.full([len(queries), k], -np.inf)
   double = queries.astype(np.float64)
   numbered = ((np.arange(len(block)), block) for block in blocks)
   for _, scores, rows in _scored(queries.astype(np.float32), numbered):
-    least = scores.max(axis=1) if k == 1 else best[:, -1]  # who is lower is none of the highest
+    least = scores.max(axis=1) if k == 1 else best[:, -1]  # lower scores are not among the highest
     if np.isneginf(least).any():
       place = max(len(rows) - k, 0)
       least = np.partition(scores, place, axis=1)[:, place]
@@ -204,7 +206,7 @@ def _highest(
 
 
 def _exact(queries: Array, query: Array, rows: Array, row: Array) -> Array:
-  """Returns the exact similarities of m pairs, [m] float64; as many as CHECK_ROWS at a time."""
+  """Returns the exact similarities of m pairs, [m] float64, CHECK_ROWS pairs at a time."""
   parts = [slice(start, start + CHECK_ROWS) for start in range(0, len(query), CHECK_ROWS)]
   return np.concatenate(
     [np.zeros(0)]
@@ -220,7 +222,7 @@ def _merged(
   query: Array,  # [m] integers, sorted
   values: Array,  # [m] float64
 ) -> Array:
-  """Returns the k highest of what each query had and of its new values, descending."""
+  """Returns the k highest of each query's previous and new values, descending."""
   k = best.shape[1]
   order = np.lexsort((-values, query))
   query, values = query[order], values[order]
@@ -232,7 +234,7 @@ def _merged(
 
 
 def dropped_at_slack(columns: Columns, benchmarks: Sequence[str]) -> dict[str, int]:
-  """Returns how many rows gap_aligned drops at each of SLACKS, written as '0.005'."""
+  """Returns the number of rows that gap_aligned drops at each of SLACKS; keys like '0.005'."""
   return {
     f'{slack:g}': len(dropped_rows(columns, benchmarks=benchmarks, slack=slack)) for slack in SLACKS
   }
@@ -243,19 +245,19 @@ def describe_aligned(
   kept: Array,  # [n] int64, the pool rows that the aligned split keeps
   *,
   benchmarks: Sequence[str],
-  dropped_at: Mapping[str, int],  # of dropped_at_slack
+  dropped_at: Mapping[str, int],  # result of dropped_at_slack
   removed_over: Mapping[str, Array],  # benchmark -> [Q] integers, removed rows with sim > t_i
   anchor_cosine: Mapping[str, Array],  # benchmark -> [Q] float, t_i divided by both norms
   duplicate_similarity: float,
-  label: Array | None = None,  # [N] strings or integers; None where unknown
+  label: Array | None = None,  # [N] strings or integers; entries may be None
   domain: Array | None = None,  # [N]
 ) -> dict:
-  """Returns the figures that are printed with every aligned split.
+  """Returns the figures that are reported for every aligned split.
 
   dropped, dropped_share (of the candidates), by_class and by_domain (level -> candidates, dropped,
   share), dropped_at_slack (slack -> rows; copies of anchor images tie at t_i, so the count at 0 is
-  fragile by nature), queries (benchmark -> queries; hit: those with a removed neighbour nearer than
-  t_i; leaked: those whose t_i is at or over duplicate_similarity, already leaked through the
+  fragile by nature), queries (benchmark -> queries; hit: queries with a removed neighbour nearer
+  than t_i; leaked: queries whose t_i is at least duplicate_similarity, already leaked through the
   anchor; and the shares of both), and warnings (sentences).
   """
   dropped = np.array(columns.candidates, bool)
@@ -263,12 +265,12 @@ def describe_aligned(
   candidates, count = int(np.sum(columns.candidates)), int(dropped.sum())
   by_domain = shares(domain, columns.candidates, dropped)
   warnings = [
-    f'{figures["share"]:.1%} of domain {name!r} is gone: this is domain removal, not alignment'
+    f'{figures["share"]:.1%} of domain {name!r} is removed: this is domain removal, not alignment'
     for name, figures in by_domain.items()
     if name and figures['share'] > DOMAIN_REMOVAL
   ]
   if count > candidates / 2:
-    warnings.append(f'{count:,} of {candidates:,} candidates are dropped, more than half')
+    warnings.append(f'more than half of the candidates are dropped: {count:,} of {candidates:,}')
   return {
     'dropped': count,
     'dropped_share': count / candidates if candidates else 0.0,
@@ -288,7 +290,7 @@ def shares(
   candidates: Array,  # [N] bool
   dropped: Array,  # [N] bool
 ) -> dict:
-  """Returns, for each level that has candidates: their number, those dropped, and the share."""
+  """Returns level -> candidates, dropped and share, for each level that has candidates."""
   if column is None:
     return {}
   codes, names = cells.levels(column)
@@ -319,13 +321,12 @@ def _query_figures(
 
 
 def overlap(
-  splits: Mapping[str, Array],  # name -> [n] int64 rows; a row that is there twice counts once
+  splits: Mapping[str, Array],  # name -> [n] int64 rows; repeats count once
 ) -> tuple[list[str], Array, Array]:
   """Returns the names, [S, S] |A and B| / |A or B|, and [S, S] |A and B| / |A| (A is the row).
 
-  Give pool rows: anchor rows are in every split and would make all of them look alike. Of an empty
-  split all (none) of the rows are in B: both figures are then 1 against another empty one, and the
-  second is 1 against any.
+  Pass pool rows only: anchor rows are in every split and would increase every overlap. For an empty
+  A, the second figure is 1 for every B; the first is 1 if B is empty too.
   """
   size = max((int(rows.max()) + 1 for rows in splits.values() if len(rows)), default=0)
   packed = [_bits(rows, size) for rows in splits.values()]

@@ -1,7 +1,7 @@
-"""Plain results -> the report's comparisons: each aligned split against its control, in words.
+"""Plain results -> the report's comparisons: each aligned split against its control.
 
-Estimates are read by their fields only (value, low, high, method), whatever made them. The words
-follow from the intervals and never claim more than the number of seeds allows.
+Estimates may be of any type with the fields value, low, high and method. The sentences follow from
+the intervals and never claim more than the number of seeds allows.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,24 +17,25 @@ Item = Mapping[str, Any]
 #   split, benchmark, base, control: names (control may be None)
 #   rule: of the split                    control_rule: 'matched' | 'random'
 #        against_control, against_base, bootstrap: estimates
-#   answers: whether the answer is made of it
-#   holm: adjusted p, NaN outside the family  tests: how many tests the family has
+#   answers: whether the headline answer uses it
+#   holm: adjusted p, NaN outside the confirmatory family    tests: size of that family
 #   equivalence: verdict, low, high, margin, detectable
 #   share, share_matched: value, low, high, method, reference, loss, room, reason
-#   placebo, did: estimate, hit, unhit, reason; placebo_benchmark: a name; did_reason: why none
+#   placebo, did: estimate, hit, unhit, reason
+#   placebo_benchmark: a name; did_reason: why `did` is None
 #   dose: slope, low, high, images, reason    mcnemar: [(seed, first_only, second_only and p_value)]
 
 CLAIM = 0.05  # level of the confirmatory tests, after Holm's correction
 ASSUMPTION = (
-  'Assumes that without the removal both would have changed by the same points within '
-  'a class, and that removals touch unhit queries only as they touch all.'
+  'Assumptions: without the removal, both groups would have changed by the same points within '
+  'a class; removals affect unhit queries only as much as they affect all queries.'
 )
 
 
 def blocks_of(items: Sequence[Item], looks: figures.Looks) -> list:
-  """Returns a figure of all comparisons, then a table each whose rows say what they mean.
+  """Returns a figure of all comparisons, then one table per comparison with its interpretation.
 
-  The tables of those that the answer is not made of (doses) are behind a line.
+  Comparisons that the headline answer does not use (doses) are collapsed.
   """
   drawn = [item for item in items if item['against_control'] is not None]
   blocks: list = [Figures((_figure(drawn, looks),))] if drawn else []
@@ -48,9 +49,9 @@ def blocks_of(items: Sequence[Item], looks: figures.Looks) -> list:
   return [
     *blocks,
     Text(
-      'Tests are only the splits that the answer is made of, one for each set of benchmarks, each '
-      'against its matched control, corrected for their number by Holm\u2019s method; all else are '
-      'estimates with intervals. \u201cNo loss\u201d needs a 90 % interval inside the margin.',
+      'Confirmatory tests (Holm): each aligned split of the answer against its matched control, '
+      'one split for each set of benchmarks. Everything else is an estimate with an interval. '
+      '\u201cNo loss\u201d needs a 90 % interval inside the equivalence margin.',
       'muted',
     ),
   ]
@@ -75,7 +76,7 @@ def _figure(items: Sequence[Item], looks: figures.Looks) -> Figure:
   ]
   text = figures.differences(
     rows,
-    title='Aligned split against its control',
+    title='Aligned split minus its control',
     xlabel='difference in accuracy, points',
     margin=margin,
     looks=looks,
@@ -84,8 +85,8 @@ def _figure(items: Sequence[Item], looks: figures.Looks) -> Figure:
     'comparisons',
     text,
     (
-      'On the benchmark that it was aligned to. The grey band is \u00b1'
-      f'{tables.percent(margin, 0)} points, inside which a difference would count as no loss.'
+      'Each split on the benchmark it was aligned to. Grey band: the equivalence margin, \u00b1'
+      f'{tables.percent(margin, 0)} points; a difference inside it counts as no loss.'
     ),
   )
 
@@ -95,7 +96,7 @@ def _against(item: Item) -> str:
     return 'no control split'
   if item['control_rule'] == 'matched':
     return f'against the matched control {item["control"]}'
-  return f'no matched control exists; against random rows, {item["control"]}'
+  return f'against random rows, {item["control"]} (no matched control exists)'
 
 
 def _table(item: Item) -> Table:
@@ -106,7 +107,7 @@ def _table(item: Item) -> Table:
   return Table(
     f'comparison_{item["split"]}_{item["benchmark"]}',
     '',
-    (Cell('compared'), Cell('estimate'), Cell('in words')),
+    (Cell('comparison'), Cell('estimate'), Cell('interpretation')),
     rows,
     (),
     _records(item),
@@ -114,7 +115,7 @@ def _table(item: Item) -> Table:
   )
 
 
-# Lines of the table: what is compared, the estimate, a smaller line below it, what it means.
+# A line of the table: the comparison, the estimate, the detail below it, the interpretation.
 Line = tuple[str, str, str, str]
 
 
@@ -135,38 +136,37 @@ def _differences(item: Item) -> list[Line]:
         f'against {item["base"]}',
         f'{tables.estimate_text(item["against_base"])} points',
         '',
-        'All that removing these rows did: similarity, size and class mix together.',
+        'Total effect of removing these rows: similarity, size and class mix together.',
       )
     )
   return lines
 
 
 def _verdict(item: Item) -> str:
-  """Returns what the difference to the control says, and no more than it can say."""
+  """Returns the interpretation of the difference to the control."""
   d, same = item['against_control'], item['equivalence']
   if d.method != 'crossed':
     return {
-      'range': 'Two seeds give a range; no claim about training in general.',
-      'none': 'No interval and no claim: all images belong to one group (a writer, a photo).',
-    }.get(d.method, 'One checkpoint each: this describes these two runs, not training in general.')
+      'range': 'Two seeds give a range and no claim about training in general.',
+      'none': 'No interval and no claim: all images belong to one group (one writer or photo).',
+    }.get(d.method, 'One seed: this describes these two checkpoints, not training in general.')
   if item['control_rule'] != 'matched':
-    return 'An estimate: random rows are a control for size only.'
+    return 'An estimate only: random rows control for size, not for class mix.'
   if not tables.known(item['holm']):
-    return 'An estimate, not one of the tests: the answer is made of another cut.'
+    return 'An estimate, not a confirmatory test: the answer uses another split.'
   if item['holm'] < CLAIM:
     size = tables.percent(abs(d.value))
     if d.value < 0:
       return (
-        f'The removed images mattered because they were similar: without them '
-        f'{item["benchmark"]} loses {size} points more than without as many otherwise alike '
-        'images.'
+        f'The similarity of the removed images mattered: removing them costs {size} points more '
+        f'on {item["benchmark"]} than removing as many otherwise alike images.'
       )
-    return f'The aligned split does better than its control, by {size} points.'
+    return f'The aligned split is better than its control, by {size} points.'
   if same.verdict == 'equivalent':
-    return f'No loss: shown to lie within \u00b1{tables.percent(same.margin, 0)} points.'
+    return f'No loss: the difference is within \u00b1{tables.percent(same.margin, 0)} points.'
   return (
-    f'Undetermined: anything from {tables.points(d.low)} to {tables.points(d.high)} points '
-    'fits these runs.'
+    f'Undetermined: differences from {tables.points(d.low)} to {tables.points(d.high)} points '
+    'are consistent with these runs.'
   )
 
 
@@ -177,12 +177,14 @@ def _shares(item: Item) -> list[Line]:
     (
       item['share'],
       'E, explained share',
-      f'of what base has over the reference on {item["benchmark"]} goes with the similar images.',
+      f'of the lead of base over the reference on {item["benchmark"]} is lost with the similar '
+      'images.',
     ),
     (
       item['share_matched'],
       'E\u2032, with the control in place of base',
-      f'goes when the loss of as many {alike} images is taken out.',
+      f'of the lead of the control over the reference is lost; the control lacks as many {alike} '
+      'images.',
     ),
   ):
     if share is None:
@@ -213,8 +215,8 @@ def _contrasts(item: Item) -> list[Line]:
         item['placebo'],
         f'placebo: {b} minus {other}',
         (
-          f'The loss on {b} beyond the loss on {other}, to which this split is not aligned. Below '
-          'zero: the removal hurt this benchmark in particular.'
+          f'Loss on {b} minus loss on {other}, to which this split is not aligned. Below zero: '
+          f'the removal hurt {b} in particular.'
         ),
       )
     )
@@ -225,8 +227,9 @@ def _contrasts(item: Item) -> list[Line]:
         did,
         'hit minus unhit queries',
         (
-          f'The loss on the {tables.number(did.hit)} queries that lost a neighbour beyond the loss '
-          f'on the {tables.number(did.unhit)} that lost none within 0.02. {ASSUMPTION}'
+          f'Loss on the {tables.number(did.hit)} hit queries (a removed row is nearer than the '
+          f'anchor) minus loss on the {tables.number(did.unhit)} unhit queries (no removed row is '
+          f'nearer than the anchor\u2019s similarity minus 0.02). {ASSUMPTION}'
         ),
       )
     )
@@ -253,9 +256,9 @@ def _dose(dose: Any) -> Line:
     f'{slope} [{low}, {high}] log odds',
     f'{tables.number(dose.images)} images',
     (
-      'How the odds of a right answer change, aligned split against control, with every 0.1 by '
-      'which a query\u2019s nearest neighbour was nearer than the anchor\u2019s. Below zero: the '
-      'more was taken away, the larger the loss.'
+      'Change in the log odds of a correct answer, aligned split against control, for every 0.1 '
+      'by which a query\u2019s nearest pool image was nearer than its nearest anchor image. Below '
+      'zero: the more similarity is removed, the larger the loss.'
     ),
   )
 
@@ -265,23 +268,23 @@ def _no_loss(item: Item) -> list[Line]:
   if e is None or item['against_control'].method != 'crossed':
     return []
   words = {
-    'equivalent': f'Inside \u00b1{tables.percent(e.margin, 0)} points: no loss worth the name.',
-    'different': 'The 95 % interval excludes zero.',
-    'undetermined': 'Neither a difference nor its absence is shown.',
+    'equivalent': f'Equivalent: it lies inside \u00b1{tables.percent(e.margin, 0)} points.',
+    'different': 'Different: the 95 % interval excludes zero.',
+    'undetermined': 'Undetermined: neither a difference nor equivalence is shown.',
   }[e.verdict]
   return [
     (
-      'no loss?',
+      'equivalence (no loss)',
       f'90 % interval [{tables.points(e.low)}, {tables.points(e.high)}]',
-      f'detectable: {tables.percent(e.detectable)} points (power 80 %)',
+      f'detectable difference: {tables.percent(e.detectable)} points (power 80 %)',
       words,
     )
   ]
 
 
 def _records(item: Item) -> tuple[dict, ...]:
-  """Returns the figures of a comparison as tidy records, in proportions."""
-  found = {
+  """Returns the estimates of a comparison as tidy records, in proportions."""
+  estimates = {
     'against_control': item['against_control'],
     'against_control_bootstrap': item['bootstrap'],
     'against_base': item['against_base'],
@@ -303,18 +306,18 @@ def _records(item: Item) -> tuple[dict, ...]:
       'method': e.method,
       'p_holm': item['holm'] if what == 'against_control' else None,
     }
-    for what, e in found.items()
+    for what, e in estimates.items()
     if e is not None
   )
 
 
 def _cross_checks(item: Item) -> list:
-  """Returns the bootstrap beside the interval, and McNemar inside each seed."""
+  """Returns the bootstrap interval and McNemar's test within each seed."""
   blocks: list = []
   if item['bootstrap'] is not None:
     blocks.append(
       Text(
-        'Bootstrap of seeds and images in place of the variance formula: '
+        'Bootstrap over seeds and images, in place of the variance formula: '
         f'{tables.estimate_text(item["bootstrap"])} points.'
       )
     )
@@ -338,14 +341,14 @@ def _cross_checks(item: Item) -> list:
       for seed, m in item['mcnemar']
     )
     caption = (
-      'McNemar\u2019s exact test (mid-p) inside one seed: about these two checkpoints, '
-      'not about training.'
+      'McNemar\u2019s exact test (mid-p) within one seed: it describes these two checkpoints, '
+      'not training in general.'
     )
     blocks.append(
       Table(
         f'mcnemar_{item["split"]}_{item["benchmark"]}',
         caption,
-        tables.heads('', 'only the aligned split is right', 'only the control is right', 'p'),
+        tables.heads('', 'only the aligned split is correct', 'only the control is correct', 'p'),
         rows,
         (),
         records,

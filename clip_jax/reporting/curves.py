@@ -1,7 +1,7 @@
-"""Plain arrays and dicts -> SVG text of curves over a cut: rows dropped, rows kept, pairs found.
+"""Plain arrays and dicts -> SVG curves by threshold: rows dropped, rows kept, pairs found.
 
-As in figures.py, every figure is one small panel. A line a benchmark, in the colours of svg.SERIES;
-all benchmarks together are the broad line below them.
+As in figures.py, every figure is one small panel. Each benchmark has one line, in the colours of
+svg.SERIES; a broad line shows all benchmarks together.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,18 +16,18 @@ from clip_jax.reporting.svg import INK
 
 Rows = Sequence[Mapping[str, Any]]  # dicts with the keys that the comment beside the argument names
 
-POINTS = 300  # of a curve: more cannot be told apart in a small panel
-_SHORT = 15  # letters of a name up to which the names stand in two columns
+POINTS = 300  # per curve: enough for a small panel
+_SHORT = 15  # characters: legends of names up to this length have two columns
 
 
 def rows_by_slack(
   slack: Array,  # [m], ascending
-  lines: Rows,  # name, rows [m], at_zero (rows at slack 0), together (bool)
+  lines: Rows,  # name, rows [m], at_zero (rows at slack 0), together (bool: all benchmarks)
   *,
   title: str,
   limits: tuple[float, float],  # of the slack
 ) -> str:
-  """Returns how many rows an aligned split drops at any slack, on a logarithmic axis."""
+  """Returns the number of rows that an aligned split drops, by slack, on a logarithmic axis."""
   inside = _inside(slack, limits)
   most = max(1.0, *(float(line['rows'][inside].max()) for line in lines))
 
@@ -49,12 +49,12 @@ def rows_by_slack(
 
 def rows_by_cut(
   cut: Array,  # [m] similarities, ascending
-  lines: Rows,  # name, kept [m] (shares of the candidates), together (bool)
+  lines: Rows,  # name, kept [m] (shares of the candidates), together (bool: all benchmarks)
   *,
   title: str,
   limits: tuple[float, float],  # of the cut
 ) -> str:
-  """Returns the share of the candidates that near- or far-pruning keeps, by where it cuts."""
+  """Returns the share of the candidates that near- or far-pruning keeps, by threshold."""
   inside = _inside(cut, limits)
 
   def draw(ax) -> None:
@@ -63,7 +63,7 @@ def rows_by_cut(
     ax.set(
       ylim=(0, 100),
       xlim=limits,
-      xlabel='similarity to the nearest query, at the cut',
+      xlabel='threshold on similarity to the nearest query',
       ylabel='% of candidates kept',
     )
     ax.set_yticks((0, 25, 50, 75, 100))
@@ -100,12 +100,12 @@ def recall_by_clusters(
 
 def _inside(values: Array, limits: tuple[float, float]) -> Array:
   """Returns the positions of about POINTS of the values within limits, evenly spaced."""
-  found = np.flatnonzero((values >= limits[0]) & (values <= limits[1]))
-  return found[np.arange(len(found)) % max(1, len(found) // POINTS) == 0]
+  positions = np.flatnonzero((values >= limits[0]) & (values <= limits[1]))
+  return positions[np.arange(len(positions)) % max(1, len(positions) // POINTS) == 0]
 
 
 def _apart(xs: Sequence[float]) -> list[float]:
-  """Returns those of the values that are a factor of 1.6 apart: their labels do not meet."""
+  """Returns values at least a factor of 1.6 apart, so that their tick labels do not overlap."""
   out: list[float] = []
   for x in sorted(xs):
     if not out or x >= 1.6 * out[-1]:
@@ -114,9 +114,9 @@ def _apart(xs: Sequence[float]) -> list[float]:
 
 
 def _styles(lines: Rows) -> list[dict]:
-  """Returns how each line is drawn: its colour by its place, all together thick and in ink."""
+  """Returns the plot style of each line: colours in order; all together is broad and in ink."""
   series = itertools.cycle(svg.SERIES)
-  together = {'color': INK, 'linewidth': 4, 'alpha': 0.35, 'zorder': 1.5}  # below the rest
+  together = {'color': INK, 'linewidth': 4, 'alpha': 0.35, 'zorder': 1.5}  # below the others
   return [
     together if line['together'] else dict(zip(('color', 'linestyle'), next(series)), linewidth=1.8)
     for line in lines

@@ -1,8 +1,8 @@
 """Plain arrays and dicts -> SVG text for the report's page and for report/figures/*.svg.
 
-Every figure is one small panel, 360 units wide, so that a page can flow panels side by side on a
-desk and one below the other on a phone without shrinking the letters. Accuracies and similarities
-come in as proportions; axes are percent. A point's low and high are None where it has no interval.
+Every figure is one small panel, 360 units wide: side by side on a wide screen, stacked on a phone,
+with letters of the same size. Accuracies and similarities are given as proportions; axes show
+percent. A point without an interval has low and high None.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,17 +21,17 @@ Looks = Mapping[
 
 
 def similarity_histogram(
-  anchor: Array | None,  # [Q] nearest-neighbour similarity to the anchor; None: there is none
+  anchor: Array | None,  # [Q] nearest-neighbour similarity to the anchor; None without an anchor
   pool: Array,  # [Q] nearest-neighbour similarity to the pool
   *,
   title: str,
   limits: tuple[float, float],
   bins: int = 40,
 ) -> str:
-  """Returns two histograms over the queries: how near the anchor comes, and how near the pool."""
+  """Returns histograms over queries of the similarity to the nearest anchor and pool image."""
   edges = np.linspace(*limits, bins + 1)
 
-  def one(ax, values: Array, name: str, **style) -> None:
+  def draw_histogram(ax, values: Array, name: str, **style) -> None:
     share = np.histogram(np.clip(values, *limits), edges)[0] / max(1, len(values))
     label = f'{name}, median {np.median(values):.2f}'
     ax.stairs(100 * share, edges, label=label, **style)
@@ -41,9 +41,9 @@ def similarity_histogram(
 
   def draw(ax) -> None:
     if anchor is not None and len(anchor):
-      one(ax, anchor, 'anchor', color=ANCHOR_COLOR, fill=True, alpha=0.45, linewidth=0)
+      draw_histogram(ax, anchor, 'anchor', color=ANCHOR_COLOR, fill=True, alpha=0.45, linewidth=0)
     if len(pool):
-      one(ax, pool, 'pool', color=POOL_COLOR, linewidth=1.6)
+      draw_histogram(ax, pool, 'pool', color=POOL_COLOR, linewidth=1.6)
     ax.set(
       xlim=limits, ylim=(0, None), xlabel='similarity to the nearest image', ylabel='% of queries'
     )
@@ -60,18 +60,19 @@ def accuracy_by_similarity(
   enough: int = 20,
   looks: Looks,
 ) -> str:
-  """Returns accuracy in bins of similarity over a strip of bin sizes; n < `enough` is pale.
+  """Returns accuracy by bin of similarity, above a strip of bin sizes.
 
-  `adjusted` curves (class effects taken out) have hollow marks and a dashed line.
+  Bins with n < `enough` are pale. `adjusted` curves (class effects removed) are dashed, with
+  hollow marks.
   """
 
   def draw(figure) -> None:
     ax, strip = figure.subplots(
       2, 1, sharex=True, gridspec_kw={'height_ratios': (5, 1), 'hspace': 0.12}
     )
-    for k, one in enumerate(series):
+    for k, curve in enumerate(series):
       _binned(
-        ax, one, *looks[one['rule']][:2], shift=0.1 * (k - (len(series) - 1) / 2), enough=enough
+        ax, curve, *looks[curve['rule']][:2], shift=0.1 * (k - (len(series) - 1) / 2), enough=enough
       )
     ax.set(ylim=(0, 100), ylabel='accuracy, %')
     ax.set_yticks((0, 25, 50, 75, 100))
@@ -106,17 +107,19 @@ def accuracy_by_similarity(
   return svg.render(draw, 290, title)
 
 
-def _binned(ax, one: Mapping[str, Any], color: str, marker: str, shift: float, enough: int) -> None:
-  """Draws one curve; `shift` moves it sideways, in bin widths, to keep curves apart."""
+def _binned(
+  ax, curve: Mapping[str, Any], color: str, marker: str, shift: float, enough: int
+) -> None:
+  """Draws one curve, moved sideways by `shift` bin widths to keep curves apart."""
   mark = {
     'marker': marker,
     'markersize': 6,
     'color': color,
     'linestyle': 'none',
-    'markerfacecolor': 'none' if one['adjusted'] else color,
+    'markerfacecolor': 'none' if curve['adjusted'] else color,
   }
-  line = {'linestyle': (0, (4, 2)) if one['adjusted'] else '-', 'linewidth': 1.2}
-  points = [((b['low'] + b['high']) / 2 + shift * (b['high'] - b['low']), b) for b in one['bins']]
+  line = {'linestyle': (0, (4, 2)) if curve['adjusted'] else '-', 'linewidth': 1.2}
+  points = [((b['low'] + b['high']) / 2 + shift * (b['high'] - b['low']), b) for b in curve['bins']]
   solid = [(x, 100 * b['accuracy']) for x, b in points if b['n'] >= enough]
   ax.plot([x for x, _ in solid], [y for _, y in solid], color=color, alpha=0.55, **line)
   for x, b in points:
@@ -125,15 +128,15 @@ def _binned(ax, one: Mapping[str, Any], color: str, marker: str, shift: float, e
     ax.plot(
       [x], [100 * b['accuracy']], **mark, alpha=1.0 if is_solid else 0.3, clip_on=False, zorder=3
     )
-  ax.plot([], [], **{**mark, **line}, label=one['name'])
+  ax.plot([], [], **{**mark, **line}, label=curve['name'])
 
 
 def accuracy_by_size(
   curves: Mapping[str, Rows],  # rule -> points: size, accuracy, low, high
   *,
   title: str,
-  base: Mapping[str, Any] | None,  # such a point
-  reference: float | None,  # accuracy of anchor only
+  base: Mapping[str, Any] | None,  # a point of the same keys
+  reference: float | None,  # accuracy of the anchor-only split
   limits: tuple[float, float],  # of accuracy
   looks: Looks,
 ) -> str:
@@ -183,7 +186,7 @@ def answer_lines(
   rows: Rows,  # title, points: rule, accuracy, low, high
   looks: Looks,
 ) -> str:
-  """Returns one line a benchmark, anchor only to base, with the aligned split between them."""
+  """Returns one line per benchmark: accuracies of anchor only, aligned split, control and base."""
 
   def draw(figure) -> None:
     ax = figure.add_subplot()
@@ -192,7 +195,7 @@ def answer_lines(
       values = [100 * p['accuracy'] for p in row['points']]
       ax.plot([min(values), max(values)], [y, y], color=INK, alpha=0.25, linewidth=1.2, zorder=1)
       _row_text(ax, y, row['title'], bold=True)
-      for p in row['points']:  # the last lies on top
+      for p in row['points']:  # the last point is on top
         color, marker, _ = looks[p['rule']]
         if p['low'] is not None:
           ax.plot(
@@ -220,7 +223,7 @@ def answer_lines(
       handletextpad=0.3,
     )
 
-  return svg.render(draw, 56 * len(rows) + 86, 'Accuracy between anchor only and base')
+  return svg.render(draw, 56 * len(rows) + 86, 'Accuracy of anchor only, aligned split and base')
 
 
 def differences(
@@ -231,7 +234,7 @@ def differences(
   margin: float | None = None,
   looks: Looks,
 ) -> str:
-  """Returns differences in points with their intervals around zero; `margin` shades 'no loss'."""
+  """Returns differences in points with intervals; `margin` shades the range of 'no loss'."""
 
   def draw(ax) -> None:
     if margin is not None:
@@ -266,7 +269,7 @@ def differences(
 
 
 def _row_text(ax, y: float, text: str, bold: bool = False) -> None:
-  """Writes a row's name above its line: it fits on a narrow screen, whatever its length."""
+  """Writes a row's name above its line, where long names fit on a narrow screen."""
   ax.annotate(
     text,
     (0, y - 0.44),
@@ -287,7 +290,7 @@ def dose(
   title: str,
   look: tuple[str, str, str],  # of the aligned splits
 ) -> str:
-  """Returns the loss against the matched control for slacks that remove more and more."""
+  """Returns the difference to the control against the share of the aligned count removed."""
 
   def draw(ax) -> None:
     ax.axhline(0, color=INK, linewidth=0.9)
@@ -304,7 +307,7 @@ def dose(
       svg.whisker(ax, 100 * p['share'], p['low'], p['high'], color)
     ax.set(
       xlabel='rows removed, % of the aligned count',
-      ylabel='points against the control',
+      ylabel='difference to control, points',
       xlim=(0, None),
     )
 
@@ -320,7 +323,7 @@ def robustness_plane(
   line: tuple[Array, Array] | None = None,  # the baseline: [n] x and [n] y accuracies
   looks: Looks,
 ) -> str:
-  """Returns accuracy against validation accuracy on logit axes."""
+  """Returns accuracy on one benchmark against accuracy on another, on logit axes."""
   xs, ys = _logit([p['x'] for p in points]), _logit([p['y'] for p in points])
   xlim, ylim = ((values.min() - 0.35, values.max() + 0.35) for values in (xs, ys))
 
@@ -338,9 +341,9 @@ def robustness_plane(
     else:
       ax.plot([-9, 9], [-9, 9], color=INK, alpha=0.3, linewidth=1, label='equal accuracy')
     for rule, (color, marker, words) in looks.items():
-      mine = [k for k, p in enumerate(points) if p['rule'] == rule]
-      if mine:
-        ax.plot(xs[mine], ys[mine], marker, color=color, markersize=7, label=words)
+      positions = [k for k, p in enumerate(points) if p['rule'] == rule]
+      if positions:
+        ax.plot(xs[positions], ys[positions], marker, color=color, markersize=7, label=words)
     for axis, (low, high) in ((ax.xaxis, xlim), (ax.yaxis, ylim)):
       ticks = svg.percent_ticks(lambda p, low=low, high=high: low <= _logit(p / 100) <= high)
       axis.set_ticks(_logit(np.array(ticks) / 100), [f'{p:g}' for p in ticks])
@@ -370,19 +373,19 @@ def loss_curves(
 
   def draw(ax) -> None:
     named = set()
-    for one in curves:
-      color, _, words = looks[one['rule']]
+    for curve in curves:
+      color, _, words = looks[curve['rule']]
       ax.plot(
-        one['steps'],
-        one['loss'],
+        curve['steps'],
+        curve['loss'],
         color=color,
         linewidth=1.1,
         alpha=0.8,
-        label=None if one['rule'] in named else words,
+        label=None if curve['rule'] in named else words,
       )
-      named.add(one['rule'])
+      named.add(curve['rule'])
     ax.set(xlabel='step', ylabel='training loss')
     svg.few_ticks(ax.xaxis, 5, counts=True)
     svg.legend_below(ax.figure)
 
-  return svg.panel(draw, 250 + 17 * len({one['rule'] for one in curves}), title)
+  return svg.panel(draw, 250 + 17 * len({curve['rule'] for curve in curves}), title)

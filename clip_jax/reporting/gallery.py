@@ -1,6 +1,6 @@
-"""Decoded images -> galleries of the report's page: thumbnails in the page, and what to show.
+"""Decoded images -> galleries of the report's page, with thumbnails embedded in the page.
 
-In: uint8 images [H, W, 3], or None where one cannot be read. Out: frozen blocks for the template.
+In: uint8 images [H, W, 3], or None for an unreadable image. Out: frozen blocks for the template.
 """
 
 import base64
@@ -11,17 +11,19 @@ import numpy as np
 
 from clip_jax.core.types import Array
 
-LONGEST = 300  # letters of a caption that are shown
-THUMBNAIL = 96  # pixels, the longer side: up to this a PNG as it is, above a JPEG of up to twice it
+LONGEST = 300  # characters of a caption that are shown
+# Longer side in pixels. Images up to this size are embedded as PNG, larger ones as JPEG with at
+# most twice this size.
+THUMBNAIL = 96
 
 
 @dataclass(frozen=True)
 class Picture:
-  source: str  # data: URI; '' where the image cannot be read
+  source: str  # data: URI; '' for an unreadable image
   line: str = ''  # shown below: a similarity, a number
   caption: str = ''  # shown on hover and read aloud
   marked: bool = False  # framed
-  pixels: bool = False  # small, enlarged without smoothing
+  pixels: bool = False  # a small image, enlarged without smoothing
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ def picture(
   caption: str = '',
   marked: bool = False,
 ) -> Picture:
-  """Returns a picture whose image is inside the page: PNG when it is small, else JPEG."""
+  """Returns a picture with its image embedded: PNG if small, else JPEG."""
   if len(caption) > LONGEST:
     caption = caption[:LONGEST] + '\u2026'
   if image is None:
@@ -68,10 +70,10 @@ def pick_thirds(
   values: Array,  # [n]
   count: int,
 ) -> tuple[Array, Array, Array]:
-  """Returns up to `count` positions in three parts: the highest, around the median, the lowest.
+  """Returns up to `count` positions: those of the highest, the median and the lowest values.
 
-  Each from high to low, no position twice. Ties go to the lowest position; positions without a
-  value (NaN, infinite) are left out.
+  Each part is ordered from high to low; no position occurs twice. Ties go to the lowest position;
+  positions without a finite value are left out.
   """
   values = np.asarray(values, np.float64)
   order = np.argsort(-values, kind='stable')
@@ -84,7 +86,7 @@ def pick_thirds(
 
 
 def pick_evenly(rows: Array, count: int) -> Array:  # [n] -> [min(n, count)]
-  """Returns up to `count` of the rows, evenly spaced, the first and the last among them."""
+  """Returns up to `count` rows, evenly spaced, including the first and the last."""
   if len(rows) <= count:
     return rows
   return rows[np.round(np.linspace(0, len(rows) - 1, count)).astype(int)]

@@ -1,6 +1,6 @@
 """Plain results -> the report's sections on the data: de-duplication, skipped, overlap, provenance.
 
-Counts and proportions come in as plain dicts, as the stages leave them in the work directory.
+Counts and proportions are plain dicts, as the stages write them to the work directory.
 """
 
 from collections import Counter
@@ -15,13 +15,13 @@ from clip_jax.reporting.tables import Cell, Table
 
 Rows = Sequence[Mapping[str, Any]]  # dicts with the keys that the comment beside the argument names
 
-MOST_COLUMNS = 10  # of a matrix that is shown at once
+MOST_COLUMNS = 10  # larger matrices are collapsed
 MOST_LISTED = 40  # lines of a list on the page; the CSV holds all
-SURVIVORS = {  # dedup.survivor -> which of near-duplicates stays
-  'first': 'Of near-duplicates the first in the pool\u2019s order stays.',
-  'largest': 'Of near-duplicates the largest image stays.',
-  'longest': 'Of near-duplicates the one with the longest caption stays.',
-  'best': 'Of near-duplicates the one whose image and caption agree best stays.',
+SURVIVORS = {  # dedup.survivor -> which row is kept
+  'first': 'Among near-duplicates, the first row in pool order is kept.',
+  'largest': 'Among near-duplicates, the row with the largest image is kept.',
+  'longest': 'Among near-duplicates, the row with the longest caption is kept.',
+  'best': 'Among near-duplicates, the row whose image and caption agree best is kept.',
 }
 
 
@@ -30,7 +30,7 @@ def dedup_blocks(
   planted: Rows,  # kind, planted, found, recall, low, high
   audit: Mapping[str, Any] | None,  # dedup/audit.json
 ) -> list:
-  """Returns what de-duplication found in the pool, which copy stays, and how much it overlooks."""
+  """Returns the number of duplicates, which copy is kept, and the recall of de-duplication."""
   blocks: list = []
   if dedup is not None:
     other = f' of the embedder {dedup["embedder"]}' if dedup['embedder'] else ''
@@ -39,10 +39,9 @@ def dedup_blocks(
         f'De-duplication marked {tables.number(dedup["duplicates"])} of '
         f'{tables.number(dedup["usable"])} usable pool rows '
         f'({tables.share(dedup["duplicates"] / max(dedup["usable"], 1))}) as near-duplicates of '
-        f'another row: similarity{other} over {1 - dedup["threshold"]:.4g} inside one of '
-        f'{progress.counted(dedup["clusters"], "cluster")}. They are in no split; the rest are the '
-        'candidates. '
-        f'{SURVIVORS[dedup["survivor"]]}'
+        f'another row: similarity{other} over {1 - dedup["threshold"]:.4g} within one of '
+        f'{progress.counted(dedup["clusters"], "cluster")}. Marked rows are in no split; the '
+        f'other rows are the candidates. {SURVIVORS[dedup["survivor"]]}'
       )
     )
   if planted:
@@ -58,12 +57,11 @@ def dedup_blocks(
     blocks.append(
       Table(
         'planted_duplicates',
-        'Duplicates planted in the pool, found again',
+        'Recall of duplicates planted in the pool',
         tables.heads('kind', 'planted', 'found', 'recall'),
         rows,
         (
-          'Found: of copy and original, at least one is marked. In brackets: 95 % '
-          'intervals, in percent (Wilson\u2019s).',
+          'Found: the copy or its original is marked. Brackets: 95 % Wilson intervals, in percent.',
         ),
         tuple(planted),
       )
@@ -72,8 +70,8 @@ def dedup_blocks(
 
 
 def _audit(audit: Mapping[str, Any]) -> list:
-  """Returns how many duplicate pairs lie inside clusters, of all that there are, and the chains."""
-  points, sample = audit['by_clusters'], f'{tables.number(audit["rows"])} rows, drawn at random'
+  """Returns the share of all duplicate pairs that lie within clusters, and the chains."""
+  points, sample = audit['by_clusters'], f'random sample of {tables.number(audit["rows"])} rows'
   heads = tables.heads('clusters', 'pairs found', 'recall', 'rows marked', 'precision')
   rows = tuple(
     (
@@ -86,16 +84,15 @@ def _audit(audit: Mapping[str, Any]) -> list:
     for p in points
   )
   note = (
-    f'Of the {tables.number(audit["pairs"])} pairs of a drawn row and any row of the pool '
-    'that exhaustive search finds; it would mark '
-    f'{tables.number(audit["dropped_exhaustive"])} of the drawn rows. In brackets: 95 % '
-    'intervals, in percent. Precision: of the rows marked, those that exhaustive search '
-    'marks, too.'
+    f'Recall: share of the {tables.number(audit["pairs"])} pairs (a sampled row and any pool row) '
+    'that exhaustive search finds. Precision: share of the marked rows that exhaustive search '
+    f'marks too; it marks {tables.number(audit["dropped_exhaustive"])} of the sampled rows. '
+    'Brackets: 95 % intervals, in percent.'
   )
   table = Table(
-    'dedup_audit', 'Duplicate pairs found inside clusters', heads, rows, (note,), tuple(points)
+    'dedup_audit', 'Duplicate pairs found within clusters', heads, rows, (note,), tuple(points)
   )
-  blocks: list = [Heading('How much the clusters overlook', sample)]
+  blocks: list = [Heading('Duplicates missed by the clusters', sample)]
   if len(points) > 1 and audit['pairs']:
     drawn = curves.recall_by_clusters(points, title='Duplicate pairs found')
     blocks.append(
@@ -105,9 +102,8 @@ def _audit(audit: Mapping[str, Any]) -> list:
             'dedup_recall',
             drawn,
             (
-              'A pair is found when both rows lie in one cluster; more clusters are faster and '
-              'overlook '
-              'more. Bars are 95 % intervals.'
+              'A pair is found if both rows are in the same cluster. More clusters are faster but '
+              'miss more pairs. Bars: 95 % intervals.'
             ),
           ),
         )
@@ -117,22 +113,22 @@ def _audit(audit: Mapping[str, Any]) -> list:
 
 
 def _chains(chains: Mapping[str, Any]) -> list:
-  """Returns how far duplicates of duplicates reach."""
-  said = Text(
-    f'The pairs join rows into {tables.number(chains["components"])} groups, the largest of '
+  """Returns the sizes of the groups that duplicate pairs join."""
+  summary = Text(
+    f'The pairs join rows into {tables.number(chains["components"])} groups; the largest has '
     f'{tables.number(chains["largest"])} rows. {tables.number(chains["through_dropped"])} of '
-    'the drawn rows are marked though no row that stays is their duplicate: they are '
-    'duplicates of marked rows only.'
+    'the sampled rows are marked although they are duplicates of marked rows only: no kept row '
+    'is their duplicate.'
   )
   sizes = [
     {'rows': size, 'groups': count}
     for size, count in sorted((int(size), n) for size, n in chains['sizes'].items())
   ]
   if not sizes:
-    return [said]
+    return [summary]
   rows = tuple(
-    (Cell(tables.number(one['rows'])), tables.figure(tables.number(one['groups'])))
-    for one in sizes[:MOST_LISTED]
+    (Cell(tables.number(entry['rows'])), tables.figure(tables.number(entry['groups'])))
+    for entry in sizes[:MOST_LISTED]
   )
   table = Table(
     'dedup_chains',
@@ -142,14 +138,14 @@ def _chains(chains: Mapping[str, Any]) -> list:
     tables.first_of(MOST_LISTED, len(sizes), 'sizes'),
     tuple(sizes),
   )
-  return [said, Details('Groups by size', (table,))]
+  return [summary, Details('Groups by size', (table,))]
 
 
 def skipped_blocks(
   datasets: Rows,  # name, rows, skipped [{key, reason}], unreadable [keys] or None (not known)
   replaced: Mapping[str, int],  # run -> images replaced while training
 ) -> list:
-  """Returns every sample that takes no part, and why."""
+  """Returns the skipped samples and unreadable images, with reasons."""
   rows = tuple(
     (
       Cell(d['name']),
@@ -178,15 +174,15 @@ def skipped_blocks(
     tables.figure('unreadable images'),
   )
   note = (
-    'Skipped samples never became a row. Rows with an unreadable image keep their number but '
-    'are in no split and no search; an unreadable benchmark image counts as wrong.'
+    'Skipped samples have no row number. Rows with an unreadable image keep their row number, but '
+    'no split and no search uses them. An unreadable benchmark image counts as misclassified.'
   )
   blocks: list = [Table('skipped', '', columns, rows, (note,), records)]
   if records:
     more = f'{len(records) - MOST_LISTED} more in skipped.csv.'
     blocks.append(
       Details(
-        'Which',
+        'List of skipped samples and unreadable images',
         (
           Table(
             'skipped_list',
@@ -203,7 +199,10 @@ def skipped_blocks(
   late = ', '.join(f'{run}: {number}' for run, number in replaced.items() if number)
   if late:
     blocks.append(
-      Text(f'Unreadable while training, replaced by the next readable row of the split: {late}.')
+      Text(
+        'Images unreadable during training, replaced by the next readable row of the split: '
+        f'{late}.'
+      )
     )
   return blocks
 
@@ -217,13 +216,14 @@ def overlap_blocks(
   names: Sequence[str],
   inside: Array,  # [n, n]: share of the row split's pool rows that the column split holds too
 ) -> list:
-  """Returns the matrix of how far the splits share their pool rows."""
+  """Returns the matrix of shared pool rows between splits."""
   note = (
-    'Percent of the row split\u2019s pool rows that the column split holds too; drawn splits '
-    'by their first draw; anchor rows do not count.'
+    'Percent of the row split\u2019s pool rows that the column split also contains. Random and '
+    'matched splits: first draw only. Anchor rows are not counted.'
   )
   table = tables.matrix('overlap', names, inside, (note,))
-  return [Details(f'{len(names)} splits', (table,)) if len(names) > MOST_COLUMNS else table]
+  is_large = len(names) > MOST_COLUMNS
+  return [Details(f'Overlap between {len(names)} splits', (table,)) if is_large else table]
 
 
 def provenance_blocks(
@@ -232,17 +232,17 @@ def provenance_blocks(
   versions: Mapping[str, str],
   runs: Rows,  # run, samples, passes, steps, seconds, images_per_sec, mark
 ) -> list:
-  """Returns how the results came about: settings, time, runs, versions."""
+  """Returns the provenance of the results: settings, time, runs, versions."""
   blocks: list = [_pairs('settings', facts)]
   if stages:
     rows = tuple((Cell(s['stage']), tables.figure(progress.seconds(s['seconds']))) for s in stages)
     blocks.append(
       Details(
-        'Wall-clock',
+        'Wall-clock time',
         (
           Table(
             'wall_clock',
-            'From the log: all starts of a stage together',
+            'Wall-clock time per stage, summed over all runs of the stage (from the log)',
             tables.heads('stage', 'time'),
             rows,
             (),
@@ -252,7 +252,7 @@ def provenance_blocks(
       )
     )
   if runs:
-    heads = tables.heads('run', 'samples seen', 'passes', 'steps', 'time', 'images a second')
+    heads = tables.heads('run', 'samples seen', 'passes', 'steps', 'time', 'images/s')
     blocks.append(
       Details(
         'Training runs', (Table('training', '', heads, tuple(map(_run, runs)), (), tuple(runs)),)

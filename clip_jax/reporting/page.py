@@ -1,7 +1,7 @@
 """Sections of plain blocks -> one self-contained HTML page: no request, no script, light and dark.
 
-The template is page.html.j2 beside this file. Everything that goes into it is escaped, except the
-figures' SVG, which this package draws. Jinja2 is imported where a page is rendered: see svg.py.
+The template is page.html.j2 in this folder. It escapes everything except the figures' SVG, which
+this package draws. Jinja2 is imported inside `render`, for the reason given in svg.py.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -28,7 +28,7 @@ class Heading:
 
 @dataclass(frozen=True)
 class Fact:
-  """What the paper found, beside a user's own numbers."""
+  """A result of the paper, shown next to the user's own numbers."""
 
   text: str
   kind: str = 'fact'
@@ -36,7 +36,7 @@ class Fact:
 
 @dataclass(frozen=True)
 class Missing:
-  """One sentence for what is not there yet, and the command that makes it."""
+  """A sentence about a missing result, and the command that produces it."""
 
   sentence: str
   command: str = ''
@@ -45,7 +45,7 @@ class Missing:
 
 @dataclass(frozen=True)
 class Figure:
-  name: str  # of the file in report/figures
+  name: str  # file name in report/figures, without extension
   svg: str
   caption: str = ''
 
@@ -58,7 +58,7 @@ class Figures:
 
 @dataclass(frozen=True)
 class Columns:
-  """Blocks side by side where there is room."""
+  """Blocks side by side on wide screens."""
 
   blocks: tuple[Any, ...]
   kind: str = 'columns'
@@ -66,7 +66,7 @@ class Columns:
 
 @dataclass(frozen=True)
 class Details:
-  """Blocks behind a line that opens them."""
+  """Collapsed blocks: a click on the summary shows them."""
 
   summary: str
   blocks: tuple[Any, ...]
@@ -77,7 +77,7 @@ class Details:
 class Section:
   id: str
   title: str
-  short: str  # in the page's navigation
+  short: str  # title in the page's navigation
   blocks: tuple[Any, ...] = ()
 
 
@@ -87,12 +87,12 @@ def render(
   name: str,
   question: str,
   answer: str,
-  state: Sequence[tuple[str, str, bool]],  # stage, what is there, whether that is all
+  state: Sequence[tuple[str, str, bool]],  # stage, its progress, is complete
   sections: Sequence[Section],
   footer: str,
-  warning: str = '',  # stands above the answer
+  warning: str = '',  # shown above the answer
 ) -> str:
-  """Returns the page."""
+  """Returns the page as HTML."""
   import jinja2
 
   environment = jinja2.Environment(
@@ -112,7 +112,7 @@ def render(
 
 
 def blocks(sections: Iterable[Section], kind: str) -> list[Any]:
-  """Returns all blocks of one kind, also those inside other blocks, in the order of the page."""
+  """Returns all blocks of one kind, nested ones included, in page order."""
   return [block for section in sections for block in _walk(section.blocks) if block.kind == kind]
 
 

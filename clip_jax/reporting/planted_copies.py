@@ -1,6 +1,6 @@
-"""Plain results -> the report's section on the positive control: copies of test images, planted.
+"""Plain results -> the report's section on the positive control: planted copies of test images.
 
-They show that the instrument can see leakage, and at which similarity each embedder finds a copy.
+They show whether the experiment detects leakage, and at which similarity an embedder finds a copy.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ from clip_jax.reporting.tables import Cell, Table
 
 
 def banner(control: Mapping[str, Any]) -> str:
-  """Returns the sentence that stands on top of the page."""
+  """Returns the warning at the top of the page."""
   if not control['contrasts']:
     return (
       f'Copies of test images of {control["benchmark"]} were drawn as a positive control; no '
@@ -23,26 +23,26 @@ def banner(control: Mapping[str, Any]) -> str:
     'a transformed copy' if control['copies'] == 1 else f'{control["copies"]} transformed copies'
   )
   return (
-    'This experiment holds planted copies of test images. A split of rule '
+    'This experiment contains planted copies of test images. A split of rule '
     f'\u201cplanted\u201d holds {copies} of {tables.number(control["copied"])} of the '
-    f'{tables.number(control["queries"])} images of {control["benchmark"]}, on purpose: '
-    'a positive control. Its accuracy is no result; no other split holds them.'
+    f'{tables.number(control["queries"])} images of {control["benchmark"]} on purpose, as a '
+    'positive control. Do not report its accuracy as a result. No other split holds these copies.'
   )
 
 
 def blocks_of(
   control: Mapping[str, Any],  # see studies/planted.py
 ) -> list:
-  """Returns the randomised contrast, then how near each embedder says the copies are."""
-  blocks: list = []  # the banner stands on top of the page
+  """Returns the randomised contrast, then each embedder's similarity of copies to originals."""
+  blocks: list = []
   if control['contrasts']:
     blocks += [
-      Heading('Planted against unplanted queries', 'which are planted was drawn at random'),
+      Heading('Planted against unplanted queries', 'planted queries were drawn at random'),
       _contrasts(control['contrasts']),
     ]
   if control['calibrations']:
     blocks += [
-      Heading('How near the copies are', 'calibrates the duplicate threshold'),
+      Heading('Similarity of the copies to their queries', 'calibrates the duplicate threshold'),
       _calibration_table(control['calibrations']),
     ]
   return blocks
@@ -68,9 +68,9 @@ def _contrasts(contrasts: Sequence[tuple[str, str | None, Any]]) -> Table:
           Cell(f'{tables.number(leakage.planted_queries)} queries have a copy in the split.'),
         ),
         (
-          Cell('gain on the others'),
+          Cell('gain on unplanted queries'),
           Cell(f'{tables.estimate_text(others)} points'),
-          Cell(f'{tables.number(leakage.unplanted_queries)} queries have none.'),
+          Cell(f'{tables.number(leakage.unplanted_queries)} queries have no copy in the split.'),
         ),
       ]
     records += [
@@ -86,7 +86,7 @@ def _contrasts(contrasts: Sequence[tuple[str, str | None, Any]]) -> Table:
   return Table(
     'planted_contrast',
     '',
-    (Cell('compared'), Cell('gain in accuracy'), Cell('in words')),
+    (Cell('comparison'), Cell('gain in accuracy'), Cell('interpretation')),
     tuple(rows),
     (),
     tuple(records),
@@ -95,21 +95,21 @@ def _contrasts(contrasts: Sequence[tuple[str, str | None, Any]]) -> Table:
 
 
 def _words(e: Any) -> str:
-  """Returns what the contrast says of the instrument, no more than its interval allows."""
+  """Returns the interpretation of the contrast, as far as its interval allows one."""
   if e.method == 'range':
-    return (
-      'The gain on planted queries beyond the gain on the others; two seeds give a range, no claim.'
-    )
+    return 'Gain on planted minus gain on unplanted queries. Two seeds give a range and no claim.'
   if not tables.known(e.low, e.high):
-    return 'The gain on planted queries beyond the gain on the others; no interval.'
-  one = ' These checkpoints only.' if e.method != 'crossed' else ''
+    return 'Gain on planted minus gain on unplanted queries. There is no interval.'
+  caveat = ' This holds for these checkpoints only.' if e.method != 'crossed' else ''
   if e.low > 0:
-    return f'Training on copies raises the accuracy on them: leakage shows in these figures.{one}'
+    return (
+      f'Training on copies raises the accuracy on their originals: leakage is detectable.{caveat}'
+    )
   if e.high < 0:
-    return f'The accuracy on planted queries falls behind: look for a mistake.{one}'
+    return f'The accuracy on planted queries falls behind: look for an error in the setup.{caveat}'
   return (
-    'Undetermined: leakage of this size may not show at this size of training. Figures on '
-    f'smaller effects say little.{one}'
+    'Undetermined: at this amount of training, leakage of this size may not be detectable. Results '
+    f'on smaller effects say little.{caveat}'
   )
 
 
@@ -120,13 +120,17 @@ def _calibration_table(calibrations: Mapping[str, Mapping[str, Any]]) -> Table:
     Cell('copies'),
     tables.figure('number'),
     tables.figure('found', 'at the duplicate similarity'),
-    tables.figure('similarity to the own query', 'median'),
-    tables.figure('lowest'),
-    tables.figure(f'similarity that {wanted} % reach'),
-    tables.figure('dedup.threshold for it'),
-    tables.figure('others over it', 'false alarms'),
+    tables.figure('similarity to own query', 'median'),
+    tables.figure('similarity to own query', 'lowest'),
+    tables.figure(f'similarity that {wanted} % of copies reach'),
+    tables.figure('dedup.threshold for that similarity'),
+    tables.figure('other images above it', 'false alarms'),
   )
-  kinds = [(name, found, kind) for name, found in calibrations.items() for kind in found['kinds']]
+  kinds = [
+    (name, calibration, kind)
+    for name, calibration in calibrations.items()
+    for kind in calibration['kinds']
+  ]
   rows = tuple(
     (
       Cell(kind['kind'], name or OWN),
@@ -144,23 +148,23 @@ def _calibration_table(calibrations: Mapping[str, Mapping[str, Any]]) -> Table:
     for name, _, kind in kinds
   )
   records = tuple(
-    {'embedder': name, 'duplicate_similarity': found['similarity'], **kind}
-    for name, found, kind in kinds
+    {'embedder': name, 'duplicate_similarity': calibration['similarity'], **kind}
+    for name, calibration, kind in kinds
   )
   notes = [
-    f'{name or OWN.capitalize()}: duplicates from a similarity of '
-    f'{found["similarity"]:.4g}; of {tables.number(found["queries"])} planted queries '
-    f'{tables.share(found["others_over"])} have another image (of the pool, another query) '
-    'that near; the nearest other image lies at '
-    f'{tables.similarity(found["others_median"])} in the median, '
-    f'{tables.similarity(found["others_highest"])} at most.'
-    for name, found in calibrations.items()
+    f'{name or OWN.capitalize()}: a pair counts as duplicate from a similarity of '
+    f'{calibration["similarity"]:.4g}. Of {tables.number(calibration["queries"])} planted queries, '
+    f'{tables.share(calibration["others_over"])} have another image (a pool image or another '
+    'query) at that similarity. Similarity to the nearest other image: median '
+    f'{tables.similarity(calibration["others_median"])}, maximum '
+    f'{tables.similarity(calibration["others_highest"])}.'
+    for name, calibration in calibrations.items()
   ]
   return Table(
     'planted_calibration',
     '',
     heads,
     rows,
-    (*notes, 'In brackets: 95 % intervals, in percent (Wilson\u2019s).'),
+    (*notes, 'Brackets: 95 % Wilson intervals, in percent.'),
     records,
   )

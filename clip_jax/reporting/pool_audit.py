@@ -1,7 +1,7 @@
 """Plain results -> the report's sections on the pool alone: duplicates, similarities, rule sizes.
 
-What is here needs no split and no training: it says what the pool holds of each benchmark, and how
-many rows each rule would drop, before a config asks for it.
+These sections need no split and no training. They show how much of each benchmark is in the pool,
+and how many rows each rule would drop.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,23 +20,23 @@ from clip_jax.reporting.tables import Cell, Table
 Rows = Sequence[Mapping[str, Any]]  # dicts with the keys that the comment beside the argument names
 
 QUESTION = (
-  'Is the benchmark in the pool? An accuracy on images that the pool holds, or nearly holds, may '
-  'say little about new images. This page says how near the pool comes to each benchmark, before '
-  'anything is trained.'
+  'Does the pool contain the benchmark? Accuracy on images that have duplicates or near-duplicates '
+  'in the pool may say little about new images. This page shows how similar the pool is to each '
+  'benchmark, before any training.'
 )
 PAPER_DUPLICATES = (
   '3.1 % of ImageNet-Sketch has an exact or near duplicate in LAION and 0.04 % in '
   'ImageNet-Train; 2.67 % of ImageNet-V2 has one in ImageNet-Train and 0.14 % in LAION.'
 )
 PAPER_REMOVED = (
-  'of about 201 million pool items, aligning drops 377,340 for ImageNet-Val, 8,342,783 for '
-  'Sketch, 138,852 for A, 5,735,749 for R, 274,325 for V2 and 266,025 for ObjectNet; about '
-  '12.4 million together.'
+  'of about 201 million pool items, alignment drops 377,340 for ImageNet-Val, 8,342,783 for '
+  'Sketch, 138,852 for A, 5,735,749 for R, 274,325 for V2 and 266,025 for ObjectNet; the union '
+  'is about 12.4 million.'
 )
-TOGETHER = 'all together'  # the name of the line over all benchmarks
+TOGETHER = 'all together'  # the name of the line for the union of all benchmarks
 SLACKS = (-0.05, -0.02, -0.01, -0.005, 0.0, 0.005, 0.01, 0.02, 0.05)
-SHARES = (0.9, 0.75, 0.5, 0.25)  # of the candidates that near- and far-pruning keep in the table
-SHOWN = 0.001  # of the candidates: figures end where fewer are left, or fewer are missing
+SHARES = (0.9, 0.75, 0.5, 0.25)  # shares of the candidates to keep: columns of the table
+SHOWN = 0.001  # figures show thresholds at which this share of candidates is kept, and dropped
 
 
 def sentence(
@@ -45,27 +45,27 @@ def sentence(
   drops: Rows,  # name, at_zero; () without an anchor
   candidates: int,
 ) -> str:
-  """Returns the answer of an audit: what the pool holds of each benchmark, what aligning drops."""
+  """Returns the answer of an audit: duplicates of each benchmark, and rows alignment would drop."""
   known = [r for r in rates if r['pool'] is not None]
   if not known:
-    return 'No split is trained here: an audit of the pool. It has not been searched yet.'
+    return 'No split is trained here: this is an audit of the pool. The pool is not searched yet.'
   held = tables.listed(
     [f'{tables.share(r["pool"].value)} of {r["benchmark"]}{_in_words(r["pool"])}' for r in known]
   )
-  said = (
-    'No split is trained here: an audit of the pool. It holds an image at least '
-    f'{similarity:.4g} similar to {held}.'
+  text = (
+    'No split is trained here: this is an audit of the pool. The pool has a near-duplicate '
+    f'(similarity at least {similarity:.4g}) of {held}.'
   )
   if drops and candidates:
-    # The last is all together, or the only one.
+    # The last entry is the union of all benchmarks, or the only benchmark.
     *each, last = [(d['name'], d['at_zero']) for d in drops]
     counts = [f'{progress.counted(n, "row")} for {name}' for name, n in each or [last]]
     together = f', together {tables.number(last[1])} of' if each else ', of'
-    said += (
-      f' Aligning the pool to the anchor would drop {tables.listed(counts)}{together} '
+    text += (
+      f' Gap-aligned pruning would drop {tables.listed(counts)}{together} '
       f'{tables.number(candidates)} candidates ({_part(last[1], candidates)}).'
     )
-  return said
+  return text
 
 
 def _in_words(e: Any) -> str:
@@ -80,17 +80,17 @@ def _part(count: int, of: int) -> str:
 def rate_blocks(
   rates: Rows,  # benchmark, queries, pool, anchor (estimates or None), exact_pool, exact_anchor
   # (counts or None)
-  similarity: float,  # from which a pair counts as near-duplicate
+  similarity: float,  # a pair is a near-duplicate from this similarity on
 ) -> list:
-  """Returns how many of the queries have a duplicate in pool and anchor, with 95 % intervals."""
+  """Returns the share of queries with a duplicate in pool and anchor, with 95 % intervals."""
   if not rates:
     return []
-  near, exact = f'at least {similarity:.4g} similar', 'equal bytes or pixels'
+  near, exact = f'similarity \u2265 {similarity:.4g}', 'equal bytes or pixels'
   heads = {
-    'pool': tables.figure('near, in the pool', near),
-    'exact_pool': tables.figure('exact, in the pool', exact),
-    'anchor': tables.figure('near, in the anchor', near),
-    'exact_anchor': tables.figure('exact, in the anchor', exact),
+    'pool': tables.figure('near-duplicate in pool', near),
+    'exact_pool': tables.figure('exact duplicate in pool', exact),
+    'anchor': tables.figure('near-duplicate in anchor', near),
+    'exact_anchor': tables.figure('exact duplicate in anchor', exact),
   }
   keys = [key for key in heads if any(r[key] is not None for r in rates)]
   rows = tuple(
@@ -102,14 +102,14 @@ def rate_blocks(
     for r in rates
   )
   note = (
-    'Near: similarity divided by both vectors\u2019 norms. Each embedder needs a threshold '
-    'of its own: set it with --config.prune.duplicate_similarity. In brackets: 95 % '
-    'intervals over queries, in percent (Wilson\u2019s).'
+    'Near-duplicate: by the similarity divided by both vectors\u2019 norms. Each embedder needs '
+    'its own threshold: set it with --config.prune.duplicate_similarity. Brackets: 95 % Wilson '
+    'intervals over queries, in percent.'
   )
   return [
     Table(
       'duplicate_rates',
-      'Queries with a duplicate',
+      'Share of queries with a duplicate',
       (Cell('benchmark'), tables.figure('queries'), *(heads[key] for key in keys)),
       rows,
       (note,),
@@ -119,16 +119,16 @@ def rate_blocks(
   ]
 
 
-def _rate(found: Any, queries: int) -> Cell:
+def _rate(rate: Any, queries: int) -> Cell:
   """Returns an estimate with its interval, or a count with its share."""
-  if found is None or not queries:
+  if rate is None or not queries:
     return tables.figure(tables.NOTHING)
   count = lambda n: f'{tables.number(n)} of {tables.number(queries)}'
-  if isinstance(found, int):
-    return tables.figure(tables.share(found / queries), count(found))
+  if isinstance(rate, int):
+    return tables.figure(tables.share(rate / queries), count(rate))
   return tables.figure(
-    tables.share(found.value),
-    '\n'.join((tables.share_bounds(found), count(round(found.value * queries)))).strip(),
+    tables.share(rate.value),
+    '\n'.join((tables.share_bounds(rate), count(round(rate.value * queries)))).strip(),
   )
 
 
@@ -150,13 +150,13 @@ def quantile_table(
   entries: Rows,  # name, anchor [Q] or None, pool [Q]: nearest-neighbour similarities
 ) -> Table:
   """Returns quantiles of the similarity of each benchmark's queries to their nearest image."""
-  heads = tables.heads('nearest image to each query of', 'queries', '5 %', 'median', '95 %', 'max')
-  found = []
+  heads = tables.heads('benchmark', 'queries', '5 %', 'median', '95 %', 'maximum')
+  records = []
   for e, which in itertools.product(entries, ('pool', 'anchor')):
     values = np.zeros(0) if e[which] is None else e[which][np.isfinite(e[which])].astype(float)
     if len(values):
       quantiles = map(float, np.quantile(values, (0.05, 0.5, 0.95, 1)))
-      found.append(
+      records.append(
         {
           'benchmark': e['name'],
           'in': which,
@@ -166,17 +166,18 @@ def quantile_table(
       )
   rows = tuple(
     (
-      Cell(r['benchmark'], f'in the {r["in"]}'),
+      Cell(r['benchmark'], f'nearest {r["in"]} image'),
       tables.figure(tables.number(r['queries'])),
       *(tables.figure(tables.similarity(r[q])) for q in ('q05', 'median', 'q95', 'max')),
     )
-    for r in found
+    for r in records
   )
   note = (
-    'Similarities of the stored float16 vectors. They are those of this embedder: those of '
-    'another cannot be compared with them.'
+    'Cosine similarities of the stored float16 vectors. Similarities of different embedders are '
+    'not comparable.'
   )
-  return Table('nearest_similarity', '', heads, rows, (note,), tuple(found))
+  caption = 'Quantiles of the similarity of each query to its nearest image'
+  return Table('nearest_similarity', caption, heads, rows, (note,), tuple(records))
 
 
 def slack_blocks(
@@ -184,21 +185,21 @@ def slack_blocks(
   lines: Rows,  # name, rows [m], at_zero, together
   candidates: int,
 ) -> list:
-  """Returns how many rows gap-aligned pruning would drop, at any slack."""
+  """Returns the number of rows that gap-aligned pruning would drop, by slack."""
   last = max(int(np.flatnonzero(line['rows'] > 0)[-1:].sum()) for line in lines)
   high = float(max(0.02, slack[min(last + 1, len(slack) - 1)]))
   whole = np.flatnonzero(np.max([line['rows'] for line in lines], axis=0) >= 0.99 * candidates)
   low = float(min(-0.02, max(-high, slack[whole[-1]] if len(whole) else -high)))
   text = curves.rows_by_slack(
-    slack, lines, title='Rows that aligning would drop', limits=(low, high)
+    slack, lines, title='Rows that alignment would drop', limits=(low, high)
   )
   caption = (
-    f'Of {tables.number(candidates)} candidates. An aligned split drops a row that is '
-    'nearer to some query than the anchor is by more than the slack; the marks stand at '
-    'slack 0.'
+    f'Of {tables.number(candidates)} candidates. An aligned split drops a row if its similarity '
+    'to some query exceeds the similarity of that query\u2019s nearest anchor image by more than '
+    'the slack. Marks: slack 0.'
   )
   return [
-    Heading('Gap-aligned', 'without what is nearer to a query than any anchor image is'),
+    Heading('Gap-aligned', 'removes rows that are nearer to a query than any anchor image is'),
     Figures((Figure('rows_by_slack', text, caption),)),
     _slack_table(slack, lines, candidates),
     Fact(PAPER_REMOVED),
@@ -218,22 +219,22 @@ def _slack_table(slack: Array, lines: Rows, candidates: int) -> Table:
       Cell(name),
       *(
         tables.figure(tables.number(n), _part(n, candidates), tone='strong' if s == 0 else '')
-        for s, n in zip(SLACKS, found)
+        for s, n in zip(SLACKS, counts_at_slacks)
       ),
     )
-    for name, found in counts.items()
+    for name, counts_at_slacks in counts.items()
   )
   records = tuple(
     {'benchmark': name, 'slack': s, 'dropped': n, 'candidates': candidates}
-    for name, found in counts.items()
-    for s, n in zip(SLACKS, found)
+    for name, counts_at_slacks in counts.items()
+    for s, n in zip(SLACKS, counts_at_slacks)
   )
   note = (
-    'Re-encoded copies of anchor images tie at the threshold up to the rounding of float16: '
-    'the count at 0 is fragile by nature. That count is exact; the others are of float32 '
-    'similarities.'
+    'Re-encoded copies of anchor images tie with the threshold up to float16 rounding, so the '
+    'count at slack 0 is fragile by nature. The count at slack 0 is exact; the other counts use '
+    'float32 similarities.'
   )
-  return Table('rows_by_slack', 'Rows dropped', heads, rows, (note,), records)
+  return Table('rows_by_slack', 'Rows dropped by slack', heads, rows, (note,), records)
 
 
 def size_blocks(
@@ -242,7 +243,7 @@ def size_blocks(
   candidates: int,
   looks: Looks,
 ) -> list:
-  """Returns how much near- and far-pruning keep, by the similarity at which they cut."""
+  """Returns the share of rows that near- and far-pruning keep, by similarity threshold."""
   share = [line['over'] / max(candidates, 1) for line in lines]
   seen = np.flatnonzero((np.max(share, 0) > SHOWN) & (np.min(share, 0) < 1 - SHOWN))
   first, last = (int(seen[0]), int(seen[-1])) if len(seen) else (0, len(cut) - 1)
@@ -262,75 +263,75 @@ def size_blocks(
   return [
     Heading('Near- and far-pruned', 'by the similarity to the nearest query'),
     Figures(drawn),
-    Details('Where they cut', (_cut_table(cut, lines, candidates),)),
+    Details('Similarity thresholds by share kept', (_cut_table(cut, lines, candidates),)),
   ]
 
 
 def _cut_table(cut: Array, lines: Rows, candidates: int) -> Table:
-  heads = tables.heads('to keep', *(f'{100 * s:g} %' for s in SHARES))
+  heads = tables.heads('share of candidates kept', *(f'{100 * s:g} %' for s in SHARES))
   words = {
-    'near': 'near-pruned: removes what is over',
-    'far': 'far-pruned: removes what is not over',
+    'near': 'near-pruned: removes rows above the threshold',
+    'far': 'far-pruned: removes rows at or below the threshold',
   }
-  # near keeps what is not over the cut, far what is: the first, the last cut that keep enough
+  # near: the lowest cut that keeps enough rows; far: the highest
   cuts = {}
   for line in lines:
     over = line['over'] / max(candidates, 1)
     cuts[line['name'], 'near'] = [float(cut[1 - over >= s].min(initial=1.0)) for s in SHARES]
     cuts[line['name'], 'far'] = [float(cut[over >= s].max(initial=-1.0)) for s in SHARES]
   rows = tuple(
-    (Cell(name, words[rule]), *(tables.figure(tables.similarity(c)) for c in found))
-    for (name, rule), found in cuts.items()
+    (Cell(name, words[rule]), *(tables.figure(tables.similarity(c)) for c in similarities))
+    for (name, rule), similarities in cuts.items()
   )
   records = tuple(
     {'benchmark': name, 'rule': rule, 'keep': s, 'cut': c}
-    for (name, rule), found in cuts.items()
-    for s, c in zip(SHARES, found)
+    for (name, rule), similarities in cuts.items()
+    for s, c in zip(SHARES, similarities)
   )
   note = (
-    'Shares of the candidates. A split asks for a size and finds its cut itself; cuts here '
-    'are rounded to 0.001.'
+    'A split computes its exact threshold from the requested size; thresholds in this table are '
+    'rounded to 0.001.'
   )
   return Table('cut_by_size', '', heads, rows, (note,), records)
 
 
 def paper_compat_blocks(
-  found: Rows,  # benchmark, top_k, chunk_rows, over, missed
+  benchmarks: Rows,  # benchmark, top_k, chunk_rows, over, missed
 ) -> list:
-  """Returns how many rows over a threshold the published code's truncation would have kept."""
-  if not found:
+  """Returns the number of rows over a threshold that the published code's top-k would keep."""
+  if not benchmarks:
     return []
-  said = (
-    f'The published code looks at the {tables.number(found[0]["top_k"])} nearest rows of a '
-    f'query in each chunk of {tables.number(found[0]["chunk_rows"])} rows. '
+  text = (
+    f'The published code considers only the {tables.number(benchmarks[0]["top_k"])} nearest rows '
+    f'of a query in each chunk of {tables.number(benchmarks[0]["chunk_rows"])} rows. '
   )
-  if not any(r['missed'] for r in found):
-    total = tables.number(sum(r['over'] for r in found))
-    return [Text(f'{said}Here that would have kept none of the {total} rows over a threshold.')]
+  if not any(r['missed'] for r in benchmarks):
+    total = tables.number(sum(r['over'] for r in benchmarks))
+    return [Text(f'{text}Here it would also drop all {total} rows over a threshold.')]
   rows = tuple(
     (
       Cell(r['benchmark']),
       tables.figure(tables.number(r['over'])),
       tables.figure(tables.number(r['missed']), _part(r['missed'], r['over'])),
     )
-    for r in found
+    for r in benchmarks
   )
   counts = tables.listed(
     [
       f'{tables.number(r["missed"])} of {tables.number(r["over"])} for {r["benchmark"]}'
-      for r in found
+      for r in benchmarks
       if r['missed']
     ]
   )
   table = Table(
     'paper_compat',
     '',
-    tables.heads('benchmark', 'rows over a threshold', 'of them kept by the published truncation'),
+    tables.heads('benchmark', 'rows over a threshold', 'kept by the published truncation'),
     rows,
     (),
-    tuple(found),
+    tuple(benchmarks),
   )
   return [
-    Text(f'{said}It would have kept rows over a threshold: {counts}. Splits here drop them.'),
-    Details('For each benchmark', (table,)),
+    Text(f'{text}It would keep rows over a threshold: {counts}. The splits here drop them.'),
+    Details('Counts by benchmark', (table,)),
   ]

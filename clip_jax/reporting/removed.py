@@ -1,7 +1,7 @@
-"""Plain results -> the report's section "What was removed": one split's rows, before training.
+"""Plain results -> the report's section on the rows that one split removed.
 
-Counts, pictures at the ends and the middle, classes and domains, words of captions, other slacks,
-the control's balance. Counts and proportions come in as split.json holds them.
+Shows counts, pictures, classes and domains, caption words, other slacks and the control's balance.
+Counts and proportions are those of split.json.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,8 +13,8 @@ from clip_jax.reporting.page import Columns, Details, Heading, Text
 from clip_jax.reporting.tables import Cell, Table
 from clip_jax.reporting.words import Word
 
-MOST_BARS = 30  # classes and domains on the page, those that lose most
-BALANCED = 0.1  # standardised difference under which a control counts as balanced
+MOST_BARS = 30  # classes or domains on the page: those with the largest share removed
+BALANCED = 0.1  # a control is balanced if every standardised difference is smaller
 VARIABLES = {
   'anchor_class': 'nearest anchor class',
   'anchor_class_similarity': 'similarity to that class',
@@ -28,12 +28,12 @@ def blocks_of(
   about: Mapping[str, Any],  # split.json
   *,
   name: str,
-  words: str,  # what the split is
+  words: str,  # description of the split
   gallery: Gallery | None,
-  captions: Mapping[str, Any] | None,  # removed, kept: [Word]; read_removed, read_kept: how many
+  captions: Mapping[str, Any] | None,  # removed, kept: [Word]; read_removed, read_kept: counts
   controls: Mapping[str, Mapping[str, Any]],  # matched split -> its split.json
 ) -> list:
-  """Returns what one split removed: numbers, warnings, images, classes, slacks, words."""
+  """Returns numbers, warnings, images, classes, slacks and caption words of the removed rows."""
   dropped, candidates = about['dropped'], about['candidates']
   blocks: list = [
     Heading(name, words),
@@ -46,8 +46,8 @@ def blocks_of(
     Text(
       f'{b}: {tables.number(q["hit"])} of {tables.number(q["queries"])} queries '
       f'({tables.share(q["hit_share"])}) lose at least one neighbour that is nearer than any '
-      f'anchor image; {tables.number(q["leaked"])} ({tables.share(q["leaked_share"])}) already '
-      'have a near-duplicate in the anchor.'
+      f'anchor image. {tables.number(q["leaked"])} queries ({tables.share(q["leaked_share"])}) '
+      'already have a near-duplicate in the anchor.'
     )
     for b, q in about.get('queries', {}).items()
   ]
@@ -67,38 +67,38 @@ def blocks_of(
     *([gallery] if gallery else []),
     *([Columns(tuple(side))] if side else []),
     *(_captions(name, captions) if captions else []),
-    *(block for control, found in controls.items() for block in _control(control, found)),
+    *(block for control, facts in controls.items() for block in _control(control, facts)),
   ]
 
 
 def _rule_figures(about: Mapping[str, Any]) -> str:
-  """Returns what the rule found: the similarity or slack at which it cuts, rows by value."""
-  found = {**next(iter(about.get('draws', {}).values()), {}), **about}
-  given, said = about.get('parameters', {}), ''
-  if tables.known(found.get('similarity_at_cut')):
-    said += f' The cut lies at a similarity of {tables.similarity(found["similarity_at_cut"])}.'
-  whole = found.get('aligned_dropped')
+  """Returns the rule's own figures: the similarity or slack of its cut, rows by value."""
+  facts = {**next(iter(about.get('draws', {}).values()), {}), **about}
+  given, text = about.get('parameters', {}), ''
+  if tables.known(facts.get('similarity_at_cut')):
+    text += f' The threshold is a similarity of {tables.similarity(facts["similarity_at_cut"])}.'
+  whole = facts.get('aligned_dropped')
   if given.get('quantile') or given.get('dose'):
-    said += f' The slack is {tables.signed(found.get("slack"), 4)}.'
+    text += f' The slack is {tables.signed(facts.get("slack"), 4)}.'
   if whole and whole != about['dropped']:
-    said += (
-      f' That is {tables.share(about["dropped"] / whole)} of the {tables.number(whole)} '
+    text += (
+      f' This is {tables.share(about["dropped"] / whole)} of the {tables.number(whole)} '
       'rows that slack 0 removes.'
     )
-  if 'denser_queries' in found:
-    said += (
-      f' {tables.number(found["denser_queries"])} queries drop more than what is nearer '
-      'than their nearest anchor image.'
+  if 'denser_queries' in facts:
+    text += (
+      f' For {tables.number(facts["denser_queries"])} queries, more rows are removed than those '
+      'nearer than the nearest anchor image.'
     )
-  for value, count in found.get('dropped_by_value', {}).items():
-    said += f' {value}: {tables.number(count)} rows.'
-  if found.get('without_value'):
-    said += f' {tables.number(found["without_value"])} candidates have no value, and stay.'
-  return said
+  for value, count in facts.get('dropped_by_value', {}).items():
+    text += f' {value}: {tables.number(count)} rows.'
+  if facts.get('without_value'):
+    text += f' {tables.number(facts["without_value"])} candidates have no value and are kept.'
+  return text
 
 
 def _check(benchmark: str, check: Mapping[str, Any], slack: float | None) -> Text:
-  """Returns one line on the proof that the split has the anchor's similarity gap."""
+  """Returns one line on the brute-force check of the split's similarity gap."""
   if not check.get('checked'):
     why = check.get('kind', 'it was switched off')
     return Text(f'{benchmark}: the similarity gap was not checked by brute force ({why}).', 'muted')
@@ -113,14 +113,16 @@ def _check(benchmark: str, check: Mapping[str, Any], slack: float | None) -> Tex
     if tables.known(slack) and slack > 0
     else ''
   )
-  said = {
-    'inequality': 'the split\u2019s nearest-neighbour similarity does not exceed the '
-    f'anchor\u2019s{over}',
-    'each of k': 'no j-th nearest pool image of the split is nearer than the j-th nearest anchor '
-    'image',
-  }.get(check.get('kind'), 'the split\u2019s nearest-neighbour similarity equals the anchor\u2019s')
+  proof = {
+    'inequality': 'the nearest-neighbour similarity to the split does not exceed that to the '
+    f'anchor{over}',
+    'each of k': 'for every j up to k, the j-th nearest pool image of the split is not nearer '
+    'than the j-th nearest anchor image',
+  }.get(
+    check.get('kind'), 'the nearest-neighbour similarity to the split equals that to the anchor'
+  )
   return Text(
-    f'Checked by brute force on {check["checked"]} queries of {benchmark}: {said}, for every one.',
+    f'Checked by brute force: for each of {check["checked"]} queries of {benchmark}, {proof}.',
     'muted',
   )
 
@@ -144,13 +146,13 @@ def _slacks(name: str, about: Mapping[str, Any]) -> Table:
     for slack, count in counts
   )
   note = (
-    'Re-encoded copies of anchor images tie at the threshold up to the rounding of float16: '
-    'the count at 0 is fragile by nature.'
+    'Re-encoded copies of anchor images tie with the threshold up to float16 rounding, so the '
+    'count at slack 0 is fragile by nature.'
   )
   return Table(
     f'slack_{name}',
     'Rows that other slacks would remove',
-    tables.heads('slack', 'rows removed', 'of candidates'),
+    tables.heads('slack', 'rows removed', 'share of candidates'),
     rows,
     (note,),
     tuple({'slack': slack, 'dropped': count} for slack, count in counts),
@@ -158,34 +160,37 @@ def _slacks(name: str, about: Mapping[str, Any]) -> Table:
 
 
 def _captions(name: str, captions: Mapping[str, Any]) -> list:
-  """Returns the words that tell the captions of removed rows from those of kept ones, both ways."""
+  """Returns words that are more frequent in removed captions, and those in kept captions."""
   sides = [
-    _words(f'words_{name}' + ('' if here == 'removed' else '_kept'), here, there, captions[here])
-    for here, there in (('removed', 'kept'), ('kept', 'removed'))
-    if captions[here]
+    _words(f'words_{name}' + ('' if side == 'removed' else '_kept'), side, other, captions[side])
+    for side, other in (('removed', 'kept'), ('kept', 'removed'))
+    if captions[side]
   ]
   read = (
     f'{tables.number(captions["read_removed"])} removed and '
-    f'{tables.number(captions["read_kept"])} kept captions were read, evenly over the pool.'
+    f'{tables.number(captions["read_kept"])} kept captions were compared, sampled evenly over the '
+    'pool.'
   )
   if not sides:
-    return [Text(f'No word tells removed captions from kept ones: {read}', 'muted')]
+    return [Text(f'No word distinguishes removed from kept captions: {read}', 'muted')]
   note = Text(
-    f'{read} Odds: those that a caption here holds the word, over those of the other '
-    'captions, with a 95 % interval (log-odds with a Dirichlet prior; Monroe and others, '
-    '2008), surest first. One interval a word, not corrected for the number of words; '
-    'words whose interval holds 1 are left out.',
+    f'{read} Odds ratio: the odds that a caption of the first set contains the word, divided by '
+    'the odds for the second set, with a 95 % interval (log-odds with a Dirichlet prior; Monroe, '
+    'Colaresi and Quinn 2008). Words are sorted by z-score. Intervals are not corrected for the '
+    'number of words; words whose interval contains 1 are omitted.',
     'muted',
   )
-  return [Details('Words that tell removed captions from kept ones', (Columns(tuple(sides)), note))]
+  return [
+    Details('Words that distinguish removed from kept captions', (Columns(tuple(sides)), note))
+  ]
 
 
-def _words(name: str, here: str, there: str, words: Sequence[Word]) -> Table:
+def _words(name: str, side: str, other: str, words: Sequence[Word]) -> Table:
   rows = tuple(
     (
       Cell(w.word),
-      tables.figure(tables.share(w.here), bar=w.here),
-      tables.figure(tables.share(w.there), bar=w.there),
+      tables.figure(tables.share(w.share), bar=w.share),
+      tables.figure(tables.share(w.reference_share), bar=w.reference_share),
       tables.figure(
         f'\u00d7 {tables.ratio(w.ratio)}', f'[{tables.ratio(w.low)}, {tables.ratio(w.high)}]'
       ),
@@ -195,8 +200,8 @@ def _words(name: str, here: str, there: str, words: Sequence[Word]) -> Table:
   records = tuple(
     {
       'word': w.word,
-      f'{here}_share': w.here,
-      f'{there}_share': w.there,
+      f'{side}_share': w.share,
+      f'{other}_share': w.reference_share,
       'odds_ratio': w.ratio,
       'low': w.low,
       'high': w.high,
@@ -204,27 +209,28 @@ def _words(name: str, here: str, there: str, words: Sequence[Word]) -> Table:
     }
     for w in words
   )
-  heads = tables.heads('word', f'of {here} captions', f'of {there} captions', 'odds')
-  return Table(name, f'More in {here} captions', heads, rows, (), records)
+  heads = tables.heads('word', f'in {side} captions', f'in {other} captions', 'odds ratio')
+  return Table(name, f'More frequent in {side} captions', heads, rows, (), records)
 
 
 def _control(control: str, about: Mapping[str, Any]) -> list:
-  """Returns how well a matched control resembles the removed rows, from its first draw."""
+  """Returns the balance of a matched control against the removed rows, for its first draw."""
   draw = next(iter(about.get('draws', {}).values()), {})
   if 'standardised_differences' not in draw:
     return []
   without = tables.share(draw['without_full_cell_donor'])
   if draw['no_matched_control']:
     head = Text(
-      f'No matched control exists: {without} of the removed rows have no other row like '
-      f'them. {control} is a random split of the same size instead.',
+      f'No matched control exists: {without} of the removed rows have no donor (no unused row of '
+      f'the same cell). {control} is a random split of the same size instead.',
       'warning',
     )
   else:
     head = Text(
-      f'The control {control} removes {tables.number(draw["drawn"])} other rows in place '
-      f'of {tables.number(draw["removed"])}. {without} of the removed rows had no other '
-      f'row just like them; {tables.number(draw["shortfall"])} found none at all.'
+      f'The control {control} removes {tables.number(draw["drawn"])} other rows in place of the '
+      f'{tables.number(draw["removed"])} removed ones. {without} of the removed rows have no donor '
+      'in their full cell; '
+      f'{tables.number(draw["shortfall"])} have none even after cells are merged.'
     )
   differences = draw['standardised_differences']
   rows = tuple(
@@ -238,10 +244,10 @@ def _control(control: str, about: Mapping[str, Any]) -> list:
   )
   table = Table(
     f'balance_{control}',
-    'Standardised difference, removed rows and drawn rows',
+    'Standardised mean difference between removed rows and drawn rows',
     tables.heads('variable', 'difference'),
     rows,
-    (f'Balanced: within \u00b1{BALANCED:g}.',),
+    (f'Balanced if within \u00b1{BALANCED:g}.',),
     tuple({'variable': key, 'difference': v} for key, v in differences.items()),
   )
-  return [head, Details('How alike the control\u2019s rows are', (table,))]
+  return [head, Details('Balance of the control', (table,))]

@@ -1,7 +1,7 @@
-"""Plain results -> the report's sections on what the runs show: accuracy, similarity, split size.
+"""Plain results -> the report's sections on the runs: accuracy, similarity, split size.
 
-Estimates are read by their fields only (value, low, high, method, seeds, images), whatever made
-them. The comparisons are in comparisons.py, the sections on the data itself in inventory.py.
+Estimates may be of any type with the fields value, low, high, method, seeds and images. The
+comparisons are in comparisons.py, the sections on the data in inventory.py.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,9 +19,9 @@ from clip_jax.reporting.tables import Cell, Table
 Rows = Sequence[Mapping[str, Any]]  # dicts with the keys that the comment beside the argument names
 
 QUESTION = (
-  'CLIP does well on images unlike those of its labelled reference set. Does it do so because '
-  'its training pool holds images very similar to the test images? Remove those, train again '
-  'with the same recipe, and look.'
+  'CLIP does well on images unlike those of its labelled reference set. Is this because its '
+  'training pool contains images that are very similar to the test images? The test: remove '
+  'these images, train again with the same recipe, and compare.'
 )
 PAPER = 'Mayilvahanan, Wiedemer, Rusak, Bethge and Brendel (ICLR 2024)'
 PAPER_ANSWER = (
@@ -39,13 +39,13 @@ def answer_blocks(
   missing: Missing | None,
   looks: Looks,
 ) -> list:
-  """Returns the headline figure: where the aligned split lies between anchor only and base."""
+  """Returns the headline figure: accuracy of the aligned split between anchor only and base."""
   blocks: list = [missing] if missing else []
   if lines:
     caption = (
-      'Each line runs from the lowest to the highest of these accuracies; pale bars are '
-      '95 % intervals (none with fewer than three seeds). The nearer the aligned split '
-      'stays to its control, the less of the accuracy comes from similar images.'
+      'Each line spans the lowest to the highest of these accuracies. Pale bars: 95 % intervals '
+      '(none with fewer than three seeds). The closer the aligned split is to its control, the '
+      'less of the accuracy comes from similar images.'
     )
     blocks.append(Figures((Figure('answer', figures.answer_lines(lines, looks), caption),)))
   return [*blocks, Fact(PAPER_ANSWER)]
@@ -53,13 +53,13 @@ def answer_blocks(
 
 def accuracy_blocks(
   splits: Rows,  # name, rule, words, pool_rows, anchor_rows, samples, passes, seeds, mark
-  benchmarks: Rows,  # name, queries, leaked (how many; None where unknown)
+  benchmarks: Rows,  # name, queries, leaked (a count; None if unknown)
   accuracy: Mapping[tuple[str, str], Any],  # (split, benchmark) -> estimate
   unleaked: Mapping[tuple[str, str], Any],  # the same without leaked queries
 ) -> list:
-  """Returns the answer table. Splits with another number of seeds get a table, and a head, apart.
+  """Returns one accuracy table for each number of seeds.
 
-  What an interval means depends on that number, and the head says it.
+  The meaning of an interval depends on the number of seeds; the column heads say which it is.
   """
   counts = sorted({len(split['seeds']) for split in splits if split['seeds']}, reverse=True)
   blocks: list = [
@@ -82,7 +82,7 @@ def accuracy_blocks(
 def _accuracy_table(
   name: str, count: int, splits: Rows, benchmarks: Rows, accuracy: Mapping, unleaked: Mapping
 ) -> Table:
-  """Returns the table of the splits that were trained with `count` seeds."""
+  """Returns the table of the splits with `count` seeds."""
   how = {1: 'this checkpoint', 2: 'mean, range of 2 seeds'}.get(
     count, f'mean of {count} seeds\n95 % interval'
   )
@@ -98,12 +98,14 @@ def _accuracy_table(
     tables.figure('pool rows', '+ anchor rows'),
     tables.figure('samples seen', 'passes'),
   )
-  found = {False: accuracy, True: unleaked}
+  estimates = {False: accuracy, True: unleaked}
   rows = tuple(
     (
       Cell(split['name'], split['words']),
       *(
-        tables.accuracy_cell(found[without].get((split['name'], b['name'])), bool(split['mark']))
+        tables.accuracy_cell(
+          estimates[without].get((split['name'], b['name'])), bool(split['mark'])
+        )
         for b, without in kinds
       ),
       tables.figure(tables.number(split['pool_rows']), f'+ {tables.number(split["anchor_rows"])}'),
@@ -112,11 +114,11 @@ def _accuracy_table(
     for split in splits
   )
   records = tuple(
-    _record(split, b['name'], found[without][split['name'], b['name']], without)
+    _record(split, b['name'], estimates[without][split['name'], b['name']], without)
     for split in splits
     for b in benchmarks
     for without in (False, True)
-    if (split['name'], b['name']) in found[without]
+    if (split['name'], b['name']) in estimates[without]
   )
   return Table(name, '', columns, rows, _accuracy_notes(count, records), records)
 
@@ -125,40 +127,39 @@ def _accuracy_notes(count: int, records: Sequence[Mapping[str, Any]]) -> tuple[s
   notes = [
     'Zero-shot accuracy in percent. '
     + {
-      1: 'One seed: the interval is over the images of this checkpoint and says nothing about '
-      'another training run.',
-      2: 'Two seeds: the lowest and the highest; two give no interval.',
-    }.get(count, 'Intervals are over seeds and images, both taken as random.')
+      1: 'One seed: the interval is over images for this checkpoint; it says nothing about other '
+      'training runs.',
+      2: 'Two seeds: brackets show the lower and the higher accuracy; two seeds give no interval.',
+    }.get(count, 'Intervals are over seeds and images, both treated as random.')
   ]
   if any(r['method'] == 'none' for r in records):
-    notes.append('No interval where all images belong to one group (a writer, a photo).')
+    notes.append('No interval if all images belong to one group (one writer or photo).')
   if any(r['without_leaked'] for r in records):
     notes.append(
-      'Not leaked: without the queries that already have a near-duplicate in the '
-      'anchor; no pruning of the pool undoes that.'
+      'Not leaked: without the queries that already have a near-duplicate in the anchor. Pruning '
+      'the pool cannot remove that leakage.'
     )
   if any(r['mark'] for r in records):
     notes.append(
-      '\u2020 Not converged: a run of this split ends while its learning is still '
-      'taking off, so the accuracy says more about the number of steps than about the '
-      'data.'
+      '\u2020 Not converged: a run of this split ended during the take-off of learning, so its '
+      'accuracy reflects the number of steps more than the data.'
     )
   return tuple(notes)
 
 
-def _record(split: Mapping, benchmark: str, found: Any, without_leaked: bool) -> dict:
+def _record(split: Mapping, benchmark: str, estimate: Any, without_leaked: bool) -> dict:
   kept = ('pool_rows', 'anchor_rows', 'samples', 'passes', 'mark')
   return {
     'split': split['name'],
     'rule': split['rule'],
     'benchmark': benchmark,
     'without_leaked': without_leaked,
-    'accuracy': found.value,
-    'low': found.low,
-    'high': found.high,
-    'method': found.method,
-    'seeds': found.seeds,
-    'images': found.images,
+    'accuracy': estimate.value,
+    'low': estimate.low,
+    'high': estimate.high,
+    'method': estimate.method,
+    'seeds': estimate.seeds,
+    'images': estimate.images,
     **{key: split[key] for key in kept},
   }
 
@@ -166,7 +167,7 @@ def _record(split: Mapping, benchmark: str, found: Any, without_leaked: bool) ->
 def histogram_blocks(
   entries: Rows,  # name, anchor [Q] or None, pool [Q]: nearest-neighbour similarities
 ) -> list:
-  """Returns how near the pool and the anchor come to every benchmark's queries, on one axis."""
+  """Returns histograms and quantiles of each benchmark's similarity to pool and anchor."""
   values = [v for e in entries for v in (_finite(e['anchor']), _finite(e['pool'])) if len(v)]
   if not values:
     return []
@@ -190,7 +191,7 @@ def histogram_blocks(
   return [Figures(drawn), pool_audit.quantile_table(entries)]
 
 
-def _finite(values: Array | None) -> Array:  # [Q] -> [q]; None: there are none
+def _finite(values: Array | None) -> Array:  # [Q] -> [q]; None -> [0]
   return np.zeros(0) if values is None else values[np.isfinite(values)]
 
 
@@ -209,35 +210,35 @@ def bin_blocks(
     return []
   blocks: list = [
     Text(
-      'Associated with, no more: similar queries may be easy for other reasons, such as their '
-      'class. The second curve takes class effects out. Pale marks stand for fewer than 20 '
-      'queries.',
+      'Accuracy is associated with similarity, which does not show a cause: queries with similar '
+      'pool images may be easy for other reasons, such as their class. The second curve removes '
+      'class effects. Pale marks: fewer than 20 queries.',
       'muted',
     )
   ]
   records = []
   for what, label in BIN_AXES.items():
-    mine = [p for p in panels if p['what'] == what]
+    chosen = [p for p in panels if p['what'] == what]
     drawn = tuple(
       Figure(
         f'accuracy_by_{what}_{p["name"]}',
         figures.accuracy_by_similarity(p['series'], title=p['name'], xlabel=label, looks=looks),
       )
-      for p in mine
+      for p in chosen
     )
     if drawn:
-      blocks += [Heading(f'Against {label}'), Figures(drawn)]
+      blocks += [Heading(f'Accuracy against {label}'), Figures(drawn)]
     records += [
-      {'benchmark': p['name'], 'against': what, 'series': one['name'], **b}
-      for p in mine
-      for one in p['series']
-      for b in one['bins']
+      {'benchmark': p['name'], 'against': what, 'series': curve['name'], **b}
+      for p in chosen
+      for curve in p['series']
+      for b in curve['bins']
     ]
   columns = tables.heads('benchmark', 'against', 'bin', 'queries', 'accuracy, %')
   table = Table(
     'accuracy_by_similarity', '', columns, tuple(map(_bin_row, records)), (), tuple(records)
   )
-  return [*blocks, Fact(PAPER_BINS), Details('The bins as a table', (table,))]
+  return [*blocks, Fact(PAPER_BINS), Details('Table of the bins', (table,))]
 
 
 def _bin_row(r: Mapping[str, Any]) -> tuple[Cell, ...]:
@@ -259,7 +260,7 @@ def size_blocks(
   rows: Rows,  # split, rule, control, benchmark, estimate: near and far against random
   looks: Looks,
 ) -> list:
-  """Returns accuracy against split size, one panel a benchmark, all on one scale."""
+  """Returns accuracy against split size: one panel per benchmark, all on the same scale."""
   values = [
     value
     for p in panels
@@ -307,7 +308,7 @@ def size_blocks(
     blocks.append(
       Table(
         'size_against_random',
-        'Against random rows of the same number',
+        'Difference to a random split of the same size',
         (Cell('split'), Cell('control'), Cell('difference')),
         cells,
         (),
@@ -323,12 +324,12 @@ def dose_blocks(
   # low, high, method
   look: tuple[str, str, str],
 ) -> list:
-  """Returns the dose curve: slacks that remove more and more, each against its own control."""
+  """Returns the dose curve: aligned splits of several sizes, each against its own control."""
   if not panels:
     return []
   caption = (
-    'Splits that remove more or fewer of the similar rows, each against its own control. '
-    'Bars are 95 % intervals (none with fewer than three seeds).'
+    'Splits that remove more or fewer similar rows than slack 0, each against its own control. '
+    'Bars: 95 % intervals (none with fewer than three seeds).'
   )
   drawn = tuple(
     Figure(f'dose_{p["name"]}', figures.dose(p['points'], title=p['name'], look=look), caption)
@@ -353,13 +354,13 @@ def dose_blocks(
   records = tuple({'benchmark': p['name'], **q} for p in panels for q in p['points'])
   heads = (
     Cell('split'),
-    tables.figure('rows removed', 'of what slack 0 removes'),
-    tables.figure('rows'),
+    tables.figure('rows removed', 'share of the aligned count'),
+    tables.figure('rows removed'),
     tables.figure('slack'),
-    tables.figure('points against the control'),
+    tables.figure('difference to control, points'),
   )
   return [
-    Heading('The dose: removing more, and less, than the aligned count'),
+    Heading('Dose curve: removing more or fewer rows than the aligned count'),
     Figures(drawn),
     Table('dose', '', heads, rows, (), records),
   ]
@@ -369,7 +370,7 @@ def plane_blocks(
   panels: Rows,  # name, xname, points, line (as figures.robustness_plane takes them)
   looks: Looks,
 ) -> list:
-  """Returns accuracy on each benchmark against validation accuracy, every run a mark."""
+  """Returns accuracy on each benchmark against validation accuracy, one mark per run."""
   drawn = tuple(
     Figure(
       f'plane_{p["name"]}',

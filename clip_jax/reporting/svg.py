@@ -1,8 +1,8 @@
-"""How every figure looks, and a matplotlib drawing -> SVG text for light and for dark ground.
+"""Style of all figures, and a matplotlib drawing -> SVG text for light and dark backgrounds.
 
 Backgrounds are transparent, ink is `currentColor`, colours are mid-tones. Equal input gives equal
-bytes. Matplotlib is imported inside functions: the studies' tables of products import this room at
-every start.
+bytes. Matplotlib is imported inside functions, because every start of the program imports this
+module through the studies' tables of products.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,9 +16,8 @@ import numpy as np
 WIDTH = 360.0  # units; the page shows one unit as one CSS pixel
 INK = '#010203'  # replaced by currentColor in the finished SVG
 
-# (colour, marker) of splits' rules, in the order in which a caller names them; more than these
-# begin again. The colours are after Okabe and Ito: told apart by colour-blind readers, dark enough
-# for white paper, light enough for a dark screen.
+# (colour, marker) of the rules, in the caller's order; repeats if there are more rules. Colours
+# follow Okabe and Ito: distinguishable for colour-blind readers, on white paper and dark screens.
 PALETTE = (
   (INK, 'o'),
   ('#8c8c8c', 's'),
@@ -42,13 +41,13 @@ PALETTE = (
 
 
 def looks(labels: Mapping[str, str]) -> dict[str, tuple[str, str, str]]:
-  """Returns rule -> (colour, marker, label), from the label of each rule in their order."""
+  """Returns rule -> (colour, marker, label), from rule -> label."""
   return {
     rule: (*mark, label) for (rule, label), mark in zip(labels.items(), itertools.cycle(PALETTE))
   }
 
 
-# (colour, dash) of curves that stand for benchmarks, in their order; more than these begin again.
+# (colour, dash) of the benchmarks' curves, in order; repeats if there are more benchmarks.
 SERIES = tuple(
   (color, dash)
   for dash in ('-', (0, (4, 2)), (0, (1.2, 1.4)))
@@ -94,11 +93,11 @@ _STYLE = {
   'lines.linewidth': 1.8,
   'path.simplify': False,
 }
-_FONT = 'system-ui, sans-serif'  # narrower than the DejaVu that lays the text out: it always fits
+_FONT = 'system-ui, sans-serif'  # narrower than DejaVu, which sets the layout: it always fits
 
 
 def render(draw: Callable[..., None], height: float, title: str) -> str:
-  """Returns what `draw(figure)` draws, `height` units high, as an <svg> element without a size."""
+  """Returns the drawing of `draw(figure)`, `height` units high, as an <svg> without a size."""
   import matplotlib
   from matplotlib.figure import Figure  # not pyplot: no global state, safe in any thread
 
@@ -136,10 +135,10 @@ def panel(
   height: float,
   title: str,
   *,
-  grid: str = 'y',  # the axes whose ticks have lines: 'x' | 'y' | 'both' | '' (none)
-  pad: float | None = None,  # between the axes and the title; None: as in every figure
+  grid: str = 'y',  # axes with grid lines: 'x' | 'y' | 'both' | '' (none)
+  pad: float | None = None,  # points between axes and title; None: the style's default
 ) -> str:
-  """Returns one pair of axes that `draw(ax)` fills, below its title, as `render` does."""
+  """Returns the SVG of one pair of axes with a title; `draw(ax)` fills the axes."""
 
   def whole(figure) -> None:
     ax = figure.add_subplot()
@@ -152,7 +151,7 @@ def panel(
 
 
 def standalone(text: str) -> str:
-  """Returns a figure as a file: with a size, and ink that follows the reader's colour scheme."""
+  """Returns a figure as an SVG file: with a size and ink for light and dark colour schemes."""
   width, height = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', text).groups()
   style = (
     '<style>svg{color:#222;font-family:system-ui,sans-serif}'
@@ -166,7 +165,7 @@ def standalone(text: str) -> str:
 
 
 def count(value: float) -> str:
-  """Returns a count as people write it on an axis: 900, 1.5k, 75M, 200M."""
+  """Returns a count as an axis label: 900, 1.5k, 75M, 200M."""
   for unit, name in ((1e9, 'G'), (1e6, 'M'), (1e3, 'k')):
     if abs(value) >= unit:
       return f'{value / unit:.3g}{name}'
@@ -176,13 +175,13 @@ def count(value: float) -> str:
 def whisker(
   ax, x: float, low: float | None, high: float | None, color: str, alpha: float = 0.6
 ) -> None:
-  """Draws an interval upright at x; nothing where there is none."""
+  """Draws a vertical interval at x, if both bounds are given (as proportions)."""
   if low is not None and high is not None:
     ax.plot([x, x], [100 * low, 100 * high], color=color, linewidth=1.4, alpha=alpha)
 
 
 def legend_above(ax, columns: int) -> None:
-  """Names the curves in one line between the title and the axes."""
+  """Draws the legend in one line between the title and the axes."""
   ax.legend(
     loc='lower left',
     bbox_to_anchor=(-0.02, 1.02),
@@ -195,7 +194,7 @@ def legend_above(ax, columns: int) -> None:
 
 
 def legend_below(figure, columns: int = 1) -> None:
-  """Names the curves below the axes, a line each: words may be long."""
+  """Draws the legend below the axes, by default one entry per line, for long labels."""
   figure.legend(
     loc='outside lower left',
     handlelength=1.6,
@@ -207,7 +206,7 @@ def legend_below(figure, columns: int = 1) -> None:
 
 
 def few_ticks(axis, most: int, counts: bool = False) -> None:
-  """Lets an axis have at most so many round ticks; counts: written as `count` does."""
+  """Limits an axis to `most` round ticks; with `counts`, formats them by `count`."""
   from matplotlib.ticker import MaxNLocator
 
   axis.set_major_locator(MaxNLocator(most))
@@ -216,7 +215,7 @@ def few_ticks(axis, most: int, counts: bool = False) -> None:
 
 
 def percent_ticks(visible: Callable[[float], bool]) -> list[float]:
-  """Returns round percentages for a logit axis: the coarsest choice that shows at least four."""
+  """Returns tick percentages of a logit axis: the coarsest choice with at least four visible."""
   choices = [(1, 5, 20, 50, 80, 95, 99), (1, 2, 5, 10, 20, 40, 60, 80, 90, 95, 98, 99)]
   choices += [tuple(np.arange(step, 100, step)) for step in (10, 5, 2, 1, 0.5)]
   shown = [[float(p) for p in choice if visible(p)] for choice in choices]

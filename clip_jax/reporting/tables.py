@@ -1,7 +1,7 @@
-"""Tables of the report: cells for the page, tidy records for report/tables/*.csv, written numbers.
+"""Tables of the report: cells for the page, records for report/tables/*.csv, number formats.
 
 Values in records are proportions in 0..1, as in every file; cells show percent with one decimal.
-An estimate here is anything with value, low, high and method, as the statistics give it.
+An estimate is any object with the fields value, low, high and method.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,7 +14,7 @@ from typing import Any
 from clip_jax.core.types import Array
 
 MINUS = '\u2212'
-NOTHING = '\u2013'  # an en dash: no value here
+NOTHING = '\u2013'  # an en dash: no value
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,8 @@ class Cell:
   text: str
   detail: str = ''  # smaller lines below
   tone: str = ''  # '' | 'muted' | 'bad' | 'strong' | 'flag' (a dagger: see the note)
-  bar: float | None = None  # 0..1: a bar behind the number
-  shade: float | None = None  # 0..1: how deep the ground is, in matrices
+  bar: float | None = None  # 0..1: length of a bar behind the number
+  shade: float | None = None  # 0..1: depth of the background colour, in matrices
   number: bool = False  # right-aligned
 
 
@@ -35,12 +35,12 @@ class Table:
   rows: tuple[tuple[Cell, ...], ...]
   notes: tuple[str, ...] = ()
   records: tuple[Mapping[str, Any], ...] = ()
-  stacked: bool = False  # on a phone a row is a small block, not a line to scroll
+  stacked: bool = False  # on a phone, each row is a block instead of a scrolled line
   kind: str = 'table'
 
 
 def csv_text(records: Sequence[Mapping[str, Any]]) -> str:
-  """Returns tidy CSV: a line a record, columns in order of first appearance, full precision."""
+  """Returns CSV: one line per record, columns in order of first appearance, full precision."""
   columns = list(dict.fromkeys(key for record in records for key in record))
   out = io.StringIO()
   writer = csv.writer(out, lineterminator='\n')
@@ -57,17 +57,17 @@ def _plain(value: Any) -> Any:
 
 
 def known(*values: float | None) -> bool:
-  """True where every value is there and finite."""
+  """Returns whether every value is given and finite."""
   return all(value is not None and math.isfinite(value) for value in values)
 
 
 def percent(value: float | None, decimals: int = 1) -> str:
-  """0.6234 -> '62.3'; the unit stands in the head or beside it."""
+  """Formats a proportion as percent without a unit: 0.6234 -> '62.3'."""
   return _signed(f'{100 * value:.{decimals}f}') if known(value) else NOTHING
 
 
 def share(value: float | None) -> str:
-  """0.031 -> '3.1 %', 0.0004 -> '0.04 %': rates keep two digits where they are small."""
+  """Formats a rate with its unit: 0.031 -> '3.1 %', 0.0004 -> '0.04 %'."""
   if not known(value):
     return NOTHING
   return f'{percent(value, 2 if 0 < abs(value) < 0.005 else 1)} %'
@@ -76,43 +76,43 @@ def share(value: float | None) -> str:
 def bracket(
   low: float | None, high: float | None, written: Callable[[float], str] = percent
 ) -> str:
-  """Returns '[2.9, 3.3]'; '' where a bound is not known."""
+  """Returns an interval, '[2.9, 3.3]'; '' if a bound is unknown."""
   return f'[{written(low)}, {written(high)}]' if known(low, high) else ''
 
 
 def share_text(e: Any) -> str:
-  """Returns a rate with its interval in one line, '3.1 % [2.9, 3.3]', with equal digits."""
+  """Returns a rate with its interval, '3.1 % [2.9, 3.3]', with equal numbers of decimals."""
   return NOTHING if e is None else f'{share(e.value)} {share_bounds(e)}'.strip()
 
 
 def share_bounds(e: Any) -> str:
-  """Returns the interval of a rate, '[2.9, 3.3]', with the digits of `share`; '' without."""
+  """Returns the interval of a rate, '[2.9, 3.3]', with the decimals of `share`, or ''."""
   decimals = 2 if known(e.high) and e.high < 0.005 or 0 < e.value < 0.005 else 1
   return bracket(e.low, e.high, lambda bound: percent(bound, decimals))
 
 
 def points(value: float | None) -> str:
-  """0.012 -> '+1.2': a difference of accuracies in percentage points."""
+  """Formats a difference of accuracies in percentage points: 0.012 -> '+1.2'."""
   return _signed(f'{100 * value:+.1f}') if known(value) else NOTHING
 
 
 def similarity(value: float | None, decimals: int = 3) -> str:
-  """0.9312 -> '0.931'."""
+  """Formats a similarity: 0.9312 -> '0.931'."""
   return _signed(f'{value:.{decimals}f}') if known(value) else NOTHING
 
 
 def signed(value: float | None, decimals: int = 3) -> str:
-  """0.0512 -> '+0.051'."""
+  """Formats a number with its sign: 0.0512 -> '+0.051'."""
   return _signed(f'{value:+.{decimals}f}') if known(value) else NOTHING
 
 
 def slack(value: float) -> str:
-  """0.01 -> '+0.01', 0.0 -> '0': the head of a column of slacks."""
+  """Formats a slack for a column head: 0.01 -> '+0.01', 0.0 -> '0'."""
   return f'{value:+g}'.replace('-', MINUS) if value else '0'
 
 
 def number(value: float | None, digits: int = 3) -> str:
-  """Integers with thousands separators, else `digits` significant digits."""
+  """Formats integers with thousands separators, other numbers with `digits` digits."""
   if not known(value):
     return NOTHING
   if float(value).is_integer() and abs(value) < 1e15:
@@ -121,41 +121,41 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def ratio(value: float) -> str:
-  """1.0234 -> '1.02', 12.3 -> '12', 18000.0 -> '> 1,000': odds are rough, and far off unbounded."""
+  """Formats an odds ratio: 1.0234 -> '1.02', 12.3 -> '12', 18000.0 -> '> 1,000'."""
   if value > 1000:
     return '> 1,000'
   return f'{value:.2f}' if value < 9.995 else f'{value:.0f}'
 
 
 def probability(value: float | None) -> str:
-  """0.0321 -> 'p = 0.032', tiny -> 'p < 0.001', absent -> ''."""
+  """Formats a p-value: 0.0321 -> 'p = 0.032', 1e-9 -> 'p < 0.001', None -> ''."""
   if not known(value):
     return ''
   return 'p < 0.001' if value < 0.001 else f'p = {value:.3f}'
 
 
 def _signed(text: str) -> str:
-  """Writes a minus sign, and no sign where every digit is 0."""
+  """Replaces the hyphen by a minus sign, and drops the sign of a zero."""
   return text.lstrip('-+') if not text.strip('-+0.') else text.replace('-', MINUS)
 
 
 def bounds(estimate: Any, written: Callable[[float], str] = percent) -> str:
-  """'[59.1, 65.4]'; '(seeds: 59.1 to 65.4)' where two seeds give only a range; '' without."""
-  found = '' if estimate is None else bracket(estimate.low, estimate.high, written)
-  if found and estimate.method == 'range':
+  """Returns '[59.1, 65.4]', or '(seeds: 59.1 to 65.4)' for a range of two seeds, or ''."""
+  text = '' if estimate is None else bracket(estimate.low, estimate.high, written)
+  if text and estimate.method == 'range':
     return f'(seeds: {written(estimate.low)} to {written(estimate.high)})'
-  return found
+  return text
 
 
 def estimate_text(estimate: Any, written: Callable[[float], str] = points) -> str:
-  """Returns 'value [low, high]' in one line."""
+  """Returns an estimate as 'value [low, high]'."""
   if estimate is None or not known(estimate.value):
     return NOTHING
   return f'{written(estimate.value)} {bounds(estimate, written)}'.strip()
 
 
 def method_words(method: str) -> str:
-  """Returns what an interval is, in words."""
+  """Returns the description of an interval."""
   return {
     'crossed': '95 % interval over seeds and images',
     'range': 'range of two seeds',
@@ -164,17 +164,17 @@ def method_words(method: str) -> str:
 
 
 def sentence(text: str) -> str:
-  """'not estimable: few' -> 'Not estimable: few.'"""
+  """Returns the text as a sentence: 'not estimable: few' -> 'Not estimable: few.'"""
   return f'{text[:1].upper()}{text[1:].rstrip(".")}.'
 
 
 def listed(names: Sequence[str]) -> str:
-  """Returns 'a, b and c'."""
+  """Returns the names as a list in prose: 'a, b and c'."""
   return f'{", ".join(names[:-1])} and {names[-1]}' if len(names) > 1 else ''.join(names)
 
 
 def heads(*texts: str) -> tuple[Cell, ...]:
-  """Returns column heads: the first stands over text, the others over numbers."""
+  """Returns column heads: the first for text, the others for numbers."""
   return tuple(Cell(text, number=i > 0) for i, text in enumerate(texts))
 
 
@@ -184,7 +184,7 @@ def figure(text: str, detail: str = '', **kwargs: Any) -> Cell:
 
 
 def accuracy_cell(estimate: Any, flagged: bool) -> Cell:
-  """Returns an accuracy with its interval below; a flagged one gets a dagger."""
+  """Returns an accuracy with its interval below it, and a dagger if it is flagged."""
   if estimate is None:
     return figure(NOTHING, tone='muted')
   return figure(percent(estimate.value), bounds(estimate), tone='flag' if flagged else '')
@@ -196,7 +196,7 @@ def matrix(
   values: Array,  # [n, n] shares, row by column
   notes: Iterable[str] = (),
 ) -> Table:
-  """Returns a shaded square table: the share of what the row holds that the column holds too."""
+  """Returns a shaded square table: the share of the row's items that the column also contains."""
 
   def cell(i: int, j: int) -> Cell:
     value = float(values[i][j])
@@ -208,7 +208,7 @@ def matrix(
   return Table(
     name,
     '',
-    heads('share of \u2026 also in \u2026', *labels),
+    heads('share of row also in column', *labels),
     tuple((Cell(labels[i]), *(cell(i, j) for j in places)) for i in places),
     tuple(notes),
     tuple(
@@ -226,7 +226,7 @@ def bars(
   entries: Sequence[Mapping[str, Any]],  # what, count, total
   most: int,
 ) -> Table:
-  """Returns shares of each kind with a bar behind the number: the `most` first on the page."""
+  """Returns a table of shares with bars; the page shows the first `most` entries."""
   rows = tuple(
     (
       Cell(str(e['what'])),
@@ -240,7 +240,7 @@ def bars(
   return Table(
     name,
     caption,
-    heads(first, 'removed', 'of', 'share removed'),
+    heads(first, 'removed', 'candidates', 'share removed'),
     rows,
     first_of(most, len(entries)),
     tuple(entries),
@@ -248,6 +248,6 @@ def bars(
 
 
 def first_of(most: int, count: int, what: str = '') -> tuple[str, ...]:
-  """Returns the note below a table that shows `most` rows of more; () where it shows all."""
+  """Returns the note below a table that shows only its first `most` rows, or ()."""
   noun = f' {what}' if what else ''
-  return (f'The first {most} of {count}{noun}; all are in the CSV.',) if count > most else ()
+  return (f'First {most} of {count}{noun}; the CSV has all.',) if count > most else ()

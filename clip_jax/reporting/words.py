@@ -1,7 +1,7 @@
-"""Captions of two sets of rows -> the words that tell the sets apart, each with its uncertainty.
+"""Captions of two sets of rows -> the words that distinguish the sets, with uncertainty.
 
-After Monroe, Colaresi and Quinn (2008), "Fightin' Words": log-odds with an informative Dirichlet
-prior, here of captions that hold a word, not of words: a caption that repeats itself counts once.
+Log-odds with an informative Dirichlet prior, after Monroe, Colaresi and Quinn (2008), "Fightin'
+Words". It counts captions that contain a word, so a word repeated in a caption counts once.
 """
 
 from collections import Counter
@@ -10,58 +10,61 @@ from dataclasses import dataclass
 import math
 import re
 
-PRIOR = 10.0  # captions that the prior weighs as much as, each word at its share in both sets
+PRIOR = 10.0  # weight of the prior in captions; each word has its share in both sets
 NORMAL = 1.959964  # two-sided 95 %
 
 
 @dataclass(frozen=True)
 class Word:
-  """A word, and how its odds of standing in a caption differ between two sets of captions."""
+  """A word, and the ratio of its odds of occurring in a caption of two sets."""
 
   word: str
-  here: float  # share of these captions that hold it
-  there: float  # share of the others
-  ratio: float  # of the odds, here over there, with the prior
+  share: float  # of the captions that contain it
+  reference_share: float  # of the reference captions that contain it
+  ratio: float  # odds ratio, captions over reference, with the prior
   low: float  # its 95 % interval
   high: float
   z: float  # log ratio over its standard error
 
 
-def telling_words(
-  here: Sequence[str],
-  there: Sequence[str],
+def distinctive_words(
+  captions: Sequence[str],
+  reference: Sequence[str],
   count: int = 12,
   least: int = 3,
 ) -> list[Word]:
-  """Returns the words that stand in captions `here` more often than in those `there`, surest first.
+  """Returns words that are more frequent in `captions` than in `reference`, highest z-score first.
 
-  Left out: words in fewer than `least` captions here, and those whose interval holds 1.
+  Omits words in fewer than `least` captions, and words whose interval contains 1.
   """
-  if not here or not there:
+  if not captions or not reference:
     return []
-  mine, others = (
-    Counter(word for text in texts for word in words_of(text)) for texts in (here, there)
+  counts, reference_counts = (
+    Counter(word for text in texts for word in words_of(text)) for texts in (captions, reference)
   )
-  found = [
-    _compared(word, n, others[word], len(here), len(there))
-    for word, n in mine.items()
+  words = [
+    _odds_ratio(word, n, reference_counts[word], len(captions), len(reference))
+    for word, n in counts.items()
     if n >= least
   ]
-  return sorted((w for w in found if w.low > 1), key=lambda w: (-w.z, w.word))[:count]
+  return sorted((w for w in words if w.low > 1), key=lambda w: (-w.z, w.word))[:count]
 
 
-def _compared(word: str, here: int, there: int, captions_here: int, captions_there: int) -> Word:
-  """Returns the word's odds ratio: odds (y + a) / (n + PRIOR - y - a), variance 1 / (y + a)."""
-  prior = PRIOR * (here + there) / (captions_here + captions_there)
-  with_here, with_there = here + prior, there + prior
-  without_here = max(captions_here + PRIOR - with_here, 0.5)  # not 0 where every caption holds it
-  without_there = max(captions_there + PRIOR - with_there, 0.5)
-  log_ratio = math.log(with_here / without_here) - math.log(with_there / without_there)
-  error = math.sqrt(1 / with_here + 1 / without_here + 1 / with_there + 1 / without_there)
+def _odds_ratio(word: str, a: int, b: int, captions_a: int, captions_b: int) -> Word:
+  """Returns a word's odds ratio: odds (y + p) / (n + PRIOR - y - p), variance 1 / (y + p).
+
+  y: captions that contain the word, of n; p: the word's prior.
+  """
+  prior = PRIOR * (a + b) / (captions_a + captions_b)
+  with_a, with_b = a + prior, b + prior
+  without_a = max(captions_a + PRIOR - with_a, 0.5)  # not 0 if every caption contains it
+  without_b = max(captions_b + PRIOR - with_b, 0.5)
+  log_ratio = math.log(with_a / without_a) - math.log(with_b / without_b)
+  error = math.sqrt(1 / with_a + 1 / without_a + 1 / with_b + 1 / without_b)
   return Word(
     word,
-    here / captions_here,
-    there / captions_there,
+    a / captions_a,
+    b / captions_b,
     math.exp(log_ratio),
     math.exp(log_ratio - NORMAL * error),
     math.exp(log_ratio + NORMAL * error),

@@ -1,7 +1,7 @@
-"""The prompts of zero-shot classification on ImageNet, by OpenAI; the lists lie beside this file.
+"""OpenAI's prompts for zero-shot classification on ImageNet; the lists are files in this folder.
 
-One name or template a line; '{}' takes the class name. Taken over unchanged from open_clip's
-zero_shot_metadata.py; the tests hold the sha256 of each list.
+One class name or template per line; '{}' stands for the class name. Copied unchanged from
+open_clip's zero_shot_metadata.py; the tests check the sha256 of each list.
 """
 
 from pathlib import Path
@@ -10,17 +10,17 @@ _FOLDER = Path(__file__).parent
 
 
 def imagenet_classes() -> tuple[str, ...]:
-  """The 1,000 class names in ImageNet's order; 998 differ (missile and sunglasses occur twice)."""
+  """Returns the 1,000 class names in ImageNet's order (missile and sunglasses occur twice)."""
   return _lines('imagenet_classes.txt')
 
 
 def imagenet_templates() -> tuple[str, ...]:
-  """The 80 templates of CLIP's published ImageNet accuracies."""
+  """Returns the 80 templates of CLIP's published ImageNet accuracies."""
   return _lines('imagenet_templates.txt')
 
 
 def simple_templates() -> tuple[str, ...]:
-  """The 7 templates that do nearly as well."""
+  """Returns the 7 templates that give nearly the same accuracy."""
   return _lines('simple_templates.txt')
 
 

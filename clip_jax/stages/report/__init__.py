@@ -1,9 +1,8 @@
-"""Stage report: one page that says what the runs show, from whatever is finished in the work
-directory.
+"""Stage report: one page with the results of all finished stages.
 
 In: the work directory, finished or not. Out: WORKDIR/report/index.html (self-contained),
-figures/*.svg, tables/*.csv, and summary.txt for the terminal. What is missing is a sentence and the
-command that makes it.
+figures/*.svg, tables/*.csv, and summary.txt for the terminal. For a missing result, the page names
+the command that produces it.
 """
 
 from collections import Counter
@@ -29,9 +28,7 @@ from clip_jax.stages.report.panels import Accuracies
 
 
 def make(x: Experiment, todo: list[Product], studies: Sequence[ModuleType] = ()) -> Made:
-  """Writes the page, its figures and its tables. studies: modules that add sections, as compose
-  takes them.
-  """
+  """Writes the page, its figures and its tables; `studies` as in `compose`."""
   html, summary, shown = compose(read(x), studies)
   texts = {'index.html': html, 'summary.txt': summary}
   texts |= {
@@ -57,8 +54,8 @@ def make(x: Experiment, todo: list[Product], studies: Sequence[ModuleType] = ())
 def compose(facts: Facts, studies: Sequence[ModuleType] = ()) -> tuple[str, str, list[Section]]:
   """Returns the page, the summary for the terminal, and the sections.
 
-  studies: modules with section(facts) -> (name, title, short title, blocks) or None, and perhaps
-  banner(facts) -> the sentence that stands above the answer, '' for none.
+  studies: modules with section(facts) -> (name, title, short title, blocks) or None, and
+  optionally banner(facts) -> a warning shown above the answer, '' for none.
   """
   items = contrasts.comparisons(facts)
   accuracies, without_leaked = map(
@@ -80,7 +77,10 @@ def compose(facts: Facts, studies: Sequence[ModuleType] = ()) -> tuple[str, str,
     warning=banner,
     state=facts.state,
     sections=shown,
-    footer=f'The experiment is that of {sections_lib.PAPER}. Values in tables/*.csv lie in 0..1.',
+    footer=(
+      f'The experiment follows {sections_lib.PAPER}. Values in tables/*.csv are proportions (0 to '
+      '1), not percent.'
+    ),
   )
   return html, _summary(facts, banner, sentence, accuracies), shown
 
@@ -104,7 +104,7 @@ def _sections(
     ),
     (
       'accuracy',
-      'Accuracy of every split',
+      'Zero-shot accuracy by split',
       'Accuracy',
       sections.accuracy(facts, accuracies, without_leaked),
     ),
@@ -114,24 +114,24 @@ def _sections(
       'Comparisons',
       sections.comparisons(facts, items) if is_asked else [],
     ),
-    ('bins', 'Accuracy by similarity', 'By similarity', sections.bins(facts)),
+    ('bins', 'Accuracy by nearest-neighbour similarity', 'By similarity', sections.bins(facts)),
     ('size', 'Accuracy against split size', 'Size', sections.sizes(facts, accuracies)),
-    ('removed', 'What was removed', 'Removed', removed.section(facts)),
+    ('removed', 'Removed rows', 'Removed', removed.section(facts)),
     *filter(None, of_studies),
     ('neighbours', 'Nearest neighbours', 'Neighbours', audit.neighbours(facts)),
     (
       'similarity',
-      f'How near the pool comes{", and how near the anchor" if has_anchor else ""}',
+      f'Nearest-neighbour similarity of the pool{" and the anchor" if has_anchor else ""}',
       'Similarity',
       audit.similarity(facts),
     ),
-    ('before', 'How many rows each rule would remove', 'Rule sizes', audit.before(facts)),
+    ('before', 'Number of rows each rule would remove', 'Rule sizes', audit.before(facts)),
     ('duplicates', 'Duplicates', 'Duplicates', audit.duplicates(facts)),
-    ('skipped', 'What takes no part', 'Skipped', sections.skipped(facts)),
-    ('overlap', 'How far the splits overlap', 'Overlap', sections.overlap(facts)),
-    ('provenance', 'How this came about', 'Provenance', sections.provenance(facts)),
+    ('skipped', 'Skipped samples', 'Skipped', sections.skipped(facts)),
+    ('overlap', 'Overlap between splits', 'Overlap', sections.overlap(facts)),
+    ('provenance', 'Provenance', 'Provenance', sections.provenance(facts)),
   ]
-  if not blocks.runs(facts.config):  # an audit: its answer comes first
+  if not blocks.runs(facts.config):  # an audit's answer is its duplicates: show them first
     rows.sort(key=lambda row: row[0] != 'duplicates')
   return rows
 
@@ -151,15 +151,15 @@ def _title(config: Config) -> str:
 
 
 def _answer(facts: Facts, items: Sequence[dict]) -> str:
-  """Returns the answer: a sentence for each aligned split and benchmark, or why there is none."""
+  """Returns one sentence per aligned split and benchmark, or the reason why there is no answer."""
   config = facts.config
   if not blocks.runs(config):
     return audit.sentence(facts)
   if not contrasts.aligned(config):
-    return 'This config has no aligned split: it asks what the size of a split does, below.'
+    return 'This config has no aligned split. It compares split sizes: see below.'
   if not items:
-    return 'Not answered yet: no aligned split was evaluated' + (
-      '. The pool is searched; what that shows is below.'
+    return 'Not answered yet: no aligned split is evaluated' + (
+      '. The pool is searched; its similarities are shown below.'
       if facts.query_results
       else ', and the pool is not searched.'
     )
@@ -184,7 +184,7 @@ def _answer(facts: Facts, items: Sequence[dict]) -> str:
 
 
 def _unfinished(facts: Facts, split: str, benchmark: str) -> list[str]:
-  """Returns the runs of a split that are not evaluated, or did not converge."""
+  """Returns the runs of a split that are not evaluated or did not converge."""
   evaluated = facts.results.seeds.get((split, benchmark), ())
   late = {seed for (name, seed), run in facts.runs.items() if name == split and run.not_converged}
   return [
@@ -195,17 +195,14 @@ def _unfinished(facts: Facts, split: str, benchmark: str) -> list[str]:
 
 
 def _summary(facts: Facts, banner: str, sentence: str, accuracies: Accuracies) -> str:
-  """Returns the answer and the accuracies as text for a terminal; before there are any, what the
-  pool shows.
-  """
+  """Returns the answer as terminal text, with the accuracies or, without any, the pool's audit."""
   text = [banner, '', sentence] if banner else [sentence]
   if accuracies:
     text += [
       '',
       *_accuracy_lines(facts.config, accuracies),
-      'In brackets: 95 % interval over seeds and images; with two seeds (r) their range; with one '
-      '(1) over '
-      'images, of this checkpoint.',
+      'Brackets: 95 % interval over seeds and images; r: range of two seeds; 1: one seed, interval '
+      'over images for this checkpoint.',
     ]
   else:
     for lines in (audit.summary(facts), _removed(facts)):
@@ -225,7 +222,7 @@ def _accuracy_lines(config: Config, accuracies: Accuracies) -> list[str]:
 
 
 def _removed(facts: Facts) -> list[list[str]]:
-  """Returns lines of cells: how many rows each split that was made removes."""
+  """Returns lines of cells: the number of rows that each finished split removes."""
   lines = [
     [
       name,
@@ -253,9 +250,7 @@ def _columns(lines: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _cell(estimate: Estimate | None) -> str:
-  """Returns '63.6 [58.1, 69.0]' in percent; what the bracket is where it is not the crossed
-  interval.
-  """
+  """Returns '63.6 [58.1, 69.0]' in percent, with ' r' or ' 1' for other kinds of interval."""
   if estimate is None:
     return '-'
   kind = {'crossed': '', 'range': ' r'}.get(estimate.method, ' 1')

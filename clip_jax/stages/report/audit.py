@@ -1,8 +1,7 @@
-"""The report's sections on the pool alone: galleries, similarities, duplicates, what each rule
-would remove.
+"""The report's sections on the pool alone: galleries, similarities, duplicates, rule sizes.
 
-In: the search, its sizes, de-duplication. They need no split; a config without splits (an audit)
-has only these.
+In: results of the search and of de-duplication. These sections need no split; a config without
+splits (an audit) has no others.
 """
 
 import numpy as np
@@ -18,21 +17,19 @@ from clip_jax.stages.report.panels import looks
 
 
 def sentence(facts: Facts) -> str:
-  """Returns the answer of a config without splits: how much of each benchmark the pool holds."""
+  """Returns the answer of a config without splits: the share of each benchmark in the pool."""
   return pool_audit.sentence(
     _rates(facts), blocks.duplicate_similarity(facts.config), _drops(facts), _candidates(facts)
   )
 
 
 def summary(facts: Facts) -> list[list[str]]:
-  """Returns lines of cells for the terminal: each benchmark's duplicates, and what aligning would
-  drop.
-  """
+  """Returns lines of cells: each benchmark's duplicates, and the rows alignment would drop."""
   dropped = {drop['name']: drop['at_zero'] for drop in _drops(facts)}
   cell = lambda n: (
     '-' if n is None else f'{n:,} rows, {tables.share(n / max(_candidates(facts), 1))}'
   )
-  head = ['Benchmark', 'queries with a duplicate', *(['aligning would drop'] if dropped else [])]
+  head = ['Benchmark', 'queries with a duplicate', *(['alignment would drop'] if dropped else [])]
   lines = [
     [
       rate['benchmark'],
@@ -49,8 +46,8 @@ def neighbours(facts: Facts) -> list:
   """Returns galleries of queries beside their nearest neighbours."""
   config, searched, pictures = facts.config, facts.query_results, facts.pictures
   if not searched:
-    return [facts.missing('The pool was not searched yet.', 'search')]
-  # Those that the splits are about are open; where no split is about one, all.
+    return [facts.missing('The pool is not searched yet.', 'search')]
+  # Open galleries: the splits' own benchmarks, or all without splits. The others are collapsed.
   about = {b for name in config.splits for b in config.splits[name].benchmarks} or set(searched)
   shown: list = []
   for b in sorted(searched, key=lambda b: b not in about):
@@ -60,11 +57,11 @@ def neighbours(facts: Facts) -> list:
   has_anchor = blocks.has_anchor(config)
   if shown:
     point = (
-      'Framed pool images are nearer to the query than any anchor image is; point'
+      'Framed pool images are nearer to the query than any anchor image. Point'
       if has_anchor
       else 'Point'
     )
-    shown.insert(0, Text(f'{point} at an image for its caption.', 'muted'))
+    shown.insert(0, Text(f'{point} at an image to see its caption.', 'muted'))
   shown += [Text(f'{name}: {why}', 'warning') for name, why in pictures.lost.items()]
   without = pictures.without(POOL, *([ANCHOR] if has_anchor else []), *searched)
   if without:
@@ -88,28 +85,27 @@ def similarity(facts: Facts) -> list:
       for b, result in facts.query_results.items()
     ]
   )
-  return shown or [facts.missing('The pool was not searched yet.', 'search')]
+  return shown or [facts.missing('The pool is not searched yet.', 'search')]
 
 
 def before(facts: Facts) -> list:
-  """Returns how many rows gap-aligned, near- and far-pruning would drop, at any threshold."""
+  """Returns the number of rows that gap-aligned, near- and far-pruning would drop."""
   sizes = facts.sizes
   if sizes is None:
-    return [facts.missing('The sizes of the rules are counted by the search.', 'search')]
+    return [facts.missing('The search counts the rows that each rule would remove.', 'search')]
   if sizes.has_excess:
     truncated = {b: workdir.truncation(facts.x, b) for b in facts.config.benchmarks}
     shown = [
       *pool_audit.slack_blocks(sizes.edges, _drops(facts), _candidates(facts)),
       *pool_audit.paper_compat_blocks(
-        [{'benchmark': b, **one} for b, one in truncated.items() if one]
+        [{'benchmark': b, **counts} for b, counts in truncated.items() if counts]
       ),
     ]
   else:
     shown = [
       Text(
-        'Without an anchor there is no similarity gap to align to, so that there is nothing to say '
-        'of '
-        'gap-aligned pruning: give config.anchor.'
+        'Without an anchor there is no similarity gap to align to, so gap-aligned pruning has no '
+        'size here. Set config.anchor to get it.'
       )
     ]
   over = [{**line, 'over': counts} for line, counts in _lines(facts, sizes.similarity_over)]
@@ -117,7 +113,7 @@ def before(facts: Facts) -> list:
 
 
 def duplicates(facts: Facts) -> list:
-  """Returns duplicates of the queries, and what de-duplication found in the pool."""
+  """Returns duplicate rates of the queries, and the results of de-duplication."""
   dedup, counts = facts.config.dedup, facts.counts.get('dedup/keep')
   marked = (
     {**counts, **{key: dedup[key] for key in ('threshold', 'survivor', 'embedder')}}
@@ -129,13 +125,13 @@ def duplicates(facts: Facts) -> list:
     *pool_audit.rate_blocks(rates, blocks.duplicate_similarity(facts.config)),
     *inventory.dedup_blocks(marked, _planted(facts), workdir.dedup_audit(facts.x)),
   ]
-  return shown or [facts.missing('Duplicates are found by de-duplication and search.', 'search')]
+  return shown or [facts.missing('De-duplication and the search find duplicates.', 'search')]
 
 
 def _planted(facts: Facts) -> list[dict]:
-  """Returns how many of the copies that were drawn into the pool de-duplication found, by kind.
+  """Returns the recall of de-duplication for copies planted in the pool, by kind.
 
-  Nothing where the pool's index has no columns duplicate_of and duplicate_kind.
+  [] if the pool's index has no columns duplicate_of and duplicate_kind.
   """
   x, columns = facts.x, {'duplicate_of', 'duplicate_kind'}
   if not (
@@ -167,10 +163,9 @@ def _planted(facts: Facts) -> list[dict]:
 
 
 def _rates(facts: Facts) -> list[dict]:
-  """Returns each searched benchmark's usable queries, and which share has a duplicate in pool and
-  anchor.
+  """Returns each searched benchmark's usable queries and duplicate rates in pool and anchor.
 
-  Wilson's interval over queries: whether an image has a copy is its own affair, not its group's.
+  Wilson's interval over queries, not groups: whether an image has a copy depends on that image.
   """
   usable = {
     b: np.isfinite(result.pool_similarity[:, 0]) for b, result in facts.query_results.items()
@@ -183,17 +178,18 @@ def _rates(facts: Facts) -> list[dict]:
   return [
     {
       'benchmark': b,
-      'queries': int(some.sum()),
+      'queries': int(mask.sum()),
       POOL: shares.get((b, POOL)),
       ANCHOR: shares.get((b, ANCHOR)),
     }
-    for b, some in usable.items()
+    for b, mask in usable.items()
   ]
 
 
 def _exact(facts: Facts, benchmark: str) -> dict[str, int | None]:
-  """Returns how many queries have an exact duplicate in pool and anchor: equal bytes, or equal
-  decoded pixels.
+  """Returns the number of queries with an exact duplicate in pool and anchor.
+
+  Exact: equal bytes or equal decoded pixels.
   """
   return {
     f'exact_{dataset}': facts.pictures.exact_duplicates(
@@ -211,9 +207,7 @@ def _candidates(facts: Facts) -> int:
 
 
 def _lines(facts: Facts, counts: Array) -> list[tuple[dict, Array]]:  # [G + 1, ...]
-  """Returns each benchmark's counts, and those of all together where there are several, beside what
-  they are of.
-  """
+  """Returns (line, counts) of each benchmark, and of all together if there are several."""
   names = facts.sizes.benchmarks.tolist()
   lines = [{'name': name, 'together': False} for name in names]
   if len(names) > 1:
@@ -222,7 +216,7 @@ def _lines(facts: Facts, counts: Array) -> list[tuple[dict, Array]]:  # [G + 1, 
 
 
 def _drops(facts: Facts) -> list[dict]:
-  """Returns what aligning would drop at every slack; [] without an anchor."""
+  """Returns the rows that alignment would drop at every slack; [] without an anchor."""
   sizes = facts.sizes
   if sizes is None or not sizes.has_excess:
     return []

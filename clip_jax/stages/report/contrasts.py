@@ -1,6 +1,6 @@
-"""The report's comparisons: evaluation results joined with splits and search, into statistics.
+"""The report's comparisons: statistics of evaluation results, splits and search results.
 
-Out: plain dicts of estimates, as reporting.comparisons takes them.
+Out: plain dicts of estimates, the input of reporting.comparisons.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,31 +13,31 @@ from clip_jax.evaluation import causal, robustness, statistics
 from clip_jax.experiment import blocks, workdir
 from clip_jax.stages.report.facts import Facts, Results
 
-IMAGENET_CLASSES = 1000  # of the reference benchmark, where the effective-robustness lines hold
+IMAGENET_CLASSES = 1000  # of a reference benchmark for which the effective-robustness lines hold
 SHIFT_CLASSES = {'v2': 1000, 'sketch': 1000, 'r': 200, 'objectnet': 113}  # shift -> classes
 
-Pair = tuple[list[Array], tuple[int, ...]]  # what Results.on_shared_seeds returns for two splits
+Pair = tuple[list[Array], tuple[int, ...]]  # Results.on_shared_seeds of two splits
 
 
 def first_split(config: Config, rule: str) -> str | None:
-  """Returns the first split with a rule: 'all' is the base, 'anchor' the reference."""
+  """Returns the first split with a rule: 'all' for the base, 'anchor' for the reference."""
   return next((name for name in config.splits if config.splits[name].rule == rule), None)
 
 
 def aligned(config: Config) -> list[str]:
-  """Returns the splits that promise the anchor's similarity gap."""
+  """Returns the splits whose rule gives them the anchor's similarity gap."""
   return [name for name in config.splits if blocks.rule_of(config, name).aligned]
 
 
 def words_of(config: Config, split: str) -> str:
-  """Returns what a split is, in words."""
+  """Returns the description of a split."""
   return blocks.rule_of(config, split).words(blocks.parameters(config, split))
 
 
 def control_of(facts: Facts, split: str) -> tuple[str | None, str]:
-  """Returns an aligned split's control and what it is: 'matched', else 'random'.
+  """Returns an aligned split's control and the control's kind, 'matched' or 'random'.
 
-  A matched split without enough donors holds random rows, and counts as such.
+  A matched split without enough donors holds random rows, so its kind is 'random'.
   """
   splits = facts.config.splits.items()
   matched = next(
@@ -51,14 +51,15 @@ def control_of(facts: Facts, split: str) -> tuple[str | None, str]:
 
 
 def has_random_rows(about: Mapping[str, Any]) -> bool:
-  """Returns whether a matched split, by its split.json, holds random rows for want of donors."""
+  """Returns whether a matched split (its split.json) holds random rows, for lack of donors."""
   return any(draw.get('no_matched_control') for draw in about.get('draws', {}).values())
 
 
 def placebo_benchmark(facts: Facts, split: str) -> str | None:
   """Returns the benchmark on which an aligned split should lose nothing: config.report.reference.
 
-  Where that is its own or was not evaluated: another one, whose queries lie nearest to the anchor.
+  If the split is aligned to that benchmark, or it is not evaluated: the evaluated benchmark with
+  the highest median similarity to the anchor.
   """
   config = facts.config
   others = [
@@ -85,10 +86,10 @@ def accuracies(results: Results) -> dict[tuple[str, str], statistics.Estimate]:
 
 
 def comparisons(facts: Facts) -> list[dict]:
-  """Returns an item for each aligned split and each of its own benchmarks that was evaluated.
+  """Returns an item for each aligned split on each of its own evaluated benchmarks.
 
-  The confirmatory family, corrected by Holm: those that the answer is made of, where they have a
-  matched control. Doses and other slacks are estimates with intervals.
+  Confirmatory family (Holm): items that the answer uses and that have a matched control. Doses and
+  other slacks are estimates with intervals.
   """
   config = facts.config
   items = [
@@ -116,27 +117,23 @@ def comparisons(facts: Facts) -> list[dict]:
 
 
 def is_dose(config: Config, split: str) -> bool:
-  """Returns whether a split drops by another cut than slack 0: a point of a curve, not an
-  answer.
-  """
+  """Returns whether a split uses another slack than 0, as a point of the dose curve."""
   block = config.splits[split]
   return bool(block.slack or block.quantile) or block.dose not in (0.0, 1.0)
 
 
 def headline(config: Config, items: Sequence[dict]) -> list[dict]:
-  """Returns the comparisons that the answer is made of: those of splits aligned at slack 0, each
-  benchmark set once.
+  """Returns the comparisons that the answer uses: one slack-0 split per set of benchmarks.
 
-  Other slacks, doses and k neighbours stand for themselves only where a benchmark has nothing else.
+  Other slacks, doses and k neighbours are used only for benchmarks without a slack-0 split.
   """
   plain = [
     item
     for item in items
     if config.splits[item['split']].rule == 'gap_aligned' and not is_dose(config, item['split'])
   ]
-  chosen: dict[
-    tuple, str
-  ] = {}  # (the split's benchmarks, benchmark) -> split, one with a matched control if any
+  # (the split's benchmarks, benchmark) -> split, preferring one with a matched control
+  chosen: dict[tuple, str] = {}
   for item in sorted(plain, key=lambda item: item['control_rule'] != 'matched'):
     chosen.setdefault(
       (frozenset(config.splits[item['split']].benchmarks), item['benchmark']), item['split']
@@ -151,7 +148,7 @@ def headline(config: Config, items: Sequence[dict]) -> list[dict]:
 
 
 def compare(facts: Facts, split: str, benchmark: str) -> dict:
-  """Returns all figures of one aligned split on one benchmark; None where something is missing."""
+  """Returns all estimates of one aligned split on one benchmark; missing ones are None."""
   config, results = facts.config, facts.results
   control, control_rule = control_of(facts, split)
   base = first_split(config, 'all')
@@ -217,9 +214,9 @@ def difference(pair: Pair) -> Array:  # [S, Q]
 def _share(
   facts: Facts, key: tuple[str, str], control: str | None, control_name: str
 ) -> causal.Share | None:
-  """Returns the explained share on the seeds that all its splits have; None where one is missing.
+  """Returns the explained share on the seeds that all splits share; None if a split is missing.
 
-  The reference is anchor_only, else, in ImageNet's family, the effective-robustness line.
+  The reference is anchor_only or, for the ImageNet family, else the effective-robustness line.
   """
   config, results, benchmark = facts.config, facts.results, key[1]
   reference = first_split(config, 'anchor')
@@ -246,9 +243,10 @@ def _share(
 
 
 def shift_of(config: Config, results: Results, benchmark: str) -> str | None:
-  """Returns whose effective-robustness line holds for a benchmark, by its name and its classes.
+  """Returns the ImageNet shift of a benchmark, by name and number of classes, or None.
 
-  The lines start from accuracy on ImageNet-Val: config.report.reference, if it has 1,000 classes.
+  Effective-robustness lines need accuracy on ImageNet-Val: config.report.reference must have 1,000
+  classes.
   """
   name = benchmark.lower().replace('-', '_').removeprefix('imagenet').strip('_')
   is_family = results.classes.get(
@@ -260,7 +258,7 @@ def shift_of(config: Config, results: Results, benchmark: str) -> str | None:
 def _line_accuracies(
   config: Config, results: Results, key: tuple[str, str], seeds
 ) -> Array | None:  # [S]
-  """Returns what the line gives at the split's own validation accuracy, for each seed."""
+  """Returns the line's accuracy at the split's own validation accuracy, for each seed."""
   shift, key = shift_of(config, results, key[1]), (key[0], config.report.reference)
   if shift is None or key not in results.correct or not set(seeds) <= set(results.seeds[key]):
     return None
@@ -283,10 +281,10 @@ def _placebo(facts: Facts, key: tuple[str, str], control: str) -> dict:
 
 
 def _by_hits(facts: Facts, key: tuple[str, str], pair: Pair) -> dict:
-  """Compares the queries that lost a neighbour with those that lost none."""
+  """Returns the difference in differences between hit and unhit queries."""
   counts, results = workdir.split_queries(facts.x, *key), facts.results
   if counts is None:
-    return {'did_reason': 'Which queries lost a neighbour is not known: run the stage prune.'}
+    return {'did_reason': 'Missing: the counts of removed neighbours. Run the stage prune.'}
   return {
     'did': causal.difference_in_differences(
       *pair[0],

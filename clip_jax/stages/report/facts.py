@@ -1,7 +1,6 @@
-"""What the report knows: all that it reads of a work directory, finished or not, and how far each
-stage has come.
+"""Results that the report reads from a work directory, and the progress of each stage.
 
-Where something is missing, there is less of it. Everything is read once.
+The work directory may be unfinished; missing results are left out. Every file is read once.
 """
 
 from collections.abc import Mapping
@@ -25,18 +24,18 @@ from clip_jax.stages.report.images import Pictures
 
 @dataclasses.dataclass(frozen=True)
 class Results:
-  """Correctness of every evaluated (split, benchmark), and what the benchmarks' images are."""
+  """Correctness of every evaluated (split, benchmark), with labels and groups of the images."""
 
   correct: dict[tuple[str, str], Array]  # (split, benchmark) -> [S, Q] bool
   seeds: dict[tuple[str, str], tuple[int, ...]]
   classes: dict[str, int]  # benchmark -> C
   label: dict[str, Array]  # benchmark -> [Q] int32
-  groups: dict[str, Array | None]  # benchmark -> [Q] names; None: images stand alone
+  groups: dict[str, Array | None]  # benchmark -> [Q] names; None: every image is its own group
 
   def on_shared_seeds(self, *keys: tuple[str, str]) -> tuple[list[Array], tuple[int, ...]] | None:
-    """Returns the correctness [S, Q] of each (split, benchmark) on the seeds that all have.
+    """Returns the correctness [S, Q] of each (split, benchmark) on their shared seeds.
 
-    None where one of them was not evaluated, or they share no seed.
+    None if one of them is not evaluated, or if they share no seed.
     """
     if any(key not in self.correct for key in keys):
       return None
@@ -47,9 +46,7 @@ class Results:
     return ([self.correct[key][r] for key, r in zip(keys, rows)], shared) if shared else None
 
   def without(self, leaked: Mapping[str, Array]) -> 'Results':  # benchmark -> [Q] bool
-    """Returns the results on the other images, of the benchmarks where some images are leaked and
-    some are not.
-    """
+    """Returns the results without leaked images, for benchmarks that have both kinds of images."""
     stays = {b: ~mask for b, mask in leaked.items() if mask.any() and not mask.all()}
     correct = {
       (split, b): correct[:, stays[b]] for (split, b), correct in self.correct.items() if b in stays
@@ -64,33 +61,31 @@ class Results:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """A training run that has begun; numbers are None where they are not known yet."""
+  """A training run that has begun; numbers that are not known yet are None."""
 
   steps: int | None
   samples: int | None
   passes: float | None
   seconds: float | None
-  images_per_sec: float | None  # the median
-  replaced: int  # unreadable images that another row stood in for
+  images_per_sec: float | None  # median
+  replaced: int  # number of unreadable images replaced by another row
   is_finished: bool
   curve: tuple[Array, Array]  # steps [n], train/loss [n]
-  not_converged: str  # why it counts as not converged; '' where it does not
+  not_converged: str  # why the run counts as not converged; '' if it converged
 
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-  """What is known of an experiment, finished or not."""
+  """Results of an experiment, finished or not."""
 
   x: Experiment
   results: Results
-  runs: dict[tuple[str, int], Run]  # (split, seed) -> its training run, of those that have begun
-  splits: dict[str, dict]  # split -> split.json, of those that are made
-  query_results: dict[
-    str, workdir.QueryResult
-  ]  # benchmark -> what the search found for its queries
-  sizes: workdir.Sizes | None  # how many candidates the rules would drop
-  near: dict[tuple[str, str], Array]  # (benchmark, 'pool' | 'anchor') -> [Q] has a duplicate there
-  counts: dict[str, dict]  # finished product -> what was counted
+  runs: dict[tuple[str, int], Run]  # (split, seed) -> training run that has begun
+  splits: dict[str, dict]  # finished split -> split.json
+  query_results: dict[str, workdir.QueryResult]  # searched benchmark -> its nearest neighbours
+  sizes: workdir.Sizes | None  # number of candidates that each rule would drop
+  near: dict[tuple[str, str], Array]  # (benchmark, 'pool' | 'anchor') -> [Q] has a near-duplicate
+  counts: dict[str, dict]  # finished product -> the counts of its sidecar
 
   @property
   def config(self) -> Config:
@@ -107,20 +102,20 @@ class Facts:
 
   @functools.cached_property
   def candidates(self) -> Array | None:  # [N] bool
-    """Which pool rows may be in a split; None where that is not known yet."""
+    """Mask of the pool rows that may be in a split; None before de-duplication."""
     return workdir.candidates(self.x) if workdir.has_candidates(self.x) else None
 
   def pool_rows(self, split: str) -> Array | None:
-    """Returns the pool rows of a split's first draw, sorted; None where it was not made."""
+    """Returns the sorted pool rows of a split's first draw; None if it is not drawn yet."""
     seed = blocks.seeds(self.config, split)[0]
-    is_made = workdir.is_ingested(self.x, POOL) and os.path.exists(
+    is_drawn = workdir.is_ingested(self.x, POOL) and os.path.exists(
       workdir.rows_path(self.x, split, seed)
     )
-    return workdir.pool_rows(self.x, split, seed) if is_made else None
+    return workdir.pool_rows(self.x, split, seed) if is_drawn else None
 
   @functools.cached_property
   def state(self) -> list[tuple[str, str, bool]]:
-    """(stage, what is finished of it, whether that is all), in the order of the stages."""
+    """(stage, its progress, is complete) of each stage, in order."""
     config, sets, runs = self.config, list(blocks.datasets(self.config)), blocks.runs(self.config)
     counts = {
       'ingest': (sum(workdir.is_ingested(self.x, name) for name in sets), len(sets), 'datasets'),
@@ -149,7 +144,7 @@ class Facts:
     return [(stage, *lines[stage]) for stage in STAGES if stage in lines]
 
   def missing(self, sentence: str, stage: str) -> Missing:
-    """Returns a sentence, and the command that runs `stage` and what it still waits for."""
+    """Returns a block with the command that runs `stage` and the unfinished stages before it."""
     flag = re.search(r'--config[= ](\S+)', workdir.times(self.x).get('command', ''))
     earlier = list(STAGES)[: list(STAGES).index(stage)]
     unfinished = [name for name, _, is_done in self.state if not is_done and name in earlier]
@@ -161,12 +156,12 @@ class Facts:
 
 
 def read(x: Experiment) -> Facts:
-  """Reads the work directory."""
+  """Reads the results of a work directory."""
   config = x.config
   counts = {name: sidecar['counts'] for name, sidecar in products.sidecars(x.workdir).items()}
   splits = {name: workdir.split_json(x, name) for name in config.splits}
-  found = {b: workdir.query_result(x, b) for b in config.benchmarks}
-  searched = {b: result for b, result in found.items() if result is not None}
+  query_results = {b: workdir.query_result(x, b) for b in config.benchmarks}
+  searched = {b: result for b, result in query_results.items() if result is not None}
   return Facts(
     x,
     results(x),
@@ -182,7 +177,7 @@ def read(x: Experiment) -> Facts:
 def _near(
   x: Experiment, searched: Mapping[str, workdir.QueryResult]
 ) -> dict[tuple[str, str], Array]:
-  """Returns which queries have a near-duplicate in the pool, and in the anchor."""
+  """Returns masks of the queries with a near-duplicate in the pool and in the anchor."""
   cosines = {
     (b, dataset): workdir.cosine(x, b, dataset, *result.nearest(dataset))
     for b, result in searched.items()
@@ -197,7 +192,7 @@ def _near(
 
 
 def results(x: Experiment) -> Results:
-  """Returns all results of the evaluation."""
+  """Returns all evaluation results."""
   known = Results({}, {}, {}, {}, {})
   for benchmark, block in x.config.benchmarks.items():
     has_groups = (block.group_key or block.group_pattern) and workdir.is_ingested(x, benchmark)
@@ -218,7 +213,7 @@ def results(x: Experiment) -> Results:
 
 
 def runs(x: Experiment, counts: Mapping[str, dict]) -> dict[tuple[str, int], Run]:
-  """Returns every run that has begun. counts: what the sidecars of finished products say."""
+  """Returns every run that has begun; `counts` are those of the sidecars."""
   known = {
     (split, seed): _run(x, split, seed, counts.get(f'{workdir.run_folder(split, seed)}/run', {}))
     for split, seed in blocks.runs(x.config)

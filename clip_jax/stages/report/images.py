@@ -14,27 +14,25 @@ from clip_jax.reporting import gallery, tables
 from clip_jax.stages import benchmark_dirs
 
 NEIGHBOURS = 4  # pool neighbours shown beside a query
-MOST_COMPARED = 2000  # pairs of images that are opened to tell exact duplicates
+MOST_COMPARED = 2000  # most pairs of images that are opened to find exact duplicates
 
 
 class Pictures:
-  """The images of an experiment as pictures of the page."""
+  """Reads the images of an experiment as pictures for the page."""
 
   def __init__(self, x: Experiment):
     self._x = x
-    self.lost: dict[
-      str, str
-    ] = {}  # dataset -> why the first image that could not be opened is missing
+    self.lost: dict[str, str] = {}  # dataset -> error of the first image that failed to open
 
   def has(self, *datasets: str) -> bool:
-    """Returns whether all these datasets are ingested and have images that can be opened."""
+    """Returns whether all datasets are ingested and have images."""
     return all(
       workdir.is_ingested(self._x, name) and workdir.source(self._x, name).has_images
       for name in datasets
     )
 
   def without(self, *datasets: str) -> str:
-    """Returns the sentence that says which of these datasets are vectors only; '' where none is."""
+    """Returns a sentence that names the datasets without images, or ''."""
     names = [name for name in datasets if workdir.is_ingested(self._x, name) and not self.has(name)]
     if not names:
       return ''
@@ -42,13 +40,12 @@ class Pictures:
       f'{benchmark_dirs.flag(self._x.config, name, "images")}=DIR' for name in names
     )
     return (
-      f'No pictures: {tables.listed(names)} {"is" if len(names) == 1 else "are"} vectors only; '
-      'give '
-      f'{tables.listed(list(flags))}.'
+      f'No pictures: {tables.listed(names)} {"has" if len(names) == 1 else "have"} vectors only. '
+      f'To show images, pass {tables.listed(list(flags))}.'
     )
 
   def neighbours(self, benchmark: str, result: workdir.QueryResult) -> gallery.Gallery:
-    """Returns queries, most similar to least, beside their nearest anchor and pool images."""
+    """Returns queries with their nearest anchor and pool images, most similar queries first."""
     rows = []
     thirds = gallery.pick_thirds(
       result.pool_similarity[:, 0], self._x.config.report.gallery_queries
@@ -75,14 +72,12 @@ class Pictures:
   def strip(
     self, title: str, rows: Array, lines: Sequence[str]
   ) -> tuple[str, tuple[gallery.Group, ...]]:
-    """Returns pool rows as one strip of a gallery, each with a line below it."""
+    """Returns pool rows as one strip of a gallery, with one line of text below each picture."""
     pictures = tuple(self._picture(POOL, int(row), line) for row, line in zip(rows, lines))
     return '', (gallery.Group(title, pictures),)
 
   def captions(self, rows: Array, count: int) -> list[str]:
-    """Returns the captions of at most `count` of these pool rows, evenly spaced; [] where all are
-    empty.
-    """
+    """Returns captions of up to `count` evenly spaced rows; [] if all captions are empty."""
     source = workdir.source(self._x, POOL)
     captions = [source.caption(int(row)) for row in gallery.pick_evenly(rows, count)]
     return captions if any(captions) else []
@@ -91,12 +86,12 @@ class Pictures:
     self,
     benchmark: str,
     dataset: str,
-    near: Array | None,  # [Q] bool: queries whose nearest row is a near-duplicate; None: not known
+    near: Array | None,  # [Q] bool: the nearest row is a near-duplicate; None: not known
     nearest: Array,  # [Q] int64
   ) -> int | None:
-    """Returns how many queries have the same bytes, or decoded pixels, as their nearest row.
+    """Returns the number of queries with the same bytes or pixels as their nearest row.
 
-    None where that would mean opening too many images, or where one of them cannot be opened.
+    None if more than MOST_COMPARED pairs would be opened, or if an image cannot be opened.
     """
     if near is None or near.sum() > MOST_COMPARED or not self.has(benchmark, dataset):
       return None
@@ -106,7 +101,7 @@ class Pictures:
         _are_equal(queries[int(q)]['image'], rows[int(nearest[q])]['image'])
         for q in np.flatnonzero(near)
       )
-    except InputError:  # the gallery says why
+    except InputError:  # the gallery shows the reason
       return None
 
   def _picture(self, dataset: str, row: int, line: str, marked: bool = False) -> gallery.Picture:
@@ -128,5 +123,5 @@ def _decoded(data: bytes) -> Array | None:
 def _are_equal(query: bytes, row: bytes) -> bool:
   if query == row:
     return True
-  one, other = _decoded(query), _decoded(row)
-  return one is not None and other is not None and np.array_equal(one, other)
+  a, b = _decoded(query), _decoded(row)
+  return a is not None and b is not None and np.array_equal(a, b)

@@ -1,6 +1,6 @@
 """The report's curves: evaluation results by similarity, split size, dose and validation accuracy.
 
-Out: plain dicts, one a panel, as reporting.sections takes them.
+Out: one plain dict per panel, the input of reporting.sections.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ Accuracies = Mapping[tuple[str, str], Estimate]  # (split, benchmark) -> accurac
 
 
 def looks() -> figures.Looks:
-  """Returns the colour, the mark and the label of every rule."""
+  """Returns the colour, marker and label of every rule."""
   return svg.looks({name: rule.label for name, rule in RULES.items()})
 
 
@@ -35,7 +35,7 @@ def answers(config: Config, accuracy: Accuracies, items: Sequence[dict]) -> list
       'anchor': contrasts.first_split(config, 'anchor'),
       item['control_rule']: item['control'],
       item['rule']: item['split'],
-    }  # the last mark lies on top
+    }  # the last mark is drawn on top
     points = [
       {'rule': rule, 'accuracy': accuracy[name, b].value, **_interval(accuracy[name, b])}
       for rule, name in names.items()
@@ -53,13 +53,13 @@ def _known(value: float) -> float | None:
 
 
 def _interval(estimate: Estimate) -> dict:
-  """Returns low and high of an estimate over seeds; None where it is a range, or one seed."""
+  """Returns low and high of a crossed interval; None for a range or a single seed."""
   is_crossed = estimate.method == 'crossed'
   return {key: _known(getattr(estimate, key)) if is_crossed else None for key in ('low', 'high')}
 
 
 def by_similarity(facts: Facts) -> list[dict]:
-  """Returns base's accuracy by pool similarity, and by how much that exceeds the anchor's."""
+  """Returns the base split's accuracy by pool similarity, and by excess over the anchor's."""
   results, base = facts.results, contrasts.first_split(facts.config, 'all')
   known = {b: result for b, result in facts.query_results.items() if (base, b) in results.correct}
   values = {('similarity', b): result.pool_similarity[:, 0] for b, result in known.items()}
@@ -74,14 +74,14 @@ def by_similarity(facts: Facts) -> list[dict]:
     for (against, b), value in values.items()
   }
   return [
-    {'name': b, 'what': against, 'series': _series(base, some)}
-    for (against, b), some in bins.items()
-    if some
+    {'name': b, 'what': against, 'series': _series(base, filled)}
+    for (against, b), filled in bins.items()
+    if filled
   ]
 
 
 def _series(base: str, bins: Sequence[similarity_bins.Bin]) -> list[dict]:
-  """Returns two curves: accuracy as it is, and with class effects taken out."""
+  """Returns two curves: raw accuracy, and accuracy with class effects removed."""
   head = lambda b: {'low': b.low, 'high': b.high, 'n': b.images}
   raw = [
     {
@@ -104,18 +104,18 @@ def _series(base: str, bins: Sequence[similarity_bins.Bin]) -> list[dict]:
   ]
   return [
     {'name': base, 'rule': 'all', 'adjusted': False, 'bins': raw},
-    {'name': 'class effects out', 'rule': 'all', 'adjusted': True, 'bins': within},
+    {'name': 'class effects removed', 'rule': 'all', 'adjusted': True, 'bins': within},
   ]
 
 
 def is_sized(config: Config, split: str) -> bool:
-  """Returns whether a split has a size of its own and rows that are chosen: near- or far-pruned."""
+  """Returns whether a split is near- or far-pruned: of a given size, with selected rows."""
   rule = blocks.rule_of(config, split)
   return rule.sized and rule.selects
 
 
 def by_size(facts: Facts, accuracy: Accuracies) -> list[dict]:
-  """Returns a panel for each benchmark that near- or far-pruned splits are about."""
+  """Returns a panel for each benchmark to which splits are near- or far-pruned."""
   config, panels = facts.config, []
   base, reference = (contrasts.first_split(config, rule) for rule in ('all', 'anchor'))
   for benchmark in config.benchmarks:
@@ -139,7 +139,7 @@ def by_size(facts: Facts, accuracy: Accuracies) -> list[dict]:
       curves = {
         rule: [points[name] for name in names if config.splits[name].rule == rule]
         for rule in sorted(RULES, key=lambda rule: not RULES[rule].selects)
-      }  # random ones last
+      }  # random splits last
       alone = accuracy.get((reference, benchmark))
       panels.append(
         {
@@ -153,18 +153,18 @@ def by_size(facts: Facts, accuracy: Accuracies) -> list[dict]:
 
 
 def against_random(facts: Facts) -> list[dict]:
-  """Returns each near and far split against a random split of the same number of rows."""
-  splits, made, results = facts.config.splits, facts.splits, facts.results
+  """Returns each near- and far-pruned split against a random split of the same size."""
+  splits, drawn, results = facts.config.splits, facts.splits, facts.results
   controls = {
     name: next(
       (
         other
-        for other in made
-        if splits[other].rule == 'random' and made[other]['pool_rows'] == made[name]['pool_rows']
+        for other in drawn
+        if splits[other].rule == 'random' and drawn[other]['pool_rows'] == drawn[name]['pool_rows']
       ),
       None,
     )
-    for name in made
+    for name in drawn
     if is_sized(facts.config, name)
   }
   pairs = {
@@ -186,11 +186,10 @@ def against_random(facts: Facts) -> list[dict]:
 
 
 def by_dose(facts: Facts, items: Sequence[dict]) -> list[dict]:
-  """Returns, for each benchmark with gap-aligned splits of several sizes, the loss by share
-  removed.
+  """Returns a dose curve for each benchmark with gap-aligned splits of several sizes.
 
-  Each split against its own control; the share is of what slack 0 removes. Of splits with as many
-  rows the first.
+  Each split is compared with its own control. The share is that of the rows removed at slack 0. Of
+  several splits with the same number of rows, the first is used.
   """
   splits, panels = facts.config.splits, []
   for benchmark in facts.config.benchmarks:
@@ -205,10 +204,8 @@ def by_dose(facts: Facts, items: Sequence[dict]) -> list[dict]:
     ]
     for item in compared:
       about, estimate = facts.splits[item['split']], item['against_control']
-      about = {
-        **next(iter(about.get('draws', {}).values()), {}),
-        **about,
-      }  # what the rule reports is with a draw
+      # The rule's report is stored with each draw.
+      about = {**next(iter(about.get('draws', {}).values()), {}), **about}
       whole = about.get('aligned_dropped') or (
         0 if splits[item['split']].slack else about['dropped']
       )
@@ -231,7 +228,7 @@ def by_dose(facts: Facts, items: Sequence[dict]) -> list[dict]:
 
 
 def against_validation(facts: Facts) -> list[dict]:
-  """Returns every run's accuracy on each benchmark against that on config.report.reference."""
+  """Returns every run's accuracy on each benchmark against config.report.reference."""
   config, panels = facts.config, []
   names = list(config.benchmarks)
   xname = config.report.reference if config.report.reference in names else names[0]
@@ -265,7 +262,7 @@ def against_validation(facts: Facts) -> list[dict]:
 
 
 def _line(shift: str | None):
-  """Returns the baseline of an ImageNet shift as x and y accuracies, None elsewhere."""
+  """Returns the baseline of an ImageNet shift as x and y accuracies, or None."""
   if shift is None:
     return None
   x = np.linspace(0.02, 0.98, 97)

@@ -1,8 +1,6 @@
-"""The report's section "What was removed": pictures, captions, classes and domains of the rows that
-splits drop.
+"""The report's section "Removed rows": pictures, captions, classes and domains of dropped rows.
 
-In: rows.npy and split.json, the search's columns, the pool's images and captions, of which a sample
-is read.
+In: rows.npy and split.json, the search's columns, and a sample of the pool's images and captions.
 """
 
 from typing import Any
@@ -17,15 +15,16 @@ from clip_jax.reporting.page import Text
 from clip_jax.stages.report import contrasts
 from clip_jax.stages.report.facts import Facts
 
-WORD_SAMPLE = 2000  # captions of removed, and of kept, rows whose words are compared
-NOTES = {  # column that a rule removes by -> what stands below the pictures
-  'excess': 'Excess: how much nearer the image is to some query than any anchor image is to it.',
+WORD_SAMPLE = 2000  # captions compared, of removed and of kept rows each
+NOTES = {  # column that a rule removes by -> the note below the pictures
+  'excess': 'Excess: largest value over queries of the image\u2019s similarity to the query minus '
+  'the similarity of the query\u2019s nearest anchor image.',
   'similarity': 'Similarity: to the nearest query.',
 }
 
 
 def section(facts: Facts) -> list:
-  """Returns what every split removed whose rule picks rows for what they are."""
+  """Returns the removed rows of every split whose rule selects rows by their properties."""
   config = facts.config
   names = [name for name in config.splits if blocks.rule_of(config, name).selects]
   aligned_to = {
@@ -37,7 +36,7 @@ def section(facts: Facts) -> list:
   shown: list = [Text(without)] if names and without else []
   for name in names:
     if name not in facts.splits:
-      shown.append(facts.missing(f'{name} was not made yet.', 'prune'))
+      shown.append(facts.missing(f'Split {name} is not drawn yet.', 'prune'))
       continue
     about, block = facts.splits[name], config.splits[name]
     controls = {
@@ -52,7 +51,7 @@ def section(facts: Facts) -> list:
       controls=controls,
       **_samples(facts, name),
     )
-    # The points of a dose curve are much alike.
+    # The points of a dose curve resemble each other, so they are collapsed.
     if block.dose and (block.dose != 1 or frozenset(block.benchmarks) in aligned_to):
       parts = [
         page.Details(
@@ -64,20 +63,18 @@ def section(facts: Facts) -> list:
 
 
 def _samples(facts: Facts, split: str) -> dict[str, Any]:
-  """Returns the pictures and the words of a split's removed and kept rows; None where files are
-  missing.
-  """
+  """Returns pictures and words of a split's removed and kept rows; None if files are missing."""
   rows = facts.pool_rows(split)
   if facts.candidates is None or rows is None:
     return {'gallery': None, 'captions': None}
   is_kept = np.zeros(len(facts.candidates), bool)
   is_kept[rows] = True
   gone, kept = np.flatnonzero(facts.candidates & ~is_kept), np.flatnonzero(is_kept)
-  of_gone, of_kept = (facts.pictures.captions(some, WORD_SAMPLE) for some in (gone, kept))
+  of_gone, of_kept = (facts.pictures.captions(sample, WORD_SAMPLE) for sample in (gone, kept))
   captions = (
     {
-      'removed': words.telling_words(of_gone, of_kept),
-      'kept': words.telling_words(of_kept, of_gone),
+      'removed': words.distinctive_words(of_gone, of_kept),
+      'kept': words.distinctive_words(of_kept, of_gone),
       'read_removed': len(of_gone),
       'read_kept': len(of_kept),
     }
@@ -92,14 +89,15 @@ def _samples(facts: Facts, split: str) -> dict[str, Any]:
 
 
 def _gallery(facts: Facts, split: str, gone: Array, kept: Array) -> gallery.Gallery:
-  """Returns strips of one size: removed rows at both ends and the middle of the rule's column, and
-  kept ones.
+  """Returns strips of rows: removed ones of high, middle and low values, and kept ones.
+
+  Values are those of the rule's column; without one, rows are evenly spaced over the pool.
   """
   rule, count = blocks.rule_of(facts.config, split), facts.config.report.removed_images
   values = _values(facts, split)
   if values is None:
     strips = [
-      (f'{title}, evenly over the pool', gallery.pick_evenly(rows, count))
+      (f'{title}, sampled evenly over the pool', gallery.pick_evenly(rows, count))
       for title, rows in (('removed', gone), ('kept', kept))
     ]
     lines = _levels(facts, split, np.concatenate([rows for _, rows in strips]))
@@ -120,7 +118,7 @@ def _gallery(facts: Facts, split: str, gone: Array, kept: Array) -> gallery.Gall
 
 
 def _highest(values: Array, count: int) -> Array:  # [n] -> [count] positions, from high to low
-  """Returns the positions of the highest values; those without one (not scored) are left out."""
+  """Returns the positions of the highest values; non-finite values (not scored) are left out."""
   values = np.where(np.isfinite(values), values, -np.inf)
   chosen = (
     np.argpartition(-values, count - 1)[:count]
@@ -132,9 +130,7 @@ def _highest(values: Array, count: int) -> Array:  # [n] -> [count] positions, f
 
 
 def _values(facts: Facts, split: str) -> Array | None:  # [N]
-  """Returns the column that a rule removes by; None for rules on something else, and before the
-  search.
-  """
+  """Returns the column that a rule removes by; None without such a column or before the search."""
   column, benchmarks = (
     blocks.rule_of(facts.config, split).column,
     facts.config.splits[split].benchmarks,
@@ -145,9 +141,7 @@ def _values(facts: Facts, split: str) -> Array | None:  # [N]
 
 
 def _levels(facts: Facts, split: str, rows: Array) -> list[str]:  # [n]
-  """Returns what stands below rows' pictures: their value in the column, or their class by the
-  reference.
-  """
+  """Returns the line below each row's picture: its value in the column, or its reference class."""
   x, block = facts.x, facts.config.splits[split]
   has_levels = 'levels' in blocks.rule_of(facts.config, split).needs
   if has_levels and block.column:

@@ -1,8 +1,7 @@
-"""The report's sections on the runs, on what takes no part, and on how it came about, as page
-blocks.
+"""The report's sections on the runs, on skipped samples and on provenance, as page blocks.
 
-Those on the pool are in audit.py, on removed rows in removed.py. Each function returns the blocks
-of one section; what is missing is a sentence and a command.
+The sections on the pool are in audit.py, those on removed rows in removed.py. Each function returns
+the blocks of one section; for a missing result, a sentence and a command.
 """
 
 from collections.abc import Sequence
@@ -19,18 +18,18 @@ from clip_jax.stages.report import contrasts, panels
 from clip_jax.stages.report.facts import Facts
 from clip_jax.stages.report.panels import Accuracies, looks
 
-KEYS_LISTED = 1_000_000  # a dataset with more rows lists unreadable images by row, not by key
+KEYS_LISTED = 1_000_000  # in larger datasets, unreadable images are listed by row, not by key
 MOST_NAMED = 12  # runs that a sentence names
 
 
 def answer(facts: Facts, items: Sequence[dict], accuracies: Accuracies) -> list:
-  """Returns the headline figure, or what it needs."""
+  """Returns the headline figure, or a sentence about the results it needs."""
   missing = (
     None
     if items
     else facts.missing(
-      'The answer needs base, anchor-only, the aligned split and its control, trained and '
-      'evaluated.',
+      'The answer needs the base split, the anchor-only split, the aligned split and its control, '
+      'all trained and evaluated.',
       'evaluate',
     )
   )
@@ -39,11 +38,11 @@ def answer(facts: Facts, items: Sequence[dict], accuracies: Accuracies) -> list:
 
 
 def accuracy(facts: Facts, accuracies: Accuracies, without_leaked: Accuracies) -> list:
-  """Returns the answer table of every split and benchmark."""
+  """Returns the accuracy tables of all splits and benchmarks."""
   config, label, leaked = facts.config, facts.results.label, facts.leaked
-  if not accuracies:  # the answer says it, where there is to be one
+  if not accuracies:  # with an aligned split, the section "answer" says what is missing
     is_late = blocks.runs(config) and not contrasts.aligned(config)
-    return [facts.missing('No split was evaluated yet.', 'evaluate')] if is_late else []
+    return [facts.missing('No split is evaluated yet.', 'evaluate')] if is_late else []
   benchmarks = [
     {'name': b, 'queries': len(label[b]), 'leaked': int(leaked[b].sum()) if b in leaked else None}
     for b in config.benchmarks
@@ -54,7 +53,7 @@ def accuracy(facts: Facts, accuracies: Accuracies, without_leaked: Accuracies) -
 
 
 def _split_row(facts: Facts, name: str) -> dict:
-  """Returns what the accuracy table says of a split beside its accuracies."""
+  """Returns a split's row of the accuracy table, without its accuracies."""
   block, about = facts.config.splits[name], facts.splits.get(name, {})
   seeds = max((facts.results.seeds.get((name, b), ()) for b in facts.config.benchmarks), key=len)
   runs = {seed: run for (split, seed), run in facts.runs.items() if split == name}
@@ -62,7 +61,7 @@ def _split_row(facts: Facts, name: str) -> dict:
   words = contrasts.words_of(facts.config, name)
   repeats = max((draw.get('repeats', 0) for draw in about.get('draws', {}).values()), default=0)
   if repeats:
-    words += f', {repeats:,} of them again'
+    words += f', {repeats:,} of them repeated'
   if contrasts.has_random_rows(about):
     words = f'random rows, as many as {block.to} keeps: no matched control exists'
   return {
@@ -81,7 +80,7 @@ def _split_row(facts: Facts, name: str) -> dict:
 
 
 def _late(facts: Facts) -> list:
-  """Returns which runs are not evaluated yet, and why runs are marked 'not converged'."""
+  """Returns the runs that are not evaluated yet, and the reasons for marks 'not converged'."""
   runs, seeds, shown = blocks.runs(facts.config), facts.results.seeds, []
   late = [
     f'{split}/seed{seed}'
@@ -100,19 +99,21 @@ def _late(facts: Facts) -> list:
   ]
   if reasons:
     shown.append(
-      Details('Why runs are marked \u201cnot converged\u201d', (Text('; '.join(reasons) + '.'),))
+      Details('Reasons for the mark \u201cnot converged\u201d', (Text('; '.join(reasons) + '.'),))
     )
   return shown
 
 
 def comparisons(facts: Facts, items: Sequence[dict]) -> list:
-  """Returns each aligned split against its control, dose curves, the robustness plane."""
+  """Returns the comparisons with controls, the dose curves and the effective-robustness plane."""
   if not items:
-    late = facts.missing('No aligned split was evaluated yet.', 'evaluate')
-    return [late] if facts.results.correct else []  # the answer says it where nothing is
+    late = facts.missing('No aligned split is evaluated yet.', 'evaluate')
+    # Without any result, the section "answer" says so.
+    return [late] if facts.results.correct else []
   plane = sections.plane_blocks(panels.against_validation(facts), looks())
   head = Heading(
-    'Accuracy on each benchmark against the one that is like the anchor', 'every run a mark'
+    'Effective robustness: accuracy on each benchmark against the reference benchmark',
+    'one mark per run',
   )
   dose = sections.dose_blocks(panels.by_dose(facts, items), looks()['gap_aligned'])
   return [*comparisons_lib.blocks_of(items, looks()), *dose, *([head, *plane] if plane else [])]
@@ -124,13 +125,13 @@ def bins(facts: Facts) -> list:
     return []
   return sections.bin_blocks(panels.by_similarity(facts), looks()) or [
     facts.missing(
-      'Accuracy by similarity needs the search, and the base split evaluated.', 'evaluate'
+      'Accuracy by similarity needs the search and an evaluated base split.', 'evaluate'
     )
   ]
 
 
 def sizes(facts: Facts, accuracies: Accuracies) -> list:
-  """Returns accuracy by split size, near and far against random."""
+  """Returns accuracy by split size: near- and far-pruned against random."""
   if not facts.results.correct or not any(
     panels.is_sized(facts.config, name) for name in facts.config.splits
   ):
@@ -138,15 +139,15 @@ def sizes(facts: Facts, accuracies: Accuracies) -> list:
   shown = sections.size_blocks(
     panels.by_size(facts, accuracies), panels.against_random(facts), looks()
   )
-  return shown or [facts.missing('No near- or far-pruned split was evaluated yet.', 'evaluate')]
+  return shown or [facts.missing('No near- or far-pruned split is evaluated yet.', 'evaluate')]
 
 
 def skipped(facts: Facts) -> list:
-  """Returns every sample that takes no part."""
+  """Returns the skipped samples and unreadable images of every dataset."""
   datasets = [name for name in blocks.datasets(facts.config) if workdir.is_ingested(facts.x, name)]
   if not datasets:
-    return [facts.missing('Nothing was indexed yet.', 'ingest')]
-  known = [
+    return [facts.missing('No dataset is indexed yet.', 'ingest')]
+  skipped_by_dataset = [
     {
       'name': name,
       'rows': len(workdir.source(facts.x, name)),
@@ -156,12 +157,13 @@ def skipped(facts: Facts) -> list:
     for name in datasets
   ]
   return inventory.skipped_blocks(
-    known, {f'{split}/seed{seed}': run.replaced for (split, seed), run in facts.runs.items()}
+    skipped_by_dataset,
+    {f'{split}/seed{seed}': run.replaced for (split, seed), run in facts.runs.items()},
   )
 
 
 def _unreadable(facts: Facts, dataset: str) -> list[str] | None:
-  """Returns the keys of the images that cannot be read, None where that is not known yet."""
+  """Returns the keys of the unreadable images; None before the dataset is embedded."""
   if not workdir.is_embedded(facts.x, dataset):
     return None
   bad, source = (
@@ -174,12 +176,12 @@ def _unreadable(facts: Facts, dataset: str) -> list[str] | None:
 
 
 def overlap(facts: Facts) -> list:
-  """Returns how far the splits share pool rows."""
+  """Returns the overlap between the splits' pool rows."""
   splits = facts.config.splits
   rows = {name: facts.pool_rows(name) for name in splits if splits[name].rule != 'anchor'}
-  rows = {name: some for name, some in rows.items() if some is not None}
+  rows = {name: kept for name, kept in rows.items() if kept is not None}
   if not rows:
-    return [facts.missing('No split was made yet.', 'prune')] if splits else []
+    return [facts.missing('No split is drawn yet.', 'prune')] if splits else []
   names, _, inside = splits_lib.overlap(rows)
   return inventory.overlap_blocks(names, inside)
 
@@ -215,18 +217,18 @@ def provenance(facts: Facts) -> list:
   ]
   if curves:
     drawn = figures.loss_curves(curves, title='Training loss', looks=looks())
-    shown.append(Details('Training loss', (Figures((Figure('loss', drawn, 'Every run.'),)),)))
+    shown.append(Details('Training loss', (Figures((Figure('loss', drawn, 'All runs.'),)),)))
   return shown
 
 
 def _settings(facts: Facts) -> list[tuple[str, str]]:
-  """Returns (what, value) of the settings that a reader needs to judge the results."""
+  """Returns (name, value) of the settings that a reader needs to judge the results."""
   config, t, m = facts.config, facts.config.train, facts.config.model
   settings = [
-    ('Command', workdir.times(facts.x).get('command') or 'not in the log'),
+    ('Command', workdir.times(facts.x).get('command') or 'missing in the log'),
     ('Work directory', facts.x.workdir),
     ('Embedder', _embedder(facts)),
-    ('Search', f'{config.search.backend}, {config.search.top_k} neighbours a query'),
+    ('Search', f'{config.search.backend}, {config.search.top_k} neighbours per query'),
     (
       'De-duplication',
       f'similarity over {1 - config.dedup.threshold:.4g}' if config.dedup.enabled else 'off',
@@ -240,13 +242,12 @@ def _settings(facts: Facts) -> list[tuple[str, str]]:
     else f'{tables.number(t.epochs)} passes over every split'
   )
   return settings + [
-    ('Budget', f'{budget}, {tables.number(t.batch_size)} a batch'),
+    ('Budget', f'{budget}, batch size {tables.number(t.batch_size)}'),
     ('Training seeds', ', '.join(map(str, t.seeds))),
     (
       'Recipe',
-      f'AdamW, peak learning rate {t.learning_rate:g}, warm-up of {tables.number(t.warmup_steps)} '
-      'steps, '
-      f'cosine to 0, weight decay {t.weight_decay:g}, {t.dtype}',
+      f'AdamW, peak learning rate {t.learning_rate:g}, {tables.number(t.warmup_steps)} warm-up '
+      f'steps, cosine decay to 0, weight decay {t.weight_decay:g}, {t.dtype}',
     ),
     (
       'Model',
@@ -260,19 +261,19 @@ def _settings(facts: Facts) -> list[tuple[str, str]]:
 def _embedder(facts: Facts) -> str:
   block, about = facts.config.embedder, workdir.embedder_json(facts.x)
   if block.source == 'files':
-    return 'that of the vectors, which files hold'
+    return 'embeddings read from files'
   kind = [block.source, f'seed {block.seed}']
   if block.source == 'weights':
     seen = f'{about["image_size"]} pixels, E = {about["embed_dim"]}' if 'embed_dim' in about else ''
     kind = ['weights', about.get('name'), about.get('file'), seen]
   sha256 = about.get('sha256', '')
   return ', '.join(
-    [*filter(None, kind), f'sha256 {sha256[:16]}\u2026' if sha256 else 'not made yet']
+    [*filter(None, kind), f'sha256 {sha256[:16]}\u2026' if sha256 else 'not trained or loaded yet']
   )
 
 
 def _versions(facts: Facts) -> dict[str, str]:
-  """Returns versions.json as flat lines."""
+  """Returns versions.json as name -> value, without nesting."""
   lines: dict = {}
   for key, value in workdir.versions(facts.x).items():
     lines |= value if isinstance(value, dict) else {key: value}
