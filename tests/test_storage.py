@@ -130,8 +130,8 @@ def test_a_stream_seeks_and_reads(kind, tmp_path, memory):
 
 def test_ranges_come_in_order_however_they_are_merged(memory, monkeypatch):
   fsspec.filesystem('memory').pipe('/bucket/b.bin', _DATA[::-1])
-  monkeypatch.setattr(storage, '_GAP', 1000)
-  monkeypatch.setattr(storage, '_MOST_MERGED', 20_000)
+  monkeypatch.setattr(storage, '_MAX_GAP', 1000)
+  monkeypatch.setattr(storage, '_MAX_MERGED', 20_000)
   contents = {memory: _DATA, memory.replace('a.bin', 'b.bin'): _DATA[::-1]}
   rng = random.Random(2)
   for _ in range(50):
@@ -212,9 +212,9 @@ def test_a_storage_that_serves_some_each_time_is_asked_for_the_rest(waits, monke
 
 
 def test_a_file_that_is_missing_is_not_asked_for_again(memory, waits):
-  with pytest.raises(InputError, match='none.bin is not there'):
+  with pytest.raises(InputError, match='none.bin does not exist'):
     storage.open_file(memory.replace('a.bin', 'none.bin')).read(0, 10)
-  with pytest.raises(InputError, match='none.bin is not there'):
+  with pytest.raises(InputError, match='none.bin does not exist'):
     storage.open_file(memory.replace('a.bin', 'none.bin')).size()
   assert not waits
 
@@ -233,7 +233,7 @@ def test_a_server_that_goes_on_failing_is_an_error(site, how, waits):
 
 def test_errors_of_the_network_name_the_path(site, tmp_path, waits):
   url, server = site
-  with pytest.raises(InputError, match='none.bin is not there'):
+  with pytest.raises(InputError, match='none.bin does not exist'):
     storage.open_file(url.replace('a.bin', 'none.bin')).read(0, 10)
   server.fails = 5
   with pytest.raises(InputError, match='a.bin cannot be read .*503'):
@@ -241,7 +241,7 @@ def test_errors_of_the_network_name_the_path(site, tmp_path, waits):
   with pytest.raises(InputError, match='a.bin cannot be read'):
     storage.open_file(url).read(len(_DATA) + 5, 10)
   with web.serve(tmp_path, ranges=False) as (whole, _):
-    with pytest.raises(InputError, match='a.bin sends whole files'):
+    with pytest.raises(InputError, match='a.bin .*whole files'):
       storage.open_file(f'{whole}/a.bin').read(5, 10)
     gone = f'{whole}/a.bin'
   with pytest.raises(InputError, match='a.bin'):
