@@ -214,7 +214,7 @@ def test_keys_are_what_the_file_says_else_the_row(tmp_path):
 
 def _small(monkeypatch, batch=500, cached=2000):
   monkeypatch.setattr(parquet, '_BATCH', batch)
-  monkeypatch.setattr(parquet, '_decoded', parquet._Recent(cached))
+  monkeypatch.setattr(parquet, '_decoded', parquet._LRUCache(cached))
 
 
 def test_rows_are_read_in_any_order_from_many_threads(tmp_path, monkeypatch):

@@ -87,7 +87,7 @@ def test_tensors_that_are_no_floats(kind):
   tensors = open_clip.normal(open_clip.params_to_open_clip(make(), CONFIG))
   tensors['visual.proj'] = tensors['visual.proj'].astype(kind)
   with pytest.raises(InputError, match=f'visual.proj is {kind}, and weights are floating-point'):
-    weights.from_theirs(open_clip.entries(CONFIG), tensors, CONFIG, 'F')
+    weights.params_from_tensors(open_clip.entries(CONFIG), tensors, CONFIG, 'F')
 
 
 def test_a_folder_and_numbers_too_large(tmp_path, recwarn):
@@ -104,7 +104,7 @@ def test_no_text_positions():
   tensors = open_clip.normal(open_clip.params_to_open_clip(make(), CONFIG))
   tensors[weights.TEXT_POSITIONS] = tensors[weights.TEXT_POSITIONS][:0]
   with pytest.raises(InputError, match='0 tokens'):
-    weights.from_theirs(open_clip.entries(CONFIG), tensors, CONFIG, 'F')
+    weights.params_from_tensors(open_clip.entries(CONFIG), tensors, CONFIG, 'F')
 
 
 @pytest.mark.parametrize('shard', ['null', '5', '"x.safetensors.index.json"'])
@@ -179,7 +179,7 @@ def test_pytorchs_files_without_pytorch(tmp_path, monkeypatch):
 def test_nothing_is_missing_left_over_or_of_another_shape():
   table, tensors = open_clip.entries(CONFIG), open_clip.params_to_open_clip(make(), CONFIG)
   tensors = open_clip.normal(tensors)
-  read = lambda tensors: weights.from_theirs(table, tensors, CONFIG, 'F')
+  read = lambda tensors: weights.params_from_tensors(table, tensors, CONFIG, 'F')
   assert same(read(tensors), make())
   less = {name: array for name, array in tensors.items() if name != 'visual.proj'}
   with pytest.raises(
@@ -199,7 +199,7 @@ def test_nothing_is_missing_left_over_or_of_another_shape():
 
 def test_parameters_of_another_config_are_not_written():
   with pytest.raises(ValueError, match='text_projection has shape'):
-    weights.to_theirs(
+    weights.tensors_from_params(
       open_clip.entries(CONFIG), make(dataclasses.replace(CONFIG, embed_dim=4)), CONFIG
     )
 
@@ -238,7 +238,7 @@ def test_another_image_size_and_context_length():
     vision=dataclasses.replace(CONFIG.vision, image_size=24),
     text=dataclasses.replace(CONFIG.text, context_length=9),
   )
-  found = weights.flat(weights.from_theirs(open_clip.entries(other), tensors, other, 'F'))
+  found = weights.flat(weights.params_from_tensors(open_clip.entries(other), tensors, other, 'F'))
   before = weights.flat(make())
   changed = {name for name in before if not np.array_equal(before[name], found[name])}
   assert changed == {weights.IMAGE_POSITIONS, weights.TEXT_POSITIONS}
@@ -249,7 +249,7 @@ def test_another_image_size_and_context_length():
   assert np.allclose(text[[0, 4, 8]], [old[0], (old[2] + old[3]) / 2, old[5]])
   no_square = tensors | {weights.IMAGE_POSITIONS: np.zeros((15, 8), np.float32)}
   with pytest.raises(InputError, match='15 image position embeddings are no square'):
-    weights.from_theirs(open_clip.entries(CONFIG), no_square, CONFIG, 'F')
+    weights.params_from_tensors(open_clip.entries(CONFIG), no_square, CONFIG, 'F')
 
 
 def test_nested_and_flat():
