@@ -87,7 +87,7 @@ def test_formats_that_must_be_on_this_machine_are_refused_before_anything_is_ope
   format, monkeypatch
 ):
   monkeypatch.setattr(storage, 'file_system', None)
-  with pytest.raises(InputError, match='this machine only'):
+  with pytest.raises(InputError, match='local disks only'):
     listing.list_files(format, 's3://bucket/data')
 
 

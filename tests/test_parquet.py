@@ -331,7 +331,7 @@ def test_a_damaged_row_group_is_listed_and_the_others_count(tmp_path):
   assert skipped == [{'key': 'x.parquet, row 10', 'reason': 'damaged row group'}]
   reader = parquet.Reader(str(path), 'jpg')
   assert reader.read_many([(25, len(images[25]))])[0] == images[25]
-  with pytest.raises(InputError, match='damaged, or not the file'):
+  with pytest.raises(InputError, match='damaged, or is not the file'):
     reader.read_many([(15, len(images[15]))])[0]
 
 

@@ -159,7 +159,7 @@ def test_what_is_no_split_is_an_error_that_says_so(copy, tmp_path):
     lambda path: tfds.reader(path, 'image'),
     lambda path: listing.list_files('tfds', path),
   ):
-    with pytest.raises(InputError, match='on this machine only'):
+    with pytest.raises(InputError, match='local disks only'):
       read('gs://bucket/noise/1.0.0/train')
 
 
