@@ -160,9 +160,7 @@ def test_a_file_that_nothing_names(tmp_path, monkeypatch):
   path = blank(tmp_path, 'small', more=np.zeros(1, np.float32))
   with pytest.raises(ConfigError, match='of no named model'):
     models.read(path)
-  with pytest.raises(
-    InputError, match='the file has more, not of the model. Is it another architecture.$'
-  ):
+  with pytest.raises(InputError, match='the file has more, .* Is it another architecture.$'):
     models.read(path, 'small')
 
 

@@ -298,8 +298,8 @@ def test_classes_and_files_that_cannot_be_read_are_a_sentence(tmp_path):
     ('{"a": 1}', (), 'names no image'),
     ('{' * 100_000, (), 'not valid JSON'),
     ('{"a":' * 50_000 + '1' + '}' * 50_000, (), 'JSON'),
-    ('{"ILSVRC2012_val_00000001": [1]}', (), 'a class is a name or a number'),
-    ('{"ILSVRC2012_val_00000001": true}', (), 'a class is a name or a number'),
+    ('{"ILSVRC2012_val_00000001": [1]}', (), 'a class must be a name'),
+    ('{"ILSVRC2012_val_00000001": true}', (), 'a class must be a name'),
   ):
     with pytest.raises(InputError, match=what):
       _said(val, file, text, names)

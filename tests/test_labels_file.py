@@ -108,5 +108,5 @@ def test_a_file_that_is_no_text_too_large_or_gone_is_a_sentence(tmp_path, monkey
   with pytest.raises(InputError, match='no JSON object'):
     labels_file.json_pairs(str(tmp_path / 'list.json'))
   monkeypatch.setattr(labels_file, '_MOST_BYTES', 9)
-  with pytest.raises(InputError, match='is no file of labels'):
+  with pytest.raises(InputError, match='MB, too large'):
     _read(tmp_path, 'c.jpg a\nx b')

@@ -200,7 +200,7 @@ def test_code_that_a_dataset_names_is_not_run(copy):
     features = json.loads(path.read_text())
     features['featuresDict']['features']['evil'] = evil
     path.write_text(json.dumps(features).replace('"this.', '"\\u0074his.'))
-    with pytest.raises(InputError, match='names this.Evil, which is its own code'):
+    with pytest.raises(InputError, match='names this.Evil'):
       tfds.find(str(copy / 'train'))
   assert 'this' not in sys.modules
 

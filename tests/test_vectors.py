@@ -62,7 +62,7 @@ def test_float32_without_a_header_has_any_ending_and_needs_its_dim(tmp_path, nam
   assert np.array_equal(_read(tmp_path / name, dim=5), _X)
   with pytest.raises(InputError, match='set vector_dim'):
     vectors.head(str(tmp_path / name))
-  with pytest.raises(InputError, match=r'460 bytes, which are no whole rows of vector_dim=7'):
+  with pytest.raises(InputError, match=r'460 bytes, .*vector_dim=7'):
     vectors.head(str(tmp_path / name), dim=7)
 
 

@@ -33,7 +33,7 @@ class Labels:
   """The classes of a folder, and the label of each image."""
 
   classes: tuple[str, ...]  # in label order
-  said: str  # how the labels were derived, in words
+  description: str  # how the labels were derived, in words
   # Path relative to the root -> label; -1 for an image outside class folders, None for one that is
   # not chosen. Raises NoLabel.
   of: Callable[[str], int | None]

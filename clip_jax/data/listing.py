@@ -59,22 +59,22 @@ def list_files(format: str, path: str) -> list[storage.SourceFile]:
     return _remote_files(path, source_format)
   path = os.path.abspath(os.path.expanduser(path))
   if source_format.find:
-    found = source_format.find(path)
+    matched = source_format.find(path)
   else:
     # An existing file may have braces in its name.
     patterns = [path] if os.path.exists(path) else expanded(path)
-    found = [file for pattern in patterns for file in _matches(pattern, source_format)]
-  _check_once(path, found)
+    matched = [file for pattern in patterns for file in _matches(pattern, source_format)]
+  _check_once(path, matched)
   fixed = (
     path
     if os.path.isdir(path)
     else os.path.dirname(path if os.path.exists(path) else re.split(r'[*?\[{]', path)[0])
   )
   # A broken link is listed too; it becomes a sample that cannot be read.
-  stats = [os.stat(file) if os.path.exists(file) else os.lstat(file) for file in found]
+  stats = [os.stat(file) if os.path.exists(file) else os.lstat(file) for file in matched]
   return [
     storage.SourceFile(file, os.path.relpath(file, fixed), stat.st_size, stat.st_mtime)
-    for file, stat in zip(found, stats, strict=True)
+    for file, stat in zip(matched, stats, strict=True)
   ]
 
 
@@ -101,10 +101,10 @@ def _remote_files(path: str, source_format: formats.Format) -> list[storage.Sour
       ),
       patterns,
     )
-    found = [info for infos in matches for info in infos]
-  _check_once(path, [url for url, _ in found])
+    matched = [info for infos in matches for info in infos]
+  _check_once(path, [url for url, _ in matched])
   fixed = posixpath.dirname(re.split(r'[*?\[{]', path)[0])
-  if found[0][0] != path + query and found[0][0].startswith(path.rstrip('/') + '/'):
+  if matched[0][0] != path + query and matched[0][0].startswith(path.rstrip('/') + '/'):
     fixed = path.rstrip('/')  # the path is a folder
   return [
     storage.SourceFile(
@@ -114,7 +114,7 @@ def _remote_files(path: str, source_format: formats.Format) -> list[storage.Sour
       0.0,
       _version(info),
     )
-    for url, info in found
+    for url, info in matched
   ]
 
 
@@ -122,7 +122,7 @@ def _remote_matches(
   system: Any, path: str, query: str, source_format: formats.Format
 ) -> list[tuple[str, Mapping[str, Any]]]:
   """Returns (URL, info of the storage) of the files that a path or a glob matches."""
-  patterns, found = [path], {}
+  patterns, infos = [path], {}
   with storage.naming(path):
     if not any(sign in path for sign in '*?['):
       patterns = [f'{path.rstrip("/")}/{name}' for name in source_format.patterns]
@@ -137,12 +137,12 @@ def _remote_matches(
     for pattern in patterns:
       for name, info in system.glob(pattern, detail=True).items():
         if info['type'] != 'directory':
-          found[storage.url(name, like=path) + query] = info
-      if found and source_format.one_pattern:
+          infos[storage.url(name, like=path) + query] = info
+      if infos and source_format.one_pattern:
         break
-    if not found:
+    if not infos:
       raise NoFiles(f'{path!r} matches no file. Correct the path of the dataset.')
-    return [(url, _sized(system, url, found[url])) for url in sorted(found, key=storage.natural)]
+    return [(url, _sized(system, url, infos[url])) for url in sorted(infos, key=storage.natural)]
 
 
 def _sized(system: Any, url: str, info: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -162,9 +162,9 @@ def _version(info: Mapping[str, Any]) -> str:
   return str(version.timestamp() if hasattr(version, 'timestamp') else version).strip('"')
 
 
-def _check_once(path: str, found: Sequence[str]) -> None:
-  if len(set(found)) < len(found):
-    twice = next(file for file, count in collections.Counter(found).items() if count > 1)
+def _check_once(path: str, matched: Sequence[str]) -> None:
+  if len(set(matched)) < len(matched):
+    twice = next(file for file, count in collections.Counter(matched).items() if count > 1)
     raise InputError(f'{path!r} matches {twice} more than once. Correct the path of the dataset.')
 
 
@@ -175,20 +175,20 @@ def _matches(path: str, source_format: formats.Format) -> list[str]:
   patterns = [path]
   if os.path.isdir(path):
     patterns = [os.path.join(glob.escape(path), name) for name in source_format.patterns]
-  found: set[str] = set()
+  matched: set[str] = set()
   for pattern in patterns:
-    found |= set(filter(os.path.isfile, glob.glob(pattern, recursive=True)))
-    if found and source_format.one_pattern:
+    matched |= set(filter(os.path.isfile, glob.glob(pattern, recursive=True)))
+    if matched and source_format.one_pattern:
       break
-  if not found and os.path.isdir(path):
+  if not matched and os.path.isdir(path):
     raise NoFiles(
       f'{path!r} matches no file: it is a folder without '
       f'{" or ".join(source_format.patterns)}. Correct the path of the dataset, or give a '
       'pattern.'
     )
-  if not found:
+  if not matched:
     raise NoFiles(f'{path!r} matches no file. Correct the path of the dataset.')
-  return sorted(found, key=storage.natural)
+  return sorted(matched, key=storage.natural)
 
 
 def expanded(path: str) -> list[str]:

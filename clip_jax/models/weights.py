@@ -411,10 +411,10 @@ def _linear(
   return np.maximum(1 - np.abs(at[:, None] - np.arange(old)), 0)
 
 
-def nested(found: Mapping[str, Array]) -> dict:
+def nested(arrays: Mapping[str, Array]) -> dict:
   """Returns a nested dict: 'a.0.b' -> {'a': {0: {'b': ...}}}; list elements have integer keys."""
   tree: dict = {}
-  for path, array in found.items():
+  for path, array in arrays.items():
     *folders, leaf = (int(part) if part.isdigit() else part for part in path.split('.'))
     node = tree
     for folder in folders:
@@ -425,13 +425,13 @@ def nested(found: Mapping[str, Array]) -> dict:
 
 def flat(tree: Mapping, prefix: str = '') -> dict[str, np.ndarray]:
   """Returns the inverse of `nested`: path -> array."""
-  found = {}
+  arrays = {}
   for key, value in tree.items():
     if isinstance(value, Mapping):
-      found |= flat(value, f'{prefix}{key}.')
+      arrays |= flat(value, f'{prefix}{key}.')
     else:
-      found[f'{prefix}{key}'] = np.asarray(value)
-  return found
+      arrays[f'{prefix}{key}'] = np.asarray(value)
+  return arrays
 
 
 # Conversion of a published tensor to a parameter, and back.
