@@ -76,7 +76,7 @@ def test_imagenet_v2_is_labelled_by_numbers_and_not_by_sorted_order(tmp_path):
   told = labels.labels(str(tmp_path), [f'class {i}' for i in range(1000)])
   assert all(told.of(f'{i}/a.jpeg') == i for i in range(1000))
   assert sum(place != int(name) for place, name in enumerate(sorted(map(str, range(1000))))) == 988
-  assert 'their numbers' in told.said
+  assert 'their numbers' in told.description
 
 
 def test_dates_are_no_class_numbers(tmp_path):
@@ -134,7 +134,7 @@ def test_objectnet_is_recognised_and_only_its_shared_names_are_asked_for(tmp_pat
     told = labels.labels(str(root))
     assert told.classes == ('Alarm clock', 'Bench', 'T-shirt')
     assert (
-      '3 names' in told.said and '2 of them with images' in told.said and 'ObjectNet' in told.said
+      '3 names' in told.description and '2 of them with images' in told.said and 'ObjectNet' in told.said
     )
     assert (
       _labels(root)
@@ -200,7 +200,7 @@ def test_a_file_names_images_in_each_form(tmp_path):
       0,
       1,
     ]  # as many names as wnids: in sorted order
-    assert 'labels.txt: 3 of 3 images' in labels.labels(str(val), (), str(file)).said
+    assert 'labels.txt: 3 of 3 images' in labels.labels(str(val), (), str(file)).description
 
 
 def test_numbers_count_from_0(tmp_path):

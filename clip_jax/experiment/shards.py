@@ -125,7 +125,7 @@ def list_shards(block: Config, planted_tars: Sequence[str] = ()) -> list[Shard]:
     size = formats.get(form).files_a_shard
     for start in range(0, len(listed), size):
       some = tuple(listed[start : start + size])
-      by_labels = (_labels_hash(part, known, some), known.said) if known else ('', '')
+      by_labels = (_labels_hash(part, known, some), known.description) if known else ('', '')
       shards.append(
         Shard(len(shards), part, prefix, root, some, classes, *by_labels, beside[start])
       )
