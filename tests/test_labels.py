@@ -134,7 +134,9 @@ def test_objectnet_is_recognised_and_only_its_shared_names_are_asked_for(tmp_pat
     told = labels.labels(str(root))
     assert told.classes == ('Alarm clock', 'Bench', 'T-shirt')
     assert (
-      '3 names' in told.description and '2 of them with images' in told.said and 'ObjectNet' in told.said
+      '3 names' in told.description
+      and '2 of them with images' in told.said
+      and 'ObjectNet' in told.said
     )
     assert (
       _labels(root)

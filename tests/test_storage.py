@@ -63,7 +63,7 @@ def test_reading_ahead_gives_the_bytes_of_the_file_in_any_order(
   _small_windows(monkeypatch)
   rng = random.Random(1)
   for _ in range(30):
-    ahead, at = storage.Ahead(_opened(kind, tmp_path, memory)), 0
+    ahead, at = storage.ReadAhead(_opened(kind, tmp_path, memory)), 0
     for _ in range(60):
       length = rng.choice((1, 512, 3000, 9000))
       if rng.random() < 0.1:
@@ -91,7 +91,7 @@ class _Counting(storage.RemoteFile):
 def test_a_remote_pass_fetches_each_byte_once_and_ahead(memory, monkeypatch):
   _small_windows(monkeypatch)
   file = _Counting(memory)
-  ahead = storage.Ahead(file)
+  ahead = storage.ReadAhead(file)
   assert b''.join(ahead.read(at, 100) for at in range(0, len(_DATA), 100)) == _DATA
   assert sum(length for _, length in file.reads) == len(_DATA)
   assert sorted(offset for offset, _ in file.reads) == list(range(0, len(_DATA), 5000))
@@ -102,7 +102,7 @@ def test_a_remote_pass_fetches_each_byte_once_and_ahead(memory, monkeypatch):
 def test_what_a_remote_pass_skips_is_not_read(memory, monkeypatch):
   _small_windows(monkeypatch)
   file = _Counting(memory)
-  ahead = storage.Ahead(file)
+  ahead = storage.ReadAhead(file)
   for at in range(0, len(_DATA), 30_000):
     assert ahead.read(at, 100) == _DATA[at : at + 100]
   ahead.close()
@@ -112,7 +112,7 @@ def test_what_a_remote_pass_skips_is_not_read(memory, monkeypatch):
 def test_a_file_that_shrinks_ends_a_pass(tmp_path, monkeypatch):
   _small_windows(monkeypatch)
   (tmp_path / 'a.bin').write_bytes(_DATA)
-  ahead = storage.Ahead(storage.open_file(str(tmp_path / 'a.bin')))
+  ahead = storage.ReadAhead(storage.open_file(str(tmp_path / 'a.bin')))
   os.truncate(tmp_path / 'a.bin', 10_000)
   assert ahead.read(9000, 4000) == _DATA[9000:10_000] and ahead.read(20_000, 10) == b''
 
@@ -302,4 +302,9 @@ def test_threads_read_at_once(site):
 
 
 def test_paths_sort_by_their_numbers():
-  assert sorted(['s10', 's9', 'a/b', 's9/1'], key=storage.natural) == ['a/b', 's9', 's9/1', 's10']
+  assert sorted(['s10', 's9', 'a/b', 's9/1'], key=storage.natural_key) == [
+    'a/b',
+    's9',
+    's9/1',
+    's10',
+  ]

@@ -50,7 +50,7 @@ def test_walk_equals_tarfile(tmp_path, format):
   path = _tar(tmp_path / 'x.tar', members, format)
   with tarfile.open(path) as tar:
     expected = [(member.name, member.offset_data, member.size) for member in tar]
-  found = webdataset._members(storage.Ahead(storage.File(path)))
+  found = webdataset._members(storage.ReadAhead(storage.File(path)))
   assert [member[:3] for member in found] == expected
   assert len(expected) == len(names)
 

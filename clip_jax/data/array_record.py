@@ -79,20 +79,20 @@ class Records:
       )
       self._count = self._reader.num_records()
     except (RuntimeError, ValueError) as error:
-      raise storage.changed(self._path) from error
+      raise storage.changed_file_error(self._path) from error
     if not self._reader.ok() or self._count > size or not self._reader.writer_options_string():
-      raise storage.changed(self._path)
+      raise storage.changed_file_error(self._path)
 
   def __len__(self) -> int:
     return self._count
 
   def values(self, rows: Sequence[int]) -> list[bytes]:
     if rows and not 0 <= min(rows) <= max(rows) < self._count:
-      raise storage.changed(self._path)
+      raise storage.changed_file_error(self._path)
     try:
       return self._reader.read(list(rows))
     except (RuntimeError, ValueError) as error:
-      raise storage.changed(self._path) from error
+      raise storage.changed_file_error(self._path) from error
 
 
 class Reader:

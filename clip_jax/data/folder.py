@@ -41,7 +41,7 @@ def find(root: str) -> list[str]:
   """Returns the absolute path of every image file below a folder, in natural order."""
   if not os.path.isdir(root):
     raise InputError(f'{root!r} is not a folder. Correct the path of the dataset.')
-  names = sorted(paths(root), key=storage.natural)
+  names = sorted(paths(root), key=storage.natural_key)
   if not names:
     raise InputError(
       f'{root!r} holds no file that ends in {", ".join(IMAGES)}. Correct the path of the dataset.'

@@ -129,7 +129,7 @@ def _in_order(
     raise InputError(
       f'{path} has the line {name!r}, an image without a class. Give lines of NAME CLASS.'
     )
-  if images != sorted(images, key=storage.natural):
+  if images != sorted(images, key=storage.natural_key):
     raise InputError(
       f'{path} has one class per line, but the order of the images is ambiguous: '
       'sorted as text, it differs from the order of the numbers in their names. Give '

@@ -88,7 +88,7 @@ def _remote_files(path: str, source_format: formats.Format) -> list[storage.Sour
   system, web = storage.file_system(path), path.startswith('http')
   path, query = re.fullmatch(r'(.*?)(\?.*)?', path, re.DOTALL).groups('') if web else (path, '')
   patterns = expanded(path)
-  with storage.naming(path):
+  with storage.errors_with_path(path):
     system.invalidate_cache()  # an object may have changed since the last listing
     if len(patterns) > _THREADS and not web:
       for folder in dict.fromkeys(map(posixpath.dirname, patterns)):
@@ -123,7 +123,7 @@ def _remote_matches(
 ) -> list[tuple[str, Mapping[str, Any]]]:
   """Returns (URL, info of the storage) of the files that a path or a glob matches."""
   patterns, infos = [path], {}
-  with storage.naming(path):
+  with storage.errors_with_path(path):
     if not any(sign in path for sign in '*?['):
       patterns = [f'{path.rstrip("/")}/{name}' for name in source_format.patterns]
       if not path.endswith('/'):  # '/' marks a folder, even if the server answers with a page
@@ -132,7 +132,7 @@ def _remote_matches(
           if info['type'] != 'directory':
             return [(path + query, _sized(system, path + query, info))]
         except FileNotFoundError as error:
-          if storage.may_pass(error):
+          if storage.is_transient(error):
             raise
     for pattern in patterns:
       for name, info in system.glob(pattern, detail=True).items():
@@ -142,7 +142,9 @@ def _remote_matches(
         break
     if not infos:
       raise NoFiles(f'{path!r} matches no file. Correct the path of the dataset.')
-    return [(url, _sized(system, url, infos[url])) for url in sorted(infos, key=storage.natural)]
+    return [
+      (url, _sized(system, url, infos[url])) for url in sorted(infos, key=storage.natural_key)
+    ]
 
 
 def _sized(system: Any, url: str, info: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -188,7 +190,7 @@ def _matches(path: str, source_format: formats.Format) -> list[str]:
     )
   if not matched:
     raise NoFiles(f'{path!r} matches no file. Correct the path of the dataset.')
-  return sorted(matched, key=storage.natural)
+  return sorted(matched, key=storage.natural_key)
 
 
 def expanded(path: str) -> list[str]:

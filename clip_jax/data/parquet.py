@@ -49,7 +49,7 @@ class _File:
 
   def batches(self, group: int, columns: Sequence[str]) -> Iterator:
     """Yields the given columns of a row group in batches. Raises _Damage."""
-    with _damage():
+    with _damage_errors():
       yield from self.parquet.iter_batches(self.steps[group], [group], columns, use_threads=False)
 
 
@@ -109,7 +109,7 @@ class Reader:
     try:
       self._file = _open(path, [name.strip() for name in image_key.lower().split(';')])
     except _Damage as error:
-      raise storage.changed(self._path) from error
+      raise storage.changed_file_error(self._path) from error
     self._number = next(_numbers)
     self._ends = collections.defaultdict(list)  # row group -> row at which each batch ends
     self._lock = threading.Lock()
@@ -121,7 +121,7 @@ class Reader:
     """Returns the images of [(row, length)]; each row group is read once."""
     images = self.values([row for row, _ in ranges])
     if any(len(data) != length for data, (_, length) in zip(images, ranges, strict=True)):
-      raise storage.changed(self._path)
+      raise storage.changed_file_error(self._path)
     return images
 
   def values(self, rows: Sequence[int]) -> list[bytes]:
@@ -134,7 +134,7 @@ class Reader:
 
   def _value(self, row: int) -> bytes:
     if not 0 <= row < self._file.starts[-1]:
-      raise storage.changed(self._path)
+      raise storage.changed_file_error(self._path)
     group = bisect.bisect_right(self._file.starts, row) - 1
     row -= self._file.starts[group]
     number = bisect.bisect_right(self._ends[group], row)
@@ -143,7 +143,7 @@ class Reader:
       number, batch = self._decode(group, row, number)
     data = _buffer(batch, row - (self._ends[group][number - 1] if number else 0))
     if data is None:
-      raise storage.changed(self._path)
+      raise storage.changed_file_error(self._path)
     return data.to_pybytes()
 
   def _decode(self, group: int, row: int, wanted: int) -> tuple[int, Any]:
@@ -156,7 +156,7 @@ class Reader:
       try:
         batch = _part(next(stream).column(self._file.column), 'bytes')
       except (_Damage, StopIteration) as error:
-        raise storage.changed(self._path) from error
+        raise storage.changed_file_error(self._path) from error
       if number == len(ends):
         ends.append((ends[-1] if ends else 0) + len(batch))
       _decoded.put((self._number, group, number), batch, batch.nbytes)
@@ -238,7 +238,7 @@ def _samples(
 
 def _rows(batch, column: str, columns: list[str]) -> Iterator[tuple[Any, bool, dict[str, Any]]]:
   """Yields (image bytes or None, whether the row has a path only, other columns) of each row."""
-  with _damage():
+  with _damage_errors():
     # Paths are never opened.
     images, paths = (_part(batch.column(column), name) for name in ('bytes', 'path'))
     arrays = {name: batch.column(name) for name in columns}
@@ -253,7 +253,7 @@ def _read(data, ending: str, most: int) -> bytes:
 
 
 @contextlib.contextmanager
-def _damage() -> Iterator[None]:
+def _damage_errors() -> Iterator[None]:
   """Turns the errors that pyarrow raises on damaged files into _Damage; others pass unchanged."""
   errors = pa.ArrowException, OSError, ValueError, OverflowError, IndexError, KeyError
   try:
@@ -268,7 +268,7 @@ def _parquet(path: str):
   """Returns a pyarrow ParquetFile, with limits against a footer that claims more than it holds."""
   local = '://' not in path
   size = os.path.getsize(path) if local else _MOST['string']
-  with _damage():
+  with _damage_errors():
     return pq.ParquetFile(
       path if local else storage.open_stream(path),
       pre_buffer=False,
@@ -281,7 +281,7 @@ def _parquet(path: str):
 def _open(path: str, image_key: Sequence[str]) -> _File:
   """Opens a file. Raises _Damage, and InputError if no column holds images."""
   parquet = _parquet(path)
-  with _damage():
+  with _damage_errors():
     column, leaf, ending = _image_column(parquet.schema_arrow, image_key, path)
     groups = [parquet.metadata.row_group(i) for i in range(parquet.num_row_groups)]
     counts = [group.num_rows for group in groups]

@@ -169,23 +169,23 @@ class Source:
       elif not path:  # each image is a file
         for k in members:
           file = os.path.join(where['root'], self._path(rows[k]))
-          with _readable(file):
-            images |= _whole(
+          with _input_errors(file):
+            images |= _check_lengths(
               file, opener({**where, 'path': file}).read_many([places[k][1:3]]), [k], places
             )
       else:
-        with _readable(path):
+        with _input_errors(path):
           reader = self._opened(shard)
           if isinstance(reader, storage.RemoteFile):
             remote += members
           else:
-            images |= _whole(
+            images |= _check_lengths(
               path, reader.read_many([places[k][1:3] for k in members]), members, places
             )
     paths = [self._files['shards'][places[k][0]]['path'] for k in remote]
     parts = storage.read_ranges([(path, *places[k][1:3]) for path, k in zip(paths, remote)])
     for path, k, data in zip(paths, remote, parts, strict=True):
-      images |= _whole(path, [data], [k], places)
+      images |= _check_lengths(path, [data], [k], places)
     return images
 
   def _keyed_image(self, row: int, shard: int) -> bytes:
@@ -197,7 +197,7 @@ class Source:
         'the path of the images.'
       )
     key = table.read_key(self._directory, shard, row - int(self.starts[shard]))
-    with _readable(where['images']):
+    with _input_errors(where['images']):
       return keyed_images.KeyedImages(where['images']).read(key)
 
   def _open(self, shard: int) -> formats.Reader:
@@ -211,7 +211,7 @@ class Source:
 
   @functools.cached_property
   def _captions(self) -> mmap.mmap | bytes:
-    return _mapped(os.path.join(self._directory, 'captions.bin'))
+    return _memory_map(os.path.join(self._directory, 'captions.bin'))
 
   @functools.cached_property
   def _files(self) -> dict[str, Any]:
@@ -221,7 +221,7 @@ class Source:
   def _paths(self) -> tuple[Array, mmap.mmap | bytes]:
     """Returns the end of each row's path in the text of all paths, and that text."""
     ends = np.load(os.path.join(self._directory, 'path_ends.npy'), mmap_mode='r').view(np.ndarray)
-    return ends, _mapped(os.path.join(self._directory, 'paths.bin'))
+    return ends, _memory_map(os.path.join(self._directory, 'paths.bin'))
 
   def _path(self, row: int) -> str:
     """Returns the path of a row's image, relative to its root."""
@@ -230,7 +230,7 @@ class Source:
 
 
 @contextlib.contextmanager
-def _readable(path: str) -> Iterator[None]:
+def _input_errors(path: str) -> Iterator[None]:
   """Turns an OSError from reading a source file into an InputError."""
   try:
     yield
@@ -241,7 +241,7 @@ def _readable(path: str) -> Iterator[None]:
     ) from error
 
 
-def _whole(
+def _check_lengths(
   path: str, images: Sequence[bytes], members: Sequence[int], places: Sequence[tuple]
 ) -> dict[int, bytes]:
   """Returns dict(zip(members, images)); raises InputError if an image has the wrong length.
@@ -258,7 +258,7 @@ def _whole(
   return dict(zip(members, images))
 
 
-def _mapped(path: str) -> mmap.mmap | bytes:
+def _memory_map(path: str) -> mmap.mmap | bytes:
   with open(path, 'rb') as f:
     if not os.fstat(f.fileno()).st_size:
       return b''  # an empty file cannot be mapped

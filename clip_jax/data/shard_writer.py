@@ -147,7 +147,7 @@ def _copied(contents: _Contents, path: str, directory: str, rows: Array) -> Iter
   samples, _, headers = webdataset.samples_and_headers(path, os.path.basename(path))
   of_image = {offset: sample for sample in samples for offset, _ in sample.members.values()}
   offsets = np.load(os.path.join(directory, 'table.npy'), mmap_mode='r')['offset'][rows]
-  with contextlib.closing(storage.Ahead(storage.open_file(path))) as tar:
+  with contextlib.closing(storage.ReadAhead(storage.open_file(path))) as tar:
     for offset in offsets.tolist():
       sample = of_image.get(offset)
       if sample is None:
@@ -185,7 +185,7 @@ def _with_new_headers(
     yield info.tobuf(tarfile.GNU_FORMAT, 'utf-8') + data + bytes(-len(data) % _BLOCK)
 
 
-def _refusal(sample: table.Sample, tar: storage.Ahead, headers: Mapping[int, int]) -> str:
+def _refusal(sample: table.Sample, tar: storage.ReadAhead, headers: Mapping[int, int]) -> str:
   """Returns the reason why a sample must not be copied with its members' names, '' for none."""
   for ending, (offset, _) in sample.members.items():
     name = f'{sample.key}.{ending}'

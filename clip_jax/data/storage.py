@@ -58,7 +58,7 @@ class SourceFile:
     return f'{self.size} {self.version or self.mtime}'
 
 
-def changed(path: str) -> InputError:
+def changed_file_error(path: str) -> InputError:
   """Returns the error for a file in which an indexed row cannot be read."""
   return InputError(
     f'{path} is damaged, or is not the file that was indexed. Restore the indexed file, or index '
@@ -96,7 +96,7 @@ class RemoteFile:
 
   def size(self) -> int:
     def ask() -> int:
-      with naming(self.path):
+      with errors_with_path(self.path):
         return file_system(self.path).info(self.path)['size']
 
     return with_retries(ask)
@@ -166,7 +166,7 @@ def _fetched(parts: Sequence[Sequence[Any]]) -> list[bytes]:
   def ask() -> None:
     missing = [i for i in range(len(parts)) if i not in contents]
     paths, starts, ends = zip(*(parts[i][:3] for i in missing), strict=True)
-    with naming(paths[0] if len(set(paths)) == 1 else f'{_protocol(paths[0])}://'):
+    with errors_with_path(paths[0] if len(set(paths)) == 1 else f'{_protocol(paths[0])}://'):
       answers = file_system(paths[0]).cat_ranges(
         list(paths), list(starts), list(ends), on_error='return'
       )
@@ -174,7 +174,7 @@ def _fetched(parts: Sequence[Sequence[Any]]) -> list[bytes]:
     contents.update((i, data) for i, data in answers.items() if not isinstance(data, BaseException))
     for i in missing:
       if i not in contents:
-        with naming(parts[i][0]):
+        with errors_with_path(parts[i][0]):
           raise answers[i]
 
   while len(contents) < len(parts):
@@ -209,14 +209,14 @@ def url(name: str, like: str) -> str:
 
 
 @contextlib.contextmanager
-def naming(path: str) -> Iterator[None]:
+def errors_with_path(path: str) -> Iterator[None]:
   """Turns every error of a remote file system into an InputError that names the path."""
   try:
     yield
   except (InputError, MemoryError):
     raise
   except Exception as error:  # each storage library has its own error types
-    transient, cause = may_pass(error), error.__cause__ if _hides_cause(error) else error
+    transient, cause = is_transient(error), error.__cause__ if _hides_cause(error) else error
     if isinstance(error, FileNotFoundError) and not transient:
       raise InputError(
         f'{path} does not exist. Restore it, or correct the path of the dataset.'
@@ -226,10 +226,10 @@ def naming(path: str) -> Iterator[None]:
     raise kind(f'{path} cannot be read ({reason}).{_ADVICE}') from error
 
 
-def may_pass(error: BaseException) -> bool:
+def is_transient(error: BaseException) -> bool:
   """Returns whether an error may be transient (network, busy server), not about the file itself."""
   if _hides_cause(error):
-    return may_pass(error.__cause__)
+    return is_transient(error.__cause__)
   status = getattr(error, 'status', None) or getattr(error, 'code', None)
   if isinstance(status, int) and status >= 100:
     return status >= 500 or status in _TRANSIENT_4XX
@@ -255,13 +255,13 @@ def _hides_cause(error: BaseException) -> bool:
   return isinstance(error, FileNotFoundError) and web
 
 
-def natural(path: str) -> tuple:
+def natural_key(path: str) -> tuple:
   """Returns a sort key that compares paths folder by folder, and digits in them as numbers."""
   parts = [re.split(r'([0-9]+)', part) for part in path.split(os.sep)]
   return [[int(piece) if i % 2 else piece for i, piece in enumerate(part)] for part in parts], path
 
 
-class Ahead:
+class ReadAhead:
   """Reads a file forwards in windows, for one thread; skipped parts are not read.
 
   While reads are sequential, threads prefetch the next windows of a remote file. close() ends them.
@@ -365,7 +365,7 @@ def _file_system(protocol: str, process: int) -> Any:
   del process
   import fsspec
 
-  with naming(f'{protocol}://'):
+  with errors_with_path(f'{protocol}://'):
     try:
       return fsspec.filesystem(protocol)
     except ImportError as error:

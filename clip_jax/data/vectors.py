@@ -51,7 +51,7 @@ def head(path: str, key: str = '', dim: int = 0) -> Head:
   key: the array of an npz, or the column of a parquet; '' takes the only one that holds vectors.
   dim: E of a file without a header. Raises InputError if a file is incomplete or holds no vectors.
   """
-  with _readable(path), storage.open_stream(path) as f:
+  with _input_errors(path), storage.open_stream(path) as f:
     magic, size = f.read(6), f.seek(0, os.SEEK_END)
     f.seek(0)
     if not size:
@@ -94,7 +94,7 @@ def blocks(path: str, header: Head, block_rows: int = 0) -> Iterator[tuple[int, 
   """
   step = block_rows or max(1, _BLOCK // (4 * max(header.dim, 1)))
   make = _parquet_blocks if header.kind == 'parquet' else _array_blocks
-  with _readable(path):
+  with _input_errors(path):
     start = 0
     for block in make(path, header, step):
       yield start, block
@@ -177,7 +177,7 @@ def local_copy(file: storage.SourceFile, cache: str) -> str:
 
 
 @contextlib.contextmanager
-def _readable(path: str) -> Iterator[None]:
+def _input_errors(path: str) -> Iterator[None]:
   """Turns every library error from reading a file into an InputError that names the file."""
   try:
     yield
@@ -287,7 +287,7 @@ def _parquet_head(f: BinaryIO, path: str, key: str) -> Head:
 
 def is_vectors(path: str) -> bool:
   """Returns whether a parquet file has a column of vectors."""
-  with _readable(path), storage.open_stream(path) as f:
+  with _input_errors(path), storage.open_stream(path) as f:
     return any(_floats(field.type) for field in pq.read_schema(f))
 
 

@@ -57,7 +57,7 @@ def samples_and_headers(
 def _samples(
   path: str, name: str, room: int
 ) -> tuple[list[Sample], list[dict[str, str]], dict[int, int]]:
-  tar = storage.Ahead(storage.open_file(path))
+  tar = storage.ReadAhead(storage.open_file(path))
   headers: dict[int, int] = {}
   samples: dict[str, dict[str, tuple[int, int]]] = {}
   heads: dict[int, bytes] = {}  # offset of a member -> its first bytes
@@ -111,7 +111,7 @@ def _split(member: str) -> tuple[str, str]:
 
 
 def _read(
-  tar: storage.Ahead,
+  tar: storage.ReadAhead,
   heads: dict[int, bytes],
   members: dict[str, tuple[int, int]],
   ending: str,
@@ -123,7 +123,7 @@ def _read(
   return head[:length] if length <= len(head) else tar.read(offset, length)
 
 
-def _members(tar: storage.Ahead) -> Iterator[tuple[str, int, int, int]]:
+def _members(tar: storage.ReadAhead) -> Iterator[tuple[str, int, int, int]]:
   """Yields (name, offset, length, first header) of every regular file of a tar (ustar, GNU or pax).
 
   When a member is yielded, its first _HEAD bytes are in the window of `tar`. first header: its
