@@ -12,7 +12,7 @@ from clip_jax.data import folder, listing, storage, webdataset
 ENDINGS = ('jpg', 'jpeg', 'png', 'webp')  # of tar members, in order of preference
 
 
-def is_there(path: str) -> bool:
+def exists(path: str) -> bool:
   """Returns whether a path is a folder or matches tars; True for every remote path."""
   path = os.path.expanduser(path)
   if storage.is_remote(path) or os.path.isdir(path):
