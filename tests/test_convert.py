@@ -154,15 +154,13 @@ def test_a_file_that_nothing_names(tmp_path, monkeypatch):
   assert models.read(path, 'large').params['visual']['positional_embedding'].shape == (17, 16)
   with pytest.raises(InputError, match='visual.proj has shape .*shapes fit small, '):
     models.read(path, 'other')
-  with pytest.raises(ConfigError, match="No model is called 'smal'; the nearest names are small"):
+  with pytest.raises(ConfigError, match="'smal'; the nearest names are small"):
     models.read(path, 'smal')
   assert models.read(path, 'small').preprocess == open_clip.default_preprocess(CLIP)
   path = blank(tmp_path, 'small', more=np.zeros(1, np.float32))
   with pytest.raises(ConfigError, match='no known model'):
     models.read(path)
-  with pytest.raises(
-    InputError, match='the file has more, not of the model. Is it another architecture.$'
-  ):
+  with pytest.raises(InputError, match='the file has more, .* Is it another architecture.$'):
     models.read(path, 'small')
 
 
@@ -176,7 +174,7 @@ def test_configs_beside_a_file_that_are_broken(tmp_path):
     (
       '{"model_cfg": {"vision_cfg": 3, "text_cfg": {}}}',
       ConfigError,
-      '/open_clip_config.json: .*wrong kind: vision_cfg=3',
+      '/open_clip_config.json: .*wrong type: vision_cfg=3',
     ),
   ):
     (tmp_path / 'open_clip_config.json').write_text(text)

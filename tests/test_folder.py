@@ -121,7 +121,7 @@ def test_class_folders_hold_an_image(tmp_path):
     == ''
     == folder.class_folder('images/1.png', 'images/')
   )
-  with pytest.raises(InputError, match='is no folder'):
+  with pytest.raises(InputError, match='is not a folder'):
     folder.find(str(tmp_path / 'nowhere'))
   with pytest.raises(InputError, match='holds no file that ends in'):
     folder.find(str(tmp_path / 'empty'))

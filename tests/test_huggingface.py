@@ -207,7 +207,7 @@ def test_images_cropped_from_a_larger_size_are_said(caplog):
   huggingface.preprocess_from_huggingface(
     {'size': {'shortest_edge': 32}, 'crop_size': {'height': 24}}
   )
-  assert 'images of 32 pixels cropped to 24' in caplog.text
+  assert '32 pixels and cropped to 24' in caplog.text
 
 
 def test_preprocessing_both_ways():

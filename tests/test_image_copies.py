@@ -185,7 +185,7 @@ def test_images_of_a_pixel_have_copies(kind, shape):
 
 def test_what_is_too_wide_for_a_jpeg_says_so():
   wide = np.zeros((1, 65_501, 3), np.uint8)
-  with pytest.raises(images.UnreadableImage, match='65501 x 1 pixels are too many for a JPEG'):
+  with pytest.raises(images.UnreadableImage, match='65501 x 1 pixels are too many for JPEG'):
     image_copies.transform(wide, 'jpeg', seed=0, row=0)
   assert image_copies.transform(wide, 'none', seed=0, row=0)[1] == 'png'
 

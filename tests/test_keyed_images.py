@@ -42,7 +42,7 @@ def test_a_path_that_is_not_there(tmp_path):
     _read(tmp_path / 'nowhere', 'a')
   (tmp_path / 'a.tar').touch()
   there = {
-    path: keyed_images.is_there(path)
+    path: keyed_images.exists(path)
     for path in (
       f'{tmp_path}',
       f'{tmp_path}/*.tar',

@@ -34,7 +34,7 @@ def test_names_with_spaces_commas_and_folders(tmp_path, text, classes):
 
 def test_lines_that_are_separated_otherwise_are_refused(tmp_path):
   for text in ('c.jpg n01\nx/1 n02\n"a,b.jpg",n02', 'c.jpg great shark\nx/1 n01\nmy dog.jpg n02'):
-    with pytest.raises(InputError, match='has the line .*not separated as in most lines'):
+    with pytest.raises(InputError, match='has the line .*separator'):
       _read(tmp_path, text)
 
 
@@ -45,14 +45,14 @@ def test_a_name_that_means_two_images_is_refused_and_a_path_is_not(tmp_path):
     'sub/2.png': 'c',
   }
   for name in ('1.png', '1'):
-    with pytest.raises(InputError, match=f"'{name}', which is more than one image"):
+    with pytest.raises(InputError, match=f"'{name}', .*more than one image"):
       _read(tmp_path, f'{name} a\n2.png c')
 
 
 def test_contradictions_are_refused(tmp_path):
   assert _read(tmp_path, 'c.jpg a\nc a').classes == {'c.jpg': 'a'}
   for text in ('c.jpg a\nc b', '{"c.jpg": "a", "c": "b"}', '{"c": "a", "c": "b"}'):
-    with pytest.raises(InputError, match="of 'c.jpg' that its class is 'a', and that it is 'b'"):
+    with pytest.raises(InputError, match="'c.jpg' two classes, 'a' and 'b'"):
       _read(tmp_path, text)
 
 
@@ -92,15 +92,15 @@ def test_one_class_a_line_is_for_exactly_all_images_in_a_clear_order(tmp_path):
   )
   with pytest.raises(InputError, match='has 5 lines for 6 images'):
     _read(tmp_path, 'a\nb\nc\nd\ne')
-  with pytest.raises(InputError, match="'c.jpg', which is an image without a class"):
+  with pytest.raises(InputError, match="'c.jpg', an image without a class"):
     _read(tmp_path, 'a\nb\nc.jpg\nd\ne\nf')
-  with pytest.raises(InputError, match='the order of the images is not clear'):
+  with pytest.raises(InputError, match='the order of the images is ambiguous'):
     _read(tmp_path, 'a\nb', ('10.png', '9.png'))
 
 
 def test_a_file_that_is_no_text_too_large_or_gone_is_a_sentence(tmp_path, monkeypatch):
   for data in (b'\xff\xfe', 'c.jpg é'.encode('latin-1')):
-    with pytest.raises(InputError, match='no text in UTF-8'):
+    with pytest.raises(InputError, match='not UTF-8'):
       _read(tmp_path, data)
   with pytest.raises(InputError, match='cannot be read'):
     labels_file.read(str(tmp_path), ROOT, IMAGES)
@@ -108,5 +108,5 @@ def test_a_file_that_is_no_text_too_large_or_gone_is_a_sentence(tmp_path, monkey
   with pytest.raises(InputError, match='no JSON object'):
     labels_file.json_pairs(str(tmp_path / 'list.json'))
   monkeypatch.setattr(labels_file, '_MOST_BYTES', 9)
-  with pytest.raises(InputError, match='is no file of labels'):
+  with pytest.raises(InputError, match='MB, too large'):
     _read(tmp_path, 'c.jpg a\nx b')

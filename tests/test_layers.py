@@ -158,5 +158,5 @@ def test_initial_spread():
 
 
 def test_heads_must_divide_the_width():
-  with pytest.raises(ValueError, match='width of 8 .* 3 heads'):
+  with pytest.raises(ValueError, match='width=8 .*heads=3'):
     block(heads=3)

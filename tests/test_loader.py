@@ -206,7 +206,7 @@ def test_reports_come_with_their_batch_not_ahead_of_it():
 
 
 def test_errors_reach_the_caller_as_they_are():
-  with pytest.raises(InputError, match='None of 5 images'):
+  with pytest.raises(InputError, match='None of the 5 images'):
     _batches(_Source(5, broken=range(5)), 1)
 
   class Gone(_Source):
@@ -271,12 +271,12 @@ def test_the_cache_keeps_to_its_budget_and_pickles_empty():
     thread.start()
   for thread in threads:
     thread.join()
-  assert len(cache._kept) == 7
+  assert len(cache._cached) == 7
   source.reads.clear()
-  for i in cache._kept:
+  for i in cache._cached:
     assert (cache[i]['image'] == images.decode(source.files[i])).all()
   assert not source.reads
-  assert not pickle.loads(pickle.dumps(cache))._kept
+  assert not pickle.loads(pickle.dumps(cache))._cached
   with pytest.raises(images.UnreadableImage):
     loader.DecodedCache(_Source(3, broken=[1]), 1000)[1]
 
@@ -351,7 +351,7 @@ def test_blocks_with_a_cache_decode_no_more_than_is_asked_for():
   source = loader_sources.Source(60)
   plain = _read_in_blocks(source)
   cache = loader.DecodedCache(source, 1 << 20)
-  assert _equal(plain, _read_in_blocks(cache)) and len(cache._kept) == 60
+  assert _equal(plain, _read_in_blocks(cache)) and len(cache._cached) == 60
   assert _equal(plain, _read_in_blocks(cache))
 
 
@@ -380,7 +380,7 @@ def test_a_process_that_dies_in_the_middle_changes_nothing(tmp_path):
 
 
 def test_errors_of_processes_are_sentences_too():
-  with pytest.raises(InputError, match='None of 5 images'):
+  with pytest.raises(InputError, match='None of the 5 images'):
     _batches(loader_sources.Source(5, broken=range(5)), 1, processes=1)
 
 
@@ -389,7 +389,7 @@ def test_each_process_has_its_part_of_the_cache():
   again = pickle.loads(pickle.dumps(views.Subset(cache, np.arange(30))))
   assert again._source._max_bytes == 1000
   expected = _batches(loader_sources.Source(30), 6)
-  assert _equal(expected, _batches(cache, 6, processes=2)) and not cache._kept
+  assert _equal(expected, _batches(cache, 6, processes=2)) and not cache._cached
 
 
 def test_images_may_be_decoded_at_a_smaller_size():

@@ -214,7 +214,7 @@ def test_keys_are_what_the_file_says_else_the_row(tmp_path):
 
 def _small(monkeypatch, batch=500, cached=2000):
   monkeypatch.setattr(parquet, '_BATCH', batch)
-  monkeypatch.setattr(parquet, '_decoded', parquet._Recent(cached))
+  monkeypatch.setattr(parquet, '_decoded', parquet._LRUCache(cached))
 
 
 def test_rows_are_read_in_any_order_from_many_threads(tmp_path, monkeypatch):
@@ -331,7 +331,7 @@ def test_a_damaged_row_group_is_listed_and_the_others_count(tmp_path):
   assert skipped == [{'key': 'x.parquet, row 10', 'reason': 'damaged row group'}]
   reader = parquet.Reader(str(path), 'jpg')
   assert reader.read_many([(25, len(images[25]))])[0] == images[25]
-  with pytest.raises(InputError, match='damaged, or not the file'):
+  with pytest.raises(InputError, match='damaged, or is not the file'):
     reader.read_many([(15, len(images[15]))])[0]
 
 

@@ -159,7 +159,7 @@ def test_what_is_no_split_is_an_error_that_says_so(copy, tmp_path):
     lambda path: tfds.reader(path, 'image'),
     lambda path: listing.list_files('tfds', path),
   ):
-    with pytest.raises(InputError, match='on this machine only'):
+    with pytest.raises(InputError, match='local disks only'):
       read('gs://bucket/noise/1.0.0/train')
 
 
@@ -200,7 +200,7 @@ def test_code_that_a_dataset_names_is_not_run(copy):
     features = json.loads(path.read_text())
     features['featuresDict']['features']['evil'] = evil
     path.write_text(json.dumps(features).replace('"this.', '"\\u0074his.'))
-    with pytest.raises(InputError, match='names this.Evil, which is its own code'):
+    with pytest.raises(InputError, match='names this.Evil'):
       tfds.find(str(copy / 'train'))
   assert 'this' not in sys.modules
 

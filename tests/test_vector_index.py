@@ -94,13 +94,11 @@ def test_a_number_that_comes_twice_is_refused(tmp_path):
   _vectors(tmp_path / 'img_emb/img_emb_1.npy', 2)
   for name in ('metadata_1', 'metadata_01'):
     _metadata(tmp_path / f'metadata/{name}.parquet', key=['a', 'b'])
-  with pytest.raises(InputError, match='both end in the number 1, so which vectors'):
+  with pytest.raises(InputError, match='both end in the number 1'):
     _pair(tmp_path)
   _vectors(tmp_path / 'more/img_emb_1.npy', 2)
   (tmp_path / 'metadata/metadata_01.parquet').unlink()
-  with pytest.raises(
-    InputError, match='cannot be told apart. Join their folders with format=concat'
-  ):
+  with pytest.raises(InputError, match='format=concat'):
     _pair(tmp_path / '{img_emb,more}/*.npy', str(tmp_path / 'metadata'))
 
 
@@ -130,7 +128,7 @@ def test_another_number_of_rows_is_refused_by_name(tmp_path):
   _vectors(tmp_path / 'img_emb/img_emb_0.npy', 3)
   _metadata(tmp_path / 'metadata/metadata_0.parquet', key=['a', 'b'])
   with pytest.raises(
-    InputError, match='metadata_0.parquet describes 2 rows, and .*img_emb_0.npy has 3 vectors'
+    InputError, match='metadata_0.parquet describes 2 rows.*img_emb_0.npy has 3 vectors'
   ):
     _index(tmp_path, tmp_path / 'out', assemble=False)
 
@@ -234,13 +232,9 @@ def test_where_and_part_choose_as_for_images(described):
     i for i in range(4) if low <= row_rules.fraction(str(i)) < high
   ]
   assert set(source.column('group')) <= set('0123')
-  with pytest.raises(
-    InputError, match="metadata_0.parquet has no column 'dom', .* it has image_path, uid"
-  ):
+  with pytest.raises(InputError, match="metadata_0.parquet has no column 'dom'.*: image_path, uid"):
     _index(described, described / 'out', where={'dom': 'x'})
-  with pytest.raises(
-    ConfigError, match=r"where names number=\['x'\], and that column holds double"
-  ):
+  with pytest.raises(ConfigError, match=r"`where` has number=\['x'\].*double"):
     _index(described, described / 'out', where={'number': 'x'})
 
 
@@ -269,7 +263,7 @@ def test_columns_that_cannot_be_used(described, rules, said):
 
 
 def test_a_column_that_every_index_has(described):
-  with pytest.raises(ConfigError, match="columns names 'caption', which every index has"):
+  with pytest.raises(ConfigError, match="columns has 'caption'"):
     _index(described, described / 'out', columns=('caption',))
 
 

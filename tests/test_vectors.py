@@ -60,15 +60,15 @@ def test_every_kind_of_file_gives_its_vectors(tmp_path, name):
 def test_float32_without_a_header_has_any_ending_and_needs_its_dim(tmp_path, name):
   _X.tofile(tmp_path / name)
   assert np.array_equal(_read(tmp_path / name, dim=5), _X)
-  with pytest.raises(InputError, match='need vector_dim'):
+  with pytest.raises(InputError, match='set vector_dim'):
     vectors.head(str(tmp_path / name))
-  with pytest.raises(InputError, match=r'460 bytes, which are no whole rows of vector_dim=7'):
+  with pytest.raises(InputError, match=r'460 bytes, .*vector_dim=7'):
     vectors.head(str(tmp_path / name), dim=7)
 
 
 def test_a_dim_that_a_header_contradicts(tmp_path):
   np.save(tmp_path / 'x.npy', _X)
-  with pytest.raises(InputError, match='x.npy has vectors of 5 numbers, and vector_dim=6'):
+  with pytest.raises(InputError, match='x.npy has vectors of 5 numbers.*vector_dim=6'):
     vectors.head(str(tmp_path / 'x.npy'), dim=6)
 
 
@@ -113,7 +113,7 @@ class _Unpickled:
     (_X.astype(np.int64), 'holds int64 numbers'),
     (_X.astype(np.complex64), 'holds complex64 numbers'),
     (_X.astype(np.longdouble), 'holds (float128|longdouble) numbers'),
-    (np.zeros((4, 0), np.float32), 'vectors of no numbers, 4 x 0'),
+    (np.zeros((4, 0), np.float32), 'vectors of length 0, 4 x 0'),
     (np.zeros(3, 'u8,u8'), 'holds '),
   ],
 )
@@ -168,7 +168,7 @@ def test_an_empty_file_a_long_one_and_none(tmp_path):
     f.write(b'more')
   with pytest.raises(InputError, match='damaged'):
     vectors.head(str(tmp_path / 'x.npy'))
-  with pytest.raises(InputError, match='y.npy is not there'):
+  with pytest.raises(InputError, match='y.npy does not exist'):
     vectors.head(str(tmp_path / 'y.npy'))
   (tmp_path / 'z.npz').write_bytes(b'')
   with zipfile.ZipFile(tmp_path / 'z.npz', 'w') as archive:
@@ -190,7 +190,7 @@ def test_lists_of_other_lengths_and_without_a_vector(tmp_path):
   lists = _X.tolist()
   lists[9] = [1.0]
   pq.write_table(pa.table({'e': pa.array(lists, pa.list_(pa.float32()))}), path)
-  with pytest.raises(InputError, match='the vector of row 9 has 1 numbers, the first one 5'):
+  with pytest.raises(InputError, match='row 9 has 1 numbers.* 5'):
     _read(path)
   lists[9] = None
   pq.write_table(pa.table({'e': pa.array(lists, pa.list_(pa.float32()))}), path)

@@ -50,7 +50,7 @@ def test_walk_equals_tarfile(tmp_path, format):
   path = _tar(tmp_path / 'x.tar', members, format)
   with tarfile.open(path) as tar:
     expected = [(member.name, member.offset_data, member.size) for member in tar]
-  found = webdataset._members(storage.Ahead(storage.File(path)))
+  found = webdataset._members(storage.ReadAhead(storage.File(path)))
   assert [member[:3] for member in found] == expected
   assert len(expected) == len(names)
 
@@ -308,7 +308,7 @@ def test_forged_headers_never_crash_nor_read_outside_the_file(tmp_path, monkeypa
 
 
 def test_large_members_are_passed_over_and_what_is_kept_is_bounded(tmp_path, monkeypatch):
-  monkeypatch.setattr(webdataset, '_MOST_KEPT', 1 << 18)
+  monkeypatch.setattr(webdataset, '_MAX_CACHED', 1 << 18)
   path = tmp_path / 'x.tar'
   with open(path, 'wb') as f:  # a sparse file: reading all of it would take 4 GB
     for i in range(8):

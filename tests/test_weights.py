@@ -67,18 +67,18 @@ def test_a_tensor_that_is_no_number_is_named(tmp_path, bad):
 def test_a_truncated_file(tmp_path, keep):
   save_file({'a': np.zeros(30, np.float32)}, tmp_path / 'a.safetensors')
   (tmp_path / 'b.safetensors').write_bytes((tmp_path / 'a.safetensors').read_bytes()[:keep])
-  with pytest.raises(InputError, match='not a whole safetensors file'):
+  with pytest.raises(InputError, match='not a complete safetensors file'):
     weights.read(tmp_path / 'b.safetensors')
 
 
 def test_what_is_no_file_of_weights(tmp_path):
-  with pytest.raises(InputError, match='is not there'):
+  with pytest.raises(InputError, match='does not exist'):
     weights.read(tmp_path / 'a.safetensors')
   (tmp_path / 'a.txt').write_text('hello')
   with pytest.raises(InputError, match='not a file of weights'):
     weights.read(tmp_path / 'a.txt')
   (tmp_path / 'g.safetensors').write_bytes(b'\xff' * 100)
-  with pytest.raises(InputError, match='not a whole safetensors file'):
+  with pytest.raises(InputError, match='not a complete safetensors file'):
     weights.read(tmp_path / 'g.safetensors')
 
 
@@ -86,8 +86,8 @@ def test_what_is_no_file_of_weights(tmp_path):
 def test_tensors_that_are_no_floats(kind):
   tensors = open_clip.normal(open_clip.params_to_open_clip(make(), CONFIG))
   tensors['visual.proj'] = tensors['visual.proj'].astype(kind)
-  with pytest.raises(InputError, match=f'visual.proj is {kind}, and weights are floating-point'):
-    weights.from_theirs(open_clip.entries(CONFIG), tensors, CONFIG, 'F')
+  with pytest.raises(InputError, match=f'visual.proj .*{kind}.* floating-point'):
+    weights.params_from_tensors(open_clip.entries(CONFIG), tensors, CONFIG, 'F')
 
 
 def test_a_folder_and_numbers_too_large(tmp_path, recwarn):
@@ -104,13 +104,13 @@ def test_no_text_positions():
   tensors = open_clip.normal(open_clip.params_to_open_clip(make(), CONFIG))
   tensors[weights.TEXT_POSITIONS] = tensors[weights.TEXT_POSITIONS][:0]
   with pytest.raises(InputError, match='0 tokens'):
-    weights.from_theirs(open_clip.entries(CONFIG), tensors, CONFIG, 'F')
+    weights.params_from_tensors(open_clip.entries(CONFIG), tensors, CONFIG, 'F')
 
 
 @pytest.mark.parametrize('shard', ['null', '5', '"x.safetensors.index.json"'])
 def test_an_index_of_no_shards(shard, tmp_path):
   (tmp_path / 'x.safetensors.index.json').write_text('{"weight_map": {"a": %s}}' % shard)
-  with pytest.raises(InputError, match='which is no file of weights'):
+  with pytest.raises(InputError, match='not a file of weights'):
     weights.read(tmp_path / 'x.safetensors.index.json')
 
 
@@ -136,7 +136,7 @@ class _Code:
 def test_pytorchs_files_that_hold_something_else(tmp_path):
   torch = pytest.importorskip('torch')
   (tmp_path / 'a.pt').write_bytes(pickle.dumps({'state_dict': _Code()}, 2))
-  with pytest.raises(InputError, match='objects that would run code, which are not opened'):
+  with pytest.raises(InputError, match='objects that would run code'):
     weights.read(tmp_path / 'a.pt')
   for bad, match in (
     ({1: torch.zeros(2)}, 'no state_dict'),
@@ -162,7 +162,7 @@ def test_shards(tmp_path):
   with pytest.raises(InputError, match='names c, which its shards do not hold'):
     weights.read(index)
   index.write_text(json.dumps({'weight_map': {**where, 'c': 'x-3.safetensors'}}))
-  with pytest.raises(InputError, match='the shard x-3.safetensors, which is not beside it'):
+  with pytest.raises(InputError, match='the shard x-3.safetensors'):
     weights.read(index)
   index.write_text('{}')
   with pytest.raises(InputError, match='no weight_map'):
@@ -179,7 +179,7 @@ def test_pytorchs_files_without_pytorch(tmp_path, monkeypatch):
 def test_nothing_is_missing_left_over_or_of_another_shape():
   table, tensors = open_clip.entries(CONFIG), open_clip.params_to_open_clip(make(), CONFIG)
   tensors = open_clip.normal(tensors)
-  read = lambda tensors: weights.from_theirs(table, tensors, CONFIG, 'F')
+  read = lambda tensors: weights.params_from_tensors(table, tensors, CONFIG, 'F')
   assert same(read(tensors), make())
   less = {name: array for name, array in tensors.items() if name != 'visual.proj'}
   with pytest.raises(
@@ -187,10 +187,10 @@ def test_nothing_is_missing_left_over_or_of_another_shape():
   ):
     read(less)
   more = tensors | {f'other.{i}': np.zeros(1) for i in range(6)}
-  with pytest.raises(InputError, match='the file has other.0, .* and 2 more, not of the model'):
+  with pytest.raises(InputError, match='the file has other.0, .* and 2 more'):
     read(more)
   with pytest.raises(
-    InputError, match=r'visual.proj has shape \[8, 9\], and the model needs \[8, 8\]'
+    InputError, match=r'visual.proj has shape \[8, 9\], but the model needs \[8, 8\]'
   ):
     read(tensors | {'visual.proj': np.zeros((8, 9), np.float32)})
   with pytest.raises(InputError, match=r'positional_embedding has shape \[17, 9\]'):
@@ -199,7 +199,7 @@ def test_nothing_is_missing_left_over_or_of_another_shape():
 
 def test_parameters_of_another_config_are_not_written():
   with pytest.raises(ValueError, match='text_projection has shape'):
-    weights.to_theirs(
+    weights.tensors_from_params(
       open_clip.entries(CONFIG), make(dataclasses.replace(CONFIG, embed_dim=4)), CONFIG
     )
 
@@ -238,7 +238,7 @@ def test_another_image_size_and_context_length():
     vision=dataclasses.replace(CONFIG.vision, image_size=24),
     text=dataclasses.replace(CONFIG.text, context_length=9),
   )
-  found = weights.flat(weights.from_theirs(open_clip.entries(other), tensors, other, 'F'))
+  found = weights.flat(weights.params_from_tensors(open_clip.entries(other), tensors, other, 'F'))
   before = weights.flat(make())
   changed = {name for name in before if not np.array_equal(before[name], found[name])}
   assert changed == {weights.IMAGE_POSITIONS, weights.TEXT_POSITIONS}
@@ -248,8 +248,8 @@ def test_another_image_size_and_context_length():
   text, old = found[weights.TEXT_POSITIONS], before[weights.TEXT_POSITIONS]
   assert np.allclose(text[[0, 4, 8]], [old[0], (old[2] + old[3]) / 2, old[5]])
   no_square = tensors | {weights.IMAGE_POSITIONS: np.zeros((15, 8), np.float32)}
-  with pytest.raises(InputError, match='15 image position embeddings are no square'):
-    weights.from_theirs(open_clip.entries(CONFIG), no_square, CONFIG, 'F')
+  with pytest.raises(InputError, match='15 image position embeddings'):
+    weights.params_from_tensors(open_clip.entries(CONFIG), no_square, CONFIG, 'F')
 
 
 def test_nested_and_flat():

@@ -1,7 +1,8 @@
 """Format 'array_record': ArrayRecord files whose records are tf.train.Example, as TFDS writes them.
 
-In: an .array_record. Out: its samples, each a record number; a reader of records; and `example`,
-which makes such a record. TensorFlow is not needed: an Example is a small protocol buffer.
+In: an .array_record. Out: its samples, with their record numbers; a random-access reader of
+records; and `example`, which builds a record. TensorFlow is not needed: an Example is a small
+protocol buffer.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -13,8 +14,8 @@ from typing import Any
 from clip_jax.core.errors import InputError
 from clip_jax.data import storage, table
 
-OPTIONS = 'group_size:1'  # of a writer: records in groups are decoded together, slow at random
-_BATCH = 4 << 20  # bytes of records read at once, about
+OPTIONS = 'group_size:1'  # of a writer; larger groups are decoded as a whole, slow for random reads
+_BATCH = 4 << 20  # approximate bytes of records read at once
 _MOST_RECORDS = 256
 
 
@@ -38,11 +39,11 @@ def samples(
   sample_key: Sequence[str],
   columns: Sequence[str],
 ) -> tuple[Iterable[table.Sample], list[dict[str, str]]]:
-  """Returns the samples of a file in order, and what is listed as skipped.
+  """Returns the samples of a file in order, and the skipped entries.
 
-  image_key: names of the image's feature, the first that a record has counts; sample_key: of the
-  feature with its key, else a key is the file's name and the record; columns: what else is read. A
-  record that is damaged, or no tf.train.Example, is listed.
+  image_key: names of the image feature; the first one in a record counts. sample_key: names of the
+  key feature; without it, a key is the file's name and the record number. columns: other features
+  to read. A record that is damaged, or no tf.train.Example, is skipped.
   """
   skipped: list[dict[str, str]] = []
   try:
@@ -51,51 +52,51 @@ def samples(
     return iter(()), [{'key': file.name, 'reason': 'not an ArrayRecord file'}]
   if not len(records):
     skipped.append({'key': file.name, 'reason': 'no samples'})
-  found = batches(records.values, len(records), file.size)
-  return example_samples(found, file.name, image_key, sample_key, columns, skipped), skipped
+  records_read = batches(records.values, len(records), file.size)
+  return example_samples(records_read, file.name, image_key, sample_key, columns, skipped), skipped
 
 
 def reader(path: str, image_key: str) -> 'Reader':
-  """Opens a file for reading images at random."""
+  """Opens a file for random access to its images."""
   return Reader(path, image_key, Records(path).values)
 
 
 class Records:
-  """The records of a file, read at random; any number of threads may."""
+  """Random access to the records of a file; thread-safe."""
 
   def __init__(self, path: str):
     if '://' in path:
       raise InputError(
-        f'{path}: ArrayRecord files are read on this machine only. Copy them here, '
-        'or mount the bucket.'
+        f'{path}: ArrayRecord files are read from local disks only. Copy them to this '
+        'machine, or mount the bucket.'
       )
     from array_record.python import array_record_module
 
-    self._path, size = path, os.path.getsize(path)  # the reader takes a missing file for empty
+    self._path, size = path, os.path.getsize(path)  # fails for a missing file; the reader does not
     try:
       self._reader = array_record_module.ArrayRecordReader(
         path, options='readahead_buffer_size:0,max_parallelism:0'
       )
       self._count = self._reader.num_records()
     except (RuntimeError, ValueError) as error:
-      raise storage.changed(self._path) from error
+      raise storage.changed_file_error(self._path) from error
     if not self._reader.ok() or self._count > size or not self._reader.writer_options_string():
-      raise storage.changed(self._path)
+      raise storage.changed_file_error(self._path)
 
   def __len__(self) -> int:
     return self._count
 
   def values(self, rows: Sequence[int]) -> list[bytes]:
     if rows and not 0 <= min(rows) <= max(rows) < self._count:
-      raise storage.changed(self._path)
+      raise storage.changed_file_error(self._path)
     try:
       return self._reader.read(list(rows))
     except (RuntimeError, ValueError) as error:
-      raise storage.changed(self._path) from error
+      raise storage.changed_file_error(self._path) from error
 
 
 class Reader:
-  """Reads the images out of records that are tf.train.Example; any number of threads may."""
+  """Random access to the images in records that are tf.train.Examples; thread-safe."""
 
   def __init__(self, path: str, image_key: str, values: Callable[[Sequence[int]], list[bytes]]):
     self._path, self._values = path, values
@@ -108,8 +109,8 @@ class Reader:
       image = _image(_parsed(record) or {}, self._names)
       if image is None or len(image[1]) != length:
         raise InputError(
-          f'{self._path} is not the file that was indexed: record {row} is another. '
-          'Put that back, or index again with --redo=ingest.'
+          f'{self._path} is not the file that was indexed: record {row} differs. '
+          'Restore the indexed file, or index again with --redo=ingest.'
         )
       images.append(image[1])
     return images
@@ -118,9 +119,9 @@ class Reader:
 def batches(
   values: Callable[[Sequence[int]], list[bytes]], count: int, size: int
 ) -> Iterator[tuple[int, bytes | None]]:
-  """Yields every record of a file with its number; None for one that is damaged.
+  """Yields (number, record) for every record of a file; a damaged record is None.
 
-  size: of the file, bytes, which says how many records to read at once.
+  size: of the file in bytes; it determines how many records are read at once.
   """
   step = min(_MOST_RECORDS, max(1, _BATCH * count // max(size, 1)))
   for start in range(0, count, step):
@@ -143,7 +144,7 @@ def example_samples(
   columns: Sequence[str],
   skipped: list[dict[str, str]],
 ) -> Iterator[table.Sample]:
-  """Yields the samples of records, given with their numbers; adds to `skipped` what is none."""
+  """Yields the samples of (number, record) pairs; appends unusable records to `skipped`."""
   stem = re.sub(r'\.(array_?record|parquet)\b', '', name)
   for row, record in records:
     features = None if record is None else _parsed(record)
@@ -172,19 +173,18 @@ def _read(image: tuple[str, bytes], ending: str, most: int) -> bytes:
 
 
 def _image(features: Mapping[str, Any], names: Sequence[str]) -> tuple[str, bytes] | None:
-  """Returns the first feature among `names`, in lower case, that is one image, and its bytes."""
-  there = {
-    name.lower(): name for name in sorted(features)
-  }  # the name in lower case counts before others
-  for name in filter(there.__contains__, names):
-    values = features[there[name]].bytes_list.value
+  """Returns (name, bytes) of the first feature among the lower-case `names` that holds one image."""
+  # Sorted, so that among names that differ in case the lower-case one wins.
+  actual = {name.lower(): name for name in sorted(features)}
+  for name in filter(actual.__contains__, names):
+    values = features[actual[name]].bytes_list.value
     if len(values) == 1:
-      return there[name], values[0]
+      return actual[name], values[0]
   return None
 
 
 def _value(feature: Any) -> Any:
-  """Returns a text or number; a list where a feature holds several, None where it holds none."""
+  """Returns the value of a feature, text or number; a list of several values, None for none."""
   kind = feature.WhichOneof('kind')
   values = list(getattr(feature, kind).value) if kind else []
   if kind == 'bytes_list':
@@ -193,7 +193,7 @@ def _value(feature: Any) -> Any:
 
 
 def _parsed(record: bytes) -> Mapping[str, Any] | None:
-  """Returns the features of a tf.train.Example by their names, None where it is none."""
+  """Returns name -> feature of a tf.train.Example, None if the record is none."""
   from google.protobuf.message import DecodeError
 
   try:
@@ -202,7 +202,7 @@ def _parsed(record: bytes) -> Mapping[str, Any] | None:
     return None
 
 
-# tf.train.Example by its published fields, as protocol buffers describe a file of messages.
+# The published fields of tf.train.Example, as a FileDescriptorProto in text format.
 _EXAMPLE = """
 name: 'clip_jax/example.proto'  package: 'tensorflow'  syntax: 'proto3'
 message_type { name: 'BytesList'  field { name: 'value'  number: 1  label: LABEL_REPEATED  type: TYPE_BYTES } }
@@ -239,13 +239,9 @@ message_type {
 @functools.cache
 def _example_type():
   """Returns the class of tf.train.Example messages."""
-  from google.protobuf import (
-    descriptor_pb2,
-    descriptor_pool,
-    message_factory,
-    text_format,
-  )  # only this format's
+  # Imported here because only this format needs protobuf.
+  from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
 
-  pool = descriptor_pool.DescriptorPool()  # its own: others may have defined tensorflow.Example
+  pool = descriptor_pool.DescriptorPool()  # separate: the default may have tensorflow.Example
   pool.Add(text_format.Parse(_EXAMPLE, descriptor_pb2.FileDescriptorProto()))
   return message_factory.GetMessageClass(pool.FindMessageTypeByName('tensorflow.Example'))

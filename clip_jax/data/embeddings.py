@@ -1,7 +1,7 @@
-"""Embeddings of one dataset on disk: WORKDIR/embeddings/<dataset>/00000.npy [n, E] float16 and
-usable-00000.npy [n].
+"""The embeddings of one dataset on disk, in shards.
 
-Shards are memory-mapped; rows are numbered through all shards, in index order.
+In: WORKDIR/embeddings/<dataset>/00000.npy [n, E] float16 and usable-00000.npy [n] bool, ... Shards
+are memory-mapped. Rows are numbered over all shards, in index order.
 """
 
 import os
@@ -45,19 +45,17 @@ class Embeddings:
     return np.concatenate(self._usable) if self._usable else np.zeros(0, bool)
 
   def rows(self, rows: Array) -> Array:  # [m] int64 -> [m, E] float16
-    """Returns the vectors of some rows, in the order asked for."""
+    """Returns the vectors of the given rows, in that order."""
     rows = np.asarray(rows, np.int64)
     out = np.zeros((len(rows), self.dim), np.float16)
     shard = np.searchsorted(self.starts, rows, side='right') - 1
     for i in np.unique(shard):
-      here = shard == i
-      out[here] = self._vectors[i][rows[here] - self.starts[i]]
+      in_shard = shard == i
+      out[in_shard] = self._vectors[i][rows[in_shard] - self.starts[i]]
     return out
 
   def __getitem__(self, index) -> Array:
-    """Returns rows start:stop as one array, or the rows of an integer array (as a memory map
-    would).
-    """
+    """Returns rows by slice, integer array or integer, like a memory map."""
     if isinstance(index, slice):
       return self.rows(np.arange(*index.indices(len(self))))
     return self.rows(index) if np.ndim(index) else self.rows(np.array([index]))[0]

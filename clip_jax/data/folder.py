@@ -1,8 +1,7 @@
 """Format 'folder': every image file below a folder is a sample; its class is its first folder.
 
-In: <root>/<class>/.../<name>.jpg, and beside it, if they are there, <name>.txt, .json and .cls.
-Out: samples whose image is a whole file, named by its path relative to the root. What class each
-has is said by labels.py.
+In: <root>/<class>/.../<name>.jpg, and optionally <name>.txt, .json and .cls beside it. Out: samples
+whose image is a whole file, with its path relative to the root as key. labels.py assigns labels.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,17 +18,17 @@ _MAPPINGS = ('folder_to_objectnet_label.json', 'objectnet_to_imagenet_1k.json') 
 
 
 def paths(root: str, inside: str = '') -> Iterator[str]:
-  """Yields the path, relative to root, of every image file below root/inside, in no order.
+  """Yields the path, relative to root, of every image file below root/inside, in any order.
 
-  Links are followed, but not to a folder that they lie in. Hidden files and folders do not count.
+  Links are followed, except links to a parent folder. Hidden files and folders are ignored.
   """
   todo = [(inside, (os.path.realpath(os.path.join(root, inside)),))]
   while todo:
-    here, above = todo.pop()
+    folder, above = todo.pop()
     for entry in _entries(above[-1]):
       if entry.name.startswith('.'):
         continue
-      path = os.path.join(here, entry.name)
+      path = os.path.join(folder, entry.name)
       if _is_folder(entry):
         real = os.path.realpath(entry.path) if entry.is_symlink() else entry.path
         if real not in above:
@@ -41,18 +40,18 @@ def paths(root: str, inside: str = '') -> Iterator[str]:
 def find(root: str) -> list[str]:
   """Returns the absolute path of every image file below a folder, in natural order."""
   if not os.path.isdir(root):
-    raise InputError(f'{root!r} is no folder. Correct the path of the dataset.')
-  found = sorted(paths(root), key=storage.natural)
-  if not found:
+    raise InputError(f'{root!r} is not a folder. Correct the path of the dataset.')
+  names = sorted(paths(root), key=storage.natural_key)
+  if not names:
     raise InputError(
       f'{root!r} holds no file that ends in {", ".join(IMAGES)}. Correct the path of the dataset.'
     )
-  return [os.path.join(root, name) for name in found]
+  return [os.path.join(root, name) for name in names]
 
 
 def samples(root: str, names: Sequence[str]) -> tuple[list[table.Sample], list[dict[str, str]]]:
-  """Returns the samples of image files, given relative to root, and what is listed as skipped."""
-  found, skipped = [], []
+  """Returns the samples of image files, given relative to root, and the skipped entries."""
+  usable, skipped = [], []
   beside = functools.lru_cache(64)(lambda folder: set(os.listdir(os.path.join(root, folder))))
   inside = images_folder(root)
   for name in names:
@@ -62,14 +61,14 @@ def samples(root: str, names: Sequence[str]) -> tuple[list[table.Sample], list[d
       )
       continue
     try:
-      found.append(_sample(root, name, beside(os.path.dirname(name)), inside))
+      usable.append(_sample(root, name, beside(os.path.dirname(name)), inside))
     except OSError:
       skipped.append({'key': name, 'reason': 'file cannot be read'})
-  return found, skipped
+  return usable, skipped
 
 
 def class_folders(root: str) -> tuple[str, ...]:
-  """Returns the folders below the root that hold an image, sorted by their names."""
+  """Returns the sorted names of the folders in the root that hold an image."""
   inside = images_folder(root)
   folders = sorted(
     entry.name
@@ -80,9 +79,9 @@ def class_folders(root: str) -> tuple[str, ...]:
 
 
 def class_folder(path: str, inside: str = '') -> str:
-  """Returns the first folder of an image's path, '' for one in the root itself.
+  """Returns the first folder of an image's path, '' for an image in the root itself.
 
-  inside: what `images_folder` gives; a path that does not begin with it has no class folder.
+  inside: the result of `images_folder`; a path without this prefix has no class folder.
   """
   if not path.startswith(inside):
     return ''
@@ -91,14 +90,15 @@ def class_folder(path: str, inside: str = '') -> str:
 
 
 def images_folder(root: str) -> str:
-  """Returns 'images/' where the root is ObjectNet's, whose class folders lie there, else ''."""
+  """Returns 'images/', with the class folders, if the root is ObjectNet's, else ''."""
   return os.path.join('images', '') if _is_objectnet(root) else ''
 
 
 def objectnet_mappings(root: str) -> tuple[str, ...]:
-  """Returns ObjectNet's files of folder -> name and of names, () where this is not ObjectNet.
+  """Returns the paths of ObjectNet's two mapping files, () if the root is not ObjectNet's.
 
-  root: the folder objectnet-1.0, or the images/ in it.
+  The first maps folders to names, the second has the names shared with ImageNet. root: the folder
+  objectnet-1.0, or images/ in it.
   """
   top = root if _is_objectnet(root) else os.path.dirname(os.path.abspath(root))
   if (
@@ -111,12 +111,12 @@ def objectnet_mappings(root: str) -> tuple[str, ...]:
 
 
 def ending(name: str) -> str:
-  """Returns the ending of a file's name, in lower case, without its dot."""
+  """Returns the ending of a file name, in lower case, without the dot."""
   return os.path.splitext(name)[1][1:].lower()
 
 
 def is_text(name: str) -> bool:
-  """Says whether a name is UTF-8; images with another name are listed as skipped."""
+  """Returns whether a name is valid UTF-8; images with other names are skipped."""
   return not re.search('[\ud800-\udfff]', name)
 
 
@@ -142,10 +142,10 @@ def _entries(folder: str) -> list[os.DirEntry]:
   try:
     with os.scandir(folder) as entries:
       return list(entries)
-  except OSError as error:  # how many images are missed cannot be said
+  except OSError as error:  # an error, because an unknown number of images would be missing
     raise InputError(
-      f'The folder {folder!r} cannot be listed ({error.strerror}). Give this user '
-      'the right to read it, or take it out of the dataset.'
+      f'The folder {folder!r} cannot be listed ({error.strerror}). Make it readable for '
+      'this user, or remove it from the dataset.'
     ) from error
 
 
@@ -154,7 +154,10 @@ def _is_folder(entry: os.DirEntry) -> bool:
 
 
 def _is_file(entry: os.DirEntry) -> bool:
-  """A pipe would be waited for without end. A broken link counts: it is listed when it is read."""
+  """Returns whether an entry is a regular file, a link to one, or a broken link.
+
+  A pipe is excluded because reading it would block; a broken link is skipped later, when read.
+  """
   return (
     entry.is_file(follow_symlinks=False)
     or entry.is_symlink()

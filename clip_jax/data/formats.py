@@ -1,6 +1,6 @@
-"""The source formats: how the samples of a file are found, and how an image is read again.
+"""The registry of source formats: how to list samples of a file, and how to read an image.
 
-To add a format, write one file like webdataset.py and name it in FORMATS.
+To add a format, write one file like webdataset.py and add it to FORMATS.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,24 +13,24 @@ from clip_jax.data import array_record, folder, storage, table, tfds, webdataset
 
 
 class Reader(Protocol):
-  """An open source file. Threads may read at once; closed when nobody holds it any more."""
+  """An open source file; thread-safe, and closed when it is garbage-collected."""
 
   def read_many(self, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-    """Returns the bytes of images, given the `offset` and the `length` of their rows in the table.
+    """Returns the bytes of images, given the (offset, length) of their rows in the table.
 
-    Where a file has no byte offsets that mean something, `offset` is the number of its row.
+    For a format without meaningful byte offsets, `offset` is the row number in the file.
     """
     ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-  """What sources.scan, listing.list_files and reader.Source must know of a format."""
+  """The properties of a format that sources.scan, listing.list_files and reader.Source use."""
 
-  # (files of one shard, root, image_key's names in order, sample_key's, names of what else will be
-  # asked for) -> its samples, and {'key', 'reason'} of what is no sample, which is complete when
-  # the samples are exhausted. Names of images are in lower case.
-  # None: a file is vectors, and vector_index.py finds its rows.
+  # (files of one shard, root, names of image_key in order, names of sample_key, names of other
+  # needed columns) -> its samples, and {'key', 'reason'} of the skipped ones; this list is complete
+  # when the samples are exhausted. The names of image_key are in lower case.
+  # None: the format holds vectors, which vector_index.py indexes.
   samples: (
     Callable[
       [Sequence[storage.SourceFile], str, Sequence[str], Sequence[str], Sequence[str]],
@@ -38,17 +38,17 @@ class Format:
     ]
     | None
   )
-  # Of one shard, as it stands in files.json: {'format', 'root', 'path', 'image_key'}. None: it has
-  # no images of its own.
+  # A shard's entry in files.json {'format', 'root', 'path', 'image_key'} -> its reader. None: the
+  # format has no images.
   open: Callable[[Mapping[str, str]], Reader] | None
   patterns: tuple[str, ...]  # globs of its files in a folder
-  one_pattern: bool = False  # of these globs only the first that finds a file counts
-  find: Callable[[str], list[str]] | None = None  # path -> its files, where globs do not say them
-  files_a_shard: int = 1  # 65,536 where a file is one sample; else a file is a shard
-  rooted: bool = False  # images are named by paths below a root
-  remote: bool = False  # files on gs://, s3:// and the like are read where they are
-  # (its path where `find` is given, else one of its files; label_key) -> the class names it tells;
-  # a folder's are told by labels.py.
+  one_pattern: bool = False  # only the first of these globs that matches a file counts
+  find: Callable[[str], list[str]] | None = None  # path -> its files, if globs cannot list them
+  files_a_shard: int = 1  # 65,536 if a file is one sample; else a file is a shard
+  rooted: bool = False  # images are files with paths below a root
+  remote: bool = False  # files on gs://, s3:// and the like can be read without a copy
+  # (the dataset's path if `find` is given, else one of its files; label_key) -> class names stored
+  # in the dataset. The classes of folders come from labels.py.
   classes: Callable[[str, str], tuple[str, ...]] = lambda path, label_key: ()
 
 
@@ -59,15 +59,14 @@ def get(name: str) -> Format:
   return FORMATS[name]
 
 
-# Globs of what is looked for in a folder; the first that finds a file counts: clip-retrieval's and
-# clip-ood's layout, then DataComp's, whose .npz lie beside .parquet files of metadata.
+# Globs in a folder; the first that matches a file counts: the layouts of clip-retrieval and
+# clip-ood, then DataComp's, with .npz files beside .parquet files of metadata.
 _VECTOR_FILES = ('img_emb/*.npy', 'images/img_emb_*.npy', '*.npy', '*.npz', '*.parquet')
 
 
 def _parquet():
-  from clip_jax.data import (
-    parquet,  # with pyarrow: 0.3 s and 30 MB that processes which load tars do not need
-  )
+  # Imports pyarrow: 0.3 s and 30 MB, which processes that load tars do not need.
+  from clip_jax.data import parquet
 
   return parquet
 

@@ -1,8 +1,7 @@
-"""A folder with a Hugging Face tokenizer -> a function from captions to tokens, as open_clip's.
+"""Loads a Hugging Face tokenizer from a folder, with the same tokens as open_clip's.
 
 For models whose tokenizer is not CLIP's own (SigLIP, CLIPA, many languages). Reads tokenizer.json,
-and tokenizer_config.json and special_tokens_map.json where they are there, with the package
-tokenizers alone.
+and optionally tokenizer_config.json and special_tokens_map.json, with only the package tokenizers.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,33 +17,33 @@ from clip_jax.core.errors import ConfigError, InputError
 from clip_jax.core.types import Array
 from clip_jax.data import tokenizer
 
-# What transformers takes for the tokens that a folder does not name: BERT's and SentencePiece's.
+# transformers' defaults for special tokens that a folder does not name: BERT's and SentencePiece's.
 _USUAL = {'pad_token': ('[PAD]', '<pad>'), 'sep_token': ('[SEP]', '</s>')}
 
 
 def load(folder: str, kwargs: dict[str, str | bool]) -> Callable[[Sequence[str], int], Array]:
   """Returns tokenize(texts, context_length) -> [n, T] int32, as open_clip's HFTokenizer(**kwargs).
 
-  kwargs: 'clean' (a key of CLEAN; default 'whitespace') and 'strip_sep_token' (the separator is 0).
-  A text too long loses its last tokens, not those that the tokenizer puts around it; a short one is
-  filled with the pad token. Raises ConfigError for other kwargs, InputError for the files.
+  kwargs: 'clean' (a key of CLEAN; default 'whitespace') and 'strip_sep_token' (sets the separator
+  to 0). A long text loses its last tokens, but keeps the special tokens around it; a short text is
+  padded. Raises ConfigError for other kwargs, InputError for missing or unreadable files.
   """
   kwargs = {'clean': 'whitespace', 'strip_sep_token': False} | kwargs
   if set(kwargs) != {'clean', 'strip_sep_token'} or kwargs['clean'] not in CLEAN:
     raise ConfigError(
       f'tokenizer_kwargs={kwargs}: only clean (one of {", ".join(CLEAN)}) and '
-      'strip_sep_token are built here.'
+      'strip_sep_token are supported.'
     )
   clean, named, base = CLEAN[kwargs['clean']], _named(folder), _engine(folder)
   pad = _token(base, named, 'pad_token')
   if pad is None:
     raise InputError(
-      f'The tokenizer in {folder!r} has no pad token. Name one of its tokens as '
-      '"pad_token" in tokenizer_config.json there.'
+      f'The tokenizer in {folder!r} has no pad token. Set "pad_token" in its '
+      'tokenizer_config.json to one of its tokens.'
     )
   stripped = kwargs['strip_sep_token'] and _token(base, named, 'sep_token')
 
-  @functools.lru_cache  # its own for each length: one that threads use must not be changed
+  @functools.lru_cache  # one per length, because an engine in use by threads must not be changed
   def engine(context_length: int):
     engine = type(base).from_str(base.to_str())
     engine.enable_truncation(context_length, direction=named.get('truncation_side', 'right'))
@@ -60,8 +59,8 @@ def load(folder: str, kwargs: dict[str, str | bool]) -> Callable[[Sequence[str],
     if isinstance(texts, str):
       raise ValueError(f'texts must be a sequence of str, got the one str {texts[:60]!r}')
     tokens = np.zeros((len(texts), context_length), np.int32)
-    found = engine(context_length).encode_batch_fast([clean(text) for text in texts])
-    for row, encoding in zip(tokens, found, strict=True):
+    encodings = engine(context_length).encode_batch_fast([clean(text) for text in texts])
+    for row, encoding in zip(tokens, encodings, strict=True):
       row[:] = encoding.ids
     if stripped:
       tokens[tokens == base.token_to_id(stripped)] = 0
@@ -74,41 +73,41 @@ def _engine(folder: str):
   path = os.path.join(folder, 'tokenizer.json')
   if not os.path.isfile(path):
     raise InputError(
-      f"{path!r} is missing. Put the files of the model's Hugging Face tokenizer "
-      'there (transformers writes them by AutoTokenizer.from_pretrained(NAME)'
+      f"{path!r} is missing. Copy the files of the model's Hugging Face tokenizer "
+      'to this folder (transformers writes them by AutoTokenizer.from_pretrained(NAME)'
       '.save_pretrained(FOLDER)).'
     )
   try:
     import tokenizers
   except ImportError as error:
     raise InputError(
-      f'{path!r} is read by the package tokenizers, which is not installed: pip install tokenizers'
+      f'{path!r} needs the package tokenizers, which is not installed: pip install tokenizers'
     ) from error
   try:
     return tokenizers.Tokenizer.from_file(path)
-  except Exception as error:  # the package raises no type of its own
+  except Exception as error:  # the package has no exception type
     raise InputError(
-      f'{path!r} is no tokenizer that the package tokenizers can read: {error}. '
-      'Copy it anew, or update the package.'
+      f'{path!r} cannot be read by the package tokenizers: {error}. '
+      'Copy the file again, or update the package.'
     ) from error
 
 
 def _named(folder: str) -> dict[str, Any]:
-  """What the folder says beside tokenizer.json; a token is its text, or a dict with its content."""
+  """Returns the settings beside tokenizer.json; a token is its text, or a dict with 'content'."""
   config, special = (
     files.read_json(path) if os.path.isfile(path := os.path.join(folder, name)) else {}
     for name in ('tokenizer_config.json', 'special_tokens_map.json')
   )
-  newer = 'added_tokens_decoder' in config  # then transformers does not read the other file
+  newer = 'added_tokens_decoder' in config  # transformers then ignores special_tokens_map.json
   named = special | config if newer else config | special
   named = {key: value for key, value in named.items() if value is not None}
   if named.get('tokenizer_class', '').removesuffix('Fast') == 'GemmaTokenizer':
-    named = {'padding_side': 'left'} | named  # that class's default
+    named = {'padding_side': 'left'} | named  # the default of this class
   return named
 
 
 def _token(engine, named: dict[str, Any], key: str) -> str | None:
-  """The text of a special token that the vocabulary has, else None."""
+  """Returns the text of a special token, None if the vocabulary lacks it."""
   token = named.get(key)
   token = token['content'] if isinstance(token, dict) else token
   usual = _USUAL[key] if token is None else (token,)
@@ -124,7 +123,7 @@ def _lower(text: str) -> str:
 
 
 def _canonicalize(text: str) -> str:
-  """As SigLIP's captions: no punctuation, lower case; '_' is a space."""
+  """Cleans a text like SigLIP's captions: no punctuation, lower case, '_' becomes a space."""
   text = tokenizer.mend(text).replace('_', ' ')
   return tokenizer.single_spaces(text.translate(_NO_PUNCTUATION).lower())
 

@@ -1,9 +1,9 @@
-"""Copies of test images, planted on purpose: which queries are drawn, how copies differ, tars.
+"""Planted copies of test images: draws queries, transforms their images, writes tars.
 
-In: an indexed benchmark. Out: webdataset tars, <row>-<copy>.png or .jpg (the copy), .txt (its
-caption) and .json {query, query_key, kind, copy, label, class_name, group} a sample: `query` is the
-row of the copied image in the benchmark. The draw and all numbers of a transform come from SHA-256,
-so they are the same on every machine; pixels are as the machine's Pillow makes them.
+In: an indexed benchmark. Out: webdataset tars; each sample has <row>-<copy>.png or .jpg (the copy),
+.txt (its caption) and .json {query, query_key, kind, copy, label, class_name, group}, where `query`
+is the row of the copied image in the benchmark. The draw and the parameters of transforms come from
+SHA-256, so they are equal on every machine; pixels may depend on the version of Pillow.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,18 +21,18 @@ from clip_jax.core import files
 from clip_jax.core.types import Array, Source
 from clip_jax.data import images
 
-CROP_AREA = (0.8, 0.95)  # share of the area that a crop keeps, in the image's own shape
-RESIZE_SIDE = (0.5, 0.75)  # of both sides; it stays so small, as a thumbnail on the web does
-JPEG_QUALITY = (30, 60)  # Pillow's scale, colours at half the resolution
-COLOUR_FACTOR = (0.7, 1.3)  # of brightness, contrast and saturation, each its own
-_MOST_JPEG_SIDE = 65_500  # pixels, of what libjpeg writes
+CROP_AREA = (0.8, 0.95)  # share of the area that a crop keeps; its aspect ratio is the image's
+RESIZE_SIDE = (0.5, 0.75)  # factor of both sides; the copy stays small, like a thumbnail
+JPEG_QUALITY = (30, 60)  # on Pillow's scale, with colours at half the resolution
+COLOUR_FACTOR = (0.7, 1.3)  # of brightness, contrast and saturation, drawn separately
+_MOST_JPEG_SIDE = 65_500  # pixels, the maximum of libjpeg
 
 
 class Copy(NamedTuple):
-  """One copy that is to be made."""
+  """A planned copy of a query's image."""
 
   row: int  # of the query in the benchmark
-  number: int  # which copy of it, from 0
+  number: int  # of the copy among those of the query, from 0
   kind: str
   key: str  # of the query
   label: int
@@ -42,23 +42,23 @@ class Copy(NamedTuple):
 
 
 def draw(
-  groups: Sequence[str],  # [Q] what siblings share
+  groups: Sequence[str],  # [Q] group of each query; related images share one
   share: float,  # of the queries, in (0, 1]
   seed: int,
 ) -> Array:  # [Q] int64
-  """Returns each query's place in the order of the draw, from 0; -1 where it is not drawn.
+  """Returns the position of each query in the draw, from 0; -1 for queries that are not drawn.
 
-  Whole groups are drawn, by a hash of their names, until the number of queries is as near to the
-  share as groups allow; at least one is. A smaller share lies inside a larger one, at the same
-  places. Raises ValueError for a share that is none.
+  Whole groups are drawn, in the order of a hash of their names, so that the number of queries is as
+  close to the share as possible; at least one group is drawn. The draw of a smaller share is a
+  prefix of a larger one. Raises ValueError for an invalid share.
   """
   if not 0 < share <= 1:
-    raise ValueError(f'share={share} must lie in (0, 1]')
+    raise ValueError(f'share={share} must be in (0, 1]')
   members: dict[str, list[int]] = {}
   for row, group in enumerate(groups):
     members.setdefault(group, []).append(row)
   order = sorted(members, key=lambda group: _digest(f'planted:{seed}:{group}'))
-  drawn = np.cumsum([len(members[group]) for group in order])  # queries in so many groups
+  drawn = np.cumsum([len(members[group]) for group in order])  # queries in the first groups
   taken = int(np.argmin(np.abs(drawn - share * len(groups)))) + 1 if len(groups) else 0
   place = np.full(len(groups), -1, np.int64)
   rows = [row for group in order[:taken] for row in members[group]]
@@ -67,7 +67,7 @@ def draw(
 
 
 def kind_of(place: int, copy: int, copies: int, kinds: Sequence[str]) -> str:
-  """Returns the kind of a copy: in turn over the draw, so that each kind is a random part of it."""
+  """Returns the kind of a copy; kinds alternate over the draw, so each gets random queries."""
   return kinds[(place * copies + copy) % len(kinds)]
 
 
@@ -79,9 +79,9 @@ def transform(
   row: int,
   copy: int = 0,
 ) -> tuple[bytes, str]:
-  """Returns the file of a copy of an image, and its ending: 'png', or 'jpg' of the kind 'jpeg'.
+  """Returns the file of a transformed copy and its ending: 'jpg' for kind 'jpeg', else 'png'.
 
-  A pure function of its arguments. Raises images.UnreadableImage where the kind cannot be made.
+  A pure function of its arguments. Raises images.UnreadableImage if the copy is too large for JPEG.
   """
   amounts = _uniform(f'{seed}:{row}:{copy}', 3)
   changed = KINDS[kind](Image.fromarray(image), amounts)
@@ -89,13 +89,13 @@ def transform(
   if kind == 'jpeg':
     if max(changed.size) > _MOST_JPEG_SIDE:
       raise images.UnreadableImage(
-        f'{changed.width} x {changed.height} pixels are too many for a JPEG'
+        f'{changed.width} x {changed.height} pixels are too many for JPEG'
       )
     low, high = JPEG_QUALITY
     quality = low + int(amounts[0] * (high - low + 1))
     changed.save(file, 'JPEG', quality=quality, subsampling='4:2:0')
     return file.getvalue(), 'jpg'
-  changed.save(file, 'PNG', compress_level=1)  # it is read many times and written once
+  changed.save(file, 'PNG', compress_level=1)  # fast to read: it is read often and written once
   return file.getvalue(), 'png'
 
 
@@ -122,7 +122,7 @@ def _colour(image: Image.Image, amounts: Sequence[float]) -> Image.Image:
 
 
 def _same(image: Image.Image, amounts: Sequence[float]) -> Image.Image:
-  del amounts  # the file makes the difference, if any
+  del amounts  # only the encoding of the file may change the image
   return image
 
 
@@ -141,10 +141,10 @@ def write_tar(
   copies: Sequence[Copy],  # in the order of the rows
   seed: int,
 ) -> dict:
-  """Writes the tar of some copies, one image in memory at a time.
+  """Writes a tar of copies, with one image in memory at a time.
 
-  Returns the counts: samples, kinds {kind: samples}, queries (of which there is a copy), and
-  unreadable {key of a query: reason}: those are passed over.
+  Returns counts: samples, kinds {kind: samples}, queries (with at least one copy), and unreadable
+  {key of a skipped query: reason}.
   """
   kinds: dict[str, int] = {}
   unreadable: dict[str, str] = {}
@@ -156,7 +156,7 @@ def write_tar(
           last, pixels = copy.row, None
           pixels = images.decode(source[copy.row]['image'])
         if pixels is None:
-          continue  # its first copy has said why
+          continue  # the reason was recorded for its first copy
         data, ending = transform(pixels, copy.kind, seed=seed, row=copy.row, copy=copy.number)
       except images.UnreadableImage as reason:
         unreadable[copy.key] = str(reason)
@@ -164,7 +164,7 @@ def write_tar(
       tar.write(_blocks(copy, data, ending))
       kinds[copy.kind] = kinds.get(copy.kind, 0) + 1
       queries.add(copy.row)
-    tar.write(bytes(2 * tarfile.BLOCKSIZE))  # its end
+    tar.write(bytes(2 * tarfile.BLOCKSIZE))  # end of the tar
   return {
     'samples': sum(kinds.values()),
     'kinds': kinds,
@@ -174,8 +174,8 @@ def write_tar(
 
 
 def _blocks(copy: Copy, data: bytes, ending: str) -> bytes:
-  """Returns a sample as blocks of a tar. By hand: tarfile would keep the header of every member."""
-  about = {
+  """Returns a sample as blocks of a tar; a TarFile would keep all headers in memory."""
+  metadata = {
     'query': copy.row,
     'query_key': copy.key,
     'kind': copy.kind,
@@ -184,7 +184,7 @@ def _blocks(copy: Copy, data: bytes, ending: str) -> bytes:
     'class_name': copy.class_name,
     'group': copy.group,
   }
-  members = {ending: data, 'txt': copy.caption.encode(), 'json': json.dumps(about).encode()}
+  members = {ending: data, 'txt': copy.caption.encode(), 'json': json.dumps(metadata).encode()}
   parts = []
   for name, content in members.items():
     member = tarfile.TarInfo(f'{copy.row:08d}-{copy.number}.{name}')
@@ -198,10 +198,10 @@ def _between(bounds: tuple[float, float], amount: float) -> float:
 
 
 def _uniform(name: str, count: int) -> list[float]:
-  """Returns up to four numbers in [0, 1) that are a name's own."""
+  """Returns up to four pseudo-random numbers in [0, 1), determined by a name."""
   digest = _digest(name)
   parts = (digest[8 * i : 8 * i + 8] for i in range(count))
-  return [(int.from_bytes(part, 'big') >> 11) / 2**53 for part in parts]  # 53 bits: exact
+  return [(int.from_bytes(part, 'big') >> 11) / 2**53 for part in parts]  # 53 bits fit a float
 
 
 def _digest(text: str) -> bytes:

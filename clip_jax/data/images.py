@@ -1,9 +1,9 @@
-"""Bytes of an image file -> pixels, resized and cropped as open_clip does (Pillow, bicubic).
+"""Decodes image files, and resizes and crops them as open_clip does (Pillow, bicubic).
 
-As in open_clip's own data pipelines (webdataset, image folders), an image is RGB before anything
-else: its transforms on a file's palette or alpha channel would give other pixels. A usual JPEG is
-decoded by simplejpeg, to the pixels that Pillow would make of it, in less than half the time; where
-it finds any fault, Pillow reads the file and its verdict counts.
+As in open_clip's data pipelines (webdataset, image folders), an image is converted to RGB first:
+transforms of a palette or an alpha channel would give other pixels. simplejpeg decodes usual JPEGs
+to the same pixels as Pillow in less than half the time. If it finds any fault, Pillow reads the
+file, and its result counts.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,45 +18,41 @@ import simplejpeg
 
 from clip_jax.core.types import Array
 
-# Of what Pillow opens: some formats start other programs, and image sets are made of these.
+# Allowed formats of Pillow: those of image datasets. Some other formats start external programs.
 FORMATS = ('JPEG', 'PNG', 'WEBP', 'GIF', 'BMP', 'TIFF', 'PPM')
 MODES = ('shortest', 'squash')
 _RATIO = (3 / 4, 4 / 3)  # width / height of a random crop, torchvision's default
-_TRIES = 10  # draws of a crop before the centre is taken, torchvision's
-_LONGEST = 64  # long side / short side: of what is longer only the centre is made, to save memory
-_MOST_SIDE = 1 << 24  # pixels: Pillow asks for memory by rows, and one row may be too much
-_MOST_SCANS = 500  # markers that begin one in a JPEG: each costs a pass over all its pixels
-_SHRINKS = (8, 4, 2)  # a JPEG's 8 x 8 blocks can be decoded to these fractions of a side
+_TRIES = 10  # draws of a crop before the centre is taken; torchvision's default
+_LONGEST = 64  # long side / short side; of longer images only the centre is resized, to save memory
+_MOST_SIDE = 1 << 24  # pixels; Pillow allocates whole rows, and a longer row may be too large
+_MOST_SCANS = 500  # start-of-scan markers in a JPEG; each costs a pass over all its pixels
+_SHRINKS = (8, 4, 2)  # factors by which a JPEG can be shrunk while it is decoded
 
-# Of another library than simplejpeg's, as some builds of Pillow have, the pixels can differ.
+# Some builds of Pillow use another JPEG library than simplejpeg's; then the pixels can differ.
 _SAME_LIBRARY = features.check_feature('libjpeg_turbo')
-_SOS, _DQT, _APPS = 0xFFDA, 0xFFDB, range(0xFFE0, 0xFFF0)  # markers of JPEG
-JPEG_FRAMES = (
-  0xFFC0,
-  0xFFC1,
-  0xFFC2,
-)  # baseline, extended, progressive; not lossless, not arithmetic
+_SOS, _DQT, _APPS = 0xFFDA, 0xFFDB, range(0xFFE0, 0xFFF0)  # JPEG markers
+JPEG_FRAMES = (0xFFC0, 0xFFC1, 0xFFC2)  # baseline, extended, progressive
 JPEG_FRAME = struct.Struct('>BHHB')  # bits, height, width, layers
 _SEGMENT = struct.Struct('>HH')  # marker, length
-# And Huffman tables, restart interval, comment.
+# The last three: Huffman tables, restart interval, comment.
 _KNOWN = frozenset([*JPEG_FRAMES, _SOS, _DQT, *_APPS, 0xFFC4, 0xFFDD, 0xFFFE])
 _SAMPLINGS = {
-  (0x11, 0x11, 0x11),
-  (0x21, 0x11, 0x11),
-  (0x22, 0x11, 0x11),  # 4:4:4, 4:2:2, 4:2:0
-  (0x12, 0x11, 0x11),
-  (0x41, 0x11, 0x11),
-  (0x11,),
-  (0x22,),
-}  # 4:4:0, 4:1:1, grey
+  (0x11, 0x11, 0x11),  # 4:4:4
+  (0x21, 0x11, 0x11),  # 4:2:2
+  (0x22, 0x11, 0x11),  # 4:2:0
+  (0x12, 0x11, 0x11),  # 4:4:0
+  (0x41, 0x11, 0x11),  # 4:1:1
+  (0x11,),  # grey
+  (0x22,),  # grey
+}
 
 
 class UnreadableImage(ValueError):
-  """An image that cannot be decoded: damaged, cut short, of no known format, or too large."""
+  """An image that cannot be decoded: damaged, truncated, of unknown format, or too large."""
 
 
 class _Frame(NamedTuple):
-  """What a JPEG says of itself; plain: beside JFIF's it has no segments with a use of their own."""
+  """The size of a JPEG, and whether it is plain: it has no application segments but JFIF's."""
 
   height: int
   width: int
@@ -64,10 +60,10 @@ class _Frame(NamedTuple):
 
 
 def decode(data: bytes) -> Array:
-  """Returns the pixels [H, W, 3] uint8, read-only, as open_clip sees them: EXIF is not applied.
+  """Returns the pixels [H, W, 3] uint8, read-only, like open_clip: EXIF rotation is not applied.
 
-  Palettes, greys, CMYK, alpha and 16 bits become RGB as Pillow's convert makes them. Raises
-  UnreadableImage; for an image over Pillow's MAX_IMAGE_PIXELS before it takes memory.
+  Palettes, greys, CMYK, alpha and 16 bits become RGB with Pillow's convert. Raises UnreadableImage;
+  for an image over Pillow's MAX_IMAGE_PIXELS, before memory is allocated.
   """
   return _decode(data, lambda height, width: 1)[0]
 
@@ -75,13 +71,13 @@ def decode(data: bytes) -> Array:
 def decode_crop(
   data: bytes, size: int, scale: tuple[float, float], rng: np.random.Generator, shrink: float = 0.0
 ) -> Array:  # [S, S, 3] uint8
-  """Returns random_resized_crop(decode(data), size, scale, rng); draws before it reads the data.
+  """Returns random_resized_crop(decode(data), size, scale, rng); draws before reading the data.
 
-  With `shrink` of 1 or more a JPEG is decoded at 1/2, 1/4 or 1/8 of its size where both sides of
-  the crop still are shrink * size pixels then. Measured on made photographs, with shrink = 1, 1.5
+  With `shrink` of 1 or more, a JPEG is decoded at 1/2, 1/4 or 1/8 of its size if both sides of the
+  crop then still have shrink * size pixels. Measured on synthetic photographs, with shrink = 1, 1.5
   and 2: 1024 x 768 to 64 pixels took 0.33, 0.41 and 0.42 of the time, and crops differed by 1.3,
   0.5 and 0.4 grey levels in the mean, 21, 13 and 13 at most; 1024 x 768 to 224 pixels took 0.56 of
-  it with 1 and 1.5 (0.6 in the mean, 9 at most); 400 x 350 to 224 pixels is never shrunk.
+  the time with 1 and 1.5 (0.6 in the mean, 9 at most); 400 x 350 to 224 pixels is never shrunk.
   """
   draws = rng.random((_TRIES, 4))
 
@@ -109,7 +105,10 @@ def resize(
   size: int,
   mode: str = 'shortest',
 ) -> Array:  # [S, S, 3] uint8
-  """Resizes for evaluation: 'shortest', the short side to `size`, then the centre; or 'squash'."""
+  """Resizes for evaluation: 'shortest' resizes the short side and crops the centre; 'squash' both.
+
+  'shortest' is open_clip's default; 'squash' changes the aspect ratio.
+  """
   if mode not in MODES:
     raise ValueError(f'resize mode must be one of {MODES}, got {mode!r}')
   height, width = image.shape[:2]
@@ -120,7 +119,7 @@ def resize(
   top, left = round((new_height - size) / 2), round((new_width - size) / 2)
   if max(height, width) <= _LONGEST * short:
     return _bicubic(image, new_height, new_width)[top : top + size, left : left + size]
-  x, y = (left * width / new_width, top * height / new_height)  # the same part, before resizing
+  x, y = (left * width / new_width, top * height / new_height)  # the crop in the original image
   across = Image.fromarray(image).resize(
     (size, height), Image.Resampling.BICUBIC, (x, 0, x + size * width / new_width, height)
   )
@@ -139,7 +138,7 @@ def random_resized_crop(
 ) -> Array:  # [S, S, 3] uint8
   """Crops a random part, `scale` of the area, and resizes it, as torchvision's RandomResizedCrop.
 
-  Takes the same number of draws from rng whatever the image.
+  The number of draws from rng is the same for every image.
   """
   box = _crop_box(*image.shape[:2], scale, rng.random((_TRIES, 4)))
   return _bicubic(image, size, size, box)
@@ -159,7 +158,7 @@ def _crop_box(
 
 
 def _decode(data: bytes, factor: Callable[[int, int], int]) -> tuple[Array, int, int]:
-  """Returns (pixels, height, width): those of the whole, the pixels fewer if a JPEG was shrunk.
+  """Returns (pixels, height, width); height and width are those before a JPEG was shrunk.
 
   factor(height, width): 1, 2, 4 or 8, by which the sides of a JPEG are divided.
   """
@@ -187,7 +186,7 @@ def _decode(data: bytes, factor: Callable[[int, int], int]) -> tuple[Array, int,
 
 
 def _fast(data: bytes, frame: _Frame, shrunk: int) -> Array | None:
-  """Returns the pixels of a JPEG, or None where simplejpeg finds anything odd in it."""
+  """Returns the pixels of a JPEG, or None if simplejpeg finds any fault in it."""
   shape = -(-frame.height // shrunk), -(-frame.width // shrunk), 3
   least = dict(min_height=shape[0], min_width=shape[1]) if shrunk > 1 else {}
   try:
@@ -199,10 +198,9 @@ def _fast(data: bytes, frame: _Frame, shrunk: int) -> Array | None:
 
 
 def jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
-  """Yields (marker, first byte of the content, end) of a JPEG's segments, up to the one before its
-  pixels.
+  """Yields (marker, start of the content, end) of a JPEG's segments, up to the first scan's header.
 
-  At least 6 bytes of the content are there. Ends early at a marker that usual files do not have.
+  `data` has at least 6 bytes of each content. Ends early at a marker that usual files do not have.
   """
   at, marker = 2, 0
   while marker != _SOS and at + 10 <= len(data):
@@ -214,7 +212,7 @@ def jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
 
 
 def _jpeg_frame(data: bytes) -> _Frame | None:
-  """Returns the frame of a JPEG of a kind that simplejpeg decodes as Pillow does, or else None."""
+  """Returns the frame of a JPEG that simplejpeg decodes like Pillow, else None."""
   if data[:2] != b'\xff\xd8' or not _SAME_LIBRARY:
     return None
   frame, plain = None, True
@@ -246,7 +244,7 @@ def _check_size(height: int, width: int) -> None:
 
 
 def _opened(data: bytes, read):
-  """Returns read(image) of the image in `data`; whatever fails on the way is an UnreadableImage."""
+  """Returns read(image) of the image in `data`; turns every failure into UnreadableImage."""
   try:
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
       _check_size(image.height, image.width)
@@ -255,7 +253,7 @@ def _opened(data: bytes, read):
     raise
   except UnidentifiedImageError as error:
     raise UnreadableImage('not an image of a known format') from error
-  except Exception as error:  # on damaged files Pillow's readers raise a dozen different types
+  except Exception as error:  # Pillow raises a dozen different types for damaged files
     raise UnreadableImage(f'{type(error).__name__}: {error}') from error
 
 
@@ -265,13 +263,13 @@ def _bicubic(
   width: int,
   box: tuple[float, float, float, float] | None = None,
 ) -> Array:  # [height, width, 3] uint8
-  """Resizes an image, or the part of it at box: (top, left, height, width)."""
+  """Resizes an image, or its part at box=(top, left, height, width)."""
   top, left, h, w = box or (0, 0, *image.shape[:2])
   y, x = math.floor(top), math.floor(left)
   rows, columns = math.ceil(top + h) - y, math.ceil(left + w) - x
   if (rows, columns) == (h, w) == (height, width):
     return image[y : y + rows, x : x + columns]
-  row = 3 * image.shape[1]  # bytes; Pillow passes over what is not of the part: no copy is cut out
+  row = 3 * image.shape[1]  # bytes; with this stride, Pillow reads the part without a copy
   pixels = np.ascontiguousarray(image).data.cast('B')[y * row + 3 * x :]
   part = Image.frombytes('RGB', (columns, rows), pixels, 'raw', 'RGB', row, 1)
   inner = left - x, top - y, left - x + w, top - y + h

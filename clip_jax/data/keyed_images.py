@@ -1,4 +1,4 @@
-"""Images that a key names, files of a folder or members of tars: pictures of rows that are vectors.
+"""Looks up images by key, in a folder or in tars, for rows of precomputed vectors.
 
 In: a folder, or the path of tars; a key. Out: the bytes of that image.
 """
@@ -9,11 +9,11 @@ import os
 from clip_jax.core.errors import InputError
 from clip_jax.data import folder, listing, storage, webdataset
 
-ENDINGS = ('jpg', 'jpeg', 'png', 'webp')  # of members of a tar, in this order of preference
+ENDINGS = ('jpg', 'jpeg', 'png', 'webp')  # of tar members, in order of preference
 
 
-def is_there(path: str) -> bool:
-  """Returns whether a path is a folder, or means tars; a remote one is believed until read."""
+def exists(path: str) -> bool:
+  """Returns whether a path is a folder or matches tars; True for every remote path."""
   path = os.path.expanduser(path)
   if storage.is_remote(path) or os.path.isdir(path):
     return True
@@ -24,16 +24,16 @@ def is_there(path: str) -> bool:
 
 
 class KeyedImages:
-  """The images of a folder, or of tars, by their keys. Any number of threads may read.
+  """The images of a folder, or of tars, by their keys; thread-safe.
 
-  The headers of tars are passed over once a process, at the first read; their keys are kept.
+  The first read of a process reads the headers of all tars and caches their keys.
   """
 
   def __init__(self, path: str):
     self._path = os.path.expanduser(path)
 
   def read(self, key: str) -> bytes:
-    """Returns the bytes of an image. Raises InputError where there is none of that key."""
+    """Returns the bytes of an image; raises InputError if no image has that key."""
     place = _members(self._path).get(key) if _tars(self._path) else self._in_folder(key)
     if place is None:
       raise InputError(f'{self._path} has no image {key!r}. Correct `images` of the dataset.')
@@ -44,7 +44,7 @@ class KeyedImages:
     parts = [part for part in key.split('/') if part]
     if not parts or '..' in parts:
       return None
-    # An absolute path is of the machine that made the vectors: its end may be a file here.
+    # An absolute path is from another machine: its last parts may be a path in this folder.
     for start in range(len(parts) if key.startswith('/') else 1):
       path = os.path.join(self._path, *parts[start:])
       for candidate in (path, *(f'{path}.{ending}' for ending in folder.IMAGES)):
@@ -55,7 +55,7 @@ class KeyedImages:
 
 @functools.lru_cache(maxsize=64)
 def _tars(path: str) -> tuple[str, ...]:
-  """Returns the tars that a path means, () for a folder without any."""
+  """Returns the tars that a path matches, () for a folder without tars."""
   try:
     return tuple(file.path for file in listing.list_files('webdataset', path))
   except listing.NoFiles:
@@ -66,11 +66,11 @@ def _tars(path: str) -> tuple[str, ...]:
 
 @functools.lru_cache(maxsize=8)
 def _members(path: str) -> dict[str, tuple[str, int, int]]:
-  """Returns key -> (tar, offset, length) of the images in all tars; the first of a key counts."""
-  found: dict[str, tuple[str, int, int]] = {}
+  """Returns key -> (tar, offset, length) of the images in all tars; a key's first image counts."""
+  places: dict[str, tuple[str, int, int]] = {}
   for tar in _tars(path):
     for sample in webdataset.samples(tar, os.path.basename(tar))[0]:
       ending = next((ending for ending in ENDINGS if ending in sample.members), None)
       if ending:
-        found.setdefault(sample.key, (tar, *sample.members[ending]))
-  return found
+        places.setdefault(sample.key, (tar, *sample.members[ending]))
+  return places

@@ -1,15 +1,15 @@
-"""Which class an image of a folder has: by its class folder, ObjectNet's mappings, or a file.
+"""The labels of images in a folder, from class folders, ObjectNet's mappings, or a file.
 
-Class folders: a class name of the config is its own label; folders that are all numbers
-(ImageNet-V2's 0..999) are labels themselves, as their sorted order '0', '1', '10' is not; other
-folders (wnids) count by their rank among the folders that hold an image.
-ObjectNet: of its 313 folders, those of the 113 names in objectnet_to_imagenet_1k.json are asked
-for; a label is the rank of ObjectNet's own name among these names, sorted as Python sorts text.
-Images keep the red border of two pixels: the published accuracies that ours are compared with
-(CLIP_benchmark) are of images with it.
+Class folders: a folder named after a class of the config has the label of that class. If all
+folders are numbers (ImageNet-V2's 0..999), the number is the label, because the sorted order is
+'0', '1', '10'. Other folders (wnids) have their rank among the folders that hold an image.
+ObjectNet: of its 313 folders, those of the 113 names in objectnet_to_imagenet_1k.json are chosen. A
+label is the rank of ObjectNet's own name among these names, in Python's sort order. Images keep the
+red border of two pixels, because the published accuracies for comparison (CLIP_benchmark) are of
+images with it.
 A file of labels (a flat val/ with its ground truth, labels_file.py): a class is one of the config's
-class names, or a number from 0; else, and without class names, a wnid or name counts by its rank
-among all that the file has.
+class names, or a number from 0. Otherwise, and without class names, a wnid or name has its rank
+among all classes in the file.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,28 +25,28 @@ _MOST_CLASSES = 100_000  # a larger number (a date) is not a class number
 
 
 class NoLabel(Exception):
-  """The reason for which an image that has to have a label has none."""
+  """The reason why an image that needs a label has none."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Labels:
-  """What says the classes of a folder's images."""
+  """The classes of a folder, and the label of each image."""
 
   classes: tuple[str, ...]  # in label order
-  said: str  # what was recognised, in words
-  # Path relative to the root -> label; -1 for an image in no class folder, None for one that is not
-  # asked for. Raises NoLabel.
+  description: str  # how the labels were derived, in words
+  # Path relative to the root -> label; -1 for an image outside class folders, None for one that is
+  # not chosen. Raises NoLabel.
   of: Callable[[str], int | None]
 
 
 def labels(root: str, class_names: Sequence[str] = (), file: str = '') -> Labels:
-  """Returns what says the label of every image below a folder.
+  """Returns the labels of the images below a folder.
 
-  class_names: the config's, in label order; () takes those that are found. file: the path of a file
-  of labels, which then alone counts. Raises InputError where labels would be guessed.
+  class_names: of the config, in label order; () takes the classes of the folder or file. file: path
+  of a file of labels; if given, only it counts. Raises InputError if labels are ambiguous.
   """
   if not os.path.isdir(root):
-    raise InputError(f'{root!r} is no folder. Correct the path of the dataset.')
+    raise InputError(f'{root!r} is not a folder. Correct the path of the dataset.')
   if file:
     return _by_file(root, class_names, file)
   mappings = folder.objectnet_mappings(root)
@@ -55,25 +55,25 @@ def labels(root: str, class_names: Sequence[str] = (), file: str = '') -> Labels
   folders = folder.class_folders(root)
   if class_names and not folders:
     raise InputError(
-      f'{root!r} has no class folders, which say what each image shows. Correct the '
-      'path, or name a file of labels in labels_file, or a key of the json files '
-      'beside the images in label_key.'
+      f'{root!r} has no class folders, so its images have no labels. Correct the '
+      'path, or set labels_file to a file of labels, or label_key to a key of the '
+      'json files beside the images.'
     )
-  found = folders
+  folder_classes = folders
   if _are_numbers(folders):
-    found = tuple(map(str, range(max(map(int, folders)) + 1)))
+    folder_classes = tuple(map(str, range(max(map(int, folders)) + 1)))
   rank = _ranks(folders, class_names, 'folders', root)
-  how = 'their numbers' if found != folders else 'the rank of their names'
+  how = 'their numbers' if folder_classes != folders else 'the rank of their names'
   if set(folders) & set(class_names):
     how = 'their places in `classes`'
-  said = 'no class folders, no labels'
+  description = 'no class folders, no labels'
   if folders:
-    said = f'labels by {len(folders):,} class folders ({how})'
-    if not class_names and (found != folders or all(map(_WNID.fullmatch, folders))):
-      said += '; prompts would name these numbers or wnids, so give `classes` to evaluate'
+    description = f'labels by {len(folders):,} class folders ({how})'
+    if not class_names and (folder_classes != folders or all(map(_WNID.fullmatch, folders))):
+      description += '; prompts would name these numbers or wnids, so set `classes` to evaluate'
   return Labels(
-    tuple(class_names) or found,
-    said,
+    tuple(class_names) or folder_classes,
+    description,
     lambda path: rank(name) if (name := folder.class_folder(path)) else -1,
   )
 
@@ -81,19 +81,19 @@ def labels(root: str, class_names: Sequence[str] = (), file: str = '') -> Labels
 def _ranks(
   names: Sequence[str], class_names: Sequence[str], what: str, where: str
 ) -> Callable[[str], int]:
-  """Returns name -> label: its place in class_names, else its number, else its rank in `names`.
+  """Returns name -> label: its index in class_names, else its number, else its rank in `names`.
 
-  A number counts where all names are numbers, a rank where there are as many classes as names and
-  none of them is a class. Raises NoLabel for a name that is none of the classes.
+  Numbers count if all names are numbers. Ranks count if no name is a class and there are as many
+  classes as names. The function raises NoLabel for a name outside the classes.
   """
   numbers = _are_numbers(names)
   known = set(class_names)
   if not numbers and class_names and not known & set(names) and len(class_names) != len(names):
     raise InputError(
-      f'{where}: none of {len(class_names)} classes is one of the {len(names)} '
-      f'{what} ({", ".join(names[:3])}, ...), so labels cannot be told. Correct the '
-      f'path, or name the classes after the {what}, or one for each, in sorted '
-      'order.'
+      f'{where}: none of the {len(class_names)} classes is one of the {len(names)} '
+      f'{what} ({", ".join(names[:3])}, ...), so the labels are unknown. Correct the '
+      f'path, or set `classes` to the {what}, or to one name for each of them, in '
+      'sorted order.'
     )
   order = class_names if known & set(names) else names
   places = {name: place for place, name in reversed(list(enumerate(order)))}
@@ -110,26 +110,26 @@ def _ranks(
 
 
 def _by_objectnet(
-  root: str, class_names: Sequence[str], names_of_folders: str, asked_for: str
+  root: str, class_names: Sequence[str], names_path: str, chosen_path: str
 ) -> Labels:
-  """Returns the labels of ObjectNet's images; None for those of folders that are not asked for."""
-  names, asked = (dict(labels_file.json_pairs(path)) for path in (names_of_folders, asked_for))
-  if not all(isinstance(name, str) for name in names.values()) or not set(asked) <= set(
+  """Returns the labels of ObjectNet's images, None for images of folders that are not chosen."""
+  names, chosen = (dict(labels_file.json_pairs(path)) for path in (names_path, chosen_path))
+  if not all(isinstance(name, str) for name in names.values()) or not set(chosen) <= set(
     names.values()
   ):
     raise InputError(
-      f'{names_of_folders} and {asked_for} do not fit together: the first maps '
-      'folders to names, and the second has some of these names. Restore '
-      "ObjectNet's own."
+      f'{names_path} and {chosen_path} do not match: the first must map '
+      'folders to names, and the second must have some of these names. Restore '
+      "ObjectNet's own files."
     )
-  order = tuple(sorted(asked))
-  plain = str.casefold  # 'alarm clock' is 'Alarm clock', not a name that counts by its rank
+  order = tuple(sorted(chosen))
+  plain = str.casefold  # so that the class 'alarm clock' matches 'Alarm clock'
   given = tuple(map(plain, class_names))
-  strange = [name for name in order if plain(name) not in given]
-  if class_names and 0 < len(strange) < len(order):
+  missing = [name for name in order if plain(name) not in given]
+  if class_names and 0 < len(missing) < len(order):
     raise InputError(
-      f"`classes` has some of ObjectNet's names, and not {strange[0]!r} "
-      f'({len(strange)} of {len(order)} are missing). Name all of them, or leave '
+      f"`classes` has some of ObjectNet's names, but not {missing[0]!r} "
+      f'({len(missing)} of {len(order)} are missing). Name all of them, or leave '
       '`classes` out.'
     )
   rank = _ranks(tuple(map(plain, order)), given, 'names of ObjectNet', root)
@@ -137,83 +137,86 @@ def _by_objectnet(
 
   def of(path: str) -> int | None:
     name = names.get(folder.class_folder(path, inside))
-    return rank(plain(name)) if name in asked else None
+    return rank(plain(name)) if name in chosen else None
 
-  there = sum(names.get(name) in asked for name in folder.class_folders(root))
+  with_images = sum(names.get(name) in chosen for name in folder.class_folders(root))
   return Labels(
     tuple(class_names) or order,
     f'recognised as ObjectNet, labels by its mappings: '
-    f'{len(order)} names that ImageNet has too, {there} of them with images',
+    f'{len(order)} names that ImageNet has too, {with_images} of them with images',
     of,
   )
 
 
 def _by_file(root: str, class_names: Sequence[str], path: str) -> Labels:
-  """Returns the labels that a file gives, by the images' names or in their order."""
+  """Returns the labels from a file, by image name or in the order of the images."""
   images = sorted(filter(folder.is_text, folder.paths(root)))
   truth = labels_file.read(path, root, images)
-  found = truth.classes
+  class_of = truth.classes
   classes, rank = _file_classes(truth, class_names, path)
 
   def of(name: str) -> int:
-    if name not in found:
+    if name not in class_of:
       raise NoLabel('no label')
-    return rank(found[name])
+    return rank(class_of[name])
 
-  said = f'labels by {os.path.basename(path)}: {len(found):,} of {len(images):,} images'
-  return Labels(classes, said + (', in sorted order' if truth.in_order else ''), of)
+  description = f'labels by {os.path.basename(path)}: {len(class_of):,} of {len(images):,} images'
+  return Labels(classes, description + (', in sorted order' if truth.in_order else ''), of)
 
 
 def _file_classes(
   truth: labels_file.Truth, class_names: Sequence[str], path: str
 ) -> tuple[tuple[str, ...], Callable[[str], int]]:
-  """Returns the classes in label order, and class -> label.
+  """Returns the classes in label order, and the function class -> label.
 
-  A rank counts all classes of the file; that they are known matters of images that are there.
+  Ranks are among all classes of the file. Only classes of existing images must be in class_names.
   """
   known = set(class_names)
-  said = sorted(truth.everything)
+  in_file = sorted(truth.everything)
   if known & truth.everything:
-    said = sorted(set(truth.classes.values()))
-  unknown = [name for name in said if name not in known]
+    in_file = sorted(set(truth.classes.values()))
+  unknown = [name for name in in_file if name not in known]
   if unknown:
-    numbers = [name for name in said if re.fullmatch(r'[+-]?[0-9]+([.][0-9]*)?', name)]
-    if len(numbers) == len(said):
-      return _numbered(said, class_names, truth.in_order, path)
+    numbers = [name for name in in_file if re.fullmatch(r'[+-]?[0-9]+([.][0-9]*)?', name)]
+    if len(numbers) == len(in_file):
+      return _numbered(in_file, class_names, truth.in_order, path)
     if numbers:
-      other = next(name for name in said if name not in numbers)
+      other = next(name for name in in_file if name not in numbers)
       raise InputError(
         f'{path} has both numbers and names as classes ({numbers[0]!r}, {other!r}). '
-        'Give one or the other.'
+        'Use only one of the two.'
       )
-    if class_names and (len(unknown) < len(said) or len(said) != len(class_names)):
+    if class_names and (len(unknown) < len(in_file) or len(in_file) != len(class_names)):
       raise InputError(
-        f'{path} says the class {unknown[0]!r}, which is not one of the '
+        f'{path} has the class {unknown[0]!r}, which is not one of the '
         f'{len(class_names)} classes ({", ".join(class_names[:3])}, ...). Add it to '
         '`classes`, or correct the file.'
       )
-  return (tuple(class_names) or tuple(said), _ranks(said, class_names, 'classes of the file', path))
+  return (
+    tuple(class_names) or tuple(in_file),
+    _ranks(in_file, class_names, 'classes of the file', path),
+  )
 
 
 def _numbered(
-  said: Sequence[str], class_names: Sequence[str], in_order: bool, path: str
+  in_file: Sequence[str], class_names: Sequence[str], in_order: bool, path: str
 ) -> tuple[tuple[str, ...], Callable[[str], int]]:
   most = len(class_names) or _MOST_CLASSES
-  if not all(name.isdecimal() for name in said):
-    name = next(name for name in said if not name.isdecimal())
-    raise InputError(f'{path} says the class {name!r}: a class number is a whole number from 0.')
-  values = set(map(int, said))
+  if not all(name.isdecimal() for name in in_file):
+    name = next(name for name in in_file if not name.isdecimal())
+    raise InputError(f'{path} has the class {name!r}: a class number must be an integer from 0.')
+  values = set(map(int, in_file))
   from_one = not class_names and values == set(range(1, len(values) + 1))
   if 0 not in values and (in_order or from_one or max(values) == most):
     raise InputError(
-      f'{path} has numbers from {min(values)} to {max(values)} and no 0. Class numbers count '
+      f'{path} has numbers from {min(values)} to {max(values)} and no 0. Class numbers must count '
       'from 0, in the order of the sorted wnids. ILSVRC2012_validation_ground_truth.txt of the '
-      'devkit counts from 1 in an order of its own, so labels would be wrong: give wnids '
+      'devkit counts from 1 in another order, so its labels would be wrong: give wnids '
       '(LOC_val_solution.csv, or lines of NAME WNID), or sort the images into folders of wnids.'
     )
   if max(values) >= most:
     raise InputError(
-      f'{path} says the class {max(values)}, and there are {most} classes, from 0 '
+      f'{path} has the class {max(values)}, but there are only {most} classes, 0 '
       f'to {most - 1}. Correct the file, or `classes`.'
     )
   return tuple(class_names) or tuple(map(str, range(max(values) + 1))), int

@@ -1,10 +1,10 @@
-"""A file that says the class of each image of a folder, in one of the forms in which users hold it.
+"""Reads a file with the class of each image of a folder, in several common forms.
 
-In: lines 'NAME CLASS', all separated alike by a tab, a comma, the first or the last space; Kaggle's
-LOC_val_solution.csv, of which the first wnid counts; JSON {name: class}; or one class a line, in
-the order of the sorted images, for exactly all images. NAME is a path below the folder, or a file's
-name, with its ending or without. Empty lines, and lines that begin with '#', do not count. Names
-are looked up, never opened.
+In: lines 'NAME CLASS', all with the same separator (a tab, a comma, the first or the last space);
+Kaggle's LOC_val_solution.csv, of which the first wnid counts; JSON {name: class}; or one class per
+line, for exactly all images, in sorted order. NAME is a path below the folder, or a file name, with
+or without its ending. Empty lines and lines that begin with '#' are ignored. Names are looked up,
+never opened.
 """
 
 from collections.abc import Collection, Iterable, Sequence
@@ -24,15 +24,15 @@ _KAGGLE = 'imageid,predictionstring'  # the first line of LOC_val_solution.csv
 
 @dataclasses.dataclass(frozen=True)
 class Truth:
-  """What a file says."""
+  """The content of a file of labels."""
 
-  classes: dict[str, str]  # image, as given -> its class, as it is written
-  everything: frozenset[str]  # all classes in the file, also of images that are not there
-  in_order: bool  # the file does not name images
+  classes: dict[str, str]  # image path, as given to `read` -> its class, as written in the file
+  everything: frozenset[str]  # all classes in the file, also of missing images
+  in_order: bool  # the file has classes without image names
 
 
 def read(path: str, root: str, images: Sequence[str]) -> Truth:
-  """Returns what a file says of images, given by their paths relative to root, sorted."""
+  """Returns the classes of images, given as sorted paths relative to root."""
   text, known = _text(path), _aliases(root, images)
   if text.lstrip().startswith('{'):
     pairs = [(name, _class(value, path)) for name, value in json_pairs(path)]
@@ -54,13 +54,13 @@ def read(path: str, root: str, images: Sequence[str]) -> Truth:
 
 
 def json_pairs(path: str) -> list[tuple[str, Any]]:
-  """Returns the names and values of a JSON object, also those that it has twice."""
+  """Returns the (name, value) pairs of a JSON object, duplicates included."""
   try:
     pairs = json.loads(_text(path), object_pairs_hook=_Object)
   except (ValueError, RecursionError) as error:
-    raise InputError(f'{path} is not valid JSON ({error}). Correct it.') from error
+    raise InputError(f'{path} is not valid JSON ({error}). Correct the file.') from error
   if not isinstance(pairs, _Object):
-    raise InputError(f'{path} is no JSON object of {{name: class}}. Correct it.')
+    raise InputError(f'{path} is no JSON object of {{name: class}}. Correct the file.')
   return pairs
 
 
@@ -69,11 +69,10 @@ class _Object(list):
 
 
 def _pairs(lines: Sequence[str], known: Collection[str], path: str) -> list[tuple[str, str]]:
-  """Returns the (name, class) of each line, [] where no line names an image that is known.
+  """Returns the (name, class) of each line, [] if no line names a known image.
 
-  Lines are split as most of those are that name an image. Raises InputError for another that names
-  one if it is split otherwise. A heading, which has no number and no ending of an image, is left
-  out.
+  The separator is the one with which the most lines name an image. Raises InputError if another
+  separator is needed for a line. A heading (no digit and no image ending) is left out.
   """
 
   def names_image(pair: tuple[str, str]) -> bool:
@@ -86,8 +85,8 @@ def _pairs(lines: Sequence[str], known: Collection[str], path: str) -> list[tupl
   for line, pair, others in zip(lines, best, zip(*ways)):
     if not names_image(pair) and any(map(names_image, others)):
       raise InputError(
-        f'{path} has the line {line[:80]!r}, in which name and class are not separated as in most '
-        'lines. Separate all by a tab, or by a comma.'
+        f'{path} has the line {line[:80]!r}, whose separator differs from that of most lines. '
+        'Separate name and class by a tab, or by a comma, in all lines.'
       )
   kaggle = lines[0].lower().replace(' ', '') == _KAGGLE
   return [
@@ -99,8 +98,9 @@ def _pairs(lines: Sequence[str], known: Collection[str], path: str) -> list[tupl
 
 
 def _splits(line: str) -> list[tuple[str, str]]:
-  """Returns the (name, class) that a line means if a tab, a comma, the first or the last space
-  separates them.
+  """Returns the (name, class) of a line for each separator, ('', '') if it is missing.
+
+  The separators are a tab, a comma, the first space and the last space.
   """
   try:
     fields = next(csv.reader([line]), []) if ',' in line else []
@@ -116,31 +116,31 @@ def _splits(line: str) -> list[tuple[str, str]]:
 def _in_order(
   lines: Sequence[str], known: Collection[str], images: Sequence[str], path: str
 ) -> dict[str, str]:
-  """Returns image -> class of lines that name no image: one for each image, in sorted order."""
+  """Returns image -> class from lines without names, one for each image in sorted order."""
   if len(lines) != len(images):
     raise InputError(
       f'{path} names no image of the folder, and has {len(lines):,} lines for '
       f'{len(images):,} images. Give lines of NAME CLASS, with names such as '
-      f'{images[0] if images else "a.jpg"!r}, or one class for every image.'
+      f'{images[0] if images else "a.jpg"!r}, or one line with a class for every image.'
     )
   if name := next(
     (line for line in lines if folder.ending(line) in folder.IMAGES and _clean(line) in known), ''
   ):
     raise InputError(
-      f'{path} has a line {name!r}, which is an image without a class. Give lines of NAME CLASS.'
+      f'{path} has the line {name!r}, an image without a class. Give lines of NAME CLASS.'
     )
-  if images != sorted(images, key=storage.natural):
+  if images != sorted(images, key=storage.natural_key):
     raise InputError(
-      f'{path} has one class a line, and the order of the images is not clear: '
-      'sorted as text it is not the order of the numbers in their names. Give lines '
-      'of NAME CLASS.'
+      f'{path} has one class per line, but the order of the images is ambiguous: '
+      'sorted as text, it differs from the order of the numbers in their names. Give '
+      'lines of NAME CLASS.'
     )
   return dict(zip(images, lines, strict=True))
 
 
 def _named(pairs: Iterable[tuple[str, str]], known: dict[str, str], path: str) -> dict[str, str]:
-  """Returns image -> class of the names of images. Raises InputError for a contradiction."""
-  found: dict[str, str] = {}
+  """Returns image -> class of the named images; raises InputError for a contradiction."""
+  classes: dict[str, str] = {}
   for name, value in pairs:
     name = _clean(name)
     if name not in known:
@@ -148,19 +148,18 @@ def _named(pairs: Iterable[tuple[str, str]], known: dict[str, str], path: str) -
     image = known[name]
     if not image:
       raise InputError(
-        f'{path} names {name!r}, which is more than one image. Give the path '
+        f'{path} names {name!r}, which matches more than one image. Give the path '
         "below the dataset's folder, with its ending."
       )
-    if found.setdefault(image, value) != value:
+    if classes.setdefault(image, value) != value:
       raise InputError(
-        f'{path} says of {image!r} that its class is {found[image]!r}, and that it '
-        f'is {value!r}. Correct the file.'
+        f'{path} gives {image!r} two classes, {classes[image]!r} and {value!r}. Correct the file.'
       )
-  return found
+  return classes
 
 
 def _aliases(root: str, images: Sequence[str]) -> dict[str, str]:
-  """Returns the names that a file may use -> an image's path, '' where it is not clear which."""
+  """Returns name that a file may use -> path of the image, '' if it is ambiguous."""
   known: dict[str, str] = {}
   top = os.path.basename(os.path.normpath(root))
   forms = (
@@ -170,18 +169,18 @@ def _aliases(root: str, images: Sequence[str]) -> dict[str, str]:
     lambda image: os.path.join(top, image),
     lambda image: image,
   )
-  for form in forms:  # the most exact one last
-    these: dict[str, str] = {}
+  for form in forms:  # the most specific form is last, so it wins
+    aliases: dict[str, str] = {}
     for image in images:
-      these[form(image)] = image if these.get(form(image), image) == image else ''
-    known |= these
+      aliases[form(image)] = image if aliases.get(form(image), image) == image else ''
+    known |= aliases
   return known
 
 
 def _class(value: Any, path: str) -> str:
   if isinstance(value, bool) or not isinstance(value, (str, int)):
     raise InputError(
-      f'{path} has the value {str(value)[:60]!r}: a class is a name or a number. '
+      f'{path} has the value {str(value)[:60]!r}: a class must be a name or an integer. '
       'Give JSON of {name: class}.'
     )
   return str(value).strip()
@@ -193,7 +192,7 @@ def _text(path: str) -> str:
       data = f.read(_MOST_BYTES + 1)
     if len(data) > _MOST_BYTES:
       raise InputError(
-        f'{path} is larger than {_MOST_BYTES >> 20} MB, so it is no file of labels. '
+        f'{path} is larger than {_MOST_BYTES >> 20} MB, too large for a file of labels. '
         'Give lines of NAME CLASS.'
       )
     return data.decode('utf-8-sig')
@@ -201,7 +200,7 @@ def _text(path: str) -> str:
     raise InputError(f'{path} cannot be read ({error.strerror}). Correct the path.') from error
   except UnicodeDecodeError as error:
     raise InputError(
-      f'{path} is no text in UTF-8 ({error.reason} at byte {error.start}). Convert it.'
+      f'{path} is not UTF-8 text ({error.reason} at byte {error.start}). Convert it to UTF-8.'
     ) from error
 
 

@@ -1,4 +1,4 @@
-"""A dataset's path -> its files, in order: globs, braces, folders, here or on object storage."""
+"""Lists the files of a dataset from its path: globs, braces, folders, local or remote."""
 
 import collections
 from collections.abc import Mapping, Sequence
@@ -14,8 +14,8 @@ from typing import Any
 from clip_jax.core.errors import InputError
 from clip_jax.data import formats, storage
 
-_THREADS = 16  # questions to a remote storage at once
-# What an fsspec file system says of the state of an object, the surest first.
+_THREADS = 16  # concurrent requests to a remote storage
+# Fields in which fsspec file systems report the state of an object, the most reliable first.
 _VERSIONS = (
   'generation',
   'ETag',
@@ -35,77 +35,76 @@ _VERSIONS = (
 
 
 class NoFiles(InputError):
-  """A path means no file at all."""
+  """A path matches no file."""
 
 
 def list_files(format: str, path: str) -> list[storage.SourceFile]:
-  """Returns the files of a dataset in order: natural order, braces as they are written.
+  """Returns the files of a dataset: in natural order, but braces in their written order.
 
-  path: a file, a glob, braces ('{00000..00009}.tar', '{a,b}/*.tar') or a folder of tars, here or on
-  gs://, s3:// and the like (on a web server a folder ends in '/'); for format 'folder' the folder
-  of images. Raises NoFiles, an InputError, where it, or a file that braces name, is missing.
+  path: a file, a glob, braces ('{00000..00009}.tar', '{a,b}/*.tar') or a folder of tars, local or
+  on gs://, s3:// and the like (on a web server a folder must end in '/'); for format 'folder', the
+  folder of images. Raises NoFiles, an InputError, if the path or a file named by braces is missing.
   """
-  found_by = formats.get(format)
+  source_format = formats.get(format)
   if not path:
     raise InputError("path='' names no files. Give the path of the dataset.")
   if path.startswith('file://'):
-    raise InputError(f'path={path!r}: a path on this machine is given without file://.')
+    raise InputError(f'path={path!r}: give a path on this machine without file://.')
   if storage.is_remote(path):
-    if not found_by.remote:
+    if not source_format.remote:
       raise InputError(
-        f'path={path!r}: datasets of format {format!r} are read on this machine '
-        'only. Copy it here, or mount it.'
+        f'path={path!r}: datasets of format {format!r} are read from local disks '
+        'only. Copy the dataset to this machine, or mount it.'
       )
-    return _remote_files(path, found_by)
+    return _remote_files(path, source_format)
   path = os.path.abspath(os.path.expanduser(path))
-  if found_by.find:
-    found = found_by.find(path)
+  if source_format.find:
+    matched = source_format.find(path)
   else:
-    patterns = (
-      [path] if os.path.exists(path) else expanded(path)
-    )  # a file's own name may have braces
-    found = [file for pattern in patterns for file in _matches(pattern, found_by)]
-  _check_once(path, found)
+    # An existing file may have braces in its name.
+    patterns = [path] if os.path.exists(path) else expanded(path)
+    matched = [file for pattern in patterns for file in _matches(pattern, source_format)]
+  _check_once(path, matched)
   fixed = (
     path
     if os.path.isdir(path)
     else os.path.dirname(path if os.path.exists(path) else re.split(r'[*?\[{]', path)[0])
   )
-  # A link to nothing is listed, as a sample that cannot be read.
-  stats = [os.stat(file) if os.path.exists(file) else os.lstat(file) for file in found]
+  # A broken link is listed too; it becomes a sample that cannot be read.
+  stats = [os.stat(file) if os.path.exists(file) else os.lstat(file) for file in matched]
   return [
     storage.SourceFile(file, os.path.relpath(file, fixed), stat.st_size, stat.st_mtime)
-    for file, stat in zip(found, stats, strict=True)
+    for file, stat in zip(matched, stats, strict=True)
   ]
 
 
 def root(format: str, path: str) -> str:
-  """Returns the folder from which the paths of images start, '' where images are not files."""
+  """Returns the folder to which image paths are relative, '' if images are not files."""
   return os.path.abspath(os.path.expanduser(path)) if formats.get(format).rooted else ''
 
 
-def _remote_files(path: str, found_by: formats.Format) -> list[storage.SourceFile]:
-  """Returns the files that a remote path, glob, braces or folder means, as `list_files` does."""
+def _remote_files(path: str, source_format: formats.Format) -> list[storage.SourceFile]:
+  """Returns the files of a remote path, glob, braces or folder, as `list_files` does."""
   system, web = storage.file_system(path), path.startswith('http')
   path, query = re.fullmatch(r'(.*?)(\?.*)?', path, re.DOTALL).groups('') if web else (path, '')
   patterns = expanded(path)
-  with storage.naming(path):
-    system.invalidate_cache()  # an object may have changed since it was listed
+  with storage.errors_with_path(path):
+    system.invalidate_cache()  # an object may have changed since the last listing
     if len(patterns) > _THREADS and not web:
       for folder in dict.fromkeys(map(posixpath.dirname, patterns)):
         with contextlib.suppress(OSError):
-          system.ls(folder)  # is remembered there: one question instead of thousands
+          system.ls(folder)  # fsspec caches the listing: one request instead of thousands
   with futures.ThreadPoolExecutor(_THREADS) as threads:
     matches = threads.map(
       lambda pattern: storage.with_retries(
-        lambda: _remote_matches(system, pattern, query, found_by)
+        lambda: _remote_matches(system, pattern, query, source_format)
       ),
       patterns,
     )
-    found = [info for infos in matches for info in infos]
-  _check_once(path, [url for url, _ in found])
+    matched = [info for infos in matches for info in infos]
+  _check_once(path, [url for url, _ in matched])
   fixed = posixpath.dirname(re.split(r'[*?\[{]', path)[0])
-  if found[0][0] != path + query and found[0][0].startswith(path.rstrip('/') + '/'):
+  if matched[0][0] != path + query and matched[0][0].startswith(path.rstrip('/') + '/'):
     fixed = path.rstrip('/')  # the path is a folder
   return [
     storage.SourceFile(
@@ -115,86 +114,88 @@ def _remote_files(path: str, found_by: formats.Format) -> list[storage.SourceFil
       0.0,
       _version(info),
     )
-    for url, info in found
+    for url, info in matched
   ]
 
 
 def _remote_matches(
-  system: Any, path: str, query: str, found_by: formats.Format
+  system: Any, path: str, query: str, source_format: formats.Format
 ) -> list[tuple[str, Mapping[str, Any]]]:
-  """Returns (URL, what the storage says of it) of the files that a path or a glob means."""
-  patterns, found = [path], {}
-  with storage.naming(path):
+  """Returns (URL, info of the storage) of the files that a path or a glob matches."""
+  patterns, infos = [path], {}
+  with storage.errors_with_path(path):
     if not any(sign in path for sign in '*?['):
-      patterns = [f'{path.rstrip("/")}/{name}' for name in found_by.patterns]
-      if not path.endswith('/'):  # which is a folder, also where that is a page
+      patterns = [f'{path.rstrip("/")}/{name}' for name in source_format.patterns]
+      if not path.endswith('/'):  # '/' marks a folder, even if the server answers with a page
         try:
           info = system.info(path + query)
           if info['type'] != 'directory':
             return [(path + query, _sized(system, path + query, info))]
         except FileNotFoundError as error:
-          if storage.may_pass(error):
+          if storage.is_transient(error):
             raise
     for pattern in patterns:
       for name, info in system.glob(pattern, detail=True).items():
         if info['type'] != 'directory':
-          found[storage.url(name, like=path) + query] = info
-      if found and found_by.one_pattern:
+          infos[storage.url(name, like=path) + query] = info
+      if infos and source_format.one_pattern:
         break
-    if not found:
+    if not infos:
       raise NoFiles(f'{path!r} matches no file. Correct the path of the dataset.')
-    return [(url, _sized(system, url, found[url])) for url in sorted(found, key=storage.natural)]
+    return [
+      (url, _sized(system, url, infos[url])) for url in sorted(infos, key=storage.natural_key)
+    ]
 
 
 def _sized(system: Any, url: str, info: Mapping[str, Any]) -> Mapping[str, Any]:
-  """Returns what the storage says of a file, with its size."""
+  """Returns the storage's info of a file; raises InputError if its size is unknown."""
   if info.get('size') is None:
-    info = system.info(url)  # a page that lists files does not say it
+    info = system.info(url)  # an HTML listing has no sizes
   if info.get('size') is None:
     raise InputError(
-      f'The server does not say how large {url} is, so it cannot be read in parts. '
+      f'The server does not report the size of {url}, so it cannot be read in parts. '
       'Copy the dataset to another storage, or to this machine.'
     )
   return info
 
 
 def _version(info: Mapping[str, Any]) -> str:
-  said = next((info[name] for name in _VERSIONS if info.get(name)), '')
-  return str(said.timestamp() if hasattr(said, 'timestamp') else said).strip('"')
+  version = next((info[name] for name in _VERSIONS if info.get(name)), '')
+  return str(version.timestamp() if hasattr(version, 'timestamp') else version).strip('"')
 
 
-def _check_once(path: str, found: Sequence[str]) -> None:
-  if len(set(found)) < len(found):
-    twice = next(file for file, count in collections.Counter(found).items() if count > 1)
-    raise InputError(f'{path!r} means {twice} more than once. Correct the path of the dataset.')
+def _check_once(path: str, matched: Sequence[str]) -> None:
+  if len(set(matched)) < len(matched):
+    twice = next(file for file, count in collections.Counter(matched).items() if count > 1)
+    raise InputError(f'{path!r} matches {twice} more than once. Correct the path of the dataset.')
 
 
-def _matches(path: str, found_by: formats.Format) -> list[str]:
-  """Returns the files that a path, or a glob, means; in a folder those of the format's globs."""
+def _matches(path: str, source_format: formats.Format) -> list[str]:
+  """Returns the files that a path or a glob matches; for a folder, those of the format's globs."""
   if os.path.isfile(path):
     return [path]
   patterns = [path]
   if os.path.isdir(path):
-    patterns = [os.path.join(glob.escape(path), name) for name in found_by.patterns]
-  found: set[str] = set()
+    patterns = [os.path.join(glob.escape(path), name) for name in source_format.patterns]
+  matched: set[str] = set()
   for pattern in patterns:
-    found |= set(filter(os.path.isfile, glob.glob(pattern, recursive=True)))
-    if found and found_by.one_pattern:
+    matched |= set(filter(os.path.isfile, glob.glob(pattern, recursive=True)))
+    if matched and source_format.one_pattern:
       break
-  if not found and os.path.isdir(path):
+  if not matched and os.path.isdir(path):
     raise NoFiles(
       f'{path!r} matches no file: it is a folder without '
-      f'{" or ".join(found_by.patterns)}. Correct the path of the dataset, or give a '
+      f'{" or ".join(source_format.patterns)}. Correct the path of the dataset, or give a '
       'pattern.'
     )
-  if not found:
+  if not matched:
     raise NoFiles(f'{path!r} matches no file. Correct the path of the dataset.')
-  return sorted(found, key=storage.natural)
+  return sorted(matched, key=storage.natural_key)
 
 
 def expanded(path: str) -> list[str]:
-  """Returns the paths that braces stand for, in the order in which a shell writes them."""
-  parts = re.split(r'\{([^{}]*)\}', path)  # what is in braces comes at odd places
+  """Returns the paths to which braces expand, in the order of a shell."""
+  parts = re.split(r'\{([^{}]*)\}', path)  # the contents of braces are at odd indices
   return [
     ''.join(choice)
     for choice in itertools.product(

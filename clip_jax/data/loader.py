@@ -1,9 +1,9 @@
-"""Sources -> batches, with Grain: its elements are runs of a batch, as it costs for each element.
+"""Batches of images and captions for training and evaluation, loaded with Grain.
 
 In: a source or a view of one (len, [i] -> dict(image, caption)). Out: batches in memory. Training
-batches are a pure function of (number of samples, seed, position in the stream): a run that goes on
+batches are a pure function of (number of samples, seed, position in the stream). A resumed run
 needs one integer, the examples seen, and gets the same data on any number of hosts, processes and
-threads.
+threads. A Grain element is a run, a part of a batch: Grain has a cost per element.
 """
 
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -21,15 +21,14 @@ from clip_jax.core.types import Array, Source
 from clip_jax.data import images, loader_processes, packing, tokenizer, views, windows
 from clip_jax.data import order as order_lib
 
-_RUN = 128  # examples that one thread makes at a time; a large batch is several runs ...
-_RUN_BYTES = 4 << 20  # ... as is one of large images
-_BUFFERED = 4  # elements made ahead, at least; a batch, if that is more
+_RUN = 128  # maximum examples of a run, which one thread loads; a batch is one or more runs
+_RUN_BYTES = 4 << 20  # maximum bytes of a run
+_BUFFERED = 4  # minimum number of prefetched elements; a batch, if that is more
 _ENDLESS = 1 << 40  # elements
 ORDERS = ('global', 'blocks')
-_OVERHEAD = 512  # bytes of a kept sample, or of a run, beside its arrays
-_Read = Callable[
-  [range], tuple[list[int], list[dict[str, Any]]]
-]  # positions -> places in the source, samples
+_OVERHEAD = 512  # bytes of a cached sample, or of a run, beside its arrays
+# positions in the stream -> (indices in the source, samples)
+_Read = Callable[[range], tuple[list[int], list[dict[str, Any]]]]
 
 
 def train_batches(
@@ -53,17 +52,16 @@ def train_batches(
 ) -> Iterator[dict[str, Any]]:
   """Yields dict(image [b, S, S, 3] uint8, text [b, T] int32, index [b] int64), without end.
 
-  The stream is one permutation of the source after another. Step k takes batch_size examples of it,
-  from start_examples + k * batch_size on; host h takes the h-th of `hosts` equal runs of these, so
-  that the hosts' batches one after another are the same global batch for any number of hosts.
-  index: position in the source. An image that cannot be read is replaced by the next one that can,
-  and on_replaced(its index, reason) is called before the batch is yielded. close() ends threads and
-  processes.
-  threads: of each process; processes: beside this one, which then makes nothing itself. The source
-  must pickle for them. pack: with G > 0, text is what packing.pack makes of the host's captions in
+  The stream is a sequence of permutations of the source. Step k takes batch_size examples from
+  position start_examples + k * batch_size on. Host h takes the h-th of `hosts` equal parts, so the
+  concatenation over hosts is the same global batch for any number of hosts. index: position in the
+  source. An unreadable image is replaced by the next readable one, and on_replaced(its index,
+  reason) is called before the batch is yielded. close() ends threads and processes.
+  threads: per process. processes: worker processes; with any, this process loads nothing itself,
+  and the source must be picklable. pack: with G > 0, text is packing.pack of the host's captions in
   G groups. order: 'global', or 'blocks' as in order.Blocks with windows of shuffle_window samples,
-  for a source with `starts`: a host reads what it needs of a window at once, in the source's order.
-  Processes would each read all of it, so that 'blocks' takes none. jpeg_shrink: as in
+  for a source with `starts`: a host reads its part of a window at once, in source order. 'blocks'
+  needs processes=0, because each process would read the whole window. jpeg_shrink: as in
   images.decode_crop, for images that the source gives as bytes.
   """
   if batch_size < 1 or batch_size % hosts or not 0 <= host < hosts:
@@ -72,27 +70,27 @@ def train_batches(
     raise ValueError(f'start_examples={start_examples} must be a multiple of {batch_size=}')
   if not 0 < len(source) < 1 << 32:
     raise ValueError(f'source must have 1 to 2^32 - 1 samples, got {len(source)}')
-  here = batch_size // hosts
-  if pack < 0 or pack and here % pack:
-    raise ValueError(f'{here} captions a host do not divide into {pack=} groups')
+  host_batch = batch_size // hosts
+  if pack < 0 or pack and host_batch % pack:
+    raise ValueError(f'{host_batch} captions per host cannot be divided into {pack=} groups')
   if order not in ORDERS:
     raise ValueError(f'order must be one of {ORDERS}, got {order!r}')
   if processes and order == 'blocks':
-    raise ValueError(f"{processes=} with order='blocks': each would read every window as a whole")
+    raise ValueError(f"{processes=} must be 0 with order='blocks': each reads whole windows")
 
   share = _Share(batch_size, host, hosts, start_examples)
   sample_bytes = 3 * image_size**2 + 4 * context_length + 8
-  # Runs of one size: of a long and a short one by turns, two processes would wait for each other.
-  length = -(-here // -(-here // _run_length(sample_bytes)))
+  # Runs of equal size: with alternating long and short runs, two processes wait for each other.
+  length = -(-host_batch // -(-host_batch // _run_length(sample_bytes)))
   if order == 'blocks':
     blocks = order_lib.Blocks(order_lib.block_starts(source.starts), seed, shuffle_window)
     read = windows.Windows(source, blocks, share.within)
   else:
-    read = functools.partial(_anywhere, source, order_lib.Global(len(source), seed))
+    read = functools.partial(_read_global, source, order_lib.Global(len(source), seed))
   make = functools.partial(
     _run, source, read, share, length, seed, context_length, image_size, crop_scale, jpeg_shrink
   )
-  runs = -(-here // length)  # of each batch
+  runs = -(-host_batch // length)  # per batch
   if processes:
     elements = loader_processes.elements(
       make,
@@ -103,7 +101,7 @@ def train_batches(
     )
   else:
     elements = _prefetched(make, _ENDLESS, threads, ahead=max(_BUFFERED, runs))
-  joined = _joined(elements, here, runs, pack)
+  joined = _joined(elements, host_batch, runs, pack)
   return _reporting(_ahead(joined) if threads or processes else joined, on_replaced)
 
 
@@ -117,10 +115,10 @@ def image_batches(
   threads: int = 2,
   processes: int = 0,
 ) -> Iterator[tuple[Array, Array, Array]]:
-  """Yields (rows [b], images [b, S, S, 3] uint8, readable [b] bool), in order; the last are fewer.
+  """Yields (rows [b], images [b, S, S, 3] uint8, readable [b] bool), in order.
 
-  An image that cannot be read is zeros. mode: as in images.resize. threads, processes: as in
-  train_batches.
+  The last batch may be smaller. An unreadable image is all zeros. mode: as in images.resize.
+  threads, processes: as in train_batches.
   """
   make = functools.partial(_batch, source, np.asarray(rows, np.int64), batch_size, image_size, mode)
   count = -(-len(rows) // batch_size)
@@ -135,41 +133,41 @@ def image_batches(
 
 
 class DecodedCache:
-  """A source whose images are decoded, [H, W, 3] uint8, and kept until max_bytes are full.
+  """A source with decoded images [H, W, 3] uint8 and a cache of max_bytes.
 
-  What is kept stays: samples are read in random order, so that no choice of them is better. Each of
-  several processes keeps what it makes itself, in its own part of max_bytes.
+  Cached samples are never evicted: in random order no eviction rule is better. With several
+  processes, each has its own cache with an equal part of max_bytes.
   """
 
   def __init__(self, source: Source, max_bytes: int, processes: int = 0):
     self._source, self._max_bytes, self._processes = source, max_bytes, processes
-    self._kept: dict[int, dict[str, Any]] = {}
+    self._cached: dict[int, dict[str, Any]] = {}
     self._bytes = 0
     self._lock = threading.Lock()
 
-  def __reduce__(self):  # that is, to another process
+  def __reduce__(self):  # for another process
     return DecodedCache, (self._source, self._max_bytes // max(self._processes, 1))
 
   def __len__(self) -> int:
     return len(self._source)
 
   def __getitem__(self, index: int) -> dict[str, Any]:
-    """Returns the sample, image decoded, to be read only: it is shared. Raises UnreadableImage."""
-    return self._kept.get(index) or self._decoded(index, self._source[index])
+    """Returns the sample with its image decoded, shared, so read-only. Raises UnreadableImage."""
+    return self._cached.get(index) or self._decoded(index, self._source[index])
 
   def many(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-    """Returns samples as [index] does, but an image that is not kept is a function that decodes it:
+    """Returns samples as [index] does; an image outside the cache is a function that decodes it.
 
-    all of them together may be more than memory holds.
+    Decoded at once, all of them may need more memory than there is.
     """
-    kept = [self._kept.get(index) for index in indices]
-    missing = [index for index, sample in zip(indices, kept) if sample is None]
-    found = iter(views.many(self._source, missing) if missing else ())
+    cached = [self._cached.get(index) for index in indices]
+    missing = [index for index, sample in zip(indices, cached) if sample is None]
+    fetched = iter(views.many(self._source, missing) if missing else ())
 
     def later(index: int, sample: dict[str, Any]) -> dict[str, Any]:
       return {**sample, 'image': lambda: self._decoded(index, sample)['image']}
 
-    return [sample or later(index, next(found)) for index, sample in zip(indices, kept)]
+    return [sample or later(index, next(fetched)) for index, sample in zip(indices, cached)]
 
   def caption(self, index: int) -> str:
     return self._source.caption(index)
@@ -182,15 +180,15 @@ class DecodedCache:
     sample = {**sample, 'image': _pixels(sample['image'])}
     size = sample['image'].nbytes + _OVERHEAD
     with self._lock:
-      if index not in self._kept and self._bytes + size <= self._max_bytes:
-        self._kept[index] = sample
+      if index not in self._cached and self._bytes + size <= self._max_bytes:
+        self._cached[index] = sample
         self._bytes += size
     return sample
 
 
 @dataclasses.dataclass(frozen=True)
 class _Share:
-  """Which positions of the stream one host sees."""
+  """The positions of the stream that one host loads."""
 
   batch_size: int
   host: int
@@ -198,9 +196,9 @@ class _Share:
   start: int  # the first position of the first batch
 
   def of_batch(self, step: int) -> range:
-    here = self.batch_size // self.hosts
-    first = self.start + step * self.batch_size + self.host * here
-    return range(first, first + here)
+    host_batch = self.batch_size // self.hosts
+    first = self.start + step * self.batch_size + self.host * host_batch
+    return range(first, first + host_batch)
 
   def within(self, start: int, stop: int) -> Array:  # [n] int64
     positions = np.arange(max(start, self.start), stop)
@@ -215,7 +213,7 @@ def _batch(
   mode: str,
   k: int,
 ) -> tuple[Array, Array, Array]:
-  """Returns batch k of the images of some rows, as image_batches yields it."""
+  """Returns batch k of image_batches."""
   chosen = rows[k * batch_size : (k + 1) * batch_size]
   pixels = np.zeros((len(chosen), image_size, image_size, 3), np.uint8)
   readable = np.zeros(len(chosen), bool)
@@ -230,7 +228,7 @@ def _batch(
 
 
 def _copied(batches: Generator[tuple[Array, Array, Array]]) -> Iterator[tuple[Array, Array, Array]]:
-  """Yields batches that may be kept: the memory of processes is used again."""
+  """Yields copies of batches, because loader processes reuse their memory."""
   with contextlib.closing(batches):
     for batch in batches:
       rows, pixels, readable = batch
@@ -241,12 +239,10 @@ def _run_length(sample_bytes: int) -> int:
   return min(_RUN, max(_RUN_BYTES // sample_bytes, 1))
 
 
-def _anywhere(
+def _read_global(
   source: Source, order: order_lib.Global, positions: range
 ) -> tuple[list[int], list[dict[str, Any]]]:
-  """Reads the samples of positions from wherever they lie; returns their places in the source,
-  too.
-  """
+  """Returns the source indices and the samples of stream positions, in the global order."""
   places = list(map(order.place, positions))
   return places, views.many(source, places)
 
@@ -263,8 +259,9 @@ def _run(
   jpeg_shrink: float,
   k: int,
 ) -> tuple[dict[str, Array], list[tuple[int, str]]]:
-  """Returns the examples of run k, `length` of a batch, and (index, reason) of each image replaced
-  in them.
+  """Returns the examples of run k, and the (index, reason) of each replaced image.
+
+  length: examples per run; the last run of a batch may be shorter.
   """
   step, part = divmod(k, -(-(share.batch_size // share.hosts) // length))
   positions = share.of_batch(step)[part * length : (part + 1) * length]
@@ -281,7 +278,7 @@ def _run(
     return images.random_resized_crop(_pixels(image), image_size, crop_scale, rng)
 
   for i, (position, place, sample) in enumerate(zip(positions, places, samples)):
-    state['state']['counter'][1] = position  # each position has 2^64 draws of its own
+    state['state']['counter'][1] = position  # reserves 2^64 random draws for each position
     index[i], pixels[i], caption = _readable(source, place, sample, draw, replaced)
     captions.append(caption)
   return {
@@ -298,9 +295,9 @@ def _readable(
   draw: Callable[[Any], Array],
   replaced: list[tuple[int, str]],
 ) -> tuple[int, Array, str]:
-  """Returns (index, drawn image, caption) of the first readable sample from `first` on, around.
+  """Returns (index, drawn image, caption) of the first readable sample from `first` on, cyclically.
 
-  Adds (index, reason) of those that it passes over to `replaced`. sample: the first.
+  sample: the one at `first`. Appends the (index, reason) of each unreadable sample to `replaced`.
   """
   for step in range(len(source)):
     index = (first + step) % len(source)
@@ -309,19 +306,21 @@ def _readable(
       return index, draw(sample['image']), sample['caption']
     except images.UnreadableImage as error:
       replaced.append((index, str(error)))
-  raise InputError(f'None of {len(source)} images can be read; the last: {replaced[-1][1]}.')
+  raise InputError(
+    f'None of the {len(source):,} images can be read. Last error: {replaced[-1][1]}.'
+  )
 
 
 def _pixels(image: bytes | Array | Callable[[], Array]) -> Array:  # -> [H, W, 3] uint8
-  """Decodes what a source gives: bytes, pixels, or a function that returns them."""
+  """Returns the pixels of an image: file bytes, pixels, or a function that returns pixels."""
   if isinstance(image, np.ndarray):
     return image
   return image() if callable(image) else images.decode(image)
 
 
 def _prefetched(make: Callable[[int], Any], count: int, threads: int, ahead: int) -> Generator[Any]:
-  """Yields make(0), make(1), ..., made ahead by threads; 0 threads: made when asked for."""
-  import grain  # costs a second to import, with jax
+  """Yields make(0), make(1), ..., prefetched by threads; with 0 threads, computed on demand."""
+  import grain  # takes a second to import, with jax
 
   options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(ahead, threads))
   elements = iter(grain.MapDataset.range(count).map(make).to_iter_dataset(options))
@@ -333,41 +332,41 @@ def _prefetched(make: Callable[[int], Any], count: int, threads: int, ahead: int
 
 def _joined(
   elements: Generator[tuple[dict[str, Array], list[tuple[int, str]]]],
-  here: int,
+  host_batch: int,
   runs: int,
   pack: int,
 ) -> Generator[tuple[dict[str, Any], list[tuple[int, str]]]]:
-  """Yields batches of `here` samples in several runs, with what was replaced in each."""
+  """Yields batches of `host_batch` samples joined from runs, with their replaced images."""
   with contextlib.closing(elements):
     while True:
-      batch, told, at = {}, [], 0
-      for _ in range(runs):  # each is copied before the next is asked for: its memory is used again
+      batch, all_replaced, at = {}, [], 0
+      for _ in range(runs):  # copied before the next one, because its memory is reused
         part, replaced = next(elements)
-        told += replaced
+        all_replaced += replaced
         for name, rows in part.items():
           if not at:
-            batch[name] = np.empty((here, *rows.shape[1:]), rows.dtype)
+            batch[name] = np.empty((host_batch, *rows.shape[1:]), rows.dtype)
           batch[name][at : at + len(rows)] = rows
         at += len(rows)
       if pack:
         batch['text'] = packing.pack(batch['text'], pack)
-      yield batch, told
+      yield batch, all_replaced
 
 
 def _ahead(elements: Generator[Any]) -> Generator[Any]:
-  """Yields the elements of an endless iterator; a thread asks for the next one meanwhile."""
+  """Yields the elements of an endless iterator; a thread prefetches the next one."""
   with contextlib.closing(elements), futures.ThreadPoolExecutor(1) as thread:
-    coming = thread.submit(next, elements)
+    future = thread.submit(next, elements)
     while True:
-      element = coming.result()
-      coming = thread.submit(next, elements)
+      element = future.result()
+      future = thread.submit(next, elements)
       yield element
 
 
 def _reporting(
   batches: Generator[tuple[Any, list[tuple[int, str]]]], on_replaced: Callable[[int, str], None]
 ) -> Iterator[Any]:
-  """Yields the batches, and says what was replaced in each just before it."""
+  """Yields the batches; calls on_replaced for each replaced image of a batch just before it."""
   with contextlib.closing(batches):
     for batch, replaced in batches:
       for index, reason in replaced:

@@ -1,10 +1,11 @@
-"""Elements made by processes beside this one, in order; the big arrays come through shared memory.
+"""Computes elements in worker processes, in order; large arrays come through shared memory.
 
-Grain's own processes were tried: one that is killed ends the run, and where this process is killed
-they stay for ever. Here a process that dies is replaced and its elements, pure functions of their
-numbers, are made again; and as each process reads its jobs from a pipe whose other end only this
-process holds, all end when it ends, however that happens. They also begin in 0.2 seconds, not 1.1,
-and take 65 MB each, not 200, as they import neither Grain nor JAX (but for over a million samples).
+Grain's worker processes have two faults: the death of one ends the run, and they keep running if
+this process is killed. Here a dead worker is replaced and its elements, pure functions of their
+numbers, are computed again. Each worker reads its jobs from a pipe whose other end only this
+process holds, so all workers end with this process, even if it is killed. They also start in 0.2
+seconds instead of 1.1, and take 65 MB each instead of 200, because they import neither Grain nor
+JAX (except for more than a million samples).
 """
 
 from collections.abc import Callable, Generator, Iterator
@@ -24,42 +25,41 @@ import numpy as np
 
 from clip_jax.core.errors import InputError
 
-_ATTEMPTS = 3  # deaths of a process one after another, with no element made, that end the run
-_DYING_SECS = 5.0  # that a process may take from the end of its pipe to its own
-_WAITING = 2  # elements of a process that wait for one of its threads, or to be taken
-_ALIGNED = 64  # bytes: arrays in a slot begin at multiples of it
+_ATTEMPTS = 3  # deaths of a worker in a row, without an element between, that end the run
+_DYING_SECS = 5.0  # wait for a worker to exit after its pipe was closed
+_WAITING = 2  # slots of a worker beyond its threads, for queued or finished elements
+_ALIGNED = 64  # bytes; alignment of arrays in a slot
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def elements(
   make: Callable[[int], Any], count: int, *, processes: int, threads: int, slot_bytes: int
 ) -> Generator[Any]:
-  """Yields make(0), make(1), ..., made ahead by processes with so many threads each.
+  """Yields make(0), make(1), ..., prefetched by worker processes with `threads` threads each.
 
-  `make` must pickle. An element's arrays lie in shared memory, slot_bytes for each element; they
-  may be used until the next element is asked for. An error of make(k) is raised in the place of
-  element k. Raises InputError where processes keep dying.
+  `make` must be picklable. The arrays of an element lie in shared memory, slot_bytes for each
+  element, and are valid until the next element is requested. An error of make(k) is raised in place
+  of element k. Raises InputError if workers die repeatedly.
   """
   workers: list[_Worker] = []
-  # At the end of the program, before multiprocessing waits for processes that know of no end.
+  # Runs at exit, before multiprocessing would wait for the workers for ever.
   closing = util.Finalize(None, _close, (workers,), exitpriority=10)
   try:
     for number in range(processes):
       workers.append(_Worker(make, max(threads, 1), slot_bytes, number))  # noqa: PERF401 (_close sees each)
-    made: dict[int, tuple[_Worker, int, Any]] = {}
-    asked = 0
+    finished: dict[int, tuple[_Worker, int, Any]] = {}
+    requested = 0
     for k in range(count):
-      while asked < count and any(worker.free for worker in workers):
-        max(workers, key=lambda worker: len(worker.free)).give(asked)  # which has least to do
-        asked += 1
-      while k not in made:
-        heard = connection.wait(
-          [worker.connection for worker in workers]
-        )  # one has made something, or died
-        for worker in [worker for worker in workers if worker.connection in heard]:
+      while requested < count and any(worker.free for worker in workers):
+        max(workers, key=lambda worker: len(worker.free)).give(requested)  # the least busy one
+        requested += 1
+      while k not in finished:
+        # Ready: a worker has finished an element, or died.
+        ready = connection.wait([worker.connection for worker in workers])
+        for worker in [worker for worker in workers if worker.connection in ready]:
           for job, slot, element in worker.receive():
-            made[job] = worker, slot, element
-      worker, slot, element = made.pop(k)
+            finished[job] = worker, slot, element
+      worker, slot, element = finished.pop(k)
       if isinstance(element, BaseException):
         raise element
       yield element
@@ -70,45 +70,45 @@ def elements(
 
 
 def _close(workers: list['_Worker']) -> None:
-  for worker in workers:  # which alone would end them, should a signal interrupt what follows
+  for worker in workers:  # first all pipes: this alone ends the workers if a signal interrupts us
     worker.connection.close()
   for worker in workers:
     worker.close()
 
 
 class _Worker:
-  """This process's side of one other process: its jobs, its slots, and a new start if it dies."""
+  """Controls one worker process from this process: its jobs, its slots, and its restart."""
 
   def __init__(self, make: Callable[[int], Any], threads: int, slot_bytes: int, number: int):
-    # Not fork, which does not go together with JAX's threads.
+    # Not fork, which is unsafe with JAX's threads.
     self._context = multiprocessing.get_context('spawn')
     self._make, self._threads, self._number = make, threads, number
-    # Memory without a name: nothing is left behind, whichever process is killed.
+    # Unnamed shared memory: the system frees it even if a process is killed.
     self._slots = [self._context.RawArray('b', slot_bytes) for _ in range(threads + _WAITING)]
     self.free = list(range(len(self._slots)))
-    self._jobs: dict[int, int] = {}  # element -> slot, of those that are being made
+    self._jobs: dict[int, int] = {}  # element -> slot, of pending elements
     self._deaths = 0
     self._process = None
     self._start()
 
   def _start(self) -> None:
-    self.connection, theirs = self._context.Pipe()
-    arguments = theirs, self._make, self._slots, self._threads
+    self.connection, worker_end = self._context.Pipe()
+    arguments = worker_end, self._make, self._slots, self._threads
     self._process = self._context.Process(
       target=_work, args=arguments, daemon=True, name=f'loader-{self._number}'
     )
     with _quiet_start():
       self._process.start()
-    theirs.close()
+    worker_end.close()
 
   def give(self, k: int) -> None:
     slot = self.free.pop()
     self._jobs[k] = slot
-    with contextlib.suppress(OSError):  # it has died: `receive` finds that out
+    with contextlib.suppress(OSError):  # the worker died; `receive` handles that
       self.connection.send((k, slot))
 
   def receive(self) -> list[tuple[int, int, Any]]:
-    """Returns (element's number, slot, element or exception) of one that was made, if any was."""
+    """Returns [(number, slot, element or exception)] of a finished element; [] if it died."""
     try:
       k, data, sizes = self.connection.recv()
     except (EOFError, OSError):
@@ -123,9 +123,9 @@ class _Worker:
     return [(k, slot, pickle.loads(data, buffers=parts))]
 
   def _replace(self) -> None:
-    """Starts a new process in place of one that died, with the same jobs."""
+    """Replaces a dead process by a new one with the same jobs."""
     pid = self._process.pid
-    self._process.join(_DYING_SECS)  # its own status is wanted, not that of the kill
+    self._process.join(_DYING_SECS)  # to get its own exit status, not that of the kill below
     self.close()
     status = self._process.exitcode
     names = {number.value: number.name for number in signal.Signals}
@@ -133,17 +133,17 @@ class _Worker:
     self._deaths += 1
     if self._deaths >= _ATTEMPTS:
       advice = (
-        'Most likely memory runs out: set fewer train.loader_processes or a smaller train.cache_mb.'
+        'Probably memory ran out: set fewer train.loader_processes or a smaller train.cache_mb.'
         if status == -signal.SIGKILL
-        else 'Set train.loader_processes=0 to see what fails.'
+        else 'Set train.loader_processes=0 to see the error.'
       )
       raise InputError(
         f'Loader process {self._number} ended with {how} {self._deaths} times in a '
-        f'row, with nothing made. {advice}'
+        f'row, without a result. {advice}'
       )
-    why = ' (does memory run out?)' if status == -signal.SIGKILL else ''
+    why = ' (probably out of memory)' if status == -signal.SIGKILL else ''
     logging.warning(
-      'Loader process %d (pid %d) ended with %s%s; a new one makes its %d elements again.',
+      'Loader process %d (pid %d) ended with %s%s; a new one computes its %d elements again.',
       self._number,
       pid,
       how,
@@ -156,7 +156,7 @@ class _Worker:
         self.connection.send(job)
 
   def close(self) -> None:
-    """Ends the process at once: it writes nothing."""
+    """Kills the process at once; it writes no files."""
     self.connection.close()
     self._process.kill()
     self._process.join()
@@ -164,11 +164,11 @@ class _Worker:
 
 @contextlib.contextmanager
 def _quiet_start() -> Iterator[None]:
-  """A process that is started inside never hears Ctrl-C or SIGTERM, and JAX in it sees CPUs only.
+  """Processes started inside ignore Ctrl-C and SIGTERM, and JAX in them uses CPUs only.
 
-  A signal to all processes of a terminal or a job is for this one to answer, which ends the others.
+  A terminal or a job sends signals to all processes; this process handles them and ends the others.
   """
-  resource_tracker.ensure_running()  # or its own start would unblock the signals
+  resource_tracker.ensure_running()  # started later, it would unblock the signals
   platforms = os.environ.get('JAX_PLATFORMS')
   blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
   os.environ['JAX_PLATFORMS'] = 'cpu'
@@ -185,12 +185,12 @@ def _quiet_start() -> Iterator[None]:
 def _work(
   jobs: connection.Connection, make: Callable[[int], Any], slots: list[Any], threads: int
 ) -> None:
-  """The life of a process: makes what it is asked for, until nobody asks any more."""
+  """The main loop of a worker process: computes requested elements until its pipe is closed."""
   lock = threading.Lock()
 
   def one(k: int, slot: int) -> None:
     data, sizes = _packed(make, k, _memory(slots[slot]))
-    with lock, contextlib.suppress(OSError):  # nobody listens any more: the loop below ends
+    with lock, contextlib.suppress(OSError):  # the pipe is closed; the loop below ends
       jobs.send((k, data, sizes))
 
   pool = futures.ThreadPoolExecutor(threads)
@@ -198,11 +198,11 @@ def _work(
     while True:
       pool.submit(one, *jobs.recv())
   except (EOFError, OSError):
-    os._exit(0)  # without waiting for elements that nobody wants
+    os._exit(0)  # without waiting for pending elements
 
 
 def _packed(make: Callable[[int], Any], k: int, slot: memoryview) -> tuple[bytes, list[int]]:
-  """Returns make(k) as a pickle without its arrays, which go into the slot, and their sizes."""
+  """Returns the pickle of make(k) and the sizes of its arrays, which are copied to the slot."""
   try:
     element, buffers = make(k), []
     data = pickle.dumps(element, 5, buffer_callback=buffers.append)
@@ -214,19 +214,19 @@ def _packed(make: Callable[[int], Any], k: int, slot: memoryview) -> tuple[bytes
       slot[at : at + part.nbytes] = part
       at += _padded(part.nbytes)
     return data, [part.nbytes for part in parts]
-  except BaseException as error:  # whatever it is, it is raised where the elements are asked for
+  except BaseException as error:  # raised again in the process that requested the element
     return _packed_error(error), []
 
 
 def _packed_error(error: BaseException) -> bytes:
-  """A pickle of an error, with the traceback that only its own process knows."""
+  """Returns a pickle of an error, with this process's traceback as a note."""
   text = ''.join(traceback.format_exception(error))
   try:
     error.add_note(text)
     data = pickle.dumps(error)
     pickle.loads(data)
     return data
-  except Exception:  # an exception class may refuse either way in any manner
+  except Exception:  # an exception may fail to pickle or to unpickle, with any error
     return pickle.dumps(RuntimeError(text))
 
 

@@ -1,10 +1,10 @@
-"""Puts several captions into one row of tokens, or cuts a batch of captions short. NumPy only.
+"""Packs several captions into one row of tokens, or trims a batch of captions. NumPy only.
 
-A causal text tower that pools at the end token gives a caption the same features wherever it
-stands, if attention stays in its segment and its positions start at 0: both are exact. Of a batch
-of web captions (mean 22 tokens, 77 places) 29 % is real. Packed, 98 % and more of the rows needed
-is, or 89 % where a group has but 16 captions. The rows are then rounded up to one of few counts, as
-each is compiled once, which leaves 82 to 100 %.
+A causal text tower that pools at the end token gives a caption the same features in any place, if
+attention stays in its segment and its positions start at 0; so packing and trimming are exact. In a
+batch of web captions (mean 22 tokens, 77 places) 29 % of the places hold tokens. Packed, 98 % and
+more do, or 89 % if a group has only 16 captions. The number of rows is then rounded up to one of
+few values, because each is compiled separately, which leaves 82 to 100 %.
 """
 
 import numpy as np
@@ -16,48 +16,48 @@ def pack(
   tokens: Array,  # [b, T] int32, rows of tokenizer.tokenize
   groups: int,
 ) -> dict[str, Array]:
-  """Packs the captions of each of G equal runs of a batch into R rows of T places.
+  """Packs the captions of each of G equal parts of a batch into R rows of T places.
 
-  A caption is its row up to the first place of the row's maximum, its end token (as open_clip pools
-  at text.argmax). Equal captions of a group share one place. R is rung(rows of the fullest group),
-  at most b / G. Returns, as a pure function of its arguments,
+  A caption is its row up to the end token, the first maximum of the row (open_clip pools at
+  text.argmax). Equal captions of a group are stored once. R is rung(rows of the fullest group), at
+  most b / G. Returns, as a pure function of its arguments,
     tokens [G, R, T] int32, 0 where empty;
     segment [G, R, T] int32: 1, 2, ... for the captions of a row, 0 where empty;
-    position [G, R, T] int32: place within the caption, 0 where empty;
-    end [G, b / G] int32: where the end token of each caption, in the batch's order, is among the
-      R * T places of its group.
+    position [G, R, T] int32: position within the caption, 0 where empty;
+    end [G, b / G] int32: index of each caption's end token among the R * T places of its group, in
+      the order of the batch.
   """
   tokens = np.asarray(tokens, np.int32)
   if tokens.ndim != 2 or not tokens.size:
     raise ValueError(f'tokens must have shape [b, T], both at least 1, got {tokens.shape}')
   b, width = tokens.shape
   if groups < 1 or b % groups:
-    raise ValueError(f'a batch of {b} captions does not divide into groups={groups}')
+    raise ValueError(f'a batch of {b} captions cannot be divided into groups={groups}')
 
   length = tokens.argmax(1) + 1
   first = _first_equal(tokens, length, groups)  # [b]
-  put = np.flatnonzero(first == np.arange(b))  # [n]: the captions that get a place
-  length, group = length[put], put // (b // groups)
+  unique = np.flatnonzero(first == np.arange(b))  # [n]: the captions to store, without duplicates
+  length, group = length[unique], unique // (b // groups)
   row = _first_fit(length, group, groups, width)
   rows = min(rung(int(row.max()) + 1), b // groups)
 
-  line = group * rows + row  # [n]: row among those of all groups
+  line = group * rows + row  # [n]: row number over all groups
   order = np.argsort(line, kind='stable')
-  begin = np.searchsorted(line[order], line[order])  # where in `order` a caption's row begins
+  begin = np.searchsorted(line[order], line[order])  # start of the caption's row in `order`
   before = np.cumsum(length[order]) - length[order]
-  start, segment = np.empty((2, len(put)), np.int32)
-  start[order] = line[order] * width + before - before[begin]  # place among those of all groups
-  segment[order] = np.arange(len(put)) - begin + 1
+  start, segment = np.empty((2, len(unique)), np.int32)
+  start[order] = line[order] * width + before - before[begin]  # place over all groups
+  segment[order] = np.arange(len(unique)) - begin + 1
 
   real = np.arange(width) < length[:, None]  # [n, T]
   position = np.broadcast_to(np.arange(width, dtype=np.int32), real.shape)[real]
   place = np.repeat(start, length) + position
   packed = np.zeros((3, groups * rows * width), np.int32)
-  packed[0, place] = tokens[put][real]
+  packed[0, place] = tokens[unique][real]
   packed[1, place] = np.repeat(segment, length)
   packed[2, place] = position
   end = np.zeros(b, np.int32)
-  end[put] = start + length - 1 - group * (rows * width)
+  end[unique] = start + length - 1 - group * (rows * width)
   packed = packed.reshape(3, groups, rows, width)
   return {
     'tokens': packed[0],
@@ -68,7 +68,7 @@ def pack(
 
 
 def rung(n: int) -> int:
-  """Returns the least of 1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 18, 22, ... (ratio 1.2) from n on."""
+  """Returns the smallest of 1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 18, 22, ... (ratio 1.2) >= n."""
   step = 1
   while step < n:
     step = -(-6 * step // 5)
@@ -79,9 +79,9 @@ def trim(
   tokens: Array,  # [b, T] int32, rows of tokenizer.tokenize
   lengths: tuple[int, ...] = (),
 ) -> Array:  # -> [b, T'] int32
-  """Cuts all rows to the shortest of some lengths that holds every end token; T is one of them.
+  """Trims all rows to the shortest length in `lengths` or T that contains every end token.
 
-  No lengths: the multiples of 8. As the tower is causal, what follows an end token has no effect.
+  Without lengths: the multiples of 8. In a causal tower, tokens after the end token have no effect.
   """
   width = tokens.shape[1]
   longest = int(tokens.argmax(1).max()) + 1
@@ -93,7 +93,7 @@ def _first_equal(
   length: Array,  # [b] int64: up to the end token
   groups: int,
 ) -> Array:  # -> [b] int64
-  """Returns the first caption of the same group that has the same tokens, for each caption."""
+  """Returns, for each caption, the first caption of its group with the same tokens."""
   text = tokens[np.arange(tokens.shape[1]) < length[:, None]].tobytes()
   stops = (tokens.itemsize * np.cumsum(length)).tolist()
   captions = list(map(text.__getitem__, map(slice, [0, *stops[:-1]], stops)))
@@ -110,23 +110,22 @@ def _first_fit(
   groups: int,
   width: int,
 ) -> Array:  # -> [n] int64
-  """Returns each caption's row of its group: the longest first, each in the first row with room.
+  """Returns each caption's row in its group: longest first, in the first row with room.
 
-  Captions of one length are placed at once, since a row takes all of them that fit before the next
-  row gets one.
+  Captions of one length are placed together: a row takes as many as fit, before the next row.
   """
   counts = np.bincount(length * groups + group, minlength=(width + 1) * groups).reshape(-1, groups)
   tokens = np.arange(width + 1) @ counts  # [G]
-  # All rows but one end up more than half full.
+  # First fit leaves at most one row half full or less.
   most = min(int(counts.sum(0).max()), 2 * int(tokens.max()) // width + 1)
   room = np.full((groups, most), width, np.int32)
   rows = np.tile(np.arange(most), groups)
-  found = []
+  placed = []
   for size in np.unique(length)[::-1]:
     fit = room // size
     taken = np.minimum(np.maximum(counts[size][:, None] - fit.cumsum(1) + fit, 0), fit)
     room -= (taken * size).astype(np.int32)
-    found.append(np.repeat(rows, taken.ravel()))
+    placed.append(np.repeat(rows, taken.ravel()))
   row = np.empty(len(length), np.int64)
-  row[np.argsort(-length, kind='stable')] = np.concatenate(found)  # group by group, as found
+  row[np.argsort(-length, kind='stable')] = np.concatenate(placed)  # by length, then by group
   return row

@@ -1,7 +1,8 @@
 """Format 'parquet': image bytes in a column, as img2dataset and Hugging Face's datasets write them.
 
-In: a .parquet with a column of bytes ('jpg'), or of {bytes, path} ('image'), and any others. Out:
-its samples, each a row number; a reader of rows. A file is streamed page by page, never held whole.
+In: a .parquet with a column of bytes ('jpg') or of {bytes, path} ('image'), and any other columns.
+Out: its samples, with their row numbers; a random-access reader of rows. A file is streamed page by
+page and never held in memory as a whole.
 """
 
 import bisect
@@ -22,33 +23,33 @@ import pyarrow.parquet as pq
 from clip_jax.core.errors import InputError
 from clip_jax.data import storage, table
 
-_BATCH = 4 << 20  # bytes of images decoded at once, about
-_MOST_ROWS = 256  # and rows: what a footer says of sizes may be wrong
-_CACHED = 96 << 20  # bytes of images kept decoded in a process, over all its files
-_STREAMS = 8  # row groups that a process has begun to read; each holds a page or two
-_BUFFER = 1 << 20  # bytes read at once
-_REMOTE_BUFFER = 8 << 20  # the same where a read takes long
-_MOST = {'string': 100_000_000, 'container': 1_000_000}  # in a footer: pyarrow's own limits
+_BATCH = 4 << 20  # approximate bytes of images decoded at once
+_MOST_ROWS = 256  # maximum rows decoded at once, because sizes in a footer may be wrong
+_CACHED = 96 << 20  # bytes of decoded images that a process caches, over all its files
+_STREAMS = 8  # partly read row groups that a process keeps open; each holds a page or two
+_BUFFER = 1 << 20  # bytes per read of a local file
+_REMOTE_BUFFER = 8 << 20  # bytes per read of a remote file
+_MOST = {'string': 100_000_000, 'container': 1_000_000}  # of a footer: pyarrow's own limits
 
 
 class _Damage(Exception):
-  """A file, or a part of it, is not what parquet files are made of."""
+  """A file, or a part of it, is not valid parquet."""
 
 
 @dataclasses.dataclass(frozen=True)
 class _File:
-  """An open file, and what is needed to read its images."""
+  """An open file, with the layout of its images."""
 
   parquet: Any  # pyarrow's ParquetFile
   column: str  # of the images
-  leaf: str  # the path of the bytes in the file: the column, or 'column.bytes'
-  ending: str  # the name in image_key that the column goes by
-  starts: tuple[int, ...]  # the first row of each row group, and the number of all rows
-  steps: tuple[int, ...]  # rows of each row group that are decoded at once
+  leaf: str  # path of the bytes in the schema: the column, or 'column.bytes'
+  ending: str  # the name in image_key that matches the column
+  starts: tuple[int, ...]  # first row of each row group, then the total number of rows
+  steps: tuple[int, ...]  # rows to decode at once, for each row group
 
   def batches(self, group: int, columns: Sequence[str]) -> Iterator:
-    """Yields a row group in batches: the given columns. Raises _Damage."""
-    with _damage():
+    """Yields the given columns of a row group in batches. Raises _Damage."""
+    with _damage_errors():
       yield from self.parquet.iter_batches(self.steps[group], [group], columns, use_threads=False)
 
 
@@ -58,12 +59,12 @@ def samples(
   sample_key: Sequence[str],
   columns: Sequence[str],
 ) -> tuple[Iterator[table.Sample], list[dict[str, str]]]:
-  """Returns the samples of a file in order, and what is listed as skipped.
+  """Returns the samples of a file in order, and the skipped entries.
 
-  image_key: names of the image's column, in lower case, the first that is there counts; sample_key:
-  of the column of keys, else a key is the file's name and the row; columns: what else is read.
-  A file, or a row group, that is damaged is listed; a sample without an image has no members.
-  Raises InputError where no column can be the image.
+  image_key: names of the image column, in lower case; the first one in the file counts. sample_key:
+  names of the key column; without it, a key is the file's name and the row. columns: other columns
+  to read. A damaged file or row group is skipped; a sample without an image has no members. Raises
+  InputError if no column holds images.
   """
   try:
     opened = _open(file.path, image_key)
@@ -79,28 +80,28 @@ def samples(
   for name in [opened.column, *wanted]:
     if opened.parquet.schema_arrow.names.count(name) > 1:
       raise InputError(
-        f'{file.path} has two columns named {name}, so it is not clear which is '
-        'meant. Write it with one, or name others in the dataset.'
+        f'{file.path} has two columns named {name}. Write the file with one, or name other '
+        'columns in the dataset.'
       )
   skipped = [] if opened.starts[-1] else [{'key': file.name, 'reason': 'no samples'}]
   return _samples(opened, file.name, key, wanted, skipped), skipped
 
 
 def classes(path: str, label_key: str) -> tuple[str, ...]:
-  """Returns the class names that Hugging Face's datasets leave in a file, () for none."""
+  """Returns the class names that Hugging Face's datasets store in a file, () for none."""
   try:
-    said = json.loads((_parquet(path).schema_arrow.metadata or {}).get(b'huggingface', b'{}'))
-    names = said['info']['features'][label_key]['names']
+    metadata = json.loads((_parquet(path).schema_arrow.metadata or {}).get(b'huggingface', b'{}'))
+    names = metadata['info']['features'][label_key]['names']
     return tuple(names) if all(isinstance(name, str) for name in names) else ()
   except (_Damage, ValueError, LookupError, TypeError, RecursionError):
     return ()
 
 
 class Reader:
-  """A file of which rows are read at random; any number of threads may.
+  """Random access to the rows of a file; thread-safe.
 
-  A row group can only be decoded from its start. So what is decoded on the way to a row is kept,
-  as long as _CACHED allows, and a later row of the group goes on where the last one stopped.
+  A row group can only be decoded from its start. So the batches decoded on the way to a row are
+  cached, up to _CACHED bytes, and a read of a later row of the group continues from there.
   """
 
   def __init__(self, path: str, image_key: str):
@@ -108,9 +109,9 @@ class Reader:
     try:
       self._file = _open(path, [name.strip() for name in image_key.lower().split(';')])
     except _Damage as error:
-      raise storage.changed(self._path) from error
+      raise storage.changed_file_error(self._path) from error
     self._number = next(_numbers)
-    self._ends = collections.defaultdict(list)  # row group -> the rows before the end of each batch
+    self._ends = collections.defaultdict(list)  # row group -> row at which each batch ends
     self._lock = threading.Lock()
 
   def __len__(self) -> int:
@@ -118,22 +119,22 @@ class Reader:
 
   def read_many(self, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
     """Returns the images of [(row, length)]; each row group is read once."""
-    found = self.values([row for row, _ in ranges])
-    if any(len(data) != length for data, (_, length) in zip(found, ranges, strict=True)):
-      raise storage.changed(self._path)
-    return found
+    images = self.values([row for row, _ in ranges])
+    if any(len(data) != length for data, (_, length) in zip(images, ranges, strict=True)):
+      raise storage.changed_file_error(self._path)
+    return images
 
   def values(self, rows: Sequence[int]) -> list[bytes]:
-    """Returns the bytes of rows, whatever their number."""
-    found = [b''] * len(rows)
+    """Returns the bytes of rows, in the given order, without a check of their lengths."""
+    images = [b''] * len(rows)
     with self._lock:
       for i in sorted(range(len(rows)), key=rows.__getitem__):
-        found[i] = self._value(rows[i])
-    return found
+        images[i] = self._value(rows[i])
+    return images
 
   def _value(self, row: int) -> bytes:
     if not 0 <= row < self._file.starts[-1]:
-      raise storage.changed(self._path)
+      raise storage.changed_file_error(self._path)
     group = bisect.bisect_right(self._file.starts, row) - 1
     row -= self._file.starts[group]
     number = bisect.bisect_right(self._ends[group], row)
@@ -142,11 +143,11 @@ class Reader:
       number, batch = self._decode(group, row, number)
     data = _buffer(batch, row - (self._ends[group][number - 1] if number else 0))
     if data is None:
-      raise storage.changed(self._path)
+      raise storage.changed_file_error(self._path)
     return data.to_pybytes()
 
   def _decode(self, group: int, row: int, wanted: int) -> tuple[int, Any]:
-    """Returns the batch of a row group that holds a row, and its number."""
+    """Returns the number of the batch that holds a row of a row group, and the batch."""
     number, stream = _streams.take((self._number, group)) or (0, None)
     if stream is None or number > wanted:
       number, stream = 0, self._file.batches(group, [self._file.leaf])
@@ -155,7 +156,7 @@ class Reader:
       try:
         batch = _part(next(stream).column(self._file.column), 'bytes')
       except (_Damage, StopIteration) as error:
-        raise storage.changed(self._path) from error
+        raise storage.changed_file_error(self._path) from error
       if number == len(ends):
         ends.append((ends[-1] if ends else 0) + len(batch))
       _decoded.put((self._number, group, number), batch, batch.nbytes)
@@ -166,38 +167,38 @@ class Reader:
       number += 1
 
 
-class _Recent:
-  """What was used last, up to a size in all."""
+class _LRUCache:
+  """A cache with least-recently-used eviction and a maximum total size."""
 
   def __init__(self, most: int):
     self._most, self._size, self._lock = most, 0, threading.RLock()
-    self._found: collections.OrderedDict[tuple, tuple[Any, int]] = collections.OrderedDict()
+    self._entries: collections.OrderedDict[tuple, tuple[Any, int]] = collections.OrderedDict()
 
   def get(self, key: tuple) -> Any | None:
     with self._lock:
-      if key in self._found:
-        self._found.move_to_end(key)
-      return self._found.get(key, (None, 0))[0]
+      if key in self._entries:
+        self._entries.move_to_end(key)
+      return self._entries.get(key, (None, 0))[0]
 
   def take(self, key: tuple) -> Any | None:
-    """Returns a value that nobody else then gets."""
+    """Removes and returns a value, so that no other thread gets it; None if it is missing."""
     with self._lock:
-      value, size = self._found.pop(key, (None, 0))
+      value, size = self._entries.pop(key, (None, 0))
       self._size -= size
       return value
 
   def put(self, key: tuple, value: Any, size: int = 1) -> None:
     with self._lock:
       self.take(key)
-      self._found[key] = value, size
+      self._entries[key] = value, size
       self._size += size
       while self._size > self._most:
-        self._size -= self._found.popitem(last=False)[1][1]
+        self._size -= self._entries.popitem(last=False)[1][1]
 
 
-_decoded = _Recent(_CACHED)  # (reader, row group, batch) -> the batch's images
-_streams = _Recent(_STREAMS)  # (reader, row group) -> (the batch that comes next, the batches)
-_numbers = itertools.count()  # one a reader: a file that is opened again may be another
+_decoded = _LRUCache(_CACHED)  # (reader, row group, batch) -> the batch's images
+_streams = _LRUCache(_STREAMS)  # (reader, row group) -> (number of the next batch, iterator)
+_numbers = itertools.count()  # one per reader, because a file may change before it is reopened
 
 
 def _samples(
@@ -215,32 +216,31 @@ def _samples(
         if row + batch.num_rows > end:
           raise _Damage('more rows than the footer says')
         for image, path_only, fields in _rows(batch, file.column, columns):
-          shown = fields.get(key)
-          shown = f'{stem}/{row:09d}' if shown is None or shown == '' else str(shown)
+          value = fields.get(key)
+          sample_key = f'{stem}/{row:09d}' if value is None or value == '' else str(value)
           if path_only:
-            skipped.append({'key': shown, 'reason': 'image is not in the file'})
+            skipped.append({'key': sample_key, 'reason': 'image is not in the file'})
           else:
             members = {} if image is None else {file.ending: (row, image.size)}
-            yield table.Sample(shown, members, functools.partial(_read, image), fields=fields)
+            yield table.Sample(sample_key, members, functools.partial(_read, image), fields=fields)
           row += 1
       if row < end:
         raise _Damage('fewer rows than the footer says')
     except _Damage as damage:
-      short = isinstance(damage.__cause__, MemoryError)
+      out_of_memory = isinstance(damage.__cause__, MemoryError)
       skipped.append(
         {
           'key': f'{name}, row {row}',
-          'reason': 'not enough memory for a page' if short else 'damaged row group',
+          'reason': 'not enough memory for a page' if out_of_memory else 'damaged row group',
         }
       )
 
 
 def _rows(batch, column: str, columns: list[str]) -> Iterator[tuple[Any, bool, dict[str, Any]]]:
-  """Yields of each row the image's bytes, or None; whether a path stands for them; the rest."""
-  with _damage():
-    images, paths = (
-      _part(batch.column(column), name) for name in ('bytes', 'path')
-    )  # no path is ever opened
+  """Yields (image bytes or None, whether the row has a path only, other columns) of each row."""
+  with _damage_errors():
+    # Paths are never opened.
+    images, paths = (_part(batch.column(column), name) for name in ('bytes', 'path'))
     arrays = {name: batch.column(name) for name in columns}
     for i in range(batch.num_rows):
       image = _buffer(images, i)
@@ -253,8 +253,8 @@ def _read(data, ending: str, most: int) -> bytes:
 
 
 @contextlib.contextmanager
-def _damage() -> Iterator[None]:
-  """Raises _Damage for whatever pyarrow raises on damaged files; other errors pass."""
+def _damage_errors() -> Iterator[None]:
+  """Turns the errors that pyarrow raises on damaged files into _Damage; others pass unchanged."""
   errors = pa.ArrowException, OSError, ValueError, OverflowError, IndexError, KeyError
   try:
     yield
@@ -265,10 +265,10 @@ def _damage() -> Iterator[None]:
 
 
 def _parquet(path: str):
-  """Returns a pyarrow ParquetFile. A footer cannot ask for more items than the file has bytes."""
+  """Returns a pyarrow ParquetFile, with limits against a footer that claims more than it holds."""
   local = '://' not in path
   size = os.path.getsize(path) if local else _MOST['string']
-  with _damage():
+  with _damage_errors():
     return pq.ParquetFile(
       path if local else storage.open_stream(path),
       pre_buffer=False,
@@ -279,15 +279,15 @@ def _parquet(path: str):
 
 
 def _open(path: str, image_key: Sequence[str]) -> _File:
-  """Opens a file. Raises _Damage, and InputError where no column can be the image."""
+  """Opens a file. Raises _Damage, and InputError if no column holds images."""
   parquet = _parquet(path)
-  with _damage():
+  with _damage_errors():
     column, leaf, ending = _image_column(parquet.schema_arrow, image_key, path)
     groups = [parquet.metadata.row_group(i) for i in range(parquet.num_row_groups)]
     counts = [group.num_rows for group in groups]
     if min(counts, default=0) < 0 or sum(counts) != parquet.metadata.num_rows:
       raise _Damage('the footer contradicts itself')
-    # Not by the sizes of columns: on some damaged footers pyarrow ends the process when asked.
+    # The sizes of columns are not read: on some damaged footers pyarrow then ends the process.
     steps = (_BATCH * group.num_rows // max(group.total_byte_size, 1) for group in groups)
     return _File(
       parquet,
@@ -300,7 +300,7 @@ def _open(path: str, image_key: Sequence[str]) -> _File:
 
 
 def _image_column(schema, names: Sequence[str], path: str) -> tuple[str, str, str]:
-  """Returns the column of images, the path of its bytes in the file, and which of `names` it is."""
+  """Returns the image column, the path of its bytes in the schema, and its name in `names`."""
   fields = {field.name.lower(): field for field in schema}
   for name in filter(fields.__contains__, names):
     kind, column = _stored(fields[name].type), fields[name].name
@@ -312,10 +312,10 @@ def _image_column(schema, names: Sequence[str], path: str) -> tuple[str, str, st
       and _holds_bytes(_stored(kind.field('bytes').type))
     ):
       return column, f'{column}.bytes', name
-  have = ', '.join(f'{field.name} ({field.type})' for field in schema)
+  columns = ', '.join(f'{field.name} ({field.type})' for field in schema)
   raise InputError(
     f'{path} has no column of image bytes, or of {{bytes, path}}, among '
-    f'{", ".join(names)}; it has {have[:500]}. Name it in image_key.'
+    f'{", ".join(names)}; it has {columns[:500]}. Set image_key to its image column.'
   )
 
 
@@ -324,22 +324,24 @@ def _holds_bytes(kind) -> bool:
 
 
 def _stored(kind):
-  """Returns the type of the values, whether they are wrapped in an extension or a dictionary."""
+  """Returns the storage type of the values, without extension or dictionary wrappers."""
   while isinstance(kind, pa.BaseExtensionType | pa.DictionaryType):
     kind = kind.storage_type if isinstance(kind, pa.BaseExtensionType) else kind.value_type
   return kind
 
 
 def _part(array, name: str):
-  """Returns the field 'bytes' or 'path' of a batch of images, None where it has none; bytes alone
-  are themselves.
+  """Returns the field 'bytes' or 'path' of a batch of images, None if it is missing.
+
+  A plain column of bytes counts as the field 'bytes'.
   """
   if isinstance(array, pa.ExtensionArray):
     array = array.storage
   if not isinstance(array, pa.StructArray):
     return array if name == 'bytes' else None
   place = array.type.get_field_index(name)
-  return None if place < 0 else _part(array.flatten()[place], 'bytes')  # null where the parent is
+  # flatten() gives null where the parent is null.
+  return None if place < 0 else _part(array.flatten()[place], 'bytes')
 
 
 def _buffer(array, i: int):
@@ -351,17 +353,17 @@ def _buffer(array, i: int):
 
 
 def _python(array, i: int) -> Any:
-  """Returns a value of a column as JSON could hold it, None where it has no Python value."""
+  """Returns a value of a column as JSON types, None if Python cannot represent it."""
   value = array[i]
   if isinstance(value, pa.DictionaryScalar):
     value = value.value
   if not value.is_valid:
     return None
-  if isinstance(value, pa.StringScalar | pa.BinaryScalar):  # text may be no UTF-8
+  if isinstance(value, pa.StringScalar | pa.BinaryScalar):  # text may be invalid UTF-8
     return _as_text(value.as_buffer().to_pybytes())
   try:
     return json.loads(json.dumps(value.as_py(), default=_as_text))
-  except (pa.ArrowException, ValueError, OverflowError):  # a time that Python does not know
+  except (pa.ArrowException, ValueError, OverflowError):  # such as a time out of Python's range
     return None
 
 

@@ -1,6 +1,6 @@
-"""A dataset that was indexed, read at random: rows of its table -> images and captions.
+"""Random access to an indexed dataset: rows of its table -> images and captions.
 
-In: the dataset's folder as table.assemble leaves it, and the source files where they lie.
+In: the dataset's folder as table.assemble writes it, and the source files in their place.
 """
 
 import collections
@@ -23,10 +23,10 @@ _OPEN_FILES = 128  # source files that one Source keeps open
 
 
 class Source:
-  """A dataset on disk, read at random: a Grain RandomAccessDataSource.
+  """An indexed dataset with random access, as a Grain RandomAccessDataSource.
 
-  Any number of threads may read. A pickle holds the folder's name only. The table and the captions
-  are memory-mapped; at most _OPEN_FILES source files are open.
+  Reads are thread-safe. A pickle holds only the name of the folder. The table and the captions are
+  memory-mapped; at most _OPEN_FILES source files are open.
   """
 
   def __init__(self, directory: str):
@@ -41,20 +41,20 @@ class Source:
 
   @property
   def has_images(self) -> bool:
-    """Whether rows have images: vectors alone have none, unless it is said where they are."""
+    """Whether rows have images; rows of vectors have them only if the dataset has `images`."""
     return all(
       formats.get(shard['format']).open or shard.get('images') for shard in self._files['shards']
     )
 
   def __getitem__(self, row: int) -> dict[str, Any]:
-    """Returns dict(image: the bytes of the file, caption: str, label: int, -1 for none).
+    """Returns dict(image: bytes of the image file, caption: str, label: int, -1 for none).
 
-    Raises InputError for a row of vectors whose image is nowhere.
+    Raises InputError for a row of vectors without an image.
     """
     return self.many([row])[0]
 
   def many(self, rows: Sequence[int]) -> list[dict[str, Any]]:
-    """Returns [self[row] for row in rows], sooner where a file or a storage gives many at once."""
+    """Returns [self[row] for row in rows], faster: rows of one file are read together."""
     rows = [operator.index(row) for row in rows]
     places = [self._row(row) for row in rows]
     images = self._images(rows, places)
@@ -90,28 +90,28 @@ class Source:
 
   @property
   def classes(self) -> tuple[str, ...]:
-    """The class names in label order, () where none are known."""
+    """The class names in label order, () if none are known."""
     return tuple(self._files['classes'])
 
   def offsets(self, shard: int) -> Array:  # [n] int64
-    """Returns where the rows of a shard are in its file: of vectors, the numbers of their rows."""
+    """Returns the offsets of a shard's rows in its file; for vectors, their row numbers."""
     return self._table['offset'][self.starts[shard] : self.starts[shard + 1]]
 
   def column(self, name: str) -> Array:  # [n]
-    """Returns a column of the index: numbers (NaN for none), or objects, str (None for none)."""
+    """Returns a column of the index: numbers (missing: NaN) or str objects (missing: None)."""
     import pyarrow as pa
 
     shards = range(len(self._files['shards']))
     parts = [table.read_columns(self._directory, shard, [name]) for shard in shards]
     if not any(part.column_names for part in parts):
       raise InputError(
-        f'{self._directory} has no column {name!r}: name it in the `columns` of the dataset.'
+        f'{self._directory} has no column {name!r}. Add it to the `columns` of the dataset.'
       )
     parts = [
       part[name] if part.column_names else pa.chunked_array([pa.nulls(part.num_rows)])
       for part in parts
     ]
-    kinds = {part.type for part in parts} - {pa.null()}  # shards without a value have no type
+    kinds = {part.type for part in parts} - {pa.null()}  # null: a shard where all are missing
     if len(kinds) != 1:
       kinds = {pa.float64() if kinds == {pa.int64(), pa.float64()} else pa.string()}
     (kind,) = kinds
@@ -123,21 +123,21 @@ class Source:
     return words[codes.indices.fill_null(len(words) - 1).to_numpy(zero_copy_only=False)]
 
   def same_samples(self, other: 'Source') -> Array:  # [n] bool
-    """Returns which rows are a sample of `other` too: the same bytes of the same file."""
-    theirs = collections.defaultdict(list)
+    """Returns which rows are also in `other`, as the same bytes of the same file."""
+    other_places = collections.defaultdict(list)
     for shard in range(len(other.starts) - 1):
       path, places = other._places(shard)
-      theirs[path].append(places)
+      other_places[path].append(places)
     mask = np.zeros(len(self), bool)
     for shard in range(len(self.starts) - 1):
       path, places = self._places(shard)
-      if path in theirs:
+      if path in other_places:
         rows = slice(self.starts[shard], self.starts[shard + 1])
-        mask[rows] = np.isin(places, np.concatenate(theirs[path]))
+        mask[rows] = np.isin(places, np.concatenate(other_places[path]))
     return mask
 
   def _places(self, shard: int) -> tuple[str, Array]:
-    """Returns a shard's file, or folder, and where its samples are in it: offsets, or paths."""
+    """Returns the file (or root folder) of a shard, and the offsets (or paths) of its samples."""
     where = self._files['shards'][shard]
     if not where['path']:
       rows = range(int(self.starts[shard]), int(self.starts[shard + 1]))
@@ -152,48 +152,52 @@ class Source:
     return self._table[row].item()
 
   def _images(self, rows: Sequence[int], places: Sequence[tuple]) -> dict[int, bytes]:
-    """Returns the images of rows, by their places in `rows`: of one file, or of a remote storage,
-    by one call.
+    """Returns position in `rows` -> image bytes.
+
+    places: the table entry of each row. Images of one file are read in one call, and all remote
+    images are fetched together.
     """
     images, remote = {}, []
     shards = collections.defaultdict(list)
     for k, place in enumerate(places):
       shards[place[0]].append(k)
-    for shard, those in shards.items():
+    for shard, members in shards.items():
       where = self._files['shards'][shard]
       path, opener = where['path'], formats.get(where['format']).open
       if not opener:  # vectors
-        images |= {k: self._keyed_image(rows[k], shard) for k in those}
+        images |= {k: self._keyed_image(rows[k], shard) for k in members}
       elif not path:  # each image is a file
-        for k in those:
+        for k in members:
           file = os.path.join(where['root'], self._path(rows[k]))
-          with _readable(file):
-            images |= _whole(
+          with _input_errors(file):
+            images |= _check_lengths(
               file, opener({**where, 'path': file}).read_many([places[k][1:3]]), [k], places
             )
       else:
-        with _readable(path):
+        with _input_errors(path):
           reader = self._opened(shard)
           if isinstance(reader, storage.RemoteFile):
-            remote += those
+            remote += members
           else:
-            images |= _whole(path, reader.read_many([places[k][1:3] for k in those]), those, places)
+            images |= _check_lengths(
+              path, reader.read_many([places[k][1:3] for k in members]), members, places
+            )
     paths = [self._files['shards'][places[k][0]]['path'] for k in remote]
     parts = storage.read_ranges([(path, *places[k][1:3]) for path, k in zip(paths, remote)])
     for path, k, data in zip(paths, remote, parts, strict=True):
-      images |= _whole(path, [data], [k], places)
+      images |= _check_lengths(path, [data], [k], places)
     return images
 
   def _keyed_image(self, row: int, shard: int) -> bytes:
-    """Returns the image of a row of vectors, which its key names."""
+    """Returns the image of a row of vectors, looked up by the row's key."""
     where = self._files['shards'][shard]
     if not where.get('images'):
       raise InputError(
-        f'{where["path"]} holds vectors and no images. Say where they are with '
-        '`images` of the dataset.'
+        f'{where["path"]} holds vectors and no images. Set `images` of the dataset to '
+        'the path of the images.'
       )
     key = table.read_key(self._directory, shard, row - int(self.starts[shard]))
-    with _readable(where['images']):
+    with _input_errors(where['images']):
       return keyed_images.KeyedImages(where['images']).read(key)
 
   def _open(self, shard: int) -> formats.Reader:
@@ -203,11 +207,11 @@ class Source:
   @functools.cached_property
   def _table(self) -> Array:  # [n] TABLE_DTYPE
     rows = np.load(os.path.join(self._directory, 'table.npy'), mmap_mode='r')
-    return rows.view(np.ndarray)  # a plain view of the map: np.memmap's own indexing is slow
+    return rows.view(np.ndarray)  # a plain view, because indexing an np.memmap is slow
 
   @functools.cached_property
   def _captions(self) -> mmap.mmap | bytes:
-    return _mapped(os.path.join(self._directory, 'captions.bin'))
+    return _memory_map(os.path.join(self._directory, 'captions.bin'))
 
   @functools.cached_property
   def _files(self) -> dict[str, Any]:
@@ -215,9 +219,9 @@ class Source:
 
   @functools.cached_property
   def _paths(self) -> tuple[Array, mmap.mmap | bytes]:
-    """Returns where each row's path ends in the text of all paths, and that text."""
+    """Returns the end of each row's path in the text of all paths, and that text."""
     ends = np.load(os.path.join(self._directory, 'path_ends.npy'), mmap_mode='r').view(np.ndarray)
-    return ends, _mapped(os.path.join(self._directory, 'paths.bin'))
+    return ends, _memory_map(os.path.join(self._directory, 'paths.bin'))
 
   def _path(self, row: int) -> str:
     """Returns the path of a row's image, relative to its root."""
@@ -226,34 +230,35 @@ class Source:
 
 
 @contextlib.contextmanager
-def _readable(path: str) -> Iterator[None]:
-  """Turns an error of the system, while a source file is read, into an InputError."""
+def _input_errors(path: str) -> Iterator[None]:
+  """Turns an OSError from reading a source file into an InputError."""
   try:
     yield
   except OSError as error:
     raise InputError(
-      f'{path} cannot be read any more ({error.strerror or error}). Put it back, or '
+      f'{path} cannot be read any more ({error.strerror or error}). Restore it, or '
       'index again with --redo=ingest.'
     ) from error
 
 
-def _whole(
-  path: str, images: Sequence[bytes], those: Sequence[int], places: Sequence[tuple]
+def _check_lengths(
+  path: str, images: Sequence[bytes], members: Sequence[int], places: Sequence[tuple]
 ) -> dict[int, bytes]:
-  """Returns images of a file by their numbers `those`; raises InputError where one is not as long
-  as its place says.
+  """Returns dict(zip(members, images)); raises InputError if an image has the wrong length.
+
+  places: table entries with the expected lengths, indexed by `members`.
   """
-  for k, data in zip(those, images, strict=True):
+  for k, data in zip(members, images, strict=True):
     _, offset, length, *_ = places[k]
     if len(data) != length:
       raise InputError(
         f'{path} ends at byte {offset + len(data)}, inside a sample: it is not the '
-        'file that was indexed. Put that back, or index again with --redo=ingest.'
+        'file that was indexed. Restore that file, or index again with --redo=ingest.'
       )
-  return dict(zip(those, images))
+  return dict(zip(members, images))
 
 
-def _mapped(path: str) -> mmap.mmap | bytes:
+def _memory_map(path: str) -> mmap.mmap | bytes:
   with open(path, 'rb') as f:
     if not os.fstat(f.fileno()).st_size:
       return b''  # an empty file cannot be mapped

@@ -1,6 +1,4 @@
-"""Which samples of a dataset become rows, and what each row says: the rules that every source
-format shares.
-"""
+"""The rules that choose samples of a dataset and fill their rows, for every source format."""
 
 from collections.abc import Mapping, Sequence
 import dataclasses
@@ -18,32 +16,25 @@ NO_LABEL, BAD_LABEL = -1, -2
 
 @dataclasses.dataclass(frozen=True)
 class RowRules:
-  """The keys of a dataset block that choose samples and describe them. Raises ConfigError for a bad
-  one.
+  """The keys of a dataset block that choose and describe samples; ConfigError for a bad value.
 
-  A key names a member by its ending ('txt', 'cls'), else a column, else a field of the json member;
-  'json:NAME' is the field of the json member, or of the column 'json', else a column. image_key,
-  caption_key and sample_key are names with ';' between them: the first that is there counts.
+  A key names a member by its ending ('txt', 'cls'), else a column, else a field of the json member.
+  'json:NAME' is a field of the json member or of the column 'json', else a column. image_key,
+  caption_key and sample_key are lists of names separated by ';': the first existing one counts.
   """
 
-  where: Mapping[str, Any] = dataclasses.field(
-    default_factory=dict
-  )  # column -> value, or values, of what counts
-  part: tuple[float, float] = (
-    0.0,
-    1.0,
-  )  # samples count whose sha256(group) / 2^256 lies in [low, high)
-  group_key: str = ''  # what siblings share; '' takes the sample's own key
-  group_pattern: str = ''  # regex of which the first group, else the whole match, is kept
+  # column -> value, or values, of the chosen samples
+  where: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  part: tuple[float, float] = (0.0, 1.0)  # chosen: low <= sha256(group) / 2^256 < high
+  group_key: str = ''  # shared by related samples; '' uses the sample's own key
+  group_pattern: str = ''  # regex; its first group, else the whole match, is the group
   image_key: str = 'jpg;jpeg;png;webp;image'
-  caption_key: str = (
-    'txt;caption;text'  # the first that says something counts, also of a list of them
-  )
+  caption_key: str = 'txt;caption;text'  # the first non-empty text counts, also within a list
   sample_key: str = 'key;uid'
-  caption_template: str = ''  # '{}' takes the class name; '' takes the sample's own caption
+  caption_template: str = ''  # '{}' becomes the class name; '' uses the sample's own caption
   # (regex, replacement, share of the samples that are edited, chosen by their keys)
   caption_edit: tuple[str, str, float] | tuple[()] = ()
-  label_key: str = ''  # of a number, or a name among `classes`
+  label_key: str = ''  # of a label number, or a name in `classes`
   labels_file: str = ''  # format 'folder': the path of a file of labels (labels.py)
   classes: Sequence[str] = ()  # class names in label order
   columns: Sequence[str] = ()  # more columns of the index
@@ -51,20 +42,18 @@ class RowRules:
 
   def __post_init__(self):
     if taken := set(self.columns) & set(COLUMNS):
-      raise ConfigError(
-        f'columns names {min(taken)!r}, which every index has already: leave it out.'
-      )
+      raise ConfigError(f'columns has {min(taken)!r}, which is in every index: remove it.')
     if self.labels_file and self.label_key:
       raise ConfigError(
-        f'labels_file={self.labels_file!r} and label_key={self.label_key!r} both say what an image '
-        'shows: leave one out.'
+        f'labels_file={self.labels_file!r} and label_key={self.label_key!r} both give labels: '
+        'remove one of them.'
       )
     regex(self.group_pattern)
     regex(*self.caption_edit[:2])
 
   @functools.cached_property
   def allowed(self) -> dict[str, tuple]:
-    """Column -> the values of the samples that count."""
+    """Column -> values of the chosen samples."""
     return {
       name: tuple(value) if isinstance(value, (tuple, list)) else (value,)
       for name, value in self.where.items()
@@ -75,21 +64,20 @@ class RowRules:
     return (low, high) == (0, 1) or low <= fraction(group) < high
 
   def group(self, text: str) -> str:
-    """Returns what `group_pattern` keeps of a text: the first group of a match, else the match,
-    else the text.
+    """Returns the part of a text that matches `group_pattern`, or the text if nothing matches.
+
+    If the pattern has a group, the result is the match of its first group.
     """
     match = regex(self.group_pattern).search(text) if self.group_pattern else None
     return match[1 if match.re.groups and match[1] is not None else 0] if match else text
 
   def label(self, value: Any) -> int:
-    """Returns the label that a value means, NO_LABEL for no value, BAD_LABEL for what is none of
-    the classes.
-    """
-    if value is None or value != value:  # NaN is how tables of numbers say that there is none
+    """Returns the label of a value, NO_LABEL for no value, BAD_LABEL for an unknown class."""
+    if value is None or value != value:  # NaN marks a missing value in tables of numbers
       return NO_LABEL
     if value in self.classes:
       return self.classes.index(value)
-    if isinstance(value, float) and value.is_integer():  # so a column with gaps keeps its numbers
+    if isinstance(value, float) and value.is_integer():  # integers with gaps are stored as floats
       value = int(value)
     try:
       label = int(value) if isinstance(value, str) else operator.index(value)
@@ -105,20 +93,19 @@ def names(keys: str) -> tuple[str, ...]:
 
 
 def fraction(text: str) -> float:
-  """Returns a number in [0, 1) that is a text's own, on every machine."""
+  """Returns sha256(text) / 2^256, a number in [0, 1)."""
   return int.from_bytes(hashlib.sha256(text.encode()).digest(), 'big') / 2**256
 
 
 @functools.cache
 def regex(pattern: str = '', replacement: str = '') -> re.Pattern:
-  """Returns a compiled pattern; raises ConfigError where it, or its replacement, is wrong."""
+  """Returns a compiled pattern; raises ConfigError if it, or its replacement, is invalid."""
   try:
     compiled = re.compile(pattern)
-    compiled.sub(replacement, '')  # a reference to a group that is not there fails here
+    compiled.sub(replacement, '')  # fails for a reference to a missing group
     return compiled
   except (re.error, IndexError) as error:
     raise ConfigError(
-      f'The regular expression {pattern!r}, replaced by {replacement!r}, is wrong: {error}. '
-      'Correct '
-      'it.'
+      f'The regular expression {pattern!r} with replacement {replacement!r} is invalid: {error}. '
+      'Correct it.'
     ) from error

@@ -1,6 +1,6 @@
-"""Source files -> the samples in them that count, and what each says: captions, labels, groups.
+"""Scans source files: chosen samples -> rows with caption, label, group and image location.
 
-In: the files of one shard, of any format. Out: one `Scan`, which table.py writes down. No image is
+In: the files of one shard, of any format. Out: one `Scan`, which table.py writes. Images are not
 decoded.
 """
 
@@ -14,27 +14,28 @@ from clip_jax.core.errors import InputError
 from clip_jax.data import formats, headers, images, labels, row_rules, storage, table
 from clip_jax.data.row_rules import RowRules
 
-_MOST_TEXT = 1 << 24  # bytes of a caption or json member; more is no text
-# Bytes read for an image's size: what the pass over a remote tar keeps of it; mostly enough; enough
-# for any.
+_MOST_TEXT = 1 << 24  # bytes; a longer caption or json member is not text
+# Bytes read to find an image's size, tried in turn. The first is what a pass over a remote tar has
+# kept in memory; the second is usually enough; the third is enough for any image.
 _HEADER = (1 << 12, 1 << 14, 1 << 26)
 
 
 class _Skip(Exception):
-  """The reason for which a sample is not used."""
+  """The reason why a sample is skipped."""
 
 
 class _Fields(NamedTuple):
-  """What a sample says beside its members."""
+  """The metadata of a sample beside its members."""
 
-  columns: Mapping[str, Any]  # of its file; the class folder
-  json: Mapping[str, Any]  # of its json member, or of the column 'json'
+  columns: Mapping[str, Any]  # columns of its file, or {'folder': class folder}
+  json: Mapping[str, Any]  # fields of its json member, or of the column 'json'
 
 
 def classes(format: str, path: str, label_key: str) -> tuple[str, ...]:
-  """Returns the class names that a dataset tells of its `label_key`, in label order; () for none.
+  """Returns the class names that a dataset stores for its `label_key`, in label order, or ().
 
-  path: the dataset's; where it may mean many files (parquet), one of them. Folders: see labels.py.
+  path: of the dataset, or one of its files for formats with many files (parquet). The class names
+  of folders come from labels.py.
   """
   path = path if '://' in path else os.path.abspath(os.path.expanduser(path))
   return formats.get(format).classes(path, label_key) if label_key else ()
@@ -48,13 +49,14 @@ def scan(
   root: str = '',
   **fields: Any,
 ) -> table.Scan:
-  """Returns the rows of one shard: of one file, or of image files below `root`, the path listed.
+  """Returns the rows of one shard: of one source file, or of image files below `root`.
 
-  rules: which samples count and what their rows say; without it, `fields` are those of RowRules by
-  name. In folders, 'folder' is a column too, and without a label_key a folder's class is what
-  labels.py says. A sample without a label has -1. Raises ConfigError for a bad rule.
+  root: the listed path of a folder dataset, else ''. rules: which samples are chosen and how their
+  rows are filled; without it, `fields` are the fields of RowRules. In folders, 'folder' is also a
+  column, and without a label_key the label comes from labels.py. A sample without a label has -1.
+  Raises ConfigError for a bad rule.
   """
-  found_by, rules = formats.get(format), rules or RowRules(**fields)
+  source_format, rules = formats.get(format), rules or RowRules(**fields)
   files = [files] if isinstance(files, storage.SourceFile) else files
   folder_label = (
     labels.labels(root, rules.classes, rules.labels_file).of
@@ -62,7 +64,7 @@ def scan(
     else None
   )
   try:
-    samples, skipped = found_by.samples(
+    samples, skipped = source_format.samples(
       files,
       root,
       row_rules.names(rules.image_key.lower()),
@@ -72,7 +74,7 @@ def scan(
     return _scan(samples, skipped, rules, folder_label)
   except OSError as error:
     raise InputError(
-      f'A source file cannot be read: {error}. Put it back, or correct the path of the dataset.'
+      f'A source file cannot be read: {error}. Restore it, or correct the path of the dataset.'
     ) from error
 
 
@@ -98,7 +100,7 @@ def _scan(
 
 
 def _wanted(rules: RowRules) -> tuple[str, ...]:
-  """Returns the names of all columns that the rules may ask for."""
+  """Returns the names of all columns that the rules may need."""
   keys = [*rules.where, rules.group_key, rules.label_key, *rules.columns]
   keys += ['class_name'] if rules.caption_template else row_rules.names(rules.caption_key)
   if any(key.startswith('json:') for key in keys):
@@ -109,10 +111,10 @@ def _wanted(rules: RowRules) -> tuple[str, ...]:
 def _record(
   sample: table.Sample, rules: RowRules, folder_label: Callable[[str], int | None] | None
 ) -> table.Record | None:
-  """Returns a sample's row, None where it is not asked for.
+  """Returns the row of a sample, or None if the rules do not choose it.
 
-  folder_label: an image's path -> its label, None where its class is not asked for. Raises _Skip or
-  NoLabel where the sample is of no use.
+  folder_label: path of an image -> its label, or None if its class is not chosen. Raises _Skip or
+  NoLabel if the sample cannot be used.
   """
   fields = _Fields({'folder': sample.folder} if sample.path else sample.fields, _json(sample))
   for name, allowed in rules.allowed.items():
@@ -160,7 +162,7 @@ def _json(sample: table.Sample) -> Mapping[str, Any]:
       return text if isinstance(text, dict) else {}
   try:
     value = json.loads(text)
-  except (ValueError, RecursionError):  # nesting without end
+  except (ValueError, RecursionError):  # RecursionError: nested too deep
     value = None
   if not isinstance(value, dict):
     raise _Skip('bad json')
@@ -168,7 +170,7 @@ def _json(sample: table.Sample) -> Mapping[str, Any]:
 
 
 def _value(sample: table.Sample, fields: _Fields, key: str) -> Any:
-  """Returns a text member, or a column, or a json field, or None."""
+  """Returns the value of a text member, a column or a json field, or None."""
   if key in sample.members and key != 'json':
     return _text(sample, key).strip()
   name = key.removeprefix('json:')
@@ -177,11 +179,11 @@ def _value(sample: table.Sample, fields: _Fields, key: str) -> Any:
   value = second.get(name) if value is None else value
   if isinstance(value, str) and len(value) > _MOST_TEXT:
     raise _Skip(f'{name} too long')
-  return None if value != value else value  # NaN is how tables of numbers say that there is none
+  return None if value != value else value  # NaN marks a missing value in tables of numbers
 
 
 def _needed(sample: table.Sample, fields: _Fields, key: str) -> Any:
-  """Returns the value of a key that a sample must have; raises _Skip where it has none."""
+  """Returns the value of a key that a sample must have; raises _Skip if it is missing."""
   value = _value(sample, fields, key)
   if value is None:
     raise _Skip(f'no {key}')
@@ -196,7 +198,7 @@ def _text(sample: table.Sample, ending: str) -> str:
 
 
 def _clean(value: Any) -> Any:
-  """Returns a text without halves of surrogate pairs, which JSON may hold and UTF-8 may not."""
+  """Replaces lone surrogates in a text, which are valid in JSON but not in UTF-8."""
   if not isinstance(value, str) or value.isascii():
     return value
   return value.encode('utf-8', 'replace').decode()
@@ -216,9 +218,8 @@ def _caption(sample: table.Sample, fields: _Fields, label: int, rules: RowRules)
     caption = next((text.strip() for text in texts if isinstance(text, str) and text.strip()), '')
   if rules.caption_edit:
     pattern, replacement, share = rules.caption_edit
-    if (
-      row_rules.fraction(f'caption_edit:{sample.key}') < share
-    ):  # not the hash by which `part` chooses
+    # The prefix makes this hash independent of the hash that `part` uses.
+    if row_rules.fraction(f'caption_edit:{sample.key}') < share:
       caption = row_rules.regex(pattern, replacement).sub(replacement, caption)
   if not caption and rules.require_caption:
     raise _Skip('no caption')
@@ -226,7 +227,7 @@ def _caption(sample: table.Sample, fields: _Fields, label: int, rules: RowRules)
 
 
 def _header(sample: table.Sample, ending: str, length: int) -> tuple[str, int, int]:
-  """Returns (type, width, height) of an image by its first bytes; ('', 0, 0) for none."""
+  """Returns (type, width, height) from an image's first bytes, ('', 0, 0) if unreadable."""
   for most in _HEADER:
     try:
       return headers.header(sample.read(ending, most))

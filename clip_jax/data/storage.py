@@ -1,8 +1,9 @@
-"""Where source files lie, here or on object storage, and reading bytes of them at any place.
+"""Random access to source files, on local disks or on object storage.
 
-Remote paths (gs://, s3://, https://, ...) are read through fsspec, in place and in parts: its file
-systems find credentials and end points where they always look, and in FSSPEC_<PROTOCOL>_<OPTION>
-variables (FSSPEC_S3_ANON=true). Threads, and processes forked or spawned, may read at once.
+Remote paths (gs://, s3://, https://, ...) are read in parts through fsspec, without a local copy.
+fsspec finds credentials and end points in their usual places and in FSSPEC_<PROTOCOL>_<OPTION>
+variables (FSSPEC_S3_ANON=true). Reads are safe from several threads and from forked or spawned
+processes.
 """
 
 import collections
@@ -22,51 +23,51 @@ from absl import logging
 from clip_jax.core.errors import InputError
 
 _EXTRAS = {'gs': 'gcs', 'gcs': 'gcs', 's3': 's3', 's3a': 's3', 'http': 'http', 'https': 'http'}
-_GAP = 1 << 16  # remote ranges that lie closer are read as one
-_MOST_MERGED = 1 << 23  # bytes of such a one
-_WINDOW = 1 << 18  # bytes that a pass over a local file reads at a time
-_REMOTE_WINDOW = 1 << 22  # the same of a remote file
-_AHEAD = 3  # remote windows that threads fetch while one is used
+_MAX_GAP = 1 << 16  # bytes; remote ranges with a smaller gap are merged into one request
+_MAX_MERGED = 1 << 23  # bytes of a merged range
+_WINDOW = 1 << 18  # bytes per sequential read of a local file
+_REMOTE_WINDOW = 1 << 22  # bytes per sequential read of a remote file
+_AHEAD = 3  # remote windows that threads prefetch
 _STREAM_BUFFER = 1 << 20  # bytes
-_WAITS = (1.0, 3.0, 10.0, 30.0)  # seconds before a remote storage that fails is asked again
-_BRIEF = (408, 425, 429)  # of HTTP's 4xx: these pass, as 5xx do
+_WAITS = (1.0, 3.0, 10.0, 30.0)  # seconds before each retry of a failed remote read
+_TRANSIENT_4XX = (408, 425, 429)  # HTTP status codes that are retried, as all 5xx are
 _ADVICE = (
   ' Check the path, the credentials and the network, then run the same command again; it '
-  'goes on from here.'
+  'resumes from here.'
 )
 _T = TypeVar('_T')
 
 
 class Unavailable(InputError):
-  """A remote storage failed in a way that may pass."""
+  """A remote storage failed with an error that may be transient."""
 
 
 @dataclasses.dataclass(frozen=True)
 class SourceFile:
-  """One file of a dataset, as it was when it was listed."""
+  """One file of a dataset, with its state at listing time."""
 
   path: str  # absolute, or a URL
-  name: str  # relative to the fixed folder of the pattern that found it
+  name: str  # relative to the fixed folder of the dataset's path pattern
   size: int  # bytes
-  mtime: float  # seconds; 0 where the version says more
-  version: str = ''  # remote: the object's generation, ETag or time, as its storage gives it
+  mtime: float  # seconds; 0 if `version` is used instead
+  version: str = ''  # remote: the object's generation, ETag or time, as the storage reports it
 
   @property
   def stamp(self) -> str:
-    """What tells this file from another state of it, without reading it."""
+    """A fingerprint of the file's state that needs no read of the file."""
     return f'{self.size} {self.version or self.mtime}'
 
 
-def changed(path: str) -> InputError:
-  """Returns what to say of a file in which a row that was indexed cannot be read."""
+def changed_file_error(path: str) -> InputError:
+  """Returns the error for a file in which an indexed row cannot be read."""
   return InputError(
-    f'{path} is damaged, or not the file that was indexed. Put that back, or index again with '
-    '--redo=ingest.'
+    f'{path} is damaged, or is not the file that was indexed. Restore the indexed file, or index '
+    'again with --redo=ingest.'
   )
 
 
 class File:
-  """A file open for reading, closed when nobody holds it any more."""
+  """A local file open for reading; it is closed when the object is garbage-collected."""
 
   def __init__(self, path: str):
     self._fd = os.open(path, os.O_RDONLY)
@@ -79,7 +80,7 @@ class File:
     return os.fstat(self._fd).st_size
 
   def read(self, offset: int, length: int) -> bytes:
-    """Returns `length` bytes from `offset`, fewer where the file ends. Threads may read at once."""
+    """Returns `length` bytes from `offset`, fewer at the end of the file. Thread-safe."""
     return os.pread(self._fd, length, offset)
 
   def read_many(self, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
@@ -88,24 +89,24 @@ class File:
 
 
 class RemoteFile:
-  """A remote file: nothing is open between two reads, and any thread or process may read."""
+  """A remote file; no connection stays open between reads, so any thread or process may read."""
 
   def __init__(self, path: str):
     self.path = path
 
   def size(self) -> int:
     def ask() -> int:
-      with naming(self.path):
+      with errors_with_path(self.path):
         return file_system(self.path).info(self.path)['size']
 
     return with_retries(ask)
 
   def read(self, offset: int, length: int) -> bytes:
-    """Returns `length` bytes from `offset`, which must be in the file; fewer where it ends."""
+    """Returns `length` bytes from `offset` (inside the file), fewer at the end of the file."""
     return read_ranges([(self.path, offset, length)])[0]
 
   def read_many(self, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-    """Returns the bytes of each (offset, length), fetched together."""
+    """Returns the bytes of each (offset, length); all are fetched concurrently."""
     return read_ranges([(self.path, offset, length) for offset, length in ranges])
 
 
@@ -114,80 +115,80 @@ def is_remote(path: str) -> bool:
 
 
 def open_file(path: str) -> File | RemoteFile:
-  """Opens a source file for reading at any place."""
+  """Opens a source file for random reads."""
   return RemoteFile(path) if is_remote(path) else File(path)
 
 
 def open_stream(path: str) -> BinaryIO:
-  """Opens a source file as a seekable binary stream, of one thread, which its reader closes."""
+  """Opens a source file as a seekable binary stream for one thread; the caller closes it."""
   if not is_remote(path):
     return open(path, 'rb')
   return io.BufferedReader(_Stream(RemoteFile(path)), _STREAM_BUFFER)
 
 
 def read_ranges(ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
-  """Returns the bytes of each (remote path, offset, length), in order, all fetched together.
+  """Returns the bytes of each (remote path, offset, length), in order, fetched concurrently.
 
-  Ranges that lie close together in a file are fetched as one. Every range begins in its file; it
-  gives fewer bytes where the file ends.
+  Close ranges of one file are fetched in one request. Every range must begin inside its file; a
+  range that crosses the end of the file gives fewer bytes.
   """
-  merged: list[list] = []  # [path, first byte, end, which of the ranges]
+  merged: list[list] = []  # [path, first byte, end, indices into `ranges`]
   order = sorted(
     (i for i, (_, _, length) in enumerate(ranges) if length > 0), key=lambda i: ranges[i][:2]
   )
   for i in order:
     path, start, end = ranges[i][0], ranges[i][1], ranges[i][1] + ranges[i][2]
     last = merged[-1] if merged else None
-    if last and last[0] == path and start <= last[2] + _GAP and end <= last[1] + _MOST_MERGED:
+    if last and last[0] == path and start <= last[2] + _MAX_GAP and end <= last[1] + _MAX_MERGED:
       last[2] = max(last[2], end)
       last[3].append(i)
     else:
       merged.append([path, start, end, [i]])
-  found = [b''] * len(ranges)
+  contents = [b''] * len(ranges)
   for protocol in dict.fromkeys(_protocol(path) for path, *_ in merged):
-    some = [part for part in merged if _protocol(part[0]) == protocol]
-    for (path, start, end, members), data in zip(some, _fetched(some), strict=True):
+    group = [part for part in merged if _protocol(part[0]) == protocol]
+    for (path, start, end, members), data in zip(group, _fetched(group), strict=True):
       if len(data) > end - start:
         raise InputError(
-          f'The server of {path} sends whole files where a part is asked for. Copy '
-          'the dataset to storage that serves ranges, or to this machine.'
+          f'The server of {path} ignores range requests and sends whole files. Copy '
+          'the dataset to a storage that supports range requests, or to this machine.'
         )
       for i in members:
         first = ranges[i][1] - start
-        found[i] = data[first : first + ranges[i][2]]
-  return found
+        contents[i] = data[first : first + ranges[i][2]]
+  return contents
 
 
 def _fetched(parts: Sequence[Sequence[Any]]) -> list[bytes]:
-  """Returns the bytes of each (path, start, end, ...), all of one protocol, fetched together."""
-  found: dict[int, bytes] = {}
+  """Returns the bytes of each (path, start, end, ...); all paths have the same protocol."""
+  contents: dict[int, bytes] = {}
 
   def ask() -> None:
-    missing = [i for i in range(len(parts)) if i not in found]
+    missing = [i for i in range(len(parts)) if i not in contents]
     paths, starts, ends = zip(*(parts[i][:3] for i in missing), strict=True)
-    with naming(paths[0] if len(set(paths)) == 1 else f'{_protocol(paths[0])}://'):
+    with errors_with_path(paths[0] if len(set(paths)) == 1 else f'{_protocol(paths[0])}://'):
       answers = file_system(paths[0]).cat_ranges(
         list(paths), list(starts), list(ends), on_error='return'
       )
     answers = dict(zip(missing, answers, strict=True))
-    found.update((i, data) for i, data in answers.items() if not isinstance(data, BaseException))
+    contents.update((i, data) for i, data in answers.items() if not isinstance(data, BaseException))
     for i in missing:
-      if i not in found:
-        with naming(parts[i][0]):
+      if i not in contents:
+        with errors_with_path(parts[i][0]):
           raise answers[i]
 
-  while len(found) < len(parts):
-    before = len(found)
+  while len(contents) < len(parts):
+    count_before = len(contents)
     try:
       with_retries(ask)
     except Unavailable:
-      if len(found) == before:  # a server that limits requests serves some each time
+      if len(contents) == count_before:  # a rate-limited server serves a part of them each time
         raise
-  return [found[i] for i in range(len(parts))]
+  return [contents[i] for i in range(len(parts))]
 
 
 def with_retries(ask: Callable[[], _T]) -> _T:
-  """Returns ask(); where that raises Unavailable, waits and asks again, a few times."""
+  """Returns ask(), retried after each wait of _WAITS while it raises Unavailable."""
   for wait in _WAITS:
     try:
       return ask()
@@ -198,40 +199,40 @@ def with_retries(ask: Callable[[], _T]) -> _T:
 
 
 def file_system(path: str) -> Any:
-  """Returns the fsspec file system of a remote path; raises InputError where it has none here."""
+  """Returns the fsspec file system of a remote path; raises InputError if it is not installed."""
   return _file_system(_protocol(path), os.getpid())
 
 
 def url(name: str, like: str) -> str:
-  """Returns the URL of what a file system calls `name`, with the protocol of the URL `like`."""
+  """Returns the URL of a file system's `name`, with the protocol of the URL `like`."""
   return name if is_remote(name) else f'{_protocol(like)}://{name.lstrip("/")}'
 
 
 @contextlib.contextmanager
-def naming(path: str) -> Iterator[None]:
-  """Turns whatever a remote file system raises into an InputError that names the path."""
+def errors_with_path(path: str) -> Iterator[None]:
+  """Turns every error of a remote file system into an InputError that names the path."""
   try:
     yield
   except (InputError, MemoryError):
     raise
-  except Exception as error:  # each library of a storage has error types of its own
-    passes, why = may_pass(error), error.__cause__ if _hides(error) else error
-    if isinstance(error, FileNotFoundError) and not passes:
+  except Exception as error:  # each storage library has its own error types
+    transient, cause = is_transient(error), error.__cause__ if _hides_cause(error) else error
+    if isinstance(error, FileNotFoundError) and not transient:
       raise InputError(
-        f'{path} is not there. Put it back, or correct the path of the dataset.'
+        f'{path} does not exist. Restore it, or correct the path of the dataset.'
       ) from error
-    said = f'{type(why).__name__}: {why}'.split('\n')[0][:300]
-    kind = Unavailable if passes else InputError
-    raise kind(f'{path} cannot be read ({said}).{_ADVICE}') from error
+    reason = f'{type(cause).__name__}: {cause}'.split('\n')[0][:300]
+    kind = Unavailable if transient else InputError
+    raise kind(f'{path} cannot be read ({reason}).{_ADVICE}') from error
 
 
-def may_pass(error: BaseException) -> bool:
-  """Whether an error is of the network, or of a server that is busy, and no verdict on a file."""
-  if _hides(error):
-    return may_pass(error.__cause__)
+def is_transient(error: BaseException) -> bool:
+  """Returns whether an error may be transient (network, busy server), not about the file itself."""
+  if _hides_cause(error):
+    return is_transient(error.__cause__)
   status = getattr(error, 'status', None) or getattr(error, 'code', None)
   if isinstance(status, int) and status >= 100:
-    return status >= 500 or status in _BRIEF
+    return status >= 500 or status in _TRANSIENT_4XX
   return not isinstance(
     error,
     (
@@ -247,23 +248,23 @@ def may_pass(error: BaseException) -> bool:
   )
 
 
-def _hides(error: BaseException) -> bool:
-  """For fsspec a web server that does not answer has no such file; the reason lies behind."""
-  why = error.__cause__
-  web = isinstance(why, TimeoutError) or type(why).__module__.split('.')[0] == 'aiohttp'
+def _hides_cause(error: BaseException) -> bool:
+  """Returns whether fsspec reports a network error of a web server as FileNotFoundError."""
+  cause = error.__cause__
+  web = isinstance(cause, TimeoutError) or type(cause).__module__.split('.')[0] == 'aiohttp'
   return isinstance(error, FileNotFoundError) and web
 
 
-def natural(path: str) -> tuple:
-  """Sorts the numbers in paths as numbers, folder by folder."""
+def natural_key(path: str) -> tuple:
+  """Returns a sort key that compares paths folder by folder, and digits in them as numbers."""
   parts = [re.split(r'([0-9]+)', part) for part in path.split(os.sep)]
   return [[int(piece) if i % 2 else piece for i, piece in enumerate(part)] for part in parts], path
 
 
-class Ahead:
-  """A file read forwards, window by window, for one thread; what is passed over is not read.
+class ReadAhead:
+  """Reads a file forwards in windows, for one thread; skipped parts are not read.
 
-  While reading is sequential, threads fetch the next windows of a remote file; close() ends them.
+  While reads are sequential, threads prefetch the next windows of a remote file. close() ends them.
   """
 
   def __init__(self, file: File | RemoteFile):
@@ -271,18 +272,18 @@ class Ahead:
     remote = isinstance(file, RemoteFile)
     self._length = _REMOTE_WINDOW if remote else _WINDOW
     self._threads = futures.ThreadPoolExecutor(_AHEAD) if remote else None
-    self.start, self.data = 0, b''  # the window, and where in the file it begins
-    self._coming: collections.deque[tuple[int, futures.Future]] = collections.deque()
+    self.start, self.data = 0, b''  # offset of the window in the file, and its bytes
+    self._pending: collections.deque[tuple[int, futures.Future]] = collections.deque()
 
   def close(self) -> None:
-    """Ends the threads; reading goes on without them."""
+    """Ends the prefetch threads; reads still work without them."""
     if self._threads:
       self._threads.shutdown(wait=False, cancel_futures=True)
     self._threads = None
-    self._coming.clear()
+    self._pending.clear()
 
   def read(self, offset: int, length: int) -> bytes:
-    """Returns `length` bytes from `offset`, fewer where the file ends."""
+    """Returns `length` bytes from `offset`, fewer at the end of the file."""
     length = max(0, min(length, self.size - offset))
     if length > self._length // 2 and offset + length > self.start + len(self.data):
       return self._file.read(offset, length)
@@ -290,7 +291,7 @@ class Ahead:
     return self.data[offset - self.start : offset - self.start + length]
 
   def move(self, offset: int, length: int) -> None:
-    """Moves the window to `offset` where it lacks one of the `length` bytes that follow there."""
+    """Moves the window to `offset` unless it already holds the `length` bytes from there."""
     end = offset + length
     if end > self.size:
       end = self.size
@@ -301,32 +302,32 @@ class Ahead:
     while offset + len(data) < end:
       new = self._next(offset + len(data))
       if not new:
-        break  # the file is shorter than it was
+        break  # the file became shorter
       data = data + new if data else new
     self.start, self.data = offset, data
-    if self._threads and (self._coming or -self._length <= gap <= self._length):
+    if self._threads and (self._pending or -self._length <= gap <= self._length):
       self._fetch(offset + len(data))
 
   def _next(self, offset: int) -> bytes:
-    """Returns bytes from `offset` on: of a window that is coming, else read now."""
-    while self._coming:
-      first, future = self._coming.popleft()
+    """Returns bytes from `offset` on, from a prefetched window if there is one, else read now."""
+    while self._pending:
+      first, future = self._pending.popleft()
       if first <= offset < first + self._length:
         return future.result()[offset - first :]
     return self._file.read(offset, min(self._length, self.size - offset))
 
   def _fetch(self, following: int) -> None:
-    """Has threads fetch the windows after those that are coming, else from `following` on."""
-    while len(self._coming) < _AHEAD:
-      first = self._coming[-1][0] + self._length if self._coming else following
+    """Prefetches the windows after the pending ones, or from `following` on if there are none."""
+    while len(self._pending) < _AHEAD:
+      first = self._pending[-1][0] + self._length if self._pending else following
       if first >= self.size:
         break
       length = min(self._length, self.size - first)
-      self._coming.append((first, self._threads.submit(self._file.read, first, length)))
+      self._pending.append((first, self._threads.submit(self._file.read, first, length)))
 
 
 class _Stream(io.RawIOBase):
-  """A remote file as a raw stream: one range read a call."""
+  """A remote file as a raw stream; each call reads one range."""
 
   def __init__(self, file: RemoteFile):
     self._file, self._size, self._at = file, file.size(), 0
@@ -360,11 +361,11 @@ def _protocol(path: str) -> str:
 
 @functools.lru_cache(maxsize=16)
 def _file_system(protocol: str, process: int) -> Any:
-  """Returns one file system a process: a forked one has not the threads of the first."""
+  """Returns the file system of a process; a forked process lacks the threads of its parent's."""
   del process
   import fsspec
 
-  with naming(f'{protocol}://'):
+  with errors_with_path(f'{protocol}://'):
     try:
       return fsspec.filesystem(protocol)
     except ImportError as error:

@@ -1,9 +1,8 @@
-"""What a dataset holds, in numbers, and the whole list of what is broken in it.
+"""Summary statistics of a dataset, and the full list of its skipped samples.
 
 In: index-*.parquet, skipped-*.json and files.json in the dataset's folder (table.py). Out:
-summary.json and broken.csv beside them. Index files are read in batches, so memory does not grow
-with the dataset, but for 8 bytes a sample to find repeated texts, and as much again while they are
-sorted.
+summary.json and broken.csv in the same folder. Index files are read in batches; memory grows only
+by 8 bytes per sample to find repeated texts, and by as much again while they are sorted.
 """
 
 import collections
@@ -22,8 +21,8 @@ from clip_jax.core.types import Array
 from clip_jax.data import table
 
 SUMMARY, BROKEN = 'summary.json', 'broken.csv'
-_MOST_CLASSES = 100_000  # that are listed with their counts
-_EXAMPLES = 10  # repeated keys, and shards with problems, that are named
+_MOST_CLASSES = 100_000  # maximum classes that are listed with their counts
+_EXAMPLES = 10  # maximum repeated keys, and shards with skipped samples, that are listed
 _QUANTILES = {
   'min': 0.0,
   '1%': 0.01,
@@ -45,31 +44,31 @@ def write(
 ) -> dict[str, Any]:
   """Writes summary.json and broken.csv; returns the summary.
 
-  shards: what to call each shard's file; left_out: samples that were not asked for; follow: shows
-  the progress of a loop over shards.
+  shards: display name of each shard's file; left_out: number of samples that were not chosen;
+  follow: wraps a loop over shards with a progress bar.
   """
   every = range(len(shards))
-  found = _contents(directory, follow(every))
-  rows = found['samples']
+  summary = _contents(directory, follow(every))
+  rows = summary['samples']
   keys = _repeated(directory, 'key', follow(every))
   captions = len(_repeated(directory, 'caption', follow(every)))
-  found['repeated_keys'] = {
+  summary['repeated_keys'] = {
     'samples': len(keys),
     'first': _first(directory, 'key', np.unique(keys), shards),
   }
-  found['captions'] |= {'repeated': captions, 'repeated_share': round(captions / max(rows, 1), 6)}
-  found |= {
+  summary['captions'] |= {'repeated': captions, 'repeated_share': round(captions / max(rows, 1), 6)}
+  summary |= {
     'columns': _columns(directory, every, rows),
     'shards': len(shards),
     'left_out': left_out,
     **write_broken(directory, shards),
   }
-  files.write_json(os.path.join(directory, SUMMARY), found)
-  return found
+  files.write_json(os.path.join(directory, SUMMARY), summary)
+  return summary
 
 
 def write_broken(directory: str, shards: Sequence[str]) -> dict[str, Any]:
-  """Writes the list of all samples that cannot be used, in order; returns what it counts."""
+  """Writes broken.csv, the list of all skipped samples in order; returns their counts."""
   reasons, by_shard = collections.Counter(), []
   with (
     files.atomic(os.path.join(directory, BROKEN)) as path,
@@ -92,53 +91,55 @@ def write_broken(directory: str, shards: Sequence[str]) -> dict[str, Any]:
   }
 
 
-def lines(found: dict[str, Any]) -> list[str]:
-  """Returns a summary in a few sentences."""
-  sizes, captions, labels = found['images'], found['captions'], found['labels']
+def lines(summary: dict[str, Any]) -> list[str]:
+  """Returns a summary as a few sentences."""
+  sizes, captions, labels = summary['images'], summary['captions'], summary['labels']
   kinds = ', '.join(f'{count:,} {kind}' for kind, count in sizes['types'].items())
   line = (
-    f'{found["samples"]:,} samples, {progress.size(sizes["bytes"])} of images ({kinds or "none"})'
+    f'{summary["samples"]:,} samples, {progress.size(sizes["bytes"])} of images ({kinds or "none"})'
   )
-  if found['samples'] and not sizes['bytes']:  # no image has no bytes
-    line = progress.counted(found['samples'], 'vector')
+  if summary['samples'] and not sizes['bytes']:  # a dataset of vectors has no images
+    line = progress.counted(summary['samples'], 'vector')
   if sizes['short_side']:
     line += f', short side {_range(sizes["short_side"])} pixels'
   if sizes['unknown_size'] and sizes['bytes']:
     line += (
-      f'; the size of {sizes["unknown_size"]:,} is not known, and embedding will tell '
+      f'; the size of {sizes["unknown_size"]:,} is unknown; the embed stage will check '
       'whether they can be read'
     )
-  said = [line]
-  if captions['empty'] < found['samples']:
+  sentences = [line]
+  if captions['empty'] < summary['samples']:
     words = _range(captions['words'])
-    said.append(
+    sentences.append(
       f'captions of {words} word{"" if words == "1" else "s"}, '
       f'{captions["empty"]:,} empty, '
       f'{captions["repeated"]:,} ({captions["repeated_share"]:.1%}) repeat an earlier '
       'one'
     )
   if labels['classes'] or labels['per_class']:
-    there = labels['classes'] - labels['without_samples']
-    each = f', with {_range(labels["samples"])} samples each' if there else ''
-    said.append(
-      f'{there:,} of {labels["classes"]:,} classes are there{each}; '
+    present = labels['classes'] - labels['without_samples']
+    each = f', {_range(labels["samples"])} each' if present else ''
+    sentences.append(
+      f'{present:,} of {labels["classes"]:,} classes have samples{each}; '
       f'{labels["unlabelled"]:,} samples have no label'
     )
-  if nowhere := [name for name, missing in found['columns'].items() if missing == found['samples']]:
-    said.append(f'no sample has a value of {", ".join(nowhere)}, named in columns')
-  if found['repeated_keys']['samples']:
-    line = f'{found["repeated_keys"]["samples"]:,} samples have the key of an earlier one'
-    for first in found['repeated_keys']['first'][:1]:
-      line += f' (as {first["key"]!r} in {" and ".join(first["files"][:2])})'
-    said.append(line)
-  return said
+  if empty := [
+    name for name, missing in summary['columns'].items() if missing == summary['samples']
+  ]:
+    sentences.append(f'no sample has a value of {", ".join(empty)}, named in columns')
+  if summary['repeated_keys']['samples']:
+    line = f'{summary["repeated_keys"]["samples"]:,} samples have the key of an earlier one'
+    for first in summary['repeated_keys']['first'][:1]:
+      line += f' (for example {first["key"]!r} in {" and ".join(first["files"][:2])})'
+    sentences.append(line)
+  return sentences
 
 
 def _contents(directory: str, shards: Iterable[int]) -> dict[str, Any]:
-  """Returns what the columns of all index files hold."""
+  """Returns statistics of the columns of all index files."""
   columns = ['caption', 'label', 'length', 'width', 'height', 'type']
   total = collections.Counter()
-  counts = collections.defaultdict(collections.Counter)  # of what -> value -> how often it was seen
+  counts = collections.defaultdict(collections.Counter)  # name -> value -> its number of samples
   for shard in shards:
     for batch in table.batches(directory, shard, columns):
       total['samples'] += batch.num_rows
@@ -178,7 +179,7 @@ def _contents(directory: str, shards: Iterable[int]) -> dict[str, Any]:
 
 
 def _quantiles(counts: Mapping[int, int]) -> dict[str, int]:
-  """Returns numbers that were seen: the smallest that at least a share of all does not exceed."""
+  """Returns quantiles: for each share, the smallest value with at least that share at or below."""
   if not counts:
     return {}
   values = sorted(counts)
@@ -190,21 +191,21 @@ def _quantiles(counts: Mapping[int, int]) -> dict[str, int]:
 
 
 def _columns(directory: str, shards: Iterable[int], rows: int) -> dict[str, int]:
-  """Returns for each chosen column how many samples have no value of it: the footers say that."""
+  """Returns chosen column -> number of samples without a value, from the parquet footers."""
   missing: dict[str, int] = {}
   for shard in shards:
     footer = pq.read_metadata(table.index_file(directory, shard))
     for group in map(footer.row_group, range(footer.num_row_groups)):
       for column in map(group.column, range(group.num_columns)):
-        name, said = column.path_in_schema, column.statistics  # None of a column without any value
-        there = group.num_rows - said.null_count if said else 0
+        name, statistics = column.path_in_schema, column.statistics  # None: no value at all
+        present = group.num_rows - statistics.null_count if statistics else 0
         if name not in table.COLUMNS:
-          missing[name] = missing.get(name, rows) - there
+          missing[name] = missing.get(name, rows) - present
   return missing
 
 
 def _labels(counts: dict[int, int], classes: Sequence[str]) -> dict[str, Any]:
-  """Returns what is said of labels: per_class is [name, samples] in label order."""
+  """Returns statistics of labels; per_class: [name, samples] in label order."""
   unlabelled = sum(count for label, count in counts.items() if label < 0)
   numbers = range(len(classes)) if classes else sorted(label for label in counts if label >= 0)
   per_class = [
@@ -221,10 +222,10 @@ def _labels(counts: dict[int, int], classes: Sequence[str]) -> dict[str, Any]:
 
 
 def _repeated(directory: str, column: str, shards: Iterable[int]) -> Array:  # [n] int64, sorted
-  """Returns the hash of the text of every sample that has the text of an earlier one.
+  """Returns the hash of every text that repeats the text of an earlier sample.
 
-  Empty texts do not count. That two of n different texts have one hash has the chance n^2 / 2^65:
-  0.1 % at 200 million.
+  Empty texts are ignored. The probability that two of n different texts share a hash is n^2 / 2^65:
+  0.1 % for 200 million.
   """
   parts = [values for shard in shards for _, values in _hashed(directory, shard, column)]
   hashes = np.concatenate([np.zeros(0, np.int64), *parts])
@@ -235,12 +236,12 @@ def _repeated(directory: str, column: str, shards: Iterable[int]) -> Array:  # [
 def _first(
   directory: str,
   column: str,
-  wanted: Array,  # [n] int64, sorted, each once
+  wanted: Array,  # [n] int64 hashes, sorted, unique
   shards: Sequence[str],
 ) -> list[dict[str, Any]]:
-  """Returns the first texts with a repeated hash, and where they are; texts count, not hashes."""
+  """Returns the first repeated texts with their files; texts are compared, not only hashes."""
   count: dict[str, int] = {}
-  files_of: dict[str, dict[str, None]] = {}  # file names, each once, in order
+  files_of: dict[str, dict[str, None]] = {}  # text -> unique file names, in order
   for shard, file in enumerate(shards if len(wanted) else ()):
     for texts, hashes in _hashed(directory, shard, column):
       place = np.minimum(np.searchsorted(wanted, hashes), len(wanted) - 1)
@@ -248,7 +249,7 @@ def _first(
         if text in count or len(count) < _EXAMPLES:
           count[text] = count.get(text, 0) + 1
           files_of.setdefault(text, {}).setdefault(file)
-      if len(count) == _EXAMPLES:  # the others need not be looked for any more
+      if len(count) == _EXAMPLES:  # search only for these texts from now on
         wanted = np.sort(np.array([hash(text) for text in count], np.int64))
   return [
     {column: text, 'samples': samples, 'files': list(files_of[text])[:_EXAMPLES]}
@@ -258,17 +259,17 @@ def _first(
 
 
 def _hashed(directory: str, shard: int, column: str) -> Iterator[tuple[list[str], Array]]:
-  """Yields the texts of a column that are not empty, and their hashes, [n] int64, in batches."""
+  """Yields (non-empty texts of a column, their hashes [n] int64) in batches."""
   for batch in table.batches(directory, shard, [column]):
     texts = [text for text in batch[column].to_pylist() if text]
-    # Python's hashes of text differ from process to process, so none is ever written down.
+    # Python's text hashes differ between processes, so they are never stored.
     yield texts, np.fromiter(map(hash, texts), np.int64, len(texts))
 
 
 def _lengths(captions) -> tuple[Array, Array]:  # [n] int, [n] int
-  """Returns the characters and the words of captions, an arrow array of text."""
+  """Returns the numbers of characters and of words of captions, an arrow array of text."""
   trimmed = pc.utf8_trim_whitespace(captions)
-  words = pc.list_value_length(pc.utf8_split_whitespace(trimmed))  # 1 of an empty text
+  words = pc.list_value_length(pc.utf8_split_whitespace(trimmed))  # 1 for an empty text
   return (
     pc.utf8_length(captions).to_numpy(zero_copy_only=False),
     np.where(

@@ -1,10 +1,10 @@
-"""The row table of a dataset: one row a sample, saying in which file and at which bytes it lies.
+"""The row table of a dataset: one row per sample, with its file, byte offset and length.
 
 In: the scans of the dataset's shards (data/sources.py). Out, in the dataset's folder:
-index-<shard>.parquet and skipped-<shard>.json for people and joins; table.npy, captions.bin,
-starts.npy [shards + 1] and files.json, from which reader.Source reads samples at random; where
-images are files also paths.bin and path_ends.npy [rows]. pyarrow is imported inside functions:
-processes of the loader do without it.
+index-<shard>.parquet and skipped-<shard>.json, for people and joins; table.npy, captions.bin,
+starts.npy [shards + 1] and files.json, for random access by reader.Source; for folders of image
+files also paths.bin and path_ends.npy [rows]. pyarrow is imported inside functions, because loader
+processes do not need it.
 """
 
 import collections
@@ -44,18 +44,18 @@ _TYPES = {
   'type': 'string',
   'path': 'string',
 }
-COLUMNS = tuple(_TYPES)  # of every index; path only where images are files
-_BATCH = 1 << 16  # rows of an index in memory at a time
+COLUMNS = tuple(_TYPES)  # of every index; 'path' only for folders of image files
+_BATCH = 1 << 16  # index rows in memory at a time
 
 
-class Sample(NamedTuple):  # like Record: a frozen dataclass takes four times as long to make
-  """What a source format finds under one key: its members by their ending, not read yet."""
+class Sample(NamedTuple):  # NamedTuple: a frozen dataclass takes four times as long to create
+  """A sample of a source file: one key and its members by ending, not yet read."""
 
   key: str
   members: Mapping[str, tuple[int, int]]  # ending, such as 'jpg' -> (offset, length), bytes
-  read: Callable[[str, int], bytes]  # (ending, most bytes) -> the beginning of that member
+  read: Callable[[str, int], bytes]  # (ending, maximum bytes) -> the first bytes of that member
   folder: str = ''  # format 'folder': the class folder, '' in the root itself
-  path: str = ''  # format 'folder': of the image, relative to the root
+  path: str = ''  # format 'folder': path of the image, relative to the root
   fields: Mapping[str, Any] = types.MappingProxyType({})  # columns beside the members
 
 
@@ -65,23 +65,23 @@ class Record(NamedTuple):
   key: str
   caption: str
   label: int  # -1: none
-  group: str  # siblings (one photo, one writer) share it
+  group: str  # shared by related samples (one photo, one writer)
   offset: int  # of the image in its file, bytes
   length: int  # of the image, bytes
-  width: int  # pixels, from the image's header; 0 where that cannot be read
+  width: int  # pixels, from the image's header; 0 if the header is unreadable
   height: int
   columns: dict[str, Any]  # the chosen json columns
-  path: str = ''  # relative to the root, where the image is a file
-  type: str = ''  # of the image, by its header: 'jpeg', 'png', ...; '' where it says none
+  path: str = ''  # of an image file, relative to the root
+  type: str = ''  # image type from the header: 'jpeg', 'png', ...; '' if unknown
 
 
 @dataclasses.dataclass(frozen=True)
 class Scan:
-  """What one shard holds: a sample is a record, or listed in skipped, or it was not asked for."""
+  """The samples of one shard; each is a record, skipped, or left out."""
 
   records: list[Record]
-  skipped: list[dict[str, str]]  # {'key', 'reason'} of each sample, or file, that cannot be used
-  left_out: int = 0  # samples that `where` and `part` do not ask for
+  skipped: list[dict[str, str]]  # {'key', 'reason'} of each unusable sample or file
+  left_out: int = 0  # number of samples that `where` and `part` do not choose
 
 
 def write_shard(directory: str, shard: int, scan: Scan) -> dict[str, Any]:
@@ -110,11 +110,11 @@ def write_shard(directory: str, shard: int, scan: Scan) -> dict[str, Any]:
 def assemble(
   directory: str, shards: Sequence[Mapping[str, str]], classes: Sequence[Sequence[str]] = ()
 ) -> dict[str, Any]:
-  """Makes the table of a dataset out of the index files of all its shards, in their order.
+  """Writes the table of a dataset from the index files of all its shards, in order.
 
-  shards: {'format', 'root', 'path', 'image_key'} of each: the path of its file, '' where images are
-  files below root. Shards of several sources, of any formats, make one dataset. classes: the class
-  names of each shard in label order, () where it has none. Returns counts, and the files made.
+  shards: {'format', 'root', 'path', 'image_key'} of each; path: of the shard's file, '' if images
+  are files below root. A dataset may have shards of several sources and formats. classes: the class
+  names of each shard in label order, () for none. Returns counts and the names of written files.
   """
   sizes = [_open_index(directory, i).metadata.num_rows for i in range(len(shards))]
   reasons, unlabelled, written = collections.Counter(), 0, 0
@@ -134,9 +134,9 @@ def assemble(
         written += len(captions)
         unlabelled += int((rows['label'] < 0).sum())
       reasons.update(entry['reason'] for entry in files.read_json(skipped_file(directory, i)))
-  made = ['table.npy', 'captions.bin', 'starts.npy', 'files.json']
+  file_names = ['table.npy', 'captions.bin', 'starts.npy', 'files.json']
   if not all(shard['path'] for shard in shards):
-    made += _write_paths(directory, shards, sizes)
+    file_names += _write_paths(directory, shards, sizes)
   files.write_npy(os.path.join(directory, 'starts.npy'), np.cumsum([0, *sizes], dtype=np.int64))
   files.write_json(
     os.path.join(directory, 'files.json'),
@@ -148,14 +148,14 @@ def assemble(
     'skipped': reasons.total(),
     'reasons': dict(sorted(reasons.items())),
     'unlabelled': unlabelled,
-    'files': made,
+    'files': file_names,
   }
 
 
 def _write_paths(
   directory: str, shards: Sequence[Mapping[str, str]], sizes: Sequence[int]
 ) -> list[str]:
-  """Writes the paths of all rows as one text, and where each ends; returns the files made."""
+  """Writes the paths of all rows as one text, and the end of each; returns the file names."""
   written = 0
   with (
     files.atomic(os.path.join(directory, 'path_ends.npy')) as ends_path,
@@ -183,18 +183,18 @@ def index_file(directory: str, shard: int) -> str:
 
 
 def read_columns(directory: str, shard: int, columns: list[str]):
-  """Returns columns of an index file, those that it has, as a pyarrow table."""
+  """Returns the given columns of an index file as a pyarrow table, without those it lacks."""
   return _open_index(directory, shard).read(columns)
 
 
 def batches(directory: str, shard: int, columns: list[str]) -> Iterator[Any]:
-  """Yields columns of an index file as pyarrow record batches: memory does not grow with it."""
+  """Yields columns of an index file as pyarrow record batches, in constant memory."""
   with _open_index(directory, shard) as index:
     yield from index.iter_batches(_BATCH, columns=columns)
 
 
 def read_key(directory: str, shard: int, row: int) -> str:
-  """Returns the key of a row of a shard; only the part of its index where that lies is read."""
+  """Returns the key of a row of a shard; reads one row group of its index only."""
   with _open_index(directory, shard) as index:
     for group in range(index.num_row_groups):
       size = index.metadata.row_group(group).num_rows
@@ -209,16 +209,16 @@ def skipped_file(directory: str, shard: int) -> str:
 
 
 def _column(values: list[Any]):
-  """Returns a pyarrow column: integers, else numbers, else text (JSON of what is no text)."""
+  """Returns a pyarrow column: int64, else float64, else text (other values as JSON)."""
   import pyarrow as pa
 
-  values = [None if value != value else value for value in values]  # NaN is no value
-  there = [value for value in values if value is not None]
-  if not there:
+  values = [None if value != value else value for value in values]  # NaN counts as missing
+  known = [value for value in values if value is not None]
+  if not known:
     return pa.nulls(len(values))
-  if all(type(value) is int and -(2**63) <= value < 2**63 for value in there):
+  if all(type(value) is int and -(2**63) <= value < 2**63 for value in known):
     return pa.array(values, pa.int64())
-  if all(type(value) is float or type(value) is int and abs(value) <= 2**53 for value in there):
+  if all(type(value) is float or type(value) is int and abs(value) <= 2**53 for value in known):
     return pa.array([None if value is None else float(value) for value in values], pa.float64())
   return pa.array(
     [value if value is None or isinstance(value, str) else json.dumps(value) for value in values],
@@ -227,7 +227,7 @@ def _column(values: list[Any]):
 
 
 def _rows(directory: str, shard: int, written: int) -> Iterator[tuple[Array, bytes]]:
-  """Yields a shard's rows of the table, and their captions, which begin at byte `written`."""
+  """Yields (table rows, caption bytes) of a shard; the captions begin at byte `written`."""
   for batch in batches(directory, shard, ['offset', 'length', 'label', 'caption']):
     rows = np.zeros(batch.num_rows, TABLE_DTYPE)
     for name in ('offset', 'length', 'label'):
@@ -241,13 +241,13 @@ def _rows(directory: str, shard: int, written: int) -> Iterator[tuple[Array, byt
 
 
 def _open_index(directory: str, shard: int):
-  import pyarrow.parquet as pq  # costs 0.1 s to import, and workers of the loader do not need it
+  import pyarrow.parquet as pq  # takes 0.1 s to import, and loader processes do not need it
 
   return pq.ParquetFile(index_file(directory, shard))
 
 
 def _joined(texts: Any, written: int) -> tuple[bytes, Array]:  # [n] int64
-  """Returns the texts of a pyarrow array as one, and where each ends, from byte `written` on."""
+  """Returns the joined texts of a pyarrow array, and the end of each, counted from `written`."""
   import pyarrow as pa
 
   parts = texts.cast(pa.binary()).to_pylist()
@@ -255,12 +255,12 @@ def _joined(texts: Any, written: int) -> tuple[bytes, Array]:  # [n] int64
 
 
 def _class_list(classes: Sequence[Sequence[str]]) -> list[str]:
-  """Returns the one list of class names that all shards agree on."""
+  """Returns the class names of the dataset; raises InputError if shards have different ones."""
   lists = {tuple(names) for names in classes if names}
   if len(lists) > 1:
     first, second, *_ = sorted(lists)
     raise InputError(
       f'The sources of one dataset have different classes, {first[:5]} ... and '
-      f'{second[:5]} ..., so a label would mean two things. Give all the same.'
+      f'{second[:5]} ..., so a label would be ambiguous. Give all sources the same classes.'
     )
   return list(lists.pop()) if lists else []

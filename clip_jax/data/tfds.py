@@ -1,9 +1,9 @@
 """Format 'tfds': a dataset that tensorflow-datasets has prepared, read without TensorFlow.
 
-In: DIR/NAME/VERSION/SPLIT, of which the last part is a split and the folder before it holds
-dataset_info.json. Out: the files of the split, whose records are tf.train.Example in ArrayRecord or
-parquet. What the files are, and the class names, is asked of tensorflow-datasets; the records are
-read as those of format 'array_record', since its own data source holds a parquet split in memory.
+In: DIR/NAME/VERSION/SPLIT; the folder DIR/NAME/VERSION holds dataset_info.json. Out: the files of
+the split, whose records are tf.train.Examples in ArrayRecord or parquet. tensorflow-datasets lists
+the files and the class names. Records are read as in format 'array_record', because the package's
+own data source holds a parquet split in memory.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,34 +14,34 @@ from typing import Any
 from clip_jax.core.errors import InputError
 from clip_jax.data import array_record, storage, table
 
-_READABLE = ('array_record', 'parquet')  # of the file formats, those that are read at random
-_RECORDS = 'data'  # the parquet column in which TFDS keeps records
+_READABLE = ('array_record', 'parquet')  # file formats with random access
+_RECORDS = 'data'  # the parquet column in which TFDS stores records
 
 
 def find(path: str) -> list[str]:
-  """Returns the files of a split in order: path is DIR/NAME/VERSION/SPLIT, or of the only split."""
+  """Returns the files of a split in order; the path may omit the only split of a dataset."""
   builder, split = _split(path)
   kind = builder.info.file_format.value if builder.info.file_format else 'none'
   if kind not in _READABLE:
     raise InputError(
-      f'{path}: its files are of format {kind}, which cannot be read at random. '
+      f'{path}: its files have format {kind}, which has no random access. '
       "Prepare it again with file_format='array_record', or convert it with "
       "tfds' convert_format script."
     )
-  found = [os.fspath(file) for file in builder.info.splits[split].filepaths]
-  for file in found:
+  split_files = [os.fspath(file) for file in builder.info.splits[split].filepaths]
+  for file in split_files:
     if not os.path.isfile(file):
       raise InputError(
-        f'{file} is missing, which dataset_info.json names. Put it back, or prepare '
+        f'{file}, which dataset_info.json names, is missing. Restore it, or prepare '
         'the dataset again.'
       )
-  if not found:
+  if not split_files:
     raise InputError(f'{path}: the split {split!r} has no files. Choose another split.')
-  return found
+  return split_files
 
 
 def classes(path: str, label_key: str) -> tuple[str, ...]:
-  """Returns the class names of a label in label order, () where the dataset knows none."""
+  """Returns the class names of a label feature in label order, () if it has none."""
   builder, _ = _split(path)
   feature = _flat(builder.info.features).get(label_key)
   return tuple(getattr(feature, 'names', None) or ())
@@ -53,9 +53,9 @@ def samples(
   sample_key: Sequence[str],
   columns: Sequence[str],
 ) -> tuple[Iterable[table.Sample], list[dict[str, str]]]:
-  """Returns the samples of one file of a split, and what is listed as skipped.
+  """Returns the samples of one file of a split, and the skipped entries.
 
-  The names are features: 'a/b' of a feature in another. See array_record.samples.
+  The names are names of features; 'a/b' is a nested feature. See array_record.samples.
   """
   builder = _builder(os.path.dirname(file.path))
   images = _images(builder)
@@ -63,7 +63,7 @@ def samples(
   if not names:
     raise InputError(
       f'{file.path}: no Image feature is among {", ".join(image_key)}; it has '
-      f'{", ".join(images) or "none"}. Name it in image_key.'
+      f'{", ".join(images) or "none"}. Set image_key to one of its Image features.'
     )
   skipped: list[dict[str, str]] = []
   try:
@@ -73,8 +73,8 @@ def samples(
   if count != _expected(builder, file.path):
     skipped.append({'key': file.name, 'reason': 'not as many records as dataset_info.json says'})
   records = array_record.batches(values, count, file.size)
-  found = array_record.example_samples(records, file.name, names, sample_key, columns, skipped)
-  return found, skipped
+  examples = array_record.example_samples(records, file.name, names, sample_key, columns, skipped)
+  return examples, skipped
 
 
 def reader(path: str, image_key: str) -> array_record.Reader:
@@ -83,9 +83,9 @@ def reader(path: str, image_key: str) -> array_record.Reader:
 
 
 def _records(path: str):
-  """Returns the function that reads records of a file, and their number."""
+  """Returns the function that reads records of a file, and the number of records."""
   if '.parquet' in os.path.basename(path):
-    from clip_jax.data import parquet  # as in formats.py: with pyarrow
+    from clip_jax.data import parquet  # imported here because it needs pyarrow, as in formats.py
 
     rows = parquet.Reader(path, _RECORDS)
     return rows.values, len(rows)
@@ -94,10 +94,11 @@ def _records(path: str):
 
 
 def _split(path: str) -> tuple[Any, str]:
-  """Returns the builder of a dataset, and which of its splits a path means."""
+  """Returns the builder of a dataset, and the name of the path's split."""
   if '://' in path:
     raise InputError(
-      f'{path}: TFDS datasets are read on this machine only. Copy it here, or mount the bucket.'
+      f'{path}: TFDS datasets are read from local disks only. Copy the dataset to this machine, or '
+      'mount the bucket.'
     )
   inside = os.path.exists(os.path.join(path, 'dataset_info.json'))
   folder, split = (path, '') if inside else os.path.split(path.rstrip(os.sep))
@@ -107,7 +108,7 @@ def _split(path: str) -> tuple[Any, str]:
     (split,) = splits
   if split not in splits:
     raise InputError(
-      f'{path} names no split of the dataset, which has '
+      f'{path} names no split of the dataset, whose splits are '
       f'{", ".join(splits) or "none"}. '
       f'Give {os.path.join(folder, splits[0] if splits else "SPLIT")}.'
     )
@@ -117,10 +118,10 @@ def _split(path: str) -> tuple[Any, str]:
 def _builder(folder: str):
   if not os.path.isfile(os.path.join(folder, 'dataset_info.json')):
     raise InputError(
-      f'{folder!r} holds no dataset_info.json, so it is no prepared TFDS dataset. '
+      f'{folder!r} holds no dataset_info.json, so it is not a prepared TFDS dataset. '
       'The path must be DIR/NAME/VERSION/SPLIT.'
     )
-  import tensorflow_datasets as tfds  # takes seconds
+  import tensorflow_datasets as tfds  # takes seconds to import
 
   _check_features(os.path.join(folder, 'features.json'))
   try:
@@ -133,7 +134,7 @@ def _builder(folder: str):
 
 
 def _check_features(path: str) -> None:
-  """Raises InputError for features that are not TFDS' own: it would import the module they name."""
+  """Raises InputError for features outside TFDS, because it would import their modules."""
   named = []
   try:
     with open(path, encoding='utf-8') as f:
@@ -147,20 +148,20 @@ def _check_features(path: str) -> None:
     raise InputError(f'{path} cannot be read ({error}). Prepare the dataset again.') from error
   if other := [name for name in named if not name.startswith('tensorflow_datasets.')]:
     raise InputError(
-      f'{path} names {other[0]}, which is its own code, and is not run. '
-      'Prepare the dataset with the features of tensorflow-datasets.'
+      f'{path} names {other[0]}, custom code of the dataset, which is not run. '
+      'Prepare the dataset with the features of tensorflow-datasets only.'
     )
 
 
 def _flat(features: Mapping[str, Any], above: str = '') -> dict[str, Any]:
-  """Returns the features by their names in a record: 'a/b' for one that lies in another."""
-  found = {}
+  """Returns name in a record -> feature; a nested feature has the name 'a/b'."""
+  flat = {}
   for name, feature in features.items():
     if hasattr(feature, 'items'):
-      found |= _flat(feature, f'{above}{name}/')
+      flat |= _flat(feature, f'{above}{name}/')
     else:
-      found[above + name] = feature
-  return found
+      flat[above + name] = feature
+  return flat
 
 
 def _images(builder) -> list[str]:
@@ -174,7 +175,7 @@ def _images(builder) -> list[str]:
 
 
 def _expected(builder, path: str) -> int | None:
-  """Returns how many records dataset_info.json says that a file holds."""
+  """Returns the number of records of a file according to dataset_info.json."""
   lengths = {}
   for split in builder.info.splits.values():
     lengths |= dict(zip(split.filenames, split.shard_lengths, strict=True))

@@ -1,9 +1,9 @@
-"""The index of files of vectors: which metadata belong to which file, and one row a vector.
+"""The index of files of vectors: pairs each file with its metadata, and writes one row per vector.
 
-In: files of vectors (vectors.py) and, where they have any, parquet files of metadata with as many
-rows; clip-ood's labels_<i>.npy and paths_<i>.npy count as two more columns, 'labels' and 'paths'.
-Out: index-<shard>.parquet as table.py writes it, offset = the row in the file. Arrow computes whole
-columns: there may be a billion rows.
+In: files of vectors (vectors.py) and, optionally, parquet files of metadata with as many rows.
+clip-ood's labels_<i>.npy and paths_<i>.npy count as two more columns, 'labels' and 'paths'. Out:
+index-<shard>.parquet in table.py's format, with offset = the row in the file. Arrow computes on
+whole columns, because there may be a billion rows.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,49 +25,56 @@ from clip_jax.core.types import Array
 from clip_jax.data import listing, row_rules, storage, table, vectors
 from clip_jax.data.row_rules import RowRules
 
-METADATA, LABELS, PATHS = 'metadata', 'labels', 'paths'  # what may lie beside a file of vectors
-ALSO_KEYS = ('image_path', 'id', 'image_id', PATHS)  # of keys, where sample_key's are not there
-_FOLDERS = ('img_emb', 'images', 'text_emb')  # of vectors, beside which metadata/ may lie
-_ROWS = 1 << 17  # in memory at once
+METADATA, LABELS, PATHS = 'metadata', 'labels', 'paths'  # kinds of companion files
+ALSO_KEYS = (
+  'image_path',
+  'id',
+  'image_id',
+  PATHS,
+)  # key columns if those of sample_key are missing
+_FOLDERS = ('img_emb', 'images', 'text_emb')  # folders of vectors that may have a sibling metadata/
+_ROWS = 1 << 17  # rows in memory at once
 
 
 def companions(
-  found: Sequence[storage.SourceFile], metadata: str = ''
+  vector_files: Sequence[storage.SourceFile], metadata: str = ''
 ) -> list[dict[str, storage.SourceFile]]:
-  """Returns, for each file of vectors, what describes its rows: 'metadata', 'labels', 'paths'.
+  """Returns kind ('metadata', 'labels', 'paths') -> companion file, for each file of vectors.
 
   metadata: path of parquet files; '' takes those in metadata/ beside the vectors' folder, or
-  parquet files of the same stem (DataComp). Paired by stem where all are the same, else by the
-  number at the end of the stem: img_emb_3 and metadata_3, img_emb_0003 and metadata_0003. Raises
-  InputError where a file of vectors has no partner, or a number comes twice.
+  parquet files with the same stems (DataComp). Files are paired by stem if all stems match, else by
+  the number at the end of the stem: img_emb_3 and metadata_3, img_emb_0003 and metadata_0003.
+  Raises InputError if a file of vectors has no partner, or two files have the same number.
   """
-  beside: list[dict[str, storage.SourceFile]] = [{} for _ in found]
+  beside: list[dict[str, storage.SourceFile]] = [{} for _ in vector_files]
   groups: dict[str, list[int]] = {}
-  for i, file in enumerate(found):
+  for i, file in enumerate(vector_files):
     groups.setdefault('' if metadata else os.path.dirname(file.path), []).append(i)
   for folder, places in groups.items():
-    here = [found[i] for i in places]
-    for kind, partners in _described(folder, metadata, here).items():
-      for i, partner in zip(places, _paired(here, partners, kind), strict=True):
+    in_folder = [vector_files[i] for i in places]
+    for kind, partners in _described(folder, metadata, in_folder).items():
+      for i, partner in zip(places, _paired(in_folder, partners, kind), strict=True):
         beside[i][kind] = partner
   return beside
 
 
 def _described(
-  folder: str, metadata: str, found: Sequence[storage.SourceFile]
+  folder: str, metadata: str, vector_files: Sequence[storage.SourceFile]
 ) -> dict[str, list[storage.SourceFile]]:
-  """Returns the files of each kind that describe the vectors of one folder."""
+  """Returns kind -> companion files of the vectors of one folder."""
   if metadata:
     try:
       return {METADATA: listing.list_files('parquet', metadata)}
     except listing.NoFiles as error:
-      raise InputError(f'metadata={metadata!r} matches no parquet file. Correct it.') from error
+      raise InputError(
+        f'metadata={metadata!r} matches no parquet file. Correct the path.'
+      ) from error
   above, name = os.path.split(folder)
   kinds = {METADATA: 'parquet', LABELS: 'npy', PATHS: 'npy'} if name in _FOLDERS else {}
   described = {kind: _listed(f'{above}/{kind}', ending) for kind, ending in kinds.items()}
   described[METADATA] = described.get(METADATA) or _listed(f'{folder}/{METADATA}', 'parquet')
-  if not described[METADATA] and not any(file.path.endswith('.parquet') for file in found):
-    stems = set(map(_stem, found))
+  if not described[METADATA] and not any(file.path.endswith('.parquet') for file in vector_files):
+    stems = set(map(_stem, vector_files))
     described[METADATA] = [file for file in _listed(folder, 'parquet') if _stem(file) in stems]
   return {kind: partners for kind, partners in described.items() if partners}
 
@@ -93,29 +100,32 @@ def _number(file: storage.SourceFile) -> int | None:
 
 
 def _paired(
-  found: Sequence[storage.SourceFile], partners: Sequence[storage.SourceFile], kind: str
+  vector_files: Sequence[storage.SourceFile], partners: Sequence[storage.SourceFile], kind: str
 ) -> list[storage.SourceFile]:
   """Returns the partner of each file of vectors, in their order."""
   by_stem = {_stem(file): file for file in partners}
-  if len(by_stem) == len(partners) and all(_stem(file) in by_stem for file in found):
-    return [by_stem[_stem(file)] for file in found]
-  if len(found) == len(partners) == 1 and None in (_number(found[0]), _number(partners[0])):
+  if len(by_stem) == len(partners) and all(_stem(file) in by_stem for file in vector_files):
+    return [by_stem[_stem(file)] for file in vector_files]
+  if len(vector_files) == len(partners) == 1 and None in (
+    _number(vector_files[0]),
+    _number(partners[0]),
+  ):
     return list(partners)
   where = os.path.dirname(partners[0].path)
   numbers = _by_number(
     partners,
-    'so which vectors they describe is not clear. Give one folder of metadata, or join '
+    'so their pairing with the vectors is ambiguous. Give one folder of metadata, or join '
     'folders with format=concat.',
   )
-  for file in found:
+  for file in vector_files:
     if _number(file) not in numbers:
       span = f'they end in {min(numbers)} to {max(numbers)}' if numbers else 'none ends in a number'
       raise InputError(
         f'{file.path} has no partner in {where}: no file of {kind} there ends in the '
-        f'same number ({span}). Put it there, or correct the path.'
+        f'same number ({span}). Add that file, or correct the path.'
       )
   used = _by_number(
-    found, f'so {kind} cannot be told apart. Join their folders with format=concat.'
+    vector_files, f'so their {kind} are ambiguous. Join their folders with format=concat.'
   )
   if unused := sorted(set(numbers) - set(used)):
     logging.info(
@@ -124,16 +134,13 @@ def _paired(
       progress.counted(len(unused), 'file'),
       os.path.basename(numbers[unused[0]].path),
     )
-  return [numbers[_number(file)] for file in found]
+  return [numbers[_number(file)] for file in vector_files]
 
 
-def _by_number(found: Sequence[storage.SourceFile], trouble: str) -> dict[int, storage.SourceFile]:
-  """Returns the number at the end of a file's stem -> the file.
-
-  Raises InputError for a number that comes twice.
-  """
+def _by_number(listed: Sequence[storage.SourceFile], trouble: str) -> dict[int, storage.SourceFile]:
+  """Returns number at the end of the stem -> file; raises InputError for a duplicate number."""
   by_number: dict[int, storage.SourceFile] = {}
-  for file in found:
+  for file in listed:
     number = _number(file)
     if number in by_number:
       raise InputError(
@@ -156,14 +163,14 @@ def write(
 ) -> dict[str, Any]:
   """Writes index-<shard>.parquet and skipped-<shard>.json of a file of vectors; returns the counts.
 
-  The rules count over columns of the metadata (of the file itself, where it is a parquet); those of
-  images and of captions that are made do not. A row that has no value of a column in `where` is not
-  asked for. Rows with a label that is none of the classes are skipped, as elsewhere. vector_key,
-  vector_dim: as in vectors.head. Raises InputError where metadata have another number of rows than
-  there are vectors, or a column that is asked for is not there or of a strange type.
+  The rules apply to the columns of the metadata, or of the file itself if it is a parquet file;
+  rules for images and for generated captions are ignored. A row without a value in a column of
+  `where` is left out. Rows with a label outside the classes are skipped, as in other formats.
+  vector_key, vector_dim: as in vectors.head. Raises InputError if the metadata and the vectors
+  differ in their number of rows, or if a needed column is missing or has an unusable type.
   """
-  found = vectors.head(file.path, vector_key, vector_dim)
-  rows = _Rows(file, beside, found)
+  header = vectors.head(file.path, vector_key, vector_dim)
+  rows = _Rows(file, beside, header)
   key = next(
     (name for name in (*row_rules.names(rules.sample_key), *ALSO_KEYS) if rows.has(name)), ''
   )
@@ -202,51 +209,53 @@ def write(
     'rows': written,
     'skipped': len(skipped),
     'left_out': left_out,
-    'dim': found.dim,
+    'dim': header.dim,
     'reasons': {'bad label': len(skipped)} if skipped else {},
   }
 
 
 class _Rows:
-  """What is said of the rows of a file of vectors, by columns, batch after batch."""
+  """The metadata columns of a file of vectors, read in batches."""
 
   def __init__(
-    self, file: storage.SourceFile, beside: Mapping[str, storage.SourceFile], found: vectors.Head
+    self, file: storage.SourceFile, beside: Mapping[str, storage.SourceFile], header: vectors.Head
   ):
-    self._file, self._rows = file, found.rows
-    self._said_by = beside.get(METADATA) or (file if found.kind == 'parquet' else None)
-    schema = _parquet(self._said_by).schema_arrow if self._said_by else []
-    self._types = {field.name: field.type for field in schema if field.name != found.name}
+    self._file, self._rows = file, header.rows
+    self._metadata = beside.get(METADATA) or (file if header.kind == 'parquet' else None)
+    schema = _parquet(self._metadata).schema_arrow if self._metadata else []
+    self._types = {field.name: field.type for field in schema if field.name != header.name}
     self._arrays = {kind: _array(beside[kind].path) for kind in (LABELS, PATHS) if kind in beside}
     counts = {beside[kind].path: len(array) for kind, array in self._arrays.items()}
-    if self._said_by:
-      counts[self._said_by.path] = _parquet(self._said_by).metadata.num_rows
+    if self._metadata:
+      counts[self._metadata.path] = _parquet(self._metadata).metadata.num_rows
     for path, rows in counts.items():
       if rows != self._rows:
         raise InputError(
-          f'{path} describes {rows:,} rows, and {file.path} has {self._rows:,} '
-          'vectors: they do not belong together, or one of them is cut short.'
+          f'{path} describes {rows:,} rows, but {file.path} has {self._rows:,} '
+          'vectors: the files do not belong together, or one of them is cut short.'
         )
 
   def has(self, name: str) -> bool:
     return name in self._types or name in self._arrays
 
   def check(self, name: str) -> None:
-    """Raises InputError where there is no column of a name that is needed."""
+    """Raises InputError if the needed column `name` is missing."""
     if not self.has(name):
-      said = self._said_by.path if self._said_by else f'{self._file.path}, which has no metadata,'
-      have = ', '.join([*self._types, *self._arrays]) or 'none'
-      raise InputError(f'{said} has no column {name!r}, which the dataset asks for; it has {have}.')
+      file = self._metadata.path if self._metadata else f'{self._file.path}, which has no metadata,'
+      columns = ', '.join([*self._types, *self._arrays]) or 'none'
+      raise InputError(
+        f'{file} has no column {name!r}, which the dataset needs; its columns: {columns}.'
+      )
 
   def batches(self, names: Sequence[str]) -> Iterator[tuple[int, dict]]:
-    """Yields (first row, column -> arrow array), at most _ROWS at once; at least one batch."""
+    """Yields (first row, column -> arrow array) of at most _ROWS rows; at least one batch."""
     names = [name for name in dict.fromkeys(names) if self.has(name)]
     read = [name for name in names if name in self._types]
     start = 0
     if read:
       parts = (
         dict(zip(batch.schema.names, batch.columns, strict=True))
-        for batch in _parquet(self._said_by).iter_batches(_ROWS, columns=read)
+        for batch in _parquet(self._metadata).iter_batches(_ROWS, columns=read)
       )
     else:
       parts = ({} for _ in range(0, self._rows, _ROWS))
@@ -267,24 +276,23 @@ def _parquet(file: storage.SourceFile):
     return pq.ParquetFile(storage.open_stream(file.path), pre_buffer=False)
   except (pa.ArrowInvalid, OSError) as error:
     raise InputError(
-      f'{file.path} cannot be read as parquet ({str(error).splitlines()[0]}). Put '
-      'the whole file there.'
+      f'{file.path} cannot be read as parquet ({str(error).splitlines()[0]}). Replace '
+      'it with the complete file.'
     ) from error
 
 
 def _array(path: str) -> Array:  # [n]
-  """Returns clip-ood's labels or paths: whole numbers, or text; never Python objects."""
+  """Returns clip-ood's labels or paths as int64 or str, without unpickling."""
   try:
     with storage.open_stream(path) as f:
       array = np.lib.format.read_array(f, allow_pickle=False)
   except (ValueError, EOFError) as error:
     raise InputError(
-      f'{path} cannot be read ({error}). Save whole numbers or text with np.save, '
-      'and no Python objects.'
+      f'{path} cannot be read ({error}). Save integers or text with np.save, and no Python objects.'
     ) from error
   if array.ndim != 1 or array.dtype.kind not in 'iuUS':
     raise InputError(
-      f'{path} has {array.dtype} {array.shape}; one whole number or text a row is read.'
+      f'{path} has {array.dtype} {array.shape}; it must be one-dimensional, of integers or text.'
     )
   return array.astype(str) if array.dtype.kind in 'SU' else array.astype(np.int64)
 
@@ -299,13 +307,13 @@ def _index(
   captions: Sequence[str],
   sizes: Mapping[str, str],
 ) -> tuple[pa.Table, Array]:
-  """Returns the index of some rows, and their labels [n] int64.
+  """Returns the index of a batch of rows, and their labels [n] int64.
 
-  key_column: of the keys, '' takes the file's name and the row; captions: columns, the first that
-  says something counts; sizes: 'width' and 'height' -> a column, '' for none.
+  key_column: '' builds keys from the file's name and the row. captions: columns; the first
+  non-empty one counts. sizes: 'width' and 'height' -> a column, '' for none.
   """
   size = len(batch[''])
-  name = file.name.encode('utf-8', 'backslashreplace').decode()  # it may be any bytes
+  name = file.name.encode('utf-8', 'backslashreplace').decode()  # may be invalid UTF-8
   row = pa.array(np.arange(start, start + size, dtype=np.int64))
   key = pc.binary_join_element_wise(pa.scalar(name), row.cast(pa.string()), '/')
   if key_column:
@@ -339,14 +347,14 @@ def _index(
 
 
 def _chosen(batch: dict, group: pa.Array, rules: RowRules) -> Array:
-  """Returns which rows `where` and `part` ask for, [n] bool."""
+  """Returns the mask of rows that `where` and `part` choose, [n] bool."""
   mask = np.ones(len(group), bool)
   for name, values in rules.allowed.items():
     try:
       wanted = pa.array(values, batch[name].type)
     except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, TypeError) as error:
       raise ConfigError(
-        f'where names {name}={list(values)}, and that column holds {batch[name].type}: '
+        f'`where` has {name}={list(values)}, but that column holds {batch[name].type}: '
         f'{str(error).splitlines()[0]}.'
       ) from error
     mask &= pc.is_in(batch[name], wanted).to_numpy(zero_copy_only=False)
@@ -356,27 +364,28 @@ def _chosen(batch: dict, group: pa.Array, rules: RowRules) -> Array:
 
 
 def _mapped(values: pa.Array, function: Callable[[Any], Any], kind: str) -> pa.Array:
-  """Returns function(value) of every value of an arrow array, computed once for equal ones; null of
-  null.
+  """Returns function(value) of every value of an arrow array, null for null.
+
+  The function is called once for equal values.
   """
   coded = values.dictionary_encode()
   return pa.array(map(function, coded.dictionary.to_pylist()), kind).take(coded.indices)
 
 
 def _text(file: storage.SourceFile, name: str, batch: dict) -> pa.Array:
-  """Returns a column as text, null where it says nothing."""
+  """Returns a column as text, null for missing values."""
   kind = batch[name].type
   if pa.types.is_dictionary(kind):
     return batch[name].dictionary_decode().cast(pa.string())
   if pa.types.is_nested(kind):
     raise InputError(
-      f'{file.name}: its column {name!r} holds {kind}, which is no text. Name another.'
+      f'{file.name}: its column {name!r} holds {kind}, which is no text. Name another column.'
     )
   try:
     return batch[name].cast(pa.string())
   except pa.ArrowInvalid as error:
     raise InputError(
-      f'{file.name}: its column {name!r} is no UTF-8 text ({error}). Name another.'
+      f'{file.name}: its column {name!r} is no UTF-8 text ({error}). Name another column.'
     ) from error
 
 
@@ -395,16 +404,14 @@ def _labels(
 def _pixels(file: storage.SourceFile, name: str, batch: dict) -> Array:  # [n] int32
   kind = batch[name].type
   if not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
-    raise InputError(
-      f'{file.name}: its column {name!r} holds {kind}, which is no number of pixels.'
-    )
+    raise InputError(f'{file.name}: its column {name!r} holds {kind}, not a number of pixels.')
   number = pc.fill_null(batch[name].cast(pa.float64(), safe=False), 0)
   number = number.to_numpy(zero_copy_only=False)
   return np.clip(np.nan_to_num(number), 0, 2**31 - 1).astype(np.int32)
 
 
 def _column(values):
-  """Returns a chosen column as the index has them: whole numbers, else numbers, else text."""
+  """Returns a chosen column in the types of the index: int64, else float64, else text."""
   kind = values.type
   if pa.types.is_dictionary(kind):
     return _column(values.dictionary_decode())

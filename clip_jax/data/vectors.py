@@ -1,9 +1,9 @@
-"""Format 'embeddings': files of vectors that others made, in blocks. Nothing is ever unpickled.
+"""Format 'embeddings': reads files of precomputed vectors in blocks, without unpickling.
 
 In: .npy, .npz (DataComp), .parquet with a column of lists (NeMo-Curator, autofaiss), or float32
-without a header (SemDeDup), here or remote. Out: their rows and E, told by the file's head alone;
-blocks of vectors; unit vectors. What a file is, its first bytes say, not its ending: SemDeDup's
-have any.
+without a header (SemDeDup), local or remote. Out: the number of rows and E, from the file's head
+alone; blocks of vectors; unit vectors. The first bytes decide the kind of a file, not its ending,
+because SemDeDup's files have any ending.
 """
 
 from collections.abc import Iterator
@@ -28,81 +28,81 @@ from clip_jax.data import storage
 LEAST_NORM, MOST_NORM = 0.9, 1.1
 _BLOCK = 1 << 24  # bytes of float32 in a block
 _COPIED_AT_ONCE = 1 << 23  # bytes of a remote file
-_SQUARED_IN_FLOAT32 = 1e-12, 1e30  # squared norms that float32 holds without loss
+_SQUARED_IN_FLOAT32 = 1e-12, 1e30  # range in which squared norms are exact enough in float32
 _NPY, _NPZ, _PARQUET = b'\x93NUMPY', b'PK\x03\x04', b'PAR1'
 
 
 @dataclasses.dataclass(frozen=True)
 class Head:
-  """What a file of vectors says of itself: [rows, dim] floats."""
+  """The header of a file of vectors: [rows, dim] floats."""
 
   kind: str  # 'npy' | 'npz' | 'parquet' | 'raw'
   rows: int
-  dim: int  # E; 0 where a parquet file has no row that tells it
+  dim: int  # E; 0 for a parquet file without rows whose schema does not fix E
   dtype: np.dtype
   name: str = ''  # the array of an npz, the column of a parquet
-  offset: int = 0  # where the numbers begin: bytes of the file, or of the npz's member
+  offset: int = 0  # bytes before the numbers, in the file or in the npz's member
   fortran: bool = False
 
 
 def head(path: str, key: str = '', dim: int = 0) -> Head:
-  """Returns what a file of vectors holds; the vectors are not read.
+  """Returns the header of a file of vectors, without reading the vectors.
 
-  key: the array of an npz, the column of a parquet; '' takes the only one that can be vectors. dim:
-  E of a file without a header. Raises InputError where a file is not whole, or not vectors.
+  key: the array of an npz, or the column of a parquet; '' takes the only one that holds vectors.
+  dim: E of a file without a header. Raises InputError if a file is incomplete or holds no vectors.
   """
-  with _readable(path), storage.open_stream(path) as f:
+  with _input_errors(path), storage.open_stream(path) as f:
     magic, size = f.read(6), f.seek(0, os.SEEK_END)
     f.seek(0)
     if not size:
-      raise InputError(f'{path} is empty. Put the whole file there.')
+      raise InputError(f'{path} is empty. Replace it with the complete file.')
     if magic == _NPY:
-      found = _npy_head(f, path, size)
+      header = _npy_head(f, path, size)
     elif magic[:4] == _NPZ:
-      found = _npz_head(f, path, key)
+      header = _npz_head(f, path, key)
     elif magic[:4] == _PARQUET:
-      found = _parquet_head(f, path, key)
+      header = _parquet_head(f, path, key)
     elif dim:
       if size % (4 * dim):
         raise InputError(
-          f'{path} has {size:,} bytes, which are no whole rows of vector_dim={dim} '
-          f'float32 numbers ({4 * dim} bytes each). Correct vector_dim, or put the '
-          'whole file there.'
+          f'{path} has {size:,} bytes, not a multiple of a row of vector_dim={dim} '
+          f'float32 numbers ({4 * dim} bytes). Correct vector_dim, or replace it with the '
+          'complete file.'
         )
-      found = Head('raw', size // (4 * dim), dim, np.dtype('<f4'))
+      header = Head('raw', size // (4 * dim), dim, np.dtype('<f4'))
     else:
       raise InputError(
-        f'{path} is no .npy, .npz or .parquet file. Float32 numbers without a '
-        'header (SemDeDup) need vector_dim, the numbers in a vector.'
+        f'{path} is no .npy, .npz or .parquet file. For float32 numbers without a '
+        'header (SemDeDup), set vector_dim to the length of a vector.'
       )
-  if dim and found.dim and found.dim != dim:
+  if dim and header.dim and header.dim != dim:
     raise InputError(
-      f'{path} has vectors of {found.dim} numbers, and vector_dim={dim} says otherwise. Correct it.'
+      f'{path} has vectors of {header.dim} numbers, but vector_dim={dim}. Correct vector_dim.'
     )
-  if found.rows and not found.dim:
+  if header.rows and not header.dim:
     raise InputError(
-      f'{path} has vectors of no numbers, {found.rows:,} x 0. Put the right file there.'
+      f'{path} has vectors of length 0, {header.rows:,} x 0. Replace it with the right file.'
     )
-  return found
+  return header
 
 
-def blocks(path: str, found: Head, block_rows: int = 0) -> Iterator[tuple[int, Array]]:
-  """Yields (first row, vectors [b, E] of the file's dtype) of all rows, in order; memory is flat.
+def blocks(path: str, header: Head, block_rows: int = 0) -> Iterator[tuple[int, Array]]:
+  """Yields (first row, vectors [b, E] of the file's dtype) in order, in constant memory.
 
-  found: what `head` returned of it; path: of a copy on this machine. Raises InputError where the
-  file is damaged or ends early.
+  header: the result of `head` for this file; path: of a local copy. Raises InputError if the file
+  is damaged or truncated.
   """
-  step = block_rows or max(1, _BLOCK // (4 * max(found.dim, 1)))
-  make = _parquet_blocks if found.kind == 'parquet' else _array_blocks
-  with _readable(path):
+  step = block_rows or max(1, _BLOCK // (4 * max(header.dim, 1)))
+  make = _parquet_blocks if header.kind == 'parquet' else _array_blocks
+  with _input_errors(path):
     start = 0
-    for block in make(path, found, step):
+    for block in make(path, header, step):
       yield start, block
       start += len(block)
-  if start != found.rows:
+  if start != header.rows:
     raise InputError(
-      f'{path} gave {start:,} of {found.rows:,} vectors: it is not the file that '
-      'was indexed. Put that back, or index again with --redo=ingest.'
+      f'{path} gave {start:,} of {header.rows:,} vectors: it is not the file that '
+      'was indexed. Restore that file, or index again with --redo=ingest.'
     )
 
 
@@ -110,21 +110,21 @@ def unit(
   block: Array,  # [b, E] floats
   any_norm: bool = False,
 ) -> tuple[Array, Array]:
-  """Returns unit vectors, divided in float32, then float16 [b, E]; and which are bad, bool [b].
+  """Returns (unit vectors float16 [b, E], normalised in float32; mask of bad vectors bool [b]).
 
-  Bad: a NaN or an infinity in it, all zeros, or, unless any_norm, a norm outside [0.9, 1.1]. A bad
-  vector's numbers mean nothing.
+  A vector is bad if it holds a NaN or an infinity, is all zeros, or, unless any_norm, has a norm
+  outside [0.9, 1.1]. The returned numbers of a bad vector are undefined.
   """
   with np.errstate(over='ignore', invalid='ignore'):
     x = block.astype(np.float32)
     squared = np.einsum('be,be->b', x, x)
     norm = np.sqrt(squared)
     low, high = _SQUARED_IN_FLOAT32
-    bad = ~((norm >= LEAST_NORM) & (norm <= MOST_NORM))  # so is a NaN
+    bad = ~((norm >= LEAST_NORM) & (norm <= MOST_NORM))  # also true for a NaN
     rare = np.flatnonzero(~((low < squared) & (squared < high))) if any_norm else ()
     if any_norm:
       bad = np.zeros(len(x), bool)
-    if len(rare):  # float32 may not hold their squares
+    if len(rare):  # their squares may overflow or underflow in float32
       exact = block[rare].astype(np.float64)
       most = np.abs(exact).max(axis=1)
       bad[rare] = ~((most > 0) & (most < np.inf))
@@ -135,7 +135,7 @@ def unit(
 
 
 def fault(vector: Array) -> str:  # [E]
-  """Returns in words what is wrong with a vector that `unit` calls bad."""
+  """Returns the reason why `unit` marks a vector as bad, in words."""
   if not np.isfinite(vector).all():
     return 'holds a NaN or an infinity'
   norm = float(np.linalg.norm(vector.astype(np.float64)))
@@ -143,11 +143,11 @@ def fault(vector: Array) -> str:  # [E]
 
 
 def local_copy(file: storage.SourceFile, cache: str) -> str:
-  """Returns the path of a source file on this machine: its own, or of a copy in the folder `cache`.
+  """Returns the local path of a source file; a remote file is copied to the folder `cache`.
 
-  A copy's name holds a hash of the URL and of the object's state, so a changed object is copied
-  anew; it appears under that name only when it is whole. Raises InputError where the storage sends
-  less.
+  The copy's name holds a hash of the URL and of the object's state, so a changed object is copied
+  again. The copy gets that name only when it is complete. Raises InputError if the storage sends
+  fewer bytes.
   """
   if not storage.is_remote(file.path):
     return file.path
@@ -169,7 +169,7 @@ def local_copy(file: storage.SourceFile, cache: str) -> str:
       if len(data) != length:
         raise InputError(
           f'{file.path} ends at byte {start + len(data):,} of {file.size:,}: it '
-          'has changed since it was listed. Run the same command again.'
+          'changed after it was listed. Run the same command again.'
         )
       f.write(data)
       bar.update(length)
@@ -177,21 +177,21 @@ def local_copy(file: storage.SourceFile, cache: str) -> str:
 
 
 @contextlib.contextmanager
-def _readable(path: str) -> Iterator[None]:
-  """Turns what libraries say of a damaged file into an InputError that names it."""
+def _input_errors(path: str) -> Iterator[None]:
+  """Turns every library error from reading a file into an InputError that names the file."""
   try:
     yield
   except (InputError, MemoryError):
     raise
   except FileNotFoundError as error:
     raise InputError(
-      f'{path} is not there. Put it back, or correct the path of the dataset.'
+      f'{path} does not exist. Restore it, or correct the path of the dataset.'
     ) from error
-  except Exception as error:  # each library says in its own way that bytes are damaged
+  except Exception as error:  # each library has its own errors for damaged bytes
     raise InputError(
       f'{path} cannot be read as vectors '
-      f'({str(error).splitlines()[0] if str(error) else "damaged"}). Put the whole '
-      'file there.'
+      f'({str(error).splitlines()[0] if str(error) else "damaged"}). Replace it with the '
+      'complete file.'
     ) from error
 
 
@@ -202,21 +202,19 @@ def _npy_head(f: BinaryIO, path: str, size: int) -> Head:
   needed = offset + math.prod(shape) * dtype.itemsize
   if size != needed:
     raise InputError(
-      f'{path} has {size:,} bytes, and its header says {shape[0]:,} x {shape[1]:,} '
+      f'{path} has {size:,} bytes, but its header gives {shape[0]:,} x {shape[1]:,} '
       f'{dtype} numbers, which need {needed:,}: it is '
-      f'{"cut short" if size < needed else "damaged"}. Put the whole file there.'
+      f'{"cut short" if size < needed else "damaged"}. Replace it with the complete file.'
     )
   return Head('npy', *shape, dtype, '', offset, fortran)
 
 
 def _array_header(f: BinaryIO, path: str) -> tuple[tuple[int, ...], bool, np.dtype]:
-  """Reads the header of an npy, and no more: (shape, is it in Fortran's order, dtype)."""
+  """Reads only the header of an npy; returns (shape, whether in Fortran order, dtype)."""
   lib = np.lib.format
   version = lib.read_magic(f)
   if version not in ((1, 0), (2, 0), (3, 0)):
-    raise InputError(
-      f'{path} is an .npy of version {version}, which is not known. Write it with np.save.'
-    )
+    raise InputError(f'{path} is an .npy of unknown version {version}. Write it with np.save.')
   return (lib.read_array_header_1_0 if version == (1, 0) else lib.read_array_header_2_0)(f)
 
 
@@ -230,12 +228,12 @@ def _check_array(path: str, shape: tuple[int, ...], dtype: np.dtype) -> None:
     raise InputError(f'{path} holds {dtype} numbers; vectors are float16, float32 or float64.')
   if len(shape) != 2 or min(shape) < 0:
     raise InputError(
-      f'{path} has an array of shape {shape}; vectors are [rows, E]. Save it as two dimensions.'
+      f'{path} has an array of shape {shape}; vectors are [rows, E]. Save it with two dimensions.'
     )
 
 
 def _npz_head(f: BinaryIO, path: str, key: str) -> Head:
-  found = {}
+  heads = {}
   with zipfile.ZipFile(f) as archive:
     members = {
       info.filename.removesuffix('.npy'): info
@@ -253,10 +251,12 @@ def _npz_head(f: BinaryIO, path: str, key: str) -> Head:
         offset = member.tell()
       if key or len(shape) == 2 and dtype.kind == 'f':
         _check_array(f'{path}, {name},', shape, dtype)
-        found[name] = Head('npz', *shape, dtype, name, offset, fortran)
+        heads[name] = Head('npz', *shape, dtype, name, offset, fortran)
         if members[name].file_size != offset + math.prod(shape) * dtype.itemsize:
-          raise InputError(f'{path}: the array {name!r} is cut short. Put the whole file there.')
-  return _only_one(path, found, 'arrays of vectors', 'array of vectors', members)
+          raise InputError(
+            f'{path}: the array {name!r} is cut short. Replace the file with the complete one.'
+          )
+  return _only_one(path, heads, 'arrays of vectors', 'array of vectors', members)
 
 
 def _parquet_head(f: BinaryIO, path: str, key: str) -> Head:
@@ -268,12 +268,12 @@ def _parquet_head(f: BinaryIO, path: str, key: str) -> Head:
     )
   if key and not _floats(schema.field(key).type):
     raise InputError(
-      f'{path}: the column {key!r} holds {schema.field(key).type}, no lists of float numbers.'
+      f'{path}: the column {key!r} holds {schema.field(key).type}, not lists of floats.'
     )
-  found = {
+  fields = {
     field.name: field for field in schema if field.name == key or not key and _floats(field.type)
   }
-  field = _only_one(path, found, 'columns of vectors', 'column of vectors', schema.names)
+  field = _only_one(path, fields, 'columns of vectors', 'column of vectors', schema.names)
   name, kind = field.name, field.type
   if pa.types.is_fixed_size_list(kind):
     dim = kind.list_size
@@ -281,13 +281,13 @@ def _parquet_head(f: BinaryIO, path: str, key: str) -> Head:
     first = next(file.iter_batches(1, columns=[name]), None) if rows else None
     dim = len(first.column(0)[0].as_py() or ()) if first is not None else 0
     if rows and not dim:
-      raise InputError(f'{path}: row 0 has no vector. Remove it, or put one there.')
+      raise InputError(f'{path}: row 0 has no vector. Remove the row, or add its vector.')
   return Head('parquet', rows, dim, np.dtype(kind.value_type.to_pandas_dtype()), name)
 
 
 def is_vectors(path: str) -> bool:
   """Returns whether a parquet file has a column of vectors."""
-  with _readable(path), storage.open_stream(path) as f:
+  with _input_errors(path), storage.open_stream(path) as f:
     return any(_floats(field.type) for field in pq.read_schema(f))
 
 
@@ -298,66 +298,66 @@ def _floats(kind: Any) -> bool:
   return lists and pa.types.is_floating(kind.value_type)
 
 
-def _only_one(path: str, found: dict, many: str, one: str, others: Any) -> Any:
-  if len(found) > 1:
-    raise InputError(f'{path} has several {many}: {", ".join(found)}. Name one in vector_key.')
-  if not found:
+def _only_one(path: str, candidates: dict, many: str, one: str, others: Any) -> Any:
+  if len(candidates) > 1:
+    raise InputError(f'{path} has several {many}: {", ".join(candidates)}. Name one in vector_key.')
+  if not candidates:
     raise InputError(
       f'{path} has no {one} [rows, E] (it has {", ".join(others) or "nothing"}). '
-      'Correct the path of the dataset, or name it in vector_key.'
+      'Correct the path of the dataset, or set vector_key.'
     )
-  return next(iter(found.values()))
+  return next(iter(candidates.values()))
 
 
-def _array_blocks(path: str, found: Head, step: int) -> Iterator[Array]:
-  if (
-    found.fortran
-  ):  # rows are not together: a map is read as it is needed, an array of an npz is held whole
-    if found.kind == 'npz':
+def _array_blocks(path: str, header: Head, step: int) -> Iterator[Array]:
+  # In Fortran order the rows are not contiguous: an npy is memory-mapped, and the array of an npz
+  # is held in memory as a whole.
+  if header.fortran:
+    if header.kind == 'npz':
       with np.load(path, allow_pickle=False) as arrays:
-        whole = arrays[found.name]
+        whole = arrays[header.name]
     else:
-      whole = np.memmap(path, found.dtype, 'r', found.offset, (found.rows, found.dim), 'F')
+      whole = np.memmap(path, header.dtype, 'r', header.offset, (header.rows, header.dim), 'F')
     yield from (
-      np.ascontiguousarray(whole[start : start + step]) for start in range(0, found.rows, step)
+      np.ascontiguousarray(whole[start : start + step]) for start in range(0, header.rows, step)
     )
     return
-  row = found.dim * found.dtype.itemsize
-  with _numbers(path, found) as f:
-    for start in range(0, found.rows, step):
-      data = f.read(row * min(step, found.rows - start))
-      yield np.frombuffer(data, found.dtype, len(data) // row * found.dim).reshape(-1, found.dim)
+  row = header.dim * header.dtype.itemsize
+  with _numbers(path, header) as f:
+    for start in range(0, header.rows, step):
+      data = f.read(row * min(step, header.rows - start))
+      yield np.frombuffer(data, header.dtype, len(data) // row * header.dim).reshape(-1, header.dim)
 
 
 @contextlib.contextmanager
-def _numbers(path: str, found: Head) -> Iterator[BinaryIO]:
-  """Opens a file, or the member of an npz, where its numbers begin."""
-  if found.kind == 'npz':
-    with zipfile.ZipFile(path) as archive, archive.open(f'{found.name}.npy') as member:
-      member.read(found.offset)
+def _numbers(path: str, header: Head) -> Iterator[BinaryIO]:
+  """Opens a file, or the member of an npz, at the start of its numbers."""
+  if header.kind == 'npz':
+    with zipfile.ZipFile(path) as archive, archive.open(f'{header.name}.npy') as member:
+      member.read(header.offset)
       yield member
   else:
     with open(path, 'rb') as f:
-      f.seek(found.offset)
+      f.seek(header.offset)
       yield f
 
 
-def _parquet_blocks(path: str, found: Head, step: int) -> Iterator[Array]:
+def _parquet_blocks(path: str, header: Head, step: int) -> Iterator[Array]:
   start = 0
   with pq.ParquetFile(path) as file:
-    for batch in file.iter_batches(step, columns=[found.name]):
+    for batch in file.iter_batches(step, columns=[header.name]):
       lists = batch.column(0)
       lengths = pc.fill_null(pc.list_value_length(lists), -1).to_numpy(zero_copy_only=False)
-      if (lengths != found.dim).any():
-        place = int(np.argmax(lengths != found.dim))
+      if (lengths != header.dim).any():
+        place = int(np.argmax(lengths != header.dim))
         if lengths[place] < 0:
           raise InputError(
-            f'{path}: row {start + place} has no vector. Remove it, or put one there.'
+            f'{path}: row {start + place} has no vector. Remove the row, or add its vector.'
           )
         raise InputError(
           f'{path}: the vector of row {start + place} has {lengths[place]} numbers, '
-          f'the first one {found.dim}. All must have as many.'
+          f'but the first one has {header.dim}. All vectors must have the same length.'
         )
       values = lists.flatten().to_numpy(zero_copy_only=False)  # NaN where a number is missing
-      yield values.reshape(-1, found.dim)
+      yield values.reshape(-1, header.dim)
       start += len(lists)

@@ -1,4 +1,4 @@
-"""Views of sources: rows chosen from one, several after one another. No sample is copied."""
+"""Views of sources without copies: a subset of the rows of one, or several concatenated."""
 
 import bisect
 from collections.abc import Sequence
@@ -12,29 +12,29 @@ import numpy as np
 from clip_jax.core.errors import InputError
 from clip_jax.core.types import Array, Source
 
-_CHECKED = 1 << 20  # rows that are looked at together
+_CHECKED = 1 << 20  # rows checked at once
 
 
 def many(source: Source, indices: Sequence[int]) -> list[dict[str, Any]]:
-  """Returns samples of a source in the order asked: at once, if it can do that, else one by one."""
+  """Returns samples of a source in the given order: with one call of source.many if it exists."""
   if hasattr(source, 'many'):
     return source.many(indices)
   return [source[index] for index in indices]
 
 
 class Subset:
-  """Some rows of a source, in the order of `rows`: integers [n], or the .npy file that holds them.
+  """A subset of a source, in the order of `rows`: integers [n], or the .npy file that holds them.
 
-  A row may come several times and then is several samples. A file is memory-mapped, and mapped anew
-  where the view is unpickled. Raises InputError for a row that the source does not have: for the
-  first and the last at once, for others when they are read, as there may be 10^8 of them.
+  A repeated row is several samples. A file is memory-mapped, and mapped again when the view is
+  unpickled. Raises InputError for a row outside the source: the first and the last are checked at
+  once, others when they are read, because there may be 10^8 of them.
   """
 
   def __init__(self, source: Source, rows: Array | str | os.PathLike):
     self._source, self._most = source, len(source)
     self._given = rows if isinstance(rows, np.ndarray) else os.fspath(rows)
     loaded = rows if isinstance(rows, np.ndarray) else np.load(rows, mmap_mode='r')
-    self._rows = loaded.view(np.ndarray)  # [n]; np.memmap's own indexing is slow
+    self._rows = loaded.view(np.ndarray)  # [n]; indexing an np.memmap is slow
     if self._rows.ndim != 1 or self._rows.dtype.kind not in 'iu':
       raise ValueError(f'rows must be integers [n], got {self._rows.dtype} {self._rows.shape}')
     if len(self):
@@ -57,13 +57,13 @@ class Subset:
 
   @property
   def starts(self) -> Array:  # [shards + 1] int64
-    """Where the rows of each shard of the source begin; InputError where they are not sorted."""
-    for i in range(0, len(self), _CHECKED):  # a part at a time: they may be more than memory holds
+    """The start of each source shard's rows, and the end; InputError if rows are not sorted."""
+    for i in range(0, len(self), _CHECKED):  # in parts: all rows may not fit in memory
       part = self._rows[max(i - 1, 0) : i + _CHECKED]
       if (part[1:] < part[:-1]).any():
         raise InputError(
-          f'{self._name()} are not sorted, so that they cannot be read in blocks. '
-          'Sort them, or set train.order=global.'
+          f'{self._name()} are not sorted, so they cannot be read in blocks. '
+          'Sort the rows, or set train.order=global.'
         )
     return np.searchsorted(self._rows, self._source.starts.astype(self._rows.dtype))
 
@@ -71,8 +71,8 @@ class Subset:
     row = int(self._rows[_checked(index, len(self))])
     if not 0 <= row < self._most:
       raise InputError(
-        f'{self._name()} name row {row}, at place {index}, of a source with '
-        f'{self._most} rows. Make them again from this source.'
+        f'{self._name()} have row {row} at index {index}, but the source has only '
+        f'{self._most} rows. Compute them again from this source.'
       )
     return row
 
@@ -95,7 +95,7 @@ class Concatenation:
     return source[row]
 
   def many(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-    found: list[Any] = [None] * len(indices)
+    ordered: list[Any] = [None] * len(indices)
     source_of = (
       np.searchsorted(self._starts, [_checked(index, len(self)) for index in indices], 'right') - 1
     )
@@ -103,8 +103,8 @@ class Concatenation:
       places = np.flatnonzero(source_of == i).tolist()
       samples = many(self._sources[i], [int(indices[place]) - self._starts[i] for place in places])
       for place, sample in zip(places, samples, strict=True):
-        found[place] = sample
-    return found
+        ordered[place] = sample
+    return ordered
 
   def caption(self, index: int) -> str:
     source, row = self._find(index)
@@ -112,7 +112,7 @@ class Concatenation:
 
   @property
   def starts(self) -> Array:  # [shards + 1] int64
-    """Where each shard of each source begins, and where the last ends."""
+    """The start of each shard of each source, and the end of the last."""
     parts = [start + source.starts[:-1] for start, source in zip(self._starts, self._sources)]
     return np.concatenate([*parts, self._starts[-1:]]).astype(np.int64)
 

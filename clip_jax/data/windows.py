@@ -1,7 +1,7 @@
-"""Samples in the order of order.Blocks, read from storage window by window, in the source's order.
+"""Reads samples in the order of order.Blocks; each window is read from storage in source order.
 
-The files of a window are read at once and kept, undecoded, until each was used: two windows, the
-one in use and the next, which is read meanwhile.
+Two windows are in memory, undecoded: the one in use, and the next, which is prefetched. A sample is
+dropped after its use.
 """
 
 from collections.abc import Callable
@@ -14,23 +14,24 @@ import numpy as np
 from clip_jax.core.types import Array, Source
 from clip_jax.data import order, views
 
-_AHEAD = 2  # windows that are kept
+_AHEAD = 2  # windows in memory
 
 
 class Windows:
-  """Reads what a host sees of each window. Each position is asked for once; threads may ask."""
+  """Reads a host's samples of each window; thread-safe. Each position may be read only once.
 
-  def __init__(
-    self, source: Source, blocks: order.Blocks, wanted: Callable[[int, int], Array]
-  ):  # (start, stop) -> positions asked for in it
+  wanted: (start, stop) -> the host's positions in that range.
+  """
+
+  def __init__(self, source: Source, blocks: order.Blocks, wanted: Callable[[int, int], Array]):
     self._source, self._blocks, self._wanted = source, blocks, wanted
-    self._read: dict[int, futures.Future] = {}  # the window's start -> position -> sample
-    # The end of all that was begun: a window that threads have used up early is not read again.
+    self._read: dict[int, futures.Future] = {}  # start of the window -> {position: sample}
+    # The end of the windows begun so far, so that a window that was used up is not read again.
     self._stop = 0
     self._lock = threading.Lock()
 
   def __call__(self, positions: range) -> tuple[list[int], list[dict[str, Any]]]:
-    """Returns the places in the source, and the samples, of positions one after another."""
+    """Returns the source indices and the samples of consecutive positions."""
     places, samples, at = [], [], positions.start
     while at < positions.stop:
       window = self._blocks.window(at)
@@ -44,35 +45,35 @@ class Windows:
     with self._lock:
       if window.start not in self._read:
         self._begin(window)
-      coming = self._read[window.start]
+      future = self._read[window.start]
       self._begin_next()
-    kept = coming.result()
-    samples = [kept.pop(position) for position in positions]
+    unused = future.result()
+    samples = [unused.pop(position) for position in positions]
     with self._lock:
-      if not kept and self._read.pop(window.start, None):
+      if not unused and self._read.pop(window.start, None):
         self._begin_next()
     return samples
 
   def _begin_next(self) -> None:
-    """Begins to read the windows that come next, unless so many are kept."""
+    """Begins to read the next windows, until _AHEAD windows are in memory."""
     while len(self._read) < _AHEAD:
       window = self._blocks.window(self._stop)
       self._stop = window.stop
-      if len(self._wanted(window.start, window.stop)):  # of a small one, a host may see nothing
+      if len(self._wanted(window.start, window.stop)):  # a host may have no part of a small window
         self._begin(window)
 
   def _begin(self, window: order.Window) -> None:
-    coming = self._read[window.start] = futures.Future()
+    future = self._read[window.start] = futures.Future()
     self._stop = max(self._stop, window.stop)
-    # A daemon: a program that ends does not wait for what it will not use.
-    threading.Thread(target=self._fill, args=(coming, window), daemon=True).start()
+    # A daemon thread, so that the program can end without waiting for it.
+    threading.Thread(target=self._fill, args=(future, window), daemon=True).start()
 
-  def _fill(self, coming: futures.Future, window: order.Window) -> None:
+  def _fill(self, future: futures.Future, window: order.Window) -> None:
     try:
       positions = self._wanted(window.start, window.stop)
       places = window.places[positions - window.start]
       stored = np.argsort(places)
       samples = views.many(self._source, places[stored].tolist())
-      coming.set_result(dict(zip(positions[stored].tolist(), samples, strict=True)))
-    except BaseException as error:  # it is raised where the samples are asked for
-      coming.set_exception(error)
+      future.set_result(dict(zip(positions[stored].tolist(), samples, strict=True)))
+    except BaseException as error:  # raised again in the thread that needs the samples
+      future.set_exception(error)

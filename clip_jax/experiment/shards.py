@@ -128,7 +128,7 @@ def list_shards(block: Config, planted_tars: Sequence[str] = ()) -> list[Shard]:
           shard_files,
           classes,
           _labels_hash(part, folder_labels, shard_files) if folder_labels else '',
-          folder_labels.said if folder_labels else '',
+          folder_labels.description if folder_labels else '',
           beside[start],
         )
       )

@@ -1,9 +1,9 @@
 """CLIP: an image tower, a text tower and a scale, as a module and as pure functions.
 
-`functions(config, ...)` is what training and evaluation use: init(key) makes the parameters, a
-nested dict of float32 arrays, and the other functions take it as their first argument. Its paths
-are open_clip's state_dict names: `visual.*` and `logit_scale` as they are, the text tower under
-`text.` (as in open_clip's CustomTextCLIP; its CLIP class leaves that prefix out).
+Training and evaluation use `functions(config, ...)`: init(key) returns the parameters, a nested
+dict of float32 arrays, which the other functions take as their first argument. Its paths are the
+state_dict names of open_clip's CustomTextCLIP: `visual.*`, `text.*` and `logit_scale`. (open_clip's
+CLIP class omits the prefix `text.`.)
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from clip_jax.models import text as text_tower
 
 
 class CLIP(nnx.Module):
-  """Both towers. Parameters are float32; the towers compute in `dtype`; features are float32."""
+  """Both towers: parameters and features are float32, the towers compute in `dtype`."""
 
   def __init__(
     self,
@@ -64,12 +64,12 @@ class Functions:
 def functions(
   config: zoo.CLIPConfig, dtype: str = 'float32', patch_dropout: float = 0.0, remat: str = 'none'
 ) -> Functions:
-  """The same objects for equal arguments, so that whatever is compiled over them is shared.
+  """Returns CLIP's functions; equal arguments give the same objects, to share compiled code.
 
   A text is int32 [B, T], or a dict of the arguments of TextTransformer.packed.
-  encode(params, images, text, key) is the forward pass of training. It returns what the losses
-  take, dict(image, text, scale, and bias where the model has one), and the parameters that it
-  recorded itself, the batch norms' running statistics, as a part of the tree (mostly empty).
+  encode(params, images, text, key) is the forward pass of training. It returns the inputs of the
+  losses, dict(image, text, scale, and bias if the model has one), and the updated running
+  statistics of batch norms as a subtree of the parameters (empty without batch norms).
   """
   make = functools.partial(CLIP, config, dtype=dtype, patch_dropout=patch_dropout, remat=remat)
   graph = nnx.split(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0))))[0]

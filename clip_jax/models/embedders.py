@@ -1,19 +1,19 @@
-"""Embedders that learn no weights by gradient: principal components of pixels, gradient histograms.
+"""Embedders without gradient training: principal components of pixels, gradient histograms.
 
 An embedder is a pair of pure functions: fit(images uint8 [n, S, S, 3], dim) -> params (dict of
 float32 arrays, the whole embedder) and apply(params, images uint8 [b, S, S, 3]) -> float32
-[b, E], unit length. Rows are worked on in blocks of a fixed size, the last one padded, so that a
-vector's bits depend on its image alone: not on the batch it came in, nor on its place there.
+[b, E], unit length. Rows are processed in blocks of a fixed size, the last one padded, so that the
+bits of a vector depend only on its image, not on its batch or its position in the batch.
 
-Both look at luminance (ITU-R BT.601), not at the three channels: which shape is drawn counts for a
-nearest neighbour, its tint does not, and the covariance of the pixels has a ninth of the entries.
+Both use luminance (ITU-R BT.601) instead of the three channels: nearest neighbours should share a
+shape, not a tint, and the covariance of the pixels has a ninth of the entries.
 """
 
 import numpy as np
 
 from clip_jax.core.types import Array
 
-_BLOCK = 256  # rows worked on at once
+_BLOCK = 256  # rows processed at once
 _ORIENTATIONS = 9  # histogram bins over 180 degrees (Dalal and Triggs 2005)
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 
@@ -29,7 +29,7 @@ def apply_pca(
   params: dict[str, Array],  # of fit_pca
   images: Array,  # [b, S, S, 3] uint8
 ) -> np.ndarray:  # [b, dim] float32, unit length
-  """Luminance minus the fit's mean, on its leading components. See `_unit` for a zero vector."""
+  """Projects luminance minus the fit's mean on the leading components, to unit length."""
   return _in_blocks(lambda block: _project(params, _luminance(block)), images)
 
 
@@ -47,7 +47,7 @@ def apply_hog(
   params: dict[str, Array],  # of fit_hog
   images: Array,  # [b, S, S, 3] uint8
 ) -> np.ndarray:  # [b, dim or F] float32, unit length
-  """Histogram of oriented gradients minus the fit's mean, on its leading components if any."""
+  """Returns oriented gradients minus the fit's mean, projected on its components if it has any."""
   return _in_blocks(lambda block: _project(params, _histograms(block)), images)
 
 
@@ -78,11 +78,12 @@ def _luminance(
 def _histograms(
   images: Array,  # [b, S, S, 3] uint8, S at least 8
 ) -> np.ndarray:  # [b, F] float32, F = (S/c - 1)^2 * 4 * 9 for cells of c pixels
-  """Dalal and Triggs 2005: cells of 8 pixels (S // 4 where S < 32), blocks of 2 x 2 cells.
+  """Returns histograms of oriented gradients (Dalal and Triggs 2005).
 
-  Unsigned orientation in 9 bins, votes of the gradient's length shared between the two nearest;
-  each block is scaled to unit length (with a small constant, so that a flat block stays zero).
-  Pixels beyond the last whole cell are not seen.
+  Cells have 8 pixels (S // 4 if S < 32), blocks 2 x 2 cells. Orientation is unsigned, in 9 bins;
+  the length of a gradient is shared between the two nearest bins. Each block is scaled to unit
+  length, with a small constant, so that a flat block stays zero. Pixels beyond the last whole cell
+  are ignored.
   """
   size = images.shape[1]
   cell = min(8, size // 4)
@@ -95,11 +96,11 @@ def _histograms(
   share = position - lower
   lower = lower.astype(np.int64) % _ORIENTATIONS
   along = np.arange(cells * cell) // cell
-  which = np.arange(len(gray))[:, None, None] * cells * cells + along[:, None] * cells + along
-  which = which.ravel() * _ORIENTATIONS  # of each pixel: its cell's first bin
+  first_bin = np.arange(len(gray))[:, None, None] * cells * cells + along[:, None] * cells + along
+  first_bin = first_bin.ravel() * _ORIENTATIONS  # first bin of each pixel's cell
   bins = len(gray) * cells * cells * _ORIENTATIONS
-  cell_sum = np.bincount(which + lower, length * (1 - share), bins)
-  cell_sum += np.bincount(which + (lower + 1) % _ORIENTATIONS, length * share, bins)
+  cell_sum = np.bincount(first_bin + lower, length * (1 - share), bins)
+  cell_sum += np.bincount(first_bin + (lower + 1) % _ORIENTATIONS, length * share, bins)
   cell_sum = cell_sum.reshape(-1, cells, cells, _ORIENTATIONS)
   block = np.concatenate(
     [cell_sum[:, :-1, :-1], cell_sum[:, :-1, 1:], cell_sum[:, 1:, :-1], cell_sum[:, 1:, 1:]],
@@ -113,9 +114,9 @@ def _principal(
   features: Array,  # [n, F] float32
   dim: int,
 ) -> dict[str, np.ndarray]:  # mean [F], components [F, dim], float32
-  """The `dim` leading directions of the features about their mean, most variance first.
+  """Returns the mean and the `dim` principal components, in order of decreasing variance.
 
-  An eigenvector's sign is free: here its entry of largest size is positive.
+  The sign of a component is chosen so that its entry of largest magnitude is positive.
   """
   n, width = features.shape
   if not 1 <= dim <= min(n - 1, width):
@@ -127,7 +128,7 @@ def _principal(
   centred = features - mean
   if n >= width:
     components = np.linalg.eigh(centred.T @ centred)[1][:, ::-1][:, :dim]
-  else:  # the same directions from the smaller matrix of products between images
+  else:  # the same components, from the smaller Gram matrix of the images
     components = centred.T @ np.linalg.eigh(centred @ centred.T)[1][:, ::-1][:, :dim]
     components /= np.maximum(np.linalg.norm(components, axis=0), 1e-12)
   largest = components[np.abs(components).argmax(0), np.arange(dim)]
@@ -140,7 +141,7 @@ def _project(
   features: Array,  # [b, F] float32
 ) -> np.ndarray:  # [b, E] float32, unit length
   x = features - params['mean']
-  if 'components' in params:  # row by row: a matrix product's bits depend on a row's place in it
+  if 'components' in params:  # row by row: in one product, the bits depend on the row's position
     x = np.stack([row @ params['components'] for row in x])
   return _unit(x)
 
@@ -148,7 +149,7 @@ def _project(
 def _unit(
   x: Array,  # [b, E] float32
 ) -> np.ndarray:  # [b, E] float32, unit length
-  """An image that is the fit's mean has no direction: it gets the first axis, never a NaN."""
+  """Scales rows to unit length; a zero vector becomes the first axis, so that there is no NaN."""
   norm = np.linalg.norm(x, axis=-1, keepdims=True)
   first = np.zeros_like(x)
   first[:, 0] = 1

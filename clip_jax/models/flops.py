@@ -1,7 +1,7 @@
-"""The work and the size of a model, from its numbers alone: computes nothing.
+"""The FLOPs and the number of parameters of a model, from its config alone.
 
-FLOPs count the multiplications and additions of the matrix products, which are nearly all of the
-work: two for each weight and each place where it is used, and the attention's own.
+FLOPs count the multiplications and additions of the matrix products, which dominate: two for each
+use of a weight, plus the attention's own products.
 """
 
 import math
@@ -12,22 +12,22 @@ from clip_jax.models.shapes import shapes
 
 
 def parameter_count(config: zoo.CLIPConfig) -> int:
-  """Returns the number of parameters of both towers, batch norms' running statistics among them."""
+  """Returns the number of parameters of both towers, with running statistics of batch norms."""
   return sum(math.prod(shape) for shape in shapes(config).values())
 
 
 def forward_flops(config: zoo.CLIPConfig) -> float:
-  """Returns the FLOPs of one image and its caption through both towers."""
+  """Returns the FLOPs of a forward pass of one image and its caption."""
   return image_flops(config) + text_flops(config)
 
 
 def text_flops(config: zoo.CLIPConfig) -> float:
-  """Returns the FLOPs of one caption through the text tower, all tokens of the context."""
+  """Returns the FLOPs of one caption in the text tower, with all tokens of the context."""
   return _transformer_flops(config, 'text.', config.text, config.context_length)
 
 
 def image_flops(config: zoo.CLIPConfig) -> float:
-  """Returns the FLOPs of one image through the image tower."""
+  """Returns the FLOPs of one image in the image tower."""
   if isinstance(config.vision, zoo.ResNetConfig):
     return _resnet_flops(config)
   patches = (config.image_size // config.vision.patch_size) ** 2 + config.vision.class_token
@@ -37,8 +37,9 @@ def image_flops(config: zoo.CLIPConfig) -> float:
 def _transformer_flops(
   config: zoo.CLIPConfig, prefix: str, tower: zoo.ViTConfig | zoo.TextConfig, tokens: int
 ) -> float:
-  """Blocks, patches and the attention pool's keys are made for every token, what is beside them
-  once.
+  """Returns the FLOPs of a transformer tower.
+
+  Weights of blocks, patches and the attention pool's keys count for every token, the others once.
   """
   flops = 4.0 * tower.layers * tokens**2 * tower.width
   for name, size in _matrices(config, prefix).items():
@@ -49,8 +50,9 @@ def _transformer_flops(
 
 
 def _resnet_flops(config: zoo.CLIPConfig) -> float:
-  """A weight of a convolution is used once a place: half the side in the stem, a quarter in layer1,
-  ...
+  """Returns the FLOPs of a ResNet; a convolution's weight is used once per output position.
+
+  The side of the output is half the image's in the stem, a quarter in layer1, an eighth in layer2.
   """
   halved = re.compile(r'layer[234]\.0\.conv[12]\.')  # before the pooling that halves the side
   flops = 0.0
@@ -66,7 +68,7 @@ def _resnet_flops(config: zoo.CLIPConfig) -> float:
 
 
 def _matrices(config: zoo.CLIPConfig, prefix: str) -> dict[str, int]:
-  """Returns the number of weights of every matrix and convolution of a tower, by its name there."""
+  """Returns name in the tower -> number of weights, for every matrix and convolution."""
   looked_up = ('positional_embedding', 'token_embedding.weight', 'latent')
   return {
     name.removeprefix(prefix): math.prod(shape)

@@ -1,7 +1,7 @@
-"""Hugging Face's side of a model: CLIPModel and SiglipModel of transformers, configs and tensors.
+"""Converts models from and to transformers' CLIPModel and SiglipModel: configs and tensors.
 
-Both are one shape of each tower: what they cannot say (ResNets, layer scale, patches averaged, a
-text tower that sees the future, ...) is an error when a model is written as theirs.
+Both classes support one architecture per tower. Writing a model that they cannot express (ResNets,
+layer scale, average pooling, a CLIP text tower without a causal mask, ...) raises ConfigError.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from clip_jax.models import open_clip, weights, zoo
 from clip_jax.models.shapes import shapes
 
 _ACTIVATIONS = {'gelu': 'gelu', 'quick_gelu': 'quick_gelu', 'gelu_pytorch_tanh': 'gelu_tanh'}
-# Their names for ours, replaced in this order, first in either tower and then in one.
+# (our name, transformers' name), replaced in this order: first for both towers, then for one.
 _BOTH = (
   ('transformer.resblocks.', 'encoder.layers.'),
   ('.ln_1.', '.layer_norm1.'),
@@ -41,7 +41,7 @@ _TEXT = (
   ('ln_final.', 'final_layer_norm.'),
   ('text_projection.', 'head.'),
 )
-# What transformers takes where a config.json leaves a number out: (vision, text).
+# transformers' defaults for keys missing in a config.json: (vision, text).
 _DEFAULTS = {
   'clip': (
     dict(
@@ -93,30 +93,30 @@ _DEFAULTS = {
     ),
   ),
 }
-_BICUBIC = 3  # PIL's number, in preprocessor_config.json
+_BICUBIC = 3  # PIL's constant, as in preprocessor_config.json
 
 
-def config_from_huggingface(found: Mapping[str, Any]) -> zoo.CLIPConfig:
-  """A config.json of CLIPModel or SiglipModel -> the numbers; ConfigError for any other model."""
-  kind = found.get('model_type')
+def config_from_huggingface(config_json: Mapping[str, Any]) -> zoo.CLIPConfig:
+  """Converts a config.json of CLIPModel or SiglipModel; raises ConfigError for other models."""
+  kind = config_json.get('model_type')
   if not isinstance(kind, str) or kind not in _DEFAULTS:
     raise ConfigError(
-      f"config.json has model_type={kind!r}; of transformers' models these are "
-      f'built here: {", ".join(_DEFAULTS)}.'
+      f"config.json has model_type={kind!r}; transformers' supported models are "
+      f'{", ".join(_DEFAULTS)}.'
     )
   try:
-    # Older files hold the numbers as text_config_dict beside defaults in text_config.
+    # Older files have defaults in text_config, and the real values in text_config_dict.
     v, t = (
       {
         **defaults,
-        **(found.get(f'{tower}_config') or {}),
-        **(found.get(f'{tower}_config_dict') or {}),
+        **(config_json.get(f'{tower}_config') or {}),
+        **(config_json.get(f'{tower}_config_dict') or {}),
       }
       for tower, defaults in zip(('vision', 'text'), _DEFAULTS[kind])
     )
     if v['num_channels'] != 3 or not v.get('vision_use_head', True):
       raise ConfigError(
-        'config.json describes an image tower that is not built here: '
+        'config.json describes an unsupported image tower: '
         f'num_channels={v["num_channels"]}, '
         f'vision_use_head={v.get("vision_use_head", True)}.'
       )
@@ -125,7 +125,7 @@ def config_from_huggingface(found: Mapping[str, Any]) -> zoo.CLIPConfig:
       size = size[0]  # [height, width]
     vision = zoo.ViTConfig(size, v['patch_size'], **_tower(v))
     if kind == 'clip':
-      argmax = t['eos_token_id'] == 2  # what transformers does with its own former default
+      argmax = t['eos_token_id'] == 2  # a former default, which transformers treats as argmax
       text = zoo.TextConfig(
         t['max_position_embeddings'],
         t['vocab_size'],
@@ -133,10 +133,10 @@ def config_from_huggingface(found: Mapping[str, Any]) -> zoo.CLIPConfig:
         pool_type='argmax' if argmax else 'eos',
         eos_id=t['eos_token_id'],
       )
-      scale = found.get('logit_scale_init_value')
+      scale = config_json.get('logit_scale_init_value')
       return open_clip.checked(
         zoo.CLIPConfig(
-          found.get('projection_dim', 512),
+          config_json.get('projection_dim', 512),
           vision,
           text,
           zoo.CLIPConfig.init_logit_scale if scale in (None, 2.6592) else scale,
@@ -157,7 +157,7 @@ def config_from_huggingface(found: Mapping[str, Any]) -> zoo.CLIPConfig:
     )
     if vision.width != (t['projection_size'] or text.width):
       raise ConfigError(
-        f'config.json has image vectors of {vision.width} numbers and text vectors '
+        f'config.json has image vectors of {vision.width} numbers, but text vectors '
         f'of {t["projection_size"] or text.width}.'
       )
     return open_clip.checked(
@@ -169,30 +169,31 @@ def config_from_huggingface(found: Mapping[str, Any]) -> zoo.CLIPConfig:
     ) from error
 
 
-def _tower(found: Mapping[str, Any]) -> dict[str, Any]:
-  if found['hidden_act'] not in _ACTIVATIONS:
+def _tower(config_json: Mapping[str, Any]) -> dict[str, Any]:
+  if config_json['hidden_act'] not in _ACTIVATIONS:
     raise ConfigError(
-      f'config.json has hidden_act={found["hidden_act"]!r}; built are {", ".join(_ACTIVATIONS)}.'
+      f'config.json has hidden_act={config_json["hidden_act"]!r}; supported are '
+      f'{", ".join(_ACTIVATIONS)}.'
     )
-  width, hidden = found['hidden_size'], found['intermediate_size']
+  width, hidden = config_json['hidden_size'], config_json['intermediate_size']
   ratio = hidden / width
-  if int(width * ratio) != hidden:  # rounded down to the number before
+  if int(width * ratio) != hidden:  # float rounding gave hidden - 1
     ratio += 0.5 / width
   return dict(
     width=width,
     mlp_ratio=ratio,
-    layers=found['num_hidden_layers'],
-    heads=found['num_attention_heads'],
-    activation=_ACTIVATIONS[found['hidden_act']],
-    eps=found['layer_norm_eps'],
+    layers=config_json['num_hidden_layers'],
+    heads=config_json['num_attention_heads'],
+    activation=_ACTIVATIONS[config_json['hidden_act']],
+    eps=config_json['layer_norm_eps'],
   )
 
 
 def config_to_huggingface(config: zoo.CLIPConfig) -> dict[str, Any]:
-  """The config.json of a model; ConfigError naming what neither CLIPModel nor SiglipModel has."""
+  """Returns the config.json of a model; raises ConfigError if transformers cannot express it."""
   kind = _kind(config)
   v, t = config.vision, config.text
-  names = {ours: theirs for theirs, ours in _ACTIVATIONS.items()}
+  names = {activation: name for name, activation in _ACTIVATIONS.items()}
 
   def tower(c: zoo.ViTConfig | zoo.TextConfig) -> dict[str, Any]:
     return dict(
@@ -206,15 +207,15 @@ def config_to_huggingface(config: zoo.CLIPConfig) -> dict[str, Any]:
 
   text = tower(t) | dict(vocab_size=t.vocab_size, max_position_embeddings=t.context_length)
   vision = tower(v) | dict(image_size=v.image_size, patch_size=v.patch_size)
-  found = dict(model_type=kind, dtype='float32', text_config=text, vision_config=vision)
+  config_json = dict(model_type=kind, dtype='float32', text_config=text, vision_config=vision)
   if kind == 'siglip':
     text['projection_size'] = config.embed_dim
-    return found | dict(architectures=['SiglipModel'])
+    return config_json | dict(architectures=['SiglipModel'])
   text |= dict(
     projection_dim=config.embed_dim, eos_token_id=2 if t.pool_type == 'argmax' else t.eos_id
   )
   vision['projection_dim'] = config.embed_dim
-  return found | dict(
+  return config_json | dict(
     architectures=['CLIPModel'],
     projection_dim=config.embed_dim,
     logit_scale_init_value=config.init_logit_scale,
@@ -222,10 +223,10 @@ def config_to_huggingface(config: zoo.CLIPConfig) -> dict[str, Any]:
 
 
 def _kind(config: zoo.CLIPConfig) -> str:
-  """'clip' or 'siglip'; ConfigError where the model is neither."""
+  """Returns 'clip' or 'siglip'; raises ConfigError if the model is neither."""
   v, t = config.vision, config.text
   if isinstance(v, zoo.ResNetConfig):
-    raise ConfigError("transformers has no CLIP with a ResNet; write open_clip's format.")
+    raise ConfigError("transformers has no CLIP with a ResNet; use open_clip's format.")
   kind = 'siglip' if v.pool_type == 'map' else 'clip'
   clip = kind == 'clip'
   rules = {
@@ -248,29 +249,29 @@ def _kind(config: zoo.CLIPConfig) -> str:
     if value not in allowed:
       raise ConfigError(
         f"transformers' {'CLIPModel' if clip else 'SiglipModel'} has no "
-        f"{name}={value!r}; write open_clip's format."
+        f"{name}={value!r}; use open_clip's format."
       )
   if clip and t.pool_type == 'eos' and t.eos_id == 2:
     raise ConfigError(
-      "transformers' CLIPModel takes eos_token_id=2 for the highest id; write open_clip's format."
+      "transformers' CLIPModel treats eos_token_id=2 as the highest id; use open_clip's format."
     )
   return kind
 
 
 def entries(config: zoo.CLIPConfig) -> list[weights.Entry]:
-  """Which of their tensors hold which of our parameters; q, k and v are one of ours."""
-  found = []
+  """Returns the entries (parameters and transformers' tensors) of a model; q, k, v are fused."""
+  table = []
   clip = _kind(config) == 'clip'
   for path in shapes(config):
     tower, _, name = path.partition('.')
     if tower in ('logit_scale', 'logit_bias'):
-      found.append(weights.Entry((path,), (path,), 'same' if clip else 'row'))
+      table.append(weights.Entry((path,), (path,), 'same' if clip else 'row'))
     elif name in ('proj', 'text_projection'):
-      theirs = 'visual_projection.weight' if name == 'proj' else 'text_projection.weight'
-      found.append(weights.Entry((path,), (theirs,), 'transposed'))
+      tensor = 'visual_projection.weight' if name == 'proj' else 'text_projection.weight'
+      table.append(weights.Entry((path,), (tensor,), 'transposed'))
     elif name.startswith('attn_pool.q.'):
       part = name.rsplit('.', 1)[1]
-      found.append(
+      table.append(
         weights.Entry(
           (path, path.replace('.q.', '.kv.')), (f'vision_model.head.attention.in_proj_{part}',)
         )
@@ -280,8 +281,8 @@ def entries(config: zoo.CLIPConfig) -> list[weights.Entry]:
       name = weights.renamed(name, (*_BOTH, *own))
       block, in_proj, part = name.partition('.attn.in_proj_')
       names = [f'{block}.self_attn.{x}_proj.{part}' for x in 'qkv'] if in_proj else [name]
-      found.append(weights.Entry((path,), tuple(prefix + name for name in names)))
-  return found
+      table.append(weights.Entry((path,), tuple(prefix + name for name in names)))
+  return table
 
 
 def is_huggingface(tensors: Mapping[str, Array]) -> bool:
@@ -289,64 +290,64 @@ def is_huggingface(tensors: Mapping[str, Array]) -> bool:
 
 
 def _normal(tensors: Mapping[str, Array]) -> dict[str, Array]:
-  """Without position_ids, which older versions stored: they are 0, 1, 2, ..."""
+  """Returns the tensors without position_ids (0, 1, 2, ...), which older versions stored."""
   return {name: array for name, array in tensors.items() if not name.endswith('.position_ids')}
 
 
 def params_from_huggingface(
   tensors: Mapping[str, Array], config: zoo.CLIPConfig, where: str
 ) -> dict:
-  """A state_dict of CLIPModel or SiglipModel -> parameters; InputError where it differs."""
-  return weights.from_theirs(entries(config), _normal(tensors), config, where)
+  """Converts a state_dict of CLIPModel or SiglipModel; raises InputError for another model's."""
+  return weights.params_from_tensors(entries(config), _normal(tensors), config, where)
 
 
 def params_to_huggingface(params: Mapping, config: zoo.CLIPConfig) -> dict[str, Array]:
-  """Parameters -> the tensors of model.safetensors."""
-  return weights.to_theirs(entries(config), params, config)
+  """Converts parameters to the tensors of model.safetensors."""
+  return weights.tensors_from_params(entries(config), params, config)
 
 
 def fitting(tensors: Mapping[str, Array]) -> list[str]:
-  """The zoo's models that have these tensors, at any image size."""
+  """Returns the zoo's models that have these tensors, at any image size."""
   return weights.fitting(entries, _normal(tensors))
 
 
-def preprocess_from_huggingface(found: Mapping[str, Any]) -> dict[str, Any]:
-  """A preprocessor_config.json -> mean, std and resize."""
-  size = found.get('size', {})
-  exact = isinstance(size, Mapping) and 'height' in size and not found.get('do_center_crop')
+def preprocess_from_huggingface(config_json: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns dict(mean, std, resize) of a preprocessor_config.json."""
+  size = config_json.get('size', {})
+  exact = isinstance(size, Mapping) and 'height' in size and not config_json.get('do_center_crop')
   for key, wanted in (
     ('do_resize', True),
     ('do_rescale', True),
     ('do_normalize', True),
     ('rescale_factor', 1 / 255),
   ):
-    value = found.get(key, wanted)
+    value = config_json.get(key, wanted)
     if not isinstance(value, (int, float)) or abs(value - wanted) > 1e-6:
-      raise ConfigError(f'preprocessor_config.json has {key}={value!r}; built here is {wanted}.')
+      raise ConfigError(f'preprocessor_config.json has {key}={value!r}; supported is {wanted}.')
   given = dict(
-    mean=found.get('image_mean') or open_clip.OPENAI_MEAN,
-    std=found.get('image_std') or open_clip.OPENAI_STD,
+    mean=config_json.get('image_mean') or open_clip.OPENAI_MEAN,
+    std=config_json.get('image_std') or open_clip.OPENAI_STD,
     resize='squash' if exact else 'shortest',
   )
   edge, crop = (
     value.get(key) if isinstance(value, Mapping) else value
-    for value, key in ((size, 'shortest_edge'), (found.get('crop_size'), 'height'))
+    for value, key in ((size, 'shortest_edge'), (config_json.get('crop_size'), 'height'))
   )
   if edge and crop and edge != crop:
     logging.warning(
-      'These weights want images of %s pixels cropped to %s; here they are resized '
-      'to the size of the model and not cropped further.',
+      'These weights need images resized to %s pixels and cropped to %s; instead they are '
+      "resized to the model's size, without that crop.",
       edge,
       crop,
     )
-  resample = found.get('resample', _BICUBIC)
+  resample = config_json.get('resample', _BICUBIC)
   return open_clip.checked_preprocess(
-    given, 'bicubic' if resample == _BICUBIC else f"PIL's number {resample}"
+    given, 'bicubic' if resample == _BICUBIC else f"PIL's resample={resample}"
   )
 
 
 def preprocess_to_huggingface(image_size: int, preprocess: Mapping[str, Any]) -> dict[str, Any]:
-  """The preprocessor_config.json of CLIPImageProcessor."""
+  """Returns the preprocessor_config.json of CLIPImageProcessor."""
   square, shortest = dict(height=image_size, width=image_size), preprocess['resize'] == 'shortest'
   return dict(
     image_processor_type='CLIPImageProcessor',

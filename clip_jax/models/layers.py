@@ -1,9 +1,9 @@
-"""What both towers are made of: linear map, layer norm, attention, residual block, stack of blocks.
+"""Layers of both towers: linear map, layer norm, attention, residual block, stack of blocks.
 
 Names and shapes are open_clip's: the parameter at path a/b/c is the tensor `a.b.c` of its
-state_dict with the same shape (matrices are [out, in]), so that weights move both ways unchanged.
-Tokens travel flat, as [B*T, D]: only attention needs to see where one sample ends. Parameters are
-float32; `dtype` is what the matrix products compute in, while norms and softmax stay in float32.
+state_dict with the same shape (matrices are [out, in]), so weights convert in both directions
+without a transpose. Tokens are flat, [B*T, D]; only attention separates the samples. Parameters
+are float32; matrix products compute in `dtype`, norms and softmax in float32.
 """
 
 from collections.abc import Callable
@@ -15,18 +15,18 @@ from jax import Array, lax
 import jax.numpy as jnp
 
 Init = Callable[..., Array]  # (key, shape, dtype) -> array
-Pick = Callable[[Array], Array]  # [B*T, D] -> [B, D]: the rows of some tokens
+Pick = Callable[[Array], Array]  # [B*T, D] -> [B, D]: selects the rows of some tokens
 
 
 @dataclasses.dataclass(frozen=True)
 class BlockInit:
-  """How the four matrices of a residual block start."""
+  """The initialisers of the four matrices of a residual block."""
 
   in_proj: Init
   out_proj: Init
   c_fc: Init
   c_proj: Init
-  zero_bias: bool = False  # of c_fc and c_proj; else PyTorch's default, as open_clip has them
+  zero_bias: bool = False  # of c_fc and c_proj; False: PyTorch's default, as in open_clip
 
 
 def uniform(bound: float) -> Init:
@@ -36,7 +36,7 @@ def uniform(bound: float) -> Init:
 
 
 def pytorch_init(width: int, mlp_width: int) -> BlockInit:
-  """PyTorch's defaults, which open_clip leaves in its vision tower: Xavier for the fused qkv."""
+  """Returns PyTorch's defaults, which open_clip's vision tower keeps: Xavier for the fused qkv."""
   return BlockInit(
     in_proj=uniform((6 / (4 * width)) ** 0.5),
     out_proj=uniform(width**-0.5),
@@ -46,7 +46,7 @@ def pytorch_init(width: int, mlp_width: int) -> BlockInit:
 
 
 def clip_init(width: int, layers: int) -> BlockInit:
-  """The normal initialisation of CLIP's text tower (Radford et al. 2021; open_clip)."""
+  """Returns the normal initialisation of CLIP's text tower (Radford et al. 2021; open_clip)."""
   deep = width**-0.5 * (2 * layers) ** -0.5
   normal = jax.nn.initializers.normal
   return BlockInit(
@@ -58,23 +58,23 @@ def clip_init(width: int, layers: int) -> BlockInit:
 
 
 def timm_init() -> BlockInit:
-  """timm's vision transformers: truncated normal weights of one width."""
+  """Returns the initialisation of timm's vision transformers: truncated normal, std 0.02."""
   init = jax.nn.initializers.truncated_normal(0.02)
   return BlockInit(in_proj=init, out_proj=init, c_fc=init, c_proj=init, zero_bias=True)
 
 
 def gelu(x: Array) -> Array:
-  """Exact GELU through lax.erf; jax.nn.gelu takes the detour over erfc, which costs more on CPU."""
+  """Exact GELU through lax.erf; jax.nn.gelu uses erfc, which is slower on CPU."""
   return x * (0.5 + 0.5 * lax.erf(x * 0.5**0.5))
 
 
 def quick_gelu(x: Array) -> Array:
-  """The sigmoid approximation that OpenAI's own weights were trained with."""
+  """The sigmoid approximation of GELU, with which OpenAI's weights were trained."""
   return x * jax.nn.sigmoid(1.702 * x)
 
 
 def gelu_tanh(x: Array) -> Array:
-  """The tanh approximation, which the larger SigLIP models were trained with."""
+  """The tanh approximation of GELU, with which the larger SigLIP models were trained."""
   return jax.nn.gelu(x, approximate=True)
 
 
@@ -82,7 +82,7 @@ ACTIVATIONS = {'gelu': gelu, 'gelu_tanh': gelu_tanh, 'quick_gelu': quick_gelu}
 
 
 class LayerNorm(nnx.Module):
-  """Over the last axis, in float32 whatever comes in."""
+  """Layer norm over the last axis, computed in float32 for any input dtype."""
 
   def __init__(self, width: int, eps: float = 1e-5):  # PyTorch's default
     self.weight = nnx.Param(jnp.ones(width))
@@ -100,7 +100,7 @@ class LayerNorm(nnx.Module):
 
 
 class Linear(nnx.Module):
-  """x @ weight.T + bias in `dtype`, with weight [out, in] as PyTorch keeps it."""
+  """x @ weight.T + bias in `dtype`, with weight [out, in] as in PyTorch."""
 
   def __init__(
     self, size_in: int, size_out: int, *, weight: Init, bias: Init, rngs: nnx.Rngs, dtype: str
@@ -127,19 +127,19 @@ def linear(
 
 
 def attention(
-  q: Array,  # [B, Q, D]; Q is T, or 1 where only the pooled token asks
+  q: Array,  # [B, Q, D]; Q is T, or 1 if only the pooled token is a query
   k: Array,  # [B, T, D]
   v: Array,  # [B, T, D]
   heads: int,
-  mask: Array | None,  # bool, broadcasts to [B, Q, T]: True where a query may look
+  mask: Array | None,  # bool, broadcasts to [B, Q, T]: True where a query attends to a key
 ) -> Array:  # [B, Q, D]
-  """Softmax attention, by the formulation that suits the backend."""
+  """Softmax attention, with the fastest formulation for the backend."""
   by_head = jax.default_backend() == 'cpu'
   return (attention_by_head if by_head else attention_fused)(q, k, v, heads, mask)
 
 
 def attention_by_head(q: Array, k: Array, v: Array, heads: int, mask: Array | None) -> Array:
-  """One batched product a head on slices: no transpose to a head axis. Fastest on CPU."""
+  """Attention with one batched product per head, on slices without a transpose; fastest on CPU."""
   size = q.shape[-1] // heads
   out = []
   for h in range(heads):
@@ -154,14 +154,14 @@ def attention_by_head(q: Array, k: Array, v: Array, heads: int, mask: Array | No
 
 
 def attention_fused(q: Array, k: Array, v: Array, heads: int, mask: Array | None) -> Array:
-  """All heads in one call: on a GPU cuDNN's flash attention, where it takes this shape."""
+  """Attention of all heads in one call, with cuDNN's flash attention on a GPU where possible."""
   size = q.shape[-1] // heads
   split = [x.reshape(*x.shape[:2], heads, size) for x in (q, k, v)]  # [B, T, H, K]
   if mask is not None:
     mask = mask[(None,) * (3 - mask.ndim)][:, None]  # [B or 1, 1, Q or 1, T]
   half = q.dtype in (jnp.bfloat16, jnp.float16)
-  # cuDNN computes in half precision only, in heads of a multiple of 8 up to 128 (256 on Hopper).
-  # In training JAX lets it have even lengths only, with a mask or without one.
+  # cuDNN supports half precision only, and head sizes that are multiples of 8 up to 128 (256 on
+  # Hopper). In training, JAX allows it for even lengths only, with or without a mask.
   even = q.shape[1] % 2 == 0 and k.shape[1] % 2 == 0
   flash = jax.default_backend() == 'gpu' and half and size % 8 == 0 and size <= 128 and even
   out = jax.nn.dot_product_attention(*split, mask=mask, implementation='cudnn' if flash else 'xla')
@@ -173,7 +173,7 @@ class Attention(nnx.Module):
 
   def __init__(self, width: int, heads: int, *, init: BlockInit, rngs: nnx.Rngs, dtype: str):
     if width % heads:
-      raise ValueError(f'a width of {width} does not divide into {heads} heads')
+      raise ValueError(f'width={width} must be a multiple of heads={heads}')
     zeros = jax.nn.initializers.zeros
     self.in_proj_weight = nnx.Param(init.in_proj(rngs.params(), (3 * width, width)))
     self.in_proj_bias = nnx.Param(jnp.zeros(3 * width))
@@ -186,8 +186,8 @@ class Attention(nnx.Module):
     x: Array,  # [B*T, D]
     tokens: int,  # T
     mask: Array | None,  # bool, broadcasts to [B, T, T]
-    pick: Pick = lambda y: y,  # the output is wanted at these tokens
-  ) -> Array:  # [B*T, D], or [B, D] of the picked ones
+    pick: Pick = lambda y: y,  # selects the tokens of the output
+  ) -> Array:  # [B*T, D], or [B, D] of the picked tokens
     width = x.shape[-1]
     qkv = linear(x, self.in_proj_weight[...], self.in_proj_bias[...], self.dtype)
     q, k, v = jnp.split(qkv.reshape(-1, tokens, 3 * width), 3, axis=-1)
@@ -196,11 +196,11 @@ class Attention(nnx.Module):
   def pooled(
     self,
     x: Array,  # [B*T, D]
-    query: Array,  # [B, D], the rows of x that ask
+    query: Array,  # [B, D], the rows of x that are queries
     tokens: int,  # T
     mask: Array | None,  # bool, broadcasts to [B, 1, T]
   ) -> Array:  # [B, D]
-    """As above where exactly one token of each sample asks: the others need no query."""
+    """Returns the attention of one query token per sample; no other queries are computed."""
     width = x.shape[-1]
     weight, bias = self.in_proj_weight[...], self.in_proj_bias[...]
     q = linear(query, weight[:width], bias[:width], self.dtype)
@@ -239,7 +239,7 @@ class MLP(nnx.Module):
 
 
 class LayerScale(nnx.Module):
-  """A gain for each channel of a block's branch (Touvron et al. 2021), named as in open_clip."""
+  """A gain per channel of a block's branch (Touvron et al. 2021), named as in open_clip."""
 
   def __init__(self, width: int, start: float):
     self.gamma = nnx.Param(jnp.full(width, start))
@@ -252,7 +252,7 @@ class LayerScale(nnx.Module):
 
 
 class ResidualAttentionBlock(nnx.Module):
-  """x + attention(ln_1(x)), then x + mlp(ln_2(x)); with layer scale, each branch has its gain."""
+  """x + attention(ln_1(x)), then x + mlp(ln_2(x)); with layer scale, each branch has a gain."""
 
   def __init__(
     self,
@@ -282,7 +282,7 @@ class ResidualAttentionBlock(nnx.Module):
     tokens: int,  # T
     mask: Array | None,  # bool, broadcasts to [B, T, T]
     pick: Pick = lambda y: y,
-  ) -> Array:  # [B*T, D], or [B, D] of the picked tokens: no other output of the block is made
+  ) -> Array:  # [B*T, D], or [B, D] of the picked tokens; other outputs are not computed
     return self._after(pick(x), self.attn(self.ln_1(x), tokens, mask, pick))
 
   def pooled(
@@ -302,9 +302,9 @@ class ResidualAttentionBlock(nnx.Module):
 
 
 class Transformer(nnx.Module):
-  """`layers` blocks, unrolled (a scan over stacked layers measured 15 % slower on CPU).
+  """A stack of `layers` blocks, unrolled: a scan over stacked layers is 15 % slower on CPU.
 
-  remat: what the backward pass recomputes, a key of REMAT.
+  remat: a key of REMAT, which decides what the backward pass recomputes.
   """
 
   def __init__(
@@ -355,10 +355,10 @@ class Transformer(nnx.Module):
     x: Array,  # [B*T, D]
     tokens: int,  # T
     mask: Array | None,  # bool, broadcasts to [B, T, T]
-    pooled_mask: Array | None,  # bool, broadcasts to [B, 1, T]: the picked tokens' rows of mask
+    pooled_mask: Array | None,  # bool, broadcasts to [B, 1, T]: rows of mask at picked tokens
     pick: Pick,  # exactly one token of each sample
   ) -> Array:  # [B, D]
-    """The stack's output at the picked tokens; the last block computes nothing else. Exact."""
+    """Returns the output at the picked tokens, exactly; the last block computes nothing else."""
     *blocks, last = self.resblocks
     for block in blocks:
       x = self._run(block, x, tokens, mask)
@@ -371,7 +371,7 @@ class Transformer(nnx.Module):
     mask: Array,  # bool [R, T, T]
     pick: Pick,  # any tokens: packed rows hold several samples
   ) -> Array:  # [B, D]
-    """The stack's output at the picked tokens, where a row may have any number of them. Exact."""
+    """Returns the output at the picked tokens, exactly; a row may have any number of them."""
     *blocks, last = self.resblocks
     for block in blocks:
       x = self._run(block, x, tokens, mask)
@@ -387,8 +387,8 @@ class Transformer(nnx.Module):
     return run(state, x)
 
 
-# What a block's backward pass finds in memory: everything, its input alone, or also the results of
-# its matrix products (those over a batch of samples, the attention's, are recomputed).
+# What a block stores for its backward pass: everything; its input only; or also the results of its
+# matrix products, except those with a batch axis (the attention's), which are recomputed.
 REMAT = {
   'none': None,
   'blocks': jax.checkpoint_policies.nothing_saveable,

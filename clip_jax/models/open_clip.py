@@ -1,7 +1,7 @@
-"""open_clip's side of a model: its config both ways, and the names of its tensors.
+"""Converts models from and to open_clip: configs, tensors and preprocessing.
 
-A parameter's path here is open_clip's own name with `text.` before a text tensor, as its
-CustomTextCLIP has it. Its CLIP class leaves that prefix out, and its SigLIP image towers are timm's
+A parameter has the path of its tensor in open_clip's CustomTextCLIP, with `text.` before text
+tensors. open_clip's CLIP class omits that prefix, and its SigLIP image towers are timm's
 (`visual.trunk.*`): the tables below rename those.
 """
 
@@ -20,7 +20,7 @@ from clip_jax.models.shapes import shapes
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of OpenAI's CLIP, per channel, in [0, 1]
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 
-# Keys that describe how open_clip would train or fetch a model, not what it computes.
+# Keys about training or downloading a model in open_clip, which do not change its output.
 _IGNORED = (
   'timm_model_pretrained',
   'timm_drop',
@@ -30,7 +30,7 @@ _IGNORED = (
   'hf_model_pretrained',
   'pad_id',
 )
-# Fields of the configs: those that count something, and those that are any number.
+# Fields of the configs that must be positive integers, and those that may be any number.
 _COUNTS = (
   'embed_dim',
   'image_size',
@@ -45,18 +45,18 @@ _REALS = ('mlp_ratio', 'ls_init_value', 'eps', 'init_logit_scale', 'init_logit_b
 _ACTIVATIONS = {'gelu': {}, 'gelu_tanh': {'approximate': 'tanh'}}
 
 
-def _unlike(defaults: dict[str, Any], **given: Any) -> dict[str, Any]:
-  """Returns the keys whose value is not open_clip's default (None where `defaults` has none)."""
+def _non_default(defaults: dict[str, Any], **given: Any) -> dict[str, Any]:
+  """Returns the keys whose value differs from open_clip's default (None if not in `defaults`)."""
   return {key: value for key, value in given.items() if value != defaults.get(key)}
 
 
 def config_to_open_clip(config: zoo.CLIPConfig) -> dict[str, Any]:
-  """The model_cfg that open_clip builds this model from (open_clip_config.json's model_cfg)."""
+  """Returns the model_cfg (of open_clip_config.json) with which open_clip builds this model."""
   text = config.text
   proj = {'linear': {}, 'bias': {'proj_bias': True}, 'none': {'proj_type': 'none'}}[text.proj]
   return {
     'embed_dim': config.embed_dim,
-    **_unlike(
+    **_non_default(
       dict(quick_gelu=False, init_logit_scale=zoo.CLIPConfig.init_logit_scale, custom_text=False),
       quick_gelu=text.activation == 'quick_gelu',
       init_logit_bias=config.init_logit_bias,
@@ -70,7 +70,7 @@ def config_to_open_clip(config: zoo.CLIPConfig) -> dict[str, Any]:
       'width': text.width,
       'heads': text.heads,
       'layers': text.layers,
-      **_unlike(
+      **_non_default(
         dict(
           hf_tokenizer_name='',
           tokenizer_kwargs={},
@@ -92,8 +92,8 @@ def config_to_open_clip(config: zoo.CLIPConfig) -> dict[str, Any]:
 
 
 def _block_to_open_clip(tower: zoo.ViTConfig | zoo.TextConfig) -> dict[str, Any]:
-  """What the two transformers have in common, where it is not open_clip's default."""
-  return _unlike(
+  """Returns the keys that both transformers share, where they differ from open_clip's defaults."""
+  return _non_default(
     dict(norm_kwargs={'eps': 1e-5}, act_kwargs={}),
     ls_init_value=tower.ls_init_value,
     norm_kwargs={'eps': tower.eps},
@@ -130,7 +130,7 @@ def _vision_to_open_clip(vision: zoo.ViTConfig | zoo.ResNetConfig) -> dict[str, 
     'width': vision.width,
     'head_width': vision.width // vision.heads,
     'patch_size': vision.patch_size,
-    **_unlike(
+    **_non_default(
       dict(mlp_ratio=4.0, pool_type='tok', no_ln_pre=False, final_ln_after_pool=False),
       mlp_ratio=vision.mlp_ratio,
       pool_type=vision.pool_type,
@@ -142,7 +142,7 @@ def _vision_to_open_clip(vision: zoo.ViTConfig | zoo.ResNetConfig) -> dict[str, 
 
 
 def config_from_open_clip(model: dict[str, Any]) -> zoo.CLIPConfig:
-  """A model_cfg of open_clip -> the numbers; ConfigError for what is not built here."""
+  """Converts a model_cfg of open_clip; raises ConfigError for unsupported values."""
   model = dict(model)
   try:
     for block in ('vision_cfg', 'text_cfg'):
@@ -159,28 +159,30 @@ def config_from_open_clip(model: dict[str, Any]) -> zoo.CLIPConfig:
       custom_text=model.pop('custom_text', False),
     )
   except KeyError as error:
-    raise ConfigError(f'A model config of open_clip must have the key {error}.') from error
+    raise ConfigError(f'The model config of open_clip lacks the key {error}.') from error
   except (TypeError, AttributeError, ZeroDivisionError) as error:
     raise ConfigError(
-      f'A model config of open_clip has a value of the wrong kind: {error}.'
+      f'The model config of open_clip has a value of the wrong type: {error}.'
     ) from error
-  _none_left('', model)
+  _check_unused('', model)
   return checked(config)
 
 
 def checked(config: zoo.CLIPConfig) -> zoo.CLIPConfig:
-  """A config whose numbers make a model; ConfigError naming the one that cannot be."""
-  for name, value, good, wanted in _demands(config):
-    if not good:
+  """Returns the config if its numbers are valid; raises ConfigError for the first invalid one."""
+  for name, value, valid, wanted in _conditions(config):
+    if not valid:
       raise ConfigError(
-        f'the model has {name}={value!r}, which must be {wanted}. Mend it, or get it again.'
+        f'The model has {name}={value!r}, which must be {wanted}. Correct its config, or download '
+        'it again.'
       )
   return config
 
 
-def _demands(config: zoo.CLIPConfig) -> Iterator[tuple[str, Any, bool, str]]:
-  """Yields (name, value, whether it is good, what it must be); later ones take earlier ones as
-  given.
+def _conditions(config: zoo.CLIPConfig) -> Iterator[tuple[str, Any, bool, str]]:
+  """Yields (name, value, whether it is valid, what it must be).
+
+  A condition may assume that all earlier ones hold.
   """
   whole = lambda value: type(value) is int and value > 0
   vision, text = config.vision, config.text
@@ -218,7 +220,7 @@ def _text_from_open_clip(text: dict[str, Any], quick_gelu: bool) -> zoo.TextConf
   if text.get('hf_model_name'):
     raise ConfigError(
       f'text_cfg.hf_model_name={text["hf_model_name"]!r}: text towers of Hugging '
-      'Face are not built here.'
+      'Face are not supported.'
     )
   width, proj_type = text.pop('width', 512), text.pop('proj_type', 'linear')
   bias = text.pop('proj_bias', False)
@@ -243,9 +245,9 @@ def _text_from_open_clip(text: dict[str, Any], quick_gelu: bool) -> zoo.TextConf
   ):
     raise ConfigError(
       f'text_cfg has pool_type={config.pool_type!r} and proj_type={proj_type!r}, '
-      'which is not built here.'
+      'which is not supported.'
     )
-  _none_left('text_cfg.', text)
+  _check_unused('text_cfg.', text)
   return config
 
 
@@ -262,10 +264,10 @@ def _vision_from_open_clip(
       or (vision.pop('timm_proj', 'none') != 'none')
     ):
       raise ConfigError(
-        f"vision_cfg.timm_model_name={name!r} is not built here; of timm's towers "
-        f'these are: {", ".join(zoo.TIMM_TOWERS)}.'
+        f'vision_cfg.timm_model_name={name!r} is not supported. Supported timm '
+        f'towers: {", ".join(zoo.TIMM_TOWERS)}.'
       )
-    _none_left('vision_cfg.', vision)
+    _check_unused('vision_cfg.', vision)
     return dataclasses.replace(zoo.TIMM_TOWERS[name], image_size=image_size)
   width, layers = vision.pop('width', 768), vision.pop('layers', 12)
   head_width = vision.pop('head_width', 64)
@@ -286,8 +288,8 @@ def _vision_from_open_clip(
       **_block_from_open_clip(vision, quick_gelu),
     )
     if config.pool_type not in ('tok', 'avg'):
-      raise ConfigError(f'vision_cfg.pool_type={config.pool_type!r} is not built here.')
-  _none_left('vision_cfg.', vision)
+      raise ConfigError(f'vision_cfg.pool_type={config.pool_type!r} is not supported.')
+  _check_unused('vision_cfg.', vision)
   return config
 
 
@@ -295,7 +297,7 @@ def _block_from_open_clip(tower: dict[str, Any], quick_gelu: bool) -> dict[str, 
   act, norm = tower.pop('act_kwargs', None) or {}, tower.pop('norm_kwargs', None) or {}
   names = [name for name, kwargs in _ACTIVATIONS.items() if kwargs == act]
   if not names or set(norm) - {'eps'}:
-    raise ConfigError(f'act_kwargs={act} and norm_kwargs={norm} of open_clip are not built here.')
+    raise ConfigError(f'act_kwargs={act} and norm_kwargs={norm} of open_clip are not supported.')
   return {
     'activation': 'quick_gelu' if quick_gelu else names[0],
     'eps': norm.get('eps', 1e-5),
@@ -303,14 +305,14 @@ def _block_from_open_clip(tower: dict[str, Any], quick_gelu: bool) -> dict[str, 
   }
 
 
-def _none_left(block: str, left: dict[str, Any]) -> None:
-  """open_clip's other keys may be named where they are off: then they change nothing."""
+def _check_unused(block: str, left: dict[str, Any]) -> None:
+  """Raises ConfigError for a key that was not read, unless its value turns the feature off."""
   for key, value in left.items():
     if key not in _IGNORED and value not in (None, False, 'learnable', 'default'):
-      raise ConfigError(f'{block}{key}={value!r} of open_clip is not built here.')
+      raise ConfigError(f'{block}{key}={value!r} of open_clip is not supported.')
 
 
-# Our names in timm's vision transformer, replaced in this order; the others are alike.
+# (our name, name in timm's vision transformer), replaced in this order; other names are equal.
 _TIMM = (
   ('conv1.', 'patch_embed.proj.'),
   ('positional_embedding', 'pos_embed'),
@@ -323,13 +325,13 @@ _TIMM = (
   ('.mlp.c_proj.', '.mlp.fc2.'),
   ('ln_post.', 'norm.'),
 )
-# Tensors of the text tower, where they have no text. before them.
+# Prefixes of the text tower's tensors in models without the prefix 'text.'.
 _TEXT = ('token_embedding.', 'positional_embedding', 'transformer.', 'ln_final.', 'text_projection')
-_COUNTER = 'num_batches_tracked'  # of PyTorch's batch norm; nothing here reads it
+_COUNTER = 'num_batches_tracked'  # of PyTorch's batch norm; not used here
 
 
 def entries(config: zoo.CLIPConfig) -> list[weights.Entry]:
-  """Which tensor of open_clip's holds which parameter; its text tensors as text.*."""
+  """Returns the entries (parameters and open_clip's tensors) of a model; text tensors as text.*."""
 
   def entry(path: str) -> weights.Entry:
     if not (path.startswith('visual.') and _is_timm(config)):
@@ -343,45 +345,48 @@ def entries(config: zoo.CLIPConfig) -> list[weights.Entry]:
 
 
 def normal(tensors: Mapping[str, Array]) -> dict[str, Array]:
-  """Tensors by CustomTextCLIP's names, the scale and bias without axes, the counters left out."""
-  found = {}
+  """Returns the tensors with CustomTextCLIP's names, scalar scale and bias, and no counters."""
+  renamed = {}
   for name, array in tensors.items():
     if name in ('logit_scale', 'logit_bias'):
       array = np.reshape(array, ()) if np.size(array) == 1 else array
     if not name.endswith(_COUNTER):
-      found[f'text.{name}' if name.startswith(_TEXT) else name] = array
-  return found
+      renamed[f'text.{name}' if name.startswith(_TEXT) else name] = array
+  return renamed
 
 
 def params_from_open_clip(tensors: Mapping[str, Array], config: zoo.CLIPConfig, where: str) -> dict:
-  """A state_dict of CLIP or CustomTextCLIP -> parameters; InputError where it is another's."""
+  """Converts a state_dict of CLIP or CustomTextCLIP; raises InputError for another model's."""
   given, tensors = tensors, normal(tensors)
   for name in given:
     if f'text.{name}' in given and f'text.{name}' in tensors:
-      raise InputError(f"{where} holds {name} twice, also as text.{name}. Is it another model's?")
+      raise InputError(f'{where} holds {name} twice, also as text.{name}. Is it another model?')
   if config.init_logit_bias is not None and 'logit_bias' not in tensors:
-    logging.info('%s has no logit_bias; it begins at 0, as in open_clip.', where)
+    logging.info('%s has no logit_bias; it is set to 0, as in open_clip.', where)
     tensors['logit_bias'] = np.zeros((), np.float32)
-  return weights.from_theirs(entries(config), tensors, config, where)
+  return weights.params_from_tensors(entries(config), tensors, config, where)
 
 
 def params_to_open_clip(params: Mapping, config: zoo.CLIPConfig) -> dict[str, Array]:
-  """Parameters -> what open_clip's model of this config loads with strict=True."""
-  found = {}
-  for name, array in weights.to_theirs(entries(config), params, config).items():
-    found[name if config.custom_text else name.removeprefix('text.')] = array
+  """Converts parameters to a state_dict that open_clip's model loads with strict=True."""
+  state = {}
+  for name, array in weights.tensors_from_params(entries(config), params, config).items():
+    state[name if config.custom_text else name.removeprefix('text.')] = array
     if name.endswith('.running_var'):
-      found[name.replace('running_var', _COUNTER)] = np.zeros((), np.int64)
-  return found
+      state[name.replace('running_var', _COUNTER)] = np.zeros((), np.int64)
+  return state
 
 
 def fitting(tensors: Mapping[str, Array]) -> list[str]:
-  """The zoo's models that have these tensors, at any image size."""
+  """Returns the zoo's models that have these tensors, at any image size."""
   return weights.fitting(entries, normal(tensors))
 
 
 def preprocess_to_open_clip(image_size: int, preprocess: Mapping[str, Any]) -> dict[str, Any]:
-  """open_clip_config.json's preprocess_cfg. `preprocess` has mean, std (3 numbers) and resize."""
+  """Returns the preprocess_cfg of open_clip_config.json.
+
+  preprocess: dict(mean, std, resize), mean and std with 3 numbers each.
+  """
   return {
     'size': image_size,
     'mode': 'RGB',
@@ -393,32 +398,41 @@ def preprocess_to_open_clip(image_size: int, preprocess: Mapping[str, Any]) -> d
   }
 
 
-def preprocess_from_open_clip(found: Mapping[str, Any], config: zoo.CLIPConfig) -> dict[str, Any]:
-  """The same back; what a preprocess_cfg leaves out is open_clip's default."""
-  plain = dict(mean=OPENAI_MEAN, std=OPENAI_STD, resize='shortest')
+def preprocess_from_open_clip(
+  preprocess_cfg: Mapping[str, Any], config: zoo.CLIPConfig
+) -> dict[str, Any]:
+  """Returns dict(mean, std, resize) of a preprocess_cfg; missing keys get open_clip's defaults."""
+  defaults = dict(mean=OPENAI_MEAN, std=OPENAI_STD, resize='shortest')
   given = {
-    ours: found[theirs]
-    for ours, theirs in (('mean', 'mean'), ('std', 'std'), ('resize', 'resize_mode'))
-    if found.get(theirs)
+    name: preprocess_cfg[key]
+    for name, key in (('mean', 'mean'), ('std', 'std'), ('resize', 'resize_mode'))
+    if preprocess_cfg.get(key)
   }
-  size = found.get('size') or config.image_size
+  size = preprocess_cfg.get('size') or config.image_size
   if size not in (config.image_size, [config.image_size] * 2):
     logging.warning(
-      'The images are for %s pixels, and the model is for %d: those count.', size, config.image_size
+      "preprocess_cfg has images of %s pixels, but the model has %d; the model's size is used.",
+      size,
+      config.image_size,
     )
-  return checked_preprocess(plain | given, found.get('interpolation') or 'bicubic')
+  return checked_preprocess(defaults | given, preprocess_cfg.get('interpolation') or 'bicubic')
 
 
-def checked_preprocess(found: Mapping[str, Any], interpolation: str) -> dict[str, Any]:
-  """mean, std and resize, or ConfigError for what no image is prepared by here."""
-  if found['resize'] not in ('shortest', 'squash'):
+def checked_preprocess(preprocess: Mapping[str, Any], interpolation: str) -> dict[str, Any]:
+  """Returns dict(mean, std, resize) with valid values; raises ConfigError for unsupported ones."""
+  if preprocess['resize'] not in ('shortest', 'squash'):
     raise ConfigError(
-      f'These weights want images resized by {found["resize"]!r}; built are shortest and squash.'
+      f'These weights need images resized by {preprocess["resize"]!r}; supported are shortest and '
+      'squash.'
     )
   if interpolation != 'bicubic':
-    logging.warning('These weights were made with %s resizing; here it is bicubic.', interpolation)
+    logging.warning(
+      'These weights were trained with %s resizing; bicubic is used instead.', interpolation
+    )
   given = [
-    (found[key],) * 3 if isinstance(found[key], (int, float)) else found[key]  # as open_clip
+    (preprocess[key],) * 3
+    if isinstance(preprocess[key], (int, float))
+    else preprocess[key]  # as open_clip
     for key in ('mean', 'std')
   ]
   try:
@@ -427,13 +441,14 @@ def checked_preprocess(found: Mapping[str, Any], interpolation: str) -> dict[str
     mean = std = ()
   if len(mean) != 3 or len(std) != 3 or min(std) <= 0 or not np.isfinite([mean, std]).all():
     raise ConfigError(
-      f'Preprocessing needs three means and deviations, got {found["mean"]} and {found["std"]}.'
+      f'Preprocessing needs three means and deviations, got {preprocess["mean"]} and '
+      f'{preprocess["std"]}.'
     )
-  return dict(mean=mean, std=std, resize=found['resize'])
+  return dict(mean=mean, std=std, resize=preprocess['resize'])
 
 
 def default_preprocess(config: zoo.CLIPConfig) -> dict[str, Any]:
-  """What open_clip's published weights of this family take: SigLIP's, CLIPA's, else OpenAI's."""
+  """Returns the preprocessing of open_clip's weights of this family: SigLIP, CLIPA, else OpenAI."""
   if _is_timm(config):
     return dict(mean=(0.5,) * 3, std=(0.5,) * 3, resize='squash')
   if isinstance(config.vision, zoo.ViTConfig) and config.vision.pool_type == 'avg':

@@ -12,12 +12,12 @@ import jax.numpy as jnp
 from clip_jax.models import layers
 from clip_jax.models.zoo import ResNetConfig
 
-_MOMENTUM = 0.1  # of the running statistics, PyTorch's
+_MOMENTUM = 0.1  # of the running statistics; PyTorch's default
 _EPS = 1e-5
 
 
 class Conv(nnx.Module):
-  """A convolution without bias, weight [out, in, k, k] as PyTorch keeps it; k is 1 or 3."""
+  """A convolution without bias, weight [out, in, k, k] as in PyTorch; k is 1 or 3."""
 
   def __init__(
     self, size_in: int, size_out: int, kernel: int, *, stride: int = 1, rngs: nnx.Rngs, dtype: str
@@ -42,7 +42,7 @@ class Conv(nnx.Module):
 
 
 class BatchNorm(nnx.Module):
-  """Over all but the last axis, in float32; the running statistics are not trained but recorded."""
+  """Batch norm over all but the last axis, in float32, with PyTorch's running statistics."""
 
   def __init__(self, width: int):
     self.weight = nnx.Param(jnp.ones(width))
@@ -53,7 +53,7 @@ class BatchNorm(nnx.Module):
   def __call__(
     self,
     x: Array,  # [B, H, W, C]
-    training: bool,  # the batch's own statistics, recorded; else the running ones
+    training: bool,  # True: use and record the batch's statistics; False: the running ones
   ) -> Array:  # [B, H, W, C]
     y = x.astype(jnp.float32)
     mean, var = self.running_mean[...], self.running_var[...]
@@ -62,14 +62,14 @@ class BatchNorm(nnx.Module):
       n = y.size // y.shape[-1]
       keep = 1 - _MOMENTUM
       self.running_mean[...] = keep * self.running_mean[...] + _MOMENTUM * lax.stop_gradient(mean)
-      unbiased = lax.stop_gradient(var) * (n / max(n - 1, 1))  # PyTorch records this one
+      unbiased = lax.stop_gradient(var) * (n / max(n - 1, 1))  # recorded by PyTorch
       self.running_var[...] = keep * self.running_var[...] + _MOMENTUM * unbiased
     y = (y - mean) * lax.rsqrt(var + _EPS) * self.weight[...] + self.bias[...]
     return y.astype(x.dtype)
 
 
 class Bottleneck(nnx.Module):
-  """1x1, 3x3, average pooling where strided, 1x1; beside it the input, pooled and widened."""
+  """A bottleneck block: 1x1, 3x3, average pooling if strided, 1x1, plus a shortcut of the input."""
 
   def __init__(self, size_in: int, planes: int, stride: int, *, rngs: nnx.Rngs, dtype: str):
     self.conv1 = Conv(size_in, planes, 1, rngs=rngs, dtype=dtype)
@@ -78,7 +78,7 @@ class Bottleneck(nnx.Module):
     self.bn2 = BatchNorm(planes)
     self.conv3 = Conv(planes, 4 * planes, 1, rngs=rngs, dtype=dtype)
     self.bn3 = BatchNorm(4 * planes)
-    self.bn3.weight[...] = jnp.zeros(4 * planes)  # a block starts as its shortcut
+    self.bn3.weight[...] = jnp.zeros(4 * planes)  # at initialisation a block is its shortcut
     self.widened = stride > 1 or size_in != 4 * planes
     if self.widened:
       self.downsample = nnx.List(
@@ -101,7 +101,7 @@ class Bottleneck(nnx.Module):
 
 
 class AttentionPool(nnx.Module):
-  """The mean of all places asks, the mean and the places answer."""
+  """Attention pooling whose query is the mean over positions; keys are the mean and positions."""
 
   def __init__(
     self, places: int, width: int, heads: int, embed_dim: int, *, rngs: nnx.Rngs, dtype: str
@@ -155,7 +155,7 @@ class ModifiedResNet(nnx.Module):
   def __call__(
     self,
     images: Array,  # [B, S, S, 3] float32, normalised
-    key: Array | None = None,  # any PRNG key: training, with the batch's statistics; none is drawn
+    key: Array | None = None,  # any PRNG key: training, with the batch's statistics; not used
   ) -> Array:  # [B, E] float32, not normalised
     size, training = self.config.image_size, key is not None
     if images.ndim != 4 or images.shape[1:] != (size, size, 3):
@@ -173,7 +173,7 @@ class ModifiedResNet(nnx.Module):
 def average_pool(
   x: Array,  # [B, H, W, C]
   size: int,
-) -> Array:  # [B, H // size, W // size, C]; rows beyond the last whole window are not seen
+) -> Array:  # [B, H // size, W // size, C]; rows beyond the last whole window are ignored
   if size == 1:
     return x
   batch, height, width, channels = x.shape

@@ -1,13 +1,13 @@
-"""The parameters of a model as names and shapes, from its numbers alone; computes nothing.
+"""The names and shapes of a model's parameters, from its config alone.
 
-The towers make the same; a weight file is compared with these, and the plan counts them.
+They equal those of the towers. Weight files are compared with them, and the plan counts them.
 """
 
 from clip_jax.models import zoo
 
 
 def shapes(config: zoo.CLIPConfig) -> dict[str, tuple[int, ...]]:
-  """Every parameter of a model by its path, and its shape; computes nothing."""
+  """Returns path -> shape of every parameter of a model, without building it."""
   text, embed = config.text, config.embed_dim
   tower = _resnet if isinstance(config.vision, zoo.ResNetConfig) else _vit
   projection = {
@@ -32,12 +32,12 @@ def shapes(config: zoo.CLIPConfig) -> dict[str, tuple[int, ...]]:
   }
 
 
-def _below(folder: str, found: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-  return {f'{folder}.{name}': shape for name, shape in found.items()}
+def _below(prefix: str, parameters: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+  return {f'{prefix}.{name}': shape for name, shape in parameters.items()}
 
 
-def _where(has: bool, **found: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-  return found if has else {}
+def _where(has: bool, **parameters: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+  return parameters if has else {}
 
 
 def _vit(c: zoo.ViTConfig, embed: int) -> dict[str, tuple[int, ...]]:
@@ -96,12 +96,12 @@ def _linear_layer(name: str, inputs: int, outputs: int) -> dict[str, tuple[int, 
 
 
 def _resnet(c: zoo.ResNetConfig, embed: int) -> dict[str, tuple[int, ...]]:
-  found: dict[str, tuple[int, ...]] = {}
+  parameters: dict[str, tuple[int, ...]] = {}
 
   def convolution(conv: str, norm: str, inputs: int, outputs: int, size: int) -> None:
-    found[f'{conv}.weight'] = (outputs, inputs, size, size)
+    parameters[f'{conv}.weight'] = (outputs, inputs, size, size)
     for part in ('weight', 'bias', 'running_mean', 'running_var'):
-      found[f'{norm}.{part}'] = (outputs,)
+      parameters[f'{norm}.{part}'] = (outputs,)
 
   half = c.width // 2
   for n, (inputs, outputs) in enumerate(((3, half), (half, half), (half, c.width)), 1):
@@ -117,7 +117,7 @@ def _resnet(c: zoo.ResNetConfig, embed: int) -> dict[str, tuple[int, ...]]:
       if n == 0:
         convolution(f'{name}downsample.0', f'{name}downsample.1', inputs, 4 * planes, 1)
       inputs = 4 * planes
-  return found | _below(
+  return parameters | _below(
     'attnpool',
     {
       'positional_embedding': ((c.image_size // 32) ** 2 + 1, inputs),

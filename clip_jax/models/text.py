@@ -13,7 +13,7 @@ from clip_jax.models.zoo import TextConfig
 
 
 class TokenEmbedding(nnx.Module):
-  """A table of V rows; the name of its tensor is PyTorch's."""
+  """A table of V rows; its tensor has PyTorch's name."""
 
   def __init__(self, vocab_size: int, width: int, *, rngs: nnx.Rngs):
     self.weight = nnx.Param(jax.nn.initializers.normal(0.02)(rngs.params(), (vocab_size, width)))
@@ -26,7 +26,7 @@ class TokenEmbedding(nnx.Module):
 
 
 class TextTransformer(nnx.Module):
-  """Tokens and positions through the blocks, pooled to one token, normed, projected to E."""
+  """A transformer over tokens: embeddings, blocks, pooling to one token, norm, projection to E."""
 
   def __init__(
     self, config: TextConfig, embed_dim: int, *, rngs: nnx.Rngs, dtype: str, remat: str = 'none'
@@ -68,9 +68,10 @@ class TextTransformer(nnx.Module):
     self,
     text: Array,  # [B, T] int32, T at most the context length
   ) -> Array:  # [B, E] float32, not normalised
-    """With a causal mask, ids after the pooled token change nothing.
+    """Returns one vector per caption.
 
-    So captions that are pooled at their end token may be cut to any T that holds it: exact.
+    With a causal mask, ids after the pooled token have no effect. So captions that are pooled at
+    their end token may be cut to any T that contains it, with the same result.
     """
     longest, width = self.positional_embedding.shape
     if text.ndim != 2 or text.shape[1] > longest:
@@ -91,18 +92,17 @@ class TextTransformer(nnx.Module):
   def packed(
     self,
     tokens: Array,  # [G, R, T] int32: rows that hold several captions each
-    segment: Array,  # [G, R, T] int32: which caption of its row a token is of; 0: none
-    position: Array,  # [G, R, T] int32: its place in that caption
-    end: Array,  # [G, B/G] int32: where among a group's R*T tokens each caption is pooled
+    segment: Array,  # [G, R, T] int32: number of the token's caption in its row; 0: none
+    position: Array,  # [G, R, T] int32: position in that caption
+    end: Array,  # [G, B/G] int32: index of each caption's pooled token among its group's R*T
   ) -> Array:  # [B, E] float32, not normalised, in the order of `end`
-    """The same features as of the captions one a row: a token sees its own caption only.
+    """Returns the features of packed captions, equal to those of one caption per row.
 
-    Each of the G groups is whole on one device, so that nothing is sent between them.
+    A token attends only to its own caption. Each of the G groups lies on one device, so devices
+    exchange no data.
     """
     if not packable(self.config):
-      raise ValueError(
-        'only captions with a causal mask that are pooled at their highest id can be packed'
-      )
+      raise ValueError('packing needs a text tower with a causal mask and pool_type=argmax')
     groups, rows, length = tokens.shape
     width = self.config.width
     x = self.token_embedding(tokens) + self.positional_embedding[...][position]
@@ -124,7 +124,7 @@ class TextTransformer(nnx.Module):
     return (text == self.config.eos_id if kind == 'eos' else text).argmax(-1)
 
   def _project(self, x: Array) -> Array:  # [B, D] -> [B, E]
-    x = self.ln_final(x)  # pooling before the norm is exact: it looks at one token at a time
+    x = self.ln_final(x)  # after pooling, with the same result: the norm acts on single tokens
     if self.config.proj == 'linear':
       x = x @ self.text_projection[...].astype(x.dtype)
     elif self.config.proj == 'bias':
@@ -136,10 +136,10 @@ def _take(
   x: Array,  # [G, N, D]
   places: Array,  # [G, n] int32, each in 0..N-1
 ) -> Array:  # [G, n, D]
-  """Some rows of each group: where groups lie on several devices, each device takes its own."""
+  """Returns the given rows of each group; with sharded groups, each device uses only its own."""
   return jnp.take_along_axis(x, places[..., None], axis=1)
 
 
 def packable(config: TextConfig) -> bool:
-  """Whether nothing but a caption's own tokens up to its end reaches its features."""
+  """Returns whether a caption's features depend only on its tokens up to the end token."""
   return config.causal and config.pool_type == 'argmax'

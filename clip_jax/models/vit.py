@@ -1,7 +1,7 @@
 """The vision transformer of CLIP: images -> one vector each.
 
 Names, shapes and initialisation are those of open_clip's VisionTransformer. With attention pooling
-(SigLIP) it is timm's tower of the same shape, under open_clip's names for what both have.
+(SigLIP) it is timm's tower, with open_clip's names for the shared parts.
 """
 
 from flax import nnx
@@ -12,11 +12,11 @@ import jax.numpy as jnp
 from clip_jax.models import layers
 from clip_jax.models.zoo import ViTConfig
 
-_TIMM_STD = 0.02  # of timm's truncated normal weights
+_TIMM_STD = 0.02  # standard deviation of timm's truncated normal weights
 
 
 class PatchEmbedding(nnx.Module):
-  """A convolution whose stride is its size, as one matrix product over the patches' pixels."""
+  """A convolution with stride = kernel size, computed as one matrix product over patches."""
 
   def __init__(self, patch_size: int, width: int, *, bias: bool, rngs: nnx.Rngs, dtype: str):
     init = layers.uniform((3 * patch_size * patch_size) ** -0.5)
@@ -27,7 +27,7 @@ class PatchEmbedding(nnx.Module):
 
   def __call__(
     self,
-    images: Array,  # [B, S, S, 3]; pixels beyond the last whole patch are not seen
+    images: Array,  # [B, S, S, 3]; pixels beyond the last whole patch are ignored
   ) -> Array:  # [B, P, D]
     size = self.patch_size
     batch, grid = images.shape[0], images.shape[1] // size
@@ -41,7 +41,7 @@ class PatchEmbedding(nnx.Module):
 
 
 class LatentMLP(nnx.Module):
-  """fc1, an activation, fc2: timm's names."""
+  """An MLP with timm's names: fc1, an activation, fc2."""
 
   def __init__(self, width: int, mlp_width: int, *, activation: str, rngs: nnx.Rngs, dtype: str):
     make = _timm_linear(rngs, dtype)
@@ -56,9 +56,10 @@ class LatentMLP(nnx.Module):
 
 
 class AttentionPool(nnx.Module):
-  """A learnt query looks at all tokens, then an MLP: timm's AttentionPoolLatent, by its names.
+  """Attention pooling with a learnt query over all tokens, then an MLP.
 
-  Multihead attention pooling of Zhai et al. 2022 (Scaling Vision Transformers), SigLIP's.
+  This is timm's AttentionPoolLatent, with its names: the multihead attention pooling of Zhai et al.
+  2022 (Scaling Vision Transformers), used by SigLIP.
   """
 
   def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs, dtype: str):
@@ -83,7 +84,7 @@ class AttentionPool(nnx.Module):
 
 
 class VisionTransformer(nnx.Module):
-  """Patches (and a class token) through the blocks, pooled to one token, projected to E."""
+  """A transformer over patches (and a class token), with pooling and a projection to E."""
 
   def __init__(
     self,
@@ -149,7 +150,7 @@ class VisionTransformer(nnx.Module):
       x = self.transformer.pooled(
         x, tokens, mask=None, pooled_mask=None, pick=lambda y: y.reshape(batch, tokens, width)[:, 0]
       )
-      x = self.ln_post(x)  # pooling before the norm is exact: it looks at one token at a time
+      x = self.ln_post(x)  # after pooling, with the same result: the norm acts on single tokens
     else:
       x = self._pool(self.transformer(x, tokens, mask=None), batch, tokens)
     if config.proj:
@@ -169,7 +170,7 @@ class VisionTransformer(nnx.Module):
     return x
 
   def _pool(self, x: Array, batch: int, tokens: int) -> Array:  # [B*T, D] -> [B, D]
-    """'avg' is the mean of the patches, without the class token; 'map' looks at all tokens."""
+    """Pools tokens: 'avg' is the mean of the patches without class token, 'map' uses all tokens."""
     config = self.config
     after = config.final_ln_after_pool and config.pool_type == 'avg'
     x = (x if after else self.ln_post(x)).reshape(batch, tokens, -1)
@@ -181,17 +182,17 @@ class VisionTransformer(nnx.Module):
 
 def drop_patches(
   x: Array,  # [B, P, D]
-  share: float,  # of the patches that are dropped, in each image others
+  share: float,  # of the patches to drop, drawn separately for each image
   key: Array,
 ) -> Array:  # [B, P', D], P' = max(1, floor(P * (1 - share)))
-  """A random part of each image's patches (Li et al. 2022, FLIP), as open_clip's PatchDropout."""
+  """Drops random patches of each image (Li et al. 2022, FLIP), like open_clip's PatchDropout."""
   kept = max(1, int(x.shape[1] * (1 - share)))
   order = jnp.argsort(jax.random.uniform(key, x.shape[:2]), axis=1)[:, :kept]
   return jnp.take_along_axis(x, order[..., None], axis=1)
 
 
 def _timm_linear(rngs: nnx.Rngs, dtype: str):
-  """timm's initialisation of a linear map: a narrow normal, no bias."""
+  """Returns a constructor of linear maps with timm's truncated normal weights and zero bias."""
   weight, bias = jax.nn.initializers.truncated_normal(_TIMM_STD), jax.nn.initializers.zeros
   return lambda size_in, size_out: layers.Linear(
     size_in, size_out, weight=weight, bias=bias, rngs=rngs, dtype=dtype

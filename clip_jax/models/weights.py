@@ -1,10 +1,10 @@
-"""Weight files: arrays in and out, and how another library's tensors become a model's parameters.
+"""Reads and writes weight files, and converts between published tensors and our parameters.
 
-In: .safetensors (also in shards, by their *.index.json), or PyTorch's .pt, .pth, .bin, which need
-PyTorch and are never unpickled as code. Out: .safetensors.
+In: .safetensors (also sharded, given by their *.index.json), or PyTorch's .pt, .pth, .bin, which
+need PyTorch and are loaded without running pickled code. Out: .safetensors.
 
-A family of files is a table of entries: which of their tensors hold which of our parameters, and
-how they lie. Both ways go by the table, and nothing may be left over on either side.
+A table of entries describes a family of published files: which tensors hold which parameters, and
+in which layout. Both directions use the same table, and every tensor and parameter must be used.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +17,7 @@ from typing import Any
 import zipfile
 
 from absl import logging
-import ml_dtypes  # noqa: F401  numpy has no bfloat16 of its own; safetensors asks for this one
+import ml_dtypes  # noqa: F401  registers bfloat16 with numpy, for safetensors
 import numpy as np
 import safetensors.numpy
 
@@ -29,7 +29,7 @@ from clip_jax.models.shapes import shapes
 
 TORCH_ENDINGS = ('.pt', '.pth', '.bin')
 ENDINGS = ('.safetensors', '.index.json', *TORCH_ENDINGS)
-# Files beside weights that say which model they hold and how images enter it.
+# Files beside the weights that describe the model and its image preprocessing.
 OPEN_CLIP, HUGGING_FACE, PREPROCESSOR = (
   'open_clip_config.json',
   'config.json',
@@ -39,7 +39,7 @@ BESIDE = (OPEN_CLIP, HUGGING_FACE, PREPROCESSOR)
 _NO_PARAMETERS = (
   'input_resolution',
   'context_length',
-  'vocab_size',  # of TorchScript archives
+  'vocab_size',  # these three are in TorchScript archives
   'attn_mask',
   'text.attn_mask',
 )
@@ -48,40 +48,40 @@ IMAGE_POSITIONS, TEXT_POSITIONS = 'visual.positional_embedding', 'text.positiona
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-  """Some of our parameters and the tensors that hold them, both joined along their first axis."""
+  """Parameters and the published tensors that hold them, both concatenated along the first axis."""
 
-  ours: tuple[str, ...]
-  theirs: tuple[str, ...]
-  layout: str = 'same'  # a key of _LAYOUTS: how a tensor of theirs lies
+  parameters: tuple[str, ...]
+  tensors: tuple[str, ...]
+  layout: str = 'same'  # of the tensors, a key of _LAYOUTS
 
 
 def read(path: Any) -> dict[str, np.ndarray]:
-  """All tensors of a file by name: floating ones as float32, others as they are.
+  """Returns all tensors of a file by name: floats as float32, others in their own dtype.
 
-  Raises InputError where the file is missing, damaged, no weights, or holds a number that is none.
+  Raises InputError if the file is missing, damaged or no file of weights, or holds NaN or infinity.
   """
   path = os.fspath(path)
   if not os.path.isfile(path):
-    what = 'a folder' if os.path.isdir(path) else 'not there'
-    raise InputError(f'{path} is {what}. Give a file of weights ({", ".join(ENDINGS)}).')
-  found = {}
+    problem = 'is a folder' if os.path.isdir(path) else 'does not exist'
+    raise InputError(f'{path} {problem}. Give a file of weights ({", ".join(ENDINGS)}).')
+  tensors = {}
   for name, array in _tensors(path):
     if array.dtype.kind in 'fV':  # V: ml_dtypes' bfloat16
       with np.errstate(over='ignore'):
         array = np.asarray(array, np.float32)
       if not np.isfinite(array).all():
         raise InputError(
-          f'{path}: the tensor {name} holds NaN or infinity. These weights are '
-          'broken; get them again.'
+          f'{path}: the tensor {name} holds NaN or infinity, so the weights are '
+          'damaged. Download them again.'
         )
-    found[name] = array
-  if not found:
+    tensors[name] = array
+  if not tensors:
     raise InputError(f'{path} holds no tensors.')
-  return found
+  return tensors
 
 
 def write(path: Any, tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> None:
-  """Writes a .safetensors file. Equal tensors are equal bytes. InputError where it cannot be."""
+  """Writes a .safetensors file, reproducible to the byte; raises InputError if that fails."""
   with files.atomic(path) as temporary:
     try:
       safetensors.numpy.save_file(
@@ -92,9 +92,7 @@ def write(path: Any, tensors: Mapping[str, Array], metadata: Mapping[str, str]) 
         os.fspath(temporary),
         dict(metadata),
       )
-    except (
-      safetensors.SafetensorError
-    ) as error:  # its only word for a full disk or a folder that is not ours
+    except safetensors.SafetensorError as error:  # also for a full disk or missing permissions
       raise InputError(
         f'{path} cannot be written ({_first_line(error)}). Check the disk and the '
         'permissions, then run the same command again.'
@@ -102,7 +100,7 @@ def write(path: Any, tensors: Mapping[str, Array], metadata: Mapping[str, str]) 
 
 
 def _tensors(path: str) -> Iterator[tuple[str, np.ndarray]]:
-  """Yields (name, array), one at a time, so that a cast needs no second copy of the whole file."""
+  """Yields (name, array) one by one, so that a cast needs no second copy of the whole file."""
   if path.endswith('.index.json'):
     yield from _sharded(path)
   elif path.endswith('.safetensors'):
@@ -110,35 +108,37 @@ def _tensors(path: str) -> Iterator[tuple[str, np.ndarray]]:
   elif path.endswith(TORCH_ENDINGS):
     yield from _torch(path)
   else:
-    raise InputError(f'{path} is not a file of weights: known are {", ".join(ENDINGS)}.')
+    raise InputError(
+      f'{path} has no known ending of a file of weights. Known: {", ".join(ENDINGS)}.'
+    )
 
 
 def shards(path: str) -> dict[str, str]:
-  """The weight_map of an *.index.json: tensor -> the file beside it that holds it."""
+  """Returns the weight_map of an *.index.json: tensor -> file name of its shard."""
   index = files.read_json(path)
   where = index.get('weight_map') if isinstance(index, dict) else None
   if not isinstance(where, dict):
-    raise InputError(f'{path} is not the index of weights in shards: it has no weight_map.')
+    raise InputError(f'{path} is not an index of sharded weights: it has no weight_map.')
   for shard in where.values():
     if not isinstance(shard, str) or not shard.endswith(('.safetensors', *TORCH_ENDINGS)):
       raise InputError(
-        f'{path} names the shard {shard!r}, which is no file of weights. Get it again.'
+        f'{path} names the shard {shard!r}, which is not a file of weights. Download it again.'
       )
   return where
 
 
 def _sharded(path: str) -> Iterator[tuple[str, np.ndarray]]:
-  where, found = shards(path), set()
+  where, names = shards(path), set()
   for shard in sorted(set(where.values())):
     file = os.path.join(os.path.dirname(path), os.path.basename(shard))
     if not os.path.isfile(file):
-      raise InputError(f'{path} names the shard {shard}, which is not beside it.')
+      raise InputError(f'{path} names the shard {shard}, which is missing in the same folder.')
     for name, array in _tensors(file):
-      found.add(name)
+      names.add(name)
       yield name, array
-  lost = sorted(where.keys() - found)
-  if lost:
-    raise InputError(f'{path} names {_some(lost)}, which its shards do not hold.')
+  missing = sorted(where.keys() - names)
+  if missing:
+    raise InputError(f'{path} names {_shortened(missing)}, which its shards do not hold.')
 
 
 def _safetensors(path: str) -> Iterator[tuple[str, np.ndarray]]:
@@ -148,18 +148,21 @@ def _safetensors(path: str) -> Iterator[tuple[str, np.ndarray]]:
         yield name, file.get_tensor(name)
   except (safetensors.SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
     raise InputError(
-      f'{path} is not a whole safetensors file ({_first_line(error)}). Get it again.'
+      f'{path} is not a complete safetensors file ({_first_line(error)}). Download it again.'
     ) from error
 
 
 def _torch(path: str) -> Iterator[tuple[str, np.ndarray]]:
-  """A state_dict, bare or under 'state_dict', or one of OpenAI's TorchScript archives."""
+  """Yields the tensors of a PyTorch file.
+
+  The file is a state_dict, a dict with the key 'state_dict', or a TorchScript archive of OpenAI.
+  """
   try:
     import torch
   except ImportError as error:
     raise InputError(
-      f'{path} is a file of PyTorch, which is not installed: pip install '
-      "'clip-jax-ood[torch]', or take the weights as .safetensors."
+      f'{path} needs PyTorch, which is not installed: pip install '
+      "'clip-jax-ood[torch]', or use the weights as .safetensors."
     ) from error
   try:
     if _is_torchscript(path):
@@ -168,29 +171,29 @@ def _torch(path: str) -> Iterator[tuple[str, np.ndarray]]:
         tensors.pop(name, None)
     else:
       tensors = torch.load(path, map_location='cpu', weights_only=True)
-  except pickle.UnpicklingError as error:  # torch's own words advise to open it all the same
+  except pickle.UnpicklingError as error:  # torch's message advises to disable the check
     raise InputError(
-      f'{path} is damaged, or holds more than tensors: objects that would run code, '
-      'which are not opened. Get it again, or take the weights as .safetensors.'
+      f'{path} is damaged, or holds pickled objects that would run code, '
+      'which are not loaded. Download it again, or use the weights as .safetensors.'
     ) from error
   except Exception as error:  # torch raises many kinds for damaged files
     raise InputError(
-      f'{path} cannot be read as weights of PyTorch ({_first_line(error)}). Get it '
-      'again, or take the weights as .safetensors.'
+      f'{path} cannot be read as weights of PyTorch ({_first_line(error)}). Download it '
+      'again, or use the weights as .safetensors.'
     ) from error
   if isinstance(tensors, dict) and 'state_dict' in tensors:
     tensors = tensors['state_dict']
   if not isinstance(tensors, dict) or not all(
     isinstance(name, str) and torch.is_tensor(x) for name, x in tensors.items()
   ):
-    raise InputError(f'{path} holds no state_dict: names with a tensor each.')
+    raise InputError(f'{path} holds no state_dict, which maps names to tensors.')
   prefix = 'module.' if next(iter(tensors), '').startswith('module.') else ''
   for name in list(tensors):
     tensor = tensors.pop(name).detach()
     if tensor.layout != torch.strided or tensor.device.type == 'meta' or tensor.is_quantized:
       raise InputError(
-        f'{path}: the tensor {name} is sparse, quantised or without numbers. Take '
-        'the plain weights.'
+        f'{path}: the tensor {name} is sparse, quantised or without data. Use '
+        'weights with dense float tensors.'
       )
     yield (
       name.removeprefix(prefix),
@@ -205,129 +208,136 @@ def _is_torchscript(path: str) -> bool:
     return any(name.endswith('/constants.pkl') for name in archive.namelist())
 
 
-def from_theirs(
+def params_from_tensors(
   entries: Sequence[Entry],
   tensors: Mapping[str, Array],
   config: zoo.CLIPConfig,
   where: str,  # the file, for messages
 ) -> dict:  # nested parameters
-  """Their tensors -> our parameters, position embeddings resized where only their number differs.
+  """Converts published tensors to nested parameters; resizes position embeddings if needed.
 
-  Raises InputError naming what is missing, left over or of another shape.
+  Raises InputError for missing or unknown tensors and for wrong shapes.
   """
   wanted = published_shapes(entries, shapes(config))
   missing = [name for name in wanted if name not in tensors]
-  left = [name for name in tensors if name not in wanted]
-  if missing or left:
+  unknown = [name for name in tensors if name not in wanted]
+  if missing or unknown:
     raise InputError(
       f'{where} does not hold this model: '
       + ' and '.join(
-        [f'the model needs {_some(missing)}, not there'] * bool(missing)
-        + [f'the file has {_some(left)}, not of the model'] * bool(left)
+        [f'the model needs {_shortened(missing)}, not in the file'] * bool(missing)
+        + [f'the file has {_shortened(unknown)}, not in the model'] * bool(unknown)
       )
       + '. Is it another architecture?'
     )
-  found = {}
+  params = {}
   for entry in entries:
     parts = []
-    for name in entry.theirs:
+    for name in entry.tensors:
       have, want = tensors[name].shape, wanted[name]
-      if have != want and not (_free(entry) and _but_positions(have) == _but_positions(want)):
+      if have != want and not (
+        _has_free_length(entry) and _without_positions(have) == _without_positions(want)
+      ):
         raise InputError(
-          f'{where} does not hold this model: {name} has shape {list(have)}, and '
+          f'{where} does not hold this model: {name} has shape {list(have)}, but '
           f'the model needs {list(want)}. Is it another architecture?'
         )
       if tensors[name].dtype.kind != 'f':
         raise InputError(
-          f'{where}: the tensor {name} is {tensors[name].dtype}, and weights are '
-          'floating-point numbers. Take weights that are not quantised.'
+          f'{where}: the tensor {name} has dtype {tensors[name].dtype}, but weights must be '
+          'floating-point numbers. Use weights that are not quantised.'
         )
       parts.append(_LAYOUTS[entry.layout](tensors[name]))
-    if len(entry.ours) == len(parts) == 1:
-      found[entry.ours[0]] = parts[0]
+    if len(entry.parameters) == len(parts) == 1:
+      params[entry.parameters[0]] = parts[0]
       continue
-    cuts = np.cumsum([shapes(config)[name][0] for name in entry.ours])[:-1]
-    found |= dict(zip(entry.ours, np.split(np.concatenate(parts), cuts)))
-  _resize(found, config)
-  return nested(found)
+    cuts = np.cumsum([shapes(config)[name][0] for name in entry.parameters])[:-1]
+    params |= dict(zip(entry.parameters, np.split(np.concatenate(parts), cuts)))
+  _resize(params, config)
+  return nested(params)
 
 
-def to_theirs(
+def tensors_from_params(
   entries: Sequence[Entry], params: Mapping, config: zoo.CLIPConfig
 ) -> dict[str, Array]:
-  """Our parameters -> their tensors. ValueError where `params` is not of this config."""
+  """Converts nested parameters to published tensors; raises ValueError for another config's."""
   have, want = flat(params), shapes(config)
   for name in sorted(have.keys() | want.keys()):
     if name not in have or name not in want or have[name].shape != want[name]:
       raise ValueError(
-        f'{name} has shape {have[name].shape if name in have else None}, and the '
-        f'config says {want.get(name)}'
+        f'{name} has shape {have[name].shape if name in have else None}, but the '
+        f'config gives {want.get(name)}'
       )
-  found = {}
+  tensors = {}
   for entry in entries:
-    parts = [have[name] for name in entry.ours]
-    if len(entry.ours) > 1 or len(entry.theirs) > 1:
-      parts = np.split(np.concatenate(parts), len(entry.theirs))
+    parts = [have[name] for name in entry.parameters]
+    if len(entry.parameters) > 1 or len(entry.tensors) > 1:
+      parts = np.split(np.concatenate(parts), len(entry.tensors))
     back = _LAYOUTS_BACK[entry.layout]
-    found |= {name: back(part) for name, part in zip(entry.theirs, parts)}
-  return found
+    tensors |= {name: back(part) for name, part in zip(entry.tensors, parts)}
+  return tensors
 
 
 def published_shapes(
-  entries: Sequence[Entry], ours: Mapping[str, tuple[int, ...]]
+  entries: Sequence[Entry], parameter_shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, tuple[int, ...]]:
-  """The shape that each of their tensors has when ours are these."""
-  found = {}
+  """Returns the shape of each published tensor, given the shapes of the parameters."""
+  published = {}
   for entry in entries:
-    shape = ours[entry.ours[0]]
-    if len(entry.ours) > 1 or len(entry.theirs) > 1:
-      rows = sum(ours[name][0] for name in entry.ours)
-      shape = (rows // len(entry.theirs), *shape[1:])
+    shape = parameter_shapes[entry.parameters[0]]
+    if len(entry.parameters) > 1 or len(entry.tensors) > 1:
+      rows = sum(parameter_shapes[name][0] for name in entry.parameters)
+      shape = (rows // len(entry.tensors), *shape[1:])
     shape = {'same': shape, 'transposed': shape[::-1], 'row': (1, *shape)}[entry.layout]
-    found |= dict.fromkeys(entry.theirs, shape)
-  return found
+    published |= dict.fromkeys(entry.tensors, shape)
+  return published
 
 
 def renamed(name: str, table: Sequence[tuple[str, str]]) -> str:
-  """Returns a tensor's name in another library: each part of the table replaced, in its order."""
-  for ours, theirs in table:
-    name = name.replace(ours, theirs)
+  """Returns a tensor's name in another library: applies the table's replacements in order."""
+  for old, new in table:
+    name = name.replace(old, new)
   return name
 
 
 def fitting(
   entries: Callable[[zoo.CLIPConfig], Sequence[Entry]], tensors: Mapping[str, Array]
 ) -> list[str]:
-  """The zoo's models that have these tensors, at any image size; `entries` is a family's table."""
-  found = []
+  """Returns the zoo's models that have these tensors, at any image size.
+
+  entries: config -> table of the family; raises ConfigError for a model outside the family.
+  """
+  models = []
   for name, config in zoo.ARCHITECTURES.items():
-    with contextlib.suppress(ConfigError):  # a model that the family does not have
+    with contextlib.suppress(ConfigError):  # a model outside the family
       if fits(entries(config), tensors, config):
-        found.append(name)
-  return found
+        models.append(name)
+  return models
 
 
 def fits(entries: Sequence[Entry], tensors: Mapping[str, Array], config: zoo.CLIPConfig) -> bool:
-  """Whether names and shapes are those of a config; the image size is free."""
+  """Returns whether names and shapes match a config; the image size may differ."""
   wanted = published_shapes(entries, shapes(config))
-  free = {name for entry in entries if entry.ours == (IMAGE_POSITIONS,) for name in entry.theirs}
+  free = {
+    name for entry in entries if entry.parameters == (IMAGE_POSITIONS,) for name in entry.tensors
+  }
   return wanted.keys() == tensors.keys() and all(
     tensors[name].shape == shape
-    or (name in free and _but_positions(tensors[name].shape) == _but_positions(shape))
+    or (name in free and _without_positions(tensors[name].shape) == _without_positions(shape))
     for name, shape in wanted.items()
   )
 
 
-def _free(entry: Entry) -> bool:
-  return entry.ours in ((IMAGE_POSITIONS,), (TEXT_POSITIONS,))
+def _has_free_length(entry: Entry) -> bool:
+  return entry.parameters in ((IMAGE_POSITIONS,), (TEXT_POSITIONS,))
 
 
-def _but_positions(shape: tuple[int, ...]) -> tuple[int, ...]:
-  """[P, D] or [1, P, D] without P."""
+def _without_positions(shape: tuple[int, ...]) -> tuple[int, ...]:
+  """Returns the shape [P, D] or [1, P, D] without P."""
   return (*shape[:-2], *shape[-1:])
 
 
-def _some(names: Sequence[str], most: int = 4) -> str:
+def _shortened(names: Sequence[str], most: int = 4) -> str:
   more = f' and {len(names) - most} more' if len(names) > most else ''
   return ', '.join(names[:most]) + more
 
@@ -336,20 +346,20 @@ def _first_line(error: Exception) -> str:
   return f'{type(error).__name__}: {error}'.split('\n')[0][:160]
 
 
-def _resize(found: dict[str, Array], config: zoo.CLIPConfig) -> None:
-  """Fits position embeddings to the config's image size and context length, as open_clip does."""
+def _resize(params: dict[str, Array], config: zoo.CLIPConfig) -> None:
+  """Resizes position embeddings to the config's image size and context length, like open_clip."""
   wanted = shapes(config)
-  if IMAGE_POSITIONS in found:
-    have, want = found[IMAGE_POSITIONS], wanted[IMAGE_POSITIONS]
+  if IMAGE_POSITIONS in params:
+    have, want = params[IMAGE_POSITIONS], wanted[IMAGE_POSITIONS]
     if have.shape != want:
       extra = int(config.vision.class_token)
       side, new = math.isqrt(max(len(have) - extra, 0)), math.isqrt(want[0] - extra)
       if side**2 + extra != len(have) or not side:
         raise InputError(
-          f'{len(have)} image position embeddings are no square'
+          f'{len(have)} image position embeddings form no square'
           f'{" and a class token" * extra}, so they cannot be resized to {want[0]}.'
         )
-      found[IMAGE_POSITIONS] = np.concatenate(
+      params[IMAGE_POSITIONS] = np.concatenate(
         [have[:extra], resize_grid(have[extra:].reshape(side, side, -1), new)]
       )
       logging.info(
@@ -359,11 +369,11 @@ def _resize(found: dict[str, Array], config: zoo.CLIPConfig) -> None:
         new,
         new,
       )
-  have, want = found[TEXT_POSITIONS], wanted[TEXT_POSITIONS]
+  have, want = params[TEXT_POSITIONS], wanted[TEXT_POSITIONS]
   if have.shape != want:
     if not len(have):
       raise InputError('The weights hold no text position embeddings: 0 tokens.')
-    found[TEXT_POSITIONS] = (_linear(len(have), want[0]) @ have).astype(np.float32)
+    params[TEXT_POSITIONS] = (_linear(len(have), want[0]) @ have).astype(np.float32)
     logging.info(
       'The text position embeddings are resized from %d to %d tokens.', len(have), want[0]
     )
@@ -373,7 +383,7 @@ def resize_grid(
   grid: Array,  # [h, w, D] float32
   size: int,
 ) -> np.ndarray:  # [size * size, D] float32
-  """Bicubic with antialias, as PyTorch's interpolate(antialias=True, align_corners=False)."""
+  """Resizes like PyTorch's bicubic interpolate(antialias=True, align_corners=False)."""
   rows, columns = (_bicubic(n, size) for n in grid.shape[:2])
   out = np.einsum('ih,jw,hwd->ijd', rows, columns, grid, optimize=True)
   return out.reshape(size * size, -1).astype(np.float32)
@@ -383,7 +393,7 @@ def _bicubic(
   old: int,
   new: int,
 ) -> np.ndarray:  # [new, old] float64
-  """Each output is a mean of inputs around it: Keys' kernel, a = -0.5, widened to shrink."""
+  """Returns the weights of Keys' kernel with a = -0.5, widened when the size shrinks."""
   scale = max(old / new, 1)
   x = np.abs(np.arange(old) + 0.5 - (np.arange(new)[:, None] + 0.5) * old / new) / scale
   kernel = np.where(
@@ -396,35 +406,35 @@ def _linear(
   old: int,
   new: int,
 ) -> np.ndarray:  # [new, old] float64
-  """Between the two nearest inputs, as PyTorch's linear interpolate (no antialias)."""
+  """Returns the weights of PyTorch's linear interpolate, without antialias."""
   at = np.clip((np.arange(new) + 0.5) * old / new - 0.5, 0, old - 1)
   return np.maximum(1 - np.abs(at[:, None] - np.arange(old)), 0)
 
 
-def nested(found: Mapping[str, Array]) -> dict:
-  """'a.0.b' -> {'a': {0: {'b': ...}}}: a list's elements have integer keys."""
+def nested(arrays: Mapping[str, Array]) -> dict:
+  """Returns a nested dict: 'a.0.b' -> {'a': {0: {'b': ...}}}; list elements have integer keys."""
   tree: dict = {}
-  for path, array in found.items():
+  for path, array in arrays.items():
     *folders, leaf = (int(part) if part.isdigit() else part for part in path.split('.'))
-    here = tree
+    node = tree
     for folder in folders:
-      here = here.setdefault(folder, {})
-    here[leaf] = array
+      node = node.setdefault(folder, {})
+    node[leaf] = array
   return tree
 
 
 def flat(tree: Mapping, prefix: str = '') -> dict[str, np.ndarray]:
-  """The reverse of `nested`."""
-  found = {}
+  """Returns the inverse of `nested`: path -> array."""
+  arrays = {}
   for key, value in tree.items():
     if isinstance(value, Mapping):
-      found |= flat(value, f'{prefix}{key}.')
+      arrays |= flat(value, f'{prefix}{key}.')
     else:
-      found[f'{prefix}{key}'] = np.asarray(value)
-  return found
+      arrays[f'{prefix}{key}'] = np.asarray(value)
+  return arrays
 
 
-# How a tensor of theirs becomes ours, and back.
+# Conversion of a published tensor to a parameter, and back.
 _LAYOUTS = {
   'same': lambda x: x,
   'transposed': lambda x: x.T,

@@ -1,8 +1,8 @@
-"""The numbers of a CLIP, and open_clip's models by name: those of its model_configs (3.3.0).
+"""Configs of CLIP models, and open_clip's models by name, from its model_configs (3.3.0).
 
-A model is here where its towers are: vision transformers (class token, average or attention
-pooling), OpenAI's modified ResNets, and transformers over text. What open_clip takes from other
-libraries (ConvNeXt, EVA, ViTamin, text towers of Hugging Face) is not.
+Supported towers are vision transformers (class token, average or attention pooling), OpenAI's
+modified ResNets, and text transformers. Towers that open_clip takes from other libraries
+(ConvNeXt, EVA, ViTamin, text towers of Hugging Face) are not supported.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from clip_jax.core.errors import ConfigError
 
 @dataclasses.dataclass(frozen=True)
 class ViTConfig:
-  """A vision transformer. Sizes in pixels and units."""
+  """The config of a vision transformer; image and patch sizes are in pixels."""
 
   image_size: int
   patch_size: int
@@ -26,16 +26,16 @@ class ViTConfig:
   class_token: bool = True
   patch_bias: bool = False  # of the patch embedding
   ln_pre: bool = True  # a norm before the blocks
-  final_ln_after_pool: bool = False  # ln_post sees the pooled token, not each token
-  proj: bool = True  # a matrix to E; without it the width is E
-  ls_init_value: float | None = None  # layer scale: its start; None: no layer scale
+  final_ln_after_pool: bool = False  # ln_post is applied to the pooled token, not to each token
+  proj: bool = True  # a matrix to E; without it, the width is E
+  ls_init_value: float | None = None  # initial value of layer scale; None: no layer scale
   activation: str = 'gelu'  # a key of layers.ACTIVATIONS
   eps: float = 1e-5  # of its norms
 
 
 @dataclasses.dataclass(frozen=True)
 class ResNetConfig:
-  """OpenAI's modified ResNet: a stem of three convolutions, bottlenecks, attention pooling."""
+  """The config of OpenAI's modified ResNet: 3 convolutions, bottlenecks, attention pooling."""
 
   image_size: int  # a multiple of 32
   width: int  # channels after the stem; the last stage has 32 times as many
@@ -45,7 +45,7 @@ class ResNetConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
-  """A transformer over tokens."""
+  """The config of a text transformer."""
 
   context_length: int
   vocab_size: int
@@ -53,17 +53,15 @@ class TextConfig:
   heads: int
   layers: int
   mlp_ratio: float = 4.0
-  pool_type: str = (
-    'argmax'  # 'argmax' (the highest id) | 'eos' (the first eos_id) | 'first' | 'last'
-  )
-  eos_id: int = 2  # read by pool_type 'eos' only
+  pool_type: str = 'argmax'  # 'argmax' (highest id) | 'eos' (first eos_id) | 'first' | 'last'
+  eos_id: int = 2  # used by pool_type 'eos' only
   causal: bool = True
   proj: str = 'linear'  # 'linear' | 'bias' (linear, with a bias) | 'none' (the width is E)
   ls_init_value: float | None = None
   activation: str = 'gelu'
   eps: float = 1e-5
-  tokenizer: str = ''  # '': CLIP's own; else the name that open_clip's hf_tokenizer_name has
-  tokenizer_kwargs: tuple[tuple[str, str | bool], ...] = ()  # open_clip's, for its tokenizer
+  tokenizer: str = ''  # '': CLIP's own; else open_clip's hf_tokenizer_name
+  tokenizer_kwargs: tuple[tuple[str, str | bool], ...] = ()  # as in open_clip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +70,7 @@ class CLIPConfig:
   vision: ViTConfig | ResNetConfig
   text: TextConfig
   init_logit_scale: float = math.log(1 / 0.07)
-  init_logit_bias: float | None = None  # a number: the model has a bias, for the sigmoid loss
+  init_logit_bias: float | None = None  # a bias for the sigmoid loss; None: no bias
   custom_text: bool = False  # open_clip's CustomTextCLIP: its text tensors are named text.*
 
   @property
@@ -85,16 +83,16 @@ class CLIPConfig:
 
 
 def get(name: str) -> CLIPConfig:
-  """The numbers of an open_clip model; ConfigError with the nearest names where there is none."""
+  """Returns the config of an open_clip model; raises ConfigError for an unknown name."""
   if name not in ARCHITECTURES:
     lower = {other.lower(): other for other in ARCHITECTURES}
     near = [lower[match] for match in difflib.get_close_matches(name.lower(), lower, cutoff=0)]
-    raise ConfigError(f'No model is called {name!r}; the nearest names are {", ".join(near)}.')
+    raise ConfigError(f'Unknown model {name!r}; the nearest names are {", ".join(near)}.')
   return ARCHITECTURES[name]
 
 
 def quick(config: CLIPConfig) -> CLIPConfig:
-  """The same with QuickGELU, which OpenAI's weights need. A ResNet's image tower has neither."""
+  """Returns the config with QuickGELU, as for OpenAI's weights; a ResNet's image tower is kept."""
   vision = config.vision
   if isinstance(vision, ViTConfig):
     vision = dataclasses.replace(vision, activation='quick_gelu')
@@ -147,7 +145,7 @@ def _clipa(
   text_layers: int,
   mlp_ratio: float = 4.0,
 ) -> CLIPConfig:
-  """CLIPA: patches averaged, no causal mask, BERT's tokenizer."""
+  """Returns a CLIPA config: average pooling, no causal mask, BERT's tokenizer."""
   return CLIPConfig(
     embed_dim,
     ViTConfig(
@@ -181,7 +179,7 @@ def _worldwide(
   tokenizer: str,
   kwargs: tuple[tuple[str, str | bool], ...] = (),
 ) -> CLIPConfig:
-  """MetaCLIP 2: many languages."""
+  """Returns a config of MetaCLIP 2 (many languages)."""
   plain = _PLAIN[name]
   text = dataclasses.replace(
     plain.text,
@@ -294,7 +292,7 @@ def _siglip_tower(
   )
 
 
-# The towers that open_clip takes from timm, by timm's name; the activation is timm's, too.
+# The towers that open_clip takes from timm, by timm's name, with timm's activation.
 TIMM_TOWERS = {
   f'vit_{size}_patch{patch_size}_siglip_{image_size}': _siglip_tower(
     width,
@@ -326,9 +324,9 @@ def _siglip(
   activation: str = 'gelu',
   proj: str = 'bias',
 ) -> CLIPConfig:
-  """SigLIP and SigLIP 2: attention pooling, text without a causal mask, a bias for the sigmoid."""
+  """Returns a SigLIP or SigLIP 2 config: attention pooling, no causal mask, a logit bias."""
   vision = TIMM_TOWERS[tower]
-  wide = vision.width > 1024  # so400m and giant: the same text tower
+  wide = vision.width > 1024  # so400m and giant share a text tower
   text = TextConfig(
     context_length,
     vocab_size,

@@ -211,7 +211,7 @@ def _vectors(config: Config) -> None:
     )
   for name in vector_datasets:
     for prefix, block in blocks.flatten(blocks.datasets(config)[name]):
-      if block.images and not keyed_images.is_there(block.images):
+      if block.images and not keyed_images.exists(block.images):
         flag = benchmark_dirs.flag(
           config, name, f'sources.{prefix[:-1]}.images' if prefix else 'images'
         )
