@@ -441,10 +441,9 @@ def get_config() -> Config:
   # The labelled reference training set (in the paper ImageNet-Train); format '': none.
   c.anchor = dataset()
   c.benchmarks = ConfigDict()  # name -> benchmark(...); names of letters, digits, _ and -
-  # More benchmarks, 'name=DIR,other=DIR', for the command line, which cannot add keys to
-  # benchmarks. Each is a copy of benchmark_template; format '': detected from the files.
-  c.benchmark_dirs = ''  # '': none
-  c.benchmark_template = benchmark()
+  # More benchmarks, 'name=DIR,other=DIR': the command line cannot add keys to benchmarks. '': none.
+  c.benchmark_dirs = ''
+  c.benchmark_template = benchmark()  # of benchmark_dirs; format '': detected from the files
   c.references = ConfigDict()  # name -> reference(...), for the rule domain_removal
   c.splits = ConfigDict()  # name -> split(...); add_doses(config, ...) adds a dose curve
   # name -> embedder(...): further ones, for dedup.embedder, prune.sensitivity and prune.preview

@@ -1,0 +1,418 @@
+"""Checks this machine's accelerator against its CPU, and measures it: five minutes on one GPU.
+
+  make device-check                          # or: PYTHONPATH=. python3 bench/device_check.py
+  make device-check DEVICE_FLAGS=--tiny      # seconds, on a CPU too
+
+Needs jax (with CUDA), flax, optax, numpy and etils, and no network. One line a check: the largest
+difference from the reference, the tolerance, ok or FAILED, and the rate. The references are NumPy
+in float64 for the similarities, and the same model in float32 on this machine's CPU. Exit status 1
+if a check fails. A FLOP is a multiplication or an addition of a matrix product (models/flops.py).
+
+The products of the search, and those of the loss, ask for full float32 (Precision.HIGHEST). The
+towers ask for no precision, and JAX's default lets a GPU from Ampere on round the factors of a
+float32 product to TF32. So the float32 models are checked twice: as they run, and with full
+products, where only the order of additions differs.
+"""
+
+import argparse
+from collections.abc import Callable
+import dataclasses
+import functools
+import os
+import time
+from typing import NamedTuple
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from clip_jax.core import sharding
+from clip_jax.data import packing
+from clip_jax.models import clip, flops, layers, zoo
+from clip_jax.similarity import decide, duplicates, exact, kmeans
+from clip_jax.training import step as training_step
+
+# Of a unit vector: the distance between both. Of a step: the larger of the losses' relative
+# difference and, over all parameters, the gradient's difference as a share of the gradient.
+# On a CPU whose products round their factors as the device's do, ViT-B/32 and the small model differ
+# from float32 by at most FEATURES and GRADIENTS; a GPU's other order of additions and its cuDNN
+# attention are given four times as much. A wrong mask, scale or transposition gives 0.1 and more.
+FEATURES = {'full': 5e-6, 'float32': 1e-3, 'bfloat16': 1e-2}
+GRADIENTS = {'full': 5e-5, 'float32': 1e-2, 'bfloat16': 1e-1}
+SLACK = 4
+
+RECIPE = training_step.Recipe(
+  loss='clip', beta1=0.9, beta2=0.98, eps=1e-6, weight_decay=0.2, mean=(0.5,) * 3, std=(0.25,) * 3
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+  rows: int  # of the pool
+  queries: int
+  dim: int
+  k: int  # nearest rows of each query
+  probe: int  # rows, and queries, whose results NumPy computes again
+  clusters: int
+  small: zoo.CLIPConfig
+  large: zoo.CLIPConfig
+  embed_batch: int  # of the large model's image tower
+  small_batch: int
+  large_batch: int
+  repeats: int  # timed calls
+
+
+def _model(image, patch, width, layers, vocabulary=49_408, context=77, embed=64) -> zoo.CLIPConfig:
+  return zoo.CLIPConfig(
+    embed,
+    zoo.ViTConfig(image, patch, width, layers, width // 32),
+    zoo.TextConfig(context, vocabulary, width, width // 32, layers),
+  )
+
+
+FULL = Sizes(
+  rows=524_288, queries=10_000, dim=640, k=64, probe=1_024, clusters=1_024,
+  small=_model(64, 8, 192, 4), large=zoo.get('ViT-B-32'),
+  embed_batch=512, small_batch=128, large_batch=128, repeats=10,
+)  # fmt: skip
+TINY = Sizes(
+  rows=1_000, queries=150, dim=96, k=5, probe=100, clusters=8,
+  small=_model(16, 8, 32, 1, 64, 8, 16), large=_model(32, 8, 64, 2, 64, 8, 32),
+  embed_batch=16, small_batch=16, large_batch=16, repeats=1,
+)  # fmt: skip
+
+
+class Result(NamedTuple):
+  difference: float
+  tolerance: float
+  rate: str = ''
+
+
+def seconds(work: Callable[[], object], repeats: int) -> float:
+  """Returns the mean wall time of a call, its results on the device finished."""
+  start = time.perf_counter()
+  for _ in range(repeats):
+    last = work()
+  jax.block_until_ready(last)
+  return (time.perf_counter() - start) / repeats
+
+
+def rate_text(name: str, count: float, flop: float, took: float) -> str:
+  return f'{count / took:,.0f} {name}/s, {flop / took / 1e12:.3g} TFLOP/s'
+
+
+# Similarity
+
+
+@functools.cache
+def vectors(sizes: Sizes) -> tuple[np.ndarray, exact.Queries]:
+  """Returns clustered unit vectors: the pool [N, E] float16, and queries of three benchmarks."""
+  rng = np.random.default_rng(0)
+  centers = rng.standard_normal((sizes.clusters, sizes.dim), np.float32)
+
+  def unit(count: int) -> np.ndarray:
+    x = centers[rng.integers(len(centers), size=count)]
+    x += rng.standard_normal(x.shape, np.float32)
+    return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float16)
+
+  pool = np.concatenate([unit(min(8_192, sizes.rows - i)) for i in range(0, sizes.rows, 8_192)])
+  edges = (0, sizes.queries // 10, sizes.queries // 2 + 3, sizes.queries)
+  segments = tuple((f'benchmark{i}', *edges[i : i + 2]) for i in range(3))
+  cuts = rng.uniform(0.4, 0.6, sizes.queries).astype(np.float32)
+  return pool, exact.Queries(unit(sizes.queries), segments, cuts)
+
+
+@functools.cache
+def searched(sizes: Sizes) -> dict:
+  pool, queries = vectors(sizes)
+  return exact.search_shard(pool, np.ones(len(pool), bool), queries, k=sizes.k)
+
+
+def search(sizes: Sizes) -> Result:
+  """The tolerance is the proven bound on a float32 sum of E products (decide.error_bound)."""
+  pool, queries = vectors(sizes)
+  found, rng, differences = searched(sizes), np.random.default_rng(1), []
+  rows = np.sort(rng.choice(len(pool), min(len(pool), sizes.probe), replace=False))
+  each = np.arange(len(rows))
+  for name, start, stop in queries.segments:
+    got, q = found[name], queries.vectors[start:stop].astype(np.float64)
+    exactly = pool[rows].astype(np.float64) @ q.T
+    similarity = got['similarity'][rows]
+    excess = (exactly - queries.thresholds[start:stop]).max(1)
+    some = np.sort(rng.choice(len(q), min(len(q), sizes.probe // 8), replace=False))
+    scores = np.concatenate(
+      [q[some] @ pool[i : i + 8_192].astype(np.float64).T for i in range(0, len(pool), 8_192)], 1
+    )
+    best = -np.sort(np.partition(-scores, sizes.k - 1, axis=1)[:, : sizes.k], axis=1)
+    top, top_row = got['top_similarity'][some], got['top_row'][some]
+    differences += [
+      similarity - exactly.max(1),
+      similarity - exactly[each, got['nearest'][rows]],
+      got['excess'][rows] - excess,
+      top - best,
+      top - np.take_along_axis(scores, top_row, 1),
+    ]
+  usable = np.ones(len(pool), bool)
+  took = seconds(lambda: exact.search_shard(pool, usable, queries, k=sizes.k), 2)
+  pairs = len(pool) * len(queries.vectors)
+  return Result(
+    max(np.abs(x).max() for x in differences),
+    decide.error_bound(sizes.dim),
+    rate_text('rows x queries', pairs, 2 * pairs * sizes.dim, took),
+  )
+
+
+def search_other_tiles(sizes: Sizes) -> Result:
+  """The search promises the same bits for all tiles, blocks and shards of one backend."""
+  pool, queries = vectors(sizes)
+  count = min(len(pool) * 3 // 4, 50_000)
+  parts = pool[:count], np.ones(count, bool), queries
+  found = exact.search_shard(*parts, k=0, tile_rows=count // 5, query_block=sizes.queries // 3)
+  return Result(
+    max(
+      np.abs(found[name][key].astype(np.float64) - values[key][:count]).max()
+      for name, values in searched(sizes).items()
+      for key in ('similarity', 'nearest', 'excess')
+    ),
+    0,
+  )
+
+
+def thresholds(sizes: Sizes) -> Result:
+  """Decided in float64, where the dot product of float16 vectors is exact (decide.py)."""
+  pool, queries = vectors(sizes)
+  anchor, q = pool[: sizes.rows // 16], queries.vectors[: sizes.probe]
+  got, row = exact.thresholds(anchor, np.ones(len(anchor), bool), q)
+  scores = q.astype(np.float64) @ anchor.astype(np.float64).T
+  return Result(np.abs(got - scores.max(1)).max() + (row != scores.argmax(1)).sum(), 0)
+
+
+def clusters(sizes: Sizes) -> Result:
+  """By how much the chosen centre is farther than the nearest: two scores, each off by the bound."""
+  pool, _ = vectors(sizes)
+  x, centers = pool[: sizes.rows // 8], pool[-sizes.clusters :].astype(np.float32)
+  nearest = kmeans.assign(x, np.ones(len(x), bool), centers)[-sizes.probe :]
+  wide = centers.astype(np.float64)
+  scores = x[-sizes.probe :].astype(np.float64) @ wide.T - (wide**2).sum(1) / 2
+  chosen = np.take_along_axis(scores, nearest[:, None], 1)[:, 0]
+  return Result((scores.max(1) - chosen).max(), 2 * decide.error_bound(sizes.dim))
+
+
+def duplicate_rows(sizes: Sizes) -> Result:
+  """The number of wrong rows: copies are decided in float64."""
+  x = vectors(sizes)[0][: min(sizes.rows, 4_000)].copy()
+  x[len(x) // 2 :: 3] = x[: len(x) // 2 : 3][: len(x[len(x) // 2 :: 3])]
+  cluster = (np.arange(len(x)) % 2).astype(np.int32)
+  got = {}
+  for lost in duplicates.dropped(x, np.ones(len(x), bool), cluster, threshold=0.5, block_rows=512):
+    got.update(zip(lost.rows.tolist(), lost.duplicate_of.tolist()))
+  wide = x.astype(np.float64)
+  squares = (wide**2).sum(1)
+  cosine = np.tril(np.minimum(wide @ wide.T / np.sqrt(squares[:, None] * squares), 1), -1)
+  cosine[cluster[:, None] != cluster] = 0
+  rows = np.flatnonzero(cosine.max(1) > 0.5)
+  want = dict(zip(rows.tolist(), cosine[rows].argmax(1).tolist()))
+  return Result(len(set(got.items()) ^ set(want.items())), 0)
+
+
+# Models
+
+
+def mesh_of(devices) -> jax.sharding.Mesh:
+  return jax.make_mesh(
+    (len(devices), 1),
+    ('data', 'fsdp'),
+    devices=devices,
+    axis_types=(jax.sharding.AxisType.Auto,) * 2,
+  )
+
+
+def on_cpu(work: Callable, *args):
+  """Returns work(*args, mesh) of one CPU device, with the attention that the CPU has."""
+  with mock.patch.object(layers, 'attention', layers.attention_by_head):
+    return work(*args, mesh_of(jax.devices('cpu')[:1]))
+
+
+def asked(kind: str):
+  """The precision of products that this kind asks for: a context."""
+  return jax.default_matmul_precision('highest' if kind == 'full' else None)
+
+
+def inputs(config: zoo.CLIPConfig, batch: int) -> dict:
+  """Returns images of four by four random colours with noise, and captions of random lengths."""
+  rng = np.random.default_rng(2)
+  size, text = config.image_size, config.text
+  colours = rng.integers(0, 200, (batch, 4, 4, 3)).repeat(size // 4, 1).repeat(size // 4, 2)
+  tokens = rng.integers(1, text.vocab_size - 1, (batch, text.context_length)).astype(np.int32)
+  length = rng.integers(3, text.context_length + 1, batch)
+  tokens[np.arange(text.context_length) >= length[:, None]] = 0
+  tokens[np.arange(batch), length - 1] = text.vocab_size - 1
+  return dict(image=(colours + rng.integers(0, 56, colours.shape)).astype(np.uint8), text=tokens)
+
+
+def steps_of(config: zoo.CLIPConfig, dtype: str, mesh) -> training_step.Steps:
+  functions = clip.functions(config, dtype)
+  return training_step.steps(functions.init, functions.encode, RECIPE, mesh)
+
+
+@functools.cache
+def start(config: zoo.CLIPConfig) -> dict:
+  """Returns the state of seed 0, made by the CPU: NumPy arrays."""
+  state = on_cpu(lambda mesh: steps_of(config, 'float32', mesh).init(0))
+  return jax.tree.map(lambda x: np.array(x, copy=True), state)
+
+
+def encoder(config: zoo.CLIPConfig, dtype: str, mesh) -> Callable[[np.ndarray], np.ndarray]:
+  """Returns what the stage embed calls (stages/models.py): uint8 images -> unit vectors."""
+  functions = clip.functions(config, dtype)
+
+  @jax.jit
+  def encode(params, images):
+    x = functions.encode_image(params, training_step.normalize(images, RECIPE.mean, RECIPE.std))
+    return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+
+  params = jax.device_put(start(config)['params'], sharding.replicated(mesh))
+  split = sharding.batch_sharding(mesh)
+  return lambda images: np.asarray(encode(params, jax.device_put(images, split)))
+
+
+@functools.cache
+def cpu_vectors(config: zoo.CLIPConfig, batch: int) -> np.ndarray:
+  images = inputs(config, batch)['image']
+  return on_cpu(lambda mesh: encoder(config, 'float32', mesh)(images))
+
+
+def embed(kind: str, sizes: Sizes) -> Result:
+  config, batch = sizes.large, sizes.embed_batch
+  images = inputs(config, batch)['image']
+  with asked(kind):
+    encode = encoder(config, kind.replace('full', 'float32'), mesh_of(jax.devices()))
+    difference = np.linalg.norm(encode(images) - cpu_vectors(config, batch), axis=1).max()
+    took = seconds(lambda: encode(images), sizes.repeats)
+  rate = rate_text('images', batch, batch * flops.image_flops(config), took)
+  return Result(difference, SLACK * FEATURES[kind], rate)
+
+
+def trained(config: zoo.CLIPConfig, dtype: str, batch: dict, repeats: int, mesh) -> tuple:
+  """Returns two steps' losses, the first one's gradient as NumPy arrays, and seconds a step."""
+  steps = steps_of(config, dtype, mesh)
+  state = jax.device_put(start(config), jax.tree.map(lambda x: x.sharding, steps.abstract))
+  batch = sharding.place_batch(batch, mesh)
+  schedule = dict(
+    peak=np.float32(1e-4), warmup_steps=np.int32(1), total_steps=np.int32(99), seed=np.uint32(0)
+  )
+
+  def step():
+    nonlocal state
+    state, metrics = steps.step(state, batch, schedule)
+    return metrics['loss'], state['step']
+
+  losses = [float(step()[0])]
+  gradient = jax.tree.map(lambda x: np.array(x) / (1 - RECIPE.beta1), state['opt'][0].mu)
+  losses.append(float(step()[0]))  # after an update: it sees the optimizer
+  return np.array(losses), gradient, seconds(step, repeats) if repeats else 0.0
+
+
+@functools.cache
+def cpu_step(config: zoo.CLIPConfig, size: int) -> tuple:
+  batch = inputs(config, size)
+  return on_cpu(lambda mesh: trained(config, 'float32', batch, 0, mesh))
+
+
+def train(which: str, kind: str, sizes: Sizes) -> Result:
+  config, size = getattr(sizes, which), getattr(sizes, f'{which}_batch')
+  losses, gradient, _ = cpu_step(config, size)
+  batch, dtype, mesh = inputs(config, size), kind.replace('full', 'float32'), mesh_of(jax.devices())
+  if which == 'small':  # as the training loop has its captions; the CPU's are padded
+    batch['text'] = packing.pack(batch['text'], len(jax.devices()))
+  with asked(kind):
+    got_losses, got_gradient, took = trained(config, dtype, batch, sizes.repeats, mesh)
+  norm = np.linalg.norm
+  want, got = jax.tree.leaves(gradient), jax.tree.leaves(got_gradient)
+  least = 1e-2 * max(norm(x) for x in want)  # what is less than that is made of rounding errors
+  differences = [norm(b - a) / max(norm(a), least) for a, b in zip(want, got)]
+  rate = rate_text('images', size, 3 * size * flops.forward_flops(config), took)
+  return Result(
+    max(np.abs(got_losses / losses - 1).max(), *differences), SLACK * GRADIENTS[kind], rate
+  )
+
+
+CHECKS = {
+  'search': search,
+  'search, other tiles': search_other_tiles,
+  'anchor thresholds': thresholds,
+  'k-means assignment': clusters,
+  'duplicates': duplicate_rows,
+  **{f'embed, {kind}': functools.partial(embed, kind) for kind in FEATURES},
+  **{
+    f'step of {which} model, {kind}': functools.partial(train, which, kind)
+    for which, kind in (
+      ('small', 'full'),
+      ('small', 'float32'),
+      ('large', 'float32'),
+      ('large', 'bfloat16'),
+    )
+  },
+}
+
+
+def table(sizes: Sizes) -> str:
+  def model(config: zoo.CLIPConfig) -> str:
+    v = config.vision
+    return f'{v.image_size} pixels, patches of {v.patch_size}, width {v.width}, {v.layers} layers'
+
+  return f"""\
+search   {sizes.rows:,} rows, {sizes.queries:,} queries, {sizes.dim} dimensions, the {sizes.k} nearest
+embed    large model, batches of {sizes.embed_batch} uint8 images: {model(sizes.large)}
+step     small model, batch {sizes.small_batch}: {model(sizes.small)}
+         large model, batch {sizes.large_batch}
+"""
+
+
+def run(checks: dict[str, Callable[[Sizes], Result]], sizes: Sizes) -> int:
+  """Prints a line a check, and returns the exit status."""
+  failed, began = [], time.perf_counter()
+  for name, check in checks.items():
+    start = time.perf_counter()
+    try:
+      result = check(sizes)
+    except Exception as error:  # the others are still worth their time
+      reason = (str(error).splitlines() or [''])[0]
+      print(f'{name:30} FAILED    {type(error).__name__}: {reason}', flush=True)
+      failed.append(name)
+      continue
+    ok = result.difference <= result.tolerance  # False for NaN
+    failed += [] if ok else [name]
+    print(
+      f'{name:30} {"ok    " if ok else "FAILED"}    largest difference {result.difference:.1e}, '
+      f'tolerance {result.tolerance:.1e}    {time.perf_counter() - start:4.0f} s    {result.rate}',
+      flush=True,
+    )
+  print(f'{time.perf_counter() - began:.0f} s.')
+  if failed:
+    print(
+      f'{len(failed)} of {len(checks)} checks FAILED: {"; ".join(failed)}. Do not use the results '
+      'of this machine before the cause is known.'
+    )
+  return int(bool(failed))
+
+
+def main(argv: list[str] | None = None) -> int:
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument('--tiny', action='store_true', help='small sizes, which a CPU can do')
+  sizes = TINY if parser.parse_args(argv).tiny else FULL
+  platforms = os.environ.get('JAX_PLATFORMS', '')
+  if platforms and 'cpu' not in platforms.split(','):
+    jax.config.update('jax_platforms', f'{platforms},cpu')
+  device = jax.devices()[0]
+  print(f'{len(jax.devices())} x {device.device_kind} ({device.platform}), jax {jax.__version__}')
+  print(table(sizes))
+  if device.platform == 'cpu' and sizes is FULL:
+    print('JAX sees no accelerator. Install its CUDA packages, or use --tiny.')
+    return 1
+  return run(CHECKS, sizes)
+
+
+if __name__ == '__main__':
+  raise SystemExit(main())
