@@ -236,7 +236,7 @@ def test_rows_are_read_in_any_order_from_many_threads(tmp_path, monkeypatch):
   indexed.in_threads(read, 4)
   assert not wrong and parquet._decoded._size <= 2000
   assert parquet._decoded._size == sum(
-    batch.nbytes for batch, _ in parquet._decoded._found.values()
+    batch.nbytes for batch, _ in parquet._decoded._entries.values()
   )
   assert len(parquet._streams._found) == parquet._streams._size <= parquet._STREAMS
 
