@@ -135,8 +135,8 @@ def test_objectnet_is_recognised_and_only_its_shared_names_are_asked_for(tmp_pat
     assert told.classes == ('Alarm clock', 'Bench', 'T-shirt')
     assert (
       '3 names' in told.description
-      and '2 of them with images' in told.said
-      and 'ObjectNet' in told.said
+      and '2 of them with images' in told.description
+      and 'ObjectNet' in told.description
     )
     assert (
       _labels(root)
