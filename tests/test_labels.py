@@ -135,8 +135,8 @@ def test_objectnet_is_recognised_and_only_its_shared_names_are_asked_for(tmp_pat
     assert told.classes == ('Alarm clock', 'Bench', 'T-shirt')
     assert (
       '3 names' in told.description
-      and '2 of them with images' in told.said
-      and 'ObjectNet' in told.said
+      and '2 of them with images' in told.description
+      and 'ObjectNet' in told.description
     )
     assert (
       _labels(root)
@@ -155,7 +155,7 @@ def test_objectnet_is_recognised_and_only_its_shared_names_are_asked_for(tmp_pat
     }
   with pytest.raises(InputError, match="ObjectNet's names.*'Alarm clock' .1 of 3"):
     labels.labels(str(top), ('bench', 't-shirt'))
-  with pytest.raises(InputError, match='none of 2 classes is one of the 3 names of ObjectNet'):
+  with pytest.raises(InputError, match='none of the 2 classes is one of the 3 names of ObjectNet'):
     labels.labels(str(top), ('a', 'b'))
   assert (
     labels.labels(str(top / 'images/alarm_clock')).classes == ()

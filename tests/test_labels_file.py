@@ -105,7 +105,7 @@ def test_a_file_that_is_no_text_too_large_or_gone_is_a_sentence(tmp_path, monkey
   with pytest.raises(InputError, match='cannot be read'):
     labels_file.read(str(tmp_path), ROOT, IMAGES)
   (tmp_path / 'list.json').write_text('[1]')
-  with pytest.raises(InputError, match='no JSON object'):
+  with pytest.raises(InputError, match='not a JSON object'):
     labels_file.json_pairs(str(tmp_path / 'list.json'))
   monkeypatch.setattr(labels_file, '_MOST_BYTES', 9)
   with pytest.raises(InputError, match='MB, too large'):

@@ -236,9 +236,9 @@ def test_rows_are_read_in_any_order_from_many_threads(tmp_path, monkeypatch):
   indexed.in_threads(read, 4)
   assert not wrong and parquet._decoded._size <= 2000
   assert parquet._decoded._size == sum(
-    batch.nbytes for batch, _ in parquet._decoded._found.values()
+    batch.nbytes for batch, _ in parquet._decoded._entries.values()
   )
-  assert len(parquet._streams._found) == parquet._streams._size <= parquet._STREAMS
+  assert len(parquet._streams._entries) == parquet._streams._size <= parquet._STREAMS
 
 
 def test_a_call_decodes_each_row_group_once_and_rows_in_order_go_on(tmp_path, monkeypatch):

@@ -253,7 +253,7 @@ def test_labels_that_are_no_class_are_listed(described):
   [
     ({'label_key': 'lable'}, "no column 'lable'"),
     ({'group_key': 'x'}, "no column 'x'"),
-    ({'sample_key': 'tags'}, "its column 'tags' holds list.*no text"),
+    ({'sample_key': 'tags'}, "its column 'tags' holds list.*not text"),
     ({'caption_key': 'tags'}, "its column 'tags' holds list"),
   ],
 )

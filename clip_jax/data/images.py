@@ -52,7 +52,7 @@ class UnreadableImage(ValueError):
 
 
 class _Frame(NamedTuple):
-  """The size of a JPEG, and whether it is plain: it has no application segments but JFIF's."""
+  """The size of a JPEG; plain: usual quantisation tables, no application segments but JFIF's."""
 
   height: int
   width: int
@@ -105,9 +105,9 @@ def resize(
   size: int,
   mode: str = 'shortest',
 ) -> Array:  # [S, S, 3] uint8
-  """Resizes for evaluation: 'shortest' resizes the short side and crops the centre; 'squash' both.
+  """Resizes for evaluation: 'shortest' crops the centre, 'squash' changes the aspect ratio.
 
-  'shortest' is open_clip's default; 'squash' changes the aspect ratio.
+  'shortest' resizes the short side to `size` before the crop; 'squash' resizes both sides.
   """
   if mode not in MODES:
     raise ValueError(f'resize mode must be one of {MODES}, got {mode!r}')

@@ -60,7 +60,7 @@ def json_pairs(path: str) -> list[tuple[str, Any]]:
   except (ValueError, RecursionError) as error:
     raise InputError(f'{path} is not valid JSON ({error}). Correct the file.') from error
   if not isinstance(pairs, _Object):
-    raise InputError(f'{path} is no JSON object of {{name: class}}. Correct the file.')
+    raise InputError(f'{path} is not a JSON object of {{name: class}}. Correct the file.')
   return pairs
 
 

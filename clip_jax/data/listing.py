@@ -35,7 +35,7 @@ _VERSIONS = (
 
 
 class NoFiles(InputError):
-  """A path matches no file."""
+  """The error for a path that matches no file."""
 
 
 def list_files(format: str, path: str) -> list[storage.SourceFile]:

@@ -65,7 +65,9 @@ def train_batches(
   images.decode_crop, for images that the source gives as bytes.
   """
   if batch_size < 1 or batch_size % hosts or not 0 <= host < hosts:
-    raise ValueError(f'batch_size={batch_size} must be a multiple of hosts={hosts} > host={host}')
+    raise ValueError(
+      f'batch_size={batch_size} must be a multiple of hosts={hosts}, and 0 <= host={host} < hosts'
+    )
   if start_examples % batch_size or start_examples < 0:
     raise ValueError(f'start_examples={start_examples} must be a multiple of {batch_size=}')
   if not 0 < len(source) < 1 << 32:

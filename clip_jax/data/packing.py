@@ -79,9 +79,10 @@ def trim(
   tokens: Array,  # [b, T] int32, rows of tokenizer.tokenize
   lengths: tuple[int, ...] = (),
 ) -> Array:  # -> [b, T'] int32
-  """Trims all rows to the shortest length in `lengths` or T that contains every end token.
+  """Trims all rows to the shortest allowed length that contains every end token.
 
-  Without lengths: the multiples of 8. In a causal tower, tokens after the end token have no effect.
+  Allowed are `lengths` (default: the multiples of 8) and T. In a causal tower, tokens after the end
+  token have no effect.
   """
   width = tokens.shape[1]
   longest = int(tokens.argmax(1).max()) + 1

@@ -39,7 +39,7 @@ _T = TypeVar('_T')
 
 
 class Unavailable(InputError):
-  """A remote storage failed with an error that may be transient."""
+  """The error for a remote storage whose failure may be transient."""
 
 
 @dataclasses.dataclass(frozen=True)

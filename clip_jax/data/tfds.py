@@ -32,7 +32,7 @@ def find(path: str) -> list[str]:
   for file in split_files:
     if not os.path.isfile(file):
       raise InputError(
-        f'{file}, which dataset_info.json names, is missing. Restore it, or prepare '
+        f'{file} is missing, but dataset_info.json names it. Restore it, or prepare '
         'the dataset again.'
       )
   if not split_files:
@@ -108,7 +108,7 @@ def _split(path: str) -> tuple[Any, str]:
     (split,) = splits
   if split not in splits:
     raise InputError(
-      f'{path} names no split of the dataset, whose splits are '
+      f'{path} names no split of the dataset, which has '
       f'{", ".join(splits) or "none"}. '
       f'Give {os.path.join(folder, splits[0] if splits else "SPLIT")}.'
     )

@@ -232,7 +232,7 @@ class _Rows:
       if rows != self._rows:
         raise InputError(
           f'{path} describes {rows:,} rows, but {file.path} has {self._rows:,} '
-          'vectors: the files do not belong together, or one of them is cut short.'
+          'vectors: the files do not belong together, or one is cut short. Restore the right files.'
         )
 
   def has(self, name: str) -> bool:
@@ -379,13 +379,13 @@ def _text(file: storage.SourceFile, name: str, batch: dict) -> pa.Array:
     return batch[name].dictionary_decode().cast(pa.string())
   if pa.types.is_nested(kind):
     raise InputError(
-      f'{file.name}: its column {name!r} holds {kind}, which is no text. Name another column.'
+      f'{file.name}: its column {name!r} holds {kind}, which is not text. Name another column.'
     )
   try:
     return batch[name].cast(pa.string())
   except pa.ArrowInvalid as error:
     raise InputError(
-      f'{file.name}: its column {name!r} is no UTF-8 text ({error}). Name another column.'
+      f'{file.name}: its column {name!r} is not UTF-8 text ({error}). Name another column.'
     ) from error
 
 

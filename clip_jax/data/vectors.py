@@ -72,7 +72,7 @@ def head(path: str, key: str = '', dim: int = 0) -> Head:
       header = Head('raw', size // (4 * dim), dim, np.dtype('<f4'))
     else:
       raise InputError(
-        f'{path} is no .npy, .npz or .parquet file. For float32 numbers without a '
+        f'{path} is not an .npy, .npz or .parquet file. For float32 numbers without a '
         'header (SemDeDup), set vector_dim to the length of a vector.'
       )
   if dim and header.dim and header.dim != dim:
@@ -225,10 +225,10 @@ def _check_array(path: str, shape: tuple[int, ...], dtype: np.dtype) -> None:
       'Save the vectors as float16 or float32.'
     )
   if dtype.kind != 'f' or dtype.itemsize > 8:
-    raise InputError(f'{path} holds {dtype} numbers; vectors are float16, float32 or float64.')
+    raise InputError(f'{path} holds {dtype} numbers; vectors must be float16, float32 or float64.')
   if len(shape) != 2 or min(shape) < 0:
     raise InputError(
-      f'{path} has an array of shape {shape}; vectors are [rows, E]. Save it with two dimensions.'
+      f'{path} has an array of shape {shape}; vectors must be [rows, E]. Save two dimensions.'
     )
 
 

@@ -46,10 +46,10 @@ def samples(path: str, name: str) -> tuple[list[Sample], list[dict[str, str]]]:
 def samples_and_headers(
   path: str, name: str
 ) -> tuple[list[Sample], list[dict[str, str]], dict[int, int]]:
-  """Returns the result of `samples`, and the members that have several headers.
+  """Returns the result of `samples`, and the members with a name in more than one header field.
 
-  The dict maps the offset of a member's data to the offset of its first header. Every other member
-  has one header, the block before its data.
+  The dict maps the offset of such a member's data to the offset of its first header. Every other
+  member has one header, the block before its data.
   """
   return _samples(path, name, 0)
 

@@ -297,7 +297,7 @@ def _normal(tensors: Mapping[str, Array]) -> dict[str, Array]:
 def params_from_huggingface(
   tensors: Mapping[str, Array], config: zoo.CLIPConfig, where: str
 ) -> dict:
-  """Converts a state_dict of CLIPModel or SiglipModel; raises InputError for another model's."""
+  """Converts a state_dict of CLIPModel or SiglipModel; raises InputError if it does not fit."""
   return weights.params_from_tensors(entries(config), _normal(tensors), config, where)
 
 

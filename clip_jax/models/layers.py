@@ -1,9 +1,9 @@
 """Layers of both towers: linear map, layer norm, attention, residual block, stack of blocks.
 
 Names and shapes are open_clip's: the parameter at path a/b/c is the tensor `a.b.c` of its
-state_dict with the same shape (matrices are [out, in]), so weights convert in both directions
-without a transpose. Tokens are flat, [B*T, D]; only attention separates the samples. Parameters
-are float32; matrix products compute in `dtype`, norms and softmax in float32.
+state_dict with the same shape (matrices are [out, in]), so weights convert unchanged in both
+directions. Tokens are flat, [B*T, D]; only attention separates the samples. Parameters are float32;
+matrix products compute in `dtype`, norms and softmax in float32.
 """
 
 from collections.abc import Callable

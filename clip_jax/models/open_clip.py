@@ -245,7 +245,7 @@ def _text_from_open_clip(text: dict[str, Any], quick_gelu: bool) -> zoo.TextConf
   ):
     raise ConfigError(
       f'text_cfg has pool_type={config.pool_type!r} and proj_type={proj_type!r}, '
-      'which is not supported.'
+      'at least one of which is not supported.'
     )
   _check_unused('text_cfg.', text)
   return config
@@ -356,7 +356,7 @@ def normal(tensors: Mapping[str, Array]) -> dict[str, Array]:
 
 
 def params_from_open_clip(tensors: Mapping[str, Array], config: zoo.CLIPConfig, where: str) -> dict:
-  """Converts a state_dict of CLIP or CustomTextCLIP; raises InputError for another model's."""
+  """Converts a state_dict of CLIP or CustomTextCLIP; raises InputError if it does not fit."""
   given, tensors = tensors, normal(tensors)
   for name in given:
     if f'text.{name}' in given and f'text.{name}' in tensors:

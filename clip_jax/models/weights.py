@@ -260,7 +260,7 @@ def params_from_tensors(
 def tensors_from_params(
   entries: Sequence[Entry], params: Mapping, config: zoo.CLIPConfig
 ) -> dict[str, Array]:
-  """Converts nested parameters to published tensors; raises ValueError for another config's."""
+  """Converts nested parameters to published tensors; raises ValueError if they do not fit."""
   have, want = flat(params), shapes(config)
   for name in sorted(have.keys() | want.keys()):
     if name not in have or name not in want or have[name].shape != want[name]:
