@@ -101,7 +101,7 @@ def test_too_few_centres_are_said_so(caplog):
   x = np.repeat(np.float16([[1, 0], [0, 1]]), 50, axis=0)
   with caplog.at_level('INFO'):
     found = kmeans.fit(x, np.ones(100, bool), clusters=10, seed=0)
-  assert len(found.centers) == 2 and '2 of 10 centres found' in caplog.text
+  assert len(found.centers) == 2 and '2 of 10 centres' in caplog.text
   assert len(set(found.assignment[:50])) == 1 == len(set(found.assignment[50:]))
 
 

@@ -1,8 +1,8 @@
-"""Decisions in float64, where float32 leaves a doubt.
+"""Exact float64 decisions for pairs that float32 cannot decide.
 
 Arrays in, arrays out; no files. In float64 the dot product of two float16 vectors of norm <= 1.1 is
-EXACT, whatever the order of addition: every product is a multiple of 2^-48, and every partial sum
-is below 2 and so fits 53 bits. These functions therefore give the same answer on every machine.
+EXACT for any order of addition: every product is a multiple of 2^-48, and every partial sum is
+below 2 and so fits 53 bits. These functions therefore give the same results on every machine.
 """
 
 from collections.abc import Sequence
@@ -17,15 +17,15 @@ from clip_jax.similarity import tiles
 
 
 def error_bound(dim: int) -> float:
-  """The most by which a float32 similarity, or excess, of E-dimensional vectors can be off.
+  """Returns a bound on the error of a float32 similarity or excess of E-dimensional vectors.
 
-  Products of float16 numbers are exact in float32, and no partial sum is over 1.1 * 1.1. On a CPU
-  each of the E additions, in any order, rounds by at most 2^-24 of that. A GPU's tensor cores cut
-  off instead of rounding, 2^-23: of every number that they align to the largest, and once more of
-  the sum of at least four products; together at most 1.25 E + 1 cuts of 2^-23, fewer than E + 4 of
-  2^-22. The four cover the threshold's rounding and the subtraction. One bound for both, since
-  rows are decided where they were not searched: 1.9e-4 at E = 640; the errors that one meets are
-  near 2e-7.
+  Products of float16 numbers are exact in float32, and no partial sum exceeds 1.1 * 1.1. On a CPU,
+  each of the E additions, in any order, has a rounding error of at most 2^-24 of that. A GPU's
+  tensor cores truncate instead of rounding, by 2^-23: every number that is aligned to the largest,
+  and the sum of at least four products once more. These are at most 1.25 E + 1 truncations of
+  2^-23, fewer than E + 4 of 2^-22. The four cover the threshold's rounding and the subtraction.
+  CPU and GPU share one bound, because rows may be searched on one and decided on the other. It is
+  1.9e-4 at E = 640; errors in practice are near 2e-7.
   """
   return 1.21 * (dim + 4) * 2.0**-22
 
@@ -36,16 +36,13 @@ def pair_dots(
   x: Array,  # [n, E] float16
   row: Array,  # [m] int
 ) -> np.ndarray:
-  """The exact similarity of m pairs, float64 [m].
-
-  Dense sets of pairs go through a matrix product.
-  """
+  """Returns the exact similarities of m pairs, float64 [m]; dense sets use a matrix product."""
   queries, query_index = np.unique(query, return_inverse=True)
   rows, row_index = np.unique(row, return_inverse=True)
   q, x = q[queries].astype(np.float64), x[rows].astype(np.float64)
   if len(queries) * len(rows) < 16 * len(query):
     return (q @ x.T)[query_index, row_index]
-  step = 8192  # pairs at a time: flat memory
+  step = 8192  # pairs at a time, to bound memory
   return np.concatenate(
     [np.zeros(0)]
     + [
@@ -56,13 +53,13 @@ def pair_dots(
 
 
 def update_top(
-  best: np.ndarray,  # [Q, k] float64, changed in place; -inf where there is none yet
+  best: np.ndarray,  # [Q, k] float64, changed in place; -inf in empty places
   row: np.ndarray,  # [Q, k] int64, changed in place
   query: Array,  # [m] int
   value: Array,  # [m] float64
-  rows: Array,  # [m] int64, none of them seen before
+  rows: Array,  # [m] int64, none of them in earlier calls
 ) -> None:
-  """Takes pairs into each query's list of the k highest values, ties: the lowest row first."""
+  """Merges pairs into each query's list of the k highest values; ties: lowest row first."""
   k = best.shape[1]
   seen = np.unique(query)
   query = np.concatenate([np.repeat(seen, k), query])
@@ -79,9 +76,9 @@ def update_best(
   nearest: np.ndarray,  # [Q] int64, changed in place
   query: Array,  # [m] int
   value: Array,  # [m] float64
-  row: Array,  # [m] int64, none lower than a row seen before
+  row: Array,  # [m] int64, none lower than a row of earlier calls
 ) -> None:
-  """Takes over each query's highest value where it beats the best so far; ties: the lowest row."""
+  """Updates each query's best value and nearest row; ties: the lowest row."""
   order = np.lexsort((row, -value, query))
   query, value, row = query[order], value[order], row[order]
   first = np.flatnonzero(np.diff(query, prepend=-1))
@@ -93,7 +90,7 @@ def exact_similarity(
   x: Array,  # [m, E] float16
   q: Array,  # [Q, E] float16
 ) -> np.ndarray:
-  """max over queries of the similarity, exact: [m] float64."""
+  """Returns the exact maximum over queries of the similarity, [m] float64."""
   return exact_excess(x, q, np.zeros(len(q)))
 
 
@@ -102,7 +99,10 @@ def exact_excess(
   q: Array,  # [Q, E] float16
   t: Array,  # [Q] float64, exact thresholds
 ) -> np.ndarray:
-  """max over queries of similarity - t_i, exact: [m] float64. > 0: nearer than any anchor image."""
+  """Returns the exact maximum over queries of similarity - t_i, [m] float64.
+
+  A value above 0 means that the row is nearer to some query than any anchor image.
+  """
   best, t = np.full(len(x), -np.inf), np.asarray(t)
   for i in range(0, len(x), 2048):
     rows = x[i : i + 2048].astype(np.float64)
@@ -122,9 +122,9 @@ def count_over(
   query_block: int = 0,
   name: str = 'removed rows',
 ) -> np.ndarray:
-  """How many rows of x have a similarity > t_i - margin: [Q, len(margins)] int64, exact.
+  """Returns the exact number of rows with similarity > t_i - margin, [Q, len(margins)] int64.
 
-  float32 counts what is clear of the cut; pairs within the error bound are decided in float64.
+  float32 decides pairs farther from the cut than the error bound, float64 decides the others.
   """
   tile_rows, query_block = tiles.sizes(tile_rows, query_block)
   cut = np.asarray(t, np.float64)[:, None] - np.asarray(margins, np.float64)  # [Q, margins]

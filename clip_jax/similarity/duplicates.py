@@ -1,6 +1,6 @@
-"""De-duplication inside clusters: SemDeDup with an order, as in Mayilvahanan et al. 2024.
+"""De-duplication within clusters: SemDeDup with an order, as in Mayilvahanan et al. 2024.
 
-Rows and their clusters in, the rows that are dropped out; no files.
+Rows and their clusters in, dropped rows out; no files.
 """
 
 from collections.abc import Iterator
@@ -16,10 +16,10 @@ from clip_jax.similarity import decide, tiles
 
 
 class Dropped(NamedTuple):
-  """What one block of rows lost: a pure function of the rows, whatever the blocks before it."""
+  """The rows that one block drops: a pure function of the rows, independent of other blocks."""
 
-  blocks: int  # finished, with this one and those before it
-  rows: np.ndarray  # [m] int64, of this block: those that are dropped
+  blocks: int  # number of finished blocks, this one included
+  rows: np.ndarray  # [m] int64, the block's dropped rows
   duplicate_of: np.ndarray  # [m] int64
 
 
@@ -30,24 +30,24 @@ def dropped(
   *,
   threshold: float,  # 1 - similarity; the paper's is 0.124
   priority: Array | None = None,  # [N] number; None: pool order
-  start: int = 0,  # blocks that were finished before: they are passed over
+  start: int = 0,  # number of blocks finished earlier, which are skipped
   block_rows: int = 2048,
   name: str = 'pool',
 ) -> Iterator[Dropped]:
   """Drops a row if an earlier row of its cluster, kept or not, is > 1 - threshold similar to it.
 
-  "Earlier" is in pool order or, where a priority is given, highest priority first and pool order
-  among equals. duplicate_of: the dropped row's most similar earlier row of the cluster (ties: the
-  earliest). Yields block by block, so that a caller can stop and go on.
+  "Earlier" means pool order or, with a priority, highest priority first and pool order among
+  equals. duplicate_of: the dropped row's most similar earlier row of the cluster (ties: the
+  earliest). Yields block by block, so that a caller can stop and resume.
 
-  Chains: since rows that are dropped drop others, duplicate_of may name a row that is itself
-  dropped. Following it leads, always to an earlier row, to one that is kept, which need not be
-  similar to the first. A chain can so lose a row that no kept row is similar to (dedup_audit.py
-  counts them).
+  Chains: dropped rows also drop others, so duplicate_of may be a dropped row. The chain of
+  duplicate_of goes to ever earlier rows and ends at a kept row, which may not be similar to the
+  first. A chain can therefore drop a row to which no kept row is similar (dedup_audit.py counts
+  these rows).
 
-  Similarity is divided by both norms, since float16 vectors are up to 1e-3 off unit length. float32
-  finds the candidates, and float64 decides; beside the order of the rows, memory is one
-  [block_rows, block_rows] block, whatever the size of a cluster.
+  Similarity is divided by both norms, since norms of float16 vectors are off by up to 1e-3. float32
+  finds the candidates, float64 decides. Memory, besides the order of the rows, is one
+  [block_rows, block_rows] block for any size of cluster.
   """
   if assignment.shape != usable.shape or usable.shape != (x.shape[0],):
     raise ValueError(
@@ -61,32 +61,32 @@ def dropped(
   ):
     count = len(later.rows)
     np.maximum(best.seen, np.asarray(maxima).max(1)[:count], out=best.seen)
-    least = np.full(len(maxima), np.inf)  # no pair of a padding row
+    least = np.full(len(maxima), np.inf)  # excludes padding rows
     least[:count] = np.where(best.similarity < 1, np.maximum(best.seen, cut) - slack, np.inf)
     query, position, _ = tiles.over(maxima, scores, len(earlier.rows), least)
     exact = decide.pair_dots(later.host, query, earlier.host, position)
     exact /= np.sqrt(later.squares[query] * earlier.squares[position])
-    # No cosine is more than 1: rounding must not let a later copy beat the first one.
+    # Caps cosines at 1, so that rounding does not let a later copy beat the first one.
     decide.update_best(
       best.similarity, best.place, query, np.minimum(exact, 1), earlier.place + position
     )
-    if earlier.place == later.place:  # the block itself comes last
-      lost = np.flatnonzero(best.similarity > cut)
-      yield Dropped(best.block + 1, later.rows[lost], best.order[best.place[lost]])
+    if earlier.place == later.place:  # the block itself is the last of its earlier blocks
+      is_dropped = np.flatnonzero(best.similarity > cut)
+      yield Dropped(best.block + 1, later.rows[is_dropped], best.order[best.place[is_dropped]])
 
 
 class _Best(NamedTuple):
-  """Of one block of rows, over the earlier ones seen so far."""
+  """The most similar earlier rows of one block's rows, so far."""
 
   block: int
   order: np.ndarray  # [n] int64, the cluster's rows in their order
   seen: np.ndarray  # [count] float32, maximum
-  similarity: np.ndarray  # [count] float64, exact where it may be over the cut
-  place: np.ndarray  # [count] int64, of that row in the order
+  similarity: np.ndarray  # [count] float64, exact if it may be over the cut
+  place: np.ndarray  # [count] int64, that row's position in `order`
 
 
 class _Block(NamedTuple):
-  """Some of a cluster's rows, from its `place`-th on; padding repeats the last one."""
+  """Consecutive rows of a cluster from position `place` on; padding repeats the last row."""
 
   place: int
   rows: np.ndarray  # [count] int64
@@ -117,7 +117,7 @@ def ordered(
   assignment: Array,  # [N] int32
   priority: Array | None,  # [N]
 ) -> np.ndarray:
-  """The rows by cluster, and in each cluster in the order of the rule: [n] int64."""
+  """Returns the rows sorted by cluster and, within a cluster, by priority or pool order."""
   if priority is not None:
     rows = rows[np.argsort(-priority[rows], kind='stable')]
   return rows[np.argsort(assignment[rows], kind='stable')]
@@ -126,7 +126,7 @@ def ordered(
 def _block_pairs(x, usable, assignment, priority, start, block_rows, name) -> Iterator[tuple]:
   """Yields (later block, earlier block or the same, its best, group maxima, similarities)."""
   rows = ordered(np.flatnonzero(usable), assignment, priority)
-  edges = np.flatnonzero(np.diff(assignment[rows], prepend=-1, append=-1))  # of the clusters
+  edges = np.flatnonzero(np.diff(assignment[rows], prepend=-1, append=-1))  # cluster boundaries
   block_rows = tiles.padded(block_rows, block_rows)
   block = -1
   for first, stop in zip(edges[:-1], edges[1:]):
@@ -146,7 +146,7 @@ def _block_pairs(x, usable, assignment, priority, start, block_rows, name) -> It
       )
       for j in range(0, i + 1, block_rows):
         if i != j and (best.similarity == 1).all():
-          continue  # all are copies of rows that were seen: nothing is nearer
+          continue  # every row already has an exact copy: no row is nearer
         earlier = later if i == j else _load(x, cluster, j, block_rows, name)
         yield (
           later,
@@ -161,14 +161,14 @@ def blocks(
   assignment: Array,  # [N] int32
   block_rows: int = 2048,
 ) -> int:
-  """How many blocks `dropped` looks at; a cluster of one row is passed over."""
+  """Returns the number of blocks of `dropped`, including those of clusters of one row."""
   sizes = np.bincount(assignment[usable])
   return int((-(-sizes // tiles.padded(block_rows, block_rows))).sum())
 
 
 @jax.jit
 def _similarities(later, later_inverse, earlier, earlier_inverse, distance):
-  """[b, E], [b], [T, E], [T] -> group maxima and cosines [b, T]; -inf unless the row is earlier."""
+  """Returns group maxima and cosines [b, T], -inf for pairs whose row is not earlier."""
   scores = tiles.dots(later, earlier) * later_inverse[:, None] * earlier_inverse[None]
   row = lax.broadcasted_iota(jnp.int32, scores.shape, 0) + distance
   scores = jnp.where(row > lax.broadcasted_iota(jnp.int32, scores.shape, 1), scores, -jnp.inf)

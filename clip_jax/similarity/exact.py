@@ -1,13 +1,13 @@
 """The exact search: one pass over a pool shard against all queries of all benchmarks.
 
-Arrays in, arrays out; no files. Similarity is the dot product of the stored float16 vectors, added
-up in float32; the same (row, query) pair has the same bits wherever it is reported, for every
-tile_rows, query_block, shard and number of threads or devices of one backend (tiles.py says why).
-Decisions that must not hang on a last bit are made in decide.py, in float64.
+Arrays in, arrays out; no files. Similarity is the dot product of the stored float16 vectors, summed
+in float32. The same (row, query) pair always has the same bits on one backend, for every tile_rows,
+query_block, shard and number of threads or devices (tiles.py explains why). Decisions that must not
+depend on the last bit are made in float64, in decide.py.
 
-On a CPU the device makes the scores of a block and the maxima over groups of 16 queries and of 16
-rows, one pass each while the block is in the cache. The host reads those, a 16th of the scores, and
-looks into the few groups that matter. accelerator.py has what a GPU or TPU does instead.
+On a CPU the device computes the scores of a block and the maxima over groups of 16 queries and of
+16 rows, in one pass each while the block is in the cache. The host reads these maxima, a 16th of
+the scores, and then only the few groups that matter. GPUs and TPUs use accelerator.py instead.
 """
 
 from collections.abc import Iterator, Sequence
@@ -30,7 +30,7 @@ class Queries:
 
   vectors: Array  # [Q, E] float16
   segments: tuple[tuple[str, int, int], ...]  # (benchmark, start, stop), none empty
-  thresholds: Array | None = None  # [Q] float32 t_i; NaN for a benchmark without
+  thresholds: Array | None = None  # [Q] float32 t_i; NaN for a benchmark without thresholds
 
   def __post_init__(self):
     if self.vectors.ndim != 2 or self.vectors.dtype != np.float16:
@@ -44,8 +44,8 @@ class Queries:
     for benchmark, start, stop in self.segments:
       if not 0 <= start < stop <= len(self.vectors):
         raise ValueError(
-          f'benchmark {benchmark!r} has queries {start}..{stop} of '
-          f'{len(self.vectors)}; it must have at least one'
+          f'benchmark {benchmark!r} has queries {start}..{stop} of {len(self.vectors)}; it must '
+          'have at least one query'
         )
 
 
@@ -61,17 +61,18 @@ def search_shard(
   devices: Sequence | None = None,
   name: str = 'pool',
 ) -> dict[str, dict[str, np.ndarray]]:
-  """Searches a shard once for all benchmarks; for each benchmark of q queries it returns
+  """Searches a shard once for all benchmarks.
 
+  Returns, for each benchmark of q queries:
   similarity [n] float32, the maximum over its queries; nearest [n] int32, that query's index in the
   benchmark (ties: the lowest); excess [n] float32, the maximum of similarity - t_i (NaN without
-  thresholds); unusable rows hold -inf, -1, -inf.
+  thresholds); unusable rows have -inf, -1, -inf.
   top_similarity [q, k'] float32, top_row [q, k'] int64: each query's nearest usable rows of this
-  shard, most similar first, ties lowest row first; k' = min(k, usable rows), so nothing is padded.
+  shard, most similar first, ties lowest row first; k' = min(k, usable rows), without padding.
 
-  What is not asked for costs nothing: k = 0, no thresholds, nearest=False (-1 everywhere).
-  tile_rows and query_block, 0 for tiles.sizes' choice, and devices (default: an accelerator's local
-  ones, or one CPU) change the speed only.
+  Outputs that are not requested cost nothing: k = 0, no thresholds, nearest=False (-1 everywhere).
+  tile_rows and query_block (0: chosen by tiles.sizes) and devices (default: an accelerator's local
+  devices, or one CPU) change only the speed.
   |similarity - exact| and |excess - exact| are at most decide.error_bound(E).
   InputError names a usable row or a query whose vector is not of unit length.
   """
@@ -81,15 +82,15 @@ def search_shard(
   accelerated = _accelerated()
   devices = tuple(devices or jax.local_devices()[: None if accelerated else 1])
   layout = _layout(queries, query_block, devices, accelerated)
-  found = _Found(layout, len(rows), min(k, len(rows)))
+  best = _Best(layout, len(rows), min(k, len(rows)))
   search = _search_scanning if accelerated else _search
-  search(pool, rows, layout, found, nearest, tile_rows, name)
-  top = found.tops.sorted()
+  search(pool, rows, layout, best, nearest, tile_rows, name)
+  top = best.tops.sorted()
   results = {}
   for i, (benchmark, start, stop) in enumerate(queries.segments):
-    result: dict[str, np.ndarray] = dict(zip(_ROW_KEYS, _unfound(len(pool))))
+    result: dict[str, np.ndarray] = dict(zip(_ROW_KEYS, _empty_results(len(pool))))
     for key, values in result.items():
-      values[rows] = getattr(found, key)[i]
+      values[rows] = getattr(best, key)[i]
     if not layout.has_cuts[i]:
       result['excess'][:] = np.nan
     result['top_similarity'], position = top_lists.unpack(top[layout.first[i] :][: stop - start])
@@ -102,8 +103,10 @@ def merge_top(
   parts: Sequence[tuple[Array, Array]],  # each [Q, k_i] float32 and [Q, k_i] int64 pool rows
   k: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-  """The k nearest of several shards' lists: [Q, min(k, all)], most similar first, ties lowest row
-  first. Merging is associative; entries padded with -inf come last."""
+  """Merges several shards' lists of nearest rows: [Q, min(k, all)], most similar first.
+
+  Ties: lowest row first. Merging is associative; entries padded with -inf are last.
+  """
   similarity = np.concatenate([part[0] for part in parts], axis=1)
   row = np.concatenate([part[1] for part in parts], axis=1)
   order = np.lexsort((row, -similarity), axis=1)[:, :k]
@@ -119,9 +122,9 @@ def thresholds(
   query_block: int = 0,
   name: str = 'anchor',
 ) -> tuple[np.ndarray, np.ndarray]:
-  """t_i, query i's similarity to its nearest anchor image (Mayilvahanan et al. 2024), and which.
+  """Returns t_i, query i's similarity to its nearest anchor image, and that anchor row.
 
-  Returns [Q] float64, exact, and [Q] int64 anchor rows (ties: the lowest).
+  These are [Q] float64, exact, and [Q] int64 (ties: the lowest). t_i: Mayilvahanan et al. 2024.
   """
   similarity, row = anchor_top(
     anchor, usable, queries, 1, tile_rows=tile_rows, query_block=query_block, name=name
@@ -139,31 +142,31 @@ def anchor_top(
   query_block: int = 0,
   name: str = 'anchor',
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Each query's k nearest anchor images, exact: [Q, k] float64, falling, and [Q, k] int64 rows
-  (ties: the lowest first).
+  """Returns similarities and rows of each query's k nearest anchor images.
 
-  The float32 pass only finds the candidates: all within twice its error bound of the k-th are
-  computed in float64. InputError if fewer than k rows are usable.
+  These are [Q, k] float64, exact and descending, and [Q, k] int64 (ties: lowest row first). The
+  float32 pass only finds the candidates: all within twice its error bound of the k-th are computed
+  in float64. InputError if fewer than k rows are usable.
   """
   _check_shapes(anchor, usable, queries)
   rows = np.flatnonzero(usable)
   if not len(rows):
     raise InputError(
-      f'{name}: none of its {len(usable)} rows is usable, so that no query has a '
-      'threshold. Check why its samples could not be read.'
+      f'{name}: none of its {len(usable)} rows is usable, so no query has a threshold. Check why '
+      'its samples could not be read.'
     )
   if k > len(rows):
     raise InputError(
-      f'{name}: only {len(rows)} of its {len(usable)} rows are usable, so that no '
-      f'query has a similarity to its {k} nearest. Use a smaller k.'
+      f'{name}: only {len(rows)} of its {len(usable)} rows are usable, fewer than k={k}. Use a '
+      'smaller k.'
     )
   slack = 2 * decide.error_bound(queries.shape[1])
   best = np.full((len(queries), k), -np.inf)
   nearest = np.full((len(queries), k), -1)
   for tile, start, maxima, scores in _scored(anchor, rows, queries, tile_rows, query_block, name):
-    there = best[start:][: len(maxima)]  # shorter than the block, whose padding is no query
+    block_best = best[start:][: len(maxima)]  # shorter than the block, whose padding is no query
     cut = np.full(len(maxima), np.inf)
-    cut[: len(there)] = there.min(1) - slack
+    cut[: len(block_best)] = block_best.min(1) - slack
     if k <= tile.count and np.isneginf(cut).any():
       cut = np.maximum(cut, tiles.reached(maxima, scores, tile.count, k) - slack)
     query, position, _ = tiles.over(maxima, scores, tile.count, cut)
@@ -175,22 +178,23 @@ def anchor_top(
 
 def pairs_over(
   x: Vectors,  # rows [N, E] float16
-  rows: Array,  # [n] int64, ascending: the rows to look at
+  rows: Array,  # [n] int64, ascending: the rows to compare
   queries: Array,  # [Q, E] float16
-  cut: Array,  # [Q] float64; NaN: no pair of this query
+  cut: Array,  # [Q] float64; NaN: no pairs of this query
   *,
   tile_rows: int = 0,
   query_block: int = 0,
   name: str = 'pool',
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-  """All pairs with an exact similarity > cut: yields (query [m] int64, row [m] int64, similarity
-  [m] float64) tile by tile, rows ascending from tile to tile, in each ordered by query and row.
+  """Yields all pairs with an exact similarity > cut, tile by tile.
 
-  float32 finds the candidates, float64 decides. Memory: one tile's pairs.
+  Each item is (query [m] int64, row [m] int64, similarity [m] float64), ordered by query and row;
+  rows ascend from tile to tile. float32 finds the candidates, float64 decides. Memory: one tile's
+  pairs.
   """
   low = np.asarray(cut, np.float64) - decide.error_bound(queries.shape[1])
   low = np.nextafter(low.astype(np.float32), np.float32(-np.inf))
-  found = []
+  parts = []
   for tile, start, maxima, scores in _scored(x, rows, queries, tile_rows, query_block, name):
     least = np.full(len(maxima), np.float32(np.inf))
     least[: len(low) - start] = low[start:][: len(maxima)]
@@ -198,12 +202,12 @@ def pairs_over(
     query += start
     similarity = decide.pair_dots(queries, query, tile.host, position)
     over = similarity > cut[query]
-    found.append((query[over], rows[tile.start + position[over]], similarity[over]))
+    parts.append((query[over], rows[tile.start + position[over]], similarity[over]))
     if start + len(maxima) >= len(queries):
-      query, row, similarity = (np.concatenate(part) for part in zip(*found))
+      query, row, similarity = (np.concatenate(part) for part in zip(*parts))
       order = np.lexsort((row, query))
       yield query[order], row[order], similarity[order]
-      found = []
+      parts = []
 
 
 def _check_shapes(x: Vectors, usable: Array, queries: Array) -> None:
@@ -232,17 +236,17 @@ def _scored(x, rows, queries, tile_rows, query_block, name) -> Iterator[tuple]:
 
 def _accelerated() -> bool:
   backend = jax.default_backend()
-  _say(backend, len(jax.local_devices()))
+  _log_backend(backend, len(jax.local_devices()))
   return backend != 'cpu'
 
 
 @functools.cache
-def _say(backend: str, devices: int) -> None:  # once
+def _log_backend(backend: str, devices: int) -> None:  # once
   if backend == 'cpu':
-    logging.debug('search: float32 products on the CPU, the lists kept by the host.')
+    logging.debug('search: float32 products on the CPU, lists of nearest rows on the host.')
   else:
     logging.debug(
-      'search: float16 products, added up in float32, on %d %s device%s.',
+      'search: float16 products, summed in float32, on %d %s device%s.',
       devices,
       backend,
       's' if devices > 1 else '',
@@ -254,7 +258,7 @@ class _Place(NamedTuple):
 
   device: object
   first: int  # the first block's number
-  vectors: Sequence[Array]  # each [b, E]; an accelerator has them as one array
+  vectors: Sequence[Array]  # each [b, E]; one array on an accelerator
   cuts: Sequence[Array] | None  # each [b] float32
   number: Array  # [blocks, b] int32
   owner: Array  # [blocks, b / GROUP] int32
@@ -262,14 +266,14 @@ class _Place(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class _Layout:
-  """Queries in blocks, and where each block's numbers belong; a slot is a place in a block."""
+  """Queries in blocks, and the benchmark and query of each slot (a position in a block)."""
 
   first: np.ndarray  # [benchmarks] int64: each benchmark's first slot
   has_cuts: np.ndarray  # [benchmarks] bool
-  number: np.ndarray  # [blocks, b] int32: each slot's query, counted within its benchmark
-  runs: list[list[tuple[int, int, int]]]  # for each block: (benchmark, first and last group of it)
+  number: np.ndarray  # [blocks, b] int32: each slot's query, its index within its benchmark
+  runs: list[list[tuple[int, int, int]]]  # of each block: (benchmark, first group, stop group)
   places: list[_Place]
-  spread: bool  # each place holds some of the blocks; else each holds all
+  spread: bool  # whether the blocks are split over the places; else each place holds all
 
 
 @functools.lru_cache(maxsize=1)  # one upload for all shards of a search
@@ -279,9 +283,9 @@ def _layout(queries: Queries, query_block: int, devices: tuple, accelerated: boo
   edges = np.array([segment[1:] for segment in queries.segments])
   sizes = edges[:, 1] - edges[:, 0]
   slots, owner = tiles.query_blocks(sizes.tolist(), query_block)
-  of = np.repeat(owner, tiles.GROUP, axis=1)  # [blocks, b] each slot's benchmark
-  number = (slots - np.cumsum([0, *sizes])[of]).astype(np.int32)
-  query = number + edges[of, 0]
+  benchmark_of = np.repeat(owner, tiles.GROUP, axis=1)  # [blocks, b] each slot's benchmark
+  number = (slots - np.cumsum([0, *sizes])[benchmark_of]).astype(np.int32)
+  query = number + edges[benchmark_of, 0]
   cuts, has_cuts = None, np.zeros(len(edges), bool)
   if queries.thresholds is not None:
     has_cuts = np.array([not np.isnan(queries.thresholds[a:b]).any() for a, b in edges])
@@ -295,7 +299,7 @@ def _layout(queries: Queries, query_block: int, devices: tuple, accelerated: boo
   )
   put = jax.device_put if accelerated else lambda x, device: [jax.device_put(i, device) for i in x]
   return _Layout(
-    np.flatnonzero(np.diff(of.ravel(), prepend=-1)),
+    np.flatnonzero(np.diff(benchmark_of.ravel(), prepend=-1)),
     has_cuts,
     number,
     [_runs(block) for block in owner],
@@ -321,7 +325,10 @@ def _runs(owner: np.ndarray) -> list[tuple[int, int, int]]:  # [groups], ascendi
 
 
 def _passes(pool, rows, layout, tile_rows, name, dtype) -> Iterator[tuple[tiles.Tile, _Place]]:
-  """Yields (tile, place) with both on one device: tiles go round, or every tile goes to all."""
+  """Yields (tile, place) on the same device.
+
+  Each tile goes to the next device in turn or, if the queries are split, to all devices.
+  """
   devices = [place.device for place in layout.places]
   walk = tiles.walk(
     pool, rows, tile_rows, name, dtype=dtype, devices=devices[:1] if layout.spread else devices
@@ -334,23 +341,26 @@ def _passes(pool, rows, layout, tile_rows, name, dtype) -> Iterator[tuple[tiles.
       yield tile._replace(device=jax.device_put(tile.device, place.device)), place
 
 
-def _search(pool, rows, layout, found, nearest, tile_rows, name) -> None:
+def _search(pool, rows, layout, best, nearest, tile_rows, name) -> None:
   def passes():
     for tile, place in _passes(pool, rows, layout, tile_rows, name, np.float32):
       cuts = place.cuts or [None] * len(place.vectors)
       for i, (vectors, cut) in enumerate(zip(place.vectors, cuts), place.first):
-        yield tile, i, *_score_block(vectors, tile.device, cut, bool(found.tops.k), nearest)
+        yield tile, i, *_score_block(vectors, tile.device, cut, bool(best.tops.k), nearest)
 
   for tile, i, columns, excess, maxima, scores in tiles.one_ahead(passes()):
-    found.take_groups(tile, layout.runs[i], layout.number[i], columns, excess, scores, nearest)
-    if found.tops.k:
-      found.tops.take(i * layout.number.shape[1], tile, maxima, scores)
+    best.take_groups(tile, layout.runs[i], layout.number[i], columns, excess, scores, nearest)
+    if best.tops.k:
+      best.tops.take(i * layout.number.shape[1], tile, maxima, scores)
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4))
 def _score_block(queries, tile, cuts, top: bool, nearest: bool):
-  """[b, E], [T, E], [b] -> maxima over GROUP queries [b / GROUP, T] of the scores and of the scores
-  - cuts, maxima over GROUP rows [b, T / GROUP], scores [b, T]; None for what is not asked for."""
+  """Returns the scores of a block of queries [b, E] with a tile [T, E], and their group maxima.
+
+  These are maxima over GROUP queries, [b / GROUP, T], of scores and of scores - cuts; maxima over
+  GROUP rows, [b, T / GROUP]; and scores, [b, T]. Outputs that are not requested are None.
+  """
   scores = tiles.dots(queries, tile)
   columns = lambda x: x.reshape(-1, tiles.GROUP, x.shape[1]).max(1)
   return (
@@ -361,7 +371,7 @@ def _score_block(queries, tile, cuts, top: bool, nearest: bool):
   )
 
 
-def _search_scanning(pool, rows, layout, found, nearest, tile_rows, name) -> None:
+def _search_scanning(pool, rows, layout, best, nearest, tile_rows, name) -> None:
   def passes():
     for tile, place in _passes(pool, rows, layout, tile_rows, name, np.float16):
       yield (
@@ -375,34 +385,34 @@ def _search_scanning(pool, rows, layout, found, nearest, tile_rows, name) -> Non
           tile.device,
           tile.count,
           benchmarks=len(layout.first),
-          k=min(found.tops.k, len(tile.host)),
+          k=min(best.tops.k, len(tile.host)),
           nearest=nearest,
         ),
       )
 
   for tile, place, columns, top in tiles.one_ahead(passes(), len(layout.places)):
-    found.take_rows(tile, *columns)
-    if found.tops.k:
+    best.take_rows(tile, *columns)
+    if best.tops.k:
       similarity, position = (np.asarray(x).reshape(-1, x.shape[-1]) for x in top)
       slot = place.first * layout.number.shape[1] + np.arange(len(similarity))
       good = position < tile.count
       slot = np.broadcast_to(slot[:, None], position.shape)[good]
-      found.tops.offer(slot, similarity[good], tile.start + position[good])
+      best.tops.offer(slot, similarity[good], tile.start + position[good])
 
 
-class _Found:
-  """The best so far of each of n rows (usable ones only) for each of S benchmarks."""
+class _Best:
+  """The best values so far of each of n usable rows for each of S benchmarks."""
 
   def __init__(self, layout: _Layout, n: int, k: int):
-    self.similarity, self.nearest, self.excess = _unfound((len(layout.first), n))
+    self.similarity, self.nearest, self.excess = _empty_results((len(layout.first), n))
     self.tops = top_lists.TopLists(layout.number.size, k)
 
   def take_groups(self, tile, runs, number, columns, excess, scores, nearest) -> None:
-    """Takes what _score_block returned. Blocks come in order, and an earlier one wins a tie."""
-    here = slice(tile.start, tile.start + tile.count)
+    """Merges outputs of _score_block. Blocks are in order; the earlier block wins a tie."""
+    rows = slice(tile.start, tile.start + tile.count)
     columns = np.asarray(columns)[:, : tile.count]
     for benchmark, first, last in runs:
-      best, now = columns[first:last].max(0), self.similarity[benchmark, here]
+      best, now = columns[first:last].max(0), self.similarity[benchmark, rows]
       if nearest:
         row = np.flatnonzero(best > now)
         group = first + _first_equal(columns[first:last], best)[row]
@@ -411,22 +421,22 @@ class _Found:
         self.nearest[benchmark, tile.start + row] = number[group * tiles.GROUP + member]
       np.maximum(now, best, out=now)
       if excess is not None:
-        now = self.excess[benchmark, here]
+        now = self.excess[benchmark, rows]
         np.maximum(now, np.asarray(excess)[first:last, : tile.count].max(0), out=now)
 
   def take_rows(self, tile, similarity, nearest, excess) -> None:  # each [S, T]
-    here = slice(tile.start, tile.start + tile.count)
+    rows = slice(tile.start, tile.start + tile.count)
     similarity, nearest, excess = (
       np.asarray(x)[:, : tile.count] for x in (similarity, nearest, excess)
     )
-    better = similarity > self.similarity[:, here]
-    self.nearest[:, here][better] = nearest[better]
-    for now, new in ((self.similarity[:, here], similarity), (self.excess[:, here], excess)):
+    better = similarity > self.similarity[:, rows]
+    self.nearest[:, rows][better] = nearest[better]
+    for now, new in ((self.similarity[:, rows], similarity), (self.excess[:, rows], excess)):
       np.maximum(now, new, out=now)
 
 
 def _first_equal(groups: np.ndarray, best: np.ndarray) -> np.ndarray:  # [g, T], [T] -> [T] int
-  """The first group that holds the maximum; three times as fast as argmax over a major axis."""
+  """Returns the first group that has the maximum; three times as fast as argmax on this axis."""
   number = np.arange(len(groups), dtype=np.int16)[:, None]
   return np.where(groups == best, number, np.int16(len(groups))).min(0).astype(np.int64)
 
@@ -434,7 +444,7 @@ def _first_equal(groups: np.ndarray, best: np.ndarray) -> np.ndarray:  # [g, T],
 _ROW_KEYS = ('similarity', 'nearest', 'excess')
 
 
-def _unfound(shape) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # for _ROW_KEYS
+def _empty_results(shape) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # for _ROW_KEYS
   return (
     np.full(shape, -np.inf, np.float32),
     np.full(shape, -1, np.int32),

@@ -1,12 +1,11 @@
-"""k-means (Lloyd) over stored vectors: the clusters inside which duplicates are looked for.
+"""k-means (Lloyd) over stored vectors: the clusters within which duplicates are searched.
 
-Rows in, a KMeans out; no files. As in SemDeDup and in Mayilvahanan et al. 2024: centres
-start from random items that are pairwise dissimilar, distance is Euclidean between unit vectors.
+Rows in, a KMeans out; no files. As in SemDeDup and in Mayilvahanan et al. 2024, initial centres are
+random items that are pairwise dissimilar, and distance is Euclidean between unit vectors.
 
-The result does not depend on tiles, shards or resuming: assignments come from the padded float32
-dots of tiles.py, and the sums behind the centres are float64 sums of float16 numbers, which are
-exact in any order (multiples of 2^-24, below 2^29). So only items that changed cluster are added
-and subtracted.
+The result does not depend on tiles, shards or resuming. Assignments use the padded float32 dots of
+tiles.py. The sums behind the centres are float64 sums of float16 numbers, which are exact in any
+order (multiples of 2^-24, below 2^29), so only items that changed cluster are added and subtracted.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,13 +21,13 @@ from clip_jax.core.errors import InputError
 from clip_jax.core.types import Array
 from clip_jax.similarity import decide, tiles
 
-CANDIDATES = 1024  # rows that may become first centres, looked at together
-MOST_TILES = 4  # tiles that are looked at as one, with few centres
+CANDIDATES = 1024  # candidate rows for initial centres, compared at a time
+MOST_TILES = 4  # with few centres, at most this many tiles are processed as one
 
 
 @dataclass(frozen=True)
 class KMeans:
-  """`assignment` is each row's nearest of `centers`; all that a resumed fit needs."""
+  """Centres and the assignment of rows to them: the whole state that a resumed fit needs."""
 
   centers: Array  # [K, E] float32
   assignment: Array  # [N] int32, -1 for unusable rows
@@ -51,26 +50,26 @@ def fit(
   center_block: int = 0,
   name: str = 'pool',
 ) -> KMeans:
-  """Clusters the usable rows; K = len(result.centers) is smaller than asked for where the rows do
-  not hold so many dissimilar ones (logged).
+  """Clusters the usable rows.
 
-  Stops when fewer than min_change of the assignments change, or after max_iterations.
-  on_iteration gets each iteration's state; a fit that is given one goes on to the same result.
+  K = len(result.centers) is smaller than `clusters` if there are not enough dissimilar rows (then
+  logged). Stops when fewer than min_change of the assignments change, or after max_iterations.
+  on_iteration gets each iteration's state; a fit that starts from one gives the same result.
   An empty cluster keeps its centre. Ties in distance: the lowest centre. tile_rows and center_block
-  change the speed only; 0: what suits the backend.
+  change only the speed; 0: chosen for the backend.
   """
   rows = np.flatnonzero(usable)
   if not len(rows):
     raise InputError(
-      f'{name}: none of its {len(usable)} rows is usable, so there is nothing to '
-      'cluster. Check why its samples could not be read.'
+      f'{name}: none of its {len(usable)} rows is usable, so there are no rows to cluster. Check '
+      'why its samples could not be read.'
     )
   if state is None:
     chosen = initial_rows(x, rows, clusters, seed, initial_similarity, name)
     if len(chosen) < clusters:
       logging.info(
-        'k-means: %d of %d centres found, every other row of %s is at least %g similar '
-        'to one of them',
+        'k-means: only %d of %d centres, because every other row of %s has a similarity of at '
+        'least %g to one of them',
         len(chosen),
         clusters,
         name,
@@ -79,7 +78,7 @@ def fit(
     state = KMeans(x[chosen].astype(np.float32), np.full(len(usable), -1, np.int32), 0, len(rows))
   sums = np.zeros(state.centers.shape)
   counts = np.zeros(len(sums), np.int64)
-  known = rows[state.assignment[rows] >= 0]  # none in a fresh start
+  known = rows[state.assignment[rows] >= 0]  # empty unless resumed
   for i in range(0, len(known), 4096):
     part = known[i : i + 4096]
     _add(sums, counts, x[part], state.assignment[part], 1)
@@ -109,12 +108,12 @@ def assign(
   usable: Array,  # [N] bool
   centers: Array,  # [K, E] float32
   *,
-  on_rows: Callable[[int], None] = lambda count: None,  # told how many more are done
+  on_rows: Callable[[int], None] = lambda count: None,  # called with the number of new rows done
   tile_rows: int = 0,
   center_block: int = 0,
   name: str = 'pool',
 ) -> np.ndarray:
-  """Each usable row's nearest centre, [N] int32, -1 for the others: one iteration's assignment."""
+  """Returns each usable row's nearest centre, [N] int32; -1 for unusable rows."""
   assignment, rows = np.full(len(usable), -1, np.int32), np.flatnonzero(usable)
   for tile, nearest in _nearest(x, rows, centers, tile_rows, center_block, name):
     assignment[rows[tile.start : tile.start + tile.count]] = nearest
@@ -130,10 +129,10 @@ def initial_rows(
   similarity: float,
   name: str = 'pool',
 ) -> np.ndarray:
-  """Up to `clusters` rows that are pairwise less than `similarity` similar, [K] int64.
+  """Returns up to `clusters` rows with pairwise similarity below `similarity`, [K] int64.
 
-  Rows are taken in a random order; each that is dissimilar to all taken before it becomes a centre.
-  One pass over the rows suffices: a row that was refused once would be refused again.
+  Rows are visited in random order; a row dissimilar to all earlier centres becomes a centre. One
+  pass is enough: a row that was rejected once would be rejected again.
   """
   order = np.random.default_rng(seed).permutation(rows)
   size = tiles.sizes(0, 0)[1]
@@ -164,9 +163,9 @@ def initial_rows(
 
 
 def _dissimilar(vectors: np.ndarray, similarity: float) -> list[int]:  # [m, E] float16
-  """Taken greedily in order: those less than `similarity` similar to all taken before."""
+  """Returns positions of vectors dissimilar to all earlier returned ones, greedily in order."""
   vectors = vectors.astype(np.float64)
-  with np.errstate(invalid='ignore'):  # a NaN vector: walk() is about to name its row
+  with np.errstate(invalid='ignore'):  # NaN vectors: walk() raises an error that names the row
     similar = vectors @ vectors.T >= similarity  # exact: see decide.py
   taken, refused = [], np.zeros(len(vectors), bool)
   for i in range(len(vectors)):
@@ -183,34 +182,34 @@ def _add(
   cluster: np.ndarray,  # [m] int
   sign: int,
 ) -> None:
-  """Adds vectors to (1) or takes them from (-1) their clusters; exact, so the order is free.
+  """Adds vectors to their clusters (sign 1) or subtracts them (-1), exactly in any order.
 
-  A sparse product adds them up where they lie: six times as fast as sorting them by cluster.
+  A sparse product sums them without a sort by cluster, six times as fast.
   """
-  some, which = np.unique(cluster, return_inverse=True)
-  counts[some] += sign * np.bincount(which, minlength=len(some))
+  clusters, which = np.unique(cluster, return_inverse=True)
+  counts[clusters] += sign * np.bincount(which, minlength=len(clusters))
   members = sparse.csr_matrix(
     (np.full(len(which), float(sign)), which, np.arange(len(which) + 1)),
-    shape=(len(which), len(some)),
+    shape=(len(which), len(clusters)),
   )
-  sums[some] += members.T @ vectors.astype(np.float64)
+  sums[clusters] += members.T @ vectors.astype(np.float64)
 
 
 def _nearest(x, rows, centers, tile_rows, center_block, name) -> Iterator[tuple]:
-  """Yields (tile, [count] int32 nearest centre), in the rows' order.
+  """Yields (tile, [count] int32 nearest centre), in the order of the rows.
 
-  With few centres a tile costs the host more than the device, and its scores leave room in the
-  cache: up to four times the rows take half the time (25 and 125 centres, E = 64).
+  With few centres a tile takes more time on the host than on the device, and its scores do not fill
+  the cache: tiles of up to four times the rows halve the time (25 and 125 centres, E = 64).
   """
   few = 1 if tile_rows else MOST_TILES
   tile_rows, center_block = tiles.sizes(tile_rows, center_block)
   tile_rows *= max(1, min(few, center_block // len(centers)))
   devices = jax.local_devices()
-  of = {device: Centers(centers, center_block, device) for device in devices}
+  centers_on = {device: Centers(centers, center_block, device) for device in devices}
 
   def passes():
     for tile in tiles.walk(x, rows, tile_rows, name, devices=devices):
-      yield tile, of[tile.device.device].nearest(tile.device)
+      yield tile, centers_on[tile.device.device].nearest(tile.device)
 
   for tile, nearest in tiles.one_ahead(passes(), len(devices)):
     yield tile, np.asarray(nearest)[: tile.count]
@@ -227,11 +226,11 @@ class Centers:
     ]
 
   def nearest(self, rows: jax.Array) -> jax.Array:  # [T, E] float32 on the device -> [T] int32
-    """The nearest centre, on the device: argmin |x - c|^2 is argmax of x.c - |c|^2 / 2."""
-    found = np.full(len(rows), -np.inf, np.float32), np.zeros(len(rows), np.int32)
+    """Returns each row's nearest centre: argmin |x - c|^2 is argmax of x.c - |c|^2 / 2."""
+    best = np.full(len(rows), -np.inf, np.float32), np.zeros(len(rows), np.int32)
     for start, block, halves in self._blocks:
-      found = _nearest_block(block, rows, halves, start, *found)
-    return found[1]
+      best = _nearest_block(block, rows, halves, start, *best)
+    return best[1]
 
 
 @jax.jit

@@ -1,9 +1,9 @@
-"""What de-duplication inside clusters finds, against exhaustive search: recall, precision, chains.
+"""De-duplication within clusters against exhaustive search: recall, precision, chains.
 
-Rows and clusterings in, counts out; no files. Two near-duplicates in different clusters are never
-compared. So some rows, drawn at random, are compared with ALL rows: a pair of such a row and any
-other is found by a clustering that has both in one cluster. A random sample alone would hold only
-the square of its share of the pairs of a large pool.
+Rows and clusterings in, counts out; no files. Near-duplicates in different clusters are never
+compared. To measure how many are missed, a random sample of rows is compared with ALL rows: a
+clustering finds a pair if both rows are in one cluster. Pairs within a sample alone would be too
+few: only the square of its share of all pairs.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,33 +18,33 @@ from scipy.sparse import csgraph
 from clip_jax.core.types import Array, Vectors
 from clip_jax.similarity import decide, kmeans, tiles
 
-Z = 1.959963984540054  # of a 95 % interval
-EDGES = 1 << 22  # pairs that are held before they are reduced to who belongs together
+Z = 1.959963984540054  # normal quantile of a 95 % interval
+EDGES = 1 << 22  # pairs held before they are reduced to a forest of the same groups
 
 
 @dataclass(frozen=True)
-class Found:
-  """What one clustering does to the sampled rows and their pairs."""
+class Clustering:
+  """The sampled rows and their pairs under one clustering."""
 
   clusters: int
-  found: int  # pairs inside one cluster
-  recall: float  # of all pairs; NaN where there is none
+  found: int  # pairs within one cluster
+  recall: float  # of all pairs; NaN without pairs
   low: float  # its 95 % interval
   high: float
   dropped: int  # sampled rows with an earlier duplicate in their cluster
-  precision: float  # share of the dropped that exhaustive search drops, too; NaN for no dropped
+  precision: float  # share of the dropped rows that exhaustive search drops too; NaN without any
 
 
 @dataclass(frozen=True)
 class Audit:
-  """The clusterings in their order, and what is there to be found."""
+  """The result of exhaustive search for the sample, and of each clustering in the given order."""
 
-  pairs: int  # near-duplicates, at least one of them sampled
+  pairs: int  # near-duplicate pairs with at least one sampled row
   dropped_exhaustive: int  # sampled rows with an earlier duplicate anywhere
-  clusterings: tuple[Found, ...]
-  components: int  # groups of rows that these pairs join, directly or through others
-  sizes: dict[int, int]  # rows of a group, the unsampled with them -> how many groups
-  through_dropped: int  # sampled rows, dropped though no kept earlier row is their duplicate
+  clusterings: tuple[Clustering, ...]
+  components: int  # groups of rows that these pairs join, directly or through other rows
+  sizes: dict[int, int]  # rows of a group, unsampled rows included -> number of groups
+  through_dropped: int  # dropped sampled rows of which no kept earlier row is a duplicate
 
 
 def measure(
@@ -54,18 +54,18 @@ def measure(
   clusterings: Sequence[Array],  # centres, each [K, E] float32
   *,
   threshold: float,  # 1 - similarity
-  keep: Array,  # [N] bool: what de-duplication left
+  keep: Array,  # [N] bool: rows kept by de-duplication
   priority: Array | None = None,  # [N]: see duplicates.py
-  on_rows: Callable[[int], None] = lambda count: None,  # told how many more are done
+  on_rows: Callable[[int], None] = lambda count: None,  # called with the number of new rows done
   tile_rows: int = 0,
   query_block: int = 0,
   name: str = 'pool',
 ) -> Audit:
-  """Compares the sampled rows with all usable rows; the last clustering is the one behind `keep`.
+  """Compares the sampled rows with all usable rows; `keep` is from the last clustering.
 
-  A pair of two sampled rows counts once, so that every pair is as likely to be in the sample. The
-  interval is Wilson's. What was drawn are rows, not pairs, and the pairs of a row are often found
-  or missed together: so it is that of (sum n)^2 / sum n^2 observations, n being each row's pairs.
+  A pair of two sampled rows counts once. The interval is Wilson's, for (sum n)^2 / sum n^2
+  observations, where n is the number of pairs of each row: rows were sampled, not pairs, and the
+  pairs of a row are often found or missed together.
   """
   tile_rows, query_block = tiles.sizes(tile_rows, query_block)
   centers = [kmeans.Centers(each) for each in clusterings]
@@ -90,11 +90,11 @@ def measure(
     if tile is not at:
       at, nearest = tile, None
       on_rows(tile.count)
-    least = np.full(len(maxima), np.inf)  # no pair of a padding query
+    least = np.full(len(maxima), np.inf)  # excludes padding queries
     least[: block.count] = cut - slack
     query, position, _ = tiles.over(maxima, scores, tile.count, least)
     other = rows[tile.start + position]
-    real = sample[block.start + query] != other  # every row finds itself
+    real = sample[block.start + query] != other  # excludes the pair of a row with itself
     query, position, other = query[real], position[real], other[real]
     if not len(query):
       continue
@@ -104,31 +104,33 @@ def measure(
     query, position, other = query[over], position[over], other[over]
     if nearest is None:
       nearest = [np.asarray(each.nearest(tile.device)) for each in centers]
-    one = block.start + query
-    mine = sample[one]
-    once = (mine < other) | ~_among(other, sample)
+    sampled = block.start + query
+    sampled_row = sample[sampled]
+    once = (sampled_row < other) | ~_among(other, sample)
     pairs += int(once.sum())
-    np.add.at(pairs_of, one, 1)
-    earlier = (rank[other] > rank[mine]) | ((rank[other] == rank[mine]) & (other < mine))
-    earlier_of[one[earlier]] = True
-    kept_of[one[earlier & keep[other]]] = True
+    np.add.at(pairs_of, sampled, 1)
+    earlier = (rank[other] > rank[sampled_row]) | (
+      (rank[other] == rank[sampled_row]) & (other < sampled_row)
+    )
+    earlier_of[sampled[earlier]] = True
+    kept_of[sampled[earlier & keep[other]]] = True
     for i, each in enumerate(nearest):
       same = block.nearest[i][query] == each[position]
       found_of[i] += (same & once).sum()
-      dropped[i, one[same & earlier]] = True
-    joined = np.concatenate([joined, np.stack([mine, other])[:, once]], 1)
+      dropped[i, sampled[same & earlier]] = True
+    joined = np.concatenate([joined, np.stack([sampled_row, other])[:, once]], 1)
     if joined.shape[1] > EDGES:
       joined = _forest(joined)
 
-  really = ~keep[sample]
-  dropped[-1] = really
+  is_dropped = ~keep[sample]
+  dropped[-1] = is_dropped
   sizes = _components(joined)[2]
   observations = pairs_of.sum() ** 2 / max(np.square(pairs_of).sum(), 1)
   return Audit(
     pairs,
     int(earlier_of.sum()),
     tuple(
-      Found(
+      Clustering(
         len(each),
         int(found),
         _share(found, pairs),
@@ -140,7 +142,7 @@ def measure(
     ),
     len(sizes),
     {int(size): int(count) for size, count in zip(*np.unique(sizes, return_counts=True))},
-    int((really & earlier_of & ~kept_of).sum()),
+    int((is_dropped & earlier_of & ~kept_of).sum()),
   )
 
 
@@ -148,7 +150,7 @@ def wilson(
   share: float,  # in [0, 1], or NaN
   observations: float,
 ) -> tuple[float, float]:
-  """Wilson's 95 % interval of a share; NaN where there is no observation."""
+  """Returns Wilson's 95 % interval of a share; NaN without observations."""
   if not observations > 0:
     return math.nan, math.nan
   square = Z * Z / observations
@@ -159,7 +161,7 @@ def wilson(
 
 
 class _Block:
-  """Some sampled rows; padding repeats the last one."""
+  """A block of sampled rows on the device; padding repeats the last row."""
 
   def __init__(self, x, sample, number, centers):
     self.start = int(number[0])
@@ -174,7 +176,7 @@ class _Block:
 
 @jax.jit
 def _cosines(queries, inverse, rows):
-  """[b, E], [b], [T, E] -> group maxima and cosines [b, T]."""
+  """Returns group maxima and cosines [b, T]; queries [b, E], inverse norms [b], rows [T, E]."""
   scores = tiles.dots(queries, rows) * inverse[:, None]
   scores = scores * jax.lax.rsqrt((rows * rows).sum(1))[None]
   return tiles.group_maxima(scores), scores
@@ -185,7 +187,7 @@ def _among(rows: np.ndarray, sample: np.ndarray) -> np.ndarray:  # [m], [S] asce
 
 
 def _components(pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Pairs [2, m] -> the rows in them, ascending, the group of each, the groups' sizes."""
+  """Returns the rows of pairs [2, m] in ascending order, each row's group, and group sizes."""
   nodes, edges = np.unique(pairs, return_inverse=True)
   edges = edges.reshape(2, -1)
   graph = sparse.coo_matrix(
@@ -198,7 +200,7 @@ def _components(pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _forest(pairs: np.ndarray) -> np.ndarray:  # [2, m] -> [2, at most as many as rows]
-  """As few pairs that join the same groups."""
+  """Returns a minimal set of pairs that joins the same groups."""
   nodes, label, _ = _components(pairs)
   head = nodes[np.unique(label, return_index=True)[1]][label]
   return np.stack([head, nodes])[:, head != nodes]

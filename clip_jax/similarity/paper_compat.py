@@ -1,9 +1,9 @@
-"""What the published code misses: rows over a threshold that its truncation never looks at.
+"""Counts rows over a threshold that the published code keeps, because of its top-k truncation.
 
-Arrays in, numbers out; no files. The published code (Mayilvahanan et al. 2024) keeps, of every
-chunk of about a million pool rows, each query's 20,000 most similar, and drops those of them that
-are over the query's threshold. A row that is over thresholds, but outside the top of every such
-query, stays in its pruned pool. Exact pruning drops it; here such rows are counted.
+Arrays in, numbers out; no files. The published code (Mayilvahanan et al. 2024) considers, in every
+chunk of about a million pool rows, only each query's 20,000 most similar rows, and drops those over
+the query's threshold. A row over thresholds, but outside the top 20,000 of every such query, stays
+in its pruned pool. Exact pruning drops it; this module counts such rows.
 """
 
 from collections.abc import Iterable, Iterator
@@ -13,19 +13,19 @@ import numpy as np
 from clip_jax.core.types import Array, Vectors
 from clip_jax.similarity import decide
 
-CHUNK_ROWS = 1_000_000  # of the published code, about
-_ROWS = 65_536  # vectors that are widened to float64 at a time
-_PAIRS = 1 << 26  # similarities that are held at a time
+CHUNK_ROWS = 1_000_000  # approximate chunk size of the published code
+_ROWS = 65_536  # vectors widened to float64 at a time
+_PAIRS = 1 << 26  # similarities in memory at a time
 
 
 def chunks(
   parts: Iterable[tuple[Array, int]],
   chunk_rows: int = CHUNK_ROWS,
 ) -> Iterator[np.ndarray]:
-  """Regroups pool rows by chunks of consecutive rows: [m] int64 of each chunk that has any.
+  """Regroups pool rows by chunks of consecutive rows: yields [m] int64 of each non-empty chunk.
 
-  A part is (rows [m] int64 in order, the pool row after the last one that it speaks of). Memory is
-  that of one part and one chunk.
+  A part is (rows [m] int64 in ascending order, end of the part's range of pool rows). Memory: one
+  part and one chunk.
   """
   held = np.zeros(0, np.int64)
   for rows, stop in parts:
@@ -39,16 +39,17 @@ def chunks(
 
 def missed(
   x: Vectors,  # rows [N, E] float16
-  rows: Array,  # [m] int64, in order: all rows of one chunk that are over some threshold
+  rows: Array,  # [m] int64, ascending: all rows of one chunk that are over some threshold
   queries: Array,  # [Q, E] float16
   thresholds: Array,  # [Q] float64, exact
   top_k: int,
 ) -> int:
-  """How many of the rows are outside the top k, within the chunk, of every query they exceed.
+  """Returns the number of rows outside the top k of every query whose threshold they exceed.
 
-  Rows more similar to a query than one that exceeds it exceed it, too: a query's top k can only
-  cut where more than k rows exceed it, and only those rows count for its order. So nothing is
-  computed for k rows or fewer, and no other row of the chunk is read. Exact; ties: the lowest row.
+  If a row exceeds a query's threshold, all rows more similar to that query exceed it too. A query's
+  top k within the chunk therefore truncates only if more than k rows exceed its threshold, and only
+  those rows matter for its order. So k rows or fewer need no computation, and no other row of the
+  chunk is read. Exact; ties: the lowest row.
   """
   if len(rows) <= top_k:
     return 0
@@ -67,9 +68,11 @@ def missed(
       ],
       axis=1,
     )
-    for one, threshold in zip(similarity, thresholds[part]):
-      over = np.flatnonzero(one > threshold)
-      kept[over[np.argsort(-one[over], kind='stable')[:top_k]]] = True
-  left = np.flatnonzero(~kept)  # the other queries' top k holds all rows that exceed them
+    for row, threshold in zip(similarity, thresholds[part]):
+      over = np.flatnonzero(row > threshold)
+      kept[over[np.argsort(-row[over], kind='stable')[:top_k]]] = True
+  left = np.flatnonzero(
+    ~kept
+  )  # the top k of the other queries holds all rows over their thresholds
   excess = decide.exact_excess(vectors[left], queries[~crowded], thresholds[~crowded])
   return int((excess <= 0).sum())

@@ -1,10 +1,10 @@
 """Approximate search with ScaNN: candidates from an index over the pool, scored exactly afterwards.
 
-Rows in, arrays out; no files. ScaNN holds its rows in memory as float32: where they do not fit, a
-caller indexes shard by shard and merges with exact.merge_top.
-ScaNN takes no seed. Its default starts k-means at random, and each build then finds other rows;
-with k-means++ repeated builds found the same rows, whatever the number of threads, wherever we
-looked. ScaNN's documentation promises that nowhere.
+Rows in, arrays out; no files. ScaNN holds its rows in memory as float32. If they do not fit, index
+shard by shard and merge with exact.merge_top.
+ScaNN has no seed. By default it initialises k-means at random, so that each build finds other rows.
+With k-means++, all repeated builds in our tests found the same rows for any number of threads, but
+ScaNN's documentation does not guarantee this.
 """
 
 import jax
@@ -14,7 +14,7 @@ from clip_jax.core.errors import InputError
 from clip_jax.core.types import Array
 from clip_jax.similarity import exact, tiles
 
-TREE_ROWS = 20_000  # ScaNN's own advice: brute force for fewer points
+TREE_ROWS = 20_000  # ScaNN recommends brute force for fewer rows
 
 
 def candidates(
@@ -27,13 +27,13 @@ def candidates(
   searched: float = 0.25,
   name: str = 'pool',
 ) -> tuple[np.ndarray, np.ndarray]:
-  """About the n nearest usable rows of each query: [Q, n'] float32 and [Q, n'] int64 pool rows,
-  most similar first, ties lowest row first, n' = min(n, usable rows); -inf and -1 where ScaNN found
-  fewer.
+  """Returns approximately the n nearest usable rows of each query.
 
-  `leaves` is the number of k-means cells (default: the root of the rows), `searched` the share of
-  them that a query looks into; pools below TREE_ROWS rows are searched by ScaNN's brute force.
-  Similarities are those of exact.search_shard, bit for bit.
+  These are [Q, n'] float32 similarities and [Q, n'] int64 pool rows, most similar first, ties
+  lowest row first, n' = min(n, usable rows), padded with -inf and -1 if ScaNN finds fewer. `leaves`
+  is the number of k-means cells (default: the square root of the number of rows), `searched` the
+  share of cells that a query searches; pools below TREE_ROWS rows are searched by ScaNN's brute
+  force. Similarities are those of exact.search_shard, bit for bit.
   """
   rows = np.flatnonzero(usable)
   n = min(n, len(rows))
@@ -41,21 +41,22 @@ def candidates(
     return np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
   index = _build(_load(pool, rows, name), n, leaves, searched)
   position, distance = index.search_batched_parallel(np.asarray(queries, np.float32))
-  found = np.where(np.isnan(distance), -1, rows[position])  # ScaNN pads with NaN
-  return exact.merge_top([(score(pool, found, queries, name=name), found)], n)
+  nearest = np.where(np.isnan(distance), -1, rows[position])  # ScaNN pads with NaN
+  return exact.merge_top([(score(pool, nearest, queries, name=name), nearest)], n)
 
 
 def score(
   pool: Array,  # rows [N, E] float16
-  rows: Array,  # [Q, n] int64, -1 none
+  rows: Array,  # [Q, n] int64, -1: no row
   queries: Array,  # [Q, E] float16
   *,
   tile_rows: int = 4096,
   name: str = 'pool',
 ) -> np.ndarray:
-  """Similarities of given pairs with the bits of the exact search: [Q, n] float32, -inf for -1.
+  """Returns similarities of given pairs, [Q, n] float32, -inf for -1.
 
-  So it must be the same padded product: 64 queries against all rows that any of them names.
+  They have the same bits as the exact search, because they use the same padded product: 64 queries
+  against all rows that belong to any of them.
   """
   out = np.full(rows.shape, -np.inf, np.float32)
   for i in range(0, len(queries), tiles.PAD):
@@ -88,8 +89,8 @@ def _build(vectors: np.ndarray, n: int, leaves: int | None, searched: float):
     import scann
   except ImportError as error:
     raise InputError(
-      "search.backend='scann' needs the package scann, which exists for Linux and Python < 3.14 "
-      "only: install it, or use backend='exact', which works everywhere."
+      "search.backend='scann' needs the package scann, which exists only for Linux and Python < "
+      "3.14. Install it, or use backend='exact', which works everywhere."
     ) from error
   builder = scann.scann_ops_pybind.builder(vectors, n, 'dot_product')
   if len(vectors) < TREE_ROWS:
@@ -99,7 +100,7 @@ def _build(vectors: np.ndarray, n: int, leaves: int | None, searched: float):
     builder.tree(
       leaves, max(1, round(searched * leaves)), training_sample_size=250_000, random_init=False
     )
-    .score_ah(2, anisotropic_quantization_threshold=0.2)  # both: ScaNN's advice
+    .score_ah(2, anisotropic_quantization_threshold=0.2)  # both values: recommended by ScaNN
     .reorder(min(4 * n, len(vectors)))
     .build()
   )

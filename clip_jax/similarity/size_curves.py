@@ -1,8 +1,8 @@
-"""How many rows lie over a threshold, for all thresholds at once: sizes before anything is pruned.
+"""Number of rows over every threshold: the sizes of splits before pruning.
 
 Arrays in, arrays out; no files. A split's size is then a look-up: gap-aligned with slack s drops
-the rows with an excess > s, near-pruned at similarity s drops those with a similarity > s, and
-far-pruned keeps them.
+the rows with excess > s, near-pruned at similarity s drops the rows with similarity > s, and
+far-pruned keeps these.
 """
 
 from collections.abc import Callable, Iterable
@@ -11,45 +11,42 @@ import numpy as np
 
 from clip_jax.core.types import Array
 
-EDGES = (
-  np.arange(-1000, 1001) / 1000
-)  # [M] float64; a quotient, so that an edge is the literal 0.005
-ZERO = 1000  # the edge 0
+EDGES = np.arange(-1000, 1001) / 1000  # [M] float64; by division, edges equal literals like 0.005
+ZERO = 1000  # position of the edge 0
 
 
 def over(values: Array) -> np.ndarray:  # [n] float32, no NaN -> [M] int64
-  """How many values are strictly over each edge."""
+  """Returns the number of values strictly over each edge."""
   return len(values) - np.searchsorted(np.sort(values), EDGES, side='right')
 
 
 def over_zero(
-  excess: Array,  # [n] float32, off by less than the tolerance
+  excess: Array,  # [n] float32, with errors below the tolerance
   tolerance: float,
   exact: Callable[[Array], Array],  # positions [m] int64 -> [m] float64, the exact excess
 ) -> np.ndarray:
-  """Which rows have an excess strictly over 0, [n] bool: those near 0 are decided by `exact`."""
-  found = excess > 0
+  """Returns which rows have an excess over 0, [n] bool; `exact` decides values near 0."""
+  is_over = excess > 0
   doubt = np.flatnonzero(np.abs(excess) <= tolerance)
   if len(doubt):
-    found[doubt] = exact(doubt) > 0
-  return found
+    is_over[doubt] = exact(doubt) > 0
+  return is_over
 
 
 def count(
   parts: Iterable[tuple[Array, Array | None, Array | None]],
   benchmarks: int,  # G
 ) -> dict[str, np.ndarray]:
-  """Counts over all parts of a pool, of each benchmark and (the last row) of all together.
+  """Returns counts over all parts of a pool, for each benchmark and (last row) for all together.
 
-  A part is (similarity [G, n] float32, excess [G, n] float32, dropped [G, n] bool) of some
-  candidates, where dropped says exactly which have an excess > 0; excess and dropped are None
-  where there is no anchor. Several benchmarks together: the highest similarity and excess of each
-  row. Memory is that of one part.
+  A part is (similarity [G, n] float32, excess [G, n] float32, dropped [G, n] bool) of candidates.
+  dropped is exact: excess > 0. Without an anchor, excess and dropped are None. All benchmarks
+  together use the highest similarity and excess of each row. Memory: one part.
 
-  Returns edges [M] float64; similarity_over and excess_over [G + 1, M] int64, the rows strictly
-  over each edge; excess_zero [G + 1] int64, those that gap-aligned pruning drops (the edge 0 of
-  excess_over is the same number); has_excess (False: those two hold zeros); candidates, how many
-  rows were seen.
+  Returns edges [M] float64; similarity_over and excess_over [G + 1, M] int64, the number of rows
+  strictly over each edge; excess_zero [G + 1] int64, the number that gap-aligned pruning drops
+  (equal to excess_over at edge 0); has_excess (False: excess_over and excess_zero are zeros);
+  candidates, the number of rows.
   """
   shape = benchmarks + 1, len(EDGES)
   similar, exceeding = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
@@ -74,6 +71,6 @@ def count(
 
 
 def _add(counts: np.ndarray, values: Array) -> None:  # [G + 1, M] in place, [G, n]
-  for one, column in zip(counts, values):
-    one += over(column)
+  for count_of, column in zip(counts, values):
+    count_of += over(column)
   counts[-1] += over(values.max(0))

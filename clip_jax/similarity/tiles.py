@@ -1,10 +1,10 @@
-"""Stored vectors in tiles on the device, and the one dot product behind every float32 similarity.
+"""Stored vectors in tiles on the device, and the dot product of all float32 similarities.
 
-float16 rows in, float32 similarities out; reads no file itself (a caller maps them).
+float16 rows in, float32 similarities out; the caller maps the files.
 
-Why everything is padded to multiples of 64: for such shapes the matrix product of one backend adds
-the E products of a (query, row) pair in one fixed order, whatever the tile, the block, the shard or
-the number of threads. For smaller shapes it switches to other loops, and the last bits change.
+Shapes are padded to multiples of 64: for such shapes, the matrix product of a backend adds the E
+products of a (query, row) pair in one fixed order, for every tile, block, shard and number of
+threads. For smaller shapes it uses other loops, and the last bits change.
 """
 
 import collections
@@ -21,9 +21,9 @@ import numpy as np
 from clip_jax.core.errors import InputError
 from clip_jax.core.types import Array, Vectors
 
-PAD = 64  # rows and queries come in multiples of this: see above
-GROUP = 16  # rows, or queries, behind one maximum; only groups whose maximum matters are looked at
-NORMS = (0.9, 1.1)  # a unit vector in float16 is off by up to 1e-3; anything beyond is not one
+PAD = 64  # rows and queries are padded to multiples of this: see above
+GROUP = 16  # rows, or queries, per group maximum; only groups whose maximum matters are read
+NORMS = (0.9, 1.1)  # allowed norms of unit vectors; float16 norms are off by up to 1e-3
 
 
 class Tile(NamedTuple):
@@ -32,11 +32,11 @@ class Tile(NamedTuple):
   start: int
   count: int
   host: np.ndarray  # [T, E] float16
-  device: jax.Array  # [T, E] float32, or as walk() was asked
+  device: jax.Array  # [T, E] float32, or the dtype given to walk()
 
 
 def padded(count: int, most: int) -> int:
-  """The padded size of `count` rows: 64 times a power of two, at most `most` rounded up to 64s.
+  """Returns the padded size of `count` rows: 64 times a power of two, at most `most` rounded up.
 
   Powers of two keep the number of compiled shapes small when shards differ in length.
   """
@@ -45,10 +45,10 @@ def padded(count: int, most: int) -> int:
 
 
 def sizes(tile_rows: int, query_block: int) -> tuple[int, int]:
-  """Both sizes, with 0 replaced by what suits the backend. They change the speed, never a bit.
+  """Returns both sizes, with 0 replaced by the backend's default; they change only the speed.
 
   CPU: a block of scores, [512, 2048] float32, is 4 MiB and stays in the cache from the product to
-  the maxima; half and twice of either measured alike. An accelerator wants products that fill it.
+  the maxima; half or twice either size is equally fast. Accelerators need larger products.
   """
   rows, block = (2048, 512) if jax.default_backend() == 'cpu' else (32_768, 2048)
   return tile_rows or rows, query_block or block
@@ -58,14 +58,14 @@ def walk(
   x: Vectors,  # rows [N, E] float16
   rows: Array,  # [n] int64, the rows to visit, in this order
   tile_rows: int,
-  name: str,  # what the rows are called in an error
+  name: str,  # the name of the rows in errors
   *,
-  devices: Sequence = (None,),  # tiles go to them in turn; None: the default device
+  devices: Sequence = (None,),  # devices that get tiles in turn; None: the default device
   dtype=np.float32,  # of Tile.device
 ) -> Iterator[Tile]:
-  """Walks over the rows tile by tile. InputError names a row that is not a unit vector.
+  """Yields the rows tile by tile; raises InputError for a row that is not a unit vector.
 
-  A thread reads the next tile meanwhile: a memory map waits for the disk when it is touched.
+  A thread reads the next tile in advance, because reading a memory map waits for the disk.
   """
   if x.dtype != np.float16:
     raise ValueError(f'{name}: vectors must be float16 [N, E]; got {x.dtype} {x.shape}')
@@ -76,7 +76,7 @@ def walk(
     size = padded(len(part), step)
     return np.asarray(x[np.pad(part, (0, size - len(part)), mode='edge')])
 
-  late = None  # norms are looked at one tile late: the device need not wait for the host
+  late = None  # norms are checked one tile later, so that the device does not wait for the host
   with futures.ThreadPoolExecutor(1) as reader:
     reading = [reader.submit(read, part) for part in parts[:1]]
     for i, part in enumerate(parts):
@@ -92,31 +92,31 @@ def walk(
 
 
 def check_norms(norms: Array, rows: Array, name: str) -> None:  # [>= n] float32, [n] int64
-  """InputError unless all of the first n norms are those of unit vectors."""
+  """Raises InputError unless the first n norms are those of unit vectors."""
   norms = np.asarray(norms)[: len(rows)]
-  bad = np.flatnonzero(~((norms >= NORMS[0]) & (norms <= NORMS[1])))  # NaN is bad, too
+  bad = np.flatnonzero(~((norms >= NORMS[0]) & (norms <= NORMS[1])))  # includes NaN
   if len(bad):
     raise InputError(
       f'{name}: row {rows[bad[0]]} is marked usable, but its vector has norm {norms[bad[0]]:g} '
-      f'and must be of unit length ({len(bad)} such rows near it). '
+      f'instead of 1 ({len(bad)} such rows in this tile). '
       'Embed that shard again, or mark the row unusable.'
     )
 
 
 def query_blocks(
-  sizes: Sequence[int],  # queries of each benchmark, all > 0; they lie one after the other
-  query_block: int,  # at most this many in a block, rounded up to 64s
+  sizes: Sequence[int],  # number of queries of each benchmark, all > 0, in order
+  query_block: int,  # maximum size of a block, rounded up to a multiple of 64
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Lays all queries out in blocks of one size, the one that wastes least.
+  """Arranges all queries in blocks of equal size, the size with the least padding.
 
   Returns the query in each slot [blocks, b] int64 and the benchmark of each GROUP of slots
-  [blocks, b / GROUP] int64. One size means one compiled shape. A benchmark begins with a group, and
-  padding repeats its last query: that changes no maximum, and the lowest number wins a tie.
+  [blocks, b / GROUP] int64. Equal sizes need one compiled shape. Each benchmark starts a new group,
+  and padding repeats its last query: this changes no maximum, and the lowest number wins a tie.
   """
   groups = [-(-size // GROUP) for size in sizes]
   total = sum(groups) * GROUP
 
-  def cost(block: int) -> int:  # padded queries; starting a block costs as much as some 24
+  def cost(block: int) -> int:  # in padded queries; the start of a block costs about 24
     return -(-total // block) * (block + 24)
 
   block = min(range(PAD, -(-query_block // PAD) * PAD + 1, PAD), key=cost)
@@ -134,14 +134,16 @@ def query_blocks(
 
 
 def one_ahead(items: Iterable, depth: int = 1) -> Iterator:
-  """Yields each item after the next `depth` are made: a device is at one while the host reads
-  another; several devices need as many."""
-  made = collections.deque()
+  """Yields each item after the next `depth` items are computed.
+
+  The device computes an item while the host reads an earlier one. Use depth = number of devices.
+  """
+  pending = collections.deque()
   for item in items:
-    made.append(item)
-    if len(made) > depth:
-      yield made.popleft()
-  yield from made
+    pending.append(item)
+    if len(pending) > depth:
+      yield pending.popleft()
+  yield from pending
 
 
 @functools.partial(jax.jit, static_argnames='dtype')
@@ -153,7 +155,7 @@ def _load(
 
 
 def dots(queries: jax.Array, rows: jax.Array) -> jax.Array:  # [b, E], [T, E] -> [b, T] float32
-  """Every float32 similarity is made here. HIGHEST: a GPU would otherwise round float32 to TF32."""
+  """Returns float32 dot products; HIGHEST keeps GPUs from rounding float32 to TF32."""
   return lax.dot_general(
     queries,
     rows,
@@ -166,23 +168,23 @@ def dots(queries: jax.Array, rows: jax.Array) -> jax.Array:  # [b, E], [T, E] ->
 def lowest_argmax(
   scores: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:  # [b, T] -> [T] maximum, [T] int32
-  """Maximum over the major axis and its lowest index; argmax itself is twice as slow on a CPU."""
+  """Returns the maximum over the first axis and its lowest index; argmax is slower on a CPU."""
   best = scores.max(0)
   index = lax.broadcasted_iota(jnp.int32, scores.shape, 0)
   return best, jnp.where(scores == best[None], index, scores.shape[0]).min(0)
 
 
 def group_maxima(scores: jax.Array) -> jax.Array:  # [b, T] -> [b, T / GROUP]
-  """Maxima of groups of GROUP rows, which lie T / GROUP apart to keep the minor axis long.
+  """Returns maxima of groups of GROUP rows, T / GROUP apart, which keeps the last axis long.
 
-  A tile's padding is in them: it repeats a row, so that a query's maximum stays what it is.
+  Padding is included: it repeats a row, so it does not change a query's maximum.
   """
   return scores.reshape(scores.shape[0], GROUP, -1).max(1)
 
 
 @jax.jit
 def grouped_dots(queries: jax.Array, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """[b, E], [T, E] -> group maxima [b, T / GROUP] and similarities [b, T], float32."""
+  """Returns group maxima [b, T / GROUP] and similarities [b, T] float32."""
   scores = dots(queries, rows)
   return group_maxima(scores), scores
 
@@ -190,12 +192,12 @@ def grouped_dots(queries: jax.Array, rows: jax.Array) -> tuple[jax.Array, jax.Ar
 def over(
   maxima: jax.Array,  # [b, T / GROUP] float32
   scores: jax.Array,  # [b, T] float32
-  count: int,  # real rows
+  count: int,  # rows without padding
   cut: np.ndarray,  # [b] float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """All pairs with a score > cut, in no order: query [m], position in the tile [m], score [m].
+  """Returns all pairs with a score > cut, unordered: query, position in the tile, score, each [m].
 
-  Only groups whose maximum is over the cut are looked at; without any, `scores` is not fetched.
+  Only groups whose maximum is over the cut are read; without any, `scores` is not copied.
   """
   width = maxima.shape[1]
   query, group = np.divmod(np.flatnonzero(np.asarray(maxima) > cut[:, None]), width)
@@ -210,10 +212,10 @@ def over(
 
 
 def reached(maxima: jax.Array, scores: jax.Array, count: int, k: int) -> np.ndarray:
-  """A value that at least k of the tile's real rows reach, for each query: [b] float32.
+  """Returns a value that at least k of the tile's rows reach, for each query: [b] float32.
 
-  The k-th largest group maximum is one, and cheaper than the k-th score. A padded tile has some
-  row's score in two groups, which only k = 1 does not mind.
+  The k-th largest group maximum is such a value, and cheaper than the k-th score. In a padded tile,
+  a row's score can be in two groups, so it is used there only for k = 1.
   """
   values = np.asarray(maxima)
   if k > values.shape[1] or (k > 1 and count < scores.shape[1]):

@@ -1,8 +1,8 @@
-"""The k nearest rows of each query, kept while the rows of a shard go by in order.
+"""Lists of the k nearest rows of each query, updated as the rows of a shard are read in order.
 
-Arrays in, arrays out; no files. A list holds one uint64 a row: the similarity in the upper half,
-and in the lower one the position counted from the end. A greater number is a nearer row, or an
-equally near earlier one, so that a plain partition keeps the right ones.
+Arrays in, arrays out; no files. A list entry is one uint64 per row: the similarity in the upper
+half, the position counted from the end in the lower half. A greater number is a nearer row, or an
+equally near earlier row, so that np.partition keeps the nearest rows.
 """
 
 import jax
@@ -29,16 +29,16 @@ _NOTHING = pack(np.array([-np.inf], np.float32), np.array([_LAST]))[0]
 
 
 class TopLists:
-  """The k nearest rows of each of P slots. Pairs wait until there are enough to merge at once."""
+  """The k nearest rows of each of P slots; pairs are collected and merged in batches."""
 
   def __init__(self, slots: int, k: int):
     self.k = k
     self._lists = np.full((slots, k), _NOTHING)
-    self._cut = np.full(slots, -np.inf, np.float32)  # rows come in order: a tie with it loses
+    self._cut = np.full(slots, -np.inf, np.float32)  # ties lose, because rows are read in order
     self._waiting = []
 
   def take(self, first: int, tile: tiles.Tile, maxima: jax.Array, scores: jax.Array) -> None:
-    """Takes the pairs of a tile with the slots from `first` on that may be among the nearest."""
+    """Adds pairs of a tile and the slots from `first` on that may be among the nearest."""
     cut = self._cut[first : first + len(maxima)]
     if np.isneginf(cut[0]) and self.k <= tile.count:
       cut = np.nextafter(tiles.reached(maxima, scores, tile.count, self.k), np.float32(-np.inf))
@@ -64,7 +64,7 @@ class TopLists:
       return
     slot, packed = (np.concatenate(part) for part in zip(*self._waiting))
     self._waiting = []
-    small = np.min_scalar_type(len(self._lists))  # 16 bits are sorted several times as fast
+    small = np.min_scalar_type(len(self._lists))  # 16-bit keys sort several times as fast
     order = np.argsort(slot.astype(small), kind='stable')
     slots, first, count = np.unique(slot[order], return_index=True, return_counts=True)
     wide = np.full((len(slots), self.k + count.max()), _NOTHING)

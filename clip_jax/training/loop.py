@@ -1,8 +1,9 @@
 """The training loop: batches in, checkpoints and metrics out, exactly resumable.
 
-Step n is the n-th update (the first is 1). The checkpoint of step n holds the parameters after n
-updates, and its metrics line what the n-th update saw. The batches are a pure function of the
-number of examples seen, so a run that was stopped anywhere goes on bit for bit as if it had not.
+Step n is the n-th update; the first is 1. The checkpoint of step n holds the parameters after n
+updates; the metrics of step n are those of the n-th update. Batches are a pure function of the
+number of examples seen, so a resumed run gives the same result, bit for bit, as an uninterrupted
+run.
 """
 
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -22,7 +23,7 @@ from clip_jax.training import step as training_step
 
 
 class MetricsWriter(Protocol):
-  """Where metrics go: one line a step, cut back when a run resumes from an earlier step."""
+  """Writes metrics, one line per step; `truncate` drops later lines when a run resumes."""
 
   def write(self, step: int, metrics: dict[str, float]) -> None: ...
 
@@ -33,49 +34,47 @@ class MetricsWriter(Protocol):
 class TrainResult:
   step: int  # updates done
   digest: str  # sha256 of the parameters
-  finished: bool  # False where should_stop ended it early
-  resumed_from: int | None  # the checkpoint's step
+  finished: bool  # False if should_stop ended training early
+  resumed_from: int | None  # the checkpoint's step, if any
 
 
 def train(
   *,
   init_params: Callable[[jax.Array], dict],  # PRNG key -> params
-  encode: Callable[
-    [dict, jax.Array, Any, jax.Array], tuple[dict, dict]
-  ],  # see models/clip.py, functions
+  encode: Callable[[dict, jax.Array, Any, jax.Array], tuple[dict, dict]],  # see models/clip.py
   batches: Callable[[int], Generator],  # examples seen -> endless dicts of image, text [, index]
   total_steps: int,
-  batch_size: int,  # of all devices together
-  learning_rate: float,  # at its peak
+  batch_size: int,  # global, over all devices
+  learning_rate: float,  # peak
   warmup_steps: int,
   weight_decay: float,
   beta1: float,
   beta2: float,
   eps: float,
-  seed: int,  # of the initialisation, and of what training draws
+  seed: int,  # of the initialisation and of random numbers in training
   mean: tuple[float, float, float],  # of the pixels in 0..1
   std: tuple[float, float, float],
   checkpoint_dir: Any,
   config: dict,  # JSON values, saved in every checkpoint
-  save_every_steps: int,  # 0: never by steps
-  save_every_secs: float,  # 0: never by the clock
-  keep: int,  # checkpoints kept
+  save_every_steps: int,  # steps between checkpoints; 0: not by steps
+  save_every_secs: float,  # seconds between checkpoints; 0: not by time
+  keep: int,  # number of checkpoints kept
   log_every_steps: int,
   metrics: MetricsWriter,
   loss: str = 'clip',  # a key of losses.LOSSES
   fsdp: int = 1,  # devices over which one copy of the parameters is split
-  name: str = 'train',  # of the run, beside the progress bar
-  should_stop: Callable[[], bool] = lambda: False,  # asked after each update
+  name: str = 'train',  # of the run, shown with the progress bar
+  should_stop: Callable[[], bool] = lambda: False,  # called after each update
 ) -> TrainResult:
-  """Trains from the latest good checkpoint in checkpoint_dir, or from the start, to total_steps.
+  """Trains to total_steps, from the latest good checkpoint in checkpoint_dir or from the start.
 
-  `init_params` and `encode` must be the same objects in all calls with the same model: then the
+  `init_params` and `encode` must be the same objects in all calls with the same model, so that the
   runs of a process share one compiled step. A batch's image is uint8 [B, S, S, 3], its text int32
-  [B, T] or a dict of arrays (packed captions); each of its shapes is compiled once.
+  [B, T] or a dict of arrays (packed captions); each shape is compiled once.
 
   Raises:
-    ConfigError, InputError: the mesh cannot hold the batch; a checkpoint of another model lies in
-      checkpoint_dir; the loss or a parameter is not finite (nothing is saved then).
+    ConfigError, InputError: the batch does not fit the mesh; checkpoint_dir has a checkpoint of
+      another model; the loss or a parameter is not finite (nothing is saved then).
   """
   mesh = sharding.mesh(fsdp)
   sharding.check_batch_size(batch_size, mesh)
@@ -99,7 +98,7 @@ def train(
       range(start, total_steps), total=total_steps, initial=start, desc=name, unit='steps'
     )
     saved_at, done = time.monotonic(), start
-    for done, state in _updates(  # noqa: B020 (each is the state that the next update takes)
+    for done, state in _updates(  # noqa: B020 (each update takes the previous state)
       state, todo, batches, batch_size, steps, schedule, mesh, log
     ):
       stop = done == total_steps or should_stop()
@@ -130,7 +129,7 @@ def _updates(
   mesh: Any,
   log: '_Log',
 ) -> Iterator[tuple[int, dict]]:
-  """Yields (updates done, state) after each update; the state before it is gone by then."""
+  """Yields (updates done, state) after each update, which deletes the previous state."""
   stream = None
   try:
     for n in todo:
@@ -148,31 +147,31 @@ def _updates(
 def _restore(
   store: checkpoints.Checkpoints, steps: training_step.Steps, seed: int
 ) -> tuple[dict, int, float]:
-  """(state, updates done, seconds trained) of the latest good checkpoint, or of a fresh start."""
-  found = store.restore(steps.abstract['params'], steps.abstract['opt'])
-  if found is None:
+  """Returns (state, updates done, seconds trained) of the latest good checkpoint or the start."""
+  checkpoint = store.restore(steps.abstract['params'], steps.abstract['opt'])
+  if checkpoint is None:
     return steps.init(seed), 0, 0.0
-  start, params, opt, data = found
-  logging.info('Training goes on from the checkpoint of step %d.', start)
+  start, params, opt, data = checkpoint
+  logging.info('Training resumes from the checkpoint of step %d.', start)
   count = jax.device_put(np.int32(start), steps.abstract['step'].sharding)
   return dict(params=params, opt=opt, step=count), start, data['seconds']
 
 
 def _check_finite(params: dict, step: int) -> None:
-  """The loss of an update is that of the parameters before it; these are the ones after it."""
+  """Raises InputError unless the parameters after the update, which no loss covers, are finite."""
   if not all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(params)):
     raise _diverged('a parameter is not finite', step)
 
 
 def _diverged(what: str, step: int) -> InputError:
   return InputError(
-    f'Training diverged at step {step}: {what}. Lower train.learning_rate or '
-    'lengthen train.warmup_steps; the last checkpoint is from before.'
+    f'Training diverged at step {step}: {what}. Lower train.learning_rate or increase '
+    'train.warmup_steps. The last checkpoint is from an earlier step.'
   )
 
 
 class _Log:
-  """Metrics of an update are read when the next one is under way: the device never waits."""
+  """Reads an update's metrics after the next update has started, so the device never waits."""
 
   def __init__(
     self, metrics: MetricsWriter, *, batch_size: int, every: int, last: int, seconds: float
@@ -181,10 +180,10 @@ class _Log:
     self._batch_size, self._every, self._last = batch_size, every, last
     self._pending: tuple[int, dict] | None = None
     self._began = time.monotonic() - seconds
-    self._since: tuple[int, float] | None = None  # step and time from which the speed is taken
+    self._since: tuple[int, float] | None = None  # step and time at which speed measurement starts
 
   def seconds(self) -> float:
-    """Seconds of training, those before a restart included."""
+    """Returns the seconds of training, including those before a restart."""
     return time.monotonic() - self._began
 
   def add(self, step: int, values: dict[str, jax.Array]) -> None:
@@ -192,7 +191,7 @@ class _Log:
     self._pending = step, values
 
   def flush(self) -> None:
-    """Reads what is pending and writes it if its turn has come; InputError at a loss like NaN."""
+    """Reads pending metrics, writes them every `every` steps; InputError if loss is not finite."""
     if self._pending is None:
       return
     step, values = self._pending
@@ -201,7 +200,7 @@ class _Log:
     if not math.isfinite(loss):
       raise _diverged(f'the loss is {loss}', step)
     now = time.monotonic()
-    if self._since is None:  # the first update compiles: the speed is that of the later ones
+    if self._since is None:  # excludes the first update, which compiles
       self._since = step, now
     since, at = self._since
     if step % self._every == 0 or step == self._last:

@@ -1,7 +1,7 @@
-"""Losses over a global batch of paired features. A loss takes what a model's `encode` returns.
+"""Losses over a global batch of paired features. A loss takes the outputs of a model's `encode`.
 
-They are written on global arrays: under jit with the batch sharded over a mesh, XLA inserts the
-gathers, and every sample meets all others of the global batch as negatives.
+Losses are written on global arrays. Under jit with the batch sharded over a mesh, XLA inserts the
+gathers, so that the negatives of a sample are all other samples of the global batch.
 """
 
 from collections.abc import Callable, Mapping
@@ -23,10 +23,10 @@ def normalize(
 def clip_loss(
   image: Array,  # [B, E], not normalised
   text: Array,  # [B, E], not normalised; row i belongs to image i
-  scale: Array,  # []: what cosines are multiplied with, the exponential of logit_scale
-  bias: Array | None = None,  # of a model for the sigmoid loss: a softmax does not see it
+  scale: Array,  # []: factor of the cosines, the exponential of logit_scale
+  bias: Array | None = None,  # ignored: a softmax is invariant to it
 ) -> Array:  # [] float32
-  """Mean of the two cross-entropies, image to text and text to image (Radford et al. 2021)."""
+  """Returns the mean of both cross-entropies, image to text and text to image (CLIP, 2021)."""
   del bias
   logits = _logits(image, text, scale)  # [B, B]
   matched = jnp.diagonal(logits)
@@ -39,25 +39,23 @@ def siglip_loss(
   image: Array,  # [B, E], not normalised
   text: Array,  # [B, E], not normalised; row i belongs to image i
   scale: Array,  # []
-  bias: Array,  # []: added to all logits, as most pairs do not match
+  bias: Array,  # []: added to all logits, because most pairs do not match
 ) -> Array:  # [] float32
-  """Each pair matches or does not, on its own: the sum over pairs, by image (Zhai et al. 2023)."""
+  """Returns the sigmoid loss, summed over pairs and divided by images (Zhai et al. 2023)."""
   logits = _logits(image, text, scale) + bias  # [B, B]
   sign = 2 * jnp.eye(len(logits)) - 1
   return -jax.nn.log_sigmoid(sign * logits).sum() / len(logits)
 
 
 def _logits(image: Array, text: Array, scale: Array) -> Array:  # [B, E] twice, [] -> [B, B] float32
-  """Cosines times a scale of up to 100: in full float32, which GPUs and TPUs do only when asked."""
+  """Returns cosines times scale in full float32, which GPUs and TPUs use only with HIGHEST."""
   if image.shape != text.shape or image.ndim != 2:
     raise ValueError(f'image and text must both be [B, E], got {image.shape} and {text.shape}')
   return jnp.matmul(scale * normalize(image), normalize(text).T, precision=lax.Precision.HIGHEST)
 
 
 class Loss(NamedTuple):
-  """A loss, and the numbers of the model with which it begins where they are not the model's
-  own.
-  """
+  """A loss, and its own initial values of the model's logit scale and bias, if any."""
 
   function: Callable[..., Array]  # (image, text, scale, bias) -> []
   start: Mapping[str, float] = {}  # init_logit_scale (log of the scale), init_logit_bias
@@ -65,6 +63,6 @@ class Loss(NamedTuple):
 
 LOSSES = {
   'clip': Loss(clip_loss),
-  # A scale of 10 and a bias of -10 (Zhai et al. 2023), as open_clip's.
+  # A scale of 10 and a bias of -10 (Zhai et al. 2023), as in open_clip.
   'siglip': Loss(siglip_loss, {'init_logit_scale': math.log(10), 'init_logit_bias': -10.0}),
 }

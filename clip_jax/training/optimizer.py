@@ -1,4 +1,4 @@
-"""AdamW as open_clip uses it, and its learning rate: linear warm-up, then cosine to zero."""
+"""AdamW as in open_clip, and its learning rate: linear warm-up, then cosine decay to zero."""
 
 import jax
 from jax import Array
@@ -7,12 +7,12 @@ import optax
 
 
 def decays(params: dict) -> dict:
-  """Which parameters weight decay pulls on: True for every array of two or more axes.
+  """Returns which parameters have weight decay: True for arrays of two or more axes.
 
-  open_clip excludes what has fewer than two axes or 'bn', 'ln', 'bias' or 'logit_scale' in its
-  name; in its transformers all of those have fewer than two axes anyway. So gains, biases, the
-  scale and the class embedding are left alone, while positional and token embeddings and the
-  projections do decay.
+  As open_clip, it excludes arrays with fewer than two axes, and those with 'bn', 'ln', 'bias' or
+  'logit_scale' in their name (in transformers, all of these have fewer than two axes). So gains,
+  biases, the scale and the class embedding do not decay; positional and token embeddings and
+  projections do.
   """
 
   def decay(path: tuple, leaf: Array) -> bool:
@@ -26,7 +26,7 @@ def decays(params: dict) -> dict:
 def adamw(
   *, beta1: float, beta2: float, eps: float, weight_decay: float
 ) -> optax.GradientTransformation:
-  """The direction of AdamW's step, to be multiplied by minus the learning rate.
+  """Returns AdamW without learning rate: multiply its updates by minus the learning rate.
 
   As torch.optim.AdamW: bias-corrected moments, eps outside the root, decoupled decay.
   """
@@ -43,7 +43,7 @@ def learning_rate(
   warmup_steps: Array,  # [] int32
   total_steps: Array,  # [] int32
 ) -> Array:  # [] float32
-  """open_clip's cosine_lr. All arguments may be traced: another length compiles nothing anew."""
+  """Returns open_clip's cosine_lr; arguments may be traced, to compile once for all lengths."""
   warm = (step + 1) / jnp.maximum(warmup_steps, 1)
   done = (step - warmup_steps) / jnp.maximum(total_steps - warmup_steps, 1)
   return peak * jnp.where(step < warmup_steps, warm, 0.5 * (1 + jnp.cos(jnp.pi * done)))

@@ -1,7 +1,7 @@
 """One training step, compiled once for each model, optimizer and mesh of the process.
 
 A state is dict(params, opt, step): nested dicts of float32 arrays, optax's moments, int32 updates
-done. The step takes and gives such a state in place (its buffers are donated).
+done. A step updates the state in place: its buffers are donated.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ MAX_LOGIT_SCALE = math.log(100)  # Radford et al. 2021, section 2.5: cosines tim
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-  """What one compiled step fixes; the schedule's numbers are arguments of the step."""
+  """Settings fixed in a compiled step; the schedule's numbers are arguments of the step."""
 
   loss: str  # a key of losses.LOSSES
   beta1: float
@@ -37,7 +37,7 @@ class Recipe:
 class Steps:
   """Compiled functions over one mesh."""
 
-  init: Callable[[int], dict]  # seed -> state, every array made where it will lie
+  init: Callable[[int], dict]  # seed -> state, every array created on its own devices
   step: Callable[[dict, dict, dict], tuple[dict, dict]]  # state, batch, schedule -> state, metrics
   abstract: dict  # the state's shapes, dtypes and shardings
 
@@ -51,7 +51,7 @@ def normalize(
 
 
 def _replaced(params: dict, recorded: dict) -> dict:
-  """The tree with those of its leaves that `recorded` has."""
+  """Returns params with the leaves of `recorded` in place of its own."""
   return {
     name: (_replaced(value, recorded[name]) if isinstance(value, dict) else recorded[name])
     if name in recorded
@@ -67,12 +67,12 @@ def steps(
   recipe: Recipe,
   mesh: Any,
 ) -> Steps:
-  """init and step for one model. Equal arguments give the same compiled functions.
+  """Returns init and step of a model; equal arguments give the same compiled functions.
 
-  init's result depends on the seed only, not on the mesh. step's batch is dict(image [B, S, S, 3]
-  uint8, text [B, T] int32 or packed) of global arrays; its schedule dict(peak float32, warmup_steps
-  int32, total_steps int32, seed uint32: of what training itself draws); its metrics are scalars:
-  loss, logit_scale (the factor, not its logarithm) and learning_rate, as this update used them.
+  init's result depends only on the seed, not on the mesh. step's batch is dict(image [B, S, S, 3]
+  uint8, text [B, T] int32 or packed) of global arrays. Its schedule is dict(peak float32,
+  warmup_steps int32, total_steps int32, seed uint32 of the random numbers in training). Its metrics
+  are scalars: loss, logit_scale (the factor, not its logarithm) and learning_rate of this update.
   """
   tx = optimizer.adamw(
     beta1=recipe.beta1, beta2=recipe.beta2, eps=recipe.eps, weight_decay=recipe.weight_decay
@@ -102,17 +102,17 @@ def steps(
     return state, dict(loss=loss, logit_scale=scale, learning_rate=rate)
 
   shapes = jax.eval_shape(init, jax.ShapeDtypeStruct((), jnp.uint32))
-  lies = sharding.parameter_shardings(shapes, mesh)
-  compiled_init = jax.jit(init, out_shardings=lies)
+  placement = sharding.parameter_shardings(shapes, mesh)
+  compiled_init = jax.jit(init, out_shardings=placement)
   return Steps(
     init=lambda seed: compiled_init(jnp.uint32(seed)),
     step=jax.jit(
       step,
       donate_argnums=0,
-      in_shardings=(lies, sharding.batch_sharding(mesh), None),
-      out_shardings=(lies, sharding.replicated(mesh)),
+      in_shardings=(placement, sharding.batch_sharding(mesh), None),
+      out_shardings=(placement, sharding.replicated(mesh)),
     ),
     abstract=jax.tree.map(
-      lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, lies
+      lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, placement
     ),
   )
