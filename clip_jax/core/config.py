@@ -51,7 +51,7 @@ def one_of(*options: Any) -> Callable[[str], str]:
   """
 
   def problem(value: str) -> str:
-    names = options[0]() if callable(options[0]) else options
+    names: Any = options[0]() if callable(options[0]) else options
     return '' if value in names else f'is not known.{nearest(value, names)}'
 
   return problem

@@ -68,7 +68,9 @@ def _exit_with_parent() -> None:
   """Makes a worker exit when its parent process is killed; otherwise it would wait forever."""
 
   def wait():
-    multiprocessing.parent_process().join()
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+      parent.join()
     os._exit(1)
 
   threading.Thread(target=wait, daemon=True).start()

@@ -21,7 +21,7 @@ _MOST_RECORDS = 256
 
 def example(features: Mapping[str, bytes | str | int | float]) -> bytes:
   """Returns a record: a serialized tf.train.Example. Equal features give equal bytes."""
-  message = _example_type()()
+  message: Any = _example_type()()
   for name, value in features.items():
     feature = message.features.feature[name]
     kind = (
@@ -197,7 +197,8 @@ def _parsed(record: bytes) -> Mapping[str, Any] | None:
   from google.protobuf.message import DecodeError
 
   try:
-    return _example_type().FromString(record).features.feature
+    message: Any = _example_type().FromString(record)
+    return message.features.feature
   except DecodeError:
     return None
 

@@ -22,7 +22,8 @@ def paths(root: str, inside: str = '') -> Iterator[str]:
 
   Links are followed, except links to a parent folder. Hidden files and folders are ignored.
   """
-  todo = [(inside, (os.path.realpath(os.path.join(root, inside)),))]
+  real = os.path.realpath(os.path.join(root, inside))
+  todo: list[tuple[str, tuple[str, ...]]] = [(inside, (real,))]
   while todo:
     folder, above = todo.pop()
     for entry in _entries(above[-1]):

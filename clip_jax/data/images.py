@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import io
 import math
 import struct
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError, features
@@ -88,7 +88,8 @@ def decode_crop(
   image, height, width = _decode(data, factor)
   box = _crop_box(height, width, scale, draws)
   shrunk = 1 if image.shape[:2] == (height, width) else factor(height, width)
-  return _bicubic(image, size, size, tuple(side / shrunk for side in box) if shrunk > 1 else box)
+  top, left, h, w = (side / shrunk for side in box) if shrunk > 1 else box
+  return _bicubic(image, size, size, (top, left, h, w))
 
 
 def header(data: bytes) -> tuple[str, int, int]:
@@ -96,8 +97,8 @@ def header(data: bytes) -> tuple[str, int, int]:
 
   type: 'jpeg', 'png', 'webp', 'gif', 'bmp', 'tiff' or 'ppm'.
   """
-  kind, *size = _opened(data, lambda image: (image.format, *image.size))
-  return {'MPO': 'jpeg'}.get(kind, kind.lower()), *size
+  kind, width, height = _opened(data, lambda image: (image.format or '', *image.size))
+  return {'MPO': 'jpeg'}.get(kind, kind.lower()), width, height
 
 
 def resize(
@@ -140,7 +141,8 @@ def random_resized_crop(
 
   The number of draws from rng is the same for every image.
   """
-  box = _crop_box(*image.shape[:2], scale, rng.random((_TRIES, 4)))
+  height, width, _ = image.shape
+  box = _crop_box(height, width, scale, rng.random((_TRIES, 4)))
   return _bicubic(image, size, size, box)
 
 
@@ -188,7 +190,7 @@ def _decode(data: bytes, factor: Callable[[int, int], int]) -> tuple[Array, int,
 def _fast(data: bytes, frame: _Frame, shrunk: int) -> Array | None:
   """Returns the pixels of a JPEG, or None if simplejpeg finds any fault in it."""
   shape = -(-frame.height // shrunk), -(-frame.width // shrunk), 3
-  least = dict(min_height=shape[0], min_width=shape[1]) if shrunk > 1 else {}
+  least: Any = dict(min_height=shape[0], min_width=shape[1]) if shrunk > 1 else {}
   try:
     pixels = simplejpeg.decode_jpeg(data, **least)
   except ValueError:

@@ -86,7 +86,8 @@ def root(format: str, path: str) -> str:
 def _remote_files(path: str, source_format: formats.Format) -> list[storage.SourceFile]:
   """Returns the files of a remote path, glob, braces or folder, as `list_files` does."""
   system, web = storage.file_system(path), path.startswith('http')
-  path, query = re.fullmatch(r'(.*?)(\?.*)?', path, re.DOTALL).groups('') if web else (path, '')
+  path, mark, query = path.partition('?') if web else (path, '', '')
+  query = mark + query
   patterns = expanded(path)
   with storage.errors_with_path(path):
     system.invalidate_cache()  # an object may have changed since the last listing
@@ -160,7 +161,7 @@ def _sized(system: Any, url: str, info: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _version(info: Mapping[str, Any]) -> str:
-  version = next((info[name] for name in _VERSIONS if info.get(name)), '')
+  version: Any = next((info[name] for name in _VERSIONS if info.get(name)), '')
   return str(version.timestamp() if hasattr(version, 'timestamp') else version).strip('"')
 
 

@@ -88,7 +88,7 @@ class _Worker:
     self.free = list(range(len(self._slots)))
     self._jobs: dict[int, int] = {}  # element -> slot, of pending elements
     self._deaths = 0
-    self._process = None
+    self._process: Any = None  # of the context's own class
     self._start()
 
   def _start(self) -> None:
@@ -127,7 +127,7 @@ class _Worker:
     pid = self._process.pid
     self._process.join(_DYING_SECS)  # to get its own exit status, not that of the kill below
     self.close()
-    status = self._process.exitcode
+    status = self._process.exitcode or 0
     names = {number.value: number.name for number in signal.Signals}
     how = names.get(-status, f'signal {-status}') if status < 0 else f'status {status}'
     self._deaths += 1
@@ -231,7 +231,7 @@ def _packed_error(error: BaseException) -> bytes:
 
 
 def _memory(slot: Any) -> memoryview:
-  return memoryview(np.frombuffer(slot, np.uint8))
+  return np.frombuffer(slot, np.uint8).data
 
 
 def _padded(size: int) -> int:

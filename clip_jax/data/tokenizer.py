@@ -35,7 +35,7 @@ def tokenize(texts: Sequence[str], context_length: int) -> Array:  # -> [n, T] i
   plain = [text if _is_plain(text) else '' for text in texts]
   tokens = _engine().tokenize_batch(plain, max(context_length, 3)).astype(np.int32)
   if context_length == 2:  # not supported by the engine
-    tokens = np.tile(np.int32([START, END]), (len(texts), 1))
+    tokens = np.tile(np.array([START, END], np.int32), (len(texts), 1))
   for row, text, done in zip(tokens, texts, plain, strict=True):
     if text is not done:
       ids = _encode(text)[: context_length - 2]
@@ -144,7 +144,8 @@ def _bytes_to_ids(spelling: bytes) -> list[int]:
 @functools.cache
 def _byte_order() -> bytes:
   """Returns all bytes in the vocabulary's order: printable Latin-1 characters first."""
-  return bytes(sorted(range(256), key=lambda byte: not (33 <= byte < 127 or 161 <= byte != 173)))
+  printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+  return bytes([*printable, *(byte for byte in range(256) if byte not in printable)])
 
 
 @functools.cache

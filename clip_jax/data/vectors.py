@@ -12,7 +12,7 @@ import dataclasses
 import hashlib
 import math
 import os
-from typing import Any, BinaryIO
+from typing import IO, Any
 import zipfile
 
 import numpy as np
@@ -195,7 +195,7 @@ def _input_errors(path: str) -> Iterator[None]:
     ) from error
 
 
-def _npy_head(f: BinaryIO, path: str, size: int) -> Head:
+def _npy_head(f: IO[bytes], path: str, size: int) -> Head:
   shape, fortran, dtype = _array_header(f, path)
   _check_array(path, shape, dtype)
   offset = f.tell()
@@ -206,10 +206,11 @@ def _npy_head(f: BinaryIO, path: str, size: int) -> Head:
       f'{dtype} numbers, which need {needed:,}: it is '
       f'{"cut short" if size < needed else "damaged"}. Replace it with the complete file.'
     )
-  return Head('npy', *shape, dtype, '', offset, fortran)
+  rows, dim = shape
+  return Head('npy', rows, dim, dtype, '', offset, fortran)
 
 
-def _array_header(f: BinaryIO, path: str) -> tuple[tuple[int, ...], bool, np.dtype]:
+def _array_header(f: IO[bytes], path: str) -> tuple[tuple[int, ...], bool, np.dtype]:
   """Reads only the header of an npy; returns (shape, whether in Fortran order, dtype)."""
   lib = np.lib.format
   version = lib.read_magic(f)
@@ -232,7 +233,7 @@ def _check_array(path: str, shape: tuple[int, ...], dtype: np.dtype) -> None:
     )
 
 
-def _npz_head(f: BinaryIO, path: str, key: str) -> Head:
+def _npz_head(f: IO[bytes], path: str, key: str) -> Head:
   heads = {}
   with zipfile.ZipFile(f) as archive:
     members = {
@@ -251,7 +252,8 @@ def _npz_head(f: BinaryIO, path: str, key: str) -> Head:
         offset = member.tell()
       if key or len(shape) == 2 and dtype.kind == 'f':
         _check_array(f'{path}, {name},', shape, dtype)
-        heads[name] = Head('npz', *shape, dtype, name, offset, fortran)
+        rows, dim = shape
+        heads[name] = Head('npz', rows, dim, dtype, name, offset, fortran)
         if members[name].file_size != offset + math.prod(shape) * dtype.itemsize:
           raise InputError(
             f'{path}: the array {name!r} is cut short. Replace the file with the complete one.'
@@ -259,7 +261,7 @@ def _npz_head(f: BinaryIO, path: str, key: str) -> Head:
   return _only_one(path, heads, 'arrays of vectors', 'array of vectors', members)
 
 
-def _parquet_head(f: BinaryIO, path: str, key: str) -> Head:
+def _parquet_head(f: IO[bytes], path: str, key: str) -> Head:
   file = pq.ParquetFile(f)
   schema, rows = file.schema_arrow, file.metadata.num_rows
   if key and key not in schema.names:
@@ -330,7 +332,7 @@ def _array_blocks(path: str, header: Head, step: int) -> Iterator[Array]:
 
 
 @contextlib.contextmanager
-def _numbers(path: str, header: Head) -> Iterator[BinaryIO]:
+def _numbers(path: str, header: Head) -> Iterator[IO[bytes]]:
   """Opens a file, or the member of an npz, at the start of its numbers."""
   if header.kind == 'npz':
     with zipfile.ZipFile(path) as archive, archive.open(f'{header.name}.npy') as member:

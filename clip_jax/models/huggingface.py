@@ -120,7 +120,7 @@ def config_from_huggingface(config_json: Mapping[str, Any]) -> zoo.CLIPConfig:
         f'num_channels={v["num_channels"]}, '
         f'vision_use_head={v.get("vision_use_head", True)}.'
       )
-    size = v['image_size']
+    size: Any = v['image_size']
     if isinstance(size, list) and len(set(size)) == 1:
       size = size[0]  # [height, width]
     vision = zoo.ViTConfig(size, v['patch_size'], **_tower(v))

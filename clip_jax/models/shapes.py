@@ -9,14 +9,16 @@ from clip_jax.models import zoo
 def shapes(config: zoo.CLIPConfig) -> dict[str, tuple[int, ...]]:
   """Returns path -> shape of every parameter of a model, without building it."""
   text, embed = config.text, config.embed_dim
-  tower = _resnet if isinstance(config.vision, zoo.ResNetConfig) else _vit
+  vision = config.vision
+  is_resnet = isinstance(vision, zoo.ResNetConfig)
+  tower = _resnet(vision, embed) if is_resnet else _vit(vision, embed)
   projection = {
     'linear': {'text_projection': (text.width, embed)},
     'none': {},
     'bias': _linear_layer('text_projection', text.width, embed),
   }[text.proj]
   return {
-    **_below('visual', tower(config.vision, embed)),
+    **_below('visual', tower),
     **_below(
       'text',
       {

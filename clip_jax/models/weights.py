@@ -352,6 +352,7 @@ def _resize(params: dict[str, Array], config: zoo.CLIPConfig) -> None:
   if IMAGE_POSITIONS in params:
     have, want = params[IMAGE_POSITIONS], wanted[IMAGE_POSITIONS]
     if have.shape != want:
+      assert isinstance(config.vision, zoo.ViTConfig)  # ResNets have no such positions
       extra = int(config.vision.class_token)
       side, new = math.isqrt(max(len(have) - extra, 0)), math.isqrt(want[0] - extra)
       if side**2 + extra != len(have) or not side:

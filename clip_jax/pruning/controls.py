@@ -97,7 +97,7 @@ def _matched_variables(
         'have labels'
       )
   numbers = {name: getattr(columns, name)[rows] for name in BINS}
-  categories = {'anchor_class': columns.anchor_class[rows]}
+  categories = {'anchor_class': np.asarray(columns.anchor_class)[rows]}
   if columns.domain is not None:
     categories['domain'] = cells.levels(columns.domain)[0][rows]
   known = (categories['anchor_class'] >= 0) & np.isfinite(numbers['anchor_class_similarity'])

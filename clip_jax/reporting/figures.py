@@ -135,7 +135,7 @@ def accuracy_by_size(
   curves: Mapping[str, Rows],  # rule -> points: size, accuracy, low, high
   *,
   title: str,
-  base: Mapping[str, Any] | None,  # a point of the same keys
+  base: dict[str, Any] | None,  # a point of the same keys
   reference: float | None,  # accuracy of the anchor-only split
   limits: tuple[float, float],  # of accuracy
   looks: Looks,

@@ -59,7 +59,7 @@ def picture(
   if is_small:
     shown.save(out, 'PNG', optimize=True)
   else:
-    shown.thumbnail((2 * THUMBNAIL, 2 * THUMBNAIL), Image.BICUBIC)
+    shown.thumbnail((2 * THUMBNAIL, 2 * THUMBNAIL), Image.Resampling.BICUBIC)
     shown.save(out, 'JPEG', quality=80, optimize=True)
   data = base64.b64encode(out.getvalue()).decode()
   kind = 'png' if is_small else 'jpeg'

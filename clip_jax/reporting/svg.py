@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 import io
 import itertools
 import re
+from typing import Any
 from xml.sax import saxutils
 
 import numpy as np
@@ -101,7 +102,7 @@ def render(draw: Callable[..., None], height: float, title: str) -> str:
   import matplotlib
   from matplotlib.figure import Figure  # not pyplot: no global state, safe in any thread
 
-  style = {**matplotlib.rcParamsDefault, **_STYLE, 'backend': 'agg', 'svg.hashsalt': title}
+  style: Any = {**matplotlib.rcParamsDefault, **_STYLE, 'backend': 'agg', 'svg.hashsalt': title}
   with matplotlib.rc_context(style):
     figure = Figure(figsize=(WIDTH / 72, height / 72), layout='constrained')
     draw(figure)
@@ -152,7 +153,9 @@ def panel(
 
 def standalone(text: str) -> str:
   """Returns a figure as an SVG file: with a size and ink for light and dark colour schemes."""
-  width, height = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', text).groups()
+  box = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', text)
+  assert box is not None  # `render` writes it
+  width, height = box.groups()
   style = (
     '<style>svg{color:#222;font-family:system-ui,sans-serif}'
     '@media(prefers-color-scheme:dark){svg{color:#ddd}}</style>'

@@ -9,7 +9,7 @@ import csv
 from dataclasses import dataclass
 import io
 import math
-from typing import Any
+from typing import Any, TypeGuard
 
 from clip_jax.core.types import Array
 
@@ -56,9 +56,9 @@ def _plain(value: Any) -> Any:
   return repr(float(value)) if isinstance(value, float) else value
 
 
-def known(*values: float | None) -> bool:
+def known(value: float | None, *more: float | None) -> TypeGuard[float]:
   """Returns whether every value is given and finite."""
-  return all(value is not None and math.isfinite(value) for value in values)
+  return all(v is not None and math.isfinite(v) for v in (value, *more))
 
 
 def percent(value: float | None, decimals: int = 1) -> str:

@@ -10,6 +10,7 @@ order (multiples of 2^-24, below 2^29), so only items that changed cluster are a
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from absl import logging
 import jax
@@ -227,7 +228,7 @@ class Centers:
 
   def nearest(self, rows: jax.Array) -> jax.Array:  # [T, E] float32 on the device -> [T] int32
     """Returns each row's nearest centre: argmin |x - c|^2 is argmax of x.c - |c|^2 / 2."""
-    best = np.full(len(rows), -np.inf, np.float32), np.zeros(len(rows), np.int32)
+    best: Any = np.full(len(rows), -np.inf, np.float32), np.zeros(len(rows), np.int32)
     for start, block, halves in self._blocks:
       best = _nearest_block(block, rows, halves, start, *best)
     return best[1]

@@ -133,8 +133,8 @@ def measure(
       Clustering(
         len(each),
         int(found),
-        _share(found, pairs),
-        *wilson(_share(found, pairs), observations),
+        _share(int(found), pairs),
+        *wilson(_share(int(found), pairs), observations),
         int(lost.sum()),
         _share(int((lost & earlier_of).sum()), int(lost.sum())),
       )

@@ -7,6 +7,8 @@ With k-means++, all repeated builds in our tests found the same rows for any num
 ScaNN's documentation does not guarantee this.
 """
 
+from typing import Any
+
 import jax
 import numpy as np
 
@@ -92,7 +94,7 @@ def _build(vectors: np.ndarray, n: int, leaves: int | None, searched: float):
       "search.backend='scann' needs the package scann, which exists only for Linux and Python < "
       "3.14. Install it, or use backend='exact', which works everywhere."
     ) from error
-  builder = scann.scann_ops_pybind.builder(vectors, n, 'dot_product')
+  builder: Any = scann.scann_ops_pybind.builder(vectors, n, 'dot_product')
   if len(vectors) < TREE_ROWS:
     return builder.score_brute_force().build()
   leaves = leaves or round(len(vectors) ** 0.5)
