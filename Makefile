@@ -1,8 +1,9 @@
 PYTHON ?= python3.11
 VENV ?= .venv
 BIN = $(VENV)/bin
+DEVICE_PYTHON ?= python3
 
-.PHONY: env demo lint test test-slow clean
+.PHONY: env demo lint test test-slow device-check clean
 
 env: $(VENV)/.installed
 
@@ -27,6 +28,10 @@ test: env
 # With a user's compiler settings, where `make test` takes those that compile soonest (tests/conftest.py).
 test-slow: env
 	TESTS_COMPILER= $(BIN)/python -m pytest -m slow -n 2
+
+# On a machine with a GPU: five minutes. Any Python with jax, flax, optax, numpy and etils; installs nothing.
+device-check:
+	PYTHONPATH=. $(DEVICE_PYTHON) bench/device_check.py $(DEVICE_FLAGS)
 
 clean:
 	rm -rf $(VENV) build *.egg-info
