@@ -111,7 +111,7 @@ def test_rows_that_are_not_there_are_named(tmp_path, bad):
       views.Subset(source, tmp_path / 'rows.npy')
   some = views.Subset(source, np.array([1, bad, 2]))  # only the ends are looked at before
   for read in (lambda: some[1], lambda: some.caption(1), lambda: some.many([0, 1])):
-    with pytest.raises(InputError, match=f'row {bad}, at place 1'):
+    with pytest.raises(InputError, match=f'row {bad} at index 1'):
       read()
   assert some[0]['label'] == 1 and len(views.Subset(source, np.zeros(0, int))) == 0
 
