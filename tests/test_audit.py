@@ -266,7 +266,7 @@ def test_splits_of_vectors_are_pruned_and_listed_and_never_trained(data, capsys)
   assert keys[0]['file'] == 'img_emb_0.npy' and {key['dataset'] for key in keys} == {'pool'}
   c.splits.near.export = ('webdataset',)
   status, said = squares.run(c, data / 'w', capsys, ['prune'])
-  assert status == 2 and 'webdataset copies images, and the pool has none' in said
+  assert status == 2 and 'webdataset copies images, but the pool has none' in said
 
 
 @pytest.mark.parametrize(
@@ -390,7 +390,7 @@ def test_vectors_beside_images_that_the_weights_embed(data, capsys, monkeypatch)
   )
   dim[0] = 512
   status, said = squares.run(c, data / 'w2', capsys, ['ingest', 'embed'])
-  assert status == 1 and 'vectors of 8 numbers, and the embedder' in said and 'of 512' in said
+  assert status == 1 and 'vectors of 8 numbers, but the embedder' in said and 'of 512' in said
 
 
 def test_a_remote_pool_is_copied_into_the_work_directory(data, capsys):

@@ -218,7 +218,7 @@ def test_fewer_samples_leave_no_old_file(world, tmp_path, capsys, small):
   c.splits.some.export = ()
   status, said = run(c, w, capsys, ['prune'])
   assert (
-    status == 0 and 'as the config does not name them: splits/some/export/webdataset/00000' in said
+    status == 0 and 'Not used by this config, and kept: splits/some/export/webdataset/00000' in said
   )
   (folder / '00001.tar').unlink()
   c.splits.some.export = ('webdataset',)
