@@ -13,7 +13,7 @@ from clip_jax.reporting.page import Details, Figure, Figures, Heading, Text
 from clip_jax.reporting.tables import Cell, Table
 
 Item = Mapping[str, Any]
-# An item is one aligned split on one of its own benchmarks. What was not computed is None.
+# An item is one aligned split on one of its own benchmarks. Missing values are None.
 #   split, benchmark, base, control: names (control may be None)
 #   rule: of the split                    control_rule: 'matched' | 'random'
 #        against_control, against_base, bootstrap: estimates

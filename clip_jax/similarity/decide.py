@@ -161,7 +161,11 @@ def count_over(
 
 @jax.jit
 def _count_block(queries, tile, low, high, rows):
-  """[b, E], [T, E], [b, margins] x 2, real rows -> counts [b, margins] x 2, similarities [b, T]."""
+  """Returns counts of pairs over `high`, and between `low` and `high`, and similarities [b, T].
+
+  queries [b, E], tile [T, E], low and high [b, margins], rows without padding; counts are
+  [b, margins] each.
+  """
   scores = tiles.dots(queries, tile)
   real = lax.broadcasted_iota(jnp.int32, scores.shape, 1) < rows
   margins = range(low.shape[1])

@@ -25,7 +25,7 @@ def looks() -> figures.Looks:
 
 
 def answers(config: Config, accuracy: Accuracies, items: Sequence[dict]) -> list[dict]:
-  """Returns, for each comparison, the accuracies of anchor only, aligned, control and base."""
+  """Returns the accuracies of anchor only, aligned split, control and base for each comparison."""
   benchmarks = [item['benchmark'] for item in items]
   lines = []
   for item in items:

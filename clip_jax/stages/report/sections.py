@@ -112,7 +112,7 @@ def comparisons(facts: Facts, items: Sequence[dict]) -> list:
     return [late] if facts.results.correct else []
   plane = sections.plane_blocks(panels.against_validation(facts), looks())
   head = Heading(
-    'Effective robustness: accuracy on each benchmark against the reference benchmark',
+    'Accuracy on each benchmark against the reference benchmark',
     'one mark per run',
   )
   dose = sections.dose_blocks(panels.by_dose(facts, items), looks()['gap_aligned'])
