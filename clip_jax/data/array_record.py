@@ -168,7 +168,8 @@ def example_samples(
     yield table.Sample(str(key), members, functools.partial(_read, image), fields=fields)
 
 
-def _read(image: tuple[str, bytes], ending: str, most: int) -> bytes:
+def _read(image: tuple[str, bytes] | None, ending: str, most: int) -> bytes:
+  assert image is not None  # a sample without an image has no members to read
   return image[1][:most]
 
 

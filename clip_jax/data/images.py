@@ -98,7 +98,7 @@ def header(data: bytes) -> tuple[str, int, int]:
   type: 'jpeg', 'png', 'webp', 'gif', 'bmp', 'tiff' or 'ppm'.
   """
   kind, width, height = _opened(data, lambda image: (image.format or '', *image.size))
-  return {'MPO': 'jpeg'}.get(kind, kind.lower()), width, height
+  return 'jpeg' if kind == 'MPO' else kind.lower(), width, height
 
 
 def resize(
@@ -245,7 +245,7 @@ def _check_size(height: int, width: int) -> None:
     raise UnreadableImage(f'{width} x {height} pixels are too many')
 
 
-def _opened(data: bytes, read):
+def _opened(data: bytes, read: Callable[[Image.Image], Any]) -> Any:
   """Returns read(image) of the image in `data`; turns every failure into UnreadableImage."""
   try:
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:

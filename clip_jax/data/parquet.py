@@ -216,7 +216,7 @@ def _samples(
         if row + batch.num_rows > end:
           raise _Damage('more rows than the footer says')
         for image, path_only, fields in _rows(batch, file.column, columns):
-          value = fields.get(key)
+          value = fields.get(key) if key else None
           sample_key = f'{stem}/{row:09d}' if value is None or value == '' else str(value)
           if path_only:
             skipped.append({'key': sample_key, 'reason': 'image is not in the file'})

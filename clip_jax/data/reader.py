@@ -151,7 +151,7 @@ class Source:
       raise IndexError(f'row {row} of {len(self._table)} in {self._directory}')
     return self._table[row].item()
 
-  def _images(self, rows: Sequence[int], places: Sequence[tuple]) -> dict[int, bytes]:
+  def _images(self, rows: Sequence[int], places: Sequence[Any]) -> dict[int, bytes]:
     """Returns position in `rows` -> image bytes.
 
     places: the table entry of each row. Images of one file are read in one call, and all remote
@@ -202,7 +202,9 @@ class Source:
 
   def _open(self, shard: int) -> formats.Reader:
     where = self._files['shards'][shard]
-    return formats.get(where['format']).open(where)
+    opener = formats.get(where['format']).open
+    assert opener is not None  # vectors have no file of images to open
+    return opener(where)
 
   @functools.cached_property
   def _table(self) -> Array:  # [n] TABLE_DTYPE

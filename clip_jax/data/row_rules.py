@@ -80,7 +80,8 @@ class RowRules:
     if isinstance(value, float) and value.is_integer():  # integers with gaps are stored as floats
       value = int(value)
     try:
-      label = int(value) if isinstance(value, str) else operator.index(value)
+      index: Any = value
+      label = int(value) if isinstance(value, str) else operator.index(index)
     except (ValueError, TypeError):
       return BAD_LABEL
     return label if NO_LABEL <= label < (len(self.classes) or 2**31) else BAD_LABEL

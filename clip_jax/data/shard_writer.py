@@ -209,7 +209,8 @@ def _unpacked_name(headers: bytes) -> str:
   """Returns the name under which tar programs unpack a member, '' if they may disagree."""
   try:
     with tarfile.open(fileobj=io.BytesIO(headers), mode='r:', encoding='utf-8') as tar:
-      name = tar.next().name
+      member = tar.next()
+      name = member.name if member else ''
       return '' if tar.pax_headers else name  # global pax headers also affect later members
   except Exception:  # tarfile raises a dozen different types for forged headers
     return ''

@@ -63,6 +63,7 @@ def scan(
     if root and not rules.label_key
     else None
   )
+  assert source_format.samples is not None  # vectors have an index of their own
   try:
     samples, skipped = source_format.samples(
       files,

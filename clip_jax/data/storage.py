@@ -226,9 +226,9 @@ def errors_with_path(path: str) -> Iterator[None]:
     raise kind(f'{path} cannot be read ({reason}).{_ADVICE}') from error
 
 
-def is_transient(error: BaseException) -> bool:
+def is_transient(error: BaseException | None) -> bool:
   """Returns whether an error may be transient (network, busy server), not about the file itself."""
-  if _hides_cause(error):
+  if error is not None and _hides_cause(error):
     return is_transient(error.__cause__)
   status = getattr(error, 'status', None) or getattr(error, 'code', None)
   if isinstance(status, int) and status >= 100:
@@ -318,6 +318,7 @@ class ReadAhead:
 
   def _fetch(self, following: int) -> None:
     """Prefetches the windows after the pending ones, or from `following` on if there are none."""
+    assert self._threads is not None  # only an open remote file has windows
     while len(self._pending) < _AHEAD:
       first = self._pending[-1][0] + self._length if self._pending else following
       if first >= self.size:

@@ -134,7 +134,8 @@ def _paired(
       progress.counted(len(unused), 'file'),
       os.path.basename(numbers[unused[0]].path),
     )
-  return [numbers[_number(file)] for file in vector_files]
+  by_number: Mapping[int | None, storage.SourceFile] = {**numbers}
+  return [by_number[_number(file)] for file in vector_files]
 
 
 def _by_number(listed: Sequence[storage.SourceFile], trouble: str) -> dict[int, storage.SourceFile]:
@@ -252,7 +253,7 @@ class _Rows:
     names = [name for name in dict.fromkeys(names) if self.has(name)]
     read = [name for name in names if name in self._types]
     start = 0
-    if read:
+    if read and self._metadata:
       parts = (
         dict(zip(batch.schema.names, batch.columns, strict=True))
         for batch in _parquet(self._metadata).iter_batches(_ROWS, columns=read)

@@ -121,8 +121,7 @@ def config_from_huggingface(config_json: Mapping[str, Any]) -> zoo.CLIPConfig:
         f'vision_use_head={v.get("vision_use_head", True)}.'
       )
     size: Any = v['image_size']
-    if isinstance(size, list) and len(set(size)) == 1:
-      size = size[0]  # [height, width]
+    size = size[0] if isinstance(size, list) and len(set(size)) == 1 else size  # [height, width]
     vision = zoo.ViTConfig(size, v['patch_size'], **_tower(v))
     if kind == 'clip':
       argmax = t['eos_token_id'] == 2  # a former default, which transformers treats as argmax
@@ -193,6 +192,7 @@ def config_to_huggingface(config: zoo.CLIPConfig) -> dict[str, Any]:
   """Returns the config.json of a model; raises ConfigError if transformers cannot express it."""
   kind = _kind(config)
   v, t = config.vision, config.text
+  assert isinstance(v, zoo.ViTConfig)  # `entries` refuses ResNets
   names = {activation: name for name, activation in _ACTIVATIONS.items()}
 
   def tower(c: zoo.ViTConfig | zoo.TextConfig) -> dict[str, Any]:

@@ -254,9 +254,11 @@ def _text_from_open_clip(text: dict[str, Any], quick_gelu: bool) -> zoo.TextConf
 def _vision_from_open_clip(
   vision: dict[str, Any], quick_gelu: bool
 ) -> zoo.ViTConfig | zoo.ResNetConfig:
-  name, image_size = vision.pop('timm_model_name', None), vision.pop('image_size', 224)
+  name: Any = vision.pop('timm_model_name', None)
+  image_size: Any = vision.pop('image_size', 224)
   if isinstance(image_size, (list, tuple)) and len(set(image_size)) == 1:
-    image_size = image_size[0]  # [height, width]
+    (image_size,) = set(image_size)  # [height, width]
+  size: Any = image_size  # ViTConfig refuses what is no integer
   if name:
     if (
       name not in zoo.TIMM_TOWERS
@@ -268,15 +270,15 @@ def _vision_from_open_clip(
         f'towers: {", ".join(zoo.TIMM_TOWERS)}.'
       )
     _check_unused('vision_cfg.', vision)
-    return dataclasses.replace(zoo.TIMM_TOWERS[name], image_size=image_size)
+    return dataclasses.replace(zoo.TIMM_TOWERS[name], image_size=size)
   width, layers = vision.pop('width', 768), vision.pop('layers', 12)
   head_width = vision.pop('head_width', 64)
   if isinstance(layers, (list, tuple)):
-    config = zoo.ResNetConfig(image_size, width, tuple(layers), width * 32 // head_width)
+    config = zoo.ResNetConfig(size, width, tuple(layers), width * 32 // head_width)
     vision.pop('patch_size', None)
   else:
     config = zoo.ViTConfig(
-      image_size,
+      size,
       vision.pop('patch_size', 16),
       width,
       layers,

@@ -4,6 +4,8 @@ Names, shapes and initialisation are those of open_clip's ModifiedResNet (Radfor
 stem of three convolutions, average pooling before each strided convolution, attention pooling.
 """
 
+from typing import Any
+
 from flax import nnx
 import jax
 from jax import Array, lax
@@ -95,7 +97,9 @@ class Bottleneck(nnx.Module):
     y = jax.nn.relu(self.bn2(self.conv2(y), training))
     y = self.bn3(self.conv3(average_pool(y, self.stride)), training)
     if self.widened:
-      conv, norm = self.downsample
+      conv: Any
+      norm: Any
+      conv, norm = self.downsample  # an nnx.List, whose items have no type of their own
       x = norm(conv(average_pool(x, self.stride)), training)
     return jax.nn.relu(x + y)
 
@@ -164,8 +168,8 @@ class ModifiedResNet(nnx.Module):
     for conv, norm in ((self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)):
       x = jax.nn.relu(norm(conv(x), training))
     x = average_pool(x, 2)
-    for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-      for block in stage:
+    for i in range(1, 5):
+      for block in getattr(self, f'layer{i}'):
         x = block(x, training)
     return self.attnpool(x).astype(jnp.float32)
 

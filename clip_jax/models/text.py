@@ -126,6 +126,7 @@ class TextTransformer(nnx.Module):
   def _project(self, x: Array) -> Array:  # [B, D] -> [B, E]
     x = self.ln_final(x)  # after pooling, with the same result: the norm acts on single tokens
     if self.config.proj == 'linear':
+      assert isinstance(self.text_projection, nnx.Param)
       x = x @ self.text_projection[...].astype(x.dtype)
     elif self.config.proj == 'bias':
       x = self.text_projection(x)

@@ -154,7 +154,8 @@ def accuracy_by_size(
       )
     for rule, points in curves.items():
       color, marker, words = looks[rule]
-      ordered = sorted([*points, *([base] if base else [])], key=lambda p: p['size'])
+      every: list[Mapping[str, Any]] = [*points, *([base] if base else [])]
+      ordered = sorted(every, key=lambda p: p['size'])
       ax.plot(
         [p['size'] for p in ordered],
         [100 * p['accuracy'] for p in ordered],

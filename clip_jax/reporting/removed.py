@@ -119,7 +119,7 @@ def _check(benchmark: str, check: Mapping[str, Any], slack: float | None) -> Tex
     'each of k': 'for every j up to k, the j-th nearest pool image of the split is not nearer '
     'than the j-th nearest anchor image',
   }.get(
-    check.get('kind'), 'the nearest-neighbour similarity to the split equals that to the anchor'
+    check.get('kind', ''), 'the nearest-neighbour similarity to the split equals that to the anchor'
   )
   return Text(
     f'Checked by brute force: for each of {check["checked"]} queries of {benchmark}, {proof}.',
@@ -235,7 +235,7 @@ def _control(control: str, about: Mapping[str, Any]) -> list:
   differences = draw['standardised_differences']
   rows = tuple(
     (
-      Cell(VARIABLES.get(key, key)),
+      Cell(VARIABLES.get(key, str(key))),
       tables.figure(
         tables.signed(value), tone='' if tables.known(value) and abs(value) < BALANCED else 'bad'
       ),

@@ -69,9 +69,8 @@ def sensitivity_blocks(
 
 
 def _overlap(comparison: Mapping[str, Any], key: str, interval: str) -> Cell:
-  return tables.figure(
-    tables.share(comparison[key]), tables.bracket(*comparison[interval] or (None, None))
-  )
+  low, high = comparison[interval] or (None, None)
+  return tables.figure(tables.share(comparison[key]), tables.bracket(low, high))
 
 
 def preview_blocks(

@@ -77,7 +77,7 @@ def bracket(
   low: float | None, high: float | None, written: Callable[[float], str] = percent
 ) -> str:
   """Returns an interval, '[2.9, 3.3]'; '' if a bound is unknown."""
-  return f'[{written(low)}, {written(high)}]' if known(low, high) else ''
+  return f'[{written(low)}, {written(high)}]' if known(low) and known(high) else ''
 
 
 def share_text(e: Any) -> str:
@@ -142,7 +142,7 @@ def _signed(text: str) -> str:
 def bounds(estimate: Any, written: Callable[[float], str] = percent) -> str:
   """Returns '[59.1, 65.4]', or '(seeds: 59.1 to 65.4)' for a range of two seeds, or ''."""
   text = '' if estimate is None else bracket(estimate.low, estimate.high, written)
-  if text and estimate.method == 'range':
+  if estimate is not None and text and estimate.method == 'range':
     return f'(seeds: {written(estimate.low)} to {written(estimate.high)})'
   return text
 
