@@ -49,7 +49,7 @@ def train_batches(
   shuffle_window: int = 8192,
   jpeg_shrink: float = 0.0,
   on_replaced: Callable[[int, str], None] = lambda index, reason: None,
-) -> Iterator[dict[str, Any]]:
+) -> Generator[dict[str, Any]]:
   """Yields dict(image [b, S, S, 3] uint8, text [b, T] int32, index [b] int64), without end.
 
   The stream is a sequence of permutations of the source. Step k takes batch_size examples from
@@ -367,7 +367,7 @@ def _ahead(elements: Generator[Any]) -> Generator[Any]:
 
 def _reporting(
   batches: Generator[tuple[Any, list[tuple[int, str]]]], on_replaced: Callable[[int, str], None]
-) -> Iterator[Any]:
+) -> Generator[Any]:
   """Yields the batches; calls on_replaced for each replaced image of a batch just before it."""
   with contextlib.closing(batches):
     for batch, replaced in batches:

@@ -264,7 +264,8 @@ class _Pairs:
           waiting, saved_at = [], time.monotonic()
     if waiting or not saved:
       add(total, waiting)
-    return tuple(np.concatenate([part[key] for part in saved]) for key in ('rows', 'duplicate_of'))
+    rows, of = (np.concatenate([part[key] for part in saved]) for key in ('rows', 'duplicate_of'))
+    return rows, of
 
 
 def _priority(x: Experiment, pool, usable: Array, pairs: _Pairs) -> tuple[Array, Array]:
@@ -307,6 +308,7 @@ def _similarities(x: Experiment, pool, usable: Array, source, pairs: _Pairs) -> 
       similarity = []
       for first in range(start, min(start + CAPTIONS, len(rows)), 1024):
         block = rows[first : min(first + 1024, start + CAPTIONS)]
+        assert encode is not None  # there are captions to encode
         texts = np.asarray(encode([source.caption(row) for row in block]), np.float64)
         similarity.append(np.einsum('me,me->m', pool[block].astype(np.float64), texts))
         bar.update(len(block))

@@ -135,7 +135,7 @@ def embeddings(x: Experiment, todo: list[Product]) -> Made:
       outputs = _files_of(product)
       files.write_npy(x.path(outputs[0]), vectors_)
       files.write_npy(x.path(outputs[1]), usable)
-      keys = _keys(x, *product.of, np.flatnonzero(~usable))
+      keys = _keys(x, dataset, product.of[1], np.flatnonzero(~usable))
       unreadable += keys
       yield product, outputs, {'rows': len(usable), 'unreadable': len(keys)}
   listed = ''

@@ -9,6 +9,7 @@ and planted copies, which have no key of the pool.
 
 from collections.abc import Iterator, Mapping
 import os
+from typing import Any
 
 from absl import logging
 import numpy as np
@@ -64,7 +65,7 @@ def pool_keys(x: Experiment, column: str) -> Iterator:
     yield _column(x, POOL, shard, column, stop - start)
 
 
-def _column(x: Experiment, dataset: str, shard: int, column: str, rows: int):
+def _column(x: Experiment, dataset: str, shard: int, column: str, rows: int) -> Any:
   index = table.read_columns(workdir.index_folder(x, dataset), shard, [column])
   if column in index.column_names:
     return index[column]

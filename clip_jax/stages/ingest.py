@@ -214,7 +214,7 @@ def refresh_locations(x: Experiment) -> None:
 def _check_dims(x: Experiment, dataset: str) -> None:
   """Raises InputError if the vector files of a dataset differ in their width."""
   dims = workdir.vector_dims(x, dataset)
-  first = next(iter(dims), None)
+  first = next(iter(dims), 0)
   for shard, dim in dims.items():
     if dim != dims[first]:
       paths = [x.graph.shards(dataset)[number].files[0].path for number in (shard, first)]

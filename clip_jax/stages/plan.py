@@ -159,7 +159,8 @@ def matmul_rate() -> float:
 
 def _sum(rows: Rows, names) -> int | None:
   counts = [rows[name] for name in names if name in rows]
-  return None if None in counts else sum(counts)
+  known = [count for count in counts if count is not None]
+  return sum(known) if len(known) == len(counts) else None
 
 
 def _ingest(x: Experiment, rows: Rows) -> StagePlan:
@@ -207,7 +208,7 @@ def _embed(x: Experiment, rows: Rows) -> StagePlan:
   if n is None:
     return UNKNOWN
   dim, block = _dim(x), x.embedder_block
-  images = sum(count for name, count in rows.items() if blocks.has_own_images(x.config, name))
+  images = sum(count or 0 for name, count in rows.items() if blocks.has_own_images(x.config, name))
   if block.source in embedders.EMBEDDERS:
     each = 6.0 * block.image_size**2 * dim
   else:

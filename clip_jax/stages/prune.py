@@ -268,6 +268,7 @@ class Base(PoolColumns):
       workdir.query_result(self.x, benchmark),
       workdir.embeddings(self.x, benchmark).usable,
     )
+    assert result is not None  # the search is done
     return workdir.cosine(
       self.x, benchmark, blocks.ANCHOR, result.anchor_similarity_f64, result.anchor_nearest
     )[usable]

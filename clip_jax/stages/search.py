@@ -265,7 +265,7 @@ def merge_queries(x: Experiment, todo: list[Product]) -> Made:
     )
     result.pool_similarity[target.usable] = similarity
     result.pool_nearest[target.usable] = row
-    counts = {'queries': number, 'unusable': int((~target.usable).sum())}
+    counts: dict[str, float | None] = {'queries': number, 'unusable': int((~target.usable).sum())}
     if x.config.search.backend == 'scann':
       counts['recall'] = _recall(x, target, pool)
     arrays = vars(result)
@@ -298,7 +298,8 @@ def _recall(x: Experiment, target: Target, pool) -> float | None:
   )
   over = recalled = 0
   for shard in range(len(pool.starts) - 1):
-    true = exact.search_shard(*pool.shard(shard), queries, k=1)[target.name]['excess'] > 0
+    rows, usable = pool.shard(shard)
+    true = exact.search_shard(rows, usable, queries, k=1)[target.name]['excess'] > 0
     over += int(true.sum())
     (excess,) = workdir.search_arrays(x, target.name, shard, ['excess'])
     recalled += int((excess[true] > 0).sum())
@@ -447,7 +448,7 @@ def _candidate_parts(x: Experiment, names: list[str]):
       if has_anchor
       else None
     )
-    yield similarity, excess if has_anchor else None, np.stack(dropped) if has_anchor else None
+    yield similarity, excess if has_anchor else None, None if dropped is None else np.stack(dropped)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -535,6 +536,7 @@ def duplicate_rates(x: Experiment, benchmark: str, duplicate: float) -> list[flo
   Without an anchor, the pool's share only.
   """
   result, usable = workdir.query_result(x, benchmark), workdir.embeddings(x, benchmark).usable
+  assert result is not None  # the search is done
   rates = []
   for dataset in (POOL, ANCHOR) if blocks.has_anchor(x.config) else (POOL,):
     cosine = workdir.cosine(x, benchmark, dataset, *result.nearest(dataset))

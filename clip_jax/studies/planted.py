@@ -106,7 +106,9 @@ def _nearest_in_pool(x: Experiment, vectors: Array, copied: Array) -> Array:
   A pool row that is the query's own file does not count.
   """
   pool, name = workdir.embeddings(x, POOL), x.config.planted.benchmark
-  rows = workdir.query_result(x, name).pool_nearest[copied]  # [m, k]
+  result = workdir.query_result(x, name)
+  assert result is not None  # the search is done
+  rows = result.pool_nearest[copied]  # [m, k]
   is_query = workdir.source(x, POOL).same_samples(workdir.source(x, name))  # [N]
   is_other = (rows >= 0) & ~is_query[rows]
   nearest = np.full(len(copied), -1.0)
@@ -181,7 +183,7 @@ def _contrast(facts: 'Facts', split: str) -> tuple:
     ),
     None,
   )
-  pair = facts.results.on_shared_seeds((split, name), (base, name))
+  pair = facts.results.on_shared_seeds((split, name), (base, name)) if base is not None else None
   source, block = workdir.source(x, name), config.planted
   is_drawn = image_copies.draw(source.column('group').tolist(), block.share, block.seed) >= 0
   reason = ''
@@ -199,6 +201,8 @@ def _contrast(facts: 'Facts', split: str) -> tuple:
         None, None, None, int(is_drawn.sum()), int((~is_drawn).sum()), f'not estimable: {reason}'
       ),
     )
+  assert pair is not None  # else there is a reason
+  with_copies, without = pair[0]
   copies, is_readable = workdir.embeddings(x, PLANTED), workdir.embeddings(x, name).usable
   has_copy = np.zeros(len(source), bool)
   has_copy[workdir.source(x, PLANTED).column('query')[copies.usable]] = True
@@ -206,7 +210,11 @@ def _contrast(facts: 'Facts', split: str) -> tuple:
     split,
     base,
     control.contrast(
-      *pair[0], has_copy & is_readable, ~is_drawn & is_readable, facts.results.groups[name]
+      with_copies,
+      without,
+      has_copy & is_readable,
+      ~is_drawn & is_readable,
+      facts.results.groups[name],
     ),
   )
 

@@ -208,6 +208,7 @@ def _candidates(facts: Facts) -> int:
 
 def _lines(facts: Facts, counts: Array) -> list[tuple[dict, Array]]:  # [G + 1, ...]
   """Returns (line, counts) of each benchmark, and of all together if there are several."""
+  assert facts.sizes is not None
   names = facts.sizes.benchmarks.tolist()
   lines = [{'name': name, 'together': False} for name in names]
   if len(names) > 1:

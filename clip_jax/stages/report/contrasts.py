@@ -74,7 +74,7 @@ def placebo_benchmark(facts: Facts, split: str) -> str | None:
     for b in others
     if b in facts.query_results
   }
-  return max(nearness, key=nearness.get) if nearness else next(iter(others), None)
+  return max(nearness, key=lambda b: nearness[b]) if nearness else next(iter(others), None)
 
 
 def accuracies(results: Results) -> dict[tuple[str, str], statistics.Estimate]:
@@ -177,11 +177,11 @@ def compare(facts: Facts, split: str, benchmark: str) -> dict:
     'share': _share(facts, key, base, 'base'),
     'share_matched': _share(facts, key, control, control_rule),
   }
-  with_base = results.on_shared_seeds(key, (base, benchmark))
+  with_base = results.on_shared_seeds(key, (base, benchmark)) if base is not None else None
   if with_base is not None:
     item['against_base'] = statistics.crossed_interval(difference(with_base), groups)
-  pair = results.on_shared_seeds(key, (control, benchmark))
-  if pair is None:
+  pair = results.on_shared_seeds(key, (control, benchmark)) if control is not None else None
+  if control is None or pair is None:
     return item
   (pruned, controlled), seeds = pair
   gap = difference(pair)
@@ -219,11 +219,12 @@ def _share(
   The reference is anchor_only or, for the ImageNet family, else the effective-robustness line.
   """
   config, results, benchmark = facts.config, facts.results, key[1]
+  if control is None:
+    return None
   reference = first_split(config, 'anchor')
-  has_reference = (reference, benchmark) in results.correct
-  rows = results.on_shared_seeds(
-    (control, benchmark), key, *([(reference, benchmark)] if has_reference else [])
-  )
+  has_reference = reference is not None and (reference, benchmark) in results.correct
+  references = [] if reference is None or not has_reference else [(reference, benchmark)]
+  rows = results.on_shared_seeds((control, benchmark), key, *references)
   if rows is None:
     return None
   (with_control, gap, *rest), seeds = rows
@@ -269,6 +270,8 @@ def _line_accuracies(
 def _placebo(facts: Facts, key: tuple[str, str], control: str) -> dict:
   (split, benchmark), results = key, facts.results
   other = placebo_benchmark(facts, split)
+  if other is None:
+    return {}
   four = results.on_shared_seeds(key, (control, benchmark), (split, other), (control, other))
   if four is None:
     return {}
@@ -285,9 +288,11 @@ def _by_hits(facts: Facts, key: tuple[str, str], pair: Pair) -> dict:
   counts, results = workdir.split_queries(facts.x, *key), facts.results
   if counts is None:
     return {'did_reason': 'Missing: the counts of removed neighbours. Run the stage prune.'}
+  pruned, controlled = pair[0]
   return {
     'did': causal.difference_in_differences(
-      *pair[0],
+      pruned,
+      controlled,
       counts['removed_over'] > 0,
       counts['removed_near'] == 0,
       results.label[key[1]],

@@ -61,6 +61,8 @@ def _interval(estimate: Estimate) -> dict:
 def by_similarity(facts: Facts) -> list[dict]:
   """Returns the base split's accuracy by pool similarity, and by excess over the anchor's."""
   results, base = facts.results, contrasts.first_split(facts.config, 'all')
+  if base is None:
+    return []
   known = {b: result for b, result in facts.query_results.items() if (base, b) in results.correct}
   values = {('similarity', b): result.pool_similarity[:, 0] for b, result in known.items()}
   values |= {
@@ -140,11 +142,11 @@ def by_size(facts: Facts, accuracy: Accuracies) -> list[dict]:
         rule: [points[name] for name in names if config.splits[name].rule == rule]
         for rule in sorted(RULES, key=lambda rule: not RULES[rule].selects)
       }  # random splits last
-      alone = accuracy.get((reference, benchmark))
+      alone = accuracy.get((reference, benchmark)) if reference is not None else None
       panels.append(
         {
           'name': benchmark,
-          'base': points.get(base),
+          'base': points.get(base) if base is not None else None,
           'reference': alone and alone.value,
           'curves': {rule: curve for rule, curve in curves.items() if curve},
         }
@@ -168,7 +170,7 @@ def against_random(facts: Facts) -> list[dict]:
     if is_sized(facts.config, name)
   }
   pairs = {
-    (name, b): results.on_shared_seeds((name, b), (control, b))
+    (name, b): results.on_shared_seeds((name, b), (control, b)) if control is not None else None
     for name, control in controls.items()
     for b in splits[name].benchmarks
   }
