@@ -319,10 +319,15 @@ def _products(x: Experiment, stage: str) -> str:
 
 
 def print_graph(x: Experiment, names: list[str]) -> None:
-  """Prints the graph of products as Mermaid: shards and seeds as one node, an arrow from what is
+  """Prints the graph of products as Mermaid."""
+  log.start()
+  logging.info('%s', draw_graph(x, names))
+
+
+def draw_graph(x: Experiment, names: list[str]) -> str:
+  """Returns the graph of products as Mermaid: shards and seeds as one node, an arrow from what is
   read to its reader.
   """
-  log.start()
   short = lambda product: re.sub(r'seed\d+', 'seed*', re.sub(r'\d{5}', '*', product.name))
   ids: dict[str, str] = {}
   lines, arrows = ['flowchart LR'], {}
@@ -338,7 +343,7 @@ def print_graph(x: Experiment, names: list[str]) -> None:
       for parts, arrow in ((product.inputs, '-->'), (product.untracked, '-.->')):
         arrows |= {(short(part), arrow, short(product)): None for part in parts}
   lines += [f'  {ids[one]} {arrow} {ids[other]}' for one, arrow, other in arrows if one in ids]
-  logging.info('%s', '\n'.join(lines))
+  return '\n'.join(lines)
 
 
 def _number(n: int | None) -> str:
