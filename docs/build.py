@@ -12,7 +12,7 @@ from markdown_it import MarkdownIt
 import pdoc
 
 HERE = pathlib.Path(__file__).parent
-ROOMS = 'core data models similarity pruning training evaluation experiment'.split()
+ROOMS = ['core', 'data', 'models', 'similarity', 'pruning', 'training', 'evaluation', 'experiment']
 STYLE = 'body{font:16px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em}'
 STYLE += (
   'td,th{border:1px solid #ccc;padding:.2em .6em;text-align:left}table{border-collapse:collapse}'
