@@ -25,7 +25,7 @@ def build(out: pathlib.Path) -> None:
   with warnings.catch_warnings():
     warnings.simplefilter('error')
     warnings.simplefilter('ignore', DeprecationWarning)
-    # Modules that stand outside a room (commands, stages) have no API pages.
+
     pdoc.pdoc(*(f'clip_jax.{room}' for room in ROOMS), output_directory=out / 'api')
   pages = sorted(HERE.glob('*.md'))
   for page in pages:

@@ -23,3 +23,10 @@ def test_the_pages_build_without_warnings(tmp_path):
   build.build(tmp_path)
   for name in ('index.html', 'architecture.html', 'api/clip_jax/core/products.html'):
     assert (tmp_path / name).stat().st_size > 0
+
+
+def test_every_file_has_a_meaning(prepared_squares):
+  import make_files_table
+
+  page = make_files_table.page(prepared_squares / 'run')
+  assert make_files_table.PAGE.read_text() == page, 'run `python docs/make_files_table.py`'
