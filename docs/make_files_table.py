@@ -25,6 +25,7 @@ each, vectors of 16 numbers, `search.top_k` 4. `<i>` is the number of a shard. T
 | --- | --- | --- | --- |
 """
 INDEX, POOL = 'ingest/<dataset>/index-<i>.parquet', 'search/<benchmark>/pool-<i>.npz'
+SPLIT = 'splits/<split>/queries-<benchmark>.npz'
 QUERIES, CLASSES = 'search/<benchmark>/queries.npz', 'search/anchor_classes/pool-<i>.npz'
 MEANINGS = {
   'dedup/centers.npy': 'centers of the k-means clusters',
@@ -79,9 +80,9 @@ MEANINGS = {
   f'{QUERIES} anchor_similarity_f64': 'similarity of the nearest anchor row in float64',
   'splits/<split>/rows.npy': 'rows on which the split trains',
   'splits/<split>/split.json': 'rule, parameters, counts and checks of the split',
-  'splits/<split>/queries-<benchmark>.npz removed_over': 'removed rows over the threshold of each query',
-  'splits/<split>/queries-<benchmark>.npz removed_near': 'removed rows near each query',
-  'splits/<split>/queries-<benchmark>.npz anchor_cosine': 'cosine of the query and its nearest anchor row',
+  f'{SPLIT} removed_over': 'removed rows over the threshold of each query',
+  f'{SPLIT} removed_near': 'removed rows near each query',
+  f'{SPLIT} anchor_cosine': 'cosine of the query and its nearest anchor row',
 }
 
 
@@ -117,7 +118,7 @@ def page(workdir: pathlib.Path) -> str:
   found = contents(workdir)
   if found.keys() != MEANINGS.keys():
     raise ValueError(f'without a meaning or a file: {sorted(found.keys() ^ MEANINGS.keys())}')
-  rows = [(*name.partition(' ')[::2], shape, MEANINGS[name]) for name, shape in found.items()]
+  rows = [(*name.partition(' ')[::2], kind, MEANINGS[name]) for name, kind in found.items()]
   return HEAD + ''.join(
     f'| `{file}` | {key} | {shape} | {text} |\n' for file, key, shape, text in rows
   )
