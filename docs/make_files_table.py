@@ -17,9 +17,10 @@ ROOT = pathlib.Path(__file__).parent.parent
 PAGE = ROOT / 'docs' / 'files.md'
 HEAD = """# Files of a work directory
 
-Shapes are those of a small experiment: a pool of 60 images in two shards, an anchor and a benchmark of 12 images
-each, vectors of 16 numbers, `search.top_k` 4. `<i>` is the number of a shard. The table ends with the stage prune.
-`python docs/make_files_table.py` writes it.
+Shapes are those of a small experiment: a pool of 60 images in two shards, an anchor and a
+benchmark of 12 images each, vectors of 16 numbers, `search.top_k` 4. `<i>` is the number of a
+shard. The table ends with the stage prune; `train/`, `evaluate/`, `report/` and files that are
+not arrays, tables or JSON are not in it. `python docs/make_files_table.py` writes it.
 
 | file | content | dtype and shape | meaning |
 | --- | --- | --- | --- |
@@ -81,7 +82,7 @@ MEANINGS = {
   'splits/<split>/rows.npy': 'rows on which the split trains',
   'splits/<split>/split.json': 'rule, parameters, counts and checks of the split',
   f'{SPLIT} removed_over': 'removed rows over the threshold of each query',
-  f'{SPLIT} removed_near': 'removed rows near each query',
+  f'{SPLIT} removed_near': 'removed rows over or near the threshold of each query',
   f'{SPLIT} anchor_cosine': 'cosine of the query and its nearest anchor row',
 }
 
