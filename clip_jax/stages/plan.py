@@ -315,12 +315,17 @@ def _products(x: Experiment, stage: str) -> str:
 
 
 def print_graph(x: Experiment, names: list[str]) -> None:
-  """Prints the graph of products as a Mermaid flowchart.
+  """Prints the graph of products as a Mermaid flowchart."""
+  log.start()
+  logging.info('%s', draw_graph(x, names))
+
+
+def draw_graph(x: Experiment, names: list[str]) -> str:
+  """Returns the graph of products as a Mermaid flowchart.
 
   Shards and seeds share one node. An arrow points from an input to the product that reads it, and
   is dotted for untracked inputs.
   """
-  log.start()
   short = lambda product: re.sub(r'seed\d+', 'seed*', re.sub(r'\d{5}', '*', product.name))
   ids: dict[str, str] = {}
   lines, arrows = ['flowchart LR'], {}
@@ -336,7 +341,7 @@ def print_graph(x: Experiment, names: list[str]) -> None:
       for parts, arrow in ((product.inputs, '-->'), (product.untracked, '-.->')):
         arrows |= {(short(part), arrow, short(product)): None for part in parts}
   lines += [f'  {ids[one]} {arrow} {ids[other]}' for one, arrow, other in arrows if one in ids]
-  logging.info('%s', '\n'.join(lines))
+  return '\n'.join(lines)
 
 
 def _number(n: int | None) -> str:
