@@ -106,9 +106,9 @@ def test_splits_in_an_order_in_which_each_comes_after_those_that_it_reads():
   )
   assert blocks.in_order(c) == ['drawn', 'near', 'join', 'like']
   assert [name for name in c.splits if blocks.is_drawn(c, name)] == ['join', 'drawn', 'like']
-  assert blocks.read_splits(c, 'join') == ['near', 'drawn'] and blocks.read_splits(c, 'like') == [
-    'near'
-  ]
+  assert blocks.splits_needed_by(c, 'join') == ['near', 'drawn'] and blocks.splits_needed_by(
+    c, 'like'
+  ) == ['near']
 
 
 def test_draws_and_whose_draw_counts():

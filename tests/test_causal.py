@@ -131,7 +131,7 @@ def test_difference_in_differences_needs_50_queries_in_shared_classes():
   apart = causal.difference_in_differences(pruned, control, hit, ~hit, hit.astype(int))
   assert apart.estimate is None and apart.used == 0  # no class holds both kinds
   assert causal.difference_in_differences(pruned, control, ~hit & hit, hit, label).hit == 0
-  with pytest.raises(ValueError, match='both hit and unhit'):
+  with pytest.raises(ValueError, match='marked both hit and unhit'):
     causal.difference_in_differences(pruned, control, hit, hit, label)
 
 

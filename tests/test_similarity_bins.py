@@ -61,7 +61,7 @@ def test_edges():
   bins = accuracy_by_similarity(np.ones((1, 6)), similarity, np.zeros(6))
   assert [(b.low, b.high, b.images) for b in bins] == [(-0.05, 0, 1), (0.7, 0.75, 1), (0.95, 1, 2)]
   assert accuracy_by_similarity(np.ones((1, 2)), [np.nan, np.nan], [0, 0]) == []
-  with pytest.raises(ValueError, match='must agree in images'):
+  with pytest.raises(ValueError, match='number of images'):
     accuracy_by_similarity(np.ones((1, 2)), [0.5], [0, 0])
 
 

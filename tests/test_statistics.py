@@ -304,5 +304,5 @@ def test_bad_arrays_are_refused():
       statistics.crossed_interval(bad)
   with pytest.raises(ValueError, match=r'\(5,\) and second \(4,\)'):
     statistics.mcnemar(np.ones(5), np.ones(4))
-  with pytest.raises(ValueError, match='agree in images'):
+  with pytest.raises(ValueError, match='number of images'):
     statistics.balanced_accuracy(np.ones((3, 5)), np.ones(4))

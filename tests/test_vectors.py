@@ -226,7 +226,7 @@ def test_bad_vectors_are_told(number, dtype):
 def test_norms_far_from_one_need_to_be_asked_for():
   x = np.eye(4, dtype=np.float32) * np.array([0.89, 1.0, 1.11, 1e-30], np.float32)
   assert vectors.unit(x)[1].tolist() == [True, False, True, True]
-  assert vectors.fault(x[0]) == 'has length 0.89'
+  assert vectors.fault(x[0]) == 'has norm 0.89'
 
 
 @hypothesis.given(strategies.integers(-300, 300), strategies.integers(0, 2**32 - 1))

@@ -24,7 +24,8 @@ def finished(
   """Yields (i, function(jobs[i])) as soon as each job ends, in any order, and shows progress.
 
   The caller can record each result at once, so a kill loses only the running jobs. If a job raises,
-  the running jobs end, the others are cancelled, and the error is raised here. Nothing is retried.
+  the running jobs end and their results are lost, the others are cancelled, and the error is
+  raised here. A failed job is not started again (remote reads have retries: data/storage.py).
 
   Args:
     function: must pickle, as the jobs must.

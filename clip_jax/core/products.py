@@ -113,7 +113,7 @@ def make(
 
   If `work` raises (a shard failed, or a signal came), the lock is released and the exception passes
   to the caller. Products that were yielded before keep their files and sidecars; the next call
-  computes only the others. Nothing is retried.
+  computes only the others. A failed product is not tried again by this call.
 
   Args:
     workdir: the work directory.

@@ -148,7 +148,7 @@ class Source:
   def _row(self, row: int) -> tuple[int, int, int, int, int, int]:
     row = operator.index(row)
     if not 0 <= row < len(self._table):
-      raise IndexError(f'row {row} of {len(self._table)} in {self._directory}')
+      raise IndexError(f'row {row} does not exist: {self._directory} has {len(self._table)} rows')
     return self._table[row].item()
 
   def _images(self, rows: Sequence[int], places: Sequence[Any]) -> dict[int, bytes]:

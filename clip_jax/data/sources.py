@@ -25,7 +25,7 @@ class _Skip(Exception):
 
 
 class _Fields(NamedTuple):
-  """The metadata of a sample beside its members."""
+  """A sample's metadata: columns of its file, or its folder's name, and the fields of its json."""
 
   columns: Mapping[str, Any]  # columns of its file, or {'folder': class folder}
   json: Mapping[str, Any]  # fields of its json member, or of the column 'json'

@@ -54,7 +54,7 @@ class SourceFile:
 
   @property
   def stamp(self) -> str:
-    """A fingerprint of the file's state that needs no read of the file."""
+    """The file's size, and its version or modification time: part of product fingerprints."""
     return f'{self.size} {self.version or self.mtime}'
 
 

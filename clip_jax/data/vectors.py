@@ -73,7 +73,7 @@ def head(path: str, key: str = '', dim: int = 0) -> Head:
     else:
       raise InputError(
         f'{path} is not an .npy, .npz or .parquet file. For float32 numbers without a '
-        'header (SemDeDup), set vector_dim to the length of a vector.'
+        'header (SemDeDup), set vector_dim to the number of values in a vector.'
       )
   if dim and header.dim and header.dim != dim:
     raise InputError(
@@ -81,7 +81,7 @@ def head(path: str, key: str = '', dim: int = 0) -> Head:
     )
   if header.rows and not header.dim:
     raise InputError(
-      f'{path} has vectors of length 0, {header.rows:,} x 0. Replace it with the right file.'
+      f'{path} has vectors of 0 numbers ({header.rows:,} x 0). Replace it with the right file.'
     )
   return header
 
@@ -139,7 +139,7 @@ def fault(vector: Array) -> str:  # [E]
   if not np.isfinite(vector).all():
     return 'holds a NaN or an infinity'
   norm = float(np.linalg.norm(vector.astype(np.float64)))
-  return f'has length {norm:.4g}' if norm else 'is all zeros'
+  return f'has norm {norm:.4g}' if norm else 'is all zeros'
 
 
 def local_copy(file: storage.SourceFile, cache: str) -> str:

@@ -125,5 +125,5 @@ class Concatenation:
 def _checked(index: int, length: int) -> int:
   index = operator.index(index)
   if not 0 <= index < length:
-    raise IndexError(f'index {index} of {length} rows')
+    raise IndexError(f'index {index} is out of range: there are {length} rows')
   return index

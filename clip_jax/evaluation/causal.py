@@ -133,10 +133,10 @@ def difference_in_differences(
   if not hit.shape == unhit.shape == label.shape == difference.shape[1:]:
     raise ValueError(
       f'hit {hit.shape}, unhit {unhit.shape}, label {label.shape} and correctness '
-      f'{difference.shape} must agree in images'
+      f'{difference.shape} must have the same number of images'
     )
   if (hit & unhit).any():
-    raise ValueError(f'{(hit & unhit).sum()} queries are both hit and unhit')
+    raise ValueError(f'{(hit & unhit).sum()} queries are marked both hit and unhit')
   _, label = np.unique(label, return_inverse=True)
   hits, unhits = (np.bincount(label, arm, label.max() + 1) for arm in (hit, unhit))  # [C]
   both = (hits > 0) & (unhits > 0)
@@ -200,7 +200,7 @@ def dose(
   if not excess.shape == label.shape == difference.shape[1:]:
     raise ValueError(
       f'excess {excess.shape}, label {label.shape} and correctness '
-      f'{difference.shape} must agree in images'
+      f'{difference.shape} must have the same number of images'
     )
   if np.isnan(excess).any():
     raise ValueError(f'{np.isnan(excess).sum()} queries have no excess (NaN)')

@@ -47,7 +47,7 @@ def accuracy_by_similarity(
   if not similarity.shape == label.shape == correct.shape[1:]:
     raise ValueError(
       f'similarity {similarity.shape}, label {label.shape} and correctness '
-      f'{correct.shape} must agree in images'
+      f'{correct.shape} must have the same number of images'
     )
   kept = np.flatnonzero(np.isfinite(similarity))
   if not kept.size:

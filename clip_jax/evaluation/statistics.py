@@ -166,7 +166,9 @@ def balanced_accuracy(
   """Returns the mean of the per-class accuracies, over classes that have images."""
   correct, label = matrix(correct), np.asarray(label)
   if label.shape != correct.shape[1:]:
-    raise ValueError(f'correct {correct.shape} and label {label.shape} must agree in images')
+    raise ValueError(
+      f'correct {correct.shape} and label {label.shape} must have the same number of images'
+    )
   _, index, count = np.unique(label, return_inverse=True, return_counts=True)
   return _bounded(correct, 1 / count[index], groups, level)
 
@@ -289,7 +291,10 @@ def holm(p_values: Array | Sequence[float]) -> np.ndarray:  # [m] -> [m]
 
 
 def two_way(z: Array) -> tuple[float, float]:  # [S, G] -> variance, df
-  """Returns variance and df of the mean over seeds of z's row sums, both axes random."""
+  """Returns the variance and degrees of freedom of the mean over seeds of the sum over groups.
+
+  z: the contribution of each group (column) in each seed (row). Both count as random samples.
+  """
   seeds, units = z.shape
   if units < 2:
     return np.nan, np.nan

@@ -177,7 +177,7 @@ def seeds(config: Config, split: str) -> tuple[int, ...]:
   return tuple(config.splits[split].seeds) or tuple(config.train.seeds)
 
 
-def read_splits(config: Config, split: str) -> list[str]:
+def splits_needed_by(config: Config, split: str) -> list[str]:
   """Returns the splits on which a split depends, through its keys size_of, to and of."""
   block = config.splits[split]
   return [name for name in (block.size_of, block.to, *block.of) if name]
@@ -188,7 +188,7 @@ def in_order(config: Config) -> list[str]:
   ordered: list[str] = []
 
   def visit(name: str) -> None:
-    for other in read_splits(config, name):
+    for other in splits_needed_by(config, name):
       if other not in ordered:
         visit(other)
     if name not in ordered:

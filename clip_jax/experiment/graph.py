@@ -396,7 +396,7 @@ class Graph:
     ]
 
   def truncation(self, benchmark: str) -> Product:
-    """Returns the count of rows that the published top-k truncation misses for a benchmark."""
+    """Returns how many rows exact pruning removes and the paper's top-k lists miss."""
     return Product(
       f'search/{benchmark}/paper',
       'truncation',
@@ -489,7 +489,7 @@ class Graph:
         inputs += [self.anchor_lists(name, block.k), *self.pairs(name, block.k)]
     inputs += [
       self.rows(other, blocks.seed_of(config, split, other, seed))
-      for other in blocks.read_splits(config, split)
+      for other in blocks.splits_needed_by(config, split)
     ]
     # Untracked: a split reads only the thresholds of `queries`, which depend on the same embeddings
     # as the search shards. A larger top_k changes `queries`, but not the rows.
@@ -582,7 +582,11 @@ class Graph:
 
   @_cached
   def run(self, split: str, seed: int) -> Product:
-    """Returns a training run. Its keys are those that change its data or its steps."""
+    """Returns a training run.
+
+    Its keys: model, budget, seed, the pixels' normalisation and crop, and blocks.RECIPE. Keys that
+    change only speed, saving or logging are left out.
+    """
     config = self.config
     keys = blocks.pick(
       config,

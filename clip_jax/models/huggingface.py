@@ -253,7 +253,8 @@ def _kind(config: zoo.CLIPConfig) -> str:
       )
   if clip and t.pool_type == 'eos' and t.eos_id == 2:
     raise ConfigError(
-      "transformers' CLIPModel treats eos_token_id=2 as the highest id; use open_clip's format."
+      "with eos_token_id=2, transformers' CLIPModel takes the text feature at the token with the "
+      "highest id, not at the end token. Use open_clip's format."
     )
   return kind
 

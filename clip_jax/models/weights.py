@@ -357,8 +357,8 @@ def _resize(params: dict[str, Array], config: zoo.CLIPConfig) -> None:
       side, new = math.isqrt(max(len(have) - extra, 0)), math.isqrt(want[0] - extra)
       if side**2 + extra != len(have) or not side:
         raise InputError(
-          f'{len(have)} image position embeddings form no square'
-          f'{" and a class token" * extra}, so they cannot be resized to {want[0]}.'
+          f'{len(have)} image position embeddings do not fit a square grid of patches'
+          f'{" plus a class token" * extra}, so they cannot be resized to {want[0]}.'
         )
       params[IMAGE_POSITIONS] = np.concatenate(
         [have[:extra], resize_grid(have[extra:].reshape(side, side, -1), new)]

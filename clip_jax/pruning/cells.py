@@ -56,10 +56,10 @@ def draw_like(
   order: Array,  # [n] random numbers: rows with lower numbers are drawn first
   radices: Sequence[int],  # of the digits that may be merged over, in order of merging
 ) -> tuple[Array, list[int]]:
-  """Draws in each cell as many other rows as it has removed rows, and the rest in merged cells.
+  """Draws, for each removed row, another row of the same cell at random.
 
-  Rows are first drawn in full cells. Then, digit by digit, cells that differ only in that digit
-  are merged, and rows still missing are drawn in the merged cells from the remaining rows.
+  Where a cell has too few other rows, one variable after another is ignored, in the order of
+  `radices`, and the missing rows are drawn from the larger cells that result.
 
   Returns drawn [n] bool, never a removed row, and the number drawn at each stage
   ([1 + len(radices)]: in full cells, after the first merge, ...). Ties in `order` go by position.

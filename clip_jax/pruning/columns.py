@@ -18,8 +18,8 @@ TOLERANCE = 1e-5  # default; errors of float32 similarities are below half of it
 
 def _not_given(benchmarks: Sequence[str], rows: Array) -> Array:
   raise ValueError(
-    f'{len(rows)} rows are near a cut over {tuple(benchmarks)}: '
-    'pass exact_similarity and exact_excess to Columns'
+    f'{len(rows)} rows are too close to a threshold of {tuple(benchmarks)} for float32. Give '
+    'Columns the functions exact_similarity and exact_excess.'
   )
 
 

@@ -14,12 +14,14 @@ _LAST = np.uint32(0xFFFFFFFF)
 
 
 def pack(similarity: np.ndarray, position: np.ndarray) -> np.ndarray:  # float32, int -> uint64
+  """Joins similarity and position into one sortable number; a greater one is a nearer row."""
   bits = (similarity + np.float32(0)).view(np.uint32)  # + 0 turns -0 into 0
   ordered = np.where(bits >> 31, ~bits, bits | np.uint32(1 << 31))
   return ordered.astype(np.uint64) << 32 | (_LAST - position.astype(np.uint32))
 
 
 def unpack(top: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # uint64 -> float32, int64
+  """Returns the similarity and the position of joined numbers."""
   ordered = (top >> 32).astype(np.uint32)
   bits = np.where(ordered >> 31, ordered ^ np.uint32(1 << 31), ~ordered)
   return bits.view(np.float32), (_LAST - top.astype(np.uint32)).astype(np.int64)

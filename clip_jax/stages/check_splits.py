@@ -153,7 +153,7 @@ def _cycle(config: Config, name: str) -> list[str]:
   dependent, todo = {}, [name]  # split -> a split that depends on it
   while todo:
     split = todo.pop()
-    for other in blocks.read_splits(config, split):
+    for other in blocks.splits_needed_by(config, split):
       if other in config.splits and other not in dependent:
         dependent[other] = split
         todo.append(other)

@@ -322,7 +322,10 @@ def _similarities(x: Experiment, pool, usable: Array, source, pairs: _Pairs) -> 
 
 
 class _Parts:
-  """The numbered files of one pass and fingerprint, deleted when the stage is complete."""
+  """Temporary files from which a killed pass resumes: one for each finished block.
+
+  They are deleted when the stage is complete.
+  """
 
   def __init__(self, x: Experiment, product: Product, name: str):
     self._folder, self._name, self._next = x.path(PARTS + product.fingerprint[:16]), name, 0

@@ -105,10 +105,10 @@ def _write_unit(shard: Shard, path: str, rows: Array, out: str, bar, flag: str) 
     if bad_rows:
       count = f'{shard.files[0].path}: {example}; in total {bad_rows:,} of {len(rows):,} vectors '
       if settings.any_norm:
-        raise InputError(f'{count}have no direction. Remove them, or give the right file.')
+        raise InputError(f'{count}cannot be normalised. Remove them, or give the right file.')
       raise InputError(
-        f'{count}have no length from {vectors_lib.LEAST_NORM} to {vectors_lib.MOST_NORM}, unlike '
-        f'embeddings of images. Check the file, or use {flag} to allow any length except NaN and '
+        f'{count}have a norm outside {vectors_lib.LEAST_NORM} to {vectors_lib.MOST_NORM}, unlike '
+        f'embeddings of images. Check the file, or use {flag} to allow every norm except NaN and '
         'zero.'
       )
 

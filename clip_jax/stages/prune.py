@@ -354,8 +354,8 @@ def summarize(x: Experiment, new_products: list[Product]) -> None:
     if any(draw.get('no_matched_control') for draw in about['draws'].values()):
       lacking = max(draw['without_full_cell_donor'] for draw in about['draws'].values())
       logging.warning(
-        '%s: no matched control exists, because %.0f %% of the rows that %s removes have no '
-        'similar donor; the split holds random rows instead.',
+        '%s: no matched control can be made, because for %.0f %% of the rows that %s removes no '
+        'other row is alike in class, domain, caption and size. The split holds random rows.',
         split,
         100 * lacking,
         x.config.splits[split].to,

@@ -109,7 +109,10 @@ class PoolColumns:
 
   @functools.lru_cache(1)  # noqa: B019 (both live as long as the stage)
   def levels(self, column: str, reference: str) -> tuple[Array, list[str]]:
-    """Returns each pool row's level for domain_removal, [N], -1 for none, and the levels' names."""
+    """Returns the domain or class of each pool row, a number into the names, and the names.
+
+    The numbers are [N]; -1 for none.
+    """
     if column:
       codes, names = cells.levels(
         pa.array(self.source.column(column), from_pandas=True)  # NaN becomes null

@@ -304,7 +304,7 @@ def _recall(x: Experiment, target: Target, pool) -> float | None:
     (excess,) = workdir.search_arrays(x, target.name, shard, ['excess'])
     recalled += int((excess[true] > 0).sum())
   logging.info(
-    'search %s: ScaNN found %d of %d rows over a threshold of %d sampled queries.',
+    'search %s: ScaNN found %d of the %d rows over a threshold of %d sampled queries.',
     target.name,
     recalled,
     over,
@@ -507,7 +507,7 @@ def _log_sizes(x: Experiment) -> None:
     100 * dropped[-1] / max(candidates, 1),
   )
   logging.debug(
-    'with a slack of %g / %g: %s.',
+    'gap-aligned with a slack of %g / %g would drop: %s.',
     *SLACKS,
     _list(
       [
