@@ -30,6 +30,7 @@ def script():
   del sys.modules[spec.name]
 
 
+@pytest.mark.slow
 def test_the_tiny_form_needs_few_packages():
   code = (
     f'import runpy, sys; sys.modules.update(dict.fromkeys({ABSENT}));'

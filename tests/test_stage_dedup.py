@@ -324,7 +324,7 @@ def test_equal_rows_leave_the_first(new, caplog):
   with caplog.at_level('INFO'):
     keep, of = run(folder, **{'dedup.clusters': 50})
   assert np.flatnonzero(keep).tolist() == [0] and (of[1:40] == 0).all()
-  assert '1 of 50 centres' in caplog.text and 'drops more than half' in caplog.text
+  assert '1 of 50 centres' in caplog.text and 'dedup.threshold=0.02' in caplog.text
 
 
 def test_another_embedder(embedded, new):

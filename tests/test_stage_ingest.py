@@ -98,7 +98,8 @@ def test_all_formats_are_one_dataset_which_is_summed_up_and_may_move(tmp_path, c
   workdir = tmp_path / 'w'
   said = _ingest(_mixed(tmp_path / 'data'), workdir, capsys)
   assert '20 samples' in said
-  assert "2 samples have the key of an earlier one (as '00006' in a/1.tar and b/0.parquet)" in said
+  assert '2 samples have the key of an earlier one' in said
+  assert "'00006' in a/1.tar and b/0.parquet" in said
   source = _source(workdir)
   expected = [*range(10), *range(20, 24), *range(30, 34)]
   expected[8:8] = [6, 7]
