@@ -113,7 +113,7 @@ class _Unpickled:
     (_X.astype(np.int64), 'holds int64 numbers'),
     (_X.astype(np.complex64), 'holds complex64 numbers'),
     (_X.astype(np.longdouble), 'holds (float128|longdouble) numbers'),
-    (np.zeros((4, 0), np.float32), 'vectors of length 0, 4 x 0'),
+    (np.zeros((4, 0), np.float32), 'vectors of 0 numbers'),
     (np.zeros(3, 'u8,u8'), 'holds '),
   ],
 )
