@@ -254,7 +254,7 @@ def test_killed_and_run_again_it_ends_the_same(finished, tmp_path):
 def test_five_kills(finished, tmp_path):
   """Killed five times, each a little later than the last."""
   workdir = tmp_path / 'run'
-  moments = ('pool:', 'dedup:', 'split base', 'train: run 1 of 7', 'train: run 4 of 7')
+  moments = ('pool:', 'dedup:', 'prune: ', 'train: run 1 of 7', 'train: run 4 of 7')
   for i, moment in enumerate(moments):
     kill_at(workdir, moment, signal.SIGKILL, 0.2 * i)
   done = tiny.run(workdir)

@@ -291,10 +291,7 @@ def test_trained_evaluated_and_reported(data, prepared, tmp_path, capsys):
   del c.splits['pruned']
   status, said = run(c, tmp_path / 'run', capsys, ['train', 'evaluate', 'report'])
   assert status == 0, said
-  assert (
-    'control holds PLANTED copies of test images of squares: a positive control, not a result.'
-    in said
-  )
+  assert 'control contains PLANTED copies of test images of squares: a positive control' in said
   correct = evaluated(tmp_path / 'run')
   leakage = study.control_of(facts_of(c, tmp_path / 'run', correct))['contrasts'][0][2]
   gain, (copied, others) = correct['control'][0].astype(float) - correct['base'][0], _arms(prepared)

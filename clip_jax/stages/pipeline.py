@@ -235,7 +235,8 @@ def _begin(x: Experiment, names: list[str]) -> None:
     x.path('times.json'), {'seconds': {}, **workdir.read_json(x, 'times.json'), 'command': command}
   )
   if unfinished := files.remove_unfinished(x.workdir):
-    logging.info('Removed %d unfinished files of killed processes.', len(unfinished))
+    files_text = progress.counted(len(unfinished), 'unfinished file')
+    logging.info('Removed %s of killed processes.', files_text)
   files.write_json(x.path('config.json'), blocks.plain(x.config))
   if unused := [
     name for name in x.config.embedders if name not in blocks.further_embedders(x.config)
