@@ -223,7 +223,7 @@ def test_galleries_where_the_images_are(data, capsys):
   assert f'sketch: {data} has no image' in _page(data)
   rates = (data / 'w/report/tables/duplicate_rates.csv').read_text().splitlines()
   assert [line.split(',')[:4] + line.split(',')[7:8] for line in rates[1:2]] == [
-    ['sketch', '6', '0.876', '4', '']
+    ['sketch', '6', '0.876', '4', '4']
   ]
   c.benchmark_template.images = f'{data}/nowhere/*.tar'
   status, said = squares.run(c, data / 'w', capsys)

@@ -393,7 +393,10 @@ def test_added_shards_and_benchmarks_are_all_that_is_searched(data, tmp_path, ca
   c.prune.duplicate_similarity, c.search.tile_rows, c.search.query_block = 0.7, 64, 64
   del passes[:]
   status, said = run(c, work, capsys, SEARCH)
-  assert status == 0 and not passes and bytes_of(work) == before and 'nothing was done' in said
+  after = bytes_of(work)
+  for file in [name for name in before if name.startswith('search/squares/duplicates')]:
+    del before[file], after[file]  # the list depends on the threshold
+  assert status == 0 and not passes and after == before
   squares.write_tar(
     data / 'pool/2.tar', {f'{i:05d}': squares.sample(i, i % 3) for i in range(60, 75)}
   )
@@ -570,7 +573,7 @@ def test_what_the_terminal_says_of_twenty_benchmarks(data, tmp_path, capsys, mon
   lines = said[said.index('search: 60') :].splitlines()
   assert lines[0] == 'search: 60 pool rows against 202 queries of 20 benchmarks.'
   assert lines[1].startswith(
-    'queries with a duplicate (similarity 0.9999 or more) in the pool / in the anchor: '
+    'search: queries with a duplicate in the pool (similarity 0.9999 or more): squares 0 % (0 exact'
   )
   assert (
     lines[2].startswith('gap-aligned would drop, of 60 candidates: ')

@@ -395,6 +395,23 @@ class Graph:
       for i, parts in enumerate(searched)
     ]
 
+  def duplicates(self, benchmark: str) -> Product:
+    """Returns the list of a benchmark's duplicates in the pool."""
+    config = self.config
+    images = {
+      name: [part.format != blocks.VECTORS or bool(part.images) for part in parts]
+      for name, parts in ((name, blocks.parts(config, name)) for name in (POOL, benchmark))
+    }
+    return Product(
+      f'search/{benchmark}/duplicates',
+      'duplicates',
+      (benchmark,),
+      {'duplicate similarity': blocks.duplicate_similarity(config), 'have images': images},
+      tuple(self.search_shards(benchmark)),
+      batch='search/duplicates',
+      is_cheap=True,
+    )
+
   def truncation(self, benchmark: str) -> Product:
     """Returns how many rows exact pruning removes and the paper's top-k lists miss."""
     return Product(
@@ -433,6 +450,7 @@ class Graph:
       for target in blocks.targets(config, embedder):
         products += self.search_shards(target, embedder)
       products += [self.queries(name, embedder) for name in config.benchmarks]
+    products += [self.duplicates(name) for name in config.benchmarks]
     k_aligned = {
       (name, split.k)
       for split in config.splits.values()

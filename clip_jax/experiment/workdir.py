@@ -7,6 +7,7 @@ return whether files exist: the report shows only what is finished.
 from collections.abc import Iterator, Sequence
 import dataclasses
 import os
+from typing import Any
 import zipfile
 
 from etils import epath
@@ -15,7 +16,7 @@ import numpy as np
 from clip_jax.core import files, products
 from clip_jax.core.errors import InputError
 from clip_jax.core.types import Array
-from clip_jax.data import reader, views
+from clip_jax.data import reader, table, views
 from clip_jax.data.embeddings import Embeddings
 from clip_jax.experiment import blocks, graph
 from clip_jax.experiment.base_rows import BaseRows
@@ -111,6 +112,50 @@ def shard_slices(starts: Array) -> Iterator[tuple[int, int, int]]:  # [shards + 
   """Yields (shard, first row, row after the last)."""
   for shard in range(len(starts) - 1):
     yield shard, int(starts[shard]), int(starts[shard + 1])
+
+
+def by_shard(
+  x: Experiment,
+  dataset: str,
+  rows: Array,  # [n] int64, sorted
+) -> Iterator[tuple[int, int, int, Array]]:
+  """Yields (shard, its first row, its number of rows, the `rows` inside it, counted from 0)."""
+  if not len(rows):
+    return
+  starts = source(x, dataset).starts
+  low, high = np.searchsorted(starts, rows[[0, -1]], side='right')
+  for shard in range(int(low) - 1, int(high)):
+    start, stop = starts[shard : shard + 2].tolist()
+    first, last = np.searchsorted(rows, (start, stop))
+    if last > first:
+      yield shard, start, stop - start, rows[first:last] - start
+
+
+def described(
+  x: Experiment,
+  dataset: str,
+  rows: Array,  # [n] int64, sorted
+  columns: Sequence[str] = ('key', 'caption'),
+) -> Any:
+  """Returns a pyarrow table of rows: columns of their index, and `file`, the source file.
+
+  `file` is relative to the dataset's path, as the index's stamps name it. Shards without a column
+  hold null.
+  """
+  import pyarrow as pa
+
+  sources, parts = x.graph.shards(dataset), []
+  for shard, _, _, own in by_shard(x, dataset, rows):
+    index = table.read_columns(index_folder(x, dataset), shard, [*columns, 'path']).take(own)
+    name = sources[shard].prefix + sources[shard].files[0].name if sources[shard].files else ''
+    file = index['path'] if 'path' in index.column_names else pa.repeat(name, len(own))
+    parts.append(
+      pa.table(
+        {name: index[name] for name in columns if name in index.column_names} | {'file': file}
+      )
+    )
+  empty = pa.table({name: pa.array([], pa.string()) for name in (*columns, 'file')})
+  return pa.concat_tables([empty, *parts], promote_options='default') if parts else empty
 
 
 def embeddings_path(x: Experiment, dataset: str, shard: int) -> str:
@@ -239,6 +284,28 @@ def cosine(
   row = embeddings(x, dataset).rows(nearest[valid]).astype(np.float64)
   result[valid] = similarity[valid] / (np.linalg.norm(query, axis=1) * np.linalg.norm(row, axis=1))
   return result
+
+
+def duplicates_path(x: Experiment, benchmark: str) -> str:
+  """Returns the path of the list of a benchmark's duplicates in the pool."""
+  return x.path('search', benchmark, 'duplicates.parquet')
+
+
+def has_duplicate(x: Experiment, benchmark: str, kind: str = '') -> Array | None:  # [Q] bool
+  """Returns which queries have a duplicate in the pool; None before the list is made.
+
+  kind: 'exact' for these only.
+  """
+  import pyarrow.parquet as pq
+
+  if not os.path.exists(duplicates_path(x, benchmark)):
+    return None
+  mask = np.zeros(len(source(x, benchmark)), bool)
+  with pq.ParquetFile(duplicates_path(x, benchmark)) as stored:
+    for batch in stored.iter_batches(columns=['query_row', 'kind']):
+      rows = batch['query_row'].to_numpy()
+      mask[rows[batch['kind'].to_numpy(zero_copy_only=False) == kind] if kind else rows] = True
+  return mask
 
 
 def sizes(x: Experiment) -> Sizes | None:

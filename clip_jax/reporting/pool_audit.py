@@ -85,7 +85,7 @@ def rate_blocks(
   """Returns the share of queries with a duplicate in pool and anchor, with 95 % intervals."""
   if not rates:
     return []
-  near, exact = f'similarity \u2265 {similarity:.4g}', 'equal bytes or pixels'
+  near, exact = f'similarity \u2265 {similarity:.4g}', 'equal images or vectors'
   heads = {
     'pool': tables.figure('near-duplicate in pool', near),
     'exact_pool': tables.figure('exact duplicate in pool', exact),

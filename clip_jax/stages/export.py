@@ -82,19 +82,6 @@ def _own_rows(x: Experiment, split: str, seed: int) -> dict[str, Array]:
   return workdir.base_rows(x).own(np.load(workdir.rows_path(x, split, seed)))
 
 
-def _by_shard(x: Experiment, dataset: str, rows: Array) -> Iterator[tuple[int, int, int, Array]]:
-  """Yields (shard, its first row, its number of rows, the `rows` inside it, counted from 0)."""
-  if not len(rows):
-    return
-  starts = workdir.source(x, dataset).starts
-  low, high = np.searchsorted(starts, rows[[0, -1]], side='right')
-  for shard in range(int(low) - 1, int(high)):
-    start, stop = starts[shard : shard + 2].tolist()
-    first, last = np.searchsorted(rows, (start, stop))
-    if last > first:
-      yield shard, start, stop - start, rows[first:last] - start
-
-
 def write_list(x: Experiment, todo: list[Product]) -> Made:
   """Writes a list of keys and verifies it by reading it back."""
   (product,) = todo
@@ -119,7 +106,7 @@ def _npy(x: Experiment, path: str, pool: Array, convert, order) -> dict:
   """Writes the keys of pool rows, converted by `convert` and sorted by `order`, as an array."""
   column = x.config.prune.export_key or 'key'
   parts = [convert([])]
-  for shard, start, size, own in _by_shard(x, POOL, pool):
+  for shard, start, size, own in workdir.by_shard(x, POOL, pool):
     keys = _column(x, POOL, shard, column, size)
     parts.append(convert(keys.take(own), start + own))
   with files.atomic(x.path(path)) as temporary:
@@ -181,7 +168,7 @@ def _key_tables(x: Experiment, rows: Mapping[str, Array], schema) -> Iterator:
   for dataset, dataset_rows in rows.items():
     column = x.config.prune.export_key if dataset == POOL else ''
     sources = x.graph.shards(dataset) if len(dataset_rows) else []
-    for shard, start, size, own in _by_shard(x, dataset, dataset_rows):
+    for shard, start, size, own in workdir.by_shard(x, dataset, dataset_rows):
       index = table.read_columns(
         workdir.index_folder(x, dataset), shard, ['key', 'offset', 'length', 'path']
       ).take(own)
@@ -283,7 +270,7 @@ def _parts(x: Experiment, folder: str, kind: str, own_rows: Mapping[str, Array])
     for number, start in enumerate(range(0, len(rows), shard_writer.SAMPLES_A_SHARD)):
       file_rows = rows[start : start + shard_writer.SAMPLES_A_SHARD]
       hashes = {
-        shard: splits.rows_hash(own) for shard, _, _, own in _by_shard(x, dataset, file_rows)
+        shard: splits.rows_hash(own) for shard, _, _, own in workdir.by_shard(x, dataset, file_rows)
       }
       stem = ('' if dataset == POOL else f'{dataset}-') + f'{number:05d}'
       parts.append(

@@ -7,6 +7,7 @@ Out, in WORKDIR/search:
   <benchmark>/queries.npz: anchor_similarity, anchor_nearest, pool_similarity, pool_nearest
   anchor_classes/pool-*.npz: as above, against the class means of the anchor
   <reference>/pool-*.npz: as above, against labelled examples or prompts
+  <benchmark>/duplicates.parquet: the pairs of a query and a pool row that count as duplicates
   <benchmark>/anchor-k<k>.npz, <benchmark>/pairs-k<k>-*.npz: for splits of rule k_aligned
   <benchmark>/paper.json: the number of rows that the published truncation misses
   sizes.npz: the number of candidates over each threshold, which gives the size of every split
@@ -30,7 +31,7 @@ from clip_jax.experiment import blocks, workdir
 from clip_jax.experiment.blocks import ANCHOR, ANCHOR_CLASSES, POOL, SIZES
 from clip_jax.experiment.experiment import Experiment
 from clip_jax.similarity import decide, exact, paper_compat, scann, size_curves
-from clip_jax.stages import models
+from clip_jax.stages import models, search_duplicates
 
 MERGED = 8  # shards whose top-k lists are merged at once; bounds the memory
 QUERIES_AT_ONCE = 4096  # queries whose pairs of a shard are sorted at once
@@ -469,18 +470,18 @@ def summarize(x: Experiment, new_products: list[Product]) -> None:
     )
   if all(product.embedder for product in new_products):
     return
-  duplicate = blocks.duplicate_similarity(config)
-  rates = []
-  for name in config.benchmarks:
-    rate = duplicate_rates(x, name, duplicate)
-    rates.append((rate[0], f'{name} ' + ' / '.join(f'{100 * one:.3g} %' for one in rate)))
-  if rates:
-    where = 'in the pool / in the anchor' if blocks.has_anchor(config) else 'in the pool'
-    logging.debug(
-      'queries with a duplicate (similarity %.4g or more) %s: %s.',
-      duplicate,
-      where,
-      _list(rates),
+  lists = {b: products.counts(x.workdir, x.graph.duplicates(b).name) for b in config.benchmarks}
+  shares = [
+    (counts['near']['queries'] / max(counts['queries'], 1), b, counts['exact']['queries'])
+    for b, counts in lists.items()
+    if counts
+  ]
+  if shares:
+    logging.log(
+      logging.DEBUG if config.splits else logging.INFO,
+      'search: queries with a duplicate in the pool (similarity %g or more): %s.',
+      blocks.duplicate_similarity(config),
+      _list([(share, f'{b} {100 * share:.3g} % ({exact:,} exact)') for share, b, exact in shares]),
     )
   if (
     config.benchmarks
@@ -530,20 +531,6 @@ def _list(items: list[tuple[float, str]], last: bool = False) -> str:
   return ', '.join([*texts, *tail])
 
 
-def duplicate_rates(x: Experiment, benchmark: str, duplicate: float) -> list[float]:
-  """Returns the shares of usable queries with a near-duplicate in the pool and in the anchor.
-
-  Without an anchor, the pool's share only.
-  """
-  result, usable = workdir.query_result(x, benchmark), workdir.embeddings(x, benchmark).usable
-  assert result is not None  # the search is done
-  rates = []
-  for dataset in (POOL, ANCHOR) if blocks.has_anchor(x.config) else (POOL,):
-    cosine = workdir.cosine(x, benchmark, dataset, *result.nearest(dataset))
-    rates.append(float((cosine[usable] >= duplicate).mean()))
-  return rates
-
-
 def next_command(config: Config) -> str:
   """Returns the user's command line with the next stages; '' if this command runs them itself."""
   following = ['prune', 'report'] if config.splits else ['report']
@@ -571,4 +558,5 @@ MAKERS = {
   'pairs': pairs,
   'truncation': truncation,
   'sizes': sizes,
+  **search_duplicates.MAKERS,
 }

@@ -1,12 +1,13 @@
 """Stage report: one page with the results of all finished stages.
 
 In: the work directory, finished or not. Out: WORKDIR/report/index.html (self-contained),
-figures/*.svg, tables/*.csv, and summary.txt for the terminal. For a missing result, the page names
-the command that produces it.
+figures/*.svg, tables/*.csv, leaks.json, and summary.txt for the terminal. For a missing result, the
+page names the command that produces it.
 """
 
 from collections import Counter
 from collections.abc import Sequence
+import json
 import os
 from types import ModuleType
 
@@ -22,15 +23,17 @@ from clip_jax.experiment.experiment import Experiment
 from clip_jax.reporting import page, pool_audit, svg, tables
 from clip_jax.reporting import sections as sections_lib
 from clip_jax.reporting.page import Section
-from clip_jax.stages.report import audit, contrasts, removed, sections
+from clip_jax.stages.report import audit, contrasts, leaks, removed, sections
 from clip_jax.stages.report.facts import Facts, read
 from clip_jax.stages.report.panels import Accuracies
 
 
 def make(x: Experiment, todo: list[Product], studies: Sequence[ModuleType] = ()) -> Made:
   """Writes the page, its figures and its tables; `studies` as in `compose`."""
-  html, summary, shown = compose(read(x), studies)
-  texts = {'index.html': html, 'summary.txt': summary}
+  facts = read(x)
+  html, summary, shown = compose(facts, studies)
+  card = json.dumps(leaks.card(facts), indent=1, allow_nan=False) + '\n'
+  texts = {'index.html': html, 'summary.txt': summary, 'leaks.json': card}
   texts |= {
     f'figures/{item.name}.svg': svg.standalone(item.svg)
     for block in page.blocks(shown, 'figures')
@@ -44,10 +47,14 @@ def make(x: Experiment, todo: list[Product], studies: Sequence[ModuleType] = ())
   folder = os.path.dirname(todo[0].name)
   for name, text in texts.items():
     files.write_bytes(x.path(folder, name), text.encode())
+  pair_lists = {f'tables/duplicates-{b}.csv': b for b in leaks.lists(facts)}
+  for name, benchmark in pair_lists.items():
+    leaks.write_csv(x, benchmark, x.path(folder, name))
+  names = [*texts, *pair_lists]
   yield (
     todo[0],
-    [f'{folder}/{name}' for name in texts],
-    {ending: sum(name.endswith(ending) for name in texts) for ending in ('.svg', '.csv')},
+    [f'{folder}/{name}' for name in names],
+    {ending: sum(name.endswith(ending) for name in names) for ending in ('.svg', '.csv')},
   )
 
 

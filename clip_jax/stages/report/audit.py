@@ -12,6 +12,7 @@ from clip_jax.experiment import blocks, workdir
 from clip_jax.experiment.blocks import ANCHOR, POOL
 from clip_jax.reporting import inventory, page, pool_audit, sections, tables
 from clip_jax.reporting.page import Text
+from clip_jax.stages.report import leaks
 from clip_jax.stages.report.facts import Facts
 from clip_jax.stages.report.panels import looks
 
@@ -123,6 +124,7 @@ def duplicates(facts: Facts) -> list:
   rates = [{**rate, **_exact(facts, rate['benchmark'])} for rate in _rates(facts)]
   shown = [
     *pool_audit.rate_blocks(rates, blocks.duplicate_similarity(facts.config)),
+    *leaks.pairs(facts),
     *inventory.dedup_blocks(marked, _planted(facts), workdir.dedup_audit(facts.x)),
   ]
   return shown or [facts.missing('De-duplication and the search find duplicates.', 'search')]
@@ -189,16 +191,17 @@ def _rates(facts: Facts) -> list[dict]:
 def _exact(facts: Facts, benchmark: str) -> dict[str, int | None]:
   """Returns the number of queries with an exact duplicate in pool and anchor.
 
-  Exact: equal bytes or equal decoded pixels.
+  Exact: equal bytes or decoded pixels; in a pool without images, equal stored vectors.
   """
+  known = leaks.lists(facts).get(benchmark)
   return {
-    f'exact_{dataset}': facts.pictures.exact_duplicates(
+    'exact_pool': known['exact']['queries'] if known else None,
+    'exact_anchor': facts.pictures.exact_duplicates(
       benchmark,
-      dataset,
-      facts.near.get((benchmark, dataset)),
-      facts.query_results[benchmark].nearest(dataset)[1],
-    )
-    for dataset in (POOL, ANCHOR)
+      ANCHOR,
+      facts.near.get((benchmark, ANCHOR)),
+      facts.query_results[benchmark].nearest(ANCHOR)[1],
+    ),
   }
 
 

@@ -177,18 +177,18 @@ def read(x: Experiment) -> Facts:
 def _near(
   x: Experiment, searched: Mapping[str, workdir.QueryResult]
 ) -> dict[tuple[str, str], Array]:
-  """Returns masks of the queries with a near-duplicate in the pool and in the anchor."""
-  cosines = {
-    (b, dataset): workdir.cosine(x, b, dataset, *result.nearest(dataset))
+  """Returns masks of the queries with a near-duplicate in the pool and in the anchor.
+
+  Those of the pool are in the list of duplicates. In the anchor, the nearest row decides.
+  """
+  in_pool = {(b, POOL): workdir.has_duplicate(x, b) for b in searched}
+  in_anchor = {
+    (b, ANCHOR): np.nan_to_num(workdir.cosine(x, b, ANCHOR, *result.nearest(ANCHOR)), nan=-1.0)
+    >= blocks.duplicate_similarity(x.config)
     for b, result in searched.items()
-    for dataset in (POOL, ANCHOR)
-    if dataset in blocks.datasets(x.config)
-    and all(workdir.is_embedded(x, name) for name in (dataset, b))
+    if blocks.has_anchor(x.config) and all(workdir.is_embedded(x, name) for name in (ANCHOR, b))
   }
-  return {
-    key: np.nan_to_num(cosine, nan=-1.0) >= blocks.duplicate_similarity(x.config)
-    for key, cosine in cosines.items()
-  }
+  return {key: mask for key, mask in in_pool.items() if mask is not None} | in_anchor
 
 
 def results(x: Experiment) -> Results:

@@ -53,12 +53,12 @@ class Pictures:
     heads = ('most similar', 'median', 'least similar')
     for head, query in ((head, int(q)) for head, third in zip(heads, thirds) for q in third):
       threshold, anchor = result.anchor_similarity[query], int(result.anchor_nearest[query])
-      groups = [gallery.Group('query', (self._picture(benchmark, query, f'no. {query}'),))]
+      groups = [gallery.Group('query', (self.picture(benchmark, query, f'no. {query}'),))]
       if anchor >= 0 and self.has(ANCHOR):
-        nearest = self._picture(ANCHOR, anchor, tables.similarity(float(threshold)))
+        nearest = self.picture(ANCHOR, anchor, tables.similarity(float(threshold)))
         groups.append(gallery.Group('nearest in the anchor', (nearest,)))
       pool = tuple(
-        self._picture(
+        self.picture(
           POOL, int(row), tables.similarity(float(value)), marked=bool(value > threshold)
         )
         for row, value in zip(
@@ -73,7 +73,7 @@ class Pictures:
     self, title: str, rows: Array, lines: Sequence[str]
   ) -> tuple[str, tuple[gallery.Group, ...]]:
     """Returns pool rows as one strip of a gallery, with one line of text below each picture."""
-    pictures = tuple(self._picture(POOL, int(row), line) for row, line in zip(rows, lines))
+    pictures = tuple(self.picture(POOL, int(row), line) for row, line in zip(rows, lines))
     return '', (gallery.Group(title, pictures),)
 
   def captions(self, rows: Array, count: int) -> list[str]:
@@ -104,7 +104,8 @@ class Pictures:
     except InputError:  # the gallery shows the reason
       return None
 
-  def _picture(self, dataset: str, row: int, line: str, marked: bool = False) -> gallery.Picture:
+  def picture(self, dataset: str, row: int, line: str, marked: bool = False) -> gallery.Picture:
+    """Returns a row's image with one line of text below it."""
     source, image = workdir.source(self._x, dataset), None
     try:
       image = _decoded(source[row]['image'])
