@@ -407,12 +407,14 @@ REFERENCE = {
 # A subset of the base set for training. The keys of the rules are added (pruning/rules.KEYS).
 SPLIT = {
   # all | anchor | pool_only | gap_aligned | near | far | random | matched | k_aligned |
-  # domain_removal | union | intersection | minus | planted | listed (a file of keys)
+  # domain_removal | union | intersection | minus | planted | listed (a file of keys) |
+  # below (decontamination: rows similar to a query are dropped) | column (a number of each row)
   'rule': Key('all'),
   'append_anchor': Key(True),  # add the anchor's rows
   'seeds': Key(()),  # training seeds of this split; (): train.seeds
   # Exports for other programs: 'datacomp' | 'keys' | 'clip_ood' | 'webdataset' (byte-exact tars) |
-  # 'array_record'
+  # 'array_record' | 'removed_keys' (the pool rows that are not in the split, with the reason; as
+  # parquet) | 'removed_keys.csv' | 'removed_keys.txt' | 'removed_keys.npy'
   'export': Key(()),
 }
 

@@ -191,7 +191,7 @@ def test_forged_files_are_sentences(tmp_path):
       compression='none',
     )
     refused('a.parquet', table.getvalue().replace(b'some-text', b'some\xfftext'), 'cannot be read')
-  refused('a.csv', b'a', 'must end in .npy, .parquet, .txt')
+  refused('a.tsv', b'a', 'must end in .npy, .parquet, .txt')
   with pytest.raises(InputError, match='none.npy is not a file'):
     key_lists.read(tmp_path / 'none.npy')
   for table, said in (

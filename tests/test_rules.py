@@ -166,8 +166,68 @@ def test_listed_keeps_the_named_candidates_as_often_as_they_are_named(seed, name
   }
 
 
+def test_below_drops_rows_from_the_similarity_on():
+  columns = rules.Columns(
+    np.array([1, 1, 1, 0, 1], bool),
+    {'a': np.array([0.2, 0.9, 0.95, 0.99, 0.1]), 'b': np.array([0.96, 0.9, 0.1, 0.1, 0.1])},
+  )
+  keep = lambda *names, similarity=0.95: rules.below(
+    columns, benchmarks=names, similarity=similarity
+  ).rows.tolist()
+  assert keep('a') == [0, 1, 4] and keep('b') == [1, 2, 4] and keep('a', 'b') == [1, 4]
+  assert keep('a', similarity=1.0) == [0, 1, 2, 4]
+
+
+def test_below_asks_for_the_cosine_of_rows_near_the_cut_alone():
+  asked = []
+
+  def reaches(names, rows, similarity):
+    asked.append((names, rows.tolist(), similarity))
+    return rows == 1  # whatever the column says
+
+  values = np.array([0.5, 0.949, 0.951, 0.96], np.float32)
+  columns = rules.Columns(np.ones(4, bool), {'a': values}, reaches=reaches)
+  kept = rules.below(columns, benchmarks=('a',), similarity=0.95)
+  assert kept.rows.tolist() == [0, 2] and kept.report == {'decided_exactly': 2}
+  assert asked == [(('a',), [1, 2], 0.95)]
+
+
+@given(seeds, st.sampled_from(['at_least', 'top', 'count', 'quantile']))
+def test_a_column_keeps_its_highest_values(seed, by):
+  rng = np.random.default_rng(seed)
+  scores = rng.integers(0, 5, 40) / 4  # full of ties
+  scores[rng.random(40) < 0.2] = np.nan
+  columns = rules.Columns(rng.random(40) < 0.8)
+  rows = candidate_list(columns)
+  known = [row for row in rows if not np.isnan(scores[row])]
+  ordered = sorted(known, key=lambda row: (-scores[row], row))
+  if by == 'at_least':
+    given_, expected = {'at_least': 0.5}, [row for row in known if scores[row] >= 0.5]
+  elif by == 'top':
+    given_, expected = {'top': 0.25}, ordered[: math.floor(0.25 * len(rows) + 0.5)]
+  elif by == 'count':
+    given_, expected = {'top': 3.0}, ordered[:3]
+  else:
+    cut = sorted(scores[row] for row in known)[math.floor(0.7 * len(known))]
+    given_, expected = {'quantile': 0.7}, [row for row in known if scores[row] >= cut]
+  kept = rules.column(columns, scores=scores, **given_)
+  assert kept.rows.tolist() == sorted(expected)
+  assert kept.report == {
+    'without_value': len(rows) - len(known),
+    'value_at_cut': min(scores[row] for row in expected),
+  }
+
+
+def test_a_column_with_too_few_values_is_an_error():
+  columns = rules.Columns(np.ones(4, bool))
+  with pytest.raises(ConfigError, match='only 1 candidates have a value'):
+    rules.column(columns, scores=np.array([1.0, np.nan, np.nan, np.nan]), top=0.5)
+  nothing = rules.column(columns, scores=np.full(4, np.nan), quantile=0.5)
+  assert nothing.rows.tolist() == [] and nothing.report['value_at_cut'] is None
+
+
 def test_the_table_tells_what_each_rule_takes():
-  parameter = {'target': 'removed', 'file': 'rows', 'levels': 'codes'}
+  parameter = {'target': 'removed', 'file': 'rows', 'levels': 'codes', 'scores': 'scores'}
   same = (
     'benchmarks',
     'slack',
@@ -179,6 +239,9 @@ def test_the_table_tells_what_each_rule_takes():
     'count',
     'draw',
     'others',
+    'similarity',
+    'at_least',
+    'top',
   )
   for rule in rules.RULES.values():
     takes = set(inspect.signature(rule.keep).parameters) - {'columns', 'names'}
@@ -237,6 +300,19 @@ def test_the_table_tells_what_each_rule_takes():
       {'reference': 'styles', 'values': ('sketch',)},
       'domain removal, not alignment: without rows classified as sketch by the nearest example of '
       'styles',
+    ),
+    (
+      'below',
+      {'similarity': 0.95},
+      'without rows that are 0.95 or more similar to a query of a and b',
+    ),
+    ('column', {'column': 'clip', 'at_least': 0.0}, 'rows whose clip is 0 or more'),
+    ('column', {'column': 'clip', 'top': 0.3}, 'the 30 % of rows with the highest clip'),
+    ('column', {'column': 'clip', 'top': 5000.0}, '5,000 rows with the highest clip'),
+    (
+      'column',
+      {'column': 'clip', 'quantile': 0.7},
+      'rows whose clip is at or over its 70 % quantile',
     ),
     ('union', {'of': ('x', 'y')}, 'rows that x or y keeps'),
     ('union', {'of': ('x', 'y', 'z')}, 'rows that x, y or z keeps'),

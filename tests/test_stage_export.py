@@ -130,6 +130,60 @@ def test_every_export_names_the_split_and_comes_back_as_it(world, capsys, small)
     )
 
 
+def test_removed_keys_are_the_rest_of_the_pool_with_the_reason(world, capsys):
+  c, w = made(world, **{'dedup.enabled': True, 'dedup.threshold': 0.05}), world / 'removed'
+  c.dedup.enabled = True
+  c.splits.near = defaults.split(
+    rule='below', benchmarks=('squares',), similarity=0.95, export=key_lists.REMOVED
+  )
+  status, said = run(c, w, capsys, PREPARE)
+  assert status == 0, said
+  there = w / 'splits/near/export'
+  table = pq.read_table(there / 'removed_keys.parquet').to_pylist()
+  kept, keep = np.load(w / 'splits/near/rows.npy'), np.load(w / 'dedup/keep.npy')
+  rows = [row for row in range(60) if row not in kept]
+  assert [entry['row'] for entry in table] == rows
+  assert [entry['key'] for entry in table] == [uid(row) for row in rows]
+  assert [entry['reason'] for entry in table] == [
+    'rule' if keep[row] else 'duplicate' for row in rows
+  ]
+  assert {entry['reason'] for entry in table} == {'rule', 'duplicate'}
+  assert table[0]['file'] == '0.tar'
+  keys = [uid(row) for row in rows]
+  assert (there / 'removed_keys.txt').read_text().split() == keys
+  assert np.load(there / 'removed_keys.npy').tolist() == keys
+  for kind in ('txt', 'npy', 'csv', 'parquet'):
+    assert key_lists.read(there / f'removed_keys.{kind}').to_pylist() == keys
+
+
+def test_below_drops_the_rows_of_the_list_of_duplicates(world, capsys):
+  c, w = made(world, **{'prune.duplicate_similarity': 0.95}), world / 'removed'
+  c.splits.near = defaults.split(rule='below', benchmarks=('squares',), similarity=0.95)
+  status, said = run(c, w, capsys, PREPARE)
+  assert status == 0, said
+  listed = pq.read_table(w / 'search/squares/duplicates.parquet')['pool_row'].to_numpy()
+  pool = np.load(w / 'splits/near/rows.npy')
+  assert len(np.unique(listed)) > 5
+  assert (np.setdiff1d(np.arange(60), pool) == np.unique(listed)).all()
+
+
+def test_a_column_of_the_metadata_selects_rows(world, capsys):
+  c, w = made(world), world / 'column'
+  c.splits.high = defaults.split(rule='column', column='label', at_least=1)
+  c.splits.wide = defaults.split(rule='column', column='width', top=10)
+  status, said = run(c, w, capsys, PREPARE)
+  assert status == 0, said
+  labels = np.arange(60) % 3
+  rows = np.load(w / 'splits/high/rows.npy')
+  assert rows[rows < 60].tolist() == np.flatnonzero(labels >= 1).tolist()
+  assert len(np.load(w / 'splits/wide/rows.npy')) == 10 + 12
+  about = json.loads((w / 'splits/high/split.json').read_text())
+  assert about['parameters']['at_least'] == 1 and about['draws']['rows']['value_at_cut'] == 1
+  c.splits.high.column = 'uid'
+  status, said = run(c, w, capsys, PREPARE)
+  assert status == 1 and 'a column of numbers' in said
+
+
 def test_a_list_with_repeats_strangers_and_rows_that_are_no_candidates(world, tmp_path, capsys):
   c, w = made(world), tmp_path / 'w'
   c.dedup.enabled = True

@@ -14,7 +14,7 @@ from clip_jax.core.errors import ConfigError
 class Key(NamedTuple):
   """A config key: its default, and a check that returns what is wrong with a value ('': nothing).
 
-  The type of the default is the type of the key.
+  The type of the default is the type of the key; of None, it is an optional number.
   """
 
   default: Any
@@ -25,6 +25,10 @@ class Key(NamedTuple):
 
     where: the full name of the key, for the message.
     """
+    if self.default is None:
+      if value is not None and type(value) not in (int, float):
+        raise ConfigError(f'{where} must be a number or None, got {value!r}.')
+      return
     is_number = isinstance(self.default, float) and type(value) is int
     if type(value) is not type(self.default) and not is_number:
       raise ConfigError(f'{where} must be {type(self.default).__name__}, got {value!r}.')

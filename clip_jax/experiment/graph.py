@@ -555,8 +555,10 @@ class Graph:
     rows = self.rows(split, seed)
     if kind in key_lists.LISTS:
       indexes = [self.index(name) for name in (POOL, ANCHOR) if name in blocks.datasets(config)]
+      if kind in key_lists.REMOVED:  # says why each row is not in the split
+        indexes += [*self.embeddings(POOL), *([self.marks()] if config.dedup.enabled else [])]
       return Product(
-        f'{home}/{os.path.splitext(key_lists.LISTS[kind])[0]}',
+        f'{home}/{key_lists.product_name(kind)}',
         'list',
         (split, seed, kind),
         blocks.pick(config, ['prune.export_key']),

@@ -14,6 +14,8 @@ from clip_jax.core.errors import ConfigError, InputError
 from clip_jax.core.types import Array
 
 TOLERANCE = 1e-5  # default; errors of float32 similarities are below half of it
+# Dot products of float16 unit vectors differ from their cosine by less: each norm is off by 1e-3.
+NORMS = 2.1e-3
 
 
 def _not_given(benchmarks: Sequence[str], rows: Array) -> Array:
@@ -48,6 +50,9 @@ class Columns:
   # (benchmarks, rows [m] int64) -> [m] float64, the same maximum over the queries of all benchmarks
   exact_similarity: Callable[[Sequence[str], Array], Array] = _not_given
   exact_excess: Callable[[Sequence[str], Array], Array] = _not_given
+  # (benchmarks, rows [m] int64, cosine) -> [m] bool: whether a row has at least this exact cosine
+  # similarity to a query; None: the column decides
+  reaches: Callable[[Sequence[str], Array, float], Array] | None = None
   # Rows this close to a cut are decided exactly. At least twice the error of a float32 value: one
   # error of the row, and one of the cut if it is the value of another row.
   tolerance: float = TOLERANCE

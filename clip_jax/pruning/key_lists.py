@@ -6,7 +6,8 @@ file lists twice counts twice. A pool's keys are a column of strings or integers
 a sequence.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+import csv
 import dataclasses
 import os
 from typing import Any
@@ -21,7 +22,17 @@ from clip_jax.core.errors import InputError
 from clip_jax.core.types import Array
 
 # Formats in which a split's keys can be written: kind -> file.
-LISTS = {'datacomp': 'uids.npy', 'clip_ood': 'clip_ood.npy', 'keys': 'keys.parquet'}
+LISTS = {
+  'datacomp': 'uids.npy',
+  'clip_ood': 'clip_ood.npy',
+  'keys': 'keys.parquet',
+  # The pool rows that are not in the split.
+  'removed_keys': 'removed_keys.parquet',
+  'removed_keys.txt': 'removed_keys.txt',
+  'removed_keys.csv': 'removed_keys.csv',
+  'removed_keys.npy': 'removed_keys.npy',
+}
+REMOVED = tuple(kind for kind in LISTS if kind.startswith('removed_keys'))
 Column = Any  # pyarrow.Array or ChunkedArray, or a sequence of str or int
 UID = np.dtype('u8,u8')  # DataComp's: the first and the last 16 hexadecimal digits of a uid
 _BLOCK = 1 << 20  # rows processed at a time
@@ -42,6 +53,11 @@ class ListedRows:
   rows: Array  # [n] int64, sorted; a row occurs as often as its key is listed
   report: dict  # listed, listed_twice, not_in_pool, several_rows: counts of keys
   not_in_pool: list[str]  # up to three keys that are not in the pool
+
+
+def product_name(kind: str) -> str:
+  """Returns the name of the product of a kind of LISTS, beside its file."""
+  return kind if kind in REMOVED else os.path.splitext(LISTS[kind])[0]
 
 
 def uids(keys: Column, rows: Array | int = 0) -> Array:  # [n] UID
@@ -67,8 +83,8 @@ def sorted_uids(
 def read(path, column: str = '') -> Any:
   """Returns the keys that a file lists, in file order, as a pyarrow array of one of three kinds.
 
-  The file's ending sets the format: .npy, .parquet or .txt. column: of a parquet file; if it has
-  no column of that name: 'key', 'uid', or its only column.
+  The file's ending sets the format: .npy, .parquet, .txt or .csv. column: of a parquet or CSV
+  file; if it has no column of that name: 'key', 'uid', or its only column.
   """
   path = epath.Path(path)
   ending = os.path.splitext(path.name)[1].lower()
@@ -252,13 +268,7 @@ def _parquet(path: epath.Path, column: str):
     with path.open('rb') as f:
       file = pq.ParquetFile(f)
       have = file.schema_arrow.names
-      only = have[0] if len(have) == 1 else ''
-      name = next((name for name in (column, 'key', 'uid', only) if name in have), None)
-      if name is None:
-        raise InputError(
-          f'{path} has the columns {", ".join(have[:9])}, and no {column or "key"!r}. Set '
-          'config.prune.export_key to one of its columns.'
-        )
+      name = have[_key_column(path, have, column)]
       is_export = {'dataset', 'key', 'row'} <= set(have)
       read = file.read(['dataset', name] if is_export else [name])
       read.validate(full=True)  # finds texts that are not UTF-8
@@ -289,4 +299,28 @@ def _lines(path: epath.Path, column: str):
   return lines.filter(pc.not_equal(lines, ''))
 
 
-_READERS = {'.npy': _npy, '.parquet': _parquet, '.txt': _lines}
+def _csv(path: epath.Path, column: str):
+  """Reads texts from a column of a CSV file with a header."""
+  try:
+    with open(path, encoding='utf-8-sig', newline='') as f:
+      lines = csv.reader(f)
+      name = _key_column(path, next(lines, []), column)
+      keys = [line[name] if name < len(line) else None for line in lines if line]
+  except (csv.Error, OSError, UnicodeDecodeError) as error:
+    raise InputError(f'{path} cannot be read ({error}). Give a CSV file with a header.') from error
+  return _strings(pa.array(keys, pa.string()))
+
+
+def _key_column(path: epath.Path, have: Sequence[str], column: str) -> int:
+  """Returns the position of the keys among the columns of a file."""
+  only = have[0] if len(have) == 1 else ''
+  name = next((name for name in (column, 'key', 'uid', only) if name in have), None)
+  if name is None:
+    raise InputError(
+      f'{path} has the columns {", ".join(have[:9])}, and no {column or "key"!r}. Set '
+      'config.prune.export_key to one of its columns.'
+    )
+  return list(have).index(name)
+
+
+_READERS = {'.npy': _npy, '.parquet': _parquet, '.txt': _lines, '.csv': _csv}

@@ -17,7 +17,7 @@ from clip_jax.core.config import Key, positive, within
 from clip_jax.core.errors import ConfigError, InputError
 from clip_jax.core.types import Array
 from clip_jax.pruning.aligned import gap_aligned, k_aligned
-from clip_jax.pruning.columns import Columns, Kept, candidates_for, highest, lowest, refined
+from clip_jax.pruning.columns import NORMS, Columns, Kept, candidates_for, highest, lowest, refined
 from clip_jax.pruning.controls import matched, random
 
 
@@ -93,6 +93,69 @@ def _least(
   return Kept(rows[keep], report)
 
 
+def below(columns: Columns, *, benchmarks: Sequence[str], similarity: float) -> Kept:
+  """Keeps the candidates that are less similar than `similarity` to every query.
+
+  The dropped rows are those that the search lists as duplicates at this similarity, which is a
+  cosine: the dot product divided by both norms.
+  """
+  rows = np.flatnonzero(columns.candidates)
+  values = highest('below', columns.similarity, rows, benchmarks, np.maximum)
+  if np.isnan(values).any():
+    raise InputError(
+      f"rule 'below' needs every row's similarity to {tuple(benchmarks)}: "
+      "search with search.backend='exact'"
+    )
+  over, near_cut = values >= similarity, np.zeros(0, np.int64)
+  if columns.reaches is not None:
+    near_cut = np.flatnonzero(np.abs(values - similarity) <= NORMS + columns.tolerance)
+    over[near_cut] = columns.reaches(benchmarks, rows[near_cut], similarity)
+  return Kept(rows[~over], {'decided_exactly': len(near_cut)})
+
+
+def column(
+  columns: Columns,
+  *,
+  scores: Array,  # [N] float64, NaN where a row has no value
+  at_least: float | None = None,
+  top: float = 0.0,
+  quantile: float = 0.0,
+) -> Kept:
+  """Keeps the candidates with high values of a numeric column; rows without a value are dropped.
+
+  One of: at_least, the lowest value that is kept; top, the share of the candidates (<= 1) or the
+  number of rows (> 1) with the highest values (ties: earlier rows first); quantile, keeps the rows
+  from this quantile of the candidates' values on (0.7 keeps three tenths, and ties).
+
+  Report: without_value (candidates without a value), value_at_cut (the lowest kept value, None if
+  no row is kept).
+  """
+  rows = np.flatnonzero(columns.candidates)
+  known = rows[~np.isnan(scores[rows])]
+  values = scores[known]
+  if top:
+    count = count_of(top, len(rows))
+    if count > len(known):
+      raise ConfigError(
+        f'top={top:g} asks for {count:,} rows, but only {len(known):,} candidates have a value'
+      )
+    keep = lowest(-values, count)
+  elif quantile:
+    place = math.floor(quantile * len(values))  # rows below the cut, without ties
+    keep = values >= np.sort(values)[min(place, len(values) - 1)] if len(values) else values > 0
+  else:
+    assert at_least is not None  # checked before any work
+    keep = values >= at_least
+  kept = known[keep]
+  return Kept(
+    kept,
+    {
+      'without_value': len(rows) - len(known),
+      'value_at_cut': float(scores[kept].min()) if len(kept) else None,
+    },
+  )
+
+
 def domain_removal(
   columns: Columns,
   *,
@@ -166,6 +229,25 @@ def _gap_aligned_words(of: Mapping[str, Any]) -> str:
   return f'without rows that are nearer to {queries} than any anchor image{cut}'
 
 
+def _column_words(of: Mapping[str, Any]) -> str:
+  if of['at_least'] is not None:
+    return f'rows whose {of["column"]} is {of["at_least"]:g} or more'
+  if of['quantile']:
+    return f'rows whose {of["column"]} is at or over its {100 * of["quantile"]:g} % quantile'
+  amount = f'the {100 * of["top"]:g} % of rows' if of['top'] <= 1 else f'{of["top"]:,.0f} rows'
+  return f'{amount} with the highest {of["column"]}'
+
+
+def _one_amount(*names: str) -> Callable[[Mapping[str, Any]], str]:
+  """Returns a check that exactly one of several keys is set."""
+
+  def problem(of: Mapping[str, Any]) -> str:
+    given = [name for name in names if of[name] is not None and of[name] != KEYS[name].default]
+    return '' if len(given) == 1 else f'give exactly one of {_listed(names)}'
+
+  return problem
+
+
 def _domain_words(of: Mapping[str, Any]) -> str:
   values = _listed(of['values'])
   rows = (
@@ -187,11 +269,11 @@ class Rule:
 
   keys: the keys of a split block that this rule reads (besides append_anchor and seeds).
   needs: inputs that the caller supplies: 'search' (similarity columns), 'excess' (needs an anchor),
-  'pairs' (of k_aligned), 'levels' (`codes` and `names`, from a column or a reference), 'count'
-  (from size or size_of), 'draw' (one draw per training seed), 'target' (the rows dropped by the
-  split named in `to`), 'others' (the rows kept by the splits named in `of`), 'anchor_classes' (the
-  search against class means), 'file' (the rows that the split's file lists; the file's content
-  counts, not its path).
+  'pairs' (of k_aligned), 'levels' (`codes` and `names`, from a column or a reference), 'scores'
+  (the numbers of a column of the index), 'count' (from size or size_of), 'draw' (one draw per
+  training seed), 'target' (the rows dropped by the split named in `to`), 'others' (the rows kept by
+  the splits named in `of`), 'anchor_classes' (the search against class means), 'file' (the rows
+  that the split's file lists; the file's content counts, not its path).
   append_anchor: the rule's fixed value; None: the split's own key.
   planted: whether the split contains the planted rows.
   every_row: whether the rule needs every row's score, so that an approximate search is not enough.
@@ -203,6 +285,7 @@ class Rule:
   strips: titles of the pictures of removed rows (removed first, median, removed last) and of the
   kept rows nearest to the cut; () without a column.
   compared: whether the rule is one cut through its column, so that embedders can be compared.
+  problem: the values of `keys` -> what is wrong with them, '' for nothing.
   """
 
   keep: Callable[..., Kept]
@@ -219,6 +302,7 @@ class Rule:
   lowest_first: bool = False
   strips: tuple[str, ...] = ()
   compared: bool = False
+  problem: Callable[[Mapping[str, Any]], str] = lambda of: ''
 
   @property
   def drawn(self) -> bool:
@@ -249,8 +333,13 @@ KEYS = {
   # gap_aligned: drop only rows whose similarity exceeds the anchor's by more than this
   'slack': Key(0.0, within(-2, 2)),
   # gap_aligned: the slack is this quantile of the candidates' excess (0.9: drops a tenth of them,
-  # or slightly less); 0: not set
+  # or slightly less). column: rows from this quantile of its values on are kept. 0: not set
   'quantile': Key(0.0, within(0, 1)),
+  # below: rows with at least this cosine similarity to a query are dropped
+  'similarity': Key(0.0, within(-1, 1)),
+  # column: the lowest value that is kept; None: not set
+  'at_least': Key(None),
+  'top': Key(0.0),  # column: rows of the highest values kept; <= 1 a share, > 1 a count; 0: not set
   # gap_aligned: drops this multiple of the number of rows that slack 0 drops, largest excess first;
   # 0: not set
   'dose': Key(0.0, within(0, 1000)),
@@ -259,7 +348,8 @@ KEYS = {
   'k': Key(1, positive),
   # domain_removal: one of config.references, whose nearest example sets a row's class
   'reference': Key(''),
-  'column': Key(''),  # domain_removal: or a column of the pool's index with the class
+  # domain_removal: or a column of the pool's index with the class. column: a column of numbers
+  'column': Key(''),
   'values': Key(()),  # domain_removal: the classes, or values of the column, that are dropped
   # union, intersection, minus: the splits that are joined; minus: the first without the others
   'of': Key(()),
@@ -410,5 +500,36 @@ RULES = {
     planted=True,
     label='base with planted copies of test images',
     words=lambda of: 'base with planted copies of test images: a positive control',
+  ),
+  'below': Rule(
+    below,
+    ('benchmarks', 'similarity'),
+    ('search',),
+    every_row=True,
+    selects=True,
+    label='decontaminated (similar rows removed)',
+    words=lambda of: (
+      f'without rows that are {of["similarity"]:g} or more similar to a query of '
+      f'{_listed(of["benchmarks"])}'
+    ),
+    column='similarity',
+    problem=lambda of: '' if of['similarity'] else 'give similarity=, for example 0.95',
+    strips=(
+      'removed, most similar',
+      'removed, median',
+      'removed, just over the cut',
+      'kept, just under the cut',
+    ),
+  ),
+  'column': Rule(
+    column,
+    ('column', 'at_least', 'top', 'quantile'),
+    ('scores',),
+    selects=True,
+    label='highest values of a column',
+    words=_column_words,
+    problem=lambda of: (
+      _one_amount('at_least', 'top', 'quantile')(of) if of['column'] else 'give column='
+    ),
   ),
 }

@@ -17,9 +17,14 @@ from clip_jax.data import formats, keyed_images
 from clip_jax.experiment import blocks
 from clip_jax.experiment.experiment import Experiment
 from clip_jax.models import weights, zoo
+from clip_jax.pruning import key_lists
 from clip_jax.stages import benchmark_dirs, check_keys, check_splits, models
 
-LISTS_OF_POOL = ('datacomp', 'clip_ood')  # exports that name the pool's samples only
+LISTS_OF_POOL = (
+  'datacomp',
+  'clip_ood',
+  *key_lists.REMOVED,
+)  # exports that name the pool's samples only
 # Keys that only a dataset of format 'embeddings' reads, and image keys that it does not read.
 VECTOR_KEYS = ('metadata', 'vector_key', 'vector_dim', 'any_norm', 'images')
 NOT_VECTOR_KEYS = (

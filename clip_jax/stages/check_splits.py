@@ -11,7 +11,7 @@ from clip_jax.experiment import blocks
 from clip_jax.pruning import key_lists, rules
 from clip_jax.stages import check_keys
 
-KEY_FILES = ('.npy', '.parquet', '.txt')  # file types that the rule listed reads
+KEY_FILES = ('.npy', '.parquet', '.txt', '.csv')  # file types that the rule listed reads
 
 
 def check(config: Config, name: str) -> None:
@@ -36,6 +36,8 @@ def check(config: Config, name: str) -> None:
       f'{where}: the rule {block.rule!r} needs benchmarks=(...); the config has '
       f'{", ".join(config.benchmarks) or "none"}.'
     )
+  if problem := rule.problem(blocks.parameters(config, name)):
+    raise ConfigError(f'{where}: the rule {block.rule!r}: {problem}.')
   for kind in block.export:
     check_keys.one_of(f'{where}.export', kind, (*key_lists.LISTS, *shard_writer.COPIES))
   if 'file' in rule.keys and not os.path.isfile(os.path.expanduser(block.file)):
@@ -60,7 +62,8 @@ def check(config: Config, name: str) -> None:
   ):
     raise ConfigError(f'{where}: the rule {block.rule!r} needs an anchor; give config.anchor.')
   if config.search.backend == 'scann':
-    if rule.every_row or block.quantile or block.dose:
+    aligned_amount = rule.aligned and (block.quantile or block.dose)
+    if rule.every_row or aligned_amount:
       key = 'quantile' if block.quantile else 'dose'
       reason = f'the rule {block.rule!r}' if rule.every_row else f'{key}={block[key]:g}'
       raise ConfigError(
@@ -83,6 +86,8 @@ def check(config: Config, name: str) -> None:
         f'{where}.size={block.size} must be a share in (0, 1] or a whole number above 1.'
       )
   _aligned_keys(where, block)
+  if 'scores' in rule.needs:
+    _column(config, where, block.column)
   if 'levels' in rule.needs:
     _levels(config, where, block)
   _others(config, name)
@@ -109,15 +114,21 @@ def _levels(config: Config, where: str, block: Config) -> None:
     )
   if len({str(value) for value in block['values']}) < len(block['values']):
     raise ConfigError(f'{where}.values={block["values"]} contains a value twice.')
-  if block.column and config.pool.format != 'concat':  # each source may have other columns
-    check_keys.one_of(
-      f'{where}.column', block.column, dict.fromkeys([*config.pool.columns, *table.COLUMNS])
-    )
+  if block.column:
+    _column(config, where, block.column)
   if block.reference:
     check_keys.one_of(f'{where}.reference', block.reference, config.references)
     classes = config.references[block.reference].classes
     for value in block['values'] if classes else ():
       check_keys.one_of(f'{where}.values', str(value), classes)
+
+
+def _column(config: Config, where: str, column: str) -> None:
+  """Checks that the pool's index has a column."""
+  if config.pool.format != 'concat':  # each source may have other columns
+    check_keys.one_of(
+      f'{where}.column', column, dict.fromkeys([*config.pool.columns, *table.COLUMNS])
+    )
 
 
 def _others(config: Config, name: str) -> None:

@@ -2,9 +2,10 @@
 
 In: splits/<split>/rows*.npy, the indexes; for copies also the source files.
 Out, in WORKDIR/splits/<split>/export/ (export/seed<k>/ if each seed has its own rows): uids.npy,
-clip_ood.npy, keys.parquet, webdataset/*.tar and array_record/*.array_record, the last two each with
-sizes.json. uids.npy and clip_ood.npy hold the pool's rows only; the others also hold anchor rows
-and planted copies, which have no key of the pool.
+clip_ood.npy, keys.parquet, removed_keys.*, webdataset/*.tar and array_record/*.array_record, the
+last two each with sizes.json. uids.npy and clip_ood.npy hold the pool's rows only; keys.parquet and
+copies also hold anchor rows and planted copies, which have no key of the pool. removed_keys holds
+the pool rows that are not in the split.
 """
 
 from collections.abc import Iterator, Mapping
@@ -14,6 +15,7 @@ from typing import Any
 from absl import logging
 import numpy as np
 import pyarrow as pa
+import pyarrow.csv
 import pyarrow.parquet as pq
 
 from clip_jax.core import engine, files, products, progress
@@ -27,6 +29,8 @@ from clip_jax.experiment.experiment import Experiment
 from clip_jax.pruning import key_lists, splits
 
 ROWS_AT_ONCE = 1 << 20  # rows of keys.parquet held in memory
+# Why a pool row is not in a split.
+RULE, DUPLICATE, IN_ANCHOR, UNUSABLE = 'rule', 'duplicate', 'in the anchor', 'unusable'
 BYTES_BESIDE_IMAGE = 6000  # estimate for a sample in a tar: captions, json, headers
 
 
@@ -86,7 +90,7 @@ def write_list(x: Experiment, todo: list[Product]) -> Made:
   """Writes a list of keys and verifies it by reading it back."""
   (product,) = todo
   split, seed, kind = product.of
-  path = product.name + os.path.splitext(key_lists.LISTS[kind])[1]
+  path = f'{os.path.dirname(product.name)}/{key_lists.LISTS[kind]}'
   counts = _LISTS[kind](x, path, _own_rows(x, split, seed))
   yield product, [path], counts
   logging.info(
@@ -197,6 +201,57 @@ def _key_tables(x: Experiment, rows: Mapping[str, Array], schema) -> Iterator:
         ],
         schema=schema,
       )
+
+
+def _removed(x: Experiment, path: str, rows: Mapping[str, Array]) -> dict:
+  """Writes the pool rows that are not in the split, in the format of the path's ending.
+
+  .parquet and .csv: key, row, file, reason; .txt and .npy: the keys.
+  """
+  pool, column = workdir.embeddings(x, POOL), x.config.prune.export_key or 'key'
+  reasons = np.full(len(pool), RULE, '<U32')
+  if x.config.dedup.enabled:
+    reasons[~np.load(workdir.keep_path(x))] = DUPLICATE
+  reasons[workdir.in_anchor(x)] = IN_ANCHOR
+  reasons[~pool.usable] = UNUSABLE
+  removed = np.ones(len(pool), bool)
+  removed[rows[POOL]] = False
+  gone = np.flatnonzero(removed)
+  described = workdir.described(x, POOL, gone, (column,))
+  keys = described[column].cast(pa.string()) if column in described.column_names else None
+  if keys is None or keys.null_count:
+    raise InputError(
+      f'Not every row of the pool has {column!r}. Name another column in config.prune.export_key.'
+    )
+  table_ = pa.table(
+    {'key': keys, 'row': gone, 'file': described['file'], 'reason': pa.array(reasons[gone])}
+  )
+  with files.atomic(x.path(path)) as temporary:
+    _REMOVED[os.path.splitext(path)[1]](os.fspath(temporary), table_)
+    return {'keys': len(gone), **_checked(x, path, temporary, column, gone)}
+
+
+def _write_lines(path: str, removed: pa.Table) -> None:
+  keys = removed['key'].to_pylist()
+  if broken := [key for key in keys if key.splitlines() != [key] or key.strip() != key]:
+    raise InputError(
+      f'The key {broken[0]!r} does not fit in a line of text. Export removed_keys (parquet).'
+    )
+  with open(path, 'w', encoding='utf-8', newline='\n') as f:
+    f.writelines(f'{key}\n' for key in keys)
+
+
+def _write_npy(path: str, removed: pa.Table) -> None:
+  with open(path, 'wb') as f:
+    np.save(f, np.array(removed['key'].to_pylist(), np.str_), allow_pickle=False)
+
+
+_REMOVED = {
+  '.parquet': lambda path, removed: pq.write_table(removed, path, compression='zstd'),
+  '.csv': lambda path, removed: pyarrow.csv.write_csv(removed, path),
+  '.txt': _write_lines,
+  '.npy': _write_npy,
+}  # ending -> its writer
 
 
 def write_copies(x: Experiment, todo: list[Product]) -> Made:
@@ -315,6 +370,7 @@ def write_part(job: tuple[str, str, str, Array]) -> dict:
 
 
 _LISTS = {
+  **dict.fromkeys(key_lists.REMOVED, _removed),
   'datacomp': _uids,
   'clip_ood': _numbers,
   'keys': _keys,

@@ -90,6 +90,8 @@ class Base(PoolColumns):
     if 'levels' in rule.needs:
       arguments['codes'], arguments['names'] = self.levels(block.column, block.reference)
       arguments['values'] = tuple(map(str, block['values']))
+    if 'scores' in rule.needs:
+      arguments['scores'] = self.numbers(block.column)
     if 'count' in rule.needs:
       arguments['count'] = (
         len(self._pool_rows(split, block.size_of, seed))

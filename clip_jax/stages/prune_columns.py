@@ -18,7 +18,7 @@ from clip_jax.experiment import blocks, workdir
 from clip_jax.experiment.blocks import ANCHOR, ANCHOR_CLASSES, POOL
 from clip_jax.experiment.experiment import Experiment
 from clip_jax.pruning import cells, columns, rules
-from clip_jax.similarity import decide
+from clip_jax.similarity import decide, pairs
 
 ROWS_AT_ONCE = 65_536  # vectors read from the pool at once
 PAIRS_AT_ONCE = 1 << 24  # pairs that the rule k_aligned decides at once
@@ -69,6 +69,7 @@ class PoolColumns:
       excess=column('excess'),
       exact_similarity=self._exact_similarity,
       exact_excess=self._exact_excess,
+      reaches=self._reaches,
       pairs=self.pairs,
       recall=recall,
     )
@@ -126,6 +127,17 @@ class PoolColumns:
     labels = np.append(workdir.source(self.x, reference).labels, -1)
     codes = labels[nearest]
     return np.where(codes < len(names), codes, -1), names
+
+  def numbers(self, column: str) -> Array:
+    """Returns a numeric column of the pool's index, [N] float64; NaN for rows without a value."""
+    values = self.source.column(column)
+    if values.dtype.kind not in 'iufb':
+      example = next((value for value in values if value is not None), None)
+      raise InputError(
+        f'The column {column!r} of the pool holds {example!r}, which is no number. The rule '
+        "'column' needs a column of numbers."
+      )
+    return values.astype(np.float64)
 
   def pairs(self, benchmark: str, k: int) -> Iterator[columns.Pairs]:
     """Yields all pairs of a query and a pool row nearer than the query's k-th anchor row.
@@ -189,6 +201,15 @@ class PoolColumns:
         axis=0,
       ),
     )
+
+  def _reaches(self, benchmarks, rows: Array, similarity: float) -> Array:
+    reached = np.zeros(len(self.pool), bool)
+    for name in benchmarks:
+      queries = workdir.embeddings(self.x, name)
+      vectors = queries[:][queries.usable]
+      for _, row, _ in pairs.over(self.pool, rows, vectors, similarity, name='embeddings/pool'):
+        reached[row] = True
+    return reached[rows]
 
   def _exact_excess(self, benchmarks, rows: Array) -> Array:
     return self._in_blocks(
