@@ -47,6 +47,37 @@ def candidates(
   return exact.merge_top([(score(pool, nearest, queries, name=name), nearest)], n)
 
 
+def row_columns(
+  similarity: Array,  # [Q, n] float32, of `candidates`
+  row: Array,  # [Q, n] int64
+  usable: Array,  # [N] bool
+  thresholds: Array | None = None,  # [Q] float32; NaN where a query has none
+) -> dict[str, np.ndarray]:
+  """Returns the columns of exact.search_shard for the candidates: similarity, nearest and excess.
+
+  Rows that are no candidate of any query hold NaN, -1 and NaN; unusable rows -inf, -1 and -inf.
+  """
+  query, rank = np.nonzero(row >= 0)
+  rows, scores = row[query, rank], similarity[query, rank]
+  best = np.lexsort((query, -scores, rows))  # per row: highest score first, ties by query
+  scored, first = np.unique(rows[best], return_index=True)
+  columns = {
+    'similarity': np.full(len(usable), np.nan, np.float32),
+    'nearest': np.full(len(usable), -1, np.int32),
+    'excess': np.full(len(usable), np.nan, np.float32),
+  }
+  columns['similarity'][scored] = scores[best][first]
+  columns['nearest'][scored] = query[best][first]
+  if thresholds is not None:
+    over = np.full(len(usable), -np.inf, np.float32)
+    with np.errstate(invalid='ignore'):  # thresholds are NaN without an anchor
+      np.maximum.at(over, rows, scores - thresholds[query])
+    columns['excess'][scored] = over[scored]
+  for key in ('similarity', 'excess'):
+    columns[key][~usable] = -np.inf
+  return columns
+
+
 def score(
   pool: Array,  # rows [N, E] float16
   rows: Array,  # [Q, n] int64, -1: no row

@@ -218,23 +218,7 @@ def _scann_shard(
     similarity, row = scann.candidates(
       vectors, usable, target.vectors[target.usable], x.config.search.candidates
     )
-    query, rank = np.nonzero(row >= 0)
-    rows, scores = row[query, rank], similarity[query, rank]
-    best = np.lexsort((query, -scores, rows))  # per row: highest score first, ties by query
-    scored, first = np.unique(rows[best], return_index=True)
-    arrays = {
-      'similarity': np.full(len(usable), np.nan, np.float32),
-      'nearest': np.full(len(usable), -1, np.int32),
-      'excess': np.full(len(usable), np.nan, np.float32),
-    }
-    arrays['similarity'][scored] = scores[best][first]
-    arrays['nearest'][scored] = query[best][first]
-    over = np.full(len(usable), -np.inf, np.float32)
-    with np.errstate(invalid='ignore'):  # limits are NaN without an anchor
-      np.maximum.at(over, rows, scores - target.limits[query])
-    arrays['excess'][scored] = over[scored]
-    for key in ('similarity', 'excess'):
-      arrays[key][~usable] = -np.inf
+    arrays = scann.row_columns(similarity, row, usable, target.limits)
     k = min(x.config.search.top_k, similarity.shape[1])
     results[target.name] = arrays | {'top_similarity': similarity[:, :k], 'top_row': row[:, :k]}
   return results
