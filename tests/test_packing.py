@@ -61,15 +61,15 @@ def _check(tokens, groups, packed):
 
 def _rows_one_by_one(tokens):
   """First fit decreasing, as it is told: the number of rows."""
-  room = []
+  free_tokens = []
   for n in sorted((len(text) for text in set(map(tuple, _texts(tokens)))), reverse=True):
-    for row, left in enumerate(room):
+    for row, left in enumerate(free_tokens):
       if n <= left:
-        room[row] -= n
+        free_tokens[row] -= n
         break
     else:
-      room.append(tokens.shape[1] - n)
-  return len(room)
+      free_tokens.append(tokens.shape[1] - n)
+  return len(free_tokens)
 
 
 @given(batches())

@@ -275,7 +275,7 @@ def test_sizes_wait_for_de_duplication(data, tmp_path, capsys):
   assert (tmp_path / 'w/search/sizes.npz').exists()
 
 
-def test_a_plain_audit_without_an_anchor(data, tmp_path, capsys):
+def test_a_search_without_an_anchor(data, tmp_path, capsys):
   c = config(data)
   c.anchor = defaults.dataset()
   del c.splits.pruned

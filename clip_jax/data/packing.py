@@ -111,7 +111,7 @@ def _first_fit(
   groups: int,
   width: int,
 ) -> Array:  # -> [n] int64
-  """Returns each caption's row in its group: longest first, in the first row with room.
+  """Returns each caption's row in its group: longest first, in the first row with space.
 
   Captions of one length are placed together: a row takes as many as fit, before the next row.
   """
@@ -119,13 +119,13 @@ def _first_fit(
   tokens = np.arange(width + 1) @ counts  # [G]
   # First fit leaves at most one row half full or less.
   most = min(int(counts.sum(0).max()), 2 * int(tokens.max()) // width + 1)
-  room = np.full((groups, most), width, np.int32)
+  free = np.full((groups, most), width, np.int32)
   rows = np.tile(np.arange(most), groups)
   placed = []
   for size in np.unique(length)[::-1]:
-    fit = room // size
+    fit = free // size
     taken = np.minimum(np.maximum(counts[size][:, None] - fit.cumsum(1) + fit, 0), fit)
-    room -= (taken * size).astype(np.int32)
+    free -= (taken * size).astype(np.int32)
     placed.append(np.repeat(rows, taken.ravel()))
   row = np.empty(len(length), np.int64)
   row[np.argsort(-length, kind='stable')] = np.concatenate(placed)  # by length, then by group

@@ -74,7 +74,7 @@ def _lead(share: Share) -> str:
     share.reference
   ]
   return (
-    f'{value} % ({span}) of the {100 * share.room.value:.1f} points by which {control} beats '
+    f'{value} % ({span}) of the {100 * share.lead.value:.1f} points by which {control} beats '
     f'{reference}'
   )
 

@@ -28,7 +28,7 @@ from clip_jax.core.types import Config
 from clip_jax.experiment import blocks
 from clip_jax.experiment.blocks import ANCHOR, ANCHOR_CLASSES, GLYPHS, PLANTED, POOL, SIZES
 from clip_jax.experiment.shards import Shard, list_shards
-from clip_jax.models import embedders, weights
+from clip_jax.models import fitted_embedders, weights
 from clip_jax.pruning import key_lists
 
 # Keys of a dataset block that do not change its index: where files are (labels_file counts by its
@@ -45,7 +45,7 @@ _NOT_IN_INDEX = (
   'images',
 )
 # Keys of config.dedup that are not in the marks' fingerprint: the embedder counts through the
-# embeddings, which are inputs, and the audit is another product.
+# embeddings, which are inputs, and the de-duplication audit is another product.
 _NOT_IN_MARKS = ('embedder', 'audit_rows')
 # Config keys that the page shows.
 _ON_PAGE = (
@@ -249,7 +249,7 @@ class Graph:
     if block.source == 'files':
       return Product(name, 'embedder', keys=picked(), embedder=embedder)
     keys = picked('image_size', 'seed') | blocks.pick(self.config, ['preprocess.resize'])
-    if block.source in embedders.EMBEDDERS:
+    if block.source in fitted_embedders.EMBEDDERS:
       keys |= picked('dim', 'fit_images')
     else:
       keys |= picked('samples') | blocks.pick(

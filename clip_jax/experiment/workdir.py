@@ -161,7 +161,7 @@ def candidates(x: Experiment) -> Array:  # [N] bool
 
 
 def dedup_audit(x: Experiment) -> dict:
-  """Returns the audit of de-duplication (the duplicates that it misses), {} if there is none."""
+  """Returns the de-duplication audit (duplicates that clustering misses), {} if there is none."""
   return read_json(x, 'dedup', 'audit.json')
 
 

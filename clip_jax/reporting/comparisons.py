@@ -20,7 +20,7 @@ Item = Mapping[str, Any]
 #   answers: whether the headline answer uses it
 #   holm: adjusted p, NaN outside the confirmatory family    tests: size of that family
 #   equivalence: verdict, low, high, margin, detectable
-#   share, share_matched: value, low, high, method, reference, loss, room, reason
+#   share, share_matched: value, low, high, method, reference, loss, lead, reason
 #   placebo, did: estimate, hit, unhit, reason
 #   placebo_benchmark: a name; did_reason: why `did` is None
 #   dose: slope, low, high, images, reason    mcnemar: [(seed, first_only, second_only and p_value)]
@@ -194,12 +194,12 @@ def _shares(item: Item) -> list[Line]:
       continue
     over = 'anchor only' if share.reference == 'anchor_only' else 'the effective-robustness line'
     whole = lambda value: tables.percent(value, 0)
-    loss, room = tables.percent(share.loss.value), tables.percent(share.room.value)
+    loss, lead = tables.percent(share.loss.value), tables.percent(share.lead.value)
     lines.append(
       (
         name,
         f'{whole(share.value)} % {tables.bounds(share, whole)}'.strip(),
-        f'{loss} of {room} points over {over}',
+        f'{loss} of {lead} points over {over}',
         f'{whole(share.value)} % {words}',
       )
     )

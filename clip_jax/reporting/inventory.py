@@ -28,7 +28,7 @@ SURVIVORS = {  # dedup.survivor -> which row is kept
 def dedup_blocks(
   dedup: Mapping[str, Any] | None,  # usable, duplicates, clusters, threshold, survivor, embedder
   planted: Rows,  # kind, planted, found, recall, low, high
-  audit: Mapping[str, Any] | None,  # dedup/audit.json
+  missed: Mapping[str, Any] | None,  # dedup/audit.json
 ) -> list:
   """Returns the number of duplicates, which copy is kept, and the recall of de-duplication."""
   blocks: list = []
@@ -66,12 +66,12 @@ def dedup_blocks(
         tuple(planted),
       )
     )
-  return blocks + (_audit(audit) if audit else [])
+  return blocks + (_missed_duplicates(missed) if missed else [])
 
 
-def _audit(audit: Mapping[str, Any]) -> list:
+def _missed_duplicates(missed: Mapping[str, Any]) -> list:
   """Returns the share of all duplicate pairs that lie within clusters, and the chains."""
-  points, sample = audit['by_clusters'], f'random sample of {tables.number(audit["rows"])} rows'
+  points, sample = missed['by_clusters'], f'random sample of {tables.number(missed["rows"])} rows'
   heads = tables.heads('clusters', 'pairs found', 'recall', 'rows marked', 'precision')
   rows = tuple(
     (
@@ -84,16 +84,16 @@ def _audit(audit: Mapping[str, Any]) -> list:
     for p in points
   )
   note = (
-    f'Recall: share of the {tables.number(audit["pairs"])} pairs (a sampled row and any pool row) '
+    f'Recall: share of the {tables.number(missed["pairs"])} pairs (a sampled row and any pool row) '
     'that exhaustive search finds. Precision: share of the marked rows that exhaustive search '
-    f'marks too; it marks {tables.number(audit["dropped_exhaustive"])} of the sampled rows. '
+    f'marks too; it marks {tables.number(missed["dropped_exhaustive"])} of the sampled rows. '
     'Brackets: 95 % intervals, in percent.'
   )
   table = Table(
     'dedup_audit', 'Duplicate pairs found within clusters', heads, rows, (note,), tuple(points)
   )
   blocks: list = [Heading('Duplicates missed by the clusters', sample)]
-  if len(points) > 1 and audit['pairs']:
+  if len(points) > 1 and missed['pairs']:
     drawn = curves.recall_by_clusters(points, title='Duplicate pairs found')
     blocks.append(
       Figures(
@@ -109,10 +109,10 @@ def _audit(audit: Mapping[str, Any]) -> list:
         )
       )
     )
-  return [*blocks, table, *_chains(audit['chains'])]
+  return [*blocks, table, *_group_sizes(missed['chains'])]
 
 
-def _chains(chains: Mapping[str, Any]) -> list:
+def _group_sizes(chains: Mapping[str, Any]) -> list:
   """Returns the sizes of the groups that duplicate pairs join."""
   summary = Text(
     f'The pairs join rows into {tables.number(chains["components"])} groups; the largest has '

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from clip_jax.core.types import Array
-from clip_jax.reporting import figures, pool_audit, tables
+from clip_jax.reporting import benchmark_overlap, figures, tables
 from clip_jax.reporting.figures import Looks
 from clip_jax.reporting.page import Details, Fact, Figure, Figures, Heading, Missing, Text
 from clip_jax.reporting.tables import Cell, Table
@@ -188,7 +188,7 @@ def histogram_blocks(
     )
     for e in entries
   )
-  return [Figures(drawn), pool_audit.quantile_table(entries)]
+  return [Figures(drawn), benchmark_overlap.quantile_table(entries)]
 
 
 def _finite(values: Array | None) -> Array:  # [Q] -> [q]; None -> [0]

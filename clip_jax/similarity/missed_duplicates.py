@@ -19,7 +19,7 @@ from clip_jax.core.types import Array, Vectors
 from clip_jax.similarity import decide, kmeans, tiles
 
 Z = 1.959963984540054  # normal quantile of a 95 % interval
-EDGES = 1 << 22  # pairs held before they are reduced to a forest of the same groups
+EDGES = 1 << 22  # pairs held before they are reduced to fewer pairs that join the same groups
 
 
 @dataclass(frozen=True)

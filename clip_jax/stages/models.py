@@ -21,7 +21,7 @@ from clip_jax.core.types import Array, Config
 from clip_jax.data import packing, tokenizer
 from clip_jax.experiment import blocks
 from clip_jax.experiment.experiment import Experiment
-from clip_jax.models import embedders, huggingface, open_clip, weights, zoo
+from clip_jax.models import fitted_embedders, huggingface, open_clip, weights, zoo
 from clip_jax.models.weights import HUGGING_FACE, OPEN_CLIP, PREPROCESSOR
 
 NUMBERS = (
@@ -416,9 +416,9 @@ class Embedder:
 def open_embedder(x: Experiment) -> Embedder:
   """Opens the embedder of a work directory; its source must not be 'files'."""
   block = x.embedder_block
-  if block.source in embedders.EMBEDDERS:
+  if block.source in fitted_embedders.EMBEDDERS:
     params = files.read_npz(x.home('embedder', 'embedder.npz'))
-    apply = embedders.EMBEDDERS[block.source][1]
+    apply = fitted_embedders.EMBEDDERS[block.source][1]
     return Embedder(
       block.image_size, x.config.preprocess.resize, lambda images: apply(params, images)
     )

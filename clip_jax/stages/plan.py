@@ -20,7 +20,7 @@ from clip_jax.data.storage import is_remote
 from clip_jax.experiment import blocks, workdir
 from clip_jax.experiment.blocks import ANCHOR, POOL
 from clip_jax.experiment.experiment import Experiment
-from clip_jax.models import embedders, flops
+from clip_jax.models import fitted_embedders, flops
 from clip_jax.stages import models, table
 
 # Dense peaks in FLOP/s from the vendors' data sheets: (float32 or TF32 matmul, bfloat16 matmul).
@@ -172,7 +172,7 @@ def _ingest(x: Experiment, rows: Rows) -> StagePlan:
 def _dim(x: Experiment) -> int:
   """Returns the width E of the embeddings; 1,000 for remote vectors before ingest."""
   block = x.embedder_block
-  if block.source in embedders.EMBEDDERS:
+  if block.source in fitted_embedders.EMBEDDERS:
     return block.dim
   if block.source != 'files':
     return models.embedder_architecture(x).embed_dim
@@ -209,7 +209,7 @@ def _embed(x: Experiment, rows: Rows) -> StagePlan:
     return UNKNOWN
   dim, block = _dim(x), x.embedder_block
   images = sum(count or 0 for name, count in rows.items() if blocks.has_own_images(x.config, name))
-  if block.source in embedders.EMBEDDERS:
+  if block.source in fitted_embedders.EMBEDDERS:
     each = 6.0 * block.image_size**2 * dim
   else:
     each = flops.image_flops(models.embedder_architecture(x)) if images else 0.0

@@ -1,7 +1,7 @@
 """De-duplication audit (dedup.audit_rows): measures the duplicates that clustering misses.
 
-De-duplication compares rows of one cluster only; the audit compares sampled rows with all rows (see
-similarity/missed_duplicates.py).
+De-duplication compares rows of one cluster only; this audit compares sampled rows with all rows
+(see similarity/missed_duplicates.py).
 In: the pool's embeddings for de-duplication, its marks and centres.
 Out: WORKDIR/dedup/audit.json, which the page shows in the section on duplicates.
 """
@@ -21,7 +21,7 @@ from clip_jax.experiment.graph import Graph
 
 
 def products(graph: Graph) -> dict[str, list[Product]]:
-  """Adds the audit to the stage dedup if config.dedup.audit_rows is set."""
+  """Adds the de-duplication audit to the stage dedup if config.dedup.audit_rows is set."""
   config = graph.config
   if not config.dedup.enabled or not config.dedup.audit_rows:
     return {}
@@ -50,7 +50,7 @@ def audit(x: Experiment, todo: list[Product]) -> Made:
     )
   )
   priority = np.load(x.path('dedup', 'priority.npy')) if d.survivor != 'first' else None
-  with progress.Bar(total=int(usable.sum()), desc='audit', unit='row') as bar:
+  with progress.Bar(total=int(usable.sum()), desc='dedup audit', unit='row') as bar:
     result = missed_duplicates.measure(
       pool,
       usable,
@@ -126,7 +126,7 @@ def _fewer_clusters(x: Experiment, pool, sample: Array, most: int) -> list[Array
       initial_similarity=d.initial_similarity,
       min_change=d.min_change,
       max_iterations=d.max_iterations,
-      name="the audit's sample of the pool",
+      name='the pool rows sampled for the de-duplication audit',
     )
     if len(fit.centers) < clusters:
       break  # the sample has too few dissimilar rows for more clusters
@@ -141,7 +141,7 @@ def _number(value: float) -> float | None:
 
 
 def section(_) -> None:
-  """Returns no section, because the section on duplicates shows the audit."""
+  """Returns no section, because the section on duplicates shows the results."""
 
 
 MAKERS = {'dedup audit': audit}

@@ -45,15 +45,17 @@ def sentence(
   drops: Rows,  # name, at_zero; () without an anchor
   candidates: int,
 ) -> str:
-  """Returns the answer of an audit: duplicates of each benchmark, and rows alignment would drop."""
+  """Returns the answer without splits: duplicates of each benchmark, rows alignment would drop."""
   known = [r for r in rates if r['pool'] is not None]
   if not known:
-    return 'No split is trained here: this is an audit of the pool. The pool is not searched yet.'
+    return (
+      'This experiment trains no split; it only searches the pool. The pool is not searched yet.'
+    )
   held = tables.listed(
     [f'{tables.share(r["pool"].value)} of {r["benchmark"]}{_in_words(r["pool"])}' for r in known]
   )
   text = (
-    'No split is trained here: this is an audit of the pool. The pool has a near-duplicate '
+    'This experiment trains no split; it only searches the pool. The pool has a near-duplicate '
     f'(similarity at least {similarity:.4g}) of {held}.'
   )
   if drops and candidates:

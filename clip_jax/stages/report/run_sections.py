@@ -1,7 +1,7 @@
 """The report's sections on the runs, on skipped samples and on provenance, as page blocks.
 
-The sections on the pool are in audit.py, those on removed rows in removed.py. Each function returns
-the blocks of one section; for a missing result, a sentence and a command.
+The sections on the pool are in pool_sections.py, those on removed rows in removed_rows.py. Each
+function returns the blocks of one section; for a missing result, a sentence and a command.
 """
 
 from collections.abc import Sequence

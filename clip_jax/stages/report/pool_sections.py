@@ -1,7 +1,7 @@
 """The report's sections on the pool alone: galleries, similarities, duplicates, rule sizes.
 
-In: results of the search and of de-duplication. These sections need no split; a config without
-splits (an audit) has no others.
+In: results of the search and of de-duplication. These sections need no split; the report of a
+search without training has no others.
 """
 
 import numpy as np
@@ -10,7 +10,7 @@ from clip_jax.core.types import Array
 from clip_jax.evaluation import statistics
 from clip_jax.experiment import blocks, workdir
 from clip_jax.experiment.blocks import ANCHOR, POOL
-from clip_jax.reporting import inventory, page, pool_audit, sections, tables
+from clip_jax.reporting import benchmark_overlap, inventory, page, sections, tables
 from clip_jax.reporting.page import Text
 from clip_jax.stages.report.facts import Facts
 from clip_jax.stages.report.panels import looks
@@ -18,7 +18,7 @@ from clip_jax.stages.report.panels import looks
 
 def sentence(facts: Facts) -> str:
   """Returns the answer of a config without splits: the share of each benchmark in the pool."""
-  return pool_audit.sentence(
+  return benchmark_overlap.sentence(
     _rates(facts), blocks.duplicate_similarity(facts.config), _drops(facts), _candidates(facts)
   )
 
@@ -96,8 +96,8 @@ def before(facts: Facts) -> list:
   if sizes.has_excess:
     truncated = {b: workdir.truncation(facts.x, b) for b in facts.config.benchmarks}
     shown = [
-      *pool_audit.slack_blocks(sizes.edges, _drops(facts), _candidates(facts)),
-      *pool_audit.paper_compat_blocks(
+      *benchmark_overlap.slack_blocks(sizes.edges, _drops(facts), _candidates(facts)),
+      *benchmark_overlap.paper_compat_blocks(
         [{'benchmark': b, **counts} for b, counts in truncated.items() if counts]
       ),
     ]
@@ -109,7 +109,7 @@ def before(facts: Facts) -> list:
       )
     ]
   over = [{**line, 'over': counts} for line, counts in _lines(facts, sizes.similarity_over)]
-  return shown + pool_audit.size_blocks(sizes.edges, over, _candidates(facts), looks())
+  return shown + benchmark_overlap.size_blocks(sizes.edges, over, _candidates(facts), looks())
 
 
 def duplicates(facts: Facts) -> list:
@@ -122,7 +122,7 @@ def duplicates(facts: Facts) -> list:
   )
   rates = [{**rate, **_exact(facts, rate['benchmark'])} for rate in _rates(facts)]
   shown = [
-    *pool_audit.rate_blocks(rates, blocks.duplicate_similarity(facts.config)),
+    *benchmark_overlap.rate_blocks(rates, blocks.duplicate_similarity(facts.config)),
     *inventory.dedup_blocks(marked, _planted(facts), workdir.dedup_audit(facts.x)),
   ]
   return shown or [facts.missing('De-duplication and the search find duplicates.', 'search')]
@@ -212,7 +212,7 @@ def _lines(facts: Facts, counts: Array) -> list[tuple[dict, Array]]:  # [G + 1, 
   names = facts.sizes.benchmarks.tolist()
   lines = [{'name': name, 'together': False} for name in names]
   if len(names) > 1:
-    lines.append({'name': pool_audit.TOGETHER, 'together': True})
+    lines.append({'name': benchmark_overlap.TOGETHER, 'together': True})
   return list(zip(lines, counts))
 
 
