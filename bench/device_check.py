@@ -73,7 +73,7 @@ def _model(image, patch, width, layers, vocabulary=49_408, context=77, embed=64)
 
 FULL = Sizes(
   rows=524_288, queries=10_000, dim=640, k=64, probe=1_024, clusters=1_024,
-  small=_model(64, 8, 192, 4), large=zoo.get('ViT-B-32'),
+  small=_model(64, 8, 192, 4), large=zoo.by_name('ViT-B-32'),
   embed_batch=512, small_batch=128, large_batch=128, repeats=10,
 )  # fmt: skip
 TINY = Sizes(

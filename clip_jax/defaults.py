@@ -118,7 +118,9 @@ def _class_mask(value: tuple) -> str:
 def _kinds(value: tuple) -> str:
   for kind in value:
     if kind not in planted_lib.KINDS:
-      return f'names {kind!r}, which is not known.{config_lib.nearest(kind, planted_lib.KINDS)}'
+      return (
+        f'names {kind!r}, which is not known.{config_lib.did_you_mean(kind, planted_lib.KINDS)}'
+      )
   return '' if value else f'is empty. Choose from: {", ".join(planted_lib.KINDS)}.'
 
 

@@ -1,4 +1,4 @@
-"""missed_duplicates.py against all pairs in a loop, and against the rows that de-duplication drops."""
+"""missed_duplicates.py against all pairs in a loop and against what de-duplication drops."""
 
 from hypothesis import given, settings
 from hypothesis import strategies as st

@@ -103,7 +103,7 @@ def evaluate(c, folder):
   The runs of LATE learn too late; the first image of every benchmark is the hardest.
   """
   x = Experiment(c, str(folder))
-  for split, seed in blocks.runs(c):
+  for split, seed in blocks.runs_to_train(c):
     takes_off, rng = (250 if split == LATE else 60), np.random.default_rng((7, seed))
     loss = lambda step: (
       0.6 + (math.log(32) - 0.6) / (1 + math.exp((step - takes_off) / 20)) + 0.02 * rng.normal()
@@ -726,7 +726,7 @@ def test_results_without_leaked_images():
     {},
     {'b': np.array(['x', 'y', 'z']), 'c': None},
   )
-  rest = results.without({'b': np.array([True, False, False]), 'c': np.ones(2, bool)})
+  rest = results.without_leaked({'b': np.array([True, False, False]), 'c': np.ones(2, bool)})
   assert list(rest.correct) == [('a', 'b')] and rest.correct['a', 'b'].tolist() == [[False, True]]
   assert rest.groups['b'].tolist() == ['y', 'z']
 

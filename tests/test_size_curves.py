@@ -36,7 +36,9 @@ def test_counts_are_those_of_every_threshold(seed, benchmarks, rows, cut):
   )
   excess = (exact + rng.uniform(-3e-7, 3e-7, exact.shape)).astype(np.float32)
   similarity = rng.choice(np.arange(-1000, 1001) / 1000, (benchmarks, rows)).astype(np.float32)
-  found = size_curves.count(parts_of(similarity, excess, exact, [min(cut, rows)]), benchmarks)
+  found = size_curves.count_candidates(
+    parts_of(similarity, excess, exact, [min(cut, rows)]), benchmarks
+  )
   assert found['candidates'] == rows and found['has_excess']
   assert found['edges'][0] == -1 and found['edges'][-1] == 1 and len(found['edges']) == 2001
   for g in range(benchmarks + 1):
@@ -54,7 +56,7 @@ def test_counts_are_those_of_every_threshold(seed, benchmarks, rows, cut):
 
 def test_without_an_anchor_there_is_no_excess():
   similarity = np.float32([[0.5, 0.7], [0.6, 0.1]])
-  found = size_curves.count(parts_of(similarity, None, None, [1]), 2)
+  found = size_curves.count_candidates(parts_of(similarity, None, None, [1]), 2)
   assert (
     not found['has_excess'] and not found['excess_over'].any() and not found['excess_zero'].any()
   )

@@ -223,7 +223,7 @@ def test_aligned_splits_are_checked_in_one_pass_and_each_refused_at_its_turn(
 
   monkeypatch.setattr(splits, 'check_aligned', recorded)
   squares.run_stages(c, tmp_path / 'w', 'prune')
-  aligned = {name for name in c.splits if blocks.rule_of(c, name).aligned}
+  aligned = {name for name in c.splits if blocks.rule_of(c, name).is_aligned}
   assert checked == [aligned] and len(aligned) > 5
   for sidecar in sidecars:
     name = sidecar.parent.name

@@ -115,7 +115,7 @@ def _token(engine, named: dict[str, Any], key: str) -> str | None:
 
 
 def _whitespace(text: str) -> str:
-  return tokenizer.single_spaces(tokenizer.mend(text))
+  return tokenizer.single_spaces(tokenizer.repair_text(text))
 
 
 def _lower(text: str) -> str:
@@ -124,7 +124,7 @@ def _lower(text: str) -> str:
 
 def _canonicalize(text: str) -> str:
   """Cleans a text like SigLIP's captions: no punctuation, lower case, '_' becomes a space."""
-  text = tokenizer.mend(text).replace('_', ' ')
+  text = tokenizer.repair_text(text).replace('_', ' ')
   return tokenizer.single_spaces(text.translate(_NO_PUNCTUATION).lower())
 
 

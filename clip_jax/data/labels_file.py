@@ -33,7 +33,7 @@ class Truth:
 
 def read(path: str, root: str, images: Sequence[str]) -> Truth:
   """Returns the classes of images, given as sorted paths relative to root."""
-  text, known = _text(path), _aliases(root, images)
+  text, known = _read_text(path), _aliases(root, images)
   if text.lstrip().startswith('{'):
     pairs = [(name, _class(value, path)) for name, value in json_pairs(path)]
     if not any(_clean(name) in known for name, _ in pairs):
@@ -56,7 +56,7 @@ def read(path: str, root: str, images: Sequence[str]) -> Truth:
 def json_pairs(path: str) -> list[tuple[str, Any]]:
   """Returns the (name, value) pairs of a JSON object, duplicates included."""
   try:
-    pairs = json.loads(_text(path), object_pairs_hook=_Object)
+    pairs = json.loads(_read_text(path), object_pairs_hook=_Object)
   except (ValueError, RecursionError) as error:
     raise InputError(f'{path} is not valid JSON ({error}). Correct the file.') from error
   if not isinstance(pairs, _Object):
@@ -186,7 +186,7 @@ def _class(value: Any, path: str) -> str:
   return str(value).strip()
 
 
-def _text(path: str) -> str:
+def _read_text(path: str) -> str:
   try:
     with open(path, 'rb') as f:
       data = f.read(_MOST_BYTES + 1)

@@ -39,7 +39,7 @@ def pack(
   unique = np.flatnonzero(first == np.arange(b))  # [n]: the captions to store, without duplicates
   length, group = length[unique], unique // (b // groups)
   row = _first_fit(length, group, groups, width)
-  rows = min(rung(int(row.max()) + 1), b // groups)
+  rows = min(padded_size(int(row.max()) + 1), b // groups)
 
   line = group * rows + row  # [n]: row number over all groups
   order = np.argsort(line, kind='stable')
@@ -67,7 +67,7 @@ def pack(
   }
 
 
-def rung(n: int) -> int:
+def padded_size(n: int) -> int:
   """Returns the smallest of 1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 18, 22, ... (ratio 1.2) >= n."""
   step = 1
   while step < n:

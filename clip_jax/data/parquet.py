@@ -154,7 +154,7 @@ class Reader:
     ends = self._ends[group]
     while True:
       try:
-        batch = _part(next(stream).column(self._file.column), 'bytes')
+        batch = _bytes_or_path(next(stream).column(self._file.column), 'bytes')
       except (_Damage, StopIteration) as error:
         raise storage.changed_file_error(self._path) from error
       if number == len(ends):
@@ -240,7 +240,7 @@ def _rows(batch, column: str, columns: list[str]) -> Iterator[tuple[Any, bool, d
   """Yields (image bytes or None, whether the row has a path only, other columns) of each row."""
   with _damage_errors():
     # Paths are never opened.
-    images, paths = (_part(batch.column(column), name) for name in ('bytes', 'path'))
+    images, paths = (_bytes_or_path(batch.column(column), name) for name in ('bytes', 'path'))
     arrays = {name: batch.column(name) for name in columns}
     for i in range(batch.num_rows):
       image = _buffer(images, i)
@@ -330,7 +330,7 @@ def _stored(kind):
   return kind
 
 
-def _part(array, name: str):
+def _bytes_or_path(array, name: str):
   """Returns the field 'bytes' or 'path' of a batch of images, None if it is missing.
 
   A plain column of bytes counts as the field 'bytes'.
@@ -341,7 +341,7 @@ def _part(array, name: str):
     return array if name == 'bytes' else None
   place = array.type.get_field_index(name)
   # flatten() gives null where the parent is null.
-  return None if place < 0 else _part(array.flatten()[place], 'bytes')
+  return None if place < 0 else _bytes_or_path(array.flatten()[place], 'bytes')
 
 
 def _buffer(array, i: int):

@@ -52,7 +52,7 @@ class RowRules:
     regex(*self.caption_edit[:2])
 
   @functools.cached_property
-  def allowed(self) -> dict[str, tuple]:
+  def allowed_values(self) -> dict[str, tuple]:
     """Column -> values of the chosen samples."""
     return {
       name: tuple(value) if isinstance(value, (tuple, list)) else (value,)

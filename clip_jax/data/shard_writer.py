@@ -155,7 +155,7 @@ def _copied(contents: _Contents, path: str, directory: str, rows: Array) -> Iter
           f'{path} has no sample at byte {offset}: it is not the file that was '
           'indexed. Restore that file, or index again with --redo=ingest.'
         )
-      if reason := _refusal(sample, tar, headers):
+      if reason := _reason_not_to_copy(sample, tar, headers):
         contents.refused.append({'key': sample.key, 'reason': reason})
         continue
       key = contents.name(sample.key)
@@ -185,7 +185,9 @@ def _with_new_headers(
     yield info.tobuf(tarfile.GNU_FORMAT, 'utf-8') + data + bytes(-len(data) % _BLOCK)
 
 
-def _refusal(sample: table.Sample, tar: storage.ReadAhead, headers: Mapping[int, int]) -> str:
+def _reason_not_to_copy(
+  sample: table.Sample, tar: storage.ReadAhead, headers: Mapping[int, int]
+) -> str:
   """Returns the reason why a sample must not be copied with its members' names, '' for none."""
   for ending, (offset, _) in sample.members.items():
     name = f'{sample.key}.{ending}'

@@ -73,7 +73,7 @@ class Windows:
       positions = self._wanted(window.start, window.stop)
       places = window.places[positions - window.start]
       stored = np.argsort(places)
-      samples = views.many(self._source, places[stored].tolist())
+      samples = views.read_samples(self._source, places[stored].tolist())
       future.set_result(dict(zip(positions[stored].tolist(), samples, strict=True)))
     except BaseException as error:  # raised again in the thread that needs the samples
       future.set_exception(error)

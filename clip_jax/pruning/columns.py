@@ -74,7 +74,7 @@ class Kept:
   report: dict = dataclasses.field(default_factory=dict)
 
 
-def highest(
+def best_over_benchmarks(
   rule: str,
   column: Mapping[str, Array],  # benchmark -> [N] float32
   rows: Array,  # [m] int64
@@ -112,7 +112,7 @@ def random_order(n: int, seed: int, draw: int, stream: int) -> Array:
   return np.random.PCG64(np.random.SeedSequence((seed, draw, stream))).random_raw(n)
 
 
-def lowest(
+def mask_of_lowest(
   values: Array,  # [n]
   count: int,
 ) -> Array:
@@ -125,7 +125,7 @@ def lowest(
   return lowest
 
 
-def refined(
+def recompute_near_cuts(
   values: Array,  # [n] float32, off by less than half of the tolerance
   exact: Callable[[Array], Array],  # positions [m] -> [m] float64, their exact values
   places: Sequence[int],  # in ascending order of the values, each in [0, n)

@@ -126,7 +126,7 @@ def count_over(
 
   float32 decides pairs farther from the cut than the error bound, float64 decides the others.
   """
-  tile_rows, query_block = tiles.sizes(tile_rows, query_block)
+  tile_rows, query_block = tiles.default_sizes(tile_rows, query_block)
   cut = np.asarray(t, np.float64)[:, None] - np.asarray(margins, np.float64)  # [Q, margins]
   doubt = error_bound(x.shape[1])
   low, high = (cut - doubt).astype(np.float32), (cut + doubt).astype(np.float32)

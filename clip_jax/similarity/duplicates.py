@@ -63,7 +63,7 @@ def dropped(
     np.maximum(best.seen, np.asarray(maxima).max(1)[:count], out=best.seen)
     least = np.full(len(maxima), np.inf)  # excludes padding rows
     least[:count] = np.where(best.similarity < 1, np.maximum(best.seen, cut) - slack, np.inf)
-    query, position, _ = tiles.over(maxima, scores, len(earlier.rows), least)
+    query, position, _ = tiles.pairs_over(maxima, scores, len(earlier.rows), least)
     exact = decide.pair_dots(later.host, query, earlier.host, position)
     exact /= np.sqrt(later.squares[query] * earlier.squares[position])
     # Caps cosines at 1, so that rounding does not let a later copy beat the first one.

@@ -34,7 +34,7 @@ NOT_VECTOR_KEYS = (
 
 def check(config: Config) -> None:
   """Raises ConfigError for the first invalid value of the config."""
-  _top(config)
+  _top_level(config)
   _dataset('pool', config.pool, defaults.DATASET)
   if blocks.has_anchor(config):
     _dataset('anchor', config.anchor, defaults.DATASET)
@@ -60,7 +60,7 @@ def check(config: Config) -> None:
     _training(config)
 
 
-def _top(config: Config) -> None:
+def _top_level(config: Config) -> None:
   """Checks the top-level keys and all blocks except those of datasets and splits."""
   declared = defaults.get_config()
   check_keys.block(
@@ -128,7 +128,8 @@ def _benchmark(where: str, block: Config) -> None:
   for name in block.class_mask:
     if block.classes and name not in block.classes:
       raise ConfigError(
-        f'{where}.class_mask: {name!r} is not a class.{config_lib.nearest(name, block.classes)}'
+        f'{where}.class_mask: {name!r} is not a class.'
+        f'{config_lib.did_you_mean(name, block.classes)}'
       )
 
 
@@ -319,7 +320,7 @@ def embedder_weights(x: Experiment) -> None:
   Not a part of `check`: the evaluate command uses a config without its embedder.
   """
   for name in ('', *blocks.further_embedders(x.config)):
-    view, where = x.under(name), f'config.embedders.{name}' if name else 'config.embedder'
+    view, where = x.with_embedder(name), f'config.embedders.{name}' if name else 'config.embedder'
     if view.embedder_block.source != 'weights':
       continue
     setting, path = view.embedder_block.path, models.weights_path(view)
@@ -358,6 +359,6 @@ def _training(config: Config) -> None:
     )
   if t.budget == 'epochs' and t.epochs <= 0:
     raise ConfigError(f'config.train.epochs={t.epochs} must be more than 0.')
-  runs = [f'{split}/seed{seed}' for split, seed in blocks.runs(config)]
+  runs = [f'{split}/seed{seed}' for split, seed in blocks.runs_to_train(config)]
   for run in t.only:
     check_keys.one_of('config.train.only', run, runs)

@@ -30,7 +30,7 @@ def check(config: Config, name: str) -> None:
         f'{where}.{key}={block[key]!r}: the rule {block.rule!r} does not read this key (it reads '
         f'{", ".join(rule.keys) or "none"}).'
       )
-  check_keys.different(f'{where}.benchmarks', block.benchmarks, config.benchmarks)
+  check_keys.check_names(f'{where}.benchmarks', block.benchmarks, config.benchmarks)
   if 'benchmarks' in rule.keys and not block.benchmarks:
     raise ConfigError(
       f'{where}: the rule {block.rule!r} needs benchmarks=(...); the config has '
@@ -85,7 +85,7 @@ def check(config: Config, name: str) -> None:
   _aligned_keys(where, block)
   if 'levels' in rule.needs:
     _levels(config, where, block)
-  _others(config, name)
+  _dependencies(config, name)
 
 
 def _aligned_keys(where: str, block: Config) -> None:
@@ -120,14 +120,14 @@ def _levels(config: Config, where: str, block: Config) -> None:
       check_keys.one_of(f'{where}.values', str(value), classes)
 
 
-def _others(config: Config, name: str) -> None:
+def _dependencies(config: Config, name: str) -> None:
   """Checks the splits that a split depends on: they exist, fit its rule and form no cycle."""
   block, where = config.splits[name], f'config.splits.{name}'
   rule = rules.RULES[block.rule]
   for key in ('size_of', 'to'):
     if block[key]:
       check_keys.one_of(f'{where}.{key}', block[key], config.splits)
-  check_keys.different(f'{where}.of', block.of, config.splits)
+  check_keys.check_names(f'{where}.of', block.of, config.splits)
   if 'others' in rule.needs and len(block.of) < 2:
     raise ConfigError(
       f'{where}.of={block.of} must name two or more splits for the rule {block.rule!r} to join.'

@@ -44,9 +44,9 @@ NEAR_MARGIN = 0.02  # a query is "unhit" if no removed row is over its threshold
 
 def write_rows(x: Experiment, todo: list[Product]) -> Made:
   """Writes the rows of splits; `todo` lists each split after its dependencies."""
-  base = x.once('base', lambda: Base(x))
+  base = x.cached('base', lambda: Base(x))
   for product in todo:
-    split, seed = product.of
+    split, seed = product.subject
     kept = base.keep(split, seed)
     files.write_npy(x.path(product.name + '.npy'), base.rows(split, kept))
     yield product, [product.name + '.npy'], {'pool_rows': len(kept.rows), **kept.report}
@@ -54,11 +54,11 @@ def write_rows(x: Experiment, todo: list[Product]) -> Made:
 
 def describe(x: Experiment, todo: list[Product]) -> Made:
   """Writes split.json of each split, and the figures of an aligned split's queries."""
-  base = x.once('base', lambda: Base(x))
+  base = x.cached('base', lambda: Base(x))
   # All splits are checked together, in one pass over their vectors.
-  checks = base.check([product.of[0] for product in todo])
+  checks = base.check([product.subject[0] for product in todo])
   for product in todo:
-    yield product, base.describe(product, checks.get(product.of[0], {})), {}
+    yield product, base.describe(product, checks.get(product.subject[0], {})), {}
 
 
 class Base(PoolColumns):
@@ -139,17 +139,17 @@ class Base(PoolColumns):
 
     `checks` is the result of check() for this split. Raises InputError if it is not aligned.
     """
-    (split,) = product.of
+    (split,) = product.subject
     config, block, rule = (
       self.x.config,
       self.x.config.splits[split],
       blocks.rule_of(self.x.config, split),
     )
     paths, draws = [f'{product.name}.json'], {}
-    for seed in blocks.draws(config, split):
+    for seed in blocks.row_file_seeds(config, split):
       name = self.x.graph.rows(split, seed).name
       rows = np.load(workdir.rows_path(self.x, split, seed))
-      sizes = {dataset: len(own) for dataset, own in self._base.own(rows).items()}
+      sizes = {dataset: len(own) for dataset, own in self._base.rows_by_dataset(rows).items()}
       counts = products.counts(self.x.workdir, name)
       draws[os.path.basename(name)] = {
         'pool_rows': sizes[blocks.POOL],
@@ -178,8 +178,8 @@ class Base(PoolColumns):
       'checks': checks,
       'draws': draws,
     }
-    if rule.aligned:
-      _refuse(split, checks)
+    if rule.is_aligned:
+      _raise_if_not_aligned(split, checks)
       figures, more = self._aligned(split, first, os.path.dirname(product.name))
       about |= figures
       paths += more
@@ -279,7 +279,7 @@ class Base(PoolColumns):
     Returns the result of splits.check_aligned for each aligned split among the names.
     """
     config = self.x.config
-    aligned = [split for split in names if blocks.rule_of(config, split).aligned]
+    aligned = [split for split in names if blocks.rule_of(config, split).is_aligned]
     is_exact = config.search.backend == 'exact'
     if not aligned or not is_exact or not config.prune.check_queries:
       none = {'checked': 0} | (
@@ -313,7 +313,7 @@ class Base(PoolColumns):
       tolerance=self.columns.tolerance,
     )
 
-  def _promise(self, split: str) -> splits.Promise:
+  def _promise(self, split: str) -> splits.AlignmentClaim:
     block, seed = self.x.config.splits[split], blocks.seeds(self.x.config, split)[0]
     k = block.k if block.rule == 'k_aligned' else 0
     rows = np.load(workdir.rows_path(self.x, split, seed), mmap_mode='r')  # all splits are held
@@ -321,7 +321,7 @@ class Base(PoolColumns):
     slack = products.counts(self.x.workdir, self.x.graph.rows(split, seed).name).get(
       'slack', block.slack
     )
-    return splits.Promise(
+    return splits.AlignmentClaim(
       tuple(block.benchmarks),
       rows,
       blocks.appends_anchor(self.x.config, split),
@@ -330,7 +330,7 @@ class Base(PoolColumns):
     )
 
 
-def _refuse(split: str, checks: dict[str, dict]) -> None:
+def _raise_if_not_aligned(split: str, checks: dict[str, dict]) -> None:
   """Raises InputError if a checked query has a nearer neighbour in the split than in the anchor."""
   for benchmark, figures in checks.items():
     if figures.get('failures'):

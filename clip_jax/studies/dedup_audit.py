@@ -30,19 +30,19 @@ def products(graph: Graph) -> dict[str, list[Product]]:
       Product(
         'dedup/audit',
         'dedup audit',
-        keys=blocks.pick(config, ['dedup.audit_rows']),
-        inputs=(graph.marks(),),
+        keys=blocks.pick_keys(config, ['dedup.audit_rows']),
+        inputs=(graph.dedup_marks(),),
         is_cheap=True,
       )
     ]
   }
 
 
-def audit(x: Experiment, todo: list[Product]) -> Made:
+def compare_sample(x: Experiment, todo: list[Product]) -> Made:
   """Compares sampled rows with all rows and with the rows of their cluster."""
   from clip_jax.similarity import missed_duplicates  # imports JAX and SciPy
 
-  d, pool = x.config.dedup, workdir.embeddings(x.under(x.config.dedup.embedder), POOL)
+  d, pool = x.config.dedup, workdir.embeddings(x.with_embedder(x.config.dedup.embedder), POOL)
   usable, centers = pool.usable & ~workdir.in_anchor(x), np.load(x.path('dedup', 'centers.npy'))
   sample = np.sort(
     np.random.default_rng((d.seed, 2)).choice(
@@ -62,7 +62,7 @@ def audit(x: Experiment, todo: list[Product]) -> Made:
       on_rows=bar.update,
     )
   by_clusters = [
-    {key: _number(value) for key, value in vars(each).items()} for each in result.clusterings
+    {key: _nan_to_none(value) for key, value in vars(each).items()} for each in result.clusterings
   ]
   files.write_json(
     x.path('dedup', 'audit.json'),
@@ -86,7 +86,7 @@ def audit(x: Experiment, todo: list[Product]) -> Made:
   yield (
     todo[0],
     ['dedup/audit.json'],
-    {'rows': len(sample), 'pairs': result.pairs, 'recall': _number(own.recall)},
+    {'rows': len(sample), 'pairs': result.pairs, 'recall': _nan_to_none(own.recall)},
   )
   if result.pairs:
     logging.info(
@@ -135,7 +135,7 @@ def _fewer_clusters(x: Experiment, pool, sample: Array, most: int) -> list[Array
   return centers
 
 
-def _number(value: float) -> float | None:
+def _nan_to_none(value: float) -> float | None:
   """Returns a number for JSON, None for NaN."""
   return None if math.isnan(value) else value
 
@@ -144,4 +144,4 @@ def section(_) -> None:
   """Returns no section, because the section on duplicates shows the results."""
 
 
-MAKERS = {'dedup audit': audit}
+MAKERS = {'dedup audit': compare_sample}

@@ -60,7 +60,7 @@ def products(graph: Graph) -> dict[str, list[Product]]:
       Product(
         'splits/sensitivity',
         'sensitivity',
-        keys=blocks.pick(config, ['prune.sensitivity']),
+        keys=blocks.pick_keys(config, ['prune.sensitivity']),
         inputs=(*rows, *searches),
         is_cheap=True,
       )
@@ -75,7 +75,7 @@ def compare(x: Experiment, todo: list[Product]) -> Made:
   splits: dict[str, list[dict]] = {split: [] for split in compared(x.config)}
   main = PoolColumns(x).columns
   for embedder in x.config.prune.sensitivity:
-    other = PoolColumns(x.under(embedder), main.candidates).columns
+    other = PoolColumns(x.with_embedder(embedder), main.candidates).columns
     for split, lines in splits.items():
       lines.append({'embedder': embedder, **_agreement(x, split, main, other)})
   files.write_json(

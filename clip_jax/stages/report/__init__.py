@@ -58,7 +58,7 @@ def compose(facts: Facts, studies: Sequence[ModuleType] = ()) -> tuple[str, str,
   """
   items = contrasts.comparisons(facts)
   accuracies, without_leaked = map(
-    contrasts.accuracies, (facts.results, facts.results.without(facts.leaked))
+    contrasts.accuracies, (facts.results, facts.results.without_leaked(facts.leaked))
   )
   rows = _sections(
     facts, items, accuracies, without_leaked, [study.section(facts) for study in studies]
@@ -71,7 +71,9 @@ def compose(facts: Facts, studies: Sequence[ModuleType] = ()) -> tuple[str, str,
   html = page.render(
     title=_title(facts.config),
     name=f'clip_jax report \u00b7 {os.path.basename(facts.x.workdir.rstrip("/"))}',
-    question=sections.QUESTION if blocks.runs(facts.config) else benchmark_overlap.QUESTION,
+    question=sections.QUESTION
+    if blocks.runs_to_train(facts.config)
+    else benchmark_overlap.QUESTION,
     answer=sentence,
     warning=banner,
     state=facts.state,
@@ -93,7 +95,7 @@ def _sections(
 ) -> list[tuple[str, str, str, list]]:
   """Returns (name, title, short title, blocks) of every section, in the order of the page."""
   has_anchor = blocks.has_anchor(facts.config)
-  is_asked = contrasts.aligned(facts.config) and blocks.runs(facts.config)
+  is_asked = contrasts.aligned(facts.config) and blocks.runs_to_train(facts.config)
   rows = [
     (
       'answer',
@@ -124,13 +126,18 @@ def _sections(
       'Similarity',
       pool_sections.similarity(facts),
     ),
-    ('before', 'Number of rows each rule would remove', 'Rule sizes', pool_sections.before(facts)),
+    (
+      'before',
+      'Number of rows each rule would remove',
+      'Rule sizes',
+      pool_sections.rule_sizes(facts),
+    ),
     ('duplicates', 'Duplicates', 'Duplicates', pool_sections.duplicates(facts)),
     ('skipped', 'Skipped samples', 'Skipped', run_sections.skipped(facts)),
     ('overlap', 'Overlap between splits', 'Overlap', run_sections.overlap(facts)),
     ('provenance', 'Provenance', 'Provenance', run_sections.provenance(facts)),
   ]
-  if not blocks.runs(
+  if not blocks.runs_to_train(
     facts.config
   ):  # without training, the duplicates are the answer: show them first
     rows.sort(key=lambda row: row[0] != 'duplicates')
@@ -141,11 +148,11 @@ def _title(config: Config) -> str:
   names = [
     b
     for b in config.benchmarks
-    if blocks.runs(config)
+    if blocks.runs_to_train(config)
     and any(b in config.splits[name].benchmarks for name in contrasts.aligned(config))
   ]
   return (
-    f'Does accuracy on {tables.listed(names)} come from similar training images?'
+    f'Does accuracy on {tables.join_names(names)} come from similar training images?'
     if names
     else 'How similar is the training pool to the benchmarks?'
   )
@@ -154,7 +161,7 @@ def _title(config: Config) -> str:
 def _answer(facts: Facts, items: Sequence[dict]) -> str:
   """Returns one sentence per aligned split and benchmark, or the reason why there is no answer."""
   config = facts.config
-  if not blocks.runs(config):
+  if not blocks.runs_to_train(config):
     return pool_sections.sentence(facts)
   if not contrasts.aligned(config):
     return 'This config has no aligned split. It compares split sizes: see below.'

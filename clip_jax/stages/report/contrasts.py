@@ -26,7 +26,7 @@ def first_split(config: Config, rule: str) -> str | None:
 
 def aligned(config: Config) -> list[str]:
   """Returns the splits whose rule gives them the anchor's similarity gap."""
-  return [name for name in config.splits if blocks.rule_of(config, name).aligned]
+  return [name for name in config.splits if blocks.rule_of(config, name).is_aligned]
 
 
 def words_of(config: Config, split: str) -> str:

@@ -63,12 +63,12 @@ def neighbours(facts: Facts) -> list:
     )
     shown.insert(0, Text(f'{point} at an image to see its caption.', 'muted'))
   shown += [Text(f'{name}: {why}', 'warning') for name, why in pictures.lost.items()]
-  without = pictures.without(POOL, *([ANCHOR] if has_anchor else []), *searched)
+  without = pictures.missing_images_sentence(POOL, *([ANCHOR] if has_anchor else []), *searched)
   if without:
     shown.append(Text(without))
   late = [b for b in config.benchmarks if b not in searched]
   if late:
-    shown.append(facts.missing(f'Not searched yet: {tables.listed(late)}.', 'search'))
+    shown.append(facts.missing(f'Not searched yet: {tables.join_names(late)}.', 'search'))
   return shown
 
 
@@ -88,7 +88,7 @@ def similarity(facts: Facts) -> list:
   return shown or [facts.missing('The pool is not searched yet.', 'search')]
 
 
-def before(facts: Facts) -> list:
+def rule_sizes(facts: Facts) -> list:
   """Returns the number of rows that gap-aligned, near- and far-pruning would drop."""
   sizes = facts.sizes
   if sizes is None:
