@@ -16,7 +16,7 @@ def parts_of(similarity, excess, exact, cuts):
       yield similarity[:, some], None, None
       continue
     dropped = [
-      size_curves.over_zero(excess[g, some], 1e-5, lambda m, g=g: exact[g, some][m])
+      size_curves.is_over_zero(excess[g, some], 1e-5, lambda m, g=g: exact[g, some][m])
       for g in range(len(excess))
     ]
     yield similarity[:, some], excess[:, some], np.stack(dropped)
@@ -76,8 +76,8 @@ def test_only_rows_near_zero_are_decided_exactly():
     asked.extend(rows.tolist())
     return np.float64([1e-9, -1e-9])
 
-  found = size_curves.over_zero(np.float32([-0.5, -1e-6, 1e-6, 0.5]), 1e-5, exact)
+  found = size_curves.is_over_zero(np.float32([-0.5, -1e-6, 1e-6, 0.5]), 1e-5, exact)
   assert asked == [1, 2] and found.tolist() == [False, True, False, True]
   with pytest.raises(ZeroDivisionError):
-    size_curves.over_zero(np.zeros(1, np.float32), 0.0, lambda rows: 1 / 0)
-  assert not size_curves.over_zero(np.float32([-1]), 1e-5, lambda rows: 1 / 0).any()
+    size_curves.is_over_zero(np.zeros(1, np.float32), 0.0, lambda rows: 1 / 0)
+  assert not size_curves.is_over_zero(np.float32([-1]), 1e-5, lambda rows: 1 / 0).any()

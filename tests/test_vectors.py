@@ -223,13 +223,15 @@ def test_bad_vectors_are_told(number, dtype):
   x[2, 2] = number
   for any_norm in (False, True):
     assert vectors.to_unit_float16(x, any_norm)[1].tolist() == [False, False, True, False]
-  assert vectors.fault(x[2]) == ('is all zeros' if number == 0 else 'holds a NaN or an infinity')
+  assert vectors.describe_fault(x[2]) == (
+    'is all zeros' if number == 0 else 'holds a NaN or an infinity'
+  )
 
 
 def test_norms_far_from_one_need_to_be_asked_for():
   x = np.eye(4, dtype=np.float32) * np.array([0.89, 1.0, 1.11, 1e-30], np.float32)
   assert vectors.to_unit_float16(x)[1].tolist() == [True, False, True, True]
-  assert vectors.fault(x[0]) == 'has norm 0.89'
+  assert vectors.describe_fault(x[0]) == 'has norm 0.89'
 
 
 @hypothesis.given(strategies.integers(-300, 300), strategies.integers(0, 2**32 - 1))

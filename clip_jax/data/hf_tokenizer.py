@@ -34,7 +34,7 @@ def load(folder: str, kwargs: dict[str, str | bool]) -> Callable[[Sequence[str],
       f'tokenizer_kwargs={kwargs}: only clean (one of {", ".join(CLEAN)}) and '
       'strip_sep_token are supported.'
     )
-  clean, named, base = CLEAN[kwargs['clean']], _named(folder), _engine(folder)
+  clean, named, base = CLEAN[kwargs['clean']], _named_settings(folder), _engine(folder)
   pad = _token(base, named, 'pad_token')
   if pad is None:
     raise InputError(
@@ -92,7 +92,7 @@ def _engine(folder: str):
     ) from error
 
 
-def _named(folder: str) -> dict[str, Any]:
+def _named_settings(folder: str) -> dict[str, Any]:
   """Returns the settings beside tokenizer.json; a token is its text, or a dict with 'content'."""
   config, special = (
     files.read_json(path) if os.path.isfile(path := os.path.join(folder, name)) else {}

@@ -303,13 +303,13 @@ def _image_column(schema, names: Sequence[str], path: str) -> tuple[str, str, st
   """Returns the image column, the path of its bytes in the schema, and its name in `names`."""
   fields = {field.name.lower(): field for field in schema}
   for name in filter(fields.__contains__, names):
-    kind, column = _stored(fields[name].type), fields[name].name
+    kind, column = _storage_type(fields[name].type), fields[name].name
     if _holds_bytes(kind):
       return column, column, name
     if (
       pa.types.is_struct(kind)
       and kind.get_field_index('bytes') >= 0
-      and _holds_bytes(_stored(kind.field('bytes').type))
+      and _holds_bytes(_storage_type(kind.field('bytes').type))
     ):
       return column, f'{column}.bytes', name
   columns = ', '.join(f'{field.name} ({field.type})' for field in schema)
@@ -323,7 +323,7 @@ def _holds_bytes(kind) -> bool:
   return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
 
 
-def _stored(kind):
+def _storage_type(kind):
   """Returns the storage type of the values, without extension or dictionary wrappers."""
   while isinstance(kind, pa.BaseExtensionType | pa.DictionaryType):
     kind = kind.storage_type if isinstance(kind, pa.BaseExtensionType) else kind.value_type

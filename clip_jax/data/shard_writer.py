@@ -137,7 +137,7 @@ def _tar(contents: _Contents, directory: str, rows: Array) -> Iterator[bytes]:
     else:
       for row, key in zip(shard_rows.tolist(), _keys(directory, shard, shard_rows), strict=True):
         yield from _with_new_headers(
-          contents, contents.name(_safe(key) or f'row{row}'), _as_members(source[row], key)
+          contents, contents.name(_safe_key(key) or f'row{row}'), _as_members(source[row], key)
         )
   yield bytes(2 * _BLOCK)
 
@@ -226,7 +226,7 @@ def _as_members(sample: Mapping[str, Any], key: str) -> dict[str, bytes]:
   }
 
 
-def _safe(key: str) -> str:
+def _safe_key(key: str) -> str:
   """Returns a key that is valid in a member's name: short, without dots, inside the folder."""
   return '/'.join(part for part in re.sub(r'[^\w/-]+', '_', key[:_MOST_KEY]).split('/') if part)
 

@@ -124,7 +124,7 @@ def _record(
   group = sample.key
   if rules.group_key:
     group = _needed(sample, fields, rules.group_key)
-  group = rules.group(_clean(group if isinstance(group, str) else json.dumps(group)))
+  group = rules.group(_replace_surrogates(group if isinstance(group, str) else json.dumps(group)))
   if not rules.in_part(group):
     return None
   endings = (
@@ -148,7 +148,7 @@ def _record(
     raise _Skip('bad label')
   kind, width, height = _header(sample, ending, length)
   caption = _caption(sample, fields, label, rules)
-  columns = {name: _clean(_value(sample, fields, name)) for name in rules.columns}
+  columns = {name: _replace_surrogates(_value(sample, fields, name)) for name in rules.columns}
   return table.Record(
     sample.key, caption, label, group, offset, length, width, height, columns, sample.path, kind
   )
@@ -198,7 +198,7 @@ def _caption_text(sample: table.Sample, ending: str) -> str:
   return data.decode('utf-8', 'replace')
 
 
-def _clean(value: Any) -> Any:
+def _replace_surrogates(value: Any) -> Any:
   """Replaces lone surrogates in a text, which are valid in JSON but not in UTF-8."""
   if not isinstance(value, str) or value.isascii():
     return value
@@ -224,7 +224,7 @@ def _caption(sample: table.Sample, fields: _Fields, label: int, rules: RowRules)
       caption = row_rules.regex(pattern, replacement).sub(replacement, caption)
   if not caption and rules.require_caption:
     raise _Skip('no caption')
-  return _clean(caption)
+  return _replace_surrogates(caption)
 
 
 def _header(sample: table.Sample, ending: str, length: int) -> tuple[str, int, int]:

@@ -94,7 +94,7 @@ def _stem(file: storage.SourceFile) -> str:
 
 
 def _stem_number(file: storage.SourceFile) -> int | None:
-  """Returns the number at the end of a file's stem."""
+  """Returns the number that ends a file's name (3 of img_emb_3.npy), None without one."""
   digits = re.search('[0-9]+$', _stem(file))
   return int(digits[0]) if digits else None
 

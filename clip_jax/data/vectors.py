@@ -134,7 +134,7 @@ def to_unit_float16(
     return x.astype(np.float16), bad
 
 
-def fault(vector: Array) -> str:  # [E]
+def describe_fault(vector: Array) -> str:  # [E]
   """Returns the reason why `to_unit_float16` marks a vector as bad, in words."""
   if not np.isfinite(vector).all():
     return 'holds a NaN or an infinity'

@@ -140,7 +140,7 @@ def _members(tar: storage.ReadAhead) -> Iterator[tuple[str, int, int, int]]:
       if tar.read(at, 1 << 16).strip(b'\0'):
         raise _Damage('bytes after the end mark', at)
       return
-    kind, name, length = _header(data, first, at)
+    kind, name, length = _parse_header(data, first, at)
     if extended:
       name, length = extended.get('path', name), int(extended.get('size', length))
     start = at + _BLOCK
@@ -163,7 +163,7 @@ def _members(tar: storage.ReadAhead) -> Iterator[tuple[str, int, int, int]]:
     at = start + -(-length // _BLOCK) * _BLOCK
 
 
-def _header(data: bytes, first: int, at: int) -> tuple[str, str, int]:
+def _parse_header(data: bytes, first: int, at: int) -> tuple[str, str, int]:
   """Returns (type, name, bytes of data) of the header that begins at data[first]."""
   name, size, stored, kind = _HEADER.unpack_from(data, first)
   try:

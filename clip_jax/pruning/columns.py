@@ -18,8 +18,8 @@ TOLERANCE = 1e-5  # default; errors of float32 similarities are below half of it
 
 def _not_given(benchmarks: Sequence[str], rows: Array) -> Array:
   raise ValueError(
-    f'{len(rows)} rows are too close to a threshold of {tuple(benchmarks)} for float32. Give '
-    'Columns the functions exact_similarity and exact_excess.'
+    f'float32 cannot decide whether {len(rows)} rows are over a threshold of {tuple(benchmarks)}. '
+    'Give Columns the functions exact_similarity and exact_excess, which compute in float64.'
   )
 
 

@@ -139,12 +139,12 @@ def count_over(
     for block in numbers
   ]
 
-  def passes():
+  def scored_blocks():
     for tile in tiles.walk(x, np.arange(len(x)), tile_rows, name):
       for block, vectors, lows, highs in blocks:
         yield tile, block, *_count_block(vectors, tile.device, lows, highs, tile.count)
 
-  for tile, block, clear, doubtful, scores in tiles.one_ahead(passes()):
+  for tile, block, clear, doubtful, scores in tiles.one_ahead(scored_blocks()):
     real = block[: block[-1] - block[0] + 1]  # without the padding, which repeats the last query
     counts[real] += np.asarray(clear)[: len(real)]
     for margin in range(len(margins)):

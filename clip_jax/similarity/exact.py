@@ -228,12 +228,12 @@ def _scored(x, rows, queries, tile_rows, query_block, name) -> Iterator[tuple]:
   numbers, _ = tiles.query_blocks([len(queries)], query_block)
   blocks = [(block[0], jax.device_put(vectors[block])) for block in numbers]
 
-  def passes():
+  def scored_blocks():
     for tile in tiles.walk(x, rows, tile_rows, name):
       for start, block in blocks:
         yield tile, start, *tiles.grouped_dots(block, tile.device)
 
-  return tiles.one_ahead(passes())
+  return tiles.one_ahead(scored_blocks())
 
 
 def _accelerated() -> bool:
@@ -326,7 +326,9 @@ def _owner_runs(owner: np.ndarray) -> list[tuple[int, int, int]]:  # [groups], a
   return [(int(owner[a]), int(a), int(b)) for a, b in zip(edges, edges[1:])]
 
 
-def _passes(pool, rows, layout, tile_rows, name, dtype) -> Iterator[tuple[tiles.Tile, _Place]]:
+def _tiles_on_devices(
+  pool, rows, layout, tile_rows, name, dtype
+) -> Iterator[tuple[tiles.Tile, _Place]]:
   """Yields (tile, place) on the same device.
 
   Each tile goes to the next device in turn or, if the queries are split, to all devices.
@@ -344,13 +346,13 @@ def _passes(pool, rows, layout, tile_rows, name, dtype) -> Iterator[tuple[tiles.
 
 
 def _search(pool, rows, layout, best, nearest, tile_rows, name) -> None:
-  def passes():
-    for tile, place in _passes(pool, rows, layout, tile_rows, name, np.float32):
+  def scored_blocks():
+    for tile, place in _tiles_on_devices(pool, rows, layout, tile_rows, name, np.float32):
       cuts = place.cuts or [None] * len(place.vectors)
       for i, (vectors, cut) in enumerate(zip(place.vectors, cuts), place.first):
         yield tile, i, *_score_block(vectors, tile.device, cut, bool(best.tops.k), nearest)
 
-  for tile, i, columns, excess, maxima, scores in tiles.one_ahead(passes()):
+  for tile, i, columns, excess, maxima, scores in tiles.one_ahead(scored_blocks()):
     best.take_groups(tile, layout.runs[i], layout.number[i], columns, excess, scores, nearest)
     if best.tops.k:
       best.tops.add_tile(i * layout.number.shape[1], tile, maxima, scores)
@@ -374,8 +376,8 @@ def _score_block(queries, tile, cuts, top: bool, nearest: bool):
 
 
 def _search_scanning(pool, rows, layout, best, nearest, tile_rows, name) -> None:
-  def passes():
-    for tile, place in _passes(pool, rows, layout, tile_rows, name, np.float16):
+  def scored_blocks():
+    for tile, place in _tiles_on_devices(pool, rows, layout, tile_rows, name, np.float16):
       yield (
         tile,
         place,
@@ -392,7 +394,7 @@ def _search_scanning(pool, rows, layout, best, nearest, tile_rows, name) -> None
         ),
       )
 
-  for tile, place, columns, top in tiles.one_ahead(passes(), len(layout.places)):
+  for tile, place, columns, top in tiles.one_ahead(scored_blocks(), len(layout.places)):
     best.take_rows(tile, *columns)
     if best.tops.k:
       similarity, position = (np.asarray(x).reshape(-1, x.shape[-1]) for x in top)

@@ -208,11 +208,11 @@ def _nearest(x, rows, centers, tile_rows, center_block, name) -> Iterator[tuple]
   devices = jax.local_devices()
   centers_on = {device: Centers(centers, center_block, device) for device in devices}
 
-  def passes():
+  def scored_blocks():
     for tile in tiles.walk(x, rows, tile_rows, name, devices=devices):
       yield tile, centers_on[tile.device.device].nearest(tile.device)
 
-  for tile, nearest in tiles.one_ahead(passes(), len(devices)):
+  for tile, nearest in tiles.one_ahead(scored_blocks(), len(devices)):
     yield tile, np.asarray(nearest)[: tile.count]
 
 

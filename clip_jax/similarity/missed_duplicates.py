@@ -80,13 +80,13 @@ def measure(
   joined = np.zeros((2, 0), np.int64)
   rows = np.flatnonzero(usable)
 
-  def passes():
+  def scored_blocks():
     for tile in tiles.walk(x, rows, tile_rows, name):
       for block in blocks:
         yield tile, block, *_cosines(block.device, block.inverse, tile.device)
 
   at = None
-  for tile, block, maxima, scores in tiles.one_ahead(passes()):
+  for tile, block, maxima, scores in tiles.one_ahead(scored_blocks()):
     if tile is not at:
       at, nearest = tile, None
       on_rows(tile.count)

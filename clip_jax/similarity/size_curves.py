@@ -20,7 +20,7 @@ def count_over_edges(values: Array) -> np.ndarray:  # [n] float32, no NaN -> [M]
   return len(values) - np.searchsorted(np.sort(values), EDGES, side='right')
 
 
-def over_zero(
+def is_over_zero(
   excess: Array,  # [n] float32, with errors below the tolerance
   tolerance: float,
   exact: Callable[[Array], Array],  # positions [m] int64 -> [m] float64, the exact excess

@@ -39,7 +39,7 @@ def check(config: Config) -> None:
   if blocks.has_anchor(config):
     _dataset('anchor', config.anchor, defaults.DATASET)
   for name, block in config.benchmarks.items():
-    check_keys.valid_name('benchmarks', name)
+    check_keys.check_folder_name('benchmarks', name)
     if name in blocks.RESERVED:
       raise ConfigError(f'config.benchmarks.{name}: this name is reserved; choose another.')
     _dataset(f'benchmarks.{name}', block, defaults.BENCHMARK)
@@ -47,7 +47,7 @@ def check(config: Config) -> None:
   for name in config.references:
     _reference(config, name)
   for name in config.splits:
-    check_keys.valid_name('splits', name)
+    check_keys.check_folder_name('splits', name)
     check_splits.check(config, name)
   _planted(config)
   _embedders(config)
@@ -63,7 +63,7 @@ def check(config: Config) -> None:
 def _top_level(config: Config) -> None:
   """Checks the top-level keys and all blocks except those of datasets and splits."""
   declared = defaults.get_config()
-  check_keys.block(
+  check_keys.check_block(
     'config',
     config,
     {name: Key({} if isinstance(value, ConfigDict) else value) for name, value in declared.items()},
@@ -72,15 +72,15 @@ def _top_level(config: Config) -> None:
     if isinstance(value, ConfigDict) and not isinstance(config[name], ConfigDict):
       raise ConfigError(f'config.{name} must be a block of keys, got {config[name]!r}.')
   for name, keys in defaults.BLOCKS.items():
-    check_keys.block(f'config.{name}', config[name], keys)
+    check_keys.check_block(f'config.{name}', config[name], keys)
   for name, block in config.embedders.items():
-    check_keys.valid_name('embedders', name)
-    check_keys.block(f'config.embedders.{name}', block, defaults.EMBEDDER)
+    check_keys.check_folder_name('embedders', name)
+    check_keys.check_block(f'config.embedders.{name}', block, defaults.EMBEDDER)
 
 
 def _dataset(name: str, block: Config, declared: Mapping[str, Key]) -> None:
   where = f'config.{name}'
-  check_keys.block(where, block, declared)
+  check_keys.check_block(where, block, declared)
   names = (*formats.FORMATS, blocks.GLYPHS, 'concat')
   if not block.format:
     raise ConfigError(f'{where}.format is missing; choose one of {", ".join(names)}.')
@@ -136,7 +136,7 @@ def _benchmark(where: str, block: Config) -> None:
 def _reference(config: Config, name: str) -> None:
   """Checks one block of config.references: a dataset of labelled examples, or prompts."""
   block, where = config.references[name], f'config.references.{name}'
-  check_keys.valid_name('references', name)
+  check_keys.check_folder_name('references', name)
   if name in blocks.RESERVED or name in config.benchmarks:
     raise ConfigError(
       f'{where}: this name is {"a benchmark" if name in config.benchmarks else "reserved"}; '
@@ -150,7 +150,7 @@ def _reference(config: Config, name: str) -> None:
   if not blocks.is_prompts(config, name):
     _dataset(f'references.{name}', block, defaults.REFERENCE)
     return
-  check_keys.block(where, block, defaults.REFERENCE)
+  check_keys.check_block(where, block, defaults.REFERENCE)
   if len(block.classes) < 2 or len(set(block.classes)) < len(block.classes):
     raise ConfigError(
       f'{where}.classes={block.classes} must be two or more different names: each pool row gets '

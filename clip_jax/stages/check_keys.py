@@ -13,7 +13,7 @@ from clip_jax.core.types import Config
 NAME = re.compile(r'[A-Za-z0-9][A-Za-z0-9_-]*')
 
 
-def block(where: str, values: Config, keys: Mapping[str, Key]) -> None:
+def check_block(where: str, values: Config, keys: Mapping[str, Key]) -> None:
   """Raises ConfigError for a key not declared in defaults.py or a value of a wrong type or range.
 
   `where` is the block's name in messages.
@@ -44,7 +44,7 @@ def one_of(where: str, value: str, names: Iterable[str] | Sequence[str]) -> None
     )
 
 
-def check_names(where: str, values: Sequence[str], names: Iterable[str]) -> None:
+def check_known_names(where: str, values: Sequence[str], names: Iterable[str]) -> None:
   """Raises ConfigError for an unknown or a repeated name."""
   for name in values:
     one_of(where, name, names)
@@ -52,7 +52,7 @@ def check_names(where: str, values: Sequence[str], names: Iterable[str]) -> None
     raise ConfigError(f'{where}={tuple(values)} contains a name twice.')
 
 
-def valid_name(where: str, name: str) -> None:
+def check_folder_name(where: str, name: str) -> None:
   """Raises ConfigError for a name that cannot be a folder name and a flag."""
   if not NAME.fullmatch(name):
     raise ConfigError(

@@ -18,7 +18,7 @@ def check(config: Config, name: str) -> None:
   """Raises ConfigError for the first invalid key of config.splits[name]."""
   block, where = config.splits[name], f'config.splits.{name}'
   declared = defaults.split_keys()
-  check_keys.block(where, block, declared)
+  check_keys.check_block(where, block, declared)
   check_keys.one_of(f'{where}.rule', block.rule, rules.RULES)
   rule = rules.RULES[block.rule]
   for key in declared:
@@ -30,7 +30,7 @@ def check(config: Config, name: str) -> None:
         f'{where}.{key}={block[key]!r}: the rule {block.rule!r} does not read this key (it reads '
         f'{", ".join(rule.keys) or "none"}).'
       )
-  check_keys.check_names(f'{where}.benchmarks', block.benchmarks, config.benchmarks)
+  check_keys.check_known_names(f'{where}.benchmarks', block.benchmarks, config.benchmarks)
   if 'benchmarks' in rule.keys and not block.benchmarks:
     raise ConfigError(
       f'{where}: the rule {block.rule!r} needs benchmarks=(...); the config has '
@@ -127,7 +127,7 @@ def _dependencies(config: Config, name: str) -> None:
   for key in ('size_of', 'to'):
     if block[key]:
       check_keys.one_of(f'{where}.{key}', block[key], config.splits)
-  check_keys.check_names(f'{where}.of', block.of, config.splits)
+  check_keys.check_known_names(f'{where}.of', block.of, config.splits)
   if 'others' in rule.needs and len(block.of) < 2:
     raise ConfigError(
       f'{where}.of={block.of} must name two or more splits for the rule {block.rule!r} to join.'

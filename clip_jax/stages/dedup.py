@@ -43,7 +43,7 @@ def mark(x: Experiment, todo: list[Product]) -> Made:
   """Marks the near-duplicates of the pool and writes which rows are kept."""
   (product,) = todo
   _remove_unfinished(x, keep=product.fingerprint)
-  pool = _pool(x)
+  pool = _pool_embeddings(x)
   usable = pool.usable & ~workdir.in_anchor(x)
   try:
     result = _cluster(x, pool, usable, product)
@@ -74,8 +74,8 @@ def mark(x: Experiment, todo: list[Product]) -> Made:
   _remove_unfinished(x, keep='')  # after the sidecar is written, so that a kill loses nothing
 
 
-def _pool(x: Experiment):
-  """Returns the pool's embeddings of de-duplication's embedder."""
+def _pool_embeddings(x: Experiment):
+  """Returns the embeddings of the pool by the embedder of config.dedup.embedder."""
   return workdir.embeddings(x.with_embedder(x.config.dedup.embedder), POOL)
 
 
@@ -218,7 +218,7 @@ class _Pairs:
   def __init__(self, x: Experiment, pool, assignment: Array, product: Product):
     self._x, self._pool, self._assignment, self._product = x, pool, assignment, product
 
-  def parts(self, name: str) -> '_PassFiles':
+  def pass_files(self, name: str) -> '_PassFiles':
     """Returns the saved files of the pass `name`."""
     return _PassFiles(self._x, self._product, name)
 
@@ -227,7 +227,7 @@ class _Pairs:
 
     `name` distinguishes the files of several passes.
     """
-    parts = self.parts(f'pairs-{name}')
+    parts = self.pass_files(f'pairs-{name}')
     saved = list(parts)
     done, total = (
       int(saved[-1]['blocks']) if saved else 0,
@@ -297,7 +297,7 @@ def _similarities(x: Experiment, pool, usable: Array, source, pairs: _Pairs) -> 
     rows, _ = pairs(name, usable, order)
     has_duplicate[rows] = True
   priority, rows = np.full(len(usable), -np.inf), np.flatnonzero(has_duplicate)
-  parts = pairs.parts('captions')
+  parts = pairs.pass_files('captions')
   done = [part['similarity'] for part in parts]
   is_complete = len(done) * CAPTIONS >= len(rows)
   encode = None if is_complete else models.text_tower(x.with_embedder(x.config.dedup.embedder))

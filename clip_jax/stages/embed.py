@@ -101,7 +101,7 @@ def _write_unit(shard: Shard, path: str, rows: Array, out: str, bar, flag: str) 
       unit, bad = vectors_lib.to_unit_float16(block, settings.any_norm)
       if bad.any():
         at = int(np.argmax(bad))
-        example = example or f'row {rows[low + at]:,} {vectors_lib.fault(block[at])}'
+        example = example or f'row {rows[low + at]:,} {vectors_lib.describe_fault(block[at])}'
         bad_rows += int(bad.sum())
       f.write(unit.tobytes())
       bar.update(high - low)

@@ -85,7 +85,7 @@ def _own_rows(x: Experiment, split: str, seed: int) -> dict[str, Array]:
 
 
 def _by_shard(x: Experiment, dataset: str, rows: Array) -> Iterator[tuple[int, int, int, Array]]:
-  """Yields (shard, its first row, its number of rows, the `rows` inside it, counted from 0)."""
+  """Yields (shard, its first row, its number of rows, the `rows` in it minus its first row)."""
   if not len(rows):
     return
   starts = workdir.source(x, dataset).starts

@@ -47,7 +47,7 @@ def write_rows(x: Experiment, todo: list[Product]) -> Made:
   base = x.cached('base', lambda: Base(x))
   for product in todo:
     split, seed = product.subject
-    kept = base.keep(split, seed)
+    kept = base.apply_rule(split, seed)
     files.write_npy(x.path(product.name + '.npy'), base.rows(split, kept))
     yield product, [product.name + '.npy'], {'pool_rows': len(kept.rows), **kept.report}
 
@@ -75,7 +75,7 @@ class Base(PoolColumns):
     # benchmark -> rows removed by its last split, and their counts for each query
     self._counted: dict[str, tuple[Array, Array]] = {}
 
-  def keep(self, split: str, seed: int) -> rules.Kept:
+  def apply_rule(self, split: str, seed: int) -> rules.Kept:
     """Applies a split's rule and returns the pool rows it keeps."""
     config, block, rule = (
       self.x.config,
@@ -99,7 +99,9 @@ class Base(PoolColumns):
     if 'draw' in rule.needs:
       arguments |= {'seed': block.seed, 'draw': seed}
     if 'target' in rule.needs:
-      arguments['removed'] = self.removed(block.to, blocks.seed_of(config, split, block.to, seed))
+      arguments['removed'] = self.removed_rows(
+        block.to, blocks.seed_of(config, split, block.to, seed)
+      )
     if 'others' in rule.needs:
       arguments['others'] = [self._pool_rows(split, other, seed) for other in block.of]
     if 'file' in rule.needs:
@@ -114,7 +116,7 @@ class Base(PoolColumns):
     """Returns the pool rows of another split, in the draw that (split, seed) uses."""
     return workdir.pool_rows(self.x, other, blocks.seed_of(self.x.config, split, other, seed))
 
-  def removed(self, split: str, seed: int) -> Array:
+  def removed_rows(self, split: str, seed: int) -> Array:
     """Returns the candidates that a split drops, sorted."""
     dropped = self.columns.candidates.copy()
     dropped[workdir.pool_rows(self.x, split, seed)] = False
@@ -185,7 +187,7 @@ class Base(PoolColumns):
       paths += more
     elif rule.selects:
       dropped = np.zeros(len(self.pool), bool)
-      dropped[self.removed(split, blocks.seeds(config, split)[0])] = True
+      dropped[self.removed_rows(split, blocks.seeds(config, split)[0])] = True
       about |= {
         key: splits.shares(column, self.columns.candidates, dropped)
         for key, column in (('by_class', self.classes), ('by_domain', self.domain))
@@ -196,7 +198,7 @@ class Base(PoolColumns):
   def _aligned(self, split: str, report: dict, folder: str) -> tuple[dict, list[str]]:
     """Returns the figures of an aligned split and the files written; `report` is its rule's."""
     block = self.x.config.splits[split]
-    removed = self.removed(split, blocks.seeds(self.x.config, split)[0])
+    removed = self.removed_rows(split, blocks.seeds(self.x.config, split)[0])
     over, cosine, paths = {}, {}, []
     for name in block.benchmarks:
       usable = np.flatnonzero(workdir.embeddings(self.x, name).usable)

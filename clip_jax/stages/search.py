@@ -388,7 +388,7 @@ def _is_over_threshold(x: Experiment, name: str, rows: Array, excess: Array) -> 
   excess: [m], their column; only values near 0 are computed again.
   """
   pool = workdir.embeddings(x, POOL)
-  return size_curves.over_zero(
+  return size_curves.is_over_zero(
     excess,
     decide.error_bound(pool.dim),
     lambda near: decide.exact_excess(pool.rows(rows[near]), *workdir.thresholds(x, name)),

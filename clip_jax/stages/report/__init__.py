@@ -213,7 +213,7 @@ def _summary(facts: Facts, banner: str, sentence: str, accuracies: Accuracies) -
       'over images for this checkpoint.',
     ]
   else:
-    for lines in (pool_sections.summary(facts), _removed(facts)):
+    for lines in (pool_sections.summary_lines(facts), _removed(facts)):
       text += ['', *_columns(lines)] if lines else []
   return '\n'.join(text) + '\n'
 

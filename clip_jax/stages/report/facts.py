@@ -173,12 +173,12 @@ def read(x: Experiment) -> Facts:
     {name: about for name, about in splits.items() if about},
     searched,
     workdir.threshold_counts(x),
-    _near(x, searched),
+    _have_near_duplicates(x, searched),
     counts,
   )
 
 
-def _near(
+def _have_near_duplicates(
   x: Experiment, searched: Mapping[str, workdir.QueryResult]
 ) -> dict[tuple[str, str], Array]:
   """Returns masks of the queries with a near-duplicate in the pool and in the anchor."""

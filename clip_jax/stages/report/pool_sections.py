@@ -23,7 +23,7 @@ def sentence(facts: Facts) -> str:
   )
 
 
-def summary(facts: Facts) -> list[list[str]]:
+def summary_lines(facts: Facts) -> list[list[str]]:
   """Returns lines of cells: each benchmark's duplicates, and the rows alignment would drop."""
   dropped = {drop['name']: drop['at_zero'] for drop in _drops(facts)}
   cell = lambda n: (
