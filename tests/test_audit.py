@@ -282,7 +282,7 @@ def test_splits_of_vectors_are_pruned_and_listed_and_never_trained(data, capsys)
     ({'pool.caption_template': 'a {}'}, 2, "the format 'embeddings' does not read it"),
     ({'pool.vector_dim': -1}, 2, 'must be 0 or more'),
     ({'pool.vector_dim': 9}, 1, 'img_emb_0.npy has vectors of 8 numbers, but vector_dim=9'),
-    ({'pool.columns': ('caption',)}, 2, "columns has 'caption'"),
+    ({'pool.columns': ('caption',)}, 2, "Remove 'caption' from columns"),
     ({'pool.label_key': 'lable'}, 1, "has no column 'lable'"),
   ],
 )
