@@ -27,7 +27,7 @@ from clip_jax.models import flops as flops_lib
 from clip_jax.training import step as training_step
 
 TINY = zoo.CLIPConfig(192, zoo.ViTConfig(64, 8, 192, 6, 3), zoo.TextConfig(77, 49_408, 192, 3, 6))
-MODELS = {'tiny': TINY, 'ViT-B-32': zoo.get('ViT-B-32')}
+MODELS = {'tiny': TINY, 'ViT-B-32': zoo.by_name('ViT-B-32')}
 CEILING = 2048  # rows and columns of the product that the machine's rate is measured with
 
 

@@ -94,7 +94,7 @@ def against_all(flags) -> None:
     np.save(os.path.join(folder, 'queries.npy'), vectors)
     np.save(os.path.join(folder, 'edges.npy'), edges)
     pool = np.load(os.path.join(folder, 'pool.npy'), mmap_mode='r')
-    tile_rows, query_block = tiles.sizes(flags.tile_rows, flags.query_block)
+    tile_rows, query_block = tiles.default_sizes(flags.tile_rows, flags.query_block)
     k = flags.k
     ways = {
       'jax products (ceiling)': timed(ceiling(pool, vectors, tile_rows, query_block)),

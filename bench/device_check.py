@@ -38,7 +38,7 @@ from clip_jax.training import step as training_step
 # difference. 'full': only the order of additions differs; 4e-7 and 2e-6 between the two forms of
 # attention, both on a CPU. 'float32': factors may be rounded to TF32, by 2^-11; rounding them so on
 # a CPU gave 2e-4 and 4e-3 (small model). 'bfloat16' rounds by 2^-8, activations too; 5e-3 and 3e-2
-# (tiny model, on a CPU). The rest is room for deeper models, and for the reductions of a GPU.
+# (tiny model, on a CPU). The rest is a margin for deeper models, and for the reductions of a GPU.
 FEATURES = {'full': 2e-5, 'float32': 4e-3, 'bfloat16': 3e-2}
 GRADIENTS = {'full': 2e-4, 'float32': 4e-2, 'bfloat16': 2e-1}
 
@@ -73,7 +73,7 @@ def _model(image, patch, width, layers, vocabulary=49_408, context=77, embed=64)
 
 FULL = Sizes(
   rows=524_288, queries=10_000, dim=640, k=64, probe=1_024, clusters=1_024,
-  small=_model(64, 8, 192, 4), large=zoo.get('ViT-B-32'),
+  small=_model(64, 8, 192, 4), large=zoo.by_name('ViT-B-32'),
   embed_batch=512, small_batch=128, large_batch=128, repeats=10,
 )  # fmt: skip
 TINY = Sizes(

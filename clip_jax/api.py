@@ -7,6 +7,7 @@ ConfigError (clip_jax.core.errors), both ValueErrors.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import dataclasses
 import os
+import shutil
 import tempfile
 from typing import Any
 import weakref
@@ -96,11 +97,11 @@ def load(path: str | os.PathLike, model: str = '') -> Model:
   """
   from clip_jax.stages import models
 
-  path = models.located(os.fspath(path))
-  return Model(path, models.open_model(models.read(path, model, flag='model')))
+  given = models.resolve_path(str(path))
+  return Model(given, models.open_model(models.read(given, model, flag='model')))
 
 
-def _as_list(images: Any) -> Sequence[Any]:
+def _as_list(images: Any) -> Any:
   if isinstance(images, (str, os.PathLike)) or hasattr(images, 'convert'):
     return [images]
   if isinstance(images, np.ndarray) and images.ndim == 3:
@@ -130,7 +131,7 @@ def _pixels(image: Any) -> Array:  # -> [H, W, 3] uint8
   return pixels
 
 
-def _blocks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+def _blocks(items: Any, size: int) -> Iterator[Sequence[Any]]:
   for start in range(0, len(items), size):
     yield items[start : start + size]
 
@@ -313,7 +314,7 @@ class _Vectors:
       raise InputError(f'{self._name} must hold numbers; got {block.dtype}.')
     with np.errstate(over='ignore', invalid='ignore'):
       norm = np.linalg.norm(block.astype(np.float32), axis=1)
-    unit, bad = vectors_lib.unit(block, any_norm=True)
+    unit, bad = vectors_lib.to_unit_float16(block, any_norm=True)
     unit[bad] = 0
     good = norm[~bad]
     if len(good):
@@ -364,7 +365,9 @@ def prune(
   from clip_jax.core import config as config_lib
 
   if rule not in _RULES:
-    raise ConfigError(f'prune: the rule {rule!r} is not known.{config_lib.nearest(rule, _RULES)}')
+    raise ConfigError(
+      f'prune: the rule {rule!r} is not known.{config_lib.did_you_mean(rule, _RULES)}'
+    )
   names, apply = _RULES[rule]
   for name in given:
     if name not in names:
@@ -511,15 +514,14 @@ def open_pool(path: str, format: str = '', index: str = '', **keys: Any) -> Any:
   config = defaults.get_config()
   kind = format or benchmark_dirs.format_of('pool', path)
   config.pool = defaults.dataset(format=kind, path=path, **keys)
-  temporary = None if index else tempfile.TemporaryDirectory(prefix='clip_jax-')
-  folder = os.path.abspath(index or temporary.name)
+  folder = os.path.abspath(index or tempfile.mkdtemp(prefix='clip_jax-'))
   x = Experiment(config, folder)
   for name in ('index shard', 'index'):
     wanted = [product for product in x.graph.dataset('pool') if product.kind == name]
     products.make(folder, wanted, lambda todo: ingest.MAKERS[todo[0].kind](x, todo))
   source = workdir.source(x, 'pool')
-  if temporary is not None:
-    weakref.finalize(source, temporary.cleanup)
+  if not index:
+    weakref.finalize(source, shutil.rmtree, folder, ignore_errors=True)
   return source
 
 

@@ -36,8 +36,10 @@ def main(argv: list[str]) -> int:
   del argv
   from clip_jax.stages import convert
 
-  return command.guard(
-    lambda: convert.run(_CHECKPOINT.value, _OUTPUT.value, _FORMAT.value, model=_MODEL.value)
+  return command.run_command(
+    lambda: convert.convert_checkpoint(
+      _CHECKPOINT.value, _OUTPUT.value, _FORMAT.value, model=_MODEL.value
+    )
   )
 
 

@@ -18,7 +18,7 @@ from clip_jax.core.config import Key, natural, one_of, positive, within
 from clip_jax.core.types import Config
 from clip_jax.data import image_copies as planted_lib
 from clip_jax.data import images
-from clip_jax.models import embedders
+from clip_jax.models import fitted_embedders
 from clip_jax.pruning import rules
 
 # Keys keep the order in which they were written.
@@ -60,7 +60,7 @@ def _orders():
 
 
 def _embedder_sources():
-  return (*embedders.EMBEDDERS, 'train', 'weights', 'files')
+  return (*fitted_embedders.EMBEDDERS, 'train', 'weights', 'files')
 
 
 def _seeds(value: tuple) -> str:
@@ -118,7 +118,9 @@ def _class_mask(value: tuple) -> str:
 def _kinds(value: tuple) -> str:
   for kind in value:
     if kind not in planted_lib.KINDS:
-      return f'names {kind!r}, which is not known.{config_lib.nearest(kind, planted_lib.KINDS)}'
+      return (
+        f'names {kind!r}, which is not known.{config_lib.did_you_mean(kind, planted_lib.KINDS)}'
+      )
   return '' if value else f'is empty. Choose from: {", ".join(planted_lib.KINDS)}.'
 
 
@@ -151,8 +153,8 @@ DEDUP = {
   # Which duplicate is kept: 'first' in the pool (published) | 'largest' image | 'longest' caption |
   # 'best' image-text similarity.
   'survivor': Key('first', one_of(*SURVIVORS)),
-  # Rows drawn for the audit, which compares the clusters with exhaustive search: share of duplicate
-  # pairs found, for several numbers of clusters. 0: no audit.
+  # Rows drawn for the de-duplication audit, which compares the clusters with exhaustive search:
+  # share of duplicate pairs found, for several numbers of clusters. 0: no audit.
   'audit_rows': Key(0, natural),
 }
 

@@ -44,8 +44,8 @@ def main(argv: list[str]) -> int:
   del argv
   from clip_jax.stages import checkpoint
 
-  return command.guard(
-    lambda: checkpoint.run(
+  return command.run_command(
+    lambda: checkpoint.evaluate_checkpoint(
       _CONFIG.value,
       _CHECKPOINT.value,
       model=_MODEL.value,

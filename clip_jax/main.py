@@ -43,7 +43,7 @@ def main(argv: list[str]) -> int:
   del argv
   from clip_jax.stages import pipeline
 
-  return command.guard(
+  return command.run_command(
     lambda: pipeline.run(
       _CONFIG.value,
       _WORKDIR.value,

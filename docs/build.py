@@ -12,7 +12,16 @@ from markdown_it import MarkdownIt
 import pdoc
 
 HERE = pathlib.Path(__file__).parent
-ROOMS = ['core', 'data', 'models', 'similarity', 'pruning', 'training', 'evaluation', 'experiment']
+PACKAGES = [
+  'core',
+  'data',
+  'models',
+  'similarity',
+  'pruning',
+  'training',
+  'evaluation',
+  'experiment',
+]
 STYLE = 'body{font:16px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em}'
 STYLE += (
   'td,th{border:1px solid #ccc;padding:.2em .6em;text-align:left}table{border-collapse:collapse}'
@@ -26,7 +35,7 @@ def build(out: pathlib.Path) -> None:
     warnings.simplefilter('error')
     warnings.simplefilter('ignore', DeprecationWarning)
 
-    pdoc.pdoc(*(f'clip_jax.{room}' for room in ROOMS), output_directory=out / 'api')
+    pdoc.pdoc(*(f'clip_jax.{package}' for package in PACKAGES), output_directory=out / 'api')
   pages = sorted(HERE.glob('*.md'))
   for page in pages:
     text = page.read_text()

@@ -44,7 +44,7 @@ def read(format: str, path: str, rows: list[tuple[int, int]]) -> int:
   """Reads all samples, then the same rows at random and those of the whole file; returns how many
   there are.
   """
-  form, found = formats.get(format), []
+  form, found = formats.by_name(format), []
   try:
     samples, skipped = form.samples(
       [SourceFile(path, 'x', os.path.getsize(path), 0.0)], '', IMAGES, ('key',), COLUMNS
@@ -72,7 +72,7 @@ def read(format: str, path: str, rows: list[tuple[int, int]]) -> int:
 
 def main(format: str, path: str, count: str) -> None:
   data = pathlib.Path(path).read_bytes()
-  samples, _ = formats.get(format).samples(
+  samples, _ = formats.by_name(format).samples(
     [SourceFile(path, 'x', len(data), 0.0)], '', IMAGES, ('key',), COLUMNS
   )
   rows = [place for sample in samples for place in sample.members.values()]

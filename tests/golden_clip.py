@@ -49,7 +49,7 @@ def _clip(embed_dim=20, vision=None, text=None, **others) -> zoo.CLIPConfig:
 
 FAMILIES = {
   'vit': _clip(vision={'image_size': 18}),  # two rows and columns of pixels are not seen
-  'quick_gelu': zoo.quick(_clip(text={'pool_type': 'eos', 'eos_id': END})),
+  'quick_gelu': zoo.with_quickgelu(_clip(text={'pool_type': 'eos', 'eos_id': END})),
   'average': _clip(vision={'pool_type': 'avg', 'mlp_ratio': 2.5}, text={'pool_type': 'first'}),
   'clipa': _clip(
     vision={'pool_type': 'avg', 'ln_pre': False, 'final_ln_after_pool': True},

@@ -41,7 +41,7 @@ class Source:
     self.reads[i] += 1
     return {'image': b'broken' if i in self.broken else png(i), 'caption': self.caption(i)}
 
-  def many(self, indices):
+  def read_samples(self, indices):
     self.calls.append(list(indices))
     return [self[i] for i in indices]
 

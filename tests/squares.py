@@ -77,7 +77,7 @@ def config(data, **override):
 def run(c, workdir, capsys, stages=None, redo='', **more) -> tuple[int, str]:
   """Runs the pipeline as the command does, with --verbose; returns exit status and output."""
   handlers = list(logging.get_absl_logger().handlers)
-  status = command.guard(
+  status = command.run_command(
     lambda: pipeline.run(c, str(workdir), stages=stages, redo=redo, **{'dry_run': False, **more}),
     verbose=True,
   )

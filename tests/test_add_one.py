@@ -13,7 +13,7 @@ import squares
 from clip_jax import defaults
 from clip_jax.core.config import Key, within
 from clip_jax.data import formats, storage, table
-from clip_jax.models import embedders
+from clip_jax.models import fitted_embedders
 from clip_jax.pruning import rules
 from clip_jax.stages import pipeline
 from clip_jax.training import losses
@@ -96,7 +96,7 @@ def work(tmp_path_factory):
       ),
     )
     patch.setitem(
-      embedders.EMBEDDERS,
+      fitted_embedders.EMBEDDERS,
       'mean_colour',
       (lambda images, dim: {'mean': images.astype(np.float32).mean(axis=(0, 1, 2))}, _mean_colour),
     )

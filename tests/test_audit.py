@@ -1,4 +1,4 @@
-"""The whole audit through the command, on tiny vectors: is my benchmark in my pool?"""
+"""configs/audit.py through the command, on tiny vectors: is my benchmark in my pool?"""
 
 import importlib.util
 import json
@@ -118,7 +118,7 @@ def _exact(data):
   return load('pool', 3).astype(np.float64), load('sketch', 1).astype(np.float64)
 
 
-def test_an_audit_without_an_anchor(data, capsys):
+def test_a_search_without_training_and_without_an_anchor(data, capsys):
   status, said = _command(data)
   assert status == 0, said
   pool, queries = _exact(data)
@@ -138,7 +138,7 @@ def test_an_audit_without_an_anchor(data, capsys):
   assert status == 0 and 'nothing was done' in said
 
 
-def test_an_audit_with_an_anchor_and_metadata(data, capsys):
+def test_a_search_without_training_with_an_anchor_and_metadata(data, capsys):
   c = _config(
     data,
     **{
@@ -234,7 +234,7 @@ def test_galleries_where_the_images_are(data, capsys):
   )
 
 
-def test_an_audit_goes_on_where_shards_were_added(data, capsys):
+def test_the_search_goes_on_where_shards_were_added(data, capsys):
   assert squares.run(_config(data), data / 'w', capsys, SEARCHED)[0] == 0
   before = (data / 'w/search/val/pool-00000.npz').stat().st_mtime_ns
   np.save(data / 'pool/img_emb/img_emb_3.npy', _unit(np.random.default_rng(5), 4))
@@ -254,7 +254,7 @@ def test_splits_of_vectors_are_pruned_and_listed_and_never_trained(data, capsys)
   assert status == 2 and 'pool has no images (format embeddings), but the stage train' in said
   status, said = squares.run(c, data / 'w', capsys, [*SEARCHED, 'prune', 'report'])
   assert status == 0, said
-  assert 'this is an audit of the pool. The pool has' in said and 'Not answered' not in _page(data)
+  assert 'it only searches the pool. The pool has' in said and 'Not answered' not in _page(data)
   assert 'id="removed"' in _page(data) and 'evaluated' not in _page(data)
   uids, rows = (
     np.load(data / 'w/splits/near/export/uids.npy'),
@@ -282,7 +282,7 @@ def test_splits_of_vectors_are_pruned_and_listed_and_never_trained(data, capsys)
     ({'pool.caption_template': 'a {}'}, 2, "the format 'embeddings' does not read it"),
     ({'pool.vector_dim': -1}, 2, 'must be 0 or more'),
     ({'pool.vector_dim': 9}, 1, 'img_emb_0.npy has vectors of 8 numbers, but vector_dim=9'),
-    ({'pool.columns': ('caption',)}, 2, "columns has 'caption'"),
+    ({'pool.columns': ('caption',)}, 2, "Remove 'caption' from columns"),
     ({'pool.label_key': 'lable'}, 1, "has no column 'lable'"),
   ],
 )

@@ -244,7 +244,7 @@ def test_an_embedding_that_is_nan_names_its_image(data, tmp_path, monkeypatch):
 def test_a_size_that_no_memory_holds_is_a_sentence(capsys):
   from clip_jax.core import command
 
-  assert command.guard(lambda: np.zeros(1 << 58)) == 1
+  assert command.run_command(lambda: np.zeros(1 << 58)) == 1
   said = capsys.readouterr().err
   assert 'not enough memory' in said and 'Traceback' not in said
 
@@ -260,8 +260,8 @@ def test_evaluate_needs_no_embedder(data, tmp_path, capsys):
   )  # the class means are none
   c.embedder.source, c.embedder.path = 'weights', 'elsewhere.safetensors'
   assert (
-    command.guard(
-      lambda: checkpoint.run(
+    command.run_command(
+      lambda: checkpoint.evaluate_checkpoint(
         c, str(tmp_path / 'w/train/base/seed0'), model='', benchmarks=None, output='', follow=False
       )
     )

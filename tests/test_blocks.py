@@ -24,15 +24,15 @@ def test_datasets_and_the_base_set_in_order():
   c.references.kinds = defaults.reference(format='prompts', classes=('x', 'y'))
   c.references.examples = defaults.reference(format='webdataset', path='examples')
   assert list(blocks.datasets(c)) == ['pool', 'anchor', 'b', 'a', 'examples']
-  assert blocks.trained(c) == ['pool', 'anchor']
+  assert blocks.base_datasets(c) == ['pool', 'anchor']
   c.planted.benchmark = 'a'
-  assert list(blocks.datasets(c))[-1] == 'planted' and blocks.trained(c) == [
+  assert list(blocks.datasets(c))[-1] == 'planted' and blocks.base_datasets(c) == [
     'pool',
     'anchor',
     'planted',
   ]
   c.anchor = defaults.dataset()
-  assert not blocks.has_anchor(c) and blocks.trained(c) == ['pool', 'planted']
+  assert not blocks.has_anchor(c) and blocks.base_datasets(c) == ['pool', 'planted']
 
 
 def test_an_anchor_of_vectors_may_have_no_path():
@@ -55,7 +55,7 @@ def test_sources_of_a_concat_are_its_parts():
   )
   c.pool.sources.more.sources = dict(vectors=defaults.dataset(format='embeddings', path='y'))
   assert [prefix for prefix, _ in blocks.flatten(c.pool)] == ['more/vectors/', 'tars/']
-  assert not blocks.has_own_images(c, 'pool') and blocks.runs(c) == []
+  assert not blocks.has_own_images(c, 'pool') and blocks.runs_to_train(c) == []
 
 
 def test_labels_decide_whether_the_anchor_has_classes():
@@ -118,7 +118,7 @@ def test_draws_and_whose_draw_counts():
     near=split(rule='near', size_of='drawn'),
     join=split(rule='union', of=('near', 'drawn'), seeds=(4, 5)),
   )
-  assert [blocks.draws(c, name) for name in c.splits] == [[3, 4], [0], [4, 5]]
+  assert [blocks.row_file_seeds(c, name) for name in c.splits] == [[3, 4], [0], [4, 5]]
   assert blocks.seed_of(c, 'join', 'drawn', 4) == 4
   assert blocks.seed_of(c, 'join', 'drawn', 5) == 3  # it has no such draw: its first
   assert {blocks.seed_of(c, 'near', 'drawn', seed) for seed in (0, 1)} == {
@@ -128,7 +128,7 @@ def test_draws_and_whose_draw_counts():
 
 def test_runs_are_the_first_seeds_of_all_splits_first():
   c = config(z=defaults.split(), a=defaults.split(seeds=(7,)))
-  assert blocks.runs(c) == [('z', 0), ('a', 7), ('z', 1)]
+  assert blocks.runs_to_train(c) == [('z', 0), ('a', 7), ('z', 1)]
 
 
 @pytest.mark.parametrize('rule, has', [('all', True), ('anchor', True)])
@@ -151,12 +151,12 @@ def test_the_threshold_of_duplicates_is_that_of_the_embedder():
 
 def test_keys_are_picked_as_plain_values():
   c = config()
-  assert blocks.pick(c, ['train.seeds', 'search.top_k']) == {
+  assert blocks.pick_keys(c, ['train.seeds', 'search.top_k']) == {
     'train.seeds': [0, 1],
     'search.top_k': c.search.top_k,
   }
-  assert blocks.pick(c, ['embedders']) == {'embedders': {}}
+  assert blocks.pick_keys(c, ['embedders']) == {'embedders': {}}
   assert 'train.shuffle_window' not in blocks.recipe(c)
   c.train.order = 'blocks'
   assert blocks.recipe(c)[-1] == 'train.shuffle_window'
-  assert list(blocks.pick(c, blocks.recipe(c))) == blocks.recipe(c)
+  assert list(blocks.pick_keys(c, blocks.recipe(c))) == blocks.recipe(c)

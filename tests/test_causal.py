@@ -25,7 +25,7 @@ def test_the_papers_share():
   assert found.value == pytest.approx((50.21 - 44.78) / (50.21 - 14))
   assert f'{found.value:.0%}' == '15%'
   assert found.reason == '' and found.low < found.value < found.high
-  assert found.loss.value == pytest.approx(0.0543) and found.room.value == pytest.approx(0.3621)
+  assert found.loss.value == pytest.approx(0.0543) and found.lead.value == pytest.approx(0.3621)
   same = causal.explained_share(exactly(5021), exactly(4478), exactly(1400))
   assert same.value == pytest.approx(found.value)
 
@@ -51,7 +51,7 @@ def test_no_share_without_room():
   behind = base.copy()
   behind[0, :3] = False  # one seed is 3 images behind: more than 0, and not shown to be
   close = causal.explained_share(base, gap, behind)
-  assert close.room.value > 0 and close.reason
+  assert close.lead.value > 0 and close.reason
 
 
 def test_share_by_number_of_seeds():

@@ -29,14 +29,16 @@ def follow(data, path, monkeypatch, between) -> None:
 
   monkeypatch.setattr(checkpoint.time, 'sleep', sleep)
   with pytest.raises(Enough):
-    checkpoint.run(config(data), str(path), model='', benchmarks=None, output='', follow=True)
+    checkpoint.evaluate_checkpoint(
+      config(data), str(path), model='', benchmarks=None, output='', follow=True
+    )
 
 
 def steps(folder, *names) -> None:
   """A run's checkpoints folder with some whole steps."""
   if not (folder / '00000000').exists():
     path = write_open_clip(folder.parent / 'weights', CLIP)
-    convert.run(path, str(folder), 'orbax', model='')
+    convert.convert_checkpoint(path, str(folder), 'orbax', model='')
   for name in names:
     shutil.copytree(folder / '00000000', folder / name)
 
@@ -95,6 +97,6 @@ def test_a_folder_of_weights_names_its_file(tmp_path):
 
 
 def test_a_file_of_weights_in_a_bucket():
-  assert models.located('gs://b/run') == 'gs://b/run'
+  assert models.resolve_path('gs://b/run') == 'gs://b/run'
   with pytest.raises(ConfigError, match='gs://b/x.safetensors: .*on this machine'):
-    models.located('gs://b/x.safetensors')
+    models.resolve_path('gs://b/x.safetensors')

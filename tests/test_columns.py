@@ -21,7 +21,7 @@ def test_refined_values_decide_as_the_exact_ones(seed, n, data):
     asked.extend(rows.tolist())
     return exact[rows]
 
-  found, count = columns.refined(values, decide, places, columns.TOLERANCE)
+  found, count = columns.recompute_near_cuts(values, decide, places, columns.TOLERANCE)
   assert count == len(asked) == len(set(asked))
   for place in places:
     cut = np.sort(exact)[place]
@@ -33,7 +33,7 @@ def test_refined_values_decide_as_the_exact_ones(seed, n, data):
 def test_the_lowest_and_ties_to_the_earlier(values, data):
   count = data.draw(st.integers(0, len(values)))
   order = sorted(range(len(values)), key=lambda i: (values[i], i))
-  found = columns.lowest(np.array(values, float), count)
+  found = columns.mask_of_lowest(np.array(values, float), count)
   assert np.flatnonzero(found).tolist() == sorted(order[:count])
 
 

@@ -16,7 +16,7 @@ def guarded(error):
   def work():
     raise error
 
-  return command.guard(work)
+  return command.run_command(work)
 
 
 @pytest.fixture(autouse=True)
@@ -56,10 +56,10 @@ def test_a_signal_ends_with_its_status_and_says_how_to_go_on(capsys, signum, sta
     for _ in range(1000):
       interrupts.check()
 
-  assert command.guard(work) == status
+  assert command.run_command(work) == status
   assert 'same command again' in capsys.readouterr().out
   interrupts.install()  # forgets the signal
 
 
 def test_work_that_ends_is_0():
-  assert command.guard(lambda: None) == 0
+  assert command.run_command(lambda: None) == 0

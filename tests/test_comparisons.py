@@ -31,7 +31,7 @@ def share(value=0.15, reason='', reference='anchor_only'):
     reference=reference,
     reason=reason,
     loss=estimate(0.057),
-    room=estimate(0.393),
+    lead=estimate(0.393),
   )
 
 

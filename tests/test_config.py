@@ -18,8 +18,8 @@ def test_fill_names_the_nearest_key_and_merges_dicts():
 
 
 def test_nearest_lists_all_when_nothing_is_close():
-  assert config.nearest('zzz', ['b', 'a']) == ' There are: a, b.'
-  assert 'Did you mean' in config.nearest('serach', ['search', 'train'])
+  assert config.did_you_mean('zzz', ['b', 'a']) == ' There are: a, b.'
+  assert 'Did you mean' in config.did_you_mean('serach', ['search', 'train'])
 
 
 def test_plain_and_canonical():

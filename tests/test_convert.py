@@ -55,8 +55,10 @@ def write_huggingface(folder, config_=CLIP) -> str:
 @pytest.mark.parametrize('name', FAMILIES)
 def test_from_open_clip_to_a_checkpoint_and_back(name, tmp_path):
   path = write_open_clip(tmp_path / 'in', FAMILIES[name])
-  convert.run(path, str(tmp_path / 'orbax'), 'orbax', model='')
-  convert.run(str(tmp_path / 'orbax'), str(tmp_path / 'out/x.safetensors'), 'open_clip', model='')
+  convert.convert_checkpoint(path, str(tmp_path / 'orbax'), 'orbax', model='')
+  convert.convert_checkpoint(
+    str(tmp_path / 'orbax'), str(tmp_path / 'out/x.safetensors'), 'open_clip', model=''
+  )
   for found in (
     models.read(path),
     models.read(str(tmp_path / 'orbax')),
@@ -72,8 +74,8 @@ def test_from_open_clip_to_a_checkpoint_and_back(name, tmp_path):
 
 def test_from_hugging_face_to_a_checkpoint_and_back(tmp_path):
   path = write_huggingface(tmp_path / 'in')
-  convert.run(path, str(tmp_path / 'orbax'), 'orbax', model='')
-  convert.run(
+  convert.convert_checkpoint(path, str(tmp_path / 'orbax'), 'orbax', model='')
+  convert.convert_checkpoint(
     str(tmp_path / 'orbax'), str(tmp_path / 'out/model.safetensors'), 'huggingface', model=''
   )
   for file in ('model.safetensors', 'config.json', 'preprocessor_config.json'):
@@ -83,7 +85,7 @@ def test_from_hugging_face_to_a_checkpoint_and_back(tmp_path):
 def test_the_tokenizers_files_go_along(tmp_path):
   path = write_open_clip(tmp_path / 'in', SIGLIP)
   (tmp_path / 'in/tokenizer.json').write_text('{}')
-  convert.run(path, str(tmp_path / 'orbax'), 'orbax', model='')
+  convert.convert_checkpoint(path, str(tmp_path / 'orbax'), 'orbax', model='')
   assert (tmp_path / 'orbax/tokenizer.json').read_text() == '{}'
   assert models.read(str(tmp_path / 'orbax/00000000')).folder == str(tmp_path / 'orbax')
 
@@ -110,7 +112,7 @@ def test_another_tokenizer_is_needed_for_text_only(tmp_path):
 
 def test_the_config_of_its_own_side_counts(tmp_path):
   """A folder of the hub often holds both, with both configs."""
-  quick = zoo.quick(CLIP)
+  quick = zoo.with_quickgelu(CLIP)
   path = write_open_clip(tmp_path)
   write_huggingface(tmp_path / 'hf', quick)
   for file in ('model.safetensors', 'config.json', 'preprocessor_config.json'):
@@ -126,7 +128,7 @@ def test_the_config_of_its_own_side_counts(tmp_path):
 
 def blank(tmp_path, name, **others) -> str:
   """A file of weights of a named model, with nothing beside it."""
-  found = open_clip.params_to_open_clip(make(zoo.get(name)), zoo.get(name))
+  found = open_clip.params_to_open_clip(make(zoo.by_name(name)), zoo.by_name(name))
   weights.write(
     tmp_path / 'x.safetensors',
     {k: np.asarray(v, np.float16) for k, v in found.items()} | others,
@@ -138,7 +140,7 @@ def blank(tmp_path, name, **others) -> str:
 def test_a_file_that_nothing_names(tmp_path, monkeypatch):
   small = {
     'small': CLIP,
-    'small-quickgelu': zoo.quick(CLIP),
+    'small-quickgelu': zoo.with_quickgelu(CLIP),
     'large': dataclasses.replace(CLIP, vision=dataclasses.replace(CLIP.vision, image_size=32)),
     'other': dataclasses.replace(CLIP, embed_dim=4),
   }
@@ -214,13 +216,15 @@ def test_conversions_that_are_refused(path, output, kind, match, tmp_path, monke
   (tmp_path / 'there').mkdir()
   (tmp_path / 'there/open_clip_config.json').write_text('{}')
   with pytest.raises(ConfigError, match=match):
-    convert.run(path, output, kind, model='')
+    convert.convert_checkpoint(path, output, kind, model='')
 
 
 def test_what_the_other_side_cannot_say_leaves_no_file(tmp_path):
   path = write_open_clip(tmp_path, CONFIGS['resnet'])
   with pytest.raises(ConfigError, match='ResNet'):
-    convert.run(path, str(tmp_path / 'out/model.safetensors'), 'huggingface', model='')
+    convert.convert_checkpoint(
+      path, str(tmp_path / 'out/model.safetensors'), 'huggingface', model=''
+    )
   assert not (tmp_path / 'out').exists()
 
 
@@ -229,7 +233,7 @@ def test_a_disk_without_room_is_seen_before(kind, tmp_path, monkeypatch):
   path = write_open_clip(tmp_path / 'a')
   monkeypatch.setattr(files, 'free_bytes', lambda path: 1_000_000)
   with pytest.raises(InputError, match='out/x.* 3.2 MB.* 1.0 MB'):
-    convert.run(
+    convert.convert_checkpoint(
       path, str(tmp_path / f'out/x{"" if kind == "orbax" else ".safetensors"}'), kind, model=''
     )
   assert not (tmp_path / 'out').exists()
@@ -330,7 +334,7 @@ def test_what_training_makes_can_be_written(tmp_path):
   c = config(tmp_path, **{'train.loss': 'siglip'})
   found = models.architecture(c)
   assert found.init_logit_bias == -10 and round(np.exp(found.init_logit_scale), 9) == 10
-  assert open_clip.config_from_open_clip(models.about(c, 'base', 0)['model']) == found
+  assert open_clip.config_from_open_clip(models.describe_model(c, 'base', 0)['model']) == found
   c = config(tmp_path)
   assert models.architecture(c).init_logit_bias is None
   assert huggingface.config_to_huggingface(models.architecture(c))['architectures'] == ['CLIPModel']

@@ -16,7 +16,7 @@ def rows(seed, count=20, dim=16):
 @pytest.mark.parametrize('dtype', [np.float32, np.float64])
 def test_unit_keeps_the_dtype_and_zero_vectors(dtype):
   x = np.array([[3, 4], [0, 0], [np.nan, 1]], dtype)
-  got = vectors.unit(x)
+  got = vectors.to_unit_length(x)
   assert got.dtype == dtype and got[:2].tolist() == [
     [dtype(3) / dtype(5), dtype(4) / dtype(5)],
     [0, 0],

@@ -14,8 +14,8 @@ TEXT = (PACKAGE / 'defaults.py').read_text()
 # it.
 READERS = '\n'.join(
   path.read_text()
-  for room in ('experiment', 'stages', 'studies')
-  for path in sorted((PACKAGE / room).rglob('*.py'))
+  for package in ('experiment', 'stages', 'studies')
+  for path in sorted((PACKAGE / package).rglob('*.py'))
   if not path.name.startswith('check')
 )
 

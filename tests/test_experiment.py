@@ -12,9 +12,12 @@ def _experiment():
 
 def test_a_view_is_the_same_object_each_time_and_shares_the_graph():
   x = _experiment()
-  hog = x.under('hog')
+  hog = x.with_embedder('hog')
   assert (
-    x.under('hog') is hog and hog.under('hog') is hog and hog.under('') is x and x.under('') is x
+    x.with_embedder('hog') is hog
+    and hog.with_embedder('hog') is hog
+    and hog.with_embedder('') is x
+    and x.with_embedder('') is x
   )
   assert hog.graph is x.graph and x.graph is x.graph and hog.config is x.config
   assert (x.embedder_block.source, hog.embedder_block.dim) == ('pca', 5)
@@ -22,9 +25,12 @@ def test_a_view_is_the_same_object_each_time_and_shares_the_graph():
 
 def test_paths_and_what_is_printed():
   x = _experiment()
-  hog = x.under('hog')
-  assert x.path('a', 'b') == hog.path('a', 'b') == x.home('a', 'b') == '/w/a/b'
-  assert hog.home('a', 'b') == '/w/embedders/hog/a/b' and hog.home() == '/w/embedders/hog'
+  hog = x.with_embedder('hog')
+  assert x.path('a', 'b') == hog.path('a', 'b') == x.embedder_path('a', 'b') == '/w/a/b'
+  assert (
+    hog.embedder_path('a', 'b') == '/w/embedders/hog/a/b'
+    and hog.embedder_path() == '/w/embedders/hog'
+  )
   assert (x.suffix, hog.suffix) == ('', ' (hog)')
 
 
@@ -36,10 +42,10 @@ def test_what_is_shared_is_built_once_for_each_view_until_the_stage_ends():
     return len(built)
 
   assert [
-    x.once('a', build),
-    x.once('a', build),
-    x.once('b', build),
-    x.under('hog').once('a', build),
+    x.cached('a', build),
+    x.cached('a', build),
+    x.cached('b', build),
+    x.with_embedder('hog').cached('a', build),
   ] == [1, 1, 2, 3]
-  x.under('hog').close()  # of all views
-  assert [x.under('hog').once('a', build), x.once('a', build)] == [4, 5]
+  x.with_embedder('hog').close()  # of all views
+  assert [x.with_embedder('hog').cached('a', build), x.cached('a', build)] == [4, 5]

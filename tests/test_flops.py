@@ -11,14 +11,14 @@ from clip_jax.models import clip, flops, zoo
   'name, gflops', [('ViT-B-32', 8.82), ('ViT-L-14', 162.03), ('RN50', 12.22)]
 )
 def test_images_cost_what_open_clip_says(name, gflops):
-  assert flops.image_flops(zoo.get(name)) / 1e9 == pytest.approx(gflops, rel=0.005)
+  assert flops.image_flops(zoo.by_name(name)) / 1e9 == pytest.approx(gflops, rel=0.005)
 
 
 @pytest.mark.parametrize(
   'name, gflops', [('ViT-B-32', 14.78), ('ViT-L-14', 175.33), ('RN50', 18.18)]
 )
 def test_both_towers_cost_what_open_clip_says(name, gflops):
-  config = zoo.get(name)
+  config = zoo.by_name(name)
   assert flops.forward_flops(config) == flops.image_flops(config) + flops.text_flops(config)
   assert flops.forward_flops(config) / 1e9 == pytest.approx(gflops, rel=0.005)
 
@@ -34,6 +34,6 @@ def test_patches_and_a_class_token_by_hand():
 
 @pytest.mark.parametrize('name', ['ViT-S-32-alt', 'RN50'])
 def test_parameters_are_those_that_are_made(name):
-  config = zoo.get(name)
+  config = zoo.by_name(name)
   made = jax.eval_shape(clip.functions(config).init, jax.random.key(0))
   assert flops.parameter_count(config) == sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(made))

@@ -140,7 +140,7 @@ def test_every_format_gives_the_same_dataset(tmp_path, format):
   )  # TFDS shuffles, folders sort by class
   assert (
     [source[row] for row in order]
-    == source.many(order)
+    == source.read_samples(order)
     == [
       {'image': sample['image'], 'caption': sample['txt'], 'label': sample['label']}
       for sample in SAMPLES
@@ -156,7 +156,7 @@ def test_every_format_gives_the_same_dataset(tmp_path, format):
 
 def test_an_unknown_format_is_an_error_that_names_the_nearest():
   with pytest.raises(ConfigError, match="Did you mean 'parquet'"):
-    formats.get('parkett')
+    formats.by_name('parkett')
 
 
 def test_the_formats_of_one_file_a_shard_find_their_files_in_a_folder(tmp_path):

@@ -51,7 +51,7 @@ def full(data):
 
 def fingerprints(c):
   return {
-    product.name: product.fingerprint for product in table.everything(Experiment(c, '/nowhere'))
+    product.name: product.fingerprint for product in table.all_products(Experiment(c, '/nowhere'))
   }
 
 
@@ -65,8 +65,8 @@ def changed(before, after):
 
 def test_the_same_config_gives_the_same_products(data):
   one, other = Graph(full(data)), Graph(full(data))
-  assert {p.name: (p.fingerprint, p.at_least) for p in one.everything()} == {
-    p.name: (p.fingerprint, p.at_least) for p in other.everything()
+  assert {p.name: (p.fingerprint, p.at_least) for p in one.all_products()} == {
+    p.name: (p.fingerprint, p.at_least) for p in other.all_products()
   }
   assert one.run('base', 0).inputs[0] is one.rows('base', 0) is one.rows('base', 0)  # made once
 
@@ -75,13 +75,13 @@ def test_no_look_at_the_work_directory(data, tmp_path, monkeypatch):
   c = small(data)
   squares.run_stages(c, tmp_path / 'w', 'ingest')
   elsewhere = fingerprints(c)
-  inside = {p.name: p.fingerprint for p in table.everything(Experiment(c, str(tmp_path / 'w')))}
+  inside = {p.name: p.fingerprint for p in table.all_products(Experiment(c, str(tmp_path / 'w')))}
   assert inside == elsewhere
   monkeypatch.chdir(tmp_path / 'w')  # nor by a relative path
   assert fingerprints(c) == elsewhere
   c = defaults.get_config()
   c.pool = defaults.dataset(format='glyphs')  # its tars are drawn in the work directory
-  assert [p.name for p in Graph(c).of('ingest')] == [
+  assert [p.name for p in Graph(c).stage_products('ingest')] == [
     'ingest/glyphs/tars',
     'ingest/pool/index-00000',
     'ingest/pool/index',
@@ -91,8 +91,8 @@ def test_no_look_at_the_work_directory(data, tmp_path, monkeypatch):
 
 def test_inputs_come_before_those_that_read_them_and_names_are_unique(data):
   for everything in (
-    Graph(full(data)).everything(),
-    table.everything(Experiment(full(data), '/nowhere')),
+    Graph(full(data)).all_products(),
+    table.all_products(Experiment(full(data), '/nowhere')),
   ):
     seen = set()
     for product in everything:
@@ -116,7 +116,7 @@ def test_inputs_come_before_those_that_read_them_and_names_are_unique(data):
 
 
 def test_products_of_one_batch_are_of_one_kind_and_embedder(data):
-  every = table.everything(Experiment(full(data), '/nowhere'))
+  every = table.all_products(Experiment(full(data), '/nowhere'))
   for stage in ('ingest', 'embed', 'search', 'prune'):
     of = {}
     for product in table.products_of(Experiment(full(data), '/nowhere'), stage):

@@ -35,7 +35,7 @@ def replaced(config, tower, **numbers):
   [
     CLIP,
     SIGLIP,
-    zoo.quick(CLIP),
+    zoo.with_quickgelu(CLIP),
     replaced(CLIP, 'text', pool_type='eos', eos_id=5, activation='gelu_tanh', eps=1e-6),
     replaced(CLIP, 'vision', mlp_ratio=70 / 16),
     dataclasses.replace(CLIP, init_logit_scale=1.5),
@@ -85,7 +85,7 @@ def test_numbers_that_a_config_leaves_out():
   found = huggingface.config_from_huggingface(
     {'model_type': 'clip', 'text_config': {'eos_token_id': 2}, 'vision_config': {}}
   )
-  assert found == zoo.get('ViT-B-32-quickgelu')
+  assert found == zoo.by_name('ViT-B-32-quickgelu')
   large = {
     'hidden_size': 1024,
     'num_hidden_layers': 24,
@@ -110,7 +110,7 @@ def test_numbers_that_a_config_leaves_out():
       'vision_config_dict': large,
     }
   )
-  assert found == zoo.get('ViT-L-14-quickgelu')
+  assert found == zoo.by_name('ViT-L-14-quickgelu')
   siglip = huggingface.config_from_huggingface(
     {'model_type': 'siglip', 'vision_config': {}, 'text_config': {}}
   )
@@ -159,14 +159,14 @@ def test_another_model_is_an_error():
 
 
 def test_models_that_fit_by_shape():
-  config = zoo.get('ViT-S-32')
+  config = zoo.by_name('ViT-S-32')
   shapes = weights.published_shapes(huggingface.entries(config), weights.shapes(config))
   tensors = {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}
-  assert huggingface.fitting(tensors) == ['ViT-S-32']
+  assert huggingface.matching_models(tensors) == ['ViT-S-32']
 
 
 def test_numbers_that_make_no_model():
-  found = huggingface.config_to_huggingface(zoo.get('ViT-B-32'))
+  found = huggingface.config_to_huggingface(zoo.by_name('ViT-B-32'))
   for tower, key, value, match in (
     ('vision_config', 'patch_size', 0, 'patch_size=0'),
     ('vision_config', 'hidden_size', 0, 'ZeroDivision'),

@@ -353,9 +353,11 @@ def test_crops_have_the_area_ratio_and_places_of_torchvision():
   area, ratio = boxes[:, 2] * boxes[:, 3] / 96**2, boxes[:, 3] / boxes[:, 2]
   assert area.min() > 0.29 and area.max() < 0.51 and abs(area.mean() - 0.4) < 0.005
   assert ratio.min() > 0.73 and ratio.max() < 1.36 and abs(np.log(ratio).mean()) < 0.01
-  room = 96 - boxes[:, 2]
-  assert (boxes[:, 0] >= 0).all() and (boxes[:, 0] <= room).all()
-  assert abs((boxes[:, 0] / room).mean() - 0.5) < 0.02 and (boxes[:, 0] == room).any()
+  largest_left = 96 - boxes[:, 2]
+  assert (boxes[:, 0] >= 0).all() and (boxes[:, 0] <= largest_left).all()
+  assert (
+    abs((boxes[:, 0] / largest_left).mean() - 0.5) < 0.02 and (boxes[:, 0] == largest_left).any()
+  )
 
 
 @pytest.mark.parametrize('shape', make_preprocess_golden.CROPS)

@@ -34,12 +34,12 @@ def cut(keys, seed):
 
 @given(st.lists(hexes, min_size=1, max_size=20))
 def test_uids_are_two_numbers_sorted_as_pairs(keys):
-  found = key_lists.uids(keys)
+  found = key_lists.keys_to_uids(keys)
   assert found.dtype == np.dtype('u8,u8')
   pairs = [(int(key[:16], 16), int(key[16:], 16)) for key in keys]
   assert found.tolist() == pairs and key_lists.sorted_uids(found).tolist() == sorted(pairs)
-  assert key_lists.uids([key.upper() for key in keys]).tolist() == pairs
-  assert key_lists.uids(pa.array(['x', *keys, 'y']).slice(1, len(keys))).tolist() == pairs
+  assert key_lists.keys_to_uids([key.upper() for key in keys]).tolist() == pairs
+  assert key_lists.keys_to_uids(pa.array(['x', *keys, 'y']).slice(1, len(keys))).tolist() == pairs
 
 
 @settings(max_examples=25)
@@ -58,7 +58,9 @@ def test_files_of_every_kind_name_the_same_rows(tmp_path_factory, data):
     'several_rows': sum(pool.count(key) > 1 for key in set(listed)),
   }
 
-  np.save(folder / 'u.npy', key_lists.sorted_uids(key_lists.uids(list(map(as_uid, listed)))))
+  np.save(
+    folder / 'u.npy', key_lists.sorted_uids(key_lists.keys_to_uids(list(map(as_uid, listed))))
+  )
   np.save(folder / 'i.npy', np.array(listed, np.int32))
   np.save(folder / 's.npy', np.array([f'k{key}' for key in listed]))
   pq.write_table(
@@ -75,7 +77,7 @@ def test_files_of_every_kind_name_the_same_rows(tmp_path_factory, data):
     ('n.parquet', list(map(str, pool))),
     ('t.txt', texts),
   ):
-    found = key_lists.find(key_lists.read(folder / name), cut(keys, seed))
+    found = key_lists.find_rows(key_lists.read(folder / name), cut(keys, seed))
     assert found.rows.dtype == np.int64 and found.rows.tolist() == expected, name
     assert found.report == report, name
 
@@ -84,20 +86,20 @@ def test_blocks_are_looked_up_in_order_however_they_are_joined(monkeypatch):
   keys = [f'{i:05d}' for i in range(100)]
   for size in (1, 7, 1000):
     monkeypatch.setattr(key_lists, '_BLOCK', size)
-    found = key_lists.find(pa.array([3, 99, 3, 200]), [keys[:1], [], keys[1:50], keys[50:]])
+    found = key_lists.find_rows(pa.array([3, 99, 3, 200]), [keys[:1], [], keys[1:50], keys[50:]])
     assert found.rows.tolist() == [3, 3, 99] and found.not_in_pool == ['200']
-    uids = key_lists.uids([f'{i:032x}' for i in range(20)])
+    uids = key_lists.keys_to_uids([f'{i:032x}' for i in range(20)])
     assert uids['f1'].tolist() == list(range(20))
 
 
 def test_rows_without_a_key_are_never_named():
   uid = f'{5:032x}'
   file = io.BytesIO()
-  np.save(file, key_lists.uids([uid]))
+  np.save(file, key_lists.keys_to_uids([uid]))
   listed = key_lists._binary(np.frombuffer(bytes(15) + b'\5', np.uint8).reshape(1, 16))
-  found = key_lists.find(listed, [pa.array([None, uid, None]), pa.nulls(2), pa.array([uid])])
+  found = key_lists.find_rows(listed, [pa.array([None, uid, None]), pa.nulls(2), pa.array([uid])])
   assert found.rows.tolist() == [1, 5]
-  assert key_lists.find(
+  assert key_lists.find_rows(
     pa.array([7]), [pa.array([None, '007']), pa.array([7, None])]
   ).rows.tolist() == [1, 2]
 
@@ -105,17 +107,17 @@ def test_rows_without_a_key_are_never_named():
 @pytest.mark.parametrize(
   'convert, keys, said',
   [
-    (key_lists.uids, ['0' * 32, 'abc'], "'abc' of row 11 is no uid"),
-    (key_lists.uids, ['0' * 32, None], 'None of row 11 is no uid'),
-    (key_lists.uids, ['0' * 32, '0' * 31 + 'g'], '0g.* of row 11 is no uid'),
-    (key_lists.uids, ['é' * 16], 'of row 10 is no uid'),
-    (key_lists.numbers, ['1', '1.0'], "'1.0' of row 11 is no 64-bit number"),
-    (key_lists.numbers, ['0x1F'], 'no 64-bit number'),
-    (key_lists.numbers, [' 1'], 'no 64-bit number'),
-    (key_lists.numbers, [str(2**63)], '9223372036854775808.* of row 10'),
-    (key_lists.numbers, ['', '1'], 'row 10'),
-    (key_lists.numbers, [1.5], "'1.5' of row 10"),
-    (key_lists.numbers, ['5', None], 'None of row 11'),
+    (key_lists.keys_to_uids, ['0' * 32, 'abc'], "'abc' of row 11 is no uid"),
+    (key_lists.keys_to_uids, ['0' * 32, None], 'None of row 11 is no uid'),
+    (key_lists.keys_to_uids, ['0' * 32, '0' * 31 + 'g'], '0g.* of row 11 is no uid'),
+    (key_lists.keys_to_uids, ['é' * 16], 'of row 10 is no uid'),
+    (key_lists.keys_to_int64, ['1', '1.0'], "'1.0' of row 11 is no 64-bit number"),
+    (key_lists.keys_to_int64, ['0x1F'], 'no 64-bit number'),
+    (key_lists.keys_to_int64, [' 1'], 'no 64-bit number'),
+    (key_lists.keys_to_int64, [str(2**63)], '9223372036854775808.* of row 10'),
+    (key_lists.keys_to_int64, ['', '1'], 'row 10'),
+    (key_lists.keys_to_int64, [1.5], "'1.5' of row 10"),
+    (key_lists.keys_to_int64, ['5', None], 'None of row 11'),
   ],
 )
 def test_bad_keys_are_named_with_their_row(convert, keys, said):
@@ -126,7 +128,7 @@ def test_bad_keys_are_named_with_their_row(convert, keys, said):
 
 
 def test_numbers_with_many_zeros_and_the_largest():
-  assert key_lists.numbers(['0' * 30 + '7', str(2**63 - 1), str(-(2**63))]).tolist() == [
+  assert key_lists.keys_to_int64(['0' * 30 + '7', str(2**63 - 1), str(-(2**63))]).tolist() == [
     7,
     2**63 - 1,
     -(2**63),
@@ -135,7 +137,7 @@ def test_numbers_with_many_zeros_and_the_largest():
 
 def test_uids_of_a_machine_with_other_bytes(tmp_path):
   np.save(tmp_path / 'u.npy', np.array([(1, 2**64 - 1)], '>u8,>u8'))
-  assert key_lists.find(
+  assert key_lists.find_rows(
     key_lists.read(tmp_path / 'u.npy'), [[f'{1:016x}{2**64 - 1:016X}']]
   ).rows.tolist() == [0]
 

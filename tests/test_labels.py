@@ -20,7 +20,7 @@ def _labels(root, class_names=(), file=''):
   found = {}
   for path in folder.paths(str(root)):
     try:
-      found[path] = told.of(path)
+      found[path] = told.label_of(path)
     except labels.NoLabel as reason:
       found[path] = str(reason)
   return found
@@ -74,7 +74,7 @@ def test_class_folders_are_places_numbers_or_ranks(tmp_path):
 def test_imagenet_v2_is_labelled_by_numbers_and_not_by_sorted_order(tmp_path):
   _touch(tmp_path, *(f'{i}/a.jpeg' for i in range(1000)))
   told = labels.labels(str(tmp_path), [f'class {i}' for i in range(1000)])
-  assert all(told.of(f'{i}/a.jpeg') == i for i in range(1000))
+  assert all(told.label_of(f'{i}/a.jpeg') == i for i in range(1000))
   assert sum(place != int(name) for place, name in enumerate(sorted(map(str, range(1000))))) == 988
   assert 'their numbers' in told.description
 

@@ -92,7 +92,7 @@ def test_formats_that_must_be_on_this_machine_are_refused_before_anything_is_ope
 
 
 def test_braces_keep_the_width_of_their_numbers():
-  assert listing.expanded('/x/{008..010}-{a,b}') == [
+  assert listing.expand_braces('/x/{008..010}-{a,b}') == [
     '/x/008-a',
     '/x/008-b',
     '/x/009-a',
@@ -100,8 +100,8 @@ def test_braces_keep_the_width_of_their_numbers():
     '/x/010-a',
     '/x/010-b',
   ]
-  assert listing.expanded('/x/{1..2}') == ['/x/1', '/x/2']
-  assert listing.expanded('/x/{odd}') == ['/x/{odd}']
+  assert listing.expand_braces('/x/{1..2}') == ['/x/1', '/x/2']
+  assert listing.expand_braces('/x/{odd}') == ['/x/{odd}']
 
 
 def test_many_shards_of_a_storage_are_one_question():

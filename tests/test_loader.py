@@ -414,7 +414,7 @@ def test_a_batch_of_large_images_is_made_in_several_runs(monkeypatch):
   asked = []
   monkeypatch.setattr(
     loader_sources.Source,
-    'many',
+    'read_samples',
     lambda self, rows: asked.append(len(rows)) or [self[i] for i in rows],
   )
   monkeypatch.setattr(loader, '_RUN_BYTES', 3 * (3 * 8 * 8 + 4 * 12 + 8))

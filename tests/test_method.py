@@ -79,7 +79,7 @@ class World:
     rows = splits.base_rows(
       sorted(kept), len(self.pool), np.arange(len(self.anchor)), append_anchor and not k
     )
-    promise = splits.Promise(names, rows, append_anchor, slack, k)
+    promise = splits.AlignmentClaim(names, rows, append_anchor, slack, k)
     found = splits.check_aligned(
       {'it': promise},
       {name: self.queries[name] for name in names},

@@ -1,4 +1,4 @@
-"""dedup_audit.py against every pair written out, and against what de-duplication itself drops."""
+"""missed_duplicates.py against all pairs in a loop and against what de-duplication drops."""
 
 from hypothesis import given, settings
 from hypothesis import strategies as st

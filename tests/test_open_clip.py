@@ -14,7 +14,7 @@ from clip_jax.models.shapes import shapes
 
 @pytest.mark.parametrize('name', zoo.ARCHITECTURES)
 def test_a_config_survives_the_way_there_and_back(name):
-  config = zoo.get(name)
+  config = zoo.by_name(name)
   assert open_clip.config_from_open_clip(open_clip.config_to_open_clip(config)) == config
 
 
@@ -108,19 +108,19 @@ def blank(config):
   ],
 )
 def test_models_that_fit_by_shape(name, fit):
-  assert open_clip.fitting(blank(zoo.get(name))) == fit
+  assert open_clip.matching_models(blank(zoo.by_name(name))) == fit
 
 
 def test_preprocessing_both_ways():
-  config = zoo.get('ViT-B-16-SigLIP')
+  config = zoo.by_name('ViT-B-16-SigLIP')
   default = open_clip.default_preprocess(config)
   assert default == dict(mean=(0.5,) * 3, std=(0.5,) * 3, resize='squash')
   written = open_clip.preprocess_to_open_clip(224, default)
   assert open_clip.preprocess_from_open_clip(written, config) == default
-  plain = open_clip.default_preprocess(zoo.get('ViT-B-32'))
+  plain = open_clip.default_preprocess(zoo.by_name('ViT-B-32'))
   assert plain['resize'] == 'shortest' and plain['mean'] == open_clip.OPENAI_MEAN
   assert open_clip.preprocess_from_open_clip({}, config) == plain  # open_clip's own defaults
-  assert open_clip.default_preprocess(zoo.get('ViT-L-14-CLIPA'))['mean'][0] == 0.485
+  assert open_clip.default_preprocess(zoo.by_name('ViT-L-14-CLIPA'))['mean'][0] == 0.485
   with pytest.raises(ConfigError, match='longest'):
     open_clip.preprocess_from_open_clip({'resize_mode': 'longest'}, config)
   assert open_clip.preprocess_from_open_clip({'mean': 0.5}, config)['mean'] == (0.5, 0.5, 0.5)
@@ -152,16 +152,16 @@ def test_preprocessing_both_ways():
   ],
 )
 def test_numbers_that_make_no_model(block, key, value, match):
-  model = open_clip.config_to_open_clip(zoo.get('ViT-B-16'))
+  model = open_clip.config_to_open_clip(zoo.by_name('ViT-B-16'))
   (model[block] if block else model)[key] = value
   with pytest.raises(ConfigError, match=match):
     open_clip.config_from_open_clip(model)
 
 
 def test_a_square_image_size_may_be_two_numbers():
-  model = open_clip.config_to_open_clip(zoo.get('ViT-B-16'))
+  model = open_clip.config_to_open_clip(zoo.by_name('ViT-B-16'))
   model['vision_cfg']['image_size'] = [224, 224]
-  assert open_clip.config_from_open_clip(model) == zoo.get('ViT-B-16')
+  assert open_clip.config_from_open_clip(model) == zoo.by_name('ViT-B-16')
 
 
 def test_a_tensor_under_both_of_its_names():

@@ -37,7 +37,7 @@ def test_ten_updates_equal_pytorchs_adamw():
 
 def test_decay_leaves_out_what_open_clip_leaves_out():
   shapes = jax.eval_shape(clip.functions(CONFIG).init, jax.random.key(0))
-  mask = jax.tree_util.tree_leaves_with_path(optimizer.decays(shapes))
+  mask = jax.tree_util.tree_leaves_with_path(optimizer.has_weight_decay(shapes))
   names = {
     jax.tree_util.keystr(path, simple=True, separator='.') for path, decays in mask if decays
   }

@@ -61,15 +61,15 @@ def _check(tokens, groups, packed):
 
 def _rows_one_by_one(tokens):
   """First fit decreasing, as it is told: the number of rows."""
-  room = []
+  free_tokens = []
   for n in sorted((len(text) for text in set(map(tuple, _texts(tokens)))), reverse=True):
-    for row, left in enumerate(room):
+    for row, left in enumerate(free_tokens):
       if n <= left:
-        room[row] -= n
+        free_tokens[row] -= n
         break
     else:
-      room.append(tokens.shape[1] - n)
-  return len(room)
+      free_tokens.append(tokens.shape[1] - n)
+  return len(free_tokens)
 
 
 @given(batches())
@@ -92,7 +92,7 @@ def test_rows_are_those_of_first_fit_decreasing_on_a_rung(batch):
   filled = (packed['segment'] > 0).any(2)  # [G, R]
   assert filled.sum(1).tolist() == needed
   assert (np.diff(filled.astype(int), axis=1) <= 0).all()  # the empty rows are the last
-  assert filled.shape[1] == min(packing.rung(max(needed)), len(parts[0]))
+  assert filled.shape[1] == min(packing.padded_size(max(needed)), len(parts[0]))
 
 
 @given(batches())
@@ -112,7 +112,9 @@ def test_a_large_batch_is_right_and_nearly_full():
   lengths = np.clip(rng.lognormal(np.log(22) - 0.18, 0.6, 4000).astype(int), 2, 77)
   tokens = _captions(lengths, 77, repeats=2)
   packed = packing.pack(tokens, 4)
-  assert packed['tokens'].shape[1] == packing.rung(max(map(_rows_one_by_one, np.split(tokens, 4))))
+  assert packed['tokens'].shape[1] == packing.padded_size(
+    max(map(_rows_one_by_one, np.split(tokens, 4)))
+  )
   filled = (packed['segment'] > 0)[(packed['segment'] > 0).any(2)]
   assert filled.mean() > 0.97
   text, width = packed['tokens'].reshape(4, -1), 77
@@ -168,12 +170,12 @@ def test_real_captions_also_truncated_ones():
 
 
 def test_rungs():
-  assert [packing.rung(n) for n in LADDER] == list(LADDER)
-  assert [packing.rung(n) for n in range(1, 49)] == [
+  assert [packing.padded_size(n) for n in LADDER] == list(LADDER)
+  assert [packing.padded_size(n) for n in range(1, 49)] == [
     min(r for r in LADDER if r >= n) for n in range(1, 49)
   ]
-  assert len({packing.rung(n) for n in range(1, 10_000)}) < 50
-  assert all(packing.rung(n) < 1.2 * n + 1 for n in range(1, 10_000))
+  assert len({packing.padded_size(n) for n in range(1, 10_000)}) < 50
+  assert all(packing.padded_size(n) < 1.2 * n + 1 for n in range(1, 10_000))
 
 
 @pytest.mark.parametrize(

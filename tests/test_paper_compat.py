@@ -51,11 +51,11 @@ def test_as_many_as_by_brute_force(seed, rows, queries, top_k, chunk_rows, shard
     (flagged[(flagged >= i) & (flagged < i + shard)], min(i + shard, rows))
     for i in range(0, rows, shard)
   ]
-  chunks = list(paper_compat.chunks(parts, chunk_rows))
+  chunks = list(paper_compat.regroup_rows(parts, chunk_rows))
   assert sum(map(len, chunks)) == len(flagged) and all(
     len(set(c // chunk_rows)) == 1 for c in chunks
   )
-  found = sum(paper_compat.missed(x, chunk, q, thresholds, top_k) for chunk in chunks)
+  found = sum(paper_compat.count_missed(x, chunk, q, thresholds, top_k) for chunk in chunks)
   assert (len(flagged), found) == brute_force(x, q, thresholds, top_k, chunk_rows)
 
 
@@ -65,9 +65,9 @@ def test_few_rows_need_no_vectors():
       raise AssertionError('read')
 
   q = unit(np.random.default_rng(0), 3)
-  assert paper_compat.missed(Never(), np.arange(20), q, np.zeros(3), 20) == 0
+  assert paper_compat.count_missed(Never(), np.arange(20), q, np.zeros(3), 20) == 0
   with pytest.raises(AssertionError, match='read'):
-    paper_compat.missed(Never(), np.arange(21), q, np.zeros(3), 20)
+    paper_compat.count_missed(Never(), np.arange(21), q, np.zeros(3), 20)
 
 
 def test_blocks_change_nothing(monkeypatch):
@@ -75,11 +75,11 @@ def test_blocks_change_nothing(monkeypatch):
   x, q = unit(rng, 400), unit(rng, 9)
   thresholds = np.linspace(-0.2, 0.4, 9)
   flagged = np.flatnonzero((x.astype(np.float64) @ q.astype(np.float64).T > thresholds).any(1))
-  want = paper_compat.missed(x, flagged, q, thresholds, 30)
+  want = paper_compat.count_missed(x, flagged, q, thresholds, 30)
   assert want > 50 and want == brute_force(x, q, thresholds, 30, 400)[1]
   monkeypatch.setattr(paper_compat, '_ROWS', 64)
   monkeypatch.setattr(paper_compat, '_PAIRS', 900)
-  assert paper_compat.missed(x, flagged, q, thresholds, 30) == want
+  assert paper_compat.count_missed(x, flagged, q, thresholds, 30) == want
 
 
 def test_what_float32_leaves_open_is_decided(monkeypatch):
@@ -93,7 +93,7 @@ def test_what_float32_leaves_open_is_decided(monkeypatch):
   want = brute_force(x, q, thresholds, 60, 300)[1]
   for bound in (1e-6, 0.01, 0.3):  # the wider, the less float32 decides
     monkeypatch.setattr(paper_compat.decide, 'error_bound', lambda dim: bound)
-    assert paper_compat.missed(x, flagged, q, thresholds, 60) == want > 10
+    assert paper_compat.count_missed(x, flagged, q, thresholds, 60) == want > 10
 
 
 def test_chunks_hold_one_chunk_at_a_time():
@@ -104,7 +104,7 @@ def test_chunks_hold_one_chunk_at_a_time():
       seen.append(i)
       yield np.arange(i, i + 10), i + 10
 
-  first = next(paper_compat.chunks(parts(), 25))
+  first = next(paper_compat.regroup_rows(parts(), 25))
   assert first.tolist() == list(range(25)) and seen == [0, 10, 20]
-  assert [len(c) for c in paper_compat.chunks([(np.arange(95), 100)], 25)] == [25, 25, 25, 20]
-  assert list(paper_compat.chunks([(np.zeros(0, np.int64), 50)], 25)) == []
+  assert [len(c) for c in paper_compat.regroup_rows([(np.arange(95), 100)], 25)] == [25, 25, 25, 20]
+  assert list(paper_compat.regroup_rows([(np.zeros(0, np.int64), 50)], 25)) == []

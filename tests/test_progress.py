@@ -28,7 +28,7 @@ def test_sizes_and_counts_in_words():
     '2.0 GB',
     '3.2 TB',
   ]
-  assert [progress.counted(n, 'shard') for n in (0, 1, 2000)] == [
+  assert [progress.count_with_noun(n, 'shard') for n in (0, 1, 2000)] == [
     '0 shards',
     '1 shard',
     '2,000 shards',

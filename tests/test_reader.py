@@ -170,21 +170,21 @@ def test_many_is_one_after_another_whatever_the_storage(tmp_path, monkeypatch):
     expected = [source[row] for row in rows]
     asked.clear()
     _Rows.calls.clear()
-    assert source.many(rows) == source.many(rows.tolist()) == expected
+    assert source.read_samples(rows) == source.read_samples(rows.tolist()) == expected
     assert len(asked) <= 2 and len(_Rows.calls) <= 2
   assert asked[0] > 50 and _Rows.calls[0] > 20
   for rows in ([0, len(source)], [-1]):
     with pytest.raises(IndexError):
-      source.many(rows)
+      source.read_samples(rows)
 
 
 def test_many_names_files_that_changed(tmp_path, source):
   (tmp_path / '2.tar').write_bytes(BYTES[:150])
   with pytest.raises(InputError, match='2.tar ends at byte 150'):
-    source.many([3, 4])
+    source.read_samples([3, 4])
   os.remove(tmp_path / '0.tar')
   with pytest.raises(InputError, match='0.tar cannot be read'):
-    source.many([0])
+    source.read_samples([0])
   system = fsspec.filesystem('memory')
   system.pipe('/reader/x.tar', BYTES)
   where = {'format': 'webdataset', 'root': '', 'path': 'memory://reader/x.tar'}
@@ -193,10 +193,10 @@ def test_many_names_files_that_changed(tmp_path, source):
   )
   system.pipe('/reader/x.tar', BYTES[:150])
   with pytest.raises(InputError, match='memory://reader/x.tar ends at byte 150'):
-    remote.many([1, 20, 21])
+    remote.read_samples([1, 20, 21])
   system.rm('/reader/x.tar')
   with pytest.raises(InputError, match='memory://reader/x.tar'):
-    remote.many([1, 2])
+    remote.read_samples([1, 2])
   with pytest.raises(InputError, match='memory://reader/x.tar'):
     remote[1]
 
@@ -220,7 +220,7 @@ begin = heap()
 for k in range(500, 20_500):
   source[place(k)]
   if not k % 100:
-    source.many([place(k + i) for i in range(20)])
+    source.read_samples([place(k + i) for i in range(20)])
 print(json.dumps([len(source), begin, heap() - begin]))
 """
 

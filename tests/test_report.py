@@ -62,7 +62,7 @@ def config(seeds=(0, 1, 2)):
   return c
 
 
-def audit_config(anchor: bool = False):
+def search_only_config(anchor: bool = False):
   """Returns a config that only asks what the pool holds: no splits, and no anchor unless asked."""
   c = config()
   if not anchor:
@@ -103,7 +103,7 @@ def evaluate(c, folder):
   The runs of LATE learn too late; the first image of every benchmark is the hardest.
   """
   x = Experiment(c, str(folder))
-  for split, seed in blocks.runs(c):
+  for split, seed in blocks.runs_to_train(c):
     takes_off, rng = (250 if split == LATE else 60), np.random.default_rng((7, seed))
     loss = lambda step: (
       0.6 + (math.log(32) - 0.6) / (1 + math.exp((step - takes_off) / 20)) + 0.02 * rng.normal()
@@ -544,12 +544,13 @@ def test_an_empty_work_directory_has_a_page(tmp_path):
   assert summary.startswith('Not answered yet') and 'the pool is not searched' in summary
 
 
-def test_an_audit_without_anchor_and_splits(searched, tmp_path):
+def test_a_search_only_report_without_anchor(searched, tmp_path):
   folder = copy(searched, tmp_path / 'audit', 'embedder', 'embed', 'dedup', 'search')
-  run(audit_config(), folder, 'embedder', 'embed', 'dedup', 'search', 'report')
+  run(search_only_config(), folder, 'embedder', 'embed', 'dedup', 'search', 'report')
   page, rate = page_of(folder), table(folder, 'duplicate_rates')[0]
   assert (
-    f'an audit of the pool. The pool has a near-duplicate (similarity at least {THRESHOLD})' in page
+    f'it only searches the pool. The pool has a near-duplicate (similarity at least {THRESHOLD})'
+    in page
   )
   assert f'{100 * float(rate["pool_share"]):.1f} % of val (95 % interval' in page
   assert 'nearest in the anchor' not in page and 'Zero-shot accuracy' not in page
@@ -561,10 +562,10 @@ def test_an_audit_without_anchor_and_splits(searched, tmp_path):
   assert {r['rule'] for r in table(folder, 'cut_by_size')} == {'near', 'far'}
 
 
-def test_an_audit_with_an_anchor_says_what_each_rule_would_remove(
+def test_a_search_only_report_with_an_anchor_says_what_each_rule_would_remove(
   searched, tmp_path, blank_figures
 ):
-  c, folder = audit_config(anchor=True), copy(searched, tmp_path / 'audit')
+  c, folder = search_only_config(anchor=True), copy(searched, tmp_path / 'audit')
   about = files.read_json(folder / 'search/handwriting/paper.json')
   files.write_json(folder / 'search/handwriting/paper.json', {**about, 'missed': 7})
   run(c, folder, 'report')
@@ -725,7 +726,7 @@ def test_results_without_leaked_images():
     {},
     {'b': np.array(['x', 'y', 'z']), 'c': None},
   )
-  rest = results.without({'b': np.array([True, False, False]), 'c': np.ones(2, bool)})
+  rest = results.without_leaked({'b': np.array([True, False, False]), 'c': np.ones(2, bool)})
   assert list(rest.correct) == [('a', 'b')] and rest.correct['a', 'b'].tolist() == [[False, True]]
   assert rest.groups['b'].tolist() == ['y', 'z']
 

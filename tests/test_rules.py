@@ -332,7 +332,7 @@ def test_the_table_tells_how_each_rule_is_shown():
   assert len({rule.label for rule in rules.RULES.values()}) == len(rules.RULES)
   assert all(len(rule.strips) == 4 * bool(rule.column) for rule in rules.RULES.values())
   named = lambda kind: {name for name, rule in rules.RULES.items() if getattr(rule, kind)}
-  assert named('drawn') == {'random', 'matched'}
-  assert named('aligned') == {'gap_aligned', 'k_aligned'}
-  assert named('sized') == {'near', 'far', 'random'}
+  assert named('is_drawn') == {'random', 'matched'}
+  assert named('is_aligned') == {'gap_aligned', 'k_aligned'}
+  assert named('has_size') == {'near', 'far', 'random'}
   assert named('compared') == {'gap_aligned', 'near', 'far'}

@@ -284,7 +284,7 @@ def test_names_that_no_file_can_have(tmp_path):
   folder = index(tmp_path / 'index', 'webdataset', tmp_path / 'a.tar')
   counts = shard_writer.write_tar(str(tmp_path / 'out/0.tar'), folder, np.array([0, 1]))
   assert [entry['reason'] for entry in counts['refused']] == ['its name is too long']
-  assert counts['samples'] == 1 and len(shard_writer._safe('k' * 5000)) == 1024
+  assert counts['samples'] == 1 and len(shard_writer._safe_key('k' * 5000)) == 1024
 
 
 def forged(path, *names: str, **more) -> None:
@@ -421,7 +421,7 @@ def test_other_sources_become_tars(images, tmp_path):
   ],
 )
 def test_keys_of_other_sources_are_made_safe(key, safe):
-  assert shard_writer._safe(key) == safe
+  assert shard_writer._safe_key(key) == safe
 
 
 def test_array_records_are_read_by_their_own_library(images, odd, tmp_path):

@@ -98,16 +98,16 @@ def test_classes_of_folders_count_where_they_move_others(data, tmp_path):
 def test_drawn_tars_are_listed_before_they_are_drawn():
   (shard,) = list_shards(defaults.dataset(format='glyphs', path='anchor'))
   assert shard.files[0].path == 'ingest/glyphs/anchor-00000.tar' and shard.format == 'webdataset'
-  assert shard.at('/w').files[0].path == '/w/ingest/glyphs/anchor-00000.tar'
+  assert shard.with_absolute_paths('/w').files[0].path == '/w/ingest/glyphs/anchor-00000.tar'
   planted = list_shards(defaults.dataset(format='planted'), ['ingest/planted/tars/00000.tar'])
-  assert [one.at('/w').location()['path'] for one in planted] == [
+  assert [one.with_absolute_paths('/w').location()['path'] for one in planted] == [
     '/w/ingest/planted/tars/00000.tar'
   ]
 
 
 def test_files_are_where_they_are_and_not_in_the_work_directory(data):
   shard = list_shards(block(data / 'tars'))[0]
-  assert shard.at('/w') is shard
+  assert shard.with_absolute_paths('/w') is shard
 
 
 def test_vectors_have_what_describes_them_beside_them(data):

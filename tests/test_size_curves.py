@@ -16,7 +16,7 @@ def parts_of(similarity, excess, exact, cuts):
       yield similarity[:, some], None, None
       continue
     dropped = [
-      size_curves.over_zero(excess[g, some], 1e-5, lambda m, g=g: exact[g, some][m])
+      size_curves.is_over_zero(excess[g, some], 1e-5, lambda m, g=g: exact[g, some][m])
       for g in range(len(excess))
     ]
     yield similarity[:, some], excess[:, some], np.stack(dropped)
@@ -36,7 +36,9 @@ def test_counts_are_those_of_every_threshold(seed, benchmarks, rows, cut):
   )
   excess = (exact + rng.uniform(-3e-7, 3e-7, exact.shape)).astype(np.float32)
   similarity = rng.choice(np.arange(-1000, 1001) / 1000, (benchmarks, rows)).astype(np.float32)
-  found = size_curves.count(parts_of(similarity, excess, exact, [min(cut, rows)]), benchmarks)
+  found = size_curves.count_candidates(
+    parts_of(similarity, excess, exact, [min(cut, rows)]), benchmarks
+  )
   assert found['candidates'] == rows and found['has_excess']
   assert found['edges'][0] == -1 and found['edges'][-1] == 1 and len(found['edges']) == 2001
   for g in range(benchmarks + 1):
@@ -54,7 +56,7 @@ def test_counts_are_those_of_every_threshold(seed, benchmarks, rows, cut):
 
 def test_without_an_anchor_there_is_no_excess():
   similarity = np.float32([[0.5, 0.7], [0.6, 0.1]])
-  found = size_curves.count(parts_of(similarity, None, None, [1]), 2)
+  found = size_curves.count_candidates(parts_of(similarity, None, None, [1]), 2)
   assert (
     not found['has_excess'] and not found['excess_over'].any() and not found['excess_zero'].any()
   )
@@ -74,8 +76,8 @@ def test_only_rows_near_zero_are_decided_exactly():
     asked.extend(rows.tolist())
     return np.float64([1e-9, -1e-9])
 
-  found = size_curves.over_zero(np.float32([-0.5, -1e-6, 1e-6, 0.5]), 1e-5, exact)
+  found = size_curves.is_over_zero(np.float32([-0.5, -1e-6, 1e-6, 0.5]), 1e-5, exact)
   assert asked == [1, 2] and found.tolist() == [False, True, False, True]
   with pytest.raises(ZeroDivisionError):
-    size_curves.over_zero(np.zeros(1, np.float32), 0.0, lambda rows: 1 / 0)
-  assert not size_curves.over_zero(np.float32([-1]), 1e-5, lambda rows: 1 / 0).any()
+    size_curves.is_over_zero(np.zeros(1, np.float32), 0.0, lambda rows: 1 / 0)
+  assert not size_curves.is_over_zero(np.float32([-1]), 1e-5, lambda rows: 1 / 0).any()

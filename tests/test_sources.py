@@ -69,7 +69,7 @@ def test_paths_are_listed_in_natural_order_and_braces_as_written(tmp_path):
 
 
 def test_braces_keep_the_width_of_their_numbers():
-  assert listing.expanded('/x/{008..010}-{a,b}') == [
+  assert listing.expand_braces('/x/{008..010}-{a,b}') == [
     '/x/008-a',
     '/x/008-b',
     '/x/009-a',
@@ -77,8 +77,8 @@ def test_braces_keep_the_width_of_their_numbers():
     '/x/010-a',
     '/x/010-b',
   ]
-  assert listing.expanded('/x/{1..2}') == ['/x/1', '/x/2']
-  assert listing.expanded('/x/{odd}') == ['/x/{odd}']
+  assert listing.expand_braces('/x/{1..2}') == ['/x/1', '/x/2']
+  assert listing.expand_braces('/x/{odd}') == ['/x/{odd}']
 
 
 def test_paths_that_mean_nothing_are_errors(tmp_path):

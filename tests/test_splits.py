@@ -23,7 +23,7 @@ def numbered(blocks):
 def check(queries, split_blocks, anchor_blocks, *, append_anchor, slack=0.0, k=0, **given):
   """Checks one split that holds all rows of the blocks, against one benchmark."""
   split_blocks = list(split_blocks)
-  promise = splits.Promise(
+  promise = splits.AlignmentClaim(
     ('val',), np.arange(sum(map(len, split_blocks))), append_anchor, slack, k
   )
   found = splits.check_aligned(
@@ -116,8 +116,8 @@ def test_many_splits_are_checked_in_one_pass_and_told_apart(seed, step):
       slack, kept = 0.0, np.flatnonzero(rng.random(60) < 0.3)
     append = bool(rng.integers(2))
     rows = splits.base_rows(kept, 60, np.arange(9)[rng.random(9) < (1 if i < 6 else 0.5)], append)
-    promises[f'split{i}'] = splits.Promise(names, rows, append, slack, int(i == 8) * 3)
-  promises['none'] = splits.Promise(both, np.zeros(0, np.int64), False, -np.inf)
+    promises[f'split{i}'] = splits.AlignmentClaim(names, rows, append, slack, int(i == 8) * 3)
+  promises['none'] = splits.AlignmentClaim(both, np.zeros(0, np.int64), False, -np.inf)
   blocks = [(np.arange(i, min(i + step, 69)), base[i : i + step]) for i in range(0, 69, step)]
   found = splits.check_aligned(promises, queries, reversed(blocks), [anchor], sample=100)
   for split, promise in promises.items():

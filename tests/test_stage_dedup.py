@@ -95,7 +95,7 @@ def test_copies_are_dropped_and_the_log_says_so(new, caplog):
 
 
 def test_what_changes_no_mark_is_in_no_fingerprint(embedded):
-  marks = lambda **override: Graph(config(embedded, **override)).marks()
+  marks = lambda **override: Graph(config(embedded, **override)).dedup_marks()
   made = marks()
   assert made.keys == {
     'dedup.enabled': True,
@@ -336,7 +336,7 @@ def test_another_embedder(embedded, new):
   theirs = np.load(folder / 'embedders/edges/embeddings/pool/00000.npy')
   assert np.load(folder / 'dedup/centers.npy').shape[1] == theirs.shape[1] == 8
   assert not keep[list(COPIES)].any() and keep.sum() > 2
-  made = x.graph.marks()
+  made = x.graph.dedup_marks()
   assert (
     made.inputs[0].name == 'embedders/edges/embeddings/pool/00000'
     and 'dedup.embedder' not in made.keys

@@ -103,19 +103,19 @@ def test_the_work_directory_is_as_promised(world):
 
 def test_an_embedder_of_its_own_changes_nothing_of_the_main_one(world, tmp_path):
   x = Experiment(config(world / 'data'), str(tmp_path))
-  hog = x.under('hog')
+  hog = x.with_embedder('hog')
   assert (x.embedder_block.dim, hog.embedder_block.dim) == (16, 5) and not os.listdir(tmp_path)
-  assert hog.home('search') == str(tmp_path / 'embedders/hog/search') and x.home('search') == str(
-    tmp_path / 'search'
-  )
+  assert hog.embedder_path('search') == str(tmp_path / 'embedders/hog/search') and x.embedder_path(
+    'search'
+  ) == str(tmp_path / 'search')
   alone = squares.config(world / 'data')
   alone.splits.far = x.config.splits.far
   ours = {
-    product.name: product.fingerprint for product in x.graph.everything() if not product.embedder
+    product.name: product.fingerprint for product in x.graph.all_products() if not product.embedder
   }
   ours.pop('report/index')
   theirs = {
-    product.name: product.fingerprint for product in Experiment(alone, '').graph.everything()
+    product.name: product.fingerprint for product in Experiment(alone, '').graph.all_products()
   }
   assert ours.items() <= theirs.items()
 
@@ -270,7 +270,7 @@ def test_weights_of_an_unknown_model_name_the_flag_of_their_embedder(world, tmp_
   c.embedder = c.embedders.hog = defaults.embedder(source='weights', path=str(tmp_path / 'x.bin'))
   x = Experiment(c, str(tmp_path / 'run'))
   make = lambda view: list(embedder.MAKERS['embedder'](view, [view.graph.embedder(view.embedder)]))
-  for view, key in ((x, 'embedder'), (x.under('hog'), 'embedders.hog')):
+  for view, key in ((x, 'embedder'), (x.with_embedder('hog'), 'embedders.hog')):
     for opened in (make, models.open_embedder, models.text_tower):
       with pytest.raises(ConfigError, match=f'--config.{key}.name='):
         opened(view)

@@ -188,7 +188,7 @@ def test_a_list_with_repeats_strangers_and_rows_that_are_no_candidates(world, tm
   c, w = made(world), tmp_path / 'w'
   c.dedup.enabled = True
   listed = [uid(i) for i in (5, 3, 5, 5, 50)] + [uid(777)]
-  np.save(tmp_path / 'subset.npy', key_lists.sorted_uids(key_lists.uids(listed)))
+  np.save(tmp_path / 'subset.npy', key_lists.sorted_uids(key_lists.keys_to_uids(listed)))
   c.splits.subset = defaults.split(
     rule='listed', file=str(tmp_path / 'subset.npy'), export=('datacomp', 'keys', 'webdataset')
   )
@@ -203,7 +203,7 @@ def test_a_list_with_repeats_strangers_and_rows_that_are_no_candidates(world, tm
   assert (about['pool_rows'], about['candidates'], about['dropped']) == (5, 60, 57)
   draw = about['draws']['rows']
   assert draw['repeats'] == 2 and draw['not_in_pool'] == 1 and draw['listed_twice'] == 1
-  back = key_lists.find(
+  back = key_lists.find_rows(
     key_lists.read(w / 'splits/subset/export/uids.npy'),
     export.pool_keys(Experiment(c, str(w)), 'uid'),
   )
@@ -225,7 +225,7 @@ def test_a_list_with_repeats_strangers_and_rows_that_are_no_candidates(world, tm
   assert status == 0 and 'made again' not in said, said
   assert (w / 'splits/subset/rows.sidecar.json').read_text() == before
   np.save(
-    tmp_path / 'moved.npy', key_lists.sorted_uids(key_lists.uids(listed[:2]))
+    tmp_path / 'moved.npy', key_lists.sorted_uids(key_lists.keys_to_uids(listed[:2]))
   )  # another content
   status, said = run(c, w, capsys, ['prune'])
   assert status == 0 and 'splits/subset/rows is made again: the listed file has changed' in said

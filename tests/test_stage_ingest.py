@@ -185,7 +185,7 @@ def test_a_summary_that_is_missing_or_was_cut_off_is_made_without_looking_at_the
   def killed(*_):
     raise KeyboardInterrupt
 
-  monkeypatch.setattr(summary, 'lines', killed)
+  monkeypatch.setattr(summary, 'sentences', killed)
   with pytest.raises(KeyboardInterrupt):
     run(c, tmp_path / 'w', capsys, ['ingest'])
   assert products.read_sidecar(tmp_path / 'w', 'ingest/pool/summary')  # what was finished counts

@@ -223,7 +223,7 @@ def test_aligned_splits_are_checked_in_one_pass_and_each_refused_at_its_turn(
 
   monkeypatch.setattr(splits, 'check_aligned', recorded)
   squares.run_stages(c, tmp_path / 'w', 'prune')
-  aligned = {name for name in c.splits if blocks.rule_of(c, name).aligned}
+  aligned = {name for name in c.splits if blocks.rule_of(c, name).is_aligned}
   assert checked == [aligned] and len(aligned) > 5
   for sidecar in sidecars:
     name = sidecar.parent.name
@@ -249,7 +249,7 @@ def test_pairs_come_in_parts_of_whole_queries(made, monkeypatch):
   c, w = made
   base = prune.Base(Experiment(c, str(w)))
   (whole,) = base.pairs('squares', 3)
-  want = base.keep('three', 0)
+  want = base.apply_rule('three', 0)
   monkeypatch.setattr(prune_columns, 'PAIRS_AT_ONCE', 7)
   parts = list(base.pairs('squares', 3))
   assert len(parts) > 2 and sum(len(set(part.query)) for part in parts) == len(set(whole.query))
@@ -257,7 +257,7 @@ def test_pairs_come_in_parts_of_whole_queries(made, monkeypatch):
     (q, r, s) for part in parts for q, r, s in zip(part.query, part.row, part.similarity)
   }
   assert pairs(parts) == pairs([whole]) and sum(len(part.row) for part in parts) == len(whole.row)
-  found = base.keep('three', 0)
+  found = base.apply_rule('three', 0)
   assert found.rows.tolist() == want.rows.tolist() and found.report == want.report
 
 
@@ -313,7 +313,7 @@ def test_mistakes_that_only_the_columns_show(made):
   ):
     c.splits[name] = block
     with pytest.raises(ConfigError, match=said):
-      base.keep(name, 0)
+      base.apply_rule(name, 0)
     del c.splits[name]
 
 

@@ -275,7 +275,7 @@ def test_sizes_wait_for_de_duplication(data, tmp_path, capsys):
   assert (tmp_path / 'w/search/sizes.npz').exists()
 
 
-def test_a_plain_audit_without_an_anchor(data, tmp_path, capsys):
+def test_a_search_without_an_anchor(data, tmp_path, capsys):
   c = config(data)
   c.anchor = defaults.dataset()
   del c.splits.pruned
@@ -302,8 +302,8 @@ def test_an_anchor_without_labels(data, tmp_path, capsys):
 
 def test_paper_json_counts_what_the_truncation_misses(data, tmp_path, capsys, monkeypatch):
   monkeypatch.setattr(paper_compat, 'CHUNK_ROWS', 25)
-  real = paper_compat.chunks
-  monkeypatch.setattr(paper_compat, 'chunks', lambda parts: real(parts, 25))
+  real = paper_compat.regroup_rows
+  monkeypatch.setattr(paper_compat, 'regroup_rows', lambda parts: real(parts, 25))
   work = tmp_path / 'w'
   c = config(data, **{'search.paper_top_k': 2})
   assert run(c, work, capsys, SEARCH)[0] == 0
@@ -614,7 +614,7 @@ def test_every_product_is_planned_and_named(data, tmp_path, capsys):
   c.splits.dense = defaults.split(rule='k_aligned', benchmarks=('squares',), k=2)
   work = tmp_path / 'w'
   assert run(c, work, capsys, SEARCH)[0] == 0
-  names = {product.name for product in Graph(c).of('search')}
+  names = {product.name for product in Graph(c).stage_products('search')}
   sidecars = {
     str(path.relative_to(work)).removesuffix('.sidecar.json')
     for path in (work / 'search').rglob('*.sidecar.json')

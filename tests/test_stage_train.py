@@ -88,7 +88,7 @@ def test_a_run_sees_the_same_with_processes_and_other_data_in_blocks(
 def test_slow_reads_at_random_are_said(monkeypatch, caplog):
   from types import SimpleNamespace as Name
 
-  monkeypatch.setattr(train.blocks, 'trained', lambda config: ['pool'])
+  monkeypatch.setattr(train.blocks, 'base_datasets', lambda config: ['pool'])
 
   def said(size, order='global', format='parquet', path='/x'):
     caplog.clear()

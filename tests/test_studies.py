@@ -26,7 +26,7 @@ def test_importing_them_imports_nothing_heavy():
 
 def test_each_kind_of_product_has_one_maker():
   kinds = [kind for study in STUDIES for kind in study.MAKERS]
-  kinds += [kind for stage in STAGES for kind in table.module(stage).MAKERS]
+  kinds += [kind for stage in STAGES for kind in table.stage_module(stage).MAKERS]
   assert len(set(kinds)) == len(kinds)
 
 

@@ -166,7 +166,7 @@ def test_only_the_split_with_copies_reads_them(data, prepared):
   def fingerprints(c):
     return {
       p.name: p.fingerprint
-      for p in table.everything(Experiment(c, str(prepared)))
+      for p in table.all_products(Experiment(c, str(prepared)))
       if p.name != 'report/index'
     }
 

@@ -107,7 +107,7 @@ def test_what_a_dataset_holds(tmp_path):
     'count': 2,
     'worst': [{'file': '1.tar', 'skipped': 2}, {'file': '0.tar', 'skipped': 1}],
   }
-  said = '\n'.join(summary.lines(found))
+  said = '\n'.join(summary.sentences(found))
   assert (
     '103 samples, 216.9 GB of images (101 jpeg, 1 png, 1 unknown)' in said
     and '1 empty, 1 (1.0%) repeat' in said
@@ -167,7 +167,7 @@ def test_repeated_keys_and_captions(tmp_path_factory, shards, batch):
   repeated, _ = _repeats([text for shard in shards for text in shard])
   assert found['captions']['repeated'] == repeated
   assert found['captions']['repeated_share'] == (round(repeated / len(keys), 6) if keys else 0)
-  summary.lines(found)  # whatever it holds
+  summary.sentences(found)  # whatever it holds
 
 
 def test_texts_with_one_hash_are_not_named_as_one(tmp_path, monkeypatch):
@@ -205,15 +205,15 @@ def test_columns_that_no_sample_has_are_said(tmp_path):
     pq.write_table(index, tmp_path / f'index-{shard:05d}.parquet')
   found = summary.write(folder, ['0', '1', '2'], 0)
   assert found['columns'] == {'a': 2, 'typo': 3, 'b': 2}
-  assert 'no sample has a value of typo, named in columns' in summary.lines(found)
+  assert 'no sample has a value of typo, named in columns' in summary.sentences(found)
 
 
 def test_classes_that_are_not_there_are_not_said_to_have_samples(tmp_path):
-  said = summary.lines(
+  said = summary.sentences(
     _write(tmp_path / 'one', [[{'label': 1}, {'label': 1, 'key': 'x'}]], classes='pqr')
   )
   assert '1 of 3 classes have samples, 2 each; 0 samples have no label' in said
-  said = summary.lines(_write(tmp_path / 'none', [[{'label': -1}]], classes='pqr'))
+  said = summary.sentences(_write(tmp_path / 'none', [[{'label': -1}]], classes='pqr'))
   assert '0 of 3 classes have samples; 1 samples have no label' in said
 
 

@@ -59,7 +59,7 @@ def test_standalone_has_a_size_and_both_colour_schemes():
   'value, text', [(7, '7'), (950, '950'), (1500, '1.5k'), (75e6, '75M'), (2e9, '2G')]
 )
 def test_counts(value, text):
-  assert svg.count(value) == text
+  assert svg.count_label(value) == text
 
 
 @pytest.mark.parametrize('low, high', [(0.5, 99.5), (40, 95), (87, 92), (60, 61.9)])

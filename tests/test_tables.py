@@ -90,7 +90,7 @@ def test_ratios_have_no_exponents():
 
 
 def test_listed():
-  assert [tables.listed(names) for names in ((), ('a',), ('a', 'b'), ('a', 'b', 'c'))] == [
+  assert [tables.join_names(names) for names in ((), ('a',), ('a', 'b'), ('a', 'b', 'c'))] == [
     '',
     'a',
     'a and b',

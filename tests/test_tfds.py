@@ -235,7 +235,7 @@ def test_tensorflow_is_not_imported(prepared):
     'files = listing.list_files("tfds", sys.argv[1])\n'
     'scan = sources.scan("tfds", files[0], label_key="label")\n'
     'row = scan.records[0]\n'
-    'reader = formats.get("tfds").open({"path": files[0].path, "image_key": "image"})\n'
+    'reader = formats.by_name("tfds").open({"path": files[0].path, "image_key": "image"})\n'
     'assert len(reader.read_many([(row.offset, row.length)])[0]) == row.length\n'
     'assert sources.classes("tfds", sys.argv[1], "label") == ("cat", "dog")\n'
     'assert "tensorflow" not in sys.modules'

@@ -64,8 +64,11 @@ def test_query_blocks_waste_little():
 @pytest.mark.parametrize('backend, want', [('cpu', (2048, 512)), ('gpu', (32_768, 2048))])
 def test_sizes_follow_the_backend_unless_they_are_set(monkeypatch, backend, want):
   monkeypatch.setattr(jax, 'default_backend', lambda: backend)
-  assert tiles.sizes(0, 0) == want
-  assert tiles.sizes(640, 0) == (640, want[1]) and tiles.sizes(0, 64) == (want[0], 64)
+  assert tiles.default_sizes(0, 0) == want
+  assert tiles.default_sizes(640, 0) == (640, want[1]) and tiles.default_sizes(0, 64) == (
+    want[0],
+    64,
+  )
 
 
 def test_walk_visits_rows_in_order_and_pads_with_the_last():
@@ -172,7 +175,7 @@ def test_over_finds_what_a_comparison_finds(count):
   scores = np.random.default_rng(0).integers(0, 50, (64, 128)).astype(np.float32)
   cut = np.linspace(-1, 51, 64).astype(np.float32)
   maxima = tiles.group_maxima(scores)
-  query, position, value = tiles.over(maxima, scores, count, cut)
+  query, position, value = tiles.pairs_over(maxima, scores, count, cut)
   assert len(query) == len(set(zip(query, position)))
   assert set(zip(query, position)) == set(zip(*np.nonzero(scores[:, :count] > cut[:, None])))
   assert np.array_equal(value, scores[query, position])

@@ -24,14 +24,16 @@ FLOATS = np.float32(
 
 def test_a_greater_number_is_a_nearer_or_an_earlier_row():
   similarity, position = np.repeat(FLOATS, 3), np.tile([0, 7, 2**31], len(FLOATS))
-  order = np.argsort(top_lists.pack(similarity, position))[::-1]
+  order = np.argsort(top_lists.encode_entries(similarity, position))[::-1]
   expected = np.lexsort((position, -similarity))
   np.testing.assert_array_equal(similarity[order], similarity[expected])
   np.testing.assert_array_equal(position[order], position[expected])
 
 
 def test_packing_loses_nothing():
-  similarity, position = top_lists.unpack(top_lists.pack(FLOATS, np.arange(len(FLOATS))))
+  similarity, position = top_lists.decode_entries(
+    top_lists.encode_entries(FLOATS, np.arange(len(FLOATS)))
+  )
   np.testing.assert_array_equal(similarity, FLOATS)  # -0 and 0 are equal
   np.testing.assert_array_equal(position, np.arange(len(FLOATS)))
 
@@ -46,8 +48,8 @@ def test_lists_hold_the_nearest_rows(slots, rows, k, seed):
   lists, k = top_lists.TopLists(slots, min(k, rows)), min(k, rows)
   for part in np.array_split(np.arange(rows), min(4, rows)):  # rows come in order
     slot, position = (index.ravel() for index in np.meshgrid(np.arange(slots), part, indexing='ij'))
-    lists.offer(slot, similarity[slot, position], position)
-  found, position = top_lists.unpack(lists.sorted())
+    lists.add_pairs(slot, similarity[slot, position], position)
+  found, position = top_lists.decode_entries(lists.sorted())
   expected = np.argsort(-similarity, axis=1, kind='stable')[:, :k]
   np.testing.assert_array_equal(position, expected)
   np.testing.assert_array_equal(found, np.take_along_axis(similarity, expected, 1))
@@ -55,5 +57,5 @@ def test_lists_hold_the_nearest_rows(slots, rows, k, seed):
 
 @pytest.mark.parametrize('k', [1, 3])
 def test_what_was_not_filled_is_minus_infinity(k):
-  found, _ = top_lists.unpack(top_lists.TopLists(2, k).sorted())
+  found, _ = top_lists.decode_entries(top_lists.TopLists(2, k).sorted())
   assert np.isneginf(found).all()

@@ -263,7 +263,7 @@ def test_columns_that_cannot_be_used(described, rules, said):
 
 
 def test_a_column_that_every_index_has(described):
-  with pytest.raises(ConfigError, match="columns has 'caption'"):
+  with pytest.raises(ConfigError, match="Remove 'caption' from columns"):
     _index(described, described / 'out', columns=('caption',))
 
 

@@ -40,8 +40,8 @@ _WRITERS = {
 
 
 def _read(path, key='', dim=0, block_rows=4):
-  found = vectors.head(str(path), key, dim)
-  starts, blocks = zip(*vectors.blocks(str(path), found, block_rows))
+  found = vectors.read_header(str(path), key, dim)
+  starts, blocks = zip(*vectors.read_blocks(str(path), found, block_rows))
   whole = np.concatenate(blocks)
   assert whole.shape == (found.rows, found.dim) and list(starts) == list(
     range(0, found.rows, block_rows)
@@ -61,15 +61,15 @@ def test_float32_without_a_header_has_any_ending_and_needs_its_dim(tmp_path, nam
   _X.tofile(tmp_path / name)
   assert np.array_equal(_read(tmp_path / name, dim=5), _X)
   with pytest.raises(InputError, match='set vector_dim'):
-    vectors.head(str(tmp_path / name))
+    vectors.read_header(str(tmp_path / name))
   with pytest.raises(InputError, match=r'460 bytes, .*vector_dim=7'):
-    vectors.head(str(tmp_path / name), dim=7)
+    vectors.read_header(str(tmp_path / name), dim=7)
 
 
 def test_a_dim_that_a_header_contradicts(tmp_path):
   np.save(tmp_path / 'x.npy', _X)
   with pytest.raises(InputError, match='x.npy has vectors of 5 numbers.*vector_dim=6'):
-    vectors.head(str(tmp_path / 'x.npy'), dim=6)
+    vectors.read_header(str(tmp_path / 'x.npy'), dim=6)
 
 
 def test_one_of_several_arrays_is_named(tmp_path):
@@ -78,22 +78,22 @@ def test_one_of_several_arrays_is_named(tmp_path):
   with pytest.raises(
     InputError, match='several arrays of vectors: b32_img, l14_img. Name one in vector_key'
   ):
-    vectors.head(path)
+    vectors.read_header(path)
   with pytest.raises(
     InputError, match="no array 'l14', which vector_key names; it has b32_img, l14_img, n"
   ):
-    vectors.head(path, 'l14')
+    vectors.read_header(path, 'l14')
   with pytest.raises(InputError, match='n, holds int64 numbers'):
-    vectors.head(path, 'n')
+    vectors.read_header(path, 'n')
   assert np.array_equal(_read(path, 'l14_img'), 2 * _X)
   path = str(tmp_path / 'x.parquet')
   _lists(path, _X, other=pa.array((3 * _X).tolist(), pa.list_(pa.float32())))
   with pytest.raises(InputError, match='several columns of vectors: embedding, other'):
-    vectors.head(path)
+    vectors.read_header(path)
   with pytest.raises(InputError, match="the column 'id' holds int64"):
-    vectors.head(path, 'id')
+    vectors.read_header(path, 'id')
   with pytest.raises(InputError, match="no column 'emb'"):
-    vectors.head(path, 'emb')
+    vectors.read_header(path, 'emb')
   np.testing.assert_array_equal(_read(path, 'other'), 3 * _X)
 
 
@@ -120,7 +120,7 @@ class _Unpickled:
 def test_arrays_that_are_no_vectors(tmp_path, array, said):
   np.save(tmp_path / 'x.npy', array, allow_pickle=True)
   with pytest.raises(InputError, match='x.npy.*' + said):
-    vectors.head(str(tmp_path / 'x.npy'))
+    vectors.read_header(str(tmp_path / 'x.npy'))
 
 
 def test_nothing_is_unpickled(tmp_path, monkeypatch):
@@ -130,7 +130,7 @@ def test_nothing_is_unpickled(tmp_path, monkeypatch):
   for name in ('x.npy', 'x.npz'):
     for key in ('', 'a'):
       with pytest.raises(InputError):
-        vectors.head(str(tmp_path / name), key)
+        vectors.read_header(str(tmp_path / name), key)
   assert not (tmp_path / 'mark').exists()
 
 
@@ -162,27 +162,30 @@ def test_a_damaged_byte_is_an_input_error_or_other_numbers(tmp_path_factory, nam
 def test_an_empty_file_a_long_one_and_none(tmp_path):
   (tmp_path / 'x.npy').write_bytes(b'')
   with pytest.raises(InputError, match='x.npy is empty'):
-    vectors.head(str(tmp_path / 'x.npy'), dim=5)
+    vectors.read_header(str(tmp_path / 'x.npy'), dim=5)
   np.save(tmp_path / 'x.npy', _X)
   with open(tmp_path / 'x.npy', 'ab') as f:
     f.write(b'more')
   with pytest.raises(InputError, match='damaged'):
-    vectors.head(str(tmp_path / 'x.npy'))
+    vectors.read_header(str(tmp_path / 'x.npy'))
   with pytest.raises(InputError, match='y.npy does not exist'):
-    vectors.head(str(tmp_path / 'y.npy'))
+    vectors.read_header(str(tmp_path / 'y.npy'))
   (tmp_path / 'z.npz').write_bytes(b'')
   with zipfile.ZipFile(tmp_path / 'z.npz', 'w') as archive:
     archive.writestr('note.txt', 'nothing')
   with pytest.raises(InputError, match='no array of vectors'):
-    vectors.head(str(tmp_path / 'z.npz'))
+    vectors.read_header(str(tmp_path / 'z.npz'))
 
 
 def test_no_rows(tmp_path):
   np.save(tmp_path / 'x.npy', _X[:0])
-  assert vectors.head(str(tmp_path / 'x.npy')).rows == 0
-  assert list(vectors.blocks(str(tmp_path / 'x.npy'), vectors.head(str(tmp_path / 'x.npy')))) == []
+  assert vectors.read_header(str(tmp_path / 'x.npy')).rows == 0
+  assert (
+    list(vectors.read_blocks(str(tmp_path / 'x.npy'), vectors.read_header(str(tmp_path / 'x.npy'))))
+    == []
+  )
   _lists(tmp_path / 'x.parquet', _X[:0])
-  assert vectors.head(str(tmp_path / 'x.parquet')).rows == 0
+  assert vectors.read_header(str(tmp_path / 'x.parquet')).rows == 0
 
 
 def test_lists_of_other_lengths_and_without_a_vector(tmp_path):
@@ -198,18 +201,18 @@ def test_lists_of_other_lengths_and_without_a_vector(tmp_path):
     _read(path)
   lists[9] = [1.0, None, 0.0, 0.0, 0.0]
   pq.write_table(pa.table({'e': pa.array(lists, pa.list_(pa.float32()))}), path)
-  assert np.isnan(_read(path)[9, 1])  # which `unit` finds
+  assert np.isnan(_read(path)[9, 1])  # which `to_unit_float16` finds
 
 
 def test_unit_vectors_are_divided_in_float32():
   x = (
     _X / np.linalg.norm(_X, axis=1, keepdims=True) * np.linspace(0.91, 1.09, 23)[:, None]
   ).astype(np.float32)
-  found, bad = vectors.unit(x)
+  found, bad = vectors.to_unit_float16(x)
   assert found.dtype == np.float16 and not bad.any()
   exact = x.astype(np.float64) / np.linalg.norm(x.astype(np.float64), axis=1, keepdims=True)
   assert np.abs(found - exact).max() <= 2**-12
-  half, bad = vectors.unit(x.astype(np.float16))
+  half, bad = vectors.to_unit_float16(x.astype(np.float16))
   assert not bad.any() and np.abs(half - exact).max() <= 2**-10
 
 
@@ -219,21 +222,23 @@ def test_bad_vectors_are_told(number, dtype):
   x = np.eye(4, dtype=dtype)
   x[2, 2] = number
   for any_norm in (False, True):
-    assert vectors.unit(x, any_norm)[1].tolist() == [False, False, True, False]
-  assert vectors.fault(x[2]) == ('is all zeros' if number == 0 else 'holds a NaN or an infinity')
+    assert vectors.to_unit_float16(x, any_norm)[1].tolist() == [False, False, True, False]
+  assert vectors.describe_fault(x[2]) == (
+    'is all zeros' if number == 0 else 'holds a NaN or an infinity'
+  )
 
 
 def test_norms_far_from_one_need_to_be_asked_for():
   x = np.eye(4, dtype=np.float32) * np.array([0.89, 1.0, 1.11, 1e-30], np.float32)
-  assert vectors.unit(x)[1].tolist() == [True, False, True, True]
-  assert vectors.fault(x[0]) == 'has norm 0.89'
+  assert vectors.to_unit_float16(x)[1].tolist() == [True, False, True, True]
+  assert vectors.describe_fault(x[0]) == 'has norm 0.89'
 
 
 @hypothesis.given(strategies.integers(-300, 300), strategies.integers(0, 2**32 - 1))
 @hypothesis.settings(max_examples=40, deadline=None)
 def test_any_length_is_taken_where_asked(power, seed):
   x = np.random.default_rng(seed).normal(size=(3, 6)) * 10.0**power
-  found, bad = vectors.unit(x, any_norm=True)
+  found, bad = vectors.to_unit_float16(x, any_norm=True)
   assert not bad.any()
   assert (
     np.abs(
@@ -249,7 +254,7 @@ def test_any_length_is_taken_where_asked(power, seed):
 def test_a_float16_that_overflowed_is_bad():
   with np.errstate(over='ignore'):
     x = (np.eye(3, dtype=np.float32) * 1e5).astype(np.float16)
-  assert vectors.unit(x, any_norm=True)[1].all()
+  assert vectors.to_unit_float16(x, any_norm=True)[1].all()
 
 
 @pytest.fixture(name='remote')
@@ -264,7 +269,7 @@ def _remote(tmp_path):
 def test_a_remote_file_is_copied_once_and_again_when_it_changes(tmp_path, remote, monkeypatch):
   cache = tmp_path / 'cache'
   (file,) = listing.list_files('embeddings', 'memory://pool')
-  assert vectors.head(file.path).rows == 23  # its head is read in place
+  assert vectors.read_header(file.path).rows == 23  # its head is read in place
   path = vectors.local_copy(file, str(cache))
   assert np.array_equal(_read(path), _X) and len(list(cache.iterdir())) == 1
   with monkeypatch.context() as patch:
@@ -326,4 +331,4 @@ def test_the_files_of_each_layout_are_found_in_a_folder(tmp_path):
 def test_a_parquet_whose_first_row_has_no_vector(tmp_path):
   pq.write_table(pa.table({'e': pa.array([None, [1.0, 0.0]])}), tmp_path / 'x.parquet')
   with pytest.raises(InputError, match='x.parquet: row 0 has no vector'):
-    vectors.head(str(tmp_path / 'x.parquet'))
+    vectors.read_header(str(tmp_path / 'x.parquet'))

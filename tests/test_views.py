@@ -35,7 +35,7 @@ class _Many(_Source):
   def starts(self):
     return np.append(np.arange(0, self._n, 4), self._n)
 
-  def many(self, rows):
+  def read_samples(self, rows):
     self.calls.append(list(rows))
     return [self[row] for row in rows]
 
@@ -83,14 +83,14 @@ def test_many_samples_are_those_read_one_by_one_in_the_order_asked(asked):
   first, second = _Many('a', 4), _Many('c', 3)
   both = views.Concatenation([first, _Source('b', 2), second])
   expected = [both[i] for i in asked]
-  assert views.many(both, asked) == both.many(asked) == expected
+  assert views.read_samples(both, asked) == both.read_samples(asked) == expected
   assert all(len(source.calls) <= 2 for source in (first, second))  # one a call
   some = views.Subset(both, np.array([8, 3, 3, 0]))
-  found = [sample['caption'] for sample in some.many([0, 2, 1, 3, 0])]
+  found = [sample['caption'] for sample in some.read_samples([0, 2, 1, 3, 0])]
   assert found == ['c2', 'a3', 'a3', 'a0', 'c2']
   for view in (both, some):
     with pytest.raises(IndexError):
-      view.many([0, len(view)])
+      view.read_samples([0, len(view)])
 
 
 def test_rows_may_be_repeated_and_are_several_samples(tmp_path):
@@ -110,7 +110,7 @@ def test_rows_that_are_not_there_are_named(tmp_path, bad):
     with pytest.raises(InputError, match=f'rows.npy .* row {bad}.*10 rows'):
       views.Subset(source, tmp_path / 'rows.npy')
   some = views.Subset(source, np.array([1, bad, 2]))  # only the ends are looked at before
-  for read in (lambda: some[1], lambda: some.caption(1), lambda: some.many([0, 1])):
+  for read in (lambda: some[1], lambda: some.caption(1), lambda: some.read_samples([0, 1])):
     with pytest.raises(InputError, match=f'row {bad} at index 1'):
       read()
   assert some[0]['label'] == 1 and len(views.Subset(source, np.zeros(0, int))) == 0

@@ -84,7 +84,7 @@ def test_what_is_no_file_of_weights(tmp_path):
 
 @pytest.mark.parametrize('kind', ['int8', 'bool', 'complex64'])
 def test_tensors_that_are_no_floats(kind):
-  tensors = open_clip.normal(open_clip.params_to_open_clip(make(), CONFIG))
+  tensors = open_clip.normalize_names(open_clip.params_to_open_clip(make(), CONFIG))
   tensors['visual.proj'] = tensors['visual.proj'].astype(kind)
   with pytest.raises(InputError, match=f'visual.proj .*{kind}.* floating-point'):
     weights.params_from_tensors(open_clip.entries(CONFIG), tensors, CONFIG, 'F')
@@ -101,7 +101,7 @@ def test_a_folder_and_numbers_too_large(tmp_path, recwarn):
 
 
 def test_no_text_positions():
-  tensors = open_clip.normal(open_clip.params_to_open_clip(make(), CONFIG))
+  tensors = open_clip.normalize_names(open_clip.params_to_open_clip(make(), CONFIG))
   tensors[weights.TEXT_POSITIONS] = tensors[weights.TEXT_POSITIONS][:0]
   with pytest.raises(InputError, match='0 tokens'):
     weights.params_from_tensors(open_clip.entries(CONFIG), tensors, CONFIG, 'F')
@@ -178,7 +178,7 @@ def test_pytorchs_files_without_pytorch(tmp_path, monkeypatch):
 
 def test_nothing_is_missing_left_over_or_of_another_shape():
   table, tensors = open_clip.entries(CONFIG), open_clip.params_to_open_clip(make(), CONFIG)
-  tensors = open_clip.normal(tensors)
+  tensors = open_clip.normalize_names(tensors)
   read = lambda tensors: weights.params_from_tensors(table, tensors, CONFIG, 'F')
   assert same(read(tensors), make())
   less = {name: array for name, array in tensors.items() if name != 'visual.proj'}
@@ -232,7 +232,7 @@ def test_resizing_is_pils_bicubic():
 
 
 def test_another_image_size_and_context_length():
-  tensors = open_clip.normal(open_clip.params_to_open_clip(make(), CONFIG))
+  tensors = open_clip.normalize_names(open_clip.params_to_open_clip(make(), CONFIG))
   other = dataclasses.replace(
     CONFIG,
     vision=dataclasses.replace(CONFIG.vision, image_size=24),

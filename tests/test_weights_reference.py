@@ -27,7 +27,7 @@ VIT = zoo.ViTConfig(24, 8, 16, 2, 2)
 TOK = zoo.CLIPConfig(12, VIT, TEXT)
 OPEN_CLIP = {
   'tok': TOK,
-  'quick_gelu': zoo.quick(TOK),
+  'quick_gelu': zoo.with_quickgelu(TOK),
   'custom': dataclasses.replace(TOK, custom_text=True),
   'avg': zoo.CLIPConfig(
     12,
@@ -58,7 +58,7 @@ OPEN_CLIP = {
 }
 HUGGING_FACE = {
   'clip': TOK,
-  'quick_gelu': zoo.quick(TOK),
+  'quick_gelu': zoo.with_quickgelu(TOK),
   'eos': dataclasses.replace(
     TOK, text=dataclasses.replace(TEXT, pool_type='eos', eos_id=39, activation='gelu_tanh')
   ),
@@ -211,7 +211,7 @@ def test_open_clips_in_ours(name, tmp_path):
 
 def test_openais_archives(tmp_path):
   """A traced model with the three numbers beside the tensors that OpenAI's hold."""
-  config = zoo.quick(TOK)
+  config = zoo.with_quickgelu(TOK)
   model = build(open_clip.config_to_open_clip(config))
   for name, value in (('input_resolution', 24), ('context_length', 9), ('vocab_size', 40)):
     vars(model).pop(name, None)

@@ -118,7 +118,7 @@ def test_a_window_that_is_used_up_before_the_one_in_front_is_not_read_again():
 
 def test_an_error_of_the_source_is_raised_where_its_samples_are_asked_for():
   class Gone(loader_sources.Source):
-    def many(self, indices):
+    def read_samples(self, indices):
       raise InputError('the file is gone')
 
   read, _ = _windows(Gone(50), 10)

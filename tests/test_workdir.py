@@ -110,10 +110,10 @@ def test_rows_and_files_of_a_split(world):
 
 
 def test_what_is_finished(world):
-  assert workdir.finished(world) == {
+  assert workdir.finished_fingerprints(world) == {
     name: sidecar['fingerprint'] for name, sidecar in products.sidecars(world.workdir).items()
   }
-  assert workdir.finished(world)['dedup/keep'] == world.graph.marks().fingerprint
+  assert workdir.finished_fingerprints(world)['dedup/keep'] == world.graph.dedup_marks().fingerprint
   assert workdir.read_json(world, 'nothing', 'here.json') == {}
   assert workdir.embedder_json(world)['source'] == 'pca'
 
@@ -122,8 +122,13 @@ def test_what_is_not_there_is_said_with_the_stage_that_makes_it(world, tmp_path)
   nothing = Experiment(world.config, str(tmp_path / 'none'))
   assert not workdir.is_ingested(nothing, 'pool') and not workdir.is_embedded(nothing, 'pool')
   assert not workdir.is_searched(nothing, 'squares') and not workdir.has_candidates(nothing)
-  assert workdir.query_result(nothing, 'squares') is None and workdir.sizes(nothing) is None
-  assert workdir.result(nothing, 'base', 0, 'squares') is None and workdir.finished(nothing) == {}
+  assert (
+    workdir.query_result(nothing, 'squares') is None and workdir.threshold_counts(nothing) is None
+  )
+  assert (
+    workdir.result(nothing, 'base', 0, 'squares') is None
+    and workdir.finished_fingerprints(nothing) == {}
+  )
   with pytest.raises(InputError, match='pool is not ingested.*add `ingest`'):
     workdir.source(nothing, 'pool')
   shutil.copytree(world.workdir, tmp_path / 'w')
@@ -142,7 +147,7 @@ def test_what_is_not_there_is_said_with_the_stage_that_makes_it(world, tmp_path)
 def test_a_further_embedder_has_its_own_similarities_and_the_same_rows(world):
   c = world.config.copy_and_resolve_references()
   c.embedders.same = c.embedder.copy_and_resolve_references()
-  hog = Experiment(c, '/w').under('same')
+  hog = Experiment(c, '/w').with_embedder('same')
   assert workdir.embeddings_path(hog, 'pool', 3) == '/w/embedders/same/embeddings/pool/00003.npy'
   assert workdir.search_path(hog, 'squares', 0) == '/w/embedders/same/search/squares/pool-00000.npz'
   assert workdir.queries_path(hog, 'squares') == '/w/embedders/same/search/squares/queries.npz'

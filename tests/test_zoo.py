@@ -26,7 +26,7 @@ def theirs(config):
 
 @pytest.mark.parametrize('name', sorted(zoo.ARCHITECTURES))
 def test_names_shapes_and_counts_are_open_clips(name):
-  found = theirs(zoo.get(name))
+  found = theirs(zoo.by_name(name))
   lines = sorted(f'{key} {list(shape)}' for key, shape in found.items())
   trained = sum(math.prod(shape) for key, shape in found.items() if 'running_' not in key)
   assert len(lines) == GOLDEN[name]['tensors']
@@ -64,4 +64,4 @@ def test_published_counts(name, millions):
 
 def test_an_unknown_name_gives_the_nearest():
   with pytest.raises(ConfigError, match="'vit-b32'.*ViT-B-32"):
-    zoo.get('vit-b32')
+    zoo.by_name('vit-b32')

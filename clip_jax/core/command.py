@@ -76,7 +76,7 @@ def _one_line(error: Exception) -> str:
   return ' '.join(lines)
 
 
-def guard(work: Callable[[], None], verbose: bool = False) -> int:
+def run_command(work: Callable[[], None], verbose: bool = False) -> int:
   """Runs a command's work and returns its exit status.
 
   Errors that the user can correct are printed in one line; bugs keep their traceback.

@@ -56,7 +56,7 @@ def one_of(*options: Any) -> Callable[[str], str]:
 
   def problem(value: str) -> str:
     names: Any = options[0]() if callable(options[0]) else options
-    return '' if value in names else f'is not known.{nearest(value, names)}'
+    return '' if value in names else f'is not known.{did_you_mean(value, names)}'
 
   return problem
 
@@ -65,7 +65,7 @@ def fill(block, given: Mapping[str, Any], kind: str):
   """Sets the given keys of a defaults block and returns it; ConfigError names an unknown key."""
   for key, value in given.items():
     if key not in block:
-      raise ConfigError(f'{kind}(...) has no key {key!r}.{nearest(key, block.keys())}')
+      raise ConfigError(f'{kind}(...) has no key {key!r}.{did_you_mean(key, block.keys())}')
     if isinstance(value, Mapping) and not hasattr(value, 'to_dict'):
       block[key].update(value)  # keeps the ConfigDict of where= and sources=
       continue
@@ -76,7 +76,7 @@ def fill(block, given: Mapping[str, Any], kind: str):
   return block
 
 
-def nearest(name: str, names: Iterable[str]) -> str:
+def did_you_mean(name: str, names: Iterable[str]) -> str:
   """Returns ' Did you mean ...? There are: ...', to be appended to a message on an unknown name."""
   names = sorted(map(str, names))
   close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
@@ -121,12 +121,12 @@ def differences(old: Any, new: Any) -> list[str]:
         del one[key]
   missing = 'missing'
   return [
-    f'{key}: {_short(old.get(key, missing))} -> {_short(new.get(key, missing))}'
+    f'{key}: {_shorten(old.get(key, missing))} -> {_shorten(new.get(key, missing))}'
     for key in sorted(old.keys() | new.keys())
     if old.get(key, missing) != new.get(key, missing)
   ]
 
 
-def _short(value: Any, max_chars: int = 60) -> str:
+def _shorten(value: Any, max_chars: int = 60) -> str:
   text = value if isinstance(value, str) else json.dumps(value)
   return text if len(text) <= max_chars else text[: max_chars - 3] + '...'

@@ -68,7 +68,7 @@ class Product:
 
   name: str  # path in the work directory, without file ending
   kind: str = ''  # selects the function that computes it (MAKERS of a stage or study)
-  of: tuple = ()  # its subject: (dataset, shard), (split, seed), ...
+  subject: tuple = ()  # its subject: (dataset, shard), (split, seed), ...
 
   # In the fingerprint:
   keys: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # config key -> value

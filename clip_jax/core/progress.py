@@ -93,6 +93,6 @@ def size(count: float) -> str:
   return f'{count / 1e3:,.1f} kB'
 
 
-def counted(count: int, noun: str) -> str:
+def count_with_noun(count: int, noun: str) -> str:
   """Returns a count with its noun: '1 shard', '2,000 shards'."""
   return f'{count:,} {noun}' + ('' if count == 1 else 's')

@@ -22,8 +22,8 @@ Config = Any
 class Source(Protocol):
   """Samples with thread-safe random access: a Grain RandomAccessDataSource.
 
-  For the loader, `many` is optional (without it, rows are read one by one), and `starts` is needed
-  only for order 'blocks'.
+  For the loader, `read_samples` is optional (without it, rows are read one by one), and `starts` is
+  needed only for order 'blocks'.
   """
 
   def __len__(self) -> int:
@@ -38,7 +38,7 @@ class Source(Protocol):
     """
     ...
 
-  def many(self, rows: Sequence[int], /) -> list[dict[str, Any]]:
+  def read_samples(self, rows: Sequence[int], /) -> list[dict[str, Any]]:
     """Returns [self[row] for row in rows]; an image may also be a function returning pixels."""
     ...
 

@@ -5,7 +5,7 @@ import numpy as np
 from clip_jax.core.types import Array
 
 
-def unit(
+def to_unit_length(
   x: Array,  # [..., E] floating
 ) -> np.ndarray:  # [..., E], of the same dtype
   """Returns the vectors scaled to unit length; zero vectors stay zero, NaN stays NaN."""

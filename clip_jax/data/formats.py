@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import dataclasses
 from typing import Protocol
 
-from clip_jax.core.config import nearest
+from clip_jax.core.config import did_you_mean
 from clip_jax.core.errors import ConfigError
 from clip_jax.data import array_record, folder, storage, table, tfds, webdataset
 
@@ -52,10 +52,10 @@ class Format:
   classes: Callable[[str, str], tuple[str, ...]] = lambda path, label_key: ()
 
 
-def get(name: str) -> Format:
+def by_name(name: str) -> Format:
   """Returns a format by its name; raises ConfigError for an unknown one."""
   if name not in FORMATS:
-    raise ConfigError(f'format={name!r} is unknown.{nearest(name, FORMATS)}')
+    raise ConfigError(f'format={name!r} is unknown.{did_you_mean(name, FORMATS)}')
   return FORMATS[name]
 
 

@@ -34,7 +34,7 @@ def load(folder: str, kwargs: dict[str, str | bool]) -> Callable[[Sequence[str],
       f'tokenizer_kwargs={kwargs}: only clean (one of {", ".join(CLEAN)}) and '
       'strip_sep_token are supported.'
     )
-  clean, named, base = CLEAN[kwargs['clean']], _named(folder), _engine(folder)
+  clean, named, base = CLEAN[kwargs['clean']], _named_settings(folder), _engine(folder)
   pad = _token(base, named, 'pad_token')
   if pad is None:
     raise InputError(
@@ -92,7 +92,7 @@ def _engine(folder: str):
     ) from error
 
 
-def _named(folder: str) -> dict[str, Any]:
+def _named_settings(folder: str) -> dict[str, Any]:
   """Returns the settings beside tokenizer.json; a token is its text, or a dict with 'content'."""
   config, special = (
     files.read_json(path) if os.path.isfile(path := os.path.join(folder, name)) else {}
@@ -115,7 +115,7 @@ def _token(engine, named: dict[str, Any], key: str) -> str | None:
 
 
 def _whitespace(text: str) -> str:
-  return tokenizer.single_spaces(tokenizer.mend(text))
+  return tokenizer.single_spaces(tokenizer.repair_text(text))
 
 
 def _lower(text: str) -> str:
@@ -124,7 +124,7 @@ def _lower(text: str) -> str:
 
 def _canonicalize(text: str) -> str:
   """Cleans a text like SigLIP's captions: no punctuation, lower case, '_' becomes a space."""
-  text = tokenizer.mend(text).replace('_', ' ')
+  text = tokenizer.repair_text(text).replace('_', ' ')
   return tokenizer.single_spaces(text.translate(_NO_PUNCTUATION).lower())
 
 

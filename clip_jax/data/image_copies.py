@@ -100,7 +100,7 @@ def transform(
 
 
 def _crop(image: Image.Image, amounts: Sequence[float]) -> Image.Image:
-  side = math.sqrt(_between(CROP_AREA, amounts[0]))
+  side = math.sqrt(_interpolate(CROP_AREA, amounts[0]))
   width, height = (max(round(side * full), 1) for full in image.size)
   left, top = (
     int(amount * (full - part + 1))
@@ -110,18 +110,18 @@ def _crop(image: Image.Image, amounts: Sequence[float]) -> Image.Image:
 
 
 def _resize(image: Image.Image, amounts: Sequence[float]) -> Image.Image:
-  side = _between(RESIZE_SIDE, amounts[0])
+  side = _interpolate(RESIZE_SIDE, amounts[0])
   return image.resize([max(round(side * full), 1) for full in image.size], Image.Resampling.BICUBIC)
 
 
 def _colour(image: Image.Image, amounts: Sequence[float]) -> Image.Image:
   enhancers = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
   for enhancer, amount in zip(enhancers, amounts, strict=True):
-    image = enhancer(image).enhance(_between(COLOUR_FACTOR, amount))
+    image = enhancer(image).enhance(_interpolate(COLOUR_FACTOR, amount))
   return image
 
 
-def _same(image: Image.Image, amounts: Sequence[float]) -> Image.Image:
+def _unchanged(image: Image.Image, amounts: Sequence[float]) -> Image.Image:
   del amounts  # only the encoding of the file may change the image
   return image
 
@@ -129,9 +129,9 @@ def _same(image: Image.Image, amounts: Sequence[float]) -> Image.Image:
 KINDS: dict[str, Callable[[Image.Image, Sequence[float]], Image.Image]] = {
   'crop': _crop,
   'resize': _resize,
-  'jpeg': _same,
+  'jpeg': _unchanged,
   'colour': _colour,
-  'none': _same,
+  'none': _unchanged,
 }
 
 
@@ -193,7 +193,7 @@ def _blocks(copy: Copy, data: bytes, ending: str) -> bytes:
   return b''.join(parts)
 
 
-def _between(bounds: tuple[float, float], amount: float) -> float:
+def _interpolate(bounds: tuple[float, float], amount: float) -> float:
   return bounds[0] + amount * (bounds[1] - bounds[0])
 
 

@@ -97,7 +97,7 @@ def header(data: bytes) -> tuple[str, int, int]:
 
   type: 'jpeg', 'png', 'webp', 'gif', 'bmp', 'tiff' or 'ppm'.
   """
-  kind, width, height = _opened(data, lambda image: (image.format or '', *image.size))
+  kind, width, height = _with_open_image(data, lambda image: (image.format or '', *image.size))
   return 'jpeg' if kind == 'MPO' else kind.lower(), width, height
 
 
@@ -184,7 +184,7 @@ def _decode(data: bytes, factor: Callable[[int, int], int]) -> tuple[Array, int,
       pixels = np.asarray(image if image.mode == 'RGB' else image.convert('RGB'))
     return pixels, height, width
 
-  return _opened(data, read)
+  return _with_open_image(data, read)
 
 
 def _fast(data: bytes, frame: _Frame, shrunk: int) -> Array | None:
@@ -245,7 +245,7 @@ def _check_size(height: int, width: int) -> None:
     raise UnreadableImage(f'{width} x {height} pixels are too many')
 
 
-def _opened(data: bytes, read: Callable[[Image.Image], Any]) -> Any:
+def _with_open_image(data: bytes, read: Callable[[Image.Image], Any]) -> Any:
   """Returns read(image) of the image in `data`; turns every failure into UnreadableImage."""
   try:
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:

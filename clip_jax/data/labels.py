@@ -36,7 +36,7 @@ class Labels:
   description: str  # how the labels were derived, in words
   # Path relative to the root -> label; -1 for an image outside class folders, None for one that is
   # not chosen. Raises NoLabel.
-  of: Callable[[str], int | None]
+  label_of: Callable[[str], int | None]
 
 
 def labels(root: str, class_names: Sequence[str] = (), file: str = '') -> Labels:
@@ -135,7 +135,7 @@ def _by_objectnet(
   rank = _ranks(tuple(map(plain, order)), given, 'names of ObjectNet', root)
   inside = folder.images_folder(root)
 
-  def of(path: str) -> int | None:
+  def label_of(path: str) -> int | None:
     name = names.get(folder.class_folder(path, inside))
     return rank(plain(name)) if name in chosen else None
 
@@ -144,7 +144,7 @@ def _by_objectnet(
     tuple(class_names) or order,
     f'recognised as ObjectNet, labels by its mappings: '
     f'{len(order)} names that ImageNet has too, {with_images} of them with images',
-    of,
+    label_of,
   )
 
 
@@ -155,13 +155,13 @@ def _by_file(root: str, class_names: Sequence[str], path: str) -> Labels:
   class_of = truth.classes
   classes, rank = _file_classes(truth, class_names, path)
 
-  def of(name: str) -> int:
+  def label_of(name: str) -> int:
     if name not in class_of:
       raise NoLabel('no label')
     return rank(class_of[name])
 
   description = f'labels by {os.path.basename(path)}: {len(class_of):,} of {len(images):,} images'
-  return Labels(classes, description + (', in sorted order' if truth.in_order else ''), of)
+  return Labels(classes, description + (', in sorted order' if truth.in_order else ''), label_of)
 
 
 def _file_classes(

@@ -33,10 +33,10 @@ class Truth:
 
 def read(path: str, root: str, images: Sequence[str]) -> Truth:
   """Returns the classes of images, given as sorted paths relative to root."""
-  text, known = _text(path), _aliases(root, images)
+  text, known = _read_text(path), _aliases(root, images)
   if text.lstrip().startswith('{'):
     pairs = [(name, _class(value, path)) for name, value in json_pairs(path)]
-    if not any(_clean(name) in known for name, _ in pairs):
+    if not any(_normalize_name(name) in known for name, _ in pairs):
       raise InputError(
         f'{path} names no image of {root!r}. Give JSON of {{name: class}}, with '
         f'names such as {images[0] if images else "a.jpg"!r}.'
@@ -50,13 +50,13 @@ def read(path: str, root: str, images: Sequence[str]) -> Truth:
     pairs = _pairs(lines, known, path)
     if not pairs:
       return Truth(_in_order(lines, known, images, path), frozenset(lines), True)
-  return Truth(_named(pairs, known, path), frozenset(value for _, value in pairs), False)
+  return Truth(_classes_by_image(pairs, known, path), frozenset(value for _, value in pairs), False)
 
 
 def json_pairs(path: str) -> list[tuple[str, Any]]:
   """Returns the (name, value) pairs of a JSON object, duplicates included."""
   try:
-    pairs = json.loads(_text(path), object_pairs_hook=_Object)
+    pairs = json.loads(_read_text(path), object_pairs_hook=_Object)
   except (ValueError, RecursionError) as error:
     raise InputError(f'{path} is not valid JSON ({error}). Correct the file.') from error
   if not isinstance(pairs, _Object):
@@ -76,7 +76,7 @@ def _pairs(lines: Sequence[str], known: Collection[str], path: str) -> list[tupl
   """
 
   def names_image(pair: tuple[str, str]) -> bool:
-    return _clean(pair[0]) in known and bool(pair[1])
+    return _normalize_name(pair[0]) in known and bool(pair[1])
 
   ways = list(zip(*map(_splits, lines)))  # [ways of splitting][lines] of (name, class)
   best = max(ways, key=lambda way: sum(map(names_image, way)), default=())
@@ -93,7 +93,11 @@ def _pairs(lines: Sequence[str], known: Collection[str], path: str) -> list[tupl
     (name, value.split()[0] if kaggle else value)
     for name, value in best
     if value
-    and (_clean(name) in known or re.search('[0-9]', name) or folder.ending(name) in folder.IMAGES)
+    and (
+      _normalize_name(name) in known
+      or re.search('[0-9]', name)
+      or folder.ending(name) in folder.IMAGES
+    )
   ]
 
 
@@ -124,7 +128,12 @@ def _in_order(
       f'{images[0] if images else "a.jpg"!r}, or one line with a class for every image.'
     )
   if name := next(
-    (line for line in lines if folder.ending(line) in folder.IMAGES and _clean(line) in known), ''
+    (
+      line
+      for line in lines
+      if folder.ending(line) in folder.IMAGES and _normalize_name(line) in known
+    ),
+    '',
   ):
     raise InputError(
       f'{path} has the line {name!r}, an image without a class. Give lines of NAME CLASS.'
@@ -138,11 +147,13 @@ def _in_order(
   return dict(zip(images, lines, strict=True))
 
 
-def _named(pairs: Iterable[tuple[str, str]], known: dict[str, str], path: str) -> dict[str, str]:
+def _classes_by_image(
+  pairs: Iterable[tuple[str, str]], known: dict[str, str], path: str
+) -> dict[str, str]:
   """Returns image -> class of the named images; raises InputError for a contradiction."""
   classes: dict[str, str] = {}
   for name, value in pairs:
-    name = _clean(name)
+    name = _normalize_name(name)
     if name not in known:
       continue
     image = known[name]
@@ -186,7 +197,7 @@ def _class(value: Any, path: str) -> str:
   return str(value).strip()
 
 
-def _text(path: str) -> str:
+def _read_text(path: str) -> str:
   try:
     with open(path, 'rb') as f:
       data = f.read(_MOST_BYTES + 1)
@@ -204,5 +215,5 @@ def _text(path: str) -> str:
     ) from error
 
 
-def _clean(name: str) -> str:
+def _normalize_name(name: str) -> str:
   return os.path.normpath(name.strip().strip('"')) if name.strip() else ''

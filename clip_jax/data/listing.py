@@ -45,7 +45,7 @@ def list_files(format: str, path: str) -> list[storage.SourceFile]:
   on gs://, s3:// and the like (on a web server a folder must end in '/'); for format 'folder', the
   folder of images. Raises NoFiles, an InputError, if the path or a file named by braces is missing.
   """
-  source_format = formats.get(format)
+  source_format = formats.by_name(format)
   if not path:
     raise InputError("path='' names no files. Give the path of the dataset.")
   if path.startswith('file://'):
@@ -62,7 +62,7 @@ def list_files(format: str, path: str) -> list[storage.SourceFile]:
     matched = source_format.find(path)
   else:
     # An existing file may have braces in its name.
-    patterns = [path] if os.path.exists(path) else expanded(path)
+    patterns = [path] if os.path.exists(path) else expand_braces(path)
     matched = [file for pattern in patterns for file in _matches(pattern, source_format)]
   _check_once(path, matched)
   fixed = (
@@ -80,7 +80,7 @@ def list_files(format: str, path: str) -> list[storage.SourceFile]:
 
 def root(format: str, path: str) -> str:
   """Returns the folder to which image paths are relative, '' if images are not files."""
-  return os.path.abspath(os.path.expanduser(path)) if formats.get(format).rooted else ''
+  return os.path.abspath(os.path.expanduser(path)) if formats.by_name(format).rooted else ''
 
 
 def _remote_files(path: str, source_format: formats.Format) -> list[storage.SourceFile]:
@@ -88,7 +88,7 @@ def _remote_files(path: str, source_format: formats.Format) -> list[storage.Sour
   system, web = storage.file_system(path), path.startswith('http')
   path, mark, query = path.partition('?') if web else (path, '', '')
   query = mark + query
-  patterns = expanded(path)
+  patterns = expand_braces(path)
   with storage.errors_with_path(path):
     system.invalidate_cache()  # an object may have changed since the last listing
     if len(patterns) > _THREADS and not web:
@@ -131,7 +131,7 @@ def _remote_matches(
         try:
           info = system.info(path + query)
           if info['type'] != 'directory':
-            return [(path + query, _sized(system, path + query, info))]
+            return [(path + query, _with_size(system, path + query, info))]
         except FileNotFoundError as error:
           if storage.is_transient(error):
             raise
@@ -144,11 +144,11 @@ def _remote_matches(
     if not infos:
       raise NoFiles(f'{path!r} matches no file. Correct the path of the dataset.')
     return [
-      (url, _sized(system, url, infos[url])) for url in sorted(infos, key=storage.natural_key)
+      (url, _with_size(system, url, infos[url])) for url in sorted(infos, key=storage.natural_key)
     ]
 
 
-def _sized(system: Any, url: str, info: Mapping[str, Any]) -> Mapping[str, Any]:
+def _with_size(system: Any, url: str, info: Mapping[str, Any]) -> Mapping[str, Any]:
   """Returns the storage's info of a file; raises InputError if its size is unknown."""
   if info.get('size') is None:
     info = system.info(url)  # an HTML listing has no sizes
@@ -194,7 +194,7 @@ def _matches(path: str, source_format: formats.Format) -> list[str]:
   return sorted(matched, key=storage.natural_key)
 
 
-def expanded(path: str) -> list[str]:
+def expand_braces(path: str) -> list[str]:
   """Returns the paths to which braces expand, in the order of a shell."""
   parts = re.split(r'\{([^{}]*)\}', path)  # the contents of braces are at odd indices
   return [

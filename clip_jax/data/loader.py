@@ -86,11 +86,20 @@ def train_batches(
   length = -(-host_batch // -(-host_batch // _run_length(sample_bytes)))
   if order == 'blocks':
     blocks = order_lib.Blocks(order_lib.block_starts(source.starts), seed, shuffle_window)
-    read = windows.Windows(source, blocks, share.within)
+    read = windows.Windows(source, blocks, share.positions_between)
   else:
     read = functools.partial(_read_global, source, order_lib.Global(len(source), seed))
   make = functools.partial(
-    _run, source, read, share, length, seed, context_length, image_size, crop_scale, jpeg_shrink
+    _run_examples,
+    source,
+    read,
+    share,
+    length,
+    seed,
+    context_length,
+    image_size,
+    crop_scale,
+    jpeg_shrink,
   )
   runs = -(-host_batch // length)  # per batch
   if processes:
@@ -103,8 +112,8 @@ def train_batches(
     )
   else:
     elements = _prefetched(make, _ENDLESS, threads, ahead=max(_BUFFERED, runs))
-  joined = _joined(elements, host_batch, runs, pack)
-  return _reporting(_ahead(joined) if threads or processes else joined, on_replaced)
+  joined = _join_runs(elements, host_batch, runs, pack)
+  return _reporting(_prefetch_one(joined) if threads or processes else joined, on_replaced)
 
 
 def image_batches(
@@ -157,14 +166,14 @@ class DecodedCache:
     """Returns the sample with its image decoded, shared, so read-only. Raises UnreadableImage."""
     return self._cached.get(index) or self._decoded(index, self._source[index])
 
-  def many(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+  def read_samples(self, indices: Sequence[int]) -> list[dict[str, Any]]:
     """Returns samples as [index] does; an image outside the cache is a function that decodes it.
 
     Decoded at once, all of them may need more memory than there is.
     """
     cached = [self._cached.get(index) for index in indices]
     missing = [index for index, sample in zip(indices, cached) if sample is None]
-    fetched = iter(views.many(self._source, missing) if missing else ())
+    fetched = iter(views.read_samples(self._source, missing) if missing else ())
 
     def later(index: int, sample: dict[str, Any]) -> dict[str, Any]:
       return {**sample, 'image': lambda: self._decoded(index, sample)['image']}
@@ -202,7 +211,7 @@ class _Share:
     first = self.start + step * self.batch_size + self.host * host_batch
     return range(first, first + host_batch)
 
-  def within(self, start: int, stop: int) -> Array:  # [n] int64
+  def positions_between(self, start: int, stop: int) -> Array:  # [n] int64
     positions = np.arange(max(start, self.start), stop)
     return positions[positions % self.batch_size * self.hosts // self.batch_size == self.host]
 
@@ -221,7 +230,7 @@ def _batch(
   readable = np.zeros(len(chosen), bool)
   length = _run_length(3 * image_size**2)
   for start in range(0, len(chosen), length):
-    samples = views.many(source, chosen[start : start + length].tolist())
+    samples = views.read_samples(source, chosen[start : start + length].tolist())
     for i, sample in enumerate(samples, start):
       with contextlib.suppress(images.UnreadableImage):
         pixels[i] = images.resize(_pixels(sample['image']), image_size, mode)
@@ -246,10 +255,10 @@ def _read_global(
 ) -> tuple[list[int], list[dict[str, Any]]]:
   """Returns the source indices and the samples of stream positions, in the global order."""
   places = list(map(order.place, positions))
-  return places, views.many(source, places)
+  return places, views.read_samples(source, places)
 
 
-def _run(
+def _run_examples(
   source: Source,
   read: _Read,
   share: _Share,
@@ -332,7 +341,7 @@ def _prefetched(make: Callable[[int], Any], count: int, threads: int, ahead: int
     elements.close()
 
 
-def _joined(
+def _join_runs(
   elements: Generator[tuple[dict[str, Array], list[tuple[int, str]]]],
   host_batch: int,
   runs: int,
@@ -355,7 +364,7 @@ def _joined(
       yield batch, all_replaced
 
 
-def _ahead(elements: Generator[Any]) -> Generator[Any]:
+def _prefetch_one(elements: Generator[Any]) -> Generator[Any]:
   """Yields the elements of an endless iterator; a thread prefetches the next one."""
   with contextlib.closing(elements), futures.ThreadPoolExecutor(1) as thread:
     future = thread.submit(next, elements)

@@ -43,21 +43,21 @@ def elements(
   """
   workers: list[_Worker] = []
   # Runs at exit, before multiprocessing would wait for the workers for ever.
-  closing = util.Finalize(None, _close, (workers,), exitpriority=10)
+  closing = util.Finalize(None, _close_workers, (workers,), exitpriority=10)
   try:
     for number in range(processes):
-      workers.append(_Worker(make, max(threads, 1), slot_bytes, number))  # noqa: PERF401 (_close sees each)
+      workers.append(_Worker(make, max(threads, 1), slot_bytes, number))  # noqa: PERF401 (_close_workers sees each)
     finished: dict[int, tuple[_Worker, int, Any]] = {}
     requested = 0
     for k in range(count):
       while requested < count and any(worker.free for worker in workers):
-        max(workers, key=lambda worker: len(worker.free)).give(requested)  # the least busy one
+        max(workers, key=lambda worker: len(worker.free)).request(requested)  # the least busy one
         requested += 1
       while k not in finished:
         # Ready: a worker has finished an element, or died.
         ready = connection.wait([worker.connection for worker in workers])
         for worker in [worker for worker in workers if worker.connection in ready]:
-          for job, slot, element in worker.receive():
+          for job, slot, element in worker.receive_element():
             finished[job] = worker, slot, element
       worker, slot, element = finished.pop(k)
       if isinstance(element, BaseException):
@@ -69,7 +69,7 @@ def elements(
     closing()
 
 
-def _close(workers: list['_Worker']) -> None:
+def _close_workers(workers: list['_Worker']) -> None:
   for worker in workers:  # first all pipes: this alone ends the workers if a signal interrupts us
     worker.connection.close()
   for worker in workers:
@@ -95,19 +95,19 @@ class _Worker:
     self.connection, worker_end = self._context.Pipe()
     arguments = worker_end, self._make, self._slots, self._threads
     self._process = self._context.Process(
-      target=_work, args=arguments, daemon=True, name=f'loader-{self._number}'
+      target=_worker_loop, args=arguments, daemon=True, name=f'loader-{self._number}'
     )
     with _quiet_start():
       self._process.start()
     worker_end.close()
 
-  def give(self, k: int) -> None:
+  def request(self, k: int) -> None:
     slot = self.free.pop()
     self._jobs[k] = slot
     with contextlib.suppress(OSError):  # the worker died; `receive` handles that
       self.connection.send((k, slot))
 
-  def receive(self) -> list[tuple[int, int, Any]]:
+  def receive_element(self) -> list[tuple[int, int, Any]]:
     """Returns [(number, slot, element or exception)] of a finished element; [] if it died."""
     try:
       k, data, sizes = self.connection.recv()
@@ -182,13 +182,13 @@ def _quiet_start() -> Iterator[None]:
     signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
-def _work(
+def _worker_loop(
   jobs: connection.Connection, make: Callable[[int], Any], slots: list[Any], threads: int
 ) -> None:
   """The main loop of a worker process: computes requested elements until its pipe is closed."""
   lock = threading.Lock()
 
-  def one(k: int, slot: int) -> None:
+  def compute_into_slot(k: int, slot: int) -> None:
     data, sizes = _packed(make, k, _memory(slots[slot]))
     with lock, contextlib.suppress(OSError):  # the pipe is closed; the loop below ends
       jobs.send((k, data, sizes))
@@ -196,7 +196,7 @@ def _work(
   pool = futures.ThreadPoolExecutor(threads)
   try:
     while True:
-      pool.submit(one, *jobs.recv())
+      pool.submit(compute_into_slot, *jobs.recv())
   except (EOFError, OSError):
     os._exit(0)  # without waiting for pending elements
 

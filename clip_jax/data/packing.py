@@ -39,7 +39,7 @@ def pack(
   unique = np.flatnonzero(first == np.arange(b))  # [n]: the captions to store, without duplicates
   length, group = length[unique], unique // (b // groups)
   row = _first_fit(length, group, groups, width)
-  rows = min(rung(int(row.max()) + 1), b // groups)
+  rows = min(padded_size(int(row.max()) + 1), b // groups)
 
   line = group * rows + row  # [n]: row number over all groups
   order = np.argsort(line, kind='stable')
@@ -67,7 +67,7 @@ def pack(
   }
 
 
-def rung(n: int) -> int:
+def padded_size(n: int) -> int:
   """Returns the smallest of 1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 18, 22, ... (ratio 1.2) >= n."""
   step = 1
   while step < n:
@@ -111,7 +111,7 @@ def _first_fit(
   groups: int,
   width: int,
 ) -> Array:  # -> [n] int64
-  """Returns each caption's row in its group: longest first, in the first row with room.
+  """Returns each caption's row in its group: longest first, in the first row with space.
 
   Captions of one length are placed together: a row takes as many as fit, before the next row.
   """
@@ -119,13 +119,13 @@ def _first_fit(
   tokens = np.arange(width + 1) @ counts  # [G]
   # First fit leaves at most one row half full or less.
   most = min(int(counts.sum(0).max()), 2 * int(tokens.max()) // width + 1)
-  room = np.full((groups, most), width, np.int32)
+  free = np.full((groups, most), width, np.int32)
   rows = np.tile(np.arange(most), groups)
   placed = []
   for size in np.unique(length)[::-1]:
-    fit = room // size
+    fit = free // size
     taken = np.minimum(np.maximum(counts[size][:, None] - fit.cumsum(1) + fit, 0), fit)
-    room -= (taken * size).astype(np.int32)
+    free -= (taken * size).astype(np.int32)
     placed.append(np.repeat(rows, taken.ravel()))
   row = np.empty(len(length), np.int64)
   row[np.argsort(-length, kind='stable')] = np.concatenate(placed)  # by length, then by group

@@ -154,7 +154,7 @@ class Reader:
     ends = self._ends[group]
     while True:
       try:
-        batch = _part(next(stream).column(self._file.column), 'bytes')
+        batch = _bytes_or_path(next(stream).column(self._file.column), 'bytes')
       except (_Damage, StopIteration) as error:
         raise storage.changed_file_error(self._path) from error
       if number == len(ends):
@@ -240,7 +240,7 @@ def _rows(batch, column: str, columns: list[str]) -> Iterator[tuple[Any, bool, d
   """Yields (image bytes or None, whether the row has a path only, other columns) of each row."""
   with _damage_errors():
     # Paths are never opened.
-    images, paths = (_part(batch.column(column), name) for name in ('bytes', 'path'))
+    images, paths = (_bytes_or_path(batch.column(column), name) for name in ('bytes', 'path'))
     arrays = {name: batch.column(name) for name in columns}
     for i in range(batch.num_rows):
       image = _buffer(images, i)
@@ -303,13 +303,13 @@ def _image_column(schema, names: Sequence[str], path: str) -> tuple[str, str, st
   """Returns the image column, the path of its bytes in the schema, and its name in `names`."""
   fields = {field.name.lower(): field for field in schema}
   for name in filter(fields.__contains__, names):
-    kind, column = _stored(fields[name].type), fields[name].name
+    kind, column = _storage_type(fields[name].type), fields[name].name
     if _holds_bytes(kind):
       return column, column, name
     if (
       pa.types.is_struct(kind)
       and kind.get_field_index('bytes') >= 0
-      and _holds_bytes(_stored(kind.field('bytes').type))
+      and _holds_bytes(_storage_type(kind.field('bytes').type))
     ):
       return column, f'{column}.bytes', name
   columns = ', '.join(f'{field.name} ({field.type})' for field in schema)
@@ -323,14 +323,14 @@ def _holds_bytes(kind) -> bool:
   return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
 
 
-def _stored(kind):
+def _storage_type(kind):
   """Returns the storage type of the values, without extension or dictionary wrappers."""
   while isinstance(kind, pa.BaseExtensionType | pa.DictionaryType):
     kind = kind.storage_type if isinstance(kind, pa.BaseExtensionType) else kind.value_type
   return kind
 
 
-def _part(array, name: str):
+def _bytes_or_path(array, name: str):
   """Returns the field 'bytes' or 'path' of a batch of images, None if it is missing.
 
   A plain column of bytes counts as the field 'bytes'.
@@ -341,7 +341,7 @@ def _part(array, name: str):
     return array if name == 'bytes' else None
   place = array.type.get_field_index(name)
   # flatten() gives null where the parent is null.
-  return None if place < 0 else _part(array.flatten()[place], 'bytes')
+  return None if place < 0 else _bytes_or_path(array.flatten()[place], 'bytes')
 
 
 def _buffer(array, i: int):

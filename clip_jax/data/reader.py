@@ -43,7 +43,8 @@ class Source:
   def has_images(self) -> bool:
     """Whether rows have images; rows of vectors have them only if the dataset has `images`."""
     return all(
-      formats.get(shard['format']).open or shard.get('images') for shard in self._files['shards']
+      formats.by_name(shard['format']).open or shard.get('images')
+      for shard in self._files['shards']
     )
 
   def __getitem__(self, row: int) -> dict[str, Any]:
@@ -51,9 +52,9 @@ class Source:
 
     Raises InputError for a row of vectors without an image.
     """
-    return self.many([row])[0]
+    return self.read_samples([row])[0]
 
-  def many(self, rows: Sequence[int]) -> list[dict[str, Any]]:
+  def read_samples(self, rows: Sequence[int]) -> list[dict[str, Any]]:
     """Returns [self[row] for row in rows], faster: rows of one file are read together."""
     rows = [operator.index(row) for row in rows]
     places = [self._row(row) for row in rows]
@@ -126,17 +127,17 @@ class Source:
     """Returns which rows are also in `other`, as the same bytes of the same file."""
     other_places = collections.defaultdict(list)
     for shard in range(len(other.starts) - 1):
-      path, places = other._places(shard)
+      path, places = other._sample_places(shard)
       other_places[path].append(places)
     mask = np.zeros(len(self), bool)
     for shard in range(len(self.starts) - 1):
-      path, places = self._places(shard)
+      path, places = self._sample_places(shard)
       if path in other_places:
         rows = slice(self.starts[shard], self.starts[shard + 1])
         mask[rows] = np.isin(places, np.concatenate(other_places[path]))
     return mask
 
-  def _places(self, shard: int) -> tuple[str, Array]:
+  def _sample_places(self, shard: int) -> tuple[str, Array]:
     """Returns the file (or root folder) of a shard, and the offsets (or paths) of its samples."""
     where = self._files['shards'][shard]
     if not where['path']:
@@ -163,7 +164,7 @@ class Source:
       shards[place[0]].append(k)
     for shard, members in shards.items():
       where = self._files['shards'][shard]
-      path, opener = where['path'], formats.get(where['format']).open
+      path, opener = where['path'], formats.by_name(where['format']).open
       if not opener:  # vectors
         images |= {k: self._keyed_image(rows[k], shard) for k in members}
       elif not path:  # each image is a file
@@ -202,7 +203,7 @@ class Source:
 
   def _open(self, shard: int) -> formats.Reader:
     where = self._files['shards'][shard]
-    opener = formats.get(where['format']).open
+    opener = formats.by_name(where['format']).open
     assert opener is not None  # vectors have no file of images to open
     return opener(where)
 

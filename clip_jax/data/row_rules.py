@@ -42,7 +42,7 @@ class RowRules:
 
   def __post_init__(self):
     if taken := set(self.columns) & set(COLUMNS):
-      raise ConfigError(f'columns has {min(taken)!r}, which is in every index: remove it.')
+      raise ConfigError(f'Remove {min(taken)!r} from columns, because every index has this column.')
     if self.labels_file and self.label_key:
       raise ConfigError(
         f'labels_file={self.labels_file!r} and label_key={self.label_key!r} both give labels: '
@@ -52,7 +52,7 @@ class RowRules:
     regex(*self.caption_edit[:2])
 
   @functools.cached_property
-  def allowed(self) -> dict[str, tuple]:
+  def allowed_values(self) -> dict[str, tuple]:
     """Column -> values of the chosen samples."""
     return {
       name: tuple(value) if isinstance(value, (tuple, list)) else (value,)

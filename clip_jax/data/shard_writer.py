@@ -137,7 +137,7 @@ def _tar(contents: _Contents, directory: str, rows: Array) -> Iterator[bytes]:
     else:
       for row, key in zip(shard_rows.tolist(), _keys(directory, shard, shard_rows), strict=True):
         yield from _with_new_headers(
-          contents, contents.name(_safe(key) or f'row{row}'), _as_members(source[row], key)
+          contents, contents.name(_safe_key(key) or f'row{row}'), _as_members(source[row], key)
         )
   yield bytes(2 * _BLOCK)
 
@@ -155,7 +155,7 @@ def _copied(contents: _Contents, path: str, directory: str, rows: Array) -> Iter
           f'{path} has no sample at byte {offset}: it is not the file that was '
           'indexed. Restore that file, or index again with --redo=ingest.'
         )
-      if reason := _refusal(sample, tar, headers):
+      if reason := _reason_not_to_copy(sample, tar, headers):
         contents.refused.append({'key': sample.key, 'reason': reason})
         continue
       key = contents.name(sample.key)
@@ -185,7 +185,9 @@ def _with_new_headers(
     yield info.tobuf(tarfile.GNU_FORMAT, 'utf-8') + data + bytes(-len(data) % _BLOCK)
 
 
-def _refusal(sample: table.Sample, tar: storage.ReadAhead, headers: Mapping[int, int]) -> str:
+def _reason_not_to_copy(
+  sample: table.Sample, tar: storage.ReadAhead, headers: Mapping[int, int]
+) -> str:
   """Returns the reason why a sample must not be copied with its members' names, '' for none."""
   for ending, (offset, _) in sample.members.items():
     name = f'{sample.key}.{ending}'
@@ -224,7 +226,7 @@ def _as_members(sample: Mapping[str, Any], key: str) -> dict[str, bytes]:
   }
 
 
-def _safe(key: str) -> str:
+def _safe_key(key: str) -> str:
   """Returns a key that is valid in a member's name: short, without dots, inside the folder."""
   return '/'.join(part for part in re.sub(r'[^\w/-]+', '_', key[:_MOST_KEY]).split('/') if part)
 

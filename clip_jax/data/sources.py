@@ -38,7 +38,7 @@ def classes(format: str, path: str, label_key: str) -> tuple[str, ...]:
   of folders come from labels.py.
   """
   path = path if '://' in path else os.path.abspath(os.path.expanduser(path))
-  return formats.get(format).classes(path, label_key) if label_key else ()
+  return formats.by_name(format).classes(path, label_key) if label_key else ()
 
 
 def scan(
@@ -56,10 +56,10 @@ def scan(
   column, and without a label_key the label comes from labels.py. A sample without a label has -1.
   Raises ConfigError for a bad rule.
   """
-  source_format, rules = formats.get(format), rules or RowRules(**fields)
+  source_format, rules = formats.by_name(format), rules or RowRules(**fields)
   files = [files] if isinstance(files, storage.SourceFile) else files
   folder_label = (
-    labels.labels(root, rules.classes, rules.labels_file).of
+    labels.labels(root, rules.classes, rules.labels_file).label_of
     if root and not rules.label_key
     else None
   )
@@ -70,7 +70,7 @@ def scan(
       root,
       row_rules.names(rules.image_key.lower()),
       row_rules.names(rules.sample_key),
-      _wanted(rules),
+      _rule_columns(rules),
     )
     return _scan(samples, skipped, rules, folder_label)
   except OSError as error:
@@ -100,7 +100,7 @@ def _scan(
   return table.Scan(records, skipped, left_out)
 
 
-def _wanted(rules: RowRules) -> tuple[str, ...]:
+def _rule_columns(rules: RowRules) -> tuple[str, ...]:
   """Returns the names of all columns that the rules may need."""
   keys = [*rules.where, rules.group_key, rules.label_key, *rules.columns]
   keys += ['class_name'] if rules.caption_template else row_rules.names(rules.caption_key)
@@ -118,13 +118,13 @@ def _record(
   NoLabel if the sample cannot be used.
   """
   fields = _Fields({'folder': sample.folder} if sample.path else sample.fields, _json(sample))
-  for name, allowed in rules.allowed.items():
+  for name, allowed in rules.allowed_values.items():
     if _needed(sample, fields, name) not in allowed:
       return None
   group = sample.key
   if rules.group_key:
     group = _needed(sample, fields, rules.group_key)
-  group = rules.group(_clean(group if isinstance(group, str) else json.dumps(group)))
+  group = rules.group(_replace_surrogates(group if isinstance(group, str) else json.dumps(group)))
   if not rules.in_part(group):
     return None
   endings = (
@@ -148,7 +148,7 @@ def _record(
     raise _Skip('bad label')
   kind, width, height = _header(sample, ending, length)
   caption = _caption(sample, fields, label, rules)
-  columns = {name: _clean(_value(sample, fields, name)) for name in rules.columns}
+  columns = {name: _replace_surrogates(_value(sample, fields, name)) for name in rules.columns}
   return table.Record(
     sample.key, caption, label, group, offset, length, width, height, columns, sample.path, kind
   )
@@ -156,7 +156,7 @@ def _record(
 
 def _json(sample: table.Sample) -> Mapping[str, Any]:
   if 'json' in sample.members:
-    text = _text(sample, 'json')
+    text = _caption_text(sample, 'json')
   else:
     text = sample.fields.get('json')
     if not isinstance(text, str):
@@ -173,7 +173,7 @@ def _json(sample: table.Sample) -> Mapping[str, Any]:
 def _value(sample: table.Sample, fields: _Fields, key: str) -> Any:
   """Returns the value of a text member, a column or a json field, or None."""
   if key in sample.members and key != 'json':
-    return _text(sample, key).strip()
+    return _caption_text(sample, key).strip()
   name = key.removeprefix('json:')
   first, second = (fields.columns, fields.json) if key == name else (fields.json, fields.columns)
   value = first.get(name)
@@ -191,14 +191,14 @@ def _needed(sample: table.Sample, fields: _Fields, key: str) -> Any:
   return value
 
 
-def _text(sample: table.Sample, ending: str) -> str:
+def _caption_text(sample: table.Sample, ending: str) -> str:
   if sample.members[ending][1] > _MOST_TEXT:
     raise _Skip(f'{ending} too long')
   data = sample.read(ending, _MOST_TEXT).removeprefix(codecs.BOM_UTF8)
   return data.decode('utf-8', 'replace')
 
 
-def _clean(value: Any) -> Any:
+def _replace_surrogates(value: Any) -> Any:
   """Replaces lone surrogates in a text, which are valid in JSON but not in UTF-8."""
   if not isinstance(value, str) or value.isascii():
     return value
@@ -224,7 +224,7 @@ def _caption(sample: table.Sample, fields: _Fields, label: int, rules: RowRules)
       caption = row_rules.regex(pattern, replacement).sub(replacement, caption)
   if not caption and rules.require_caption:
     raise _Skip('no caption')
-  return _clean(caption)
+  return _replace_surrogates(caption)
 
 
 def _header(sample: table.Sample, ending: str, length: int) -> tuple[str, int, int]:

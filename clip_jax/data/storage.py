@@ -95,11 +95,11 @@ class RemoteFile:
     self.path = path
 
   def size(self) -> int:
-    def ask() -> int:
+    def read_size() -> int:
       with errors_with_path(self.path):
         return file_system(self.path).info(self.path)['size']
 
-    return with_retries(ask)
+    return with_retries(read_size)
 
   def read(self, offset: int, length: int) -> bytes:
     """Returns `length` bytes from `offset` (inside the file), fewer at the end of the file."""
@@ -163,7 +163,7 @@ def _fetched(parts: Sequence[Sequence[Any]]) -> list[bytes]:
   """Returns the bytes of each (path, start, end, ...); all paths have the same protocol."""
   contents: dict[int, bytes] = {}
 
-  def ask() -> None:
+  def read_missing() -> None:
     missing = [i for i in range(len(parts)) if i not in contents]
     paths, starts, ends = zip(*(parts[i][:3] for i in missing), strict=True)
     with errors_with_path(paths[0] if len(set(paths)) == 1 else f'{_protocol(paths[0])}://'):
@@ -180,7 +180,7 @@ def _fetched(parts: Sequence[Sequence[Any]]) -> list[bytes]:
   while len(contents) < len(parts):
     count_before = len(contents)
     try:
-      with_retries(ask)
+      with_retries(read_missing)
     except Unavailable:
       if len(contents) == count_before:  # a rate-limited server serves a part of them each time
         raise

@@ -48,13 +48,13 @@ def write(
   follow: wraps a loop over shards with a progress bar.
   """
   every = range(len(shards))
-  summary = _contents(directory, follow(every))
+  summary = _column_statistics(directory, follow(every))
   rows = summary['samples']
-  keys = _repeated(directory, 'key', follow(every))
-  captions = len(_repeated(directory, 'caption', follow(every)))
+  keys = _repeated_hashes(directory, 'key', follow(every))
+  captions = len(_repeated_hashes(directory, 'caption', follow(every)))
   summary['repeated_keys'] = {
     'samples': len(keys),
-    'first': _first(directory, 'key', np.unique(keys), shards),
+    'first': _first_repeated_texts(directory, 'key', np.unique(keys), shards),
   }
   summary['captions'] |= {'repeated': captions, 'repeated_share': round(captions / max(rows, 1), 6)}
   summary |= {
@@ -91,7 +91,7 @@ def write_broken(directory: str, shards: Sequence[str]) -> dict[str, Any]:
   }
 
 
-def lines(summary: dict[str, Any]) -> list[str]:
+def sentences(summary: dict[str, Any]) -> list[str]:
   """Returns a summary as a few sentences."""
   sizes, captions, labels = summary['images'], summary['captions'], summary['labels']
   kinds = ', '.join(f'{count:,} {kind}' for kind, count in sizes['types'].items())
@@ -99,7 +99,7 @@ def lines(summary: dict[str, Any]) -> list[str]:
     f'{summary["samples"]:,} samples, {progress.size(sizes["bytes"])} of images ({kinds or "none"})'
   )
   if summary['samples'] and not sizes['bytes']:  # a dataset of vectors has no images
-    line = progress.counted(summary['samples'], 'vector')
+    line = progress.count_with_noun(summary['samples'], 'vector')
   if sizes['short_side']:
     line += f', short side {_range(sizes["short_side"])} pixels'
   if sizes['unknown_size'] and sizes['bytes']:
@@ -135,7 +135,7 @@ def lines(summary: dict[str, Any]) -> list[str]:
   return sentences
 
 
-def _contents(directory: str, shards: Iterable[int]) -> dict[str, Any]:
+def _column_statistics(directory: str, shards: Iterable[int]) -> dict[str, Any]:
   """Returns statistics of the columns of all index files."""
   columns = ['caption', 'label', 'length', 'width', 'height', 'type']
   total = collections.Counter()
@@ -147,7 +147,7 @@ def _contents(directory: str, shards: Iterable[int]) -> dict[str, Any]:
       width, height = (batch[name].to_numpy() for name in ('width', 'height'))
       known = (width > 0) & (height > 0)
       total['unknown_size'] += int((~known).sum())
-      characters, words = _lengths(batch['caption'])
+      characters, words = _caption_lengths(batch['caption'])
       total['empty'] += int((characters == 0).sum())
       for name, values in {
         'width': width[known],
@@ -221,7 +221,9 @@ def _labels(counts: dict[int, int], classes: Sequence[str]) -> dict[str, Any]:
   }
 
 
-def _repeated(directory: str, column: str, shards: Iterable[int]) -> Array:  # [n] int64, sorted
+def _repeated_hashes(
+  directory: str, column: str, shards: Iterable[int]
+) -> Array:  # [n] int64, sorted
   """Returns the hash of every text that repeats the text of an earlier sample.
 
   Empty texts are ignored. The probability that two of n different texts share a hash is n^2 / 2^65:
@@ -233,7 +235,7 @@ def _repeated(directory: str, column: str, shards: Iterable[int]) -> Array:  # [
   return hashes[1:][hashes[1:] == hashes[:-1]]
 
 
-def _first(
+def _first_repeated_texts(
   directory: str,
   column: str,
   wanted: Array,  # [n] int64 hashes, sorted, unique
@@ -266,7 +268,7 @@ def _hashed(directory: str, shard: int, column: str) -> Iterator[tuple[list[str]
     yield texts, np.fromiter(map(hash, texts), np.int64, len(texts))
 
 
-def _lengths(captions) -> tuple[Array, Array]:  # [n] int, [n] int
+def _caption_lengths(captions) -> tuple[Array, Array]:  # [n] int, [n] int
   """Returns the numbers of characters and of words of captions, an arrow array of text."""
   trimmed = pc.utf8_trim_whitespace(captions)
   words = pc.list_value_length(pc.utf8_split_whitespace(trimmed))  # 1 for an empty text

@@ -171,7 +171,7 @@ def _write_paths(
         ends.write(np.full(sizes[i], written, '<i8').tobytes())
         continue
       for batch in batches(directory, i, ['path']):
-        paths, stops = _joined(batch['path'], written)
+        paths, stops = _join_texts(batch['path'], written)
         text.write(paths)
         ends.write(stops.tobytes())
         written += len(paths)
@@ -233,7 +233,7 @@ def _rows(directory: str, shard: int, written: int) -> Iterator[tuple[Array, byt
     for name in ('offset', 'length', 'label'):
       rows[name] = batch[name].to_numpy()
     rows['shard'] = shard
-    captions, ends = _joined(batch['caption'], written)
+    captions, ends = _join_texts(batch['caption'], written)
     rows['caption_length'] = np.diff(ends, prepend=written)
     rows['caption_offset'] = ends - rows['caption_length']
     yield rows, captions
@@ -246,7 +246,7 @@ def _open_index(directory: str, shard: int):
   return pq.ParquetFile(index_file(directory, shard))
 
 
-def _joined(texts: Any, written: int) -> tuple[bytes, Array]:  # [n] int64
+def _join_texts(texts: Any, written: int) -> tuple[bytes, Array]:  # [n] int64
   """Returns the joined texts of a pyarrow array, and the end of each, counted from `written`."""
   import pyarrow as pa
 

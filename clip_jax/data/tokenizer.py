@@ -54,7 +54,7 @@ def _is_plain(text: str) -> bool:
 @functools.lru_cache(1 << 16)  # training reads each caption many times
 def _encode(text: str) -> Array:  # -> [t] uint16
   """Returns the tokens of any text, without START and END."""
-  words = _pattern().findall(single_spaces(mend(text)).lower())
+  words = _pattern().findall(single_spaces(repair_text(text)).lower())
   spaced = ' '.join(words)
   ids = _engine().encode(spaced)
   if _engine().decode(ids) != f'{spaced} ':  # the engine split other words; it ends each by a space
@@ -62,7 +62,7 @@ def _encode(text: str) -> Array:  # -> [t] uint16
   return np.array(ids, np.uint16)
 
 
-def mend(text: str) -> str:
+def repair_text(text: str) -> str:
   """Repairs a text as open_clip's tokenizers do: ftfy, then HTML entities, twice."""
   import ftfy
 

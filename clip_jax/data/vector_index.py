@@ -53,7 +53,7 @@ def companions(
   for folder, places in groups.items():
     in_folder = [vector_files[i] for i in places]
     for kind, partners in _described(folder, metadata, in_folder).items():
-      for i, partner in zip(places, _paired(in_folder, partners, kind), strict=True):
+      for i, partner in zip(places, _match_partners(in_folder, partners, kind), strict=True):
         beside[i][kind] = partner
   return beside
 
@@ -93,13 +93,13 @@ def _stem(file: storage.SourceFile) -> str:
   return os.path.splitext(os.path.basename(file.path.partition('?')[0]))[0]
 
 
-def _number(file: storage.SourceFile) -> int | None:
-  """Returns the number at the end of a file's stem."""
+def _stem_number(file: storage.SourceFile) -> int | None:
+  """Returns the number that ends a file's name (3 of img_emb_3.npy), None without one."""
   digits = re.search('[0-9]+$', _stem(file))
   return int(digits[0]) if digits else None
 
 
-def _paired(
+def _match_partners(
   vector_files: Sequence[storage.SourceFile], partners: Sequence[storage.SourceFile], kind: str
 ) -> list[storage.SourceFile]:
   """Returns the partner of each file of vectors, in their order."""
@@ -107,8 +107,8 @@ def _paired(
   if len(by_stem) == len(partners) and all(_stem(file) in by_stem for file in vector_files):
     return [by_stem[_stem(file)] for file in vector_files]
   if len(vector_files) == len(partners) == 1 and None in (
-    _number(vector_files[0]),
-    _number(partners[0]),
+    _stem_number(vector_files[0]),
+    _stem_number(partners[0]),
   ):
     return list(partners)
   where = os.path.dirname(partners[0].path)
@@ -118,7 +118,7 @@ def _paired(
     'folders with format=concat.',
   )
   for file in vector_files:
-    if _number(file) not in numbers:
+    if _stem_number(file) not in numbers:
       span = f'they end in {min(numbers)} to {max(numbers)}' if numbers else 'none ends in a number'
       raise InputError(
         f'{file.path} has no partner in {where}: no file of {kind} there ends in the '
@@ -131,18 +131,18 @@ def _paired(
     logging.info(
       '%s: %s without vectors in this dataset, for example %s.',
       where,
-      progress.counted(len(unused), 'file'),
+      progress.count_with_noun(len(unused), 'file'),
       os.path.basename(numbers[unused[0]].path),
     )
   by_number: Mapping[int | None, storage.SourceFile] = {**numbers}
-  return [by_number[_number(file)] for file in vector_files]
+  return [by_number[_stem_number(file)] for file in vector_files]
 
 
 def _by_number(listed: Sequence[storage.SourceFile], trouble: str) -> dict[int, storage.SourceFile]:
   """Returns number at the end of the stem -> file; raises InputError for a duplicate number."""
   by_number: dict[int, storage.SourceFile] = {}
   for file in listed:
-    number = _number(file)
+    number = _stem_number(file)
     if number in by_number:
       raise InputError(
         f'{by_number[number].path} and {file.path} both end in the number {number}, {trouble}'
@@ -167,10 +167,10 @@ def write(
   The rules apply to the columns of the metadata, or of the file itself if it is a parquet file;
   rules for images and for generated captions are ignored. A row without a value in a column of
   `where` is left out. Rows with a label outside the classes are skipped, as in other formats.
-  vector_key, vector_dim: as in vectors.head. Raises InputError if the metadata and the vectors
-  differ in their number of rows, or if a needed column is missing or has an unusable type.
+  vector_key, vector_dim: as in vectors.read_header. Raises InputError if the metadata and the
+  vectors differ in their number of rows, or if a needed column is missing or has an unusable type.
   """
-  header = vectors.head(file.path, vector_key, vector_dim)
+  header = vectors.read_header(file.path, vector_key, vector_dim)
   rows = _Rows(file, beside, header)
   key = next(
     (name for name in (*row_rules.names(rules.sample_key), *ALSO_KEYS) if rows.has(name)), ''
@@ -193,7 +193,7 @@ def write(
         [*filter(None, [key, *sizes.values()]), *captions, *needed, *rules.columns]
       ):
         index, label = _index(file, shard, start, batch, rules, key, captions, sizes)
-        chosen = _chosen(batch, index['group'].combine_chunks(), rules)
+        chosen = _chosen_rows(batch, index['group'].combine_chunks(), rules)
         bad = chosen & (label == row_rules.BAD_LABEL)
         skipped += [
           {'key': key, 'reason': 'bad label'} for key in index.filter(bad)['key'].to_pylist()
@@ -318,12 +318,12 @@ def _index(
   row = pa.array(np.arange(start, start + size, dtype=np.int64))
   key = pc.binary_join_element_wise(pa.scalar(name), row.cast(pa.string()), '/')
   if key_column:
-    key = pc.coalesce(_text(file, key_column, batch), key)
+    key = pc.coalesce(_text_column(file, key_column, batch), key)
   caption = pa.nulls(size, pa.string())
   for name in captions:
-    text = pc.utf8_trim_whitespace(_text(file, name, batch))
+    text = pc.utf8_trim_whitespace(_text_column(file, name, batch))
     caption = pc.coalesce(caption, pc.if_else(pc.equal(text, ''), None, text))
-  group = pc.coalesce(_text(file, rules.group_key, batch), key) if rules.group_key else key
+  group = pc.coalesce(_text_column(file, rules.group_key, batch), key) if rules.group_key else key
   label = np.full(size, row_rules.NO_LABEL)
   if rules.label_key:
     label = _labels(file, rules.label_key, batch, rules)
@@ -347,10 +347,10 @@ def _index(
   return pa.table(columns), label
 
 
-def _chosen(batch: dict, group: pa.Array, rules: RowRules) -> Array:
+def _chosen_rows(batch: dict, group: pa.Array, rules: RowRules) -> Array:
   """Returns the mask of rows that `where` and `part` choose, [n] bool."""
   mask = np.ones(len(group), bool)
-  for name, values in rules.allowed.items():
+  for name, values in rules.allowed_values.items():
     try:
       wanted = pa.array(values, batch[name].type)
     except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, TypeError) as error:
@@ -373,7 +373,7 @@ def _mapped(values: pa.Array, function: Callable[[Any], Any], kind: str) -> pa.A
   return pa.array(map(function, coded.dictionary.to_pylist()), kind).take(coded.indices)
 
 
-def _text(file: storage.SourceFile, name: str, batch: dict) -> pa.Array:
+def _text_column(file: storage.SourceFile, name: str, batch: dict) -> pa.Array:
   """Returns a column as text, null for missing values."""
   kind = batch[name].type
   if pa.types.is_dictionary(kind):
@@ -397,7 +397,7 @@ def _labels(
   if pa.types.is_floating(kind):
     values = values.cast(pa.float64())
   elif not (pa.types.is_integer(kind) or pa.types.is_boolean(kind) or pa.types.is_null(kind)):
-    values = _text(file, name, batch)
+    values = _text_column(file, name, batch)
   label = _mapped(values, rules.label, 'int64')
   return pc.fill_null(label, row_rules.NO_LABEL).to_numpy(zero_copy_only=False)
 

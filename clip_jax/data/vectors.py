@@ -45,7 +45,7 @@ class Head:
   fortran: bool = False
 
 
-def head(path: str, key: str = '', dim: int = 0) -> Head:
+def read_header(path: str, key: str = '', dim: int = 0) -> Head:
   """Returns the header of a file of vectors, without reading the vectors.
 
   key: the array of an npz, or the column of a parquet; '' takes the only one that holds vectors.
@@ -86,11 +86,11 @@ def head(path: str, key: str = '', dim: int = 0) -> Head:
   return header
 
 
-def blocks(path: str, header: Head, block_rows: int = 0) -> Iterator[tuple[int, Array]]:
+def read_blocks(path: str, header: Head, block_rows: int = 0) -> Iterator[tuple[int, Array]]:
   """Yields (first row, vectors [b, E] of the file's dtype) in order, in constant memory.
 
-  header: the result of `head` for this file; path: of a local copy. Raises InputError if the file
-  is damaged or truncated.
+  header: the result of `read_header` for this file; path: of a local copy. Raises InputError if
+  the file is damaged or truncated.
   """
   step = block_rows or max(1, _BLOCK // (4 * max(header.dim, 1)))
   make = _parquet_blocks if header.kind == 'parquet' else _array_blocks
@@ -106,7 +106,7 @@ def blocks(path: str, header: Head, block_rows: int = 0) -> Iterator[tuple[int, 
     )
 
 
-def unit(
+def to_unit_float16(
   block: Array,  # [b, E] floats
   any_norm: bool = False,
 ) -> tuple[Array, Array]:
@@ -134,8 +134,8 @@ def unit(
     return x.astype(np.float16), bad
 
 
-def fault(vector: Array) -> str:  # [E]
-  """Returns the reason why `unit` marks a vector as bad, in words."""
+def describe_fault(vector: Array) -> str:  # [E]
+  """Returns the reason why `to_unit_float16` marks a vector as bad, in words."""
   if not np.isfinite(vector).all():
     return 'holds a NaN or an infinity'
   norm = float(np.linalg.norm(vector.astype(np.float64)))
@@ -325,14 +325,14 @@ def _array_blocks(path: str, header: Head, step: int) -> Iterator[Array]:
     )
     return
   row = header.dim * header.dtype.itemsize
-  with _numbers(path, header) as f:
+  with _open_at_values(path, header) as f:
     for start in range(0, header.rows, step):
       data = f.read(row * min(step, header.rows - start))
       yield np.frombuffer(data, header.dtype, len(data) // row * header.dim).reshape(-1, header.dim)
 
 
 @contextlib.contextmanager
-def _numbers(path: str, header: Head) -> Iterator[IO[bytes]]:
+def _open_at_values(path: str, header: Head) -> Iterator[IO[bytes]]:
   """Opens a file, or the member of an npz, at the start of its numbers."""
   if header.kind == 'npz':
     with zipfile.ZipFile(path) as archive, archive.open(f'{header.name}.npy') as member:

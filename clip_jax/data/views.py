@@ -15,10 +15,10 @@ from clip_jax.core.types import Array, Source
 _CHECKED = 1 << 20  # rows checked at once
 
 
-def many(source: Source, indices: Sequence[int]) -> list[dict[str, Any]]:
-  """Returns samples of a source in the given order: with one call of source.many if it exists."""
-  if hasattr(source, 'many'):
-    return source.many(indices)
+def read_samples(source: Source, indices: Sequence[int]) -> list[dict[str, Any]]:
+  """Returns samples of a source in the given order, by source.read_samples if it exists."""
+  if hasattr(source, 'read_samples'):
+    return source.read_samples(indices)
   return [source[index] for index in indices]
 
 
@@ -49,8 +49,8 @@ class Subset:
   def __getitem__(self, index: int) -> dict[str, Any]:
     return self._source[self._row(index)]
 
-  def many(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-    return many(self._source, list(map(self._row, indices)))
+  def read_samples(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+    return read_samples(self._source, list(map(self._row, indices)))
 
   def caption(self, index: int) -> str:
     return self._source.caption(self._row(index))
@@ -68,7 +68,7 @@ class Subset:
     return np.searchsorted(self._rows, self._source.starts.astype(self._rows.dtype))
 
   def _row(self, index: int) -> int:
-    row = int(self._rows[_checked(index, len(self))])
+    row = int(self._rows[_check_index(index, len(self))])
     if not 0 <= row < self._most:
       raise InputError(
         f'{self._name()} have row {row} at index {index}, but the source has only '
@@ -94,14 +94,17 @@ class Concatenation:
     source, row = self._find(index)
     return source[row]
 
-  def many(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+  def read_samples(self, indices: Sequence[int]) -> list[dict[str, Any]]:
     ordered: list[Any] = [None] * len(indices)
     source_of = (
-      np.searchsorted(self._starts, [_checked(index, len(self)) for index in indices], 'right') - 1
+      np.searchsorted(self._starts, [_check_index(index, len(self)) for index in indices], 'right')
+      - 1
     )
     for i in np.unique(source_of).tolist():
       places = np.flatnonzero(source_of == i).tolist()
-      samples = many(self._sources[i], [int(indices[place]) - self._starts[i] for place in places])
+      samples = read_samples(
+        self._sources[i], [int(indices[place]) - self._starts[i] for place in places]
+      )
       for place, sample in zip(places, samples, strict=True):
         ordered[place] = sample
     return ordered
@@ -117,12 +120,12 @@ class Concatenation:
     return np.concatenate([*parts, self._starts[-1:]]).astype(np.int64)
 
   def _find(self, index: int) -> tuple[Source, int]:
-    index = _checked(index, len(self))
+    index = _check_index(index, len(self))
     i = bisect.bisect_right(self._starts, index) - 1
     return self._sources[i], index - self._starts[i]
 
 
-def _checked(index: int, length: int) -> int:
+def _check_index(index: int, length: int) -> int:
   index = operator.index(index)
   if not 0 <= index < length:
     raise IndexError(f'index {index} is out of range: there are {length} rows')

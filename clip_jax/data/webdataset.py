@@ -55,7 +55,7 @@ def samples_and_headers(
 
 
 def _samples(
-  path: str, name: str, room: int
+  path: str, name: str, memory_bytes: int
 ) -> tuple[list[Sample], list[dict[str, str]], dict[int, int]]:
   tar = storage.ReadAhead(storage.open_file(path))
   headers: dict[int, int] = {}
@@ -77,10 +77,10 @@ def _samples(
         repeats[key, ending] += 1
         continue
       members[ending] = offset, length
-      if room > 0:
+      if memory_bytes > 0:
         at, most = offset - tar.start, length if length < _HEAD else _HEAD
         heads[offset] = tar.data[at : at + most]
-        room -= most + _OVERHEAD
+        memory_bytes -= most + _OVERHEAD
   except _Damage as damage:
     skipped.append({'key': f'{name}, byte {damage.byte}', 'reason': damage.reason})
     samples.pop(_split(damage.member)[0], None)  # the truncated sample is incomplete
@@ -140,7 +140,7 @@ def _members(tar: storage.ReadAhead) -> Iterator[tuple[str, int, int, int]]:
       if tar.read(at, 1 << 16).strip(b'\0'):
         raise _Damage('bytes after the end mark', at)
       return
-    kind, name, length = _header(data, first, at)
+    kind, name, length = _parse_header(data, first, at)
     if extended:
       name, length = extended.get('path', name), int(extended.get('size', length))
     start = at + _BLOCK
@@ -163,7 +163,7 @@ def _members(tar: storage.ReadAhead) -> Iterator[tuple[str, int, int, int]]:
     at = start + -(-length // _BLOCK) * _BLOCK
 
 
-def _header(data: bytes, first: int, at: int) -> tuple[str, str, int]:
+def _parse_header(data: bytes, first: int, at: int) -> tuple[str, str, int]:
   """Returns (type, name, bytes of data) of the header that begins at data[first]."""
   name, size, stored, kind = _HEADER.unpack_from(data, first)
   try:

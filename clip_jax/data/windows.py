@@ -37,14 +37,14 @@ class Windows:
       window = self._blocks.window(at)
       stop = min(window.stop, positions.stop)
       places += window.places[at - window.start : stop - window.start].tolist()
-      samples += self._take(window, range(at, stop))
+      samples += self._take_samples(window, range(at, stop))
       at = stop
     return places, samples
 
-  def _take(self, window: order.Window, positions: range) -> list[dict[str, Any]]:
+  def _take_samples(self, window: order.Window, positions: range) -> list[dict[str, Any]]:
     with self._lock:
       if window.start not in self._read:
-        self._begin(window)
+        self._start_read(window)
       future = self._read[window.start]
       self._begin_next()
     unused = future.result()
@@ -60,9 +60,9 @@ class Windows:
       window = self._blocks.window(self._stop)
       self._stop = window.stop
       if len(self._wanted(window.start, window.stop)):  # a host may have no part of a small window
-        self._begin(window)
+        self._start_read(window)
 
-  def _begin(self, window: order.Window) -> None:
+  def _start_read(self, window: order.Window) -> None:
     future = self._read[window.start] = futures.Future()
     self._stop = max(self._stop, window.stop)
     # A daemon thread, so that the program can end without waiting for it.
@@ -73,7 +73,7 @@ class Windows:
       positions = self._wanted(window.start, window.stop)
       places = window.places[positions - window.start]
       stored = np.argsort(places)
-      samples = views.many(self._source, places[stored].tolist())
+      samples = views.read_samples(self._source, places[stored].tolist())
       future.set_result(dict(zip(positions[stored].tolist(), samples, strict=True)))
     except BaseException as error:  # raised again in the thread that needs the samples
       future.set_exception(error)

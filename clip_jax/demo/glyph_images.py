@@ -133,8 +133,8 @@ def _place(mask: Image.Image, look: Style, image_px: int, rng) -> Array:
   forward = np.array([[cos, -sin], [sin, cos]]) @ [[1 + wider, lean], [0, 1]]  # mask to canvas
   extent = np.abs(forward) @ size  # of the rotated box
   forward *= rng.uniform(*look.fill) * canvas_px / extent.max()
-  room = canvas_px - np.abs(forward) @ size
-  centre = canvas_px / 2 + rng.uniform(-look.drift, look.drift, 2) * room
+  margin = canvas_px - np.abs(forward) @ size
+  centre = canvas_px / 2 + rng.uniform(-look.drift, look.drift, 2) * margin
   back = np.linalg.inv(forward)
   shift = (size / 2 + 1) - back @ centre
   placed = mask.transform(

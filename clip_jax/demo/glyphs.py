@@ -117,7 +117,7 @@ def write(
     raise ConfigError(f'exact={exact} and near={near} sum to more than 1; use smaller fractions.')
   if letter_share and not letters:
     raise ConfigError(f'letter_share={letter_share} needs letters; set letters, or use 0.')
-  drawn = functools.partial(_drawn, image_px=image_px, seed=seed)
+  drawn = functools.partial(_draw_digits, image_px=image_px, seed=seed)
   handwritten_digits = functools.partial(_handwritten, image_px=image_px, seed=seed)
   pool_rows = _first_rows('handwritten', handwritten, POOL_ROWS)
   stray_rows = _first_rows('strays', _round(strays * anchor), STRAY_ROWS)
@@ -127,8 +127,11 @@ def write(
     *handwritten_digits('handwritten', pool_rows, HAND_STYLES, _web_caption),
   ]
   sets = {
-    'pool': _mixed(
-      originals, _copies(originals, exact, near, seed), _broken(broken, image_px, seed), seed
+    'pool': _shuffle_pool(
+      originals,
+      _copies(originals, exact, near, seed),
+      _broken_samples(broken, image_px, seed),
+      seed,
     ),
     'anchor': [
       *drawn('anchor', anchor - len(stray_rows), 'clean', ANCHOR_FONTS),
@@ -155,13 +158,13 @@ def _web_caption(about: dict, rng) -> str:
   return caption(name, sign, kind, about['domain'], face, rng)
 
 
-def _drawn(
+def _draw_digits(
   stream: str, count: int, style: str, fonts: Sequence[str], *, image_px: int, seed: int
 ) -> list[Sample]:
   """Draws labelled digits of one style, equally many of each class."""
   return [
     _character(key, i % 10, CLASSES[i % 10], style, pick(fonts, rng), _plain_caption, image_px, rng)
-    for i, (key, rng) in enumerate(_streams(stream, count, seed))
+    for i, (key, rng) in enumerate(_keyed_generators(stream, count, seed))
   ]
 
 
@@ -170,7 +173,7 @@ def _drawn_for_pool(
 ) -> list[Sample]:
   """Draws digits and letters in all styles of POOL_FONTS."""
   samples = []
-  for key, rng in _streams('drawn', count, seed):
+  for key, rng in _keyed_generators('drawn', count, seed):
     label = LETTER if rng.random() < letter_share else int(rng.integers(10))
     name = pick(letters, rng) if label == LETTER else CLASSES[label]
     style = pick(tuple(POOL_FONTS), rng)
@@ -202,7 +205,7 @@ def _handwritten(
   """Draws rows of load_digits. The group of a sample is its form, which stands for the writer."""
   bitmaps, labels = _load_digits()
   samples = []
-  for row, (key, rng) in zip(rows, _streams(stream, len(rows), seed), strict=True):
+  for row, (key, rng) in zip(rows, _keyed_generators(stream, len(rows), seed), strict=True):
     form = np.searchsorted(FORMS, row, side='right') - 1
     image = glyph_images.handwrite(bitmaps[row], pick(styles, rng), image_px, rng)
     samples.append(
@@ -231,7 +234,7 @@ def _copies(originals: list[Sample], exact: float, near: float, seed: int) -> li
   chosen = iter(np.random.default_rng((seed, STREAMS.index('chosen'))).permutation(len(originals)))
   samples = []
   for kind, share in (('exact', exact), ('near', near)):
-    for key, rng in _streams(kind, _round(share * len(originals)), seed):
+    for key, rng in _keyed_generators(kind, _round(share * len(originals)), seed):
       original = originals[next(chosen)]
       about = {
         **original.about,
@@ -244,11 +247,13 @@ def _copies(originals: list[Sample], exact: float, near: float, seed: int) -> li
   return samples
 
 
-def _broken(count: int, image_px: int, seed: int) -> list[Sample]:
+def _broken_samples(count: int, image_px: int, seed: int) -> list[Sample]:
   """Returns `count` broken samples of each kind. Those without a caption have a good image."""
   kinds = ('cut', 'garbage', 'empty', 'no caption') * count
   samples = []
-  whole_samples = _drawn('broken', len(kinds), 'filled', ANCHOR_FONTS, image_px=image_px, seed=seed)
+  whole_samples = _draw_digits(
+    'broken', len(kinds), 'filled', ANCHOR_FONTS, image_px=image_px, seed=seed
+  )
   for kind, whole in zip(kinds, whole_samples, strict=True):
     image = {
       'cut': whole.image[: len(whole.image) // 2],
@@ -261,7 +266,7 @@ def _broken(count: int, image_px: int, seed: int) -> list[Sample]:
   return samples
 
 
-def _mixed(
+def _shuffle_pool(
   originals: list[Sample], copies: list[Sample], broken: list[Sample], seed: int
 ) -> list[Sample]:
   """Returns the pool in a random order in which each copy comes after its original."""
@@ -305,7 +310,9 @@ def _balanced_rows(count: int, rows: range) -> Array:
   return chosen
 
 
-def _streams(stream: str, count: int, seed: int) -> Iterator[tuple[str, np.random.Generator]]:
+def _keyed_generators(
+  stream: str, count: int, seed: int
+) -> Iterator[tuple[str, np.random.Generator]]:
   """Yields (key, random generator) for each image of a stream."""
   for i in range(count):
     yield f'{stream}-{i:05d}', np.random.default_rng((seed, STREAMS.index(stream), i))

@@ -39,7 +39,7 @@ def answer_sentence(
     )
   if not given:
     return f'On {where} there is no answer, because {refused[-1].reason}.{late}'
-  lead, verdict = ' and '.join(_lead(s) for s in reversed(given)), _verdict(given[0])
+  lead, verdict = ' and '.join(_share_of_lead(s) for s in reversed(given)), _verdict(given[0])
   caveat = ''
   if given[0].control != 'matched':
     counts = {
@@ -56,7 +56,7 @@ def answer_sentence(
   return f'On {benchmark}, removing {removed} takes away {lead}{caveat}: {verdict}.{late}'
 
 
-def _lead(share: Share) -> str:
+def _share_of_lead(share: Share) -> str:
   value, low, high = (
     f'{round(100 * part)}'.replace('-', MINUS)  # int: no -0
     for part in (share.value, share.low, share.high)
@@ -74,7 +74,7 @@ def _lead(share: Share) -> str:
     share.reference
   ]
   return (
-    f'{value} % ({span}) of the {100 * share.room.value:.1f} points by which {control} beats '
+    f'{value} % ({span}) of the {100 * share.lead.value:.1f} points by which {control} beats '
     f'{reference}'
   )
 

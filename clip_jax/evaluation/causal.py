@@ -29,7 +29,7 @@ class Share:
   control: str  # 'base' (E) | 'matched' (E') | 'random' (E' without a matched control)
   reference: str  # 'anchor_only' | 'line'
   loss: Estimate  # acc_control - acc_gap, the numerator
-  room: Estimate  # acc_control - acc_reference, the denominator
+  lead: Estimate  # acc_control - acc_reference, the denominator
   method: str  # 'crossed' (S >= 3) | 'range' (S = 2) | 'this checkpoint' (S = 1)
   reason: str  # why there is no share, or ''
 
@@ -91,21 +91,21 @@ def explained_share(
       f'{control.shape}, {gap.shape}, {reference.shape}'
     )
   loss = statistics.crossed_interval(control - gap, groups, level)
-  room = statistics.crossed_interval(control - reference, groups, level)
-  share = Share(np.nan, np.nan, np.nan, control_name, reference_name, loss, room, room.method, '')
-  if not room.low > 0:
+  lead = statistics.crossed_interval(control - reference, groups, level)
+  share = Share(np.nan, np.nan, np.nan, control_name, reference_name, loss, lead, lead.method, '')
+  if not lead.low > 0:
     return replace(
       share,
-      reason=f'{control_name} is not shown to be better than {reference_name} ({_points(room)})',
+      reason=f'{control_name} is not shown to be better than {reference_name} ({_points(lead)})',
     )
-  value = loss.value / room.value
+  value = loss.value / lead.value
   parts = np.stack([control - gap, control - reference])
-  if room.method == 'range':
+  if lead.method == 'range':
     ratios = parts[0].mean(1) / parts[1].mean(1)  # [S]
     low, high = ratios.min(), ratios.max()
   else:
     drawn = statistics.crossed_bootstrap(parts, groups, draws, seed)
-    linear = statistics.crossed_interval((parts[0] - value * parts[1]) / room.value, groups, level)
+    linear = statistics.crossed_interval((parts[0] - value * parts[1]) / lead.value, groups, level)
     with np.errstate(divide='ignore', invalid='ignore'):  # a draw with denominator 0 is infinite
       ratio = drawn[:, 0] / drawn[:, 1]
     low, high = np.nanquantile(ratio, [(1 - level) / 2, (1 + level) / 2])

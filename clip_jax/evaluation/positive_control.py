@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from clip_jax.core.types import Array
-from clip_jax.core.vectors import cosine, unit
+from clip_jax.core.vectors import cosine, to_unit_length
 from clip_jax.evaluation import causal, statistics
 from clip_jax.evaluation.statistics import Estimate
 
@@ -82,7 +82,7 @@ def nearest_other(
   The neighbour is found in float32, its similarity computed in float64. Memory: _BLOCK rows of Q
   similarities.
   """
-  units = unit(np.asarray(vectors, np.float32))
+  units = to_unit_length(np.asarray(vectors, np.float32))
   nearest_similarity = np.full(len(rows), -1.0)
   for start in range(0, len(rows), _BLOCK):
     block = rows[start : start + _BLOCK]

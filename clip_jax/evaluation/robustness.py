@@ -72,17 +72,17 @@ def fit_line(
   return Line(float(slope), float(intercept), len(x), float(1 - residual / total) if total else 1.0)
 
 
-def _straight(*numbers) -> tuple[Line, Line]:
+def _without_break(*numbers) -> tuple[Line, Line]:
   return Line(*numbers), Line(*numbers)
 
 
 A_BREAK = 0.9186  # val accuracy on ImageNet-A's classes
 LINES = {  # (shift, x axis): the line below and above A_BREAK
-  ('v2', 'val'): _straight(0.9232, -0.4977, 85, 0.996),
-  ('sketch', 'val'): _straight(1.0709, -2.3701, 85, 0.869),
-  ('r', 'classes'): _straight(0.6368, -2.1077, 80, 0.889),
-  ('r', 'val'): _straight(0.9116, -1.5999, 80, 0.877),
-  ('objectnet', 'classes'): _straight(0.9809, -1.9283, 85, 0.953),
-  ('objectnet', 'val'): _straight(1.1993, -2.0243, 85, 0.941),
+  ('v2', 'val'): _without_break(0.9232, -0.4977, 85, 0.996),
+  ('sketch', 'val'): _without_break(1.0709, -2.3701, 85, 0.869),
+  ('r', 'classes'): _without_break(0.6368, -2.1077, 80, 0.889),
+  ('r', 'val'): _without_break(0.9116, -1.5999, 80, 0.877),
+  ('objectnet', 'classes'): _without_break(0.9809, -1.9283, 85, 0.953),
+  ('objectnet', 'val'): _without_break(1.1993, -2.0243, 85, 0.941),
   ('a', 'classes'): (Line(0.6894, -5.1400, 33, 0.411), Line(2.9560, -10.2774, 51, 0.905)),
 }

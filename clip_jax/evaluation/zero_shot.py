@@ -9,7 +9,7 @@ import numpy as np
 
 from clip_jax.core.errors import ConfigError
 from clip_jax.core.types import Array
-from clip_jax.core.vectors import unit
+from clip_jax.core.vectors import to_unit_length
 
 ROWS = 4096  # images scored at a time: 32 MB with 1,000 classes
 
@@ -40,8 +40,10 @@ def class_matrix(
     raise ValueError(
       f'encode_text must return one row per text: got shape {encoded.shape} for {len(texts)} texts'
     )
-  mean = unit(_nonzero(encoded)).reshape(len(classes), len(templates), -1).mean(1)  # [C, E]
-  return unit(_nonzero(mean)).astype(np.float32)
+  mean = (
+    to_unit_length(_nonzero(encoded)).reshape(len(classes), len(templates), -1).mean(1)
+  )  # [C, E]
+  return to_unit_length(_nonzero(mean)).astype(np.float32)
 
 
 def predict(

@@ -15,13 +15,16 @@ class BaseRows:
   lengths: tuple[int, ...]  # rows of each
 
   @property
-  def starts(self) -> list[int]:  # [datasets + 1]
+  def dataset_starts(self) -> list[int]:  # [datasets + 1]
     return [0, *np.cumsum(self.lengths).tolist()]
 
-  def own(
+  def rows_by_dataset(
     self,
     rows: Array,  # [n] int64, rows of the base set, sorted
   ) -> dict[str, Array]:
     """Returns dataset -> the rows that belong to it, numbered within the dataset, sorted."""
-    cuts = np.searchsorted(rows, self.starts)
-    return {name: rows[cuts[i] : cuts[i + 1]] - self.starts[i] for i, name in enumerate(self.names)}
+    cuts = np.searchsorted(rows, self.dataset_starts)
+    return {
+      name: rows[cuts[i] : cuts[i + 1]] - self.dataset_starts[i]
+      for i, name in enumerate(self.names)
+    }

@@ -74,7 +74,7 @@ def _planted_block(config: Config) -> Config:
   )
 
 
-def trained(config: Config) -> list[str]:
+def base_datasets(config: Config) -> list[str]:
   """Returns the datasets of the base set, in the order of its rows."""
   return [name for name in TRAINED if name in datasets(config)]
 
@@ -88,14 +88,14 @@ def flatten(block: Config, prefix: str = '') -> list[tuple[str, Config]]:
   ]
 
 
-def parts(config: Config, dataset: str) -> list[Config]:
+def source_blocks(config: Config, dataset: str) -> list[Config]:
   """Returns the blocks of the sources of a dataset."""
   return [block for _, block in flatten(datasets(config)[dataset])]
 
 
 def has_own_images(config: Config, dataset: str) -> bool:
   """Returns whether a dataset has images, not vectors only. Training and evaluation need them."""
-  return all(block.format != VECTORS for block in parts(config, dataset))
+  return all(block.format != VECTORS for block in source_blocks(config, dataset))
 
 
 def is_labelled(block: Config) -> bool:
@@ -204,7 +204,7 @@ def is_drawn(config: Config, split: str) -> bool:
   joined = [split]
   for name in joined:  # the list grows; each split is added once
     joined += [other for other in config.splits[name].of if other not in joined]
-  return any(rule_of(config, name).drawn for name in joined)
+  return any(rule_of(config, name).is_drawn for name in joined)
 
 
 def seed_of(config: Config, split: str, other: str, seed: int) -> int:
@@ -217,12 +217,12 @@ def seed_of(config: Config, split: str, other: str, seed: int) -> int:
   return seed if seed in seeds(config, other) else seeds(config, other)[0]
 
 
-def draws(config: Config, split: str) -> list[int]:
+def row_file_seeds(config: Config, split: str) -> list[int]:
   """Returns the seeds for which a split has a file of rows: only the first if it is not drawn."""
   return list(seeds(config, split)) if is_drawn(config, split) else [seeds(config, split)[0]]
 
 
-def runs(config: Config) -> list[tuple[str, int]]:
+def runs_to_train(config: Config) -> list[tuple[str, int]]:
   """Returns every (split, seed) to train, first seeds first; [] if the pool is vectors only."""
   if not has_own_images(config, POOL):
     return []
@@ -239,7 +239,7 @@ def plain(block) -> dict:
   return config_lib.plain(block.to_dict() if hasattr(block, 'to_dict') else block)
 
 
-def pick(config: Config, names: Sequence[str]) -> dict:
+def pick_keys(config: Config, names: Sequence[str]) -> dict:
   """Returns {'train.seeds': value, ...} for dotted keys; the value of a block is a plain dict."""
   picked = {}
   for name in names:

@@ -27,7 +27,7 @@ class Experiment:
   def graph(self) -> Graph:
     return Graph(self.config)
 
-  def under(self, embedder: str) -> 'Experiment':
+  def with_embedder(self, embedder: str) -> 'Experiment':
     """Returns this experiment with another embedder ('': the main one), always the same object."""
     if embedder not in self._views:
       view = Experiment(self.config, self.workdir, embedder)
@@ -43,7 +43,7 @@ class Experiment:
     """Returns a path in the work directory."""
     return os.path.join(self.workdir, *parts)
 
-  def home(self, *parts: str) -> str:
+  def embedder_path(self, *parts: str) -> str:
     """Returns a path in the folder of this embedder's products."""
     return self.path(*((EMBEDDERS, self.embedder) if self.embedder else ()), *parts)
 
@@ -56,7 +56,7 @@ class Experiment:
     """' (<name>)' for a further embedder, to be appended to log lines; '' for the main one."""
     return f' ({self.embedder})' if self.embedder else ''
 
-  def once(self, name: str, build: Callable[[], Any]) -> Any:
+  def cached(self, name: str, build: Callable[[], Any]) -> Any:
     """Returns build(), which is called once per stage and name: for a model, or decoded images."""
     if name not in self._shared:
       self._shared[name] = build()

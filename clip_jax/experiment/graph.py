@@ -13,8 +13,8 @@
 
 The graph depends on the config and on the list of source files, not on the work directory:
 core/products.py compares the two. Each method describes one kind of product and computes nothing;
-stages/ holds the functions that compute. `Graph.of` lists the products of a stage in the order in
-which they are made. The studies beside the paper add their own products (studies/).
+stages/ holds the functions that compute. `Graph.stage_products` lists the products of a stage in
+the order in which they are made. The studies beside the paper add their own products (studies/).
 """
 
 from collections.abc import Callable
@@ -28,7 +28,7 @@ from clip_jax.core.types import Config
 from clip_jax.experiment import blocks
 from clip_jax.experiment.blocks import ANCHOR, ANCHOR_CLASSES, GLYPHS, PLANTED, POOL, SIZES
 from clip_jax.experiment.shards import Shard, list_shards
-from clip_jax.models import embedders, weights
+from clip_jax.models import fitted_embedders, weights
 from clip_jax.pruning import key_lists
 
 # Keys of a dataset block that do not change its index: where files are (labels_file counts by its
@@ -45,7 +45,7 @@ _NOT_IN_INDEX = (
   'images',
 )
 # Keys of config.dedup that are not in the marks' fingerprint: the embedder counts through the
-# embeddings, which are inputs, and the audit is another product.
+# embeddings, which are inputs, and the de-duplication audit is another product.
 _NOT_IN_MARKS = ('embedder', 'audit_rows')
 # Config keys that the page shows.
 _ON_PAGE = (
@@ -90,7 +90,7 @@ class Graph:
     self.config = config
     self._cache: dict[tuple, object] = {}
 
-  def of(self, stage: str) -> list[Product]:
+  def stage_products(self, stage: str) -> list[Product]:
     """Returns the products of a stage in order; those of further embedders come last."""
     lists = {
       'ingest': self._ingest,
@@ -105,9 +105,9 @@ class Graph:
     }
     return list({product.name: product for product in lists[stage]()}.values())
 
-  def everything(self) -> list[Product]:
+  def all_products(self) -> list[Product]:
     """Returns the products of all stages."""
-    return [product for stage in STAGES for product in self.of(stage)]
+    return [product for stage in STAGES for product in self.stage_products(stage)]
 
   # ------------------------------------------------------------------------------------------------
   # ingest
@@ -121,7 +121,9 @@ class Graph:
   @_cached
   def demo_tars(self) -> Product:
     """Returns the product that holds the demo's tars."""
-    return Product('ingest/glyphs/tars', 'demo tars', keys=blocks.pick(self.config, ['glyphs']))
+    return Product(
+      'ingest/glyphs/tars', 'demo tars', keys=blocks.pick_keys(self.config, ['glyphs'])
+    )
 
   @_cached
   def planted_tars(self) -> list[Product]:
@@ -129,7 +131,7 @@ class Graph:
     name = self.config.planted.benchmark
     if not name:
       return []
-    keys = blocks.pick(self.config, ['planted', f'benchmarks.{name}.classes'])
+    keys = blocks.pick_keys(self.config, ['planted', f'benchmarks.{name}.classes'])
     return [
       Product(
         f'ingest/planted/tars/{i:05d}',
@@ -196,7 +198,7 @@ class Graph:
 
   def dataset(self, name: str) -> list[Product]:
     """Returns the products of one dataset in stage ingest, generated tars first."""
-    has_glyphs = any(part.format == GLYPHS for part in blocks.parts(self.config, name))
+    has_glyphs = any(part.format == GLYPHS for part in blocks.source_blocks(self.config, name))
     return [
       *([self.demo_tars()] if has_glyphs else []),
       *(self.planted_tars() if name == PLANTED else []),
@@ -221,7 +223,7 @@ class Graph:
   def vector_shards(self, dataset: str) -> dict[int, Shard]:
     """Returns number -> shard of the dataset's shards that are vectors; {} if it is all images."""
     if blocks.has_own_images(self.config, dataset) and blocks.VECTORS not in {
-      part.format for part in blocks.parts(self.config, dataset)
+      part.format for part in blocks.source_blocks(self.config, dataset)
     }:
       return {}
     return {
@@ -235,7 +237,7 @@ class Graph:
     Its inputs are untracked: samples that are added to the pool later do not refit it.
     embedder.json records what it was fitted on. Weights count by their content, not by their path.
     """
-    block, name = self.embedder_block(embedder), _home(embedder) + 'embedder/embedder'
+    block, name = self.embedder_block(embedder), _embedder_folder(embedder) + 'embedder/embedder'
     home = f'embedders.{embedder}' if embedder else 'embedder'
     picked = lambda *keys: {f'{home}.{key}': blocks.plain(block[key]) for key in ('source', *keys)}
     if block.source == 'weights':
@@ -248,11 +250,11 @@ class Graph:
       )
     if block.source == 'files':
       return Product(name, 'embedder', keys=picked(), embedder=embedder)
-    keys = picked('image_size', 'seed') | blocks.pick(self.config, ['preprocess.resize'])
-    if block.source in embedders.EMBEDDERS:
+    keys = picked('image_size', 'seed') | blocks.pick_keys(self.config, ['preprocess.resize'])
+    if block.source in fitted_embedders.EMBEDDERS:
       keys |= picked('dim', 'fit_images')
     else:
-      keys |= picked('samples') | blocks.pick(
+      keys |= picked('samples') | blocks.pick_keys(
         self.config, ['model', 'preprocess', *blocks.recipe(self.config)]
       )
     fitted_on = tuple(
@@ -271,7 +273,10 @@ class Graph:
 
     Shards of vectors do not depend on the embedder.
     """
-    vectors, folder = self.vector_shards(dataset), f'{_home(embedder)}embeddings/{dataset}'
+    vectors, folder = (
+      self.vector_shards(dataset),
+      f'{_embedder_folder(embedder)}embeddings/{dataset}',
+    )
     return [
       Product(
         f'{folder}/{i:05d}',
@@ -296,7 +301,7 @@ class Graph:
   # dedup
 
   @_cached
-  def marks(self) -> Product:
+  def dedup_marks(self) -> Product:
     """Returns the marks of de-duplication: for each pool row, whether it is kept."""
     config = self.config
     keys = {
@@ -312,7 +317,7 @@ class Graph:
     return Product('dedup/keep', 'marks', keys=keys, inputs=tuple(inputs))
 
   def _dedup(self) -> list[Product]:
-    return [self.marks()] if self.config.dedup.enabled else []
+    return [self.dedup_marks()] if self.config.dedup.enabled else []
 
   # ------------------------------------------------------------------------------------------------
   # search
@@ -333,14 +338,14 @@ class Graph:
     elif target in config.references:  # needs neither thresholds nor neighbour lists
       reads = self.embeddings(target, embedder)
     else:
-      keys = blocks.pick(
+      keys = blocks.pick_keys(
         config, ['search.backend', *(['search.candidates'] if self._is_scann() else [])]
       )
       reads = list(self.embeddings(ANCHOR, embedder)) if blocks.has_anchor(config) else []
       if target != ANCHOR_CLASSES:
         reads += self.embeddings(target, embedder)
         at_least = {'search.top_k': config.search.top_k}  # longer lists start with the shorter ones
-    home = _home(embedder)
+    home = _embedder_folder(embedder)
     return [
       Product(
         f'{home}search/{target}/pool-{i:05d}',
@@ -359,12 +364,12 @@ class Graph:
   def queries(self, benchmark: str, embedder: str = '') -> Product:
     """Returns the merged search results of a benchmark: each query over the whole pool."""
     keys = ['search.top_k', *(['search.recall_queries', 'search.seed'] if self._is_scann() else [])]
-    home = _home(embedder)
+    home = _embedder_folder(embedder)
     return Product(
       f'{home}search/{benchmark}/queries',
       'queries',
       (benchmark,),
-      blocks.pick(self.config, keys),
+      blocks.pick_keys(self.config, keys),
       tuple(self.search_shards(benchmark, embedder)),
       embedder=embedder,
       batch=f'{home}search/pass',
@@ -400,7 +405,7 @@ class Graph:
     config = self.config
     images = {
       name: [part.format != blocks.VECTORS or bool(part.images) for part in parts]
-      for name, parts in ((name, blocks.parts(config, name)) for name in (POOL, benchmark))
+      for name, parts in ((name, blocks.source_blocks(config, name)) for name in (POOL, benchmark))
     }
     return Product(
       f'search/{benchmark}/duplicates',
@@ -418,18 +423,18 @@ class Graph:
       f'search/{benchmark}/paper',
       'truncation',
       (benchmark,),
-      blocks.pick(self.config, ['search.paper_top_k']),
+      blocks.pick_keys(self.config, ['search.paper_top_k']),
       (*self.search_shards(benchmark), self.queries(benchmark)),
       is_cheap=True,
     )
 
-  def sizes(self) -> Product:
+  def threshold_counts(self) -> Product:
     """Returns the counts of candidates over each threshold, by benchmark and in total."""
     config, reads = self.config, []
     for name in config.benchmarks:
       reads += [*self.search_shards(name), self.queries(name)]
     if config.dedup.enabled:
-      reads.append(self.marks())
+      reads.append(self.dedup_marks())
     elif blocks.has_anchor(config):  # to find pool rows that are also anchor rows
       reads += self.index_shards(ANCHOR)
     return Product(
@@ -462,7 +467,7 @@ class Graph:
     if config.search.paper_top_k and blocks.has_anchor(config) and not self._is_scann():
       products += [self.truncation(name) for name in config.benchmarks]
     if config.benchmarks and not self._is_scann():  # ScaNN does not score every row
-      products.append(self.sizes())
+      products.append(self.threshold_counts())
     return products
 
   # ------------------------------------------------------------------------------------------------
@@ -485,12 +490,12 @@ class Graph:
     stamps = {}
     if 'file' in rule.needs:
       del keys['splits.file']  # the content counts, not the path
-      keys |= blocks.pick(config, ['prune.export_key'])
+      keys |= blocks.pick_keys(config, ['prune.export_key'])
       stamps['the listed file'] = self.listed_sha256(split)
-    base = [name for name in blocks.trained(config) if name != PLANTED or rule.planted]
+    base = [name for name in blocks.base_datasets(config) if name != PLANTED or rule.planted]
     inputs = [shard for name in base for shard in self.embeddings(name)]
     if config.dedup.enabled:
-      inputs.append(self.marks())
+      inputs.append(self.dedup_marks())
     if 'anchor_classes' in rule.needs and ANCHOR_CLASSES not in blocks.targets(config):
       raise ConfigError(
         f"config.splits.{split} needs the anchor's classes, but config.anchor has no labels. Set "
@@ -526,7 +531,7 @@ class Graph:
 
   def split(self, split: str) -> Product:
     """Returns the description of a split: split.json, and counts for each query."""
-    keys = blocks.pick(
+    keys = blocks.pick_keys(
       self.config,
       [
         'prune.check_queries',
@@ -536,7 +541,7 @@ class Graph:
         'pool.label_key',
       ],
     )
-    reads = [self.rows(split, seed) for seed in blocks.draws(self.config, split)]
+    reads = [self.rows(split, seed) for seed in blocks.row_file_seeds(self.config, split)]
     reads += [self.queries(name) for name in self.config.splits[split].benchmarks]
     return Product(
       f'splits/{split}/split',
@@ -556,12 +561,12 @@ class Graph:
     if kind in key_lists.LISTS:
       indexes = [self.index(name) for name in (POOL, ANCHOR) if name in blocks.datasets(config)]
       if kind in key_lists.REMOVED:  # says why each row is not in the split
-        indexes += [*self.embeddings(POOL), *([self.marks()] if config.dedup.enabled else [])]
+        indexes += [*self.embeddings(POOL), *([self.dedup_marks()] if config.dedup.enabled else [])]
       return Product(
         f'{home}/{key_lists.product_name(kind)}',
         'list',
         (split, seed, kind),
-        blocks.pick(config, ['prune.export_key']),
+        blocks.pick_keys(config, ['prune.export_key']),
         (rows, *indexes),
         is_cheap=True,
       )
@@ -569,7 +574,10 @@ class Graph:
       f'{home}/{kind}/sizes',
       'copies',
       (split, seed, kind),
-      inputs=(rows, *(part for name in blocks.trained(config) for part in self.index_shards(name))),
+      inputs=(
+        rows,
+        *(part for name in blocks.base_datasets(config) for part in self.index_shards(name)),
+      ),
       is_cheap=True,
     )
 
@@ -587,12 +595,14 @@ class Graph:
   def _prune(self) -> list[Product]:
     config, splits = self.config, blocks.in_order(self.config)
     return [
-      *(self.rows(split, seed) for split in splits for seed in blocks.draws(config, split)),
+      *(
+        self.rows(split, seed) for split in splits for seed in blocks.row_file_seeds(config, split)
+      ),
       *(self.split(split) for split in splits),
       *(
         self.export(split, seed, kind)
         for split in config.splits
-        for seed in blocks.draws(config, split)
+        for seed in blocks.row_file_seeds(config, split)
         for kind in config.splits[split].export
       ),
     ]
@@ -608,7 +618,7 @@ class Graph:
     change only speed, saving or logging are left out.
     """
     config = self.config
-    keys = blocks.pick(
+    keys = blocks.pick_keys(
       config,
       [
         'model',
@@ -620,10 +630,10 @@ class Graph:
         *blocks.recipe(config),
       ],
     )
-    draws = blocks.draws(config, split)
+    draws = blocks.row_file_seeds(config, split)
     indexes = [
       self.index(name)
-      for name in blocks.trained(config)
+      for name in blocks.base_datasets(config)
       if name != PLANTED or blocks.holds_planted(config, split)
     ]
     return Product(
@@ -636,7 +646,7 @@ class Graph:
     )
 
   def _train(self) -> list[Product]:
-    return [self.run(split, seed) for split, seed in blocks.runs(self.config)]
+    return [self.run(split, seed) for split, seed in blocks.runs_to_train(self.config)]
 
   def result(self, split: str, seed: int, benchmark: str) -> Product:
     """Returns the zero-shot scores of a run on a benchmark."""
@@ -645,7 +655,7 @@ class Graph:
       f'evaluate/{split}/seed{seed}/{benchmark}',
       'result',
       (split, seed, benchmark),
-      blocks.pick(self.config, ['preprocess.resize', *keys]),
+      blocks.pick_keys(self.config, ['preprocess.resize', *keys]),
       (self.run(split, seed), self.index(benchmark)),
       batch=f'evaluate/{split}/seed{seed}/results',
       is_cheap=True,
@@ -655,25 +665,25 @@ class Graph:
   def _evaluate(self) -> list[Product]:
     return [
       self.result(split, seed, benchmark)
-      for split, seed in blocks.runs(self.config)
+      for split, seed in blocks.runs_to_train(self.config)
       for benchmark in self.config.benchmarks
     ]
 
   def _report(self) -> list[Product]:
     """Returns the page. It reads all finished products, so it is made again after any change."""
     config = self.config
-    keys = blocks.pick(config, [*_ON_PAGE, *blocks.recipe(config)]) | {
+    keys = blocks.pick_keys(config, [*_ON_PAGE, *blocks.recipe(config)]) | {
       'datasets': list(blocks.datasets(config))
     }
     image_folders = [
-      part.images for name in blocks.datasets(config) for part in blocks.parts(config, name)
+      part.images for name in blocks.datasets(config) for part in blocks.source_blocks(config, name)
     ]
     if any(image_folders):  # shown in galleries of vector datasets; no other product reads them
       keys['images'] = image_folders
     return [Product('report/index', 'page', keys=keys, is_cheap=True, reads_all=True)]
 
 
-def _home(embedder: str) -> str:
+def _embedder_folder(embedder: str) -> str:
   return f'{EMBEDDERS}/{embedder}/' if embedder else ''
 
 

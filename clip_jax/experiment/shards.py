@@ -41,10 +41,10 @@ class Shard:
   def name(self) -> str:
     """The file's name without the machine's path; './' for a folder, whose keys name the files."""
     return printable(
-      self.prefix + ('./' if formats.get(self.format).rooted else self.files[0].name)
+      self.prefix + ('./' if formats.by_name(self.format).rooted else self.files[0].name)
     )
 
-  def at(self, workdir: str) -> 'Shard':
+  def with_absolute_paths(self, workdir: str) -> 'Shard':
     """Returns the shard with absolute paths: generated tars are in the work directory."""
     if self.block.format not in (blocks.GLYPHS, blocks.PLANTED):
       return self
@@ -55,7 +55,7 @@ class Shard:
 
   def location(self) -> dict:
     """Returns the values that the row table needs to read the samples again."""
-    path = '' if formats.get(self.format).rooted else self.files[0].path
+    path = '' if formats.by_name(self.format).rooted else self.files[0].path
     images = (
       {'images': os.path.expanduser(self.block.images)} if self.format == blocks.VECTORS else {}
     )
@@ -116,7 +116,7 @@ def list_shards(block: Config, planted_tars: Sequence[str] = ()) -> list[Shard]:
       if form == blocks.VECTORS
       else [{}] * len(listed)
     )
-    size = formats.get(form).files_a_shard
+    size = formats.by_name(form).files_a_shard
     for start in range(0, len(listed), size):
       shard_files = tuple(listed[start : start + size])
       shards.append(
@@ -154,7 +154,7 @@ def _labels_hash(
 
   def label(path: str) -> int | str | None:
     try:
-      return folder_labels.of(path)
+      return folder_labels.label_of(path)
     except labels.NoLabel as reason:
       return str(reason)
 
@@ -165,10 +165,10 @@ def _labels_hash(
 
 def _source_classes(block: Config, form: str, first: storage.SourceFile) -> tuple[str, ...]:
   """Returns the class names that the source files store, () if there are none."""
-  if formats.get(form).rooted or not block.label_key:
+  if formats.by_name(form).rooted or not block.label_key:
     return ()
   return sources.classes(
-    form, block.path if formats.get(form).find else first.path, block.label_key
+    form, block.path if formats.by_name(form).find else first.path, block.label_key
   )
 
 

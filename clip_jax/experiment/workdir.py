@@ -76,7 +76,7 @@ def source(x: Experiment, dataset: str) -> reader.Source:
       f'{dataset} is not ingested yet in {x.workdir}. Run without --stages, or add `ingest` to '
       '--stages.'
     )
-  return x.once(f'source {dataset}', lambda: reader.Source(index_folder(x, dataset)))
+  return x.cached(f'source {dataset}', lambda: reader.Source(index_folder(x, dataset)))
 
 
 def base_source(x: Experiment, planted: bool = False) -> views.Concatenation:
@@ -91,7 +91,7 @@ def base_rows(x: Experiment, planted: bool = True) -> BaseRows:
 
 
 def _base_names(x: Experiment, planted: bool) -> list[str]:
-  return [name for name in blocks.trained(x.config) if planted or name != blocks.PLANTED]
+  return [name for name in blocks.base_datasets(x.config) if planted or name != blocks.PLANTED]
 
 
 def class_names(x: Experiment, dataset: str) -> tuple[str, ...]:
@@ -159,7 +159,7 @@ def described(
 
 
 def embeddings_path(x: Experiment, dataset: str, shard: int) -> str:
-  return x.home('embeddings', dataset, f'{shard:05d}.npy')
+  return x.embedder_path('embeddings', dataset, f'{shard:05d}.npy')
 
 
 def is_embedded(x: Experiment, dataset: str) -> bool:
@@ -177,7 +177,7 @@ def embeddings(x: Experiment, dataset: str) -> Embeddings:
       f'The embeddings of {dataset} in {x.workdir} are incomplete. Run the stage `embed` first.'
     )
   folder = os.path.dirname(embeddings_path(x, dataset, 0))
-  return x.once(
+  return x.cached(
     f'embeddings {dataset}', lambda: Embeddings(folder, len(source(x, dataset).starts) - 1)
   )
 
@@ -206,12 +206,12 @@ def candidates(x: Experiment) -> Array:  # [N] bool
 
 
 def dedup_audit(x: Experiment) -> dict:
-  """Returns the audit of de-duplication (the duplicates that it misses), {} if there is none."""
+  """Returns the de-duplication audit (duplicates that clustering misses), {} if there is none."""
   return read_json(x, 'dedup', 'audit.json')
 
 
 def search_path(x: Experiment, target: str, shard: int) -> str:
-  return x.home('search', target, f'pool-{shard:05d}.npz')
+  return x.embedder_path('search', target, f'pool-{shard:05d}.npz')
 
 
 def is_searched(x: Experiment, target: str) -> bool:
@@ -246,7 +246,7 @@ def search_column(x: Experiment, target: str, column: str) -> Array:  # [N]
 
 
 def queries_path(x: Experiment, benchmark: str) -> str:
-  return x.home('search', benchmark, 'queries.npz')
+  return x.embedder_path('search', benchmark, 'queries.npz')
 
 
 def query_result(x: Experiment, benchmark: str) -> QueryResult | None:
@@ -263,7 +263,7 @@ def thresholds(x: Experiment, benchmark: str) -> tuple[Array, Array]:
     exact = files.read_npz(queries_path(x, benchmark))['anchor_similarity_f64']
     return vectors[:][vectors.usable], exact[vectors.usable]
 
-  return x.once(f'thresholds {benchmark}', read)
+  return x.cached(f'thresholds {benchmark}', read)
 
 
 def cosine(
@@ -308,7 +308,7 @@ def has_duplicate(x: Experiment, benchmark: str, kind: str = '') -> Array | None
   return mask
 
 
-def sizes(x: Experiment) -> Sizes | None:
+def threshold_counts(x: Experiment) -> Sizes | None:
   """Returns the counts of candidates over each threshold, None before they are counted."""
   path = x.path('search', f'{blocks.SIZES}.npz')
   return Sizes(**files.read_npz(path)) if os.path.exists(path) else None
@@ -371,7 +371,7 @@ def result(
   return (files.read_json(scores), files.read_npz(arrays)) if is_evaluated else None
 
 
-def skipped(x: Experiment, dataset: str) -> list[dict]:
+def skipped_samples(x: Experiment, dataset: str) -> list[dict]:
   """Returns the skipped samples of a dataset, each with its key and reason."""
   paths = sorted(epath.Path(index_folder(x, dataset)).glob('skipped-*.json'))
   return [sample for path in paths for sample in files.read_json(path)]
@@ -387,7 +387,7 @@ def versions(x: Experiment) -> dict:
   return read_json(x, 'versions.json')
 
 
-def times(x: Experiment) -> dict:
+def stage_seconds(x: Experiment) -> dict:
   """Returns the last command, and the seconds of each stage over all commands; {} if none ran."""
   return read_json(x, 'times.json')
 
@@ -398,6 +398,6 @@ def read_json(x: Experiment, *parts: str) -> dict:
   return files.read_json(path) if os.path.exists(path) else {}
 
 
-def finished(x: Experiment) -> dict[str, str]:
+def finished_fingerprints(x: Experiment) -> dict[str, str]:
   """Returns the fingerprints of all finished products by name."""
   return {name: sidecar['fingerprint'] for name, sidecar in products.sidecars(x.workdir).items()}

@@ -279,7 +279,7 @@ def entries(config: zoo.CLIPConfig) -> list[weights.Entry]:
       )
     elif not name.startswith('attn_pool.kv.'):
       prefix, own = ('vision_model.', _VISION) if tower == 'visual' else ('text_model.', _TEXT)
-      name = weights.renamed(name, (*_BOTH, *own))
+      name = weights.rename_tensor(name, (*_BOTH, *own))
       block, in_proj, part = name.partition('.attn.in_proj_')
       names = [f'{block}.self_attn.{x}_proj.{part}' for x in 'qkv'] if in_proj else [name]
       table.append(weights.Entry((path,), tuple(prefix + name for name in names)))
@@ -290,7 +290,7 @@ def is_huggingface(tensors: Mapping[str, Array]) -> bool:
   return any(name.startswith('vision_model.') for name in tensors)
 
 
-def _normal(tensors: Mapping[str, Array]) -> dict[str, Array]:
+def _without_position_ids(tensors: Mapping[str, Array]) -> dict[str, Array]:
   """Returns the tensors without position_ids (0, 1, 2, ...), which older versions stored."""
   return {name: array for name, array in tensors.items() if not name.endswith('.position_ids')}
 
@@ -299,7 +299,7 @@ def params_from_huggingface(
   tensors: Mapping[str, Array], config: zoo.CLIPConfig, where: str
 ) -> dict:
   """Converts a state_dict of CLIPModel or SiglipModel; raises InputError if it does not fit."""
-  return weights.params_from_tensors(entries(config), _normal(tensors), config, where)
+  return weights.params_from_tensors(entries(config), _without_position_ids(tensors), config, where)
 
 
 def params_to_huggingface(params: Mapping, config: zoo.CLIPConfig) -> dict[str, Array]:
@@ -307,9 +307,9 @@ def params_to_huggingface(params: Mapping, config: zoo.CLIPConfig) -> dict[str, 
   return weights.tensors_from_params(entries(config), params, config)
 
 
-def fitting(tensors: Mapping[str, Array]) -> list[str]:
+def matching_models(tensors: Mapping[str, Array]) -> list[str]:
   """Returns the zoo's models that have these tensors, at any image size."""
-  return weights.fitting(entries, _normal(tensors))
+  return weights.matching_models(entries, _without_position_ids(tensors))
 
 
 def preprocess_from_huggingface(config_json: Mapping[str, Any]) -> dict[str, Any]:

@@ -283,7 +283,7 @@ class ResidualAttentionBlock(nnx.Module):
     mask: Array | None,  # bool, broadcasts to [B, T, T]
     pick: Pick = lambda y: y,
   ) -> Array:  # [B*T, D], or [B, D] of the picked tokens; other outputs are not computed
-    return self._after(pick(x), self.attn(self.ln_1(x), tokens, mask, pick))
+    return self._add_attention_and_mlp(pick(x), self.attn(self.ln_1(x), tokens, mask, pick))
 
   def pooled(
     self,
@@ -293,9 +293,9 @@ class ResidualAttentionBlock(nnx.Module):
     pick: Pick,  # exactly one token of each sample
   ) -> Array:  # [B, D]
     y = self.ln_1(x)
-    return self._after(pick(x), self.attn.pooled(y, pick(y), tokens, mask))
+    return self._add_attention_and_mlp(pick(x), self.attn.pooled(y, pick(y), tokens, mask))
 
-  def _after(self, x: Array, attended: Array) -> Array:  # [n, D] both
+  def _add_attention_and_mlp(self, x: Array, attended: Array) -> Array:  # [n, D] both
     x = x + (self.ls_1(attended) if self.scaled else attended)
     y = self.mlp(self.ln_2(x))
     return x + (self.ls_2(y) if self.scaled else y)

@@ -338,7 +338,7 @@ def entries(config: zoo.CLIPConfig) -> list[weights.Entry]:
   def entry(path: str) -> weights.Entry:
     if not (path.startswith('visual.') and _is_timm(config)):
       return weights.Entry((path,), (path,))
-    name = weights.renamed(path.removeprefix('visual.'), _TIMM)
+    name = weights.rename_tensor(path.removeprefix('visual.'), _TIMM)
     return weights.Entry(
       (path,), (f'visual.trunk.{name}',), 'row' if name == 'pos_embed' else 'same'
     )
@@ -346,7 +346,7 @@ def entries(config: zoo.CLIPConfig) -> list[weights.Entry]:
   return list(map(entry, shapes(config)))
 
 
-def normal(tensors: Mapping[str, Array]) -> dict[str, Array]:
+def normalize_names(tensors: Mapping[str, Array]) -> dict[str, Array]:
   """Returns the tensors with CustomTextCLIP's names, scalar scale and bias, and no counters."""
   renamed = {}
   for name, array in tensors.items():
@@ -359,7 +359,7 @@ def normal(tensors: Mapping[str, Array]) -> dict[str, Array]:
 
 def params_from_open_clip(tensors: Mapping[str, Array], config: zoo.CLIPConfig, where: str) -> dict:
   """Converts a state_dict of CLIP or CustomTextCLIP; raises InputError if it does not fit."""
-  given, tensors = tensors, normal(tensors)
+  given, tensors = tensors, normalize_names(tensors)
   for name in given:
     if f'text.{name}' in given and f'text.{name}' in tensors:
       raise InputError(f'{where} holds {name} twice, also as text.{name}. Is it another model?')
@@ -379,9 +379,9 @@ def params_to_open_clip(params: Mapping, config: zoo.CLIPConfig) -> dict[str, Ar
   return state
 
 
-def fitting(tensors: Mapping[str, Array]) -> list[str]:
+def matching_models(tensors: Mapping[str, Array]) -> list[str]:
   """Returns the zoo's models that have these tensors, at any image size."""
-  return weights.fitting(entries, normal(tensors))
+  return weights.matching_models(entries, normalize_names(tensors))
 
 
 def preprocess_to_open_clip(image_size: int, preprocess: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,8 +18,8 @@ def shapes(config: zoo.CLIPConfig) -> dict[str, tuple[int, ...]]:
     'bias': _linear_layer('text_projection', text.width, embed),
   }[text.proj]
   return {
-    **_below('visual', tower),
-    **_below(
+    **_with_prefix('visual', tower),
+    **_with_prefix(
       'text',
       {
         'token_embedding.weight': (text.vocab_size, text.width),
@@ -30,15 +30,15 @@ def shapes(config: zoo.CLIPConfig) -> dict[str, tuple[int, ...]]:
       },
     ),
     'logit_scale': (),
-    **_where(config.init_logit_bias is not None, logit_bias=()),
+    **_if_present(config.init_logit_bias is not None, logit_bias=()),
   }
 
 
-def _below(prefix: str, parameters: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+def _with_prefix(prefix: str, parameters: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
   return {f'{prefix}.{name}': shape for name, shape in parameters.items()}
 
 
-def _where(has: bool, **parameters: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+def _if_present(has: bool, **parameters: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
   return parameters if has else {}
 
 
@@ -46,14 +46,14 @@ def _vit(c: zoo.ViTConfig, embed: int) -> dict[str, tuple[int, ...]]:
   places = (c.image_size // c.patch_size) ** 2 + c.class_token
   return {
     'conv1.weight': (c.width, 3, c.patch_size, c.patch_size),
-    **_below('conv1', _where(c.patch_bias, bias=(c.width,))),
-    **_where(c.class_token, class_embedding=(c.width,)),
+    **_with_prefix('conv1', _if_present(c.patch_bias, bias=(c.width,))),
+    **_if_present(c.class_token, class_embedding=(c.width,)),
     'positional_embedding': (places, c.width),
     **(_norm('ln_pre', c.width) if c.ln_pre else {}),
     **_blocks(c),
     **_norm('ln_post', c.width),
-    **_where(c.proj, proj=(c.width, embed)),
-    **(_below('attn_pool', _pool(c)) if c.pool_type == 'map' else {}),
+    **_if_present(c.proj, proj=(c.width, embed)),
+    **(_with_prefix('attn_pool', _pool(c)) if c.pool_type == 'map' else {}),
   }
 
 
@@ -119,7 +119,7 @@ def _resnet(c: zoo.ResNetConfig, embed: int) -> dict[str, tuple[int, ...]]:
       if n == 0:
         convolution(f'{name}downsample.0', f'{name}downsample.1', inputs, 4 * planes, 1)
       inputs = 4 * planes
-  return parameters | _below(
+  return parameters | _with_prefix(
     'attnpool',
     {
       'positional_embedding': ((c.image_size // 32) ** 2 + 1, inputs),

@@ -85,7 +85,7 @@ class TextTransformer(nnx.Module):
       tokens,
       mask=position[:, None] >= position if causal else None,  # [T, T]
       pooled_mask=(position <= end[:, None])[:, None] if causal else None,  # [B, 1, T]
-      pick=lambda y: _take(y.reshape(batch, tokens, width), end[:, None])[:, 0],
+      pick=lambda y: _take_rows(y.reshape(batch, tokens, width), end[:, None])[:, 0],
     )
     return self._project(x)
 
@@ -113,7 +113,7 @@ class TextTransformer(nnx.Module):
       x.reshape(-1, width).astype(self.dtype),
       length,
       mask.reshape(-1, length, length),
-      pick=lambda y: _take(y.reshape(groups, rows * length, width), end).reshape(-1, width),
+      pick=lambda y: _take_rows(y.reshape(groups, rows * length, width), end).reshape(-1, width),
     )
     return self._project(x)
 
@@ -133,7 +133,7 @@ class TextTransformer(nnx.Module):
     return x.astype(jnp.float32)
 
 
-def _take(
+def _take_rows(
   x: Array,  # [G, N, D]
   places: Array,  # [G, n] int32, each in 0..N-1
 ) -> Array:  # [G, n, D]

@@ -138,7 +138,7 @@ def _sharded(path: str) -> Iterator[tuple[str, np.ndarray]]:
       yield name, array
   missing = sorted(where.keys() - names)
   if missing:
-    raise InputError(f'{path} names {_shortened(missing)}, which its shards do not hold.')
+    raise InputError(f'{path} names {_first_names(missing)}, which its shards do not hold.')
 
 
 def _safetensors(path: str) -> Iterator[tuple[str, np.ndarray]]:
@@ -225,8 +225,8 @@ def params_from_tensors(
     raise InputError(
       f'{where} does not hold this model: '
       + ' and '.join(
-        [f'the model needs {_shortened(missing)}, not in the file'] * bool(missing)
-        + [f'the file has {_shortened(unknown)}, not in the model'] * bool(unknown)
+        [f'the model needs {_first_names(missing)}, not in the file'] * bool(missing)
+        + [f'the file has {_first_names(unknown)}, not in the model'] * bool(unknown)
       )
       + '. Is it another architecture?'
     )
@@ -293,14 +293,14 @@ def published_shapes(
   return published
 
 
-def renamed(name: str, table: Sequence[tuple[str, str]]) -> str:
+def rename_tensor(name: str, table: Sequence[tuple[str, str]]) -> str:
   """Returns a tensor's name in another library: applies the table's replacements in order."""
   for old, new in table:
     name = name.replace(old, new)
   return name
 
 
-def fitting(
+def matching_models(
   entries: Callable[[zoo.CLIPConfig], Sequence[Entry]], tensors: Mapping[str, Array]
 ) -> list[str]:
   """Returns the zoo's models that have these tensors, at any image size.
@@ -310,12 +310,12 @@ def fitting(
   models = []
   for name, config in zoo.ARCHITECTURES.items():
     with contextlib.suppress(ConfigError):  # a model outside the family
-      if fits(entries(config), tensors, config):
+      if matches(entries(config), tensors, config):
         models.append(name)
   return models
 
 
-def fits(entries: Sequence[Entry], tensors: Mapping[str, Array], config: zoo.CLIPConfig) -> bool:
+def matches(entries: Sequence[Entry], tensors: Mapping[str, Array], config: zoo.CLIPConfig) -> bool:
   """Returns whether names and shapes match a config; the image size may differ."""
   wanted = published_shapes(entries, shapes(config))
   free = {
@@ -337,7 +337,7 @@ def _without_positions(shape: tuple[int, ...]) -> tuple[int, ...]:
   return (*shape[:-2], *shape[-1:])
 
 
-def _shortened(names: Sequence[str], most: int = 4) -> str:
+def _first_names(names: Sequence[str], most: int = 4) -> str:
   more = f' and {len(names) - most} more' if len(names) > most else ''
   return ', '.join(names[:most]) + more
 

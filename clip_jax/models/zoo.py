@@ -82,7 +82,7 @@ class CLIPConfig:
     return self.text.context_length
 
 
-def get(name: str) -> CLIPConfig:
+def by_name(name: str) -> CLIPConfig:
   """Returns the config of an open_clip model; raises ConfigError for an unknown name."""
   if name not in ARCHITECTURES:
     lower = {other.lower(): other for other in ARCHITECTURES}
@@ -91,7 +91,7 @@ def get(name: str) -> CLIPConfig:
   return ARCHITECTURES[name]
 
 
-def quick(config: CLIPConfig) -> CLIPConfig:
+def with_quickgelu(config: CLIPConfig) -> CLIPConfig:
   """Returns the config with QuickGELU, as for OpenAI's weights; a ResNet's image tower is kept."""
   vision = config.vision
   if isinstance(vision, ViTConfig):
@@ -101,7 +101,7 @@ def quick(config: CLIPConfig) -> CLIPConfig:
   )
 
 
-def _text(
+def _text_config(
   width: int, layers: int, context_length: int = 77, vocab_size: int = 49_408, **others
 ) -> TextConfig:
   return TextConfig(context_length, vocab_size, width, width // 64, layers, **others)
@@ -122,7 +122,7 @@ def _vit(
   return CLIPConfig(
     embed_dim,
     ViTConfig(image_size, patch_size, width, layers, heads, mlp_ratio, **others),
-    _text(text_width, text_layers),
+    _text_config(text_width, text_layers),
   )
 
 
@@ -132,7 +132,7 @@ def _resnet(
   return CLIPConfig(
     embed_dim,
     ResNetConfig(image_size, width, layers, heads=width * 32 // 64),
-    _text(text_width, 12),
+    _text_config(text_width, 12),
   )
 
 
@@ -159,7 +159,7 @@ def _clipa(
       ln_pre=False,
       final_ln_after_pool=True,
     ),
-    _text(
+    _text_config(
       text_width,
       text_layers,
       32,
@@ -383,4 +383,6 @@ _SIGLIP = {
   )
 }
 
-ARCHITECTURES = _PLAIN | {f'{name}-quickgelu': quick(_PLAIN[name]) for name in _QUICK} | _SIGLIP
+ARCHITECTURES = (
+  _PLAIN | {f'{name}-quickgelu': with_quickgelu(_PLAIN[name]) for name in _QUICK} | _SIGLIP
+)

@@ -10,7 +10,7 @@ import dataclasses
 import numpy as np
 
 from clip_jax.core.types import Array
-from clip_jax.pruning.columns import Columns, highest
+from clip_jax.pruning.columns import Columns, best_over_benchmarks
 from clip_jax.pruning.rules import RULES, far, near
 
 EXAMPLES = 12  # example rows of each kind of disagreement
@@ -108,7 +108,7 @@ def removal_order(
 ) -> Array:  # [n] float32, of the candidates
   """Returns the values a rule decides by; rows of higher values are removed first."""
   about, rows = RULES[rule], np.flatnonzero(columns.candidates)
-  values = highest(rule, getattr(columns, about.column), rows, benchmarks, np.maximum)
+  values = best_over_benchmarks(rule, getattr(columns, about.column), rows, benchmarks, np.maximum)
   return -values if about.lowest_first else values
 
 

@@ -8,7 +8,14 @@ import numpy as np
 
 from clip_jax.core.errors import ConfigError, InputError
 from clip_jax.core.types import Array
-from clip_jax.pruning.columns import Columns, Kept, Pairs, highest, lowest, refined
+from clip_jax.pruning.columns import (
+  Columns,
+  Kept,
+  Pairs,
+  best_over_benchmarks,
+  mask_of_lowest,
+  recompute_near_cuts,
+)
 
 
 def gap_aligned(
@@ -44,8 +51,8 @@ def gap_aligned(
   elif dose:
     over, slack, decided = _over_dose(columns, excess, exact, dose)
   else:
-    over, decided = _over(columns, excess, exact, slack)
-  aligned = over if slack == 0 and not dose else _over(columns, excess, exact, 0.0)[0]
+    over, decided = _is_over_slack(columns, excess, exact, slack)
+  aligned = over if slack == 0 and not dose else _is_over_slack(columns, excess, exact, 0.0)[0]
   report = {
     'decided_exactly': decided,
     'slack': float(slack) if np.isfinite(slack) else None,
@@ -60,7 +67,7 @@ def dropped_rows(columns: Columns, *, benchmarks: Sequence[str], slack: float = 
   rows = np.flatnonzero(columns.candidates)
   excess, _ = _excess(columns, rows, benchmarks)
   exact = lambda near_cut: columns.exact_excess(benchmarks, rows[near_cut])
-  return rows[_over(columns, excess, exact, slack)[0]]
+  return rows[_is_over_slack(columns, excess, exact, slack)[0]]
 
 
 def k_aligned(columns: Columns, *, benchmarks: Sequence[str], k: int) -> Kept:
@@ -120,14 +127,14 @@ def _k_lists(pairs: Pairs) -> tuple[Array, Array]:
     similarity = pairs.similarity[positions]
     over = similarity[:, None] > pairs.anchor[query]  # [pairs of the query, k]
     first[positions] = over[:, 0]
-    listed[positions] = lowest(-similarity, max((over.sum(axis=0) - places).max(), 0))
+    listed[positions] = mask_of_lowest(-similarity, max((over.sum(axis=0) - places).max(), 0))
   return first, listed
 
 
 def _excess(columns: Columns, rows: Array, benchmarks: Sequence[str]) -> tuple[Array, dict]:
   """Returns each row's highest excess, [m] float32, and an approximate search's report."""
   exhaustive = columns.recall is None
-  excess = highest(
+  excess = best_over_benchmarks(
     'gap_aligned', columns.excess, rows, benchmarks, np.maximum if exhaustive else np.fmax
   )
   unscored = int(np.isnan(excess).sum())
@@ -144,7 +151,7 @@ def _excess(columns: Columns, rows: Array, benchmarks: Sequence[str]) -> tuple[A
   return excess, {} if exhaustive else {'recall': columns.recall, 'unscored': unscored}
 
 
-def _over(
+def _is_over_slack(
   columns: Columns,
   excess: Array,  # [m] float32
   exact: Callable[[Array], Array],  # positions -> [p] float64
@@ -170,7 +177,7 @@ def _over_quantile(
   if not len(excess):
     return np.zeros(0, bool), 0.0, 0
   place = math.ceil(fractions.Fraction(str(quantile)) * len(excess)) - 1
-  values, decided = refined(excess, exact, [place], columns.tolerance)
+  values, decided = recompute_near_cuts(excess, exact, [place], columns.tolerance)
   slack = float(np.partition(values, place)[place])
   return values > slack, slack, decided
 
@@ -182,7 +189,7 @@ def _over_dose(
   _every_row(columns, 'dose')
   if not dose > 0:
     raise ConfigError(f'dose={dose:g} must be more than 0')
-  aligned, decided = _over(columns, excess, exact, 0.0)
+  aligned, decided = _is_over_slack(columns, excess, exact, 0.0)
   count = math.floor(dose * int(aligned.sum()) + 0.5)
   if count > len(excess):
     raise ConfigError(
@@ -191,10 +198,10 @@ def _over_dose(
     )
   if count == len(excess):
     return np.ones(count, bool), -math.inf, decided
-  values, decided = refined(  # exact at the first row that is kept
+  values, decided = recompute_near_cuts(  # exact at the first row that is kept
     -excess, lambda near_cut: -exact(near_cut), [count], columns.tolerance
   )
-  return lowest(values, count), -float(np.partition(values, count)[count]), decided
+  return mask_of_lowest(values, count), -float(np.partition(values, count)[count]), decided
 
 
 def _every_row(columns: Columns, key: str) -> None:

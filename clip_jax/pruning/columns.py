@@ -20,8 +20,8 @@ NORMS = 2.1e-3
 
 def _not_given(benchmarks: Sequence[str], rows: Array) -> Array:
   raise ValueError(
-    f'{len(rows)} rows are too close to a threshold of {tuple(benchmarks)} for float32. Give '
-    'Columns the functions exact_similarity and exact_excess.'
+    f'float32 cannot decide whether {len(rows)} rows are over a threshold of {tuple(benchmarks)}. '
+    'Give Columns the functions exact_similarity and exact_excess, which compute in float64.'
   )
 
 
@@ -79,7 +79,7 @@ class Kept:
   report: dict = dataclasses.field(default_factory=dict)
 
 
-def highest(
+def best_over_benchmarks(
   rule: str,
   column: Mapping[str, Array],  # benchmark -> [N] float32
   rows: Array,  # [m] int64
@@ -117,7 +117,7 @@ def random_order(n: int, seed: int, draw: int, stream: int) -> Array:
   return np.random.PCG64(np.random.SeedSequence((seed, draw, stream))).random_raw(n)
 
 
-def lowest(
+def mask_of_lowest(
   values: Array,  # [n]
   count: int,
 ) -> Array:
@@ -130,7 +130,7 @@ def lowest(
   return lowest
 
 
-def refined(
+def recompute_near_cuts(
   values: Array,  # [n] float32, off by less than half of the tolerance
   exact: Callable[[Array], Array],  # positions [m] -> [m] float64, their exact values
   places: Sequence[int],  # in ascending order of the values, each in [0, n)

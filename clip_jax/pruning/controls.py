@@ -5,7 +5,7 @@ import numpy as np
 from clip_jax.core.errors import InputError
 from clip_jax.core.types import Array
 from clip_jax.pruning import cells
-from clip_jax.pruning.columns import Columns, Kept, candidates_for, lowest, random_order
+from clip_jax.pruning.columns import Columns, Kept, candidates_for, mask_of_lowest, random_order
 
 # With a larger share of removed rows without a full-cell donor, no matched control exists.
 MAX_UNMATCHED = 0.2
@@ -25,7 +25,7 @@ def random(columns: Columns, *, count: int, seed: int, draw: int = 0) -> Kept:
   """
   rows = candidates_for(columns, count)
   order = random_order(len(columns.candidates), seed, draw, RANDOM_STREAM)
-  return Kept(rows[lowest(order[rows], count)])
+  return Kept(rows[mask_of_lowest(order[rows], count)])
 
 
 def matched(

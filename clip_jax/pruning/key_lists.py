@@ -60,7 +60,7 @@ def product_name(kind: str) -> str:
   return kind if kind in REMOVED else os.path.splitext(LISTS[kind])[0]
 
 
-def uids(keys: Column, rows: Array | int = 0) -> Array:  # [n] UID
+def keys_to_uids(keys: Column, rows: Array | int = 0) -> Array:  # [n] UID
   """Returns uids in DataComp's dtype, in the order of `keys`.
 
   rows: the keys' rows in the pool, or the first of consecutive rows, for error messages.
@@ -68,9 +68,9 @@ def uids(keys: Column, rows: Array | int = 0) -> Array:  # [n] UID
   return _uid_bytes(keys, rows).view('>u8').astype('u8').view(UID)[:, 0]
 
 
-def numbers(keys: Column, rows: Array | int = 0) -> Array:  # [n] int64
+def keys_to_int64(keys: Column, rows: Array | int = 0) -> Array:  # [n] int64
   """Returns keys as numbers: '000000012' is 12; `rows` as in `uids`."""
-  return _numbers(keys, rows).to_numpy(zero_copy_only=False)
+  return _to_int64(keys, rows).to_numpy(zero_copy_only=False)
 
 
 def sorted_uids(
@@ -102,7 +102,7 @@ def read(path, column: str = '') -> Any:
   return keys
 
 
-def find(listed, blocks: Iterable[Column]) -> ListedRows:
+def find_rows(listed, blocks: Iterable[Column]) -> ListedRows:
   """Returns the pool rows whose keys are in a list.
 
   listed: a result of `read`. blocks: the keys of the pool, in row order; a row may have no key. A
@@ -114,7 +114,7 @@ def find(listed, blocks: Iterable[Column]) -> ListedRows:
   wanted, times = counted.field('values'), counted.field('counts').to_numpy()
   hits, rows, start = np.zeros(len(wanted), np.int64), [np.zeros(0, np.int64)], 0
   # The lookup table of wanted keys is rebuilt for each block, so blocks are at least as large.
-  for block in _joined(blocks, wanted.type, max(_BLOCK, len(wanted))):
+  for block in _join_blocks(blocks, wanted.type, max(_BLOCK, len(wanted))):
     places = pc.fill_null(pc.index_in(block, value_set=wanted), -1).to_numpy()
     positions = np.flatnonzero(places >= 0)
     rows.append(np.repeat(start + positions, times[places[positions]]))
@@ -136,7 +136,7 @@ def key_text(key: Any) -> str:
   return value.hex() if isinstance(value, bytes) else str(value)
 
 
-def _joined(blocks: Iterable[Column], kind, size: int) -> Iterator[Any]:
+def _join_blocks(blocks: Iterable[Column], kind, size: int) -> Iterator[Any]:
   """Yields the blocks' keys as one kind, in chunked arrays of at least `size` rows."""
   chunks, rows, start = [], 0, 0
   for block in blocks:
@@ -152,7 +152,7 @@ def _joined(blocks: Iterable[Column], kind, size: int) -> Iterator[Any]:
 def _to_kind(keys: Column, kind, first_row: int):
   """Returns keys as a pyarrow array of a kind; None stays None."""
   if kind == pa.int64():
-    return _numbers(keys, first_row, allow_none=True)
+    return _to_int64(keys, first_row, allow_none=True)
   if kind != pa.binary(16):
     return _strings(keys)
   keys = _strings(keys)
@@ -185,7 +185,7 @@ def _uid_bytes(keys: Column, rows: Array | int) -> Array:  # [n, 16] uint8
   return decoded
 
 
-def _numbers(keys: Column, rows: Array | int, allow_none: bool = False):
+def _to_int64(keys: Column, rows: Array | int, allow_none: bool = False):
   """Returns keys as a pyarrow array of int64."""
   keys = _to_array(keys)
   texts = _strings(keys)
@@ -278,7 +278,7 @@ def _parquet(path: epath.Path, column: str):
     read = read.filter(pc.equal(read['dataset'], 'pool'))
   keys = _to_array(read[name])
   if pa.types.is_integer(keys.type):
-    return _numbers(keys, 0, allow_none=True)
+    return _to_int64(keys, 0, allow_none=True)
   if not (pa.types.is_string(keys.type) or pa.types.is_large_string(keys.type)):
     raise InputError(f'{path}: the column {name!r} is {keys.type}. Give strings or integers.')
   return _strings(keys)

@@ -17,7 +17,15 @@ from clip_jax.core.config import Key, positive, within
 from clip_jax.core.errors import ConfigError, InputError
 from clip_jax.core.types import Array
 from clip_jax.pruning.aligned import gap_aligned, k_aligned
-from clip_jax.pruning.columns import NORMS, Columns, Kept, candidates_for, highest, lowest, refined
+from clip_jax.pruning.columns import (
+  NORMS,
+  Columns,
+  Kept,
+  best_over_benchmarks,
+  candidates_for,
+  mask_of_lowest,
+  recompute_near_cuts,
+)
 from clip_jax.pruning.controls import matched, random
 
 
@@ -61,20 +69,20 @@ def near(columns: Columns, *, benchmarks: Sequence[str], count: int) -> Kept:
 
   A row's similarity is its maximum over all queries of all benchmarks.
   """
-  return _least('near', columns, benchmarks, count, sign=1)
+  return _keep_lowest('near', columns, benchmarks, count, sign=1)
 
 
 def far(columns: Columns, *, benchmarks: Sequence[str], count: int) -> Kept:
   """Keeps the `count` candidates MOST similar to the benchmarks (the least similar are removed)."""
-  return _least('far', columns, benchmarks, count, sign=-1)
+  return _keep_lowest('far', columns, benchmarks, count, sign=-1)
 
 
-def _least(
+def _keep_lowest(
   rule: str, columns: Columns, benchmarks: Sequence[str], count: int, *, sign: int
 ) -> Kept:
   """Keeps the `count` candidates with the lowest sign * similarity, decided exactly at the cut."""
   rows = candidates_for(columns, count)
-  values = sign * highest(rule, columns.similarity, rows, benchmarks, np.maximum)
+  values = sign * best_over_benchmarks(rule, columns.similarity, rows, benchmarks, np.maximum)
   if np.isnan(values).any():
     raise InputError(
       f"rule {rule!r} needs every row's similarity to {tuple(benchmarks)}: "
@@ -82,13 +90,13 @@ def _least(
     )
   if count in (0, len(rows)):
     return Kept(rows[:count], {'decided_exactly': 0})
-  exact_values, decided = refined(
+  exact_values, decided = recompute_near_cuts(
     values,
     lambda near_cut: sign * columns.exact_similarity(benchmarks, rows[near_cut]),
     [count - 1],
     columns.tolerance,
   )
-  keep = lowest(exact_values, count)
+  keep = mask_of_lowest(exact_values, count)
   report = {'decided_exactly': decided, 'similarity_at_cut': float(sign * exact_values[keep].max())}
   return Kept(rows[keep], report)
 
@@ -100,7 +108,7 @@ def below(columns: Columns, *, benchmarks: Sequence[str], similarity: float) -> 
   cosine: the dot product divided by both norms.
   """
   rows = np.flatnonzero(columns.candidates)
-  values = highest('below', columns.similarity, rows, benchmarks, np.maximum)
+  values = best_over_benchmarks('below', columns.similarity, rows, benchmarks, np.maximum)
   if np.isnan(values).any():
     raise InputError(
       f"rule 'below' needs every row's similarity to {tuple(benchmarks)}: "
@@ -139,7 +147,7 @@ def column(
       raise ConfigError(
         f'top={top:g} asks for {count:,} rows, but only {len(known):,} candidates have a value'
       )
-    keep = lowest(-values, count)
+    keep = mask_of_lowest(-values, count)
   elif quantile:
     place = math.floor(quantile * len(values))  # rows below the cut, without ties
     keep = values >= np.sort(values)[min(place, len(values) - 1)] if len(values) else values > 0
@@ -172,7 +180,7 @@ def domain_removal(
     if value not in names:
       raise ConfigError(
         f'values: {value!r} is no value of the column and no class of the reference.'
-        f'{config_lib.nearest(value, names)}'
+        f'{config_lib.did_you_mean(value, names)}'
       )
   gone = np.zeros(len(names) + 1, bool)  # the last entry is for rows without a level
   gone[[names.index(value) for value in values]] = True
@@ -305,17 +313,17 @@ class Rule:
   problem: Callable[[Mapping[str, Any]], str] = lambda of: ''
 
   @property
-  def drawn(self) -> bool:
+  def is_drawn(self) -> bool:
     """Whether each training seed has its own draw."""
     return 'draw' in self.needs
 
   @property
-  def aligned(self) -> bool:
+  def is_aligned(self) -> bool:
     """Whether the rule drops rows that are nearer to a query than the anchor's rows."""
     return 'excess' in self.needs
 
   @property
-  def sized(self) -> bool:
+  def has_size(self) -> bool:
     """Whether the split has a size in the config; the report plots accuracy against it."""
     return 'size' in self.keys
 

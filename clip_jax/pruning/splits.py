@@ -47,7 +47,7 @@ def rows_hash(
 
 
 @dataclasses.dataclass(frozen=True)
-class Promise:
+class AlignmentClaim:
   """The similarity gap that an aligned split must have: no neighbours nearer than the anchor's.
 
   k = 0 (rule gap_aligned): let s and t be a query's nearest-neighbour similarities in the split and
@@ -70,7 +70,7 @@ class Promise:
 
 
 def check_aligned(
-  promises: Mapping[str, Promise],  # split -> its promise
+  promises: Mapping[str, AlignmentClaim],  # split -> its promise
   queries: Mapping[str, Array],  # benchmark -> [Q, E] float16, usable queries only
   blocks: Iterable[tuple[Array, Array]],  # base rows [b] int64 and their vectors [b, E] float16
   anchor_blocks: Iterable[Array],  # [b, E] float16 each: the vectors of the usable anchor rows
@@ -136,7 +136,7 @@ def _samples(queries: Mapping[str, Array], sample: int, seed: int) -> dict[str, 
   }
 
 
-def _failures(promise: Promise, rows: Array, best: Array, anchor: Array) -> dict:
+def _failures(promise: AlignmentClaim, rows: Array, best: Array, anchor: Array) -> dict:
   """Returns the check's result for queries, from their highest similarities, [q, k] float64."""
   anchor = anchor[:, : best.shape[1]]
   over = best != anchor if promise.kind == 'equality' else best - anchor > promise.slack

@@ -20,7 +20,7 @@ Item = Mapping[str, Any]
 #   answers: whether the headline answer uses it
 #   holm: adjusted p, NaN outside the confirmatory family    tests: size of that family
 #   equivalence: verdict, low, high, margin, detectable
-#   share, share_matched: value, low, high, method, reference, loss, room, reason
+#   share, share_matched: value, low, high, method, reference, loss, lead, reason
 #   placebo, did: estimate, hit, unhit, reason
 #   placebo_benchmark: a name; did_reason: why `did` is None
 #   dose: slope, low, high, images, reason    mcnemar: [(seed, first_only, second_only and p_value)]
@@ -43,9 +43,9 @@ def blocks_of(items: Sequence[Item], looks: figures.Looks) -> list:
     name, checks = f'{item["split"]} on {item["benchmark"]}', tuple(_cross_checks(item))
     shown = [_table(item), *([Details('Cross-checks', checks)] if checks else [])]
     if item['answers']:
-      blocks += [Heading(name, _against(item)), *shown]
+      blocks += [Heading(name, _control_words(item)), *shown]
     else:
-      blocks.append(Details(f'{name}, {_against(item)}', tuple(shown)))
+      blocks.append(Details(f'{name}, {_control_words(item)}', tuple(shown)))
   return [
     *blocks,
     Text(
@@ -67,7 +67,7 @@ def _figure(items: Sequence[Item], looks: figures.Looks) -> Figure:
       'estimate': e.value,
       **(
         {'low': e.low, 'high': e.high}
-        if tables.known(e.low, e.high)
+        if tables.is_known(e.low, e.high)
         else {'low': None, 'high': None}
       ),
     }
@@ -91,7 +91,7 @@ def _figure(items: Sequence[Item], looks: figures.Looks) -> Figure:
   )
 
 
-def _against(item: Item) -> str:
+def _control_words(item: Item) -> str:
   if not item['control']:
     return 'no control split'
   if item['control_rule'] == 'matched':
@@ -126,7 +126,7 @@ def _differences(item: Item) -> list[Line]:
       (
         f'against {item["control"]}',
         f'{tables.estimate_text(item["against_control"])} points',
-        f'{p} (Holm, {progress.counted(item["tests"], "test")})' if p else '',
+        f'{p} (Holm, {progress.count_with_noun(item["tests"], "test")})' if p else '',
         _verdict(item),
       )
     )
@@ -152,7 +152,7 @@ def _verdict(item: Item) -> str:
     }.get(d.method, 'One seed: this describes these two checkpoints, not training in general.')
   if item['control_rule'] != 'matched':
     return 'An estimate only: random rows control for size, not for class mix.'
-  if not tables.known(item['holm']):
+  if not tables.is_known(item['holm']):
     return 'An estimate, not a confirmatory test: the answer uses another split.'
   if item['holm'] < CLAIM:
     size = tables.percent(abs(d.value))
@@ -194,12 +194,12 @@ def _shares(item: Item) -> list[Line]:
       continue
     over = 'anchor only' if share.reference == 'anchor_only' else 'the effective-robustness line'
     whole = lambda value: tables.percent(value, 0)
-    loss, room = tables.percent(share.loss.value), tables.percent(share.room.value)
+    loss, lead = tables.percent(share.loss.value), tables.percent(share.lead.value)
     lines.append(
       (
         name,
         f'{whole(share.value)} % {tables.bounds(share, whole)}'.strip(),
-        f'{loss} of {room} points over {over}',
+        f'{loss} of {lead} points over {over}',
         f'{whole(share.value)} % {words}',
       )
     )
@@ -325,9 +325,9 @@ def _cross_checks(item: Item) -> list:
     rows = tuple(
       (
         Cell(f'seed {seed}'),
-        tables.figure(tables.number(m.first_only)),
-        tables.figure(tables.number(m.second_only)),
-        tables.figure(tables.probability(m.p_value)),
+        tables.number_cell(tables.number(m.first_only)),
+        tables.number_cell(tables.number(m.second_only)),
+        tables.number_cell(tables.probability(m.p_value)),
       )
       for seed, m in item['mcnemar']
     )
@@ -348,7 +348,9 @@ def _cross_checks(item: Item) -> list:
       Table(
         f'mcnemar_{item["split"]}_{item["benchmark"]}',
         caption,
-        tables.heads('', 'only the aligned split is correct', 'only the control is correct', 'p'),
+        tables.column_heads(
+          '', 'only the aligned split is correct', 'only the control is correct', 'p'
+        ),
         rows,
         (),
         records,

@@ -28,7 +28,7 @@ def rows_by_slack(
   limits: tuple[float, float],  # of the slack
 ) -> str:
   """Returns the number of rows that an aligned split drops, by slack, on a logarithmic axis."""
-  inside = _inside(slack, limits)
+  inside = _positions_within(slack, limits)
   most = max(1.0, *(float(line['rows'][inside].max()) for line in lines))
 
   def draw(ax) -> None:
@@ -39,7 +39,7 @@ def rows_by_slack(
       if line['at_zero'] > 0:
         ax.plot([0], [line['at_zero']], 'o', color=style['color'], markersize=6, zorder=5)
     ax.set(yscale='log', ylim=(0.8, 1.6 * most), xlim=limits, xlabel='slack', ylabel='rows dropped')
-    ax.yaxis.set_major_formatter(lambda value, _: svg.count(value))
+    ax.yaxis.set_major_formatter(lambda value, _: svg.count_label(value))
     ax.minorticks_off()
     svg.few_ticks(ax.xaxis, 6)
     _names_below(ax, lines)
@@ -55,7 +55,7 @@ def rows_by_cut(
   limits: tuple[float, float],  # of the cut
 ) -> str:
   """Returns the share of the candidates that near- or far-pruning keeps, by threshold."""
-  inside = _inside(cut, limits)
+  inside = _positions_within(cut, limits)
 
   def draw(ax) -> None:
     for line, style in zip(lines, _styles(lines)):
@@ -92,19 +92,19 @@ def recall_by_clusters(
       ylabel='% of pairs found',
       ylim=(max(0.0, 100 * lowest - 5), 101),
     )
-    ax.set_xticks(_apart(xs), [svg.count(x) for x in _apart(xs)])
+    ax.set_xticks(_spread_ticks(xs), [svg.count_label(x) for x in _spread_ticks(xs)])
     ax.minorticks_off()
 
   return svg.panel(draw, 230, title)
 
 
-def _inside(values: Array, limits: tuple[float, float]) -> Array:
+def _positions_within(values: Array, limits: tuple[float, float]) -> Array:
   """Returns the positions of about POINTS of the values within limits, evenly spaced."""
   positions = np.flatnonzero((values >= limits[0]) & (values <= limits[1]))
   return positions[np.arange(len(positions)) % max(1, len(positions) // POINTS) == 0]
 
 
-def _apart(xs: Sequence[float]) -> list[float]:
+def _spread_ticks(xs: Sequence[float]) -> list[float]:
   """Returns values at least a factor of 1.6 apart, so that their tick labels do not overlap."""
   out: list[float] = []
   for x in sorted(xs):

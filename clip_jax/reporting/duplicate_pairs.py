@@ -25,7 +25,7 @@ def pair_blocks(
     (
       Cell(str(pair['query_key']), str(pair['query_file'])),
       Cell(str(pair['pool_key']), str(pair['pool_file'])),
-      tables.figure(f'{pair["similarity"]:.4f}'),
+      tables.number_cell(f'{pair["similarity"]:.4f}'),
       Cell(f'exact: equal {pair["evidence"]}' if pair['kind'] == 'exact' else 'near'),
       Cell(_short(pair['caption'] or '')),
     )
@@ -44,7 +44,7 @@ def pair_blocks(
   columns = (
     Cell('query', 'its file'),
     Cell('pool image', 'its file'),
-    tables.figure('similarity', 'cosine'),
+    tables.number_cell('similarity', 'cosine'),
     Cell('kind'),
     Cell('caption in the pool'),
   )
@@ -59,7 +59,7 @@ def no_pairs(benchmarks: Sequence[str], similarity: float) -> list:
   return [
     Text(
       f'No pool image has a similarity of {similarity:g} or more to a query of '
-      f'{tables.listed(list(benchmarks))}.'
+      f'{tables.join_names(list(benchmarks))}.'
     )
   ]
 

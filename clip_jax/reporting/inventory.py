@@ -28,7 +28,7 @@ SURVIVORS = {  # dedup.survivor -> which row is kept
 def dedup_blocks(
   dedup: Mapping[str, Any] | None,  # usable, duplicates, clusters, threshold, survivor, embedder
   planted: Rows,  # kind, planted, found, recall, low, high
-  audit: Mapping[str, Any] | None,  # dedup/audit.json
+  missed: Mapping[str, Any] | None,  # dedup/audit.json
 ) -> list:
   """Returns the number of duplicates, which copy is kept, and the recall of de-duplication."""
   blocks: list = []
@@ -40,7 +40,8 @@ def dedup_blocks(
         f'{tables.number(dedup["usable"])} usable pool rows '
         f'({tables.share(dedup["duplicates"] / max(dedup["usable"], 1))}) as near-duplicates of '
         f'another row: similarity{other} over {1 - dedup["threshold"]:.4g} within one of '
-        f'{progress.counted(dedup["clusters"], "cluster")}. Marked rows are in no split; the '
+        f'{progress.count_with_noun(dedup["clusters"], "cluster")}. Marked rows are in no split; '
+        'the '
         f'other rows are the candidates. {SURVIVORS[dedup["survivor"]]}'
       )
     )
@@ -48,9 +49,9 @@ def dedup_blocks(
     rows = tuple(
       (
         Cell(p['kind']),
-        tables.figure(tables.number(p['planted'])),
-        tables.figure(tables.number(p['found'])),
-        tables.figure(tables.share(p['recall']), tables.bracket(p['low'], p['high'])),
+        tables.number_cell(tables.number(p['planted'])),
+        tables.number_cell(tables.number(p['found'])),
+        tables.number_cell(tables.share(p['recall']), tables.bracket(p['low'], p['high'])),
       )
       for p in planted
     )
@@ -58,7 +59,7 @@ def dedup_blocks(
       Table(
         'planted_duplicates',
         'Recall of duplicates planted in the pool',
-        tables.heads('kind', 'planted', 'found', 'recall'),
+        tables.column_heads('kind', 'planted', 'found', 'recall'),
         rows,
         (
           'Found: the copy or its original is marked. Brackets: 95 % Wilson intervals, in percent.',
@@ -66,34 +67,34 @@ def dedup_blocks(
         tuple(planted),
       )
     )
-  return blocks + (_audit(audit) if audit else [])
+  return blocks + (_missed_duplicates(missed) if missed else [])
 
 
-def _audit(audit: Mapping[str, Any]) -> list:
+def _missed_duplicates(missed: Mapping[str, Any]) -> list:
   """Returns the share of all duplicate pairs that lie within clusters, and the chains."""
-  points, sample = audit['by_clusters'], f'random sample of {tables.number(audit["rows"])} rows'
-  heads = tables.heads('clusters', 'pairs found', 'recall', 'rows marked', 'precision')
+  points, sample = missed['by_clusters'], f'random sample of {tables.number(missed["rows"])} rows'
+  heads = tables.column_heads('clusters', 'pairs found', 'recall', 'rows marked', 'precision')
   rows = tuple(
     (
       Cell(tables.number(p['clusters']), 'as de-duplicated' if p is points[-1] else ''),
-      tables.figure(tables.number(p['found'])),
-      tables.figure(tables.share(p['recall']), tables.bracket(p['low'], p['high'])),
-      tables.figure(tables.number(p['dropped'])),
-      tables.figure(tables.share(p['precision'])),
+      tables.number_cell(tables.number(p['found'])),
+      tables.number_cell(tables.share(p['recall']), tables.bracket(p['low'], p['high'])),
+      tables.number_cell(tables.number(p['dropped'])),
+      tables.number_cell(tables.share(p['precision'])),
     )
     for p in points
   )
   note = (
-    f'Recall: share of the {tables.number(audit["pairs"])} pairs (a sampled row and any pool row) '
+    f'Recall: share of the {tables.number(missed["pairs"])} pairs (a sampled row and any pool row) '
     'that exhaustive search finds. Precision: share of the marked rows that exhaustive search '
-    f'marks too; it marks {tables.number(audit["dropped_exhaustive"])} of the sampled rows. '
+    f'marks too; it marks {tables.number(missed["dropped_exhaustive"])} of the sampled rows. '
     'Brackets: 95 % intervals, in percent.'
   )
   table = Table(
     'dedup_audit', 'Duplicate pairs found within clusters', heads, rows, (note,), tuple(points)
   )
   blocks: list = [Heading('Duplicates missed by the clusters', sample)]
-  if len(points) > 1 and audit['pairs']:
+  if len(points) > 1 and missed['pairs']:
     drawn = curves.recall_by_clusters(points, title='Duplicate pairs found')
     blocks.append(
       Figures(
@@ -109,10 +110,10 @@ def _audit(audit: Mapping[str, Any]) -> list:
         )
       )
     )
-  return [*blocks, table, *_chains(audit['chains'])]
+  return [*blocks, table, *_group_sizes(missed['chains'])]
 
 
-def _chains(chains: Mapping[str, Any]) -> list:
+def _group_sizes(chains: Mapping[str, Any]) -> list:
   """Returns the sizes of the groups that duplicate pairs join."""
   summary = Text(
     f'The pairs join rows into {tables.number(chains["components"])} groups; the largest has '
@@ -127,13 +128,13 @@ def _chains(chains: Mapping[str, Any]) -> list:
   if not sizes:
     return [summary]
   rows = tuple(
-    (Cell(tables.number(entry['rows'])), tables.figure(tables.number(entry['groups'])))
+    (Cell(tables.number(entry['rows'])), tables.number_cell(tables.number(entry['groups'])))
     for entry in sizes[:MOST_LISTED]
   )
   table = Table(
     'dedup_chains',
     '',
-    tables.heads('rows in a group', 'groups'),
+    tables.column_heads('rows in a group', 'groups'),
     rows,
     tables.first_of(MOST_LISTED, len(sizes), 'sizes'),
     tuple(sizes),
@@ -149,10 +150,10 @@ def skipped_blocks(
   rows = tuple(
     (
       Cell(d['name']),
-      tables.figure(tables.number(d['rows'])),
-      tables.figure(tables.number(len(d['skipped']))),
+      tables.number_cell(tables.number(d['rows'])),
+      tables.number_cell(tables.number(len(d['skipped']))),
       Cell(_reasons(d['skipped'])),
-      tables.figure(
+      tables.number_cell(
         tables.NOTHING if d['unreadable'] is None else tables.number(len(d['unreadable']))
       ),
     )
@@ -168,10 +169,10 @@ def skipped_blocks(
   )
   columns = (
     Cell('dataset'),
-    tables.figure('rows'),
-    tables.figure('skipped'),
+    tables.number_cell('rows'),
+    tables.number_cell('skipped'),
     Cell('reasons'),
-    tables.figure('unreadable images'),
+    tables.number_cell('unreadable images'),
   )
   note = (
     'Skipped samples have no row number. Rows with an unreadable image keep their row number, but '
@@ -235,7 +236,9 @@ def provenance_blocks(
   """Returns the provenance of the results: settings, time, runs, versions."""
   blocks: list = [_pairs('settings', facts)]
   if stages:
-    rows = tuple((Cell(s['stage']), tables.figure(progress.seconds(s['seconds']))) for s in stages)
+    rows = tuple(
+      (Cell(s['stage']), tables.number_cell(progress.seconds(s['seconds']))) for s in stages
+    )
     blocks.append(
       Details(
         'Wall-clock time',
@@ -243,7 +246,7 @@ def provenance_blocks(
           Table(
             'wall_clock',
             'Wall-clock time per stage, summed over all runs of the stage (from the log)',
-            tables.heads('stage', 'time'),
+            tables.column_heads('stage', 'time'),
             rows,
             (),
             tuple(stages),
@@ -252,7 +255,7 @@ def provenance_blocks(
       )
     )
   if runs:
-    heads = tables.heads('run', 'samples seen', 'passes', 'steps', 'time', 'images/s')
+    heads = tables.column_heads('run', 'samples seen', 'passes', 'steps', 'time', 'images/s')
     blocks.append(
       Details(
         'Training runs', (Table('training', '', heads, tuple(map(_run, runs)), (), tuple(runs)),)
@@ -264,12 +267,12 @@ def provenance_blocks(
 
 
 def _run(run: Mapping[str, Any]) -> tuple[Cell, ...]:
-  time = progress.seconds(run['seconds']) if tables.known(run['seconds']) else tables.NOTHING
+  time = progress.seconds(run['seconds']) if tables.is_known(run['seconds']) else tables.NOTHING
   return (
     Cell(run['run'], run['mark']),
-    *(tables.figure(tables.number(run[key])) for key in ('samples', 'passes', 'steps')),
-    tables.figure(time),
-    tables.figure(tables.number(run['images_per_sec'])),
+    *(tables.number_cell(tables.number(run[key])) for key in ('samples', 'passes', 'steps')),
+    tables.number_cell(time),
+    tables.number_cell(tables.number(run['images_per_sec'])),
   )
 
 

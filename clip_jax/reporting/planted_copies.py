@@ -98,7 +98,7 @@ def _words(e: Any) -> str:
   """Returns the interpretation of the contrast, as far as its interval allows one."""
   if e.method == 'range':
     return 'Gain on planted minus gain on unplanted queries. Two seeds give a range and no claim.'
-  if not tables.known(e.low, e.high):
+  if not tables.is_known(e.low, e.high):
     return 'Gain on planted minus gain on unplanted queries. There is no interval.'
   caveat = ' This holds for these checkpoints only.' if e.method != 'crossed' else ''
   if e.low > 0:
@@ -118,13 +118,13 @@ def _calibration_table(calibrations: Mapping[str, Mapping[str, Any]]) -> Table:
   wanted = tables.percent(first['wanted'], 0)
   heads = (
     Cell('copies'),
-    tables.figure('number'),
-    tables.figure('found', 'at the duplicate similarity'),
-    tables.figure('similarity to own query', 'median'),
-    tables.figure('similarity to own query', 'lowest'),
-    tables.figure(f'similarity that {wanted} % of copies reach'),
-    tables.figure('dedup.threshold for that similarity'),
-    tables.figure('other images above it', 'false alarms'),
+    tables.number_cell('number'),
+    tables.number_cell('found', 'at the duplicate similarity'),
+    tables.number_cell('similarity to own query', 'median'),
+    tables.number_cell('similarity to own query', 'lowest'),
+    tables.number_cell(f'similarity that {wanted} % of copies reach'),
+    tables.number_cell('dedup.threshold for that similarity'),
+    tables.number_cell('other images above it', 'false alarms'),
   )
   kinds = [
     (name, calibration, kind)
@@ -134,13 +134,13 @@ def _calibration_table(calibrations: Mapping[str, Mapping[str, Any]]) -> Table:
   rows = tuple(
     (
       Cell(kind['kind'], name or OWN),
-      tables.figure(tables.number(kind['copies'])),
-      tables.figure(tables.share(kind['recall']), tables.bracket(kind['low'], kind['high'])),
-      tables.figure(tables.similarity(kind['median'])),
-      tables.figure(tables.similarity(kind['least'])),
-      tables.figure(tables.similarity(kind['similarity_wanted'])),
-      tables.figure(tables.similarity(kind['threshold_wanted'])),
-      tables.figure(
+      tables.number_cell(tables.number(kind['copies'])),
+      tables.number_cell(tables.share(kind['recall']), tables.bracket(kind['low'], kind['high'])),
+      tables.number_cell(tables.similarity(kind['median'])),
+      tables.number_cell(tables.similarity(kind['least'])),
+      tables.number_cell(tables.similarity(kind['similarity_wanted'])),
+      tables.number_cell(tables.similarity(kind['threshold_wanted'])),
+      tables.number_cell(
         tables.share(kind['others_over_wanted']),
         tables.bracket(kind['others_over_wanted_low'], kind['others_over_wanted_high']),
       ),

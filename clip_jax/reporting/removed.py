@@ -75,7 +75,7 @@ def _rule_figures(about: Mapping[str, Any]) -> str:
   """Returns the rule's own figures: the similarity or slack of its cut, rows by value."""
   facts = {**next(iter(about.get('draws', {}).values()), {}), **about}
   given, text = about.get('parameters', {}), ''
-  if tables.known(facts.get('similarity_at_cut')):
+  if tables.is_known(facts.get('similarity_at_cut')):
     text += f' The threshold is a similarity of {tables.similarity(facts["similarity_at_cut"])}.'
   whole = facts.get('aligned_dropped')
   if given.get('quantile') or given.get('dose'):
@@ -110,7 +110,7 @@ def _check(benchmark: str, check: Mapping[str, Any], slack: float | None) -> Tex
     )
   over = (
     f' by more than the slack, {tables.signed(slack, 4)}'
-    if tables.known(slack) and slack > 0
+    if tables.is_known(slack) and slack > 0
     else ''
   )
   proof = {
@@ -140,8 +140,8 @@ def _slacks(name: str, about: Mapping[str, Any]) -> Table:
   rows = tuple(
     (
       Cell(tables.slack(slack)),
-      tables.figure(tables.number(count)),
-      tables.figure(tables.share(count / max(about['candidates'], 1))),
+      tables.number_cell(tables.number(count)),
+      tables.number_cell(tables.share(count / max(about['candidates'], 1))),
     )
     for slack, count in counts
   )
@@ -152,7 +152,7 @@ def _slacks(name: str, about: Mapping[str, Any]) -> Table:
   return Table(
     f'slack_{name}',
     'Rows that other slacks would remove',
-    tables.heads('slack', 'rows removed', 'share of candidates'),
+    tables.column_heads('slack', 'rows removed', 'share of candidates'),
     rows,
     (note,),
     tuple({'slack': slack, 'dropped': count} for slack, count in counts),
@@ -189,9 +189,9 @@ def _words(name: str, side: str, other: str, words: Sequence[Word]) -> Table:
   rows = tuple(
     (
       Cell(w.word),
-      tables.figure(tables.share(w.share), bar=w.share),
-      tables.figure(tables.share(w.reference_share), bar=w.reference_share),
-      tables.figure(
+      tables.number_cell(tables.share(w.share), bar=w.share),
+      tables.number_cell(tables.share(w.reference_share), bar=w.reference_share),
+      tables.number_cell(
         f'\u00d7 {tables.ratio(w.ratio)}', f'[{tables.ratio(w.low)}, {tables.ratio(w.high)}]'
       ),
     )
@@ -209,7 +209,7 @@ def _words(name: str, side: str, other: str, words: Sequence[Word]) -> Table:
     }
     for w in words
   )
-  heads = tables.heads('word', f'in {side} captions', f'in {other} captions', 'odds ratio')
+  heads = tables.column_heads('word', f'in {side} captions', f'in {other} captions', 'odds ratio')
   return Table(name, f'More frequent in {side} captions', heads, rows, (), records)
 
 
@@ -236,8 +236,8 @@ def _control(control: str, about: Mapping[str, Any]) -> list:
   rows = tuple(
     (
       Cell(VARIABLES.get(key, str(key))),
-      tables.figure(
-        tables.signed(value), tone='' if tables.known(value) and abs(value) < BALANCED else 'bad'
+      tables.number_cell(
+        tables.signed(value), tone='' if tables.is_known(value) and abs(value) < BALANCED else 'bad'
       ),
     )
     for key, value in differences.items()
@@ -245,7 +245,7 @@ def _control(control: str, about: Mapping[str, Any]) -> list:
   table = Table(
     f'balance_{control}',
     'Standardised mean difference between removed rows and drawn rows',
-    tables.heads('variable', 'difference'),
+    tables.column_heads('variable', 'difference'),
     rows,
     (f'Balanced if within \u00b1{BALANCED:g}.',),
     tuple({'variable': key, 'difference': v} for key, v in differences.items()),

@@ -19,7 +19,7 @@ def sensitivity_blocks(
   """Returns the agreement between the splits of this embedder and those of other embedders."""
   if not splits:
     return []
-  heads = tables.heads(
+  heads = tables.column_heads(
     'split',
     'removed',
     'overlap, own thresholds',
@@ -30,14 +30,14 @@ def sensitivity_blocks(
   rows = tuple(
     (
       Cell(split, f'against {comparison["embedder"] or OWN}'),
-      tables.figure(
+      tables.number_cell(
         tables.number(comparison['removed_here']),
         f'other: {tables.number(comparison["removed_there"])}',
       ),
       _overlap(comparison, 'jaccard', 'jaccard_interval'),
       _overlap(comparison, 'same_count_jaccard', 'same_count_interval'),
-      tables.figure(tables.signed(comparison['spearman'], 2)),
-      tables.figure(
+      tables.number_cell(tables.signed(comparison['spearman'], 2)),
+      tables.number_cell(
         tables.number(comparison['only_here'] + comparison['only_there']),
         f'{tables.number(comparison["only_here"])} removed by this one only\n'
         f'{tables.number(comparison["only_there"])} by the other only',
@@ -70,7 +70,7 @@ def sensitivity_blocks(
 
 def _overlap(comparison: Mapping[str, Any], key: str, interval: str) -> Cell:
   low, high = comparison[interval] or (None, None)
-  return tables.figure(tables.share(comparison[key]), tables.bracket(low, high))
+  return tables.number_cell(tables.share(comparison[key]), tables.bracket(low, high))
 
 
 def preview_blocks(
@@ -85,18 +85,20 @@ def preview_blocks(
   )
   columns = (
     Cell('split'),
-    *(tables.figure(b, f'{tables.number(_images(previews, b))} images') for b in benchmarks),
-    tables.figure('rows', 'share with a class'),
+    *(tables.number_cell(b, f'{tables.number(_images(previews, b))} images') for b in benchmarks),
+    tables.number_cell('rows', 'share with a class'),
   )
   nothing = dict.fromkeys(('top1', 'low', 'high'))
   rows = tuple(
     (
       Cell(split),
       *(
-        tables.figure(tables.percent(score['top1']), tables.bracket(score['low'], score['high']))
+        tables.number_cell(
+          tables.percent(score['top1']), tables.bracket(score['low'], score['high'])
+        )
         for score in (preview['benchmarks'].get(b, nothing) for b in benchmarks)
       ),
-      tables.figure(
+      tables.number_cell(
         tables.number(preview['rows']), tables.share(preview['labelled'] / max(preview['rows'], 1))
       ),
     )
@@ -121,7 +123,7 @@ def preview_blocks(
     'Accuracy in percent. Brackets: 95 % intervals over images. The regression does not use rows '
     'without a class.'
     + (
-      f' The classes of {tables.listed(from_captions)} are read from captions.'
+      f' The classes of {tables.join_names(from_captions)} are read from captions.'
       if from_captions
       else ''
     )

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from clip_jax.core.types import Array
-from clip_jax.reporting import figures, pool_audit, tables
+from clip_jax.reporting import benchmark_overlap, figures, tables
 from clip_jax.reporting.figures import Looks
 from clip_jax.reporting.page import Details, Fact, Figure, Figures, Heading, Missing, Text
 from clip_jax.reporting.tables import Cell, Table
@@ -75,7 +75,7 @@ def accuracy_blocks(
   ]
   late = [split['name'] for split in splits if not split['seeds']]
   if late and counts:
-    blocks.append(Text(f'Not trained or not evaluated yet: {tables.listed(late)}.', 'muted'))
+    blocks.append(Text(f'Not trained or not evaluated yet: {tables.join_names(late)}.', 'muted'))
   return blocks
 
 
@@ -90,13 +90,15 @@ def _accuracy_table(
   columns = (
     Cell('split'),
     *(
-      tables.figure(f'{b["name"]}, not leaked', f'without {tables.number(b["leaked"])} queries')
+      tables.number_cell(
+        f'{b["name"]}, not leaked', f'without {tables.number(b["leaked"])} queries'
+      )
       if without
-      else tables.figure(b['name'], f'{tables.number(b["queries"])} queries\n{how}')
+      else tables.number_cell(b['name'], f'{tables.number(b["queries"])} queries\n{how}')
       for b, without in kinds
     ),
-    tables.figure('pool rows', '+ anchor rows'),
-    tables.figure('samples seen', 'passes'),
+    tables.number_cell('pool rows', '+ anchor rows'),
+    tables.number_cell('samples seen', 'passes'),
   )
   estimates = {False: accuracy, True: unleaked}
   rows = tuple(
@@ -108,8 +110,12 @@ def _accuracy_table(
         )
         for b, without in kinds
       ),
-      tables.figure(tables.number(split['pool_rows']), f'+ {tables.number(split["anchor_rows"])}'),
-      tables.figure(tables.number(split['samples']), f'{tables.number(split["passes"])} passes'),
+      tables.number_cell(
+        tables.number(split['pool_rows']), f'+ {tables.number(split["anchor_rows"])}'
+      ),
+      tables.number_cell(
+        tables.number(split['samples']), f'{tables.number(split["passes"])} passes'
+      ),
     )
     for split in splits
   )
@@ -188,7 +194,7 @@ def histogram_blocks(
     )
     for e in entries
   )
-  return [Figures(drawn), pool_audit.quantile_table(entries)]
+  return [Figures(drawn), benchmark_overlap.quantile_table(entries)]
 
 
 def _finite(values: Array | None) -> Array:  # [Q] -> [q]; None -> [0]
@@ -234,7 +240,7 @@ def bin_blocks(
       for curve in p['series']
       for b in curve['bins']
     ]
-  columns = tables.heads('benchmark', 'against', 'bin', 'queries', 'accuracy, %')
+  columns = tables.column_heads('benchmark', 'against', 'bin', 'queries', 'accuracy, %')
   table = Table(
     'accuracy_by_similarity', '', columns, tuple(map(_bin_row, records)), (), tuple(records)
   )
@@ -244,10 +250,10 @@ def bin_blocks(
 def _bin_row(r: Mapping[str, Any]) -> tuple[Cell, ...]:
   return (
     Cell(r['benchmark'], r['series']),
-    tables.figure(r['against']),
-    tables.figure(f'{r["low"]:.2f} to {r["high"]:.2f}'.replace('-', tables.MINUS)),
-    tables.figure(tables.number(r['n'])),
-    tables.figure(
+    tables.number_cell(r['against']),
+    tables.number_cell(f'{r["low"]:.2f} to {r["high"]:.2f}'.replace('-', tables.MINUS)),
+    tables.number_cell(tables.number(r['n'])),
+    tables.number_cell(
       tables.percent(r['accuracy']),
       tables.bracket(r['accuracy_low'], r['accuracy_high']),
       tone='muted' if r['n'] < 20 else '',
@@ -268,7 +274,7 @@ def size_blocks(
     for point in curve
     for value in map(point.get, ('accuracy', 'low', 'high'))
   ]
-  values = [v for v in values + [p['reference'] for p in panels] if tables.known(v)]
+  values = [v for v in values + [p['reference'] for p in panels] if tables.is_known(v)]
   if not values:
     return []
   limits = max(0.0, min(values) - 0.05), min(1.0, max(values) + 0.05)
@@ -341,10 +347,10 @@ def dose_blocks(
         f'{q["split"]} on {p["name"]}',
         f'against {q["control"]}' + ('' if q['control_rule'] == 'matched' else ', random rows'),
       ),
-      tables.figure(tables.share(q['share'])),
-      tables.figure(tables.number(q['dropped'])),
-      tables.figure(tables.signed(q['slack'])),
-      tables.figure(
+      tables.number_cell(tables.share(q['share'])),
+      tables.number_cell(tables.number(q['dropped'])),
+      tables.number_cell(tables.signed(q['slack'])),
+      tables.number_cell(
         tables.points(q['estimate']), tables.bounds(SimpleNamespace(**q), tables.points)
       ),
     )
@@ -354,10 +360,10 @@ def dose_blocks(
   records = tuple({'benchmark': p['name'], **q} for p in panels for q in p['points'])
   heads = (
     Cell('split'),
-    tables.figure('rows removed', 'share of the aligned count'),
-    tables.figure('rows removed'),
-    tables.figure('slack'),
-    tables.figure('difference to control, points'),
+    tables.number_cell('rows removed', 'share of the aligned count'),
+    tables.number_cell('rows removed'),
+    tables.number_cell('slack'),
+    tables.number_cell('difference to control, points'),
   )
   return [
     Heading('Dose curve: removing more or fewer rows than the aligned count'),

@@ -167,7 +167,7 @@ def standalone(text: str) -> str:
   )
 
 
-def count(value: float) -> str:
+def count_label(value: float) -> str:
   """Returns a count as an axis label: 900, 1.5k, 75M, 200M."""
   for unit, name in ((1e9, 'G'), (1e6, 'M'), (1e3, 'k')):
     if abs(value) >= unit:
@@ -214,7 +214,7 @@ def few_ticks(axis, most: int, counts: bool = False) -> None:
 
   axis.set_major_locator(MaxNLocator(most))
   if counts:
-    axis.set_major_formatter(lambda value, _: count(value))
+    axis.set_major_formatter(lambda value, _: count_label(value))
 
 
 def percent_ticks(visible: Callable[[float], bool]) -> list[float]:

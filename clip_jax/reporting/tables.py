@@ -56,19 +56,19 @@ def _plain(value: Any) -> Any:
   return repr(float(value)) if isinstance(value, float) else value
 
 
-def known(value: float | None, *more: float | None) -> TypeGuard[float]:
+def is_known(value: float | None, *more: float | None) -> TypeGuard[float]:
   """Returns whether every value is given and finite."""
   return all(v is not None and math.isfinite(v) for v in (value, *more))
 
 
 def percent(value: float | None, decimals: int = 1) -> str:
   """Formats a proportion as percent without a unit: 0.6234 -> '62.3'."""
-  return _signed(f'{100 * value:.{decimals}f}') if known(value) else NOTHING
+  return _signed(f'{100 * value:.{decimals}f}') if is_known(value) else NOTHING
 
 
 def share(value: float | None) -> str:
   """Formats a rate with its unit: 0.031 -> '3.1 %', 0.0004 -> '0.04 %'."""
-  if not known(value):
+  if not is_known(value):
     return NOTHING
   return f'{percent(value, 2 if 0 < abs(value) < 0.005 else 1)} %'
 
@@ -77,7 +77,7 @@ def bracket(
   low: float | None, high: float | None, written: Callable[[float], str] = percent
 ) -> str:
   """Returns an interval, '[2.9, 3.3]'; '' if a bound is unknown."""
-  return f'[{written(low)}, {written(high)}]' if known(low) and known(high) else ''
+  return f'[{written(low)}, {written(high)}]' if is_known(low) and is_known(high) else ''
 
 
 def share_text(e: Any) -> str:
@@ -87,23 +87,23 @@ def share_text(e: Any) -> str:
 
 def share_bounds(e: Any) -> str:
   """Returns the interval of a rate, '[2.9, 3.3]', with the decimals of `share`, or ''."""
-  decimals = 2 if known(e.high) and e.high < 0.005 or 0 < e.value < 0.005 else 1
+  decimals = 2 if is_known(e.high) and e.high < 0.005 or 0 < e.value < 0.005 else 1
   return bracket(e.low, e.high, lambda bound: percent(bound, decimals))
 
 
 def points(value: float | None) -> str:
   """Formats a difference of accuracies in percentage points: 0.012 -> '+1.2'."""
-  return _signed(f'{100 * value:+.1f}') if known(value) else NOTHING
+  return _signed(f'{100 * value:+.1f}') if is_known(value) else NOTHING
 
 
 def similarity(value: float | None, decimals: int = 3) -> str:
   """Formats a similarity: 0.9312 -> '0.931'."""
-  return _signed(f'{value:.{decimals}f}') if known(value) else NOTHING
+  return _signed(f'{value:.{decimals}f}') if is_known(value) else NOTHING
 
 
 def signed(value: float | None, decimals: int = 3) -> str:
   """Formats a number with its sign: 0.0512 -> '+0.051'."""
-  return _signed(f'{value:+.{decimals}f}') if known(value) else NOTHING
+  return _signed(f'{value:+.{decimals}f}') if is_known(value) else NOTHING
 
 
 def slack(value: float) -> str:
@@ -113,7 +113,7 @@ def slack(value: float) -> str:
 
 def number(value: float | None, digits: int = 3) -> str:
   """Formats integers with thousands separators, other numbers with `digits` digits."""
-  if not known(value):
+  if not is_known(value):
     return NOTHING
   if float(value).is_integer() and abs(value) < 1e15:
     return f'{int(value):,}'.replace('-', MINUS)
@@ -129,7 +129,7 @@ def ratio(value: float) -> str:
 
 def probability(value: float | None) -> str:
   """Formats a p-value: 0.0321 -> 'p = 0.032', 1e-9 -> 'p < 0.001', None -> ''."""
-  if not known(value):
+  if not is_known(value):
     return ''
   return 'p < 0.001' if value < 0.001 else f'p = {value:.3f}'
 
@@ -149,7 +149,7 @@ def bounds(estimate: Any, written: Callable[[float], str] = percent) -> str:
 
 def estimate_text(estimate: Any, written: Callable[[float], str] = points) -> str:
   """Returns an estimate as 'value [low, high]'."""
-  if estimate is None or not known(estimate.value):
+  if estimate is None or not is_known(estimate.value):
     return NOTHING
   return f'{written(estimate.value)} {bounds(estimate, written)}'.strip()
 
@@ -168,17 +168,17 @@ def sentence(text: str) -> str:
   return f'{text[:1].upper()}{text[1:].rstrip(".")}.'
 
 
-def listed(names: Sequence[str]) -> str:
+def join_names(names: Sequence[str]) -> str:
   """Returns the names as a list in prose: 'a, b and c'."""
   return f'{", ".join(names[:-1])} and {names[-1]}' if len(names) > 1 else ''.join(names)
 
 
-def heads(*texts: str) -> tuple[Cell, ...]:
+def column_heads(*texts: str) -> tuple[Cell, ...]:
   """Returns column heads: the first for text, the others for numbers."""
   return tuple(Cell(text, number=i > 0) for i, text in enumerate(texts))
 
 
-def figure(text: str, detail: str = '', **kwargs: Any) -> Cell:
+def number_cell(text: str, detail: str = '', **kwargs: Any) -> Cell:
   """Returns a right-aligned cell."""
   return Cell(text, detail, number=True, **kwargs)
 
@@ -186,8 +186,8 @@ def figure(text: str, detail: str = '', **kwargs: Any) -> Cell:
 def accuracy_cell(estimate: Any, flagged: bool) -> Cell:
   """Returns an accuracy with its interval below it, and a dagger if it is flagged."""
   if estimate is None:
-    return figure(NOTHING, tone='muted')
-  return figure(percent(estimate.value), bounds(estimate), tone='flag' if flagged else '')
+    return number_cell(NOTHING, tone='muted')
+  return number_cell(percent(estimate.value), bounds(estimate), tone='flag' if flagged else '')
 
 
 def matrix(
@@ -200,7 +200,7 @@ def matrix(
 
   def cell(i: int, j: int) -> Cell:
     value = float(values[i][j])
-    return figure(
+    return number_cell(
       percent(value, 0), tone='muted' if i == j else '', shade=None if i == j else value
     )
 
@@ -208,7 +208,7 @@ def matrix(
   return Table(
     name,
     '',
-    heads('share of row also in column', *labels),
+    column_heads('share of row also in column', *labels),
     tuple((Cell(labels[i]), *(cell(i, j) for j in places)) for i in places),
     tuple(notes),
     tuple(
@@ -230,9 +230,9 @@ def bars(
   rows = tuple(
     (
       Cell(str(e['what'])),
-      figure(number(e['count'])),
-      figure(number(e['total'])),
-      figure(share(e['count'] / e['total']), bar=e['count'] / e['total']),
+      number_cell(number(e['count'])),
+      number_cell(number(e['total'])),
+      number_cell(share(e['count'] / e['total']), bar=e['count'] / e['total']),
     )
     for e in entries[:most]
     if e['total']
@@ -240,7 +240,7 @@ def bars(
   return Table(
     name,
     caption,
-    heads(first, 'removed', 'candidates', 'share removed'),
+    column_heads(first, 'removed', 'candidates', 'share removed'),
     rows,
     first_of(most, len(entries)),
     tuple(entries),

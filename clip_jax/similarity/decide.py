@@ -126,7 +126,7 @@ def count_over(
 
   float32 decides pairs farther from the cut than the error bound, float64 decides the others.
   """
-  tile_rows, query_block = tiles.sizes(tile_rows, query_block)
+  tile_rows, query_block = tiles.default_sizes(tile_rows, query_block)
   cut = np.asarray(t, np.float64)[:, None] - np.asarray(margins, np.float64)  # [Q, margins]
   doubt = error_bound(x.shape[1])
   low, high = (cut - doubt).astype(np.float32), (cut + doubt).astype(np.float32)
@@ -139,12 +139,12 @@ def count_over(
     for block in numbers
   ]
 
-  def passes():
+  def scored_blocks():
     for tile in tiles.walk(x, np.arange(len(x)), tile_rows, name):
       for block, vectors, lows, highs in blocks:
         yield tile, block, *_count_block(vectors, tile.device, lows, highs, tile.count)
 
-  for tile, block, clear, doubtful, scores in tiles.one_ahead(passes()):
+  for tile, block, clear, doubtful, scores in tiles.one_ahead(scored_blocks()):
     real = block[: block[-1] - block[0] + 1]  # without the padding, which repeats the last query
     counts[real] += np.asarray(clear)[: len(real)]
     for margin in range(len(margins)):

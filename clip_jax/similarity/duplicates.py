@@ -42,8 +42,8 @@ def dropped(
 
   Chains: dropped rows also drop others, so duplicate_of may be a dropped row. The chain of
   duplicate_of goes to ever earlier rows and ends at a kept row, which may not be similar to the
-  first. A chain can therefore drop a row to which no kept row is similar (dedup_audit.py counts
-  these rows).
+  first. A chain can therefore drop a row to which no kept row is similar (missed_duplicates.py
+  counts these rows).
 
   Similarity is divided by both norms, since norms of float16 vectors are off by up to 1e-3. float32
   finds the candidates, float64 decides. Memory, besides the order of the rows, is one
@@ -63,7 +63,7 @@ def dropped(
     np.maximum(best.seen, np.asarray(maxima).max(1)[:count], out=best.seen)
     least = np.full(len(maxima), np.inf)  # excludes padding rows
     least[:count] = np.where(best.similarity < 1, np.maximum(best.seen, cut) - slack, np.inf)
-    query, position, _ = tiles.over(maxima, scores, len(earlier.rows), least)
+    query, position, _ = tiles.pairs_over(maxima, scores, len(earlier.rows), least)
     exact = decide.pair_dots(later.host, query, earlier.host, position)
     exact /= np.sqrt(later.squares[query] * earlier.squares[position])
     # Caps cosines at 1, so that rounding does not let a later copy beat the first one.

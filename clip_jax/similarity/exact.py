@@ -78,7 +78,7 @@ def search_shard(
   """
   _check_shapes(pool, usable, queries.vectors)
   rows = np.flatnonzero(usable)
-  tile_rows, query_block = tiles.sizes(tile_rows, query_block)
+  tile_rows, query_block = tiles.default_sizes(tile_rows, query_block)
   accelerated = _accelerated()
   devices = tuple(devices or jax.local_devices()[: None if accelerated else 1])
   layout = _layout(queries, query_block, devices, accelerated)
@@ -93,7 +93,9 @@ def search_shard(
       values[rows] = getattr(best, key)[i]
     if not layout.has_cuts[i]:
       result['excess'][:] = np.nan
-    result['top_similarity'], position = top_lists.unpack(top[layout.first[i] :][: stop - start])
+    result['top_similarity'], position = top_lists.decode_entries(
+      top[layout.first[i] :][: stop - start]
+    )
     result['top_row'] = rows[position]
     results[benchmark] = result
   return results
@@ -168,8 +170,8 @@ def anchor_top(
     cut = np.full(len(maxima), np.inf)
     cut[: len(block_best)] = block_best.min(1) - slack
     if k <= tile.count and np.isneginf(cut).any():
-      cut = np.maximum(cut, tiles.reached(maxima, scores, tile.count, k) - slack)
-    query, position, _ = tiles.over(maxima, scores, tile.count, cut)
+      cut = np.maximum(cut, tiles.kth_lower_bound(maxima, scores, tile.count, k) - slack)
+    query, position, _ = tiles.pairs_over(maxima, scores, tile.count, cut)
     query += start
     exact = decide.pair_dots(queries, query, tile.host, position)
     decide.update_top(best, nearest, query, exact, rows[tile.start + position])
@@ -198,7 +200,7 @@ def pairs_over(
   for tile, start, maxima, scores in _scored(x, rows, queries, tile_rows, query_block, name):
     least = np.full(len(maxima), np.float32(np.inf))
     least[: len(low) - start] = low[start:][: len(maxima)]
-    query, position, _ = tiles.over(maxima, scores, tile.count, least)
+    query, position, _ = tiles.pairs_over(maxima, scores, tile.count, least)
     query += start
     similarity = decide.pair_dots(queries, query, tile.host, position)
     over = similarity > cut[query]
@@ -220,18 +222,18 @@ def _check_shapes(x: Vectors, usable: Array, queries: Array) -> None:
 
 def _scored(x, rows, queries, tile_rows, query_block, name) -> Iterator[tuple]:
   """Yields (tile, the block's first query, group maxima, scores) for every tile and block."""
-  tile_rows, query_block = tiles.sizes(tile_rows, query_block)
+  tile_rows, query_block = tiles.default_sizes(tile_rows, query_block)
   vectors = queries.astype(np.float32)
   tiles.check_norms(np.linalg.norm(vectors, axis=1), np.arange(len(vectors)), 'queries')
   numbers, _ = tiles.query_blocks([len(queries)], query_block)
   blocks = [(block[0], jax.device_put(vectors[block])) for block in numbers]
 
-  def passes():
+  def scored_blocks():
     for tile in tiles.walk(x, rows, tile_rows, name):
       for start, block in blocks:
         yield tile, start, *tiles.grouped_dots(block, tile.device)
 
-  return tiles.one_ahead(passes())
+  return tiles.one_ahead(scored_blocks())
 
 
 def _accelerated() -> bool:
@@ -302,7 +304,7 @@ def _layout(queries: Queries, query_block: int, devices: tuple, accelerated: boo
     np.flatnonzero(np.diff(benchmark_of.ravel(), prepend=-1)),
     has_cuts,
     number,
-    [_runs(block) for block in owner],
+    [_owner_runs(block) for block in owner],
     [
       _Place(
         device,
@@ -319,12 +321,14 @@ def _layout(queries: Queries, query_block: int, devices: tuple, accelerated: boo
   )
 
 
-def _runs(owner: np.ndarray) -> list[tuple[int, int, int]]:  # [groups], ascending
+def _owner_runs(owner: np.ndarray) -> list[tuple[int, int, int]]:  # [groups], ascending
   edges = [*np.flatnonzero(np.diff(owner, prepend=-1)), len(owner)]
   return [(int(owner[a]), int(a), int(b)) for a, b in zip(edges, edges[1:])]
 
 
-def _passes(pool, rows, layout, tile_rows, name, dtype) -> Iterator[tuple[tiles.Tile, _Place]]:
+def _tiles_on_devices(
+  pool, rows, layout, tile_rows, name, dtype
+) -> Iterator[tuple[tiles.Tile, _Place]]:
   """Yields (tile, place) on the same device.
 
   Each tile goes to the next device in turn or, if the queries are split, to all devices.
@@ -342,16 +346,16 @@ def _passes(pool, rows, layout, tile_rows, name, dtype) -> Iterator[tuple[tiles.
 
 
 def _search(pool, rows, layout, best, nearest, tile_rows, name) -> None:
-  def passes():
-    for tile, place in _passes(pool, rows, layout, tile_rows, name, np.float32):
+  def scored_blocks():
+    for tile, place in _tiles_on_devices(pool, rows, layout, tile_rows, name, np.float32):
       cuts = place.cuts or [None] * len(place.vectors)
       for i, (vectors, cut) in enumerate(zip(place.vectors, cuts), place.first):
         yield tile, i, *_score_block(vectors, tile.device, cut, bool(best.tops.k), nearest)
 
-  for tile, i, columns, excess, maxima, scores in tiles.one_ahead(passes()):
+  for tile, i, columns, excess, maxima, scores in tiles.one_ahead(scored_blocks()):
     best.take_groups(tile, layout.runs[i], layout.number[i], columns, excess, scores, nearest)
     if best.tops.k:
-      best.tops.take(i * layout.number.shape[1], tile, maxima, scores)
+      best.tops.add_tile(i * layout.number.shape[1], tile, maxima, scores)
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4))
@@ -372,8 +376,8 @@ def _score_block(queries, tile, cuts, top: bool, nearest: bool):
 
 
 def _search_scanning(pool, rows, layout, best, nearest, tile_rows, name) -> None:
-  def passes():
-    for tile, place in _passes(pool, rows, layout, tile_rows, name, np.float16):
+  def scored_blocks():
+    for tile, place in _tiles_on_devices(pool, rows, layout, tile_rows, name, np.float16):
       yield (
         tile,
         place,
@@ -390,14 +394,14 @@ def _search_scanning(pool, rows, layout, best, nearest, tile_rows, name) -> None
         ),
       )
 
-  for tile, place, columns, top in tiles.one_ahead(passes(), len(layout.places)):
+  for tile, place, columns, top in tiles.one_ahead(scored_blocks(), len(layout.places)):
     best.take_rows(tile, *columns)
     if best.tops.k:
       similarity, position = (np.asarray(x).reshape(-1, x.shape[-1]) for x in top)
       slot = place.first * layout.number.shape[1] + np.arange(len(similarity))
       good = position < tile.count
       slot = np.broadcast_to(slot[:, None], position.shape)[good]
-      best.tops.offer(slot, similarity[good], tile.start + position[good])
+      best.tops.add_pairs(slot, similarity[good], tile.start + position[good])
 
 
 class _Best:

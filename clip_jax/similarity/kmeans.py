@@ -136,7 +136,7 @@ def initial_rows(
   pass is enough: a row that was rejected once would be rejected again.
   """
   order = np.random.default_rng(seed).permutation(rows)
-  size = tiles.sizes(0, 0)[1]
+  size = tiles.default_sizes(0, 0)[1]
   chosen = np.empty(0, np.int64)
   taken = np.empty((0, x.shape[1]), np.float16)  # their vectors
   blocks = []  # the same on the device, [size, E] float32 each
@@ -203,16 +203,16 @@ def _nearest(x, rows, centers, tile_rows, center_block, name) -> Iterator[tuple]
   the cache: tiles of up to four times the rows halve the time (25 and 125 centres, E = 64).
   """
   few = 1 if tile_rows else MOST_TILES
-  tile_rows, center_block = tiles.sizes(tile_rows, center_block)
+  tile_rows, center_block = tiles.default_sizes(tile_rows, center_block)
   tile_rows *= max(1, min(few, center_block // len(centers)))
   devices = jax.local_devices()
   centers_on = {device: Centers(centers, center_block, device) for device in devices}
 
-  def passes():
+  def scored_blocks():
     for tile in tiles.walk(x, rows, tile_rows, name, devices=devices):
       yield tile, centers_on[tile.device.device].nearest(tile.device)
 
-  for tile, nearest in tiles.one_ahead(passes(), len(devices)):
+  for tile, nearest in tiles.one_ahead(scored_blocks(), len(devices)):
     yield tile, np.asarray(nearest)[: tile.count]
 
 
@@ -221,7 +221,7 @@ class Centers:
 
   def __init__(self, centers: Array, center_block: int = 0, device=None):  # [K, E] float32
     half = (0.5 * np.square(centers, dtype=np.float64).sum(1)).astype(np.float32)
-    numbers, _ = tiles.query_blocks([len(centers)], tiles.sizes(0, center_block)[1])
+    numbers, _ = tiles.query_blocks([len(centers)], tiles.default_sizes(0, center_block)[1])
     self._blocks = [
       (np.int32(i[0]), *jax.device_put((centers[i], half[i]), device)) for i in numbers
     ]

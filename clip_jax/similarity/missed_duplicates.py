@@ -19,7 +19,7 @@ from clip_jax.core.types import Array, Vectors
 from clip_jax.similarity import decide, kmeans, tiles
 
 Z = 1.959963984540054  # normal quantile of a 95 % interval
-EDGES = 1 << 22  # pairs held before they are reduced to a forest of the same groups
+EDGES = 1 << 22  # pairs held before they are reduced to fewer pairs that join the same groups
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Clustering:
 
 
 @dataclass(frozen=True)
-class Audit:
+class MissedDuplicates:
   """The result of exhaustive search for the sample, and of each clustering in the given order."""
 
   pairs: int  # near-duplicate pairs with at least one sampled row
@@ -60,14 +60,14 @@ def measure(
   tile_rows: int = 0,
   query_block: int = 0,
   name: str = 'pool',
-) -> Audit:
+) -> MissedDuplicates:
   """Compares the sampled rows with all usable rows; `keep` is from the last clustering.
 
   A pair of two sampled rows counts once. The interval is Wilson's, for (sum n)^2 / sum n^2
   observations, where n is the number of pairs of each row: rows were sampled, not pairs, and the
   pairs of a row are often found or missed together.
   """
-  tile_rows, query_block = tiles.sizes(tile_rows, query_block)
+  tile_rows, query_block = tiles.default_sizes(tile_rows, query_block)
   centers = [kmeans.Centers(each) for each in clusterings]
   rank = np.zeros(len(usable)) if priority is None else priority
   cut, slack = 1 - threshold, 2 * decide.error_bound(x.shape[1])
@@ -80,19 +80,19 @@ def measure(
   joined = np.zeros((2, 0), np.int64)
   rows = np.flatnonzero(usable)
 
-  def passes():
+  def scored_blocks():
     for tile in tiles.walk(x, rows, tile_rows, name):
       for block in blocks:
         yield tile, block, *_cosines(block.device, block.inverse, tile.device)
 
   at = None
-  for tile, block, maxima, scores in tiles.one_ahead(passes()):
+  for tile, block, maxima, scores in tiles.one_ahead(scored_blocks()):
     if tile is not at:
       at, nearest = tile, None
       on_rows(tile.count)
     least = np.full(len(maxima), np.inf)  # excludes padding queries
     least[: block.count] = cut - slack
-    query, position, _ = tiles.over(maxima, scores, tile.count, least)
+    query, position, _ = tiles.pairs_over(maxima, scores, tile.count, least)
     other = rows[tile.start + position]
     real = sample[block.start + query] != other  # excludes the pair of a row with itself
     query, position, other = query[real], position[real], other[real]
@@ -106,7 +106,7 @@ def measure(
       nearest = [np.asarray(each.nearest(tile.device)) for each in centers]
     sampled = block.start + query
     sampled_row = sample[sampled]
-    once = (sampled_row < other) | ~_among(other, sample)
+    once = (sampled_row < other) | ~_is_in_sample(other, sample)
     pairs += int(once.sum())
     np.add.at(pairs_of, sampled, 1)
     earlier = (rank[other] > rank[sampled_row]) | (
@@ -120,13 +120,13 @@ def measure(
       dropped[i, sampled[same & earlier]] = True
     joined = np.concatenate([joined, np.stack([sampled_row, other])[:, once]], 1)
     if joined.shape[1] > EDGES:
-      joined = _forest(joined)
+      joined = _joining_pairs(joined)
 
   is_dropped = ~keep[sample]
   dropped[-1] = is_dropped
   sizes = _components(joined)[2]
   observations = pairs_of.sum() ** 2 / max(np.square(pairs_of).sum(), 1)
-  return Audit(
+  return MissedDuplicates(
     pairs,
     int(earlier_of.sum()),
     tuple(
@@ -182,7 +182,9 @@ def _cosines(queries, inverse, rows):
   return tiles.group_maxima(scores), scores
 
 
-def _among(rows: np.ndarray, sample: np.ndarray) -> np.ndarray:  # [m], [S] ascending -> [m] bool
+def _is_in_sample(
+  rows: np.ndarray, sample: np.ndarray
+) -> np.ndarray:  # [m], [S] ascending -> [m] bool
   return sample[np.minimum(np.searchsorted(sample, rows), len(sample) - 1)] == rows
 
 
@@ -199,7 +201,7 @@ def _components(pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   return nodes, label, np.bincount(label)
 
 
-def _forest(pairs: np.ndarray) -> np.ndarray:  # [2, m] -> [2, at most as many as rows]
+def _joining_pairs(pairs: np.ndarray) -> np.ndarray:  # [2, m] -> [2, at most as many as rows]
   """Returns a minimal set of pairs that joins the same groups."""
   nodes, label, _ = _components(pairs)
   head = nodes[np.unique(label, return_index=True)[1]][label]

@@ -18,7 +18,7 @@ _ROWS = 65_536  # vectors widened to float64 at a time
 _PAIRS = 1 << 26  # similarities in memory at a time
 
 
-def chunks(
+def regroup_rows(
   parts: Iterable[tuple[Array, int]],
   chunk_rows: int = CHUNK_ROWS,
 ) -> Iterator[np.ndarray]:
@@ -37,7 +37,7 @@ def chunks(
     yield held  # the last chunk is shorter
 
 
-def missed(
+def count_missed(
   x: Vectors,  # rows [N, E] float16
   rows: Array,  # [m] int64, ascending: all rows of one chunk that are over some threshold
   queries: Array,  # [Q, E] float16

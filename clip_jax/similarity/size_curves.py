@@ -15,12 +15,12 @@ EDGES = np.arange(-1000, 1001) / 1000  # [M] float64; by division, edges equal l
 ZERO = 1000  # position of the edge 0
 
 
-def over(values: Array) -> np.ndarray:  # [n] float32, no NaN -> [M] int64
+def count_over_edges(values: Array) -> np.ndarray:  # [n] float32, no NaN -> [M] int64
   """Returns the number of values strictly over each edge."""
   return len(values) - np.searchsorted(np.sort(values), EDGES, side='right')
 
 
-def over_zero(
+def is_over_zero(
   excess: Array,  # [n] float32, with errors below the tolerance
   tolerance: float,
   exact: Callable[[Array], Array],  # positions [m] int64 -> [m] float64, the exact excess
@@ -33,7 +33,7 @@ def over_zero(
   return is_over
 
 
-def count(
+def count_candidates(
   parts: Iterable[tuple[Array, Array | None, Array | None]],
   benchmarks: int,  # G
 ) -> dict[str, np.ndarray]:
@@ -72,5 +72,5 @@ def count(
 
 def _add(counts: np.ndarray, values: Array) -> None:  # [G + 1, M] in place, [G, n]
   for count_of, column in zip(counts, values):
-    count_of += over(column)
-  counts[-1] += over(values.max(0))
+    count_of += count_over_edges(column)
+  counts[-1] += count_over_edges(values.max(0))

@@ -44,7 +44,7 @@ def padded(count: int, most: int) -> int:
   return min(most, PAD << (-(-count // PAD) - 1).bit_length())
 
 
-def sizes(tile_rows: int, query_block: int) -> tuple[int, int]:
+def default_sizes(tile_rows: int, query_block: int) -> tuple[int, int]:
   """Returns both sizes, with 0 replaced by the backend's default; they change only the speed.
 
   CPU: a block of scores, [512, 2048] float32, is 4 MiB and stays in the cache from the product to
@@ -189,7 +189,7 @@ def grouped_dots(queries: jax.Array, rows: jax.Array) -> tuple[jax.Array, jax.Ar
   return group_maxima(scores), scores
 
 
-def over(
+def pairs_over(
   maxima: jax.Array,  # [b, T / GROUP] float32
   scores: jax.Array,  # [b, T] float32
   count: int,  # rows without padding
@@ -211,7 +211,7 @@ def over(
   return query[pair[real]], position[real], values[member, pair][real]
 
 
-def reached(maxima: jax.Array, scores: jax.Array, count: int, k: int) -> np.ndarray:
+def kth_lower_bound(maxima: jax.Array, scores: jax.Array, count: int, k: int) -> np.ndarray:
   """Returns a value that at least k of the tile's rows reach, for each query: [b] float32.
 
   The k-th largest group maximum is such a value, and cheaper than the k-th score. In a padded tile,

@@ -81,7 +81,7 @@ def format_of(name: str, path: str, headerless: bool = False) -> str:
   if not storage.is_remote(path) and not os.path.isdir(path):
     is_folder = False
     matches = sorted(
-      file for part in listing.expanded(path) for file in glob.glob(part, recursive=True)
+      file for part in listing.expand_braces(path) for file in glob.glob(part, recursive=True)
     )
     if not matches:
       raise ConfigError(f'config.benchmark_dirs: {name}={path!r} does not exist. Correct the path.')

@@ -39,12 +39,12 @@ NOT_VECTOR_KEYS = (
 
 def check(config: Config) -> None:
   """Raises ConfigError for the first invalid value of the config."""
-  _top(config)
+  _top_level(config)
   _dataset('pool', config.pool, defaults.DATASET)
   if blocks.has_anchor(config):
     _dataset('anchor', config.anchor, defaults.DATASET)
   for name, block in config.benchmarks.items():
-    check_keys.valid_name('benchmarks', name)
+    check_keys.check_folder_name('benchmarks', name)
     if name in blocks.RESERVED:
       raise ConfigError(f'config.benchmarks.{name}: this name is reserved; choose another.')
     _dataset(f'benchmarks.{name}', block, defaults.BENCHMARK)
@@ -52,7 +52,7 @@ def check(config: Config) -> None:
   for name in config.references:
     _reference(config, name)
   for name in config.splits:
-    check_keys.valid_name('splits', name)
+    check_keys.check_folder_name('splits', name)
     check_splits.check(config, name)
   _planted(config)
   _embedders(config)
@@ -65,10 +65,10 @@ def check(config: Config) -> None:
     _training(config)
 
 
-def _top(config: Config) -> None:
+def _top_level(config: Config) -> None:
   """Checks the top-level keys and all blocks except those of datasets and splits."""
   declared = defaults.get_config()
-  check_keys.block(
+  check_keys.check_block(
     'config',
     config,
     {name: Key({} if isinstance(value, ConfigDict) else value) for name, value in declared.items()},
@@ -77,15 +77,15 @@ def _top(config: Config) -> None:
     if isinstance(value, ConfigDict) and not isinstance(config[name], ConfigDict):
       raise ConfigError(f'config.{name} must be a block of keys, got {config[name]!r}.')
   for name, keys in defaults.BLOCKS.items():
-    check_keys.block(f'config.{name}', config[name], keys)
+    check_keys.check_block(f'config.{name}', config[name], keys)
   for name, block in config.embedders.items():
-    check_keys.valid_name('embedders', name)
-    check_keys.block(f'config.embedders.{name}', block, defaults.EMBEDDER)
+    check_keys.check_folder_name('embedders', name)
+    check_keys.check_block(f'config.embedders.{name}', block, defaults.EMBEDDER)
 
 
 def _dataset(name: str, block: Config, declared: Mapping[str, Key]) -> None:
   where = f'config.{name}'
-  check_keys.block(where, block, declared)
+  check_keys.check_block(where, block, declared)
   names = (*formats.FORMATS, blocks.GLYPHS, 'concat')
   if not block.format:
     raise ConfigError(f'{where}.format is missing; choose one of {", ".join(names)}.')
@@ -133,14 +133,15 @@ def _benchmark(where: str, block: Config) -> None:
   for name in block.class_mask:
     if block.classes and name not in block.classes:
       raise ConfigError(
-        f'{where}.class_mask: {name!r} is not a class.{config_lib.nearest(name, block.classes)}'
+        f'{where}.class_mask: {name!r} is not a class.'
+        f'{config_lib.did_you_mean(name, block.classes)}'
       )
 
 
 def _reference(config: Config, name: str) -> None:
   """Checks one block of config.references: a dataset of labelled examples, or prompts."""
   block, where = config.references[name], f'config.references.{name}'
-  check_keys.valid_name('references', name)
+  check_keys.check_folder_name('references', name)
   if name in blocks.RESERVED or name in config.benchmarks:
     raise ConfigError(
       f'{where}: this name is {"a benchmark" if name in config.benchmarks else "reserved"}; '
@@ -154,7 +155,7 @@ def _reference(config: Config, name: str) -> None:
   if not blocks.is_prompts(config, name):
     _dataset(f'references.{name}', block, defaults.REFERENCE)
     return
-  check_keys.block(where, block, defaults.REFERENCE)
+  check_keys.check_block(where, block, defaults.REFERENCE)
   if len(block.classes) < 2 or len(set(block.classes)) < len(block.classes):
     raise ConfigError(
       f'{where}.classes={block.classes} must be two or more different names: each pool row gets '
@@ -324,7 +325,7 @@ def embedder_weights(x: Experiment) -> None:
   Not a part of `check`: the evaluate command uses a config without its embedder.
   """
   for name in ('', *blocks.further_embedders(x.config)):
-    view, where = x.under(name), f'config.embedders.{name}' if name else 'config.embedder'
+    view, where = x.with_embedder(name), f'config.embedders.{name}' if name else 'config.embedder'
     if view.embedder_block.source != 'weights':
       continue
     setting, path = view.embedder_block.path, models.weights_path(view)
@@ -363,6 +364,6 @@ def _training(config: Config) -> None:
     )
   if t.budget == 'epochs' and t.epochs <= 0:
     raise ConfigError(f'config.train.epochs={t.epochs} must be more than 0.')
-  runs = [f'{split}/seed{seed}' for split, seed in blocks.runs(config)]
+  runs = [f'{split}/seed{seed}' for split, seed in blocks.runs_to_train(config)]
   for run in t.only:
     check_keys.one_of('config.train.only', run, runs)

@@ -13,7 +13,7 @@ from clip_jax.core.types import Config
 NAME = re.compile(r'[A-Za-z0-9][A-Za-z0-9_-]*')
 
 
-def block(where: str, values: Config, keys: Mapping[str, Key]) -> None:
+def check_block(where: str, values: Config, keys: Mapping[str, Key]) -> None:
   """Raises ConfigError for a key not declared in defaults.py or a value of a wrong type or range.
 
   `where` is the block's name in messages.
@@ -27,7 +27,7 @@ def block(where: str, values: Config, keys: Mapping[str, Key]) -> None:
     )
   for name, value in values.items():
     if name not in keys:
-      raise ConfigError(f'{where}.{name} is not a config key.{config_lib.nearest(name, keys)}')
+      raise ConfigError(f'{where}.{name} is not a config key.{config_lib.did_you_mean(name, keys)}')
     # A table of names (where, sources) is checked by the code that reads it.
     if not isinstance(value, ConfigDict):
       keys[name].check(f'{where}.{name}', value)
@@ -39,10 +39,12 @@ def one_of(where: str, value: str, names: Iterable[str] | Sequence[str]) -> None
   """Raises ConfigError, with the nearest valid name, if the value is not one of the names."""
   names = list(names)
   if value not in names:
-    raise ConfigError(f'{where}={value!r} is not known.{config_lib.nearest(str(value), names)}')
+    raise ConfigError(
+      f'{where}={value!r} is not known.{config_lib.did_you_mean(str(value), names)}'
+    )
 
 
-def different(where: str, values: Sequence[str], names: Iterable[str]) -> None:
+def check_known_names(where: str, values: Sequence[str], names: Iterable[str]) -> None:
   """Raises ConfigError for an unknown or a repeated name."""
   for name in values:
     one_of(where, name, names)
@@ -50,7 +52,7 @@ def different(where: str, values: Sequence[str], names: Iterable[str]) -> None:
     raise ConfigError(f'{where}={tuple(values)} contains a name twice.')
 
 
-def valid_name(where: str, name: str) -> None:
+def check_folder_name(where: str, name: str) -> None:
   """Raises ConfigError for a name that cannot be a folder name and a flag."""
   if not NAME.fullmatch(name):
     raise ConfigError(

@@ -18,7 +18,7 @@ def check(config: Config, name: str) -> None:
   """Raises ConfigError for the first invalid key of config.splits[name]."""
   block, where = config.splits[name], f'config.splits.{name}'
   declared = defaults.split_keys()
-  check_keys.block(where, block, declared)
+  check_keys.check_block(where, block, declared)
   check_keys.one_of(f'{where}.rule', block.rule, rules.RULES)
   rule = rules.RULES[block.rule]
   for key in declared:
@@ -30,7 +30,7 @@ def check(config: Config, name: str) -> None:
         f'{where}.{key}={block[key]!r}: the rule {block.rule!r} does not read this key (it reads '
         f'{", ".join(rule.keys) or "none"}).'
       )
-  check_keys.different(f'{where}.benchmarks', block.benchmarks, config.benchmarks)
+  check_keys.check_known_names(f'{where}.benchmarks', block.benchmarks, config.benchmarks)
   if 'benchmarks' in rule.keys and not block.benchmarks:
     raise ConfigError(
       f'{where}: the rule {block.rule!r} needs benchmarks=(...); the config has '
@@ -62,7 +62,7 @@ def check(config: Config, name: str) -> None:
   ):
     raise ConfigError(f'{where}: the rule {block.rule!r} needs an anchor; give config.anchor.')
   if config.search.backend == 'scann':
-    aligned_amount = rule.aligned and (block.quantile or block.dose)
+    aligned_amount = rule.is_aligned and (block.quantile or block.dose)
     if rule.every_row or aligned_amount:
       key = 'quantile' if block.quantile else 'dose'
       reason = f'the rule {block.rule!r}' if rule.every_row else f'{key}={block[key]:g}'
@@ -90,7 +90,7 @@ def check(config: Config, name: str) -> None:
     _column(config, where, block.column)
   if 'levels' in rule.needs:
     _levels(config, where, block)
-  _others(config, name)
+  _dependencies(config, name)
 
 
 def _aligned_keys(where: str, block: Config) -> None:
@@ -131,14 +131,14 @@ def _column(config: Config, where: str, column: str) -> None:
     )
 
 
-def _others(config: Config, name: str) -> None:
+def _dependencies(config: Config, name: str) -> None:
   """Checks the splits that a split depends on: they exist, fit its rule and form no cycle."""
   block, where = config.splits[name], f'config.splits.{name}'
   rule = rules.RULES[block.rule]
   for key in ('size_of', 'to'):
     if block[key]:
       check_keys.one_of(f'{where}.{key}', block[key], config.splits)
-  check_keys.different(f'{where}.of', block.of, config.splits)
+  check_keys.check_known_names(f'{where}.of', block.of, config.splits)
   if 'others' in rule.needs and len(block.of) < 2:
     raise ConfigError(
       f'{where}.of={block.of} must name two or more splits for the rule {block.rule!r} to join.'

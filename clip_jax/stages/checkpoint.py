@@ -24,7 +24,7 @@ from clip_jax.stages import benchmark_dirs, check, evaluate, ingest, models
 POLL_SECS = 5.0
 
 
-def run(
+def evaluate_checkpoint(
   config: Config,
   path: str | None,
   *,
@@ -38,7 +38,7 @@ def run(
     raise ConfigError(
       '--checkpoint is missing, for example --checkpoint=runs/demo/train/base/seed0.'
     )
-  path = models.located(path)
+  path = models.resolve_path(path)
   if follow and models.is_weights(path):
     raise ConfigError(f'--follow: {path} is a weights file, which gets no new steps.')
   config = benchmark_dirs.resolve(config)
@@ -47,7 +47,8 @@ def run(
   for name in names:
     if name not in config.benchmarks:
       raise ConfigError(
-        f'--benchmarks={name!r} is not in the config.{config_lib.nearest(name, config.benchmarks)}'
+        f'--benchmarks={name!r} is not in the config.'
+        f'{config_lib.did_you_mean(name, config.benchmarks)}'
       )
     if not blocks.has_own_images(config, name):
       raise ConfigError(

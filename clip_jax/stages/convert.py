@@ -19,7 +19,7 @@ from clip_jax.stages import models
 METADATA = {'format': 'pt'}  # transformers rejects a file without it
 
 
-def run(path: str | None, output: str | None, kind: str, *, model: str) -> None:
+def convert_checkpoint(path: str | None, output: str | None, kind: str, *, model: str) -> None:
   """Converts a checkpoint or a weights file at `path` to the format `kind` at `output`."""
   if not path:
     raise ConfigError(
@@ -42,7 +42,7 @@ def run(path: str | None, output: str | None, kind: str, *, model: str) -> None:
       f'--output={output}: --format=orbax writes a folder, but this name is read as a weights '
       'file. Remove the ending.'
     )
-  path, output = models.located(path), os.path.abspath(os.path.expanduser(output))
+  path, output = models.resolve_path(path), os.path.abspath(os.path.expanduser(output))
   write, beside = FORMATS[kind]
   for file in (output, *(os.path.join(os.path.dirname(output), name) for name in beside)):
     if os.path.exists(file):

@@ -42,8 +42,8 @@ CAPTIONS = 16_384  # captions encoded between two saves
 def mark(x: Experiment, todo: list[Product]) -> Made:
   """Marks the near-duplicates of the pool and writes which rows are kept."""
   (product,) = todo
-  _clear(x, keep=product.fingerprint)
-  pool = _pool(x)
+  _remove_unfinished(x, keep=product.fingerprint)
+  pool = _pool_embeddings(x)
   usable = pool.usable & ~workdir.in_anchor(x)
   try:
     result = _cluster(x, pool, usable, product)
@@ -71,12 +71,12 @@ def mark(x: Experiment, todo: list[Product]) -> Made:
   }
   _log(x, counts)
   yield product, outputs, counts
-  _clear(x, keep='')  # after the sidecar is written, so that a kill loses nothing
+  _remove_unfinished(x, keep='')  # after the sidecar is written, so that a kill loses nothing
 
 
-def _pool(x: Experiment):
-  """Returns the pool's embeddings of de-duplication's embedder."""
-  return workdir.embeddings(x.under(x.config.dedup.embedder), POOL)
+def _pool_embeddings(x: Experiment):
+  """Returns the embeddings of the pool by the embedder of config.dedup.embedder."""
+  return workdir.embeddings(x.with_embedder(x.config.dedup.embedder), POOL)
 
 
 def _check_vectors(x: Experiment, pool) -> None:
@@ -89,7 +89,7 @@ def _check_vectors(x: Experiment, pool) -> None:
       tiles.check_norms(
         np.linalg.norm(vectors[block].astype(np.float32), axis=1),
         block,
-        workdir.embeddings_path(x.under(x.config.dedup.embedder), POOL, shard),
+        workdir.embeddings_path(x.with_embedder(x.config.dedup.embedder), POOL, shard),
       )
 
 
@@ -105,9 +105,9 @@ def _log(x: Experiment, counts: dict) -> None:
     100 * share,
     embedder,
     1 - d.threshold,
-    progress.counted(counts['clusters'], 'cluster'),
-    progress.counted(counts['largest_cluster'], 'row'),
-    progress.counted(counts['iterations'], 'iteration'),
+    progress.count_with_noun(counts['clusters'], 'cluster'),
+    progress.count_with_noun(counts['largest_cluster'], 'row'),
+    progress.count_with_noun(counts['iterations'], 'iteration'),
     kept,
   )
   if share > 0.5:
@@ -138,7 +138,7 @@ def _cluster(x: Experiment, pool, usable: Array, product: Product) -> kmeans.KMe
     f'{n:,}',
   )
   result = _fit(x, pool, sample, clusters, product)
-  parts = _Parts(x, product, 'assignment')
+  parts = _PassFiles(x, product, 'assignment')
   saved = next(iter(parts), None)
   if saved is None:
     with progress.Bar(total=n, desc='assign', unit='row') as bar:
@@ -218,16 +218,16 @@ class _Pairs:
   def __init__(self, x: Experiment, pool, assignment: Array, product: Product):
     self._x, self._pool, self._assignment, self._product = x, pool, assignment, product
 
-  def parts(self, name: str) -> '_Parts':
+  def pass_files(self, name: str) -> '_PassFiles':
     """Returns the saved files of the pass `name`."""
-    return _Parts(self._x, self._product, name)
+    return _PassFiles(self._x, self._product, name)
 
   def __call__(self, name: str, usable: Array, priority: Array | None) -> tuple[Array, Array]:
     """Returns the dropped rows [m], and for each the row that it duplicates [m].
 
     `name` distinguishes the files of several passes.
     """
-    parts = self.parts(f'pairs-{name}')
+    parts = self.pass_files(f'pairs-{name}')
     saved = list(parts)
     done, total = (
       int(saved[-1]['blocks']) if saved else 0,
@@ -297,10 +297,10 @@ def _similarities(x: Experiment, pool, usable: Array, source, pairs: _Pairs) -> 
     rows, _ = pairs(name, usable, order)
     has_duplicate[rows] = True
   priority, rows = np.full(len(usable), -np.inf), np.flatnonzero(has_duplicate)
-  parts = pairs.parts('captions')
+  parts = pairs.pass_files('captions')
   done = [part['similarity'] for part in parts]
   is_complete = len(done) * CAPTIONS >= len(rows)
-  encode = None if is_complete else models.text_tower(x.under(x.config.dedup.embedder))
+  encode = None if is_complete else models.text_tower(x.with_embedder(x.config.dedup.embedder))
   with progress.Bar(
     total=len(rows), desc='captions', unit='caption', initial=min(len(done) * CAPTIONS, len(rows))
   ) as bar:
@@ -321,7 +321,7 @@ def _similarities(x: Experiment, pool, usable: Array, source, pairs: _Pairs) -> 
   return priority, has_duplicate
 
 
-class _Parts:
+class _PassFiles:
   """Temporary files from which a killed pass resumes: one for each finished block.
 
   They are deleted when the stage is complete.
@@ -344,7 +344,7 @@ class _Parts:
     self._next += 1
 
 
-def _clear(x: Experiment, keep: str) -> None:
+def _remove_unfinished(x: Experiment, keep: str) -> None:
   """Removes the files of unfinished runs, except those of the fingerprint `keep` ('': none)."""
   folder, start = os.path.split(x.path(PARTS))
   for name in os.listdir(folder) if os.path.isdir(folder) else ():

@@ -28,14 +28,17 @@ LISTED = 3  # unreadable images named in the log
 def vectors(x: Experiment, todo: list[Product]) -> Made:
   """Normalises the vectors of files, shard by shard, in blocks."""
   _check_dims(x)
-  (dataset,) = {product.of[0] for product in todo}
+  (dataset,) = {product.subject[0] for product in todo}
   source, shards = workdir.source(x, dataset), x.graph.vector_shards(dataset)
   cache = os.path.abspath(os.path.expanduser(x.config.cache_dir or x.path('cache')))
   files.remove_unfinished(cache)
-  total = sum(len(source.offsets(product.of[1])) for product in todo)
+  total = sum(len(source.offsets(product.subject[1])) for product in todo)
   with progress.Bar(total=total, desc=f'embed {dataset}{x.suffix}', unit='vector') as bar:
     for product in todo:
-      shard, rows = shards[product.of[1]], source.offsets(product.of[1])  # rows: ascending, of file
+      shard, rows = (
+        shards[product.subject[1]],
+        source.offsets(product.subject[1]),
+      )  # rows: ascending, of file
       flag = 'any_norm' if shard.prefix else benchmark_dirs.flag(x.config, dataset, 'any_norm')
       outputs = _files_of(product)
       _write_unit(
@@ -53,7 +56,7 @@ def vectors(x: Experiment, todo: list[Product]) -> Made:
     dataset,
     x.suffix,
     f'{total:,}',
-    progress.counted(len(todo), 'file'),
+    progress.count_with_noun(len(todo), 'file'),
   )
 
 
@@ -85,20 +88,20 @@ def _write_unit(shard: Shard, path: str, rows: Array, out: str, bar, flag: str) 
   Raises InputError for invalid vectors; `flag` is the flag that allows any length.
   """
   settings = shard.block
-  head = vectors_lib.head(path, settings.vector_key, settings.vector_dim)
+  head = vectors_lib.read_header(path, settings.vector_key, settings.vector_dim)
   bad_rows, example = 0, ''
   with files.atomic(out) as temporary, temporary.open('wb') as f:
     np.lib.format.write_array_header_1_0(
       f, {'descr': '<f2', 'fortran_order': False, 'shape': (len(rows), head.dim)}
     )
-    for start, block in vectors_lib.blocks(path, head):
+    for start, block in vectors_lib.read_blocks(path, head):
       low, high = np.searchsorted(rows, (start, start + len(block)))
       if high - low < len(block):
         block = block[rows[low:high] - start]
-      unit, bad = vectors_lib.unit(block, settings.any_norm)
+      unit, bad = vectors_lib.to_unit_float16(block, settings.any_norm)
       if bad.any():
         at = int(np.argmax(bad))
-        example = example or f'row {rows[low + at]:,} {vectors_lib.fault(block[at])}'
+        example = example or f'row {rows[low + at]:,} {vectors_lib.describe_fault(block[at])}'
         bad_rows += int(bad.sum())
       f.write(unit.tobytes())
       bar.update(high - low)
@@ -116,33 +119,34 @@ def _write_unit(shard: Shard, path: str, rows: Array, out: str, bar, flag: str) 
 def embeddings(x: Experiment, todo: list[Product]) -> Made:
   """Embeds the images of the missing shards of a dataset."""
   _check_dims(x)
-  (dataset,) = {product.of[0] for product in todo}
+  (dataset,) = {product.subject[0] for product in todo}
   source, every = workdir.source(x, dataset), x.graph.embeddings(dataset, x.embedder)
-  model = x.once('embedder', lambda: models.open_embedder(x))
+  model = x.cached('embedder', lambda: models.open_embedder(x))
   if len(todo) < len(every):
     logging.info(
       'embed %s: continuing; %d of %d shards exist.', dataset, len(every) - len(todo), len(every)
     )
   total = sum(
     int(source.starts[shard + 1] - source.starts[shard])
-    for _, shard in (product.of for product in todo)
+    for _, shard in (product.subject for product in todo)
   )
   unreadable: list[str] = []
   with progress.Bar(total=total, desc=f'embed {dataset}{x.suffix}', unit='image') as bar:
     for product in todo:
-      start, stop = source.starts[product.of[1] :][:2].tolist()
-      vectors_, usable = embed_rows(x, source, start, stop, model, bar, product.of)
+      start, stop = source.starts[product.subject[1] :][:2].tolist()
+      vectors_, usable = embed_rows(x, source, start, stop, model, bar, product.subject)
       outputs = _files_of(product)
       files.write_npy(x.path(outputs[0]), vectors_)
       files.write_npy(x.path(outputs[1]), usable)
-      keys = _keys(x, dataset, product.of[1], np.flatnonzero(~usable))
+      keys = _keys(x, dataset, product.subject[1], np.flatnonzero(~usable))
       unreadable += keys
       yield product, outputs, {'rows': len(usable), 'unreadable': len(keys)}
   listed = ''
   if unreadable:
     more = ', ...' if len(unreadable) > LISTED else ''
     listed = (
-      f'; {progress.counted(len(unreadable), "unreadable image")}, excluded from search and splits '
+      f'; {progress.count_with_noun(len(unreadable), "unreadable image")}, '
+      'excluded from search and splits '
       f'({", ".join(unreadable[:LISTED])}{more}; the report lists all)'
     )
   shown = not x.embedder and (dataset == blocks.POOL or listed)

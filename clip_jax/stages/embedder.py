@@ -17,7 +17,7 @@ from clip_jax.core.products import Made, Product
 from clip_jax.data import loader
 from clip_jax.experiment import graph, workdir
 from clip_jax.experiment.experiment import Experiment
-from clip_jax.models import embedders
+from clip_jax.models import fitted_embedders
 from clip_jax.stages import fit, models
 
 
@@ -57,7 +57,7 @@ def _fit(x: Experiment, product: Product):
       f'{len(images):,} of {len(rows):,} images drawn from the pool and the anchor can be read.'
     )
   path = x.path(product.name + '.npz')
-  files.write_npz(path, **embedders.EMBEDDERS[block.source][0](images, block.dim))
+  files.write_npz(path, **fitted_embedders.EMBEDDERS[block.source][0](images, block.dim))
   logging.log(
     logging.DEBUG if x.embedder else logging.INFO,
     'embedder%s: %s, fitted on %s images of the base set.',
@@ -118,5 +118,5 @@ _MAKERS = {
   'train': _train,
   'weights': _weights,
   'files': _files,
-}  # other sources are fitted on images: embedders.EMBEDDERS
+}  # other sources are fitted on images: fitted_embedders.EMBEDDERS
 MAKERS = {'embedder': make}

@@ -23,13 +23,13 @@ from clip_jax.stages import models
 
 def evaluate(x: Experiment, todo: list[Product]) -> Made:
   """Evaluates one run on its missing benchmarks."""
-  split, seed, _ = todo[0].of
+  split, seed, _ = todo[0].subject
   folder = workdir.run_folder(split, seed)
   model = models.load(x.path(folder))
   for product in progress.track(
     todo, total=len(todo), desc=f'evaluate {split}/seed{seed}', unit='result'
   ):
-    result, arrays = score(x, product.of[2], model)
+    result, arrays = score(x, product.subject[2], model)
     result['checkpoint'] = f'{folder}/checkpoints, step {model.step}'
     files.write_npz(x.path(product.name + '.npz'), **arrays)
     files.write_json(x.path(product.name + '.json'), result)
@@ -46,8 +46,8 @@ def summarize(x: Experiment, new_products: list[Product]) -> None:
   logging.info(
     'evaluate: %d results, %d models on %d benchmarks.',
     len(new_products),
-    len({product.of[:2] for product in new_products}),
-    len({product.of[2] for product in new_products}),
+    len({product.subject[:2] for product in new_products}),
+    len({product.subject[2] for product in new_products}),
   )
 
 
@@ -59,7 +59,7 @@ def score(x: Experiment, benchmark: str, model: models.Model) -> tuple[dict, dic
   check_labels(benchmark, label, classes)
   matrix = zero_shot.class_matrix(model.encode_text, classes, tuple(block.templates))
   mask = np.isin(classes, list(block.class_mask)) if block.class_mask else None
-  pixels, ok = x.once(
+  pixels, ok = x.cached(
     f'images {benchmark}, {model.image_size} pixels, {model.resize}',
     lambda: read_images(x, benchmark, model),
   )

@@ -38,7 +38,9 @@ def listed_rows(x: Experiment, split: str) -> tuple[Array, dict]:
   """Returns the pool rows that a split's key file names, sorted, with repeats, and its counts."""
   path = os.path.expanduser(x.config.splits[split].file)
   column = x.config.prune.export_key or 'key'
-  listed = key_lists.find(key_lists.read(path, x.config.prune.export_key), pool_keys(x, column))
+  listed = key_lists.find_rows(
+    key_lists.read(path, x.config.prune.export_key), pool_keys(x, column)
+  )
   report = listed.report
   example = ', '.join(map(repr, listed.not_in_pool))
   if not len(listed.rows):
@@ -83,13 +85,13 @@ def _column(x: Experiment, dataset: str, shard: int, column: str, rows: int) -> 
 
 def _own_rows(x: Experiment, split: str, seed: int) -> dict[str, Array]:
   """Returns dataset -> the split's rows of it, as row numbers of that dataset."""
-  return workdir.base_rows(x).own(np.load(workdir.rows_path(x, split, seed)))
+  return workdir.base_rows(x).rows_by_dataset(np.load(workdir.rows_path(x, split, seed)))
 
 
 def write_list(x: Experiment, todo: list[Product]) -> Made:
   """Writes a list of keys and verifies it by reading it back."""
   (product,) = todo
-  split, seed, kind = product.of
+  split, seed, kind = product.subject
   path = f'{os.path.dirname(product.name)}/{key_lists.LISTS[kind]}'
   counts = _LISTS[kind](x, path, _own_rows(x, split, seed))
   yield product, [path], counts
@@ -98,15 +100,15 @@ def write_list(x: Experiment, todo: list[Product]) -> Made:
   )
 
 
-def _uids(x: Experiment, path: str, rows: Mapping[str, Array]) -> dict:
-  return _npy(x, path, rows[POOL], key_lists.uids, key_lists.sorted_uids)
+def _datacomp_uids(x: Experiment, path: str, rows: Mapping[str, Array]) -> dict:
+  return _write_key_array(x, path, rows[POOL], key_lists.keys_to_uids, key_lists.sorted_uids)
 
 
-def _numbers(x: Experiment, path: str, rows: Mapping[str, Array]) -> dict:
-  return _npy(x, path, rows[POOL], key_lists.numbers, np.sort)
+def _clip_ood_keys(x: Experiment, path: str, rows: Mapping[str, Array]) -> dict:
+  return _write_key_array(x, path, rows[POOL], key_lists.keys_to_int64, np.sort)
 
 
-def _npy(x: Experiment, path: str, pool: Array, convert, order) -> dict:
+def _write_key_array(x: Experiment, path: str, pool: Array, convert, order) -> dict:
   """Writes the keys of pool rows, converted by `convert` and sorted by `order`, as an array."""
   column = x.config.prune.export_key or 'key'
   parts = [convert([])]
@@ -116,14 +118,14 @@ def _npy(x: Experiment, path: str, pool: Array, convert, order) -> dict:
   with files.atomic(x.path(path)) as temporary:
     with temporary.open('wb') as f:
       np.save(f, order(np.concatenate(parts)), allow_pickle=False)
-    return {'keys': len(pool), **_checked(x, path, temporary, column, pool)}
+    return {'keys': len(pool), **_verify_list(x, path, temporary, column, pool)}
 
 
-def _checked(x: Experiment, path: str, temporary, column: str, rows: Array) -> dict:
+def _verify_list(x: Experiment, path: str, temporary, column: str, rows: Array) -> dict:
   """Verifies a list by reading it back; returns the number of keys that name several rows."""
   if not len(rows):
     return {'several_rows': 0}
-  listed = key_lists.find(key_lists.read(temporary), pool_keys(x, column))
+  listed = key_lists.find_rows(key_lists.read(temporary), pool_keys(x, column))
   several = listed.report['several_rows']
   if listed.report['not_in_pool'] or not several and not np.array_equal(listed.rows, rows):
     raise InputError(
@@ -139,7 +141,7 @@ def _checked(x: Experiment, path: str, temporary, column: str, rows: Array) -> d
   return {'several_rows': several}
 
 
-def _keys(x: Experiment, path: str, rows: Mapping[str, Array]) -> dict:
+def _keys_parquet(x: Experiment, path: str, rows: Mapping[str, Array]) -> dict:
   """Writes keys.parquet: dataset, key, row of the dataset, and the image's file, offset, length."""
   schema = pa.schema(
     [
@@ -164,7 +166,7 @@ def _keys(x: Experiment, path: str, rows: Mapping[str, Array]) -> dict:
         writer.write_table(pa.concat_tables(tables))
     return {
       'keys': sum(map(len, rows.values())),
-      **_checked(x, path, temporary, x.config.prune.export_key or 'key', rows[POOL]),
+      **_verify_list(x, path, temporary, x.config.prune.export_key or 'key', rows[POOL]),
     }
 
 
@@ -228,7 +230,7 @@ def _removed(x: Experiment, path: str, rows: Mapping[str, Array]) -> dict:
   )
   with files.atomic(x.path(path)) as temporary:
     _REMOVED[os.path.splitext(path)[1]](os.fspath(temporary), table_)
-    return {'keys': len(gone), **_checked(x, path, temporary, column, gone)}
+    return {'keys': len(gone), **_verify_list(x, path, temporary, column, gone)}
 
 
 def _write_lines(path: str, removed: pa.Table) -> None:
@@ -262,13 +264,13 @@ def write_copies(x: Experiment, todo: list[Product]) -> Made:
   changed files are written again.
   """
   (whole,) = todo
-  split, seed, kind = whole.of
+  split, seed, kind = whole.subject
   folder, (ending, _) = os.path.dirname(whole.name), shard_writer.COPIES[kind]
-  parts = _parts(x, folder, kind, _own_rows(x, split, seed))
+  parts = _copy_products(x, folder, kind, _own_rows(x, split, seed))
   _remove_others(x, folder, ending, whole.name, {part.name for part in parts})
 
   def write(missing: list[Product]) -> Made:
-    jobs = [(x.path(f'{part.name}.{ending}'), kind, *part.of) for part in missing]
+    jobs = [(x.path(f'{part.name}.{ending}'), kind, *part.subject) for part in missing]
     needed = sum(
       shard_writer.image_bytes(index_folder, rows) + BYTES_BESIDE_IMAGE * len(rows)
       for _, _, index_folder, rows in jobs
@@ -300,8 +302,8 @@ def _log_copies(folder: str, total: dict, number: int) -> None:
   logging.info(
     'export: %s holds %s in %s, %s; read back, each has the sha256 of its source.',
     folder,
-    progress.counted(total['samples'], 'sample'),
-    progress.counted(number, 'file'),
+    progress.count_with_noun(total['samples'], 'sample'),
+    progress.count_with_noun(number, 'file'),
     progress.size(total['bytes']),
   )
   if total['renamed']:
@@ -317,8 +319,10 @@ def _log_copies(folder: str, total: dict, number: int) -> None:
     )
 
 
-def _parts(x: Experiment, folder: str, kind: str, own_rows: Mapping[str, Array]) -> list[Product]:
-  """Returns each file's product; its `of` is the dataset's index folder and the file's rows."""
+def _copy_products(
+  x: Experiment, folder: str, kind: str, own_rows: Mapping[str, Array]
+) -> list[Product]:
+  """Returns each file's product; its subject is the dataset's index folder and the file's rows."""
   parts = []
   for dataset, rows in own_rows.items():
     index = x.graph.index_shards(dataset) if len(rows) else []
@@ -371,8 +375,8 @@ def write_part(job: tuple[str, str, str, Array]) -> dict:
 
 _LISTS = {
   **dict.fromkeys(key_lists.REMOVED, _removed),
-  'datacomp': _uids,
-  'clip_ood': _numbers,
-  'keys': _keys,
+  'datacomp': _datacomp_uids,
+  'clip_ood': _clip_ood_keys,
+  'keys': _keys_parquet,
 }  # kind of key_lists.LISTS -> its writer
 MAKERS = {'list': write_list, 'copies': write_copies}

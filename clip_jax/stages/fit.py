@@ -32,7 +32,7 @@ def fit(x: Experiment, folder: str, data, base, *, seed: int, samples: int, prod
   """
   t, p = x.config.train, x.config.preprocess
   path = x.path(folder)
-  _begin(path, product, folder)
+  _write_config(path, product, folder)
   architecture = models.architecture(x.config)
   functions = clip.functions(architecture, t.dtype, t.patch_dropout, t.remat)
   groups = _caption_groups(x, base, architecture, folder)
@@ -88,7 +88,7 @@ def fit(x: Experiment, folder: str, data, base, *, seed: int, samples: int, prod
       mean=tuple(p.mean),
       std=tuple(p.std),
       checkpoint_dir=os.path.join(path, 'checkpoints'),
-      config=models.about(x.config, folder, seed),
+      config=models.describe_model(x.config, folder, seed),
       save_every_steps=t.save_every_steps,
       save_every_secs=t.save_every_secs,
       keep=t.keep_checkpoints,
@@ -138,7 +138,7 @@ def _caption_groups(x: Experiment, base, architecture, folder: str) -> int:
   return devices
 
 
-def _begin(path: str, product: Product, folder: str) -> None:
+def _write_config(path: str, product: Product, folder: str) -> None:
   """Writes a run's config; raises InputError if an unfinished run there has another config."""
   config_path = os.path.join(path, 'config.json')
   now = {

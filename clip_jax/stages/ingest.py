@@ -38,7 +38,7 @@ def draw_demo(x: Experiment, todo: list[Product]) -> Made:
 
 def index_shards(x: Experiment, todo: list[Product]) -> Made:
   """Scans shards of one dataset and writes an index of the samples of each."""
-  dataset, every = todo[0].of[0], x.graph.shards(todo[0].of[0])
+  dataset, every = todo[0].subject[0], x.graph.shards(todo[0].subject[0])
   if len(todo) < len(every):
     logging.info(
       '%s: %d of %d shards are indexed already.', dataset, len(every) - len(todo), len(every)
@@ -47,7 +47,7 @@ def index_shards(x: Experiment, todo: list[Product]) -> Made:
     (shard.prefix, shard.labels_by) for shard in every if shard.labels_by
   ):
     logging.info('%s: %s.', f'{dataset}/{prefix}'.rstrip('/'), labels_by)
-  shards = [every[product.of[1]].at(x.workdir) for product in todo]
+  shards = [every[product.subject[1]].with_absolute_paths(x.workdir) for product in todo]
   jobs = [(workdir.index_folder(x, dataset), shard, dataset in blocks.TRAINED) for shard in shards]
   start, samples = time.monotonic(), 0
   for number, counts in engine.finished(
@@ -66,7 +66,7 @@ def index_shards(x: Experiment, todo: list[Product]) -> Made:
     logging.info(
       '%s: %s, %s, scanned in %s (%s samples and %s a second).',
       dataset,
-      progress.counted(samples, 'sample'),
+      progress.count_with_noun(samples, 'sample'),
       progress.size(size),
       progress.seconds(spent),
       f'{samples / spent:,.0f}',
@@ -116,7 +116,7 @@ def scan_shard(job: tuple[str, Shard, bool]) -> dict:
 
 def index(x: Experiment, todo: list[Product]) -> Made:
   """Joins the shards' indexes to the table of the dataset, which the loader reads."""
-  (dataset,) = todo[0].of
+  (dataset,) = todo[0].subject
   shards = _shards(x, dataset)
   _check_dims(x, dataset)
   counts = table.assemble(
@@ -135,14 +135,14 @@ def index(x: Experiment, todo: list[Product]) -> Made:
     logging.INFO if shown else logging.DEBUG,
     '%s: %s in %s%s.',
     dataset,
-    progress.counted(counts['rows'], 'row'),
-    progress.counted(len(shards), 'shard'),
+    progress.count_with_noun(counts['rows'], 'row'),
+    progress.count_with_noun(len(shards), 'shard'),
     f'; skipped: {reasons}' if reasons else '',
   )
 
 
 def _shards(x: Experiment, dataset: str) -> list[Shard]:
-  return [shard.at(x.workdir) for shard in x.graph.shards(dataset)]
+  return [shard.with_absolute_paths(x.workdir) for shard in x.graph.shards(dataset)]
 
 
 def _reasons(counts: dict) -> str:
@@ -175,7 +175,7 @@ def _empty(x: Experiment, dataset: str, counts: dict) -> InputError:
 
 def write_summary(x: Experiment, todo: list[Product]) -> Made:
   """Writes a dataset's summary.json and broken.csv, and logs its main numbers."""
-  (dataset,) = todo[0].of
+  (dataset,) = todo[0].subject
   folder = workdir.index_folder(x, dataset)
 
   def bar(items) -> Iterator:
@@ -192,7 +192,7 @@ def write_summary(x: Experiment, todo: list[Product]) -> Made:
     ],
     {key: numbers[key] for key in ('samples', 'skipped', 'left_out')},
   )
-  lines = summary.lines(numbers)
+  lines = summary.sentences(numbers)
   for line in lines if dataset == blocks.POOL else lines[:1]:  # summary.json has all lines
     logging.debug('%s: %s.', dataset, line)
   if numbers['skipped']:
@@ -234,7 +234,7 @@ def draw_planted(x: Experiment, todo: list[Product]) -> Made:
   _check_captions(name, classes, labels[position >= 0])
   jobs = []
   for product in todo:
-    start, stop = source.starts[product.of[0] :][:2].tolist()
+    start, stop = source.starts[product.subject[0] :][:2].tolist()
     copies = [
       image_copies.Copy(
         row,
@@ -306,7 +306,7 @@ def _warn_planted(x: Experiment, queries: int, counts: list[dict]) -> None:
   if unreadable:
     logging.info(
       'planted: skipped %s that cannot be read (%s%s).',
-      progress.counted(len(unreadable), 'drawn image'),
+      progress.count_with_noun(len(unreadable), 'drawn image'),
       ', '.join(unreadable[:3]),
       ', ...' if len(unreadable) > 3 else '',
     )

@@ -21,7 +21,7 @@ from clip_jax.core.types import Array, Config
 from clip_jax.data import packing, tokenizer
 from clip_jax.experiment import blocks
 from clip_jax.experiment.experiment import Experiment
-from clip_jax.models import embedders, huggingface, open_clip, weights, zoo
+from clip_jax.models import fitted_embedders, huggingface, open_clip, weights, zoo
 from clip_jax.models.weights import HUGGING_FACE, OPEN_CLIP, PREPROCESSOR
 
 NUMBERS = (
@@ -65,7 +65,7 @@ class Weights:
 
 def architecture(config: Config):
   """Returns config.model as a CLIPConfig, with the start values of config.train.loss."""
-  numbers = _numbers(config)
+  numbers = _base_architecture(config)
   # The loss clip keeps the model's own start values, and the table of losses imports JAX.
   if config.train.loss == 'clip':
     return numbers
@@ -74,7 +74,7 @@ def architecture(config: Config):
   return dataclasses.replace(numbers, **losses.LOSSES[config.train.loss].start)
 
 
-def _numbers(config: Config):
+def _base_architecture(config: Config):
   """Returns the CLIPConfig of config.model.name, or of the numbers in config.model."""
   m = config.model
   nonzero = [key for key in NUMBERS if m[key]]
@@ -84,7 +84,7 @@ def _numbers(config: Config):
         f'config.model.name={m.name!r} fixes the numbers. Set config.model.{nonzero[0]} to 0, or '
         "config.model.name to ''."
       )
-    named = zoo.get(m.name)
+    named = zoo.by_name(m.name)
     if named.text.tokenizer:
       raise ConfigError(
         f'config.model.name={m.name!r} needs the tokenizer {named.text.tokenizer}, but training '
@@ -121,7 +121,7 @@ def _numbers(config: Config):
   )
 
 
-def about(config: Config, split: str, seed: int) -> dict:
+def describe_model(config: Config, split: str, seed: int) -> dict:
   """Returns a checkpoint's description of its model, so that evaluation needs no config."""
   return {
     'model': open_clip.config_to_open_clip(architecture(config)),
@@ -158,7 +158,7 @@ def is_weights(path: str) -> bool:
   return path.endswith(weights.ENDINGS)
 
 
-def located(path: str) -> str:
+def resolve_path(path: str) -> str:
   """Returns an absolute path, or the URL of a checkpoint; ConfigError for a remote weights file."""
   if files.is_local(path):
     return os.path.abspath(os.path.expanduser(path))
@@ -211,7 +211,7 @@ def read_weights(path: str, name: str, flag: str) -> Weights:
   order = (HUGGING_FACE, OPEN_CLIP) if library is huggingface else (OPEN_CLIP, HUGGING_FACE)
   config, model_source = _architecture(path, name, order)
   if config is None:
-    raise ConfigError(_unnamed(path, library.fitting(tensors), flag))
+    raise ConfigError(_unknown_model_message(path, library.matching_models(tensors), flag))
   read = (
     huggingface.params_from_huggingface
     if library is huggingface
@@ -220,7 +220,7 @@ def read_weights(path: str, name: str, flag: str) -> Weights:
   try:
     params = read(tensors, config, path)
   except InputError as error:
-    fitting = library.fitting(tensors)
+    fitting = library.matching_models(tensors)
     if not fitting:
       raise
     raise InputError(f'{error} Its shapes fit {", ".join(fitting)}.') from error
@@ -246,9 +246,9 @@ def _architecture(path: str, name: str, order: Sequence[str]):
   Returns (None, '') if neither is given.
   """
   if name:
-    return zoo.get(name), name
+    return zoo.by_name(name), name
   for file in order:
-    fields = _beside(path, file)
+    fields = _read_json_beside(path, file)
     if fields is not None and file == OPEN_CLIP:
       if not isinstance(fields.get('model_cfg'), dict):
         raise ConfigError(f'{file} beside {path} has no model_cfg. Correct it, or name the model.')
@@ -267,7 +267,7 @@ def _parsed(parse: Callable, fields: dict, path: str, file: str):
     raise ConfigError(f'{os.path.join(os.path.dirname(path), file)}: {error}') from error
 
 
-def _beside(path: str, file: str) -> dict | None:
+def _read_json_beside(path: str, file: str) -> dict | None:
   """Returns the contents of a JSON file in the folder of `path`; None if there is no such file."""
   file = os.path.join(os.path.dirname(path), file)
   if not os.path.exists(file):
@@ -278,7 +278,7 @@ def _beside(path: str, file: str) -> dict | None:
   return fields
 
 
-def _unnamed(path: str, fitting: Sequence[str], flag: str) -> str:
+def _unknown_model_message(path: str, fitting: Sequence[str], flag: str) -> str:
   """Returns the message for a weights file of an unknown model."""
   if not fitting:
     advice = f'Its shapes fit no known model; put its {OPEN_CLIP} beside it.'
@@ -294,10 +294,10 @@ def _unnamed(path: str, fitting: Sequence[str], flag: str) -> str:
 
 def _preprocess(path: str, config) -> tuple[dict, str]:
   """Returns mean, std and resize, and the name of their source."""
-  fields = _beside(path, OPEN_CLIP)
+  fields = _read_json_beside(path, OPEN_CLIP)
   if fields is not None and isinstance(fields.get('preprocess_cfg'), dict):
     return open_clip.preprocess_from_open_clip(fields['preprocess_cfg'], config), OPEN_CLIP
-  fields = _beside(path, PREPROCESSOR)
+  fields = _read_json_beside(path, PREPROCESSOR)
   if fields is not None:
     return huggingface.preprocess_from_huggingface(fields), PREPROCESSOR
   return open_clip.default_preprocess(config), "open_clip's default for this family"
@@ -416,9 +416,9 @@ class Embedder:
 def open_embedder(x: Experiment) -> Embedder:
   """Opens the embedder of a work directory; its source must not be 'files'."""
   block = x.embedder_block
-  if block.source in embedders.EMBEDDERS:
-    params = files.read_npz(x.home('embedder', 'embedder.npz'))
-    apply = embedders.EMBEDDERS[block.source][1]
+  if block.source in fitted_embedders.EMBEDDERS:
+    params = files.read_npz(x.embedder_path('embedder', 'embedder.npz'))
+    apply = fitted_embedders.EMBEDDERS[block.source][1]
     return Embedder(
       block.image_size, x.config.preprocess.resize, lambda images: apply(params, images)
     )
@@ -437,7 +437,7 @@ def text_tower(x: Experiment) -> Callable[[Sequence[str]], Array]:
 def _embedder_clip(x: Experiment) -> Model:
   if x.embedder_block.source == 'weights':
     return open_model(read(weights_path(x), x.embedder_block.name, name_flag(x)))
-  return load(x.home('embedder'))
+  return load(x.embedder_path('embedder'))
 
 
 def embedder_architecture(x: Experiment) -> Any:

@@ -49,7 +49,7 @@ def run(
   names = _stage_names(stages)
   if graph and not workdir:
     workdir = '.'  # the graph does not depend on the work directory
-  x = _open(config, workdir)
+  x = _open_experiment(config, workdir)
   check.check(x.config)
   check.stages(x.config, names)
   check.embedder_weights(x)
@@ -60,20 +60,20 @@ def run(
     plan.show(x, names)
     return
   redo_names = _check(x, names, redo)
-  _begin(x, names)
+  _log_start(x, names)
   if redo:
     _set_aside(x, redo, redo_names)
-  _run(x, names, redo)
+  _run_stages(x, names, redo)
 
 
 def _stage_names(stages: list[str] | None) -> list[str]:
   for name in stages or []:
     if name not in STAGES:
-      raise ConfigError(f'--stages={name!r} is not a stage.{config_lib.nearest(name, STAGES)}')
+      raise ConfigError(f'--stages={name!r} is not a stage.{config_lib.did_you_mean(name, STAGES)}')
   return [name for name in STAGES if not stages or name in stages]
 
 
-def _open(config: Config, folder: str | None) -> Experiment:
+def _open_experiment(config: Config, folder: str | None) -> Experiment:
   if not folder:
     raise ConfigError(
       '--workdir is missing: name a folder for all outputs, for example --workdir=runs/demo.'
@@ -101,7 +101,7 @@ def _check(x: Experiment, names: list[str], redo: str) -> set[str]:
   redo_names = _redo_names(x, redo) if redo else set()
   if names == ['report']:  # the report reads no source file
     return redo_names
-  wanted = {stage: _wanted(x, stage) for stage in names}
+  wanted = {stage: _selected_products(x, stage) for stage in names}
   outdated = {}
   for stage, parts in wanted.items():
     outdated[stage] = [
@@ -123,11 +123,11 @@ def _check(x: Experiment, names: list[str], redo: str) -> set[str]:
   return redo_names
 
 
-def _wanted(x: Experiment, stage: str) -> list[Product]:
+def _selected_products(x: Experiment, stage: str) -> list[Product]:
   """Returns the stage's products that this command makes; config.train.only selects the runs."""
   wanted, only = table.products_of(x, stage), x.config.train.only
   return (
-    [run_ for run_ in wanted if '{}/seed{}'.format(*run_.of) in only]
+    [run_ for run_ in wanted if '{}/seed{}'.format(*run_.subject) in only]
     if stage == 'train' and only
     else wanted
   )
@@ -144,7 +144,7 @@ def _redo_names(x: Experiment, redo: str) -> set[str]:
     stage_folder = STAGES[redo.partition(':')[0]]
     raise ConfigError(
       f'--redo={redo!r} matches no product in {x.workdir}.'
-      f'{config_lib.nearest(target, [n for n in stored if f"{stage_folder}/" in n])}'
+      f'{config_lib.did_you_mean(target, [n for n in stored if f"{stage_folder}/" in n])}'
     )
   return set(products.followers(x.workdir, named))
 
@@ -157,7 +157,7 @@ def _redo_target(x: Experiment, redo: str) -> str:
   stage, _, product = redo.partition(':')
   if stage not in STAGES:
     raise ConfigError(
-      f'--redo={redo!r}: {stage!r} is not a stage.{config_lib.nearest(stage, STAGES)}'
+      f'--redo={redo!r}: {stage!r} is not a stage.{config_lib.did_you_mean(stage, STAGES)}'
     )
   embedder, at, product = product.rpartition('@')
   if at and stage not in ('embedder', 'embed', 'search'):
@@ -196,14 +196,14 @@ def _set_aside(x: Experiment, redo: str, names: set[str]) -> None:
   logging.info(
     'redo: %s and its dependents (%s) are moved to %s until they are made again.',
     _redo_target(x, redo),
-    progress.counted(len(names), 'product'),
+    progress.count_with_noun(len(names), 'product'),
     x.path(products.REPLACED),
   )
 
 
 def _end_redo(x: Experiment, redo: str) -> None:
   """Deletes the replaced files when every replaced product of the config exists again."""
-  wanted = {product.name for product in table.everything(x)}
+  wanted = {product.name for product in table.all_products(x)}
   missing = [
     name
     for name in products.sidecars(x.path(products.REPLACED))
@@ -212,7 +212,7 @@ def _end_redo(x: Experiment, redo: str) -> None:
   if missing:
     logging.info(
       'redo: %s still missing, for example %s; the replaced files stay in %s.',
-      f'{progress.counted(len(missing), "product")} {"is" if len(missing) == 1 else "are"}',
+      f'{progress.count_with_noun(len(missing), "product")} {"is" if len(missing) == 1 else "are"}',
       missing[0],
       x.path(products.REPLACED),
     )
@@ -226,7 +226,7 @@ def _end_redo(x: Experiment, redo: str) -> None:
 # running the stages
 
 
-def _begin(x: Experiment, names: list[str]) -> None:
+def _log_start(x: Experiment, names: list[str]) -> None:
   """Opens the log and records the command and the config."""
   log.to_file(x.path('log.txt'))
   command = ' '.join([os.path.basename(sys.executable), *sys.orig_argv[1:]])
@@ -235,7 +235,7 @@ def _begin(x: Experiment, names: list[str]) -> None:
     x.path('times.json'), {'seconds': {}, **workdir.read_json(x, 'times.json'), 'command': command}
   )
   if unfinished := files.remove_unfinished(x.workdir):
-    files_text = progress.counted(len(unfinished), 'unfinished file')
+    files_text = progress.count_with_noun(len(unfinished), 'unfinished file')
     logging.info('Removed %s of killed processes.', files_text)
   files.write_json(x.path('config.json'), blocks.plain(x.config))
   if unused := [
@@ -247,10 +247,10 @@ def _begin(x: Experiment, names: list[str]) -> None:
       ', '.join(unused),
     )
   if names != ['report']:
-    table.module('ingest').refresh_locations(x)
+    table.stage_module('ingest').refresh_locations(x)
 
 
-def _run(x: Experiment, names: list[str], redo: str) -> None:
+def _run_stages(x: Experiment, names: list[str], redo: str) -> None:
   """Makes the missing products of the stages and logs where the results are."""
   start, new_products = time.monotonic(), []
   for stage in names:
@@ -270,25 +270,27 @@ def _run(x: Experiment, names: list[str], redo: str) -> None:
   if names != ['report']:
     _log_unused(x)
     _end_redo(x, redo)
-  _close(x, names, time.monotonic() - start)
+  _log_end(x, names, time.monotonic() - start)
 
 
 def _run_stage(x: Experiment, stage: str, names: list[str]) -> list[Product]:
   """Makes a stage's missing products and returns them; `names` are the command's stages."""
-  wanted = _wanted(x, stage)
+  wanted = _selected_products(x, stage)
   todo = [product for product in wanted if products.status(x.workdir, product) != 'fits']
   if todo:
     _check_disk(x, stage)
     if stage == 'train':
       if 'evaluate' in names:
-        table.module('evaluate').check_benchmarks(x)
-      table.module('train').check(x, todo, len(wanted))
+        table.stage_module('evaluate').check_benchmarks(x)
+      table.stage_module('train').check(x, todo, len(wanted))
   new_products = []
   for batch in _batches(wanted):
-    new_products += products.make(x.workdir, batch, lambda missing: table.work(x, stage, missing))
+    new_products += products.make(
+      x.workdir, batch, lambda missing: table.make_products(x, stage, missing)
+    )
   _log_waiting(x, stage, wanted)
-  if new_products and hasattr(table.module(stage), 'summarize'):
-    table.module(stage).summarize(x, new_products)
+  if new_products and hasattr(table.stage_module(stage), 'summarize'):
+    table.stage_module(stage).summarize(x, new_products)
   x.close()
   every = table.products_of(x, stage)  # a manifest also lists the runs of other commands
   for folder, parts in itertools.groupby(
@@ -305,7 +307,7 @@ def _check_disk(x: Experiment, stage: str) -> None:
   present = sum(
     os.path.getsize(os.path.join(folder, file))
     for view in plan.views(x, stage)
-    for folder, _, names in os.walk(view.home(STAGES[stage]))
+    for folder, _, names in os.walk(view.embedder_path(STAGES[stage]))
     for file in names
   )
   files.check_space(x.workdir, needed - present, f'The stage {stage}')
@@ -332,8 +334,8 @@ def _log_waiting(x: Experiment, stage: str, wanted: list[Product]) -> None:
     logging.info(
       '%s: %s skipped until %s made: %s.',
       stage,
-      f'{progress.counted(len(waiting), "product")} {"is" if len(waiting) == 1 else "are"}',
-      f'{progress.counted(len(missing), "input")} {"is" if len(missing) == 1 else "are"}',
+      f'{progress.count_with_noun(len(waiting), "product")} {"is" if len(waiting) == 1 else "are"}',
+      f'{progress.count_with_noun(len(missing), "input")} {"is" if len(missing) == 1 else "are"}',
       ', '.join(missing[:6]) + (', ...' if len(missing) > 6 else ''),
     )
 
@@ -374,7 +376,7 @@ def _versions(x: Experiment) -> None:
 
 def _log_unused(x: Experiment) -> None:
   """Logs the finished products that the config no longer names."""
-  wanted = {product.name for product in table.everything(x)}
+  wanted = {product.name for product in table.all_products(x)}
   copies = tuple(
     os.path.dirname(name) + '/' for name in wanted if '/export/' in name and name.endswith('/sizes')
   )
@@ -399,7 +401,7 @@ def _log_unused(x: Experiment) -> None:
     )
 
 
-def _close(x: Experiment, names: list[str], spent: float) -> None:
+def _log_end(x: Experiment, names: list[str], spent: float) -> None:
   """Logs the time taken and where the results are."""
   page, summary = x.path('report', 'index.html'), x.path('report', 'summary.txt')
   if 'report' in names and os.path.exists(summary):

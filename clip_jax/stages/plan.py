@@ -20,7 +20,7 @@ from clip_jax.data.storage import is_remote
 from clip_jax.experiment import blocks, workdir
 from clip_jax.experiment.blocks import ANCHOR, POOL
 from clip_jax.experiment.experiment import Experiment
-from clip_jax.models import embedders, flops
+from clip_jax.models import fitted_embedders, flops
 from clip_jax.stages import models, table
 
 # Dense peaks in FLOP/s from the vendors' data sheets: (float32 or TF32 matmul, bfloat16 matmul).
@@ -45,7 +45,7 @@ UNKNOWN = StagePlan(None, None, None)
 
 def views(x: Experiment, stage: str) -> list[Experiment]:
   """Returns the experiment's view for each embedder that a stage runs for, the main one first."""
-  return [x, *(x.under(name) for name in blocks.further_embedders(x.config, stage))]
+  return [x, *(x.with_embedder(name) for name in blocks.further_embedders(x.config, stage))]
 
 
 def stage_plan(x: Experiment, stage: str, rows: Rows | None = None) -> StagePlan:
@@ -62,7 +62,7 @@ def show(x: Experiment, names: list[str]) -> None:
   logging.info(
     'Plan for %s (nothing is written). Rows: %s.',
     x.workdir,
-    ', '.join(f'{name} {_number(n)}' for name, n in rows.items()),
+    ', '.join(f'{name} {_count_text(n)}' for name, n in rows.items()),
   )
   lines = [
     (f'{name} {view.embedder}'.strip(), name, view) for name in names for view in views(x, name)
@@ -89,9 +89,9 @@ def show(x: Experiment, names: list[str]) -> None:
       '%-*s %12s %10s %10s %14s  %s  %s',
       width,
       title,
-      _number(plan.rows),
+      _count_text(plan.rows),
       _bytes(plan.bytes),
-      _si(plan.flops),
+      _si_text(plan.flops),
       _time(plan.flops, rate),
       '  '.join(f'{text:>9}' for text in times),
       _products(view, name),
@@ -121,7 +121,7 @@ def _heads(x: Experiment, dataset: str) -> list[vectors.Head]:
   if any(is_remote(shard.files[0].path) for shard in shards):
     return []
   return [
-    vectors.head(shard.files[0].path, shard.block.vector_key, shard.block.vector_dim)
+    vectors.read_header(shard.files[0].path, shard.block.vector_key, shard.block.vector_dim)
     for shard in shards
   ]
 
@@ -133,7 +133,7 @@ def _vector_rows(x: Experiment, dataset: str) -> int | None:
   """
   if any(
     part.format != blocks.VECTORS or part.where or tuple(part.part) != (0, 1)
-    for part in blocks.parts(x.config, dataset)
+    for part in blocks.source_blocks(x.config, dataset)
   ):
     return None
   heads = _heads(x, dataset)
@@ -157,7 +157,7 @@ def matmul_rate() -> float:
   return 2 * n**3 / best
 
 
-def _sum(rows: Rows, names) -> int | None:
+def _known_sum(rows: Rows, names) -> int | None:
   counts = [rows[name] for name in names if name in rows]
   known = [count for count in counts if count is not None]
   return sum(known) if len(known) == len(counts) else None
@@ -165,14 +165,14 @@ def _sum(rows: Rows, names) -> int | None:
 
 def _ingest(x: Experiment, rows: Rows) -> StagePlan:
   del x
-  n = _sum(rows, rows)
+  n = _known_sum(rows, rows)
   return StagePlan(n, None if n is None else 200 * n, 0.0)
 
 
 def _dim(x: Experiment) -> int:
   """Returns the width E of the embeddings; 1,000 for remote vectors before ingest."""
   block = x.embedder_block
-  if block.source in embedders.EMBEDDERS:
+  if block.source in fitted_embedders.EMBEDDERS:
     return block.dim
   if block.source != 'files':
     return models.embedder_architecture(x).embed_dim
@@ -204,12 +204,12 @@ def _embedder(x: Experiment, rows: Rows) -> StagePlan:
 
 
 def _embed(x: Experiment, rows: Rows) -> StagePlan:
-  n = _sum(rows, rows)
+  n = _known_sum(rows, rows)
   if n is None:
     return UNKNOWN
   dim, block = _dim(x), x.embedder_block
   images = sum(count or 0 for name, count in rows.items() if blocks.has_own_images(x.config, name))
-  if block.source in embedders.EMBEDDERS:
+  if block.source in fitted_embedders.EMBEDDERS:
     each = 6.0 * block.image_size**2 * dim
   else:
     each = flops.image_flops(models.embedder_architecture(x)) if images else 0.0
@@ -226,13 +226,15 @@ def _dedup(x: Experiment, rows: Rows) -> StagePlan:
   fitted = min(d.sample_rows or n, n)
   pairs = n * (n / clusters / 2 + min(d.audit_rows, n))
   return StagePlan(
-    n, 9 * n, 2.0 * _dim(x.under(d.embedder)) * ((ITERATIONS * fitted + n) * clusters + pairs)
+    n,
+    9 * n,
+    2.0 * _dim(x.with_embedder(d.embedder)) * ((ITERATIONS * fitted + n) * clusters + pairs),
   )
 
 
 def _search(x: Experiment, rows: Rows) -> StagePlan:
   n, targets = rows[POOL], (*x.config.benchmarks, *x.config.references)
-  queries = _sum(rows, targets)
+  queries = _known_sum(rows, targets)
   if n is None or queries is None:
     return StagePlan(n, None, None)
   return StagePlan(
@@ -245,16 +247,16 @@ def _search(x: Experiment, rows: Rows) -> StagePlan:
 def _prune(x: Experiment, rows: Rows) -> StagePlan:
   if not x.config.splits:
     return StagePlan(0, 0, 0.0)
-  n = _sum(rows, (POOL, ANCHOR))
-  drawn = sum(len(blocks.draws(x.config, split)) for split in x.config.splits)
+  n = _known_sum(rows, (POOL, ANCHOR))
+  drawn = sum(len(blocks.row_file_seeds(x.config, split)) for split in x.config.splits)
   return StagePlan(n, None if n is None else 8 * n * drawn, 0.0)
 
 
 def _train(x: Experiment, rows: Rows) -> StagePlan:
-  runs, t = len(blocks.runs(x.config)), x.config.train
+  runs, t = len(blocks.runs_to_train(x.config)), x.config.train
   if not runs:
     return StagePlan(0, 0, 0.0)
-  base = _sum(rows, (POOL, ANCHOR))
+  base = _known_sum(rows, (POOL, ANCHOR))
   seen = t.samples if t.budget == 'samples' else base and t.epochs * base
   if seen is None:
     return UNKNOWN
@@ -267,7 +269,7 @@ def _train(x: Experiment, rows: Rows) -> StagePlan:
 
 
 def _evaluate(x: Experiment, rows: Rows) -> StagePlan:
-  queries, runs = _sum(rows, x.config.benchmarks), len(blocks.runs(x.config))
+  queries, runs = _known_sum(rows, x.config.benchmarks), len(blocks.runs_to_train(x.config))
   if queries is None:
     return UNKNOWN
   each = flops.forward_flops(models.architecture(x.config)) if runs else 0.0
@@ -344,15 +346,15 @@ def draw_graph(x: Experiment, names: list[str]) -> str:
   return '\n'.join(lines)
 
 
-def _number(n: int | None) -> str:
+def _count_text(n: int | None) -> str:
   return 'after ingest' if n is None else f'{n:,}'
 
 
 def _bytes(n: int | None) -> str:
-  return '?' if n is None else _si(n) + 'B'
+  return '?' if n is None else _si_text(n) + 'B'
 
 
-def _si(n: float | None) -> str:
+def _si_text(n: float | None) -> str:
   if n is None:
     return '?'
   for unit in ('', 'k', 'M', 'G', 'T', 'P', 'E'):

@@ -44,21 +44,21 @@ NEAR_MARGIN = 0.02  # a query is "unhit" if no removed row is over its threshold
 
 def write_rows(x: Experiment, todo: list[Product]) -> Made:
   """Writes the rows of splits; `todo` lists each split after its dependencies."""
-  base = x.once('base', lambda: Base(x))
+  base = x.cached('base', lambda: Base(x))
   for product in todo:
-    split, seed = product.of
-    kept = base.keep(split, seed)
+    split, seed = product.subject
+    kept = base.apply_rule(split, seed)
     files.write_npy(x.path(product.name + '.npy'), base.rows(split, kept))
     yield product, [product.name + '.npy'], {'pool_rows': len(kept.rows), **kept.report}
 
 
 def describe(x: Experiment, todo: list[Product]) -> Made:
   """Writes split.json of each split, and the figures of an aligned split's queries."""
-  base = x.once('base', lambda: Base(x))
+  base = x.cached('base', lambda: Base(x))
   # All splits are checked together, in one pass over their vectors.
-  checks = base.check([product.of[0] for product in todo])
+  checks = base.check([product.subject[0] for product in todo])
   for product in todo:
-    yield product, base.describe(product, checks.get(product.of[0], {})), {}
+    yield product, base.describe(product, checks.get(product.subject[0], {})), {}
 
 
 class Base(PoolColumns):
@@ -75,7 +75,7 @@ class Base(PoolColumns):
     # benchmark -> rows removed by its last split, and their counts for each query
     self._counted: dict[str, tuple[Array, Array]] = {}
 
-  def keep(self, split: str, seed: int) -> rules.Kept:
+  def apply_rule(self, split: str, seed: int) -> rules.Kept:
     """Applies a split's rule and returns the pool rows it keeps."""
     config, block, rule = (
       self.x.config,
@@ -101,7 +101,9 @@ class Base(PoolColumns):
     if 'draw' in rule.needs:
       arguments |= {'seed': block.seed, 'draw': seed}
     if 'target' in rule.needs:
-      arguments['removed'] = self.removed(block.to, blocks.seed_of(config, split, block.to, seed))
+      arguments['removed'] = self.removed_rows(
+        block.to, blocks.seed_of(config, split, block.to, seed)
+      )
     if 'others' in rule.needs:
       arguments['others'] = [self._pool_rows(split, other, seed) for other in block.of]
     if 'file' in rule.needs:
@@ -116,7 +118,7 @@ class Base(PoolColumns):
     """Returns the pool rows of another split, in the draw that (split, seed) uses."""
     return workdir.pool_rows(self.x, other, blocks.seed_of(self.x.config, split, other, seed))
 
-  def removed(self, split: str, seed: int) -> Array:
+  def removed_rows(self, split: str, seed: int) -> Array:
     """Returns the candidates that a split drops, sorted."""
     dropped = self.columns.candidates.copy()
     dropped[workdir.pool_rows(self.x, split, seed)] = False
@@ -141,17 +143,17 @@ class Base(PoolColumns):
 
     `checks` is the result of check() for this split. Raises InputError if it is not aligned.
     """
-    (split,) = product.of
+    (split,) = product.subject
     config, block, rule = (
       self.x.config,
       self.x.config.splits[split],
       blocks.rule_of(self.x.config, split),
     )
     paths, draws = [f'{product.name}.json'], {}
-    for seed in blocks.draws(config, split):
+    for seed in blocks.row_file_seeds(config, split):
       name = self.x.graph.rows(split, seed).name
       rows = np.load(workdir.rows_path(self.x, split, seed))
-      sizes = {dataset: len(own) for dataset, own in self._base.own(rows).items()}
+      sizes = {dataset: len(own) for dataset, own in self._base.rows_by_dataset(rows).items()}
       counts = products.counts(self.x.workdir, name)
       draws[os.path.basename(name)] = {
         'pool_rows': sizes[blocks.POOL],
@@ -180,14 +182,14 @@ class Base(PoolColumns):
       'checks': checks,
       'draws': draws,
     }
-    if rule.aligned:
-      _refuse(split, checks)
+    if rule.is_aligned:
+      _raise_if_not_aligned(split, checks)
       figures, more = self._aligned(split, first, os.path.dirname(product.name))
       about |= figures
       paths += more
     elif rule.selects:
       dropped = np.zeros(len(self.pool), bool)
-      dropped[self.removed(split, blocks.seeds(config, split)[0])] = True
+      dropped[self.removed_rows(split, blocks.seeds(config, split)[0])] = True
       about |= {
         key: splits.shares(column, self.columns.candidates, dropped)
         for key, column in (('by_class', self.classes), ('by_domain', self.domain))
@@ -198,7 +200,7 @@ class Base(PoolColumns):
   def _aligned(self, split: str, report: dict, folder: str) -> tuple[dict, list[str]]:
     """Returns the figures of an aligned split and the files written; `report` is its rule's."""
     block = self.x.config.splits[split]
-    removed = self.removed(split, blocks.seeds(self.x.config, split)[0])
+    removed = self.removed_rows(split, blocks.seeds(self.x.config, split)[0])
     over, cosine, paths = {}, {}, []
     for name in block.benchmarks:
       usable = np.flatnonzero(workdir.embeddings(self.x, name).usable)
@@ -281,7 +283,7 @@ class Base(PoolColumns):
     Returns the result of splits.check_aligned for each aligned split among the names.
     """
     config = self.x.config
-    aligned = [split for split in names if blocks.rule_of(config, split).aligned]
+    aligned = [split for split in names if blocks.rule_of(config, split).is_aligned]
     is_exact = config.search.backend == 'exact'
     if not aligned or not is_exact or not config.prune.check_queries:
       none = {'checked': 0} | (
@@ -315,7 +317,7 @@ class Base(PoolColumns):
       tolerance=self.columns.tolerance,
     )
 
-  def _promise(self, split: str) -> splits.Promise:
+  def _promise(self, split: str) -> splits.AlignmentClaim:
     block, seed = self.x.config.splits[split], blocks.seeds(self.x.config, split)[0]
     k = block.k if block.rule == 'k_aligned' else 0
     rows = np.load(workdir.rows_path(self.x, split, seed), mmap_mode='r')  # all splits are held
@@ -323,7 +325,7 @@ class Base(PoolColumns):
     slack = products.counts(self.x.workdir, self.x.graph.rows(split, seed).name).get(
       'slack', block.slack
     )
-    return splits.Promise(
+    return splits.AlignmentClaim(
       tuple(block.benchmarks),
       rows,
       blocks.appends_anchor(self.x.config, split),
@@ -332,7 +334,7 @@ class Base(PoolColumns):
     )
 
 
-def _refuse(split: str, checks: dict[str, dict]) -> None:
+def _raise_if_not_aligned(split: str, checks: dict[str, dict]) -> None:
   """Raises InputError if a checked query has a nearer neighbour in the split than in the anchor."""
   for benchmark, figures in checks.items():
     if figures.get('failures'):

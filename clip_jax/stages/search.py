@@ -70,7 +70,7 @@ def search_shards(x: Experiment, todo: list[Product]) -> Made:
     )
   wanted: dict[int, list[Product]] = {}
   for product in todo:
-    wanted.setdefault(product.of[1], []).append(product)
+    wanted.setdefault(product.subject[1], []).append(product)
   present = len(pool.starts) - 1 - len(wanted)
   if present:
     logging.info(
@@ -82,19 +82,19 @@ def search_shards(x: Experiment, todo: list[Product]) -> Made:
   joined = {}  # names of targets -> their queries, which go to the device once
   with progress.Bar(total=total, desc=f'search{x.suffix}', unit='row') as bar:
     for shard in sorted(wanted):
-      targets = [target_of(x, product.of[0]) for product in wanted[shard]]
+      targets = [target_of(x, product.subject[0]) for product in wanted[shard]]
       names = tuple(target.name for target in targets)
       if names not in joined:
-        joined[names] = join(targets)
+        joined[names] = join_targets(targets)
       results = search_one(x, pool, shard, targets, joined[names])
       for product in wanted[shard]:
-        arrays = results[product.of[0]]
+        arrays = results[product.subject[0]]
         files.write_npz(x.path(product.name + '.npz'), **arrays)
         yield product, [product.name + '.npz'], {'rows': len(arrays['similarity'])}
       bar.update(int(pool.starts[shard + 1] - pool.starts[shard]))
-  searched = {product.of[0] for product in todo} - {ANCHOR_CLASSES}
+  searched = {product.subject[0] for product in todo} - {ANCHOR_CLASSES}
   counted = [
-    progress.counted(len(searched & set(group)), noun)
+    progress.count_with_noun(len(searched & set(group)), noun)
     for noun, group in (('benchmark', x.config.benchmarks), ('reference', x.config.references))
     if searched & set(group)
   ]
@@ -102,7 +102,7 @@ def search_shards(x: Experiment, todo: list[Product]) -> Made:
     logging.DEBUG if x.embedder else logging.INFO,
     'search%s: %s against %s queries of %s.',
     x.suffix,
-    progress.counted(total, 'pool row'),
+    progress.count_with_noun(total, 'pool row'),
     f'{sum(len(target_of(x, name).ids) for name in searched):,}',
     ' and '.join(counted) or "the anchor's classes",
   )
@@ -110,7 +110,7 @@ def search_shards(x: Experiment, todo: list[Product]) -> Made:
 
 def target_of(x: Experiment, name: str) -> Target:
   """Returns a target, which is opened once."""
-  return x.once(f'target {name}', lambda: open_target(x, name))
+  return x.cached(f'target {name}', lambda: open_target(x, name))
 
 
 def open_target(x: Experiment, name: str) -> Target:
@@ -166,7 +166,7 @@ def class_means(anchor, labels: Array) -> tuple[Array, Array]:
   return np.stack(means).astype(np.float16), classes.astype(np.int32)
 
 
-def join(targets: list[Target]) -> exact.Queries:
+def join_targets(targets: list[Target]) -> exact.Queries:
   """Concatenates the usable queries of several targets for one pass."""
   segments, start = [], 0
   for target in targets:
@@ -228,7 +228,7 @@ def merge_queries(x: Experiment, todo: list[Product]) -> Made:
   """Merges the shards' top-k lists of every query; unusable queries hold NaN and -1."""
   pool = workdir.embeddings(x, POOL)
   for product in todo:
-    target = target_of(x, product.of[0])
+    target = target_of(x, product.subject[0])
     merged = []
     for shard in range(len(pool.starts) - 1):
       similarity, row = workdir.search_arrays(x, target.name, shard, ['top_similarity', 'top_row'])
@@ -300,7 +300,7 @@ def _recall(x: Experiment, target: Target, pool) -> float | None:
 
 def anchor_lists(x: Experiment, todo: list[Product]) -> Made:
   """Writes the exact similarity and the row of each query's k nearest anchor images, [Q, k]."""
-  (name, k), anchor = todo[0].of, workdir.embeddings(x, ANCHOR)
+  (name, k), anchor = todo[0].subject, workdir.embeddings(x, ANCHOR)
   if k > anchor.usable.sum():
     split = next(
       s for s, block in x.config.splits.items() if block.rule == 'k_aligned' and block.k == k
@@ -321,7 +321,7 @@ def anchor_lists(x: Experiment, todo: list[Product]) -> Made:
 
 def pairs(x: Experiment, todo: list[Product]) -> Made:
   """Writes for each shard the pairs of a query and a pool row nearer than its k-th anchor row."""
-  name, k, _ = todo[0].of
+  name, k, _ = todo[0].subject
   pool, queries = workdir.embeddings(x, POOL), workdir.embeddings(x, name)
   usable = np.flatnonzero(queries.usable)
   vectors = queries[:][usable]
@@ -331,7 +331,7 @@ def pairs(x: Experiment, todo: list[Product]) -> Made:
   lowest = cut.min() - decide.error_bound(pool.dim)  # rows below it are in no pair
   with progress.Bar(total=len(todo), desc=f'pairs of {name}, k={k}', unit='shard') as bar:
     for product in todo:
-      shard = product.of[2]
+      shard = product.subject[2]
       (similarity,) = workdir.search_arrays(x, name, shard, ['similarity'])
       part = pool.shard(shard)[0]
       rows = np.flatnonzero(similarity >= lowest)  # unusable rows hold -inf
@@ -367,13 +367,13 @@ def pairs(x: Experiment, todo: list[Product]) -> Made:
       bar.update()
 
 
-def _over(x: Experiment, name: str, rows: Array, excess: Array) -> Array:
+def _is_over_threshold(x: Experiment, name: str, rows: Array, excess: Array) -> Array:
   """Returns whether each pool row [m] is over a benchmark's threshold, decided exactly, [m] bool.
 
   excess: [m], their column; only values near 0 are computed again.
   """
   pool = workdir.embeddings(x, POOL)
-  return size_curves.over_zero(
+  return size_curves.is_over_zero(
     excess,
     decide.error_bound(pool.dim),
     lambda near: decide.exact_excess(pool.rows(rows[near]), *workdir.thresholds(x, name)),
@@ -383,12 +383,12 @@ def _over(x: Experiment, name: str, rows: Array, excess: Array) -> Array:
 def truncation(x: Experiment, todo: list[Product]) -> Made:
   """Counts the rows that the published top-k truncation misses, among all usable pool rows."""
   (product,) = todo
-  (name,) = product.of
+  (name,) = product.subject
   pool, top_k = workdir.embeddings(x, POOL), x.config.search.paper_top_k
   over = missed = 0
-  for rows in paper_compat.chunks(_over_rows(x, name)):
+  for rows in paper_compat.regroup_rows(_over_rows(x, name)):
     over += len(rows)
-    missed += paper_compat.missed(pool, rows, *workdir.thresholds(x, name), top_k)
+    missed += paper_compat.count_missed(pool, rows, *workdir.thresholds(x, name), top_k)
   about = {'top_k': top_k, 'chunk_rows': paper_compat.CHUNK_ROWS, 'over': over, 'missed': missed}
   files.write_json(x.path(product.name + '.json'), about)
   yield product, [product.name + '.json'], about
@@ -400,13 +400,13 @@ def _over_rows(x: Experiment, name: str) -> Iterator[tuple[Array, int]]:
   for shard, start, stop in workdir.shard_slices(pool.starts):
     (excess,) = workdir.search_arrays(x, name, shard, ['excess'])
     rows = np.flatnonzero(excess >= -decide.error_bound(pool.dim))
-    yield start + rows[_over(x, name, start + rows, excess[rows])], stop
+    yield start + rows[_is_over_threshold(x, name, start + rows, excess[rows])], stop
 
 
 def sizes(x: Experiment, todo: list[Product]) -> Made:
   """Counts the candidates over each threshold, for each benchmark and for all together."""
   names = list(x.config.benchmarks)
-  counted = size_curves.count(_candidate_parts(x, names), len(names))
+  counted = size_curves.count_candidates(_candidate_parts(x, names), len(names))
   files.write_npz(
     x.path(todo[0].name + '.npz'),
     benchmarks=np.array(names),
@@ -429,7 +429,7 @@ def _candidate_parts(x: Experiment, names: list[str]):
     read = [workdir.search_arrays(x, name, shard, ['similarity', 'excess']) for name in names]
     similarity, excess = (np.stack([one[column][rows] for one in read]) for column in (0, 1))
     dropped = (
-      [_over(x, name, start + rows, one) for name, one in zip(names, excess)]
+      [_is_over_threshold(x, name, start + rows, one) for name, one in zip(names, excess)]
       if has_anchor
       else None
     )
@@ -445,7 +445,7 @@ def summarize(x: Experiment, new_products: list[Product]) -> None:
   config = x.config
   if (
     config.dedup.enabled
-    and products.read_sidecar(x.workdir, x.graph.marks().name) is None
+    and products.read_sidecar(x.workdir, x.graph.dedup_marks().name) is None
     and config.benchmarks
   ):
     logging.info(
@@ -465,13 +465,15 @@ def summarize(x: Experiment, new_products: list[Product]) -> None:
       logging.DEBUG if config.splits else logging.INFO,
       'search: queries with a duplicate in the pool (similarity %g or more): %s.',
       blocks.duplicate_similarity(config),
-      _list([(share, f'{b} {100 * share:.3g} % ({exact:,} exact)') for share, b, exact in shares]),
+      _join_texts(
+        [(share, f'{b} {100 * share:.3g} % ({exact:,} exact)') for share, b, exact in shares]
+      ),
     )
   if (
     config.benchmarks
     and config.search.backend == 'exact'
     and blocks.has_anchor(config)
-    and products.status(x.workdir, x.graph.sizes()) == 'fits'
+    and products.status(x.workdir, x.graph.threshold_counts()) == 'fits'
   ):
     _log_sizes(x)
   if following := next_command(config):
@@ -487,14 +489,16 @@ def _log_sizes(x: Experiment) -> None:
     names.append('any')
   logging.debug(
     'gap-aligned would drop, of %s: %s (%.3g %%).',
-    progress.counted(candidates, 'candidate'),
-    _list([(n, f'{name} {n:,}') for name, n in zip(names, dropped.tolist())], last=len(names) > 1),
+    progress.count_with_noun(candidates, 'candidate'),
+    _join_texts(
+      [(n, f'{name} {n:,}') for name, n in zip(names, dropped.tolist())], last=len(names) > 1
+    ),
     100 * dropped[-1] / max(candidates, 1),
   )
   logging.debug(
     'gap-aligned with a slack of %g / %g would drop: %s.',
     *SLACKS,
-    _list(
+    _join_texts(
       [
         (n, f'{name} {one[at[0]]:,} / {one[at[1]]:,}')
         for name, n, one in zip(names, dropped.tolist(), counted['excess_over'])
@@ -504,7 +508,7 @@ def _log_sizes(x: Experiment) -> None:
   )
 
 
-def _list(items: list[tuple[float, str]], last: bool = False) -> str:
+def _join_texts(items: list[tuple[float, str]], last: bool = False) -> str:
   """Joins the texts of the LISTED highest values; with `last`, always includes the last text."""
   tail = [items[-1][1]] if last else []
   items = items[:-1] if last else items

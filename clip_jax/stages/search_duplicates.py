@@ -49,7 +49,7 @@ def write(x: Experiment, todo: list[Product]) -> Made:
   """Writes the list of each benchmark in `todo`."""
   pool, similarity = workdir.embeddings(x, POOL), blocks.duplicate_similarity(x.config)
   for product in todo:
-    (name,) = product.of
+    (name,) = product.subject
     queries = workdir.embeddings(x, name)
     query, row, cosine = _pairs(x, name, queries, similarity)
     evidence = _evidence(x, name, queries, pool, query, row, cosine)
@@ -161,7 +161,7 @@ def _evidence(
       'search %s: %s near-duplicates could not be opened; equal vectors decide whether they are '
       'exact.',
       name,
-      progress.counted(lost, 'image'),
+      progress.count_with_noun(lost, 'image'),
     )
   return evidence
 
@@ -188,7 +188,7 @@ def _digests(source, rows: Array) -> dict[int, tuple[bytes, bytes] | None]:
 def _images(source, rows: list[int]) -> Iterator[tuple[int, bytes | None]]:
   """Yields (row, its image file); None for an image that is not in its place any more."""
   try:
-    yield from ((row, sample['image']) for row, sample in zip(rows, source.many(rows)))
+    yield from ((row, sample['image']) for row, sample in zip(rows, source.read_samples(rows)))
   except InputError:
     for row in rows:
       try:

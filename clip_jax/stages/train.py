@@ -26,7 +26,7 @@ def check(x: Experiment, todo: list[Product], number: int) -> None:
   number: all runs of this command, finished or in `todo`.
   """
   batch_size = x.config.train.batch_size
-  for split, seed in (product.of for product in todo):
+  for split, seed in (product.subject for product in todo):
     size = len(np.load(workdir.rows_path(x, split, seed), mmap_mode='r'))
     if size < batch_size:
       raise InputError(
@@ -45,7 +45,7 @@ def _advise(x: Experiment) -> None:
   """
   slow = sum(
     file.size
-    for name in blocks.trained(x.config)
+    for name in blocks.base_datasets(x.config)
     for shard in x.graph.shards(name)
     for file in shard.files
     if shard.block.format == 'parquet' or '://' in file.path
@@ -61,14 +61,18 @@ def _advise(x: Experiment) -> None:
 def train(x: Experiment, todo: list[Product]) -> Made:
   """Trains one run."""
   (product,) = todo
-  split, seed = product.of
+  split, seed = product.subject
   t, folder = x.config.train, workdir.run_folder(split, seed)
-  every = [run.of for run in x.graph.of('train')]
+  every = [run.subject for run in x.graph.stage_products('train')]
   logging.info(
-    'train: run %d of %d, %s with seed %d.', every.index(product.of) + 1, len(every), split, seed
+    'train: run %d of %d, %s with seed %d.',
+    every.index(product.subject) + 1,
+    len(every),
+    split,
+    seed,
   )
   data = views.Subset(
-    x.once('decoded base set', lambda: _base(x)), workdir.rows_path(x, split, seed)
+    x.cached('decoded base set', lambda: _base(x)), workdir.rows_path(x, split, seed)
   )
   size = len(data)
   if blocks.holds_planted(x.config, split):

@@ -1,7 +1,7 @@
 """De-duplication audit (dedup.audit_rows): measures the duplicates that clustering misses.
 
-De-duplication compares rows of one cluster only; the audit compares sampled rows with all rows (see
-similarity/missed_duplicates.py).
+De-duplication compares rows of one cluster only; this audit compares sampled rows with all rows
+(see similarity/missed_duplicates.py).
 In: the pool's embeddings for de-duplication, its marks and centres.
 Out: WORKDIR/dedup/audit.json, which the page shows in the section on duplicates.
 """
@@ -21,7 +21,7 @@ from clip_jax.experiment.graph import Graph
 
 
 def products(graph: Graph) -> dict[str, list[Product]]:
-  """Adds the audit to the stage dedup if config.dedup.audit_rows is set."""
+  """Adds the de-duplication audit to the stage dedup if config.dedup.audit_rows is set."""
   config = graph.config
   if not config.dedup.enabled or not config.dedup.audit_rows:
     return {}
@@ -30,19 +30,19 @@ def products(graph: Graph) -> dict[str, list[Product]]:
       Product(
         'dedup/audit',
         'dedup audit',
-        keys=blocks.pick(config, ['dedup.audit_rows']),
-        inputs=(graph.marks(),),
+        keys=blocks.pick_keys(config, ['dedup.audit_rows']),
+        inputs=(graph.dedup_marks(),),
         is_cheap=True,
       )
     ]
   }
 
 
-def audit(x: Experiment, todo: list[Product]) -> Made:
+def compare_sample(x: Experiment, todo: list[Product]) -> Made:
   """Compares sampled rows with all rows and with the rows of their cluster."""
   from clip_jax.similarity import missed_duplicates  # imports JAX and SciPy
 
-  d, pool = x.config.dedup, workdir.embeddings(x.under(x.config.dedup.embedder), POOL)
+  d, pool = x.config.dedup, workdir.embeddings(x.with_embedder(x.config.dedup.embedder), POOL)
   usable, centers = pool.usable & ~workdir.in_anchor(x), np.load(x.path('dedup', 'centers.npy'))
   sample = np.sort(
     np.random.default_rng((d.seed, 2)).choice(
@@ -50,7 +50,7 @@ def audit(x: Experiment, todo: list[Product]) -> Made:
     )
   )
   priority = np.load(x.path('dedup', 'priority.npy')) if d.survivor != 'first' else None
-  with progress.Bar(total=int(usable.sum()), desc='audit', unit='row') as bar:
+  with progress.Bar(total=int(usable.sum()), desc='dedup audit', unit='row') as bar:
     result = missed_duplicates.measure(
       pool,
       usable,
@@ -62,7 +62,7 @@ def audit(x: Experiment, todo: list[Product]) -> Made:
       on_rows=bar.update,
     )
   by_clusters = [
-    {key: _number(value) for key, value in vars(each).items()} for each in result.clusterings
+    {key: _nan_to_none(value) for key, value in vars(each).items()} for each in result.clusterings
   ]
   files.write_json(
     x.path('dedup', 'audit.json'),
@@ -86,7 +86,7 @@ def audit(x: Experiment, todo: list[Product]) -> Made:
   yield (
     todo[0],
     ['dedup/audit.json'],
-    {'rows': len(sample), 'pairs': result.pairs, 'recall': _number(own.recall)},
+    {'rows': len(sample), 'pairs': result.pairs, 'recall': _nan_to_none(own.recall)},
   )
   if result.pairs:
     logging.info(
@@ -126,7 +126,7 @@ def _fewer_clusters(x: Experiment, pool, sample: Array, most: int) -> list[Array
       initial_similarity=d.initial_similarity,
       min_change=d.min_change,
       max_iterations=d.max_iterations,
-      name="the audit's sample of the pool",
+      name='the pool rows sampled for the de-duplication audit',
     )
     if len(fit.centers) < clusters:
       break  # the sample has too few dissimilar rows for more clusters
@@ -135,13 +135,13 @@ def _fewer_clusters(x: Experiment, pool, sample: Array, most: int) -> list[Array
   return centers
 
 
-def _number(value: float) -> float | None:
+def _nan_to_none(value: float) -> float | None:
   """Returns a number for JSON, None for NaN."""
   return None if math.isnan(value) else value
 
 
 def section(_) -> None:
-  """Returns no section, because the section on duplicates shows the audit."""
+  """Returns no section, because the section on duplicates shows the results."""
 
 
-MAKERS = {'dedup audit': audit}
+MAKERS = {'dedup audit': compare_sample}

@@ -39,7 +39,9 @@ def products(graph: Graph) -> dict[str, list[Product]]:
   config, name = graph.config, graph.config.planted.benchmark
   if not name:
     return {}
-  keys = blocks.pick(config, ['dedup.threshold', 'dedup.embedder', 'prune.duplicate_similarity'])
+  keys = blocks.pick_keys(
+    config, ['dedup.threshold', 'dedup.embedder', 'prune.duplicate_similarity']
+  )
   return {
     'search': [
       Product(
@@ -127,13 +129,13 @@ def _nearest_in_pool(x: Experiment, vectors: Array, copied: Array) -> Array:
 
 def banner(facts: 'Facts') -> str:
   """Returns the warning that training data contains planted test images; '' if there are none."""
-  control = facts.x.once('planted control', lambda: control_of(facts))
+  control = facts.x.cached('planted control', lambda: control_of(facts))
   return planted_copies.banner(control) if control else ''
 
 
 def section(facts: 'Facts') -> tuple[str, str, str, list] | None:
   """Returns the section on the copies' effect and their similarity for each embedder."""
-  control = facts.x.once('planted control', lambda: control_of(facts))
+  control = facts.x.cached('planted control', lambda: control_of(facts))
   return (
     ('planted', 'Planted copies of test images', 'Planted', planted_copies.blocks_of(control))
     if control

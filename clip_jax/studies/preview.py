@@ -40,12 +40,12 @@ def products(graph: Graph) -> dict[str, list[Product]]:
   config, embedder = graph.config, graph.config.prune.preview
   if not embedder:
     return {}
-  keys = blocks.pick(
+  keys = blocks.pick_keys(
     config, ['prune.preview', *(f'benchmarks.{name}.class_mask' for name in config.benchmarks)]
   )
   features = [
     part
-    for name in (*blocks.trained(config), *config.benchmarks)
+    for name in (*blocks.base_datasets(config), *config.benchmarks)
     for part in graph.embeddings(name, embedder)
   ]
   return {
@@ -69,11 +69,11 @@ def preview_splits(x: Experiment, todo: list[Product]) -> Made:
   features = _Features(x)
   rows = {
     split: np.load(workdir.rows_path(x, split, blocks.seeds(x.config, split)[0]), mmap_mode='r')
-    for (split,) in (product.of for product in todo)
+    for (split,) in (product.subject for product in todo)
   }
   with progress.Bar(total=sum(map(len, rows.values())), desc='preview', unit='row') as bar:
     for product in todo:
-      (split,) = product.of
+      (split,) = product.subject
       about = features.preview_of(rows[split], bar.update)
       files.write_json(x.path(f'{product.name}.json'), about)
       yield product, [f'{product.name}.json'], {}
@@ -96,7 +96,7 @@ class _Features:
   """The features and classes of the base set and of the benchmarks, opened once for all splits."""
 
   def __init__(self, x: Experiment):
-    config, view = x.config, x.under(x.config.prune.preview)
+    config, view = x.config, x.with_embedder(x.config.prune.preview)
     self._x, self._base = x, workdir.base_rows(x)
     self._vectors = {
       name: workdir.embeddings(view, name) for name in (*self._base.names, *config.benchmarks)
@@ -118,7 +118,7 @@ class _Features:
     )  # [rows of the base set] int32
     labelled = np.flatnonzero(self._class >= 0)
     if PLANTED in self._base.names:
-      labelled = labelled[labelled < self._base.starts[-2]]
+      labelled = labelled[labelled < self._base.dataset_starts[-2]]
     if not len(labelled):
       raise InputError(
         'No row of the pool or the anchor has a class, by label or by caption, so prune.preview '
@@ -161,7 +161,9 @@ class _Features:
     """Yields the features [b, E] float16 and classes [b] of sorted, labelled base set rows."""
     for start in range(0, len(rows), ROWS_AT_ONCE):
       part = rows[start : start + ROWS_AT_ONCE]
-      vectors = [self._vectors[name].rows(own) for name, own in self._base.own(part).items()]
+      vectors = [
+        self._vectors[name].rows(own) for name, own in self._base.rows_by_dataset(part).items()
+      ]
       yield np.concatenate(vectors), self._class[part]
 
   def preview_of(self, rows: Array, on_rows: Callable[[int], None]) -> dict:
@@ -244,7 +246,7 @@ def section(facts: 'Facts') -> tuple[str, str, str, list] | None:
   ]
   missing = [split for split in config.splits if split not in previews]
   if previews and missing:
-    page_blocks.append(Text(f'Splits without a preview: {tables.listed(missing)}.', 'muted'))
+    page_blocks.append(Text(f'Splits without a preview: {tables.join_names(missing)}.', 'muted'))
   return 'preview', second_looks.PREVIEW_TITLE, 'Preview', page_blocks
 
 

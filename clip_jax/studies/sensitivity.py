@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 INTERVAL = '95 % (Wilson), assuming that the rows that either removes are independent draws'
 
 
-def compared(config: Config) -> list[str]:
+def compared_splits(config: Config) -> list[str]:
   """Returns the splits that are compared.
 
   Doses other than 1 are not: they remove a multiple of the aligned count, which under another
@@ -44,7 +44,7 @@ def compared(config: Config) -> list[str]:
 
 def products(graph: Graph) -> dict[str, list[Product]]:
   """Adds the comparison of all splits to the stage prune, if a split can be compared."""
-  config, splits = graph.config, compared(graph.config)
+  config, splits = graph.config, compared_splits(graph.config)
   if not config.prune.sensitivity or not splits:
     return {}
   benchmarks = sorted({name for split in splits for name in config.splits[split].benchmarks})
@@ -60,7 +60,7 @@ def products(graph: Graph) -> dict[str, list[Product]]:
       Product(
         'splits/sensitivity',
         'sensitivity',
-        keys=blocks.pick(config, ['prune.sensitivity']),
+        keys=blocks.pick_keys(config, ['prune.sensitivity']),
         inputs=(*rows, *searches),
         is_cheap=True,
       )
@@ -72,10 +72,10 @@ def compare(x: Experiment, todo: list[Product]) -> Made:
   """Compares the rows that the splits' rules remove under the main and the further embedders."""
   from clip_jax.stages.prune_columns import PoolColumns  # imports JAX
 
-  splits: dict[str, list[dict]] = {split: [] for split in compared(x.config)}
+  splits: dict[str, list[dict]] = {split: [] for split in compared_splits(x.config)}
   main = PoolColumns(x).columns
   for embedder in x.config.prune.sensitivity:
-    other = PoolColumns(x.under(embedder), main.candidates).columns
+    other = PoolColumns(x.with_embedder(embedder), main.candidates).columns
     for split, lines in splits.items():
       lines.append({'embedder': embedder, **_agreement(x, split, main, other)})
   files.write_json(
@@ -167,7 +167,7 @@ def section(facts: 'Facts') -> tuple[str, str, str, list] | None:
   }
   if splits:
     page_blocks = second_looks.sensitivity_blocks(splits, galleries)
-  elif compared(config):
+  elif compared_splits(config):
     page_blocks = [
       facts.missing('The splits have not been compared with those of other embedders.', 'prune')
     ]

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import optax
 
 
-def decays(params: dict) -> dict:
+def has_weight_decay(params: dict) -> dict:
   """Returns which parameters have weight decay: True for arrays of two or more axes.
 
   As open_clip, it excludes arrays with fewer than two axes, and those with 'bn', 'ln', 'bias' or
@@ -32,7 +32,7 @@ def adamw(
   """
   return optax.chain(
     optax.scale_by_adam(b1=beta1, b2=beta2, eps=eps),
-    optax.add_decayed_weights(weight_decay, mask=decays),
+    optax.add_decayed_weights(weight_decay, mask=has_weight_decay),
   )
 
 

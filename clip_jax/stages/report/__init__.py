@@ -20,10 +20,9 @@ from clip_jax.evaluation import answer
 from clip_jax.evaluation.statistics import Estimate
 from clip_jax.experiment import blocks
 from clip_jax.experiment.experiment import Experiment
-from clip_jax.reporting import page, pool_audit, svg, tables
-from clip_jax.reporting import sections as sections_lib
+from clip_jax.reporting import benchmark_overlap, page, sections, svg, tables
 from clip_jax.reporting.page import Section
-from clip_jax.stages.report import audit, contrasts, leaks, removed, sections
+from clip_jax.stages.report import contrasts, leaks, pool_sections, removed_rows, run_sections
 from clip_jax.stages.report.facts import Facts, read
 from clip_jax.stages.report.panels import Accuracies
 
@@ -66,7 +65,7 @@ def compose(facts: Facts, studies: Sequence[ModuleType] = ()) -> tuple[str, str,
   """
   items = contrasts.comparisons(facts)
   accuracies, without_leaked = map(
-    contrasts.accuracies, (facts.results, facts.results.without(facts.leaked))
+    contrasts.accuracies, (facts.results, facts.results.without_leaked(facts.leaked))
   )
   rows = _sections(
     facts, items, accuracies, without_leaked, [study.section(facts) for study in studies]
@@ -79,13 +78,15 @@ def compose(facts: Facts, studies: Sequence[ModuleType] = ()) -> tuple[str, str,
   html = page.render(
     title=_title(facts.config),
     name=f'clip_jax report \u00b7 {os.path.basename(facts.x.workdir.rstrip("/"))}',
-    question=sections_lib.QUESTION if blocks.runs(facts.config) else pool_audit.QUESTION,
+    question=sections.QUESTION
+    if blocks.runs_to_train(facts.config)
+    else benchmark_overlap.QUESTION,
     answer=sentence,
     warning=banner,
     state=facts.state,
     sections=shown,
     footer=(
-      f'The experiment follows {sections_lib.PAPER}. Values in tables/*.csv are proportions (0 to '
+      f'The experiment follows {sections.PAPER}. Values in tables/*.csv are proportions (0 to '
       '1), not percent.'
     ),
   )
@@ -101,44 +102,51 @@ def _sections(
 ) -> list[tuple[str, str, str, list]]:
   """Returns (name, title, short title, blocks) of every section, in the order of the page."""
   has_anchor = blocks.has_anchor(facts.config)
-  is_asked = contrasts.aligned(facts.config) and blocks.runs(facts.config)
+  is_asked = contrasts.aligned(facts.config) and blocks.runs_to_train(facts.config)
   rows = [
     (
       'answer',
       'The answer',
       'Answer',
-      sections.answer(facts, items, accuracies) if is_asked else [],
+      run_sections.answer(facts, items, accuracies) if is_asked else [],
     ),
     (
       'accuracy',
       'Zero-shot accuracy by split',
       'Accuracy',
-      sections.accuracy(facts, accuracies, without_leaked),
+      run_sections.accuracy(facts, accuracies, without_leaked),
     ),
     (
       'comparisons',
       'Aligned splits against their controls',
       'Comparisons',
-      sections.comparisons(facts, items) if is_asked else [],
+      run_sections.comparisons(facts, items) if is_asked else [],
     ),
-    ('bins', 'Accuracy by nearest-neighbour similarity', 'By similarity', sections.bins(facts)),
-    ('size', 'Accuracy against split size', 'Size', sections.sizes(facts, accuracies)),
-    ('removed', 'Removed rows', 'Removed', removed.section(facts)),
+    ('bins', 'Accuracy by nearest-neighbour similarity', 'By similarity', run_sections.bins(facts)),
+    ('size', 'Accuracy against split size', 'Size', run_sections.sizes(facts, accuracies)),
+    ('removed', 'Removed rows', 'Removed', removed_rows.section(facts)),
     *filter(None, of_studies),
-    ('neighbours', 'Nearest neighbours', 'Neighbours', audit.neighbours(facts)),
+    ('neighbours', 'Nearest neighbours', 'Neighbours', pool_sections.neighbours(facts)),
     (
       'similarity',
       f'Nearest-neighbour similarity of the pool{" and the anchor" if has_anchor else ""}',
       'Similarity',
-      audit.similarity(facts),
+      pool_sections.similarity(facts),
     ),
-    ('before', 'Number of rows each rule would remove', 'Rule sizes', audit.before(facts)),
-    ('duplicates', 'Duplicates', 'Duplicates', audit.duplicates(facts)),
-    ('skipped', 'Skipped samples', 'Skipped', sections.skipped(facts)),
-    ('overlap', 'Overlap between splits', 'Overlap', sections.overlap(facts)),
-    ('provenance', 'Provenance', 'Provenance', sections.provenance(facts)),
+    (
+      'before',
+      'Number of rows each rule would remove',
+      'Rule sizes',
+      pool_sections.rule_sizes(facts),
+    ),
+    ('duplicates', 'Duplicates', 'Duplicates', pool_sections.duplicates(facts)),
+    ('skipped', 'Skipped samples', 'Skipped', run_sections.skipped(facts)),
+    ('overlap', 'Overlap between splits', 'Overlap', run_sections.overlap(facts)),
+    ('provenance', 'Provenance', 'Provenance', run_sections.provenance(facts)),
   ]
-  if not blocks.runs(facts.config):  # an audit's answer is its duplicates: show them first
+  if not blocks.runs_to_train(
+    facts.config
+  ):  # without training, the duplicates are the answer: show them first
     rows.sort(key=lambda row: row[0] != 'duplicates')
   return rows
 
@@ -147,11 +155,11 @@ def _title(config: Config) -> str:
   names = [
     b
     for b in config.benchmarks
-    if blocks.runs(config)
+    if blocks.runs_to_train(config)
     and any(b in config.splits[name].benchmarks for name in contrasts.aligned(config))
   ]
   return (
-    f'Does accuracy on {tables.listed(names)} come from similar training images?'
+    f'Does accuracy on {tables.join_names(names)} come from similar training images?'
     if names
     else 'How similar is the training pool to the benchmarks?'
   )
@@ -160,8 +168,8 @@ def _title(config: Config) -> str:
 def _answer(facts: Facts, items: Sequence[dict]) -> str:
   """Returns one sentence per aligned split and benchmark, or the reason why there is no answer."""
   config = facts.config
-  if not blocks.runs(config):
-    return audit.sentence(facts)
+  if not blocks.runs_to_train(config):
+    return pool_sections.sentence(facts)
   if not contrasts.aligned(config):
     return 'This config has no aligned split. It compares split sizes: see below.'
   if not items:
@@ -202,7 +210,7 @@ def _unfinished(facts: Facts, split: str, benchmark: str) -> list[str]:
 
 
 def _summary(facts: Facts, banner: str, sentence: str, accuracies: Accuracies) -> str:
-  """Returns the answer as terminal text, with the accuracies or, without any, the pool's audit."""
+  """Returns the answer as terminal text, with accuracies or, without any, the duplicates."""
   text = [banner, '', sentence] if banner else [sentence]
   if accuracies:
     text += [
@@ -212,7 +220,7 @@ def _summary(facts: Facts, banner: str, sentence: str, accuracies: Accuracies) -
       'over images for this checkpoint.',
     ]
   else:
-    for lines in (audit.summary(facts), _removed(facts)):
+    for lines in (pool_sections.summary_lines(facts), _removed(facts)):
       text += ['', *_columns(lines)] if lines else []
   return '\n'.join(text) + '\n'
 

@@ -26,7 +26,7 @@ def first_split(config: Config, rule: str) -> str | None:
 
 def aligned(config: Config) -> list[str]:
   """Returns the splits whose rule gives them the anchor's similarity gap."""
-  return [name for name in config.splits if blocks.rule_of(config, name).aligned]
+  return [name for name in config.splits if blocks.rule_of(config, name).is_aligned]
 
 
 def words_of(config: Config, split: str) -> str:
@@ -174,8 +174,8 @@ def compare(facts: Facts, split: str, benchmark: str) -> dict:
     'control_rule': control_rule,
     'mcnemar': [],
     'did_reason': '',
-    'share': _share(facts, key, base, 'base'),
-    'share_matched': _share(facts, key, control, control_rule),
+    'share': _explained_share(facts, key, base, 'base'),
+    'share_matched': _explained_share(facts, key, control, control_rule),
   }
   with_base = results.on_shared_seeds(key, (base, benchmark)) if base is not None else None
   if with_base is not None:
@@ -211,7 +211,7 @@ def difference(pair: Pair) -> Array:  # [S, Q]
   return first.astype(float) - second.astype(float)
 
 
-def _share(
+def _explained_share(
   facts: Facts, key: tuple[str, str], control: str | None, control_name: str
 ) -> causal.Share | None:
   """Returns the explained share on the seeds that all splits share; None if a split is missing.

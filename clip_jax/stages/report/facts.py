@@ -45,7 +45,7 @@ class Results:
     rows = [[self.seeds[key].index(seed) for seed in shared] for key in keys]
     return ([self.correct[key][r] for key, r in zip(keys, rows)], shared) if shared else None
 
-  def without(self, leaked: Mapping[str, Array]) -> 'Results':  # benchmark -> [Q] bool
+  def without_leaked(self, leaked: Mapping[str, Array]) -> 'Results':  # benchmark -> [Q] bool
     """Returns the results without leaked images, for benchmarks that have both kinds of images."""
     stays = {b: ~mask for b, mask in leaked.items() if mask.any() and not mask.all()}
     correct = {
@@ -116,7 +116,11 @@ class Facts:
   @functools.cached_property
   def state(self) -> list[tuple[str, str, bool]]:
     """(stage, its progress, is complete) of each stage, in order."""
-    config, sets, runs = self.config, list(blocks.datasets(self.config)), blocks.runs(self.config)
+    config, sets, runs = (
+      self.config,
+      list(blocks.datasets(self.config)),
+      blocks.runs_to_train(self.config),
+    )
     counts = {
       'ingest': (sum(workdir.is_ingested(self.x, name) for name in sets), len(sets), 'datasets'),
       'embed': (sum(workdir.is_embedded(self.x, name) for name in sets), len(sets), 'datasets'),
@@ -145,7 +149,7 @@ class Facts:
 
   def missing(self, sentence: str, stage: str) -> Missing:
     """Returns a block with the command that runs `stage` and the unfinished stages before it."""
-    flag = re.search(r'--config[= ](\S+)', workdir.times(self.x).get('command', ''))
+    flag = re.search(r'--config[= ](\S+)', workdir.stage_seconds(self.x).get('command', ''))
     earlier = list(STAGES)[: list(STAGES).index(stage)]
     unfinished = [name for name, _, is_done in self.state if not is_done and name in earlier]
     return Missing(
@@ -168,13 +172,13 @@ def read(x: Experiment) -> Facts:
     runs(x, counts),
     {name: about for name, about in splits.items() if about},
     searched,
-    workdir.sizes(x),
-    _near(x, searched),
+    workdir.threshold_counts(x),
+    _have_near_duplicates(x, searched),
     counts,
   )
 
 
-def _near(
+def _have_near_duplicates(
   x: Experiment, searched: Mapping[str, workdir.QueryResult]
 ) -> dict[tuple[str, str], Array]:
   """Returns masks of the queries with a near-duplicate in the pool and in the anchor.
@@ -216,7 +220,7 @@ def runs(x: Experiment, counts: Mapping[str, dict]) -> dict[tuple[str, int], Run
   """Returns every run that has begun; `counts` are those of the sidecars."""
   known = {
     (split, seed): _run(x, split, seed, counts.get(f'{workdir.run_folder(split, seed)}/run', {}))
-    for split, seed in blocks.runs(x.config)
+    for split, seed in blocks.runs_to_train(x.config)
   }
   return {key: run for key, run in known.items() if run is not None}
 

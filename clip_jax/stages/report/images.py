@@ -31,7 +31,7 @@ class Pictures:
       for name in datasets
     )
 
-  def without(self, *datasets: str) -> str:
+  def missing_images_sentence(self, *datasets: str) -> str:
     """Returns a sentence that names the datasets without images, or ''."""
     names = [name for name in datasets if workdir.is_ingested(self._x, name) and not self.has(name)]
     if not names:
@@ -40,8 +40,9 @@ class Pictures:
       f'{benchmark_dirs.flag(self._x.config, name, "images")}=DIR' for name in names
     )
     return (
-      f'No pictures: {tables.listed(names)} {"has" if len(names) == 1 else "have"} vectors only. '
-      f'To show images, pass {tables.listed(list(flags))}.'
+      f'No pictures: {tables.join_names(names)} '
+      f'{"has" if len(names) == 1 else "have"} vectors only. '
+      f'To show images, pass {tables.join_names(list(flags))}.'
     )
 
   def neighbours(self, benchmark: str, result: workdir.QueryResult) -> gallery.Gallery:

@@ -48,14 +48,16 @@ def answers(config: Config, accuracy: Accuracies, items: Sequence[dict]) -> list
   return lines
 
 
-def _known(value: float) -> float | None:
+def _finite_or_none(value: float) -> float | None:
   return value if np.isfinite(value) else None
 
 
 def _interval(estimate: Estimate) -> dict:
   """Returns low and high of a crossed interval; None for a range or a single seed."""
   is_crossed = estimate.method == 'crossed'
-  return {key: _known(getattr(estimate, key)) if is_crossed else None for key in ('low', 'high')}
+  return {
+    key: _finite_or_none(getattr(estimate, key)) if is_crossed else None for key in ('low', 'high')
+  }
 
 
 def by_similarity(facts: Facts) -> list[dict]:
@@ -89,8 +91,8 @@ def _series(base: str, bins: Sequence[similarity_bins.Bin]) -> list[dict]:
     {
       **head(b),
       'accuracy': b.accuracy,
-      'accuracy_low': _known(b.accuracy_low),
-      'accuracy_high': _known(b.accuracy_high),
+      'accuracy_low': _finite_or_none(b.accuracy_low),
+      'accuracy_high': _finite_or_none(b.accuracy_high),
     }
     for b in bins
   ]
@@ -113,7 +115,7 @@ def _series(base: str, bins: Sequence[similarity_bins.Bin]) -> list[dict]:
 def is_sized(config: Config, split: str) -> bool:
   """Returns whether a split is near- or far-pruned: of a given size, with selected rows."""
   rule = blocks.rule_of(config, split)
-  return rule.sized and rule.selects
+  return rule.has_size and rule.selects
 
 
 def by_size(facts: Facts, accuracy: Accuracies) -> list[dict]:
@@ -125,8 +127,8 @@ def by_size(facts: Facts, accuracy: Accuracies) -> list[dict]:
       name: {
         'size': about['pool_rows'],
         'accuracy': accuracy[name, benchmark].value,
-        'low': _known(accuracy[name, benchmark].low),
-        'high': _known(accuracy[name, benchmark].high),
+        'low': _finite_or_none(accuracy[name, benchmark].low),
+        'high': _finite_or_none(accuracy[name, benchmark].high),
       }
       for name, about in facts.splits.items()
       if (name, benchmark) in accuracy
@@ -134,7 +136,7 @@ def by_size(facts: Facts, accuracy: Accuracies) -> list[dict]:
     names = [
       name
       for name in points
-      if blocks.rule_of(config, name).sized
+      if blocks.rule_of(config, name).has_size
       and (not is_sized(config, name) or benchmark in config.splits[name].benchmarks)
     ]
     if any(is_sized(config, name) for name in names):

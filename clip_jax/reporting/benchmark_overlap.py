@@ -45,25 +45,27 @@ def sentence(
   drops: Rows,  # name, at_zero; () without an anchor
   candidates: int,
 ) -> str:
-  """Returns the answer of an audit: duplicates of each benchmark, and rows alignment would drop."""
+  """Returns the answer without splits: duplicates of each benchmark, rows alignment would drop."""
   known = [r for r in rates if r['pool'] is not None]
   if not known:
-    return 'No split is trained here: this is an audit of the pool. The pool is not searched yet.'
-  held = tables.listed(
+    return (
+      'This experiment trains no split; it only searches the pool. The pool is not searched yet.'
+    )
+  held = tables.join_names(
     [f'{tables.share(r["pool"].value)} of {r["benchmark"]}{_in_words(r["pool"])}' for r in known]
   )
   text = (
-    'No split is trained here: this is an audit of the pool. The pool has a near-duplicate '
+    'This experiment trains no split; it only searches the pool. The pool has a near-duplicate '
     f'(similarity at least {similarity:.4g}) of {held}.'
   )
   if drops and candidates:
     # The last entry is the union of all benchmarks, or the only benchmark.
     *each, last = [(d['name'], d['at_zero']) for d in drops]
-    counts = [f'{progress.counted(n, "row")} for {name}' for name, n in each or [last]]
+    counts = [f'{progress.count_with_noun(n, "row")} for {name}' for name, n in each or [last]]
     together = f', together {tables.number(last[1])} of' if each else ', of'
     text += (
-      f' Gap-aligned pruning would drop {tables.listed(counts)}{together} '
-      f'{tables.number(candidates)} candidates ({_part(last[1], candidates)}).'
+      f' Gap-aligned pruning would drop {tables.join_names(counts)}{together} '
+      f'{tables.number(candidates)} candidates ({_share_of(last[1], candidates)}).'
     )
   return text
 
@@ -73,7 +75,7 @@ def _in_words(e: Any) -> str:
   return f' (95 % interval {bounds.strip("[]").replace(", ", " to ")} %)' if bounds else ''
 
 
-def _part(count: int, of: int) -> str:
+def _share_of(count: int, of: int) -> str:
   return tables.share(count / max(of, 1))
 
 
@@ -87,16 +89,16 @@ def rate_blocks(
     return []
   near, exact = f'similarity \u2265 {similarity:.4g}', 'equal images or vectors'
   heads = {
-    'pool': tables.figure('near-duplicate in pool', near),
-    'exact_pool': tables.figure('exact duplicate in pool', exact),
-    'anchor': tables.figure('near-duplicate in anchor', near),
-    'exact_anchor': tables.figure('exact duplicate in anchor', exact),
+    'pool': tables.number_cell('near-duplicate in pool', near),
+    'exact_pool': tables.number_cell('exact duplicate in pool', exact),
+    'anchor': tables.number_cell('near-duplicate in anchor', near),
+    'exact_anchor': tables.number_cell('exact duplicate in anchor', exact),
   }
   keys = [key for key in heads if any(r[key] is not None for r in rates)]
   rows = tuple(
     (
       Cell(r['benchmark']),
-      tables.figure(tables.number(r['queries'])),
+      tables.number_cell(tables.number(r['queries'])),
       *(_rate(r[key], r['queries']) for key in keys),
     )
     for r in rates
@@ -110,7 +112,7 @@ def rate_blocks(
     Table(
       'duplicate_rates',
       'Share of queries with a duplicate',
-      (Cell('benchmark'), tables.figure('queries'), *(heads[key] for key in keys)),
+      (Cell('benchmark'), tables.number_cell('queries'), *(heads[key] for key in keys)),
       rows,
       (note,),
       tuple(_rate_record(r, similarity) for r in rates),
@@ -122,11 +124,11 @@ def rate_blocks(
 def _rate(rate: Any, queries: int) -> Cell:
   """Returns an estimate with its interval, or a count with its share."""
   if rate is None or not queries:
-    return tables.figure(tables.NOTHING)
+    return tables.number_cell(tables.NOTHING)
   count = lambda n: f'{tables.number(n)} of {tables.number(queries)}'
   if isinstance(rate, int):
-    return tables.figure(tables.share(rate / queries), count(rate))
-  return tables.figure(
+    return tables.number_cell(tables.share(rate / queries), count(rate))
+  return tables.number_cell(
     tables.share(rate.value),
     '\n'.join((tables.share_bounds(rate), count(round(rate.value * queries)))).strip(),
   )
@@ -150,7 +152,7 @@ def quantile_table(
   entries: Rows,  # name, anchor [Q] or None, pool [Q]: nearest-neighbour similarities
 ) -> Table:
   """Returns quantiles of the similarity of each benchmark's queries to their nearest image."""
-  heads = tables.heads('benchmark', 'queries', '5 %', 'median', '95 %', 'maximum')
+  heads = tables.column_heads('benchmark', 'queries', '5 %', 'median', '95 %', 'maximum')
   records = []
   for e, which in itertools.product(entries, ('pool', 'anchor')):
     values = np.zeros(0) if e[which] is None else e[which][np.isfinite(e[which])].astype(float)
@@ -167,8 +169,8 @@ def quantile_table(
   rows = tuple(
     (
       Cell(r['benchmark'], f'nearest {r["in"]} image'),
-      tables.figure(tables.number(r['queries'])),
-      *(tables.figure(tables.similarity(r[q])) for q in ('q05', 'median', 'q95', 'max')),
+      tables.number_cell(tables.number(r['queries'])),
+      *(tables.number_cell(tables.similarity(r[q])) for q in ('q05', 'median', 'q95', 'max')),
     )
     for r in records
   )
@@ -207,7 +209,7 @@ def slack_blocks(
 
 
 def _slack_table(slack: Array, lines: Rows, candidates: int) -> Table:
-  heads = tables.heads('slack', *map(tables.slack, SLACKS))
+  heads = tables.column_heads('slack', *map(tables.slack, SLACKS))
   counts = {
     line['name']: [
       int(line['at_zero'] if s == 0 else line['rows'][np.abs(slack - s).argmin()]) for s in SLACKS
@@ -218,7 +220,9 @@ def _slack_table(slack: Array, lines: Rows, candidates: int) -> Table:
     (
       Cell(name),
       *(
-        tables.figure(tables.number(n), _part(n, candidates), tone='strong' if s == 0 else '')
+        tables.number_cell(
+          tables.number(n), _share_of(n, candidates), tone='strong' if s == 0 else ''
+        )
         for s, n in zip(SLACKS, counts_at_slacks)
       ),
     )
@@ -268,7 +272,7 @@ def size_blocks(
 
 
 def _cut_table(cut: Array, lines: Rows, candidates: int) -> Table:
-  heads = tables.heads('share of candidates kept', *(f'{100 * s:g} %' for s in SHARES))
+  heads = tables.column_heads('share of candidates kept', *(f'{100 * s:g} %' for s in SHARES))
   words = {
     'near': 'near-pruned: removes rows above the threshold',
     'far': 'far-pruned: removes rows at or below the threshold',
@@ -280,7 +284,7 @@ def _cut_table(cut: Array, lines: Rows, candidates: int) -> Table:
     cuts[line['name'], 'near'] = [float(cut[1 - over >= s].min(initial=1.0)) for s in SHARES]
     cuts[line['name'], 'far'] = [float(cut[over >= s].max(initial=-1.0)) for s in SHARES]
   rows = tuple(
-    (Cell(name, words[rule]), *(tables.figure(tables.similarity(c)) for c in similarities))
+    (Cell(name, words[rule]), *(tables.number_cell(tables.similarity(c)) for c in similarities))
     for (name, rule), similarities in cuts.items()
   )
   records = tuple(
@@ -311,12 +315,12 @@ def paper_compat_blocks(
   rows = tuple(
     (
       Cell(r['benchmark']),
-      tables.figure(tables.number(r['over'])),
-      tables.figure(tables.number(r['missed']), _part(r['missed'], r['over'])),
+      tables.number_cell(tables.number(r['over'])),
+      tables.number_cell(tables.number(r['missed']), _share_of(r['missed'], r['over'])),
     )
     for r in benchmarks
   )
-  counts = tables.listed(
+  counts = tables.join_names(
     [
       f'{tables.number(r["missed"])} of {tables.number(r["over"])} for {r["benchmark"]}'
       for r in benchmarks
@@ -326,7 +330,7 @@ def paper_compat_blocks(
   table = Table(
     'paper_compat',
     '',
-    tables.heads('benchmark', 'rows over a threshold', 'kept by the published truncation'),
+    tables.column_heads('benchmark', 'rows over a threshold', 'kept by the published truncation'),
     rows,
     (),
     tuple(benchmarks),

@@ -1,11 +1,11 @@
-"""The audit of a pool: sentences, tables and cuts that hold the numbers they were given."""
+"""How much of a benchmark is in the pool: sentences, tables and cuts with the given numbers."""
 
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from clip_jax.reporting import pool_audit, svg
+from clip_jax.reporting import benchmark_overlap, svg
 
 EDGES = np.arange(-1000, 1001) / 1000
 
@@ -45,7 +45,7 @@ def drop(name, values):
     'name': name,
     'rows': rows,
     'at_zero': int(rows[1000]),
-    'together': name == pool_audit.TOGETHER,
+    'together': name == benchmark_overlap.TOGETHER,
   }
 
 
@@ -55,45 +55,45 @@ def table(blocks, name):
 
 
 def test_the_answer_has_the_rate_with_its_interval():
-  said = pool_audit.sentence([rate()], 0.876, [], 0)
+  said = benchmark_overlap.sentence([rate()], 0.876, [], 0)
   assert 'similarity at least 0.876) of 3.1 % of v2 (95 % interval 2.9 to 3.3 %).' in said
   assert 'would drop' not in said
-  small = pool_audit.sentence([rate(pool=estimate(0.0004, 0.0002, 0.0008))], 0.9, [], 0)
+  small = benchmark_overlap.sentence([rate(pool=estimate(0.0004, 0.0002, 0.0008))], 0.9, [], 0)
   assert '0.04 % of v2 (95 % interval 0.02 to 0.08 %)' in small
-  assert 'not searched yet' in pool_audit.sentence([rate(pool=None)], 0.9, [], 0)
+  assert 'not searched yet' in benchmark_overlap.sentence([rate(pool=None)], 0.9, [], 0)
 
 
 def test_the_answer_says_what_aligning_would_drop():
   drops = [
     drop('a', [0.1, 0.2, -0.1]),
     drop('b', [0.3, -0.1, -0.1]),
-    drop(pool_audit.TOGETHER, [0.3, 0.2, -0.1]),
+    drop(benchmark_overlap.TOGETHER, [0.3, 0.2, -0.1]),
   ]
-  said = pool_audit.sentence([rate()], 0.9, drops, 4)
+  said = benchmark_overlap.sentence([rate()], 0.9, drops, 4)
   assert 'would drop 2 rows for a and 1 row for b, together 2 of 4 candidates (50.0 %).' in said
-  assert 'would drop 2 rows for a, of 4 candidates' in pool_audit.sentence(
+  assert 'would drop 2 rows for a, of 4 candidates' in benchmark_overlap.sentence(
     [rate()], 0.9, drops[:1], 4
   )
 
 
 def test_rates_have_intervals_and_columns_that_are_known():
-  blocks = pool_audit.rate_blocks([rate()], 0.876)
+  blocks = benchmark_overlap.rate_blocks([rate()], 0.876)
   found = table(blocks, 'duplicate_rates')
   assert [cell.text for cell in found.rows[0]] == ['v2', '1,000', '3.1 %', '0.0 %']
   assert found.rows[0][2].detail == '[2.9, 3.3]\n31 of 1,000' and found.records[0]['pool'] == 31
   assert found.records[0]['pool_low'] == 0.029 and found.records[0]['similarity'] == 0.876
   with_anchor = table(
-    pool_audit.rate_blocks([rate(anchor=estimate(0.0, 0.0, 0.0038), exact_anchor=0)], 0.9),
+    benchmark_overlap.rate_blocks([rate(anchor=estimate(0.0, 0.0, 0.0038), exact_anchor=0)], 0.9),
     'duplicate_rates',
   )
   assert with_anchor.rows[0][4].text == '0.0 %' and with_anchor.rows[0][4].detail.startswith(
     '[0.00, 0.38]'
   )
-  assert pool_audit.rate_blocks([], 0.9) == []
+  assert benchmark_overlap.rate_blocks([], 0.9) == []
 
 
 def test_quantiles_are_those_of_the_finite_similarities():
-  found = pool_audit.quantile_table(
+  found = benchmark_overlap.quantile_table(
     [{'name': 'v2', 'anchor': None, 'pool': np.array([np.nan, *np.linspace(0, 1, 101), -np.inf])}]
   )
   assert [cell.text for cell in found.rows[0]] == ['v2', '101', '0.050', '0.500', '0.950', '1.000']
@@ -102,14 +102,16 @@ def test_quantiles_are_those_of_the_finite_similarities():
 
 def test_slacks_count_what_is_strictly_over():
   values = [0.01, 0.0099, -0.004, 0.2]
-  found = table(pool_audit.slack_blocks(EDGES, [drop('a', values)], 4), 'rows_by_slack')
+  found = table(benchmark_overlap.slack_blocks(EDGES, [drop('a', values)], 4), 'rows_by_slack')
   counts = {r['slack']: r['dropped'] for r in found.records}
-  assert counts == {s: sum(v > s for v in values) for s in pool_audit.SLACKS}
+  assert counts == {s: sum(v > s for v in values) for s in benchmark_overlap.SLACKS}
   assert found.rows[0][5].tone == 'strong' and found.rows[0][5].detail == '75.0 %'
 
 
 def test_nothing_over_any_threshold_is_drawn_too():
-  found = table(pool_audit.slack_blocks(EDGES, [drop('a', [-1.5, -1.5])], 2), 'rows_by_slack')
+  found = table(
+    benchmark_overlap.slack_blocks(EDGES, [drop('a', [-1.5, -1.5])], 2), 'rows_by_slack'
+  )
   assert {r['dropped'] for r in found.records} == {0}
 
 
@@ -117,7 +119,7 @@ def test_nothing_over_any_threshold_is_drawn_too():
 def test_cuts_keep_at_least_what_they_say(seed):
   values = np.random.default_rng(seed).uniform(0.2, 0.9, 400)
   line = {'name': 'a', 'over': over(values), 'together': False}
-  found = table(pool_audit.size_blocks(EDGES, [line], 400, LOOKS), 'cut_by_size')
+  found = table(benchmark_overlap.size_blocks(EDGES, [line], 400, LOOKS), 'cut_by_size')
   for r in found.records:
     kept = (values <= r['cut']).mean() if r['rule'] == 'near' else (values > r['cut']).mean()
     tighter = (
@@ -130,17 +132,19 @@ def test_cuts_keep_at_least_what_they_say(seed):
 
 def test_cuts_of_a_pool_that_is_all_copies_stay_in_range():
   line = {'name': 'a', 'over': over(np.full(10, 1.0005)), 'together': False}
-  found = table(pool_audit.size_blocks(EDGES, [line], 10, LOOKS), 'cut_by_size')
+  found = table(benchmark_overlap.size_blocks(EDGES, [line], 10, LOOKS), 'cut_by_size')
   assert {r['cut'] for r in found.records} == {1.0}
 
 
 def test_the_published_truncation_is_one_line_and_a_table_where_it_matters():
   one = {'benchmark': 'a', 'top_k': 20_000, 'chunk_rows': 1_000_000, 'over': 117, 'missed': 0}
-  (text,) = pool_audit.paper_compat_blocks([one])
+  (text,) = benchmark_overlap.paper_compat_blocks([one])
   assert 'the 20,000 nearest rows' in text.text and 'drop all 117 rows over' in text.text
-  text, details = pool_audit.paper_compat_blocks([one, {**one, 'benchmark': 'b', 'missed': 7}])
+  text, details = benchmark_overlap.paper_compat_blocks(
+    [one, {**one, 'benchmark': 'b', 'missed': 7}]
+  )
   assert (
     'rows over a threshold: 7 of 117 for b.' in text.text
     and details.blocks[0].rows[1][2].detail == '6.0 %'
   )
-  assert pool_audit.paper_compat_blocks([]) == []
+  assert benchmark_overlap.paper_compat_blocks([]) == []

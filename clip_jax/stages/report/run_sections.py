@@ -1,7 +1,7 @@
 """The report's sections on the runs, on skipped samples and on provenance, as page blocks.
 
-The sections on the pool are in audit.py, those on removed rows in removed.py. Each function returns
-the blocks of one section; for a missing result, a sentence and a command.
+The sections on the pool are in pool_sections.py, those on removed rows in removed_rows.py. Each
+function returns the blocks of one section; for a missing result, a sentence and a command.
 """
 
 from collections.abc import Sequence
@@ -41,7 +41,7 @@ def accuracy(facts: Facts, accuracies: Accuracies, without_leaked: Accuracies) -
   """Returns the accuracy tables of all splits and benchmarks."""
   config, label, leaked = facts.config, facts.results.label, facts.leaked
   if not accuracies:  # with an aligned split, the section "answer" says what is missing
-    is_late = blocks.runs(config) and not contrasts.aligned(config)
+    is_late = blocks.runs_to_train(config) and not contrasts.aligned(config)
     return [facts.missing('No split is evaluated yet.', 'evaluate')] if is_late else []
   benchmarks = [
     {'name': b, 'queries': len(label[b]), 'leaked': int(leaked[b].sum()) if b in leaked else None}
@@ -49,7 +49,9 @@ def accuracy(facts: Facts, accuracies: Accuracies, without_leaked: Accuracies) -
     if b in label
   ]
   rows = [_split_row(facts, name) for name in config.splits]
-  return sections.accuracy_blocks(rows, benchmarks, accuracies, without_leaked) + _late(facts)
+  return sections.accuracy_blocks(rows, benchmarks, accuracies, without_leaked) + _unfinished_runs(
+    facts
+  )
 
 
 def _split_row(facts: Facts, name: str) -> dict:
@@ -79,9 +81,9 @@ def _split_row(facts: Facts, name: str) -> dict:
   }
 
 
-def _late(facts: Facts) -> list:
+def _unfinished_runs(facts: Facts) -> list:
   """Returns the runs that are not evaluated yet, and the reasons for marks 'not converged'."""
-  runs, seeds, shown = blocks.runs(facts.config), facts.results.seeds, []
+  runs, seeds, shown = blocks.runs_to_train(facts.config), facts.results.seeds, []
   late = [
     f'{split}/seed{seed}'
     for split, seed in runs
@@ -151,7 +153,7 @@ def skipped(facts: Facts) -> list:
     {
       'name': name,
       'rows': len(workdir.source(facts.x, name)),
-      'skipped': workdir.skipped(facts.x, name),
+      'skipped': workdir.skipped_samples(facts.x, name),
       'unreadable': _unreadable(facts, name),
     }
     for name in datasets
@@ -203,7 +205,7 @@ def provenance(facts: Facts) -> list:
     }
     for (split, seed), run in facts.runs.items()
   ]
-  seconds = workdir.times(facts.x).get('seconds', {})
+  seconds = workdir.stage_seconds(facts.x).get('seconds', {})
   shown = inventory.provenance_blocks(
     _settings(facts),
     [{'stage': stage, 'seconds': seconds[stage]} for stage in STAGES if seconds.get(stage)],
@@ -225,7 +227,7 @@ def _settings(facts: Facts) -> list[tuple[str, str]]:
   """Returns (name, value) of the settings that a reader needs to judge the results."""
   config, t, m = facts.config, facts.config.train, facts.config.model
   settings = [
-    ('Command', workdir.times(facts.x).get('command') or 'missing in the log'),
+    ('Command', workdir.stage_seconds(facts.x).get('command') or 'missing in the log'),
     ('Work directory', facts.x.workdir),
     ('Embedder', _embedder(facts)),
     ('Search', f'{config.search.backend}, {config.search.top_k} neighbours per query'),
@@ -234,7 +236,7 @@ def _settings(facts: Facts) -> list[tuple[str, str]]:
       f'similarity over {1 - config.dedup.threshold:.4g}' if config.dedup.enabled else 'off',
     ),
   ]
-  if not blocks.runs(config):
+  if not blocks.runs_to_train(config):
     return settings
   budget = (
     f'{tables.number(t.samples)} samples for every split'

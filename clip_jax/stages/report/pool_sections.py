@@ -1,7 +1,7 @@
 """The report's sections on the pool alone: galleries, similarities, duplicates, rule sizes.
 
-In: results of the search and of de-duplication. These sections need no split; a config without
-splits (an audit) has no others.
+In: results of the search and of de-duplication. These sections need no split; the report of a
+search without training has no others.
 """
 
 import numpy as np
@@ -10,7 +10,7 @@ from clip_jax.core.types import Array
 from clip_jax.evaluation import statistics
 from clip_jax.experiment import blocks, workdir
 from clip_jax.experiment.blocks import ANCHOR, POOL
-from clip_jax.reporting import inventory, page, pool_audit, sections, tables
+from clip_jax.reporting import benchmark_overlap, inventory, page, sections, tables
 from clip_jax.reporting.page import Text
 from clip_jax.stages.report import leaks
 from clip_jax.stages.report.facts import Facts
@@ -19,12 +19,12 @@ from clip_jax.stages.report.panels import looks
 
 def sentence(facts: Facts) -> str:
   """Returns the answer of a config without splits: the share of each benchmark in the pool."""
-  return pool_audit.sentence(
+  return benchmark_overlap.sentence(
     _rates(facts), blocks.duplicate_similarity(facts.config), _drops(facts), _candidates(facts)
   )
 
 
-def summary(facts: Facts) -> list[list[str]]:
+def summary_lines(facts: Facts) -> list[list[str]]:
   """Returns lines of cells: each benchmark's duplicates, and the rows alignment would drop."""
   dropped = {drop['name']: drop['at_zero'] for drop in _drops(facts)}
   cell = lambda n: (
@@ -64,12 +64,12 @@ def neighbours(facts: Facts) -> list:
     )
     shown.insert(0, Text(f'{point} at an image to see its caption.', 'muted'))
   shown += [Text(f'{name}: {why}', 'warning') for name, why in pictures.lost.items()]
-  without = pictures.without(POOL, *([ANCHOR] if has_anchor else []), *searched)
+  without = pictures.missing_images_sentence(POOL, *([ANCHOR] if has_anchor else []), *searched)
   if without:
     shown.append(Text(without))
   late = [b for b in config.benchmarks if b not in searched]
   if late:
-    shown.append(facts.missing(f'Not searched yet: {tables.listed(late)}.', 'search'))
+    shown.append(facts.missing(f'Not searched yet: {tables.join_names(late)}.', 'search'))
   return shown
 
 
@@ -89,7 +89,7 @@ def similarity(facts: Facts) -> list:
   return shown or [facts.missing('The pool is not searched yet.', 'search')]
 
 
-def before(facts: Facts) -> list:
+def rule_sizes(facts: Facts) -> list:
   """Returns the number of rows that gap-aligned, near- and far-pruning would drop."""
   sizes = facts.sizes
   if sizes is None:
@@ -97,8 +97,8 @@ def before(facts: Facts) -> list:
   if sizes.has_excess:
     truncated = {b: workdir.truncation(facts.x, b) for b in facts.config.benchmarks}
     shown = [
-      *pool_audit.slack_blocks(sizes.edges, _drops(facts), _candidates(facts)),
-      *pool_audit.paper_compat_blocks(
+      *benchmark_overlap.slack_blocks(sizes.edges, _drops(facts), _candidates(facts)),
+      *benchmark_overlap.paper_compat_blocks(
         [{'benchmark': b, **counts} for b, counts in truncated.items() if counts]
       ),
     ]
@@ -110,7 +110,7 @@ def before(facts: Facts) -> list:
       )
     ]
   over = [{**line, 'over': counts} for line, counts in _lines(facts, sizes.similarity_over)]
-  return shown + pool_audit.size_blocks(sizes.edges, over, _candidates(facts), looks())
+  return shown + benchmark_overlap.size_blocks(sizes.edges, over, _candidates(facts), looks())
 
 
 def duplicates(facts: Facts) -> list:
@@ -123,7 +123,7 @@ def duplicates(facts: Facts) -> list:
   )
   rates = [{**rate, **_exact(facts, rate['benchmark'])} for rate in _rates(facts)]
   shown = [
-    *pool_audit.rate_blocks(rates, blocks.duplicate_similarity(facts.config)),
+    *benchmark_overlap.rate_blocks(rates, blocks.duplicate_similarity(facts.config)),
     *leaks.pairs(facts),
     *inventory.dedup_blocks(marked, _planted(facts), workdir.dedup_audit(facts.x)),
   ]
@@ -215,7 +215,7 @@ def _lines(facts: Facts, counts: Array) -> list[tuple[dict, Array]]:  # [G + 1, 
   names = facts.sizes.benchmarks.tolist()
   lines = [{'name': name, 'together': False} for name in names]
   if len(names) > 1:
-    lines.append({'name': pool_audit.TOGETHER, 'together': True})
+    lines.append({'name': benchmark_overlap.TOGETHER, 'together': True})
   return list(zip(lines, counts))
 
 

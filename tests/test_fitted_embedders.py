@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from clip_jax.models import embedders
+from clip_jax.models import fitted_embedders
 
 
 def images(n=300, size=16, seed=0):
@@ -18,7 +18,7 @@ FITS = [('pca', 10), ('hog', 10), ('hog', 0)]
 @pytest.fixture(scope='module', params=FITS, ids=lambda fit: f'{fit[0]}-{fit[1]}')
 def fitted(request):
   name, dim = request.param
-  fit, apply = embedders.EMBEDDERS[name]
+  fit, apply = fitted_embedders.EMBEDDERS[name]
   return fit(images(), dim), apply
 
 
@@ -42,8 +42,8 @@ def test_bits_do_not_depend_on_the_batch(fitted):
 
 def test_fits_are_deterministic(fitted):
   params, apply = fitted
-  if apply is embedders.apply_pca:
-    again = embedders.fit_pca(images(), 10)
+  if apply is fitted_embedders.apply_pca:
+    again = fitted_embedders.fit_pca(images(), 10)
     np.testing.assert_array_equal(again['components'], params['components'])
 
 
@@ -55,14 +55,14 @@ def test_a_constant_image_has_a_vector(fitted, value):
 
 
 def test_an_image_without_direction_gets_the_first_axis():
-  x = embedders._unit(np.zeros((1, 4), np.float32))
+  x = fitted_embedders._unit(np.zeros((1, 4), np.float32))
   np.testing.assert_array_equal(x, [[1, 0, 0, 0]])
 
 
 @pytest.mark.parametrize('n', [40, 300])  # fewer and more images than the 256 pixels
 def test_components_are_those_of_the_singular_values(n):
   batch = images(n, seed=3)
-  params = embedders.fit_pca(batch, 5)
+  params = fitted_embedders.fit_pca(batch, 5)
   gray = (batch @ np.array([0.299, 0.587, 0.114])).reshape(n, -1) / 255
   _, _, rows = np.linalg.svd(gray - gray.mean(0), full_matrices=False)
   np.testing.assert_allclose(params['mean'], gray.mean(0), atol=1e-5)
@@ -80,25 +80,25 @@ def gradient_image(angle, size=32):
 
 @pytest.mark.parametrize('angle, best', [(0, 0), (40, 2), (90, 4), (140, 7), (160, 8)])
 def test_a_ramp_votes_for_its_own_orientation(angle, best):
-  histogram = embedders._histograms(gradient_image(angle)).reshape(-1, 9).sum(0)
+  histogram = fitted_embedders._histograms(gradient_image(angle)).reshape(-1, 9).sum(0)
   assert abs(histogram.argmax() - best) <= 1
   assert histogram[best] + histogram[(best + 1) % 9] > 0.8 * histogram.sum()
 
 
 def test_orientation_has_no_sign_and_contrast_counts_little():
   image = gradient_image(30)
-  base, turned = embedders._histograms(image), embedders._histograms(255 - image)
+  base, turned = fitted_embedders._histograms(image), fitted_embedders._histograms(255 - image)
   np.testing.assert_allclose(base, turned, atol=0.02)
-  assert not embedders._histograms(np.full((1, 32, 32, 3), 77, np.uint8)).any()
+  assert not fitted_embedders._histograms(np.full((1, 32, 32, 3), 77, np.uint8)).any()
 
 
 def test_more_components_than_images_are_refused():
   with pytest.raises(ValueError, match='dim = 10 .* 5 images'):
-    embedders.fit_pca(images(5), 10)
+    fitted_embedders.fit_pca(images(5), 10)
 
 
 def test_wrong_shapes_and_types_are_refused():
   with pytest.raises(ValueError, match=r'\[3, 16, 8, 3\]'):
-    embedders.fit_pca(np.zeros((3, 16, 8, 3), np.uint8), 1)
+    fitted_embedders.fit_pca(np.zeros((3, 16, 8, 3), np.uint8), 1)
   with pytest.raises(ValueError, match='float32'):
-    embedders.fit_pca(np.zeros((3, 16, 16, 3), np.float32), 1)
+    fitted_embedders.fit_pca(np.zeros((3, 16, 16, 3), np.float32), 1)

@@ -1,5 +1,5 @@
-"""The arrows of the house: commands -> stages, studies -> experiment -> libraries -> core; and no
-circle of files.
+"""Imports go one way: commands -> stages, studies -> experiment -> libraries -> core; and no file
+imports itself through others.
 """
 
 import ast
@@ -21,7 +21,7 @@ RUNNERS = {f'clip_jax.stages.{name}' for name in ('pipeline', 'checkpoint', 'con
 # The experiment takes of the libraries their tables of options, and data's listing and opening of
 # files.
 TABLES = {
-  'clip_jax.models.embedders',
+  'clip_jax.models.fitted_embedders',
   'clip_jax.models.weights',
   'clip_jax.pruning.rules',
   'clip_jax.pruning.key_lists',
@@ -74,22 +74,23 @@ def imports(name: str) -> frozenset[str]:
   return frozenset(found & modules().keys())
 
 
-def room(name: str) -> str:
+def package_of(name: str) -> str:
   return name.split('.')[1] if '.' in name else ''
 
 
-def files_of(*rooms: str) -> list[str]:
-  return [name for name in modules() if room(name) in rooms]
+def files_of(*packages: str) -> list[str]:
+  return [name for name in modules() if package_of(name) in packages]
 
 
-def rooms(name: str) -> set[str]:
-  """Returns the rooms that a file imports, but for its own."""
-  return {room(other) for other in imports(name)} - {room(name)}
+def packages_imported(name: str) -> set[str]:
+  """Returns the packages that a file imports, without its own."""
+  return {package_of(other) for other in imports(name)} - {package_of(name)}
 
 
-def in_circles(edges: dict[str, frozenset[str]]) -> list[str]:
-  """Returns the files that lie on a circle, or between two: what is left without the ends of all
-  ways.
+def in_import_cycles(edges: dict[str, frozenset[str]]) -> list[str]:
+  """Returns the files in an import cycle, or on a path between two cycles.
+
+  Files without imports, and files that no file imports, are taken away until none is left.
   """
   left = dict(edges)
   while ends := [
@@ -102,48 +103,54 @@ def in_circles(edges: dict[str, frozenset[str]]) -> list[str]:
   return sorted(left)
 
 
-def test_circles_are_found():
-  way = {'a': frozenset('b'), 'b': frozenset('c'), 'c': frozenset(), 'd': frozenset('ac')}
-  assert in_circles(way) == [] and in_circles(way | {'c': frozenset('b')}) == ['b', 'c']
+def test_import_cycles_are_found():
+  edges = {'a': frozenset('b'), 'b': frozenset('c'), 'c': frozenset(), 'd': frozenset('ac')}
+  assert in_import_cycles(edges) == [] and in_import_cycles(edges | {'c': frozenset('b')}) == [
+    'b',
+    'c',
+  ]
 
 
-def test_no_circle_among_files():
-  assert len(modules()) > 100 and 'clip_jax.models.embedders' in imports(
+def test_no_import_cycle_among_files():
+  assert len(modules()) > 100 and 'clip_jax.models.fitted_embedders' in imports(
     'clip_jax.experiment.graph'
   )
-  assert in_circles({name: imports(name) for name in modules()}) == []
+  assert in_import_cycles({name: imports(name) for name in modules()}) == []
 
 
 @pytest.mark.parametrize('library', LIBRARIES)
 def test_libraries_import_core_only(library):
   for name in files_of(library):
-    assert rooms(name) <= {'core'}, name
+    assert packages_imported(name) <= {'core'}, name
 
 
-def test_core_imports_nothing_the_demo_core_only_and_the_defaults_no_room_above_the_libraries():
+def test_core_imports_nothing_the_demo_core_only_and_the_defaults_no_package_above_the_libraries():
   for name in files_of('core'):
-    assert not rooms(name), name
+    assert not packages_imported(name), name
   for name in files_of('demo'):
-    assert rooms(name) <= {'core'}, name
-  assert rooms('clip_jax.defaults') <= {'core', *LIBRARIES}  # their tables of options
+    assert packages_imported(name) <= {'core'}, name
+  assert packages_imported('clip_jax.defaults') <= {'core', *LIBRARIES}  # their tables of options
 
 
 def test_the_experiment_imports_tables_and_files_of_the_libraries():
   for name in files_of('experiment'):
-    assert rooms(name) <= {'core', 'defaults', 'data', 'models', 'pruning'}, name
-    assert {other for other in imports(name) if room(other) in ('models', 'pruning')} <= TABLES, (
-      name
-    )
+    assert packages_imported(name) <= {'core', 'defaults', 'data', 'models', 'pruning'}, name
+    assert {
+      other for other in imports(name) if package_of(other) in ('models', 'pruning')
+    } <= TABLES, name
 
 
 def test_commands_import_stages_and_core_only():
   for name in COMMANDS:
-    assert rooms(f'clip_jax.{name}') <= {'stages', 'core'}, name
+    assert packages_imported(f'clip_jax.{name}') <= {'stages', 'core'}, name
 
 
-def test_nobody_imports_a_room_above_his_own():
+def test_no_file_imports_a_package_above_its_own():
   for name in (*files_of('stages'), *files_of('studies')):
-    assert not rooms(name) & {*COMMANDS, 'stages' if room(name) == 'stages' else ''}, name
+    assert not packages_imported(name) & {
+      *COMMANDS,
+      'stages' if package_of(name) == 'stages' else '',
+    }, name
 
 
 def test_stages_never_import_one_another_nor_studies():
@@ -153,7 +160,7 @@ def test_stages_never_import_one_another_nor_studies():
       others = {
         other
         for other in imports(name)
-        if other in STAGE_FILES | RUNNERS or room(other) == 'studies'
+        if other in STAGE_FILES | RUNNERS or package_of(other) == 'studies'
       }
       assert others <= ({'clip_jax.stages.report'} if is_report else set()), name
       assert is_report or not any(
@@ -165,7 +172,7 @@ def test_helpers_of_stages_import_no_stage():
   for name in files_of('stages'):
     if name not in STAGE_FILES | RUNNERS and not name.startswith('clip_jax.stages.report'):
       assert not imports(name) & (STAGE_FILES | RUNNERS), name
-      assert name == 'clip_jax.stages.table' or 'studies' not in rooms(name), name
+      assert name == 'clip_jax.stages.table' or 'studies' not in packages_imported(name), name
 
 
 def test_studies_are_reached_by_their_table_only():
@@ -173,16 +180,18 @@ def test_studies_are_reached_by_their_table_only():
   for name in files_of('studies'):
     assert not imports(name) & (STAGE_FILES | RUNNERS), name
     assert name == 'clip_jax.studies' or not any(
-      room(other) == 'studies' for other in imports(name)
+      package_of(other) == 'studies' for other in imports(name)
     ), name
-  assert [name for name in modules() if room(name) != 'studies' and 'studies' in rooms(name)] == [
-    'clip_jax.stages.table'
-  ]
+  assert [
+    name
+    for name in modules()
+    if package_of(name) != 'studies' and 'studies' in packages_imported(name)
+  ] == ['clip_jax.stages.table']
 
 
 def test_config_dict_stops_at_the_stages():
-  for room in (*LIBRARIES, 'core'):
-    for path in (PACKAGE / room).rglob('*.py'):
+  for package in (*LIBRARIES, 'core'):
+    for path in (PACKAGE / package).rglob('*.py'):
       named_only = path.name in ('config.py', 'command.py', 'types.py')  # in a comment, a message
       assert named_only or 'ml_collections' not in path.read_text(), path
 
@@ -199,7 +208,7 @@ def test_no_print_and_no_bare_except():
         )  # errors go to standard error there
 
 
-def test_every_room_has_a_test_file_for_each_module():
+def test_every_package_has_a_test_file_for_each_module():
   names = {path.stem.removeprefix('test_') for path in (PACKAGE.parent / 'tests').glob('test_*.py')}
   prefix = {'stages': 'stage_', 'studies': 'study_'}
   for place in (*LIBRARIES, 'core', 'demo', 'experiment', 'stages', 'studies'):

@@ -32,7 +32,7 @@ def section(facts: Facts) -> list:
     for name in contrasts.aligned(config)
     if not config.splits[name].dose
   }
-  without = facts.pictures.without(POOL)
+  without = facts.pictures.missing_images_sentence(POOL)
   shown: list = [Text(without)] if names and without else []
   for name in names:
     if name not in facts.splits:
