@@ -1,4 +1,4 @@
-"""The pages in docs/ build without a warning, and the drawing is what the code draws."""
+"""The pages in docs/ build without a warning; drawing and table are those of the code."""
 
 import pathlib
 import sys
@@ -22,8 +22,46 @@ def test_the_pages_build_without_warnings(tmp_path):
   import build
 
   build.build(tmp_path)
-  for name in ('index.html', 'architecture.html', 'api/clip_jax/core/products.html'):
+  for name in ('index.html', 'files.html', 'api/clip_jax/core/products.html'):
     assert (tmp_path / name).stat().st_size > 0
+  assert '<pre class="mermaid">flowchart' in (tmp_path / 'architecture.html').read_text()
+  search = (tmp_path / 'api/clip_jax/similarity/exact.html').read_text()
+  assert '# rows [n, E] float16' in search and '# [Q, E] float16' in search  # argument, field
+
+
+MODULES = {  # a module that the build must refuse -> the message
+  'warns_at_import': (
+    'import warnings\nwarnings.warn("planted")',
+    'Error importing warns_at_import',
+  ),
+  'warns_when_rendered': ('x: "Missing" = 1', 'Missing'),
+  'fails_at_import': ('import no_such_module', 'Error importing fails_at_import'),
+}
+
+
+@pytest.mark.parametrize('module', MODULES)
+def test_a_warning_fails_the_build(tmp_path, monkeypatch, module):
+  pytest.importorskip('pdoc')
+  pytest.importorskip('markdown_it')
+  import build
+
+  source, message = MODULES[module]
+  (tmp_path / f'{module}.py').write_text(source)
+  monkeypatch.syspath_prepend(tmp_path)
+  with pytest.raises((Warning, RuntimeError), match=message):
+    build.build(tmp_path / 'out', pages=tmp_path, modules=[module])
+
+
+def test_a_broken_link_fails_the_build(tmp_path):
+  pytest.importorskip('pdoc')
+  pytest.importorskip('markdown_it')
+  import build
+
+  (tmp_path / 'page.md').write_text('A [page](page.md), a [site](https://example.org).')
+  build.build(tmp_path / 'out', pages=tmp_path, modules=['clip_jax.core.errors'])
+  (tmp_path / 'page.md').write_text('A [page](nothing.md).')
+  with pytest.raises(ValueError, match=r'page\.md links to nothing\.md, which is not there'):
+    build.build(tmp_path / 'out', pages=tmp_path, modules=['clip_jax.core.errors'])
 
 
 def test_every_file_up_to_prune_has_a_meaning(prepared_squares):
