@@ -27,12 +27,10 @@ table{border-collapse:collapse;display:block;overflow:auto}
 code{font-size:.9em;overflow-wrap:anywhere}
 pre{background:#f5f5f5;padding:1em;overflow:auto}
 pre.mermaid{background:none;padding:0}
+pre.mermaid svg{min-width:110em}
 """
 MERMAID = 'https://cdn.jsdelivr.net/npm/mermaid@11/dist/mermaid.esm.min.mjs'
-DRAW = (  # in their own size; the page scrolls them
-  f'<script type="module">import mermaid from "{MERMAID}";'
-  'mermaid.initialize({flowchart: {useMaxWidth: false}})</script>'
-)
+DRAW = f'<script type="module">import mermaid from "{MERMAID}"</script>'  # draws on load
 NAV = '<p><a href="index.html">docs</a> · <a href="api/index.html">API</a></p>'
 
 
