@@ -21,9 +21,9 @@ ROOT = pathlib.Path(__file__).parent.parent
 PAGE = ROOT / 'docs' / 'files.md'
 HEAD = """# Files of a work directory
 
-`python docs/make_files_table.py` writes this page from the files of a small experiment that uses
-every rule, study and export. Names in angle brackets stand for those of the config: `<dataset>`,
-`<benchmark>`, `<split>`; `<i>` is the number of a shard, `<k>` of a training seed.
+`python docs/make_files_table.py` writes this page from the files of a small experiment with every
+study and export (tests/everything.py). Names in angle brackets stand for those of the config:
+`<dataset>`, `<benchmark>`, `<split>`; `<i>` is the number of a shard, `<k>` of a training seed.
 
 Shapes: `N` rows of the pool, or of the dataset whose folder it is, or of one of its shards; `Q`
 images of the benchmark; `E` numbers in a vector; `k` `search.top_k`; `K` `k` of the split; `C`
@@ -35,9 +35,11 @@ for each entry of a list.
 Besides these files, a work directory may hold `replaced/` (products that `--redo` has set aside),
 `cache/` (copies of remote files), `<product>.lock` and `.tmp-*` (of running commands), and
 `tensorboard/` in a run's folder (`train.tensorboard`). `embedders/<name>/` holds the folders
-`embedder/`, `embeddings/` and `search/` of a further embedder. A folder of image files has
+`embedder/`, `embeddings/` and `search/` of a further embedder. A reference has a folder in
+`search/`, too, with the arrays `similarity`, `nearest` and `excess` (NaN) alone. A folder of image files has
 `paths.bin` and `path_ends.npy` in `ingest/<dataset>/`, the paths and their ends. The embedder
-`train` leaves the files of a run in `embedder/`. In `export/`, a split with one draw for each seed
+`train` leaves the files of a run in `embedder/`; published weights leave `name`, `file`,
+`embed_dim` and their preprocessing in `embedder.json`. In `export/`, a split with one draw for each seed
 has a folder `seed<k>/` for each.
 """
 
