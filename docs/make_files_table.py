@@ -36,11 +36,11 @@ Besides these files, a work directory may hold `replaced/` (products that `--red
 `cache/` (copies of remote files), `<product>.lock` and `.tmp-*` (of running commands), and
 `tensorboard/` in a run's folder (`train.tensorboard`). `embedders/<name>/` holds the folders
 `embedder/`, `embeddings/` and `search/` of a further embedder. A reference has a folder in
-`search/`, too, with the arrays `similarity`, `nearest` and `excess` (NaN) alone. A folder of image files has
-`paths.bin` and `path_ends.npy` in `ingest/<dataset>/`, the paths and their ends. The embedder
-`train` leaves the files of a run in `embedder/`; published weights leave `name`, `file`,
-`embed_dim` and their preprocessing in `embedder.json`. In `export/`, a split with one draw for each seed
-has a folder `seed<k>/` for each.
+`search/`, too, with the arrays `similarity`, `nearest` and `excess` (NaN) alone. A folder
+of image files has `paths.bin` and `path_ends.npy` in `ingest/<dataset>/`, the paths and their ends.
+The embedder `train` leaves the files of a run in `embedder/`; published weights leave `name`,
+`file`, `embed_dim` and their preprocessing in `embedder.json`. In `export/`, a split with one draw
+for each seed has a folder `seed<k>/` for each.
 """
 
 # Objects whose keys are names: the key of the object -> what stands for its keys.
