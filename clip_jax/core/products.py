@@ -10,6 +10,7 @@ The fingerprint of a product is the sha256 of exactly three things:
 - inputs: the fingerprints of the products that it reads, and the stamps of the source files that
   it reads (size and modification time, or sha256);
 - version: the version of its file format.
+
 Other config keys, paths, package versions, devices and the product's own bytes are not part of it.
 
 `status` compares the config with the sidecar: 'missing' (no sidecar, or a file is missing or

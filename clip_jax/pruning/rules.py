@@ -275,25 +275,26 @@ def _minus_words(of: Mapping[str, Any]) -> str:
 class Rule:
   """A rule with its requirements and its description.
 
-  keys: the keys of a split block that this rule reads (besides append_anchor and seeds).
-  needs: inputs that the caller supplies: 'search' (similarity columns), 'excess' (needs an anchor),
-  'pairs' (of k_aligned), 'levels' (`codes` and `names`, from a column or a reference), 'scores'
-  (the numbers of a column of the index), 'count' (from size or size_of), 'draw' (one draw per
-  training seed), 'target' (the rows dropped by the split named in `to`), 'others' (the rows kept by
-  the splits named in `of`), 'anchor_classes' (the search against class means), 'file' (the rows
-  that the split's file lists; the file's content counts, not its path).
-  append_anchor: the rule's fixed value; None: the split's own key.
-  planted: whether the split contains the planted rows.
-  every_row: whether the rule needs every row's score, so that an approximate search is not enough.
-  selects: whether the rule selects rows by their properties; a matched control can imitate it.
-  label: a short name for legends and tables.
-  words: the values of `keys` -> a description of the split, without a full stop.
-  column: the column that the rule removes by, 'excess' or 'similarity'; '' for other rules.
-  lowest_first: whether rows of low values are removed first, instead of high values.
-  strips: titles of the pictures of removed rows (removed first, median, removed last) and of the
-  kept rows nearest to the cut; () without a column.
-  compared: whether the rule is one cut through its column, so that embedders can be compared.
-  problem: the values of `keys` -> what is wrong with them, '' for nothing.
+  - keys: the keys of a split block that this rule reads (besides append_anchor and seeds).
+  - needs: inputs that the caller supplies: 'search' (similarity columns), 'excess' (needs an
+    anchor), 'pairs' (of k_aligned), 'levels' (`codes` and `names`, from a column or a reference),
+    'scores' (the numbers of a column of the index), 'count' (from size or size_of), 'draw' (one
+    draw per training seed), 'target' (the rows dropped by the split named in `to`), 'others' (the
+    rows kept by the splits named in `of`), 'anchor_classes' (the search against class means),
+    'file' (the rows that the split's file lists; the file's content counts, not its path).
+  - append_anchor: the rule's fixed value; None: the split's own key.
+  - planted: whether the split contains the planted rows.
+  - every_row: whether the rule needs every row's score, so that an approximate search is not
+    enough.
+  - selects: whether the rule selects rows by their properties; a matched control can imitate it.
+  - label: a short name for legends and tables.
+  - words: the values of `keys` -> a description of the split, without a full stop.
+  - column: the column that the rule removes by, 'excess' or 'similarity'; '' for other rules.
+  - lowest_first: whether rows of low values are removed first, instead of high values.
+  - strips: titles of the pictures of removed rows (removed first, median, removed last) and of the
+    kept rows nearest to the cut; () without a column.
+  - compared: whether the rule is one cut through its column, so that embedders can be compared.
+  - problem: the values of `keys` -> what is wrong with them, '' for nothing.
   """
 
   keep: Callable[..., Kept]
