@@ -25,6 +25,39 @@ _ACCURACY = {
   'passes': 'passes over the split',
   'mark': '`not converged` if a run ended during the take-off of learning',
 }
+_PAIRS = {
+  'query_key': 'key of the query',
+  'query_file': 'its source file',
+  'query_row': 'its row in the benchmark',
+  'pool_key': 'key of the pool image',
+  'pool_file': 'its source file',
+  'pool_row': 'its row in the pool',
+  'similarity': 'cosine of the stored vectors, divided by both norms',
+  'rank': 'position of the pool row among those listed for the query, from 1, most similar first',
+  'caption': 'caption of the pool image',
+  'kind': '`exact` or `near`',
+  'evidence': (
+    'of an exact pair: equal `bytes` of the image files, equal `pixels`, or, where images do not '
+    'open, equal stored `vectors`'
+  ),
+}
+_LEAKS = {
+  'pairs': 'pairs of a query and a pool row',
+  'queries': 'queries in such a pair',
+  'pool_rows': 'pool rows in such a pair',
+}
+_RATE = {
+  **_LEAKS,
+  'rate': '`queries` as a share of the usable queries',
+  'low': 'lower end of its 95 % Wilson interval',
+  'high': 'upper end of its 95 % Wilson interval',
+}
+_REMOVED = {
+  'key': 'key of a pool row that is not in the split, or the column `prune.export_key`',
+  'row': 'the row',
+  'file': 'its source file',
+  'reason': 'why: `rule`, `duplicate` (de-duplication), `in the anchor`, or `unusable`',
+}
 _WORDS = {
   'word': 'word',
   'removed_share': 'share of the removed captions with the word',
@@ -288,8 +321,22 @@ MEANINGS = {
     'has_excess': 'False without an anchor',
     'candidates': 'number of candidates',
   },
+  'search/<benchmark>/duplicates.parquet': _PAIRS,
+  'counts of search/<benchmark>/duplicates': {
+    'similarity': 'similarity from which a pair is listed',
+    **{
+      f'{kind}.{key}': f'{kind} duplicates: {text}'
+      for kind in ('near', 'exact')
+      for key, text in _LEAKS.items()
+    },
+    'evidence': 'exact pairs by evidence',
+  },
   # ----------------------------------------------------------------------------------------------
   # splits
+  'splits/<split>/export/removed_keys.parquet': _REMOVED,
+  'splits/<split>/export/removed_keys.csv': _REMOVED,
+  'splits/<split>/export/removed_keys.txt': {'': 'the keys of `removed_keys.parquet`, one a line'},
+  'splits/<split>/export/removed_keys.npy': {'': 'the keys of `removed_keys.parquet`'},
   'splits/<split>/export/array_record/<i>.array_record': {'': "copies of the split's pool samples"},
   'splits/<split>/export/array_record/anchor-<i>.array_record': {
     '': 'copies of its anchor samples'
@@ -363,6 +410,7 @@ MEANINGS = {
     'draws.<rows>.aligned_dropped': 'aligned: rows that slack 0 removes',
     'draws.<rows>.pairs': 'k_aligned: pairs of a query and a nearer candidate',
     'draws.<rows>.denser_queries': 'k_aligned: queries that remove more rows than with k = 1',
+    'draws.<rows>.value_at_cut': 'column: lowest value that is kept, null if no row is kept',
     'draws.<rows>.similarity_at_cut': 'near, far: similarity of the last row that is kept',
     'draws.<rows>.removed': 'matched: rows that the imitated split removes',
     'draws.<rows>.drawn': 'matched: rows drawn in their place',
@@ -520,6 +568,24 @@ MEANINGS = {
     'share': '`dropped` as a share of what slack 0 removes',
     'estimate': 'accuracy of the split minus that of its control',
   },
+  'report/leaks.json': {
+    'about': 'what the numbers mean',
+    'similarity': 'similarity from which a pair counts as a near-duplicate',
+    'complete': 'False: the search was approximate, so pairs may be missing',
+    'pool.rows': 'pool rows',
+    'pool.usable': 'pool rows with a usable vector',
+    'benchmarks.<benchmark>.queries': 'usable queries',
+    **{
+      f'benchmarks.<benchmark>.{kind}.{key}': f'{kind} duplicates: {text}'
+      for kind in ('near', 'exact')
+      for key, text in _RATE.items()
+    },
+    'benchmarks.<benchmark>.evidence': 'exact pairs by evidence',
+    'benchmarks.<benchmark>.list': 'the list of pairs, in the work directory',
+    'embedder': 'content of embedder/embedder.json',
+    'versions': 'content of versions.json',
+  },
+  'report/tables/duplicates-<benchmark>.csv': _PAIRS,
   'report/tables/duplicate_rates.csv': {
     'queries': 'number of queries',
     'similarity': 'similarity from which a pair counts as a near-duplicate',

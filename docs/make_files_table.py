@@ -68,7 +68,18 @@ NAMES = {
   'splits': '<split>',
   'types': '<type>',
 }
-WHOLE = ('keys', 'inputs', 'at_least', 'files', 'parameters', 'counts')  # shown as one key
+# Shown as one key.
+WHOLE = (
+  'keys',
+  'inputs',
+  'at_least',
+  'files',
+  'parameters',
+  'counts',
+  'embedder',
+  'versions',
+  'evidence',
+)
 # Products whose counts are the keys of a file beside them.
 SAME_COUNTS = ('embedder/embedder', 'search/<benchmark>/paper', 'splits/<split>/rows')
 # (pattern, replacement) for paths in the work directory, applied in this order.
@@ -87,6 +98,7 @@ PATTERNS = (
   (r'/export/seed<k>/', '/export/'),
   (r'^(evaluate/.*)/(?!manifest)[^/.]+\.', r'\1/<benchmark>.'),
   (r'(figures/\w+?)_(?:val|handwriting)\.', r'\1_<benchmark>.'),
+  (r'tables/duplicates-[^/]+\.', 'tables/duplicates-<benchmark>.'),
   (r'(tables/(?:comparison|mcnemar))_\w+_(?:val|handwriting)\.', r'\1_<split>_<benchmark>.'),
   (r'(tables/(?:removed_by_\w+?|balance|slack|words))_(?!by_)\w+?(_kept)?\.', r'\1_<split>\2.'),
   (r'(tables/accuracy_seeds)_\d', r'\1_<n>'),
