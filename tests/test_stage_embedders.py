@@ -20,7 +20,7 @@ from clip_jax.core import products
 from clip_jax.core.errors import ConfigError, InputError
 from clip_jax.experiment import blocks
 from clip_jax.experiment.experiment import Experiment
-from clip_jax.stages import check, embedder, models, pipeline
+from clip_jax.stages import check, embed, embedder, models, pipeline
 
 PREPARE = squares.PREPARE
 
@@ -377,3 +377,48 @@ def test_names_that_make_no_folder_and_a_bare_dict(world):
     c.embedders[name] = block
     with pytest.raises(ConfigError, match=why):
       check.check(c)
+
+
+def _counting(shapes):
+  """Returns a toy embedder whose vectors show the place in the batch and the batch's size."""
+
+  def apply(images):
+    shapes.append(len(images))
+    vectors = np.ones((len(images), 3), np.float32)
+    vectors[:, 0] += images[:, 0, 0, 0] / 255
+    vectors[:, 1] += np.arange(len(images)) / 1000
+    vectors[:, 2] += len(images) / 1000
+    return vectors
+
+  return models.Embedder(16, 'shortest', apply)
+
+
+@pytest.mark.parametrize('size, shapes', [(16, [16] * 4), (32, [32, 32]), (256, [64])])
+def test_batches_cross_shards_and_a_resumed_run_gives_the_same_bits(
+  tmp_path, monkeypatch, size, shapes
+):
+  squares.make(tmp_path)
+  squares.write_tar(tmp_path / 'pool/2.tar', {})
+  found = []
+  monkeypatch.setattr(models, 'open_embedder', lambda x: _counting(found))
+  c = squares.config(tmp_path, **{'embedder.batch_size': size})
+  del c.benchmarks['squares']
+  del c.splits['pruned']
+  c.anchor = defaults.dataset()
+  squares.run_stages(c, tmp_path / 'w', 'ingest', 'embedder', 'embed')
+  assert found == shapes  # 60 images in shards of 40, 20 and 0
+  files = sorted((tmp_path / 'w/embeddings/pool').glob('*.npy'))
+  before = {path.name: path.read_bytes() for path in files}
+  for missing in ('00000', '00001'):
+    del found[:]
+    (tmp_path / f'w/embeddings/pool/{missing}.sidecar.json').unlink()
+    squares.run_stages(c, tmp_path / 'w', 'embed')
+    assert {path.name: path.read_bytes() for path in files} == before
+    assert found and len(found) <= len(shapes)
+
+
+def test_few_batch_shapes():
+  shapes = {embed.batch_shape(count, 256) for count in range(1, 257)}
+  assert shapes == {16, 32, 64, 128, 256}
+  assert [embed.batch_shape(count, 100) for count in (1, 17, 65, 100)] == [16, 32, 100, 100]
+  assert embed.batch_shape(3, 8) == 8

@@ -5,6 +5,7 @@ Out: WORKDIR/embeddings/<dataset>/00000.npy float16 [n, E], normalised in float3
 and usable-00000.npy bool [n].
 """
 
+from collections.abc import Iterator, Sequence
 import os
 
 from absl import logging
@@ -23,6 +24,7 @@ from clip_jax.experiment.shards import Shard
 from clip_jax.stages import benchmark_dirs, models
 
 LISTED = 3  # unreadable images named in the log
+LEAST_BATCH = 16  # images; a smaller batch takes as long on most devices
 
 
 def vectors(x: Experiment, todo: list[Product]) -> Made:
@@ -131,10 +133,10 @@ def embeddings(x: Experiment, todo: list[Product]) -> Made:
     for _, shard in (product.subject for product in todo)
   )
   unreadable: list[str] = []
+  todo = sorted(todo, key=lambda product: product.subject[1])
+  spans = [tuple(source.starts[product.subject[1] :][:2].tolist()) for product in todo]
   with progress.Bar(total=total, desc=f'embed {dataset}{x.suffix}', unit='image') as bar:
-    for product in todo:
-      start, stop = source.starts[product.subject[1] :][:2].tolist()
-      vectors_, usable = embed_rows(x, source, start, stop, model, bar, product.subject)
+    for product, (vectors_, usable) in zip(todo, _by_span(x, dataset, spans, model, bar)):
       outputs = _files_of(product)
       files.write_npy(x.path(outputs[0]), vectors_)
       files.write_npy(x.path(outputs[1]), usable)
@@ -168,49 +170,98 @@ def _keys(x: Experiment, dataset: str, shard: int, rows) -> list[str]:
   return pq.read_table(path, columns=['key'])['key'].take(np.asarray(rows)).to_pylist()
 
 
+def _by_span(
+  x: Experiment, dataset: str, spans: Sequence[tuple[int, int]], model: models.Embedder, bar
+) -> Iterator[tuple[Array, Array]]:
+  """Yields for each span of rows, in order, ([n, E] float16, usable [n] bool)."""
+  source = workdir.source(x, dataset)
+  rows = np.concatenate([np.zeros(0, np.int64), *(np.arange(*span) for span in spans)])
+  parts, ready = [], 0
+  embedded = embed_rows(x, source, rows, model, dataset)
+  for start, stop in spans:
+    while ready < stop - start:
+      parts.append(next(embedded))
+      ready += len(parts[-1][1])
+      bar.update(len(parts[-1][1]))
+    if not parts:  # the source file has no row of this dataset, and no row was embedded yet
+      blank = np.zeros((LEAST_BATCH, model.image_size, model.image_size, 3), np.uint8)
+      parts = [(np.asarray(model.apply(blank))[:0].astype(np.float16), np.zeros(0, bool))]
+    vectors_, usable = (np.concatenate(column) for column in zip(*parts))
+    yield vectors_[: stop - start], usable[: stop - start]
+    parts = [(vectors_[stop - start :], usable[stop - start :])]
+    ready -= stop - start
+
+
 def embed_rows(
   x: Experiment,
   source,
-  start: int,
-  stop: int,
+  rows: Array,  # [m] int64, ascending
   model: models.Embedder,
-  bar,
-  shard_id: tuple[str, int],
-):
-  """Embeds rows start..stop of a source; returns ([n, E] float16, usable [n] bool).
+  dataset: str,
+) -> Iterator[tuple[Array, Array]]:
+  """Yields vectors [n, E] float16 and usable [n] bool of the rows, in order.
 
-  shard_id: (dataset, shard). Raises InputError if the embedder gives NaN.
+  The last bits of a vector depend on the size of its batch, so row r always has place
+  r % batch_size in batch r // batch_size of the dataset, whichever rows are embedded now: a
+  resumed run gives the same bits. Batches cross shards; the last one of the dataset is padded to
+  LEAST_BATCH times a power of two. Raises InputError if the embedder gives NaN.
   """
-  vectors_, usable = [], []
-  size, train = x.embedder_block.batch_size, x.config.train
-  for rows, images, ok in loader.image_batches(
-    source,
-    np.arange(start, stop),
-    batch_size=size,
-    image_size=model.image_size,
-    mode=model.resize,
-    threads=train.loader_threads,
-    processes=train.loader_processes,
+  size, train, total = x.embedder_block.batch_size, x.config.train, len(source)
+  for own, images, ok in _whole_batches(
+    loader.image_batches(
+      source,
+      rows,
+      batch_size=size,
+      image_size=model.image_size,
+      mode=model.resize,
+      threads=train.loader_threads,
+      processes=train.loader_processes,
+    ),
+    size,
   ):
-    padded = np.concatenate([images, np.zeros((size - len(images), *images.shape[1:]), np.uint8)])
-    batch = np.asarray(model.apply(padded), np.float32)[: len(images)]  # one shape, compiled once
+    first = int(own[0]) // size * size
+    shape = batch_shape(min(size, total - first), size)
+    padded = np.zeros((shape, *images.shape[1:]), np.uint8)
+    padded[own - first] = images
+    batch = np.asarray(model.apply(padded), np.float32)[own - first]
     bad = ok & ~np.isfinite(batch).all(axis=1)
     if bad.any():
-      row = int(rows[bad][0])
-      (key,) = _keys(x, *shard_id, [row - start])
+      row = int(own[bad][0])
+      shard = int(np.searchsorted(source.starts, row, side='right')) - 1
+      (key,) = _keys(x, dataset, shard, [row - source.starts[shard]])
       raise InputError(
         f'The embedder gives NaN for the image {key} (row {row}), so its weights are damaged. Make '
         'it again with --redo=embedder.'
       )
     norm = np.linalg.norm(batch, axis=1, keepdims=True)
     batch = np.where(ok[:, None], batch / np.where(norm > 0, norm, 1), 0)
-    vectors_.append(batch.astype(np.float16))
-    usable.append(ok)
-    bar.update(len(rows))
-  if not vectors_:  # the source file has no row of this dataset
-    blank = np.zeros((size, model.image_size, model.image_size, 3), np.uint8)
-    return np.zeros((0, np.asarray(model.apply(blank)).shape[1]), np.float16), np.zeros(0, bool)
-  return np.concatenate(vectors_), np.concatenate(usable)
+    yield batch.astype(np.float16), ok
+
+
+def batch_shape(count: int, size: int) -> int:
+  """Returns the rows of the batch that holds `count` images: few sizes, each compiled once."""
+  return min(size, max(LEAST_BATCH, 1 << (count - 1).bit_length()))
+
+
+def _whole_batches(
+  loaded: Iterator[tuple[Array, Array, Array]], size: int
+) -> Iterator[tuple[Array, Array, Array]]:
+  """Regroups (rows, images, ok): each item holds all loaded rows of one batch of the dataset."""
+  parts: list[tuple[Array, Array, Array]] = []
+  for rows, images, ok in loaded:
+    batch = rows // size
+    for edge in np.split(np.arange(len(rows)), np.flatnonzero(np.diff(batch)) + 1):
+      if parts and parts[-1][0][0] // size != batch[edge[0]]:
+        yield _joined(parts)
+        parts = []
+      parts.append((rows[edge], images[edge], ok[edge]))
+  if parts:
+    yield _joined(parts)
+
+
+def _joined(parts: Sequence[tuple[Array, Array, Array]]) -> tuple[Array, Array, Array]:
+  rows, images, ok = (np.concatenate(column) for column in zip(*parts))
+  return rows, images, ok
 
 
 MAKERS = {'vectors': vectors, 'embeddings': embeddings}
