@@ -422,3 +422,30 @@ def test_few_batch_shapes():
   assert shapes == {16, 32, 64, 128, 256}
   assert [embed.batch_shape(count, 100) for count in (1, 17, 65, 100)] == [16, 32, 100, 100]
   assert embed.batch_shape(3, 8) == 8
+
+
+def test_image_text_similarity_is_a_column_of_the_pool(tmp_path, capsys):
+  squares.make(tmp_path)
+  silent = {f'{i:05d}': squares.sample(i, i % 3) for i in range(40, 60)}
+  silent['00045']['png'] = silent['00045']['png'][:40]
+  squares.write_tar(tmp_path / 'pool/1.tar', silent)
+  c = squares.config(tmp_path, **{'embedder.source': 'train', 'embedder.samples': 64})
+  c.dedup.enabled = False
+  c.splits.half = defaults.split(rule='column', column=blocks.IMAGE_TEXT, top=0.5)
+  status, said = squares.run(c, tmp_path / 'w', capsys, PREPARE)
+  assert status == 0, said
+  folder = tmp_path / 'w/embeddings/pool'
+  found = np.concatenate([np.load(folder / f'image-text-{i:05d}.npy') for i in range(2)])
+  assert found.dtype == np.float32 and np.flatnonzero(np.isnan(found)).tolist() == [45]
+  x = Experiment(c, str(tmp_path / 'w'))
+  stored = np.concatenate([np.load(folder / f'{i:05d}.npy') for i in range(2)]).astype(np.float64)
+  texts = models.text_tower(x)([f'a {squares.CLASSES[i % 3]} square' for i in range(60)])
+  expected = (stored * texts).sum(1)
+  known = ~np.isnan(found)
+  np.testing.assert_allclose(found[known], expected[known], atol=2e-3)
+  rows = np.load(tmp_path / 'w/splits/half/rows.npy')
+  pool = rows[rows < len(found)]
+  assert found[pool].min() >= np.nanmax(np.delete(found, pool))
+  c.embedder.source = 'pca'
+  with pytest.raises(ConfigError, match='has no text tower'):
+    check.check(c)

@@ -19,6 +19,9 @@ POOL, ANCHOR, GLYPHS, ANCHOR_CLASSES, PLANTED, SIZES = (
 RESERVED = (POOL, ANCHOR, GLYPHS, ANCHOR_CLASSES, PLANTED, SIZES)
 # The datasets of the base set, in the order of their rows. Their samples need a caption.
 TRAINED = (POOL, ANCHOR, PLANTED)
+# The column that the stage embed computes for the rule column: cosine similarity of image and
+# caption by the main embedder. DataComp's CLIP score.
+IMAGE_TEXT = 'image_text_similarity'
 VECTORS = 'embeddings'  # the format of datasets whose files are vectors
 # Config keys that change the result of a training run, besides model, preprocessing and seed.
 RECIPE = tuple(
@@ -181,6 +184,13 @@ def splits_needed_by(config: Config, split: str) -> list[str]:
   """Returns the splits on which a split depends, through its keys size_of, to and of."""
   block = config.splits[split]
   return [name for name in (block.size_of, block.to, *block.of) if name]
+
+
+def needs_image_text(config: Config) -> bool:
+  """Returns whether a split selects rows by their image-text similarity."""
+  return any(
+    split.rule == 'column' and split.column == IMAGE_TEXT for split in config.splits.values()
+  )
 
 
 def in_order(config: Config) -> list[str]:

@@ -289,13 +289,28 @@ class Graph:
       for i, index_shard in enumerate(self.index_shards(dataset))
     ]
 
+  @_cached
+  def image_text(self) -> list[Product]:
+    """Returns the image-text similarities of the pool, one product for each shard."""
+    return [
+      Product(
+        f'embeddings/pool/image-text-{i:05d}',
+        'image text',
+        (i,),
+        inputs=(shard, self.embedder()),  # the captions are in the shard's own inputs
+        batch='embeddings/pool/image-text',
+      )
+      for i, shard in enumerate(self.embeddings(POOL))
+    ]
+
   def _embed(self) -> list[Product]:
+    image_text = self.image_text() if blocks.needs_image_text(self.config) else []
     return [
       product
       for embedder in ('', *blocks.further_embedders(self.config))
       for dataset in blocks.embedded_datasets(self.config, embedder)
       for product in self.embeddings(dataset, embedder)
-    ]
+    ] + image_text
 
   # ------------------------------------------------------------------------------------------------
   # dedup
@@ -507,6 +522,8 @@ class Graph:
       *([block.reference] if block.reference else []),
     ):
       inputs += self.search_shards(name)
+    if 'scores' in rule.needs and block.column == blocks.IMAGE_TEXT:
+      inputs += self.image_text()
     if 'pairs' in rule.needs:
       for name in block.benchmarks:
         inputs += [self.anchor_lists(name, block.k), *self.pairs(name, block.k)]

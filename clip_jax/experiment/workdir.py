@@ -162,6 +162,11 @@ def embeddings_path(x: Experiment, dataset: str, shard: int) -> str:
   return x.embedder_path('embeddings', dataset, f'{shard:05d}.npy')
 
 
+def image_text_path(x: Experiment, shard: int) -> str:
+  """Returns the path of the image-text similarities [n] float32 of a pool shard."""
+  return x.path('embeddings', POOL, f'image-text-{shard:05d}.npy')
+
+
 def is_embedded(x: Experiment, dataset: str) -> bool:
   """Returns whether every shard of an ingested dataset has its embeddings."""
   return is_ingested(x, dataset) and all(

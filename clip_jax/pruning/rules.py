@@ -357,7 +357,8 @@ KEYS = {
   'k': Key(1, positive),
   # domain_removal: one of config.references, whose nearest example sets a row's class
   'reference': Key(''),
-  # domain_removal: or a column of the pool's index with the class. column: a column of numbers
+  # domain_removal: or a column of the pool's index with the class. column: a column of numbers of
+  # the index, or 'image_text_similarity', which the stage embed computes (DataComp's CLIP score)
   'column': Key(''),
   'values': Key(()),  # domain_removal: the classes, or values of the column, that are dropped
   # union, intersection, minus: the splits that are joined; minus: the first without the others

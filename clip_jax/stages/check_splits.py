@@ -87,7 +87,7 @@ def check(config: Config, name: str) -> None:
       )
   _aligned_keys(where, block)
   if 'scores' in rule.needs:
-    _column(config, where, block.column)
+    _scores(config, where, block.column)
   if 'levels' in rule.needs:
     _levels(config, where, block)
   _dependencies(config, name)
@@ -123,12 +123,22 @@ def _levels(config: Config, where: str, block: Config) -> None:
       check_keys.one_of(f'{where}.values', str(value), classes)
 
 
-def _column(config: Config, where: str, column: str) -> None:
-  """Checks that the pool's index has a column."""
-  if config.pool.format != 'concat':  # each source may have other columns
-    check_keys.one_of(
-      f'{where}.column', column, dict.fromkeys([*config.pool.columns, *table.COLUMNS])
+def _scores(config: Config, where: str, column: str) -> None:
+  """Checks the column of numbers of the rule column."""
+  if column != blocks.IMAGE_TEXT:
+    _column(config, where, column, blocks.IMAGE_TEXT)
+  elif config.embedder.source not in ('train', 'weights'):
+    raise ConfigError(
+      f'{where}.column={column!r} compares images with captions, but config.embedder.source='
+      f"{config.embedder.source!r} has no text tower. Use 'weights' or 'train'."
     )
+
+
+def _column(config: Config, where: str, column: str, *others: str) -> None:
+  """Checks that the pool's index has a column; `others` are named in the message too."""
+  if config.pool.format != 'concat':  # each source may have other columns
+    known = dict.fromkeys([*config.pool.columns, *table.COLUMNS, *others])
+    check_keys.one_of(f'{where}.column', column, known)
 
 
 def _dependencies(config: Config, name: str) -> None:

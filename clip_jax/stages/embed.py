@@ -2,7 +2,8 @@
 
 In: ingested datasets, the embedder, vector files.
 Out: WORKDIR/embeddings/<dataset>/00000.npy float16 [n, E], normalised in float32 before the cast,
-and usable-00000.npy bool [n].
+and usable-00000.npy bool [n]; for a split that selects by it, the pool's image-text-00000.npy
+float32 [n], the similarity of image and caption.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,6 +25,7 @@ from clip_jax.experiment.shards import Shard
 from clip_jax.stages import benchmark_dirs, models
 
 LISTED = 3  # unreadable images named in the log
+CAPTIONS_AT_ONCE = 1024
 LEAST_BATCH = 16  # images; a smaller batch takes as long on most devices
 
 
@@ -264,4 +266,37 @@ def _joined(parts: Sequence[tuple[Array, Array, Array]]) -> tuple[Array, Array, 
   return rows, images, ok
 
 
-MAKERS = {'vectors': vectors, 'embeddings': embeddings}
+def image_text(x: Experiment, todo: list[Product]) -> Made:
+  """Writes the similarity of each pool image to its caption, [n] float32.
+
+  NaN: no usable vector, or no caption.
+  """
+  source, pool, encode = (
+    workdir.source(x, blocks.POOL),
+    workdir.embeddings(x, blocks.POOL),
+    models.text_tower(x),
+  )
+  total = sum(int(source.starts[i + 1] - source.starts[i]) for i in (p.subject[0] for p in todo))
+  with progress.Bar(total=total, desc='captions', unit='caption') as bar:
+    for product in todo:
+      (shard,) = product.subject
+      stored, usable = pool.shard(shard)
+      start = int(source.starts[shard])
+      similarity = np.full(len(usable), np.nan, np.float32)
+      captions = {int(row): source.caption(start + int(row)) for row in np.flatnonzero(usable)}
+      rows = np.array([row for row, caption in captions.items() if caption.strip()], np.int64)
+      for first in range(0, len(rows), CAPTIONS_AT_ONCE):
+        block = rows[first : first + CAPTIONS_AT_ONCE]
+        texts = np.asarray(encode([captions[int(row)] for row in block]), np.float64)
+        image = stored[block].astype(np.float64)
+        similarity[block] = np.einsum('me,me->m', image, texts) / np.linalg.norm(image, axis=1)
+      files.write_npy(workdir.image_text_path(x, shard), similarity)
+      yield (
+        product,
+        [f'{product.name}.npy'],
+        {'rows': len(usable), 'without_value': int(np.isnan(similarity).sum())},
+      )
+      bar.update(len(usable))
+
+
+MAKERS = {'vectors': vectors, 'embeddings': embeddings, 'image text': image_text}

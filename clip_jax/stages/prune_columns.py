@@ -129,7 +129,10 @@ class PoolColumns:
     return np.where(codes < len(names), codes, -1), names
 
   def numbers(self, column: str) -> Array:
-    """Returns a numeric column of the pool's index, [N] float64; NaN for rows without a value."""
+    """Returns a numeric column of the pool, [N] float64; NaN for rows without a value."""
+    if column == blocks.IMAGE_TEXT:
+      paths = (workdir.image_text_path(self.x, i) for i in range(len(self.pool.starts) - 1))
+      return np.concatenate([np.load(path) for path in paths]).astype(np.float64)
     values = self.source.column(column)
     if values.dtype.kind not in 'iufb':
       example = next((value for value in values if value is not None), None)
