@@ -294,6 +294,7 @@ MEANINGS = {
     'anchor_similarity': 'similarity of the nearest anchor row',
     'anchor_nearest': 'that anchor row',
     'anchor_similarity_f64': 'the exact similarity of the nearest anchor row: the threshold',
+    'key': 'keys of the queries',
   },
   'search/anchor_classes/pool-<i>.npz': {
     'similarity': 'similarity of each pool row to the nearest mean vector of a class of the anchor',
@@ -491,6 +492,7 @@ MEANINGS = {
     'checkpoint': 'checkpoint that was evaluated',
   },
   'evaluate/<split>/seed<k>/<benchmark>.npz': {
+    'key': 'key of each image',
     'label': 'class of each image',
     'prediction': 'predicted class, -1 for an unreadable image',
     'top5': 'first five predictions',

@@ -73,6 +73,11 @@ class Source:
     _, _, _, offset, length, _ = self._row(row)
     return self._captions[offset : offset + length].decode()
 
+  def key(self, row: int) -> str:
+    """Returns the key of a row; reads a part of its index file."""
+    shard = self._row(row)[0]
+    return table.read_key(self._directory, shard, operator.index(row) - int(self.starts[shard]))
+
   @property
   def labels(self) -> Array:  # [n] int32
     return np.ascontiguousarray(self._table['label'])

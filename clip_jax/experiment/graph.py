@@ -388,6 +388,7 @@ class Graph:
       tuple(self.search_shards(benchmark, embedder)),
       embedder=embedder,
       batch=f'{home}search/pass',
+      version=2,
       is_cheap=True,
     )
 
@@ -675,6 +676,7 @@ class Graph:
       blocks.pick_keys(self.config, ['preprocess.resize', *keys]),
       (self.run(split, seed), self.index(benchmark)),
       batch=f'evaluate/{split}/seed{seed}/results',
+      version=2,
       is_cheap=True,
       waits=True,
     )

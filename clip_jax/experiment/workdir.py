@@ -35,6 +35,7 @@ class QueryResult:
   pool_similarity: Array  # [Q, k] float32, most similar first
   pool_nearest: Array  # [Q, k] int64: pool rows
   anchor_similarity_f64: Array  # [Q] float64: t_i, exact
+  key: Array | None = None  # [Q] str; None in files of an older version
 
   def nearest(self, dataset: str) -> tuple[Array, Array]:
     """Returns the similarity [Q] to the nearest row of the pool or the anchor, and that row [Q]."""
@@ -92,6 +93,11 @@ def base_rows(x: Experiment, planted: bool = True) -> BaseRows:
 
 def _base_names(x: Experiment, planted: bool) -> list[str]:
   return [name for name in blocks.base_datasets(x.config) if planted or name != blocks.PLANTED]
+
+
+def keys(x: Experiment, dataset: str) -> Array:  # [n] str
+  """Returns the keys of a dataset's rows."""
+  return np.array(source(x, dataset).column('key'), np.str_)
 
 
 def class_names(x: Experiment, dataset: str) -> tuple[str, ...]:

@@ -1,8 +1,8 @@
 """Stage evaluate: classifies every benchmark zero-shot with every trained model.
 
 In: checkpoints, ingested benchmarks.
-Out: WORKDIR/evaluate/<split>/seed<k>/<benchmark>.json (scores) and <benchmark>.npz (label,
-prediction, top5 and correct of every image, in index order).
+Out: WORKDIR/evaluate/<split>/seed<k>/<benchmark>.json (scores) and <benchmark>.npz (key,
+label, prediction, top5 and correct of every image, in index order).
 """
 
 import math
@@ -86,6 +86,7 @@ def score(x: Experiment, benchmark: str, model: models.Model) -> tuple[dict, dic
     'templates': list(block.templates),
   }
   return result, {
+    'key': workdir.keys(x, benchmark),
     'label': label,
     'prediction': prediction,
     'top5': top5.astype(np.int32),

@@ -4,7 +4,7 @@ In: embeddings.
 Out, in WORKDIR/search:
   <benchmark>/pool-*.npz: similarity, nearest and excess of each pool row; the shard's top-k rows of
     each query
-  <benchmark>/queries.npz: anchor_similarity, anchor_nearest, pool_similarity, pool_nearest
+  <benchmark>/queries.npz: key, anchor_similarity, anchor_nearest, pool_similarity, pool_nearest
   anchor_classes/pool-*.npz: as above, against the class means of the anchor
   <reference>/pool-*.npz: as above, against labelled examples or prompts
   <benchmark>/duplicates.parquet: the pairs of a query and a pool row that count as duplicates
@@ -247,6 +247,7 @@ def merge_queries(x: Experiment, todo: list[Product]) -> Made:
       pool_similarity=np.full((number, similarity.shape[1]), np.nan, np.float32),
       pool_nearest=np.full((number, similarity.shape[1]), -1, np.int64),
       anchor_similarity_f64=thresholds,
+      key=workdir.keys(x, target.name),
     )
     result.pool_similarity[target.usable] = similarity
     result.pool_nearest[target.usable] = row
@@ -260,6 +261,7 @@ def merge_queries(x: Experiment, todo: list[Product]) -> Made:
       'anchor_similarity',
       'anchor_nearest',
       'anchor_similarity_f64',
+      'key',
     )
     files.write_npz(x.path(product.name + '.npz'), **{key: arrays[key] for key in order})
     yield product, [product.name + '.npz'], counts

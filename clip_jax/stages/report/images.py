@@ -54,7 +54,11 @@ class Pictures:
     heads = ('most similar', 'median', 'least similar')
     for head, query in ((head, int(q)) for head, third in zip(heads, thirds) for q in third):
       threshold, anchor = result.anchor_similarity[query], int(result.anchor_nearest[query])
-      groups = [gallery.Group('query', (self.picture(benchmark, query, f'no. {query}'),))]
+      groups = [
+        gallery.Group(
+          'query', (self.picture(benchmark, query, workdir.source(self._x, benchmark).key(query)),)
+        )
+      ]
       if anchor >= 0 and self.has(ANCHOR):
         nearest = self.picture(ANCHOR, anchor, tables.similarity(float(threshold)))
         groups.append(gallery.Group('nearest in the anchor', (nearest,)))
@@ -112,7 +116,7 @@ class Pictures:
       image = _decoded(source[row]['image'])
     except InputError as error:
       self.lost.setdefault(dataset, str(error))
-    return gallery.picture(image, line, source.caption(row), marked)
+    return gallery.picture(image, line, f'{source.key(row)}: {source.caption(row)}', marked)
 
 
 def _decoded(data: bytes) -> Array | None:
