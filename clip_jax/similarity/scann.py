@@ -7,7 +7,7 @@ With k-means++, all repeated builds in our tests found the same rows for any num
 ScaNN's documentation does not guarantee this.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -37,13 +37,45 @@ def candidates(
   share of cells that a query searches; pools below TREE_ROWS rows are searched by ScaNN's brute
   force. Similarities are those of exact.search_shard, bit for bit.
   """
-  rows = np.flatnonzero(usable)
-  n = min(n, len(rows))
-  if not n:
+  if not usable.any():
     return np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
-  index = _build(_load(pool, rows, name), n, leaves, searched)
-  position, distance = index.search_batched_parallel(np.asarray(queries, np.float32))
-  nearest = np.where(np.isnan(distance), -1, rows[position])  # ScaNN pads with NaN
+  built = index(pool, usable, n, leaves=leaves, searched=searched, name=name)
+  return search(built, pool, queries, n, name=name)
+
+
+class Index(NamedTuple):
+  """An index over the usable rows of a pool."""
+
+  searcher: Any
+  rows: np.ndarray  # [m] int64
+
+
+def index(
+  pool: Array,  # rows [N, E] float16
+  usable: Array,  # [N] bool
+  n: int,  # most neighbours that a search asks for
+  *,
+  leaves: int | None = None,
+  searched: float = 0.25,
+  name: str = 'pool',
+) -> Index:
+  """Builds an index over the usable rows; arguments as in `candidates`."""
+  rows = np.flatnonzero(usable)
+  return Index(_build(_load(pool, rows, name), min(n, len(rows)), leaves, searched), rows)
+
+
+def search(
+  built: Index,
+  pool: Array,  # rows [N, E] float16
+  queries: Array,  # [Q, E] float16
+  n: int,
+  *,
+  name: str = 'pool',
+) -> tuple[np.ndarray, np.ndarray]:
+  """Returns approximately the n nearest rows of each query, as `candidates` does."""
+  n = min(n, len(built.rows))
+  position, distance = built.searcher.search_batched_parallel(np.asarray(queries, np.float32))
+  nearest = np.where(np.isnan(distance), -1, built.rows[position])  # ScaNN pads with NaN
   return exact.merge_top([(score(pool, nearest, queries, name=name), nearest)], n)
 
 
