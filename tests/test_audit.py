@@ -393,6 +393,35 @@ def test_vectors_beside_images_that_the_weights_embed(data, capsys, monkeypatch)
   assert status == 1 and 'vectors of 8 numbers, but the embedder' in said and 'of 512' in said
 
 
+@pytest.mark.parametrize('same', [True, False])
+def test_given_vectors_are_compared_with_those_of_the_weights(data, capsys, monkeypatch, same):
+  """A downloaded pool with images, and weights that made its vectors, or others."""
+  weights = products.Product('embedder/embedder')
+  products.finish(str(data / 'w'), weights, [], {})
+  monkeypatch.setattr(graph.Graph, 'embedder', lambda self, embedder='': weights)
+  monkeypatch.setattr(models, 'embedder_architecture', lambda x: types.SimpleNamespace(embed_dim=E))
+  embed = lambda images: images.reshape(len(images), -1)[:, :E].astype(np.float32) - 128
+  monkeypatch.setattr(models, 'open_embedder', lambda x: models.Embedder(8, 'squash', embed))
+  monkeypatch.setattr(check, 'embedder_weights', lambda x: None)
+  rng = np.random.default_rng(1)
+  (data / 'images').mkdir()
+  for part in range(3):
+    pixels = rng.integers(0, 255, (ROWS, 8, 8, 3), dtype=np.uint8)
+    for i in range(ROWS):
+      Image.fromarray(pixels[i]).save(data / f'images/{part:02d}{i:03d}.png')
+    if same:
+      np.save(data / f'pool/img_emb/img_emb_{part}.npy', embed(pixels))
+  images = {'pool.images': f'{data}/images', 'pool.sample_key': 'image_path'}
+  c = _config(data, **{'embedder.source': 'weights', 'pool.any_norm': True, **images})
+  status, said = squares.run(c, data / 'w', capsys, ['ingest', 'embed'])
+  assert status == 0, said
+  found = json.loads((data / 'w/embeddings/pool/agreement.json').read_text())
+  assert found['images'] == 60
+  assert (found['lowest'] > 0.999) == same
+  assert ('They are of different embedders' in said) == (not same)
+  assert 'for 60 images: median cosine' in said
+
+
 def test_a_remote_pool_is_copied_into_the_work_directory(data, capsys):
   system = fsspec.filesystem('memory')
   for path in (data / 'pool').rglob('*.*'):

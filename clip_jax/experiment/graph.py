@@ -303,14 +303,39 @@ class Graph:
       for i, shard in enumerate(self.embeddings(POOL))
     ]
 
-  def _embed(self) -> list[Product]:
-    image_text = self.image_text() if blocks.needs_image_text(self.config) else []
+  @_cached
+  def agreements(self) -> list[Product]:
+    """Returns the checks that given vectors are the embedder's, for vector datasets with images."""
+    if self.config.embedder.source not in ('train', 'weights'):
+      return []
+    checked = [
+      name
+      for name in blocks.embedded_datasets(self.config)
+      if all(
+        part.format == blocks.VECTORS and part.images
+        for part in blocks.source_blocks(self.config, name)
+      )
+    ]
     return [
+      Product(
+        f'embeddings/{name}/agreement',
+        'agreement',
+        (name,),
+        inputs=(self.embedder(), *self.embeddings(name)),
+        is_cheap=True,
+      )
+      for name in checked
+    ]
+
+  def _embed(self) -> list[Product]:
+    vectors = [
       product
       for embedder in ('', *blocks.further_embedders(self.config))
       for dataset in blocks.embedded_datasets(self.config, embedder)
       for product in self.embeddings(dataset, embedder)
-    ] + image_text
+    ]
+    image_text = self.image_text() if blocks.needs_image_text(self.config) else []
+    return [*vectors, *self.agreements(), *image_text]
 
   # ------------------------------------------------------------------------------------------------
   # dedup

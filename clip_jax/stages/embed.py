@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from clip_jax.core import files, progress
+from clip_jax.core import vectors as vectors_math
 from clip_jax.core.errors import InputError
 from clip_jax.core.products import Made, Product
 from clip_jax.core.types import Array
@@ -26,6 +27,9 @@ from clip_jax.stages import benchmark_dirs, models
 
 LISTED = 3  # unreadable images named in the log
 CAPTIONS_AT_ONCE = 1024
+CHECKED = 64  # images that are embedded to check given vectors
+# Another decoder or resize changes vectors by less, another model by more.
+LEAST_AGREEMENT = 0.95
 LEAST_BATCH = 16  # images; a smaller batch takes as long on most devices
 
 
@@ -299,4 +303,55 @@ def image_text(x: Experiment, todo: list[Product]) -> Made:
       bar.update(len(usable))
 
 
-MAKERS = {'vectors': vectors, 'embeddings': embeddings, 'image text': image_text}
+def agreement(x: Experiment, todo: list[Product]) -> Made:
+  """Embeds a few images of a dataset of given vectors, and compares: are they the embedder's?"""
+  (product,) = todo
+  (dataset,) = product.subject
+  source, stored = workdir.source(x, dataset), workdir.embeddings(x, dataset)
+  usable = np.flatnonzero(stored.usable)
+  rows = np.sort(np.random.default_rng(0).choice(usable, min(CHECKED, len(usable)), replace=False))
+  cosines = np.full(len(rows), np.nan)
+  place = {int(row): i for i, row in enumerate(rows)}
+  try:
+    model = x.cached('embedder', lambda: models.open_embedder(x))
+    done = 0
+    for batch, ok in embed_rows(x, source, rows, model, dataset):
+      own = rows[done : done + len(ok)]
+      at = [place[int(row)] for row in own]
+      cosines[at] = np.where(ok, vectors_math.cosine(batch, stored.rows(own)), np.nan)
+      done += len(ok)
+  except InputError as error:  # the images are not where the config says
+    logging.warning(
+      'embed %s: the vectors cannot be compared with their images: %s', dataset, error
+    )
+  known = cosines[np.isfinite(cosines)]
+  about = {
+    'images': len(known),
+    'median': float(np.median(known)) if len(known) else None,
+    'lowest': float(known.min()) if len(known) else None,
+  }
+  files.write_json(x.path(f'{product.name}.json'), about)
+  yield product, [f'{product.name}.json'], about
+  if not len(known):
+    return
+  logging.log(
+    logging.WARNING if about['median'] < LEAST_AGREEMENT else logging.INFO,
+    'embed %s: the given vectors and those of the embedder, for %d images: median cosine '
+    'similarity %.4f, lowest %.4f.%s',
+    dataset,
+    len(known),
+    about['median'],
+    about['lowest'],
+    ''
+    if about['median'] >= LEAST_AGREEMENT
+    else ' They are of different embedders or preprocessing, so similarities between them mean '
+    'little.',
+  )
+
+
+MAKERS = {
+  'vectors': vectors,
+  'embeddings': embeddings,
+  'image text': image_text,
+  'agreement': agreement,
+}
