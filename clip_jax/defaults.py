@@ -410,7 +410,8 @@ REFERENCE = {
 SPLIT = {
   # all | anchor | pool_only | gap_aligned | near | far | random | matched | k_aligned |
   # domain_removal | union | intersection | minus | planted | listed (a file of keys) |
-  # below (decontamination: rows similar to a query are dropped) | column (a number of each row)
+  # below (decontamination: rows similar to a query are dropped) | column (a number of each row) |
+  # caption (captions with given words)
   'rule': Key('all'),
   'append_anchor': Key(True),  # add the anchor's rows
   'seeds': Key(()),  # training seeds of this split; (): train.seeds

@@ -36,6 +36,11 @@ def get_config():
   config.splits.laion_threshold = defaults.split(
     rule='column', column='clip_b32_similarity_score', at_least=0.3, export=export
   )
+  # DataComp's text filter keeps English captions that name a class of ImageNet (section 4.1); this
+  # one, captions that name one of yours. Language is not detected here.
+  config.splits.named = defaults.split(
+    rule='caption', words=('tabby cat', 'golden retriever', 'school bus'), export=export
+  )
   # For decontamination, copy this file and add for each benchmark, and jointly with a filter:
   #   config.splits.clean = defaults.split(rule='below', similarity=0.95, benchmarks=('val',))
   #   config.splits.both = defaults.split(

@@ -55,6 +55,7 @@ def test_filters_write_uid_files(data, capsys):
   spec.loader.exec_module(module)
   c = module.get_config()
   c.pool.path = f'{data}/metadata/*.npz'
+  c.splits.named.words = ('caption 1', 'caption 2')
   c.benchmark_dirs = f'val={data}/val'
   c.splits.clean = defaults.split(rule='below', similarity=0.95, benchmarks=('val',))
   c.splits.both = defaults.split(
@@ -70,4 +71,7 @@ def test_filters_write_uid_files(data, capsys):
   l14 = np.concatenate([score[:ROWS][::-1], score[ROWS:][::-1]])
   best = sorted(np.argsort(-l14, kind='stable')[:30].tolist())
   assert uids('clip_score_l14_30') == best
+  c.splits.named.words = ('caption 7', 'CAPTION 42')
+  assert squares.run(c, data / 'w', capsys, ['prune'])[0] == 0
+  assert uids('named') == [7, 42]
   assert uids('both') == [i for i in best if i not in (3, 53)]

@@ -227,7 +227,13 @@ def test_a_column_with_too_few_values_is_an_error():
 
 
 def test_the_table_tells_what_each_rule_takes():
-  parameter = {'target': 'removed', 'file': 'rows', 'levels': 'codes', 'scores': 'scores'}
+  parameter = {
+    'target': 'removed',
+    'file': 'rows',
+    'levels': 'codes',
+    'scores': 'scores',
+    'matches': 'matches',
+  }
   same = (
     'benchmarks',
     'slack',
@@ -313,6 +319,12 @@ def test_the_table_tells_what_each_rule_takes():
       'column',
       {'column': 'clip', 'quantile': 0.7},
       'rows whose clip is at or over its 70 % quantile',
+    ),
+    ('caption', {'words': ('cat', 'hot dog')}, 'rows whose caption has cat or hot dog'),
+    (
+      'caption',
+      {'words': tuple('abcde')},
+      'rows whose caption has a, b, c or one of 2 other words',
     ),
     ('union', {'of': ('x', 'y')}, 'rows that x or y keeps'),
     ('union', {'of': ('x', 'y', 'z')}, 'rows that x, y or z keeps'),

@@ -184,6 +184,18 @@ def test_a_column_of_the_metadata_selects_rows(world, capsys):
   assert status == 1 and 'a column of numbers' in said
 
 
+def test_captions_with_words_select_rows(world, capsys):
+  c, w = made(world), world / 'caption'
+  c.splits.red = defaults.split(rule='caption', words=('RED square', 'gree', 'c++'))
+  status, said = run(c, w, capsys, PREPARE)
+  assert status == 0, said
+  rows = np.load(w / 'splits/red/rows.npy')
+  assert rows[rows < 60].tolist() == list(range(0, 60, 3))  # 'gree' is no whole word of 'green'
+  c.splits.red.words = ()
+  status, said = run(c, w, capsys, PREPARE)
+  assert status == 2 and 'give words=' in said
+
+
 def test_a_list_with_repeats_strangers_and_rows_that_are_no_candidates(world, tmp_path, capsys):
   c, w = made(world), tmp_path / 'w'
   c.dedup.enabled = True

@@ -193,6 +193,15 @@ def domain_removal(
   return Kept(np.flatnonzero(columns.candidates & ~dropped), report)
 
 
+def caption(
+  columns: Columns,
+  *,
+  matches: Array,  # [N] bool: the caption has one of the words
+) -> Kept:
+  """Keeps the candidates whose caption has one of some words."""
+  return Kept(np.flatnonzero(columns.candidates & matches))
+
+
 def union(columns: Columns, *, others: Sequence[Array]) -> Kept:
   """Keeps rows that at least one of the other splits keeps; others: [n] int64 rows each, unique."""
   return _composed(columns, others, np.logical_or)
@@ -224,6 +233,13 @@ def _listed(names: Sequence[Any], word: str = 'and') -> str:
   """Returns the names as a list in prose: 'a, b and c'."""
   *first, last = map(str, names) if names else ['']
   return f'{", ".join(first)} {word} {last}' if first else last
+
+
+def _some(words: Sequence[str]) -> str:
+  """Returns up to three words in prose, and the number of the others."""
+  if len(words) <= 3:
+    return _listed(words, 'or')
+  return f'{", ".join(words[:3])} or one of {len(words) - 3:,} other words'
 
 
 def _gap_aligned_words(of: Mapping[str, Any]) -> str:
@@ -278,7 +294,8 @@ class Rule:
   - keys: the keys of a split block that this rule reads (besides append_anchor and seeds).
   - needs: inputs that the caller supplies: 'search' (similarity columns), 'excess' (needs an
     anchor), 'pairs' (of k_aligned), 'levels' (`codes` and `names`, from a column or a reference),
-    'scores' (the numbers of a column of the index), 'count' (from size or size_of), 'draw' (one
+    'scores' (the numbers of a column of the index), 'matches' (whether each caption has one of
+    `words`), 'count' (from size or size_of), 'draw' (one
     draw per training seed), 'target' (the rows dropped by the split named in `to`), 'others' (the
     rows kept by the splits named in `of`), 'anchor_classes' (the search against class means),
     'file' (the rows that the split's file lists; the file's content counts, not its path).
@@ -360,6 +377,8 @@ KEYS = {
   # domain_removal: or a column of the pool's index with the class. column: a column of numbers of
   # the index, or 'image_text_similarity', which the stage embed computes (DataComp's CLIP score)
   'column': Key(''),
+  # caption: words or phrases, one of which a caption must have; whole words, case does not matter
+  'words': Key(()),
   'values': Key(()),  # domain_removal: the classes, or values of the column, that are dropped
   # union, intersection, minus: the splits that are joined; minus: the first without the others
   'of': Key(()),
@@ -540,6 +559,17 @@ RULES = {
     words=_column_words,
     problem=lambda of: (
       _one_amount('at_least', 'top', 'quantile')(of) if of['column'] else 'give column='
+    ),
+  ),
+  'caption': Rule(
+    caption,
+    ('words',),
+    ('matches',),
+    selects=True,
+    label='captions with given words',
+    words=lambda of: f'rows whose caption has {_some(of["words"])}',
+    problem=lambda of: (
+      '' if of['words'] and all(str(word).strip() for word in of['words']) else 'give words=(...)'
     ),
   ),
 }

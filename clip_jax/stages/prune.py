@@ -35,6 +35,7 @@ _SUPPLIED = (
   'reference',
   'column',
   'values',
+  'words',
   'of',
   'seed',
   'file',
@@ -92,6 +93,8 @@ class Base(PoolColumns):
       arguments['values'] = tuple(map(str, block['values']))
     if 'scores' in rule.needs:
       arguments['scores'] = self.numbers(block.column)
+    if 'matches' in rule.needs:
+      arguments['matches'] = self.captions_with(tuple(map(str, block.words)))
     if 'count' in rule.needs:
       arguments['count'] = (
         len(self._pool_rows(split, block.size_of, seed))

@@ -7,13 +7,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import dataclasses
 import functools
 import os
+import re
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from clip_jax.core import files, products
 from clip_jax.core.errors import InputError
 from clip_jax.core.types import Array
+from clip_jax.data import table
 from clip_jax.experiment import blocks, workdir
 from clip_jax.experiment.blocks import ANCHOR, ANCHOR_CLASSES, POOL
 from clip_jax.experiment.experiment import Experiment
@@ -141,6 +144,17 @@ class PoolColumns:
         "'column' needs a column of numbers."
       )
     return values.astype(np.float64)
+
+  def captions_with(self, words: tuple[str, ...]) -> Array:
+    """Returns whether each pool row's caption has one of the words as whole words, [N] bool."""
+    listed = '|'.join(re.escape(word.strip()) for word in words)
+    pattern = rf'(?:^|[^\pL\pN_])(?:{listed})(?:[^\pL\pN_]|$)'
+    parts, folder = [np.zeros(0, bool)], workdir.index_folder(self.x, POOL)
+    for shard in range(len(self.source.starts) - 1):
+      captions = table.read_columns(folder, shard, ['caption'])['caption']
+      matches = pc.match_substring_regex(captions, pattern, ignore_case=True)
+      parts.append(matches.fill_null(False).to_numpy().astype(bool))
+    return np.concatenate(parts)
 
   def pairs(self, benchmark: str, k: int) -> Iterator[columns.Pairs]:
     """Yields all pairs of a query and a pool row nearer than the query's k-th anchor row.
