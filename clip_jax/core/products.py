@@ -422,20 +422,18 @@ def lock(workdir: str, name: str) -> Iterator[None]:
   """Holds the lock WORKDIR/<name>.lock while the block runs.
 
   It is a kernel lock (flock): it is released when the process ends, even by a kill, and child
-  processes do not inherit it. Raises InputError naming the holder if another process of this
-  machine has it.
+  processes do not inherit it. Raises InputError naming the holder if another process has it.
   """
   path = os.path.join(workdir, name + LOCK)
   os.makedirs(os.path.dirname(path), exist_ok=True)
   descriptor = _flock(path)
   if descriptor is None:
-    holder = _read_holder(path)
     raise InputError(
-      f'{name} in {workdir} is being made by process {holder.get("pid", "?")} on '
-      f'{holder.get("host", "?")} since {holder.get("time", "?")} (lock: {path}). Wait until it '
-      'ends, or stop it; then run the same command again.'
+      f'{name} in {workdir} is being made by {_holder(path)} (lock: {path}). Wait until it ends, '
+      'or stop it; then run the same command again.'
     )
   try:
+    _held.add(descriptor)
     holder = {
       'host': socket.gethostname(),
       'pid': os.getpid(),
@@ -445,9 +443,35 @@ def lock(workdir: str, name: str) -> Iterator[None]:
     os.pwrite(descriptor, json.dumps(holder).encode(), 0)
     yield
   finally:
-    with contextlib.suppress(FileNotFoundError):
-      os.unlink(path)  # before the lock is released: a process that opens the path gets a new file
-    os.close(descriptor)
+    if descriptor in _held:  # not so in a forked child, which does not hold the lock
+      _held.remove(descriptor)
+      _remove_lock_file(path, descriptor)
+      os.close(descriptor)
+
+
+_held: set[int] = set()  # file descriptors of the locks that this process holds
+
+
+def _let_go() -> None:
+  """Closes the locks in a forked child: otherwise it would hold them after its parent's end.
+
+  Programs that are started (exec) do not get them, because they are opened with O_CLOEXEC.
+  """
+  while _held:
+    os.close(_held.pop())
+
+
+os.register_at_fork(after_in_child=_let_go)
+
+
+def _remove_lock_file(path: str, descriptor: int) -> None:
+  """Removes a held lock's file, unless --redo moved it away and another process made a new one.
+
+  It is removed before the lock is released: a process that opens the path later gets a new file.
+  """
+  with contextlib.suppress(FileNotFoundError):
+    if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+      os.unlink(path)
 
 
 def _flock(path: str) -> int | None:
@@ -463,11 +487,19 @@ def _flock(path: str) -> int | None:
     except BlockingIOError:
       os.close(descriptor)
       return None
+    except OSError as error:
+      os.close(descriptor)
+      raise InputError(
+        f'{path} cannot be locked ({error.strerror}): the file system has no locks (flock). Choose '
+        'a --workdir on another disk, or mount this one with locks.'
+      ) from error
 
 
-def _read_holder(path: str) -> dict:
+def _holder(path: str) -> str:
+  """Returns who holds a lock, in words."""
   try:
     with open(path) as f:
-      return json.load(f)
-  except (OSError, ValueError):  # the holder has ended, or is writing the file
-    return {}
+      holder = json.load(f)
+    return f'process {holder["pid"]} on {holder["host"]} since {holder["time"]}'
+  except (OSError, ValueError, KeyError, TypeError):  # it has ended, or is writing the file
+    return 'another process'
