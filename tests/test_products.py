@@ -252,6 +252,16 @@ def test_checksum_is_of_the_content(tmp_path):
   assert sums[0] == sums[1] != sums[2]
 
 
+def test_many_reasons_are_counted(tmp_path):
+  make(tmp_path, Product('s/a', keys={'old': 1, 'same': 1, 'changed': 1}))
+  few = Product('s/a', keys={'old': 1, 'same': 1, 'changed': 2, 'new': 3})
+  assert products.reasons(tmp_path, few, 3) == ('config.changed: 1 -> 2; config.new: missing -> 3')
+  many = Product('s/a', keys={'same': 1, 'changed': 2, **dict.fromkeys('abcd', 0)}, version=2)
+  assert products.reasons(tmp_path, many, 3) == (
+    '4 new config keys, changed config keys, removed config keys, format version: 1 -> 2'
+  )
+
+
 def _hold(path, ready, done):
   with products.lock(path, 's/a'):
     ready.set()

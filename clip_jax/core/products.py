@@ -18,6 +18,7 @@ computed and writes their sidecars. Each shard is a product of its own: if one f
 stops, the finished ones are kept, and the next command computes the rest.
 """
 
+import collections
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
@@ -130,8 +131,7 @@ def make(
     todo = [_with_inputs(workdir, product) for product in missing(workdir, wanted)]
     for product in todo:
       if (path := sidecar_path(workdir, product.name)).exists():
-        reasons = '; '.join(differences(workdir, product)[:3])
-        logging.info('%s is made again: %s.', product.name, reasons)
+        logging.info('%s is made again: %s.', product.name, reasons(workdir, product, 3))
         path.unlink()
     finished = []
     for product, product_files, product_counts in work(todo):
@@ -269,6 +269,23 @@ def differences(workdir: str, product: Product) -> list[str]:
   if sidecar['version'] != product.version:
     lines.append(f'format version: {sidecar["version"]} -> {product.version}')
   return lines
+
+
+def reasons(workdir: str, product: Product, most: int) -> str:
+  """Returns `differences` as one text; more than `most` are counted by their kind."""
+  lines = differences(workdir, product)
+  if len(lines) <= most:
+    return '; '.join(lines)
+  kinds = collections.Counter(map(_kind_of_difference, lines))
+  return ', '.join(f'{count} {kind}' if count > 1 else kind for kind, count in kinds.items())
+
+
+def _kind_of_difference(line: str) -> str:
+  if not line.startswith('config.'):
+    return line if line.startswith('format version') else 'other inputs'
+  if ': missing -> ' in line:
+    return 'new config keys'
+  return 'removed config keys' if line.endswith(' -> missing') else 'changed config keys'
 
 
 def finish(

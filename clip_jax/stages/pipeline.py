@@ -5,6 +5,7 @@ from importlib import metadata
 import itertools
 import os
 import platform
+import shlex
 import shutil
 import sys
 import time
@@ -229,7 +230,7 @@ def _end_redo(x: Experiment, redo: str) -> None:
 def _begin(x: Experiment, names: list[str]) -> None:
   """Opens the log and records the command and the config."""
   log.to_file(x.path('log.txt'))
-  command = ' '.join([os.path.basename(sys.executable), *sys.orig_argv[1:]])
+  command = shlex.join([os.path.basename(sys.executable), *sys.orig_argv[1:]])
   logging.debug('clip_jax: %s', command)
   files.write_json(
     x.path('times.json'), {'seconds': {}, **workdir.read_json(x, 'times.json'), 'command': command}

@@ -309,8 +309,7 @@ def _products(x: Experiment, stage: str) -> str:
   )
   outdated = [product for product in wanted if states[product.name] == 'differs']
   if outdated:
-    reasons = products.differences(x.workdir, outdated[0])
-    text += f' ({outdated[0].name}: {"; ".join(reasons[:2])})'
+    text += f' ({outdated[0].name}: {products.reasons(x.workdir, outdated[0], 2)})'
   return text or 'none'
 
 
