@@ -43,7 +43,7 @@ def test_warnings_of_libraries_are_for_the_log_file(tmp_path, capsys):
     python_logging.getLogger(name).error('an error of %s', name)
     python_logging.getLogger(name).info('news of %s', name)
   said = capsys.readouterr()
-  assert 'warning' not in said.out + said.err and 'an error of jax._src.mesh' in said.out
+  assert 'a warning of' not in said.out + said.err and 'an error of jax._src.mesh' in said.out
   text = (tmp_path / 'log.txt').read_text()
   for name in ('jax._src.mesh', 'orbax', 'py.warnings', 'absl'):
     assert text.count(f'a warning of {name}') == text.count(f'an error of {name}') == 1, text

@@ -8,12 +8,14 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import squares
 from squares import PREPARE, run
 import tiny
 
 from clip_jax.core import files, products
+from clip_jax.core.errors import InputError
 from clip_jax.training import loop
 
 STAGES = [*PREPARE, 'train']
@@ -100,6 +102,84 @@ def test_a_redo_with_a_mistake_removes_nothing(world, copy, capsys, redo, overri
     c.update_from_flattened_dict(override)
   got, text = run(c, copy, capsys, STAGES, redo=redo)
   assert got == status and said in text, text
+  assert files_of(copy, but=()) == before
+
+
+@pytest.mark.parametrize('redo', ['train:base/seed0', 'train', 'prune:base', 'search', 'ingest'])
+@pytest.mark.parametrize('is_finished', [True, False])
+def test_a_redo_moves_nothing_that_another_process_makes(world, copy, capsys, redo, is_finished):
+  if not is_finished:
+    (copy / 'train/base/seed0/run.sidecar.json').unlink()
+  (copy / 'train/base/seed0/begun').write_text('a checkpoint')
+  # The split base does not depend on the search.
+  c, run_ = config(world), f'train/{"pruned" if redo == "search" else "base"}/seed0/run'
+  before = files_of(copy, but=())
+  with products.lock(str(copy), run_):
+    status, said = run(c, copy, capsys, STAGES, redo=redo)
+    assert status == 1 and f'process {os.getpid()} on' in said, said
+    assert f'{copy}/{run_}.lock' in said
+    after = files_of(copy, but=())
+    assert after.pop(f'{run_}.lock') and after == before
+  assert files_of(copy, but=()) == before
+
+
+def test_a_redo_respects_a_run_that_its_own_config_does_not_name(world, copy, capsys):
+  before = files_of(copy, but=())
+  with products.lock(str(copy), 'train/other/seed7/run'):
+    status, said = run(config(world), copy, capsys, STAGES, redo='train')
+    assert status == 1 and 'train/other/seed7/run.lock' in said, said
+  assert files_of(copy, but=()) == before
+  (copy / 'train/other/seed7/run.lock').write_text('of a killed process')
+  status, said = run(config(world), copy, capsys, ['train'], redo='train')
+  assert status == 0, said
+
+
+def test_an_unfinished_run_of_a_redone_split_is_moved_as_well(world, copy, capsys):
+  (copy / 'train/base/seed0/run.sidecar.json').unlink()
+  (copy / 'train/base/seed0/checkpoints/begun').write_text('a checkpoint')
+  status, said = run(config(world), copy, capsys, PREPARE, redo='prune:base')
+  assert status == 0 and 'the replaced files stay in' not in said, said
+  assert not (copy / 'train/base/seed0').exists() and (copy / 'train/pruned/seed0').exists()
+  status, said = run(config(world), copy, capsys, STAGES)
+  assert status == 0 and not (copy / 'replaced').exists(), said
+  assert tiny.content(copy) == tiny.content(world / 'run')
+
+
+def test_a_split_too_small_for_the_batch_is_found_before_a_redo(world, copy, capsys):
+  rows = copy / 'splits/base/rows.npy'
+  np.save(rows, np.load(rows)[:12])
+  sidecar = json.loads((copy / 'splits/base/rows.sidecar.json').read_text())
+  sidecar['files']['splits/base/rows.npy'] = rows.stat().st_size
+  (copy / 'splits/base/rows.sidecar.json').write_text(json.dumps(sidecar))
+  before = files_of(copy, but=())
+  c = config(world, **{'train.batch_size': 16})
+  status, said = run(c, copy, capsys, STAGES, redo='train')
+  assert status == 1 and 'The split base has 12 rows, less than one batch (16)' in said, said
+  assert files_of(copy, but=()) == before
+
+
+def test_a_redo_needs_space_beside_the_old_files(world, copy, capsys, monkeypatch):
+  before, asked = files_of(copy, but=()), {}
+
+  def check_space(path, needed, what):
+    asked[what] = needed
+    raise InputError(f'{what} no space')
+
+  monkeypatch.setattr(files, 'check_space', check_space)
+  status, said = run(config(world), copy, capsys, STAGES, redo='embed')
+  assert status == 1 and '--redo=embed, which keeps the old files' in said, said
+  (needed,) = asked.values()
+  assert needed > sum(path.stat().st_size for path in (copy / 'embeddings').rglob('*.npy'))
+  assert files_of(copy, but=()) == before
+
+
+def test_a_dry_run_says_what_a_redo_would_replace(world, copy, capsys):
+  before = files_of(copy, but=())
+  status, said = run(config(world), copy, capsys, redo='train:base', dry_run=True)
+  assert status == 0 and '--redo=train:base would make 1 finished product again' in said, said
+  assert 'train/base/seed0/run' in said
+  status, said = run(config(world), copy, capsys, redo='train:bsae', dry_run=True)
+  assert status == 2 and 'matches no product' in said, said
   assert files_of(copy, but=()) == before
 
 

@@ -202,6 +202,26 @@ def test_followers_last_first(tmp_path):
   assert products.followers(tmp_path, ['se/c']) == ['tr/d', 'se/c']
 
 
+def test_followers_include_planned_products_and_each_comes_before_its_inputs(tmp_path):
+  a = Product('in/a')
+  layer = [a]
+  for depth in range(12):  # 3^12 paths lead from the first to the last layer
+    layer = [Product(f'l{depth}/{i}', inputs=tuple(layer)) for i in range(3)]
+    make(tmp_path, a, *layer)
+  begun = Product('train/x/run', inputs=tuple(layer))
+  names = products.followers(tmp_path, ['in/a'], [begun])
+  assert names[0] == 'train/x/run' and names[-1] == 'in/a' and len(names) == len({*names}) == 38
+  depths = [int(name.split('/')[0][1:]) for name in names[1:-1]]
+  assert depths == sorted(depths, reverse=True)
+  assert 'train/x/run' not in products.followers(tmp_path, ['in/a'])
+
+
+def test_followers_of_two_configs_that_contradict_each_other(tmp_path):
+  make(tmp_path, Product('splits/a'), Product('splits/b', inputs=(Product('splits/a'),)))
+  planned = [Product('splits/a', inputs=(Product('splits/b'),))]  # it was the other way round
+  assert sorted(products.followers(tmp_path, ['splits/a'], planned)) == ['splits/a', 'splits/b']
+
+
 @pytest.mark.parametrize(
   'names, redo',
   [

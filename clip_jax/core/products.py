@@ -360,20 +360,32 @@ def _sidecar_paths(folder: epath.Path) -> Iterator[epath.Path]:
       yield from _sidecar_paths(path)
 
 
-def followers(workdir: str, names: Iterable[str]) -> list[str]:
-  """Returns `names` and all products that depend on them, each before the products it reads."""
-  readers: dict[str, list[str]] = {}
+def followers(workdir: str, names: Iterable[str], planned: Iterable[Product] = ()) -> list[str]:
+  """Returns `names` and all products that depend on them, each before the products it reads.
+
+  planned: products of the config, which count whether they are finished or not.
+  """
+  readers: dict[str, dict[str, None]] = {}
   for reader, sidecar in sidecars(workdir).items():
     for name in sidecar['inputs']:
-      readers.setdefault(name, []).append(reader)
-  order: dict[str, None] = {}
-  todo = list(names)
-  while todo:
-    name = todo.pop(0)
-    order.pop(name, None)  # a longer path leads to it: move it to the end
-    order[name] = None
-    todo += readers.get(name, [])
-  return list(order)[::-1]
+      readers.setdefault(name, {})[reader] = None
+  for product in planned:
+    for part in (*product.inputs, *product.untracked):
+      readers.setdefault(part.name, {})[product.name] = None
+  order, entered = [], set()  # depth-first: a name is appended after all its readers
+  for name in names:
+    stack = [(name, iter(readers.get(name, ())))] if name not in entered else []
+    entered.add(name)
+    while stack:
+      name, rest = stack[-1]
+      reader = next((reader for reader in rest if reader not in entered), None)
+      if reader is None:
+        order.append(name)
+        stack.pop()
+      else:
+        entered.add(reader)
+        stack.append((reader, iter(readers.get(reader, ()))))
+  return order
 
 
 def set_aside(workdir: str, name: str) -> None:
@@ -464,6 +476,34 @@ def lock(workdir: str, name: str) -> Iterator[None]:
       _held.remove(descriptor)
       _remove_lock_file(path, descriptor)
       os.close(descriptor)
+
+
+@contextlib.contextmanager
+def locks(workdir: str, names: Iterable[str]) -> Iterator[None]:
+  """Holds several locks, also while `move_aside` moves their folders; raises as `lock` does."""
+  names = sorted(set(names))
+  with contextlib.ExitStack() as stack:
+    for name in names:
+      stack.enter_context(lock(workdir, name))
+    try:
+      yield
+    finally:
+      for name in names:
+        with contextlib.suppress(OSError):  # it was not moved
+          os.unlink(os.path.join(workdir, REPLACED, name + LOCK))
+
+
+def lock_files(workdir: str, folder: str) -> list[str]:
+  """Returns the names of the locks whose files exist below a folder of the work directory.
+
+  A file without a holder is of a killed process.
+  """
+  return [
+    os.path.relpath(os.path.join(parent, name), workdir).removesuffix(LOCK)
+    for parent, _, names in os.walk(os.path.join(workdir, folder))
+    for name in names
+    if name.endswith(LOCK)
+  ]
 
 
 _held: set[int] = set()  # file descriptors of the locks that this process holds

@@ -1,6 +1,7 @@
 """Runs the stages in order: checks everything, applies --redo, then makes the missing products."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+import contextlib
 from importlib import metadata
 import itertools
 import os
@@ -58,12 +59,14 @@ def run(
     plan.print_graph(x, names)
     return
   if dry_run:
-    plan.show(x, names)
+    redo_names = _redo_names(x, names, redo) if redo else []
+    plan.show(x, names, redo, redo_names)
     return
   redo_names = _check(x, names, redo)
-  _begin(x, names)
-  if redo:
-    _set_aside(x, redo, redo_names)
+  with _redo_locks(x, names, redo, redo_names):  # before anything is written
+    _begin(x, names)
+    if redo:
+      _set_aside(x, redo, redo_names)
   _run(x, names, redo)
 
 
@@ -94,21 +97,22 @@ def _open(config: Config, folder: str | None) -> Experiment:
 # checks before any work
 
 
-def _check(x: Experiment, names: list[str], redo: str) -> set[str]:
+def _check(x: Experiment, names: list[str], redo: str) -> list[str]:
   """Checks source files, outdated products and devices; returns the products that --redo replaces.
 
   Writes and removes nothing.
   """
-  redo_names = _redo_names(x, redo) if redo else set()
+  redo_names = _redo_names(x, names, redo) if redo else []
   if names == ['report']:  # the report reads no source file
     return redo_names
+  replaced = set(redo_names)
   wanted = {stage: _wanted(x, stage) for stage in names}
   outdated = {}
   for stage, parts in wanted.items():
     outdated[stage] = [
       part
       for part in parts
-      if part.name not in redo_names
+      if part.name not in replaced
       and not part.is_cheap
       and products.status(x.workdir, part) == 'differs'
     ]
@@ -117,11 +121,36 @@ def _check(x: Experiment, names: list[str], redo: str) -> set[str]:
   runs = [
     part
     for part in wanted.get('train', ())
-    if part.name in redo_names or products.status(x.workdir, part) != 'fits'
+    if part.name in replaced or products.status(x.workdir, part) != 'fits'
   ]
   if runs:  # importing JAX is slow, so a work directory without missing runs skips this check
     sharding.check_batch_size(x.config.train.batch_size, sharding.mesh(x.config.train.fsdp))
+    table.module('train').check_sizes(x, [run_ for run_ in runs if _is_ready(x, run_, replaced)])
+  if redo and not _is_moved(x, redo):
+    size = sum(_bytes(x, name) for name in redo_names)
+    what = f'--redo={redo}, which keeps the old files until new ones are made,'
+    files.check_space(x.workdir, size, what)
   return redo_names
+
+
+def _is_ready(x: Experiment, product: Product, replaced: set[str]) -> bool:
+  """Returns whether the inputs of a product are finished, fit and stay."""
+  return all(
+    part.name not in replaced and products.status(x.workdir, part) == 'fits'
+    for part in product.inputs
+  )
+
+
+def _bytes(x: Experiment, name: str) -> int:
+  """Returns the size of a finished product's files; a folder (checkpoints) counts with its files."""
+  recorded = (products.read_sidecar(x.workdir, name) or {'files': {}})['files']
+  total = 0
+  for file, size in recorded.items():
+    total += max(size, 0)
+    if size < 0:
+      for folder, _, found in os.walk(x.path(file)):
+        total += sum(os.path.getsize(os.path.join(folder, entry)) for entry in found)
+  return total
 
 
 def _wanted(x: Experiment, stage: str) -> list[Product]:
@@ -134,20 +163,52 @@ def _wanted(x: Experiment, stage: str) -> list[Product]:
   )
 
 
-def _redo_names(x: Experiment, redo: str) -> set[str]:
-  """Returns the finished products that --redo names and all products that depend on them.
+def _redo_names(x: Experiment, stages: list[str], redo: str) -> list[str]:
+  """Returns the products that --redo names and all that depend on them, each before its inputs.
 
-  Raises ConfigError if --redo names no product.
+  They are those on disk and those of the config, finished or not: an unfinished run also depends
+  on its split. Raises ConfigError if --redo names no product.
   """
   target, stored = _redo_target(x, redo), products.sidecars(x.workdir)
-  named = [name for name in stored if name == target or name.startswith(target + '/')]
+  planned = [] if stages == ['report'] else table.everything(x)  # the report lists no source file
+  is_named = lambda name: name == target or name.startswith(target + '/')
+  named = [name for name in stored if is_named(name)]
   if not named and not os.path.exists(x.path(target)) and not _is_begun(x, redo):
     stage_folder = STAGES[redo.partition(':')[0]]
     raise ConfigError(
       f'--redo={redo!r} matches no product in {x.workdir}.'
       f'{config_lib.nearest(target, [n for n in stored if f"{stage_folder}/" in n])}'
     )
-  return set(products.followers(x.workdir, named))
+  named += [product.name for product in planned if is_named(product.name)]
+  return products.followers(x.workdir, named, planned)
+
+
+@contextlib.contextmanager
+def _redo_locks(x: Experiment, stages: list[str], redo: str, names: list[str]) -> Iterator[None]:
+  """Holds the locks of all products that --redo moves.
+
+  Raises InputError if another process makes one of them, so that its files are not moved away.
+  """
+  if not redo or _is_moved(x, redo):
+    yield
+    return
+  planned = [] if stages == ['report'] else table.everything(x)
+  batches = {product.name: product.batch or product.name for product in planned}
+  wanted = [batches.get(name, name) for name in names]
+  wanted += [
+    name
+    for folder in {_redo_target(x, redo), *_begun_folders(names)}
+    for name in products.lock_files(x.workdir, folder)
+  ]
+  # A product without a folder is neither finished nor in the making.
+  wanted = [name for name in wanted if os.path.isdir(os.path.dirname(x.path(name)))]
+  with products.locks(x.workdir, wanted):
+    yield
+
+
+def _begun_folders(names: Iterable[str]) -> list[str]:
+  """Returns the folders of training runs, which hold checkpoints before they are finished."""
+  return [os.path.dirname(name) for name in names if os.path.basename(name) in ('run', 'embedder')]
 
 
 def _redo_target(x: Experiment, redo: str) -> str:
@@ -178,26 +239,32 @@ def _is_begun(x: Experiment, redo: str) -> bool:
   return workdir.read_json(x, REDO).get('redo') == redo
 
 
-def _set_aside(x: Experiment, redo: str, names: set[str]) -> None:
+def _is_moved(x: Experiment, redo: str) -> bool:
+  """Returns whether an earlier command with this --redo has moved all its products."""
+  return _is_begun(x, redo) and workdir.read_json(x, REDO)['removed']
+
+
+def _set_aside(x: Experiment, redo: str, names: list[str]) -> None:
   """Moves the products that --redo names and their dependents to WORKDIR/replaced.
 
-  Dependents move first. The files are deleted when all products are made again. redo.json records
+  Dependents move first, an unfinished run with its checkpoints. The files are deleted when all products are made again. redo.json records
   the move, so that the same command, after a kill, does not move its own new products.
   """
-  if _is_begun(x, redo) and workdir.read_json(x, REDO)['removed']:
+  if _is_moved(x, redo):
     logging.info('redo: continuing --redo=%s; its products were moved already.', redo)
     return
   files.write_json(x.path(REDO), {'redo': redo, 'removed': False})
-  for name in products.followers(x.workdir, names):
+  finished = products.sidecars(x.workdir).keys() & {*names}
+  for name in names:
     products.set_aside(x.workdir, name)
-    if name.endswith('/run'):
-      products.move_aside(x.workdir, os.path.dirname(name))
+    for folder in _begun_folders([name]):
+      products.move_aside(x.workdir, folder)
   products.move_aside(x.workdir, _redo_target(x, redo))  # also moves unfinished files
   files.write_json(x.path(REDO), {'redo': redo, 'removed': True})
   logging.info(
     'redo: %s and its dependents (%s) are moved to %s until they are made again.',
     _redo_target(x, redo),
-    progress.counted(len(names), 'product'),
+    progress.counted(len(finished), 'finished product'),
     x.path(products.REPLACED),
   )
 

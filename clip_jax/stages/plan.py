@@ -7,7 +7,7 @@ accelerators 40 % of the vendor's dense peak. Reading and decoding images is not
 """
 
 import collections
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import dataclasses
 import re
 import time
@@ -55,8 +55,8 @@ def stage_plan(x: Experiment, stage: str, rows: Rows | None = None) -> StagePlan
   return PLANS[stage](x, {name: rows[name] for name in rows if not x.embedder or name in own})
 
 
-def show(x: Experiment, names: list[str]) -> None:
-  """Prints the plan of the named stages."""
+def show(x: Experiment, names: list[str], redo: str = '', redo_names: Sequence[str] = ()) -> None:
+  """Prints the plan of the named stages, and the finished products that --redo would replace."""
   log.start()
   rows, rate = dataset_rows(x), matmul_rate()
   logging.info(
@@ -95,6 +95,14 @@ def show(x: Experiment, names: list[str]) -> None:
       _time(plan.flops, rate),
       '  '.join(f'{text:>9}' for text in times),
       _products(view, name),
+    )
+  if redo:
+    finished = [name for name in products.sidecars(x.workdir) if name in set(redo_names)]
+    logging.info(
+      '--redo=%s would make %s again%s.',
+      redo,
+      progress.counted(len(finished), 'finished product'),
+      f': {", ".join(finished[:6])}{", ..." if len(finished) > 6 else ""}' if finished else '',
     )
   free = files.free_bytes(x.workdir)
   logging.info(
