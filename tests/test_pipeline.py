@@ -14,6 +14,7 @@ import squares
 from squares import PREPARE, run
 import tiny
 
+from clip_jax import defaults
 from clip_jax.core import files, products
 from clip_jax.core.errors import InputError
 from clip_jax.training import loop
@@ -332,3 +333,166 @@ def test_what_is_aside_stays_until_it_is_made_again(world, copy, capsys):
   status, said = run(config(world), copy, capsys, STAGES)
   assert status == 0 and not (copy / 'replaced').exists(), said
   assert tiny.content(copy) == tiny.content(world / 'run')
+
+
+@pytest.fixture(scope='module')
+def indexed(tmp_path_factory):
+  """The data with a colour in the pool's json, and a work directory with the index."""
+  folder = tmp_path_factory.mktemp('indexed')
+  squares.make(folder / 'data')
+  samples = {f'{i:05d}': squares.sample(i, i % 3) for i in range(60)}
+  for i, members in enumerate(samples.values()):
+    about = {**json.loads(members['json']), 'colour': squares.CLASSES[i % 3]}
+    members['json'] = json.dumps(about).encode()
+  shutil.rmtree(folder / 'data/pool')
+  squares.write_tar(folder / 'data/pool/0.tar', samples)
+  squares.run_stages(by_domain(folder), folder / 'run', 'ingest')
+  return folder
+
+
+def by_domain(folder, **splits):
+  c = config(folder)
+  c.pool.columns, c.pool.domain_column = ('colour', 'nothing'), 'colour'
+  for name, block in splits.items():
+    c.splits[name] = block
+  return c
+
+
+def advice(c, workdir, capsys, **more):
+  """Returns the warnings of a --dry_run, which writes nothing."""
+  before = files_of(workdir, but=())
+  status, said = run(c, workdir, capsys, dry_run=True, **more)
+  assert status == 0 and files_of(workdir, but=()) == before, said
+  return [line for line in said.splitlines() if line.startswith('Warning: ')]
+
+
+def test_a_dry_run_names_the_splits_that_the_answer_needs(world, capsys):
+  c = config(world)
+  (said,) = advice(c, world / 'run', capsys)
+  assert "No split has the rule 'anchor'" in said and "split(rule='anchor')" in said
+  c.splits.anchor_only = defaults.split(rule='anchor')
+  assert not advice(c, world / 'run', capsys)
+  c.splits.base.rule = 'pool_only'
+  (said,) = advice(c, world / 'run', capsys)
+  assert "No split has the rule 'all'" in said and 'config.splits.base = ' in said
+  assert not advice(c, world / 'run', capsys, stages=['search', 'prune'])
+  del c.splits['pruned']  # no aligned split, no answer
+  assert not advice(c, world / 'run', capsys)
+
+
+def test_a_dry_run_says_that_each_embedder_needs_its_own_threshold(world, capsys):
+  c = config(world, **{'dedup.threshold': 0.124})
+  c.splits.anchor_only = defaults.split(rule='anchor')
+  (said,) = advice(c, world / 'run', capsys)
+  assert '0.124 is the paper\u2019s value for ViT-B-16-plus-240' in said and "source 'pca'" in said
+  assert 'Set config.dedup.threshold' in said
+  c.dedup.enabled = False  # the threshold of duplicates of test images
+  (said,) = advice(c, world / 'run', capsys)
+  assert 'Set config.prune.duplicate_similarity' in said
+  c.prune.duplicate_similarity = 0.95
+  assert not advice(c, world / 'run', capsys)
+
+
+def test_a_dry_run_names_the_domains_that_a_split_removes(indexed, tmp_path, capsys):
+  keys = tmp_path / 'keys.txt'
+  keys.write_text('\n'.join(f'{i:05d}' for i in range(0, 60, 3)) + '\nabsent\n')
+  c = by_domain(
+    indexed,
+    anchor_only=defaults.split(rule='anchor'),
+    less=defaults.split(rule='domain_removal', column='colour', values=('green',)),
+    few=defaults.split(rule='listed', file=str(keys)),
+  )
+  said = '\n'.join(advice(c, indexed / 'run', capsys))
+  assert "config.splits.less removes 100 % of colour 'green': this is domain removal." in said
+  assert "config.splits.few removes 100 % of colour 'green', 'blue'" in said
+  assert "config.splits.few: 1 keys of keys.txt are not in the pool, for example 'absent'" in said
+  assert said.count('Warning') == 3, said
+
+
+@pytest.mark.parametrize(
+  'export, key, wrong',
+  [
+    ('datacomp', '', "The key '00000' of row 0 is no uid"),
+    ('clip_ood', 'colour', "The key 'red' of row 0 is no 64-bit number"),
+    ('keys', 'nothing', "export_key='nothing': no row of 0.tar has a value in this column"),
+    ('keys', 'colour', ''),
+    ('clip_ood', '', ''),
+  ],
+)
+def test_keys_of_exports_are_checked_before_anything_is_written(
+  indexed, tmp_path, capsys, export, key, wrong
+):
+  workdir = shutil.copytree(indexed / 'run', tmp_path / 'run')
+  c = by_domain(indexed)
+  c.prune.export_key = key
+  c.splits.anchor_only = defaults.split(rule='anchor', export=(export,))
+  before = files_of(workdir, but=())
+  said = '\n'.join(advice(c, workdir, capsys))
+  assert wrong in said and ('Warning' in said) == bool(wrong), said
+  status, said = run(c, workdir, capsys, PREPARE)
+  assert status == bool(wrong) and wrong in said, said
+  assert not wrong or files_of(workdir, but=()) == before
+  # In a new work directory it is found after the stage ingest.
+  status, said = run(c, tmp_path / 'new', capsys, PREPARE if wrong else ['ingest'])
+  assert status == bool(wrong) and wrong in said, said
+  assert not (tmp_path / 'new/embedder').exists()
+
+
+def test_a_list_of_keys_that_names_no_row_is_found_first(indexed, tmp_path, capsys):
+  (tmp_path / 'keys.txt').write_text('absent\n')
+  c = by_domain(indexed, few=defaults.split(rule='listed', file=str(tmp_path / 'keys.txt')))
+  said = '\n'.join(advice(c, indexed / 'run', capsys))
+  assert 'None of the 1 keys in' in said, said
+  before = files_of(indexed / 'run', but=())
+  status, said = run(c, indexed / 'run', capsys, PREPARE)
+  assert status == 1 and 'None of the 1 keys in' in said, said
+  assert files_of(indexed / 'run', but=()) == before
+
+
+def test_splits_need_no_model_where_nothing_trains(world, copy, capsys):
+  c = config(world)
+  c.model = defaults.get_config().model
+  c.train = defaults.get_config().train
+  status, said = run(c, copy, capsys, PREPARE)
+  assert status == 0 and 'nothing was done' in said, said
+  assert run(c, copy, capsys, [*PREPARE, 'report'], dry_run=True)[0] == 0
+  status, said = run(c, copy, capsys)
+  assert status == 2 and 'config.model.embed_dim=0' in said, said
+
+
+@pytest.mark.parametrize('names', [('n01440764', 'n01443537', 'n01484850'), ('0', '1', '2')])
+def test_class_names_that_are_codes_are_refused_as_prompts(tmp_path, capsys, names):
+  squares.make(tmp_path / 'data')
+  for label, name in enumerate(names):
+    folder = tmp_path / f'data/folder/{name}'
+    folder.mkdir(parents=True)
+    for i in range(4):
+      (folder / f'{i}.png').write_bytes(squares.sample(300 + 3 * i + label, label)['png'])
+  c = config(tmp_path)
+  c.benchmarks.folder = defaults.benchmark(format='folder', path=str(tmp_path / 'data/folder'))
+  status, said = run(c, tmp_path / 'run', capsys)
+  assert status == 2 and not (tmp_path / 'run').exists(), said
+  assert (
+    f'config.benchmarks.folder.classes is missing: the source names its classes {names[0]!r}'
+    in said
+  )
+  assert run(c, tmp_path / 'run', capsys, dry_run=True)[0] == 2
+  # It may be searched, and with the key these names are prompts.
+  assert run(c, tmp_path / 'run', capsys, dry_run=True, stages=PREPARE)[0] == 0
+  c.benchmarks.folder.classes = names
+  assert run(c, tmp_path / 'run', capsys, dry_run=True)[0] == 0
+  del c.benchmarks['folder']
+  c.anchor = defaults.dataset(format='folder', path=str(tmp_path / 'data/folder'))
+  assert run(c, tmp_path / 'run', capsys, dry_run=True)[0] == 0  # no caption names a class
+  c.anchor.caption_template = 'a {}'
+  status, said = run(c, tmp_path / 'run', capsys, dry_run=True)
+  assert status == 2 and '--config.anchor.classes is missing' in said, said
+
+
+def test_class_names_of_samples_that_are_codes_are_refused_after_ingest(tmp_path, capsys):
+  squares.make(tmp_path / 'data')
+  c = config(tmp_path)
+  c.benchmarks.squares.classes = ()
+  status, said = run(c, tmp_path / 'run', capsys)
+  assert status == 2 and 'config.benchmarks.squares.classes is missing' in said, said
+  assert (tmp_path / 'run/ingest').exists() and not (tmp_path / 'run/embedder').exists()

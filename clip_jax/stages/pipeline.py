@@ -20,7 +20,7 @@ from clip_jax.core.products import EMBEDDERS, STAGES, Product
 from clip_jax.core.types import Config
 from clip_jax.experiment import blocks, workdir
 from clip_jax.experiment.experiment import Experiment
-from clip_jax.stages import benchmark_dirs, check, plan, table
+from clip_jax.stages import benchmark_dirs, check, export, plan, table
 
 PACKAGES = (
   'jax',
@@ -52,12 +52,13 @@ def run(
   if graph and not workdir:
     workdir = '.'  # the graph does not depend on the work directory
   x = _open(config, workdir)
-  check.check(x.config)
+  check.check(x.config, names)
   check.stages(x.config, names)
   check.embedder_weights(x)
   if graph:
     plan.print_graph(x, names)
     return
+  check.prompts(x, names)
   if dry_run:
     redo_names = _redo_names(x, names, redo) if redo else []
     plan.show(x, names, redo, redo_names)
@@ -106,6 +107,8 @@ def _check(x: Experiment, names: list[str], redo: str) -> list[str]:
   if names == ['report']:  # the report reads no source file
     return redo_names
   replaced = set(redo_names)
+  if not any(name.startswith('ingest/') for name in replaced):
+    _check_index(x, names)
   wanted = {stage: _wanted(x, stage) for stage in names}
   outdated = {}
   for stage, parts in wanted.items():
@@ -133,6 +136,18 @@ def _check(x: Experiment, names: list[str], redo: str) -> list[str]:
   return redo_names
 
 
+def _check_index(x: Experiment, names: list[str]) -> None:
+  """Checks the config against the index of pool and benchmarks, as far as they are finished."""
+  is_missing = lambda stage: (
+    stage in names and any(products.status(x.workdir, part) != 'fits' for part in _wanted(x, stage))
+  )
+  fits = lambda name: products.status(x.workdir, x.graph.index(name)) == 'fits'
+  if fits(blocks.POOL) and is_missing('prune'):
+    export.check_keys(x)
+  if is_missing('evaluate') and all(map(fits, x.config.benchmarks)):
+    table.module('evaluate').check_benchmarks(x)
+
+
 def _is_ready(x: Experiment, product: Product, replaced: set[str]) -> bool:
   """Returns whether the inputs of a product are finished, fit and stay."""
   return all(
@@ -142,7 +157,7 @@ def _is_ready(x: Experiment, product: Product, replaced: set[str]) -> bool:
 
 
 def _bytes(x: Experiment, name: str) -> int:
-  """Returns the size of a finished product's files; a folder (checkpoints) counts with its files."""
+  """Returns the size of a finished product's files, folders (checkpoints) included."""
   recorded = (products.read_sidecar(x.workdir, name) or {'files': {}})['files']
   total = 0
   for file, size in recorded.items():
@@ -247,8 +262,9 @@ def _is_moved(x: Experiment, redo: str) -> bool:
 def _set_aside(x: Experiment, redo: str, names: list[str]) -> None:
   """Moves the products that --redo names and their dependents to WORKDIR/replaced.
 
-  Dependents move first, an unfinished run with its checkpoints. The files are deleted when all products are made again. redo.json records
-  the move, so that the same command, after a kill, does not move its own new products.
+  Dependents move first, an unfinished run with its checkpoints. The files are deleted when all
+  products are made again. redo.json records the move, so that the same command, after a kill, does
+  not move its own new products.
   """
   if _is_moved(x, redo):
     logging.info('redo: continuing --redo=%s; its products were moved already.', redo)
@@ -326,7 +342,10 @@ def _run(x: Experiment, names: list[str], redo: str) -> None:
     interrupts.check()
     if stage == 'report' and new_products:
       _versions(x)  # the report page shows them
-    new_products += _run_stage(x, stage, names)
+    made = _run_stage(x, stage, names)
+    if stage == 'ingest' and made:
+      _check_index(x, names)
+    new_products += made
     spent = time.monotonic() - began
     _add_time(x, stage, spent)
     if spent > 1:
@@ -348,8 +367,6 @@ def _run_stage(x: Experiment, stage: str, names: list[str]) -> list[Product]:
   if todo:
     _check_disk(x, stage)
     if stage == 'train':
-      if 'evaluate' in names:
-        table.module('evaluate').check_benchmarks(x)
       table.module('train').check(x, todo, len(wanted))
   new_products = []
   for batch in _batches(wanted):

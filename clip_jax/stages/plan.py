@@ -21,7 +21,7 @@ from clip_jax.experiment import blocks, workdir
 from clip_jax.experiment.blocks import ANCHOR, POOL
 from clip_jax.experiment.experiment import Experiment
 from clip_jax.models import embedders, flops
-from clip_jax.stages import models, table
+from clip_jax.stages import lint, models, table
 
 # Dense peaks in FLOP/s from the vendors' data sheets: (float32 or TF32 matmul, bfloat16 matmul).
 ACCELERATORS = {'A100': (156e12, 312e12), 'H100 SXM': (494e12, 989e12), 'TPU v5e': (49e12, 197e12)}
@@ -113,14 +113,23 @@ def show(x: Experiment, names: list[str], redo: str = '', redo_names: Sequence[s
     rate / 1e9,
     round(100 * SHARE_OF_PEAK),
   )
+  for sentence in lint.advice(x, names):
+    logging.warning('%s', sentence)
 
 
 def dataset_rows(x: Experiment) -> dict[str, int | None]:
-  """Returns the row count of each dataset, from its index or its vector files, or else None."""
-  return {
-    name: products.counts(x.workdir, f'ingest/{name}/index').get('rows') or _vector_rows(x, name)
-    for name in blocks.datasets(x.config)
-  }
+  """Returns the row count of each dataset: of its index, or of its files of vectors, or None.
+
+  An index that does not fit counts only if there is no other source: files may have been added.
+  """
+  rows = {}
+  for name in blocks.datasets(x.config):
+    index = x.graph.index(name)
+    fits = products.status(x.workdir, index) == 'fits'
+    rows[name] = (None if fits else _vector_rows(x, name)) or products.counts(
+      x.workdir, index.name
+    ).get('rows')
+  return rows
 
 
 def _heads(x: Experiment, dataset: str) -> list[vectors.Head]:
