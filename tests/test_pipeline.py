@@ -146,6 +146,21 @@ def test_an_unfinished_run_of_a_redone_split_is_moved_as_well(world, copy, capsy
   assert tiny.content(copy) == tiny.content(world / 'run')
 
 
+def test_an_unfinished_run_of_another_config_is_moved_with_its_split(world, copy, capsys):
+  other = copy / 'train/other/seed7'
+  begun = {'fingerprint': '', 'keys': {}, 'inputs': {'splits/base/rows': 'x', 'source file': 'y'}}
+  files.write_json(other / 'config.json', begun)
+  before = files_of(copy, but=())
+  with products.lock(str(copy), 'train/other/seed7/run'):
+    status, said = run(config(world), copy, capsys, PREPARE, redo='prune:base')
+    assert status == 1 and 'train/other/seed7/run.lock' in said, said
+  assert files_of(copy, but=()) == before
+  assert run(config(world), copy, capsys, PREPARE, redo='prune:pruned')[0] == 0
+  assert other.exists()
+  assert run(config(world), copy, capsys, PREPARE, redo='prune:base')[0] == 0
+  assert not other.exists()
+
+
 def test_a_split_too_small_for_the_batch_is_found_before_a_redo(world, copy, capsys):
   rows = copy / 'splits/base/rows.npy'
   np.save(rows, np.load(rows)[:12])

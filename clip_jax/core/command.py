@@ -78,12 +78,13 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
 
 
 def _unknown_block(error: Exception, argv: Sequence[str]) -> str:
-  """Returns the message on a flag of a split, benchmark, ... that the config lacks; '' for others."""
-  is_unknown = isinstance(error, (KeyError, AttributeError))
-  missing = re.search(r'[\w-]+', str(error)) if is_unknown else None
-  for flag in argv if missing else ():
+  """Returns the message on a flag of a split, benchmark, ... that does not exist; '' for others."""
+  if not isinstance(error, (KeyError, AttributeError)):
+    return ''
+  missing = re.search(r'[\w-]+', str(error))
+  for flag in argv:
     match = re.match(r'--?config\.((\w+)\.([^.=]+))\.', flag)
-    if match and match[2] in _MADE_BY and match[3] == missing[0]:
+    if match and missing and match[2] in _MADE_BY and match[3] == missing[0]:
       return (
         f'{flag.partition("=")[0]}: the config has no {match[1]}. A flag cannot add it; add it in '
         f'the config file: config.{match[1]} = defaults.{_MADE_BY[match[2]]}(...).'

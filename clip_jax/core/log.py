@@ -72,7 +72,9 @@ def to_file(path) -> None:
 
 def _add(handler: python_logging.Handler) -> None:
   _handlers.append(handler)
-  for name in ('absl', *_LIBRARIES):  # absl's logger: this package, and libraries such as Orbax
+  absl = logging.get_absl_logger()  # of this package, and of libraries such as Orbax
+  absl.addHandler(handler)
+  for name in () if absl.propagate else _LIBRARIES:  # without `start` each line would come twice
     python_logging.getLogger(name).addHandler(handler)
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 import contextlib
+import glob
 from importlib import metadata
 import itertools
 import os
@@ -185,7 +186,7 @@ def _redo_names(x: Experiment, stages: list[str], redo: str) -> list[str]:
   on its split. Raises ConfigError if --redo names no product.
   """
   target, stored = _redo_target(x, redo), products.sidecars(x.workdir)
-  planned = [] if stages == ['report'] else table.everything(x)  # the report lists no source file
+  planned = _planned(x, stages)
   is_named = lambda name: name == target or name.startswith(target + '/')
   named = [name for name in stored if is_named(name)]
   if not named and not os.path.exists(x.path(target)) and not _is_begun(x, redo):
@@ -198,25 +199,37 @@ def _redo_names(x: Experiment, stages: list[str], redo: str) -> list[str]:
   return products.followers(x.workdir, named, planned)
 
 
+def _planned(x: Experiment, stages: list[str]) -> list[Product]:
+  """Returns the products of the config, and the unfinished training runs of other configs."""
+  begun = []
+  for path in glob.glob(x.path(STAGES['train'], '*', '*', 'config.json')):
+    name = os.path.relpath(os.path.join(os.path.dirname(path), 'run'), x.workdir)
+    begun.append(Product(name, inputs=tuple(map(Product, files.read_json(path)['inputs']))))
+  if stages == ['report']:  # which works without the source files that the graph lists
+    return begun
+  return [*table.everything(x), *begun]
+
+
 @contextlib.contextmanager
 def _redo_locks(x: Experiment, stages: list[str], redo: str, names: list[str]) -> Iterator[None]:
-  """Holds the locks of all products that --redo moves.
+  """Holds the locks of the products that --redo moves.
 
-  Raises InputError if another process makes one of them, so that its files are not moved away.
+  Raises InputError if another process makes one of them, so that its files are not moved away. Of
+  cheap products, which are many and made in seconds, only locks that a process has taken count.
   """
   if not redo or _is_moved(x, redo):
     yield
     return
-  planned = [] if stages == ['report'] else table.everything(x)
-  batches = {product.name: product.batch or product.name for product in planned}
-  wanted = [batches.get(name, name) for name in names]
-  wanted += [
-    name
-    for folder in {_redo_target(x, redo), *_begun_folders(names)}
-    for name in products.lock_files(x.workdir, folder)
-  ]
-  # A product without a folder is neither finished nor in the making.
-  wanted = [name for name in wanted if os.path.isdir(os.path.dirname(x.path(name)))]
+  locks = dict.fromkeys(names, ('', True))  # product -> its lock, and whether it is cheap
+  for product in _planned(x, stages):
+    if product.name in locks:
+      locks[product.name] = product.batch or product.name, product.is_cheap
+  wanted = products.lock_files(x.workdir, _redo_target(x, redo))
+  for name, (lock, is_cheap) in locks.items():
+    file = x.path((lock or name) + products.LOCK)
+    # A product without a folder is neither finished nor in the making.
+    if os.path.exists(file) or (not is_cheap and os.path.isdir(os.path.dirname(file))):
+      wanted.append(lock or name)
   with products.locks(x.workdir, wanted):
     yield
 
