@@ -21,8 +21,18 @@ from clip_jax.data import images
 from clip_jax.models import fitted_embedders
 from clip_jax.pruning import rules
 
+
+class _Block(ml_collections.ConfigDict):
+  """A block of keys; a float that is a whole number (1e6) may be assigned to an integer key."""
+
+  def __setitem__(self, key, value):
+    if type(value) is float and key in self and type(self[key]) is int:
+      value = config_lib.whole(value)
+    super().__setitem__(key, value)
+
+
 # Keys keep the order in which they were written.
-ConfigDict = functools.partial(ml_collections.ConfigDict, sort_keys=False)
+ConfigDict = functools.partial(_Block, sort_keys=False)
 
 # Values of dedup.survivor -> the duplicate that is kept, in words.
 SURVIVORS = {

@@ -32,7 +32,9 @@ _GRAPH = flags.DEFINE_bool(
   'graph', False, 'Print the graph of products in Mermaid format; write nothing.'
 )
 _DRY_RUN = flags.DEFINE_bool(
-  'dry_run', False, 'Print the plan and which products are finished; write nothing.'
+  'dry_run',
+  False,
+  'Print the plan, which products are finished, and likely mistakes; write nothing.',
 )
 _VERBOSE = flags.DEFINE_bool(
   'verbose', False, 'Print the details, too, which else go to WORKDIR/log.txt alone.'

@@ -188,6 +188,28 @@ def test_a_dry_run_tells_rows_and_bytes_and_writes_nothing(data):
   assert re.search(r'search +60 +\S+ kB +15\.6 k', said), said  # 2 (60 + 15) (6 + 7) 8
 
 
+def test_a_dry_run_after_files_were_added_counts_their_rows(data, capsys):
+  """An index that lacks a shard has no `dim` of it."""
+  c = _config(data, **{'prune.duplicate_similarity': 0.95})
+  squares.run(c, data / 'w', capsys, SEARCHED)
+  np.save(data / 'pool/img_emb/img_emb_3.npy', _unit(np.random.default_rng(3), ROWS))
+  (data / 'pool/metadata/metadata_3.parquet').write_bytes(
+    (data / 'pool/metadata/metadata_2.parquet').read_bytes()
+  )
+  status, said = squares.run(c, data / 'w', capsys, dry_run=True)
+  assert status == 0 and 'Rows: pool 80, sketch 6, val 7' in said, said
+  assert re.search(r'embed +93 .* 5 fit, 1 missing', said), said
+  assert 'Warning' not in said, said
+  (said,) = [
+    line
+    for line in squares.run(_config(data), data / 'w', capsys, dry_run=True)[1].splitlines()
+    if line.startswith('Warning')
+  ]
+  assert 'unless ViT-B-16-plus-240 made them' in said
+  status, said = squares.run(c, data / 'w', capsys, SEARCHED)
+  assert status == 0 and '3 of 4 shards are indexed already' in said, said
+
+
 def test_galleries_where_the_images_are(data, capsys):
   rng = np.random.default_rng(1)
   for part in range(3):

@@ -41,11 +41,11 @@ def test_a_benchmark_of_one_class(data, tmp_path, capsys):
   assert status == 1 and "one class ('green')" in said
 
 
-def test_a_benchmark_without_labels_is_told_before_anything_is_trained(data, tmp_path, capsys):
+def test_a_benchmark_without_labels_is_told_after_ingest(data, tmp_path, capsys):
   c = config(data, **{'benchmarks.squares.label_key': 'lable'})
   status, said = run(c, tmp_path / 'w', capsys)
   assert status == 1 and 'images of the benchmark squares have no label' in said
-  assert not (tmp_path / 'w/train').exists() and (tmp_path / 'w/splits').exists()
+  assert (tmp_path / 'w/ingest').exists() and not (tmp_path / 'w/embedder').exists()
 
 
 def test_labels_outside_the_classes(data, tmp_path, capsys):

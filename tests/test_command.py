@@ -5,6 +5,8 @@ What is parsed is tested through the commands.
 
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -63,3 +65,52 @@ def test_a_signal_ends_with_its_status_and_says_how_to_go_on(capsys, signum, sta
 
 def test_work_that_ends_is_0():
   assert command.run_command(lambda: None) == 0
+
+
+CONFIG = """
+from clip_jax import defaults
+def get_config():
+  config = defaults.get_config()
+  config.train.samples = 2e6
+  config.train.budget = 'samples'
+  config.splits.base = defaults.split(seed=3e0)
+  return config
+"""
+
+
+def parsed(tmp_path, *given):
+  """Parses the flags of a command in its own process; returns exit status and output."""
+  (tmp_path / 'c.py').write_text(CONFIG)
+  code = (
+    'import sys; from absl import flags; from clip_jax import main; '
+    'from clip_jax.core import command; command.parse_flags(sys.argv); c = flags.FLAGS.config; '
+    'print(repr((c.train.samples, c.splits.base.seed, c.train.learning_rate, c.glyphs.letters)))'
+  )
+  done = subprocess.run(
+    [sys.executable, '-c', code, f'--config={tmp_path}/c.py', *given],
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert 'Traceback' not in done.stderr, done.stderr
+  return done.returncode, done.stdout + done.stderr
+
+
+def test_a_whole_float_is_an_integer(tmp_path):
+  assert parsed(tmp_path) == (0, "(2000000, 3, 0.0005, 'fkmrxy')\n")
+  given = ['--config.train.samples=1e6', '--config.splits.base.seed=4.0']
+  given += ['--config.train.learning_rate=1e-3', '--config.glyphs.letters=1e6']
+  assert parsed(tmp_path, *given) == (0, "(1000000, 4, 0.001, '1e6')\n")
+  for value in ('1.5', '1e-3', 'inf', 'nan', 'many', ''):
+    status, said = parsed(tmp_path, f'--config.train.samples={value}')
+    assert status == 2 and 'train.samples' in said, said
+
+
+@pytest.mark.parametrize('name', ['splits', 'benchmarks', 'references', 'embedders'])
+def test_a_flag_of_an_unknown_split_says_that_it_is_added_in_the_file(tmp_path, name):
+  flag = f'--config.{name}.near_50.seed'
+  status, said = parsed(tmp_path, f'{flag}=1')
+  assert status == 2 and said.startswith(f'Error: {flag}: the config has no {name}.near_50. '), said
+  assert f'the config file: config.{name}.near_50 = defaults.{name[:-1]}(...).' in said
+  status, said = parsed(tmp_path, '--config.splits.base.seeed=1')
+  assert status == 2 and "no key 'seeed'. Did you mean 'seed" in said, said

@@ -61,7 +61,7 @@ def test_filters_write_uid_files(data, capsys):
   c.splits.both = defaults.split(
     rule='intersection', of=('clean', 'clip_score_l14_30'), export=('datacomp',)
   )
-  status, said = squares.run(c, data / 'w', capsys, squares.PREPARE)
+  status, said = squares.run(c, data / 'w', capsys)
   assert status == 0, said
   uids = lambda split: np.load(data / f'w/splits/{split}/export/uids.npy')['f1'].tolist()
   numbers = np.arange(100)

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import signal
 import subprocess
 import sys
 
@@ -82,3 +83,18 @@ def test_what_a_killed_process_left_is_removed_and_what_a_live_one_writes_is_kep
     live.write_text('whole')
     assert files.remove_unfinished(str(tmp_path)) == [str(left)]
   assert sorted(os.listdir(tmp_path)) == ['.tmp-otherhost-1-y', 'deep', 'z']
+
+
+def test_what_a_zombie_left_is_removed(tmp_path):
+  child = os.fork()
+  if not child:
+    with files.atomic(tmp_path / 'x') as path:
+      path.write_text('half')
+      os.kill(os.getpid(), signal.SIGKILL)
+  try:
+    os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)  # dead, and not collected
+    os.kill(child, 0)  # its number is still taken
+    (left,) = tmp_path.iterdir()
+    assert files.remove_unfinished(str(tmp_path)) == [str(left)]
+  finally:
+    os.waitpid(child, 0)

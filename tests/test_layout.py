@@ -40,6 +40,7 @@ ELSEWHERE = {  # files of which another test file is the test
   'stages/embedder': 'stage_embedders',
   'stages/evaluate': 'stages',
   'stages/fit': 'stage_train',
+  'stages/lint': 'pipeline',
   'stages/models': 'stages',
   'stages/pipeline': 'pipeline',
   'stages/plan': 'pipeline',

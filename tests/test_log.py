@@ -33,3 +33,18 @@ def test_details_are_for_the_log_file_unless_asked_for(tmp_path, capsys, verbose
   text = (tmp_path / 'log.txt').read_text()
   assert 'a result' in text and 'a detail' in text
   assert capsys.readouterr().out.split('\n') == ['a result', *(['a detail'] if verbose else []), '']
+
+
+def test_warnings_of_libraries_are_for_the_log_file(tmp_path, capsys):
+  log.start()
+  log.to_file(str(tmp_path / 'log.txt'))
+  for name in ('jax._src.mesh', 'orbax', 'py.warnings', 'absl'):
+    python_logging.getLogger(name).warning('a warning of %s', name)
+    python_logging.getLogger(name).error('an error of %s', name)
+    python_logging.getLogger(name).info('news of %s', name)
+  said = capsys.readouterr()
+  assert 'a warning of' not in said.out + said.err and 'an error of jax._src.mesh' in said.out
+  text = (tmp_path / 'log.txt').read_text()
+  for name in ('jax._src.mesh', 'orbax', 'py.warnings', 'absl'):
+    assert text.count(f'a warning of {name}') == text.count(f'an error of {name}') == 1, text
+  assert 'news' not in text

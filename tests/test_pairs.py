@@ -8,7 +8,7 @@ from clip_jax.similarity import exact, pairs
 
 
 def _unit(rng, n, dim=24):
-  return vectors.unit(rng.normal(size=(n, dim)).astype(np.float32)).astype(np.float16)
+  return vectors.to_unit_length(rng.normal(size=(n, dim)).astype(np.float32)).astype(np.float16)
 
 
 def _brute_force(x, rows, queries, similarity):

@@ -8,12 +8,15 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import squares
 from squares import PREPARE, run
 import tiny
 
+from clip_jax import defaults
 from clip_jax.core import files, products
+from clip_jax.core.errors import InputError
 from clip_jax.training import loop
 
 STAGES = [*PREPARE, 'train']
@@ -100,6 +103,99 @@ def test_a_redo_with_a_mistake_removes_nothing(world, copy, capsys, redo, overri
     c.update_from_flattened_dict(override)
   got, text = run(c, copy, capsys, STAGES, redo=redo)
   assert got == status and said in text, text
+  assert files_of(copy, but=()) == before
+
+
+@pytest.mark.parametrize('redo', ['train:base/seed0', 'train', 'prune:base', 'search', 'ingest'])
+@pytest.mark.parametrize('is_finished', [True, False])
+def test_a_redo_moves_nothing_that_another_process_makes(world, copy, capsys, redo, is_finished):
+  if not is_finished:
+    (copy / 'train/base/seed0/run.sidecar.json').unlink()
+  (copy / 'train/base/seed0/begun').write_text('a checkpoint')
+  # The split base does not depend on the search.
+  c, run_ = config(world), f'train/{"pruned" if redo == "search" else "base"}/seed0/run'
+  before = files_of(copy, but=())
+  with products.lock(str(copy), run_):
+    status, said = run(c, copy, capsys, STAGES, redo=redo)
+    assert status == 1 and f'process {os.getpid()} on' in said, said
+    assert f'{copy}/{run_}.lock' in said
+    after = files_of(copy, but=())
+    assert after.pop(f'{run_}.lock') and after == before
+  assert files_of(copy, but=()) == before
+
+
+def test_a_redo_respects_a_run_that_its_own_config_does_not_name(world, copy, capsys):
+  before = files_of(copy, but=())
+  with products.lock(str(copy), 'train/other/seed7/run'):
+    status, said = run(config(world), copy, capsys, STAGES, redo='train')
+    assert status == 1 and 'train/other/seed7/run.lock' in said, said
+  assert files_of(copy, but=()) == before
+  (copy / 'train/other/seed7/run.lock').write_text('of a killed process')
+  status, said = run(config(world), copy, capsys, ['train'], redo='train')
+  assert status == 0, said
+
+
+def test_an_unfinished_run_of_a_redone_split_is_moved_as_well(world, copy, capsys):
+  (copy / 'train/base/seed0/run.sidecar.json').unlink()
+  (copy / 'train/base/seed0/checkpoints/begun').write_text('a checkpoint')
+  status, said = run(config(world), copy, capsys, PREPARE, redo='prune:base')
+  assert status == 0 and 'the replaced files stay in' not in said, said
+  assert not (copy / 'train/base/seed0').exists() and (copy / 'train/pruned/seed0').exists()
+  status, said = run(config(world), copy, capsys, STAGES)
+  assert status == 0 and not (copy / 'replaced').exists(), said
+  assert tiny.content(copy) == tiny.content(world / 'run')
+
+
+def test_an_unfinished_run_of_another_config_is_moved_with_its_split(world, copy, capsys):
+  other = copy / 'train/other/seed7'
+  begun = {'fingerprint': '', 'keys': {}, 'inputs': {'splits/base/rows': 'x', 'source file': 'y'}}
+  files.write_json(other / 'config.json', begun)
+  before = files_of(copy, but=())
+  with products.lock(str(copy), 'train/other/seed7/run'):
+    status, said = run(config(world), copy, capsys, PREPARE, redo='prune:base')
+    assert status == 1 and 'train/other/seed7/run.lock' in said, said
+  assert files_of(copy, but=()) == before
+  assert run(config(world), copy, capsys, PREPARE, redo='prune:pruned')[0] == 0
+  assert other.exists()
+  assert run(config(world), copy, capsys, PREPARE, redo='prune:base')[0] == 0
+  assert not other.exists()
+
+
+def test_a_split_too_small_for_the_batch_is_found_before_a_redo(world, copy, capsys):
+  rows = copy / 'splits/base/rows.npy'
+  np.save(rows, np.load(rows)[:12])
+  sidecar = json.loads((copy / 'splits/base/rows.sidecar.json').read_text())
+  sidecar['files']['splits/base/rows.npy'] = rows.stat().st_size
+  (copy / 'splits/base/rows.sidecar.json').write_text(json.dumps(sidecar))
+  before = files_of(copy, but=())
+  c = config(world, **{'train.batch_size': 16})
+  status, said = run(c, copy, capsys, STAGES, redo='train')
+  assert status == 1 and 'The split base has 12 rows, less than one batch (16)' in said, said
+  assert files_of(copy, but=()) == before
+
+
+def test_a_redo_needs_space_beside_the_old_files(world, copy, capsys, monkeypatch):
+  before, asked = files_of(copy, but=()), {}
+
+  def check_space(path, needed, what):
+    asked[what] = needed
+    raise InputError(f'{what} no space')
+
+  monkeypatch.setattr(files, 'check_space', check_space)
+  status, said = run(config(world), copy, capsys, STAGES, redo='embed')
+  assert status == 1 and '--redo=embed, which keeps the old files' in said, said
+  (needed,) = asked.values()
+  assert needed > sum(path.stat().st_size for path in (copy / 'embeddings').rglob('*.npy'))
+  assert files_of(copy, but=()) == before
+
+
+def test_a_dry_run_says_what_a_redo_would_replace(world, copy, capsys):
+  before = files_of(copy, but=())
+  status, said = run(config(world), copy, capsys, redo='train:base', dry_run=True)
+  assert status == 0 and '--redo=train:base would make 1 finished product again' in said, said
+  assert 'train/base/seed0/run' in said
+  status, said = run(config(world), copy, capsys, redo='train:bsae', dry_run=True)
+  assert status == 2 and 'matches no product' in said, said
   assert files_of(copy, but=()) == before
 
 
@@ -252,3 +348,166 @@ def test_what_is_aside_stays_until_it_is_made_again(world, copy, capsys):
   status, said = run(config(world), copy, capsys, STAGES)
   assert status == 0 and not (copy / 'replaced').exists(), said
   assert tiny.content(copy) == tiny.content(world / 'run')
+
+
+@pytest.fixture(scope='module')
+def indexed(tmp_path_factory):
+  """The data with a colour in the pool's json, and a work directory with the index."""
+  folder = tmp_path_factory.mktemp('indexed')
+  squares.make(folder / 'data')
+  samples = {f'{i:05d}': squares.sample(i, i % 3) for i in range(60)}
+  for i, members in enumerate(samples.values()):
+    about = {**json.loads(members['json']), 'colour': squares.CLASSES[i % 3]}
+    members['json'] = json.dumps(about).encode()
+  shutil.rmtree(folder / 'data/pool')
+  squares.write_tar(folder / 'data/pool/0.tar', samples)
+  squares.run_stages(by_domain(folder), folder / 'run', 'ingest')
+  return folder
+
+
+def by_domain(folder, **splits):
+  c = config(folder)
+  c.pool.columns, c.pool.domain_column = ('colour', 'nothing'), 'colour'
+  for name, block in splits.items():
+    c.splits[name] = block
+  return c
+
+
+def advice(c, workdir, capsys, **more):
+  """Returns the warnings of a --dry_run, which writes nothing."""
+  before = files_of(workdir, but=())
+  status, said = run(c, workdir, capsys, dry_run=True, **more)
+  assert status == 0 and files_of(workdir, but=()) == before, said
+  return [line for line in said.splitlines() if line.startswith('Warning: ')]
+
+
+def test_a_dry_run_names_the_splits_that_the_answer_needs(world, capsys):
+  c = config(world)
+  (said,) = advice(c, world / 'run', capsys)
+  assert "No split has the rule 'anchor'" in said and "split(rule='anchor')" in said
+  c.splits.anchor_only = defaults.split(rule='anchor')
+  assert not advice(c, world / 'run', capsys)
+  c.splits.base.rule = 'pool_only'
+  (said,) = advice(c, world / 'run', capsys)
+  assert "No split has the rule 'all'" in said and 'config.splits.base = ' in said
+  assert not advice(c, world / 'run', capsys, stages=['search', 'prune'])
+  del c.splits['pruned']  # no aligned split, no answer
+  assert not advice(c, world / 'run', capsys)
+
+
+def test_a_dry_run_says_that_each_embedder_needs_its_own_threshold(world, capsys):
+  c = config(world, **{'dedup.threshold': 0.124})
+  c.splits.anchor_only = defaults.split(rule='anchor')
+  (said,) = advice(c, world / 'run', capsys)
+  assert '0.124 is the paper\u2019s value for ViT-B-16-plus-240' in said and "source 'pca'" in said
+  assert 'Set config.dedup.threshold' in said
+  c.dedup.enabled = False  # the threshold of duplicates of test images
+  (said,) = advice(c, world / 'run', capsys)
+  assert 'Set config.prune.duplicate_similarity' in said
+  c.prune.duplicate_similarity = 0.95
+  assert not advice(c, world / 'run', capsys)
+
+
+def test_a_dry_run_names_the_domains_that_a_split_removes(indexed, tmp_path, capsys):
+  keys = tmp_path / 'keys.txt'
+  keys.write_text('\n'.join(f'{i:05d}' for i in range(0, 60, 3)) + '\nabsent\n')
+  c = by_domain(
+    indexed,
+    anchor_only=defaults.split(rule='anchor'),
+    less=defaults.split(rule='domain_removal', column='colour', values=('green',)),
+    few=defaults.split(rule='listed', file=str(keys)),
+  )
+  said = '\n'.join(advice(c, indexed / 'run', capsys))
+  assert "config.splits.less removes 100 % of colour 'green': this is domain removal." in said
+  assert "config.splits.few removes 100 % of colour 'green', 'blue'" in said
+  assert "config.splits.few: 1 keys of keys.txt are not in the pool, for example 'absent'" in said
+  assert said.count('Warning') == 3, said
+
+
+@pytest.mark.parametrize(
+  'export, key, wrong',
+  [
+    ('datacomp', '', "The key '00000' of row 0 is no uid"),
+    ('clip_ood', 'colour', "The key 'red' of row 0 is no 64-bit number"),
+    ('keys', 'nothing', "export_key='nothing': no row of 0.tar has a value in this column"),
+    ('keys', 'colour', ''),
+    ('clip_ood', '', ''),
+  ],
+)
+def test_keys_of_exports_are_checked_before_anything_is_written(
+  indexed, tmp_path, capsys, export, key, wrong
+):
+  workdir = shutil.copytree(indexed / 'run', tmp_path / 'run')
+  c = by_domain(indexed)
+  c.prune.export_key = key
+  c.splits.anchor_only = defaults.split(rule='anchor', export=(export,))
+  before = files_of(workdir, but=())
+  said = '\n'.join(advice(c, workdir, capsys))
+  assert wrong in said and ('Warning' in said) == bool(wrong), said
+  status, said = run(c, workdir, capsys, PREPARE)
+  assert status == bool(wrong) and wrong in said, said
+  assert not wrong or files_of(workdir, but=()) == before
+  # In a new work directory it is found after the stage ingest.
+  status, said = run(c, tmp_path / 'new', capsys, PREPARE if wrong else ['ingest'])
+  assert status == bool(wrong) and wrong in said, said
+  assert not (tmp_path / 'new/embedder').exists()
+
+
+def test_a_list_of_keys_that_names_no_row_is_found_first(indexed, tmp_path, capsys):
+  (tmp_path / 'keys.txt').write_text('absent\n')
+  c = by_domain(indexed, few=defaults.split(rule='listed', file=str(tmp_path / 'keys.txt')))
+  said = '\n'.join(advice(c, indexed / 'run', capsys))
+  assert 'None of the 1 keys in' in said, said
+  before = files_of(indexed / 'run', but=())
+  status, said = run(c, indexed / 'run', capsys, PREPARE)
+  assert status == 1 and 'None of the 1 keys in' in said, said
+  assert files_of(indexed / 'run', but=()) == before
+
+
+def test_splits_need_no_model_where_nothing_trains(world, copy, capsys):
+  c = config(world)
+  c.model = defaults.get_config().model
+  c.train = defaults.get_config().train
+  status, said = run(c, copy, capsys, PREPARE)
+  assert status == 0 and 'nothing was done' in said, said
+  assert run(c, copy, capsys, [*PREPARE, 'report'], dry_run=True)[0] == 0
+  status, said = run(c, copy, capsys)
+  assert status == 2 and 'config.model.embed_dim=0' in said, said
+
+
+@pytest.mark.parametrize('names', [('n01440764', 'n01443537', 'n01484850'), ('0', '1', '2')])
+def test_class_names_that_are_codes_are_refused_as_prompts(tmp_path, capsys, names):
+  squares.make(tmp_path / 'data')
+  for label, name in enumerate(names):
+    folder = tmp_path / f'data/folder/{name}'
+    folder.mkdir(parents=True)
+    for i in range(4):
+      (folder / f'{i}.png').write_bytes(squares.sample(300 + 3 * i + label, label)['png'])
+  c = config(tmp_path)
+  c.benchmarks.folder = defaults.benchmark(format='folder', path=str(tmp_path / 'data/folder'))
+  status, said = run(c, tmp_path / 'run', capsys)
+  assert status == 2 and not (tmp_path / 'run').exists(), said
+  assert (
+    f'config.benchmarks.folder.classes is missing: the source names its classes {names[0]!r}'
+    in said
+  )
+  assert run(c, tmp_path / 'run', capsys, dry_run=True)[0] == 2
+  # It may be searched, and with the key these names are prompts.
+  assert run(c, tmp_path / 'run', capsys, dry_run=True, stages=PREPARE)[0] == 0
+  c.benchmarks.folder.classes = names
+  assert run(c, tmp_path / 'run', capsys, dry_run=True)[0] == 0
+  del c.benchmarks['folder']
+  c.anchor = defaults.dataset(format='folder', path=str(tmp_path / 'data/folder'))
+  assert run(c, tmp_path / 'run', capsys, dry_run=True)[0] == 0  # no caption names a class
+  c.anchor.caption_template = 'a {}'
+  status, said = run(c, tmp_path / 'run', capsys, dry_run=True)
+  assert status == 2 and '--config.anchor.classes is missing' in said, said
+
+
+def test_class_names_of_samples_that_are_codes_are_refused_after_ingest(tmp_path, capsys):
+  squares.make(tmp_path / 'data')
+  c = config(tmp_path)
+  c.benchmarks.squares.classes = ()
+  status, said = run(c, tmp_path / 'run', capsys)
+  assert status == 2 and 'config.benchmarks.squares.classes is missing' in said, said
+  assert (tmp_path / 'run/ingest').exists() and not (tmp_path / 'run/embedder').exists()

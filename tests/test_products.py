@@ -1,8 +1,13 @@
 """core/products.py: fingerprints, sidecars, what is made, what follows from what, locks."""
 
+import errno
 import json
 import multiprocessing
 import os
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
@@ -197,6 +202,26 @@ def test_followers_last_first(tmp_path):
   assert products.followers(tmp_path, ['se/c']) == ['tr/d', 'se/c']
 
 
+def test_followers_include_planned_products_and_each_comes_before_its_inputs(tmp_path):
+  a = Product('in/a')
+  layer = [a]
+  for depth in range(12):  # 3^12 paths lead from the first to the last layer
+    layer = [Product(f'l{depth}/{i}', inputs=tuple(layer)) for i in range(3)]
+    make(tmp_path, a, *layer)
+  begun = Product('train/x/run', inputs=tuple(layer))
+  names = products.followers(tmp_path, ['in/a'], [begun])
+  assert names[0] == 'train/x/run' and names[-1] == 'in/a' and len(names) == len({*names}) == 38
+  depths = [int(name.split('/')[0][1:]) for name in names[1:-1]]
+  assert depths == sorted(depths, reverse=True)
+  assert 'train/x/run' not in products.followers(tmp_path, ['in/a'])
+
+
+def test_followers_of_two_configs_that_contradict_each_other(tmp_path):
+  make(tmp_path, Product('splits/a'), Product('splits/b', inputs=(Product('splits/a'),)))
+  planned = [Product('splits/a', inputs=(Product('splits/b'),))]  # it was the other way round
+  assert sorted(products.followers(tmp_path, ['splits/a'], planned)) == ['splits/a', 'splits/b']
+
+
 @pytest.mark.parametrize(
   'names, redo',
   [
@@ -247,6 +272,16 @@ def test_checksum_is_of_the_content(tmp_path):
   assert sums[0] == sums[1] != sums[2]
 
 
+def test_many_reasons_are_counted(tmp_path):
+  make(tmp_path, Product('s/a', keys={'old': 1, 'same': 1, 'changed': 1}))
+  few = Product('s/a', keys={'old': 1, 'same': 1, 'changed': 2, 'new': 3})
+  assert products.reasons(tmp_path, few, 3) == ('config.changed: 1 -> 2; config.new: missing -> 3')
+  many = Product('s/a', keys={'same': 1, 'changed': 2, **dict.fromkeys('abcd', 0)}, version=2)
+  assert products.reasons(tmp_path, many, 3) == (
+    '4 new config keys, changed config keys, removed config keys, format version: 1 -> 2'
+  )
+
+
 def _hold(path, ready, done):
   with products.lock(path, 's/a'):
     ready.set()
@@ -287,6 +322,94 @@ def test_a_lock_of_a_killed_process_is_free_even_as_a_zombie(tmp_path, holder):
   )  # it is dead, and nobody has collected it
   assert (tmp_path / 's/a.lock').exists()
   assert make(tmp_path, Product('s/a')) == ['s/a']
+
+
+def test_a_lock_of_a_killed_fork_is_free_while_it_is_a_zombie(tmp_path):
+  ready, holds = os.pipe()
+  child = os.fork()
+  if not child:
+    with products.lock(str(tmp_path), 's/a'):
+      os.write(holds, b'x')
+      time.sleep(600)
+    os._exit(1)
+  try:
+    assert os.read(ready, 1) == b'x'
+    message = f'made by process {child} on .*since .*lock: {tmp_path}/s/a.lock'
+    with pytest.raises(InputError, match=message):
+      make(tmp_path, Product('s/a'))
+    os.kill(child, signal.SIGKILL)
+    os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)  # until it is dead; it is not collected
+    assert 'Z' in (files.epath.Path(f'/proc/{child}/stat')).read_text().rpartition(')')[2]
+    assert make(tmp_path, Product('s/a')) == ['s/a']
+  finally:
+    os.waitpid(child, 0)
+    os.close(ready)
+    os.close(holds)
+
+
+OUTLIVED = """
+import multiprocessing, os, sys, time
+from clip_jax.core import products
+
+if __name__ == '__main__':
+  with products.lock(sys.argv[1], 's/a'):
+    forked = os.fork()
+    if not forked:
+      time.sleep(600)
+    spawned = multiprocessing.get_context('spawn').Process(target=time.sleep, args=(600,))
+    spawned.start()
+    print(forked, spawned.pid, flush=True)
+    time.sleep(600)
+"""
+
+
+def test_children_that_outlive_a_killed_holder_do_not_hold_its_lock(tmp_path):
+  (tmp_path / 'holder.py').write_text(OUTLIVED)
+  with subprocess.Popen(
+    [sys.executable, tmp_path / 'holder.py', tmp_path],
+    stdout=subprocess.PIPE,
+    stderr=subprocess.DEVNULL,
+    text=True,
+    env={**os.environ, 'PYTHONPATH': os.path.dirname(os.path.dirname(__file__))},
+  ) as holder:
+    children = [int(pid) for pid in holder.stdout.readline().split()]
+    try:
+      assert len(children) == 2
+      with pytest.raises(InputError, match=f'process {holder.pid} on'):
+        make(tmp_path, Product('s/a'))
+      holder.kill()
+      holder.wait()
+      for child in children:
+        os.kill(child, 0)  # it still lives
+      assert make(tmp_path, Product('s/a')) == ['s/a']
+    finally:
+      holder.kill()
+      for child in children:
+        os.kill(child, signal.SIGKILL)
+
+
+def test_a_forked_child_leaves_the_lock_to_its_parent(tmp_path):
+  parent = os.getpid()
+  try:
+    with products.lock(str(tmp_path), 's/a'):
+      child = os.fork()
+      if child:
+        os.waitpid(child, 0)
+        assert (tmp_path / 's/a.lock').exists()
+        with pytest.raises(InputError, match=f'process {parent} on'):
+          make(tmp_path, Product('s/a'))
+  finally:
+    if os.getpid() != parent:
+      os._exit(0)  # the child has left the block of the lock
+
+
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
+  def flock(*_):
+    raise OSError(errno.ENOLCK, 'No locks available')
+
+  monkeypatch.setattr(products.fcntl, 'flock', flock)
+  with pytest.raises(InputError, match=r's/a.lock cannot be locked \(No locks available\)'):
+    make(tmp_path, Product('s/a'))
 
 
 def test_a_lock_is_not_inherited(tmp_path):

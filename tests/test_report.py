@@ -535,6 +535,33 @@ def test_missing_parts_name_the_command_that_makes_them(searched, blank_figures)
   ]
 
 
+def test_a_summary_cell_says_which_interval_it_has():
+  def cell(method, low=0.302):
+    return report._cell(Estimate(0.35, low, 0.393, 0.1, 1, 1, 1, 9, 9, method))
+
+  assert cell('crossed') == '35.0 [30.2, 39.3]'
+  assert cell('range') == '35.0 [30.2, 39.3; range]'
+  assert cell('this checkpoint') == '35.0 [30.2, 39.3; 1 seed]'
+  assert cell('none', math.nan) == '35.0 [none]' and report._cell(None) == '-'
+
+
+@pytest.mark.parametrize(
+  'command, flag',
+  [
+    ('python -m clip_jax.main --config configs/my.py --workdir=w', '--config=configs/my.py'),
+    ("python -m clip_jax.main --config.x=2 '--config=a b/my.py:v 1'", "'--config=a b/my.py:v 1'"),
+    ("python -m clip_jax.main --config=it's.py", "'--config=it'\"'\"'s.py'"),  # not quoted
+    ('', '--config=CONFIG.py'),
+  ],
+)
+def test_a_missing_result_names_a_command_that_can_be_pasted(tmp_path, command, flag):
+  files.write_json(tmp_path / 'times.json', {'command': command})
+  missing = read(Experiment(config(), str(tmp_path))).missing('', 'ingest')
+  assert missing.command == (
+    f'python -m clip_jax.main {flag} --workdir={tmp_path} --stages=ingest,report'
+  )
+
+
 def test_an_empty_work_directory_has_a_page(tmp_path):
   files.write_json(
     tmp_path / 'empty/times.json', {'command': 'python -m clip_jax.main --config configs/my.py'}

@@ -10,10 +10,19 @@ import sys
 import traceback
 
 from absl import flags, logging
+from ml_collections import config_flags
 
+from clip_jax.core import config as config_lib
 from clip_jax.core import interrupts, log
 from clip_jax.core.errors import ConfigError, InputError
 
+# Blocks of the config to which a config file adds entries -> the function of defaults.py.
+_MADE_BY = {
+  'splits': 'split',
+  'benchmarks': 'benchmark',
+  'references': 'reference',
+  'embedders': 'embedder',
+}
 TUNABLE = 'glibc.malloc.hugetlb=1'
 _RESTARTED = 'CLIP_JAX_HUGE_PAGES'  # environment variable: set before the restart, so there is one
 
@@ -32,8 +41,22 @@ def huge_pages() -> None:
   os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
+class _WholeNumber(flags.IntegerParser):
+  """Parses the value of an integer key, which may be written as 1e6."""
+
+  def convert(self, argument):
+    try:
+      return super().convert(argument)
+    except ValueError:
+      number = config_lib.whole(float(argument))
+      if isinstance(number, int):
+        return number
+      raise
+
+
 def parse_flags(argv: Sequence[str]) -> list[str]:
   """Parses flags and loads the config file. An error is printed in one line; exit status 2."""
+  config_flags.register_flag_parser_for_type(int, _WholeNumber())
   try:
     rest = flags.FLAGS(list(argv))
     if 'config' in flags.FLAGS and flags.FLAGS.config is None:
@@ -50,8 +73,23 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
       f'The config file {error.filename} is not valid Python: {error.msg}, line {error.lineno}.'
     )
   except Exception as error:  # a config file is Python code of the user, which can raise anything
-    _print_error(_one_line(error))
+    _print_error(_unknown_block(error, argv) or _one_line(error))
   sys.exit(2)
+
+
+def _unknown_block(error: Exception, argv: Sequence[str]) -> str:
+  """Returns the message on a flag of a split, benchmark, ... that does not exist; '' for others."""
+  if not isinstance(error, (KeyError, AttributeError)):
+    return ''
+  missing = re.search(r'[\w-]+', str(error))
+  for flag in argv:
+    match = re.match(r'--?config\.((\w+)\.([^.=]+))\.', flag)
+    if match and missing and match[2] in _MADE_BY and match[3] == missing[0]:
+      return (
+        f'{flag.partition("=")[0]}: the config has no {match[1]}. A flag cannot add it; add it in '
+        f'the config file: config.{match[1]} = defaults.{_MADE_BY[match[2]]}(...).'
+      )
+  return ''
 
 
 def _one_line(error: Exception) -> str:

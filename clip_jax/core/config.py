@@ -36,6 +36,11 @@ class Key(NamedTuple):
       raise ConfigError(f'{where}={value!r} {problem}')
 
 
+def whole(value: float) -> float | int:
+  """Returns a float that is a whole number as int, any other unchanged: 1e6 for an integer key."""
+  return int(value) if value.is_integer() else value
+
+
 def positive(value: float) -> str:
   return '' if value > 0 else 'must be more than 0.'
 

@@ -1,4 +1,7 @@
-"""Logging of the commands: plain lines on standard output, with times in WORKDIR/log.txt."""
+"""Logging of the commands: plain lines on standard output, with times in WORKDIR/log.txt.
+
+Warnings of other libraries go to the log file alone, their errors to both.
+"""
 
 import logging as python_logging
 import os
@@ -7,11 +10,16 @@ import warnings
 
 from absl import logging
 
+# Loggers of other libraries: all of them, and JAX's, whose parent would print to standard error.
+_LIBRARIES = ('', 'jax._src')
 # Libraries of which only warnings are logged.
 _NOISY = ('jax', 'jax._src', 'orbax', 'flax', 'grain', 'etils', 'matplotlib', 'PIL', 'fsspec')
 
 # The full path: an environment may lie below another folder called clip_jax.
 _PACKAGE = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), '')
+
+
+_handlers: list[python_logging.Handler] = []  # those of this module
 
 
 class _Plain(python_logging.Formatter):
@@ -26,24 +34,31 @@ class _Plain(python_logging.Formatter):
 
 
 def start(verbose: bool = False) -> None:
-  """Sends absl's log to standard output as plain lines, and silences other libraries.
+  """Sends this package's log to standard output as plain lines; other libraries' errors, too.
 
-  Details (logging.debug) go to log files alone; with `verbose` to standard output, too. Orbax and
-  others log through absl too: only records of this package, and errors, pass.
+  Details (logging.debug) and warnings of other libraries go to log files alone; with `verbose` to
+  standard output, too.
   """
   logging.set_verbosity(logging.INFO)  # of the root logger, too, which stays there
-  handler = python_logging.StreamHandler(sys.stdout)
-  handler.setLevel(python_logging.DEBUG if verbose else python_logging.INFO)
-  handler.setFormatter(_Plain())
-  handler.addFilter(_is_shown)
-  logger = logging.get_absl_logger()
-  logger.setLevel(python_logging.DEBUG)
-  logger.handlers[:] = [handler]
-  logger.propagate = False
+  logging.get_absl_logger().handlers.clear()
+  python_logging.root.removeHandler(logging.get_absl_handler())
+  for name in _LIBRARIES:
+    for handler in _handlers:
+      python_logging.getLogger(name).removeHandler(handler)
+  _handlers.clear()
+  python_logging.getLogger('absl').setLevel(python_logging.DEBUG)
+  for name in ('absl', 'jax._src'):
+    python_logging.getLogger(name).propagate = False
+  python_logging.captureWarnings(True)
   # A corrupt image may cause a warning for each of its tags.
   warnings.filterwarnings('ignore', module='PIL')
   for name in _NOISY:
     python_logging.getLogger(name).setLevel(python_logging.WARNING)
+  handler = python_logging.StreamHandler(sys.stdout)
+  handler.setLevel(python_logging.DEBUG if verbose else python_logging.INFO)
+  handler.setFormatter(_Plain())
+  handler.addFilter(_is_notable if verbose else _is_shown)
+  _add(handler)
 
 
 def to_file(path) -> None:
@@ -51,8 +66,16 @@ def to_file(path) -> None:
   os.makedirs(os.path.dirname(path), exist_ok=True)
   handler = python_logging.FileHandler(path)
   handler.setFormatter(python_logging.Formatter('%(asctime)s %(levelname).1s %(message)s'))
-  handler.addFilter(_is_shown)
-  logging.get_absl_logger().addHandler(handler)
+  handler.addFilter(_is_notable)
+  _add(handler)
+
+
+def _add(handler: python_logging.Handler) -> None:
+  _handlers.append(handler)
+  absl = logging.get_absl_logger()  # of this package, and of libraries such as Orbax
+  absl.addHandler(handler)
+  for name in () if absl.propagate else _LIBRARIES:  # without `start` each line would come twice
+    python_logging.getLogger(name).addHandler(handler)
 
 
 def only_to_file(message: str) -> None:
@@ -64,5 +87,11 @@ def only_to_file(message: str) -> None:
 
 
 def _is_shown(record) -> bool:
+  """Returns whether a record is of this package, or an error."""
   is_ours = os.path.abspath(record.pathname).startswith(_PACKAGE)
   return is_ours or record.levelno >= python_logging.ERROR
+
+
+def _is_notable(record) -> bool:
+  """Returns whether a record is of this package, or at least a warning."""
+  return _is_shown(record) or record.levelno >= python_logging.WARNING

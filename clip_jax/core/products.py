@@ -19,6 +19,7 @@ computed and writes their sidecars. Each shard is a product of its own: if one f
 stops, the finished ones are kept, and the next command computes the rest.
 """
 
+import collections
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
@@ -131,8 +132,7 @@ def make(
     todo = [_with_inputs(workdir, product) for product in missing(workdir, wanted)]
     for product in todo:
       if (path := sidecar_path(workdir, product.name)).exists():
-        reasons = '; '.join(differences(workdir, product)[:3])
-        logging.info('%s is made again: %s.', product.name, reasons)
+        logging.info('%s is made again: %s.', product.name, reasons(workdir, product, 3))
         path.unlink()
     finished = []
     for product, product_files, product_counts in work(todo):
@@ -272,6 +272,23 @@ def differences(workdir: str, product: Product) -> list[str]:
   return lines
 
 
+def reasons(workdir: str, product: Product, most: int) -> str:
+  """Returns `differences` as one text; more than `most` are counted by their kind."""
+  lines = differences(workdir, product)
+  if len(lines) <= most:
+    return '; '.join(lines)
+  kinds = collections.Counter(map(_kind_of_difference, lines))
+  return ', '.join(f'{count} {kind}' if count > 1 else kind for kind, count in kinds.items())
+
+
+def _kind_of_difference(line: str) -> str:
+  if not line.startswith('config.'):
+    return line if line.startswith('format version') else 'other inputs'
+  if ': missing -> ' in line:
+    return 'new config keys'
+  return 'removed config keys' if line.endswith(' -> missing') else 'changed config keys'
+
+
 def finish(
   workdir: str, product: Product, product_files: Iterable[str], counts: Mapping[str, Any]
 ) -> None:
@@ -344,20 +361,32 @@ def _sidecar_paths(folder: epath.Path) -> Iterator[epath.Path]:
       yield from _sidecar_paths(path)
 
 
-def followers(workdir: str, names: Iterable[str]) -> list[str]:
-  """Returns `names` and all products that depend on them, each before the products it reads."""
-  readers: dict[str, list[str]] = {}
+def followers(workdir: str, names: Iterable[str], planned: Iterable[Product] = ()) -> list[str]:
+  """Returns `names` and all products that depend on them, each before the products it reads.
+
+  planned: products of the config, which count whether they are finished or not.
+  """
+  readers: dict[str, dict[str, None]] = {}
   for reader, sidecar in sidecars(workdir).items():
     for name in sidecar['inputs']:
-      readers.setdefault(name, []).append(reader)
-  order: dict[str, None] = {}
-  todo = list(names)
-  while todo:
-    name = todo.pop(0)
-    order.pop(name, None)  # a longer path leads to it: move it to the end
-    order[name] = None
-    todo += readers.get(name, [])
-  return list(order)[::-1]
+      readers.setdefault(name, {})[reader] = None
+  for product in planned:
+    for part in (*product.inputs, *product.untracked):
+      readers.setdefault(part.name, {})[product.name] = None
+  order, entered = [], set()  # depth-first: a name is appended after all its readers
+  for name in names:
+    stack = [(name, iter(readers.get(name, ())))] if name not in entered else []
+    entered.add(name)
+    while stack:
+      name, rest = stack[-1]
+      reader = next((reader for reader in rest if reader not in entered), None)
+      if reader is None:
+        order.append(name)
+        stack.pop()
+      else:
+        entered.add(reader)
+        stack.append((reader, iter(readers.get(reader, ()))))
+  return order
 
 
 def set_aside(workdir: str, name: str) -> None:
@@ -423,20 +452,18 @@ def lock(workdir: str, name: str) -> Iterator[None]:
   """Holds the lock WORKDIR/<name>.lock while the block runs.
 
   It is a kernel lock (flock): it is released when the process ends, even by a kill, and child
-  processes do not inherit it. Raises InputError naming the holder if another process of this
-  machine has it.
+  processes do not inherit it. Raises InputError naming the holder if another process has it.
   """
   path = os.path.join(workdir, name + LOCK)
   os.makedirs(os.path.dirname(path), exist_ok=True)
   descriptor = _flock(path)
   if descriptor is None:
-    holder = _read_holder(path)
     raise InputError(
-      f'{name} in {workdir} is being made by process {holder.get("pid", "?")} on '
-      f'{holder.get("host", "?")} since {holder.get("time", "?")} (lock: {path}). Wait until it '
-      'ends, or stop it; then run the same command again.'
+      f'{name} in {workdir} is being made by {_holder(path)} (lock: {path}). Wait until it ends, '
+      'or stop it; then run the same command again.'
     )
   try:
+    _held.add(descriptor)
     holder = {
       'host': socket.gethostname(),
       'pid': os.getpid(),
@@ -446,9 +473,63 @@ def lock(workdir: str, name: str) -> Iterator[None]:
     os.pwrite(descriptor, json.dumps(holder).encode(), 0)
     yield
   finally:
-    with contextlib.suppress(FileNotFoundError):
-      os.unlink(path)  # before the lock is released: a process that opens the path gets a new file
-    os.close(descriptor)
+    if descriptor in _held:  # not so in a forked child, which does not hold the lock
+      _held.remove(descriptor)
+      _remove_lock_file(path, descriptor)
+      os.close(descriptor)
+
+
+@contextlib.contextmanager
+def locks(workdir: str, names: Iterable[str]) -> Iterator[None]:
+  """Holds several locks, also while `move_aside` moves their folders; raises as `lock` does."""
+  names = sorted(set(names))
+  with contextlib.ExitStack() as stack:
+    for name in names:
+      stack.enter_context(lock(workdir, name))
+    try:
+      yield
+    finally:
+      for name in names:
+        with contextlib.suppress(OSError):  # it was not moved
+          os.unlink(os.path.join(workdir, REPLACED, name + LOCK))
+
+
+def lock_files(workdir: str, folder: str) -> list[str]:
+  """Returns the names of the locks whose files exist below a folder of the work directory.
+
+  A file without a holder is of a killed process.
+  """
+  return [
+    os.path.relpath(os.path.join(parent, name), workdir).removesuffix(LOCK)
+    for parent, _, names in os.walk(os.path.join(workdir, folder))
+    for name in names
+    if name.endswith(LOCK)
+  ]
+
+
+_held: set[int] = set()  # file descriptors of the locks that this process holds
+
+
+def _let_go() -> None:
+  """Closes the locks in a forked child: otherwise it would hold them after its parent's end.
+
+  Programs that are started (exec) do not get them, because they are opened with O_CLOEXEC.
+  """
+  while _held:
+    os.close(_held.pop())
+
+
+os.register_at_fork(after_in_child=_let_go)
+
+
+def _remove_lock_file(path: str, descriptor: int) -> None:
+  """Removes a held lock's file, unless --redo moved it away and another process made a new one.
+
+  It is removed before the lock is released: a process that opens the path later gets a new file.
+  """
+  with contextlib.suppress(FileNotFoundError):
+    if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+      os.unlink(path)
 
 
 def _flock(path: str) -> int | None:
@@ -464,11 +545,19 @@ def _flock(path: str) -> int | None:
     except BlockingIOError:
       os.close(descriptor)
       return None
+    except OSError as error:
+      os.close(descriptor)
+      raise InputError(
+        f'{path} cannot be locked ({error.strerror}): the file system has no locks (flock). Choose '
+        'a --workdir on another disk, or mount this one with locks.'
+      ) from error
 
 
-def _read_holder(path: str) -> dict:
+def _holder(path: str) -> str:
+  """Returns who holds a lock, in words."""
   try:
     with open(path) as f:
-      return json.load(f)
-  except (OSError, ValueError):  # the holder has ended, or is writing the file
-    return {}
+      holder = json.load(f)
+    return f'process {holder["pid"]} on {holder["host"]} since {holder["time"]}'
+  except (OSError, ValueError, KeyError, TypeError):  # it has ended, or is writing the file
+    return 'another process'

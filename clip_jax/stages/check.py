@@ -12,6 +12,7 @@ from clip_jax import defaults
 from clip_jax.core import config as config_lib
 from clip_jax.core.config import Key
 from clip_jax.core.errors import ConfigError
+from clip_jax.core.products import STAGES
 from clip_jax.core.types import Config
 from clip_jax.data import formats, keyed_images
 from clip_jax.experiment import blocks
@@ -37,8 +38,11 @@ NOT_VECTOR_KEYS = (
 )
 
 
-def check(config: Config) -> None:
-  """Raises ConfigError for the first invalid value of the config."""
+def check(config: Config, names: Sequence[str] = tuple(STAGES)) -> None:
+  """Raises ConfigError for the first invalid value of the config.
+
+  names: the stages that will run; without train and evaluate, the splits need no model.
+  """
   _top_level(config)
   _dataset('pool', config.pool, defaults.DATASET)
   if blocks.has_anchor(config):
@@ -58,7 +62,7 @@ def check(config: Config) -> None:
   _embedders(config)
   _dedup(config)
   _vectors(config)
-  if (config.splits and blocks.has_own_images(config, blocks.POOL)) or 'train' in [
+  if ({'train', 'evaluate'} & set(names) and blocks.runs_to_train(config)) or 'train' in [
     block.source for block in (config.embedder, *config.embedders.values())
   ]:
     _model(config)
@@ -254,6 +258,27 @@ def stages(config: Config, names: Sequence[str]) -> None:
           "config's splits. Skip this stage: "
           '--stages=ingest,embedder,embed,dedup,search,prune,report.'
         )
+
+
+def prompts(x: Experiment, names: Sequence[str]) -> None:
+  """Raises ConfigError if prompts or captions of the stages would name wnids or numbers.
+
+  It reads the lists of source files; class names that only the samples hold are known after ingest.
+  """
+  if not blocks.runs_to_train(x.config):
+    return
+  datasets = list(x.config.benchmarks) if 'evaluate' in names else []
+  datasets += blocks.base_datasets(x.config) if 'train' in names else []
+  for name in datasets:
+    for shard in x.graph.shards(name):
+      if name in x.config.benchmarks or shard.block.caption_template:
+        flag = benchmark_dirs.flag(x.config, name, f'{_source(shard.prefix)}classes')
+        check_keys.prompt_names(flag, shard.classes, shard.block.classes)
+
+
+def _source(prefix: str) -> str:
+  """Returns 'sources.name.' for the prefix 'name/' of a source in a concat."""
+  return ''.join(f'sources.{name}.' for name in prefix.split('/') if name)
 
 
 def _embedders(config: Config) -> None:

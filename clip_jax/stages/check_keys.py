@@ -10,6 +10,7 @@ from clip_jax.core.config import Key
 from clip_jax.core.errors import ConfigError
 from clip_jax.core.types import Config
 
+_CODE = re.compile(r'n\d{8}|\d+')  # a wnid or a number
 NAME = re.compile(r'[A-Za-z0-9][A-Za-z0-9_-]*')
 
 
@@ -58,4 +59,18 @@ def check_folder_name(where: str, name: str) -> None:
     raise ConfigError(
       f'config.{where}.{name}: a name may contain letters, digits, _ and -, and must begin with a '
       'letter or a digit.'
+    )
+
+
+def prompt_names(flag: str, names: Sequence[str], given: Sequence[str]) -> None:
+  """Raises ConfigError if class names that the config does not give are wnids or numbers.
+
+  flag: the flag of the key `classes`; names: the names that prompts would hold; given: the key's
+  value, which may hold such names.
+  """
+  if names and not given and all(map(_CODE.fullmatch, names)):
+    raise ConfigError(
+      f'{flag} is missing: the source names its classes {names[0]!r} to {names[-1]!r}, and prompts '
+      'would hold these wnids or numbers. Give the words, in label order; or these names, if you '
+      'mean them.'
     )

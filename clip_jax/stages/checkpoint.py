@@ -42,7 +42,7 @@ def evaluate_checkpoint(
   if follow and models.is_weights(path):
     raise ConfigError(f'--follow: {path} is a weights file, which gets no new steps.')
   config = benchmark_dirs.resolve(config)
-  check.check(config)
+  check.check(config, names=())
   names = benchmarks or list(config.benchmarks)
   for name in names:
     if name not in config.benchmarks:

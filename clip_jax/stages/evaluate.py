@@ -18,7 +18,7 @@ from clip_jax.data import loader
 from clip_jax.evaluation import statistics, zero_shot
 from clip_jax.experiment import workdir
 from clip_jax.experiment.experiment import Experiment
-from clip_jax.stages import models
+from clip_jax.stages import check_keys, models
 
 
 def evaluate(x: Experiment, todo: list[Product]) -> Made:
@@ -56,7 +56,7 @@ def score(x: Experiment, benchmark: str, model: models.Model) -> tuple[dict, dic
   block, classes = x.config.benchmarks[benchmark], workdir.class_names(x, benchmark)
   source = workdir.source(x, benchmark)
   label = np.asarray(source.labels, np.int32)  # [n]
-  check_labels(benchmark, label, classes)
+  check_labels(benchmark, label, classes, block.classes)
   matrix = zero_shot.class_matrix(model.encode_text, classes, tuple(block.templates))
   mask = np.isin(classes, list(block.class_mask)) if block.class_mask else None
   pixels, ok = x.cached(
@@ -132,16 +132,25 @@ def encode(model: models.Model, pixels: Array, batch_size: int) -> Array:
 def check_benchmarks(x: Experiment) -> None:
   """Raises an error, before any training, for a benchmark that cannot be scored."""
   for name in x.config.benchmarks:
-    check_labels(name, np.asarray(workdir.source(x, name).labels), workdir.class_names(x, name))
+    check_labels(
+      name,
+      np.asarray(workdir.source(x, name).labels),
+      workdir.class_names(x, name),
+      x.config.benchmarks[name].classes,
+    )
 
 
-def check_labels(benchmark: str, label: Array, classes) -> None:
-  """Raises an error for a benchmark without class names, with unlabelled images or one class."""
+def check_labels(benchmark: str, label: Array, classes, given) -> None:
+  """Raises an error for a benchmark without class names, with unlabelled images or one class.
+
+  given: the class names in the config; without any, those of the source must not be codes.
+  """
   if not classes:
     raise ConfigError(
       f'config.benchmarks.{benchmark}.classes is missing: zero-shot needs the class names, in '
       'label order.'
     )
+  check_keys.prompt_names(f'config.benchmarks.{benchmark}.classes', classes, given)
   if (label < 0).any() or (label >= len(classes)).any():
     bad = int(((label < 0) | (label >= len(classes))).sum())
     raise InputError(

@@ -23,7 +23,7 @@ from clip_jax.core.errors import InputError
 from clip_jax.core.products import Made, Product
 from clip_jax.core.types import Array
 from clip_jax.data import shard_writer, table
-from clip_jax.experiment import workdir
+from clip_jax.experiment import blocks, workdir
 from clip_jax.experiment.blocks import POOL
 from clip_jax.experiment.experiment import Experiment
 from clip_jax.pruning import key_lists, splits
@@ -31,31 +31,16 @@ from clip_jax.pruning import key_lists, splits
 ROWS_AT_ONCE = 1 << 20  # rows of keys.parquet held in memory
 # Why a pool row is not in a split.
 RULE, DUPLICATE, IN_ANCHOR, UNUSABLE = 'rule', 'duplicate', 'in the anchor', 'unusable'
+CHECKED_ROWS = 100  # rows of a shard whose keys are checked before the split is known
 BYTES_BESIDE_IMAGE = 6000  # estimate for a sample in a tar: captions, json, headers
 
 
 def listed_rows(x: Experiment, split: str) -> tuple[Array, dict]:
   """Returns the pool rows that a split's key file names, sorted, with repeats, and its counts."""
-  path = os.path.expanduser(x.config.splits[split].file)
-  column = x.config.prune.export_key or 'key'
-  listed = key_lists.find_rows(
-    key_lists.read(path, x.config.prune.export_key), pool_keys(x, column)
-  )
+  listed = find_listed(x, split)
   report = listed.report
-  example = ', '.join(map(repr, listed.not_in_pool))
-  if not len(listed.rows):
-    raise InputError(
-      f'None of the {report["listed"]:,} keys in {path} is in the column {column!r} of the pool, '
-      f'for example {example}. Name the right column in config.prune.export_key.'
-    )
-  if report['not_in_pool']:
-    logging.info(
-      '%s: %s keys of %s are not in the pool, for example %s.',
-      split,
-      f'{report["not_in_pool"]:,}',
-      os.path.basename(path),
-      example,
-    )
+  if missing := not_in_pool(x, split, listed):
+    logging.info('%s: %s', split, missing)
   if report['several_rows']:
     logging.info(
       '%s: %s keys name several rows of the pool; all of these rows are used.',
@@ -63,6 +48,75 @@ def listed_rows(x: Experiment, split: str) -> tuple[Array, dict]:
       f'{report["several_rows"]:,}',
     )
   return listed.rows, {'file_sha256': x.graph.listed_sha256(split), **report}
+
+
+def find_listed(x: Experiment, split: str) -> key_lists.ListedRows:
+  """Returns the pool rows that a split's key file names; InputError if there is none."""
+  path = os.path.expanduser(x.config.splits[split].file)
+  column = x.config.prune.export_key or 'key'
+  listed = key_lists.find_rows(
+    key_lists.read(path, x.config.prune.export_key), pool_keys(x, column)
+  )
+  if not len(listed.rows):
+    raise InputError(
+      f'None of the {listed.report["listed"]:,} keys in {path} is in the column {column!r} of the '
+      f'pool, for example {", ".join(map(repr, listed.not_in_pool))}. Name the right column in '
+      'config.prune.export_key.'
+    )
+  return listed
+
+
+def not_in_pool(x: Experiment, split: str, listed: key_lists.ListedRows) -> str:
+  """Returns a sentence on the listed keys that the pool does not have, '' if it has all."""
+  count = listed.report['not_in_pool']
+  return (
+    f'{count:,} keys of {os.path.basename(x.config.splits[split].file)} are not in the pool, for '
+    f'example {", ".join(map(repr, listed.not_in_pool))}.'
+    if count
+    else ''
+  )
+
+
+def check_keys(x: Experiment) -> None:
+  """Checks, before anything is written, that the pool's keys suit the exports and listed splits.
+
+  Needs the pool's index. Raises InputError if the column is missing, if all of a shard's first keys
+  are of another kind than an export needs, or if a file of keys names no row.
+  """
+  splits_ = x.config.splits
+  kinds = {kind for name in splits_ for kind in splits_[name].export if kind in key_lists.LISTS}
+  if kinds:
+    column = x.config.prune.export_key or 'key'
+    for (shard, start, _), keys in zip(
+      workdir.shard_slices(workdir.source(x, POOL).starts), pool_keys(x, column), strict=True
+    ):
+      _check_kinds(x, kinds, column, shard, start, keys)
+  for name in splits_:
+    if 'file' in blocks.rule_of(x.config, name).keys:
+      find_listed(x, name)
+
+
+def _check_kinds(
+  x: Experiment, kinds: set[str], column: str, shard: int, start: int, keys: Any
+) -> None:
+  """Raises InputError if none of a shard's first keys is of the kind that an export needs."""
+  rows = [row for row in range(min(len(keys), CHECKED_ROWS)) if keys[row].is_valid]
+  if not rows and len(keys) <= CHECKED_ROWS and len(keys):
+    raise InputError(
+      f'config.prune.export_key={column!r}: no row of {x.graph.shards(POOL)[shard].name} has a '
+      'value in this column. Name another column.'
+    )
+  for kind in sorted(kinds & _CONVERTERS.keys()):
+    first_error = None
+    for row in rows:
+      try:
+        _CONVERTERS[kind](keys.take([row]), start + row)
+        break
+      except InputError as error:
+        first_error = first_error or error
+    else:
+      if first_error:
+        raise first_error
 
 
 def pool_keys(x: Experiment, column: str) -> Iterator:
@@ -98,6 +152,9 @@ def write_list(x: Experiment, todo: list[Product]) -> Made:
   logging.info(
     'export: %s holds %s keys, verified by reading it back.', x.path(path), f'{counts["keys"]:,}'
   )
+
+
+_CONVERTERS = {'datacomp': key_lists.keys_to_uids, 'clip_ood': key_lists.keys_to_int64}
 
 
 def _datacomp_uids(x: Experiment, path: str, rows: Mapping[str, Array]) -> dict:

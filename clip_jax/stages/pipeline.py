@@ -1,10 +1,13 @@
 """Runs the stages in order: checks everything, applies --redo, then makes the missing products."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+import contextlib
+import glob
 from importlib import metadata
 import itertools
 import os
 import platform
+import shlex
 import shutil
 import sys
 import time
@@ -18,7 +21,7 @@ from clip_jax.core.products import EMBEDDERS, STAGES, Product
 from clip_jax.core.types import Config
 from clip_jax.experiment import blocks, workdir
 from clip_jax.experiment.experiment import Experiment
-from clip_jax.stages import benchmark_dirs, check, plan, table
+from clip_jax.stages import benchmark_dirs, check, export, plan, table
 
 PACKAGES = (
   'jax',
@@ -50,19 +53,25 @@ def run(
   if graph and not workdir:
     workdir = '.'  # the graph does not depend on the work directory
   x = _open_experiment(config, workdir)
-  check.check(x.config)
+  if not stages and x.config.splits and not blocks.has_own_images(x.config, blocks.POOL):
+    names = [name for name in names if name not in ('train', 'evaluate')]
+    logging.info('The pool is vectors without images, so nothing is trained.')
+  check.check(x.config, names)
   check.stages(x.config, names)
   check.embedder_weights(x)
   if graph:
     plan.print_graph(x, names)
     return
+  check.prompts(x, names)
   if dry_run:
-    plan.show(x, names)
+    redo_names = _redo_names(x, names, redo) if redo else []
+    plan.show(x, names, redo, redo_names)
     return
   redo_names = _check(x, names, redo)
-  _log_start(x, names)
-  if redo:
-    _set_aside(x, redo, redo_names)
+  with _redo_locks(x, names, redo, redo_names):  # before anything is written
+    _log_start(x, names)
+    if redo:
+      _set_aside(x, redo, redo_names)
   _run_stages(x, names, redo)
 
 
@@ -93,21 +102,24 @@ def _open_experiment(config: Config, folder: str | None) -> Experiment:
 # checks before any work
 
 
-def _check(x: Experiment, names: list[str], redo: str) -> set[str]:
+def _check(x: Experiment, names: list[str], redo: str) -> list[str]:
   """Checks source files, outdated products and devices; returns the products that --redo replaces.
 
   Writes and removes nothing.
   """
-  redo_names = _redo_names(x, redo) if redo else set()
+  redo_names = _redo_names(x, names, redo) if redo else []
   if names == ['report']:  # the report reads no source file
     return redo_names
+  replaced = set(redo_names)
+  if not any(name.startswith('ingest/') for name in replaced):
+    _check_index(x, names)
   wanted = {stage: _selected_products(x, stage) for stage in names}
   outdated = {}
   for stage, parts in wanted.items():
     outdated[stage] = [
       part
       for part in parts
-      if part.name not in redo_names
+      if part.name not in replaced
       and not part.is_cheap
       and products.status(x.workdir, part) == 'differs'
     ]
@@ -116,11 +128,51 @@ def _check(x: Experiment, names: list[str], redo: str) -> set[str]:
   runs = [
     part
     for part in wanted.get('train', ())
-    if part.name in redo_names or products.status(x.workdir, part) != 'fits'
+    if part.name in replaced or products.status(x.workdir, part) != 'fits'
   ]
   if runs:  # importing JAX is slow, so a work directory without missing runs skips this check
     sharding.check_batch_size(x.config.train.batch_size, sharding.mesh(x.config.train.fsdp))
+    table.stage_module('train').check_sizes(
+      x, [run_ for run_ in runs if _is_ready(x, run_, replaced)]
+    )
+  if redo and not _is_moved(x, redo):
+    size = sum(_bytes(x, name) for name in redo_names)
+    what = f'--redo={redo}, which keeps the old files until new ones are made,'
+    files.check_space(x.workdir, size, what)
   return redo_names
+
+
+def _check_index(x: Experiment, names: list[str]) -> None:
+  """Checks the config against the index of pool and benchmarks, as far as they are finished."""
+  is_missing = lambda stage: (
+    stage in names
+    and any(products.status(x.workdir, part) != 'fits' for part in _selected_products(x, stage))
+  )
+  fits = lambda name: products.status(x.workdir, x.graph.index(name)) == 'fits'
+  if fits(blocks.POOL) and is_missing('prune'):
+    export.check_keys(x)
+  if is_missing('evaluate') and all(map(fits, x.config.benchmarks)):
+    table.stage_module('evaluate').check_benchmarks(x)
+
+
+def _is_ready(x: Experiment, product: Product, replaced: set[str]) -> bool:
+  """Returns whether the inputs of a product are finished, fit and stay."""
+  return all(
+    part.name not in replaced and products.status(x.workdir, part) == 'fits'
+    for part in product.inputs
+  )
+
+
+def _bytes(x: Experiment, name: str) -> int:
+  """Returns the size of a finished product's files, folders (checkpoints) included."""
+  recorded = (products.read_sidecar(x.workdir, name) or {'files': {}})['files']
+  total = 0
+  for file, size in recorded.items():
+    total += max(size, 0)
+    if size < 0:
+      for folder, _, found in os.walk(x.path(file)):
+        total += sum(os.path.getsize(os.path.join(folder, entry)) for entry in found)
+  return total
 
 
 def _selected_products(x: Experiment, stage: str) -> list[Product]:
@@ -133,20 +185,66 @@ def _selected_products(x: Experiment, stage: str) -> list[Product]:
   )
 
 
-def _redo_names(x: Experiment, redo: str) -> set[str]:
-  """Returns the finished products that --redo names and all products that depend on them.
+def _redo_names(x: Experiment, stages: list[str], redo: str) -> list[str]:
+  """Returns the products that --redo names and all that depend on them, each before its inputs.
 
-  Raises ConfigError if --redo names no product.
+  They are those on disk and those of the config, finished or not: an unfinished run also depends
+  on its split. Raises ConfigError if --redo names no product.
   """
   target, stored = _redo_target(x, redo), products.sidecars(x.workdir)
-  named = [name for name in stored if name == target or name.startswith(target + '/')]
+  planned = _planned(x, stages)
+  is_named = lambda name: name == target or name.startswith(target + '/')
+  named = [name for name in stored if is_named(name)]
   if not named and not os.path.exists(x.path(target)) and not _is_begun(x, redo):
     stage_folder = STAGES[redo.partition(':')[0]]
     raise ConfigError(
       f'--redo={redo!r} matches no product in {x.workdir}.'
       f'{config_lib.did_you_mean(target, [n for n in stored if f"{stage_folder}/" in n])}'
     )
-  return set(products.followers(x.workdir, named))
+  named += [product.name for product in planned if is_named(product.name)]
+  return products.followers(x.workdir, named, planned)
+
+
+def _planned(x: Experiment, stages: list[str]) -> list[Product]:
+  """Returns the products of the config, and the unfinished training runs of other configs."""
+  begun = []
+  for path in glob.glob(x.path(STAGES['train'], '*', '*', 'config.json')):
+    name = os.path.relpath(os.path.join(os.path.dirname(path), 'run'), x.workdir)
+    begun.append(Product(name, inputs=tuple(map(Product, files.read_json(path)['inputs']))))
+  if stages == ['report']:  # which works without the source files that the graph lists
+    return begun
+  return [*table.all_products(x), *begun]
+
+
+@contextlib.contextmanager
+def _redo_locks(x: Experiment, stages: list[str], redo: str, names: list[str]) -> Iterator[None]:
+  """Holds the locks of the products that --redo moves.
+
+  Raises InputError if another process makes one of them, so that its files are not moved away. Of
+  cheap products, which are many and made in seconds, only locks that a process has taken count.
+  """
+  if not redo or _is_moved(x, redo):
+    yield
+    return
+  locks: dict[str, tuple[str, bool]] = dict.fromkeys(
+    names, ('', True)
+  )  # product -> its lock, and whether it is cheap
+  for product in _planned(x, stages):
+    if product.name in locks:
+      locks[product.name] = product.batch or product.name, product.is_cheap
+  wanted = products.lock_files(x.workdir, _redo_target(x, redo))
+  for name, (lock, is_cheap) in locks.items():
+    file = x.path((lock or name) + products.LOCK)
+    # A product without a folder is neither finished nor in the making.
+    if os.path.exists(file) or (not is_cheap and os.path.isdir(os.path.dirname(file))):
+      wanted.append(lock or name)
+  with products.locks(x.workdir, wanted):
+    yield
+
+
+def _begun_folders(names: Iterable[str]) -> list[str]:
+  """Returns the folders of training runs, which hold checkpoints before they are finished."""
+  return [os.path.dirname(name) for name in names if os.path.basename(name) in ('run', 'embedder')]
 
 
 def _redo_target(x: Experiment, redo: str) -> str:
@@ -177,26 +275,33 @@ def _is_begun(x: Experiment, redo: str) -> bool:
   return workdir.read_json(x, REDO).get('redo') == redo
 
 
-def _set_aside(x: Experiment, redo: str, names: set[str]) -> None:
+def _is_moved(x: Experiment, redo: str) -> bool:
+  """Returns whether an earlier command with this --redo has moved all its products."""
+  return _is_begun(x, redo) and workdir.read_json(x, REDO)['removed']
+
+
+def _set_aside(x: Experiment, redo: str, names: list[str]) -> None:
   """Moves the products that --redo names and their dependents to WORKDIR/replaced.
 
-  Dependents move first. The files are deleted when all products are made again. redo.json records
-  the move, so that the same command, after a kill, does not move its own new products.
+  Dependents move first, an unfinished run with its checkpoints. The files are deleted when all
+  products are made again. redo.json records the move, so that the same command, after a kill, does
+  not move its own new products.
   """
-  if _is_begun(x, redo) and workdir.read_json(x, REDO)['removed']:
+  if _is_moved(x, redo):
     logging.info('redo: continuing --redo=%s; its products were moved already.', redo)
     return
   files.write_json(x.path(REDO), {'redo': redo, 'removed': False})
-  for name in products.followers(x.workdir, names):
+  finished = products.sidecars(x.workdir).keys() & {*names}
+  for name in names:
     products.set_aside(x.workdir, name)
-    if name.endswith('/run'):
-      products.move_aside(x.workdir, os.path.dirname(name))
+    for folder in _begun_folders([name]):
+      products.move_aside(x.workdir, folder)
   products.move_aside(x.workdir, _redo_target(x, redo))  # also moves unfinished files
   files.write_json(x.path(REDO), {'redo': redo, 'removed': True})
   logging.info(
     'redo: %s and its dependents (%s) are moved to %s until they are made again.',
     _redo_target(x, redo),
-    progress.count_with_noun(len(names), 'product'),
+    progress.count_with_noun(len(finished), 'finished product'),
     x.path(products.REPLACED),
   )
 
@@ -229,7 +334,7 @@ def _end_redo(x: Experiment, redo: str) -> None:
 def _log_start(x: Experiment, names: list[str]) -> None:
   """Opens the log and records the command and the config."""
   log.to_file(x.path('log.txt'))
-  command = ' '.join([os.path.basename(sys.executable), *sys.orig_argv[1:]])
+  command = shlex.join([os.path.basename(sys.executable), *sys.orig_argv[1:]])
   logging.debug('clip_jax: %s', command)
   files.write_json(
     x.path('times.json'), {'seconds': {}, **workdir.read_json(x, 'times.json'), 'command': command}
@@ -258,7 +363,10 @@ def _run_stages(x: Experiment, names: list[str], redo: str) -> None:
     interrupts.check()
     if stage == 'report' and new_products:
       _versions(x)  # the report page shows them
-    new_products += _run_stage(x, stage, names)
+    made = _run_stage(x, stage, names)
+    if stage == 'ingest' and made:
+      _check_index(x, names)
+    new_products += made
     spent = time.monotonic() - began
     _add_time(x, stage, spent)
     if spent > 1:
@@ -280,8 +388,6 @@ def _run_stage(x: Experiment, stage: str, names: list[str]) -> list[Product]:
   if todo:
     _check_disk(x, stage)
     if stage == 'train':
-      if 'evaluate' in names:
-        table.stage_module('evaluate').check_benchmarks(x)
       table.stage_module('train').check(x, todo, len(wanted))
   new_products = []
   for batch in _batches(wanted):

@@ -7,7 +7,7 @@ accelerators 40 % of the vendor's dense peak. Reading and decoding images is not
 """
 
 import collections
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import dataclasses
 import re
 import time
@@ -21,7 +21,7 @@ from clip_jax.experiment import blocks, workdir
 from clip_jax.experiment.blocks import ANCHOR, POOL
 from clip_jax.experiment.experiment import Experiment
 from clip_jax.models import fitted_embedders, flops
-from clip_jax.stages import models, table
+from clip_jax.stages import lint, models, table
 
 # Dense peaks in FLOP/s from the vendors' data sheets: (float32 or TF32 matmul, bfloat16 matmul).
 ACCELERATORS = {'A100': (156e12, 312e12), 'H100 SXM': (494e12, 989e12), 'TPU v5e': (49e12, 197e12)}
@@ -55,8 +55,8 @@ def stage_plan(x: Experiment, stage: str, rows: Rows | None = None) -> StagePlan
   return PLANS[stage](x, {name: rows[name] for name in rows if not x.embedder or name in own})
 
 
-def show(x: Experiment, names: list[str]) -> None:
-  """Prints the plan of the named stages."""
+def show(x: Experiment, names: list[str], redo: str = '', redo_names: Sequence[str] = ()) -> None:
+  """Prints the plan of the named stages, and the finished products that --redo would replace."""
   log.start()
   rows, rate = dataset_rows(x), matmul_rate()
   logging.info(
@@ -96,6 +96,14 @@ def show(x: Experiment, names: list[str]) -> None:
       '  '.join(f'{text:>9}' for text in times),
       _products(view, name),
     )
+  if redo:
+    finished = [name for name in products.sidecars(x.workdir) if name in set(redo_names)]
+    logging.info(
+      '--redo=%s would make %s again%s.',
+      redo,
+      progress.count_with_noun(len(finished), 'finished product'),
+      f': {", ".join(finished[:6])}{", ..." if len(finished) > 6 else ""}' if finished else '',
+    )
   free = files.free_bytes(x.workdir)
   logging.info(
     'Disk: about %s in total%s. Time here: at %.0f GFLOP/s (measured now); accelerators: at %d %% '
@@ -105,14 +113,23 @@ def show(x: Experiment, names: list[str]) -> None:
     rate / 1e9,
     round(100 * SHARE_OF_PEAK),
   )
+  for sentence in lint.advice(x, names):
+    logging.warning('%s', sentence)
 
 
 def dataset_rows(x: Experiment) -> dict[str, int | None]:
-  """Returns the row count of each dataset, from its index or its vector files, or else None."""
-  return {
-    name: products.counts(x.workdir, f'ingest/{name}/index').get('rows') or _vector_rows(x, name)
-    for name in blocks.datasets(x.config)
-  }
+  """Returns the row count of each dataset: of its index, or of its files of vectors, or None.
+
+  An index that does not fit counts only if there is no other source: files may have been added.
+  """
+  rows = {}
+  for name in blocks.datasets(x.config):
+    index = x.graph.index(name)
+    fits = products.status(x.workdir, index) == 'fits'
+    rows[name] = (None if fits else _vector_rows(x, name)) or products.counts(
+      x.workdir, index.name
+    ).get('rows')
+  return rows
 
 
 def _heads(x: Experiment, dataset: str) -> list[vectors.Head]:
@@ -311,8 +328,7 @@ def _products(x: Experiment, stage: str) -> str:
   )
   outdated = [product for product in wanted if states[product.name] == 'differs']
   if outdated:
-    reasons = products.differences(x.workdir, outdated[0])
-    text += f' ({outdated[0].name}: {"; ".join(reasons[:2])})'
+    text += f' ({outdated[0].name}: {products.reasons(x.workdir, outdated[0], 2)})'
   return text or 'none'
 
 

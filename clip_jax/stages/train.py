@@ -25,6 +25,14 @@ def check(x: Experiment, todo: list[Product], number: int) -> None:
 
   number: all runs of this command, finished or in `todo`.
   """
+  check_sizes(x, todo)
+  if len(todo) < number:
+    logging.info('train: continuing; %d of %d runs are done.', number - len(todo), number)
+  _advise(x)
+
+
+def check_sizes(x: Experiment, todo: list[Product]) -> None:
+  """Raises InputError for a run whose split has fewer rows than a batch."""
   batch_size = x.config.train.batch_size
   for split, seed in (product.subject for product in todo):
     size = len(np.load(workdir.rows_path(x, split, seed), mmap_mode='r'))
@@ -33,9 +41,6 @@ def check(x: Experiment, todo: list[Product], number: int) -> None:
         f'The split {split} has {size:,} rows, less than one batch ({batch_size:,}). Keep more '
         'rows, or set a smaller --config.train.batch_size.'
       )
-  if len(todo) < number:
-    logging.info('train: continuing; %d of %d runs are done.', number - len(todo), number)
-  _advise(x)
 
 
 def _advise(x: Experiment) -> None:

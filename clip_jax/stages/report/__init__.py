@@ -216,8 +216,8 @@ def _summary(facts: Facts, banner: str, sentence: str, accuracies: Accuracies) -
     text += [
       '',
       *_accuracy_lines(facts.config, accuracies),
-      'Brackets: 95 % interval over seeds and images; r: range of two seeds; 1: one seed, interval '
-      'over images for this checkpoint.',
+      'Brackets: 95 % interval over seeds and images; with "range": lower and higher of two seeds; '
+      'with "1 seed": interval over images for this checkpoint.',
     ]
   else:
     for lines in (pool_sections.summary_lines(facts), _removed(facts)):
@@ -265,10 +265,10 @@ def _columns(lines: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _cell(estimate: Estimate | None) -> str:
-  """Returns '63.6 [58.1, 69.0]' in percent, with ' r' or ' 1' for other kinds of interval."""
+  """Returns '63.6 [58.1, 69.0]' in percent; other intervals say '; range' or '; 1 seed'."""
   if estimate is None:
     return '-'
-  kind = {'crossed': '', 'range': ' r'}.get(estimate.method, ' 1')
+  kind = {'crossed': '', 'range': '; range'}.get(estimate.method, '; 1 seed')
   bounds = f'{tables.percent(estimate.low)}, {tables.percent(estimate.high)}{kind}'
   return f'{tables.percent(estimate.value)} [{"none" if np.isnan(estimate.low) else bounds}]'
 

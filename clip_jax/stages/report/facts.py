@@ -6,8 +6,9 @@ The work directory may be unfinished; missing results are left out. Every file i
 from collections.abc import Mapping
 import dataclasses
 import functools
+import itertools
 import os
-import re
+import shlex
 
 import numpy as np
 
@@ -149,14 +150,28 @@ class Facts:
 
   def missing(self, sentence: str, stage: str) -> Missing:
     """Returns a block with the command that runs `stage` and the unfinished stages before it."""
-    flag = re.search(r'--config[= ](\S+)', workdir.stage_seconds(self.x).get('command', ''))
+    config = _config_flag(workdir.stage_seconds(self.x).get('command', ''))
     earlier = list(STAGES)[: list(STAGES).index(stage)]
     unfinished = [name for name, _, is_done in self.state if not is_done and name in earlier]
     return Missing(
       sentence,
-      f'python -m clip_jax.main --config={flag.group(1) if flag else "CONFIG.py"} '
-      f'--workdir={self.x.workdir} --stages={",".join([*unfinished, stage, "report"])}',
+      f'python -m clip_jax.main {shlex.quote(f"--config={config}")} '
+      f'{shlex.quote(f"--workdir={self.x.workdir}")} '
+      f'--stages={",".join([*unfinished, stage, "report"])}',
     )
+
+
+def _config_flag(command: str) -> str:
+  """Returns the config file that a command names, 'CONFIG.py' without one."""
+  try:
+    words = shlex.split(command)
+  except ValueError:  # a quotation mark in a command that an earlier version wrote
+    words = command.split()
+  for word, following in itertools.zip_longest(words, words[1:], fillvalue=''):
+    flag, equals, value = word.partition('=')
+    if flag in ('--config', '-config'):
+      return value if equals else following
+  return 'CONFIG.py'
 
 
 def read(x: Experiment) -> Facts:
