@@ -215,7 +215,7 @@ def test_only_an_accelerator_uses_more_than_one_device_unasked():
   rng = np.random.default_rng(0)
   pool, queries = unit(rng, 600, 8), queries_of(unit(rng, 4, 8), [4])
   for accelerator, want in ((False, 1), (True, len(jax.local_devices()))):
-    with on(accelerator), mock.patch.object(exact, '_passes', return_value=[]) as passes:
+    with on(accelerator), mock.patch.object(exact, '_tiles_on_devices', return_value=[]) as passes:
       exact.search_shard(pool, np.ones(600, bool), queries, k=0, tile_rows=64)
     assert len(passes.call_args.args[2].places) == want
 

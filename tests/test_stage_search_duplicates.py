@@ -146,7 +146,7 @@ def test_images_that_are_gone_leave_the_vectors_to_decide(data, tmp_path):
   class Gone:
     """A source whose images cannot be read any more."""
 
-    def many(self, rows):
+    def read_samples(self, rows):
       raise InputError('gone')
 
     def __getitem__(self, row):
