@@ -59,9 +59,9 @@ def load(folder: str, kwargs: dict[str, str | bool]) -> Callable[[Sequence[str],
     if isinstance(texts, str):
       raise ValueError(f'texts must be a sequence of str, got the one str {texts[:60]!r}')
     tokens = np.zeros((len(texts), context_length), np.int32)
-    encodings = engine(context_length).encode_batch_fast([clean(text) for text in texts])
-    for row, encoding in zip(tokens, encodings, strict=True):
-      row[:] = encoding.ids
+    for row, text in zip(tokens, texts, strict=True):
+      # encode_batch would start threads, and warn if the process forks later
+      row[:] = engine(context_length).encode(clean(text)).ids
     if stripped:
       tokens[tokens == base.token_to_id(stripped)] = 0
     return tokens
@@ -77,12 +77,8 @@ def _engine(folder: str):
       'to this folder (transformers writes them by AutoTokenizer.from_pretrained(NAME)'
       '.save_pretrained(FOLDER)).'
     )
-  try:
-    import tokenizers
-  except ImportError as error:
-    raise InputError(
-      f'{path!r} needs the package tokenizers, which is not installed: pip install tokenizers'
-    ) from error
+  import tokenizers
+
   try:
     return tokenizers.Tokenizer.from_file(path)
   except Exception as error:  # the package has no exception type
