@@ -17,6 +17,9 @@ from clip_jax.core.errors import ConfigError, InputError
 from clip_jax.core.types import Array
 from clip_jax.data import tokenizer
 
+FILE = 'tokenizer.json'
+# Files of tokenizers that transformers also reads, and that are not read here.
+_OTHERS = ('vocab.txt', 'spiece.model', 'sentencepiece.bpe.model', 'tokenizer.model')
 # transformers' defaults for special tokens that a folder does not name: BERT's and SentencePiece's.
 _USUAL = {'pad_token': ('[PAD]', '<pad>'), 'sep_token': ('[SEP]', '</s>')}
 
@@ -69,8 +72,37 @@ def load(folder: str, kwargs: dict[str, str | bool]) -> Callable[[Sequence[str],
   return tokenize
 
 
+def is_clips(folder: str, vocab_size: int) -> bool:
+  """Returns whether a folder of a Hugging Face model of so many tokens has CLIP's own tokenizer.
+
+  A folder without any file of a tokenizer has it if the number of tokens is no larger than CLIP's.
+  """
+  path = os.path.join(folder, FILE)
+  if os.path.isfile(path):
+    fields = files.read_json(path)
+    try:
+      model = fields['model']
+      ids = {token['content']: token['id'] for token in fields.get('added_tokens') or ()}
+      ids |= model['vocab']
+      merges = [tuple(x.split(' ') if isinstance(x, str) else x) for x in model['merges']]
+    except (AttributeError, KeyError, TypeError, ValueError):  # another kind of model
+      return False
+    return ids == _clips_ids() and merges == tokenizer.merges()
+  path = os.path.join(folder, 'vocab.json')  # beside merges.txt, which older folders have
+  if os.path.isfile(path):
+    return files.read_json(path) == _clips_ids()
+  if any(os.path.isfile(os.path.join(folder, name)) for name in _OTHERS):
+    return False
+  return vocab_size <= tokenizer.VOCAB_SIZE
+
+
+def _clips_ids() -> dict[str, int]:
+  special = dict(zip(tokenizer.OPENAI, (tokenizer.START, tokenizer.END), strict=True))
+  return tokenizer.vocabulary() | special
+
+
 def _engine(folder: str):
-  path = os.path.join(folder, 'tokenizer.json')
+  path = os.path.join(folder, FILE)
   if not os.path.isfile(path):
     raise InputError(
       f"{path!r} is missing. Copy the files of the model's Hugging Face tokenizer "

@@ -110,18 +110,18 @@ def _pattern(special: tuple[str, str]):
 @functools.cache
 def vocabulary() -> dict[str, int]:
   """Returns CLIP's vocabulary without the special tokens: token, its bytes as characters -> id."""
-  return {token: i for i, token in enumerate(_tokens(_merges()))}
+  return {token: i for i, token in enumerate(_tokens(merges()))}
 
 
-def _tokens(merges: list[tuple[str, str]]) -> list[str]:
+def _tokens(pairs: list[tuple[str, str]]) -> list[str]:
   # Bytes as characters: first those that Latin-1 prints, then the others as U+0100, U+0101, ...
   printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
   characters = [*map(chr, printable), *map(chr, range(256, 512 - len(printable)))]
-  return [*characters, *(f'{character}</w>' for character in characters), *map(''.join, merges)]
+  return [*characters, *(f'{character}</w>' for character in characters), *map(''.join, pairs)]
 
 
 @functools.cache
-def _merges() -> list[tuple[str, str]]:
+def merges() -> list[tuple[str, str]]:
   """Returns the pairs of tokens that are joined, the first pairs first."""
   with gzip.open(_MERGES, 'rt', encoding='utf-8') as file:
     return [(first, second) for first, second in map(str.split, file)]
@@ -132,7 +132,7 @@ def _engine():
   """Returns the byte pair merges as a Tokenizer; it encodes in the calling thread only."""
   import tokenizers
 
-  model = tokenizers.models.BPE(vocabulary(), _merges(), end_of_word_suffix='</w>')
+  model = tokenizers.models.BPE(vocabulary(), merges(), end_of_word_suffix='</w>')
   engine = tokenizers.Tokenizer(model)
   engine.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
     add_prefix_space=False, use_regex=False
