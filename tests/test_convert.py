@@ -226,10 +226,11 @@ def test_a_name_that_contradicts_the_config_beside_the_file(tmp_path, monkeypatc
 
 
 def test_openais_archives_have_quick_gelu(tmp_path, monkeypatch):
-  names = {'small': CLIP, 'small-quickgelu': zoo.quick(CLIP)}
+  large = dataclasses.replace(CLIP, vision=dataclasses.replace(CLIP.vision, image_size=32))
+  names = {'small': CLIP, 'small-quickgelu': zoo.quick(CLIP), 'large-quickgelu': zoo.quick(large)}
   monkeypatch.setattr(zoo, 'ARCHITECTURES', names)
   tensors = open_clip.params_to_open_clip(make(CLIP), CLIP)
-  tensors |= {name: np.array(1) for name in weights._OPENAI}
+  tensors |= {'input_resolution': 16, 'context_length': 8, 'vocab_size': 49_408}
   tensors |= {'transformer.resblocks.0.attn_mask': np.zeros((8, 8), np.float32)}
   path = str(tmp_path / 'ViT.pt')
   test_torchscript.write_archive(path, {k: np.array(v) for k, v in tensors.items()})
@@ -239,7 +240,11 @@ def test_openais_archives_have_quick_gelu(tmp_path, monkeypatch):
     ConfigError, match="OpenAI's.*quick_gelu, but small has gelu. Use --model=small-quickgelu"
   ):
     models.read(path, 'small')
-  with pytest.raises(ConfigError, match='shapes fit --model=small-quickgelu.$'):
+  with pytest.raises(ConfigError, match='input_resolution=16, but large-quickgelu has 32.*--model'):
+    models.read(path, 'large-quickgelu')
+  with pytest.raises(
+    ConfigError, match='shapes fit --model=small-quickgelu, --model=large-quickgelu.$'
+  ):
     models.read(path)
   write_open_clip(tmp_path)
   with pytest.raises(ConfigError, match='quick_gelu, but the model of open_clip_config.json has'):

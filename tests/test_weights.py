@@ -222,8 +222,8 @@ def test_the_prefix_of_a_wrapper_is_removed(prefix, tmp_path, caplog):
 
 def test_openais_weights_are_known_by_three_numbers():
   numbers = {name: np.array(7) for name in ('input_resolution', 'context_length', 'vocab_size')}
-  assert weights.without_openai({'a': np.zeros(1), **numbers})[0].keys() == {'a'}
-  assert weights.without_openai({'a': np.zeros(1), **numbers})[1]
+  parameters, found = weights.without_openai({'a': np.zeros(1), **numbers})
+  assert parameters.keys() == {'a'} and found == numbers
   assert not weights.without_openai({'a': np.zeros(1)})[1]
 
 

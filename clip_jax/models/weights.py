@@ -97,10 +97,11 @@ def _unwrapped(tensors: dict[str, np.ndarray], path: str) -> dict[str, np.ndarra
   return tensors
 
 
-def without_openai(tensors: Mapping[str, Array]) -> tuple[dict[str, Array], bool]:
-  """Returns the parameters, and whether they are OpenAI's, by the three numbers beside them."""
-  given = [name for name in _OPENAI if name in tensors]
-  return {k: x for k, x in tensors.items() if k not in given}, len(given) == len(_OPENAI)
+def without_openai(tensors: Mapping[str, Array]) -> tuple[dict[str, Array], dict[str, int]]:
+  """Returns the parameters, and the numbers beside them, which only OpenAI's weights have."""
+  given = [name for name in _OPENAI if name in tensors and np.size(tensors[name]) == 1]
+  numbers = {name: int(tensors[name]) for name in given}
+  return {name: x for name, x in tensors.items() if name not in numbers}, numbers
 
 
 def write(path: Any, tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> None:

@@ -223,15 +223,9 @@ def read_weights(path: str, name: str, flag: str) -> Weights:
   order = (HUGGING_FACE, OPEN_CLIP) if library is huggingface else (OPEN_CLIP, HUGGING_FACE)
   config, model_source = _architecture(path, name, order, flag)
   if config is None:
-    raise ConfigError(_unnamed(path, library.fitting(tensors), flag, openai))
-  if openai and config.text.activation != 'quick_gelu':
-    advice = f'Put its {OPEN_CLIP} with "quick_gelu": true beside it.'
-    if f'{name}-quickgelu' in zoo.ARCHITECTURES:
-      advice = f'Use {flag}={name}-quickgelu.'
-    raise ConfigError(
-      f"{path} is OpenAI's, whose models have the activation quick_gelu, but {model_source} has "
-      f'{config.text.activation}. {advice}'
-    )
+    raise ConfigError(_unnamed(path, library.fitting(tensors), flag, bool(openai)))
+  if openai:
+    _check_openai(path, openai, config, model_source, name, flag)
   read = (
     huggingface.params_from_huggingface
     if library is huggingface
@@ -322,6 +316,29 @@ def _beside(path: str, file: str) -> dict | None:
   if not isinstance(fields, dict):
     raise InputError(f'{file} is not a JSON object. Remove or restore it.')
   return fields
+
+
+def _check_openai(
+  path: str, numbers: dict[str, int], config, source: str, name: str, flag: str
+) -> None:
+  """Raises ConfigError if the model is not that of OpenAI's weights, by the numbers in them."""
+  if config.text.activation != 'quick_gelu':
+    advice = f'Put its {OPEN_CLIP} with "quick_gelu": true beside it.'
+    if f'{name}-quickgelu' in zoo.ARCHITECTURES:
+      advice = f'Use {flag}={name}-quickgelu.'
+    raise ConfigError(
+      f"{path} is OpenAI's, whose models have the activation quick_gelu, but {source} has "
+      f'{config.text.activation}. {advice}'
+    )
+  for key, value in (
+    ('input_resolution', config.image_size),
+    ('context_length', config.context_length),
+  ):
+    if numbers.get(key, value) != value:
+      raise ConfigError(
+        f'{path} says {key}={numbers[key]}, but {source} has {value}. Name the model of the file '
+        f'by {flag}.'
+      )
 
 
 def _unnamed(path: str, fitting: Sequence[str], flag: str, openai: bool) -> str:
