@@ -100,7 +100,7 @@ def main() -> None:
     {''.join(rng.choices(SYLLABLES, k=rng.randint(1, 4))) for _ in range(flags.words)}, key=len
   )
   rounds = [captions(rng, flags.captions, words, flags.odd) for _ in range(flags.repeats + 1)]
-  tokens = sum(map(len, map(tokenizer._encode, rounds[0]))) / flags.captions
+  tokens = (tokenizer.tokenize(rounds[0], CONTEXT_LENGTH).argmax(1) - 1).mean()
   print(f'{flags.captions} captions a round, {flags.odd:.0%} not plain, {tokens:.1f} tokens each')
   report(flags.captions, measure(ways, rounds))
 

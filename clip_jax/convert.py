@@ -19,8 +19,8 @@ _CHECKPOINT = flags.DEFINE_string(
 _OUTPUT = flags.DEFINE_string(
   'output',
   None,
-  'The .safetensors file (its config is written beside it), or with --format=orbax the folder. It '
-  'must not exist yet.',
+  'The folder, or with --format=open_clip the .safetensors file (its config is written beside it). '
+  'It must not exist yet.',
 )
 _FORMAT = flags.DEFINE_string(
   'format', 'open_clip', 'Format of the output: open_clip, huggingface or orbax.'

@@ -101,8 +101,12 @@ def _as_before():
   """Nothing of a test stays in the process: a command sets the log up, which says what a user is
   told.
   """
+  from clip_jax.core import log
+
+  log.stop()  # of fixtures of a whole file
   logger = logging.get_absl_logger()
   handlers, propagate = list(logger.handlers), logger.propagate
   logging.set_verbosity(logging.INFO)
   yield
+  log.stop()
   logger.handlers[:], logger.propagate = handlers, propagate

@@ -9,12 +9,16 @@ import numpy as np
 import pytest
 import squares
 from squares import config, run
+import test_hf_tokenizer
 from test_shapes import CONFIGS
+import test_torchscript
 from test_weights import make, same
 import tiny
 
 from clip_jax.core import checkpoints, files
 from clip_jax.core.errors import ConfigError, InputError
+from clip_jax.data import hf_tokenizer, tokenizer
+from clip_jax.experiment import graph
 from clip_jax.models import huggingface, open_clip, weights, zoo
 from clip_jax.stages import convert, models
 
@@ -48,7 +52,7 @@ def write_open_clip(folder, config_=CLIP, name='open_clip_model.safetensors') ->
 
 
 def write_huggingface(folder, config_=CLIP) -> str:
-  convert._huggingface(made(config_), str(folder / 'model.safetensors'))
+  convert._huggingface(made(config_), str(folder))
   return str(folder / 'model.safetensors')
 
 
@@ -76,7 +80,7 @@ def test_from_hugging_face_to_a_checkpoint_and_back(tmp_path):
   path = write_huggingface(tmp_path / 'in')
   convert.convert_checkpoint(path, str(tmp_path / 'orbax'), 'orbax', model='')
   convert.convert_checkpoint(
-    str(tmp_path / 'orbax'), str(tmp_path / 'out/model.safetensors'), 'huggingface', model=''
+    str(tmp_path / 'orbax'), str(tmp_path / 'out'), 'huggingface', model=''
   )
   for file in ('model.safetensors', 'config.json', 'preprocessor_config.json'):
     assert (tmp_path / 'out' / file).read_bytes() == (tmp_path / 'in' / file).read_bytes()
@@ -88,6 +92,188 @@ def test_the_tokenizers_files_go_along(tmp_path):
   convert.convert_checkpoint(path, str(tmp_path / 'orbax'), 'orbax', model='')
   assert (tmp_path / 'orbax/tokenizer.json').read_text() == '{}'
   assert models.read(str(tmp_path / 'orbax/00000000')).folder == str(tmp_path / 'orbax')
+
+
+EOS = 3  # the end token of test_hf_tokenizer's 'bert'
+OWN = dataclasses.replace(
+  CLIP, text=dataclasses.replace(CLIP.text, vocab_size=20, pool_type='eos', eos_id=EOS)
+)
+
+
+def write_own_tokenizer(folder, **changes) -> str:
+  """Writes a CLIPModel of transformers with a tokenizer that is not CLIP's."""
+  path = write_huggingface(folder, OWN)
+  for file, content in test_hf_tokenizer.FOLDERS['bert'].items():
+    content = content | changes if file == 'tokenizer.json' else content
+    (folder / file).write_text(json.dumps(content))
+  return path
+
+
+def test_the_own_tokenizer_of_a_hugging_face_folder_is_used(tmp_path):
+  path, texts = write_own_tokenizer(tmp_path / 'in'), ['a cat', 'a photo of the dog', 'a cafe']
+  vectors = models.load(path).encode_text(texts)
+  from clip_jax.models import clip
+
+  tokens = hf_tokenizer.load(str(tmp_path / 'in'), {})(texts, 8)
+  assert (tokens == EOS).any(1).all()
+  expected = np.asarray(clip.functions(OWN).encode_text(make(OWN), tokens))
+  expected = expected / np.linalg.norm(expected, axis=1, keepdims=True)
+  np.testing.assert_allclose(vectors, expected, atol=2e-6)
+  assert abs(vectors @ vectors.T - np.eye(3)).max() > 0 and vectors[0] @ vectors[1] < 0.999
+  for kind, output in (
+    ('orbax', 'orbax'),
+    ('huggingface', 'hf'),
+    ('open_clip', 'oc/open_clip_model.safetensors'),
+  ):
+    convert.convert_checkpoint(path, str(tmp_path / output), kind, model='')
+    converted = 'hf/model.safetensors' if kind == 'huggingface' else output
+    again = models.load(str(tmp_path / converted))
+    assert np.array_equal(again.encode_text(texts), vectors), kind
+
+
+def test_a_tokenizer_that_cannot_be_used_is_refused(tmp_path):
+  path = write_own_tokenizer(tmp_path, post_processor=None)
+  with pytest.raises(InputError, match="no end token 3, .* for 'a cat'"):
+    models.load(path).encode_text(['a cat'])
+  (tmp_path / 'tokenizer.json').unlink()
+  (tmp_path / 'vocab.txt').write_text('a')
+  model = models.load(path)
+  assert model.encode_image(np.zeros((2, 16, 16, 3), np.uint8)).shape == (2, 8)
+  with pytest.raises(InputError, match='tokenizer.json.* is missing.*save_pretrained'):
+    model.encode_text(['a cat'])
+
+
+def test_clips_own_tokenizer_may_lie_beside_the_weights(tmp_path):
+  path = write_huggingface(tmp_path)
+  test_hf_tokenizer.write_clips(tmp_path)
+  assert models.read(path).config.text.tokenizer == ''
+
+
+def test_the_words_for_the_special_tokens_are_the_librarys(tmp_path):
+  paths = [write_open_clip(tmp_path / 'a'), write_huggingface(tmp_path / 'b')]
+  convert.convert_checkpoint(paths[0], str(tmp_path / 'orbax'), 'orbax', model='')
+  special = [models.read(path).special_words for path in (*paths, str(tmp_path / 'orbax'))]
+  assert special == [tokenizer.OPEN_CLIP, tokenizer.OPENAI, tokenizer.OPEN_CLIP]
+  of_open_clip, of_transformers = (
+    models.load(path).encode_text(['<start_of_text> cat', '<|startoftext|> cat']) for path in paths
+  )
+  assert not np.allclose(of_open_clip, of_transformers, atol=1e-4)
+
+
+def test_the_processor_of_transformers_5_is_read(tmp_path):
+  path = write_huggingface(tmp_path)
+  old = tmp_path / 'preprocessor_config.json'
+  given = json.loads(old.read_text())
+  nested = given | {'image_mean': [0.1, 0.2, 0.3]}
+  (tmp_path / 'processor_config.json').write_text(json.dumps({'image_processor': nested}))
+  contents = [graph.weights_content(path)]
+  assert models.read(path).preprocess == PREPROCESS | {'mean': (0.1, 0.2, 0.3)}
+  (tmp_path / 'processor_config.json').write_text('{"processor_class": "CLIPProcessor"}')
+  contents.append(graph.weights_content(path))
+  assert models.read(path).preprocess == PREPROCESS  # transformers before 5
+  old.write_text(json.dumps(given | {'image_std': [1, 1, 1]}))
+  contents.append(graph.weights_content(path))
+  old.unlink()
+  nested['do_normalize'] = False
+  (tmp_path / 'processor_config.json').write_text(json.dumps({'image_processor': nested}))
+  contents.append(graph.weights_content(path))
+  with pytest.raises(ConfigError, match='processor_config.json has do_normalize=False'):
+    models.read(path)
+  (tmp_path / 'tokenizer.json').write_text('{}')
+  contents.append(graph.weights_content(path))
+  assert len({json.dumps(content, sort_keys=True) for content in contents}) == 5
+
+
+def test_a_name_that_contradicts_the_config_beside_the_file(tmp_path, monkeypatch):
+  vision, text = CLIP.vision, CLIP.text
+  others = {
+    'vision.activation is gelu and quick_gelu; text': zoo.with_quickgelu(CLIP),
+    'vision.image_size is 16 and 32': {'vision': dict(image_size=32)},
+    'vision.eps is 1e-05 and 1e-06': {'vision': dict(eps=1e-6)},
+    'vision.heads is 2 and 4': {'vision': dict(heads=4)},
+    'text.context_length is 8 and 9': {'text': dict(context_length=9)},
+    'text.pool_type is argmax and eos': {'text': dict(pool_type='eos', eos_id=7)},
+  }
+  monkeypatch.setattr(zoo, 'ARCHITECTURES', {'small': CLIP})
+  for number, (match, other) in enumerate(others.items()):
+    if isinstance(other, dict):
+      other = dataclasses.replace(
+        CLIP,
+        vision=dataclasses.replace(vision, **other.get('vision', {})),
+        text=dataclasses.replace(text, **other.get('text', {})),
+      )
+    match = match.split(';')[0].replace('vision.activation', 'activation')
+    for path, file in (
+      (write_open_clip(tmp_path / f'o{number}', other), 'open_clip_config.json'),
+      (write_huggingface(tmp_path / f'h{number}', other), 'config.json'),
+    ):
+      with pytest.raises(
+        ConfigError, match=f'--x=small contradicts the model of {file} beside .*{match}.*Remove --x'
+      ):
+        models.read(path, 'small', '--x')
+      with pytest.raises(ConfigError, match=match):
+        models.weights_architecture(path, 'small', '--x')
+      assert not zoo.differences(models.read(path).config, other)
+  end = dataclasses.replace(CLIP, text=dataclasses.replace(text, pool_type='eos', eos_id=49_407))
+  for path in (  # the same model
+    write_open_clip(tmp_path / 'same'),
+    write_huggingface(tmp_path / 'end', end),
+  ):
+    assert models.read(path, 'small').config == CLIP
+  (tmp_path / 'same/config.json').write_bytes((tmp_path / 'h0/config.json').read_bytes())
+  path = str(tmp_path / 'same/open_clip_model.safetensors')  # the other library's is not its own
+  assert models.weights_architecture(path, 'small', '--x') == CLIP
+  assert models.read(path, 'small').config == CLIP
+  (tmp_path / 'same/config.json').unlink()
+  (tmp_path / 'same/open_clip_config.json').write_text('{"model_cfg": {"custom": 1}}')
+  assert models.read(path, 'small').config == CLIP  # the name replaces a config that is not read
+
+
+def test_openais_archives_have_quick_gelu(tmp_path, monkeypatch):
+  large = dataclasses.replace(CLIP, vision=dataclasses.replace(CLIP.vision, image_size=32))
+  names = {
+    'small': CLIP,
+    'small-quickgelu': zoo.with_quickgelu(CLIP),
+    'large-quickgelu': zoo.with_quickgelu(large),
+  }
+  monkeypatch.setattr(zoo, 'ARCHITECTURES', names)
+  tensors = open_clip.params_to_open_clip(make(CLIP), CLIP)
+  tensors |= {'input_resolution': 16, 'context_length': 8, 'vocab_size': 49_408}
+  tensors |= {'transformer.resblocks.0.attn_mask': np.zeros((8, 8), np.float32)}
+  path = str(tmp_path / 'ViT.pt')
+  test_torchscript.write_archive(path, {k: np.array(v) for k, v in tensors.items()})
+  found = models.read(path, 'small-quickgelu')
+  assert same(found.params, make(CLIP)) and found.special_words == tokenizer.OPENAI
+  with pytest.raises(
+    ConfigError, match="OpenAI's.*quick_gelu, but small has gelu. Use --model=small-quickgelu"
+  ):
+    models.read(path, 'small')
+  with pytest.raises(ConfigError, match='input_resolution=16, but large-quickgelu has 32.*--model'):
+    models.read(path, 'large-quickgelu')
+  with pytest.raises(
+    ConfigError, match='shapes fit --model=small-quickgelu, --model=large-quickgelu.$'
+  ):
+    models.read(path)
+  write_open_clip(tmp_path)
+  with pytest.raises(ConfigError, match='quick_gelu, but the model of open_clip_config.json has'):
+    models.read(path)
+  convert._open_clip(made(zoo.with_quickgelu(CLIP)), str(tmp_path / 'x.safetensors'))
+  assert models.read(path).config == zoo.with_quickgelu(CLIP)
+
+
+def test_prompts_need_the_tokenizer_before_anything_is_made(tmp_path, capsys):
+  squares.make(tmp_path)
+  path = write_own_tokenizer(tmp_path / 'a')
+  c = lambda **more: config(
+    tmp_path, **{'embedder.source': 'weights', 'embedder.path': path, **more}
+  )
+  (tmp_path / 'a/tokenizer.json').unlink()
+  (tmp_path / 'a/vocab.txt').write_text('a')
+  work = tmp_path / 'w'
+  status, said = run(c(**{'dedup.survivor': 'best'}), work, capsys, ['ingest'])
+  assert status == 1 and 'tokenizer.json' in said and 'is missing' in said
+  assert not (work / 'ingest').exists()
+  assert run(c(), work, capsys, ['ingest'])[0] == 0
 
 
 def test_the_same_vectors_from_every_format(tmp_path):
@@ -207,6 +393,8 @@ def test_a_checkpoint_of_an_older_version(tmp_path):
     ('c', 'gs://b/x', 'orbax', 'on this machine'),
     ('none', 'x', 'orbax', '--checkpoint=.*none'),
     ('c', 'there', 'orbax', 'exists already'),
+    ('c', 'x.safetensors', 'huggingface', 'x.safetensors: --format=huggingface writes a folder'),
+    ('c', 'there', 'huggingface', 'there/config.json exists already'),
     ('c', 'there/x.safetensors', 'open_clip', 'open_clip_config.json exists already'),
   ],
 )
@@ -215,6 +403,7 @@ def test_conversions_that_are_refused(path, output, kind, match, tmp_path, monke
   (tmp_path / 'c').mkdir()
   (tmp_path / 'there').mkdir()
   (tmp_path / 'there/open_clip_config.json').write_text('{}')
+  (tmp_path / 'there/config.json').write_text('{}')
   with pytest.raises(ConfigError, match=match):
     convert.convert_checkpoint(path, output, kind, model='')
 
@@ -222,9 +411,7 @@ def test_conversions_that_are_refused(path, output, kind, match, tmp_path, monke
 def test_what_the_other_side_cannot_say_leaves_no_file(tmp_path):
   path = write_open_clip(tmp_path, CONFIGS['resnet'])
   with pytest.raises(ConfigError, match='ResNet'):
-    convert.convert_checkpoint(
-      path, str(tmp_path / 'out/model.safetensors'), 'huggingface', model=''
-    )
+    convert.convert_checkpoint(path, str(tmp_path / 'out'), 'huggingface', model='')
   assert not (tmp_path / 'out').exists()
 
 
@@ -233,9 +420,8 @@ def test_a_disk_without_room_is_seen_before(kind, tmp_path, monkeypatch):
   path = write_open_clip(tmp_path / 'a')
   monkeypatch.setattr(files, 'free_bytes', lambda path: 1_000_000)
   with pytest.raises(InputError, match='out/x.* 3.2 MB.* 1.0 MB'):
-    convert.convert_checkpoint(
-      path, str(tmp_path / f'out/x{"" if kind == "orbax" else ".safetensors"}'), kind, model=''
-    )
+    end = '.safetensors' if kind == 'open_clip' else ''
+    convert.convert_checkpoint(path, str(tmp_path / f'out/x{end}'), kind, model='')
   assert not (tmp_path / 'out').exists()
 
 

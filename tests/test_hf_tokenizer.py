@@ -4,6 +4,9 @@ The tokens were made by open_clip's HFTokenizer (3.3.0, with transformers 5.23) 
 """
 
 import json
+import os
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -11,6 +14,7 @@ import pytest
 
 from clip_jax.core.errors import ConfigError, InputError
 from clip_jax.data import hf_tokenizer
+from clip_jax.data import tokenizer as clips
 
 
 def _added(*names):
@@ -323,9 +327,55 @@ def test_what_is_wrong_is_said(folder, tmp_path):
     hf_tokenizer.load(str(tmp_path), {})
 
 
-def test_missing_files_and_packages_are_named(folder, tmp_path, monkeypatch):
+def test_a_missing_file_is_named(tmp_path):
   with pytest.raises(InputError, match='tokenizer.json.*missing'):
     hf_tokenizer.load(str(tmp_path), {})
-  monkeypatch.setitem(__import__('sys').modules, 'tokenizers', None)
-  with pytest.raises(InputError, match='pip install tokenizers'):
-    hf_tokenizer.load(folder('bert'), {})
+
+
+def test_a_fork_is_silent(folder):
+  code = (
+    'import os, sys\nfrom clip_jax.data import hf_tokenizer\n'
+    'tokenize = hf_tokenizer.load(sys.argv[1], {})\n'
+    "tokenize(['a cat', 'a photo'] * 500, 16)\n"
+    "if not os.fork():\n  tokenize(['a dog', 'cat'] * 500, 16)\n  os._exit(0)\n"
+    'print(os.wait()[1])'
+  )
+  environment = {k: v for k, v in os.environ.items() if k != 'TOKENIZERS_PARALLELISM'}
+  command = [sys.executable, '-c', code, folder('bert')]
+  done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+  assert (done.stdout, done.stderr) == ('0\n', '')
+
+
+def write_clips(folder, **changes):
+  """Writes CLIP's own tokenizer.json, as transformers does; changes are of its 'model'."""
+  vocabulary = clips.vocabulary() | {'<|startoftext|>': clips.START, '<|endoftext|>': clips.END}
+  model = {'type': 'BPE', 'vocab': vocabulary, 'merges': list(map(list, clips.merges()))}
+  content = {'added_tokens': [{'content': '!', 'id': 0}], 'model': model | changes}
+  (folder / 'tokenizer.json').write_text(json.dumps(content))
+
+
+def test_clips_own_tokenizer_is_known(tmp_path, folder):
+  is_clips = lambda size=49_408: hf_tokenizer.is_clips(str(tmp_path), size)
+  assert is_clips() and not is_clips(60_000)  # nothing is there
+  write_clips(tmp_path)
+  assert is_clips() and is_clips(49_536)
+  write_clips(tmp_path, merges=list(map(' '.join, clips.merges())))  # as older files have them
+  assert is_clips()
+  write_clips(tmp_path, merges=list(map(list, reversed(clips.merges()))))
+  assert not is_clips()
+  write_clips(tmp_path, vocab=clips.vocabulary() | {'<new>': 49_408})
+  assert not is_clips()
+  for name in FOLDERS:
+    folder(name)
+    assert not is_clips()
+  (tmp_path / 'tokenizer.json').unlink()
+  (tmp_path / 'vocab.json').write_text('{"a": 0}')
+  assert not is_clips()
+  write_clips(tmp_path)
+  vocabulary = json.loads((tmp_path / 'tokenizer.json').read_text())['model']['vocab']
+  (tmp_path / 'tokenizer.json').unlink()
+  (tmp_path / 'vocab.json').write_text(json.dumps(vocabulary))
+  assert is_clips()
+  (tmp_path / 'vocab.json').unlink()
+  (tmp_path / 'spiece.model').write_text('')
+  assert not is_clips()

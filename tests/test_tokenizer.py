@@ -1,4 +1,11 @@
+from concurrent import futures
+import gzip
+import hashlib
 import html
+import multiprocessing
+import os
+import subprocess
+import sys
 
 import ftfy
 from hypothesis import given
@@ -118,7 +125,7 @@ GOLDEN = {
     235,
     495,
   ],
-  # no special tokens of OpenAI's; the engine has them, as open_clip does
+  # no special tokens of OpenAI's, but of open_clip's
   '<start_of_text> a<end_of_text>': [
     283,
     1572,
@@ -231,17 +238,77 @@ def test_plain_ascii_needs_no_mending(text):
 def test_a_batch_gives_each_text_its_own_tokens(texts):
   for context_length in (2, 3, 8):
     tokens = tokenizer.tokenize(texts, context_length)
+    assert tokens.dtype == np.int32 and tokens.flags.writeable
     for row, text in zip(tokens, texts, strict=True):
-      ids = [tokenizer.START, *tokenizer._encode(text)[: context_length - 2], tokenizer.END]
+      alone = tokenizer.tokenize([text], 64)[0].tolist()
+      ids = alone[1 : max(place for place, i in enumerate(alone) if i == tokenizer.END)]
+      ids = [tokenizer.START, *ids[: context_length - 2], tokenizer.END]
       assert row.tolist() == ids + [0] * (context_length - len(ids))
 
 
-@given(st.text(st.characters(codec='utf-8'), max_size=20))
-def test_byte_pairs_are_those_of_the_engine(text):
-  for word in tokenizer._pattern().findall(text.lower()):
-    ids = tokenizer._engine().encode(word)
-    if word not in tokenizer._SPECIAL and tokenizer._engine().decode(ids) == word + ' ':
-      assert tokenizer._word(word) == ids
+# Made by open_clip's SimpleTokenizer (3.3.0).
+OPEN_CLIP_GOLDEN = {
+  '<start_of_text> a<end_of_text>': [49406, 320, 49407],
+  'cat<end_of_text><End_Of_Text>dog': [2368, 49407, 49407, 1929],
+  '<|startoftext|> cat': [27, 347, 993, 6659, 4160, 91, 285, 2368],
+  '!<start_of_text>cat': [0, 283, 1572, 318, 539, 318, 4160, 285, 2368],
+  'a &lt;end_of_text&gt; b': [320, 49407, 321],
+  '<\u017ftart_of_text>': [27, 129, 123, 16707, 62, 684, 62, 18169, 285],
+}
+
+
+@pytest.mark.parametrize('text', OPEN_CLIP_GOLDEN)
+def test_the_special_words_are_openais_or_open_clips(text):
+  ids = [tokenizer.START, *OPEN_CLIP_GOLDEN[text], tokenizer.END]
+  tokens = tokenizer.tokenize([text], 40, tokenizer.OPEN_CLIP)[0].tolist()
+  assert tokens == ids + [0] * (40 - len(ids))
+
+
+def test_the_vocabulary_is_clips():
+  assert len(tokenizer.vocabulary()) == tokenizer.START
+  known = {'!': 0, 'a': 64, 'a</w>': 320, 'photo</w>': 1125, 'jekyll</w>': 49_405}
+  assert known.items() <= tokenizer.vocabulary().items()
+  # the merges only, as its licence file says
+  with gzip.open(tokenizer._MERGES) as file:
+    digest = hashlib.sha256(file.read()).hexdigest()
+  assert digest == ('d308b7377a8ceaa9707a21614fe8c831b9196e197b7aeb69833359362907af02')
+
+
+def test_threads_and_new_processes_give_the_same_tokens():
+  texts = [f'{text} {i}' for i in range(40) for text in GOLDEN]
+  expected = tokenizer.tokenize(texts, 40).tolist()
+  tokenizer._tokens_of.cache_clear()
+  with futures.ThreadPoolExecutor(4) as pool:
+    assert all(
+      tokens.tolist() == expected for tokens in pool.map(tokenizer.tokenize, [texts] * 8, [40] * 8)
+    )
+  spawn = multiprocessing.get_context('spawn')
+  with futures.ProcessPoolExecutor(1, spawn) as pool:
+    assert pool.submit(tokenizer.tokenize, texts, 40).result().tolist() == expected
+
+
+def test_a_fork_is_silent():
+  """The package tokenizers warns of a fork after work in its threads; the engine has none."""
+  code = (
+    'import os\nfrom clip_jax.data import tokenizer\n'
+    "tokenizer.tokenize(['a cat', 'caf\xe9'] * 500, 16)\n"
+    "if not os.fork():\n  tokenizer.tokenize(['a new dog', 'th\xe9'], 16)\n  os._exit(0)\n"
+    'print(os.wait()[1])'
+  )
+  environment = {k: v for k, v in os.environ.items() if k != 'TOKENIZERS_PARALLELISM'}
+  done = subprocess.run(
+    [sys.executable, '-c', code], env=environment, capture_output=True, text=True, timeout=60
+  )
+  assert (done.stdout, done.stderr) == ('0\n', '')
+
+
+def test_importing_opens_nothing():
+  code = (
+    'import sys\nfrom clip_jax.data import tokenizer\n'
+    "print(*(n for n in ('ftfy', 'regex', 'tokenizers') if n in sys.modules))"
+  )
+  done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=60)
+  assert done.stdout == '\n', done.stderr
 
 
 @given(st.text(max_size=20))

@@ -1,9 +1,11 @@
 """Weight files: what is read, what is refused, how position embeddings are resized."""
 
+import argparse
 import dataclasses
 import json
 import os
 import pickle
+import pickletools
 import sys
 
 import ml_dtypes
@@ -136,7 +138,7 @@ class _Code:
 def test_pytorchs_files_that_hold_something_else(tmp_path):
   torch = pytest.importorskip('torch')
   (tmp_path / 'a.pt').write_bytes(pickle.dumps({'state_dict': _Code()}, 2))
-  with pytest.raises(InputError, match='objects that would run code'):
+  with pytest.raises(InputError, match='pickled object of posix.system '):
     weights.read(tmp_path / 'a.pt')
   for bad, match in (
     ({1: torch.zeros(2)}, 'no state_dict'),
@@ -146,6 +148,83 @@ def test_pytorchs_files_that_hold_something_else(tmp_path):
     torch.save(bad, tmp_path / 'a.pt')
     with pytest.raises(InputError, match=match):
       weights.read(tmp_path / 'a.pt')
+  torch.save({'state_dict': {}, 'args': argparse.Namespace(lr=1)}, tmp_path / 'a.pt')
+  with pytest.raises(InputError, match='argparse.Namespace'):
+    weights.read(tmp_path / 'a.pt')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('key', ['state_dict', 'model', 'model_state_dict', None])
+def test_pytorchs_training_checkpoints(key, tmp_path, caplog):
+  """With NumPy scalars beside the weights, as open_clip before 2.30 wrote them."""
+  torch = pytest.importorskip('torch')
+  caplog.set_level('INFO')
+  state = {f'module._orig_mod.{name}': torch.ones(2) for name in ('a', 'b.attn_mask', 'b.c')}
+  beside = {'epoch': np.int64(3), 'optimizer': {'lr': np.float64(0.1), 'amp': np.bool_(True)}}
+  torch.save(state if key is None else {key: state, **beside}, tmp_path / 'a.pt')
+  assert weights.read(tmp_path / 'a.pt').keys() == {'a', 'b.c'}
+  assert 'named module._orig_mod.*' in caplog.text
+  assert key is None or f'under its key {key!r}' in caplog.text
+
+
+@pytest.mark.slow
+def test_scalars_under_the_names_of_numpy_1(tmp_path):
+  torch = pytest.importorskip('torch')
+  torch.save(
+    {'state_dict': {'a': torch.ones(2)}, 'lr': np.float64(1)},
+    tmp_path / 'a.pt',
+    _use_new_zipfile_serialization=False,
+  )
+  content = (tmp_path / 'a.pt').read_bytes()
+  assert b'cnumpy._core.multiarray\n' in content
+  (tmp_path / 'a.pt').write_bytes(content.replace(b'numpy._core.', b'numpy.core.'))
+  assert weights.read(tmp_path / 'a.pt').keys() == {'a'}
+
+
+def test_a_numpy_scalar_needs_only_what_is_allowed():
+  allowed = {
+    entry[1] if isinstance(entry, tuple) else f'{entry.__module__}.{entry.__qualname__}'
+    for entry in weights._numpy_globals()
+  }
+  assert 'numpy.core.multiarray.scalar' in allowed
+  for value in (np.float64(1), np.float32(1), np.int64(1), np.bool_(True), np.float16(1)):
+    names = {
+      argument.replace(' ', '.')
+      for opcode, argument, _ in pickletools.genops(pickle.dumps(value, 2))
+      if opcode.name == 'GLOBAL'
+    }
+    assert names - {'_codecs.encode'} <= allowed  # torch allows that one
+    assert type(value.dtype) in weights._numpy_globals()  # its __setstate__ is called
+  assert np.dtypes.ObjectDType not in weights._numpy_globals()
+
+
+def test_a_refused_file_names_what_it_holds():
+  message = (  # of torch 2.13
+    'Weights only load failed. ... WeightsUnpickler error: Unsupported global: GLOBAL '
+    'argparse.Namespace was not an allowed global by default.'
+  )
+  assert 'a pickled object of argparse.Namespace ' in weights._refusal(message)
+  assert 'damaged' in weights._refusal('invalid load key')
+
+
+@pytest.mark.parametrize(
+  'prefix', ['module.', '_orig_mod.', 'model.', 'module._orig_mod.', '_orig_mod.module.']
+)
+def test_the_prefix_of_a_wrapper_is_removed(prefix, tmp_path, caplog):
+  caplog.set_level('INFO')
+  names = ('visual.proj', 'logit_scale')
+  save_file({prefix + name: np.zeros(2) for name in names}, tmp_path / 'a.safetensors')
+  assert weights.read(tmp_path / 'a.safetensors').keys() == set(names)
+  assert f'named {prefix}*; this prefix is removed' in caplog.text
+  save_file({prefix + 'a': np.zeros(2), 'b': np.zeros(2)}, tmp_path / 'b.safetensors')
+  assert weights.read(tmp_path / 'b.safetensors').keys() == {prefix + 'a', 'b'}
+
+
+def test_openais_weights_are_known_by_three_numbers():
+  numbers = {name: np.array(7) for name in ('input_resolution', 'context_length', 'vocab_size')}
+  parameters, found = weights.without_openai({'a': np.zeros(1), **numbers})
+  assert parameters.keys() == {'a'} and found == numbers
+  assert not weights.without_openai({'a': np.zeros(1)})[1]
 
 
 def test_shards(tmp_path):

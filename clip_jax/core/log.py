@@ -40,12 +40,9 @@ def start(verbose: bool = False) -> None:
   standard output, too.
   """
   logging.set_verbosity(logging.INFO)  # of the root logger, too, which stays there
+  stop()
   logging.get_absl_logger().handlers.clear()
   python_logging.root.removeHandler(logging.get_absl_handler())
-  for name in _LIBRARIES:
-    for handler in _handlers:
-      python_logging.getLogger(name).removeHandler(handler)
-  _handlers.clear()
   python_logging.getLogger('absl').setLevel(python_logging.DEBUG)
   for name in ('absl', 'jax._src'):
     python_logging.getLogger(name).propagate = False
@@ -59,6 +56,14 @@ def start(verbose: bool = False) -> None:
   handler.setFormatter(_Plain())
   handler.addFilter(_is_notable if verbose else _is_shown)
   _add(handler)
+
+
+def stop() -> None:
+  """Removes the outputs that `start` and `to_file` added."""
+  for name in ('absl', *_LIBRARIES):
+    for handler in _handlers:
+      python_logging.getLogger(name).removeHandler(handler)
+  _handlers.clear()
 
 
 def to_file(path) -> None:

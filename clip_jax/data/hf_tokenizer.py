@@ -17,6 +17,9 @@ from clip_jax.core.errors import ConfigError, InputError
 from clip_jax.core.types import Array
 from clip_jax.data import tokenizer
 
+FILE = 'tokenizer.json'
+# Files of tokenizers that transformers also reads, and that are not read here.
+_OTHERS = ('vocab.txt', 'spiece.model', 'sentencepiece.bpe.model', 'tokenizer.model')
 # transformers' defaults for special tokens that a folder does not name: BERT's and SentencePiece's.
 _USUAL = {'pad_token': ('[PAD]', '<pad>'), 'sep_token': ('[SEP]', '</s>')}
 
@@ -59,9 +62,9 @@ def load(folder: str, kwargs: dict[str, str | bool]) -> Callable[[Sequence[str],
     if isinstance(texts, str):
       raise ValueError(f'texts must be a sequence of str, got the one str {texts[:60]!r}')
     tokens = np.zeros((len(texts), context_length), np.int32)
-    encodings = engine(context_length).encode_batch_fast([clean(text) for text in texts])
-    for row, encoding in zip(tokens, encodings, strict=True):
-      row[:] = encoding.ids
+    for row, text in zip(tokens, texts, strict=True):
+      # encode_batch would start threads, and warn if the process forks later
+      row[:] = engine(context_length).encode(clean(text)).ids
     if stripped:
       tokens[tokens == base.token_to_id(stripped)] = 0
     return tokens
@@ -69,20 +72,45 @@ def load(folder: str, kwargs: dict[str, str | bool]) -> Callable[[Sequence[str],
   return tokenize
 
 
+def is_clips(folder: str, vocab_size: int) -> bool:
+  """Returns whether a folder of a Hugging Face model of so many tokens has CLIP's own tokenizer.
+
+  A folder without any file of a tokenizer has it if the number of tokens is no larger than CLIP's.
+  """
+  path = os.path.join(folder, FILE)
+  if os.path.isfile(path):
+    fields = files.read_json(path)
+    try:
+      model = fields['model']
+      ids = {token['content']: token['id'] for token in fields.get('added_tokens') or ()}
+      ids |= model['vocab']
+      merges = [tuple(x.split(' ') if isinstance(x, str) else x) for x in model['merges']]
+    except (AttributeError, KeyError, TypeError, ValueError):  # another kind of model
+      return False
+    return ids == _clips_ids() and merges == tokenizer.merges()
+  path = os.path.join(folder, 'vocab.json')  # beside merges.txt, which older folders have
+  if os.path.isfile(path):
+    return files.read_json(path) == _clips_ids()
+  if any(os.path.isfile(os.path.join(folder, name)) for name in _OTHERS):
+    return False
+  return vocab_size <= tokenizer.VOCAB_SIZE
+
+
+def _clips_ids() -> dict[str, int]:
+  special = dict(zip(tokenizer.OPENAI, (tokenizer.START, tokenizer.END), strict=True))
+  return tokenizer.vocabulary() | special
+
+
 def _engine(folder: str):
-  path = os.path.join(folder, 'tokenizer.json')
+  path = os.path.join(folder, FILE)
   if not os.path.isfile(path):
     raise InputError(
       f"{path!r} is missing. Copy the files of the model's Hugging Face tokenizer "
       'to this folder (transformers writes them by AutoTokenizer.from_pretrained(NAME)'
       '.save_pretrained(FOLDER)).'
     )
-  try:
-    import tokenizers
-  except ImportError as error:
-    raise InputError(
-      f'{path!r} needs the package tokenizers, which is not installed: pip install tokenizers'
-    ) from error
+  import tokenizers
+
   try:
     return tokenizers.Tokenizer.from_file(path)
   except Exception as error:  # the package has no exception type

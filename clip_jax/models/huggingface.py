@@ -312,8 +312,10 @@ def matching_models(tensors: Mapping[str, Array]) -> list[str]:
   return weights.matching_models(entries, _without_position_ids(tensors))
 
 
-def preprocess_from_huggingface(config_json: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns dict(mean, std, resize) of a preprocessor_config.json."""
+def preprocess_from_huggingface(
+  config_json: Mapping[str, Any], where: str = weights.PREPROCESSOR
+) -> dict[str, Any]:
+  """Returns dict(mean, std, resize) of an image processor's config; `where` is its file."""
   size = config_json.get('size', {})
   exact = isinstance(size, Mapping) and 'height' in size and not config_json.get('do_center_crop')
   for key, wanted in (
@@ -324,7 +326,7 @@ def preprocess_from_huggingface(config_json: Mapping[str, Any]) -> dict[str, Any
   ):
     value = config_json.get(key, wanted)
     if not isinstance(value, (int, float)) or abs(value - wanted) > 1e-6:
-      raise ConfigError(f'preprocessor_config.json has {key}={value!r}; supported is {wanted}.')
+      raise ConfigError(f'{where} has {key}={value!r}; supported is {wanted}.')
   given = dict(
     mean=config_json.get('image_mean') or open_clip.OPENAI_MEAN,
     std=config_json.get('image_std') or open_clip.OPENAI_STD,

@@ -1,7 +1,8 @@
 """Reads and writes weight files, and converts between published tensors and our parameters.
 
-In: .safetensors (also sharded, given by their *.index.json), or PyTorch's .pt, .pth, .bin, which
-need PyTorch and are loaded without running pickled code. Out: .safetensors.
+In: .safetensors (also sharded, given by their *.index.json), PyTorch's .pt, .pth, .bin, which need
+PyTorch, or TorchScript archives (OpenAI's), which do not. No code in a file is run. Out:
+.safetensors.
 
 A table of entries describes a family of published files: which tensors hold which parameters, and
 in which layout. Both directions use the same table, and every tensor and parameter must be used.
@@ -13,8 +14,8 @@ import dataclasses
 import math
 import os
 import pickle
+import re
 from typing import Any
-import zipfile
 
 from absl import logging
 import ml_dtypes  # noqa: F401  registers bfloat16 with numpy, for safetensors
@@ -24,25 +25,28 @@ import safetensors.numpy
 from clip_jax.core import files
 from clip_jax.core.errors import ConfigError, InputError
 from clip_jax.core.types import Array
-from clip_jax.models import zoo
+from clip_jax.models import torchscript, zoo
 from clip_jax.models.shapes import shapes
 
 TORCH_ENDINGS = ('.pt', '.pth', '.bin')
 ENDINGS = ('.safetensors', '.index.json', *TORCH_ENDINGS)
 # Files beside the weights that describe the model and its image preprocessing.
-OPEN_CLIP, HUGGING_FACE, PREPROCESSOR = (
+OPEN_CLIP, HUGGING_FACE, PROCESSOR, PREPROCESSOR = (
   'open_clip_config.json',
   'config.json',
+  'processor_config.json',  # of transformers 5, with the image processor inside
   'preprocessor_config.json',
 )
-BESIDE = (OPEN_CLIP, HUGGING_FACE, PREPROCESSOR)
-_NO_PARAMETERS = (
-  'input_resolution',
-  'context_length',
-  'vocab_size',  # these three are in TorchScript archives
-  'attn_mask',
-  'text.attn_mask',
-)
+# Files beside the weights that are a tokenizer other than CLIP's.
+TOKENIZER = ('tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json')
+BESIDE = (OPEN_CLIP, HUGGING_FACE, PROCESSOR, PREPROCESSOR, *TOKENIZER)
+# Numbers that only OpenAI's archives hold beside their parameters.
+_OPENAI = ('input_resolution', 'context_length', 'vocab_size')
+# Wrappers of a model that prefix the names of all its tensors: parallel training, torch.compile,
+# Lightning.
+_PREFIXES = ('module.', '_orig_mod.', 'model.')
+# Keys of a training checkpoint that hold its state_dict.
+_STATE_DICTS = ('state_dict', 'model', 'model_state_dict')
 IMAGE_POSITIONS, TEXT_POSITIONS = 'visual.positional_embedding', 'text.positional_embedding'
 
 
@@ -66,6 +70,8 @@ def read(path: Any) -> dict[str, np.ndarray]:
     raise InputError(f'{path} {problem}. Give a file of weights ({", ".join(ENDINGS)}).')
   tensors = {}
   for name, array in _tensors(path):
+    if name.split('.')[-1] == 'attn_mask':  # a constant with -inf
+      continue
     if array.dtype.kind in 'fV':  # V: ml_dtypes' bfloat16
       with np.errstate(over='ignore'):
         array = np.asarray(array, np.float32)
@@ -77,7 +83,25 @@ def read(path: Any) -> dict[str, np.ndarray]:
     tensors[name] = array
   if not tensors:
     raise InputError(f'{path} holds no tensors.')
+  return _unwrapped(tensors, path)
+
+
+def _unwrapped(tensors: dict[str, np.ndarray], path: str) -> dict[str, np.ndarray]:
+  """Returns the tensors without the known prefixes that all names share."""
+  removed = ''
+  while prefix := next((x for x in _PREFIXES if all(n.startswith(x) for n in tensors)), ''):
+    removed += prefix
+    tensors = {name.removeprefix(prefix): array for name, array in tensors.items()}
+  if removed:
+    logging.info('%s: all its tensors are named %s*; this prefix is removed.', path, removed)
   return tensors
+
+
+def without_openai(tensors: Mapping[str, Array]) -> tuple[dict[str, Array], dict[str, int]]:
+  """Returns the parameters, and the numbers beside them, which only OpenAI's weights have."""
+  given = [name for name in _OPENAI if name in tensors and np.size(tensors[name]) == 1]
+  numbers = {name: int(tensors[name]) for name in given}
+  return {name: x for name, x in tensors.items() if name not in numbers}, numbers
 
 
 def write(path: Any, tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> None:
@@ -155,8 +179,11 @@ def _safetensors(path: str) -> Iterator[tuple[str, np.ndarray]]:
 def _torch(path: str) -> Iterator[tuple[str, np.ndarray]]:
   """Yields the tensors of a PyTorch file.
 
-  The file is a state_dict, a dict with the key 'state_dict', or a TorchScript archive of OpenAI.
+  The file is a state_dict, a dict that holds one, or a TorchScript archive.
   """
+  if torchscript.is_archive(path):
+    yield from torchscript.read(path)
+    return
   try:
     import torch
   except ImportError as error:
@@ -165,29 +192,28 @@ def _torch(path: str) -> Iterator[tuple[str, np.ndarray]]:
       "'clip-jax-ood[torch]', or use the weights as .safetensors."
     ) from error
   try:
-    if _is_torchscript(path):
-      tensors = torch.jit.load(path, map_location='cpu').state_dict()
-      for name in _NO_PARAMETERS:
-        tensors.pop(name, None)
-    else:
-      tensors = torch.load(path, map_location='cpu', weights_only=True)
+    with torch.serialization.safe_globals(_numpy_globals()):
+      loaded = torch.load(path, map_location='cpu', weights_only=True)
   except pickle.UnpicklingError as error:  # torch's message advises to disable the check
-    raise InputError(
-      f'{path} is damaged, or holds pickled objects that would run code, '
-      'which are not loaded. Download it again, or use the weights as .safetensors.'
-    ) from error
+    raise InputError(f'{path} {_refusal(str(error))}') from error
   except Exception as error:  # torch raises many kinds for damaged files
     raise InputError(
       f'{path} cannot be read as weights of PyTorch ({_first_line(error)}). Download it '
       'again, or use the weights as .safetensors.'
     ) from error
-  if isinstance(tensors, dict) and 'state_dict' in tensors:
-    tensors = tensors['state_dict']
+  tensors = loaded
+  if isinstance(loaded, dict):
+    key = next((key for key in _STATE_DICTS if isinstance(loaded.get(key), dict)), None)
+    if key is not None:
+      tensors = loaded.pop(key)
+      logging.info('%s: the weights are under its key %r.', path, key)
   if not isinstance(tensors, dict) or not all(
     isinstance(name, str) and torch.is_tensor(x) for name, x in tensors.items()
   ):
-    raise InputError(f'{path} holds no state_dict, which maps names to tensors.')
-  prefix = 'module.' if next(iter(tensors), '').startswith('module.') else ''
+    raise InputError(
+      f'{path} holds no state_dict, which maps names to tensors (known keys for one are '
+      f'{", ".join(_STATE_DICTS)}).'
+    )
   for name in list(tensors):
     tensor = tensors.pop(name).detach()
     if tensor.layout != torch.strided or tensor.device.type == 'meta' or tensor.is_quantized:
@@ -195,17 +221,35 @@ def _torch(path: str) -> Iterator[tuple[str, np.ndarray]]:
         f'{path}: the tensor {name} is sparse, quantised or without data. Use '
         'weights with dense float tensors.'
       )
-    yield (
-      name.removeprefix(prefix),
-      (tensor.float() if tensor.is_floating_point() else tensor).numpy(),
-    )
+    yield name, (tensor.float() if tensor.is_floating_point() else tensor).numpy()
 
 
-def _is_torchscript(path: str) -> bool:
-  if not zipfile.is_zipfile(path):
-    return False
-  with zipfile.ZipFile(path) as archive:
-    return any(name.endswith('/constants.pkl') for name in archive.namelist())
+def _numpy_globals() -> list[Any]:
+  """Returns what a pickled NumPy scalar needs, under the names of NumPy 1 and 2.
+
+  Training loops store such scalars (a learning rate, a best loss) beside the weights; open_clip
+  before 2.30 did so in each epoch_N.pt. None of these runs code of the file.
+  """
+  scalar: Any = np.float64(0).__reduce__()[0]
+  dtypes = {type(np.dtype(code)) for code in (*np.typecodes['AllInteger'], *'?efdg')}
+  return [
+    (scalar, 'numpy.core.multiarray.scalar'),
+    (scalar, 'numpy._core.multiarray.scalar'),
+    np.dtype,
+    *sorted(dtypes, key=lambda dtype: dtype.__name__),
+  ]
+
+
+def _refusal(message: str) -> str:
+  """Returns why a file is refused, given the message of torch's unpickler."""
+  named = re.search(r'GLOBAL ([\w.]+)', message)
+  if named is None:
+    return 'is damaged, or is no file of PyTorch. Download it again, or use .safetensors.'
+  return (
+    f'holds a pickled object of {named[1]} beside or instead of tensors. It is not loaded, because '
+    'unpickling can run code. If you trust the file, save its state_dict alone: torch.save('
+    "torch.load(FILE, weights_only=False)['state_dict'], 'weights.pt')."
+  )
 
 
 def params_from_tensors(

@@ -8,6 +8,7 @@ modified ResNets, and text transformers. Towers that open_clip takes from other 
 import dataclasses
 import difflib
 import math
+from typing import Any
 
 from clip_jax.core.errors import ConfigError
 
@@ -82,6 +83,18 @@ class CLIPConfig:
     return self.text.context_length
 
 
+_NOT_COMPARED = (
+  'vision',
+  'text',
+  'init_logit_scale',
+  'init_logit_bias',
+  'custom_text',
+  'ls_init_value',
+  'tokenizer',
+  'tokenizer_kwargs',
+)
+
+
 def by_name(name: str) -> CLIPConfig:
   """Returns the config of an open_clip model; raises ConfigError for an unknown name."""
   if name not in ARCHITECTURES:
@@ -89,6 +102,33 @@ def by_name(name: str) -> CLIPConfig:
     near = [lower[match] for match in difflib.get_close_matches(name.lower(), lower, cutoff=0)]
     raise ConfigError(f'Unknown model {name!r}; the nearest names are {", ".join(near)}.')
   return ARCHITECTURES[name]
+
+
+def differences(a: CLIPConfig, b: CLIPConfig) -> dict[str, tuple[Any, Any]]:
+  """Returns the numbers and kinds that change a model's output but differ: name -> (of a, of b).
+
+  Left out are start values of parameters, the names of tensors and the tokenizer.
+  """
+  found = {}
+  for block, x, y in (('', a, b), ('vision.', a.vision, b.vision), ('text.', a.text, b.text)):
+    ours, others = _compared(x), _compared(y)
+    for key in ours.keys() | others.keys():
+      if ours.get(key) != others.get(key):
+        found[block + key] = (ours.get(key), others.get(key))
+  return dict(sorted(found.items()))
+
+
+def _compared(part: Any) -> dict[str, Any]:
+  fields = {key: value for key, value in vars(part).items() if key not in _NOT_COMPARED}
+  if 'eos_id' in fields:
+    highest = fields['vocab_size'] - 1
+    if fields['pool_type'] == 'eos' and fields['eos_id'] == highest:
+      fields['pool_type'] = 'argmax'  # both pool at the first token with the highest id
+    if fields['pool_type'] != 'eos':
+      del fields['eos_id']
+  if 'mlp_ratio' in fields:
+    fields['mlp_width'] = int(fields.pop('mlp_ratio') * fields['width'])
+  return fields
 
 
 def with_quickgelu(config: CLIPConfig) -> CLIPConfig:

@@ -364,6 +364,10 @@ def embedder_weights(x: Experiment) -> None:
     if not os.path.isfile(path):
       raise ConfigError(f'{where}.path={setting!r} does not exist.')
     models.embedder_architecture(view)
+    has_prompts = any(blocks.is_prompts(x.config, reference) for reference in x.config.references)
+    d = x.config.dedup
+    if (has_prompts and not name) or (d.survivor == 'best' and d.embedder == name):
+      models.check_tokenizer(view)
 
 
 def _model(config: Config) -> None:

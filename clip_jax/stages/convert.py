@@ -3,8 +3,9 @@
 In: a checkpoint or a weights file that the evaluate command can open.
 Out, for --format=
   open_clip: FILE.safetensors and open_clip_config.json
-  huggingface: FILE.safetensors, config.json and preprocessor_config.json
+  huggingface: a folder with model.safetensors, config.json and preprocessor_config.json
   orbax: a folder with one step, which evaluate opens as a checkpoint of clip_jax
+The files of a tokenizer other than CLIP's are copied beside them.
 """
 
 import os
@@ -13,9 +14,11 @@ from absl import logging
 
 from clip_jax.core import checkpoints, files
 from clip_jax.core.errors import ConfigError, InputError
+from clip_jax.data import hf_tokenizer
 from clip_jax.models import huggingface, open_clip, weights
 from clip_jax.stages import models
 
+HUGGING_FACE_WEIGHTS = 'model.safetensors'
 METADATA = {'format': 'pt'}  # transformers rejects a file without it
 
 
@@ -35,16 +38,20 @@ def convert_checkpoint(path: str | None, output: str | None, kind: str, *, model
     raise ConfigError(
       f'--output={output} must be on this machine. Copy it to the bucket afterwards.'
     )
-  if kind != 'orbax' and not output.endswith('.safetensors'):
+  write, names = FORMATS[kind]
+  if kind == 'open_clip' and not output.endswith('.safetensors'):
     raise ConfigError(f'--output={output} must end in .safetensors.')
-  if kind == 'orbax' and models.is_weights(output):
+  if kind != 'open_clip' and models.is_weights(output):
     raise ConfigError(
-      f'--output={output}: --format=orbax writes a folder, but this name is read as a weights '
+      f'--output={output}: --format={kind} writes a folder, but this name is that of a weights '
       'file. Remove the ending.'
     )
   path, output = models.resolve_path(path), os.path.abspath(os.path.expanduser(output))
-  write, beside = FORMATS[kind]
-  for file in (output, *(os.path.join(os.path.dirname(output), name) for name in beside)):
+  folder = os.path.dirname(output) if kind == 'open_clip' else output
+  must_not_exist = [os.path.join(folder, name) for name in names]
+  if kind != 'huggingface' or os.path.isfile(output):
+    must_not_exist.insert(0, output)
+  for file in must_not_exist:
     if os.path.exists(file):
       raise ConfigError(f'{file} exists already. Remove it, or set --output to another folder.')
   if files.is_local(path) and not os.path.exists(path):
@@ -54,12 +61,26 @@ def convert_checkpoint(path: str | None, output: str | None, kind: str, *, model
     logging.info('%s', loaded.description)
   _check_space(output, loaded.params)
   write(loaded, output)
-  if loaded.config.text.tokenizer:  # not CLIP's tokenizer, so its files are copied
-    folder = output if kind == 'orbax' else os.path.dirname(output)
-    for name in models.TOKENIZER:
-      source = files.epath.Path(loaded.folder) / name
-      if source.exists():
-        files.write_bytes(os.path.join(folder, name), source.read_bytes())
+  if loaded.config.text.tokenizer:
+    _copy_tokenizer(loaded, folder)
+
+
+def _copy_tokenizer(loaded: models.Weights, folder: str) -> None:
+  copied = []
+  for name in weights.TOKENIZER:
+    source = files.epath.Path(loaded.folder) / name
+    if source.exists():
+      files.write_bytes(os.path.join(folder, name), source.read_bytes())
+      copied.append(name)
+  if weights.TOKENIZER[0] in copied:
+    logging.info('The files of its tokenizer are copied: %s.', ', '.join(copied))
+  else:
+    logging.warning(
+      "This model has a tokenizer other than CLIP's, but %s has no tokenizer.json. Put it into %s, "
+      'too, before texts are encoded.',
+      loaded.folder,
+      folder,
+    )
 
 
 def _check_space(output: str, params: dict) -> None:
@@ -97,30 +118,28 @@ def _huggingface(loaded: models.Weights, output: str) -> None:
   config = loaded.config
   about = huggingface.config_to_huggingface(config)
   processor = huggingface.preprocess_to_huggingface(config.image_size, loaded.preprocess)
-  weights.write(output, huggingface.params_to_huggingface(loaded.params, config), METADATA)
-  folder = os.path.dirname(output)
-  files.write_json(os.path.join(folder, models.HUGGING_FACE), about)
-  files.write_json(os.path.join(folder, models.PREPROCESSOR), processor)
-  name = (
-    ''
-    if os.path.basename(output) == 'model.safetensors'
-    else ', after renaming the file to model.safetensors'
-  )
+  tensors = huggingface.params_to_huggingface(loaded.params, config)
+  weights.write(os.path.join(output, HUGGING_FACE_WEIGHTS), tensors, METADATA)
+  files.write_json(os.path.join(output, models.HUGGING_FACE), about)
+  files.write_json(os.path.join(output, models.PREPROCESSOR), processor)
   logging.info(
-    'Written: %s, %s and %s. In Python%s:\n  transformers.%s.from_pretrained(%r)\n'
-    "CLIPProcessor also needs the tokenizer's files; without them it silently gives wrong tokens. "
-    'To add them:\n  transformers.AutoTokenizer.from_pretrained(%r, '
-    'model_max_length=%d).save_pretrained(%r)',
+    'Written: %s with %s, %s and %s. In Python:\n  transformers.%s.from_pretrained(%r)',
     output,
+    HUGGING_FACE_WEIGHTS,
     models.HUGGING_FACE,
     models.PREPROCESSOR,
-    name,
     about['architectures'][0],
-    folder,
-    config.text.tokenizer or 'openai/clip-vit-base-patch32',
-    config.context_length,
-    folder,
+    output,
   )
+  if config.text.tokenizer != hf_tokenizer.FILE:  # else its files are copied
+    logging.info(
+      "CLIPProcessor also needs the tokenizer's files; without them it silently gives wrong "
+      'tokens. To add them:\n  transformers.AutoTokenizer.from_pretrained(%r, '
+      'model_max_length=%d).save_pretrained(%r)',
+      config.text.tokenizer or 'openai/clip-vit-base-patch32',
+      config.context_length,
+      output,
+    )
 
 
 def _orbax(loaded: models.Weights, output: str) -> None:
@@ -132,6 +151,7 @@ def _orbax(loaded: models.Weights, output: str) -> None:
       'std': list(loaded.preprocess['std']),
     },
     'dtype': loaded.dtype,
+    'special_words': list(loaded.special_words),
     'split': '',
     'seed': 0,
   }
@@ -145,9 +165,12 @@ def _orbax(loaded: models.Weights, output: str) -> None:
   )
 
 
-# Format -> its writer, and the files that it writes beside the weights.
+# Format -> its writer, and the names of files that it writes into the folder.
 FORMATS = {
   'open_clip': (_open_clip, (models.OPEN_CLIP,)),
-  'huggingface': (_huggingface, (models.HUGGING_FACE, models.PREPROCESSOR)),
+  'huggingface': (
+    _huggingface,
+    (HUGGING_FACE_WEIGHTS, models.HUGGING_FACE, models.PREPROCESSOR),
+  ),
   'orbax': (_orbax, ()),
 }

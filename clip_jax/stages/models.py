@@ -2,11 +2,13 @@
 
 In: a checkpoint of clip_jax, or a weights file (of open_clip, OpenAI or Hugging Face). The
 architecture and preprocessing of a weights file are named by the user or stand beside it in
-open_clip_config.json, config.json and preprocessor_config.json. Modules that need JAX are imported
-inside functions, because every start checks the config and needs architectures only.
+open_clip_config.json, config.json, processor_config.json or preprocessor_config.json. Modules that
+need JAX are imported inside functions, because every start checks the config and needs
+architectures only.
 """
 
 from collections.abc import Callable, Sequence
+import contextlib
 import dataclasses
 import functools
 import os
@@ -18,11 +20,11 @@ import numpy as np
 from clip_jax.core import checkpoints, files, sharding
 from clip_jax.core.errors import ConfigError, InputError
 from clip_jax.core.types import Array, Config
-from clip_jax.data import packing, tokenizer
+from clip_jax.data import hf_tokenizer, packing, tokenizer
 from clip_jax.experiment import blocks
 from clip_jax.experiment.experiment import Experiment
 from clip_jax.models import fitted_embedders, huggingface, open_clip, weights, zoo
-from clip_jax.models.weights import HUGGING_FACE, OPEN_CLIP, PREPROCESSOR
+from clip_jax.models.weights import HUGGING_FACE, OPEN_CLIP, PREPROCESSOR, PROCESSOR
 
 NUMBERS = (
   'embed_dim',
@@ -36,7 +38,6 @@ NUMBERS = (
   'text_heads',
   'context_length',
 )
-TOKENIZER = ('tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +62,8 @@ class Weights:
   folder: str  # of the tokenizer's files, if the tokenizer is not CLIP's
   step: int | None  # updates done; None: a weights file
   description: str = ''  # of a weights file: its model and preprocessing, and where they are named
+  # The words for the start and end token in a text, if the tokenizer is CLIP's.
+  special_words: tuple[str, str] = tokenizer.OPENAI
 
 
 def architecture(config: Config):
@@ -196,7 +199,15 @@ def read_checkpoint(path: str) -> Weights:
     )
   config = open_clip.config_from_open_clip(saved['model'])
   folder = os.path.dirname(path) if os.path.basename(path).isdigit() else path
-  return Weights(params, config, _plain(saved['preprocess']), saved['dtype'], folder, step)
+  return Weights(
+    params,
+    config,
+    _plain(saved['preprocess']),
+    saved['dtype'],
+    folder,
+    step,
+    special_words=tuple(saved.get('special_words', tokenizer.OPENAI)),
+  )
 
 
 def read_weights(path: str, name: str, flag: str) -> Weights:
@@ -204,14 +215,19 @@ def read_weights(path: str, name: str, flag: str) -> Weights:
 
   Raises:
     InputError: the file is damaged, or holds another model.
-    ConfigError: the model is unknown (the message lists the names that fit), or is not supported.
+    ConfigError: the model is unknown (the message lists the names that fit), is not supported, or
+      contradicts the config beside the file.
   """
-  tensors = weights.read(path)
+  tensors, openai = weights.without_openai(weights.read(path))
   library = huggingface if huggingface.is_huggingface(tensors) else open_clip
   order = (HUGGING_FACE, OPEN_CLIP) if library is huggingface else (OPEN_CLIP, HUGGING_FACE)
-  config, model_source = _architecture(path, name, order)
+  config, model_source = _architecture(path, name, order, flag)
   if config is None:
-    raise ConfigError(_unknown_model_message(path, library.matching_models(tensors), flag))
+    raise ConfigError(
+      _unknown_model_message(path, library.matching_models(tensors), flag, bool(openai))
+    )
+  if openai:
+    _check_openai(path, openai, config, model_source, name, flag)
   read = (
     huggingface.params_from_huggingface
     if library is huggingface
@@ -231,22 +247,48 @@ def read_weights(path: str, name: str, flag: str) -> Weights:
     f'{preprocess["resize"]}, mean {mean}, std {std}.'
   )
   folder = os.path.dirname(os.path.abspath(path))
-  return Weights(params, config, preprocess, 'float32', folder, None, description)
+  special_words = tokenizer.OPENAI if openai or library is huggingface else tokenizer.OPEN_CLIP
+  if library is huggingface and _has_own_tokenizer(folder, config):
+    text = dataclasses.replace(config.text, tokenizer=hf_tokenizer.FILE)
+    config = dataclasses.replace(config, text=text)
+    description += f' Tokenizer from {hf_tokenizer.FILE}.'
+  return Weights(params, config, preprocess, 'float32', folder, None, description, special_words)
 
 
 def weights_architecture(path: str, name: str, flag: str):
   """Returns the CLIPConfig of a weights file; reads the file only if nothing else names it."""
-  config, _ = _architecture(path, name, (OPEN_CLIP, HUGGING_FACE))
+  if name and all(_read_json_beside(path, file) is not None for file in (OPEN_CLIP, HUGGING_FACE)):
+    return zoo.by_name(name)  # the tensors' names say which of the two must not contradict it
+  config, _ = _architecture(path, name, (OPEN_CLIP, HUGGING_FACE), flag)
   return config or read_weights(path, name, flag).config
 
 
-def _architecture(path: str, name: str, order: Sequence[str]):
+def _has_own_tokenizer(folder: str, config) -> bool:
+  """Returns whether a CLIPModel of transformers has another tokenizer than CLIP's."""
+  return not config.text.tokenizer and not hf_tokenizer.is_clips(folder, config.text.vocab_size)
+
+
+def _architecture(path: str, name: str, order: Sequence[str], flag: str):
   """Returns the CLIPConfig and its source: the name, or the first existing file of `order`.
 
-  Returns (None, '') if neither is given.
+  Returns (None, '') if neither is given. Raises ConfigError if the two contradict each other.
   """
-  if name:
-    return zoo.by_name(name), name
+  if not name:
+    return _architecture_beside(path, order)
+  named, beside, source = zoo.by_name(name), None, ''
+  with contextlib.suppress(ConfigError):  # a file that is not supported, so the name replaces it
+    beside, source = _architecture_beside(path, order)
+  if beside is not None and (differences := zoo.differences(named, beside)):
+    keys = '; '.join(f'{key} is {a} and {b}' for key, (a, b) in differences.items())
+    raise ConfigError(
+      f'{flag}={name} contradicts {source} beside {path}: {keys}. Remove {flag}, if the file is '
+      'right, or else remove or correct the file.'
+    )
+  return named, name
+
+
+def _architecture_beside(path: str, order: Sequence[str]):
+  """Returns the CLIPConfig of the first existing file of `order`, and its source, or (None, '')."""
   for file in order:
     fields = _read_json_beside(path, file)
     if fields is not None and file == OPEN_CLIP:
@@ -278,13 +320,38 @@ def _read_json_beside(path: str, file: str) -> dict | None:
   return fields
 
 
-def _unknown_model_message(path: str, fitting: Sequence[str], flag: str) -> str:
+def _check_openai(
+  path: str, numbers: dict[str, int], config, source: str, name: str, flag: str
+) -> None:
+  """Raises ConfigError if the model is not that of OpenAI's weights, by the numbers in them."""
+  if config.text.activation != 'quick_gelu':
+    advice = f'Put its {OPEN_CLIP} with "quick_gelu": true beside it.'
+    if f'{name}-quickgelu' in zoo.ARCHITECTURES:
+      advice = f'Use {flag}={name}-quickgelu.'
+    raise ConfigError(
+      f"{path} is OpenAI's, whose models have the activation quick_gelu, but {source} has "
+      f'{config.text.activation}. {advice}'
+    )
+  for key, value in (
+    ('input_resolution', config.image_size),
+    ('context_length', config.context_length),
+  ):
+    if numbers.get(key, value) != value:
+      raise ConfigError(
+        f'{path} says {key}={numbers[key]}, but {source} has {value}. Name the model of the file '
+        f'by {flag}.'
+      )
+
+
+def _unknown_model_message(path: str, fitting: Sequence[str], flag: str, openai: bool) -> str:
   """Returns the message for a weights file of an unknown model."""
+  if openai:
+    fitting = [name for name in fitting if zoo.by_name(name).text.activation == 'quick_gelu']
   if not fitting:
     advice = f'Its shapes fit no known model; put its {OPEN_CLIP} beside it.'
   else:
     advice = f'Name the model; its shapes fit {", ".join(f"{flag}={name}" for name in fitting)}.'
-    if any(name.endswith('-quickgelu') for name in fitting):
+    if any(name.endswith('-quickgelu') for name in fitting) and not openai:
       advice += (
         " OpenAI's weights, and others trained with QuickGELU, need a name with -quickgelu: the "
         'shapes are the same, but the embeddings would be wrong.'
@@ -297,9 +364,12 @@ def _preprocess(path: str, config) -> tuple[dict, str]:
   fields = _read_json_beside(path, OPEN_CLIP)
   if fields is not None and isinstance(fields.get('preprocess_cfg'), dict):
     return open_clip.preprocess_from_open_clip(fields['preprocess_cfg'], config), OPEN_CLIP
-  fields = _read_json_beside(path, PREPROCESSOR)
-  if fields is not None:
-    return huggingface.preprocess_from_huggingface(fields), PREPROCESSOR
+  for file in (PROCESSOR, PREPROCESSOR):  # transformers takes them in this order
+    fields = _read_json_beside(path, file)
+    if fields is not None and file == PROCESSOR:
+      fields = fields.get('image_processor')  # absent in files of transformers before 5
+    if isinstance(fields, dict):
+      return huggingface.preprocess_from_huggingface(fields, file), file
   return open_clip.default_preprocess(config), "open_clip's default for this family"
 
 
@@ -322,7 +392,7 @@ def open_model(weights: Weights) -> Model:
   )
   params = jax.device_put(weights.params, sharding.local()[0])
   # The tokenizer is opened at the first text.
-  tokenize = functools.cache(lambda: _tokenizer(weights.config, weights.folder))
+  tokenize = functools.cache(lambda: _tokenizer(weights))
   return Model(
     weights.config.image_size,
     weights.preprocess['resize'],
@@ -332,20 +402,28 @@ def open_model(weights: Weights) -> Model:
   )
 
 
-def _tokenizer(config, folder: str) -> Callable[[Sequence[str], int], Array]:
-  """Returns a tokenizer (texts, T) -> int32 [n, T]: CLIP's, or the model's own from `folder`."""
+def _tokenizer(weights: Weights) -> Callable[[Sequence[str], int], Array]:
+  """Returns a tokenizer (texts, T) -> int32 [n, T]: CLIP's, or the model's own from its folder."""
+  config = weights.config
   if config.text.tokenizer:
-    from clip_jax.data import hf_tokenizer
-
-    tokenize = hf_tokenizer.load(folder, dict(config.text.tokenizer_kwargs))
+    origin = f'in {weights.folder!r}'
+    tokenize = hf_tokenizer.load(weights.folder, dict(config.text.tokenizer_kwargs))
   else:
-    tokenize = tokenizer.tokenize
+    origin = 'of CLIP'
+    tokenize = functools.partial(tokenizer.tokenize, special=weights.special_words)
 
   def checked(texts: Sequence[str], context_length: int) -> Array:
     tokens = tokenize(texts, context_length)
     highest = int(tokens.max(initial=0))
+    if config.text.pool_type == 'eos':
+      without = ~(tokens == config.text.eos_id).any(1)
+      if without.any():  # the tower would silently pool at its first token
+        raise InputError(
+          f'The tokenizer {origin} gives no end token {config.text.eos_id}, at which the model '
+          f'pools, for {texts[int(without.argmax())]!r}. Put the tokenizer of its training beside '
+          'it.'
+        )
     if highest >= config.text.vocab_size:  # the tower would silently use its last token
-      origin = f'in {folder!r}' if config.text.tokenizer else 'of CLIP'
       raise InputError(
         f'The tokenizer {origin} gives token {highest}, but the model has only '
         f'{config.text.vocab_size} tokens. Put the tokenizer of its training beside it.'
@@ -445,6 +523,17 @@ def embedder_architecture(x: Experiment) -> Any:
   if x.embedder_block.source == 'train':
     return architecture(x.config)
   return weights_architecture(weights_path(x), x.embedder_block.name, name_flag(x))
+
+
+def check_tokenizer(x: Experiment) -> None:
+  """Raises InputError if the embedder's weights need a tokenizer whose files are missing."""
+  path, config = weights_path(x), embedder_architecture(x)
+  folder, fields = os.path.dirname(path), _read_json_beside(path, HUGGING_FACE)
+  is_clip = fields is not None and fields.get('model_type') == 'clip'
+  if config.text.tokenizer or (
+    is_clip and _read_json_beside(path, OPEN_CLIP) is None and _has_own_tokenizer(folder, config)
+  ):
+    hf_tokenizer.load(folder, dict(config.text.tokenizer_kwargs))
 
 
 def weights_path(x: Experiment) -> str:
