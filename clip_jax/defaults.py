@@ -60,7 +60,7 @@ def _orders():
 
 
 def _embedder_sources():
-  return (*fitted_embedders.EMBEDDERS, 'train', 'weights', 'files')
+  return (*fitted_embedders.EMBEDDERS, 'train', 'weights', 'sscd', 'files')
 
 
 def _seeds(value: tuple) -> str:
@@ -137,7 +137,8 @@ INGEST = {
 DEDUP = {
   'enabled': Key(True),  # False: every usable pool row is a candidate
   # Rows with cosine similarity over 1 - threshold are duplicates. The default is the paper's value
-  # for its embedder; every embedder needs its own.
+  # for its embedder; every embedder needs its own. SSCD's authors give 0.25 (cosine 0.75, 90 %
+  # precision on DISC, sscd_disc_mixup).
   'threshold': Key(0.124, within(0, 2)),
   'clusters': Key(0, natural),  # k; 0: usable rows / 8,000, rounded up, at most 50,000
   # Initial centres are pool rows with pairwise cosine similarity below this.
@@ -310,9 +311,11 @@ ENGINE = {
 # The embedder: the frozen model whose image embeddings define similarity.
 EMBEDDER = {
   # 'pca' | 'hog' (fitted on the base set) | 'train' (a CLIP trained here) | 'weights' (published
-  # weights: path, name) | 'files' (every dataset is vectors)
+  # weights: path, name) | 'sscd' (copy detection, Pizzi et al. 2022: path) | 'files' (every dataset
+  # is vectors)
   'source': Key('pca', one_of(_embedder_sources)),
-  # 'weights': a .safetensors, .pt or .bin file of open_clip, OpenAI or Hugging Face.
+  # 'weights': a .safetensors, .pt or .bin file of open_clip, OpenAI or Hugging Face; 'sscd': a
+  # state dict such as sscd_disc_mixup.torchvision.pt.
   'path': Key(''),
   # 'weights': its open_clip model, 'ViT-B-16-plus-240'; '': read from the config beside the file.
   'name': Key(''),

@@ -165,7 +165,7 @@ def _torch(path: str) -> Iterator[tuple[str, np.ndarray]]:
       "'clip-jax-ood[torch]', or use the weights as .safetensors."
     ) from error
   try:
-    if _is_torchscript(path):
+    if is_torchscript(path):
       tensors = torch.jit.load(path, map_location='cpu').state_dict()
       for name in _NO_PARAMETERS:
         tensors.pop(name, None)
@@ -201,7 +201,8 @@ def _torch(path: str) -> Iterator[tuple[str, np.ndarray]]:
     )
 
 
-def _is_torchscript(path: str) -> bool:
+def is_torchscript(path: str) -> bool:
+  """Returns whether a file is a TorchScript archive, without loading it."""
   if not zipfile.is_zipfile(path):
     return False
   with zipfile.ZipFile(path) as archive:
