@@ -324,7 +324,8 @@ EMBEDDER = {
   'fit_images': Key(4096, positive),  # 'pca', 'hog': images of the base set used for fitting
   'samples': Key(0),  # 'train': samples seen
   'seed': Key(1000),  # of the fitting images, or of the training; not one of train.seeds
-  'batch_size': Key(256, positive),  # images per forward pass; changes speed only
+  # Images per forward pass; changes speed and memory only ('sscd': 40 MB an image on CPUs).
+  'batch_size': Key(256, positive),
 }
 
 # The positive control: transformed copies of test images, planted in the training data.
