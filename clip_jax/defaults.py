@@ -70,7 +70,7 @@ def _orders():
 
 
 def _embedder_sources():
-  return (*fitted_embedders.EMBEDDERS, 'train', 'weights', 'files')
+  return (*fitted_embedders.EMBEDDERS, 'train', 'weights', 'sscd', 'files')
 
 
 def _seeds(value: tuple) -> str:
@@ -147,7 +147,8 @@ INGEST = {
 DEDUP = {
   'enabled': Key(True),  # False: every usable pool row is a candidate
   # Rows with cosine similarity over 1 - threshold are duplicates. The default is the paper's value
-  # for its embedder; every embedder needs its own.
+  # for its embedder; every embedder needs its own. SSCD's authors give 0.25 (cosine 0.75, 90 %
+  # precision on DISC, sscd_disc_mixup).
   'threshold': Key(0.124, within(0, 2)),
   'clusters': Key(0, natural),  # k; 0: usable rows / 8,000, rounded up, at most 50,000
   # Initial centres are pool rows with pairwise cosine similarity below this.
@@ -320,9 +321,11 @@ ENGINE = {
 # The embedder: the frozen model whose image embeddings define similarity.
 EMBEDDER = {
   # 'pca' | 'hog' (fitted on the base set) | 'train' (a CLIP trained here) | 'weights' (published
-  # weights: path, name) | 'files' (every dataset is vectors)
+  # weights: path, name) | 'sscd' (copy detection, Pizzi et al. 2022: path) | 'files' (every dataset
+  # is vectors)
   'source': Key('pca', one_of(_embedder_sources)),
-  # 'weights': a .safetensors, .pt or .bin file of open_clip, OpenAI or Hugging Face.
+  # 'weights': a .safetensors, .pt or .bin file of open_clip, OpenAI or Hugging Face; 'sscd': a
+  # state dict such as sscd_disc_mixup.torchvision.pt.
   'path': Key(''),
   # 'weights': its open_clip model, 'ViT-B-16-plus-240'; '': read from the config beside the file.
   'name': Key(''),
@@ -331,7 +334,8 @@ EMBEDDER = {
   'fit_images': Key(4096, positive),  # 'pca', 'hog': images of the base set used for fitting
   'samples': Key(0),  # 'train': samples seen
   'seed': Key(1000),  # of the fitting images, or of the training; not one of train.seeds
-  'batch_size': Key(256, positive),  # images per forward pass; changes speed only
+  # Images per forward pass; changes speed and memory only ('sscd': 40 MB an image on CPUs).
+  'batch_size': Key(256, positive),
 }
 
 # The positive control: transformed copies of test images, planted in the training data.

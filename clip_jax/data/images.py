@@ -109,7 +109,10 @@ def resize(
   """Resizes for evaluation: 'shortest' crops the centre, 'squash' changes the aspect ratio.
 
   'shortest' resizes the short side to `size` before the crop; 'squash' resizes both sides.
+  'squash_bilinear', which no config key names, is for embedders that were trained with it.
   """
+  if mode == 'squash_bilinear':
+    return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR))
   if mode not in MODES:
     raise ValueError(f'resize mode must be one of {MODES}, got {mode!r}')
   height, width = image.shape[:2]

@@ -144,6 +144,11 @@ def targets(config: Config, embedder: str = '') -> list[str]:
   return names if embedder else [*names, *config.references]
 
 
+def uses_weights_file(embedder: Config) -> bool:
+  """Returns whether an embedder block reads its weights from the file embedder.path."""
+  return embedder.source in ('weights', 'sscd')
+
+
 def duplicate_similarity(config: Config, embedder: str = '') -> float:
   """Returns an embedder's cosine similarity from which two images count as duplicates.
 

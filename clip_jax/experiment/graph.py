@@ -240,11 +240,11 @@ class Graph:
     block, name = self.embedder_block(embedder), _embedder_folder(embedder) + 'embedder/embedder'
     home = f'embedders.{embedder}' if embedder else 'embedder'
     picked = lambda *keys: {f'{home}.{key}': blocks.plain(block[key]) for key in ('source', *keys)}
-    if block.source == 'weights':
+    if blocks.uses_weights_file(block):
       return Product(
         name,
         'embedder',
-        keys=picked('name'),
+        keys=picked('name') if block.source == 'weights' else picked(),
         sources=weights_content(block.path),
         embedder=embedder,
       )

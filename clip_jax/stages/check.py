@@ -17,7 +17,7 @@ from clip_jax.core.types import Config
 from clip_jax.data import formats, keyed_images
 from clip_jax.experiment import blocks
 from clip_jax.experiment.experiment import Experiment
-from clip_jax.models import weights, zoo
+from clip_jax.models import sscd, weights, zoo
 from clip_jax.pruning import key_lists
 from clip_jax.stages import benchmark_dirs, check_keys, check_splits, models
 
@@ -213,7 +213,7 @@ def _vectors(config: Config) -> None:
           f'format {other[0]!r}. Give its vectors (format=embeddings), or the weights that made '
           'the other vectors: --config.embedder.source=weights.'
         )
-  elif vector_datasets and source != 'weights':
+  elif vector_datasets and not blocks.uses_weights_file(config.embedder):
     raise ConfigError(
       f'config.embedder.source={source}: {vector_datasets[0]} holds vectors of another embedder '
       '(format embeddings), which are not comparable. Use --config.embedder.source=files, or '
@@ -351,7 +351,7 @@ def embedder_weights(x: Experiment) -> None:
   """
   for name in ('', *blocks.further_embedders(x.config)):
     view, where = x.with_embedder(name), f'config.embedders.{name}' if name else 'config.embedder'
-    if view.embedder_block.source != 'weights':
+    if not blocks.uses_weights_file(view.embedder_block):
       continue
     setting, path = view.embedder_block.path, models.weights_path(view)
     if not setting:
@@ -363,6 +363,9 @@ def embedder_weights(x: Experiment) -> None:
       raise ConfigError(f'{where}.path={setting!r} must end in {", ".join(weights.ENDINGS)}.')
     if not os.path.isfile(path):
       raise ConfigError(f'{where}.path={setting!r} does not exist.')
+    if view.embedder_block.source == 'sscd':
+      sscd.refuse_torchscript(path)
+      continue
     models.embedder_architecture(view)
     has_prompts = any(blocks.is_prompts(x.config, reference) for reference in x.config.references)
     d = x.config.dedup

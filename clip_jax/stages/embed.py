@@ -79,8 +79,8 @@ def _check_dims(x: Experiment) -> None:
   for dataset, block in blocks.datasets(x.config).items():
     for dim in workdir.vector_dims(x, dataset).values():  # ingest checked that they are equal
       dims[f'{dataset} ({block.path or "its sources"})'] = dim
-  if dims and x.embedder_block.source == 'weights':
-    dims[f'the embedder {x.embedder_block.path}'] = models.embedder_architecture(x).embed_dim
+  if dims and blocks.uses_weights_file(x.embedder_block):
+    dims[f'the embedder {x.embedder_block.path}'] = models.embedder_dim(x)
   first = next(iter(dims), '')
   for name, dim in dims.items():
     if dim != dims[first]:

@@ -17,7 +17,7 @@ from clip_jax.core.products import Made, Product
 from clip_jax.data import loader
 from clip_jax.experiment import graph, workdir
 from clip_jax.experiment.experiment import Experiment
-from clip_jax.models import fitted_embedders
+from clip_jax.models import fitted_embedders, sscd
 from clip_jax.stages import fit, models
 
 
@@ -108,6 +108,29 @@ def _weights(x: Experiment, product: Product):
   }
 
 
+def _sscd(x: Experiment, product: Product):
+  """Reads the weights of SSCD once, so that errors in them appear in this stage."""
+  path = models.weights_path(x)
+  sscd.read(path)
+  logging.info(
+    'embedder%s: sscd. Its authors count pairs of similarity over %g as copies (sscd_disc_mixup, '
+    '90 %% precision on DISC): --config.dedup.threshold=%g.',
+    x.suffix,
+    sscd.SIMILARITY,
+    1 - sscd.SIMILARITY,
+  )
+  return [], {
+    'name': '',
+    'file': os.path.basename(path),
+    'sha256': product.sources[graph.WEIGHTS],
+    'image_size': sscd.IMAGE_SIZE,
+    'embed_dim': sscd.RESNET50.embed_dim,
+    'mean': sscd.MEAN,
+    'std': sscd.STD,
+    'resize': sscd.RESIZE,
+  }
+
+
 def _files(x: Experiment, product: Product):
   """Makes nothing, because the vectors come from files."""
   del x, product
@@ -117,6 +140,7 @@ def _files(x: Experiment, product: Product):
 _MAKERS = {
   'train': _train,
   'weights': _weights,
+  'sscd': _sscd,
   'files': _files,
 }  # other sources are fitted on images: fitted_embedders.EMBEDDERS
 MAKERS = {'embedder': make}

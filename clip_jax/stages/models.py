@@ -23,7 +23,7 @@ from clip_jax.core.types import Array, Config
 from clip_jax.data import hf_tokenizer, packing, tokenizer
 from clip_jax.experiment import blocks
 from clip_jax.experiment.experiment import Experiment
-from clip_jax.models import fitted_embedders, huggingface, open_clip, weights, zoo
+from clip_jax.models import fitted_embedders, huggingface, open_clip, sscd, weights, zoo
 from clip_jax.models.weights import HUGGING_FACE, OPEN_CLIP, PREPROCESSOR, PROCESSOR
 
 NUMBERS = (
@@ -455,12 +455,6 @@ def _compiled(config, dtype: str, mean: tuple[float, ...], std: tuple[float, ...
 
   _, split, devices = sharding.local()
 
-  def padded(x: Array, block: int) -> Array:
-    return np.concatenate([x, np.repeat(x[-1:], -len(x) % block, axis=0)])
-
-  def encode_image(params, x: Array) -> Array:
-    return np.asarray(images(params, jax.device_put(padded(x, devices), split)))[: len(x)]
-
   def encode_text(
     params,
     ids: Array,  # [n, T] int32
@@ -468,14 +462,29 @@ def _compiled(config, dtype: str, mean: tuple[float, ...], std: tuple[float, ...
     if text.packable(config.text):
       ids = packing.trim(ids)  # exact; prompts are much shorter than the context
     block = -(-64 // devices) * devices  # one compiled shape for any number of prompts
-    whole = padded(ids, block)
+    whole = _padded(ids, block)
     parts = [
       np.asarray(tokens(params, jax.device_put(whole[i : i + block], split)))
       for i in range(0, len(whole), block)
     ]
     return np.concatenate(parts)[: len(ids)]
 
-  return encode_image, encode_text
+  return _over_devices(images), encode_text
+
+
+def _padded(x: Array, block: int) -> Array:
+  """Repeats the last row until the number of rows is a multiple of `block`."""
+  return np.concatenate([x, np.repeat(x[-1:], -len(x) % block, axis=0)])
+
+
+def _over_devices(function: Callable) -> Callable:
+  """Returns `function` (params, batch) with the batch split over this process's devices."""
+  import jax
+
+  _, split, devices = sharding.local()
+  return lambda params, x: np.asarray(function(params, jax.device_put(_padded(x, devices), split)))[
+    : len(x)
+  ]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -500,8 +509,18 @@ def open_embedder(x: Experiment) -> Embedder:
     return Embedder(
       block.image_size, x.config.preprocess.resize, lambda images: apply(params, images)
     )
+  if block.source == 'sscd':
+    return _open_sscd(weights_path(x))
   model = _embedder_clip(x)
   return Embedder(model.image_size, model.resize, model.encode_image)
+
+
+def _open_sscd(path: str) -> Embedder:
+  import jax
+
+  params = jax.device_put(sscd.read(path), sharding.local()[0])
+  encode = functools.partial(_over_devices(jax.jit(sscd.apply)), params)
+  return Embedder(sscd.IMAGE_SIZE, sscd.RESIZE, encode)
 
 
 def text_tower(x: Experiment) -> Callable[[Sequence[str]], Array]:
@@ -534,6 +553,12 @@ def check_tokenizer(x: Experiment) -> None:
     is_clip and _read_json_beside(path, OPEN_CLIP) is None and _has_own_tokenizer(folder, config)
   ):
     hf_tokenizer.load(folder, dict(config.text.tokenizer_kwargs))
+
+
+def embedder_dim(x: Experiment) -> int:
+  """Returns the width E of an embedder of CLIP ('train', 'weights') or of 'sscd'."""
+  is_sscd = x.embedder_block.source == 'sscd'
+  return sscd.RESNET50.embed_dim if is_sscd else embedder_architecture(x).embed_dim
 
 
 def weights_path(x: Experiment) -> str:

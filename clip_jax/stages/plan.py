@@ -20,7 +20,7 @@ from clip_jax.data.storage import is_remote
 from clip_jax.experiment import blocks, workdir
 from clip_jax.experiment.blocks import ANCHOR, POOL
 from clip_jax.experiment.experiment import Experiment
-from clip_jax.models import fitted_embedders, flops
+from clip_jax.models import fitted_embedders, flops, sscd
 from clip_jax.stages import lint, models, table
 
 # Dense peaks in FLOP/s from the vendors' data sheets: (float32 or TF32 matmul, bfloat16 matmul).
@@ -192,7 +192,7 @@ def _dim(x: Experiment) -> int:
   if block.source in fitted_embedders.EMBEDDERS:
     return block.dim
   if block.source != 'files':
-    return models.embedder_architecture(x).embed_dim
+    return models.embedder_dim(x)
   return (
     max(workdir.vector_dims(x, POOL).values(), default=0)
     or max([head.dim for head in _heads(x, POOL)], default=0)
@@ -203,7 +203,7 @@ def _dim(x: Experiment) -> int:
 def _embedder(x: Experiment, rows: Rows) -> StagePlan:
   del rows
   block = x.embedder_block
-  if block.source in ('weights', 'files'):
+  if block.source in ('weights', 'sscd', 'files'):
     return StagePlan(0, 1000, 0.0)
   if block.source == 'train':
     architecture = models.architecture(x.config)
@@ -228,6 +228,8 @@ def _embed(x: Experiment, rows: Rows) -> StagePlan:
   images = sum(count or 0 for name, count in rows.items() if blocks.has_own_images(x.config, name))
   if block.source in fitted_embedders.EMBEDDERS:
     each = 6.0 * block.image_size**2 * dim
+  elif block.source == 'sscd':
+    each = sscd.FLOPS
   else:
     each = flops.image_flops(models.embedder_architecture(x)) if images else 0.0
   return StagePlan(n, n * (2 * dim + 1), images * each + 3.0 * (n - images) * dim)

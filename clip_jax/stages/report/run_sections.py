@@ -265,9 +265,9 @@ def _embedder(facts: Facts) -> str:
   if block.source == 'files':
     return 'embeddings read from files'
   kind = [block.source, f'seed {block.seed}']
-  if block.source == 'weights':
+  if blocks.uses_weights_file(block):
     seen = f'{about["image_size"]} pixels, E = {about["embed_dim"]}' if 'embed_dim' in about else ''
-    kind = ['weights', about.get('name'), about.get('file'), seen]
+    kind = [block.source, about.get('name'), about.get('file'), seen]
   sha256 = about.get('sha256', '')
   return ', '.join(
     [*filter(None, kind), f'sha256 {sha256[:16]}\u2026' if sha256 else 'not trained or loaded yet']
