@@ -141,6 +141,8 @@ INGEST = {
   # How a change of a source file is noticed. False: by size and modification time; True: by
   # sha256, which reads all files at every start.
   'check_content': Key(False),
+  # Megapixels: a larger image counts as unreadable. One of 179 takes 0.5 GB of memory.
+  'max_megapixels': Key(images.MAX_MEGAPIXELS, positive),
 }
 
 # De-duplication of the pool (SemDeDup-like: k-means, then pairs inside each cluster).
@@ -371,7 +373,8 @@ DATASET = {
   'group_key': Key(''),
   # Regex that cuts the group out of that text: its first group, else the whole match.
   'group_pattern': Key('', _regex),
-  # Where the image is: member endings or columns, the first that exists.
+  # Where the image is: member endings or columns, the first that exists. The default also takes
+  # avif.
   'image_key': Key('jpg;jpeg;png;webp;image'),
   # Where the caption is: member endings, columns or 'json:NAME', the first that exists.
   'caption_key': Key('txt;caption;text'),
@@ -387,7 +390,9 @@ DATASET = {
   'caption_share': Key(0.0, within(0, 1)),
   # folder: a file that lists the class of each image (a flat val/ with its ground truth).
   'labels_file': Key(''),
-  'label_key': Key(''),  # json column of the class (number or name); folder: '' = folder name
+  # json column of the class (number or name), or 'cls', the member .cls (a number is an index of
+  # the classes); folder: '' = folder name. 'none': no labels.
+  'label_key': Key(''),
   'classes': Key(()),  # class names in label order; (): those of the folders or of the source
   'columns': Key(()),  # json columns stored in the index ('domain', ...), for joins and figures
   'domain_column': Key(''),  # column of a sample's domain, for reports and matched splits
@@ -396,9 +401,11 @@ DATASET = {
   'metadata': Key(''),
   # embeddings: array of an npz, or column of a parquet file; '': the only one that is 2-D.
   'vector_key': Key(''),
-  # embeddings: E of float32 files without a header, as SemDeDup writes them.
+  # embeddings: E of files without a header, as SemDeDup writes them: float32, or float16 if that
+  # gives as many rows as the metadata have.
   'vector_dim': Key(0, natural),
   # embeddings: accept vectors of any norm (otherwise 0.9 to 1.1). All vectors are normalised.
+  # Single vectors that hold a NaN, are all zeros or are missing are unusable rows in any case.
   'any_norm': Key(False),
   # embeddings: the images, for galleries: a folder in which keys (or image_path, see sample_key)
   # name files, or tars in which they name members; '': no images.

@@ -19,7 +19,8 @@ searched. Further flags:
                                 (for benchmarks: --config.benchmark_template.images=DIR)
   --config.pool.vector_key=KEY  array of a DataComp .npz: b32_img, b32_txt, l14_img or l14_txt
                                 (for benchmarks: --config.benchmark_template.vector_key=KEY)
-  --config.pool.vector_dim=512  E of float32 files without a header, as SemDeDup writes them
+  --config.pool.vector_dim=512  E of files without a header, as SemDeDup writes them: float32, or
+                                float16 if the rows of the metadata beside them say so
 
 If benchmarks are image folders, give the embedder of the pool's vectors, which embeds them:
 

@@ -104,6 +104,13 @@ def test_records_are_samples(tmp_path):
       reader.read_many([(row, length)])[0]
 
 
+def test_texts_are_decoded_by_their_byte_order_mark(tmp_path):
+  texts = ['é'.encode('utf-16'), b'\xef\xbb\xbfgood', b'caf\xe9']
+  records = [array_record.example({'image': b'x', 'txt': text}) for text in texts]
+  samples, _ = _read(_write(tmp_path / 'x.array_record', records), columns=('txt',))
+  assert [fields['txt'] for _, _, fields, _ in samples] == ['é', 'good', 'caf\ufffd']
+
+
 def test_several_values_are_a_list_and_several_images_no_image(tmp_path):
   message = array_record._example_type()()
   for name, values in {

@@ -1,5 +1,6 @@
 """configs/audit.py through the command, on tiny vectors: is my benchmark in my pool?"""
 
+import csv
 import importlib.util
 import json
 import re
@@ -18,6 +19,7 @@ import tiny
 
 from clip_jax import defaults
 from clip_jax.core import products
+from clip_jax.data import vectors
 from clip_jax.experiment import graph
 from clip_jax.models import flops
 from clip_jax.stages import check, models
@@ -338,24 +340,83 @@ def test_other_lengths_are_an_error_before_the_search(data, capsys):
   assert status == 1 and 'y.npy has vectors of 8 numbers' in said
 
 
-def test_bad_vectors_are_told_with_their_row(data, capsys):
+@pytest.mark.parametrize('any_norm', [True, False])
+def test_single_bad_vectors_are_unusable_rows(data, capsys, any_norm):
+  for path, bad in (('pool/img_emb/img_emb_1.npy', (5, 7, 9)), ('sketch/x.npy', (2,))):
+    x = np.load(data / path)
+    for row, value in zip(bad, (0, np.nan, -np.inf), strict=False):
+      x[row] = value
+    np.save(data / path, x)
+  c = _config(data, **{'pool.any_norm': any_norm, 'benchmark_template.any_norm': any_norm})
+  status, said = squares.run(c, data / 'w', capsys)
+  assert status == 0
+  excluded = 'excluded from search and splits'
+  keys = [f'{1:016x}{row:016x}' for row in (5, 7, 9)]
+  assert f'from 3 files; 3 unusable vectors, {excluded} ({", ".join(keys)}; the' in said
+  assert f'from 1 file; 1 unusable vector, {excluded} (x.npy/2; the report lists all).' in said
+  usable = np.load(data / 'w/embeddings/pool/usable-00001.npy')
+  assert np.flatnonzero(~usable).tolist() == [5, 7, 9]
+  stored = np.load(data / 'w/embeddings/pool/00001.npy')
+  assert not stored[~usable].any() and abs(np.linalg.norm(stored[usable], axis=1) - 1).max() < 1e-3
+  assert products.counts(str(data / 'w'), 'embeddings/pool/00001') == {'rows': 20, 'unreadable': 3}
+  table = np.load(data / 'w/search/sketch/pool-00001.npz')
+  assert np.isneginf(table['similarity'][~usable]).all() and (table['nearest'][~usable] == -1).all()
+  with open(data / 'w/report/tables/skipped.csv', encoding='utf-8') as f:
+    listed = [(row['dataset'], row['key'], row['reason']) for row in csv.DictReader(f)]
+  pool = [('pool', key, 'unusable vector') for key in keys]
+  assert listed == [*pool, ('sketch', 'x.npy/2', 'unusable vector')]
+  assert 'unusable rows' in _page(data)
+
+
+def test_a_row_without_a_vector_is_an_unusable_row(data, capsys):
+  lists = np.load(data / 'pool/img_emb/img_emb_1.npy').tolist()
+  lists[0], lists[4] = None, []
+  (data / 'lists').mkdir()
+  table = pa.table({'embedding': pa.array(lists, pa.list_(pa.float16()))})
+  pq.write_table(table, data / 'lists/x.parquet')
+  c = _config(data, **{'pool.path': f'{data}/lists'})
+  status, said = squares.run(c, data / 'w', capsys, SEARCHED)
+  assert status == 0 and '2 unusable vectors, excluded' in said and 'x.parquet/4' in said
+  assert np.flatnonzero(~np.load(data / 'w/embeddings/pool/usable-00000.npy')).tolist() == [0, 4]
+
+
+@pytest.mark.parametrize('block_rows', [5, 100])
+def test_a_file_that_is_mostly_bad_stops(data, capsys, monkeypatch, block_rows):
+  read_blocks = vectors.read_blocks
+  monkeypatch.setattr(vectors, 'read_blocks', lambda *args: read_blocks(*args, block_rows))
   path = data / 'pool/img_emb/img_emb_1.npy'
-  x = np.load(path)
-  x[5] = 0
-  x[7, 2] = np.nan
+  good = np.load(path)
+  x = good.copy()
+  x[1:11] = np.nan  # half of 20
+  np.save(path, x)
+  assert squares.run(_config(data), data / 'half', capsys, SEARCHED)[0] == 0
+  x[12] = 0
   np.save(path, x)
   status, said = squares.run(_config(data), data / 'w', capsys, SEARCHED)
-  assert status == 1 and 'img_emb_1.npy: row 5 is all zeros; in total 2 of 20 vectors' in said
+  assert status == 1
+  assert 'img_emb_1.npy: row 1 holds a NaN or an infinity; in total 11 of 20 vectors' in said
   assert '--config.pool.any_norm=True' in said
-  status, said = squares.run(
-    _config(data, **{'pool.any_norm': True}), data / 'w3', capsys, SEARCHED
-  )
-  assert status == 1 and 'row 5 is all zeros; in total 2 of 20 vectors' in said
   assert not (data / 'w/embeddings/pool/00001.npy').exists()
+  c = _config(data, **{'pool.any_norm': True})
+  status, said = squares.run(c, data / 'any', capsys, SEARCHED)
+  assert status == 1 and 'in total 11 of 20 vectors cannot be normalised' in said
+  x = good.copy()
+  x[:5] = 0  # the first block of 5
+  np.save(path, x)
+  status, said = squares.run(_config(data), data / 'first', capsys, SEARCHED)
+  assert (status, 'row 0 is all zeros; in total 5 of 5 vectors' in said) == (
+    (1, True) if block_rows == 5 else (0, False)
+  )
+
+
+def test_norms_far_from_one_stop_also_beside_unusable_vectors(data, capsys):
+  path = data / 'pool/img_emb/img_emb_1.npy'
+  x = np.load(path)
   x[[5, 7]] = 3 * np.eye(E)[0]
+  x[2] = np.nan
   np.save(path, x)
   status, said = squares.run(_config(data), data / 'w2', capsys, SEARCHED)
-  assert status == 1 and 'row 5 has norm 3' in said
+  assert status == 1 and 'row 5 has norm 3; in total 2 of 20 vectors have a norm outside' in said
   assert (
     squares.run(_config(data, **{'pool.any_norm': True}), data / 'w2', capsys, SEARCHED)[0] == 0
   )

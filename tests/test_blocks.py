@@ -19,6 +19,14 @@ def config(**splits):
   return c
 
 
+def test_a_dataset_is_labelled_by_its_label_key_or_its_folders():
+  labelled = lambda **block: blocks.is_labelled(defaults.dataset(path='x', **block))
+  assert labelled(format='webdataset', label_key='cls') and labelled(format='folder')
+  assert not labelled(format='webdataset')
+  assert not labelled(format='webdataset', label_key='none')
+  assert not labelled(format='folder', label_key='none')
+
+
 def test_datasets_and_the_base_set_in_order():
   c = config()
   c.references.kinds = defaults.reference(format='prompts', classes=('x', 'y'))

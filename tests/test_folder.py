@@ -46,6 +46,47 @@ def test_files_beside_an_image_belong_to_it(tmp_path):
   assert len(_scan(tmp_path, where={'domain': 'web'}).records) == 1
 
 
+def test_files_beside_an_image_have_the_endings_and_the_case_of_tars(tmp_path):
+  endings = ('caption', 'TXT', 'text', 'txt', 'Txt', 'JSON', 'CAPTION')
+  for ending in endings:
+    _image(tmp_path / f'{ending}_.1.png')
+    text = '{"caption": "words"}' if ending == 'JSON' else 'words'
+    (tmp_path / f'{ending}_.1.{ending}').write_text(text)
+  scan = _scan(tmp_path)
+  assert scan.skipped == [] and len(scan.records) == len(endings)
+  assert {record.caption for record in scan.records} == {'words'}
+  scan = _scan(tmp_path, caption_key='Caption')
+  found = sorted(record.key.partition('_')[0] for record in scan.records)
+  assert found == ['CAPTION', 'caption']  # fields of a json keep their case
+
+
+def test_of_two_files_that_differ_in_case_the_lower_case_one_counts(tmp_path):
+  _image(tmp_path / 'a.png')
+  for name in ('a.TXT', 'a.txt', 'a.Txt', 'A.txt'):
+    (tmp_path / name).write_text(name)
+  (tmp_path / 'a.Domain').write_text('web')
+  (record,) = _scan(tmp_path, columns=('domain',)).records
+  assert record.caption == 'a.txt' and record.columns == {'domain': 'web'}
+
+
+@pytest.mark.parametrize('ending', ['cls', 'CLS'])
+def test_a_number_in_cls_beside_an_image_is_an_index(tmp_path, ending):
+  _image(tmp_path / 'a.png')
+  (tmp_path / f'a.{ending}').write_text('0')
+  scan = _scan(tmp_path, label_key='cls', classes=('1', '0'), require_caption=False)
+  assert [record.label for record in scan.records] == [0] and len(scan.noted) == 1
+
+
+def test_folders_of_shards_are_no_classes_where_the_label_key_is_none(tmp_path):
+  for shard in ('00000', '00001', '00003'):
+    _image(tmp_path / shard / '1.png')
+    (tmp_path / shard / '1.txt').write_text('a caption')
+    (tmp_path / shard / '1.json').write_text('[]')
+  assert [record.label for record in _scan(tmp_path).records] == [0, 1, 3]
+  scan = _scan(tmp_path, label_key='none')
+  assert [record.label for record in scan.records] == [-1] * 3 and scan.skipped == []
+
+
 def test_links_to_a_folder_above_end_and_names_that_are_no_text_are_listed(tmp_path):
   _image(tmp_path / 'a' / '1.png')
   os.symlink(tmp_path, tmp_path / 'a' / 'loop')

@@ -90,6 +90,17 @@ def test_everything_given_is_escaped():
   parsed(text)
 
 
+def test_no_control_character_reaches_the_page():
+  odd = ''.join(map(chr, [*range(32), *range(127, 160)]))
+  text = render(
+    page.Text(f'a{odd}b'),
+    tables.Table('t', odd, CELLS, (tables.column_heads(f'c{odd}d'),), (odd,)),
+    gallery.Gallery('', (('', (gallery.Group('', (gallery.Picture('', f'e{odd}f', odd),)),)),)),
+  )
+  assert not {character for character in odd if character not in '\t\n\r'} & set(text)
+  assert 'a\t\n\rb' in text and 'é' in render(page.Text('é'))
+
+
 def test_nothing_is_requested():
   parser = parsed(render(*BLOCKS))
   assert all(link.startswith(('data:', '#')) for link in parser.links)

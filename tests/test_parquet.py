@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from clip_jax.core.errors import InputError
-from clip_jax.data import parquet
+from clip_jax.data import parquet, sources
 from clip_jax.data.storage import SourceFile
 
 IMAGE_KEY = ('jpg', 'jpeg', 'png', 'webp', 'image')
@@ -158,6 +158,33 @@ def test_columns_of_one_name_are_an_error(tmp_path):
     pq.write_table(pa.Table.from_arrays(columns, names), tmp_path / 'x.parquet')
     with pytest.raises(InputError, match=f'x.parquet has two columns named {name}'):
       _read(_source(tmp_path / 'x.parquet'), columns=('text',))
+
+
+def test_names_match_without_case_where_only_one_does(tmp_path):
+  columns = {
+    'Image': _images(2),
+    'TEXT': ['a', 'b'],
+    'KEY': ['k0', 'k1'],
+    'url': ['lower', 'lower'],
+    'URL': ['upper', 'upper'],
+    'Name': ['x', 'x'],
+    'NAME': ['y', 'y'],
+  }
+  file = _write(tmp_path / 'x.parquet', columns)
+  samples, skipped = _read(file, columns=('text', 'url', 'URL', 'name', 'image', 'Text'))
+  assert [key for key, *_ in samples] == ['k0', 'k1'] and skipped == []
+  assert samples[1][2] == {'key': 'k1', 'text': 'b', 'url': 'lower', 'URL': 'upper', 'Text': 'b'}
+  scan = sources.scan('parquet', file, columns=('url',), where={'text': 'b'})
+  assert [(r.key, r.caption, r.columns) for r in scan.records] == [('k1', 'b', {'url': 'lower'})]
+
+
+def test_captions_of_bytes_are_decoded_and_counted(tmp_path):
+  texts = ['é'.encode('utf-16'), b'\x92', b'\xef\xbb\xbfgood', b'caf\xe9', bytes(2)]
+  file = _write(tmp_path / 'x.parquet', {'jpg': _images(5), 'txt': texts})
+  scan = sources.scan('parquet', file)
+  assert [record.caption for record in scan.records] == ['é', 'good', 'caf\ufffd']
+  assert scan.noted == {'caption not UTF-8': 1}
+  assert [entry['reason'] for entry in scan.skipped] == ['caption not UTF-8'] * 2
 
 
 def test_names_of_columns_may_have_dots(tmp_path):

@@ -36,6 +36,28 @@ def test_without_classes_any_number_is_a_label():
   assert RowRules().label(2**31 - 1) == 2**31 - 1 and RowRules().label(2**31) == row_rules.BAD_LABEL
 
 
+def test_columns_match_without_case_where_only_one_does():
+  present = ['TEXT', 'Url', 'url', 'NAME', 'Name']
+  assert row_rules.matched(['text', 'url', 'URL', 'name', 'none'], present) == {
+    'text': 'TEXT',
+    'url': 'url',
+  }
+  assert row_rules.first_of(['key', 'uid'], {'key': 'KEY', 'uid': 'uid'}) == 'uid'
+  assert row_rules.first_of(['key', 'uid'], {'uid': 'UID', 'key': 'KEY'}) == 'key'
+  assert row_rules.first_of(['key'], {}) is None
+
+
+def test_only_the_default_image_key_has_avif_beside_its_names():
+  assert RowRules().image_endings == ('jpg', 'jpeg', 'png', 'webp', 'image', 'avif')
+  assert RowRules(image_key='JPG; png').image_endings == ('jpg', 'png')
+
+
+def test_the_label_key_none_names_no_label():
+  assert (
+    RowRules(label_key='none').label_name == '' and RowRules(label_key='cls').label_name == 'cls'
+  )
+
+
 def test_a_class_that_comes_twice_is_its_first_place():
   assert RowRules(classes=('missile', 'dog', 'missile')).label('missile') == 0
 

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from clip_jax.core.errors import ConfigError, InputError
-from clip_jax.data import formats, listing, sources
+from clip_jax.data import formats, images, listing, sources
 
 PACS = os.path.join(os.path.dirname(__file__), '..', '..', 'shared', 'data', 'pacs')
 
@@ -201,6 +201,101 @@ def test_text_is_kept_even_where_it_is_not_unicode(tmp_path):
   )
   assert [r.caption for r in scan.records] == ['caf\ufffd', 'x', 'mark']
   assert scan.records[1].columns == {'c': '?'}
+  assert scan.noted == {'caption not UTF-8': 1} and scan.skipped == []
+
+
+def test_captions_are_decoded_by_their_byte_order_mark(tmp_path):
+  text = 'a café 漢字'
+  encodings = ('utf-8-sig', 'utf-16', 'utf-32')
+  samples = {name: {'jpg': _image(), 'txt': text.encode(name)} for name in encodings}
+  for order, mark in {'le': '\ufeff', 'be': '\ufeff'}.items():
+    samples[order] = {'jpg': _image(), 'txt': f'{mark}{text}'.encode(f'utf-16-{order}')}
+  samples['json'] = {'jpg': _image(), 'json': json.dumps({'caption': text}).encode('utf-16')}
+  scan = _scan(tmp_path, samples)
+  assert [record.caption for record in scan.records] == [text] * 6
+  assert scan.skipped == [] and not scan.noted
+
+
+def test_captions_with_lost_characters_are_counted(tmp_path):
+  samples = {
+    'cp1252': {'jpg': _image(), 'txt': b'the dog\x92s ball'},
+    'no mark': {'jpg': _image(), 'txt': 'dog'.encode('utf-16-le')},
+    'nul': {'jpg': _image(), 'txt': bytes(3)},
+    'gbk': {'jpg': _image(), 'txt': '\u6c49\u5b57'.encode('gbk')},
+    'nul, json': {'jpg': _image(), 'txt': bytes(3), 'json': {'caption': 'good'}},
+    'good': {'jpg': _image(), 'txt': 'good'},
+  }
+  scan = _scan(tmp_path, samples)
+  assert [(r.key, r.caption) for r in scan.records] == [
+    ('cp1252', 'the dog\ufffds ball'),
+    ('no mark', 'd\0o\0g\0'),
+    ('nul, json', 'good'),
+    ('good', 'good'),
+  ]
+  assert scan.noted == {'caption not UTF-8': 3}
+  assert scan.skipped == [{'key': key, 'reason': 'caption not UTF-8'} for key in ('nul', 'gbk')]
+  scan = _scan(tmp_path, samples, require_caption=False)
+  assert scan.noted == {'caption not UTF-8': 5} and scan.records[2].caption == ''
+
+
+def test_a_json_without_fields_costs_no_sample_where_none_is_asked_for(tmp_path):
+  odd = {'list': '[{"bbox": [0]}]', 'empty': '', 'blank': ' \n', 'null': 'null', 'text': '"a"'}
+  samples = {key: {'jpg': _image(), 'txt': 'x', 'json': text} for key, text in odd.items()}
+  scan = _scan(tmp_path, samples)
+  assert _keys(scan) == list(odd) and scan.skipped == []
+  scan = _scan(tmp_path, samples, caption_template='a {}', label_key='cls', classes=('cat',))
+  assert {entry['reason'] for entry in scan.skipped} == {'bad json'}  # class_name may be in it
+  for rules in ({'columns': ('a',)}, {'label_key': 'a'}, {'where': {'a': 1}}, {'group_key': 'a'}):
+    scan = _scan(tmp_path, samples, **rules)
+    assert not scan.records and {entry['reason'] for entry in scan.skipped} == {'bad json'}
+  for members in samples.values():
+    members['cls'] = '0'
+  scan = _scan(tmp_path, samples, caption_template='a {}', label_key='cls', classes=('cat',))
+  assert [record.caption for record in scan.records] == ['a cat'] * len(odd)
+
+
+def test_names_with_several_dots_are_counted_image_by_image(tmp_path):
+  members = {f'{i}.{end}': _image() for i in range(3) for end in ('jpg', 'txt')}
+  scan = _scan(tmp_path, {'shot_1': members})
+  assert scan.skipped == [
+    {'key': f'shot_1.{i}.jpg', 'reason': 'several dots in the name'} for i in range(3)
+  ]
+  scan = _scan(tmp_path, {'shot_1': {'jpg': _image(), **members}})
+  assert scan.skipped == [{'key': 'shot_1 (4 images)', 'reason': 'no caption'}]
+  scan = _scan(tmp_path, {'shot_1': {'jpg': _image(), 'txt': 'x', **members}})
+  assert _keys(scan) == ['shot_1'] and scan.noted == {'further image of a key, not used': 3}
+
+
+def test_16_bit_greys_are_counted(tmp_path):
+  grey = Image.fromarray(np.arange(4800, dtype=np.uint16).reshape(60, 80) * 13)
+  samples = {'rgb': {'jpg': _image(), 'txt': 'x'}}
+  for format in ('PNG', 'TIFF', 'PPM'):
+    out = io.BytesIO()
+    grey.save(out, format)
+    samples[format] = {'jpg': out.getvalue(), 'txt': 'x'}
+  scan = _scan(tmp_path, samples)
+  assert len(scan.records) == 4 and scan.noted == {'16-bit greyscale image': 3}
+
+
+def test_a_number_in_cls_is_an_index_also_where_class_names_are_numbers(tmp_path):
+  samples = {f's{i}': {'jpg': _image(), 'cls': f'{i}\n', 'json': {'n': str(i)}} for i in range(4)}
+  rules = {'classes': ('3', '2', '1'), 'require_caption': False}
+  scan = _scan(tmp_path, samples, label_key='cls', **rules)
+  assert [record.label for record in scan.records] == [0, 1, 2]
+  assert scan.skipped == [{'key': 's3', 'reason': 'bad label'}]
+  assert scan.noted == {'number in .cls taken as an index, not as a class name': 2}
+  scan = _scan(tmp_path, samples, label_key='n', **rules)
+  assert [record.label for record in scan.records] == [0, 2, 1, 0]  # '0' is no class name
+  samples = {'a': {'jpg': _image(), 'cls': 'cat'}, 'b': {'jpg': _image(), 'cls': '9' * 5000}}
+  scan = _scan(tmp_path, samples, label_key='cls', classes=('dog', 'cat'), require_caption=False)
+  assert [record.label for record in scan.records] == [1] and not scan.noted
+  assert scan.skipped == [{'key': 'b', 'reason': 'bad label'}]
+
+
+@pytest.mark.skipif('AVIF' not in images.FORMATS, reason='this Pillow has no AVIF')
+def test_avif_members_are_images(tmp_path):
+  scan = _scan(tmp_path, {'a': {'avif': _image(format='AVIF'), 'txt': 'x'}})
+  assert [(r.key, r.type, r.width, r.height) for r in scan.records] == [('a', 'avif', 8, 6)]
 
 
 def test_where_takes_values_and_tuples(tmp_path):

@@ -16,7 +16,7 @@ from squares import run, sample, write_tar
 
 from clip_jax import defaults
 from clip_jax.core import products
-from clip_jax.data import array_record, formats, reader, summary
+from clip_jax.data import array_record, formats, images, reader, summary
 from clip_jax.experiment.graph import Graph
 from clip_jax.stages import ingest
 
@@ -161,6 +161,37 @@ def test_what_is_broken_is_listed_with_its_file(tmp_path, capsys, monkeypatch):
   c = _pool(format='webdataset', path=f'{tmp_path}/data/0.tar')
   assert 'unusable samples' not in _ingest(c, tmp_path / 'u', capsys)
   assert (tmp_path / 'u/ingest/pool/broken.csv').exists()
+
+
+def test_rows_that_are_peculiar_are_counted_in_log_and_summary(tmp_path, capsys):
+  for number in (0, 1):
+    samples = _some(4 * number)
+    for members in list(samples.values())[:2]:
+      members['txt'] = b'caf\xe9'
+    write_tar(tmp_path / f'data/{number}.tar', samples)
+  c = _pool(format='webdataset', path=f'{tmp_path}/data')
+  said = _ingest(c, tmp_path / 'w', capsys)
+  assert 'pool: 8 rows in 2 shards; not skipped, but counted: 4 caption not UTF-8.' in said
+  assert _summary(tmp_path / 'w')['noted'] == {'caption not UTF-8': 4}
+  counts = products.counts(str(tmp_path / 'w'), 'ingest/pool/index-00001')
+  assert counts['noted'] == {'caption not UTF-8': 2}
+  assert _ingest(c, tmp_path / 'w', capsys).count('caption not UTF-8') == 0  # nothing to do
+
+
+def test_the_limit_of_megapixels_counts_where_it_is_not_the_default(tmp_path, capsys, monkeypatch):
+  monkeypatch.setenv('CLIP_JAX_MAX_MEGAPIXELS', '179')  # restored after the test
+  monkeypatch.setattr(images.Image, 'MAX_IMAGE_PIXELS', 179_000_000)
+  write_tar(tmp_path / 'data/0.tar', {'a': sample(0, 0)})  # 256 pixels
+  c = _pool(format='webdataset', path=f'{tmp_path}/data')
+  (before,) = Graph(c).index_shards('pool')
+  assert 'ingest.max_megapixels' not in before.keys
+  _ingest(c, tmp_path / 'w', capsys)
+  assert _summary(tmp_path / 'w')['images']['unknown_size'] == 0
+  c.ingest.max_megapixels = 1
+  assert Graph(c).index_shards('pool')[0].keys['ingest.max_megapixels'] == 1
+  status, said = run(c, tmp_path / 'w', capsys, ['ingest'])
+  assert status == 1 and 'max_megapixels' in said
+  assert images.Image.MAX_IMAGE_PIXELS == 1_000_000
 
 
 def test_a_summary_that_is_missing_or_was_cut_off_is_made_without_looking_at_the_files(

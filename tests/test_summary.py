@@ -208,6 +208,14 @@ def test_columns_that_no_sample_has_are_said(tmp_path):
   assert 'no sample has a value of typo, named in columns' in summary.sentences(found)
 
 
+def test_what_is_noted_is_said(tmp_path):
+  assert 'noted' not in _write(tmp_path, [[{}]])
+  found = summary.write(str(tmp_path), ['0'], 0, noted={'caption not UTF-8': 1200})
+  assert found['noted'] == {'caption not UTF-8': 1200}
+  assert json.loads((tmp_path / 'summary.json').read_text()) == found
+  assert 'caption not UTF-8: 1,200' in summary.sentences(found)
+
+
 def test_classes_that_are_not_there_are_not_said_to_have_samples(tmp_path):
   said = summary.sentences(
     _write(tmp_path / 'one', [[{'label': 1}, {'label': 1, 'key': 'x'}]], classes='pqr')

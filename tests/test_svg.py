@@ -48,6 +48,10 @@ def test_no_reference_points_outside_the_figure():
   assert targets <= set(re.findall(r'id="([^"]+)"', text))
 
 
+def test_standalone_has_no_control_character():
+  assert svg.standalone(line().replace('</svg>', '<text>a\0b\x1b</text></svg>')).count('>ab<') == 1
+
+
 def test_standalone_has_a_size_and_both_colour_schemes():
   text = svg.standalone(line())
   root = ET.fromstring(text.encode())

@@ -1,4 +1,5 @@
 import json
+import os
 
 import fsspec
 import numpy as np
@@ -217,6 +218,81 @@ def test_the_last_caption_key_that_says_something(described):
   )
   assert [source.caption(i) for i in range(4)] == ['b', 'c', '', 'd']
   assert source.column('key').tolist() == ['p0', 'p1', 'p2', 'p3']
+
+
+def test_columns_match_without_case_where_only_one_does(tmp_path):
+  _vectors(tmp_path / 'img_emb/img_emb_0.npy', 2)
+  columns = {
+    'KEY': ['k0', 'k1'],
+    'uid': ['u0', 'u1'],
+    'TEXT': ['a', 'b'],
+    'Url': ['1', '1'],
+    'URL': ['2', '2'],
+    'WIDTH': [3, 4],
+    'NSFW': ['no', 'yes'],
+  }
+  _metadata(tmp_path / 'metadata/metadata_0.parquet', **columns)
+  source, _ = _index(
+    tmp_path, tmp_path / 'out', columns=('url', 'URL', 'nsfw', 'NSFW'), where={'nsfw': 'yes'}
+  )
+  column = lambda name: source.column(name).tolist()
+  assert column('key') == ['u1'] and source.caption(0) == 'b' and column('width') == [4]
+  assert column('url') == [None] and column('URL') == ['2']
+  assert column('nsfw') == column('NSFW') == ['yes']
+  source, _ = _index(tmp_path, tmp_path / 'other', sample_key='key')
+  assert column('key') == ['k0', 'k1']
+
+
+def test_captions_with_lost_characters_are_counted(tmp_path):
+  _vectors(tmp_path / 'img_emb/img_emb_0.npy', 7)
+  texts = ['é'.encode('utf-16'), b'\x92s', bytes(3), 'd'.encode('utf-16-le'), b'good', None, b'']
+  more = ['other'] * 7
+  for kind in (pa.binary(), pa.large_binary()):
+    _metadata(tmp_path / 'metadata/metadata_0.parquet', caption=pa.array(texts, kind), text=more)
+    source, (counts,) = _index(tmp_path, tmp_path / 'out')
+    assert [source.caption(i) for i in range(7)] == [
+      'é',
+      '\ufffds',
+      'other',
+      'd\0',
+      'good',
+      'other',
+      'other',
+    ]
+    assert counts['noted'] == {'caption not UTF-8': 3} and counts['rows'] == 7
+  buffers = pa.array(texts, pa.binary()).buffers()
+  invalid = pa.Array.from_buffers(pa.string(), 7, buffers)  # as some writers leave them
+  _metadata(tmp_path / 'metadata/metadata_0.parquet', caption=invalid, text=more)
+  source, (counts,) = _index(tmp_path, tmp_path / 'out', where={'text': 'other'})
+  assert source.caption(1) == '\ufffds' and counts['noted'] == {'caption not UTF-8': 3}
+  source, (counts,) = _index(tmp_path, tmp_path / 'out', caption_key='text')
+  assert 'noted' not in counts
+
+
+def test_the_label_key_none_needs_no_column(described):
+  source, _ = _index(described, described / 'out', label_key='none')
+  assert source.labels.tolist() == [-1] * 4
+
+
+def test_headerless_float16_is_told_by_the_rows_of_the_metadata(tmp_path):
+  x = np.eye(4, dtype=np.float16)
+  (tmp_path / 'img_emb').mkdir()
+  x.tofile(tmp_path / 'img_emb/img_emb_0.npy')
+  file = listing.list_files('embeddings', str(tmp_path / 'img_emb'))[0]
+  (beside,) = vector_index.companions([file])
+  assert (
+    vector_index.read_header(file, beside, vector_dim=4).rows == 2
+  )  # float32, as nothing else is known
+  _metadata(tmp_path / 'metadata/metadata_0.parquet', key=list('abcd'))
+  (beside,) = vector_index.companions([file])
+  assert vector_index.read_header(file, beside, vector_dim=4).dtype == np.float16
+  counts = vector_index.write(str(tmp_path), 0, file, beside, vector_dim=4)
+  assert counts['rows'] == 4 and counts['dim'] == 4
+  os.remove(tmp_path / 'metadata/metadata_0.parquet')
+  (tmp_path / 'labels').mkdir()
+  np.save(tmp_path / 'labels/labels_0.npy', np.arange(4))
+  (beside,) = vector_index.companions([file])
+  assert vector_index.read_header(file, beside, vector_dim=4).dtype == np.float16
 
 
 def test_where_and_part_choose_as_for_images(described):

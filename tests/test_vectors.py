@@ -24,6 +24,11 @@ def _lists(path, x, kind=pa.list_(pa.float32()), **more):
   )
 
 
+def _tensors(path, x):
+  tensors = pa.FixedShapeTensorArray.from_numpy_ndarray(x[:, None])  # of shape [1, E]
+  pq.write_table(pa.table({'id': list(range(len(x))), 'embedding': tensors}), path)
+
+
 _WRITERS = {
   'x.npy': lambda path: np.save(path, _X),
   'half.npy': lambda path: np.save(path, _X.astype(np.float16)),
@@ -35,6 +40,9 @@ _WRITERS = {
   'fortran.npz': lambda path: np.savez(path, b32_img=np.asfortranarray(_X)),
   'x.parquet': lambda path: _lists(path, _X),
   'fixed.parquet': lambda path: _lists(path, _X, pa.list_(pa.float32(), 5)),
+  'view.parquet': lambda path: _lists(path, _X, pa.list_view(pa.float32())),
+  'large_view.parquet': lambda path: _lists(path, _X, pa.large_list_view(pa.float16())),
+  'tensor.parquet': lambda path: _tensors(path, _X),
   'large.parquet': lambda path: _lists(path, _X, pa.large_list(pa.float64())),
 }
 
@@ -195,10 +203,14 @@ def test_lists_of_other_lengths_and_without_a_vector(tmp_path):
   pq.write_table(pa.table({'e': pa.array(lists, pa.list_(pa.float32()))}), path)
   with pytest.raises(InputError, match='row 9 has 1 numbers.* 5'):
     _read(path)
-  lists[9] = None
-  pq.write_table(pa.table({'e': pa.array(lists, pa.list_(pa.float32()))}), path)
-  with pytest.raises(InputError, match='row 9 has no vector'):
-    _read(path)
+  for missing in (None, []):
+    lists[9] = lists[22] = missing
+    for kind in (pa.list_, pa.large_list, pa.list_view):
+      pq.write_table(pa.table({'e': pa.array(lists, kind(pa.float32()))}), path)
+      found = _read(path)
+      assert np.isnan(found[[9, 22]]).all()
+      assert np.array_equal(np.delete(found, [9, 22], 0), np.delete(_X, [9, 22], 0))
+  lists[22] = _X[22].tolist()
   lists[9] = [1.0, None, 0.0, 0.0, 0.0]
   pq.write_table(pa.table({'e': pa.array(lists, pa.list_(pa.float32()))}), path)
   assert np.isnan(_read(path)[9, 1])  # which `to_unit_float16` finds
@@ -328,7 +340,38 @@ def test_the_files_of_each_layout_are_found_in_a_folder(tmp_path):
   ] == ['img_emb_9.npy', 'img_emb_10.npy']
 
 
-def test_a_parquet_whose_first_row_has_no_vector(tmp_path):
-  pq.write_table(pa.table({'e': pa.array([None, [1.0, 0.0]])}), tmp_path / 'x.parquet')
-  with pytest.raises(InputError, match='x.parquet: row 0 has no vector'):
+def test_a_parquet_whose_first_rows_have_no_vector(tmp_path):
+  lists = [None, [], [1.0, 0.0]]
+  pq.write_table(pa.table({'e': pa.array(lists)}), tmp_path / 'x.parquet')
+  found = _read(tmp_path / 'x.parquet')
+  assert np.isnan(found[:2]).all() and found[2].tolist() == [1.0, 0.0]
+  pq.write_table(
+    pa.table({'e': pa.array(lists[:2], pa.list_(pa.float32()))}), tmp_path / 'x.parquet'
+  )
+  with pytest.raises(InputError, match='x.parquet: no row has a vector'):
     vectors.read_header(str(tmp_path / 'x.parquet'))
+  fixed = pa.array([None, [1.0, 0.0], None], pa.list_(pa.float32(), 2))
+  kind = pa.fixed_shape_tensor(pa.float32(), (2,))
+  for column in (fixed, pa.FixedShapeTensorArray.from_storage(kind, fixed)):
+    pq.write_table(pa.table({'e': column}), tmp_path / 'x.parquet')
+    assert np.isnan(_read(tmp_path / 'x.parquet')).all(1).tolist() == [True, False, True]
+
+
+def test_float16_without_a_header_is_told_by_the_size_where_the_rows_are_known(tmp_path):
+  path = str(tmp_path / 'x')
+  _X.astype('<f2').tofile(path)
+  assert vectors.read_header(path, dim=5, rows=23).dtype == np.float16
+  assert vectors.read_header(path, dim=5, rows=23).rows == 23
+  _X[:22].astype('<f2').tofile(path)  # as many bytes as 11 rows of float32
+  assert (
+    vectors.read_header(path, dim=5).rows,
+    vectors.read_header(path, dim=5, rows=22).rows,
+  ) == (11, 22)
+  assert vectors.read_header(path, dim=5, rows=11).dtype == np.float32
+  assert vectors.read_header(path, dim=5, rows=10).rows == 11  # vector_index refuses it
+
+
+def test_vectors_that_no_norm_makes_usable():
+  x = np.ones((6, 3), np.float16)
+  x[1], x[2, 1], x[3, 0], x[4] = 0, np.nan, np.inf, 1e-7
+  assert vectors.is_unusable(x).tolist() == [False, True, True, True, False, False]

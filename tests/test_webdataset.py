@@ -2,6 +2,7 @@ import io
 import json
 import os
 import random
+import subprocess
 import tarfile
 import tracemalloc
 
@@ -22,6 +23,13 @@ def _tar(path, members, format=tarfile.USTAR_FORMAT):
       info.size = len(data)
       tar.addfile(info, io.BytesIO(data))
   return str(path)
+
+
+def _tar_version():
+  try:
+    return subprocess.run(['tar', '--version'], capture_output=True, text=True, check=True).stdout
+  except (OSError, subprocess.CalledProcessError):
+    return ''
 
 
 def _sample(key, n=0):
@@ -75,7 +83,33 @@ def test_members_are_grouped_by_key_in_order_of_first_member(tmp_path):
     ('a', {'jpg': b'2', 'seg.png': b'3'}),
     ('d/b', {'jpg': b'5'}),
   ]
-  assert skipped == []
+  assert skipped == [{'key': 'noending', 'reason': 'name without an ending'}]
+
+
+@pytest.mark.skipif('GNU' not in _tar_version(), reason='needs GNU tar')
+@pytest.mark.parametrize('format', ['gnu', 'posix'])
+@pytest.mark.parametrize('segments', [1, 3, 4, 5, 60])
+def test_a_sparse_member_is_skipped_alone(tmp_path, format, segments):
+  folder = tmp_path / 'x'
+  folder.mkdir()
+  for name, data in [member for key in 'abc' for member in _sample(key)]:
+    (folder / name).write_bytes(data)
+  with open(folder / 'b.meta', 'wb') as f:  # data and holes in turn
+    for i in range(segments):
+      f.seek((2 * i + 1) << 16)
+      f.write(b'data')
+    f.truncate((2 * segments + 1) << 16)
+  path = str(tmp_path / 'x.tar')
+  command = ['tar', f'--format={format}', '--sort=name', '-S', '-cf', path, '-C', str(folder), '.']
+  subprocess.run(command, check=True)
+  samples, skipped = _read(path)
+  expected = [(f'./{key}', {e.split('.')[1]: d for e, d in _sample(key)}) for key in 'abc']
+  assert samples == expected
+  assert skipped == [{'key': './b.meta', 'reason': 'sparse member'}]
+  whole = (tmp_path / 'x.tar').read_bytes()
+  for cut in range(512, len(whole) - 10240, 512):  # no cut is fatal
+    (tmp_path / 'cut.tar').write_bytes(whole[:cut])
+    assert _read(str(tmp_path / 'cut.tar'))[1][-1]['reason'] in ('truncated', 'damaged header')
 
 
 def test_duplicate_keys_are_listed_and_the_first_counts(tmp_path):

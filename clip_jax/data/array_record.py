@@ -12,7 +12,7 @@ import re
 from typing import Any
 
 from clip_jax.core.errors import InputError
-from clip_jax.data import storage, table
+from clip_jax.data import row_rules, storage, table
 
 OPTIONS = 'group_size:1'  # of a writer; larger groups are decoded as a whole, slow for random reads
 _BATCH = 4 << 20  # approximate bytes of records read at once
@@ -100,7 +100,7 @@ class Reader:
 
   def __init__(self, path: str, image_key: str, values: Callable[[Sequence[int]], list[bytes]]):
     self._path, self._values = path, values
-    self._names = [name.strip() for name in image_key.lower().split(';')]
+    self._names = row_rules.image_names(image_key)
 
   def read_many(self, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
     """Returns the images of [(row, length)]."""
@@ -158,7 +158,7 @@ def example_samples(
       continue
     image = _image(features, image_key)
     fields = {
-      column: _value(features[column])
+      column: _value(features[column], storage.decode_text)
       for column in columns
       if column in features and not (image and column == image[0])
     }
@@ -184,12 +184,16 @@ def _image(features: Mapping[str, Any], names: Sequence[str]) -> tuple[str, byte
   return None
 
 
-def _value(feature: Any) -> Any:
+def _utf8(data: bytes) -> str:
+  return data.decode('utf-8', 'replace')
+
+
+def _value(feature: Any, decode: Callable[[bytes], str] = _utf8) -> Any:
   """Returns the value of a feature, text or number; a list of several values, None for none."""
   kind = feature.WhichOneof('kind')
   values = list(getattr(feature, kind).value) if kind else []
   if kind == 'bytes_list':
-    values = [value.decode('utf-8', 'replace') for value in values]
+    values = [decode(value) for value in values]
   return values[0] if len(values) == 1 else values or None
 
 

@@ -1,10 +1,11 @@
 """Format 'folder': every image file below a folder is a sample; its class is its first folder.
 
-In: <root>/<class>/.../<name>.jpg, and optionally <name>.txt, .json and .cls beside it. Out: samples
-whose image is a whole file, with its path relative to the root as key. labels.py assigns labels.
+In: <root>/<class>/.../<name>.jpg, and optionally <name>.txt, .json, .cls and other files beside it.
+Their endings may be in upper case, as in tars. Out: samples whose image is a whole file, with its
+path relative to the root as key. labels.py assigns labels.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 import functools
 import os
 import re
@@ -12,7 +13,7 @@ import re
 from clip_jax.core.errors import InputError
 from clip_jax.data import storage, table
 
-IMAGES = ('jpg', 'jpeg', 'png', 'webp', 'gif', 'bmp', 'tif', 'tiff', 'ppm')  # endings
+IMAGES = ('jpg', 'jpeg', 'png', 'webp', 'gif', 'bmp', 'tif', 'tiff', 'ppm', 'avif')  # endings
 _BESIDE = ('txt', 'json', 'cls')
 _MAPPINGS = ('folder_to_objectnet_label.json', 'objectnet_to_imagenet_1k.json')  # ObjectNet's
 
@@ -50,10 +51,16 @@ def find(root: str) -> list[str]:
   return [os.path.join(root, name) for name in names]
 
 
-def samples(root: str, names: Sequence[str]) -> tuple[list[table.Sample], list[dict[str, str]]]:
-  """Returns the samples of image files, given relative to root, and the skipped entries."""
+def samples(
+  root: str, names: Sequence[str], columns: Sequence[str] = ()
+) -> tuple[list[table.Sample], list[dict[str, str]]]:
+  """Returns the samples of image files, given relative to root, and the skipped entries.
+
+  columns: endings, beside txt, json and cls, of the files that belong to an image.
+  """
   usable, skipped = [], []
-  beside = functools.lru_cache(64)(lambda folder: set(os.listdir(os.path.join(root, folder))))
+  endings = dict.fromkeys((*_BESIDE, *map(str.lower, columns)))
+  beside = functools.lru_cache(64)(lambda folder: _by_lower_ending(os.path.join(root, folder)))
   inside = images_folder(root)
   for name in names:
     if not is_text(name):
@@ -62,7 +69,7 @@ def samples(root: str, names: Sequence[str]) -> tuple[list[table.Sample], list[d
       )
       continue
     try:
-      usable.append(_sample(root, name, beside(os.path.dirname(name)), inside))
+      usable.append(_sample(root, name, endings, beside(os.path.dirname(name)), inside))
     except OSError:
       skipped.append({'key': name, 'reason': 'file cannot be read'})
   return usable, skipped
@@ -121,14 +128,28 @@ def is_text(name: str) -> bool:
   return not re.search('[\ud800-\udfff]', name)
 
 
-def _sample(root: str, name: str, beside: set[str], inside: str) -> table.Sample:
+def _by_lower_ending(folder: str) -> dict[str, str]:
+  """Returns name with its ending in lower case -> name, of the files of a folder.
+
+  Of 'a.TXT' and 'a.txt' the latter counts.
+  """
+  names = {}
+  for name in sorted(os.listdir(folder)):
+    stem, dot, end = name.rpartition('.')
+    names[f'{stem}{dot}{end.lower()}'] = name
+  return names
+
+
+def _sample(
+  root: str, name: str, endings: Iterable[str], beside: Mapping[str, str], inside: str
+) -> table.Sample:
   stem = os.path.splitext(name)[0]
-  files = {ending(name): os.path.join(root, name)}
-  files |= {
-    end: os.path.join(root, f'{stem}.{end}')
-    for end in _BESIDE
-    if f'{os.path.basename(stem)}.{end}' in beside
+  files = {
+    end: os.path.join(os.path.dirname(os.path.join(root, name)), actual)
+    for end in endings
+    if (actual := beside.get(f'{os.path.basename(stem)}.{end}'))
   }
+  files[ending(name)] = os.path.join(root, name)
   members = {end: (0, os.stat(path).st_size) for end, path in files.items()}
   return table.Sample(
     name, members, functools.partial(_read, files), class_folder(name, inside), name

@@ -86,7 +86,9 @@ FORMATS = {
     classes=lambda path, label_key: _parquet().classes(path, label_key),
   ),
   'folder': Format(
-    lambda files, root, *names: folder.samples(root, [file.name for file in files]),
+    lambda files, root, _image, _key, columns: folder.samples(
+      root, [file.name for file in files], columns
+    ),
     lambda where: storage.open_file(where['path']),
     (),
     find=folder.find,

@@ -14,6 +14,7 @@ from clip_jax.data import images
 _LAYERS = (1, 3, 4)  # supported numbers of colour components of a JPEG
 _PNG = b'\x89PNG\r\n\x1a\n\0\0\0\rIHDR'
 _IHDR = struct.Struct('>IIBBBB')  # width, height, bits, colours, compression, filter
+_GREY16 = (b'II', b'MM', b'P5')  # TIFF and PGM: the other types that may have 16-bit greys
 _PNG_BITS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}
 
 
@@ -35,6 +36,13 @@ def header(data: bytes) -> tuple[str, int, int]:
   if size is None or not 0 < size[0] * size[1] <= (Image.MAX_IMAGE_PIXELS or 1 << 62):
     return images.header(data)
   return kind, *size
+
+
+def is_grey16(data: bytes) -> bool:
+  """Returns whether the first bytes of a readable image say that it is a 16-bit greyscale image."""
+  if data[:16] == _PNG:
+    return data[24:26] == b'\x10\0'  # bits, colours
+  return data[:2] in _GREY16 and images.is_grey16(data)
 
 
 def _jpeg(data: bytes) -> tuple[int, int] | None:

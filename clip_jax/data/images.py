@@ -9,6 +9,7 @@ file, and its result counts.
 from collections.abc import Callable, Iterator
 import io
 import math
+import os
 import struct
 from typing import Any, NamedTuple
 
@@ -19,7 +20,12 @@ import simplejpeg
 from clip_jax.core.types import Array
 
 # Allowed formats of Pillow: those of image datasets. Some other formats start external programs.
-FORMATS = ('JPEG', 'PNG', 'WEBP', 'GIF', 'BMP', 'TIFF', 'PPM')
+# AVIF is built into Pillow from 11.3 on.
+FORMATS = ('JPEG', 'PNG', 'WEBP', 'GIF', 'BMP', 'TIFF', 'PPM') + (
+  ('AVIF',) if 'avif' in features.modules and features.check('avif') else ()
+)
+MAX_MEGAPIXELS = 179  # of an image: twice Pillow's own limit, from where on Pillow reads no image
+_MAX_MEGAPIXELS = 'CLIP_JAX_MAX_MEGAPIXELS'  # an environment variable, because processes inherit it
 MODES = ('shortest', 'squash')
 _RATIO = (3 / 4, 4 / 3)  # width / height of a random crop, torchvision's default
 _TRIES = 10  # draws of a crop before the centre is taken; torchvision's default
@@ -62,10 +68,25 @@ class _Frame(NamedTuple):
 def decode(data: bytes) -> Array:
   """Returns the pixels [H, W, 3] uint8, read-only, like open_clip: EXIF rotation is not applied.
 
-  Palettes, greys, CMYK, alpha and 16 bits become RGB with Pillow's convert. Raises UnreadableImage;
-  for an image over Pillow's MAX_IMAGE_PIXELS, before memory is allocated.
+  Palettes, greys, CMYK, alpha and 16-bit colours become RGB with Pillow's convert. 16-bit greys
+  (PNG, TIFF, PGM) are scaled to 8 bits, value / 257 rounded; in open_clip, Pillow's convert makes
+  every value over 255 white. TIFFs of 32-bit integers or floats have no fixed range and are left to
+  Pillow's convert. Raises UnreadableImage; for an image over Pillow's MAX_IMAGE_PIXELS, which
+  `limit_megapixels` sets, before memory is allocated.
   """
   return _decode(data, lambda height, width: 1)[0]
+
+
+def limit_megapixels(most: float) -> None:
+  """Sets the size over which an image counts as unreadable, here and in processes started later.
+
+  It is Pillow's own limit, Image.MAX_IMAGE_PIXELS, of this process.
+  """
+  os.environ[_MAX_MEGAPIXELS] = str(most)
+  Image.MAX_IMAGE_PIXELS = int(most * 1_000_000)
+
+
+limit_megapixels(float(os.environ.get(_MAX_MEGAPIXELS, MAX_MEGAPIXELS)))
 
 
 def decode_crop(
@@ -95,10 +116,15 @@ def decode_crop(
 def header(data: bytes) -> tuple[str, int, int]:
   """Returns (type, width, height) from the first bytes of an image; raises UnreadableImage.
 
-  type: 'jpeg', 'png', 'webp', 'gif', 'bmp', 'tiff' or 'ppm'.
+  type: 'jpeg', 'png', 'webp', 'gif', 'bmp', 'tiff', 'ppm' or 'avif'.
   """
   kind, width, height = _with_open_image(data, lambda image: (image.format or '', *image.size))
   return 'jpeg' if kind == 'MPO' else kind.lower(), width, height
+
+
+def is_grey16(data: bytes) -> bool:
+  """Returns whether the first bytes of an image say that it is a 16-bit greyscale image."""
+  return _with_open_image(data, _is_grey16)
 
 
 def resize(
@@ -184,6 +210,9 @@ def _decode(data: bytes, factor: Callable[[int, int], int]) -> tuple[Array, int,
     if pixels is None:
       if shrunk > 1:
         image.draft(None, (width // shrunk, height // shrunk))
+      if _is_grey16(image):
+        grey = ((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8)
+        image = Image.fromarray(grey)
       pixels = np.asarray(image if image.mode == 'RGB' else image.convert('RGB'))
     return pixels, height, width
 
@@ -240,6 +269,14 @@ def _jpeg_frame(data: bytes) -> _Frame | None:
     elif marker in _APPS:
       plain &= marker == _APPS[0] and end - start == 14 and data[start : start + 5] == b'JFIF\0'
   return None
+
+
+def _is_grey16(image: Image.Image) -> bool:
+  """Returns whether an image has greys of 0 to 65,535.
+
+  Pillow's mode 'I' holds 32 bits; of a PNG or a PGM they are 16-bit values.
+  """
+  return image.mode.startswith('I;16') or (image.mode == 'I' and image.format in ('PNG', 'PPM'))
 
 
 def _check_size(height: int, width: int) -> None:

@@ -9,7 +9,7 @@ import os
 from clip_jax.core.errors import InputError
 from clip_jax.data import folder, listing, storage, webdataset
 
-ENDINGS = ('jpg', 'jpeg', 'png', 'webp')  # of tar members, in order of preference
+ENDINGS = ('jpg', 'jpeg', 'png', 'webp', 'avif')  # of tar members, in order of preference
 
 
 def exists(path: str) -> bool:

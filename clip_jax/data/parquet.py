@@ -7,7 +7,7 @@ page and never held in memory as a whole.
 
 import bisect
 import collections
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
 import functools
@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clip_jax.core.errors import InputError
-from clip_jax.data import storage, table
+from clip_jax.data import row_rules, storage, table
 
 _BATCH = 4 << 20  # approximate bytes of images decoded at once
 _MOST_ROWS = 256  # maximum rows decoded at once, because sizes in a footer may be wrong
@@ -63,21 +63,22 @@ def samples(
 
   image_key: names of the image column, in lower case; the first one in the file counts. sample_key:
   names of the key column; without it, a key is the file's name and the row. columns: other columns
-  to read. A damaged file or row group is skipped; a sample without an image has no members. Raises
-  InputError if no column holds images.
+  to read. A name without a column matches the only column that differs in case alone ('TEXT'). A
+  damaged file or row group is skipped; a sample without an image has no members. Raises InputError
+  if no column holds images.
   """
   try:
     opened = _open(file.path, image_key)
   except _Damage:
     return iter(()), [{'key': file.name, 'reason': 'not a parquet file'}]
-  names = set(opened.parquet.schema_arrow.names)
-  key = next((name for name in sample_key if name in names), None)
-  wanted = [
-    name
+  actual = row_rules.matched([*sample_key, *columns], opened.parquet.schema_arrow.names)
+  key = row_rules.first_of(sample_key, actual)
+  wanted = {
+    name: actual[name]
     for name in dict.fromkeys([*filter(None, [key]), *columns])
-    if name in names and name != opened.column
-  ]
-  for name in [opened.column, *wanted]:
+    if actual.get(name, opened.column) != opened.column
+  }
+  for name in [opened.column, *wanted.values()]:
     if opened.parquet.schema_arrow.names.count(name) > 1:
       raise InputError(
         f'{file.path} has two columns named {name}. Write the file with one, or name other '
@@ -107,7 +108,7 @@ class Reader:
   def __init__(self, path: str, image_key: str):
     self._path = path
     try:
-      self._file = _open(path, [name.strip() for name in image_key.lower().split(';')])
+      self._file = _open(path, row_rules.image_names(image_key))
     except _Damage as error:
       raise storage.changed_file_error(self._path) from error
     self._number = next(_numbers)
@@ -202,13 +203,14 @@ _numbers = itertools.count()  # one per reader, because a file may change before
 
 
 def _samples(
-  file: _File, name: str, key: str | None, columns: list[str], skipped: list[dict[str, str]]
+  file: _File,
+  name: str,
+  key: str | None,
+  columns: Mapping[str, str],  # name in a sample's fields -> column
+  skipped: list[dict[str, str]],
 ) -> Iterator[table.Sample]:
-  leaves = (
-    [file.leaf, *columns]
-    if file.leaf == file.column
-    else [file.leaf, f'{file.column}.path', *columns]
-  )
+  path = [] if file.leaf == file.column else [f'{file.column}.path']
+  leaves = list(dict.fromkeys([file.leaf, *path, *columns.values()]))
   stem = os.path.splitext(name)[0]
   for group, (row, end) in enumerate(itertools.pairwise(file.starts)):
     try:
@@ -236,12 +238,14 @@ def _samples(
       )
 
 
-def _rows(batch, column: str, columns: list[str]) -> Iterator[tuple[Any, bool, dict[str, Any]]]:
-  """Yields (image bytes or None, whether the row has a path only, other columns) of each row."""
+def _rows(
+  batch, column: str, columns: Mapping[str, str]
+) -> Iterator[tuple[Any, bool, dict[str, Any]]]:
+  """Yields (image bytes or None, whether the row has a path only, its fields) of each row."""
   with _damage_errors():
     # Paths are never opened.
     images, paths = (_bytes_or_path(batch.column(column), name) for name in ('bytes', 'path'))
-    arrays = {name: batch.column(name) for name in columns}
+    arrays = {name: batch.column(actual) for name, actual in columns.items()}
     for i in range(batch.num_rows):
       image = _buffer(images, i)
       path_only = image is None and paths is not None and paths[i].is_valid
@@ -368,4 +372,4 @@ def _python(array, i: int) -> Any:
 
 
 def _as_text(value: Any) -> str:
-  return value.decode('utf-8', 'replace') if isinstance(value, bytes) else str(value)
+  return storage.decode_text(value) if isinstance(value, bytes) else str(value)

@@ -1,6 +1,6 @@
 """The rules that choose samples of a dataset and fill their rows, for every source format."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 import dataclasses
 import functools
 import hashlib
@@ -12,6 +12,10 @@ from clip_jax.core.errors import ConfigError
 from clip_jax.data.table import COLUMNS
 
 NO_LABEL, BAD_LABEL = -1, -2
+NO_LABELS = 'none'  # the label_key of a dataset without labels
+NOT_UTF8 = 'caption not UTF-8'
+LOST = ('\ufffd', '\0')  # signs of lost characters: bytes that are not UTF-8, and UTF-16 as bytes
+NO_TEXT = '\0\ufffd \t\r\n'  # a caption of these characters alone is empty
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +38,7 @@ class RowRules:
   caption_template: str = ''  # '{}' becomes the class name; '' uses the sample's own caption
   # (regex, replacement, share of the samples that are edited, chosen by their keys)
   caption_edit: tuple[str, str, float] | tuple[()] = ()
-  label_key: str = ''  # of a label number, or a name in `classes`
+  label_key: str = ''  # of a label number, or a name in `classes`; 'none': no labels
   labels_file: str = ''  # format 'folder': the path of a file of labels (labels.py)
   classes: Sequence[str] = ()  # class names in label order
   columns: Sequence[str] = ()  # more columns of the index
@@ -58,6 +62,16 @@ class RowRules:
       name: tuple(value) if isinstance(value, (tuple, list)) else (value,)
       for name, value in self.where.items()
     }
+
+  @functools.cached_property
+  def image_endings(self) -> tuple[str, ...]:
+    """The names in image_key, in lower case."""
+    return image_names(self.image_key)
+
+  @property
+  def label_name(self) -> str:
+    """The name of the member, column or field of the label; '' for no labels."""
+    return '' if self.label_key == NO_LABELS else self.label_key
 
   def in_part(self, group: str) -> bool:
     low, high = self.part
@@ -88,9 +102,45 @@ class RowRules:
 
 
 @functools.cache
+def image_names(image_key: str) -> tuple[str, ...]:
+  """Returns the names in an image_key, in lower case; the default has 'avif', too.
+
+  The default itself does not name it, because image_key is in the fingerprint of every index.
+  """
+  return (*names(image_key.lower()), *(['avif'] if image_key == RowRules.image_key else []))
+
+
+@functools.cache
 def names(keys: str) -> tuple[str, ...]:
   """Returns the names in a key such as 'txt;caption'."""
   return tuple(filter(None, map(str.strip, keys.split(';'))))
+
+
+def has_lost_characters(caption: str) -> bool:
+  """Returns whether a text was not UTF-8, or came with its characters lost."""
+  return any(sign in caption for sign in LOST)
+
+
+def matched(wanted: Collection[str], present: Collection[str]) -> dict[str, str]:
+  """Returns wanted name -> column, for the wanted names that are present.
+
+  A name without a column of its own matches the only column that differs in case alone.
+  """
+  columns = {name: name for name in wanted if name in present}
+  for name in wanted:
+    alike = [column for column in present if column.lower() == name.lower()]
+    if len(alike) == 1:
+      columns.setdefault(name, alike[0])
+  return columns
+
+
+def first_of(wanted: Sequence[str], columns: Mapping[str, str]) -> str | None:
+  """Returns the first wanted name with a column of its own, else the first with any, else None.
+
+  columns: the result of `matched`.
+  """
+  matches = [name for name in wanted if name in columns]
+  return next((name for name in matches if columns[name] == name), next(iter(matches), None))
 
 
 def fraction(text: str) -> float:

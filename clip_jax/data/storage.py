@@ -6,6 +6,7 @@ variables (FSSPEC_S3_ANON=true). Reads are safe from several threads and from fo
 processes.
 """
 
+import codecs
 import collections
 from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
@@ -35,6 +36,14 @@ _ADVICE = (
   ' Check the path, the credentials and the network, then run the same command again; it '
   'resumes from here.'
 )
+# Byte order marks; that of UTF-32 begins with that of UTF-16.
+_MARKS = {
+  codecs.BOM_UTF8: 'utf-8',
+  codecs.BOM_UTF32_LE: 'utf-32-le',
+  codecs.BOM_UTF32_BE: 'utf-32-be',
+  codecs.BOM_UTF16_LE: 'utf-16-le',
+  codecs.BOM_UTF16_BE: 'utf-16-be',
+}
 _T = TypeVar('_T')
 
 
@@ -108,6 +117,14 @@ class RemoteFile:
   def read_many(self, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
     """Returns the bytes of each (offset, length); all are fetched concurrently."""
     return read_ranges([(self.path, offset, length) for offset, length in ranges])
+
+
+def decode_text(data: bytes) -> str:
+  """Returns bytes as text, by their byte order mark, else as UTF-8; invalid bytes become U+FFFD."""
+  for mark, encoding in _MARKS.items():
+    if data.startswith(mark):
+      return data[len(mark) :].decode(encoding, 'replace')
+  return data.decode('utf-8', 'replace')
 
 
 def is_remote(path: str) -> bool:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import csv
 import io
 import os
+import types
 from typing import Any
 
 import numpy as np
@@ -41,11 +42,12 @@ def write(
   shards: Sequence[str],
   left_out: int,
   follow: Callable[[range], Iterable[int]] = iter,
+  noted: Mapping[str, int] = types.MappingProxyType({}),
 ) -> dict[str, Any]:
   """Writes summary.json and broken.csv; returns the summary.
 
   shards: display name of each shard's file; left_out: number of samples that were not chosen;
-  follow: wraps a loop over shards with a progress bar.
+  follow: wraps a loop over shards with a progress bar; noted: peculiarity -> samples that have it.
   """
   every = range(len(shards))
   summary = _column_statistics(directory, follow(every))
@@ -62,6 +64,7 @@ def write(
     'shards': len(shards),
     'left_out': left_out,
     **write_broken(directory, shards),
+    **({'noted': dict(sorted(noted.items()))} if noted else {}),
   }
   files.write_json(os.path.join(directory, SUMMARY), summary)
   return summary
@@ -127,6 +130,8 @@ def sentences(summary: dict[str, Any]) -> list[str]:
     name for name, missing in summary['columns'].items() if missing == summary['samples']
   ]:
     sentences.append(f'no sample has a value of {", ".join(empty)}, named in columns')
+  for note, samples in summary.get('noted', {}).items():
+    sentences.append(f'{note}: {samples:,}')
   if summary['repeated_keys']['samples']:
     line = f'{summary["repeated_keys"]["samples"]:,} samples have the key of an earlier one'
     for first in summary['repeated_keys']['first'][:1]:

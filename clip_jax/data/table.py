@@ -82,6 +82,8 @@ class Scan:
   records: list[Record]
   skipped: list[dict[str, str]]  # {'key', 'reason'} of each unusable sample or file
   left_out: int = 0  # number of samples that `where` and `part` do not choose
+  # Peculiarity of records -> number of records, such as {'caption not UTF-8': 2}
+  noted: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 def write_shard(directory: str, shard: int, scan: Scan) -> dict[str, Any]:
@@ -104,6 +106,7 @@ def write_shard(directory: str, shard: int, scan: Scan) -> dict[str, Any]:
     'skipped': len(scan.skipped),
     'left_out': scan.left_out,
     'reasons': dict(sorted(reasons.items())),
+    **({'noted': dict(sorted(scan.noted.items()))} if scan.noted else {}),
   }
 
 

@@ -152,6 +152,25 @@ def _by_number(listed: Sequence[storage.SourceFile], trouble: str) -> dict[int, 
   return by_number
 
 
+def read_header(
+  file: storage.SourceFile,
+  beside: Mapping[str, storage.SourceFile],
+  vector_key: str = '',
+  vector_dim: int = 0,
+  path: str = '',
+) -> vectors.Head:
+  """Returns the header of a file of vectors, whose companion files tell its number of rows.
+
+  vector_key, vector_dim: as in vectors.read_header. path: of a local copy of the file, '' for none.
+  """
+  rows = 0
+  if vector_dim and METADATA in beside:
+    rows = _parquet(beside[METADATA]).metadata.num_rows
+  elif vector_dim and beside:
+    rows = len(_array(next(iter(beside.values())).path))
+  return vectors.read_header(path or file.path, vector_key, vector_dim, rows)
+
+
 def write(
   directory: str,
   shard: int,
@@ -170,11 +189,10 @@ def write(
   vector_key, vector_dim: as in vectors.read_header. Raises InputError if the metadata and the
   vectors differ in their number of rows, or if a needed column is missing or has an unusable type.
   """
-  header = vectors.read_header(file.path, vector_key, vector_dim)
+  header = read_header(file, beside, vector_key, vector_dim)
   rows = _Rows(file, beside, header)
-  key = next(
-    (name for name in (*row_rules.names(rules.sample_key), *ALSO_KEYS) if rows.has(name)), ''
-  )
+  keys = (*row_rules.names(rules.sample_key), *ALSO_KEYS)
+  key = row_rules.first_of(keys, {name: rows.column(name) for name in keys if rows.has(name)}) or ''
   captions = [
     name for name in row_rules.names(rules.caption_key.replace('json:', '')) if rows.has(name)
   ]
@@ -182,23 +200,24 @@ def write(
     side: next((name for name in (side, f'original_{side}') if rows.has(name)), '')
     for side in ('width', 'height')
   }
-  needed = [*rules.where, *filter(None, (rules.group_key, rules.label_key))]
+  needed = [*rules.where, *filter(None, (rules.group_key, rules.label_name))]
   for name in needed:
     rows.check(name)
-  skipped, left_out, written = [], 0, 0
+  skipped, left_out, written, lost = [], 0, 0, 0
   writer = None
   with files.atomic(table.index_file(directory, shard)) as path:
     try:
       for start, batch in rows.batches(
         [*filter(None, [key, *sizes.values()]), *captions, *needed, *rules.columns]
       ):
-        index, label = _index(file, shard, start, batch, rules, key, captions, sizes)
+        index, label, has_lost = _index(file, shard, start, batch, rules, key, captions, sizes)
         chosen = _chosen_rows(batch, index['group'].combine_chunks(), rules)
         bad = chosen & (label == row_rules.BAD_LABEL)
         skipped += [
           {'key': key, 'reason': 'bad label'} for key in index.filter(bad)['key'].to_pylist()
         ]
         index = index.filter(chosen & ~bad)
+        lost += int((has_lost & chosen & ~bad).sum())
         writer = writer or pq.ParquetWriter(os.fspath(path), index.schema, compression='zstd')
         writer.write_table(index)
         left_out, written = left_out + int((~chosen).sum()), written + len(index)
@@ -212,6 +231,7 @@ def write(
     'left_out': left_out,
     'dim': header.dim,
     'reasons': {'bad label': len(skipped)} if skipped else {},
+    **({'noted': {row_rules.NOT_UTF8: lost}} if lost else {}),
   }
 
 
@@ -237,7 +257,11 @@ class _Rows:
         )
 
   def has(self, name: str) -> bool:
-    return name in self._types or name in self._arrays
+    return bool(self.column(name))
+
+  def column(self, name: str) -> str:
+    """Returns the column of a name, which may differ in case if no other does; '' for none."""
+    return row_rules.matched([name], [*self._types, *self._arrays]).get(name, '')
 
   def check(self, name: str) -> None:
     """Raises InputError if the needed column `name` is missing."""
@@ -250,23 +274,24 @@ class _Rows:
 
   def batches(self, names: Sequence[str]) -> Iterator[tuple[int, dict]]:
     """Yields (first row, column -> arrow array) of at most _ROWS rows; at least one batch."""
-    names = [name for name in dict.fromkeys(names) if self.has(name)]
-    read = [name for name in names if name in self._types]
+    columns = {name: self.column(name) for name in names if self.has(name)}
+    read = [name for name, column in columns.items() if column in self._types]
     start = 0
     if read and self._metadata:
+      stored = list(dict.fromkeys(columns[name] for name in read))
       parts = (
-        dict(zip(batch.schema.names, batch.columns, strict=True))
-        for batch in _parquet(self._metadata).iter_batches(_ROWS, columns=read)
+        {name: batch.column(columns[name]) for name in read}
+        for batch in _parquet(self._metadata).iter_batches(_ROWS, columns=stored)
       )
     else:
       parts = ({} for _ in range(0, self._rows, _ROWS))
-    empty = {name: pa.array([], self._types[name]) for name in read}
+    empty = {name: pa.array([], self._types[columns[name]]) for name in read}
     for part in parts if self._rows else [empty]:
       size = len(part[read[0]]) if read else min(_ROWS, self._rows - start)
       more = {
-        name: pa.array(array[start : start + size])
-        for name, array in self._arrays.items()
-        if name in names and name not in read
+        name: pa.array(self._arrays[column][start : start + size])
+        for name, column in columns.items()
+        if name not in read
       }
       yield start, {'': pa.nulls(size), **part, **more}
       start += size
@@ -307,8 +332,9 @@ def _index(
   key_column: str,
   captions: Sequence[str],
   sizes: Mapping[str, str],
-) -> tuple[pa.Table, Array]:
-  """Returns the index of a batch of rows, and their labels [n] int64.
+) -> tuple[pa.Table, Array, Array]:
+  """Returns the index of a batch of rows, their labels [n] int64, and which captions have lost
+  characters [n] bool.
 
   key_column: '' builds keys from the file's name and the row. captions: columns; the first
   non-empty one counts. sizes: 'width' and 'height' -> a column, '' for none.
@@ -319,14 +345,19 @@ def _index(
   key = pc.binary_join_element_wise(pa.scalar(name), row.cast(pa.string()), '/')
   if key_column:
     key = pc.coalesce(_text_column(file, key_column, batch), key)
-  caption = pa.nulls(size, pa.string())
+  caption, has_lost = pa.nulls(size, pa.string()), np.zeros(size, bool)
   for name in captions:
-    text = pc.utf8_trim_whitespace(_text_column(file, name, batch))
-    caption = pc.coalesce(caption, pc.if_else(pc.equal(text, ''), None, text))
+    text = pc.utf8_trim_whitespace(_caption_text(file, name, batch))
+    lost = pc.or_(*(pc.match_substring(text, sign) for sign in row_rules.LOST))
+    has_lost |= pc.and_(pc.is_null(caption), pc.fill_null(lost, False)).to_numpy(
+      zero_copy_only=False
+    )
+    is_empty = pc.equal(pc.utf8_trim(text, row_rules.NO_TEXT), '')
+    caption = pc.coalesce(caption, pc.if_else(is_empty, None, text))
   group = pc.coalesce(_text_column(file, rules.group_key, batch), key) if rules.group_key else key
   label = np.full(size, row_rules.NO_LABEL)
-  if rules.label_key:
-    label = _labels(file, rules.label_key, batch, rules)
+  if rules.label_name:
+    label = _labels(file, rules.label_name, batch, rules)
   columns = {
     'key': key,
     'caption': pc.fill_null(caption, ''),
@@ -344,7 +375,7 @@ def _index(
   columns |= {
     name: _column(batch[name]) if name in batch else pa.nulls(size) for name in rules.columns
   }
-  return pa.table(columns), label
+  return pa.table(columns), label, has_lost
 
 
 def _chosen_rows(batch: dict, group: pa.Array, rules: RowRules) -> Array:
@@ -388,6 +419,22 @@ def _text_column(file: storage.SourceFile, name: str, batch: dict) -> pa.Array:
     raise InputError(
       f'{file.name}: its column {name!r} is not UTF-8 text ({error}). Name another column.'
     ) from error
+
+
+def _caption_text(file: storage.SourceFile, name: str, batch: dict) -> pa.Array:
+  """Returns a column as text, as `_text` does; bytes that are not UTF-8 are read as in tars."""
+  values = batch[name]
+  if pa.types.is_dictionary(values.type):
+    values = values.dictionary_decode()
+  kind = values.type
+  if not (pa.types.is_binary(kind) or pa.types.is_string(kind) or pa.types.is_large_binary(kind)):
+    return _text_column(file, name, batch)
+  data = values.cast(pa.large_binary())
+  try:
+    return data.cast(pa.large_string()).cast(pa.string())
+  except pa.ArrowInvalid:
+    texts = (None if value is None else storage.decode_text(value) for value in data.to_pylist())
+    return pa.array(texts, pa.string())
 
 
 def _labels(

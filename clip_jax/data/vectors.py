@@ -1,9 +1,9 @@
 """Format 'embeddings': reads files of precomputed vectors in blocks, without unpickling.
 
-In: .npy, .npz (DataComp), .parquet with a column of lists (NeMo-Curator, autofaiss), or float32
-without a header (SemDeDup), local or remote. Out: the number of rows and E, from the file's head
-alone; blocks of vectors; unit vectors. The first bytes decide the kind of a file, not its ending,
-because SemDeDup's files have any ending.
+In: .npy, .npz (DataComp), .parquet with a column of lists or tensors (NeMo-Curator, autofaiss), or
+float32 or float16 without a header (SemDeDup), local or remote. Out: the number of rows and E, from
+the file's head alone; blocks of vectors; unit vectors. The first bytes decide the kind of a file,
+not its ending, because SemDeDup's files have any ending.
 """
 
 from collections.abc import Iterator
@@ -27,6 +27,7 @@ from clip_jax.data import storage
 
 LEAST_NORM, MOST_NORM = 0.9, 1.1
 _BLOCK = 1 << 24  # bytes of float32 in a block
+_SEARCHED = 1024  # rows of a parquet file read at once, to find the first vector
 _COPIED_AT_ONCE = 1 << 23  # bytes of a remote file
 _SQUARED_IN_FLOAT32 = 1e-12, 1e30  # range in which squared norms are exact enough in float32
 _NPY, _NPZ, _PARQUET = b'\x93NUMPY', b'PK\x03\x04', b'PAR1'
@@ -45,11 +46,13 @@ class Head:
   fortran: bool = False
 
 
-def read_header(path: str, key: str = '', dim: int = 0) -> Head:
+def read_header(path: str, key: str = '', dim: int = 0, rows: int = 0) -> Head:
   """Returns the header of a file of vectors, without reading the vectors.
 
   key: the array of an npz, or the column of a parquet; '' takes the only one that holds vectors.
-  dim: E of a file without a header. Raises InputError if a file is incomplete or holds no vectors.
+  dim: E of a file without a header, which holds float16 if that gives `rows` rows, else float32.
+  rows: the number of rows, known from the metadata; 0: unknown. Raises InputError if a file is
+  incomplete or holds no vectors.
   """
   with _input_errors(path), storage.open_stream(path) as f:
     magic, size = f.read(6), f.seek(0, os.SEEK_END)
@@ -62,6 +65,8 @@ def read_header(path: str, key: str = '', dim: int = 0) -> Head:
       header = _npz_head(f, path, key)
     elif magic[:4] == _PARQUET:
       header = _parquet_head(f, path, key)
+    elif dim and size == 2 * dim * rows:
+      header = Head('raw', rows, dim, np.dtype('<f2'))
     elif dim:
       if size % (4 * dim):
         raise InputError(
@@ -132,6 +137,14 @@ def to_unit_float16(
       x[rare], norm[rare] = exact, np.linalg.norm(exact, axis=1)
     x /= np.where(bad, np.float32(1), norm)[:, None]
     return x.astype(np.float16), bad
+
+
+def is_unusable(block: Array) -> Array:  # [b, E] floats -> [b] bool
+  """Returns the mask of vectors that no norm makes usable: with a NaN or an infinity, or all zeros.
+
+  A vector that is missing in a parquet file is read as NaN.
+  """
+  return ~np.logical_and(np.isfinite(block).all(axis=1), block.any(axis=1))
 
 
 def describe_fault(vector: Array) -> str:  # [E]
@@ -276,14 +289,18 @@ def _parquet_head(f: IO[bytes], path: str, key: str) -> Head:
     field.name: field for field in schema if field.name == key or not key and _floats(field.type)
   }
   field = _only_one(path, fields, 'columns of vectors', 'column of vectors', schema.names)
-  name, kind = field.name, field.type
+  name, kind = field.name, _stored(field.type)
   if pa.types.is_fixed_size_list(kind):
     dim = kind.list_size
   else:
-    first = next(file.iter_batches(1, columns=[name]), None) if rows else None
-    dim = len(first.column(0)[0].as_py() or ()) if first is not None else 0
+    lengths = (
+      length
+      for batch in file.iter_batches(_SEARCHED, columns=[name])
+      for length in pc.list_value_length(batch.column(0)).to_pylist()
+    )
+    dim = next(filter(None, lengths), 0)
     if rows and not dim:
-      raise InputError(f'{path}: row 0 has no vector. Remove the row, or add its vector.')
+      raise InputError(f'{path}: no row has a vector. Replace it with the right file.')
   return Head('parquet', rows, dim, np.dtype(kind.value_type.to_pandas_dtype()), name)
 
 
@@ -294,10 +311,21 @@ def is_vectors(path: str) -> bool:
 
 
 def _floats(kind: Any) -> bool:
+  """Returns whether a type is lists, or tensors, of floats."""
+  kind = _stored(kind)
   lists = (
-    pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    pa.types.is_list(kind)
+    or pa.types.is_large_list(kind)
+    or pa.types.is_fixed_size_list(kind)
+    or pa.types.is_list_view(kind)
+    or pa.types.is_large_list_view(kind)
   )
   return lists and pa.types.is_floating(kind.value_type)
+
+
+def _stored(kind: Any) -> Any:
+  """Returns the storage type of an extension type, such as fixed-size tensors, else the type."""
+  return kind.storage_type if isinstance(kind, pa.BaseExtensionType) else kind
 
 
 def _only_one(path: str, candidates: dict, many: str, one: str, others: Any) -> Any:
@@ -349,17 +377,20 @@ def _parquet_blocks(path: str, header: Head, step: int) -> Iterator[Array]:
   with pq.ParquetFile(path) as file:
     for batch in file.iter_batches(step, columns=[header.name]):
       lists = batch.column(0)
-      lengths = pc.fill_null(pc.list_value_length(lists), -1).to_numpy(zero_copy_only=False)
-      if (lengths != header.dim).any():
-        place = int(np.argmax(lengths != header.dim))
-        if lengths[place] < 0:
-          raise InputError(
-            f'{path}: row {start + place} has no vector. Remove the row, or add its vector.'
-          )
+      lists = lists.storage if isinstance(lists, pa.ExtensionArray) else lists
+      lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False)
+      present = lengths > 0
+      if (wrong := present & (lengths != header.dim)).any():
+        place = int(np.argmax(wrong))
         raise InputError(
           f'{path}: the vector of row {start + place} has {lengths[place]} numbers, '
           f'but the first one has {header.dim}. All vectors must have the same length.'
         )
-      values = lists.flatten().to_numpy(zero_copy_only=False)  # NaN where a number is missing
-      yield values.reshape(-1, header.dim)
+      # flatten() leaves out the missing vectors; a missing number becomes NaN.
+      values = lists.flatten().to_numpy(zero_copy_only=False).reshape(-1, header.dim)
+      if not present.all():
+        block = np.full((len(lists), header.dim), np.nan, values.dtype)
+        block[present] = values
+        values = block
+      yield values
       start += len(lists)

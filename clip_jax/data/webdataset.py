@@ -8,6 +8,7 @@ claims, does not report a truncated tar, and is several times slower.
 import collections
 from collections.abc import Iterator
 import functools
+import os
 import re
 import struct
 import zlib
@@ -23,6 +24,9 @@ _OVERHEAD = 100  # bytes of a cache entry beside its content
 _HEADER = struct.Struct('100s 24x 12s 12x 8s B 355x')  # name, size, checksum, type
 _GZIP = b'\x1f\x8b'
 _MAGIC, _PREFIX = 257, 345  # offsets of these fields in a header
+# Of GNU's sparse members: offsets of the flag for a further block of the map, in the header and in
+# a block of the map.
+_MORE_MAP, _STILL_MORE_MAP = 482, 504
 
 
 class _Damage(Exception):
@@ -37,8 +41,9 @@ def samples(path: str, name: str) -> tuple[list[Sample], list[dict[str, str]]]:
   """Returns the samples of a tar, ordered by their first members, and the skipped entries.
 
   A damaged or truncated tar gives the samples before the damage, and a skipped entry with `name`
-  and the byte. A duplicate key is skipped; its first members count. Hidden files and members
-  without an ending are ignored, as in webdataset. Only one thread may read the samples.
+  and the byte. A duplicate key is skipped; its first members count. A member without an ending and
+  a sparse member are skipped alone. Hidden files, links and folders are ignored, as in webdataset.
+  Only one thread may read the samples.
   """
   return _samples(path, name, _MAX_CACHED)[:2]
 
@@ -66,7 +71,12 @@ def _samples(
   try:
     for member, offset, length, first_header in _members(tar):
       key, ending = _split(member)
+      if offset < 0:
+        skipped.append({'key': member, 'reason': 'sparse member'})
+        continue
       if not key:
+        if not os.path.basename(member).startswith('.'):
+          skipped.append({'key': member, 'reason': 'name without an ending'})
         continue
       if first_header >= 0:
         headers[offset] = first_header
@@ -127,7 +137,8 @@ def _members(tar: storage.ReadAhead) -> Iterator[tuple[str, int, int, int]]:
   """Yields (name, offset, length, first header) of every regular file of a tar (ustar, GNU or pax).
 
   When a member is yielded, its first _HEAD bytes are in the window of `tar`. first header: its
-  offset, or -1 if the member has only one header, with the name in one field.
+  offset, or -1 if the member has only one header, with the name in one field. The offset of a
+  sparse member, of which the tar lacks the zeros, is -1.
   """
   size, at, first_header = tar.size, 0, -1
   extended: dict[str, str] = {}  # fields of the extended headers before a member
@@ -153,7 +164,12 @@ def _members(tar: storage.ReadAhead) -> Iterator[tuple[str, int, int, int]]:
       first_header = at if first_header < 0 and kind != 'g' else first_header
       extended |= {'path': _text(text)} if kind == 'L' else _pax(text, at) if kind in 'xX' else {}
     elif kind == 'S' or extended and any(key.startswith('GNU.sparse') for key in extended):
-      raise _Damage('sparse file', at, name)
+      yield extended.get('GNU.sparse.name', name), -1, length, -1
+      if kind == 'S':
+        start = _after_sparse_map(tar, at)
+        if start + length > size:
+          raise _Damage('truncated', size, name)
+      extended, first_header = {}, -1
     else:
       if kind in '07' and not name.endswith('/'):
         if data[first + _PREFIX] and first_header < 0:
@@ -161,6 +177,17 @@ def _members(tar: storage.ReadAhead) -> Iterator[tuple[str, int, int, int]]:
         yield name, start, length, first_header
       extended, first_header = {}, -1
     at = start + -(-length // _BLOCK) * _BLOCK
+
+
+def _after_sparse_map(tar: storage.ReadAhead, at: int) -> int:
+  """Returns the offset of the data of GNU's sparse member whose header is at `at`.
+
+  The header has a flag that says that a block of the map follows, and so has each of these blocks.
+  """
+  flag = _MORE_MAP
+  while tar.read(at + flag, 1).strip(b'\0'):
+    at, flag = at + _BLOCK, _STILL_MORE_MAP
+  return at + _BLOCK
 
 
 def _parse_header(data: bytes, first: int, at: int) -> tuple[str, str, int]:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from clip_jax import defaults
 from clip_jax.core import config as config_lib
 from clip_jax.core.types import Config
+from clip_jax.data import row_rules
 from clip_jax.pruning import rules
 
 POOL, ANCHOR, GLYPHS, ANCHOR_CLASSES, PLANTED, SIZES = (
@@ -103,7 +104,10 @@ def has_own_images(config: Config, dataset: str) -> bool:
 
 def is_labelled(block: Config) -> bool:
   """Returns whether the block of a dataset says that its samples have labels."""
-  return all(part.label_key or part.format in ('folder', GLYPHS) for _, part in flatten(block))
+  return all(
+    part.label_key != row_rules.NO_LABELS and (part.label_key or part.format in ('folder', GLYPHS))
+    for _, part in flatten(block)
+  )
 
 
 def is_prompts(config: Config, reference: str) -> bool:

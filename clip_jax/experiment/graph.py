@@ -21,6 +21,7 @@ from collections.abc import Callable
 import functools
 import os
 
+from clip_jax import defaults
 from clip_jax.core import files
 from clip_jax.core.errors import ConfigError, InputError
 from clip_jax.core.products import EMBEDDERS, STAGES, Product
@@ -155,6 +156,10 @@ class Graph:
         if key not in _NOT_IN_INDEX
       }
       keys[f'{dataset}.needs_caption'] = dataset in blocks.TRAINED
+      most = self.config.ingest.max_megapixels
+      is_default = most == defaults.INGEST['max_megapixels'].default
+      if not is_default and shard.block.format != blocks.VECTORS:
+        keys['ingest.max_megapixels'] = most
       inputs, stamps = (), {}
       if shard.block.format == GLYPHS:
         inputs, stamps = (self.demo_tars(),), {'file': shard.files[0].name}

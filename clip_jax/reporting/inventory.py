@@ -17,6 +17,7 @@ Rows = Sequence[Mapping[str, Any]]  # dicts with the keys that the comment besid
 
 MOST_COLUMNS = 10  # larger matrices are collapsed
 MOST_LISTED = 40  # lines of a list on the page; the CSV holds all
+_UNREADABLE = 'unreadable image'
 SURVIVORS = {  # dedup.survivor -> which row is kept
   'first': 'Among near-duplicates, the first row in pool order is kept.',
   'largest': 'Among near-duplicates, the row with the largest image is kept.',
@@ -143,7 +144,9 @@ def _group_sizes(chains: Mapping[str, Any]) -> list:
 
 
 def skipped_blocks(
-  datasets: Rows,  # name, rows, skipped [{key, reason}], unreadable [keys] or None (not known)
+  # name, rows, skipped [{key, reason}], unreadable [keys] or None (not known), and for vectors
+  # unreadable_reason
+  datasets: Rows,
   replaced: Mapping[str, int],  # run -> images replaced while training
 ) -> list:
   """Returns the skipped samples and unreadable images, with reasons."""
@@ -164,26 +167,35 @@ def skipped_blocks(
     for d in datasets
     for item in (
       *d['skipped'],
-      *({'key': key, 'reason': 'unreadable image'} for key in d['unreadable'] or ()),
+      *(
+        {'key': key, 'reason': d.get('unreadable_reason', _UNREADABLE)}
+        for key in d['unreadable'] or ()
+      ),
     )
   )
+  has_vectors = any(d.get('unreadable_reason', _UNREADABLE) != _UNREADABLE for d in datasets)
   columns = (
     Cell('dataset'),
     tables.number_cell('rows'),
     tables.number_cell('skipped'),
     Cell('reasons'),
-    tables.number_cell('unreadable images'),
+    tables.number_cell('unusable rows' if has_vectors else 'unreadable images'),
   )
   note = (
     'Skipped samples have no row number. Rows with an unreadable image keep their row number, but '
     'no split and no search uses them. An unreadable benchmark image counts as misclassified.'
   )
+  if has_vectors:
+    note += (
+      ' A row of vectors is unusable, too, if its vector holds a NaN or an infinity, is all zeros '
+      'or is missing.'
+    )
   blocks: list = [Table('skipped', '', columns, rows, (note,), records)]
   if records:
     more = f'{len(records) - MOST_LISTED} more in skipped.csv.'
     blocks.append(
       Details(
-        'List of skipped samples and unreadable images',
+        f'List of skipped samples and {"unusable rows" if has_vectors else "unreadable images"}',
         (
           Table(
             'skipped_list',

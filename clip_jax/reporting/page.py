@@ -7,9 +7,11 @@ this package draws. Jinja2 is imported inside `render`, for the reason given in 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 import importlib.resources
+import re
 from typing import Any
 
 TEMPLATE = 'page.html.j2'
+_CONTROLS = re.compile('[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]')
 
 
 @dataclass(frozen=True)
@@ -92,14 +94,14 @@ def render(
   footer: str,
   warning: str = '',  # shown above the answer
 ) -> str:
-  """Returns the page as HTML."""
+  """Returns the page as HTML, without the control characters that captions and keys may hold."""
   import jinja2
 
   environment = jinja2.Environment(
     autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
   )
   template = importlib.resources.files('clip_jax.reporting').joinpath(TEMPLATE)
-  return environment.from_string(template.read_text('utf-8')).render(
+  html = environment.from_string(template.read_text('utf-8')).render(
     title=title,
     name=name,
     question=question,
@@ -109,6 +111,12 @@ def render(
     footer=footer,
     warning=warning,
   )
+  return without_controls(html)
+
+
+def without_controls(text: str) -> str:
+  """Removes the control characters that HTML and SVG do not allow, such as NUL."""
+  return _CONTROLS.sub('', text)
 
 
 def blocks(sections: Iterable[Section], kind: str) -> list[Any]:

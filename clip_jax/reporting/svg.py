@@ -14,6 +14,8 @@ from xml.sax import saxutils
 
 import numpy as np
 
+from clip_jax.reporting import page
+
 WIDTH = 360.0  # units; the page shows one unit as one CSS pixel
 INK = '#010203'  # replaced by currentColor in the finished SVG
 
@@ -163,7 +165,7 @@ def standalone(text: str) -> str:
     '@media(prefers-color-scheme:dark){svg{color:#ddd}}</style>'
   )
   head, body = text.split('>', 1)
-  return (
+  return page.without_controls(
     '<?xml version="1.0" encoding="utf-8"?>\n'
     f'{head} width="{width}" height="{height}">{style}{body}\n'
   )

@@ -17,6 +17,7 @@ from clip_jax.core import checkpoints, files, products
 from clip_jax.core import config as config_lib
 from clip_jax.core.errors import ConfigError, InputError
 from clip_jax.core.types import Config
+from clip_jax.data import images
 from clip_jax.experiment import blocks
 from clip_jax.experiment.experiment import Experiment
 from clip_jax.stages import benchmark_dirs, check, evaluate, ingest, models
@@ -43,6 +44,7 @@ def evaluate_checkpoint(
     raise ConfigError(f'--follow: {path} is a weights file, which gets no new steps.')
   config = benchmark_dirs.resolve(config)
   check.check(config, names=())
+  images.limit_megapixels(config.ingest.max_megapixels)
   names = benchmarks or list(config.benchmarks)
   for name in names:
     if name not in config.benchmarks:

@@ -18,14 +18,15 @@ from clip_jax.core import vectors as vectors_math
 from clip_jax.core.errors import InputError
 from clip_jax.core.products import Made, Product
 from clip_jax.core.types import Array
-from clip_jax.data import loader
+from clip_jax.data import loader, vector_index
 from clip_jax.data import vectors as vectors_lib
 from clip_jax.experiment import blocks, workdir
 from clip_jax.experiment.experiment import Experiment
 from clip_jax.experiment.shards import Shard
 from clip_jax.stages import benchmark_dirs, models
 
-LISTED = 3  # unreadable images named in the log
+LISTED = 3  # unreadable images, or unusable vectors, named in the log
+MOST_UNUSABLE = 0.5  # of the vectors of a file; with more, it is not a file of embeddings
 CAPTIONS_AT_ONCE = 1024
 CHECKED = 64  # images that are embedded to check given vectors
 # Another decoder or resize changes vectors by less, another model by more.
@@ -41,6 +42,7 @@ def vectors(x: Experiment, todo: list[Product]) -> Made:
   cache = os.path.abspath(os.path.expanduser(x.config.cache_dir or x.path('cache')))
   files.remove_unfinished(cache)
   total = sum(len(source.offsets(product.subject[1])) for product in todo)
+  unusable: list[str] = []
   with progress.Bar(total=total, desc=f'embed {dataset}{x.suffix}', unit='vector') as bar:
     for product in todo:
       shard, rows = (
@@ -49,7 +51,7 @@ def vectors(x: Experiment, todo: list[Product]) -> Made:
       )  # rows: ascending, of file
       flag = 'any_norm' if shard.prefix else benchmark_dirs.flag(x.config, dataset, 'any_norm')
       outputs = _files_of(product)
-      _write_unit(
+      usable = _write_unit(
         shard,
         vectors_lib.local_copy(shard.files[0], cache),
         rows,
@@ -57,14 +59,30 @@ def vectors(x: Experiment, todo: list[Product]) -> Made:
         bar,
         f'{flag}=True',
       )
-      files.write_npy(x.path(outputs[1]), np.ones(len(rows), bool))
-      yield product, outputs, {'rows': len(rows), 'unreadable': 0}
-  logging.debug(
-    'embed %s%s: %s vectors normalised from %s.',
+      files.write_npy(x.path(outputs[1]), usable)
+      keys = _keys(x, dataset, product.subject[1], np.flatnonzero(~usable))
+      unusable += keys
+      yield product, outputs, {'rows': len(rows), 'unreadable': len(keys)}
+  listed = _excluded(unusable, 'unusable vector')
+  logging.log(
+    logging.INFO if listed and not x.embedder else logging.DEBUG,
+    'embed %s%s: %s vectors normalised from %s%s.',
     dataset,
     x.suffix,
     f'{total:,}',
     progress.count_with_noun(len(todo), 'file'),
+    listed,
+  )
+
+
+def _excluded(keys: list[str], what: str) -> str:
+  """Returns the part of a log line about rows that are not usable; '' for none."""
+  if not keys:
+    return ''
+  more = ', ...' if len(keys) > LISTED else ''
+  return (
+    f'; {progress.count_with_noun(len(keys), what)}, excluded from search and splits '
+    f'({", ".join(keys[:LISTED])}{more}; the report lists all)'
   )
 
 
@@ -90,14 +108,19 @@ def _check_dims(x: Experiment) -> None:
       )
 
 
-def _write_unit(shard: Shard, path: str, rows: Array, out: str, bar, flag: str) -> None:
-  """Writes the chosen rows of a vector file as unit vectors, float16 [n, E].
+def _write_unit(shard: Shard, path: str, rows: Array, out: str, bar, flag: str) -> Array:
+  """Writes the chosen rows of a vector file as unit vectors, float16 [n, E]; returns usable [n].
 
-  Raises InputError for invalid vectors; `flag` is the flag that allows any length.
+  A vector with a NaN or an infinity, a zero vector and a missing one are not usable, and are
+  written as zeros. Raises InputError if they are more than half of the file, or all of its first
+  block, and for a vector of another length than 1; `flag` is the flag that allows any length.
   """
   settings = shard.block
-  head = vectors_lib.read_header(path, settings.vector_key, settings.vector_dim)
-  bad_rows, example = 0, ''
+  head = vector_index.read_header(
+    shard.files[0], shard.beside, settings.vector_key, settings.vector_dim, path
+  )
+  usable, seen, is_bad_file = np.ones(len(rows), bool), 0, False
+  examples, wrong_norms = {}, 0  # examples: whether the vector is usable -> the first bad one
   with files.atomic(out) as temporary, temporary.open('wb') as f:
     np.lib.format.write_array_header_1_0(
       f, {'descr': '<f2', 'fortran_order': False, 'shape': (len(rows), head.dim)}
@@ -107,14 +130,27 @@ def _write_unit(shard: Shard, path: str, rows: Array, out: str, bar, flag: str) 
       if high - low < len(block):
         block = block[rows[low:high] - start]
       unit, bad = vectors_lib.to_unit_float16(block, settings.any_norm)
-      if bad.any():
-        at = int(np.argmax(bad))
-        example = example or f'row {rows[low + at]:,} {vectors_lib.describe_fault(block[at])}'
-        bad_rows += int(bad.sum())
+      places = np.flatnonzero(bad)
+      unusable = vectors_lib.is_unusable(block[places])
+      for is_usable in {True, False} - set(examples):
+        for at in places[unusable != is_usable][:1]:
+          examples[is_usable] = f'row {rows[low + at]:,} {vectors_lib.describe_fault(block[at])}'
+      usable[low + places[unusable]] = False
+      wrong_norms += int((~unusable).sum())
+      unit[places[unusable]] = 0
       f.write(unit.tobytes())
       bar.update(high - low)
-    if bad_rows:
-      count = f'{shard.files[0].path}: {example}; in total {bad_rows:,} of {len(rows):,} vectors '
+      is_bad_file = not seen and high > low and unusable.sum() == high - low
+      seen += high - low
+      if is_bad_file:
+        break
+    is_bad_file |= (~usable[:seen]).sum() > MOST_UNUSABLE * seen
+    if is_bad_file or wrong_norms:
+      bad_rows = wrong_norms + (int((~usable).sum()) if is_bad_file else 0)
+      count = (
+        f'{shard.files[0].path}: {examples[not is_bad_file]}; in total {bad_rows:,} of {seen:,} '
+        'vectors '
+      )
       if settings.any_norm:
         raise InputError(f'{count}cannot be normalised. Remove them, or give the right file.')
       raise InputError(
@@ -122,6 +158,7 @@ def _write_unit(shard: Shard, path: str, rows: Array, out: str, bar, flag: str) 
         f'embeddings of images. Check the file, or use {flag} to allow every norm except NaN and '
         'zero.'
       )
+  return usable
 
 
 def embeddings(x: Experiment, todo: list[Product]) -> Made:
@@ -149,14 +186,7 @@ def embeddings(x: Experiment, todo: list[Product]) -> Made:
       keys = _keys(x, dataset, product.subject[1], np.flatnonzero(~usable))
       unreadable += keys
       yield product, outputs, {'rows': len(usable), 'unreadable': len(keys)}
-  listed = ''
-  if unreadable:
-    more = ', ...' if len(unreadable) > LISTED else ''
-    listed = (
-      f'; {progress.count_with_noun(len(unreadable), "unreadable image")}, '
-      'excluded from search and splits '
-      f'({", ".join(unreadable[:LISTED])}{more}; the report lists all)'
-    )
+  listed = _excluded(unreadable, 'unreadable image')
   shown = not x.embedder and (dataset == blocks.POOL or listed)
   logging.log(
     logging.INFO if shown else logging.DEBUG,

@@ -6,7 +6,8 @@ summary.json (the dataset in numbers) and broken.csv (every sample that cannot b
 of the demo and the planted copies are drawn first, into tars.
 """
 
-from collections.abc import Iterator
+import collections
+from collections.abc import Iterator, Mapping
 import os
 import time
 
@@ -129,15 +130,16 @@ def index(x: Experiment, todo: list[Product]) -> Made:
   folder = os.path.dirname(todo[0].name)
   outputs = [f'{folder}/{name}' for name in counts.pop('files') if name != workdir.LOCATIONS]
   yield todo[0], outputs, counts
-  reasons = _reasons(counts)
-  shown = dataset in (blocks.POOL, blocks.ANCHOR) or reasons
+  reasons, noted = _listed(counts['reasons']), _listed(_noted(x, dataset))
+  shown = dataset in (blocks.POOL, blocks.ANCHOR) or reasons or noted
   logging.log(
     logging.INFO if shown else logging.DEBUG,
-    '%s: %s in %s%s.',
+    '%s: %s in %s%s%s.',
     dataset,
     progress.count_with_noun(counts['rows'], 'row'),
     progress.count_with_noun(len(shards), 'shard'),
     f'; skipped: {reasons}' if reasons else '',
+    f'; not skipped, but counted: {noted}' if noted else '',
   )
 
 
@@ -145,8 +147,16 @@ def _shards(x: Experiment, dataset: str) -> list[Shard]:
   return [shard.with_absolute_paths(x.workdir) for shard in x.graph.shards(dataset)]
 
 
-def _reasons(counts: dict) -> str:
-  return ', '.join(f'{number:,} {reason}' for reason, number in sorted(counts['reasons'].items()))
+def _listed(numbers: Mapping[str, int]) -> str:
+  return ', '.join(f'{number:,} {reason}' for reason, number in sorted(numbers.items()))
+
+
+def _noted(x: Experiment, dataset: str) -> dict[str, int]:
+  """Returns peculiarity -> number of the rows of a dataset that have it."""
+  noted: collections.Counter[str] = collections.Counter()
+  for part in x.graph.index_shards(dataset):
+    noted.update(products.counts(x.workdir, part.name).get('noted', {}))
+  return dict(noted)
 
 
 def _left_out(x: Experiment, dataset: str) -> int:
@@ -164,9 +174,8 @@ def _empty(x: Experiment, dataset: str, counts: dict) -> InputError:
   if left_out := _left_out(x, dataset):
     causes.append(f"`where`, `part` or the folders' mappings exclude {left_out:,} samples")
   if counts['skipped']:
-    causes.append(
-      f'{os.path.join(folder, summary.BROKEN)} lists unusable samples ({_reasons(counts)})'
-    )
+    reasons = _listed(counts['reasons'])
+    causes.append(f'{os.path.join(folder, summary.BROKEN)} lists unusable samples ({reasons})')
   return InputError(
     f'{dataset} is empty: {" and ".join(causes) or "its files have no samples"}. Check format, '
     'path, where, part, image_key and the keys of captions and labels.'
@@ -182,7 +191,11 @@ def write_summary(x: Experiment, todo: list[Product]) -> Made:
     return progress.track(items, total=len(items), desc=f'summary {dataset}', unit='shard')
 
   numbers = summary.write(
-    folder, [shard.name for shard in x.graph.shards(dataset)], _left_out(x, dataset), bar
+    folder,
+    [shard.name for shard in x.graph.shards(dataset)],
+    _left_out(x, dataset),
+    bar,
+    noted=_noted(x, dataset),
   )
   yield (
     todo[0],

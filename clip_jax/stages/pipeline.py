@@ -19,6 +19,7 @@ from clip_jax.core import files, interrupts, log, products, progress, sharding
 from clip_jax.core.errors import ConfigError
 from clip_jax.core.products import EMBEDDERS, STAGES, Product
 from clip_jax.core.types import Config
+from clip_jax.data import images
 from clip_jax.experiment import blocks, workdir
 from clip_jax.experiment.experiment import Experiment
 from clip_jax.stages import benchmark_dirs, check, export, plan, table
@@ -95,6 +96,7 @@ def _open_experiment(config: Config, folder: str | None) -> Experiment:
   folder = os.path.abspath(os.path.expanduser(folder))
   if os.path.exists(folder) and not os.path.isdir(folder):
     raise ConfigError(f'--workdir={folder} is a file; give a folder.')
+  images.limit_megapixels(config.ingest.max_megapixels)
   return Experiment(benchmark_dirs.resolve(config), folder)
 
 

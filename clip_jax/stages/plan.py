@@ -15,7 +15,7 @@ import time
 from absl import logging
 
 from clip_jax.core import files, log, products, progress
-from clip_jax.data import vectors
+from clip_jax.data import vector_index, vectors
 from clip_jax.data.storage import is_remote
 from clip_jax.experiment import blocks, workdir
 from clip_jax.experiment.blocks import ANCHOR, POOL
@@ -138,7 +138,9 @@ def _heads(x: Experiment, dataset: str) -> list[vectors.Head]:
   if any(is_remote(shard.files[0].path) for shard in shards):
     return []
   return [
-    vectors.read_header(shard.files[0].path, shard.block.vector_key, shard.block.vector_dim)
+    vector_index.read_header(
+      shard.files[0], shard.beside, shard.block.vector_key, shard.block.vector_dim
+    )
     for shard in shards
   ]
 

@@ -18,6 +18,7 @@ from clip_jax.stages.report import contrasts, panels
 from clip_jax.stages.report.facts import Facts
 from clip_jax.stages.report.panels import Accuracies, looks
 
+VECTOR = 'unusable vector'  # holds a NaN or an infinity, is all zeros, or is missing
 KEYS_LISTED = 1_000_000  # in larger datasets, unreadable images are listed by row, not by key
 MOST_NAMED = 12  # runs that a sentence names
 
@@ -155,6 +156,7 @@ def skipped(facts: Facts) -> list:
       'rows': len(workdir.source(facts.x, name)),
       'skipped': workdir.skipped_samples(facts.x, name),
       'unreadable': _unreadable(facts, name),
+      **({} if blocks.has_own_images(facts.config, name) else {'unreadable_reason': VECTOR}),
     }
     for name in datasets
   ]
