@@ -512,7 +512,7 @@ def open_pool(path: str, format: str = '', index: str = '', **keys: Any) -> Any:
 
   path = os.path.expanduser(os.fspath(path))
   config = defaults.get_config()
-  kind = format or benchmark_dirs.format_of('pool', path)
+  kind = format or benchmark_dirs.format_of('open_pool: path', path)
   config.pool = defaults.dataset(format=kind, path=path, **keys)
   folder = os.path.abspath(index or tempfile.mkdtemp(prefix='clip_jax-'))
   x = Experiment(config, folder)

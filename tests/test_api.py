@@ -172,6 +172,9 @@ def test_open_pool(tmp_path):
     str(tmp_path / 'pool/*.tar'), index=str(kept), label_key='label', classes=squares.CLASSES
   )
   assert (kept / 'ingest/pool/index-00000.parquet').stat().st_mtime_ns == stamp
+  assert repr(again).startswith('<source of 60 samples')
+  with pytest.raises(ConfigError, match='open_pool: path=.* does not exist'):
+    clip_jax.open_pool(str(tmp_path / 'gone/*.tar'))
   with pytest.raises(ConfigError, match='has no key'):
     clip_jax.open_pool(str(tmp_path / 'pool/*.tar'), format='webdataset', captions='txt')
 

@@ -39,6 +39,9 @@ class Source:
   def __len__(self) -> int:
     return len(self._table)
 
+  def __repr__(self) -> str:
+    return f'<source of {len(self):,} samples, index in {self._directory}>'
+
   @property
   def has_images(self) -> bool:
     """Whether rows have images; rows of vectors have them only if the dataset has `images`."""

@@ -44,7 +44,9 @@ def resolve(config: Config) -> Config:
       )
     block = copy.deepcopy(resolved.benchmark_template)
     block.path = os.path.expanduser(path)
-    block.format = block.format or format_of(name, block.path, bool(block.vector_dim))
+    block.format = block.format or format_of(
+      f'config.benchmark_dirs: {name}', block.path, bool(block.vector_dim)
+    )
     resolved.benchmarks[name] = block
   return resolved
 
@@ -71,11 +73,11 @@ def _parts(text: str) -> list[str]:
   return [part for part in parts if part.strip(' ,')] or [text]
 
 
-def format_of(name: str, path: str, headerless: bool = False) -> str:
+def format_of(where: str, path: str, headerless: bool = False) -> str:
   """Returns the format of the files at a path: vectors, tars, parquet, array records or images.
 
-  headerless: files of an unknown ending are vectors. Raises ConfigError for no file or an unknown
-  format.
+  where: what names the path, for messages. headerless: files of an unknown ending are vectors.
+  Raises ConfigError for no file or an unknown format.
   """
   ending, is_folder = os.path.splitext(path.partition('?')[0])[1].lower(), True
   if not storage.is_remote(path) and not os.path.isdir(path):
@@ -84,7 +86,7 @@ def format_of(name: str, path: str, headerless: bool = False) -> str:
       file for part in listing.expand_braces(path) for file in glob.glob(part, recursive=True)
     )
     if not matches:
-      raise ConfigError(f'config.benchmark_dirs: {name}={path!r} does not exist. Correct the path.')
+      raise ConfigError(f'{where}={path!r} does not exist. Correct the path.')
     ending = os.path.splitext(matches[0])[1].lower()
   by_ending = {
     '.npy': 'embeddings',
@@ -99,8 +101,8 @@ def format_of(name: str, path: str, headerless: bool = False) -> str:
     return 'embeddings'
   if not format_:
     raise ConfigError(
-      f'config.benchmark_dirs: {name}={path!r} has no .npy, .npz, .parquet, .tar or .array_record '
-      'file and no folder of images. Correct the path, or set --config.benchmark_template.format.'
+      f'{where}={path!r} has no .npy, .npz, .parquet, .tar or .array_record file and no folder of '
+      'images. Correct the path, or give the format (--config.benchmark_template.format).'
     )
   if format_ == 'parquet':
     first = listing.list_files('parquet', path)[0].path
