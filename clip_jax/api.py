@@ -355,9 +355,13 @@ def prune(
 ) -> np.ndarray:  # [n] int64, sorted
   """Applies a pruning rule to plain columns and returns the pool rows that it keeps.
 
+  n is the number of pool rows. Rows of similarity or excess -inf (no usable vector) are not kept.
+
   near, far: similarity [N] or [N, G], size (<= 1: a share of the candidates, > 1: a count).
-  below: similarity, threshold; drops rows from it on. gap_aligned: excess [N] or [N, G]; slack,
-  quantile or dose. column: column [N] numbers; at_least, top or quantile. random: n, size; seed.
+  below: similarity, threshold; drops rows from it on. (Similarities of `search` are dot products of
+  float16 vectors, off by up to 1e-3: to drop exactly the rows of `duplicates`, drop its rows.)
+  gap_aligned: excess [N] or [N, G]; slack, quantile or dose. column: column [N] numbers; at_least,
+  top or quantile. random: n, size; seed.
   domain_removal: column [N], values, the ones to drop. union, intersection, minus: n, of, a list of
   rows. The columns of several benchmarks [N, G] count by their maximum. Values decide as they are;
   ties go by row, the earlier first. No anchor rows are added.
@@ -366,7 +370,8 @@ def prune(
 
   if rule not in _RULES:
     raise ConfigError(
-      f'prune: the rule {rule!r} is not known.{config_lib.did_you_mean(rule, _RULES)}'
+      f'prune: the rule {rule!r} is not known, or needs more than plain columns.'
+      f'{config_lib.did_you_mean(rule, _RULES)}'
     )
   names, apply = _RULES[rule]
   for name in given:
@@ -391,6 +396,8 @@ def _columns(n: int, candidates: Array | None, **columns: Any) -> Any:
 
 
 def _highest(values: Any, name: str) -> np.ndarray:  # [N] or [N, G] -> [N] float64
+  if isinstance(values, Neighbours):
+    raise ConfigError(f'{name} must be a column of numbers, for example found.max_similarity.')
   values = np.asarray(values, np.float64)
   if values.ndim not in (1, 2):
     raise ConfigError(f'{name} must be [N] or [N, G]; got {list(values.shape)}.')
@@ -400,6 +407,9 @@ def _highest(values: Any, name: str) -> np.ndarray:  # [N] or [N, G] -> [N] floa
 def _search_columns(name: str, candidates: Array | None, given: Mapping[str, Any]) -> Any:
   """Returns columns of one benchmark, '', whose float64 values are exact."""
   values = _highest(given[name], name)
+  usable = ~np.isneginf(values)  # rows without a vector, as `search` marks them, are no candidates
+  if not usable.all():
+    candidates = usable if candidates is None else np.asarray(candidates) & usable
   return _columns(
     len(values),
     candidates,

@@ -135,6 +135,9 @@ def test_prune_on_plain_columns():
   both = np.stack([similarity, similarity[::-1]], axis=1)
   assert clip_jax.prune('near', similarity=both, size=1).tolist() == [0, 1, 2, 3, 4]
   assert clip_jax.prune('below', similarity=both, threshold=0.7).tolist() == [0, 4]
+  lost = np.array([0.1, -np.inf, 0.9, 0.7])  # a row without a usable vector is no candidate
+  assert clip_jax.prune('near', similarity=lost, size=1).tolist() == [0, 2, 3]
+  assert clip_jax.prune('below', similarity=lost, threshold=0.8).tolist() == [0, 3]
   excess = np.array([-0.1, 0.0, 0.2, 0.1, -0.3])
   assert clip_jax.prune('gap_aligned', excess=excess).tolist() == [0, 1, 4]
   assert clip_jax.prune('gap_aligned', excess=excess, slack=0.15).tolist() == [0, 1, 3, 4]

@@ -457,7 +457,7 @@ class Graph:
       f'search/{benchmark}/duplicates',
       'duplicates',
       (benchmark,),
-      {'duplicate similarity': blocks.duplicate_similarity(config), 'have images': images},
+      {'prune.duplicate_similarity': blocks.duplicate_similarity(config), 'have images': images},
       tuple(self.search_shards(benchmark)),
       batch='search/duplicates',
       is_cheap=True,

@@ -81,7 +81,8 @@ def card(
   """Returns the content of leaks.json: how much of each benchmark is in the pool."""
   return {
     'about': 'Queries of each benchmark with a duplicate in the pool, at least `similarity` '
-    'similar (cosine of the stored vectors, divided by both norms). exact: equal bytes or pixels '
+    'similar (cosine of the stored vectors, divided by both norms); near includes exact. '
+    'exact: equal bytes or pixels '
     'or, without images, equal stored vectors. Intervals: 95 %, Wilson, over queries.',
     'similarity': similarity,
     'complete': backend == 'exact',

@@ -24,7 +24,7 @@ PAPERS = 'ViT-B-16-plus-240'  # the embedder of the paper, for which dedup.thres
 
 def advice(x: Experiment, names: Sequence[str]) -> list[str]:
   """Returns one sentence for each likely mistake, for the stages that would run."""
-  found = [*_threshold(x)]
+  found = [*unfit_threshold(x)]
   if {'train', 'evaluate', 'report'} & set(names):
     found += _answer(x)
   if 'prune' in names and is_indexed(x):
@@ -55,7 +55,7 @@ def _answer(x: Experiment) -> Iterator[str]:
       )
 
 
-def _threshold(x: Experiment) -> Iterator[str]:
+def unfit_threshold(x: Experiment) -> Iterator[str]:
   """Yields the paper's threshold if it is applied to another embedder."""
   config = x.config
   d = config.dedup

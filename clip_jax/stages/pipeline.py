@@ -22,7 +22,7 @@ from clip_jax.core.types import Config
 from clip_jax.data import images
 from clip_jax.experiment import blocks, workdir
 from clip_jax.experiment.experiment import Experiment
-from clip_jax.stages import benchmark_dirs, check, export, plan, table
+from clip_jax.stages import benchmark_dirs, check, export, lint, plan, table
 
 PACKAGES = (
   'jax',
@@ -73,6 +73,9 @@ def run(
     _log_start(x, names)
     if redo:
       _set_aside(x, redo, redo_names)
+  if {'dedup', 'search'} & set(names):
+    for warning in lint.unfit_threshold(x):
+      logging.warning('%s', warning)
   _run_stages(x, names, redo)
 
 

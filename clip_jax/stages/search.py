@@ -465,7 +465,8 @@ def summarize(x: Experiment, new_products: list[Product]) -> None:
   if shares:
     logging.log(
       logging.DEBUG if config.splits else logging.INFO,
-      'search: queries with a duplicate in the pool (similarity %g or more): %s.',
+      'search: queries with a duplicate in the pool (similarity %g or more): %s; pairs in '
+      'search/*/duplicates.parquet.',
       blocks.duplicate_similarity(config),
       _join_texts(
         [(share, f'{b} {100 * share:.3g} % ({exact:,} exact)') for share, b, exact in shares]
