@@ -1,18 +1,24 @@
 """Does CLIP's out-of-distribution accuracy come from train-test similarity? See README.md.
 
-The Python API: load, search, duplicates, prune, open_pool and read (clip_jax/api.py). They are
-imported at their first use, and JAX with them.
+The functions of the Python API are imported at their first use, and JAX with them.
 """
 
 import importlib
 
 __version__ = '0.1.0'
-API = ('duplicates', 'load', 'open_pool', 'prune', 'read', 'search')
+API = {
+  'load': 'models',
+  'search': 'vectors',
+  'duplicates': 'vectors',
+  'prune': 'rules',
+  'open_pool': 'files',
+  'read': 'files',
+}  # function -> its module in clip_jax/api
 
 
 def __getattr__(name: str):
   if name in API:
-    return getattr(importlib.import_module('clip_jax.api'), name)
+    return getattr(importlib.import_module(f'clip_jax.api.{API[name]}'), name)
   raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
 
 

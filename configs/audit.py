@@ -22,6 +22,11 @@ searched. Further flags:
   --config.pool.vector_dim=512  E of files without a header, as SemDeDup writes them: float32, or
                                 float16 if the rows of the metadata beside them say so
 
+If pool and benchmarks are images and there are no weights, an embedder without learning compares
+them, which finds copies but no other crops:
+
+  --config.pool.format=webdataset --config.embedder.source=hog --config.prune.duplicate_similarity=0.95
+
 If benchmarks are image folders, give the embedder of the pool's vectors, which embeds them:
 
   --config.embedder.source=weights --config.embedder.path=open_clip_model.safetensors

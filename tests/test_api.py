@@ -13,7 +13,7 @@ import squares
 import tiny
 
 import clip_jax
-from clip_jax import api
+from clip_jax.api import vectors as api
 from clip_jax.core.errors import ConfigError, InputError
 
 
@@ -107,7 +107,7 @@ def test_duplicates_are_complete(vectors, at_once, monkeypatch):
   'call, message',
   [
     (lambda: clip_jax.search(np.ones((2, 3)), np.ones((2, 4))), 'different embedders'),
-    (lambda: clip_jax.search(np.ones(3), np.ones((2, 3))), 'must be .rows, numbers.'),
+    (lambda: clip_jax.search(np.ones(3), np.ones((2, 3))), 'must be an array .rows, numbers.'),
     (lambda: clip_jax.search(np.ones((2, 3)), np.zeros((2, 3))), 'No query has a usable vector'),
     (lambda: clip_jax.search(np.array([['a']]), np.ones((1, 1))), 'must hold numbers'),
     (lambda: clip_jax.search(np.ones((2, 3)), np.ones((2, 3)), backend='faiss'), 'is not known'),
@@ -116,6 +116,8 @@ def test_duplicates_are_complete(vectors, at_once, monkeypatch):
     (lambda: clip_jax.prune('nera', similarity=np.ones(3)), "Did you mean 'near'"),
     (lambda: clip_jax.prune('near', similarity=np.ones(3)), r'needs size='),
     (lambda: clip_jax.prune('near', similarity=np.ones(3), sizes=1), "no argument 'sizes'"),
+    (lambda: clip_jax.prune('near', similarity=np.array([np.nan, 1]), size=1), 'holds NaN'),
+    (lambda: clip_jax.prune('near', similarity={}, size=1), 'must be an array of numbers'),
     (lambda: clip_jax.prune('random', n=3, size=5), 'asks for 5 pool rows'),
     (
       lambda: clip_jax.prune('near', similarity=np.ones(3), size=1, candidates=np.ones(2, bool)),

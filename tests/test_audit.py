@@ -278,7 +278,9 @@ def test_splits_of_vectors_are_pruned_and_listed_and_never_trained(data, capsys)
   assert status == 2 and 'pool has no images (format embeddings), but the stage train' in said
   status, said = squares.run(c, data / 'w', capsys)
   assert status == 0 and 'so nothing is trained' in said, said
-  assert 'it only searches the pool. The pool has' in said and 'Not answered' not in _page(data)
+  assert 'this is the search of the pool. The pool has' in said and 'Not answered' not in _page(
+    data
+  )
   assert 'id="removed"' in _page(data) and 'evaluated' not in _page(data)
   uids, rows = (
     np.load(data / 'w/splits/near/export/uids.npy'),

@@ -28,7 +28,7 @@ def test_all_pairs_from_the_similarity_on_and_no_others(similarity, at_once, mon
   x[[3, 50]] = queries[4]  # exact copies
   rows = np.delete(np.arange(60), [5, 6, 7])
   found = {}
-  for query, row, cosine in pairs.over(x, rows, queries, similarity):
+  for query, row, cosine in pairs.similar_pairs(x, rows, queries, similarity):
     found |= dict(zip(zip(query.tolist(), row.tolist()), cosine.tolist()))
   assert found == pytest.approx(_brute_force(x, rows, queries, similarity), abs=1e-12)
   assert found.keys() == _brute_force(x, rows, queries, similarity).keys()

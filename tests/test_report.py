@@ -576,8 +576,8 @@ def test_a_search_only_report_without_anchor(searched, tmp_path):
   run(search_only_config(), folder, 'embedder', 'embed', 'dedup', 'search', 'report')
   page, rate = page_of(folder), table(folder, 'duplicate_rates')[0]
   assert (
-    f'it only searches the pool. The pool has a near-duplicate (similarity at least {THRESHOLD})'
-    in page
+    'this is the search of the pool. The pool has a near-duplicate '
+    f'(similarity at least {THRESHOLD})' in page
   )
   assert f'{100 * float(rate["pool_share"]):.1f} % of val (95 % interval' in page
   assert 'nearest in the anchor' not in page and 'Zero-shot accuracy' not in page

@@ -142,6 +142,22 @@ def test_the_report_shows_pairs_and_writes_csv_and_card(data, tmp_path, capsys):
   assert rates.startswith(f'squares,12,0.9,{of["near"]["queries"]},')
 
 
+def test_near_pairs_are_shown_although_exact_ones_fill_the_table(
+  data, tmp_path, capsys, monkeypatch
+):
+  from clip_jax.stages.report import leaks
+
+  monkeypatch.setattr(leaks, 'SHOWN', 2)  # as many as there are exact ones
+  status, said = squares.run(_config(data), tmp_path / 'w', capsys, [*SEARCHED, 'report'])
+  assert status == 0, said
+  page = (tmp_path / 'w/report/index.html').read_text()
+  assert 'squares: the most similar near pairs' in page
+  near = max(
+    (p for p in _list(tmp_path / 'w') if p['kind'] == 'near'), key=lambda p: p['similarity']
+  )
+  assert near['pool_key'] in page[page.index('the most similar near pairs') :]
+
+
 def test_images_that_are_gone_leave_the_vectors_to_decide(data, tmp_path):
   class Gone:
     """A source whose images cannot be read any more."""

@@ -1,4 +1,6 @@
-"""Reads the files of a work directory. Only this file and graph.py know its paths.
+"""Reads the files of a work directory.
+
+Only this file, graph.py and result_tables.py know its paths.
 
 x: the experiment; products of an embedder are those of x.embedder. The functions is_* and has_*
 return whether files exist: the report shows only what is finished.
@@ -120,7 +122,7 @@ def shard_slices(starts: Array) -> Iterator[tuple[int, int, int]]:  # [shards + 
     yield shard, int(starts[shard]), int(starts[shard + 1])
 
 
-def by_shard(
+def rows_by_shard(
   x: Experiment,
   dataset: str,
   rows: Array,  # [n] int64, sorted
@@ -137,7 +139,7 @@ def by_shard(
       yield shard, start, stop - start, rows[first:last] - start
 
 
-def described(
+def sample_table(
   x: Experiment,
   dataset: str,
   rows: Array,  # [n] int64, sorted
@@ -151,7 +153,7 @@ def described(
   import pyarrow as pa
 
   sources, parts = x.graph.shards(dataset), []
-  for shard, _, _, own in by_shard(x, dataset, rows):
+  for shard, _, _, own in rows_by_shard(x, dataset, rows):
     index = table.read_columns(index_folder(x, dataset), shard, [*columns, 'path']).take(own)
     name = sources[shard].prefix + sources[shard].files[0].name if sources[shard].files else ''
     file = index['path'] if 'path' in index.column_names else pa.repeat(name, len(own))

@@ -48,14 +48,12 @@ def sentence(
   """Returns the answer without splits: duplicates of each benchmark, rows alignment would drop."""
   known = [r for r in rates if r['pool'] is not None]
   if not known:
-    return (
-      'This experiment trains no split; it only searches the pool. The pool is not searched yet.'
-    )
+    return 'No split is trained. The pool is not searched yet.'
   held = tables.join_names(
     [f'{tables.share(r["pool"].value)} of {r["benchmark"]}{_in_words(r["pool"])}' for r in known]
   )
   text = (
-    'This experiment trains no split; it only searches the pool. The pool has a near-duplicate '
+    'No split is trained; this is the search of the pool. The pool has a near-duplicate '
     f'(similarity at least {similarity:.4g}) of {held}.'
   )
   if drops and candidates:

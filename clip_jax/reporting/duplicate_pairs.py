@@ -17,6 +17,7 @@ def pair_blocks(
   pairs: Rows,  # of duplicates.parquet, most similar first
   total: int,  # number of pairs in the list
   complete: bool,  # False: the search was approximate
+  noun: str = 'pairs',  # what the pairs are
 ) -> list:
   """Returns the most similar pairs of a benchmark in words; [] if it has no duplicate."""
   if not total:
@@ -31,11 +32,11 @@ def pair_blocks(
     )
     for pair in pairs
   )
-  caption = f'{benchmark}: the most similar pairs'
+  caption = f'{benchmark}: the most similar {noun}'
   if total <= len(pairs):
-    caption = f'{benchmark}: all pairs, most similar first'
+    caption = f'{benchmark}: all {noun}, most similar first'
   note = (
-    f'{tables.number(len(pairs))} of {tables.number(total)} pairs. The list with all of them is '
+    f'{tables.number(len(pairs))} of {tables.number(total)} {noun}. The list of all pairs is '
     f'tables/duplicates-{benchmark}.csv, and search/{benchmark}/duplicates.parquet in the work '
     'directory.'
   )
@@ -49,7 +50,7 @@ def pair_blocks(
     Cell('caption in the pool'),
   )
   # Without records: the CSV with all pairs is written from the list itself.
-  return [Table(f'similar_pairs_{benchmark}', caption, columns, rows, (note,))]
+  return [Table(f'similar_{noun}_{benchmark}'.replace(' ', '_'), caption, columns, rows, (note,))]
 
 
 def no_pairs(benchmarks: Sequence[str], similarity: float) -> list:

@@ -25,7 +25,7 @@ def least_column(
   return similarity * smallest * LEAST_NORM - decide.error_bound(queries.shape[1])
 
 
-def over(
+def similar_pairs(
   x: Vectors,  # rows [N, E] float16
   rows: Array,  # [n] int64, ascending: the rows to compare
   queries: Array,  # [Q, E] float16

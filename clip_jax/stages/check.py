@@ -211,13 +211,15 @@ def _vectors(config: Config) -> None:
         raise ConfigError(
           f'config.embedder.source=files needs vector files of every dataset, but {name} has '
           f'format {other[0]!r}. Give its vectors (format=embeddings), or the weights that made '
-          'the other vectors: --config.embedder.source=weights.'
+          'the other vectors: --config.embedder.source=weights. If all are images, set '
+          'config.pool.format and, without weights, --config.embedder.source=hog.'
         )
   elif vector_datasets and not blocks.uses_weights_file(config.embedder):
     raise ConfigError(
       f'config.embedder.source={source}: {vector_datasets[0]} holds vectors of another embedder '
       '(format embeddings), which are not comparable. Use --config.embedder.source=files, or '
-      'weights, with the weights that made the vectors.'
+      'weights, with the weights that made the vectors. If the files are images, set the format of '
+      f'{vector_datasets[0]}: webdataset, parquet or folder.'
     )
   for name in vector_datasets:
     for prefix, block in blocks.flatten(blocks.datasets(config)[name]):

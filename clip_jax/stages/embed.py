@@ -340,21 +340,16 @@ def agreement(x: Experiment, todo: list[Product]) -> Made:
   source, stored = workdir.source(x, dataset), workdir.embeddings(x, dataset)
   usable = np.flatnonzero(stored.usable)
   rows = np.sort(np.random.default_rng(0).choice(usable, min(CHECKED, len(usable)), replace=False))
-  cosines = np.full(len(rows), np.nan)
-  place = {int(row): i for i, row in enumerate(rows)}
+  known = np.zeros(0)
   try:
     model = x.cached('embedder', lambda: models.open_embedder(x))
-    done = 0
-    for batch, ok in embed_rows(x, source, rows, model, dataset):
-      own = rows[done : done + len(ok)]
-      at = [place[int(row)] for row in own]
-      cosines[at] = np.where(ok, vectors_math.cosine(batch, stored.rows(own)), np.nan)
-      done += len(ok)
+    batches = list(embed_rows(x, source, rows, model, dataset))
+    embedded, ok = (np.concatenate(column) for column in zip(*batches))
+    known = vectors_math.cosine(embedded[ok], stored.rows(rows[ok]))
   except InputError as error:  # the images are not where the config says
     logging.warning(
       'embed %s: the vectors cannot be compared with their images: %s', dataset, error
     )
-  known = cosines[np.isfinite(cosines)]
   about = {
     'images': len(known),
     'median': float(np.median(known)) if len(known) else None,

@@ -44,10 +44,10 @@ def summarize(x: Experiment, new_products: list[Product]) -> None:
   """Logs the number of new results."""
   del x
   logging.info(
-    'evaluate: %d results, %d models on %d benchmarks.',
-    len(new_products),
-    len({product.subject[:2] for product in new_products}),
-    len({product.subject[2] for product in new_products}),
+    'evaluate: %s of %s on %s.',
+    progress.count_with_noun(len(new_products), 'result'),
+    progress.count_with_noun(len({product.subject[:2] for product in new_products}), 'model'),
+    progress.count_with_noun(len({product.subject[2] for product in new_products}), 'benchmark'),
   )
 
 

@@ -169,7 +169,7 @@ def _write_key_array(x: Experiment, path: str, pool: Array, convert, order) -> d
   """Writes the keys of pool rows, converted by `convert` and sorted by `order`, as an array."""
   column = x.config.prune.export_key or 'key'
   parts = [convert([])]
-  for shard, start, size, own in workdir.by_shard(x, POOL, pool):
+  for shard, start, size, own in workdir.rows_by_shard(x, POOL, pool):
     keys = _column(x, POOL, shard, column, size)
     parts.append(convert(keys.take(own), start + own))
   with files.atomic(x.path(path)) as temporary:
@@ -231,7 +231,7 @@ def _key_tables(x: Experiment, rows: Mapping[str, Array], schema) -> Iterator:
   for dataset, dataset_rows in rows.items():
     column = x.config.prune.export_key if dataset == POOL else ''
     sources = x.graph.shards(dataset) if len(dataset_rows) else []
-    for shard, start, size, own in workdir.by_shard(x, dataset, dataset_rows):
+    for shard, start, size, own in workdir.rows_by_shard(x, dataset, dataset_rows):
       index = table.read_columns(
         workdir.index_folder(x, dataset), shard, ['key', 'offset', 'length', 'path']
       ).take(own)
@@ -276,14 +276,14 @@ def _removed(x: Experiment, path: str, rows: Mapping[str, Array]) -> dict:
   removed = np.ones(len(pool), bool)
   removed[rows[POOL]] = False
   gone = np.flatnonzero(removed)
-  described = workdir.described(x, POOL, gone, (column,))
-  keys = described[column].cast(pa.string()) if column in described.column_names else None
+  samples = workdir.sample_table(x, POOL, gone, (column,))
+  keys = samples[column].cast(pa.string()) if column in samples.column_names else None
   if keys is None or keys.null_count:
     raise InputError(
       f'Not every row of the pool has {column!r}. Name another column in config.prune.export_key.'
     )
   table_ = pa.table(
-    {'key': keys, 'row': gone, 'file': described['file'], 'reason': pa.array(reasons[gone])}
+    {'key': keys, 'row': gone, 'file': samples['file'], 'reason': pa.array(reasons[gone])}
   )
   with files.atomic(x.path(path)) as temporary:
     _REMOVED[os.path.splitext(path)[1]](os.fspath(temporary), table_)
@@ -386,7 +386,8 @@ def _copy_products(
     for number, start in enumerate(range(0, len(rows), shard_writer.SAMPLES_A_SHARD)):
       file_rows = rows[start : start + shard_writer.SAMPLES_A_SHARD]
       hashes = {
-        shard: splits.rows_hash(own) for shard, _, _, own in workdir.by_shard(x, dataset, file_rows)
+        shard: splits.rows_hash(own)
+        for shard, _, _, own in workdir.rows_by_shard(x, dataset, file_rows)
       }
       stem = ('' if dataset == POOL else f'{dataset}-') + f'{number:05d}'
       parts.append(

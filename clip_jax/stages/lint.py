@@ -24,12 +24,12 @@ PAPERS = 'ViT-B-16-plus-240'  # the embedder of the paper, for which dedup.thres
 
 def advice(x: Experiment, names: Sequence[str]) -> list[str]:
   """Returns one sentence for each likely mistake, for the stages that would run."""
-  found = [*unfit_threshold(x)]
+  sentences = [*unfit_threshold(x)]
   if {'train', 'evaluate', 'report'} & set(names):
-    found += _answer(x)
+    sentences += _answer(x)
   if 'prune' in names and is_indexed(x):
-    found += [*_keys(x), *_domains(x)]
-  return found
+    sentences += [*_keys(x), *_domains(x)]
+  return sentences
 
 
 def is_indexed(x: Experiment) -> bool:

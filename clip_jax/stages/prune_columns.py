@@ -224,7 +224,9 @@ class PoolColumns:
     for name in benchmarks:
       queries = workdir.embeddings(self.x, name)
       vectors = queries[:][queries.usable]
-      for _, row, _ in pairs.over(self.pool, rows, vectors, similarity, name='embeddings/pool'):
+      for _, row, _ in pairs.similar_pairs(
+        self.pool, rows, vectors, similarity, name='embeddings/pool'
+      ):
         reached[row] = True
     return reached[rows]
 

@@ -62,7 +62,7 @@ def write(x: Experiment, todo: list[Product]) -> Made:
       for start in range(0, len(query), PAIRS_AT_ONCE):
         part = slice(start, start + PAIRS_AT_ONCE)
         writer.write_table(
-          _described(x, name, query[part], row[part], cosine[part], rank[part], evidence[part])
+          _pair_table(x, name, query[part], row[part], cosine[part], rank[part], evidence[part])
         )
     exact = evidence != ''
     counts = {
@@ -94,22 +94,22 @@ def _pairs(
     shard: np.flatnonzero(workdir.search_arrays(x, name, shard, ['similarity'])[0] >= least)
     for shard in range(len(pool.starts) - 1)
   }  # unusable rows hold -inf
-  total, visited, found = sum(map(len, near.values())), 0, 0
+  total, visited, pair_count = sum(map(len, near.values())), 0, 0
   _check_number(name, total, similarity)
   parts = [(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))]
   with progress.Bar(total=total, desc=f'duplicates of {name}', unit='row') as bar:
     for shard, rows in near.items():
       stored = pool.shard(shard)[0]
-      for query, row, cosine in pairs.over(
+      for query, row, cosine in pairs.similar_pairs(
         stored, rows, vectors, similarity, name=f'embeddings/pool/{shard:05d}.npy'
       ):
         parts.append((usable[query], pool.starts[shard] + row, cosine))
-        found += len(query)
-        _check_number(name, found, similarity)
+        pair_count += len(query)
+        _check_number(name, pair_count, similarity)
       visited += len(rows)
       bar.update(len(rows))
-      if found > MOST_PAIRS // 10:
-        _check_number(name, found * total // visited, similarity)
+      if pair_count > MOST_PAIRS // 10:
+        _check_number(name, pair_count * total // visited, similarity)
   query, row, cosine = (np.concatenate(column) for column in zip(*parts))
   order = np.lexsort((row, -cosine, query))
   return query[order], row[order], cosine[order]
@@ -197,7 +197,7 @@ def _images(source, rows: list[int]) -> Iterator[tuple[int, bytes | None]]:
         yield row, None
 
 
-def _described(
+def _pair_table(
   x: Experiment,
   name: str,
   query: Array,  # [m] int64
@@ -209,8 +209,8 @@ def _described(
   """Returns pairs with the keys, files and captions of their samples."""
   of_query, query_place = np.unique(query, return_inverse=True)
   of_row, row_place = np.unique(row, return_inverse=True)
-  queries = workdir.described(x, name, of_query, ('key',)).take(query_place)
-  rows = workdir.described(x, POOL, of_row).take(row_place)
+  queries = workdir.sample_table(x, name, of_query, ('key',)).take(query_place)
+  rows = workdir.sample_table(x, POOL, of_row).take(row_place)
   exact = evidence != ''
   return pa.table(
     [

@@ -171,7 +171,9 @@ def _answer(facts: Facts, items: Sequence[dict]) -> str:
   if not blocks.runs_to_train(config):
     return pool_sections.sentence(facts)
   if not contrasts.aligned(config):
-    return 'This config has no aligned split. It compares split sizes: see below.'
+    if not facts.results.correct:
+      return pool_sections.sentence(facts)
+    return 'This config has no aligned split, so there is no answer: see the accuracies below.'
   if not items:
     return 'Not answered yet: no aligned split is evaluated' + (
       '. The pool is searched; its similarities are shown below.'

@@ -8,6 +8,7 @@ import os
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
@@ -34,20 +35,26 @@ def pairs(facts: Facts) -> list:
   known, shown = lists(facts), []
   complete = facts.config.search.backend == 'exact'
   for b, counts in known.items():
+    total, exact = counts['near']['pairs'], counts['exact']['pairs']
     top = _most_similar(facts.x, b)
-    shown += duplicate_pairs.pair_blocks(b, top, counts['near']['pairs'], complete)
+    shown += duplicate_pairs.pair_blocks(b, top, total, complete)
+    if exact >= SHOWN and total > exact:  # else exact copies alone are shown
+      top = _most_similar(facts.x, b, 'near')
+      shown += duplicate_pairs.pair_blocks(b, top, total - exact, complete, 'near pairs')
     if top and facts.pictures.has(POOL, b):
       shown.append(_gallery(facts, b, top))
   empty = [b for b, counts in known.items() if not counts['near']['pairs']]
   return shown + duplicate_pairs.no_pairs(empty, blocks.duplicate_similarity(facts.config))
 
 
-def _most_similar(x: Experiment, benchmark: str) -> list[dict]:
-  """Returns the SHOWN most similar pairs; of equal ones, the first queries."""
+def _most_similar(x: Experiment, benchmark: str, kind: str = '') -> list[dict]:
+  """Returns the SHOWN most similar pairs of a kind ('': any); of equal ones, the first queries."""
   best: list[tuple[float, int, dict]] = []  # a heap with the least similar pair on top
   place = 0
   with pq.ParquetFile(workdir.duplicates_path(x, benchmark)) as stored:
     for batch in stored.iter_batches(PAIRS_AT_ONCE):
+      if kind:
+        batch = batch.filter(pc.equal(batch['kind'], kind))
       similarity = batch['similarity'].to_numpy()
       order = np.argsort(-similarity, kind='stable')[:SHOWN]
       for i, pair in zip(order.tolist(), batch.take(pa.array(order)).to_pylist()):
