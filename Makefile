@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 DEVICE_PYTHON ?= python3
 
-.PHONY: env demo lint test test-slow device-check clean
+.PHONY: env demo lint test test-slow device-check constraints clean
 
 env: $(VENV)/.installed
 
@@ -32,6 +32,14 @@ test-slow: env
 # On a machine with a GPU: five minutes. Any Python with jax, flax, optax, numpy and etils; installs nothing.
 device-check:
 	PYTHONPATH=. $(DEVICE_PYTHON) bench/device_check.py $(DEVICE_FLAGS)
+
+# The versions of a fresh environment that pyproject.toml allows.
+constraints:
+	$(PYTHON) -m venv build/constraints
+	build/constraints/bin/python -m pip install --quiet '.[docs,test]'
+	build/constraints/bin/python -m pip freeze --exclude clip-jax-ood > build/constraints.txt
+	mv build/constraints.txt constraints.txt
+	rm -rf build/constraints
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -256,3 +256,11 @@ def test_scann_is_refused_where_every_row_counts():
     config.splits.mine = defaults.split(benchmarks=('val',), **block)
     with pytest.raises(ConfigError, match='every row.*--config.search.backend=exact'):
       check.check(config)
+
+
+def test_the_command_evaluate_needs_no_pool():
+  config = defaults.get_config()
+  config.benchmarks.val = defaults.benchmark(format='folder', path='val', classes=('a', 'b'))
+  check.check(config, names=())
+  with pytest.raises(ConfigError, match=r'config\.pool\.format is missing'):
+    check.check(config)

@@ -69,7 +69,7 @@ def _tensorboard(folder: str):
       from clip_jax.core.errors import ConfigError
 
       raise ConfigError(
-        'config.train.tensorboard=True, but no TensorBoard writer is installed. Run `pip install '
-        'tensorboardX`, or set it to False.'
+        'config.train.tensorboard=True, but no TensorBoard writer is installed. Run '
+        "`pip install 'clip-jax-ood[tensorboard]'`, or set it to False."
       ) from error
   return SummaryWriter(folder)

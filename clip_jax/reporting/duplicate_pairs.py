@@ -24,8 +24,8 @@ def pair_blocks(
     return []
   rows = tuple(
     (
-      Cell(str(pair['query_key']), str(pair['query_file'])),
-      Cell(str(pair['pool_key']), str(pair['pool_file'])),
+      _sample(pair['query_key'], pair['query_file']),
+      _sample(pair['pool_key'], pair['pool_file']),
       tables.number_cell(f'{pair["similarity"]:.4f}'),
       Cell(f'exact: equal {pair["evidence"]}' if pair['kind'] == 'exact' else 'near'),
       Cell(_short(pair['caption'] or '')),
@@ -59,10 +59,14 @@ def no_pairs(benchmarks: Sequence[str], similarity: float) -> list:
     return []
   return [
     Text(
-      f'No pool image has a similarity of {similarity:g} or more to a query of '
+      f'No pool image has a similarity of {similarity:g} or more to any query of '
       f'{tables.join_names(list(benchmarks))}.'
     )
   ]
+
+
+def _sample(key: str, file: str) -> Cell:
+  return Cell(str(key), '' if key == file else str(file))  # an image file's key is its path
 
 
 def _short(caption: str) -> str:

@@ -41,10 +41,12 @@ NOT_VECTOR_KEYS = (
 def check(config: Config, names: Sequence[str] = tuple(STAGES)) -> None:
   """Raises ConfigError for the first invalid value of the config.
 
-  names: the stages that will run; without train and evaluate, the splits need no model.
+  names: the stages that will run; without train and evaluate, the splits need no model. The command
+  evaluate runs none of them and needs no pool.
   """
   _top_level(config)
-  _dataset('pool', config.pool, defaults.DATASET)
+  if names or config.pool.format:
+    _dataset('pool', config.pool, defaults.DATASET)
   if blocks.has_anchor(config):
     _dataset('anchor', config.anchor, defaults.DATASET)
   for name, block in config.benchmarks.items():
