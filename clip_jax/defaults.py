@@ -336,7 +336,8 @@ EMBEDDER = {
   'fit_images': Key(4096, positive),  # 'pca', 'hog': images of the base set used for fitting
   'samples': Key(0),  # 'train': samples seen
   'seed': Key(1000),  # of the fitting images, or of the training; not one of train.seeds
-  # Images per forward pass; changes speed and memory only ('sscd': 40 MB an image on CPUs).
+  # Images per forward pass; changes speed, memory ('sscd': 40 MB an image on CPUs) and, for models,
+  # the last bits of vectors.
   'batch_size': Key(256, positive),
 }
 
