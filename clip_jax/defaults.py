@@ -362,7 +362,7 @@ PLANTED = {
 # Where samples are, which of them count, and how their fields are read.
 DATASET = {
   # 'webdataset' | 'parquet' | 'folder' | 'tfds' | 'array_record' | 'glyphs' (the demo) |
-  # 'embeddings' (vectors only) | 'concat'
+  # 'embeddings' (vectors only) | 'concat'. '': that of the files at `path` (pool and anchor)
   'format': Key(''),
   # Files: a folder, a glob ('DIR/*.tar') or braces ('{00000..00009}.tar'), local or on gs:// or
   # s3://. tfds: DIR/NAME/VERSION/SPLIT. glyphs: the set ('' = 'pool').

@@ -1,10 +1,11 @@
-"""Is my benchmark in my pool? Needs embeddings only: no images, no training.
+"""Is my benchmark in my pool? For embeddings, or for images; no training.
 
   python -m clip_jax.main --config=configs/audit.py --config.pool.path='laion/img_emb/*.npy' \
       --config.benchmark_dirs='sketch=DIR,val=DIR' --workdir=runs/audit
 
-Every DIR holds vectors of the same embedder as the pool: folders of clip-retrieval or clip-ood,
-.npz of DataComp, .npy, or .parquet with a column of lists. All vectors are normalised. For each
+The files determine each format. Here every DIR holds vectors of the same embedder as the pool:
+folders of clip-retrieval or clip-ood, .npz of DataComp, .npy, or .parquet with a column of lists.
+All vectors are normalised. For each
 benchmark, the report shows the similarity of its images to their nearest pool rows, the number of
 images with a duplicate in the pool, and the number of pool rows over any similarity. A later
 command may change thresholds, benchmarks and splits, or add files to the pool: only new vectors are
@@ -22,15 +23,15 @@ searched. Further flags:
   --config.pool.vector_dim=512  E of files without a header, as SemDeDup writes them: float32, or
                                 float16 if the rows of the metadata beside them say so
 
-If pool and benchmarks are images and there are no weights, an embedder without learning compares
-them, which finds copies but no other crops:
-
-  --config.pool.format=webdataset --config.embedder.source=hog --config.prune.duplicate_similarity=0.95
-
-If benchmarks are image folders, give the embedder of the pool's vectors, which embeds them:
+If pool and benchmarks are images (tars, parquet files, folders), or only the benchmarks are, give
+the weights of an embedder, which for a pool of vectors are those that made them:
 
   --config.embedder.source=weights --config.embedder.path=open_clip_model.safetensors
     --config.embedder.name=ViT-B-32
+
+Without weights, gradient histograms compare images. They find copies but no other crops:
+
+  --config.embedder.source=hog --config.prune.duplicate_similarity=0.95
 """
 
 from clip_jax import defaults
@@ -38,8 +39,6 @@ from clip_jax import defaults
 
 def get_config():
   config = defaults.get_config()
-  config.pool = defaults.dataset(format='embeddings')
-  config.anchor = defaults.dataset(format='embeddings')  # without a path there is no anchor
   config.embedder.source = 'files'
 
   # To de-duplicate the pool as well: --config.dedup.enabled=True, with a dedup.threshold for your
@@ -48,10 +47,9 @@ def get_config():
   # A benchmark image and a pool row count as duplicates from similarity 1 - dedup.threshold, here
   # 0.876. For your embedder set it directly: --config.prune.duplicate_similarity=0.95.
 
-  # Without splits there is no model and no training. To write lists of rows to train on, copy this
-  # file, add for example
-  #   config.splits.pruned = defaults.split(
-  #     rule='gap_aligned', benchmarks=('sketch',), export=('keys',)
+  # To write lists of rows to train on, copy this file and add for example
+  #   config.splits.clean = defaults.split(
+  #     rule='below', similarity=0.95, benchmarks=('sketch',), export=('removed_keys.txt',)
   #   )
-  # and run with --stages=ingest,embedder,embed,search,prune,report.
+  # Nothing is trained, because config.model names no model.
   return config

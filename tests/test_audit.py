@@ -532,3 +532,29 @@ def test_workers_make_the_same_index(data, capsys):
     assert (data / 'w/ingest/pool' / name).read_bytes() == (
       data / 'w2/ingest/pool' / name
     ).read_bytes()
+
+
+def test_images_are_recognised_audited_and_listed_without_a_model(tmp_path, capsys):
+  squares.make(tmp_path)
+  c = _config(
+    tmp_path,
+    **{
+      'pool.path': f'{tmp_path}/pool/*.tar',
+      'benchmark_dirs': f'test={tmp_path}/pool/1.tar',
+      'embedder.source': 'hog',
+      'embedder.dim': 8,
+      'prune.duplicate_similarity': 0.95,
+    },
+  )
+  c.splits.clean = defaults.split(
+    rule='below', similarity=0.95, benchmarks=('test',), export=('removed_keys.txt',)
+  )
+  status, said = squares.run(c, tmp_path / 'w', capsys)
+  assert status == 0, said
+  assert 'config.model names no model, so nothing is trained' in said
+  removed = (tmp_path / 'w/splits/clean/export/removed_keys.txt').read_text().splitlines()
+  pairs = pq.read_table(tmp_path / 'w/search/test/duplicates.parquet')
+  assert removed and set(removed) == set(pairs['pool_key'].to_pylist())
+  assert not (tmp_path / 'w/train').exists() and 'Not answered' not in _page(tmp_path)
+  status, said = squares.run(c, tmp_path / 'w', capsys, ['train'])
+  assert status == 2 and 'The stage train needs a model: set config.model.name' in said

@@ -130,7 +130,7 @@ def test_the_flag_of_a_key_is_the_one_that_can_be_given(places):
 
 def test_without_any_the_config_stays_the_same():
   c = _config('')
-  assert benchmark_dirs.resolve(c) is c
+  assert benchmark_dirs.resolve(c) == c
 
 
 def test_a_resolved_config_can_be_written_down(places):

@@ -262,5 +262,5 @@ def test_the_command_evaluate_needs_no_pool():
   config = defaults.get_config()
   config.benchmarks.val = defaults.benchmark(format='folder', path='val', classes=('a', 'b'))
   check.check(config, names=())
-  with pytest.raises(ConfigError, match=r'config\.pool\.format is missing'):
+  with pytest.raises(ConfigError, match=r'config\.pool has no data'):
     check.check(config)

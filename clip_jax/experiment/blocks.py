@@ -44,6 +44,11 @@ RECIPE = tuple(
 )
 
 
+def has_model(config: Config) -> bool:
+  """Returns whether config.model names a model or gives numbers; without one nothing is trained."""
+  return any(config.model.values())
+
+
 def has_anchor(config: Config) -> bool:
   """Returns whether an anchor is configured. One of vectors also needs a path."""
   return bool(config.anchor.format) and (
@@ -242,8 +247,11 @@ def row_file_seeds(config: Config, split: str) -> list[int]:
 
 
 def runs_to_train(config: Config) -> list[tuple[str, int]]:
-  """Returns every (split, seed) to train, first seeds first; [] if the pool is vectors only."""
-  if not has_own_images(config, POOL):
+  """Returns every (split, seed) to train, first seeds first.
+
+  [] if the pool is vectors only, or if the config has no model.
+  """
+  if not has_own_images(config, POOL) or not has_model(config):
     return []
   pairs = [
     (order, split, seed)

@@ -11,6 +11,7 @@ shape, not a tint, and the covariance of the pixels has a ninth of the entries.
 
 import numpy as np
 
+from clip_jax.core.errors import ConfigError
 from clip_jax.core.types import Array
 
 _BLOCK = 256  # rows processed at once
@@ -120,9 +121,9 @@ def _principal(
   """
   n, width = features.shape
   if not 1 <= dim <= min(n - 1, width):
-    raise ValueError(
-      f'dim = {dim} components need at least {dim + 1} images and {dim} features, '
-      f'got {n} images of {width}'
+    raise ConfigError(
+      f'embedder.dim={dim} needs at least {dim + 1} images and {dim} features, but the embedder is '
+      f'fitted on {n} images of {width} features. Set it to {max(min(n - 1, width), 1)} or less.'
     )
   mean = features.mean(0, dtype=np.float64)
   centred = features - mean

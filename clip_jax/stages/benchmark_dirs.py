@@ -1,8 +1,8 @@
-"""Adds the benchmarks of config.benchmark_dirs to a config.
+"""Adds the benchmarks of config.benchmark_dirs to a config, and recognises formats.
 
 A command line cannot add keys to a config, but it can set this one. 'name=DIR,other=DIR' makes
-config.benchmarks.name and config.benchmarks.other, each a copy of config.benchmark_template. If the
-template has no format, the files in DIR determine it.
+config.benchmarks.name and config.benchmarks.other, each a copy of config.benchmark_template. Where
+this template, the pool or the anchor has a path without a format, the files determine it.
 """
 
 import copy
@@ -24,14 +24,19 @@ FORMATS = (
 
 
 def resolve(config: Config) -> Config:
-  """Returns the config plus the benchmarks of config.benchmark_dirs; unchanged if it is empty.
+  """Returns the config with its benchmark_dirs as benchmarks, and a format wherever a path is set.
 
-  Raises ConfigError for a part without '=', a repeated name, or a DIR of an unknown format.
+  Raises ConfigError for a part without '=', a repeated name, or files of an unknown format.
   """
-  if not config.benchmark_dirs.strip():
-    return config
   resolved = config.copy_and_resolve_references()  # a copy, because the config may be locked
   resolved.unlock()
+  for name in ('pool', 'anchor'):
+    block = resolved[name]
+    if block.path and not block.format:
+      path = os.path.expanduser(block.path)
+      block.format = format_of(f'config.{name}.path', path, bool(block.vector_dim))
+  if not config.benchmark_dirs.strip():
+    return resolved
   for part in _parts(config.benchmark_dirs):
     name, equals, path = (text.strip() for text in part.partition('='))
     if not equals or not name or not path:
@@ -102,7 +107,7 @@ def format_of(where: str, path: str, headerless: bool = False) -> str:
   if not format_:
     raise ConfigError(
       f'{where}={path!r} has no .npy, .npz, .parquet, .tar or .array_record file and no folder of '
-      'images. Correct the path, or give the format (--config.benchmark_template.format).'
+      'images. Correct the path, or give the format.'
     )
   if format_ == 'parquet':
     first = listing.list_files('parquet', path)[0].path

@@ -94,7 +94,11 @@ def _dataset(name: str, block: Config, declared: Mapping[str, Key]) -> None:
   check_keys.check_block(where, block, declared)
   names = (*formats.FORMATS, blocks.GLYPHS, 'concat')
   if not block.format:
-    raise ConfigError(f'{where}.format is missing; choose one of {", ".join(names)}.')
+    raise ConfigError(
+      f'{where} has no data: give a folder or a pattern such as "DIR/*.tar", for example '
+      f'--{where}.path=DIR. Its files determine the format, or choose {where}.format: '
+      f'{", ".join(names)}.'
+    )
   check_keys.one_of(f'{where}.format', block.format, names)
   if block.format == 'concat':
     if not block.sources:
@@ -213,8 +217,8 @@ def _vectors(config: Config) -> None:
         raise ConfigError(
           f'config.embedder.source=files needs vector files of every dataset, but {name} has '
           f'format {other[0]!r}. Give its vectors (format=embeddings), or the weights that made '
-          'the other vectors: --config.embedder.source=weights. If all are images, set '
-          'config.pool.format and, without weights, --config.embedder.source=hog.'
+          'the other vectors: --config.embedder.source=weights. If all are images, '
+          'set embedder.source=weights or, without weights, --config.embedder.source=hog.'
         )
   elif vector_datasets and not blocks.uses_weights_file(config.embedder):
     raise ConfigError(
@@ -262,6 +266,11 @@ def stages(config: Config, names: Sequence[str]) -> None:
           "config's splits. Skip this stage: "
           '--stages=ingest,embedder,embed,dedup,search,prune,report.'
         )
+    if stage in names and not blocks.has_model(config):
+      raise ConfigError(
+        f'The stage {stage} needs a model: set config.model.name, for example to ViT-B-32, or the '
+        'numbers of config.model. Without a model and --stages, nothing is trained.'
+      )
 
 
 def prompts(x: Experiment, names: Sequence[str]) -> None:

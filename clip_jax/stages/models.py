@@ -98,8 +98,7 @@ def _base_architecture(config: Config):
     if m[key] <= 0:
       raise ConfigError(
         f'config.model.{key}={m[key]} must be more than 0, or config.model.name must be set, for '
-        'example to ViT-B-32. To train nothing, name the stages: '
-        '--stages=ingest,embedder,embed,dedup,search,prune,report.'
+        'example to ViT-B-32. To train nothing, leave all keys of config.model at their defaults.'
       )
   if m.image_size % m.patch_size:
     raise ConfigError(

@@ -54,9 +54,9 @@ def run(
   if graph and not workdir:
     workdir = '.'  # the graph does not depend on the work directory
   x = _open_experiment(config, workdir)
-  if not stages and x.config.splits and not blocks.has_own_images(x.config, blocks.POOL):
+  if not stages and x.config.splits and (reason := _why_nothing_trains(x.config)):
     names = [name for name in names if name not in ('train', 'evaluate')]
-    logging.info('The pool is vectors without images, so nothing is trained.')
+    logging.info('%s, so nothing is trained.', reason)
   check.check(x.config, names)
   check.stages(x.config, names)
   check.embedder_weights(x)
@@ -77,6 +77,12 @@ def run(
     for warning in lint.unfit_threshold(x):
       logging.warning('%s', warning)
   _run_stages(x, names, redo)
+
+
+def _why_nothing_trains(config: Config) -> str:
+  if not blocks.has_own_images(config, blocks.POOL):
+    return 'The pool is vectors without images'
+  return '' if blocks.has_model(config) else 'config.model names no model'
 
 
 def _stage_names(stages: list[str] | None) -> list[str]:
