@@ -10,6 +10,8 @@ import glob
 import os
 import re
 
+from ml_collections import ConfigDict
+
 from clip_jax.core.errors import ConfigError
 from clip_jax.core.types import Config
 from clip_jax.data import folder, listing, storage, vectors
@@ -28,8 +30,7 @@ def resolve(config: Config) -> Config:
 
   Raises ConfigError for a part without '=', a repeated name, or files of an unknown format.
   """
-  resolved = config.copy_and_resolve_references()  # a copy, because the config may be locked
-  resolved.unlock()
+  resolved = _unlocked_copy(config)
   for name in ('pool', 'anchor'):
     block = resolved[name]
     if block.path and not block.format:
@@ -54,6 +55,15 @@ def resolve(config: Config) -> Config:
     )
     resolved.benchmarks[name] = block
   return resolved
+
+
+def _unlocked_copy(config: Config) -> Config:
+  """Returns a copy without references, its keys in the same order; ConfigDict's own sorts them."""
+  copied = type(config)(sort_keys=False)
+  for key in config:
+    value = config[key]
+    copied[key] = _unlocked_copy(value) if isinstance(value, ConfigDict) else value
+  return copied
 
 
 def flag(config: Config, dataset: str, key: str) -> str:
