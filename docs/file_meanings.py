@@ -422,6 +422,9 @@ MEANINGS = {
     'draws.<rows>.without_full_cell_donor': (
       'matched: share of the removed rows without an alike row before cells were merged'
     ),
+    'draws.<rows>.random_without_full_cell_donor': (
+      'matched: that share if as many random rows were removed'
+    ),
     'draws.<rows>.no_matched_control': 'matched: this share is too large, so the rows are random',
     'draws.<rows>.standardised_differences.<variable>': (
       'matched: difference of the means of removed and drawn rows in standard deviations'

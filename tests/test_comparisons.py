@@ -5,6 +5,7 @@ from types import SimpleNamespace as Record
 
 import pytest
 
+from clip_jax.evaluation.answer import Control
 from clip_jax.reporting import comparisons
 
 NAN = float('nan')
@@ -43,6 +44,7 @@ def item(**changes):
     'control': 'like_gap',
     'rule': 'gap_aligned',
     'control_rule': 'matched',
+    'balance': Control('matched', ()),
     'against_control': estimate(-0.05, -0.08, -0.02),
     'against_base': None,
     'bootstrap': None,

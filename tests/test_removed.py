@@ -25,6 +25,7 @@ DRAW = {
   'drawn': 48,
   'shortfall': 2,
   'without_full_cell_donor': 0.1,
+  'random_without_full_cell_donor': 0.05,
   'no_matched_control': False,
   'standardised_differences': {'caption_length': 0.02, 'image_pixels': 0.3, 'domain': None},
 }

@@ -1,91 +1,126 @@
-"""The report's answer to its title question: a sentence from E and E', never from a p-value.
+"""The report's answer to its title question, as a sentence per aligned split and benchmark.
 
-In: the explained shares of one benchmark. Out: a sentence.
+In: the explained share, the loss and what is known of the control. Out: a sentence. A verdict
+("similarity explains most" or "little") needs a matched control that differs from the removed rows
+in nothing but similarity. Without one, the sentence gives the loss and says what could explain it.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from clip_jax.evaluation.causal import Share
+from clip_jax.evaluation.statistics import Estimate
 
-MAIN = 0.5  # "mainly" means more than half
+MAIN = 0.5  # a verdict needs the whole interval of E' on one side of this
 LISTED = 4  # most unfinished runs that are named
 MINUS = '\u2212'
 
 
+@dataclass(frozen=True)
+class Control:
+  """What an aligned split is compared with, and how that differs from it beside similarity."""
+
+  kind: str  # 'matched' | 'random' | 'base'
+  # Names of what differs between the rows removed here and there; () only for a balanced control.
+  unbalanced: tuple[str, ...]
+  reason: str = ''  # why there is no balanced control, ''
+
+  @property
+  def words(self) -> str:
+    return {'matched': 'the matched control', 'random': 'the random control', 'base': 'base'}[
+      self.kind
+    ]
+
+
 def answer_sentence(
   benchmark: str,
-  share: Share | None,  # E; None if base, the gap split or its reference is missing
-  matched: Share | None,  # E', with control 'matched' or, if none exists, 'random'
+  control: Control | None,  # None: neither a control nor base is evaluated
+  loss: Estimate | None,  # acc_gap - acc_control
+  share: Share | None,  # E' of a matched control; None: without a matched control, or unfinished
+  *,
   unfinished: Sequence[str] = (),  # runs that are missing or not converged: 'base/seed0'
   split: str = '',  # named if several splits align to the benchmark, or if its slack is not 0
 ) -> str:
-  """Returns a sentence on the share of the accuracy that the removed images explain.
+  """Returns what the removal of the similar images costs, and a verdict where there can be one.
 
-  The verdict (less than half, more than half, undetermined) uses E', which controls for size and
-  class mix, and without E' uses E. Fewer than three seeds give no verdict. A second sentence names
-  unfinished runs.
+  Source: "Verdicts" of the method: the words "similarity explains most (little)" need a balanced
+  matched control, three seeds, and the whole interval of E' above (below) 50 %.
   """
   more = f' and {len(unfinished) - LISTED} more' if len(unfinished) > LISTED else ''
   late = (
     f' Not finished or not converged: {", ".join(unfinished[:LISTED])}{more}.' if unfinished else ''
   )
-  given = [s for s in (matched, share) if s is not None and not s.reason]
-  refused = [s for s in (matched, share) if s is not None and s.reason]
-  where = f'{benchmark}, by {split},' if split else benchmark
-  if not given and not refused:
+  if control is None or loss is None:
+    where = f'{benchmark}, by {split},' if split else benchmark
     return (
-      f'On {where} there is no answer: it needs the base split, the gap-aligned split '
-      f'and the reference (anchor_only), all evaluated.{late}'
+      f'On {where} there is no answer: it needs the aligned split and its control or base, '
+      f'evaluated.{late}'
     )
-  if not given:
-    return f'On {where} there is no answer, because {refused[-1].reason}.{late}'
-  lead, verdict = ' and '.join(_share_of_lead(s) for s in reversed(given)), _verdict(given[0])
-  caveat = ''
-  if given[0].control != 'matched':
-    counts = {
-      'base': 'size and mix of the removed rows contribute',
-      'random': 'mix of the removed rows contributes',
-    }[given[0].control]
-    why = refused[0].reason if refused else 'there is no matched control'
-    caveat = f' (the {counts} to this, because {why})'
   removed = (
     f'the rows that {split} removes'
     if split
     else 'the pool images that are nearer to it than the anchor set'
   )
-  return f'On {benchmark}, removing {removed} takes away {lead}{caveat}: {verdict}.{late}'
-
-
-def _share_of_lead(share: Share) -> str:
-  value, low, high = (
-    f'{round(100 * part)}'.replace('-', MINUS)  # int: no -0
-    for part in (share.value, share.low, share.high)
+  if control.unbalanced:
+    because = f' ({control.reason})' if control.reason else ''
+    return (
+      f'On {benchmark}, removing {removed} {_cost(loss)} against {control.words}; similarity and '
+      f'{_joined(control.unbalanced)} cannot be told apart{because}.{late}'
+    )
+  if share is None or share.reason:
+    why = share.reason if share is not None else 'the reference (anchor_only) is not evaluated'
+    return (
+      f'On {benchmark}, removing {removed} {_cost(loss)} against {control.words}. There is no '
+      f'verdict, because {why}.{late}'
+    )
+  part = f'removing {removed} takes away {_share_of_lead(share, control)}'
+  if share.method != 'crossed':
+    return f'On {benchmark}, {part}. There is no verdict: it needs three seeds.{late}'
+  if share.low > MAIN:
+    return f'On {benchmark}, similarity explains most of the lead: {part}.{late}'
+  if share.high < MAIN:
+    return f'On {benchmark}, similarity explains little of the lead: {part}.{late}'
+  return (
+    f'On {benchmark}, {part}. There is no verdict: the interval holds {100 * MAIN:.0f} %.{late}'
   )
-  span = f'{low} to {high} %'
+
+
+def _joined(names: Sequence[str]) -> str:
+  """Returns 'a', 'a and b' or 'a, b and c'."""
+  *first, last = names
+  return f'{", ".join(first)} and {last}' if first else last
+
+
+def _cost(loss: Estimate) -> str:
+  """Returns 'costs 5.0 points [-0.7, 10.7]', or 'gains ...' for a better split."""
+  sign = -1 if loss.value <= 0 else 1
+  ends = sorted(100 * sign * end for end in (loss.low, loss.high))
+  kind = {
+    'crossed': '',
+    'range': ', range of two seeds',
+    'none': ', no interval: one group',
+  }.get(loss.method, '; this checkpoint')
+  span = ', '.join(_number(end, 1) for end in ends) if loss.low == loss.low else 'unknown'
+  return f'{"costs" if sign < 0 else "gains"} {abs(100 * loss.value):.1f} points [{span}{kind}]'
+
+
+def _number(value: float, decimals: int) -> str:
+  text = f'{value:.{decimals}f}'
+  text = text.lstrip('-') if not float(text) else text  # no -0
+  return text.replace('-', MINUS)
+
+
+def _share_of_lead(share: Share, control: Control) -> str:
+  value, low, high = (_number(100 * part, 0) for part in (share.value, share.low, share.high))
   span = {
-    'crossed': f'95 % interval {span}',
-    'range': f'the two seeds: {span}',
-    'this checkpoint': f'this checkpoint, over images {span}',
+    'crossed': f'[{low}, {high}]',
+    'range': f'[{low}, {high}; range of two seeds]',
+    'this checkpoint': f'[{low}, {high}; this checkpoint]',
   }[share.method]
-  control = {'base': 'base', 'matched': 'the matched control', 'random': 'the random control'}[
-    share.control
-  ]
   reference = {'anchor_only': 'anchor_only', 'line': 'the effective-robustness line'}[
     share.reference
   ]
   return (
-    f'{value} % ({span}) of the {100 * share.lead.value:.1f} points by which {control} beats '
+    f'{value} % {span} of the {100 * share.lead.value:.1f} points by which {control.words} beats '
     f'{reference}'
   )
-
-
-def _verdict(share: Share) -> str:
-  if share.method != 'crossed':
-    return 'whether this holds for other seeds is undetermined; a claim needs three seeds'
-  if share.low >= MAIN:
-    return 'high train-test similarity is the main source of that lead'
-  if share.high > MAIN:
-    return 'whether high train-test similarity is the main source of that lead is undetermined'
-  if share.low > 0:
-    return 'high train-test similarity explains a part of that lead, and less than half'
-  return 'high train-test similarity explains less than half of that lead, possibly nothing'

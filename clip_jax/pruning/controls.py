@@ -45,7 +45,8 @@ def matched(
 
   Report: removed, drawn, drawn_after_merging (by the last variable merged over), shortfall,
   without_full_cell_donor (share of `removed`), no_matched_control (this share exceeds
-  MAX_UNMATCHED; the rows kept are then those of the random rule at the target's size), and
+  MAX_UNMATCHED; the rows kept are then those of the random rule at the target's size),
+  random_without_full_cell_donor (the same share if as many random rows were removed), and
   standardised_differences (of each variable, between `removed` and the drawn rows: see
   cells.differences; good below 0.1).
   """
@@ -61,18 +62,24 @@ def matched(
   digits = [*categories.values(), *map(cells.quantile_bins, numbers.values(), BINS.values())]
   radices = [*(int(codes.max(initial=0)) + 1 for codes in categories.values()), *BINS.values()]
   order = random_order(len(columns.candidates), seed, draw, MATCHED_STREAM)[rows]
-  drawn, served = cells.draw_like(
-    cells.cell_codes(digits, radices), is_removed, order, radices[:0:-1]
+  codes = cells.cell_codes(digits, radices)
+  drawn, served = cells.draw_like(codes, is_removed, order, radices[:0:-1])
+  by_chance = mask_of_lowest(
+    random_order(len(columns.candidates), seed, draw, RANDOM_STREAM)[rows], len(removed)
   )
+  _, (served_by_chance,) = cells.draw_like(codes, by_chance, order, ())
 
   merged_over = [*reversed(BINS), *list(categories)[:0:-1]]
-  share = 1 - served[0] / len(removed) if len(removed) else 0.0
+  share, share_by_chance = (
+    1 - number / len(removed) if len(removed) else 0.0 for number in (served[0], served_by_chance)
+  )
   report = {
     'removed': len(removed),
     'drawn': sum(served),
     'drawn_after_merging': dict(zip(merged_over, served[1:], strict=True)),
     'shortfall': len(removed) - sum(served),
     'without_full_cell_donor': share,
+    'random_without_full_cell_donor': share_by_chance,
     'no_matched_control': share > MAX_UNMATCHED,
   }
   kept = rows[~drawn]

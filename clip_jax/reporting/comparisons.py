@@ -16,6 +16,7 @@ Item = Mapping[str, Any]
 # An item is one aligned split on one of its own benchmarks. Missing values are None.
 #   split, benchmark, base, control: names (control may be None)
 #   rule: of the split                    control_rule: 'matched' | 'random'
+#   balance: .unbalanced: names of what differs between control and split beside similarity
 #        against_control, against_base, bootstrap: estimates
 #   answers: whether the headline answer uses it
 #   holm: adjusted p, NaN outside the confirmatory family    tests: size of that family
@@ -95,7 +96,10 @@ def _control_words(item: Item) -> str:
   if not item['control']:
     return 'no control split'
   if item['control_rule'] == 'matched':
-    return f'against the matched control {item["control"]}'
+    unlike = ' and '.join(item['balance'].unbalanced)
+    return f'against the matched control {item["control"]}' + (
+      f', which differs in {unlike}' if unlike else ''
+    )
   return f'against random rows, {item["control"]} (no matched control exists)'
 
 
@@ -152,6 +156,8 @@ def _verdict(item: Item) -> str:
     }.get(d.method, 'One seed: this describes these two checkpoints, not training in general.')
   if item['control_rule'] != 'matched':
     return 'An estimate only: random rows control for size, not for class mix.'
+  if item['balance'].unbalanced:
+    return 'An estimate only: the control is not balanced, so it differs in more than similarity.'
   if not tables.is_known(item['holm']):
     return 'An estimate, not a confirmatory test: the answer uses another split.'
   if item['holm'] < CLAIM:

@@ -219,17 +219,19 @@ def _control(control: str, about: Mapping[str, Any]) -> list:
   if 'standardised_differences' not in draw:
     return []
   without = tables.share(draw['without_full_cell_donor'])
+  by_chance = tables.share(draw['random_without_full_cell_donor'])
   if draw['no_matched_control']:
     head = Text(
       f'No matched control exists: {without} of the removed rows have no donor (no unused row of '
-      f'the same cell). {control} is a random split of the same size instead.',
+      f'the same cell); of as many random rows, {by_chance}. {control} is a random split of the '
+      'same size instead.',
       'warning',
     )
   else:
     head = Text(
       f'The control {control} removes {tables.number(draw["drawn"])} other rows in place of the '
       f'{tables.number(draw["removed"])} removed ones. {without} of the removed rows have no donor '
-      'in their full cell; '
+      f'in their full cell (of as many random rows: {by_chance}); '
       f'{tables.number(draw["shortfall"])} have none even after cells are merged.'
     )
   differences = draw['standardised_differences']

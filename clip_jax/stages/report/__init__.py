@@ -187,17 +187,28 @@ def _answer(facts: Facts, items: Sequence[dict]) -> str:
     split, benchmark = item['split'], item['benchmark']
     parts = (item['base'], split, item['control'], contrasts.first_split(config, 'anchor'))
     late = [run for part in parts if part for run in _unfinished(facts, part, benchmark)]
+    loss = item['against_control'] if item['control'] else item['against_base']
     is_plain = item['rule'] == 'gap_aligned' and not contrasts.is_dose(config, split)
     sentences.append(
       answer.answer_sentence(
         benchmark,
-        item['share'],
+        item['balance'],
+        loss,
         item['share_matched'],
-        late,
-        '' if is_plain and count[benchmark] == 1 else split,
+        unfinished=late,
+        split='' if is_plain and count[benchmark] == 1 else split,
       )
     )
-  return ' '.join(sentences)
+  return ' '.join([*sentences, _conditions(facts)])
+
+
+def _conditions(facts: Facts) -> str:
+  """Returns for what the answer holds: inference is over images and seeds, not over pools."""
+  block = facts.config.embedder
+  name = {'files': 'that of the files', 'weights': block.name or 'of the weights file'}.get(
+    block.source, block.source
+  )
+  return f'This holds for this pool and one embedder ({name}); other pools were not sampled.'
 
 
 def _unfinished(facts: Facts, split: str, benchmark: str) -> list[str]:
@@ -217,7 +228,7 @@ def _summary(facts: Facts, banner: str, sentence: str, accuracies: Accuracies) -
   if accuracies:
     text += [
       '',
-      *_accuracy_lines(facts.config, accuracies),
+      *_accuracy_lines(facts, accuracies),
       'Brackets: 95 % interval over seeds and images; with "range": lower and higher of two seeds; '
       'with "1 seed": interval over images for this checkpoint.',
     ]
@@ -227,13 +238,17 @@ def _summary(facts: Facts, banner: str, sentence: str, accuracies: Accuracies) -
   return '\n'.join(text) + '\n'
 
 
-def _accuracy_lines(config: Config, accuracies: Accuracies) -> list[str]:
+def _accuracy_lines(facts: Facts, accuracies: Accuracies) -> list[str]:
+  config = facts.config
   benchmarks = [b for b in config.benchmarks if any(b == key[1] for key in accuracies)]
   names = [name for name in config.splits if any(name == key[0] for key in accuracies)]
   return _columns(
     [
       ['Accuracy, %', *benchmarks],
-      *([name, *(_cell(accuracies.get((name, b))) for b in benchmarks)] for name in names),
+      *(
+        [contrasts.shown_name(facts, name), *(_cell(accuracies.get((name, b))) for b in benchmarks)]
+        for name in names
+      ),
     ]
   )
 

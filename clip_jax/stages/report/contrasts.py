@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 
 from clip_jax.core.types import Array, Config
-from clip_jax.evaluation import causal, robustness, statistics
+from clip_jax.evaluation import answer, causal, robustness, statistics
 from clip_jax.experiment import blocks, workdir
+from clip_jax.pruning import controls
+from clip_jax.reporting import removed
 from clip_jax.stages.report.facts import Facts, Results
 
 IMAGENET_CLASSES = 1000  # of a reference benchmark for which the effective-robustness lines hold
@@ -48,6 +50,58 @@ def control_of(facts: Facts, split: str) -> tuple[str | None, str]:
       (name for name, block in splits if block.rule == 'random' and block.size_of == split), None
     ), 'random'
   return matched, 'random' if has_random_rows(facts.splits.get(matched, {})) else 'matched'
+
+
+def balance(facts: Facts, split: str) -> answer.Control | None:
+  """Returns what an aligned split is compared with, and what differs there beside similarity.
+
+  Of a matched control: the variables whose standardised mean difference reaches BALANCED in a draw.
+  None if neither a control nor a base split is configured.
+  """
+  control, kind = control_of(facts, split)
+  if control is None:
+    return (
+      answer.Control('base', ('the number and mix of the removed rows',))
+      if first_split(facts.config, 'all')
+      else None
+    )
+  draws = list(facts.splits.get(control, {}).get('draws', {}).values())
+  if facts.config.splits[control].rule != 'matched' or not draws:
+    return answer.Control('random', ('the mix of the removed rows',))
+  differences: dict[str, float] = {}
+  for draw in draws:
+    for name, value in draw['standardised_differences'].items():
+      size = np.inf if value is None else abs(value)  # None: constant in both sets, and different
+      differences[name] = max(size, differences.get(name, 0.0))
+  unbalanced = tuple(
+    removed.VARIABLES.get(name, name)
+    for name, size in sorted(differences.items(), key=lambda item: -item[1])
+    if size >= removed.BALANCED
+  )
+  if kind == 'matched':
+    return answer.Control('matched', unbalanced)
+  lacking, by_chance = (
+    max((draw.get(key) or 0.0) for draw in draws)
+    for key in ('without_full_cell_donor', 'random_without_full_cell_donor')
+  )
+  reason = (
+    f'no matched control exists: {100 * lacking:.0f} % of the removed rows have no otherwise alike '
+    f'row, where {100 * controls.MAX_UNMATCHED:.0f} % are accepted and a random removal of as many '
+    f'leaves {100 * by_chance:.0f} %'
+  )
+  return answer.Control('random', unbalanced or ('the mix of the removed rows',), reason)
+
+
+def shown_rule(facts: Facts, split: str) -> str:
+  """Returns a split's rule for legends: 'random' for a matched split that holds random rows."""
+  is_random = has_random_rows(facts.splits.get(split, {}))
+  return 'random' if is_random else facts.config.splits[split].rule
+
+
+def shown_name(facts: Facts, split: str) -> str:
+  """Returns a split's name for tables; it says so if a matched split holds random rows."""
+  is_random = has_random_rows(facts.splits.get(split, {}))
+  return f'{split} (random rows)' if is_random else split
 
 
 def has_random_rows(about: Mapping[str, Any]) -> bool:
@@ -88,8 +142,8 @@ def accuracies(results: Results) -> dict[tuple[str, str], statistics.Estimate]:
 def comparisons(facts: Facts) -> list[dict]:
   """Returns an item for each aligned split on each of its own evaluated benchmarks.
 
-  Confirmatory family (Holm): items that the answer uses and that have a matched control. Doses and
-  other slacks are estimates with intervals.
+  Confirmatory family (Holm): items that the answer uses and that have a balanced matched control.
+  Doses and other slacks are estimates with intervals.
   """
   config = facts.config
   items = [
@@ -107,6 +161,7 @@ def comparisons(facts: Facts) -> list[dict]:
       if item['answers']
       and item['against_control'] is not None
       and item['control_rule'] == 'matched'
+      and not item['balance'].unbalanced
       and not is_dose(config, item['split'])
       else np.nan
       for item in items
@@ -172,6 +227,7 @@ def compare(facts: Facts, split: str, benchmark: str) -> dict:
     'base': base,
     'control': control,
     'control_rule': control_rule,
+    'balance': balance(facts, split),
     'mcnemar': [],
     'did_reason': '',
     'share': _explained_share(facts, key, base, 'base'),

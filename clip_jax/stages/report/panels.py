@@ -236,19 +236,13 @@ def against_validation(facts: Facts) -> list[dict]:
   config, panels = facts.config, []
   names = list(config.benchmarks)
   xname = config.report.reference if config.report.reference in names else names[0]
-  rule = {
-    split: 'random'
-    if contrasts.has_random_rows(facts.splits.get(split, {}))
-    else config.splits[split].rule
-    for split in config.splits
-  }
   for benchmark in names:
     pairs = {
       split: facts.results.on_shared_seeds((split, benchmark), (split, xname))
       for split in config.splits
     }
     points = [
-      {'rule': rule[split], 'x': float(x.mean()), 'y': float(y.mean())}
+      {'rule': contrasts.shown_rule(facts, split), 'x': float(x.mean()), 'y': float(y.mean())}
       for split, pair in pairs.items()
       if pair is not None
       for y, x in zip(*pair[0])

@@ -69,7 +69,7 @@ def _split_row(facts: Facts, name: str) -> dict:
     words = f'random rows, as many as {block.to} keeps: no matched control exists'
   return {
     'name': name,
-    'rule': block.rule,
+    'rule': contrasts.shown_rule(facts, name),
     'seeds': seeds,
     'words': words,
     'pool_rows': about.get('pool_rows'),
@@ -215,7 +215,7 @@ def provenance(facts: Facts) -> list:
     runs,
   )
   curves = [
-    {'rule': facts.config.splits[split].rule, 'steps': run.curve[0], 'loss': run.curve[1]}
+    {'rule': contrasts.shown_rule(facts, split), 'steps': run.curve[0], 'loss': run.curve[1]}
     for (split, _), run in facts.runs.items()
     if len(run.curve[0])
   ]
