@@ -437,9 +437,10 @@ SPLIT = {
   'rule': Key('all'),
   'append_anchor': Key(True),  # add the anchor's rows
   'seeds': Key(()),  # training seeds of this split; (): train.seeds
-  # Exports for other programs: 'datacomp' | 'keys' | 'clip_ood' | 'webdataset' (byte-exact tars) |
-  # 'array_record' | 'removed_keys' (the pool rows that are not in the split, with the reason; as
-  # parquet) | 'removed_keys.csv' | 'removed_keys.txt' | 'removed_keys.npy'
+  # Exports for other programs: 'datacomp' | 'clip_ood' | 'webdataset' (byte-exact tars) |
+  # 'array_record' | 'keys' (the split's rows, as parquet) | 'removed_keys' (the pool rows that are
+  # not in the split, with the reason, as parquet); both also with '.csv', '.txt' or '.npy' at the
+  # end. keys.txt and keys.npy hold the keys of the pool's rows only.
   'export': Key(()),
 }
 

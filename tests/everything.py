@@ -43,7 +43,7 @@ def config(keys: pathlib.Path):
   c.planted.benchmark = 'handwriting'
 
   c.splits.base.seeds = (0, 1)  # a second accuracy table, of the splits with one seed
-  c.splits.handwriting_pruned.export = ('keys', 'webdataset', *key_lists.REMOVED)
+  c.splits.handwriting_pruned.export = ('webdataset', *key_lists.KEPT, *key_lists.REMOVED)
   c.splits.random_75.export = ('array_record',)
   defaults.add_doses(c, 'dose', benchmarks=('handwriting',), doses=(0.5,))
   c.splits.five_nearest = defaults.split(rule='k_aligned', k=5, benchmarks=('handwriting',))
