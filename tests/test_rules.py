@@ -326,6 +326,16 @@ def test_the_table_tells_what_each_rule_takes():
       {'words': tuple('abcde')},
       'rows whose caption has a, b, c or one of 2 other words',
     ),
+    (
+      'clusters',
+      {'clusters': 1000},
+      'rows of the k-means clusters (of 1,000) that are the nearest of an anchor image',
+    ),
+    (
+      'clusters',
+      {'clusters': 5, 'reference': 'toys'},
+      'rows of the k-means clusters (of 5) that are the nearest of an image of toys',
+    ),
     ('union', {'of': ('x', 'y')}, 'rows that x or y keeps'),
     ('union', {'of': ('x', 'y', 'z')}, 'rows that x, y or z keeps'),
     ('intersection', {'of': ('x', 'y', 'z')}, 'rows that x, y and z all keep'),
