@@ -179,7 +179,7 @@ def test_a_rows_fingerprint_covers_what_the_rule_reads(vectors, tmp_path):
 
 
 def test_mistakes(vectors, tmp_path, capsys):
-  c = config(tmp_path, {**vectors, 'empty': np.zeros((3, E), np.float16)})
+  c = config(tmp_path, vectors)
   c.splits.clusters.clusters = 90  # a row has no vector
   status, said = squares.run(c, tmp_path / 'w', capsys, STAGES)
   assert status == 2 and 'clusters=90 is more than the 89 candidates of the pool' in said
@@ -187,15 +187,13 @@ def test_mistakes(vectors, tmp_path, capsys):
   status, said = squares.run(c, tmp_path / 'w', capsys, STAGES)
   assert status == 2 and 'clusters=91 is more than the 90 rows of the pool' in said
   c.splits.clusters.clusters = 5
-  c.references.empty = defaults.reference(format='embeddings', path=f'{tmp_path}/empty')
-  c.splits.clusters.reference = 'empty'
-  status, said = squares.run(c, tmp_path / 'w2', capsys, STAGES)
-  assert status == 1 and 'no image of empty has a usable vector' in said
-  c.embedder.source, c.references.empty = (
-    'weights',
-    defaults.reference(format='prompts', classes=('cat', 'dog')),
-  )
-  with pytest.raises(ConfigError, match="reference='empty' holds prompts"):
+  usable = tmp_path / 'w/embeddings/anchor/usable-00000.npy'
+  np.save(usable, np.zeros_like(np.load(usable)))
+  status, said = squares.run(c, tmp_path / 'w', capsys, STAGES)
+  assert status == 1 and 'no image of anchor has a usable vector' in said
+  c.embedder.source, c.splits.clusters.reference = 'weights', 'words'
+  c.references.words = defaults.reference(format='prompts', classes=('cat', 'dog'))
+  with pytest.raises(ConfigError, match="reference='words' holds prompts"):
     check.check(c)
 
 
