@@ -52,11 +52,11 @@ def config(keys: pathlib.Path):
   c.splits.few = defaults.split(rule='listed', file=str(keys))
   c.splits.less_like = defaults.split(rule='below', benchmarks=('handwriting',), similarity=0.9)
   c.splits.large = defaults.split(rule='column', column='length', top=0.5)
-  c.splits.by_cluster = defaults.split(rule='clusters', clusters=20)
+  c.splits.in_clusters = defaults.split(rule='clusters', clusters=20)
   c.splits.with_copies = defaults.split(rule='planted')
   untrained = (
     *('far_75', 'five_nearest', 'no_outline', 'no_one', 'few', 'less_like', 'large'),
-    'by_cluster',
+    'in_clusters',
   )
   c.train.only = tuple(
     f'{split}/seed{seed}' for split, seed in blocks.runs_to_train(c) if split not in untrained
