@@ -408,8 +408,8 @@ KEYS = {
   'k': Key(1, positive),
   # domain_removal: one of config.references, whose nearest example sets a row's class.
   # clusters: the dataset whose images choose the clusters: '' is the anchor, else one of
-  # config.references or of config.benchmarks. By a benchmark, test images choose the training data:
-  # accuracy on this benchmark is then no result on unseen data
+  # config.references (which the search also compares with the pool) or config.benchmarks. With a
+  # benchmark, test images choose the training data: accuracy on it is no result on unseen data
   'reference': Key(''),
   # clusters: number of k-means clusters of the candidates (DataComp: 100,000)
   'clusters': Key(0, natural),
