@@ -11,7 +11,7 @@ from clip_jax.core.errors import ConfigError, InputError
 from clip_jax.experiment.experiment import Experiment
 from clip_jax.pruning import rules
 from clip_jax.similarity import kmeans
-from clip_jax.stages import check, prune
+from clip_jax.stages import check, plan, prune
 
 STAGES = ['ingest', 'embedder', 'embed', 'dedup', 'search', 'prune']
 E = 8
@@ -176,6 +176,18 @@ def test_a_rows_fingerprint_covers_what_the_rule_reads(vectors, tmp_path):
   np.save(tmp_path / 'bench/0.npy', np.concatenate([vectors['bench'], vectors['bench']]))
   prints.add(graph().rows('clusters', 0).fingerprint)
   assert len(prints) == 5
+
+
+def test_the_plan_counts_k_means(vectors, tmp_path):
+  c = config(tmp_path, vectors)
+  x = Experiment(c, str(tmp_path / 'w'))
+  flops = plan.stage_plan(x, 'prune', {'pool': 90, 'anchor': 10, 'bench': 5}).flops
+  assert plan.stage_plan(x, 'prune', {'pool': None, 'anchor': 10, 'bench': 5}).flops is None
+  assert flops and flops % (2 * 10 * (25 + 1) * 100) == 0
+  c.splits.other = defaults.split(rule='clusters', clusters=10, reference='bench')
+  assert plan.stage_plan(x, 'prune', {'pool': 90, 'anchor': 10, 'bench': 5}).flops == flops
+  del c.splits['clusters'], c.splits['other']
+  assert plan.stage_plan(x, 'prune', {'pool': 90, 'anchor': 10, 'bench': 5}).flops == 0
 
 
 def test_mistakes(vectors, tmp_path, capsys):

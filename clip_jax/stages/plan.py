@@ -271,9 +271,9 @@ def _prune(x: Experiment, rows: Rows) -> StagePlan:
     return StagePlan(0, 0, 0.0)
   n = _known_sum(rows, (POOL, ANCHOR))
   drawn = sum(len(blocks.row_file_seeds(x.config, split)) for split in x.config.splits)
-  if n is None:
-    return UNKNOWN
   clusters = {(split.clusters, split.seed) for split in x.config.splits.values() if split.clusters}
+  if n is None:
+    return StagePlan(None, None, None if clusters else 0.0)
   assigned = sum(
     k * (rules.CLUSTER_ITERATIONS * min(n, rules.CLUSTER_ROWS * k) + n) for k, _ in clusters
   )
