@@ -421,7 +421,8 @@ BENCHMARK = {
   'class_mask': Key((), _class_mask),  # class names that may be predicted; (): all
 }
 
-# Labelled examples that classify pool rows for domain_removal: a dataset, or prompts.
+# Labelled examples that classify pool rows for domain_removal, or choose clusters: a dataset, or
+# (domain_removal) prompts.
 REFERENCE = {
   **DATASET,
   # Format 'prompts': a class vector is the mean of these, encoded by the embedder.
@@ -433,13 +434,14 @@ SPLIT = {
   # all | anchor | pool_only | gap_aligned | near | far | random | matched | k_aligned |
   # domain_removal | union | intersection | minus | planted | listed (a file of keys) |
   # below (decontamination: rows similar to a query are dropped) | column (a number of each row) |
-  # caption (captions with given words)
+  # caption (captions with given words) | clusters (k-means clusters near reference images)
   'rule': Key('all'),
   'append_anchor': Key(True),  # add the anchor's rows
   'seeds': Key(()),  # training seeds of this split; (): train.seeds
-  # Exports for other programs: 'datacomp' | 'keys' | 'clip_ood' | 'webdataset' (byte-exact tars) |
-  # 'array_record' | 'removed_keys' (the pool rows that are not in the split, with the reason; as
-  # parquet) | 'removed_keys.csv' | 'removed_keys.txt' | 'removed_keys.npy'
+  # Exports for other programs: 'datacomp' | 'clip_ood' | 'webdataset' (byte-exact tars) |
+  # 'array_record' | 'keys' (the split's rows, as parquet) | 'removed_keys' (the pool rows that are
+  # not in the split, with the reason, as parquet); both also with '.csv', '.txt' or '.npy' at the
+  # end. keys.txt and keys.npy hold the keys of the pool's rows only.
   'export': Key(()),
 }
 
@@ -471,7 +473,8 @@ def get_config() -> Config:
   # More benchmarks, 'name=DIR,other=DIR': the command line cannot add keys to benchmarks. '': none.
   c.benchmark_dirs = ''
   c.benchmark_template = benchmark()  # of benchmark_dirs; format '': detected from the files
-  c.references = ConfigDict()  # name -> reference(...), for the rule domain_removal
+  # name -> reference(...), for the rules domain_removal and clusters
+  c.references = ConfigDict()
   c.splits = ConfigDict()  # name -> split(...); add_doses(config, ...) adds a dose curve
   # name -> embedder(...): further ones, for dedup.embedder, prune.sensitivity and prune.preview
   c.embedders = ConfigDict()

@@ -52,6 +52,14 @@ _RATE = {
   'low': 'lower end of its 95 % Wilson interval',
   'high': 'upper end of its 95 % Wilson interval',
 }
+_KEPT = {
+  'dataset': 'dataset of the sample',
+  'key': 'its key, or the column `prune.export_key`',
+  'row': 'its row in the dataset',
+  'file': 'its source file',
+  'offset': 'first byte of the image',
+  'length': 'bytes of the image',
+}
 _REMOVED = {
   'key': 'key of a pool row that is not in the split, or the column `prune.export_key`',
   'row': 'the row',
@@ -343,14 +351,10 @@ MEANINGS = {
     '': 'copies of its anchor samples'
   },
   'splits/<split>/export/clip_ood.npy': {'': 'keys of the pool rows as numbers, sorted'},
-  'splits/<split>/export/keys.parquet': {
-    'dataset': 'dataset of the sample',
-    'key': 'its key, or the column `prune.export_key`',
-    'row': 'its row in the dataset',
-    'file': 'its source file',
-    'offset': 'first byte of the image',
-    'length': 'bytes of the image',
-  },
+  'splits/<split>/export/keys.parquet': _KEPT,
+  'splits/<split>/export/keys.csv': _KEPT,
+  'splits/<split>/export/keys.txt': {'': "the keys of the split's pool rows, one a line"},
+  'splits/<split>/export/keys.npy': {'': "the keys of the split's pool rows"},
   'splits/<split>/export/uids.npy': {
     '': 'uids of the pool rows as two halves, sorted: the format of DataComp'
   },
@@ -431,6 +435,9 @@ MEANINGS = {
     ),
     'draws.<rows>.dropped_by_value.<value>': 'domain_removal: candidates of this value',
     'draws.<rows>.without_value': 'domain_removal: candidates without a value, which are kept',
+    'draws.<rows>.clusters': 'clusters: number of k-means clusters of the candidates',
+    'draws.<rows>.clusters_kept': 'clusters: those that are the nearest of some reference image',
+    'draws.<rows>.reference_rows': 'clusters: reference images with a usable vector',
     'draws.<rows>.file_sha256': 'listed: sha256 of the file',
     'draws.<rows>.listed': 'listed: keys in the file',
     'draws.<rows>.listed_twice': 'listed: keys that it lists more than once',

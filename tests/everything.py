@@ -43,7 +43,7 @@ def config(keys: pathlib.Path):
   c.planted.benchmark = 'handwriting'
 
   c.splits.base.seeds = (0, 1)  # a second accuracy table, of the splits with one seed
-  c.splits.handwriting_pruned.export = ('keys', 'webdataset', *key_lists.REMOVED)
+  c.splits.handwriting_pruned.export = ('webdataset', *key_lists.KEPT, *key_lists.REMOVED)
   c.splits.random_75.export = ('array_record',)
   defaults.add_doses(c, 'dose', benchmarks=('handwriting',), doses=(0.5,))
   c.splits.five_nearest = defaults.split(rule='k_aligned', k=5, benchmarks=('handwriting',))
@@ -52,8 +52,12 @@ def config(keys: pathlib.Path):
   c.splits.few = defaults.split(rule='listed', file=str(keys))
   c.splits.less_like = defaults.split(rule='below', benchmarks=('handwriting',), similarity=0.9)
   c.splits.large = defaults.split(rule='column', column='length', top=0.5)
+  c.splits.in_clusters = defaults.split(rule='clusters', clusters=20)
   c.splits.with_copies = defaults.split(rule='planted')
-  untrained = ('far_75', 'five_nearest', 'no_outline', 'no_one', 'few', 'less_like', 'large')
+  untrained = (
+    *('far_75', 'five_nearest', 'no_outline', 'no_one', 'few', 'less_like', 'large'),
+    'in_clusters',
+  )
   c.train.only = tuple(
     f'{split}/seed{seed}' for split, seed in blocks.runs_to_train(c) if split not in untrained
   )

@@ -118,6 +118,9 @@ def test_duplicates_are_complete(vectors, at_once, monkeypatch):
     (lambda: clip_jax.prune('near', similarity=np.ones(3), sizes=1), "no argument 'sizes'"),
     (lambda: clip_jax.prune('near', similarity=np.array([np.nan, 1]), size=1), 'holds NaN'),
     (lambda: clip_jax.prune('near', similarity={}, size=1), 'must be an array of numbers'),
+    (lambda: clip_jax.prune('clusters', cluster=[0.5], reference=[0]), 'whole numbers'),
+    (lambda: clip_jax.prune('clusters', cluster=[0], reference=[-1]), 'reference from 0 on'),
+    (lambda: clip_jax.prune('clusters', cluster=[0]), 'needs reference='),
     (lambda: clip_jax.prune('random', n=3, size=5), 'asks for 5 pool rows'),
     (
       lambda: clip_jax.prune('near', similarity=np.ones(3), size=1, candidates=np.ones(2, bool)),
@@ -146,6 +149,17 @@ def test_prune_on_plain_columns():
   assert clip_jax.prune('gap_aligned', excess=excess, dose=0.5).tolist() == [0, 1, 3, 4]
   score = np.array([1, np.nan, 3, 2, 2])
   assert clip_jax.prune('column', column=score, at_least=2).tolist() == [2, 3, 4]
+  cluster = np.array([2, 0, -1, 7, 2, 0])
+  assert clip_jax.prune('clusters', cluster=cluster, reference=[2, 9, 2, 0]).tolist() == [
+    0,
+    1,
+    4,
+    5,
+  ]
+  assert clip_jax.prune('clusters', cluster=cluster, reference=[]).tolist() == []
+  assert clip_jax.prune(
+    'clusters', cluster=cluster, reference=[2], candidates=np.arange(6) > 0
+  ).tolist() == [4]
   assert clip_jax.prune('column', column=score, top=0.4).tolist() == [2, 3]
   mask = np.array([1, 1, 0, 1, 1], bool)
   assert clip_jax.prune('column', column=score, top=2, candidates=mask).tolist() == [3, 4]

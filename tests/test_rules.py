@@ -226,6 +226,23 @@ def test_a_column_with_too_few_values_is_an_error():
   assert nothing.rows.tolist() == [] and nothing.report['value_at_cut'] is None
 
 
+@given(seeds, st.integers(1, 9), st.integers(0, 5))
+def test_clusters_keep_the_candidates_of_those_that_a_reference_hits(seed, clusters, images):
+  rng = np.random.default_rng(seed)
+  columns = rules.Columns(rng.random(30) > 0.3)
+  assignment = np.where(columns.candidates, rng.integers(clusters, size=30), -1).astype(np.int32)
+  reference = rng.integers(clusters, size=images).astype(np.int32)
+  kept = rules.clusters(columns, clusters=clusters, assignment=assignment, reference=reference)
+  assert kept.rows.dtype == np.int64 and kept.rows.tolist() == [
+    row for row in candidate_list(columns) if assignment[row] in set(reference.tolist())
+  ]
+  assert kept.report == {
+    'clusters': clusters,
+    'clusters_kept': len(set(reference.tolist())),
+    'reference_rows': images,
+  }
+
+
 def test_the_table_tells_what_each_rule_takes():
   parameter = {
     'target': 'removed',
@@ -242,6 +259,7 @@ def test_the_table_tells_what_each_rule_takes():
     'k',
     'values',
     'seed',
+    'clusters',
     'count',
     'draw',
     'others',
@@ -252,7 +270,10 @@ def test_the_table_tells_what_each_rule_takes():
   for rule in rules.RULES.values():
     takes = set(inspect.signature(rule.keep).parameters) - {'columns', 'names'}
     named = {*rule.keys, *rule.needs}
-    assert takes == {parameter[name] for name in named & set(parameter)} | (named & set(same))
+    expected = {parameter[name] for name in named & set(parameter)} | (named & set(same))
+    if 'clusters' in rule.needs:  # the caller runs k-means, with the seed
+      expected = expected - {'seed'} | {'assignment', 'reference'}
+    assert takes == expected
 
 
 @pytest.mark.parametrize(
@@ -325,6 +346,16 @@ def test_the_table_tells_what_each_rule_takes():
       'caption',
       {'words': tuple('abcde')},
       'rows whose caption has a, b, c or one of 2 other words',
+    ),
+    (
+      'clusters',
+      {'clusters': 1000},
+      'rows of the k-means clusters (of 1,000) that are the nearest of an anchor image',
+    ),
+    (
+      'clusters',
+      {'clusters': 5, 'reference': 'toys'},
+      'rows of the k-means clusters (of 5) that are the nearest of an image of toys',
     ),
     ('union', {'of': ('x', 'y')}, 'rows that x or y keeps'),
     ('union', {'of': ('x', 'y', 'z')}, 'rows that x, y or z keeps'),

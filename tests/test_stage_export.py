@@ -2,6 +2,7 @@
 way.
 """
 
+import csv
 import json
 import os
 import re
@@ -134,7 +135,7 @@ def test_removed_keys_are_the_rest_of_the_pool_with_the_reason(world, capsys):
   c, w = made(world, **{'dedup.enabled': True, 'dedup.threshold': 0.05}), world / 'removed'
   c.dedup.enabled = True
   c.splits.near = defaults.split(
-    rule='below', benchmarks=('squares',), similarity=0.95, export=key_lists.REMOVED
+    rule='below', benchmarks=('squares',), similarity=0.95, export=tuple(key_lists.REMOVED)
   )
   status, said = run(c, w, capsys, PREPARE)
   assert status == 0, said
@@ -154,6 +155,32 @@ def test_removed_keys_are_the_rest_of_the_pool_with_the_reason(world, capsys):
   assert np.load(there / 'removed_keys.npy').tolist() == keys
   for kind in ('txt', 'npy', 'csv', 'parquet'):
     assert key_lists.read(there / f'removed_keys.{kind}').to_pylist() == keys
+
+
+def test_kept_keys_come_in_every_form_and_back(world, capsys):
+  c, w = made(world), world / 'kept'
+  c.splits.base.export = tuple(key_lists.KEPT)
+  c.splits.none = defaults.split(rule='anchor', export=tuple(key_lists.KEPT))
+  status, said = run(c, w, capsys, PREPARE)
+  assert status == 0, said
+  there, keys = w / 'splits/base/export', [uid(row) for row in range(60)]
+  assert (there / 'keys.txt').read_text().split() == keys
+  assert np.load(there / 'keys.npy').tolist() == keys
+  with (there / 'keys.csv').open(newline='') as f:
+    lines = list(csv.DictReader(f))
+  table = pq.read_table(there / 'keys.parquet').to_pylist()
+  assert lines == [{name: str(value) for name, value in line.items()} for line in table]
+  assert [line['dataset'] for line in lines].count('anchor') == 12
+  for name in key_lists.KEPT.values():
+    assert key_lists.read(there / name).to_pylist() == keys
+    c.splits[name.replace('.', '_')] = defaults.split(rule='listed', file=str(there / name))
+  status, said = run(c, w, capsys, ['prune'])
+  assert status == 0, said
+  base = np.load(w / 'splits/base/rows.npy')
+  for name in key_lists.KEPT.values():
+    assert (np.load(w / f'splits/{name.replace(".", "_")}/rows.npy') == base).all()
+  assert (w / 'splits/none/export/keys.txt').read_text() == ''
+  assert np.load(w / 'splits/none/export/keys.npy').shape == (0,)
 
 
 def test_below_drops_the_rows_of_the_list_of_duplicates(world, capsys):

@@ -1,6 +1,7 @@
 """clip_jax.prune: the pruning rules on plain columns."""
 
 from collections.abc import Callable, Mapping
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,8 @@ def prune(
     up to 1e-3 (float16); to drop exactly the rows of `duplicates`, drop its column `row`.
   - gap_aligned: excess [N] or [N, G]; slack, quantile or dose.
   - column: column [N], numbers; at_least, top or quantile.
+  - clusters: cluster [N], whole numbers, -1 for none; reference, the clusters to keep, such as the
+    nearest one of each image of a labelled set; numbers may repeat.
   - random: n, the number of pool rows; size; seed.
   - domain_removal: column [N]; values, the ones to drop.
   - union, intersection, minus: n, the number of pool rows; of, a list of row arrays.
@@ -117,6 +120,26 @@ def _column(candidates: Array | None, given: Mapping[str, Any]) -> np.ndarray:
   return rules.column(_columns(len(scores), candidates), scores=scores, **amounts).rows
 
 
+def _clusters(candidates: Array | None, given: Mapping[str, Any]) -> np.ndarray:
+  cluster, reference = (_whole_numbers(given[name], name) for name in ('cluster', 'reference'))
+  if (cluster < -1).any() or (reference < 0).any():
+    raise ConfigError('cluster must hold numbers from -1 on, and reference from 0 on.')
+  columns = _columns(len(cluster), candidates)
+  mask = columns.candidates & (cluster >= 0)
+  number = int(max(cluster.max(initial=-1), reference.max(initial=-1))) + 1
+  columns = dataclasses.replace(columns, candidates=mask)
+  return rules.clusters(columns, clusters=number, assignment=cluster, reference=reference).rows
+
+
+def _whole_numbers(values: Any, name: str) -> np.ndarray:  # [n] int64
+  array = np.asarray(values)
+  if array.ndim != 1 or (array.dtype.kind not in 'iu' and array.size):
+    raise ConfigError(
+      f'{name} must be whole numbers [n], one cluster each; got {array.dtype} {list(array.shape)}.'
+    )
+  return array.astype(np.int64)
+
+
 def _random(candidates: Array | None, given: Mapping[str, Any]) -> np.ndarray:
   columns = _columns(given['n'], candidates)
   count = rules.count_of(given['size'], int(columns.candidates.sum()))
@@ -149,6 +172,7 @@ _RULES: dict[str, tuple[tuple[str, ...], Callable]] = {
   'below': (('similarity', 'threshold'), _below),
   'gap_aligned': (('excess', 'slack', 'quantile', 'dose'), _gap_aligned),
   'column': (('column', 'at_least', 'top', 'quantile'), _column),
+  'clusters': (('cluster', 'reference'), _clusters),
   'random': (('n', 'size', 'seed'), _random),
   'domain_removal': (('column', 'values'), _domain_removal),
   **{rule: (('n', 'of'), _joined(rule)) for rule in ('union', 'intersection', 'minus')},

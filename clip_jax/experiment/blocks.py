@@ -200,6 +200,11 @@ def splits_needed_by(config: Config, split: str) -> list[str]:
   return [name for name in (block.size_of, block.to, *block.of) if name]
 
 
+def cluster_reference(config: Config, split: str) -> str:
+  """Returns the dataset whose images choose the clusters of a split of the rule clusters."""
+  return config.splits[split].reference or ANCHOR
+
+
 def needs_image_text(config: Config) -> bool:
   """Returns whether a split selects rows by their image-text similarity."""
   return any(

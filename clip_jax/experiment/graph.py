@@ -550,9 +550,11 @@ class Graph:
     for name in (
       *block.benchmarks,
       *([ANCHOR_CLASSES] if 'anchor_classes' in rule.needs else []),
-      *([block.reference] if block.reference else []),
+      *([block.reference] if 'levels' in rule.needs and block.reference else []),
     ):
       inputs += self.search_shards(name)
+    if 'clusters' in rule.needs and (name := blocks.cluster_reference(config, split)) not in base:
+      inputs += self.embeddings(name)
     if 'scores' in rule.needs and block.column == blocks.IMAGE_TEXT:
       inputs += self.image_text()
     if 'pairs' in rule.needs:

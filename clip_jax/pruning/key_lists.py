@@ -21,18 +21,16 @@ import pyarrow.parquet as pq
 from clip_jax.core.errors import InputError
 from clip_jax.core.types import Array
 
+_FORMS = ('.parquet', '.txt', '.csv', '.npy')  # of a list of keys; the kind omits '.parquet'
+# The rows of the split, and the pool rows that are not in it: kind -> file.
+KEPT, REMOVED = (
+  {f'{stem}{form}'.removesuffix('.parquet'): f'{stem}{form}' for form in _FORMS}
+  for stem in ('keys', 'removed_keys')
+)
 # Formats in which a split's keys can be written: kind -> file.
-LISTS = {
-  'datacomp': 'uids.npy',
-  'clip_ood': 'clip_ood.npy',
-  'keys': 'keys.parquet',
-  # The pool rows that are not in the split.
-  'removed_keys': 'removed_keys.parquet',
-  'removed_keys.txt': 'removed_keys.txt',
-  'removed_keys.csv': 'removed_keys.csv',
-  'removed_keys.npy': 'removed_keys.npy',
-}
-REMOVED = tuple(kind for kind in LISTS if kind.startswith('removed_keys'))
+LISTS = {'datacomp': 'uids.npy', 'clip_ood': 'clip_ood.npy', **KEPT, **REMOVED}
+# Lists that name rows of the pool only; the others name anchor rows and planted copies, too.
+OF_POOL = tuple(kind for kind in LISTS if kind not in ('keys', 'keys.csv'))
 Column = Any  # pyarrow.Array or ChunkedArray, or a sequence of str or int
 UID = np.dtype('u8,u8')  # DataComp's: the first and the last 16 hexadecimal digits of a uid
 _BLOCK = 1 << 20  # rows processed at a time
@@ -57,7 +55,7 @@ class ListedRows:
 
 def product_name(kind: str) -> str:
   """Returns the name of the product of a kind of LISTS, beside its file."""
-  return kind if kind in REMOVED else os.path.splitext(LISTS[kind])[0]
+  return os.path.splitext(LISTS[kind])[0] if kind in ('datacomp', 'clip_ood') else kind
 
 
 def keys_to_uids(keys: Column, rows: Array | int = 0) -> Array:  # [n] UID
@@ -260,16 +258,13 @@ def _npy(path: epath.Path, column: str):
 
 
 def _parquet(path: epath.Path, column: str):
-  """Reads texts or numbers from a column of a parquet file.
-
-  Of a keys.parquet that this program wrote, only the pool's rows are read.
-  """
+  """Reads texts or numbers from a column of a parquet file; of an export, the pool's rows only."""
   try:
     with path.open('rb') as f:
       file = pq.ParquetFile(f)
       have = file.schema_arrow.names
       name = have[_key_column(path, have, column)]
-      is_export = {'dataset', 'key', 'row'} <= set(have)
+      is_export = _is_export(have)
       read = file.read(['dataset', name] if is_export else [name])
       read.validate(full=True)  # finds texts that are not UTF-8
   except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
@@ -300,15 +295,26 @@ def _lines(path: epath.Path, column: str):
 
 
 def _csv(path: epath.Path, column: str):
-  """Reads texts from a column of a CSV file with a header."""
+  """Reads texts from a column of a CSV file with a header; of an export, the pool's rows only."""
   try:
     with open(path, encoding='utf-8-sig', newline='') as f:
       lines = csv.reader(f)
-      name = _key_column(path, next(lines, []), column)
-      keys = [line[name] if name < len(line) else None for line in lines if line]
+      have = next(lines, [])
+      name = _key_column(path, have, column)
+      dataset = have.index('dataset') if _is_export(have) else None
+      keys = [
+        line[name] if name < len(line) else None
+        for line in lines
+        if line and (dataset is None or line[dataset] == 'pool')
+      ]
   except (csv.Error, OSError, UnicodeDecodeError) as error:
     raise InputError(f'{path} cannot be read ({error}). Give a CSV file with a header.') from error
   return _strings(pa.array(keys, pa.string()))
+
+
+def _is_export(have: Sequence[str]) -> bool:
+  """Returns whether columns are those of a list that names rows of several datasets."""
+  return {'dataset', 'key', 'row'} <= set(have)
 
 
 def _key_column(path: epath.Path, have: Sequence[str], column: str) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from clip_jax.core import config as config_lib
-from clip_jax.core.config import Key, positive, within
+from clip_jax.core.config import Key, natural, positive, within
 from clip_jax.core.errors import ConfigError, InputError
 from clip_jax.core.types import Array
 from clip_jax.pruning.aligned import gap_aligned, k_aligned
@@ -27,6 +27,10 @@ from clip_jax.pruning.columns import (
   recompute_near_cuts,
 )
 from clip_jax.pruning.controls import matched, random
+
+# k-means of the rule clusters: rows fitted per cluster, and iterations. The defaults of Faiss, by
+# which DataComp clusters its pool (max_points_per_centroid and niter in faiss/Clustering.h).
+CLUSTER_ROWS, CLUSTER_ITERATIONS = 256, 25
 
 
 def count_of(size: float, candidates: int) -> int:
@@ -202,6 +206,30 @@ def caption(
   return Kept(np.flatnonzero(columns.candidates & matches))
 
 
+def clusters(
+  columns: Columns,
+  *,
+  clusters: int,  # K
+  assignment: Array,  # [N] int32 in [0, K): the cluster of each candidate; other rows: any value
+  reference: Array,  # [R] int32 in [0, K): the nearest cluster of each reference image
+) -> Kept:
+  """Keeps the candidates whose cluster is the nearest one of at least one reference image.
+
+  This is the image-based filter of DataComp (Gadre et al. 2023, section 4.1, "Image-based
+  filtering"). Report: clusters (K), clusters_kept (the nearest of some reference image),
+  reference_rows (R).
+  """
+  is_kept = np.zeros(clusters, bool)
+  is_kept[reference] = True
+  rows = np.flatnonzero(columns.candidates)
+  report = {
+    'clusters': clusters,
+    'clusters_kept': int(is_kept.sum()),
+    'reference_rows': len(reference),
+  }
+  return Kept(rows[is_kept[assignment[rows]]], report)
+
+
 def union(columns: Columns, *, others: Sequence[Array]) -> Kept:
   """Keeps rows that at least one of the other splits keeps; others: [n] int64 rows each, unique."""
   return _composed(columns, others, np.logical_or)
@@ -282,6 +310,11 @@ def _domain_words(of: Mapping[str, Any]) -> str:
   return f'domain removal, not alignment: without {rows}'
 
 
+def _clusters_words(of: Mapping[str, Any]) -> str:
+  images = f'an image of {of["reference"]}' if of['reference'] else 'an anchor image'
+  return f'rows of the k-means clusters (of {of["clusters"]:,}) that are the nearest of {images}'
+
+
 def _minus_words(of: Mapping[str, Any]) -> str:
   first, *others = of['of']
   return f'rows that {first} keeps and {_listed(others)} {"does" if len(others) < 2 else "do"} not'
@@ -295,10 +328,11 @@ class Rule:
   - needs: inputs that the caller supplies: 'search' (similarity columns), 'excess' (needs an
     anchor), 'pairs' (of k_aligned), 'levels' (`codes` and `names`, from a column or a reference),
     'scores' (the numbers of a column of the index), 'matches' (whether each caption has one of
-    `words`), 'count' (from size or size_of), 'draw' (one
-    draw per training seed), 'target' (the rows dropped by the split named in `to`), 'others' (the
-    rows kept by the splits named in `of`), 'anchor_classes' (the search against class means),
-    'file' (the rows that the split's file lists; the file's content counts, not its path).
+    `words`), 'clusters' (`assignment` and `reference`: the k-means cluster of each candidate and of
+    each reference image), 'count' (from size or size_of), 'draw' (one draw per training seed),
+    'target' (the rows dropped by the split named in `to`), 'others' (the rows kept by the splits
+    named in `of`), 'anchor_classes' (the search against class means), 'file' (the rows that the
+    split's file lists; the file's content counts, not its path).
   - append_anchor: the rule's fixed value; None: the split's own key.
   - planted: whether the split contains the planted rows.
   - every_row: whether the rule needs every row's score, so that an approximate search is not
@@ -372,8 +406,13 @@ KEYS = {
   # k_aligned: for every j up to k, the j-th nearest pool row is not nearer than the j-th nearest
   # anchor row
   'k': Key(1, positive),
-  # domain_removal: one of config.references, whose nearest example sets a row's class
+  # domain_removal: one of config.references, whose nearest example sets a row's class.
+  # clusters: the dataset whose images choose the clusters: '' is the anchor, else one of
+  # config.references (which the search also compares with the pool) or config.benchmarks. With a
+  # benchmark, test images choose the training data: accuracy on it is no result on unseen data
   'reference': Key(''),
+  # clusters: number of k-means clusters of the candidates (DataComp: 100,000)
+  'clusters': Key(0, natural),
   # domain_removal: or a column of the pool's index with the class. column: a column of numbers of
   # the index, or 'image_text_similarity', which the stage embed computes (DataComp's CLIP score)
   'column': Key(''),
@@ -382,7 +421,8 @@ KEYS = {
   'values': Key(()),  # domain_removal: the classes, or values of the column, that are dropped
   # union, intersection, minus: the splits that are joined; minus: the first without the others
   'of': Key(()),
-  'seed': Key(0),  # random, matched: seed of the draw, together with the training seed
+  # random, matched: seed of the draw, together with the training seed. clusters: of k-means
+  'seed': Key(0),
   # listed: a file of sample keys: DataComp's uid .npy, int64 .npy, or parquet of keys
   'file': Key(''),
 }
@@ -571,5 +611,14 @@ RULES = {
     problem=lambda of: (
       '' if of['words'] and all(str(word).strip() for word in of['words']) else 'give words=(...)'
     ),
+  ),
+  'clusters': Rule(
+    clusters,
+    ('clusters', 'reference', 'seed'),
+    ('clusters',),
+    selects=True,
+    label='clusters of reference images',
+    words=_clusters_words,
+    problem=lambda of: '' if of['clusters'] else 'give clusters=, for example 100_000',
   ),
 }

@@ -19,7 +19,7 @@ import numpy as np
 from scipy import sparse
 
 from clip_jax.core.errors import InputError
-from clip_jax.core.types import Array
+from clip_jax.core.types import Array, Vectors
 from clip_jax.similarity import decide, tiles
 
 CANDIDATES = 1024  # candidate rows for initial centres, compared at a time
@@ -37,7 +37,7 @@ class KMeans:
 
 
 def fit(
-  x: Array,  # rows [N, E] float16
+  x: Vectors,  # rows [N, E] float16
   usable: Array,  # [N] bool
   *,
   clusters: int,
@@ -105,7 +105,7 @@ def fit(
 
 
 def assign(
-  x: Array,  # rows [N, E] float16
+  x: Vectors,  # rows [N, E] float16
   usable: Array,  # [N] bool
   centers: Array,  # [K, E] float32
   *,
@@ -123,7 +123,7 @@ def assign(
 
 
 def initial_rows(
-  x: Array,  # rows [N, E] float16
+  x: Vectors,  # rows [N, E] float16
   rows: Array,  # [n] int64, the usable ones
   clusters: int,
   seed: int,

@@ -21,11 +21,6 @@ from clip_jax.models import sscd, weights, zoo
 from clip_jax.pruning import key_lists
 from clip_jax.stages import benchmark_dirs, check_keys, check_splits, models
 
-LISTS_OF_POOL = (
-  'datacomp',
-  'clip_ood',
-  *key_lists.REMOVED,
-)  # exports that name the pool's samples only
 # Keys that only a dataset of format 'embeddings' reads, and image keys that it does not read.
 VECTOR_KEYS = ('metadata', 'vector_key', 'vector_dim', 'any_norm', 'images')
 NOT_VECTOR_KEYS = (
@@ -188,7 +183,7 @@ def _planted(config: Config) -> None:
           f'config.splits.{name}: the rule planted needs {where}.benchmark, the images to copy.'
         )
       for kind in config.splits[name].export:
-        if kind in LISTS_OF_POOL:
+        if kind in key_lists.OF_POOL:
           raise ConfigError(
             f'config.splits.{name}.export: {kind!r} lists keys of the pool only, so training on '
             'it would miss the planted copies. Use keys, webdataset or array_record.'

@@ -90,6 +90,8 @@ def check(config: Config, name: str) -> None:
     _scores(config, where, block.column)
   if 'levels' in rule.needs:
     _levels(config, where, block)
+  if 'clusters' in rule.needs:
+    _clusters(config, where, block)
   _dependencies(config, name)
 
 
@@ -121,6 +123,33 @@ def _levels(config: Config, where: str, block: Config) -> None:
     classes = config.references[block.reference].classes
     for value in block['values'] if classes else ():
       check_keys.one_of(f'{where}.values', str(value), classes)
+
+
+def _clusters(config: Config, where: str, block: Config) -> None:
+  """Checks the dataset whose images choose the clusters."""
+  if not block.reference and not blocks.has_anchor(config):
+    raise ConfigError(
+      f'{where}: the rule {block.rule!r} needs images that choose the clusters. Give an anchor '
+      '(--config.anchor.path=DIR), or reference=, one of config.references or config.benchmarks.'
+    )
+  if block.reference:
+    check_keys.one_of(
+      f'{where}.reference', block.reference, (*config.references, *config.benchmarks)
+    )
+  if block.reference in config.references and blocks.is_prompts(config, block.reference):
+    raise ConfigError(
+      f'{where}.reference={block.reference!r} holds prompts. The rule {block.rule!r} needs images.'
+    )
+
+
+def check_pool_size(config: Config, rows: int) -> None:
+  """Raises ConfigError for a split with more clusters than the pool has rows."""
+  for name, block in config.splits.items():
+    if block.clusters > rows:
+      raise ConfigError(
+        f'config.splits.{name}.clusters={block.clusters:,} is more than the {rows:,} rows of the '
+        'pool. Give fewer clusters.'
+      )
 
 
 def _scores(config: Config, where: str, column: str) -> None:

@@ -2,13 +2,13 @@
 
 In: splits/<split>/rows*.npy, the indexes; for copies also the source files.
 Out, in WORKDIR/splits/<split>/export/ (export/seed<k>/ if each seed has its own rows): uids.npy,
-clip_ood.npy, keys.parquet, removed_keys.*, webdataset/*.tar and array_record/*.array_record, the
-last two each with sizes.json. uids.npy and clip_ood.npy hold the pool's rows only; keys.parquet and
-copies also hold anchor rows and planted copies, which have no key of the pool. removed_keys holds
-the pool rows that are not in the split.
+clip_ood.npy, keys.*, removed_keys.*, webdataset/*.tar and array_record/*.array_record, the last two
+each with sizes.json. keys.parquet, keys.csv and copies also hold anchor rows and planted copies,
+which have no key of the pool; the other lists hold the pool's rows only. removed_keys holds the
+pool rows that are not in the split.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 import os
 from typing import Any
 
@@ -28,7 +28,7 @@ from clip_jax.experiment.blocks import POOL
 from clip_jax.experiment.experiment import Experiment
 from clip_jax.pruning import key_lists, splits
 
-ROWS_AT_ONCE = 1 << 20  # rows of keys.parquet held in memory
+ROWS_AT_ONCE = 1 << 20  # rows of keys.parquet and keys.csv held in memory
 # Why a pool row is not in a split.
 RULE, DUPLICATE, IN_ANCHOR, UNUSABLE = 'rule', 'duplicate', 'in the anchor', 'unusable'
 CHECKED_ROWS = 100  # rows of a shard whose keys are checked before the split is known
@@ -198,36 +198,59 @@ def _verify_list(x: Experiment, path: str, temporary, column: str, rows: Array) 
   return {'several_rows': several}
 
 
-def _keys_parquet(x: Experiment, path: str, rows: Mapping[str, Array]) -> dict:
-  """Writes keys.parquet: dataset, key, row of the dataset, and the image's file, offset, length."""
-  schema = pa.schema(
-    [
-      ('dataset', pa.string()),
-      ('key', pa.string()),
-      ('row', pa.int64()),
-      ('file', pa.string()),
-      ('offset', pa.int64()),
-      ('length', pa.int64()),
-    ]
-  )
+_KEY_SCHEMA = pa.schema(
+  [
+    ('dataset', pa.string()),
+    ('key', pa.string()),
+    ('row', pa.int64()),
+    ('file', pa.string()),
+    ('offset', pa.int64()),
+    ('length', pa.int64()),
+  ]
+)
+
+
+def _keys(x: Experiment, path: str, rows: Mapping[str, Array]) -> dict:
+  """Writes the rows of the split, in the form of the path's ending.
+
+  .parquet and .csv: dataset, key, row of the dataset, and the image's file, offset, length; .txt
+  and .npy: the keys of the pool's rows.
+  """
+  if os.path.splitext(path)[1] in ('.txt', '.npy'):
+    rows = {POOL: rows[POOL]}  # nothing in them tells a key of the anchor from one of the pool
+  column = x.config.prune.export_key or 'key'
+  return {
+    'keys': sum(map(len, rows.values())),
+    **_write_form(x, path, _KEY_SCHEMA, _key_tables(x, rows), column, rows[POOL]),
+  }
+
+
+def _write_form(
+  x: Experiment, path: str, schema: pa.Schema, tables: Iterable[pa.Table], column: str, pool: Array
+) -> dict:
+  """Writes tables in the form of the path's ending; reads back that they name the pool's rows.
+
+  Returns the number of keys that name several rows.
+  """
   with files.atomic(x.path(path)) as temporary:
-    with pq.ParquetWriter(os.fspath(temporary), schema, compression='zstd') as writer:
-      tables, size = [], 0
-      for part in _key_tables(x, rows, schema):
-        tables.append(part)
-        size += len(part)
-        if size >= ROWS_AT_ONCE:
-          writer.write_table(pa.concat_tables(tables))
-          tables, size = [], 0
-      if tables:
-        writer.write_table(pa.concat_tables(tables))
-    return {
-      'keys': sum(map(len, rows.values())),
-      **_verify_list(x, path, temporary, x.config.prune.export_key or 'key', rows[POOL]),
-    }
+    _FORMS[os.path.splitext(path)[1]](os.fspath(temporary), schema, _joined(tables))
+    return _verify_list(x, path, temporary, column, pool)
 
 
-def _key_tables(x: Experiment, rows: Mapping[str, Array], schema) -> Iterator:
+def _joined(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+  """Yields the tables joined to ROWS_AT_ONCE rows or more."""
+  parts, size = [], 0
+  for part in tables:
+    parts.append(part)
+    size += len(part)
+    if size >= ROWS_AT_ONCE:
+      yield pa.concat_tables(parts)
+      parts, size = [], 0
+  if parts:
+    yield pa.concat_tables(parts)
+
+
+def _key_tables(x: Experiment, rows: Mapping[str, Array]) -> Iterator[pa.Table]:
   for dataset, dataset_rows in rows.items():
     column = x.config.prune.export_key if dataset == POOL else ''
     sources = x.graph.shards(dataset) if len(dataset_rows) else []
@@ -258,12 +281,12 @@ def _key_tables(x: Experiment, rows: Mapping[str, Array], schema) -> Iterator:
           index['offset'],
           index['length'].cast(pa.int64()),
         ],
-        schema=schema,
+        schema=_KEY_SCHEMA,
       )
 
 
 def _removed(x: Experiment, path: str, rows: Mapping[str, Array]) -> dict:
-  """Writes the pool rows that are not in the split, in the format of the path's ending.
+  """Writes the pool rows that are not in the split, in the form of the path's ending.
 
   .parquet and .csv: key, row, file, reason; .txt and .npy: the keys.
   """
@@ -285,32 +308,50 @@ def _removed(x: Experiment, path: str, rows: Mapping[str, Array]) -> dict:
   table_ = pa.table(
     {'key': keys, 'row': gone, 'file': samples['file'], 'reason': pa.array(reasons[gone])}
   )
-  with files.atomic(x.path(path)) as temporary:
-    _REMOVED[os.path.splitext(path)[1]](os.fspath(temporary), table_)
-    return {'keys': len(gone), **_verify_list(x, path, temporary, column, gone)}
+  return {
+    'keys': len(gone),
+    **_write_form(x, path, table_.schema, [table_], column, gone),
+  }
 
 
-def _write_lines(path: str, removed: pa.Table) -> None:
-  keys = removed['key'].to_pylist()
-  if broken := [key for key in keys if key.splitlines() != [key] or key.strip() != key]:
-    raise InputError(
-      f'The key {broken[0]!r} does not fit in a line of text. Export removed_keys (parquet).'
-    )
+def _write_parquet(path: str, schema: pa.Schema, tables: Iterable[pa.Table]) -> None:
+  with pq.ParquetWriter(path, schema, compression='zstd') as writer:
+    for part in tables:
+      writer.write_table(part)
+
+
+def _write_csv(path: str, schema: pa.Schema, tables: Iterable[pa.Table]) -> None:
+  with pyarrow.csv.CSVWriter(path, schema) as writer:
+    for part in tables:
+      writer.write_table(part)
+
+
+def _write_lines(path: str, schema: pa.Schema, tables: Iterable[pa.Table]) -> None:
+  del schema
   with open(path, 'w', encoding='utf-8', newline='\n') as f:
-    f.writelines(f'{key}\n' for key in keys)
+    for part in tables:
+      keys = part['key'].to_pylist()
+      if broken := [key for key in keys if key.splitlines() != [key] or key.strip() != key]:
+        raise InputError(
+          f'The key {broken[0]!r} does not fit in a line of text. Export the list as parquet: '
+          'keys or removed_keys.'
+        )
+      f.writelines(f'{key}\n' for key in keys)
 
 
-def _write_npy(path: str, removed: pa.Table) -> None:
+def _write_npy(path: str, schema: pa.Schema, tables: Iterable[pa.Table]) -> None:
+  del schema
+  parts = [np.array(part['key'].to_pylist(), np.str_) for part in tables]
   with open(path, 'wb') as f:
-    np.save(f, np.array(removed['key'].to_pylist(), np.str_), allow_pickle=False)
+    np.save(f, np.concatenate([np.zeros(0, '<U1'), *parts]), allow_pickle=False)
 
 
-_REMOVED = {
-  '.parquet': lambda path, removed: pq.write_table(removed, path, compression='zstd'),
-  '.csv': lambda path, removed: pyarrow.csv.write_csv(removed, path),
+_FORMS = {
+  '.parquet': _write_parquet,
+  '.csv': _write_csv,
   '.txt': _write_lines,
   '.npy': _write_npy,
-}  # ending -> its writer
+}  # ending of key_lists.KEPT and REMOVED -> its writer
 
 
 def write_copies(x: Experiment, todo: list[Product]) -> Made:
@@ -432,9 +473,9 @@ def write_part(job: tuple[str, str, str, Array]) -> dict:
 
 
 _LISTS = {
-  **dict.fromkeys(key_lists.REMOVED, _removed),
   'datacomp': _datacomp_uids,
   'clip_ood': _clip_ood_keys,
-  'keys': _keys_parquet,
+  **dict.fromkeys(key_lists.KEPT, _keys),
+  **dict.fromkeys(key_lists.REMOVED, _removed),
 }  # kind of key_lists.LISTS -> its writer
 MAKERS = {'list': write_list, 'copies': write_copies}

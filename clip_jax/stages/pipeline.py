@@ -22,7 +22,7 @@ from clip_jax.core.types import Config
 from clip_jax.data import images
 from clip_jax.experiment import blocks, workdir
 from clip_jax.experiment.experiment import Experiment
-from clip_jax.stages import benchmark_dirs, check, export, lint, plan, table
+from clip_jax.stages import benchmark_dirs, check, check_splits, export, lint, plan, table
 
 PACKAGES = (
   'jax',
@@ -162,6 +162,7 @@ def _check_index(x: Experiment, names: list[str]) -> None:
   fits = lambda name: products.status(x.workdir, x.graph.index(name)) == 'fits'
   if fits(blocks.POOL) and is_missing('prune'):
     export.check_keys(x)
+    check_splits.check_pool_size(x.config, len(workdir.source(x, blocks.POOL)))
   if is_missing('evaluate') and all(map(fits, x.config.benchmarks)):
     table.stage_module('evaluate').check_benchmarks(x)
 

@@ -21,6 +21,7 @@ from clip_jax.experiment import blocks, workdir
 from clip_jax.experiment.blocks import ANCHOR, POOL
 from clip_jax.experiment.experiment import Experiment
 from clip_jax.models import fitted_embedders, flops, sscd
+from clip_jax.pruning import rules
 from clip_jax.stages import lint, models, table
 
 # Dense peaks in FLOP/s from the vendors' data sheets: (float32 or TF32 matmul, bfloat16 matmul).
@@ -270,7 +271,13 @@ def _prune(x: Experiment, rows: Rows) -> StagePlan:
     return StagePlan(0, 0, 0.0)
   n = _known_sum(rows, (POOL, ANCHOR))
   drawn = sum(len(blocks.row_file_seeds(x.config, split)) for split in x.config.splits)
-  return StagePlan(n, None if n is None else 8 * n * drawn, 0.0)
+  clusters = {(split.clusters, split.seed) for split in x.config.splits.values() if split.clusters}
+  if n is None:
+    return StagePlan(None, None, None if clusters else 0.0)
+  assigned = sum(
+    k * (rules.CLUSTER_ITERATIONS * min(n, rules.CLUSTER_ROWS * k) + n) for k, _ in clusters
+  )
+  return StagePlan(n, 8 * n * drawn, 2.0 * _dim(x) * assigned if clusters else 0.0)
 
 
 def _train(x: Experiment, rows: Rows) -> StagePlan:

@@ -95,6 +95,8 @@ class Base(PoolColumns):
       arguments['scores'] = self.numbers(block.column)
     if 'matches' in rule.needs:
       arguments['matches'] = self.captions_with(tuple(map(str, block.words)))
+    if 'clusters' in rule.needs:
+      arguments['assignment'], arguments['reference'] = self.clusters_of(split)
     if 'count' in rule.needs:
       arguments['count'] = (
         len(self._pool_rows(split, block.size_of, seed))

@@ -6,22 +6,24 @@ They are columns over the pool, the queries, and exact similarities near a thres
 from collections.abc import Callable, Iterable, Iterator, Mapping
 import dataclasses
 import functools
+import math
 import os
 import re
 
+from absl import logging
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from clip_jax.core import files, products
-from clip_jax.core.errors import InputError
+from clip_jax.core import files, products, progress
+from clip_jax.core.errors import ConfigError, InputError
 from clip_jax.core.types import Array
 from clip_jax.data import table
 from clip_jax.experiment import blocks, workdir
 from clip_jax.experiment.blocks import ANCHOR, ANCHOR_CLASSES, POOL
 from clip_jax.experiment.experiment import Experiment
 from clip_jax.pruning import cells, columns, rules
-from clip_jax.similarity import decide, pairs
+from clip_jax.similarity import decide, kmeans, pairs
 
 ROWS_AT_ONCE = 65_536  # vectors read from the pool at once
 PAIRS_AT_ONCE = 1 << 24  # pairs that the rule k_aligned decides at once
@@ -155,6 +157,65 @@ class PoolColumns:
       matches = pc.match_substring_regex(captions, pattern, ignore_case=True)
       parts.append(matches.fill_null(False).to_numpy().astype(bool))
     return np.concatenate(parts)
+
+  def clusters_of(self, split: str) -> tuple[Array, Array]:
+    """Returns the cluster of each candidate, [N] int32, and of each reference image, [R] int32.
+
+    Other rows of the pool hold -1; reference images without a usable vector are left out.
+    """
+    block, name = self.x.config.splits[split], blocks.cluster_reference(self.x.config, split)
+    reference = workdir.embeddings(self.x, name)
+    if not reference.usable.any():
+      raise InputError(
+        f'config.splits.{split}: no image of {name} has a usable vector, so none chooses a '
+        'cluster. Check why its samples could not be read.'
+      )
+    candidates = int(self.columns.candidates.sum())
+    if block.clusters > candidates:
+      raise ConfigError(
+        f'config.splits.{split}.clusters={block.clusters:,} is more than the {candidates:,} '
+        'candidates of the pool. Give fewer clusters.'
+      )
+    if name in self.x.config.benchmarks:
+      logging.warning(
+        'split %s: test images of %s choose its clusters. Accuracy on %s is then no result on '
+        'unseen data.',
+        split,
+        name,
+        name,
+      )
+    centers, assignment = self._clusters(block.clusters, block.seed)
+    nearest = kmeans.assign(reference, reference.usable, centers, name=name)
+    return assignment, nearest[reference.usable]
+
+  @functools.lru_cache  # noqa: B019 (both live as long as the stage)
+  def _clusters(self, clusters: int, seed: int) -> tuple[Array, Array]:
+    """Returns k-means centres [K, E] float32, and each candidate's nearest, [N] int32 (else -1).
+
+    Initial centres are random candidates. k-means fits at most rules.CLUSTER_ROWS random candidates
+    a cluster; one pass then assigns all.
+    """
+    rows = np.flatnonzero(self.columns.candidates)
+    fitted, count = self.columns.candidates, rules.CLUSTER_ROWS * clusters
+    if count < len(rows):
+      fitted = np.zeros(len(self.pool), bool)
+      fitted[np.random.default_rng((seed, 1)).choice(rows, count, replace=False)] = True
+    with progress.Bar(total=rules.CLUSTER_ITERATIONS, desc='k-means', unit='iteration') as bar:
+      found = kmeans.fit(
+        self.pool,
+        fitted,
+        clusters=clusters,
+        seed=seed,
+        initial_similarity=math.inf,
+        max_iterations=rules.CLUSTER_ITERATIONS,
+        on_iteration=lambda state: bar.update(),
+      )
+    if fitted is self.columns.candidates:
+      return found.centers, found.assignment
+    with progress.Bar(total=len(rows), desc='assign', unit='row') as bar:
+      return found.centers, kmeans.assign(
+        self.pool, self.columns.candidates, found.centers, on_rows=bar.update
+      )
 
   def pairs(self, benchmark: str, k: int) -> Iterator[columns.Pairs]:
     """Yields all pairs of a query and a pool row nearer than the query's k-th anchor row.
