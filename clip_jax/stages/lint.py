@@ -17,7 +17,7 @@ from clip_jax.experiment.blocks import POOL
 from clip_jax.experiment.experiment import Experiment
 from clip_jax.models import zoo
 from clip_jax.pruning import cells
-from clip_jax.stages import export, models
+from clip_jax.stages import domains, export, models
 
 PAPERS = 'ViT-B-16-plus-240'  # the embedder of the paper, for which dedup.threshold is
 
@@ -28,7 +28,7 @@ def advice(x: Experiment, names: Sequence[str]) -> list[str]:
   if {'train', 'evaluate', 'report'} & set(names):
     sentences += _answer(x)
   if 'prune' in names and is_indexed(x):
-    sentences += [*_keys(x), *_domains(x)]
+    sentences += [*_keys(x), *_domains(x), *domains.expected_removal(x, x.config.splits)]
   return sentences
 
 

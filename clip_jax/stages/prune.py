@@ -23,7 +23,7 @@ from clip_jax.experiment import blocks, workdir
 from clip_jax.experiment.experiment import Experiment
 from clip_jax.pruning import rules, splits
 from clip_jax.similarity import decide
-from clip_jax.stages import export
+from clip_jax.stages import domains, export
 from clip_jax.stages.prune_columns import ROWS_AT_ONCE, PoolColumns
 
 # Keys of a split that name rows or counts: keep() passes what they name to the rule.
@@ -46,6 +46,8 @@ NEAR_MARGIN = 0.02  # a query is "unhit" if no removed row is over its threshold
 def write_rows(x: Experiment, todo: list[Product]) -> Made:
   """Writes the rows of splits; `todo` lists each split after its dependencies."""
   base = x.cached('base', lambda: Base(x))
+  for sentence in domains.expected_removal(x, dict.fromkeys(p.subject[0] for p in todo)):
+    logging.warning('%s', sentence)
   for product in todo:
     split, seed = product.subject
     kept = base.apply_rule(split, seed)
