@@ -2,7 +2,8 @@
 
 Out: <directory>/<set>-00000.tar for each of SETS. A sample is <key>.png, <key>.txt (the caption)
 and <key>.json {key, caption, label, class_name, domain, style, group, font, duplicate_of,
-duplicate_kind, broken}. The style is the finest domain: handwriting in plain or another style. Nothing is downloaded: fonts come from matplotlib, handwriting from scikit-learn's
+duplicate_kind, broken}. The style is the finest domain: it tells plain handwriting from handwriting
+in another style. Nothing is downloaded: fonts come from matplotlib, handwriting from scikit-learn's
 load_digits. The bytes depend on the arguments alone. An image depends only on (seed, stream,
 index), so the size of one set does not change the images of another.
 

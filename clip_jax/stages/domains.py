@@ -18,7 +18,7 @@ FEWEST = 10  # queries of a domain; fewer say little about it
 def expected_removal(x: Experiment, names: Iterable[str]) -> Iterator[str]:
   """Yields a sentence for each of the named aligned splits, benchmark and domain.
 
-  Only for domains of the pool of which more than WARNED is expected to go, by splits.expected_share.
+  Only for domains of the pool of which splits.expected_share is more than WARNED.
   """
   config = x.config
   if not config.pool.domain_column or not blocks.has_anchor(config):
