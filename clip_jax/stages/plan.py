@@ -105,7 +105,11 @@ def show(x: Experiment, names: list[str], redo: str = '', redo_names: Sequence[s
       _count_text(plan.rows),
       _bytes(plan.bytes),
       _si_text(plan.flops),
-      _seconds(plan_time.seconds(view, name, _embedded(view, rows), rates, plan.flops)),
+      _seconds(
+        plan_time.seconds(
+          view, name, _embedded(view, rows), rates, flops_=plan.flops, dim=_dim(view)
+        )
+      ),
       '  '.join(f'{text:>9}' for text in times),
       _products(view, name),
     )

@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 
 from clip_jax.core import products
-from clip_jax.data import images, loader, reader, table
+from clip_jax.data import formats, images, loader, reader, table
 from clip_jax.experiment import blocks, workdir
 from clip_jax.experiment.blocks import POOL
 from clip_jax.experiment.experiment import Experiment
 from clip_jax.experiment.shards import Shard
-from clip_jax.models import fitted_embedders
-from clip_jax.stages import ingest, models
+from clip_jax.models import fitted_embedders, sscd
+from clip_jax.stages import models
+from clip_jax.stages import table as stages
 from clip_jax.stages.plan_time import Rates
 
 PROBED_SHARDS = 6  # of each source, evenly spaced, because a shard may hold one domain only
@@ -69,6 +70,8 @@ def image_sizes(x: Experiment) -> set[int]:
     block = x.with_embedder(view).embedder_block
     if block.source in fitted_embedders.EMBEDDERS:
       sizes.add(block.image_size)
+    elif block.source == 'sscd':
+      sizes.add(sscd.IMAGE_SIZE)
     elif block.source in ('weights', 'train'):
       sizes.add(models.embedder_architecture(x.with_embedder(view)).image_size)
   if blocks.runs_to_train(x.config):
@@ -106,7 +109,9 @@ def _probe(x: Experiment, dataset: str, folder: str) -> _Probe | None:
     for shard in picked:
       numbered = dataclasses.replace(shard, number=len(chosen))
       chosen.append(numbered)
-      found += ingest.scan_shard((folder, numbered, dataset in blocks.TRAINED))['rows']
+      found += stages.stage_module('ingest').scan_shard(
+        (folder, numbered, dataset in blocks.TRAINED)
+      )['rows']
     share = sum(map(_size, picked)) / sum(map(_size, shards))
     rows += found / share
     seconds += (time.perf_counter() - start) / share
@@ -138,8 +143,8 @@ def _pick(shards: list[Shard]) -> list[Shard]:
     for shard in shards
   ):
     return []
-  if shards[0].root:
-    first = shards[0]
+  first = shards[0]
+  if formats.by_name(first.format).rooted:  # a shard is many image files
     step = -(-len(first.files) // PROBED_FILES)
     return [dataclasses.replace(first, files=first.files[::step])]
   mean = sum(map(_size, shards)) / len(shards)
@@ -242,7 +247,7 @@ def _training(x: Experiment) -> tuple[float, float]:
   start = time.perf_counter()
   jax.block_until_ready(both(p, rows))
   compiled = time.perf_counter() - start
-  seconds = _median(lambda: jax.block_until_ready(both(p, rows)), 5)
+  seconds = _median(lambda: jax.block_until_ready(both(p, rows)), 3)
   return 3 * 2 * 12 * width**2 * tokens / seconds, compiled
 
 

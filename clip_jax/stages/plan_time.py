@@ -18,20 +18,22 @@ from clip_jax.stages import models
 Rows = Mapping[str, int | None]  # dataset -> rows; None: unknown before ingest
 
 REFERENCE_MATMUL = 123e9  # FLOP/s of Rates.matmul
-REFERENCE_PYTHON = 5e-3  # seconds of Rates.python
+REFERENCE_PYTHON = 5.7e-3  # seconds of Rates.python
 
 DRAWN = 1.9e-3  # Python seconds to draw and index an image of the demo
 GLYPH_READ = 1.2e-4  # Python seconds to read one of its images, before they are drawn
 EIGEN = 2.0e9  # n^3 over the seconds of numpy's eigh, n = 4,096
 GRAM = 40e9  # FLOP/s of float64 products in numpy
-VECTOR = 4e-9  # seconds to normalise one number of a vector
+VECTOR_ROW = 3e-6  # Python seconds to index a row of a file of vectors
+VECTOR = 1.4e-8  # Python seconds to normalise one number of a vector
 START = 1.0  # Python seconds to import JAX or SciPy, and the like, in a stage that uses them
 
 # Compilations as multiples of Rates.compile: a part for each program, and one for each layer.
 TRAIN_PROGRAMS, TRAIN_LAYER = 22.0, 1.7  # initial parameters and training step
 ENCODE_PROGRAMS, ENCODE_LAYER = 6.5, 0.2  # both towers, forward pass only
 
-SEARCH_SHARE = 0.5  # of the matmul rate, with the lists of nearest rows
+SEARCH_SHARE = 0.9  # of the matmul rate
+PAIR = 160  # FLOPs that the lists of nearest rows cost for a row and a query
 SPLIT = 0.2  # Python seconds to make and preview one split
 BATCHED = 5e-5  # Python seconds to crop, tokenise and batch one image that is decoded already
 RUN = 2.0  # Python seconds to open and end one training run
@@ -59,15 +61,23 @@ class Rates:
   rows: Mapping[str, int]  # dataset -> estimated rows; without those that are unknown
 
 
-def seconds(x: Experiment, stage: str, rows: Rows, rates: Rates, flops_: float | None):
-  """Returns the seconds of a stage for the experiment's embedder; None: unknown before ingest.
-
-  flops_: of the stage's plan, which `dedup` and `search` need.
-  """
+def seconds(
+  x: Experiment,
+  stage: str,
+  rows: Rows,  # of the datasets that the experiment's embedder embeds
+  rates: Rates,
+  *,
+  flops_: float | None,  # of the stage's plan
+  dim: int,  # numbers E in an embedding
+) -> float | None:
+  """Returns the seconds of all products of a stage; None: unknown before ingest."""
   if stage in ('dedup', 'search'):
-    if flops_ is None:
-      return None
-    return START * _python(rates) * (flops_ > 0) + flops_ / (SEARCH_SHARE * rates.matmul)
+    if not flops_:
+      return flops_
+    pairs = flops_ / (2.0 * dim)
+    return START * _python(rates) + (flops_ + pairs * PAIR) / (SEARCH_SHARE * rates.matmul)
+  if stage == 'embed':
+    return _embed(x, rows, rates, dim)
   return _SECONDS[stage](x, rows, rates)
 
 
@@ -89,12 +99,12 @@ def _ingest(x: Experiment, rows: Rows, rates: Rates) -> float | None:
   for name in rows:
     if name in rates.ingest:
       total += rates.ingest[name]
-    elif rows[name] is not None and any(
-      block.format == blocks.GLYPHS for block in blocks.source_blocks(x.config, name)
-    ):
-      total += DRAWN * _python(rates) * (rows[name] or 0)
-    elif blocks.has_own_images(x.config, name) and name != blocks.PLANTED:
+      continue
+    n, formats = rows[name], {block.format for block in blocks.source_blocks(x.config, name)}
+    each = {blocks.GLYPHS: DRAWN, blocks.PLANTED: DRAWN, blocks.VECTORS: VECTOR_ROW}
+    if n is None or len(formats) > 1 or not formats <= each.keys():
       return None
+    total += n * each[formats.pop()] * _python(rates)
   return total
 
 
@@ -121,12 +131,12 @@ def _embedder(x: Experiment, rows: Rows, rates: Rates) -> float | None:
   )
 
 
-def _embed(x: Experiment, rows: Rows, rates: Rates) -> float | None:
+def _embed(x: Experiment, rows: Rows, rates: Rates, dim: int) -> float | None:
   n, block = _sum(rows, rows), x.embedder_block
   if n is None:
     return None
   images = sum(rows[name] or 0 for name in rows if blocks.has_own_images(x.config, name))
-  total = VECTOR * (n - images) * 1000  # numbers in a vector
+  total = VECTOR * _python(rates) * (n - images) * dim
   if not images:
     return total
   if block.source in fitted_embedders.EMBEDDERS:
@@ -211,7 +221,6 @@ def _report(x: Experiment, rows: Rows, rates: Rates) -> float | None:
 _SECONDS: dict[str, Callable[[Experiment, Rows, Rates], float | None]] = {
   'ingest': _ingest,
   'embedder': _embedder,
-  'embed': _embed,
   'prune': _prune,
   'train': _train,
   'evaluate': _evaluate,
