@@ -59,7 +59,13 @@ def measure(x: Experiment) -> Rates:
       if x.with_embedder(view).embedder_block.source in fitted_embedders.EMBEDDERS
     },
     ingest={name: probe.seconds for name, probe in known.items()},
-    rows=_drawn_rows(x) | {name: probe.rows for name, probe in known.items()},
+    rows={
+      name: count
+      for name, count in (
+        _drawn_rows(x) | {name: probe.rows for name, probe in known.items()}
+      ).items()
+      if count  # the probed shards may lack the only rows
+    },
   )
 
 
@@ -112,7 +118,7 @@ def _probe(x: Experiment, dataset: str, folder: str) -> _Probe | None:
       found += stages.stage_module('ingest').scan_shard(
         (folder, numbered, dataset in blocks.TRAINED)
       )['rows']
-    share = sum(map(_size, picked)) / sum(map(_size, shards))
+    share = sum(map(_size, picked)) / max(sum(map(_size, shards)), 1) or 1.0
     rows += found / share
     seconds += (time.perf_counter() - start) / share
   table.assemble(

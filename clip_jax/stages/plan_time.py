@@ -192,7 +192,7 @@ def decoded_share(x: Experiment, base: int, rates: Rates) -> float:
   if t.jpeg_shrink:
     return 0.0
   drawn = 3.0 * x.config.glyphs.image_px**2
-  return min(1.0, t.cache_mb * 1e6 / (base * (rates.image_bytes or drawn)))
+  return min(1.0, t.cache_mb * 1e6 / max(base * (rates.image_bytes or drawn), 1))
 
 
 def _evaluate(x: Experiment, rows: Rows, rates: Rates) -> float | None:

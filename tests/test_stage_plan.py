@@ -159,6 +159,13 @@ def test_shards_are_probed_evenly_and_only_if_they_are_small(data):
   assert plan_rates._pick([dataclasses.replace(first, files=(remote,))]) == []
 
 
+def test_no_row_in_the_probed_shards_is_no_estimate(data, capsys):
+  c = squares.config(data)
+  c.pool.where.label = 7
+  status, said = squares.run(c, data / 'w', capsys, dry_run=True)
+  assert status == 0 and 'pool after ingest, anchor about 12' in said, said
+
+
 def test_an_index_gives_the_rows_and_the_images(data, tmp_path):
   x = squares.run_stages(squares.config(data), tmp_path / 'w', 'ingest')
   before = files.read_json(tmp_path / 'w/ingest/pool/files.json')
