@@ -22,8 +22,9 @@ REFERENCE_PYTHON = 5.7e-3  # seconds of Rates.python
 
 DRAWN = 1.9e-3  # Python seconds to draw and index an image of the demo
 GLYPH_READ = 1.2e-4  # Python seconds to read one of its images, before they are drawn
-EIGEN = 2.0e9  # n^3 over the seconds of numpy's eigh, n = 4,096
-GRAM = 40e9  # FLOP/s of float64 products in numpy
+# Of fitting principal components, scaled by the matmul rate: n^3 over the seconds of numpy's eigh
+# (n = 4,096; small ones are measured too noisily), and FLOP/s of float64 products in numpy.
+EIGEN, GRAM = 2.0e9, 40e9
 VECTOR_ROW = 3e-6  # Python seconds to index a row of a file of vectors
 VECTOR = 1.4e-8  # Python seconds to normalise one number of a vector
 START = 1.0  # Python seconds to import JAX or SciPy, and the like, in a stage that uses them
@@ -36,11 +37,11 @@ SEARCH_SHARE = 0.9  # of the matmul rate
 PAIR = 160  # FLOPs that the lists of nearest rows cost for a row and a query
 SPLIT = 0.2  # Python seconds to make and preview one split
 BATCHED = 5e-5  # Python seconds to crop, tokenise and batch one image that is decoded already
-RUN = 2.0  # Python seconds to open and end one training run
+RUN = 0.5  # Python seconds to open and end one training run
 DISK = 300e6  # bytes of a checkpoint saved in a second
 MODEL = 1.0  # Python seconds to open the model of a run
 RESULT = 0.1  # Python seconds to score one run on one benchmark, with its interval
-PAGE, PAGE_RESULT = 5.0, 0.05  # Python seconds of the report, and of each run and benchmark in it
+PAGE, PAGE_RESULT = 6.0, 0.07  # Python seconds of the report, and of each run and benchmark in it
 
 
 @dataclasses.dataclass(frozen=True)
