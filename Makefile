@@ -33,7 +33,7 @@ test-slow: env
 device-check:
 	PYTHONPATH=. $(DEVICE_PYTHON) bench/device_check.py $(DEVICE_FLAGS)
 
-# The newest versions that pyproject.toml allows, from a fresh environment: 2 minutes. Use the oldest
+# The newest versions that pyproject.toml allows, from a fresh environment: 3 minutes. Use the oldest
 # Python that is supported, because newer ones take packages that it cannot install (jax 0.11). If a
 # step fails, constraints.txt stays as it was.
 constraints:
