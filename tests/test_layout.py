@@ -43,7 +43,8 @@ ELSEWHERE = {  # files of which another test file is the test
   'stages/lint': 'pipeline',
   'stages/models': 'stages',
   'stages/pipeline': 'pipeline',
-  'stages/plan': 'pipeline',
+  'stages/plan_rates': 'stage_plan',
+  'stages/plan_time': 'stage_plan',
   'stages/prune_columns': 'stage_prune',
   'stages/table': 'studies',
 }

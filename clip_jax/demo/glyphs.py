@@ -148,6 +148,16 @@ def write(
   return {name: _counts(sets[name]) for name in SETS}
 
 
+def set_sizes(
+  *, pool: int, handwritten: int, exact: float, near: float, anchor: int, queries: int, **others
+) -> dict[str, int]:
+  """Returns set -> the samples that `write` draws for the same settings, broken ones left out."""
+  del others
+  originals = pool + handwritten
+  copies = _round(exact * originals) + _round(near * originals)
+  return dict.fromkeys(SETS, queries) | {'pool': originals + copies, 'anchor': anchor}
+
+
 def _plain_caption(about: dict, rng) -> str:
   del rng  # all labelled images of a class have the same caption
   return LABELLED_TEMPLATE.format(about['class_name'])
