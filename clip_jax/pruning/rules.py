@@ -357,8 +357,9 @@ KEYS = {
   # gap_aligned, k_aligned, near, far: the benchmarks whose queries count; of several, the union of
   # the dropped rows (aligned) or the maximum similarity (near, far)
   'benchmarks': Key(()),
-  # gap_aligned, k_aligned, near, far: (lo, hi): only queries with sha256('queries:' + group) / 2^256
-  # in [lo, hi) count: the aligned queries. The others are held back: the report compares both.
+  # gap_aligned, k_aligned, near, far: (lo, hi): only the queries with
+  # sha256('queries:' + group) / 2^256 in [lo, hi) count: the aligned queries. The others are held
+  # back; the report compares both kinds.
   'queries': Key((0.0, 1.0), part_of_one),
   'size': Key(0.0),  # near, far, random: rows kept; <= 1 a share of the candidates, > 1 a count
   'size_of': Key(''),  # near, far, random: a split that sets the number of rows kept

@@ -63,8 +63,8 @@ def check(config: Config, name: str) -> None:
     raise ConfigError(f'{where}: the rule {block.rule!r} needs an anchor; give config.anchor.')
   if not blocks.has_anchor(config) and blocks.holds_back(config, name):
     raise ConfigError(
-      f'{where}.queries={tuple(block.queries)} holds queries back, and needs an anchor: whether their '
-      'own neighbours stayed is counted against it. Give config.anchor, or remove queries.'
+      f'{where}.queries={tuple(block.queries)} holds queries back, which needs an anchor: the '
+      'neighbours that they keep are counted against it. Give config.anchor, or remove queries.'
     )
   if config.search.backend == 'scann':
     aligned_amount = rule.is_aligned and (block.quantile or block.dose)

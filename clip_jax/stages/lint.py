@@ -70,8 +70,9 @@ def _held_back(config: Config) -> Iterator[str]:
     has_random = any(block.size_of == name for block in config.splits.values())
     if blocks.holds_back(config, name) and not has_random:
       yield (
-        f'config.splits.{name} holds queries back, but no split is its control, so the report cannot '
-        "compare aligned with held-back queries. Add config.splits.base = defaults.split(rule='all') "
+        f'config.splits.{name} holds queries back, but no split is its control, so the report '
+        'cannot compare aligned with held-back queries. Add config.splits.base = '
+        "defaults.split(rule='all') "
         f"or config.splits.{name}_random = defaults.split(rule='random', size_of={name!r})."
       )
 

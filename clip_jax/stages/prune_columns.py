@@ -159,8 +159,8 @@ class PoolColumns:
   def pairs(self, target: str, k: int) -> Iterator[columns.Pairs]:
     """Yields all pairs of a query and a pool row nearer than the query's k-th anchor row.
 
-    The queries are those of the target. Each part holds all pairs of some queries, about PAIRS_AT_ONCE pairs, and reads the files of all
-    shards.
+    The queries are those of the target. Each part holds all pairs of some queries, about
+    PAIRS_AT_ONCE pairs, and reads the files of all shards.
     """
     folder = os.path.dirname(workdir.queries_path(self.x, blocks.benchmark_of(target)))
     counted = workdir.queries_in(self.x, target)

@@ -4,8 +4,8 @@ In: embeddings.
 Out, in WORKDIR/search:
   <benchmark>/pool-*.npz: similarity, nearest and excess of each pool row; the shard's top-k rows of
     each query
-  <benchmark>@<lo>_<hi>/pool-*.npz: as above, against the queries of the benchmark whose hash lies in
-    [lo, hi), for splits with the key queries
+  <benchmark>@<lo>_<hi>/pool-*.npz: as above, against the queries whose hash lies in [lo, hi), for
+    splits with the key `queries`
   <benchmark>/queries.npz: key, anchor_similarity, anchor_nearest, pool_similarity, pool_nearest
   anchor_classes/pool-*.npz: as above, against the class means of the anchor
   <reference>/pool-*.npz: as above, against labelled examples or prompts
@@ -160,7 +160,7 @@ def open_target(x: Experiment, name: str) -> Target:
 
 
 def _range_of(x: Experiment, name: str) -> Target:
-  """Returns the target of a range of a benchmark's queries, with the thresholds of the benchmark."""
+  """Returns the target of a range of a benchmark's queries."""
   benchmark = blocks.benchmark_of(name)
   whole = target_of(x, benchmark)
   usable = whole.usable & workdir.queries_in(x, name)

@@ -113,7 +113,7 @@ def _series(base: str, bins: Sequence[similarity_bins.Bin]) -> list[dict]:
 
 
 def is_sized(config: Config, split: str) -> bool:
-  """Returns whether a split is near- or far-pruned by all queries: of a given size, selected rows."""
+  """Returns whether a split is near- or far-pruned, by all queries: a size, and selected rows."""
   rule = blocks.rule_of(config, split)
   return rule.has_size and rule.selects and not blocks.holds_back(config, split)
 
