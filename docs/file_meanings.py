@@ -466,10 +466,11 @@ MEANINGS = {
     'held_back.<benchmark>.rows_removed': 'of these, the rows that the split removes',
     'held_back.<benchmark>.share_removed': 'their share, null if there is no such row',
     'held_back.<benchmark>.excess_before': (
-      'mean over held-back queries of the similarity to the nearest candidate minus that to the '
-      'nearest anchor row'
+      'mean over held-back queries of the similarity to the nearest candidate or anchor row minus '
+      'that to the nearest anchor row'
     ),
-    'held_back.<benchmark>.excess_after': 'the same for the nearest pool row that the split keeps',
+    'held_back.<benchmark>.excess_after': 'the same for the rows that the split keeps',
+    'held_back.<benchmark>.excess_removed': 'share of it that the split removes',
     'warnings': 'aligned: warnings, such as a domain that is removed almost whole',
     'duplicate_similarity': 'aligned: cosine similarity from which a pair counts as duplicate',
     'slack': 'aligned: slack of the first draw',
@@ -644,8 +645,12 @@ MEANINGS = {
     'rows': 'candidates that are nearer to a held-back query than any anchor image',
     'rows_removed': 'of these, the rows that the split removes',
     'share_removed': 'their share',
-    'excess_before': 'mean excess of held-back queries over all candidates',
-    'excess_after': 'mean excess of held-back queries over the pool rows that the split keeps',
+    'excess_before': (
+      'mean over held-back queries: by how much the nearest training image is nearer than the '
+      'nearest anchor image'
+    ),
+    'excess_after': 'the same after the removal',
+    'excess_removed': 'share of it that went',
     'conclusion': '`domain`, `instance`, `undetermined` or `cannot tell`',
   },
   'report/tables/mcnemar_<split>_<benchmark>.csv': {

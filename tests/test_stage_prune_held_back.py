@@ -171,9 +171,13 @@ def test_what_went_near_held_back_queries(prepared, split, span):
   assert (found['aligned'], found['held_back']) == ((~held).sum(), held.sum())
   assert (found['rows'], found['rows_removed']) == (near.sum(), gone.sum())
   assert found['share_removed'] == pytest.approx(gone.sum() / near.sum())
-  for key, mask in (('before', candidates), ('after', kept(work, split))):
-    nearest = sim[:, mask].max(axis=1)
-    assert found[f'excess_{key}'] == pytest.approx((nearest - limits[:, 0])[held].mean(), abs=1e-5)
+  before, after = (
+    np.maximum(sim[:, mask].max(axis=1) - limits[:, 0], 0)[held].mean()
+    for mask in (candidates, kept(work, split))
+  )
+  assert found['excess_before'] == pytest.approx(before, abs=1e-5)
+  assert found['excess_after'] == pytest.approx(after, abs=1e-5)
+  assert found['excess_removed'] == pytest.approx(1 - after / before, abs=1e-3)
   arrays = np.load(work / f'splits/{split}/held-back-squares.npz')
   np.testing.assert_array_equal(arrays['aligned'], ~held)
   assert np.isnan(arrays['kept_similarity'][~held]).all()
@@ -315,20 +319,21 @@ def test_a_split_that_holds_queries_back_is_not_the_answer(finished):
 
 
 @pytest.mark.parametrize(
-  'loss_a, loss_u, words',
+  'loss_a, loss_u, gone, words',
   [
-    (0.6, 0.0, 'This is instance similarity: the model needed the neighbours themselves.'),
-    (0.6, 0.3, 'Undetermined: '),
+    (0.6, 0.0, 0.4, 'This is instance similarity: the model needed the neighbours themselves.'),
+    (0.6, 0.3, 0.4, 'Undetermined: '),
+    (0.6, 0.0, 0.81, 'The comparison cannot tell'),
   ],
 )
-def test_planted_effects_reach_the_summary(finished, tmp_path, loss_a, loss_u, words):
+def test_planted_effects_reach_the_summary(finished, loss_a, loss_u, gone, words):
   """The predictions of the evaluated runs are replaced by planted ones."""
   c, work = finished
   x, counted = Experiment(c, str(work)), aligned(work, HALF)
   saved = {path: path.read_bytes() for path in work.glob('evaluate/*/seed*/squares.npz')}
   about_half = (work / 'splits/half/split.json').read_bytes()
   changed = about(work, 'half')
-  changed['held_back']['squares']['share_removed'] = 0.3
+  changed['held_back']['squares'] |= {'share_removed': 0.3, 'excess_removed': gone}
   try:
     (work / 'splits/half/split.json').write_text(json.dumps(changed))
     for path in saved:

@@ -21,8 +21,8 @@ from clip_jax.evaluation.statistics import Estimate
 NARROW = 0.9  # level of the intervals that show equivalence
 MARGIN = 0.02  # largest negligible difference, a proportion: 2 points
 FEWEST_GROUPS = 10  # on each side; below, counts only
-# Share of the rows near held-back queries; if more went, the comparison cannot tell. In the first
-# demo, with real handwriting, 89 % went.
+# Share of the rows near held-back queries, or of these queries' mean excess. If more went, the
+# comparison cannot tell. In the first demo, with real handwriting, 89 % of the rows went.
 MOST_GONE = 0.8
 
 DOMAIN, INSTANCE, UNDETERMINED, CANNOT_TELL = 'domain', 'instance', 'undetermined', 'cannot tell'
@@ -58,7 +58,7 @@ class Comparison:
   narrow: Estimate | None  # AU with its 90 % interval, for equivalence
   used: float  # share of the aligned queries whose class also has held-back queries
   reason: str  # '' or 'not estimable: ...'
-  share_removed: float | None  # of the rows near held-back queries; None if there is no such row
+  share_gone: float | None  # as in `compare`
   conclusion: str = UNDETERMINED  # 'domain' | 'instance' | 'undetermined' | 'cannot tell'
 
   @property
@@ -74,7 +74,9 @@ def compare(
   aligned: Array,  # [Q] bool: A; the other queries are U
   label: Array,  # [Q] int
   *,
-  share_removed: float | None,  # of the rows that are near held-back queries
+  # Share of the rows near held-back queries, or of these queries' mean excess, whichever is larger;
+  # None if no row was near them.
+  share_gone: float | None,
   groups: Sequence | Array | None = None,
   level: float = 0.95,
 ) -> Comparison:
@@ -110,7 +112,7 @@ def compare(
     narrow,
     used,
     reason,
-    share_removed,
+    share_gone,
   )
   return replace(result, conclusion=conclusion_of(result))
 
@@ -118,13 +120,13 @@ def compare(
 def conclusion_of(result: Comparison) -> str:
   """Returns the conclusion.
 
-  - 'cannot tell': more than MOST_GONE of the rows near held-back queries went, too.
+  - 'cannot tell': more than MOST_GONE of what was near the held-back queries went, too.
   - 'domain': both sides lost, and AU is equivalent to 0: the loss is the domain's (or size's).
   - 'instance': A lost and U did not: the model needed the neighbours themselves. The whole interval
     of AU must be below 0, too: that one interval excludes 0 and another does not is no difference.
   - 'undetermined': otherwise, and below three seeds or FEWEST_GROUPS groups.
   """
-  if result.share_removed is not None and result.share_removed > MOST_GONE:
+  if result.share_gone is not None and result.share_gone > MOST_GONE:
     return CANNOT_TELL
   au = result.contrast
   if au is None or not result.aligned.is_lost:

@@ -14,14 +14,21 @@ from clip_jax.reporting.tables import NOTHING, Cell, Table
 Item = Mapping[str, Any]
 # An item is one split on one of its benchmarks, against one control. Missing values are None.
 #   split, benchmark, control: names    queries: (lo, hi)    control_rule: 'random' | 'all' | ''
-#   figures: rows, rows_removed, share_removed, excess_before, excess_after
+#   figures: rows, rows_removed, share_removed, excess_before, excess_after, excess_removed
 #   comparison: aligned and held_back, with images, groups, right_pruned, right_control, difference,
-#     narrow, is_lost; contrast, narrow, seeds, used, reason, share_removed, conclusion
+#     narrow, is_lost; contrast, narrow, seeds, used, reason, conclusion
 #   margin: largest negligible difference    most_removed: largest share with a conclusion
 
 NEEDED = 3  # seeds for a claim
 COUNTS = ('images', 'groups', 'right_pruned', 'right_control')  # of a side, in the CSV
-FIGURES = ('rows', 'rows_removed', 'share_removed', 'excess_before', 'excess_after')
+FIGURES = (
+  'rows',
+  'rows_removed',
+  'share_removed',
+  'excess_before',
+  'excess_after',
+  'excess_removed',
+)
 ABOUT = (
   'The queries of a benchmark are split at random, by group. Only the aligned ones, A, count for '
   'pruning; the others, U, are held back. D: accuracy of the split minus accuracy of the control '
@@ -29,10 +36,10 @@ ABOUT = (
   'both lose alike, it needed images like these. This assumes that most neighbours of U stayed.'
 )
 NOTE = (
-  'Brackets: 95 % intervals over seeds and images. Rows near U: candidates that are nearer to a '
-  'held-back query than any anchor image. Mean excess: similarity of a held-back query to its '
-  'nearest pool row minus that to its nearest anchor image; before: over all candidates, after: '
-  'over the pool rows that the split keeps.'
+  'Brackets: 95 % intervals over seeds and images. Alike: the 90 % interval of A minus U lies '
+  'within \u00b1{} points. Rows near U: candidates that are nearer to a held-back query than any '
+  'anchor image. Mean excess: by how much the nearest training image of a held-back query is '
+  'nearer than its nearest anchor image, before and after the removal.'
 )
 
 
@@ -63,10 +70,13 @@ def words(item: Item) -> str:
   """Returns the conclusion of a comparison as a sentence without its subject."""
   c = item['comparison']
   if c.conclusion == 'cannot tell':
+    f = item['figures']
     return (
-      f'the comparison cannot tell: {tables.share(c.share_removed)} of the rows that are nearer to '
-      'a held-back query than any anchor image went, although only the aligned queries counted '
-      f'(at most {tables.percent(item["most_removed"], 0)} % may go).'
+      'the comparison cannot tell, because the neighbours of the held-back queries went, too, '
+      f'although only the aligned queries counted: {tables.share(f["share_removed"])} of the rows '
+      'that are nearer to a held-back query than any anchor image, and '
+      f'{tables.share(f["excess_removed"])} of the mean excess of these queries (at most '
+      f'{tables.percent(item["most_removed"], 0)} % may go).'
     )
   if c.conclusion == 'domain':
     size = '' if item['control_rule'] == 'random' else ' (or size\u2019s, see random)'
@@ -130,7 +140,8 @@ def _table(items: Sequence[Item]) -> Table:
     Cell('mean excess of U', 'before and after'),
   )
   records = tuple(record for item in items for record in _records(item))
-  return Table('held_back', '', heads, tuple(map(_row, items)), (NOTE,), records, stacked=True)
+  note = NOTE.format(tables.percent(items[0]['margin'], 0))
+  return Table('held_back', '', heads, tuple(map(_row, items)), (note,), records)
 
 
 def _row(item: Item) -> tuple[Cell, ...]:
@@ -143,7 +154,8 @@ def _row(item: Item) -> tuple[Cell, ...]:
     return (name, *compared, Cell(NOTHING), Cell(NOTHING))
   counts = f'{tables.number(f["rows_removed"])} of {tables.number(f["rows"])}'
   excess = f'{tables.signed(f["excess_before"])} to {tables.signed(f["excess_after"])}'
-  return (name, *compared, Cell(tables.share(f['share_removed']), counts), Cell(excess))
+  went = f'{tables.share(f["excess_removed"])} went'
+  return (name, *compared, Cell(tables.share(f['share_removed']), counts), Cell(excess, went))
 
 
 def _side_cell(c: Any, side: Any) -> Cell:

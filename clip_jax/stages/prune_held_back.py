@@ -9,7 +9,7 @@ mostly stayed. These figures show whether they did.
 
 import numpy as np
 
-from clip_jax.core import files
+from clip_jax.core import files, progress
 from clip_jax.core.types import Array
 from clip_jax.experiment import blocks, workdir
 from clip_jax.experiment.blocks import POOL
@@ -34,8 +34,8 @@ def figures(
   - rows_removed: those that the split removes, though no held-back query counts for it; and
     share_removed, None without such a row.
   - excess_before, excess_after: mean over held-back queries of s_i(D) - t_i, D = all candidates, or
-    the pool rows that the split keeps; None if no held-back query is usable. The anchor's own rows
-    do not count: they would only cut both at 0.
+    the pool rows that the split keeps, both with the anchor's rows, so that it is never below 0;
+    None if no held-back query is usable. excess_removed: the share of it that went, None of 0.
   """
   shown, paths = {}, []
   kept = candidates.copy()
@@ -47,22 +47,26 @@ def figures(
     held = usable & ~aligned
     rows = _rows_over(x, name, candidates, held)
     gone = int(np.isin(rows, removed, assume_unique=True).sum())
-    before, after = (_nearest(x, name, mask, held) for mask in (candidates, kept))
-    _, thresholds = workdir.thresholds(x, name)
+    nearest = [_nearest(x, name, mask, held) for mask in (candidates, kept)]
     limits = np.full(len(held), np.nan)
-    limits[usable] = thresholds
+    limits[usable] = workdir.thresholds(x, name)[1]
+    before, after = (_mean(np.maximum(values - limits, 0)[held]) for values in nearest)
     shown[name] = {
       'aligned': int((usable & aligned).sum()),
       'held_back': int(held.sum()),
       'rows': len(rows),
       'rows_removed': gone,
       'share_removed': gone / len(rows) if len(rows) else None,
-      'excess_before': _mean(before[held] - limits[held]),
-      'excess_after': _mean(after[held] - limits[held]),
+      'excess_before': before,
+      'excess_after': after,
+      'excess_removed': 1 - after / before if before and after is not None else None,
     }
     paths.append(f'{folder}/held-back-{name}.npz')
     files.write_npz(
-      x.path(paths[-1]), aligned=aligned, candidate_similarity=before, kept_similarity=after
+      x.path(paths[-1]),
+      aligned=aligned,
+      candidate_similarity=nearest[0],
+      kept_similarity=nearest[1],
     )
   return shown, paths
 
@@ -109,10 +113,12 @@ def _nearest(x: Experiment, benchmark: str, mask: Array, held: Array) -> Array:
   nearest[left] = -np.inf
   vectors = workdir.embeddings(x, benchmark)[:][left]
   pool, segment = workdir.embeddings(x, POOL), exact.Queries(vectors, ((HELD_BACK, 0, len(left)),))
-  for shard, start, stop in workdir.shard_slices(pool.starts):
-    if mask[start:stop].any():
-      found = _search(x, pool.shard(shard)[0], mask[start:stop], segment, k=1)
-      nearest[left] = np.maximum(nearest[left], found['top_similarity'][:, 0])
+  with progress.Bar(total=len(pool), desc=f'held-back queries of {benchmark}', unit='row') as bar:
+    for shard, start, stop in workdir.shard_slices(pool.starts):
+      if mask[start:stop].any():
+        found = _search(x, pool.shard(shard)[0], mask[start:stop], segment, k=1)
+        nearest[left] = np.maximum(nearest[left], found['top_similarity'][:, 0])
+      bar.update(stop - start)
   return nearest
 
 
@@ -131,5 +137,5 @@ def _search(x: Experiment, vectors: Array, mask: Array, queries: exact.Queries, 
 
 
 def _mean(values: Array) -> float | None:
-  """Returns the mean; None without a value, or if a value is infinite."""
-  return float(values.mean()) if len(values) and np.isfinite(values).all() else None
+  """Returns the mean; None without a value."""
+  return float(values.mean()) if len(values) else None

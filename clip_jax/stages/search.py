@@ -100,7 +100,7 @@ def search_shards(x: Experiment, todo: list[Product]) -> Made:
     progress.count_with_noun(len(searched & set(group)), noun)
     for noun, group in (
       ('benchmark', x.config.benchmarks),
-      ('range of queries', [name for name in searched if blocks.RANGE in name]),
+      ('query range', [name for name in searched if blocks.RANGE in name]),
       ('reference', x.config.references),
     )
     if searched & set(group)

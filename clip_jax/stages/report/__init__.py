@@ -190,6 +190,11 @@ def _answer(facts: Facts, items: Sequence[dict]) -> str:
   if not contrasts.aligned(config):
     if not facts.results.correct:
       return pool_sections.sentence(facts)
+    if held_back.splits(facts):
+      return (
+        'No split is aligned to all queries of a benchmark, so there is no answer: see the '
+        'comparison of aligned with held-back queries below.'
+      )
     return 'This config has no aligned split, so there is no answer: see the accuracies below.'
   if not items:
     return 'Not answered yet: no aligned split is evaluated' + (

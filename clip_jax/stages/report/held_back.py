@@ -97,11 +97,12 @@ def _compare(
   if pair is None or figures is None:
     return None
   pruned, controlled = pair[0]
+  shares = [figures[key] for key in ('share_removed', 'excess_removed')]
   return held_back.compare(
     pruned,
     controlled,
     workdir.queries_in(facts.x, target),
     results.label[benchmark],
-    share_removed=figures['share_removed'],
+    share_gone=max((share for share in shares if share is not None), default=None),
     groups=results.groups[benchmark],
   )
