@@ -14,7 +14,7 @@ from typing import Any
 import ml_collections
 
 from clip_jax.core import config as config_lib
-from clip_jax.core.config import Key, natural, one_of, positive, within
+from clip_jax.core.config import Key, natural, one_of, part_of_one, positive, within
 from clip_jax.core.types import Config
 from clip_jax.data import image_copies as planted_lib
 from clip_jax.data import images
@@ -85,11 +85,6 @@ def _seeds(value: tuple) -> str:
 def _crop_scale(value: tuple) -> str:
   is_good = len(value) == 2 and 0 < value[0] <= value[1] <= 1
   return '' if is_good else 'must be (lo, hi) with 0 < lo <= hi <= 1.'
-
-
-def _part(value: tuple) -> str:
-  is_good = len(value) == 2 and 0 <= value[0] < value[1] <= 1
-  return '' if is_good else 'must be (lo, hi) with 0 <= lo < hi <= 1.'
 
 
 def _jpeg_shrink(value: float) -> str:
@@ -369,7 +364,7 @@ DATASET = {
   'path': Key(''),
   'sources': Key({}),  # 'concat': name -> dataset(...), joined in the order of their names
   'where': Key({}),  # column -> value or tuple of values: only matching samples count
-  'part': Key((0.0, 1.0), _part),  # only samples with sha256(group) / 2^256 in [lo, hi) count
+  'part': Key((0.0, 1.0), part_of_one),  # only samples with sha256(group) / 2^256 in [lo, hi) count
   # json column that related samples share (one photo, one writer); '': the sample's key.
   'group_key': Key(''),
   # Regex that cuts the group out of that text: its first group, else the whole match.

@@ -296,6 +296,14 @@ MEANINGS = {
     'top_similarity': 'similarities of the nearest pool rows of each query in this shard',
     'top_row': 'those pool rows',
   },
+  'search/<benchmark>@<lo>_<hi>/pool-<i>.npz': {
+    'similarity': (
+      'as in `search/<benchmark>/`, against the queries with a hash in [lo, hi) alone: for splits '
+      'with the key `queries`'
+    ),
+    'nearest': 'row of the nearest of these queries in the benchmark',
+    'excess': 'excess over these queries',
+  },
   'search/<benchmark>/queries.npz': {
     'pool_similarity': 'similarities of the nearest rows of the whole pool, highest first',
     'pool_nearest': 'those pool rows',
@@ -383,6 +391,11 @@ MEANINGS = {
     'removed_near': 'removed rows over or near the threshold of each query',
     'anchor_cosine': 'cosine of the query and its nearest anchor row',
   },
+  'splits/<split>/held-back-<benchmark>.npz': {
+    'aligned': 'whether each query counts for the split; the others are held back (key `queries`)',
+    'candidate_similarity': 'held-back queries: similarity of the nearest candidate; others: NaN',
+    'kept_similarity': 'held-back queries: similarity of the nearest pool row that the split keeps',
+  },
   'splits/<split>/rows-seed<k>.npy': {
     '': 'rows on which the run with this seed trains (rules with random draws)'
   },
@@ -455,6 +468,19 @@ MEANINGS = {
     'queries.<benchmark>.hit_share': 'their share',
     'queries.<benchmark>.leaked': 'queries with a near-duplicate in the anchor',
     'queries.<benchmark>.leaked_share': 'their share',
+    'held_back.<benchmark>.aligned': 'usable queries that count for the split (key `queries`)',
+    'held_back.<benchmark>.held_back': 'usable queries that do not',
+    'held_back.<benchmark>.rows': (
+      'candidates that are nearer to a held-back query than any anchor image'
+    ),
+    'held_back.<benchmark>.rows_removed': 'of these, the rows that the split removes',
+    'held_back.<benchmark>.share_removed': 'their share, null if there is no such row',
+    'held_back.<benchmark>.excess_before': (
+      'mean over held-back queries of the similarity to the nearest candidate or anchor row minus '
+      'that to the nearest anchor row'
+    ),
+    'held_back.<benchmark>.excess_after': 'the same for the rows that the split keeps',
+    'held_back.<benchmark>.excess_removed': 'share of it that the split removes',
     'warnings': 'aligned: warnings, such as a domain that is removed almost whole',
     'duplicate_similarity': 'aligned: cosine similarity from which a pair counts as duplicate',
     'slack': 'aligned: slack of the first draw',
@@ -611,6 +637,31 @@ MEANINGS = {
     'anchor_low': 'lower end of its 95 % Wilson interval',
     'anchor_high': 'upper end of its 95 % Wilson interval',
     'exact_anchor': 'queries with an exact duplicate in the anchor',
+  },
+  'report/tables/held_back.csv': {
+    'control_rule': '`random` or `all` (base)',
+    'queries_from': 'lower end of the key `queries` of the split',
+    'queries_to': 'upper end of it',
+    'what': (
+      '`D_aligned`, `D_held_back`: accuracy of the split minus that of the control, on aligned and '
+      'on held-back queries; `A_minus_U`: their difference, standardised by class'
+    ),
+    'df': 'degrees of freedom of the interval',
+    'images': 'queries of this kind',
+    'groups': 'groups of them',
+    'right_pruned': 'correct answers of the split, over all seeds',
+    'right_control': 'correct answers of the control, over all seeds',
+    'seeds': 'seeds that both splits have',
+    'rows': 'candidates that are nearer to a held-back query than any anchor image',
+    'rows_removed': 'of these, the rows that the split removes',
+    'share_removed': 'their share',
+    'excess_before': (
+      'mean over held-back queries: by how much the nearest training image is nearer than the '
+      'nearest anchor image'
+    ),
+    'excess_after': 'the same after the removal',
+    'excess_removed': 'share of it that went',
+    'conclusion': '`domain`, `instance`, `undetermined` or `cannot tell`',
   },
   'report/tables/mcnemar_<split>_<benchmark>.csv': {
     'seed': 'seed of both runs',

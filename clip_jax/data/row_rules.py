@@ -148,6 +148,16 @@ def fraction(text: str) -> float:
   return int.from_bytes(hashlib.sha256(text.encode()).digest(), 'big') / 2**256
 
 
+def counts_for_pruning(group: str, queries: tuple[float, float]) -> bool:
+  """Returns whether the queries of a group are aligned: their fraction lies in [low, high).
+
+  The hash is not that of `part`, so a range of queries does not depend on the part of the files
+  that a benchmark takes.
+  """
+  low, high = queries
+  return low <= fraction(f'queries:{group}') < high
+
+
 @functools.cache
 def regex(pattern: str = '', replacement: str = '') -> re.Pattern:
   """Returns a compiled pattern; raises ConfigError if it, or its replacement, is invalid."""

@@ -137,10 +137,8 @@ def difference_in_differences(
     )
   if (hit & unhit).any():
     raise ValueError(f'{(hit & unhit).sum()} queries are marked both hit and unhit')
-  _, label = np.unique(label, return_inverse=True)
-  hits, unhits = (np.bincount(label, arm, label.max() + 1) for arm in (hit, unhit))  # [C]
-  both = (hits > 0) & (unhits > 0)
-  used_hits, used_unhits = int(hits[both].sum()), int(unhits[both].sum())
+  weights = class_weights(hit, unhit, label)
+  used_hits, used_unhits = (int(np.count_nonzero(weights[arm])) for arm in (hit, unhit))
   result = Contrast(None, int(hit.sum()), int(unhit.sum()), used_hits / max(int(hit.sum()), 1), '')
   if min(used_hits, used_unhits) < FEWEST:
     return replace(
@@ -148,10 +146,24 @@ def difference_in_differences(
       reason=f'not estimable: {used_hits} hit and {used_unhits} unhit queries '
       f'in classes that have both; each needs {FEWEST}',
     )
-  hit, unhit = hit & both[label], unhit & both[label]
-  per_unhit = hits / np.maximum(unhits, 1)  # [C] weight of an unhit query
-  weights = hit + unhit * per_unhit[label]
   return replace(result, estimate=statistics.contrast(difference, weights, unhit, groups, level))
+
+
+def class_weights(
+  first: Array,  # [Q] bool
+  second: Array,  # [Q] bool, none of them in `first`
+  label: Array,  # [Q] int
+) -> np.ndarray:  # [Q] float64
+  """Returns weights that give both arms of a contrast the class mix of the first.
+
+  An image of the first arm weighs 1; the images of the second arm share the weight of the first
+  arm's images of their class. Images of classes without both kinds, and of neither arm, weigh 0.
+  """
+  _, label = np.unique(label, return_inverse=True)
+  firsts, seconds = (np.bincount(label, arm, label.max() + 1) for arm in (first, second))  # [C]
+  both = (firsts > 0) & (seconds > 0)
+  per_second = firsts / np.maximum(seconds, 1)  # [C] weight of an image of the second arm
+  return both[label] * (first + second * per_second[label])
 
 
 def placebo(

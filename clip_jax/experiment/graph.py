@@ -371,7 +371,8 @@ class Graph:
   def search_shards(self, target: str, embedder: str = '') -> list[Product]:
     """Returns the search results of a target, one product for each pool shard.
 
-    target: a benchmark, a reference, or ANCHOR_CLASSES (the mean vectors of the anchor's classes).
+    target: a benchmark, a range of its queries (blocks.split_targets), a reference, or
+    ANCHOR_CLASSES (the mean vectors of the anchor's classes).
     """
     config, keys, at_least = self.config, {}, {}
     if target in config.references and blocks.is_prompts(config, target):
@@ -387,9 +388,12 @@ class Graph:
         config, ['search.backend', *(['search.candidates'] if self._is_scann() else [])]
       )
       reads = list(self.embeddings(ANCHOR, embedder)) if blocks.has_anchor(config) else []
-      if target != ANCHOR_CLASSES:
-        reads += self.embeddings(target, embedder)
+      if target != ANCHOR_CLASSES:  # the groups of its queries are in the inputs of embeddings
+        reads += self.embeddings(blocks.benchmark_of(target), embedder)
+      if target in config.benchmarks:
         at_least = {'search.top_k': config.search.top_k}  # longer lists start with the shorter ones
+      elif target != ANCHOR_CLASSES:
+        keys['queries'] = list(blocks.query_range(target))
     home = _embedder_folder(embedder)
     return [
       Product(
@@ -527,6 +531,8 @@ class Graph:
     """
     config, block, rule = self.config, self.config.splits[split], blocks.rule_of(self.config, split)
     keys = {f'splits.{key}': value for key, value in blocks.parameters(config, split).items()}
+    # The search shards of a range of queries are inputs, so the range is in their fingerprints.
+    keys.pop('splits.queries', None)
     keys |= {
       'splits.rule': block.rule,
       'splits.append_anchor': blocks.appends_anchor(config, split),
@@ -548,7 +554,7 @@ class Graph:
         'config.anchor.label_key.'
       )
     for name in (
-      *block.benchmarks,
+      *blocks.split_targets(config, split),
       *([ANCHOR_CLASSES] if 'anchor_classes' in rule.needs else []),
       *([block.reference] if 'levels' in rule.needs and block.reference else []),
     ):

@@ -18,7 +18,7 @@ import numpy as np
 from clip_jax.core import files, products
 from clip_jax.core.errors import InputError
 from clip_jax.core.types import Array
-from clip_jax.data import reader, table, views
+from clip_jax.data import reader, row_rules, table, views
 from clip_jax.data.embeddings import Embeddings
 from clip_jax.experiment import blocks, graph
 from clip_jax.experiment.base_rows import BaseRows
@@ -268,15 +268,30 @@ def query_result(x: Experiment, benchmark: str) -> QueryResult | None:
   return QueryResult(**files.read_npz(path)) if os.path.exists(path) else None
 
 
-def thresholds(x: Experiment, benchmark: str) -> tuple[Array, Array]:
-  """Returns a benchmark's usable queries [q, E] float16 and their exact thresholds [q] float64."""
+def thresholds(x: Experiment, target: str) -> tuple[Array, Array]:
+  """Returns the usable queries [q, E] float16 of a target, and their exact thresholds [q] float64.
+
+  target: a benchmark, or a range of its queries.
+  """
 
   def read():
+    benchmark = blocks.benchmark_of(target)
     vectors = embeddings(x, benchmark)
     exact = files.read_npz(queries_path(x, benchmark))['anchor_similarity_f64']
-    return vectors[:][vectors.usable], exact[vectors.usable]
+    counted = vectors.usable & queries_in(x, target)
+    return vectors[:][counted], exact[counted]
 
-  return x.cached(f'thresholds {benchmark}', read)
+  return x.cached(f'thresholds {target}', read)
+
+
+def queries_in(x: Experiment, target: str) -> Array:  # [Q] bool
+  """Returns which queries of a benchmark a target holds; whole groups, drawn by a hash of each."""
+  benchmark, span = blocks.benchmark_of(target), blocks.query_range(target)
+  if span == (0, 1):
+    return np.ones(len(source(x, benchmark)), bool)
+  groups = source(x, benchmark).column('group')
+  is_counted = {group: row_rules.counts_for_pruning(group, span) for group in set(groups)}
+  return np.array([is_counted[group] for group in groups], bool)
 
 
 def cosine(

@@ -266,10 +266,18 @@ def _search(x: Experiment, rows: Rows) -> StagePlan:
   queries = _known_sum(rows, targets)
   if n is None or queries is None:
     return StagePlan(n, None, None)
+  # Ranges of queries have columns of their own, and no lists.
+  spans = {
+    name: high - low
+    for name in blocks.targets(x.config, x.embedder)
+    if blocks.RANGE in name
+    for low, high in [blocks.query_range(name)]
+  }
+  again = sum(share * (rows[blocks.benchmark_of(name)] or 0) for name, share in spans.items())
   return StagePlan(
     n,
-    12 * n * len(targets) + 24 * queries * x.config.search.top_k,
-    2.0 * (n + (rows.get(ANCHOR) or 0)) * queries * _dim(x),
+    12 * n * (len(targets) + len(spans)) + 24 * queries * x.config.search.top_k,
+    2.0 * (n + (rows.get(ANCHOR) or 0)) * (queries + again) * _dim(x),
   )
 
 

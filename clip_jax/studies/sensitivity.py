@@ -47,12 +47,15 @@ def products(graph: Graph) -> dict[str, list[Product]]:
   config, splits = graph.config, compared_splits(graph.config)
   if not config.prune.sensitivity or not splits:
     return {}
-  benchmarks = sorted({name for split in splits for name in config.splits[split].benchmarks})
+  targets = sorted({name for split in splits for name in blocks.split_targets(config, split)})
   searches = [
     part
     for embedder in ('', *config.prune.sensitivity)
-    for name in benchmarks
-    for part in (*graph.search_shards(name, embedder), graph.queries(name, embedder))
+    for name in targets
+    for part in (
+      *graph.search_shards(name, embedder),
+      graph.queries(blocks.benchmark_of(name), embedder),
+    )
   ]
   rows = [graph.rows(split, blocks.seeds(config, split)[0]) for split in splits]
   return {
@@ -105,13 +108,14 @@ def compare(x: Experiment, todo: list[Product]) -> Made:
 def _agreement(x: Experiment, split: str, main: rules.Columns, other: rules.Columns) -> dict:
   """Returns the agreement of two embedders on a split, for the same candidates."""
   block, rule = x.config.splits[split], blocks.rule_of(x.config, split)
-  rows, benchmarks = np.flatnonzero(main.candidates), tuple(block.benchmarks)
+  rows, targets = np.flatnonzero(main.candidates), blocks.split_targets(x.config, split)
   kept = workdir.pool_rows(x, split, blocks.seeds(x.config, split)[0])
   removed = ~np.isin(rows, kept, assume_unique=True)
-  first = agreement.going_first(other, block.rule, benchmarks=benchmarks, count=int(removed.sum()))
+  first = agreement.going_first(other, block.rule, benchmarks=targets, count=int(removed.sum()))
   removed_by_other = first  # right if the config fixes the number of removed rows
   if 'count' not in rule.needs:
-    kept = rule.keep(other, **blocks.parameters(x.config, split)).rows
+    amounts = {key: block[key] for key in rule.keys if key not in ('benchmarks', 'queries')}
+    kept = rule.keep(other, benchmarks=targets, **amounts).rows
     removed_by_other = ~np.isin(rows, kept, assume_unique=True)
   result = agreement.compare(
     rows,
@@ -119,8 +123,7 @@ def _agreement(x: Experiment, split: str, main: rules.Columns, other: rules.Colu
     removed_by_other,
     first,
     *(
-      agreement.removal_order(columns, block.rule, benchmarks=benchmarks)
-      for columns in (main, other)
+      agreement.removal_order(columns, block.rule, benchmarks=targets) for columns in (main, other)
     ),
   )
   own, own_interval = _overlap(

@@ -27,8 +27,15 @@ def first_split(config: Config, rule: str) -> str | None:
 
 
 def aligned(config: Config) -> list[str]:
-  """Returns the splits whose rule gives them the anchor's similarity gap."""
-  return [name for name in config.splits if blocks.rule_of(config, name).is_aligned]
+  """Returns the splits whose rule gives them the anchor's similarity gap, for every query.
+
+  Splits that hold queries back do not answer the title question: held_back.py compares them.
+  """
+  return [
+    name
+    for name in config.splits
+    if blocks.rule_of(config, name).is_aligned and not blocks.holds_back(config, name)
+  ]
 
 
 def words_of(config: Config, split: str) -> str:

@@ -113,9 +113,9 @@ def _series(base: str, bins: Sequence[similarity_bins.Bin]) -> list[dict]:
 
 
 def is_sized(config: Config, split: str) -> bool:
-  """Returns whether a split is near- or far-pruned: of a given size, with selected rows."""
+  """Returns whether a split is near- or far-pruned, by all queries: a size, and selected rows."""
   rule = blocks.rule_of(config, split)
-  return rule.has_size and rule.selects
+  return rule.has_size and rule.selects and not blocks.holds_back(config, split)
 
 
 def by_size(facts: Facts, accuracy: Accuracies) -> list[dict]:
@@ -137,6 +137,7 @@ def by_size(facts: Facts, accuracy: Accuracies) -> list[dict]:
       name
       for name in points
       if blocks.rule_of(config, name).has_size
+      and not blocks.holds_back(config, name)
       and (not is_sized(config, name) or benchmark in config.splits[name].benchmarks)
     ]
     if any(is_sized(config, name) for name in names):
