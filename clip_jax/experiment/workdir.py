@@ -39,6 +39,13 @@ class QueryResult:
   anchor_similarity_f64: Array  # [Q] float64: t_i, exact
   key: Array | None = None  # [Q] str; None in files of an older version
 
+  def among(self, which: Array) -> 'QueryResult':  # which: [Q] bool
+    """Returns the results of some queries."""
+    values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+    return dataclasses.replace(
+      self, **{name: value[which] for name, value in values.items() if value is not None}
+    )
+
   def nearest(self, dataset: str) -> tuple[Array, Array]:
     """Returns the similarity [Q] to the nearest row of the pool or the anchor, and that row [Q]."""
     if dataset == ANCHOR:

@@ -119,7 +119,7 @@ def _sections(
       'answer',
       'The answer',
       'Answer',
-      run_sections.answer(facts, items, accuracies) if is_asked else [],
+      run_sections.answer(facts, items) if is_asked else [],
     ),
     (
       'accuracy',
@@ -190,11 +190,6 @@ def _answer(facts: Facts, items: Sequence[dict]) -> str:
   if not contrasts.aligned(config):
     if not facts.results.correct:
       return pool_sections.sentence(facts)
-    if held_back.splits(facts):
-      return (
-        'No split is aligned to all queries of a benchmark, so there is no answer: see the '
-        'comparison of aligned with held-back queries below.'
-      )
     return 'This config has no aligned split, so there is no answer: see the accuracies below.'
   if not items:
     return 'Not answered yet: no aligned split is evaluated' + (
@@ -213,7 +208,7 @@ def _answer(facts: Facts, items: Sequence[dict]) -> str:
     is_plain = item['rule'] == 'gap_aligned' and not contrasts.is_dose(config, split)
     sentences.append(
       answer.answer_sentence(
-        benchmark,
+        item['queries'] or benchmark,
         item['balance'],
         loss,
         item['share_matched'],

@@ -4,6 +4,7 @@ Out: plain dicts of estimates, the input of reporting.comparisons.
 """
 
 from collections.abc import Mapping, Sequence
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -27,15 +28,8 @@ def first_split(config: Config, rule: str) -> str | None:
 
 
 def aligned(config: Config) -> list[str]:
-  """Returns the splits whose rule gives them the anchor's similarity gap, for every query.
-
-  Splits that hold queries back do not answer the title question: held_back.py compares them.
-  """
-  return [
-    name
-    for name in config.splits
-    if blocks.rule_of(config, name).is_aligned and not blocks.holds_back(config, name)
-  ]
+  """Returns the splits whose rule gives them the anchor's similarity gap."""
+  return [name for name in config.splits if blocks.rule_of(config, name).is_aligned]
 
 
 def words_of(config: Config, split: str) -> str:
@@ -178,6 +172,30 @@ def comparisons(facts: Facts) -> list[dict]:
   return [{**item, 'holm': float(p), 'tests': tests} for item, p in zip(items, adjusted)]
 
 
+def on_aligned_queries(facts: Facts, split: str, benchmark: str) -> Facts:
+  """Returns the facts with only those queries of a benchmark to which a split is aligned.
+
+  They are the same facts unless the split holds queries back: then its loss on the others is not
+  what its alignment is about (held_back.py compares both).
+  """
+  if not blocks.holds_back(facts.config, split):
+    return facts
+  which = _counted(facts, split, benchmark)
+  searched = {
+    b: result.among(which) if b == benchmark else result
+    for b, result in facts.query_results.items()
+  }
+  return dataclasses.replace(
+    facts, results=facts.results.among(benchmark, which), query_results=searched
+  )
+
+
+def _counted(facts: Facts, split: str, benchmark: str) -> Array:  # [Q] bool
+  """Returns which queries of a benchmark count for a split."""
+  position = list(facts.config.splits[split].benchmarks).index(benchmark)
+  return workdir.queries_in(facts.x, blocks.split_targets(facts.config, split)[position])
+
+
 def is_dose(config: Config, split: str) -> bool:
   """Returns whether a split uses another slack than 0, as a point of the dose curve."""
   block = config.splits[split]
@@ -187,12 +205,15 @@ def is_dose(config: Config, split: str) -> bool:
 def headline(config: Config, items: Sequence[dict]) -> list[dict]:
   """Returns the comparisons that the answer uses: one slack-0 split per set of benchmarks.
 
-  Other slacks, doses and k neighbours are used only for benchmarks without a slack-0 split.
+  Other slacks, doses, k neighbours and splits that hold queries back are used only for benchmarks
+  without a slack-0 split to all their queries.
   """
   plain = [
     item
     for item in items
-    if config.splits[item['split']].rule == 'gap_aligned' and not is_dose(config, item['split'])
+    if config.splits[item['split']].rule == 'gap_aligned'
+    and not is_dose(config, item['split'])
+    and not blocks.holds_back(config, item['split'])
   ]
   # (the split's benchmarks, benchmark) -> split, preferring one with a matched control
   chosen: dict[tuple, str] = {}
@@ -210,7 +231,11 @@ def headline(config: Config, items: Sequence[dict]) -> list[dict]:
 
 
 def compare(facts: Facts, split: str, benchmark: str) -> dict:
-  """Returns all estimates of one aligned split on one benchmark; missing ones are None."""
+  """Returns all estimates of one aligned split on one benchmark; missing ones are None.
+
+  Of a split that holds queries back, they are on its aligned queries only.
+  """
+  facts = on_aligned_queries(facts, split, benchmark)
   config, results = facts.config, facts.results
   control, control_rule = control_of(facts, split)
   base = first_split(config, 'all')
@@ -235,6 +260,15 @@ def compare(facts: Facts, split: str, benchmark: str) -> dict:
     'control': control,
     'control_rule': control_rule,
     'balance': balance(facts, split),
+    # What the estimates are about, if it is not the whole benchmark.
+    'queries': f'the {len(results.label[benchmark]):,} aligned queries of {benchmark}'
+    if blocks.holds_back(config, split)
+    else '',
+    'accuracies': {
+      name: statistics.accuracy_interval(results.correct[name, benchmark], groups)
+      for name in (base, first_split(config, 'anchor'), control, split)
+      if name is not None and (name, benchmark) in results.correct
+    },
     'mcnemar': [],
     'did_reason': '',
     'share': _explained_share(facts, key, base, 'base'),
@@ -351,13 +385,14 @@ def _by_hits(facts: Facts, key: tuple[str, str], pair: Pair) -> dict:
   counts, results = workdir.split_queries(facts.x, *key), facts.results
   if counts is None:
     return {'did_reason': 'Missing: the counts of removed neighbours. Run the stage prune.'}
+  counted = _counted(facts, *key)
   pruned, controlled = pair[0]
   return {
     'did': causal.difference_in_differences(
       pruned,
       controlled,
-      counts['removed_over'] > 0,
-      counts['removed_near'] == 0,
+      counts['removed_over'][counted] > 0,
+      counts['removed_near'][counted] == 0,
       results.label[key[1]],
       groups=results.groups[key[1]],
     )

@@ -46,6 +46,19 @@ class Results:
     rows = [[self.seeds[key].index(seed) for seed in shared] for key in keys]
     return ([self.correct[key][r] for key, r in zip(keys, rows)], shared) if shared else None
 
+  def among(self, benchmark: str, which: Array) -> 'Results':  # which: [Q] bool
+    """Returns the results with only some images of a benchmark."""
+    groups = self.groups[benchmark]
+    return dataclasses.replace(
+      self,
+      correct={
+        key: correct[:, which] if key[1] == benchmark else correct
+        for key, correct in self.correct.items()
+      },
+      label={**self.label, benchmark: self.label[benchmark][which]},
+      groups={**self.groups, benchmark: None if groups is None else groups[which]},
+    )
+
   def without_leaked(self, leaked: Mapping[str, Array]) -> 'Results':  # benchmark -> [Q] bool
     """Returns the results without leaked images, for benchmarks that have both kinds of images."""
     stays = {b: ~mask for b, mask in leaked.items() if mask.any() and not mask.all()}

@@ -24,12 +24,12 @@ def looks() -> figures.Looks:
   return svg.looks({name: rule.label for name, rule in RULES.items()})
 
 
-def answers(config: Config, accuracy: Accuracies, items: Sequence[dict]) -> list[dict]:
+def answers(config: Config, items: Sequence[dict]) -> list[dict]:
   """Returns the accuracies of anchor only, aligned split, control and base for each comparison."""
   benchmarks = [item['benchmark'] for item in items]
   lines = []
   for item in items:
-    b = item['benchmark']
+    b, known = item['benchmark'], item['accuracies']
     names = {
       'all': item['base'],
       'anchor': contrasts.first_split(config, 'anchor'),
@@ -37,9 +37,9 @@ def answers(config: Config, accuracy: Accuracies, items: Sequence[dict]) -> list
       item['rule']: item['split'],
     }  # the last mark is drawn on top
     points = [
-      {'rule': rule, 'accuracy': accuracy[name, b].value, **_interval(accuracy[name, b])}
+      {'rule': rule, 'accuracy': known[name].value, **_interval(known[name])}
       for rule, name in names.items()
-      if (name, b) in accuracy
+      if name in known
     ]
     if len(points) > 1:
       lines.append(
