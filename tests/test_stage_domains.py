@@ -3,6 +3,7 @@
 from collections import Counter
 
 import pytest
+import squares
 
 from clip_jax import defaults
 from clip_jax.experiment.experiment import Experiment
@@ -44,6 +45,26 @@ def test_domains_of_which_more_than_half_should_go_are_named_with_advice(x):
   assert 'remove about 100 % of this domain' in found[0] and 'With 722 anchor images' in found[0]
   assert "20 queries of test are of style 'clipart', and no anchor image is" in found[1]
   assert 'remove most of this domain' in found[1]
+
+
+def test_only_aligned_queries_are_expected_to_remove(x, monkeypatch):
+  x.config.splits.aligned.queries = (0.0, 0.1)
+  counts = {'pool': Counter(sketch=1000), 'anchor': Counter(sketch=30)}
+  counts['test@0.0_0.1'] = Counter(sketch=25)
+  monkeypatch.setattr(domains, '_domains', lambda x, target: counts[target])
+  (found,) = domains.expected_removal(x, ['aligned'])
+  assert "25 aligned queries of test are of style 'sketch'" in found and 'about 57 %' in found
+
+
+def test_a_range_of_queries_has_fewer_rows_of_a_domain(prepared_squares):
+  c = squares.config(prepared_squares / 'data')
+  c.pool.domain_column = 'label'
+  c.benchmarks.squares.domain_column = 'label'
+  x = Experiment(c, str(prepared_squares / 'run'))
+  whole, low, high = (
+    domains._domains(x, name) for name in ('squares', 'squares@0.0_0.5', 'squares@0.5_1.0')
+  )
+  assert sum(whole.values()) == 12 and low + high == whole and low and high
 
 
 def test_without_a_domain_column_or_an_anchor_nothing_is_expected(x):

@@ -26,8 +26,10 @@ def expected_removal(x: Experiment, names: Iterable[str]) -> Iterator[str]:
   aligned = [name for name in names if blocks.rule_of(config, name).is_aligned]
   pool, anchor = (_domains(x, dataset) if aligned else Counter() for dataset in (POOL, ANCHOR))
   for split in aligned:
-    for benchmark in config.splits[split].benchmarks:
-      for domain, queries in _domains(x, benchmark).items():
+    for target in blocks.split_targets(config, split):
+      benchmark = blocks.benchmark_of(target)
+      kind = 'aligned queries' if target != benchmark else 'queries'
+      for domain, queries in _domains(x, target).items():
         share = splits.expected_share(queries, anchor[domain])
         if domain not in pool or queries < FEWEST or share <= WARNED:
           continue
@@ -35,7 +37,7 @@ def expected_removal(x: Experiment, names: Iterable[str]) -> Iterator[str]:
           'no anchor image is' if not anchor[domain] else f'{anchor[domain]:,} anchor images are'
         )
         yield (
-          f'{split}: {queries:,} queries of {benchmark} are of {config.pool.domain_column} '
+          f'{split}: {queries:,} {kind} of {benchmark} are of {config.pool.domain_column} '
           f'{domain!r}, and {some}. Alignment is expected to remove '
           f'{"most" if not anchor[domain] else f"about {100 * share:.0f} %"} of this domain from '
           'the pool, whatever its size. With '
@@ -44,12 +46,16 @@ def expected_removal(x: Experiment, names: Iterable[str]) -> Iterator[str]:
         )
 
 
-def _domains(x: Experiment, dataset: str) -> Counter:
-  """Returns the rows of each domain; empty for a dataset without an index or without the column."""
-  column = x.config.pool.domain_column
+def _domains(x: Experiment, target: str) -> Counter:
+  """Returns the rows of each domain; empty for a dataset without an index or without the column.
+
+  target: a dataset, or a range of the queries of a benchmark.
+  """
+  dataset, column = blocks.benchmark_of(target), x.config.pool.domain_column
   if not workdir.is_ingested(x, dataset) or not _has_column(x, dataset, column):
     return Counter()
-  counts = Counter(workdir.source(x, dataset).column(column).tolist())
+  values = workdir.source(x, dataset).column(column)[workdir.queries_in(x, target)]
+  counts = Counter(values.tolist())
   return Counter({str(name): n for name, n in counts.items() if name is not None})
 
 
