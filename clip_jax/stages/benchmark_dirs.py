@@ -23,10 +23,10 @@ FORMATS = (
 )  # recognised by their files; 'folder' is recognised by its images
 
 
-def resolve(config: Config) -> Config:
+def resolve(config: Config, root: str = '') -> Config:
   """Returns the config plus the benchmarks of config.benchmark_dirs; unchanged if it is empty.
 
-  Raises ConfigError for a part without '=', a repeated name, or a DIR of an unknown format.
+  root: the folder below which relative paths begin; '' is the current folder. Raises ConfigError for a part without '=', a repeated name, or a DIR of an unknown format.
   """
   if not config.benchmark_dirs.strip():
     return config
@@ -43,7 +43,9 @@ def resolve(config: Config) -> Config:
         f'config.benchmark_dirs: two benchmarks have the name {name!r}. Rename one of them.'
       )
     block = copy.deepcopy(resolved.benchmark_template)
-    block.path = os.path.expanduser(path)
+    # An absolute path replaces the root.
+    path = path if storage.is_remote(path) else os.path.expanduser(path)
+    block.path = path if storage.is_remote(path) else os.path.join(root, path)
     block.format = block.format or format_of(
       f'config.benchmark_dirs: {name}', block.path, bool(block.vector_dim)
     )

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import os
 from typing import Any
 
@@ -49,6 +50,7 @@ class Model:
   encode_image: Callable[[Array], Array]  # uint8 [b, S, S, 3] -> [b, E]
   encode_text: Callable[[Sequence[str]], Array]  # n captions -> [n, E]
   step: int | None  # updates done; None: a weights file
+  text_hash: Callable[[], str]  # sha256 of everything on which encode_text depends
 
 
 @dataclasses.dataclass(frozen=True)
@@ -400,7 +402,23 @@ def open_model(weights: Weights) -> Model:
     functools.partial(image, params),
     lambda texts: text(params, tokenize()(texts, weights.config.context_length)),
     weights.step,
+    functools.cache(lambda: _text_hash(weights)),
   )
+
+
+def _text_hash(weights: Weights) -> str:
+  """Returns the sha256 of the text tower's parameters, its architecture and its tokenizer."""
+  config = weights.config
+  parts = [
+    checkpoints.digest(weights.params['text']),
+    repr(config.text),
+    weights.dtype,
+    *weights.special_words,
+  ]
+  if config.text.tokenizer:  # its own, in files beside the weights
+    beside = sorted(name for name in os.listdir(weights.folder) if 'token' in name)
+    parts += [files.sha256(os.path.join(weights.folder, name)) for name in beside]
+  return hashlib.sha256('\n'.join(parts).encode()).hexdigest()
 
 
 def _tokenizer(weights: Weights) -> Callable[[Sequence[str], int], Array]:
