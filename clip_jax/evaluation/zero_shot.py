@@ -18,7 +18,7 @@ def class_matrix(
   encode_text: Callable[[list[str]], Array],  # n texts -> [n, E] float32, of any length
   classes: Sequence[str],  # C names
   templates: Sequence[str],  # M texts; '{}' takes the class name
-  batch_size: int = 1024,  # texts; the last batch is shorter
+  batch_size: int = 8192,  # texts, rounded down to whole classes; the last batch is shorter
 ) -> np.ndarray:  # [C, E] float32, unit norm
   """Returns CLIP's prompt ensemble: per class, encode templates, normalise, average, normalise."""
   if not classes or not templates:
@@ -29,21 +29,19 @@ def class_matrix(
   for template in templates:
     if '{}' not in template:
       raise ConfigError(f"the template {template!r} has no '{{}}' for the class name; add one.")
-  texts = [template.replace('{}', name) for name in classes for template in templates]
-  encoded = np.concatenate(
-    [
-      np.asarray(encode_text(texts[i : i + batch_size]), np.float64)
-      for i in range(0, len(texts), batch_size)
-    ]
-  )  # [C M, E]
-  if len(encoded) != len(texts):
-    raise ValueError(
-      f'encode_text must return one row per text: got shape {encoded.shape} for {len(texts)} texts'
-    )
-  mean = (
-    to_unit_length(_nonzero(encoded)).reshape(len(classes), len(templates), -1).mean(1)
-  )  # [C, E]
-  return to_unit_length(_nonzero(mean)).astype(np.float32)
+  at_once, means = max(1, batch_size // len(templates)), []
+  for start in range(0, len(classes), at_once):
+    names = classes[start : start + at_once]
+    texts = [template.replace('{}', name) for name in names for template in templates]
+    encoded = np.asarray(encode_text(texts), np.float64)
+    if len(encoded) != len(texts):
+      raise ValueError(
+        f'encode_text must return one row per text: got shape {encoded.shape} for {len(texts)} '
+        'texts'
+      )
+    unit = to_unit_length(_nonzero(encoded)).reshape(len(names), len(templates), -1)
+    means.append(unit.mean(1))
+  return to_unit_length(_nonzero(np.concatenate(means))).astype(np.float32)
 
 
 def predict(

@@ -26,7 +26,8 @@ FORMATS = (
 def resolve(config: Config, root: str = '') -> Config:
   """Returns the config plus the benchmarks of config.benchmark_dirs; unchanged if it is empty.
 
-  root: the folder below which relative paths begin; '' is the current folder. Raises ConfigError for a part without '=', a repeated name, or a DIR of an unknown format.
+  root: the folder below which relative paths begin; '' is the current folder. Raises ConfigError
+  for a part without '=', a repeated name, or a DIR of an unknown format.
   """
   if not config.benchmark_dirs.strip():
     return config

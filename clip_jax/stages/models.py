@@ -27,6 +27,7 @@ from clip_jax.experiment.experiment import Experiment
 from clip_jax.models import fitted_embedders, huggingface, open_clip, sscd, weights, zoo
 from clip_jax.models.weights import HUGGING_FACE, OPEN_CLIP, PREPROCESSOR, PROCESSOR
 
+TEXT_BLOCK = 64  # texts encoded at once
 NUMBERS = (
   'embed_dim',
   'image_size',
@@ -478,15 +479,19 @@ def _compiled(config, dtype: str, mean: tuple[float, ...], std: tuple[float, ...
     params,
     ids: Array,  # [n, T] int32
   ) -> Array:  # [n, E]
-    if text.packable(config.text):
-      ids = packing.trim(ids)  # exact; prompts are much shorter than the context
-    block = -(-64 // devices) * devices  # one compiled shape for any number of prompts
-    whole = _padded(ids, block)
-    parts = [
-      np.asarray(tokens(params, jax.device_put(whole[i : i + block], split)))
-      for i in range(0, len(whole), block)
-    ]
-    return np.concatenate(parts)[: len(ids)]
+    order, trim = np.arange(len(ids)), lambda ids: ids
+    if text.packable(config.text):  # then trimming is exact; prompts are shorter than the context
+      order = np.argsort(
+        ids.argmax(1), kind='stable'
+      )  # by length, so that a block has little to pad
+      trim = functools.partial(packing.trim, lengths=range(4, ids.shape[1], 4))
+    block = -(-TEXT_BLOCK // devices) * devices  # few compiled shapes for any number of prompts
+    vectors = np.empty((len(ids), config.embed_dim), np.float32)
+    for i in range(0, len(ids), block):
+      rows = order[i : i + block]
+      padded = _padded(trim(ids[rows]), block)
+      vectors[rows] = np.asarray(tokens(params, jax.device_put(padded, split)))[: len(rows)]
+    return vectors
 
   return _over_devices(images), encode_text
 
