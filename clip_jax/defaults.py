@@ -289,7 +289,8 @@ TRAIN = {
   'loader_threads': Key(2, positive),
   # Further processes with such threads, for many cores; 0: none. Changes speed only.
   'loader_processes': Key(0, natural),
-  # Megabytes of decoded images kept in memory; none with jpeg_shrink. Changes speed only.
+  # Megabytes of decoded images kept in memory; none with jpeg_shrink. In evaluation: those of all
+  # benchmarks, if they fit. Changes speed only.
   'cache_mb': Key(1024),
   'tensorboard': Key(False),  # also write TensorBoard files (needs tensorboardX)
 }

@@ -9,7 +9,9 @@ import family
 from family import WNIDS, E, class_vectors, image_vectors, text_vector, tree, wnids_of
 import numpy as np
 import pytest
+import squares
 
+from clip_jax import defaults
 from clip_jax.core.errors import ConfigError, InputError
 from clip_jax.evaluation import class_sets
 from clip_jax.stages import checkpoint, classifiers, models
@@ -184,6 +186,15 @@ def test_files_of_clip_benchmark_and_datacomp(results):
     assert metrics.items() <= other['metrics'].items() <= by_key[key]['metrics'].items()
 
 
+def test_effective_robustness_has_its_axes(results):
+  found = json.loads((results[0] / 'effective_robustness.json').read_text())
+  val, objectnet = (read(results[0], name)[0]['scorings'] for name in ('val', 'objectnet'))
+  assert set(found) == {'imagenetv2', 'imagenet-a', 'imagenet-r', 'objectnet'}
+  assert found['objectnet']['x_accuracy'] == val['objectnet']['top1']
+  assert found['objectnet']['accuracy'] == objectnet['imagenet_masked']['top1']
+  assert found['imagenet-a']['x_accuracy'] == val['imagenet-a']['top1']
+
+
 def test_prompts_are_encoded_once_and_read_from_the_cache(root, results, tmp_path, monkeypatch):
   output, encoded = results
   assert len(encoded) == len(TEMPLATES) * (1000 + 113)  # for nine benchmarks
@@ -260,6 +271,36 @@ def test_objectnet_needs_no_mappings_but_its_folders(tmp_path, monkeypatch):
     InputError, match="such as 'alarm_clock'; its folders with images are: images"
   ):
     evaluate(c, monkeypatch)
+
+
+def test_a_benchmark_of_the_family_in_an_experiment(tmp_path, capsys):
+  """The stages take the same block: they search its images and evaluate every run on it."""
+  squares.make(tmp_path)
+  tree(tmp_path / 'imagenet-a', wnids_of('imagenet-a'), 'jpg')
+  c = squares.config(tmp_path)
+  c.root = str(tmp_path)
+  c.report.reference = 'squares'
+  c.benchmarks.a = defaults.benchmark(
+    format='folder',
+    path=('nowhere', 'imagenet-a'),
+    class_set='imagenet-a',
+    templates=('a {}',),
+    expected_rows=7500,
+  )
+  c.benchmarks.gone = defaults.benchmark(format='folder', path='gone', optional=True)
+  status, said = squares.run(c, tmp_path / 'w', capsys)
+  assert status == 0, said
+  assert 'Not found, left out: gone.' in said
+  assert 'a: 200 rows, but the published dataset has 7,500.' in said
+  scores, arrays = read(tmp_path / 'w/evaluate/base/seed0', 'a')
+  kept = class_sets.by_name('imagenet-a').labels
+  assert scores['classes'] == 200 and set(arrays['prediction']) <= set(kept)
+  assert arrays['label'].tolist() == list(kept)
+  assert np.load(tmp_path / 'w/search/a/queries.npz')['pool_nearest'].shape[0] == 200
+  assert squares.run(c, tmp_path / 'w', capsys)[0] == 0
+  c.benchmarks.a.class_set = 'imagenet-r'  # its folders are others, so the index does not fit
+  status, said = squares.run(c, tmp_path / 'w', capsys)
+  assert status == 1 and 'lacks the class folder' in said
 
 
 def test_keys_that_contradict_each_other(root, monkeypatch):

@@ -4,6 +4,8 @@ In: a checkpoint or a weights file; the benchmarks' source files.
 Out: a table on the terminal and, with --output,
   <output>/<benchmark>.json and .npz, in the format of the stage evaluate;
   <output>/<average>.json: the mean over the benchmarks that share the key `average`;
+  <output>/effective_robustness.json: accuracy beyond the lines of standard ImageNet models, for the
+    shifts that have one (evaluation/robustness.py), if val is evaluated, too;
   <output>/clip_benchmark/<benchmark>.json and <output>/eval_results.jsonl: the same scores in the
     formats of CLIP_benchmark and DataComp;
   <output>/classifiers/<hash>.npy: the zero-shot classifiers, which the next command reads.
@@ -25,7 +27,7 @@ from clip_jax.core import config as config_lib
 from clip_jax.core.errors import ConfigError, InputError
 from clip_jax.core.types import Array, Config
 from clip_jax.data import images
-from clip_jax.evaluation import published, statistics
+from clip_jax.evaluation import published, robustness, statistics
 from clip_jax.experiment import blocks
 from clip_jax.experiment.experiment import Experiment
 from clip_jax.stages import check, dataset_paths, evaluate, ingest, models
@@ -153,6 +155,13 @@ def _evaluate(
     _log_line(f'{name} (mean of {len(result["benchmarks"])})', result)
     if output:
       files.write_json(os.path.join(output, f'{name}.json'), {**result, 'checkpoint': checkpoint})
+  by_published_name = {x.config.benchmarks[name].published_name: results[name] for name in names}
+  lines = robustness.family_table(by_published_name)
+  if lines:
+    points = (f'{name} {100 * line["effective_robustness"]:+.1f}' for name, line in lines.items())
+    logging.info('Points above the line of standard ImageNet models: %s.', ', '.join(points))
+  if output and lines:
+    files.write_json(os.path.join(output, 'effective_robustness.json'), lines)
   if output:
     _write_published(x, results, model_name or 'clip_jax', checkpoint, output)
     logging.info('Results are in %s.', output)
