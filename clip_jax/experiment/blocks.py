@@ -89,7 +89,9 @@ def flatten(block: Config, prefix: str = '') -> list[tuple[str, Config]]:
   if block.format != 'concat':
     return [(prefix, block)]
   return [
-    pair for name in block.sources for pair in flatten(block.sources[name], f'{prefix}{name}/')
+    pair
+    for name in sorted(block.sources)
+    for pair in flatten(block.sources[name], f'{prefix}{name}/')
   ]
 
 
