@@ -63,7 +63,11 @@ def evaluate_checkpoint(
   for name in names:
     if name not in config.benchmarks:
       if name in given.benchmarks:
-        raise ConfigError(f'--benchmarks={name!r}: none of its paths exists. Correct its path.')
+        places = dataset_paths.places(given.benchmarks[name], given.root)
+        raise ConfigError(
+          f'--benchmarks={name!r} does not exist: it would be {places}. Correct its path, for '
+          f'example --config.benchmarks.{name}.path=DIR.'
+        )
       raise ConfigError(
         f'--benchmarks={name!r} is not in the config.'
         f'{config_lib.did_you_mean(name, config.benchmarks)}'

@@ -36,7 +36,7 @@ def resolve(config: Config) -> Config:
     raise ConfigError('config.pool.optional=True: an experiment needs its pool. Remove this key.')
   _locate('config.pool', resolved.pool, root)
   if not _locate('config.anchor', resolved.anchor, root):
-    logging.info('Not found, left out: the anchor (%s).', _places(resolved.anchor, root))
+    logging.info('Not found, left out: the anchor (%s).', places(resolved.anchor, root))
     resolved.anchor.format = ''
   absent: dict[str, Config] = {}
   for group in ('benchmarks', 'references'):
@@ -48,7 +48,7 @@ def resolve(config: Config) -> Config:
     first = next(iter(absent))
     raise ConfigError(
       f'None of the {len(absent)} benchmarks exists below {root or os.getcwd()}; for example '
-      f'{first} would be {_places(absent[first], root)}. Give the folder of the benchmarks, '
+      f'{first} would be {places(absent[first], root)}. Give the folder of the benchmarks, '
       f'--config.root=DIR, or the path of one, --config.benchmarks.{first}.path=DIR.'
     )
   if absent:
@@ -106,7 +106,8 @@ def _alternatives(block: Config) -> tuple[str, ...]:
   return (block.path,) if isinstance(block.path, str) else tuple(block.path)
 
 
-def _places(block: Config, root: str) -> str:
+def places(block: Config, root: str) -> str:
+  """Returns the alternative paths of a dataset, in words."""
   return ' or '.join(below(root, path) for path in _alternatives(block)) or 'no path'
 
 
