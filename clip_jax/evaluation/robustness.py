@@ -79,10 +79,9 @@ def family_table(results: Mapping[str, Mapping]) -> dict[str, dict]:
 
 def _accuracy(scores: Mapping | None, scoring: str) -> float | None:
   """Returns the accuracy of a result, or of its further scoring; None if there is none."""
-  if scores is None or not scoring:
-    return scores and scores['top1']
-  further = scores.get('scorings', {}).get(scoring)
-  return further and further['top1']
+  if scores is not None and scoring:
+    scores = scores.get('scorings', {}).get(scoring)
+  return None if scores is None else scores['top1']
 
 
 def fit_line(
