@@ -16,6 +16,9 @@ A benchmark of your own is five lines: copy this file, or write them at the end 
     classes=('cat', 'dog', 'zebra'),                # or class_set='imagenet', for folders of wnids
     templates=('a photo of a {}.',))
 
+Without a copy, for a folder of wnids: --config.benchmark_dirs='mine=DIR'
+--config.benchmark_template.class_set=imagenet. The same blocks are benchmarks of an experiment.
+
 Results that such numbers are compared with are of class vectors of the 80 prompts, images resized
 by the shorter side (bicubic) and cropped. ObjectNet images keep their red border, as in
 CLIP_benchmark; imagenet-testbed and wise-ft crop its two pixels.
