@@ -515,16 +515,24 @@ MEANINGS = {
   },
   'evaluate/<split>/seed<k>/<benchmark>.json': {
     'n': 'number of images',
-    'classes': 'number of classes',
+    'classes': 'number of classes that may be predicted',
+    'scoring': 'the classes that compete, in words',
     'top1': 'zero-shot accuracy',
     'top1_low': 'lower end of its 95 % interval over images',
     'top1_high': 'upper end of its 95 % interval over images',
     'top5': 'share of images whose class is among the first five predictions',
-    'mean_per_class': 'mean of the accuracies of the classes',
-    'interval': 'method of the interval',
+    'mean_per_class': 'balanced accuracy: the mean of the accuracies of the classes',
+    'mean_per_class_low': 'lower end of its 95 % interval over images',
+    'mean_per_class_high': 'upper end of its 95 % interval over images',
+    'interval': 'method of the interval of `top1`',
     'per_class': 'accuracy of each class, null without an image',
     'unreadable': 'unreadable images, which count as wrong',
     'templates': 'prompts of the class vectors',
+    'warnings': 'sentences: another number of images than the published one, for example',
+    'scorings': (
+      'name of a further scoring (`scorings` of the benchmark) -> its numbers, as above; in the '
+      '.npz it has `<name>_counts` (whether an image counts), `<name>_prediction`, `<name>_correct`'
+    ),
     'checkpoint': 'checkpoint that was evaluated',
   },
   'evaluate/<split>/seed<k>/<benchmark>.npz': {

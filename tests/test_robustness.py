@@ -45,3 +45,30 @@ def test_fit_line():
   ):
     with pytest.raises(ValueError, match='three or more models'):
       robustness.fit_line(x, y)
+
+
+def test_the_family_against_the_published_check():
+  """OpenAI's ViT-B/32: 63.30 on val, 55.77 on V2, 42.37 on Sketch: +5.6 and +28.0 points."""
+  val = {'top1': 0.6330, 'scorings': {'imagenet-r': {'top1': 0.8}, 'objectnet': {'top1': 0.7}}}
+  results = {
+    'imagenet1k': val,
+    'imagenetv2': {'top1': 0.5577},
+    'imagenet_sketch': {'top1': 0.4237},
+    'imagenet-r': {'top1': 0.5},
+    'imagenet-a': {'top1': 0.3},  # val was not scored on its classes
+    'objectnet': {'top1': 0.9, 'scorings': {'imagenet_masked': {'top1': 0.4}}},
+    'mine': {'top1': 1.0},
+  }
+  found = robustness.family_table(results)
+  points = {name: round(100 * line['effective_robustness'], 1) for name, line in found.items()}
+  assert (points['imagenetv2'], points['imagenet_sketch']) == (5.6, 28.0)
+  assert found['imagenet-r']['line'] == robustness.line_accuracy('r', 0.8, 'classes')
+  assert found['objectnet']['line'] == robustness.line_accuracy('objectnet', 0.7, 'classes')
+  assert found['objectnet']['accuracy'] == 0.4 and set(found) == {*results} - {
+    'imagenet1k',
+    'imagenet-a',
+    'mine',
+  }
+  assert (
+    robustness.family_table({key: results[key] for key in results if key != 'imagenet1k'}) == {}
+  )

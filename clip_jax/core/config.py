@@ -88,7 +88,7 @@ def fill(block, given: Mapping[str, Any], kind: str):
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
   """Returns ' Did you mean ...? There are: ...', to be appended to a message on an unknown name."""
-  names = sorted(map(str, names))
+  names = sorted(filter(None, map(str, names)))
   close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
   hint = f' Did you mean {close[0]!r}?' if close else ''
   return f'{hint} There are: {", ".join(names) or "none"}.'

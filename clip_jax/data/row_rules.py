@@ -9,6 +9,7 @@ import re
 from typing import Any
 
 from clip_jax.core.errors import ConfigError
+from clip_jax.data.labels import ClassFolders
 from clip_jax.data.table import COLUMNS
 
 NO_LABEL, BAD_LABEL = -1, -2
@@ -41,6 +42,7 @@ class RowRules:
   label_key: str = ''  # of a label number, or a name in `classes`; 'none': no labels
   labels_file: str = ''  # format 'folder': the path of a file of labels (labels.py)
   classes: Sequence[str] = ()  # class names in label order
+  class_folders: ClassFolders | None = None  # format 'folder': those of a published benchmark
   columns: Sequence[str] = ()  # more columns of the index
   require_caption: bool = True
 

@@ -5,6 +5,7 @@ imagenet-testbed (Taori et al. 2020), standard models only, and hold for the Ima
 For other benchmarks, fit a line through anchor_only checkpoints with fit_line, or use none.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,6 +54,36 @@ def effective_robustness(shift: str, accuracy: float, x_accuracy: float, x: str 
   return accuracy - line_accuracy(shift, x_accuracy, x)
 
 
+def family_table(results: Mapping[str, Mapping]) -> dict[str, dict]:
+  """Returns the effective robustness on each shift of FAMILY among the results.
+
+  results: published name of a benchmark (FAMILY, and 'imagenet1k' for val) -> its scores, as in
+  <benchmark>.json. Without val, or where a needed scoring is missing, a shift is left out.
+  """
+  table = {}
+  for name, (shift, scoring, of_val) in FAMILY.items():
+    accuracy = _accuracy(results.get(name), scoring)
+    x_accuracy = _accuracy(results.get('imagenet1k'), of_val)
+    if accuracy is None or x_accuracy is None:
+      continue
+    axis = 'classes' if of_val else 'val'
+    expected = line_accuracy(shift, x_accuracy, axis)
+    table[name] = {
+      'accuracy': accuracy,
+      'x_accuracy': x_accuracy,
+      'line': expected,
+      'effective_robustness': accuracy - expected,
+    }
+  return table
+
+
+def _accuracy(scores: Mapping | None, scoring: str) -> float | None:
+  """Returns the accuracy of a result, or of its further scoring; None if there is none."""
+  if scores is not None and scoring:
+    scores = scores.get('scorings', {}).get(scoring)
+  return None if scores is None else scores['top1']
+
+
 def fit_line(
   x_accuracy: Array,  # [n] proportions
   accuracy: Array,  # [n] proportions
@@ -76,6 +107,15 @@ def _without_break(*numbers) -> tuple[Line, Line]:
   return Line(*numbers), Line(*numbers)
 
 
+# Published name of a benchmark -> shift, the scoring whose accuracy the line predicts, and the
+# scoring of val on the x axis ('': all classes).
+FAMILY = {
+  'imagenetv2': ('v2', '', ''),
+  'imagenet_sketch': ('sketch', '', ''),
+  'imagenet-a': ('a', '', 'imagenet-a'),
+  'imagenet-r': ('r', '', 'imagenet-r'),
+  'objectnet': ('objectnet', 'imagenet_masked', 'objectnet'),
+}
 A_BREAK = 0.9186  # val accuracy on ImageNet-A's classes
 LINES = {  # (shift, x axis): the line below and above A_BREAK
   ('v2', 'val'): _without_break(0.9232, -0.4977, 85, 0.996),

@@ -6,6 +6,7 @@ from clip_jax import defaults
 from clip_jax.core import config as config_lib
 from clip_jax.core.types import Config
 from clip_jax.data import row_rules
+from clip_jax.evaluation import class_sets
 from clip_jax.pruning import rules
 
 POOL, ANCHOR, GLYPHS, ANCHOR_CLASSES, PLANTED, SIZES = (
@@ -82,7 +83,7 @@ def _planted_block(config: Config) -> Config:
     label_key='label',
     group_key='group',
     columns=('query', 'kind', 'copy'),
-    classes=tuple(config.benchmarks[config.planted.benchmark].classes),
+    classes=given_classes(config.benchmarks[config.planted.benchmark]),
   )
 
 
@@ -96,7 +97,9 @@ def flatten(block: Config, prefix: str = '') -> list[tuple[str, Config]]:
   if block.format != 'concat':
     return [(prefix, block)]
   return [
-    pair for name in block.sources for pair in flatten(block.sources[name], f'{prefix}{name}/')
+    pair
+    for name in sorted(block.sources)
+    for pair in flatten(block.sources[name], f'{prefix}{name}/')
   ]
 
 
@@ -116,6 +119,18 @@ def is_labelled(block: Config) -> bool:
     part.label_key != row_rules.NO_LABELS and (part.label_key or part.format in ('folder', GLYPHS))
     for _, part in flatten(block)
   )
+
+
+def class_set(block: Config) -> class_sets.ClassSet | None:
+  """Returns the published classes that a benchmark's block names; None for other datasets."""
+  is_published = 'class_set' in block and block.class_set  # a key of benchmarks only
+  return class_sets.by_name(block.class_set) if is_published else None
+
+
+def given_classes(block: Config) -> tuple[str, ...]:
+  """Returns the class names that a dataset's block gives, in label order; () if it gives none."""
+  found = class_set(block)
+  return found.names if found else tuple(block.classes)
 
 
 def is_prompts(config: Config, reference: str) -> bool:

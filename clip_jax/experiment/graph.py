@@ -44,7 +44,15 @@ _NOT_IN_INDEX = (
   'metadata',
   'any_norm',
   'images',
+  'optional',
+  'expected_rows',
+  'scorings',
+  'average',
+  'published_name',
 )
+# Keys that later versions added: with their defaults they are in no fingerprint, so that products
+# of older versions stay valid.
+_ADDED = {'class_set': '', 'scorings': ()}
 # Keys of config.dedup that are not in the marks' fingerprint: the embedder counts through the
 # embeddings, which are inputs, and the de-duplication audit is another product.
 _NOT_IN_MARKS = ('embedder', 'audit_rows')
@@ -132,7 +140,10 @@ class Graph:
     name = self.config.planted.benchmark
     if not name:
       return []
-    keys = blocks.pick_keys(self.config, ['planted', f'benchmarks.{name}.classes'])
+    classes = f'benchmarks.{name}.classes'
+    keys = blocks.pick_keys(self.config, ['planted']) | {
+      classes: list(blocks.given_classes(self.config.benchmarks[name]))
+    }
     return [
       Product(
         f'ingest/planted/tars/{i:05d}',
@@ -153,7 +164,7 @@ class Graph:
       keys = {
         f'{dataset}.{key}': value
         for key, value in blocks.plain(shard.block).items()
-        if key not in _NOT_IN_INDEX
+        if key not in _NOT_IN_INDEX and not _is_absent(key, value)
       }
       keys[f'{dataset}.needs_caption'] = dataset in blocks.TRAINED
       most = self.config.ingest.max_megapixels
@@ -706,7 +717,11 @@ class Graph:
 
   def result(self, split: str, seed: int, benchmark: str) -> Product:
     """Returns the zero-shot scores of a run on a benchmark."""
-    keys = [f'benchmarks.{benchmark}.{key}' for key in ('classes', 'templates', 'class_mask')]
+    block = self.config.benchmarks[benchmark]
+    added = [key for key in _ADDED if not _is_absent(key, block[key])]
+    keys = [
+      f'benchmarks.{benchmark}.{key}' for key in ('classes', 'templates', 'class_mask', *added)
+    ]
     return Product(
       f'evaluate/{split}/seed{seed}/{benchmark}',
       'result',
@@ -738,6 +753,11 @@ class Graph:
     if any(image_folders):  # shown in galleries of vector datasets; no other product reads them
       keys['images'] = image_folders
     return [Product('report/index', 'page', keys=keys, is_cheap=True, reads_all=True)]
+
+
+def _is_absent(key: str, value: object) -> bool:
+  """Returns whether a key of a later version has its default."""
+  return key in _ADDED and value == _ADDED[key]
 
 
 def _embedder_folder(embedder: str) -> str:

@@ -111,7 +111,8 @@ def keys(x: Experiment, dataset: str) -> Array:  # [n] str
 
 def class_names(x: Experiment, dataset: str) -> tuple[str, ...]:
   """Returns a dataset's class names in label order: from the config, else from its index."""
-  return tuple(blocks.datasets(x.config)[dataset].classes) or tuple(source(x, dataset).classes)
+  given = blocks.given_classes(blocks.datasets(x.config)[dataset])
+  return given or tuple(source(x, dataset).classes)
 
 
 def vector_dims(x: Experiment, dataset: str) -> dict[int, int]:
