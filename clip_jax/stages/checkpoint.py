@@ -20,6 +20,7 @@ from clip_jax.core.types import Config
 from clip_jax.data import images
 from clip_jax.experiment import blocks
 from clip_jax.experiment.experiment import Experiment
+from clip_jax.reporting import tables
 from clip_jax.stages import benchmark_dirs, check, evaluate, ingest, models
 
 POLL_SECS = 5.0
@@ -112,7 +113,8 @@ def _load_if_kept(folder: str, model: str, is_newest: Callable[[], bool]) -> mod
 def _evaluate(x: Experiment, path: str, model: models.Model, names: list[str], output: str) -> None:
   checkpoint = path if model.step is None else f'{path}, step {model.step}'
   logging.info('%s:', checkpoint)
-  logging.info('  %-20s %7s %8s  %s', 'benchmark', 'images', 'top-1', '95 % interval')
+  heads = ('benchmark', 'images', 'groups', 'top-1', 'df', '95 % interval')
+  logging.info('  %-20s %7s %7s %8s %7s  %s', *heads)
   for name in names:
     result, arrays = evaluate.score(x, name, model)
     result['checkpoint'] = checkpoint
@@ -121,7 +123,16 @@ def _evaluate(x: Experiment, path: str, model: models.Model, names: list[str], o
       if result['top1_low'] is None
       else f'{100 * result["top1_low"]:.1f} to {100 * result["top1_high"]:.1f}'
     )
-    logging.info('  %-20s %7d %7.1f%%  %s', name, result['n'], 100 * result['top1'], interval)
+    logging.info(
+      '  %-20s %7d %7d %7.1f%% %7s  %s%s',
+      name,
+      result['n'],
+      result['groups'],
+      100 * result['top1'],
+      '-' if result['df'] is None else f'{result["df"]:.1f}',
+      interval,
+      '' if result['groups'] >= tables.FEW_GROUPS else ' (few groups: no basis for a claim)',
+    )
     if output:
       files.write_npz(os.path.join(output, f'{name}.npz'), **arrays)
       files.write_json(os.path.join(output, f'{name}.json'), result)

@@ -68,19 +68,21 @@ def score(x: Experiment, benchmark: str, model: models.Model) -> tuple[dict, dic
   scores = zero_shot.score(label, top5, len(classes))
   prediction = top5[:, 0].astype(np.int32)
   correct = prediction == label
-  interval = statistics.image_interval(correct, source.column('group') if block.group_key else None)
+  interval = statistics.image_interval(correct, workdir.groups(x, benchmark))
   numbers = {
     'top1': scores['top1'],
     'top1_low': interval.low,
     'top1_high': interval.high,
     'top5': scores['top5'],
     'mean_per_class': scores['mean_per_class'],
+    'df': interval.df,
   }
   result = {
     'n': len(label),
     'classes': len(classes),
     **{key: number(value) for key, value in numbers.items()},
     'interval': interval.method,
+    'groups': interval.groups,
     'per_class': [number(value) for value in scores['per_class']],
     'unreadable': int((~ok).sum()),
     'templates': list(block.templates),
@@ -113,8 +115,12 @@ def read_images(x: Experiment, benchmark: str, model: models.Model) -> tuple[Arr
 
 
 def number(value: float) -> float | None:
-  """Returns a number for JSON, None for NaN (a class without images, a single group)."""
-  return None if math.isnan(value) else float(value)
+  """Returns a number for JSON, None for NaN or infinity.
+
+  A class without images has no accuracy, a single group no interval, and Wilson's interval has no
+  degrees of freedom.
+  """
+  return float(value) if math.isfinite(value) else None
 
 
 def encode(model: models.Model, pixels: Array, batch_size: int) -> Array:
