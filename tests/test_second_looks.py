@@ -77,5 +77,5 @@ def test_the_preview_says_that_it_is_no_training():
     },
   )
   assert table.columns[1].detail == '300 images in 9 groups\n8 df'
-  assert 'Fewer than 10 groups (val: 9 groups)' in table.notes[1]
+  assert 'Fewer than 12 groups (val: 9 groups)' in table.notes[1]
   assert second_looks.preview_blocks({}) == []

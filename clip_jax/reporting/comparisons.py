@@ -103,7 +103,7 @@ def _figure(items: Sequence[Item], looks: figures.Looks) -> Figure:
     text,
     (
       'Each split on the benchmark it was aligned to. Grey band: the equivalence margin, \u00b1'
-      f'{tables.percent(margin, 0)} points; a difference inside it counts as no loss.'
+      f'{tables.percent(margin, 0)} points. Bars: 95 % intervals; what they rest on is in the tables.'
     ),
   )
 
@@ -296,8 +296,8 @@ def _no_loss(item: Item) -> list[Line]:
     return []
   margin = f'\u00b1{tables.percent(e.margin, 0)} points'
   if not p:
-    inside = 'inside' if -e.margin < e.low and e.high < e.margin else 'not inside'
-    words = f'An estimate, not a test: the interval lies {inside} {margin}.'
+    inside = 'lies' if -e.margin < e.low and e.high < e.margin else 'does not lie'
+    words = f'An estimate, not a test: the interval {inside} inside {margin}.'
   elif item['holm_same'] < CLAIM:
     words = f'No loss: the difference is shown to be within {margin}.'
   else:

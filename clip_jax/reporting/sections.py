@@ -423,7 +423,7 @@ def dose_blocks(
 
 
 def plane_blocks(
-  panels: Rows,  # name, xname, points (split, seed and as figures.robustness_plane takes them), line
+  panels: Rows,  # name, xname, points (split, seed, and as figures.robustness_plane takes), line
   looks: Looks,
 ) -> list:
   """Returns accuracy on each benchmark against validation accuracy, one mark per run."""

@@ -14,7 +14,7 @@ from typing import Any, TypeGuard
 from clip_jax.core import progress
 from clip_jax.core.types import Array
 
-FEW_GROUPS = 10  # with fewer, an interval may miss its coverage (docs/statistics.md)
+FEW_GROUPS = 12  # with fewer, an interval may cover less than 93 % (docs/statistics.md)
 ESTIMATE = ('value', 'low', 'high', 'method', 'seeds', 'images', 'groups', 'df')
 MINUS = '\u2212'
 NOTHING = '\u2013'  # an en dash: no value
