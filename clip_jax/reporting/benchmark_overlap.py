@@ -105,7 +105,8 @@ def rate_blocks(
     'Near-duplicate: by the similarity divided by both vectors\u2019 norms. Each embedder needs '
     'its own threshold: set it with --config.prune.duplicate_similarity. Brackets: 95 % Wilson '
     'intervals over queries, in percent, each query on its own (whether an image has a copy '
-    'depends on that image, so groups are not used). Exact duplicates are counts, without an interval.'
+    'depends on that image, so groups are not used). Exact duplicates are counts, without an '
+    'interval.'
   )
   return [
     Table(

@@ -103,7 +103,7 @@ def _figure(items: Sequence[Item], looks: figures.Looks) -> Figure:
     text,
     (
       'Each split on the benchmark it was aligned to. Grey band: the equivalence margin, \u00b1'
-      f'{tables.percent(margin, 0)} points. Bars: 95 % intervals; what they rest on is in the tables.'
+      f'{tables.percent(margin, 0)} points. Bars: 95 % intervals; the tables say what they rest on.'
     ),
   )
 
