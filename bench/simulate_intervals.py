@@ -183,7 +183,8 @@ def cells() -> Iterator[tuple]:  # (kind, seeds, sd, groups, accuracy or name)
   for kind in ('difference', 'accuracy', 'difference in differences'):
     accuracies = ACCURACY if kind != 'difference in differences' else (0.3, 0.6, 0.9)
     yield from itertools.product((kind,), SEEDS, SEED_SD, GROUPS, accuracies)
-  yield from itertools.product(('explained share',), SEEDS, (0.0, 0.03), (6, 30, 1000), SHARES)
+  yield from itertools.product(('explained share',), SEEDS, (0.0, 0.03), (6, 30), SHARES)
+  yield from itertools.product(('explained share',), SEEDS, (0.0, 0.03), (1000,), ('E',))
   yield from itertools.product(('dose slope',), SEEDS, SLOPE_SD, DOSE_GROUPS, (0.6, 0.9))
 
 

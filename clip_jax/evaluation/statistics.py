@@ -344,7 +344,7 @@ def two_way(
   nothing = np.full(z.shape[:-2], np.nan)
   if units < 2:
     return nothing, nothing
-  effective = units if effective is None else max(effective, 2)
+  effective = float(units) if effective is None else max(effective, 2.0)
   few = effective / (effective - 1)
   total, column = z.sum(-1), z.mean(-2)  # [..., S], [..., G]
   mean = column.mean(-1)
@@ -467,9 +467,9 @@ def _bounded(correct, weights, groups, level) -> Estimate:
 
 
 def bounded(
-  p: Array,  # [...] proportions
-  variance: Array,  # [...] of p, as from two_way
-  df: Array,  # [...]
+  p: Array | float,  # [...] proportions
+  variance: Array | float,  # [...] of p, as from two_way
+  df: Array | float,  # [...]
   units: int,  # G
   most: int,  # S Q, the highest effective number of images
   level: float = 0.95,
@@ -484,7 +484,7 @@ def bounded(
   return _wilson(p, np.where(constant, units, n), special.stdtrit(df, (1 + level) / 2))
 
 
-def _wilson(p: Array, n: Array, quantile: Array) -> tuple[Array, Array]:
+def _wilson(p: Array | float, n: Array | float, quantile: Array) -> tuple[Array, Array]:
   """Returns Wilson's score interval of a proportion p observed on n images."""
   shrink = 1 + quantile**2 / n
   middle = (p + quantile**2 / (2 * n)) / shrink

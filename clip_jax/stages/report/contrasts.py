@@ -263,27 +263,24 @@ class Baseline:
 def baseline(config: Config, results: Results, benchmark: str) -> Baseline | None:
   """Returns the line of an ImageNet shift, known by name and classes; None for other benchmarks.
 
-  The x axis is ImageNet-Val, config.report.reference with its 1,000 classes. Val among the shift's
-  own classes is better known as a benchmark REFERENCE_SHIFT, such as val_r, and used if evaluated.
+  The x axis is ImageNet-Val: config.report.reference, with 1,000 classes that include the
+  benchmark's. A benchmark REFERENCE_SHIFT, such as val_r, holds ImageNet-Val among the shift's own
+  classes; if it is evaluated, it is the x axis.
   """
   reference = config.report.reference
+  names = set(config.benchmarks[reference].classes)  # empty if they are in its index
   shift = benchmark.lower().replace('-', '_').removeprefix('imagenet').strip('_')
   if (
     results.classes.get(reference) != IMAGENET_CLASSES
     or results.classes.get(benchmark) != SHIFT_CLASSES.get(shift, 0)
-    or not set(config.benchmarks[benchmark].classes) <= _names(config, reference)
+    or names
+    and not set(config.benchmarks[benchmark].classes) <= names
   ):
     return None
   own = f'{reference}_{shift}'
   if (shift, 'classes') in robustness.LINES and results.classes.get(own) == SHIFT_CLASSES[shift]:
     return Baseline(shift, 'classes', own)
   return Baseline(shift, 'val', reference) if (shift, 'val') in robustness.LINES else None
-
-
-def _names(config: Config, benchmark: str) -> set[str]:
-  """Returns the class names of the reference and, if they are in its index, those of all."""
-  block = config.benchmarks[benchmark]
-  return set(block.classes) or {name for b in config.benchmarks.values() for name in b.classes}
 
 
 def _line_accuracies(
