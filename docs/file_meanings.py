@@ -12,6 +12,10 @@ _ESTIMATE = {
     'the lower and the higher value), `bootstrap`, `none`, or over images only, for one seed: '
     '`wilson`, `cluster-robust` (images share groups), `this checkpoint` (differences)'
   ),
+  'seeds': 'seeds behind the interval',
+  'images': 'images behind the interval',
+  'groups': 'independent units among them: `images` if no image has a group',
+  'df': "degrees of freedom of the interval, empty for Wilson's or without an interval",
 }
 _ACCURACY = {
   'rule': 'rule of the split',
@@ -371,6 +375,8 @@ MEANINGS = {
     'benchmarks.<benchmark>.top1': 'accuracy',
     'benchmarks.<benchmark>.low': 'lower end of its 95 % interval over images',
     'benchmarks.<benchmark>.high': 'upper end of its 95 % interval over images',
+    'benchmarks.<benchmark>.groups': 'independent units among these images',
+    'benchmarks.<benchmark>.df': "degrees of freedom of the interval, null for Wilson's",
   },
   'splits/<split>/queries-<benchmark>.npz': {
     'removed_over': 'removed rows over the threshold of each query, -1 for an unusable query',
@@ -549,9 +555,11 @@ MEANINGS = {
       '`against_control`, `against_control_bootstrap`, `against_base`: differences of accuracy; '
       '`E`, `E_control`: explained share of the lead over the anchor alone, of base and of the '
       'control; `placebo`: loss beyond that on another benchmark; `hit_minus_unhit`: loss of '
-      'queries with removed neighbours beyond that of others'
+      'queries with removed neighbours beyond that of others; `dose_slope`: log odds of a correct '
+      'answer per unit of similarity lost'
     ),
     'p_holm': 'p-value of `against_control` after the correction of Holm, for confirmatory tests',
+    'p_no_loss_holm': 'p-value of the equivalence test of the same comparison, after Holm',
   },
   'report/tables/cut_by_size.csv': {
     'rule': '`near` or `far`',
@@ -620,6 +628,16 @@ MEANINGS = {
     'share': "share of the split's pool rows that the other split holds, too",
   },
   'report/tables/paper_compat.csv': _PAPER,
+  'report/tables/plane.csv': {
+    'split': 'split of the run',
+    'seed': 'seed of the run',
+    'against': 'benchmark on the x axis',
+    **{
+      f'{axis}_{key}': f'{name}: {meaning}'
+      for axis, name in (('x', 'accuracy on it'), ('y', 'accuracy on the benchmark'))
+      for key, meaning in {'value': 'of this run', **_ESTIMATE}.items()
+    },
+  },
   'report/tables/planted_calibration.csv': {
     'embedder': 'name of the embedder, empty for the main one',
     'duplicate_similarity': 'similarity from which a pair counts as a duplicate',

@@ -168,6 +168,16 @@ def test_only_the_previews_are_made_again(world, copy):
   }
 
 
+def test_groups_of_a_pattern_count_in_the_interval(world, copy):
+  run(config(world / 'data', **{'benchmarks.squares.group_pattern': r'(\d)\d$'}), copy)
+  before, after = (
+    json.loads((folder / 'splits/base/preview.json').read_text())['benchmarks']['squares']
+    for folder in (world / 'run', copy)
+  )
+  assert (before['groups'], before['df']) == (12, None)
+  assert (after['groups'], after['df']) == (2, 1) and after['top1'] == before['top1']
+
+
 def test_the_section_says_what_is_missing(world, copy):
   c = config(world / 'data')
   facts = types.SimpleNamespace(x=Experiment(c, str(copy)), missing=lambda *said: said)
