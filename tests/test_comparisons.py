@@ -179,9 +179,8 @@ def test_shares_are_whole_percent_with_their_parts():
   assert value == '15 % [4, 27]'
   assert detail == f'{RESTS_ON}\n5.7 of 39.3 points over anchor only'
   assert words.startswith('15 % of the lead of base')
-  assert (
-    'effective-robustness line' in lines(share=share(reference='line'))['E, explained share'][1]
-  )
+  by_line = lines(share=share(reference='line'))['E, explained share']
+  assert 'effective-robustness line' in by_line[1] and 'takes the line as known' in by_line[2]
 
 
 def test_what_cannot_be_estimated_says_why():

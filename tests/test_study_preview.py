@@ -169,7 +169,8 @@ def test_only_the_previews_are_made_again(world, copy):
 
 
 def test_groups_of_a_pattern_count_in_the_interval(world, copy):
-  run(config(world / 'data', **{'benchmarks.squares.group_pattern': r'(\d)\d$'}), copy)
+  c = config(world / 'data', **{'benchmarks.squares.group_pattern': r'(\d)\d$'})
+  pipeline.run(c, str(copy), stages=squares.PREPARE, redo='ingest:squares', dry_run=False)
   before, after = (
     json.loads((folder / 'splits/base/preview.json').read_text())['benchmarks']['squares']
     for folder in (world / 'run', copy)

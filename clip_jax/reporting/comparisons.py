@@ -226,7 +226,8 @@ def _shares(item: Item) -> list[Line]:
         name,
         f'{whole(share.value)} % {tables.bounds(share, whole)}'.strip(),
         _detail(share, f'{loss} of {lead} points over {over}'),
-        f'{whole(share.value)} % {words}',
+        f'{whole(share.value)} % {words}'
+        + (' The interval takes the line as known.' if share.reference == 'line' else ''),
       )
     )
   return lines
