@@ -113,6 +113,8 @@ def test_without_an_anchor_the_benchmarks_names_count_and_few_captions_have_one(
     'top1': None,
     'low': None,
     'high': None,
+    'groups': None,
+    'df': None,
   }
 
 
