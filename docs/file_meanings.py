@@ -12,6 +12,10 @@ _ESTIMATE = {
     'the lower and the higher value), `bootstrap`, `none`, or over images only, for one seed: '
     '`wilson`, `cluster-robust` (images share groups), `this checkpoint` (differences)'
   ),
+  'seeds': 'seeds behind the interval',
+  'images': 'images behind the interval',
+  'groups': 'independent units among them: `images` if no image has a group',
+  'df': "degrees of freedom of the interval, empty for Wilson's or without an interval",
 }
 _ACCURACY = {
   'rule': 'rule of the split',
@@ -87,9 +91,7 @@ _AGREEMENT = {
   'removed_here': 'rows that the split removes, by the main embedder',
   'removed_there': 'rows that the same rule removes by the further embedder',
   'jaccard': 'rows that both remove, as a share of the rows that either removes',
-  'jaccard_interval': 'its interval, null if neither removes a row',
   'same_count_jaccard': 'the same if the further embedder removes `removed_here` rows',
-  'same_count_interval': 'its interval',
   'spearman': 'rank correlation of all candidates, null if one order is constant',
   'only_here': 'rows that only the main embedder removes',
   'only_there': 'rows that only the further embedder removes',
@@ -385,6 +387,8 @@ MEANINGS = {
     'benchmarks.<benchmark>.top1': 'accuracy',
     'benchmarks.<benchmark>.low': 'lower end of its 95 % interval over images',
     'benchmarks.<benchmark>.high': 'upper end of its 95 % interval over images',
+    'benchmarks.<benchmark>.groups': 'independent units among these images',
+    'benchmarks.<benchmark>.df': "degrees of freedom of the interval, null for Wilson's",
   },
   'splits/<split>/queries-<benchmark>.npz': {
     'removed_over': 'removed rows over the threshold of each query, -1 for an unusable query',
@@ -489,7 +493,6 @@ MEANINGS = {
   'splits/sensitivity.json': {
     'embedders': 'names of the embedders; the main one has none',
     'candidates': 'rows that are compared',
-    'interval': 'kind of the intervals',
     **_under('splits.<split>[].', _AGREEMENT),
     'splits.<split>[].rows_only_here': 'up to 12 rows that only the main embedder removes',
     'splits.<split>[].rows_only_there': 'up to 12 rows that only the further embedder removes',
@@ -525,6 +528,8 @@ MEANINGS = {
     'mean_per_class_low': 'lower end of its 95 % interval over images',
     'mean_per_class_high': 'upper end of its 95 % interval over images',
     'interval': 'method of the interval of `top1`',
+    'groups': 'independent units among the images: `n` if no image has a group',
+    'df': "degrees of freedom of the interval, null for Wilson's or without an interval",
     'per_class': 'accuracy of each class, null without an image',
     'unreadable': 'unreadable images, which count as wrong',
     'templates': 'prompts of the class vectors',
@@ -594,9 +599,11 @@ MEANINGS = {
       '`against_control`, `against_control_bootstrap`, `against_base`: differences of accuracy; '
       '`E`, `E_control`: explained share of the lead over the anchor alone, of base and of the '
       'control; `placebo`: loss beyond that on another benchmark; `hit_minus_unhit`: loss of '
-      'queries with removed neighbours beyond that of others'
+      'queries with removed neighbours beyond that of others; `dose_slope`: log odds of a correct '
+      'answer per unit of similarity lost'
     ),
     'p_holm': 'p-value of `against_control` after the correction of Holm, for confirmatory tests',
+    'p_no_loss_holm': 'p-value of the equivalence test of the same comparison, after Holm',
   },
   'report/tables/cut_by_size.csv': {
     'rule': '`near` or `far`',
@@ -690,6 +697,16 @@ MEANINGS = {
     'share': "share of the split's pool rows that the other split holds, too",
   },
   'report/tables/paper_compat.csv': _PAPER,
+  'report/tables/plane.csv': {
+    'split': 'split of the run',
+    'seed': 'seed of the run',
+    'against': 'benchmark on the x axis',
+    **{
+      f'{axis}_{key}': f'{name}: {meaning}'
+      for axis, name in (('x', 'accuracy on it'), ('y', 'accuracy on the benchmark'))
+      for key, meaning in {'value': 'of this run', **_ESTIMATE}.items()
+    },
+  },
   'report/tables/planted_calibration.csv': {
     'embedder': 'name of the embedder, empty for the main one',
     'duplicate_similarity': 'similarity from which a pair counts as a duplicate',

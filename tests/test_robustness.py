@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from scipy import special, stats
 
 from clip_jax.evaluation import robustness
 
@@ -27,6 +28,29 @@ def test_every_line():
   with pytest.raises(ValueError, match=r"\('a', 'val'\); have"):
     robustness.line_accuracy('a', 0.5)
   assert robustness.line_accuracy('v2', 0.0) == 0 and robustness.line_accuracy('v2', 1.0) == 1
+
+
+def test_the_band_is_scipys_prediction_interval():
+  """Against scipy.stats.linregress, with the textbook prediction interval of a new point."""
+  rng = np.random.default_rng(1)
+  x = rng.uniform(0.3, 0.8, 12)
+  y = special.expit(0.9 * special.logit(x) - 1 + 0.2 * rng.normal(size=12))
+  found = robustness.fit_line(x, y)
+  a, b = special.logit(x), special.logit(y)
+  fit = stats.linregress(a, b)
+  assert (found.slope, found.intercept) == pytest.approx((fit.slope, fit.intercept))
+  assert found.error / np.sqrt(found.x_squares) == pytest.approx(fit.stderr)
+  assert found.error * np.sqrt(1 / 12 + found.x_mean**2 / found.x_squares) == pytest.approx(
+    fit.intercept_stderr
+  )
+  half = stats.t.ppf(0.975, 10) * np.sqrt(
+    found.error**2 + fit.stderr**2 * (special.logit(0.5) - a.mean()) ** 2 + found.error**2 / 12
+  )
+  middle = special.logit(found.accuracy(0.5))
+  assert special.logit(found.band(0.5)) == pytest.approx([middle - half, middle + half])
+  low, high = robustness.line('sketch').band(0.633)
+  assert [round(100 * bound, 1) for bound in (low, high)] == [11.3, 18.0]
+  assert (found.x_low, found.x_high) == (x.min(), x.max())
 
 
 def test_fit_line():

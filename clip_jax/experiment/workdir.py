@@ -109,6 +109,12 @@ def keys(x: Experiment, dataset: str) -> Array:  # [n] str
   return np.array(source(x, dataset).column('key'), np.str_)
 
 
+def groups(x: Experiment, benchmark: str) -> Array | None:  # [n] str
+  """Returns the group of every image of a benchmark; None if every image is its own group."""
+  block = x.config.benchmarks[benchmark]
+  return source(x, benchmark).column('group') if block.group_key or block.group_pattern else None
+
+
 def class_names(x: Experiment, dataset: str) -> tuple[str, ...]:
   """Returns a dataset's class names in label order: from the config, else from its index."""
   given = blocks.given_classes(blocks.datasets(x.config)[dataset])

@@ -262,9 +262,12 @@ def _control(control: str, about: Mapping[str, Any]) -> list:
   table = Table(
     f'balance_{control}',
     'Standardised mean difference between removed rows and drawn rows',
-    tables.column_heads('variable', 'difference'),
+    tables.column_heads('variable', 'difference (count)'),
     rows,
-    (f'Balanced if within \u00b1{BALANCED:g}.',),
+    (
+      f'Balanced if within \u00b1{BALANCED:g}. A count over all removed and all drawn rows, not a '
+      'sample, and therefore without an interval.',
+    ),
     tuple({'variable': key, 'difference': v} for key, v in differences.items()),
   )
   return [head, Details('Balance of the control', (table,))]

@@ -30,6 +30,7 @@ from clip_jax.data import images
 from clip_jax.evaluation import published, robustness, statistics
 from clip_jax.experiment import blocks
 from clip_jax.experiment.experiment import Experiment
+from clip_jax.reporting import tables
 from clip_jax.stages import check, dataset_paths, evaluate, ingest, models
 
 POLL_SECS = 5.0
@@ -140,7 +141,9 @@ def _evaluate(
   """Evaluates one model on the benchmarks, prints the table and writes the results."""
   checkpoint = path if model.step is None else f'{path}, step {model.step}'
   logging.info('%s:', checkpoint)
-  logging.info(_LINE, 'benchmark', 'images', 'top-1', '95 % interval', 'balanced', '95 % interval')
+  logging.info(
+    _LINE, 'benchmark', 'images', 'groups', 'top-1', '95 % interval', 'balanced', '95 % interval'
+  )
   results, averages = {}, collections.defaultdict(_Average)
   for name in names:
     result, arrays = evaluate.score(x, name, model, evaluate.cache_folder(x, output))
@@ -154,6 +157,12 @@ def _evaluate(
     results[name] = result
     if average := x.config.benchmarks[name].average:
       averages[average].add(name, arrays)
+  if few := [name for name in names if results[name]['groups'] < tables.FEW_GROUPS]:
+    logging.info(
+      'Fewer than %d groups: the intervals of %s are no basis for a claim.',
+      tables.FEW_GROUPS,
+      ', '.join(few),
+    )
   for name, average in averages.items():
     result = average.result()
     _log_line(f'{name} (mean of {len(result["benchmarks"])})', result)
@@ -171,7 +180,7 @@ def _evaluate(
     logging.info('Results are in %s.', output)
 
 
-_LINE = '  %-24s %7s %8s  %-14s %9s  %s'
+_LINE = '  %-24s %7s %7s %8s  %-14s %9s  %s'
 
 
 def _log_line(name: str, result: dict) -> None:
@@ -181,7 +190,7 @@ def _log_line(name: str, result: dict) -> None:
     low, high = result[f'{key}_low'], result[f'{key}_high']
     interval = 'one group' if low is None else f'{100 * low:.1f} to {100 * high:.1f}'
     cells += [f'{100 * result[key]:.1f}%', interval]
-  logging.info(_LINE, name, f'{result["n"]:,}', *cells)
+  logging.info(_LINE, name, f'{result["n"]:,}', f'{result["groups"]:,}', *cells)
 
 
 class _Average:
@@ -210,6 +219,7 @@ class _Average:
       'n': len(image),
       'images': len(self._images),
       'benchmarks': self._names,
+      'groups': top1.groups,
       'top1': top1.value,
       'top1_low': evaluate.number(top1.low),
       'top1_high': evaluate.number(top1.high),

@@ -74,7 +74,7 @@ def score(
   source = workdir.source(x, benchmark)
   label = np.asarray(source.labels, np.int32)  # [n]
   check_labels(benchmark, label, classes, block)
-  groups = source.column('group') if block.group_key else None
+  groups = workdir.groups(x, benchmark)
   templates = tuple(block.templates)
   vectors, ok = image_vectors(x, benchmark, model)
   mask = may_be_predicted(block, classes)
@@ -160,9 +160,11 @@ def _numbers(
     'mean_per_class': scores['mean_per_class'],
     'mean_per_class_low': balanced.low,
     'mean_per_class_high': balanced.high,
+    'df': interval.df,
   }
   result = {'n': len(label), 'classes': kept, **{key: number(numbers[key]) for key in numbers}}
-  return result | {'interval': interval.method}, correct, scores['per_class']
+  result |= {'interval': interval.method, 'groups': interval.groups}
+  return result, correct, scores['per_class']
 
 
 def may_be_predicted(block: Config, classes: Sequence[str]) -> Array | None:  # [C] bool
@@ -228,8 +230,12 @@ def _image_batches(
 
 
 def number(value: float) -> float | None:
-  """Returns a number for JSON, None for NaN (a class without images, a single group)."""
-  return None if math.isnan(value) else float(value)
+  """Returns a number for JSON, None for NaN or infinity.
+
+  A class without images has no accuracy, a single group no interval, and Wilson's interval has no
+  degrees of freedom.
+  """
+  return float(value) if math.isfinite(value) else None
 
 
 def encode(model: models.Model, pixels: Array, batch_size: int) -> Array:

@@ -26,8 +26,6 @@ from clip_jax.reporting.page import Text
 if TYPE_CHECKING:
   from clip_jax.stages.report.facts import Facts
 
-INTERVAL = '95 % (Wilson), assuming that the rows that either removes are independent draws'
-
 
 def compared_splits(config: Config) -> list[str]:
   """Returns the splits that are compared.
@@ -86,7 +84,6 @@ def compare(x: Experiment, todo: list[Product]) -> Made:
     {
       'embedders': ['', *x.config.prune.sensitivity],
       'candidates': int(main.candidates.sum()),
-      'interval': INTERVAL,
       'splits': splits,
     },
   )
@@ -126,33 +123,21 @@ def _agreement(x: Experiment, split: str, main: rules.Columns, other: rules.Colu
       agreement.removal_order(columns, block.rule, benchmarks=targets) for columns in (main, other)
     ),
   )
-  own, own_interval = _overlap(
-    result.both, result.removed_here + result.removed_there - result.both
-  )
-  same, same_interval = _overlap(
-    result.same_count_both, 2 * result.removed_here - result.same_count_both
-  )
   return {
     'removed_here': result.removed_here,
     'removed_there': result.removed_there,
-    'jaccard': own,
-    'jaccard_interval': own_interval,
-    'same_count_jaccard': same,
-    'same_count_interval': same_interval,
+    'jaccard': agreement.jaccard(
+      result.both, result.removed_here + result.removed_there - result.both
+    ),
+    'same_count_jaccard': agreement.jaccard(
+      result.same_count_both, 2 * result.removed_here - result.same_count_both
+    ),
     'spearman': None if math.isnan(result.spearman) else result.spearman,
     'only_here': result.only_here,
     'only_there': result.only_there,
     'rows_only_here': result.rows_only_here.tolist(),
     'rows_only_there': result.rows_only_there.tolist(),
   }
-
-
-def _overlap(both: int, either: int) -> tuple[float, list[float] | None]:
-  """Returns the Jaccard index of two sets and its interval, which is None for two empty sets."""
-  from clip_jax.evaluation import statistics  # imports SciPy
-
-  interval = statistics.image_interval(np.arange(either) < both) if either else None
-  return agreement.jaccard(both, either), interval and [interval.low, interval.high]
 
 
 def section(facts: 'Facts') -> tuple[str, str, str, list] | None:

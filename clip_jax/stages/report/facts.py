@@ -226,9 +226,10 @@ def _have_near_duplicates(
 def results(x: Experiment) -> Results:
   """Returns all evaluation results."""
   known = Results({}, {}, {}, {}, {})
-  for benchmark, block in x.config.benchmarks.items():
-    has_groups = (block.group_key or block.group_pattern) and workdir.is_ingested(x, benchmark)
-    known.groups[benchmark] = workdir.source(x, benchmark).column('group') if has_groups else None
+  for benchmark in x.config.benchmarks:
+    known.groups[benchmark] = (
+      workdir.groups(x, benchmark) if workdir.is_ingested(x, benchmark) else None
+    )
     for split in x.config.splits:
       of_seeds = {
         seed: workdir.result(x, split, seed, benchmark) for seed in blocks.seeds(x.config, split)
