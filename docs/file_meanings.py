@@ -626,6 +626,8 @@ MEANINGS = {
     'similarity': 'similarity from which a pair counts as a near-duplicate',
     'complete': 'False: the search was approximate, so pairs may be missing',
     'pool.rows': 'pool rows',
+    'pool.skipped': 'samples that the index skipped, which are not searched',
+    'pool.files_not_read_to_the_end': 'damaged tars, whose further samples are not known',
     'pool.usable': 'pool rows with a usable vector',
     'benchmarks.<benchmark>.queries': 'usable queries',
     **{

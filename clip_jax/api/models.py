@@ -32,9 +32,9 @@ class Model:
   def encode_image(self, images: Any) -> np.ndarray:
     """Returns the embeddings of images, [n, E] float32.
 
-    images: a list of PIL images, paths or arrays [H, W, 3] uint8, or one array [n, H, W, 3]; one
-    image alone is a list of one. They are resized as the model's preprocessing says. Raises
-    InputError for an image that cannot be read.
+    images: a list of PIL images, paths, bytes of image files (as open_pool gives them) or arrays
+    [H, W, 3] uint8, or one array [n, H, W, 3]; one image alone is a list of one. They are resized
+    as the model's preprocessing says. Raises InputError for an image that cannot be read.
     """
     parts = []
     for block in _blocks(_as_list(images), BATCH):
@@ -84,7 +84,7 @@ def load(path: str | os.PathLike, model: str = '') -> Model:
 
 
 def _as_list(images: Any) -> Any:
-  if isinstance(images, (str, os.PathLike)) or hasattr(images, 'convert'):
+  if isinstance(images, (str, bytes, os.PathLike)) or hasattr(images, 'convert'):
     return [images]
   if isinstance(images, np.ndarray) and images.ndim == 3:
     return images[None]
@@ -92,6 +92,11 @@ def _as_list(images: Any) -> Any:
 
 
 def _pixels(image: Any) -> Array:  # -> [H, W, 3] uint8
+  if isinstance(image, bytes):
+    try:
+      return images.decode(image)
+    except images.UnreadableImage as error:
+      raise InputError(f'These {len(image):,} bytes are no readable image ({error}).') from error
   if isinstance(image, (str, os.PathLike)):
     try:
       with open(image, 'rb') as f:

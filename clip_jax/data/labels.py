@@ -85,6 +85,9 @@ def labels(
   how = 'their numbers' if folder_classes != folders else 'the rank of their names'
   if set(folders) & set(class_names):
     how = 'their places in `classes`'
+  elif class_names and not _are_numbers(folders):
+    first = ', '.join(f'{name} = {class_names[rank(name)]}' for name in folders[:3])
+    how += f': {first}{", ..." if len(folders) > 3 else ""}'
   description = 'no class folders, no labels'
   if folders:
     description = f'labels by {len(folders):,} class folders ({how})'

@@ -29,6 +29,10 @@ _MAGIC, _PREFIX = 257, 345  # offsets of these fields in a header
 _MORE_MAP, _STILL_MORE_MAP = 482, 504
 
 
+# Reasons for which a tar is not read to its end: how many samples follow is unknown.
+ENDS_EARLY = ('truncated', 'empty file', 'bytes after the end mark', 'damaged header')
+
+
 class _Damage(Exception):
   """Damage that ends the pass over a tar: the reason, the byte and the member."""
 

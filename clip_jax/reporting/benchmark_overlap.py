@@ -68,6 +68,16 @@ def sentence(
   return text
 
 
+def not_searched(skipped: int, early: int) -> str:
+  """Returns a sentence on the samples that are not in the search; '' if all are."""
+  parts = []
+  if skipped:
+    parts.append(f'{progress.count_with_noun(skipped, "unusable sample")}')
+  if early:
+    parts.append(f'the rest of {progress.count_with_noun(early, "file")} that could not be read')
+  return f' Not searched: {tables.join_names(parts)}, so there may be more.' if parts else ''
+
+
 def _in_words(e: Any) -> str:
   bounds = tables.share_bounds(e)
   return f' (95 % interval {bounds.strip("[]").replace(", ", " to ")} %)' if bounds else ''

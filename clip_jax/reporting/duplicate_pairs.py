@@ -88,7 +88,8 @@ def card(
     'about': 'Queries of each benchmark with a duplicate in the pool, at least `similarity` '
     'similar (cosine of the stored vectors, divided by both norms); near includes exact. '
     'exact: equal bytes or pixels '
-    'or, without images, equal stored vectors. Intervals: 95 %, Wilson, over queries.',
+    'or, without images, equal stored vectors. Intervals: 95 %, Wilson, over queries. complete: '
+    'every pair of the usable rows is listed; rows that were skipped or lost are not searched.',
     'similarity': similarity,
     'complete': backend == 'exact',
     'pool': dict(pool),

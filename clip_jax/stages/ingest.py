@@ -17,7 +17,7 @@ from clip_jax.core import engine, files, products, progress
 from clip_jax.core.errors import ConfigError, InputError
 from clip_jax.core.products import Made, Product
 from clip_jax.core.types import Array
-from clip_jax.data import image_copies, reader, sources, summary, table, vector_index
+from clip_jax.data import image_copies, reader, sources, summary, table, vector_index, webdataset
 from clip_jax.data.row_rules import RowRules
 from clip_jax.experiment import blocks, workdir
 from clip_jax.experiment.experiment import Experiment
@@ -150,6 +150,15 @@ def index(x: Experiment, todo: list[Product]) -> Made:
     f'; skipped: {reasons}' if reasons else '',
     f'; not skipped, but counted: {noted}' if noted else '',
   )
+  if early := sum(counts['reasons'].get(reason, 0) for reason in webdataset.ENDS_EARLY):
+    logging.warning(
+      '%s: %s not read to the end, so more samples may be missing than were counted. %s names the '
+      'files. Fetch them again, then run with --redo=ingest:%s.',
+      dataset,
+      f'{progress.count_with_noun(early, "file")} {"was" if early == 1 else "were"}',
+      os.path.join(workdir.index_folder(x, dataset), summary.BROKEN),
+      dataset,
+    )
 
 
 def _shards(x: Experiment, dataset: str) -> list[Shard]:

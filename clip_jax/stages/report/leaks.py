@@ -13,6 +13,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from clip_jax.core import files
+from clip_jax.data import webdataset
 from clip_jax.evaluation import statistics
 from clip_jax.experiment import blocks, workdir
 from clip_jax.experiment.blocks import POOL
@@ -109,6 +110,8 @@ def card(facts: Facts) -> dict:
   pool = (
     {} if embeddings is None else {'rows': len(embeddings), 'usable': int(embeddings.usable.sum())}
   )
+  skipped, early = not_searched(facts)
+  pool |= {'skipped': skipped, 'files_not_read_to_the_end': early}
   return duplicate_pairs.card(
     known,
     rates,
@@ -118,6 +121,13 @@ def card(facts: Facts) -> dict:
     embedder=workdir.embedder_json(x),
     versions=workdir.versions(x),
   )
+
+
+def not_searched(facts: Facts) -> tuple[int, int]:
+  """Returns the pool's samples that were skipped, and its files that were not read to the end."""
+  reasons = facts.counts.get(facts.x.graph.index(POOL).name, {}).get('reasons', {})
+  early = sum(reasons.get(reason, 0) for reason in webdataset.ENDS_EARLY)
+  return sum(reasons.values()) - early, early
 
 
 def _mask(total: int, count: int) -> np.ndarray:  # [total] bool

@@ -21,7 +21,7 @@ def sentence(facts: Facts) -> str:
   """Returns the answer of a config without splits: the share of each benchmark in the pool."""
   return benchmark_overlap.sentence(
     _rates(facts), blocks.duplicate_similarity(facts.config), _drops(facts), _candidates(facts)
-  )
+  ) + benchmark_overlap.not_searched(*leaks.not_searched(facts))
 
 
 def summary_lines(facts: Facts) -> list[list[str]]:
