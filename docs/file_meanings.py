@@ -518,8 +518,8 @@ MEANINGS = {
   'report/figures/accuracy_by_similarity_<benchmark>.svg': {
     '': 'accuracy of base by similarity to the nearest pool image'
   },
-  'report/figures/answer.svg': {
-    '': 'accuracies of base, the anchor alone, the aligned split and its control'
+  'report/figures/answer_<split>_<benchmark>.svg': {
+    '': 'accuracies of the anchor alone, the aligned split, its control and base'
   },
   'report/figures/comparisons.svg': {'': 'each aligned split minus its control'},
   'report/figures/dedup_recall.svg': {'': 'share of duplicate pairs found by number of clusters'},
@@ -541,6 +541,10 @@ MEANINGS = {
   'report/figures/size_<benchmark>.svg': {'': 'accuracy of near- and far-pruned splits by size'},
   'report/tables/accuracy.csv': _ACCURACY,
   'report/tables/accuracy_seeds_<n>.csv': _ACCURACY,
+  'report/tables/accuracy.tex': {
+    '': 'the same in percent with intervals, a LaTeX table with booktabs; notes in comments'
+  },
+  'report/tables/accuracy_seeds_<n>.tex': {'': 'the same as LaTeX'},
   'report/tables/accuracy_by_similarity.csv': {
     'against': '`similarity` to the nearest pool row, or `excess` over the nearest anchor row',
     'series': 'the base split, or `class effects removed`',

@@ -427,7 +427,7 @@ def test_figures_and_tables_are_files_too(finished):
   folder = finished[0]
   names = set(os.listdir(f'{folder}/report/figures'))
   assert {
-    'answer.svg',
+    'answer_handwriting_pruned_handwriting.svg',
     'comparisons.svg',
     'size_handwriting.svg',
     'similarity_val.svg',

@@ -183,50 +183,6 @@ def accuracy_by_size(
   return svg.panel(draw, 350, title)
 
 
-def answer_lines(
-  rows: Rows,  # title, points: rule, accuracy, low, high
-  looks: Looks,
-) -> str:
-  """Returns one line per benchmark: accuracies of anchor only, aligned split, control and base."""
-
-  def draw(figure) -> None:
-    ax = figure.add_subplot()
-    drawn = {}
-    for y, row in enumerate(rows):
-      values = [100 * p['accuracy'] for p in row['points']]
-      ax.plot([min(values), max(values)], [y, y], color=INK, alpha=0.25, linewidth=1.2, zorder=1)
-      _row_text(ax, y, row['title'], bold=True)
-      for p in row['points']:  # the last point is on top
-        color, marker, _ = looks[p['rule']]
-        if p['low'] is not None:
-          ax.plot(
-            [100 * p['low'], 100 * p['high']],
-            [y, y],
-            color=color,
-            linewidth=3.5,
-            alpha=0.35,
-            zorder=2,
-            solid_capstyle='butt',
-          )
-        (drawn[p['rule']],) = ax.plot(
-          [100 * p['accuracy']], [y], marker, color=color, markersize=9, zorder=3
-        )
-    ax.set(ylim=(len(rows) - 0.4, -0.75), xlabel='accuracy, %')
-    _rows_only(ax)
-    ax.grid(axis='x')
-    order = [rule for rule in looks if rule in drawn]
-    figure.legend(
-      [drawn[rule] for rule in order],
-      [looks[rule][2] for rule in order],
-      ncols=2,
-      loc='outside lower left',
-      columnspacing=1.0,
-      handletextpad=0.3,
-    )
-
-  return svg.render(draw, 56 * len(rows) + 86, 'Accuracy of anchor only, aligned split and base')
-
-
 def differences(
   rows: Rows,  # title, detail, rule, estimate, low, high (differences of proportions)
   *,
@@ -269,14 +225,13 @@ def differences(
   return svg.panel(draw, 44 * len(rows) + 84, title, grid='')
 
 
-def _row_text(ax, y: float, text: str, bold: bool = False) -> None:
+def _row_text(ax, y: float, text: str) -> None:
   """Writes a row's name above its line, where long names fit on a narrow screen."""
   ax.annotate(
     text,
     (0, y - 0.44),
     xycoords=('axes fraction', 'data'),
     va='center',
-    fontweight='bold' if bold else 'normal',
   )
 
 

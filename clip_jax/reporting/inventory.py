@@ -249,7 +249,8 @@ def provenance_blocks(
   blocks: list = [_pairs('settings', facts)]
   if stages:
     rows = tuple(
-      (Cell(s['stage']), tables.number_cell(progress.seconds(s['seconds']))) for s in stages
+      (Cell(s['stage']), tables.number_cell(progress.seconds(s['seconds']), value=s['seconds']))
+      for s in stages
     )
     blocks.append(
       Details(
@@ -283,7 +284,7 @@ def _run(run: Mapping[str, Any]) -> tuple[Cell, ...]:
   return (
     Cell(run['run'], run['mark']),
     *(tables.number_cell(tables.number(run[key])) for key in ('samples', 'passes', 'steps')),
-    tables.number_cell(time),
+    tables.number_cell(time, value=run['seconds']),
     tables.number_cell(tables.number(run['images_per_sec'])),
   )
 

@@ -25,6 +25,7 @@ class Cell:
   bar: float | None = None  # 0..1: length of a bar behind the number
   shade: float | None = None  # 0..1: depth of the background colour, in matrices
   number: bool = False  # right-aligned
+  value: float | None = None  # what sorts the column, where the text does not begin with it
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Table:
   rows: tuple[tuple[Cell, ...], ...]
   notes: tuple[str, ...] = ()
   records: tuple[Mapping[str, Any], ...] = ()
+  latex: str = ''  # of report/tables/NAME.tex; '' for none
   stacked: bool = False  # on a phone, each row is a block instead of a scrolled line
   kind: str = 'table'
 

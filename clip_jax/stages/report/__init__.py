@@ -1,8 +1,8 @@
 """Stage report: one page with the results of all finished stages.
 
 In: the work directory, finished or not. Out: WORKDIR/report/index.html (self-contained),
-figures/*.svg, tables/*.csv, leaks.json, and summary.txt for the terminal. For a missing result, the
-page names the command that produces it.
+figures/*.svg, tables/*.csv, accuracy tables as *.tex, leaks.json, and summary.txt for the terminal.
+For a missing result, the page names the command that produces it.
 """
 
 from collections import Counter
@@ -43,6 +43,9 @@ def make(x: Experiment, todo: list[Product], studies: Sequence[ModuleType] = ())
     for block in page.blocks(shown, 'table')
     if block.records
   }
+  texts |= {
+    f'tables/{block.name}.tex': block.latex for block in page.blocks(shown, 'table') if block.latex
+  }
   folder = os.path.dirname(todo[0].name)
   for name, text in texts.items():
     files.write_bytes(x.path(folder, name), text.encode())
@@ -53,7 +56,7 @@ def make(x: Experiment, todo: list[Product], studies: Sequence[ModuleType] = ())
   yield (
     todo[0],
     [f'{folder}/{name}' for name in names],
-    {ending: sum(name.endswith(ending) for name in names) for ending in ('.svg', '.csv')},
+    {ending: sum(name.endswith(ending) for name in names) for ending in ('.svg', '.csv', '.tex')},
   )
 
 

@@ -12,7 +12,7 @@ from clip_jax.evaluation import robustness, similarity_bins, statistics
 from clip_jax.evaluation.statistics import Estimate
 from clip_jax.experiment import blocks
 from clip_jax.pruning.rules import RULES
-from clip_jax.reporting import figures, svg
+from clip_jax.reporting import answer_figure, figures, svg, tables
 from clip_jax.stages.report import contrasts
 from clip_jax.stages.report.facts import Facts
 
@@ -25,27 +25,38 @@ def looks() -> figures.Looks:
 
 
 def answers(config: Config, accuracy: Accuracies, items: Sequence[dict]) -> list[dict]:
-  """Returns the accuracies of anchor only, aligned split, control and base for each comparison."""
+  """Returns a panel per comparison: anchor only, the aligned split, its control and base."""
   benchmarks = [item['benchmark'] for item in items]
-  lines = []
+  drawn = []
   for item in items:
-    b = item['benchmark']
-    names = {
-      'all': item['base'],
-      'anchor': contrasts.first_split(config, 'anchor'),
-      item['control_rule']: item['control'],
-      item['rule']: item['split'],
-    }  # the last mark is drawn on top
+    b, kind = item['benchmark'], item['control_rule']
+    rows = [
+      ('anchor', 'anchor only', contrasts.first_split(config, 'anchor')),
+      (item['rule'], answer_figure.ALIGNED, item['split']),
+      (kind, f'{kind} control', item['control']),
+      ('all', 'base', item['base']),
+    ]
     points = [
-      {'rule': rule, 'accuracy': accuracy[name, b].value, **_interval(accuracy[name, b])}
-      for rule, name in names.items()
+      {'rule': rule, 'label': label, 'split': name, **_point(accuracy[name, b])}
+      for rule, label, name in rows
       if (name, b) in accuracy
     ]
+    loss = item['against_control']
     if len(points) > 1:
-      lines.append(
-        {'title': b if benchmarks.count(b) == 1 else f'{b} ({item["split"]})', 'points': points}
+      drawn.append(
+        {
+          'name': f'answer_{item["split"]}_{b}',
+          'title': b if benchmarks.count(b) == 1 else f'{b} ({item["split"]})',
+          'detail': f'aligned split minus control: {tables.estimate_text(loss)}' if loss else '',
+          'points': points,
+        }
       )
-  return lines
+  return drawn
+
+
+def _point(estimate: Estimate) -> dict:
+  bounds = {key: _finite_or_none(getattr(estimate, key)) for key in ('low', 'high')}
+  return {'accuracy': estimate.value, 'method': estimate.method, **bounds}
 
 
 def _finite_or_none(value: float) -> float | None:

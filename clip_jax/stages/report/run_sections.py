@@ -13,7 +13,7 @@ from clip_jax.experiment import blocks, workdir
 from clip_jax.pruning import splits as splits_lib
 from clip_jax.reporting import comparisons as comparisons_lib
 from clip_jax.reporting import figures, inventory, sections, tables
-from clip_jax.reporting.page import Details, Figure, Figures, Heading, Text
+from clip_jax.reporting.page import Details, Fact, Figure, Figures, Heading, Text
 from clip_jax.stages.report import contrasts, panels
 from clip_jax.stages.report.facts import Facts
 from clip_jax.stages.report.panels import Accuracies, looks
@@ -50,9 +50,8 @@ def accuracy(facts: Facts, accuracies: Accuracies, without_leaked: Accuracies) -
     if b in label
   ]
   rows = [_split_row(facts, name) for name in config.splits]
-  return sections.accuracy_blocks(rows, benchmarks, accuracies, without_leaked) + _unfinished_runs(
-    facts
-  )
+  shown = sections.accuracy_blocks(rows, benchmarks, accuracies, without_leaked)
+  return [*shown, *_unfinished_runs(facts), Fact(sections.PAPER_ANSWER)]
 
 
 def _split_row(facts: Facts, name: str) -> dict:
