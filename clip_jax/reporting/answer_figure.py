@@ -19,7 +19,9 @@ Panel = Mapping[str, Any]
 ALIGNED = 'aligned split'  # the label of the row that the figure is about
 ROW, TOP, BOTTOM = 27.0, 50.0, 40.0  # heights in units
 LEFT, RIGHT = 104.0, 108.0  # widths of the columns of labels and of values
-ONE_SEED = 'Dashed bars: 95 % intervals over images for one seed; they say nothing about other training runs.'
+ONE_SEED = (
+  'Dashed bars: 95 % intervals over images for one seed, which say nothing about other runs.'
+)
 # The estimate's method -> what its bar is.
 BAR_WORDS = {
   'crossed': 'Bars: 95 % intervals over seeds and images.',

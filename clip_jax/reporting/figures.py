@@ -90,7 +90,7 @@ def accuracy_by_similarity(
         alpha=0.45 if b['n'] >= enough else 0.15,
       )
       strip.annotate(
-        str(b['n']),
+        svg.count_label(b['n']),
         (middle, b['n']),
         (0, 1.5),
         textcoords='offset points',
@@ -125,8 +125,13 @@ def _binned(
   for x, b in points:
     is_solid = b['n'] >= enough
     svg.whisker(ax, x, b['accuracy_low'], b['accuracy_high'], color, 0.8 if is_solid else 0.25)
-    ax.plot(
+    (drawn,) = ax.plot(
       [x], [100 * b['accuracy']], **mark, alpha=1.0 if is_solid else 0.3, clip_on=False, zorder=3
+    )
+    svg.hover(
+      drawn,
+      f'{curve["name"]}, {b["low"]:.2f} to {b["high"]:.2f}: {100 * b["accuracy"]:.1f} %, '
+      f'{b["n"]:,} queries',
     )
   ax.plot([], [], **{**mark, **line}, label=curve['name'])
 
@@ -166,6 +171,8 @@ def accuracy_by_size(
       )
       for p in points:
         svg.whisker(ax, p['size'], p['low'], p['high'], color)
+        (mark,) = ax.plot([p['size']], [100 * p['accuracy']], marker, color=color, markersize=6)
+        svg.hover(mark, f'{words}, {p["size"]:,} pool rows: {100 * p["accuracy"]:.1f} %')
     if base:
       ax.plot(
         [base['size']],
@@ -194,12 +201,14 @@ def differences(
   """Returns differences in points with intervals; `margin` shades the range of 'no loss'."""
 
   def draw(ax) -> None:
-    if margin is not None:
-      ax.axvspan(-100 * margin, 100 * margin, color=INK, alpha=0.07, linewidth=0)
     for y, row in enumerate(rows):
       color, marker, _ = looks[row['rule']]
+      if margin is not None:  # beside the line only: no text lies on it
+        band = [-100 * margin, 100 * margin]
+        ax.fill_between(band, y - 0.22, y + 0.22, color=INK, alpha=0.1, linewidth=0)
+      hover = f'{row["title"]}: {row["detail"]}'
       if row['low'] is not None:
-        ax.plot(
+        (bar,) = ax.plot(
           [100 * row['low'], 100 * row['high']],
           [y, y],
           color=color,
@@ -207,8 +216,10 @@ def differences(
           alpha=0.75,
           solid_capstyle='butt',
         )
+        svg.hover(bar, hover)
       ax.plot([0, 0], [y - 0.22, y + 0.22], color=INK, linewidth=0.9)
-      ax.plot([100 * row['estimate']], [y], marker, color=color, markersize=7)
+      (mark,) = ax.plot([100 * row['estimate']], [y], marker, color=color, markersize=7)
+      svg.hover(mark, hover)
       _row_text(ax, y, row['title'])
       ax.annotate(
         row['detail'],
@@ -261,6 +272,10 @@ def dose(
     )
     for p in ordered:
       svg.whisker(ax, 100 * p['share'], p['low'], p['high'], color)
+      (mark,) = ax.plot(
+        [100 * p['share']], [100 * p['estimate']], marker, color=color, markersize=6
+      )
+      svg.hover(mark, f'{100 * p["share"]:.1f} % removed: {100 * p["estimate"]:+.1f} points')
     ax.set(
       xlabel='rows removed, % of the aligned count',
       ylabel='difference to control, points',
@@ -299,7 +314,11 @@ def robustness_plane(
     for rule, (color, marker, words) in looks.items():
       positions = [k for k, p in enumerate(points) if p['rule'] == rule]
       if positions:
-        ax.plot(xs[positions], ys[positions], marker, color=color, markersize=7, label=words)
+        ax.plot([], [], marker, color=color, markersize=7, label=words)
+      for k in positions:
+        (mark,) = ax.plot([xs[k]], [ys[k]], marker, color=color, markersize=7)
+        x, y = (100 * points[k][axis] for axis in 'xy')
+        svg.hover(mark, f'{words}: {y:.1f} % on {yname}, {x:.1f} % on {xname}')
     for axis, (low, high) in ((ax.xaxis, xlim), (ax.yaxis, ylim)):
       ticks = svg.percent_ticks(lambda p, low=low, high=high: low <= _logit(p / 100) <= high)
       axis.set_ticks(_logit(np.array(ticks) / 100), [f'{p:g}' for p in ticks])

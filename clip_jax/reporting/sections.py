@@ -83,7 +83,7 @@ def _accuracy_table(
   name: str, count: int, splits: Rows, benchmarks: Rows, accuracy: Mapping, unleaked: Mapping
 ) -> Table:
   """Returns the table of the splits with `count` seeds."""
-  how = {1: 'one seed: interval for\nthis checkpoint', 2: 'mean, range of 2 seeds'}.get(
+  how = {1: '1 seed: interval\nof this checkpoint', 2: 'mean, range of 2 seeds'}.get(
     count, f'mean of {count} seeds\n95 % interval'
   )
   kinds = [(b, which) for b in benchmarks for which in ((False, True) if b['leaked'] else (False,))]

@@ -114,11 +114,13 @@ def slack(value: float) -> str:
 
 
 def number(value: float | None, digits: int = 3) -> str:
-  """Formats integers with thousands separators, other numbers with `digits` digits."""
+  """Formats integers and large numbers with thousands separators, others with `digits` digits."""
   if not is_known(value):
     return NOTHING
   if float(value).is_integer() and abs(value) < 1e15:
     return f'{int(value):,}'.replace('-', MINUS)
+  if abs(value) >= 10**digits:
+    return f'{value:,.0f}'.replace('-', MINUS)
   return f'{value:.{digits}g}'.replace('-', MINUS)
 
 
@@ -210,7 +212,7 @@ def matrix(
   return Table(
     name,
     '',
-    column_heads('share of row also in column', *labels),
+    column_heads('pool rows of this split, % also in', *labels),
     tuple((Cell(labels[i]), *(cell(i, j) for j in places)) for i in places),
     tuple(notes),
     tuple(

@@ -20,7 +20,7 @@ from clip_jax.evaluation import answer
 from clip_jax.evaluation.statistics import Estimate
 from clip_jax.experiment import blocks
 from clip_jax.experiment.experiment import Experiment
-from clip_jax.reporting import benchmark_overlap, page, sections, svg, tables
+from clip_jax.reporting import benchmark_overlap, page, sections, svg, tables, terms
 from clip_jax.reporting.page import Section
 from clip_jax.stages.report import contrasts, leaks, pool_sections, removed_rows, run_sections
 from clip_jax.stages.report.facts import Facts, read
@@ -90,7 +90,7 @@ def compose(facts: Facts, studies: Sequence[ModuleType] = ()) -> tuple[str, str,
     sections=shown,
     footer=(
       f'The experiment follows {sections.PAPER}. Values in tables/*.csv are proportions (0 to '
-      '1), not percent.'
+      '1), those in tables/*.tex percent.'
     ),
   )
   return html, _summary(facts, banner, sentence, accuracies), shown
@@ -120,25 +120,36 @@ def _sections(
       run_sections.accuracy(facts, accuracies, without_leaked),
     ),
     (
+      'terms',
+      'Terms of this page',
+      'Terms',
+      terms.blocks_of(has_anchor, blocks.runs_to_train(facts.config)),
+    ),
+    (
       'comparisons',
-      'Aligned splits against their controls',
+      'Each aligned split against its control',
       'Comparisons',
       run_sections.comparisons(facts, items) if is_asked else [],
     ),
-    ('bins', 'Accuracy by nearest-neighbour similarity', 'By similarity', run_sections.bins(facts)),
+    (
+      'bins',
+      'Accuracy by similarity to the nearest pool image: descriptive only, not causal',
+      'By similarity',
+      run_sections.bins(facts),
+    ),
     ('size', 'Accuracy against split size', 'Size', run_sections.sizes(facts, accuracies)),
     ('removed', 'Removed rows', 'Removed', removed_rows.section(facts)),
     *filter(None, of_studies),
     ('neighbours', 'Nearest neighbours', 'Neighbours', pool_sections.neighbours(facts)),
     (
       'similarity',
-      f'Nearest-neighbour similarity of the pool{" and the anchor" if has_anchor else ""}',
+      f'Similarity of the pool{" and the anchor" if has_anchor else ""} to the benchmarks',
       'Similarity',
       pool_sections.similarity(facts),
     ),
     (
       'before',
-      'Number of rows each rule would remove',
+      'Number of pool rows that each rule would remove',
       'Rule sizes',
       pool_sections.rule_sizes(facts),
     ),

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from clip_jax.core import progress
 from clip_jax.core.products import STAGES
 from clip_jax.experiment import blocks, workdir
 from clip_jax.pruning import splits as splits_lib
@@ -231,7 +232,11 @@ def _settings(facts: Facts) -> list[tuple[str, str]]:
     ('Command', workdir.stage_seconds(facts.x).get('command') or 'missing in the log'),
     ('Work directory', facts.x.workdir),
     ('Embedder', _embedder(facts)),
-    ('Search', f'{config.search.backend}, {config.search.top_k} neighbours per query'),
+    (
+      'Search',
+      f'{config.search.backend}, '
+      f'{progress.count_with_noun(config.search.top_k, "neighbour")} per query',
+    ),
     (
       'De-duplication',
       f'similarity over {1 - config.dedup.threshold:.4g}' if config.dedup.enabled else 'off',
@@ -256,7 +261,8 @@ def _settings(facts: Facts) -> list[tuple[str, str]]:
       'Model',
       m.name
       or f'ViT, {m.image_size} pixels, patch {m.patch_size}, width {m.vision_width}, '
-      f'{m.vision_layers} image and {m.text_layers} text layers',
+      f'{progress.count_with_noun(m.vision_layers, "image layer")} and '
+      f'{progress.count_with_noun(m.text_layers, "text layer")}',
     ),
   ]
 
