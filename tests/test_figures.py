@@ -113,6 +113,15 @@ def test_dose_and_loss_curves():
   assert words(loss_curves(curves, title='t')).count('base (the whole pool)') == 1
 
 
+def test_a_long_loss_curve_is_drawn_by_means_of_equal_parts():
+  draw = lambda n: loss_curves(
+    [{'rule': 'all', 'steps': np.arange(n), 'loss': np.arange(n) % 2}], title='t'
+  )
+  assert len(draw(figures.LOSS_POINTS * 100)) < 2 * len(draw(figures.LOSS_POINTS))
+  assert figures._part_means(np.arange(400) % 2).tolist() == [0.5] * 200
+  assert figures._part_means(np.arange(3)).tolist() == [0, 1, 2]
+
+
 @pytest.mark.parametrize('line', [None, (np.linspace(0.1, 0.9, 9), np.linspace(0.05, 0.6, 9))])
 def test_plane_takes_equal_points_extremes_and_a_line(line):
   points = [{'rule': 'all', 'x': 1.0, 'y': 0.0}, {'rule': 'gap_aligned', 'x': 0.5, 'y': 0.5}]

@@ -14,6 +14,8 @@ from clip_jax.core.types import Array
 from clip_jax.reporting import svg
 from clip_jax.reporting.svg import ANCHOR_COLOR, INK, POOL_COLOR
 
+LOSS_POINTS = 200  # most points of a run's loss curve, so that a page of many long runs stays small
+
 Rows = Sequence[Mapping[str, Any]]  # dicts with the keys that the comment beside the argument names
 Looks = Mapping[
   str, tuple[str, str, str]
@@ -333,6 +335,13 @@ def robustness_plane(
   return svg.panel(draw, 300 + 17 * (1 + len({p['rule'] for p in points})), title, grid='both')
 
 
+def _part_means(values: Array) -> Array:  # [n] -> [min(n, LOSS_POINTS)]
+  """Returns the means of LOSS_POINTS equal parts; the values themselves if they are as few."""
+  if len(values) <= LOSS_POINTS:
+    return values
+  return np.array([part.mean() for part in np.array_split(np.asarray(values), LOSS_POINTS)])
+
+
 def _logit(p: Array | Sequence[float] | float) -> Array:
   p = np.clip(np.asarray(p, float), 0.002, 0.998)
   return np.log(p / (1 - p))
@@ -344,15 +353,17 @@ def loss_curves(
   title: str,
   looks: Looks,
 ) -> str:
-  """Returns the training loss of every run; runs of one rule share a colour."""
+  """Returns the training loss of every run; runs of one rule share a colour.
+
+  A run with more than LOSS_POINTS values is drawn as the means of as many equal parts.
+  """
 
   def draw(ax) -> None:
     named = set()
     for curve in curves:
       color, _, words = looks[curve['rule']]
       ax.plot(
-        curve['steps'],
-        curve['loss'],
+        *(_part_means(curve[key]) for key in ('steps', 'loss')),
         color=color,
         linewidth=1.1,
         alpha=0.8,

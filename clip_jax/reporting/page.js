@@ -74,7 +74,8 @@ function lightbox(galleries) {
     image.className = picture.className;
     const line = picture.parentElement.querySelector('small').textContent;
     const group = picture.closest('.group').querySelector('p').textContent;
-    caption.textContent = [group, line, picture.alt].filter(Boolean).join(' \u00b7 ');
+    const parts = [group, picture.alt.startsWith(line) ? '' : line, picture.alt];
+    caption.textContent = parts.filter(Boolean).join(' \u00b7 ');
     if (!dialog.open) dialog.showModal();
   };
   const step = (key) => ({ArrowRight: 1, ArrowLeft: -1})[key] || 0;

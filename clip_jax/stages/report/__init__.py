@@ -13,7 +13,7 @@ from types import ModuleType
 
 import numpy as np
 
-from clip_jax.core import files
+from clip_jax.core import files, progress
 from clip_jax.core.products import Made, Product
 from clip_jax.core.types import Config
 from clip_jax.evaluation import answer
@@ -89,8 +89,8 @@ def compose(facts: Facts, studies: Sequence[ModuleType] = ()) -> tuple[str, str,
     state=facts.state,
     sections=shown,
     footer=(
-      f'The experiment follows {sections.PAPER}. Values in tables/*.csv are proportions (0 to '
-      '1), those in tables/*.tex percent.'
+      f'The experiment follows {sections.PAPER}. {_left_out(facts)}Values in tables/*.csv are '
+      'proportions (0 to 1), those in tables/*.tex percent.'
     ),
   )
   return html, _summary(facts, banner, sentence, accuracies), shown
@@ -223,6 +223,15 @@ def _conditions(facts: Facts) -> str:
     block.source, block.source
   )
   return f'This holds for this pool and one embedder ({name}); other pools were not sampled.'
+
+
+def _left_out(facts: Facts) -> str:
+  """Returns a sentence about pictures that would make the page too large, or ''."""
+  count = facts.pictures.left_out
+  if not count:
+    return ''
+  pictures = progress.count_with_noun(count, 'picture')
+  return f'{pictures} are left out to keep this page below 10 MB. '
 
 
 def _unfinished(facts: Facts, split: str, benchmark: str) -> list[str]:

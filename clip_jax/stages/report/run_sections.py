@@ -221,7 +221,13 @@ def provenance(facts: Facts) -> list:
   ]
   if curves:
     drawn = figures.loss_curves(curves, title='Training loss', looks=looks())
-    shown.append(Details('Training loss', (Figures((Figure('loss', drawn, 'All runs.'),)),)))
+    longest, words = max(len(curve['steps']) for curve in curves), 'All runs.'
+    if longest > figures.LOSS_POINTS:
+      words += (
+        f' Up to {tables.number(longest)} logged values of a run are drawn as '
+        f'{figures.LOSS_POINTS} means of consecutive ones.'
+      )
+    shown.append(Details('Training loss', (Figures((Figure('loss', drawn, words),)),)))
   return shown
 
 
