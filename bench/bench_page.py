@@ -13,6 +13,7 @@ import os
 import pathlib
 import re
 import shutil
+import subprocess
 import tempfile
 import time
 from unittest import mock
@@ -149,6 +150,17 @@ def sizes(html: str) -> list[tuple[str, int, int, int]]:
   return lines
 
 
+def seconds_to_open(path: pathlib.Path) -> float:
+  """Returns the time that headless Chromium takes to start, to open a page and to print its DOM."""
+  start = time.perf_counter()
+  subprocess.run(
+    ['chromium', '--headless', '--no-sandbox', '--disable-gpu', '--dump-dom', f'file://{path}'],
+    check=True,
+    capture_output=True,
+  )
+  return time.perf_counter() - start
+
+
 def main(_) -> None:
   values = flags.FLAGS
   folder = pathlib.Path(values.folder or tempfile.mkdtemp())
@@ -158,6 +170,10 @@ def main(_) -> None:
     for name, *parts in sizes(page.read_text('utf8')):
       print(f'{name:14}' + ''.join(f'{n:12,}' for n in parts))
     print(f'page: {math.ceil(os.path.getsize(page) / 1e5) / 10} MB')
+    empty = folder / 'empty.html'
+    empty.write_text('<!DOCTYPE html><title>empty</title>')
+    opened, nothing = (min(seconds_to_open(path) for _ in range(3)) for path in (page, empty))
+    print(f'opened in {opened:.1f} s, an empty page in {nothing:.1f} s (each with the browser)')
   finally:
     if not values.folder:
       shutil.rmtree(folder)

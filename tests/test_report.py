@@ -438,10 +438,20 @@ def test_figures_and_tables_are_files_too(finished):
   } <= names
   recorded = products.read_sidecar(str(folder), 'report/index')
   assert {f'report/figures/{name}' for name in names} <= set(recorded['files'])
+  kinds = [os.path.splitext(name)[1] for name in os.listdir(f'{folder}/report/tables')]
   assert recorded['counts'] == {
     '.svg': len(names),
-    '.csv': len(os.listdir(f'{folder}/report/tables')),
+    '.csv': kinds.count('.csv'),
+    '.tex': kinds.count('.tex'),
   }
+
+
+def test_the_accuracy_table_is_latex_too(finished):
+  folder, c, _ = finished
+  for name, splits in (('accuracy', 4), ('accuracy_seeds_1', 3)):
+    text = (folder / f'report/tables/{name}.tex').read_text('utf8')
+    rows = text[text.index('midrule') : text.index('bottomrule')].count(' \\\\\n')
+    assert rows == splits and all(f'& {b}' in text for b in c.benchmarks)
 
 
 def test_a_second_run_does_nothing_and_a_new_product_remakes_the_page(copied):

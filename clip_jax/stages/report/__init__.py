@@ -123,7 +123,7 @@ def _sections(
       'terms',
       'Terms of this page',
       'Terms',
-      terms.blocks_of(has_anchor, blocks.runs_to_train(facts.config)),
+      terms.blocks_of(has_anchor, bool(blocks.runs_to_train(facts.config))),
     ),
     (
       'comparisons',
