@@ -744,7 +744,7 @@ MEANINGS = {
     'queries': 'copied queries',
     'unreadable': 'queries that could not be read, and why',
   },
-  'counts of report/index': {'.svg': 'figures', '.csv': 'tables'},
+  'counts of report/index': {'.svg': 'figures', '.csv': 'tables', '.tex': 'LaTeX tables'},
   'counts of search/<benchmark>/pairs-k<K>-<i>': {
     'pairs': 'pairs',
     'rows_revisited': 'rows of the shard that were compared again',

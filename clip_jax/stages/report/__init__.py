@@ -172,8 +172,9 @@ def _title(config: Config) -> str:
     if blocks.runs_to_train(config)
     and any(b in config.splits[name].benchmarks for name in contrasts.aligned(config))
   ]
+  on = tables.join_names(names) if len(names) < 4 else f'{len(names)} benchmarks'
   return (
-    f'Does accuracy on {tables.join_names(names)} come from similar training images?'
+    f'Does accuracy on {on} come from similar training images?'
     if names
     else 'How similar is the training pool to the benchmarks?'
   )
@@ -213,7 +214,8 @@ def _answer(facts: Facts, items: Sequence[dict]) -> str:
         split='' if is_plain and count[benchmark] == 1 else split,
       )
     )
-  return ' '.join([*sentences, _conditions(facts)])
+  apart = ' ' if len(sentences) == 1 else '\n'  # one line per benchmark
+  return apart.join([*sentences, _conditions(facts)])
 
 
 def _conditions(facts: Facts) -> str:
