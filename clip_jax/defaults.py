@@ -7,32 +7,40 @@ command line, --config.a.b=value sets a key. Empty values ('' or ()) mean "not g
 involve several keys are in stages/check.py.
 """
 
-import functools
 import re
 from typing import Any
 
 import ml_collections
 
 from clip_jax.core import config as config_lib
-from clip_jax.core.config import Key, natural, one_of, positive, within
+from clip_jax.core.config import Key, natural, one_of, part_of_one, positive, within
 from clip_jax.core.types import Config
 from clip_jax.data import image_copies as planted_lib
 from clip_jax.data import images
+from clip_jax.evaluation import class_sets
 from clip_jax.models import fitted_embedders
 from clip_jax.pruning import rules
 
 
-class _Block(ml_collections.ConfigDict):
-  """A block of keys; a float that is a whole number (1e6) may be assigned to an integer key."""
+class ConfigDict(ml_collections.ConfigDict):
+  """A block of keys.
+
+  A float that is a whole number (1e6) may be assigned to an integer key, and a tuple of
+  alternatives to a path. Keys keep the order in which they were written, also in a copy.
+  """
+
+  def __init__(self, *args, **given):
+    super().__init__(*args, **{'sort_keys': False, **given})
 
   def __setitem__(self, key, value):
     if type(value) is float and key in self and type(self[key]) is int:
       value = config_lib.whole(value)
+    if key == 'path' and {type(value), type(self.get(key))} == {str, tuple}:
+      with self.ignore_type():
+        super().__setitem__(key, value)
+      return
     super().__setitem__(key, value)
 
-
-# Keys keep the order in which they were written.
-ConfigDict = functools.partial(_Block, sort_keys=False)
 
 # Values of dedup.survivor -> the duplicate that is kept, in words.
 SURVIVORS = {
@@ -85,11 +93,6 @@ def _seeds(value: tuple) -> str:
 def _crop_scale(value: tuple) -> str:
   is_good = len(value) == 2 and 0 < value[0] <= value[1] <= 1
   return '' if is_good else 'must be (lo, hi) with 0 < lo <= hi <= 1.'
-
-
-def _part(value: tuple) -> str:
-  is_good = len(value) == 2 and 0 <= value[0] < value[1] <= 1
-  return '' if is_good else 'must be (lo, hi) with 0 <= lo < hi <= 1.'
 
 
 def _jpeg_shrink(value: float) -> str:
@@ -281,7 +284,8 @@ TRAIN = {
   'loader_threads': Key(2, positive),
   # Further processes with such threads, for many cores; 0: none. Changes speed only.
   'loader_processes': Key(0, natural),
-  # Megabytes of decoded images kept in memory; none with jpeg_shrink. Changes speed only.
+  # Megabytes of decoded images kept in memory; none with jpeg_shrink. In evaluation: those of all
+  # benchmarks, if they fit. Changes speed only.
   'cache_mb': Key(1024),
   'tensorboard': Key(False),  # also write TensorBoard files (needs tensorboardX)
 }
@@ -365,11 +369,16 @@ DATASET = {
   # 'embeddings' (vectors only) | 'concat'. '': that of the files at `path` (pool and anchor)
   'format': Key(''),
   # Files: a folder, a glob ('DIR/*.tar') or braces ('{00000..00009}.tar'), local or on gs:// or
-  # s3://. tfds: DIR/NAME/VERSION/SPLIT. glyphs: the set ('' = 'pool').
+  # s3://. tfds: DIR/NAME/VERSION/SPLIT. glyphs: the set ('' = 'pool'). A tuple of alternatives: the
+  # first that exists. A relative path begins at config.root.
   'path': Key(''),
+  # True: a dataset of which no path exists is left out, with a line in the log (not: the pool).
+  'optional': Key(False),
+  # Number of rows of the published dataset; another number is a warning. 0: unknown.
+  'expected_rows': Key(0, natural),
   'sources': Key({}),  # 'concat': name -> dataset(...), joined in the order of their names
   'where': Key({}),  # column -> value or tuple of values: only matching samples count
-  'part': Key((0.0, 1.0), _part),  # only samples with sha256(group) / 2^256 in [lo, hi) count
+  'part': Key((0.0, 1.0), part_of_one),  # only samples with sha256(group) / 2^256 in [lo, hi) count
   # json column that related samples share (one photo, one writer); '': the sample's key.
   'group_key': Key(''),
   # Regex that cuts the group out of that text: its first group, else the whole match.
@@ -419,6 +428,18 @@ BENCHMARK = {
   # Prompts, '{}' takes the class name. A class vector is the mean over all prompts.
   'templates': Key(('a photo of a {}.',), _templates),
   'class_mask': Key((), _class_mask),  # class names that may be predicted; (): all
+  # Classes of a published benchmark, instead of `classes` and `class_mask`: 'imagenet' |
+  # 'imagenet-a' | 'imagenet-r' | 'objectnet'. In a folder, every class must have its class folder,
+  # named by its wnid or its number.
+  'class_set': Key('', one_of('', *class_sets.SETS)),
+  # Further scorings. class_set 'imagenet': 'imagenet-a', 'imagenet-r', 'objectnet' (images of the
+  # classes of that benchmark, among these classes). 'objectnet': 'imagenet' (best of the 1,000
+  # ImageNet classes), 'imagenet_masked' (best of the 125 that ObjectNet has).
+  'scorings': Key(()),
+  # Benchmarks of one name here get a common line, the mean of their accuracies; '': none.
+  'average': Key(''),
+  # Name of the dataset in the files for CLIP_benchmark and DataComp; '': the benchmark's name.
+  'published_name': Key(''),
 }
 
 # Labelled examples that classify pool rows for domain_removal, or choose clusters: a dataset, or
@@ -466,6 +487,7 @@ BLOCKS = {
 def get_config() -> Config:
   """Returns the config with all defaults; datasets, benchmarks and splits are still empty."""
   c = ConfigDict()
+  c.root = ''  # folder below which relative paths of datasets begin; '': the current folder
   c.pool = dataset()  # the image-text pool that models are trained on
   # The labelled reference training set (in the paper ImageNet-Train); format '': none.
   c.anchor = dataset()

@@ -12,6 +12,10 @@ _ESTIMATE = {
     'the lower and the higher value), `bootstrap`, `none`, or over images only, for one seed: '
     '`wilson`, `cluster-robust` (images share groups), `this checkpoint` (differences)'
   ),
+  'seeds': 'seeds behind the interval',
+  'images': 'images behind the interval',
+  'groups': 'independent units among them: `images` if no image has a group',
+  'df': "degrees of freedom of the interval, empty for Wilson's or without an interval",
 }
 _ACCURACY = {
   'rule': 'rule of the split',
@@ -87,9 +91,7 @@ _AGREEMENT = {
   'removed_here': 'rows that the split removes, by the main embedder',
   'removed_there': 'rows that the same rule removes by the further embedder',
   'jaccard': 'rows that both remove, as a share of the rows that either removes',
-  'jaccard_interval': 'its interval, null if neither removes a row',
   'same_count_jaccard': 'the same if the further embedder removes `removed_here` rows',
-  'same_count_interval': 'its interval',
   'spearman': 'rank correlation of all candidates, null if one order is constant',
   'only_here': 'rows that only the main embedder removes',
   'only_there': 'rows that only the further embedder removes',
@@ -296,6 +298,14 @@ MEANINGS = {
     'top_similarity': 'similarities of the nearest pool rows of each query in this shard',
     'top_row': 'those pool rows',
   },
+  'search/<benchmark>@<lo>_<hi>/pool-<i>.npz': {
+    'similarity': (
+      'as in `search/<benchmark>/`, against the queries with a hash in [lo, hi) alone: for splits '
+      'with the key `queries`'
+    ),
+    'nearest': 'row of the nearest of these queries in the benchmark',
+    'excess': 'excess over these queries',
+  },
   'search/<benchmark>/queries.npz': {
     'pool_similarity': 'similarities of the nearest rows of the whole pool, highest first',
     'pool_nearest': 'those pool rows',
@@ -377,11 +387,18 @@ MEANINGS = {
     'benchmarks.<benchmark>.top1': 'accuracy',
     'benchmarks.<benchmark>.low': 'lower end of its 95 % interval over images',
     'benchmarks.<benchmark>.high': 'upper end of its 95 % interval over images',
+    'benchmarks.<benchmark>.groups': 'independent units among these images',
+    'benchmarks.<benchmark>.df': "degrees of freedom of the interval, null for Wilson's",
   },
   'splits/<split>/queries-<benchmark>.npz': {
     'removed_over': 'removed rows over the threshold of each query, -1 for an unusable query',
     'removed_near': 'removed rows over or near the threshold of each query',
     'anchor_cosine': 'cosine of the query and its nearest anchor row',
+  },
+  'splits/<split>/held-back-<benchmark>.npz': {
+    'aligned': 'whether each query counts for the split; the others are held back (key `queries`)',
+    'candidate_similarity': 'held-back queries: similarity of the nearest candidate; others: NaN',
+    'kept_similarity': 'held-back queries: similarity of the nearest pool row that the split keeps',
   },
   'splits/<split>/rows-seed<k>.npy': {
     '': 'rows on which the run with this seed trains (rules with random draws)'
@@ -455,6 +472,19 @@ MEANINGS = {
     'queries.<benchmark>.hit_share': 'their share',
     'queries.<benchmark>.leaked': 'queries with a near-duplicate in the anchor',
     'queries.<benchmark>.leaked_share': 'their share',
+    'held_back.<benchmark>.aligned': 'usable queries that count for the split (key `queries`)',
+    'held_back.<benchmark>.held_back': 'usable queries that do not',
+    'held_back.<benchmark>.rows': (
+      'candidates that are nearer to a held-back query than any anchor image'
+    ),
+    'held_back.<benchmark>.rows_removed': 'of these, the rows that the split removes',
+    'held_back.<benchmark>.share_removed': 'their share, null if there is no such row',
+    'held_back.<benchmark>.excess_before': (
+      'mean over held-back queries of the similarity to the nearest candidate or anchor row minus '
+      'that to the nearest anchor row'
+    ),
+    'held_back.<benchmark>.excess_after': 'the same for the rows that the split keeps',
+    'held_back.<benchmark>.excess_removed': 'share of it that the split removes',
     'warnings': 'aligned: warnings, such as a domain that is removed almost whole',
     'duplicate_similarity': 'aligned: cosine similarity from which a pair counts as duplicate',
     'slack': 'aligned: slack of the first draw',
@@ -463,7 +493,6 @@ MEANINGS = {
   'splits/sensitivity.json': {
     'embedders': 'names of the embedders; the main one has none',
     'candidates': 'rows that are compared',
-    'interval': 'kind of the intervals',
     **_under('splits.<split>[].', _AGREEMENT),
     'splits.<split>[].rows_only_here': 'up to 12 rows that only the main embedder removes',
     'splits.<split>[].rows_only_there': 'up to 12 rows that only the further embedder removes',
@@ -489,16 +518,26 @@ MEANINGS = {
   },
   'evaluate/<split>/seed<k>/<benchmark>.json': {
     'n': 'number of images',
-    'classes': 'number of classes',
+    'classes': 'number of classes that may be predicted',
+    'scoring': 'the classes that compete, in words',
     'top1': 'zero-shot accuracy',
     'top1_low': 'lower end of its 95 % interval over images',
     'top1_high': 'upper end of its 95 % interval over images',
     'top5': 'share of images whose class is among the first five predictions',
-    'mean_per_class': 'mean of the accuracies of the classes',
-    'interval': 'method of the interval',
+    'mean_per_class': 'balanced accuracy: the mean of the accuracies of the classes',
+    'mean_per_class_low': 'lower end of its 95 % interval over images',
+    'mean_per_class_high': 'upper end of its 95 % interval over images',
+    'interval': 'method of the interval of `top1`',
+    'groups': 'independent units among the images: `n` if no image has a group',
+    'df': "degrees of freedom of the interval, null for Wilson's or without an interval",
     'per_class': 'accuracy of each class, null without an image',
     'unreadable': 'unreadable images, which count as wrong',
     'templates': 'prompts of the class vectors',
+    'warnings': 'sentences: another number of images than the published one, for example',
+    'scorings': (
+      'name of a further scoring (`scorings` of the benchmark) -> its numbers, as above; in the '
+      '.npz it has `<name>_counts` (whether an image counts), `<name>_prediction`, `<name>_correct`'
+    ),
     'checkpoint': 'checkpoint that was evaluated',
   },
   'evaluate/<split>/seed<k>/<benchmark>.npz': {
@@ -564,9 +603,11 @@ MEANINGS = {
       '`against_control`, `against_control_bootstrap`, `against_base`: differences of accuracy; '
       '`E`, `E_control`: explained share of the lead over the anchor alone, of base and of the '
       'control; `placebo`: loss beyond that on another benchmark; `hit_minus_unhit`: loss of '
-      'queries with removed neighbours beyond that of others'
+      'queries with removed neighbours beyond that of others; `dose_slope`: log odds of a correct '
+      'answer per unit of similarity lost'
     ),
     'p_holm': 'p-value of `against_control` after the correction of Holm, for confirmatory tests',
+    'p_no_loss_holm': 'p-value of the equivalence test of the same comparison, after Holm',
   },
   'report/tables/cut_by_size.csv': {
     'rule': '`near` or `far`',
@@ -616,6 +657,31 @@ MEANINGS = {
     'anchor_high': 'upper end of its 95 % Wilson interval',
     'exact_anchor': 'queries with an exact duplicate in the anchor',
   },
+  'report/tables/held_back.csv': {
+    'control_rule': '`random` or `all` (base)',
+    'queries_from': 'lower end of the key `queries` of the split',
+    'queries_to': 'upper end of it',
+    'what': (
+      '`D_aligned`, `D_held_back`: accuracy of the split minus that of the control, on aligned and '
+      'on held-back queries; `A_minus_U`: their difference, standardised by class'
+    ),
+    'df': 'degrees of freedom of the interval',
+    'images': 'queries of this kind',
+    'groups': 'groups of them',
+    'right_pruned': 'correct answers of the split, over all seeds',
+    'right_control': 'correct answers of the control, over all seeds',
+    'seeds': 'seeds that both splits have',
+    'rows': 'candidates that are nearer to a held-back query than any anchor image',
+    'rows_removed': 'of these, the rows that the split removes',
+    'share_removed': 'their share',
+    'excess_before': (
+      'mean over held-back queries: by how much the nearest training image is nearer than the '
+      'nearest anchor image'
+    ),
+    'excess_after': 'the same after the removal',
+    'excess_removed': 'share of it that went',
+    'conclusion': '`domain`, `instance`, `undetermined` or `cannot tell`',
+  },
   'report/tables/mcnemar_<split>_<benchmark>.csv': {
     'seed': 'seed of both runs',
     'aligned_only': 'images that only the aligned split gets right',
@@ -635,6 +701,16 @@ MEANINGS = {
     'share': "share of the split's pool rows that the other split holds, too",
   },
   'report/tables/paper_compat.csv': _PAPER,
+  'report/tables/plane.csv': {
+    'split': 'split of the run',
+    'seed': 'seed of the run',
+    'against': 'benchmark on the x axis',
+    **{
+      f'{axis}_{key}': f'{name}: {meaning}'
+      for axis, name in (('x', 'accuracy on it'), ('y', 'accuracy on the benchmark'))
+      for key, meaning in {'value': 'of this run', **_ESTIMATE}.items()
+    },
+  },
   'report/tables/planted_calibration.csv': {
     'embedder': 'name of the embedder, empty for the main one',
     'duplicate_similarity': 'similarity from which a pair counts as a duplicate',

@@ -45,7 +45,7 @@ for each seed has a folder `seed<k>/` for each.
 
 # Objects whose keys are names: the key of the object -> what stands for its keys.
 NAMES = {
-  **dict.fromkeys(('checks', 'queries', 'benchmarks'), '<benchmark>'),
+  **dict.fromkeys(('checks', 'queries', 'held_back', 'benchmarks'), '<benchmark>'),
   **dict.fromkeys(('standardised_differences', 'drawn_after_merging'), '<variable>'),
   **dict.fromkeys(
     ('width', 'height', 'short_side', 'characters', 'words', 'samples'), '<quantile>'
@@ -91,10 +91,12 @@ PATTERNS = (
   (r'seed\d+', 'seed<k>'),
   (r'^(ingest|embeddings)/(?!glyphs/|planted/tars)[^/]+/', r'\1/<dataset>/'),
   (r'^ingest/glyphs/[^/]+-<i>', 'ingest/glyphs/<set>-<i>'),
-  (r'^search/(?!anchor_classes/|planted/)[^/]+/', 'search/<benchmark>/'),
+  (r'^search/[^/@]+@[^/]+/', 'search/<benchmark>@<lo>_<hi>/'),
+  (r'^search/(?!<|anchor_classes/|planted/)[^/]+/', 'search/<benchmark>/'),
   (r'(anchor|pairs)-k\d', r'\1-k<K>'),
   (r'^(splits|train|evaluate)/[^/]+/', r'\1/<split>/'),
   (r'^splits/<split>/queries-[^/]+\.', 'splits/<split>/queries-<benchmark>.'),
+  (r'^splits/<split>/held-back-[^/]+\.', 'splits/<split>/held-back-<benchmark>.'),
   (r'/export/seed<k>/', '/export/'),
   (r'^(evaluate/.*)/(?!manifest)[^/.]+\.', r'\1/<benchmark>.'),
   (r'(figures/answer)_\w+_(?:val|handwriting)\.', r'\1_<split>_<benchmark>.'),

@@ -47,6 +47,9 @@ def config(keys: pathlib.Path):
   c.splits.random_75.export = ('array_record',)
   defaults.add_doses(c, 'dose', benchmarks=('handwriting',), doses=(0.5,))
   c.splits.five_nearest = defaults.split(rule='k_aligned', k=5, benchmarks=('handwriting',))
+  c.splits.half = defaults.split(
+    rule='gap_aligned', benchmarks=('handwriting',), queries=(0.0, 0.5)
+  )
   c.splits.no_outline = defaults.split(rule='domain_removal', column='domain', values=('outline',))
   c.splits.no_one = defaults.split(rule='domain_removal', reference='styles', values=('one',))
   c.splits.few = defaults.split(rule='listed', file=str(keys))
@@ -55,7 +58,7 @@ def config(keys: pathlib.Path):
   c.splits.in_clusters = defaults.split(rule='clusters', clusters=20)
   c.splits.with_copies = defaults.split(rule='planted')
   untrained = (
-    *('far_75', 'five_nearest', 'no_outline', 'no_one', 'few', 'less_like', 'large'),
+    *('far_75', 'five_nearest', 'half', 'no_outline', 'no_one', 'few', 'less_like', 'large'),
     'in_clusters',
   )
   c.train.only = tuple(

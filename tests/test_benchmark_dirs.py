@@ -130,19 +130,7 @@ def test_the_flag_of_a_key_is_the_one_that_can_be_given(places):
 
 def test_without_any_the_config_stays_the_same():
   c = _config('')
-  c.unlock()
-  for name in ('z', 'a', 'm'):
-    c.splits[name] = defaults.split()
-  c.anchor.path = c.pool.get_ref('path')
-  c.lock()
-  resolved = benchmark_dirs.resolve(c)
-  assert (
-    resolved.to_dict() == c.to_dict()
-    and list(resolved.splits) == ['z', 'a', 'm']
-    and list(resolved) == list(c)
-  )
-  resolved.anchor.path = 'other'
-  assert c.pool.path == ''
+  assert benchmark_dirs.resolve(c) is c
 
 
 def test_a_resolved_config_can_be_written_down(places):

@@ -1,5 +1,6 @@
 """stages/checkpoint.py: a run that is followed while it trains."""
 
+import json
 import os
 import shutil
 
@@ -41,6 +42,29 @@ def steps(folder, *names) -> None:
     convert.convert_checkpoint(path, str(folder), 'orbax', model='')
   for name in names:
     shutil.copytree(folder / '00000000', folder / name)
+
+
+def test_groups_of_a_pattern_count_in_the_interval(tmp_path, monkeypatch):
+  """Two groups among 12 images: 'group_pattern' alone sets them, without 'group_key'."""
+  squares.make(tmp_path)
+  steps(tmp_path / 'run/checkpoints')
+  lines, found = [], {}
+  monkeypatch.setattr(checkpoint.logging, 'info', lambda text, *args: lines.append(text % args))
+  for pattern in ('', r'(\d)\d$'):
+    c = config(tmp_path)
+    c.benchmarks.squares.group_pattern = pattern
+    output = tmp_path / f'out{bool(pattern)}'
+    checkpoint.evaluate_checkpoint(
+      c, str(tmp_path / 'run'), model='', benchmarks=None, output=str(output), follow=False
+    )
+    found[pattern] = json.loads((output / 'squares.json').read_text())
+  alone, grouped = found.values()
+  assert (alone['groups'], alone['df'], alone['interval']) == (12, None, 'wilson')
+  assert grouped['groups'] == 2 and grouped['interval'] == 'cluster-robust'
+  assert grouped['df'] == 1 and grouped['top1'] == alone['top1']
+  shown = [line.split() for line in lines if 'squares' in line and '%' in line]
+  assert [line[1:3] for line in shown] == [['12', '12'], ['12', '2']] and shown[0][4] == '-'
+  assert [line[-1] for line in shown][1] == 'claim)'  # few groups
 
 
 def test_new_checkpoints_are_evaluated_once(tmp_path, monkeypatch, capsys):

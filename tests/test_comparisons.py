@@ -20,12 +20,16 @@ OF_CONTROL = 'E\u2032: share of the control\u2019s lead that is lost'
 blocks_of = functools.partial(comparisons.blocks_of, looks=LOOKS)
 
 
+BASIS = {'seeds': 3, 'images': 980, 'groups': 300, 'df': 2.61}
+RESTS_ON = '3 seeds, 980 images in 300 groups, 2.6 df'
+
+
 def estimate(value, low=NAN, high=NAN, method='crossed'):
-  return Record(value=value, low=low, high=high, method=method)
+  return Record(value=value, low=low, high=high, method=method, **BASIS)
 
 
-def same(verdict='undetermined', margin=0.03):
-  return Record(verdict=verdict, low=-0.02, high=0.01, margin=margin, detectable=0.045)
+def same(margin=0.03):
+  return Record(low=-0.02, high=0.01, margin=margin, detectable=0.045)
 
 
 def share(value=0.15, reason='', reference='anchor_only'):
@@ -38,6 +42,7 @@ def share(value=0.15, reason='', reference='anchor_only'):
     reason=reason,
     loss=estimate(0.057),
     lead=estimate(0.393),
+    **BASIS,
   )
 
 
@@ -54,6 +59,7 @@ def item(**changes):
     'against_base': None,
     'bootstrap': None,
     'holm': 0.004,
+    'holm_same': 0.4,
     'tests': 2,
     'equivalence': same(),
     'share': None,
@@ -82,7 +88,7 @@ def verdict(**changes):
 def test_a_loss_that_is_shown_is_called_one():
   value, detail, words = lines()['against like_gap']
   assert value == '\u22125.0 [\u22128.0, \u22122.0] points'
-  assert detail == 'p = 0.004 (Holm, 2 tests)'
+  assert detail == f'{RESTS_ON}\np = 0.004 (Holm, 2 tests)'
   assert 'removed images mattered' in words and 'costs 5.0 points more on sketch' in words
 
 
@@ -91,9 +97,62 @@ def test_a_gain_is_called_one():
 
 
 def test_no_loss_needs_equivalence():
-  assert verdict(holm=0.3, equivalence=same('equivalent')).startswith('No loss')
+  assert verdict(holm=0.3, holm_same=0.04).startswith('No loss')
   words = verdict(holm=0.3)
   assert words.startswith('Undetermined') and '\u22128.0 to \u22122.0' in words
+
+
+def test_no_loss_and_excludes_zero_are_claims_of_a_family_or_estimates():
+  """The same interval inside the margin: a claim after Holm, else an estimate."""
+  row = NO_LOSS
+  value, detail, words = lines(holm=0.3, holm_same=0.04)[row]
+  assert value == '90 % interval [\u22122.0, +1.0]' and words.startswith('No loss')
+  assert 'p = 0.040 (equivalence; Holm, 2 tests)' in detail
+  assert lines(holm=0.3, holm_same=0.06)[row][2] == (
+    'A loss or gain of 3 points or more is not excluded.'
+  )
+  for changes in ({'control_rule': 'random'}, {}):
+    found = lines(holm=NAN, holm_same=NAN, **changes)
+    assert found[row][2] == 'An estimate, not a test: the interval lies inside \u00b13 points.'
+    assert 'p =' not in found[row][1] and 'excludes' not in str(found)
+    assert found['against like_gap'][2].startswith('An estimate')
+  outside = lines(holm=NAN, holm_same=NAN, equivalence=same(0.01))[row][2]
+  assert outside == 'An estimate, not a test: the interval does not lie inside \u00b11 points.'
+
+
+def test_an_empty_family_is_said():
+  tone_and_text = lambda **changes: [
+    (b.tone, b.text) for b in blocks_of([item(**changes)]) if b.kind == 'text'
+  ][-1]
+  tone, text = tone_and_text(tests=0, holm=NAN, holm_same=NAN)
+  assert tone == 'warning' and 'the family is empty' in text
+  assert 'Confirmatory family: 2 tests' in tone_and_text()[1]
+
+
+def test_every_estimate_says_what_it_rests_on():
+  contrast = Record(estimate=estimate(-0.06, -0.1, -0.02), hit=91, unhit=64, reason='')
+  found = blocks_of(
+    [
+      item(
+        against_base=estimate(0.1, 0, 0.2),
+        share=share(),
+        share_matched=share(),
+        placebo=contrast,
+        placebo_benchmark='val',
+        did=contrast,
+        dose=Record(**vars(estimate(-12.0, -20.0, -4.0)), reason=''),
+      )
+    ]
+  )
+  table = next(b for b in found if b.kind == 'table')
+  assert len(table.rows) == 8
+  assert all(row[1].detail.startswith(RESTS_ON) for row in table.rows)
+  assert [record['what'] for record in table.records][-1] == 'dose_slope'
+  for record in table.records:
+    assert {key: record[key] for key in BASIS} == BASIS
+  few = item(against_control=Record(**{**vars(estimate(-0.05, -0.08, -0.02)), 'groups': 6}))
+  table = next(b for b in blocks_of([few]) if b.kind == 'table')
+  assert 'Fewer than 12 groups (sketch: 6 groups)' in table.notes[0]
 
 
 @pytest.mark.parametrize(
@@ -105,12 +164,10 @@ def test_no_loss_needs_equivalence():
   ],
 )
 def test_fewer_than_three_seeds_claim_nothing(method, said):
-  found = lines(
-    against_control=estimate(-0.3, -0.31, -0.29, method), holm=NAN, equivalence=same('different')
-  )
+  found = lines(against_control=estimate(-0.3, -0.31, -0.29, method), holm=NAN, holm_same=NAN)
   words = found['against like_gap'][2]
   assert words.startswith(said) and 'mattered' not in words
-  assert found['against like_gap'][1] == ''  # no p-value
+  assert found['against like_gap'][1] == RESTS_ON  # no p-value
   assert NO_LOSS not in found
 
 
@@ -124,9 +181,11 @@ def test_random_rows_are_a_control_for_size_only():
 
 def test_shares_are_whole_percent_with_their_parts():
   value, detail, words = lines(share=share())[OF_BASE]
-  assert value == '15 % [4, 27]' and detail == '5.7 of 39.3 points over anchor only'
+  assert value == '15 % [4, 27]'
+  assert detail == f'{RESTS_ON}\n5.7 of 39.3 points over anchor only'
   assert words.startswith('15 % of the lead of base')
-  assert 'effective-robustness line' in lines(share=share(reference='line'))[OF_BASE][1]
+  by_line = lines(share=share(reference='line'))[OF_BASE]
+  assert 'effective-robustness line' in by_line[1] and 'takes the line as known' in by_line[2]
 
 
 def test_what_cannot_be_estimated_says_why():
@@ -157,7 +216,7 @@ def test_contrasts_print_their_assumption_and_their_numbers():
 
 
 def test_dose_is_per_tenth_of_similarity():
-  dose = Record(slope=-12.0, low=-20.0, high=-4.0, images=180, reason='')
+  dose = Record(**vars(estimate(-12.0, -20.0, -4.0)), reason='')
   assert lines(dose=dose)[DOSE][0] == ('\u22121.20 [\u22122.00, \u22120.40] log-odds')
 
 

@@ -208,7 +208,7 @@ def test_redo_makes_one_run_and_what_follows_from_it(copy):
 def test_dry_run_writes_nothing(tmp_path):
   done = tiny.run(tmp_path / 'none', '--dry_run')
   assert done.returncode == 0, done.stdout
-  assert 'after ingest' in done.stdout and 'train' in done.stdout
+  assert 'anchor about 80, val about 60' in done.stdout and 'train' in done.stdout
   assert not (tmp_path / 'none').exists()
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import re
+from types import SimpleNamespace
 import xml.etree.ElementTree as ET
 
 import numpy as np
@@ -78,7 +79,7 @@ def test_size_panel_says_near_and_far_in_words():
     {'near': [point(50, 0.3, 0.2, 0.4)], 'far': [point(50, 0.6)], 'random': [point(50, 0.5)]},
     title='sketch',
     base=point(100, 0.68),
-    reference=0.2,
+    reference={'accuracy': 0.2, 'low': 0.1, 'high': 0.3},
     limits=(0, 1),
   )
   found = words(text)
@@ -122,12 +123,25 @@ def test_a_long_loss_curve_is_drawn_by_means_of_equal_parts():
   assert figures._part_means(np.arange(3)).tolist() == [0, 1, 2]
 
 
-@pytest.mark.parametrize('line', [None, (np.linspace(0.1, 0.9, 9), np.linspace(0.05, 0.6, 9))])
+X = np.linspace(0.1, 0.9, 9)
+LINE = {'x': X, 'y': 0.6 * X, 'low': 0.5 * X, 'high': 0.7 * X}
+
+
+def accuracy(value, low, high):
+  return SimpleNamespace(value=value, low=low, high=high)
+
+
+@pytest.mark.parametrize('line', [None, LINE])
 def test_plane_takes_equal_points_extremes_and_a_line(line):
-  points = [{'rule': 'all', 'x': 1.0, 'y': 0.0}, {'rule': 'gap_aligned', 'x': 0.5, 'y': 0.5}]
+  nan = float('nan')
+  half = accuracy(0.5, 0.4, 0.6)
+  points = [
+    {'rule': 'all', 'x': accuracy(1.0, 0.9, 1.0), 'y': accuracy(0.0, nan, nan)},
+    {'rule': 'gap_aligned', 'x': half, 'y': half},
+  ]
   found = words(robustness_plane(points, title='t', xname='val', yname='b', line=line))
   assert 'accuracy on val' in found
-  assert ('models trained on ImageNet alone' in found) == (line is not None)
+  assert ('models trained on ImageNet alone, 95 % band' in found) == (line is not None)
   robustness_plane(points[1:], title='t', xname='val', yname='b')
 
 

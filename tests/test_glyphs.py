@@ -51,6 +51,10 @@ def test_counts_say_what_is_in_the_tars(drawn):
   assert counts['pool']['samples'] == 260 + 13 + 13 + 8
   assert (counts['pool']['exact'], counts['pool']['near']) == (13, 13)
   json.dumps(counts)
+  broken = {name: sum(map(len, counts[name]['broken'].values())) for name in sets}
+  assert glyphs.set_sizes(**SMALL) == {
+    name: counts[name]['samples'] - broken[name] for name in sets
+  }
 
 
 def test_equal_arguments_give_equal_bytes(drawn, tmp_path):

@@ -313,7 +313,7 @@ def test_the_contrast_is_a_difference_of_gains():
   assert found.planted.low == pytest.approx(statistics.crossed_interval(gain[:, :120]).low)
   # Linearised by hand: what each query adds to the estimate, then the two-way variance.
   z = np.where(planted_, (gain - gain[:, :120].mean()) / 120, -(gain - gain[:, 150:].mean()) / 150)
-  variance, _ = statistics.two_way(z[:, planted_ | unplanted])
+  variance, _ = statistics.two_way(z[:, planted_ | unplanted], (120 + 150) / 2)
   assert found.estimate.error == pytest.approx(math.sqrt(variance))
 
 

@@ -329,3 +329,49 @@ def test_any_bytes_are_labels_or_a_sentence(tmp_path_factory, data, names):
     or 0 <= label < len(labels.labels(str(root / 'i'), names, str(root / 'f')).classes)
     for label in found.values()
   )
+
+
+def _published(root, *folders, leaves_out=False, labels_=(0, 1, 2), file=''):
+  _touch(root, *(f'{name}/a.jpg' for name in folders))
+  namings = (('n00000010', 'n00000020', 'n00000030'), ('0', '1', '2'))
+  wanted = labels.ClassFolders(namings, labels_, leaves_out)
+  found = labels.labels(str(root), ('cat', 'dog', 'emu'), file, wanted)
+  return [found.label_of(f'{name}/a.jpg') for name in folders]
+
+
+def test_a_published_benchmark_has_exactly_its_class_folders(tmp_path):
+  assert _published(tmp_path / 'wnids', 'n00000030', 'n00000010', 'n00000020') == [2, 0, 1]
+  assert _published(tmp_path / 'numbers', '2', '0', '1') == [2, 0, 1]
+  two = ('n00000030', 'n00000010')
+  assert _published(tmp_path / 'part', *two, labels_=(0, 2)) == [2, 0]
+  with pytest.raises(InputError, match="lacks the class folder 'n00000020', .* 3 .* 1 are missing"):
+    _published(tmp_path / 'missing', *two)
+  with pytest.raises(InputError, match="the folder 'n00000020', which is no class"):
+    _published(tmp_path / 'extra', *two, 'n00000020', labels_=(0, 2))
+  with pytest.raises(InputError, match="'2', which is no class"):
+    _published(tmp_path / 'mixed', *two, 'n00000020', '2')
+  with pytest.raises(InputError, match="no class folder .*'n00000010'; its folders .* x"):
+    _published(tmp_path / 'other', 'x')
+
+
+def test_further_folders_of_a_published_benchmark_may_be_left_out(tmp_path):
+  folders = ('n00000010', 'n00000020', 'n00000030', 'other')
+  assert _published(tmp_path, *folders, leaves_out=True) == [0, 1, 2, None]
+
+
+def test_an_image_outside_the_class_folders_is_named(tmp_path):
+  folders = ('n00000010', 'n00000020', 'n00000030')
+  _published(tmp_path, *folders)
+  wanted = labels.ClassFolders((folders,), (0, 1, 2), False)
+  with pytest.raises(labels.NoLabel, match='outside the class folders'):
+    labels.labels(str(tmp_path), ('a', 'b', 'c'), '', wanted).label_of('stray.jpg')
+
+
+def test_a_file_may_name_some_wnids_of_a_published_benchmark(tmp_path):
+  _touch(tmp_path / 'flat', 'a.jpg', 'b.jpg')
+  _write(tmp_path / 'truth.txt', 'a.jpg n00000030\nb.jpg n00000010\n')
+  wanted = labels.ClassFolders((('n00000010', 'n00000020', 'n00000030'),), (0, 2), False)
+  found = labels.labels(
+    str(tmp_path / 'flat'), ('cat', 'dog', 'emu'), str(tmp_path / 'truth.txt'), wanted
+  )
+  assert [found.label_of(name) for name in ('a.jpg', 'b.jpg')] == [2, 0]

@@ -8,7 +8,12 @@ import pytest
 from clip_jax.reporting import planted_copies
 
 NAN = float('nan')
-GAIN = {'value': 0.12, 'low': 0.08, 'high': 0.16, 'method': 'crossed'}
+GAIN = {'value': 0.12, 'low': 0.08, 'high': 0.16, 'method': 'crossed'} | {
+  'seeds': 3,
+  'images': 299,
+  'groups': 8,
+  'df': 2.5,
+}
 KIND = {
   'kind': 'crop',
   'copies': 75,
@@ -77,11 +82,14 @@ def test_the_banner_counts_the_images_that_are_held():
 
 def test_the_contrast_is_in_points_on_the_page_and_in_proportions_in_the_records():
   table = tables_of(planted_copies.blocks_of(CONTROL))['planted_contrast']
-  assert (
-    table.rows[0][1].text == '+12.0 [+8.0, +16.0] points'
-    and 'leakage is detectable' in table.rows[0][2].text
+  assert table.rows[0][1].text == '+12.0 [+8.0, +16.0] points' and table.rows[0][2].text.startswith(
+    'An estimate: the interval lies above zero'
   )
-  assert table.rows[1][1].text == '+12.0 points'
+  assert table.rows[0][1].detail == (
+    '95 % interval over seeds and images\n3 seeds, 299 images in 8 groups, 2.5 df'
+  )
+  assert table.rows[1][1].text == '+12.0 points' and 'leaky: 8 groups' in table.notes[1]
+  assert table.records[0]['groups'] == 8 and table.records[0]['df'] == 2.5
   assert table.records[0]['value'] == 0.12 and math.isnan(table.records[1]['low'])
 
 

@@ -778,13 +778,33 @@ def test_results_without_leaked_images():
     ('imagenet_v2', 1000, 'v2'),
     ('sketch', 7, None),
     ('handwriting', 1000, None),
+    ('objectnet', 113, None),  # its line is that of answers over 125 ids
+    ('objectnet', 125, None),
+    ('objectnet', 1000, None),
   ],
 )
 def test_robustness_lines_hold_for_the_imagenet_family_only(benchmark, classes, shift):
   c, results = config(), Results({}, {}, {'val': 1000, benchmark: classes}, {}, {})
-  assert contrasts.shift_of(c, results, benchmark) == shift
+  c.benchmarks[benchmark] = c.benchmarks.val
+  known = shift and contrasts.Baseline(shift, 'val', 'val')
+  assert contrasts.baseline(c, results, benchmark) == known
   results.classes['val'] = 10
-  assert contrasts.shift_of(c, results, benchmark) is None
+  assert contrasts.baseline(c, results, benchmark) is None
+
+
+def test_val_among_the_classes_of_a_shift_is_its_x_axis():
+  c = config()
+  for name in ('a', 'r', 'val_a', 'val_r'):
+    c.benchmarks[name] = c.benchmarks.val
+  results = Results({}, {}, {'val': 1000, 'r': 200, 'a': 200}, {}, {})
+  line = lambda name: contrasts.baseline(c, results, name)
+  assert line('r').x == 'val' and line('a') is None  # A has no line against all of val
+  results.classes.update(val_r=200, val_a=200)
+  assert (line('r').x, line('r').benchmark) == ('classes', 'val_r')
+  assert (line('a').x, line('a').benchmark) == ('classes', 'val_a')
+  c.benchmarks.val = c.benchmarks.val.copy_and_resolve_references()
+  c.benchmarks.val.classes = ('tench', 'goldfish')
+  assert line('r') is None  # val does not hold its classes
 
 
 def test_the_placebo_is_the_reference_else_the_benchmark_nearest_to_the_anchor():
@@ -833,6 +853,7 @@ def test_only_the_splits_that_answer_are_tests(monkeypatch):
       'control_rule': 'matched',
       'balance': Control('matched', ()),
       'against_control': ESTIMATE,
+      'equivalence': types.SimpleNamespace(p_value=0.2),
     },
   )
   facts = facts_of(
@@ -842,6 +863,7 @@ def test_only_the_splits_that_answer_are_tests(monkeypatch):
   assert len(items) == 5 and {item['tests'] for item in items.values()} == {1}
   assert [name for name, item in items.items() if item['answers']] == ['handwriting_pruned']
   assert [name for name, item in items.items() if item['holm'] == 0.01] == ['handwriting_pruned']
+  assert [n for n, item in items.items() if item['holm_same'] == 0.2] == ['handwriting_pruned']
   c.splits.handwriting_pruned.slack = 0.02
   assert [i['split'] for i in contrasts.comparisons(facts) if i['holm'] == 0.01] == [
     'dose_100'

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from scipy import special, stats
 
 from clip_jax.evaluation import robustness
 
@@ -29,6 +30,29 @@ def test_every_line():
   assert robustness.line_accuracy('v2', 0.0) == 0 and robustness.line_accuracy('v2', 1.0) == 1
 
 
+def test_the_band_is_scipys_prediction_interval():
+  """Against scipy.stats.linregress, with the textbook prediction interval of a new point."""
+  rng = np.random.default_rng(1)
+  x = rng.uniform(0.3, 0.8, 12)
+  y = special.expit(0.9 * special.logit(x) - 1 + 0.2 * rng.normal(size=12))
+  found = robustness.fit_line(x, y)
+  a, b = special.logit(x), special.logit(y)
+  fit = stats.linregress(a, b)
+  assert (found.slope, found.intercept) == pytest.approx((fit.slope, fit.intercept))
+  assert found.error / np.sqrt(found.x_squares) == pytest.approx(fit.stderr)
+  assert found.error * np.sqrt(1 / 12 + found.x_mean**2 / found.x_squares) == pytest.approx(
+    fit.intercept_stderr
+  )
+  half = stats.t.ppf(0.975, 10) * np.sqrt(
+    found.error**2 + fit.stderr**2 * (special.logit(0.5) - a.mean()) ** 2 + found.error**2 / 12
+  )
+  middle = special.logit(found.accuracy(0.5))
+  assert special.logit(found.band(0.5)) == pytest.approx([middle - half, middle + half])
+  low, high = robustness.line('sketch').band(0.633)
+  assert [round(100 * bound, 1) for bound in (low, high)] == [11.3, 18.0]
+  assert (found.x_low, found.x_high) == (x.min(), x.max())
+
+
 def test_fit_line():
   x = np.linspace(0.2, 0.9, 9)
   y = [robustness.line_accuracy('sketch', a) for a in x]
@@ -45,3 +69,30 @@ def test_fit_line():
   ):
     with pytest.raises(ValueError, match='three or more models'):
       robustness.fit_line(x, y)
+
+
+def test_the_family_against_the_published_check():
+  """OpenAI's ViT-B/32: 63.30 on val, 55.77 on V2, 42.37 on Sketch: +5.6 and +28.0 points."""
+  val = {'top1': 0.6330, 'scorings': {'imagenet-r': {'top1': 0.8}, 'objectnet': {'top1': 0.7}}}
+  results = {
+    'imagenet1k': val,
+    'imagenetv2': {'top1': 0.5577},
+    'imagenet_sketch': {'top1': 0.4237},
+    'imagenet-r': {'top1': 0.5},
+    'imagenet-a': {'top1': 0.3},  # val was not scored on its classes
+    'objectnet': {'top1': 0.9, 'scorings': {'imagenet_masked': {'top1': 0.4}}},
+    'mine': {'top1': 1.0},
+  }
+  found = robustness.family_table(results)
+  points = {name: round(100 * line['effective_robustness'], 1) for name, line in found.items()}
+  assert (points['imagenetv2'], points['imagenet_sketch']) == (5.6, 28.0)
+  assert found['imagenet-r']['line'] == robustness.line_accuracy('r', 0.8, 'classes')
+  assert found['objectnet']['line'] == robustness.line_accuracy('objectnet', 0.7, 'classes')
+  assert found['objectnet']['accuracy'] == 0.4 and set(found) == {*results} - {
+    'imagenet1k',
+    'imagenet-a',
+    'mine',
+  }
+  assert (
+    robustness.family_table({key: results[key] for key in results if key != 'imagenet1k'}) == {}
+  )

@@ -8,14 +8,31 @@ import pytest
 
 from clip_jax.reporting import sections
 
+BASIS = {'method': 'crossed', 'seeds': 3, 'images': 30, 'groups': 6, 'df': 2.25}
 BINS = [
-  {'low': 0.5, 'high': 0.55, 'n': 30, 'accuracy': 0.5, 'accuracy_low': 0.4, 'accuracy_high': 0.6},
-  {'low': 0.55, 'high': 0.6, 'n': 3, 'accuracy': 0.7, 'accuracy_low': None, 'accuracy_high': None},
+  {
+    'low': 0.5,
+    'high': 0.55,
+    'n': 30,
+    'accuracy': 0.5,
+    'accuracy_low': 0.4,
+    'accuracy_high': 0.6,
+    **BASIS,
+  },
+  {
+    'low': 0.55,
+    'high': 0.6,
+    'n': 3,
+    'accuracy': 0.7,
+    'accuracy_low': None,
+    'accuracy_high': None,
+    **BASIS,
+  },
 ]
 SERIES = [{'name': 'base', 'rule': 'all', 'adjusted': False, 'bins': BINS}]
 
 
-def estimate(value, low=None, high=None, method='crossed', seeds=3):
+def estimate(value, low=None, high=None, method='crossed', seeds=3, groups=100, df=2.25):
   nan = float('nan')
   return SimpleNamespace(
     value=value,
@@ -24,6 +41,8 @@ def estimate(value, low=None, high=None, method='crossed', seeds=3):
     method=method,
     seeds=seeds,
     images=100,
+    groups=groups,
+    df=df,
   )
 
 
@@ -62,6 +81,25 @@ def heads(table):
 def test_the_head_says_what_the_bounds_are(seeds, said, note):
   (table,) = accuracy([split('base', seeds)], base=estimate(0.6, 0.5, 0.7))
   assert said in heads(table) and note in table.notes[0]
+
+
+def test_every_accuracy_says_what_its_interval_rests_on():
+  (table,) = accuracy(
+    [split('base'), split('gap')],
+    base=estimate(0.6, 0.5, 0.7, groups=6),
+    gap=estimate(0.5, 0.4, 0.6, groups=6, df=3.9),
+  )
+  assert table.notes[1] == (
+    'Intervals rest on 3 seeds. val: 100 images in 6 groups, 2.2 to 3.9 df.'
+  )
+  assert 'Fewer than 12 groups (val: 6 groups)' in table.notes[2]
+  assert [(r['seeds'], r['images'], r['groups'], r['df']) for r in table.records] == [
+    (3, 100, 6, 2.25),
+    (3, 100, 6, 3.9),
+  ]
+  (table,) = accuracy([split('base', (0,))], base=estimate(0.6, 0.5, 0.7, 'wilson', 1, df=np.inf))
+  assert table.notes[1] == 'Intervals rest on 1 seed. val: 100 images, ungrouped.'
+  assert not any('Fewer than' in note for note in table.notes)
 
 
 def test_splits_with_other_numbers_of_seeds_get_a_table_of_their_own():
@@ -132,7 +170,7 @@ def test_the_dose_has_a_table_with_shares_and_slacks():
     'estimate': -0.021,
     'low': -0.04,
     'high': -0.002,
-    'method': 'crossed',
+    **BASIS,
   }
   _, drawn, table = sections.dose_blocks(
     [
@@ -150,7 +188,9 @@ def test_the_dose_has_a_table_with_shares_and_slacks():
     '59',
     '+0.014',
     '\u22122.1',
+    '3 seeds, 30 images in 6 groups, 2.2 df',
   ]
+  assert table.notes[0].startswith('Estimates') and '6 groups' in table.notes[1]
   assert table.rows[0][4].detail == '[\u22124.0, \u22120.2]' and table.rows[1][4].detail == ''
   assert sections.dose_blocks([], LOOKS['gap_aligned']) == []
 
@@ -160,7 +200,7 @@ def test_histograms_share_one_axis_and_count_who_is_nearer_to_the_pool():
     {'name': 'a', 'anchor': np.array([0.5, 0.6, np.nan]), 'pool': np.array([0.7, 0.5, np.nan])}
   ]
   block, table = sections.histogram_blocks(entries)
-  assert '33.3 % of the queries' in block.items[0].caption
+  assert block.items[0].caption.startswith('1 of 3 queries (33.3 %, a count)')
   assert [(row[0].detail, row[1].text, row[3].text) for row in table.rows] == [
     ('nearest pool image', '2', '0.600'),
     ('nearest anchor image', '2', '0.550'),
@@ -176,7 +216,8 @@ def test_bins_are_associations_and_few_is_grey():
   blocks = sections.bin_blocks([{'name': 'val', 'what': 'similarity', 'series': SERIES}], LOOKS)
   assert blocks[0].text.startswith('Accuracy is associated with')
   table = blocks[-1].blocks[0]
-  assert [row[-1].tone for row in table.rows] == ['', 'muted']
+  assert [row[4].tone for row in table.rows] == ['', 'muted']
+  assert [cell.text for cell in table.rows[0][5:]] == ['3', '6', '2.2']
   assert [row[2].text for row in table.rows] == ['0.50 to 0.55', '0.55 to 0.60']
   assert sections.bin_blocks([], LOOKS) == []
 
@@ -201,7 +242,10 @@ def test_sizes_are_drawn_on_one_scale_and_compared_with_random():
   assert figures.items[0].name == 'size_val' and 'near-pruning hurts fast' in fact.text
   assert table.rows[0][0].detail == 'near-pruned (most similar removed)'
   assert table.rows[0][2].text == '\u221210.0 [\u221220.0, 0.0] points'
-  assert table.rows[0][2].detail.startswith('this checkpoint')
+  assert table.rows[0][2].detail == (
+    'this checkpoint, 95 % interval over images\n1 seed, 100 images, ungrouped, 2.2 df'
+  )
+  assert 'support no claim' in table.notes[0]
   assert sections.size_blocks([], [], LOOKS) == []
 
 

@@ -123,7 +123,7 @@ def test_prompts_are_searched_by_class(data, tmp_path, capsys, monkeypatch, sour
     for i, text in enumerate(('a red', 'red red', 'a blue', 'blue blue'))
   }
   model = models.Model(
-    16, 'shortest', None, lambda texts: np.stack([known[text] for text in texts]), None
+    16, 'shortest', None, lambda texts: np.stack([known[text] for text in texts]), None, None
   )
   monkeypatch.setattr(models, 'load', lambda path: {str(work / 'embedder'): model}[path])
   monkeypatch.setattr(models, 'read', lambda path, name, flag: path)

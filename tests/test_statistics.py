@@ -1,9 +1,11 @@
 """Intervals against hand computation, SciPy and simulation; decisions against hand values."""
 
+import json
 import warnings
 
 from hypothesis import given, settings
 from hypothesis import strategies as some
+import make_statistics_golden
 import numpy as np
 import pytest
 from scipy import stats
@@ -23,10 +25,8 @@ def anova(d):
     for i in range(images)
   ) / ((seeds - 1) * (images - 1))
   ms = max(ms_s + ms_i - ms_e, ms_s, ms_i)
-  df = ms**2 / (
-    ms_s**2 / (seeds - 1) + ms_i**2 / (images - 1) + ms_e**2 / ((seeds - 1) * (images - 1))
-  )
-  return ms / (seeds * images), max(df, seeds - 1)
+  part = ms_s / ms
+  return ms / (seeds * images), 1 / (part / (seeds - 1) + (1 - part) / (images - 1))
 
 
 def crossed(rng, seeds, images, mean, seed_sd, image_sd, error_sd):
@@ -35,6 +35,14 @@ def crossed(rng, seeds, images, mean, seed_sd, image_sd, error_sd):
     + seed_sd * rng.normal(size=(seeds, 1))
     + image_sd * rng.normal(size=(1, images))
     + error_sd * rng.normal(size=(seeds, images))
+  )
+
+
+def crossed_many(rng, runs, seeds, images, *, seed_sd, image_sd, error_sd):  # [runs, S, Q]
+  return (
+    seed_sd * rng.normal(size=(runs, seeds, 1))
+    + image_sd * rng.normal(size=(runs, 1, images))
+    + error_sd * rng.normal(size=(runs, seeds, images))
   )
 
 
@@ -53,9 +61,66 @@ def test_crossed_interval_is_the_anova_by_hand(components):
   assert (found.method, found.seeds, found.images, found.groups) == ('crossed', 4, 30, 30)
 
 
-def test_df_is_never_below_that_of_the_seeds():
+def test_df_lie_between_those_of_seeds_and_images():
   rng = np.random.default_rng(12)
-  assert min(statistics.crossed_interval(rng.normal(size=(6, 3))).df for _ in range(200)) == 5
+  for seeds, images in ((6, 3), (3, 40)):
+    df = [statistics.crossed_interval(rng.normal(size=(seeds, images))).df for _ in range(200)]
+    low, high = sorted((seeds - 1, images - 1))
+    assert low <= min(df) < max(df) <= high and max(df) - min(df) > 0.3 * (high - low)
+
+
+def test_mean_squares_and_tests_are_those_of_statsmodels():
+  golden = json.loads(make_statistics_golden.PATH.read_text())
+  d = make_statistics_golden.layout()
+  ms = golden['mean_squares']
+  variance, df = anova(d)
+  total = max(ms['seeds'] + ms['images'] - ms['error'], ms['seeds'], ms['images'])
+  assert variance == pytest.approx(total / d.size)
+  found = statistics.two_way(d / d.shape[1])
+  assert found == pytest.approx((total / d.size, df))
+  np.testing.assert_allclose(statistics.holm(make_statistics_golden.P_VALUES), golden['holm'])
+  for (right, images), bounds in zip(make_statistics_golden.COUNTS, golden['wilson'], strict=True):
+    found = statistics.image_interval(np.arange(images) < right)
+    np.testing.assert_allclose([found.low, found.high], bounds, atol=1e-12)
+
+
+def test_two_way_takes_many_draws_at_once():
+  z = np.random.default_rng(13).normal(size=(5, 3, 8))
+  for effective in (None, 5.5):
+    variance, df = statistics.two_way(z, effective)
+    for k in range(5):
+      one = statistics.two_way(z[k], effective)
+      assert (variance[k], df[k]) == pytest.approx(one)
+
+
+def test_the_effective_number_of_groups():
+  assert statistics.effective_groups(np.full(7, 3)) == pytest.approx(7)
+  assert statistics.effective_groups([4, 1, 1]) == pytest.approx(36 / 18)
+  d = crossed(np.random.default_rng(14), 3, 60, 0, 0.1, 0.3, 0.3)
+  equal = statistics.crossed_interval(d, np.arange(60) // 10)
+  skewed = statistics.crossed_interval(d, np.minimum(np.arange(60), 5))  # 55 images in one group
+  assert equal.groups == skewed.groups == 6 and skewed.df < equal.df
+  both = statistics.crossed_interval(d[:, :4], [0, 1, 1, 1])  # counts as two groups, the fewest
+  assert 1 <= both.df <= 2
+
+
+@pytest.mark.parametrize('seeds', [3, 5])
+def test_type_one_error_if_seeds_vary_and_images_hardly_do(seeds):
+  """Satterthwaite's df gives 7.5 to 8 % here at three seeds; the mean square is that of 2 df."""
+  rng, runs = np.random.default_rng(15), 4000
+  z = crossed_many(rng, runs, seeds, 200, seed_sd=0.05, image_sd=0.3, error_sd=0.1) / 200
+  variance, df = statistics.two_way(z)
+  wrong = np.abs(z.sum(-1).mean(-1)) > stats.t.ppf(0.975, df) * np.sqrt(variance)
+  assert 0.02 < wrong.mean() < 0.066, wrong.mean()  # 6 % and three standard errors of 4,000 runs
+  row, column = z.mean(-1), z.mean(-2)
+  ms_s, ms_i = 200 * row.var(-1, ddof=1), seeds * column.var(-1, ddof=1)
+  rest = z - row[..., None] - column[:, None] + z.mean((1, 2))[:, None, None]
+  ms_e = (rest**2).sum((1, 2)) / ((seeds - 1) * 199)
+  ms = np.maximum(np.maximum(ms_s + ms_i - ms_e, ms_s), ms_i)
+  old = ms**2 / (ms_s**2 / (seeds - 1) + ms_i**2 / 199 + ms_e**2 / ((seeds - 1) * 199))
+  old = np.maximum(old, seeds - 1)
+  loose = np.abs(z.sum(-1).mean(-1)) > stats.t.ppf(0.975, old) * np.sqrt(variance)
+  assert loose.mean() > wrong.mean() + (0.01 if seeds == 3 else 0), loose.mean()
 
 
 def test_hand_numbers():
@@ -254,6 +319,12 @@ def test_equivalence():
   assert -0.01 < found.low < found.high < 0.01
   narrow = statistics.crossed_interval(nothing, level=0.9)
   assert (found.low, found.high) == (narrow.low, narrow.high)
+  assert found.p_value < 0.05
+  value = abs(nothing.mean())
+  wide = statistics.crossed_interval(nothing)
+  assert found.p_value == pytest.approx(stats.t.sf((0.01 - value) / wide.error, wide.df))
+  edge = statistics.equivalence(nothing, margin=max(abs(found.low), abs(found.high)))
+  assert edge.p_value == pytest.approx(0.05)  # the 90 % interval touches the margin
   assert statistics.equivalence(nothing + 0.05).verdict == 'different'
   noise = crossed(rng, 3, 100, 0.02, 0.01, 0.4, 0.4)
   assert statistics.equivalence(noise).verdict == 'undetermined'

@@ -113,6 +113,8 @@ def test_without_an_anchor_the_benchmarks_names_count_and_few_captions_have_one(
     'top1': None,
     'low': None,
     'high': None,
+    'groups': None,
+    'df': None,
   }
 
 
@@ -166,6 +168,17 @@ def test_only_the_previews_are_made_again(world, copy):
   assert changed == {
     f'splits/{split}/preview.sidecar.json' for split in ('base', 'pruned', 'anchor_only', 'half')
   }
+
+
+def test_groups_of_a_pattern_count_in_the_interval(world, copy):
+  c = config(world / 'data', **{'benchmarks.squares.group_pattern': r'(\d)\d$'})
+  pipeline.run(c, str(copy), stages=squares.PREPARE, redo='ingest:squares', dry_run=False)
+  before, after = (
+    json.loads((folder / 'splits/base/preview.json').read_text())['benchmarks']['squares']
+    for folder in (world / 'run', copy)
+  )
+  assert (before['groups'], before['df']) == (12, None)
+  assert (after['groups'], after['df']) == (2, 1) and after['top1'] == before['top1']
 
 
 def test_the_section_says_what_is_missing(world, copy):

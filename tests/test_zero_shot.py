@@ -83,6 +83,19 @@ def test_the_mask_applies_before_the_argmax():
   assert zero_shot.predict(image, classes, np.array([False, True, True]))[0].tolist() == [1, 2, -1]
 
 
+def test_classes_of_one_meaning_count_once_by_their_highest_score():
+  rng = np.random.default_rng(2)
+  image, classes = rng.normal(size=(50, 6)), rng.normal(size=(9, 6))
+  meaning = np.array([4, -1, 2, 4, 0, 2, -1, 7, 2])
+  found = zero_shot.predict(image, classes, meaning >= 0, meaning=meaning)
+  scores = (image @ classes.T).astype(np.float32)
+  for row, best in zip(scores, found):
+    joined = {label: max(row[meaning == label]) for label in (0, 2, 4, 7)}
+    assert best.tolist() == [*sorted(joined, key=joined.get, reverse=True), -1]
+  with pytest.raises(ValueError, match='0 or more for every class'):
+    zero_shot.predict(image, classes, meaning=meaning)
+
+
 def test_predict_refuses(monkeypatch):
   image, classes = np.ones((4, 3), np.float32), np.eye(3, dtype=np.float32)
   with pytest.raises(ValueError, match=r'\(4, 3\) and \(3, 2\)'):

@@ -11,6 +11,7 @@ import traceback
 
 from absl import flags, logging
 from ml_collections import config_flags
+from ml_collections.config_flags import tuple_parser
 
 from clip_jax.core import config as config_lib
 from clip_jax.core import interrupts, log
@@ -54,9 +55,22 @@ class _WholeNumber(flags.IntegerParser):
       raise
 
 
+class _Tuple(tuple_parser.TupleParser):
+  """Parses the value of a tuple key; a path, even one with spaces or commas, is a tuple of one."""
+
+  def parse(self, argument):
+    try:
+      return super().parse(argument)
+    except ValueError:
+      if str(argument).startswith(('/', './', '../', '~')):
+        return (argument,)
+      raise
+
+
 def parse_flags(argv: Sequence[str]) -> list[str]:
   """Parses flags and loads the config file. An error is printed in one line; exit status 2."""
   config_flags.register_flag_parser_for_type(int, _WholeNumber())
+  config_flags.register_flag_parser_for_type(tuple, _Tuple())
   try:
     rest = flags.FLAGS(list(argv))
     if 'config' in flags.FLAGS and flags.FLAGS.config is None:

@@ -53,6 +53,11 @@ def within(low: float, high: float) -> Callable[[float], str]:
   return lambda value: '' if low <= value <= high else f'must lie in [{low}, {high}].'
 
 
+def part_of_one(value: tuple) -> str:
+  is_good = len(value) == 2 and all(type(bound) in (int, float) for bound in value)
+  return '' if is_good and 0 <= value[0] < value[1] <= 1 else 'must be (lo, hi), 0 <= lo < hi <= 1.'
+
+
 def one_of(*options: Any) -> Callable[[str], str]:
   """Returns a check that a value is one of the options.
 
@@ -83,7 +88,7 @@ def fill(block, given: Mapping[str, Any], kind: str):
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
   """Returns ' Did you mean ...? There are: ...', to be appended to a message on an unknown name."""
-  names = sorted(map(str, names))
+  names = sorted(filter(None, map(str, names)))
   close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
   hint = f' Did you mean {close[0]!r}?' if close else ''
   return f'{hint} There are: {", ".join(names) or "none"}.'

@@ -7,6 +7,8 @@ ObjectNet: of its 313 folders, those of the 113 names in objectnet_to_imagenet_1
 label is the rank of ObjectNet's own name among these names, in Python's sort order. Images keep the
 red border of two pixels, because the published accuracies for comparison (CLIP_benchmark) are of
 images with it.
+The classes of a published benchmark (ClassFolders): every class must have its folder, and no other
+folder may hold an image.
 A file of labels (a flat val/ with its ground truth, labels_file.py): a class is one of the config's
 class names, or a number from 0. Otherwise, and without class names, a wnid or name has its rank
 among all classes in the file.
@@ -39,16 +41,33 @@ class Labels:
   label_of: Callable[[str], int | None]
 
 
-def labels(root: str, class_names: Sequence[str] = (), file: str = '') -> Labels:
+@dataclasses.dataclass(frozen=True)
+class ClassFolders:
+  """The class folders that a published benchmark has."""
+
+  namings: tuple[tuple[str, ...], ...]  # names of the C class folders, each in label order
+  labels: tuple[int, ...]  # the labels that occur; each must have its folder
+  leaves_out_others: bool  # True: images of further folders are left out; False: an error
+
+
+def labels(
+  root: str,
+  class_names: Sequence[str] = (),
+  file: str = '',
+  class_folders: ClassFolders | None = None,
+) -> Labels:
   """Returns the labels of the images below a folder.
 
   class_names: of the config, in label order; () takes the classes of the folder or file. file: path
-  of a file of labels; if given, only it counts. Raises InputError if labels are ambiguous.
+  of a file of labels; if given, only it counts. class_folders: the folders that must exist. Raises
+  InputError if labels are ambiguous or a class folder is missing.
   """
   if not os.path.isdir(root):
     raise InputError(f'{root!r} is not a folder. Correct the path of the dataset.')
   if file:
-    return _by_file(root, class_names, file)
+    return _by_file(root, class_names, file, class_folders)
+  if class_folders:
+    return _by_class_folders(root, class_names, class_folders)
   mappings = folder.objectnet_mappings(root)
   if mappings:
     return _by_objectnet(root, class_names, *mappings)
@@ -76,6 +95,42 @@ def labels(root: str, class_names: Sequence[str] = (), file: str = '') -> Labels
     description,
     lambda path: rank(name) if (name := folder.class_folder(path)) else -1,
   )
+
+
+def _by_class_folders(root: str, class_names: Sequence[str], wanted: ClassFolders) -> Labels:
+  """Returns the labels of a published benchmark's images; raises InputError for other folders."""
+  present, inside = folder.class_folders(root), folder.images_folder(root)
+  shared = lambda naming: len(set(present) & {naming[label] for label in wanted.labels})
+  naming = max(wanted.namings, key=shared)  # of equal ones the first
+  label_of = {naming[label]: label for label in wanted.labels}
+  if not shared(naming):
+    raise InputError(
+      f'{root!r} has no class folder of this benchmark, such as {next(iter(label_of))!r}; its '
+      f'folders with images are: {", ".join(present[:3]) or "none"}. Correct the path, or give '
+      'labels_file, a file with the class of each image.'
+    )
+  missing = [name for name in label_of if name not in set(present)]
+  if missing:
+    raise InputError(
+      f'{root!r} lacks the class folder {missing[0]!r}, or it holds no image (of '
+      f'{len(label_of):,} class folders {len(missing):,} are missing). Restore the benchmark, or '
+      'correct its path.'
+    )
+  others = [name for name in present if name not in label_of]
+  if others and not wanted.leaves_out_others:
+    raise InputError(
+      f'{root!r} has the folder {others[0]!r}, which is no class of this benchmark '
+      f'({len(others):,} such folders hold images). Remove it, or correct the path or class_set.'
+    )
+
+  def label(path: str) -> int | None:
+    name = folder.class_folder(path, inside)
+    if not name:
+      raise NoLabel('outside the class folders')
+    return label_of.get(name)
+
+  left_out = f'{len(others):,} of {len(present):,} folders are no class of this benchmark'
+  return Labels(tuple(class_names), left_out if others else '', label)
 
 
 def _ranks(
@@ -148,12 +203,19 @@ def _by_objectnet(
   )
 
 
-def _by_file(root: str, class_names: Sequence[str], path: str) -> Labels:
+def _by_file(
+  root: str, class_names: Sequence[str], path: str, class_folders: ClassFolders | None
+) -> Labels:
   """Returns the labels from a file, by image name or in the order of the images."""
   images = sorted(filter(folder.is_text, folder.paths(root)))
   truth = labels_file.read(path, root, images)
   class_of = truth.classes
-  classes, rank = _file_classes(truth, class_names, path)
+  wnids = class_folders.namings[0] if class_folders else ()
+  if wnids and truth.everything <= set(wnids):  # the names of class folders, in a file
+    classes = tuple(class_names)
+    rank = {name: label for label, name in enumerate(wnids)}.__getitem__
+  else:
+    classes, rank = _file_classes(truth, class_names, path)
 
   def label_of(name: str) -> int:
     if name not in class_of:

@@ -7,6 +7,8 @@ more do, or 89 % if a group has only 16 captions. The number of rows is then rou
 few values, because each is compiled separately, which leaves 82 to 100 %.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from clip_jax.core.types import Array
@@ -77,7 +79,7 @@ def padded_size(n: int) -> int:
 
 def trim(
   tokens: Array,  # [b, T] int32, rows of tokenizer.tokenize
-  lengths: tuple[int, ...] = (),
+  lengths: Sequence[int] = (),
 ) -> Array:  # -> [b, T'] int32
   """Trims all rows to the shortest allowed length that contains every end token.
 

@@ -9,6 +9,7 @@ import re
 from typing import Any
 
 from clip_jax.core.errors import ConfigError
+from clip_jax.data.labels import ClassFolders
 from clip_jax.data.table import COLUMNS
 
 NO_LABEL, BAD_LABEL = -1, -2
@@ -41,6 +42,7 @@ class RowRules:
   label_key: str = ''  # of a label number, or a name in `classes`; 'none': no labels
   labels_file: str = ''  # format 'folder': the path of a file of labels (labels.py)
   classes: Sequence[str] = ()  # class names in label order
+  class_folders: ClassFolders | None = None  # format 'folder': those of a published benchmark
   columns: Sequence[str] = ()  # more columns of the index
   require_caption: bool = True
 
@@ -146,6 +148,16 @@ def first_of(wanted: Sequence[str], columns: Mapping[str, str]) -> str | None:
 def fraction(text: str) -> float:
   """Returns sha256(text) / 2^256, a number in [0, 1)."""
   return int.from_bytes(hashlib.sha256(text.encode()).digest(), 'big') / 2**256
+
+
+def counts_for_pruning(group: str, queries: tuple[float, float]) -> bool:
+  """Returns whether the queries of a group are aligned: their fraction lies in [low, high).
+
+  The hash is not that of `part`, so a range of queries does not depend on the part of the files
+  that a benchmark takes.
+  """
+  low, high = queries
+  return low <= fraction(f'queries:{group}') < high
 
 
 @functools.cache

@@ -71,7 +71,7 @@ def scan(
   source_format, rules = formats.by_name(format), rules or RowRules(**fields)
   files = [files] if isinstance(files, storage.SourceFile) else files
   folder_label = (
-    labels.labels(root, rules.classes, rules.labels_file).label_of
+    labels.labels(root, rules.classes, rules.labels_file, rules.class_folders).label_of
     if root and not rules.label_key
     else None
   )

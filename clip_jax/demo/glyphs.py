@@ -1,8 +1,9 @@
 """Draws the demo's data: a pool, an anchor set and five benchmarks, as webdataset tars.
 
 Out: <directory>/<set>-00000.tar for each of SETS. A sample is <key>.png, <key>.txt (the caption)
-and <key>.json {key, caption, label, class_name, domain, group, font, duplicate_of, duplicate_kind,
-broken}. Nothing is downloaded: fonts come from matplotlib, handwriting from scikit-learn's
+and <key>.json {key, caption, label, class_name, domain, style, group, font, duplicate_of,
+duplicate_kind, broken}. The style is the finest domain: it tells plain handwriting from handwriting
+in another style. Nothing is downloaded: fonts come from matplotlib, handwriting from scikit-learn's
 load_digits. The bytes depend on the arguments alone. An image depends only on (seed, stream,
 index), so the size of one set does not change the images of another.
 
@@ -28,7 +29,7 @@ from clip_jax.core.types import Array
 from clip_jax.demo import glyph_images
 from clip_jax.demo.glyph_captions import CLASSES, LABELLED_TEMPLATE, caption, pick
 
-SETS = ('pool', 'anchor', 'val', 'outline', 'inverted', 'rotated', 'handwriting')
+SETS = ('pool', 'anchor', 'val', 'outline', 'inverted', 'rotated', 'handwriting', 'noisy')
 LETTER = -1  # label of images without a class
 
 FONTS = tuple(glyph_images.FONTS)
@@ -38,6 +39,7 @@ POOL_FONTS = {
   'filled': tuple(font for font in FONTS if font not in VAL_FONTS),
   **dict.fromkeys(('outline', 'inverted', 'coloured', 'rotated', 'noisy'), FONTS),
 }
+DRAWN_STYLES = ('outline', 'inverted', 'rotated', 'noisy')  # of benchmarks
 # A fifth of the pool's handwriting has the benchmark's style: aligning removes some, not all.
 HAND_STYLES = ('handwriting', 'inverted', 'coloured', 'rotated', 'noisy')
 
@@ -138,12 +140,22 @@ def write(
       *handwritten_digits('strays', stray_rows),
     ],
     'val': drawn('val', queries, 'clean', VAL_FONTS),
-    **{name: drawn(name, queries, name, FONTS) for name in ('outline', 'inverted', 'rotated')},
+    **{name: drawn(name, queries, name, FONTS) for name in DRAWN_STYLES},
     'handwriting': handwritten_digits('handwriting', query_rows),
   }
   for name in SETS:
     _write_tar(epath.Path(directory) / f'{name}-00000.tar', sets[name])
   return {name: _counts(sets[name]) for name in SETS}
+
+
+def set_sizes(
+  *, pool: int, handwritten: int, exact: float, near: float, anchor: int, queries: int, **others
+) -> dict[str, int]:
+  """Returns set -> the samples that `write` draws for the same settings, broken ones left out."""
+  del others
+  originals = pool + handwritten
+  copies = _round(exact * originals) + _round(near * originals)
+  return dict.fromkeys(SETS, queries) | {'pool': originals + copies, 'anchor': anchor}
 
 
 def _plain_caption(about: dict, rng) -> str:
@@ -189,7 +201,16 @@ def _character(
   character = pick((name.lower(), name.upper()), rng) if label == LETTER else str(label)
   image = glyph_images.draw(character, font, style, image_px, rng)
   return _sample(
-    image, captioner, rng, key=key, label=label, class_name=name, domain=style, group=key, font=font
+    image,
+    captioner,
+    rng,
+    key=key,
+    label=label,
+    class_name=name,
+    domain=style,
+    style=style,
+    group=key,
+    font=font,
   )
 
 
@@ -207,7 +228,8 @@ def _handwritten(
   samples = []
   for row, (key, rng) in zip(rows, _keyed_generators(stream, len(rows), seed), strict=True):
     form = np.searchsorted(FORMS, row, side='right') - 1
-    image = glyph_images.handwrite(bitmaps[row], pick(styles, rng), image_px, rng)
+    style = pick(styles, rng)
+    image = glyph_images.handwrite(bitmaps[row], style, image_px, rng)
     samples.append(
       _sample(
         image,
@@ -217,6 +239,7 @@ def _handwritten(
         label=int(labels[row]),
         class_name=CLASSES[labels[row]],
         domain='handwriting',
+        style='handwriting' if style == 'handwriting' else f'handwriting, {style}',
         group=f'form-{form:02d}',
         font=None,
       )

@@ -33,7 +33,7 @@ class Control:
 
 
 def answer_sentence(
-  benchmark: str,
+  queries: str,  # a benchmark, or some queries of one: 'the 86 aligned queries of sketch'
   control: Control | None,  # None: neither a control nor base is evaluated
   loss: Estimate | None,  # acc_gap - acc_control
   share: Share | None,  # E' of a matched control; None: without a matched control, or unfinished
@@ -51,7 +51,7 @@ def answer_sentence(
     f' Not finished or not converged: {", ".join(unfinished[:LISTED])}{more}.' if unfinished else ''
   )
   if control is None or loss is None:
-    where = f'{benchmark}, by {split},' if split else benchmark
+    where = f'{queries}, by {split},' if split else queries
     return (
       f'On {where} there is no answer: it needs the aligned split and its control or base, '
       f'evaluated.{late}'
@@ -59,30 +59,28 @@ def answer_sentence(
   removed = (
     f'the rows that {split} removes'
     if split
-    else 'the pool images that are nearer to it than the anchor set'
+    else 'the pool images that are nearer to these images than the anchor set'
   )
   if control.unbalanced:
     because = f' ({control.reason})' if control.reason else ''
     return (
-      f'On {benchmark}, removing {removed} {_cost(loss)} against {control.words}; similarity and '
+      f'On {queries}, removing {removed} {_cost(loss)} against {control.words}; similarity and '
       f'{_joined(control.unbalanced)} cannot be told apart{because}.{late}'
     )
   if share is None or share.reason:
     why = share.reason if share is not None else 'the reference (anchor_only) is not evaluated'
     return (
-      f'On {benchmark}, removing {removed} {_cost(loss)} against {control.words}. There is no '
+      f'On {queries}, removing {removed} {_cost(loss)} against {control.words}. There is no '
       f'verdict, because {why}.{late}'
     )
   part = f'removing {removed} takes away {_share_of_lead(share, control)}'
   if share.method != 'crossed':
-    return f'On {benchmark}, {part}. There is no verdict: it needs three seeds.{late}'
+    return f'On {queries}, {part}. There is no verdict: it needs three seeds.{late}'
   if share.low > MAIN:
-    return f'On {benchmark}, similarity explains most of the lead: {part}.{late}'
+    return f'On {queries}, similarity explains most of the lead: {part}.{late}'
   if share.high < MAIN:
-    return f'On {benchmark}, similarity explains little of the lead: {part}.{late}'
-  return (
-    f'On {benchmark}, {part}. There is no verdict: the interval holds {100 * MAIN:.0f} %.{late}'
-  )
+    return f'On {queries}, similarity explains little of the lead: {part}.{late}'
+  return f'On {queries}, {part}. There is no verdict: the interval holds {100 * MAIN:.0f} %.{late}'
 
 
 def _joined(names: Sequence[str]) -> str:

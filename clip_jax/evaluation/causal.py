@@ -32,6 +32,19 @@ class Share:
   lead: Estimate  # acc_control - acc_reference, the denominator
   method: str  # 'crossed' (S >= 3) | 'range' (S = 2) | 'this checkpoint' (S = 1)
   reason: str  # why there is no share, or ''
+  df: float = np.nan  # degrees of freedom of the ratio's linearisation
+
+  @property
+  def seeds(self) -> int:
+    return self.lead.seeds
+
+  @property
+  def images(self) -> int:
+    return self.lead.images
+
+  @property
+  def groups(self) -> int:
+    return self.lead.groups
 
 
 @dataclass(frozen=True)
@@ -47,16 +60,19 @@ class Contrast:
 
 @dataclass(frozen=True)
 class Dose:
-  """The dose response of the pruned split against its control, for these seeds."""
+  """The dose response of the pruned split against its control."""
 
-  slope: float  # log odds of a correct answer per unit of dose, pruned against control
+  value: float  # the slope: log odds of a correct answer per unit of dose, pruned against control
   low: float
   high: float
-  error: float  # clustered by group
+  error: float  # crossed over seeds and groups
+  df: float  # degrees of freedom of the interval's t distribution
   p_value: float  # NaN below three seeds
+  seeds: int
   images: int  # in classes that are neither all correct nor all wrong
   dropped: int  # images of the other classes, which do not inform the slope
   groups: int
+  method: str  # as in Estimate
   reason: str  # '' or 'not estimable: ...'
 
 
@@ -99,7 +115,7 @@ def explained_share(
       reason=f'{control_name} is not shown to be better than {reference_name} ({_points(lead)})',
     )
   value = loss.value / lead.value
-  parts = np.stack([control - gap, control - reference])
+  parts, df = np.stack([control - gap, control - reference]), np.nan
   if lead.method == 'range':
     ratios = parts[0].mean(1) / parts[1].mean(1)  # [S]
     low, high = ratios.min(), ratios.max()
@@ -110,7 +126,8 @@ def explained_share(
       ratio = drawn[:, 0] / drawn[:, 1]
     low, high = np.nanquantile(ratio, [(1 - level) / 2, (1 + level) / 2])
     low, high = min(low, value + linear.low), max(high, value + linear.high)
-  return replace(share, value=value, low=float(low), high=float(high))
+    df = linear.df
+  return replace(share, value=value, low=float(low), high=float(high), df=df)
 
 
 def difference_in_differences(
@@ -137,10 +154,8 @@ def difference_in_differences(
     )
   if (hit & unhit).any():
     raise ValueError(f'{(hit & unhit).sum()} queries are marked both hit and unhit')
-  _, label = np.unique(label, return_inverse=True)
-  hits, unhits = (np.bincount(label, arm, label.max() + 1) for arm in (hit, unhit))  # [C]
-  both = (hits > 0) & (unhits > 0)
-  used_hits, used_unhits = int(hits[both].sum()), int(unhits[both].sum())
+  weights = class_weights(hit, unhit, label)
+  used_hits, used_unhits = (int(np.count_nonzero(weights[arm])) for arm in (hit, unhit))
   result = Contrast(None, int(hit.sum()), int(unhit.sum()), used_hits / max(int(hit.sum()), 1), '')
   if min(used_hits, used_unhits) < FEWEST:
     return replace(
@@ -148,10 +163,24 @@ def difference_in_differences(
       reason=f'not estimable: {used_hits} hit and {used_unhits} unhit queries '
       f'in classes that have both; each needs {FEWEST}',
     )
-  hit, unhit = hit & both[label], unhit & both[label]
-  per_unhit = hits / np.maximum(unhits, 1)  # [C] weight of an unhit query
-  weights = hit + unhit * per_unhit[label]
   return replace(result, estimate=statistics.contrast(difference, weights, unhit, groups, level))
+
+
+def class_weights(
+  first: Array,  # [Q] bool
+  second: Array,  # [Q] bool, none of them in `first`
+  label: Array,  # [Q] int
+) -> np.ndarray:  # [Q] float64
+  """Returns weights that give both arms of a contrast the class mix of the first.
+
+  An image of the first arm weighs 1; the images of the second arm share the weight of the first
+  arm's images of their class. Images of classes without both kinds, and of neither arm, weigh 0.
+  """
+  _, label = np.unique(label, return_inverse=True)
+  firsts, seconds = (np.bincount(label, arm, label.max() + 1) for arm in (first, second))  # [C]
+  both = (firsts > 0) & (seconds > 0)
+  per_second = firsts / np.maximum(seconds, 1)  # [C] weight of an image of the second arm
+  return both[label] * (first + second * per_second[label])
 
 
 def placebo(
@@ -190,9 +219,11 @@ def dose(
 ) -> Dose:
   """Fits logit P(correct) = pruned + dose + slope (pruned x dose) + class + seed.
 
-  The covariance is clustered by group. Seeds are fixed effects: the interval is over images, for
-  the given seeds. Classes that are all correct or all wrong have an infinite class effect and are
-  dropped.
+  The slope may differ between seeds: its variance is crossed over seeds and groups, as that of the
+  main interval (`statistics.two_way`), applied to the scores of the fit. Score sums by group alone
+  cover 84 to 87 % if seed slopes vary by half. One seed has an interval over groups, two have the
+  range of their own slopes. Classes that are all correct or all wrong have an infinite class effect
+  and are dropped.
   """
   pruned, control = statistics.matrix(pruned), statistics.matrix(control)
   difference = _difference(pruned, control)
@@ -205,48 +236,80 @@ def dose(
   if np.isnan(excess).any():
     raise ValueError(f'{np.isnan(excess).sum()} queries have no excess (NaN)')
   seeds, images = pruned.shape
-  answers = np.stack([control, pruned])  # [2, S, Q]
+  answers = np.stack([control, pruned], 1)  # [S, 2, Q]
   _, label, count = np.unique(label, return_inverse=True, return_counts=True)
   rate = np.bincount(label, answers.mean((0, 1))) / count  # [C]
   kept = np.flatnonzero((rate[label] > 0) & (rate[label] < 1))
-  group = statistics.group_index(groups, images)[kept]
-  units = len(np.unique(group))
-  nan = np.nan
-  result = Dose(nan, nan, nan, nan, nan, len(kept), images - len(kept), units, '')
+  _, group = np.unique(statistics.group_index(groups, images)[kept], return_inverse=True)
+  units, nan = len(np.unique(group)), np.nan
+  result = Dose(
+    nan, nan, nan, nan, nan, nan, seeds, len(kept), images - len(kept), units, _method(seeds), ''
+  )
   if units < 2:
     return replace(result, reason='not estimable: fewer than two groups in classes that vary')
-
-  shape = 2, seeds, len(kept)
-  treated = np.broadcast_to(np.array([0.0, 1.0])[:, None, None], shape)
-  amount = np.broadcast_to(np.maximum(excess[kept], 0), shape)
-  seed_effects = [np.broadcast_to((np.arange(seeds) == s)[:, None], shape) for s in range(1, seeds)]
-  x = np.stack([treated * amount, treated, amount, *seed_effects], -1).reshape(-1, 2 + seeds)
-  group, label = (np.broadcast_to(i, shape).ravel() for i in (group, label[kept]))
-  fit = _logistic(x, answers[:, :, kept].ravel(), np.unique(label, return_inverse=True)[1], group)
+  data = answers[:, :, kept], np.maximum(excess[kept], 0), label[kept], group
+  fit = _dose_fit(*data)
   if fit is None:
     return replace(
       result,
       reason='not estimable: the dose hardly varies within classes, or it separates correct from '
       'wrong answers',
     )
-  slope, error = fit
-  half = float(special.stdtrit(units - 1, (1 + level) / 2)) * error
-  p_value = 2 * special.stdtr(units - 1, -abs(slope) / error) if seeds > 2 else nan
+  slope, scores = fit
+  if seeds == 2:
+    each = [_dose_fit(data[0][[s]], *data[1:]) for s in range(2)]
+    slopes = [one[0] for one in each if one is not None]
+    low, high = (min(slopes), max(slopes)) if len(slopes) == 2 else (nan, nan)
+    return replace(result, value=slope, low=low, high=high)
+  variance, df = statistics.two_way(scores, statistics.effective_groups(np.bincount(group)))
+  error = float(np.sqrt(variance))
+  half = float(special.stdtrit(df, (1 + level) / 2)) * error
+  p_value = float(2 * special.stdtr(df, -abs(slope) / error)) if seeds > 2 else nan
   return replace(
-    result, slope=slope, low=slope - half, high=slope + half, error=error, p_value=float(p_value)
+    result,
+    value=slope,
+    low=slope - half,
+    high=slope + half,
+    error=error,
+    df=float(df),
+    p_value=p_value,
   )
+
+
+def _dose_fit(
+  answers: np.ndarray,  # [S, 2, Q] 0 or 1, of the control and of the pruned split
+  amount: np.ndarray,  # [Q]
+  label: np.ndarray,  # [Q] int
+  group: np.ndarray,  # [Q] in 0..G-1
+) -> tuple[float, np.ndarray] | None:  # the slope, and each group's contribution in each seed
+  """Fits the dose model; contributions [S, G] sum to about 0 over seeds and groups."""
+  shape = seeds, _, _ = answers.shape
+  treated = np.broadcast_to(np.array([0.0, 1.0])[:, None], shape)
+  amount = np.broadcast_to(amount, shape)
+  seed_effects = [
+    np.broadcast_to((np.arange(seeds) == s)[:, None, None], shape) for s in range(1, seeds)
+  ]
+  x = np.stack([treated * amount, treated, amount, *seed_effects], -1).reshape(-1, 2 + seeds)
+  _, label = np.unique(label, return_inverse=True)
+  fit = _logistic(x, answers.ravel(), np.broadcast_to(label, shape).ravel())
+  if fit is None:
+    return None
+  slope, scores = fit
+  units = group.max() + 1
+  cell = np.arange(seeds)[:, None, None] * units + np.broadcast_to(group, shape)
+  return slope, seeds * np.bincount(cell.ravel(), scores, seeds * units).reshape(seeds, units)
 
 
 def _logistic(
   x: np.ndarray,  # [n, k]
   y: np.ndarray,  # [n] 0 or 1
   label: np.ndarray,  # [n] in 0..C-1: one intercept each
-  group: np.ndarray,  # [n]: the clusters
-) -> tuple[float, float] | None:  # the first coefficient and its clustered error
+) -> tuple[float, np.ndarray] | None:  # the first coefficient, and its influences [n]
   """Fits a logistic regression by IRLS, each step a weighted regression within classes.
 
-  This is exact (Frisch and Waugh) without building the 1,000 class columns. None if the fit does
-  not exist: collinear columns, or a coefficient that diverges.
+  This is exact (Frisch and Waugh) without building the 1,000 class columns. An influence is the
+  observation's part of the estimate's error, in first order. None if the fit does not exist:
+  collinear columns, or a coefficient that diverges.
   """
   scale = x.std(0)
   if not (scale > 0).all():
@@ -271,11 +334,12 @@ def _logistic(
       break
   else:
     return None
-  scores = np.stack([np.bincount(group, c * (y - p)) for c in within.T], 1)  # [groups, k]
-  clusters = len(np.unique(group))
-  bread = np.linalg.inv(information)
-  covariance = bread @ (scores.T @ scores) @ bread * clusters / (clusters - 1)
-  return float(beta[0] / scale[0]), float(np.sqrt(covariance[0, 0]) / scale[0])
+  influence = within @ np.linalg.inv(information)[0] * (y - p) / scale[0]
+  return float(beta[0] / scale[0]), influence
+
+
+def _method(seeds: int) -> str:
+  return {1: 'this checkpoint', 2: 'range'}.get(seeds, 'crossed')
 
 
 def _difference(pruned: Array, control: Array) -> np.ndarray:  # [S, Q]

@@ -1,13 +1,17 @@
 """Effective robustness: accuracy beyond what a line through standard models predicts.
 
 In: accuracies. Out: accuracies. No files. The lines were refitted from the published accuracies of
-imagenet-testbed (Taori et al. 2020), standard models only, and hold for the ImageNet family only.
-For other benchmarks, fit a line through anchor_only checkpoints with fit_line, or use none.
+imagenet-testbed (Taori et al. 2020; robustness_top1s.csv of its repository), standard models only,
+without the two of its three copies of ResNet-50 that it trained itself. They hold for the ImageNet
+family only, and beyond x_low..x_high they are an extrapolation. For other benchmarks, fit a line
+through anchor_only checkpoints with fit_line, or use none.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+from scipy import special
 from scipy.special import expit, logit
 
 from clip_jax.core.types import Array
@@ -21,10 +25,26 @@ class Line:
   intercept: float
   models: int  # points of the fit
   r2: float  # on the logit axes
+  error: float  # residual standard deviation in log odds, with models - 2 degrees of freedom
+  x_mean: float  # mean logit of the x accuracies
+  x_squares: float  # sum of their squared deviations from x_mean
+  x_low: float  # lowest and highest x accuracy of the fit
+  x_high: float
 
   def accuracy(self, x_accuracy: float) -> float:
     """Returns the line's accuracy at x_accuracy, both in 0..1."""
     return float(expit(self.slope * logit(x_accuracy) + self.intercept))
+
+  def band(self, x_accuracy: float, level: float = 0.95) -> tuple[float, float]:
+    """Returns the prediction interval of one more standard model at x_accuracy, in 0..1.
+
+    It holds the scatter of the models and the error of the fit, on the logit axes.
+    """
+    x = logit(x_accuracy)
+    spread = 1 + 1 / self.models + (x - self.x_mean) ** 2 / self.x_squares
+    half = special.stdtrit(self.models - 2, (1 + level) / 2) * self.error * np.sqrt(spread)
+    middle = self.slope * x + self.intercept
+    return float(expit(middle - half)), float(expit(middle + half))
 
 
 def line(shift: str, x: str = 'val', x_accuracy: float = 0.0) -> Line:
@@ -53,6 +73,36 @@ def effective_robustness(shift: str, accuracy: float, x_accuracy: float, x: str 
   return accuracy - line_accuracy(shift, x_accuracy, x)
 
 
+def family_table(results: Mapping[str, Mapping]) -> dict[str, dict]:
+  """Returns the effective robustness on each shift of FAMILY among the results.
+
+  results: published name of a benchmark (FAMILY, and 'imagenet1k' for val) -> its scores, as in
+  <benchmark>.json. Without val, or where a needed scoring is missing, a shift is left out.
+  """
+  table = {}
+  for name, (shift, scoring, of_val) in FAMILY.items():
+    accuracy = _accuracy(results.get(name), scoring)
+    x_accuracy = _accuracy(results.get('imagenet1k'), of_val)
+    if accuracy is None or x_accuracy is None:
+      continue
+    axis = 'classes' if of_val else 'val'
+    expected = line_accuracy(shift, x_accuracy, axis)
+    table[name] = {
+      'accuracy': accuracy,
+      'x_accuracy': x_accuracy,
+      'line': expected,
+      'effective_robustness': accuracy - expected,
+    }
+  return table
+
+
+def _accuracy(scores: Mapping | None, scoring: str) -> float | None:
+  """Returns the accuracy of a result, or of its further scoring; None if there is none."""
+  if scores is not None and scoring:
+    scores = scores.get('scorings', {}).get(scoring)
+  return None if scores is None else scores['top1']
+
+
 def fit_line(
   x_accuracy: Array,  # [n] proportions
   accuracy: Array,  # [n] proportions
@@ -69,20 +119,50 @@ def fit_line(
     )
   slope, intercept = np.polyfit(x, y, 1)
   residual, total = ((y - slope * x - intercept) ** 2).sum(), ((y - y.mean()) ** 2).sum()
-  return Line(float(slope), float(intercept), len(x), float(1 - residual / total) if total else 1.0)
+  return Line(
+    float(slope),
+    float(intercept),
+    len(x),
+    float(1 - residual / total) if total else 1.0,
+    float(np.sqrt(residual / (len(x) - 2))),
+    float(x.mean()),
+    float(((x - x.mean()) ** 2).sum()),
+    float(x_accuracy.min()),
+    float(x_accuracy.max()),
+  )
 
 
 def _without_break(*numbers) -> tuple[Line, Line]:
   return Line(*numbers), Line(*numbers)
 
 
+# Published name of a benchmark -> shift, the scoring whose accuracy the line predicts, and the
+# scoring of val on the x axis ('': all classes).
+FAMILY = {
+  'imagenetv2': ('v2', '', ''),
+  'imagenet_sketch': ('sketch', '', ''),
+  'imagenet-a': ('a', '', 'imagenet-a'),
+  'imagenet-r': ('r', '', 'imagenet-r'),
+  'objectnet': ('objectnet', 'imagenet_masked', 'objectnet'),
+}
 A_BREAK = 0.9186  # val accuracy on ImageNet-A's classes
 LINES = {  # (shift, x axis): the line below and above A_BREAK
-  ('v2', 'val'): _without_break(0.9232, -0.4977, 85, 0.996),
-  ('sketch', 'val'): _without_break(1.0709, -2.3701, 85, 0.869),
-  ('r', 'classes'): _without_break(0.6368, -2.1077, 80, 0.889),
-  ('r', 'val'): _without_break(0.9116, -1.5999, 80, 0.877),
-  ('objectnet', 'classes'): _without_break(0.9809, -1.9283, 85, 0.953),
-  ('objectnet', 'val'): _without_break(1.1993, -2.0243, 85, 0.941),
-  ('a', 'classes'): (Line(0.6894, -5.1400, 33, 0.411), Line(2.9560, -10.2774, 51, 0.905)),
+  ('v2', 'val'): _without_break(0.9232, -0.4977, 85, 0.996, 0.0186, 1.1709, 8.501, 0.565, 0.847),
+  ('sketch', 'val'): _without_break(
+    1.0709, -2.3701, 85, 0.869, 0.1331, 1.1709, 8.501, 0.565, 0.847
+  ),
+  ('r', 'classes'): _without_break(
+    0.6368, -2.1077, 80, 0.889, 0.1000, 2.5016, 15.455, 0.769, 0.965
+  ),
+  ('r', 'val'): _without_break(0.9116, -1.5999, 80, 0.877, 0.1053, 1.1906, 7.439, 0.565, 0.847),
+  ('objectnet', 'classes'): _without_break(
+    0.9809, -1.9283, 85, 0.953, 0.0862, 1.3337, 12.862, 0.566, 0.883
+  ),
+  ('objectnet', 'val'): _without_break(
+    1.1993, -2.0243, 85, 0.941, 0.0961, 1.1709, 8.501, 0.565, 0.847
+  ),
+  ('a', 'classes'): (
+    Line(0.6894, -5.1400, 33, 0.411, 0.3102, 1.9752, 4.369, 0.762, 0.917),
+    Line(2.9560, -10.2774, 51, 0.905, 0.2649, 2.7893, 3.758, 0.919, 0.969),
+  ),
 }

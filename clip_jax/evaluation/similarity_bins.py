@@ -12,6 +12,7 @@ from scipy import sparse
 
 from clip_jax.core.types import Array
 from clip_jax.evaluation import statistics
+from clip_jax.evaluation.statistics import Estimate
 
 FEW = 20  # images
 
@@ -22,11 +23,8 @@ class Bin:
 
   low: float
   high: float
-  images: int
-  accuracy: float
-  accuracy_low: float  # of the 95 % interval, or of the range of two seeds; NaN for a single group
-  accuracy_high: float
-  within_class: float  # without class effects; NaN if no class links this bin to the others
+  raw: Estimate
+  within_class: Estimate | None  # without class effects; None if no class links this bin to others
   few: bool  # fewer than FEW images: shown in grey
 
 
@@ -53,42 +51,31 @@ def accuracy_by_similarity(
   if not kept.size:
     return []
   groups = statistics.group_index(groups, len(similarity))[kept]
-  correct, label = correct[:, kept], label[kept]
+  correct, label = correct[:, kept], np.unique(label[kept], return_inverse=True)[1]
   number = np.floor(similarity[kept] / width + 1e-6)  # float32 0.7 is just below 14 * 0.05
   number = np.minimum(number, np.ceil(1 / width - 1e-6) - 1).astype(int)
   edges, index = np.unique(number, return_inverse=True)
-  adjusted = _within_class(correct.mean(0), index, label)
+  weights = _within_class(index, label)
+  adjusted = _estimates(correct, weights, index, label, groups)
   bins = []
   for b, edge in enumerate(edges):
     members = np.flatnonzero(index == b)
     raw = statistics.accuracy_interval(correct[:, members], groups[members])
     low, high = (round(float(e * width), 6) for e in (edge, edge + 1))
-    bins.append(
-      Bin(
-        low,
-        high,
-        len(members),
-        raw.value,
-        raw.low,
-        raw.high,
-        float(adjusted[b]),
-        len(members) < FEW,
-      )
-    )
+    bins.append(Bin(low, high, raw, adjusted[b], len(members) < FEW))
   return bins
 
 
 def _within_class(
-  accuracy: np.ndarray,  # [n] mean over seeds
   index: np.ndarray,  # [n] bin, 0..b-1
-  label: np.ndarray,  # [n]
-) -> np.ndarray:  # [b]
-  """Returns the bin effects of a least-squares fit on bins and classes, plus the overall mean.
+  label: np.ndarray,  # [n] class, 0..C-1
+) -> np.ndarray:  # [b, n]; a row of NaN for a bin without a value
+  """Returns the weights of the images in each bin's accuracy without class effects.
 
+  That accuracy is the bin effect of a least-squares fit on bins and classes, plus the overall mean.
   Bins are comparable within class only if shared classes link them. Only the largest linked set
   gets values, and only if it has two or more bins; the mean is over its images.
   """
-  _, label = np.unique(label, return_inverse=True)
   shape = index.max() + 1, label.max() + 1
   count = sparse.coo_array((np.ones(len(index)), (index, label)), shape).tocsr()  # [b, C]
   in_bin, in_class = count.sum(1), count.sum(0)
@@ -96,14 +83,43 @@ def _within_class(
   shared = shared.toarray()
   _, part = sparse.csgraph.connected_components(shared)
   linked = part == np.bincount(part, in_bin).argmax()
-  effect = np.full(shape[0], np.nan)
+  weights = np.full((shape[0], len(index)), np.nan)
   if linked.sum() < 2:
-    return effect
-  class_mean = np.bincount(label, accuracy) / in_class
-  residual = np.bincount(index, accuracy - class_mean[label])  # [b]
+    return weights
   laplacian = np.diag(in_bin) - shared
-  effect[linked] = np.linalg.pinv(laplacian[np.ix_(linked, linked)]) @ residual[linked]
   n = in_bin[linked]
-  overall = np.bincount(index, accuracy)[linked].sum() / n.sum()
-  effect[linked] += overall - (n @ effect[linked]) / n.sum()
-  return effect
+  # residual [b, n]: an image counts in its bin, less its part in the mean of its class
+  residual = -(count.toarray() / in_class)[linked][:, label]
+  residual[(np.cumsum(linked) - 1)[index[linked[index]]], np.flatnonzero(linked[index])] += 1
+  effect = np.linalg.pinv(laplacian[np.ix_(linked, linked)]) @ residual
+  weights[linked] = effect - n @ effect / n.sum() + linked[index] / n.sum()
+  return weights
+
+
+def _estimates(
+  correct: np.ndarray,  # [S, n]
+  weights: np.ndarray,  # [b, n]
+  index: np.ndarray,  # [n] bin
+  label: np.ndarray,  # [n] class
+  groups: np.ndarray,  # [n] int
+) -> list[Estimate | None]:  # [b]
+  """Returns each bin's accuracy without class effects, with the crossed variance of its residuals.
+
+  Bins and classes of the images count as given.
+  """
+  known = np.isfinite(weights[:, 0])
+  if not known.any():
+    return [None] * len(weights)
+  linked = known[index]
+  weights, accuracy = weights[:, linked], correct.mean(0)[linked]
+  correct, index, label = correct[:, linked], index[linked], label[linked]
+  _, group = np.unique(groups[linked], return_inverse=True)
+  effect = np.where(known, weights @ accuracy, 0)
+  in_class = np.maximum(np.bincount(label), 1)
+  fitted = effect[index]
+  fitted = fitted + (np.bincount(label, accuracy - fitted) / in_class)[label]
+  residual = correct - fitted  # [S, n]
+  return [
+    statistics.linear_interval(weights[b], correct, residual, group) if known[b] else None
+    for b in range(len(weights))
+  ]

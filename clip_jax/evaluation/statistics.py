@@ -46,6 +46,7 @@ class Equivalence:
   low: float  # the 90 % interval
   high: float
   margin: float  # largest negligible difference
+  p_value: float  # of the two one-sided tests (Schuirmann 1987): below 5 % if 'equivalent'
   detectable: float  # true difference detected with power 80 % at level 5 %; NaN for S < 3
 
 
@@ -64,6 +65,12 @@ def group_index(groups: Sequence | Array | None, images: int) -> np.ndarray:  # 
     return np.arange(images)
   if len(groups) != images:
     raise ValueError(f'groups must have one name per image: got {len(groups)} for {images} images')
+  if isinstance(groups, np.ndarray) and groups.dtype.kind in 'iu':
+    alone = groups == -1
+    names = groups.astype(np.int64)
+    names[alone] = names.max() + 1 + np.arange(alone.sum())
+    _, first, index = np.unique(names, return_index=True, return_inverse=True)
+    return np.argsort(np.argsort(first))[index]
   number, index = {}, np.empty(images, np.int64)
   for i, name in enumerate(groups):
     missing = isinstance(name, float | np.floating) and np.isnan(name)
@@ -79,8 +86,8 @@ def crossed_interval(
 ) -> Estimate:
   """Returns the mean difference over seeds and images, with two-way random effects.
 
-  Var = max(MS_S + MS_I - MS_E, MS_S, MS_I) / (S Q), with Satterthwaite's df, at least S - 1. Images
-  of one group (siblings of one photo) enter as their sum.
+  The variance and degrees of freedom are those of `two_way`. Images of one group (siblings of one
+  photo) enter as their sum.
   """
   difference = matrix(difference)
   same = np.ones(difference.shape[1])
@@ -100,14 +107,14 @@ def contrast(
   sizes add no variance of their own (linearisation of the ratio estimator).
   """
   values = matrix(values)
-  totals, z, arm_groups = _contributions(values, weights, arms, groups)
-  variance, df = two_way(z)
+  parts = _contributions(values, weights, arms, groups)
+  seeds, images, units = *values.shape, parts.z.shape[1]
+  variance, df = two_way(parts.z, parts.effective)
+  if seeds == 2 or np.isnan(variance):
+    return _without_error(parts.totals, images, units)
   if variance < TINY:  # avoids a zero-width interval: as if one group per arm gained and one lost
-    variance, df = (2 / (arm_groups + 2.0) ** 2).sum(), z.shape[1] - 1.0
-  seeds, images, units = *values.shape, z.shape[1]
-  if seeds == 2 or units < 2:
-    return _without_error(totals, images, units)
-  value, error = float(totals.mean()), float(np.sqrt(variance))
+    variance, df = sum(2 / (n + 2.0) ** 2 for n in parts.groups), units - 1.0
+  value, error = float(parts.totals.mean()), float(np.sqrt(variance))
   half = float(special.stdtrit(df, (1 + level) / 2)) * error
   p_value = float(2 * special.stdtr(df, -abs(value) / error)) if seeds > 2 else np.nan
   return Estimate(
@@ -154,7 +161,7 @@ def image_interval(
   p = float(correct.mean())
   low, high = _wilson(p, images, special.ndtri((1 + level) / 2))
   error = float(np.sqrt(p * (1 - p) / images))
-  return Estimate(p, low, high, error, np.inf, np.nan, 1, images, images, 'wilson')
+  return Estimate(p, float(low), float(high), error, np.inf, np.nan, 1, images, images, 'wilson')
 
 
 def balanced_accuracy(
@@ -171,6 +178,34 @@ def balanced_accuracy(
     )
   _, index, count = np.unique(label, return_inverse=True, return_counts=True)
   return _bounded(correct, 1 / count[index], groups, level)
+
+
+def linear_interval(
+  weights: Array,  # [Q] of the images in a linear estimate of an accuracy
+  values: Array,  # [S, Q]
+  residual: Array,  # [S, Q] values less those of the fitted model
+  groups: Sequence | Array | None = None,
+  level: float = 0.95,
+) -> Estimate:
+  """Returns sum over images of weight x value, with the crossed variance of weight x residual.
+
+  Bounds are clipped to 0..1. Groups count by their sums of squared weights.
+  """
+  values, weights = matrix(values), np.asarray(weights, np.float64)
+  group = group_index(groups, values.shape[1])
+  totals, z = values @ weights, _group_sums(weights * residual, group)
+  seeds, images, units = *values.shape, z.shape[1]
+  sizes = np.sqrt(np.bincount(group, weights**2))
+  variance, df = two_way(z, effective_groups(sizes))
+  if seeds == 2 or np.isnan(variance):
+    return _without_error(totals, images, units)
+  if variance < TINY:  # as in contrast
+    variance, df = 2 / (units + 2.0) ** 2, units - 1.0
+  value, error, df = float(totals.mean()), float(np.sqrt(variance)), float(df)
+  half = float(special.stdtrit(df, (1 + level) / 2)) * error
+  low, high = (float(np.clip(bound, 0, 1)) for bound in (value - half, value + half))
+  method = 'crossed' if seeds > 2 else 'this checkpoint'
+  return Estimate(value, low, high, error, df, np.nan, seeds, images, units, method)
 
 
 def bootstrap_interval(
@@ -250,6 +285,7 @@ def equivalence(
 ) -> Equivalence:
   """Tests whether a difference is negligible.
 
+  The verdict is of one comparison; claims over several need Holm's adjustment of the p-values.
   'equivalent': the 90 % interval lies inside +-margin, even if the 95 % interval excludes 0.
   'different': the 95 % interval excludes 0. 'undetermined': neither, or fewer than three seeds.
   """
@@ -257,14 +293,15 @@ def equivalence(
   if margin is None:
     margin = 0.01 if difference.shape[1] >= SMALL_SET else 0.03
   narrow, wide = (crossed_interval(difference, groups, level) for level in (0.9, 0.95))
-  verdict, detectable = 'undetermined', np.nan
+  verdict, detectable, p_value = 'undetermined', np.nan, np.nan
   if wide.method == 'crossed':
     detectable = wide.error * (special.stdtrit(wide.df, 0.975) + special.stdtrit(wide.df, POWER))
+    p_value = float(special.stdtr(wide.df, (abs(wide.value) - margin) / wide.error))
     if -margin < narrow.low and narrow.high < margin:
       verdict = 'equivalent'
     elif wide.low > 0 or wide.high < 0:
       verdict = 'different'
-  return Equivalence(verdict, narrow.low, narrow.high, margin, float(detectable))
+  return Equivalence(verdict, narrow.low, narrow.high, margin, p_value, float(detectable))
 
 
 def mcnemar(first: Array, second: Array) -> McNemar:  # [Q] bool, [Q] bool
@@ -290,25 +327,48 @@ def holm(p_values: Array | Sequence[float]) -> np.ndarray:  # [m] -> [m]
   return adjusted
 
 
-def two_way(z: Array) -> tuple[float, float]:  # [S, G] -> variance, df
-  """Returns the variance and degrees of freedom of the mean over seeds of the sum over groups.
+def two_way(
+  z: Array,  # [..., S, G] contribution of each group in each seed
+  effective: float | None = None,  # number of groups of equal size, see effective_groups; None: G
+) -> tuple[Array, Array]:  # variance [...], df [...]
+  """Returns variance and degrees of freedom of the mean over seeds of the sum over groups.
 
-  z: the contribution of each group (column) in each seed (row). Both count as random samples.
+  Both count as random samples. Var = max(MS_S + MS_I - MS_E, MS_S, MS_I) / (S G), the two-way
+  random-effects variance of a mean, here as parts of that variance.
+  df: 1/df = w / (S - 1) + (1 - w) / (G - 1), with w = MS_S / max(...), the seeds' share.
+  Satterthwaite's df, which weights squares, is too large if the estimate of a variance with two
+  degrees of freedom is small by chance: intervals of three seeds then cover 92 % in place of 95 %
+  (docs/statistics.md). Groups of unequal size count as G = `effective` groups.
   """
-  seeds, units = z.shape
+  seeds, units = z.shape[-2:]
+  nothing = np.full(z.shape[:-2], np.nan)
   if units < 2:
-    return np.nan, np.nan
-  row, column, mean = z.mean(1), z.mean(0), z.mean()
-  ms_images = seeds * ((column - mean) ** 2).sum() / (units - 1)
+    return nothing, nothing
+  effective = float(units) if effective is None else max(effective, 2.0)
+  few = effective / (effective - 1)
+  total, column = z.sum(-1), z.mean(-2)  # [..., S], [..., G]
+  mean = column.mean(-1)
+  column = column - mean[..., None]
+  of_images = few * (column**2).sum(-1)
   if seeds == 1:
-    return units * ms_images, units - 1.0
-  ms_seeds = units * ((row - mean) ** 2).sum() / (seeds - 1)
-  df_error = (seeds - 1) * (units - 1)
-  ms_error = ((z - row[:, None] - column + mean) ** 2).sum() / df_error
-  ms = max(ms_seeds + ms_images - ms_error, ms_seeds, ms_images)
-  spread = ms_seeds**2 / (seeds - 1) + ms_images**2 / (units - 1) + ms_error**2 / df_error
-  df = ms**2 / spread if spread > 0 else 0.0
-  return units * ms / seeds, max(df, seeds - 1.0)
+    return of_images, np.full_like(of_images, effective - 1)
+  of_seeds = total.var(-1, ddof=1) / seeds
+  rest = z - total[..., None] / units - column[..., None, :]
+  of_error = few * (rest**2).sum((-2, -1)) / (seeds * (seeds - 1))
+  variance = np.maximum(np.maximum(of_seeds + of_images - of_error, of_seeds), of_images)
+  part = np.divide(of_seeds, variance, out=np.ones_like(variance), where=variance > 0)
+  return variance, 1 / (part / (seeds - 1) + (1 - part) / (effective - 1))
+
+
+def effective_groups(sizes: Array) -> float:  # [G] sums of weights, 0 or larger
+  """Returns the number of groups of equal size with the same sum of squared shares (Kish 1965).
+
+  With unequal groups, the largest dominate: their squared deviations underestimate the variance, as
+  those of fewer groups do, and have fewer degrees of freedom (Carter, Schnepel and Steigerwald
+  2017).
+  """
+  sizes = np.asarray(sizes, np.float64)
+  return float(sizes.sum() ** 2 / (sizes**2).sum())
 
 
 def matrix(values: Array) -> np.ndarray:  # [S, Q] float64
@@ -327,27 +387,41 @@ def _group_sums(values: np.ndarray, group: np.ndarray) -> np.ndarray:  # [m, Q],
   return np.stack([np.bincount(group, row) for row in values])
 
 
+@dataclass(frozen=True)
+class _Parts:
+  """A weighted mean, or a difference of two, taken apart by seed and group."""
+
+  totals: np.ndarray  # [S] each seed's estimate
+  z: np.ndarray  # [S, G] contributions
+  groups: list[int]  # per arm
+  effective: float  # groups of equal size, the mean over arms
+
+
 def _contributions(
   values: np.ndarray,  # [S, Q]
   weights: Array,  # [Q]
   arms: Array,  # [Q] 0 or 1
   groups: Sequence | Array | None,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Returns each seed's estimate [S], each group's contribution [S, G], and groups per arm."""
+) -> _Parts:
   group = group_index(groups, values.shape[1])
   counted = np.flatnonzero(weights)
   _, group = np.unique(group[counted], return_inverse=True)
   values = values[:, counted]
   weights, arms = np.asarray(weights, np.float64)[counted], np.asarray(arms)[counted]
-  totals, z, arm_groups = np.zeros(len(values)), np.zeros((len(values), group.max() + 1)), []
+  totals, z, sizes = np.zeros(len(values)), np.zeros((len(values), group.max() + 1)), []
   for sign, arm in ((1, 0), (-1, 1)):
     weight = np.where(arms == arm, weights, 0)
     if weight.any():
       mean = (values * weight).sum(1) / weight.sum()  # [S]
       totals += sign * mean
       z += _group_sums(sign * weight * (values - mean.mean()) / weight.sum(), group)
-      arm_groups.append(len(np.unique(group[arms == arm])))
-  return totals, z, np.array(arm_groups)
+      sizes.append(np.bincount(group, weight))
+  return _Parts(
+    totals,
+    z,
+    [int((n > 0).sum()) for n in sizes],
+    float(np.mean([effective_groups(n) for n in sizes])),
+  )
 
 
 def _without_error(totals, images, units) -> Estimate:  # [S]
@@ -370,23 +444,20 @@ def _without_error(totals, images, units) -> Estimate:  # [S]
 
 def _bounded(correct, weights, groups, level) -> Estimate:
   """Returns a weighted accuracy in Wilson's form, with an effective number of images."""
-  totals, z, _ = _contributions(correct, weights, np.zeros(len(weights)), groups)
-  seeds, images, units = *correct.shape, z.shape[1]
-  if seeds == 2 or units < 2:
-    return _without_error(totals, images, units)
-  p = float(totals.mean())
-  variance, df = two_way(z)
-  if variance < TINY:  # all correct or all wrong: each group counts as one observation
-    effective, df = units, units - 1.0
-  else:
-    effective = min(p * (1 - p) / variance, seeds * images)
-  low, high = _wilson(p, effective, special.stdtrit(df, (1 + level) / 2))
+  parts = _contributions(correct, weights, np.zeros(len(weights)), groups)
+  seeds, images, units = *correct.shape, parts.z.shape[1]
+  variance, df = two_way(parts.z, parts.effective)
+  if seeds == 2 or np.isnan(variance):
+    return _without_error(parts.totals, images, units)
+  p = float(parts.totals.mean())
+  df = units - 1.0 if variance < TINY else float(df)
+  low, high = bounded(p, variance, df, units, seeds * images, level)
   return Estimate(
     p,
-    low,
-    high,
+    float(low),
+    float(high),
     float(np.sqrt(variance)),
-    float(df),
+    df,
     np.nan,
     seeds,
     images,
@@ -395,9 +466,27 @@ def _bounded(correct, weights, groups, level) -> Estimate:
   )
 
 
-def _wilson(p: float, n: float, quantile: float) -> tuple[float, float]:
+def bounded(
+  p: Array | float,  # [...] proportions
+  variance: Array | float,  # [...] of p, as from two_way
+  df: Array | float,  # [...]
+  units: int,  # G
+  most: int,  # S Q, the highest effective number of images
+  level: float = 0.95,
+) -> tuple[Array, Array]:  # low [...], high [...]
+  """Returns Wilson's interval for an effective number of images n = p (1 - p) / Var.
+
+  All correct or all wrong has no variance; each group then counts as one observation.
+  """
+  constant = np.asarray(variance < TINY)
+  n = np.minimum(p * (1 - p) / np.where(constant, 1, variance), most)
+  df = np.where(constant, units - 1, df)
+  return _wilson(p, np.where(constant, units, n), special.stdtrit(df, (1 + level) / 2))
+
+
+def _wilson(p: Array | float, n: Array | float, quantile: Array) -> tuple[Array, Array]:
   """Returns Wilson's score interval of a proportion p observed on n images."""
   shrink = 1 + quantile**2 / n
   middle = (p + quantile**2 / (2 * n)) / shrink
   half = quantile / shrink * np.sqrt(p * (1 - p) / n + quantile**2 / (4 * n**2))
-  return float(np.clip(middle - half, 0, p)), float(np.clip(middle + half, p, 1))
+  return np.clip(middle - half, 0, p), np.clip(middle + half, p, 1)

@@ -18,7 +18,7 @@ def class_matrix(
   encode_text: Callable[[list[str]], Array],  # n texts -> [n, E] float32, of any length
   classes: Sequence[str],  # C names
   templates: Sequence[str],  # M texts; '{}' takes the class name
-  batch_size: int = 1024,  # texts; the last batch is shorter
+  batch_size: int = 8192,  # texts, rounded down to whole classes; the last batch is shorter
 ) -> np.ndarray:  # [C, E] float32, unit norm
   """Returns CLIP's prompt ensemble: per class, encode templates, normalise, average, normalise."""
   if not classes or not templates:
@@ -29,21 +29,19 @@ def class_matrix(
   for template in templates:
     if '{}' not in template:
       raise ConfigError(f"the template {template!r} has no '{{}}' for the class name; add one.")
-  texts = [template.replace('{}', name) for name in classes for template in templates]
-  encoded = np.concatenate(
-    [
-      np.asarray(encode_text(texts[i : i + batch_size]), np.float64)
-      for i in range(0, len(texts), batch_size)
-    ]
-  )  # [C M, E]
-  if len(encoded) != len(texts):
-    raise ValueError(
-      f'encode_text must return one row per text: got shape {encoded.shape} for {len(texts)} texts'
-    )
-  mean = (
-    to_unit_length(_nonzero(encoded)).reshape(len(classes), len(templates), -1).mean(1)
-  )  # [C, E]
-  return to_unit_length(_nonzero(mean)).astype(np.float32)
+  at_once, means = max(1, batch_size // len(templates)), []
+  for start in range(0, len(classes), at_once):
+    names = classes[start : start + at_once]
+    texts = [template.replace('{}', name) for name in names for template in templates]
+    encoded = np.asarray(encode_text(texts), np.float64)
+    if len(encoded) != len(texts):
+      raise ValueError(
+        f'encode_text must return one row per text: got shape {encoded.shape} for {len(texts)} '
+        'texts'
+      )
+    unit = to_unit_length(_nonzero(encoded)).reshape(len(names), len(templates), -1)
+    means.append(unit.mean(1))
+  return to_unit_length(_nonzero(np.concatenate(means))).astype(np.float32)
 
 
 def predict(
@@ -51,13 +49,13 @@ def predict(
   classes: Array,  # [C, E] float32, the class matrix
   mask: Array | None = None,  # [C] bool: classes that may be predicted
   usable: Array | None = None,  # [n] bool: predictions of other images are -1
-) -> (
-  np.ndarray
-):  # [n, min(5, C)] int32, best first; ties: the lowest class; -1 after the last class
-  """Returns the best five classes of each image; the mask applies before the argmax.
+  meaning: Array | None = None,  # [C] int, 0 or more where mask: the label that each class means
+) -> np.ndarray:  # [n, min(5, C)] int32, best first; ties: the lowest label; -1 after the last
+  """Returns the best five labels of each image; the mask applies before the argmax.
 
-  Scores are summed in float64 and rounded to float32, so that classes with equal names tie exactly
-  and predictions do not depend on the block of an image.
+  Without `meaning` the label of a class is its index. Classes of one meaning count once, by the
+  highest of their scores. Scores are summed in float64 and rounded to float32, so that classes with
+  equal names tie exactly and predictions do not depend on the block of an image.
   """
   image, classes = np.asarray(image), np.asarray(classes, np.float64)
   if image.ndim != 2 or classes.ndim != 2 or image.shape[1] != classes.shape[1]:
@@ -66,13 +64,21 @@ def predict(
     )
   mask = np.ones(len(classes), bool) if mask is None else np.asarray(mask)
   usable = np.ones(len(image), bool) if usable is None else np.asarray(usable)
+  meaning = np.arange(len(classes)) if meaning is None else np.asarray(meaning)
   if mask.dtype != bool or mask.shape != classes.shape[:1] or not mask.any():
     raise ValueError(
       f'mask must be bool [{len(classes)}] with at least one class: got {mask.dtype} {mask.shape}'
     )
   if usable.dtype != bool or usable.shape != image.shape[:1]:
     raise ValueError(f'usable must be bool [{len(image)}]: got {usable.dtype} {usable.shape}')
+  if meaning.shape != classes.shape[:1] or (meaning[mask] < 0).any():
+    raise ValueError(
+      f'meaning must be [{len(classes)}], 0 or more for every class of the mask: got shape '
+      f'{meaning.shape}'
+    )
   allowed = np.flatnonzero(mask)
+  allowed = allowed[np.argsort(meaning[allowed], kind='stable')]
+  labels, first = np.unique(meaning[allowed], return_index=True)
   best = np.full((len(image), min(5, len(classes))), -1, np.int32)
   for start in range(0, len(image), ROWS):
     block = slice(start, start + ROWS)
@@ -80,9 +86,11 @@ def predict(
     if np.isnan(scores[usable[block]]).any():
       row = start + int(np.flatnonzero(np.isnan(scores).any(1) & usable[block])[0])
       raise ValueError(f'the vector of image {row} or a class vector holds NaN')
-    for rank in range(min(best.shape[1], len(allowed))):
+    if len(labels) < len(allowed):
+      scores = np.maximum.reduceat(scores, first, axis=1)
+    for rank in range(min(best.shape[1], len(labels))):
       top = scores.argmax(1)  # ties: the first
-      best[block, rank] = allowed[top]
+      best[block, rank] = labels[top]
       scores[np.arange(len(scores)), top] = -np.inf
   best[~usable] = -1
   return best

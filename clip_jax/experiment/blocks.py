@@ -6,6 +6,7 @@ from clip_jax import defaults
 from clip_jax.core import config as config_lib
 from clip_jax.core.types import Config
 from clip_jax.data import row_rules
+from clip_jax.evaluation import class_sets
 from clip_jax.pruning import rules
 
 POOL, ANCHOR, GLYPHS, ANCHOR_CLASSES, PLANTED, SIZES = (
@@ -23,6 +24,9 @@ TRAINED = (POOL, ANCHOR, PLANTED)
 # The column that the stage embed computes for the rule column: cosine similarity of image and
 # caption by the main embedder. DataComp's CLIP score.
 IMAGE_TEXT = 'image_text_similarity'
+# Joins the name of a benchmark and a range of its queries in the name of a search target; no name
+# in the config may contain it.
+RANGE = '@'
 VECTORS = 'embeddings'  # the format of datasets whose files are vectors
 # Config keys that change the result of a training run, besides model, preprocessing and seed.
 RECIPE = tuple(
@@ -79,7 +83,7 @@ def _planted_block(config: Config) -> Config:
     label_key='label',
     group_key='group',
     columns=('query', 'kind', 'copy'),
-    classes=tuple(config.benchmarks[config.planted.benchmark].classes),
+    classes=given_classes(config.benchmarks[config.planted.benchmark]),
   )
 
 
@@ -93,7 +97,9 @@ def flatten(block: Config, prefix: str = '') -> list[tuple[str, Config]]:
   if block.format != 'concat':
     return [(prefix, block)]
   return [
-    pair for name in block.sources for pair in flatten(block.sources[name], f'{prefix}{name}/')
+    pair
+    for name in sorted(block.sources)
+    for pair in flatten(block.sources[name], f'{prefix}{name}/')
   ]
 
 
@@ -113,6 +119,18 @@ def is_labelled(block: Config) -> bool:
     part.label_key != row_rules.NO_LABELS and (part.label_key or part.format in ('folder', GLYPHS))
     for _, part in flatten(block)
   )
+
+
+def class_set(block: Config) -> class_sets.ClassSet | None:
+  """Returns the published classes that a benchmark's block names; None for other datasets."""
+  is_published = 'class_set' in block and block.class_set  # a key of benchmarks only
+  return class_sets.by_name(block.class_set) if is_published else None
+
+
+def given_classes(block: Config) -> tuple[str, ...]:
+  """Returns the class names that a dataset's block gives, in label order; () if it gives none."""
+  found = class_set(block)
+  return found.names if found else tuple(block.classes)
 
 
 def is_prompts(config: Config, reference: str) -> bool:
@@ -146,11 +164,41 @@ def embedded_datasets(config: Config, embedder: str = '') -> list[str]:
 
 
 def targets(config: Config, embedder: str = '') -> list[str]:
-  """Returns the targets of the search: benchmarks, classes of a labelled anchor, references."""
-  names = list(config.benchmarks)
+  """Returns the targets of the search.
+
+  They are benchmarks, ranges of a benchmark's queries, classes of a labelled anchor, references.
+  """
+  ranges = [name for split in config.splits for name in split_targets(config, split)]
+  names = list(dict.fromkeys([*config.benchmarks, *ranges]))
   if has_anchor(config) and is_labelled(config.anchor):
     names.append(ANCHOR_CLASSES)
   return names if embedder else [*names, *config.references]
+
+
+def split_targets(config: Config, split: str) -> tuple[str, ...]:
+  """Returns the search targets whose queries count for a split, one for each of its benchmarks."""
+  block = config.splits[split]
+  low, high = map(float, block.queries)
+  return tuple(
+    f'{name}{RANGE}{low!r}_{high!r}' if holds_back(config, split) else name
+    for name in block.benchmarks
+  )
+
+
+def benchmark_of(target: str) -> str:
+  """Returns the benchmark of a search target: 'sketch' of 'sketch@0.0_0.5' and of 'sketch'."""
+  return target.partition(RANGE)[0]
+
+
+def query_range(target: str) -> tuple[float, float]:
+  """Returns the range of the queries that a search target holds: (0, 1) for all."""
+  low, _, high = target.partition(RANGE)[2].partition('_')
+  return (float(low), float(high)) if high else (0.0, 1.0)
+
+
+def holds_back(config: Config, split: str) -> bool:
+  """Returns whether some queries of a split's benchmarks do not count for pruning."""
+  return tuple(config.splits[split].queries) != (0, 1)
 
 
 def uses_weights_file(embedder: Config) -> bool:

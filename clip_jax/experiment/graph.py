@@ -44,7 +44,15 @@ _NOT_IN_INDEX = (
   'metadata',
   'any_norm',
   'images',
+  'optional',
+  'expected_rows',
+  'scorings',
+  'average',
+  'published_name',
 )
+# Keys that later versions added: with their defaults they are in no fingerprint, so that products
+# of older versions stay valid.
+_ADDED = {'class_set': '', 'scorings': ()}
 # Keys of config.dedup that are not in the marks' fingerprint: the embedder counts through the
 # embeddings, which are inputs, and the de-duplication audit is another product.
 _NOT_IN_MARKS = ('embedder', 'audit_rows')
@@ -132,7 +140,10 @@ class Graph:
     name = self.config.planted.benchmark
     if not name:
       return []
-    keys = blocks.pick_keys(self.config, ['planted', f'benchmarks.{name}.classes'])
+    classes = f'benchmarks.{name}.classes'
+    keys = blocks.pick_keys(self.config, ['planted']) | {
+      classes: list(blocks.given_classes(self.config.benchmarks[name]))
+    }
     return [
       Product(
         f'ingest/planted/tars/{i:05d}',
@@ -153,7 +164,7 @@ class Graph:
       keys = {
         f'{dataset}.{key}': value
         for key, value in blocks.plain(shard.block).items()
-        if key not in _NOT_IN_INDEX
+        if key not in _NOT_IN_INDEX and not _is_absent(key, value)
       }
       keys[f'{dataset}.needs_caption'] = dataset in blocks.TRAINED
       most = self.config.ingest.max_megapixels
@@ -371,7 +382,8 @@ class Graph:
   def search_shards(self, target: str, embedder: str = '') -> list[Product]:
     """Returns the search results of a target, one product for each pool shard.
 
-    target: a benchmark, a reference, or ANCHOR_CLASSES (the mean vectors of the anchor's classes).
+    target: a benchmark, a range of its queries (blocks.split_targets), a reference, or
+    ANCHOR_CLASSES (the mean vectors of the anchor's classes).
     """
     config, keys, at_least = self.config, {}, {}
     if target in config.references and blocks.is_prompts(config, target):
@@ -387,9 +399,12 @@ class Graph:
         config, ['search.backend', *(['search.candidates'] if self._is_scann() else [])]
       )
       reads = list(self.embeddings(ANCHOR, embedder)) if blocks.has_anchor(config) else []
-      if target != ANCHOR_CLASSES:
-        reads += self.embeddings(target, embedder)
+      if target != ANCHOR_CLASSES:  # the groups of its queries are in the inputs of embeddings
+        reads += self.embeddings(blocks.benchmark_of(target), embedder)
+      if target in config.benchmarks:
         at_least = {'search.top_k': config.search.top_k}  # longer lists start with the shorter ones
+      elif target != ANCHOR_CLASSES:
+        keys['queries'] = list(blocks.query_range(target))
     home = _embedder_folder(embedder)
     return [
       Product(
@@ -527,6 +542,8 @@ class Graph:
     """
     config, block, rule = self.config, self.config.splits[split], blocks.rule_of(self.config, split)
     keys = {f'splits.{key}': value for key, value in blocks.parameters(config, split).items()}
+    # The search shards of a range of queries are inputs, so the range is in their fingerprints.
+    keys.pop('splits.queries', None)
     keys |= {
       'splits.rule': block.rule,
       'splits.append_anchor': blocks.appends_anchor(config, split),
@@ -548,7 +565,7 @@ class Graph:
         'config.anchor.label_key.'
       )
     for name in (
-      *block.benchmarks,
+      *blocks.split_targets(config, split),
       *([ANCHOR_CLASSES] if 'anchor_classes' in rule.needs else []),
       *([block.reference] if 'levels' in rule.needs and block.reference else []),
     ):
@@ -700,7 +717,11 @@ class Graph:
 
   def result(self, split: str, seed: int, benchmark: str) -> Product:
     """Returns the zero-shot scores of a run on a benchmark."""
-    keys = [f'benchmarks.{benchmark}.{key}' for key in ('classes', 'templates', 'class_mask')]
+    block = self.config.benchmarks[benchmark]
+    added = [key for key in _ADDED if not _is_absent(key, block[key])]
+    keys = [
+      f'benchmarks.{benchmark}.{key}' for key in ('classes', 'templates', 'class_mask', *added)
+    ]
     return Product(
       f'evaluate/{split}/seed{seed}/{benchmark}',
       'result',
@@ -732,6 +753,11 @@ class Graph:
     if any(image_folders):  # shown in galleries of vector datasets; no other product reads them
       keys['images'] = image_folders
     return [Product('report/index', 'page', keys=keys, is_cheap=True, reads_all=True)]
+
+
+def _is_absent(key: str, value: object) -> bool:
+  """Returns whether a key of a later version has its default."""
+  return key in _ADDED and value == _ADDED[key]
 
 
 def _embedder_folder(embedder: str) -> str:

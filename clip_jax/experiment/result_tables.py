@@ -33,6 +33,8 @@ RESULT = (
   'top5',
   'mean_per_class',
   'unreadable',
+  'groups',
+  'df',
 )  # keys of a result that are columns
 
 

@@ -108,7 +108,7 @@ def list_shards(block: Config, planted_tars: Sequence[str] = ()) -> list[Shard]:
       else listing.list_files(part.format, os.path.expanduser(part.path))
     )
     root, folder_labels = listing.root(form, part.path), _labels(part)
-    classes = tuple(part.classes) or (
+    classes = blocks.given_classes(part) or (
       folder_labels.classes if folder_labels else _source_classes(part, form, listed[0])
     )
     beside = (
@@ -140,8 +140,19 @@ def _labels(block: Config) -> labels.Labels | None:
   if block.format != 'folder' or block.label_key:
     return None
   return labels.labels(
-    listing.root('folder', block.path), tuple(block.classes), os.path.expanduser(block.labels_file)
+    listing.root('folder', block.path),
+    blocks.given_classes(block),
+    os.path.expanduser(block.labels_file),
+    class_folders(block),
   )
+
+
+def class_folders(block: Config) -> labels.ClassFolders | None:
+  """Returns the class folders of a benchmark that has a class_set, else None."""
+  found = blocks.class_set(block)
+  if found is None:
+    return None
+  return labels.ClassFolders(found.folder_names, found.labels, found.leaves_out_folders)
 
 
 def _labels_hash(

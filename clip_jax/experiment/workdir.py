@@ -18,7 +18,7 @@ import numpy as np
 from clip_jax.core import files, products
 from clip_jax.core.errors import InputError
 from clip_jax.core.types import Array
-from clip_jax.data import reader, table, views
+from clip_jax.data import reader, row_rules, table, views
 from clip_jax.data.embeddings import Embeddings
 from clip_jax.experiment import blocks, graph
 from clip_jax.experiment.base_rows import BaseRows
@@ -38,6 +38,13 @@ class QueryResult:
   pool_nearest: Array  # [Q, k] int64: pool rows
   anchor_similarity_f64: Array  # [Q] float64: t_i, exact
   key: Array | None = None  # [Q] str; None in files of an older version
+
+  def among(self, which: Array) -> 'QueryResult':  # which: [Q] bool
+    """Returns the results of some queries."""
+    values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+    return dataclasses.replace(
+      self, **{name: value[which] for name, value in values.items() if value is not None}
+    )
 
   def nearest(self, dataset: str) -> tuple[Array, Array]:
     """Returns the similarity [Q] to the nearest row of the pool or the anchor, and that row [Q]."""
@@ -102,9 +109,16 @@ def keys(x: Experiment, dataset: str) -> Array:  # [n] str
   return np.array(source(x, dataset).column('key'), np.str_)
 
 
+def groups(x: Experiment, benchmark: str) -> Array | None:  # [n] str
+  """Returns the group of every image of a benchmark; None if every image is its own group."""
+  block = x.config.benchmarks[benchmark]
+  return source(x, benchmark).column('group') if block.group_key or block.group_pattern else None
+
+
 def class_names(x: Experiment, dataset: str) -> tuple[str, ...]:
   """Returns a dataset's class names in label order: from the config, else from its index."""
-  return tuple(blocks.datasets(x.config)[dataset].classes) or tuple(source(x, dataset).classes)
+  given = blocks.given_classes(blocks.datasets(x.config)[dataset])
+  return given or tuple(source(x, dataset).classes)
 
 
 def vector_dims(x: Experiment, dataset: str) -> dict[int, int]:
@@ -268,15 +282,30 @@ def query_result(x: Experiment, benchmark: str) -> QueryResult | None:
   return QueryResult(**files.read_npz(path)) if os.path.exists(path) else None
 
 
-def thresholds(x: Experiment, benchmark: str) -> tuple[Array, Array]:
-  """Returns a benchmark's usable queries [q, E] float16 and their exact thresholds [q] float64."""
+def thresholds(x: Experiment, target: str) -> tuple[Array, Array]:
+  """Returns the usable queries [q, E] float16 of a target, and their exact thresholds [q] float64.
+
+  target: a benchmark, or a range of its queries.
+  """
 
   def read():
+    benchmark = blocks.benchmark_of(target)
     vectors = embeddings(x, benchmark)
     exact = files.read_npz(queries_path(x, benchmark))['anchor_similarity_f64']
-    return vectors[:][vectors.usable], exact[vectors.usable]
+    counted = vectors.usable & queries_in(x, target)
+    return vectors[:][counted], exact[counted]
 
-  return x.cached(f'thresholds {benchmark}', read)
+  return x.cached(f'thresholds {target}', read)
+
+
+def queries_in(x: Experiment, target: str) -> Array:  # [Q] bool
+  """Returns which queries of a benchmark a target holds; whole groups, drawn by a hash of each."""
+  benchmark, span = blocks.benchmark_of(target), blocks.query_range(target)
+  if span == (0, 1):
+    return np.ones(len(source(x, benchmark)), bool)
+  groups = source(x, benchmark).column('group')
+  is_counted = {group: row_rules.counts_for_pruning(group, span) for group in set(groups)}
+  return np.array([is_counted[group] for group in groups], bool)
 
 
 def cosine(

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from clip_jax.core import config as config_lib
-from clip_jax.core.config import Key, natural, positive, within
+from clip_jax.core.config import Key, natural, part_of_one, positive, within
 from clip_jax.core.errors import ConfigError, InputError
 from clip_jax.core.types import Array
 from clip_jax.pruning.aligned import gap_aligned, k_aligned
@@ -270,6 +270,13 @@ def _some(words: Sequence[str]) -> str:
   return f'{", ".join(words[:3])} or one of {len(words) - 3:,} other words'
 
 
+def _queries(of: Mapping[str, Any]) -> str:
+  """Returns the benchmarks in prose, and the share of their queries that counts if it is not 1."""
+  low, high = of['queries']
+  share = f' ({100 * (high - low):g} % of the query groups count)'
+  return _listed(of['benchmarks']) + ('' if (low, high) == (0, 1) else share)
+
+
 def _gap_aligned_words(of: Mapping[str, Any]) -> str:
   slack = of['slack']
   cut = f', by more than {slack:g}'.replace('-', '\u2212') if slack else ''
@@ -277,8 +284,7 @@ def _gap_aligned_words(of: Mapping[str, Any]) -> str:
     cut = f'; {100 * of["dose"]:g} % of the number that slack 0 removes, largest excess first'
   elif of['quantile']:
     cut = f', by more than the {100 * of["quantile"]:g} % quantile of the excess'
-  queries = f'a query of {_listed(of["benchmarks"])}'
-  return f'without rows that are nearer to {queries} than any anchor image{cut}'
+  return f'without rows that are nearer to a query of {_queries(of)} than any anchor image{cut}'
 
 
 def _column_words(of: Mapping[str, Any]) -> str:
@@ -385,6 +391,10 @@ KEYS = {
   # gap_aligned, k_aligned, near, far: the benchmarks whose queries count; of several, the union of
   # the dropped rows (aligned) or the maximum similarity (near, far)
   'benchmarks': Key(()),
+  # gap_aligned, k_aligned, near, far: (lo, hi): only the queries with
+  # sha256('queries:' + group) / 2^256 in [lo, hi) count: the aligned queries. The others are held
+  # back; the report compares both kinds.
+  'queries': Key((0.0, 1.0), part_of_one),
   'size': Key(0.0),  # near, far, random: rows kept; <= 1 a share of the candidates, > 1 a count
   'size_of': Key(''),  # near, far, random: a split that sets the number of rows kept
   # matched: the split whose removed rows are imitated (aligned, near, far, a domain removal, a
@@ -443,7 +453,7 @@ RULES = {
   ),
   'gap_aligned': Rule(
     gap_aligned,
-    ('benchmarks', 'slack', 'quantile', 'dose'),
+    ('benchmarks', 'queries', 'slack', 'quantile', 'dose'),
     ('search', 'excess'),
     selects=True,
     label='gap-aligned',
@@ -477,14 +487,14 @@ RULES = {
   ),
   'near': Rule(
     near,
-    ('benchmarks', 'size', 'size_of'),
+    ('benchmarks', 'queries', 'size', 'size_of'),
     ('search', 'count'),
     every_row=True,
     selects=True,
     label='near-pruned (most similar removed)',
     column='similarity',
     compared=True,
-    words=lambda of: f'near-pruned (most similar removed), by {_listed(of["benchmarks"])}',
+    words=lambda of: f'near-pruned (most similar removed), by {_queries(of)}',
     strips=(
       'removed, most similar',
       'removed, median',
@@ -494,7 +504,7 @@ RULES = {
   ),
   'far': Rule(
     far,
-    ('benchmarks', 'size', 'size_of'),
+    ('benchmarks', 'queries', 'size', 'size_of'),
     ('search', 'count'),
     every_row=True,
     selects=True,
@@ -502,7 +512,7 @@ RULES = {
     column='similarity',
     lowest_first=True,
     compared=True,
-    words=lambda of: f'far-pruned (most similar kept), by {_listed(of["benchmarks"])}',
+    words=lambda of: f'far-pruned (most similar kept), by {_queries(of)}',
     strips=(
       'removed, least similar',
       'removed, median',
@@ -520,14 +530,14 @@ RULES = {
   ),
   'k_aligned': Rule(
     k_aligned,
-    ('benchmarks', 'k'),
+    ('benchmarks', 'queries', 'k'),
     ('search', 'excess', 'pairs'),
     every_row=True,
     selects=True,
     label='aligned to k neighbours',
     column='excess',
     words=lambda of: (
-      f'aligned for the {of["k"]} nearest images of each query of {_listed(of["benchmarks"])}: no '
+      f'aligned for the {of["k"]} nearest images of each query of {_queries(of)}: no '
       'pool image is nearer than the anchor image of the same rank'
     ),
     strips=(

@@ -104,7 +104,9 @@ def rate_blocks(
   note = (
     'Near-duplicate: the cosine similarity is at least the threshold. Each embedder needs its '
     'own: set it with --config.prune.duplicate_similarity. Brackets: 95 % Wilson '
-    'intervals over queries, in percent.'
+    'intervals over queries, in percent, each query on its own (whether an image has a copy '
+    'depends on that image, so groups are not used). Exact duplicates are counts, without an '
+    'interval.'
   )
   return [
     Table(
@@ -173,8 +175,8 @@ def quantile_table(
     for r in records
   )
   note = (
-    'Cosine similarities of the stored float16 vectors. Similarities of different embedders are '
-    'not comparable.'
+    'Cosine similarities of the stored float16 vectors; quantiles are a count over all queries, '
+    'without an interval. Similarities of different embedders are not comparable.'
   )
   caption = 'Quantiles of the similarity of each query to its nearest image'
   return Table('nearest_similarity', caption, heads, rows, (note,), tuple(records))

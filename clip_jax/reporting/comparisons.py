@@ -1,7 +1,7 @@
 """Plain results -> the report's comparisons: each aligned split against its control.
 
-Estimates may be of any type with the fields value, low, high and method. The sentences follow from
-the intervals and never claim more than the number of seeds allows.
+Estimates may be of any type with the fields of tables.ESTIMATE. Only tests of a family (Holm) make
+claims; everything else is worded as an estimate.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,13 +20,16 @@ Item = Mapping[str, Any]
 #        against_control, against_base, bootstrap: estimates
 #   answers: whether the headline answer uses it
 #   holm: adjusted p, NaN outside the confirmatory family    tests: size of that family
-#   equivalence: verdict, low, high, margin, detectable
-#   share, share_matched: value, low, high, method, reference, loss, lead, reason
+#   holm_same: adjusted p of the equivalence test, for the same comparisons
+#   equivalence: low, high, margin, detectable
+#   share, share_matched: an estimate, with reference, loss, lead, reason
 #   placebo, did: estimate, hit, unhit, reason
 #   placebo_benchmark: a name; did_reason: why `did` is None
-#   dose: slope, low, high, images, reason    mcnemar: [(seed, first_only, second_only and p_value)]
+#   dose: an estimate of the slope, reason
+#   mcnemar: [(seed, first_only, second_only and p_value)]
 
 HIT_CONTRAST = 'queries that lost a neighbour against queries that did not'
+PLUS_MINUS = '\u00b1'
 CLAIM = 0.05  # level of the confirmatory tests, after Holm's correction
 ASSUMPTION = (
   'Assumptions: without the removal, both groups would have changed by the same points within '
@@ -51,13 +54,27 @@ def blocks_of(items: Sequence[Item], looks: figures.Looks) -> list:
       blocks.append(Details(f'{name}, {_control_words(item)}', tuple(shown)))
   return [
     *blocks,
-    Text(
-      'Confirmatory tests (Holm): each aligned split of the answer against its matched control, '
-      'one split for each set of benchmarks. Everything else is an estimate with an interval. '
-      '\u201cNo loss\u201d needs a 90 % interval inside the equivalence margin.',
-      'muted',
-    ),
+    _family(items),
   ]
+
+
+def _family(items: Sequence[Item]) -> Text:
+  """Returns which comparisons are tests, and that all others are estimates."""
+  tests = max((item['tests'] for item in items), default=0)
+  if not tests:
+    return Text(
+      'No confirmatory test: the family is empty, because no aligned split of the answer has a '
+      'matched control and three seeds. All numbers here are estimates; none supports a claim.',
+      'warning',
+    )
+  return Text(
+    f'Confirmatory family: {progress.count_with_noun(tests, "test")} of a difference, one for each '
+    'aligned split of the answer against its matched control (one split for each set of '
+    'benchmarks), adjusted by Holm\u2019s method. \u201cNo loss\u201d is the equivalence test of '
+    'the same comparisons, a second family with its own adjustment: the 90 % interval must lie '
+    'inside the margin. Everything else is an estimate with an interval and supports no claim.',
+    'muted',
+  )
 
 
 def _figure(items: Sequence[Item], looks: figures.Looks) -> Figure:
@@ -89,7 +106,7 @@ def _figure(items: Sequence[Item], looks: figures.Looks) -> Figure:
     text,
     (
       'Each split on the benchmark it was aligned to. Grey band: the equivalence margin, \u00b1'
-      f'{tables.percent(margin, 0)} points; a difference inside it counts as no loss.'
+      f'{tables.percent(margin, 0)} points. Bars: 95 % intervals; the tables say what they rest on.'
     ),
   )
 
@@ -107,15 +124,16 @@ def _control_words(item: Item) -> str:
 
 def _table(item: Item) -> Table:
   lines = [*_differences(item), *_shares(item), *_contrasts(item), *_no_loss(item)]
+  groups = [e.groups for e in _estimates(item).values()]
   rows = tuple(
     (Cell(what), Cell(value, detail), Cell(words)) for what, value, detail, words in lines
   )
   return Table(
     f'comparison_{item["split"]}_{item["benchmark"]}',
     '',
-    (Cell('comparison'), Cell('estimate'), Cell('interpretation')),
+    (Cell('comparison'), Cell('estimate', 'what it rests on'), Cell('interpretation')),
     rows,
-    (),
+    tables.few_groups({item['benchmark']: min(groups)}) if groups else (),
     _records(item),
     stacked=True,
   )
@@ -132,7 +150,10 @@ def _differences(item: Item) -> list[Line]:
       (
         f'against {item["control"]}',
         f'{tables.estimate_text(item["against_control"])} points',
-        f'{p} (Holm, {progress.count_with_noun(item["tests"], "test")})' if p else '',
+        _detail(
+          item['against_control'],
+          f'{p} (Holm, {progress.count_with_noun(item["tests"], "test")})' if p else '',
+        ),
         _verdict(item),
       )
     )
@@ -141,11 +162,16 @@ def _differences(item: Item) -> list[Line]:
       (
         f'against {item["base"]}',
         f'{tables.estimate_text(item["against_base"])} points',
-        '',
+        _detail(item['against_base']),
         'Total effect of removing these rows: similarity, size and class mix together.',
       )
     )
   return lines
+
+
+def _detail(estimate: Any, *lines: str) -> str:
+  """Returns the lines below an estimate: seeds, images, groups and df, then the given lines."""
+  return '\n'.join([tables.basis(estimate), *filter(None, lines)])
 
 
 def _verdict(item: Item) -> str:
@@ -170,7 +196,7 @@ def _verdict(item: Item) -> str:
         f'on {item["benchmark"]} than removing as many otherwise alike images.'
       )
     return f'The aligned split is better than its control, by {size} points.'
-  if same.verdict == 'equivalent':
+  if tables.is_known(item['holm_same']) and item['holm_same'] < CLAIM:
     return f'No loss: the difference is within \u00b1{tables.percent(same.margin, 0)} points.'
   return (
     f'Undetermined: differences from {tables.points(d.low)} to {tables.points(d.high)} points '
@@ -207,8 +233,9 @@ def _shares(item: Item) -> list[Line]:
       (
         name,
         f'{whole(share.value)} % {tables.bounds(share, whole)}'.strip(),
-        f'{loss} of {lead} points over {over}',
-        f'{whole(share.value)} % {words}',
+        _detail(share, f'{loss} of {lead} points over {over}'),
+        f'{whole(share.value)} % {words}'
+        + (' The interval takes the line as known.' if share.reference == 'line' else ''),
       )
     )
   return lines
@@ -252,18 +279,19 @@ def _contrasts(item: Item) -> list[Line]:
 def _contrast(contrast: Any, name: str, words: str) -> Line:
   if contrast.reason:
     return name, tables.NOTHING, '', tables.sentence(contrast.reason)
-  return name, f'{tables.estimate_text(contrast.estimate)} points', '', words
+  estimate = contrast.estimate
+  return name, f'{tables.estimate_text(estimate)} points', _detail(estimate), words
 
 
 def _dose(dose: Any) -> Line:
   name = 'change in log-odds per 0.1 of lost similarity'
   if dose.reason:
     return name, tables.NOTHING, '', tables.sentence(dose.reason)
-  slope, low, high = (tables.signed(value / 10, 2) for value in (dose.slope, dose.low, dose.high))
+  slope = tables.estimate_text(dose, lambda value: tables.signed(value / 10, 2))
   return (
     name,
-    f'{slope} [{low}, {high}] log-odds',
-    f'{tables.number(dose.images)} images',
+    f'{slope} log-odds',
+    _detail(dose),
     (
       'Change in the log-odds of a correct answer, aligned split against control, for every 0.1 '
       'by which a query\u2019s nearest pool image was nearer than its nearest anchor image. Below '
@@ -273,19 +301,26 @@ def _dose(dose: Any) -> Line:
 
 
 def _no_loss(item: Item) -> list[Line]:
-  e = item['equivalence']
+  e, p = item['equivalence'], tables.probability(item['holm_same'])
   if e is None or item['against_control'].method != 'crossed':
     return []
-  words = {
-    'equivalent': f'Equivalent: it lies inside \u00b1{tables.percent(e.margin, 0)} points.',
-    'different': 'Different: the 95 % interval excludes zero.',
-    'undetermined': 'Undetermined: neither a difference nor equivalence is shown.',
-  }[e.verdict]
+  margin = f'\u00b1{tables.percent(e.margin, 0)} points'
+  if not p:
+    inside = 'lies' if -e.margin < e.low and e.high < e.margin else 'does not lie'
+    words = f'An estimate, not a test: the interval {inside} inside {margin}.'
+  elif item['holm_same'] < CLAIM:
+    words = f'No loss: the difference is shown to be within {margin}.'
+  else:
+    words = f'A loss or gain of {margin.removeprefix(PLUS_MINUS)} or more is not excluded.'
   return [
     (
       'test of no loss (equivalence)',
       f'90 % interval [{tables.points(e.low)}, {tables.points(e.high)}]',
-      f'detectable difference: {tables.percent(e.detectable)} points (power 80 %)',
+      _detail(
+        item['against_control'],
+        f'{p} (equivalence; Holm, {progress.count_with_noun(item["tests"], "test")})' if p else '',
+        f'detectable difference: {tables.percent(e.detectable)} points (power 80 %)',
+      ),
       words,
     )
   ]
@@ -293,6 +328,23 @@ def _no_loss(item: Item) -> list[Line]:
 
 def _records(item: Item) -> tuple[dict, ...]:
   """Returns the estimates of a comparison as tidy records, in proportions."""
+  return tuple(
+    {
+      'split': item['split'],
+      'benchmark': item['benchmark'],
+      'control': item['control'],
+      'control_rule': item['control_rule'],
+      'what': what,
+      **tables.estimate_record(e),
+      'p_holm': item['holm'] if what == 'against_control' else None,
+      'p_no_loss_holm': item['holm_same'] if what == 'against_control' else None,
+    }
+    for what, e in _estimates(item).items()
+  )
+
+
+def _estimates(item: Item) -> dict[str, Any]:
+  """Returns the estimates of a comparison that exist, by name."""
   estimates = {
     'against_control': item['against_control'],
     'against_control_bootstrap': item['bootstrap'],
@@ -301,23 +353,9 @@ def _records(item: Item) -> tuple[dict, ...]:
     'E_control': item['share_matched'],
     'placebo': item['placebo'] and item['placebo'].estimate,
     'hit_minus_unhit': item['did'] and item['did'].estimate,
+    'dose_slope': item['dose'] if item['dose'] and not item['dose'].reason else None,
   }
-  return tuple(
-    {
-      'split': item['split'],
-      'benchmark': item['benchmark'],
-      'control': item['control'],
-      'control_rule': item['control_rule'],
-      'what': what,
-      'value': e.value,
-      'low': e.low,
-      'high': e.high,
-      'method': e.method,
-      'p_holm': item['holm'] if what == 'against_control' else None,
-    }
-    for what, e in estimates.items()
-    if e is not None
-  )
+  return {what: e for what, e in estimates.items() if e is not None}
 
 
 def _cross_checks(item: Item) -> list:
@@ -327,7 +365,7 @@ def _cross_checks(item: Item) -> list:
     blocks.append(
       Text(
         'Bootstrap over seeds and images, in place of the variance formula: '
-        f'{tables.estimate_text(item["bootstrap"])} points.'
+        f'{tables.estimate_text(item["bootstrap"])} points ({tables.basis(item["bootstrap"])}).'
       )
     )
   if item['mcnemar']:
@@ -351,7 +389,8 @@ def _cross_checks(item: Item) -> list:
     )
     caption = (
       'McNemar\u2019s exact test (mid-p) within one seed: it describes these two checkpoints, '
-      'not training in general.'
+      'not training in general. These p-values are in no family and not adjusted: they support no '
+      'claim. Images are counts; groups are ignored.'
     )
     blocks.append(
       Table(

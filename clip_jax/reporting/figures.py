@@ -143,7 +143,7 @@ def accuracy_by_size(
   *,
   title: str,
   base: dict[str, Any] | None,  # a point of the same keys
-  reference: float | None,  # accuracy of the anchor-only split
+  reference: dict[str, Any] | None,  # of the anchor-only split: accuracy, low, high
   limits: tuple[float, float],  # of accuracy
   looks: Looks,
 ) -> str:
@@ -153,12 +153,16 @@ def accuracy_by_size(
     if reference is not None:
       color, _, words = looks['anchor']
       ax.axhline(
-        100 * reference,
+        100 * reference['accuracy'],
         color=color,
         linestyle=(0, (4, 3)),
         linewidth=1.2,
-        label=f'{words}, {100 * reference:.1f} %',
+        label=f'{words}, {100 * reference["accuracy"]:.1f} %',
       )
+      if reference['low'] is not None:
+        ax.axhspan(
+          100 * reference['low'], 100 * reference['high'], color=color, alpha=0.12, linewidth=0
+        )
     for rule, points in curves.items():
       color, marker, words = looks[rule]
       every: list[Mapping[str, Any]] = [*points, *([base] if base else [])]
@@ -176,6 +180,7 @@ def accuracy_by_size(
         (mark,) = ax.plot([p['size']], [100 * p['accuracy']], marker, color=color, markersize=6)
         svg.hover(mark, f'{words}, {p["size"]:,} pool rows: {100 * p["accuracy"]:.1f} %')
     if base:
+      svg.whisker(ax, base['size'], base['low'], base['high'], INK)
       ax.plot(
         [base['size']],
         [100 * base['accuracy']],
@@ -288,38 +293,42 @@ def dose(
 
 
 def robustness_plane(
-  points: Rows,  # rule, x, y (accuracies)
+  points: Rows,  # rule, x, y (estimates of accuracies)
   *,
   title: str,
   xname: str,
   yname: str,
-  line: tuple[Array, Array] | None = None,  # the baseline: [n] x and [n] y accuracies
+  line: Mapping[str, Any] | None = None,  # the baseline: accuracies x, y, low, high [n]
   looks: Looks,
 ) -> str:
-  """Returns accuracy on one benchmark against accuracy on another, on logit axes."""
-  xs, ys = _logit([p['x'] for p in points]), _logit([p['y'] for p in points])
+  """Returns accuracy on one benchmark against accuracy on another, on logit axes.
+
+  Every point has an interval on both axes; the baseline has the band of its models.
+  """
+  xs, ys = (_logit([p[axis].value for p in points]) for axis in 'xy')
   xlim, ylim = ((values.min() - 0.35, values.max() + 0.35) for values in (xs, ys))
 
   def draw(ax) -> None:
     if line is not None:
-      ax.plot(
-        _logit(line[0]),
-        _logit(line[1]),
-        color=INK,
-        alpha=0.5,
-        linestyle=(0, (4, 3)),
-        linewidth=1.2,
-        label='models trained on ImageNet alone',
-      )
+      x, y, low, high = (_logit(line[key]) for key in ('x', 'y', 'low', 'high'))
+      style = {'color': INK, 'linestyle': (0, (4, 3)), 'linewidth': 1.2}
+      ax.plot(x, y, **style, alpha=0.5, label='models trained on ImageNet alone, 95 % band')
+      ax.fill_between(x, low, high, color=INK, alpha=0.1, linewidth=0)
     else:
       ax.plot([-9, 9], [-9, 9], color=INK, alpha=0.3, linewidth=1, label='equal accuracy')
     for rule, (color, marker, words) in looks.items():
       positions = [k for k, p in enumerate(points) if p['rule'] == rule]
+      for k in positions:
+        x, y = points[k]['x'], points[k]['y']
+        for across, along, bounds in ((ys[k], 0, x), (xs[k], 1, y)):
+          ends = _logit([bounds.low, bounds.high])
+          pair = [ends, [across, across]][:: 1 - 2 * along]
+          ax.plot(*pair, color=color, linewidth=1.0, alpha=0.45)
       if positions:
         ax.plot([], [], marker, color=color, markersize=7, label=words)
       for k in positions:
         (mark,) = ax.plot([xs[k]], [ys[k]], marker, color=color, markersize=7)
-        x, y = (100 * points[k][axis] for axis in 'xy')
+        x, y = (100 * points[k][axis].value for axis in 'xy')
         svg.hover(mark, f'{words}: {y:.1f} % on {yname}, {x:.1f} % on {xname}')
     for axis, (low, high) in ((ax.xaxis, xlim), (ax.yaxis, ylim)):
       ticks = svg.percent_ticks(lambda p, low=low, high=high: low <= _logit(p / 100) <= high)

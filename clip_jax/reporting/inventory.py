@@ -62,7 +62,8 @@ def dedup_blocks(
         tables.column_heads('kind', 'planted', 'found', 'recall'),
         rows,
         (
-          'Found: the copy or its original is marked. Brackets: 95 % Wilson intervals, in percent.',
+          'Found: the copy or its original is marked. Brackets: 95 % Wilson intervals, in percent, '
+          'over the planted copies, each on its own.',
         ),
         tuple(planted),
       )
@@ -88,7 +89,8 @@ def _missed_duplicates(missed: Mapping[str, Any]) -> list:
     f'Recall: share of the {tables.number(missed["pairs"])} pairs (a sampled row and any pool row) '
     'that exhaustive search finds. Precision: share of the marked rows that exhaustive search '
     f'marks too; it marks {tables.number(missed["dropped_exhaustive"])} of the sampled rows. '
-    'Brackets: 95 % intervals, in percent.'
+    'Brackets: 95 % intervals, in percent, over pairs of one sample (Wilson, n: the pairs). '
+    'Precision is a count over the sample.'
   )
   table = Table(
     'dedup_audit', 'Duplicate pairs found within clusters', heads, rows, (note,), tuple(points)
@@ -232,7 +234,8 @@ def overlap_blocks(
 ) -> list:
   """Returns the matrix of shared pool rows between splits."""
   note = (
-    'Percent of the row split\u2019s pool rows that the column split also contains. Random and '
+    'Percent of the row split\u2019s pool rows that the column split also contains: a count over '
+    'all rows, without an interval. Random and '
     'matched splits: first draw only. Anchor rows are not counted.'
   )
   table = tables.matrix('overlap', names, inside, (note,))

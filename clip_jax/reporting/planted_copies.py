@@ -59,17 +59,20 @@ def _contrasts(contrasts: Sequence[tuple[str, str | None, Any]]) -> Table:
       rows += [
         (
           Cell(words),
-          Cell(f'{tables.estimate_text(estimate)} points', tables.method_words(estimate.method)),
+          Cell(
+            f'{tables.estimate_text(estimate)} points',
+            f'{tables.method_words(estimate.method)}\n{tables.basis(estimate)}'.strip(),
+          ),
           Cell(_words(estimate)),
         ),
         (
           Cell('gain on planted queries'),
-          Cell(f'{tables.estimate_text(planted)} points'),
+          Cell(f'{tables.estimate_text(planted)} points', tables.basis(planted)),
           Cell(f'{tables.number(leakage.planted_queries)} queries have a copy in the split.'),
         ),
         (
           Cell('gain on unplanted queries'),
-          Cell(f'{tables.estimate_text(others)} points'),
+          Cell(f'{tables.estimate_text(others)} points', tables.basis(others)),
           Cell(f'{tables.number(leakage.unplanted_queries)} queries have no copy in the split.'),
         ),
       ]
@@ -78,7 +81,7 @@ def _contrasts(contrasts: Sequence[tuple[str, str | None, Any]]) -> Table:
         'split': split,
         'base': base,
         'what': what,
-        **{key: getattr(e, key) for key in ('value', 'low', 'high', 'method')},
+        **tables.estimate_record(e),
       }
       for what, e in (('planted_minus_others', estimate), ('planted', planted), ('others', others))
       if e is not None
@@ -88,10 +91,14 @@ def _contrasts(contrasts: Sequence[tuple[str, str | None, Any]]) -> Table:
     '',
     (Cell('comparison'), Cell('gain in accuracy'), Cell('interpretation')),
     tuple(rows),
-    (),
+    ('Estimates with intervals, not tests.', *tables.few_groups(_group_counts(contrasts))),
     tuple(records),
     stacked=True,
   )
+
+
+def _group_counts(contrasts: Sequence[tuple[str, str | None, Any]]) -> dict[str, int]:
+  return {split: leakage.estimate.groups for split, _, leakage in contrasts if not leakage.reason}
 
 
 def _words(e: Any) -> str:
@@ -103,10 +110,14 @@ def _words(e: Any) -> str:
   caveat = ' This holds for these checkpoints only.' if e.method != 'crossed' else ''
   if e.low > 0:
     return (
-      f'Training on copies raises the accuracy on their originals: leakage is detectable.{caveat}'
+      'An estimate: the interval lies above zero, as it does if training on copies raises the '
+      f'accuracy on their originals and the experiment detects leakage.{caveat}'
     )
   if e.high < 0:
-    return f'The accuracy on planted queries falls behind: look for an error in the setup.{caveat}'
+    return (
+      'An estimate: the interval lies below zero, so the accuracy on planted queries falls behind: '
+      f'look for an error in the setup.{caveat}'
+    )
   return (
     'Undetermined: at this amount of training, leakage of this size may not be detectable. Results '
     f'on smaller effects say little.{caveat}'
@@ -165,6 +176,10 @@ def _calibration_table(calibrations: Mapping[str, Mapping[str, Any]]) -> Table:
     '',
     heads,
     rows,
-    (*notes, 'Brackets: 95 % Wilson intervals, in percent.'),
+    (
+      *notes,
+      'Brackets: 95 % Wilson intervals, in percent; found: over the copies, false alarms: over the '
+      'planted queries. Medians and lowest values are counts.',
+    ),
     records,
   )

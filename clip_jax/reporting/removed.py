@@ -42,15 +42,18 @@ def blocks_of(
       f'({tables.share(dropped / max(candidates, 1))}).{_rule_figures(about)}'
     ),
   ]
+  held = about.get('held_back', {})
   blocks += [
     Text(
-      f'{b}: {tables.number(q["hit"])} of {tables.number(q["queries"])} queries '
+      f'{b}: {tables.number(q["hit"])} of {tables.number(q["queries"])} '
+      f'{"aligned " if b in held else ""}queries '
       f'({tables.share(q["hit_share"])}) lose at least one neighbour that is nearer than any '
       f'anchor image. {tables.number(q["leaked"])} queries ({tables.share(q["leaked_share"])}) '
       'already have a near-duplicate in the anchor.'
     )
     for b, q in about.get('queries', {}).items()
   ]
+  blocks += [Text(_held_back(b, figures)) for b, figures in held.items()]
   blocks += [
     Text(f'{line[:1].upper()}{line[1:]}.', 'warning') for line in about.get('warnings', ())
   ]
@@ -95,6 +98,18 @@ def _rule_figures(about: Mapping[str, Any]) -> str:
   if facts.get('without_value'):
     text += f' {tables.number(facts["without_value"])} candidates have no value and are kept.'
   return text
+
+
+def _held_back(benchmark: str, figures: Mapping[str, Any]) -> str:
+  """Returns how many queries are held back, and what happened to the rows near them."""
+  share = figures['share_removed']
+  gone = f' ({tables.share(share)})' if tables.is_known(share) else ''
+  return (
+    f'{benchmark}: {tables.number(figures["aligned"])} queries are aligned, '
+    f'{tables.number(figures["held_back"])} are held back. {tables.number(figures["rows"])} '
+    'candidates are nearer to a held-back query than any anchor image; '
+    f'{tables.number(figures["rows_removed"])} of them{gone} are removed all the same.'
+  )
 
 
 def _check(benchmark: str, check: Mapping[str, Any], slack: float | None) -> Text:
@@ -248,9 +263,12 @@ def _control(control: str, about: Mapping[str, Any]) -> list:
     f'balance_{control}',
     'Difference of the means of the removed rows and of the rows removed in their place, in '
     'standard deviations',
-    tables.column_heads('variable', 'difference'),
+    tables.column_heads('variable', 'difference (count)'),
     rows,
-    (f'Balanced if within \u00b1{BALANCED:g}.',),
+    (
+      f'Balanced if within \u00b1{BALANCED:g}. A count over all removed and all drawn rows, not a '
+      'sample, and therefore without an interval.',
+    ),
     tuple({'variable': key, 'difference': v} for key, v in differences.items()),
   )
   return [head, Details('Balance of the control', (table,))]

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from clip_jax.core import progress
 from clip_jax.reporting import tables
 from clip_jax.reporting.gallery import Gallery
 from clip_jax.reporting.page import Details, Text
@@ -22,9 +23,9 @@ def sensitivity_blocks(
   heads = tables.column_heads(
     'split',
     'removed',
-    'overlap, own thresholds',
-    'overlap, equal count',
-    'rank correlation',
+    'overlap, own thresholds (count)',
+    'overlap, equal count (count)',
+    'rank correlation (count)',
     'rows that differ',
   )
   rows = tuple(
@@ -34,8 +35,8 @@ def sensitivity_blocks(
         tables.number(comparison['removed_here']),
         f'other: {tables.number(comparison["removed_there"])}',
       ),
-      _overlap(comparison, 'jaccard', 'jaccard_interval'),
-      _overlap(comparison, 'same_count_jaccard', 'same_count_interval'),
+      tables.number_cell(tables.share(comparison['jaccard'])),
+      tables.number_cell(tables.share(comparison['same_count_jaccard'])),
       tables.number_cell(tables.signed(comparison['spearman'], 2)),
       tables.number_cell(
         tables.number(comparison['only_here'] + comparison['only_there']),
@@ -57,20 +58,14 @@ def sensitivity_blocks(
   note = (
     'Overlap: rows removed by both embedders, as a share of rows removed by either (Jaccard). '
     'Cosines of two embedders are not comparable; at equal count, both remove the same number of '
-    'rows, those of highest excess (or similarity). Brackets: 95 % Wilson intervals, in percent, '
-    'as if the rows removed by either were independent draws. Rank correlation: Spearman, over '
-    'all candidates, and therefore without an interval.'
+    'rows, those of highest excess (or similarity). Rank correlation: Spearman. All of these are '
+    'counts over all candidates, not samples, and therefore without an interval.'
   )
   blocks: list = [Table('sensitivity', '', heads, rows, (note,), records)]
   return blocks + [
     Details(f'{split}: rows that {embedder} and {OWN} treat differently', (gallery,))
     for (split, embedder), gallery in galleries.items()
   ]
-
-
-def _overlap(comparison: Mapping[str, Any], key: str, interval: str) -> Cell:
-  low, high = comparison[interval] or (None, None)
-  return tables.number_cell(tables.share(comparison[key]), tables.bracket(low, high))
 
 
 def preview_blocks(
@@ -85,7 +80,7 @@ def preview_blocks(
   )
   columns = (
     Cell('split'),
-    *(tables.number_cell(b, f'{tables.number(_images(previews, b))} images') for b in benchmarks),
+    *(tables.number_cell(b, _images(previews, b)) for b in benchmarks),
     tables.number_cell('rows', 'share with a class'),
   )
   nothing = dict.fromkeys(('top1', 'low', 'high'))
@@ -112,6 +107,8 @@ def preview_blocks(
       'accuracy': score['top1'],
       'low': score['low'],
       'high': score['high'],
+      'groups': score.get('groups'),
+      'df': score.get('df'),
       **{key: preview[key] for key in ('embedder', 'rows', 'labelled', 'l2')},
     }
     for split, preview in previews.items()
@@ -120,8 +117,8 @@ def preview_blocks(
   embedder = f'the embedder {first["embedder"]}' if first['embedder'] else OWN
   from_captions = [name for name, how in first['classes_by'].items() if how == 'captions']
   note = (
-    'Accuracy in percent. Brackets: 95 % intervals over images. The regression does not use rows '
-    'without a class.'
+    'Accuracy in percent. Brackets: 95 % intervals over images of one fit (one seed), estimates '
+    'and no tests. The regression does not use rows without a class.'
     + (
       f' The classes of {tables.join_names(from_captions)} are read from captions.'
       if from_captions
@@ -136,9 +133,40 @@ def preview_blocks(
       'change.',
       'warning',
     ),
-    Table('preview', '', columns, rows, (note,), records),
+    Table(
+      'preview',
+      '',
+      columns,
+      rows,
+      (
+        note,
+        *tables.few_groups(
+          {
+            b: min(_groups(score) for score in _scores(previews, b) if score['n'])
+            for b in benchmarks
+            if any(score['n'] for score in _scores(previews, b))
+          }
+        ),
+      ),
+      records,
+    ),
   ]
 
 
-def _images(previews: Mapping[str, Mapping[str, Any]], benchmark: str) -> int:
-  return max(preview['benchmarks'].get(benchmark, {'n': 0})['n'] for preview in previews.values())
+def _scores(previews: Mapping[str, Mapping[str, Any]], benchmark: str) -> list[Mapping[str, Any]]:
+  found = (preview['benchmarks'].get(benchmark) for preview in previews.values())
+  return [score for score in found if score]
+
+
+def _groups(score: Mapping[str, Any]) -> int:
+  """Returns the groups of a score; older files of a preview have none."""
+  return score.get('groups') or score['n']
+
+
+def _images(previews: Mapping[str, Mapping[str, Any]], benchmark: str) -> str:
+  """Returns the images, groups and degrees of freedom of a benchmark's scores."""
+  scores = _scores(previews, benchmark)
+  most = max(scores, key=lambda score: score['n'])
+  images = progress.count_with_noun(most['n'], 'image')
+  df = tables.degrees(*(score.get('df') for score in scores))
+  return '\n'.join(filter(None, [images + tables.grouping(most['n'], _groups(most)), df]))

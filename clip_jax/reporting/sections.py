@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from clip_jax.core import progress
 from clip_jax.core.types import Array
 from clip_jax.reporting import answer_figure, benchmark_overlap, figures, latex, tables
 from clip_jax.reporting.figures import Looks
@@ -30,6 +31,7 @@ PAPER_ANSWER = (
   'E = (50.21 \u2212 44.78) / (50.21 \u2212 14) = 15 % (combined: 17 %). ImageNet-R: base '
   '72.9 %, combined-pruned 67.88 %.'
 )
+ESTIMATES = 'Estimates with 95 % intervals, not tests: they are in no family and support no claim.'
 PAPER_BINS = 'accuracy binned by nearest-neighbour similarity (bins 0.05 wide) rises with it.'
 PAPER_SIZES = 'near-pruning hurts fast, random pruning little, far-pruning hardly.'
 
@@ -130,6 +132,26 @@ def _accuracy_table(
   return Table(name, '', columns, rows, notes, records, latex=latex.accuracy_table(records, notes))
 
 
+def _basis(records: Rows) -> str:
+  """Returns the images, groups and degrees of freedom of each benchmark's intervals."""
+  lines = {}
+  for r in records:
+    name = r['benchmark'] + (', not leaked' if r['without_leaked'] else '')
+    lines.setdefault((name, r['images'], r['groups']), []).append(r['df'])
+  return '; '.join(
+    ', '.join(
+      filter(
+        None,
+        [
+          f'{name}: {tables.number(images)} images{tables.grouping(images, groups)}',
+          tables.degrees(*df),
+        ],
+      )
+    )
+    for (name, images, groups), df in lines.items()
+  )
+
+
 def _accuracy_notes(count: int, records: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
   notes = [
     'Zero-shot accuracy in percent. '
@@ -137,7 +159,9 @@ def _accuracy_notes(count: int, records: Sequence[Mapping[str, Any]]) -> tuple[s
       1: 'One seed: the interval is over images for this checkpoint; it says nothing about other '
       'training runs.',
       2: 'Two seeds: brackets show the lower and the higher accuracy; two seeds give no interval.',
-    }.get(count, 'Intervals are over seeds and images, both treated as random.')
+    }.get(count, 'Intervals are over seeds and images, both treated as random.'),
+    f'Intervals rest on {progress.count_with_noun(count, "seed")}. {_basis(records)}.',
+    *tables.few_groups({r['benchmark']: r['groups'] for r in records}),
   ]
   if any(r['method'] == 'none' for r in records):
     notes.append('No interval if all images belong to one group (one writer or photo).')
@@ -167,6 +191,8 @@ def _record(split: Mapping, benchmark: str, estimate: Any, without_leaked: bool)
     'method': estimate.method,
     'seeds': estimate.seeds,
     'images': estimate.images,
+    'groups': estimate.groups,
+    'df': estimate.df,
     **{key: split[key] for key in kept},
   }
 
@@ -189,8 +215,9 @@ def histogram_blocks(
       ''
       if e['anchor'] is None
       else (
-        f'{tables.share(float((e["pool"] > e["anchor"]).mean()))} of the queries have a pool image '
-        'nearer than any anchor image.'
+        f'{tables.number(int((e["pool"] > e["anchor"]).sum()))} of {tables.number(len(e["pool"]))} '
+        f'queries ({tables.share(float((e["pool"] > e["anchor"]).mean()))}, a count) have a pool '
+        'image nearer than any anchor image.'
       ),
     )
     for e in entries
@@ -241,9 +268,17 @@ def bin_blocks(
       for curve in p['series']
       for b in curve['bins']
     ]
-  columns = tables.column_heads('benchmark', 'against', 'bin', 'queries', 'accuracy, %')
+  columns = tables.column_heads(
+    'benchmark', 'against', 'bin', 'queries', 'accuracy, %', 'seeds', 'groups', 'df'
+  )
+  note = (
+    '95 % intervals over seeds and images (two seeds: their range; one seed: this checkpoint, over '
+    'images). Those of the curve without class effects take bins and classes of the queries as '
+    f'given; their queries, groups and df are those of all bins that classes link. Bins of fewer '
+    f'than {tables.FEW_GROUPS} groups support no claim.'
+  )
   table = Table(
-    'accuracy_by_similarity', '', columns, tuple(map(_bin_row, records)), (), tuple(records)
+    'accuracy_by_similarity', '', columns, tuple(map(_bin_row, records)), (note,), tuple(records)
   )
   return [*blocks, Fact(PAPER_BINS), Details('Table of the bins', (table,))]
 
@@ -259,6 +294,9 @@ def _bin_row(r: Mapping[str, Any]) -> tuple[Cell, ...]:
       tables.bracket(r['accuracy_low'], r['accuracy_high']),
       tone='muted' if r['n'] < 20 else '',
     ),
+    tables.number_cell(tables.number(r['seeds'])),
+    tables.number_cell(tables.number(r['groups'])),
+    tables.number_cell(tables.degrees(r['df']).removesuffix(' df')),
   )
 
 
@@ -271,11 +309,11 @@ def size_blocks(
   values = [
     value
     for p in panels
-    for curve in [*p['curves'].values(), [p['base'] or {}]]
+    for curve in [*p['curves'].values(), [p['base'] or {}, p['reference'] or {}]]
     for point in curve
     for value in map(point.get, ('accuracy', 'low', 'high'))
   ]
-  values = [v for v in values + [p['reference'] for p in panels] if tables.is_known(v)]
+  values = [v for v in values if tables.is_known(v)]
   if not values:
     return []
   limits = max(0.0, min(values) - 0.05), min(1.0, max(values) + 0.05)
@@ -290,6 +328,8 @@ def size_blocks(
         limits=limits,
         looks=looks,
       ),
+      'Bars and the band of anchor only: 95 % intervals (two seeds: their range); their seeds, '
+      'images, groups and df are in the table of accuracies.',
     )
     for p in panels
   )
@@ -300,7 +340,8 @@ def size_blocks(
         Cell(f'{r["split"]} on {r["benchmark"]}', looks[r['rule']][2]),
         Cell(f'against {r["control"]}'),
         Cell(
-          f'{tables.estimate_text(r["estimate"])} points', tables.method_words(r['estimate'].method)
+          f'{tables.estimate_text(r["estimate"])} points',
+          f'{tables.method_words(r["estimate"].method)}\n{tables.basis(r["estimate"])}'.strip(),
         ),
       )
       for r in rows
@@ -308,7 +349,7 @@ def size_blocks(
     records = tuple(
       {
         **{key: r[key] for key in ('split', 'rule', 'control', 'benchmark')},
-        **{key: getattr(r['estimate'], key) for key in ('value', 'low', 'high', 'method')},
+        **tables.estimate_record(r['estimate']),
       }
       for r in rows
     )
@@ -318,7 +359,7 @@ def size_blocks(
         'Difference to a random split of the same size',
         (Cell('split'), Cell('control'), Cell('difference')),
         cells,
-        (),
+        (ESTIMATES, *tables.few_groups({r['benchmark']: r['estimate'].groups for r in rows})),
         records,
         stacked=True,
       )
@@ -328,7 +369,7 @@ def size_blocks(
 
 def dose_blocks(
   panels: Rows,  # name, points: split, control, control_rule, dropped, slack, share, estimate,
-  # low, high, method
+  # low, high, method, seeds, images, groups, df
   look: tuple[str, str, str],
 ) -> list:
   """Returns the dose curve: aligned splits of several sizes, each against its own control."""
@@ -354,6 +395,7 @@ def dose_blocks(
       tables.number_cell(
         tables.points(q['estimate']), tables.bounds(SimpleNamespace(**q), tables.points)
       ),
+      Cell(tables.basis(SimpleNamespace(**q))),
     )
     for p in panels
     for q in sorted(p['points'], key=lambda q: q['share'])
@@ -365,19 +407,29 @@ def dose_blocks(
     tables.number_cell('rows removed'),
     tables.number_cell('slack'),
     tables.number_cell('difference to control, points'),
+    Cell('over'),
   )
   return [
     Heading('Dose curve: removing more or fewer rows than the aligned count'),
     Figures(drawn),
-    Table('dose', '', heads, rows, (), records),
+    Table(
+      'dose',
+      '',
+      heads,
+      rows,
+      (ESTIMATES, *tables.few_groups({p['name']: p['points'][0]['groups'] for p in panels})),
+      records,
+    ),
   ]
 
 
 def plane_blocks(
-  panels: Rows,  # name, xname, points, line (as figures.robustness_plane takes them)
+  panels: Rows,  # name, xname, points (split, seed, and as figures.robustness_plane takes), line
   looks: Looks,
 ) -> list:
   """Returns accuracy on each benchmark against validation accuracy, one mark per run."""
+  if not panels:
+    return []
   drawn = tuple(
     Figure(
       f'plane_{p["name"]}',
@@ -389,7 +441,59 @@ def plane_blocks(
         line=p['line'],
         looks=looks,
       ),
+      _plane_caption(p),
     )
     for p in panels
   )
-  return [Figures(drawn)] if drawn else []
+  lines = [(p, q) for p in panels for q in p['points']]
+  rows = tuple(
+    (
+      Cell(f'{q["split"]}/seed{q["seed"]}'),
+      *(
+        Cell(name, f'{tables.images_in_groups(e)} {tables.degrees(e.df)}'.strip())
+        if isinstance(name, str)
+        else tables.number_cell(tables.percent(e.value), tables.bounds(e))
+        for axis, named in (('x', p['xname']), ('y', p['name']))
+        for e in [q[axis]]
+        for name in (named, None)
+      ),
+    )
+    for p, q in lines
+  )
+  records = tuple(
+    {'split': q['split'], 'seed': q['seed'], 'benchmark': p['name'], 'against': p['xname']}
+    | {
+      f'{axis}_{key}': value
+      for axis in 'xy'
+      for key, value in tables.estimate_record(q[axis]).items()
+    }
+    for p, q in lines
+  )
+  heads = ('run', 'x', 'accuracy, %', 'y', 'accuracy, %')
+  table = Table(
+    'plane',
+    '',
+    tuple(Cell(head) for head in heads),
+    rows,
+    ('Each run alone: 95 % intervals over images for this checkpoint.',),
+    records,
+  )
+  return [Figures(drawn), Details('Table of the runs', (table,))]
+
+
+def _plane_caption(panel: Mapping[str, Any]) -> str:
+  """Returns how the points and the line are to be read, with the error of the line's fit."""
+  first = panel['points'][0]
+  text = (
+    'One mark per run; bars: 95 % intervals over images for this checkpoint '
+    f'({panel["name"]}: {tables.images_in_groups(first["y"])}; {panel["xname"]}: '
+    f'{tables.images_in_groups(first["x"])}).'
+  )
+  for part in panel['line']['parts'] if panel['line'] else ():
+    text += (
+      f' Line: {part["models"]} standard ImageNet models of imagenet-testbed between '
+      f'{tables.percent(part["x_low"])} and {tables.percent(part["x_high"])} % on the x axis, an '
+      f'extrapolation elsewhere; R\u00b2 = {part["r2"]:.3f}, residual standard deviation '
+      f'{part["error"]:.3f} log odds. Band: 95 % of single models.'
+    )
+  return text

@@ -1,7 +1,7 @@
 """Tables of the report: cells for the page, records for report/tables/*.csv, number formats.
 
 Values in records are proportions in 0..1, as in every file; cells show percent with one decimal.
-An estimate is any object with the fields value, low, high and method.
+An estimate is any object with the fields value, low, high, method, seeds, images, groups and df.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,8 +11,11 @@ import io
 import math
 from typing import Any, TypeGuard
 
+from clip_jax.core import progress
 from clip_jax.core.types import Array
 
+FEW_GROUPS = 12  # with fewer, an interval may cover less than 93 % (docs/statistics.md)
+ESTIMATE = ('value', 'low', 'high', 'method', 'seeds', 'images', 'groups', 'df')
 MINUS = '\u2212'
 NOTHING = '\u2013'  # an en dash: no value
 
@@ -156,6 +159,55 @@ def estimate_text(estimate: Any, written: Callable[[float], str] = points) -> st
   if estimate is None or not is_known(estimate.value):
     return NOTHING
   return f'{written(estimate.value)} {bounds(estimate, written)}'.strip()
+
+
+def basis(estimate: Any) -> str:
+  """Returns the numbers behind an interval: '3 seeds, 980 images in 300 groups, 2.6 df'."""
+  parts = [progress.count_with_noun(estimate.seeds, 'seed'), images_in_groups(estimate)]
+  return ', '.join([*parts, *filter(None, [degrees(estimate.df)])])
+
+
+def images_in_groups(estimate: Any) -> str:
+  """Returns '980 images in 6 groups', or '980 images, ungrouped'."""
+  images = progress.count_with_noun(estimate.images, 'image')
+  return images + grouping(estimate.images, estimate.groups)
+
+
+def grouping(images: int, groups: int) -> str:
+  """Returns ' in 6 groups', or ', ungrouped' if every image is its own group."""
+  if groups == images:
+    return ', ungrouped'
+  return f' in {progress.count_with_noun(groups, "group")}'
+
+
+def degrees(*df: float | None) -> str:
+  """Returns degrees of freedom, '2.6 df' or '2.1 to 3.5 df'; '' if none is finite.
+
+  Wilson's interval of one accuracy uses the normal distribution and has none.
+  """
+  finite = [value for value in df if is_known(value)]
+  if not finite:
+    return ''
+  low, high = (number(round(value, 1)) for value in (min(finite), max(finite)))
+  return f'{low} df' if low == high else f'{low} to {high} df'
+
+
+def few_groups(groups: Mapping[str, int]) -> tuple[str, ...]:  # benchmark -> groups
+  """Returns a note that warns of intervals over few groups, or ()."""
+  few = {name: count for name, count in groups.items() if count < FEW_GROUPS}
+  if not few:
+    return ()
+  named = join_names([f'{name}: {progress.count_with_noun(n, "group")}' for name, n in few.items()])
+  return (
+    f'Fewer than {FEW_GROUPS} groups ({named}): the images are few independent units, whatever '
+    'their number. Simulated 95 % intervals of such data can cover less than 93 %; do not base a '
+    'claim on them.',
+  )
+
+
+def estimate_record(estimate: Any) -> dict[str, Any]:
+  """Returns the fields of an estimate for a CSV."""
+  return {key: getattr(estimate, key) for key in ESTIMATE}
 
 
 def method_words(method: str) -> str:

@@ -1,16 +1,14 @@
-"""Adds the benchmarks of config.benchmark_dirs to a config, and recognises formats.
+"""Adds the benchmarks of config.benchmark_dirs to a config.
 
 A command line cannot add keys to a config, but it can set this one. 'name=DIR,other=DIR' makes
-config.benchmarks.name and config.benchmarks.other, each a copy of config.benchmark_template. Where
-this template, the pool or the anchor has a path without a format, the files determine it.
+config.benchmarks.name and config.benchmarks.other, each a copy of config.benchmark_template. If the
+template has no format, the files in DIR determine it.
 """
 
 import copy
 import glob
 import os
 import re
-
-from ml_collections import ConfigDict
 
 from clip_jax.core.errors import ConfigError
 from clip_jax.core.types import Config
@@ -25,19 +23,16 @@ FORMATS = (
 )  # recognised by their files; 'folder' is recognised by its images
 
 
-def resolve(config: Config) -> Config:
-  """Returns the config with its benchmark_dirs as benchmarks, and a format wherever a path is set.
+def resolve(config: Config, root: str = '') -> Config:
+  """Returns the config plus the benchmarks of config.benchmark_dirs; unchanged if it is empty.
 
-  Raises ConfigError for a part without '=', a repeated name, or files of an unknown format.
+  root: the folder below which relative paths begin; '' is the current folder. Raises ConfigError
+  for a part without '=', a repeated name, or a DIR of an unknown format.
   """
-  resolved = _unlocked_copy(config)
-  for name in ('pool', 'anchor'):
-    block = resolved[name]
-    if block.path and not block.format:
-      path = os.path.expanduser(block.path)
-      block.format = format_of(f'config.{name}.path', path, bool(block.vector_dim))
   if not config.benchmark_dirs.strip():
-    return resolved
+    return config
+  resolved = config.copy_and_resolve_references()  # a copy, because the config may be locked
+  resolved.unlock()
   for part in _parts(config.benchmark_dirs):
     name, equals, path = (text.strip() for text in part.partition('='))
     if not equals or not name or not path:
@@ -49,21 +44,14 @@ def resolve(config: Config) -> Config:
         f'config.benchmark_dirs: two benchmarks have the name {name!r}. Rename one of them.'
       )
     block = copy.deepcopy(resolved.benchmark_template)
-    block.path = os.path.expanduser(path)
+    # An absolute path replaces the root.
+    path = path if storage.is_remote(path) else os.path.expanduser(path)
+    block.path = path if storage.is_remote(path) else os.path.join(root, path)
     block.format = block.format or format_of(
       f'config.benchmark_dirs: {name}', block.path, bool(block.vector_dim)
     )
     resolved.benchmarks[name] = block
   return resolved
-
-
-def _unlocked_copy(config: Config) -> Config:
-  """Returns a copy without references, its keys in the same order; ConfigDict's own sorts them."""
-  copied = type(config)(sort_keys=False)
-  for key in config:
-    value = config[key]
-    copied[key] = _unlocked_copy(value) if isinstance(value, ConfigDict) else value
-  return copied
 
 
 def flag(config: Config, dataset: str, key: str) -> str:

@@ -15,6 +15,7 @@ from clip_jax.core.errors import ConfigError
 from clip_jax.core.products import STAGES
 from clip_jax.core.types import Config
 from clip_jax.data import formats, keyed_images
+from clip_jax.evaluation import class_sets
 from clip_jax.experiment import blocks
 from clip_jax.experiment.experiment import Experiment
 from clip_jax.models import sscd, weights, zoo
@@ -49,7 +50,7 @@ def check(config: Config, names: Sequence[str] = tuple(STAGES)) -> None:
     if name in blocks.RESERVED:
       raise ConfigError(f'config.benchmarks.{name}: this name is reserved; choose another.')
     _dataset(f'benchmarks.{name}', block, defaults.BENCHMARK)
-    _benchmark(f'config.benchmarks.{name}', block)
+    _benchmark(config, name)
   for name in config.references:
     _reference(config, name)
   for name in config.splits:
@@ -129,7 +130,29 @@ def _dataset(name: str, block: Config, declared: Mapping[str, Key]) -> None:
       raise ConfigError(f'{where}.labels_file={block.labels_file!r} does not exist.')
 
 
-def _benchmark(where: str, block: Config) -> None:
+def _benchmark(config: Config, name: str) -> None:
+  block, where = config.benchmarks[name], f'config.benchmarks.{name}'
+  if block.class_set:
+    for key in ('classes', 'class_mask'):
+      if block[key]:
+        raise ConfigError(
+          f'{where}: both class_set={block.class_set!r} and {key} name classes; keep one of them.'
+        )
+    if block.format == 'concat':
+      raise ConfigError(f'{where}.class_set: the format concat does not read it. Give `classes`.')
+  known = class_sets.SCORINGS.get(block.class_set, {})
+  if block.scorings and not known:
+    raise ConfigError(
+      f'{where}.scorings={block.scorings}: only benchmarks of a class_set '
+      f'({" or ".join(class_sets.SCORINGS)}) have further scorings. Remove it.'
+    )
+  check_keys.check_known_names(f'{where}.scorings', block.scorings, known)
+  if block.average:
+    check_keys.check_folder_name('benchmarks.average', block.average)
+    if block.average in config.benchmarks:
+      raise ConfigError(
+        f'{where}.average={block.average!r} is the name of a benchmark; choose another name.'
+      )
   if len(block.classes) == 1:
     raise ConfigError(
       f'{where}.classes has only one class, {block.classes[0]!r}, so every prediction would be '

@@ -61,6 +61,11 @@ def check(config: Config, name: str) -> None:
     'excess' in rule.needs or block.rule in ('anchor', 'matched')
   ):
     raise ConfigError(f'{where}: the rule {block.rule!r} needs an anchor; give config.anchor.')
+  if not blocks.has_anchor(config) and blocks.holds_back(config, name):
+    raise ConfigError(
+      f'{where}.queries={tuple(block.queries)} holds queries back, which needs an anchor: the '
+      'neighbours that they keep are counted against it. Give config.anchor, or remove queries.'
+    )
   if config.search.backend == 'scann':
     aligned_amount = rule.is_aligned and (block.quantile or block.dose)
     if rule.every_row or aligned_amount:

@@ -1,26 +1,37 @@
 """The evaluate command: evaluates a checkpoint, or each new one of a run, on a config's benchmarks.
 
 In: a checkpoint or a weights file; the benchmarks' source files.
-Out: a table on the terminal and, with --output, <output>/<benchmark>.json and .npz, in the format
-of the stage evaluate.
+Out: a table on the terminal and, with --output,
+  <output>/<benchmark>.json and .npz, in the format of the stage evaluate;
+  <output>/<average>.json: the mean over the benchmarks that share the key `average`;
+  <output>/effective_robustness.json: accuracy beyond the lines of standard ImageNet models, for the
+    shifts that have one (evaluation/robustness.py), if val is evaluated, too;
+  <output>/clip_benchmark/<benchmark>.json and <output>/eval_results.jsonl: the same scores in the
+    formats of CLIP_benchmark and DataComp;
+  <output>/classifiers/<hash>.npy: the zero-shot classifiers, which the next command reads.
 """
 
+import collections
 from collections.abc import Callable
 import itertools
+import json
 import os
 import tempfile
 import time
 
 from absl import logging
+import numpy as np
 
 from clip_jax.core import checkpoints, files, products
 from clip_jax.core import config as config_lib
 from clip_jax.core.errors import ConfigError, InputError
-from clip_jax.core.types import Config
+from clip_jax.core.types import Array, Config
 from clip_jax.data import images
+from clip_jax.evaluation import published, robustness, statistics
 from clip_jax.experiment import blocks
 from clip_jax.experiment.experiment import Experiment
-from clip_jax.stages import benchmark_dirs, check, evaluate, ingest, models
+from clip_jax.reporting import tables
+from clip_jax.stages import check, dataset_paths, evaluate, ingest, models
 
 POLL_SECS = 5.0
 
@@ -42,12 +53,22 @@ def evaluate_checkpoint(
   path = models.resolve_path(path)
   if follow and models.is_weights(path):
     raise ConfigError(f'--follow: {path} is a weights file, which gets no new steps.')
-  config = benchmark_dirs.resolve(config)
+  given, config = config, dataset_paths.resolve(config)
   check.check(config, names=())
   images.limit_megapixels(config.ingest.max_megapixels)
   names = benchmarks or list(config.benchmarks)
+  if not names:
+    raise ConfigError(
+      "The config has no benchmarks. Name some, for example --config.benchmark_dirs='mine=DIR'."
+    )
   for name in names:
     if name not in config.benchmarks:
+      if name in given.benchmarks:
+        places = dataset_paths.places(given.benchmarks[name], given.root)
+        raise ConfigError(
+          f'--benchmarks={name!r} does not exist: it would be {places}. Correct its path, for '
+          f'example --config.benchmarks.{name}.path=DIR.'
+        )
       raise ConfigError(
         f'--benchmarks={name!r} is not in the config.'
         f'{config_lib.did_you_mean(name, config.benchmarks)}'
@@ -64,7 +85,7 @@ def evaluate_checkpoint(
     for name in names:
       _ingest(x, name)
     if loaded is not None:
-      _evaluate(x, path, loaded, names, output)
+      _evaluate(x, path, loaded, names, output, model)
       return
     done: set[int] = set()
     logging.info(
@@ -109,24 +130,119 @@ def _load_if_kept(folder: str, model: str, is_newest: Callable[[], bool]) -> mod
     return None
 
 
-def _evaluate(x: Experiment, path: str, model: models.Model, names: list[str], output: str) -> None:
+def _evaluate(
+  x: Experiment,
+  path: str,
+  model: models.Model,
+  names: list[str],
+  output: str,
+  model_name: str = '',
+) -> None:
+  """Evaluates one model on the benchmarks, prints the table and writes the results."""
   checkpoint = path if model.step is None else f'{path}, step {model.step}'
   logging.info('%s:', checkpoint)
-  logging.info('  %-20s %7s %8s  %s', 'benchmark', 'images', 'top-1', '95 % interval')
+  logging.info(
+    _LINE, 'benchmark', 'images', 'groups', 'top-1', '95 % interval', 'balanced', '95 % interval'
+  )
+  results, averages = {}, collections.defaultdict(_Average)
   for name in names:
-    result, arrays = evaluate.score(x, name, model)
+    result, arrays = evaluate.score(x, name, model, evaluate.cache_folder(x, output))
     result['checkpoint'] = checkpoint
-    interval = (
-      'unknown: all images belong to one group'
-      if result['top1_low'] is None
-      else f'{100 * result["top1_low"]:.1f} to {100 * result["top1_high"]:.1f}'
-    )
-    logging.info('  %-20s %7d %7.1f%%  %s', name, result['n'], 100 * result['top1'], interval)
+    _log_line(name, result)
+    for scoring, numbers in result['scorings'].items():
+      _log_line(f'- {scoring}', numbers)
     if output:
       files.write_npz(os.path.join(output, f'{name}.npz'), **arrays)
       files.write_json(os.path.join(output, f'{name}.json'), result)
+    results[name] = result
+    if average := x.config.benchmarks[name].average:
+      averages[average].add(name, arrays)
+  if few := [name for name in names if results[name]['groups'] < tables.FEW_GROUPS]:
+    logging.info(
+      'Fewer than %d groups: the intervals of %s are no basis for a claim.',
+      tables.FEW_GROUPS,
+      ', '.join(few),
+    )
+  for name, average in averages.items():
+    result = average.result()
+    _log_line(f'{name} (mean of {len(result["benchmarks"])})', result)
+    if output:
+      files.write_json(os.path.join(output, f'{name}.json'), {**result, 'checkpoint': checkpoint})
+  by_published_name = {x.config.benchmarks[name].published_name: results[name] for name in names}
+  lines = robustness.family_table(by_published_name)
+  if lines:
+    points = (f'{name} {100 * line["effective_robustness"]:+.1f}' for name, line in lines.items())
+    logging.info('Points above the line of standard ImageNet models: %s.', ', '.join(points))
+  if output and lines:
+    files.write_json(os.path.join(output, 'effective_robustness.json'), lines)
   if output:
+    _write_published(x, results, model_name or 'clip_jax', checkpoint, output)
     logging.info('Results are in %s.', output)
+
+
+_LINE = '  %-24s %7s %7s %8s  %-14s %9s  %s'
+
+
+def _log_line(name: str, result: dict) -> None:
+  """Logs a line of the table of accuracies."""
+  cells = []
+  for key in ('top1', 'mean_per_class'):
+    low, high = result[f'{key}_low'], result[f'{key}_high']
+    interval = 'one group' if low is None else f'{100 * low:.1f} to {100 * high:.1f}'
+    cells += [f'{100 * result[key]:.1f}%', interval]
+  logging.info(_LINE, name, f'{result["n"]:,}', f'{result["groups"]:,}', *cells)
+
+
+class _Average:
+  """The mean of the accuracies of benchmarks that show the same images (ImageNet-C)."""
+
+  def __init__(self):
+    self._images: dict[str, int] = {}  # key -> number: the same image in several benchmarks
+    self._names: list[str] = []
+    # Of all images of all benchmarks: benchmark, label, number of the image, and is-correct.
+    self._columns: list[Array] = []  # each [4, n] int64
+
+  def add(self, name: str, arrays: dict[str, Array]) -> None:
+    """Adds the predictions of a benchmark."""
+    image = [self._images.setdefault(key, len(self._images)) for key in arrays['key'].tolist()]
+    benchmark = np.full(len(image), len(self._names))
+    self._columns.append(np.stack([benchmark, arrays['label'], image, arrays['correct']]))
+    self._names.append(name)
+
+  def result(self) -> dict:
+    """Returns the means over benchmarks, with intervals over images."""
+    benchmark, label, image, correct = np.concatenate(self._columns, axis=1)
+    classes = benchmark * (label.max() + 1) + label  # a class of one benchmark
+    top1 = statistics.balanced_accuracy(correct[None], benchmark, image)
+    balanced = statistics.balanced_accuracy(correct[None], classes, image)
+    return {
+      'n': len(image),
+      'images': len(self._images),
+      'benchmarks': self._names,
+      'groups': top1.groups,
+      'top1': top1.value,
+      'top1_low': evaluate.number(top1.low),
+      'top1_high': evaluate.number(top1.high),
+      'mean_per_class': balanced.value,
+      'mean_per_class_low': evaluate.number(balanced.low),
+      'mean_per_class_high': evaluate.number(balanced.high),
+    }
+
+
+def _write_published(
+  x: Experiment, results: dict[str, dict], model: str, checkpoint: str, output: str
+) -> None:
+  """Writes the results in the formats of CLIP_benchmark and DataComp."""
+  lines = []
+  for name, result in results.items():
+    dataset = x.config.benchmarks[name].published_name or name
+    files.write_json(
+      os.path.join(output, 'clip_benchmark', f'{name}.json'),
+      published.clip_benchmark(dataset, model, checkpoint, result),
+    )
+    lines.append(json.dumps(published.datacomp(dataset, result)))
+  text = ''.join(f'{line}\n' for line in lines)
+  files.write_bytes(os.path.join(output, 'eval_results.jsonl'), text.encode())
 
 
 def _steps(path: str) -> dict[int, str]:

@@ -21,7 +21,7 @@ from clip_jax.data import image_copies, reader, sources, summary, table, vector_
 from clip_jax.data.row_rules import RowRules
 from clip_jax.experiment import blocks, workdir
 from clip_jax.experiment.experiment import Experiment
-from clip_jax.experiment.shards import Shard
+from clip_jax.experiment.shards import Shard, class_folders
 
 RATE_SECS = 1.0  # scans shorter than this log no rate
 
@@ -97,6 +97,7 @@ def scan_shard(job: tuple[str, Shard, bool]) -> dict:
     label_key=block.label_key,
     labels_file=os.path.expanduser(block.labels_file),
     classes=shard.classes,
+    class_folders=class_folders(block),
     columns=tuple(block.columns),
     require_caption=needs_caption,
   )
@@ -127,6 +128,14 @@ def index(x: Experiment, todo: list[Product]) -> Made:
   )
   if not counts['rows']:
     raise _empty(x, dataset, counts)
+  expected = blocks.datasets(x.config)[dataset].expected_rows
+  if expected not in (0, counts['rows']):
+    logging.warning(
+      '%s: %s, but the published dataset has %s.',
+      dataset,
+      progress.count_with_noun(counts['rows'], 'row'),
+      f'{expected:,}',
+    )
   folder = os.path.dirname(todo[0].name)
   outputs = [f'{folder}/{name}' for name in counts.pop('files') if name != workdir.LOCATIONS]
   yield todo[0], outputs, counts

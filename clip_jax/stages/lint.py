@@ -11,13 +11,13 @@ import pyarrow as pa
 from clip_jax import defaults
 from clip_jax.core import products
 from clip_jax.core.errors import ConfigError, InputError
-from clip_jax.core.types import Array
+from clip_jax.core.types import Array, Config
 from clip_jax.experiment import blocks, workdir
 from clip_jax.experiment.blocks import POOL
 from clip_jax.experiment.experiment import Experiment
 from clip_jax.models import zoo
 from clip_jax.pruning import cells
-from clip_jax.stages import export, models
+from clip_jax.stages import domains, export, models
 
 PAPERS = 'ViT-B-16-plus-240'  # the embedder of the paper, for which dedup.threshold is
 
@@ -28,7 +28,7 @@ def advice(x: Experiment, names: Sequence[str]) -> list[str]:
   if {'train', 'evaluate', 'report'} & set(names):
     sentences += _answer(x)
   if 'prune' in names and is_indexed(x):
-    sentences += [*_keys(x), *_domains(x)]
+    sentences += [*_keys(x), *_domains(x), *domains.expected_removal(x, x.config.splits)]
   return sentences
 
 
@@ -41,8 +41,15 @@ def _answer(x: Experiment) -> Iterator[str]:
   """Yields the splits without which the report gives no answer."""
   config = x.config
   rules = {config.splits[name].rule for name in config.splits}
-  aligned = [name for name in config.splits if blocks.rule_of(config, name).is_aligned]
-  if not aligned or not blocks.runs_to_train(config):
+  if not blocks.runs_to_train(config):
+    return
+  yield from _held_back(config)
+  aligned = [
+    name
+    for name in config.splits
+    if blocks.rule_of(config, name).is_aligned and not blocks.holds_back(config, name)
+  ]
+  if not aligned:
     return
   for rule, name, what in (
     ('all', 'base', 'the accuracy before pruning'),
@@ -52,6 +59,21 @@ def _answer(x: Experiment) -> Iterator[str]:
       yield (
         f'No split has the rule {rule!r}, {what}, so the report cannot say how much {aligned[0]} '
         f"explains. Add config.splits.{name} = defaults.split(rule='{rule}')."
+      )
+
+
+def _held_back(config: Config) -> Iterator[str]:
+  """Yields the splits that hold queries back and have no control."""
+  if any(config.splits[name].rule == 'all' for name in config.splits):
+    return
+  for name in config.splits:
+    has_random = any(block.size_of == name for block in config.splits.values())
+    if blocks.holds_back(config, name) and not has_random:
+      yield (
+        f'config.splits.{name} holds queries back, but no split is its control, so the report '
+        'cannot compare aligned with held-back queries. Add config.splits.base = '
+        "defaults.split(rule='all') "
+        f"or config.splits.{name}_random = defaults.split(rule='random', size_of={name!r})."
       )
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import os
 from typing import Any
 
@@ -26,6 +27,7 @@ from clip_jax.experiment.experiment import Experiment
 from clip_jax.models import fitted_embedders, huggingface, open_clip, sscd, weights, zoo
 from clip_jax.models.weights import HUGGING_FACE, OPEN_CLIP, PREPROCESSOR, PROCESSOR
 
+TEXT_BLOCK = 64  # texts encoded at once
 NUMBERS = (
   'embed_dim',
   'image_size',
@@ -49,6 +51,7 @@ class Model:
   encode_image: Callable[[Array], Array]  # uint8 [b, S, S, 3] -> [b, E]
   encode_text: Callable[[Sequence[str]], Array]  # n captions -> [n, E]
   step: int | None  # updates done; None: a weights file
+  text_hash: Callable[[], str]  # sha256 of everything on which encode_text depends
 
 
 @dataclasses.dataclass(frozen=True)
@@ -399,7 +402,23 @@ def open_model(weights: Weights) -> Model:
     functools.partial(image, params),
     lambda texts: text(params, tokenize()(texts, weights.config.context_length)),
     weights.step,
+    functools.cache(lambda: _text_hash(weights)),
   )
+
+
+def _text_hash(weights: Weights) -> str:
+  """Returns the sha256 of the text tower's parameters, its architecture and its tokenizer."""
+  config = weights.config
+  parts = [
+    checkpoints.digest(weights.params['text']),
+    repr(config.text),
+    weights.dtype,
+    *weights.special_words,
+  ]
+  if config.text.tokenizer:  # its own, in files beside the weights
+    beside = sorted(name for name in os.listdir(weights.folder) if 'token' in name)
+    parts += [files.sha256(os.path.join(weights.folder, name)) for name in beside]
+  return hashlib.sha256('\n'.join(parts).encode()).hexdigest()
 
 
 def _tokenizer(weights: Weights) -> Callable[[Sequence[str], int], Array]:
@@ -459,15 +478,19 @@ def _compiled(config, dtype: str, mean: tuple[float, ...], std: tuple[float, ...
     params,
     ids: Array,  # [n, T] int32
   ) -> Array:  # [n, E]
-    if text.packable(config.text):
-      ids = packing.trim(ids)  # exact; prompts are much shorter than the context
-    block = -(-64 // devices) * devices  # one compiled shape for any number of prompts
-    whole = _padded(ids, block)
-    parts = [
-      np.asarray(tokens(params, jax.device_put(whole[i : i + block], split)))
-      for i in range(0, len(whole), block)
-    ]
-    return np.concatenate(parts)[: len(ids)]
+    order, trim = np.arange(len(ids)), lambda ids: ids
+    if text.packable(config.text):  # then trimming is exact; prompts are shorter than the context
+      order = np.argsort(
+        ids.argmax(1), kind='stable'
+      )  # by length, so that a block has little to pad
+      trim = functools.partial(packing.trim, lengths=range(4, ids.shape[1], 4))
+    block = -(-TEXT_BLOCK // devices) * devices  # few compiled shapes for any number of prompts
+    vectors = np.empty((len(ids), config.embed_dim), np.float32)
+    for i in range(0, len(ids), block):
+      rows = order[i : i + block]
+      padded = _padded(trim(ids[rows]), block)
+      vectors[rows] = np.asarray(tokens(params, jax.device_put(padded, split)))[: len(rows)]
+    return vectors
 
   return _over_devices(images), encode_text
 

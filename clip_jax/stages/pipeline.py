@@ -22,7 +22,7 @@ from clip_jax.core.types import Config
 from clip_jax.data import images
 from clip_jax.experiment import blocks, workdir
 from clip_jax.experiment.experiment import Experiment
-from clip_jax.stages import benchmark_dirs, check, check_splits, export, lint, plan, table
+from clip_jax.stages import check, check_splits, dataset_paths, export, lint, plan, table
 
 PACKAGES = (
   'jax',
@@ -106,7 +106,7 @@ def _open_experiment(config: Config, folder: str | None) -> Experiment:
   if os.path.exists(folder) and not os.path.isdir(folder):
     raise ConfigError(f'--workdir={folder} is a file; give a folder.')
   images.limit_megapixels(config.ingest.max_megapixels)
-  return Experiment(benchmark_dirs.resolve(config), folder)
+  return Experiment(dataset_paths.resolve(config), folder)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -1,16 +1,16 @@
 """Prints the plan of each stage (--dry_run) and the graph of products (--graph); writes nothing.
 
 The plan lists rows, bytes, FLOPs, time and the state of the products. FLOPs count multiplications
-and additions of matrix products, which are nearly all of the work; a training step counts as three
-forward passes. Time is FLOPs divided by a rate: for this machine the matmul rate measured now, for
-accelerators 40 % of the vendor's dense peak. Reading and decoding images is not included.
+and additions of matrix products, which are nearly all of the arithmetic; a training step counts as
+three forward passes. The time on this machine is estimated in plan_time.py from rates measured now
+(plan_rates.py), reading and compilation included. The time on an accelerator is FLOPs over 40 % of
+the vendor's dense peak, without reading, decoding and compilation.
 """
 
 import collections
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 import dataclasses
 import re
-import time
 
 from absl import logging
 
@@ -22,14 +22,13 @@ from clip_jax.experiment.blocks import ANCHOR, POOL
 from clip_jax.experiment.experiment import Experiment
 from clip_jax.models import fitted_embedders, flops, sscd
 from clip_jax.pruning import rules
-from clip_jax.stages import lint, models, table
+from clip_jax.stages import lint, models, plan_time, table
+from clip_jax.stages.plan_time import Rows
 
 # Dense peaks in FLOP/s from the vendors' data sheets: (float32 or TF32 matmul, bfloat16 matmul).
 ACCELERATORS = {'A100': (156e12, 312e12), 'H100 SXM': (494e12, 989e12), 'TPU v5e': (49e12, 197e12)}
 SHARE_OF_PEAK = 0.4  # assumed share of the peak that this code reaches
 ITERATIONS = 20  # assumed iterations of k-means
-
-Rows = Mapping[str, int | None]  # dataset -> rows; None: unknown before ingest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,18 +51,29 @@ def views(x: Experiment, stage: str) -> list[Experiment]:
 def stage_plan(x: Experiment, stage: str, rows: Rows | None = None) -> StagePlan:
   """Returns the plan of a stage for the experiment's embedder."""
   rows = dataset_rows(x) if rows is None else rows
+  return PLANS[stage](x, _embedded(x, rows))
+
+
+def _embedded(x: Experiment, rows: Rows) -> Rows:
+  """Returns the rows of the datasets that the experiment's embedder embeds."""
   own = blocks.embedded_datasets(x.config, x.embedder)
-  return PLANS[stage](x, {name: rows[name] for name in rows if not x.embedder or name in own})
+  return {name: rows[name] for name in rows if not x.embedder or name in own}
 
 
 def show(x: Experiment, names: list[str], redo: str = '', redo_names: Sequence[str] = ()) -> None:
   """Prints the plan of the named stages, and the finished products that --redo would replace."""
+  from clip_jax.stages import plan_rates  # its imports take a second, at every start
+
   log.start()
-  rows, rate = dataset_rows(x), matmul_rate()
+  rates, counted = plan_rates.measure(x), dataset_rows(x)
+  rows = {name: rates.rows.get(name) if n is None else n for name, n in counted.items()}
   logging.info(
     'Plan for %s (nothing is written). Rows: %s.',
     x.workdir,
-    ', '.join(f'{name} {_count_text(n)}' for name, n in rows.items()),
+    ', '.join(
+      f'{name} {"about " if n and counted[name] is None else ""}{_count_text(n)}'
+      for name, n in rows.items()
+    ),
   )
   lines = [
     (f'{name} {view.embedder}'.strip(), name, view) for name in names for view in views(x, name)
@@ -85,7 +95,10 @@ def show(x: Experiment, names: list[str], redo: str = '', redo_names: Sequence[s
     plan = stage_plan(view, name, rows)
     disk += plan.bytes or 0
     bf16 = name in ('train', 'evaluate') and x.config.train.dtype == 'bfloat16'
-    times = [_time(plan.flops, SHARE_OF_PEAK * peaks[bf16]) for peaks in ACCELERATORS.values()]
+    times = [
+      _seconds(plan.flops and plan.flops / (SHARE_OF_PEAK * peaks[bf16]))
+      for peaks in ACCELERATORS.values()
+    ]
     logging.info(
       '%-*s %12s %10s %10s %14s  %s  %s',
       width,
@@ -93,7 +106,11 @@ def show(x: Experiment, names: list[str], redo: str = '', redo_names: Sequence[s
       _count_text(plan.rows),
       _bytes(plan.bytes),
       _si_text(plan.flops),
-      _time(plan.flops, rate),
+      _seconds(
+        plan_time.seconds(
+          view, name, _embedded(view, rows), rates, flops_=plan.flops, dim=_dim(view)
+        )
+      ),
       '  '.join(f'{text:>9}' for text in times),
       _products(view, name),
     )
@@ -107,11 +124,18 @@ def show(x: Experiment, names: list[str], redo: str = '', redo_names: Sequence[s
     )
   free = files.free_bytes(x.workdir)
   logging.info(
-    'Disk: about %s in total%s. Time here: at %.0f GFLOP/s (measured now); accelerators: at %d %% '
-    'of their dense peak.',
-    _bytes(disk),
-    f', {_bytes(free)} free' if free is not None else '',
-    rate / 1e9,
+    'Disk: about %s in total%s.', _bytes(disk), f', {_bytes(free)} free' if free is not None else ''
+  )
+  logging.info(
+    'Time here: for all products, on this machine as busy as it is now. It includes reading and '
+    'decoding (%s), arithmetic (%.0f GFLOP/s, %.0f in training), Python, compilation, checkpoints.',
+    ', '.join(f'{1 / each:,.0f} images of {size} px a second' for size, each in rates.read.items())
+    or 'no image to measure it yet',
+    rates.matmul / 1e9,
+    rates.training / 1e9,
+  )
+  logging.info(
+    'Accelerators: only FLOPs, at %d %% of the dense peak, without reading, decoding, compilation.',
     round(100 * SHARE_OF_PEAK),
   )
   for sentence in lint.advice(x, names):
@@ -158,23 +182,6 @@ def _vector_rows(x: Experiment, dataset: str) -> int | None:
     return None
   heads = _heads(x, dataset)
   return sum(head.rows for head in heads) if heads else None
-
-
-def matmul_rate() -> float:
-  """Returns this machine's float32 matmul rate in FLOP/s, measured within a second."""
-  import jax  # here, because the pipeline imports this module at every start
-  import jax.numpy as jnp
-
-  n = 1024
-  x = jnp.ones((n, n), jnp.float32)
-  product = jax.jit(lambda a: a @ a)
-  product(x).block_until_ready()
-  best = float('inf')
-  for _ in range(5):
-    start = time.perf_counter()
-    product(x).block_until_ready()
-    best = min(best, time.perf_counter() - start)
-  return 2 * n**3 / best
 
 
 def _known_sum(rows: Rows, names) -> int | None:
@@ -259,10 +266,18 @@ def _search(x: Experiment, rows: Rows) -> StagePlan:
   queries = _known_sum(rows, targets)
   if n is None or queries is None:
     return StagePlan(n, None, None)
+  # Ranges of queries have columns of their own, and no lists.
+  spans = {
+    name: high - low
+    for name in blocks.targets(x.config, x.embedder)
+    if blocks.RANGE in name
+    for low, high in [blocks.query_range(name)]
+  }
+  again = sum(share * (rows[blocks.benchmark_of(name)] or 0) for name, share in spans.items())
   return StagePlan(
     n,
-    12 * n * len(targets) + 24 * queries * x.config.search.top_k,
-    2.0 * (n + (rows.get(ANCHOR) or 0)) * queries * _dim(x),
+    12 * n * (len(targets) + len(spans)) + 24 * queries * x.config.search.top_k,
+    2.0 * (n + (rows.get(ANCHOR) or 0)) * (queries + again) * _dim(x),
   )
 
 
@@ -391,5 +406,5 @@ def _si_text(n: float | None) -> str:
   return ''
 
 
-def _time(flops_: float | None, rate: float) -> str:
-  return '?' if flops_ is None else progress.seconds(flops_ / rate)
+def _seconds(value: float | None) -> str:
+  return '?' if value is None else progress.seconds(value)

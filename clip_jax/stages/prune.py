@@ -2,8 +2,8 @@
 
 In: search columns, dedup marks, embeddings (for rows that float32 cannot decide).
 Out: WORKDIR/splits/<split>/rows.npy (or rows-seed<k>.npy), split.json, for aligned splits
-queries-<benchmark>.npz (the number of removed rows near each query), and the split's exports
-(stages/export.py).
+queries-<benchmark>.npz (the number of removed rows near each query), for splits that hold queries
+back held-back-<benchmark>.npz, and the split's exports (stages/export.py).
 """
 
 import dataclasses
@@ -23,12 +23,13 @@ from clip_jax.experiment import blocks, workdir
 from clip_jax.experiment.experiment import Experiment
 from clip_jax.pruning import rules, splits
 from clip_jax.similarity import decide
-from clip_jax.stages import export
+from clip_jax.stages import domains, export, prune_held_back
 from clip_jax.stages.prune_columns import ROWS_AT_ONCE, PoolColumns
 
 # Keys of a split that name rows or counts: keep() passes what they name to the rule.
 _SUPPLIED = (
   'benchmarks',
+  'queries',
   'size',
   'size_of',
   'to',
@@ -46,6 +47,8 @@ NEAR_MARGIN = 0.02  # a query is "unhit" if no removed row is over its threshold
 def write_rows(x: Experiment, todo: list[Product]) -> Made:
   """Writes the rows of splits; `todo` lists each split after its dependencies."""
   base = x.cached('base', lambda: Base(x))
+  for sentence in domains.expected_removal(x, dict.fromkeys(p.subject[0] for p in todo)):
+    logging.warning('%s', sentence)
   for product in todo:
     split, seed = product.subject
     kept = base.apply_rule(split, seed)
@@ -87,7 +90,7 @@ class Base(PoolColumns):
     arguments = {key: block[key] for key in rule.keys if key not in _SUPPLIED}
     about = {}
     if 'benchmarks' in rule.keys:
-      arguments['benchmarks'] = tuple(block.benchmarks)
+      arguments['benchmarks'] = blocks.split_targets(config, split)
     if 'levels' in rule.needs:
       arguments['codes'], arguments['names'] = self.levels(block.column, block.reference)
       arguments['values'] = tuple(map(str, block['values']))
@@ -199,18 +202,28 @@ class Base(PoolColumns):
         key: splits.shares(column, self.columns.candidates, dropped)
         for key, column in (('by_class', self.classes), ('by_domain', self.domain))
       }
+    if blocks.holds_back(config, split):
+      about['held_back'], more = prune_held_back.figures(
+        self.x,
+        split,
+        self.columns.candidates,
+        self.removed_rows(split, blocks.seeds(config, split)[0]),
+        os.path.dirname(product.name),
+      )
+      paths += more
     files.write_json(self.x.path(paths[0]), about)
     return paths
 
   def _aligned(self, split: str, report: dict, folder: str) -> tuple[dict, list[str]]:
     """Returns the figures of an aligned split and the files written; `report` is its rule's."""
-    block = self.x.config.splits[split]
+    block, targets = self.x.config.splits[split], blocks.split_targets(self.x.config, split)
     removed = self.removed_rows(split, blocks.seeds(self.x.config, split)[0])
     over, cosine, paths = {}, {}, []
-    for name in block.benchmarks:
+    for name, target in zip(block.benchmarks, targets):
       usable = np.flatnonzero(workdir.embeddings(self.x, name).usable)
-      counts = self._count_over(name, removed)
-      over[name], cosine[name] = counts[:, 0], self._anchor_cosine(name)
+      aligned = workdir.queries_in(self.x, target)[usable]
+      counts, cosines = self._count_over(name, removed), self._anchor_cosine(name)
+      over[name], cosine[name] = counts[aligned, 0], cosines[aligned]
       number = len(workdir.source(self.x, name))
       arrays = {
         'removed_over': np.full(number, -1, np.int64),
@@ -220,7 +233,7 @@ class Base(PoolColumns):
       for key, values in (
         ('removed_over', counts[:, 0]),
         ('removed_near', counts[:, 1]),
-        ('anchor_cosine', cosine[name]),
+        ('anchor_cosine', cosines),
       ):
         arrays[key][usable] = values
       paths.append(f'{folder}/queries-{name}.npz')
@@ -230,7 +243,7 @@ class Base(PoolColumns):
       self.columns,
       np.setdiff1d(np.flatnonzero(self.columns.candidates), removed, assume_unique=True),
       benchmarks=tuple(block.benchmarks),
-      dropped_at=self._dropped_at(tuple(block.benchmarks)),
+      dropped_at=self._dropped_at(targets),
       removed_over=over,
       anchor_cosine=cosine,
       duplicate_similarity=duplicate,
@@ -245,8 +258,8 @@ class Base(PoolColumns):
     return figures, paths
 
   @functools.lru_cache  # noqa: B019 (both live as long as the stage)
-  def _dropped_at(self, benchmarks: tuple[str, ...]) -> dict[str, int]:
-    return splits.dropped_at_slack(self.columns, benchmarks)
+  def _dropped_at(self, targets: tuple[str, ...]) -> dict[str, int]:
+    return splits.dropped_at_slack(self.columns, targets)
 
   def _count_over(self, benchmark: str, removed: Array) -> Array:
     """Counts the removed rows over, and over or near, each usable query's threshold, [q, 2] int64.
@@ -285,7 +298,8 @@ class Base(PoolColumns):
   def check(self, names: list[str]) -> dict[str, dict]:
     """Checks by brute force, for sampled queries, that splits have the anchor's similarity gap.
 
-    Returns the result of splits.check_aligned for each aligned split among the names.
+    Returns the result of splits.check_aligned for each aligned split among the names. Only queries
+    that count for a split are checked.
     """
     config = self.x.config
     aligned = [split for split in names if blocks.rule_of(config, split).is_aligned]
@@ -307,12 +321,12 @@ class Base(PoolColumns):
 
     size = len(self.pool)
     anchor = size + self._anchor_rows
-    return splits.check_aligned(
+    results = splits.check_aligned(
       promises,
       {
-        name: workdir.thresholds(self.x, name)[0]
+        target: workdir.thresholds(self.x, target)[0]
         for split in aligned
-        for name in config.splits[split].benchmarks
+        for target in blocks.split_targets(config, split)
       },
       itertools.chain(
         parts(self.pool, np.flatnonzero(wanted[:size]), 0), parts(self.anchor, anchor, size)
@@ -321,6 +335,10 @@ class Base(PoolColumns):
       sample=config.prune.check_queries,
       tolerance=self.columns.tolerance,
     )
+    return {
+      split: {blocks.benchmark_of(target): figures for target, figures in checks.items()}
+      for split, checks in results.items()
+    }
 
   def _promise(self, split: str) -> splits.AlignmentClaim:
     block, seed = self.x.config.splits[split], blocks.seeds(self.x.config, split)[0]
@@ -331,7 +349,7 @@ class Base(PoolColumns):
       'slack', block.slack
     )
     return splits.AlignmentClaim(
-      tuple(block.benchmarks),
+      blocks.split_targets(self.x.config, split),
       rows,
       blocks.appends_anchor(self.x.config, split),
       -math.inf if slack is None else slack,

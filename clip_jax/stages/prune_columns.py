@@ -64,7 +64,7 @@ class PoolColumns:
 
   def _columns(self, candidates: Array) -> rules.Columns:
     config = self.x.config
-    used = sorted({name for split in config.splits.values() for name in split.benchmarks})
+    used = sorted({name for split in config.splits for name in blocks.split_targets(config, split)})
     recall = min(map(self._recall, used)) if config.search.backend == 'scann' and used else None
     column = lambda which: Lazy(used, lambda name: workdir.search_column(self.x, name, which))
     return rules.Columns(
@@ -217,13 +217,14 @@ class PoolColumns:
         self.pool, self.columns.candidates, found.centers, on_rows=bar.update
       )
 
-  def pairs(self, benchmark: str, k: int) -> Iterator[columns.Pairs]:
+  def pairs(self, target: str, k: int) -> Iterator[columns.Pairs]:
     """Yields all pairs of a query and a pool row nearer than the query's k-th anchor row.
 
-    Each part holds all pairs of some queries, about PAIRS_AT_ONCE pairs, and reads the files of all
-    shards.
+    The queries are those of the target. Each part holds all pairs of some queries, about
+    PAIRS_AT_ONCE pairs, and reads the files of all shards.
     """
-    folder = os.path.dirname(workdir.queries_path(self.x, benchmark))
+    folder = os.path.dirname(workdir.queries_path(self.x, blocks.benchmark_of(target)))
+    counted = workdir.queries_in(self.x, target)
     top = files.read_npz(os.path.join(folder, f'anchor-k{k}.npz'))['similarity']
     counts = np.zeros(len(top), np.int64)
     for _, arrays in self._pair_files(folder, k):
@@ -241,7 +242,9 @@ class PoolColumns:
             arrays['similarity'][span].copy(),
           )
         )
-      yield columns.Pairs(top, *(np.concatenate(column) for column in zip(*parts)))
+      query, row, similarity = (np.concatenate(column) for column in zip(*parts))
+      keep = counted[query]
+      yield columns.Pairs(top, query[keep], row[keep], similarity[keep])
 
   def _pair_files(self, folder: str, k: int) -> Iterator[tuple[int, dict[str, Array]]]:
     """Yields for each shard its first pool row and its pairs, ordered by query and row."""
@@ -254,8 +257,9 @@ class PoolColumns:
         )
       yield start, files.read_npz(path)
 
-  def _recall(self, benchmark: str) -> float:
+  def _recall(self, target: str) -> float:
     """Returns ScaNN's recall for a benchmark; raises InputError below config.search.min_recall."""
+    benchmark = blocks.benchmark_of(target)
     recall = products.counts(self.x.workdir, self.x.graph.queries(benchmark, self.x.embedder).name)[
       'recall'
     ]

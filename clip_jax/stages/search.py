@@ -4,6 +4,8 @@ In: embeddings.
 Out, in WORKDIR/search:
   <benchmark>/pool-*.npz: similarity, nearest and excess of each pool row; the shard's top-k rows of
     each query
+  <benchmark>@<lo>_<hi>/pool-*.npz: as above, against the queries whose hash lies in [lo, hi), for
+    splits with the key `queries`
   <benchmark>/queries.npz: key, anchor_similarity, anchor_nearest, pool_similarity, pool_nearest
   anchor_classes/pool-*.npz: as above, against the class means of the anchor
   <reference>/pool-*.npz: as above, against labelled examples or prompts
@@ -43,7 +45,8 @@ SLACKS = (-0.01, 0.01)  # the summary counts dropped rows at these slacks and at
 class Target:
   """The vectors that the pool is compared with.
 
-  They are a benchmark's queries, the anchor's class means, labelled examples or prompts.
+  They are a benchmark's queries or a range of them, the anchor's class means, labelled examples or
+  prompts.
   """
 
   name: str
@@ -95,7 +98,11 @@ def search_shards(x: Experiment, todo: list[Product]) -> Made:
   searched = {product.subject[0] for product in todo} - {ANCHOR_CLASSES}
   counted = [
     progress.count_with_noun(len(searched & set(group)), noun)
-    for noun, group in (('benchmark', x.config.benchmarks), ('reference', x.config.references))
+    for noun, group in (
+      ('benchmark', x.config.benchmarks),
+      ('query range', [name for name in searched if blocks.RANGE in name]),
+      ('reference', x.config.references),
+    )
     if searched & set(group)
   ]
   logging.log(
@@ -132,6 +139,8 @@ def open_target(x: Experiment, name: str) -> Target:
       None,
       np.arange(len(vectors), dtype=np.int32),
     )
+  if blocks.RANGE in name:
+    return _range_of(x, name)
   queries = workdir.embeddings(x, name)
   usable = queries.usable
   if not usable.any():
@@ -148,6 +157,22 @@ def open_target(x: Experiment, name: str) -> Target:
     nearest = np.full(len(vectors), -1, np.int64)
     thresholds[usable], nearest[usable] = exact.thresholds(anchor, anchor.usable, vectors[usable])
   return Target(name, vectors, usable, thresholds, nearest, np.flatnonzero(usable).astype(np.int32))
+
+
+def _range_of(x: Experiment, name: str) -> Target:
+  """Returns the target of a range of a benchmark's queries."""
+  benchmark = blocks.benchmark_of(name)
+  whole = target_of(x, benchmark)
+  usable = whole.usable & workdir.queries_in(x, name)
+  if not usable.any():
+    low, high = blocks.query_range(name)
+    raise InputError(
+      f'No readable query of {benchmark} lies in queries=({low:g}, {high:g}), so nothing can be '
+      f'aligned to it: the {len(usable)} queries have too few groups. Set a wider range.'
+    )
+  return dataclasses.replace(
+    whole, name=name, usable=usable, ids=np.flatnonzero(usable).astype(np.int32)
+  )
 
 
 def class_means(anchor, labels: Array) -> tuple[Array, Array]:

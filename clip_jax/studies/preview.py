@@ -217,7 +217,7 @@ class _Features:
       'of_classes': len(codes),
     }
     if len(allowed) < 2 or not len(images):  # accuracy needs two classes
-      return about | {'n': 0, 'top1': None, 'low': None, 'high': None}
+      return about | {'n': 0} | dict.fromkeys(('top1', 'low', 'high', 'groups', 'df'))
     predicted = np.concatenate(
       [
         ridge.predict(vectors.rows(images[i : i + ROWS_AT_ONCE]), self._scale, weights, allowed)
@@ -225,10 +225,16 @@ class _Features:
       ]
     )
     correct = (predicted == truth[images]) & vectors.usable[images]
-    groups = workdir.source(self._x, benchmark).column('group')[images] if block.group_key else None
-    interval = statistics.image_interval(correct, groups)
-    numbers = {'top1': interval.value, 'low': interval.low, 'high': interval.high}
-    return about | {key: None if np.isnan(value) else value for key, value in numbers.items()}
+    groups = workdir.groups(self._x, benchmark)
+    interval = statistics.image_interval(correct, None if groups is None else groups[images])
+    numbers = {
+      'top1': interval.value,
+      'low': interval.low,
+      'high': interval.high,
+      'groups': interval.groups,
+      'df': interval.df,
+    }
+    return about | {key: value if np.isfinite(value) else None for key, value in numbers.items()}
 
 
 def section(facts: 'Facts') -> tuple[str, str, str, list] | None:

@@ -26,8 +26,6 @@ from clip_jax.reporting.page import Text
 if TYPE_CHECKING:
   from clip_jax.stages.report.facts import Facts
 
-INTERVAL = '95 % (Wilson), assuming that the rows that either removes are independent draws'
-
 
 def compared_splits(config: Config) -> list[str]:
   """Returns the splits that are compared.
@@ -47,12 +45,15 @@ def products(graph: Graph) -> dict[str, list[Product]]:
   config, splits = graph.config, compared_splits(graph.config)
   if not config.prune.sensitivity or not splits:
     return {}
-  benchmarks = sorted({name for split in splits for name in config.splits[split].benchmarks})
+  targets = sorted({name for split in splits for name in blocks.split_targets(config, split)})
   searches = [
     part
     for embedder in ('', *config.prune.sensitivity)
-    for name in benchmarks
-    for part in (*graph.search_shards(name, embedder), graph.queries(name, embedder))
+    for name in targets
+    for part in (
+      *graph.search_shards(name, embedder),
+      graph.queries(blocks.benchmark_of(name), embedder),
+    )
   ]
   rows = [graph.rows(split, blocks.seeds(config, split)[0]) for split in splits]
   return {
@@ -83,7 +84,6 @@ def compare(x: Experiment, todo: list[Product]) -> Made:
     {
       'embedders': ['', *x.config.prune.sensitivity],
       'candidates': int(main.candidates.sum()),
-      'interval': INTERVAL,
       'splits': splits,
     },
   )
@@ -105,13 +105,14 @@ def compare(x: Experiment, todo: list[Product]) -> Made:
 def _agreement(x: Experiment, split: str, main: rules.Columns, other: rules.Columns) -> dict:
   """Returns the agreement of two embedders on a split, for the same candidates."""
   block, rule = x.config.splits[split], blocks.rule_of(x.config, split)
-  rows, benchmarks = np.flatnonzero(main.candidates), tuple(block.benchmarks)
+  rows, targets = np.flatnonzero(main.candidates), blocks.split_targets(x.config, split)
   kept = workdir.pool_rows(x, split, blocks.seeds(x.config, split)[0])
   removed = ~np.isin(rows, kept, assume_unique=True)
-  first = agreement.going_first(other, block.rule, benchmarks=benchmarks, count=int(removed.sum()))
+  first = agreement.going_first(other, block.rule, benchmarks=targets, count=int(removed.sum()))
   removed_by_other = first  # right if the config fixes the number of removed rows
   if 'count' not in rule.needs:
-    kept = rule.keep(other, **blocks.parameters(x.config, split)).rows
+    amounts = {key: block[key] for key in rule.keys if key not in ('benchmarks', 'queries')}
+    kept = rule.keep(other, benchmarks=targets, **amounts).rows
     removed_by_other = ~np.isin(rows, kept, assume_unique=True)
   result = agreement.compare(
     rows,
@@ -119,37 +120,24 @@ def _agreement(x: Experiment, split: str, main: rules.Columns, other: rules.Colu
     removed_by_other,
     first,
     *(
-      agreement.removal_order(columns, block.rule, benchmarks=benchmarks)
-      for columns in (main, other)
+      agreement.removal_order(columns, block.rule, benchmarks=targets) for columns in (main, other)
     ),
-  )
-  own, own_interval = _overlap(
-    result.both, result.removed_here + result.removed_there - result.both
-  )
-  same, same_interval = _overlap(
-    result.same_count_both, 2 * result.removed_here - result.same_count_both
   )
   return {
     'removed_here': result.removed_here,
     'removed_there': result.removed_there,
-    'jaccard': own,
-    'jaccard_interval': own_interval,
-    'same_count_jaccard': same,
-    'same_count_interval': same_interval,
+    'jaccard': agreement.jaccard(
+      result.both, result.removed_here + result.removed_there - result.both
+    ),
+    'same_count_jaccard': agreement.jaccard(
+      result.same_count_both, 2 * result.removed_here - result.same_count_both
+    ),
     'spearman': None if math.isnan(result.spearman) else result.spearman,
     'only_here': result.only_here,
     'only_there': result.only_there,
     'rows_only_here': result.rows_only_here.tolist(),
     'rows_only_there': result.rows_only_there.tolist(),
   }
-
-
-def _overlap(both: int, either: int) -> tuple[float, list[float] | None]:
-  """Returns the Jaccard index of two sets and its interval, which is None for two empty sets."""
-  from clip_jax.evaluation import statistics  # imports SciPy
-
-  interval = statistics.image_interval(np.arange(either) < both) if either else None
-  return agreement.jaccard(both, either), interval and [interval.low, interval.high]
 
 
 def section(facts: 'Facts') -> tuple[str, str, str, list] | None:

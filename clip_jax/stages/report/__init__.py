@@ -21,8 +21,16 @@ from clip_jax.evaluation.statistics import Estimate
 from clip_jax.experiment import blocks
 from clip_jax.experiment.experiment import Experiment
 from clip_jax.reporting import benchmark_overlap, page, sections, svg, tables, terms
+from clip_jax.reporting import held_back as held_back_lib
 from clip_jax.reporting.page import Section
-from clip_jax.stages.report import contrasts, leaks, pool_sections, removed_rows, run_sections
+from clip_jax.stages.report import (
+  contrasts,
+  held_back,
+  leaks,
+  pool_sections,
+  removed_rows,
+  run_sections,
+)
 from clip_jax.stages.report.facts import Facts, read
 from clip_jax.stages.report.panels import Accuracies
 
@@ -70,8 +78,9 @@ def compose(facts: Facts, studies: Sequence[ModuleType] = ()) -> tuple[str, str,
   accuracies, without_leaked = map(
     contrasts.accuracies, (facts.results, facts.results.without_leaked(facts.leaked))
   )
+  held = held_back.comparisons(facts)
   rows = _sections(
-    facts, items, accuracies, without_leaked, [study.section(facts) for study in studies]
+    facts, items, held, accuracies, without_leaked, [study.section(facts) for study in studies]
   )
   shown = [Section(name, title, short, tuple(parts)) for name, title, short, parts in rows if parts]
   banner = ' '.join(
@@ -93,12 +102,14 @@ def compose(facts: Facts, studies: Sequence[ModuleType] = ()) -> tuple[str, str,
       'proportions (0 to 1), those in tables/*.tex percent.'
     ),
   )
-  return html, _summary(facts, banner, sentence, accuracies), shown
+  lines = held_back_lib.summary_lines(held)
+  return html, _summary(facts, banner, sentence, accuracies, lines), shown
 
 
 def _sections(
   facts: Facts,
   items: Sequence[dict],
+  held: Sequence[dict],
   accuracies: Accuracies,
   without_leaked: Accuracies,
   of_studies: Sequence[tuple | None],
@@ -111,7 +122,7 @@ def _sections(
       'answer',
       'The answer',
       'Answer',
-      run_sections.answer(facts, items, accuracies) if is_asked else [],
+      run_sections.answer(facts, items) if is_asked else [],
     ),
     (
       'accuracy',
@@ -130,6 +141,12 @@ def _sections(
       'Each aligned split against its control',
       'Comparisons',
       run_sections.comparisons(facts, items) if is_asked else [],
+    ),
+    (
+      'held_back',
+      'Aligned against held-back queries',
+      'Held back',
+      held_back.section(facts, held),
     ),
     (
       'bins',
@@ -206,7 +223,7 @@ def _answer(facts: Facts, items: Sequence[dict]) -> str:
     is_plain = item['rule'] == 'gap_aligned' and not contrasts.is_dose(config, split)
     sentences.append(
       answer.answer_sentence(
-        benchmark,
+        item['queries'] or benchmark,
         item['balance'],
         loss,
         item['share_matched'],
@@ -247,8 +264,13 @@ def _unfinished(facts: Facts, split: str, benchmark: str) -> list[str]:
   ]
 
 
-def _summary(facts: Facts, banner: str, sentence: str, accuracies: Accuracies) -> str:
-  """Returns the answer as terminal text, with accuracies or, without any, the duplicates."""
+def _summary(
+  facts: Facts, banner: str, sentence: str, accuracies: Accuracies, held: Sequence[str]
+) -> str:
+  """Returns the answer as terminal text, with accuracies or, without any, the duplicates.
+
+  held: lines on splits that hold queries back.
+  """
   text = [banner, '', sentence] if banner else [sentence]
   if accuracies:
     text += [
@@ -257,6 +279,7 @@ def _summary(facts: Facts, banner: str, sentence: str, accuracies: Accuracies) -
       'Brackets: 95 % interval over seeds and images; with "range": lower and higher of two seeds; '
       'with "1 seed": interval over images for this checkpoint.',
     ]
+    text += ['', *held] if held else []
   else:
     for lines in (pool_sections.summary_lines(facts), _removed(facts)):
       text += ['', *_columns(lines)] if lines else []

@@ -46,6 +46,19 @@ class Results:
     rows = [[self.seeds[key].index(seed) for seed in shared] for key in keys]
     return ([self.correct[key][r] for key, r in zip(keys, rows)], shared) if shared else None
 
+  def among(self, benchmark: str, which: Array) -> 'Results':  # which: [Q] bool
+    """Returns the results with only some images of a benchmark."""
+    groups = self.groups[benchmark]
+    return dataclasses.replace(
+      self,
+      correct={
+        key: correct[:, which] if key[1] == benchmark else correct
+        for key, correct in self.correct.items()
+      },
+      label={**self.label, benchmark: self.label[benchmark][which]},
+      groups={**self.groups, benchmark: None if groups is None else groups[which]},
+    )
+
   def without_leaked(self, leaked: Mapping[str, Array]) -> 'Results':  # benchmark -> [Q] bool
     """Returns the results without leaked images, for benchmarks that have both kinds of images."""
     stays = {b: ~mask for b, mask in leaked.items() if mask.any() and not mask.all()}
@@ -213,9 +226,10 @@ def _have_near_duplicates(
 def results(x: Experiment) -> Results:
   """Returns all evaluation results."""
   known = Results({}, {}, {}, {}, {})
-  for benchmark, block in x.config.benchmarks.items():
-    has_groups = (block.group_key or block.group_pattern) and workdir.is_ingested(x, benchmark)
-    known.groups[benchmark] = workdir.source(x, benchmark).column('group') if has_groups else None
+  for benchmark in x.config.benchmarks:
+    known.groups[benchmark] = (
+      workdir.groups(x, benchmark) if workdir.is_ingested(x, benchmark) else None
+    )
     for split in x.config.splits:
       of_seeds = {
         seed: workdir.result(x, split, seed, benchmark) for seed in blocks.seeds(x.config, split)

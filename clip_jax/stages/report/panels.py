@@ -16,6 +16,7 @@ from clip_jax.reporting import answer_figure, figures, svg, tables
 from clip_jax.stages.report import contrasts
 from clip_jax.stages.report.facts import Facts
 
+BASIS = ('method', 'seeds', 'images', 'groups', 'df')  # fields of an estimate beside its interval
 Accuracies = Mapping[tuple[str, str], Estimate]  # (split, benchmark) -> accuracy
 
 
@@ -24,12 +25,12 @@ def looks() -> figures.Looks:
   return svg.looks({name: rule.label for name, rule in RULES.items()})
 
 
-def answers(config: Config, accuracy: Accuracies, items: Sequence[dict]) -> list[dict]:
+def answers(config: Config, items: Sequence[dict]) -> list[dict]:
   """Returns a panel per comparison: anchor only, the aligned split, its control and base."""
   benchmarks = [item['benchmark'] for item in items]
   drawn = []
   for item in items:
-    b, kind = item['benchmark'], item['control_rule']
+    b, kind, known = item['benchmark'], item['control_rule'], item['accuracies']
     rows = [
       ('anchor', 'anchor only', contrasts.first_split(config, 'anchor')),
       (item['rule'], answer_figure.ALIGNED, item['split']),
@@ -37,9 +38,9 @@ def answers(config: Config, accuracy: Accuracies, items: Sequence[dict]) -> list
       ('all', 'base', item['base']),
     ]
     points = [
-      {'rule': rule, 'label': label, 'split': name, **_point(accuracy[name, b])}
+      {'rule': rule, 'label': label, 'split': name, **_point(known[name])}
       for rule, label, name in rows
-      if (name, b) in accuracy
+      if name in known
     ]
     loss = item['against_control']
     if len(points) > 1:
@@ -71,6 +72,11 @@ def _interval(estimate: Estimate) -> dict:
   }
 
 
+def _bounds(estimate: Estimate) -> dict:
+  """Returns low and high of an interval or a range; None without one."""
+  return {key: _finite_or_none(getattr(estimate, key)) for key in ('low', 'high')}
+
+
 def by_similarity(facts: Facts) -> list[dict]:
   """Returns the base split's accuracy by pool similarity, and by excess over the anchor's."""
   results, base = facts.results, contrasts.first_split(facts.config, 'all')
@@ -97,26 +103,20 @@ def by_similarity(facts: Facts) -> list[dict]:
 
 def _series(base: str, bins: Sequence[similarity_bins.Bin]) -> list[dict]:
   """Returns two curves: raw accuracy, and accuracy with class effects removed."""
-  head = lambda b: {'low': b.low, 'high': b.high, 'n': b.images}
-  raw = [
-    {
-      **head(b),
-      'accuracy': b.accuracy,
-      'accuracy_low': _finite_or_none(b.accuracy_low),
-      'accuracy_high': _finite_or_none(b.accuracy_high),
+
+  def point(b: similarity_bins.Bin, estimate: Estimate) -> dict:
+    return {
+      'low': b.low,
+      'high': b.high,
+      'n': b.raw.images,
+      'accuracy': float(np.clip(estimate.value, 0, 1)),
+      'accuracy_low': _finite_or_none(estimate.low),
+      'accuracy_high': _finite_or_none(estimate.high),
+      **{key: getattr(estimate, key) for key in BASIS},
     }
-    for b in bins
-  ]
-  within = [
-    {
-      **head(b),
-      'accuracy': float(np.clip(b.within_class, 0, 1)),
-      'accuracy_low': None,
-      'accuracy_high': None,
-    }
-    for b in bins
-    if np.isfinite(b.within_class)
-  ]
+
+  raw = [point(b, b.raw) for b in bins]
+  within = [point(b, b.within_class) for b in bins if b.within_class is not None]
   return [
     {'name': base, 'rule': 'all', 'adjusted': False, 'bins': raw},
     {'name': 'class effects removed', 'rule': 'all', 'adjusted': True, 'bins': within},
@@ -124,9 +124,9 @@ def _series(base: str, bins: Sequence[similarity_bins.Bin]) -> list[dict]:
 
 
 def is_sized(config: Config, split: str) -> bool:
-  """Returns whether a split is near- or far-pruned: of a given size, with selected rows."""
+  """Returns whether a split is near- or far-pruned, by all queries: a size, and selected rows."""
   rule = blocks.rule_of(config, split)
-  return rule.has_size and rule.selects
+  return rule.has_size and rule.selects and not blocks.holds_back(config, split)
 
 
 def by_size(facts: Facts, accuracy: Accuracies) -> list[dict]:
@@ -138,8 +138,7 @@ def by_size(facts: Facts, accuracy: Accuracies) -> list[dict]:
       name: {
         'size': about['pool_rows'],
         'accuracy': accuracy[name, benchmark].value,
-        'low': _finite_or_none(accuracy[name, benchmark].low),
-        'high': _finite_or_none(accuracy[name, benchmark].high),
+        **_bounds(accuracy[name, benchmark]),
       }
       for name, about in facts.splits.items()
       if (name, benchmark) in accuracy
@@ -148,6 +147,7 @@ def by_size(facts: Facts, accuracy: Accuracies) -> list[dict]:
       name
       for name in points
       if blocks.rule_of(config, name).has_size
+      and not blocks.holds_back(config, name)
       and (not is_sized(config, name) or benchmark in config.splits[name].benchmarks)
     ]
     if any(is_sized(config, name) for name in names):
@@ -160,7 +160,7 @@ def by_size(facts: Facts, accuracy: Accuracies) -> list[dict]:
         {
           'name': benchmark,
           'base': points.get(base) if base is not None else None,
-          'reference': alone and alone.value,
+          'reference': alone and {'accuracy': alone.value, **_bounds(alone)},
           'curves': {rule: curve for rule, curve in curves.items() if curve},
         }
       )
@@ -234,7 +234,7 @@ def by_dose(facts: Facts, items: Sequence[dict]) -> list[dict]:
             'share': about['dropped'] / whole,
             'estimate': estimate.value,
             **_interval(estimate),
-            'method': estimate.method,
+            **{key: getattr(estimate, key) for key in BASIS},
           },
         )
     if len(points) > 1:
@@ -246,17 +246,25 @@ def against_validation(facts: Facts) -> list[dict]:
   """Returns every run's accuracy on each benchmark against config.report.reference."""
   config, panels = facts.config, []
   names = list(config.benchmarks)
-  xname = config.report.reference if config.report.reference in names else names[0]
+  reference = config.report.reference if config.report.reference in names else names[0]
   for benchmark in names:
+    baseline = contrasts.baseline(config, facts.results, benchmark)
+    xname = baseline.benchmark if baseline else reference
     pairs = {
       split: facts.results.on_shared_seeds((split, benchmark), (split, xname))
       for split in config.splits
     }
     points = [
-      {'rule': contrasts.shown_rule(facts, split), 'x': float(x.mean()), 'y': float(y.mean())}
+      {
+        'rule': contrasts.shown_rule(facts, split),
+        'split': split,
+        'seed': seed,
+        'x': statistics.image_interval(x, facts.results.groups[xname]),
+        'y': statistics.image_interval(y, facts.results.groups[benchmark]),
+      }
       for split, pair in pairs.items()
       if pair is not None
-      for y, x in zip(*pair[0])
+      for y, x, seed in zip(*pair[0], pair[1])
     ]
     if benchmark != xname and len(points) > 1:
       panels.append(
@@ -264,15 +272,29 @@ def against_validation(facts: Facts) -> list[dict]:
           'name': benchmark,
           'xname': xname,
           'points': points,
-          'line': _line(contrasts.shift_of(config, facts.results, benchmark)),
+          'line': _line(baseline),
         }
       )
   return panels
 
 
-def _line(shift: str | None):
-  """Returns the baseline of an ImageNet shift as x and y accuracies, or None."""
-  if shift is None:
+def _line(baseline: contrasts.Baseline | None) -> dict | None:
+  """Returns the line of an ImageNet shift as arrays [n] in proportions, with its fit's numbers.
+
+  Keys: x, y, low and high (the band of single models), and parts: models, r2, error, x_low and
+  x_high of each line.
+  """
+  if baseline is None:
     return None
   x = np.linspace(0.02, 0.98, 97)
-  return x, np.array([robustness.line_accuracy(shift, float(value)) for value in x])
+  lines = [robustness.line(baseline.shift, baseline.x, float(value)) for value in x]
+  y = [line.accuracy(float(value)) for line, value in zip(lines, x)]
+  low, high = zip(*(line.band(float(value)) for line, value in zip(lines, x)))
+  parts = list(dict.fromkeys(lines))
+  return {
+    **{key: np.array(values) for key, values in dict(x=x, y=y, low=low, high=high).items()},
+    'parts': [
+      {key: getattr(part, key) for key in ('models', 'r2', 'error', 'x_low', 'x_high')}
+      for part in parts
+    ],
+  }

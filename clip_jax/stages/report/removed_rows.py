@@ -131,13 +131,11 @@ def _highest(values: Array, count: int) -> Array:  # [n] -> [count] positions, f
 
 def _values(facts: Facts, split: str) -> Array | None:  # [N]
   """Returns the column that a rule removes by; None without such a column or before the search."""
-  column, benchmarks = (
-    blocks.rule_of(facts.config, split).column,
-    facts.config.splits[split].benchmarks,
-  )
-  if not column or not all(workdir.is_searched(facts.x, b) for b in benchmarks):
+  column = blocks.rule_of(facts.config, split).column
+  targets = blocks.split_targets(facts.config, split)
+  if not column or not all(workdir.is_searched(facts.x, target) for target in targets):
     return None
-  return np.fmax.reduce([workdir.search_column(facts.x, b, column) for b in benchmarks])
+  return np.fmax.reduce([workdir.search_column(facts.x, target, column) for target in targets])
 
 
 def _levels(facts: Facts, split: str, rows: Array) -> list[str]:  # [n]

@@ -24,7 +24,7 @@ KEYS_LISTED = 1_000_000  # in larger datasets, unreadable images are listed by r
 MOST_NAMED = 12  # runs that a sentence names
 
 
-def answer(facts: Facts, items: Sequence[dict], accuracies: Accuracies) -> list:
+def answer(facts: Facts, items: Sequence[dict]) -> list:
   """Returns the headline figure, or a sentence about the results it needs."""
   missing = (
     None
@@ -35,7 +35,7 @@ def answer(facts: Facts, items: Sequence[dict], accuracies: Accuracies) -> list:
       'evaluate',
     )
   )
-  lines = panels.answers(facts.config, accuracies, contrasts.headline(facts.config, items))
+  lines = panels.answers(facts.config, contrasts.headline(facts.config, items))
   return sections.answer_blocks(lines, missing, looks())
 
 

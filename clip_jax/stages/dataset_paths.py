@@ -1,0 +1,128 @@
+"""Resolves the paths of all datasets when a command starts.
+
+A relative path begins at config.root. Of a tuple of alternatives the first that exists is chosen.
+An optional dataset of which no path exists is left out. A dataset without a format gets that of its
+files. benchmark_dirs.py adds its benchmarks first.
+"""
+
+import collections
+from collections.abc import Mapping
+import glob
+import os
+
+from absl import logging
+
+from clip_jax.core.errors import ConfigError
+from clip_jax.core.types import Config
+from clip_jax.data import listing, storage
+from clip_jax.experiment import blocks
+from clip_jax.stages import benchmark_dirs
+
+_FURTHER_PATHS = ('labels_file', 'metadata', 'images')  # keys of a dataset that name one path
+
+
+def resolve(config: Config) -> Config:
+  """Returns the config with the benchmarks of benchmark_dirs and with one path for each dataset.
+
+  Logs the optional datasets that are left out. Raises ConfigError if config.root does not exist, if
+  none of several alternatives exists, or if every benchmark is optional and none exists.
+  """
+  root = os.path.abspath(os.path.expanduser(config.root)) if config.root else ''
+  if root and not os.path.isdir(root):
+    raise ConfigError(f'config.root={config.root!r} is not a folder. Correct the path.')
+  resolved = benchmark_dirs.resolve(config, root).copy_and_resolve_references()
+  resolved.unlock()
+  if resolved.pool.optional:
+    raise ConfigError('config.pool.optional=True: an experiment needs its pool. Remove this key.')
+  _locate('config.pool', resolved.pool, root)
+  if not _locate('config.anchor', resolved.anchor, root):
+    logging.info('Not found, left out: the anchor (%s).', places(resolved.anchor, root))
+    resolved.anchor.format = ''
+  absent: dict[str, Config] = {}
+  for group in ('benchmarks', 'references'):
+    for name, block in list(resolved[group].items()):
+      if not _locate(f'config.{group}.{name}', block, root):
+        absent[name] = block
+        del resolved[group][name]
+  if absent and config.benchmarks and not resolved.benchmarks:
+    first = next(iter(absent))
+    raise ConfigError(
+      f'None of the {len(absent)} benchmarks exists below {root or os.getcwd()}; for example '
+      f'{first} would be {places(absent[first], root)}. Give the folder of the benchmarks, '
+      f'--config.root=DIR, or the path of one, --config.benchmarks.{first}.path=DIR.'
+    )
+  if absent:
+    logging.info('Not found, left out: %s.', ', '.join(_grouped(config, absent)))
+  return resolved
+
+
+def _grouped(config: Config, absent: Mapping[str, Config]) -> list[str]:
+  """Returns the names of absent datasets; those that are averaged count under their common name."""
+  group = lambda block: block.average if 'average' in block else ''
+  groups = collections.Counter(filter(None, map(group, absent.values())))
+  every = collections.Counter(map(group, config.benchmarks.values()))
+  return [
+    *(name for name, block in absent.items() if not group(block)),
+    *(f'{name} ({count} of {every[name]} benchmarks)' for name, count in groups.items()),
+  ]
+
+
+def _locate(where: str, block: Config, root: str) -> bool:
+  """Sets path and format of a dataset; returns False if it is optional and no path exists."""
+  if block.format == 'concat':
+    for name, part in list(block.sources.items()):
+      if not _locate(f'{where}.sources.{name}', part, root):
+        logging.info('Not found, left out: the source %s of %s.', name, where)
+        del block.sources[name]
+    return bool(block.sources) or not block.optional
+  if block.format == blocks.GLYPHS or not block.path:
+    return not block.optional
+  if not all(type(path) is str and path for path in _alternatives(block)):
+    raise ConfigError(f'{where}.path={block.path!r} must be a path, or a tuple of paths.')
+  for key in _FURTHER_PATHS:
+    if block[key]:
+      block[key] = below(root, block[key])
+  choice = [below(root, path) for path in _alternatives(block)]
+  existing = [path for path in choice if _exists(path)] if len(choice) > 1 or block.optional else []
+  if not existing and block.optional:
+    return False
+  if not existing and len(choice) > 1:
+    raise ConfigError(
+      f'{where}.path: none of {", ".join(map(repr, choice))} exists. Correct the paths, or set '
+      f'config.root, the folder below which relative paths begin.'
+    )
+  block.path = (existing or choice)[0]
+  if not block.format:
+    path = block.path if storage.is_remote(block.path) else os.path.expanduser(block.path)
+    block.format = benchmark_dirs.format_of(f'{where}.path', path, bool(block.vector_dim))
+  return True
+
+
+def below(root: str, path: str) -> str:
+  """Returns a path below the root; absolute paths, '~' and URLs are returned unchanged."""
+  if not root or storage.is_remote(path) or path.startswith(('/', '~', 'file://')):
+    return path
+  return os.path.join(root, path)
+
+
+def _alternatives(block: Config) -> tuple[str, ...]:
+  return (block.path,) if isinstance(block.path, str) else tuple(block.path)
+
+
+def places(block: Config, root: str) -> str:
+  """Returns the alternative paths of a dataset, in words."""
+  return ' or '.join(below(root, path) for path in _alternatives(block)) or 'no path'
+
+
+def _exists(path: str) -> bool:
+  """Returns whether a path is remote, or an existing file, folder or pattern that matches one."""
+  path = os.path.expanduser(path)
+  return (
+    storage.is_remote(path)
+    or os.path.exists(path)
+    or any(
+      glob.glob(pattern, recursive=True)[:1]
+      for pattern in listing.expand_braces(path)
+      if any(sign in path for sign in '*?[{')
+    )
+  )
