@@ -557,8 +557,8 @@ MEANINGS = {
   'report/figures/accuracy_by_similarity_<benchmark>.svg': {
     '': 'accuracy of base by similarity to the nearest pool image'
   },
-  'report/figures/answer.svg': {
-    '': 'accuracies of base, the anchor alone, the aligned split and its control'
+  'report/figures/answer_<split>_<benchmark>.svg': {
+    '': 'accuracies of the anchor alone, the aligned split, its control and base'
   },
   'report/figures/comparisons.svg': {'': 'each aligned split minus its control'},
   'report/figures/dedup_recall.svg': {'': 'share of duplicate pairs found by number of clusters'},
@@ -580,6 +580,10 @@ MEANINGS = {
   'report/figures/size_<benchmark>.svg': {'': 'accuracy of near- and far-pruned splits by size'},
   'report/tables/accuracy.csv': _ACCURACY,
   'report/tables/accuracy_seeds_<n>.csv': _ACCURACY,
+  'report/tables/accuracy.tex': {
+    '': 'the same in percent with intervals, a LaTeX table with booktabs; notes in comments'
+  },
+  'report/tables/accuracy_seeds_<n>.tex': {'': 'the same as LaTeX'},
   'report/tables/accuracy_by_similarity.csv': {
     'against': '`similarity` to the nearest pool row, or `excess` over the nearest anchor row',
     'series': 'the base split, or `class effects removed`',
@@ -818,7 +822,7 @@ MEANINGS = {
     'queries': 'copied queries',
     'unreadable': 'queries that could not be read, and why',
   },
-  'counts of report/index': {'.svg': 'figures', '.csv': 'tables'},
+  'counts of report/index': {'.svg': 'figures', '.csv': 'tables', '.tex': 'LaTeX tables'},
   'counts of search/<benchmark>/pairs-k<K>-<i>': {
     'pairs': 'pairs',
     'rows_revisited': 'rows of the shard that were compared again',

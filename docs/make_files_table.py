@@ -99,6 +99,7 @@ PATTERNS = (
   (r'^splits/<split>/held-back-[^/]+\.', 'splits/<split>/held-back-<benchmark>.'),
   (r'/export/seed<k>/', '/export/'),
   (r'^(evaluate/.*)/(?!manifest)[^/.]+\.', r'\1/<benchmark>.'),
+  (r'(figures/answer)_\w+_(?:val|handwriting)\.', r'\1_<split>_<benchmark>.'),
   (r'(figures/\w+?)_(?:val|handwriting)\.', r'\1_<benchmark>.'),
   (r'tables/duplicates-[^/]+\.', 'tables/duplicates-<benchmark>.'),
   (r'(tables/(?:comparison|mcnemar))_\w+_(?:val|handwriting)\.', r'\1_<split>_<benchmark>.'),

@@ -138,13 +138,16 @@ def test_cuts_of_a_pool_that_is_all_copies_stay_in_range():
 
 def test_the_published_truncation_is_one_line_and_a_table_where_it_matters():
   one = {'benchmark': 'a', 'top_k': 20_000, 'chunk_rows': 1_000_000, 'over': 117, 'missed': 0}
-  (text,) = benchmark_overlap.paper_compat_blocks([one])
-  assert 'the 20,000 nearest rows' in text.text and 'drop all 117 rows over' in text.text
+  (text,) = benchmark_overlap.paper_compat_blocks([one], 60)
+  assert (
+    'the 20,000 nearest rows' in text.text
+    and 'all 117 (row, benchmark) pairs over a threshold, of 60 candidates' in text.text
+  )
   text, details = benchmark_overlap.paper_compat_blocks(
-    [one, {**one, 'benchmark': 'b', 'missed': 7}]
+    [one, {**one, 'benchmark': 'b', 'missed': 7}], 60
   )
   assert (
     'rows over a threshold: 7 of 117 for b.' in text.text
     and details.blocks[0].rows[1][2].detail == '6.0 %'
   )
-  assert benchmark_overlap.paper_compat_blocks([]) == []
+  assert benchmark_overlap.paper_compat_blocks([], 60) == []

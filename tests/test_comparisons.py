@@ -12,6 +12,11 @@ NAN = float('nan')
 
 from looks import LOOKS
 
+OF_BASE = 'E: share of base\u2019s lead that is lost'
+NO_LOSS = 'test of no loss (equivalence)'
+DOSE = 'change in log-odds per 0.1 of lost similarity'
+OF_CONTROL = 'E\u2032: share of the control\u2019s lead that is lost'
+
 blocks_of = functools.partial(comparisons.blocks_of, looks=LOOKS)
 
 
@@ -99,7 +104,7 @@ def test_no_loss_needs_equivalence():
 
 def test_no_loss_and_excludes_zero_are_claims_of_a_family_or_estimates():
   """The same interval inside the margin: a claim after Holm, else an estimate."""
-  row = 'equivalence (no loss)'
+  row = NO_LOSS
   value, detail, words = lines(holm=0.3, holm_same=0.04)[row]
   assert value == '90 % interval [\u22122.0, +1.0]' and words.startswith('No loss')
   assert 'p = 0.040 (equivalence; Holm, 2 tests)' in detail
@@ -163,25 +168,23 @@ def test_fewer_than_three_seeds_claim_nothing(method, said):
   words = found['against like_gap'][2]
   assert words.startswith(said) and 'mattered' not in words
   assert found['against like_gap'][1] == RESTS_ON  # no p-value
-  assert 'equivalence (no loss)' not in found
+  assert NO_LOSS not in found
 
 
 def test_random_rows_are_a_control_for_size_only():
   blocks = blocks_of([item(control_rule='random', holm=NAN, share_matched=share())])
   assert 'no matched control exists' in next(b for b in blocks if b.kind == 'heading').detail
   assert 'random rows control for size' in verdict(control_rule='random', holm=NAN)
-  e = lines(control_rule='random', share_matched=share())[
-    'E\u2032, with the control in place of base'
-  ]
+  e = lines(control_rule='random', share_matched=share())[OF_CONTROL]
   assert 'random images' in e[2]
 
 
 def test_shares_are_whole_percent_with_their_parts():
-  value, detail, words = lines(share=share())['E, explained share']
+  value, detail, words = lines(share=share())[OF_BASE]
   assert value == '15 % [4, 27]'
   assert detail == f'{RESTS_ON}\n5.7 of 39.3 points over anchor only'
   assert words.startswith('15 % of the lead of base')
-  by_line = lines(share=share(reference='line'))['E, explained share']
+  by_line = lines(share=share(reference='line'))[OF_BASE]
   assert 'effective-robustness line' in by_line[1] and 'takes the line as known' in by_line[2]
 
 
@@ -192,11 +195,11 @@ def test_what_cannot_be_estimated_says_why():
     did=did,
     dose=Record(reason='not estimable: no spread'),
   )
-  assert found['E, explained share'] == ('\u2013', '', 'Base does not beat the reference.')
-  assert found['hit minus unhit queries'] == ('\u2013', '', 'Not estimable: 10 unhit queries.')
-  assert found['dose: per 0.1 of similarity lost'][2] == 'Not estimable: no spread.'
+  assert found[OF_BASE] == ('\u2013', '', 'Base does not beat the reference.')
+  assert found[comparisons.HIT_CONTRAST] == ('\u2013', '', 'Not estimable: 10 unhit queries.')
+  assert found[DOSE][2] == 'Not estimable: no spread.'
   assert (
-    lines(did_reason='Not known: run prune.')['hit minus unhit queries'][2]
+    lines(did_reason='Not known: run prune.')[comparisons.HIT_CONTRAST][2]
     == 'Not known: run prune.'
   )
 
@@ -204,20 +207,21 @@ def test_what_cannot_be_estimated_says_why():
 def test_contrasts_print_their_assumption_and_their_numbers():
   contrast = Record(estimate=estimate(-0.06, -0.1, -0.02), hit=91, unhit=64, reason='')
   found = lines(did=contrast, placebo=contrast, placebo_benchmark='val')
-  words = found['hit minus unhit queries'][2]
-  assert '91 hit queries' in words and '64' in words and 'Assumptions' in words
-  assert found['placebo: sketch minus val'][0] == '\u22126.0 [\u221210.0, \u22122.0] points'
+  words = found[comparisons.HIT_CONTRAST][2]
+  assert '91 queries that lost a neighbour' in words and '64' in words and 'Assumptions' in words
+  assert (
+    found['against the in-distribution benchmark (val)'][0]
+    == '\u22126.0 [\u221210.0, \u22122.0] points'
+  )
 
 
 def test_dose_is_per_tenth_of_similarity():
   dose = Record(**vars(estimate(-12.0, -20.0, -4.0)), reason='')
-  assert lines(dose=dose)['dose: per 0.1 of similarity lost'][0] == (
-    '\u22121.20 [\u22122.00, \u22120.40] log odds'
-  )
+  assert lines(dose=dose)[DOSE][0] == ('\u22121.20 [\u22122.00, \u22120.40] log-odds')
 
 
 def test_detectable_difference_is_printed():
-  assert '4.5 points (power 80 %)' in lines()['equivalence (no loss)'][1]
+  assert '4.5 points (power 80 %)' in lines()[NO_LOSS][1]
 
 
 def test_records_are_proportions():

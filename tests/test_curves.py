@@ -36,7 +36,7 @@ def test_rows_by_slack_names_its_lines_and_leaves_out_empty_counts():
     limits=(-0.05, 0.05),
   )
   found = words(text)
-  assert 'sketch' in found and 'all together' in found and 'rows dropped' in found
+  assert 'sketch' in found and 'all together' in found and 'rows removed' in found
   assert path_points(text, svg.SERIES[0][0]) == 7
   assert '0.00' in found and '1 10 100 1k' in found
 

@@ -8,7 +8,7 @@ import xml.etree.ElementTree as ET
 import numpy as np
 import pytest
 
-from clip_jax.reporting import figures, svg
+from clip_jax.reporting import figures
 
 RNG = np.random.default_rng(0)
 BINS = [
@@ -27,7 +27,6 @@ from looks import LOOKS
 
 accuracy_by_similarity = functools.partial(figures.accuracy_by_similarity, looks=LOOKS)
 accuracy_by_size = functools.partial(figures.accuracy_by_size, looks=LOOKS)
-answer_lines = functools.partial(figures.answer_lines, looks=LOOKS)
 differences = functools.partial(figures.differences, looks=LOOKS)
 loss_curves = functools.partial(figures.loss_curves, looks=LOOKS)
 robustness_plane = functools.partial(figures.robustness_plane, looks=LOOKS)
@@ -93,34 +92,6 @@ def test_size_panel_without_base_and_reference():
   accuracy_by_size({'near': [point(50, 0.3)]}, title='t', base=None, reference=None, limits=(0, 1))
 
 
-def test_answer_lines_name_every_benchmark():
-  points = [
-    {'rule': rule, 'accuracy': a, 'low': None, 'high': None}
-    for rule, a in (('all', 0.7), ('anchor', 0.2), ('gap_aligned', 0.6))
-  ]
-  found = words(answer_lines([{'title': 'a', 'points': points}, {'title': 'b', 'points': points}]))
-  assert {'a', 'b', 'gap-aligned'} <= set(found.split())
-
-
-def test_answer_lines_place_accuracies_in_order():
-  """The aligned split's mark lies between anchor only and base, in proportion."""
-  points = [
-    {'rule': rule, 'accuracy': a, 'low': None, 'high': None}
-    for rule, a in (('anchor', 0.2), ('gap_aligned', 0.5), ('all', 0.8))
-  ]
-  text = answer_lines([{'title': 't', 'points': points}])
-  marks = re.findall(
-    r'<use xlink:href="#\w+" x="([\d.]+)" y="([\d.]+)" style="fill: ([^;"]+)', text
-  )
-  color = {rule: LOOKS[rule][0].replace(svg.INK, 'currentColor') for rule in LOOKS}
-  height = next(
-    y for _, y, c in marks if c == color['gap_aligned']
-  )  # its first mark: not the legend's
-  x = {c: float(x) for x, y, c in marks if y == height}
-  anchor, gap, base = (x[color[rule]] for rule in ('anchor', 'gap_aligned', 'all'))
-  assert anchor < gap and gap - anchor == pytest.approx(base - gap, rel=1e-3)
-
-
 def test_differences_show_titles_numbers_and_margin():
   rows = [
     {
@@ -141,6 +112,15 @@ def test_dose_and_loss_curves():
   assert 'aligned count' in words(figures.dose(points, title='t', look=LOOKS['gap_aligned']))
   curves = [{'rule': 'all', 'steps': np.arange(5), 'loss': np.ones(5)}] * 2
   assert words(loss_curves(curves, title='t')).count('base (the whole pool)') == 1
+
+
+def test_a_long_loss_curve_is_drawn_by_means_of_equal_parts():
+  draw = lambda n: loss_curves(
+    [{'rule': 'all', 'steps': np.arange(n), 'loss': np.arange(n) % 2}], title='t'
+  )
+  assert len(draw(figures.LOSS_POINTS * 100)) < 2 * len(draw(figures.LOSS_POINTS))
+  assert figures._part_means(np.arange(400) % 2).tolist() == [0.5] * 200
+  assert figures._part_means(np.arange(3)).tolist() == [0, 1, 2]
 
 
 X = np.linspace(0.1, 0.9, 9)

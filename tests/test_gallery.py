@@ -64,3 +64,14 @@ def test_evenly_spaced_rows_reach_both_ends():
 def test_a_very_long_caption_is_cut():
   assert len(gallery.picture(None, caption='word ' * 3000).caption) == gallery.LONGEST + 1
   assert gallery.picture(None, caption='a photo').caption == 'a photo'
+
+
+def test_pictures_of_a_full_page_are_smaller_and_then_left_out():
+  (large, side), (most, small) = gallery.SIDES
+  sides = [gallery.side_after(n) for n in (0, large - 1, large, most - 1, most, 10 * most)]
+  assert sides == [side, side, small, small, 0, 0]
+  image = np.random.default_rng(0).integers(0, 256, (90, 60, 3), np.uint8)
+  assert 'image/png' in gallery.picture(image, side=side).source
+  assert 'image/jpeg' in gallery.picture(image, side=small).source
+  empty = gallery.left_out('0.9', 'x' * 1000, True)
+  assert empty.source == '' and empty.missing == 'left out' and len(empty.caption) == 301

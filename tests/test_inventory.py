@@ -100,7 +100,7 @@ def test_skipped_lists_are_cut_on_the_page_and_whole_in_the_records():
     'pool',
     '900',
     '50',
-    '25 bad json, 25 no caption',
+    'bad json: 25, no caption: 25',
     '1',
   ]
   assert table.rows[1][4].text == '\u2013'

@@ -249,6 +249,24 @@ def test_sizes_are_drawn_on_one_scale_and_compared_with_random():
   assert sections.size_blocks([], [], LOOKS) == []
 
 
-def test_answer_shows_what_is_missing_and_the_paper():
-  blocks = sections.answer_blocks([], 'missing', LOOKS)
-  assert blocks[0] == 'missing' and '15 %' in blocks[1].text
+def test_answer_shows_what_is_missing():
+  assert sections.answer_blocks([], 'missing', LOOKS) == ['missing']
+
+
+def test_one_answer_has_its_words_beside_it_and_several_have_them_once():
+  points = [
+    {
+      'rule': 'all',
+      'label': 'base',
+      'split': 'base',
+      'accuracy': 0.5,
+      'low': 0.4,
+      'high': 0.6,
+      'method': 'crossed',
+    }
+  ]
+  panels = [{'name': name, 'title': name, 'detail': '', 'points': points} for name in 'ab']
+  (one,) = sections.answer_blocks(panels[:1], None, LOOKS)
+  assert [figure.name for figure in one.items] == ['a'] and 'Bars' in one.items[0].caption
+  two, words = sections.answer_blocks(panels, None, LOOKS)
+  assert [figure.caption for figure in two.items] == ['', ''] and 'Bars' in words.text

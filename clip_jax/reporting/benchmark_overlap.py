@@ -112,8 +112,8 @@ def rate_blocks(
     for r in rates
   )
   note = (
-    'Near-duplicate: by the similarity divided by both vectors\u2019 norms. Each embedder needs '
-    'its own threshold: set it with --config.prune.duplicate_similarity. Brackets: 95 % Wilson '
+    'Near-duplicate: the cosine similarity is at least the threshold. Each embedder needs its '
+    'own: set it with --config.prune.duplicate_similarity. Brackets: 95 % Wilson '
     'intervals over queries, in percent, each query on its own (whether an image has a copy '
     'depends on that image, so groups are not used). Exact duplicates are counts, without an '
     'interval.'
@@ -203,10 +203,10 @@ def slack_blocks(
   whole = np.flatnonzero(np.max([line['rows'] for line in lines], axis=0) >= 0.99 * candidates)
   low = float(min(-0.02, max(-high, slack[whole[-1]] if len(whole) else -high)))
   text = curves.rows_by_slack(
-    slack, lines, title='Rows that alignment would drop', limits=(low, high)
+    slack, lines, title='Rows that alignment would remove', limits=(low, high)
   )
   caption = (
-    f'Of {tables.number(candidates)} candidates. An aligned split drops a row if its similarity '
+    f'Of {tables.number(candidates)} candidates. An aligned split lacks a row if its similarity '
     'to some query exceeds the similarity of that query\u2019s nearest anchor image by more than '
     'the slack. Marks: slack 0.'
   )
@@ -245,10 +245,12 @@ def _slack_table(slack: Array, lines: Rows, candidates: int) -> Table:
   )
   note = (
     'Re-encoded copies of anchor images tie with the threshold up to float16 rounding, so the '
-    'count at slack 0 is fragile by nature. The count at slack 0 is exact; the other counts use '
-    'float32 similarities.'
+    'count at slack 0 may differ by a few rows with another rounding. It is exact; the other '
+    'counts use float32 similarities.'
   )
-  return Table('rows_by_slack', 'Rows dropped by slack', heads, rows, (note,), records)
+  return Table(
+    'rows_by_slack', 'Rows that alignment would remove, by slack', heads, rows, (note,), records
+  )
 
 
 def size_blocks(
@@ -311,6 +313,7 @@ def _cut_table(cut: Array, lines: Rows, candidates: int) -> Table:
 
 def paper_compat_blocks(
   benchmarks: Rows,  # benchmark, top_k, chunk_rows, over, missed
+  candidates: int,
 ) -> list:
   """Returns the number of rows over a threshold that the published code's top-k would keep."""
   if not benchmarks:
@@ -321,7 +324,12 @@ def paper_compat_blocks(
   )
   if not any(r['missed'] for r in benchmarks):
     total = tables.number(sum(r['over'] for r in benchmarks))
-    return [Text(f'{text}Here it would also drop all {total} rows over a threshold.')]
+    return [
+      Text(
+        f'{text}Here it would remove the same rows: all {total} '
+        f'(row, benchmark) pairs over a threshold, of {tables.number(candidates)} candidates.'
+      )
+    ]
   rows = tuple(
     (
       Cell(r['benchmark']),
@@ -346,6 +354,6 @@ def paper_compat_blocks(
     tuple(benchmarks),
   )
   return [
-    Text(f'{text}It would keep rows over a threshold: {counts}. The splits here drop them.'),
+    Text(f'{text}It would keep rows over a threshold: {counts}. The splits here remove them.'),
     Details('Counts by benchmark', (table,)),
   ]

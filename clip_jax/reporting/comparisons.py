@@ -28,11 +28,13 @@ Item = Mapping[str, Any]
 #   dose: an estimate of the slope, reason
 #   mcnemar: [(seed, first_only, second_only and p_value)]
 
+HIT_CONTRAST = 'queries that lost a neighbour against queries that did not'
 PLUS_MINUS = '\u00b1'
 CLAIM = 0.05  # level of the confirmatory tests, after Holm's correction
 ASSUMPTION = (
   'Assumptions: without the removal, both groups would have changed by the same points within '
-  'a class; removals affect unhit queries only as much as they affect all queries.'
+  'a class; the removal affects queries that lost no neighbour only as much as it affects all '
+  'queries.'
 )
 
 
@@ -208,13 +210,13 @@ def _shares(item: Item) -> list[Line]:
   for share, name, words in (
     (
       item['share'],
-      'E, explained share',
+      'E: share of base\u2019s lead that is lost',
       f'of the lead of base over the reference on {item["benchmark"]} is lost with the similar '
       'images.',
     ),
     (
       item['share_matched'],
-      'E\u2032, with the control in place of base',
+      'E\u2032: share of the control\u2019s lead that is lost',
       f'of the lead of the control over the reference is lost; the control lacks as many {alike} '
       'images.',
     ),
@@ -246,7 +248,7 @@ def _contrasts(item: Item) -> list[Line]:
     lines.append(
       _contrast(
         item['placebo'],
-        f'placebo: {b} minus {other}',
+        f'against the in-distribution benchmark ({other})',
         (
           f'Loss on {b} minus loss on {other}, to which this split is not aligned. Below zero: '
           f'the removal hurt {b} in particular.'
@@ -258,16 +260,17 @@ def _contrasts(item: Item) -> list[Line]:
     lines.append(
       _contrast(
         did,
-        'hit minus unhit queries',
+        HIT_CONTRAST,
         (
-          f'Loss on the {tables.number(did.hit)} hit queries (a removed row is nearer than the '
-          f'anchor) minus loss on the {tables.number(did.unhit)} unhit queries (no removed row is '
+          f'Loss on the {tables.number(did.hit)} queries that lost a neighbour (a removed row is '
+          'nearer than the anchor) minus loss on the '
+          f'{tables.number(did.unhit)} queries that did not (no removed row is '
           f'nearer than the anchor\u2019s similarity minus 0.02). {ASSUMPTION}'
         ),
       )
     )
   elif item['did_reason']:
-    lines.append(('hit minus unhit queries', tables.NOTHING, '', item['did_reason']))
+    lines.append((HIT_CONTRAST, tables.NOTHING, '', item['did_reason']))
   if item['dose'] is not None:
     lines.append(_dose(item['dose']))
   return lines
@@ -281,16 +284,16 @@ def _contrast(contrast: Any, name: str, words: str) -> Line:
 
 
 def _dose(dose: Any) -> Line:
-  name = 'dose: per 0.1 of similarity lost'
+  name = 'change in log-odds per 0.1 of lost similarity'
   if dose.reason:
     return name, tables.NOTHING, '', tables.sentence(dose.reason)
   slope = tables.estimate_text(dose, lambda value: tables.signed(value / 10, 2))
   return (
     name,
-    f'{slope} log odds',
+    f'{slope} log-odds',
     _detail(dose),
     (
-      'Change in the log odds of a correct answer, aligned split against control, for every 0.1 '
+      'Change in the log-odds of a correct answer, aligned split against control, for every 0.1 '
       'by which a query\u2019s nearest pool image was nearer than its nearest anchor image. Below '
       'zero: the more similarity is removed, the larger the loss.'
     ),
@@ -311,7 +314,7 @@ def _no_loss(item: Item) -> list[Line]:
     words = f'A loss or gain of {margin.removeprefix(PLUS_MINUS)} or more is not excluded.'
   return [
     (
-      'equivalence (no loss)',
+      'test of no loss (equivalence)',
       f'90 % interval [{tables.points(e.low)}, {tables.points(e.high)}]',
       _detail(
         item['against_control'],

@@ -38,7 +38,7 @@ def rows_by_slack(
       ax.plot(slack[inside], rows, label=line['name'], **style)
       if line['at_zero'] > 0:
         ax.plot([0], [line['at_zero']], 'o', color=style['color'], markersize=6, zorder=5)
-    ax.set(yscale='log', ylim=(0.8, 1.6 * most), xlim=limits, xlabel='slack', ylabel='rows dropped')
+    ax.set(yscale='log', ylim=(0.8, 1.6 * most), xlim=limits, xlabel='slack', ylabel='rows removed')
     ax.yaxis.set_major_formatter(lambda value, _: svg.count_label(value))
     ax.minorticks_off()
     svg.few_ticks(ax.xaxis, 6)

@@ -14,6 +14,8 @@ from clip_jax.core.types import Array
 from clip_jax.reporting import svg
 from clip_jax.reporting.svg import ANCHOR_COLOR, INK, POOL_COLOR
 
+LOSS_POINTS = 200  # most points of a run's loss curve, so that a page of many long runs stays small
+
 Rows = Sequence[Mapping[str, Any]]  # dicts with the keys that the comment beside the argument names
 Looks = Mapping[
   str, tuple[str, str, str]
@@ -90,7 +92,7 @@ def accuracy_by_similarity(
         alpha=0.45 if b['n'] >= enough else 0.15,
       )
       strip.annotate(
-        str(b['n']),
+        svg.count_label(b['n']),
         (middle, b['n']),
         (0, 1.5),
         textcoords='offset points',
@@ -125,8 +127,13 @@ def _binned(
   for x, b in points:
     is_solid = b['n'] >= enough
     svg.whisker(ax, x, b['accuracy_low'], b['accuracy_high'], color, 0.8 if is_solid else 0.25)
-    ax.plot(
+    (drawn,) = ax.plot(
       [x], [100 * b['accuracy']], **mark, alpha=1.0 if is_solid else 0.3, clip_on=False, zorder=3
+    )
+    svg.hover(
+      drawn,
+      f'{curve["name"]}, {b["low"]:.2f} to {b["high"]:.2f}: {100 * b["accuracy"]:.1f} %, '
+      f'{b["n"]:,} queries',
     )
   ax.plot([], [], **{**mark, **line}, label=curve['name'])
 
@@ -170,6 +177,8 @@ def accuracy_by_size(
       )
       for p in points:
         svg.whisker(ax, p['size'], p['low'], p['high'], color)
+        (mark,) = ax.plot([p['size']], [100 * p['accuracy']], marker, color=color, markersize=6)
+        svg.hover(mark, f'{words}, {p["size"]:,} pool rows: {100 * p["accuracy"]:.1f} %')
     if base:
       svg.whisker(ax, base['size'], base['low'], base['high'], INK)
       ax.plot(
@@ -188,50 +197,6 @@ def accuracy_by_size(
   return svg.panel(draw, 350, title)
 
 
-def answer_lines(
-  rows: Rows,  # title, points: rule, accuracy, low, high
-  looks: Looks,
-) -> str:
-  """Returns one line per benchmark: accuracies of anchor only, aligned split, control and base."""
-
-  def draw(figure) -> None:
-    ax = figure.add_subplot()
-    drawn = {}
-    for y, row in enumerate(rows):
-      values = [100 * p['accuracy'] for p in row['points']]
-      ax.plot([min(values), max(values)], [y, y], color=INK, alpha=0.25, linewidth=1.2, zorder=1)
-      _row_text(ax, y, row['title'], bold=True)
-      for p in row['points']:  # the last point is on top
-        color, marker, _ = looks[p['rule']]
-        if p['low'] is not None:
-          ax.plot(
-            [100 * p['low'], 100 * p['high']],
-            [y, y],
-            color=color,
-            linewidth=3.5,
-            alpha=0.35,
-            zorder=2,
-            solid_capstyle='butt',
-          )
-        (drawn[p['rule']],) = ax.plot(
-          [100 * p['accuracy']], [y], marker, color=color, markersize=9, zorder=3
-        )
-    ax.set(ylim=(len(rows) - 0.4, -0.75), xlabel='accuracy, %')
-    _rows_only(ax)
-    ax.grid(axis='x')
-    order = [rule for rule in looks if rule in drawn]
-    figure.legend(
-      [drawn[rule] for rule in order],
-      [looks[rule][2] for rule in order],
-      ncols=2,
-      loc='outside lower left',
-      columnspacing=1.0,
-      handletextpad=0.3,
-    )
-
-  return svg.render(draw, 56 * len(rows) + 86, 'Accuracy of anchor only, aligned split and base')
-
-
 def differences(
   rows: Rows,  # title, detail, rule, estimate, low, high (differences of proportions)
   *,
@@ -243,12 +208,14 @@ def differences(
   """Returns differences in points with intervals; `margin` shades the range of 'no loss'."""
 
   def draw(ax) -> None:
-    if margin is not None:
-      ax.axvspan(-100 * margin, 100 * margin, color=INK, alpha=0.07, linewidth=0)
     for y, row in enumerate(rows):
       color, marker, _ = looks[row['rule']]
+      if margin is not None:  # beside the line only: no text lies on it
+        band = [-100 * margin, 100 * margin]
+        ax.fill_between(band, y - 0.22, y + 0.22, color=INK, alpha=0.1, linewidth=0)
+      hover = f'{row["title"]}: {row["detail"]}'
       if row['low'] is not None:
-        ax.plot(
+        (bar,) = ax.plot(
           [100 * row['low'], 100 * row['high']],
           [y, y],
           color=color,
@@ -256,8 +223,10 @@ def differences(
           alpha=0.75,
           solid_capstyle='butt',
         )
+        svg.hover(bar, hover)
       ax.plot([0, 0], [y - 0.22, y + 0.22], color=INK, linewidth=0.9)
-      ax.plot([100 * row['estimate']], [y], marker, color=color, markersize=7)
+      (mark,) = ax.plot([100 * row['estimate']], [y], marker, color=color, markersize=7)
+      svg.hover(mark, hover)
       _row_text(ax, y, row['title'])
       ax.annotate(
         row['detail'],
@@ -274,14 +243,13 @@ def differences(
   return svg.panel(draw, 44 * len(rows) + 84, title, grid='')
 
 
-def _row_text(ax, y: float, text: str, bold: bool = False) -> None:
+def _row_text(ax, y: float, text: str) -> None:
   """Writes a row's name above its line, where long names fit on a narrow screen."""
   ax.annotate(
     text,
     (0, y - 0.44),
     xycoords=('axes fraction', 'data'),
     va='center',
-    fontweight='bold' if bold else 'normal',
   )
 
 
@@ -311,6 +279,10 @@ def dose(
     )
     for p in ordered:
       svg.whisker(ax, 100 * p['share'], p['low'], p['high'], color)
+      (mark,) = ax.plot(
+        [100 * p['share']], [100 * p['estimate']], marker, color=color, markersize=6
+      )
+      svg.hover(mark, f'{100 * p["share"]:.1f} % removed: {100 * p["estimate"]:+.1f} points')
     ax.set(
       xlabel='rows removed, % of the aligned count',
       ylabel='difference to control, points',
@@ -353,7 +325,11 @@ def robustness_plane(
           pair = [ends, [across, across]][:: 1 - 2 * along]
           ax.plot(*pair, color=color, linewidth=1.0, alpha=0.45)
       if positions:
-        ax.plot(xs[positions], ys[positions], marker, color=color, markersize=7, label=words)
+        ax.plot([], [], marker, color=color, markersize=7, label=words)
+      for k in positions:
+        (mark,) = ax.plot([xs[k]], [ys[k]], marker, color=color, markersize=7)
+        x, y = (100 * points[k][axis].value for axis in 'xy')
+        svg.hover(mark, f'{words}: {y:.1f} % on {yname}, {x:.1f} % on {xname}')
     for axis, (low, high) in ((ax.xaxis, xlim), (ax.yaxis, ylim)):
       ticks = svg.percent_ticks(lambda p, low=low, high=high: low <= _logit(p / 100) <= high)
       axis.set_ticks(_logit(np.array(ticks) / 100), [f'{p:g}' for p in ticks])
@@ -368,6 +344,13 @@ def robustness_plane(
   return svg.panel(draw, 300 + 17 * (1 + len({p['rule'] for p in points})), title, grid='both')
 
 
+def _part_means(values: Array) -> Array:  # [n] -> [min(n, LOSS_POINTS)]
+  """Returns the means of LOSS_POINTS equal parts; the values themselves if they are as few."""
+  if len(values) <= LOSS_POINTS:
+    return values
+  return np.array([part.mean() for part in np.array_split(np.asarray(values), LOSS_POINTS)])
+
+
 def _logit(p: Array | Sequence[float] | float) -> Array:
   p = np.clip(np.asarray(p, float), 0.002, 0.998)
   return np.log(p / (1 - p))
@@ -379,15 +362,17 @@ def loss_curves(
   title: str,
   looks: Looks,
 ) -> str:
-  """Returns the training loss of every run; runs of one rule share a colour."""
+  """Returns the training loss of every run; runs of one rule share a colour.
+
+  A run with more than LOSS_POINTS values is drawn as the means of as many equal parts.
+  """
 
   def draw(ax) -> None:
     named = set()
     for curve in curves:
       color, _, words = looks[curve['rule']]
       ax.plot(
-        curve['steps'],
-        curve['loss'],
+        *(_part_means(curve[key]) for key in ('steps', 'loss')),
         color=color,
         linewidth=1.1,
         alpha=0.8,

@@ -42,8 +42,7 @@ def dedup_blocks(
         f'({tables.share(dedup["duplicates"] / max(dedup["usable"], 1))}) as near-duplicates of '
         f'another row: similarity{other} over {1 - dedup["threshold"]:.4g} within one of '
         f'{progress.count_with_noun(dedup["clusters"], "cluster")}. Marked rows are in no split; '
-        'the '
-        f'other rows are the candidates. {SURVIVORS[dedup["survivor"]]}'
+        f'the other rows are the candidates. {SURVIVORS[dedup["survivor"]]}'
       )
     )
   if planted:
@@ -119,10 +118,10 @@ def _missed_duplicates(missed: Mapping[str, Any]) -> list:
 def _group_sizes(chains: Mapping[str, Any]) -> list:
   """Returns the sizes of the groups that duplicate pairs join."""
   summary = Text(
-    f'The pairs join rows into {tables.number(chains["components"])} groups; the largest has '
-    f'{tables.number(chains["largest"])} rows. {tables.number(chains["through_dropped"])} of '
-    'the sampled rows are marked although they are duplicates of marked rows only: no kept row '
-    'is their duplicate.'
+    f'The pairs join rows into {progress.count_with_noun(chains["components"], "group")}; the '
+    f'largest has {progress.count_with_noun(chains["largest"], "row")}. '
+    f'{tables.number(chains["through_dropped"])} of the sampled rows are marked although they are '
+    'duplicates of marked rows only: no kept row is their duplicate.'
   )
   sizes = [
     {'rows': size, 'groups': count}
@@ -224,7 +223,9 @@ def skipped_blocks(
 
 def _reasons(skipped: Rows) -> str:  # key, reason
   counts = sorted(Counter(item['reason'] for item in skipped).items())
-  return ', '.join(f'{number} {reason}' for reason, number in counts) or tables.NOTHING
+  return (
+    ', '.join(f'{reason}: {tables.number(number)}' for reason, number in counts) or tables.NOTHING
+  )
 
 
 def overlap_blocks(
@@ -252,7 +253,8 @@ def provenance_blocks(
   blocks: list = [_pairs('settings', facts)]
   if stages:
     rows = tuple(
-      (Cell(s['stage']), tables.number_cell(progress.seconds(s['seconds']))) for s in stages
+      (Cell(s['stage']), tables.number_cell(progress.seconds(s['seconds']), value=s['seconds']))
+      for s in stages
     )
     blocks.append(
       Details(
@@ -286,7 +288,7 @@ def _run(run: Mapping[str, Any]) -> tuple[Cell, ...]:
   return (
     Cell(run['run'], run['mark']),
     *(tables.number_cell(tables.number(run[key])) for key in ('samples', 'passes', 'steps')),
-    tables.number_cell(time),
+    tables.number_cell(time, value=run['seconds']),
     tables.number_cell(tables.number(run['images_per_sec'])),
   )
 

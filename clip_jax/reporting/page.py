@@ -1,16 +1,20 @@
-"""Sections of plain blocks -> one self-contained HTML page: no request, no script, light and dark.
+"""Sections of plain blocks -> one self-contained HTML page: no request, light and dark.
 
 The template is page.html.j2 in this folder. It escapes everything except the figures' SVG, which
-this package draws. Jinja2 is imported inside `render`, for the reason given in svg.py.
+this package draws, and the script page.js, without which the page is complete. The page's content
+security policy lets a browser run that script alone and request nothing. Jinja2 is imported inside
+`render`, for the reason given in svg.py.
 """
 
+import base64
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+import hashlib
 import importlib.resources
 import re
 from typing import Any
 
-TEMPLATE = 'page.html.j2'
+TEMPLATE, SCRIPT = 'page.html.j2', 'page.js'
 _CONTROLS = re.compile('[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]')
 
 
@@ -100,8 +104,11 @@ def render(
   environment = jinja2.Environment(
     autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
   )
-  template = importlib.resources.files('clip_jax.reporting').joinpath(TEMPLATE)
-  html = environment.from_string(template.read_text('utf-8')).render(
+  package = importlib.resources.files('clip_jax.reporting')
+  template, script = (package.joinpath(name).read_text('utf-8') for name in (TEMPLATE, SCRIPT))
+  html = environment.from_string(template).render(
+    script=script,
+    script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     title=title,
     name=name,
     question=question,

@@ -162,7 +162,7 @@ def _slacks(name: str, about: Mapping[str, Any]) -> Table:
   )
   note = (
     'Re-encoded copies of anchor images tie with the threshold up to float16 rounding, so the '
-    'count at slack 0 is fragile by nature.'
+    'count at slack 0 may differ by a few rows with another rounding.'
   )
   return Table(
     f'slack_{name}',
@@ -237,17 +237,17 @@ def _control(control: str, about: Mapping[str, Any]) -> list:
   by_chance = tables.share(draw['random_without_full_cell_donor'])
   if draw['no_matched_control']:
     head = Text(
-      f'No matched control exists: {without} of the removed rows have no donor (no unused row of '
-      f'the same cell); of as many random rows, {by_chance}. {control} is a random split of the '
-      'same size instead.',
+      f'No matched control exists: {without} of the removed rows have no otherwise alike row that '
+      f'could be removed in their place (of as many random rows: {by_chance}). {control} is a '
+      'random split of the same size instead.',
       'warning',
     )
   else:
     head = Text(
       f'The control {control} removes {tables.number(draw["drawn"])} other rows in place of the '
-      f'{tables.number(draw["removed"])} removed ones. {without} of the removed rows have no donor '
-      f'in their full cell (of as many random rows: {by_chance}); '
-      f'{tables.number(draw["shortfall"])} have none even after cells are merged.'
+      f'{tables.number(draw["removed"])} removed ones. {without} of the removed rows have no row '
+      f'that is alike in every variable (of as many random rows: {by_chance}); '
+      f'{tables.number(draw["shortfall"])} have none even if some variables may differ.'
     )
   differences = draw['standardised_differences']
   rows = tuple(
@@ -261,7 +261,8 @@ def _control(control: str, about: Mapping[str, Any]) -> list:
   )
   table = Table(
     f'balance_{control}',
-    'Standardised mean difference between removed rows and drawn rows',
+    'Difference of the means of the removed rows and of the rows removed in their place, in '
+    'standard deviations',
     tables.column_heads('variable', 'difference (count)'),
     rows,
     (

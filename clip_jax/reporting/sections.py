@@ -12,7 +12,7 @@ import numpy as np
 
 from clip_jax.core import progress
 from clip_jax.core.types import Array
-from clip_jax.reporting import benchmark_overlap, figures, tables
+from clip_jax.reporting import answer_figure, benchmark_overlap, figures, latex, tables
 from clip_jax.reporting.figures import Looks
 from clip_jax.reporting.page import Details, Fact, Figure, Figures, Heading, Missing, Text
 from clip_jax.reporting.tables import Cell, Table
@@ -37,20 +37,20 @@ PAPER_SIZES = 'near-pruning hurts fast, random pruning little, far-pruning hardl
 
 
 def answer_blocks(
-  lines: Rows,  # as figures.answer_lines takes them
+  panels: Sequence[answer_figure.Panel],
   missing: Missing | None,
   looks: Looks,
 ) -> list:
   """Returns the headline figure: accuracy of the aligned split between anchor only and base."""
   blocks: list = [missing] if missing else []
-  if lines:
-    caption = (
-      'Each line spans the lowest to the highest of these accuracies. Pale bars: 95 % intervals '
-      '(none with fewer than three seeds). The closer the aligned split is to its control, the '
-      'less of the accuracy comes from similar images.'
-    )
-    blocks.append(Figures((Figure('answer', figures.answer_lines(lines, looks), caption),)))
-  return [*blocks, Fact(PAPER_ANSWER)]
+  if not panels:
+    return blocks
+  drawn = answer_figure.panels(panels, looks)
+  words = answer_figure.caption(panels)
+  if len(drawn) == 1:
+    return [*blocks, Figures(tuple(Figure(name, text, words) for name, text in drawn.items()))]
+  figures_of = tuple(Figure(name, text) for name, text in drawn.items())
+  return [*blocks, Figures(figures_of), Text(words, 'note')]
 
 
 def accuracy_blocks(
@@ -85,7 +85,7 @@ def _accuracy_table(
   name: str, count: int, splits: Rows, benchmarks: Rows, accuracy: Mapping, unleaked: Mapping
 ) -> Table:
   """Returns the table of the splits with `count` seeds."""
-  how = {1: 'this checkpoint', 2: 'mean, range of 2 seeds'}.get(
+  how = {1: '1 seed: interval\nof this checkpoint', 2: 'mean, range of 2 seeds'}.get(
     count, f'mean of {count} seeds\n95 % interval'
   )
   kinds = [(b, which) for b in benchmarks for which in ((False, True) if b['leaked'] else (False,))]
@@ -128,7 +128,8 @@ def _accuracy_table(
     for without in (False, True)
     if (split['name'], b['name']) in estimates[without]
   )
-  return Table(name, '', columns, rows, _accuracy_notes(count, records), records)
+  notes = _accuracy_notes(count, records)
+  return Table(name, '', columns, rows, notes, records, latex=latex.accuracy_table(records, notes))
 
 
 def _basis(records: Rows) -> str:

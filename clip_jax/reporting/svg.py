@@ -98,6 +98,7 @@ _STYLE = {
   'lines.linewidth': 1.8,
   'path.simplify': False,
 }
+_HOVER = 'hover: '  # marks ids whose text `render` turns into a <title>
 _FONT = 'system-ui, sans-serif'  # narrower than DejaVu, which sets the layout: it always fits
 
 
@@ -129,10 +130,16 @@ def render(draw: Callable[..., None], height: float, title: str) -> str:
     f'aria-label="{label}">'
   )
   text = re.sub(r'<svg[^>]*>', lambda _: head, text, count=1)
+  text = re.sub(f'<g id="{_HOVER}([^"]*)">', r'<g><title>\1</title>', text)
   text = re.sub(r'<g id="[^"]*">', '<g>', text)  # names would repeat on a page of many figures
   text = re.sub(r'font-family: [^;\"]*', f'font-family: {_FONT}', text)
   text = re.sub(r"(font: [^\"]*?)'DejaVu Sans'[^;\"]*", rf'\g<1>{_FONT}', text)
   return re.sub(r'\n\s*', '\n', text.replace(INK, 'currentColor'))
+
+
+def hover(artist: Any, text: str) -> None:
+  """Makes a browser show the text while the pointer is over a line or a mark of the figure."""
+  artist.set_gid(_HOVER + text)
 
 
 def panel(
@@ -216,7 +223,7 @@ def few_ticks(axis, most: int, counts: bool = False) -> None:
   """Limits an axis to `most` round ticks; with `counts`, formats them by `count`."""
   from matplotlib.ticker import MaxNLocator
 
-  axis.set_major_locator(MaxNLocator(most))
+  axis.set_major_locator(MaxNLocator(most, steps=(1, 2, 5, 10)))
   if counts:
     axis.set_major_formatter(lambda value, _: count_label(value))
 

@@ -28,6 +28,7 @@ class Cell:
   bar: float | None = None  # 0..1: length of a bar behind the number
   shade: float | None = None  # 0..1: depth of the background colour, in matrices
   number: bool = False  # right-aligned
+  value: float | None = None  # what sorts the column, where the text does not begin with it
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Table:
   rows: tuple[tuple[Cell, ...], ...]
   notes: tuple[str, ...] = ()
   records: tuple[Mapping[str, Any], ...] = ()
+  latex: str = ''  # of report/tables/NAME.tex; '' for none
   stacked: bool = False  # on a phone, each row is a block instead of a scrolled line
   kind: str = 'table'
 
@@ -115,11 +117,13 @@ def slack(value: float) -> str:
 
 
 def number(value: float | None, digits: int = 3) -> str:
-  """Formats integers with thousands separators, other numbers with `digits` digits."""
+  """Formats integers and large numbers with thousands separators, others with `digits` digits."""
   if not is_known(value):
     return NOTHING
   if float(value).is_integer() and abs(value) < 1e15:
     return f'{int(value):,}'.replace('-', MINUS)
+  if abs(value) >= 10**digits:
+    return f'{value:,.0f}'.replace('-', MINUS)
   return f'{value:.{digits}g}'.replace('-', MINUS)
 
 
@@ -260,7 +264,7 @@ def matrix(
   return Table(
     name,
     '',
-    column_heads('share of row also in column', *labels),
+    column_heads('pool rows of this split, % also in', *labels),
     tuple((Cell(labels[i]), *(cell(i, j) for j in places)) for i in places),
     tuple(notes),
     tuple(

@@ -1,8 +1,8 @@
 """Stage report: one page with the results of all finished stages.
 
 In: the work directory, finished or not. Out: WORKDIR/report/index.html (self-contained),
-figures/*.svg, tables/*.csv, leaks.json, and summary.txt for the terminal. For a missing result, the
-page names the command that produces it.
+figures/*.svg, tables/*.csv, accuracy tables as *.tex, leaks.json, and summary.txt for the terminal.
+For a missing result, the page names the command that produces it.
 """
 
 from collections import Counter
@@ -13,14 +13,14 @@ from types import ModuleType
 
 import numpy as np
 
-from clip_jax.core import files
+from clip_jax.core import files, progress
 from clip_jax.core.products import Made, Product
 from clip_jax.core.types import Config
 from clip_jax.evaluation import answer
 from clip_jax.evaluation.statistics import Estimate
 from clip_jax.experiment import blocks
 from clip_jax.experiment.experiment import Experiment
-from clip_jax.reporting import benchmark_overlap, page, sections, svg, tables
+from clip_jax.reporting import benchmark_overlap, page, sections, svg, tables, terms
 from clip_jax.reporting import held_back as held_back_lib
 from clip_jax.reporting.page import Section
 from clip_jax.stages.report import (
@@ -51,6 +51,9 @@ def make(x: Experiment, todo: list[Product], studies: Sequence[ModuleType] = ())
     for block in page.blocks(shown, 'table')
     if block.records
   }
+  texts |= {
+    f'tables/{block.name}.tex': block.latex for block in page.blocks(shown, 'table') if block.latex
+  }
   folder = os.path.dirname(todo[0].name)
   for name, text in texts.items():
     files.write_bytes(x.path(folder, name), text.encode())
@@ -61,7 +64,7 @@ def make(x: Experiment, todo: list[Product], studies: Sequence[ModuleType] = ())
   yield (
     todo[0],
     [f'{folder}/{name}' for name in names],
-    {ending: sum(name.endswith(ending) for name in names) for ending in ('.svg', '.csv')},
+    {ending: sum(name.endswith(ending) for name in names) for ending in ('.svg', '.csv', '.tex')},
   )
 
 
@@ -95,8 +98,8 @@ def compose(facts: Facts, studies: Sequence[ModuleType] = ()) -> tuple[str, str,
     state=facts.state,
     sections=shown,
     footer=(
-      f'The experiment follows {sections.PAPER}. Values in tables/*.csv are proportions (0 to '
-      '1), not percent.'
+      f'The experiment follows {sections.PAPER}. {_left_out(facts)}Values in tables/*.csv are '
+      'proportions (0 to 1), those in tables/*.tex percent.'
     ),
   )
   lines = held_back_lib.summary_lines(held)
@@ -128,8 +131,14 @@ def _sections(
       run_sections.accuracy(facts, accuracies, without_leaked),
     ),
     (
+      'terms',
+      'Terms of this page',
+      'Terms',
+      terms.blocks_of(has_anchor, bool(blocks.runs_to_train(facts.config))),
+    ),
+    (
       'comparisons',
-      'Aligned splits against their controls',
+      'Each aligned split against its control',
       'Comparisons',
       run_sections.comparisons(facts, items) if is_asked else [],
     ),
@@ -139,20 +148,25 @@ def _sections(
       'Held back',
       held_back.section(facts, held),
     ),
-    ('bins', 'Accuracy by nearest-neighbour similarity', 'By similarity', run_sections.bins(facts)),
+    (
+      'bins',
+      'Accuracy by similarity to the nearest pool image: descriptive only, not causal',
+      'By similarity',
+      run_sections.bins(facts),
+    ),
     ('size', 'Accuracy against split size', 'Size', run_sections.sizes(facts, accuracies)),
     ('removed', 'Removed rows', 'Removed', removed_rows.section(facts)),
     *filter(None, of_studies),
     ('neighbours', 'Nearest neighbours', 'Neighbours', pool_sections.neighbours(facts)),
     (
       'similarity',
-      f'Nearest-neighbour similarity of the pool{" and the anchor" if has_anchor else ""}',
+      f'Similarity of the pool{" and the anchor" if has_anchor else ""} to the benchmarks',
       'Similarity',
       pool_sections.similarity(facts),
     ),
     (
       'before',
-      'Number of rows each rule would remove',
+      'Number of pool rows that each rule would remove',
       'Rule sizes',
       pool_sections.rule_sizes(facts),
     ),
@@ -175,8 +189,9 @@ def _title(config: Config) -> str:
     if blocks.runs_to_train(config)
     and any(b in config.splits[name].benchmarks for name in contrasts.aligned(config))
   ]
+  on = tables.join_names(names) if len(names) < 4 else f'{len(names)} benchmarks'
   return (
-    f'Does accuracy on {tables.join_names(names)} come from similar training images?'
+    f'Does accuracy on {on} come from similar training images?'
     if names
     else 'How similar is the training pool to the benchmarks?'
   )
@@ -216,7 +231,8 @@ def _answer(facts: Facts, items: Sequence[dict]) -> str:
         split='' if is_plain and count[benchmark] == 1 else split,
       )
     )
-  return ' '.join([*sentences, _conditions(facts)])
+  apart = ' ' if len(sentences) == 1 else '\n'  # one line per benchmark
+  return apart.join([*sentences, _conditions(facts)])
 
 
 def _conditions(facts: Facts) -> str:
@@ -226,6 +242,15 @@ def _conditions(facts: Facts) -> str:
     block.source, block.source
   )
   return f'This holds for this pool and one embedder ({name}); other pools were not sampled.'
+
+
+def _left_out(facts: Facts) -> str:
+  """Returns a sentence about pictures that would make the page too large, or ''."""
+  count = facts.pictures.left_out
+  if not count:
+    return ''
+  pictures = progress.count_with_noun(count, 'picture')
+  return f'{pictures} are left out to keep this page below 10 MB. '
 
 
 def _unfinished(facts: Facts, split: str, benchmark: str) -> list[str]:

@@ -23,6 +23,8 @@ class Pictures:
   def __init__(self, x: Experiment):
     self._x = x
     self.lost: dict[str, str] = {}  # dataset -> error of the first image that failed to open
+    self.left_out = 0  # number of pictures without an image, because the page holds enough
+    self._characters = 0  # of the images on the page
 
   def has(self, *datasets: str) -> bool:
     """Returns whether all datasets are ingested and have images."""
@@ -111,12 +113,23 @@ class Pictures:
 
   def picture(self, dataset: str, row: int, line: str, marked: bool = False) -> gallery.Picture:
     """Returns a row's image with one line of text below it."""
-    source, image = workdir.source(self._x, dataset), None
+    source = workdir.source(self._x, dataset)
+    caption = f'{source.key(row)}: {source.caption(row)}'
+    side = gallery.side_after(self._characters)
+    if not side:
+      self.left_out += 1
+      return gallery.left_out(line, caption, marked)
+    drawn = gallery.picture(self.image(dataset, row), line, caption, marked, side)
+    self._characters += len(drawn.source)
+    return drawn
+
+  def image(self, dataset: str, row: int) -> Array | None:  # [H, W, 3] uint8
+    """Returns a row's decoded image; None if it is unreadable or its file is gone."""
     try:
-      image = _decoded(source[row]['image'])
+      return _decoded(workdir.source(self._x, dataset)[row]['image'])
     except InputError as error:
       self.lost.setdefault(dataset, str(error))
-    return gallery.picture(image, line, f'{source.key(row)}: {source.caption(row)}', marked)
+      return None
 
 
 def _decoded(data: bytes) -> Array | None:

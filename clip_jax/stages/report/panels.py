@@ -12,7 +12,7 @@ from clip_jax.evaluation import robustness, similarity_bins, statistics
 from clip_jax.evaluation.statistics import Estimate
 from clip_jax.experiment import blocks
 from clip_jax.pruning.rules import RULES
-from clip_jax.reporting import figures, svg
+from clip_jax.reporting import answer_figure, figures, svg, tables
 from clip_jax.stages.report import contrasts
 from clip_jax.stages.report.facts import Facts
 
@@ -26,27 +26,38 @@ def looks() -> figures.Looks:
 
 
 def answers(config: Config, items: Sequence[dict]) -> list[dict]:
-  """Returns the accuracies of anchor only, aligned split, control and base for each comparison."""
+  """Returns a panel per comparison: anchor only, the aligned split, its control and base."""
   benchmarks = [item['benchmark'] for item in items]
-  lines = []
+  drawn = []
   for item in items:
-    b, known = item['benchmark'], item['accuracies']
-    names = {
-      'all': item['base'],
-      'anchor': contrasts.first_split(config, 'anchor'),
-      item['control_rule']: item['control'],
-      item['rule']: item['split'],
-    }  # the last mark is drawn on top
+    b, kind, known = item['benchmark'], item['control_rule'], item['accuracies']
+    rows = [
+      ('anchor', 'anchor only', contrasts.first_split(config, 'anchor')),
+      (item['rule'], answer_figure.ALIGNED, item['split']),
+      (kind, f'{kind} control', item['control']),
+      ('all', 'base', item['base']),
+    ]
     points = [
-      {'rule': rule, 'accuracy': known[name].value, **_interval(known[name])}
-      for rule, name in names.items()
+      {'rule': rule, 'label': label, 'split': name, **_point(known[name])}
+      for rule, label, name in rows
       if name in known
     ]
+    loss = item['against_control']
     if len(points) > 1:
-      lines.append(
-        {'title': b if benchmarks.count(b) == 1 else f'{b} ({item["split"]})', 'points': points}
+      drawn.append(
+        {
+          'name': f'answer_{item["split"]}_{b}',
+          'title': b if benchmarks.count(b) == 1 else f'{b} ({item["split"]})',
+          'detail': f'aligned split minus control: {tables.estimate_text(loss)}' if loss else '',
+          'points': points,
+        }
       )
-  return lines
+  return drawn
+
+
+def _point(estimate: Estimate) -> dict:
+  bounds = {key: _finite_or_none(getattr(estimate, key)) for key in ('low', 'high')}
+  return {'accuracy': estimate.value, 'method': estimate.method, **bounds}
 
 
 def _finite_or_none(value: float) -> float | None:

@@ -62,7 +62,9 @@ def neighbours(facts: Facts) -> list:
       if has_anchor
       else 'Point'
     )
-    shown.insert(0, Text(f'{point} at an image to see its caption.', 'muted'))
+    shown.insert(
+      0, Text(f'{point} at an image to see its caption; click on it to enlarge it.', 'muted')
+    )
   shown += [Text(f'{name}: {why}', 'warning') for name, why in pictures.lost.items()]
   without = pictures.missing_images_sentence(POOL, *([ANCHOR] if has_anchor else []), *searched)
   if without:
@@ -99,7 +101,8 @@ def rule_sizes(facts: Facts) -> list:
     shown = [
       *benchmark_overlap.slack_blocks(sizes.edges, _drops(facts), _candidates(facts)),
       *benchmark_overlap.paper_compat_blocks(
-        [{'benchmark': b, **counts} for b, counts in truncated.items() if counts]
+        [{'benchmark': b, **counts} for b, counts in truncated.items() if counts],
+        _candidates(facts),
       ),
     ]
   else:

@@ -8,12 +8,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from clip_jax.core import progress
 from clip_jax.core.products import STAGES
 from clip_jax.experiment import blocks, workdir
 from clip_jax.pruning import splits as splits_lib
 from clip_jax.reporting import comparisons as comparisons_lib
 from clip_jax.reporting import figures, inventory, sections, tables
-from clip_jax.reporting.page import Details, Figure, Figures, Heading, Text
+from clip_jax.reporting.page import Details, Fact, Figure, Figures, Heading, Text
 from clip_jax.stages.report import contrasts, panels
 from clip_jax.stages.report.facts import Facts
 from clip_jax.stages.report.panels import Accuracies, looks
@@ -50,9 +51,8 @@ def accuracy(facts: Facts, accuracies: Accuracies, without_leaked: Accuracies) -
     if b in label
   ]
   rows = [_split_row(facts, name) for name in config.splits]
-  return sections.accuracy_blocks(rows, benchmarks, accuracies, without_leaked) + _unfinished_runs(
-    facts
-  )
+  shown = sections.accuracy_blocks(rows, benchmarks, accuracies, without_leaked)
+  return [*shown, *_unfinished_runs(facts), Fact(sections.PAPER_ANSWER)]
 
 
 def _split_row(facts: Facts, name: str) -> dict:
@@ -221,7 +221,13 @@ def provenance(facts: Facts) -> list:
   ]
   if curves:
     drawn = figures.loss_curves(curves, title='Training loss', looks=looks())
-    shown.append(Details('Training loss', (Figures((Figure('loss', drawn, 'All runs.'),)),)))
+    longest, words = max(len(curve['steps']) for curve in curves), 'All runs.'
+    if longest > figures.LOSS_POINTS:
+      words += (
+        f' Up to {tables.number(longest)} logged values of a run are drawn as '
+        f'{figures.LOSS_POINTS} means of consecutive ones.'
+      )
+    shown.append(Details('Training loss', (Figures((Figure('loss', drawn, words),)),)))
   return shown
 
 
@@ -232,7 +238,11 @@ def _settings(facts: Facts) -> list[tuple[str, str]]:
     ('Command', workdir.stage_seconds(facts.x).get('command') or 'missing in the log'),
     ('Work directory', facts.x.workdir),
     ('Embedder', _embedder(facts)),
-    ('Search', f'{config.search.backend}, {config.search.top_k} neighbours per query'),
+    (
+      'Search',
+      f'{config.search.backend}, '
+      f'{progress.count_with_noun(config.search.top_k, "neighbour")} per query',
+    ),
     (
       'De-duplication',
       f'similarity over {1 - config.dedup.threshold:.4g}' if config.dedup.enabled else 'off',
@@ -257,7 +267,8 @@ def _settings(facts: Facts) -> list[tuple[str, str]]:
       'Model',
       m.name
       or f'ViT, {m.image_size} pixels, patch {m.patch_size}, width {m.vision_width}, '
-      f'{m.vision_layers} image and {m.text_layers} text layers',
+      f'{progress.count_with_noun(m.vision_layers, "image layer")} and '
+      f'{progress.count_with_noun(m.text_layers, "text layer")}',
     ),
   ]
 
