@@ -17,7 +17,7 @@ MOST_BARS = 30  # classes or domains on the page: those with the largest share r
 BALANCED = 0.1  # a control is balanced if every standardised difference is smaller
 VARIABLES = {
   'anchor_class': 'nearest anchor class',
-  'anchor_class_similarity': 'similarity to that class',
+  'anchor_class_similarity': 'closeness to the nearest anchor class',
   'caption_length': 'caption length',
   'image_pixels': 'image size',
   'domain': 'domain',
@@ -234,7 +234,8 @@ def _control(control: str, about: Mapping[str, Any]) -> list:
   if 'standardised_differences' not in draw:
     return []
   without = tables.share(draw['without_full_cell_donor'])
-  by_chance = tables.share(draw['random_without_full_cell_donor'])
+  by_chance = draw.get('random_without_full_cell_donor')  # None in files of an older version
+  by_chance = 'unknown' if by_chance is None else tables.share(by_chance)
   if draw['no_matched_control']:
     head = Text(
       f'No matched control exists: {without} of the removed rows have no otherwise alike row that '

@@ -382,12 +382,10 @@ def summarize(x: Experiment, new_products: list[Product]) -> None:
       lacking = max(draw['without_full_cell_donor'] for draw in about['draws'].values())
       logging.warning(
         '%s: no matched control can be made, because for %.0f %% of the rows that %s removes no '
-        'other row is alike in class, domain, caption and size (for %.0f %% if as many random rows '
-        'are removed). The split holds random rows.',
+        'other row is alike in class, domain, caption and size. The split holds random rows.',
         split,
         100 * lacking,
         x.config.splits[split].to,
-        100 * max(draw['random_without_full_cell_donor'] for draw in about['draws'].values()),
       )
     repeats = max(draw.get('repeats', 0) for draw in about['draws'].values())
     planted = about['planted_rows']

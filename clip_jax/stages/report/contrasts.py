@@ -83,15 +83,14 @@ def balance(facts: Facts, split: str) -> answer.Control | None:
   )
   if kind == 'matched':
     return answer.Control('matched', unbalanced)
-  lacking, by_chance = (
-    max((draw.get(key) or 0.0) for draw in draws)
-    for key in ('without_full_cell_donor', 'random_without_full_cell_donor')
-  )
+  lacking = max(draw['without_full_cell_donor'] for draw in draws)
+  by_chance = [draw.get('random_without_full_cell_donor') for draw in draws]  # None: older version
   reason = (
     f'no matched control exists: {100 * lacking:.0f} % of the removed rows have no otherwise alike '
-    f'row, where {100 * controls.MAX_UNMATCHED:.0f} % are accepted and a random removal of as many '
-    f'leaves {100 * by_chance:.0f} %'
+    f'row, where {100 * controls.MAX_UNMATCHED:.0f} % are accepted'
   )
+  if None not in by_chance:
+    reason += f' and a random removal of as many leaves {100 * max(by_chance):.0f} %'
   return answer.Control('random', unbalanced or ('the mix of the removed rows',), reason)
 
 
