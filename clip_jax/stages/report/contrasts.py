@@ -363,6 +363,8 @@ def baseline(config: Config, results: Results, benchmark: str) -> Baseline | Non
   classes; if it is evaluated, it is the x axis.
   """
   reference = config.report.reference
+  if reference not in config.benchmarks:
+    return None
   names = set(config.benchmarks[reference].classes)  # empty if they are in its index
   shift = benchmark.lower().replace('-', '_').removeprefix('imagenet').strip('_')
   if (
