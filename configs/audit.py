@@ -5,11 +5,13 @@
 
 The files determine each format. Here every DIR holds vectors of the same embedder as the pool:
 folders of clip-retrieval or clip-ood, .npz of DataComp, .npy, or .parquet with a column of lists.
-All vectors are normalised. For each
-benchmark, the report shows the similarity of its images to their nearest pool rows, the number of
-images with a duplicate in the pool, and the number of pool rows over any similarity. A later
-command may change thresholds, benchmarks and splits, or add files to the pool: only new vectors are
-searched. Further flags:
+Vectors must be of unit length, up to a tenth; others need --config.pool.any_norm=True and
+--config.benchmark_template.any_norm=True, and are then normalised.
+
+For each benchmark, the report shows the similarity of its images to their nearest pool rows, the
+number of images with a duplicate in the pool, and the number of pool rows over any similarity. A
+later command may change thresholds, benchmarks and splits, or add files to the pool: only new
+vectors are searched. Further flags:
 
   --config.anchor.path=DIR      vectors of a labelled training set (the paper: ImageNet-Train); the
                                 report then counts the rows that the paper would prune: those nearer
@@ -29,9 +31,10 @@ the weights of an embedder, which for a pool of vectors are those that made them
   --config.embedder.source=weights --config.embedder.path=open_clip_model.safetensors
     --config.embedder.name=ViT-B-32
 
-Without weights, gradient histograms compare images. They find copies but no other crops:
+Without weights, gradient histograms compare images. They find copies, re-encoded ones at 0.98 or
+more, but no other crops; line drawings of one kind can be as similar:
 
-  --config.embedder.source=hog --config.prune.duplicate_similarity=0.95
+  --config.embedder.source=hog --config.prune.duplicate_similarity=0.98
 """
 
 from clip_jax import defaults

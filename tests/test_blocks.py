@@ -136,6 +136,8 @@ def test_draws_and_whose_draw_counts():
 
 def test_runs_are_the_first_seeds_of_all_splits_first():
   c = config(z=defaults.split(), a=defaults.split(seeds=(7,)))
+  assert blocks.runs_to_train(c) == []  # no model
+  c.model.name = 'ViT-B-32'
   assert blocks.runs_to_train(c) == [('z', 0), ('a', 7), ('z', 1)]
 
 

@@ -21,8 +21,10 @@ SPLITS = (
   'near_75',
   'far_75',
   'random_75',
+  'noisy_pruned',
+  'noisy_matched',
 )
-BENCHMARKS = ('val', 'outline', 'inverted', 'rotated', 'handwriting')
+BENCHMARKS = ('val', 'outline', 'inverted', 'rotated', 'noisy', 'handwriting')
 
 
 @pytest.fixture(scope='module')
@@ -164,7 +166,7 @@ from clip_jax import defaults
 def get_config():
   spec = importlib.util.spec_from_file_location('demo', 'configs/demo.py')
   demo = importlib.util.module_from_spec(spec); spec.loader.exec_module(demo)
-  config = demo.get_config()
+  config = demo.get_config('full')
   for name in list(config.splits):
     if name not in ('base', 'random_75'):
       del config.splits[name]
@@ -240,13 +242,13 @@ def test_killed_and_run_again_it_ends_the_same(finished, tmp_path):
   workdir = tmp_path / 'run'
   kill_at(workdir, 'embed pool', signal.SIGKILL, 0.3)
   assert not (workdir / 'train').exists()
-  status = kill_at(workdir, 'train: run 1 of 7', signal.SIGTERM, 0.0)
+  status = kill_at(workdir, 'train: run 1 of 9', signal.SIGTERM, 0.0)
   said = (tmp_path / 'run.out').read_text()
   assert status == 143 and 'same command again' in said, said
-  kill_at(workdir, 'train: run 3 of 7', signal.SIGKILL, 0.3)
+  kill_at(workdir, 'train: run 3 of 9', signal.SIGKILL, 0.3)
   assert (workdir / 'train/anchor_only/seed0/run.sidecar.json').exists()
   done = tiny.run(workdir)
-  assert done.returncode == 0 and '2 of 7 runs are done' in done.stdout, done.stdout
+  assert done.returncode == 0 and '2 of 9 runs are done' in done.stdout, done.stdout
   assert tiny.content(workdir) == tiny.content(finished)
 
 
@@ -254,7 +256,7 @@ def test_killed_and_run_again_it_ends_the_same(finished, tmp_path):
 def test_five_kills(finished, tmp_path):
   """Killed five times, each a little later than the last."""
   workdir = tmp_path / 'run'
-  moments = ('pool:', 'dedup:', 'prune: ', 'train: run 1 of 7', 'train: run 4 of 7')
+  moments = ('pool:', 'dedup:', 'prune: ', 'train: run 1 of 9', 'train: run 4 of 9')
   for i, moment in enumerate(moments):
     kill_at(workdir, moment, signal.SIGKILL, 0.2 * i)
   done = tiny.run(workdir)

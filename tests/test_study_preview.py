@@ -95,7 +95,10 @@ def test_a_pool_without_labels_is_read_by_its_captions(world, tmp_path):
 
 
 def test_without_an_anchor_the_benchmarks_names_count_and_few_captions_have_one(world, tmp_path):
-  c = config(world / 'data', **{'pool.label_key': '', 'pool.classes': (), 'anchor.format': ''})
+  c = config(
+    world / 'data',
+    **{'pool.label_key': '', 'pool.classes': (), 'anchor.format': '', 'anchor.path': ''},
+  )
   c.pool.caption_pattern, c.pool.caption_replacement, c.pool.caption_share = (
     'red|green',
     'red and green',
