@@ -489,7 +489,7 @@ def get_config() -> Config:
   c = ConfigDict()
   c.root = ''  # folder below which relative paths of datasets begin; '': the current folder
   c.pool = dataset()  # the image-text pool that models are trained on
-  # The labelled reference training set (in the paper ImageNet-Train); without path and format: none.
+  # The labelled reference training set (the paper: ImageNet-Train); no path and no format: none.
   c.anchor = dataset()
   c.benchmarks = ConfigDict()  # name -> benchmark(...); names of letters, digits, _ and -
   # More benchmarks, 'name=DIR,other=DIR': the command line cannot add keys to benchmarks. '': none.
