@@ -395,6 +395,15 @@ def test_a_dry_run_names_the_splits_that_the_answer_needs(world, capsys):
   assert not advice(c, world / 'run', capsys)
 
 
+def test_a_dry_run_names_an_anchor_smaller_than_a_batch(indexed, tmp_path, capsys):
+  c = config(indexed, **{'train.batch_size': 13})
+  c.splits.anchor_only = defaults.split(rule='anchor')
+  (said,) = advice(c, indexed / 'run', capsys)
+  assert 'config.splits.anchor_only has 12 rows, less than one batch (13)' in said
+  c.train.batch_size = 12
+  assert not advice(c, indexed / 'run', capsys)
+
+
 def test_a_dry_run_says_that_each_embedder_needs_its_own_threshold(world, capsys):
   c = config(world, **{'dedup.threshold': 0.124})
   c.splits.anchor_only = defaults.split(rule='anchor')

@@ -59,7 +59,8 @@ def check(config: Config, names: Sequence[str] = tuple(STAGES)) -> None:
   _planted(config)
   _embedders(config)
   _dedup(config)
-  _vectors(config)
+  if names:
+    _vectors(config)
   if ({'train', 'evaluate'} & set(names) and blocks.runs_to_train(config)) or 'train' in [
     block.source for block in (config.embedder, *config.embedders.values())
   ]:

@@ -27,9 +27,24 @@ def advice(x: Experiment, names: Sequence[str]) -> list[str]:
   sentences = [*unfit_threshold(x)]
   if {'train', 'evaluate', 'report'} & set(names):
     sentences += _answer(x)
+  if 'train' in names:
+    sentences += _batches(x)
   if 'prune' in names and is_indexed(x):
     sentences += [*_keys(x), *_domains(x), *domains.expected_removal(x, x.config.splits)]
   return sentences
+
+
+def _batches(x: Experiment) -> Iterator[str]:
+  """Yields the splits of the anchor alone that are smaller than a batch."""
+  if not blocks.runs_to_train(x.config) or not workdir.is_ingested(x, blocks.ANCHOR):
+    return
+  rows, batch = len(workdir.source(x, blocks.ANCHOR)), x.config.train.batch_size
+  for name, split in x.config.splits.items():
+    if split.rule == 'anchor' and rows < batch:
+      yield (
+        f'config.splits.{name} has {rows:,} rows, less than one batch ({batch:,}), so it cannot be '
+        'trained on. Lower config.train.batch_size, or give a larger anchor.'
+      )
 
 
 def is_indexed(x: Experiment) -> bool:
