@@ -219,12 +219,14 @@ def _answer(facts: Facts, items: Sequence[dict]) -> str:
     split, benchmark = item['split'], item['benchmark']
     parts = (item['base'], split, item['control'], contrasts.first_split(config, 'anchor'))
     late = [run for part in parts if part for run in _unfinished(facts, part, benchmark)]
-    loss = item['against_control'] if item['control'] else item['against_base']
+    loss, control = item['against_control'], item['balance']
+    if loss is None and item['against_base'] is not None:  # the control is not evaluated
+      loss, control = item['against_base'], contrasts.BASE
     is_plain = item['rule'] == 'gap_aligned' and not contrasts.is_dose(config, split)
     sentences.append(
       answer.answer_sentence(
         item['queries'] or benchmark,
-        item['balance'],
+        control,
         loss,
         item['share_matched'],
         unfinished=late,

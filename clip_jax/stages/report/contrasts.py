@@ -21,6 +21,9 @@ IMAGENET_CLASSES = 1000  # of a reference benchmark for which the effective-robu
 # while benchmarks here are scored over 113 names.
 SHIFT_CLASSES = {'v2': 1000, 'sketch': 1000, 'r': 200, 'a': 200}
 
+# Base as the control of an aligned split: everything but the anchor differs.
+BASE = answer.Control('base', ('the number and mix of the removed rows',))
+
 Pair = tuple[list[Array], tuple[int, ...]]  # Results.on_shared_seeds of two splits
 
 
@@ -63,11 +66,7 @@ def balance(facts: Facts, split: str) -> answer.Control | None:
   """
   control, kind = control_of(facts, split)
   if control is None:
-    return (
-      answer.Control('base', ('the number and mix of the removed rows',))
-      if first_split(facts.config, 'all')
-      else None
-    )
+    return BASE if first_split(facts.config, 'all') else None
   draws = list(facts.splits.get(control, {}).get('draws', {}).values())
   if facts.config.splits[control].rule != 'matched' or not draws:
     return answer.Control('random', ('the mix of the removed rows',))
