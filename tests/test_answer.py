@@ -55,7 +55,7 @@ def test_the_verdict_needs_the_whole_interval_on_one_side(low, high, verdict):
     (
       Control('matched', ('domain', 'image size', 'caption length')),
       'the matched control',
-      'similarity and domain, image size and caption length cannot',
+      'similarity, domain, image size and caption length cannot',
     ),
     (Control('random', ('the mix of the removed rows',)), 'the random control', 'and the mix of'),
     (Control('base', ('the number and mix of the removed rows',)), 'base', 'the number and mix of'),

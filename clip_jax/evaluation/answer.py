@@ -8,7 +8,7 @@ in nothing but similarity. Without one, the sentence gives the loss and says wha
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from clip_jax.evaluation.causal import Share
+from clip_jax.evaluation.causal import CONTROLS, Share
 from clip_jax.evaluation.statistics import Estimate
 
 MAIN = 0.5  # a verdict needs the whole interval of E' on one side of this
@@ -27,9 +27,7 @@ class Control:
 
   @property
   def words(self) -> str:
-    return {'matched': 'the matched control', 'random': 'the random control', 'base': 'base'}[
-      self.kind
-    ]
+    return CONTROLS[self.kind]
 
 
 def answer_sentence(
@@ -64,8 +62,8 @@ def answer_sentence(
   if control.unbalanced:
     because = f' ({control.reason})' if control.reason else ''
     return (
-      f'On {queries}, removing {removed} {_cost(loss)} against {control.words}; similarity and '
-      f'{_joined(control.unbalanced)} cannot be told apart{because}.{late}'
+      f'On {queries}, removing {removed} {_cost(loss)} against {control.words}; '
+      f'{_joined(["similarity", *control.unbalanced])} cannot be told apart{because}.{late}'
     )
   if share is None or share.reason:
     why = share.reason if share is not None else 'the reference (anchor_only) is not evaluated'

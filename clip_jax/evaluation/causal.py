@@ -15,6 +15,7 @@ from clip_jax.core.types import Array
 from clip_jax.evaluation import statistics
 from clip_jax.evaluation.statistics import Estimate
 
+CONTROLS = {'base': 'base', 'matched': 'the matched control', 'random': 'the random control'}
 FEWEST = 50  # queries in each arm; with fewer, a contrast is not estimable
 STEPS = 50  # maximum of IRLS; a fit that exists needs about ten
 
@@ -112,7 +113,8 @@ def explained_share(
   if not lead.low > 0:
     return replace(
       share,
-      reason=f'{control_name} is not shown to be better than {reference_name} ({_points(lead)})',
+      reason=f'{CONTROLS[control_name]} is not shown to be better than {reference_name} '
+      f'({_points(lead)})',
     )
   value = loss.value / lead.value
   parts, df = np.stack([control - gap, control - reference]), np.nan
