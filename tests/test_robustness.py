@@ -86,6 +86,12 @@ def test_the_family_against_the_published_check():
   found = robustness.family_table(results)
   points = {name: round(100 * line['effective_robustness'], 1) for name, line in found.items()}
   assert (points['imagenetv2'], points['imagenet_sketch']) == (5.6, 28.0)
+  assert not found['imagenetv2']['extrapolated'] and found['imagenet-r']['extrapolated'] is False
+  for line in found.values():
+    assert line['line_low'] < line['line'] < line['line_high']
+  low = robustness.family_table({**results, 'imagenet1k': {'top1': 0.3}})
+  assert low['imagenetv2']['extrapolated']
+  assert robustness.family_table({**results, 'imagenet1k': {'top1': 0.0}}) == {}
   assert found['imagenet-r']['line'] == robustness.line_accuracy('r', 0.8, 'classes')
   assert found['objectnet']['line'] == robustness.line_accuracy('objectnet', 0.7, 'classes')
   assert found['objectnet']['accuracy'] == 0.4 and set(found) == {*results} - {

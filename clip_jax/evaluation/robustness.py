@@ -77,20 +77,25 @@ def family_table(results: Mapping[str, Mapping]) -> dict[str, dict]:
   """Returns the effective robustness on each shift of FAMILY among the results.
 
   results: published name of a benchmark (FAMILY, and 'imagenet1k' for val) -> its scores, as in
-  <benchmark>.json. Without val, or where a needed scoring is missing, a shift is left out.
+  <benchmark>.json. Without val, where a needed scoring is missing, or where val's accuracy is 0 or
+  1, a shift is left out. line_low and line_high: the 95 % band of standard models (Line.band).
+  extrapolated: val's accuracy lies outside the models of the fit.
   """
   table = {}
   for name, (shift, scoring, of_val) in FAMILY.items():
     accuracy = _accuracy(results.get(name), scoring)
     x_accuracy = _accuracy(results.get('imagenet1k'), of_val)
-    if accuracy is None or x_accuracy is None:
+    if accuracy is None or x_accuracy is None or not 0 < x_accuracy < 1:
       continue
-    axis = 'classes' if of_val else 'val'
-    expected = line_accuracy(shift, x_accuracy, axis)
+    baseline = line(shift, 'classes' if of_val else 'val', x_accuracy)
+    expected, (low, high) = baseline.accuracy(x_accuracy), baseline.band(x_accuracy)
     table[name] = {
       'accuracy': accuracy,
       'x_accuracy': x_accuracy,
       'line': expected,
+      'line_low': low,
+      'line_high': high,
+      'extrapolated': not baseline.x_low <= x_accuracy <= baseline.x_high,
       'effective_robustness': accuracy - expected,
     }
   return table

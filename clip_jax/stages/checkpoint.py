@@ -171,8 +171,14 @@ def _evaluate(
   by_published_name = {x.config.benchmarks[name].published_name: results[name] for name in names}
   lines = robustness.family_table(by_published_name)
   if lines:
-    points = (f'{name} {100 * line["effective_robustness"]:+.1f}' for name, line in lines.items())
-    logging.info('Points above the line of standard ImageNet models: %s.', ', '.join(points))
+    logging.info('Accuracy that standard ImageNet models of this val accuracy have:')
+  for name, line in lines.items():
+    logging.info(
+      '  %-24s %5.1f%%, 95 %% of these models %.1f to %.1f; this model %.1f%%%s',
+      name,
+      *(100 * line[key] for key in ('line', 'line_low', 'line_high', 'accuracy')),
+      ' (extrapolated: no such model has this val accuracy)' if line['extrapolated'] else '',
+    )
   if output and lines:
     files.write_json(os.path.join(output, 'effective_robustness.json'), lines)
   if output:
