@@ -50,6 +50,7 @@ def item(**changes):
   found = {
     'split': 'gap',
     'benchmark': 'sketch',
+    'queries': '',
     'base': 'base',
     'control': 'like_gap',
     'rule': 'gap_aligned',

@@ -18,6 +18,7 @@ Item = Mapping[str, Any]
 #   rule: of the split                    control_rule: 'matched' | 'random'
 #   balance: .unbalanced: names of what differs between control and split beside similarity
 #        against_control, against_base, bootstrap: estimates
+#   queries: what the estimates are about if not the whole benchmark, in words; else ''
 #   answers: whether the headline answer uses it
 #   holm: adjusted p, NaN outside the confirmatory family    tests: size of that family
 #   holm_same: adjusted p of the equivalence test, for the same comparisons
@@ -46,7 +47,10 @@ def blocks_of(items: Sequence[Item], looks: figures.Looks) -> list:
   drawn = [item for item in items if item['against_control'] is not None]
   blocks: list = [Figures((_figure(drawn, looks),))] if drawn else []
   for item in items:
-    name, checks = f'{item["split"]} on {item["benchmark"]}', tuple(_cross_checks(item))
+    name, checks = (
+      f'{item["split"]} on {item["queries"] or item["benchmark"]}',
+      tuple(_cross_checks(item)),
+    )
     shown = [_table(item), *([Details('Cross-checks', checks)] if checks else [])]
     if item['answers']:
       blocks += [Heading(name, _control_words(item)), *shown]
@@ -81,7 +85,7 @@ def _figure(items: Sequence[Item], looks: figures.Looks) -> Figure:
   margin = items[0]['equivalence'].margin
   rows = [
     {
-      'title': f'{item["split"]} on {item["benchmark"]}',
+      'title': f'{item["split"]} on {item["queries"] or item["benchmark"]}',
       'rule': item['rule'],
       'detail': tables.estimate_text(e),
       'estimate': e.value,

@@ -42,12 +42,12 @@ def answers(config: Config, items: Sequence[dict]) -> list[dict]:
       for rule, label, name in rows
       if name in known
     ]
-    loss = item['against_control']
+    loss, title = item['against_control'], f'{b}, aligned queries' if item['queries'] else b
     if len(points) > 1:
       drawn.append(
         {
           'name': f'answer_{item["split"]}_{b}',
-          'title': b if benchmarks.count(b) == 1 else f'{b} ({item["split"]})',
+          'title': title if benchmarks.count(b) == 1 else f'{title} ({item["split"]})',
           'detail': f'aligned split minus control: {tables.estimate_text(loss)}' if loss else '',
           'points': points,
         }
