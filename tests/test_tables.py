@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from clip_jax.core import progress
 from clip_jax.reporting import tables
 
 NAN = float('nan')
@@ -90,7 +91,7 @@ def test_ratios_have_no_exponents():
 
 
 def test_listed():
-  assert [tables.join_names(names) for names in ((), ('a',), ('a', 'b'), ('a', 'b', 'c'))] == [
+  assert [progress.join_names(names) for names in ((), ('a',), ('a', 'b'), ('a', 'b', 'c'))] == [
     '',
     'a',
     'a and b',

@@ -1,9 +1,9 @@
 """Progress of long work: a bar with rate and ETA on a terminal, else a log line every 30 s."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 import sys
 import time
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from absl import logging
 
@@ -91,6 +91,12 @@ def size(count: float) -> str:
     if count >= factor:
       return f'{count / factor:,.1f} {unit}'
   return f'{count / 1e3:,.1f} kB'
+
+
+def join_names(names: Sequence[Any], word: str = 'and') -> str:
+  """Returns names as a list in prose: 'a', 'a and b', 'a, b and c'; '' for none."""
+  *first, last = map(str, names) if names else ['']
+  return f'{", ".join(first)} {word} {last}' if first else last
 
 
 def count_with_noun(count: int, noun: str) -> str:

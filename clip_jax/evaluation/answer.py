@@ -8,6 +8,7 @@ in nothing but similarity. Without one, the sentence gives the loss and says wha
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from clip_jax.core import progress
 from clip_jax.evaluation.causal import CONTROLS, Share
 from clip_jax.evaluation.statistics import Estimate
 
@@ -61,9 +62,10 @@ def answer_sentence(
   )
   if control.unbalanced:
     because = f' ({control.reason})' if control.reason else ''
+    causes = progress.join_names(['similarity', *control.unbalanced])
     return (
       f'On {queries}, removing {removed} {_cost(loss)} against {control.words}; '
-      f'{_joined(["similarity", *control.unbalanced])} cannot be told apart{because}.{late}'
+      f'{causes} cannot be told apart{because}.{late}'
     )
   if share is None or share.reason:
     why = share.reason if share is not None else 'the reference (anchor_only) is not evaluated'
@@ -79,12 +81,6 @@ def answer_sentence(
   if share.high < MAIN:
     return f'On {queries}, similarity explains little of the lead: {part}.{late}'
   return f'On {queries}, {part}. There is no verdict: the interval holds {100 * MAIN:.0f} %.{late}'
-
-
-def _joined(names: Sequence[str]) -> str:
-  """Returns 'a', 'a and b' or 'a, b and c'."""
-  *first, last = names
-  return f'{", ".join(first)} and {last}' if first else last
 
 
 def _cost(loss: Estimate) -> str:

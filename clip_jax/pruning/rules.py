@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from clip_jax.core import config as config_lib
+from clip_jax.core import progress
 from clip_jax.core.config import Key, natural, part_of_one, positive, within
 from clip_jax.core.errors import ConfigError, InputError
 from clip_jax.core.types import Array
@@ -257,16 +258,10 @@ def _composed(
   return Kept(np.flatnonzero(masks[0]))
 
 
-def _listed(names: Sequence[Any], word: str = 'and') -> str:
-  """Returns the names as a list in prose: 'a, b and c'."""
-  *first, last = map(str, names) if names else ['']
-  return f'{", ".join(first)} {word} {last}' if first else last
-
-
 def _some(words: Sequence[str]) -> str:
   """Returns up to three words in prose, and the number of the others."""
   if len(words) <= 3:
-    return _listed(words, 'or')
+    return progress.join_names(words, 'or')
   return f'{", ".join(words[:3])} or one of {len(words) - 3:,} other words'
 
 
@@ -274,7 +269,7 @@ def _queries(of: Mapping[str, Any]) -> str:
   """Returns the benchmarks in prose, and the share of their queries that counts if it is not 1."""
   low, high = of['queries']
   share = f' ({100 * (high - low):g} % of the query groups count)'
-  return _listed(of['benchmarks']) + ('' if (low, high) == (0, 1) else share)
+  return progress.join_names(of['benchmarks']) + ('' if (low, high) == (0, 1) else share)
 
 
 def _gap_aligned_words(of: Mapping[str, Any]) -> str:
@@ -301,13 +296,13 @@ def _one_amount(*names: str) -> Callable[[Mapping[str, Any]], str]:
 
   def problem(of: Mapping[str, Any]) -> str:
     given = [name for name in names if of[name] is not None and of[name] != KEYS[name].default]
-    return '' if len(given) == 1 else f'give exactly one of {_listed(names)}'
+    return '' if len(given) == 1 else f'give exactly one of {progress.join_names(names)}'
 
   return problem
 
 
 def _domain_words(of: Mapping[str, Any]) -> str:
-  values = _listed(of['values'])
+  values = progress.join_names(of['values'])
   rows = (
     f'rows whose {of["column"]} is {values}'
     if of['column']
@@ -323,7 +318,8 @@ def _clusters_words(of: Mapping[str, Any]) -> str:
 
 def _minus_words(of: Mapping[str, Any]) -> str:
   first, *others = of['of']
-  return f'rows that {first} keeps and {_listed(others)} {"does" if len(others) < 2 else "do"} not'
+  verb = 'does' if len(others) < 2 else 'do'
+  return f'rows that {first} keeps and {progress.join_names(others)} {verb} not'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -561,7 +557,7 @@ RULES = {
     ('others',),
     selects=True,
     label='union of splits',
-    words=lambda of: f'rows that {_listed(of["of"], "or")} keeps',
+    words=lambda of: f'rows that {progress.join_names(of["of"], "or")} keeps',
   ),
   'intersection': Rule(
     intersection,
@@ -569,7 +565,7 @@ RULES = {
     ('others',),
     selects=True,
     label='intersection of splits',
-    words=lambda of: f'rows that {_listed(of["of"])} all keep',
+    words=lambda of: f'rows that {progress.join_names(of["of"])} all keep',
   ),
   'minus': Rule(
     minus, ('of',), ('others',), selects=True, label='a split without others', words=_minus_words
@@ -589,7 +585,7 @@ RULES = {
     label='decontaminated (similar rows removed)',
     words=lambda of: (
       f'without rows that are {of["similarity"]:g} or more similar to a query of '
-      f'{_listed(of["benchmarks"])}'
+      f'{progress.join_names(of["benchmarks"])}'
     ),
     column='similarity',
     problem=lambda of: '' if of['similarity'] else 'give similarity=, for example 0.95',

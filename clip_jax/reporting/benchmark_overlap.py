@@ -49,7 +49,7 @@ def sentence(
   known = [r for r in rates if r['pool'] is not None]
   if not known:
     return 'No split is trained. The pool is not searched yet.'
-  held = tables.join_names(
+  held = progress.join_names(
     [f'{tables.share(r["pool"].value)} of {r["benchmark"]}{_in_words(r["pool"])}' for r in known]
   )
   text = (
@@ -62,7 +62,7 @@ def sentence(
     counts = [f'{progress.count_with_noun(n, "row")} for {name}' for name, n in each or [last]]
     together = f', together {tables.number(last[1])} of' if each else ', of'
     text += (
-      f' Gap-aligned pruning would drop {tables.join_names(counts)}{together} '
+      f' Gap-aligned pruning would drop {progress.join_names(counts)}{together} '
       f'{tables.number(candidates)} candidates ({_share_of(last[1], candidates)}).'
     )
   return text
@@ -75,7 +75,7 @@ def not_searched(skipped: int, early: int) -> str:
     parts.append(f'{progress.count_with_noun(skipped, "unusable sample")}')
   if early:
     parts.append(f'the rest of {progress.count_with_noun(early, "file")} that could not be read')
-  return f' Not searched: {tables.join_names(parts)}, so there may be more.' if parts else ''
+  return f' Not searched: {progress.join_names(parts)}, so there may be more.' if parts else ''
 
 
 def _in_words(e: Any) -> str:
@@ -338,7 +338,7 @@ def paper_compat_blocks(
     )
     for r in benchmarks
   )
-  counts = tables.join_names(
+  counts = progress.join_names(
     [
       f'{tables.number(r["missed"])} of {tables.number(r["over"])} for {r["benchmark"]}'
       for r in benchmarks

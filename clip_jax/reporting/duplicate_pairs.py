@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from clip_jax.core import progress
 from clip_jax.reporting import tables
 from clip_jax.reporting.page import Text
 from clip_jax.reporting.tables import Cell, Table
@@ -60,7 +61,7 @@ def no_pairs(benchmarks: Sequence[str], similarity: float) -> list:
   return [
     Text(
       f'No pool image has a similarity of {similarity:g} or more to any query of '
-      f'{tables.join_names(list(benchmarks))}.'
+      f'{progress.join_names(list(benchmarks))}.'
     )
   ]
 

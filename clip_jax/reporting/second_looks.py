@@ -120,7 +120,7 @@ def preview_blocks(
     'Accuracy in percent. Brackets: 95 % intervals over images of one fit (one seed), estimates '
     'and no tests. The regression does not use rows without a class.'
     + (
-      f' The classes of {tables.join_names(from_captions)} are read from captions.'
+      f' The classes of {progress.join_names(from_captions)} are read from captions.'
       if from_captions
       else ''
     )

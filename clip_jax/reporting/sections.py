@@ -77,7 +77,7 @@ def accuracy_blocks(
   ]
   late = [split['name'] for split in splits if not split['seeds']]
   if late and counts:
-    blocks.append(Text(f'Not trained or not evaluated yet: {tables.join_names(late)}.', 'muted'))
+    blocks.append(Text(f'Not trained or not evaluated yet: {progress.join_names(late)}.', 'muted'))
   return blocks
 
 

@@ -197,7 +197,9 @@ def few_groups(groups: Mapping[str, int]) -> tuple[str, ...]:  # benchmark -> gr
   few = {name: count for name, count in groups.items() if count < FEW_GROUPS}
   if not few:
     return ()
-  named = join_names([f'{name}: {progress.count_with_noun(n, "group")}' for name, n in few.items()])
+  named = progress.join_names(
+    [f'{name}: {progress.count_with_noun(n, "group")}' for name, n in few.items()]
+  )
   return (
     f'Fewer than {FEW_GROUPS} groups ({named}): the images are few independent units, whatever '
     'their number. Simulated 95 % intervals of such data can cover less than 93 %; do not base a '
@@ -222,11 +224,6 @@ def method_words(method: str) -> str:
 def sentence(text: str) -> str:
   """Returns the text as a sentence: 'not estimable: few' -> 'Not estimable: few.'"""
   return f'{text[:1].upper()}{text[1:].rstrip(".")}.'
-
-
-def join_names(names: Sequence[str]) -> str:
-  """Returns the names as a list in prose: 'a, b and c'."""
-  return f'{", ".join(names[:-1])} and {names[-1]}' if len(names) > 1 else ''.join(names)
 
 
 def column_heads(*texts: str) -> tuple[Cell, ...]:

@@ -26,7 +26,7 @@ from clip_jax.experiment import blocks, workdir
 from clip_jax.experiment.blocks import ANCHOR, PLANTED, POOL
 from clip_jax.experiment.experiment import Experiment
 from clip_jax.experiment.graph import Graph
-from clip_jax.reporting import second_looks, tables
+from clip_jax.reporting import second_looks
 from clip_jax.reporting.page import Text
 
 if TYPE_CHECKING:
@@ -252,7 +252,7 @@ def section(facts: 'Facts') -> tuple[str, str, str, list] | None:
   ]
   missing = [split for split in config.splits if split not in previews]
   if previews and missing:
-    page_blocks.append(Text(f'Splits without a preview: {tables.join_names(missing)}.', 'muted'))
+    page_blocks.append(Text(f'Splits without a preview: {progress.join_names(missing)}.', 'muted'))
   return 'preview', second_looks.PREVIEW_TITLE, 'Preview', page_blocks
 
 

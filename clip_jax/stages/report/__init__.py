@@ -189,7 +189,7 @@ def _title(config: Config) -> str:
     if blocks.runs_to_train(config)
     and any(b in config.splits[name].benchmarks for name in contrasts.aligned(config))
   ]
-  on = tables.join_names(names) if len(names) < 4 else f'{len(names)} benchmarks'
+  on = progress.join_names(names) if len(names) < 4 else f'{len(names)} benchmarks'
   return (
     f'Does accuracy on {on} come from similar training images?'
     if names

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from clip_jax.core import progress
 from clip_jax.core.errors import InputError
 from clip_jax.core.types import Array
 from clip_jax.data import images
@@ -42,9 +43,9 @@ class Pictures:
       f'{benchmark_dirs.flag(self._x.config, name, "images")}=DIR' for name in names
     )
     return (
-      f'No pictures: {tables.join_names(names)} '
+      f'No pictures: {progress.join_names(names)} '
       f'{"has" if len(names) == 1 else "have"} vectors only. '
-      f'To show images, pass {tables.join_names(list(flags))}.'
+      f'To show images, pass {progress.join_names(list(flags))}.'
     )
 
   def neighbours(self, benchmark: str, result: workdir.QueryResult) -> gallery.Gallery:

@@ -6,6 +6,7 @@ search without training has no others.
 
 import numpy as np
 
+from clip_jax.core import progress
 from clip_jax.core.types import Array
 from clip_jax.evaluation import statistics
 from clip_jax.experiment import blocks, workdir
@@ -71,7 +72,7 @@ def neighbours(facts: Facts) -> list:
     shown.append(Text(without))
   late = [b for b in config.benchmarks if b not in searched]
   if late:
-    shown.append(facts.missing(f'Not searched yet: {tables.join_names(late)}.', 'search'))
+    shown.append(facts.missing(f'Not searched yet: {progress.join_names(late)}.', 'search'))
   return shown
 
 
