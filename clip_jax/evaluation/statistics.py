@@ -32,7 +32,7 @@ class Estimate:
   df: float  # degrees of freedom of the interval's t distribution
   p_value: float  # two-sided, of value = 0: only for a difference over three or more seeds
   seeds: int  # S
-  images: int  # Q
+  images: int  # Q; of a contrast, those with a weight
   groups: int  # independent units among the images: Q if no image has a group
   method: str  # 'crossed' (S >= 3) | 'range' (S = 2) | 'this checkpoint' (S = 1) | 'bootstrap' |
   # 'wilson' or 'cluster-robust' (one accuracy, S = 1) | 'none' (a single group)
@@ -108,7 +108,7 @@ def contrast(
   """
   values = matrix(values)
   parts = _contributions(values, weights, arms, groups)
-  seeds, images, units = *values.shape, parts.z.shape[1]
+  seeds, images, units = len(values), int(np.count_nonzero(weights)), parts.z.shape[1]
   variance, df = two_way(parts.z, parts.effective)
   if seeds == 2 or np.isnan(variance):
     return _without_error(parts.totals, images, units)
