@@ -1,0 +1,576 @@
+"""What each table and sentence of a report's page must say. Imports nothing of clip_jax.
+
+Used by tests/recompute_page.py.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+import json
+import re
+
+import numpy as np
+import recompute_formulas as formulas
+import recompute_pool_tables as pool
+import recompute_tables as main
+from recompute_work import Between, Table, Work, printed, text_of
+
+Numbers = list  # of expected values, in the order of the text; None: a number that is not checked
+
+
+def percent(value):
+  """The value in percent; None stays."""
+  if isinstance(value, Between):
+    return Between(100 * value.low, 100 * value.high)
+  return None if value is None else 100 * value
+
+
+def interval(
+  row: dict, names: tuple[str, ...] = ('value', 'low', 'high'), scale=percent
+) -> Numbers:
+  """Estimate and bounds, as far as the table has them."""
+  return [scale(row[n]) for n in names if row[n] is not None]
+
+
+def rests(row: dict, with_seeds: bool = True, with_df: bool = True) -> Numbers:
+  """`5 seeds, 500 images in 4 groups, 3.1 df`."""
+  found = [row['seeds']] if with_seeds else []
+  found.append(row['images'])
+  if row['groups'] != row['images']:
+    found.append(row['groups'])
+  return found + ([row['df']] if with_df and row['df'] is not None else [])
+
+
+def rows(work: Work, tables: dict[str, Table], label: str, split: str) -> list[Numbers] | None:
+  """Expected numbers of each row of a table without its first cell, in the order of the CSV file.
+
+  `split` is the split whose removed rows the page describes at this point.
+  """
+  if label == 'skipped':
+    return skipped_rows(work)
+  if label.startswith('accuracy') and label in tables and 'similarity' not in label:
+    return accuracy_rows(work, tables[label])
+  names = {
+    'Removed by class': f'removed_by_class_{split}',
+    'Removed by domain': f'removed_by_domain_{split}',
+    'Rows that other slacks would remove': f'slack_{split}',
+    'More frequent in removed captions': f'words_{split}',
+    'More frequent in kept captions': f'words_{split}_kept',
+    'Quantiles of the similarity of each query to its nearest image': 'nearest_similarity',
+    'Rows that alignment would remove, by slack': 'rows_by_slack',
+    'Share of queries with a duplicate': 'duplicate_rates',
+    'Recall of duplicates planted in the pool': 'planted_duplicates',
+  }
+  if label.startswith('Difference of the means'):
+    name = f'balance_{work.control(split)}'
+  else:
+    name = names.get(label, label)
+  if name not in tables or name not in ROWS and not name.startswith(PREFIXES):
+    return None
+  ordered = in_printed_order(work, name, tables[name])
+  if name in GRIDS:
+    return GRIDS[name](work, ordered)
+  make = ROWS.get(name) or next(ROWS[p] for p in PREFIXES if name.startswith(p))
+  return [make(work, row) for row in ordered]
+
+
+def in_printed_order(work: Work, name: str, table: Table) -> list[dict]:
+  """The recomputed rows in the order of the CSV file; its names are checked elsewhere."""
+  key = lambda row: tuple(text_of(row[k]) for k in table.keys)
+  mine = {key(row): row for row in table.rows}
+  return [mine[key(row)] for row in printed(work, name) if key(row) in mine]
+
+
+def accuracy_rows(work: Work, table: Table) -> list[Numbers]:
+  by_split: dict[str, Numbers] = {}
+  for row in table.rows:
+    if row['without_leaked'] == 'False':
+      found = by_split.setdefault(row['split'], [])
+      found += interval(row, ('accuracy', 'low', 'high'))
+  for row in table.rows:
+    found = by_split[row['split']]
+    if row['benchmark'] == work.benchmarks[-1] and row['without_leaked'] == 'False':
+      found += [row['pool_rows'], row['anchor_rows'], row['samples'], row['passes']]
+  return list(by_split.values())
+
+
+def counted(work: Work, row: dict) -> Numbers:
+  return [row['count'], row['total'], percent(row['count'] / row['total'])]
+
+
+def slack(work: Work, row: dict) -> Numbers:
+  return [row['dropped'], percent_of(row['dropped'], work.candidates.sum())]
+
+
+def percent_of(count, total):
+  if isinstance(count, Between):
+    return Between(100 * count.low / total, 100 * count.high / total)
+  return 100 * count / total
+
+
+def word(work: Work, row: dict) -> Numbers:
+  shares = [row[k] for k in row if k.endswith('_share')]
+  return [*map(percent, shares), row['odds_ratio'], row['low'], row['high']]
+
+
+def bin_row(work: Work, row: dict) -> Numbers:
+  found = [row['low'], row['high'], row['n']]
+  found += interval(row, ('accuracy', 'accuracy_low', 'accuracy_high'))
+  return [*found, row['seeds'], row['groups']] + ([] if row['df'] is None else [row['df']])
+
+
+def plane_row(work: Work, row: dict) -> Numbers:
+  found = []
+  for axis in 'xy':
+    one = {
+      k: row[f'{axis}_{k}'] for k in ('value', 'low', 'high', 'seeds', 'images', 'groups', 'df')
+    }
+    found += rests(one, with_seeds=False) + interval(one)
+  return found
+
+
+def duplicate_row(work: Work, row: dict) -> Numbers:
+  found: Numbers = [row['queries']]
+  for name in ('pool', 'anchor'):
+    found += interval(row, (f'{name}_share', f'{name}_low', f'{name}_high'))
+    found += [row[name], row['queries']]
+    exact = row.get(f'exact_{name}')
+    found += [None if exact is None else percent_of(exact, row['queries']), exact, row['queries']]
+  return found
+
+
+def training_row(work: Work, row: dict) -> Numbers:
+  time = row['seconds']
+  clock = [time // 60, round(time) % 60] if round(time) >= 60 else [time]
+  return [row['samples'], row['passes'], row['steps'], *clock, row['images_per_sec']]
+
+
+def skipped_rows(work: Work) -> list[Numbers]:
+  """Rows, skipped samples, their reasons in any order if there is one, and unreadable images."""
+  found = []
+  for dataset in ('pool', 'anchor', *work.benchmarks):
+    files = (work.path / 'ingest' / dataset).glob('skipped-*.json')
+    reasons = Counter(e['reason'] for f in sorted(files) for e in json.loads(f.read_text()))
+    counts = [len(work.meta(dataset)['key']), reasons.total(), *reasons.values()]
+    found.append([*counts, int((~work.usable(dataset)).sum())])
+  return found
+
+
+def sensitivity_row(work: Work, row: dict) -> Numbers:
+  return [
+    row['removed_here'],
+    row['removed_there'],
+    percent(row['jaccard']),
+    percent(row['same_count_jaccard']),
+    row['spearman'],
+    row['only_here'] + row['only_there'],
+    row['only_here'],
+    row['only_there'],
+  ]
+
+
+def grid(first: str, value: str, scale, extra=None):
+  """Rows of a page's table that hold several rows of the file, in its order."""
+
+  def found(work: Work, ordered: list[dict]) -> list[Numbers]:
+    lines: dict[tuple, Numbers] = {}
+    for row in ordered:
+      line = lines.setdefault(tuple(row[k] for k in first.split()), [])
+      line += [scale(row[value])] + ([extra(row)] if extra else [])
+    return list(lines.values())
+
+  return found
+
+
+def preview_rows(work: Work, ordered: list[dict]) -> list[Numbers]:
+  lines: dict[str, Numbers] = {}
+  for row in ordered:
+    line = lines.setdefault(row['split'], [])
+    line += interval(row, ('accuracy', 'low', 'high'))
+    if row['benchmark'] == work.benchmarks[-1]:
+      line += [row['rows'], percent(row['labelled'] / row['rows'])]
+  return list(lines.values())
+
+
+def held_back_rows(work: Work, ordered: list[dict]) -> list[Numbers]:
+  lines: dict[tuple, Numbers] = {}
+  for row in ordered:
+    key = row['split'], row['benchmark'], row['control']
+    line = lines.setdefault(key, [])
+    line += interval(row)
+    if row['what'] == 'A_minus_U':
+      found = main.contrasts_held_back(work, *key)['A_minus_U'][0]
+      line += [found.images, found.groups, found.seeds, found.df, 90, *map(percent, found.at(0.9))]
+      line += [percent(row['share_removed']), row['rows_removed'], row['rows']]
+      line += [row['excess_before'], row['excess_after'], percent(row['excess_removed'])]
+    else:
+      line += [row['images'], row['groups'], row['seeds'], row['df']]
+  return list(lines.values())
+
+
+same = lambda value: value
+ROWS = {
+  'removed_by_': counted,
+  'slack_': slack,
+  'words_': word,
+  'balance_': lambda work, row: [row['difference']],
+  'mcnemar_': lambda work, row: [row['aligned_only'], row['control_only'], row['p_mid']],
+  'accuracy_by_similarity': bin_row,
+  'plane': plane_row,
+  'nearest_similarity': lambda work, row: [
+    row[k] for k in ('queries', 'q05', 'median', 'q95', 'max')
+  ],
+  'duplicate_rates': duplicate_row,
+  'planted_duplicates': lambda work, row: [
+    row['planted'],
+    row['found'],
+    *interval(row, ('recall', 'low', 'high')),
+  ],
+  'training': training_row,
+  'sensitivity': sensitivity_row,
+  'rows_by_slack': same,
+  'cut_by_size': same,
+  'overlap': same,
+  'preview': same,
+  'held_back': same,
+}
+PREFIXES = tuple(name for name in ROWS if name.endswith('_'))
+GRIDS = {
+  'rows_by_slack': grid(
+    'benchmark', 'dropped', same, lambda row: percent_of(row['dropped'], row['candidates'])
+  ),
+  'cut_by_size': grid('benchmark rule', 'cut', same),
+  'overlap': grid('split', 'share', percent),
+  'preview': preview_rows,
+  'held_back': held_back_rows,
+}
+
+
+# sentences: (words with # for numbers, expected values)
+
+
+def of_comparison(work: Work, tables: dict[str, Table], split: str, benchmark: str) -> Iterator:
+  """Sentences about one aligned split on its benchmark."""
+  found = {row['what']: row for row in tables[f'comparison_{split}_{benchmark}'].rows}
+  own = main.differences(work, split, benchmark)
+  against = own['against_control']
+  images = work.aligned_queries(benchmark, split)
+  family = sum(
+    row['p_holm'] is not None for t in tables.values() for row in t.rows if 'p_holm' in row
+  )
+  minus = lambda x: None if x is None else -100 * x
+  yield f'On the # aligned queries of {benchmark}', [int(images.sum())]
+  lost = [minus(against.value), minus(against.high), minus(against.low)]
+  yield 'costs # points [#, #] against the', lost
+  gains = [-x for x in lost]
+  yield 'costs nothing: # points [#, #]', [gains[0], gains[2], gains[1]]
+  for other, names in (
+    (main.base_of(work), ('base',)),
+    (work.control(split), ('matched', 'random', 'matched control', 'random control')),
+  ):
+    if lead := main.lead(work, split, benchmark, other):
+      for name in names:
+        words = f'{name} is not shown to be better than anchor_only (# points, # to #)'
+        yield words, [percent(x) for x in (lead.value, lead.low, lead.high)]
+  yield from donors(work, split)
+  yield (
+    'differences from # to # points are consistent',
+    [
+      percent(against.low),
+      percent(against.high),
+    ],
+  )
+  yield 'p = # (Holm, # test', [found['against_control']['p_holm'], family]
+  yield 'p < # (Holm, # test', [found['against_control']['p_holm'], family]
+  yield 'p = # (equivalence; Holm, # test', [found['against_control']['p_no_loss_holm'], family]
+  yield 'p < # (equivalence; Holm, # test', [found['against_control']['p_no_loss_holm'], family]
+  if against.error:
+    yield 'detectable difference: # points', [percent(formulas.detectable(against))]
+    yield '90 % interval [#, #]', [percent(x) for x in against.at(0.9)]
+  points = percent(main.margin(against.images))
+  yield 'A loss or gain of # points or more', [points]
+  yield 'inside \u00b1# points', [points]
+  yield 'equivalence margin, \u00b1# points', [points]
+  hit, unhit = main.hit_and_unhit(work, split, benchmark)
+  weights = formulas.class_weights(hit, unhit, work.labels(benchmark))
+  used = [int((w > 0).sum()) for w in weights]
+  yield 'Not estimable: # hit and # unhit queries in classes', used
+  yield 'Loss on the # queries that lost a neighbour', [int(hit.sum())]
+  yield 'minus loss on the # queries that did not', [int(unhit.sum())]
+  yield 'Of these, # count, whose class', [sum(used)]
+
+
+def donors(work: Work, split: str) -> Iterator:
+  if work.settings(work.control(split))['rule'] != 'matched':
+    return
+  share, random = percent(work.donors(split)), work.random_donors(split)
+  random = Between(100 * random[0], 100 * random[1])
+  words = 'of the removed rows have no'
+  yield (
+    f'# % {words} otherwise alike row, where 20 % are accepted and * leaves # %',
+    [share, random],
+  )
+  yield (
+    f'# % {words} row that is alike in every variable (of as many random rows: # %)',
+    [
+      share,
+      random,
+    ],
+  )
+  yield (
+    f'# % {words} otherwise alike row that could be removed in their place (of as many random rows: # %)',
+    [
+      share,
+      random,
+    ],
+  )
+
+
+def what_of(cell: str, control: str) -> str:
+  """The row of comparison_*.csv that a row of the page shows, from its first cell."""
+  starts = {
+    'against the in-distribution': 'placebo',
+    f'against {control}': 'against_control',
+    'against ': 'against_base',
+    'E:': 'E',
+    'E\u2032:': 'E_control',
+    'queries that lost': 'hit_minus_unhit',
+    'change in log-odds': 'dose_slope',
+  }
+  return next((what for start, what in starts.items() if cell.startswith(start)), '')
+
+
+def comparison_row(work: Work, pair: tuple[str, str], row: dict) -> Iterator:
+  """Estimate, what it rests on, and the parts of an explained share."""
+  if row['value'] is None:
+    return
+  what = row['what']
+  scale = (lambda x: x / 10) if what == 'dose_slope' else percent
+  ends = interval(row, scale=scale)
+  yield {'dose_slope': '# [#, #] log-odds'}.get(what, '# [#, #] points'), ends
+  if what in ('E', 'E_control'):
+    other = main.base_of(work) if what == 'E' else work.control(pair[0])
+    lead = main.lead(work, *pair, other)
+    yield '# % [#, #]', ends
+    yield '# of # points over anchor only', [ends[0] * lead.value, percent(lead.value)]
+    yield '# % of the lead', [ends[0]]
+  yield from of_rests(row)
+
+
+def of_rests(row: dict) -> Iterator:
+  counts = rests(row, with_df=False)
+  where = ' in # groups' if len(counts) == 3 else ', ungrouped'
+  if row['df'] is not None:
+    yield f'# seeds, # images{where}, # df', rests(row)
+  yield f'# seeds, # images{where}', counts
+
+
+def of_bootstrap(tables: dict[str, Table], split: str, benchmark: str) -> Iterator:
+  found = {row['what']: row for row in tables[f'comparison_{split}_{benchmark}'].rows}
+  if row := found.get('against_control_bootstrap'):
+    yield 'the variance formula: # [#, #] points', interval(row)
+    yield from of_rests(row | {'df': None})
+  tests = sum(r.get('p_holm') is not None for t in tables.values() for r in t.rows)
+  yield 'Confirmatory family: # test', [tests]
+
+
+def of_heads(work: Work, block, tables: dict[str, Table], split: str) -> Iterator:
+  """Numbers in the heads of tables, and under headings of splits."""
+  for name in work.splits:
+    low, high = work.settings(name).get('queries', (0.0, 1.0))
+    if high - low < 1 and re.search(rf'\b{name}\b', block.text):
+      yield '(# % of the query groups count)', [100 * (high - low)]
+  if block.kind == 'head' and block.table in tables and block.table.startswith('accuracy'):
+    table = tables[block.table]
+    if table.keys[0] == 'split':
+      for row in table.rows[: len(work.benchmarks)]:
+        yield f'{row["benchmark"]} # queries mean of # seeds', [row['images'], row['seeds']]
+  if block.kind == 'head':
+    yield '| # % | # % | # % | # %', [90, 75, 50, 25]
+    slacks = (-0.05, -0.02, -0.01, -0.005, 0, 0.005, 0.01, 0.02, 0.05)
+    yield 'slack | ' + ' | '.join('#' * 9), list(slacks)
+    yield '| # % | median | # %', [5, 95]
+  for benchmark in work.benchmarks:
+    near = work.excess_of_queries(benchmark)[work.usable(benchmark)] > 0
+    words = '# of # queries (# %, a count) have a pool image nearer'
+    if f'similarity_{benchmark}' == block.figure:
+      yield words, [int(near.sum()), len(near), 100 * near.mean()]
+  if name := work.config['prune'].get('preview'):
+    yield f'on # frozen features of the embedder {name}', [work.vectors('pool', name).shape[1]]
+  if split:
+    meta = work.config['pool']['domain_column']
+    for row in tables[f'removed_by_domain_{split}'].rows if meta else ():
+      yield f"#% of domain '{row['what']}' is removed", [100 * row['count'] / row['total']]
+
+
+def marked_runs(work: Work, split: str, benchmark: str) -> list[str]:
+  """Runs behind an answer that are not converged."""
+  names = (main.base_of(work), work.with_rule('anchor'), split, work.control(split))
+  return [f'{n}/seed{k}' for n in names if n for k in work.seeds(n) if main.mark(work, n, k)]
+
+
+def of_picture(work: Work, section: str, split: str, benchmark: str, query: str, key: str):
+  """The number under a picture: excess of a pool row, or similarity to the query."""
+  for dataset in ('pool', 'anchor'):
+    if key in work.row_of(dataset):
+      row = work.row_of(dataset)[key]
+      break
+  else:
+    return None
+  if section == 'removed' and dataset == 'pool':
+    return float(max(work.excess(b, split)[row] for b in work.settings(split)['benchmarks']))
+  if section == 'neighbours' and query in work.row_of(benchmark):
+    mine = work.vectors(benchmark)[work.row_of(benchmark)[query]]
+    return float(mine @ work.vectors(dataset)[row])
+  return None
+
+
+def of_removed(work: Work, split: str) -> Iterator:
+  gone, total = int(work.removed(split).sum()), int(work.candidates.sum())
+  yield '# of # candidates are removed (# %)', [gone, total, 100 * gone / total]
+  sample = [min(2000, gone), min(2000, int(work.pool_rows(split).sum()))]
+  yield '# removed and # kept captions were compared', sample
+  for benchmark in work.settings(split)['benchmarks']:
+    images = work.aligned_queries(benchmark, split) & work.usable(benchmark)
+    q, hit = int(images.sum()), int((main.hit_and_unhit(work, split, benchmark)[0] & images).sum())
+    leaks = int((pool.leaked(work, benchmark) & images).sum())
+    start = f'{benchmark}: # of # aligned queries (# %) lose'
+    yield start, [hit, q, 100 * hit / q]
+    yield start.replace('aligned ', ''), [hit, q, 100 * hit / q]
+    yield '# queries (# %) already have a near-duplicate', [leaks, 100 * leaks / q]
+    yield f'for each of # queries of {benchmark}', [min(q, work.config['prune']['check_queries'])]
+    held = int((work.usable(benchmark) & ~images).sum())
+    if held:
+      went = main.gone(work, split, benchmark)
+      yield (
+        f'{benchmark}: # queries are aligned, # are held back. # candidates are nearer',
+        [
+          q,
+          held,
+          went['rows'],
+        ],
+      )
+      yield (
+        '; # of them (# %) are removed all the same',
+        [
+          went['rows_removed'],
+          percent(went['share_removed']),
+        ],
+      )
+  yield from donors(work, split)
+  control = work.control(split)
+  if control and work.settings(control)['rule'] == 'matched':
+    drawn = int((work.removed(control) & ~work.removed(split)).sum())
+    yield (
+      f'The control {control} removes # other rows in place of the # removed ones',
+      [drawn, gone],
+    )
+    yield '; # have none even if some variables may differ', [gone - drawn]
+
+
+def of_pool(work: Work, tables: dict[str, Table]) -> Iterator:
+  """Sentences on the pool, the index and the duplicates."""
+  total, usable = int(work.candidates.sum()), int(work.usable('pool').sum())
+  yield 'Of # candidates. An aligned split', [total]
+  exceeding = [work.excess(b)[work.usable('pool')] > 0 for b in work.benchmarks]
+  yield (
+    'all # (row, benchmark) pairs over a threshold, of # candidates',
+    [
+      int(sum(e.sum() for e in exceeding)),
+      total,
+    ],
+  )
+  marked = usable - total
+  yield (
+    'De-duplication marked # of # usable pool rows (# %)',
+    [marked, usable, 100 * marked / usable],
+  )
+  yield (
+    ': similarity over # within one of # clusters',
+    [
+      1 - work.config['dedup']['threshold'],
+      len(np.load(work.path / 'dedup' / 'centers.npy')),
+    ],
+  )
+  yield 'has a similarity of # or more to any query', [pool.similarity_of_duplicates(work)]
+  yield 'similarity \u2265 #', [pool.similarity_of_duplicates(work)]
+
+
+def of_accuracy(work: Work, table: Table) -> Iterator:
+  yield 'Intervals rest on # seeds', [table.rows[0]['seeds']]
+  for benchmark in work.benchmarks:
+    mine = [row for row in table.rows if row['benchmark'] == benchmark]
+    one = mine[0]
+    df = [row['df'] for row in mine if row['df'] is not None]
+    counts = [one['images']] + ([one['groups']] if one['groups'] != one['images'] else [])
+    where = ' in # groups' if len(counts) > 1 else ', ungrouped'
+    if df:
+      yield f'{benchmark}: # images{where}, # to # df', [*counts, min(df), max(df)]
+      yield f'{benchmark}: # images{where}, # df', [*counts, df[0]]
+  yield from of_groups(work)
+
+
+def of_groups(work: Work) -> Iterator:
+  for benchmark in work.benchmarks:
+    images, groups = len(work.groups(benchmark)), len(set(work.groups(benchmark).tolist()))
+    sizes = np.unique(work.groups(benchmark), return_counts=True)[1]
+    df = formulas.kish(sizes) - 1
+    yield f'{benchmark} # images in # groups # df', [images, groups, df]
+    yield f'{benchmark}: # groups', [groups]
+    yield f'{benchmark} # images, ungrouped', [images]
+    yield f'{benchmark}: # images, ungrouped', [images]
+    yield f'{benchmark}: # images in # groups', [images, groups]
+
+
+def of_stages(work: Work) -> Iterator:
+  """`train 26 of 26 runs`, and so on."""
+  runs = sum(len(work.seeds(s)) for s in work.splits)
+  counts = {
+    'ingest # of # datasets': 2 + len(work.benchmarks),
+    'embed # of # datasets': 2 + len(work.benchmarks),
+    'search # of # benchmarks': len(work.benchmarks),
+    'prune # of # splits': len(work.splits),
+    'train # of # runs': runs,
+    'evaluate # of # results': runs * len(work.benchmarks),
+  }
+  for words, count in counts.items():
+    yield words, [count, count]
+
+
+def of_marks(work: Work) -> Iterator:
+  for split in work.splits:
+    for seed in work.seeds(split):
+      reason = main.mark(work, split, seed)
+      if share := re.findall(r'(\d+)%', reason):
+        words = re.sub(r'\d+%', '#%', reason)
+        yield f'{split}/seed{seed}: {words}', [float(share[0])]
+
+
+# phrases whose numbers are fixed words of the page, not results
+FIXED = [
+  r'\d+ % (?=interval|Wilson|prediction)',
+  r'(?<=Bars: )95 %',
+  r'(?<=Brackets: )95 %',
+  r'Fewer than \d+ (groups|queries)',
+  r'fewer than \d+ (groups|queries)',
+  r'can cover less than 93 %',
+  r'at most 1\.',
+  r'power 80 %',
+  r'each needs 50',
+  r'within \u00b10\.1',
+  r'within \u00b12 points',
+  r'where 20 % are accepted',
+  r'minus 0\.02',
+  r'for every 0\.1 by which',
+  r'per 0\.1 of lost',
+  r'rounded to 0\.001',
+  r'usually 0\b',
+  r'slack 0\b',
+  r'top 20,000 ',
+  r'the 20,000 nearest rows of a query in each chunk of 1,000,000 rows',
+  r'proportions \(0 to 1\)',
+  r'ICLR 2024',
+  r'2008\)',
+  r'contains 1 are',
+  r'Marks: slack 0',
+  r'float16|float32|float64|seed \d+|seed\d+',
+]
