@@ -14,32 +14,14 @@ from recompute_work import Between, Table, Work, numbers
 from scipy import stats
 
 
-def tables(work: Work, skipped: list[str]) -> Iterator[tuple[str, Table]]:
-  """Yields name and content of every table; what cannot be recomputed is added to `skipped`."""
-  yield from removed(work)
-  yield 'nearest_similarity', nearest(work)
-  yield 'rows_by_slack', by_slack(work)
-  yield 'cut_by_size', cuts(work)
-  yield 'duplicate_rates', duplicates(work, skipped)
-  yield from duplicate_pairs(work)
-  yield 'overlap', overlap(work)
-  yield 'skipped', skipped_samples(work)
-  if any(work.meta('pool').get('duplicate_kind') or []):
-    yield 'planted_duplicates', planted(work)
-  if work.config['prune'].get('preview'):
-    yield 'preview', preview(work)
-  if work.config['prune'].get('sensitivity'):
-    yield 'sensitivity', sensitivity(work)
-
-
-def removed(work: Work) -> Iterator[tuple[str, Table]]:
+def removed(work: Work, skipped: list[str]) -> Iterator[tuple[str, Table]]:
   meta, column = work.meta('pool'), work.config['pool']['domain_column']
   classes = work.config['pool']['classes']
   by = {
     'class': [classes[label] if label >= 0 else 'other' for label in meta['label']],
     'domain': [d or '' for d in meta[column]] if column else None,
   }
-  for split in dict.fromkeys(s for s, _ in work.aligned()):
+  for split in work.selected():
     for name, values in by.items():
       if values:
         total, count = (
@@ -48,13 +30,12 @@ def removed(work: Work) -> Iterator[tuple[str, Table]]:
         )
         rows = [{'what': v, 'count': count[v], 'total': total[v]} for v in total]
         yield f'removed_by_{name}_{split}', Table(('what',), rows)
-    excess = np.max([work.excess(b, split) for b in work.settings(split)['benchmarks']], 0)
-    rows = [
-      {'slack': slack, 'dropped': over(excess[work.candidates], slack)}
-      for slack in (-0.01, -0.005, 0.0, 0.005, 0.01)
-    ]
-    yield f'slack_{split}', Table(('slack',), rows)
     yield from words(work, split)
+    if work.settings(split)['rule'] == 'gap_aligned':
+      excess = work.order(split)[work.candidates]
+      slacks = (-0.01, -0.005, 0.0, 0.005, 0.01)
+      rows = [{'slack': slack, 'dropped': over(excess, slack)} for slack in slacks]
+      yield f'slack_{split}', Table(('slack',), rows)
     control = work.control(split)
     if control and work.settings(control)['rule'] == 'matched':
       rows = [{'variable': v, 'difference': d} for v, d in work.balance(split, control).items()]
@@ -92,7 +73,7 @@ def words(work: Work, split: str) -> Iterator[tuple[str, Table]]:
     yield f'words_{split}{suffix}', Table(('word',), rows[:12])
 
 
-def nearest(work: Work) -> Table:
+def nearest(work: Work, skipped: list[str]) -> Iterator[tuple[str, Table]]:
   rows = []
   for benchmark in work.benchmarks:
     usable = work.usable(benchmark)
@@ -100,20 +81,20 @@ def nearest(work: Work) -> Table:
       q = np.quantile(values[usable], [0.05, 0.5, 0.95, 1])
       row = {'benchmark': benchmark, 'in': name, 'queries': int(usable.sum())}
       rows.append(row | dict(zip(('q05', 'median', 'q95', 'max'), q.tolist(), strict=True)))
-  return Table(('benchmark', 'in'), rows, 1e-6)
+  yield 'nearest_similarity', Table(('benchmark', 'in'), rows, 1e-6)
 
 
-def by_slack(work: Work) -> Table:
+def by_slack(work: Work, skipped: list[str]) -> Iterator[tuple[str, Table]]:
   rows, columns = [], {b: work.excess(b)[work.candidates] for b in work.benchmarks}
   columns['all together'] = np.max(list(columns.values()), 0)
   for name, excess in columns.items():
     for slack in (-0.05, -0.02, -0.01, -0.005, 0.0, 0.005, 0.01, 0.02, 0.05):
       row = {'benchmark': name, 'slack': slack, 'dropped': over(excess, slack)}
       rows.append(row | {'candidates': len(excess)})
-  return Table(('benchmark', 'slack'), rows)
+  yield 'rows_by_slack', Table(('benchmark', 'slack'), rows)
 
 
-def cuts(work: Work) -> Table:
+def cuts(work: Work, skipped: list[str]) -> Iterator[tuple[str, Table]]:
   """The threshold may be any value between two rows' similarities, and is rounded to 0.001."""
   rows, columns = [], {b: work.highest(b)[work.candidates] for b in work.benchmarks}
   columns['all together'] = np.max(list(columns.values()), 0)
@@ -123,10 +104,10 @@ def cuts(work: Work) -> Table:
         cut = np.quantile(values, keep if which == 'near' else 1 - keep)
         row = {'benchmark': name, 'rule': which, 'keep': keep}
         rows.append(row | {'cut': Between(cut - 0.0011, cut + 0.0011)})
-  return Table(('benchmark', 'rule', 'keep'), rows)
+  yield 'cut_by_size', Table(('benchmark', 'rule', 'keep'), rows)
 
 
-def duplicates(work: Work, skipped: list[str]) -> Table:
+def duplicates(work: Work, skipped: list[str]) -> Iterator[tuple[str, Table]]:
   rows, limit = [], similarity_of_duplicates(work)
   for benchmark in work.benchmarks:
     usable = work.usable(benchmark)
@@ -141,10 +122,10 @@ def duplicates(work: Work, skipped: list[str]) -> Table:
       else:
         row[f'exact_{dataset}'] = 0  # an exact duplicate is a near one
     rows.append(row)
-  return Table(('benchmark',), rows)
+  yield 'duplicate_rates', Table(('benchmark',), rows)
 
 
-def duplicate_pairs(work: Work) -> Iterator[tuple[str, Table]]:
+def duplicate_pairs(work: Work, skipped: list[str]) -> Iterator[tuple[str, Table]]:
   for benchmark in work.benchmarks:
     found = cosines(work, 'pool', benchmark)
     pairs = np.argwhere(found >= similarity_of_duplicates(work))
@@ -181,7 +162,7 @@ def leaked(work: Work, benchmark: str) -> np.ndarray:  # [Q] bool
   return cosines(work, 'anchor', benchmark).max(0) >= similarity_of_duplicates(work)
 
 
-def overlap(work: Work) -> Table:
+def overlap(work: Work, skipped: list[str]) -> Iterator[tuple[str, Table]]:
   masks = {s: work.pool_rows(s) for s in work.splits}
   masks = {s: m for s, m in masks.items() if m.any()}
   rows = [
@@ -189,10 +170,10 @@ def overlap(work: Work) -> Table:
     for one, a in masks.items()
     for two, b in masks.items()
   ]
-  return Table(('split', 'also_in'), rows)
+  yield 'overlap', Table(('split', 'also_in'), rows)
 
 
-def skipped_samples(work: Work) -> Table:
+def skipped_samples(work: Work, skipped: list[str]) -> Iterator[tuple[str, Table]]:
   rows = []
   for dataset in ('pool', 'anchor', *work.benchmarks):
     for file in sorted((work.path / 'ingest' / dataset).glob('skipped-*.json')):
@@ -202,12 +183,14 @@ def skipped_samples(work: Work) -> Table:
       {'dataset': dataset, 'key': keys[row], 'reason': 'unreadable image'}
       for row in np.flatnonzero(~work.usable(dataset))
     ]
-  return Table(('dataset', 'key'), rows)
+  yield 'skipped', Table(('dataset', 'key'), rows)
 
 
-def planted(work: Work) -> Table:
+def planted(work: Work, skipped: list[str]) -> Iterator[tuple[str, Table]]:
   """A planted copy counts as found if de-duplication marks it, or its original."""
   meta = work.meta('pool')
+  if not any(meta.get('duplicate_kind') or []):
+    return
   marked = np.load(work.path / 'dedup' / 'duplicate_of.npy') >= 0
   row_of = {key: row for row, key in enumerate(meta['key'])}
   rows = []
@@ -217,12 +200,14 @@ def planted(work: Work) -> Table:
     low, high = formulas.wilson(found / len(copies), len(copies), stats.norm.ppf(0.975))
     row = {'kind': kind, 'planted': len(copies), 'found': found, 'recall': found / len(copies)}
     rows.append(row | {'low': low, 'high': high})
-  return Table(('kind',), rows)
+  yield 'planted_duplicates', Table(('kind',), rows)
 
 
-def preview(work: Work) -> Table:
+def preview(work: Work, skipped: list[str]) -> Iterator[tuple[str, Table]]:
   """Classes by label only; features scaled by mean and deviation of all labelled candidates."""
   name = work.config['prune']['preview']
+  if not name:
+    return
   x = np.concatenate([work.vectors(d, name) for d in ('pool', 'anchor')])
   labels = np.concatenate([work.labels(d) for d in ('pool', 'anchor')])
   labels[: len(work.candidates)][~work.candidates] = -1
@@ -243,33 +228,41 @@ def preview(work: Work) -> Table:
       about = {'split': split, 'benchmark': benchmark, 'embedder': name, 'l2': 1024.0}
       about |= {'rows': len(of_split), 'labelled': len(train), 'n': right.shape[1]}
       rows.append(about | columns | {'accuracy': found['value']})
-  return Table(('split', 'benchmark'), rows)
+  yield 'preview', Table(('split', 'benchmark'), rows)
 
 
-def sensitivity(work: Work) -> Table:
+def sensitivity(work: Work, skipped: list[str]) -> Iterator[tuple[str, Table]]:
   """The rows that the same rule would remove with another embedder's vectors."""
   rows, inside = [], work.candidates
-  for split in dict.fromkeys(s for s, _ in work.aligned()):
-    names = work.settings(split)['benchmarks']
+  for split in work.selected():
     for embedder in work.config['prune']['sensitivity']:
-      here, there = (
-        np.max([work.excess(b, split, e) for b in names], 0)[inside] for e in ('', embedder)
-      )
-      mine, other = work.removed(split)[inside], there > 0
+      here, there = (work.order(split, e)[inside] for e in ('', embedder))
+      mine = work.removed(split)[inside]
       same = np.zeros(len(there), bool)
       same[np.argsort(-there, kind='stable')[: mine.sum()]] = True
+      other = there > 0 if work.settings(split)['rule'] == 'gap_aligned' else same
       correlation = float(stats.spearmanr(here, there).statistic)
-      rows.append(
-        {
-          'split': split,
-          'embedder': embedder,
-          'removed_here': int(mine.sum()),
-          'removed_there': int(other.sum()),
-          'jaccard': (mine & other).sum() / (mine | other).sum(),
-          'same_count_jaccard': (mine & same).sum() / (mine | same).sum(),
-          'spearman': Between(correlation - 1e-5, correlation + 1e-5),
-          'only_here': int((mine & ~other).sum()),
-          'only_there': int((other & ~mine).sum()),
-        }
-      )
-  return Table(('split', 'embedder'), rows)
+      row = {'split': split, 'embedder': embedder}
+      row |= {'removed_here': int(mine.sum()), 'removed_there': int(other.sum())}
+      row |= {'jaccard': (mine & other).sum() / (mine | other).sum()}
+      row |= {'same_count_jaccard': (mine & same).sum() / (mine | same).sum()}
+      row |= {'spearman': Between(correlation - 1e-5, correlation + 1e-5)}
+      row |= {'only_here': int((mine & ~other).sum()), 'only_there': int((other & ~mine).sum())}
+      rows.append(row)
+  if rows:
+    yield 'sensitivity', Table(('split', 'embedder'), rows)
+
+
+MAKERS = (
+  removed,
+  nearest,
+  by_slack,
+  cuts,
+  duplicates,
+  duplicate_pairs,
+  overlap,
+  skipped_samples,
+  planted,
+  preview,
+  sensitivity,
+)

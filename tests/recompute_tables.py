@@ -12,9 +12,7 @@ from recompute_pool_tables import leaked
 from recompute_work import Between, Table, Work, numbers
 
 
-def tables(work: Work, skipped: list[str]) -> Iterator[tuple[str, Table]]:
-  """Yields name and content of every table; what cannot be recomputed is added to `skipped`."""
-  yield from accuracy(work)
+def comparisons(work: Work, skipped: list[str]) -> Iterator[tuple[str, Table]]:
   found = {}
   for split, benchmark in work.aligned():
     if work.control(split):
@@ -23,13 +21,9 @@ def tables(work: Work, skipped: list[str]) -> Iterator[tuple[str, Table]]:
   with_holm(work, found)
   for (split, benchmark), rows in found.items():
     names = {'split': split, 'benchmark': benchmark, **controls(work, split)}
-    yield f'comparison_{split}_{benchmark}', Table(('what',), [names | row for row in rows], 1e-5)
-  if any(list(work.settings(s).get('queries', [0, 1])) != [0, 1] for s, _ in work.aligned()):
-    yield 'held_back', held_back(work)
-  yield 'accuracy_by_similarity', bins(work)
-  if work.config['report'].get('reference'):
-    yield 'plane', plane(work)
-  yield 'training', training(work)
+    is_whole = any(row['what'] == 'dose_slope' for row in rows)
+    rows = [names | row for row in rows]
+    yield f'comparison_{split}_{benchmark}', Table(('what',), rows, 1e-5, is_whole)
 
 
 def controls(work: Work, split: str) -> dict[str, str]:
@@ -65,7 +59,7 @@ def mark(work: Work, split: str, seed: int) -> str:
   return formulas.not_converged(steps, loss, work.config['train']['batch_size'])
 
 
-def accuracy(work: Work) -> Iterator[tuple[str, Table]]:
+def accuracy(work: Work, skipped: list[str]) -> Iterator[tuple[str, Table]]:
   """One table for each number of seeds; the most seeds are in accuracy.csv."""
   by_seeds: dict[int, list[dict]] = {}
   for split in work.splits:
@@ -145,7 +139,8 @@ def comparison(work: Work, split: str, benchmark: str, skipped: list[str]) -> li
       {'what': 'dose_slope'} | numbers(formulas.dose_slope(one, two, lost, labels, groups))
     )
   reference = work.config['report'].get('reference')
-  if reference and reference != benchmark and reference not in work.settings(split)['benchmarks']:
+  aligned = (benchmark, *work.settings(split)['benchmarks'])
+  if reference in work.benchmarks and reference not in aligned:
     rows.append({'what': 'placebo'} | numbers(placebo(work, split, benchmark, reference)))
   hit, unhit = hit_and_unhit(work, split, benchmark)
   weights = formulas.class_weights(hit, unhit, work.labels(benchmark))
@@ -172,7 +167,7 @@ def explained(work: Work, split: str, benchmark: str, other: str, anchor: str) -
   groups = work.groups(benchmark)[images]
   one, pruned, reference = (a[:, images] for a in work.arrays(benchmark, other, split, anchor))
   of_lead = lead(work, split, benchmark, other)
-  if of_lead.low <= 0:
+  if of_lead.low is None or of_lead.low <= 0:
     return numbers(of_lead) | dict.fromkeys(('value', 'low', 'high', 'df'))
   found = formulas.ratio(one - pruned, one - reference, groups)
   draws = formulas.bootstrap([one - pruned, one - reference], groups)
@@ -211,7 +206,7 @@ def with_holm(work: Work, found: dict[tuple[str, str], list[dict]]) -> None:
     for key in found
     if controls(work, key[0])['control_rule'] == 'matched'
   ]
-  family = [(key, interval) for key, interval in family if interval.seeds >= 3]
+  family = [(key, i) for key, i in family if i.seeds >= 3 and i.error is not None]
   p = formulas.holm([formulas.p_value(interval) for _, interval in family])
   same = formulas.holm([formulas.p_no_loss(i, margin(i.images)) for _, i in family])
   for rows in found.values():
@@ -243,7 +238,7 @@ def mcnemar(work: Work, split: str, benchmark: str) -> Table:
   return Table(('seed',), rows)
 
 
-def held_back(work: Work) -> Table:
+def held_back(work: Work, skipped: list[str]) -> Iterator[tuple[str, Table]]:
   rows = []
   for split, benchmark in work.aligned():
     queries = work.settings(split).get('queries', [0.0, 1.0])
@@ -256,7 +251,8 @@ def held_back(work: Work) -> Table:
       found = contrasts_held_back(work, split, benchmark, other)
       names['conclusion'] = conclusion(found, names)
       rows += [names | {'what': what} | row for what, (_, row) in found.items()]
-  return Table(('split', 'benchmark', 'control', 'what'), rows)
+  if rows:
+    yield 'held_back', Table(('split', 'benchmark', 'control', 'what'), rows)
 
 
 def contrasts_held_back(
@@ -311,16 +307,20 @@ def conclusion(found: dict, shares: dict) -> str:
   return 'instance' if a.high < 0 and u.high >= 0 and au.high < 0 else 'undetermined'
 
 
-def bins(work: Work) -> Table:
+def bins(work: Work, skipped: list[str]) -> Iterator[tuple[str, Table]]:
   base, rows = base_of(work), []
-  for benchmark in work.benchmarks:
+  for benchmark in work.benchmarks if base and work.seeds(base) else ():
     usable = work.usable(benchmark)
     (correct,) = work.arrays(benchmark, base)
     correct = correct[:, usable]
     groups, labels = work.groups(benchmark)[usable], work.labels(benchmark)[usable]
-    pool, anchor = work.to_pool(benchmark)[usable], work.threshold(benchmark)[usable]
+    # As float32, equal similarities to pool and anchor differ by 0 and not by a rounding error.
+    pool, anchor = (
+      values[usable].astype(np.float32)
+      for values in (work.to_pool(benchmark), work.threshold(benchmark))
+    )
     for against, values in (('similarity', pool), ('excess', pool - anchor)):
-      place = np.floor(values / 0.05).astype(int)
+      place = np.floor(values.astype(float) / 0.05).astype(int)
       adjusted = formulas.bins_without_classes(correct, place, labels, groups)
       for name in np.unique(place).tolist():
         members = place == name
@@ -337,12 +337,12 @@ def bins(work: Work) -> Table:
           about = {'benchmark': benchmark, 'against': against, 'series': series}
           edges = {'low': round(name * 0.05, 6), 'high': round((name + 1) * 0.05, 6)}
           rows.append(about | edges | {'n': int(members.sum())} | columns)
-  return Table(('benchmark', 'against', 'series', 'low'), rows)
+  yield 'accuracy_by_similarity', Table(('benchmark', 'against', 'series', 'low'), rows)
 
 
-def plane(work: Work) -> Table:
+def plane(work: Work, skipped: list[str]) -> Iterator[tuple[str, Table]]:
   reference, rows = work.config['report']['reference'], []
-  for split in work.splits:
+  for split in work.splits if reference in work.benchmarks else ():
     for seed in work.seeds(split):
       for benchmark in (b for b in work.benchmarks if b != reference):
         row = {'split': split, 'seed': seed, 'benchmark': benchmark, 'against': reference}
@@ -350,10 +350,10 @@ def plane(work: Work) -> Table:
           correct = work.correct(split, name)[seed][None]
           row |= numbers(formulas.accuracy(correct, work.groups(name)), prefix)
         rows.append(row)
-  return Table(('split', 'seed', 'benchmark'), rows)
+  yield 'plane', Table(('split', 'seed', 'benchmark'), rows)
 
 
-def training(work: Work) -> Table:
+def training(work: Work, skipped: list[str]) -> Iterator[tuple[str, Table]]:
   rows = []
   for split in work.splits:
     for draw, seed in enumerate(work.seeds(split)):
@@ -370,4 +370,7 @@ def training(work: Work) -> Table:
           'mark': 'not converged' if mark(work, split, seed) else '',
         }
       )
-  return Table(('run',), rows)
+  yield 'training', Table(('run',), rows)
+
+
+MAKERS = (accuracy, comparisons, held_back, bins, plane, training)

@@ -19,6 +19,7 @@ import recompute_formulas as formulas
 
 T = TypeVar('T')
 
+ALIGNED = ('gap_aligned', 'k_aligned')
 MOST_SIMILARITIES = 2e8  # more pool rows x queries do not fit into memory here
 
 
@@ -37,6 +38,7 @@ class Table:
   keys: tuple[str, ...]
   rows: list[dict]
   tolerance: float = 1e-9  # relative to 1 or the value, whichever is larger
+  is_whole: bool = True  # False: the file may hold further rows, which are not checked
 
 
 def kept(method: Callable[..., T]) -> Callable[..., T]:
@@ -94,7 +96,7 @@ class Work:
 
   @kept
   def meta(self, dataset: str) -> dict[str, list]:
-    files = sorted((self.path / 'ingest' / dataset).glob('index-*.parquet'))
+    files = shards(self.path / 'ingest' / dataset, 'index-*.parquet')
     return pa.concat_tables([pq.read_table(f) for f in files]).to_pydict()
 
   @kept
@@ -121,12 +123,12 @@ class Work:
 
   @kept
   def vectors(self, dataset: str, embedder: str = '') -> np.ndarray:  # [N, E] float64
-    files = sorted((self._folder(embedder) / 'embeddings' / dataset).glob('[0-9]*.npy'))
+    files = shards(self._folder(embedder) / 'embeddings' / dataset, '[0-9]*.npy')
     return np.concatenate([np.load(f) for f in files]).astype(float)
 
   @kept
   def usable(self, dataset: str) -> np.ndarray:  # [N] bool
-    files = sorted((self.path / 'embeddings' / dataset).glob('usable-*.npy'))
+    files = shards(self.path / 'embeddings' / dataset, 'usable-*.npy')
     return np.concatenate([np.load(f) for f in files])
 
   @functools.cached_property
@@ -175,8 +177,17 @@ class Work:
     return over.max(1)
 
   @kept
-  def highest(self, benchmark: str) -> np.ndarray:  # [N] similarity to the nearest query
-    return self.similarities(benchmark).max(1)
+  def highest(self, benchmark: str, embedder: str = '') -> np.ndarray:  # [N] to the nearest query
+    return self.similarities(benchmark, embedder).max(1)
+
+  def order(self, split: str, embedder: str = '') -> np.ndarray:  # [N]
+    """The value by which a rule removes rows, highest first: excess, or signed similarity."""
+    block = self.settings(split)
+    names = block['benchmarks'] or self.benchmarks
+    if block['rule'] in ALIGNED:
+      return np.max([self.excess(b, split, embedder) for b in names], 0)
+    found = np.max([self.highest(b, embedder) for b in names], 0)
+    return found if block['rule'] == 'near' else -found
 
   @kept
   def to_pool(self, benchmark: str) -> np.ndarray:  # [Q] s_i(pool)
@@ -184,7 +195,7 @@ class Work:
 
   @kept
   def class_column(self, name: str) -> np.ndarray:  # [N] of search/anchor_classes
-    files = sorted((self.path / 'search' / 'anchor_classes').glob('pool-*.npz'))
+    files = shards(self.path / 'search' / 'anchor_classes', 'pool-*.npz')
     return np.concatenate([np.load(f)[name] for f in files])
 
   def excess_of_queries(self, benchmark: str) -> np.ndarray:  # [Q] s_i(pool) - t_i
@@ -201,9 +212,13 @@ class Work:
     return [
       (name, benchmark)
       for name in self.splits
-      if self.settings(name)['rule'] in ('gap_aligned', 'k_aligned') and self.seeds(name)
+      if self.settings(name)['rule'] in ALIGNED and self.seeds(name)
       for benchmark in self.settings(name)['benchmarks'] or self.benchmarks
     ]
+
+  def selected(self) -> list[str]:
+    """Splits whose rule removes rows by their similarity."""
+    return [n for n in self.splits if self.settings(n)['rule'] in (*ALIGNED, 'near', 'far')]
 
   def control(self, split: str) -> str:
     """The matched control of a split, else its random one, else ''."""
@@ -291,9 +306,20 @@ def numbers(interval: formulas.Interval | None, prefix: str = '', counts: bool =
   return found
 
 
+def shards(folder: pathlib.Path, pattern: str) -> list[pathlib.Path]:
+  """Files of a folder in order; raises FileNotFoundError if there is none."""
+  found = sorted(folder.glob(pattern))
+  if not found:
+    raise FileNotFoundError(2, 'no such files', str(folder / pattern))
+  return found
+
+
 def printed(work: Work, name: str) -> list[dict[str, str]]:
-  """The rows of a CSV file of the report."""
-  with (work.path / 'report' / 'tables' / f'{name}.csv').open(newline='') as file:
+  """The rows of a CSV file of the report; none if there is no such file."""
+  path = work.path / 'report' / 'tables' / f'{name}.csv'
+  if not path.exists():
+    return []
+  with path.open(newline='') as file:
     return list(csv.DictReader(file))
 
 
