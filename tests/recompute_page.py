@@ -20,12 +20,13 @@ import recompute_text
 from recompute_work import Between, Table, Work, printed, text_of
 
 NEVER = (
+  'words of verdicts, interpretations and warnings (their numbers are)',
   'figures: their marks and axes, and files in report/figures',
   'settings.csv, versions.csv, wall_clock.csv and the same tables of the page',
   'figures that the page quotes from the paper',
   'seconds and rates beside those that metrics.jsonl holds',
   'correctness itself: predictions are read from evaluate/, no model is run',
-  'vectors, k-means clusters and the brute-force checks of the stage prune',
+  'vectors, de-duplication marks, nearest anchor classes and random rows: read, not made again',
   '*.tex, which repeat the CSV files',
 )
 
@@ -248,10 +249,48 @@ def main(folder: str) -> int:
     except FileNotFoundError as error:
       checks.unchecked.append(f'tables of "{make.__name__}": {error.filename} does not exist')
   page = PageChecks(work, tables, checks)
-  for block in recompute_text.Page((work.path / 'report' / 'index.html').read_text()).blocks:
+  blocks = recompute_text.Page((work.path / 'report' / 'index.html').read_text()).blocks
+  for block in blocks:
     page.block(block)
+  others(work, tables, checks, {block.text for block in blocks if not block.section})
   report(work, checks, page)
   return 1 if checks.differences else 0
+
+
+def others(work: Work, tables: dict[str, Table], checks: Checks, answer: set[str]) -> None:
+  """Checks leaks.json, the rows of aligned splits, and summary.txt; answer: the page's lines."""
+  leaks = work.json('report/leaks.json')
+  counts = {'rows': len(work.candidates), 'usable': int(work.usable('pool').sum())}
+  for name, value in counts.items():
+    checks.add('leaks.json', name, value, leaks['pool'][name], leaks['pool'][name] == value)
+  for row in tables['duplicate_rates'].rows if 'duplicate_rates' in tables else ():
+    near = leaks['benchmarks'][row['benchmark']]['near']
+    pairs = tables[f'duplicates-{row["benchmark"]}'].rows
+    expected = {'queries': row['pool'], 'rate': row['pool_share'], 'low': row['pool_low']}
+    expected |= {'high': row['pool_high'], 'pairs': len(pairs)}
+    expected['pool_rows'] = len({pair['pool_row'] for pair in pairs})
+    for name, value in expected.items():
+      where = f'{row["benchmark"]}, near, {name}'
+      checks.add('leaks.json', where, value, near[name], same(value, str(near[name]), 1e-9))
+  for split in work.selected():
+    block = work.settings(split)
+    if block['rule'] == 'gap_aligned' and not (block['quantile'] or block['dose']):
+      gone = (work.order(split) > block['slack']) & work.candidates
+      wrong = int((gone != work.removed(split)).sum())
+      checks.add('rows of aligned splits', split, '0 rows that differ', wrong, wrong == 0)
+  known = [*sentences.of_summary(work, tables)]
+  for line in (work.path / 'report' / 'summary.txt').read_text().splitlines():
+    text = ' '.join(line.split())
+    if text in answer:
+      checks.add('summary.txt, answer', text, text, text, True)
+      continue
+    for start, values in known:
+      if text.startswith(start):
+        checks.numbers('summary.txt', text.removeprefix(start), values)
+        break
+    else:
+      if recompute_text.numbers(recompute_text.without(text, sentences.FIXED)):
+        checks.unchecked.append(f'summary.txt: {text[:100]}')
 
 
 def report(work: Work, checks: Checks, page: PageChecks) -> None:

@@ -11,7 +11,7 @@ import re
 import numpy as np
 import recompute_formulas as formulas
 import recompute_pool_tables as pool
-from recompute_rows import interval, percent, rests
+from recompute_rows import Numbers, interval, percent, rests
 import recompute_tables as main
 from recompute_work import Between, Table, Work
 
@@ -308,8 +308,29 @@ def of_marks(work: Work) -> Iterator:
         yield f'{split}/seed{seed}: {words}', [float(share[0])]
 
 
+def of_summary(work: Work, tables: dict[str, Table]) -> Iterator:
+  """Beginnings of lines of summary.txt, and the numbers after them."""
+  found: dict[tuple, dict[str, dict]] = {}
+  for row in tables['held_back'].rows if 'held_back' in tables else ():
+    key = row['split'], row['benchmark'], row['control']
+    found.setdefault(key, {})[row['what']] = row
+  for (split, benchmark, control), rows_of in found.items():
+    values = [x for row in rows_of.values() for x in interval(row)]
+    yield f'{split} on {benchmark}, against {control}:', values
+  for name, table in tables.items():
+    if name.startswith('accuracy') and table.keys[0] == 'split':
+      lines: dict[str, Numbers] = {}
+      for row in table.rows:
+        if row['without_leaked'] == 'False':
+          lines.setdefault(row['split'], []).extend(interval(row, ('accuracy', 'low', 'high')))
+      for split, values in lines.items():
+        yield f'{split} (random rows) ', values
+        yield f'{split} ', values
+
+
 # phrases whose numbers are fixed words of the page, not results
 FIXED = [
+  r'^Brackets: 95 % interval .*',
   r'\d+ % (?=interval|Wilson|prediction)',
   r'(?<=Bars: )95 %',
   r'(?<=Brackets: )95 %',
