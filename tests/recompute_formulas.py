@@ -296,7 +296,8 @@ def bins_without_classes(
     contrast_of = np.concatenate([np.eye(len(linked))[place], of_classes.mean(0)])
     weights = contrast_of @ solve
     effective = kish(group_sums(weights[None] ** 2, groups)[0] ** 0.5)
-    found = contrast(residual * weights, float(contrast_of @ beta), groups, effective)
+    value, of_seeds = float(contrast_of @ beta), correct @ weights
+    found = contrast(residual * weights, value, groups, effective, of_seeds)
     ends = [None if e is None else float(np.clip(e, 0, 1)) for e in (found.low, found.high)]
     value = float(np.clip(found.value, 0, 1))
     result[name] = dataclasses.replace(found, value=value, low=ends[0], high=ends[1])
@@ -325,16 +326,16 @@ def standardised(a: np.ndarray, b: np.ndarray) -> float:
 
 def not_converged(steps: np.ndarray, loss: np.ndarray, batch_size: int) -> str:
   """Why a run counts as not converged, '' for a converged one."""
-  part = np.minimum((steps - steps[0]) * 20 // (steps[-1] - steps[0]), 19).astype(int)
   if len(loss) < 20:
-    return f'only {len(loss)} losses'
+    return f'only {len(loss)} losses are logged; at least 20 are needed'
+  part = np.minimum((steps - steps[0]) * 20 // (steps[-1] - steps[0]), 19).astype(int)
   mean = np.interp(
     np.arange(20), np.unique(part), [loss[part == p].mean() for p in np.unique(part)]
   )
   chance, last = np.log(batch_size), mean[-2:].mean()
   fall = chance - last
   if fall <= 0.05 * chance:
-    return 'chance'
+    return f'the loss ended at {last:.2f}; chance is {chance:.2f}'
   taken_off = int(np.flatnonzero(mean < chance - fall / 2)[0]) / 20
   if taken_off >= 0.5:
     return f'learning took off after {taken_off:.0%}'

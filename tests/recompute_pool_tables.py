@@ -59,6 +59,8 @@ def words(work: Work, split: str) -> Iterator[tuple[str, Table]]:
     found = [set(re.findall(r'[^\W\d_]{2,}', captions[r].lower())) for r in rows]
     counts.append(Counter(word for caption in found for word in caption))
     sizes.append(len(rows))
+  if not all(sizes):
+    return
   for suffix, (a, b), (n_a, n_b), names in (
     ('', counts, sizes, ('removed_share', 'kept_share')),
     ('_kept', counts[::-1], sizes[::-1], ('kept_share', 'removed_share')),
@@ -101,9 +103,11 @@ def cuts(work: Work, skipped: list[str]) -> Iterator[tuple[str, Table]]:
   for name, values in columns.items():
     for which in ('near', 'far'):
       for keep in (0.9, 0.75, 0.5, 0.25):
-        cut = np.quantile(values, keep if which == 'near' else 1 - keep)
+        ordered = np.sort(values)
+        place = round(len(values) * (keep if which == 'near' else 1 - keep))
+        low, high = ordered[max(place - 2, 0)], ordered[min(place + 1, len(values) - 1)]
         row = {'benchmark': name, 'rule': which, 'keep': keep}
-        rows.append(row | {'cut': Between(cut - 0.0011, cut + 0.0011)})
+        rows.append(row | {'cut': Between(low - 0.0011, high + 0.0011)})
   yield 'cut_by_size', Table(('benchmark', 'rule', 'keep'), rows)
 
 

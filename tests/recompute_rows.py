@@ -53,6 +53,7 @@ def rows(work: Work, tables: dict[str, Table], label: str, split: str) -> list[N
     'Quantiles of the similarity of each query to its nearest image': 'nearest_similarity',
     'Rows that alignment would remove, by slack': 'rows_by_slack',
     'Share of queries with a duplicate': 'duplicate_rates',
+    'Difference to a random split of the same size': 'size_against_random',
     'Recall of duplicates planted in the pool': 'planted_duplicates',
   }
   if label.startswith('Difference of the means'):
@@ -221,6 +222,7 @@ ROWS = {
     *interval(row, ('recall', 'low', 'high')),
   ],
   'training': training_row,
+  'size_against_random': lambda work, row: interval(row) + rests(row),
   'sensitivity': sensitivity_row,
   'rows_by_slack': same,
   'cut_by_size': same,

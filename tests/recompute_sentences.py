@@ -29,6 +29,8 @@ def of_comparison(work: Work, tables: dict[str, Table], split: str, benchmark: s
   yield f'On the # aligned queries of {benchmark}', [int(images.sum())]
   lost = [minus(against.value), minus(against.high), minus(against.low)]
   yield 'costs # points [#, #] against the', lost
+  yield 'costs # points [#, #, range of two seeds]', lost
+  yield 'costs # points [unknown, no interval', lost[:1]
   gains = [None if x is None else -x for x in lost]
   yield 'costs nothing: # points [#, #]', [gains[0], gains[2], gains[1]]
   for other, names in (
@@ -37,8 +39,9 @@ def of_comparison(work: Work, tables: dict[str, Table], split: str, benchmark: s
   ):
     if lead := main.lead(work, split, benchmark, other):
       for name in names:
-        words = f'{name} is not shown to be better than anchor_only (# points, # to #)'
-        yield words, [percent(x) for x in (lead.value, lead.low, lead.high)]
+        words = f'{name} is not shown to be better than anchor_only (# points, '
+        yield f'{words}# to #)', [percent(x) for x in (lead.value, lead.low, lead.high)]
+        yield f'{words}no interval', [percent(lead.value)]
   yield from donors(work, split)
   yield (
     'differences from # to # points are consistent',
@@ -109,7 +112,10 @@ def comparison_row(work: Work, pair: tuple[str, str], row: dict) -> Iterator:
   what = row['what']
   scale = (lambda x: x / 10) if what == 'dose_slope' else percent
   ends = interval(row, scale=scale)
-  yield {'dose_slope': '# [#, #] log-odds'}.get(what, '# [#, #] points'), ends
+  yield '# [#, #] log-odds' if what == 'dose_slope' else '# [#, #] points', ends
+  yield '# (seeds: # to #) points', ends
+  if row['low'] is None:
+    yield '# points', ends[:1]
   if what in ('E', 'E_control'):
     other = main.base_of(work) if what == 'E' else work.control(pair[0])
     lead = main.lead(work, *pair, other)
@@ -146,7 +152,12 @@ def of_heads(work: Work, block, tables: dict[str, Table], split: str) -> Iterato
     table = tables[block.table]
     if table.keys[0] == 'split':
       for row in table.rows[: len(work.benchmarks)]:
-        yield f'{row["benchmark"]} # queries mean of # seeds', [row['images'], row['seeds']]
+        for words in (
+          'mean of # seeds',
+          '# seed: interval of this checkpoint',
+          'mean, range of # seeds',
+        ):
+          yield f'{row["benchmark"]} # queries {words}', [row['images'], row['seeds']]
   if block.kind == 'head':
     yield '| # % | # % | # % | # %', [90, 75, 50, 25]
     slacks = (-0.05, -0.02, -0.01, -0.005, 0, 0.005, 0.01, 0.02, 0.05)
@@ -180,7 +191,8 @@ def of_picture(work: Work, section: str, split: str, benchmark: str, query: str,
   else:
     return None
   if section == 'removed' and dataset == 'pool':
-    return float(max(work.excess(b, split)[row] for b in work.settings(split)['benchmarks']))
+    value = float(work.order(split)[row])
+    return -value if work.settings(split)['rule'] == 'far' else value
   if section == 'neighbours' and query in work.row_of(benchmark):
     mine = work.vectors(benchmark)[work.row_of(benchmark)[query]]
     return float(mine @ work.vectors(dataset)[row])
@@ -190,8 +202,13 @@ def of_picture(work: Work, section: str, split: str, benchmark: str, query: str,
 def of_removed(work: Work, split: str) -> Iterator:
   gone, total = int(work.removed(split).sum()), int(work.candidates.sum())
   yield '# of # candidates are removed (# %)', [gone, total, 100 * gone / total]
+  yield 'More than half of the candidates are dropped: # of #', [gone, total]
   sample = [min(2000, gone), min(2000, int(work.pool_rows(split).sum()))]
   yield '# removed and # kept captions were compared', sample
+  if (block := work.settings(split))['rule'] in ('near', 'far'):
+    order = work.order(split)[work.pool_rows(split)].max()
+    yield 'The threshold is a similarity of #', [order if block['rule'] == 'near' else -order]
+    return
   for benchmark in work.settings(split)['benchmarks']:
     images = work.aligned_queries(benchmark, split) & work.usable(benchmark)
     q, hit = int(images.sum()), int((main.hit_and_unhit(work, split, benchmark)[0] & images).sum())
@@ -247,13 +264,10 @@ def of_pool(work: Work, tables: dict[str, Table]) -> Iterator:
     'De-duplication marked # of # usable pool rows (# %)',
     [marked, usable, 100 * marked / usable],
   )
-  yield (
-    ': similarity over # within one of # clusters',
-    [
-      1 - work.config['dedup']['threshold'],
-      len(np.load(work.path / 'dedup' / 'centers.npy')),
-    ],
-  )
+  centers = work.path / 'dedup' / 'centers.npy'
+  if centers.exists():
+    values = [1 - work.config['dedup']['threshold'], len(np.load(centers))]
+    yield ': similarity over # within one of # clusters', values
   yield 'has a similarity of # or more to any query', [pool.similarity_of_duplicates(work)]
   yield 'similarity \u2265 #', [pool.similarity_of_duplicates(work)]
 
@@ -278,6 +292,7 @@ def of_groups(work: Work) -> Iterator:
     sizes = np.unique(work.groups(benchmark), return_counts=True)[1]
     df = formulas.kish(sizes) - 1
     yield f'{benchmark} # images in # groups # df', [images, groups, df]
+    yield f'{benchmark} # images in # groups', [images, groups]
     yield f'{benchmark}: # groups', [groups]
     yield f'{benchmark} # images, ungrouped', [images]
     yield f'{benchmark}: # images, ungrouped', [images]
@@ -303,9 +318,10 @@ def of_marks(work: Work) -> Iterator:
   for split in work.splits:
     for seed in work.seeds(split):
       reason = main.mark(work, split, seed)
-      if share := re.findall(r'(\d+)%', reason):
-        words = re.sub(r'\d+%', '#%', reason)
-        yield f'{split}/seed{seed}: {words}', [float(share[0])]
+      if reason:
+        words = re.sub(r'\d+(\.\d+)?', '#', reason)
+        values = [float(m.group()) for m in re.finditer(r'\d+(\.\d+)?', reason)]
+        yield f'{split}/seed{seed}: {words}', values
 
 
 def of_summary(work: Work, tables: dict[str, Table]) -> Iterator:
@@ -331,6 +347,7 @@ def of_summary(work: Work, tables: dict[str, Table]) -> Iterator:
 # phrases whose numbers are fixed words of the page, not results
 FIXED = [
   r'^Brackets: 95 % interval .*',
+  r'; 1 seed\]',
   r'\d+ % (?=interval|Wilson|prediction)',
   r'(?<=Bars: )95 %',
   r'(?<=Brackets: )95 %',

@@ -320,7 +320,7 @@ def bins(work: Work, skipped: list[str]) -> Iterator[tuple[str, Table]]:
       for values in (work.to_pool(benchmark), work.threshold(benchmark))
     )
     for against, values in (('similarity', pool), ('excess', pool - anchor)):
-      place = np.floor(values.astype(float) / 0.05).astype(int)
+      place = np.minimum(np.floor(values.astype(float) / 0.05 + 1e-6), 19).astype(int)
       adjusted = formulas.bins_without_classes(correct, place, labels, groups)
       for name in np.unique(place).tolist():
         members = place == name
@@ -373,4 +373,23 @@ def training(work: Work, skipped: list[str]) -> Iterator[tuple[str, Table]]:
   yield 'training', Table(('run',), rows)
 
 
-MAKERS = (accuracy, comparisons, held_back, bins, plane, training)
+def against_random(work: Work, skipped: list[str]) -> Iterator[tuple[str, Table]]:
+  """Near- and far-pruned splits minus the random split with as many pool rows."""
+  rows = []
+  for split in work.selected():
+    if work.settings(split)['rule'] not in ('near', 'far') or not work.seeds(split):
+      continue
+    size = work.pool_rows(split).sum()
+    for other in work.splits:
+      if work.settings(other)['rule'] == 'random' and work.pool_rows(other).sum() == size:
+        for benchmark in work.settings(split)['benchmarks'] if work.seeds(other) else ():
+          one, two = work.arrays(benchmark, split, other)
+          found = numbers(formulas.difference(one, two, work.groups(benchmark)))
+          names = {'split': split, 'benchmark': benchmark, 'control': other}
+          rows.append(names | {'rule': work.settings(split)['rule']} | found)
+  if rows:
+    keys = ('split', 'benchmark', 'control')
+    yield 'size_against_random', Table(keys, rows, is_whole=False)
+
+
+MAKERS = (against_random, accuracy, comparisons, held_back, bins, plane, training)

@@ -133,4 +133,6 @@ def pattern(words: str) -> re.Pattern:
   """A sentence in which # stands for a number and * for any words."""
   parts = re.split(r'([#*])', words)
   regex = {'#': f'((?:[<>] )?{NUMBER})', '*': r'.*?'}
-  return re.compile(''.join(regex.get(p, re.escape(p)) for p in parts), re.IGNORECASE)
+  words = ''.join(regex.get(p, re.escape(p)) for p in parts)
+  words = re.sub(r'\b(image|group|seed|cluster)s\b', r'\1s?', words)
+  return re.compile(words, re.IGNORECASE)

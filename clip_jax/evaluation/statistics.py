@@ -157,7 +157,8 @@ def image_interval(
   images = correct.shape[1]
   group = group_index(groups, images)
   if group.max() + 1 < images:
-    return replace(_bounded(correct, np.ones(images), groups, level), method='cluster-robust')
+    found = _bounded(correct, np.ones(images), groups, level)
+    return found if found.method == 'none' else replace(found, method='cluster-robust')
   p = float(correct.mean())
   low, high = _wilson(p, images, special.ndtri((1 + level) / 2))
   error = float(np.sqrt(p * (1 - p) / images))
@@ -198,7 +199,9 @@ def linear_interval(
   sizes = np.sqrt(np.bincount(group, weights**2))
   variance, df = two_way(z, effective_groups(sizes))
   if seeds == 2 or np.isnan(variance):
-    return _without_error(totals, images, units)
+    found = _without_error(totals, images, units)
+    low, high = (float(np.clip(bound, 0, 1)) for bound in (found.low, found.high))
+    return replace(found, low=low, high=high)
   if variance < TINY:  # as in contrast
     variance, df = 2 / (units + 2.0) ** 2, units - 1.0
   value, error, df = float(totals.mean()), float(np.sqrt(variance)), float(df)
