@@ -145,7 +145,7 @@ class PageChecks:
       text = self.checks.sentences(name, text, [sentence])
     text = recompute_text.without(text, [*sentences.FIXED, *self.names])
     left = [number for number, _ in recompute_text.numbers(text)]
-    if left and not block.section and block.kind == 'p':
+    if left and not block.section and block.kind == 'p' and self.pairs:
       for number in left:
         self.checks.add(name, block.text, 'no number of this sentence', number, False)
     elif left:
@@ -154,8 +154,8 @@ class PageChecks:
   def begin(self, block: recompute_text.Block) -> None:
     """Keeps the split or the benchmark that a heading names."""
     first = block.text.split(' ')[0].rstrip(':')
-    if first in self.of_removed:
-      self.split = first
+    if first in self.work.splits:
+      self.split = first if first in self.of_removed else ''
     if block.section == 'neighbours' and first in self.work.benchmarks:
       self.query = first
 

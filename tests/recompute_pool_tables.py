@@ -36,7 +36,7 @@ def removed(work: Work, skipped: list[str]) -> Iterator[tuple[str, Table]]:
       slacks = (-0.01, -0.005, 0.0, 0.005, 0.01)
       rows = [{'slack': slack, 'dropped': over(excess, slack)} for slack in slacks]
       yield f'slack_{split}', Table(('slack',), rows)
-    control = work.control(split)
+    control = work.control(split, is_trained=False)
     if control and work.settings(control)['rule'] == 'matched':
       rows = [{'variable': v, 'difference': d} for v, d in work.balance(split, control).items()]
       yield f'balance_{control}', Table(('variable',), rows)
@@ -123,7 +123,7 @@ def duplicates(work: Work, skipped: list[str]) -> Iterator[tuple[str, Table]]:
       row |= dict(zip(names, (count, count / usable.sum(), low, high), strict=True))
       if count:
         skipped.append(f'duplicate_rates: exact_{dataset} of {benchmark} (no images are opened)')
-      else:
+      elif max(work.meta('pool').get('length') or [0]) > 0:
         row[f'exact_{dataset}'] = 0  # an exact duplicate is a near one
     rows.append(row)
   yield 'duplicate_rates', Table(('benchmark',), rows)
@@ -238,7 +238,8 @@ def preview(work: Work, skipped: list[str]) -> Iterator[tuple[str, Table]]:
 def sensitivity(work: Work, skipped: list[str]) -> Iterator[tuple[str, Table]]:
   """The rows that the same rule would remove with another embedder's vectors."""
   rows, inside = [], work.candidates
-  for split in work.selected():
+  of_rules = [s for s in work.selected() if work.settings(s)['rule'] != 'k_aligned']
+  for split in (s for s in of_rules if not work.settings(s)['dose']):
     for embedder in work.config['prune']['sensitivity']:
       here, there = (work.order(split, e)[inside] for e in ('', embedder))
       mine = work.removed(split)[inside]
@@ -254,7 +255,7 @@ def sensitivity(work: Work, skipped: list[str]) -> Iterator[tuple[str, Table]]:
       row |= {'only_here': int((mine & ~other).sum()), 'only_there': int((other & ~mine).sum())}
       rows.append(row)
   if rows:
-    yield 'sensitivity', Table(('split', 'embedder'), rows)
+    yield 'sensitivity', Table(('split', 'embedder'), rows, is_whole=False)
 
 
 MAKERS = (

@@ -57,7 +57,7 @@ def rows(work: Work, tables: dict[str, Table], label: str, split: str) -> list[N
     'Recall of duplicates planted in the pool': 'planted_duplicates',
   }
   if label.startswith('Difference of the means'):
-    name = f'balance_{work.control(split)}'
+    name = f'balance_{work.control(split, is_trained=False)}'
   else:
     name = names.get(label, label)
   if name not in tables or name not in ROWS and not name.startswith(PREFIXES):

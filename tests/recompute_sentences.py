@@ -71,7 +71,8 @@ def of_comparison(work: Work, tables: dict[str, Table], split: str, benchmark: s
 
 
 def donors(work: Work, split: str) -> Iterator:
-  if work.settings(work.control(split))['rule'] != 'matched':
+  control = work.control(split, is_trained=False)
+  if not control or work.settings(control)['rule'] != 'matched':
     return
   share, random = percent(work.donors(split)), work.random_donors(split)
   random = Between(100 * random[0], 100 * random[1])
@@ -190,7 +191,7 @@ def of_picture(work: Work, section: str, split: str, benchmark: str, query: str,
       break
   else:
     return None
-  if section == 'removed' and dataset == 'pool':
+  if section == 'removed' and dataset == 'pool' and split:
     value = float(work.order(split)[row])
     return -value if work.settings(split)['rule'] == 'far' else value
   if section == 'neighbours' and query in work.row_of(benchmark):
@@ -237,7 +238,7 @@ def of_removed(work: Work, split: str) -> Iterator:
         ],
       )
   yield from donors(work, split)
-  control = work.control(split)
+  control = work.control(split, is_trained=False)
   if control and work.settings(control)['rule'] == 'matched':
     drawn = int((work.removed(control) & ~work.removed(split)).sum())
     yield (

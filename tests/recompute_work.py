@@ -220,12 +220,14 @@ class Work:
     """Splits whose rule removes rows by their similarity."""
     return [n for n in self.splits if self.settings(n)['rule'] in (*ALIGNED, 'near', 'far')]
 
-  def control(self, split: str) -> str:
+  def control(self, split: str, is_trained: bool = True) -> str:
     """The matched control of a split, else its random one, else ''."""
     for rule, key in (('matched', 'to'), ('random', 'size_of')):
       for name in self.splits:
         block = self.settings(name)
-        if block['rule'] == rule and block.get(key) == split and self.seeds(name):
+        if (
+          block['rule'] == rule and block.get(key) == split and (self.seeds(name) or not is_trained)
+        ):
           return name
     return ''
 
