@@ -203,8 +203,10 @@ class PageChecks:
     text = recompute_text.without(' | '.join(block.cells[1:]), self.names)
     if self.place[1] >= len(expected):
       self.checks.add(name, text, 'no further row', 'a row', False)
+    elif (row := expected[self.place[1]]) is None:
+      return False
     else:
-      self.checks.numbers(name, text, expected[self.place[1]])
+      self.checks.numbers(name, text, row)
     return True
 
   here = ''

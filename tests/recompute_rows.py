@@ -35,7 +35,9 @@ def rests(row: dict, with_seeds: bool = True, with_df: bool = True) -> Numbers:
   return found + ([row['df']] if with_df and row['df'] is not None else [])
 
 
-def rows(work: Work, tables: dict[str, Table], label: str, split: str) -> list[Numbers] | None:
+def rows(
+  work: Work, tables: dict[str, Table], label: str, split: str
+) -> list[Numbers | None] | None:
   """Expected numbers of each row of a table without its first cell, in the order of the CSV file.
 
   `split` is the split whose removed rows the page describes at this point.
@@ -64,16 +66,16 @@ def rows(work: Work, tables: dict[str, Table], label: str, split: str) -> list[N
     return None
   ordered = in_printed_order(work, name, tables[name])
   if name in GRIDS:
-    return GRIDS[name](work, ordered)
+    return GRIDS[name](work, [row for row in ordered if row])
   make = ROWS.get(name) or next(ROWS[p] for p in PREFIXES if name.startswith(p))
-  return [make(work, row) for row in ordered]
+  return [make(work, row) if row else None for row in ordered]
 
 
-def in_printed_order(work: Work, name: str, table: Table) -> list[dict]:
-  """The recomputed rows in the order of the CSV file; its names are checked elsewhere."""
+def in_printed_order(work: Work, name: str, table: Table) -> list[dict | None]:
+  """The recomputed rows in the order of the CSV file; None for a row that is not recomputed."""
   key = lambda row: tuple(text_of(row[k]) for k in table.keys)
   mine = {key(row): row for row in table.rows}
-  return [mine[key(row)] for row in printed(work, name) if key(row) in mine]
+  return [mine.get(key(row)) for row in printed(work, name)]
 
 
 def accuracy_rows(work: Work, table: Table) -> list[Numbers]:
@@ -130,6 +132,9 @@ def duplicate_row(work: Work, row: dict) -> Numbers:
     found += interval(row, (f'{name}_share', f'{name}_low', f'{name}_high'))
     found += [row[name], row['queries']]
     exact = row.get(f'exact_{name}')
+    lines = printed(work, 'duplicate_rates')
+    if not any(line[f'exact_{name}'] for line in lines if line['benchmark'] == row['benchmark']):
+      continue  # without images or vectors to compare, the page has no such numbers
     found += [None if exact is None else percent_of(exact, row['queries']), exact, row['queries']]
   return found
 

@@ -302,17 +302,20 @@ def of_groups(work: Work) -> Iterator:
 
 def of_stages(work: Work) -> Iterator:
   """`train 26 of 26 runs`, and so on."""
+  train = work.config['train']
+  blocks = [work.settings(s) for s in work.splits if not train['only'] or s in train['only']]
+  planned = sum(len(block.get('seeds') or train['seeds']) for block in blocks)
   runs = sum(len(work.seeds(s)) for s in work.splits)
   counts = {
     'ingest # of # datasets': 2 + len(work.benchmarks),
     'embed # of # datasets': 2 + len(work.benchmarks),
     'search # of # benchmarks': len(work.benchmarks),
     'prune # of # splits': len(work.splits),
-    'train # of # runs': runs,
-    'evaluate # of # results': runs * len(work.benchmarks),
   }
   for words, count in counts.items():
     yield words, [count, count]
+  yield 'train # of # runs', [runs, planned]
+  yield 'evaluate # of # results', [n * len(work.benchmarks) for n in (runs, planned)]
 
 
 def of_marks(work: Work) -> Iterator:
