@@ -140,7 +140,7 @@ def work(tmp_path):
     'benchmarks': {'test': {}},
     'embedders': {},
     'pool': {'domain_column': '', 'classes': ['even', 'odd']},
-    'train': {'batch_size': 8},
+    'train': {'batch_size': 8, 'seeds': [0, 1, 2], 'only': []},
     'dedup': {'threshold': 0.01},
     'prune': {'duplicate_similarity': 0.0, 'preview': '', 'sensitivity': [], 'check_queries': 5},
     'report': {'reference': 'val', 'bootstrap_draws': 50},
