@@ -36,7 +36,11 @@ _OUTPUT = flags.DEFINE_string(
   'output', '', 'Folder for <benchmark>.json and <benchmark>.npz; default: only print.'
 )
 _FOLLOW = flags.DEFINE_bool(
-  'follow', False, 'Wait for new checkpoints and evaluate each, until Ctrl-C.'
+  'follow',
+  False,
+  'Evaluate each checkpoint of a run once, as training saves it, until the run is complete. The '
+  "accuracies go to accuracy.jsonl in the run's folder, from which the report draws curves, or in "
+  '--output.',
 )
 
 

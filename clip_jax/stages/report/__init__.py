@@ -30,6 +30,7 @@ from clip_jax.stages.report import (
   pool_sections,
   removed_rows,
   run_sections,
+  training,
 )
 from clip_jax.stages.report.facts import Facts, read
 from clip_jax.stages.report.panels import Accuracies
@@ -130,6 +131,7 @@ def _sections(
       'Accuracy',
       run_sections.accuracy(facts, accuracies, without_leaked),
     ),
+    ('training', 'Accuracy during training', 'Training', training.section(facts)),
     (
       'terms',
       'Terms of this page',
