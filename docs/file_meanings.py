@@ -516,6 +516,17 @@ MEANINGS = {
     'train/seconds': 'seconds of training, over restarts',
     'train/images_per_sec': 'images a second since the line before',
   },
+  'train/<split>/seed<k>/accuracy.jsonl': {
+    'step': 'updates done; one line for each checkpoint and benchmark of `evaluate --follow`',
+    'benchmark': 'benchmark of the accuracy',
+    'n': 'number of images',
+    'groups': 'independent units among the images: `n` if no image has a group',
+    'top1': 'zero-shot accuracy of the checkpoint',
+    'top1_low': 'lower end of its 95 % interval over images',
+    'top1_high': 'upper end of its 95 % interval over images',
+    'mean_per_class': 'balanced accuracy: the mean of the accuracies of the classes',
+    'fingerprint': 'fingerprint of the run and of the benchmark; only lines that fit both count',
+  },
   'evaluate/<split>/seed<k>/<benchmark>.json': {
     'n': 'number of images',
     'classes': 'number of classes that may be predicted',
@@ -576,6 +587,9 @@ MEANINGS = {
   'report/figures/rows_by_slack.svg': {'': 'rows that gap-aligned pruning removes by slack'},
   'report/figures/similarity_<benchmark>.svg': {
     '': 'similarities of the queries to their nearest pool and anchor image'
+  },
+  'report/figures/training_<benchmark>.svg': {
+    '': 'accuracy of checkpoints by samples seen, from `accuracy.jsonl` of the runs'
   },
   'report/figures/size_<benchmark>.svg': {'': 'accuracy of near- and far-pruned splits by size'},
   'report/tables/accuracy.csv': _ACCURACY,
