@@ -3,6 +3,8 @@
   python -m clip_jax.evaluate --config=configs/demo.py --checkpoint=runs/demo/train/base/seed0
   python -m clip_jax.evaluate --config=configs/demo.py --model=ViT-B-32 \
       --checkpoint=open_clip_model.safetensors
+  python -m clip_jax.evaluate --config=configs/demo.py --checkpoint=runs/demo/train/base/seed0 \
+      --follow
 """
 
 import sys

@@ -203,6 +203,18 @@ def test_an_output_folder_must_hold_the_results_too(world, tmp_path):
   assert world.follow(output=str(output)) == []
 
 
+def test_a_run_of_another_config_is_evaluated_anew_into_the_same_output(world, tmp_path):
+  world.save(4)
+
+  def again():
+    os.rename(world.run, tmp_path / 'replaced')
+    world.save(4, run='two')
+    world.complete(4)
+
+  output = str(tmp_path / 'out')
+  assert world.follow(again, output=output) == [4, 4]
+
+
 def test_only_a_run_can_be_followed(tmp_path, monkeypatch):
   assert follow.run_folder('runs/a/train/base/seed0/', '') == 'runs/a/train/base/seed0'
   assert follow.run_folder('runs/a/train/base/seed0/checkpoints', '') == 'runs/a/train/base/seed0'

@@ -10,8 +10,9 @@ import os
 import time
 
 from absl import logging
+from etils import epath
 
-from clip_jax.core import checkpoints, files, progress
+from clip_jax.core import checkpoints, progress
 from clip_jax.core.errors import ConfigError, InputError
 from clip_jax.experiment import step_accuracies
 from clip_jax.experiment.experiment import Experiment
@@ -58,18 +59,21 @@ def follow(x: Experiment, run: str, names: Sequence[str], output: str, evaluate:
   """
   table = step_accuracies.path_in(output or run)
   _log_start(run, table)
+  of_run = ''  # fingerprint of the run
   done: set[int] = set()  # steps with accuracies in the table
   removed: set[int] = set()  # steps that training removed before they were read
   while True:
     # This is read before the steps are listed: a run is complete after its last step is saved.
     last = step_accuracies.last_step(run)
-    if done and not os.path.exists(table):  # --redo has moved it away with the run
+    known, of_run = of_run, step_accuracies.run_fingerprint(run)
+    # --redo has moved the run away, with the table or without; it is trained again.
+    if of_run != known or (done and not epath.Path(table).exists()):
       done, removed = set(), set()
     kept = []  # steps with accuracies from before this command
     for step, folder in steps(run).items():
       if step in done or step in removed:
         continue
-      prints = _fingerprints(x, names, run)
+      prints = _fingerprints(x, names, of_run)
       todo = _unevaluated(table, output, step, names, prints)
       if not todo:
         kept.append(step)
@@ -85,7 +89,8 @@ def follow(x: Experiment, run: str, names: Sequence[str], output: str, evaluate:
         table,
       )
     if last in done:
-      _log_end(run, last, done, removed, table)
+      lines, _ = step_accuracies.read(table, _fingerprints(x, names, of_run))
+      _log_end(run, last, len({step for step, _ in lines}), len(removed), table)
       return
     if last is not None and last not in steps(run):
       raise InputError(
@@ -102,7 +107,7 @@ def steps(path: str) -> dict[int, str]:
 
 def _log_start(run: str, table: str) -> None:
   waits = ' It has no checkpoint yet.'
-  if not files.epath.Path(run).exists():
+  if not epath.Path(run).exists():
     waits = ' This folder does not exist yet; training creates it.'
   logging.info(
     'Following %s until its training is complete; Ctrl-C stops before. Accuracies go to %s.%s',
@@ -112,23 +117,22 @@ def _log_start(run: str, table: str) -> None:
   )
 
 
-def _log_end(run: str, last: int, done: set[int], removed: set[int], table: str) -> None:
+def _log_end(run: str, last: int, evaluated: int, removed: int, table: str) -> None:
   lost = ''
   if removed:
-    lost = f' Training removed {progress.count_with_noun(len(removed), "more checkpoint")} unread.'
+    lost = f' Training removed {progress.count_with_noun(removed, "more checkpoint")} unread.'
   logging.info(
     'Training of %s is complete: its last checkpoint, step %d, is evaluated. %s of %s.%s',
     run,
     last,
     f'{table} has the accuracies',
-    progress.count_with_noun(len(done), 'checkpoint'),
+    progress.count_with_noun(evaluated, 'checkpoint'),
     lost,
   )
 
 
-def _fingerprints(x: Experiment, names: Sequence[str], run: str) -> dict[str, str]:
-  """Returns benchmark -> fingerprint of the run's accuracies on it."""
-  of_run = step_accuracies.run_fingerprint(run)
+def _fingerprints(x: Experiment, names: Sequence[str], of_run: str) -> dict[str, str]:
+  """Returns benchmark -> fingerprint of the accuracies of a run, from the run's fingerprint."""
   return {
     name: step_accuracies.fingerprint(x.config, name, x.graph.index(name).fingerprint, of_run)
     for name in names
@@ -144,7 +148,7 @@ def _unevaluated(
     name
     for name in names
     if (step, name) not in lines
-    or (output and not os.path.exists(os.path.join(_place(output, step), f'{name}.json')))
+    or (output and not epath.Path(_place(output, step), f'{name}.json').exists())
   ]
   return list(names) if output and todo else todo  # its averages need all benchmarks
 
