@@ -3,8 +3,7 @@
   python -m clip_jax.evaluate --config=configs/demo.py --checkpoint=runs/demo/train/base/seed0
   python -m clip_jax.evaluate --config=configs/demo.py --model=ViT-B-32 \
       --checkpoint=open_clip_model.safetensors
-  python -m clip_jax.evaluate --config=configs/demo.py --checkpoint=runs/demo/train/base/seed0 \
-      --follow
+  python -m clip_jax.evaluate --config=configs/demo.py --checkpoint=runs/demo --follow
 """
 
 import sys
@@ -40,9 +39,9 @@ _OUTPUT = flags.DEFINE_string(
 _FOLLOW = flags.DEFINE_bool(
   'follow',
   False,
-  'Evaluate each checkpoint of a run once, as training saves it, until the run is complete. The '
-  "accuracies go to accuracy.jsonl in the run's folder, from which the report draws curves, or in "
-  '--output.',
+  'Evaluate each checkpoint of a run, or of all runs of a work directory, once, as training saves '
+  "it, until training is complete. The accuracies go to accuracy.jsonl in the run's folder, from "
+  'which the report draws curves, or in --output.',
 )
 
 

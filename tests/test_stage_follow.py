@@ -66,7 +66,7 @@ class World:
     waits = iter(between)
     self.patch.setattr(follow.time, 'sleep', lambda _: next(waits)())
     self.scored, self.lines = [], []
-    follow.follow(self.x, str(self.run), ['squares'], output, self.evaluate)
+    follow.follow(self.x, [follow.Run(str(self.run), output)], ['squares'], self.evaluate)
     assert next(waits, None) is None  # it did not end earlier
     return self.scored
 
@@ -215,17 +215,49 @@ def test_a_run_of_another_config_is_evaluated_anew_into_the_same_output(world, t
   assert world.follow(again, output=output) == [4, 4]
 
 
-def test_only_a_run_can_be_followed(tmp_path, monkeypatch):
-  assert follow.run_folder('runs/a/train/base/seed0/', '') == 'runs/a/train/base/seed0'
-  assert follow.run_folder('runs/a/train/base/seed0/checkpoints', '') == 'runs/a/train/base/seed0'
+def test_all_runs_of_a_work_directory_are_followed(world, tmp_path):
+  first, second = world.run, tmp_path / 'second'
+  world.save(4)
+  world.complete(4)
+
+  def later():
+    world.run = second
+    finish(world, 8)
+
+  waits = iter([later])
+  world.patch.setattr(follow.time, 'sleep', lambda _: next(waits)())
+  every = [follow.Run(str(folder), '') for folder in (first, second)]
+  follow.follow(world.x, every, ['squares'], world.evaluate)
+  assert world.scored == [4, 8]
+  ends = [line for line in world.lines if line.startswith('Training of')]
+  assert [str(first) in ends[0], str(second) in ends[1], len(ends)] == [True, True, 2]
+
+
+def test_what_can_be_followed(tmp_path, monkeypatch):
+  c = config(tmp_path)
+  of = lambda path, output='': [(run.folder, run.output) for run in follow.runs(path, c, output)]
+  assert of('r/train/base/seed0/') == of('r/train/base/seed0/checkpoints')
+  assert of('r/train/base/seed0', 'out') == [('r/train/base/seed0', 'out')]
+  assert of('r', 'out') == [
+    (f'r/train/{split}/seed0', f'out/{split}/seed0') for split in ('base', 'pruned')
+  ]
+  c.train.only = ('base/seed0',)
+  assert of('r') == [('r/train/base/seed0', '')]
+  (tmp_path / 'mine/checkpoints/00000004/params').mkdir(parents=True)
+  for item in ('data', 'config'):
+    (tmp_path / f'mine/checkpoints/00000004/{item}').mkdir()
+  assert of(str(tmp_path / 'mine')) == [(str(tmp_path / 'mine'), '')]  # a run by its content
   with pytest.raises(ConfigError, match='is one step.* its run: a/seed0.'):
-    follow.run_folder('a/seed0/checkpoints/00000008', '')
+    of('a/seed0/checkpoints/00000008')
   with pytest.raises(ConfigError, match='gets no new steps'):
-    follow.run_folder('model.safetensors', '')
+    of('model.safetensors')
   monkeypatch.setattr(follow.os, 'access', lambda *_: False)
   with pytest.raises(ConfigError, match='--output=DIR'):
-    follow.run_folder(str(tmp_path), '')
-  assert follow.run_folder(str(tmp_path), 'out') == str(tmp_path)
+    of(str(tmp_path))
+  assert of(str(tmp_path), 'out')
+  c.model = type(c.model)()
+  with pytest.raises(ConfigError, match='has no runs to look for'):
+    of('r')
 
 
 def test_curves_are_in_the_report_and_change_no_other_product(tmp_path):
@@ -236,10 +268,7 @@ def test_curves_are_in_the_report_and_change_no_other_product(tmp_path):
   every()
   assert 'Accuracy during training' not in (run / 'report/index.html').read_text()
   before = products.sidecars(str(run))
-  for split in ('base', 'pruned'):
-    checkpoint.evaluate_checkpoint(
-      c, str(run / f'train/{split}/seed0'), model='', benchmarks=None, output='', follow=True
-    )
+  checkpoint.evaluate_checkpoint(c, str(run), model='', benchmarks=None, output='', follow=True)
   every()
   after = products.sidecars(str(run))
   changed = [name for name in before if before[name] != after[name]]

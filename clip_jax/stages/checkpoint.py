@@ -51,7 +51,7 @@ def evaluate_checkpoint(
       '--checkpoint is missing, for example --checkpoint=runs/demo/train/base/seed0.'
     )
   path = models.resolve_path(path)
-  run = follow_lib.run_folder(path, output) if follow else ''
+  runs = follow_lib.runs(path, config, output) if follow else []
   if follow and model:
     raise ConfigError(f'--model={model!r}: a checkpoint of a run contains its architecture.')
   given, config = config, dataset_paths.resolve(config)
@@ -86,7 +86,7 @@ def evaluate_checkpoint(
     for name in names:
       _ingest(x, name)
     if loaded is None:
-      follow_lib.follow(x, run, names, output, functools.partial(_evaluate, x))
+      follow_lib.follow(x, runs, names, functools.partial(_evaluate, x))
     else:
       _evaluate(x, path, loaded, names, output, model)
 
