@@ -25,6 +25,7 @@ _ACCURACY = {
   'images': 'number of images',
   'pool_rows': 'pool rows of the split',
   'anchor_rows': 'anchor rows of the split',
+  'anchor_share': "the anchor's share of the split's rows, and so of the samples seen",
   'samples': 'samples seen in a run',
   'passes': 'passes over the split',
   'mark': '`not converged` if a run ended during the take-off of learning',
@@ -611,6 +612,16 @@ MEANINGS = {
   'report/tables/balance_<split>.csv': {
     'variable': 'variable on which the matched control is balanced',
     'difference': 'difference of the means of removed and drawn rows in standard deviations',
+  },
+  'report/tables/collateral.csv': {
+    'split': 'the split',
+    'rule': 'its rule',
+    'against': 'the split that it is compared with: base, or random rows of its size and budget',
+    'benchmark': 'benchmark of the comparison, with all its images',
+    'own_benchmark': 'True: its queries choose the rows of the split',
+    'budget': '`samples` (equal samples) or `epochs` (equal passes): budget of the split',
+    'budget_of_other': 'budget of the split it is compared with',
+    'value': 'accuracy of the split minus that of the other, mean over shared seeds',
   },
   'report/tables/comparison_<split>_<benchmark>.csv': {
     'what': (

@@ -686,13 +686,12 @@ class Graph:
     Its keys: model, budget, seed, the pixels' normalisation and crop, and blocks.RECIPE. Keys that
     change only speed, saving or logging are left out.
     """
-    config = self.config
+    config, budget = self.config, blocks.budget(self.config, split)
     keys = blocks.pick_keys(
       config,
       [
         'model',
-        'train.budget',
-        f'train.{config.train.budget}',
+        f'train.{budget}',
         'preprocess.mean',
         'preprocess.std',
         'preprocess.crop_scale',
@@ -709,7 +708,7 @@ class Graph:
       f'train/{split}/seed{seed}/run',
       'run',
       (split, seed),
-      {**keys, 'seed': seed},
+      {**keys, 'train.budget': budget, 'seed': seed},
       (self.rows(split, seed if seed in draws else draws[0]), *indexes),
       version=2,
     )

@@ -302,15 +302,14 @@ def _train(x: Experiment, rows: Rows) -> StagePlan:
   runs, t = len(blocks.runs_to_train(x.config)), x.config.train
   if not runs:
     return StagePlan(0, 0, 0.0)
-  base = _known_sum(rows, (POOL, ANCHOR))
-  seen = t.samples if t.budget == 'samples' else base and t.epochs * base
+  seen = plan_time.samples_seen(x, _known_sum(rows, (POOL, ANCHOR)))
   if seen is None:
     return UNKNOWN
   architecture = models.architecture(x.config)
   return StagePlan(
-    runs * seen,
+    seen,
     runs * t.keep_checkpoints * _checkpoint_bytes(architecture),
-    3.0 * flops.forward_flops(architecture) * runs * seen,
+    3.0 * flops.forward_flops(architecture) * seen,
   )
 
 

@@ -63,16 +63,18 @@ def lines(x: Experiment, rows: Rows) -> Iterator[str]:
 
 def comparisons(x: Experiment) -> list[Comparison]:
   """Returns the planned tests, in the order of the config."""
-  config = x.config
+  config, controls = x.config, {}
+  for name, block in config.splits.items():
+    if block.rule == 'matched':
+      controls.setdefault(block.to, name)  # the report takes the first, too
   items = [
-    {'split': split, 'benchmark': benchmark, 'control': control, 'control_rule': 'matched'}
+    {'split': split, 'benchmark': benchmark, 'control_rule': 'matched'}
     for split in contrasts.aligned(config)
-    for control in config.splits
-    if config.splits[control].rule == 'matched' and config.splits[control].to == split
+    if split in controls
     for benchmark in config.splits[split].benchmarks
   ]
   return [
-    Comparison(item['split'], item['control'], item['benchmark'])
+    Comparison(item['split'], controls[item['split']], item['benchmark'])
     for item in contrasts.headline(config, items)
     if not contrasts.is_dose(config, item['split'])
   ]

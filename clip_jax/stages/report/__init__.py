@@ -24,6 +24,7 @@ from clip_jax.reporting import benchmark_overlap, page, sections, svg, tables, t
 from clip_jax.reporting import held_back as held_back_lib
 from clip_jax.reporting.page import Section
 from clip_jax.stages.report import (
+  collateral,
   contrasts,
   held_back,
   leaks,
@@ -143,6 +144,12 @@ def _sections(
       'Each aligned split against its control',
       'Comparisons',
       run_sections.comparisons(facts, items) if is_asked else [],
+    ),
+    (
+      'collateral',
+      'Every split on every benchmark',
+      'Every benchmark',
+      collateral.section(facts),
     ),
     (
       'held_back',
