@@ -10,7 +10,7 @@ from clip_jax.stages.report.facts import Facts
 NOTE = (
   'Broad lines: the mean over those training seeds of a split that have such checkpoints, at the '
   'steps that all of them have. Thin lines: single seeds. These curves have no intervals and '
-  'support no claim; the final accuracies, with intervals, are in the section before.'
+  'support no claim; \u201cZero-shot accuracy by split\u201d has the final accuracies with theirs.'
 )
 
 
