@@ -121,12 +121,13 @@ def _is_finished(x: Experiment, run: Run, names: Sequence[str], evaluate: Evalua
   # --redo has moved the run away, with the table or without; it is trained again.
   if run.fingerprint != known or (run.done and not epath.Path(run.table).exists()):
     run.done, run.removed = set(), set()
+  done = run.done | run.removed
+  new = {step: checkpoint for step, checkpoint in run.steps.items() if step not in done}
+  prints = _fingerprints(x, names, run) if new else {}
+  lines = step_accuracies.read(run.table, prints)[0] if new else {}
   kept = []  # steps with accuracies from before this command
-  for step, checkpoint in run.steps.items():
-    if step in run.done | run.removed:
-      continue
-    prints = _fingerprints(x, names, run)
-    todo = _unevaluated(run, step, names, prints)
+  for step, checkpoint in new.items():
+    todo = _unevaluated(run, step, names, lines)
     if not todo:
       kept.append(step)
     elif not _evaluate(run, step, checkpoint, todo, evaluate, prints):
@@ -187,10 +188,9 @@ def _fingerprints(x: Experiment, names: Sequence[str], run: Run) -> dict[str, st
 
 
 def _unevaluated(
-  run: Run, step: int, names: Sequence[str], prints: dict[str, str]
+  run: Run, step: int, names: Sequence[str], lines: step_accuracies.Lines
 ) -> Sequence[str]:
   """Returns the benchmarks to evaluate for a step: with an output folder all, or none."""
-  lines, _ = step_accuracies.read(run.table, prints)
   todo = [
     name
     for name in names
