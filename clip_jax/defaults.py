@@ -459,6 +459,9 @@ SPLIT = {
   'rule': Key('all'),
   'append_anchor': Key(True),  # add the anchor's rows
   'seeds': Key(()),  # training seeds of this split; (): train.seeds
+  # 'samples' | 'epochs', as train.budget, for this split; '': train.budget. The same split under a
+  # second name and budget compares equal samples with equal passes.
+  'budget': Key('', one_of('', 'samples', 'epochs')),
   # Exports for other programs: 'datacomp' | 'clip_ood' | 'webdataset' (byte-exact tars) |
   # 'array_record' | 'keys' (the split's rows, as parquet) | 'removed_keys' (the pool rows that are
   # not in the split, with the reason, as parquet); both also with '.csv', '.txt' or '.npy' at the

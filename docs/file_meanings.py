@@ -25,6 +25,7 @@ _ACCURACY = {
   'images': 'number of images',
   'pool_rows': 'pool rows of the split',
   'anchor_rows': 'anchor rows of the split',
+  'anchor_share': "the anchor's share of the split's rows, and so of the samples seen",
   'samples': 'samples seen in a run',
   'passes': 'passes over the split',
   'mark': '`not converged` if a run ended during the take-off of learning',
@@ -516,6 +517,17 @@ MEANINGS = {
     'train/seconds': 'seconds of training, over restarts',
     'train/images_per_sec': 'images a second since the line before',
   },
+  'train/<split>/seed<k>/accuracy.jsonl': {
+    'step': 'updates done; one line for each checkpoint and benchmark of `evaluate --follow`',
+    'benchmark': 'benchmark of the accuracy',
+    'n': 'number of images',
+    'groups': 'independent units among the images: `n` if no image has a group',
+    'top1': 'zero-shot accuracy of the checkpoint',
+    'top1_low': 'lower end of its 95 % interval over images',
+    'top1_high': 'upper end of its 95 % interval over images',
+    'mean_per_class': 'balanced accuracy: the mean of the accuracies of the classes',
+    'fingerprint': 'fingerprint of the run and of the benchmark; only lines that fit both count',
+  },
   'evaluate/<split>/seed<k>/<benchmark>.json': {
     'n': 'number of images',
     'classes': 'number of classes that may be predicted',
@@ -577,6 +589,9 @@ MEANINGS = {
   'report/figures/similarity_<benchmark>.svg': {
     '': 'similarities of the queries to their nearest pool and anchor image'
   },
+  'report/figures/training_<benchmark>.svg': {
+    '': 'accuracy of checkpoints by samples seen, from `accuracy.jsonl` of the runs'
+  },
   'report/figures/size_<benchmark>.svg': {'': 'accuracy of near- and far-pruned splits by size'},
   'report/tables/accuracy.csv': _ACCURACY,
   'report/tables/accuracy_seeds_<n>.csv': _ACCURACY,
@@ -597,6 +612,16 @@ MEANINGS = {
   'report/tables/balance_<split>.csv': {
     'variable': 'variable on which the matched control is balanced',
     'difference': 'difference of the means of removed and drawn rows in standard deviations',
+  },
+  'report/tables/collateral.csv': {
+    'split': 'the split',
+    'rule': 'its rule',
+    'against': 'the split that it is compared with: base, or random rows of its size and budget',
+    'benchmark': 'benchmark of the comparison, with all its images',
+    'own_benchmark': 'True: its queries choose the rows of the split',
+    'budget': '`samples` (equal samples) or `epochs` (equal passes): budget of the split',
+    'budget_of_other': 'budget of the split it is compared with',
+    'value': 'accuracy of the split minus that of the other, mean over shared seeds',
   },
   'report/tables/comparison_<split>_<benchmark>.csv': {
     'what': (

@@ -193,7 +193,7 @@ def _of_file(
   elif path.suffix == '.json':
     content = json.loads(path.read_text())
     yield from ((name, key, kind) for key, kind in _keys(content))
-  elif path.name == 'metrics.jsonl':
+  elif path.suffix == '.jsonl':
     for line in path.read_text().splitlines():
       yield from ((name, key, _kind(value)) for key, value in json.loads(line).items())
   elif path.suffix == '.csv':

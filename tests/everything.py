@@ -11,7 +11,7 @@ import tiny
 from clip_jax import defaults
 from clip_jax.experiment import blocks
 from clip_jax.pruning import key_lists
-from clip_jax.stages import pipeline
+from clip_jax.stages import checkpoint, pipeline
 
 SIZES = {
   'glyphs.pool': 900,
@@ -75,6 +75,15 @@ def run(folder: pathlib.Path) -> list[pathlib.Path]:
   keys = folder / 'keys.txt'
   keys.write_text('drawn-00113\ndrawn-00113\nno-such-key\n')
   pipeline.run(config(keys), str(folder / 'run'), stages=None, redo='', dry_run=False)
+  checkpoint.evaluate_checkpoint(
+    config(keys),
+    str(folder / 'run/train/base/seed0'),
+    model='',
+    benchmarks=None,
+    output='',
+    follow=True,
+  )
+  pipeline.run(config(keys), str(folder / 'run'), stages=['report'], redo='', dry_run=False)
 
   # Tars whose keys are 32 digits: a uid of DataComp and a number at the same time.
   squares.make(folder / 'data')

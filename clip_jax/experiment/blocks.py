@@ -242,6 +242,11 @@ def seeds(config: Config, split: str) -> tuple[int, ...]:
   return tuple(config.splits[split].seeds) or tuple(config.train.seeds)
 
 
+def budget(config: Config, split: str) -> str:
+  """Returns the budget of a split's runs: 'samples' or 'epochs'."""
+  return config.splits[split].budget or config.train.budget
+
+
 def splits_needed_by(config: Config, split: str) -> list[str]:
   """Returns the splits on which a split depends, through its keys size_of, to and of."""
   block = config.splits[split]

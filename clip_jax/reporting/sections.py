@@ -54,7 +54,8 @@ def answer_blocks(
 
 
 def accuracy_blocks(
-  splits: Rows,  # name, rule, words, pool_rows, anchor_rows, samples, passes, seeds, mark
+  # name, rule, words, pool_rows, anchor_rows, anchor_share, samples, passes, seeds, mark
+  splits: Rows,
   benchmarks: Rows,  # name, queries, leaked (a count; None if unknown)
   accuracy: Mapping[tuple[str, str], Any],  # (split, benchmark) -> estimate
   unleaked: Mapping[tuple[str, str], Any],  # the same without leaked queries
@@ -100,7 +101,7 @@ def _accuracy_table(
       for b, without in kinds
     ),
     tables.number_cell('pool rows', '+ anchor rows'),
-    tables.number_cell('samples seen', 'passes'),
+    tables.number_cell('samples seen', 'passes\nshare of the anchor'),
   )
   estimates = {False: accuracy, True: unleaked}
   rows = tuple(
@@ -116,7 +117,8 @@ def _accuracy_table(
         tables.number(split['pool_rows']), f'+ {tables.number(split["anchor_rows"])}'
       ),
       tables.number_cell(
-        tables.number(split['samples']), f'{tables.number(split["passes"])} passes'
+        tables.number(split['samples']),
+        f'{tables.number(split["passes"])} passes{_anchor_share(split["anchor_share"])}',
       ),
     )
     for split in splits
@@ -130,6 +132,11 @@ def _accuracy_table(
   )
   notes = _accuracy_notes(count, records)
   return Table(name, '', columns, rows, notes, records, latex=latex.accuracy_table(records, notes))
+
+
+def _anchor_share(value: float | None) -> str:
+  """Returns the anchor's share of the samples as a line below the passes; '' if it is unknown."""
+  return '' if value is None else f'\nanchor {tables.share(value)}'
 
 
 def _basis(records: Rows) -> str:
@@ -179,7 +186,7 @@ def _accuracy_notes(count: int, records: Sequence[Mapping[str, Any]]) -> tuple[s
 
 
 def _record(split: Mapping, benchmark: str, estimate: Any, without_leaked: bool) -> dict:
-  kept = ('pool_rows', 'anchor_rows', 'samples', 'passes', 'mark')
+  kept = ('pool_rows', 'anchor_rows', 'anchor_share', 'samples', 'passes', 'mark')
   return {
     'split': split['name'],
     'rule': split['rule'],

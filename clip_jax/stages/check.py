@@ -421,12 +421,13 @@ def _training(config: Config) -> None:
       f'config.train.order=blocks with config.train.loader_processes={t.loader_processes}: each '
       'process would read all data. Set loader_processes to 0 and use more loader_threads.'
     )
-  if t.budget == 'samples' and t.samples < t.batch_size:
+  budgets = {blocks.budget(config, split) for split in config.splits} or {t.budget}
+  if 'samples' in budgets and t.samples < t.batch_size:
     raise ConfigError(
       f'config.train.samples={t.samples} is less than one batch ({t.batch_size}). Set the samples '
       'per run, or --config.train.budget=epochs.'
     )
-  if t.budget == 'epochs' and t.epochs <= 0:
+  if 'epochs' in budgets and t.epochs <= 0:
     raise ConfigError(f'config.train.epochs={t.epochs} must be more than 0.')
   runs = [f'{split}/seed{seed}' for split, seed in blocks.runs_to_train(config)]
   for run in t.only:

@@ -24,12 +24,14 @@ from clip_jax.reporting import benchmark_overlap, page, sections, svg, tables, t
 from clip_jax.reporting import held_back as held_back_lib
 from clip_jax.reporting.page import Section
 from clip_jax.stages.report import (
+  collateral,
   contrasts,
   held_back,
   leaks,
   pool_sections,
   removed_rows,
   run_sections,
+  training,
 )
 from clip_jax.stages.report.facts import Facts, read
 from clip_jax.stages.report.panels import Accuracies
@@ -130,6 +132,7 @@ def _sections(
       'Accuracy',
       run_sections.accuracy(facts, accuracies, without_leaked),
     ),
+    ('training', 'Accuracy during training', 'Training', training.section(facts)),
     (
       'terms',
       'Terms of this page',
@@ -141,6 +144,12 @@ def _sections(
       'Each aligned split against its control',
       'Comparisons',
       run_sections.comparisons(facts, items) if is_asked else [],
+    ),
+    (
+      'collateral',
+      'Every split on every benchmark',
+      'Every benchmark',
+      collateral.section(facts),
     ),
     (
       'held_back',

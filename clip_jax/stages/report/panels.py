@@ -175,7 +175,9 @@ def against_random(facts: Facts) -> list[dict]:
       (
         other
         for other in drawn
-        if splits[other].rule == 'random' and drawn[other]['pool_rows'] == drawn[name]['pool_rows']
+        if splits[other].rule == 'random'
+        and drawn[other]['pool_rows'] == drawn[name]['pool_rows']
+        and blocks.budget(facts.config, other) == blocks.budget(facts.config, name)
       ),
       None,
     )
