@@ -10,6 +10,7 @@ both random.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+import math
 
 import numpy as np
 from scipy import special
@@ -325,6 +326,25 @@ def holm(p_values: Array | Sequence[float]) -> np.ndarray:  # [m] -> [m]
   scaled = p_values[order] * np.arange(len(order), 0, -1)
   adjusted[order] = np.minimum(np.maximum.accumulate(scaled), 1)
   return adjusted
+
+
+def weighted_accuracy(
+  values: Array,  # [S, Q] in 0..1
+  weights: Array,  # [Q], 0 leaves an image out
+  groups: Sequence | Array | None = None,
+  level: float = 0.95,
+) -> Estimate:
+  """Returns a weighted mean over images and seeds, in Wilson's form of the crossed variance."""
+  return _bounded(matrix(values), np.asarray(weights, np.float64), groups, level)
+
+
+def number(value: float) -> float | None:
+  """Returns a number for JSON, None for NaN or infinity.
+
+  A class without images has no accuracy, a single group no interval, and Wilson's interval has no
+  degrees of freedom.
+  """
+  return float(value) if math.isfinite(value) else None
 
 
 def two_way(

@@ -27,6 +27,7 @@ IMAGE_TEXT = 'image_text_similarity'
 # Joins the name of a benchmark and a range of its queries in the name of a search target; no name
 # in the config may contain it.
 RANGE = '@'
+RETRIEVAL = defaults.RETRIEVAL
 VECTORS = 'embeddings'  # the format of datasets whose files are vectors
 # Config keys that change the result of a training run, besides model, preprocessing and seed.
 RECIPE = tuple(
@@ -125,6 +126,16 @@ def class_set(block: Config) -> class_sets.ClassSet | None:
   """Returns the published classes that a benchmark's block names; None for other datasets."""
   is_published = 'class_set' in block and block.class_set  # a key of benchmarks only
   return class_sets.by_name(block.class_set) if is_published else None
+
+
+def is_retrieval(block: Config) -> bool:
+  """Returns whether the block of a dataset is that of a retrieval benchmark, without classes."""
+  return 'task' in block and block.task == RETRIEVAL  # a key of benchmarks only
+
+
+def classified(config: Config) -> list[str]:
+  """Returns the benchmarks with classes: all but those of retrieval."""
+  return [name for name, block in config.benchmarks.items() if not is_retrieval(block)]
 
 
 def given_classes(block: Config) -> tuple[str, ...]:

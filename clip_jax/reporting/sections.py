@@ -55,7 +55,8 @@ def answer_blocks(
 
 def accuracy_blocks(
   splits: Rows,  # name, rule, words, pool_rows, anchor_rows, samples, passes, seeds, mark
-  benchmarks: Rows,  # name, queries, leaked (a count; None if unknown)
+  # name, queries, leaked (a count; None if unknown), measure ('' for zero-shot accuracy)
+  benchmarks: Rows,
   accuracy: Mapping[tuple[str, str], Any],  # (split, benchmark) -> estimate
   unleaked: Mapping[tuple[str, str], Any],  # the same without leaked queries
 ) -> list:
@@ -96,7 +97,10 @@ def _accuracy_table(
         f'{b["name"]}, not leaked', f'without {tables.number(b["leaked"])} queries'
       )
       if without
-      else tables.number_cell(b['name'], f'{tables.number(b["queries"])} queries\n{how}')
+      else tables.number_cell(
+        b['name'],
+        '\n'.join(filter(None, [b['measure'], f'{tables.number(b["queries"])} queries', how])),
+      )
       for b, without in kinds
     ),
     tables.number_cell('pool rows', '+ anchor rows'),
@@ -128,7 +132,7 @@ def _accuracy_table(
     for without in (False, True)
     if (split['name'], b['name']) in estimates[without]
   )
-  notes = _accuracy_notes(count, records)
+  notes = (*_accuracy_notes(count, records), *_retrieval_note(benchmarks))
   return Table(name, '', columns, rows, notes, records, latex=latex.accuracy_table(records, notes))
 
 
@@ -176,6 +180,19 @@ def _accuracy_notes(count: int, records: Sequence[Mapping[str, Any]]) -> tuple[s
       'accuracy reflects the number of steps more than the data.'
     )
   return tuple(notes)
+
+
+def _retrieval_note(benchmarks: Rows) -> tuple[str, ...]:
+  """Returns a note on the benchmarks whose accuracy is a recall, or ()."""
+  measures = {b['name']: b['measure'] for b in benchmarks if b['measure']}
+  if not measures:
+    return ()
+  return (
+    f'{progress.join_names(list(measures))}: {next(iter(measures.values()))}, the share of images '
+    'whose nearest caption is one of their own; a tie with another caption counts as wrong. '
+    'Retrieval has no classes: analyses within classes take all of its images as one class, and '
+    'the ridge preview and accuracy without class effects leave it out.',
+  )
 
 
 def _record(split: Mapping, benchmark: str, estimate: Any, without_leaked: bool) -> dict:

@@ -13,7 +13,7 @@ from absl import logging
 import numpy as np
 
 from clip_jax.core import config as config_lib
-from clip_jax.core import files
+from clip_jax.core import files, progress
 from clip_jax.core.types import Array
 from clip_jax.evaluation import zero_shot
 from clip_jax.experiment.experiment import Experiment
@@ -45,10 +45,10 @@ def class_vectors(
     count = len(names) * len(templates)
     if count >= MANY_TEXTS:
       logging.info(
-        'Encoding %s prompts: %s class names in %d templates ...',
+        'Encoding %s texts: %s names or captions in %s ...',
         f'{count:,}',
         f'{len(names):,}',
-        len(templates),
+        progress.count_with_noun(len(templates), 'template'),
       )
     vectors = zero_shot.class_matrix(model.encode_text, names, templates)
     if path:

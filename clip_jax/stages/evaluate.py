@@ -1,12 +1,12 @@
-"""Stage evaluate: classifies every benchmark zero-shot with every trained model.
+"""Stage evaluate: scores every trained model on every benchmark: zero-shot, or by retrieval.
 
 In: checkpoints, ingested benchmarks.
 Out: WORKDIR/evaluate/<split>/seed<k>/<benchmark>.json (scores) and <benchmark>.npz (key,
-label, prediction, top5 and correct of every image, in index order).
+label, prediction, top5 and correct of every image, in index order; retrieval.py lists those of
+retrieval).
 """
 
 from collections.abc import Iterator, Sequence
-import math
 import os
 
 from absl import logging
@@ -20,7 +20,7 @@ from clip_jax.data import loader
 from clip_jax.evaluation import class_sets, statistics, zero_shot
 from clip_jax.experiment import blocks, workdir
 from clip_jax.experiment.experiment import Experiment
-from clip_jax.stages import check_keys, classifiers, models
+from clip_jax.stages import check_keys, classifiers, models, retrieval
 
 
 def evaluate(x: Experiment, todo: list[Product]) -> Made:
@@ -66,12 +66,18 @@ def score(
 ) -> tuple[dict, dict[str, Array]]:
   """Returns the scores of one model on one benchmark, and its predictions for every image.
 
-  cache: folder of zero-shot classifiers (classifiers.py); '': they stay in memory. A further
-  scoring (config.benchmarks.NAME.scorings) has the arrays NAME_counts, NAME_prediction and
+  A retrieval benchmark has recalls and hits instead (retrieval.py). cache: folder of zero-shot
+  classifiers (classifiers.py); '': they stay in memory. A further scoring
+  (config.benchmarks.NAME.scorings) has the arrays NAME_counts, NAME_prediction and
   NAME_correct [n].
   """
-  block, classes = x.config.benchmarks[benchmark], workdir.class_names(x, benchmark)
-  source = workdir.source(x, benchmark)
+  block = x.config.benchmarks[benchmark]
+  if blocks.is_retrieval(block):
+    vectors, ok = image_vectors(x, benchmark, model)
+    result, arrays = retrieval.score(x, benchmark, model, vectors, ok, cache)
+    result['warnings'] += _count_warning(block, result['n'])
+    return result, arrays
+  classes, source = workdir.class_names(x, benchmark), workdir.source(x, benchmark)
   label = np.asarray(source.labels, np.int32)  # [n]
   check_labels(benchmark, label, classes, block)
   groups = workdir.groups(x, benchmark)
@@ -84,7 +90,7 @@ def score(
   result, correct, per_class = _numbers(label, top5, len(classes), kept, groups)
   result |= {
     'scoring': _in_words(block, classes),
-    'per_class': [number(value) for value in per_class],
+    'per_class': [statistics.number(value) for value in per_class],
     'unreadable': int((~ok).sum()),
     'templates': list(templates),
     'warnings': _count_warning(block, len(label)),
@@ -162,7 +168,11 @@ def _numbers(
     'mean_per_class_high': balanced.high,
     'df': interval.df,
   }
-  result = {'n': len(label), 'classes': kept, **{key: number(numbers[key]) for key in numbers}}
+  result = {
+    'n': len(label),
+    'classes': kept,
+    **{key: statistics.number(numbers[key]) for key in numbers},
+  }
   result |= {'interval': interval.method, 'groups': interval.groups}
   return result, correct, scores['per_class']
 
@@ -229,15 +239,6 @@ def _image_batches(
     yield images, ok
 
 
-def number(value: float) -> float | None:
-  """Returns a number for JSON, None for NaN or infinity.
-
-  A class without images has no accuracy, a single group no interval, and Wilson's interval has no
-  degrees of freedom.
-  """
-  return float(value) if math.isfinite(value) else None
-
-
 def encode(model: models.Model, pixels: Array, batch_size: int) -> Array:
   """Returns the embeddings [b, E] of a batch, padded to batch_size: one shape is compiled."""
   padding = np.zeros((batch_size - len(pixels), *pixels.shape[1:]), pixels.dtype)
@@ -247,9 +248,11 @@ def encode(model: models.Model, pixels: Array, batch_size: int) -> Array:
 def check_benchmarks(x: Experiment) -> None:
   """Raises an error, before any training, for a benchmark that cannot be scored."""
   for name, block in x.config.benchmarks.items():
-    check_labels(
-      name, np.asarray(workdir.source(x, name).labels), workdir.class_names(x, name), block
-    )
+    source = workdir.source(x, name)
+    if blocks.is_retrieval(block):
+      retrieval.check_captions(name, source)
+    else:
+      check_labels(name, np.asarray(source.labels), workdir.class_names(x, name), block)
 
 
 def check_labels(benchmark: str, label: Array, classes: Sequence[str], block: Config) -> None:

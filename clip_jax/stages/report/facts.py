@@ -29,7 +29,7 @@ class Results:
 
   correct: dict[tuple[str, str], Array]  # (split, benchmark) -> [S, Q] bool
   seeds: dict[tuple[str, str], tuple[int, ...]]
-  classes: dict[str, int]  # benchmark -> C
+  classes: dict[str, int | None]  # benchmark -> C; None for retrieval
   label: dict[str, Array]  # benchmark -> [Q] int32
   groups: dict[str, Array | None]  # benchmark -> [Q] names; None: every image is its own group
 
@@ -237,7 +237,7 @@ def results(x: Experiment) -> Results:
       of_seeds = {seed: result for seed, result in of_seeds.items() if result is not None}
       if of_seeds:
         scores, arrays = next(iter(of_seeds.values()))
-        known.classes[benchmark], known.label[benchmark] = scores['classes'], arrays['label']
+        known.classes[benchmark], known.label[benchmark] = scores.get('classes'), arrays['label']
         known.correct[split, benchmark] = np.stack(
           [arrays['correct'].astype(bool) for _, arrays in of_seeds.values()]
         )

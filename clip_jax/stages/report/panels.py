@@ -78,7 +78,10 @@ def _bounds(estimate: Estimate) -> dict:
 
 
 def by_similarity(facts: Facts) -> list[dict]:
-  """Returns the base split's accuracy by pool similarity, and by excess over the anchor's."""
+  """Returns the base split's accuracy by pool similarity, and by excess over the anchor's.
+
+  Retrieval has no classes, and therefore no curve without class effects.
+  """
   results, base = facts.results, contrasts.first_split(facts.config, 'all')
   if base is None:
     return []
@@ -95,7 +98,11 @@ def by_similarity(facts: Facts) -> list[dict]:
     for (against, b), value in values.items()
   }
   return [
-    {'name': b, 'what': against, 'series': _series(base, filled)}
+    {
+      'name': b,
+      'what': against,
+      'series': _series(base, filled)[: None if results.classes[b] else 1],
+    }
     for (against, b), filled in bins.items()
     if filled
   ]

@@ -10,6 +10,7 @@ import numpy as np
 
 from clip_jax.core import progress
 from clip_jax.core.products import STAGES
+from clip_jax.evaluation import retrieval
 from clip_jax.experiment import blocks, workdir
 from clip_jax.pruning import splits as splits_lib
 from clip_jax.reporting import comparisons as comparisons_lib
@@ -46,7 +47,12 @@ def accuracy(facts: Facts, accuracies: Accuracies, without_leaked: Accuracies) -
     is_late = blocks.runs_to_train(config) and not contrasts.aligned(config)
     return [facts.missing('No split is evaluated yet.', 'evaluate')] if is_late else []
   benchmarks = [
-    {'name': b, 'queries': len(label[b]), 'leaked': int(leaked[b].sum()) if b in leaked else None}
+    {
+      'name': b,
+      'queries': len(label[b]),
+      'leaked': int(leaked[b].sum()) if b in leaked else None,
+      'measure': retrieval.HEADLINE if blocks.is_retrieval(config.benchmarks[b]) else '',
+    }
     for b in config.benchmarks
     if b in label
   ]
