@@ -1,4 +1,4 @@
-"""data/captions_file.py: the forms of COCO, Karpathy and Flickr, and files that are none of them."""
+"""data/captions_file.py: the forms of COCO, Karpathy and Flickr, and files of no such form."""
 
 import json
 

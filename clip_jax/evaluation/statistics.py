@@ -328,16 +328,6 @@ def holm(p_values: Array | Sequence[float]) -> np.ndarray:  # [m] -> [m]
   return adjusted
 
 
-def weighted_accuracy(
-  values: Array,  # [S, Q] in 0..1
-  weights: Array,  # [Q], 0 leaves an image out
-  groups: Sequence | Array | None = None,
-  level: float = 0.95,
-) -> Estimate:
-  """Returns a weighted mean over images and seeds, in Wilson's form of the crossed variance."""
-  return _bounded(matrix(values), np.asarray(weights, np.float64), groups, level)
-
-
 def number(value: float) -> float | None:
   """Returns a number for JSON, None for NaN or infinity.
 

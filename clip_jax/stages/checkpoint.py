@@ -82,7 +82,8 @@ def evaluate_checkpoint(
   loaded = None if follow else models.load(path, model)
   with tempfile.TemporaryDirectory() as scratch:  # holds the benchmarks' index
     x = Experiment(config, scratch)
-    for name in names:
+    training_sets = [config.benchmarks[name].few_shot for name in names]
+    for name in dict.fromkeys([*names, *filter(None, training_sets)]):
       _ingest(x, name)
     if loaded is not None:
       _evaluate(x, path, loaded, names, output, model)
@@ -191,7 +192,11 @@ _LINE = '  %-30s %7s %7s %8s  %-14s %9s  %s'
 def _rows(name: str, result: dict) -> dict[str, dict]:
   """Returns name -> numbers of a benchmark's lines in the table; a retrieval's name its recall."""
   if 'recalls' not in result:
-    return {name: result, **{f'- {key}': part for key, part in result['scorings'].items()}}
+    return {
+      name: result,
+      **{f'- {key}': part for key, part in result['scorings'].items()},
+      **{f'- {shots}-shot ridge probe': part for shots, part in result.get('few_shot', {}).items()},
+    }
   return {
     f'{"-" if i else name} {key}': {
       'n': result['n'],

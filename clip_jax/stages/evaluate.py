@@ -20,7 +20,7 @@ from clip_jax.data import loader
 from clip_jax.evaluation import class_sets, statistics, zero_shot
 from clip_jax.experiment import blocks, workdir
 from clip_jax.experiment.experiment import Experiment
-from clip_jax.stages import check_keys, classifiers, models, retrieval
+from clip_jax.stages import check_keys, classifiers, few_shot, models, retrieval
 
 
 def evaluate(x: Experiment, todo: list[Product]) -> Made:
@@ -103,6 +103,16 @@ def score(
     'top5': top5.astype(np.int32),
     'correct': correct,
   }
+  if block.few_shot:
+    allowed = np.arange(len(classes)) if mask is None else np.flatnonzero(mask)
+    encode_rows = lambda dataset, rows: image_vectors(x, dataset, model, rows)
+    result['few_shot'], more, warnings = few_shot.score(
+      x, benchmark, model, encode_rows, label, vectors, ok, allowed
+    )
+    arrays |= more
+    for warning in warnings:
+      logging.warning('%s: %s.', benchmark, warning)
+    result['warnings'] += warnings
   for name in block.scorings:
     further = class_sets.scoring(block.class_set, name)
     names = class_sets.by_name(further.classes).names
@@ -201,20 +211,26 @@ def _count_warning(block: Config, rows: int) -> list[str]:
   return [f'{rows:,} rows, but the published dataset has {block.expected_rows:,}']
 
 
-def image_vectors(x: Experiment, benchmark: str, model: models.Model) -> tuple[Array, Array]:
-  """Returns a benchmark's embeddings [n, E] float32, and whether each image is readable [n] bool.
+def image_vectors(
+  x: Experiment,
+  dataset: str,
+  model: models.Model,
+  rows: Array | None = None,  # [n] int64, sorted; None: all
+) -> tuple[Array, Array]:
+  """Returns the embeddings [n, E] float32 of images, and whether each is readable [n] bool.
 
-  The decoded images of all benchmarks are kept for the next model, if they fit in train.cache_mb.
+  The decoded images of whole benchmarks are kept for the next model, if those of all benchmarks fit
+  in train.cache_mb.
   """
   pixels = 3 * model.image_size**2
   sources = [
     workdir.source(x, name) for name in x.config.benchmarks if workdir.is_ingested(x, name)
   ]
   size = pixels * sum(map(len, sources))
-  batches = _image_batches(x, benchmark, model)
-  if size <= x.config.train.cache_mb * 1e6:
-    name = f'images {benchmark}, {model.image_size} pixels, {model.resize}'
-    batches = x.cached(name, lambda: list(_image_batches(x, benchmark, model)))
+  batches = _image_batches(x, dataset, model, rows)
+  if rows is None and size <= x.config.train.cache_mb * 1e6:
+    name = f'images {dataset}, {model.image_size} pixels, {model.resize}'
+    batches = x.cached(name, lambda: list(_image_batches(x, dataset, model)))
   vectors, ok = [], []
   for images, readable in batches:
     vectors.append(encode(model, images, x.config.evaluate.batch_size))
@@ -223,13 +239,13 @@ def image_vectors(x: Experiment, benchmark: str, model: models.Model) -> tuple[A
 
 
 def _image_batches(
-  x: Experiment, benchmark: str, model: models.Model
+  x: Experiment, dataset: str, model: models.Model, rows: Array | None = None
 ) -> Iterator[tuple[Array, Array]]:
-  """Yields a benchmark's preprocessed images uint8 [b, S, S, 3] and is-readable bool [b]."""
-  source, train = workdir.source(x, benchmark), x.config.train
+  """Yields preprocessed images of a dataset, uint8 [b, S, S, 3], and is-readable bool [b]."""
+  source, train = workdir.source(x, dataset), x.config.train
   for _, images, ok in loader.image_batches(
     source,
-    np.arange(len(source)),
+    np.arange(len(source)) if rows is None else rows,
     batch_size=x.config.evaluate.batch_size,
     image_size=model.image_size,
     mode=model.resize,
@@ -253,6 +269,8 @@ def check_benchmarks(x: Experiment) -> None:
       retrieval.check_captions(name, source)
     else:
       check_labels(name, np.asarray(source.labels), workdir.class_names(x, name), block)
+    if block.few_shot:
+      few_shot.check_classes(x, name)
 
 
 def check_labels(benchmark: str, label: Array, classes: Sequence[str], block: Config) -> None:
