@@ -1,5 +1,6 @@
 """Retrieval benchmarks: captions of every layout, the table, the files, and a whole experiment."""
 
+import csv
 import importlib.util
 import json
 import pathlib
@@ -306,11 +307,16 @@ def test_a_benchmark_of_an_experiment(tmp_path, capsys):
   squares.make(tmp_path / 'data')
   folder = tmp_path / 'pairs'
   folder.mkdir()
+  captions = folder / 'captions.csv'
   for i in range(200, 216):
     (folder / f'{i}.png').write_bytes(squares.sample(i, i % 3)['png'])
-    (folder / f'{i}.txt').write_text(f'a {squares.CLASSES[i % 3]} square\nnumber {i}')
+    with captions.open('a') as f:
+      f.write(f'{i}.png,a {squares.CLASSES[i % 3]} square\n{i}.png,number {i}\n')
   c = squares.config(tmp_path / 'data')
-  c.benchmarks.pairs = defaults.benchmark(task='retrieval', format='folder', path=str(folder))
+  c.benchmarks.pairs = defaults.benchmark(
+    task='retrieval', format='folder', path=str(folder), captions='captions.csv'
+  )
+  c.splits.base.seeds = (0, 1, 2)
   c.splits.pruned.benchmarks = ('pairs',)
   c.embedders.pca = defaults.embedder(source='pca', image_size=16, dim=8)
   c.prune.preview = 'pca'
@@ -325,8 +331,16 @@ def test_a_benchmark_of_an_experiment(tmp_path, capsys):
   assert 'pairs (image-to-text recall@1)' in (tmp_path / 'run/report/summary.txt').read_text()
   preview = json.loads((tmp_path / 'run/splits/base/preview.json').read_text())
   assert list(preview['benchmarks']) == ['squares']
-  status, said = squares.run(c, tmp_path / 'run', capsys)  # everything fits
-  assert status == 0 and 'index-' not in said
-  (folder / '200.txt').write_text('changed')
-  status, said = squares.run(c, tmp_path / 'run', capsys)
-  assert status == 0, said
+  with (tmp_path / 'run/report/tables/retrieval.csv').open() as f:
+    lines = list(csv.DictReader(f))
+  assert len(lines) == 2 * 6 and {line['benchmark'] for line in lines} == {'pairs'}
+  for line in (line for line in lines if line['split'] == 'pruned'):
+    recall = result['recalls'][line['measure']]
+    assert [float(line[key]) for key in ('value', 'low', 'high')] == pytest.approx(
+      [recall[key] for key in ('value', 'low', 'high')]
+    )
+  assert {line['method'] for line in lines if line['split'] == 'base'} == {'crossed'}
+  with captions.open('a') as f:
+    f.write('200.png,another caption of this image\n')
+  status, said = squares.run(c, tmp_path / 'run', capsys)  # the index does not fit any more
+  assert status == 1 and 'captions of' in said and '--redo=ingest' in said, said

@@ -27,7 +27,6 @@ IMAGE_TEXT = 'image_text_similarity'
 # Joins the name of a benchmark and a range of its queries in the name of a search target; no name
 # in the config may contain it.
 RANGE = '@'
-RETRIEVAL = defaults.RETRIEVAL
 VECTORS = 'embeddings'  # the format of datasets whose files are vectors
 # Config keys that change the result of a training run, besides model, preprocessing and seed.
 RECIPE = tuple(
@@ -130,7 +129,7 @@ def class_set(block: Config) -> class_sets.ClassSet | None:
 
 def is_retrieval(block: Config) -> bool:
   """Returns whether the block of a dataset is that of a retrieval benchmark, without classes."""
-  return 'task' in block and block.task == RETRIEVAL  # a key of benchmarks only
+  return 'task' in block and block.task == defaults.RETRIEVAL  # a key of benchmarks only
 
 
 def classified(config: Config) -> list[str]:

@@ -282,6 +282,11 @@ def _planted(config: Config) -> None:
   if not block.benchmark:
     return
   check_keys.one_of(f'{where}.benchmark', block.benchmark, config.benchmarks)
+  if blocks.is_retrieval(config.benchmarks[block.benchmark]):
+    raise ConfigError(
+      f'{where}.benchmark={block.benchmark!r}: retrieval has no class names for the captions of '
+      'the copies. Plant a benchmark with classes.'
+    )
   if config.embedder.source == 'files':
     raise ConfigError(
       f'{where}.benchmark={block.benchmark!r}: planted copies need images, but '

@@ -219,7 +219,8 @@ def _log_line(name: str, result: dict) -> None:
     low, high = result[f'{key}_low'], result[f'{key}_high']
     interval = 'one group' if low is None else f'{100 * low:.1f} to {100 * high:.1f}'
     cells += [f'{100 * result[key]:.1f}%', interval]
-  logging.info(_LINE, name, f'{result["n"]:,}', f'{result["groups"]:,}', *cells)
+  line = _LINE % (name, f'{result["n"]:,}', f'{result["groups"]:,}', *cells)
+  logging.info('%s', line.rstrip())
 
 
 class _Average:

@@ -32,6 +32,8 @@ class Results:
   classes: dict[str, int | None]  # benchmark -> C; None for retrieval
   label: dict[str, Array]  # benchmark -> [Q] int32
   groups: dict[str, Array | None]  # benchmark -> [Q] names; None: every image is its own group
+  # Retrieval: (split, benchmark) -> the arrays of each seed's result (stages/retrieval.py).
+  hits: dict[tuple[str, str], list[dict[str, Array]]] = dataclasses.field(default_factory=dict)
 
   def on_shared_seeds(self, *keys: tuple[str, str]) -> tuple[list[Array], tuple[int, ...]] | None:
     """Returns the correctness [S, Q] of each (split, benchmark) on their shared seeds.
@@ -242,6 +244,8 @@ def results(x: Experiment) -> Results:
           [arrays['correct'].astype(bool) for _, arrays in of_seeds.values()]
         )
         known.seeds[split, benchmark] = tuple(of_seeds)
+        if 'recalls' in scores:
+          known.hits[split, benchmark] = [arrays for _, arrays in of_seeds.values()]
   return known
 
 

@@ -58,6 +58,7 @@ def accuracy(facts: Facts, accuracies: Accuracies, without_leaked: Accuracies) -
   ]
   rows = [_split_row(facts, name) for name in config.splits]
   shown = sections.accuracy_blocks(rows, benchmarks, accuracies, without_leaked)
+  shown += sections.recall_blocks(panels.recalls(facts))
   return [*shown, *_unfinished_runs(facts), Fact(sections.PAPER_ANSWER)]
 
 
