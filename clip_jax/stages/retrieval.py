@@ -48,7 +48,7 @@ def score(
   owner = np.repeat(np.arange(len(texts)), [len(lines) for lines in texts])  # [m]
   captions = [line for lines in texts for line in lines]
   has_text = np.array([bool(line) for line in captions])  # [m]
-  encoded = _encode(x, model, captions, cache)
+  encoded = _encode(model, captions, cache)
   ranks = retrieval.ranks(vectors, encoded, owner, readable, has_text)
   of_image, of_caption = (retrieval.hits(rank, candidates) for rank in (ranks.image, ranks.caption))
   group = statistics.group_index(groups, len(texts))  # [n]
@@ -85,12 +85,10 @@ def score(
   }
 
 
-def _encode(
-  x: Experiment, model: models.Model, captions: Sequence[str], cache: str
-) -> Array:  # [m, E] float32
+def _encode(model: models.Model, captions: Sequence[str], cache: str) -> Array:  # [m, E] float32
   """Returns the vectors of captions, zeros for an empty one; each text is encoded once."""
   number = {text: i for i, text in enumerate(dict.fromkeys(filter(None, captions)))}
-  vectors = classifiers.class_vectors(x, model, list(number), ('{}',), cache)
+  vectors = classifiers.text_vectors(model, list(number), ('{}',), cache)
   padded = np.concatenate([vectors, np.zeros_like(vectors[:1])])
   return padded[[number.get(text, len(vectors)) for text in captions]]
 
