@@ -46,8 +46,9 @@ def resolve(config: Config) -> Config:
         del resolved[group][name]
   if absent and config.benchmarks and not resolved.benchmarks:
     first = next(iter(absent))
+    count = len(config.benchmarks)
     raise ConfigError(
-      f'None of the {len(absent)} benchmarks exists below {root or os.getcwd()}; for example '
+      f'None of the {count} benchmarks exists below {root or os.getcwd()}; for example '
       f'{first} would be {places(absent[first], root)}. Give the folder of the benchmarks, '
       f'--config.root=DIR, or the path of one, --config.benchmarks.{first}.path=DIR.'
     )
