@@ -630,6 +630,8 @@ MEANINGS = {
     'measure': 'direction and k of the recall',
     'value': 'recall, mean over seeds',
     **_ESTIMATE,
+    'images': 'images, for text-to-image captions, behind the interval',
+    'groups': 'independent units among them: images, or groups of images',
   },
   'report/tables/accuracy.tex': {
     '': 'the same in percent with intervals, a LaTeX table with booktabs; notes in comments'

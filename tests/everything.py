@@ -21,6 +21,7 @@ SIZES = {
   'dedup.audit_rows': 100,
   'dedup.clusters': 3,
   'dedup.survivor': 'largest',
+  'search.top_k': 6,
   'search.paper_top_k': 1,  # so low that it misses rows
   'train.samples': 64,
   'report.gallery_queries': 1,
