@@ -49,6 +49,8 @@ def test_karpathy_needs_a_split(tmp_path):
   assert found == {f'{n}.jpg': [f'{n} {i}' for i in range(5)] for n in 'ab'} and not missing
   assert read(tmp_path, text, splits=('train',)) == ({}, ['val2014/c.jpg'])
   assert len(read(tmp_path, karpathy(test='ab'))[0]) == 2  # one split needs no choice
+  with pytest.raises(InputError, match='no captions of the split test; it has: no splits'):
+    read(tmp_path, 'a.jpg,x', splits=('test',))
 
 
 def test_names_match_by_their_folder_if_two_images_share_one(tmp_path):

@@ -147,8 +147,16 @@ def test_wrong_training_sets(tmp_path, monkeypatch):
 def test_in_an_experiment(tmp_path, capsys):
   squares.make(tmp_path / 'data')
   c = squares.config(tmp_path / 'data')
-  c.benchmarks.squares.few_shot = 'anchor'
   del c.splits.pruned
+  assert squares.run(c, tmp_path / 'run', capsys, ['ingest'])[0] == 0
+  c.references.shots = defaults.reference(  # added later, without captions
+    format='webdataset',
+    path=f'{tmp_path}/data/anchor/*.tar',
+    label_key='label',
+    classes=squares.CLASSES,
+    caption_key='none',
+  )
+  c.benchmarks.squares.few_shot = 'shots'
   status, said = squares.run(c, tmp_path / 'run', capsys)
   assert status == 0, said
   result = json.loads((tmp_path / 'run/evaluate/base/seed0/squares.json').read_text())

@@ -258,7 +258,7 @@ def test_few_images_have_no_recall_at_10(tmp_path, monkeypatch):
     (dict(task='retrievel'), 'retrieval'),
     (dict(format='webdataset'), 'only the format folder reads this key'),
     (dict(format='glyphs', path='val', captions=''), 'one caption an image'),
-    (dict(where=dict(split='val')), 'mine is empty'),
+    (dict(where=dict(split='val')), 'no captions of the split val; it has: test, train'),
   ],
 )
 def test_wrong_configs(tmp_path, monkeypatch, keys, message):

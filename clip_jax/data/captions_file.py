@@ -46,7 +46,8 @@ def read(path: str, root: str, splits: Sequence[str] = ()) -> Captions:
 
   splits: those that count, of Karpathy's file, which has several. A name matches the image whose
   path ends with it. Raises InputError for a file of another form, for one that is not UTF-8, for a
-  file of several splits if none is chosen, and for a name that matches several images.
+  file of several splits if none is chosen, for a split that it lacks, and for a name that matches
+  several images.
   """
   entries = list(_entries(path))
   present = sorted({entry.split for entry in entries})
@@ -54,6 +55,11 @@ def read(path: str, root: str, splits: Sequence[str] = ()) -> Captions:
     raise InputError(
       f'{path} has captions of the splits {", ".join(present)}. Choose from them, for example '
       f'where=dict(split={"test" if "test" in present else present[0]!r}).'
+    )
+  if splits and not set(splits) & set(present):
+    raise InputError(
+      f'{path} has no captions of the split {" or ".join(splits)}; it has: '
+      f'{", ".join(filter(None, present)) or "no splits"}. Correct where.split, or remove it.'
     )
   by_name: dict[str, list[str]] = {}
   for image in filter(folder.is_text, folder.paths(root)):

@@ -269,7 +269,7 @@ def check_benchmarks(x: Experiment) -> None:
       retrieval.check_captions(name, source)
     else:
       check_labels(name, np.asarray(source.labels), workdir.class_names(x, name), block)
-    if block.few_shot:
+    if block.few_shot and workdir.is_ingested(x, block.few_shot):
       few_shot.check_classes(x, name)
 
 
