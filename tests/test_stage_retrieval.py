@@ -230,6 +230,19 @@ def test_what_cannot_be_found_is_wrong_counted_and_listed(tmp_path, monkeypatch)
   assert count == f'{N} rows, but the published dataset has {N + 1}'
 
 
+def test_the_same_image_twice_is_wrong_and_said(tmp_path, monkeypatch):
+  folder = write_images(tmp_path / 'images')
+  (folder / '01.jpg').write_bytes(family.jpeg(0))
+  (tmp_path / 'c.csv').write_text('\n'.join(f'{i:02d}.jpg,image {i}' for i in range(N)))
+  evaluate(
+    config(format='folder', path=str(folder), captions='c.csv'), monkeypatch, tmp_path / 'out'
+  )
+  result, arrays = read(tmp_path / 'out')
+  assert not arrays['text_to_image'][:2, 0].any()
+  (warning,) = result['warnings']
+  assert warning.startswith('1 image with the vector of another image')
+
+
 def test_few_images_have_no_recall_at_10(tmp_path, monkeypatch):
   folder = write_images(tmp_path / 'images')
   for i in range(8, N):

@@ -67,7 +67,7 @@ def score(
     'recalls': recalls,
     'unreadable': int((~readable).sum()),
     'empty_captions': int((~has_text).sum()),
-    'warnings': _warnings(x, benchmark, texts, candidates),
+    'warnings': _warnings(x, benchmark, texts, vectors[readable]),
     'scorings': {},
   }
   for warning in result['warnings']:
@@ -137,7 +137,10 @@ def _captions(source: Source, row: int) -> list[str]:
 
 
 def _warnings(
-  x: Experiment, benchmark: str, texts: Sequence[Sequence[str]], candidates: int
+  x: Experiment,
+  benchmark: str,
+  texts: Sequence[Sequence[str]],  # n lists of captions
+  vectors: Array,  # [candidates, E], of the readable images
 ) -> list[str]:
   """Returns what was counted as wrong, skipped or left out, in sentences."""
   key = lambda row: workdir.source(x, benchmark).key(row)
@@ -155,10 +158,16 @@ def _warnings(
     for names, count, noun, what in counted
     if count
   ]
-  large = [k for k in retrieval.KS if k >= candidates]
+  copies = len(vectors) - len({vector.tobytes() for vector in vectors})
+  if copies:
+    warnings.append(
+      f'{progress.count_with_noun(copies, "image")} with the vector of another image, so that '
+      'their captions tie: wrong at k = 1 (does the dataset have one row a caption?)'
+    )
+  large = [k for k in retrieval.KS if k >= len(vectors)]
   if large:
     warnings.append(
-      f'no recall@{" and @".join(map(str, large))}: with {candidates} readable images nearly every '
-      'item would be a hit'
+      f'no recall@{" and @".join(map(str, large))}: with {len(vectors)} readable images nearly '
+      'every item would be a hit'
     )
   return warnings
