@@ -21,8 +21,8 @@ A benchmark of your own is five lines: copy this file, or write them at the end 
 Tars (format='webdataset') have a .txt of several lines beside each image, as those of
 CLIP_benchmark; tables (format='parquet') a column of lists, as those of DataComp: name it by
 caption_key. A table with one row a caption is not read as such: each row would count as an image.
-The same blocks are benchmarks of an experiment, whose images are queries of the
-search; their accuracy is image-to-text recall@1.
+The same blocks are benchmarks of an experiment: their images are queries of the search, and their
+accuracy is image-to-text recall@1.
 
 A tie counts as wrong, and so do an unreadable image, an image without a caption and an empty
 caption. CLIP_benchmark leaves the order of ties to torch.topk.
