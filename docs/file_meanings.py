@@ -20,7 +20,7 @@ _ESTIMATE = {
 _ACCURACY = {
   'rule': 'rule of the split',
   'without_leaked': 'True: without queries that have a near-duplicate in the anchor',
-  'accuracy': 'zero-shot accuracy, mean over seeds',
+  'accuracy': 'zero-shot accuracy, mean over seeds; of retrieval: image-to-text recall@1',
   'seeds': 'number of seeds',
   'images': 'number of images',
   'pool_rows': 'pool rows of the split',
@@ -531,7 +531,7 @@ MEANINGS = {
   'evaluate/<split>/seed<k>/<benchmark>.json': {
     'n': 'number of images',
     'classes': 'number of classes that may be predicted',
-    'scoring': 'the classes that compete, in words',
+    'scoring': 'the classes that compete, or the measure, in words',
     'top1': 'zero-shot accuracy',
     'top1_low': 'lower end of its 95 % interval over images',
     'top1_high': 'upper end of its 95 % interval over images',
@@ -550,14 +550,57 @@ MEANINGS = {
       'name of a further scoring (`scorings` of the benchmark) -> its numbers, as above; in the '
       '.npz it has `<name>_counts` (whether an image counts), `<name>_prediction`, `<name>_correct`'
     ),
+    **_under(
+      'few_shot.<shots>.',
+      {
+        'n': (
+          'few-shot ridge probe with so many training images a class: number of test images; no '
+          'entry if a class has fewer'
+        ),
+        'groups': 'independent units among them',
+        'seeds': 'draws of the training images',
+        'top1': 'accuracy',
+        'top1_low': 'lower end of its 95 % interval over draws and images',
+        'top1_high': 'upper end of its 95 % interval over draws and images',
+        'mean_per_class': 'balanced accuracy',
+        'mean_per_class_low': 'lower end of its 95 % interval',
+        'mean_per_class_high': 'upper end of its 95 % interval',
+        'df': 'degrees of freedom of the interval of `top1`',
+        'interval': 'its method',
+        'training_set': 'dataset of the training images',
+        'training_images': 'training images of a draw',
+      },
+    ),
+    'captions': 'retrieval: number of captions; `top1` is image-to-text recall@1',
+    'empty_captions': 'retrieval: captions without a character, which count as wrong',
+    **_under(
+      'recalls.<recall>.',
+      {
+        'value': (
+          'retrieval: image-to-text or text-to-image recall@1, 5 or 10: share of images with a '
+          'caption of their own among the k nearest, or of captions whose image is among the k '
+          'nearest; a tie counts as wrong'
+        ),
+        'low': 'lower end of its 95 % interval; captions of one image are one unit',
+        'high': 'upper end of its 95 % interval',
+        'df': "degrees of freedom of the interval, null for Wilson's",
+        'interval': 'method of the interval',
+      },
+    ),
     'checkpoint': 'checkpoint that was evaluated',
   },
   'evaluate/<split>/seed<k>/<benchmark>.npz': {
     'key': 'key of each image',
-    'label': 'class of each image',
+    'label': 'class of each image; 0 in retrieval, which has no classes',
     'prediction': 'predicted class, -1 for an unreadable image',
     'top5': 'first five predictions',
-    'correct': 'whether the prediction is right',
+    'correct': 'whether the prediction is right; retrieval: the hit of image-to-text recall@1',
+    'few_shot_shots': 'few-shot probe: training images a class',
+    'few_shot_correct': 'whether its prediction is right: by shots, draw and image',
+    'captions': 'retrieval: captions of each image',
+    'k': 'retrieval: the k of the columns below',
+    'image_to_text': 'whether a caption of the image is among the k nearest',
+    'text_to_image': 'share of its captions for which the image is among the k nearest',
   },
   # ----------------------------------------------------------------------------------------------
   # report
@@ -595,6 +638,16 @@ MEANINGS = {
   'report/figures/size_<benchmark>.svg': {'': 'accuracy of near- and far-pruned splits by size'},
   'report/tables/accuracy.csv': _ACCURACY,
   'report/tables/accuracy_seeds_<n>.csv': _ACCURACY,
+  'report/tables/retrieval.csv': {
+    'split': 'split',
+    'rule': 'its rule',
+    'benchmark': 'retrieval benchmark',
+    'measure': 'direction and k of the recall',
+    'value': 'recall, mean over seeds',
+    **_ESTIMATE,
+    'images': 'images, for text-to-image captions, behind the interval',
+    'groups': 'independent units among them: images, or groups of images',
+  },
   'report/tables/accuracy.tex': {
     '': 'the same in percent with intervals, a LaTeX table with booktabs; notes in comments'
   },

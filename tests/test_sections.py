@@ -62,7 +62,7 @@ def split(name, seeds=(0, 1, 2), mark=''):
 
 
 def accuracy(splits, leaked=None, unleaked=None, **values):
-  benchmarks = [{'name': 'val', 'queries': 100, 'leaked': leaked}]
+  benchmarks = [{'name': 'val', 'queries': 100, 'leaked': leaked, 'measure': ''}]
   found = {(name, 'val'): value for name, value in values.items()}
   return sections.accuracy_blocks(splits, benchmarks, found, unleaked or {})
 

@@ -10,6 +10,7 @@ both random.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+import math
 
 import numpy as np
 from scipy import special
@@ -325,6 +326,15 @@ def holm(p_values: Array | Sequence[float]) -> np.ndarray:  # [m] -> [m]
   scaled = p_values[order] * np.arange(len(order), 0, -1)
   adjusted[order] = np.minimum(np.maximum.accumulate(scaled), 1)
   return adjusted
+
+
+def number(value: float) -> float | None:
+  """Returns a number for JSON, None for NaN or infinity.
+
+  A class without images has no accuracy, a single group no interval, and Wilson's interval has no
+  degrees of freedom.
+  """
+  return float(value) if math.isfinite(value) else None
 
 
 def two_way(

@@ -33,7 +33,8 @@ from clip_jax.models import fitted_embedders, weights
 from clip_jax.pruning import key_lists
 
 # Keys of a dataset block that do not change its index: where files are (labels_file counts by its
-# content), and what later stages do. All other keys are in the index's fingerprint.
+# content, captions by the stamp of its file), and what later stages do. All other keys are in the
+# index's fingerprint.
 _NOT_IN_INDEX = (
   'path',
   'sources',
@@ -49,10 +50,12 @@ _NOT_IN_INDEX = (
   'scorings',
   'average',
   'published_name',
+  'captions',
+  'few_shot',
 )
 # Keys that later versions added: with their defaults they are in no fingerprint, so that products
 # of older versions stay valid.
-_ADDED = {'class_set': '', 'scorings': ()}
+_ADDED = {'class_set': '', 'scorings': (), 'task': 'classification', 'few_shot': ''}
 # In a run's folder: the accuracies of its checkpoints. No product: a follower appends to it.
 STEP_ACCURACIES = 'accuracy.jsonl'
 # Keys of config.dedup that are not in the marks' fingerprint: the embedder counts through the
@@ -717,13 +720,14 @@ class Graph:
     return [self.run(split, seed) for split, seed in blocks.runs_to_train(self.config)]
 
   def result(self, split: str, seed: int, benchmark: str) -> Product:
-    """Returns the zero-shot scores of a run on a benchmark."""
+    """Returns the scores of a run on a benchmark: zero-shot, few-shot if asked, or retrieval."""
+    few_shot = self.config.benchmarks[benchmark].few_shot
     return Product(
       f'evaluate/{split}/seed{seed}/{benchmark}',
       'result',
       (split, seed, benchmark),
       result_keys(self.config, benchmark),
-      (self.run(split, seed), self.index(benchmark)),
+      (self.run(split, seed), *map(self.index, filter(None, (benchmark, few_shot)))),
       batch=f'evaluate/{split}/seed{seed}/results',
       version=2,
       is_cheap=True,

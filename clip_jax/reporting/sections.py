@@ -56,7 +56,8 @@ def answer_blocks(
 def accuracy_blocks(
   # name, rule, words, pool_rows, anchor_rows, anchor_share, samples, passes, seeds, mark
   splits: Rows,
-  benchmarks: Rows,  # name, queries, leaked (a count; None if unknown)
+  # name, queries, leaked (a count; None if unknown), measure ('' for zero-shot accuracy)
+  benchmarks: Rows,
   accuracy: Mapping[tuple[str, str], Any],  # (split, benchmark) -> estimate
   unleaked: Mapping[tuple[str, str], Any],  # the same without leaked queries
 ) -> list:
@@ -97,7 +98,10 @@ def _accuracy_table(
         f'{b["name"]}, not leaked', f'without {tables.number(b["leaked"])} queries'
       )
       if without
-      else tables.number_cell(b['name'], f'{tables.number(b["queries"])} queries\n{how}')
+      else tables.number_cell(
+        b['name'],
+        '\n'.join(filter(None, [b['measure'], f'{tables.number(b["queries"])} queries', how])),
+      )
       for b, without in kinds
     ),
     tables.number_cell('pool rows', '+ anchor rows'),
@@ -130,7 +134,7 @@ def _accuracy_table(
     for without in (False, True)
     if (split['name'], b['name']) in estimates[without]
   )
-  notes = _accuracy_notes(count, records)
+  notes = (*_accuracy_notes(count, records), *_retrieval_note(benchmarks))
   return Table(name, '', columns, rows, notes, records, latex=latex.accuracy_table(records, notes))
 
 
@@ -183,6 +187,54 @@ def _accuracy_notes(count: int, records: Sequence[Mapping[str, Any]]) -> tuple[s
       'accuracy reflects the number of steps more than the data.'
     )
   return tuple(notes)
+
+
+def recall_blocks(
+  results: Rows,  # split, rule, benchmark, recalls (name -> estimate)
+) -> list:
+  """Returns the table of all recalls; [] without a retrieval benchmark."""
+  if not results:
+    return []
+  names = list(dict.fromkeys(name for result in results for name in result['recalls']))
+  rows = tuple(
+    (
+      Cell(result['split'], result['benchmark']),
+      *(tables.accuracy_cell(result['recalls'].get(name), False) for name in names),
+    )
+    for result in results
+  )
+  records = tuple(
+    {
+      **{key: result[key] for key in ('split', 'rule', 'benchmark')},
+      'measure': name,
+      **tables.estimate_record(estimate),
+    }
+    for result in results
+    for name, estimate in result['recalls'].items()
+  )
+  heads = (Cell('split', 'benchmark'), *(tables.number_cell(*name.split()) for name in names))
+  notes = (
+    'Recall in percent. Image to text: the share of images with a caption of their own among the k '
+    'nearest captions. Text to image: the share of captions whose image is among the k nearest '
+    'images; for the interval, the captions of one image are one unit. Ties count as wrong.',
+  )
+  return [
+    Heading('Image-text retrieval', 'recall of both directions'),
+    Table('retrieval', '', heads, rows, notes, records),
+  ]
+
+
+def _retrieval_note(benchmarks: Rows) -> tuple[str, ...]:
+  """Returns a note on the benchmarks whose accuracy is a recall, or ()."""
+  measures = {b['name']: b['measure'] for b in benchmarks if b['measure']}
+  if not measures:
+    return ()
+  return (
+    f'{progress.join_names(list(measures))}: {next(iter(measures.values()))}, the share of images '
+    'whose nearest caption is one of their own; a tie with another caption counts as wrong. '
+    'Retrieval has no classes: analyses within classes take all of its images as one class, and '
+    'the ridge preview and accuracy without class effects leave it out.',
+  )
 
 
 def _record(split: Mapping, benchmark: str, estimate: Any, without_leaked: bool) -> dict:

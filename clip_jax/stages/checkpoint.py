@@ -83,7 +83,8 @@ def evaluate_checkpoint(
   loaded = None if follow else models.load(path, model)
   with tempfile.TemporaryDirectory() as scratch:  # holds the benchmarks' index
     x = Experiment(config, scratch)
-    for name in names:
+    training_sets = [config.benchmarks[name].few_shot for name in names]
+    for name in dict.fromkeys([*names, *filter(None, training_sets)]):
       _ingest(x, name)
     if loaded is None:
       follow_lib.follow(x, runs, names, functools.partial(_evaluate, x))
@@ -114,9 +115,8 @@ def _evaluate(
   for name in names:
     result, arrays = evaluate.score(x, name, model, evaluate.cache_folder(x, output))
     result['checkpoint'] = checkpoint
-    _log_line(name, result)
-    for scoring, numbers in result['scorings'].items():
-      _log_line(f'- {scoring}', numbers)
+    for row, numbers in _rows(name, result).items():
+      _log_line(row, numbers)
     if output:
       files.write_npz(os.path.join(output, f'{name}.npz'), **arrays)
       files.write_json(os.path.join(output, f'{name}.json'), result)
@@ -153,17 +153,41 @@ def _evaluate(
   return results
 
 
-_LINE = '  %-24s %7s %7s %8s  %-14s %9s  %s'
+_LINE = '  %-30s %7s %7s %8s  %-14s %9s  %s'
+
+
+def _rows(name: str, result: dict) -> dict[str, dict]:
+  """Returns name -> numbers of a benchmark's lines in the table; a retrieval's name its recall."""
+  if 'recalls' not in result:
+    return {
+      name: result,
+      **{f'- {key}': part for key, part in result['scorings'].items()},
+      **{f'- {shots}-shot ridge probe': part for shots, part in result.get('few_shot', {}).items()},
+    }
+  return {
+    f'{"-" if i else name} {key}': {
+      'n': result['n'],
+      'groups': result['groups'],
+      'top1': recall['value'],
+      'top1_low': recall['low'],
+      'top1_high': recall['high'],
+    }
+    for i, (key, recall) in enumerate(result['recalls'].items())
+  }
 
 
 def _log_line(name: str, result: dict) -> None:
-  """Logs a line of the table of accuracies."""
+  """Logs a line of the table of accuracies; recalls have no balanced accuracy."""
   cells = []
   for key in ('top1', 'mean_per_class'):
+    if key not in result:
+      cells += ['', '']
+      continue
     low, high = result[f'{key}_low'], result[f'{key}_high']
     interval = 'one group' if low is None else f'{100 * low:.1f} to {100 * high:.1f}'
     cells += [f'{100 * result[key]:.1f}%', interval]
-  logging.info(_LINE, name, f'{result["n"]:,}', f'{result["groups"]:,}', *cells)
+  line = _LINE % (name, f'{result["n"]:,}', f'{result["groups"]:,}', *cells)
+  logging.info('%s', line.rstrip())
 
 
 class _Average:
@@ -194,11 +218,11 @@ class _Average:
       'benchmarks': self._names,
       'groups': top1.groups,
       'top1': top1.value,
-      'top1_low': evaluate.number(top1.low),
-      'top1_high': evaluate.number(top1.high),
+      'top1_low': statistics.number(top1.low),
+      'top1_high': statistics.number(top1.high),
       'mean_per_class': balanced.value,
-      'mean_per_class_low': evaluate.number(balanced.low),
-      'mean_per_class_high': evaluate.number(balanced.high),
+      'mean_per_class_low': statistics.number(balanced.low),
+      'mean_per_class_high': statistics.number(balanced.high),
     }
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from clip_jax.core import files, progress
 from clip_jax.core.products import Made, Product
 from clip_jax.core.types import Config
-from clip_jax.evaluation import answer
+from clip_jax.evaluation import answer, retrieval
 from clip_jax.evaluation.statistics import Estimate
 from clip_jax.experiment import blocks
 from clip_jax.experiment.experiment import Experiment
@@ -303,7 +303,13 @@ def _accuracy_lines(facts: Facts, accuracies: Accuracies) -> list[str]:
   names = [name for name in config.splits if any(name == key[0] for key in accuracies)]
   return _columns(
     [
-      ['Accuracy, %', *benchmarks],
+      [
+        'Accuracy, %',
+        *(
+          f'{b} ({retrieval.HEADLINE})' if blocks.is_retrieval(config.benchmarks[b]) else b
+          for b in benchmarks
+        ),
+      ],
       *(
         [contrasts.shown_name(facts, name), *(_cell(accuracies.get((name, b))) for b in benchmarks)]
         for name in names

@@ -11,6 +11,7 @@ import numpy as np
 
 from clip_jax.core import progress
 from clip_jax.core.products import STAGES
+from clip_jax.evaluation import retrieval
 from clip_jax.experiment import blocks, workdir
 from clip_jax.pruning import splits as splits_lib
 from clip_jax.reporting import comparisons as comparisons_lib
@@ -48,12 +49,18 @@ def accuracy(facts: Facts, accuracies: Accuracies, without_leaked: Accuracies) -
     is_late = blocks.runs_to_train(config) and not contrasts.aligned(config)
     return [facts.missing('No split is evaluated yet.', 'evaluate')] if is_late else []
   benchmarks = [
-    {'name': b, 'queries': len(label[b]), 'leaked': int(leaked[b].sum()) if b in leaked else None}
+    {
+      'name': b,
+      'queries': len(label[b]),
+      'leaked': int(leaked[b].sum()) if b in leaked else None,
+      'measure': retrieval.HEADLINE if blocks.is_retrieval(config.benchmarks[b]) else '',
+    }
     for b in config.benchmarks
     if b in label
   ]
   rows = [_split_row(facts, name) for name in config.splits]
   shown = sections.accuracy_blocks(rows, benchmarks, accuracies, without_leaked)
+  shown += sections.recall_blocks(panels.recalls(facts))
   return [*shown, *_unfinished_runs(facts), Fact(sections.PAPER_ANSWER)]
 
 
