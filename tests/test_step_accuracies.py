@@ -33,6 +33,14 @@ def test_a_cut_off_line_never_becomes_whole(tmp_path, kept):
   assert json.loads(path.read_text().splitlines()[-1])['step'] == 8
 
 
+def test_a_retrieval_benchmark_has_no_classes(tmp_path):
+  path = step_accuracies.path_in(str(tmp_path))
+  result = {key: value for key, value in RESULT.items() if key != 'mean_per_class'}
+  step_accuracies.append(path, 4, {'coco': result}, {'coco': 'x'})
+  (line,) = metrics.read(path)
+  assert line['top1'] == 0.5 and line['mean_per_class'] is None
+
+
 def test_a_folder_that_is_gone_is_not_made_again(tmp_path):
   with pytest.raises(FileNotFoundError):
     step_accuracies.append(

@@ -14,7 +14,8 @@ from clip_jax.core.types import Config
 from clip_jax.experiment import graph
 
 FILE = graph.STEP_ACCURACIES
-SCORES = ('n', 'groups', 'top1', 'top1_low', 'top1_high', 'mean_per_class')  # keys of a result
+# Keys of a result; a retrieval benchmark has no classes, so its mean_per_class is null.
+SCORES = ('n', 'groups', 'top1', 'top1_low', 'top1_high', 'mean_per_class')
 
 Lines = dict[tuple[int, str], dict]  # (step, benchmark) -> its line
 
@@ -68,7 +69,7 @@ def append(
       {
         'step': step,
         'benchmark': name,
-        **{key: result[key] for key in SCORES},
+        **{key: result.get(key) for key in SCORES},
         'fingerprint': fingerprints[name],
       }
       for name, result in results.items()
