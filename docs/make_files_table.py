@@ -46,7 +46,9 @@ for each seed has a folder `seed<k>/` for each.
 # Objects whose keys are names: the key of the object -> what stands for its keys.
 NAMES = {
   **dict.fromkeys(('checks', 'queries', 'held_back', 'benchmarks'), '<benchmark>'),
-  **dict.fromkeys(('standardised_differences', 'drawn_after_merging'), '<variable>'),
+  **dict.fromkeys(
+    ('standardised_differences', 'differences_before', 'drawn_after_merging'), '<variable>'
+  ),
   **dict.fromkeys(
     ('width', 'height', 'short_side', 'characters', 'words', 'samples'), '<quantile>'
   ),

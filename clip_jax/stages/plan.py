@@ -287,6 +287,8 @@ def _prune(x: Experiment, rows: Rows) -> StagePlan:
   n = _known_sum(rows, (POOL, ANCHOR))
   drawn = sum(len(blocks.row_file_seeds(x.config, split)) for split in x.config.splits)
   clusters = {(split.clusters, split.seed) for split in x.config.splits.values() if split.clusters}
+  if blocks.domain_source(x.config)[0] == 'clusters':
+    clusters.add((x.config.prune.domain_clusters, blocks.POOL))
   if n is None:
     return StagePlan(None, None, None if clusters else 0.0)
   assigned = sum(
