@@ -174,6 +174,19 @@ def test_labelled_examples_name_the_styles(planted, tmp_path):
   assert set(about(tmp_path, 'some')['by_domain']) == set(styles.STYLES)
 
 
+@pytest.mark.slow
+def test_prompts_name_the_styles_of_an_embedder_with_a_text_tower(planted, tmp_path, capsys):
+  c = styles.config(planted, **{'embedder.source': 'train', 'embedder.samples': 64})
+  c.references.kinds = defaults.reference(format='prompts', classes=('red', 'blue'))
+  c.splits.aligned = defaults.split(rule='gap_aligned', benchmarks=('squares',))
+  status, said = squares.run(c, tmp_path, capsys, squares.PREPARE)
+  assert status == 0 and 'prune: domain: the class of the nearest prompt of kinds.' in said, said
+  x = Experiment(c, str(tmp_path))
+  assert set(about(tmp_path, 'some')['by_domain']) <= {'red', 'blue'}
+  codes, names = domains.levels_of(x, 'squares')
+  assert set(codes) <= {0, 1} and names == ['red', 'blue'] and len(codes) == 36
+
+
 def test_clusters_expect_what_alignment_removes(planted, tmp_path, capsys):
   c = styles.config(planted)
   c.splits.aligned = defaults.split(rule='gap_aligned', benchmarks=('squares',))
