@@ -5,6 +5,7 @@ number in a mixed radix. Cells are merged from the least significant digit on, b
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,7 +14,7 @@ from clip_jax.core.types import Array
 
 
 def levels(
-  column: Array,  # [n] strings or integers; None if unknown
+  column: Any,  # [n] strings or integers, of NumPy or pyarrow; None if unknown
 ) -> tuple[Array, list[str]]:
   """Returns each row's level, [n] int32, and the levels' names; unknown values are level ''.
 

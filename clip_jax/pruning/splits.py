@@ -18,7 +18,6 @@ from clip_jax.pruning.columns import TOLERANCE, Columns
 
 SLACKS = (-0.01, -0.005, 0.0, 0.005, 0.01)
 DOMAIN_REMOVAL = 0.9  # dropping a larger share of a domain is domain removal, not alignment
-FEWEST = 10  # rows or queries of a domain; fewer say little about it
 CHECK_ROWS = 4096  # rows widened to float64 at a time
 
 
@@ -281,8 +280,7 @@ def describe_aligned(
   share), dropped_at_slack (slack -> rows; copies of anchor images tie at t_i, so the count at 0 is
   fragile by nature), queries (benchmark -> queries; hit: queries with a removed neighbour nearer
   than t_i; leaked: queries whose t_i is at least duplicate_similarity, already leaked through the
-  anchor; and the shares of both), and warnings (sentences; of domains only for those with FEWEST
-  candidates or more).
+  anchor; and the shares of both), and warnings (sentences).
   """
   dropped = np.array(columns.candidates, bool)
   dropped[kept] = False
@@ -291,7 +289,7 @@ def describe_aligned(
   warnings = [
     f'{figures["share"]:.1%} of domain {name!r} is removed: this is domain removal, not alignment'
     for name, figures in by_domain.items()
-    if name and figures['candidates'] >= FEWEST and figures['share'] > DOMAIN_REMOVAL
+    if name and figures['share'] > DOMAIN_REMOVAL
   ]
   if count > candidates / 2:
     warnings.append(f'more than half of the candidates are dropped: {count:,} of {candidates:,}')

@@ -259,7 +259,7 @@ def _control(control: str, about: Mapping[str, Any]) -> list:
     )
   after, before = draw['standardised_differences'], draw.get('differences_before', {})
   domains = about.get('domains')
-  named = {key: VARIABLES.get(key, key) for key in after}
+  named = {key: VARIABLES.get(key, str(key)) for key in after}
   if domains and 'domain' in named:
     named['domain'] += f' ({domains})'
   rows = tuple(
@@ -299,7 +299,7 @@ def _control(control: str, about: Mapping[str, Any]) -> list:
     f'balance_{control}',
     figures.balance(
       [
-        {'name': VARIABLES.get(key, key), 'before': before.get(key), 'after': value}
+        {'name': VARIABLES.get(key, str(key)), 'before': before.get(key), 'after': value}
         for key, value in after.items()
       ],
       title=control,

@@ -14,12 +14,15 @@ import pyarrow as pa
 
 from clip_jax.core import files, products
 from clip_jax.core.types import Array
+from clip_jax.evaluation import zero_shot
 from clip_jax.experiment import blocks, workdir
 from clip_jax.experiment.blocks import ANCHOR, POOL
 from clip_jax.experiment.experiment import Experiment
 from clip_jax.pruning import cells, splits
+from clip_jax.stages import models
 
 WARNED = 0.5  # smaller expected shares are not worth a warning
+FEWEST = 10  # queries of a domain; fewer say little about it
 
 Levels = tuple[Array, list[str]]  # each row's level [n] int32, -1 for none, and the levels' names
 
@@ -86,12 +89,19 @@ def _reference_levels(
 
 def _nearest_levels(x: Experiment, dataset: str, reference: str) -> Levels:
   """Returns the class of the nearest reference of each row of the anchor or of a benchmark."""
-  from clip_jax.stages import search  # imports JAX
-
-  target = search.target_of(x, reference)
-  vectors = target.vectors[target.usable].astype(np.float32)
+  if blocks.is_prompts(x.config, reference):
+    block = x.config.references[reference]
+    vectors = zero_shot.class_matrix(
+      models.text_tower(x), tuple(block.classes), tuple(block.templates)
+    )
+    rows = np.arange(len(vectors))
+  else:
+    embeddings = workdir.embeddings(x, reference)
+    rows = np.flatnonzero(embeddings.usable)
+    vectors = embeddings.rows(rows).astype(np.float32)
+  # The nearest of unit vectors by distance is the nearest by cosine.
   nearest = _assign(x, dataset, vectors / np.linalg.norm(vectors, axis=1, keepdims=True))
-  return _reference_levels(x, reference, np.append(target.ids, -1)[nearest])
+  return _reference_levels(x, reference, np.append(rows, -1)[nearest])
 
 
 def _cluster_levels(x: Experiment, dataset: str) -> Levels | None:
@@ -143,7 +153,7 @@ def expected_removal(x: Experiment, names: Iterable[str]) -> Iterator[str]:
       for domain, queries in counts[target].items():
         in_anchor = counts[ANCHOR][domain]
         share = splits.expected_share(queries, in_anchor)
-        if domain not in counts[POOL] or queries < splits.FEWEST or share <= WARNED:
+        if domain not in counts[POOL] or queries < FEWEST or share <= WARNED:
           continue
         some = 'no anchor image is' if not in_anchor else f'{in_anchor:,} anchor images are'
         yield (
