@@ -166,12 +166,27 @@ def test_labelled_examples_name_the_styles(planted, tmp_path):
     format='webdataset', path=f'{planted}/bench/*.tar', label_key='style', classes=styles.STYLES
   )
   c.benchmarks.squares.columns = ('style',)
+  c.splits.half = defaults.split(rule='gap_aligned', benchmarks=('squares',), queries=(0.0, 0.5))
   x = squares.run_stages(c, tmp_path, *squares.PREPARE)
   assert about(tmp_path)['domains'] == 'the class of the nearest example of examples'
   for dataset in ('pool', 'squares'):
     codes, names = domains.levels_of(x, dataset)
     assert (np.array(names)[codes] == styles_of(tmp_path, dataset)).all()
   assert set(about(tmp_path, 'some')['by_domain']) == set(styles.STYLES)
+  # The expectation before pruning counts the queries of the split, and the anchor.
+  half, anchor = (domains._domains(x, name) for name in ('squares@0.0_0.5', 'anchor'))
+  assert 0 < sum(half.values()) < 36 and sum(anchor.values()) == 36
+  for sentence in domains.expected_removal(x, c.splits):
+    assert "aligned queries of squares are of domain '" in sentence
+
+
+def test_clusters_expect_nothing(planted, tmp_path):
+  c = styles.config(planted)
+  c.splits.aligned = defaults.split(rule='gap_aligned', benchmarks=('squares',))
+  x = squares.run_stages(c, tmp_path, *squares.PREPARE)
+  assert domains.levels_of(x, 'squares') is None and domains.levels_of(x, 'anchor') is None
+  assert not list(domains.expected_removal(x, c.splits))
+  assert len(about(tmp_path, 'aligned')['by_domain']) == 3
 
 
 @pytest.mark.slow
@@ -185,20 +200,6 @@ def test_prompts_name_the_styles_of_an_embedder_with_a_text_tower(planted, tmp_p
   assert set(about(tmp_path, 'some')['by_domain']) <= {'red', 'blue'}
   codes, names = domains.levels_of(x, 'squares')
   assert set(codes) <= {0, 1} and names == ['red', 'blue'] and len(codes) == 36
-
-
-def test_clusters_expect_what_alignment_removes(planted, tmp_path, capsys):
-  c = styles.config(planted)
-  c.splits.aligned = defaults.split(rule='gap_aligned', benchmarks=('squares',))
-  c.splits.half = defaults.split(rule='gap_aligned', benchmarks=('squares',), queries=(0.0, 0.5))
-  status, said = squares.run(c, tmp_path, capsys, squares.PREPARE)
-  assert status == 0 and 'queries of squares are of domain' in said, said
-  x = Experiment(c, str(tmp_path))
-  pool, queries, half = (
-    domains._domains(x, name) for name in ('pool', 'squares', 'squares@0.0_0.5')
-  )
-  assert set(queries.values()) == {12} and sum(pool.values()) == styles.ROWS
-  assert 0 < sum(half.values()) < 36 and sum(domains._domains(x, 'anchor').values()) == 36
 
 
 def test_anchor_classes_without_names_are_no_variable(planted, tmp_path, capsys):

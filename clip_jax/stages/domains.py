@@ -7,7 +7,6 @@ rows, and sentences.
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-import os
 
 import numpy as np
 import pyarrow as pa
@@ -41,18 +40,18 @@ def words(x: Experiment) -> str:
 
 
 def levels_of(x: Experiment, dataset: str) -> Levels | None:
-  """Returns the domain of each row of a dataset; None if it is not known, or not yet."""
+  """Returns the domain of each row of a dataset; None if it is not known.
+
+  Clusters are domains of the pool only. That anchor or queries share them says little: a cluster
+  may hold several domains.
+  """
   kind, name = blocks.domain_source(x.config)
-  if not workdir.is_ingested(x, dataset):
-    return None
-  if kind == 'column':
+  if kind == 'column' and workdir.is_ingested(x, dataset):
     is_known = dataset == POOL or _has_column(x, dataset, name)
     return _column_levels(x, dataset, name) if is_known else None
-  if not kind or not workdir.is_embedded(x, dataset):
-    return None
-  if kind == 'reference':
+  if kind == 'reference' and workdir.is_embedded(x, dataset):
     return pool_levels(x, '', name) if dataset == POOL else _nearest_levels(x, dataset, name)
-  return _cluster_levels(x, dataset)
+  return _cluster_levels(x) if kind == 'clusters' and dataset == POOL else None
 
 
 def pool_levels(x: Experiment, column: str, reference: str) -> Levels:
@@ -89,6 +88,8 @@ def _reference_levels(
 
 def _nearest_levels(x: Experiment, dataset: str, reference: str) -> Levels:
   """Returns the class of the nearest reference of each row of the anchor or of a benchmark."""
+  from clip_jax.similarity import kmeans  # imports JAX
+
   if blocks.is_prompts(x.config, reference):
     block = x.config.references[reference]
     vectors = zero_shot.class_matrix(
@@ -100,19 +101,18 @@ def _nearest_levels(x: Experiment, dataset: str, reference: str) -> Levels:
     rows = np.flatnonzero(embeddings.usable)
     vectors = embeddings.rows(rows).astype(np.float32)
   # The nearest of unit vectors by distance is the nearest by cosine.
-  nearest = _assign(x, dataset, vectors / np.linalg.norm(vectors, axis=1, keepdims=True))
+  vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+  searched = workdir.embeddings(x, dataset)
+  nearest = kmeans.assign(searched, searched.usable, vectors, name=dataset)
   return _reference_levels(x, reference, np.append(rows, -1)[nearest])
 
 
-def _cluster_levels(x: Experiment, dataset: str) -> Levels | None:
-  path = x.path(f'{x.graph.domain_clusters().name}.npz')
-  if not os.path.exists(path):
-    return None
-  stored = files.read_npz(path)
-  count = len(stored['centers'])
+def _cluster_levels(x: Experiment) -> Levels | None:
+  """Returns the cluster of each pool row; None for a pool that is too small for two."""
+  count = _cluster_count(x)
   if count < 2:
     return None
-  codes = stored['cluster'] if dataset == POOL else _assign(x, dataset, stored['centers'])
+  codes = files.read_npz(x.path(f'{x.graph.domain_clusters().name}.npz'))['cluster']
   return codes, [f'cluster {i}' for i in range(count)]
 
 
@@ -120,27 +120,16 @@ def _cluster_count(x: Experiment) -> int:
   return products.counts(x.workdir, x.graph.domain_clusters().name).get('clusters', 0)
 
 
-def _assign(
-  x: Experiment,
-  dataset: str,
-  centers: Array,  # [K, E] float32
-) -> Array:
-  """Returns the nearest centre of each row of a dataset, [n] int32, -1 for unusable rows."""
-  from clip_jax.similarity import kmeans  # imports JAX
-
-  vectors = workdir.embeddings(x, dataset)
-  return kmeans.assign(vectors, vectors.usable, centers, name=dataset)
-
-
 def expected_removal(x: Experiment, names: Iterable[str]) -> Iterator[str]:
   """Yields a sentence for each of the named aligned splits, benchmark and domain.
 
-  Only for domains of the pool of which splits.expected_share is more than WARNED.
+  Only for domains of the pool of which splits.expected_share is more than WARNED. Not for clusters:
+  the law holds for a domain whose images are exchangeable (see LOG.md, 2026-11-29).
   """
   config = x.config
   kind, column = blocks.domain_source(config)
   aligned = [name for name in names if blocks.rule_of(config, name).is_aligned]
-  if not kind or not aligned or not blocks.has_anchor(config):
+  if kind not in ('column', 'reference') or not aligned or not blocks.has_anchor(config):
     return
   counts = {name: _domains(x, name) for name in (POOL, ANCHOR)}
   noun = column if kind == 'column' else 'domain'
