@@ -568,6 +568,9 @@ MEANINGS = {
   'report/figures/answer_<split>_<benchmark>.svg': {
     '': 'accuracies of the anchor alone, the aligned split, its control and base'
   },
+  'report/figures/balance_<split>.svg': {
+    '': 'differences of the removed rows from all candidates, and from those of the matched control'
+  },
   'report/figures/comparisons.svg': {'': 'each aligned split minus its control'},
   'report/figures/dedup_recall.svg': {'': 'share of duplicate pairs found by number of clusters'},
   'report/figures/dose_<benchmark>.svg': {

@@ -18,7 +18,7 @@ BALANCED = 0.1  # a control is balanced if every standardised difference is smal
 VARIABLES = {
   'anchor_class': 'nearest anchor class',
   'anchor_class_similarity': 'closeness to the nearest anchor class',
-  'caption_names_class': 'whether the caption names that class',
+  'caption_names_class': 'whether the caption names the class',
   'caption_length': 'caption length',
   'image_pixels': 'image size',
   'domain': 'domain',
@@ -257,7 +257,8 @@ def _control(control: str, about: Mapping[str, Any]) -> list:
       f'that is alike in every variable (of as many random rows: {by_chance}); '
       f'{tables.number(draw["shortfall"])} have none even if some variables may differ.'
     )
-  after, before = draw['standardised_differences'], draw.get('differences_before', {})
+  differences, before = draw['standardised_differences'], draw.get('differences_before', {})
+  after = {key: differences[key] for key in (*VARIABLES, *differences) if key in differences}
   domains = about.get('domains')
   named = {key: VARIABLES.get(key, str(key)) for key in after}
   if domains and 'domain' in named:
