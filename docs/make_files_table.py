@@ -102,6 +102,7 @@ PATTERNS = (
   (r'/export/seed<k>/', '/export/'),
   (r'^(evaluate/.*)/(?!manifest)[^/.]+\.', r'\1/<benchmark>.'),
   (r'(figures/answer)_\w+_(?:val|handwriting)\.', r'\1_<split>_<benchmark>.'),
+  (r'(figures/balance)_\w+\.', r'\1_<split>.'),
   (r'(figures/\w+?)_(?:val|handwriting)\.', r'\1_<benchmark>.'),
   (r'tables/duplicates-[^/]+\.', 'tables/duplicates-<benchmark>.'),
   (r'(tables/(?:comparison|mcnemar))_\w+_(?:val|handwriting)\.', r'\1_<split>_<benchmark>.'),
