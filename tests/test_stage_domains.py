@@ -211,6 +211,15 @@ def test_anchor_classes_without_names_are_no_variable(planted, tmp_path, capsys)
   assert 'caption_names_class' not in first_draw(tmp_path)['standardised_differences']
 
 
+def test_too_many_clusters_for_a_pool_are_advised_against(planted, tmp_path, capsys):
+  c = styles.config(planted, **{'prune.domain_clusters': 6})
+  c.splits.some = defaults.split(rule='near', size=0.2, benchmarks=('squares',))
+  status, said = squares.run(c, tmp_path, capsys, squares.PREPARE)
+  assert status == 0 and first_draw(tmp_path)['no_matched_control'], said
+  assert 'like: no matched control can be made' in said
+  assert 'none either' in said and 'lower config.prune.domain_clusters.' in said
+
+
 def test_a_pool_too_small_for_clusters_has_no_domain(prepared_squares):
   run = prepared_squares / 'run'
   assert np.load(run / 'splits/domains.npz')['centers'].shape[0] == 1

@@ -21,7 +21,7 @@ from clip_jax.core.products import Made, Product
 from clip_jax.core.types import Array
 from clip_jax.experiment import blocks, workdir
 from clip_jax.experiment.experiment import Experiment
-from clip_jax.pruning import rules, splits
+from clip_jax.pruning import controls, rules, splits
 from clip_jax.similarity import decide
 from clip_jax.stages import domains, export, prune_clusters, prune_held_back
 from clip_jax.stages.prune_columns import ROWS_AT_ONCE, PoolColumns
@@ -389,14 +389,7 @@ def summarize(x: Experiment, new_products: list[Product]) -> None:
     share = about['dropped'] / max(about['candidates'], 1)
     checks = sum(check.get('checked', 0) for check in about['checks'].values())
     if any(draw.get('no_matched_control') for draw in about['draws'].values()):
-      lacking = max(draw['without_full_cell_donor'] for draw in about['draws'].values())
-      logging.warning(
-        '%s: no matched control can be made, because for %.0f %% of the rows that %s removes no '
-        'other row is alike in class, domain, caption and size. The split holds random rows.',
-        split,
-        100 * lacking,
-        x.config.splits[split].to,
-      )
+      logging.warning('%s: %s', split, _without_control(x, split, list(about['draws'].values())))
     repeats = max(draw.get('repeats', 0) for draw in about['draws'].values())
     planted = about['planted_rows']
     logging.debug(
@@ -413,6 +406,28 @@ def summarize(x: Experiment, new_products: list[Product]) -> None:
       logging.warning('split %s holds no row, so it cannot be trained on.', split)
     sizes.append(f'{split} {about["pool_rows"]:,}')
   logging.info('prune: pool rows of the splits: %s.', ', '.join(sizes))
+
+
+def _without_control(x: Experiment, split: str, draws: list[dict]) -> str:
+  """Returns why a matched split holds random rows, and whether its cells are too fine."""
+  lacking, by_chance = (
+    max(draw[key] for draw in draws)
+    for key in ('without_full_cell_donor', 'random_without_full_cell_donor')
+  )
+  why = (
+    f'no matched control can be made, because for {100 * lacking:.0f} % of the rows that '
+    f'{x.config.splits[split].to} removes no other row is alike in class, domain, caption and '
+    'size. The split holds random rows.'
+  )
+  if by_chance <= controls.MAX_UNMATCHED:
+    return why
+  why += (
+    f' Of as many random rows, {100 * by_chance:.0f} % have none either: there are too many kinds '
+    'of rows for a pool of this size.'
+  )
+  if blocks.domain_source(x.config)[0] == 'clusters':
+    why += ' Fewer domains may help: lower config.prune.domain_clusters.'
+  return why
 
 
 MAKERS = {
