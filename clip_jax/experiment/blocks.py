@@ -129,6 +129,16 @@ def class_set(block: Config) -> class_sets.ClassSet | None:
   return class_sets.by_name(block.class_set) if is_published else None
 
 
+def is_retrieval(block: Config) -> bool:
+  """Returns whether the block of a dataset is that of a retrieval benchmark, without classes."""
+  return 'task' in block and block.task == defaults.RETRIEVAL  # a key of benchmarks only
+
+
+def classified(config: Config) -> list[str]:
+  """Returns the benchmarks with classes: all but those of retrieval."""
+  return [name for name, block in config.benchmarks.items() if not is_retrieval(block)]
+
+
 def given_classes(block: Config) -> tuple[str, ...]:
   """Returns the class names that a dataset's block gives, in label order; () if it gives none."""
   found = class_set(block)
@@ -242,6 +252,11 @@ def appends_anchor(config: Config, split: str) -> bool:
 def seeds(config: Config, split: str) -> tuple[int, ...]:
   """Returns the training seeds of a split."""
   return tuple(config.splits[split].seeds) or tuple(config.train.seeds)
+
+
+def budget(config: Config, split: str) -> str:
+  """Returns the budget of a split's runs: 'samples' or 'epochs'."""
+  return config.splits[split].budget or config.train.budget
 
 
 def splits_needed_by(config: Config, split: str) -> list[str]:

@@ -33,7 +33,8 @@ from clip_jax.models import fitted_embedders, weights
 from clip_jax.pruning import key_lists
 
 # Keys of a dataset block that do not change its index: where files are (labels_file counts by its
-# content), and what later stages do. All other keys are in the index's fingerprint.
+# content, captions by the stamp of its file), and what later stages do. All other keys are in the
+# index's fingerprint.
 _NOT_IN_INDEX = (
   'path',
   'sources',
@@ -49,10 +50,14 @@ _NOT_IN_INDEX = (
   'scorings',
   'average',
   'published_name',
+  'captions',
+  'few_shot',
 )
 # Keys that later versions added: with their defaults they are in no fingerprint, so that products
 # of older versions stay valid.
-_ADDED = {'class_set': '', 'scorings': ()}
+_ADDED = {'class_set': '', 'scorings': (), 'task': 'classification', 'few_shot': ''}
+# In a run's folder: the accuracies of its checkpoints. No product: a follower appends to it.
+STEP_ACCURACIES = 'accuracy.jsonl'
 # Keys of config.dedup that are not in the marks' fingerprint: the embedder counts through the
 # embeddings, which are inputs, and the de-duplication audit is another product.
 _NOT_IN_MARKS = ('embedder', 'audit_rows')
@@ -721,13 +726,12 @@ class Graph:
     Its keys: model, budget, seed, the pixels' normalisation and crop, and blocks.RECIPE. Keys that
     change only speed, saving or logging are left out.
     """
-    config = self.config
+    config, budget = self.config, blocks.budget(self.config, split)
     keys = blocks.pick_keys(
       config,
       [
         'model',
-        'train.budget',
-        f'train.{config.train.budget}',
+        f'train.{budget}',
         'preprocess.mean',
         'preprocess.std',
         'preprocess.crop_scale',
@@ -744,7 +748,7 @@ class Graph:
       f'train/{split}/seed{seed}/run',
       'run',
       (split, seed),
-      {**keys, 'seed': seed},
+      {**keys, 'train.budget': budget, 'seed': seed},
       (self.rows(split, seed if seed in draws else draws[0]), *indexes),
       version=2,
     )
@@ -753,18 +757,14 @@ class Graph:
     return [self.run(split, seed) for split, seed in blocks.runs_to_train(self.config)]
 
   def result(self, split: str, seed: int, benchmark: str) -> Product:
-    """Returns the zero-shot scores of a run on a benchmark."""
-    block = self.config.benchmarks[benchmark]
-    added = [key for key in _ADDED if not _is_absent(key, block[key])]
-    keys = [
-      f'benchmarks.{benchmark}.{key}' for key in ('classes', 'templates', 'class_mask', *added)
-    ]
+    """Returns the scores of a run on a benchmark: zero-shot, few-shot if asked, or retrieval."""
+    few_shot = self.config.benchmarks[benchmark].few_shot
     return Product(
       f'evaluate/{split}/seed{seed}/{benchmark}',
       'result',
       (split, seed, benchmark),
-      blocks.pick_keys(self.config, ['preprocess.resize', *keys]),
-      (self.run(split, seed), self.index(benchmark)),
+      result_keys(self.config, benchmark),
+      (self.run(split, seed), *map(self.index, filter(None, (benchmark, few_shot)))),
       batch=f'evaluate/{split}/seed{seed}/results',
       version=2,
       is_cheap=True,
@@ -789,7 +789,24 @@ class Graph:
     ]
     if any(image_folders):  # shown in galleries of vector datasets; no other product reads them
       keys['images'] = image_folders
-    return [Product('report/index', 'page', keys=keys, is_cheap=True, reads_all=True)]
+    return [
+      Product(
+        'report/index',
+        'page',
+        keys=keys,
+        is_cheap=True,
+        reads_all=True,
+        reads_files=f'train/*/*/{STEP_ACCURACIES}',
+      )
+    ]
+
+
+def result_keys(config: Config, benchmark: str) -> dict:
+  """Returns the config keys that change the scores of a model on a benchmark, with their values."""
+  block = config.benchmarks[benchmark]
+  added = [key for key in _ADDED if not _is_absent(key, block[key])]
+  keys = [f'benchmarks.{benchmark}.{key}' for key in ('classes', 'templates', 'class_mask', *added)]
+  return blocks.pick_keys(config, ['preprocess.resize', *keys])
 
 
 def _is_absent(key: str, value: object) -> bool:

@@ -22,7 +22,7 @@ def check(config: Config, name: str) -> None:
   check_keys.one_of(f'{where}.rule', block.rule, rules.RULES)
   rule = rules.RULES[block.rule]
   for key in declared:
-    reads = key in (*rule.keys, 'rule', 'seeds', 'export') or (
+    reads = key in (*rule.keys, 'rule', 'seeds', 'export', 'budget') or (
       key == 'append_anchor' and rule.append_anchor is None
     )
     if not reads and block[key] != declared[key].default:
@@ -182,6 +182,12 @@ def _dependencies(config: Config, name: str) -> None:
   for key in ('size_of', 'to'):
     if block[key]:
       check_keys.one_of(f'{where}.{key}', block[key], config.splits)
+      budgets = [blocks.budget(config, split) for split in (name, block[key])]
+      if budgets[0] != budgets[1]:
+        raise ConfigError(
+          f'{where} has the budget {budgets[0]!r}, but {block[key]}, whose control it is, '
+          f'{budgets[1]!r}. Set budget={budgets[1]!r}.'
+        )
   check_keys.check_known_names(f'{where}.of', block.of, config.splits)
   if 'others' in rule.needs and len(block.of) < 2:
     raise ConfigError(
