@@ -208,6 +208,14 @@ PRUNE = {
   'duplicate_similarity': Key(0.0, within(0, 1)),
   # Names in config.embedders: every split is also made with these, and the results are compared.
   'sensitivity': Key(()),
+  # What the domain of a pool row is, for matched splits and for warnings of domain removal:
+  # 'column' (pool.domain_column) | a name in config.references (the class of the nearest labelled
+  # example or prompt) | 'clusters' (k-means clusters of the embeddings, for aligned and matched
+  # splits) | 'none' | 'auto': the first that the config has of a column, a reference of examples, a
+  # reference of prompts, and clusters.
+  'domains': Key('auto'),
+  # Domains 'clusters': k; less in a pool with fewer than 100 candidates per cluster.
+  'domain_clusters': Key(16, positive),
   # A name in config.embedders: ridge regression on its features previews each split in seconds
   # (not a CLIP training); '': no preview.
   'preview': Key(''),
@@ -408,7 +416,8 @@ DATASET = {
   'label_key': Key(''),
   'classes': Key(()),  # class names in label order; (): those of the folders or of the source
   'columns': Key(()),  # json columns stored in the index ('domain', ...), for joins and figures
-  'domain_column': Key(''),  # column of a sample's domain, for reports and matched splits
+  # Column of a sample's domain, for reports and matched splits; of several, the finest.
+  'domain_column': Key(''),
   # embeddings: parquet files of keys, captions and columns, one for each file of vectors; '': those
   # in metadata/ beside the vectors, if any.
   'metadata': Key(''),

@@ -405,6 +405,10 @@ MEANINGS = {
     '': 'rows on which the run with this seed trains (rules with random draws)'
   },
   'splits/<split>/rows.npy': {'': 'rows on which the split trains (other rules)'},
+  'splits/domains.npz': {
+    'centers': 'centres of the k-means clusters that stand in for domains',
+    'cluster': 'nearest centre of each pool row, -1 for a row that is no candidate',
+  },
   'splits/<split>/split.json': {
     'rule': 'rule of the split',
     'parameters': 'keys of the rule with their values',
@@ -451,6 +455,9 @@ MEANINGS = {
     'draws.<rows>.standardised_differences.<variable>': (
       'matched: difference of the means of removed and drawn rows in standard deviations'
     ),
+    'draws.<rows>.differences_before.<variable>': (
+      'matched: the same difference between the removed rows and all other candidates'
+    ),
     'draws.<rows>.dropped_by_value.<value>': 'domain_removal: candidates of this value',
     'draws.<rows>.without_value': 'domain_removal: candidates without a value, which are kept',
     'draws.<rows>.clusters': 'clusters: number of k-means clusters of the candidates',
@@ -464,6 +471,7 @@ MEANINGS = {
     'draws.<rows>.rows': 'listed: rows of these keys, with repeats',
     'draws.<rows>.not_candidates': 'listed: rows that are no candidates and are left out',
     'draws.<rows>.repeats': 'listed: rows that occur again',
+    'domains': 'what the domain of a row is (`prune.domains`), empty if none is known',
     'dropped_share': 'aligned: `dropped` as a share of the candidates',
     **_levels('by_class.<class>'),
     **_levels('by_domain.<domain>'),
@@ -615,6 +623,9 @@ MEANINGS = {
   'report/figures/answer_<split>_<benchmark>.svg': {
     '': 'accuracies of the anchor alone, the aligned split, its control and base'
   },
+  'report/figures/balance_<split>.svg': {
+    '': 'differences of the removed rows from all candidates, and from those of the matched control'
+  },
   'report/figures/comparisons.svg': {'': 'each aligned split minus its control'},
   'report/figures/dedup_recall.svg': {'': 'share of duplicate pairs found by number of clusters'},
   'report/figures/dose_<benchmark>.svg': {
@@ -665,6 +676,7 @@ MEANINGS = {
   'report/tables/balance_<split>.csv': {
     'variable': 'variable on which the matched control is balanced',
     'difference': 'difference of the means of removed and drawn rows in standard deviations',
+    'difference_before': 'the same between the removed rows and all other candidates',
   },
   'report/tables/collateral.csv': {
     'split': 'the split',
@@ -907,6 +919,7 @@ MEANINGS = {
   },
   'counts of search/<benchmark>/paper': {'': 'the keys of `paper.json`'},
   'counts of search/sizes': {'candidates': 'candidates'},
+  'counts of splits/domains': {'clusters': 'number of clusters'},
   'counts of splits/<split>/rows': {'': 'those of `draws.<rows>` in `split.json`'},
   'counts of splits/<split>/rows-seed<k>': {'': 'those of `draws.<rows>` in `split.json`'},
   'counts of train/<split>/seed<k>/run': {

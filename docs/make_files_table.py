@@ -46,7 +46,9 @@ for each seed has a folder `seed<k>/` for each.
 # Objects whose keys are names: the key of the object -> what stands for its keys.
 NAMES = {
   **dict.fromkeys(('checks', 'queries', 'held_back', 'benchmarks'), '<benchmark>'),
-  **dict.fromkeys(('standardised_differences', 'drawn_after_merging'), '<variable>'),
+  **dict.fromkeys(
+    ('standardised_differences', 'differences_before', 'drawn_after_merging'), '<variable>'
+  ),
   **dict.fromkeys(
     ('width', 'height', 'short_side', 'characters', 'words', 'samples'), '<quantile>'
   ),
@@ -102,6 +104,7 @@ PATTERNS = (
   (r'/export/seed<k>/', '/export/'),
   (r'^(evaluate/.*)/(?!manifest)[^/.]+\.', r'\1/<benchmark>.'),
   (r'(figures/answer)_\w+_(?:val|handwriting)\.', r'\1_<split>_<benchmark>.'),
+  (r'(figures/balance)_\w+\.', r'\1_<split>.'),
   (r'(figures/\w+?)_(?:val|handwriting|pairs)\.', r'\1_<benchmark>.'),
   (r'tables/duplicates-[^/]+\.', 'tables/duplicates-<benchmark>.'),
   (r'(tables/(?:comparison|mcnemar))_\w+_(?:val|handwriting)\.', r'\1_<split>_<benchmark>.'),

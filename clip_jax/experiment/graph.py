@@ -499,10 +499,7 @@ class Graph:
     config, reads = self.config, []
     for name in config.benchmarks:
       reads += [*self.search_shards(name), self.queries(name)]
-    if config.dedup.enabled:
-      reads.append(self.dedup_marks())
-    elif blocks.has_anchor(config):  # to find pool rows that are also anchor rows
-      reads += self.index_shards(ANCHOR)
+    reads += self._candidate_marks()
     return Product(
       f'search/{SIZES}',
       'sizes',
@@ -540,6 +537,34 @@ class Graph:
   # prune
 
   @_cached
+  def domain_clusters(self) -> Product:
+    """Returns the k-means clusters of the pool that stand in for unknown domains."""
+    inputs = [*self.embeddings(POOL), *self._candidate_marks()]
+    return Product(
+      'splits/domains',
+      'domains',
+      keys=blocks.pick_keys(self.config, ['prune.domain_clusters']),
+      inputs=tuple(inputs),
+      is_cheap=True,
+    )
+
+  def _candidate_marks(self) -> list[Product]:
+    """Returns what tells, besides the embeddings, which pool rows are candidates."""
+    if self.config.dedup.enabled:
+      return [self.dedup_marks()]
+    # To find pool rows that are also anchor rows.
+    return self.index_shards(ANCHOR) if blocks.has_anchor(self.config) else []
+
+  def _domains(self) -> tuple[dict, list[Product]]:
+    """Returns the config keys and the products that give each pool row its domain."""
+    kind, name = blocks.domain_source(self.config)
+    if kind == 'reference':
+      return {}, self.search_shards(name)
+    if kind == 'clusters':
+      return {}, [self.domain_clusters()]
+    return {'pool.domain_column': name}, []
+
+  @_cached
   def rows(self, split: str, seed: int) -> Product:
     """Returns the rows on which (split, seed) trains.
 
@@ -575,6 +600,10 @@ class Graph:
       *([block.reference] if 'levels' in rule.needs and block.reference else []),
     ):
       inputs += self.search_shards(name)
+    if 'anchor_classes' in rule.needs:
+      domain_keys, domain_products = self._domains()
+      keys |= domain_keys
+      inputs += domain_products
     if 'clusters' in rule.needs and (name := blocks.cluster_reference(config, split)) not in base:
       inputs += self.embeddings(name)
     if 'scores' in rule.needs and block.column == blocks.IMAGE_TEXT:
@@ -597,6 +626,7 @@ class Graph:
       tuple(inputs),
       thresholds,
       stamps,
+      version=2 if 'anchor_classes' in rule.needs else 1,
       batch='splits/rows',
       is_cheap=True,
     )
@@ -615,6 +645,11 @@ class Graph:
     )
     reads = [self.rows(split, seed) for seed in blocks.row_file_seeds(self.config, split)]
     reads += [self.queries(name) for name in self.config.splits[split].benchmarks]
+    rule = blocks.rule_of(self.config, split)
+    if rule.selects or 'anchor_classes' in rule.needs:
+      domain_keys, domain_products = self._domains()
+      keys |= domain_keys
+      reads += domain_products
     return Product(
       f'splits/{split}/split',
       'split',
@@ -666,7 +701,9 @@ class Graph:
 
   def _prune(self) -> list[Product]:
     config, splits = self.config, blocks.in_order(self.config)
+    has_clusters = blocks.domain_source(config)[0] == 'clusters'
     return [
+      *([self.domain_clusters()] if has_clusters else []),
       *(
         self.rows(split, seed) for split in splits for seed in blocks.row_file_seeds(config, split)
       ),

@@ -68,6 +68,7 @@ def check(config: Config, names: Sequence[str] = tuple(STAGES)) -> None:
   for name in config.splits:
     check_keys.check_folder_name('splits', name)
     check_splits.check(config, name)
+  _domains(config)
   _planted(config)
   _embedders(config)
   _dedup(config)
@@ -262,6 +263,19 @@ def _reference(config: Config, name: str) -> None:
       f'{where}: prompts need a text tower, but config.embedder.source='
       f'{config.embedder.source!r} has none. Use weights or train, or give labelled examples.'
     )
+
+
+def _domains(config: Config) -> None:
+  """Checks what gives pool rows their domain."""
+  chosen, column = config.prune.domains, config.pool.domain_column
+  check_keys.one_of('config.prune.domains', chosen, (*blocks.DOMAINS, *config.references))
+  if chosen == 'column' and not column:
+    raise ConfigError(
+      "config.prune.domains='column', but config.pool.domain_column is empty. Name a column of "
+      'config.pool.columns.'
+    )
+  if column:
+    check_splits.check_column(config, 'config.pool.domain_column', column)
 
 
 def _planted(config: Config) -> None:

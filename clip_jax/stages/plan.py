@@ -290,12 +290,16 @@ def _prune(x: Experiment, rows: Rows) -> StagePlan:
   n = _known_sum(rows, (POOL, ANCHOR))
   drawn = sum(len(blocks.row_file_seeds(x.config, split)) for split in x.config.splits)
   clusters = {(split.clusters, split.seed) for split in x.config.splits.values() if split.clusters}
+  has_domains = blocks.domain_source(x.config)[0] == 'clusters'
+  if has_domains:
+    clusters.add((x.config.prune.domain_clusters, POOL))
   if n is None:
     return StagePlan(None, None, None if clusters else 0.0)
   assigned = sum(
     k * (rules.CLUSTER_ITERATIONS * min(n, rules.CLUSTER_ROWS * k) + n) for k, _ in clusters
   )
-  return StagePlan(n, 8 * n * drawn, 2.0 * _dim(x) * assigned if clusters else 0.0)
+  written = 8 * n * drawn + 4 * n * has_domains
+  return StagePlan(n, written, 2.0 * _dim(x) * assigned if clusters else 0.0)
 
 
 def _train(x: Experiment, rows: Rows) -> StagePlan:
