@@ -48,7 +48,10 @@ def write_rows(x: Experiment, todo: list[Product]) -> Made:
   """Writes the rows of splits; `todo` lists each split after its dependencies."""
   base, names = x.cached('base', lambda: Base(x)), dict.fromkeys(p.subject[0] for p in todo)
   if any(blocks.compares_domains(x.config, split) for split in names):
-    logging.info('prune: domain: %s.', domains.words(x) or 'not known')
+    # A column was named by the user; what is inferred, or missing, is news.
+    is_named = blocks.domain_source(x.config)[0] == 'column'
+    say = logging.debug if is_named else logging.info
+    say('prune: domain: %s.', domains.words(x) or 'not known')
   for sentence in domains.expected_removal(x, names):
     logging.warning('%s', sentence)
   for product in todo:
