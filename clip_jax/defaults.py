@@ -51,6 +51,9 @@ SURVIVORS = {
 }
 
 
+RETRIEVAL = 'retrieval'  # the value of benchmarks.NAME.task for benchmarks without classes
+
+
 # ------------------------------------------------------------------------------------------------
 # checks of values
 #
@@ -205,6 +208,14 @@ PRUNE = {
   'duplicate_similarity': Key(0.0, within(0, 1)),
   # Names in config.embedders: every split is also made with these, and the results are compared.
   'sensitivity': Key(()),
+  # What the domain of a pool row is, for matched splits and for warnings of domain removal:
+  # 'column' (pool.domain_column) | a name in config.references (the class of the nearest labelled
+  # example or prompt) | 'clusters' (k-means clusters of the embeddings, for aligned and matched
+  # splits) | 'none' | 'auto': the first that the config has of a column, a reference of examples, a
+  # reference of prompts, and clusters.
+  'domains': Key('auto'),
+  # Domains 'clusters': k; less in a pool with fewer than 100 candidates per cluster.
+  'domain_clusters': Key(16, positive),
   # A name in config.embedders: ridge regression on its features previews each split in seconds
   # (not a CLIP training); '': no preview.
   'preview': Key(''),
@@ -405,7 +416,8 @@ DATASET = {
   'label_key': Key(''),
   'classes': Key(()),  # class names in label order; (): those of the folders or of the source
   'columns': Key(()),  # json columns stored in the index ('domain', ...), for joins and figures
-  'domain_column': Key(''),  # column of a sample's domain, for reports and matched splits
+  # Column of a sample's domain, for reports and matched splits; of several, the finest.
+  'domain_column': Key(''),
   # embeddings: parquet files of keys, captions and columns, one for each file of vectors; '': those
   # in metadata/ beside the vectors, if any.
   'metadata': Key(''),
@@ -422,9 +434,21 @@ DATASET = {
   'images': Key(''),
 }
 
-# A dataset, plus what zero-shot classification needs.
+# A dataset, plus what zero-shot classification, or retrieval, needs.
 BENCHMARK = {
   **DATASET,
+  # 'classification' (zero-shot) | 'retrieval' (recall@1, 5 and 10 of captions by images and of
+  # images by captions; no classes). An image's captions: the lines of its .txt, or the elements of
+  # a column, as caption_key says; for images in a folder also the file `captions`.
+  'task': Key('classification', one_of('classification', RETRIEVAL)),
+  # folder, 'retrieval': a file with the captions of each image: Karpathy's JSON (choose
+  # where=dict(split='test')), COCO's JSON, or lines such as NAME#0<tab>CAPTION (Flickr's .token). A
+  # relative path is looked up in the folder of images, in the folder above, then at config.root.
+  'captions': Key(''),
+  # The training set of the few-shot probe: 'anchor', or the name of a labelled reference or
+  # benchmark, with the labels of this benchmark. Ridge regression on the model's image features of
+  # 1, 5, 10 and 25 images a class, three draws each. '': no probe.
+  'few_shot': Key(''),
   # Prompts, '{}' takes the class name. A class vector is the mean over all prompts.
   'templates': Key(('a photo of a {}.',), _templates),
   'class_mask': Key((), _class_mask),  # class names that may be predicted; (): all
@@ -459,6 +483,9 @@ SPLIT = {
   'rule': Key('all'),
   'append_anchor': Key(True),  # add the anchor's rows
   'seeds': Key(()),  # training seeds of this split; (): train.seeds
+  # 'samples' | 'epochs', as train.budget, for this split; '': train.budget. The same split under a
+  # second name and budget compares equal samples with equal passes.
+  'budget': Key('', one_of('', 'samples', 'epochs')),
   # Exports for other programs: 'datacomp' | 'clip_ood' | 'webdataset' (byte-exact tars) |
   # 'array_record' | 'keys' (the split's rows, as parquet) | 'removed_keys' (the pool rows that are
   # not in the split, with the reason, as parquet); both also with '.csv', '.txt' or '.npy' at the
@@ -525,7 +552,7 @@ def dataset(**given) -> Config:
 
 
 def benchmark(**given) -> Config:
-  """Returns a benchmark block: a dataset, plus what zero-shot classification needs."""
+  """Returns a benchmark block: a dataset, plus what zero-shot or retrieval needs."""
   return _block(BENCHMARK, 'benchmark', **given)
 
 

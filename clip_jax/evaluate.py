@@ -3,6 +3,7 @@
   python -m clip_jax.evaluate --config=configs/demo.py --checkpoint=runs/demo/train/base/seed0
   python -m clip_jax.evaluate --config=configs/demo.py --model=ViT-B-32 \
       --checkpoint=open_clip_model.safetensors
+  python -m clip_jax.evaluate --config=configs/demo.py --checkpoint=runs/demo --follow
 """
 
 import sys
@@ -36,7 +37,11 @@ _OUTPUT = flags.DEFINE_string(
   'output', '', 'Folder for <benchmark>.json and <benchmark>.npz; default: only print.'
 )
 _FOLLOW = flags.DEFINE_bool(
-  'follow', False, 'Wait for new checkpoints and evaluate each, until Ctrl-C.'
+  'follow',
+  False,
+  'Evaluate each checkpoint of a run, or of all runs of a work directory, once, as training saves '
+  "it, until training is complete. The accuracies go to accuracy.jsonl in the run's folder, from "
+  'which the report draws curves, or in --output.',
 )
 
 

@@ -8,6 +8,9 @@ out. Any other path: --config.benchmarks.sketch.path=DIR. `:simple` after the fi
 prompts instead of OpenAI's 80, with nearly the same accuracy. To use other prompts:
 --config.benchmark_template.templates="('a photo of a {}.', 'art of a {}.')".
 
+A few-shot probe beside zero-shot, on images of ImageNet-Train in DIR/imagenet/train:
+--config.benchmarks.val.few_shot=train, or of any other benchmark.
+
 A benchmark of your own is five lines: copy this file, or write them at the end of yours.
 
   config.benchmarks.mine = defaults.benchmark(
@@ -97,6 +100,9 @@ def get_config(form=''):
     expected_rows=18_574,
     scorings=('imagenet', 'imagenet_masked'),
     published_name='objectnet',
+  )
+  config.references.train = defaults.reference(  # read only by few_shot
+    format='folder', path=('imagenet/train', 'imagenet-train'), optional=True
   )
   for group, corruptions in CORRUPTIONS.items():
     for corruption in corruptions:

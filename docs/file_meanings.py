@@ -20,11 +20,12 @@ _ESTIMATE = {
 _ACCURACY = {
   'rule': 'rule of the split',
   'without_leaked': 'True: without queries that have a near-duplicate in the anchor',
-  'accuracy': 'zero-shot accuracy, mean over seeds',
+  'accuracy': 'zero-shot accuracy, mean over seeds; of retrieval: image-to-text recall@1',
   'seeds': 'number of seeds',
   'images': 'number of images',
   'pool_rows': 'pool rows of the split',
   'anchor_rows': 'anchor rows of the split',
+  'anchor_share': "the anchor's share of the split's rows, and so of the samples seen",
   'samples': 'samples seen in a run',
   'passes': 'passes over the split',
   'mark': '`not converged` if a run ended during the take-off of learning',
@@ -404,6 +405,10 @@ MEANINGS = {
     '': 'rows on which the run with this seed trains (rules with random draws)'
   },
   'splits/<split>/rows.npy': {'': 'rows on which the split trains (other rules)'},
+  'splits/domains.npz': {
+    'centers': 'centres of the k-means clusters that stand in for domains',
+    'cluster': 'nearest centre of each pool row, -1 for a row that is no candidate',
+  },
   'splits/<split>/split.json': {
     'rule': 'rule of the split',
     'parameters': 'keys of the rule with their values',
@@ -450,6 +455,9 @@ MEANINGS = {
     'draws.<rows>.standardised_differences.<variable>': (
       'matched: difference of the means of removed and drawn rows in standard deviations'
     ),
+    'draws.<rows>.differences_before.<variable>': (
+      'matched: the same difference between the removed rows and all other candidates'
+    ),
     'draws.<rows>.dropped_by_value.<value>': 'domain_removal: candidates of this value',
     'draws.<rows>.without_value': 'domain_removal: candidates without a value, which are kept',
     'draws.<rows>.clusters': 'clusters: number of k-means clusters of the candidates',
@@ -463,6 +471,7 @@ MEANINGS = {
     'draws.<rows>.rows': 'listed: rows of these keys, with repeats',
     'draws.<rows>.not_candidates': 'listed: rows that are no candidates and are left out',
     'draws.<rows>.repeats': 'listed: rows that occur again',
+    'domains': 'what the domain of a row is (`prune.domains`), empty if none is known',
     'dropped_share': 'aligned: `dropped` as a share of the candidates',
     **_levels('by_class.<class>'),
     **_levels('by_domain.<domain>'),
@@ -516,10 +525,21 @@ MEANINGS = {
     'train/seconds': 'seconds of training, over restarts',
     'train/images_per_sec': 'images a second since the line before',
   },
+  'train/<split>/seed<k>/accuracy.jsonl': {
+    'step': 'updates done; one line for each checkpoint and benchmark of `evaluate --follow`',
+    'benchmark': 'benchmark of the accuracy',
+    'n': 'number of images',
+    'groups': 'independent units among the images: `n` if no image has a group',
+    'top1': 'zero-shot accuracy of the checkpoint',
+    'top1_low': 'lower end of its 95 % interval over images',
+    'top1_high': 'upper end of its 95 % interval over images',
+    'mean_per_class': 'balanced accuracy: the mean of the accuracies of the classes',
+    'fingerprint': 'fingerprint of the run and of the benchmark; only lines that fit both count',
+  },
   'evaluate/<split>/seed<k>/<benchmark>.json': {
     'n': 'number of images',
     'classes': 'number of classes that may be predicted',
-    'scoring': 'the classes that compete, in words',
+    'scoring': 'the classes that compete, or the measure, in words',
     'top1': 'zero-shot accuracy',
     'top1_low': 'lower end of its 95 % interval over images',
     'top1_high': 'upper end of its 95 % interval over images',
@@ -538,14 +558,57 @@ MEANINGS = {
       'name of a further scoring (`scorings` of the benchmark) -> its numbers, as above; in the '
       '.npz it has `<name>_counts` (whether an image counts), `<name>_prediction`, `<name>_correct`'
     ),
+    **_under(
+      'few_shot.<shots>.',
+      {
+        'n': (
+          'few-shot ridge probe with so many training images a class: number of test images; no '
+          'entry if a class has fewer'
+        ),
+        'groups': 'independent units among them',
+        'seeds': 'draws of the training images',
+        'top1': 'accuracy',
+        'top1_low': 'lower end of its 95 % interval over draws and images',
+        'top1_high': 'upper end of its 95 % interval over draws and images',
+        'mean_per_class': 'balanced accuracy',
+        'mean_per_class_low': 'lower end of its 95 % interval',
+        'mean_per_class_high': 'upper end of its 95 % interval',
+        'df': 'degrees of freedom of the interval of `top1`',
+        'interval': 'its method',
+        'training_set': 'dataset of the training images',
+        'training_images': 'training images of a draw',
+      },
+    ),
+    'captions': 'retrieval: number of captions; `top1` is image-to-text recall@1',
+    'empty_captions': 'retrieval: captions without a character, which count as wrong',
+    **_under(
+      'recalls.<recall>.',
+      {
+        'value': (
+          'retrieval: image-to-text or text-to-image recall@1, 5 or 10: share of images with a '
+          'caption of their own among the k nearest, or of captions whose image is among the k '
+          'nearest; a tie counts as wrong'
+        ),
+        'low': 'lower end of its 95 % interval; captions of one image are one unit',
+        'high': 'upper end of its 95 % interval',
+        'df': "degrees of freedom of the interval, null for Wilson's",
+        'interval': 'method of the interval',
+      },
+    ),
     'checkpoint': 'checkpoint that was evaluated',
   },
   'evaluate/<split>/seed<k>/<benchmark>.npz': {
     'key': 'key of each image',
-    'label': 'class of each image',
+    'label': 'class of each image; 0 in retrieval, which has no classes',
     'prediction': 'predicted class, -1 for an unreadable image',
     'top5': 'first five predictions',
-    'correct': 'whether the prediction is right',
+    'correct': 'whether the prediction is right; retrieval: the hit of image-to-text recall@1',
+    'few_shot_shots': 'few-shot probe: training images a class',
+    'few_shot_correct': 'whether its prediction is right: by shots, draw and image',
+    'captions': 'retrieval: captions of each image',
+    'k': 'retrieval: the k of the columns below',
+    'image_to_text': 'whether a caption of the image is among the k nearest',
+    'text_to_image': 'share of its captions for which the image is among the k nearest',
   },
   # ----------------------------------------------------------------------------------------------
   # report
@@ -559,6 +622,9 @@ MEANINGS = {
   },
   'report/figures/answer_<split>_<benchmark>.svg': {
     '': 'accuracies of the anchor alone, the aligned split, its control and base'
+  },
+  'report/figures/balance_<split>.svg': {
+    '': 'differences of the removed rows from all candidates, and from those of the matched control'
   },
   'report/figures/comparisons.svg': {'': 'each aligned split minus its control'},
   'report/figures/dedup_recall.svg': {'': 'share of duplicate pairs found by number of clusters'},
@@ -577,9 +643,22 @@ MEANINGS = {
   'report/figures/similarity_<benchmark>.svg': {
     '': 'similarities of the queries to their nearest pool and anchor image'
   },
+  'report/figures/training_<benchmark>.svg': {
+    '': 'accuracy of checkpoints by samples seen, from `accuracy.jsonl` of the runs'
+  },
   'report/figures/size_<benchmark>.svg': {'': 'accuracy of near- and far-pruned splits by size'},
   'report/tables/accuracy.csv': _ACCURACY,
   'report/tables/accuracy_seeds_<n>.csv': _ACCURACY,
+  'report/tables/retrieval.csv': {
+    'split': 'split',
+    'rule': 'its rule',
+    'benchmark': 'retrieval benchmark',
+    'measure': 'direction and k of the recall',
+    'value': 'recall, mean over seeds',
+    **_ESTIMATE,
+    'images': 'images, for text-to-image captions, behind the interval',
+    'groups': 'independent units among them: images, or groups of images',
+  },
   'report/tables/accuracy.tex': {
     '': 'the same in percent with intervals, a LaTeX table with booktabs; notes in comments'
   },
@@ -597,6 +676,17 @@ MEANINGS = {
   'report/tables/balance_<split>.csv': {
     'variable': 'variable on which the matched control is balanced',
     'difference': 'difference of the means of removed and drawn rows in standard deviations',
+    'difference_before': 'the same between the removed rows and all other candidates',
+  },
+  'report/tables/collateral.csv': {
+    'split': 'the split',
+    'rule': 'its rule',
+    'against': 'the split that it is compared with: base, or random rows of its size and budget',
+    'benchmark': 'benchmark of the comparison, with all its images',
+    'own_benchmark': 'True: its queries choose the rows of the split',
+    'budget': '`samples` (equal samples) or `epochs` (equal passes): budget of the split',
+    'budget_of_other': 'budget of the split it is compared with',
+    'value': 'accuracy of the split minus that of the other, mean over shared seeds',
   },
   'report/tables/comparison_<split>_<benchmark>.csv': {
     'what': (
@@ -829,6 +919,7 @@ MEANINGS = {
   },
   'counts of search/<benchmark>/paper': {'': 'the keys of `paper.json`'},
   'counts of search/sizes': {'candidates': 'candidates'},
+  'counts of splits/domains': {'clusters': 'number of clusters'},
   'counts of splits/<split>/rows': {'': 'those of `draws.<rows>` in `split.json`'},
   'counts of splits/<split>/rows-seed<k>': {'': 'those of `draws.<rows>` in `split.json`'},
   'counts of train/<split>/seed<k>/run': {

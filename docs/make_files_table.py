@@ -46,7 +46,9 @@ for each seed has a folder `seed<k>/` for each.
 # Objects whose keys are names: the key of the object -> what stands for its keys.
 NAMES = {
   **dict.fromkeys(('checks', 'queries', 'held_back', 'benchmarks'), '<benchmark>'),
-  **dict.fromkeys(('standardised_differences', 'drawn_after_merging'), '<variable>'),
+  **dict.fromkeys(
+    ('standardised_differences', 'differences_before', 'drawn_after_merging'), '<variable>'
+  ),
   **dict.fromkeys(
     ('width', 'height', 'short_side', 'characters', 'words', 'samples'), '<quantile>'
   ),
@@ -61,7 +63,9 @@ NAMES = {
   'dropped_by_value': '<value>',
   'kinds': '<kind>',
   'packages': '<package>',
+  'few_shot': '<shots>',
   'reasons': '<reason>',
+  'recalls': '<recall>',
   'seconds': '<stage>',
   'sets': '<set>',
   'sizes': '<rows>',
@@ -100,7 +104,8 @@ PATTERNS = (
   (r'/export/seed<k>/', '/export/'),
   (r'^(evaluate/.*)/(?!manifest)[^/.]+\.', r'\1/<benchmark>.'),
   (r'(figures/answer)_\w+_(?:val|handwriting)\.', r'\1_<split>_<benchmark>.'),
-  (r'(figures/\w+?)_(?:val|handwriting)\.', r'\1_<benchmark>.'),
+  (r'(figures/balance)_\w+\.', r'\1_<split>.'),
+  (r'(figures/\w+?)_(?:val|handwriting|pairs)\.', r'\1_<benchmark>.'),
   (r'tables/duplicates-[^/]+\.', 'tables/duplicates-<benchmark>.'),
   (r'(tables/(?:comparison|mcnemar))_\w+_(?:val|handwriting)\.', r'\1_<split>_<benchmark>.'),
   (r'(tables/(?:removed_by_\w+?|balance|slack|words))_(?!by_)\w+?(_kept)?\.', r'\1_<split>\2.'),
@@ -193,7 +198,7 @@ def _of_file(
   elif path.suffix == '.json':
     content = json.loads(path.read_text())
     yield from ((name, key, kind) for key, kind in _keys(content))
-  elif path.name == 'metrics.jsonl':
+  elif path.suffix == '.jsonl':
     for line in path.read_text().splitlines():
       yield from ((name, key, _kind(value)) for key, value in json.loads(line).items())
   elif path.suffix == '.csv':

@@ -11,7 +11,7 @@ import tiny
 from clip_jax import defaults
 from clip_jax.experiment import blocks
 from clip_jax.pruning import key_lists
-from clip_jax.stages import pipeline
+from clip_jax.stages import checkpoint, pipeline
 
 SIZES = {
   'glyphs.pool': 900,
@@ -21,6 +21,7 @@ SIZES = {
   'dedup.audit_rows': 100,
   'dedup.clusters': 3,
   'dedup.survivor': 'largest',
+  'search.top_k': 6,
   'search.paper_top_k': 1,  # so low that it misses rows
   'train.samples': 64,
   'report.gallery_queries': 1,
@@ -31,7 +32,7 @@ SIZES = {
 def config(keys: pathlib.Path):
   """Returns the config: every study, every export of the demo's keys, all rules with own files.
 
-  keys: the file of the split of rule listed.
+  keys: the file of the split of rule listed, beside pairs/, the tars of a retrieval benchmark.
   """
   c = tiny.config(**SIZES)
   for name in ('outline', 'inverted', 'rotated'):
@@ -41,6 +42,10 @@ def config(keys: pathlib.Path):
     format='glyphs', path='outline', label_key='label', classes=tuple(c.pool.classes)
   )
   c.planted.benchmark = 'handwriting'
+  c.benchmarks.handwriting.few_shot = 'anchor'
+  c.benchmarks.pairs = defaults.benchmark(
+    task='retrieval', format='webdataset', path=f'{keys.parent}/pairs/*.tar'
+  )
 
   c.splits.base.seeds = (0, 1)  # a second accuracy table, of the splits with one seed
   c.splits.handwriting_pruned.export = ('webdataset', *key_lists.KEPT, *key_lists.REMOVED)
@@ -74,7 +79,20 @@ def run(folder: pathlib.Path) -> list[pathlib.Path]:
   """
   keys = folder / 'keys.txt'
   keys.write_text('drawn-00113\ndrawn-00113\nno-such-key\n')
+  pairs = {f'{i}': squares.sample(i, i % 3) for i in range(300, 325)}
+  for key, members in pairs.items():
+    members['txt'] += f'\nnumber {key}'.encode()
+  squares.write_tar(folder / 'pairs/0.tar', pairs)
   pipeline.run(config(keys), str(folder / 'run'), stages=None, redo='', dry_run=False)
+  checkpoint.evaluate_checkpoint(
+    config(keys),
+    str(folder / 'run/train/base/seed0'),
+    model='',
+    benchmarks=None,
+    output='',
+    follow=True,
+  )
+  pipeline.run(config(keys), str(folder / 'run'), stages=['report'], redo='', dry_run=False)
 
   # Tars whose keys are 32 digits: a uid of DataComp and a number at the same time.
   squares.make(folder / 'data')

@@ -41,6 +41,16 @@ def write_tar(path, samples: dict[str, dict[str, bytes]]) -> None:
         tar.addfile(info, io.BytesIO(data))
 
 
+def read_tar(path) -> dict[str, dict[str, bytes]]:
+  """Returns the samples of a tar of `write_tar`."""
+  samples: dict[str, dict[str, bytes]] = {}
+  with tarfile.open(path) as tar:
+    for info in tar:
+      key, ending = info.name.split('.')
+      samples.setdefault(key, {})[ending] = tar.extractfile(info).read()
+  return samples
+
+
 def make(folder) -> None:
   """Writes a pool of two tars, an anchor and one benchmark."""
   some = lambda start, n: {f'{i:05d}': sample(i, i % 3) for i in range(start, start + n)}

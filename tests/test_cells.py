@@ -17,6 +17,9 @@ from clip_jax.pruning import cells
     np.array(['b', None, 'a', 'b'], object),
     pa.array(['b', None, 'a', 'b']),
     pa.chunked_array([['b', None], ['a', 'b']]),
+    pa.DictionaryArray.from_arrays(pa.array([1, None, 0, 1]), ['a', 'b']),
+    pa.DictionaryArray.from_arrays(pa.array([1, 2, 0, None]), ['a', 'b', '']).take([0, 1, 2, 0]),
+    pa.DictionaryArray.from_arrays(pa.array([1, None, 0, 2]), ['a', 'b', 'b']),
   ],
 )
 def test_levels_of_strings(column):

@@ -1,7 +1,6 @@
-"""stages/checkpoint.py: a run that is followed while it trains."""
+"""stages/checkpoint.py: checkpoints and weights on the benchmarks of a config."""
 
 import json
-import os
 import shutil
 
 import pytest
@@ -12,27 +11,6 @@ from test_convert import CLIP, write_open_clip
 from clip_jax.core import checkpoints
 from clip_jax.core.errors import ConfigError, InputError
 from clip_jax.stages import checkpoint, convert, models
-
-
-class Enough(Exception):
-  pass
-
-
-def follow(data, path, monkeypatch, between) -> None:
-  """Follows until it would wait for the second time; between() is what training does meanwhile."""
-  waits = iter((between, None))
-
-  def sleep(_):
-    work = next(waits)
-    if work is None:
-      raise Enough
-    work()
-
-  monkeypatch.setattr(checkpoint.time, 'sleep', sleep)
-  with pytest.raises(Enough):
-    checkpoint.evaluate_checkpoint(
-      config(data), str(path), model='', benchmarks=None, output='', follow=True
-    )
 
 
 def steps(folder, *names) -> None:
@@ -68,33 +46,6 @@ def test_groups_of_a_pattern_count_in_the_interval(tmp_path, monkeypatch):
   assert few == ['Fewer than 12 groups: the intervals of squares are no basis for a claim.']
 
 
-def test_new_checkpoints_are_evaluated_once(tmp_path, monkeypatch, capsys):
-  squares.make(tmp_path)
-  folder = tmp_path / 'run/checkpoints'
-  scored = []
-  monkeypatch.setattr(
-    checkpoint, '_evaluate', lambda x, path, *more: scored.append(os.path.basename(path))
-  )
-  follow(tmp_path, tmp_path / 'run', monkeypatch, lambda: steps(folder, '00000004', '00000008'))
-  assert scored == ['00000000', '00000004', '00000008']
-
-
-def test_a_checkpoint_that_training_removes_meanwhile(tmp_path, monkeypatch):
-  """Scoring takes longer than a step, and only the newest checkpoints are kept."""
-  squares.make(tmp_path)
-  folder = tmp_path / 'run/checkpoints'
-  steps(folder, '00000004', '00000008')
-  scored = []
-
-  def evaluate(x, path, *more):
-    scored.append(os.path.basename(path))
-    shutil.rmtree(folder / '00000004', ignore_errors=True)
-
-  monkeypatch.setattr(checkpoint, '_evaluate', evaluate)
-  follow(tmp_path, tmp_path / 'run', monkeypatch, lambda: None)
-  assert scored == ['00000000', '00000008']
-
-
 def test_a_checkpoint_that_training_removes_while_it_is_read(tmp_path, monkeypatch):
   folder = tmp_path / 'run/checkpoints'
   steps(folder)
@@ -110,9 +61,6 @@ def test_a_checkpoint_that_training_removes_while_it_is_read(tmp_path, monkeypat
   assert models.read(str(tmp_path / 'run')).step == 4
   with pytest.raises(InputError, match='00000000 is damaged'):  # it was named
     models.read(str(folder / '00000000'))
-  assert checkpoint._load_if_kept(str(folder / '00000000'), '', lambda: False) is None
-  with pytest.raises(InputError, match='00000000 is damaged'):
-    checkpoint._load_if_kept(str(folder / '00000000'), '', lambda: True)
 
 
 def test_a_folder_of_weights_names_its_file(tmp_path):

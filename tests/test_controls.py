@@ -1,6 +1,7 @@
 """The controls against their definition in plain Python."""
 
 from collections import Counter, defaultdict
+import dataclasses
 import math
 
 from hypothesis import given, settings
@@ -14,6 +15,7 @@ from clip_jax.pruning import cells, controls, rules
 from clip_jax.pruning import columns as columns_lib
 
 seeds = st.integers(0, 2**32 - 1)
+NUMBERS = ('anchor_class_similarity', 'caption_length', 'image_pixels', 'caption_names_class')
 
 
 def test_random_is_pure_nested_and_uniform():
@@ -52,12 +54,17 @@ def python_matched(columns, removed, order):
   similarity = python_bins([columns.anchor_class_similarity[row] for row in rows], 5)
   caption = python_bins([columns.caption_length[row] for row in rows], 5)
   pixels = python_bins([columns.image_pixels[row] for row in rows], 3)
+  named = columns.caption_names_class
   cell = {
-    row: (columns.anchor_class[row], columns.domain[row], similarity[i], caption[i], pixels[i])
+    row: (
+      *(columns.anchor_class[row], columns.domain[row], similarity[i]),
+      *([] if named is None else [named[row]]),
+      *(caption[i], pixels[i]),
+    )
     for i, row in enumerate(rows)
   }
   waiting, drawn, served = set(removed), [], []
-  for kept_digits in (5, 4, 3, 2, 1):
+  for kept_digits in range(5 if named is None else 6, 0, -1):
     members = defaultdict(list)
     for row in sorted(set(rows) - set(removed) - set(drawn), key=lambda row: order[row]):
       members[cell[row][:kept_digits]].append(row)
@@ -72,11 +79,13 @@ def python_matched(columns, removed, order):
 
 
 @settings(max_examples=150)
-@given(seeds, st.floats(0.02, 0.5), st.integers(0, 3), st.integers(1, 5))
-def test_matched_is_its_definition(seed, share, draw, levels):
+@given(seeds, st.floats(0.02, 0.5), st.integers(0, 3), st.integers(1, 5), st.booleans())
+def test_matched_is_its_definition(seed, share, draw, levels, has_names):
   columns, _, _ = make_world(seed, n=120, levels=levels)
   rows = candidate_list(columns)
   rng = np.random.default_rng(seed)
+  if has_names:
+    columns = dataclasses.replace(columns, caption_names_class=rng.random(120) < 0.5)
   removed = np.sort(rng.choice(rows, int(share * len(rows)), replace=False))
   order = columns_lib.random_order(120, 7, draw, controls.MATCHED_STREAM)
   drawn, served = python_matched(columns, removed.tolist(), order)
@@ -88,6 +97,7 @@ def test_matched_is_its_definition(seed, share, draw, levels):
   assert list(report['drawn_after_merging']) == [
     'image_pixels',
     'caption_length',
+    *(['caption_names_class'] if has_names else []),
     'anchor_class_similarity',
     'domain',
   ]
@@ -108,6 +118,13 @@ def test_matched_is_its_definition(seed, share, draw, levels):
     got = report['standardised_differences']['caption_length']
     if spread > 0:
       assert got == pytest.approx((a.mean() - b.mean()) / spread, abs=1e-12)
+  others = sorted(set(rows) - set(removed.tolist()))
+  assert report['differences_before'] == cells.differences(
+    removed,
+    np.array(others, int),
+    {name: getattr(columns, name) for name in report['differences_before'] if name in NUMBERS},
+    {'anchor_class': columns.anchor_class, 'domain': cells.levels(columns.domain)[0]},
+  )
 
 
 def big_columns(n=4000, domain=True):
@@ -152,6 +169,33 @@ def test_matched_resembles_what_was_removed_and_random_does_not():
   assert rules.matched(columns, removed=removed, seed=0, draw=1).rows.tolist() != (
     result.rows.tolist()
   )
+
+
+def test_whether_the_caption_names_the_class_is_balanced_only_as_a_variable():
+  columns, rng = big_columns(), np.random.default_rng(1)
+  named = rng.random(4000) < 0.4
+  removed = np.flatnonzero(rng.random(4000) < 0.05 + 0.1 * named)
+  with_names = dataclasses.replace(columns, caption_names_class=named)
+  report = rules.matched(with_names, removed=removed, seed=0).report
+  assert not report['no_matched_control']
+  assert report['differences_before']['caption_names_class'] > 0.3
+  assert abs(report['standardised_differences']['caption_names_class']) < 0.05
+  unaware = rules.matched(columns, removed=removed, seed=0)
+  drawn = np.setdiff1d(np.arange(4000), unaware.rows)
+  assert cells.differences(removed, drawn, {'named': named}, {})['named'] > 0.3
+  assert 'caption_names_class' not in unaware.report['standardised_differences']
+
+
+def test_a_domain_of_one_row_and_columns_that_are_constant():
+  columns = dataclasses.replace(
+    big_columns(),
+    domain=np.array(['rare'] + ['web'] * 3999, object),
+    caption_names_class=np.zeros(4000, bool),
+  )
+  removed = np.arange(0, 4000, 10)  # the rare row is removed: it has no donor in its domain
+  report = rules.matched(columns, removed=removed, seed=0).report
+  assert report['drawn_after_merging']['domain'] >= 1 and report['shortfall'] == 0
+  assert report['standardised_differences']['caption_names_class'] == 0
 
 
 def test_matched_without_donors_falls_back_to_random_and_says_so():

@@ -88,3 +88,20 @@ def test_curves_are_pure():
     SLACK, [line('a', np.arange(11)[::-1])], title='t', limits=(-0.05, 0.05)
   )
   assert draw() == draw()
+
+
+def test_accuracy_by_samples_draws_each_seed_and_the_mean_of_shared_counts():
+  two = [{640: 0.2, 1280: 0.4, 1920: 0.5}, {1280: 0.6, 640: 0.4}]
+  lines = [{'name': 'base', 'seeds': two}, {'name': 'pruned', 'seeds': [{640: 0.1, 1280: 0.2}]}]
+  text = curves.accuracy_by_samples(lines, title='sketch')
+  found = words(text)
+  assert all(word in found for word in ('sketch', 'base', 'pruned', 'samples seen', 'accuracy, %'))
+  drawn = re.findall(rf'<path d="([^"]*)" clip-path[^>]*stroke: {svg.SERIES[0][0]}', text)
+  assert [path.count('L') + 1 for path in drawn] == [3, 2, 2]  # two seeds and their mean
+
+
+def test_accuracy_by_samples_without_shared_counts_draws_the_seeds():
+  lines = [{'name': 'base', 'seeds': [{640: 0.2, 1280: 0.3}, {700: 0.4, 1400: 0.5}]}]
+  text = curves.accuracy_by_samples(lines, title='sketch')
+  drawn = re.findall(rf'<path d="([^"]*)" clip-path[^>]*stroke: {svg.SERIES[0][0]}', text)
+  assert [path.count('L') + 1 for path in drawn] == [2, 2] and 'base' in words(text)

@@ -22,8 +22,10 @@ SPLITS = (
   'near_75',
   'far_75',
   'random_75',
+  'noisy_pruned',
+  'noisy_matched',
 )
-BENCHMARKS = ('val', 'outline', 'inverted', 'rotated', 'handwriting')
+BENCHMARKS = ('val', 'outline', 'inverted', 'rotated', 'noisy', 'handwriting')
 
 
 @pytest.fixture(scope='module')
@@ -104,7 +106,7 @@ def test_the_work_directory_is_as_promised(finished):
 def test_a_screen_holds_what_the_terminal_shows(finished):
   """The answer, the table and the page's path; details are in log.txt alone."""
   lines = (finished.parent / 'terminal.txt').read_text().splitlines()
-  assert len(lines) <= 40
+  assert len(lines) <= 46  # nine splits, and a warning for each that removes a domain
   log = (finished / 'log.txt').read_text()
   for detail in ('sensitivity, ', 'preview, ', 'with a slack of ', ' images a second'):
     assert detail in log and not any(detail in line for line in lines)
@@ -172,7 +174,7 @@ from clip_jax import defaults
 def get_config():
   spec = importlib.util.spec_from_file_location('demo', 'configs/demo.py')
   demo = importlib.util.module_from_spec(spec); spec.loader.exec_module(demo)
-  config = demo.get_config()
+  config = demo.get_config('full')
   for name in list(config.splits):
     if name not in ('base', 'random_75'):
       del config.splits[name]
@@ -195,7 +197,7 @@ def get_config():
 
 
 def test_another_recipe_stops_and_names_the_key(finished, capsys):
-  status, said = squares.run(tiny.config(**{'train.learning_rate': 0.5}), finished, capsys)
+  status, said = squares.run(tiny.demo(**{'train.learning_rate': 0.5}), finished, capsys)
   assert status == 1
   assert f'train.learning_rate: {tiny.config().train.learning_rate} -> 0.5' in said
   assert '--redo=train to make' in said  # all runs differ
@@ -222,7 +224,7 @@ def test_dry_run_writes_nothing(tmp_path):
 
 def test_dry_run_of_a_finished_directory(finished, capsys):
   before = mtimes(finished, '.')
-  status, said = squares.run(tiny.config(), finished, capsys, dry_run=True)
+  status, said = squares.run(tiny.demo(), finished, capsys, dry_run=True)
   assert status == 0 and 'missing' not in said, said
   assert '7 fit' in said and mtimes(finished, '.') == before
 
@@ -248,13 +250,13 @@ def test_killed_and_run_again_it_ends_the_same(finished, tmp_path):
   workdir = tmp_path / 'run'
   kill_at(workdir, 'embed pool', signal.SIGKILL, 0.3)
   assert not (workdir / 'train').exists()
-  status = kill_at(workdir, 'train: run 1 of 7', signal.SIGTERM, 0.0)
+  status = kill_at(workdir, 'train: run 1 of 9', signal.SIGTERM, 0.0)
   said = (tmp_path / 'run.out').read_text()
   assert status == 143 and 'same command again' in said, said
-  kill_at(workdir, 'train: run 3 of 7', signal.SIGKILL, 0.3)
+  kill_at(workdir, 'train: run 3 of 9', signal.SIGKILL, 0.3)
   assert (workdir / 'train/anchor_only/seed0/run.sidecar.json').exists()
   done = tiny.run(workdir)
-  assert done.returncode == 0 and '2 of 7 runs are done' in done.stdout, done.stdout
+  assert done.returncode == 0 and '2 of 9 runs are done' in done.stdout, done.stdout
   assert tiny.content(workdir) == tiny.content(finished)
 
 
@@ -262,7 +264,7 @@ def test_killed_and_run_again_it_ends_the_same(finished, tmp_path):
 def test_five_kills(finished, tmp_path):
   """Killed five times, each a little later than the last."""
   workdir = tmp_path / 'run'
-  moments = ('pool:', 'dedup:', 'prune: ', 'train: run 1 of 7', 'train: run 4 of 7')
+  moments = ('pool:', 'dedup:', 'prune: ', 'train: run 1 of 9', 'train: run 4 of 9')
   for i, moment in enumerate(moments):
     kill_at(workdir, moment, signal.SIGKILL, 0.2 * i)
   done = tiny.run(workdir)

@@ -327,3 +327,16 @@ def test_a_classifier_of_many_texts_is_the_ensemble():
     found = zero_shot.class_matrix(encode, names, templates, batch_size)
     assert found.shape == (7, E) and (found == class_vectors(names, templates)).all()
   assert classifiers.VERSION == 1
+
+
+def test_a_few_shot_probe_on_imagenet_train(root, tmp_path, monkeypatch):
+  """Class folders of wnids, as the reference has them, are the labels of class_set imagenet."""
+  (tmp_path / 'imagenet').mkdir()
+  shutil.copytree(root / 'imagenet/val', tmp_path / 'imagenet/val')
+  shutil.copytree(root / 'imagenet/val', tmp_path / 'imagenet/train')
+  c = config(tmp_path)
+  c.benchmarks.val.few_shot = 'train'
+  evaluate(c, monkeypatch, tmp_path / 'out')
+  result, _ = read(tmp_path / 'out', 'val')
+  assert list(result['few_shot']) == ['1'] and result['few_shot']['1']['training_images'] == 1000
+  assert len(result['warnings']) == 2 and "of the class 'tench'" in result['warnings'][1]

@@ -49,6 +49,7 @@ ELSEWHERE = {  # files of which another test file is the test
   'stages/pipeline': 'pipeline',
   'stages/plan_rates': 'stage_plan',
   'stages/plan_time': 'stage_plan',
+  'stages/prune_clusters': 'clusters',
   'stages/prune_columns': 'stage_prune',
   'stages/table': 'studies',
 }

@@ -1,5 +1,6 @@
 """core/products.py: fingerprints, sidecars, what is made, what follows from what, locks."""
 
+import dataclasses
 import errno
 import json
 import multiprocessing
@@ -421,3 +422,21 @@ def test_a_lock_is_not_inherited(tmp_path):
   finally:
     os.kill(sleeper, 9)
     os.waitpid(sleeper, 0)
+
+
+def test_the_reader_of_all_products_also_reads_files_of_a_pattern(tmp_path):
+  """A file that no product holds, and a name with the letters of a pattern in it."""
+  workdir = tmp_path / 'a[1]'
+  page = Product('report/page', is_cheap=True, reads_all=True, reads_files='train/*/*/grown.jsonl')
+  run = Product('train/base/seed0/run')
+  make(workdir, run)
+  before = dataclasses.replace(page, reads_files='')
+  assert make(workdir, before) == ['report/page']
+  assert products.status(workdir, page) == 'fits'  # without such a file nothing changes
+  path = workdir / 'train/base/seed0/grown.jsonl'
+  path.write_text('1')
+  assert products.differences(workdir, page) == ['train/base/seed0/grown.jsonl is new']
+  assert make(workdir, page) == ['report/page'] and make(workdir, page) == []
+  path.write_text('2')
+  assert products.differences(workdir, page) == ['train/base/seed0/grown.jsonl has changed']
+  assert products.status(workdir, run) == 'fits'

@@ -28,6 +28,7 @@ DRAW = {
   'random_without_full_cell_donor': 0.05,
   'no_matched_control': False,
   'standardised_differences': {'caption_length': 0.02, 'image_pixels': 0.3, 'domain': None},
+  'differences_before': {'caption_length': 0.5, 'image_pixels': 0.4, 'domain': 1.2},
 }
 
 
@@ -131,11 +132,34 @@ def test_what_a_rule_found_where_it_cuts_is_said():
 
 
 def test_balance_of_the_control_is_shown():
-  blocks = removed(controls={'like_gap': {'draws': {'rows-seed0': DRAW}}})
+  about = {'domains': '16 k-means clusters of the embeddings', 'draws': {'rows-seed0': DRAW}}
+  blocks = removed(controls={'like_gap': about})
   assert any('removes 48 other rows in place of the 50' in text for text in texts(blocks))
-  rows = tables_of(blocks)['balance_like_gap'].rows
-  assert [row[1].tone for row in rows] == ['', 'bad', 'bad']
-  assert [row[1].text for row in rows] == ['+0.020', '+0.300', '\u2013']
+  table = tables_of(blocks)['balance_like_gap']
+  assert table.rows[2][0].text == 'domain (16 k-means clusters of the embeddings)'
+  assert [row[2].tone for row in table.rows] == ['', 'bad', 'bad']
+  assert [row[1].text for row in table.rows] == ['+0.500', '+0.400', '+1.200']
+  assert [row[2].text for row in table.rows] == ['+0.020', '+0.300', '\u2013']
+  assert 'the classes of the anchor have no names' in table.notes[1]
+
+
+def test_the_balance_is_drawn_before_and_after_matching():
+  blocks = removed(controls={'like_gap': {'draws': {'rows-seed0': DRAW}}})
+  (figure,) = next(b for b in blocks if b.kind == 'figures').items
+  assert figure.name == 'balance_like_gap' and 'domain, against all candidates: 1.200' in figure.svg
+  assert 'image size, against matched rows: 0.300' in figure.svg
+  older = {key: value for key, value in DRAW.items() if key != 'differences_before'}
+  blocks = removed(controls={'like_gap': {'draws': {'rows-seed0': older}}})
+  (figure,) = next(b for b in blocks if b.kind == 'figures').items
+  assert 'against matched rows' in figure.svg and 'against all candidates' not in figure.svg
+
+
+def test_a_balance_names_the_variables_that_are_not_known():
+  draw = {**DRAW, 'standardised_differences': {'caption_length': 0.02, 'caption_names_class': 0.0}}
+  table = tables_of(removed(controls={'like_gap': {'draws': {'rows-seed0': draw}}}))
+  assert table['balance_like_gap'].notes[1:] == (
+    'No domain is known, so it is not among the variables.',
+  )
 
 
 def test_a_control_without_donors_is_said_not_to_exist():

@@ -231,7 +231,7 @@ def test_page_is_self_contained_and_well_formed(finished):
     for link in parser.links
     if link.startswith('#') and not re.match(r'#[mp][0-9a-f]', link)
   }
-  assert sections <= set(parser.ids) and len(sections) == 16
+  assert sections <= set(parser.ids) and len(sections) == 17
 
 
 def test_sections_of_studies_follow_what_was_removed(finished):
@@ -278,6 +278,39 @@ def test_splits_with_one_seed_say_so(finished):
   assert {r['seeds'] for r in rows} == {'1'} and 'this checkpoint' in page
   assert {r['mark'] for r in rows if r['split'] == LATE} == {'not converged'}
   assert {r['mark'] for r in rows if r['split'] != LATE} == {''}
+
+
+def test_every_split_is_compared_with_base_and_random_rows_on_every_benchmark(finished):
+  folder, c, page = finished
+  rows = {(r['split'], r['against'], r['benchmark']): r for r in table(folder, 'collateral')}
+  others = [name for name in c.splits if name != 'base']
+  assert {key for key in rows if key[1] == 'base'} == {
+    (name, 'base', b) for name in others for b in c.benchmarks
+  }
+  assert {key[0] for key in rows if key[1] == 'random_75'} == {'near_75', 'far_75'}
+  row = rows['handwriting_pruned', 'base', 'val']
+  gap = correct(folder, 'handwriting_pruned', 'val').mean() - correct(folder, 'base', 'val').mean()
+  assert float(row['value']) == pytest.approx(gap) and row['own_benchmark'] == 'False'
+  assert rows['handwriting_pruned', 'base', 'handwriting']['own_benchmark'] == 'True'
+  assert float(row['low']) < gap < float(row['high']) and row['seeds'] == '3'
+  assert 'Every split on every benchmark' in page
+  share = float(table(folder, 'accuracy')[0]['anchor_share'])
+  about = files.read_json(folder / 'splits/base/split.json')
+  assert share == about['anchor_rows'] / (about['anchor_rows'] + about['pool_rows'])
+
+
+def test_a_base_of_the_same_budget_is_the_one_to_compare_with(finished):
+  c = finished[1].copy_and_resolve_references()
+  c.splits.base_passes = defaults.split(budget='epochs')
+  c.splits.pruned_passes = defaults.split(
+    rule='gap_aligned', benchmarks=('handwriting',), budget='epochs'
+  )
+  assert contrasts.base_of(c, 'pruned_passes') == 'base_passes'
+  assert contrasts.base_of(c, 'handwriting_pruned') == 'base'
+  del c.splits['base_passes']
+  assert contrasts.base_of(c, 'pruned_passes') == 'base'
+  del c.splits['base']
+  assert contrasts.base_of(c, 'pruned_passes') is None
 
 
 def test_leaked_queries_are_left_out_of_the_second_column(finished):

@@ -53,6 +53,7 @@ def split(name, seeds=(0, 1, 2), mark=''):
     'words': 'words',
     'pool_rows': 1000,
     'anchor_rows': 50,
+    'anchor_share': 50 / 1050,
     'samples': 25600,
     'passes': 24.4,
     'seeds': seeds,
@@ -61,7 +62,7 @@ def split(name, seeds=(0, 1, 2), mark=''):
 
 
 def accuracy(splits, leaked=None, unleaked=None, **values):
-  benchmarks = [{'name': 'val', 'queries': 100, 'leaked': leaked}]
+  benchmarks = [{'name': 'val', 'queries': 100, 'leaked': leaked, 'measure': ''}]
   found = {(name, 'val'): value for name, value in values.items()}
   return sections.accuracy_blocks(splits, benchmarks, found, unleaked or {})
 
@@ -117,7 +118,11 @@ def test_accuracies_are_percent_on_the_page_and_proportions_in_the_records():
   assert (table.rows[0][1].text, table.rows[0][1].detail) == ('62.3', '[50.0, 70.0]')
   assert table.records[0]['accuracy'] == 0.6234 and table.records[0]['low'] == 0.5
   assert [cell.text for cell in table.rows[0][2:]] == ['1,000', '25,600']
-  assert [cell.detail for cell in table.rows[0][2:]] == ['+ 50', '24.4 passes']
+  assert [cell.detail for cell in table.rows[0][2:]] == [
+    '+ 50',
+    '24.4 passes\nanchor 4.8 %',
+  ]
+  assert table.records[0]['anchor_share'] == 50 / 1050
 
 
 def test_leaked_queries_get_a_second_column():

@@ -1,12 +1,16 @@
 """How a run is loaded: what changes the data it sees is in its fingerprint, all else is not."""
 
+import pathlib
 import shutil
 
+import numpy as np
 import pytest
 from squares import config, run_stages
 
+from clip_jax import defaults
+from clip_jax.core.errors import ConfigError
 from clip_jax.experiment.graph import Graph
-from clip_jax.stages import train
+from clip_jax.stages import check, train
 from clip_jax.training import loop
 
 
@@ -100,3 +104,42 @@ def test_slow_reads_at_random_are_said(monkeypatch, caplog):
 
   assert said(1e9) and said(1e9, format='webdataset', path='gs://x')
   assert not said(1e8) and not said(1e9, order='blocks') and not said(1e9, format='webdataset')
+
+
+def test_a_split_may_have_a_budget_of_its_own(data, prepared_squares, tmp_path, monkeypatch):
+  """The same rows under a second name: equal passes beside equal samples, and other steps."""
+  recipe = {'train.epochs': 2, 'train.batch_size': 8}
+  c = config(data, **recipe)
+  c.splits.base_passes = defaults.split(budget='epochs')
+  c.splits.pruned_passes = defaults.split(
+    rule='gap_aligned', benchmarks=('squares',), budget='epochs'
+  )
+  check.check(c, ('train',))
+  asked = {}
+
+  def take(*, total_steps, checkpoint_dir, **_):
+    asked[pathlib.Path(checkpoint_dir).parts[-3]] = total_steps
+    raise _Taken
+
+  monkeypatch.setattr(loop, 'train', take)
+  workdir = tmp_path / 'run'
+  shutil.copytree(prepared_squares / 'run', workdir)
+  x = run_stages(c, workdir, 'prune')
+  for product in x.graph.stage_products('train'):
+    with pytest.raises(_Taken):
+      list(train.train(x, [product]))
+  rows = {name: len(np.load(workdir / f'splits/{name}/rows.npy')) for name in c.splits}
+  assert rows['pruned'] == rows['pruned_passes'] < rows['base'] == rows['base_passes']
+  assert asked == {
+    'base': 64 // 8,
+    'pruned': 64 // 8,
+    'base_passes': 2 * rows['base'] // 8,
+    'pruned_passes': 2 * rows['pruned'] // 8,
+  }
+  plain, passes = (Graph(c).run(name, 0).keys for name in ('base', 'base_passes'))
+  assert plain == Graph(config(data, **recipe)).run('base', 0).keys
+  assert passes['train.budget'] == 'epochs' and passes['train.epochs'] == 2
+  assert 'train.samples' not in passes
+  c.splits.matched = defaults.split(rule='matched', to='pruned_passes')
+  with pytest.raises(ConfigError, match="matched has the budget 'samples', but pruned_passes"):
+    check.check(c, ('train',))

@@ -53,20 +53,35 @@ SHRINK = {
 
 
 def config(**override):
-  """Returns the shrunk demo config; `override` takes dotted keys."""
+  """Returns the shrunk demo config without the noisy benchmark; `override` takes dotted keys."""
+  found = demo(**override)
+  del found.benchmarks['noisy'], found.splits['noisy_pruned'], found.splits['noisy_matched']
+  for name in ('handwriting_pruned', 'handwriting_matched'):
+    found.splits[name].seeds = ()  # those of train.seeds
+  return found
+
+
+def demo(**override):
+  """Returns the shrunk demo config, as `flags` do; `override` takes dotted keys."""
   spec = importlib.util.spec_from_file_location('demo_config', ROOT / 'configs' / 'demo.py')
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
-  found = module.get_config()
+  found = module.get_config('full')
+  for name in ('handwriting_pruned', 'handwriting_matched'):
+    found.splits[name].seeds = (0,)
   found.train.seeds = (0,)
   for key, value in {**SHRINK, **override}.items():
     found.update_from_flattened_dict({key: value})
   return found
 
 
-def flags(file='configs/demo.py', **override) -> list[str]:
-  """Returns the same as command line flags."""
-  values = {**SHRINK, 'train.seeds': '0,', **override}
+DEMO = 'configs/demo.py:full'
+
+
+def flags(file=DEMO, **override) -> list[str]:
+  """Returns flags that shrink a config file."""
+  once = {f'splits.handwriting_{name}.seeds': '0,' for name in ('pruned', 'matched')}
+  values = {**SHRINK, 'train.seeds': '0,', **(once if file == DEMO else {}), **override}
   return [f'--config={file}', *(f'--config.{key}={value}' for key, value in values.items())]
 
 

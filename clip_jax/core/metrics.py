@@ -1,9 +1,10 @@
 """metrics.jsonl: one JSON object per line, {"step": int, name: float, ...}; truncated on resume."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import json
 import math
 import os
+from typing import Any
 
 from absl import logging
 from etils import epath
@@ -29,12 +30,7 @@ class MetricsWriter:
       line[name] = value if math.isfinite(value) else None  # JSON has no NaN
       if self._board is not None:
         self._board.add_scalar(name, value, step)
-    if files.is_local(self._path):
-      with open(self._path, 'a') as f:
-        f.write(json.dumps(line) + '\n')
-    else:  # object stores cannot append
-      old = self._path.read_text() if self._path.exists() else ''
-      self._path.write_text(old + json.dumps(line) + '\n')
+    append(self._path, [line])
 
   def truncate(self, step: int) -> None:
     """Deletes the lines after `step`, and an incomplete last line."""
@@ -45,6 +41,24 @@ class MetricsWriter:
   def close(self) -> None:
     if self._board is not None:
       self._board.close()
+
+
+def append(path, lines: Sequence[Mapping[str, Any]]) -> None:
+  """Appends JSON objects in one write, one per line. The folder of the file must exist.
+
+  If a killed process left an incomplete last line, the new lines start below it, so that `read`
+  skips that line alone.
+  """
+  text = ''.join(json.dumps(line, allow_nan=False) + '\n' for line in lines).encode()
+  if files.is_local(path):
+    with open(path, 'ab+') as f:
+      if f.seek(0, os.SEEK_END):
+        f.seek(-1, os.SEEK_END)
+        text = text if f.read(1) == b'\n' else b'\n' + text
+      f.write(text)  # at the end of the file, wherever the reads have moved to
+    return
+  path = epath.Path(path)  # object stores cannot append; their objects are always complete
+  path.write_bytes((path.read_bytes() if path.exists() else b'') + text)
 
 
 def read(path) -> list[dict]:

@@ -25,6 +25,7 @@ import contextlib
 import dataclasses
 import fcntl
 import functools
+import glob
 import hashlib
 import json
 import os
@@ -87,6 +88,7 @@ class Product:
   is_cheap: bool = False  # if it differs: True makes it again, False is an error (asks for --redo)
   waits: bool = False  # if an input is missing: True skips the product, False is an error
   reads_all: bool = False  # its inputs are all finished products of the work directory
+  reads_files: str = ''  # with reads_all: pattern of files in the work directory that it reads, too
 
   @functools.cached_property
   def fingerprint(self) -> str:
@@ -225,7 +227,10 @@ def _fits(sidecar: Mapping[str, Any], product: Product) -> bool:
 
 
 def _with_inputs(workdir: str, product: Product) -> Product:
-  """Returns the product; if it `reads_all`, with every finished product among its sources."""
+  """Returns the product; if it `reads_all`, with all that it reads among its sources.
+
+  These are every finished product, and the files of `reads_files` with the sha256 of each.
+  """
   if not product.reads_all:
     return product
   finished = {
@@ -233,7 +238,9 @@ def _with_inputs(workdir: str, product: Product) -> Product:
     for name, sidecar in sidecars(workdir).items()
     if name != product.name
   }
-  return dataclasses.replace(product, sources=finished)
+  others = glob.glob(product.reads_files, root_dir=workdir) if product.reads_files else []
+  stamps = {name: files.sha256(os.path.join(workdir, name)) for name in sorted(others)}
+  return dataclasses.replace(product, sources=finished | stamps)
 
 
 def redo_of(names: Sequence[str]) -> str:

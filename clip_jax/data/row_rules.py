@@ -45,6 +45,9 @@ class RowRules:
   class_folders: ClassFolders | None = None  # format 'folder': those of a published benchmark
   columns: Sequence[str] = ()  # more columns of the index
   require_caption: bool = True
+  # The caption is all captions of the sample, one a line; an empty line is an empty caption.
+  all_captions: bool = False
+  captions_file: str = ''  # format 'folder': the path of a file of captions (captions_file.py)
 
   def __post_init__(self):
     if taken := set(self.columns) & set(COLUMNS):

@@ -12,7 +12,16 @@ import re
 from typing import Any, NamedTuple
 
 from clip_jax.core.errors import InputError
-from clip_jax.data import formats, headers, images, labels, row_rules, storage, table
+from clip_jax.data import (
+  captions_file,
+  formats,
+  headers,
+  images,
+  labels,
+  row_rules,
+  storage,
+  table,
+)
 from clip_jax.data.row_rules import RowRules
 
 _MOST_TEXT = 1 << 24  # bytes; a longer caption or json member is not text
@@ -28,6 +37,10 @@ _CLS_INDEX = 'number in .cls taken as an index, not as a class name'
 
 
 _NO_IMAGE = 'no image'
+_CAPTIONS = 'captions'  # the column that a file of captions adds to a folder's samples
+
+
+_LINE_END = re.compile(r'\r\n?|\n')
 
 
 class _Skip(Exception):
@@ -59,6 +72,7 @@ def scan(
   rules: RowRules | None = None,
   *,
   root: str = '',
+  is_first: bool = True,
   **fields: Any,
 ) -> table.Scan:
   """Returns the rows of one shard: of one source file, or of image files below `root`.
@@ -66,6 +80,8 @@ def scan(
   root: the listed path of a folder dataset, else ''. rules: which samples are chosen and how their
   rows are filled; without it, `fields` are the fields of RowRules. In folders, 'folder' is also a
   column, and without a label_key the label comes from labels.py. A sample without a label has -1.
+  With a file of captions, images that it does not list are not chosen; those that it lists and the
+  folder lacks are skipped samples of the first shard (is_first).
   Raises ConfigError for a bad rule.
   """
   source_format, rules = formats.by_name(format), rules or RowRules(**fields)
@@ -84,7 +100,16 @@ def scan(
       row_rules.names(rules.sample_key),
       _rule_columns(rules),
     )
-    return _scan(samples, skipped, rules, folder_label)
+    left_out = 0
+    if rules.captions_file:
+      every = list(samples)
+      splits = tuple(map(str, rules.allowed_values.get('split', ())))
+      captions = captions_file.read(rules.captions_file, root, splits)
+      samples = [_with_captions(s, captions) for s in every if s.path in captions.entries]
+      left_out = len(every) - len(samples)
+      if is_first:
+        skipped += [{'key': name, 'reason': 'no image file'} for name in captions.missing]
+    return _scan(samples, skipped, rules, folder_label, left_out)
   except OSError as error:
     raise InputError(
       f'A source file cannot be read: {error}. Restore it, or correct the path of the dataset.'
@@ -96,8 +121,9 @@ def _scan(
   skipped: list[dict[str, str]],
   rules: RowRules,
   folder_label: Callable[[str], int | None] | None,
+  left_out: int,
 ) -> table.Scan:
-  records, left_out = [], 0
+  records = []
   noted: collections.Counter[str] = collections.Counter()
   for sample in samples:
     try:
@@ -111,6 +137,11 @@ def _scan(
     except OSError:
       skipped.append({'key': sample.key, 'reason': 'file cannot be read'})
   return table.Scan(records, skipped, left_out, dict(noted))
+
+
+def _with_captions(sample: table.Sample, captions: captions_file.Captions) -> table.Sample:
+  entry = captions.entries[sample.path]
+  return sample._replace(fields={_CAPTIONS: list(entry.captions), 'split': entry.split})
 
 
 def _skipped(sample: table.Sample, reason: str, rules: RowRules) -> list[dict[str, str]]:
@@ -156,7 +187,7 @@ def _record(
   folder_label: path of an image -> its label, or None if its class is not chosen. noted: counts the
   peculiarities of the returned row. Raises _Skip or NoLabel if the sample cannot be used.
   """
-  columns = {'folder': sample.folder} if sample.path else sample.fields
+  columns = {'folder': sample.folder, **sample.fields} if sample.path else sample.fields
   fields = _Fields(columns, _json(sample))
   for name, allowed in rules.allowed_values.items():
     if _needed(sample, fields, name) not in allowed:
@@ -279,6 +310,9 @@ def _caption(
     if not name:
       raise _Skip('no class name')
     caption = rules.caption_template.replace('{}', str(name))
+  elif rules.all_captions:
+    caption = _all_captions(sample, fields, rules)
+    is_text = not row_rules.has_lost_characters(caption)
   else:
     values = (_value(sample, fields, key) for key in row_rules.names(rules.caption_key))
     texts = (text for value in values for text in (value if isinstance(value, list) else [value]))
@@ -296,6 +330,24 @@ def _caption(
   if not caption and rules.require_caption:
     raise _Skip('no caption' if is_text else row_rules.NOT_UTF8)
   return _replace_surrogates(caption), is_text
+
+
+def _all_captions(sample: table.Sample, fields: _Fields, rules: RowRules) -> str:
+  """Returns the captions of a sample, one a line, from the first key that has any; '' for none.
+
+  A text has one caption a line, a list one an element.
+  """
+  for key in [_CAPTIONS] if rules.captions_file else row_rules.names(rules.caption_key):
+    value = _value(sample, fields, key)
+    texts = _LINE_END.split(value) if isinstance(value, str) else value
+    if not isinstance(texts, list):
+      continue
+    lines = [
+      ' '.join(_LINE_END.split(text)).strip() if isinstance(text, str) else '' for text in texts
+    ]
+    if any(line.strip(row_rules.NO_TEXT) for line in lines):
+      return '\n'.join(lines)
+  return ''
 
 
 def _header(sample: table.Sample, ending: str, length: int) -> tuple[str, int, int, bool]:

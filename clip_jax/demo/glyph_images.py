@@ -90,7 +90,7 @@ STYLES = {
     stretch=0.15,
   ),
   'rotated': Style(angle=(25.0, 60.0)),  # over 60 degrees a 6 would look like a 9
-  'noisy': Style(noise=(0.08, 0.14)),
+  'noisy': Style(noise=(0.25, 0.35)),
   'handwriting': Style(
     ink=(0.0, 0.35), shade=0.04, angle=(0.0, 2.0), fill=(0.84, 0.92), stretch=0.04
   ),

@@ -11,7 +11,11 @@ DATACOMP_NAMES = {
   'imagenet-a': 'ImageNet-A',
   'imagenet-r': 'ImageNet-R',
   'objectnet': 'ObjectNet',
+  'flickr30k': 'Flickr',
+  'mscoco_captions': 'MSCOCO',
 }
+# Direction of retrieval -> the name of its recall: that of what is found.
+_FOUND = {'image-to-text': 'text', 'text-to-image': 'image'}
 
 
 def clip_benchmark(dataset: str, model: str, pretrained: str, scores: dict) -> dict:
@@ -20,7 +24,7 @@ def clip_benchmark(dataset: str, model: str, pretrained: str, scores: dict) -> d
     'dataset': dataset,
     'model': model,
     'pretrained': pretrained,
-    'task': 'zeroshot_classification',
+    'task': 'zeroshot_retrieval' if 'recalls' in scores else 'zeroshot_classification',
     'metrics': _metrics(scores),
     'language': 'en',
   }
@@ -29,15 +33,26 @@ def clip_benchmark(dataset: str, model: str, pretrained: str, scores: dict) -> d
 def datacomp(dataset: str, scores: dict) -> dict:
   """Returns one result as a line of DataComp's eval_results.jsonl."""
   metrics = _metrics(scores)
+  if 'recalls' in scores:
+    firsts = [metrics[f'{found}_retrieval_recall@1'] for found in _FOUND.values()]
+    metrics['mean_recall@1'] = main = sum(firsts) / len(firsts)
+  else:
+    main = metrics['acc1']
   return {
     'key': dataset,
     'dataset': DATACOMP_NAMES.get(dataset, dataset),
-    'metrics': {**metrics, 'main_metric': metrics['acc1']},
+    'metrics': {**metrics, 'main_metric': main},
   }
 
 
 def _metrics(scores: dict) -> dict:
   """Returns the metrics of both; acc5 is null with fewer than five classes."""
+  if 'recalls' in scores:
+    recalls = {}
+    for name, recall in scores['recalls'].items():
+      direction, measure = name.split()
+      recalls[f'{_FOUND[direction]}_retrieval_{measure}'] = recall['value']
+    return recalls
   return {
     'acc1': scores['top1'],
     'acc5': scores['top5'] if scores['classes'] >= 5 else None,

@@ -10,6 +10,7 @@ both random.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+import math
 
 import numpy as np
 from scipy import special
@@ -330,6 +331,15 @@ def holm(p_values: Array | Sequence[float]) -> np.ndarray:  # [m] -> [m]
   return adjusted
 
 
+def number(value: float) -> float | None:
+  """Returns a number for JSON, None for NaN or infinity.
+
+  A class without images has no accuracy, a single group no interval, and Wilson's interval has no
+  degrees of freedom.
+  """
+  return float(value) if math.isfinite(value) else None
+
+
 def two_way(
   z: Array,  # [..., S, G] contribution of each group in each seed
   effective: float | None = None,  # number of groups of equal size, see effective_groups; None: G
@@ -358,6 +368,17 @@ def two_way(
   of_seeds = total.var(-1, ddof=1) / seeds
   rest = z - total[..., None] / units - column[..., None, :]
   of_error = few * (rest**2).sum((-2, -1)) / (seeds * (seeds - 1))
+  return combine(of_seeds, of_images, of_error, seeds, effective)
+
+
+def combine(
+  of_seeds: Array,  # [...] MS_S / (S G)
+  of_images: Array,  # [...] MS_I / (S G)
+  of_error: Array,  # [...] MS_E / (S G)
+  seeds: int,  # S, at least 2
+  effective: float,  # G
+) -> tuple[Array, Array]:  # variance [...], df [...]
+  """Returns variance and degrees of freedom of a mean from its mean squares, as in `two_way`."""
   variance = np.maximum(np.maximum(of_seeds + of_images - of_error, of_seeds), of_images)
   part = np.divide(of_seeds, variance, out=np.ones_like(variance), where=variance > 0)
   return variance, 1 / (part / (seeds - 1) + (1 - part) / (effective - 1))

@@ -28,6 +28,8 @@ IMAGE_TEXT = 'image_text_similarity'
 # in the config may contain it.
 RANGE = '@'
 VECTORS = 'embeddings'  # the format of datasets whose files are vectors
+# Values of prune.domains that are no reference.
+DOMAINS = ('auto', 'column', 'clusters', 'none')
 # Config keys that change the result of a training run, besides model, preprocessing and seed.
 RECIPE = tuple(
   f'train.{key}'
@@ -125,6 +127,16 @@ def class_set(block: Config) -> class_sets.ClassSet | None:
   """Returns the published classes that a benchmark's block names; None for other datasets."""
   is_published = 'class_set' in block and block.class_set  # a key of benchmarks only
   return class_sets.by_name(block.class_set) if is_published else None
+
+
+def is_retrieval(block: Config) -> bool:
+  """Returns whether the block of a dataset is that of a retrieval benchmark, without classes."""
+  return 'task' in block and block.task == defaults.RETRIEVAL  # a key of benchmarks only
+
+
+def classified(config: Config) -> list[str]:
+  """Returns the benchmarks with classes: all but those of retrieval."""
+  return [name for name, block in config.benchmarks.items() if not is_retrieval(block)]
 
 
 def given_classes(block: Config) -> tuple[str, ...]:
@@ -242,6 +254,11 @@ def seeds(config: Config, split: str) -> tuple[int, ...]:
   return tuple(config.splits[split].seeds) or tuple(config.train.seeds)
 
 
+def budget(config: Config, split: str) -> str:
+  """Returns the budget of a split's runs: 'samples' or 'epochs'."""
+  return config.splits[split].budget or config.train.budget
+
+
 def splits_needed_by(config: Config, split: str) -> list[str]:
   """Returns the splits on which a split depends, through its keys size_of, to and of."""
   block = config.splits[split]
@@ -251,6 +268,40 @@ def splits_needed_by(config: Config, split: str) -> list[str]:
 def cluster_reference(config: Config, split: str) -> str:
   """Returns the dataset whose images choose the clusters of a split of the rule clusters."""
   return config.splits[split].reference or ANCHOR
+
+
+def domain_source(config: Config) -> tuple[str, str]:
+  """Returns what gives a pool row its domain (config.prune.domains), as a kind and a name.
+
+  ('column', its name) | ('reference', its name) | ('clusters', '') | ('', ''), no domain is known.
+  The images of a reference that chooses clusters (rule clusters) are no domains.
+  """
+  chosen, column = config.prune.domains, config.pool.domain_column
+  if chosen in ('auto', 'column') and column:
+    return 'column', column
+  if chosen not in DOMAINS:
+    return 'reference', chosen
+  choose_clusters = {
+    split.reference for split in config.splits.values() if split.rule == 'clusters'
+  }
+  references = [
+    name
+    for name, block in config.references.items()
+    if is_prompts(config, name) or (is_labelled(block) and name not in choose_clusters)
+  ]
+  if chosen == 'auto' and references:
+    return 'reference', min(references, key=lambda name: is_prompts(config, name))  # the first
+  if chosen in ('auto', 'clusters') and any(
+    compares_domains(config, name) for name in config.splits
+  ):
+    return 'clusters', ''
+  return '', ''
+
+
+def compares_domains(config: Config, split: str) -> bool:
+  """Returns whether a split is aligned or matched: its rows are compared by their domains."""
+  rule = rule_of(config, split)
+  return rule.is_aligned or 'anchor_classes' in rule.needs
 
 
 def needs_image_text(config: Config) -> bool:

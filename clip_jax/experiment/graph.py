@@ -33,7 +33,8 @@ from clip_jax.models import fitted_embedders, weights
 from clip_jax.pruning import key_lists
 
 # Keys of a dataset block that do not change its index: where files are (labels_file counts by its
-# content), and what later stages do. All other keys are in the index's fingerprint.
+# content, captions by the stamp of its file), and what later stages do. All other keys are in the
+# index's fingerprint.
 _NOT_IN_INDEX = (
   'path',
   'sources',
@@ -49,10 +50,14 @@ _NOT_IN_INDEX = (
   'scorings',
   'average',
   'published_name',
+  'captions',
+  'few_shot',
 )
 # Keys that later versions added: with their defaults they are in no fingerprint, so that products
 # of older versions stay valid.
-_ADDED = {'class_set': '', 'scorings': ()}
+_ADDED = {'class_set': '', 'scorings': (), 'task': 'classification', 'few_shot': ''}
+# In a run's folder: the accuracies of its checkpoints. No product: a follower appends to it.
+STEP_ACCURACIES = 'accuracy.jsonl'
 # Keys of config.dedup that are not in the marks' fingerprint: the embedder counts through the
 # embeddings, which are inputs, and the de-duplication audit is another product.
 _NOT_IN_MARKS = ('embedder', 'audit_rows')
@@ -494,10 +499,7 @@ class Graph:
     config, reads = self.config, []
     for name in config.benchmarks:
       reads += [*self.search_shards(name), self.queries(name)]
-    if config.dedup.enabled:
-      reads.append(self.dedup_marks())
-    elif blocks.has_anchor(config):  # to find pool rows that are also anchor rows
-      reads += self.index_shards(ANCHOR)
+    reads += self._candidate_marks()
     return Product(
       f'search/{SIZES}',
       'sizes',
@@ -535,6 +537,34 @@ class Graph:
   # prune
 
   @_cached
+  def domain_clusters(self) -> Product:
+    """Returns the k-means clusters of the pool that stand in for unknown domains."""
+    inputs = [*self.embeddings(POOL), *self._candidate_marks()]
+    return Product(
+      'splits/domains',
+      'domains',
+      keys=blocks.pick_keys(self.config, ['prune.domain_clusters']),
+      inputs=tuple(inputs),
+      is_cheap=True,
+    )
+
+  def _candidate_marks(self) -> list[Product]:
+    """Returns what tells, besides the embeddings, which pool rows are candidates."""
+    if self.config.dedup.enabled:
+      return [self.dedup_marks()]
+    # To find pool rows that are also anchor rows.
+    return self.index_shards(ANCHOR) if blocks.has_anchor(self.config) else []
+
+  def _domains(self) -> tuple[dict, list[Product]]:
+    """Returns the config keys and the products that give each pool row its domain."""
+    kind, name = blocks.domain_source(self.config)
+    if kind == 'reference':
+      return {}, self.search_shards(name)
+    if kind == 'clusters':
+      return {}, [self.domain_clusters()]
+    return {'pool.domain_column': name}, []
+
+  @_cached
   def rows(self, split: str, seed: int) -> Product:
     """Returns the rows on which (split, seed) trains.
 
@@ -570,6 +600,10 @@ class Graph:
       *([block.reference] if 'levels' in rule.needs and block.reference else []),
     ):
       inputs += self.search_shards(name)
+    if 'anchor_classes' in rule.needs:
+      domain_keys, domain_products = self._domains()
+      keys |= domain_keys
+      inputs += domain_products
     if 'clusters' in rule.needs and (name := blocks.cluster_reference(config, split)) not in base:
       inputs += self.embeddings(name)
     if 'scores' in rule.needs and block.column == blocks.IMAGE_TEXT:
@@ -592,6 +626,7 @@ class Graph:
       tuple(inputs),
       thresholds,
       stamps,
+      version=2 if 'anchor_classes' in rule.needs else 1,
       batch='splits/rows',
       is_cheap=True,
     )
@@ -610,6 +645,11 @@ class Graph:
     )
     reads = [self.rows(split, seed) for seed in blocks.row_file_seeds(self.config, split)]
     reads += [self.queries(name) for name in self.config.splits[split].benchmarks]
+    rule = blocks.rule_of(self.config, split)
+    if rule.selects or 'anchor_classes' in rule.needs:
+      domain_keys, domain_products = self._domains()
+      keys |= domain_keys
+      reads += domain_products
     return Product(
       f'splits/{split}/split',
       'split',
@@ -661,7 +701,9 @@ class Graph:
 
   def _prune(self) -> list[Product]:
     config, splits = self.config, blocks.in_order(self.config)
+    has_clusters = blocks.domain_source(config)[0] == 'clusters'
     return [
+      *([self.domain_clusters()] if has_clusters else []),
       *(
         self.rows(split, seed) for split in splits for seed in blocks.row_file_seeds(config, split)
       ),
@@ -684,13 +726,12 @@ class Graph:
     Its keys: model, budget, seed, the pixels' normalisation and crop, and blocks.RECIPE. Keys that
     change only speed, saving or logging are left out.
     """
-    config = self.config
+    config, budget = self.config, blocks.budget(self.config, split)
     keys = blocks.pick_keys(
       config,
       [
         'model',
-        'train.budget',
-        f'train.{config.train.budget}',
+        f'train.{budget}',
         'preprocess.mean',
         'preprocess.std',
         'preprocess.crop_scale',
@@ -707,7 +748,7 @@ class Graph:
       f'train/{split}/seed{seed}/run',
       'run',
       (split, seed),
-      {**keys, 'seed': seed},
+      {**keys, 'train.budget': budget, 'seed': seed},
       (self.rows(split, seed if seed in draws else draws[0]), *indexes),
       version=2,
     )
@@ -716,18 +757,14 @@ class Graph:
     return [self.run(split, seed) for split, seed in blocks.runs_to_train(self.config)]
 
   def result(self, split: str, seed: int, benchmark: str) -> Product:
-    """Returns the zero-shot scores of a run on a benchmark."""
-    block = self.config.benchmarks[benchmark]
-    added = [key for key in _ADDED if not _is_absent(key, block[key])]
-    keys = [
-      f'benchmarks.{benchmark}.{key}' for key in ('classes', 'templates', 'class_mask', *added)
-    ]
+    """Returns the scores of a run on a benchmark: zero-shot, few-shot if asked, or retrieval."""
+    few_shot = self.config.benchmarks[benchmark].few_shot
     return Product(
       f'evaluate/{split}/seed{seed}/{benchmark}',
       'result',
       (split, seed, benchmark),
-      blocks.pick_keys(self.config, ['preprocess.resize', *keys]),
-      (self.run(split, seed), self.index(benchmark)),
+      result_keys(self.config, benchmark),
+      (self.run(split, seed), *map(self.index, filter(None, (benchmark, few_shot)))),
       batch=f'evaluate/{split}/seed{seed}/results',
       version=2,
       is_cheap=True,
@@ -752,7 +789,24 @@ class Graph:
     ]
     if any(image_folders):  # shown in galleries of vector datasets; no other product reads them
       keys['images'] = image_folders
-    return [Product('report/index', 'page', keys=keys, is_cheap=True, reads_all=True)]
+    return [
+      Product(
+        'report/index',
+        'page',
+        keys=keys,
+        is_cheap=True,
+        reads_all=True,
+        reads_files=f'train/*/*/{STEP_ACCURACIES}',
+      )
+    ]
+
+
+def result_keys(config: Config, benchmark: str) -> dict:
+  """Returns the config keys that change the scores of a model on a benchmark, with their values."""
+  block = config.benchmarks[benchmark]
+  added = [key for key in _ADDED if not _is_absent(key, block[key])]
+  keys = [f'benchmarks.{benchmark}.{key}' for key in ('classes', 'templates', 'class_mask', *added)]
+  return blocks.pick_keys(config, ['preprocess.resize', *keys])
 
 
 def _is_absent(key: str, value: object) -> bool:

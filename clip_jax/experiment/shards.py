@@ -27,7 +27,8 @@ class Shard:
   classes: tuple[str, ...]  # in label order: from the config, else from the source
   labels: str = ''  # format folder: hash of everything on which the labels depend
   labels_by: str = ''  # format folder: where the labels come from, for the log
-  # Format embeddings: the files of keys, captions and columns beside the vectors.
+  # Format embeddings: the files of keys, captions and columns beside the vectors. Format folder: a
+  # retrieval benchmark's file of captions.
   beside: Mapping[str, storage.SourceFile] = dataclasses.field(default_factory=dict)
 
   @property
@@ -114,7 +115,7 @@ def list_shards(block: Config, planted_tars: Sequence[str] = ()) -> list[Shard]:
     beside = (
       vector_index.companions(listed, os.path.expanduser(part.metadata))
       if form == blocks.VECTORS
-      else [{}] * len(listed)
+      else [_captions_file(part)] * len(listed)
     )
     size = formats.by_name(form).files_a_shard
     for start in range(0, len(listed), size):
@@ -133,6 +134,15 @@ def list_shards(block: Config, planted_tars: Sequence[str] = ()) -> list[Shard]:
         )
       )
   return shards
+
+
+def _captions_file(block: Config) -> dict[str, storage.SourceFile]:
+  """Returns the file of captions of a retrieval benchmark as {'captions': file}, {} without one."""
+  path = os.path.expanduser(block.captions) if blocks.is_retrieval(block) else ''
+  if not path:
+    return {}
+  stat = os.stat(path)
+  return {'captions': storage.SourceFile(path, os.path.basename(path), stat.st_size, stat.st_mtime)}
 
 
 def _labels(block: Config) -> labels.Labels | None:

@@ -5,6 +5,7 @@ number in a mixed radix. Cells are merged from the least significant digit on, b
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,9 +14,16 @@ from clip_jax.core.types import Array
 
 
 def levels(
-  column: Array,  # [n] strings or integers; None if unknown
+  column: Any,  # [n] strings or integers, of NumPy or pyarrow; None if unknown
 ) -> tuple[Array, list[str]]:
-  """Returns each row's level, [n] int32, and the levels' names; unknown values are level ''."""
+  """Returns each row's level, [n] int32, and the levels' names; unknown values are level ''.
+
+  A pyarrow DictionaryArray of distinct names keeps its codes, which costs no pass over strings.
+  """
+  if isinstance(column, pa.DictionaryArray):
+    names = [*column.dictionary.to_pylist(), *([''] if column.null_count else [])]
+    if len(set(names)) == len(names):
+      return column.indices.fill_null(len(names) - 1).to_numpy(), names
   chunks = pa.table({'level': column})['level']  # a ChunkedArray for every kind of input
   encoded = chunks.cast(pa.large_string()).fill_null('').dictionary_encode().combine_chunks()
   return encoded.indices.to_numpy(), encoded.dictionary.to_pylist()

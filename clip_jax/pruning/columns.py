@@ -64,7 +64,9 @@ class Columns:
   anchor_class_similarity: Array | None = None  # [N] float32, to that mean
   caption_length: Array | None = None  # [N] int32
   image_pixels: Array | None = None  # [N] int64, width times height
-  domain: Array | None = None  # [N] strings or integers: domain or label, if there is one
+  # [N] bool, whether the caption names the nearest class; None if the classes have no names
+  caption_names_class: Array | None = None
+  domain: Array | None = None  # [N] strings or integers; None if no domain is known
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,8 @@
-"""Plain arrays and dicts -> SVG curves by threshold: rows dropped, rows kept, pairs found.
+"""Plain arrays and dicts -> SVG curves: rows dropped, rows kept, pairs found by threshold; accuracy
+by samples seen.
 
-As in figures.py, every figure is one small panel. Each benchmark has one line, in the colours of
-svg.SERIES; a broad line shows all benchmarks together.
+As in figures.py, every figure is one small panel. Each benchmark, or split, has one line, in the
+colours of svg.SERIES; a broad line shows all benchmarks together.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ from clip_jax.reporting.svg import INK
 Rows = Sequence[Mapping[str, Any]]  # dicts with the keys that the comment beside the argument names
 
 POINTS = 300  # per curve: enough for a small panel
+_MARKED = 30  # points: a line with more of them has no marks
 _SHORT = 15  # characters: legends of names up to this length have two columns
 
 
@@ -96,6 +98,47 @@ def recall_by_clusters(
     ax.minorticks_off()
 
   return svg.panel(draw, 230, title)
+
+
+def accuracy_by_samples(
+  lines: Rows,  # name, seeds (a dict for each seed: samples seen -> accuracy)
+  *,
+  title: str,
+) -> str:
+  """Returns accuracy against samples seen: a thin line for each seed, a broad one for their mean.
+
+  The mean is drawn at the sample counts that all seeds of the line have.
+  """
+
+  def draw(ax) -> None:
+    for line, (color, dash) in zip(lines, itertools.cycle(svg.SERIES)):
+      for seed in line['seeds'] if len(line['seeds']) > 1 else ():
+        ax.plot(*_sorted_percent(seed), color=color, linewidth=0.8, alpha=0.4)
+      shared = set.intersection(*map(set, line['seeds']))
+      mean = {n: float(np.mean([seed[n] for seed in line['seeds']])) for n in shared}
+      xs, ys = _sorted_percent(mean)
+      ax.plot(
+        xs,
+        ys,
+        color=color,
+        linestyle=dash,
+        linewidth=1.8,
+        marker='o' if len(xs) <= _MARKED else '',
+        markersize=3.5,
+        label=line['name'],
+      )
+    ax.set(xlabel='samples seen', ylabel='accuracy, %')
+    svg.few_ticks(ax.xaxis, 5, counts=True)
+    svg.legend_below(ax.figure, _columns(lines))
+
+  rows = -(-len(lines) // _columns(lines))
+  return svg.panel(draw, 240 + 17.0 * rows, title)
+
+
+def _sorted_percent(points: Mapping[int, float]) -> tuple[list[int], list[float]]:
+  """Returns the keys in order, and their values in percent."""
+  xs = sorted(points)
+  return xs, [100 * points[x] for x in xs]
 
 
 def _positions_within(values: Array, limits: tuple[float, float]) -> Array:

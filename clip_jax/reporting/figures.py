@@ -243,6 +243,43 @@ def differences(
   return svg.panel(draw, 44 * len(rows) + 84, title, grid='')
 
 
+def balance(
+  rows: Rows,  # name, before, after (standardised differences; None: not defined)
+  *,
+  title: str,
+  after: str,  # what the rows of `after` are
+  limit: float,
+) -> str:
+  """Returns absolute standardised differences before and after matching (a love plot).
+
+  A control is balanced if every difference after matching is below the limit, a vertical line.
+  """
+
+  def draw(ax) -> None:
+    for y, row in enumerate(rows):
+      _row_text(ax, y, row['name'])
+      ax.plot([limit, limit], [y - 0.22, y + 0.22], color=INK, linewidth=0.9)
+      known = [abs(row[key]) for key in ('before', 'after') if row[key] is not None]
+      ax.plot([0, *known], [y] * (len(known) + 1), color=INK, linewidth=0.7, alpha=0.35)
+      for key, words, face in (
+        ('before', 'all candidates', 'none'),
+        ('after', after, POOL_COLOR),
+      ):
+        if row[key] is not None:
+          (mark,) = ax.plot(
+            [abs(row[key])], [y], 'o', color=POOL_COLOR, markerfacecolor=face, clip_on=False
+          )
+          svg.hover(mark, f'{row["name"]}, against {words}: {abs(row[key]):.3f}')
+    for words, face in (('all candidates', 'none'), (after, POOL_COLOR)):
+      ax.plot([], [], 'o', color=POOL_COLOR, markerfacecolor=face, label=words)
+    ax.set(xlim=(0, None), ylim=(len(rows) - 0.5, -0.85), xlabel='absolute standardised difference')
+    _rows_only(ax)
+    svg.few_ticks(ax.xaxis, 6)
+    svg.legend_above(ax, columns=2)
+
+  return svg.panel(draw, 36 * len(rows) + 100, title, grid='', pad=27)
+
+
 def _row_text(ax, y: float, text: str) -> None:
   """Writes a row's name above its line, where long names fit on a narrow screen."""
   ax.annotate(

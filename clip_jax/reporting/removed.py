@@ -7,9 +7,9 @@ Counts and proportions are those of split.json.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from clip_jax.reporting import tables
+from clip_jax.reporting import figures, tables
 from clip_jax.reporting.gallery import Gallery
-from clip_jax.reporting.page import Columns, Details, Heading, Text
+from clip_jax.reporting.page import Columns, Details, Figure, Figures, Heading, Text
 from clip_jax.reporting.tables import Cell, Table
 from clip_jax.reporting.words import Word
 
@@ -18,6 +18,7 @@ BALANCED = 0.1  # a control is balanced if every standardised difference is smal
 VARIABLES = {
   'anchor_class': 'nearest anchor class',
   'anchor_class_similarity': 'closeness to the nearest anchor class',
+  'caption_names_class': 'whether the caption names the class',
   'caption_length': 'caption length',
   'image_pixels': 'image size',
   'domain': 'domain',
@@ -59,8 +60,11 @@ def blocks_of(
   ]
   blocks += [_check(b, check, about.get('slack')) for b, check in about.get('checks', {}).items()]
   side = [
-    _levels(name, key, first, about[key])
-    for key, first in (('by_class', 'class'), ('by_domain', 'domain'))
+    _levels(name, key, first, about[key], what)
+    for key, first, what in (
+      ('by_class', 'class', ''),
+      ('by_domain', 'domain', about.get('domains', '')),
+    )
     if about.get(key)
   ]
   if about.get('dropped_at_slack'):
@@ -142,12 +146,15 @@ def _check(benchmark: str, check: Mapping[str, Any], slack: float | None) -> Tex
   )
 
 
-def _levels(name: str, key: str, first: str, levels: Mapping[str, Mapping[str, Any]]) -> Table:
+def _levels(
+  name: str, key: str, first: str, levels: Mapping[str, Mapping[str, Any]], what: str
+) -> Table:
   entries = [
     {'what': level, 'count': v['dropped'], 'total': v['candidates']} for level, v in levels.items()
   ]
   entries.sort(key=lambda e: (-e['count'] / max(e['total'], 1), e['what']))
-  return tables.bars(f'removed_{key}_{name}', f'Removed by {first}', first, entries, MOST_BARS)
+  caption = f'Removed by {first}' + (f': {what}' if what else '')
+  return tables.bars(f'removed_{key}_{name}', caption, first, entries, MOST_BARS)
 
 
 def _slacks(name: str, about: Mapping[str, Any]) -> Table:
@@ -250,26 +257,61 @@ def _control(control: str, about: Mapping[str, Any]) -> list:
       f'that is alike in every variable (of as many random rows: {by_chance}); '
       f'{tables.number(draw["shortfall"])} have none even if some variables may differ.'
     )
-  differences = draw['standardised_differences']
+  differences, before = draw['standardised_differences'], draw.get('differences_before', {})
+  after = {key: differences[key] for key in (*VARIABLES, *differences) if key in differences}
+  domains = about.get('domains')
+  named = {key: VARIABLES.get(key, str(key)) for key in after}
+  if domains and 'domain' in named:
+    named['domain'] += f' ({domains})'
   rows = tuple(
     (
-      Cell(VARIABLES.get(key, str(key))),
-      tables.number_cell(
-        tables.signed(value), tone='' if tables.is_known(value) and abs(value) < BALANCED else 'bad'
-      ),
+      Cell(named[key]),
+      tables.number_cell(tables.signed(before.get(key))),
+      tables.number_cell(tables.signed(value), tone='' if _is_balanced(value) else 'bad'),
     )
-    for key, value in differences.items()
+    for key, value in after.items()
   )
+  notes = [
+    f'Balanced if within \u00b1{BALANCED:g}. A count over all removed and all drawn rows, not a '
+    'sample, and therefore without an interval. Of a variable with levels (class, domain): the '
+    'largest difference of a level.'
+  ]
+  if 'domain' not in after:
+    notes.append('No domain is known, so it is not among the variables.')
+  if before and 'caption_names_class' not in after:
+    notes.append(
+      'Whether the caption names the class is not among the variables, because the classes of the '
+      'anchor have no names.'
+    )
   table = Table(
     f'balance_{control}',
-    'Difference of the means of the removed rows and of the rows removed in their place, in '
-    'standard deviations',
-    tables.column_heads('variable', 'difference (count)'),
-    rows,
-    (
-      f'Balanced if within \u00b1{BALANCED:g}. A count over all removed and all drawn rows, not a '
-      'sample, and therefore without an interval.',
+    'Difference of the means of the removed rows and of other rows, in standard deviations',
+    tables.column_heads(
+      'variable', 'to all other candidates', 'to the rows removed in their place'
     ),
-    tuple({'variable': key, 'difference': v} for key, v in differences.items()),
+    rows,
+    tuple(notes),
+    tuple(
+      {'variable': key, 'difference': value, 'difference_before': before.get(key)}
+      for key, value in after.items()
+    ),
   )
-  return [head, Details('Balance of the control', (table,))]
+  figure = Figure(
+    f'balance_{control}',
+    figures.balance(
+      [
+        {'name': VARIABLES.get(key, str(key)), 'before': before.get(key), 'after': value}
+        for key, value in after.items()
+      ],
+      title=control,
+      after='random rows' if draw['no_matched_control'] else 'matched rows',
+      limit=BALANCED,
+    ),
+    'How the removed rows differ from all other candidates, and from the rows removed in their '
+    f'place. A control is balanced if every filled point is left of the lines at {BALANCED:g}.',
+  )
+  return [head, Figures((figure,)), Details('Balance of the control', (table,))]
+
+
+def _is_balanced(difference: float | None) -> bool:
+  return tables.is_known(difference) and abs(difference) < BALANCED

@@ -54,8 +54,10 @@ def answer_blocks(
 
 
 def accuracy_blocks(
-  splits: Rows,  # name, rule, words, pool_rows, anchor_rows, samples, passes, seeds, mark
-  benchmarks: Rows,  # name, queries, leaked (a count; None if unknown)
+  # name, rule, words, pool_rows, anchor_rows, anchor_share, samples, passes, seeds, mark
+  splits: Rows,
+  # name, queries, leaked (a count; None if unknown), measure ('' for zero-shot accuracy)
+  benchmarks: Rows,
   accuracy: Mapping[tuple[str, str], Any],  # (split, benchmark) -> estimate
   unleaked: Mapping[tuple[str, str], Any],  # the same without leaked queries
 ) -> list:
@@ -96,11 +98,14 @@ def _accuracy_table(
         f'{b["name"]}, not leaked', f'without {tables.number(b["leaked"])} queries'
       )
       if without
-      else tables.number_cell(b['name'], f'{tables.number(b["queries"])} queries\n{how}')
+      else tables.number_cell(
+        b['name'],
+        '\n'.join(filter(None, [b['measure'], f'{tables.number(b["queries"])} queries', how])),
+      )
       for b, without in kinds
     ),
     tables.number_cell('pool rows', '+ anchor rows'),
-    tables.number_cell('samples seen', 'passes'),
+    tables.number_cell('samples seen', 'passes\nshare of the anchor'),
   )
   estimates = {False: accuracy, True: unleaked}
   rows = tuple(
@@ -116,7 +121,8 @@ def _accuracy_table(
         tables.number(split['pool_rows']), f'+ {tables.number(split["anchor_rows"])}'
       ),
       tables.number_cell(
-        tables.number(split['samples']), f'{tables.number(split["passes"])} passes'
+        tables.number(split['samples']),
+        f'{tables.number(split["passes"])} passes{_anchor_share(split["anchor_share"])}',
       ),
     )
     for split in splits
@@ -128,8 +134,13 @@ def _accuracy_table(
     for without in (False, True)
     if (split['name'], b['name']) in estimates[without]
   )
-  notes = _accuracy_notes(count, records)
+  notes = (*_accuracy_notes(count, records), *_retrieval_note(benchmarks))
   return Table(name, '', columns, rows, notes, records, latex=latex.accuracy_table(records, notes))
+
+
+def _anchor_share(value: float | None) -> str:
+  """Returns the anchor's share of the samples as a line below the passes; '' if it is unknown."""
+  return '' if value is None else f'\nanchor {tables.share(value)}'
 
 
 def _basis(records: Rows) -> str:
@@ -178,8 +189,56 @@ def _accuracy_notes(count: int, records: Sequence[Mapping[str, Any]]) -> tuple[s
   return tuple(notes)
 
 
+def recall_blocks(
+  results: Rows,  # split, rule, benchmark, recalls (name -> estimate)
+) -> list:
+  """Returns the table of all recalls; [] without a retrieval benchmark."""
+  if not results:
+    return []
+  names = list(dict.fromkeys(name for result in results for name in result['recalls']))
+  rows = tuple(
+    (
+      Cell(result['split'], result['benchmark']),
+      *(tables.accuracy_cell(result['recalls'].get(name), False) for name in names),
+    )
+    for result in results
+  )
+  records = tuple(
+    {
+      **{key: result[key] for key in ('split', 'rule', 'benchmark')},
+      'measure': name,
+      **tables.estimate_record(estimate),
+    }
+    for result in results
+    for name, estimate in result['recalls'].items()
+  )
+  heads = (Cell('split', 'benchmark'), *(tables.number_cell(*name.split()) for name in names))
+  notes = (
+    'Recall in percent. Image to text: the share of images with a caption of their own among the k '
+    'nearest captions. Text to image: the share of captions whose image is among the k nearest '
+    'images; for the interval, the captions of one image are one unit. Ties count as wrong.',
+  )
+  return [
+    Heading('Image-text retrieval', 'recall of both directions'),
+    Table('retrieval', '', heads, rows, notes, records),
+  ]
+
+
+def _retrieval_note(benchmarks: Rows) -> tuple[str, ...]:
+  """Returns a note on the benchmarks whose accuracy is a recall, or ()."""
+  measures = {b['name']: b['measure'] for b in benchmarks if b['measure']}
+  if not measures:
+    return ()
+  return (
+    f'{progress.join_names(list(measures))}: {next(iter(measures.values()))}, the share of images '
+    'whose nearest caption is one of their own; a tie with another caption counts as wrong. '
+    'Retrieval has no classes: analyses within classes take all of its images as one class, and '
+    'the ridge preview and accuracy without class effects leave it out.',
+  )
+
+
 def _record(split: Mapping, benchmark: str, estimate: Any, without_leaked: bool) -> dict:
-  kept = ('pool_rows', 'anchor_rows', 'samples', 'passes', 'mark')
+  kept = ('pool_rows', 'anchor_rows', 'anchor_share', 'samples', 'passes', 'mark')
   return {
     'split': split['name'],
     'rule': split['rule'],

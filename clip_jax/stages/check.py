@@ -14,7 +14,7 @@ from clip_jax.core.config import Key
 from clip_jax.core.errors import ConfigError
 from clip_jax.core.products import STAGES
 from clip_jax.core.types import Config
-from clip_jax.data import formats, keyed_images
+from clip_jax.data import formats, keyed_images, row_rules
 from clip_jax.evaluation import class_sets
 from clip_jax.experiment import blocks
 from clip_jax.experiment.experiment import Experiment
@@ -31,6 +31,18 @@ NOT_VECTOR_KEYS = (
   'caption_replacement',
   'caption_share',
   'labels_file',
+)
+# Keys that a retrieval benchmark, which has no classes, does not read.
+NOT_RETRIEVAL_KEYS = (
+  'classes',
+  'class_mask',
+  'class_set',
+  'scorings',
+  'average',
+  'label_key',
+  'labels_file',
+  'caption_template',
+  'few_shot',
 )
 
 
@@ -56,6 +68,7 @@ def check(config: Config, names: Sequence[str] = tuple(STAGES)) -> None:
   for name in config.splits:
     check_keys.check_folder_name('splits', name)
     check_splits.check(config, name)
+  _domains(config)
   _planted(config)
   _embedders(config)
   _dedup(config)
@@ -133,6 +146,8 @@ def _dataset(name: str, block: Config, declared: Mapping[str, Key]) -> None:
 
 def _benchmark(config: Config, name: str) -> None:
   block, where = config.benchmarks[name], f'config.benchmarks.{name}'
+  _retrieval(where, block)
+  _few_shot(config, name)
   if block.class_set:
     for key in ('classes', 'class_mask'):
       if block[key]:
@@ -167,6 +182,59 @@ def _benchmark(config: Config, name: str) -> None:
       )
 
 
+def _retrieval(where: str, block: Config) -> None:
+  """Checks the keys of a retrieval benchmark, and that no other benchmark has its keys."""
+  if not blocks.is_retrieval(block):
+    if block.captions:
+      raise ConfigError(
+        f'{where}.captions={block.captions!r}: only retrieval reads this key. Set '
+        f"{where}.task to 'retrieval', or remove it."
+      )
+    return
+  for key in NOT_RETRIEVAL_KEYS:
+    if block[key] not in (defaults.BENCHMARK[key].default, row_rules.NO_LABELS):
+      raise ConfigError(
+        f'{where}.{key}={block[key]!r}: retrieval has no classes and does not read it. Remove it.'
+      )
+  if block.format in ('concat', blocks.GLYPHS):
+    raise ConfigError(
+      f'{where}.format={block.format!r} has one caption an image. Retrieval reads folder, '
+      'webdataset, parquet, tfds and array_record.'
+    )
+  if not block.captions:
+    return
+  if block.format != 'folder':
+    raise ConfigError(
+      f'{where}.captions={block.captions!r}: only the format folder reads this key. Tars and '
+      'tables hold their captions, see caption_key.'
+    )
+  if not os.path.isfile(os.path.expanduser(block.captions)):
+    raise ConfigError(
+      f'{where}.captions={block.captions!r} does not exist, nor a file of this name beside the '
+      f'images in {block.path!r}. Correct the path.'
+    )
+
+
+def _few_shot(config: Config, name: str) -> None:
+  """Checks the training set that a benchmark's few-shot probe names."""
+  block, where = config.benchmarks[name], f'config.benchmarks.{name}.few_shot'
+  if not block.few_shot:
+    return
+  labelled = [
+    other
+    for other, dataset in blocks.datasets(config).items()
+    if other not in (blocks.POOL, blocks.PLANTED, name)
+    and blocks.is_labelled(dataset)
+    and blocks.has_own_images(config, other)
+  ]
+  if block.few_shot == blocks.ANCHOR and not blocks.has_anchor(config):
+    raise ConfigError(
+      f"{where}='anchor', but the config has no anchor. Give its files, for example "
+      '--config.anchor.path=DIR, or remove this key.'
+    )
+  check_keys.one_of(where, block.few_shot, labelled)
+
+
 def _reference(config: Config, name: str) -> None:
   """Checks one block of config.references: a dataset of labelled examples, or prompts."""
   block, where = config.references[name], f'config.references.{name}'
@@ -197,6 +265,19 @@ def _reference(config: Config, name: str) -> None:
     )
 
 
+def _domains(config: Config) -> None:
+  """Checks what gives pool rows their domain."""
+  chosen, column = config.prune.domains, config.pool.domain_column
+  check_keys.one_of('config.prune.domains', chosen, (*blocks.DOMAINS, *config.references))
+  if chosen == 'column' and not column:
+    raise ConfigError(
+      "config.prune.domains='column', but config.pool.domain_column is empty. Name a column of "
+      'config.pool.columns.'
+    )
+  if column:
+    check_splits.check_column(config, 'config.pool.domain_column', column)
+
+
 def _planted(config: Config) -> None:
   """Checks the planted copies of test images and the splits that contain them."""
   block, where = config.planted, 'config.planted'
@@ -215,6 +296,11 @@ def _planted(config: Config) -> None:
   if not block.benchmark:
     return
   check_keys.one_of(f'{where}.benchmark', block.benchmark, config.benchmarks)
+  if blocks.is_retrieval(config.benchmarks[block.benchmark]):
+    raise ConfigError(
+      f'{where}.benchmark={block.benchmark!r}: retrieval has no class names for the captions of '
+      'the copies. Plant a benchmark with classes.'
+    )
   if config.embedder.source == 'files':
     raise ConfigError(
       f'{where}.benchmark={block.benchmark!r}: planted copies need images, but '
@@ -421,12 +507,13 @@ def _training(config: Config) -> None:
       f'config.train.order=blocks with config.train.loader_processes={t.loader_processes}: each '
       'process would read all data. Set loader_processes to 0 and use more loader_threads.'
     )
-  if t.budget == 'samples' and t.samples < t.batch_size:
+  budgets = {blocks.budget(config, split) for split in config.splits} or {t.budget}
+  if 'samples' in budgets and t.samples < t.batch_size:
     raise ConfigError(
       f'config.train.samples={t.samples} is less than one batch ({t.batch_size}). Set the samples '
       'per run, or --config.train.budget=epochs.'
     )
-  if t.budget == 'epochs' and t.epochs <= 0:
+  if 'epochs' in budgets and t.epochs <= 0:
     raise ConfigError(f'config.train.epochs={t.epochs} must be more than 0.')
   runs = [f'{split}/seed{seed}' for split, seed in blocks.runs_to_train(config)]
   for run in t.only:

@@ -62,13 +62,18 @@ def check_folder_name(where: str, name: str) -> None:
     )
 
 
+def are_codes(names: Iterable[str]) -> bool:
+  """Returns whether all class names are wnids or numbers, which no caption holds."""
+  return all(map(_CODE.fullmatch, names))
+
+
 def prompt_names(flag: str, names: Sequence[str], given: Sequence[str]) -> None:
   """Raises ConfigError if class names that the config does not give are wnids or numbers.
 
   flag: the flag of the key `classes`; names: the names that prompts would hold; given: the key's
   value, which may hold such names.
   """
-  if names and not given and all(map(_CODE.fullmatch, names)):
+  if names and not given and are_codes(names):
     raise ConfigError(
       f'{flag} is missing: the source names its classes {names[0]!r} to {names[-1]!r}, and prompts '
       'would hold these wnids or numbers. Give the words, in label order; or these names, if you '

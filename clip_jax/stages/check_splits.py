@@ -22,7 +22,7 @@ def check(config: Config, name: str) -> None:
   check_keys.one_of(f'{where}.rule', block.rule, rules.RULES)
   rule = rules.RULES[block.rule]
   for key in declared:
-    reads = key in (*rule.keys, 'rule', 'seeds', 'export') or (
+    reads = key in (*rule.keys, 'rule', 'seeds', 'export', 'budget') or (
       key == 'append_anchor' and rule.append_anchor is None
     )
     if not reads and block[key] != declared[key].default:
@@ -122,7 +122,7 @@ def _levels(config: Config, where: str, block: Config) -> None:
   if len({str(value) for value in block['values']}) < len(block['values']):
     raise ConfigError(f'{where}.values={block["values"]} contains a value twice.')
   if block.column:
-    _column(config, where, block.column)
+    check_column(config, f'{where}.column', block.column)
   if block.reference:
     check_keys.one_of(f'{where}.reference', block.reference, config.references)
     classes = config.references[block.reference].classes
@@ -160,7 +160,7 @@ def check_pool_size(config: Config, rows: int) -> None:
 def _scores(config: Config, where: str, column: str) -> None:
   """Checks the column of numbers of the rule column."""
   if column != blocks.IMAGE_TEXT:
-    _column(config, where, column, blocks.IMAGE_TEXT)
+    check_column(config, f'{where}.column', column, blocks.IMAGE_TEXT)
   elif config.embedder.source not in ('train', 'weights'):
     raise ConfigError(
       f'{where}.column={column!r} compares images with captions, but config.embedder.source='
@@ -168,11 +168,11 @@ def _scores(config: Config, where: str, column: str) -> None:
     )
 
 
-def _column(config: Config, where: str, column: str, *others: str) -> None:
+def check_column(config: Config, where: str, column: str, *others: str) -> None:
   """Checks that the pool's index has a column; `others` are named in the message too."""
   if config.pool.format != 'concat':  # each source may have other columns
     known = dict.fromkeys([*config.pool.columns, *table.COLUMNS, *others])
-    check_keys.one_of(f'{where}.column', column, known)
+    check_keys.one_of(where, column, known)
 
 
 def _dependencies(config: Config, name: str) -> None:
@@ -182,6 +182,12 @@ def _dependencies(config: Config, name: str) -> None:
   for key in ('size_of', 'to'):
     if block[key]:
       check_keys.one_of(f'{where}.{key}', block[key], config.splits)
+      budgets = [blocks.budget(config, split) for split in (name, block[key])]
+      if budgets[0] != budgets[1]:
+        raise ConfigError(
+          f'{where} has the budget {budgets[0]!r}, but {block[key]}, whose control it is, '
+          f'{budgets[1]!r}. Set budget={budgets[1]!r}.'
+        )
   check_keys.check_known_names(f'{where}.of', block.of, config.splits)
   if 'others' in rule.needs and len(block.of) < 2:
     raise ConfigError(

@@ -1,4 +1,4 @@
-"""The evaluate command: evaluates a checkpoint, or each new one of a run, on a config's benchmarks.
+"""The evaluate command: evaluates a checkpoint, or each one of a run, on a config's benchmarks.
 
 In: a checkpoint or a weights file; the benchmarks' source files.
 Out: a table on the terminal and, with --output,
@@ -9,22 +9,23 @@ Out: a table on the terminal and, with --output,
   <output>/clip_benchmark/<benchmark>.json and <output>/eval_results.jsonl: the same scores in the
     formats of CLIP_benchmark and DataComp;
   <output>/classifiers/<hash>.npy: the zero-shot classifiers, which the next command reads.
+With --follow: see follow.py.
 """
 
 import collections
-from collections.abc import Callable
+from collections.abc import Sequence
+import functools
 import itertools
 import json
 import os
 import tempfile
-import time
 
 from absl import logging
 import numpy as np
 
-from clip_jax.core import checkpoints, files, products
 from clip_jax.core import config as config_lib
-from clip_jax.core.errors import ConfigError, InputError
+from clip_jax.core import files, products
+from clip_jax.core.errors import ConfigError
 from clip_jax.core.types import Array, Config
 from clip_jax.data import images
 from clip_jax.evaluation import published, robustness, statistics
@@ -32,8 +33,7 @@ from clip_jax.experiment import blocks
 from clip_jax.experiment.experiment import Experiment
 from clip_jax.reporting import tables
 from clip_jax.stages import check, dataset_paths, evaluate, ingest, models
-
-POLL_SECS = 5.0
+from clip_jax.stages import follow as follow_lib
 
 
 def evaluate_checkpoint(
@@ -45,14 +45,15 @@ def evaluate_checkpoint(
   output: str,
   follow: bool,
 ) -> None:
-  """Evaluates a checkpoint; with `follow`, every new checkpoint until Ctrl-C."""
+  """Evaluates a checkpoint; with `follow`, every checkpoint of a run until the run is complete."""
   if not path:
     raise ConfigError(
       '--checkpoint is missing, for example --checkpoint=runs/demo/train/base/seed0.'
     )
   path = models.resolve_path(path)
-  if follow and models.is_weights(path):
-    raise ConfigError(f'--follow: {path} is a weights file, which gets no new steps.')
+  runs = follow_lib.runs(path, config, output) if follow else []
+  if follow and model:
+    raise ConfigError(f'--model={model!r}: a checkpoint of a run contains its architecture.')
   given, config = config, dataset_paths.resolve(config)
   check.check(config, names=())
   images.limit_megapixels(config.ingest.max_megapixels)
@@ -82,28 +83,13 @@ def evaluate_checkpoint(
   loaded = None if follow else models.load(path, model)
   with tempfile.TemporaryDirectory() as scratch:  # holds the benchmarks' index
     x = Experiment(config, scratch)
-    for name in names:
+    training_sets = [config.benchmarks[name].few_shot for name in names]
+    for name in dict.fromkeys([*names, *filter(None, training_sets)]):
       _ingest(x, name)
-    if loaded is not None:
+    if loaded is None:
+      follow_lib.follow(x, runs, names, functools.partial(_evaluate, x))
+    else:
       _evaluate(x, path, loaded, names, output, model)
-      return
-    done: set[int] = set()
-    logging.info(
-      'Following %s; press Ctrl-C to stop.%s',
-      path,
-      '' if _steps(path) else ' It has no checkpoint yet.',
-    )
-    while True:
-      for step, folder in _steps(path).items():
-        if step in done:
-          continue
-        done.add(step)
-        loaded = _load_if_kept(
-          folder, model, lambda step=step: step == max(_steps(path), default=step)
-        )
-        if loaded is not None:
-          _evaluate(x, folder, loaded, names, os.path.join(output, f'{step:08d}') if output else '')
-      time.sleep(POLL_SECS)
 
 
 def _ingest(x: Experiment, name: str) -> None:
@@ -111,34 +97,15 @@ def _ingest(x: Experiment, name: str) -> None:
     products.make(x.workdir, list(batch), lambda todo: ingest.MAKERS[todo[0].kind](x, todo))
 
 
-def _load_if_kept(folder: str, model: str, is_newest: Callable[[], bool]) -> models.Model | None:
-  """Returns the model of a step; None, with a warning, if training has removed the checkpoint.
-
-  Training removes old checkpoints (train.keep_checkpoints), perhaps during the read. An unreadable
-  newest checkpoint raises InputError.
-  """
-  try:
-    return models.load(folder, model)
-  except InputError as error:
-    if is_newest():
-      raise
-    logging.warning(
-      'Not evaluated: %s Training keeps only the newest checkpoints; to keep more, raise '
-      'config.train.keep_checkpoints.',
-      error,
-    )
-    return None
-
-
 def _evaluate(
   x: Experiment,
   path: str,
   model: models.Model,
-  names: list[str],
+  names: Sequence[str],
   output: str,
   model_name: str = '',
-) -> None:
-  """Evaluates one model on the benchmarks, prints the table and writes the results."""
+) -> dict[str, dict]:
+  """Evaluates one model on the benchmarks, prints the table, and writes and returns the results."""
   checkpoint = path if model.step is None else f'{path}, step {model.step}'
   logging.info('%s:', checkpoint)
   logging.info(
@@ -148,9 +115,8 @@ def _evaluate(
   for name in names:
     result, arrays = evaluate.score(x, name, model, evaluate.cache_folder(x, output))
     result['checkpoint'] = checkpoint
-    _log_line(name, result)
-    for scoring, numbers in result['scorings'].items():
-      _log_line(f'- {scoring}', numbers)
+    for row, numbers in _rows(name, result).items():
+      _log_line(row, numbers)
     if output:
       files.write_npz(os.path.join(output, f'{name}.npz'), **arrays)
       files.write_json(os.path.join(output, f'{name}.json'), result)
@@ -184,19 +150,44 @@ def _evaluate(
   if output:
     _write_published(x, results, model_name or 'clip_jax', checkpoint, output)
     logging.info('Results are in %s.', output)
+  return results
 
 
-_LINE = '  %-24s %7s %7s %8s  %-14s %9s  %s'
+_LINE = '  %-30s %7s %7s %8s  %-14s %9s  %s'
+
+
+def _rows(name: str, result: dict) -> dict[str, dict]:
+  """Returns name -> numbers of a benchmark's lines in the table; a retrieval's name its recall."""
+  if 'recalls' not in result:
+    return {
+      name: result,
+      **{f'- {key}': part for key, part in result['scorings'].items()},
+      **{f'- {shots}-shot ridge probe': part for shots, part in result.get('few_shot', {}).items()},
+    }
+  return {
+    f'{"-" if i else name} {key}': {
+      'n': result['n'],
+      'groups': result['groups'],
+      'top1': recall['value'],
+      'top1_low': recall['low'],
+      'top1_high': recall['high'],
+    }
+    for i, (key, recall) in enumerate(result['recalls'].items())
+  }
 
 
 def _log_line(name: str, result: dict) -> None:
-  """Logs a line of the table of accuracies."""
+  """Logs a line of the table of accuracies; recalls have no balanced accuracy."""
   cells = []
   for key in ('top1', 'mean_per_class'):
+    if key not in result:
+      cells += ['', '']
+      continue
     low, high = result[f'{key}_low'], result[f'{key}_high']
     interval = 'one group' if low is None else f'{100 * low:.1f} to {100 * high:.1f}'
     cells += [f'{100 * result[key]:.1f}%', interval]
-  logging.info(_LINE, name, f'{result["n"]:,}', f'{result["groups"]:,}', *cells)
+  line = _LINE % (name, f'{result["n"]:,}', f'{result["groups"]:,}', *cells)
+  logging.info('%s', line.rstrip())
 
 
 class _Average:
@@ -227,11 +218,11 @@ class _Average:
       'benchmarks': self._names,
       'groups': top1.groups,
       'top1': top1.value,
-      'top1_low': evaluate.number(top1.low),
-      'top1_high': evaluate.number(top1.high),
+      'top1_low': statistics.number(top1.low),
+      'top1_high': statistics.number(top1.high),
       'mean_per_class': balanced.value,
-      'mean_per_class_low': evaluate.number(balanced.low),
-      'mean_per_class_high': evaluate.number(balanced.high),
+      'mean_per_class_low': statistics.number(balanced.low),
+      'mean_per_class_high': statistics.number(balanced.high),
     }
 
 
@@ -249,8 +240,3 @@ def _write_published(
     lines.append(json.dumps(published.datacomp(dataset, result)))
   text = ''.join(f'{line}\n' for line in lines)
   files.write_bytes(os.path.join(output, 'eval_results.jsonl'), text.encode())
-
-
-def _steps(path: str) -> dict[int, str]:
-  """Returns step -> folder of the complete checkpoints, oldest first."""
-  return {int(folder.name): str(folder) for folder in checkpoints.step_folders(path)}

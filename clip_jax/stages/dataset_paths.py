@@ -14,7 +14,7 @@ from absl import logging
 
 from clip_jax.core.errors import ConfigError
 from clip_jax.core.types import Config
-from clip_jax.data import listing, storage
+from clip_jax.data import listing, row_rules, storage
 from clip_jax.experiment import blocks
 from clip_jax.stages import benchmark_dirs
 
@@ -46,8 +46,9 @@ def resolve(config: Config) -> Config:
         del resolved[group][name]
   if absent and config.benchmarks and not resolved.benchmarks:
     first = next(iter(absent))
+    count = len(config.benchmarks)
     raise ConfigError(
-      f'None of the {len(absent)} benchmarks exists below {root or os.getcwd()}; for example '
+      f'None of the {count} benchmarks exists below {root or os.getcwd()}; for example '
       f'{first} would be {places(absent[first], root)}. Give the folder of the benchmarks, '
       f'--config.root=DIR, or the path of one, --config.benchmarks.{first}.path=DIR.'
     )
@@ -92,10 +93,23 @@ def _locate(where: str, block: Config, root: str) -> bool:
       f'config.root, the folder below which relative paths begin.'
     )
   block.path = (existing or choice)[0]
+  if blocks.is_retrieval(block):
+    block.captions = _captions(block, root)
+    if not (block.label_key or block.labels_file):
+      block.label_key = row_rules.NO_LABELS  # a folder's class folders are no classes here
   if not block.format:
     path = block.path if storage.is_remote(block.path) else os.path.expanduser(block.path)
     block.format = benchmark_dirs.format_of(f'{where}.path', path, bool(block.vector_dim))
   return True
+
+
+def _captions(block: Config, root: str) -> str:
+  """Returns the path of a file of captions: beside the images, else below the root; '' for none."""
+  if not block.captions:
+    return ''
+  folders = [block.path, os.path.dirname(os.path.normpath(block.path))]
+  choice = [below(folder, block.captions) for folder in folders]
+  return next(filter(os.path.isfile, map(os.path.expanduser, choice)), below(root, block.captions))
 
 
 def below(root: str, path: str) -> str:

@@ -1,12 +1,12 @@
-"""Stage evaluate: classifies every benchmark zero-shot with every trained model.
+"""Stage evaluate: scores every trained model on every benchmark: zero-shot, or by retrieval.
 
 In: checkpoints, ingested benchmarks.
 Out: WORKDIR/evaluate/<split>/seed<k>/<benchmark>.json (scores) and <benchmark>.npz (key,
-label, prediction, top5 and correct of every image, in index order).
+label, prediction, top5 and correct of every image, in index order; retrieval.py lists those of
+retrieval).
 """
 
 from collections.abc import Iterator, Sequence
-import math
 import os
 
 from absl import logging
@@ -20,7 +20,7 @@ from clip_jax.data import loader
 from clip_jax.evaluation import class_sets, statistics, zero_shot
 from clip_jax.experiment import blocks, workdir
 from clip_jax.experiment.experiment import Experiment
-from clip_jax.stages import check_keys, classifiers, models
+from clip_jax.stages import check_keys, classifiers, few_shot, models, retrieval
 
 
 def evaluate(x: Experiment, todo: list[Product]) -> Made:
@@ -66,12 +66,18 @@ def score(
 ) -> tuple[dict, dict[str, Array]]:
   """Returns the scores of one model on one benchmark, and its predictions for every image.
 
-  cache: folder of zero-shot classifiers (classifiers.py); '': they stay in memory. A further
-  scoring (config.benchmarks.NAME.scorings) has the arrays NAME_counts, NAME_prediction and
+  A retrieval benchmark has recalls and hits instead (retrieval.py). cache: folder of zero-shot
+  classifiers (classifiers.py); '': they stay in memory. A further scoring
+  (config.benchmarks.NAME.scorings) has the arrays NAME_counts, NAME_prediction and
   NAME_correct [n].
   """
-  block, classes = x.config.benchmarks[benchmark], workdir.class_names(x, benchmark)
-  source = workdir.source(x, benchmark)
+  block = x.config.benchmarks[benchmark]
+  if blocks.is_retrieval(block):
+    vectors, ok = image_vectors(x, benchmark, model)
+    result, arrays = retrieval.score(x, benchmark, model, vectors, ok, cache)
+    result['warnings'] += _count_warning(block, result['n'])
+    return result, arrays
+  classes, source = workdir.class_names(x, benchmark), workdir.source(x, benchmark)
   label = np.asarray(source.labels, np.int32)  # [n]
   check_labels(benchmark, label, classes, block)
   groups = workdir.groups(x, benchmark)
@@ -84,7 +90,7 @@ def score(
   result, correct, per_class = _numbers(label, top5, len(classes), kept, groups)
   result |= {
     'scoring': _in_words(block, classes),
-    'per_class': [number(value) for value in per_class],
+    'per_class': [statistics.number(value) for value in per_class],
     'unreadable': int((~ok).sum()),
     'templates': list(templates),
     'warnings': _count_warning(block, len(label)),
@@ -97,6 +103,16 @@ def score(
     'top5': top5.astype(np.int32),
     'correct': correct,
   }
+  if block.few_shot:
+    allowed = np.arange(len(classes)) if mask is None else np.flatnonzero(mask)
+    encode_rows = lambda dataset, rows: image_vectors(x, dataset, model, rows)
+    result['few_shot'], more, warnings = few_shot.score(
+      x, benchmark, model, encode_rows, label, vectors, ok, allowed
+    )
+    arrays |= more
+    for warning in warnings:
+      logging.warning('%s: %s.', benchmark, warning)
+    result['warnings'] += warnings
   for name in block.scorings:
     further = class_sets.scoring(block.class_set, name)
     names = class_sets.by_name(further.classes).names
@@ -162,7 +178,11 @@ def _numbers(
     'mean_per_class_high': balanced.high,
     'df': interval.df,
   }
-  result = {'n': len(label), 'classes': kept, **{key: number(numbers[key]) for key in numbers}}
+  result = {
+    'n': len(label),
+    'classes': kept,
+    **{key: statistics.number(numbers[key]) for key in numbers},
+  }
   result |= {'interval': interval.method, 'groups': interval.groups}
   return result, correct, scores['per_class']
 
@@ -191,20 +211,26 @@ def _count_warning(block: Config, rows: int) -> list[str]:
   return [f'{rows:,} rows, but the published dataset has {block.expected_rows:,}']
 
 
-def image_vectors(x: Experiment, benchmark: str, model: models.Model) -> tuple[Array, Array]:
-  """Returns a benchmark's embeddings [n, E] float32, and whether each image is readable [n] bool.
+def image_vectors(
+  x: Experiment,
+  dataset: str,
+  model: models.Model,
+  rows: Array | None = None,  # [n] int64, sorted; None: all
+) -> tuple[Array, Array]:
+  """Returns the embeddings [n, E] float32 of images, and whether each is readable [n] bool.
 
-  The decoded images of all benchmarks are kept for the next model, if they fit in train.cache_mb.
+  The decoded images of whole benchmarks are kept for the next model, if those of all benchmarks fit
+  in train.cache_mb.
   """
   pixels = 3 * model.image_size**2
   sources = [
     workdir.source(x, name) for name in x.config.benchmarks if workdir.is_ingested(x, name)
   ]
   size = pixels * sum(map(len, sources))
-  batches = _image_batches(x, benchmark, model)
-  if size <= x.config.train.cache_mb * 1e6:
-    name = f'images {benchmark}, {model.image_size} pixels, {model.resize}'
-    batches = x.cached(name, lambda: list(_image_batches(x, benchmark, model)))
+  batches = _image_batches(x, dataset, model, rows)
+  if rows is None and size <= x.config.train.cache_mb * 1e6:
+    name = f'images {dataset}, {model.image_size} pixels, {model.resize}'
+    batches = x.cached(name, lambda: list(_image_batches(x, dataset, model)))
   vectors, ok = [], []
   for images, readable in batches:
     vectors.append(encode(model, images, x.config.evaluate.batch_size))
@@ -213,13 +239,13 @@ def image_vectors(x: Experiment, benchmark: str, model: models.Model) -> tuple[A
 
 
 def _image_batches(
-  x: Experiment, benchmark: str, model: models.Model
+  x: Experiment, dataset: str, model: models.Model, rows: Array | None = None
 ) -> Iterator[tuple[Array, Array]]:
-  """Yields a benchmark's preprocessed images uint8 [b, S, S, 3] and is-readable bool [b]."""
-  source, train = workdir.source(x, benchmark), x.config.train
+  """Yields preprocessed images of a dataset, uint8 [b, S, S, 3], and is-readable bool [b]."""
+  source, train = workdir.source(x, dataset), x.config.train
   for _, images, ok in loader.image_batches(
     source,
-    np.arange(len(source)),
+    np.arange(len(source)) if rows is None else rows,
     batch_size=x.config.evaluate.batch_size,
     image_size=model.image_size,
     mode=model.resize,
@@ -227,15 +253,6 @@ def _image_batches(
     processes=train.loader_processes,
   ):
     yield images, ok
-
-
-def number(value: float) -> float | None:
-  """Returns a number for JSON, None for NaN or infinity.
-
-  A class without images has no accuracy, a single group no interval, and Wilson's interval has no
-  degrees of freedom.
-  """
-  return float(value) if math.isfinite(value) else None
 
 
 def encode(model: models.Model, pixels: Array, batch_size: int) -> Array:
@@ -247,9 +264,13 @@ def encode(model: models.Model, pixels: Array, batch_size: int) -> Array:
 def check_benchmarks(x: Experiment) -> None:
   """Raises an error, before any training, for a benchmark that cannot be scored."""
   for name, block in x.config.benchmarks.items():
-    check_labels(
-      name, np.asarray(workdir.source(x, name).labels), workdir.class_names(x, name), block
-    )
+    source = workdir.source(x, name)
+    if blocks.is_retrieval(block):
+      retrieval.check_captions(name, source)
+    else:
+      check_labels(name, np.asarray(source.labels), workdir.class_names(x, name), block)
+    if block.few_shot and workdir.is_ingested(x, block.few_shot):
+      few_shot.check_classes(x, name)
 
 
 def check_labels(benchmark: str, label: Array, classes: Sequence[str], block: Config) -> None:

@@ -100,6 +100,8 @@ def scan_shard(job: tuple[str, Shard, bool]) -> dict:
     class_folders=class_folders(block),
     columns=tuple(block.columns),
     require_caption=needs_caption,
+    all_captions=blocks.is_retrieval(block),
+    captions_file=os.path.expanduser(block.captions) if blocks.is_retrieval(block) else '',
   )
   if block.format == blocks.VECTORS:
     return vector_index.write(
@@ -112,7 +114,9 @@ def scan_shard(job: tuple[str, Shard, bool]) -> dict:
       vector_dim=block.vector_dim,
     )
   return table.write_shard(
-    folder, shard.number, sources.scan(shard.format, shard.files, rules, root=shard.root)
+    folder,
+    shard.number,
+    sources.scan(shard.format, shard.files, rules, root=shard.root, is_first=shard.number == 0),
   )
 
 

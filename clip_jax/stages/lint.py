@@ -30,7 +30,9 @@ def advice(x: Experiment, names: Sequence[str]) -> list[str]:
   if 'train' in names:
     sentences += _batches(x)
   if 'prune' in names and is_indexed(x):
-    sentences += [*_keys(x), *_domains(x), *domains.expected_removal(x, x.config.splits)]
+    sentences += [*_keys(x), *_domains(x)]
+    if blocks.domain_source(x.config)[0] == 'column':  # others need vectors: the stage prune warns
+      sentences += domains.expected_removal(x, x.config.splits)
   return sentences
 
 
@@ -130,8 +132,8 @@ def _listed_splits(x: Experiment) -> list[str]:
 
 def _domains(x: Experiment) -> Iterator[str]:
   """Yields the domains of which a split keeps no row."""
-  column = x.config.pool.domain_column
-  if not column:
+  kind, column = blocks.domain_source(x.config)
+  if kind != 'column':
     return
   for split in x.config.splits:
     if gone := _gone(x, split, column):

@@ -62,7 +62,7 @@ def _embedded(x: Experiment, rows: Rows) -> Rows:
 
 def show(x: Experiment, names: list[str], redo: str = '', redo_names: Sequence[str] = ()) -> None:
   """Prints the plan of the named stages, and the finished products that --redo would replace."""
-  from clip_jax.stages import plan_rates  # its imports take a second, at every start
+  from clip_jax.stages import plan_power, plan_rates  # imports of a second, at every start
 
   log.start()
   rates, counted = plan_rates.measure(x), dataset_rows(x)
@@ -138,6 +138,9 @@ def show(x: Experiment, names: list[str], redo: str = '', redo_names: Sequence[s
     'Accelerators: only FLOPs, at %d %% of the dense peak, without reading, decoding, compilation.',
     round(100 * SHARE_OF_PEAK),
   )
+  if 'train' in names:
+    for line in plan_power.lines(x, rows):
+      logging.info('%s', line)
   for sentence in lint.advice(x, names):
     logging.warning('%s', sentence)
 
@@ -287,27 +290,30 @@ def _prune(x: Experiment, rows: Rows) -> StagePlan:
   n = _known_sum(rows, (POOL, ANCHOR))
   drawn = sum(len(blocks.row_file_seeds(x.config, split)) for split in x.config.splits)
   clusters = {(split.clusters, split.seed) for split in x.config.splits.values() if split.clusters}
+  has_domains = blocks.domain_source(x.config)[0] == 'clusters'
+  if has_domains:
+    clusters.add((x.config.prune.domain_clusters, POOL))
   if n is None:
     return StagePlan(None, None, None if clusters else 0.0)
   assigned = sum(
     k * (rules.CLUSTER_ITERATIONS * min(n, rules.CLUSTER_ROWS * k) + n) for k, _ in clusters
   )
-  return StagePlan(n, 8 * n * drawn, 2.0 * _dim(x) * assigned if clusters else 0.0)
+  written = 8 * n * drawn + 4 * n * has_domains
+  return StagePlan(n, written, 2.0 * _dim(x) * assigned if clusters else 0.0)
 
 
 def _train(x: Experiment, rows: Rows) -> StagePlan:
   runs, t = len(blocks.runs_to_train(x.config)), x.config.train
   if not runs:
     return StagePlan(0, 0, 0.0)
-  base = _known_sum(rows, (POOL, ANCHOR))
-  seen = t.samples if t.budget == 'samples' else base and t.epochs * base
+  seen = plan_time.samples_seen(x, _known_sum(rows, (POOL, ANCHOR)))
   if seen is None:
     return UNKNOWN
   architecture = models.architecture(x.config)
   return StagePlan(
-    runs * seen,
+    seen,
     runs * t.keep_checkpoints * _checkpoint_bytes(architecture),
-    3.0 * flops.forward_flops(architecture) * runs * seen,
+    3.0 * flops.forward_flops(architecture) * seen,
   )
 
 

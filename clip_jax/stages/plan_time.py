@@ -156,12 +156,23 @@ def _embed(x: Experiment, rows: Rows, rates: Rates, dim: int) -> float | None:
 
 
 def _train(x: Experiment, rows: Rows, rates: Rates) -> float | None:
-  runs, t = len(blocks.runs_to_train(x.config)), x.config.train
+  runs = len(blocks.runs_to_train(x.config))
   if not runs:
     return 0.0
-  base = _sum(rows, (POOL, ANCHOR))
-  seen = t.samples if t.budget == 'samples' else base and t.epochs * base
-  return None if seen is None else _training(x, rows, rates, runs, seen)
+  seen = samples_seen(x, _sum(rows, (POOL, ANCHOR)))
+  return None if seen is None else _training(x, rows, rates, runs, seen // runs)
+
+
+def samples_seen(x: Experiment, base: int | None) -> int | None:
+  """Returns the samples that all runs see, if each split were as large as the base set.
+
+  base: rows of the base set; None, as the result, if they are not known.
+  """
+  t = x.config.train
+  each = {'samples': t.samples, 'epochs': None if base is None else t.epochs * base}
+  seen = [each[blocks.budget(x.config, split)] for split, _ in blocks.runs_to_train(x.config)]
+  known = [samples for samples in seen if samples is not None]
+  return int(sum(known)) if len(known) == len(seen) else None
 
 
 def _training(x: Experiment, rows: Rows, rates: Rates, runs: int, seen: int) -> float | None:

@@ -21,9 +21,9 @@ from clip_jax.core.products import Made, Product
 from clip_jax.core.types import Array
 from clip_jax.experiment import blocks, workdir
 from clip_jax.experiment.experiment import Experiment
-from clip_jax.pruning import rules, splits
+from clip_jax.pruning import controls, rules, splits
 from clip_jax.similarity import decide
-from clip_jax.stages import domains, export, prune_held_back
+from clip_jax.stages import domains, export, prune_clusters, prune_held_back
 from clip_jax.stages.prune_columns import ROWS_AT_ONCE, PoolColumns
 
 # Keys of a split that name rows or counts: keep() passes what they name to the rule.
@@ -46,12 +46,23 @@ NEAR_MARGIN = 0.02  # a query is "unhit" if no removed row is over its threshold
 
 def write_rows(x: Experiment, todo: list[Product]) -> Made:
   """Writes the rows of splits; `todo` lists each split after its dependencies."""
-  base = x.cached('base', lambda: Base(x))
-  for sentence in domains.expected_removal(x, dict.fromkeys(p.subject[0] for p in todo)):
+  base, names = x.cached('base', lambda: Base(x)), dict.fromkeys(p.subject[0] for p in todo)
+  if any(blocks.compares_domains(x.config, split) for split in names):
+    # A column was named by the user; what is inferred, or missing, is news.
+    is_named = blocks.domain_source(x.config)[0] == 'column'
+    say = logging.debug if is_named else logging.info
+    say('prune: domain: %s.', domains.words(x) or 'not known')
+  for sentence in domains.expected_removal(x, names):
     logging.warning('%s', sentence)
   for product in todo:
     split, seed = product.subject
     kept = base.apply_rule(split, seed)
+    if 'standardised_differences' in kept.report and base.caption_names_class is None:
+      logging.info(
+        'prune: %s is not matched in whether captions name the class, because the classes of the '
+        'anchor have no names.',
+        split,
+      )
     files.write_npy(x.path(product.name + '.npy'), base.rows(split, kept))
     yield product, [product.name + '.npy'], {'pool_rows': len(kept.rows), **kept.report}
 
@@ -202,6 +213,8 @@ class Base(PoolColumns):
         key: splits.shares(column, self.columns.candidates, dropped)
         for key, column in (('by_class', self.classes), ('by_domain', self.domain))
       }
+    if rule.selects or 'anchor_classes' in rule.needs:
+      about['domains'] = domains.words(self.x)
     if blocks.holds_back(config, split):
       about['held_back'], more = prune_held_back.figures(
         self.x,
@@ -379,14 +392,7 @@ def summarize(x: Experiment, new_products: list[Product]) -> None:
     share = about['dropped'] / max(about['candidates'], 1)
     checks = sum(check.get('checked', 0) for check in about['checks'].values())
     if any(draw.get('no_matched_control') for draw in about['draws'].values()):
-      lacking = max(draw['without_full_cell_donor'] for draw in about['draws'].values())
-      logging.warning(
-        '%s: no matched control can be made, because for %.0f %% of the rows that %s removes no '
-        'other row is alike in class, domain, caption and size. The split holds random rows.',
-        split,
-        100 * lacking,
-        x.config.splits[split].to,
-      )
+      logging.warning('%s: %s', split, _without_control(x, split, list(about['draws'].values())))
     repeats = max(draw.get('repeats', 0) for draw in about['draws'].values())
     planted = about['planted_rows']
     logging.debug(
@@ -405,4 +411,31 @@ def summarize(x: Experiment, new_products: list[Product]) -> None:
   logging.info('prune: pool rows of the splits: %s.', ', '.join(sizes))
 
 
-MAKERS = {'rows': write_rows, 'split': describe, **export.MAKERS}
+def _without_control(x: Experiment, split: str, draws: list[dict]) -> str:
+  """Returns why a matched split holds random rows, and whether its cells are too fine."""
+  lacking, by_chance = (
+    max(draw[key] for draw in draws)
+    for key in ('without_full_cell_donor', 'random_without_full_cell_donor')
+  )
+  why = (
+    f'no matched control can be made, because for {100 * lacking:.0f} % of the rows that '
+    f'{x.config.splits[split].to} removes no other row is alike in class, domain, caption and '
+    'size. The split holds random rows.'
+  )
+  if by_chance <= controls.MAX_UNMATCHED:
+    return why
+  why += (
+    f' Of as many random rows, {100 * by_chance:.0f} % have none either: there are too many kinds '
+    'of rows for a pool of this size.'
+  )
+  if blocks.domain_source(x.config)[0] == 'clusters':
+    why += ' Fewer domains may help: lower config.prune.domain_clusters.'
+  return why
+
+
+MAKERS = {
+  'domains': prune_clusters.write_domains,
+  'rows': write_rows,
+  'split': describe,
+  **export.MAKERS,
+}

@@ -6,7 +6,6 @@ They are columns over the pool, the queries, and exact similarities near a thres
 from collections.abc import Callable, Iterable, Iterator, Mapping
 import dataclasses
 import functools
-import math
 import os
 import re
 
@@ -15,15 +14,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from clip_jax.core import files, products, progress
+from clip_jax.core import files, products
 from clip_jax.core.errors import ConfigError, InputError
 from clip_jax.core.types import Array
 from clip_jax.data import table
 from clip_jax.experiment import blocks, workdir
 from clip_jax.experiment.blocks import ANCHOR, ANCHOR_CLASSES, POOL
 from clip_jax.experiment.experiment import Experiment
-from clip_jax.pruning import cells, columns, rules
+from clip_jax.pruning import captions, columns, rules
 from clip_jax.similarity import decide, kmeans, pairs
+from clip_jax.stages import check_keys, domains, prune_clusters
 
 ROWS_AT_ONCE = 65_536  # vectors read from the pool at once
 PAIRS_AT_ONCE = 1 << 24  # pairs that the rule k_aligned decides at once
@@ -60,7 +60,7 @@ class PoolColumns:
     self.anchor = workdir.embeddings(x, ANCHOR) if blocks.has_anchor(x.config) else None
     self.columns = self._columns(workdir.candidates(x) if candidates is None else candidates)
     if not self.columns.candidates.any():
-      raise InputError('The pool has no candidate: no row is both readable and not a duplicate.')
+      raise InputError(prune_clusters.NO_CANDIDATE)
 
   def _columns(self, candidates: Array) -> rules.Columns:
     config = self.x.config
@@ -94,14 +94,34 @@ class PoolColumns:
       anchor_class_similarity=column('similarity'),
       caption_length=lengths if lengths.any() else None,
       image_pixels=pixels if pixels.any() else None,
+      caption_names_class=self.caption_names_class if lengths.any() else None,
       domain=self.domain,
     )
 
   @functools.cached_property
-  def domain(self) -> Array | None:
-    """Each pool row's value of config.pool.domain_column, [N]; None without that key."""
-    name = self.x.config.pool.domain_column
-    return self.source.column(name) if name else None
+  def domain(self):
+    """Each pool row's domain, null where it has none; None if no domain is known."""
+    levels = domains.levels_of(self.x, POOL)
+    if levels is None:
+      return None
+    codes, names = levels
+    return pa.DictionaryArray.from_arrays(pa.array(codes, mask=codes < 0), names)
+
+  @functools.cached_property
+  def caption_names_class(self) -> Array | None:
+    """Whether each pool row's caption names its nearest anchor class, [N] bool.
+
+    None if the anchor's classes have no names, or only wnids or numbers.
+    """
+    names = workdir.class_names(self.x, ANCHOR)
+    if not names or check_keys.are_codes(names):
+      return None
+    nearest = workdir.search_column(self.x, ANCHOR_CLASSES, 'nearest')
+    parts, folder = [np.zeros(0, bool)], workdir.index_folder(self.x, POOL)
+    for shard, start, stop in workdir.shard_slices(self.source.starts):
+      texts = table.read_columns(folder, shard, ['caption'])['caption'].to_pylist()
+      parts.append(captions.name_their_class(texts, nearest[start:stop], names))
+    return np.concatenate(parts)
 
   @functools.cached_property
   def classes(self):
@@ -119,19 +139,7 @@ class PoolColumns:
 
     The numbers are [N]; -1 for none.
     """
-    if column:
-      codes, names = cells.levels(
-        pa.array(self.source.column(column), from_pandas=True)  # NaN becomes null
-      )
-      return (np.where(codes == names.index(''), -1, codes) if '' in names else codes), names
-    nearest = workdir.search_column(self.x, reference, 'nearest')
-    if blocks.is_prompts(self.x.config, reference):
-      return nearest, list(self.x.config.references[reference].classes)
-    names = list(workdir.class_names(self.x, reference))
-    # Rows without a nearest example hold -1, which reads the appended last label, -1.
-    labels = np.append(workdir.source(self.x, reference).labels, -1)
-    codes = labels[nearest]
-    return np.where(codes < len(names), codes, -1), names
+    return domains.pool_levels(self.x, column, reference)
 
   def numbers(self, column: str) -> Array:
     """Returns a numeric column of the pool, [N] float64; NaN for rows without a value."""
@@ -190,32 +198,7 @@ class PoolColumns:
 
   @functools.lru_cache  # noqa: B019 (both live as long as the stage)
   def _clusters(self, clusters: int, seed: int) -> tuple[Array, Array]:
-    """Returns k-means centres [K, E] float32, and each candidate's nearest, [N] int32 (else -1).
-
-    Initial centres are random candidates. k-means fits at most rules.CLUSTER_ROWS random candidates
-    a cluster; one pass then assigns all.
-    """
-    rows = np.flatnonzero(self.columns.candidates)
-    fitted, count = self.columns.candidates, rules.CLUSTER_ROWS * clusters
-    if count < len(rows):
-      fitted = np.zeros(len(self.pool), bool)
-      fitted[np.random.default_rng((seed, 1)).choice(rows, count, replace=False)] = True
-    with progress.Bar(total=rules.CLUSTER_ITERATIONS, desc='k-means', unit='iteration') as bar:
-      found = kmeans.fit(
-        self.pool,
-        fitted,
-        clusters=clusters,
-        seed=seed,
-        initial_similarity=math.inf,
-        max_iterations=rules.CLUSTER_ITERATIONS,
-        on_iteration=lambda state: bar.update(),
-      )
-    if fitted is self.columns.candidates:
-      return found.centers, found.assignment
-    with progress.Bar(total=len(rows), desc='assign', unit='row') as bar:
-      return found.centers, kmeans.assign(
-        self.pool, self.columns.candidates, found.centers, on_rows=bar.update
-      )
+    return prune_clusters.fit(self.pool, self.columns.candidates, clusters, seed)
 
   def pairs(self, target: str, k: int) -> Iterator[columns.Pairs]:
     """Yields all pairs of a query and a pool row nearer than the query's k-th anchor row.

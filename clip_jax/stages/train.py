@@ -86,7 +86,8 @@ def train(x: Experiment, todo: list[Product]) -> Made:
       split,
       x.config.planted.benchmark,
     )
-  samples = t.samples if t.budget == 'samples' else round(t.epochs * size)
+  by_samples = blocks.budget(x.config, split) == 'samples'
+  samples = t.samples if by_samples else round(t.epochs * size)
   # The packing depends on the base set only, so planted copies do not change other splits' runs.
   result, replaced = fit.fit(
     x, folder, data, workdir.base_source(x), seed=seed, samples=samples, product=product

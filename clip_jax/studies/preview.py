@@ -41,11 +41,12 @@ def products(graph: Graph) -> dict[str, list[Product]]:
   if not embedder:
     return {}
   keys = blocks.pick_keys(
-    config, ['prune.preview', *(f'benchmarks.{name}.class_mask' for name in config.benchmarks)]
+    config,
+    ['prune.preview', *(f'benchmarks.{name}.class_mask' for name in blocks.classified(config))],
   )
   features = [
     part
-    for name in (*blocks.base_datasets(config), *config.benchmarks)
+    for name in (*blocks.base_datasets(config), *blocks.classified(config))
     for part in graph.embeddings(name, embedder)
   ]
   return {
@@ -99,7 +100,8 @@ class _Features:
     config, view = x.config, x.with_embedder(x.config.prune.preview)
     self._x, self._base = x, workdir.base_rows(x)
     self._vectors = {
-      name: workdir.embeddings(view, name) for name in (*self._base.names, *config.benchmarks)
+      name: workdir.embeddings(view, name)
+      for name in (*self._base.names, *blocks.classified(config))
     }
     names = {
       dataset: [ridge.plain_name(name) for name in workdir.class_names(x, dataset)]
@@ -139,7 +141,7 @@ class _Features:
     with_classes = [name for name in (ANCHOR, POOL) if len(self._codes.get(name, ()))]
     wanted = {
       code
-      for name in with_classes[:1] or self._x.config.benchmarks
+      for name in with_classes[:1] or blocks.classified(self._x.config)
       for code in self._codes[name].tolist()
     }
     rows, classes = np.flatnonzero(usable), np.full(len(source), -1, np.int32)
@@ -178,7 +180,7 @@ class _Features:
 
     if len(labelled):
       weights = ridge.fit(counted(), self._scale, len(self._number))
-      scores = {name: self._accuracy(name, weights) for name in self._x.config.benchmarks}
+      scores = {name: self._accuracy(name, weights) for name in blocks.classified(self._x.config)}
     return {
       'kind': ridge.NAME,
       'embedder': self._x.config.prune.preview,
@@ -253,6 +255,11 @@ def section(facts: 'Facts') -> tuple[str, str, str, list] | None:
   missing = [split for split in config.splits if split not in previews]
   if previews and missing:
     page_blocks.append(Text(f'Splits without a preview: {progress.join_names(missing)}.', 'muted'))
+  left_out = [name for name in config.benchmarks if name not in blocks.classified(config)]
+  if left_out:
+    page_blocks.append(
+      Text(f'Left out, because retrieval has no classes: {progress.join_names(left_out)}.', 'muted')
+    )
   return 'preview', second_looks.PREVIEW_TITLE, 'Preview', page_blocks
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from clip_jax.core import files, progress
 from clip_jax.core.products import Made, Product
 from clip_jax.core.types import Config
-from clip_jax.evaluation import answer
+from clip_jax.evaluation import answer, retrieval
 from clip_jax.evaluation.statistics import Estimate
 from clip_jax.experiment import blocks
 from clip_jax.experiment.experiment import Experiment
@@ -24,12 +24,14 @@ from clip_jax.reporting import benchmark_overlap, page, sections, svg, tables, t
 from clip_jax.reporting import held_back as held_back_lib
 from clip_jax.reporting.page import Section
 from clip_jax.stages.report import (
+  collateral,
   contrasts,
   held_back,
   leaks,
   pool_sections,
   removed_rows,
   run_sections,
+  training,
 )
 from clip_jax.stages.report.facts import Facts, read
 from clip_jax.stages.report.panels import Accuracies
@@ -130,6 +132,7 @@ def _sections(
       'Accuracy',
       run_sections.accuracy(facts, accuracies, without_leaked),
     ),
+    ('training', 'Accuracy during training', 'Training', training.section(facts)),
     (
       'terms',
       'Terms of this page',
@@ -141,6 +144,12 @@ def _sections(
       'Each aligned split against its control',
       'Comparisons',
       run_sections.comparisons(facts, items) if is_asked else [],
+    ),
+    (
+      'collateral',
+      'Every split on every benchmark',
+      'Every benchmark',
+      collateral.section(facts),
     ),
     (
       'held_back',
@@ -294,7 +303,13 @@ def _accuracy_lines(facts: Facts, accuracies: Accuracies) -> list[str]:
   names = [name for name in config.splits if any(name == key[0] for key in accuracies)]
   return _columns(
     [
-      ['Accuracy, %', *benchmarks],
+      [
+        'Accuracy, %',
+        *(
+          f'{b} ({retrieval.HEADLINE})' if blocks.is_retrieval(config.benchmarks[b]) else b
+          for b in benchmarks
+        ),
+      ],
       *(
         [contrasts.shown_name(facts, name), *(_cell(accuracies.get((name, b))) for b in benchmarks)]
         for name in names

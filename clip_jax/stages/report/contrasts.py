@@ -32,6 +32,13 @@ def first_split(config: Config, rule: str) -> str | None:
   return next((name for name in config.splits if config.splits[name].rule == rule), None)
 
 
+def base_of(config: Config, split: str) -> str | None:
+  """Returns the base split that a split is compared with: of the same budget if there is one."""
+  bases = [name for name in config.splits if config.splits[name].rule == 'all']
+  same = [name for name in bases if blocks.budget(config, name) == blocks.budget(config, split)]
+  return next(iter([*same, *bases]), None)
+
+
 def aligned(config: Config) -> list[str]:
   """Returns the splits whose rule gives them the anchor's similarity gap."""
   return [name for name in config.splits if blocks.rule_of(config, name).is_aligned]
@@ -243,7 +250,7 @@ def compare(facts: Facts, split: str, benchmark: str) -> dict:
   facts = on_aligned_queries(facts, split, benchmark)
   config, results = facts.config, facts.results
   control, control_rule = control_of(facts, split)
-  base = first_split(config, 'all')
+  base = base_of(config, split)
   groups, key = results.groups[benchmark], (split, benchmark)
   item: dict[str, Any] = dict.fromkeys(
     (

@@ -29,9 +29,11 @@ class Results:
 
   correct: dict[tuple[str, str], Array]  # (split, benchmark) -> [S, Q] bool
   seeds: dict[tuple[str, str], tuple[int, ...]]
-  classes: dict[str, int]  # benchmark -> C
+  classes: dict[str, int | None]  # benchmark -> C; None for retrieval
   label: dict[str, Array]  # benchmark -> [Q] int32
   groups: dict[str, Array | None]  # benchmark -> [Q] names; None: every image is its own group
+  # Retrieval: (split, benchmark) -> the arrays of each seed's result (stages/retrieval.py).
+  hits: dict[tuple[str, str], list[dict[str, Array]]] = dataclasses.field(default_factory=dict)
 
   def on_shared_seeds(self, *keys: tuple[str, str]) -> tuple[list[Array], tuple[int, ...]] | None:
     """Returns the correctness [S, Q] of each (split, benchmark) on their shared seeds.
@@ -237,11 +239,13 @@ def results(x: Experiment) -> Results:
       of_seeds = {seed: result for seed, result in of_seeds.items() if result is not None}
       if of_seeds:
         scores, arrays = next(iter(of_seeds.values()))
-        known.classes[benchmark], known.label[benchmark] = scores['classes'], arrays['label']
+        known.classes[benchmark], known.label[benchmark] = scores.get('classes'), arrays['label']
         known.correct[split, benchmark] = np.stack(
           [arrays['correct'].astype(bool) for _, arrays in of_seeds.values()]
         )
         known.seeds[split, benchmark] = tuple(of_seeds)
+        if 'recalls' in scores:
+          known.hits[split, benchmark] = [arrays for _, arrays in of_seeds.values()]
   return known
 
 

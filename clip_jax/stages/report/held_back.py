@@ -81,9 +81,10 @@ def _controls(facts: Facts, split: str) -> list[tuple[str, str]]:
     name
     for name, block in config.splits.items()
     if block.rule == 'random'
+    and blocks.budget(config, name) == blocks.budget(config, split)
     and (block.size_of == split or (name in drawn and drawn[name]['pool_rows'] == size))
   ]
-  base = contrasts.first_split(config, 'all')
+  base = contrasts.base_of(config, split)
   named = sorted(equal, key=lambda name: config.splits[name].size_of != split)[:1]
   return [*((name, 'random') for name in named), *([(base, 'all')] if base is not None else [])]
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from clip_jax.core.types import Config
-from clip_jax.evaluation import robustness, similarity_bins, statistics
+from clip_jax.evaluation import retrieval, robustness, similarity_bins, statistics
 from clip_jax.evaluation.statistics import Estimate
 from clip_jax.experiment import blocks
 from clip_jax.pruning.rules import RULES
@@ -77,8 +77,42 @@ def _bounds(estimate: Estimate) -> dict:
   return {key: _finite_or_none(getattr(estimate, key)) for key in ('low', 'high')}
 
 
+def recalls(facts: Facts) -> list[dict]:
+  """Returns the recalls of each split on each retrieval benchmark: name -> estimate.
+
+  As in stages/retrieval.py: over captions for text-to-image, those of one image as one unit.
+  """
+  panels = []
+  for (split, benchmark), seeds in facts.results.hits.items():
+    groups, captions = facts.results.groups[benchmark], seeds[0]['captions']
+    unit = statistics.group_index(groups, len(captions))
+    first = np.repeat(np.cumsum(captions) - captions, captions)
+    place = np.arange(len(first)) - first  # [m]: of each caption among those of its image
+    estimates = {}
+    for column, k in enumerate(seeds[0]['k']):
+      of_image = np.stack([arrays['image_to_text'][:, column] for arrays in seeds])
+      share = np.stack([arrays['text_to_image'][:, column] for arrays in seeds])  # [S, n]
+      # Which captions of an image are hits does not matter, because they are one unit.
+      of_caption = place < np.repeat(np.rint(share * captions), captions, axis=1)  # [S, m]
+      values = (of_image, unit), (of_caption, np.repeat(unit, captions))
+      for direction, (hit, units) in zip(retrieval.DIRECTIONS, values):
+        estimates[f'{direction} recall@{k}'] = statistics.accuracy_interval(hit, units)
+    panels.append(
+      {
+        'split': split,
+        'rule': contrasts.shown_rule(facts, split),
+        'benchmark': benchmark,
+        'recalls': estimates,
+      }
+    )
+  return panels
+
+
 def by_similarity(facts: Facts) -> list[dict]:
-  """Returns the base split's accuracy by pool similarity, and by excess over the anchor's."""
+  """Returns the base split's accuracy by pool similarity, and by excess over the anchor's.
+
+  Retrieval has no classes, and therefore no curve without class effects.
+  """
   results, base = facts.results, contrasts.first_split(facts.config, 'all')
   if base is None:
     return []
@@ -95,7 +129,11 @@ def by_similarity(facts: Facts) -> list[dict]:
     for (against, b), value in values.items()
   }
   return [
-    {'name': b, 'what': against, 'series': _series(base, filled)}
+    {
+      'name': b,
+      'what': against,
+      'series': _series(base, filled)[: None if results.classes[b] else 1],
+    }
     for (against, b), filled in bins.items()
     if filled
   ]
@@ -175,7 +213,9 @@ def against_random(facts: Facts) -> list[dict]:
       (
         other
         for other in drawn
-        if splits[other].rule == 'random' and drawn[other]['pool_rows'] == drawn[name]['pool_rows']
+        if splits[other].rule == 'random'
+        and drawn[other]['pool_rows'] == drawn[name]['pool_rows']
+        and blocks.budget(facts.config, other) == blocks.budget(facts.config, name)
       ),
       None,
     )

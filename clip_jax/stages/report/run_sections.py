@@ -4,12 +4,14 @@ The sections on the pool are in pool_sections.py, those on removed rows in remov
 function returns the blocks of one section; for a missing result, a sentence and a command.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from clip_jax.core import progress
 from clip_jax.core.products import STAGES
+from clip_jax.evaluation import retrieval
 from clip_jax.experiment import blocks, workdir
 from clip_jax.pruning import splits as splits_lib
 from clip_jax.reporting import comparisons as comparisons_lib
@@ -21,6 +23,7 @@ from clip_jax.stages.report.panels import Accuracies, looks
 
 VECTOR = 'unusable vector'  # holds a NaN or an infinity, is all zeros, or is missing
 KEYS_LISTED = 1_000_000  # in larger datasets, unreadable images are listed by row, not by key
+BUDGETS = {'samples': 'equal samples', 'epochs': 'equal passes'}  # budget -> its words
 MOST_NAMED = 12  # runs that a sentence names
 
 
@@ -46,12 +49,18 @@ def accuracy(facts: Facts, accuracies: Accuracies, without_leaked: Accuracies) -
     is_late = blocks.runs_to_train(config) and not contrasts.aligned(config)
     return [facts.missing('No split is evaluated yet.', 'evaluate')] if is_late else []
   benchmarks = [
-    {'name': b, 'queries': len(label[b]), 'leaked': int(leaked[b].sum()) if b in leaked else None}
+    {
+      'name': b,
+      'queries': len(label[b]),
+      'leaked': int(leaked[b].sum()) if b in leaked else None,
+      'measure': retrieval.HEADLINE if blocks.is_retrieval(config.benchmarks[b]) else '',
+    }
     for b in config.benchmarks
     if b in label
   ]
   rows = [_split_row(facts, name) for name in config.splits]
   shown = sections.accuracy_blocks(rows, benchmarks, accuracies, without_leaked)
+  shown += sections.recall_blocks(panels.recalls(facts))
   return [*shown, *_unfinished_runs(facts), Fact(sections.PAPER_ANSWER)]
 
 
@@ -62,6 +71,8 @@ def _split_row(facts: Facts, name: str) -> dict:
   runs = {seed: run for (split, seed), run in facts.runs.items() if split == name}
   run = next((run for run in runs.values() if run.samples), None)
   words = contrasts.words_of(facts.config, name)
+  if blocks.budget(facts.config, name) != facts.config.train.budget:
+    words += f', {BUDGETS[blocks.budget(facts.config, name)]}'
   repeats = max((draw.get('repeats', 0) for draw in about.get('draws', {}).values()), default=0)
   if repeats:
     words += f', {repeats:,} of them repeated'
@@ -74,12 +85,19 @@ def _split_row(facts: Facts, name: str) -> dict:
     'words': words,
     'pool_rows': about.get('pool_rows'),
     'anchor_rows': about.get('anchor_rows'),
+    'anchor_share': _anchor_share(about) if blocks.has_anchor(facts.config) else None,
     'samples': run and run.samples,
     'passes': run and run.passes,
     'mark': 'not converged'
     if any(seed in runs and runs[seed].not_converged for seed in seeds)
     else '',
   }
+
+
+def _anchor_share(about: Mapping[str, Any]) -> float | None:
+  """Returns the anchor's share of a split's rows, and so of the samples that a run sees."""
+  rows = [about.get(f'{part}_rows') or 0 for part in ('anchor', 'pool', 'planted')]
+  return rows[0] / sum(rows) if any(rows) else None
 
 
 def _unfinished_runs(facts: Facts) -> list:
@@ -255,6 +273,11 @@ def _settings(facts: Facts) -> list[tuple[str, str]]:
     if t.budget == 'samples'
     else f'{tables.number(t.epochs)} passes over every split'
   )
+  others = [name for name in config.splits if blocks.budget(config, name) != t.budget]
+  if others and t.budget == 'samples':
+    budget += f'; {tables.number(t.epochs)} passes over {progress.join_names(others)}'
+  elif others:
+    budget += f'; {tables.number(t.samples)} samples for {progress.join_names(others)}'
   return settings + [
     ('Budget', f'{budget}, batch size {tables.number(t.batch_size)}'),
     ('Training seeds', ', '.join(map(str, t.seeds))),
