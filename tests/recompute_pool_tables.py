@@ -38,7 +38,11 @@ def removed(work: Work, skipped: list[str]) -> Iterator[tuple[str, Table]]:
       yield f'slack_{split}', Table(('slack',), rows)
     control = work.control(split, is_trained=False)
     if control and work.settings(control)['rule'] == 'matched':
-      rows = [{'variable': v, 'difference': d} for v, d in work.balance(split, control).items()]
+      before = work.balance(split)
+      rows = [
+        {'variable': v, 'difference': d, 'difference_before': before[v]}
+        for v, d in work.balance(split, control).items()
+      ]
       yield f'balance_{control}', Table(('variable',), rows)
 
 

@@ -61,14 +61,17 @@ def rows(
   if label.startswith('Difference of the means'):
     name = f'balance_{work.control(split, is_trained=False)}'
   else:
-    name = names.get(label, label)
+    name = names.get(label.split(': the column')[0], label)
   if name not in tables or name not in ROWS and not name.startswith(PREFIXES):
     return None
   ordered = in_printed_order(work, name, tables[name])
   if name in GRIDS:
     return GRIDS[name](work, [row for row in ordered if row])
   make = ROWS.get(name) or next(ROWS[p] for p in PREFIXES if name.startswith(p))
-  return [make(work, row) if row else None for row in ordered]
+  found = [make(work, row) if row else None for row in ordered]
+  if name.startswith('balance_') and 'difference_before' not in printed(work, name)[0]:
+    return [numbers[1:] for numbers in found if numbers]  # a report of before that column
+  return found
 
 
 def in_printed_order(work: Work, name: str, table: Table) -> list[dict | None]:
@@ -213,7 +216,7 @@ ROWS = {
   'removed_by_': counted,
   'slack_': slack,
   'words_': word,
-  'balance_': lambda work, row: [row['difference']],
+  'balance_': lambda work, row: [row['difference_before'], row['difference']],
   'mcnemar_': lambda work, row: [row['aligned_only'], row['control_only'], row['p_mid']],
   'accuracy_by_similarity': bin_row,
   'plane': plane_row,

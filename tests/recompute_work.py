@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 import pathlib
+import re
 from typing import Any, TypeVar
 
 import numpy as np
@@ -262,6 +263,8 @@ class Work:
     """Nearest anchor class, quintiles of its similarity and of caption length, domain, size."""
     variables = self.variables()
     parts = [variables['anchor_class'], variables['domain']]
+    if 'caption_names_class' in variables:
+      parts.append(variables['caption_names_class'])
     for name, bins in (('anchor_class_similarity', 5), ('caption_length', 5), ('image_pixels', 3)):
       edges = np.quantile(variables[name], np.arange(1, bins) / bins, method='inverted_cdf')
       parts.append(np.searchsorted(edges, variables[name], side='left'))
@@ -280,10 +283,24 @@ class Work:
     }
     if found['domain'] is None:
       found['domain'] = np.full(len(self.candidates), '')
+    if names := self.names_class():
+      found['caption_names_class'] = np.array(names)
     return {name: values[self.candidates] for name, values in found.items()}
 
-  def balance(self, split: str, control: str) -> dict[str, float]:
-    gone, drawn = (self.removed(s)[self.candidates] for s in (split, control))
+  def names_class(self) -> list[float]:
+    """Whether each caption holds its nearest anchor class's name; [] if it is no variable."""
+    draws = [d for n in self.splits for d in self.about(n)['draws'].values()]
+    if not any('caption_names_class' in d.get('standardised_differences', {}) for d in draws):
+      return []
+    plain = lambda text: ' '.join(re.sub(r'[_-]', ' ', text.casefold()).split())
+    names = [re.compile(rf'\b{re.escape(plain(n))}\b') for n in self.config['anchor']['classes']]
+    pairs = zip(self.meta('pool')['caption'], self.class_column('nearest').tolist(), strict=True)
+    return [float(bool(names[c].search(plain(caption)))) for caption, c in pairs]
+
+  def balance(self, split: str, control: str = '') -> dict[str, float]:
+    """Differences between removed rows and the control's, or all other candidates."""
+    gone = self.removed(split)[self.candidates]
+    drawn = self.removed(control)[self.candidates] if control else ~gone
     result = {}
     for name, values in self.variables().items():
       if name not in ('anchor_class', 'domain'):
