@@ -91,6 +91,7 @@ def accuracy_rows(work: Work, table: Table) -> list[Numbers]:
     found = by_split[row['split']]
     if row['benchmark'] == work.benchmarks[-1] and row['without_leaked'] == 'False':
       found += [row['pool_rows'], row['anchor_rows'], row['samples'], row['passes']]
+      found.append(100 * row['anchor_rows'] / (row['pool_rows'] + row['anchor_rows']))
   return list(by_split.values())
 
 
@@ -203,7 +204,8 @@ def held_back_rows(work: Work, ordered: list[dict]) -> list[Numbers]:
     line += interval(row)
     if row['what'] == 'A_minus_U':
       found = main.contrasts_held_back(work, *key)['A_minus_U'][0]
-      line += [found.images, found.groups, found.seeds, found.df, 90, *map(percent, found.at(0.9))]
+      line += [found.images, found.groups, found.seeds, found.df]
+      line += [90, *map(percent, found.at(0.9))] if found.seeds > 2 else []
       line += [percent(row['share_removed']), row['rows_removed'], row['rows']]
       line += [row['excess_before'], row['excess_after'], percent(row['excess_removed'])]
     else:

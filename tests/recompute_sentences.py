@@ -28,11 +28,13 @@ def of_comparison(work: Work, tables: dict[str, Table], split: str, benchmark: s
   minus = lambda x: None if x is None else -100 * x
   yield f'On the # aligned queries of {benchmark}', [int(images.sum())]
   lost = [minus(against.value), minus(against.high), minus(against.low)]
-  yield 'costs # points [#, #] against the', lost
-  yield 'costs # points [#, #, range of two seeds]', lost
-  yield 'costs # points [unknown, no interval', lost[:1]
   gains = [None if x is None else -x for x in lost]
-  yield 'costs nothing: # points [#, #]', [gains[0], gains[2], gains[1]]
+  yield 'costs # points [#, #] against the', lost
+  for end in (', range of two seeds]', '; this checkpoint]'):
+    yield f'costs # points [#, #{end}', lost
+    yield f'gains # points [#, #{end}', [gains[0], gains[2], gains[1]]
+  yield 'costs # points [unknown, no interval', lost[:1]
+  yield 'gains # points [#, #] against the', [gains[0], gains[2], gains[1]]
   for other, names in (
     (main.base_of(work), ('base',)),
     (work.control(split), ('matched', 'random', 'matched control', 'random control')),
