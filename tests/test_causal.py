@@ -137,6 +137,20 @@ def test_difference_in_differences_needs_50_queries_in_shared_classes():
     causal.difference_in_differences(pruned, control, hit, hit, label)
 
 
+def test_a_lead_without_an_interval_is_named():
+  one = np.ones((3, 20))
+  found = causal.explained_share(one * 0.5, one, one, groups=np.zeros(20, int))
+  assert found.reason.endswith('(\u221250.0 points, no interval: all images belong to one group)')
+
+
+def test_images_of_a_contrast_are_those_of_classes_with_both_kinds():
+  pruned, control, hit, label = contrast_data(np.random.default_rng(5), effect=0, images=400)
+  hit[label == 0] = True
+  found = causal.difference_in_differences(pruned, control, hit, ~hit, label)
+  assert found.estimate is not None and 0 < found.used < 1
+  assert found.estimate.images == found.estimate.groups == (label != 0).sum() < hit.size
+
+
 def test_placebo():
   rng = np.random.default_rng(6)
   control, others = runs(rng, 4, 3000, 0.6), runs(rng, 4, 2000, 0.8)

@@ -10,6 +10,7 @@ import time
 
 import numpy as np
 import pytest
+import recompute_page
 import squares
 import tiny
 
@@ -143,6 +144,13 @@ def test_results_are_consistent(finished):
       assert result['top1'] == pytest.approx(arrays['correct'].mean())
       assert (arrays['prediction'] == arrays['top5'][:, 0]).all()
       assert ((arrays['prediction'] == arrays['label']) == arrays['correct']).all()
+
+
+def test_the_report_is_that_of_its_raw_products(finished, capsys):
+  assert recompute_page.main(str(finished)) == 0, capsys.readouterr().out
+  said = capsys.readouterr().out
+  for name in ('accuracy', 'page, plane', 'summary.txt', 'preview', 'rows of aligned splits'):
+    assert f'\n{name}: ' in said, name
 
 
 def test_the_second_run_does_nothing(copy):

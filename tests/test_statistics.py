@@ -247,6 +247,17 @@ def test_cluster_robust_counts_groups_not_images():
   assert found.high - found.low == pytest.approx(alone.high - alone.low, rel=0.05)
 
 
+def test_one_run_whose_images_are_one_group_has_no_interval():
+  found = statistics.image_interval(np.arange(50) < 30, np.zeros(50, int))
+  assert found.method == 'none' and np.isnan(found.low) and found.groups == 1
+
+
+def test_the_range_of_a_linear_estimate_stays_within_0_and_1():
+  values = np.array([[1.0, 1, 0], [0, 1, 1]])
+  found = statistics.linear_interval(np.array([1.5, -1, 0.5]), values, values)
+  assert (found.low, found.high, found.method) == (0, 0.5, 'range')
+
+
 def test_accuracy_over_seeds():
   rng = np.random.default_rng(7)
   correct = rng.random((4, 500)) < 0.6

@@ -356,7 +356,7 @@ def _difference(pruned: Array, control: Array) -> np.ndarray:  # [S, Q]
 
 def _points(estimate: Estimate) -> str:
   if np.isnan(estimate.low):
-    return f'{100 * estimate.value:+.1f} points, no interval: all images belong to one group'
-  return (
-    f'{100 * estimate.value:+.1f} points, {100 * estimate.low:.1f} to {100 * estimate.high:.1f}'
-  ).replace('-', '\u2212')
+    interval = 'no interval: all images belong to one group'
+  else:
+    interval = f'{100 * estimate.low:.1f} to {100 * estimate.high:.1f}'
+  return f'{100 * estimate.value:+.1f} points, {interval}'.replace('-', '\u2212')

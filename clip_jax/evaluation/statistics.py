@@ -33,7 +33,7 @@ class Estimate:
   df: float  # degrees of freedom of the interval's t distribution
   p_value: float  # two-sided, of value = 0: only for a difference over three or more seeds
   seeds: int  # S
-  images: int  # Q
+  images: int  # Q; of a contrast, those with a weight
   groups: int  # independent units among the images: Q if no image has a group
   method: str  # 'crossed' (S >= 3) | 'range' (S = 2) | 'this checkpoint' (S = 1) | 'bootstrap' |
   # 'wilson' or 'cluster-robust' (one accuracy, S = 1) | 'none' (a single group)
@@ -109,7 +109,7 @@ def contrast(
   """
   values = matrix(values)
   parts = _contributions(values, weights, arms, groups)
-  seeds, images, units = *values.shape, parts.z.shape[1]
+  seeds, images, units = len(values), int(np.count_nonzero(weights)), parts.z.shape[1]
   variance, df = two_way(parts.z, parts.effective)
   if seeds == 2 or np.isnan(variance):
     return _without_error(parts.totals, images, units)
@@ -158,7 +158,8 @@ def image_interval(
   images = correct.shape[1]
   group = group_index(groups, images)
   if group.max() + 1 < images:
-    return replace(_bounded(correct, np.ones(images), groups, level), method='cluster-robust')
+    found = _bounded(correct, np.ones(images), groups, level)
+    return found if found.method == 'none' else replace(found, method='cluster-robust')
   p = float(correct.mean())
   low, high = _wilson(p, images, special.ndtri((1 + level) / 2))
   error = float(np.sqrt(p * (1 - p) / images))
@@ -199,7 +200,9 @@ def linear_interval(
   sizes = np.sqrt(np.bincount(group, weights**2))
   variance, df = two_way(z, effective_groups(sizes))
   if seeds == 2 or np.isnan(variance):
-    return _without_error(totals, images, units)
+    found = _without_error(totals, images, units)
+    low, high = (float(np.clip(bound, 0, 1)) for bound in (found.low, found.high))
+    return replace(found, low=low, high=high)
   if variance < TINY:  # as in contrast
     variance, df = 2 / (units + 2.0) ** 2, units - 1.0
   value, error, df = float(totals.mean()), float(np.sqrt(variance)), float(df)

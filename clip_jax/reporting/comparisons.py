@@ -261,6 +261,12 @@ def _contrasts(item: Item) -> list[Line]:
     )
   if item['did'] is not None:
     did = item['did']
+    in_both = did.estimate.images if did.estimate else 0
+    left_out = (
+      f' Of these, {tables.number(in_both)} count, whose class has queries of both kinds.'
+      if in_both < did.hit + did.unhit
+      else ''
+    )
     lines.append(
       _contrast(
         did,
@@ -269,7 +275,7 @@ def _contrasts(item: Item) -> list[Line]:
           f'Loss on the {tables.number(did.hit)} queries that lost a neighbour (a removed row is '
           'nearer than the anchor) minus loss on the '
           f'{tables.number(did.unhit)} queries that did not (no removed row is '
-          f'nearer than the anchor\u2019s similarity minus 0.02). {ASSUMPTION}'
+          f'nearer than the anchor\u2019s similarity minus 0.02).{left_out} {ASSUMPTION}'
         ),
       )
     )

@@ -1,0 +1,395 @@
+"""The report's tables on accuracy and training, recomputed from the raw products.
+
+Imports nothing of clip_jax. Used by tests/recompute_page.py.
+"""
+
+from collections.abc import Iterator
+import json
+
+import numpy as np
+import recompute_formulas as formulas
+from recompute_pool_tables import leaked
+from recompute_work import Between, Table, Work, numbers
+
+
+def comparisons(work: Work, skipped: list[str]) -> Iterator[tuple[str, Table]]:
+  found = {}
+  for split, benchmark in work.aligned():
+    if work.control(split):
+      found[split, benchmark] = comparison(work, split, benchmark, skipped)
+      yield f'mcnemar_{split}_{benchmark}', mcnemar(work, split, benchmark)
+  with_holm(work, found)
+  for (split, benchmark), rows in found.items():
+    names = {'split': split, 'benchmark': benchmark, **controls(work, split)}
+    is_whole = any(row['what'] == 'dose_slope' for row in rows)
+    rows = [names | row for row in rows]
+    yield f'comparison_{split}_{benchmark}', Table(('what',), rows, 1e-5, is_whole)
+
+
+def controls(work: Work, split: str) -> dict[str, str]:
+  """The control, and `random` for the rule of its rows if no matched control exists."""
+  control = work.control(split)
+  rule = work.settings(control)['rule']
+  return {
+    'control': control,
+    'control_rule': 'random' if rule == 'matched' and work.donors(split) > 0.2 else rule,
+  }
+
+
+def rule(work: Work, split: str) -> str:
+  block = work.settings(split)
+  return (
+    controls(work, block['to'])['control_rule'] if block['rule'] == 'matched' else block['rule']
+  )
+
+
+def base_of(work: Work) -> str:
+  return work.with_rule('all')
+
+
+def losses(work: Work, split: str, seed: int) -> list[dict]:
+  text = (work.path / f'train/{split}/seed{seed}/metrics.jsonl').read_text()
+  return [json.loads(line) for line in text.splitlines()]
+
+
+def mark(work: Work, split: str, seed: int) -> str:
+  """Why the run counts as not converged, or ''."""
+  lines = losses(work, split, seed)
+  steps, loss = (np.array([line[k] for line in lines]) for k in ('step', 'train/loss'))
+  return formulas.not_converged(steps, loss, work.config['train']['batch_size'])
+
+
+def accuracy(work: Work, skipped: list[str]) -> Iterator[tuple[str, Table]]:
+  """One table for each number of seeds; the most seeds are in accuracy.csv."""
+  by_seeds: dict[int, list[dict]] = {}
+  for split in work.splits:
+    for benchmark in work.benchmarks if work.seeds(split) else ():
+      (correct,) = work.arrays(benchmark, split)
+      leaks = leaked(work, benchmark)
+      for without in (False, True) if leaks.any() else (False,):
+        images = ~leaks if without else np.ones(len(leaks), bool)
+        found = formulas.accuracy(correct[:, images], work.groups(benchmark)[images])
+        rows, last = work.rows(split), losses(work, split, work.seeds(split)[0])[-1]
+        pool, anchor = (len(work.meta(d)['key']) for d in ('pool', 'anchor'))
+        columns = numbers(found)
+        columns['accuracy'] = columns.pop('value')
+        marks = [mark(work, split, seed) for seed in work.seeds(split)]
+        by_seeds.setdefault(len(correct), []).append(
+          {
+            'split': split,
+            'benchmark': benchmark,
+            'without_leaked': str(without),
+            'rule': rule(work, split),
+            **columns,
+            'pool_rows': int((rows < pool).sum()),
+            'anchor_rows': int(((rows >= pool) & (rows < pool + anchor)).sum()),
+            'samples': int(last['train/samples']),
+            'passes': last['train/samples'] / len(rows),
+            'mark': 'not converged' if any(marks) else '',
+          }
+        )
+  for place, count in enumerate(sorted(by_seeds, reverse=True)):
+    name = f'accuracy_seeds_{count}' if place else 'accuracy'
+    yield name, Table(('split', 'benchmark', 'without_leaked'), by_seeds[count])
+
+
+def differences(work: Work, split: str, benchmark: str) -> dict[str, formulas.Interval]:
+  """Aligned minus control and minus base, on the aligned queries."""
+  images = work.aligned_queries(benchmark, split)
+  found = {}
+  for name, other in (('against_control', work.control(split)), ('against_base', base_of(work))):
+    if other:
+      one, two = (a[:, images] for a in work.arrays(benchmark, split, other))
+      found[name] = formulas.difference(one, two, work.groups(benchmark)[images])
+  return found
+
+
+def comparison(work: Work, split: str, benchmark: str, skipped: list[str]) -> list[dict]:
+  control, base, anchor = work.control(split), base_of(work), work.with_rule('anchor')
+  images = work.aligned_queries(benchmark, split)
+  groups, labels = work.groups(benchmark)[images], work.labels(benchmark)[images]
+  drawn = work.config['report']['bootstrap_draws']
+  rows = [
+    {'what': name} | numbers(found) for name, found in differences(work, split, benchmark).items()
+  ]
+  one, two = (a[:, images] for a in work.arrays(benchmark, split, control))
+  seeds = len(one)
+  if seeds < 3:
+    skipped.append(
+      f'comparison_{split}_{benchmark}: fewer than three seeds, so no bootstrap, '
+      'explained share, p-value or slope is checked'
+    )
+  else:
+    draws = formulas.bootstrap([one - two], groups)
+    rows.append(
+      {
+        'what': 'against_control_bootstrap',
+        'value': rows[0]['value'],
+        'low': Between(*formulas.likely_quantile(draws, 0.025, drawn)),
+        'high': Between(*formulas.likely_quantile(draws, 0.975, drawn)),
+        'method': 'bootstrap',
+        **{key: rows[0][key] for key in ('seeds', 'images', 'groups')},
+      }
+    )
+    for name, other in (('E', base), ('E_control', control)):
+      if other and anchor:
+        rows.append({'what': name} | explained(work, split, benchmark, other, anchor))
+    lost = np.maximum(work.to_pool(benchmark) - work.threshold(benchmark), 0)[images]
+    rows.append(
+      {'what': 'dose_slope'} | numbers(formulas.dose_slope(one, two, lost, labels, groups))
+    )
+  reference = work.config['report'].get('reference')
+  aligned = (benchmark, *work.settings(split)['benchmarks'])
+  if reference in work.benchmarks and reference not in aligned:
+    rows.append({'what': 'placebo'} | numbers(placebo(work, split, benchmark, reference)))
+  hit, unhit = hit_and_unhit(work, split, benchmark)
+  weights = formulas.class_weights(hit, unhit, work.labels(benchmark))
+  if min((w > 0).sum() for w in weights) >= 50:
+    one, two = work.arrays(benchmark, split, control)
+    found = formulas.difference_of_means(one - two, weights, work.groups(benchmark))
+    rows.append({'what': 'hit_minus_unhit'} | numbers(found))
+  return rows
+
+
+def lead(work: Work, split: str, benchmark: str, other: str) -> formulas.Interval | None:
+  """Accuracy of another split minus that of anchor_only on the aligned queries."""
+  anchor = work.with_rule('anchor')
+  if not other or not anchor:
+    return None
+  images = work.aligned_queries(benchmark, split)
+  one, _, two = (a[:, images] for a in work.arrays(benchmark, other, split, anchor))
+  return formulas.difference(one, two, work.groups(benchmark)[images])
+
+
+def explained(work: Work, split: str, benchmark: str, other: str, anchor: str) -> dict:
+  """Columns of E (other: base) or E' (other: the control)."""
+  images = work.aligned_queries(benchmark, split)
+  groups = work.groups(benchmark)[images]
+  one, pruned, reference = (a[:, images] for a in work.arrays(benchmark, other, split, anchor))
+  of_lead = lead(work, split, benchmark, other)
+  if of_lead.low is None or of_lead.low <= 0:
+    return numbers(of_lead) | dict.fromkeys(('value', 'low', 'high', 'df'))
+  found = formulas.ratio(one - pruned, one - reference, groups)
+  draws = formulas.bootstrap([one - pruned, one - reference], groups)
+  drawn = work.config['report']['bootstrap_draws']
+  low = [min(e, found.low) for e in formulas.likely_quantile(draws, 0.025, drawn)]
+  high = [max(e, found.high) for e in formulas.likely_quantile(draws, 0.975, drawn)]
+  return numbers(found) | {'low': Between(*low), 'high': Between(*high)}
+
+
+def placebo(work: Work, split: str, benchmark: str, reference: str) -> formulas.Interval:
+  d, groups, weights = [], [], np.zeros((2, 0))
+  for place, name in enumerate((benchmark, reference)):
+    images = work.aligned_queries(name, split) if not place else slice(None)
+    one, two = (a[:, images] for a in work.arrays(name, split, work.control(split)))
+    d.append(one - two)
+    groups.append([f'{name}/{g}' for g in work.groups(name)[images]])
+    part = np.zeros((2, one.shape[1]))
+    part[place] = 1 / one.shape[1]
+    weights = np.concatenate([weights, part], 1)
+  return formulas.difference_of_means(
+    np.concatenate(d, 1), (weights[0], weights[1]), np.concatenate(groups)
+  )
+
+
+def hit_and_unhit(work: Work, split: str, benchmark: str) -> tuple[np.ndarray, np.ndarray]:
+  """Aligned queries with a removed row over t_i, and with none over t_i - 0.02."""
+  highest = work.similarities(benchmark)[work.removed(split)].max(0)
+  t, images = work.threshold(benchmark), work.aligned_queries(benchmark, split)
+  return (highest > t) & images, (highest <= t - 0.02) & images
+
+
+def with_holm(work: Work, found: dict[tuple[str, str], list[dict]]) -> None:
+  """Adds the adjusted p-values to the first row of every confirmatory comparison."""
+  family = [
+    (key, differences(work, *key)['against_control'])
+    for key in found
+    if controls(work, key[0])['control_rule'] == 'matched'
+  ]
+  family = [(key, i) for key, i in family if i.seeds >= 3 and i.error is not None]
+  p = formulas.holm([formulas.p_value(interval) for _, interval in family])
+  same = formulas.holm([formulas.p_no_loss(i, margin(i.images)) for _, i in family])
+  for rows in found.values():
+    rows[0] |= {'p_holm': None, 'p_no_loss_holm': None}
+  for (key, _), one, two in zip(family, p, same, strict=True):
+    found[key][0] |= {'p_holm': one, 'p_no_loss_holm': two}
+
+
+def margin(images: int) -> float:
+  """Of equivalence: 1 point, 3 points for fewer than 3,000 images."""
+  return 0.03 if images < 3000 else 0.01
+
+
+def mcnemar(work: Work, split: str, benchmark: str) -> Table:
+  images = work.aligned_queries(benchmark, split)
+  control = work.control(split)
+  rows = []
+  for seed in sorted(set(work.seeds(split)) & set(work.seeds(control))):
+    one, two = (work.correct(s, benchmark)[seed][images] for s in (split, control))
+    only = int(((one == 1) & (two == 0)).sum()), int(((one == 0) & (two == 1)).sum())
+    rows.append(
+      {
+        'seed': seed,
+        'aligned_only': only[0],
+        'control_only': only[1],
+        'p_mid': formulas.mcnemar_mid_p(*only),
+      }
+    )
+  return Table(('seed',), rows)
+
+
+def held_back(work: Work, skipped: list[str]) -> Iterator[tuple[str, Table]]:
+  rows = []
+  for split, benchmark in work.aligned():
+    queries = work.settings(split).get('queries', [0.0, 1.0])
+    others = [n for n in work.splits if work.settings(n).get('size_of') == split]
+    others = [n for n in (base_of(work), *others) if n and work.seeds(n)]
+    for other in others if list(queries) != [0.0, 1.0] else ():
+      names = {'split': split, 'benchmark': benchmark, 'control': other}
+      names |= {'queries_from': queries[0], 'queries_to': queries[1]}
+      names |= {'control_rule': work.settings(other)['rule'], **gone(work, split, benchmark)}
+      found = contrasts_held_back(work, split, benchmark, other)
+      names['conclusion'] = conclusion(found, names)
+      rows += [names | {'what': what} | row for what, (_, row) in found.items()]
+  if rows:
+    yield 'held_back', Table(('split', 'benchmark', 'control', 'what'), rows)
+
+
+def contrasts_held_back(
+  work: Work, split: str, benchmark: str, other: str
+) -> dict[str, tuple[formulas.Interval, dict]]:
+  aligned = work.aligned_queries(benchmark, split)
+  one, two = work.arrays(benchmark, split, other)
+  groups = work.groups(benchmark)
+  found = {}
+  for what, images in (('D_aligned', aligned), ('D_held_back', ~aligned)):
+    interval = formulas.difference(one[:, images], two[:, images], groups[images])
+    right = {'right_pruned': int(one[:, images].sum()), 'right_control': int(two[:, images].sum())}
+    found[what] = interval, numbers(interval) | right
+  if min(found[what][0].groups for what in found) >= 10:
+    weights = formulas.class_weights(aligned, ~aligned, work.labels(benchmark))
+    interval = formulas.difference_of_means(one - two, weights, groups)
+    found['A_minus_U'] = interval, numbers(interval, counts=False) | {'seeds': len(one)}
+  return found
+
+
+def gone(work: Work, split: str, benchmark: str) -> dict:
+  """Rows near held-back queries that went, and these queries' excess before and after."""
+  held = ~work.aligned_queries(benchmark, split) & work.usable(benchmark)
+  t = work.threshold(benchmark)[held]
+  similarity = work.similarities(benchmark)[:, held]
+  near = ((similarity - t).max(1) > 0) & work.candidates
+  before, after = (
+    float(np.maximum(similarity[rows].max(0) - t, 0).mean())
+    for rows in (work.candidates, work.pool_rows(split))
+  )
+  went = int((near & work.removed(split)).sum())
+  return {
+    'rows': int(near.sum()),
+    'rows_removed': went,
+    'share_removed': went / near.sum(),
+    'excess_before': Between(before - 1e-6, before + 1e-6),
+    'excess_after': Between(after - 1e-6, after + 1e-6),
+    'excess_removed': Between(1 - after / before - 1e-4, 1 - after / before + 1e-4),
+  }
+
+
+def conclusion(found: dict, shares: dict) -> str:
+  """The table of docs/statistics.md, "Aligned and held-back queries"."""
+  if 'A_minus_U' not in found or found['D_aligned'][0].seeds < 3:
+    return 'undetermined'
+  if max(shares['share_removed'], shares['excess_removed'].low) > 0.8:
+    return 'cannot tell'
+  a, u, au = (found[k][0] for k in ('D_aligned', 'D_held_back', 'A_minus_U'))
+  low, high = au.at(0.9)
+  if a.high < 0 and u.high < 0 and low > -0.02 and high < 0.02:
+    return 'domain'
+  return 'instance' if a.high < 0 and u.high >= 0 and au.high < 0 else 'undetermined'
+
+
+def bins(work: Work, skipped: list[str]) -> Iterator[tuple[str, Table]]:
+  base, rows = base_of(work), []
+  for benchmark in work.benchmarks if base and work.seeds(base) else ():
+    usable = work.usable(benchmark)
+    (correct,) = work.arrays(benchmark, base)
+    correct = correct[:, usable]
+    groups, labels = work.groups(benchmark)[usable], work.labels(benchmark)[usable]
+    # As float32, equal similarities to pool and anchor differ by 0 and not by a rounding error.
+    pool, anchor = (
+      values[usable].astype(np.float32)
+      for values in (work.to_pool(benchmark), work.threshold(benchmark))
+    )
+    for against, values in (('similarity', pool), ('excess', pool - anchor)):
+      place = np.minimum(np.floor(values.astype(float) / 0.05 + 1e-6), 19).astype(int)
+      adjusted = formulas.bins_without_classes(correct, place, labels, groups)
+      for name in np.unique(place).tolist():
+        members = place == name
+        raw = formulas.accuracy(correct[:, members], groups[members])
+        for series, found in ((base, raw), ('class effects removed', adjusted[name])):
+          if found is None:
+            continue
+          columns = numbers(found)
+          columns['accuracy'] = columns.pop('value')
+          columns['accuracy_low'], columns['accuracy_high'] = (
+            columns.pop('low'),
+            columns.pop('high'),
+          )
+          about = {'benchmark': benchmark, 'against': against, 'series': series}
+          edges = {'low': round(name * 0.05, 6), 'high': round((name + 1) * 0.05, 6)}
+          rows.append(about | edges | {'n': int(members.sum())} | columns)
+  yield 'accuracy_by_similarity', Table(('benchmark', 'against', 'series', 'low'), rows)
+
+
+def plane(work: Work, skipped: list[str]) -> Iterator[tuple[str, Table]]:
+  reference, rows = work.config['report']['reference'], []
+  for split in work.splits if reference in work.benchmarks else ():
+    for seed in work.seeds(split):
+      for benchmark in (b for b in work.benchmarks if b != reference):
+        row = {'split': split, 'seed': seed, 'benchmark': benchmark, 'against': reference}
+        for prefix, name in (('x_', reference), ('y_', benchmark)):
+          correct = work.correct(split, name)[seed][None]
+          row |= numbers(formulas.accuracy(correct, work.groups(name)), prefix)
+        rows.append(row)
+  yield 'plane', Table(('split', 'seed', 'benchmark'), rows)
+
+
+def training(work: Work, skipped: list[str]) -> Iterator[tuple[str, Table]]:
+  rows = []
+  for split in work.splits:
+    for draw, seed in enumerate(work.seeds(split)):
+      lines = losses(work, split, seed)
+      samples = int(lines[-1]['train/samples'])
+      rows.append(
+        {
+          'run': f'{split}/seed{seed}',
+          'samples': samples,
+          'passes': samples / len(work.rows(split, draw)),
+          'steps': lines[-1]['step'],
+          'seconds': lines[-1]['train/seconds'],
+          'images_per_sec': float(np.median([line['train/images_per_sec'] for line in lines])),
+          'mark': 'not converged' if mark(work, split, seed) else '',
+        }
+      )
+  yield 'training', Table(('run',), rows)
+
+
+def against_random(work: Work, skipped: list[str]) -> Iterator[tuple[str, Table]]:
+  """Near- and far-pruned splits minus the random split with as many pool rows."""
+  rows = []
+  for split in work.selected():
+    if work.settings(split)['rule'] not in ('near', 'far') or not work.seeds(split):
+      continue
+    size = work.pool_rows(split).sum()
+    for other in work.splits:
+      if work.settings(other)['rule'] == 'random' and work.pool_rows(other).sum() == size:
+        for benchmark in work.settings(split)['benchmarks'] if work.seeds(other) else ():
+          one, two = work.arrays(benchmark, split, other)
+          found = numbers(formulas.difference(one, two, work.groups(benchmark)))
+          names = {'split': split, 'benchmark': benchmark, 'control': other}
+          rows.append(names | {'rule': work.settings(split)['rule']} | found)
+  if rows:
+    keys = ('split', 'benchmark', 'control')
+    yield 'size_against_random', Table(keys, rows, is_whole=False)
+
+
+MAKERS = (against_random, accuracy, comparisons, held_back, bins, plane, training)
