@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import types
+from typing import Any
 
 import numpy as np
 import pytest
@@ -567,6 +568,17 @@ def test_unfinished_work_directories(finished, tmp_path, blank_figures, upto, ha
   assert 'Not answered yet' in page and lacks not in page
   if has != 'Nothing':
     assert has in page
+
+
+def test_an_answer_names_only_unfinished_runs_that_it_uses():
+  facts: Any = types.SimpleNamespace(
+    config=config(),
+    results=types.SimpleNamespace(seeds={('base', 'handwriting'): (0, 1)}),
+    runs={('base', 1): types.SimpleNamespace(not_converged='too short')},
+  )
+  named = lambda *seeds: report._unfinished(facts, 'base', 'handwriting', seeds)
+  assert named(0, 1, 2) == ['base/seed1', 'base/seed2']
+  assert named(0, 1) == ['base/seed1'] and named(0) == []
 
 
 def test_missing_parts_name_the_command_that_makes_them(searched, blank_figures):

@@ -227,7 +227,8 @@ def _answer(facts: Facts, items: Sequence[dict]) -> str:
   for item in shown:
     split, benchmark = item['split'], item['benchmark']
     parts = (item['base'], split, item['control'], contrasts.first_split(config, 'anchor'))
-    late = [run for part in parts if part for run in _unfinished(facts, part, benchmark)]
+    seeds = blocks.seeds(config, split)  # a comparison leaves out seeds that only its control has
+    late = [run for part in parts if part for run in _unfinished(facts, part, benchmark, seeds)]
     loss, control = item['against_control'], item['balance']
     if loss is None and item['against_base'] is not None:  # the control is not evaluated
       loss, control = item['against_base'], contrasts.BASE
@@ -264,14 +265,14 @@ def _left_out(facts: Facts) -> str:
   return f'{pictures} are left out to keep this page below 10 MB. '
 
 
-def _unfinished(facts: Facts, split: str, benchmark: str) -> list[str]:
-  """Returns the runs of a split that are not evaluated or did not converge."""
+def _unfinished(facts: Facts, split: str, benchmark: str, seeds: Sequence[int]) -> list[str]:
+  """Returns the runs of a split, among these seeds, that are not evaluated or did not converge."""
   evaluated = facts.results.seeds.get((split, benchmark), ())
   late = {seed for (name, seed), run in facts.runs.items() if name == split and run.not_converged}
   return [
     f'{split}/seed{seed}'
     for seed in blocks.seeds(facts.config, split)
-    if seed not in evaluated or seed in late
+    if seed in seeds and (seed not in evaluated or seed in late)
   ]
 
 
