@@ -228,19 +228,19 @@ def differences(
       (mark,) = ax.plot([100 * row['estimate']], [y], marker, color=color, markersize=7)
       svg.hover(mark, hover)
       _row_text(ax, y, row['title'])
-      ax.annotate(
+      ax.annotate(  # below the line: beside a long name it would not fit
         row['detail'],
-        (1, y - 0.45),
+        (1, y + 0.36),
         xycoords=('axes fraction', 'data'),
         va='center',
         ha='right',
         alpha=0.8,
       )
-    ax.set(ylim=(len(rows) - 0.5, -0.85), xlabel=xlabel)
+    ax.set(ylim=(len(rows) - 0.4, -0.75), xlabel=xlabel)
     _rows_only(ax)
     svg.few_ticks(ax.xaxis, 6)
 
-  return svg.panel(draw, 44 * len(rows) + 84, title, grid='')
+  return svg.panel(draw, 58 * len(rows) + 84, title, grid='')
 
 
 def balance(
