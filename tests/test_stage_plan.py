@@ -173,3 +173,10 @@ def test_an_index_gives_the_rows_and_the_images(data, tmp_path):
   source = plan_rates._images(x, None)
   assert source is not None and len(source) == 60
   assert files.read_json(tmp_path / 'w/ingest/pool/files.json') == before
+
+
+@pytest.mark.parametrize(
+  'n, text', [(7, '7 '), (999, '999 '), (999.7, '1 k'), (1500, '1.5 k'), (999_700, '1 M')]
+)
+def test_numbers_of_the_plan_have_no_exponent(n, text):
+  assert plan._si_text(n) == text

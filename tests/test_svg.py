@@ -60,7 +60,8 @@ def test_standalone_has_a_size_and_both_colour_schemes():
 
 
 @pytest.mark.parametrize(
-  'value, text', [(7, '7'), (950, '950'), (1500, '1.5k'), (75e6, '75M'), (2e9, '2G')]
+  'value, text',
+  [(7, '7'), (950, '950'), (1500, '1.5k'), (999_700, '1M'), (75e6, '75M'), (2e9, '2G')],
 )
 def test_counts(value, text):
   assert svg.count_label(value) == text

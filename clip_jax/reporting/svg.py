@@ -181,7 +181,7 @@ def standalone(text: str) -> str:
 def count_label(value: float) -> str:
   """Returns a count as an axis label: 900, 1.5k, 75M, 200M."""
   for unit, name in ((1e9, 'G'), (1e6, 'M'), (1e3, 'k')):
-    if abs(value) >= unit:
+    if abs(value) >= 0.9995 * unit:  # less has three digits of the unit below: 999,700 is 1M
       return f'{value / unit:.3g}{name}'
   return f'{value:.0f}'
 

@@ -122,7 +122,7 @@ def number(value: float | None, digits: int = 3) -> str:
     return NOTHING
   if float(value).is_integer() and abs(value) < 1e15:
     return f'{int(value):,}'.replace('-', MINUS)
-  if abs(value) >= 10**digits:
+  if abs(value) >= 10**digits - 0.5:  # 999.7, too: as three digits it would be 1e+03
     return f'{value:,.0f}'.replace('-', MINUS)
   return f'{value:.{digits}g}'.replace('-', MINUS)
 

@@ -406,7 +406,7 @@ def _si_text(n: float | None) -> str:
   if n is None:
     return '?'
   for unit in ('', 'k', 'M', 'G', 'T', 'P', 'E'):
-    if abs(n) < 1000 or unit == 'E':
+    if abs(n) < 999.5 or unit == 'E':  # 999.7 has three digits only in the next unit
       return f'{n:.3g} {unit}'.rstrip() if unit else f'{n:.0f} '
     n /= 1000
   return ''
