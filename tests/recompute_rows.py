@@ -201,16 +201,25 @@ def held_back_rows(work: Work, ordered: list[dict]) -> list[Numbers]:
   for row in ordered:
     key = row['split'], row['benchmark'], row['control']
     line = lines.setdefault(key, [])
-    line += interval(row)
     if row['what'] == 'A_minus_U':
       found = main.contrasts_held_back(work, *key)['A_minus_U'][0]
-      line += [found.images, found.groups, found.seeds, found.df]
-      line += [90, *map(percent, found.at(0.9))] if found.seeds > 2 else []
+      if found is None:
+        line += [*main.groups_in_both(work, *key[:2]), main.FEWEST_GROUPS]
+      else:
+        line += [*interval(row), found.images, found.groups, found.seeds, found.df]
+        line += [90, *map(percent, found.at(0.9))] if found.seeds > 2 else []
       line += [percent(row['share_removed']), row['rows_removed'], row['rows']]
       line += [row['excess_before'], row['excess_after'], percent(row['excess_removed'])]
+    elif row['value'] is None:
+      line += [*right(row), row['groups']]
     else:
-      line += [row['images'], row['groups'], row['seeds'], row['df']]
+      line += [*interval(row), row['images'], row['groups'], row['seeds'], row['df']]
   return list(lines.values())
+
+
+def right(row: dict) -> Numbers:
+  """`0 of 7 right, 2 with the control`, over all seeds."""
+  return [row['right_pruned'], row['images'] * row['seeds'], row['right_control']]
 
 
 same = lambda value: value

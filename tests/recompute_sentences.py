@@ -11,7 +11,7 @@ import re
 import numpy as np
 import recompute_formulas as formulas
 import recompute_pool_tables as pool
-from recompute_rows import Numbers, interval, percent, rests
+from recompute_rows import Numbers, interval, percent, rests, right
 import recompute_tables as main
 from recompute_work import Between, Table, Work
 
@@ -294,6 +294,11 @@ def of_groups(work: Work) -> Iterator:
     images, groups = len(work.groups(benchmark)), len(set(work.groups(benchmark).tolist()))
     sizes = np.unique(work.groups(benchmark), return_counts=True)[1]
     df = formulas.kish(sizes) - 1
+    # Comparisons of aligned queries alone may have too few groups where the benchmark has enough.
+    for split, name in work.aligned() if groups >= 12 else ():
+      of_aligned = work.groups(benchmark)[work.aligned_queries(benchmark, split)]
+      if name == benchmark and 0 < len(set(of_aligned.tolist())) < 12:
+        yield f'{benchmark}: # groups', [len(set(of_aligned.tolist()))]
     yield f'{benchmark} # images in # groups # df', [images, groups, df]
     yield f'{benchmark} # images in # groups', [images, groups]
     yield f'{benchmark}: # groups', [groups]
@@ -337,7 +342,10 @@ def of_summary(work: Work, tables: dict[str, Table]) -> Iterator:
     key = row['split'], row['benchmark'], row['control']
     found.setdefault(key, {})[row['what']] = row
   for (split, benchmark, control), rows_of in found.items():
-    values = [x for row in rows_of.values() for x in interval(row)]
+    values = []
+    for row in rows_of.values():
+      is_count = row['value'] is None and 'right_pruned' in row
+      values += right(row) if is_count else interval(row)
     yield f'{split} on {benchmark}, against {control}:', values
   for name, table in tables.items():
     if name.startswith('accuracy') and table.keys[0] == 'split':

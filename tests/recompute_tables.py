@@ -11,6 +11,9 @@ import recompute_formulas as formulas
 from recompute_pool_tables import leaked
 from recompute_work import Between, Table, Work, numbers
 
+NO_INTERVAL = dict.fromkeys(('value', 'low', 'high', 'df'))
+FEWEST_GROUPS = 10  # of aligned and of held-back queries; below, counts only (method.md)
+
 
 def comparisons(work: Work, skipped: list[str]) -> Iterator[tuple[str, Table]]:
   found = {}
@@ -257,20 +260,37 @@ def held_back(work: Work, skipped: list[str]) -> Iterator[tuple[str, Table]]:
 
 def contrasts_held_back(
   work: Work, split: str, benchmark: str, other: str
-) -> dict[str, tuple[formulas.Interval, dict]]:
+) -> dict[str, tuple[formulas.Interval | None, dict]]:
+  """The differences of both sides and their contrast; no interval below FEWEST_GROUPS groups."""
   aligned = work.aligned_queries(benchmark, split)
   one, two = work.arrays(benchmark, split, other)
   groups = work.groups(benchmark)
   found = {}
   for what, images in (('D_aligned', aligned), ('D_held_back', ~aligned)):
-    interval = formulas.difference(one[:, images], two[:, images], groups[images])
-    right = {'right_pruned': int(one[:, images].sum()), 'right_control': int(two[:, images].sum())}
-    found[what] = interval, numbers(interval) | right
-  if min(found[what][0].groups for what in found) >= 10:
+    units, interval = len(set(groups[images].tolist())), None
+    if units >= FEWEST_GROUPS:
+      interval = formulas.difference(one[:, images], two[:, images], groups[images])
+    found[what] = (
+      interval,
+      (numbers(interval) or NO_INTERVAL)
+      | {'images': int(images.sum()), 'groups': units, 'seeds': len(one)}
+      | {'right_pruned': int(one[:, images].sum()), 'right_control': int(two[:, images].sum())},
+    )
+  interval = None
+  if min(groups_in_both(work, split, benchmark)) >= FEWEST_GROUPS:
     weights = formulas.class_weights(aligned, ~aligned, work.labels(benchmark))
     interval = formulas.difference_of_means(one - two, weights, groups)
-    found['A_minus_U'] = interval, numbers(interval, counts=False) | {'seeds': len(one)}
+  row = (numbers(interval, counts=False) or NO_INTERVAL) | {'seeds': len(one)}
+  found['A_minus_U'] = interval, row
   return found
+
+
+def groups_in_both(work: Work, split: str, benchmark: str) -> list[int]:
+  """Groups of aligned and of held-back queries whose class has both."""
+  aligned, labels = work.aligned_queries(benchmark, split), work.labels(benchmark)
+  in_both = np.isin(labels, np.intersect1d(labels[aligned], labels[~aligned]))
+  groups = work.groups(benchmark)
+  return [len(set(groups[side & in_both].tolist())) for side in (aligned, ~aligned)]
 
 
 def gone(work: Work, split: str, benchmark: str) -> dict:
@@ -296,11 +316,13 @@ def gone(work: Work, split: str, benchmark: str) -> dict:
 
 def conclusion(found: dict, shares: dict) -> str:
   """The table of docs/statistics.md, "Aligned and held-back queries"."""
-  if 'A_minus_U' not in found or found['D_aligned'][0].seeds < 3:
+  if found['D_aligned'][1]['seeds'] < 3:
     return 'undetermined'
   if max(shares['share_removed'], shares['excess_removed'].low) > 0.8:
     return 'cannot tell'
   a, u, au = (found[k][0] for k in ('D_aligned', 'D_held_back', 'A_minus_U'))
+  if a is None or u is None or au is None:
+    return 'undetermined'
   low, high = au.at(0.9)
   if a.high < 0 and u.high < 0 and low > -0.02 and high < 0.02:
     return 'domain'
