@@ -203,6 +203,7 @@ def test_another_recipe_stops_and_names_the_key(finished, capsys):
   assert '--redo=train to make' in said  # all runs differ
 
 
+@pytest.mark.slow
 def test_redo_makes_one_run_and_what_follows_from_it(copy):
   before = tiny.content(copy)
   others = mtimes(copy, 'train/anchor_only', 'evaluate/anchor_only', 'splits')

@@ -260,6 +260,7 @@ def test_what_can_be_followed(tmp_path, monkeypatch):
     of('r')
 
 
+@pytest.mark.slow
 def test_curves_are_in_the_report_and_change_no_other_product(tmp_path):
   squares.prepare(tmp_path)
   c, run = config(tmp_path / 'data', **{'train.save_every_steps': 1}), tmp_path / 'run'

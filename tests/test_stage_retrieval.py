@@ -348,6 +348,7 @@ def test_recalls_over_seeds():
   assert found['image-to-text recall@1'].value == statistics.accuracy_interval(hit).value
 
 
+@pytest.mark.slow
 def test_a_benchmark_of_an_experiment(tmp_path, capsys):
   """Its images are queries of the search and of a split; the page says what its accuracy is."""
   squares.make(tmp_path / 'data')
