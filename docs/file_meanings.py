@@ -28,7 +28,7 @@ _ACCURACY = {
   'anchor_share': "the anchor's share of the split's rows, and so of the samples seen",
   'samples': 'samples seen in a run',
   'passes': 'passes over the split',
-  'mark': '`not converged` if a run ended during the take-off of learning',
+  'mark': '`not converged` if in a run learning took off late or the loss still fell at the end',
 }
 _PAIRS = {
   'query_key': 'key of the query',

@@ -176,7 +176,7 @@ def of_heads(work: Work, block, tables: dict[str, Table], split: str) -> Iterato
   if split:
     meta = work.config['pool']['domain_column']
     for row in tables[f'removed_by_domain_{split}'].rows if meta else ():
-      yield f"#% of domain '{row['what']}' is removed", [100 * row['count'] / row['total']]
+      yield f"# % of domain '{row['what']}' is removed", [100 * row['count'] / row['total']]
 
 
 def marked_runs(work: Work, split: str, benchmark: str) -> list[str]:

@@ -285,7 +285,7 @@ def test_the_figures_of_an_aligned_split():
     'val': {'queries': 4, 'hit': 2, 'hit_share': 0.5, 'leaked': 2, 'leaked_share': 0.5}
   }
   assert result['warnings'] == [
-    "100.0% of domain 'sketch' is removed: this is domain removal, not alignment",
+    "100.0 % of domain 'sketch' is removed: this is domain removal, not alignment",
     'more than half of the candidates are dropped: 5 of 9',
   ]
   assert columns.candidates.sum() == 9  # the columns are left as they were

@@ -14,9 +14,11 @@ import os
 import re
 from typing import Any
 
+from clip_jax.core import files
 from clip_jax.core.errors import InputError
 from clip_jax.data import folder
 
+_MOST_BYTES = 1 << 30  # so that a wrong path does not fill the memory
 _LINE = re.compile(
   rf'\s*"?(?P<name>[^\t,|"]+?\.(?:{"|".join(folder.IMAGES)}))"?(?:#\d+)?\s*'
   r'(?:\t|,|\|(?:\s*\d+\s*\|)?)(?P<caption>.*)',
@@ -89,7 +91,7 @@ def read(path: str, root: str, splits: Sequence[str] = ()) -> Captions:
 
 def _entries(path: str) -> Iterator[Entry]:
   """Yields the images of a file with their captions."""
-  text = _read_text(path)
+  text = files.read_text(path, _MOST_BYTES, 'too large for a file of captions. Split it.')
   if not text.lstrip().startswith('{'):
     yield from _of_lines(text, path)
     return
@@ -146,15 +148,3 @@ def _unquoted(text: str) -> str:
     fields: Iterable[list[str]] = csv.reader([text])
     return ','.join(next(iter(fields)))
   return text
-
-
-def _read_text(path: str) -> str:
-  try:
-    with open(path, encoding='utf-8-sig') as f:
-      return f.read()
-  except OSError as error:
-    raise InputError(f'{path} cannot be read ({error.strerror}). Correct the path.') from error
-  except UnicodeDecodeError as error:
-    raise InputError(
-      f'{path} is not UTF-8 text ({error.reason} at byte {error.start}). Convert it to UTF-8.'
-    ) from error

@@ -15,6 +15,7 @@ import os
 import re
 from typing import Any
 
+from clip_jax.core import files
 from clip_jax.core.errors import InputError
 from clip_jax.data import folder, storage
 
@@ -198,21 +199,9 @@ def _class(value: Any, path: str) -> str:
 
 
 def _read_text(path: str) -> str:
-  try:
-    with open(path, 'rb') as f:
-      data = f.read(_MOST_BYTES + 1)
-    if len(data) > _MOST_BYTES:
-      raise InputError(
-        f'{path} is larger than {_MOST_BYTES >> 20} MB, too large for a file of labels. '
-        'Give lines of NAME CLASS.'
-      )
-    return data.decode('utf-8-sig')
-  except OSError as error:
-    raise InputError(f'{path} cannot be read ({error.strerror}). Correct the path.') from error
-  except UnicodeDecodeError as error:
-    raise InputError(
-      f'{path} is not UTF-8 text ({error.reason} at byte {error.start}). Convert it to UTF-8.'
-    ) from error
+  return files.read_text(
+    path, _MOST_BYTES, 'too large for a file of labels. Give lines of NAME CLASS.'
+  )
 
 
 def _normalize_name(name: str) -> str:

@@ -287,7 +287,8 @@ def describe_aligned(
   candidates, count = int(np.sum(columns.candidates)), int(dropped.sum())
   by_domain = shares(domain, columns.candidates, dropped)
   warnings = [
-    f'{figures["share"]:.1%} of domain {name!r} is removed: this is domain removal, not alignment'
+    f'{100 * figures["share"]:.1f} % of domain {name!r} is removed: this is domain removal, not '
+    'alignment'
     for name, figures in by_domain.items()
     if name and figures['share'] > DOMAIN_REMOVAL
   ]

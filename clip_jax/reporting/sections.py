@@ -183,8 +183,8 @@ def _accuracy_notes(count: int, records: Sequence[Mapping[str, Any]]) -> tuple[s
     )
   if any(r['mark'] for r in records):
     notes.append(
-      '\u2020 Not converged: a run of this split ended during the take-off of learning, so its '
-      'accuracy reflects the number of steps more than the data.'
+      '\u2020 Not converged: in a run of this split, learning took off late or the loss was still '
+      'falling at the end, so its accuracy reflects the number of steps more than the data.'
     )
   return tuple(notes)
 
