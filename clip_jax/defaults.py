@@ -262,6 +262,9 @@ TRAIN = {
   'beta2': Key(0.98),  # AdamW
   'eps': Key(1e-6),  # AdamW
   'seeds': Key((0,), _seeds),  # each split is trained once per seed
+  # Runs trained at the same time, in threads, with the same results. For small models, of which one
+  # does not keep all cores, or one GPU, busy; takes one device. Changes speed only.
+  'runs_at_once': Key(1, positive),
   # Train only these runs now, ('base/seed0', ...): for several machines with one work directory.
   'only': Key(()),
   # 'clip' (softmax over the batch) | 'siglip' (sigmoid of each pair; adds a bias)

@@ -104,4 +104,5 @@ def get_config(form=''):
   config.train.save_every_steps = 200
   config.train.log_every_steps = 5
   config.train.cache_mb = 256
+  config.train.runs_at_once = 2  # on two cores, 1.5 times as fast as one after the other
   return config

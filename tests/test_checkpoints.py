@@ -1,5 +1,6 @@
 """Saving, damage, kills: what Orbax leaves on the disk is believed only if its digest fits."""
 
+from concurrent import futures
 import os
 import pathlib
 import signal
@@ -192,3 +193,19 @@ def test_a_kill_in_the_middle_of_a_save_never_leaves_a_step_that_looks_whole(tmp
       params, step, _ = checkpoints.restore_params(folder)
       assert checkpoints.digest(params) == checkpoints.digest(state(step, 100_000)[0])
   assert checkpoints.step_folders(tmp_path)
+
+
+def test_runs_in_threads_save_together(tmp_path):
+  """Without their turns, Orbax takes the folder of one save for that of another."""
+
+  def save(number):
+    run = checkpoints.Checkpoints(tmp_path / str(number), keep=1, alone=False)
+    for step in range(1, 9):
+      run.save(step, {'a': np.full(3, number + step)}, {'m': np.zeros(1)}, {}, {})
+    run.close()
+
+  with futures.ThreadPoolExecutor(3) as pool:
+    list(pool.map(save, range(3)))
+  for number in range(3):
+    params, step, _ = checkpoints.restore_params(tmp_path / str(number))
+    assert step == 8 and params['a'].tolist() == [number + 8] * 3

@@ -247,7 +247,10 @@ def test_evaluate_command_agrees_with_the_stage(finished, tmp_path):
 
 
 def test_killed_and_run_again_it_ends_the_same(finished, tmp_path):
-  """Killed between shards, ended by SIGTERM in a training run, and killed in another one."""
+  """Killed between shards, ended by SIGTERM in two training runs, and killed in others.
+
+  It goes on with one run at a time, where the demo trains two: this changes nothing.
+  """
   workdir = tmp_path / 'run'
   kill_at(workdir, 'embed pool', signal.SIGKILL, 0.3)
   assert not (workdir / 'train').exists()
@@ -255,9 +258,10 @@ def test_killed_and_run_again_it_ends_the_same(finished, tmp_path):
   said = (tmp_path / 'run.out').read_text()
   assert status == 143 and 'same command again' in said, said
   kill_at(workdir, 'train: run 3 of 9', signal.SIGKILL, 0.3)
-  assert (workdir / 'train/anchor_only/seed0/run.sidecar.json').exists()
-  done = tiny.run(workdir)
-  assert done.returncode == 0 and '2 of 9 runs are done' in done.stdout, done.stdout
+  made = len(list(workdir.glob('train/*/seed0/run.sidecar.json')))
+  assert 1 <= made <= 3
+  done = tiny.run(workdir, **{'train.runs_at_once': 1})
+  assert done.returncode == 0 and f'{made} of 9 runs are done' in done.stdout, done.stdout
   assert tiny.content(workdir) == tiny.content(finished)
 
 

@@ -4,6 +4,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -101,3 +102,60 @@ def test_workers_end_with_a_parent_that_is_killed(tmp_path):
         except BlockingIOError:
           assert time.monotonic() < deadline
           time.sleep(0.05)
+
+
+def test_threads_run_together_and_an_error_starts_no_other():
+  at_once, running, most, started = 3, 0, 0, []
+  lock, together = threading.Lock(), threading.Barrier(at_once, timeout=60)
+
+  def job(i):
+    nonlocal running, most
+    with lock:
+      started.append(i)
+      running += 1
+      most = max(most, running)
+    if i < at_once:
+      together.wait()  # passes only if all three run at the same time
+    with lock:
+      running -= 1
+    return _square(i)
+
+  assert sorted(engine.in_threads(job, range(9), at_once=at_once)) == [i * i for i in range(9)]
+  assert most == at_once and sorted(started) == list(range(9))
+  started.clear()
+  with pytest.raises(InputError, match='13'):
+    list(engine.in_threads(job, [13, *range(20, 40)], at_once=1))
+  assert started == [13] and not running
+
+
+_TWO_SIGNALS = """
+import os, signal, sys, threading, time
+from clip_jax.core import command, engine, interrupts
+
+def job(i):
+  with interrupts.deferred() as should_stop:
+    print('ready', flush=True)
+    while not should_stop():
+      time.sleep(0.01)
+    print('ends', flush=True)
+    while 'hangs' in sys.argv:
+      time.sleep(0.01)
+
+sys.exit(command.run_command(lambda: list(engine.in_threads(job, range(5), at_once=2))))
+"""
+
+
+@pytest.mark.parametrize('hangs', [False, True])
+def test_a_signal_ends_each_thread_and_a_second_one_the_process(hangs):
+  process = subprocess.Popen(
+    [sys.executable, '-c', _TWO_SIGNALS, *(['hangs'] if hangs else [])],
+    stdout=subprocess.PIPE,
+    text=True,
+  )
+  assert [process.stdout.readline() for _ in range(2)] == ['ready\n'] * 2
+  process.send_signal(signal.SIGTERM)
+  assert [process.stdout.readline() for _ in range(2)] == ['ends\n'] * 2
+  if hangs:
+    process.send_signal(signal.SIGTERM)
+  rest, _ = process.communicate(timeout=60)
+  assert process.returncode == 143 and 'ready' not in rest

@@ -2,12 +2,14 @@
 
 import pathlib
 import shutil
+import types
 
 import numpy as np
 import pytest
 from squares import config, run_stages
 
 from clip_jax import defaults
+from clip_jax.core import sharding
 from clip_jax.core.errors import ConfigError
 from clip_jax.experiment.graph import Graph
 from clip_jax.stages import check, train
@@ -32,6 +34,7 @@ def test_only_what_changes_the_data_is_a_key_of_a_run(data):
     'train.log_every_steps',
     'train.save_every_steps',
     'train.cache_mb',
+    'train.runs_at_once',
     'train.epochs',
     'evaluate.batch_size',
   ):
@@ -143,3 +146,10 @@ def test_a_split_may_have_a_budget_of_its_own(data, prepared_squares, tmp_path, 
   c.splits.matched = defaults.split(rule='matched', to='pruned_passes')
   with pytest.raises(ConfigError, match="matched has the budget 'samples', but pruned_passes"):
     check.check(c, ('train',))
+
+
+def test_runs_at_once_need_one_device():
+  mesh = types.SimpleNamespace(size=8)
+  sharding.check_runs_at_once(1, mesh)
+  with pytest.raises(ConfigError, match='runs_at_once=2 needs one device, but there are 8'):
+    sharding.check_runs_at_once(2, mesh)

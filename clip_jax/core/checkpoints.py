@@ -7,9 +7,11 @@ its params, opt and config, which is checked at every read. JAX and Orbax are im
 functions, because every command imports this file and they take two seconds.
 """
 
+import contextlib
 import hashlib
 import json
 import os
+import threading
 from typing import Any
 
 from absl import logging
@@ -20,6 +22,7 @@ from clip_jax.core import files
 from clip_jax.core.errors import InputError
 
 _DIGITS = 8  # in the name of a step's folder
+_ONE_RUN = threading.Lock()  # of several in threads: it saves or restores
 
 
 def digest(tree: Any) -> str:
@@ -39,10 +42,16 @@ def digest(tree: Any) -> str:
 
 
 class Checkpoints:
-  """The checkpoints of one run. Saves run in the background; `close` waits for them."""
+  """The checkpoints of one run. Saves run in the background; `close` waits for them.
 
-  def __init__(self, directory: Any, *, keep: int):
+  alone: False if other runs of this process save, too: then `save` waits until the step is written,
+  and for those of other runs, because Orbax's signals between its threads are one set a process.
+  """
+
+  def __init__(self, directory: Any, *, keep: int, alone: bool = True):
     import orbax.checkpoint as ocp
+
+    self._alone = alone
 
     self._directory = _absolute(directory)
     self._directory.mkdir(parents=True, exist_ok=True)
@@ -77,7 +86,10 @@ class Checkpoints:
     )
     if opt is not None:  # Orbax refuses an empty tree
       items['opt'] = ocp.args.StandardSave(opt)
-    self._manager.save(step, args=ocp.args.Composite(**items))
+    with contextlib.nullcontext() if self._alone else _ONE_RUN:
+      self._manager.save(step, args=ocp.args.Composite(**items))
+      if not self._alone:
+        self._manager.wait_until_finished()
 
   def restore(self, params: Any, opt: Any) -> tuple[int, dict, Any, dict] | None:
     """Returns (step, params, opt, data) of the latest undamaged step; None if there is none.
@@ -92,14 +104,15 @@ class Checkpoints:
       folder = self._directory / f'{step:0{_DIGITS}d}'
       _check_same_model(folder, params)
       try:
-        restored = self._manager.restore(
-          step,
-          args=ocp.args.Composite(
-            params=ocp.args.StandardRestore(params),
-            opt=ocp.args.StandardRestore(opt),
-            data=ocp.args.JsonRestore(),
-          ),
-        )
+        with contextlib.nullcontext() if self._alone else _ONE_RUN:
+          restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+              params=ocp.args.StandardRestore(params),
+              opt=ocp.args.StandardRestore(opt),
+              data=ocp.args.JsonRestore(),
+            ),
+          )
         data, saved_params, saved_opt = restored['data'], restored['params'], restored['opt']
         digests = data['digests']
         if digests['params'] == digest(saved_params) and digests['opt'] == digest(saved_opt):

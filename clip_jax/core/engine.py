@@ -1,9 +1,9 @@
-"""Runs a function over the shards of a stage, in this process or in several.
+"""Runs a function over the parts of a stage: in this process, in several, or in threads.
 
 The function writes files that depend on its job alone, so jobs may run in any order and again.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 import concurrent.futures
 from concurrent.futures import process
 import multiprocessing
@@ -11,7 +11,7 @@ import os
 import threading
 from typing import TypeVar
 
-from clip_jax.core import progress
+from clip_jax.core import interrupts, progress
 from clip_jax.core.errors import InputError
 
 J = TypeVar('J')
@@ -43,6 +43,27 @@ def finished(
   yield from progress.track(
     _in_processes(function, jobs, workers), total=len(jobs), desc=desc, unit=unit
   )
+
+
+def in_threads(function: Callable[[J], R], jobs: Iterable[J], *, at_once: int) -> Iterator[R]:
+  """Yields function(job) as soon as each job ends, in any order; up to `at_once` run together.
+
+  For jobs that spend their time outside of Python. If a job raises, or a signal arrives, no other
+  job starts, the running ones end, and the error is raised here. A second signal ends the process.
+  """
+  with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
+    running = set()
+    try:
+      for job in jobs:
+        running.add(pool.submit(function, job))
+        if len(running) == at_once:
+          done, running = concurrent.futures.wait(running, return_when='FIRST_COMPLETED')
+          yield from (future.result() for future in done)
+      yield from (future.result() for future in concurrent.futures.as_completed(running))
+    except interrupts.Interrupted as signal:
+      if interrupts.is_urgent():
+        os._exit(signal.status)  # the threads may be in the middle of a long step
+      raise
 
 
 def _in_processes(

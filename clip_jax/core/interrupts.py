@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 import contextlib
 import signal
+import threading
 
 
 class Interrupted(BaseException):
@@ -14,13 +15,14 @@ class Interrupted(BaseException):
 
 
 _received: list[int] = []  # signal numbers so far
-_deferring = False  # True inside deferred()
+_deferring = 0  # blocks of deferred() that run now, in all threads
+_lock = threading.Lock()
 
 
 def _handle(signum, frame):
   del frame
   _received.append(signum)
-  if not _deferring or len(_received) > 1:  # a second signal is never deferred
+  if not _deferring or is_urgent():  # a second signal is never deferred
     raise Interrupted(signum)
 
 
@@ -30,8 +32,18 @@ def check() -> None:
   Long work calls this now and then: Python drops an exception raised inside a destructor or a
   garbage collection callback (JAX has one), so the one from the signal handler can get lost.
   """
-  if _received and not _deferring:
+  if not _deferring:
+    _raise_received()
+
+
+def _raise_received() -> None:
+  if _received:
     raise Interrupted(_received[0])
+
+
+def is_urgent() -> bool:
+  """Returns whether a second signal arrived: the process is to end at once."""
+  return len(_received) > 1
 
 
 def install() -> None:
@@ -43,12 +55,17 @@ def install() -> None:
 
 @contextlib.contextmanager
 def deferred() -> Iterator[Callable[[], bool]]:
-  """Defers a first signal to the end of the block; yields should_stop(), True once it arrived."""
+  """Defers a first signal to the end of the block; yields should_stop(), True once it arrived.
+
+  Several threads may be in such blocks at once: each ends its own step.
+  """
   global _deferring
-  check()
-  _deferring = True
+  _raise_received()
+  with _lock:
+    _deferring += 1
   try:
     yield lambda: bool(_received)
   finally:
-    _deferring = False
-  check()
+    with _lock:
+      _deferring -= 1
+  _raise_received()

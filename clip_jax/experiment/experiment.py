@@ -4,11 +4,14 @@ from collections.abc import Callable
 import dataclasses
 import functools
 import os
+import threading
 from typing import Any
 
 from clip_jax.core.products import EMBEDDERS
 from clip_jax.core.types import Config
 from clip_jax.experiment.graph import Graph
+
+_LOCK = threading.RLock()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -57,10 +60,14 @@ class Experiment:
     return f' ({self.embedder})' if self.embedder else ''
 
   def cached(self, name: str, build: Callable[[], Any]) -> Any:
-    """Returns build(), which is called once per stage and name: for a model, or decoded images."""
-    if name not in self._shared:
-      self._shared[name] = build()
-    return self._shared[name]
+    """Returns build(), which is called once per stage and name: for a model, or decoded images.
+
+    Threads may call this at the same time.
+    """
+    with _LOCK:
+      if name not in self._shared:
+        self._shared[name] = build()
+      return self._shared[name]
 
   def close(self) -> None:
     """Frees all objects of `once`. The pipeline calls it after each stage."""

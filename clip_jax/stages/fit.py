@@ -16,26 +16,42 @@ from clip_jax.core.errors import InputError
 from clip_jax.core.products import Product
 from clip_jax.data import loader, packing, tokenizer
 from clip_jax.experiment.experiment import Experiment
-from clip_jax.models import clip, flops, text
+from clip_jax.models import clip, flops, text, zoo
 from clip_jax.stages import models
 from clip_jax.training import loop
 
 PACKING_SAVES = 0.15  # captions are packed if this share of a step's FLOPs is saved
+TOKENS_OF = 1_000_000  # most captions that are read for their tokens: 10 s
 
 
-def fit(x: Experiment, folder: str, data, base, *, seed: int, samples: int, product: Product):
+def fit(
+  x: Experiment, folder: str, data, *, whole, base, seed: int, samples: int, product: Product
+):
   """Trains one model; returns the loop's TrainResult and the rows whose images were replaced.
 
-  `base` is the source, the same for all runs, whose captions determine the packing. A killed run
-  continues from its last checkpoint. Raises InputError, with the differing keys, if the run was
-  begun with another config. Ctrl-C and SIGTERM end it after the current step and a checkpoint.
+  Args:
+    x: the experiment.
+    folder: of the run, in the work directory.
+    data: the source of samples.
+    whole: the source, the same for all runs, of which `data` is a part: its captions' tokens count.
+    base: the source, the same for all runs, whose captions determine the packing.
+    seed: of the initialisation, the order of the samples and the augmentation.
+    samples: to be seen.
+    product: the run.
+
+  A killed run continues from its last checkpoint. Raises InputError, with the differing keys, if
+  the run was begun with another config. Ctrl-C and SIGTERM end it after the current step and a
+  checkpoint.
   """
   t, p = x.config.train, x.config.preprocess
   path = x.path(folder)
   _write_config(path, product, folder)
   architecture = models.architecture(x.config)
-  functions = clip.functions(architecture, t.dtype, t.patch_dropout, t.remat)
+  functions = x.cached(
+    'model functions', lambda: clip.functions(architecture, t.dtype, t.patch_dropout, t.remat)
+  )
   groups = _caption_groups(x, base, architecture, folder)
+  tokens = x.cached('tokens', lambda: _tokens(whole, architecture.text))
   replaced: list[int] = []
 
   def on_replaced(index: int, reason: str) -> None:
@@ -85,6 +101,7 @@ def fit(x: Experiment, folder: str, data, base, *, seed: int, samples: int, prod
       seed=seed,
       loss=t.loss,
       fsdp=t.fsdp,
+      tokens=tokens,
       mean=tuple(p.mean),
       std=tuple(p.std),
       checkpoint_dir=os.path.join(path, 'checkpoints'),
@@ -94,6 +111,7 @@ def fit(x: Experiment, folder: str, data, base, *, seed: int, samples: int, prod
       keep=t.keep_checkpoints,
       log_every_steps=t.log_every_steps,
       metrics=writer,
+      alone=t.runs_at_once == 1,
       name=folder,
       should_stop=should_stop,
     )
@@ -136,6 +154,23 @@ def _caption_groups(x: Experiment, base, architecture, folder: str) -> int:
     100 * saved,
   )
   return devices
+
+
+def _tokens(source, config: zoo.TextConfig):  # -> [U] int32, sorted, or None
+  """Returns the ids in all captions of a source, if they are few: a step is faster then.
+
+  A large source uses nearly all tokens, so its captions are not read. None also for a text tower
+  that looks for its end token's id. The ids include 0, the padding.
+  """
+  if len(source) > TOKENS_OF or config.pool_type == 'eos':
+    return None
+  used = np.zeros(config.vocab_size, bool)
+  used[0] = True
+  for start in range(0, len(source), 10_000):
+    captions = [source.caption(row) for row in range(start, min(start + 10_000, len(source)))]
+    used[tokenizer.tokenize(captions, config.context_length)] = True
+  ids = np.flatnonzero(used).astype(np.int32)
+  return ids if len(ids) <= len(used) / 2 else None
 
 
 def _write_config(path: str, product: Product, folder: str) -> None:

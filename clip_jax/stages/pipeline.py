@@ -15,7 +15,7 @@ import time
 from absl import logging
 
 from clip_jax.core import config as config_lib
-from clip_jax.core import files, interrupts, log, products, progress, sharding
+from clip_jax.core import engine, files, interrupts, log, products, progress, sharding
 from clip_jax.core.errors import ConfigError
 from clip_jax.core.products import EMBEDDERS, STAGES, Product
 from clip_jax.core.types import Config
@@ -142,7 +142,9 @@ def _check(x: Experiment, names: list[str], redo: str) -> list[str]:
     if part.name in replaced or products.status(x.workdir, part) != 'fits'
   ]
   if runs:  # importing JAX is slow, so a work directory without missing runs skips this check
-    sharding.check_batch_size(x.config.train.batch_size, sharding.mesh(x.config.train.fsdp))
+    mesh = sharding.mesh(x.config.train.fsdp)
+    sharding.check_batch_size(x.config.train.batch_size, mesh)
+    sharding.check_runs_at_once(x.config.train.runs_at_once, mesh)
     table.stage_module('train').check_sizes(
       x, [run_ for run_ in runs if _is_ready(x, run_, replaced)]
     )
@@ -401,11 +403,14 @@ def _run_stage(x: Experiment, stage: str, names: list[str]) -> list[Product]:
     _check_disk(x, stage)
     if stage == 'train':
       table.stage_module('train').check(x, todo, len(wanted))
-  new_products = []
-  for batch in _batches(wanted):
-    new_products += products.make(
-      x.workdir, batch, lambda missing: table.make_products(x, stage, missing)
-    )
+  make = lambda batch: products.make(
+    x.workdir, batch, lambda missing: table.make_products(x, stage, missing)
+  )
+  if todo and stage == 'train' and x.config.train.runs_at_once > 1:
+    made = engine.in_threads(make, _batches(wanted), at_once=x.config.train.runs_at_once)
+  else:
+    made = map(make, _batches(wanted))
+  new_products = [product for batch in made for product in batch]
   _log_waiting(x, stage, wanted)
   if new_products and hasattr(table.stage_module(stage), 'summarize'):
     table.stage_module(stage).summarize(x, new_products)

@@ -76,9 +76,8 @@ def train(x: Experiment, todo: list[Product]) -> Made:
     split,
     seed,
   )
-  data = views.Subset(
-    x.cached('decoded base set', lambda: _base(x)), workdir.rows_path(x, split, seed)
-  )
+  whole = x.cached('decoded base set', lambda: _base(x))
+  data = views.Subset(whole, workdir.rows_path(x, split, seed))
   size = len(data)
   if blocks.holds_planted(x.config, split):
     logging.warning(
@@ -90,7 +89,14 @@ def train(x: Experiment, todo: list[Product]) -> Made:
   samples = t.samples if by_samples else round(t.epochs * size)
   # The packing depends on the base set only, so planted copies do not change other splits' runs.
   result, replaced = fit.fit(
-    x, folder, data, workdir.base_source(x), seed=seed, samples=samples, product=product
+    x,
+    folder,
+    data,
+    whole=whole,
+    base=workdir.base_source(x),
+    seed=seed,
+    samples=samples,
+    product=product,
   )
   seen = result.step * t.batch_size
   last = metrics.read(x.path(folder, 'metrics.jsonl'))[-1]

@@ -10,6 +10,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 import contextlib
 import dataclasses
 import math
+import threading
 import time
 from typing import Any, Protocol
 
@@ -20,6 +21,10 @@ import numpy as np
 from clip_jax.core import checkpoints, progress, sharding
 from clip_jax.core.errors import InputError
 from clip_jax.training import step as training_step
+from clip_jax.training import used_tokens
+
+
+_COMPILING = threading.Lock()  # so that runs in threads compile their common step once
 
 
 class MetricsWriter(Protocol):
@@ -63,14 +68,17 @@ def train(
   metrics: MetricsWriter,
   loss: str = 'clip',  # a key of losses.LOSSES
   fsdp: int = 1,  # devices over which one copy of the parameters is split
+  tokens: np.ndarray | None = None,  # [U] int32, sorted: all ids in the captions; None: any may be
+  alone: bool = True,  # False: other threads train runs, too
   name: str = 'train',  # of the run, shown with the progress bar
   should_stop: Callable[[], bool] = lambda: False,  # called after each update
 ) -> TrainResult:
   """Trains to total_steps, from the latest good checkpoint in checkpoint_dir or from the start.
 
   `init_params` and `encode` must be the same objects in all calls with the same model, so that the
-  runs of a process share one compiled step. A batch's image is uint8 [B, S, S, 3], its text int32
-  [B, T] or a dict of arrays (packed captions); each shape is compiled once.
+  runs of a process share one compiled step. Runs on one device may be in several threads. A batch's
+  image is uint8 [B, S, S, 3], its text int32 [B, T] or a dict of arrays (packed captions); each
+  shape is compiled once.
 
   Raises:
     ConfigError, InputError: the batch does not fit the mesh; checkpoint_dir has a checkpoint of
@@ -81,15 +89,17 @@ def train(
   recipe = training_step.Recipe(
     loss=loss, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay, mean=mean, std=std
   )
-  steps = training_step.steps(init_params, encode, recipe, mesh)
+  with _COMPILING:
+    steps = training_step.steps(init_params, encode, recipe, mesh)
   schedule = dict(
     peak=np.float32(learning_rate),
     warmup_steps=np.int32(warmup_steps),
     total_steps=np.int32(total_steps),
-    seed=np.uint32(seed),
   )
-  with contextlib.closing(checkpoints.Checkpoints(checkpoint_dir, keep=keep)) as store:
+  with contextlib.closing(checkpoints.Checkpoints(checkpoint_dir, keep=keep, alone=alone)) as store:
     state, start, seconds = _restore(store, steps, seed)
+    initial = state if tokens is None or not start else steps.init(seed)
+    used = used_tokens.UsedTokens(tokens, initial, schedule, weight_decay)
     metrics.truncate(start)
     log = _Log(
       metrics, batch_size=batch_size, every=log_every_steps, last=total_steps, seconds=seconds
@@ -99,21 +109,30 @@ def train(
     )
     saved_at, done = time.monotonic(), start
     for done, state in _updates(  # noqa: B020 (each update takes the previous state)
-      state, todo, batches, batch_size, steps, schedule, mesh, log
+      used.rows(state),
+      todo,
+      batches,
+      batch_size,
+      steps,
+      dict(schedule, seed=np.uint32(seed)),
+      used,
+      mesh,
+      log,
     ):
       stop = done == total_steps or should_stop()
       by_steps = save_every_steps and done % save_every_steps == 0
       by_clock = save_every_secs and time.monotonic() - saved_at >= save_every_secs
       if stop or by_steps or by_clock:
         log.flush()
-        _check_finite(state['params'], done)
-        store.save(done, state['params'], state['opt'], dict(seconds=log.seconds()), config)
+        whole = used.whole(state, done)
+        _check_finite(whole['params'], done)
+        store.save(done, whole['params'], whole['opt'], dict(seconds=log.seconds()), config)
         saved_at = time.monotonic()
       if stop:
         break
   return TrainResult(
     step=done,
-    digest=checkpoints.digest(state['params']),
+    digest=checkpoints.digest(used.whole(state, done)['params']),
     finished=done >= total_steps,
     resumed_from=start or None,
   )
@@ -126,6 +145,7 @@ def _updates(
   batch_size: int,
   steps: training_step.Steps,
   schedule: dict,
+  used: used_tokens.UsedTokens,
   mesh: Any,
   log: '_Log',
 ) -> Iterator[tuple[int, dict]]:
@@ -133,10 +153,13 @@ def _updates(
   stream = None
   try:
     for n in todo:
+      is_first = stream is None
       stream = stream or batches(n * batch_size)
       batch = next(stream)
-      batch = sharding.place_batch({key: batch[key] for key in ('image', 'text')}, mesh)
-      state, values = steps.step(state, batch, schedule)
+      batch = dict(image=batch['image'], text=used.places(batch['text']))
+      batch = sharding.place_batch(batch, mesh)
+      with _COMPILING if is_first else contextlib.nullcontext():
+        state, values = steps.step(state, batch, schedule)
       log.add(n + 1, values)
       yield n + 1, state
   finally:
