@@ -21,7 +21,6 @@ from clip_jax.stages import models
 from clip_jax.training import loop
 
 PACKING_SAVES = 0.15  # captions are packed if this share of a step's FLOPs is saved
-TOKENS_OF = 1_000_000  # most captions that are read for their tokens: 10 s
 
 
 def fit(
@@ -159,10 +158,9 @@ def _caption_groups(x: Experiment, base, architecture, folder: str) -> int:
 def _tokens(source, config: zoo.TextConfig):  # -> [U] int32, sorted, or None
   """Returns the ids in all captions of a source, if they are few: a step is faster then.
 
-  A large source uses nearly all tokens, so its captions are not read. None also for a text tower
-  that looks for its end token's id. The ids include 0, the padding.
+  The ids include 0, the padding.
   """
-  if len(source) > TOKENS_OF or config.pool_type == 'eos':
+  if not models.reads_tokens(len(source), config):
     return None
   used = np.zeros(config.vocab_size, bool)
   used[0] = True

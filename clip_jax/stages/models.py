@@ -27,6 +27,7 @@ from clip_jax.experiment.experiment import Experiment
 from clip_jax.models import fitted_embedders, huggingface, open_clip, sscd, weights, zoo
 from clip_jax.models.weights import HUGGING_FACE, OPEN_CLIP, PREPROCESSOR, PROCESSOR
 
+TOKENS_OF = 1_000_000  # most captions that are read for their tokens: 10 s
 TEXT_BLOCK = 64  # texts encoded at once
 NUMBERS = (
   'embed_dim',
@@ -125,6 +126,15 @@ def _base_architecture(config: Config):
       m.context_length, tokenizer.VOCAB_SIZE, m.text_width, m.text_heads, m.text_layers
     ),
   )
+
+
+def reads_tokens(rows: int, config: zoo.TextConfig) -> bool:
+  """Returns whether training looks up which tokens `rows` captions use, to train no others.
+
+  Not for many captions, which use nearly all tokens, nor if the text tower looks for the id of its
+  end token.
+  """
+  return rows <= TOKENS_OF and config.pool_type != 'eos'
 
 
 def describe_model(config: Config, split: str, seed: int) -> dict:

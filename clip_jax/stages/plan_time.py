@@ -39,9 +39,9 @@ SPLIT = 0.2  # Python seconds to make and preview one split
 BATCHED = 5e-5  # Python seconds to crop, tokenise and batch one image that is decoded already
 RUN = 0.5  # Python seconds to open and end one training run
 DISK = 300e6  # bytes of a checkpoint saved in a second
-MODEL = 1.0  # Python seconds to open the model of a run
-RESULT = 0.1  # Python seconds to score one run on one benchmark, with its interval
-PAGE, PAGE_RESULT = 6.0, 0.07  # Python seconds of the report, and of each run and benchmark in it
+MODEL = 0.35  # Python seconds to open the model of a run
+RESULT = 0.05  # Python seconds to score one run on one benchmark, with its interval
+PAGE, PAGE_RESULT = 2.5, 0.022  # Python seconds of the report, and of each run and benchmark in it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,12 +182,17 @@ def _training(x: Experiment, rows: Rows, rates: Rates, runs: int, seen: int) -> 
   if read is None or base is None:
     return None
   steps, parameters = seen // t.batch_size, flops.parameter_count(architecture)
+  updated = parameters - (
+    architecture.text.vocab_size * architecture.text.width
+    if models.reads_tokens(base, architecture.text)  # and uses few of them
+    else 0
+  )
   in_memory = decoded_share(x, base, rates) * min(base, runs * seen)
   decoded = in_memory + (1 - decoded_share(x, base, rates)) * runs * seen
   saves = (steps // t.save_every_steps if t.save_every_steps else 0) + 1
   each = (
     3.0 * flops.forward_flops(architecture) * seen / rates.training
-    + steps * parameters * rates.update
+    + steps * updated * rates.update
     + (seen * BATCHED + RUN) * _python(rates)
     + saves * 12.0 * parameters / DISK
   )

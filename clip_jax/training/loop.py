@@ -23,7 +23,6 @@ from clip_jax.core.errors import InputError
 from clip_jax.training import step as training_step
 from clip_jax.training import used_tokens
 
-
 _COMPILING = threading.Lock()  # so that runs in threads compile their common step once
 
 

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clip_jax.core.types import Array
 from clip_jax.training import optimizer
 
 _TABLE = 'token_embedding.weight'  # the end of the table's name, in parameters and moments
@@ -22,7 +21,7 @@ _TABLE = 'token_embedding.weight'  # the end of the table's name, in parameters 
 class UsedTokens:
   """The token ids in the captions of a run; `ids` None: all, and every method changes nothing."""
 
-  ids: Array | None  # [U] int32, sorted
+  ids: np.ndarray | None  # [U] int32, sorted
   initial: dict  # the state, dict(params, opt), before the first update; table [V, D]
   schedule: dict  # the arguments of optimizer.learning_rate beside the step
   weight_decay: float
@@ -57,8 +56,10 @@ class UsedTokens:
     rates = np.asarray(optimizer.learning_rate(jnp.arange(updates), **self.schedule), np.float64)
     factor = np.float32(np.prod(1 - rates * self.weight_decay))
 
-    def put(path: tuple, rows: Array, table: Array) -> Array:
-      return (table * factor).at[jnp.asarray(self.ids)].set(rows) if _is_table(path) else rows
+    def put(path: tuple, rows: jax.Array, table: jax.Array) -> jax.Array:
+      return (
+        jnp.multiply(table, factor).at[jnp.asarray(self.ids)].set(rows) if _is_table(path) else rows
+      )
 
     return jax.tree_util.tree_map_with_path(put, state, self.initial)
 
