@@ -269,6 +269,13 @@ TRAIN = {
   'only': Key(()),
   # 'clip' (softmax over the batch) | 'siglip' (sigmoid of each pair; adds a bias)
   'loss': Key('clip', one_of(_losses)),
+  # Texts compared with all images of the batch at once; 0: all, so that memory holds the whole
+  # matrix of logits. With chunks the loss takes a third more arithmetic. Changes speed and memory.
+  'loss_chunk': Key(0, natural),
+  # Parts of a batch that go through the model one after the other, for batches whose activations do
+  # not fit. The gradients are those of the whole batch; the model runs forward twice. Not with the
+  # batch norms of a ResNet. Changes speed and memory, and which patches patch_dropout drops.
+  'microbatches': Key(1, positive),
   # Fraction of an image's patches dropped in each step (ViT only). Faster, costs accuracy.
   'patch_dropout': Key(0.0, _patch_dropout),
   # Of activations: 'float32' | 'bfloat16'; parameters stay float32.

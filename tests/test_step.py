@@ -10,6 +10,7 @@ import pytest
 from clip_jax.core import checkpoints, sharding
 from clip_jax.data import packing
 from clip_jax.models import clip, zoo
+from clip_jax.training import losses as losses_lib
 from clip_jax.training import step as training_step
 
 CONFIG = zoo.CLIPConfig(
@@ -100,6 +101,41 @@ def test_packed_captions_agree_on_one_device_and_eight(alone):
       state, values = steps.step(state, sharding.place_batch(packed, mesh), schedule())
       losses.append(float(values['loss']))
     np.testing.assert_allclose(losses, alone[1], rtol=5e-5)
+
+
+@pytest.mark.parametrize('loss', ['clip', 'siglip'])
+@pytest.mark.parametrize(
+  'devices, microbatches, is_packed', [(1, 2, False), (2, 8, False), (4, 2, True)]
+)
+def test_microbatches_equal_the_whole_batch(loss, devices, microbatches, is_packed):
+  """With the gradient of the scale and of siglip's bias."""
+  states = []
+  for parts, count in ((1, 1), (microbatches, devices)):
+    recipe = dataclasses.replace(RECIPE, loss=loss, microbatches=parts, loss_chunk=5 * (parts - 1))
+    mesh = jax.make_mesh(
+      (count, 1),
+      ('data', 'fsdp'),
+      devices=jax.devices()[:count],
+      axis_types=(jax.sharding.AxisType.Auto,) * 2,
+    )
+    start = losses_lib.LOSSES[loss].start
+    functions = clip.functions(dataclasses.replace(CONFIG, **start))
+    steps = training_step.steps(functions.init, functions.encode, recipe, mesh)
+    state, losses = steps.init(0), []
+    for n in range(4):
+      plain = batch(n)
+      if is_packed:
+        plain['text'] = packing.pack(plain['text'], count * parts)
+      state, values = steps.step(state, sharding.place_batch(plain, mesh), schedule())
+      losses.append(float(values['loss']))
+    states.append((losses, state['params']))
+  np.testing.assert_allclose(states[1][0], states[0][0], rtol=2e-5)
+  for name in ('logit_scale', 'logit_bias')[: 1 + (loss == 'siglip')]:
+    np.testing.assert_allclose(states[1][1][name], states[0][1][name], rtol=1e-5)
+    assert float(states[0][1][name]) != float(functions.init(jax.random.key(0))[name])
+  np.testing.assert_allclose(
+    states[1][1]['text']['text_projection'], states[0][1]['text']['text_projection'], atol=2e-5
+  )
 
 
 RESNET = dataclasses.replace(CONFIG, vision=zoo.ResNetConfig(32, 4, (1, 1, 1, 1), 2))

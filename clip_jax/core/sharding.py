@@ -22,14 +22,15 @@ def mesh(fsdp: int = 1) -> Any:
   )
 
 
-def check_batch_size(batch_size: int, mesh: Any) -> None:
-  """Raises ConfigError if the devices cannot split the batch evenly; names the nearest size."""
-  count = mesh.size
+def check_batch_size(batch_size: int, mesh: Any, microbatches: int = 1) -> None:
+  """Raises ConfigError if devices and microbatches cannot split the batch evenly."""
+  count = mesh.size * microbatches
   if batch_size < 1 or batch_size % count:
     nearest = max(1, round(batch_size / count)) * count
+    times = '' if microbatches == 1 else f' times train.microbatches={microbatches}'
     raise ConfigError(
-      f'config.train.batch_size={batch_size} must be a multiple of the number of devices, {count}; '
-      f'the nearest is {nearest}.'
+      f'config.train.batch_size={batch_size} must be a multiple of the number of devices, '
+      f'{mesh.size}{times}; the nearest is {nearest}.'
     )
 
 

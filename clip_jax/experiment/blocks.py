@@ -382,5 +382,10 @@ def pick_keys(config: Config, names: Sequence[str]) -> dict:
 
 
 def recipe(config: Config) -> list[str]:
-  """Returns the keys of RECIPE, and train.shuffle_window if train.order uses it."""
-  return [*RECIPE, *(['train.shuffle_window'] if config.train.order != 'global' else [])]
+  """Returns the keys of RECIPE, and those that other keys give an effect on the result."""
+  t, more = config.train, []
+  if t.order != 'global':
+    more.append('train.shuffle_window')
+  if t.patch_dropout and t.microbatches > 1:  # each microbatch draws its own patches
+    more.append('train.microbatches')
+  return [*RECIPE, *more]

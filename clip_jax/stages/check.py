@@ -499,6 +499,12 @@ def _model(config: Config) -> None:
       f'{config.model.name} has no patches. Set it to 0.'
     )
 
+  if config.train.microbatches > 1 and isinstance(vision, zoo.ResNetConfig):
+    raise ConfigError(
+      f'config.train.microbatches={config.train.microbatches}: the batch norms of '
+      f'{config.model.name} take the whole batch. Set it to 1.'
+    )
+
 
 def _training(config: Config) -> None:
   t = config.train

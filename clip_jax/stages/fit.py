@@ -99,6 +99,8 @@ def fit(
       eps=t.eps,
       seed=seed,
       loss=t.loss,
+      loss_chunk=t.loss_chunk,
+      microbatches=t.microbatches,
       fsdp=t.fsdp,
       tokens=tokens,
       mean=tuple(p.mean),
@@ -119,7 +121,7 @@ def fit(
 
 
 def _caption_groups(x: Experiment, base, architecture, folder: str) -> int:
-  """Returns the number of groups that pack a batch's captions, one per device; 0: no packing.
+  """Returns the number of groups that pack a batch's captions; 0: no packing.
 
   'auto' packs one batch of the base set's captions and measures the tokens saved. The result is the
   same for all splits, which share their compiled code, and for a continued run. Below PACKING_SAVES
@@ -127,8 +129,9 @@ def _caption_groups(x: Experiment, base, architecture, folder: str) -> int:
   exceeds the saving.
   """
   t = x.config.train
-  devices = sharding.mesh(t.fsdp).size
-  if t.pack_captions == 'never' or t.batch_size % devices:  # the loop rejects such a batch size
+  # A group of captions stays on one device, in one microbatch.
+  groups = sharding.mesh(t.fsdp).size * t.microbatches
+  if t.pack_captions == 'never' or t.batch_size % groups:  # the loop rejects such a batch size
     return 0
   if not text.packable(architecture.text):
     if t.pack_captions == 'always':
@@ -138,9 +141,9 @@ def _caption_groups(x: Experiment, base, architecture, folder: str) -> int:
       )
     return 0
   rows = np.random.Generator(np.random.PCG64(0)).permutation(len(base))[: t.batch_size]
-  rows = rows[: max(len(rows) // devices, 1) * devices]
+  rows = rows[: max(len(rows) // groups, 1) * groups]
   tokens = tokenizer.tokenize([base.caption(int(row)) for row in rows], architecture.context_length)
-  packed = packing.pack(tokens, devices)['tokens']
+  packed = packing.pack(tokens, groups)['tokens']
   share = packed.size / tokens.size
   saved = (1 - share) * flops.text_flops(architecture) / flops.forward_flops(architecture)
   if t.pack_captions == 'auto' and saved < PACKING_SAVES:
@@ -152,7 +155,7 @@ def _caption_groups(x: Experiment, base, architecture, folder: str) -> int:
     100 * share,
     100 * saved,
   )
-  return devices
+  return groups
 
 
 def _tokens(source, config: zoo.TextConfig):  # -> [U] int32, sorted, or None

@@ -143,7 +143,7 @@ def _check(x: Experiment, names: list[str], redo: str) -> list[str]:
   ]
   if runs:  # importing JAX is slow, so a work directory without missing runs skips this check
     mesh = sharding.mesh(x.config.train.fsdp)
-    sharding.check_batch_size(x.config.train.batch_size, mesh)
+    sharding.check_batch_size(x.config.train.batch_size, mesh, x.config.train.microbatches)
     sharding.check_runs_at_once(x.config.train.runs_at_once, mesh)
     table.stage_module('train').check_sizes(
       x, [run_ for run_ in runs if _is_ready(x, run_, replaced)]

@@ -66,6 +66,8 @@ def train(
   log_every_steps: int,
   metrics: MetricsWriter,
   loss: str = 'clip',  # a key of losses.LOSSES
+  loss_chunk: int = 0,  # of the loss, see losses.py; 0: the whole matrix of logits
+  microbatches: int = 1,  # parts of a batch that go through the model one after the other
   fsdp: int = 1,  # devices over which one copy of the parameters is split
   tokens: np.ndarray | None = None,  # [U] int32, sorted: all ids in the captions; None: any may be
   alone: bool = True,  # False: other threads train runs, too
@@ -84,9 +86,17 @@ def train(
       another model; the loss or a parameter is not finite (nothing is saved then).
   """
   mesh = sharding.mesh(fsdp)
-  sharding.check_batch_size(batch_size, mesh)
+  sharding.check_batch_size(batch_size, mesh, microbatches)
   recipe = training_step.Recipe(
-    loss=loss, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay, mean=mean, std=std
+    loss=loss,
+    beta1=beta1,
+    beta2=beta2,
+    eps=eps,
+    weight_decay=weight_decay,
+    mean=mean,
+    std=std,
+    loss_chunk=loss_chunk,
+    microbatches=microbatches,
   )
   with _COMPILING:
     steps = training_step.steps(init_params, encode, recipe, mesh)

@@ -31,6 +31,8 @@ class Recipe:
   weight_decay: float
   mean: tuple[float, float, float]  # of the pixels in 0..1, for each of RGB
   std: tuple[float, float, float]
+  loss_chunk: int = 0  # of the loss; 0: the whole matrix of logits
+  microbatches: int = 1  # parts of a batch that go through the model one after the other
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +50,86 @@ def normalize(
   std: tuple[float, ...],
 ) -> Array:  # [B, S, S, 3] float32
   return (images.astype(jnp.float32) / 255 - jnp.asarray(mean)) / jnp.asarray(std)
+
+
+# (params, batch, key) -> features, recorded statistics
+_Features = Callable[[dict, dict, Array], tuple[dict, dict]]
+_Gradients = tuple[Array, Array, dict, dict]  # loss, scale, recorded statistics, gradients
+
+
+def _gradients(
+  features_of: _Features,
+  loss_of: Callable[..., Array],
+  params: dict,
+  batch: dict,
+  key: Array,
+  microbatches: int,
+  mesh: Any,
+) -> _Gradients:
+  """Returns a loss and its gradients."""
+  del microbatches, mesh
+
+  def loss(params: dict) -> tuple[Array, tuple[Array, dict]]:
+    features, recorded = features_of(params, batch, key)
+    return loss_of(**features), (features['scale'], recorded)
+
+  (value, (scale, recorded)), gradients = jax.value_and_grad(loss, has_aux=True)(params)
+  return value, scale, recorded, gradients
+
+
+def _cached_gradients(
+  features_of: _Features,
+  loss_of: Callable[..., Array],
+  params: dict,
+  batch: dict,
+  key: Array,
+  microbatches: int,
+  mesh: Any,
+) -> _Gradients:
+  """Returns the same with the activations of one microbatch in memory (GradCache, Gao et al. 2021).
+
+  1. The features of all microbatches, without activations. 2. The loss of the whole batch and its
+  gradient with respect to the features. 3. Each microbatch again, with that gradient. A mean of the
+  losses of microbatches would be another loss: fewer negatives.
+  """
+  parts = jax.tree.map(lambda leaf: _split(leaf, microbatches, mesh), batch)
+  keys = jax.random.split(key, microbatches)
+  features = jax.lax.map(lambda part: features_of(params, *part)[0], (parts, keys))
+  whole = {  # scale and bias are the same in all parts
+    name: _join(leaf, mesh) if leaf.ndim > 1 else leaf[0] for name, leaf in features.items()
+  }
+  value, slopes = jax.value_and_grad(lambda whole: loss_of(**whole))(whole)
+  slopes = {
+    name: _split(leaf, microbatches, mesh)
+    if leaf.ndim
+    else jnp.full(microbatches, leaf) / microbatches
+    for name, leaf in slopes.items()
+  }
+
+  def add(sums: dict, xs: tuple[dict, Array, dict]) -> tuple[dict, None]:
+    part, key, slope = xs
+    backward = jax.vjp(lambda params: features_of(params, part, key)[0], params)[1]
+    return jax.tree.map(jnp.add, sums, backward(slope)[0]), None
+
+  zeros = jax.tree.map(jnp.zeros_like, params)
+  gradients, _ = jax.lax.scan(add, zeros, (parts, keys, slopes))
+  return value, whole['scale'], {}, gradients
+
+
+def _split(
+  leaf: Array,  # [B, ...], split over the devices
+  microbatches: int,
+  mesh: Any,
+) -> Array:  # [microbatches, B / microbatches, ...]
+  """Returns microbatches that take an equal part of each device's rows, so that none moves."""
+  rows = leaf.reshape(mesh.size, microbatches, -1, *leaf.shape[1:]).swapaxes(0, 1)
+  return rows.reshape(microbatches, -1, *leaf.shape[1:])
+
+
+def _join(leaf: Array, mesh: Any) -> Array:  # [microbatches, B / microbatches, ...] -> [B, ...]
+  """Returns the rows in the order before _split."""
+  rows = leaf.reshape(len(leaf), mesh.size, -1, *leaf.shape[2:]).swapaxes(0, 1)
+  return rows.reshape(-1, *leaf.shape[2:])
 
 
 def _replaced(params: dict, recorded: dict) -> dict:
@@ -77,7 +159,8 @@ def steps(
   tx = optimizer.adamw(
     beta1=recipe.beta1, beta2=recipe.beta2, eps=recipe.eps, weight_decay=recipe.weight_decay
   )
-  loss_function = losses.LOSSES[recipe.loss].function
+  loss_of = functools.partial(losses.LOSSES[recipe.loss].function, chunk=recipe.loss_chunk)
+  gradients = _gradients if recipe.microbatches == 1 else _cached_gradients
 
   def init(seed: Array) -> dict:
     params = init_params(jax.random.key(seed))
@@ -87,12 +170,12 @@ def steps(
     schedule = dict(schedule)
     key = jax.random.fold_in(jax.random.key(schedule.pop('seed')), state['step'])
 
-    def loss_of(params: dict) -> tuple[Array, tuple[Array, dict]]:
-      images = normalize(batch['image'], recipe.mean, recipe.std)
-      features, recorded = encode(params, images, batch['text'], key)
-      return loss_function(**features), (features['scale'], recorded)
+    def features_of(params: dict, batch: dict, key: Array) -> tuple[dict, dict]:
+      return encode(params, normalize(batch['image'], recipe.mean, recipe.std), batch['text'], key)
 
-    (loss, (scale, recorded)), grads = jax.value_and_grad(loss_of, has_aux=True)(state['params'])
+    loss, scale, recorded, grads = gradients(
+      features_of, loss_of, state['params'], batch, key, recipe.microbatches, mesh
+    )
     rate = optimizer.learning_rate(state['step'], **schedule)
     updates, opt = tx.update(grads, state['opt'], state['params'])
     params = jax.tree.map(lambda p, u: p - rate * u, state['params'], updates)
