@@ -659,6 +659,18 @@ MEANINGS = {
     'images': 'images, for text-to-image captions, behind the interval',
     'groups': 'independent units among them: images, or groups of images',
   },
+  'report/tables/few_shot.csv': {
+    'split': 'split',
+    'rule': 'its rule',
+    'benchmark': 'benchmark with a few-shot probe (`few_shot`)',
+    'training_set': 'dataset of the training images',
+    'shots': 'training images a class',
+    'value': 'accuracy of the ridge probe, mean over seeds and draws of the training images',
+    **_ESTIMATE,
+    'draws': 'draws of the training images, equal for all runs; the interval takes them as given',
+    'lowest_draw': 'accuracy of the worst draw, mean over seeds',
+    'highest_draw': 'accuracy of the best draw, mean over seeds',
+  },
   'report/tables/accuracy.tex': {
     '': 'the same in percent with intervals, a LaTeX table with booktabs; notes in comments'
   },

@@ -222,6 +222,22 @@ def right(row: dict) -> Numbers:
   return [row['right_pruned'], row['images'] * row['seeds'], row['right_control']]
 
 
+def recall_rows(work: Work, ordered: list[dict]) -> list[Numbers]:
+  lines: dict[tuple, Numbers] = {}
+  for row in ordered:
+    lines.setdefault((row['split'], row['benchmark']), []).extend(interval(row))
+  return list(lines.values())
+
+
+def few_shot_rows(work: Work, ordered: list[dict]) -> list[Numbers]:
+  lines: dict[tuple, Numbers] = {}
+  first = {(row['split'], row['benchmark']): row for row in reversed(ordered)}
+  for row in ordered:
+    line = lines.setdefault((row['split'], row['benchmark']), [])
+    line += [*interval(row), percent(row['lowest_draw']), percent(row['highest_draw'])]
+  return [line + rests(first[key]) for key, line in lines.items()]
+
+
 same = lambda value: value
 ROWS = {
   'removed_by_': counted,
@@ -248,6 +264,8 @@ ROWS = {
   'overlap': same,
   'preview': same,
   'held_back': same,
+  'retrieval': same,
+  'few_shot': same,
 }
 PREFIXES = tuple(name for name in ROWS if name.endswith('_'))
 GRIDS = {
@@ -258,4 +276,6 @@ GRIDS = {
   'overlap': grid('split', 'share', percent),
   'preview': preview_rows,
   'held_back': held_back_rows,
+  'retrieval': recall_rows,
+  'few_shot': few_shot_rows,
 }

@@ -162,6 +162,9 @@ def of_heads(work: Work, block, tables: dict[str, Table], split: str) -> Iterato
         ):
           yield f'{row["benchmark"]} # queries {words}', [row['images'], row['seeds']]
   if block.kind == 'head':
+    for row in tables['few_shot'].rows if block.table == 'few_shot' else ():
+      yield '# training images of each class', [row['shots']]
+      yield '# training image of each class', [row['shots']]
     yield '| # % | # % | # % | # %', [90, 75, 50, 25]
     slacks = (-0.05, -0.02, -0.01, -0.005, 0, 0.005, 0.01, 0.02, 0.05)
     yield 'slack | ' + ' | '.join('#' * 9), list(slacks)

@@ -375,6 +375,59 @@ def plane(work: Work, skipped: list[str]) -> Iterator[tuple[str, Table]]:
   yield 'plane', Table(('split', 'seed', 'benchmark'), rows)
 
 
+def retrieval(work: Work, skipped: list[str]) -> Iterator[tuple[str, Table]]:
+  """Six recalls; text to image is over captions, of which those of one group are one unit."""
+  rows = []
+  for split in work.splits:
+    for benchmark in filter(work.is_retrieval, work.benchmarks):
+      names = ('captions', 'k', 'image_to_text', 'text_to_image')
+      if stored := work.stored(split, benchmark, *names):
+        about = {'split': split, 'rule': rule(work, split), 'benchmark': benchmark}
+        rows += [about | row for row in recalls(work.groups(benchmark), *stored)]
+  if rows:
+    yield 'retrieval', Table(('split', 'benchmark', 'measure'), rows)
+
+
+def recalls(
+  groups: np.ndarray,  # [n]
+  captions: np.ndarray,  # [S, n] captions of each image
+  ks: np.ndarray,  # [S, K]
+  of_image: np.ndarray,  # [S, n, K] 0 or 1
+  of_caption: np.ndarray,  # [S, n, K] share of the image's captions that are hits
+) -> Iterator[dict]:
+  owner = np.repeat(np.arange(len(groups)), captions[0])
+  for place, k in enumerate(ks[0].tolist()):
+    hits = np.zeros((len(captions), len(owner)))
+    for image, count in enumerate(captions[0].tolist()):  # which of its captions hit is not stored
+      mine = np.flatnonzero(owner == image)
+      for seed, share in enumerate(of_caption[:, image, place].tolist()):
+        hits[seed, mine[: round(share * count)]] = 1
+    for way, hit, units in (
+      ('image-to-text', of_image[:, :, place].astype(float), groups),
+      ('text-to-image', hits, groups[owner]),
+    ):
+      yield {'measure': f'{way} recall@{k}'} | numbers(formulas.accuracy(hit, units))
+
+
+def few_shot(work: Work, skipped: list[str]) -> Iterator[tuple[str, Table]]:
+  """Probes: the mean over draws of the training images, over seeds and images."""
+  rows = []
+  for split in work.splits:
+    for benchmark in work.benchmarks:
+      about = {'split': split, 'benchmark': benchmark}
+      stored = work.stored(split, benchmark, 'few_shot_shots', 'few_shot_correct')
+      for place, shots in enumerate(stored[0][0].tolist() if stored else ()):
+        correct = stored[1][:, place].astype(float)  # [S, draws, Q]
+        by_draw = correct.mean((0, 2))
+        training_set = work.config['benchmarks'][benchmark]['few_shot']
+        about |= {'rule': rule(work, split), 'training_set': training_set, 'shots': shots}
+        about |= {'draws': len(by_draw), 'lowest_draw': by_draw.min()}
+        about |= {'highest_draw': by_draw.max()}
+        rows.append(about | numbers(formulas.accuracy(correct.mean(1), work.groups(benchmark))))
+  if rows:
+    yield 'few_shot', Table(('split', 'benchmark', 'shots'), rows)
+
+
 def training(work: Work, skipped: list[str]) -> Iterator[tuple[str, Table]]:
   rows = []
   for split in work.splits:
@@ -414,4 +467,14 @@ def against_random(work: Work, skipped: list[str]) -> Iterator[tuple[str, Table]
     yield 'size_against_random', Table(keys, rows, is_whole=False)
 
 
-MAKERS = (against_random, accuracy, comparisons, held_back, bins, plane, training)
+MAKERS = (
+  against_random,
+  accuracy,
+  retrieval,
+  few_shot,
+  comparisons,
+  held_back,
+  bins,
+  plane,
+  training,
+)

@@ -86,9 +86,23 @@ class Work:
     for seed in self.seeds(split):
       file = np.load(self.path / 'evaluate' / split / f'seed{seed}' / f'{benchmark}.npz')
       assert (file['key'] == keys).all(), f'{split}/seed{seed}/{benchmark}: other keys'
-      assert (file['correct'] == (file['prediction'] == file['label'])).all()
+      if self.is_retrieval(benchmark):
+        assert (file['correct'] == file['image_to_text'][:, 0]).all()
+      else:
+        assert (file['correct'] == (file['prediction'] == file['label'])).all()
       found[seed] = file['correct'].astype(float)
     return found
+
+  def is_retrieval(self, benchmark: str) -> bool:
+    return self.config['benchmarks'][benchmark].get('task') == 'retrieval'
+
+  def stored(self, split: str, benchmark: str, *names: str) -> list[np.ndarray]:  # [S, ...] each
+    """Arrays of a split's evaluations, stacked over its seeds; none if a seed lacks one."""
+    folder = self.path / 'evaluate' / split
+    files = [np.load(folder / f'seed{s}' / f'{benchmark}.npz') for s in self.seeds(split)]
+    if not files or any(name not in file for file in files for name in names):
+      return []
+    return [np.stack([file[name] for file in files]) for name in names]
 
   def arrays(self, benchmark: str, *splits: str) -> list[np.ndarray]:  # [S, Q] each
     """Correctness of several splits over the seeds that all of them have."""

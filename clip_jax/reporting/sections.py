@@ -189,41 +189,6 @@ def _accuracy_notes(count: int, records: Sequence[Mapping[str, Any]]) -> tuple[s
   return tuple(notes)
 
 
-def recall_blocks(
-  results: Rows,  # split, rule, benchmark, recalls (name -> estimate)
-) -> list:
-  """Returns the table of all recalls; [] without a retrieval benchmark."""
-  if not results:
-    return []
-  names = list(dict.fromkeys(name for result in results for name in result['recalls']))
-  rows = tuple(
-    (
-      Cell(result['split'], result['benchmark']),
-      *(tables.accuracy_cell(result['recalls'].get(name), False) for name in names),
-    )
-    for result in results
-  )
-  records = tuple(
-    {
-      **{key: result[key] for key in ('split', 'rule', 'benchmark')},
-      'measure': name,
-      **tables.estimate_record(estimate),
-    }
-    for result in results
-    for name, estimate in result['recalls'].items()
-  )
-  heads = (Cell('split', 'benchmark'), *(tables.number_cell(*name.split()) for name in names))
-  notes = (
-    'Recall in percent. Image to text: the share of images with a caption of their own among the k '
-    'nearest captions. Text to image: the share of captions whose image is among the k nearest '
-    'images; for the interval, the captions of one image are one unit. Ties count as wrong.',
-  )
-  return [
-    Heading('Image-text retrieval', 'recall of both directions'),
-    Table('retrieval', '', heads, rows, notes, records),
-  ]
-
-
 def _retrieval_note(benchmarks: Rows) -> tuple[str, ...]:
   """Returns a note on the benchmarks whose accuracy is a recall, or ()."""
   measures = {b['name']: b['measure'] for b in benchmarks if b['measure']}

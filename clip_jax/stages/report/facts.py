@@ -3,7 +3,7 @@
 The work directory may be unfinished; missing results are left out. Every file is read once.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import dataclasses
 import functools
 import itertools
@@ -34,6 +34,8 @@ class Results:
   groups: dict[str, Array | None]  # benchmark -> [Q] names; None: every image is its own group
   # Retrieval: (split, benchmark) -> the arrays of each seed's result (stages/retrieval.py).
   hits: dict[tuple[str, str], list[dict[str, Array]]] = dataclasses.field(default_factory=dict)
+  # Few-shot probe: (split, benchmark) -> shots -> correctness [S, draws, Q].
+  few_shot: dict[tuple[str, str], dict[int, Array]] = dataclasses.field(default_factory=dict)
 
   def on_shared_seeds(self, *keys: tuple[str, str]) -> tuple[list[Array], tuple[int, ...]] | None:
     """Returns the correctness [S, Q] of each (split, benchmark) on their shared seeds.
@@ -246,7 +248,21 @@ def results(x: Experiment) -> Results:
         known.seeds[split, benchmark] = tuple(of_seeds)
         if 'recalls' in scores:
           known.hits[split, benchmark] = [arrays for _, arrays in of_seeds.values()]
+        if shots := _few_shot([arrays for _, arrays in of_seeds.values()]):
+          known.few_shot[split, benchmark] = shots
   return known
+
+
+def _few_shot(seeds: Sequence[Mapping[str, Array]]) -> dict[int, Array]:  # shots -> [S, draws, Q]
+  """Returns the correctness of the few-shot probes that every seed's result has."""
+  found = [
+    dict(zip(arrays['few_shot_shots'].tolist(), arrays['few_shot_correct']))
+    if 'few_shot_correct' in arrays
+    else {}
+    for arrays in seeds
+  ]
+  shared = [shots for shots in found[0] if all(shots in of_seed for of_seed in found)]
+  return {shots: np.stack([of_seed[shots] for of_seed in found]) for shots in shared}
 
 
 def runs(x: Experiment, counts: Mapping[str, dict]) -> dict[tuple[str, int], Run]:

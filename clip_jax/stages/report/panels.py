@@ -108,6 +108,35 @@ def recalls(facts: Facts) -> list[dict]:
   return panels
 
 
+def few_shot(facts: Facts) -> list[dict]:
+  """Returns the accuracies of each split's few-shot probes: shots -> estimate, lowest, highest.
+
+  An estimate is over seeds and images, of the mean over the draws of the training images. lowest
+  and highest: the accuracies of the single draws, as means over seeds.
+  """
+  panels = []
+  for (split, benchmark), of_shots in facts.results.few_shot.items():
+    probes = {}
+    for shots, correct in of_shots.items():  # [S, draws, Q]
+      of_draws = correct.mean((0, 2))
+      probes[shots] = {
+        'estimate': statistics.accuracy_interval(correct.mean(1), facts.results.groups[benchmark]),
+        'draws': correct.shape[1],
+        'lowest': float(of_draws.min()),
+        'highest': float(of_draws.max()),
+      }
+    panels.append(
+      {
+        'split': split,
+        'rule': contrasts.shown_rule(facts, split),
+        'benchmark': benchmark,
+        'training_set': facts.config.benchmarks[benchmark].few_shot,
+        'probes': probes,
+      }
+    )
+  return panels
+
+
 def by_similarity(facts: Facts) -> list[dict]:
   """Returns the base split's accuracy by pool similarity, and by excess over the anchor's.
 
