@@ -555,8 +555,10 @@ MEANINGS = {
     'templates': 'prompts of the class vectors',
     'warnings': 'sentences: another number of images than the published one, for example',
     'scorings': (
-      'name of a further scoring (`scorings` of the benchmark) -> its numbers, as above; in the '
-      '.npz it has `<name>_counts` (whether an image counts), `<name>_prediction`, `<name>_correct`'
+      'name of a further scoring -> its numbers, as above: `scorings` of the benchmark, and for '
+      'effective robustness `report.reference` among the classes of another benchmark '
+      '(`classes_of_<benchmark>`); in the .npz it has `<name>_counts` (whether an image counts), '
+      '`<name>_prediction`, `<name>_correct`'
     ),
     **_under(
       'few_shot.<shots>.',
@@ -808,7 +810,15 @@ MEANINGS = {
   'report/tables/plane.csv': {
     'split': 'split of the run',
     'seed': 'seed of the run',
-    'against': 'benchmark on the x axis',
+    'against': 'benchmark on the x axis: `report.reference`',
+    'x_scoring': (
+      'its further scoring there: among the classes of the other benchmark (`imagenet-r`, '
+      '`classes_of_<benchmark>`); empty: all classes'
+    ),
+    'y_scoring': (
+      'further scoring of the benchmark: ObjectNet among its ImageNet classes '
+      '(`imagenet_masked`), which the line needs; empty: its own'
+    ),
     **{
       f'{axis}_{key}': f'{name}: {meaning}'
       for axis, name in (('x', 'accuracy on it'), ('y', 'accuracy on the benchmark'))

@@ -310,6 +310,22 @@ def of_groups(work: Work) -> Iterator:
     yield f'{benchmark}: # images in # groups', [images, groups]
 
 
+def of_axes(work: Work) -> Iterator:
+  """`val (classes of r): 200 images`, of which there are fewer than of val."""
+  reference = work.config['report']['reference']
+  for benchmark in work.benchmarks if reference in work.benchmarks else ():
+    for split in (s for s in work.splits if work.seeds(s) and benchmark != reference):
+      scorings = main.plane_scorings(work, split, benchmark, reference)
+      words = {reference: f' (classes of {benchmark})', benchmark: ' (its ImageNet classes)'}
+      for name, scoring in scorings.items():
+        if scoring:
+          groups = work.scored(split, name, scoring)[1]
+          images, units = len(groups), len(set(groups.tolist()))
+          start = f'{name}{words[name]}: # images'
+          yield f'{start} in # groups', [images, units]
+          yield f'{start}, ungrouped', [images]
+
+
 def of_stages(work: Work) -> Iterator:
   """`train 26 of 26 runs`, and so on."""
   train = work.config['train']

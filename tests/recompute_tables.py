@@ -363,16 +363,29 @@ def bins(work: Work, skipped: list[str]) -> Iterator[tuple[str, Table]]:
 
 
 def plane(work: Work, skipped: list[str]) -> Iterator[tuple[str, Table]]:
+  """Each run on a benchmark against the reference, among the benchmark's classes if fewer."""
   reference, rows = work.config['report']['reference'], []
   for split in work.splits if reference in work.benchmarks else ():
-    for seed in work.seeds(split):
-      for benchmark in (b for b in work.benchmarks if b != reference):
+    for benchmark in (b for b in work.benchmarks if b != reference):
+      scorings = plane_scorings(work, split, benchmark, reference)
+      scored = [work.scored(split, name, scorings[name]) for name in (reference, benchmark)]
+      for place, seed in enumerate(work.seeds(split)):
         row = {'split': split, 'seed': seed, 'benchmark': benchmark, 'against': reference}
-        for prefix, name in (('x_', reference), ('y_', benchmark)):
-          correct = work.correct(split, name)[seed][None]
-          row |= numbers(formulas.accuracy(correct, work.groups(name)), prefix)
+        row |= {'x_scoring': scorings[reference], 'y_scoring': scorings[benchmark]}
+        for prefix, (correct, groups) in zip(('x_', 'y_'), scored, strict=True):
+          row |= numbers(formulas.accuracy(correct[place][None], groups), prefix)
         rows.append(row)
   yield 'plane', Table(('split', 'seed', 'benchmark'), rows)
+
+
+def plane_scorings(work: Work, split: str, benchmark: str, reference: str) -> dict[str, str]:
+  """The further scorings, '' for none, of both benchmarks of a plane."""
+  class_set = work.config['benchmarks'][benchmark].get('class_set', '')
+  part = class_set in ('imagenet-a', 'imagenet-r', 'objectnet')
+  name = class_set if part else f'classes_of_{benchmark}'
+  if not work.stored(split, reference, f'{name}_correct'):
+    return {reference: '', benchmark: ''}
+  return {reference: name, benchmark: 'imagenet_masked' if class_set == 'objectnet' else ''}
 
 
 def retrieval(work: Work, skipped: list[str]) -> Iterator[tuple[str, Table]]:

@@ -104,6 +104,18 @@ class Work:
       return []
     return [np.stack([file[name] for file in files]) for name in names]
 
+  def scored(self, split: str, benchmark: str, scoring: str) -> tuple[np.ndarray, np.ndarray]:
+    """Correctness [S, n] and groups [n] by a further scoring, over the images that count."""
+    groups = self.groups(benchmark)
+    if not scoring:
+      return np.array(list(self.correct(split, benchmark).values())), groups
+    counts, correct, predicted = self.stored(
+      split, benchmark, *(f'{scoring}_{name}' for name in ('counts', 'correct', 'prediction'))
+    )
+    if scoring.startswith('classes_of_'):  # labels are not translated
+      assert (correct == (counts & (predicted == self.labels(benchmark)))).all()
+    return correct[:, counts[0]].astype(float), groups[counts[0]]
+
   def arrays(self, benchmark: str, *splits: str) -> list[np.ndarray]:  # [S, Q] each
     """Correctness of several splits over the seeds that all of them have."""
     common = sorted(set.intersection(*(set(self.seeds(s)) for s in splits)))

@@ -170,3 +170,45 @@ def test_keys_are_picked_as_plain_values():
   c.train.order = 'blocks'
   assert blocks.recipe(c)[-1] == 'train.shuffle_window'
   assert list(blocks.pick_keys(c, blocks.recipe(c))) == blocks.recipe(c)
+
+
+def test_the_reference_is_scored_among_the_classes_of_the_others():
+  c = config()
+  for name in ('val', 'r', 'whole', 'pairs'):
+    c.benchmarks[name] = defaults.benchmark(format='folder', path=name)
+  of = lambda name='val': blocks.subset_scorings(c, name)
+  assert of() == {} and blocks.scorings(c, 'val') == ()
+  c.benchmarks.r.class_mask = ('x', 'y')
+  assert of() == {'classes_of_r': ('x', 'y')}  # its own names are in its index
+  c.benchmarks.r.class_mask, c.benchmarks.r.classes = (), ('x', 'y')
+  assert of() == {}  # they may be all
+  c.benchmarks.val.classes = c.benchmarks.whole.classes = ('z', 'y', 'x')
+  assert of() == {'classes_of_r': ('x', 'y')} and of('r') == {}
+  c.benchmarks.r.classes = ('x', 'other')
+  assert of() == {}
+  c.benchmarks.r.classes, c.benchmarks.val.class_mask = ('x', 'y'), ('x', 'z')
+  assert of() == {}
+  c.report.reference = 'pairs'
+  c.benchmarks.pairs.task = 'retrieval'
+  assert of('pairs') == {}
+
+
+def test_the_scorings_of_effective_robustness_are_added():
+  c = defaults.get_config()
+  for name, class_set in (('val', ''), ('v2', ''), ('r', '-r'), ('a', '-a')):
+    c.benchmarks[name] = defaults.benchmark(
+      format='folder', path=name, class_set=f'imagenet{class_set}'
+    )
+  c.benchmarks.objectnet = defaults.benchmark(format='folder', path='o', class_set='objectnet')
+  assert blocks.scorings(c, 'val') == ('imagenet-a', 'imagenet-r', 'objectnet')
+  assert blocks.subset_scorings(c, 'val') == {}
+  assert blocks.scorings(c, 'objectnet') == ('imagenet_masked',)
+  assert blocks.scorings(c, 'v2') == blocks.scorings(c, 'r') == ()
+  c.benchmarks.objectnet.scorings = ('imagenet',)
+  assert blocks.scorings(c, 'objectnet') == ('imagenet', 'imagenet_masked')
+  c.benchmarks.val.scorings = ('objectnet', 'imagenet-r', 'imagenet-a')
+  assert blocks.scorings(c, 'val') == c.benchmarks.val.scorings  # the same fingerprint
+  c.report.reference = 'v2'
+  assert blocks.scorings(c, 'v2') == ('imagenet-a', 'imagenet-r', 'objectnet')
+  c.report.reference = 'none'
+  assert blocks.scorings(c, 'v2') == () and blocks.scorings(c, 'objectnet') == ('imagenet',)

@@ -805,8 +805,15 @@ def result_keys(config: Config, benchmark: str) -> dict:
   """Returns the config keys that change the scores of a model on a benchmark, with their values."""
   block = config.benchmarks[benchmark]
   added = [key for key in _ADDED if not _is_absent(key, block[key])]
-  keys = [f'benchmarks.{benchmark}.{key}' for key in ('classes', 'templates', 'class_mask', *added)]
-  return blocks.pick_keys(config, ['preprocess.resize', *keys])
+  names = ('classes', 'templates', 'class_mask', *added)
+  keys = blocks.pick_keys(
+    config, ['preprocess.resize', *(f'benchmarks.{benchmark}.{name}' for name in names)]
+  )
+  if scorings := blocks.scorings(config, benchmark):
+    keys[f'benchmarks.{benchmark}.scorings'] = list(scorings)
+  if subsets := blocks.subset_scorings(config, benchmark):
+    keys[f'benchmarks.{benchmark}.subsets'] = {name: list(kept) for name, kept in subsets.items()}
+  return keys
 
 
 def _is_absent(key: str, value: object) -> bool:

@@ -448,7 +448,9 @@ def dose_blocks(
 
 
 def plane_blocks(
-  panels: Rows,  # name, xname, points (split, seed, and as figures.robustness_plane takes), line
+  # name, against, x_scoring, y_scoring, xname and yname (what the axes show, in words), line,
+  # points (split, seed, and as figures.robustness_plane takes)
+  panels: Rows,
   looks: Looks,
 ) -> list:
   """Returns accuracy on each benchmark against validation accuracy, one mark per run."""
@@ -461,7 +463,7 @@ def plane_blocks(
         p['points'],
         title=f'{p["name"]} against {p["xname"]}',
         xname=p['xname'],
-        yname=p['name'],
+        yname=p['yname'],
         line=p['line'],
         looks=looks,
       ),
@@ -477,7 +479,7 @@ def plane_blocks(
         Cell(name, f'{tables.images_in_groups(e)} {tables.degrees(e.df)}'.strip())
         if isinstance(name, str)
         else tables.number_cell(tables.percent(e.value), tables.bounds(e))
-        for axis, named in (('x', p['xname']), ('y', p['name']))
+        for axis, named in (('x', p['xname']), ('y', p['yname']))
         for e in [q[axis]]
         for name in (named, None)
       ),
@@ -485,7 +487,8 @@ def plane_blocks(
     for p, q in lines
   )
   records = tuple(
-    {'split': q['split'], 'seed': q['seed'], 'benchmark': p['name'], 'against': p['xname']}
+    {'split': q['split'], 'seed': q['seed'], 'benchmark': p['name']}
+    | {key: p[key] for key in ('against', 'x_scoring', 'y_scoring')}
     | {
       f'{axis}_{key}': value
       for axis in 'xy'
@@ -510,7 +513,7 @@ def _plane_caption(panel: Mapping[str, Any]) -> str:
   first = panel['points'][0]
   text = (
     'One mark per run; bars: 95 % intervals over images for this checkpoint '
-    f'({panel["name"]}: {tables.images_in_groups(first["y"])}; {panel["xname"]}: '
+    f'({panel["yname"]}: {tables.images_in_groups(first["y"])}; {panel["xname"]}: '
     f'{tables.images_in_groups(first["x"])}).'
   )
   for part in panel['line']['parts'] if panel['line'] else ():

@@ -10,16 +10,14 @@ from typing import Any
 import numpy as np
 
 from clip_jax.core.types import Array, Config
-from clip_jax.evaluation import answer, causal, robustness, statistics
+from clip_jax.evaluation import answer, causal, class_sets, robustness, statistics
 from clip_jax.experiment import blocks, workdir
 from clip_jax.pruning import controls
 from clip_jax.reporting import removed
 from clip_jax.stages.report.facts import Facts, Results
 
 IMAGENET_CLASSES = 1000  # of a reference benchmark for which the effective-robustness lines hold
-# Shift -> classes. ObjectNet is left out: its line was fitted to answers over 125 ImageNet ids,
-# while benchmarks here are scored over 113 names.
-SHIFT_CLASSES = {'v2': 1000, 'sketch': 1000, 'r': 200, 'a': 200}
+SHIFT_CLASSES = {'v2': 1000, 'sketch': 1000, 'r': 200, 'a': 200, 'objectnet': 113}
 
 # Base as the control of an aligned split: everything but the anchor differs.
 BASE = answer.Control('base', ('the number and mix of the removed rows',))
@@ -353,49 +351,62 @@ def _explained_share(
 
 
 @dataclasses.dataclass(frozen=True)
-class Baseline:
-  """The effective-robustness line of a benchmark, and the benchmark on its x axis."""
+class Axes:
+  """What a benchmark's accuracy is plotted against, and its effective-robustness line."""
 
-  shift: str
-  x: str  # 'val' | 'classes', as in robustness.LINES
-  benchmark: str  # whose accuracy is on the x axis
+  reference: str  # the benchmark on the x axis
+  scoring: str  # its further scoring there: among the classes of the other benchmark; '': all
+  own: str  # further scoring of the other benchmark on the y axis, ''
+  line: tuple[str, str] | None  # (shift, x axis) of robustness.LINES; None: no line
+
+  def scored(self, results: Results, benchmark: str) -> Results:
+    """Returns the results with both benchmarks as they count on these axes."""
+    return results.scored(self.reference, self.scoring).scored(benchmark, self.own)
 
 
-def baseline(config: Config, results: Results, benchmark: str) -> Baseline | None:
-  """Returns the line of an ImageNet shift, known by name and classes; None for other benchmarks.
+def axes(config: Config, results: Results, benchmark: str) -> Axes:
+  """Returns the axes of a benchmark: against config.report.reference, else the first benchmark.
 
-  The x axis is ImageNet-Val: config.report.reference, with 1,000 classes that include the
-  benchmark's. A benchmark REFERENCE_SHIFT, such as val_r, holds ImageNet-Val among the shift's own
-  classes; if it is evaluated, it is the x axis.
+  If the benchmark has a part of the reference's classes, the x axis is the reference among them.
+  Lines are those of the ImageNet shifts, known by name and number of classes, against ImageNet-Val
+  with its 1,000 classes. That of ObjectNet needs the scoring over its 125 ImageNet classes.
   """
-  reference = config.report.reference
-  if reference not in config.benchmarks:
-    return None
-  names = set(config.benchmarks[reference].classes)  # empty if they are in its index
+  names = list(config.benchmarks)
+  reference = config.report.reference if config.report.reference in names else names[0]
+  class_set = config.benchmarks[benchmark].class_set
+  is_part = class_set in class_sets.SCORINGS['imagenet']
+  subset = class_set if is_part else f'classes_of_{benchmark}'
+  if (reference, subset) not in results.counts:
+    subset = ''
+  own = 'imagenet_masked' if class_set == 'objectnet' and subset else ''
   shift = benchmark.lower().replace('-', '_').removeprefix('imagenet').strip('_')
-  if (
-    results.classes.get(reference) != IMAGENET_CLASSES
-    or results.classes.get(benchmark) != SHIFT_CLASSES.get(shift, 0)
-    or names
-    and not set(config.benchmarks[benchmark].classes) <= names
-  ):
-    return None
-  own = f'{reference}_{shift}'
-  if (shift, 'classes') in robustness.LINES and results.classes.get(own) == SHIFT_CLASSES[shift]:
-    return Baseline(shift, 'classes', own)
-  return Baseline(shift, 'val', reference) if (shift, 'val') in robustness.LINES else None
+  line = shift, 'classes' if subset else 'val'
+  all_names = set(blocks.given_classes(config.benchmarks[reference]))  # empty: in its index
+  has_line = (
+    line in robustness.LINES
+    and results.classes.get(reference) == IMAGENET_CLASSES
+    and results.classes.get(benchmark) == SHIFT_CLASSES[shift]
+    and (not all_names or set(config.benchmarks[benchmark].classes) <= all_names)
+    and (shift != 'objectnet' or bool(own))
+  )
+  return Axes(reference, subset, own, line if has_line else None)
 
 
 def _line_accuracies(
-  config: Config, results: Results, key: tuple[str, str], seeds
+  config: Config, results: Results, key: tuple[str, str], seeds: Sequence[int]
 ) -> Array | None:  # [S]
   """Returns the line's accuracy at the split's own validation accuracy, for each seed."""
-  line = baseline(config, results, key[1])
-  x = None if line is None else (key[0], line.benchmark)
-  if line is None or x not in results.correct or not set(seeds) <= set(results.seeds[x]):
+  (split, benchmark), found = key, axes(config, results, key[1])
+  x = split, found.reference
+  scored = found.scored(results, benchmark)
+  # A line for another scoring of the benchmark does not fit its accuracies in the ratio.
+  if found.line is None or found.own or x not in scored.correct:
     return None
-  runs = [results.correct[x][results.seeds[x].index(seed)] for seed in seeds]
-  return np.array([robustness.line_accuracy(line.shift, float(r.mean()), line.x) for r in runs])
+  if not set(seeds) <= set(scored.seeds[x]):
+    return None
+  runs = scored.correct[x][[scored.seeds[x].index(seed) for seed in seeds]]  # [S, n]
+  shift, axis = found.line
+  return np.array([robustness.line_accuracy(shift, float(run.mean()), axis) for run in runs])
 
 
 def _placebo(facts: Facts, key: tuple[str, str], control: str) -> dict:

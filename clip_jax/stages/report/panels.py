@@ -314,13 +314,11 @@ def by_dose(facts: Facts, items: Sequence[dict]) -> list[dict]:
 def against_validation(facts: Facts) -> list[dict]:
   """Returns every run's accuracy on each benchmark against config.report.reference."""
   config, panels = facts.config, []
-  names = list(config.benchmarks)
-  reference = config.report.reference if config.report.reference in names else names[0]
-  for benchmark in names:
-    baseline = contrasts.baseline(config, facts.results, benchmark)
-    xname = baseline.benchmark if baseline else reference
+  for benchmark in config.benchmarks:
+    axes = contrasts.axes(config, facts.results, benchmark)
+    results = axes.scored(facts.results, benchmark)
     pairs = {
-      split: facts.results.on_shared_seeds((split, benchmark), (split, xname))
+      split: results.on_shared_seeds((split, benchmark), (split, axes.reference))
       for split in config.splits
     }
     points = [
@@ -328,37 +326,42 @@ def against_validation(facts: Facts) -> list[dict]:
         'rule': contrasts.shown_rule(facts, split),
         'split': split,
         'seed': seed,
-        'x': statistics.image_interval(x, facts.results.groups[xname]),
-        'y': statistics.image_interval(y, facts.results.groups[benchmark]),
+        'x': statistics.image_interval(x, results.groups[axes.reference]),
+        'y': statistics.image_interval(y, results.groups[benchmark]),
       }
       for split, pair in pairs.items()
       if pair is not None
       for y, x, seed in zip(*pair[0], pair[1])
     ]
-    if benchmark != xname and len(points) > 1:
+    if benchmark != axes.reference and len(points) > 1:
       panels.append(
         {
           'name': benchmark,
-          'xname': xname,
+          'against': axes.reference,
+          'x_scoring': axes.scoring,
+          'y_scoring': axes.own,
+          'xname': axes.reference + (f' (classes of {benchmark})' if axes.scoring else ''),
+          'yname': benchmark + (' (its ImageNet classes)' if axes.own else ''),
           'points': points,
-          'line': _line(baseline),
+          'line': _line(axes.line),
         }
       )
   return panels
 
 
-def _line(baseline: contrasts.Baseline | None) -> dict | None:
+def _line(line: tuple[str, str] | None) -> dict | None:
   """Returns the line of an ImageNet shift as arrays [n] in proportions, with its fit's numbers.
 
   Keys: x, y, low and high (the band of single models), and parts: models, r2, error, x_low and
   x_high of each line.
   """
-  if baseline is None:
+  if line is None:
     return None
+  shift, axis = line
   x = np.linspace(0.02, 0.98, 97)
-  lines = [robustness.line(baseline.shift, baseline.x, float(value)) for value in x]
-  y = [line.accuracy(float(value)) for line, value in zip(lines, x)]
-  low, high = zip(*(line.band(float(value)) for line, value in zip(lines, x)))
+  lines = [robustness.line(shift, axis, float(value)) for value in x]
+  y = [part.accuracy(float(value)) for part, value in zip(lines, x)]
+  low, high = zip(*(part.band(float(value)) for part, value in zip(lines, x)))
   parts = list(dict.fromkeys(lines))
   return {
     **{key: np.array(values) for key, values in dict(x=x, y=y, low=low, high=high).items()},
