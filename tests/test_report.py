@@ -884,9 +884,12 @@ def test_the_line_stands_at_val_among_the_classes_of_the_shift():
       ('objectnet', 'imagenet_masked'): np.ones(6, bool),
     },
   )
-  line = contrasts._line_accuracies(c, results, ('base', 'r'), (3, 5))
+  line, error, df = contrasts._line_accuracies(c, results, ('base', 'r'), (3, 5))
   wanted = robustness.line_accuracy('r', 0.75, 'classes')
   assert line == pytest.approx([wanted, wanted])
+  # Of two groups, one has all answers right, the other half of them.
+  of_images = robustness.mean_line_error('r', [0.75, 0.75], 'classes', 0.25, 1.0)
+  assert (error, df) == pytest.approx(of_images) and df == pytest.approx(1, abs=0.02)
   assert contrasts._line_accuracies(c, results, ('base', 'r'), (3, 4)) is None
   assert contrasts._line_accuracies(c, results, ('base', 'objectnet'), (3,)) is None
   scored = results.scored('val', 'classes_of_r')

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from clip_jax.core import progress
-from clip_jax.evaluation.causal import CONTROLS, Share
+from clip_jax.evaluation.causal import CONTROLS, REFERENCES, Share
 from clip_jax.evaluation.statistics import Estimate
 
 MAIN = 0.5  # a verdict needs the whole interval of E' on one side of this
@@ -109,10 +109,7 @@ def _share_of_lead(share: Share, control: Control) -> str:
     'range': f'[{low}, {high}; range of two seeds]',
     'this checkpoint': f'[{low}, {high}; this checkpoint]',
   }[share.method]
-  reference = {'anchor_only': 'anchor_only', 'line': 'the effective-robustness line'}[
-    share.reference
-  ]
   return (
     f'{value} % {span} of the {100 * share.lead.value:.1f} points by which {control.words} beats '
-    f'{reference}'
+    f'{REFERENCES[share.reference]}'
   )

@@ -132,6 +132,33 @@ def contrast(
   )
 
 
+def with_error(
+  estimate: Estimate,
+  error: float,  # standard error of a further, independent part of the estimate
+  df: float,  # its degrees of freedom
+  level: float = 0.95,
+) -> Estimate:
+  """Returns an estimate of `contrast` with a further error, by Satterthwaite's degrees of freedom.
+
+  A range of two seeds, or an estimate without an interval, stays as it is.
+  """
+  if not error or not math.isfinite(estimate.error):
+    return estimate
+  own, further = estimate.error**2, error**2
+  variance = own + further
+  df = variance**2 / (own**2 / estimate.df + further**2 / df)
+  half = float(special.stdtrit(df, (1 + level) / 2) * np.sqrt(variance))
+  p_value = float(2 * special.stdtr(df, -abs(estimate.value) / np.sqrt(variance)))
+  return replace(
+    estimate,
+    low=estimate.value - half,
+    high=estimate.value + half,
+    error=float(np.sqrt(variance)),
+    df=float(df),
+    p_value=estimate.p_value if math.isnan(estimate.p_value) else p_value,
+  )
+
+
 def accuracy_interval(
   correct: Array,  # [S, Q] bool
   groups: Sequence | Array | None = None,

@@ -208,6 +208,10 @@ def _verdict(item: Item) -> str:
   )
 
 
+LINE_ERROR = ' The interval holds the errors of the line: of its fit and of its x accuracy.'
+LINE_KNOWN = ' The range takes the line as known.'
+
+
 def _shares(item: Item) -> list[Line]:
   alike = 'otherwise alike' if item['control_rule'] == 'matched' else 'random'
   lines = []
@@ -238,11 +242,17 @@ def _shares(item: Item) -> list[Line]:
         name,
         f'{whole(share.value)} % {tables.bounds(share, whole)}'.strip(),
         _detail(share, f'{loss} of {lead} points over {over}'),
-        f'{whole(share.value)} % {words}'
-        + (' The interval takes the line as known.' if share.reference == 'line' else ''),
+        f'{whole(share.value)} % {words}' + _line_words(share),
       )
     )
   return lines
+
+
+def _line_words(share: Any) -> str:
+  """Returns whether the interval of a share holds the error of a line; '' without a line."""
+  if share.reference != 'line':
+    return ''
+  return LINE_KNOWN if share.method == 'range' else LINE_ERROR
 
 
 def _contrasts(item: Item) -> list[Line]:

@@ -335,14 +335,17 @@ def _explained_share(
   if rows is None:
     return None
   (with_control, gap, *rest), seeds = rows
-  expected = rest[0] if has_reference else _line_accuracies(config, results, key, seeds)
-  if expected is None:
+  line = None if has_reference else _line_accuracies(config, results, key, seeds)
+  if not has_reference and line is None:
     return None
+  expected, error, df = line or (rest[0], 0.0, np.inf)
   return causal.explained_share(
     with_control,
     gap,
     expected,
     groups=results.groups[benchmark],
+    reference_error=error,
+    reference_df=df,
     control_name=control_name,
     reference_name='anchor_only' if has_reference else 'line',
     draws=config.report.bootstrap_draws,
@@ -394,7 +397,7 @@ def axes(config: Config, results: Results, benchmark: str) -> Axes:
 
 def _line_accuracies(
   config: Config, results: Results, key: tuple[str, str], seeds: Sequence[int]
-) -> Array | None:  # [S]
+) -> tuple[Array, float, float] | None:  # [S]; error of their mean, its degrees of freedom
   """Returns the line's accuracy at the split's own validation accuracy, for each seed."""
   (split, benchmark), found = key, axes(config, results, key[1])
   x = split, found.reference
@@ -406,7 +409,13 @@ def _line_accuracies(
     return None
   runs = scored.correct[x][[scored.seeds[x].index(seed) for seed in seeds]]  # [S, n]
   shift, axis = found.line
-  return np.array([robustness.line_accuracy(shift, float(run.mean()), axis) for run in runs])
+  accuracies = runs.mean(1)
+  of_images = statistics.crossed_interval(runs.mean(0)[None], scored.groups[found.reference])
+  if np.isnan(of_images.error):  # its images are one group
+    return None
+  lines = [robustness.line_accuracy(shift, float(value), axis) for value in accuracies]
+  error = robustness.mean_line_error(shift, accuracies, axis, of_images.error, of_images.df)
+  return np.array(lines), *error
 
 
 def _placebo(facts: Facts, key: tuple[str, str], control: str) -> dict:
