@@ -684,7 +684,7 @@ MEANINGS = {
     'high': 'upper end of the bin',
     'n': 'images in the bin',
     'accuracy': 'accuracy in the bin',
-    'accuracy_low': 'lower end of its 95 % interval',
+    'accuracy_low': 'lower end of its 95 % interval; empty for fewer than 20 images, a count',
     'accuracy_high': 'upper end of its 95 % interval',
   },
   'report/tables/balance_<split>.csv': {

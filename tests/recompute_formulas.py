@@ -298,8 +298,9 @@ def bins_without_classes(
     effective = kish(group_sums(weights[None] ** 2, groups)[0] ** 0.5)
     value, of_seeds = float(contrast_of @ beta), correct @ weights
     found = contrast(residual * weights, value, groups, effective, of_seeds)
-    ends = [None if e is None else float(np.clip(e, 0, 1)) for e in (found.low, found.high)]
     value = float(np.clip(found.value, 0, 1))
+    move = 0 if found.method == 'range' else value - found.value  # the interval is around it
+    ends = [None if e is None else float(np.clip(e + move, 0, 1)) for e in (found.low, found.high)]
     result[name] = dataclasses.replace(found, value=value, low=ends[0], high=ends[1])
   return result
 

@@ -117,6 +117,8 @@ def word(work: Work, row: dict) -> Numbers:
 def bin_row(work: Work, row: dict) -> Numbers:
   found = [row['low'], row['high'], row['n']]
   found += interval(row, ('accuracy', 'accuracy_low', 'accuracy_high'))
+  if row['n'] < 20 and row['series'] != 'class effects removed':
+    found += [round(row['accuracy'] * row['n'] * row['seeds']), row['n'] * row['seeds']]
   return [*found, row['seeds'], row['groups']] + ([] if row['df'] is None else [row['df']])
 
 

@@ -25,6 +25,7 @@ def comparisons(work: Work, skipped: list[str]) -> Iterator[tuple[str, Table]]:
   for (split, benchmark), rows in found.items():
     names = {'split': split, 'benchmark': benchmark, **controls(work, split)}
     is_whole = any(row['what'] == 'dose_slope' for row in rows)
+    is_whole &= bool(work.with_rule('anchor'))  # E against a line is not recomputed
     rows = [names | row for row in rows]
     yield f'comparison_{split}_{benchmark}', Table(('what',), rows, 1e-5, is_whole)
 
@@ -351,6 +352,11 @@ def bins(work: Work, skipped: list[str]) -> Iterator[tuple[str, Table]]:
           if found is None:
             continue
           columns = numbers(found)
+          if series != base and raw.value in (0, 1) and raw.method not in ('range', 'none'):
+            columns['low'] = min(found.low, max(found.value - raw.value + raw.low, 0))
+            columns['high'] = max(found.high, min(found.value - raw.value + raw.high, 1))
+          if members.sum() < 20:  # a count
+            columns |= {'low': None, 'high': None, 'df': None, 'method': 'none'}
           columns['accuracy'] = columns.pop('value')
           columns['accuracy_low'], columns['accuracy_high'] = (
             columns.pop('low'),

@@ -218,7 +218,9 @@ def linear_interval(
 ) -> Estimate:
   """Returns sum over images of weight x value, with the crossed variance of weight x residual.
 
-  Bounds are clipped to 0..1. Groups count by their sums of squared weights.
+  The interval is that around the value clipped to 0..1, which is never further from the truth, and
+  is clipped, too; so it has a width even for a value outside 0..1. Groups count by their sums of
+  squared weights.
   """
   values, weights = matrix(values), np.asarray(weights, np.float64)
   group = group_index(groups, values.shape[1])
@@ -233,8 +235,8 @@ def linear_interval(
   if variance < TINY:  # as in contrast
     variance, df = 2 / (units + 2.0) ** 2, units - 1.0
   value, error, df = float(totals.mean()), float(np.sqrt(variance)), float(df)
-  half = float(special.stdtrit(df, (1 + level) / 2)) * error
-  low, high = (float(np.clip(bound, 0, 1)) for bound in (value - half, value + half))
+  half, middle = float(special.stdtrit(df, (1 + level) / 2)) * error, np.clip(value, 0, 1)
+  low, high = (float(np.clip(bound, 0, 1)) for bound in (middle - half, middle + half))
   method = 'crossed' if seeds > 2 else 'this checkpoint'
   return Estimate(value, low, high, error, df, np.nan, seeds, images, units, method)
 

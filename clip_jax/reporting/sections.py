@@ -33,6 +33,7 @@ PAPER_ANSWER = (
 )
 ESTIMATES = 'Estimates with 95 % intervals, not tests: they are in no family and support no claim.'
 PAPER_BINS = 'accuracy binned by nearest-neighbour similarity (bins 0.05 wide) rises with it.'
+FEW_QUERIES = 20  # bins with fewer are counts, as in evaluation/similarity_bins.py
 PAPER_SIZES = 'near-pruning hurts fast, random pruning little, far-pruning hardly.'
 
 
@@ -270,11 +271,11 @@ def bin_blocks(
     Text(
       'Accuracy is associated with similarity, which does not show a cause: queries with similar '
       'pool images may be easy for other reasons, such as their class. The second curve removes '
-      'class effects. Pale marks: fewer than 20 queries.',
+      f'class effects. Pale marks: fewer than {FEW_QUERIES} queries, a count without an interval.',
       'muted',
     )
   ]
-  records = []
+  records, rows = [], []
   for what, label in BIN_AXES.items():
     chosen = [p for p in panels if p['what'] == what]
     drawn = tuple(
@@ -286,38 +287,37 @@ def bin_blocks(
     )
     if drawn:
       blocks += [Heading(f'Accuracy against {label}'), Figures(drawn)]
-    records += [
-      {'benchmark': p['name'], 'against': what, 'series': curve['name'], **b}
-      for p in chosen
-      for curve in p['series']
-      for b in curve['bins']
-    ]
+    for panel, curve in ((p, one) for p in chosen for one in p['series']):
+      about = {'benchmark': panel['name'], 'against': what, 'series': curve['name']}
+      records += [{**about, **b} for b in curve['bins']]
+      rows += [_bin_row({**about, **b}, curve['adjusted']) for b in curve['bins']]
   columns = tables.column_heads(
     'benchmark', 'against', 'bin', 'queries', 'accuracy, %', 'seeds', 'groups', 'df'
   )
   note = (
     '95 % intervals over seeds and images (two seeds: their range; one seed: this checkpoint, over '
     'images). Those of the curve without class effects take bins and classes of the queries as '
-    f'given; their queries, groups and df are those of all bins that classes link. Bins of fewer '
-    f'than {tables.FEW_GROUPS} groups support no claim.'
+    'given; their queries, groups and df are those of all bins that classes link. Bins of fewer '
+    f'than {FEW_QUERIES} queries are counts and have no interval. Bins of fewer than '
+    f'{tables.FEW_GROUPS} groups support no claim.'
   )
-  table = Table(
-    'accuracy_by_similarity', '', columns, tuple(map(_bin_row, records)), (note,), tuple(records)
-  )
+  table = Table('accuracy_by_similarity', '', columns, tuple(rows), (note,), tuple(records))
   return [*blocks, Fact(PAPER_BINS), Details('Table of the bins', (table,))]
 
 
-def _bin_row(r: Mapping[str, Any]) -> tuple[Cell, ...]:
+def _bin_row(r: Mapping[str, Any], adjusted: bool) -> tuple[Cell, ...]:
+  is_count, answers = r['n'] < FEW_QUERIES, r['n'] * r['seeds']
+  if is_count:
+    detail = '' if adjusted else f'{round(r["accuracy"] * answers)} of {answers} right'
+  else:
+    ends = {key: r[f'accuracy_{key}'] for key in ('low', 'high')}
+    detail = tables.bounds(SimpleNamespace(**ends, method=r['method']))
   return (
     Cell(r['benchmark'], r['series']),
     tables.number_cell(r['against']),
     tables.number_cell(f'{r["low"]:.2f} to {r["high"]:.2f}'.replace('-', tables.MINUS)),
     tables.number_cell(tables.number(r['n'])),
-    tables.number_cell(
-      tables.percent(r['accuracy']),
-      tables.bracket(r['accuracy_low'], r['accuracy_high']),
-      tone='muted' if r['n'] < 20 else '',
-    ),
+    tables.number_cell(tables.percent(r['accuracy']), detail, tone='muted' if is_count else ''),
     tables.number_cell(tables.number(r['seeds'])),
     tables.number_cell(tables.number(r['groups'])),
     tables.number_cell(tables.degrees(r['df']).removesuffix(' df')),
