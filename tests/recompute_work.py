@@ -323,10 +323,10 @@ class Work:
     pairs = zip(self.meta('pool')['caption'], self.class_column('nearest').tolist(), strict=True)
     return [float(bool(names[c].search(plain(caption)))) for caption, c in pairs]
 
-  def balance(self, split: str, control: str = '') -> dict[str, float]:
+  def balance(self, split: str, control: str = '', draw: int = 0) -> dict[str, float]:
     """Differences between removed rows and the control's, or all other candidates."""
     gone = self.removed(split)[self.candidates]
-    drawn = self.removed(control)[self.candidates] if control else ~gone
+    drawn = self.removed(control, draw)[self.candidates] if control else ~gone
     result = {}
     for name, values in self.variables().items():
       if name not in ('anchor_class', 'domain'):

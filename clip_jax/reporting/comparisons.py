@@ -17,6 +17,7 @@ Item = Mapping[str, Any]
 #   split, benchmark, base, control: names (control may be None)
 #   rule: of the split                    control_rule: 'matched' | 'random'
 #   balance: .unbalanced: names of what differs between control and split beside similarity
+#            .causes: the same in words, the largest with their differences
 #        against_control, against_base, bootstrap: estimates
 #   queries: what the estimates are about if not the whole benchmark, in words; else ''
 #   answers: whether the headline answer uses it
@@ -119,7 +120,7 @@ def _control_words(item: Item) -> str:
   if not item['control']:
     return 'no control split'
   if item['control_rule'] == 'matched':
-    unlike = ' and '.join(item['balance'].unbalanced)
+    unlike = progress.join_names(item['balance'].causes)
     return f'against the matched control {item["control"]}' + (
       f', which differs in {unlike}' if unlike else ''
     )

@@ -80,13 +80,13 @@ def balance(facts: Facts, split: str) -> answer.Control | None:
     for name, value in draw['standardised_differences'].items():
       size = np.inf if value is None else abs(value)  # None: constant in both sets, and different
       differences[name] = max(size, differences.get(name, 0.0))
-  unbalanced = tuple(
-    removed.VARIABLES.get(name, name)
+  large = {
+    removed.VARIABLES.get(name, name): float(size)
     for name, size in sorted(differences.items(), key=lambda item: -item[1])
     if size >= removed.BALANCED
-  )
+  }
   if kind == 'matched':
-    return answer.Control('matched', unbalanced)
+    return answer.Control('matched', tuple(large), differences=tuple(large.values()))
   lacking = max(draw['without_full_cell_donor'] for draw in draws)
   by_chance = [draw.get('random_without_full_cell_donor') for draw in draws]  # None: older version
   reason = (
@@ -95,7 +95,8 @@ def balance(facts: Facts, split: str) -> answer.Control | None:
   )
   if None not in by_chance:
     reason += f' and a random removal of as many leaves {100 * max(by_chance):.0f} %'
-  return answer.Control('random', unbalanced or ('the mix of the removed rows',), reason)
+  names = tuple(large) or ('the mix of the removed rows',)
+  return answer.Control('random', names, reason, tuple(large.values()))
 
 
 def shown_rule(facts: Facts, split: str) -> str:
