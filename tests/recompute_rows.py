@@ -193,7 +193,7 @@ def preview_rows(work: Work, ordered: list[dict]) -> list[Numbers]:
   for row in ordered:
     line = lines.setdefault(row['split'], [])
     line += interval(row, ('accuracy', 'low', 'high'))
-    if row['benchmark'] == work.benchmarks[-1]:
+    if row['benchmark'] == [b for b in work.benchmarks if not work.is_retrieval(b)][-1]:
       line += [row['rows'], percent(row['labelled'] / row['rows'])]
   return list(lines.values())
 

@@ -349,7 +349,7 @@ def bins(work: Work, skipped: list[str]) -> Iterator[tuple[str, Table]]:
         members = place == name
         raw = formulas.accuracy(correct[:, members], groups[members])
         for series, found in ((base, raw), ('class effects removed', adjusted[name])):
-          if found is None:
+          if found is None or series != base and work.is_retrieval(benchmark):
             continue
           columns = numbers(found)
           if series != base and raw.value in (0, 1) and raw.method not in ('range', 'none'):
