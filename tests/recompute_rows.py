@@ -233,11 +233,17 @@ def recall_rows(work: Work, ordered: list[dict]) -> list[Numbers]:
 
 def few_shot_rows(work: Work, ordered: list[dict]) -> list[Numbers]:
   lines: dict[tuple, Numbers] = {}
-  first = {(row['split'], row['benchmark']): row for row in reversed(ordered)}
+  rows_of: dict[tuple, list[dict]] = {}
   for row in ordered:
-    line = lines.setdefault((row['split'], row['benchmark']), [])
+    key = row['split'], row['benchmark']
+    rows_of.setdefault(key, []).append(row)
+    line = lines.setdefault(key, [])
     line += [*interval(row), percent(row['lowest_draw']), percent(row['highest_draw'])]
-  return [line + rests(first[key]) for key, line in lines.items()]
+  for key, line in lines.items():
+    df = [row['df'] for row in rows_of[key] if row['df'] is not None]
+    ends = [min(df), max(df)] if df and round(min(df), 1) != round(max(df), 1) else df[:1]
+    line += rests(rows_of[key][0], with_df=False) + ends
+  return list(lines.values())
 
 
 same = lambda value: value

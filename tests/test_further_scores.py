@@ -15,15 +15,15 @@ from clip_jax.stages.report.facts import Facts, Results, _few_shot
 RNG = np.random.default_rng(0)
 
 
-def estimate(value, groups=100):
+def estimate(value, groups=100, df=2.5):
   return SimpleNamespace(
     value=value, low=value - 0.1, high=value + 0.1, method='crossed', seeds=3, images=100,
-    groups=groups, df=2.5,
+    groups=groups, df=df,
   )  # fmt: skip
 
 
-def probe(value, groups=100):
-  return {'estimate': estimate(value, groups), 'draws': 3, 'lowest': 0.2, 'highest': 0.6}
+def probe(value, groups=100, df=2.5):
+  return {'estimate': estimate(value, groups, df), 'draws': 3, 'lowest': 0.2, 'highest': 0.6}
 
 
 def result(split, probes):
@@ -34,7 +34,7 @@ def result(split, probes):
 
 def test_a_probe_has_its_interval_and_its_draws():
   (details,) = further_scores.few_shot_blocks(
-    [result('base', {1: probe(0.4), 5: probe(0.5)}), result('pruned', {1: probe(0.3)})]
+    [result('base', {1: probe(0.4), 5: probe(0.5, df=4)}), result('pruned', {1: probe(0.3)})]
   )
   (table,) = details.blocks
   assert [f'{cell.text} {cell.detail}' for cell in table.columns[1:3]] == [
@@ -44,7 +44,7 @@ def test_a_probe_has_its_interval_and_its_draws():
   base, pruned = table.rows
   assert (base[0].detail, base[1].text) == ('val, trained on anchor', '40.0')
   assert base[1].detail == '[30.0, 50.0]\ndraws: 20.0 to 60.0'
-  assert (pruned[2].text, base[3].text) == ('\u2013', '3 seeds, 100 images, ungrouped, 2.5 df')
+  assert (pruned[2].text, base[3].text) == ('\u2013', '3 seeds, 100 images, ungrouped, 2.5 to 4 df')
   assert [(r['split'], r['shots'], r['value'], r['highest_draw']) for r in table.records] == [
     ('base', 1, 0.4, 0.6),
     ('base', 5, 0.5, 0.6),

@@ -62,7 +62,7 @@ def few_shot_blocks(
     (
       Cell(result['split'], f'{result["benchmark"]}, trained on {result["training_set"]}'),
       *(_probe_cell(result['probes'].get(count)) for count in shots),
-      Cell(tables.basis(next(iter(result['probes'].values()))['estimate'])),
+      Cell(_basis([probe['estimate'] for probe in result['probes'].values()])),
     )
     for result in results
   )
@@ -95,6 +95,13 @@ def few_shot_blocks(
   )
   table = Table('few_shot', '', heads, rows, notes, records)
   return [Details('Few-shot probe: accuracy with a few labelled images of each class', (table,))]
+
+
+def _basis(estimates: Sequence[Any]) -> str:
+  """Returns '3 seeds, 980 images in 300 groups, 2.6 to 4 df' of estimates on the same images."""
+  seeds = progress.count_with_noun(estimates[0].seeds, 'seed')
+  parts = [seeds, tables.images_in_groups(estimates[0]), tables.degrees(*(e.df for e in estimates))]
+  return ', '.join(filter(None, parts))
 
 
 def _probe_cell(probe: Mapping[str, Any] | None) -> Cell:
