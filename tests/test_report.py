@@ -29,6 +29,7 @@ from clip_jax.experiment.experiment import Experiment
 from clip_jax.reporting import svg
 from clip_jax.reporting.page import Text
 from clip_jax.stages import pipeline, report
+from clip_jax.stages.report import axes as axes_lib
 from clip_jax.stages.report import contrasts, panels
 from clip_jax.stages.report.facts import Facts, Results, read
 from clip_jax.studies import STUDIES
@@ -833,9 +834,9 @@ def test_robustness_lines_hold_for_the_imagenet_family_only(benchmark, classes, 
   c, results = config(), Results({}, {}, {'val': 1000, benchmark: classes}, {}, {})
   c.benchmarks[benchmark] = c.benchmarks.val
   known = (shift, 'val') if shift else None
-  assert contrasts.axes(c, results, benchmark) == contrasts.Axes('val', '', '', known)
+  assert axes_lib.of_benchmark(c, results, benchmark) == axes_lib.Axes('val', '', '', known)
   results.classes['val'] = 10
-  assert contrasts.axes(c, results, benchmark).line is None
+  assert axes_lib.of_benchmark(c, results, benchmark).line is None
 
 
 def test_val_among_the_classes_of_a_shift_is_its_x_axis():
@@ -845,14 +846,14 @@ def test_val_among_the_classes_of_a_shift_is_its_x_axis():
   c.benchmarks.a.class_set, c.benchmarks.objectnet.class_set = 'imagenet-a', 'objectnet'
   classes = {'val': 1000, 'r': 200, 'a': 200, 'mine': 5, 'objectnet': 113}
   results = Results({}, {}, classes, {}, {})
-  axes = lambda name: contrasts.axes(c, results, name)
+  axes = lambda name: axes_lib.of_benchmark(c, results, name)
   assert axes('r').line == ('r', 'val') and axes('a').line is None  # A has no line against all
   names = ('imagenet-a', 'classes_of_r', 'classes_of_mine', 'objectnet')
   results.counts.update({('val', name): np.ones(1, bool) for name in names})
-  assert axes('r') == contrasts.Axes('val', 'classes_of_r', '', ('r', 'classes'))
-  assert axes('a') == contrasts.Axes('val', 'imagenet-a', '', ('a', 'classes'))
-  assert axes('mine') == contrasts.Axes('val', 'classes_of_mine', '', None)
-  both = contrasts.Axes('val', 'objectnet', 'imagenet_masked', ('objectnet', 'classes'))
+  assert axes('r') == axes_lib.Axes('val', 'classes_of_r', '', ('r', 'classes'))
+  assert axes('a') == axes_lib.Axes('val', 'imagenet-a', '', ('a', 'classes'))
+  assert axes('mine') == axes_lib.Axes('val', 'classes_of_mine', '', None)
+  both = axes_lib.Axes('val', 'objectnet', 'imagenet_masked', ('objectnet', 'classes'))
   assert axes('objectnet') == both
   c.benchmarks.val = c.benchmarks.val.copy_and_resolve_references()
   c.benchmarks.val.classes = ('tench', 'goldfish')
@@ -884,14 +885,14 @@ def test_the_line_stands_at_val_among_the_classes_of_the_shift():
       ('objectnet', 'imagenet_masked'): np.ones(6, bool),
     },
   )
-  line, error, df = contrasts._line_accuracies(c, results, ('base', 'r'), (3, 5))
+  line, error, df = axes_lib.line_accuracies(c, results, ('base', 'r'), (3, 5))
   wanted = robustness.line_accuracy('r', 0.75, 'classes')
   assert line == pytest.approx([wanted, wanted])
   # Of two groups, one has all answers right, the other half of them.
   of_images = robustness.mean_line_error('r', [0.75, 0.75], 'classes', 0.25, 1.0)
   assert (error, df) == pytest.approx(of_images) and df == pytest.approx(1, abs=0.02)
-  assert contrasts._line_accuracies(c, results, ('base', 'r'), (3, 4)) is None
-  assert contrasts._line_accuracies(c, results, ('base', 'objectnet'), (3,)) is None
+  assert axes_lib.line_accuracies(c, results, ('base', 'r'), (3, 4)) is None
+  assert axes_lib.line_accuracies(c, results, ('base', 'objectnet'), (3,)) is None
   scored = results.scored('val', 'classes_of_r')
   assert list(scored.correct) == [('base', 'r'), ('base', 'objectnet'), ('base', 'val')]
   assert scored.groups['val'].tolist() == list('aabb') and len(scored.label['val']) == 4

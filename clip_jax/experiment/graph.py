@@ -26,7 +26,7 @@ from clip_jax.core import files
 from clip_jax.core.errors import ConfigError, InputError
 from clip_jax.core.products import EMBEDDERS, STAGES, Product
 from clip_jax.core.types import Config
-from clip_jax.experiment import blocks
+from clip_jax.experiment import blocks, scorings
 from clip_jax.experiment.blocks import ANCHOR, ANCHOR_CLASSES, GLYPHS, PLANTED, POOL, SIZES
 from clip_jax.experiment.shards import Shard, list_shards
 from clip_jax.models import fitted_embedders, weights
@@ -809,9 +809,9 @@ def result_keys(config: Config, benchmark: str) -> dict:
   keys = blocks.pick_keys(
     config, ['preprocess.resize', *(f'benchmarks.{benchmark}.{name}' for name in names)]
   )
-  if scorings := blocks.scorings(config, benchmark):
-    keys[f'benchmarks.{benchmark}.scorings'] = list(scorings)
-  if subsets := blocks.subset_scorings(config, benchmark):
+  if named := scorings.named(config, benchmark):
+    keys[f'benchmarks.{benchmark}.scorings'] = list(named)
+  if subsets := scorings.subsets(config, benchmark):
     keys[f'benchmarks.{benchmark}.subsets'] = {name: list(kept) for name, kept in subsets.items()}
   return keys
 

@@ -18,7 +18,7 @@ from clip_jax.core.products import Made, Product
 from clip_jax.core.types import Array, Config
 from clip_jax.data import loader
 from clip_jax.evaluation import class_sets, statistics, zero_shot
-from clip_jax.experiment import blocks, workdir
+from clip_jax.experiment import blocks, scorings, workdir
 from clip_jax.experiment.experiment import Experiment
 from clip_jax.stages import check_keys, classifiers, few_shot, models, retrieval
 
@@ -67,8 +67,8 @@ def score(
   """Returns the scores of one model on one benchmark, and its predictions for every image.
 
   A retrieval benchmark has recalls and hits instead (retrieval.py). cache: folder of zero-shot
-  classifiers (classifiers.py); '': they stay in memory. A further scoring (blocks.scorings,
-  blocks.subset_scorings) has the arrays NAME_counts, NAME_prediction and NAME_correct [n].
+  classifiers (classifiers.py); '': they stay in memory. A further scoring (experiment/scorings.py)
+  has the arrays NAME_counts, NAME_prediction and NAME_correct [n].
   """
   block = x.config.benchmarks[benchmark]
   if blocks.is_retrieval(block):
@@ -131,8 +131,8 @@ def _scorings(
 ) -> dict[str, class_sets.Scoring]:
   """Returns the further scorings of a benchmark, those for the report's x axes included."""
   class_set = config.benchmarks[benchmark].class_set
-  found = {name: class_sets.scoring(class_set, name) for name in blocks.scorings(config, benchmark)}
-  for name, kept in blocks.subset_scorings(config, benchmark).items():
+  found = {name: class_sets.scoring(class_set, name) for name in scorings.named(config, benchmark)}
+  for name, kept in scorings.subsets(config, benchmark).items():
     if set(kept) < set(classes):
       words = f'images of {len(kept):,} of the {len(classes):,} classes, among these'
       found[name] = class_sets.among(classes, kept, words)

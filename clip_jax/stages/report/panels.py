@@ -13,7 +13,7 @@ from clip_jax.evaluation.statistics import Estimate
 from clip_jax.experiment import blocks
 from clip_jax.pruning.rules import RULES
 from clip_jax.reporting import answer_figure, figures, svg, tables
-from clip_jax.stages.report import contrasts
+from clip_jax.stages.report import axes, contrasts
 from clip_jax.stages.report.facts import Facts
 
 BASIS = ('method', 'seeds', 'images', 'groups', 'df')  # fields of an estimate beside its interval
@@ -315,10 +315,10 @@ def against_validation(facts: Facts) -> list[dict]:
   """Returns every run's accuracy on each benchmark against config.report.reference."""
   config, panels = facts.config, []
   for benchmark in config.benchmarks:
-    axes = contrasts.axes(config, facts.results, benchmark)
-    results = axes.scored(facts.results, benchmark)
+    plane = axes.of_benchmark(config, facts.results, benchmark)
+    results = plane.scored(facts.results, benchmark)
     pairs = {
-      split: results.on_shared_seeds((split, benchmark), (split, axes.reference))
+      split: results.on_shared_seeds((split, benchmark), (split, plane.reference))
       for split in config.splits
     }
     points = [
@@ -326,24 +326,24 @@ def against_validation(facts: Facts) -> list[dict]:
         'rule': contrasts.shown_rule(facts, split),
         'split': split,
         'seed': seed,
-        'x': statistics.image_interval(x, results.groups[axes.reference]),
+        'x': statistics.image_interval(x, results.groups[plane.reference]),
         'y': statistics.image_interval(y, results.groups[benchmark]),
       }
       for split, pair in pairs.items()
       if pair is not None
       for y, x, seed in zip(*pair[0], pair[1])
     ]
-    if benchmark != axes.reference and len(points) > 1:
+    if benchmark != plane.reference and len(points) > 1:
       panels.append(
         {
           'name': benchmark,
-          'against': axes.reference,
-          'x_scoring': axes.scoring,
-          'y_scoring': axes.own,
-          'xname': axes.reference + (f' (classes of {benchmark})' if axes.scoring else ''),
-          'yname': benchmark + (' (its ImageNet classes)' if axes.own else ''),
+          'against': plane.reference,
+          'x_scoring': plane.scoring,
+          'y_scoring': plane.own,
+          'xname': plane.reference + (f' (classes of {benchmark})' if plane.scoring else ''),
+          'yname': benchmark + (' (its ImageNet classes)' if plane.own else ''),
           'points': points,
-          'line': _line(axes.line),
+          'line': _line(plane.line),
         }
       )
   return panels
