@@ -468,7 +468,8 @@ BENCHMARK = {
   'class_set': Key('', one_of('', *class_sets.SETS)),
   # Further scorings. class_set 'imagenet': 'imagenet-a', 'imagenet-r', 'objectnet' (images of the
   # classes of that benchmark, among these classes). 'objectnet': 'imagenet' (best of the 1,000
-  # ImageNet classes), 'imagenet_masked' (best of the 125 that ObjectNet has).
+  # ImageNet classes), 'imagenet_masked' (best of the 125 that ObjectNet has). Those that the
+  # report's effective robustness needs are added: report.reference among the classes of others.
   'scorings': Key(()),
   # Benchmarks of one name here get a common line, the mean of their accuracies; '': none.
   'average': Key(''),

@@ -555,8 +555,10 @@ MEANINGS = {
     'templates': 'prompts of the class vectors',
     'warnings': 'sentences: another number of images than the published one, for example',
     'scorings': (
-      'name of a further scoring (`scorings` of the benchmark) -> its numbers, as above; in the '
-      '.npz it has `<name>_counts` (whether an image counts), `<name>_prediction`, `<name>_correct`'
+      'name of a further scoring -> its numbers, as above: `scorings` of the benchmark, and for '
+      'effective robustness `report.reference` among the classes of another benchmark '
+      '(`classes_of_<benchmark>`); in the .npz it has `<name>_counts` (whether an image counts), '
+      '`<name>_prediction`, `<name>_correct`'
     ),
     **_under(
       'few_shot.<shots>.',
@@ -659,6 +661,18 @@ MEANINGS = {
     'images': 'images, for text-to-image captions, behind the interval',
     'groups': 'independent units among them: images, or groups of images',
   },
+  'report/tables/few_shot.csv': {
+    'split': 'split',
+    'rule': 'its rule',
+    'benchmark': 'benchmark with a few-shot probe (`few_shot`)',
+    'training_set': 'dataset of the training images',
+    'shots': 'training images a class',
+    'value': 'accuracy of the ridge probe, mean over seeds and draws of the training images',
+    **_ESTIMATE,
+    'draws': 'draws of the training images, equal for all runs; the interval takes them as given',
+    'lowest_draw': 'accuracy of the worst draw, mean over seeds',
+    'highest_draw': 'accuracy of the best draw, mean over seeds',
+  },
   'report/tables/accuracy.tex': {
     '': 'the same in percent with intervals, a LaTeX table with booktabs; notes in comments'
   },
@@ -670,7 +684,7 @@ MEANINGS = {
     'high': 'upper end of the bin',
     'n': 'images in the bin',
     'accuracy': 'accuracy in the bin',
-    'accuracy_low': 'lower end of its 95 % interval',
+    'accuracy_low': 'lower end of its 95 % interval; empty for fewer than 20 images, a count',
     'accuracy_high': 'upper end of its 95 % interval',
   },
   'report/tables/balance_<split>.csv': {
@@ -796,7 +810,15 @@ MEANINGS = {
   'report/tables/plane.csv': {
     'split': 'split of the run',
     'seed': 'seed of the run',
-    'against': 'benchmark on the x axis',
+    'against': 'benchmark on the x axis: `report.reference`',
+    'x_scoring': (
+      'its further scoring there: among the classes of the other benchmark (`imagenet-r`, '
+      '`classes_of_<benchmark>`); empty: all classes'
+    ),
+    'y_scoring': (
+      'further scoring of the benchmark: ObjectNet among its ImageNet classes '
+      '(`imagenet_masked`), which the line needs; empty: its own'
+    ),
     **{
       f'{axis}_{key}': f'{name}: {meaning}'
       for axis, name in (('x', 'accuracy on it'), ('y', 'accuracy on the benchmark'))

@@ -298,8 +298,9 @@ def bins_without_classes(
     effective = kish(group_sums(weights[None] ** 2, groups)[0] ** 0.5)
     value, of_seeds = float(contrast_of @ beta), correct @ weights
     found = contrast(residual * weights, value, groups, effective, of_seeds)
-    ends = [None if e is None else float(np.clip(e, 0, 1)) for e in (found.low, found.high)]
     value = float(np.clip(found.value, 0, 1))
+    move = 0 if found.method == 'range' else value - found.value  # the interval is around it
+    ends = [None if e is None else float(np.clip(e + move, 0, 1)) for e in (found.low, found.high)]
     result[name] = dataclasses.replace(found, value=value, low=ends[0], high=ends[1])
   return result
 
@@ -364,9 +365,9 @@ def ridge(
   labels: np.ndarray,  # [n] 0..C-1
   test: np.ndarray,  # [m, E] scaled features
   classes: int,  # C
-) -> np.ndarray:  # [m] predicted class
+) -> np.ndarray:  # [m, C] scores; the highest is the prediction
   """Ridge regression on targets -1 and 1, L2 penalty 1,024, a constant feature of 100."""
   x, t = (np.c_[part, np.full(len(part), 100.0)] for part in (train, test))
   y = np.where(labels[:, None] == np.arange(classes), 1.0, -1.0)
   weights = np.linalg.solve(x.T @ x + 1024 * np.eye(x.shape[1]), x.T @ y)
-  return (t @ weights).argmax(1)
+  return t @ weights

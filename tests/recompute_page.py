@@ -121,6 +121,7 @@ class PageChecks:
     self.of_removed = {s: list(sentences.of_removed(work, s)) for s in work.selected()}
     self.others = [*sentences.of_pool(work, tables), *sentences.of_groups(work)]
     self.others += [*sentences.of_marks(work), *sentences.of_stages(work)]
+    self.others += sentences.of_axes(work)
     names = [*work.splits, *work.benchmarks, *work.config['embedders']]
     names = [re.escape(n) for n in sorted(names, key=len, reverse=True)]
     self.names = [rf'(?:{"|".join(names)})/seed\d+', rf'\b(?:{"|".join(names)})\b']

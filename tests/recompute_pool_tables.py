@@ -225,12 +225,16 @@ def preview(work: Work, skipped: list[str]) -> Iterator[tuple[str, Table]]:
   for split in work.splits:
     of_split = work.rows(split)
     train = of_split[labels[of_split] >= 0]
-    tests = [(work.vectors(b, name) - mean) / deviation for b in work.benchmarks]
+    classified = [b for b in work.benchmarks if not work.is_retrieval(b)]
+    tests = [(work.vectors(b, name) - mean) / deviation for b in classified]
     scaled = (x[train] - mean) / deviation
-    guess = formulas.ridge(scaled, labels[train], np.concatenate(tests), labels.max() + 1)
-    for benchmark in work.benchmarks:
-      mine, guess = guess[: len(work.labels(benchmark))], guess[len(work.labels(benchmark)) :]
-      right = (mine == work.labels(benchmark))[None].astype(float)
+    scores = formulas.ridge(scaled, labels[train], np.concatenate(tests), labels.max() + 1)
+    for benchmark in classified:
+      mine, scores = scores[: len(work.labels(benchmark))], scores[len(work.labels(benchmark)) :]
+      block = work.config['benchmarks'][benchmark]
+      masked = [c not in (block.get('class_mask') or block['classes']) for c in block['classes']]
+      mine = np.where(masked, -np.inf, mine) if any(masked) else mine
+      right = (mine.argmax(1) == work.labels(benchmark))[None].astype(float)
       found = numbers(formulas.accuracy(right, work.groups(benchmark)))
       columns = {key: found[key] for key in ('low', 'high', 'groups', 'df')}
       about = {'split': split, 'benchmark': benchmark, 'embedder': name, 'l2': 1024.0}

@@ -117,6 +117,8 @@ def word(work: Work, row: dict) -> Numbers:
 def bin_row(work: Work, row: dict) -> Numbers:
   found = [row['low'], row['high'], row['n']]
   found += interval(row, ('accuracy', 'accuracy_low', 'accuracy_high'))
+  if row['n'] < 20 and row['series'] != 'class effects removed':
+    found += [round(row['accuracy'] * row['n'] * row['seeds']), row['n'] * row['seeds']]
   return [*found, row['seeds'], row['groups']] + ([] if row['df'] is None else [row['df']])
 
 
@@ -191,7 +193,7 @@ def preview_rows(work: Work, ordered: list[dict]) -> list[Numbers]:
   for row in ordered:
     line = lines.setdefault(row['split'], [])
     line += interval(row, ('accuracy', 'low', 'high'))
-    if row['benchmark'] == work.benchmarks[-1]:
+    if row['benchmark'] == [b for b in work.benchmarks if not work.is_retrieval(b)][-1]:
       line += [row['rows'], percent(row['labelled'] / row['rows'])]
   return list(lines.values())
 
@@ -222,6 +224,28 @@ def right(row: dict) -> Numbers:
   return [row['right_pruned'], row['images'] * row['seeds'], row['right_control']]
 
 
+def recall_rows(work: Work, ordered: list[dict]) -> list[Numbers]:
+  lines: dict[tuple, Numbers] = {}
+  for row in ordered:
+    lines.setdefault((row['split'], row['benchmark']), []).extend(interval(row))
+  return list(lines.values())
+
+
+def few_shot_rows(work: Work, ordered: list[dict]) -> list[Numbers]:
+  lines: dict[tuple, Numbers] = {}
+  rows_of: dict[tuple, list[dict]] = {}
+  for row in ordered:
+    key = row['split'], row['benchmark']
+    rows_of.setdefault(key, []).append(row)
+    line = lines.setdefault(key, [])
+    line += [*interval(row), percent(row['lowest_draw']), percent(row['highest_draw'])]
+  for key, line in lines.items():
+    df = [row['df'] for row in rows_of[key] if row['df'] is not None]
+    ends = [min(df), max(df)] if df and round(min(df), 1) != round(max(df), 1) else df[:1]
+    line += rests(rows_of[key][0], with_df=False) + ends
+  return list(lines.values())
+
+
 same = lambda value: value
 ROWS = {
   'removed_by_': counted,
@@ -248,6 +272,8 @@ ROWS = {
   'overlap': same,
   'preview': same,
   'held_back': same,
+  'retrieval': same,
+  'few_shot': same,
 }
 PREFIXES = tuple(name for name in ROWS if name.endswith('_'))
 GRIDS = {
@@ -258,4 +284,6 @@ GRIDS = {
   'overlap': grid('split', 'share', percent),
   'preview': preview_rows,
   'held_back': held_back_rows,
+  'retrieval': recall_rows,
+  'few_shot': few_shot_rows,
 }

@@ -45,6 +45,7 @@ def of_comparison(work: Work, tables: dict[str, Table], split: str, benchmark: s
         yield f'{words}# to #)', [percent(x) for x in (lead.value, lead.low, lead.high)]
         yield f'{words}no interval', [percent(lead.value)]
   yield from donors(work, split)
+  yield from imbalances(work, split)
   yield (
     'differences from # to # points are consistent',
     [
@@ -70,6 +71,30 @@ def of_comparison(work: Work, tables: dict[str, Table], split: str, benchmark: s
   yield 'Loss on the # queries that lost a neighbour', [int(hit.sum())]
   yield 'minus loss on the # queries that did not', [int(unhit.sum())]
   yield 'Of these, # count, whose class', [sum(used)]
+
+
+VARIABLES = {
+  'anchor_class': 'nearest anchor class',
+  'anchor_class_similarity': 'closeness to the nearest anchor class',
+  'caption_names_class': 'whether the caption names the class',
+  'caption_length': 'caption length',
+  'image_pixels': 'image size',
+  'domain': 'domain',
+}
+
+
+def imbalances(work: Work, split: str) -> Iterator:
+  """The three largest differences over the draws of a matched control, and how many more."""
+  control = work.control(split, is_trained=False)
+  if not control or work.settings(control)['rule'] != 'matched':
+    return
+  draws = [work.balance(split, control, draw) for draw in range(len(work.about(control)['draws']))]
+  sizes = {name: max(abs(found[name]) for found in draws) for name in draws[0]}
+  large = sorted((name for name in sizes if sizes[name] >= 0.1), key=lambda name: -sizes[name])
+  for name in large[:3]:
+    yield f'{VARIABLES[name]} (#)', [sizes[name]]
+    yield f'{VARIABLES[name]} (standardised difference #)', [sizes[name]]
+  yield 'and # more (table', [len(large) - 3]
 
 
 def donors(work: Work, split: str) -> Iterator:
@@ -162,6 +187,9 @@ def of_heads(work: Work, block, tables: dict[str, Table], split: str) -> Iterato
         ):
           yield f'{row["benchmark"]} # queries {words}', [row['images'], row['seeds']]
   if block.kind == 'head':
+    if block.table == 'few_shot' and 'few_shot' in tables:
+      shots = sorted({row['shots'] for row in tables['few_shot'].rows})
+      yield ' | '.join(['# training images of each class'] * len(shots)), shots
     yield '| # % | # % | # % | # %', [90, 75, 50, 25]
     slacks = (-0.05, -0.02, -0.01, -0.005, 0, 0.005, 0.01, 0.02, 0.05)
     yield 'slack | ' + ' | '.join('#' * 9), list(slacks)
@@ -307,6 +335,22 @@ def of_groups(work: Work) -> Iterator:
     yield f'{benchmark}: # images in # groups', [images, groups]
 
 
+def of_axes(work: Work) -> Iterator:
+  """`val (classes of r): 200 images`, of which there are fewer than of val."""
+  reference = work.config['report']['reference']
+  for benchmark in work.benchmarks if reference in work.benchmarks else ():
+    for split in (s for s in work.splits if work.seeds(s) and benchmark != reference):
+      scorings = main.plane_scorings(work, split, benchmark, reference)
+      words = {reference: f' (classes of {benchmark})', benchmark: ' (its ImageNet classes)'}
+      for name, scoring in scorings.items():
+        if scoring:
+          groups = work.scored(split, name, scoring)[1]
+          images, units = len(groups), len(set(groups.tolist()))
+          start = f'{name}{words[name]}: # images'
+          yield f'{start} in # groups', [images, units]
+          yield f'{start}, ungrouped', [images]
+
+
 def of_stages(work: Work) -> Iterator:
   """`train 26 of 26 runs`, and so on."""
   train = work.config['train']
@@ -360,6 +404,7 @@ def of_summary(work: Work, tables: dict[str, Table]) -> Iterator:
 
 # phrases whose numbers are fixed words of the page, not results
 FIXED = [
+  r'recall@\d+',
   r'^Brackets: 95 % interval .*',
   r'; 1 seed\]',
   r'\d+ % (?=interval|Wilson|prediction)',

@@ -25,6 +25,7 @@ def comparisons(work: Work, skipped: list[str]) -> Iterator[tuple[str, Table]]:
   for (split, benchmark), rows in found.items():
     names = {'split': split, 'benchmark': benchmark, **controls(work, split)}
     is_whole = any(row['what'] == 'dose_slope' for row in rows)
+    is_whole &= bool(work.with_rule('anchor'))  # E against a line is not recomputed
     rows = [names | row for row in rows]
     yield f'comparison_{split}_{benchmark}', Table(('what',), rows, 1e-5, is_whole)
 
@@ -348,9 +349,14 @@ def bins(work: Work, skipped: list[str]) -> Iterator[tuple[str, Table]]:
         members = place == name
         raw = formulas.accuracy(correct[:, members], groups[members])
         for series, found in ((base, raw), ('class effects removed', adjusted[name])):
-          if found is None:
+          if found is None or series != base and work.is_retrieval(benchmark):
             continue
           columns = numbers(found)
+          if series != base and raw.value in (0, 1) and raw.method not in ('range', 'none'):
+            columns['low'] = min(found.low, max(found.value - raw.value + raw.low, 0))
+            columns['high'] = max(found.high, min(found.value - raw.value + raw.high, 1))
+          if members.sum() < 20:  # a count
+            columns |= {'low': None, 'high': None, 'df': None, 'method': 'none'}
           columns['accuracy'] = columns.pop('value')
           columns['accuracy_low'], columns['accuracy_high'] = (
             columns.pop('low'),
@@ -363,16 +369,82 @@ def bins(work: Work, skipped: list[str]) -> Iterator[tuple[str, Table]]:
 
 
 def plane(work: Work, skipped: list[str]) -> Iterator[tuple[str, Table]]:
+  """Each run on a benchmark against the reference, among the benchmark's classes if fewer."""
   reference, rows = work.config['report']['reference'], []
   for split in work.splits if reference in work.benchmarks else ():
-    for seed in work.seeds(split):
-      for benchmark in (b for b in work.benchmarks if b != reference):
+    for benchmark in (b for b in work.benchmarks if b != reference):
+      scorings = plane_scorings(work, split, benchmark, reference)
+      scored = [work.scored(split, name, scorings[name]) for name in (reference, benchmark)]
+      for place, seed in enumerate(work.seeds(split)):
         row = {'split': split, 'seed': seed, 'benchmark': benchmark, 'against': reference}
-        for prefix, name in (('x_', reference), ('y_', benchmark)):
-          correct = work.correct(split, name)[seed][None]
-          row |= numbers(formulas.accuracy(correct, work.groups(name)), prefix)
+        row |= {'x_scoring': scorings[reference], 'y_scoring': scorings[benchmark]}
+        for prefix, (correct, groups) in zip(('x_', 'y_'), scored, strict=True):
+          row |= numbers(formulas.accuracy(correct[place][None], groups), prefix)
         rows.append(row)
   yield 'plane', Table(('split', 'seed', 'benchmark'), rows)
+
+
+def plane_scorings(work: Work, split: str, benchmark: str, reference: str) -> dict[str, str]:
+  """The further scorings, '' for none, of both benchmarks of a plane."""
+  class_set = work.config['benchmarks'][benchmark].get('class_set', '')
+  part = class_set in ('imagenet-a', 'imagenet-r', 'objectnet')
+  name = class_set if part else f'classes_of_{benchmark}'
+  if not work.stored(split, reference, f'{name}_correct'):
+    return {reference: '', benchmark: ''}
+  return {reference: name, benchmark: 'imagenet_masked' if class_set == 'objectnet' else ''}
+
+
+def retrieval(work: Work, skipped: list[str]) -> Iterator[tuple[str, Table]]:
+  """Six recalls; text to image is over captions, of which those of one group are one unit."""
+  rows = []
+  for split in work.splits:
+    for benchmark in filter(work.is_retrieval, work.benchmarks):
+      names = ('captions', 'k', 'image_to_text', 'text_to_image')
+      if stored := work.stored(split, benchmark, *names):
+        about = {'split': split, 'rule': rule(work, split), 'benchmark': benchmark}
+        rows += [about | row for row in recalls(work.groups(benchmark), *stored)]
+  if rows:
+    yield 'retrieval', Table(('split', 'benchmark', 'measure'), rows)
+
+
+def recalls(
+  groups: np.ndarray,  # [n]
+  captions: np.ndarray,  # [S, n] captions of each image
+  ks: np.ndarray,  # [S, K]
+  of_image: np.ndarray,  # [S, n, K] 0 or 1
+  of_caption: np.ndarray,  # [S, n, K] share of the image's captions that are hits
+) -> Iterator[dict]:
+  owner = np.repeat(np.arange(len(groups)), captions[0])
+  for place, k in enumerate(ks[0].tolist()):
+    hits = np.zeros((len(captions), len(owner)))
+    for image, count in enumerate(captions[0].tolist()):  # which of its captions hit is not stored
+      mine = np.flatnonzero(owner == image)
+      for seed, share in enumerate(of_caption[:, image, place].tolist()):
+        hits[seed, mine[: round(share * count)]] = 1
+    for way, hit, units in (
+      ('image-to-text', of_image[:, :, place].astype(float), groups),
+      ('text-to-image', hits, groups[owner]),
+    ):
+      yield {'measure': f'{way} recall@{k}'} | numbers(formulas.accuracy(hit, units))
+
+
+def few_shot(work: Work, skipped: list[str]) -> Iterator[tuple[str, Table]]:
+  """Probes: the mean over draws of the training images, over seeds and images."""
+  rows = []
+  for split in work.splits:
+    for benchmark in work.benchmarks:
+      about = {'split': split, 'benchmark': benchmark}
+      stored = work.stored(split, benchmark, 'few_shot_shots', 'few_shot_correct')
+      for place, shots in enumerate(stored[0][0].tolist() if stored else ()):
+        correct = stored[1][:, place].astype(float)  # [S, draws, Q]
+        by_draw = correct.mean((0, 2))
+        training_set = work.config['benchmarks'][benchmark]['few_shot']
+        about |= {'rule': rule(work, split), 'training_set': training_set, 'shots': shots}
+        about |= {'draws': len(by_draw), 'lowest_draw': by_draw.min()}
+        about |= {'highest_draw': by_draw.max()}
+        rows.append(about | numbers(formulas.accuracy(correct.mean(1), work.groups(benchmark))))
+  if rows:
+    yield 'few_shot', Table(('split', 'benchmark', 'shots'), rows)
 
 
 def training(work: Work, skipped: list[str]) -> Iterator[tuple[str, Table]]:
@@ -414,4 +486,14 @@ def against_random(work: Work, skipped: list[str]) -> Iterator[tuple[str, Table]
     yield 'size_against_random', Table(keys, rows, is_whole=False)
 
 
-MAKERS = (against_random, accuracy, comparisons, held_back, bins, plane, training)
+MAKERS = (
+  against_random,
+  accuracy,
+  retrieval,
+  few_shot,
+  comparisons,
+  held_back,
+  bins,
+  plane,
+  training,
+)

@@ -86,9 +86,35 @@ class Work:
     for seed in self.seeds(split):
       file = np.load(self.path / 'evaluate' / split / f'seed{seed}' / f'{benchmark}.npz')
       assert (file['key'] == keys).all(), f'{split}/seed{seed}/{benchmark}: other keys'
-      assert (file['correct'] == (file['prediction'] == file['label'])).all()
+      if self.is_retrieval(benchmark):
+        assert (file['correct'] == file['image_to_text'][:, 0]).all()
+      else:
+        assert (file['correct'] == (file['prediction'] == file['label'])).all()
       found[seed] = file['correct'].astype(float)
     return found
+
+  def is_retrieval(self, benchmark: str) -> bool:
+    return self.config['benchmarks'][benchmark].get('task') == 'retrieval'
+
+  def stored(self, split: str, benchmark: str, *names: str) -> list[np.ndarray]:  # [S, ...] each
+    """Arrays of a split's evaluations, stacked over its seeds; none if a seed lacks one."""
+    folder = self.path / 'evaluate' / split
+    files = [np.load(folder / f'seed{s}' / f'{benchmark}.npz') for s in self.seeds(split)]
+    if not files or any(name not in file for file in files for name in names):
+      return []
+    return [np.stack([file[name] for file in files]) for name in names]
+
+  def scored(self, split: str, benchmark: str, scoring: str) -> tuple[np.ndarray, np.ndarray]:
+    """Correctness [S, n] and groups [n] by a further scoring, over the images that count."""
+    groups = self.groups(benchmark)
+    if not scoring:
+      return np.array(list(self.correct(split, benchmark).values())), groups
+    counts, correct, predicted = self.stored(
+      split, benchmark, *(f'{scoring}_{name}' for name in ('counts', 'correct', 'prediction'))
+    )
+    if scoring.startswith('classes_of_'):  # labels are not translated
+      assert (correct == (counts & (predicted == self.labels(benchmark)))).all()
+    return correct[:, counts[0]].astype(float), groups[counts[0]]
 
   def arrays(self, benchmark: str, *splits: str) -> list[np.ndarray]:  # [S, Q] each
     """Correctness of several splits over the seeds that all of them have."""
@@ -297,10 +323,10 @@ class Work:
     pairs = zip(self.meta('pool')['caption'], self.class_column('nearest').tolist(), strict=True)
     return [float(bool(names[c].search(plain(caption)))) for caption, c in pairs]
 
-  def balance(self, split: str, control: str = '') -> dict[str, float]:
+  def balance(self, split: str, control: str = '', draw: int = 0) -> dict[str, float]:
     """Differences between removed rows and the control's, or all other candidates."""
     gone = self.removed(split)[self.candidates]
-    drawn = self.removed(control)[self.candidates] if control else ~gone
+    drawn = self.removed(control, draw)[self.candidates] if control else ~gone
     result = {}
     for name, values in self.variables().items():
       if name not in ('anchor_class', 'domain'):

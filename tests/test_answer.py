@@ -68,6 +68,25 @@ def test_without_a_balanced_control_there_is_no_verdict(control, against, causes
   assert 'similarity explains' not in text and '%' not in text
 
 
+@pytest.mark.parametrize(
+  ('sizes', 'causes'),
+  [
+    ((0.423,), 'similarity and a (standardised difference 0.42) cannot'),
+    ((np.inf, 0.3, 0.1), 'a (standardised difference infinite), b (0.30) and c (0.10) cannot'),
+    (
+      (2.0, 0.3, 0.2, 0.11),
+      'similarity, a (standardised difference 2.00), b (0.30), c (0.20) and 1 more '
+      '(table \u201cBalance of the control\u201d) cannot',
+    ),
+    ((2.0, 0.3, 0.2, 0.2, 0.1), 'c (0.20) and 2 more (table'),
+  ],
+)
+def test_the_three_largest_imbalances_are_named_with_their_differences(sizes, causes):
+  names = tuple('abcde'[: len(sizes)])
+  control = Control('matched', names, differences=sizes)
+  assert causes in answer_sentence('sketch', control, LOST, None)
+
+
 def test_the_reason_for_a_random_control_is_given():
   control = Control('random', ('domain',), 'no matched control exists: 31 % of the removed rows')
   text = answer_sentence('sketch', control, LOST, None)

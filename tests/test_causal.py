@@ -7,9 +7,9 @@ import make_statistics_golden
 import numpy as np
 import pytest
 from scipy import stats
-from scipy.special import expit
+from scipy.special import expit, logit
 
-from clip_jax.evaluation import causal, statistics
+from clip_jax.evaluation import causal, robustness, statistics
 
 
 def runs(rng, seeds, images, rate):
@@ -65,6 +65,52 @@ def test_share_by_number_of_seeds():
   assert [two.low, two.high] == pytest.approx(sorted(per_seed[:2]))
   assert one.low < one.value < one.high
   assert three == causal.explained_share(base, gap, reference)  # seeded
+
+
+def test_the_error_of_a_line_widens_the_share_and_its_denominator():
+  base, gap = exactly(5021), exactly(4478)
+  line = dict(reference=[0.14] * 3, reference_name='line')
+  known = causal.explained_share(base, gap, **line)
+  assert known == causal.explained_share(base, gap, **line, reference_error=0.0, reference_df=5)
+  wide = causal.explained_share(base, gap, **line, reference_error=0.05, reference_df=20)
+  assert wide.value == known.value and wide.loss == known.loss
+  assert wide.low < known.low and wide.high > known.high
+  assert wide.lead.error == pytest.approx(np.hypot(known.lead.error, 0.05))
+  own = known.lead.error**2
+  df = (own + 0.0025) ** 2 / (own**2 / known.lead.df + 0.0025**2 / 20)
+  assert wide.lead.df == pytest.approx(df)
+  half = stats.t.ppf(0.975, df) * wide.lead.error
+  assert [wide.lead.low, wide.lead.high] == pytest.approx(
+    [known.lead.value - half, known.lead.value + half]
+  )
+  assert wide.lead.p_value == pytest.approx(2 * stats.t.sf(known.lead.value / wide.lead.error, df))
+  far = causal.explained_share(base, gap, **line, reference_error=0.2, reference_df=20)
+  assert far.reason.startswith('base is not shown to be better than the effective-robustness line')
+  two = causal.explained_share(base[:2], gap[:2], [0.14] * 2, reference_error=0.2, reference_df=20)
+  assert two == causal.explained_share(base[:2], gap[:2], [0.14] * 2)  # a range
+
+
+def test_the_share_covers_over_refits_of_the_line(monkeypatch):
+  """The line is refitted from few models, so that its error is most of the share's."""
+  rng, runs_, models = np.random.default_rng(5), 200, logit(np.linspace(0.4, 0.8, 8))
+  x, images = np.array([0.5, 0.52, 0.54]), 1500
+  expected = lambda: float(expit(logit(x) - 2).mean())
+  true = (0.6 - 0.4) / (0.6 - expected())
+  hits = {True: 0, False: 0}
+  for k in range(runs_):
+    hard = rng.random(images)
+    base, gap = (hard + 0.05 * rng.normal(size=(3, images)) < rate for rate in (0.6, 0.4))
+    fit = robustness.fit_line(expit(models), expit(models - 2 + 0.6 * rng.normal(size=8)))
+    monkeypatch.setitem(robustness.LINES, ('made', 'val'), (fit, fit))
+    error, df = robustness.mean_line_error('made', x)
+    line = [fit.accuracy(value) for value in x]
+    for holds in hits:
+      found = causal.explained_share(
+        base, gap, line, reference_error=error * holds, reference_df=df, draws=200, seed=k
+      )
+      hits[holds] += found.low <= true <= found.high
+  assert hits[True] / runs_ > 0.92, hits
+  assert hits[False] / runs_ < 0.85, hits
 
 
 @pytest.mark.parametrize('seed_sd', [0.02, 0.15])

@@ -32,12 +32,12 @@ def same(margin=0.03):
   return Record(low=-0.02, high=0.01, margin=margin, detectable=0.045)
 
 
-def share(value=0.15, reason='', reference='anchor_only'):
+def share(value=0.15, reason='', reference='anchor_only', method='crossed'):
   return Record(
     value=value,
     low=0.04,
     high=0.27,
-    method='crossed',
+    method=method,
     reference=reference,
     reason=reason,
     loss=estimate(0.057),
@@ -186,7 +186,11 @@ def test_shares_are_whole_percent_with_their_parts():
   assert detail == f'{RESTS_ON}\n5.7 of 39.3 points over anchor only'
   assert words.startswith('15 % of the lead of base')
   by_line = lines(share=share(reference='line'))[OF_BASE]
-  assert 'effective-robustness line' in by_line[1] and 'takes the line as known' in by_line[2]
+  assert (
+    'effective-robustness line' in by_line[1] and 'errors of the line: of its fit' in by_line[2]
+  )
+  two = lines(share=share(reference='line', method='range'))[OF_BASE]
+  assert two[2].endswith('The range takes the line as known.')
 
 
 def test_what_cannot_be_estimated_says_why():

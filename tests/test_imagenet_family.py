@@ -14,6 +14,7 @@ import squares
 from clip_jax import defaults
 from clip_jax.core.errors import ConfigError, InputError
 from clip_jax.evaluation import class_sets
+from clip_jax.experiment import graph
 from clip_jax.stages import checkpoint, classifiers, models
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -193,6 +194,21 @@ def test_effective_robustness_has_its_axes(results):
   assert found['objectnet']['x_accuracy'] == val['objectnet']['top1']
   assert found['objectnet']['accuracy'] == objectnet['imagenet_masked']['top1']
   assert found['imagenet-a']['x_accuracy'] == val['imagenet-a']['top1']
+
+
+def test_the_axes_do_not_need_to_be_named(root, results, tmp_path, monkeypatch):
+  """Without the key `scorings`, those of effective robustness are made all the same."""
+  c = config(root)
+  c.benchmarks.val.scorings = c.benchmarks.objectnet.scorings = ()
+  evaluate(c, monkeypatch, tmp_path, ['val', 'objectnet'])
+  for name, fewer in (('val', []), ('objectnet', ['imagenet'])):
+    (scores, arrays), (plain, plain_arrays) = read(results[0], name), read(tmp_path, name)
+    assert set(scores['scorings']) - set(plain['scorings']) == set(fewer)
+    for key in plain_arrays:
+      assert (plain_arrays[key] == arrays[key]).all(), key
+  c.benchmarks.objectnet.scorings = ('imagenet',)
+  keys = graph.result_keys(c, 'objectnet')
+  assert keys == graph.result_keys(config(root), 'objectnet')  # as if it were named
 
 
 def test_prompts_are_encoded_once_and_read_from_the_cache(root, results, tmp_path, monkeypatch):

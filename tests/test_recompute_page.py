@@ -74,7 +74,7 @@ def test_bins_are_those_of_the_package():
   theirs = similarity_bins.accuracy_by_similarity(ONE, similarity, LABELS, groups=GROUPS)
   places = np.floor(similarity / 0.05).astype(int)
   mine = formulas.bins_without_classes(ONE.astype(float), places, LABELS, GROUPS)
-  for bin_ in theirs:
+  for bin_ in (b for b in theirs if not b.few):
     equal(mine[round(bin_.low / 0.05)], bin_.within_class)
 
 

@@ -21,6 +21,7 @@ from clip_jax import defaults
 from clip_jax.core import files, products
 from clip_jax.core.products import STAGES
 from clip_jax.data import reader
+from clip_jax.evaluation import robustness
 from clip_jax.evaluation.answer import Control
 from clip_jax.evaluation.statistics import Estimate
 from clip_jax.experiment import blocks, workdir
@@ -28,6 +29,7 @@ from clip_jax.experiment.experiment import Experiment
 from clip_jax.reporting import svg
 from clip_jax.reporting.page import Text
 from clip_jax.stages import pipeline, report
+from clip_jax.stages.report import axes as axes_lib
 from clip_jax.stages.report import contrasts, panels
 from clip_jax.stages.report.facts import Facts, Results, read
 from clip_jax.studies import STUDIES
@@ -831,25 +833,80 @@ def test_results_without_leaked_images():
 def test_robustness_lines_hold_for_the_imagenet_family_only(benchmark, classes, shift):
   c, results = config(), Results({}, {}, {'val': 1000, benchmark: classes}, {}, {})
   c.benchmarks[benchmark] = c.benchmarks.val
-  known = shift and contrasts.Baseline(shift, 'val', 'val')
-  assert contrasts.baseline(c, results, benchmark) == known
+  known = (shift, 'val') if shift else None
+  assert axes_lib.of_benchmark(c, results, benchmark) == axes_lib.Axes('val', '', '', known)
   results.classes['val'] = 10
-  assert contrasts.baseline(c, results, benchmark) is None
+  assert axes_lib.of_benchmark(c, results, benchmark).line is None
 
 
 def test_val_among_the_classes_of_a_shift_is_its_x_axis():
   c = config()
-  for name in ('a', 'r', 'val_a', 'val_r'):
-    c.benchmarks[name] = c.benchmarks.val
-  results = Results({}, {}, {'val': 1000, 'r': 200, 'a': 200}, {}, {})
-  line = lambda name: contrasts.baseline(c, results, name)
-  assert line('r').x == 'val' and line('a') is None  # A has no line against all of val
-  results.classes.update(val_r=200, val_a=200)
-  assert (line('r').x, line('r').benchmark) == ('classes', 'val_r')
-  assert (line('a').x, line('a').benchmark) == ('classes', 'val_a')
+  for name in ('a', 'r', 'mine', 'objectnet'):
+    c.benchmarks[name] = c.benchmarks.val.copy_and_resolve_references()
+  c.benchmarks.a.class_set, c.benchmarks.objectnet.class_set = 'imagenet-a', 'objectnet'
+  classes = {'val': 1000, 'r': 200, 'a': 200, 'mine': 5, 'objectnet': 113}
+  results = Results({}, {}, classes, {}, {})
+  axes = lambda name: axes_lib.of_benchmark(c, results, name)
+  assert axes('r').line == ('r', 'val') and axes('a').line is None  # A has no line against all
+  names = ('imagenet-a', 'classes_of_r', 'classes_of_mine', 'objectnet')
+  results.counts.update({('val', name): np.ones(1, bool) for name in names})
+  assert axes('r') == axes_lib.Axes('val', 'classes_of_r', '', ('r', 'classes'))
+  assert axes('a') == axes_lib.Axes('val', 'imagenet-a', '', ('a', 'classes'))
+  assert axes('mine') == axes_lib.Axes('val', 'classes_of_mine', '', None)
+  both = axes_lib.Axes('val', 'objectnet', 'imagenet_masked', ('objectnet', 'classes'))
+  assert axes('objectnet') == both
   c.benchmarks.val = c.benchmarks.val.copy_and_resolve_references()
   c.benchmarks.val.classes = ('tench', 'goldfish')
-  assert line('r') is None  # val does not hold its classes
+  assert axes('r').line is None  # val does not hold its classes
+
+
+def test_the_line_stands_at_val_among_the_classes_of_the_shift():
+  c = config()
+  c.benchmarks.r = c.benchmarks.val.copy_and_resolve_references()
+  c.benchmarks.objectnet = c.benchmarks.val.copy_and_resolve_references()
+  c.benchmarks.objectnet.class_set = 'objectnet'
+  few, every = np.array([[1, 1, 0, 1, 0, 0], [1, 1, 1, 0, 0, 0]], bool), np.ones((2, 6), bool)
+  keys = [('base', name) for name in ('val', 'r', 'objectnet')]
+  results = Results(
+    dict.fromkeys(keys, every),
+    dict.fromkeys(keys, (3, 5)),
+    {'val': 1000, 'r': 200, 'objectnet': 113},
+    {key[1]: np.arange(6) for key in keys},
+    {'val': np.array(list('aabbcc')), 'r': None, 'objectnet': None},
+    scorings={
+      ('base', 'val', 'classes_of_r'): few,
+      ('base', 'val', 'objectnet'): few,
+      ('base', 'objectnet', 'imagenet_masked'): ~few,
+      ('pruned', 'val', 'other'): few,
+    },
+    counts={
+      ('val', 'classes_of_r'): np.arange(6) < 4,
+      ('val', 'objectnet'): np.arange(6) < 4,
+      ('objectnet', 'imagenet_masked'): np.ones(6, bool),
+    },
+  )
+  line, error, df = axes_lib.line_accuracies(c, results, ('base', 'r'), (3, 5))
+  wanted = robustness.line_accuracy('r', 0.75, 'classes')
+  assert line == pytest.approx([wanted, wanted])
+  # Of two groups, one has all answers right, the other half of them.
+  of_images = robustness.mean_line_error('r', [0.75, 0.75], 'classes', 0.25, 1.0)
+  assert (error, df) == pytest.approx(of_images) and df == pytest.approx(1, abs=0.02)
+  assert axes_lib.line_accuracies(c, results, ('base', 'r'), (3, 4)) is None
+  assert axes_lib.line_accuracies(c, results, ('base', 'objectnet'), (3,)) is None
+  scored = results.scored('val', 'classes_of_r')
+  assert list(scored.correct) == [('base', 'r'), ('base', 'objectnet'), ('base', 'val')]
+  assert scored.groups['val'].tolist() == list('aabb') and len(scored.label['val']) == 4
+  panels_of = {p['name']: p for p in panels.against_validation(facts_of(c, results))}
+  assert set(panels_of) == {'r', 'objectnet'}
+  points = panels_of['objectnet']['points']
+  assert [(p['x'].value, p['y'].value) for p in points] == [(0.75, 0.5), (0.75, 0.5)]
+  assert (points[0]['x'].images, points[0]['x'].groups) == (4, 2)
+  names = ('against', 'x_scoring', 'y_scoring', 'xname', 'yname')
+  assert [panels_of['objectnet'][name] for name in names] == [
+    *('val', 'objectnet', 'imagenet_masked'),
+    *('val (classes of objectnet)', 'objectnet (its ImageNet classes)'),
+  ]
+  assert panels_of['r']['xname'] == 'val (classes of r)' and panels_of['r']['line'] is not None
 
 
 def test_the_placebo_is_the_reference_else_the_benchmark_nearest_to_the_anchor():

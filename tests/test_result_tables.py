@@ -8,6 +8,8 @@ import squares
 
 import clip_jax
 from clip_jax.core.errors import InputError
+from clip_jax.evaluation import few_shot, retrieval
+from clip_jax.experiment import result_tables
 
 
 @pytest.fixture(scope='module', name='work')
@@ -65,3 +67,38 @@ def test_results_of_evaluated_runs(tmp_path):
   table = clip_jax.read(tmp_path).results
   assert table['seed'].to_pylist() == [0, 2, 10]
   assert table['top1'].to_pylist() == [0.5, 0.6, 0.7]
+
+
+def test_recalls_and_few_shot_accuracies_are_columns(tmp_path):
+  (tmp_path / 'config.json').write_text(
+    '{"benchmarks": {"b": {}, "pairs": {}}, "splits": {"base": {}}}'
+  )
+  ends = lambda value: {'value': value, 'low': value - 0.1, 'high': None}
+  recalls = {f'image-to-text recall@{k}': ends(k / 10) for k in (1, 5)}
+  recalls['text-to-image recall@1'] = ends(0.2)
+  of_shots = {'top1': 0.4, 'top1_low': 0.3, 'top1_high': 0.5, 'n': 4}
+  (tmp_path / 'evaluate/base/seed0').mkdir(parents=True)
+  for name, scores in (('b', {'few_shot': {'5': of_shots}}), ('pairs', {'recalls': recalls})):
+    path = tmp_path / f'evaluate/base/seed0/{name}.json'
+    path.write_text(json.dumps({'n': 4, 'top1': 0.5} | scores))
+  table = clip_jax.read(tmp_path).results
+  classified, pairs = table.to_pylist()
+  further = [c for c in table.column_names if c.startswith(('image', 'text', 'few'))]
+  assert len(further) == 3 * (6 + 4)
+  assert list(result_tables.RECALLS.values()) == [
+    f'{direction} recall@{k}' for direction in retrieval.DIRECTIONS for k in retrieval.KS
+  ]
+  assert list(result_tables.FEW_SHOT.values()) == list(map(str, few_shot.SHOTS))
+  assert {c: v for c, v in classified.items() if c in further and v is not None} == {
+    'few_shot_5': 0.4,
+    'few_shot_5_low': 0.3,
+    'few_shot_5_high': 0.5,
+  }
+  assert {c: v for c, v in pairs.items() if c in further and v is not None} == {
+    'image_to_text_recall_1': 0.1,
+    'image_to_text_recall_1_low': 0.0,
+    'image_to_text_recall_5': 0.5,
+    'image_to_text_recall_5_low': 0.4,
+    'text_to_image_recall_1': 0.2,
+    'text_to_image_recall_1_low': 0.1,
+  }

@@ -1,5 +1,7 @@
 """Check values of the lines, and a line recovered from points on it."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from scipy import special, stats
@@ -102,3 +104,33 @@ def test_the_family_against_the_published_check():
   assert (
     robustness.family_table({key: results[key] for key in results if key != 'imagenet1k'}) == {}
   )
+
+
+def test_the_error_of_the_mean_over_runs_is_that_of_refits(monkeypatch):
+  """Against the scatter over 4,000 refits of a line, at noisy x accuracies far from its middle."""
+  rng = np.random.default_rng(2)
+  models = special.logit(rng.uniform(0.5, 0.8, 20))
+  refit = lambda: robustness.fit_line(
+    special.expit(models), special.expit(1.1 * models - 2 + 0.15 * rng.normal(size=20))
+  )
+  runs, x_error = np.array([0.25, 0.3, 0.33]), 0.02
+  exact = robustness.fit_line(special.expit(models), special.expit(1.1 * models - 2))
+  known = dataclasses.replace(exact, error=0.15)
+  monkeypatch.setitem(robustness.LINES, ('made', 'val'), (known, known))
+  fits = [refit() for _ in range(4000)]
+  means = [np.mean([fit.accuracy(x) for x in runs]) for fit in fits]
+  error, df = robustness.mean_line_error('made', runs)
+  assert (error, df) == (pytest.approx(np.std(means), rel=0.05), pytest.approx(18))
+  moved = [np.mean([fit.accuracy(x) for x in runs + x_error * rng.normal()]) for fit in fits]
+  both, more = robustness.mean_line_error('made', runs, x_error=x_error)
+  assert both == pytest.approx(np.std(moved), rel=0.05) and both > 1.1 * error and more > df
+  # The residual error of a refit itself is that of models - 2 degrees of freedom.
+  assert np.mean([fit.error**2 for fit in fits]) == pytest.approx(0.15**2, rel=0.05)
+
+
+def test_the_error_over_both_lines_of_imagenet_a_and_at_the_ends():
+  low, high = robustness.A_BREAK - 0.1, robustness.A_BREAK + 0.02
+  parts = [robustness.mean_line_error('a', [x], 'classes')[0] / 2 for x in (low, high)]
+  error, df = robustness.mean_line_error('a', [low, high], 'classes')
+  assert error == pytest.approx(np.hypot(*parts)) and 31 < df < 31 + 49
+  assert robustness.mean_line_error('sketch', [0.0, 1.0]) == (0, np.inf)

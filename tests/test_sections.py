@@ -6,6 +6,7 @@ from looks import LOOKS
 import numpy as np
 import pytest
 
+from clip_jax.evaluation import similarity_bins
 from clip_jax.reporting import sections
 
 BASIS = {'method': 'crossed', 'seeds': 3, 'images': 30, 'groups': 6, 'df': 2.25}
@@ -222,6 +223,13 @@ def test_bins_are_associations_and_few_is_grey():
   assert blocks[0].text.startswith('Accuracy is associated with')
   table = blocks[-1].blocks[0]
   assert [row[4].tone for row in table.rows] == ['', 'muted']
+  assert [row[4].detail for row in table.rows] == ['[40.0, 60.0]', '6 of 9 right']
+  of_two = [{**SERIES[0], 'bins': [{**BINS[0], 'method': 'range', 'seeds': 2}]}]
+  of_two.append({**SERIES[0], 'adjusted': True, 'bins': [BINS[1]]})
+  panel = {'name': 'val', 'what': 'similarity', 'series': of_two}
+  details = [r[4].detail for r in sections.bin_blocks([panel], LOOKS)[-1].blocks[0].rows]
+  assert details == ['(seeds: 40.0 to 60.0)', '']  # what is fitted is no count
+  assert sections.FEW_QUERIES == similarity_bins.FEW
   assert [cell.text for cell in table.rows[0][5:]] == ['3', '6', '2.2']
   assert [row[2].text for row in table.rows] == ['0.50 to 0.55', '0.55 to 0.60']
   assert sections.bin_blocks([], LOOKS) == []

@@ -23,7 +23,7 @@ def test_bins_are_plain_counts():
     assert b.raw.images == members.sum() and b.high - b.low == pytest.approx(0.05)
     assert b.raw.value == pytest.approx(correct[:, members].mean())
     assert b.few == (b.raw.images < 20)
-    assert b.raw.low <= b.raw.value <= b.raw.high or b.raw.images == 1
+    assert b.few or b.raw.low < b.raw.value < b.raw.high
   assert [b.low for b in bins] == sorted(b.low for b in bins)
 
 
@@ -69,6 +69,30 @@ def test_edges():
     accuracy_by_similarity(np.ones((1, 2)), [0.5], [0, 0])
 
 
+@pytest.mark.parametrize('seeds', [1, 2, 3])
+@pytest.mark.parametrize('right', [0, 1])
+def test_few_images_are_a_count_and_no_interval_has_width_zero(seeds, right):
+  """One image that is right in all seeds, and 19 of them, say little about others like it."""
+  rng = np.random.default_rng(3)
+  counts = {0.12: 1, 0.22: 19, 0.32: 20, 0.42: 400}
+  similarity = np.repeat(list(counts), list(counts.values()))
+  label = rng.integers(0, 3, len(similarity))
+  correct = rng.random((seeds, len(similarity))) < 0.5
+  correct[:, similarity < 0.4] = right
+  bins = accuracy_by_similarity(correct, similarity, label)
+  assert [b.few for b in bins] == [True, True, False, False]
+  for b in bins:
+    for found in (b.raw, b.within_class):
+      if b.few:
+        assert np.isnan([found.low, found.high, found.df]).all() and found.method == 'none'
+      elif seeds != 2:  # a range of two seeds is no interval
+        assert found.high - found.low > 0.02
+  if seeds != 2:  # a twenty-first image could well be the other way
+    low, high = bins[2].within_class.low, bins[2].within_class.high
+    assert high - low >= bins[2].raw.high - bins[2].raw.low - 0.02 > 0.1
+  assert [b.raw.value for b in bins[:3]] == [right] * 3
+
+
 def test_groups_widen_the_interval():
   correct, similarity, label = data()
   twice = [np.repeat(a, 4, -1) for a in (correct, similarity, label)]
@@ -96,12 +120,15 @@ def test_the_interval_without_class_effects_is_the_sandwich_of_the_dense_regress
   pick = np.hstack([np.eye(len(bins)) - share, np.zeros((len(bins), 4))])
   weights = pick @ np.linalg.pinv(x) + 1 / 300
   residual = correct[0] - x @ np.linalg.pinv(x) @ correct[0]
+  assert sum(not b.few for b in bins) == 3
   for b, w in zip(bins, weights, strict=True):
     sums = np.bincount(group, w * residual)
     size = np.bincount(group, w**2) ** 0.5
     effective = size.sum() ** 2 / (size**2).sum()
     few = effective / (effective - 1)
     assert b.within_class.value == pytest.approx(w @ correct[0])
+    if b.few:
+      continue
     assert b.within_class.error == pytest.approx(
       np.sqrt(few * ((sums - sums.mean()) ** 2).sum()), rel=1e-6
     )

@@ -1,5 +1,6 @@
 """The few-shot probe through the evaluate command and in an experiment, against plain NumPy."""
 
+import csv
 import json
 
 import family
@@ -162,3 +163,9 @@ def test_in_an_experiment(tmp_path, capsys):
   result = json.loads((tmp_path / 'run/evaluate/base/seed0/squares.json').read_text())
   assert list(result['few_shot']) == ['1'] and len(result['warnings']) == 1
   assert few_shot.SEEDS == (0, 1, 2) and result['few_shot']['1']['seeds'] == 3
+  with (tmp_path / 'run/report/tables/few_shot.csv').open() as f:
+    (line,) = csv.DictReader(f)
+  assert float(line['value']) == pytest.approx(result['few_shot']['1']['top1'])
+  names = ('split', 'benchmark', 'training_set', 'shots', 'seeds', 'draws', 'images')
+  assert [line[key] for key in names] == ['base', 'squares', 'shots', '1', '1', '3', '12']
+  assert 'Few-shot probe' in (tmp_path / 'run/report/index.html').read_text()

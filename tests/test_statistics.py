@@ -258,6 +258,17 @@ def test_the_range_of_a_linear_estimate_stays_within_0_and_1():
   assert (found.low, found.high, found.method) == (0, 0.5, 'range')
 
 
+def test_a_linear_estimate_beyond_1_has_an_interval_with_a_width():
+  """It is the one around the nearest possible value, which is nearer to any true one."""
+  rng = np.random.default_rng(9)
+  values = np.ones((3, 40))
+  weights, residual = np.full(40, 1.2 / 40), 0.2 * rng.normal(size=(3, 40))
+  found = statistics.linear_interval(weights, values, residual)
+  half = stats.t.ppf(0.975, found.df) * found.error
+  assert found.value == pytest.approx(1.2) and half < 0.2
+  assert [found.low, found.high] == pytest.approx([1 - half, 1])
+
+
 def test_accuracy_over_seeds():
   rng = np.random.default_rng(7)
   correct = rng.random((4, 500)) < 0.6

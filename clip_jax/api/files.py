@@ -48,7 +48,8 @@ def open_pool(path: str, format: str = '', index: str = '', **keys: Any) -> Any:
 def read(workdir: str | os.PathLike) -> Any:
   """Opens the results of a work directory as pyarrow tables.
 
-  .splits: one row for each split; .results: for each split, seed and benchmark; .search(benchmark):
-  each pool row's key, similarity, nearest query and excess; .duplicates(benchmark): the pairs.
+  .splits: one row for each split; .results: for each split, seed and benchmark, also recalls and
+  few-shot accuracies; .search(benchmark): each pool row's key, similarity, nearest query and
+  excess; .duplicates(benchmark): the pairs.
   """
   return result_tables.Tables(os.path.abspath(os.path.expanduser(os.fspath(workdir))))

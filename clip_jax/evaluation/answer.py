@@ -7,13 +7,16 @@ in nothing but similarity. Without one, the sentence gives the loss and says wha
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+import math
 
 from clip_jax.core import progress
-from clip_jax.evaluation.causal import CONTROLS, Share
+from clip_jax.evaluation.causal import CONTROLS, REFERENCES, Share
 from clip_jax.evaluation.statistics import Estimate
 
 MAIN = 0.5  # a verdict needs the whole interval of E' on one side of this
 LISTED = 4  # most unfinished runs that are named
+CAUSES = 3  # most unbalanced variables that are named
+TABLE = '\u201cBalance of the control\u201d'  # of the page, which has all of them
 MINUS = '\u2212'
 
 
@@ -22,13 +25,27 @@ class Control:
   """What an aligned split is compared with, and how that differs from it beside similarity."""
 
   kind: str  # 'matched' | 'random' | 'base'
-  # Names of what differs between the rows removed here and there; () only for a balanced control.
+  # Names of what differs between the rows removed here and there, the largest difference first; ()
+  # only for a balanced control.
   unbalanced: tuple[str, ...]
   reason: str = ''  # why there is no balanced control, ''
+  # Their standardised differences, infinite if both sets are constant; () if they are not known.
+  differences: tuple[float, ...] = ()
 
   @property
   def words(self) -> str:
     return CONTROLS[self.kind]
+
+  @property
+  def causes(self) -> list[str]:
+    """Returns the unbalanced variables as words: the largest with their differences."""
+    if not self.differences:
+      return list(self.unbalanced)
+    sizes = [f'{size:.2f}' if math.isfinite(size) else 'infinite' for size in self.differences]
+    sizes[0] = f'standardised difference {sizes[0]}'
+    found = [f'{name} ({size})' for name, size in zip(self.unbalanced, sizes, strict=True)]
+    rest = len(found) - CAUSES
+    return [*found[:CAUSES], *([f'{rest} more (table {TABLE})'] if rest > 0 else [])]
 
 
 def answer_sentence(
@@ -62,7 +79,7 @@ def answer_sentence(
   )
   if control.unbalanced:
     because = f' ({control.reason})' if control.reason else ''
-    causes = progress.join_names(['similarity', *control.unbalanced])
+    causes = progress.join_names(['similarity', *control.causes])
     return (
       f'On {queries}, removing {removed} {_cost(loss)} against {control.words}; '
       f'{causes} cannot be told apart{because}.{late}'
@@ -109,10 +126,7 @@ def _share_of_lead(share: Share, control: Control) -> str:
     'range': f'[{low}, {high}; range of two seeds]',
     'this checkpoint': f'[{low}, {high}; this checkpoint]',
   }[share.method]
-  reference = {'anchor_only': 'anchor_only', 'line': 'the effective-robustness line'}[
-    share.reference
-  ]
   return (
     f'{value} % {span} of the {100 * share.lead.value:.1f} points by which {control.words} beats '
-    f'{reference}'
+    f'{REFERENCES[share.reference]}'
   )

@@ -16,6 +16,7 @@ from clip_jax.evaluation import statistics
 from clip_jax.evaluation.statistics import Estimate
 
 CONTROLS = {'base': 'base', 'matched': 'the matched control', 'random': 'the random control'}
+REFERENCES = {'anchor_only': 'anchor_only', 'line': 'the effective-robustness line'}
 FEWEST = 50  # queries in each arm; with fewer, a contrast is not estimable
 STEPS = 50  # maximum of IRLS; a fit that exists needs about ten
 
@@ -83,6 +84,8 @@ def explained_share(
   reference: Array,  # [S, Q] bool: anchor_only; or [S]: the robustness line's accuracies
   *,
   groups: Sequence | Array | None = None,
+  reference_error: float = 0.0,  # standard error of the line's mean accuracy, with its df
+  reference_df: float = np.inf,
   control_name: str = 'base',
   reference_name: str = 'anchor_only',
   level: float = 0.95,
@@ -95,8 +98,10 @@ def explained_share(
   costs nothing, 1 that it costs the whole lead of the control over the reference. The interval is
   that of the crossed bootstrap, but at least as wide as the t interval of the ratio's
   linearisation, because three seeds give too few distinct draws if seeds vary more than images
-  (S = 2: the range). There is no share if the denominator's interval reaches 0. Accuracies of a
-  robustness line count as known, without the error of the line's fit.
+  (S = 2: the range). There is no share if the denominator's interval reaches 0.
+  reference_error, of a robustness line, is in the intervals of the denominator and of the ratio
+  (not in the range of two seeds): as E / (acc_control - acc_reference) times it in the
+  linearisation, and as a t variate times it, subtracted from the denominator, in each draw.
   """
   control, gap = statistics.matrix(control), statistics.matrix(gap)
   reference = np.asarray(reference, np.float64)
@@ -109,12 +114,13 @@ def explained_share(
     )
   loss = statistics.crossed_interval(control - gap, groups, level)
   lead = statistics.crossed_interval(control - reference, groups, level)
+  lead = statistics.with_error(lead, reference_error, reference_df, level)
   share = Share(np.nan, np.nan, np.nan, control_name, reference_name, loss, lead, lead.method, '')
   if not lead.low > 0:
     return replace(
       share,
-      reason=f'{CONTROLS[control_name]} is not shown to be better than {reference_name} '
-      f'({_points(lead)})',
+      reason=f'{CONTROLS[control_name]} is not shown to be better than '
+      f'{REFERENCES[reference_name]} ({_points(lead)})',
     )
   value = loss.value / lead.value
   parts, df = np.stack([control - gap, control - reference]), np.nan
@@ -124,6 +130,12 @@ def explained_share(
   else:
     drawn = statistics.crossed_bootstrap(parts, groups, draws, seed)
     linear = statistics.crossed_interval((parts[0] - value * parts[1]) / lead.value, groups, level)
+    linear = statistics.with_error(
+      linear, value / lead.value * reference_error, reference_df, level
+    )
+    if reference_error:
+      t = np.random.default_rng((seed, 1)).standard_t(min(reference_df, 1e9), draws)
+      drawn[:, 1] -= reference_error * t
     with np.errstate(divide='ignore', invalid='ignore'):  # a draw with denominator 0 is infinite
       ratio = drawn[:, 0] / drawn[:, 1]
     low, high = np.nanquantile(ratio, [(1 - level) / 2, (1 + level) / 2])

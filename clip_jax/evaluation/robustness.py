@@ -68,6 +68,39 @@ def line_accuracy(shift: str, x_accuracy: float, x: str = 'val') -> float:
   return line(shift, x, x_accuracy).accuracy(x_accuracy)
 
 
+def mean_line_error(
+  shift: str,
+  x_accuracies: Array,  # [S] proportions, of the runs
+  x: str = 'val',
+  x_error: float = 0.0,  # standard error of their mean over the images of the x axis, and its df
+  x_df: float = np.inf,
+) -> tuple[float, float]:  # standard error, degrees of freedom
+  """Returns the error of the mean over runs of line_accuracy, in first order (delta method).
+
+  L_s is the line's accuracy of run s, w_s = L_s (1 - L_s) / S its derivative in log odds, and
+  d_s = logit(x_s) - x_mean. A line's height at x_mean and its slope are uncorrelated, so its fit
+  has the variance error^2 [(sum w_s)^2 / models + (sum w_s d_s)^2 / x_squares], with models - 2
+  degrees of freedom; runs on the two lines of ImageNet-A add up. The images of the x axis have
+  [x_error sum_s w_s slope / (x_s (1 - x_s))]^2. The degrees of freedom are Satterthwaite's. The
+  scatter of single models around the line is not in it; that over seeds is in the runs' values.
+  """
+  x_accuracies = np.asarray(x_accuracies, np.float64)
+  lines = [line(shift, x, float(value)) for value in x_accuracies]
+  variance, squares, by_images = 0.0, 0.0, 0.0
+  for fit in dict.fromkeys(lines):
+    values = x_accuracies[[other == fit for other in lines]]
+    values = values[(values > 0) & (values < 1)]  # at 0 and 1, every line is at 0 and 1
+    expected = np.array([fit.accuracy(float(value)) for value in values])
+    weight = expected * (1 - expected) / len(x_accuracies)
+    apart = logit(values) - fit.x_mean
+    of_fit = fit.error**2 * (weight.sum() ** 2 / fit.models + (weight @ apart) ** 2 / fit.x_squares)
+    variance, squares = variance + of_fit, squares + of_fit**2 / (fit.models - 2)
+    by_images += float((weight * fit.slope / (values * (1 - values))).sum())
+  of_images = (x_error * by_images) ** 2
+  variance, squares = variance + of_images, squares + of_images**2 / x_df
+  return float(np.sqrt(variance)), float(variance**2 / squares) if squares else np.inf
+
+
 def effective_robustness(shift: str, accuracy: float, x_accuracy: float, x: str = 'val') -> float:
   """Returns accuracy - line_accuracy: 0.05 means 5 points above the line."""
   return accuracy - line_accuracy(shift, x_accuracy, x)

@@ -5,7 +5,7 @@ association; causal.py estimates effects, from retrained models.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy import sparse
@@ -25,7 +25,7 @@ class Bin:
   high: float
   raw: Estimate
   within_class: Estimate | None  # without class effects; None if no class links this bin to others
-  few: bool  # fewer than FEW images: shown in grey
+  few: bool  # fewer than FEW images: a count, shown in grey; its estimates have no interval
 
 
 def accuracy_by_similarity(
@@ -60,10 +60,34 @@ def accuracy_by_similarity(
   bins = []
   for b, edge in enumerate(edges):
     members = np.flatnonzero(index == b)
-    raw = statistics.accuracy_interval(correct[:, members], groups[members])
     low, high = (round(float(e * width), 6) for e in (edge, edge + 1))
-    bins.append(Bin(low, high, raw, adjusted[b], len(members) < FEW))
+    raw = statistics.accuracy_interval(correct[:, members], groups[members])
+    found = Bin(low, high, raw, _at_least(adjusted[b], raw), len(members) < FEW)
+    bins.append(_without_intervals(found) if found.few else found)
   return bins
+
+
+def _at_least(adjusted: Estimate | None, raw: Estimate) -> Estimate | None:
+  """Returns an accuracy without class effects, as wide as the raw one if all answers are equal.
+
+  Such a bin has no variance of its own, so the residuals of the fit underestimate its error.
+  """
+  if adjusted is None or 0 < raw.value < 1 or raw.method in ('range', 'none'):
+    return adjusted
+  value = np.clip(adjusted.value, 0, 1)
+  low = min(adjusted.low, max(value - (raw.value - raw.low), 0.0))
+  high = max(adjusted.high, min(value + (raw.high - raw.value), 1.0))
+  return replace(adjusted, low=float(low), high=float(high))
+
+
+def _without_intervals(found: Bin) -> Bin:
+  """Returns a bin of few images: one image would have an interval of width zero, or none."""
+  nothing = dict.fromkeys(('low', 'high', 'error', 'df'), np.nan)
+  raw, within = (
+    estimate and replace(estimate, **nothing, method='none')
+    for estimate in (found.raw, found.within_class)
+  )
+  return replace(found, raw=raw, within_class=within)
 
 
 def _within_class(

@@ -132,6 +132,33 @@ def contrast(
   )
 
 
+def with_error(
+  estimate: Estimate,
+  error: float,  # standard error of a further, independent part of the estimate
+  df: float,  # its degrees of freedom
+  level: float = 0.95,
+) -> Estimate:
+  """Returns an estimate of `contrast` with a further error, by Satterthwaite's degrees of freedom.
+
+  A range of two seeds, or an estimate without an interval, stays as it is.
+  """
+  if not error or not math.isfinite(estimate.error):
+    return estimate
+  own, further = estimate.error**2, error**2
+  variance = own + further
+  df = variance**2 / (own**2 / estimate.df + further**2 / df)
+  half = float(special.stdtrit(df, (1 + level) / 2) * np.sqrt(variance))
+  p_value = float(2 * special.stdtr(df, -abs(estimate.value) / np.sqrt(variance)))
+  return replace(
+    estimate,
+    low=estimate.value - half,
+    high=estimate.value + half,
+    error=float(np.sqrt(variance)),
+    df=float(df),
+    p_value=estimate.p_value if math.isnan(estimate.p_value) else p_value,
+  )
+
+
 def accuracy_interval(
   correct: Array,  # [S, Q] bool
   groups: Sequence | Array | None = None,
@@ -191,7 +218,9 @@ def linear_interval(
 ) -> Estimate:
   """Returns sum over images of weight x value, with the crossed variance of weight x residual.
 
-  Bounds are clipped to 0..1. Groups count by their sums of squared weights.
+  The interval is that around the value clipped to 0..1, which is never further from the truth, and
+  is clipped, too; so it has a width even for a value outside 0..1. Groups count by their sums of
+  squared weights.
   """
   values, weights = matrix(values), np.asarray(weights, np.float64)
   group = group_index(groups, values.shape[1])
@@ -206,8 +235,8 @@ def linear_interval(
   if variance < TINY:  # as in contrast
     variance, df = 2 / (units + 2.0) ** 2, units - 1.0
   value, error, df = float(totals.mean()), float(np.sqrt(variance)), float(df)
-  half = float(special.stdtrit(df, (1 + level) / 2)) * error
-  low, high = (float(np.clip(bound, 0, 1)) for bound in (value - half, value + half))
+  half, middle = float(special.stdtrit(df, (1 + level) / 2)) * error, np.clip(value, 0, 1)
+  low, high = (float(np.clip(bound, 0, 1)) for bound in (middle - half, middle + half))
   method = 'crossed' if seeds > 2 else 'this checkpoint'
   return Estimate(value, low, high, error, df, np.nan, seeds, images, units, method)
 

@@ -26,7 +26,7 @@ from clip_jax.core import files
 from clip_jax.core.errors import ConfigError, InputError
 from clip_jax.core.products import EMBEDDERS, STAGES, Product
 from clip_jax.core.types import Config
-from clip_jax.experiment import blocks
+from clip_jax.experiment import blocks, scorings
 from clip_jax.experiment.blocks import ANCHOR, ANCHOR_CLASSES, GLYPHS, PLANTED, POOL, SIZES
 from clip_jax.experiment.shards import Shard, list_shards
 from clip_jax.models import fitted_embedders, weights
@@ -805,8 +805,15 @@ def result_keys(config: Config, benchmark: str) -> dict:
   """Returns the config keys that change the scores of a model on a benchmark, with their values."""
   block = config.benchmarks[benchmark]
   added = [key for key in _ADDED if not _is_absent(key, block[key])]
-  keys = [f'benchmarks.{benchmark}.{key}' for key in ('classes', 'templates', 'class_mask', *added)]
-  return blocks.pick_keys(config, ['preprocess.resize', *keys])
+  names = ('classes', 'templates', 'class_mask', *added)
+  keys = blocks.pick_keys(
+    config, ['preprocess.resize', *(f'benchmarks.{benchmark}.{name}' for name in names)]
+  )
+  if named := scorings.named(config, benchmark):
+    keys[f'benchmarks.{benchmark}.scorings'] = list(named)
+  if subsets := scorings.subsets(config, benchmark):
+    keys[f'benchmarks.{benchmark}.subsets'] = {name: list(kept) for name, kept in subsets.items()}
+  return keys
 
 
 def _is_absent(key: str, value: object) -> bool:

@@ -36,6 +36,14 @@ RESULT = (
   'groups',
   'df',
 )  # keys of a result that are columns
+# Column -> measure of retrieval: 'image_to_text_recall_1' -> 'image-to-text recall@1'.
+RECALLS = {
+  f'{direction.replace("-", "_")}_recall_{k}': f'{direction} recall@{k}'
+  for direction in ('image-to-text', 'text-to-image')
+  for k in (1, 5, 10)
+}
+ENDS = ('', '_low', '_high')  # a value, and the ends of its interval
+FEW_SHOT = {f'few_shot_{shots}': str(shots) for shots in (1, 5, 10, 25)}  # column -> shots
 
 
 class Tables:
@@ -76,7 +84,13 @@ class Tables:
 
   @property
   def results(self) -> pa.Table:
-    """One row for each evaluated split, seed and benchmark; proportions in 0..1."""
+    """One row for each evaluated split, seed and benchmark; proportions in 0..1.
+
+    Columns are keys of the results' JSON files (docs/files.md), and, each followed by the lower and
+    upper end of its interval (`_low`, `_high`): `image_to_text_recall_1` to
+    `text_to_image_recall_10` for retrieval, `few_shot_1` to `few_shot_25` for the few-shot probe
+    with so many training images a class. They are null for benchmarks without that measure.
+    """
     lines = []
     for split in self.config['splits']:
       for seed in _seeds(self._path('evaluate', split)):
@@ -87,8 +101,9 @@ class Tables:
             lines.append(
               {'split': split, 'seed': seed, 'benchmark': benchmark}
               | {key: scores.get(key) for key in RESULT}
+              | _further_scores(scores)
             )
-    return _table(lines, ('split', 'seed', 'benchmark', *RESULT))
+    return _table(lines, ('split', 'seed', 'benchmark', *RESULT, *_further_scores({})))
 
   def search(self, benchmark: str) -> pa.Table:
     """One row for each pool row: row, key, similarity, nearest (query), nearest_key, excess."""
@@ -140,6 +155,20 @@ class Tables:
 
   def _path(self, *parts: str) -> str:
     return os.path.join(self._workdir, *parts)
+
+
+def _further_scores(scores: dict) -> dict[str, float | None]:
+  """Returns column -> value of the recalls and few-shot accuracies of a result; None if absent."""
+  measures = {column: scores.get('recalls', {}).get(name) for column, name in RECALLS.items()}
+  found = {
+    column + end: measure and measure[end.removeprefix('_') or 'value']
+    for column, measure in measures.items()
+    for end in ENDS
+  }
+  probes = {column: scores.get('few_shot', {}).get(shots) for column, shots in FEW_SHOT.items()}
+  return found | {
+    column + end: probe and probe['top1' + end] for column, probe in probes.items() for end in ENDS
+  }
 
 
 def _table(lines: list[dict[str, Any]], columns: tuple[str, ...]) -> pa.Table:

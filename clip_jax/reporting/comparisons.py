@@ -17,6 +17,7 @@ Item = Mapping[str, Any]
 #   split, benchmark, base, control: names (control may be None)
 #   rule: of the split                    control_rule: 'matched' | 'random'
 #   balance: .unbalanced: names of what differs between control and split beside similarity
+#            .causes: the same in words, the largest with their differences
 #        against_control, against_base, bootstrap: estimates
 #   queries: what the estimates are about if not the whole benchmark, in words; else ''
 #   answers: whether the headline answer uses it
@@ -119,7 +120,7 @@ def _control_words(item: Item) -> str:
   if not item['control']:
     return 'no control split'
   if item['control_rule'] == 'matched':
-    unlike = ' and '.join(item['balance'].unbalanced)
+    unlike = progress.join_names(item['balance'].causes)
     return f'against the matched control {item["control"]}' + (
       f', which differs in {unlike}' if unlike else ''
     )
@@ -208,6 +209,10 @@ def _verdict(item: Item) -> str:
   )
 
 
+LINE_ERROR = ' The interval holds the errors of the line: of its fit and of its x accuracy.'
+LINE_KNOWN = ' The range takes the line as known.'
+
+
 def _shares(item: Item) -> list[Line]:
   alike = 'otherwise alike' if item['control_rule'] == 'matched' else 'random'
   lines = []
@@ -238,11 +243,17 @@ def _shares(item: Item) -> list[Line]:
         name,
         f'{whole(share.value)} % {tables.bounds(share, whole)}'.strip(),
         _detail(share, f'{loss} of {lead} points over {over}'),
-        f'{whole(share.value)} % {words}'
-        + (' The interval takes the line as known.' if share.reference == 'line' else ''),
+        f'{whole(share.value)} % {words}' + _line_words(share),
       )
     )
   return lines
+
+
+def _line_words(share: Any) -> str:
+  """Returns whether the interval of a share holds the error of a line; '' without a line."""
+  if share.reference != 'line':
+    return ''
+  return LINE_KNOWN if share.method == 'range' else LINE_ERROR
 
 
 def _contrasts(item: Item) -> list[Line]:

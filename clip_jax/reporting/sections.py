@@ -33,6 +33,7 @@ PAPER_ANSWER = (
 )
 ESTIMATES = 'Estimates with 95 % intervals, not tests: they are in no family and support no claim.'
 PAPER_BINS = 'accuracy binned by nearest-neighbour similarity (bins 0.05 wide) rises with it.'
+FEW_QUERIES = 20  # bins with fewer are counts, as in evaluation/similarity_bins.py
 PAPER_SIZES = 'near-pruning hurts fast, random pruning little, far-pruning hardly.'
 
 
@@ -189,41 +190,6 @@ def _accuracy_notes(count: int, records: Sequence[Mapping[str, Any]]) -> tuple[s
   return tuple(notes)
 
 
-def recall_blocks(
-  results: Rows,  # split, rule, benchmark, recalls (name -> estimate)
-) -> list:
-  """Returns the table of all recalls; [] without a retrieval benchmark."""
-  if not results:
-    return []
-  names = list(dict.fromkeys(name for result in results for name in result['recalls']))
-  rows = tuple(
-    (
-      Cell(result['split'], result['benchmark']),
-      *(tables.accuracy_cell(result['recalls'].get(name), False) for name in names),
-    )
-    for result in results
-  )
-  records = tuple(
-    {
-      **{key: result[key] for key in ('split', 'rule', 'benchmark')},
-      'measure': name,
-      **tables.estimate_record(estimate),
-    }
-    for result in results
-    for name, estimate in result['recalls'].items()
-  )
-  heads = (Cell('split', 'benchmark'), *(tables.number_cell(*name.split()) for name in names))
-  notes = (
-    'Recall in percent. Image to text: the share of images with a caption of their own among the k '
-    'nearest captions. Text to image: the share of captions whose image is among the k nearest '
-    'images; for the interval, the captions of one image are one unit. Ties count as wrong.',
-  )
-  return [
-    Heading('Image-text retrieval', 'recall of both directions'),
-    Table('retrieval', '', heads, rows, notes, records),
-  ]
-
-
 def _retrieval_note(benchmarks: Rows) -> tuple[str, ...]:
   """Returns a note on the benchmarks whose accuracy is a recall, or ()."""
   measures = {b['name']: b['measure'] for b in benchmarks if b['measure']}
@@ -305,11 +271,11 @@ def bin_blocks(
     Text(
       'Accuracy is associated with similarity, which does not show a cause: queries with similar '
       'pool images may be easy for other reasons, such as their class. The second curve removes '
-      'class effects. Pale marks: fewer than 20 queries.',
+      f'class effects. Pale marks: fewer than {FEW_QUERIES} queries, a count without an interval.',
       'muted',
     )
   ]
-  records = []
+  records, rows = [], []
   for what, label in BIN_AXES.items():
     chosen = [p for p in panels if p['what'] == what]
     drawn = tuple(
@@ -321,38 +287,37 @@ def bin_blocks(
     )
     if drawn:
       blocks += [Heading(f'Accuracy against {label}'), Figures(drawn)]
-    records += [
-      {'benchmark': p['name'], 'against': what, 'series': curve['name'], **b}
-      for p in chosen
-      for curve in p['series']
-      for b in curve['bins']
-    ]
+    for panel, curve in ((p, one) for p in chosen for one in p['series']):
+      about = {'benchmark': panel['name'], 'against': what, 'series': curve['name']}
+      records += [{**about, **b} for b in curve['bins']]
+      rows += [_bin_row({**about, **b}, curve['adjusted']) for b in curve['bins']]
   columns = tables.column_heads(
     'benchmark', 'against', 'bin', 'queries', 'accuracy, %', 'seeds', 'groups', 'df'
   )
   note = (
     '95 % intervals over seeds and images (two seeds: their range; one seed: this checkpoint, over '
     'images). Those of the curve without class effects take bins and classes of the queries as '
-    f'given; their queries, groups and df are those of all bins that classes link. Bins of fewer '
-    f'than {tables.FEW_GROUPS} groups support no claim.'
+    'given; their queries, groups and df are those of all bins that classes link. Bins of fewer '
+    f'than {FEW_QUERIES} queries are counts and have no interval. Bins of fewer than '
+    f'{tables.FEW_GROUPS} groups support no claim.'
   )
-  table = Table(
-    'accuracy_by_similarity', '', columns, tuple(map(_bin_row, records)), (note,), tuple(records)
-  )
+  table = Table('accuracy_by_similarity', '', columns, tuple(rows), (note,), tuple(records))
   return [*blocks, Fact(PAPER_BINS), Details('Table of the bins', (table,))]
 
 
-def _bin_row(r: Mapping[str, Any]) -> tuple[Cell, ...]:
+def _bin_row(r: Mapping[str, Any], adjusted: bool) -> tuple[Cell, ...]:
+  is_count, answers = r['n'] < FEW_QUERIES, r['n'] * r['seeds']
+  if is_count:
+    detail = '' if adjusted else f'{round(r["accuracy"] * answers)} of {answers} right'
+  else:
+    ends = {key: r[f'accuracy_{key}'] for key in ('low', 'high')}
+    detail = tables.bounds(SimpleNamespace(**ends, method=r['method']))
   return (
     Cell(r['benchmark'], r['series']),
     tables.number_cell(r['against']),
     tables.number_cell(f'{r["low"]:.2f} to {r["high"]:.2f}'.replace('-', tables.MINUS)),
     tables.number_cell(tables.number(r['n'])),
-    tables.number_cell(
-      tables.percent(r['accuracy']),
-      tables.bracket(r['accuracy_low'], r['accuracy_high']),
-      tone='muted' if r['n'] < 20 else '',
-    ),
+    tables.number_cell(tables.percent(r['accuracy']), detail, tone='muted' if is_count else ''),
     tables.number_cell(tables.number(r['seeds'])),
     tables.number_cell(tables.number(r['groups'])),
     tables.number_cell(tables.degrees(r['df']).removesuffix(' df')),
@@ -483,7 +448,9 @@ def dose_blocks(
 
 
 def plane_blocks(
-  panels: Rows,  # name, xname, points (split, seed, and as figures.robustness_plane takes), line
+  # name, against, x_scoring, y_scoring, xname and yname (what the axes show, in words), line,
+  # points (split, seed, and as figures.robustness_plane takes)
+  panels: Rows,
   looks: Looks,
 ) -> list:
   """Returns accuracy on each benchmark against validation accuracy, one mark per run."""
@@ -496,7 +463,7 @@ def plane_blocks(
         p['points'],
         title=f'{p["name"]} against {p["xname"]}',
         xname=p['xname'],
-        yname=p['name'],
+        yname=p['yname'],
         line=p['line'],
         looks=looks,
       ),
@@ -512,7 +479,7 @@ def plane_blocks(
         Cell(name, f'{tables.images_in_groups(e)} {tables.degrees(e.df)}'.strip())
         if isinstance(name, str)
         else tables.number_cell(tables.percent(e.value), tables.bounds(e))
-        for axis, named in (('x', p['xname']), ('y', p['name']))
+        for axis, named in (('x', p['xname']), ('y', p['yname']))
         for e in [q[axis]]
         for name in (named, None)
       ),
@@ -520,7 +487,8 @@ def plane_blocks(
     for p, q in lines
   )
   records = tuple(
-    {'split': q['split'], 'seed': q['seed'], 'benchmark': p['name'], 'against': p['xname']}
+    {'split': q['split'], 'seed': q['seed'], 'benchmark': p['name']}
+    | {key: p[key] for key in ('against', 'x_scoring', 'y_scoring')}
     | {
       f'{axis}_{key}': value
       for axis in 'xy'
@@ -545,7 +513,7 @@ def _plane_caption(panel: Mapping[str, Any]) -> str:
   first = panel['points'][0]
   text = (
     'One mark per run; bars: 95 % intervals over images for this checkpoint '
-    f'({panel["name"]}: {tables.images_in_groups(first["y"])}; {panel["xname"]}: '
+    f'({panel["yname"]}: {tables.images_in_groups(first["y"])}; {panel["xname"]}: '
     f'{tables.images_in_groups(first["x"])}).'
   )
   for part in panel['line']['parts'] if panel['line'] else ():

@@ -18,7 +18,7 @@ from clip_jax.core.products import Made, Product
 from clip_jax.core.types import Array, Config
 from clip_jax.data import loader
 from clip_jax.evaluation import class_sets, statistics, zero_shot
-from clip_jax.experiment import blocks, workdir
+from clip_jax.experiment import blocks, scorings, workdir
 from clip_jax.experiment.experiment import Experiment
 from clip_jax.stages import check_keys, classifiers, few_shot, models, retrieval
 
@@ -67,9 +67,8 @@ def score(
   """Returns the scores of one model on one benchmark, and its predictions for every image.
 
   A retrieval benchmark has recalls and hits instead (retrieval.py). cache: folder of zero-shot
-  classifiers (classifiers.py); '': they stay in memory. A further scoring
-  (config.benchmarks.NAME.scorings) has the arrays NAME_counts, NAME_prediction and
-  NAME_correct [n].
+  classifiers (classifiers.py); '': they stay in memory. A further scoring (experiment/scorings.py)
+  has the arrays NAME_counts, NAME_prediction and NAME_correct [n].
   """
   block = x.config.benchmarks[benchmark]
   if blocks.is_retrieval(block):
@@ -113,9 +112,8 @@ def score(
     for warning in warnings:
       logging.warning('%s: %s.', benchmark, warning)
     result['warnings'] += warnings
-  for name in block.scorings:
-    further = class_sets.scoring(block.class_set, name)
-    names = class_sets.by_name(further.classes).names
+  for name, further in _scorings(x.config, benchmark, classes).items():
+    names = class_sets.by_name(further.classes).names if further.classes else classes
     matrix = classifiers.class_vectors(x, model, names, templates, cache)
     scores, parts = _further(further, vectors, ok, matrix, label, groups)
     if scores is None:
@@ -126,6 +124,19 @@ def score(
     result['scorings'][name] = {**scores, 'scoring': further.words}
     arrays |= {f'{name}_{key}': part for key, part in parts.items()}
   return result, arrays
+
+
+def _scorings(
+  config: Config, benchmark: str, classes: Sequence[str]
+) -> dict[str, class_sets.Scoring]:
+  """Returns the further scorings of a benchmark, those for the report's x axes included."""
+  class_set = config.benchmarks[benchmark].class_set
+  found = {name: class_sets.scoring(class_set, name) for name in scorings.named(config, benchmark)}
+  for name, kept in scorings.subsets(config, benchmark).items():
+    if set(kept) < set(classes):
+      words = f'images of {len(kept):,} of the {len(classes):,} classes, among these'
+      found[name] = class_sets.among(classes, kept, words)
+  return found
 
 
 def _further(

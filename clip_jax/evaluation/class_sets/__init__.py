@@ -12,7 +12,7 @@ objectnet.tsv: of the 113 ObjectNet classes that ImageNet has too: ObjectNet's n
   github.com/mlfoundations/wise-ft and github.com/modestyachts/imagenet-testbed keep them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import dataclasses
 import functools
 from pathlib import Path
@@ -38,7 +38,7 @@ class ClassSet:
 class Scoring:
   """A further scoring of a benchmark, by other class names, or of a part of its images."""
 
-  classes: str  # the class set whose C class names compete
+  classes: str  # the class set whose C class names compete; '': the benchmark's own names
   meaning: tuple[int, ...]  # [C] the label that each class means, -1 for none
   # True: only classes that mean a label may be predicted, and classes of one meaning count once, by
   # the highest of their scores.
@@ -74,6 +74,16 @@ def by_name(name: str) -> ClassSet:
 def scoring(class_set: str, name: str) -> Scoring:
   """Returns a further scoring of the benchmarks of a class set, from SCORINGS."""
   return SCORINGS[class_set][name]()
+
+
+def among(names: Sequence[str], kept: Sequence[str], words: str) -> Scoring:
+  """Returns the scoring of the images of some classes, `kept`, with no other class to predict.
+
+  names: the C class names of the benchmark.
+  """
+  wanted = set(kept)
+  meaning = tuple(label if name in wanted else -1 for label, name in enumerate(names))
+  return Scoring('', meaning, True, True, words)
 
 
 def _imagenet(labels: tuple[int, ...], words: str) -> ClassSet:

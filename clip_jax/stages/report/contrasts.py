@@ -10,16 +10,12 @@ from typing import Any
 import numpy as np
 
 from clip_jax.core.types import Array, Config
-from clip_jax.evaluation import answer, causal, robustness, statistics
+from clip_jax.evaluation import answer, causal, statistics
 from clip_jax.experiment import blocks, workdir
 from clip_jax.pruning import controls
 from clip_jax.reporting import removed
+from clip_jax.stages.report import axes
 from clip_jax.stages.report.facts import Facts, Results
-
-IMAGENET_CLASSES = 1000  # of a reference benchmark for which the effective-robustness lines hold
-# Shift -> classes. ObjectNet is left out: its line was fitted to answers over 125 ImageNet ids,
-# while benchmarks here are scored over 113 names.
-SHIFT_CLASSES = {'v2': 1000, 'sketch': 1000, 'r': 200, 'a': 200}
 
 # Base as the control of an aligned split: everything but the anchor differs.
 BASE = answer.Control('base', ('the number and mix of the removed rows',))
@@ -82,13 +78,13 @@ def balance(facts: Facts, split: str) -> answer.Control | None:
     for name, value in draw['standardised_differences'].items():
       size = np.inf if value is None else abs(value)  # None: constant in both sets, and different
       differences[name] = max(size, differences.get(name, 0.0))
-  unbalanced = tuple(
-    removed.VARIABLES.get(name, name)
+  large = {
+    removed.VARIABLES.get(name, name): float(size)
     for name, size in sorted(differences.items(), key=lambda item: -item[1])
     if size >= removed.BALANCED
-  )
+  }
   if kind == 'matched':
-    return answer.Control('matched', unbalanced)
+    return answer.Control('matched', tuple(large), differences=tuple(large.values()))
   lacking = max(draw['without_full_cell_donor'] for draw in draws)
   by_chance = [draw.get('random_without_full_cell_donor') for draw in draws]  # None: older version
   reason = (
@@ -97,7 +93,8 @@ def balance(facts: Facts, split: str) -> answer.Control | None:
   )
   if None not in by_chance:
     reason += f' and a random removal of as many leaves {100 * max(by_chance):.0f} %'
-  return answer.Control('random', unbalanced or ('the mix of the removed rows',), reason)
+  names = tuple(large) or ('the mix of the removed rows',)
+  return answer.Control('random', names, reason, tuple(large.values()))
 
 
 def shown_rule(facts: Facts, split: str) -> str:
@@ -337,65 +334,22 @@ def _explained_share(
   if rows is None:
     return None
   (with_control, gap, *rest), seeds = rows
-  expected = rest[0] if has_reference else _line_accuracies(config, results, key, seeds)
-  if expected is None:
+  line = None if has_reference else axes.line_accuracies(config, results, key, seeds)
+  if not has_reference and line is None:
     return None
+  expected, error, df = line or (rest[0], 0.0, np.inf)
   return causal.explained_share(
     with_control,
     gap,
     expected,
     groups=results.groups[benchmark],
+    reference_error=error,
+    reference_df=df,
     control_name=control_name,
     reference_name='anchor_only' if has_reference else 'line',
     draws=config.report.bootstrap_draws,
     seed=config.report.seed,
   )
-
-
-@dataclasses.dataclass(frozen=True)
-class Baseline:
-  """The effective-robustness line of a benchmark, and the benchmark on its x axis."""
-
-  shift: str
-  x: str  # 'val' | 'classes', as in robustness.LINES
-  benchmark: str  # whose accuracy is on the x axis
-
-
-def baseline(config: Config, results: Results, benchmark: str) -> Baseline | None:
-  """Returns the line of an ImageNet shift, known by name and classes; None for other benchmarks.
-
-  The x axis is ImageNet-Val: config.report.reference, with 1,000 classes that include the
-  benchmark's. A benchmark REFERENCE_SHIFT, such as val_r, holds ImageNet-Val among the shift's own
-  classes; if it is evaluated, it is the x axis.
-  """
-  reference = config.report.reference
-  if reference not in config.benchmarks:
-    return None
-  names = set(config.benchmarks[reference].classes)  # empty if they are in its index
-  shift = benchmark.lower().replace('-', '_').removeprefix('imagenet').strip('_')
-  if (
-    results.classes.get(reference) != IMAGENET_CLASSES
-    or results.classes.get(benchmark) != SHIFT_CLASSES.get(shift, 0)
-    or names
-    and not set(config.benchmarks[benchmark].classes) <= names
-  ):
-    return None
-  own = f'{reference}_{shift}'
-  if (shift, 'classes') in robustness.LINES and results.classes.get(own) == SHIFT_CLASSES[shift]:
-    return Baseline(shift, 'classes', own)
-  return Baseline(shift, 'val', reference) if (shift, 'val') in robustness.LINES else None
-
-
-def _line_accuracies(
-  config: Config, results: Results, key: tuple[str, str], seeds
-) -> Array | None:  # [S]
-  """Returns the line's accuracy at the split's own validation accuracy, for each seed."""
-  line = baseline(config, results, key[1])
-  x = None if line is None else (key[0], line.benchmark)
-  if line is None or x not in results.correct or not set(seeds) <= set(results.seeds[x]):
-    return None
-  runs = [results.correct[x][results.seeds[x].index(seed)] for seed in seeds]
-  return np.array([robustness.line_accuracy(line.shift, float(r.mean()), line.x) for r in runs])
 
 
 def _placebo(facts: Facts, key: tuple[str, str], control: str) -> dict:

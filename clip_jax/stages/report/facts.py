@@ -3,7 +3,7 @@
 The work directory may be unfinished; missing results are left out. Every file is read once.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import dataclasses
 import functools
 import itertools
@@ -34,6 +34,12 @@ class Results:
   groups: dict[str, Array | None]  # benchmark -> [Q] names; None: every image is its own group
   # Retrieval: (split, benchmark) -> the arrays of each seed's result (stages/retrieval.py).
   hits: dict[tuple[str, str], list[dict[str, Array]]] = dataclasses.field(default_factory=dict)
+  # Further scorings: (split, benchmark, scoring) -> [S, Q] bool, and (benchmark, scoring) -> which
+  # images count [Q] bool.
+  scorings: dict[tuple[str, str, str], Array] = dataclasses.field(default_factory=dict)
+  counts: dict[tuple[str, str], Array] = dataclasses.field(default_factory=dict)
+  # Few-shot probe: (split, benchmark) -> shots -> correctness [S, draws, Q].
+  few_shot: dict[tuple[str, str], dict[int, Array]] = dataclasses.field(default_factory=dict)
 
   def on_shared_seeds(self, *keys: tuple[str, str]) -> tuple[list[Array], tuple[int, ...]] | None:
     """Returns the correctness [S, Q] of each (split, benchmark) on their shared seeds.
@@ -60,6 +66,22 @@ class Results:
       label={**self.label, benchmark: self.label[benchmark][which]},
       groups={**self.groups, benchmark: None if groups is None else groups[which]},
     )
+
+  def scored(self, benchmark: str, scoring: str) -> 'Results':
+    """Returns the results with one benchmark as a further scoring of it counts; '': unchanged.
+
+    Of it, only the images that count stay, and only the splits whose seeds all have this scoring.
+    """
+    if not scoring:
+      return self
+    others = {key: correct for key, correct in self.correct.items() if key[1] != benchmark}
+    scored = {
+      (split, b): correct
+      for (split, b, name), correct in self.scorings.items()
+      if (b, name) == (benchmark, scoring)
+    }
+    found = dataclasses.replace(self, correct=others | scored)
+    return found.among(benchmark, self.counts[benchmark, scoring])
 
   def without_leaked(self, leaked: Mapping[str, Array]) -> 'Results':  # benchmark -> [Q] bool
     """Returns the results without leaked images, for benchmarks that have both kinds of images."""
@@ -239,14 +261,35 @@ def results(x: Experiment) -> Results:
       of_seeds = {seed: result for seed, result in of_seeds.items() if result is not None}
       if of_seeds:
         scores, arrays = next(iter(of_seeds.values()))
+        every = [arrays for _, arrays in of_seeds.values()]
         known.classes[benchmark], known.label[benchmark] = scores.get('classes'), arrays['label']
         known.correct[split, benchmark] = np.stack(
-          [arrays['correct'].astype(bool) for _, arrays in of_seeds.values()]
+          [arrays['correct'].astype(bool) for arrays in every]
         )
         known.seeds[split, benchmark] = tuple(of_seeds)
         if 'recalls' in scores:
-          known.hits[split, benchmark] = [arrays for _, arrays in of_seeds.values()]
+          known.hits[split, benchmark] = every
+        if shots := _few_shot(every):
+          known.few_shot[split, benchmark] = shots
+        for name in scores.get('scorings', {}):
+          if all(f'{name}_correct' in arrays for arrays in every):
+            known.counts[benchmark, name] = arrays[f'{name}_counts']
+            known.scorings[split, benchmark, name] = np.stack(
+              [arrays[f'{name}_correct'] for arrays in every]
+            )
   return known
+
+
+def _few_shot(seeds: Sequence[Mapping[str, Array]]) -> dict[int, Array]:  # shots -> [S, draws, Q]
+  """Returns the correctness of the few-shot probes that every seed's result has."""
+  found = [
+    dict(zip(arrays['few_shot_shots'].tolist(), arrays['few_shot_correct']))
+    if 'few_shot_correct' in arrays
+    else {}
+    for arrays in seeds
+  ]
+  shared = [shots for shots in found[0] if all(shots in of_seed for of_seed in found)]
+  return {shots: np.stack([of_seed[shots] for of_seed in found]) for shots in shared}
 
 
 def runs(x: Experiment, counts: Mapping[str, dict]) -> dict[tuple[str, int], Run]:

@@ -13,7 +13,7 @@ from clip_jax.evaluation.statistics import Estimate
 from clip_jax.experiment import blocks
 from clip_jax.pruning.rules import RULES
 from clip_jax.reporting import answer_figure, figures, svg, tables
-from clip_jax.stages.report import contrasts
+from clip_jax.stages.report import axes, contrasts
 from clip_jax.stages.report.facts import Facts
 
 BASIS = ('method', 'seeds', 'images', 'groups', 'df')  # fields of an estimate beside its interval
@@ -103,6 +103,35 @@ def recalls(facts: Facts) -> list[dict]:
         'rule': contrasts.shown_rule(facts, split),
         'benchmark': benchmark,
         'recalls': estimates,
+      }
+    )
+  return panels
+
+
+def few_shot(facts: Facts) -> list[dict]:
+  """Returns the accuracies of each split's few-shot probes: shots -> estimate, lowest, highest.
+
+  An estimate is over seeds and images, of the mean over the draws of the training images. lowest
+  and highest: the accuracies of the single draws, as means over seeds.
+  """
+  panels = []
+  for (split, benchmark), of_shots in facts.results.few_shot.items():
+    probes = {}
+    for shots, correct in of_shots.items():  # [S, draws, Q]
+      of_draws = correct.mean((0, 2))
+      probes[shots] = {
+        'estimate': statistics.accuracy_interval(correct.mean(1), facts.results.groups[benchmark]),
+        'draws': correct.shape[1],
+        'lowest': float(of_draws.min()),
+        'highest': float(of_draws.max()),
+      }
+    panels.append(
+      {
+        'split': split,
+        'rule': contrasts.shown_rule(facts, split),
+        'benchmark': benchmark,
+        'training_set': facts.config.benchmarks[benchmark].few_shot,
+        'probes': probes,
       }
     )
   return panels
@@ -285,13 +314,11 @@ def by_dose(facts: Facts, items: Sequence[dict]) -> list[dict]:
 def against_validation(facts: Facts) -> list[dict]:
   """Returns every run's accuracy on each benchmark against config.report.reference."""
   config, panels = facts.config, []
-  names = list(config.benchmarks)
-  reference = config.report.reference if config.report.reference in names else names[0]
-  for benchmark in names:
-    baseline = contrasts.baseline(config, facts.results, benchmark)
-    xname = baseline.benchmark if baseline else reference
+  for benchmark in config.benchmarks:
+    plane = axes.of_benchmark(config, facts.results, benchmark)
+    results = plane.scored(facts.results, benchmark)
     pairs = {
-      split: facts.results.on_shared_seeds((split, benchmark), (split, xname))
+      split: results.on_shared_seeds((split, benchmark), (split, plane.reference))
       for split in config.splits
     }
     points = [
@@ -299,37 +326,42 @@ def against_validation(facts: Facts) -> list[dict]:
         'rule': contrasts.shown_rule(facts, split),
         'split': split,
         'seed': seed,
-        'x': statistics.image_interval(x, facts.results.groups[xname]),
-        'y': statistics.image_interval(y, facts.results.groups[benchmark]),
+        'x': statistics.image_interval(x, results.groups[plane.reference]),
+        'y': statistics.image_interval(y, results.groups[benchmark]),
       }
       for split, pair in pairs.items()
       if pair is not None
       for y, x, seed in zip(*pair[0], pair[1])
     ]
-    if benchmark != xname and len(points) > 1:
+    if benchmark != plane.reference and len(points) > 1:
       panels.append(
         {
           'name': benchmark,
-          'xname': xname,
+          'against': plane.reference,
+          'x_scoring': plane.scoring,
+          'y_scoring': plane.own,
+          'xname': plane.reference + (f' (classes of {benchmark})' if plane.scoring else ''),
+          'yname': benchmark + (' (its ImageNet classes)' if plane.own else ''),
           'points': points,
-          'line': _line(baseline),
+          'line': _line(plane.line),
         }
       )
   return panels
 
 
-def _line(baseline: contrasts.Baseline | None) -> dict | None:
+def _line(line: tuple[str, str] | None) -> dict | None:
   """Returns the line of an ImageNet shift as arrays [n] in proportions, with its fit's numbers.
 
   Keys: x, y, low and high (the band of single models), and parts: models, r2, error, x_low and
   x_high of each line.
   """
-  if baseline is None:
+  if line is None:
     return None
+  shift, axis = line
   x = np.linspace(0.02, 0.98, 97)
-  lines = [robustness.line(baseline.shift, baseline.x, float(value)) for value in x]
-  y = [line.accuracy(float(value)) for line, value in zip(lines, x)]
-  low, high = zip(*(line.band(float(value)) for line, value in zip(lines, x)))
+  lines = [robustness.line(shift, axis, float(value)) for value in x]
+  y = [part.accuracy(float(value)) for part, value in zip(lines, x)]
+  low, high = zip(*(part.band(float(value)) for part, value in zip(lines, x)))
   parts = list(dict.fromkeys(lines))
   return {
     **{key: np.array(values) for key, values in dict(x=x, y=y, low=low, high=high).items()},

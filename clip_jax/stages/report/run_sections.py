@@ -15,7 +15,7 @@ from clip_jax.evaluation import retrieval
 from clip_jax.experiment import blocks, workdir
 from clip_jax.pruning import splits as splits_lib
 from clip_jax.reporting import comparisons as comparisons_lib
-from clip_jax.reporting import figures, inventory, sections, tables
+from clip_jax.reporting import figures, further_scores, inventory, sections, tables
 from clip_jax.reporting.page import Details, Fact, Figure, Figures, Heading, Text
 from clip_jax.stages.report import contrasts, panels
 from clip_jax.stages.report.facts import Facts
@@ -60,7 +60,8 @@ def accuracy(facts: Facts, accuracies: Accuracies, without_leaked: Accuracies) -
   ]
   rows = [_split_row(facts, name) for name in config.splits]
   shown = sections.accuracy_blocks(rows, benchmarks, accuracies, without_leaked)
-  shown += sections.recall_blocks(panels.recalls(facts))
+  shown += further_scores.recall_blocks(panels.recalls(facts))
+  shown += further_scores.few_shot_blocks(panels.few_shot(facts))
   return [*shown, *_unfinished_runs(facts), Fact(sections.PAPER_ANSWER)]
 
 
