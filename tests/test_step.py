@@ -103,9 +103,9 @@ def test_packed_captions_agree_on_one_device_and_eight(alone):
     np.testing.assert_allclose(losses, alone[1], rtol=5e-5)
 
 
-@pytest.mark.parametrize('loss', ['clip', 'siglip'])
 @pytest.mark.parametrize(
-  'devices, microbatches, is_packed', [(1, 2, False), (2, 8, False), (4, 2, True)]
+  'loss, devices, microbatches, is_packed',
+  [('siglip', 1, 2, False), ('clip', 2, 8, False), ('clip', 4, 2, True)],
 )
 def test_microbatches_equal_the_whole_batch(loss, devices, microbatches, is_packed):
   """With the gradient of the scale and of siglip's bias."""
