@@ -17,7 +17,7 @@ from clip_jax.pruning import splits as splits_lib
 from clip_jax.reporting import comparisons as comparisons_lib
 from clip_jax.reporting import figures, inventory, sections, tables
 from clip_jax.reporting.page import Details, Fact, Figure, Figures, Heading, Text
-from clip_jax.stages.report import contrasts, panels
+from clip_jax.stages.report import contrasts, embedder_answers, panels
 from clip_jax.stages.report.facts import Facts
 from clip_jax.stages.report.panels import Accuracies, looks
 
@@ -28,7 +28,7 @@ MOST_NAMED = 12  # runs that a sentence names
 
 
 def answer(facts: Facts, items: Sequence[dict]) -> list:
-  """Returns the headline figure, or a sentence about the results it needs."""
+  """Returns the headline figure or what it needs, and the answer under each embedder."""
   missing = (
     None
     if items
@@ -39,7 +39,10 @@ def answer(facts: Facts, items: Sequence[dict]) -> list:
     )
   )
   lines = panels.answers(facts.config, contrasts.headline(facts.config, items))
-  return sections.answer_blocks(lines, missing, looks())
+  return [
+    *sections.answer_blocks(lines, missing, looks()),
+    *embedder_answers.section(facts, items),
+  ]
 
 
 def accuracy(facts: Facts, accuracies: Accuracies, without_leaked: Accuracies) -> list:
