@@ -173,6 +173,20 @@ def sensitivity_row(work: Work, row: dict) -> Numbers:
   ]
 
 
+def embedder_row(work: Work, row: dict) -> Numbers:
+  found = [row['removed'], percent(row['removed'] / row['candidates'])]
+  if row['also_removed'] is not None:
+    found += [row['also_removed'], percent(row['also_removed'] / row['removed'])]
+  of_loss = {k.removeprefix('difference_'): v for k, v in row.items()}
+  found += interval(of_loss) + rests(of_loss)
+  if row.get('share_value') is not None:
+    return found + [percent(row[f'share_{k}']) for k in ('value', 'low', 'high')]
+  if row.get('share_method'):  # the reason: the lead of the control over the anchor alone
+    lead = main.lead(work, row['split'], row['benchmark'], row['control'])
+    found += [percent(x) for x in (lead.value, lead.low, lead.high) if x is not None]
+  return found
+
+
 def grid(first: str, value: str, scale, extra=None):
   """Rows of a page's table that hold several rows of the file, in its order."""
 
@@ -243,6 +257,7 @@ ROWS = {
   'training': training_row,
   'size_against_random': lambda work, row: interval(row) + rests(row),
   'sensitivity': sensitivity_row,
+  'embedders': embedder_row,
   'rows_by_slack': same,
   'cut_by_size': same,
   'overlap': same,

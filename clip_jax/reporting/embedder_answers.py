@@ -37,7 +37,7 @@ def blocks_of(rows: Sequence[Row]) -> list:
     Cell('benchmark', 'split'),
     Cell('embedder'),
     tables.number_cell('rows removed', 'of the candidates'),
-    tables.number_cell('also removed under the main embedder', 'of the rows removed'),
+    tables.number_cell('also removed', 'under the main embedder\nof the rows removed'),
     Cell('control', 'its balance'),
     Cell('difference, points', 'what it rests on'),
     Cell('E\u2032'),
