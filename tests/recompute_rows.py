@@ -181,10 +181,12 @@ def embedder_row(work: Work, row: dict) -> Numbers:
   found += interval(of_loss) + rests(of_loss)
   if row.get('share_value') is not None:
     return found + [percent(row[f'share_{k}']) for k in ('value', 'low', 'high')]
-  if row.get('share_method'):  # the reason: the lead of the control over the anchor alone
-    lead = main.lead(work, row['split'], row['benchmark'], row['control'])
-    found += [percent(x) for x in (lead.value, lead.low, lead.high) if x is not None]
-  return found
+  lead = main.lead(work, row['split'], row['benchmark'], row['control'])
+  if row['control_kind'] == 'base' or not lead:
+    return found
+  if lead.low is not None and lead.low > 0:  # a share of fewer than three seeds
+    return [*found, None, None, None]
+  return found + [percent(x) for x in (lead.value, lead.low, lead.high) if x is not None]
 
 
 def grid(first: str, value: str, scale, extra=None):
