@@ -177,12 +177,11 @@ def embedder_row(work: Work, row: dict) -> Numbers:
   found = [row['removed'], percent(row['removed'] / row['candidates'])]
   if row['also_removed'] is not None:
     found += [row['also_removed'], percent(row['also_removed'] / row['removed'])]
-  of_loss = {k.removeprefix('difference_'): v for k, v in row.items()}
-  found += interval(of_loss) + rests(of_loss)
+  found += interval(row) + rests(row)
   if row.get('share_value') is not None:
     return found + [percent(row[f'share_{k}']) for k in ('value', 'low', 'high')]
   lead = main.lead(work, row['split'], row['benchmark'], row['control'])
-  if row['control_kind'] == 'base' or not lead:
+  if row['control_rule'] == 'all' or not lead:
     return found
   if lead.low is not None and lead.low > 0:  # a share of fewer than three seeds
     return [*found, None, None, None]

@@ -263,11 +263,10 @@ def embedders(work: Work, skipped: list[str]) -> Iterator[tuple[str, Table]]:
       row |= {'removed': int(gone.sum()), 'candidates': total, 'also_removed': None}
       if row['embedder'] and main:
         row['also_removed'] = int((gone & work.removed(main)).sum())
-      kind = '' if control else 'base'
       name = 'against_control' if control else 'against_base'
       found = differences(work, split, benchmark)[name]
-      row |= {'control': control or base_of(work)} | numbers(found, 'difference_')
-      row['control_kind'] = kind or controls(work, split)['control_rule']
+      row |= {'control': control or base_of(work)} | numbers(found)
+      row['control_rule'] = controls(work, split)['control_rule'] if control else 'all'
       if found.seeds > 2 and control and (anchor := work.with_rule('anchor')):
         share = explained(work, split, benchmark, control, anchor)
         row |= {f'share_{key}': share[key] for key in ('value', 'low', 'high', 'method')}

@@ -303,8 +303,8 @@ def test_cells_and_records():
   assert found.rows[2][5].text == '\u2013' and found.rows[2][4].detail == ''
   assert 'Fewer than 12 groups (sketch: 8 groups)' in found.notes[1]
   first, _, last = found.records
-  assert first['difference_value'] == -0.1 and first['unbalanced'] == ''
-  assert last['difference_value'] is None and last['control_kind'] is None
+  assert first['value'] == -0.1 and first['unbalanced'] == '' and first['split'] == HOG
+  assert last['value'] is None and last['control_rule'] is None
   assert all(record.keys() == first.keys() for record in found.records)
 
 

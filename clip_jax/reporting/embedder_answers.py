@@ -94,19 +94,16 @@ def _share_cell(share: Any) -> Cell:
 
 def _record(row: Row) -> dict[str, Any]:
   """Returns the row for the CSV, in proportions."""
-  share, balance = row['share'], row['balance']
+  loss, share, balance = row['loss'], row['share'], row['balance']
+  rule = None if balance is None else {'base': 'all'}.get(balance.kind, balance.kind)
   names = ('benchmark', 'split', 'embedder', 'removed', 'candidates', 'also_removed', 'control')
   return {
     **{key: row[key] for key in names},
-    'control_kind': balance and balance.kind,
+    'control_rule': rule,
     'unbalanced': balance and '; '.join(balance.unbalanced),
+    **(dict.fromkeys(tables.ESTIMATE) if loss is None else tables.estimate_record(loss)),
     **{
-      f'difference_{key}': getattr(row['loss'], key) if row['loss'] is not None else None
-      for key in tables.ESTIMATE
+      f'share_{key}': share and getattr(share, key)
+      for key in ('value', 'low', 'high', 'method', 'reason')
     },
-    **{
-      f'share_{key}': getattr(share, key) if share is not None else None
-      for key in ('value', 'low', 'high', 'method')
-    },
-    'share_reason': share and share.reason,
   }
