@@ -154,6 +154,7 @@ def test_the_answer_names_each_embedder(finished):
     'no matched control exists), under the embedder hog',
     'Cosines of different embedders are not comparable',
     'Similarities in this section are those of the main embedder (pca).',
+    'Embedder (hog)',
   ):
     assert words in text, words
 

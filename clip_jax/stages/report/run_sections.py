@@ -13,6 +13,7 @@ from clip_jax.core import progress
 from clip_jax.core.products import STAGES
 from clip_jax.evaluation import retrieval
 from clip_jax.experiment import blocks, workdir
+from clip_jax.experiment.experiment import Experiment
 from clip_jax.pruning import splits as splits_lib
 from clip_jax.reporting import comparisons as comparisons_lib
 from clip_jax.reporting import figures, inventory, sections, tables
@@ -258,7 +259,10 @@ def _settings(facts: Facts) -> list[tuple[str, str]]:
   settings = [
     ('Command', workdir.stage_seconds(facts.x).get('command') or 'missing in the log'),
     ('Work directory', facts.x.workdir),
-    ('Embedder', _embedder(facts)),
+    *(
+      (f'Embedder{view.suffix}', _embedder(view))
+      for view in dict.fromkeys([facts.x, *map(facts.x.for_split, config.splits)])
+    ),
     (
       'Search',
       f'{config.search.backend}, '
@@ -299,8 +303,8 @@ def _settings(facts: Facts) -> list[tuple[str, str]]:
   ]
 
 
-def _embedder(facts: Facts) -> str:
-  block, about = facts.config.embedder, workdir.embedder_json(facts.x)
+def _embedder(x: Experiment) -> str:
+  block, about = x.embedder_block, workdir.embedder_json(x)
   if block.source == 'files':
     return 'embeddings read from files'
   kind = [block.source, f'seed {block.seed}']
