@@ -633,7 +633,10 @@ MEANINGS = {
   'report/figures/comparisons.svg': {'': 'each aligned split minus its control'},
   'report/figures/dedup_recall.svg': {'': 'share of duplicate pairs found by number of clusters'},
   'report/figures/dose_<benchmark>.svg': {
-    '': 'difference to the control by number of removed rows'
+    '': (
+      'difference to the control by number of removed rows; `_<embedder>` follows for splits of a '
+      'further embedder'
+    )
   },
   'report/figures/loss.svg': {'': 'training loss of all runs'},
   'report/figures/plane_<benchmark>.svg': {
@@ -650,7 +653,12 @@ MEANINGS = {
   'report/figures/training_<benchmark>.svg': {
     '': 'accuracy of checkpoints by samples seen, from `accuracy.jsonl` of the runs'
   },
-  'report/figures/size_<benchmark>.svg': {'': 'accuracy of near- and far-pruned splits by size'},
+  'report/figures/size_<benchmark>.svg': {
+    '': (
+      'accuracy of near- and far-pruned splits by size; `_<embedder>` follows for splits of a '
+      'further embedder'
+    )
+  },
   'report/tables/accuracy.csv': _ACCURACY,
   'report/tables/accuracy_seeds_<n>.csv': _ACCURACY,
   'report/tables/retrieval.csv': {

@@ -52,7 +52,7 @@ def config(keys: pathlib.Path):
   c.splits.random_75.export = ('array_record',)
   defaults.add_doses(c, 'dose', benchmarks=('handwriting',), doses=(0.5,))
   # The same question under another embedder.
-  c.splits.by_hog = defaults.split(
+  c.splits.pruned_hog = defaults.split(
     rule='gap_aligned', benchmarks=('handwriting',), embedder='hog', seeds=(0,)
   )
   c.splits.five_nearest = defaults.split(rule='k_aligned', k=5, benchmarks=('handwriting',))
