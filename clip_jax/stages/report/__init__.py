@@ -346,7 +346,7 @@ def _removed(facts: Facts) -> list[list[str]]:
   """Returns lines of cells: the number of rows that each finished split removes."""
   lines = [
     [
-      name,
+      f'{name}{facts.x.for_split(name).suffix}',
       f'{about["dropped"]:,} rows',
       tables.share(about['dropped'] / max(about['candidates'], 1)),
     ]

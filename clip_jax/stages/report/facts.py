@@ -120,7 +120,10 @@ class Facts:
   def for_split(self, split: str) -> 'Facts':
     """Returns the facts with the nearest neighbours by the embedder of a split."""
     view = self.x.for_split(split)
-    return self if view is self.x else dataclasses.replace(self, query_results=_searched(view))
+    if view is self.x:
+      return self
+    searched = view.cached('query results', lambda: _searched(view))
+    return dataclasses.replace(self, query_results=searched)
 
   @functools.cached_property
   def candidates(self) -> Array | None:  # [N] bool
