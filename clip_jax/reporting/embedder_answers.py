@@ -46,15 +46,7 @@ def blocks_of(rows: Sequence[Row]) -> list:
   notes = (NOTE, *tables.few_groups({row['benchmark']: row['loss'].groups for row in known}))
   return [
     Heading('The answer under each embedder'),
-    Table(
-      'embedders',
-      '',
-      heads,
-      tuple(map(_cells, rows)),
-      notes,
-      tuple(map(_record, rows)),
-      stacked=True,
-    ),
+    Table('embedders', '', heads, tuple(map(_cells, rows)), notes, tuple(map(_record, rows))),
   ]
 
 
