@@ -493,6 +493,9 @@ SPLIT = {
   # caption (captions with given words) | clusters (k-means clusters near reference images)
   'rule': Key('all'),
   'append_anchor': Key(True),  # add the anchor's rows
+  # gap_aligned, k_aligned, near, far, below: a name in config.embedders, whose similarities the
+  # rule reads; '': those of config.embedder. A matched control has the embedder of its split `to`.
+  'embedder': Key(''),
   'seeds': Key(()),  # training seeds of this split; (): train.seeds
   # 'samples' | 'epochs', as train.budget, for this split; '': train.budget. The same split under a
   # second name and budget compares equal samples with equal passes.
@@ -536,7 +539,8 @@ def get_config() -> Config:
   # name -> reference(...), for the rules domain_removal and clusters
   c.references = ConfigDict()
   c.splits = ConfigDict()  # name -> split(...); add_doses(config, ...) adds a dose curve
-  # name -> embedder(...): further ones, for dedup.embedder, prune.sensitivity and prune.preview
+  # name -> embedder(...): further ones, for the key `embedder` of splits, dedup.embedder,
+  # prune.sensitivity and prune.preview
   c.embedders = ConfigDict()
   c.cache_dir = ''  # local copies of remote files that are memory-mapped; '': WORKDIR/cache
   for name, keys in BLOCKS.items():
@@ -593,14 +597,18 @@ def add_doses(
   *,
   benchmarks: tuple[str, ...],
   doses: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0, 1.25),
+  embedder: str = '',
   **given,
 ) -> None:
   """Adds a dose curve to config.splits: aligned splits, each with its matched control.
 
   A dose is the number of dropped rows as a multiple of what slack 0 drops. The splits are called
-  `name`_25, `name`_25_matched, ... (dose in percent). `given`: further keys of all of them (seeds).
+  `name`_25, `name`_25_matched, ... (dose in percent). embedder: of the aligned splits, which their
+  controls take over. `given`: further keys of all of them (seeds).
   """
   for dose in doses:
     aligned = f'{name}_{100 * dose:g}'.replace('.', '_')
-    config.splits[aligned] = split(rule='gap_aligned', benchmarks=benchmarks, dose=dose, **given)
+    config.splits[aligned] = split(
+      rule='gap_aligned', benchmarks=benchmarks, dose=dose, embedder=embedder, **given
+    )
     config.splits[f'{aligned}_matched'] = split(rule='matched', to=aligned, **given)

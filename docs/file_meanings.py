@@ -394,7 +394,7 @@ MEANINGS = {
   'splits/<split>/queries-<benchmark>.npz': {
     'removed_over': 'removed rows over the threshold of each query, -1 for an unusable query',
     'removed_near': 'removed rows over or near the threshold of each query',
-    'anchor_cosine': 'cosine of the query and its nearest anchor row',
+    'anchor_cosine': 'cosine of the query and its nearest anchor row, by the main embedder',
   },
   'splits/<split>/held-back-<benchmark>.npz': {
     'aligned': 'whether each query counts for the split; the others are held back (key `queries`)',
@@ -411,6 +411,10 @@ MEANINGS = {
   },
   'splits/<split>/split.json': {
     'rule': 'rule of the split',
+    'embedder': (
+      'name in `embedders` of the embedder whose similarities the split reads, empty for the main '
+      'embedder'
+    ),
     'parameters': 'keys of the rule with their values',
     'candidates': 'pool rows that may be in a split: usable, no duplicates, no anchor rows',
     'pool_size': 'rows of the pool',
@@ -631,7 +635,10 @@ MEANINGS = {
   'report/figures/comparisons.svg': {'': 'each aligned split minus its control'},
   'report/figures/dedup_recall.svg': {'': 'share of duplicate pairs found by number of clusters'},
   'report/figures/dose_<benchmark>.svg': {
-    '': 'difference to the control by number of removed rows'
+    '': (
+      'difference to the control by number of removed rows; `_<embedder>` follows for splits of a '
+      'further embedder'
+    )
   },
   'report/figures/loss.svg': {'': 'training loss of all runs'},
   'report/figures/plane_<benchmark>.svg': {
@@ -648,7 +655,12 @@ MEANINGS = {
   'report/figures/training_<benchmark>.svg': {
     '': 'accuracy of checkpoints by samples seen, from `accuracy.jsonl` of the runs'
   },
-  'report/figures/size_<benchmark>.svg': {'': 'accuracy of near- and far-pruned splits by size'},
+  'report/figures/size_<benchmark>.svg': {
+    '': (
+      'accuracy of near- and far-pruned splits by size; `_<embedder>` follows for splits of a '
+      'further embedder'
+    )
+  },
   'report/tables/accuracy.csv': _ACCURACY,
   'report/tables/accuracy_seeds_<n>.csv': _ACCURACY,
   'report/tables/retrieval.csv': {
@@ -762,6 +774,20 @@ MEANINGS = {
     'anchor_low': 'lower end of its 95 % Wilson interval',
     'anchor_high': 'upper end of its 95 % Wilson interval',
     'exact_anchor': 'queries with an exact duplicate in the anchor',
+  },
+  'report/tables/embedders.csv': {
+    'embedder': 'name in `embedders`, empty for the main embedder',
+    'removed': 'candidates that the split removes',
+    'candidates': 'number of candidates',
+    'also_removed': 'of `removed`, those that the split of the main embedder removes as well',
+    'control_rule': '`matched`, `random` (no matched control exists) or `all` (base; no control)',
+    'unbalanced': 'variables in which control and split differ beside similarity',
+    'value': 'accuracy of the split minus that of its control, mean over shared seeds',
+    'share_value': "share of the control's lead over the reference that is lost (E′)",
+    'share_low': 'lower end of its 95 % interval',
+    'share_high': 'upper end of its 95 % interval',
+    'share_method': 'of its interval, as `method`',
+    'share_reason': 'why there is no share',
   },
   'report/tables/held_back.csv': {
     'control_rule': '`random` or `all` (base)',

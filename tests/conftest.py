@@ -36,6 +36,7 @@ hypothesis.settings.load_profile('same')
 
 LONGEST = (
   'end_to_end',
+  'embedder_answers',
   'add_one',
   'bad_input',
   'stages',

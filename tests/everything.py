@@ -51,6 +51,10 @@ def config(keys: pathlib.Path):
   c.splits.handwriting_pruned.export = ('webdataset', *key_lists.KEPT, *key_lists.REMOVED)
   c.splits.random_75.export = ('array_record',)
   defaults.add_doses(c, 'dose', benchmarks=('handwriting',), doses=(0.5,))
+  # The same question under another embedder.
+  c.splits.pruned_hog = defaults.split(
+    rule='gap_aligned', benchmarks=('handwriting',), embedder='hog', seeds=(0,)
+  )
   c.splits.five_nearest = defaults.split(rule='k_aligned', k=5, benchmarks=('handwriting',))
   c.splits.half = defaults.split(
     rule='gap_aligned', benchmarks=('handwriting',), queries=(0.0, 0.5)

@@ -178,13 +178,17 @@ class PageChecks:
 
   def of_answer(self, text: str) -> list[tuple[str, list]]:
     """Sentences of the answer for the benchmark that its line names first."""
+    named = re.search(r'under the (?:main embedder|embedder (\S+))', text)
     for pair in self.pairs:
       start = text[: text.find(',')]
+      if named and self.work.embedder(pair[0]) != (named.group(1) or ''):
+        continue
       if re.search(rf'\b{re.escape(pair[1])}\b', start):
         runs = sentences.marked_runs(self.work, *pair)
         shown = len(re.findall(r'/seed\d+', text))
         return [*self.known[pair], (' and # more', [len(runs) - shown])]
-    return []
+    embedders = {self.work.embedder(split) for split, _ in self.pairs}
+    return [('this pool and # embedders', [len(embedders)])]
 
   def row(self, name: str, block: recompute_text.Block) -> bool:
     """Checks a table's row as a whole; False if it is to be read as a sentence."""

@@ -247,6 +247,7 @@ def sensitivity(work: Work, skipped: list[str]) -> Iterator[tuple[str, Table]]:
   """The rows that the same rule would remove with another embedder's vectors."""
   rows, inside = [], work.candidates
   of_rules = [s for s in work.selected() if work.settings(s)['rule'] != 'k_aligned']
+  of_rules = [s for s in of_rules if not work.embedder(s)]
   for split in (s for s in of_rules if not work.settings(s)['dose']):
     for embedder in work.config['prune']['sensitivity']:
       here, there = (work.order(split, e)[inside] for e in ('', embedder))

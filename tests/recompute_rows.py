@@ -175,6 +175,21 @@ def sensitivity_row(work: Work, row: dict) -> Numbers:
   ]
 
 
+def embedder_row(work: Work, row: dict) -> Numbers:
+  found = [row['removed'], percent(row['removed'] / row['candidates'])]
+  if row['also_removed'] is not None:
+    found += [row['also_removed'], percent(row['also_removed'] / row['removed'])]
+  found += interval(row) + rests(row)
+  if row.get('share_value') is not None:
+    return found + [percent(row[f'share_{k}']) for k in ('value', 'low', 'high')]
+  lead = main.lead(work, row['split'], row['benchmark'], row['control'])
+  if row['control_rule'] == 'all' or not lead:
+    return found
+  if lead.low is not None and lead.low > 0:  # a share of fewer than three seeds
+    return [*found, None, None, None]
+  return found + [percent(x) for x in (lead.value, lead.low, lead.high) if x is not None]
+
+
 def grid(first: str, value: str, scale, extra=None):
   """Rows of a page's table that hold several rows of the file, in its order."""
 
@@ -267,6 +282,7 @@ ROWS = {
   'training': training_row,
   'size_against_random': lambda work, row: interval(row) + rests(row),
   'sensitivity': sensitivity_row,
+  'embedders': embedder_row,
   'rows_by_slack': same,
   'cut_by_size': same,
   'overlap': same,

@@ -138,7 +138,9 @@ def comparison(work: Work, split: str, benchmark: str, skipped: list[str]) -> li
     for name, other in (('E', base), ('E_control', control)):
       if other and anchor:
         rows.append({'what': name} | explained(work, split, benchmark, other, anchor))
-    lost = np.maximum(work.to_pool(benchmark) - work.threshold(benchmark), 0)[images]
+    embedder = work.embedder(split)
+    nearer = work.to_pool(benchmark, embedder) - work.threshold(benchmark, embedder)
+    lost = np.maximum(nearer, 0)[images]
     rows.append(
       {'what': 'dose_slope'} | numbers(formulas.dose_slope(one, two, lost, labels, groups))
     )
@@ -198,8 +200,9 @@ def placebo(work: Work, split: str, benchmark: str, reference: str) -> formulas.
 
 def hit_and_unhit(work: Work, split: str, benchmark: str) -> tuple[np.ndarray, np.ndarray]:
   """Aligned queries with a removed row over t_i, and with none over t_i - 0.02."""
-  highest = work.similarities(benchmark)[work.removed(split)].max(0)
-  t, images = work.threshold(benchmark), work.aligned_queries(benchmark, split)
+  embedder = work.embedder(split)
+  highest = work.similarities(benchmark, embedder)[work.removed(split)].max(0)
+  t, images = work.threshold(benchmark, embedder), work.aligned_queries(benchmark, split)
   return (highest > t) & images, (highest <= t - 0.02) & images
 
 
@@ -240,6 +243,37 @@ def mcnemar(work: Work, split: str, benchmark: str) -> Table:
       }
     )
   return Table(('seed',), rows)
+
+
+def embedders(work: Work, skipped: list[str]) -> Iterator[tuple[str, Table]]:
+  """The answer under each embedder: splits to slack 0 that differ in their embedder alone."""
+  groups: dict[tuple, list[tuple[str, str]]] = {}
+  for split, benchmark in work.aligned():
+    block = work.settings(split)
+    if block['rule'] != 'gap_aligned' or block['slack'] or block['quantile']:
+      continue
+    if not block['dose']:
+      alike = (benchmark, *sorted(block['benchmarks']), *block['queries'])
+      groups.setdefault(alike, []).append((split, benchmark))
+  rows, total = [], int(work.candidates.sum())
+  for pairs in groups.values():
+    main = next((split for split, _ in pairs if not work.embedder(split)), '')
+    for split, benchmark in pairs if len({work.embedder(s) for s, _ in pairs}) > 1 else ():
+      gone, control = work.removed(split), work.control(split)
+      row = {'benchmark': benchmark, 'split': split, 'embedder': work.embedder(split)}
+      row |= {'removed': int(gone.sum()), 'candidates': total, 'also_removed': None}
+      if row['embedder'] and main:
+        row['also_removed'] = int((gone & work.removed(main)).sum())
+      name = 'against_control' if control else 'against_base'
+      found = differences(work, split, benchmark)[name]
+      row |= {'control': control or base_of(work)} | numbers(found)
+      row['control_rule'] = controls(work, split)['control_rule'] if control else 'all'
+      if found.seeds > 2 and control and (anchor := work.with_rule('anchor')):
+        share = explained(work, split, benchmark, control, anchor)
+        row |= {f'share_{key}': share[key] for key in ('value', 'low', 'high', 'method')}
+      rows.append(row)
+  if rows:
+    yield 'embedders', Table(('benchmark', 'split'), rows, 1e-5)
 
 
 def held_back(work: Work, skipped: list[str]) -> Iterator[tuple[str, Table]]:
@@ -297,8 +331,8 @@ def groups_in_both(work: Work, split: str, benchmark: str) -> list[int]:
 def gone(work: Work, split: str, benchmark: str) -> dict:
   """Rows near held-back queries that went, and these queries' excess before and after."""
   held = ~work.aligned_queries(benchmark, split) & work.usable(benchmark)
-  t = work.threshold(benchmark)[held]
-  similarity = work.similarities(benchmark)[:, held]
+  t = work.threshold(benchmark, work.embedder(split))[held]
+  similarity = work.similarities(benchmark, work.embedder(split))[:, held]
   near = ((similarity - t).max(1) > 0) & work.candidates
   before, after = (
     float(np.maximum(similarity[rows].max(0) - t, 0).mean())
@@ -492,6 +526,7 @@ MAKERS = (
   retrieval,
   few_shot,
   comparisons,
+  embedders,
   held_back,
   bins,
   plane,

@@ -143,6 +143,13 @@ class Work:
     }
     return np.array([low <= hashes[g] < high for g in self.groups(benchmark).tolist()])
 
+  def embedder(self, split: str) -> str:
+    """The further embedder of a split's similarities: its own, or that of the splits it names."""
+    block = self.settings(split)
+    others = [name for name in (block.get('to'), *block.get('of', ())) if name]
+    named = {self.embedder(name) for name in others}
+    return block.get('embedder') or (named.pop() if len(named) == 1 else '')
+
   # vectors and rows
 
   def _folder(self, embedder: str) -> pathlib.Path:
@@ -207,9 +214,13 @@ class Work:
   def highest(self, benchmark: str, embedder: str = '') -> np.ndarray:  # [N] to the nearest query
     return self.similarities(benchmark, embedder).max(1)
 
-  def order(self, split: str, embedder: str = '') -> np.ndarray:  # [N]
-    """The value by which a rule removes rows, highest first: excess, or signed similarity."""
+  def order(self, split: str, embedder: str | None = None) -> np.ndarray:  # [N]
+    """The value by which a rule removes rows, highest first: excess, or signed similarity.
+
+    embedder: None for the split's own.
+    """
     block = self.settings(split)
+    embedder = self.embedder(split) if embedder is None else embedder
     names = block['benchmarks'] or self.benchmarks
     if block['rule'] in ALIGNED:
       return np.max([self.excess(b, split, embedder) for b in names], 0)
@@ -217,12 +228,12 @@ class Work:
     return found if block['rule'] == 'near' else -found
 
   @kept
-  def to_pool(self, benchmark: str) -> np.ndarray:  # [Q] s_i(pool)
-    return self.similarities(benchmark).max(0)
+  def to_pool(self, benchmark: str, embedder: str = '') -> np.ndarray:  # [Q] s_i(pool)
+    return self.similarities(benchmark, embedder).max(0)
 
   @kept
-  def class_column(self, name: str) -> np.ndarray:  # [N] of search/anchor_classes
-    files = shards(self.path / 'search' / 'anchor_classes', 'pool-*.npz')
+  def class_column(self, name: str, embedder: str) -> np.ndarray:  # [N] of search/anchor_classes
+    files = shards(self._folder(embedder) / 'search' / 'anchor_classes', 'pool-*.npz')
     return np.concatenate([np.load(f)[name] for f in files])
 
   def excess_of_queries(self, benchmark: str) -> np.ndarray:  # [Q] s_i(pool) - t_i
@@ -264,8 +275,7 @@ class Work:
   @kept
   def donors(self, split: str) -> float:
     """Share of the removed rows without a donor in their full cell."""
-    gone = self.removed(split)
-    return self._without_donor(gone)
+    return self._without_donor(self.removed(split), self.embedder(split))
 
   def random_donors(self, split: str, draws: int = 40) -> tuple[float, float]:
     """Lowest and highest such share over draws that remove as many random rows."""
@@ -274,20 +284,20 @@ class Work:
     for _ in range(draws):
       gone = np.zeros(len(self.candidates), bool)
       gone[rng.choice(rows, self.removed(split).sum(), replace=False)] = True
-      shares.append(self._without_donor(gone))
+      shares.append(self._without_donor(gone, self.embedder(split)))
     spread = np.std(shares)
     return float(np.mean(shares) - 5 * spread), float(np.mean(shares) + 5 * spread)
 
-  def _without_donor(self, gone: np.ndarray) -> float:
-    cells, removed = self._cells, gone[self.candidates]
+  def _without_donor(self, gone: np.ndarray, embedder: str) -> float:
+    cells, removed = self._cells(embedder), gone[self.candidates]
     size = cells.max() + 1
     of_gone, of_all = np.bincount(cells[removed], minlength=size), np.bincount(cells)
     return float(np.maximum(0, 2 * of_gone - of_all).sum() / removed.sum())
 
-  @functools.cached_property
-  def _cells(self) -> np.ndarray:  # [candidates] number of the cell
+  @kept
+  def _cells(self, embedder: str) -> np.ndarray:  # [candidates] number of the cell
     """Nearest anchor class, quintiles of its similarity and of caption length, domain, size."""
-    variables = self.variables()
+    variables = self.variables(embedder)
     parts = [variables['anchor_class'], variables['domain']]
     if 'caption_names_class' in variables:
       parts.append(variables['caption_names_class'])
@@ -297,30 +307,31 @@ class Work:
     codes = [np.unique(part, return_inverse=True)[1] for part in parts]
     return np.unique(np.stack(codes, 1), axis=0, return_inverse=True)[1].ravel()
 
-  def variables(self) -> dict[str, np.ndarray]:  # [candidates] each
-    """What matched rows are alike in."""
+  def variables(self, embedder: str) -> dict[str, np.ndarray]:  # [candidates] each
+    """What matched rows are alike in; the class and its similarity are those of an embedder."""
     meta, column = self.meta('pool'), self.config['pool']['domain_column']
     found = {
-      'anchor_class_similarity': self.class_column('similarity').astype(float),
+      'anchor_class_similarity': self.class_column('similarity', embedder).astype(float),
       'caption_length': np.array([float(len(c)) for c in meta['caption']]),
       'image_pixels': np.array(meta['width'], float) * np.array(meta['height'], float),
-      'anchor_class': self.class_column('nearest'),
+      'anchor_class': self.class_column('nearest', embedder),
       'domain': np.array([d or '' for d in meta[column]]) if column else None,
     }
     if found['domain'] is None:
       found['domain'] = np.full(len(self.candidates), '')
-    if names := self.names_class():
+    if names := self.names_class(embedder):
       found['caption_names_class'] = np.array(names)
     return {name: values[self.candidates] for name, values in found.items()}
 
-  def names_class(self) -> list[float]:
+  def names_class(self, embedder: str) -> list[float]:
     """Whether each caption holds its nearest anchor class's name; [] if it is no variable."""
     draws = [d for n in self.splits for d in self.about(n)['draws'].values()]
     if not any('caption_names_class' in d.get('standardised_differences', {}) for d in draws):
       return []
     plain = lambda text: ' '.join(re.sub(r'[_-]', ' ', text.casefold()).split())
     names = [re.compile(rf'\b{re.escape(plain(n))}\b') for n in self.config['anchor']['classes']]
-    pairs = zip(self.meta('pool')['caption'], self.class_column('nearest').tolist(), strict=True)
+    nearest = self.class_column('nearest', embedder).tolist()
+    pairs = zip(self.meta('pool')['caption'], nearest, strict=True)
     return [float(bool(names[c].search(plain(caption)))) for caption, c in pairs]
 
   def balance(self, split: str, control: str = '', draw: int = 0) -> dict[str, float]:
@@ -328,7 +339,7 @@ class Work:
     gone = self.removed(split)[self.candidates]
     drawn = self.removed(control, draw)[self.candidates] if control else ~gone
     result = {}
-    for name, values in self.variables().items():
+    for name, values in self.variables(self.embedder(split)).items():
       if name not in ('anchor_class', 'domain'):
         result[name] = formulas.standardised(values[gone], values[drawn])
         continue

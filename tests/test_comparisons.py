@@ -54,6 +54,7 @@ def item(**changes):
     'base': 'base',
     'control': 'like_gap',
     'rule': 'gap_aligned',
+    'embedder': '',
     'control_rule': 'matched',
     'balance': Control('matched', ()),
     'against_control': estimate(-0.05, -0.08, -0.02),

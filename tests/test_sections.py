@@ -182,6 +182,7 @@ def test_the_dose_has_a_table_with_shares_and_slacks():
     [
       {
         'name': 'val',
+        'embedder': '',
         'points': [{**point, 'split': 'gap', 'share': 1.0, 'low': None, 'high': None}, point],
       }
     ],
@@ -238,6 +239,7 @@ def test_bins_are_associations_and_few_is_grey():
 def test_sizes_are_drawn_on_one_scale_and_compared_with_random():
   panel = {
     'name': 'val',
+    'embedder': '',
     'base': None,
     'reference': None,
     'curves': {'near': [{'size': 5, 'accuracy': 0.5, 'low': None, 'high': None}]},
@@ -246,6 +248,7 @@ def test_sizes_are_drawn_on_one_scale_and_compared_with_random():
     {
       'split': 'near_5',
       'rule': 'near',
+      'embedder': '',
       'control': 'random_5',
       'benchmark': 'val',
       'estimate': estimate(-0.1, -0.2, 0.0, 'this checkpoint', 1),

@@ -56,6 +56,7 @@ def answer_sentence(
   *,
   unfinished: Sequence[str] = (),  # runs that are missing or not converged: 'base/seed0'
   split: str = '',  # named if several splits align to the benchmark, or if its slack is not 0
+  embedder: str = '',  # 'the embedder hog', named if the answer has more than the main one
 ) -> str:
   """Returns what the removal of the similar images costs, and a verdict where there can be one.
 
@@ -66,10 +67,11 @@ def answer_sentence(
   late = (
     f' Not finished or not converged: {", ".join(unfinished[:LISTED])}{more}.' if unfinished else ''
   )
+  under = f' under {embedder}' if embedder else ''
   if control is None or loss is None:
-    where = f'{queries}, by {split},' if split else queries
+    by = f', by {split or "alignment"}{under},' if split or under else ''
     return (
-      f'On {where} there is no answer: it needs the aligned split and its control or base, '
+      f'On {queries}{by} there is no answer: it needs the aligned split and its control or base, '
       f'evaluated.{late}'
     )
   removed = (
@@ -77,6 +79,7 @@ def answer_sentence(
     if split
     else 'the pool images that are nearer to these images than the anchor set'
   )
+  removed += under
   if control.unbalanced:
     because = f' ({control.reason})' if control.reason else ''
     causes = progress.join_names(['similarity', *control.causes])

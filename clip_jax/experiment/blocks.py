@@ -150,12 +150,21 @@ def is_prompts(config: Config, reference: str) -> bool:
   return config.references[reference].format == 'prompts'
 
 
+def searched_embedders(config: Config) -> set[str]:
+  """Returns the names in config.embedders whose search splits or prune.sensitivity read."""
+  return {
+    *config.prune.sensitivity,
+    *(split.embedder for split in config.splits.values() if split.embedder),
+  }
+
+
 def further_embedders(config: Config, stage: str = 'embed') -> list[str]:
   """Returns the names in config.embedders for which a stage runs, in their order.
 
-  dedup.embedder and prune.preview: stages embedder and embed; prune.sensitivity: also search.
+  dedup.embedder and prune.preview: stages embedder and embed; those of splits and
+  prune.sensitivity: also search.
   """
-  names = set(config.prune.sensitivity)
+  names = searched_embedders(config)
   if stage != 'search':
     names |= {config.prune.preview, config.dedup.embedder if config.dedup.enabled else ''}
   return [
@@ -170,7 +179,7 @@ def embedded_datasets(config: Config, embedder: str = '') -> list[str]:
   references.
   """
   names = list(datasets(config))
-  if not embedder or embedder in (*config.prune.sensitivity, config.prune.preview):
+  if not embedder or embedder in (*searched_embedders(config), config.prune.preview):
     return [name for name in names if not embedder or name not in config.references]
   return [name for name in names if name in (POOL, ANCHOR)]
 
@@ -180,11 +189,20 @@ def targets(config: Config, embedder: str = '') -> list[str]:
 
   They are benchmarks, ranges of a benchmark's queries, classes of a labelled anchor, references.
   """
-  ranges = [name for split in config.splits for name in split_targets(config, split)]
-  names = list(dict.fromkeys([*config.benchmarks, *ranges]))
+  names = list(dict.fromkeys([*config.benchmarks, *rule_targets(config, embedder)]))
   if has_anchor(config) and is_labelled(config.anchor):
     names.append(ANCHOR_CLASSES)
   return names if embedder else [*names, *config.references]
+
+
+def rule_targets(config: Config, embedder: str = '') -> list[str]:
+  """Returns the search targets that rules read of an embedder, each once.
+
+  prune.sensitivity applies the rules of the main embedder's splits to further embedders as well.
+  """
+  read = {embedder} | ({''} if embedder in config.prune.sensitivity else set())
+  splits = [split for split, block in config.splits.items() if block.embedder in read]
+  return list(dict.fromkeys(name for split in splits for name in split_targets(config, split)))
 
 
 def split_targets(config: Config, split: str) -> tuple[str, ...]:
@@ -263,6 +281,16 @@ def splits_needed_by(config: Config, split: str) -> list[str]:
   """Returns the splits on which a split depends, through its keys size_of, to and of."""
   block = config.splits[split]
   return [name for name in (block.size_of, block.to, *block.of) if name]
+
+
+def embedder_of(config: Config, split: str) -> str:
+  """Returns the embedder of a split's similarities: a name in config.embedders, '' the main one.
+
+  A matched control and a join have the embedder that the splits named in `to` and `of` share.
+  """
+  block = config.splits[split]
+  named = {embedder_of(config, other) for other in (block.to, *block.of) if other}
+  return block.embedder or (named.pop() if len(named) == 1 else '')
 
 
 def cluster_reference(config: Config, split: str) -> str:

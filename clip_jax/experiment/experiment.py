@@ -9,6 +9,7 @@ from typing import Any
 
 from clip_jax.core.products import EMBEDDERS
 from clip_jax.core.types import Config
+from clip_jax.experiment import blocks
 from clip_jax.experiment.graph import Graph
 
 _LOCK = threading.RLock()
@@ -37,6 +38,10 @@ class Experiment:
       view.__dict__.update(graph=self.graph, _views=self._views)
       self._views[embedder] = view
     return self._views[embedder]
+
+  def for_split(self, split: str) -> 'Experiment':
+    """Returns this experiment with the embedder whose similarities a split reads."""
+    return self.with_embedder(blocks.embedder_of(self.config, split))
 
   @functools.cached_property
   def _views(self) -> dict[str, 'Experiment']:

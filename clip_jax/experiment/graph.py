@@ -443,27 +443,33 @@ class Graph:
     )
 
   @_cached
-  def anchor_lists(self, benchmark: str, k: int) -> Product:
+  def anchor_lists(self, benchmark: str, k: int, embedder: str = '') -> Product:
     """Returns the k nearest anchor rows of each query (rule k_aligned)."""
-    reads = (*self.embeddings(ANCHOR), *self.embeddings(benchmark))
     return Product(
-      f'search/{benchmark}/anchor-k{k}', 'anchor lists', (benchmark, k), {'splits.k': k}, reads
+      f'{_embedder_folder(embedder)}search/{benchmark}/anchor-k{k}',
+      'anchor lists',
+      (benchmark, k),
+      {'splits.k': k},
+      (*self.embeddings(ANCHOR, embedder), *self.embeddings(benchmark, embedder)),
+      embedder=embedder,
     )
 
   @_cached
-  def pairs(self, benchmark: str, k: int) -> list[Product]:
+  def pairs(self, benchmark: str, k: int, embedder: str = '') -> list[Product]:
     """Returns the (query, pool row) pairs nearer than the k-th anchor row, one product a shard."""
-    searched = zip(self.search_shards(benchmark), self.embeddings(POOL), strict=True)
+    home = f'{_embedder_folder(embedder)}search/{benchmark}/pairs-k{k}'
+    read = (self.search_shards(benchmark, embedder), self.embeddings(POOL, embedder))
     return [
       Product(
-        f'search/{benchmark}/pairs-k{k}-{i:05d}',
+        f'{home}-{i:05d}',
         'pairs',
         (benchmark, k, i),
         {'splits.k': k},
-        (self.anchor_lists(benchmark, k), *parts),
-        batch=f'search/{benchmark}/pairs-k{k}',
+        (self.anchor_lists(benchmark, k, embedder), *parts),
+        embedder=embedder,
+        batch=home,
       )
-      for i, parts in enumerate(searched)
+      for i, parts in enumerate(zip(*read, strict=True))
     ]
 
   def duplicates(self, benchmark: str) -> Product:
@@ -520,13 +526,13 @@ class Graph:
       products += [self.queries(name, embedder) for name in config.benchmarks]
     products += [self.duplicates(name) for name in config.benchmarks]
     k_aligned = {
-      (name, split.k)
+      (split.embedder, name, split.k)
       for split in config.splits.values()
       if split.rule == 'k_aligned'
       for name in split.benchmarks
     }
-    for name, k in sorted(k_aligned):
-      products += [self.anchor_lists(name, k), *self.pairs(name, k)]
+    for embedder, name, k in sorted(k_aligned):
+      products += [self.anchor_lists(name, k, embedder), *self.pairs(name, k, embedder)]
     if config.search.paper_top_k and blocks.has_anchor(config) and not self._is_scann():
       products += [self.truncation(name) for name in config.benchmarks]
     if config.benchmarks and not self._is_scann():  # ScaNN does not score every row
@@ -571,6 +577,7 @@ class Graph:
     A drawn split (its rule samples rows at random) has one product per seed, any other split one.
     """
     config, block, rule = self.config, self.config.splits[split], blocks.rule_of(self.config, split)
+    embedder = blocks.embedder_of(config, split)  # it counts through the search shards
     keys = {f'splits.{key}': value for key, value in blocks.parameters(config, split).items()}
     # The search shards of a range of queries are inputs, so the range is in their fingerprints.
     keys.pop('splits.queries', None)
@@ -597,9 +604,10 @@ class Graph:
     for name in (
       *blocks.split_targets(config, split),
       *([ANCHOR_CLASSES] if 'anchor_classes' in rule.needs else []),
-      *([block.reference] if 'levels' in rule.needs and block.reference else []),
     ):
-      inputs += self.search_shards(name)
+      inputs += self.search_shards(name, embedder)
+    if 'levels' in rule.needs and block.reference:
+      inputs += self.search_shards(block.reference)
     if 'anchor_classes' in rule.needs:
       domain_keys, domain_products = self._domains()
       keys |= domain_keys
@@ -610,14 +618,17 @@ class Graph:
       inputs += self.image_text()
     if 'pairs' in rule.needs:
       for name in block.benchmarks:
-        inputs += [self.anchor_lists(name, block.k), *self.pairs(name, block.k)]
+        inputs += [
+          self.anchor_lists(name, block.k, embedder),
+          *self.pairs(name, block.k, embedder),
+        ]
     inputs += [
       self.rows(other, blocks.seed_of(config, split, other, seed))
       for other in blocks.splits_needed_by(config, split)
     ]
     # Untracked: a split reads only the thresholds of `queries`, which depend on the same embeddings
     # as the search shards. A larger top_k changes `queries`, but not the rows.
-    thresholds = tuple(self.queries(name) for name in block.benchmarks)
+    thresholds = tuple(self.queries(name, embedder) for name in block.benchmarks)
     return Product(
       rows_name(config, split, seed),
       'rows',
@@ -644,7 +655,12 @@ class Graph:
       ],
     )
     reads = [self.rows(split, seed) for seed in blocks.row_file_seeds(self.config, split)]
-    reads += [self.queries(name) for name in self.config.splits[split].benchmarks]
+    # The main embedder's, too: it tells which queries have a duplicate in the anchor.
+    reads += [
+      self.queries(name, embedder)
+      for embedder in dict.fromkeys((blocks.embedder_of(self.config, split), ''))
+      for name in self.config.splits[split].benchmarks
+    ]
     rule = blocks.rule_of(self.config, split)
     if rule.selects or 'anchor_classes' in rule.needs:
       domain_keys, domain_products = self._domains()
@@ -781,12 +797,14 @@ class Graph:
   def _report(self) -> list[Product]:
     """Returns the page. It reads all finished products, so it is made again after any change."""
     config = self.config
-    keys = blocks.pick_keys(config, [*_ON_PAGE, *blocks.recipe(config)]) | {
-      'datasets': list(blocks.datasets(config))
-    }
+    keys: dict = blocks.pick_keys(config, [*_ON_PAGE, *blocks.recipe(config)])
+    keys['datasets'] = list(blocks.datasets(config))
     image_folders = [
       part.images for name in blocks.datasets(config) for part in blocks.source_blocks(config, name)
     ]
+    for split in keys['splits'].values():  # a key of a later version, as in _ADDED
+      if not split['embedder']:
+        del split['embedder']
     if any(image_folders):  # shown in galleries of vector datasets; no other product reads them
       keys['images'] = image_folders
     return [

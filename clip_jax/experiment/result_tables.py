@@ -15,6 +15,7 @@ from clip_jax.experiment.blocks import POOL
 
 SPLIT = (
   'rule',
+  'embedder',
   'candidates',
   'pool_rows',
   'anchor_rows',

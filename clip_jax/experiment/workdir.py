@@ -421,7 +421,8 @@ def skipped_samples(x: Experiment, dataset: str) -> list[dict]:
 
 def embedder_json(x: Experiment) -> dict:
   """Returns the description of the embedder, {} before it is made."""
-  return read_json(x, 'embedder', 'embedder.json')
+  path = x.embedder_path('embedder', 'embedder.json')
+  return files.read_json(path) if os.path.exists(path) else {}
 
 
 def versions(x: Experiment) -> dict:

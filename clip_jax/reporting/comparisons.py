@@ -16,6 +16,7 @@ Item = Mapping[str, Any]
 # An item is one aligned split on one of its own benchmarks. Missing values are None.
 #   split, benchmark, base, control: names (control may be None)
 #   rule: of the split                    control_rule: 'matched' | 'random'
+#   embedder: a further embedder, ''
 #   balance: .unbalanced: names of what differs between control and split beside similarity
 #            .causes: the same in words, the largest with their differences
 #        against_control, against_base, bootstrap: estimates
@@ -74,9 +75,9 @@ def _family(items: Sequence[Item]) -> Text:
     )
   return Text(
     f'Confirmatory family: {progress.count_with_noun(tests, "test")} of a difference, one for each '
-    'aligned split of the answer against its matched control (one split for each set of '
-    'benchmarks), adjusted by Holm\u2019s method. \u201cNo loss\u201d is the equivalence test of '
-    'the same comparisons, a second family with its own adjustment: the 90 % interval must lie '
+    'aligned split of the answer against its matched control (one split for each embedder and set '
+    'of benchmarks), adjusted by Holm\u2019s method. \u201cNo loss\u201d is the equivalence test '
+    'of the same comparisons, a second family with its own adjustment: the 90 % interval must lie '
     'inside the margin. Everything else is an estimate with an interval and supports no claim.',
     'muted',
   )
@@ -117,14 +118,14 @@ def _figure(items: Sequence[Item], looks: figures.Looks) -> Figure:
 
 
 def _control_words(item: Item) -> str:
+  under = f', under the embedder {item["embedder"]}' if item['embedder'] else ''
   if not item['control']:
-    return 'no control split'
+    return f'no control split{under}'
   if item['control_rule'] == 'matched':
     unlike = progress.join_names(item['balance'].causes)
-    return f'against the matched control {item["control"]}' + (
-      f', which differs in {unlike}' if unlike else ''
-    )
-  return f'against random rows, {item["control"]} (no matched control exists)'
+    differs = f', which differs in {unlike}' if unlike else ''
+    return f'against the matched control {item["control"]}{differs}{under}'
+  return f'against random rows, {item["control"]} (no matched control exists){under}'
 
 
 def _table(item: Item) -> Table:

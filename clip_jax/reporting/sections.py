@@ -324,12 +324,22 @@ def _bin_row(r: Mapping[str, Any], adjusted: bool) -> tuple[Cell, ...]:
   )
 
 
+def _under(panel: Mapping[str, Any]) -> str:
+  """Returns ', under hog' for a further embedder; '' for the main one."""
+  return f', under {panel["embedder"]}' if panel['embedder'] else ''
+
+
+def _figure_name(what: str, panel: Mapping[str, Any]) -> str:
+  return '_'.join(filter(None, (what, panel['name'], panel['embedder'])))
+
+
 def size_blocks(
-  panels: Rows,  # name, curves, base, reference (as figures.accuracy_by_size takes them)
-  rows: Rows,  # split, rule, control, benchmark, estimate: near and far against random
+  panels: Rows,  # name, embedder, curves, base, reference (as figures.accuracy_by_size takes them)
+  # split, rule, embedder, control, benchmark, estimate: near and far against random
+  rows: Rows,
   looks: Looks,
 ) -> list:
-  """Returns accuracy against split size: one panel per benchmark, all on the same scale."""
+  """Returns accuracy against split size: one panel per benchmark and embedder, on one scale."""
   values = [
     value
     for p in panels
@@ -343,10 +353,10 @@ def size_blocks(
   limits = max(0.0, min(values) - 0.05), min(1.0, max(values) + 0.05)
   drawn = tuple(
     Figure(
-      f'size_{p["name"]}',
+      _figure_name('size', p),
       figures.accuracy_by_size(
         p['curves'],
-        title=p['name'],
+        title=f'{p["name"]}{_under(p)}',
         base=p['base'],
         reference=p['reference'],
         limits=limits,
@@ -361,7 +371,7 @@ def size_blocks(
   if rows:
     cells = tuple(
       (
-        Cell(f'{r["split"]} on {r["benchmark"]}', looks[r['rule']][2]),
+        Cell(f'{r["split"]} on {r["benchmark"]}', f'{looks[r["rule"]][2]}{_under(r)}'),
         Cell(f'against {r["control"]}'),
         Cell(
           f'{tables.estimate_text(r["estimate"])} points',
@@ -392,8 +402,9 @@ def size_blocks(
 
 
 def dose_blocks(
-  panels: Rows,  # name, points: split, control, control_rule, dropped, slack, share, estimate,
-  # low, high, method, seeds, images, groups, df
+  # name, embedder, points: split, control, control_rule, dropped, slack, share, estimate, low,
+  # high, method, seeds, images, groups, df
+  panels: Rows,
   look: tuple[str, str, str],
 ) -> list:
   """Returns the dose curve: aligned splits of several sizes, each against its own control."""
@@ -404,13 +415,17 @@ def dose_blocks(
     'Bars: 95 % intervals (none with fewer than three seeds).'
   )
   drawn = tuple(
-    Figure(f'dose_{p["name"]}', figures.dose(p['points'], title=p['name'], look=look), caption)
+    Figure(
+      _figure_name('dose', p),
+      figures.dose(p['points'], title=f'{p["name"]}{_under(p)}', look=look),
+      caption,
+    )
     for p in panels
   )
   rows = tuple(
     (
       Cell(
-        f'{q["split"]} on {p["name"]}',
+        f'{q["split"]} on {p["name"]}{_under(p)}',
         f'against {q["control"]}' + ('' if q['control_rule'] == 'matched' else ', random rows'),
       ),
       tables.number_cell(tables.share(q['share'])),

@@ -412,6 +412,7 @@ def _embedders(config: Config) -> None:
     ('dedup.embedder', config.dedup.embedder),
     ('prune.preview', p.preview),
     *(('prune.sensitivity', name) for name in p.sensitivity),
+    *((f'splits.{split}.embedder', block.embedder) for split, block in config.splits.items()),
   ]
   for key, name in users:
     if name:

@@ -22,13 +22,16 @@ def check(config: Config, name: str) -> None:
   check_keys.one_of(f'{where}.rule', block.rule, rules.RULES)
   rule = rules.RULES[block.rule]
   for key in declared:
-    reads = key in (*rule.keys, 'rule', 'seeds', 'export', 'budget') or (
-      key == 'append_anchor' and rule.append_anchor is None
+    reads = (
+      key in (*rule.keys, 'rule', 'seeds', 'export', 'budget')
+      or (key == 'append_anchor' and rule.append_anchor is None)
+      or (key == 'embedder' and 'search' in rule.needs)
     )
     if not reads and block[key] != declared[key].default:
+      own = '; it has the embedder of the split `to`' if 'target' in rule.needs else ''
       raise ConfigError(
         f'{where}.{key}={block[key]!r}: the rule {block.rule!r} does not read this key (it reads '
-        f'{", ".join(rule.keys) or "none"}).'
+        f'{", ".join(rule.keys) or "none"}{own if key == "embedder" else ""}).'
       )
   check_keys.check_known_names(f'{where}.benchmarks', block.benchmarks, config.benchmarks)
   if 'benchmarks' in rule.keys and not block.benchmarks:

@@ -320,9 +320,9 @@ def _set_aside(x: Experiment, redo: str, names: list[str]) -> None:
   )
 
 
-def _end_redo(x: Experiment, redo: str) -> None:
-  """Deletes the replaced files when every replaced product of the config exists again."""
-  wanted = {product.name for product in table.all_products(x)}
+def _end_redo(x: Experiment, redo: str, planned: list[Product]) -> None:
+  """Deletes the replaced files when every replaced product of `planned` exists again."""
+  wanted = {product.name for product in planned}
   missing = [
     name
     for name in products.sidecars(x.path(products.REPLACED))
@@ -361,8 +361,8 @@ def _log_start(x: Experiment, names: list[str]) -> None:
     name for name in x.config.embedders if name not in blocks.further_embedders(x.config)
   ]:
     logging.info(
-      'config.embedders: %s is unused; name it in prune.sensitivity, prune.preview or '
-      'dedup.embedder.',
+      'config.embedders: %s is unused; name it in prune.sensitivity, prune.preview, dedup.embedder '
+      'or in a split.',
       ', '.join(unused),
     )
   if names != ['report']:
@@ -389,9 +389,11 @@ def _run_stages(x: Experiment, names: list[str], redo: str) -> None:
     logging.info('All products exist and match the config; nothing was done.')
   elif 'report' not in names:
     _versions(x)
-  if names != ['report']:
+  if names != ['report']:  # which works without the source files that the graph lists
     _log_unused(x)
-    _end_redo(x, redo)
+    _end_redo(x, redo, table.all_products(x))
+  elif redo:
+    _end_redo(x, redo, table.products_of(x, 'report'))
   _log_end(x, names, time.monotonic() - start)
 
 

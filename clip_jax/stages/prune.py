@@ -46,7 +46,7 @@ NEAR_MARGIN = 0.02  # a query is "unhit" if no removed row is over its threshold
 
 def write_rows(x: Experiment, todo: list[Product]) -> Made:
   """Writes the rows of splits; `todo` lists each split after its dependencies."""
-  base, names = x.cached('base', lambda: Base(x)), dict.fromkeys(p.subject[0] for p in todo)
+  names = dict.fromkeys(p.subject[0] for p in todo)
   if any(blocks.compares_domains(x.config, split) for split in names):
     # A column was named by the user; what is inferred, or missing, is news.
     is_named = blocks.domain_source(x.config)[0] == 'column'
@@ -56,6 +56,7 @@ def write_rows(x: Experiment, todo: list[Product]) -> Made:
     logging.warning('%s', sentence)
   for product in todo:
     split, seed = product.subject
+    base = base_for(x, split)
     kept = base.apply_rule(split, seed)
     if 'standardised_differences' in kept.report and base.caption_names_class is None:
       logging.info(
@@ -69,11 +70,25 @@ def write_rows(x: Experiment, todo: list[Product]) -> Made:
 
 def describe(x: Experiment, todo: list[Product]) -> Made:
   """Writes split.json of each split, and the figures of an aligned split's queries."""
-  base = x.cached('base', lambda: Base(x))
-  # All splits are checked together, in one pass over their vectors.
-  checks = base.check([product.subject[0] for product in todo])
+  of_bases: dict[Base, list[str]] = {}
   for product in todo:
-    yield product, base.describe(product, checks.get(product.subject[0], {})), {}
+    of_bases.setdefault(base_for(x, product.subject[0]), []).append(product.subject[0])
+  checks = {}
+  for base, names in of_bases.items():
+    # All splits of an embedder are checked together, in one pass over their vectors.
+    checks |= base.check(names)
+  for product in todo:
+    (split,) = product.subject
+    yield product, base_for(x, split).describe(product, checks.get(split, {})), {}
+
+
+def base_for(x: Experiment, split: str) -> 'Base':
+  """Returns the base set with the similarities of a split's embedder; its rows are always the same.
+
+  x: with the main embedder, whose candidates are those of every split.
+  """
+  main, view = x.cached('base', lambda: Base(x)), x.for_split(split)
+  return view.cached('base', lambda: Base(view, main.columns.candidates))
 
 
 class Base(PoolColumns):
@@ -82,9 +97,9 @@ class Base(PoolColumns):
   def __init__(self, x: Experiment, candidates: Array | None = None):
     super().__init__(x, candidates)
     self._base = workdir.base_rows(x)
-    self._anchor_rows = (
-      np.flatnonzero(self.anchor.usable) if self.anchor is not None else np.zeros(0, np.int64)
-    )
+    self._anchor_rows = np.zeros(0, np.int64)
+    if self.anchor is not None:
+      self._anchor_rows = np.flatnonzero(workdir.embeddings(self.main, blocks.ANCHOR).usable)
     # Size without planted copies.
     self._size = len(self.pool) + (0 if self.anchor is None else len(self.anchor))
     # benchmark -> rows removed by its last split, and their counts for each query
@@ -188,6 +203,7 @@ class Base(PoolColumns):
       parameters['file'] = os.path.basename(block.file)
     about = {
       'rule': block.rule,
+      'embedder': self.x.embedder,
       'parameters': parameters,
       'candidates': candidates,
       'pool_size': len(self.pool),
@@ -298,14 +314,17 @@ class Base(PoolColumns):
     return counts
 
   def _anchor_cosine(self, benchmark: str) -> Array:
-    """Returns each usable query's threshold divided by both vectors' norms, [q] float64."""
+    """Returns each usable query's cosine to its nearest anchor image, [q] float64.
+
+    Always by the main embedder, for which the threshold of duplicates holds.
+    """
     result, usable = (
-      workdir.query_result(self.x, benchmark),
+      workdir.query_result(self.main, benchmark),
       workdir.embeddings(self.x, benchmark).usable,
     )
     assert result is not None  # the search is done
     return workdir.cosine(
-      self.x, benchmark, blocks.ANCHOR, result.anchor_similarity_f64, result.anchor_nearest
+      self.main, benchmark, blocks.ANCHOR, result.anchor_similarity_f64, result.anchor_nearest
     )[usable]
 
   def check(self, names: list[str]) -> dict[str, dict]:
@@ -396,8 +415,9 @@ def summarize(x: Experiment, new_products: list[Product]) -> None:
     repeats = max(draw.get('repeats', 0) for draw in about['draws'].values())
     planted = about['planted_rows']
     logging.debug(
-      'split %s: %s pool rows%s (%.1f %% dropped) and %s anchor rows%s%s.',
+      'split %s%s: %s pool rows%s (%.1f %% dropped) and %s anchor rows%s%s.',
       split,
+      x.for_split(split).suffix,
       f'{about["pool_rows"]:,}',
       f', {repeats:,} of them repeats' if repeats else '',
       100 * share,
@@ -407,7 +427,7 @@ def summarize(x: Experiment, new_products: list[Product]) -> None:
     )
     if not about['pool_rows'] + about['anchor_rows'] + planted:
       logging.warning('split %s holds no row, so it cannot be trained on.', split)
-    sizes.append(f'{split} {about["pool_rows"]:,}')
+    sizes.append(f'{split}{x.for_split(split).suffix} {about["pool_rows"]:,}')
   logging.info('prune: pool rows of the splits: %s.', ', '.join(sizes))
 
 

@@ -56,6 +56,7 @@ class PoolColumns:
 
   def __init__(self, x: Experiment, candidates: Array | None = None):
     self.x = x
+    self.main = x.with_embedder('')  # whose references and clusters are the domains
     self.pool, self.source = workdir.embeddings(x, POOL), workdir.source(x, POOL)
     self.anchor = workdir.embeddings(x, ANCHOR) if blocks.has_anchor(x.config) else None
     self.columns = self._columns(workdir.candidates(x) if candidates is None else candidates)
@@ -64,7 +65,7 @@ class PoolColumns:
 
   def _columns(self, candidates: Array) -> rules.Columns:
     config = self.x.config
-    used = sorted({name for split in config.splits for name in blocks.split_targets(config, split)})
+    used = sorted(blocks.rule_targets(config, self.x.embedder))
     recall = min(map(self._recall, used)) if config.search.backend == 'scann' and used else None
     column = lambda which: Lazy(used, lambda name: workdir.search_column(self.x, name, which))
     return rules.Columns(
@@ -101,7 +102,7 @@ class PoolColumns:
   @functools.cached_property
   def domain(self):
     """Each pool row's domain, null where it has none; None if no domain is known."""
-    levels = domains.levels_of(self.x, POOL)
+    levels = domains.levels_of(self.main, POOL)
     if levels is None:
       return None
     codes, names = levels
@@ -139,7 +140,7 @@ class PoolColumns:
 
     The numbers are [N]; -1 for none.
     """
-    return domains.pool_levels(self.x, column, reference)
+    return domains.pool_levels(self.main, column, reference)
 
   def numbers(self, column: str) -> Array:
     """Returns a numeric column of the pool, [N] float64; NaN for rows without a value."""

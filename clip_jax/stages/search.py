@@ -352,9 +352,8 @@ def pairs(x: Experiment, todo: list[Product]) -> Made:
   pool, queries = workdir.embeddings(x, POOL), workdir.embeddings(x, name)
   usable = np.flatnonzero(queries.usable)
   vectors = queries[:][usable]
-  cut = files.read_npz(x.path(x.graph.anchor_lists(name, k).name + '.npz'))['similarity'][
-    usable, k - 1
-  ]
+  lists = x.graph.anchor_lists(name, k, x.embedder).name
+  cut = files.read_npz(x.path(f'{lists}.npz'))['similarity'][usable, k - 1]
   lowest = cut.min() - decide.error_bound(pool.dim)  # rows below it are in no pair
   with progress.Bar(total=len(todo), desc=f'pairs of {name}, k={k}', unit='shard') as bar:
     for product in todo:

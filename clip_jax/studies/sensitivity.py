@@ -31,12 +31,12 @@ def compared_splits(config: Config) -> list[str]:
   """Returns the splits that are compared.
 
   Doses other than 1 are not: they remove a multiple of the aligned count, which under another
-  embedder may exceed the number of rows.
+  embedder may exceed the number of rows. Nor are splits of a further embedder.
   """
   return [
     split
     for split, block in config.splits.items()
-    if blocks.rule_of(config, split).compared and block.dose in (0.0, 1.0)
+    if blocks.rule_of(config, split).compared and block.dose in (0.0, 1.0) and not block.embedder
   ]
 
 

@@ -22,7 +22,7 @@ from clip_jax.experiment import blocks
 from clip_jax.experiment.experiment import Experiment
 from clip_jax.reporting import benchmark_overlap, page, sections, svg, tables, terms
 from clip_jax.reporting import held_back as held_back_lib
-from clip_jax.reporting.page import Section
+from clip_jax.reporting.page import Section, Text
 from clip_jax.stages.report import (
   collateral,
   contrasts,
@@ -35,6 +35,9 @@ from clip_jax.stages.report import (
 )
 from clip_jax.stages.report.facts import Facts, read
 from clip_jax.stages.report.panels import Accuracies
+
+# Sections on the pool and on base, which show the similarities of the main embedder alone.
+MAIN_ONLY = ('bins', 'neighbours', 'similarity', 'before', 'duplicates')
 
 
 def make(x: Experiment, todo: list[Product], studies: Sequence[ModuleType] = ()) -> Made:
@@ -84,7 +87,12 @@ def compose(facts: Facts, studies: Sequence[ModuleType] = ()) -> tuple[str, str,
   rows = _sections(
     facts, items, held, accuracies, without_leaked, [study.section(facts) for study in studies]
   )
-  shown = [Section(name, title, short, tuple(parts)) for name, title, short, parts in rows if parts]
+  main_only = _main_only(facts.config)
+  shown = [
+    Section(name, title, short, (*(main_only if name in MAIN_ONLY else ()), *parts))
+    for name, title, short, parts in rows
+    if parts
+  ]
   banner = ' '.join(
     filter(None, (study.banner(facts) for study in studies if hasattr(study, 'banner')))
   )
@@ -191,6 +199,18 @@ def _sections(
   return rows
 
 
+def _main_only(config: Config) -> list[Text]:
+  """Returns a sentence for MAIN_ONLY if splits have further embedders."""
+  others = dict.fromkeys(block.embedder for block in config.splits.values() if block.embedder)
+  if not others:
+    return []
+  sentence = (
+    f'Similarities in this section are those of {contrasts.embedder_words(config, "")}. Some '
+    f'splits are made with those of another embedder ({progress.join_names(list(others))}).'
+  )
+  return [Text(sentence, 'muted')]
+
+
 def _title(config: Config) -> str:
   names = [
     b
@@ -223,7 +243,8 @@ def _answer(facts: Facts, items: Sequence[dict]) -> str:
     )
   sentences = []
   shown = contrasts.headline(config, items)
-  count = Counter(item['benchmark'] for item in shown)
+  count = Counter((item['benchmark'], item['embedder']) for item in shown)
+  several = contrasts.under_several(shown)
   for item in shown:
     split, benchmark = item['split'], item['benchmark']
     parts = (item['base'], split, item['control'], contrasts.first_split(config, 'anchor'))
@@ -240,20 +261,22 @@ def _answer(facts: Facts, items: Sequence[dict]) -> str:
         loss,
         item['share_matched'],
         unfinished=late,
-        split='' if is_plain and count[benchmark] == 1 else split,
+        split='' if is_plain and count[benchmark, item['embedder']] == 1 else split,
+        embedder=contrasts.embedder_words(config, item['embedder'])
+        if item['embedder'] or benchmark in several
+        else '',
       )
     )
   apart = ' ' if len(sentences) == 1 else '\n'  # one line per benchmark
-  return apart.join([*sentences, _conditions(facts)])
+  embedders = dict.fromkeys(item['embedder'] for item in shown)
+  return apart.join([*sentences, _conditions(config, list(embedders))])
 
 
-def _conditions(facts: Facts) -> str:
+def _conditions(config: Config, embedders: Sequence[str]) -> str:
   """Returns for what the answer holds: inference is over images and seeds, not over pools."""
-  block = facts.config.embedder
-  name = {'files': 'that of the files', 'weights': block.name or 'of the weights file'}.get(
-    block.source, block.source
-  )
-  return f'This holds for this pool and one embedder ({name}); other pools were not sampled.'
+  names = progress.join_names([contrasts.embedder_name(config, name) for name in embedders])
+  which = 'one embedder' if len(embedders) == 1 else f'{len(embedders)} embedders'
+  return f'This holds for this pool and {which} ({names}); other pools were not sampled.'
 
 
 def _left_out(facts: Facts) -> str:
@@ -323,7 +346,7 @@ def _removed(facts: Facts) -> list[list[str]]:
   """Returns lines of cells: the number of rows that each finished split removes."""
   lines = [
     [
-      name,
+      f'{name}{facts.x.for_split(name).suffix}',
       f'{about["dropped"]:,} rows',
       tables.share(about['dropped'] / max(about['candidates'], 1)),
     ]

@@ -3,6 +3,7 @@
 Out: plain dicts of estimates, the input of reporting.comparisons.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 import dataclasses
 from typing import Any
@@ -13,7 +14,7 @@ from clip_jax.core.types import Array, Config
 from clip_jax.evaluation import answer, causal, statistics
 from clip_jax.experiment import blocks, workdir
 from clip_jax.pruning import controls
-from clip_jax.reporting import removed
+from clip_jax.reporting import removed, second_looks
 from clip_jax.stages.report import axes
 from clip_jax.stages.report.facts import Facts, Results
 
@@ -41,8 +42,30 @@ def aligned(config: Config) -> list[str]:
 
 
 def words_of(config: Config, split: str) -> str:
-  """Returns the description of a split."""
-  return blocks.rule_of(config, split).words(blocks.parameters(config, split))
+  """Returns the description of a split, with its embedder if that is not the main one."""
+  words = blocks.rule_of(config, split).words(blocks.parameters(config, split))
+  embedder = blocks.embedder_of(config, split)
+  return f'{words}, under {embedder_words(config, embedder)}' if embedder else words
+
+
+def embedder_words(config: Config, embedder: str) -> str:
+  """Returns 'the embedder hog', or 'the main embedder (pca)'."""
+  name = embedder_name(config, embedder)
+  return f'the embedder {name}' if embedder else f'{second_looks.OWN} ({name})'
+
+
+def embedder_name(config: Config, embedder: str) -> str:
+  """Returns the name of a further embedder, or what the main one is."""
+  block = config.embedder
+  main = {'files': 'that of the files', 'weights': block.name or 'of the weights file'}
+  return embedder or main.get(block.source, block.source)
+
+
+def under_several(items: Sequence[dict]) -> set[str]:
+  """Returns the benchmarks that have comparisons under more than one embedder."""
+  pairs = {(item['benchmark'], item['embedder']) for item in items}
+  counts = Counter(benchmark for benchmark, _ in pairs)
+  return {benchmark for benchmark, count in counts.items() if count > 1}
 
 
 def control_of(facts: Facts, split: str) -> tuple[str | None, str]:
@@ -212,10 +235,11 @@ def is_dose(config: Config, split: str) -> bool:
 
 
 def headline(config: Config, items: Sequence[dict]) -> list[dict]:
-  """Returns the comparisons that the answer uses: one slack-0 split per set of benchmarks.
+  """Returns the comparisons that the answer uses.
 
-  Other slacks, doses, k neighbours and splits that hold queries back are used only for benchmarks
-  without a slack-0 split to all their queries.
+  They are one slack-0 split per embedder and set of benchmarks. Other slacks, doses, k neighbours
+  and splits that hold queries back are used only for benchmarks without a slack-0 split to all
+  their queries under the same embedder.
   """
   plain = [
     item
@@ -224,27 +248,26 @@ def headline(config: Config, items: Sequence[dict]) -> list[dict]:
     and not is_dose(config, item['split'])
     and not blocks.holds_back(config, item['split'])
   ]
-  # (the split's benchmarks, benchmark) -> split, preferring one with a matched control
+  place = lambda item: (blocks.embedder_of(config, item['split']), item['benchmark'])
+  # (the split's benchmarks, its embedder, benchmark) -> split, preferably with a matched control
   chosen: dict[tuple, str] = {}
   for item in sorted(plain, key=lambda item: item['control_rule'] != 'matched'):
-    chosen.setdefault(
-      (frozenset(config.splits[item['split']].benchmarks), item['benchmark']), item['split']
-    )
-  have = {benchmark for _, benchmark in chosen}
-  pairs = {(split, benchmark) for (_, benchmark), split in chosen.items()}
+    benchmarks = frozenset(config.splits[item['split']].benchmarks)
+    chosen.setdefault((benchmarks, *place(item)), item['split'])
+  have = {(embedder, benchmark) for _, embedder, benchmark in chosen}
+  pairs = {(split, benchmark) for (_, _, benchmark), split in chosen.items()}
   return [
-    item
-    for item in items
-    if item['benchmark'] not in have or (item['split'], item['benchmark']) in pairs
+    item for item in items if place(item) not in have or (item['split'], item['benchmark']) in pairs
   ]
 
 
 def compare(facts: Facts, split: str, benchmark: str) -> dict:
   """Returns all estimates of one aligned split on one benchmark; missing ones are None.
 
-  Of a split that holds queries back, they are on its aligned queries only.
+  Of a split that holds queries back, they are on its aligned queries only. Similarities are those
+  of the split's embedder.
   """
-  facts = on_aligned_queries(facts, split, benchmark)
+  facts = on_aligned_queries(facts.for_split(split), split, benchmark)
   config, results = facts.config, facts.results
   control, control_rule = control_of(facts, split)
   base = base_of(config, split)
@@ -264,6 +287,7 @@ def compare(facts: Facts, split: str, benchmark: str) -> dict:
   item |= {
     'split': split,
     'rule': config.splits[split].rule,
+    'embedder': blocks.embedder_of(config, split),
     'benchmark': benchmark,
     'base': base,
     'control': control,

@@ -120,7 +120,8 @@ class Facts:
   results: Results
   runs: dict[tuple[str, int], Run]  # (split, seed) -> training run that has begun
   splits: dict[str, dict]  # finished split -> split.json
-  query_results: dict[str, workdir.QueryResult]  # searched benchmark -> its nearest neighbours
+  # Searched benchmark -> its nearest neighbours by the main embedder (see for_split).
+  query_results: dict[str, workdir.QueryResult]
   sizes: workdir.Sizes | None  # number of candidates that each rule would drop
   near: dict[tuple[str, str], Array]  # (benchmark, 'pool' | 'anchor') -> [Q] has a near-duplicate
   counts: dict[str, dict]  # finished product -> the counts of its sidecar
@@ -137,6 +138,14 @@ class Facts:
   def leaked(self) -> dict[str, Array]:
     """Benchmark -> queries [Q] that already have a duplicate in the anchor."""
     return {b: near for (b, dataset), near in self.near.items() if dataset == ANCHOR}
+
+  def for_split(self, split: str) -> 'Facts':
+    """Returns the facts with the nearest neighbours by the embedder of a split."""
+    view = self.x.for_split(split)
+    if view is self.x:
+      return self
+    searched = view.cached('query results', lambda: _searched(view))
+    return dataclasses.replace(self, query_results=searched)
 
   @functools.cached_property
   def candidates(self) -> Array | None:  # [N] bool
@@ -216,8 +225,7 @@ def read(x: Experiment) -> Facts:
   config = x.config
   counts = {name: sidecar['counts'] for name, sidecar in products.sidecars(x.workdir).items()}
   splits = {name: workdir.split_json(x, name) for name in config.splits}
-  query_results = {b: workdir.query_result(x, b) for b in config.benchmarks}
-  searched = {b: result for b, result in query_results.items() if result is not None}
+  searched = _searched(x)
   return Facts(
     x,
     results(x),
@@ -228,6 +236,12 @@ def read(x: Experiment) -> Facts:
     _have_near_duplicates(x, searched),
     counts,
   )
+
+
+def _searched(x: Experiment) -> dict[str, workdir.QueryResult]:
+  """Returns searched benchmark -> its nearest neighbours by the embedder of x."""
+  results = {b: workdir.query_result(x, b) for b in x.config.benchmarks}
+  return {b: result for b, result in results.items() if result is not None}
 
 
 def _have_near_duplicates(

@@ -3,6 +3,7 @@
 Out: one plain dict per panel, the input of reporting.sections.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -12,7 +13,7 @@ from clip_jax.evaluation import retrieval, robustness, similarity_bins, statisti
 from clip_jax.evaluation.statistics import Estimate
 from clip_jax.experiment import blocks
 from clip_jax.pruning.rules import RULES
-from clip_jax.reporting import answer_figure, figures, svg, tables
+from clip_jax.reporting import answer_figure, figures, second_looks, svg, tables
 from clip_jax.stages.report import axes, contrasts
 from clip_jax.stages.report.facts import Facts
 
@@ -27,8 +28,8 @@ def looks() -> figures.Looks:
 
 def answers(config: Config, items: Sequence[dict]) -> list[dict]:
   """Returns a panel per comparison: anchor only, the aligned split, its control and base."""
-  benchmarks = [item['benchmark'] for item in items]
-  drawn = []
+  counts = Counter((item['benchmark'], item['embedder']) for item in items)
+  several, drawn = contrasts.under_several(items), []
   for item in items:
     b, kind, known = item['benchmark'], item['control_rule'], item['accuracies']
     rows = [
@@ -43,11 +44,13 @@ def answers(config: Config, items: Sequence[dict]) -> list[dict]:
       if name in known
     ]
     loss, title = item['against_control'], f'{b}, aligned queries' if item['queries'] else b
+    if item['embedder'] or b in several:
+      title += f', under {item["embedder"] or second_looks.OWN}'
     if len(points) > 1:
       drawn.append(
         {
           'name': f'answer_{item["split"]}_{b}',
-          'title': title if benchmarks.count(b) == 1 else f'{title} ({item["split"]})',
+          'title': title if counts[b, item['embedder']] == 1 else f'{title} ({item["split"]})',
           'detail': f'aligned split minus control: {tables.estimate_text(loss)}' if loss else '',
           'points': points,
         }
@@ -197,10 +200,10 @@ def is_sized(config: Config, split: str) -> bool:
 
 
 def by_size(facts: Facts, accuracy: Accuracies) -> list[dict]:
-  """Returns a panel for each benchmark to which splits are near- or far-pruned."""
+  """Returns a panel for each benchmark and embedder by which splits are near- or far-pruned."""
   config, panels = facts.config, []
   base, reference = (contrasts.first_split(config, rule) for rule in ('all', 'anchor'))
-  for benchmark in config.benchmarks:
+  for embedder, benchmark in _embedders_and_benchmarks(config):
     points = {
       name: {
         'size': about['pool_rows'],
@@ -215,7 +218,12 @@ def by_size(facts: Facts, accuracy: Accuracies) -> list[dict]:
       for name in points
       if blocks.rule_of(config, name).has_size
       and not blocks.holds_back(config, name)
-      and (not is_sized(config, name) or benchmark in config.splits[name].benchmarks)
+      and (
+        not is_sized(config, name)
+        or (
+          config.splits[name].embedder == embedder and benchmark in config.splits[name].benchmarks
+        )
+      )
     ]
     if any(is_sized(config, name) for name in names):
       curves = {
@@ -226,12 +234,22 @@ def by_size(facts: Facts, accuracy: Accuracies) -> list[dict]:
       panels.append(
         {
           'name': benchmark,
+          'embedder': embedder,
           'base': points.get(base) if base is not None else None,
           'reference': alone and {'accuracy': alone.value, **_bounds(alone)},
           'curves': {rule: curve for rule, curve in curves.items() if curve},
         }
       )
   return panels
+
+
+def _embedders_and_benchmarks(config: Config) -> list[tuple[str, str]]:
+  """Returns every pair of an embedder that splits are made with and a benchmark.
+
+  Splits of two embedders share no curve: their similarities are not comparable.
+  """
+  embedders = dict.fromkeys(['', *(block.embedder for block in config.splits.values())])
+  return [(embedder, benchmark) for embedder in embedders for benchmark in config.benchmarks]
 
 
 def against_random(facts: Facts) -> list[dict]:
@@ -260,6 +278,7 @@ def against_random(facts: Facts) -> list[dict]:
     {
       'split': name,
       'rule': splits[name].rule,
+      'embedder': splits[name].embedder,
       'control': controls[name],
       'benchmark': b,
       'estimate': statistics.crossed_interval(contrasts.difference(pair), results.groups[b]),
@@ -270,13 +289,13 @@ def against_random(facts: Facts) -> list[dict]:
 
 
 def by_dose(facts: Facts, items: Sequence[dict]) -> list[dict]:
-  """Returns a dose curve for each benchmark with gap-aligned splits of several sizes.
+  """Returns a dose curve for each benchmark and embedder with gap-aligned splits of several sizes.
 
   Each split is compared with its own control. The share is that of the rows removed at slack 0. Of
   several splits with the same number of rows, the first is used.
   """
   splits, panels = facts.config.splits, []
-  for benchmark in facts.config.benchmarks:
+  for embedder, benchmark in _embedders_and_benchmarks(facts.config):
     points: dict[int, dict] = {}  # by the number of rows
     compared = [
       item
@@ -284,6 +303,7 @@ def by_dose(facts: Facts, items: Sequence[dict]) -> list[dict]:
       if item['split'] in facts.splits
       and item['against_control'] is not None
       and splits[item['split']].rule == 'gap_aligned'
+      and splits[item['split']].embedder == embedder
       and tuple(splits[item['split']].benchmarks) == (benchmark,)
     ]
     for item in compared:
@@ -307,7 +327,7 @@ def by_dose(facts: Facts, items: Sequence[dict]) -> list[dict]:
           },
         )
     if len(points) > 1:
-      panels.append({'name': benchmark, 'points': list(points.values())})
+      panels.append({'name': benchmark, 'embedder': embedder, 'points': list(points.values())})
   return panels
 
 

@@ -27,11 +27,8 @@ def section(facts: Facts) -> list:
   """Returns the removed rows of every split whose rule selects rows by their properties."""
   config = facts.config
   names = [name for name in config.splits if blocks.rule_of(config, name).selects]
-  aligned_to = {
-    frozenset(config.splits[name].benchmarks)
-    for name in contrasts.aligned(config)
-    if not config.splits[name].dose
-  }
+  place = lambda name: (config.splits[name].embedder, frozenset(config.splits[name].benchmarks))
+  aligned_to = {place(n) for n in contrasts.aligned(config) if not config.splits[n].dose}
   without = facts.pictures.missing_images_sentence(POOL)
   shown: list = [Text(without)] if names and without else []
   for name in names:
@@ -52,7 +49,7 @@ def section(facts: Facts) -> list:
       **_samples(facts, name),
     )
     # The points of a dose curve resemble each other, so they are collapsed.
-    if block.dose and (block.dose != 1 or frozenset(block.benchmarks) in aligned_to):
+    if block.dose and (block.dose != 1 or place(name) in aligned_to):
       parts = [
         page.Details(
           f'{name}: {about["dropped"]:,} of {about["candidates"]:,} candidates', tuple(parts)
@@ -131,11 +128,11 @@ def _highest(values: Array, count: int) -> Array:  # [n] -> [count] positions, f
 
 def _values(facts: Facts, split: str) -> Array | None:  # [N]
   """Returns the column that a rule removes by; None without such a column or before the search."""
-  column = blocks.rule_of(facts.config, split).column
+  column, x = blocks.rule_of(facts.config, split).column, facts.x.for_split(split)
   targets = blocks.split_targets(facts.config, split)
-  if not column or not all(workdir.is_searched(facts.x, target) for target in targets):
+  if not column or not all(workdir.is_searched(x, target) for target in targets):
     return None
-  return np.fmax.reduce([workdir.search_column(facts.x, target, column) for target in targets])
+  return np.fmax.reduce([workdir.search_column(x, target, column) for target in targets])
 
 
 def _levels(facts: Facts, split: str, rows: Array) -> list[str]:  # [n]

@@ -13,11 +13,12 @@ from clip_jax.core import progress
 from clip_jax.core.products import STAGES
 from clip_jax.evaluation import retrieval
 from clip_jax.experiment import blocks, workdir
+from clip_jax.experiment.experiment import Experiment
 from clip_jax.pruning import splits as splits_lib
 from clip_jax.reporting import comparisons as comparisons_lib
 from clip_jax.reporting import figures, further_scores, inventory, sections, tables
 from clip_jax.reporting.page import Details, Fact, Figure, Figures, Heading, Text
-from clip_jax.stages.report import contrasts, panels
+from clip_jax.stages.report import contrasts, embedder_answers, panels
 from clip_jax.stages.report.facts import Facts
 from clip_jax.stages.report.panels import Accuracies, looks
 
@@ -28,7 +29,7 @@ MOST_NAMED = 12  # runs that a sentence names
 
 
 def answer(facts: Facts, items: Sequence[dict]) -> list:
-  """Returns the headline figure, or a sentence about the results it needs."""
+  """Returns the headline figure or what it needs, and the answer under each embedder."""
   missing = (
     None
     if items
@@ -39,7 +40,10 @@ def answer(facts: Facts, items: Sequence[dict]) -> list:
     )
   )
   lines = panels.answers(facts.config, contrasts.headline(facts.config, items))
-  return sections.answer_blocks(lines, missing, looks())
+  return [
+    *sections.answer_blocks(lines, missing, looks()),
+    *embedder_answers.section(facts, items),
+  ]
 
 
 def accuracy(facts: Facts, accuracies: Accuracies, without_leaked: Accuracies) -> list:
@@ -256,7 +260,10 @@ def _settings(facts: Facts) -> list[tuple[str, str]]:
   settings = [
     ('Command', workdir.stage_seconds(facts.x).get('command') or 'missing in the log'),
     ('Work directory', facts.x.workdir),
-    ('Embedder', _embedder(facts)),
+    *(
+      (f'Embedder{view.suffix}', _embedder(view))
+      for view in dict.fromkeys([facts.x, *map(facts.x.for_split, config.splits)])
+    ),
     (
       'Search',
       f'{config.search.backend}, '
@@ -297,8 +304,8 @@ def _settings(facts: Facts) -> list[tuple[str, str]]:
   ]
 
 
-def _embedder(facts: Facts) -> str:
-  block, about = facts.config.embedder, workdir.embedder_json(facts.x)
+def _embedder(x: Experiment) -> str:
+  block, about = x.embedder_block, workdir.embedder_json(x)
   if block.source == 'files':
     return 'embeddings read from files'
   kind = [block.source, f'seed {block.seed}']
