@@ -528,6 +528,7 @@ MEANINGS = {
     'train/samples': 'samples seen',
     'train/seconds': 'seconds of training, over restarts',
     'train/images_per_sec': 'images a second since the line before',
+    'train/waiting': 'share of the time since the line before in which training waited for images',
   },
   'train/<split>/seed<k>/accuracy.jsonl': {
     'step': 'updates done; one line for each checkpoint and benchmark of `evaluate --follow`',

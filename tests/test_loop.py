@@ -92,6 +92,7 @@ def test_a_run_says_and_keeps_what_it_should(whole):
     'train/samples',
     'train/seconds',
     'train/images_per_sec',
+    'train/waiting',
   }
   assert written[-1]['train/samples'] == 12 * BATCH
   assert written[-1]['train/loss'] < written[0]['train/loss']
@@ -128,9 +129,14 @@ def test_the_clock_saves_too(tmp_path):
   assert len(checkpoints.step_folders(tmp_path)) == 4
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(tmp_path):
-  with pytest.raises(InputError, match='diverged at step'):
-    train(tmp_path, learning_rate=float('nan'), warmup_steps=0, save_every_steps=1)
+@pytest.mark.parametrize(
+  'save_every_steps, said',
+  [(1, 'a parameter is not finite'), (20, r'the loss is nan.* of the split, .*: 0, 1, 2, .* 7, \.')],
+)
+def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(tmp_path, save_every_steps, said):
+  rate = dict(learning_rate=float('nan'), warmup_steps=0)
+  with pytest.raises(InputError, match=f'diverged at step .*{said}'):
+    train(tmp_path, **rate, save_every_steps=save_every_steps)
   assert not checkpoints.step_folders(tmp_path)
 
 

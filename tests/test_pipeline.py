@@ -523,3 +523,11 @@ def test_class_names_of_samples_that_are_codes_are_refused_after_ingest(tmp_path
   status, said = run(c, tmp_path / 'run', capsys)
   assert status == 2 and 'config.benchmarks.squares.classes is missing' in said, said
   assert (tmp_path / 'run/ingest').exists() and not (tmp_path / 'run/embedder').exists()
+
+
+def test_a_redo_of_the_report_alone_ends(world, copy, capsys):
+  for _ in range(2):
+    status, said = run(config(world), copy, capsys, ['report'], redo='report')
+    assert status == 0 and 'are moved to' in said, said
+    assert not (copy / 'redo.json').exists() and not (copy / 'replaced').exists()
+    assert (copy / 'report/index.html').exists()

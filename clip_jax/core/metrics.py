@@ -12,7 +12,7 @@ from etils import epath
 from clip_jax.core import files
 
 # Fields that depend on the machine: ignored when runs are compared.
-TIME_FIELDS = ('train/images_per_sec', 'train/seconds')
+TIME_FIELDS = ('train/images_per_sec', 'train/seconds', 'train/waiting')
 
 
 class MetricsWriter:

@@ -99,15 +99,18 @@ def train(x: Experiment, todo: list[Product]) -> Made:
     product=product,
   )
   seen = result.step * t.batch_size
-  last = metrics.read(x.path(folder, 'metrics.jsonl'))[-1]
+  lines = metrics.read(x.path(folder, 'metrics.jsonl'))
+  last, waits = lines[-1], [line.get('train/waiting', 0.0) for line in lines]
   logging.debug(
-    '%s: loss %.3f after %s samples (%.1f passes), %s images a second, %s.',
+    '%s: loss %.3f after %s samples (%.1f passes), %s images a second, %s; waited for images for '
+    '%.0f %% of the time.',
     folder,
     last['train/loss'],
     f'{seen:,}',
     seen / size,
     f'{last["train/images_per_sec"]:,.0f}',
     progress.seconds(last['train/seconds']),
+    100 * sum(waits) / len(waits),
   )
   yield (
     product,

@@ -23,6 +23,7 @@ from clip_jax.core.errors import InputError
 from clip_jax.training import step as training_step
 from clip_jax.training import used_tokens
 
+NAMED = 8  # samples that an error names
 _COMPILING = threading.Lock()  # so that runs in threads compile their common step once
 
 
@@ -164,12 +165,14 @@ def _updates(
     for n in todo:
       is_first = stream is None
       stream = stream or batches(n * batch_size)
-      batch = next(stream)
-      batch = dict(image=batch['image'], text=used.places(batch['text']))
+      asked = time.monotonic()
+      loaded = next(stream)
+      waited = time.monotonic() - asked
+      batch = dict(image=loaded['image'], text=used.places(loaded['text']))
       batch = sharding.place_batch(batch, mesh)
       with _COMPILING if is_first else contextlib.nullcontext():
         state, values = steps.step(state, batch, schedule)
-      log.add(n + 1, values)
+      log.add(n + 1, values, waited, loaded.get('index'))
       yield n + 1, state
   finally:
     if stream is not None:
@@ -195,10 +198,14 @@ def _check_finite(params: dict, step: int) -> None:
     raise _diverged('a parameter is not finite', step)
 
 
-def _diverged(what: str, step: int) -> InputError:
+def _diverged(what: str, step: int, rows: np.ndarray | None = None) -> InputError:
+  which = ''
+  if rows is not None:
+    some = ', '.join(map(str, rows[:NAMED].tolist())) + (', ...' if len(rows) > NAMED else '')
+    which = f' Its batch holds these samples of the split, counted from 0: {some}.'
   return InputError(
     f'Training diverged at step {step}: {what}. Lower train.learning_rate or increase '
-    'train.warmup_steps. The last checkpoint is from an earlier step.'
+    f'train.warmup_steps.{which} The last checkpoint is from an earlier step.'
   )
 
 
@@ -210,30 +217,38 @@ class _Log:
   ):
     self._metrics = metrics
     self._batch_size, self._every, self._last = batch_size, every, last
-    self._pending: tuple[int, dict] | None = None
+    self._pending: tuple[int, dict, np.ndarray | None] | None = None
     self._began = time.monotonic() - seconds
     self._since: tuple[int, float] | None = None  # step and time at which speed measurement starts
+    self._waited = 0.0  # seconds since then
 
   def seconds(self) -> float:
     """Returns the seconds of training, including those before a restart."""
     return time.monotonic() - self._began
 
-  def add(self, step: int, values: dict[str, jax.Array]) -> None:
+  def add(
+    self,
+    step: int,
+    values: dict[str, jax.Array],
+    waited: float,  # seconds, for its batch
+    rows: np.ndarray | None,  # of its batch
+  ) -> None:
     self.flush()
-    self._pending = step, values
+    self._pending = step, values, rows
+    self._waited += waited
 
   def flush(self) -> None:
     """Reads pending metrics, writes them every `every` steps; InputError if loss is not finite."""
     if self._pending is None:
       return
-    step, values = self._pending
+    step, values, rows = self._pending
     self._pending = None
     loss = float(values['loss'])
     if not math.isfinite(loss):
-      raise _diverged(f'the loss is {loss}', step)
+      raise _diverged(f'the loss is {loss}', step, rows)
     now = time.monotonic()
     if self._since is None:  # excludes the first update, which compiles
-      self._since = step, now
+      self._since, self._waited = (step, now), 0.0
     since, at = self._since
     if step % self._every == 0 or step == self._last:
       self._metrics.write(
@@ -245,6 +260,7 @@ class _Log:
           'train/samples': step * self._batch_size,
           'train/seconds': self.seconds(),
           'train/images_per_sec': (step - since) * self._batch_size / max(now - at, 1e-9),
+          'train/waiting': min(self._waited / max(now - at, 1e-9), 1.0),
         },
       )
-      self._since = step, now
+      self._since, self._waited = (step, now), 0.0
