@@ -168,6 +168,8 @@ class PageChecks:
       table = self.tables[self.place[0]]
       if table.keys[0] == 'split':
         known = [*sentences.of_accuracy(self.work, table), *known]
+    if block.section == 'collateral' and 'collateral' in self.tables:
+      known = [*sentences.of_accuracy(self.work, self.tables['collateral']), *known]
     if not block.section:
       known = [*self.of_answer(block.text), *known]
     elif block.section == 'comparisons':

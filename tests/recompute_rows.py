@@ -213,6 +213,13 @@ def preview_rows(work: Work, ordered: list[dict]) -> list[Numbers]:
   return list(lines.values())
 
 
+def collateral_rows(work: Work, ordered: list[dict]) -> list[Numbers]:
+  lines: dict[tuple, Numbers] = {}
+  for row in ordered:
+    lines.setdefault((row['split'], row['against']), []).extend(interval(row))
+  return list(lines.values())
+
+
 def held_back_rows(work: Work, ordered: list[dict]) -> list[Numbers]:
   lines: dict[tuple, Numbers] = {}
   for row in ordered:
@@ -285,6 +292,7 @@ ROWS = {
   'embedders': embedder_row,
   'rows_by_slack': same,
   'cut_by_size': same,
+  'collateral': same,
   'overlap': same,
   'preview': same,
   'held_back': same,
@@ -299,6 +307,7 @@ GRIDS = {
   'cut_by_size': grid('benchmark rule', 'cut', same),
   'overlap': grid('split', 'share', percent),
   'preview': preview_rows,
+  'collateral': collateral_rows,
   'held_back': held_back_rows,
   'retrieval': recall_rows,
   'few_shot': few_shot_rows,

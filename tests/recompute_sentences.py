@@ -44,6 +44,7 @@ def of_comparison(work: Work, tables: dict[str, Table], split: str, benchmark: s
         words = f'{name} is not shown to be better than anchor_only (# points, '
         yield f'{words}# to #)', [percent(x) for x in (lead.value, lead.low, lead.high)]
         yield f'{words}no interval', [percent(lead.value)]
+  yield from shares(work, found.get('E_control'), split, benchmark)
   yield from donors(work, split)
   yield from imbalances(work, split)
   yield (
@@ -71,6 +72,16 @@ def of_comparison(work: Work, tables: dict[str, Table], split: str, benchmark: s
   yield 'Loss on the # queries that lost a neighbour', [int(hit.sum())]
   yield 'minus loss on the # queries that did not', [int(unhit.sum())]
   yield 'Of these, # count, whose class', [sum(used)]
+
+
+def shares(work: Work, row: dict | None, split: str, benchmark: str) -> Iterator:
+  """The part of the control's lead that the removal takes away."""
+  if row and row['value'] is not None:
+    lead = main.lead(work, split, benchmark, work.control(split))
+    ends = [percent(row[name]) for name in ('value', 'low', 'high')]
+    for end in ('', '; range of two seeds', '; this checkpoint'):
+      yield f'takes away # % [#, #{end}] of the # points by which', [*ends, percent(lead.value)]
+    yield 'the interval holds # %', [50]
 
 
 VARIABLES = {
@@ -304,7 +315,9 @@ def of_pool(work: Work, tables: dict[str, Table]) -> Iterator:
 
 
 def of_accuracy(work: Work, table: Table) -> Iterator:
-  yield 'Intervals rest on # seeds', [table.rows[0]['seeds']]
+  seeds = [row['seeds'] for row in table.rows]
+  yield 'Intervals rest on # seeds', seeds[:1]
+  yield 'Intervals rest on # to # seeds', [min(seeds), max(seeds)]
   for benchmark in work.benchmarks:
     mine = [row for row in table.rows if row['benchmark'] == benchmark]
     one = mine[0]

@@ -88,6 +88,7 @@ def accuracy(work: Work, skipped: list[str]) -> Iterator[tuple[str, Table]]:
             'pool_rows': int((rows < pool).sum()),
             'anchor_rows': int(((rows >= pool) & (rows < pool + anchor)).sum()),
             'samples': int(last['train/samples']),
+            'anchor_share': (rows >= pool).mean(),
             'passes': last['train/samples'] / len(rows),
             'mark': 'not converged' if any(marks) else '',
           }
@@ -428,6 +429,35 @@ def plane_scorings(work: Work, split: str, benchmark: str, reference: str) -> di
   return {reference: name, benchmark: 'imagenet_masked' if class_set == 'objectnet' else ''}
 
 
+def collateral(work: Work, skipped: list[str]) -> Iterator[tuple[str, Table]]:
+  """Every split minus base, and minus random rows of its size and budget, on all images."""
+  base, rows = base_of(work), []
+  budget = lambda split: work.settings(split).get('budget') or work.config['train']['budget']
+  size = lambda split: (work.about(split)['pool_rows'], budget(split))
+  trained = [split for split in work.splits if work.seeds(split)]
+  random = [split for split in trained if rule(work, split) == 'random']
+  for split in trained:
+    alike = [name for name in random if split not in random and size(name) == size(split)]
+    others = [base if base != split else '', *(alike[:1] if split != base else [])]
+    for other in filter(None, others):
+      for benchmark in work.benchmarks:
+        one, two = work.arrays(benchmark, split, other)
+        rows.append(
+          {
+            'split': split,
+            'against': other,
+            'benchmark': benchmark,
+            'rule': rule(work, split),
+            'own_benchmark': str(benchmark in work.settings(split)['benchmarks']),
+            'budget': budget(split),
+            'budget_of_other': budget(other),
+          }
+          | numbers(formulas.difference(one, two, work.groups(benchmark)))
+        )
+  if rows:
+    yield 'collateral', Table(('split', 'against', 'benchmark'), rows)
+
+
 def retrieval(work: Work, skipped: list[str]) -> Iterator[tuple[str, Table]]:
   """Six recalls; text to image is over captions, of which those of one group are one unit."""
   rows = []
@@ -526,6 +556,7 @@ MAKERS = (
   retrieval,
   few_shot,
   comparisons,
+  collateral,
   embedders,
   held_back,
   bins,

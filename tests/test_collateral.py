@@ -13,6 +13,7 @@ def estimate(value, method='crossed', seeds=3, groups=100):
 def item(split='pruned', against='base', own=('sketch',), budgets=('samples', 'samples'), **values):
   return {
     'split': split,
+    'shown': split,
     'rule': 'gap_aligned',
     'against': against,
     'budgets': list(budgets),

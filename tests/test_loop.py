@@ -131,7 +131,10 @@ def test_the_clock_saves_too(tmp_path):
 
 @pytest.mark.parametrize(
   'save_every_steps, said',
-  [(1, 'a parameter is not finite'), (20, r'the loss is nan.* of the split, .*: 0, 1, 2, .* 7, \.')],
+  [
+    (1, 'a parameter is not finite'),
+    (20, r'the loss is nan.* of the split, .*: 0, 1, 2, .* 7, \.'),
+  ],
 )
 def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(tmp_path, save_every_steps, said):
   rate = dict(learning_rate=float('nan'), warmup_steps=0)

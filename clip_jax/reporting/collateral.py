@@ -13,6 +13,7 @@ from clip_jax.reporting.tables import Cell, Table
 Item = Mapping[str, Any]
 # An item is one split against another one:
 #   split, rule, against: names           budgets: of both, 'samples' or 'epochs'
+#   shown: the split's name on the page
 #   own: benchmarks whose queries choose its rows
 #   differences: benchmark -> an estimate, split minus the other
 
@@ -24,7 +25,7 @@ def blocks_of(items: Sequence[Item], benchmarks: Sequence[str]) -> list:
     return []
   rows = tuple(
     (
-      Cell(item['split'], f'minus {item["against"]}'),
+      Cell(item['shown'], f'minus {item["against"]}'),
       *(_cell(item['differences'].get(b), b in item['own']) for b in shown),
     )
     for item in items
@@ -74,7 +75,7 @@ def _notes(items: Sequence[Item], benchmarks: Sequence[str]) -> tuple[str, ...]:
     for b, e in by_benchmark.items()
   )
   unequal = [
-    f'{item["split"]} minus {item["against"]}'
+    f'{item["shown"]} minus {item["against"]}'
     for item in items
     if item['budgets'][0] != item['budgets'][1]
   ]

@@ -32,7 +32,8 @@ def comparisons(facts: Facts) -> list[dict]:
       if differences:
         items.append(
           {
-            'split': contrasts.shown_name(facts, split),
+            'split': split,
+            'shown': contrasts.shown_name(facts, split),
             'rule': contrasts.shown_rule(facts, split),
             'against': other,
             'budgets': [blocks.budget(facts.config, name) for name in (split, other)],
