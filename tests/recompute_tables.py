@@ -387,7 +387,8 @@ def bins(work: Work, skipped: list[str]) -> Iterator[tuple[str, Table]]:
           if found is None or series != base and work.is_retrieval(benchmark):
             continue
           columns = numbers(found)
-          if series != base and raw.value in (0, 1) and raw.method not in ('range', 'none'):
+          is_open = series != base and raw.method not in ('range', 'none') and found.low is not None
+          if is_open and raw.value in (0, 1):
             columns['low'] = min(found.low, max(found.value - raw.value + raw.low, 0))
             columns['high'] = max(found.high, min(found.value - raw.value + raw.high, 1))
           if members.sum() < 20:  # a count

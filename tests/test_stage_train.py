@@ -9,7 +9,7 @@ import pytest
 from squares import config, run_stages
 
 from clip_jax import defaults
-from clip_jax.core import sharding
+from clip_jax.core import metrics, sharding
 from clip_jax.core.errors import ConfigError
 from clip_jax.experiment.graph import Graph
 from clip_jax.stages import check, train
@@ -153,3 +153,29 @@ def test_runs_at_once_need_one_device():
   sharding.check_runs_at_once(1, mesh)
   with pytest.raises(ConfigError, match='runs_at_once=2 needs one device, but there are 8'):
     sharding.check_runs_at_once(2, mesh)
+
+
+def test_a_run_in_microbatches_ends_as_one_in_whole_batches(data, prepared_squares, tmp_path):
+  """Packed captions included, and a loss in chunks that do not divide the batch."""
+  losses = []
+  for name, more in (
+    ('whole', {}),
+    ('parts', {'train.microbatches': 2, 'train.loss_chunk': 5}),
+  ):
+    workdir = tmp_path / name
+    shutil.copytree(prepared_squares / 'run', workdir)
+    recipe = {'train.only': ('base/seed0',), 'train.batch_size': 16, 'train.samples': 96}
+    c = config(data, **recipe, **{'train.pack_captions': 'always', **more})
+    run_stages(c, workdir, 'train')
+    path = workdir / 'train/base/seed0/metrics.jsonl'
+    losses.append([line['train/loss'] for line in metrics.read(path)])
+  assert len(losses[0]) > 2
+  np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
+
+
+def test_batch_norms_refuse_microbatches(data):
+  c = config(data, **{'train.microbatches': 2})
+  c.model.update_from_flattened_dict({key: 0 for key, value in c.model.items() if value})
+  c.model.name = 'RN50'
+  with pytest.raises(ConfigError, match='microbatches=2: the batch norms of RN50'):
+    check.check(c)

@@ -58,16 +58,9 @@ _Gradients = tuple[Array, Array, dict, dict]  # loss, scale, recorded statistics
 
 
 def _gradients(
-  features_of: _Features,
-  loss_of: Callable[..., Array],
-  params: dict,
-  batch: dict,
-  key: Array,
-  microbatches: int,
-  mesh: Any,
+  features_of: _Features, loss_of: Callable[..., Array], params: dict, batch: dict, key: Array
 ) -> _Gradients:
   """Returns a loss and its gradients."""
-  del microbatches, mesh
 
   def loss(params: dict) -> tuple[Array, tuple[Array, dict]]:
     features, recorded = features_of(params, batch, key)
@@ -83,6 +76,7 @@ def _cached_gradients(
   params: dict,
   batch: dict,
   key: Array,
+  *,
   microbatches: int,
   mesh: Any,
 ) -> _Gradients:
@@ -160,7 +154,9 @@ def steps(
     beta1=recipe.beta1, beta2=recipe.beta2, eps=recipe.eps, weight_decay=recipe.weight_decay
   )
   loss_of = functools.partial(losses.LOSSES[recipe.loss].function, chunk=recipe.loss_chunk)
-  gradients = _gradients if recipe.microbatches == 1 else _cached_gradients
+  gradients = _gradients
+  if recipe.microbatches > 1:
+    gradients = functools.partial(_cached_gradients, microbatches=recipe.microbatches, mesh=mesh)
 
   def init(seed: Array) -> dict:
     params = init_params(jax.random.key(seed))
@@ -173,9 +169,7 @@ def steps(
     def features_of(params: dict, batch: dict, key: Array) -> tuple[dict, dict]:
       return encode(params, normalize(batch['image'], recipe.mean, recipe.std), batch['text'], key)
 
-    loss, scale, recorded, grads = gradients(
-      features_of, loss_of, state['params'], batch, key, recipe.microbatches, mesh
-    )
+    loss, scale, recorded, grads = gradients(features_of, loss_of, state['params'], batch, key)
     rate = optimizer.learning_rate(state['step'], **schedule)
     updates, opt = tx.update(grads, state['opt'], state['params'])
     params = jax.tree.map(lambda p, u: p - rate * u, state['params'], updates)
