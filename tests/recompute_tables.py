@@ -433,8 +433,8 @@ def plane_scorings(work: Work, split: str, benchmark: str, reference: str) -> di
 def collateral(work: Work, skipped: list[str]) -> Iterator[tuple[str, Table]]:
   """Every split minus base, and minus random rows of its size and budget, on all images."""
   base, rows = base_of(work), []
-  budget = lambda split: work.settings(split).get('budget') or work.config['train']['budget']
-  size = lambda split: (work.about(split)['pool_rows'], budget(split))
+  budget = lambda split: work.settings(split).get('budget') or work.config['train'].get('budget')
+  size = lambda split: (len(work.rows(split)), budget(split))
   trained = [split for split in work.splits if work.seeds(split)]
   random = [split for split in trained if rule(work, split) == 'random']
   for split in trained:

@@ -110,6 +110,7 @@ def facts_of(more, seeds=3):
   return dataclasses.replace(facts, results=results)
 
 
+@pytest.mark.slow
 def test_the_page_is_that_of_its_raw_products(finished, capsys):
   assert recompute_page.main(str(finished)) == 0, capsys.readouterr().out
   said = capsys.readouterr().out
@@ -120,6 +121,7 @@ def test_the_page_is_that_of_its_raw_products(finished, capsys):
   assert not re.search(r'Not checked: .*page, (embedders|answer)', said)
 
 
+@pytest.mark.slow
 def test_a_wrong_number_of_the_table_is_found(finished, capsys, monkeypatch):
   printed = recompute_page.printed
 
@@ -138,6 +140,7 @@ def test_a_wrong_number_of_the_table_is_found(finished, capsys, monkeypatch):
   )
 
 
+@pytest.mark.slow
 def test_the_answer_names_each_embedder(finished):
   lines = (finished / 'report/summary.txt').read_text().splitlines()
   assert lines[0].startswith('On handwriting, removing the pool images that are nearer to these')
@@ -166,6 +169,7 @@ def blank_figures(monkeypatch):
   monkeypatch.setattr(svg, 'render', lambda draw, height, title: blank)
 
 
+@pytest.mark.slow
 def test_curves_hold_splits_of_one_embedder(more, blank_figures):
   facts = facts_of(more)
   items = contrasts.comparisons(facts)
@@ -193,6 +197,7 @@ def test_curves_hold_splits_of_one_embedder(more, blank_figures):
   assert tables['size_against_random'].rows[1][0].detail.endswith(', under hog')
 
 
+@pytest.mark.slow
 def test_rows_beside_each_other(more):
   folder, _ = more
   facts = facts_of(more)
@@ -222,6 +227,7 @@ def test_rows_beside_each_other(more):
   assert rows[1]['share'].value > rows[0]['share'].value > 0
 
 
+@pytest.mark.slow
 def test_similarities_of_a_comparison_are_those_of_its_embedder(more):
   facts = facts_of(more)
   hog = facts.for_split('handwriting_matched_hog')
@@ -234,6 +240,7 @@ def test_similarities_of_a_comparison_are_those_of_its_embedder(more):
   assert found[HOG] == slopes[HOG] and found[MAIN] != slopes[MAIN]
 
 
+@pytest.mark.slow
 def test_without_two_embedders_there_is_no_table(more):
   facts = facts_of(more)
   items = contrasts.comparisons(facts)
@@ -252,6 +259,7 @@ def test_without_two_embedders_there_is_no_table(more):
   assert [item['split'] for item in contrasts.headline(c, items)] == [MAIN, HOG]
 
 
+@pytest.mark.slow
 def test_a_control_that_is_not_evaluated(more, blank_figures):
   facts = facts_of(more)
   correct = {

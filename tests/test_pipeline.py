@@ -526,6 +526,8 @@ def test_class_names_of_samples_that_are_codes_are_refused_after_ingest(tmp_path
 
 
 def test_a_redo_of_the_report_alone_ends(world, copy, capsys):
+  status, said = run(config(world), copy, capsys, ['report'])
+  assert status == 0, said
   for _ in range(2):
     status, said = run(config(world), copy, capsys, ['report'], redo='report')
     assert status == 0 and 'are moved to' in said, said

@@ -155,6 +155,7 @@ def test_runs_at_once_need_one_device():
     sharding.check_runs_at_once(2, mesh)
 
 
+@pytest.mark.slow
 def test_a_run_in_microbatches_ends_as_one_in_whole_batches(data, prepared_squares, tmp_path):
   """Packed captions included, and a loss in chunks that do not divide the batch."""
   losses = []

@@ -105,7 +105,11 @@ def test_packed_captions_agree_on_one_device_and_eight(alone):
 
 @pytest.mark.parametrize(
   'loss, devices, microbatches, is_packed',
-  [('siglip', 1, 2, False), ('clip', 2, 8, False), ('clip', 4, 2, True)],
+  [
+    pytest.param('siglip', 1, 2, False, marks=pytest.mark.slow),
+    pytest.param('clip', 2, 8, False, marks=pytest.mark.slow),
+    ('clip', 4, 2, True),
+  ],
 )
 def test_microbatches_equal_the_whole_batch(loss, devices, microbatches, is_packed):
   """With the gradient of the scale and of siglip's bias."""

@@ -430,6 +430,7 @@ def test_each_further_embedder_is_calibrated(data, prepared, tmp_path, capsys):
   assert (tmp_path / 'run/embedders/other/search/planted/calibration.sidecar.json').exists()
 
 
+@pytest.mark.slow
 def test_tars_are_drawn_by_several_processes_alike(data, prepared, tmp_path, capsys):
   assert run(config(data, **{'engine.workers': 2}), tmp_path / 'run', capsys, ['ingest'])[0] == 0
   for path in (prepared / 'ingest/planted/tars').glob('*.tar'):

@@ -41,6 +41,7 @@ def test_a_stopped_run_goes_on_bit_for_bit_wherever_it_was_saved(tmp_path):
   np.testing.assert_array_equal(table(tmp_path / 'cut'), table(tmp_path / 'whole'))
 
 
+@pytest.mark.slow
 def test_packed_captions_and_several_devices_agree(tmp_path):
   test_loop.train(tmp_path / 'plain', tokens=IDS)
 

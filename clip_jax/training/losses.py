@@ -105,7 +105,7 @@ def _blocks(text: Array, chunk: int) -> tuple[Array, Array]:  # -> [n, chunk, E]
 class Loss(NamedTuple):
   """A loss, and its own initial values of the model's logit scale and bias, if any."""
 
-  function: Callable[..., Array]  # (image, text, scale, bias, chunk) -> []
+  function: Callable[..., Array]  # (image, text, scale, bias[, chunk]) -> []
   start: Mapping[str, float] = {}  # init_logit_scale (log of the scale), init_logit_bias
 
 

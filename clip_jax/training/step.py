@@ -153,7 +153,9 @@ def steps(
   tx = optimizer.adamw(
     beta1=recipe.beta1, beta2=recipe.beta2, eps=recipe.eps, weight_decay=recipe.weight_decay
   )
-  loss_of = functools.partial(losses.LOSSES[recipe.loss].function, chunk=recipe.loss_chunk)
+  loss_of = losses.LOSSES[recipe.loss].function
+  if recipe.loss_chunk:
+    loss_of = functools.partial(loss_of, chunk=recipe.loss_chunk)
   gradients = _gradients
   if recipe.microbatches > 1:
     gradients = functools.partial(_cached_gradients, microbatches=recipe.microbatches, mesh=mesh)
