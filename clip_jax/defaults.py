@@ -263,7 +263,7 @@ TRAIN = {
   'eps': Key(1e-6),  # AdamW
   'seeds': Key((0,), _seeds),  # each split is trained once per seed
   # Runs trained at the same time, in threads, with the same results. For small models, of which one
-  # does not keep all cores, or one GPU, busy; takes one device. Changes speed only.
+  # does not keep all cores, or one GPU, busy. 1 on several devices. Changes speed only.
   'runs_at_once': Key(1, positive),
   # Train only these runs now, ('base/seed0', ...): for several machines with one work directory.
   'only': Key(()),

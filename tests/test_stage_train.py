@@ -2,17 +2,17 @@
 
 import pathlib
 import shutil
-import types
 
 import numpy as np
 import pytest
 from squares import config, run_stages
 
 from clip_jax import defaults
-from clip_jax.core import metrics, sharding
+from clip_jax.core import metrics
 from clip_jax.core.errors import ConfigError
+from clip_jax.experiment.experiment import Experiment
 from clip_jax.experiment.graph import Graph
-from clip_jax.stages import check, train
+from clip_jax.stages import check, pipeline, train
 from clip_jax.training import loop
 
 
@@ -148,11 +148,10 @@ def test_a_split_may_have_a_budget_of_its_own(data, prepared_squares, tmp_path, 
     check.check(c, ('train',))
 
 
-def test_runs_at_once_need_one_device():
-  mesh = types.SimpleNamespace(size=8)
-  sharding.check_runs_at_once(1, mesh)
-  with pytest.raises(ConfigError, match='runs_at_once=2 needs one device, but there are 8'):
-    sharding.check_runs_at_once(2, mesh)
+def test_on_several_devices_runs_train_one_after_the_other(data, caplog):
+  caplog.set_level('INFO', 'absl')
+  x = Experiment(config(data, **{'train.runs_at_once': 2}), '')
+  assert pipeline._runs_at_once(x) == 1 and 'each uses all 8 devices' in caplog.text
 
 
 @pytest.mark.slow

@@ -34,15 +34,6 @@ def check_batch_size(batch_size: int, mesh: Any, microbatches: int = 1) -> None:
     )
 
 
-def check_runs_at_once(runs: int, mesh: Any) -> None:
-  """Raises ConfigError for several runs at once on several devices, whose collectives would mix."""
-  if runs > 1 and mesh.size > 1:
-    raise ConfigError(
-      f'config.train.runs_at_once={runs} needs one device, but there are {mesh.size}. Set it to 1: '
-      'then each run uses all devices.'
-    )
-
-
 def parameter_shardings(tree: Any, mesh: Any) -> Any:
   """Returns a sharding for each array (or shape): the longest axis that fsdp divides is split.
 

@@ -144,7 +144,6 @@ def _check(x: Experiment, names: list[str], redo: str) -> list[str]:
   if runs:  # importing JAX is slow, so a work directory without missing runs skips this check
     mesh = sharding.mesh(x.config.train.fsdp)
     sharding.check_batch_size(x.config.train.batch_size, mesh, x.config.train.microbatches)
-    sharding.check_runs_at_once(x.config.train.runs_at_once, mesh)
     table.stage_module('train').check_sizes(
       x, [run_ for run_ in runs if _is_ready(x, run_, replaced)]
     )
@@ -408,8 +407,8 @@ def _run_stage(x: Experiment, stage: str, names: list[str]) -> list[Product]:
   make = lambda batch: products.make(
     x.workdir, batch, lambda missing: table.make_products(x, stage, missing)
   )
-  if todo and stage == 'train' and x.config.train.runs_at_once > 1:
-    made = engine.in_threads(make, _batches(wanted), at_once=x.config.train.runs_at_once)
+  if todo and stage == 'train' and (at_once := _runs_at_once(x)) > 1:
+    made = engine.in_threads(make, _batches(wanted), at_once=at_once)
   else:
     made = map(make, _batches(wanted))
   new_products = [product for batch in made for product in batch]
@@ -424,6 +423,15 @@ def _run_stage(x: Experiment, stage: str, names: list[str]) -> list[Product]:
     home = f'{EMBEDDERS}/{folder}/' if folder else ''
     products.write_manifest(x.workdir, home + STAGES[stage], list(parts))
   return new_products
+
+
+def _runs_at_once(x: Experiment) -> int:
+  """Returns train.runs_at_once, 1 on several devices: the collectives of runs would mix."""
+  at_once = x.config.train.runs_at_once
+  if at_once > 1 and (devices := sharding.mesh(x.config.train.fsdp).size) > 1:
+    logging.info('train: one run after the other, because each uses all %d devices.', devices)
+    return 1
+  return at_once
 
 
 def _check_disk(x: Experiment, stage: str) -> None:
