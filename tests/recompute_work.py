@@ -124,7 +124,8 @@ class Work:
   @kept
   def meta(self, dataset: str) -> dict[str, list]:
     files = shards(self.path / 'ingest' / dataset, 'index-*.parquet')
-    return pa.concat_tables([pq.read_table(f) for f in files]).to_pydict()
+    parts = [pq.read_table(f) for f in files]
+    return pa.concat_tables(parts, promote_options='permissive').to_pydict()
 
   @kept
   def groups(self, benchmark: str) -> np.ndarray:
