@@ -102,7 +102,7 @@ def imbalances(work: Work, split: str) -> Iterator:
   draws = [work.balance(split, control, draw) for draw in range(len(work.about(control)['draws']))]
   sizes = {name: max(abs(found[name]) for found in draws) for name in draws[0]}
   large = sorted((name for name in sizes if sizes[name] >= 0.1), key=lambda name: -sizes[name])
-  for name in large[:3]:
+  for name in sorted(large[:3], key=lambda name: -len(VARIABLES[name])):  # one ends as another
     yield f'{VARIABLES[name]} (#)', [sizes[name]]
     yield f'{VARIABLES[name]} (standardised difference #)', [sizes[name]]
   yield 'and # more (table', [len(large) - 3]
