@@ -38,6 +38,8 @@ def test_a_stopped_run_goes_on_bit_for_bit_wherever_it_was_saved(tmp_path):
     test_loop.train(tmp_path / 'cut', tokens=IDS, should_stop=test_loop.stop_after(updates))
   result = test_loop.train(tmp_path / 'cut', tokens=IDS, save_every_steps=3)
   assert (result.resumed_from, result.digest) == (11, whole.digest)
+  again = test_loop.train(tmp_path / 'cut', tokens=IDS)  # killed after its last checkpoint
+  assert (again.resumed_from, again.digest) == (12, whole.digest)
   np.testing.assert_array_equal(table(tmp_path / 'cut'), table(tmp_path / 'whole'))
 
 

@@ -117,7 +117,7 @@ def train(
     todo = progress.track(
       range(start, total_steps), total=total_steps, initial=start, desc=name, unit='steps'
     )
-    saved_at, done = time.monotonic(), start
+    saved_at, done, whole = time.monotonic(), start, state
     for done, state in _updates(  # noqa: B020 (each update takes the previous state)
       used.rows(state),
       todo,
@@ -142,7 +142,7 @@ def train(
         break
   return TrainResult(
     step=done,
-    digest=checkpoints.digest(used.whole(state, done)['params']),
+    digest=checkpoints.digest(whole['params']),  # of the last save, after the last update
     finished=done >= total_steps,
     resumed_from=start or None,
   )
