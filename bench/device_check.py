@@ -218,12 +218,7 @@ def duplicate_rows(sizes: Sizes) -> Result:
 
 
 def mesh_of(devices) -> jax.sharding.Mesh:
-  return jax.make_mesh(
-    (len(devices), 1),
-    ('data', 'fsdp'),
-    devices=devices,
-    axis_types=(jax.sharding.AxisType.Auto,) * 2,
-  )
+  return sharding.mesh(devices=devices)
 
 
 def on_cpu(work: Callable, *args):

@@ -127,6 +127,10 @@ def _templates(value: tuple) -> str:
   return '' if is_good else 'must be prompts, each with {} for the class name.'
 
 
+def _devices(value: int) -> str:
+  return '' if value == -1 or value > 0 else 'must be -1 (the rest) or at least 1.'
+
+
 def _class_mask(value: tuple) -> str:
   return 'leaves one class, so that every prediction is right.' if len(value) == 1 else ''
 
@@ -287,7 +291,6 @@ TRAIN = {
   # Pack several captions into one row of tokens, with the same features: 'always' | 'never' |
   # 'auto' (if it saves at least 15 % of the FLOPs). Changes speed only.
   'pack_captions': Key('auto', one_of('auto', 'always', 'never')),
-  'fsdp': Key(1, positive),  # devices per copy of the parameters; must divide the device count
   'save_every_steps': Key(1000),  # steps between checkpoints; 0: by time only
   'save_every_secs': Key(600.0),  # most seconds between checkpoints; 0: by steps only
   'keep_checkpoints': Key(2, positive),  # latest checkpoints of a run that are kept
@@ -309,6 +312,18 @@ TRAIN = {
   # benchmarks, if they fit. Changes speed only.
   'cache_mb': Key(1024),
   'tensorboard': Key(False),  # also write TensorBoard files (needs tensorboardX)
+}
+
+# How training is split over the devices of all hosts. The product of the three is their number.
+# Changes speed and memory, and the last bits of the parameters.
+MESH = {
+  'data': Key(-1, _devices),  # parts of a batch with a copy of the parameters each; -1: the rest
+  # Devices that split a part of the batch, and one copy of the parameters: for models that do not
+  # fit into one device.
+  'fsdp': Key(1, positive),
+  # Devices that split the products of attention and MLP and see the same samples. They exchange
+  # activations in each block, so they must be of one host.
+  'tensor': Key(1, positive),
 }
 
 EVALUATE = {
@@ -516,6 +531,7 @@ BLOCKS = {
   'model': MODEL,
   'preprocess': PREPROCESS,
   'train': TRAIN,
+  'mesh': MESH,
   'evaluate': EVALUATE,
   'report': REPORT,
   'glyphs': GLYPHS,
@@ -574,6 +590,11 @@ def benchmark(**given) -> Config:
 def reference(**given) -> Config:
   """Returns a reference block: labelled examples (a dataset, or prompts) for domain_removal."""
   return _block(REFERENCE, 'reference', **given)
+
+
+def mesh(**given) -> Config:
+  """Returns the block of the mesh: how training is split over devices."""
+  return _block(MESH, 'mesh', **given)
 
 
 def planted(**given) -> Config:

@@ -10,13 +10,15 @@ from clip_jax.core.errors import ConfigError
 
 def test_axes():
   mesh = sharding.mesh(fsdp=2)
-  assert dict(mesh.shape) == {'data': 4, 'fsdp': 2}
+  assert dict(mesh.shape) == {'data': 4, 'fsdp': 2, 'tensor': 1}
+  assert sharding.mesh(data=2, fsdp=2, tensor=2).shape['data'] == 2
+  assert sharding.batch_parts(sharding.mesh(tensor=4)) == 2
 
 
-@pytest.mark.parametrize('fsdp', [0, 3, 16])
-def test_fsdp_must_divide_the_devices(fsdp):
-  with pytest.raises(ConfigError, match=f'train.fsdp={fsdp} .* 8'):
-    sharding.mesh(fsdp)
+@pytest.mark.parametrize('data, fsdp, tensor', [(-1, 3, 1), (-1, 16, 1), (4, 1, 1), (-1, 4, 4)])
+def test_the_axes_must_give_the_devices(data, fsdp, tensor):
+  with pytest.raises(ConfigError, match=f'data={data} x fsdp={fsdp} x tensor={tensor} .* 8'):
+    sharding.mesh(data, fsdp, tensor)
 
 
 @pytest.mark.parametrize('size, nearest', [(1, 8), (12, 16), (65, 64), (0, 8)])
@@ -39,6 +41,32 @@ def test_parameters_are_split_along_their_longest_axis_that_divides():
   assert specs == dict(
     tall=('fsdp', None), odd=(None, 'fsdp'), none=(None, None), vector=(None,), scalar=()
   )
+
+
+def test_blocks_are_split_by_name_so_that_each_needs_one_sum():
+  shapes = {
+    'attn': {'in_proj_weight': (24, 8), 'in_proj_bias': (24,), 'out_proj': {'weight': (8, 8)}},
+    'mlp': {'c_fc': {'weight': (32, 8)}, 'c_proj': {'weight': (8, 32), 'bias': (8,)}},
+    'proj': (8, 4),
+  }
+  tree = jax.tree.map(
+    lambda shape: jax.ShapeDtypeStruct(shape, np.float32),
+    {'mu': shapes},
+    is_leaf=lambda value: isinstance(value, tuple),
+  )
+  shardings = sharding.parameter_shardings(tree, sharding.mesh(fsdp=2, tensor=2))
+  assert jax.tree.map(lambda s: tuple(s.spec), shardings)['mu'] == {
+    'attn': {
+      'in_proj_weight': ('tensor', 'fsdp'),
+      'in_proj_bias': ('tensor',),
+      'out_proj': {'weight': ('fsdp', 'tensor')},
+    },
+    'mlp': {
+      'c_fc': {'weight': ('tensor', 'fsdp')},
+      'c_proj': {'weight': ('fsdp', 'tensor'), 'bias': (None,)},
+    },
+    'proj': ('fsdp', None),
+  }
 
 
 def test_without_fsdp_all_is_replicated():

@@ -48,19 +48,17 @@ def schedule(total_steps=50, peak=3e-3):
   )
 
 
-def compiled(devices, fsdp=1, recipe=RECIPE):
-  mesh = jax.make_mesh(
-    (devices // fsdp, fsdp),
-    ('data', 'fsdp'),
-    devices=jax.devices()[:devices],
-    axis_types=(jax.sharding.AxisType.Auto,) * 2,
-  )
+def compiled(devices, fsdp=1, recipe=RECIPE, tensor=1):
+  mesh = sharding.mesh(fsdp=fsdp, tensor=tensor, devices=jax.devices()[:devices])
   functions = clip.functions(CONFIG)
   return training_step.steps(functions.init, functions.encode, recipe, mesh), mesh
 
 
-def run(devices, fsdp, updates=6):
-  steps, mesh = compiled(devices, fsdp)
+UPDATES = 20
+
+
+def run(devices, updates=UPDATES, **axes):
+  steps, mesh = compiled(devices, **axes)
   state = steps.init(0)
   born = checkpoints.digest(state['params'])
   losses = []
@@ -72,14 +70,14 @@ def run(devices, fsdp, updates=6):
 
 @pytest.fixture(scope='module')
 def alone():
-  return run(1, 1)
+  return run(1)
 
 
-@pytest.mark.parametrize('fsdp', [1, 4])
-def test_eight_devices_agree_with_one(alone, fsdp):
-  born, losses, state = run(8, fsdp)
+@pytest.mark.parametrize('fsdp, tensor', [(1, 1), (2, 1), (8, 1), (1, 2), (2, 2)])
+def test_eight_devices_agree_with_one(alone, fsdp, tensor):
+  born, losses, state = run(8, fsdp=fsdp, tensor=tensor)
   assert born == alone[0]
-  np.testing.assert_allclose(losses, alone[1], rtol=2e-5)
+  np.testing.assert_allclose(losses, alone[1], rtol=5e-5)
   for (path, a), b in zip(
     jax.tree_util.tree_leaves_with_path(state['params']),
     jax.tree.leaves(alone[2]['params']),
@@ -87,8 +85,8 @@ def test_eight_devices_agree_with_one(alone, fsdp):
   ):
     if 'in_proj_bias' in jax.tree_util.keystr(path):  # softmax ignores the keys' bias: its gradient
       a, b = np.delete([a, b], slice(8, 16), axis=1)  # is rounding noise, which Adam blows up
-    np.testing.assert_allclose(a, b, atol=1e-5, err_msg=jax.tree_util.keystr(path))
-  assert state['step'] == 6
+    np.testing.assert_allclose(a, b, atol=3e-5, err_msg=jax.tree_util.keystr(path))
+  assert state['step'] == UPDATES
 
 
 def test_packed_captions_agree_on_one_device_and_eight(alone):
@@ -100,7 +98,7 @@ def test_packed_captions_agree_on_one_device_and_eight(alone):
       packed = dict(plain, text=packing.pack(plain['text'], devices))
       state, values = steps.step(state, sharding.place_batch(packed, mesh), schedule())
       losses.append(float(values['loss']))
-    np.testing.assert_allclose(losses, alone[1], rtol=5e-5)
+    np.testing.assert_allclose(losses, alone[1][:6], rtol=5e-5)
 
 
 @pytest.mark.parametrize(
@@ -116,12 +114,7 @@ def test_microbatches_equal_the_whole_batch(loss, devices, microbatches, is_pack
   states = []
   for parts, count in ((1, 1), (microbatches, devices)):
     recipe = dataclasses.replace(RECIPE, loss=loss, microbatches=parts, loss_chunk=5 * (parts - 1))
-    mesh = jax.make_mesh(
-      (count, 1),
-      ('data', 'fsdp'),
-      devices=jax.devices()[:count],
-      axis_types=(jax.sharding.AxisType.Auto,) * 2,
-    )
+    mesh = sharding.mesh(devices=jax.devices()[:count])
     start = losses_lib.LOSSES[loss].start
     functions = clip.functions(dataclasses.replace(CONFIG, **start))
     steps = training_step.steps(functions.init, functions.encode, recipe, mesh)
@@ -147,12 +140,7 @@ RESNET = dataclasses.replace(CONFIG, vision=zoo.ResNetConfig(32, 4, (1, 1, 1, 1)
 
 def test_batch_statistics_are_recorded_and_not_trained():
   functions = clip.functions(RESNET)
-  mesh = jax.make_mesh(
-    (1, 1),
-    ('data', 'fsdp'),
-    devices=jax.devices()[:1],
-    axis_types=(jax.sharding.AxisType.Auto,) * 2,
-  )
+  mesh = sharding.mesh(devices=jax.devices()[:1])
   steps = training_step.steps(functions.init, functions.encode, RECIPE, mesh)
   state = steps.init(0)
   data = dict(

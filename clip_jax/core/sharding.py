@@ -1,58 +1,95 @@
-"""The device mesh and the shardings: batches over all devices, parameters over the fsdp axis.
+"""The device mesh and the shardings of batches and parameters; no other file names its axes.
 
-Axes: each slice along 'data' holds a copy of the parameters, which is split along 'fsdp'. Both
-axes split the batch. XLA's partitioner does the rest, so no other file names a mesh axis. JAX is
-imported inside functions: every command imports this file, and JAX takes a second.
+Axes: 'data' and 'fsdp' split the batch, 'fsdp' also the parameters, 'tensor' the parameters and
+the work of attention and MLP (its devices see the same samples). XLA's partitioner does the rest. JAX
+is imported inside functions: every command imports this file, and JAX takes a second.
 """
 
 from typing import Any
 
 from clip_jax.core.errors import ConfigError
 
+AXES = ('data', 'fsdp', 'tensor')
+_BATCH = ('data', 'fsdp')  # mesh axes that split the first axis of a batch
+# The end of a parameter's name -> the array's axis that 'tensor' splits: the outputs of the first
+# product of attention and MLP and the inputs of the second one, so that each block needs one sum
+# over devices (Shoeybi et al. 2019, Megatron-LM). Others are only split by 'fsdp'.
+_TENSOR = {
+  'attn.in_proj_weight': 0,
+  'attn.in_proj_bias': 0,
+  'attn.out_proj.weight': 1,
+  'mlp.c_fc.weight': 0,
+  'mlp.c_fc.bias': 0,
+  'mlp.c_proj.weight': 1,
+}
 
-def mesh(fsdp: int = 1) -> Any:
-  """Returns a [devices / fsdp, fsdp] mesh of all processes' devices, with axes data and fsdp."""
+
+def mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices: Any = None) -> Any:
+  """Returns a [data, fsdp, tensor] mesh; data=-1: all devices that are left.
+
+  devices: default: those of all processes.
+
+  Raises ConfigError if the product of the axes is not the number of devices.
+  """
   import jax
 
-  count = jax.device_count()
-  if fsdp < 1 or count % fsdp:
-    raise ConfigError(f'config.train.fsdp={fsdp} must divide the number of devices, {count}.')
+  count = jax.device_count() if devices is None else len(devices)
+  sizes = dict(data=data if data > 0 else count // (fsdp * tensor), fsdp=fsdp, tensor=tensor)
+  if sizes['data'] * fsdp * tensor != count:
+    what = ' x '.join(f'{name}={size}' for name, size in zip(AXES, (data, fsdp, tensor)))
+    raise ConfigError(
+      f'config.mesh: {what} does not give the number of devices, {count}. Choose factors of it; '
+      'data=-1 takes all devices that the others leave.'
+    )
   return jax.make_mesh(
-    (count // fsdp, fsdp), ('data', 'fsdp'), axis_types=(jax.sharding.AxisType.Auto,) * 2
+    tuple(sizes.values()),
+    AXES,
+    devices=devices,
+    axis_types=(jax.sharding.AxisType.Auto,) * len(AXES),
   )
+
+
+def batch_parts(mesh: Any) -> int:
+  """Returns the number of equal parts into which the mesh splits a batch."""
+  return mesh.shape['data'] * mesh.shape['fsdp']
 
 
 def check_batch_size(batch_size: int, mesh: Any, microbatches: int = 1) -> None:
   """Raises ConfigError if devices and microbatches cannot split the batch evenly."""
-  count = mesh.size * microbatches
+  count = batch_parts(mesh) * microbatches
   if batch_size < 1 or batch_size % count:
     nearest = max(1, round(batch_size / count)) * count
     times = '' if microbatches == 1 else f' times train.microbatches={microbatches}'
     raise ConfigError(
       f'config.train.batch_size={batch_size} must be a multiple of the number of devices, '
-      f'{mesh.size}{times}; the nearest is {nearest}.'
+      f'{batch_parts(mesh)}{times}; the nearest is {nearest}.'
     )
 
 
 def parameter_shardings(tree: Any, mesh: Any) -> Any:
-  """Returns a sharding for each array (or shape): the longest axis that fsdp divides is split.
+  """Returns a sharding for each array (or shape): 'tensor' by name, then 'fsdp' by shape.
 
-  Vectors and scalars are replicated, as splitting them saves nothing. The rule depends on shapes
-  only, so the moments of the optimizer are sharded like their parameters.
+  fsdp splits the longest axis left that it divides; vectors and scalars not, as that saves nothing.
+  The rules depend on shapes and the end of names only, so the moments of the optimizer are sharded
+  like their parameters.
   """
   import jax
   from jax.sharding import NamedSharding, PartitionSpec
 
-  parts = mesh.shape['fsdp']
+  parts, tensor = mesh.shape['fsdp'], mesh.shape['tensor']
 
-  def sharding(leaf: Any) -> NamedSharding:
+  def sharding(path: tuple, leaf: Any) -> NamedSharding:
     spec: list[str | None] = [None] * len(leaf.shape)
-    axes = [i for i, size in enumerate(leaf.shape) if size % parts == 0]
+    name = jax.tree_util.keystr(path, simple=True, separator='.')
+    split = next((axis for end, axis in _TENSOR.items() if name.endswith(end)), None)
+    if tensor > 1 and split is not None and leaf.shape[split] % tensor == 0:
+      spec[split] = 'tensor'
+    axes = [i for i, size in enumerate(leaf.shape) if size % parts == 0 and spec[i] is None]
     if parts > 1 and len(leaf.shape) >= 2 and axes:
       spec[max(axes, key=lambda i: leaf.shape[i])] = 'fsdp'
     return NamedSharding(mesh, PartitionSpec(*spec))
 
-  return jax.tree.map(sharding, tree)
+  return jax.tree_util.tree_map_with_path(sharding, tree)
 
 
 def replicated(mesh: Any) -> Any:
@@ -63,10 +100,10 @@ def replicated(mesh: Any) -> Any:
 
 
 def batch_sharding(mesh: Any) -> Any:
-  """Returns the sharding with the first axis split over all devices."""
+  """Returns the sharding with the first axis split over the mesh's axes data and fsdp."""
   from jax.sharding import NamedSharding, PartitionSpec
 
-  return NamedSharding(mesh, PartitionSpec(('data', 'fsdp')))
+  return NamedSharding(mesh, PartitionSpec(_BATCH))
 
 
 def local() -> tuple[Any, Any, int]:

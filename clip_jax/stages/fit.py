@@ -101,7 +101,7 @@ def fit(
       loss=t.loss,
       loss_chunk=t.loss_chunk,
       microbatches=t.microbatches,
-      fsdp=t.fsdp,
+      mesh=sharding.mesh(**x.config.mesh),
       tokens=tokens,
       mean=tuple(p.mean),
       std=tuple(p.std),
@@ -130,7 +130,7 @@ def _caption_groups(x: Experiment, base, architecture, folder: str) -> int:
   """
   t = x.config.train
   # A group of captions stays on one device, in one microbatch.
-  groups = sharding.mesh(t.fsdp).size * t.microbatches
+  groups = sharding.batch_parts(sharding.mesh(**x.config.mesh)) * t.microbatches
   if t.pack_captions == 'never' or t.batch_size % groups:  # the loop rejects such a batch size
     return 0
   if not text.packable(architecture.text):

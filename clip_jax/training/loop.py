@@ -69,7 +69,7 @@ def train(
   loss: str = 'clip',  # a key of losses.LOSSES
   loss_chunk: int = 0,  # of the loss, see losses.py; 0: the whole matrix of logits
   microbatches: int = 1,  # parts of a batch that go through the model one after the other
-  fsdp: int = 1,  # devices over which one copy of the parameters is split
+  mesh: Any = None,  # of sharding.mesh; None: all devices split the batch
   tokens: np.ndarray | None = None,  # [U] int32, sorted: all ids in the captions; None: any may be
   alone: bool = True,  # False: other threads train runs, too
   name: str = 'train',  # of the run, shown with the progress bar
@@ -86,7 +86,7 @@ def train(
     ConfigError, InputError: the batch does not fit the mesh; checkpoint_dir has a checkpoint of
       another model; the loss or a parameter is not finite (nothing is saved then).
   """
-  mesh = sharding.mesh(fsdp)
+  mesh = sharding.mesh() if mesh is None else mesh
   sharding.check_batch_size(batch_size, mesh, microbatches)
   recipe = training_step.Recipe(
     loss=loss,

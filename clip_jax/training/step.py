@@ -116,13 +116,13 @@ def _split(
   mesh: Any,
 ) -> Array:  # [microbatches, B / microbatches, ...]
   """Returns microbatches that take an equal part of each device's rows, so that none moves."""
-  rows = leaf.reshape(mesh.size, microbatches, -1, *leaf.shape[1:]).swapaxes(0, 1)
+  rows = leaf.reshape(sharding.batch_parts(mesh), microbatches, -1, *leaf.shape[1:]).swapaxes(0, 1)
   return rows.reshape(microbatches, -1, *leaf.shape[1:])
 
 
 def _join(leaf: Array, mesh: Any) -> Array:  # [microbatches, B / microbatches, ...] -> [B, ...]
   """Returns the rows in the order before _split."""
-  rows = leaf.reshape(len(leaf), mesh.size, -1, *leaf.shape[2:]).swapaxes(0, 1)
+  rows = leaf.reshape(len(leaf), sharding.batch_parts(mesh), -1, *leaf.shape[2:]).swapaxes(0, 1)
   return rows.reshape(-1, *leaf.shape[2:])
 
 
