@@ -1,8 +1,8 @@
 """The device mesh and the shardings of batches and parameters; no other file names its axes.
 
 Axes: 'data' and 'fsdp' split the batch, 'fsdp' also the parameters, 'tensor' the parameters and
-the work of attention and MLP (its devices see the same samples). XLA's partitioner does the rest. JAX
-is imported inside functions: every command imports this file, and JAX takes a second.
+the work of attention and MLP (its devices see the same samples). XLA's partitioner does the rest.
+JAX is imported inside functions: every command imports this file, and JAX takes a second.
 """
 
 from typing import Any

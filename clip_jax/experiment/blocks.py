@@ -1,9 +1,11 @@
 """Queries on the config: its datasets, embedders, splits and runs. Pure functions of the config."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from clip_jax import defaults
 from clip_jax.core import config as config_lib
+from clip_jax.core import sharding
 from clip_jax.core.types import Config
 from clip_jax.data import row_rules
 from clip_jax.evaluation import class_sets
@@ -417,3 +419,8 @@ def recipe(config: Config) -> list[str]:
   if t.patch_dropout and t.microbatches > 1:  # each microbatch draws its own patches
     more.append('train.microbatches')
   return [*RECIPE, *more]
+
+
+def mesh(config: Config) -> Any:
+  """Returns the mesh of training, as sharding.mesh."""
+  return sharding.mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)

@@ -15,6 +15,7 @@ from clip_jax.core import files, interrupts, metrics, products, sharding
 from clip_jax.core.errors import InputError
 from clip_jax.core.products import Product
 from clip_jax.data import loader, packing, tokenizer
+from clip_jax.experiment import blocks
 from clip_jax.experiment.experiment import Experiment
 from clip_jax.models import clip, flops, text, zoo
 from clip_jax.stages import models
@@ -101,7 +102,7 @@ def fit(
       loss=t.loss,
       loss_chunk=t.loss_chunk,
       microbatches=t.microbatches,
-      mesh=sharding.mesh(**x.config.mesh),
+      mesh=blocks.mesh(x.config),
       tokens=tokens,
       mean=tuple(p.mean),
       std=tuple(p.std),
@@ -130,7 +131,7 @@ def _caption_groups(x: Experiment, base, architecture, folder: str) -> int:
   """
   t = x.config.train
   # A group of captions stays on one device, in one microbatch.
-  groups = sharding.batch_parts(sharding.mesh(**x.config.mesh)) * t.microbatches
+  groups = sharding.batch_parts(blocks.mesh(x.config)) * t.microbatches
   if t.pack_captions == 'never' or t.batch_size % groups:  # the loop rejects such a batch size
     return 0
   if not text.packable(architecture.text):

@@ -142,7 +142,7 @@ def _check(x: Experiment, names: list[str], redo: str) -> list[str]:
     if part.name in replaced or products.status(x.workdir, part) != 'fits'
   ]
   if runs:  # importing JAX is slow, so a work directory without missing runs skips this check
-    mesh = sharding.mesh(**x.config.mesh)
+    mesh = blocks.mesh(x.config)
     sharding.check_batch_size(x.config.train.batch_size, mesh, x.config.train.microbatches)
     table.stage_module('train').check_sizes(
       x, [run_ for run_ in runs if _is_ready(x, run_, replaced)]
@@ -428,7 +428,7 @@ def _run_stage(x: Experiment, stage: str, names: list[str]) -> list[Product]:
 def _runs_at_once(x: Experiment) -> int:
   """Returns train.runs_at_once, 1 on several devices: the collectives of runs would mix."""
   at_once = x.config.train.runs_at_once
-  if at_once > 1 and (devices := sharding.mesh(**x.config.mesh).size) > 1:
+  if at_once > 1 and (devices := blocks.mesh(x.config).size) > 1:
     logging.info('train: one run after the other, because each uses all %d devices.', devices)
     return 1
   return at_once
