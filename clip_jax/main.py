@@ -36,6 +36,14 @@ _DRY_RUN = flags.DEFINE_bool(
   False,
   'Print the plan, which products are finished, and likely mistakes; write nothing.',
 )
+_COORDINATOR = flags.DEFINE_string(
+  'coordinator',
+  '',
+  'Several processes, on one host or more, train together: HOST:PORT of process 0. Found by itself '
+  'under SLURM (srun) and, as the next two, on TPU VMs; Open MPI 4: mpirun.',
+)
+_PROCESSES = flags.DEFINE_integer('processes', 0, 'Number of these processes.')
+_PROCESS = flags.DEFINE_integer('process', -1, 'Number of this one, from 0 on.')
 _VERBOSE = flags.DEFINE_bool(
   'verbose', False, 'Print the details, too, which else go to WORKDIR/log.txt alone.'
 )
@@ -43,19 +51,21 @@ _VERBOSE = flags.DEFINE_bool(
 
 def main(argv: list[str]) -> int:
   del argv
+  from clip_jax.core import hosts
   from clip_jax.stages import pipeline
 
-  return command.run_command(
-    lambda: pipeline.run(
+  def work() -> None:
+    hosts.start(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+    pipeline.run(
       _CONFIG.value,
       _WORKDIR.value,
       stages=_STAGES.value,
       redo=_REDO.value,
       dry_run=_DRY_RUN.value,
       graph=_GRAPH.value,
-    ),
-    verbose=_VERBOSE.value,
-  )
+    )
+
+  return command.run_command(work, verbose=_VERBOSE.value)
 
 
 if __name__ == '__main__':

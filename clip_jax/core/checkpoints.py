@@ -18,7 +18,7 @@ from absl import logging
 from etils import epath
 import numpy as np
 
-from clip_jax.core import files
+from clip_jax.core import files, hosts, sharding
 from clip_jax.core.errors import InputError
 
 _DIGITS = 8  # in the name of a step's folder
@@ -35,7 +35,7 @@ def digest(tree: Any) -> str:
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
   }
   for name in sorted(named):
-    array = np.ascontiguousarray(named[name])
+    array = np.ascontiguousarray(sharding.to_host(named[name]))
     sha.update(f'{name} {array.dtype} {np.shape(named[name])}\n'.encode())
     sha.update(array.data)
   return sha.hexdigest()
@@ -115,15 +115,16 @@ class Checkpoints:
           )
         data, saved_params, saved_opt = restored['data'], restored['params'], restored['opt']
         digests = data['digests']
-        if digests['params'] == digest(saved_params) and digests['opt'] == digest(saved_opt):
-          return step, saved_params, saved_opt, data
-        reason = 'the sha256 of its arrays differs from the stored one'
+        is_good = digests['params'] == digest(saved_params) and digests['opt'] == digest(saved_opt)
+        reason = '' if is_good else 'the sha256 of its arrays differs from the stored one'
       except Exception as error:  # Orbax and its storage raise many types for damaged files
         reason = _first_line(error)
+      if not hosts.agree(bool(reason))[0]:
+        return step, saved_params, saved_opt, data
       logging.warning(
         'Checkpoint %s is damaged (%s). It is removed; training resumes from the one before it.',
         folder,
-        reason,
+        reason or 'another process could not read it',
       )
       self._manager.delete(step)
     return None
@@ -169,12 +170,12 @@ def restore_params(path: Any) -> tuple[dict, int, dict]:
     )
   folder = folders[-1]
   try:
-    with ocp.PyTreeCheckpointer() as reader:
+    with _reader(ocp.PyTreeCheckpointHandler()) as reader:
       as_numpy = jax.tree.map(
         lambda _: ocp.RestoreArgs(restore_type=np.ndarray), _metadata(reader, folder)
       )
       params = _integer_keys(reader.restore(folder / 'params', restore_args=as_numpy))
-    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+    with _reader(ocp.JsonCheckpointHandler()) as reader:
       config, data = reader.restore(folder / 'config'), reader.restore(folder / 'data')
     digests = data['digests']
     is_intact = digests['params'] == digest(params) and digests['config'] == _json_digest(config)
@@ -189,6 +190,19 @@ def restore_params(path: Any) -> tuple[dict, int, dict]:
       'or train again.'
     )
   return params, int(folder.name), config
+
+
+def _reader(handler: Any) -> Any:
+  """Returns a reader of one item in this process alone: Orbax's own wait for all processes."""
+  import orbax.checkpoint as ocp
+
+  me = hosts.index()
+  alone = ocp.options.MultiprocessingOptions(
+    primary_host=me, active_processes={me}, barrier_sync_key_prefix=f'reader{me}'
+  )
+  if hosts.count() == 1:
+    alone = ocp.options.MultiprocessingOptions()
+  return ocp.Checkpointer(handler, multiprocessing_options=alone)
 
 
 def _absolute(path: Any) -> epath.Path:
@@ -234,7 +248,7 @@ def _check_same_model(folder: epath.Path, params: Any) -> None:
     }
 
   try:
-    with ocp.PyTreeCheckpointer() as reader:
+    with _reader(ocp.PyTreeCheckpointHandler()) as reader:
       saved = shapes(_metadata(reader, folder))
   except Exception:  # metadata are damaged: restore() reports that
     return

@@ -14,7 +14,7 @@ from ml_collections import config_flags
 from ml_collections.config_flags import tuple_parser
 
 from clip_jax.core import config as config_lib
-from clip_jax.core import interrupts, log
+from clip_jax.core import hosts, interrupts, log
 from clip_jax.core.errors import ConfigError, InputError
 
 # Blocks of the config to which a config file adds entries -> the function of defaults.py.
@@ -137,32 +137,47 @@ def run_command(work: Callable[[], None], verbose: bool = False) -> int:
   interrupts.install()
   try:
     work()
+    hosts.tell('')
+    hosts.end()
     return 0
   except ConfigError as error:
-    _print_error(str(error))
-    return 2
+    return _failed(str(error), 2)
   except InputError as error:
-    _print_error(str(error))
-    return 1
+    return _failed(str(error))
   except OSError as error:
     if error.filename is None and error.errno is None:
+      hosts.end_all(1, repr(error))
       raise
-    _print_error(
+    return _failed(
       f'{error.strerror or error} ({error.filename or "no file name"}). Check the path, its '
       'permissions and the disk, then run the same command again.'
     )
-    return 1
   except MemoryError as error:  # NumPy's message has the bytes and the shape
-    _print_error(
+    return _failed(
       f'This machine has not enough memory: {error or "an array did not fit"}. Check whether a '
       'size in the config, or in a file beside the weights, is too large. Finished work is saved.'
     )
-    return 1
   except interrupts.Interrupted as signal:
     logging.info(
       'Stopped by %s. Finished work is saved; run the same command again to continue.', signal
     )
+    hosts.end_all(signal.status)
     return signal.status
+  except Exception:
+    if hosts.count() > 1:  # the others would wait for this process
+      traceback.print_exc()
+      hosts.end_all(1, 'an unexpected error; its output has the traceback.')
+    raise
+
+
+def _failed(message: str, status: int = 1) -> int:
+  """Prints an error, ends the other processes, if any, and returns the exit status."""
+  if hosts.index():
+    log.only_to_file(message)
+  else:
+    _print_error(message)
+  hosts.end_all(status, message)
+  return status
 
 
 def _print_error(message: str) -> None:

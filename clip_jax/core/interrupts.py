@@ -41,6 +41,12 @@ def _raise_received() -> None:
     raise Interrupted(_received[0])
 
 
+def receive(signum: int) -> None:
+  """Notes a signal that arrived at another process of the same work."""
+  if signum and not _received:
+    _received.append(signum)
+
+
 def is_urgent() -> bool:
   """Returns whether a second signal arrived: the process is to end at once."""
   return len(_received) > 1
@@ -54,8 +60,8 @@ def install() -> None:
 
 
 @contextlib.contextmanager
-def deferred() -> Iterator[Callable[[], bool]]:
-  """Defers a first signal to the end of the block; yields should_stop(), True once it arrived.
+def deferred() -> Iterator[Callable[[], int]]:
+  """Defers a first signal to the end of the block; yields should_stop(): its number, 0 before it.
 
   Several threads may be in such blocks at once: each ends its own step.
   """
@@ -64,7 +70,7 @@ def deferred() -> Iterator[Callable[[], bool]]:
   with _lock:
     _deferring += 1
   try:
-    yield lambda: bool(_received)
+    yield lambda: _received[0] if _received else 0
   finally:
     with _lock:
       _deferring -= 1

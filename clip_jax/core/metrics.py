@@ -43,6 +43,19 @@ class MetricsWriter:
       self._board.close()
 
 
+class NoMetrics:
+  """Writes nothing: of the processes beside the one that leads."""
+
+  def write(self, step: int, metrics: Mapping[str, float]) -> None:
+    del step, metrics
+
+  def truncate(self, step: int) -> None:
+    del step
+
+  def close(self) -> None:
+    pass
+
+
 def append(path, lines: Sequence[Mapping[str, Any]]) -> None:
   """Appends JSON objects in one write, one per line. The folder of the file must exist.
 

@@ -41,12 +41,19 @@ def mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices: Any = None)
       f'config.mesh: {what} does not give the number of devices, {count}. Choose factors of it; '
       'data=-1 takes all devices that the others leave.'
     )
-  return jax.make_mesh(
+  made = jax.make_mesh(
     tuple(sizes.values()),
     AXES,
     devices=devices,
     axis_types=(jax.sharding.AxisType.Auto,) * len(AXES),
   )
+  owners = [{device.process_index for device in part} for part in made.devices.reshape(-1, tensor)]
+  if any(len(owner) > 1 for owner in owners):  # each process loads its own part of a batch
+    raise ConfigError(
+      f'config.mesh.tensor={tensor} must divide the number of devices of one process, '
+      f'{jax.local_device_count()}.'
+    )
+  return made
 
 
 def batch_parts(mesh: Any) -> int:
@@ -123,6 +130,18 @@ def local() -> tuple[Any, Any, int]:
     NamedSharding(mesh, PartitionSpec('data')),
     len(devices),
   )
+
+
+def to_host(x: Any) -> Any:  # -> np.ndarray
+  """Returns a whole array, parts on devices of other processes included; all must call this."""
+  import jax
+  import numpy as np
+
+  if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
+    return np.asarray(x)
+  from jax.experimental import multihost_utils
+
+  return multihost_utils.process_allgather(x, tiled=True)
 
 
 def place_batch(

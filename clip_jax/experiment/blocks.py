@@ -1,6 +1,7 @@
 """Queries on the config: its datasets, embedders, splits and runs. Pure functions of the config."""
 
 from collections.abc import Sequence
+import hashlib
 from typing import Any
 
 from clip_jax import defaults
@@ -424,3 +425,9 @@ def recipe(config: Config) -> list[str]:
 def mesh(config: Config) -> Any:
   """Returns the mesh of training, as sharding.mesh."""
   return sharding.mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+
+
+def training_digest(config: Config) -> str:
+  """Returns a hash of all keys that processes must share to train together."""
+  shared = {name: config[name].to_dict() for name in ('train', 'mesh', 'model', 'preprocess')}
+  return hashlib.sha256(config_lib.canonical(config_lib.plain(shared)).encode()).hexdigest()

@@ -11,7 +11,7 @@ from absl import logging
 import numpy as np
 
 from clip_jax.core import config as config_lib
-from clip_jax.core import files
+from clip_jax.core import files, hosts
 from clip_jax.core.errors import InputError
 from clip_jax.core.products import Made, Product
 from clip_jax.data import loader
@@ -27,6 +27,8 @@ def make(x: Experiment, todo: list[Product]) -> Made:
   folder = os.path.dirname(product.name)
   source = x.embedder_block.source
   outputs, about = _MAKERS.get(source, _fit)(x, product)
+  if hosts.index():  # process 0 records the embedder
+    return
   about = config_lib.plain({'source': source, **about})
   files.write_json(x.path(folder, 'embedder.json'), about)
   yield product, [f'{folder}/{name}' for name in (*outputs, 'embedder.json')], about

@@ -11,7 +11,7 @@ from absl import logging
 import numpy as np
 
 from clip_jax.core import config as config_lib
-from clip_jax.core import files, interrupts, metrics, products, sharding
+from clip_jax.core import files, hosts, interrupts, metrics, products, sharding
 from clip_jax.core.errors import InputError
 from clip_jax.core.products import Product
 from clip_jax.data import loader, packing, tokenizer
@@ -41,17 +41,22 @@ def fit(
 
   A killed run continues from its last checkpoint. Raises InputError, with the differing keys, if
   the run was begun with another config. Ctrl-C and SIGTERM end it after the current step and a
-  checkpoint.
+  checkpoint. Several processes train one run together, each with its part of every batch.
   """
   t, p = x.config.train, x.config.preprocess
   path = x.path(folder)
-  _write_config(path, product, folder)
+  if not hosts.index():
+    _write_config(path, product, folder)
+  hosts.tell(f'{product.name} {blocks.training_digest(x.config)}')  # the others come here, too
   architecture = models.architecture(x.config)
   functions = x.cached(
     'model functions', lambda: clip.functions(architecture, t.dtype, t.patch_dropout, t.remat)
   )
   groups = _caption_groups(x, base, architecture, folder)
-  tokens = x.cached('tokens', lambda: _tokens(whole, architecture.text))
+  mesh = blocks.mesh(x.config)
+  tokens = None
+  if mesh.shape['fsdp'] == hosts.count() == 1:  # a small experiment
+    tokens = x.cached('tokens', lambda: _tokens(whole, architecture.text))
   replaced: list[int] = []
 
   def on_replaced(index: int, reason: str) -> None:
@@ -70,20 +75,27 @@ def fit(
       batch_size=t.batch_size,
       seed=seed,
       start_examples=start_examples,
+      host=hosts.index(),
+      hosts=hosts.count(),
       image_size=architecture.image_size,
       context_length=architecture.context_length,
       crop_scale=tuple(p.crop_scale),
       threads=t.loader_threads,
       processes=t.loader_processes,
-      pack=groups,
+      pack=groups // hosts.count(),
       order=t.order,
       shuffle_window=t.shuffle_window,
       jpeg_shrink=t.jpeg_shrink,
       on_replaced=on_replaced,
     )
 
-  writer = metrics.MetricsWriter(
-    os.path.join(path, 'metrics.jsonl'), os.path.join(path, 'tensorboard') if t.tensorboard else ''
+  writer = (
+    metrics.NoMetrics()
+    if hosts.index()
+    else metrics.MetricsWriter(
+      os.path.join(path, 'metrics.jsonl'),
+      os.path.join(path, 'tensorboard') if t.tensorboard else '',
+    )
   )
   with interrupts.deferred() as should_stop:
     result = loop.train(
@@ -102,7 +114,7 @@ def fit(
       loss=t.loss,
       loss_chunk=t.loss_chunk,
       microbatches=t.microbatches,
-      mesh=blocks.mesh(x.config),
+      mesh=mesh,
       tokens=tokens,
       mean=tuple(p.mean),
       std=tuple(p.std),
@@ -117,6 +129,7 @@ def fit(
       name=folder,
       should_stop=should_stop,
     )
+    interrupts.receive(result.stopped_by)
   writer.close()
   return result, replaced
 

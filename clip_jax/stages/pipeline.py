@@ -15,7 +15,7 @@ import time
 from absl import logging
 
 from clip_jax.core import config as config_lib
-from clip_jax.core import engine, files, interrupts, log, products, progress, sharding
+from clip_jax.core import engine, files, hosts, interrupts, log, products, progress, sharding
 from clip_jax.core.errors import ConfigError
 from clip_jax.core.products import EMBEDDERS, STAGES, Product
 from clip_jax.core.types import Config
@@ -49,7 +49,14 @@ def run(
   dry_run: bool,
   graph: bool = False,
 ) -> None:
-  """Runs the experiment or the named stages; with dry_run or graph, only prints."""
+  """Runs the experiment or the named stages; with dry_run or graph, only prints.
+
+  Of several processes the first one does it; the others take part in training.
+  """
+  if hosts.index():
+    log.stop()
+    if dry_run or graph:
+      return
   names = _stage_names(stages)
   if graph and not workdir:
     workdir = '.'  # the graph does not depend on the work directory
@@ -62,6 +69,9 @@ def run(
   check.embedder_weights(x)
   if graph:
     plan.print_graph(x, names)
+    return
+  if hosts.index():
+    _take_part(x)
     return
   check.prompts(x, names)
   if dry_run:
@@ -77,6 +87,26 @@ def run(
     for warning in lint.unfit_threshold(x):
       logging.warning('%s', warning)
   _run_stages(x, names, redo)
+
+
+def _take_part(x: Experiment) -> None:
+  """Makes, with the other processes, each run that process 0 names, until it has done all."""
+  log.to_file(x.path(f'log-{hosts.index()}.txt'))
+  while word := hosts.told():
+    name, digest = word.split()
+    if digest != blocks.training_digest(x.config):
+      raise ConfigError(
+        'its config.train, mesh, model or preprocess is not that of process 0. Start all processes '
+        'with the same config and flags.'
+      )
+    stage, product = next(
+      (stage, part)
+      for stage in ('embedder', 'train')
+      for part in table.products_of(x, stage)
+      if part.name == name
+    )
+    for _ in table.make_products(x, stage, [product]):
+      pass
 
 
 def _why_nothing_trains(config: Config) -> str:

@@ -9,7 +9,7 @@ import os
 from absl import logging
 import numpy as np
 
-from clip_jax.core import metrics, progress
+from clip_jax.core import hosts, metrics, progress
 from clip_jax.core.errors import InputError
 from clip_jax.core.products import Made, Product
 from clip_jax.data import loader, views
@@ -98,6 +98,8 @@ def train(x: Experiment, todo: list[Product]) -> Made:
     samples=samples,
     product=product,
   )
+  if hosts.index():  # process 0 records the run
+    return
   seen = result.step * t.batch_size
   lines = metrics.read(x.path(folder, 'metrics.jsonl'))
   last, waits = lines[-1], [line.get('train/waiting', 0.0) for line in lines]

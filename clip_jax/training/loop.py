@@ -6,7 +6,8 @@ number of examples seen, so a resumed run gives the same result, bit for bit, as
 run.
 """
 
-from collections.abc import Callable, Generator, Iterable, Iterator
+import collections
+from collections.abc import Callable, Generator
 import contextlib
 import dataclasses
 import math
@@ -16,14 +17,16 @@ from typing import Any, Protocol
 
 from absl import logging
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from clip_jax.core import checkpoints, progress, sharding
+from clip_jax.core import checkpoints, hosts, progress, sharding
 from clip_jax.core.errors import InputError
 from clip_jax.training import step as training_step
 from clip_jax.training import used_tokens
 
 NAMED = 8  # samples that an error names
+AHEAD = 1  # batches on the devices before their turn
 _COMPILING = threading.Lock()  # so that runs in threads compile their common step once
 
 
@@ -41,13 +44,15 @@ class TrainResult:
   digest: str  # sha256 of the parameters
   finished: bool  # False if should_stop ended training early
   resumed_from: int | None  # the checkpoint's step, if any
+  stopped_by: int  # the number of the signal that did, perhaps of another process; 0: none
 
 
 def train(
   *,
   init_params: Callable[[jax.Array], dict],  # PRNG key -> params
   encode: Callable[[dict, jax.Array, Any, jax.Array], tuple[dict, dict]],  # see models/clip.py
-  batches: Callable[[int], Generator],  # examples seen -> endless dicts of image, text [, index]
+  # Examples seen -> endless dicts of image, text [, index]: this process's part of each batch.
+  batches: Callable[[int], Generator],
   total_steps: int,
   batch_size: int,  # global, over all devices
   learning_rate: float,  # peak
@@ -73,7 +78,7 @@ def train(
   tokens: np.ndarray | None = None,  # [U] int32, sorted: all ids in the captions; None: any may be
   alone: bool = True,  # False: other threads train runs, too
   name: str = 'train',  # of the run, shown with the progress bar
-  should_stop: Callable[[], bool] = lambda: False,  # called after each update
+  should_stop: Callable[[], int] = lambda: 0,  # called after each update: a signal's number, or 0
 ) -> TrainResult:
   """Trains to total_steps, from the latest good checkpoint in checkpoint_dir or from the start.
 
@@ -117,66 +122,74 @@ def train(
     todo = progress.track(
       range(start, total_steps), total=total_steps, initial=start, desc=name, unit='steps'
     )
-    saved_at, done, whole = time.monotonic(), start, state
-    for done, state in _updates(  # noqa: B020 (each update takes the previous state)
-      used.rows(state),
-      todo,
-      batches,
-      batch_size,
-      steps,
-      dict(schedule, seed=np.uint32(seed)),
-      used,
-      mesh,
-      log,
-    ):
-      stop = done == total_steps or should_stop()
-      by_steps = save_every_steps and done % save_every_steps == 0
-      by_clock = save_every_secs and time.monotonic() - saved_at >= save_every_secs
-      if stop or by_steps or by_clock:
-        log.flush()
-        whole = used.whole(state, done)
-        _check_finite(whole['params'], done)
-        store.save(done, whole['params'], whole['opt'], dict(seconds=log.seconds()), config)
-        saved_at = time.monotonic()
-      if stop:
-        break
+    saved_at, done, whole, stop = time.monotonic(), start, state, 0
+    state, schedule = used.rows(state), dict(schedule, seed=np.uint32(seed))
+    loaded = _loaded(batches, range(start, total_steps), batch_size, used, mesh)
+    with contextlib.closing(loaded):
+      upcoming = next(loaded, None)
+      for n in todo:
+        assert upcoming is not None
+        batch, rows, waited = upcoming
+        with _COMPILING if n == start else contextlib.nullcontext():
+          state, values = steps.step(state, batch, schedule)
+        done = n + 1
+        log.add(done, values, waited, rows)
+        upcoming = next(loaded, None)  # while the devices compute
+        by_clock = bool(save_every_secs and time.monotonic() - saved_at >= save_every_secs)
+        stop, by_clock = hosts.agree(should_stop(), by_clock)
+        by_steps = save_every_steps and done % save_every_steps == 0
+        if stop or done == total_steps or by_steps or by_clock:
+          log.flush()
+          whole = used.whole(state, done)
+          _check_finite(whole['params'], done)
+          store.save(done, whole['params'], whole['opt'], dict(seconds=log.seconds()), config)
+          saved_at = time.monotonic()
+        if stop:
+          break
   return TrainResult(
     step=done,
     digest=checkpoints.digest(whole['params']),  # of the last save, after the last update
     finished=done >= total_steps,
     resumed_from=start or None,
+    stopped_by=stop,
   )
 
 
-def _updates(
-  state: dict,
-  todo: Iterable[int],
+def _loaded(
   batches: Callable[[int], Generator],
+  todo: range,
   batch_size: int,
-  steps: training_step.Steps,
-  schedule: dict,
   used: used_tokens.UsedTokens,
   mesh: Any,
-  log: '_Log',
-) -> Iterator[tuple[int, dict]]:
-  """Yields (updates done, state) after each update, which deletes the previous state."""
-  stream = None
-  try:
-    for n in todo:
-      is_first = stream is None
-      stream = stream or batches(n * batch_size)
+) -> Generator[tuple[dict, np.ndarray | None, float]]:
+  """Yields (batch on the devices, its rows, seconds waited for it) for each update of `todo`.
+
+  When a batch is yielded, the copy of the next one to the devices has begun.
+  """
+  if not todo:
+    return
+  ready = collections.deque()
+  with contextlib.closing(batches(todo.start * batch_size)) as stream:
+    for _ in todo:
       asked = time.monotonic()
       loaded = next(stream)
       waited = time.monotonic() - asked
-      batch = dict(image=loaded['image'], text=used.places(loaded['text']))
-      batch = sharding.place_batch(batch, mesh)
-      with _COMPILING if is_first else contextlib.nullcontext():
-        state, values = steps.step(state, batch, schedule)
-      log.add(n + 1, values, waited, loaded.get('index'))
-      yield n + 1, state
-  finally:
-    if stream is not None:
-      stream.close()
+      batch = dict(image=loaded['image'], text=_same_shape(used.places(loaded['text'])))
+      ready.append((sharding.place_batch(batch, mesh), loaded.get('index'), waited))
+      if len(ready) > AHEAD:
+        yield ready.popleft()
+    yield from ready
+
+
+def _same_shape(text: Any) -> Any:
+  """Returns captions with the shape that those of all processes have."""
+  if hosts.count() == 1 or not isinstance(text, dict):
+    return text
+  most = hosts.agree(text['tokens'].shape[1])[0]
+  return {
+    name: value if name == 'end' else np.pad(value, [(0, 0), (0, most - value.shape[1]), (0, 0)])
+    for name, value in text.items()
+  }
 
 
 def _restore(
@@ -192,9 +205,14 @@ def _restore(
   return dict(params=params, opt=opt, step=count), start, data['seconds']
 
 
+@jax.jit
+def _all_finite(tree: Any) -> jax.Array:  # [] bool
+  return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
+
+
 def _check_finite(params: dict, step: int) -> None:
   """Raises InputError unless the parameters after the update, which no loss covers, are finite."""
-  if not all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(params)):
+  if not _all_finite(params):
     raise _diverged('a parameter is not finite', step)
 
 

@@ -1,0 +1,240 @@
+"""Several processes train one model: as one process does, killed and stopped ones, too."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import time
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from clip_jax.core import checkpoints, files, hosts, metrics
+from clip_jax.core.errors import ConfigError
+
+RUN = 'train/base/seed0'
+ONLY = {'train.only': "('base/seed0',)"}
+TWO = {'SLURM_STEP_NUM_TASKS': '2', 'SLURM_JOB_ID': '5000', 'SLURM_PROCID': '1'}
+OMPI = 'OMPI_COMM_WORLD_'
+
+
+@pytest.mark.parametrize(
+  'nodes, first',
+  [
+    ('node7', 'node7'),
+    ('node001,other2', 'node001'),
+    ('gpu[003-004,007],x', 'gpu003'),
+    ('a-b[12,14]', 'a-b12'),
+  ],
+)
+def test_slurm_says_all(nodes, first):
+  env = {**TWO, 'SLURM_STEP_NODELIST': nodes, 'SLURM_STEP_NUM_NODES': '2', 'SLURM_LOCALID': '0'}
+  assert hosts.launched(env) == dict(
+    coordinator_address=f'{first}:62344', num_processes=2, process_id=1, local_device_ids=None
+  )
+
+
+def test_several_processes_of_a_node_share_its_devices():
+  env = {**TWO, 'SLURM_STEP_NODELIST': 'a', 'SLURM_STEP_NUM_NODES': '1', 'SLURM_LOCALID': '1'}
+  assert hosts.launched(env)['local_device_ids'] == [1]
+  assert hosts.launched({**env, 'CUDA_VISIBLE_DEVICES': '3'})['local_device_ids'] is None
+  assert hosts.launched({**env, 'CUDA_VISIBLE_DEVICES': '2,3'})['local_device_ids'] == [1]
+
+
+@pytest.mark.parametrize(
+  'env', [{}, {'SLURM_NTASKS': '8', 'SLURM_JOB_ID': '1'}, {**TWO, 'SLURM_STEP_NUM_TASKS': '1'}]
+)
+def test_one_process_is_alone(env):  # a batch script of eight tasks is no task of a step
+  assert hosts.launched(env) == {}
+
+
+def test_open_mpi_says_who_and_perhaps_where():
+  ranks = {'SIZE': '4', 'RANK': '2', 'LOCAL_RANK': '0', 'LOCAL_SIZE': '1'}
+  env = {OMPI + name: value for name, value in ranks.items()}
+  uri = '1531576320.0;tcp://10.96.0.1,10.148.0.1:34911'
+  assert hosts.launched({**env, 'OMPI_MCA_orte_hnp_uri': uri}) == dict(
+    coordinator_address='10.96.0.1:62624', num_processes=4, process_id=2, local_device_ids=None
+  )
+  assert hosts.launched(env)['coordinator_address'] is None
+
+
+@pytest.mark.parametrize('given', [('', 2, 0), ('a:1', 0, 0), ('a:1', 2, -1), ('a:1', 2, 2)])
+def test_flags_must_be_complete(given):
+  with pytest.raises(ConfigError, match='--coordinator=HOST:PORT .* 0 <= I < N'):
+    hosts.start(*given)
+
+
+def test_alone_nothing_is_asked():
+  hosts.start()
+  assert (hosts.index(), hosts.count(), hosts.agree(3, 0)) == (0, 1, (3, 0))
+
+
+# ------------------------------------------------------------------------------------------------
+# processes on this machine
+
+
+@pytest.fixture(scope='module')
+def prepared(tmp_path_factory):
+  """A work directory with all stages before training."""
+  folder = tmp_path_factory.mktemp('hosts') / 'prepared'
+  stages = '--stages=ingest,embedder,embed,dedup,search,prune'
+  done = tiny.run(folder, stages, **ONLY)
+  assert done.returncode == 0, done.stdout
+  return folder
+
+
+@pytest.fixture(scope='module')
+def alone(prepared):
+  """The same with the run of one process with four devices."""
+  folder = prepared.parent / 'alone'
+  subprocess.run(['cp', '-r', prepared, folder], check=True)
+  assert _finished(_start(folder, 1, devices=4)) == [0]
+  return folder
+
+
+def _start(folder, count, devices=1, flags=(), of_last=(), **override):
+  """Starts the processes of a command; `of_last`: further flags of the last one."""
+  with socket.socket() as s:
+    s.bind(('127.0.0.1', 0))
+    port = s.getsockname()[1]
+  env = {k: v for k, v in tiny.environment().items() if k != 'JAX_COMPILATION_CACHE_DIR'}
+  env['XLA_FLAGS'] = f'--xla_force_host_platform_device_count={devices} ' + env.get('XLA_FLAGS', '')
+  started = []
+  for i in range(count):
+    more = [*flags, *(of_last if i == count - 1 else ())]
+    if count > 1:
+      more += [f'--coordinator=127.0.0.1:{port}', f'--processes={count}', f'--process={i}']
+    with open(f'{folder}.{i}.out', 'w') as out:
+      started.append(
+        subprocess.Popen(
+          tiny.command(folder, *more, **{**ONLY, **override}),
+          cwd=tiny.ROOT,
+          env=env,
+          stdout=out,
+          stderr=subprocess.STDOUT,
+          start_new_session=True,
+        )
+      )
+  return started
+
+
+def _finished(processes):
+  try:
+    return [process.wait(600) for process in processes]
+  finally:
+    for process in processes:
+      if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def _said(folder, i):
+  with open(f'{folder}.{i}.out') as f:
+    return f.read()
+
+
+def _copy(prepared, tmp_path):
+  subprocess.run(['cp', '-r', prepared, tmp_path / 'work'], check=True)
+  return tmp_path / 'work'
+
+
+def _wait_for_step(folder, step, processes):
+  """Waits until a step is logged while all processes run."""
+  while not any(line['step'] >= step for line in metrics.read(folder / RUN / 'metrics.jsonl')):
+    assert all(process.poll() is None for process in processes), _said(folder, 0)
+    time.sleep(0.05)
+
+
+def _agree(folder, alone):
+  """Checks that a run is, to float tolerance, the run of one process, each step once."""
+  ours, theirs = (metrics.read(path / RUN / 'metrics.jsonl') for path in (folder, alone))
+  assert [line['step'] for line in ours] == [line['step'] for line in theirs]
+  for name in ('train/loss', 'train/logit_scale', 'train/learning_rate', 'train/samples'):
+    np.testing.assert_allclose(
+      [line[name] for line in ours], [line[name] for line in theirs], rtol=2e-5, err_msg=name
+    )
+  params = [checkpoints.restore_params(path / RUN)[0] for path in (folder, alone)]
+  for path, leaf in jax.tree_util.tree_leaves_with_path(params[0]):
+    name = jax.tree_util.keystr(path)
+    if 'in_proj_bias' in name:  # the gradient of the keys' part is rounding noise
+      continue
+    other = params[1]
+    for key in path:
+      other = other[key.key]
+    np.testing.assert_allclose(leaf, other, atol=2e-5, err_msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  'count, devices, override',
+  [
+    (2, 2, {}),
+    (4, 1, {'mesh.fsdp': 2}),
+    (2, 2, {'mesh.tensor': 2, 'train.pack_captions': 'always'}),
+    (2, 1, {'mesh.fsdp': 2, 'train.microbatches': 2, 'train.loss_chunk': 5}),
+  ],
+)
+def test_several_processes_agree_with_one(prepared, alone, tmp_path, count, devices, override):
+  folder = _copy(prepared, tmp_path)
+  processes = _start(folder, count, devices, **override)
+  assert _finished(processes) == [0] * count, [_said(folder, i) for i in range(count)]
+  _agree(folder, alone)
+  scores = [files.read_json(path / 'evaluate/base/seed0/val.json') for path in (folder, alone)]
+  assert scores[0]['n'] == scores[1]['n'] and abs(scores[0]['top1'] - scores[1]['top1']) <= 0.02
+  assert 'Error' not in _said(folder, 0) and '1 of 9' not in _said(folder, 1)
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_all_and_another_number_goes_on(prepared, alone, tmp_path):
+  folder = _copy(prepared, tmp_path)
+  slow = {'train.save_every_steps': 2}
+  processes = _start(folder, 2, 2, **slow)
+  _wait_for_step(folder, 5, processes)
+  os.killpg(processes[1].pid, signal.SIGKILL)
+  assert processes[1].wait() == -signal.SIGKILL
+  if processes[0].poll() is None:  # it may have ended its run before
+    os.killpg(processes[0].pid, signal.SIGKILL)
+    processes[0].wait()
+  for count, devices in ((3, 1), (1, 1)):  # a batch of 32 does not divide by three
+    again = _finished(_start(folder, count, devices, **slow))
+    assert again == ([2] * 3 if count == 3 else [0]), _said(folder, 0)
+  assert 'nearest is 33' in _said(folder, 0) or 'resumes' in _said(folder, 0)
+  _agree(folder, alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('receiver', [0, 1])
+def test_a_signal_to_one_stops_all_with_a_checkpoint(prepared, alone, tmp_path, receiver):
+  folder = _copy(prepared, tmp_path)
+  never = {'train.save_every_steps': 1000}
+  processes = _start(folder, 2, 1, **never)
+  _wait_for_step(folder, 2, processes)
+  processes[receiver].send_signal(signal.SIGTERM)
+  assert _finished(processes) == [143, 143], _said(folder, 0)
+  (step,) = (int(found.name) for found in checkpoints.step_folders(folder / RUN))
+  assert step >= 2
+  assert _finished(_start(folder, 4, 1, **never)) == [0] * 4, _said(folder, 0)
+  assert f'from the checkpoint of step {step}' in _said(folder, 0)
+  _agree(folder, alone)
+
+
+@pytest.mark.slow
+def test_an_error_in_one_ends_all(prepared, tmp_path):
+  folder = _copy(prepared, tmp_path)
+  processes = _start(folder, 2, of_last=['--config.train.learning_rate=1.0'])
+  assert _finished(processes) == [2, 2]
+  said = _said(folder, 0)
+  assert re.search(r'Error: process 1: .* is not that of process 0', said), said
+  assert 'Traceback' not in said + _said(folder, 1)
+  assert not os.path.exists(folder / RUN / 'metrics.jsonl')
+
+
+@pytest.mark.slow
+def test_an_embedder_is_trained_together(prepared, tmp_path):
+  folder = tmp_path / 'work'
+  trained = {'embedder.source': 'train', 'embedder.samples': 64, 'train.pack_captions': 'never'}
+  stages = ['--stages=ingest,embedder']
+  assert _finished(_start(folder, 2, flags=stages, **trained)) == [0, 0], _said(folder, 0)
+  assert files.read_json(folder / 'embedder/embedder.json')['source'] == 'train'
