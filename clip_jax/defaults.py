@@ -102,8 +102,19 @@ def _jpeg_shrink(value: float) -> str:
   return '' if not value or 1 <= value <= 8 else 'must be 0 (off) or lie in [1, 8].'
 
 
-def _patch_dropout(value: float) -> str:
+def _not_negative(value: float) -> str:
+  return '' if value >= 0 else 'must be 0 or more.'
+
+
+def _below_one(value: float) -> str:
   return '' if 0 <= value < 1 else 'must be a fraction in [0, 1).'
+
+
+def _profile(value: tuple) -> str:
+  is_good = not value or (
+    len(value) == 2 and all(type(n) is int for n in value) and 0 <= value[0] < value[1]
+  )
+  return '' if is_good else 'must be (start, stop) with 0 <= start < stop, or ().'
 
 
 def _share(value: float) -> str:
@@ -265,6 +276,11 @@ TRAIN = {
   'beta1': Key(0.9),  # AdamW
   'beta2': Key(0.98),  # AdamW
   'eps': Key(1e-6),  # AdamW
+  # Gradients whose norm over all parameters is larger are shrunk to it; 0: never.
+  'clip_norm': Key(0.0, _not_negative),
+  # Checkpoints also have moving averages of the parameters: in each step, they keep this share of
+  # themselves (evaluate.ema evaluates them). 0: none.
+  'ema_decay': Key(0.0, _below_one),
   'seeds': Key((0,), _seeds),  # each split is trained once per seed
   # Runs trained at the same time, in threads, with the same results. For small models, of which one
   # does not keep all cores, or one GPU, busy. 1 on several devices. Changes speed only.
@@ -281,7 +297,7 @@ TRAIN = {
   # batch norms of a ResNet. Changes speed and memory, and which patches patch_dropout drops.
   'microbatches': Key(1, positive),
   # Fraction of an image's patches dropped in each step (ViT only). Faster, costs accuracy.
-  'patch_dropout': Key(0.0, _patch_dropout),
+  'patch_dropout': Key(0.0, _below_one),
   # Of activations: 'float32' | 'bfloat16'; parameters stay float32.
   'dtype': Key('float32', one_of('float32', 'bfloat16')),
   # What the backward pass of a transformer recomputes to save memory: 'none' | 'dots' (all but
@@ -312,6 +328,9 @@ TRAIN = {
   # benchmarks, if they fit. Changes speed only.
   'cache_mb': Key(1024),
   'tensorboard': Key(False),  # also write TensorBoard files (needs tensorboardX)
+  # (start, stop): steps, counted from 0, that JAX's profiler records in the run's folder profile/;
+  # (): none. The flag --profile=START:STOP sets it.
+  'profile': Key((), _profile),
 }
 
 # How training is split over the devices of all hosts. The product of the three is their number.

@@ -36,6 +36,12 @@ _DRY_RUN = flags.DEFINE_bool(
   False,
   'Print the plan, which products are finished, and likely mistakes; write nothing.',
 )
+_PROFILE = flags.DEFINE_string(
+  'profile',
+  '',
+  'START:STOP, updates of a run, counted from 0, that JAX records; the trace, for xprof or '
+  "TensorBoard, goes to the run's folder profile/.",
+)
 _COORDINATOR = flags.DEFINE_string(
   'coordinator',
   '',
@@ -63,6 +69,7 @@ def main(argv: list[str]) -> int:
       redo=_REDO.value,
       dry_run=_DRY_RUN.value,
       graph=_GRAPH.value,
+      profile=_PROFILE.value,
     )
 
   return command.run_command(work, verbose=_VERBOSE.value)

@@ -20,13 +20,13 @@ CONFIG = {'model': {'width': 8}, 'mean': [0.5, 0.5, 0.5]}
 
 
 def state(seed, size=1000):
-  """(params, opt) with numbered list elements and a scalar, as models have them."""
+  """params and opt with numbered list elements and a scalar, as models have them."""
   key = jax.random.key(seed)
   blocks = {
     i: {'weight': jax.random.normal(jax.random.fold_in(key, i), (size,))} for i in range(11)
   }
   params = {'tower': {'blocks': blocks}, 'scale': jnp.float32(seed)}
-  return params, {'moment': jax.tree.map(lambda x: x * 2, params)}
+  return dict(params=params, opt={'moment': jax.tree.map(lambda x: x * 2, params)})
 
 
 def abstract(tree):
@@ -36,14 +36,14 @@ def abstract(tree):
 def save(folder, *steps, keep=5):
   store = checkpoints.Checkpoints(folder, keep=keep)
   for step in steps:
-    store.save(step, *state(step), {'seconds': step / 2}, CONFIG)
+    store.save(step, state(step), {'seconds': step / 2}, CONFIG)
   store.close()
 
 
 def restore(folder):
   store = checkpoints.Checkpoints(folder, keep=5)
   try:
-    return store.restore(*(abstract(tree) for tree in state(0)))
+    return store.restore(abstract(state(0)))
   finally:
     store.close()
 
@@ -77,15 +77,15 @@ def test_a_digest_tells_values_names_shapes_and_types_apart():
 
 def test_all_comes_back(tmp_path):
   save(tmp_path / 'run' / 'checkpoints', 2, 4)
-  step, params, opt, data = restore(tmp_path / 'run' / 'checkpoints')
+  step, arrays, data = restore(tmp_path / 'run' / 'checkpoints')
   assert step == 4 and data['seconds'] == 2
-  assert checkpoints.digest((params, opt)) == checkpoints.digest(state(4))
+  assert checkpoints.digest(arrays) == checkpoints.digest(state(4))
   for path, want in (('run', 4), ('run/checkpoints', 4), ('run/checkpoints/00000002', 2)):
     params, step, config = checkpoints.restore_params(tmp_path / path)
     assert step == want and config == CONFIG
     assert isinstance(params['scale'], np.ndarray)
     assert sorted(params['tower']['blocks']) == list(range(11))
-    assert checkpoints.digest(params) == checkpoints.digest(state(want)[0])
+    assert checkpoints.digest(params) == checkpoints.digest(state(want)['params'])
 
 
 def test_relative_paths(tmp_path, monkeypatch):
@@ -104,8 +104,8 @@ def test_only_the_newest_are_kept_and_a_step_is_saved_once(tmp_path):
 def test_a_flipped_byte_falls_back_to_the_step_before(tmp_path, caplog, item):
   save(tmp_path, 1, 2)
   damage(tmp_path / '00000002' / item)
-  step, params, *_ = restore(tmp_path)
-  assert step == 1 and float(params['scale']) == 1
+  step, arrays, _ = restore(tmp_path)
+  assert step == 1 and float(arrays['params']['scale']) == 1
   assert 'damaged' in caplog.text and '00000002' in caplog.text
   save(tmp_path, 2)
   assert restore(tmp_path)[0] == 2
@@ -113,7 +113,7 @@ def test_a_flipped_byte_falls_back_to_the_step_before(tmp_path, caplog, item):
 
 def test_no_flipped_byte_anywhere_gives_something_else(tmp_path):
   save(tmp_path, 1)
-  want = checkpoints.digest(state(1)[0])
+  want = checkpoints.digest(state(1)['params'])
   rng = np.random.default_rng(0)
   paths = sorted(p for p in (tmp_path / '00000001').rglob('*') if p.is_file() and p.stat().st_size)
   noticed = 0
@@ -157,7 +157,7 @@ def test_another_models_checkpoint_is_refused_and_kept(tmp_path):
   save(tmp_path, 1)
   store = checkpoints.Checkpoints(tmp_path, keep=5)
   with pytest.raises(InputError, match=r'00000001.*shape \(1000,\) .*\(7,\)'):
-    store.restore(*(abstract(tree) for tree in state(0, size=7)))
+    store.restore(abstract(state(0, size=7)))
   store.close()
   assert restore(tmp_path)[0] == 1
 
@@ -171,7 +171,7 @@ print('begin', flush=True)
 step = max((int(f.name) for f in checkpoints.step_folders(sys.argv[1])), default=0)
 while True:
   step += 1
-  store.save(step, *state(step, 100_000), {'seconds': 0}, {})
+  store.save(step, state(step, 100_000), {'seconds': 0}, {})
 """
 
 
@@ -191,7 +191,7 @@ def test_a_kill_in_the_middle_of_a_save_never_leaves_a_step_that_looks_whole(tmp
     process.stdout.close()
     for folder in checkpoints.step_folders(tmp_path):
       params, step, _ = checkpoints.restore_params(folder)
-      assert checkpoints.digest(params) == checkpoints.digest(state(step, 100_000)[0])
+      assert checkpoints.digest(params) == checkpoints.digest(state(step, 100_000)['params'])
   assert checkpoints.step_folders(tmp_path)
 
 
@@ -201,7 +201,8 @@ def test_runs_in_threads_save_together(tmp_path):
   def save(number):
     run = checkpoints.Checkpoints(tmp_path / str(number), keep=1, alone=False)
     for step in range(1, 9):
-      run.save(step, {'a': np.full(3, number + step)}, {'m': np.zeros(1)}, {}, {})
+      arrays = dict(params={'a': np.full(3, number + step)}, opt={'m': np.zeros(1)})
+      run.save(step, arrays, {}, {})
     run.close()
 
   with futures.ThreadPoolExecutor(3) as pool:

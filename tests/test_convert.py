@@ -373,7 +373,10 @@ def test_configs_beside_a_file_that_are_broken(tmp_path):
 def test_a_checkpoint_of_an_older_version(tmp_path):
   writer = checkpoints.Checkpoints(tmp_path / 'c', keep=1)
   writer.save(
-    0, {'w': np.zeros(2, np.float32)}, None, {}, {'model': {'embed_dim': 8, 'vision_width': 16}}
+    0,
+    dict(params={'w': np.zeros(2, np.float32)}),
+    {},
+    {'model': {'embed_dim': 8, 'vision_width': 16}},
   )
   writer.close()
   with pytest.raises(InputError, match='older.* version'):

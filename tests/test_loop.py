@@ -124,6 +124,34 @@ def test_a_finished_run_is_left_alone(whole):
   assert again == loop.TrainResult(12, whole[0].digest, True, 12)
 
 
+def test_averages_are_saved_and_resumed(whole, tmp_path):
+  train(tmp_path / 'a', ema_decay=0.9)
+  train(tmp_path / 'b', ema_decay=0.9, should_stop=stop_after(5))
+  train(tmp_path / 'b', ema_decay=0.9)
+  found = [checkpoints.restore_params(tmp_path / name, 'ema')[0] for name in 'ab']
+  assert checkpoints.digest(found[0]) == checkpoints.digest(found[1]) != whole[0].digest
+  with pytest.raises(InputError, match='has no ema'):
+    checkpoints.restore_params(whole[1], 'ema')
+
+
+def test_speed_is_written_and_some_updates_are_recorded(tmp_path, caplog):
+  caplog.set_level('INFO')
+  train(
+    tmp_path,
+    total_steps=4,
+    flops=lambda text: 1e6 * text.size,
+    peak_flops=1e15,
+    profile=(1, 3),
+    profile_dir=str(tmp_path / 'profile'),
+  )
+  last = metrics_lib.read(tmp_path / 'metrics.jsonl')[-1]
+  np.testing.assert_allclose(last['train/mfu'], last['train/flops_per_sec'] / 1e15)
+  per_image = last['train/flops_per_sec'] / last['train/images_per_sec']
+  np.testing.assert_allclose(per_image, 1e6 * batches(0).__next__()['text'].size / BATCH)
+  assert list((tmp_path / 'profile').rglob('*.xplane.pb'))
+  assert f'profile of the updates is in {tmp_path}' in caplog.text
+
+
 def test_the_clock_saves_too(tmp_path):
   train(tmp_path, save_every_steps=0, save_every_secs=1e-9, total_steps=4, keep=20)
   assert len(checkpoints.step_folders(tmp_path)) == 4

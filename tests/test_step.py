@@ -135,6 +135,40 @@ def test_microbatches_equal_the_whole_batch(loss, devices, microbatches, is_pack
   )
 
 
+def test_averages_follow_the_parameters():
+  recipe = dataclasses.replace(RECIPE, ema_decay=0.75)
+  steps, mesh = compiled(2, recipe=recipe)
+  state = steps.init(0)
+  want = np.asarray(state['params']['visual']['proj'], np.float64)
+  plain, _ = compiled(2)
+  other = plain.init(0)
+  for n in range(4):
+    placed = sharding.place_batch(batch(n), mesh)
+    state, _ = steps.step(state, placed, schedule())
+    other, _ = plain.step(other, placed, schedule())
+    want = 0.75 * want + 0.25 * np.asarray(state['params']['visual']['proj'], np.float64)
+  np.testing.assert_allclose(state['ema']['visual']['proj'], want, rtol=1e-6)
+  for name in ('proj', 'positional_embedding'):
+    ours, theirs = (made['params']['visual'][name] for made in (state, other))
+    np.testing.assert_allclose(ours, theirs, atol=1e-6)
+
+
+def test_gradients_are_shrunk_to_a_norm():
+  """As Adam ignores the scale of gradients, their moments show it."""
+  moments = {}
+  for norm in (0.0, 1e3, 0.01):
+    steps, mesh = compiled(2, recipe=dataclasses.replace(RECIPE, clip_norm=norm))
+    state, _ = steps.step(steps.init(0), sharding.place_batch(batch(0), mesh), schedule())
+    leaves = [
+      leaf
+      for path, leaf in jax.tree_util.tree_leaves_with_path(state['opt'])
+      if '.mu' in jax.tree_util.keystr(path)
+    ]
+    moments[norm] = np.sqrt(sum(np.square(np.asarray(leaf)).sum() for leaf in leaves))
+  assert moments[0.0] == moments[1e3] > 0.01  # of mu = 0.1 gradients
+  np.testing.assert_allclose(moments[0.01], 0.1 * 0.01, rtol=1e-5)
+
+
 RESNET = dataclasses.replace(CONFIG, vision=zoo.ResNetConfig(32, 4, (1, 1, 1, 1), 2))
 
 

@@ -1,10 +1,11 @@
 """Checkpoints of training. No other file calls Orbax.
 
-Out: DIRECTORY/<step, 8 digits>/ with the items params, opt (optimizer state), data (JSON: the state
-of the loop, and the digests) and config (JSON). A step is written to a temporary folder and renamed
-when it is complete. Orbax does not detect damaged array bytes, so each step stores the sha256 of
-its params, opt and config, which is checked at every read. JAX and Orbax are imported inside
-functions, because every command imports this file and they take two seconds.
+Out: DIRECTORY/<step, 8 digits>/ with the items params, opt (optimizer state), ema (moving averages
+of params, if training keeps them), data (JSON: the state of the loop, and the digests) and config
+(JSON). A step is written to a temporary folder and renamed when it is complete. Orbax does not
+detect damaged array bytes, so each step stores the sha256 of its arrays and config, which is
+checked at every read. JAX and Orbax are imported inside functions, because every command imports
+this file and they take two seconds.
 """
 
 import contextlib
@@ -62,13 +63,13 @@ class Checkpoints:
       ),
     )
 
-  def save(self, step: int, params: dict, opt: Any, data: dict, config: dict) -> None:
+  def save(self, step: int, arrays: dict, data: dict, config: dict) -> None:
     """Starts to save a step. Returns when the arrays are copied, so the caller may donate them.
 
     Args:
       step: updates done. An existing step is not overwritten.
-      params: nested dict of arrays.
-      opt: optimizer state, any tree of arrays; None: training cannot resume from this step.
+      arrays: params, a nested dict, and what is needed to resume: opt, the optimizer's state, and
+        ema, moving averages of params, if any.
       data: JSON values that `restore` returns to the loop.
       config: JSON values that `restore_params` returns.
     """
@@ -76,51 +77,43 @@ class Checkpoints:
 
     if step in self._manager.all_steps():
       return
-    data = dict(
-      data, digests=dict(params=digest(params), opt=digest(opt), config=_json_digest(config))
-    )
-    items = dict(
-      params=ocp.args.StandardSave(params),
-      data=ocp.args.JsonSave(data),
-      config=ocp.args.JsonSave(config),
-    )
-    if opt is not None:  # Orbax refuses an empty tree
-      items['opt'] = ocp.args.StandardSave(opt)
+    digests = {name: digest(tree) for name, tree in arrays.items()}
+    data = dict(data, digests=dict(digests, config=_json_digest(config)))
+    items = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
+    items |= dict(data=ocp.args.JsonSave(data), config=ocp.args.JsonSave(config))
     with contextlib.nullcontext() if self._alone else _ONE_RUN:
       self._manager.save(step, args=ocp.args.Composite(**items))
       if not self._alone:
         self._manager.wait_until_finished()
 
-  def restore(self, params: Any, opt: Any) -> tuple[int, dict, Any, dict] | None:
-    """Returns (step, params, opt, data) of the latest undamaged step; None if there is none.
+  def restore(self, abstract: dict) -> tuple[int, dict, dict] | None:
+    """Returns (step, arrays, data) of the latest undamaged step; None if there is none.
 
     A damaged step is logged and removed (training writes it again), and the step before it is
-    tried. `params` and `opt` are trees of jax.ShapeDtypeStruct with the wanted shardings. Raises
-    InputError if a step belongs to another model.
+    tried. `abstract` has trees of jax.ShapeDtypeStruct with the wanted shardings, in place of the
+    arrays of `save`. Raises InputError if a step belongs to another model.
     """
     import orbax.checkpoint as ocp
 
     for step in sorted(self._manager.all_steps(), reverse=True):
       folder = self._directory / f'{step:0{_DIGITS}d}'
-      _check_same_model(folder, params)
+      _check_same_model(folder, abstract['params'])
       try:
         with contextlib.nullcontext() if self._alone else _ONE_RUN:
           restored = self._manager.restore(
             step,
             args=ocp.args.Composite(
-              params=ocp.args.StandardRestore(params),
-              opt=ocp.args.StandardRestore(opt),
               data=ocp.args.JsonRestore(),
+              **{name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()},
             ),
           )
-        data, saved_params, saved_opt = restored['data'], restored['params'], restored['opt']
-        digests = data['digests']
-        is_good = digests['params'] == digest(saved_params) and digests['opt'] == digest(saved_opt)
+        data, arrays = restored['data'], {name: restored[name] for name in abstract}
+        is_good = all(data['digests'][name] == digest(tree) for name, tree in arrays.items())
         reason = '' if is_good else 'the sha256 of its arrays differs from the stored one'
       except Exception as error:  # Orbax and its storage raise many types for damaged files
         reason = _first_line(error)
       if not hosts.agree(bool(reason))[0]:
-        return step, saved_params, saved_opt, data
+        return step, arrays, data
       logging.warning(
         'Checkpoint %s is damaged (%s). It is removed; training resumes from the one before it.',
         folder,
@@ -144,11 +137,12 @@ def step_folders(path: Any) -> list[epath.Path]:
   return [folder for folder in inside if _is_step(folder)]
 
 
-def restore_params(path: Any) -> tuple[dict, int, dict]:
+def restore_params(path: Any, item: str = 'params') -> tuple[dict, int, dict]:
   """Returns (params, step, config) of a checkpoint.
 
   Args:
     path: one step, or a run's folder or its checkpoints folder (then: the latest complete step).
+    item: 'params', or 'ema' for their moving averages.
 
   Returns:
     params: nested dict of numpy arrays.
@@ -156,7 +150,7 @@ def restore_params(path: Any) -> tuple[dict, int, dict]:
     config: the JSON values saved with the parameters.
 
   Raises:
-    InputError: the path holds no checkpoint, or a damaged one.
+    InputError: the path holds no checkpoint, a damaged one, or one without the item.
   """
   import jax
   import orbax.checkpoint as ocp
@@ -169,16 +163,20 @@ def restore_params(path: Any) -> tuple[dict, int, dict]:
       'one step.'
     )
   folder = folders[-1]
+  if item != 'params' and not (folder / item).is_dir():
+    raise InputError(
+      f'Checkpoint {folder} has no {item}: it was trained without config.train.{item}_decay.'
+    )
   try:
     with _reader(ocp.PyTreeCheckpointHandler()) as reader:
       as_numpy = jax.tree.map(
-        lambda _: ocp.RestoreArgs(restore_type=np.ndarray), _metadata(reader, folder)
+        lambda _: ocp.RestoreArgs(restore_type=np.ndarray), _metadata(reader, folder / item)
       )
-      params = _integer_keys(reader.restore(folder / 'params', restore_args=as_numpy))
+      params = _integer_keys(reader.restore(folder / item, restore_args=as_numpy))
     with _reader(ocp.JsonCheckpointHandler()) as reader:
       config, data = reader.restore(folder / 'config'), reader.restore(folder / 'data')
     digests = data['digests']
-    is_intact = digests['params'] == digest(params) and digests['config'] == _json_digest(config)
+    is_intact = digests[item] == digest(params) and digests['config'] == _json_digest(config)
   except Exception as error:  # Orbax and its storage raise many types for damaged files
     raise InputError(
       f'Checkpoint {folder} is damaged or incomplete ({_first_line(error)}). Give another step, or '
@@ -226,7 +224,7 @@ def _is_step(folder: epath.Path) -> bool:
 
 
 def _metadata(reader: Any, folder: epath.Path) -> Any:
-  return reader.metadata(folder / 'params').item_metadata.tree
+  return reader.metadata(folder).item_metadata.tree
 
 
 def _integer_keys(tree: Any) -> Any:
@@ -249,7 +247,7 @@ def _check_same_model(folder: epath.Path, params: Any) -> None:
 
   try:
     with _reader(ocp.PyTreeCheckpointHandler()) as reader:
-      saved = shapes(_metadata(reader, folder))
+      saved = shapes(_metadata(reader, folder / 'params'))
   except Exception:  # metadata are damaged: restore() reports that
     return
   wanted = shapes(params)

@@ -4,7 +4,10 @@ Exit status: 0 success, 1 failure, 2 wrong command line or config, 130 Ctrl-C, 1
 """
 
 from collections.abc import Callable, Sequence
+import contextlib
+import hashlib
 import os
+import platform
 import re
 import sys
 import traceback
@@ -25,6 +28,7 @@ _MADE_BY = {
   'embedders': 'embedder',
 }
 TUNABLE = 'glibc.malloc.hugetlb=1'
+_CACHE = 'JAX_COMPILATION_CACHE_DIR'
 _RESTARTED = 'CLIP_JAX_HUGE_PAGES'  # environment variable: set before the restart, so there is one
 
 
@@ -40,6 +44,33 @@ def huge_pages() -> None:
   os.environ['GLIBC_TUNABLES'] = TUNABLE
   os.environ[_RESTARTED] = '1'
   os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def compilation_cache() -> None:
+  """Lets JAX keep what it compiles in a folder of the user's, for the next command.
+
+  Nothing happens if JAX_COMPILATION_CACHE_DIR is set (to '': no cache), or if XLA_FLAGS make
+  several devices of a CPU: with code from the folder, these were seen to wait for one another for
+  ever (JAX 0.10). The folder depends on the CPU, for which XLA compiles.
+  """
+  if _CACHE in os.environ or 'device_count' in os.environ.get('XLA_FLAGS', ''):
+    return
+  home = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
+  with contextlib.suppress(OSError):
+    folder = os.path.join(home, 'clip_jax', f'compiled-{_cpu()}')
+    os.makedirs(folder, exist_ok=True)
+    os.environ[_CACHE] = folder
+
+
+def _cpu() -> str:
+  """Returns a short hash of the CPU's kind and instructions."""
+  known = platform.machine()
+  if os.path.exists('/proc/cpuinfo'):
+    with open('/proc/cpuinfo') as f:
+      known += ''.join(
+        sorted({line for line in f if line.startswith(('model name', 'flags', 'Features'))})
+      )
+  return hashlib.sha256(known.encode()).hexdigest()[:8]
 
 
 class _WholeNumber(flags.IntegerParser):
@@ -133,6 +164,7 @@ def run_command(work: Callable[[], None], verbose: bool = False) -> int:
 
   Errors that the user can correct are printed in one line; bugs keep their traceback.
   """
+  compilation_cache()
   log.start(verbose)
   interrupts.install()
   try:
@@ -163,7 +195,11 @@ def run_command(work: Callable[[], None], verbose: bool = False) -> int:
     )
     hosts.end_all(signal.status)
     return signal.status
-  except Exception:
+  except Exception as error:
+    if message := hosts.lost(error):
+      logging.debug('The devices failed:', exc_info=True)
+      _print_error(message)  # in each process, as the first one may be gone
+      hosts.end_all(1)
     if hosts.count() > 1:  # the others would wait for this process
       traceback.print_exc()
       hosts.end_all(1, 'an unexpected error; its output has the traceback.')

@@ -125,6 +125,8 @@ def start(coordinator: str = '', processes: int = 0, process: int = -1) -> None:
       f'the address and that all of them start ({str(error).splitlines()[0]}).'
     ) from error
   _index, _count = jax.process_index(), jax.process_count()
+  if jax.default_backend() == 'cpu':  # see command.compilation_cache
+    jax.config.update('jax_enable_compilation_cache', False)
   if _count > 1:
     threading.Thread(target=_watch, daemon=True).start()
 
@@ -179,15 +181,27 @@ def end() -> None:
   jax.distributed.shutdown()
 
 
+def lost(error: Exception) -> str:
+  """Returns what to tell the user if an error of the devices stopped the work of several processes.
+
+  When a process is gone, the next sum over all devices fails in the others.
+  """
+  if _count == 1 or type(error).__name__ != 'JaxRuntimeError':
+    return ''
+  return (
+    f'The devices of all processes stopped working together: {str(error).splitlines()[0][:200]}. '
+    'If one of the processes is gone, start all of them again; training goes on from its last '
+    'checkpoint.'
+  )
+
+
 def end_all(status: int, message: str = '') -> None:
   """Ends all processes at once with the exit status, if there are several; does not return then.
 
   Process 0 prints the message of another.
   """
   if _count > 1:
-    _client().key_value_set(
-      _OVER, json.dumps(dict(status=status, message=message, by=_index)), allow_overwrite=True
-    )
+    _set(_OVER, json.dumps(dict(status=status, message=message, by=_index)))
     _leave(status)
 
 
@@ -208,7 +222,7 @@ def _watch() -> None:
 
 def _show(over: dict) -> None:
   if over['message'] and not _index:
-    print(f'Error: process {over["by"]}: {over["message"]}', file=sys.stderr, flush=True)
+    logging.error('process %d: %s', over['by'], over['message'])
   logging.debug('Process %d has ended all: %s', over['by'], over['message'] or over['status'])
 
 
@@ -218,7 +232,7 @@ def _leave(status: int) -> None:
   Process 0 goes last, because the others hear of the end through it.
   """
   if _index:
-    _client().key_value_set(f'{_GONE}/{_index}', '')
+    _set(f'{_GONE}/{_index}', '')
   else:
     until = time.monotonic() + 10
     for other in range(1, _count):
@@ -226,6 +240,14 @@ def _leave(status: int) -> None:
         pass
   sys.stdout.flush()
   os._exit(status)
+
+
+def _set(key: str, value: str) -> None:
+  """Sets a key, or gives up if process 0 is gone."""
+  write = lambda: _client().key_value_set(key, value, allow_overwrite=True)
+  thread = threading.Thread(target=write, daemon=True)
+  thread.start()
+  thread.join(3)
 
 
 def _value(key: str, milliseconds: int = _POLL_MS) -> str | None:

@@ -12,7 +12,13 @@ from etils import epath
 from clip_jax.core import files
 
 # Fields that depend on the machine: ignored when runs are compared.
-TIME_FIELDS = ('train/images_per_sec', 'train/seconds', 'train/waiting')
+TIME_FIELDS = (
+  'train/images_per_sec',
+  'train/seconds',
+  'train/waiting',
+  'train/flops_per_sec',
+  'train/mfu',
+)
 
 
 class MetricsWriter:

@@ -30,6 +30,7 @@ class Bar:
     self._total, self._desc, self._unit = total, desc, unit
     self._done, self._initial = initial, initial
     self._start = self._last_line = time.monotonic()
+    self.note = ''  # shown beside the rate
     self._bar = None
     if sys.stderr.isatty():
       import tqdm
@@ -48,6 +49,8 @@ class Bar:
     interrupts.check()
     self._done += n
     if self._bar is not None:
+      if self.note:
+        self._bar.set_postfix_str(self.note, refresh=False)
       self._bar.update(n)
       return
     now = time.monotonic()
@@ -56,13 +59,14 @@ class Bar:
       rate = (self._done - self._initial) / (now - self._start)
       left = (self._total - self._done) / rate if rate else float('inf')
       logging.info(
-        '%s: %s of %s %s (%s/s, %s left)',
+        '%s: %s of %s %s (%s/s, %s left%s)',
         self._desc,
         f'{self._done:,}',
         f'{self._total:,}',
         self._unit,
         f'{rate:.0f}' if rate >= 10 else f'{rate:.2g}',
         seconds(left),
+        self.note and f'; {self.note}',
       )
 
   def __enter__(self):

@@ -419,6 +419,7 @@ def recipe(config: Config) -> list[str]:
     more.append('train.shuffle_window')
   if t.patch_dropout and t.microbatches > 1:  # each microbatch draws its own patches
     more.append('train.microbatches')
+  more += [f'train.{key}' for key in ('clip_norm', 'ema_decay') if t[key]]  # 0: no part of a key
   return [*RECIPE, *more]
 
 

@@ -156,7 +156,7 @@ def _orbax(loaded: models.Weights, output: str) -> None:
     'seed': 0,
   }
   writer = checkpoints.Checkpoints(output, keep=1)
-  writer.save(loaded.step or 0, loaded.params, None, {}, about)
+  writer.save(loaded.step or 0, dict(params=loaded.params), {}, about)
   writer.close()
   logging.info(
     'Written: %s. Open it with\n  python -m clip_jax.evaluate --checkpoint=%s --config=...',

@@ -10,8 +10,8 @@ import os
 from absl import logging
 import numpy as np
 
+from clip_jax.core import accelerators, files, hosts, interrupts, metrics, products, sharding
 from clip_jax.core import config as config_lib
-from clip_jax.core import files, hosts, interrupts, metrics, products, sharding
 from clip_jax.core.errors import InputError
 from clip_jax.core.products import Product
 from clip_jax.data import loader, packing, tokenizer
@@ -55,7 +55,7 @@ def fit(
   groups = _caption_groups(x, base, architecture, folder)
   mesh = blocks.mesh(x.config)
   tokens = None
-  if mesh.shape['fsdp'] == hosts.count() == 1:  # a small experiment
+  if mesh.shape['fsdp'] == hosts.count() == 1 and not t.ema_decay:  # a small experiment
     tokens = x.cached('tokens', lambda: _tokens(whole, architecture.text))
   replaced: list[int] = []
 
@@ -115,6 +115,12 @@ def fit(
       loss_chunk=t.loss_chunk,
       microbatches=t.microbatches,
       mesh=mesh,
+      clip_norm=t.clip_norm,
+      ema_decay=t.ema_decay,
+      flops=lambda captions: _flops(x, architecture, captions),
+      peak_flops=mesh.size * (accelerators.peak_flops(mesh.devices.flat[0].device_kind) or 0.0),
+      profile=tuple(t.profile) or None,
+      profile_dir=os.path.join(path, 'profile'),
       tokens=tokens,
       mean=tuple(p.mean),
       std=tuple(p.std),
@@ -170,6 +176,19 @@ def _caption_groups(x: Experiment, base, architecture, folder: str) -> int:
     100 * saved,
   )
   return groups
+
+
+def _flops(x: Experiment, architecture, captions) -> float:
+  """Returns the FLOPs of one update: three forward passes of what the captions' places hold.
+
+  Work that is done twice to save memory (remat, microbatches) does not count.
+  """
+  t = x.config.train
+  places = (captions['tokens'] if isinstance(captions, dict) else captions).size
+  return 3 * (
+    t.batch_size * (1 - t.patch_dropout) * flops.image_flops(architecture)
+    + places / architecture.context_length * flops.text_flops(architecture)
+  )
 
 
 def _tokens(source, config: zoo.TextConfig):  # -> [U] int32, sorted, or None

@@ -7,6 +7,7 @@ from importlib import metadata
 import itertools
 import os
 import platform
+import re
 import shlex
 import shutil
 import sys
@@ -48,6 +49,7 @@ def run(
   redo: str,
   dry_run: bool,
   graph: bool = False,
+  profile: str = '',
 ) -> None:
   """Runs the experiment or the named stages; with dry_run or graph, only prints.
 
@@ -58,6 +60,8 @@ def run(
     if dry_run or graph:
       return
   names = _stage_names(stages)
+  if profile:
+    config = _with_profile(config, profile)
   if graph and not workdir:
     workdir = '.'  # the graph does not depend on the work directory
   x = _open_experiment(config, workdir)
@@ -87,6 +91,19 @@ def run(
     for warning in lint.unfit_threshold(x):
       logging.warning('%s', warning)
   _run_stages(x, names, redo)
+
+
+def _with_profile(config: Config, profile: str) -> Config:
+  """Returns the config with train.profile of --profile=START:STOP."""
+  match = re.fullmatch(r'(\d+):(\d+)', profile)
+  if not match or int(match[1]) >= int(match[2]):
+    raise ConfigError(
+      f'--profile={profile!r} must be START:STOP, updates of a run with START < STOP, for example '
+      '--profile=100:110.'
+    )
+  config = config.copy_and_resolve_references()
+  config.train.profile = int(match[1]), int(match[2])
+  return config
 
 
 def _take_part(x: Experiment) -> None:

@@ -28,7 +28,21 @@ def check(x: Experiment, todo: list[Product], number: int) -> None:
   check_sizes(x, todo)
   if len(todo) < number:
     logging.info('train: continuing; %d of %d runs are done.', number - len(todo), number)
+  logging.info('train: %s', devices(blocks.mesh(x.config)))
   _advise(x)
+
+
+def devices(mesh) -> str:
+  """Returns the devices, the mesh and XLA's flags in words."""
+  kind, number = mesh.devices.flat[0].device_kind, progress.count_with_noun(mesh.size, 'device')
+  words = f'{number} ({kind})'
+  if hosts.count() > 1:
+    words += f' of {hosts.count()} processes'
+  if mesh.size > 1:
+    words += ', mesh ' + ' x '.join(f'{name}={size}' for name, size in mesh.shape.items())
+  if given := os.environ.get('XLA_FLAGS'):
+    words += f', XLA_FLAGS={given}'
+  return words + '.'
 
 
 def check_sizes(x: Experiment, todo: list[Product]) -> None:

@@ -7,7 +7,7 @@ run.
 """
 
 import collections
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 import contextlib
 import dataclasses
 import math
@@ -44,7 +44,7 @@ class TrainResult:
   digest: str  # sha256 of the parameters
   finished: bool  # False if should_stop ended training early
   resumed_from: int | None  # the checkpoint's step, if any
-  stopped_by: int  # the number of the signal that did, perhaps of another process; 0: none
+  stopped_by: int = 0  # the number of the signal that did, perhaps of another process; 0: none
 
 
 def train(
@@ -74,6 +74,12 @@ def train(
   loss: str = 'clip',  # a key of losses.LOSSES
   loss_chunk: int = 0,  # of the loss, see losses.py; 0: the whole matrix of logits
   microbatches: int = 1,  # parts of a batch that go through the model one after the other
+  clip_norm: float = 0.0,  # largest norm of the gradients; 0: any
+  ema_decay: float = 0.0,  # of moving averages of the parameters, saved beside them; 0: none
+  flops: Callable[[Any], float] = lambda text: 0.0,  # of an update with such captions, all devices
+  peak_flops: float = 0.0,  # per second, of all devices; 0: unknown
+  profile: tuple[int, int] | None = None,  # (start, stop): updates recorded by JAX's profiler
+  profile_dir: str = '',
   mesh: Any = None,  # of sharding.mesh; None: all devices split the batch
   tokens: np.ndarray | None = None,  # [U] int32, sorted: all ids in the captions; None: any may be
   alone: bool = True,  # False: other threads train runs, too
@@ -103,6 +109,8 @@ def train(
     std=std,
     loss_chunk=loss_chunk,
     microbatches=microbatches,
+    clip_norm=clip_norm,
+    ema_decay=ema_decay,
   )
   with _COMPILING:
     steps = training_step.steps(init_params, encode, recipe, mesh)
@@ -117,23 +125,27 @@ def train(
     used = used_tokens.UsedTokens(tokens, initial, schedule, weight_decay)
     metrics.truncate(start)
     log = _Log(
-      metrics, batch_size=batch_size, every=log_every_steps, last=total_steps, seconds=seconds
+      metrics,
+      batch_size=batch_size,
+      every=log_every_steps,
+      last=total_steps,
+      seconds=seconds,
+      peak_flops=peak_flops,
     )
-    todo = progress.track(
-      range(start, total_steps), total=total_steps, initial=start, desc=name, unit='steps'
-    )
+    bar = progress.Bar(total=total_steps, desc=name, unit='steps', initial=start)
+    recorder = _Recorder(profile, profile_dir)
     saved_at, done, whole, stop = time.monotonic(), start, state, 0
     state, schedule = used.rows(state), dict(schedule, seed=np.uint32(seed))
     loaded = _loaded(batches, range(start, total_steps), batch_size, used, mesh)
-    with contextlib.closing(loaded):
+    with contextlib.closing(loaded), bar, contextlib.closing(recorder):
       upcoming = next(loaded, None)
-      for n in todo:
+      for n in range(start, total_steps):
         assert upcoming is not None
         batch, rows, waited = upcoming
-        with _COMPILING if n == start else contextlib.nullcontext():
+        with _COMPILING if n == start else contextlib.nullcontext(), recorder.update(n):
           state, values = steps.step(state, batch, schedule)
         done = n + 1
-        log.add(done, values, waited, rows)
+        bar.note = log.add(done, values, waited, rows, flops(batch['text']))
         upcoming = next(loaded, None)  # while the devices compute
         by_clock = bool(save_every_secs and time.monotonic() - saved_at >= save_every_secs)
         stop, by_clock = hosts.agree(should_stop(), by_clock)
@@ -142,10 +154,12 @@ def train(
           log.flush()
           whole = used.whole(state, done)
           _check_finite(whole['params'], done)
-          store.save(done, whole['params'], whole['opt'], dict(seconds=log.seconds()), config)
+          arrays = {item: whole[item] for item in ('params', 'opt', 'ema') if item in whole}
+          store.save(done, arrays, dict(seconds=log.seconds()), config)
           saved_at = time.monotonic()
         if stop:
           break
+        bar.update()
   return TrainResult(
     step=done,
     digest=checkpoints.digest(whole['params']),  # of the last save, after the last update
@@ -196,13 +210,14 @@ def _restore(
   store: checkpoints.Checkpoints, steps: training_step.Steps, seed: int
 ) -> tuple[dict, int, float]:
   """Returns (state, updates done, seconds trained) of the latest good checkpoint or the start."""
-  checkpoint = store.restore(steps.abstract['params'], steps.abstract['opt'])
+  abstract = dict(steps.abstract)
+  count = abstract.pop('step')
+  checkpoint = store.restore(abstract)
   if checkpoint is None:
     return steps.init(seed), 0, 0.0
-  start, params, opt, data = checkpoint
+  start, state, data = checkpoint
   logging.info('Training resumes from the checkpoint of step %d.', start)
-  count = jax.device_put(np.int32(start), steps.abstract['step'].sharding)
-  return dict(params=params, opt=opt, step=count), start, data['seconds']
+  return dict(state, step=jax.device_put(np.int32(start), count.sharding)), start, data['seconds']
 
 
 @jax.jit
@@ -227,14 +242,58 @@ def _diverged(what: str, step: int, rows: np.ndarray | None = None) -> InputErro
   )
 
 
+def _in_words(loss: float, speed: dict[str, float]) -> str:
+  """Returns the state of training for the progress bar."""
+  words = f'loss {loss:.3f}, {speed["train/images_per_sec"]:,.0f} images/s'
+  if 'train/flops_per_sec' in speed:
+    words += f', {speed["train/flops_per_sec"] / 1e12:.3g} TFLOP/s'
+  if 'train/mfu' in speed:
+    words += f' ({100 * speed["train/mfu"]:.0f} % of the peak)'
+  return f'{words}, {100 * speed["train/waiting"]:.0f} % waiting for images'
+
+
+class _Recorder:
+  """Records some updates with JAX's profiler; the trace is for xprof, TensorBoard or Perfetto."""
+
+  def __init__(self, updates: tuple[int, int] | None, folder: str):
+    self._updates, self._folder, self._is_on = updates or (-1, -1), folder, False
+
+  @contextlib.contextmanager
+  def update(self, n: int) -> Iterator[None]:
+    """Wraps the start of update n + 1; the first one of a trace is `start`, counted from 0."""
+    if n == self._updates[0]:
+      jax.profiler.start_trace(self._folder)
+      self._is_on = True
+    elif n == self._updates[1]:
+      self.close()
+    with jax.profiler.StepTraceAnnotation('train', step_num=n):
+      yield
+
+  def close(self) -> None:
+    if self._is_on:
+      self._is_on = False
+      jax.profiler.stop_trace()
+      logging.info('The profile of the updates is in %s.', self._folder)
+
+
 class _Log:
   """Reads an update's metrics after the next update has started, so the device never waits."""
 
   def __init__(
-    self, metrics: MetricsWriter, *, batch_size: int, every: int, last: int, seconds: float
+    self,
+    metrics: MetricsWriter,
+    *,
+    batch_size: int,
+    every: int,
+    last: int,
+    seconds: float,
+    peak_flops: float,
   ):
     self._metrics = metrics
     self._batch_size, self._every, self._last = batch_size, every, last
+    self._peak_flops = peak_flops
+    self._flops = 0.0  # of the updates since `_since`
+    self._note = ''
     self._pending: tuple[int, dict, np.ndarray | None] | None = None
     self._began = time.monotonic() - seconds
     self._since: tuple[int, float] | None = None  # step and time at which speed measurement starts
@@ -250,10 +309,14 @@ class _Log:
     values: dict[str, jax.Array],
     waited: float,  # seconds, for its batch
     rows: np.ndarray | None,  # of its batch
-  ) -> None:
+    flops: float,
+  ) -> str:
+    """Adds an update, writes the one before if it is due, and returns the last line in words."""
     self.flush()
     self._pending = step, values, rows
     self._waited += waited
+    self._flops += flops
+    return self._note
 
   def flush(self) -> None:
     """Reads pending metrics, writes them every `every` steps; InputError if loss is not finite."""
@@ -266,9 +329,18 @@ class _Log:
       raise _diverged(f'the loss is {loss}', step, rows)
     now = time.monotonic()
     if self._since is None:  # excludes the first update, which compiles
-      self._since, self._waited = (step, now), 0.0
+      self._since, self._waited, self._flops = (step, now), 0.0, 0.0
     since, at = self._since
     if step % self._every == 0 or step == self._last:
+      spent = max(now - at, 1e-9)
+      speed = {
+        'train/images_per_sec': (step - since) * self._batch_size / spent,
+        'train/waiting': min(self._waited / spent, 1.0),
+      }
+      if self._flops:
+        speed['train/flops_per_sec'] = self._flops / spent
+      if self._peak_flops:
+        speed['train/mfu'] = self._flops / spent / self._peak_flops
       self._metrics.write(
         step,
         {
@@ -277,8 +349,8 @@ class _Log:
           'train/learning_rate': float(values['learning_rate']),
           'train/samples': step * self._batch_size,
           'train/seconds': self.seconds(),
-          'train/images_per_sec': (step - since) * self._batch_size / max(now - at, 1e-9),
-          'train/waiting': min(self._waited / max(now - at, 1e-9), 1.0),
+          **speed,
         },
       )
-      self._since, self._waited = (step, now), 0.0
+      self._note = _in_words(loss, speed)
+      self._since, self._waited, self._flops = (step, now), 0.0, 0.0

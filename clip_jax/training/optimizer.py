@@ -24,13 +24,16 @@ def has_weight_decay(params: dict) -> dict:
 
 
 def adamw(
-  *, beta1: float, beta2: float, eps: float, weight_decay: float
+  *, beta1: float, beta2: float, eps: float, weight_decay: float, clip_norm: float = 0.0
 ) -> optax.GradientTransformation:
   """Returns AdamW without learning rate: multiply its updates by minus the learning rate.
 
-  As torch.optim.AdamW: bias-corrected moments, eps outside the root, decoupled decay.
+  As torch.optim.AdamW: bias-corrected moments, eps outside the root, decoupled decay. clip_norm:
+  gradients whose norm, over all parameters together, is larger are shrunk to it first, as with
+  open_clip's --grad-clip-norm; 0: never.
   """
   return optax.chain(
+    *([optax.clip_by_global_norm(clip_norm)] if clip_norm else []),
     optax.scale_by_adam(b1=beta1, b2=beta2, eps=eps),
     optax.add_decayed_weights(weight_decay, mask=has_weight_decay),
   )

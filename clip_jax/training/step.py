@@ -1,7 +1,8 @@
 """One training step, compiled once for each model, optimizer and mesh of the process.
 
-A state is dict(params, opt, step): nested dicts of float32 arrays, optax's moments, int32 updates
-done. A step updates the state in place: its buffers are donated.
+A state is dict(params, opt, step[, ema]): nested dicts of float32 arrays, optax's moments, int32
+updates done, moving averages of the parameters. A step updates the state in place: its buffers are
+donated.
 """
 
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from typing import Any
 import jax
 from jax import Array
 import jax.numpy as jnp
+import optax
 
 from clip_jax.core import sharding
 from clip_jax.training import losses, optimizer
@@ -33,6 +35,8 @@ class Recipe:
   std: tuple[float, float, float]
   loss_chunk: int = 0  # of the loss; 0: the whole matrix of logits
   microbatches: int = 1  # parts of a batch that go through the model one after the other
+  clip_norm: float = 0.0  # largest norm of the gradients; 0: any
+  ema_decay: float = 0.0  # of the moving averages of the parameters; 0: none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +155,11 @@ def steps(
   are scalars: loss, logit_scale (the factor, not its logarithm) and learning_rate of this update.
   """
   tx = optimizer.adamw(
-    beta1=recipe.beta1, beta2=recipe.beta2, eps=recipe.eps, weight_decay=recipe.weight_decay
+    beta1=recipe.beta1,
+    beta2=recipe.beta2,
+    eps=recipe.eps,
+    weight_decay=recipe.weight_decay,
+    clip_norm=recipe.clip_norm,
   )
   loss_of = losses.LOSSES[recipe.loss].function
   if recipe.loss_chunk:
@@ -162,7 +170,8 @@ def steps(
 
   def init(seed: Array) -> dict:
     params = init_params(jax.random.key(seed))
-    return dict(params=params, opt=tx.init(params), step=jnp.zeros((), jnp.int32))
+    state = dict(params=params, opt=tx.init(params), step=jnp.zeros((), jnp.int32))
+    return dict(state, ema=params) if recipe.ema_decay else state
 
   def step(state: dict, batch: dict, schedule: dict) -> tuple[dict, dict]:
     schedule = dict(schedule)
@@ -177,8 +186,10 @@ def steps(
     params = jax.tree.map(lambda p, u: p - rate * u, state['params'], updates)
     params['logit_scale'] = jnp.clip(params['logit_scale'], 0, MAX_LOGIT_SCALE)
     params = _replaced(params, recorded)
-    state = dict(params=params, opt=opt, step=state['step'] + 1)
-    return state, dict(loss=loss, logit_scale=scale, learning_rate=rate)
+    new = dict(params=params, opt=opt, step=state['step'] + 1)
+    if recipe.ema_decay:
+      new['ema'] = optax.incremental_update(params, state['ema'], 1 - recipe.ema_decay)
+    return new, dict(loss=loss, logit_scale=scale, learning_rate=rate)
 
   shapes = jax.eval_shape(init, jax.ShapeDtypeStruct((), jnp.uint32))
   placement = sharding.parameter_shardings(shapes, mesh)
