@@ -61,8 +61,9 @@ IMAGENET_FAMILY = {
     published_name='imagenet1k',
   ),
   'v2': dict(
-    path=tuple(
-      f'{folder}imagenetv2-matched-frequency-format-val' for folder in ('', 'imagenetv2/')
+    path=(
+      'imagenetv2-matched-frequency-format-val',
+      'imagenetv2/imagenetv2-matched-frequency-format-val',
     ),
     class_set='imagenet',
     expected_rows=10_000,

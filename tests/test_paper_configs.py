@@ -75,7 +75,7 @@ def test_the_papers_plan_needs_no_file(tmp_path, capsys):
     'vit_b_16_plus_240-laion400m_e32-699c4b84.pt (the model is ViT-B-16-plus-240)',
     f'The {KEPT:,} rows that de-duplication should keep take 4.3e16 FLOPs.',
     'train: 11 % of the bfloat16 peak (',
-    'Most of it: train, 99.',
+    'Most of the H200 hours: train, 99.',
     'pool 407,332,084 (expected)',
   ):
     assert found in said, said

@@ -9,7 +9,7 @@ are not there are listed, and their rows are those that the config expects (plan
 """
 
 import collections
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
 import re
 
@@ -26,7 +26,6 @@ from clip_jax.pruning import rules
 from clip_jax.stages import lint, models, plan_absent, plan_devices, plan_time, table
 from clip_jax.stages.plan_time import Rows
 
-_FIRST = next(iter(plan_devices.ACCELERATORS))
 ITERATIONS = 20  # assumed iterations of k-means
 
 
@@ -79,7 +78,7 @@ def show(x: Experiment, names: list[str], redo: str = '', redo_names: Sequence[s
     logging.info('Files not found, which a run needs; "?" stands for what they would tell:')
     for each in missing:
       logging.info('  %s: %s (%s)', each.name, ' or '.join(each.paths), each.instead)
-  _table(x, names, rows, rates, plan_absent.unjudged(x, missing))
+  hours = _table(x, names, rows, rates, plan_absent.unjudged(x, missing))
   if redo:
     finished = [name for name in products.sidecars(x.workdir) if name in set(redo_names)]
     logging.info(
@@ -99,7 +98,7 @@ def show(x: Experiment, names: list[str], redo: str = '', redo_names: Sequence[s
     rates.matmul / 1e9,
     rates.training / 1e9,
   )
-  for line in _notes(x, names, rows):
+  for line in _notes(x, names, rows, hours):
     logging.info('%s', line)
   if 'train' in names:
     for line in plan_power.lines(x, rows):
@@ -114,8 +113,11 @@ def _table(
   rows: Rows,
   rates: plan_time.Rates,
   unjudged: set[str],  # products whose files are not there
-) -> None:
-  """Prints a line for each stage and embedder, and the total."""
+) -> dict[str, float]:
+  """Prints a line for each stage and embedder, and the total.
+
+  Returns stage -> hours on the first accelerator; unknown ones count as 0.
+  """
   lines = [
     (f'{name} {view.embedder}'.strip(), name, view) for name in names for view in views(x, name)
   ]
@@ -136,6 +138,7 @@ def _table(
     'stage', 'rows', 'disk', 'FLOPs', 'time here', [f'{name} h' for name in devices], 'products'
   )
   totals: list[list[float | None]] = []
+  of_stages = dict.fromkeys(names, 0.0)
   for title, name, view in lines:
     plan = stage_plan(view, name, rows)
     of_embedder = _embedded(view, rows)
@@ -144,6 +147,7 @@ def _table(
       plan_devices.hours(device, name, x.config.train.dtype, plan.flops) for device in devices
     ]
     totals.append([plan.bytes, plan.flops, here, *hours])
+    of_stages[name] += hours[0] or 0.0
     show_line(
       title,
       _count_text(plan.rows),
@@ -157,18 +161,13 @@ def _table(
     None if None in column else sum(column) for column in zip(*totals, strict=True)
   ]
   show_line('total', '', _bytes(disk), _power_text(flops_), _seconds(here), map(_hours, hours), '')
+  return of_stages
 
 
-def _notes(x: Experiment, names: list[str], rows: Rows) -> Iterator[str]:
+def _notes(
+  x: Experiment, names: list[str], rows: Rows, hours: Mapping[str, float]
+) -> Iterator[str]:
   """Yields how the hours on accelerators are computed, and how rows count in the table."""
-  hours = {
-    name: sum(
-      plan_devices.hours(_FIRST, name, x.config.train.dtype, stage_plan(view, name, rows).flops)
-      or 0.0
-      for view in views(x, name)
-    )
-    for name in names
-  }
   used = [name for name in names if hours[name]]
   if used:
     yield (
@@ -179,8 +178,11 @@ def _notes(x: Experiment, names: list[str], rows: Rows) -> Iterator[str]:
       yield f'  {line}'
   if len(used) > 1:
     largest = max(used, key=lambda name: hours[name])
-    share = 100 * hours[largest] / sum(hours.values())
-    yield f'Most of it: {largest}, {share:.1f} % of the {_FIRST} hours.'
+    share, device = (
+      100 * hours[largest] / sum(hours.values()),
+      next(iter(plan_devices.ACCELERATORS)),
+    )
+    yield f'Most of the {device} hours: {largest}, {share:.1f} %.'
   if 'train' in names and blocks.runs_to_train(x.config):
     yield (
       'Rows of train: samples seen in all runs. A split without a size counts as if it dropped no '
