@@ -30,7 +30,7 @@ from clip_jax.evaluation import prompts
 
 FORMS = ('', 'deduplicated')
 LAION_400M = 407_332_084  # samples that open_clip's authors downloaded (its training/data.py)
-LAION_200M = 199_824_274  # of those, kept by the paper's de-duplication
+LAION_200M = 199_824_274  # kept by the paper's de-duplication, of its own download
 SIZES = (175, 150, 125, 100, 75, 50)  # millions of pool rows
 SMALLER = (40, 25)  # near and far only
 
@@ -79,7 +79,8 @@ def get_config(form=''):
   config.splits.combined_pruned = split(rule='gap_aligned', benchmarks=benchmarks)
   for name in (*benchmarks, 'combined'):
     config.splits[f'{name}_matched'] = split(rule='matched', to=f'{name}_pruned')
-  # By the similarity to the nearest query of all six benchmarks; far_100m is the "core set".
+  # By the similarity to the nearest query of all six benchmarks, as for the paper's "core set",
+  # far_100m. Of one benchmark: --config.splits.near_175m.benchmarks="('sketch',)".
   for rule in ('near', 'far'):
     for millions in (*SIZES, *SMALLER):
       config.splits[f'{rule}_{millions}m'] = split(
