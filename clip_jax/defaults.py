@@ -17,7 +17,7 @@ from clip_jax.core.config import Key, natural, one_of, part_of_one, positive, wi
 from clip_jax.core.types import Config
 from clip_jax.data import image_copies as planted_lib
 from clip_jax.data import images
-from clip_jax.evaluation import class_sets
+from clip_jax.evaluation import class_sets, prompts
 from clip_jax.models import fitted_embedders
 from clip_jax.pruning import rules
 
@@ -50,6 +50,45 @@ SURVIVORS = {
   'best': 'the row of the best image-text similarity',
 }
 
+
+# The paper's six benchmarks: folders under their published names, and the images that count.
+IMAGENET_FAMILY = {
+  'val': dict(
+    path=('imagenet/val', 'imagenet-val', 'val'),
+    class_set='imagenet',
+    expected_rows=50_000,
+    scorings=('imagenet-a', 'imagenet-r', 'objectnet'),  # x axes of effective robustness
+    published_name='imagenet1k',
+  ),
+  'v2': dict(
+    path=(
+      'imagenetv2-matched-frequency-format-val',
+      'imagenetv2/imagenetv2-matched-frequency-format-val',
+    ),
+    class_set='imagenet',
+    expected_rows=10_000,
+    published_name='imagenetv2',
+  ),
+  'sketch': dict(
+    path=('sketch', 'imagenet-sketch/sketch', 'imagenet-sketch'),
+    class_set='imagenet',
+    expected_rows=50_889,
+    published_name='imagenet_sketch',
+  ),
+  'a': dict(
+    path=('imagenet-a',), class_set='imagenet-a', expected_rows=7_500, published_name='imagenet-a'
+  ),
+  'r': dict(
+    path=('imagenet-r',), class_set='imagenet-r', expected_rows=30_000, published_name='imagenet-r'
+  ),
+  'objectnet': dict(
+    path=('objectnet-1.0/images', 'objectnet/objectnet-1.0/images', 'objectnet/images'),
+    class_set='objectnet',
+    expected_rows=18_574,
+    scorings=('imagenet', 'imagenet_masked'),
+    published_name='objectnet',
+  ),
+}
 
 RETRIEVAL = 'retrieval'  # the value of benchmarks.NAME.task for benchmarks without classes
 
@@ -190,6 +229,8 @@ DEDUP = {
   # Rows drawn for the de-duplication audit, which compares the clusters with exhaustive search:
   # share of duplicate pairs found, for several numbers of clusters. 0: no audit.
   'audit_rows': Key(0, natural),
+  # Pool rows that --dry_run assumes to be kept until the marks are made; 0: all of them.
+  'expected_kept': Key(0, natural),
 }
 
 # The search of the pool with the images of all benchmarks.
@@ -429,7 +470,8 @@ DATASET = {
   'path': Key(''),
   # True: a dataset of which no path exists is left out, with a line in the log (not: the pool).
   'optional': Key(False),
-  # Number of rows of the published dataset; another number is a warning. 0: unknown.
+  # Number of rows of the published dataset; another number is a warning. --dry_run counts with it
+  # where the files are absent. 0: unknown.
   'expected_rows': Key(0, natural),
   'sources': Key({}),  # 'concat': name -> dataset(...), joined in the order of their names
   'where': Key({}),  # column -> value or tuple of values: only matching samples count
@@ -563,7 +605,8 @@ BLOCKS = {
 def get_config() -> Config:
   """Returns the config with all defaults; datasets, benchmarks and splits are still empty."""
   c = ConfigDict()
-  c.root = ''  # folder below which relative paths of datasets begin; '': the current folder
+  # Folder below which relative paths begin (datasets, weights, lists); '': the current folder.
+  c.root = ''
   c.pool = dataset()  # the image-text pool that models are trained on
   # The labelled reference training set (the paper: ImageNet-Train); no path and no format: none.
   c.anchor = dataset()
@@ -629,6 +672,18 @@ def embedder(**given) -> Config:
 def split(**given) -> Config:
   """Returns a split block: which rows of the base set a model is trained on."""
   return _block(split_keys(), 'split', **given)
+
+
+def add_imagenet_family(config: Config, *, optional: bool) -> None:
+  """Adds the benchmarks of IMAGENET_FAMILY with OpenAI's 80 prompts.
+
+  --config.benchmark_template.templates=... sets the prompts of all of them. optional: whether those
+  that are not there are left out.
+  """
+  config.benchmark_template.templates = prompts.imagenet_templates()
+  for name, keys in IMAGENET_FAMILY.items():
+    config.benchmarks[name] = benchmark(format='folder', optional=optional, **keys)
+    config.benchmarks[name].templates = config.benchmark_template.get_ref('templates')
 
 
 def add_doses(

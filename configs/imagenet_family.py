@@ -32,7 +32,6 @@ from clip_jax.evaluation import prompts
 
 FORMS = ('', 'simple')
 V2 = {
-  'v2': ('matched-frequency', 'imagenetv2'),
   'v2_threshold': ('threshold0.7', 'imagenetv2-threshold0.7'),
   'v2_top_images': ('top-images', 'imagenetv2-top-images'),
 }
@@ -51,25 +50,15 @@ def get_config(form=''):
       f'configs/imagenet_family.py:{form} is not known; the form is simple, or none.'
     )
   config = defaults.get_config()
-  config.benchmark_template.templates = (
-    prompts.simple_templates() if form == 'simple' else prompts.imagenet_templates()
-  )
-  templates = config.benchmark_template.get_ref('templates')  # one flag sets those of all
+  defaults.add_imagenet_family(config, optional=True)
+  if form == 'simple':
+    config.benchmark_template.templates = prompts.simple_templates()
+  templates = config.benchmark_template.get_ref('templates')
 
   def add(name, *paths, **keys):
     config.benchmarks[name] = defaults.benchmark(format='folder', path=paths, optional=True, **keys)
     config.benchmarks[name].templates = templates
 
-  add(
-    'val',
-    'imagenet/val',
-    'imagenet-val',
-    'val',
-    class_set='imagenet',
-    expected_rows=50_000,
-    scorings=('imagenet-a', 'imagenet-r', 'objectnet'),  # x axes of effective robustness
-    published_name='imagenet1k',
-  )
   for name, (form_of_v2, published) in V2.items():
     folder = f'imagenetv2-{form_of_v2}-format-val'
     add(
@@ -80,27 +69,6 @@ def get_config(form=''):
       expected_rows=10_000,
       published_name=published,
     )
-  add(
-    'sketch',
-    'sketch',
-    'imagenet-sketch/sketch',
-    'imagenet-sketch',
-    class_set='imagenet',
-    expected_rows=50_889,
-    published_name='imagenet_sketch',
-  )
-  add('a', 'imagenet-a', class_set='imagenet-a', expected_rows=7_500, published_name='imagenet-a')
-  add('r', 'imagenet-r', class_set='imagenet-r', expected_rows=30_000, published_name='imagenet-r')
-  add(
-    'objectnet',
-    'objectnet-1.0/images',
-    'objectnet/objectnet-1.0/images',
-    'objectnet/images',
-    class_set='objectnet',
-    expected_rows=18_574,
-    scorings=('imagenet', 'imagenet_masked'),
-    published_name='objectnet',
-  )
   config.references.train = defaults.reference(  # read only by few_shot
     format='folder', path=('imagenet/train', 'imagenet-train'), optional=True
   )

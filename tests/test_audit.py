@@ -187,7 +187,7 @@ def test_a_dry_run_tells_rows_and_bytes_and_writes_nothing(data):
   assert 'pool 60, anchor 15, sketch 6, val 7' in said
   for stage in ('dedup', 'prune', 'train', 'evaluate'):
     assert re.search(rf'{stage} +0 +0 B', said), said
-  assert re.search(r'search +60 +\S+ kB +15\.6 k', said), said  # 2 (60 + 15) (6 + 7) 8
+  assert re.search(r'search +60 +\S+ kB +1\.56e4', said), said  # 2 (60 + 15) (6 + 7) 8
 
 
 def test_a_dry_run_after_files_were_added_counts_their_rows(data, capsys):
@@ -465,7 +465,7 @@ def test_vectors_beside_images_that_the_weights_embed(data, capsys, monkeypatch)
       8, 'squash', lambda images: images.reshape(len(images), -1)[:, :E].astype(np.float32) + 1
     ),
   )
-  monkeypatch.setattr(check, 'embedder_weights', lambda x: None)
+  monkeypatch.setattr(check, 'embedder_weights', lambda *_: None)
   monkeypatch.setattr(flops, 'image_flops', lambda architecture: 1.0)
   squares.write_tar(data / 'images/0.tar', {f'q{i}': squares.sample(i, 0) for i in range(6)})
   c = _config(data, benchmark_dirs=f'pictures={data}/images', **{'embedder.source': 'weights'})
@@ -487,7 +487,7 @@ def test_given_vectors_are_compared_with_those_of_the_weights(data, capsys, monk
   monkeypatch.setattr(models, 'embedder_architecture', lambda x: types.SimpleNamespace(embed_dim=E))
   embed = lambda images: images.reshape(len(images), -1)[:, :E].astype(np.float32) - 128
   monkeypatch.setattr(models, 'open_embedder', lambda x: models.Embedder(8, 'squash', embed))
-  monkeypatch.setattr(check, 'embedder_weights', lambda x: None)
+  monkeypatch.setattr(check, 'embedder_weights', lambda *_: None)
   rng = np.random.default_rng(1)
   (data / 'images').mkdir()
   for part in range(3):

@@ -9,7 +9,7 @@ import squares
 
 from clip_jax import defaults
 from clip_jax.core import command
-from clip_jax.core.errors import ConfigError
+from clip_jax.core.errors import ConfigError, InputError
 from clip_jax.experiment import blocks
 from clip_jax.stages import check, dataset_paths
 
@@ -76,8 +76,9 @@ def test_nothing_found(tmp_path):
     ConfigError, match=f'None of the 2 benchmarks .*{tmp_path}/one.*--config.root'
   ):
     dataset_paths.resolve(c)
-  with pytest.raises(ConfigError, match="none of '.*a', '.*b' exists"):
-    dataset_paths.resolve(config(tmp_path, one=dict(path=('a', 'b'))))
+  with pytest.raises(InputError, match="none of '.*a', '.*b' exists"):
+    found = dataset_paths.resolve(config(tmp_path, one=dict(path=('a', 'b'))))
+    check.are_found(found, ['one'])
   with pytest.raises(ConfigError, match=f"config.root='{tmp_path}/no' is not a folder"):
     dataset_paths.resolve(config(tmp_path / 'no', one=dict(path='one')))
   with pytest.raises(ConfigError, match='must be a path, or a tuple of paths'):

@@ -47,6 +47,8 @@ ELSEWHERE = {  # files of which another test file is the test
   'stages/lint': 'pipeline',
   'stages/models': 'stages',
   'stages/pipeline': 'pipeline',
+  'stages/plan_absent': 'paper_configs',
+  'stages/plan_devices': 'paper_configs',
   'stages/plan_rates': 'stage_plan',
   'stages/plan_time': 'stage_plan',
   'stages/prune_clusters': 'clusters',

@@ -126,6 +126,20 @@ def is_labelled(block: Config) -> bool:
   )
 
 
+def is_absent(block: Config) -> bool:
+  """Returns whether the files of a source are not there, and only a plan can do without them.
+
+  Its path is then still the tuple of all alternatives (stages/dataset_paths.py).
+  """
+  return not isinstance(block.path, str)
+
+
+def expected_rows(block: Config) -> int:
+  """Returns the rows that the block of a dataset, or of all its sources, expects; 0: unknown."""
+  each = [part.expected_rows for _, part in flatten(block)]
+  return block.expected_rows or (sum(each) if all(each) else 0)
+
+
 def class_set(block: Config) -> class_sets.ClassSet | None:
   """Returns the published classes that a benchmark's block names; None for other datasets."""
   is_published = 'class_set' in block and block.class_set  # a key of benchmarks only

@@ -23,7 +23,7 @@ import os
 
 from clip_jax import defaults
 from clip_jax.core import files
-from clip_jax.core.errors import ConfigError, InputError
+from clip_jax.core.errors import ConfigError
 from clip_jax.core.products import EMBEDDERS, STAGES, Product
 from clip_jax.core.types import Config
 from clip_jax.experiment import blocks, scorings
@@ -59,8 +59,9 @@ _ADDED = {'class_set': '', 'scorings': (), 'task': 'classification', 'few_shot':
 # In a run's folder: the accuracies of its checkpoints. No product: a follower appends to it.
 STEP_ACCURACIES = 'accuracy.jsonl'
 # Keys of config.dedup that are not in the marks' fingerprint: the embedder counts through the
-# embeddings, which are inputs, and the de-duplication audit is another product.
-_NOT_IN_MARKS = ('embedder', 'audit_rows')
+# embeddings, which are inputs, the de-duplication audit is another product, and expected_kept is a
+# figure for the plan.
+_NOT_IN_MARKS = ('embedder', 'audit_rows', 'expected_kept')
 # Config keys that the page shows.
 _ON_PAGE = (
   'splits',
@@ -706,14 +707,12 @@ class Graph:
 
   @_cached
   def listed_sha256(self, split: str) -> str:
-    """Returns the sha256 of the file of a split of rule 'listed'."""
+    """Returns the sha256 of the file of a split of rule 'listed'; 'not found' in a plan without it.
+
+    Before a run, stages/check.py checks that it exists.
+    """
     path = os.path.expanduser(self.config.splits[split].file)
-    if not os.path.isfile(path):
-      raise InputError(
-        f'config.splits.{split}.file={path!r} does not exist. Give a file of keys: .npy, .parquet '
-        'or .txt.'
-      )
-    return files.sha256(path)
+    return files.sha256(path) if os.path.isfile(path) else 'not found'
 
   def _prune(self) -> list[Product]:
     config, splits = self.config, blocks.in_order(self.config)
@@ -799,6 +798,7 @@ class Graph:
     config = self.config
     keys: dict = blocks.pick_keys(config, [*_ON_PAGE, *blocks.recipe(config)])
     keys['datasets'] = list(blocks.datasets(config))
+    del keys['dedup']['expected_kept']  # for the plan only
     image_folders = [
       part.images for name in blocks.datasets(config) for part in blocks.source_blocks(config, name)
     ]
@@ -852,7 +852,7 @@ def weights_content(path: str) -> dict[str, str]:
   """Returns description -> sha256 of a weights file, its shards and the files read beside it."""
   path = os.path.abspath(os.path.expanduser(path))
   parts = {WEIGHTS: path}
-  if path.endswith('.index.json'):
+  if path.endswith('.index.json') and os.path.exists(path):
     parts |= {
       f'the shard {shard}': os.path.join(os.path.dirname(path), shard)
       for shard in weights.shards(path).values()

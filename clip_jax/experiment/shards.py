@@ -74,6 +74,8 @@ class Shard:
     Names are relative to the pattern in the config, never paths of this machine. A stamp is size
     and modification time, or with check_content the sha256. Several files share one stamp.
     """
+    if blocks.is_absent(self.block):
+      return {printable(f'source files {self.prefix}{self.files[0].name}'): 'not found'}
     stamp = _sha256 if check_content else lambda file: file.stamp
     stamps = [f'{file.name} {stamp(file)}' for file in self.files]
     further = {f'labels of {self.prefix}images': self.labels} if self.labels else {}
@@ -94,10 +96,15 @@ def list_shards(block: Config, planted_tars: Sequence[str] = ()) -> list[Shard]:
   """Returns the shards of a dataset, in order. Raises InputError if a path matches no file.
 
   planted_tars: the tars of planted copies. Generated tars (demo, planted copies) are products: they
-  are listed relative to the work directory, whether they exist or not.
+  are listed relative to the work directory, whether they exist or not. In a plan, a source whose
+  files are not there is one shard of one file, which does not exist.
   """
   shards: list[Shard] = []
   for prefix, part in blocks.flatten(block):
+    if blocks.is_absent(part):
+      file = storage.SourceFile(part.path[0], os.path.basename(part.path[0]), 0, 0.0)
+      shards.append(Shard(len(shards), part, prefix, '', (file,), blocks.given_classes(part)))
+      continue
     generated = {
       blocks.GLYPHS: [f'ingest/{blocks.GLYPHS}/{part.path or blocks.POOL}-00000.tar'],
       blocks.PLANTED: planted_tars,

@@ -3,7 +3,7 @@
 A message about an unknown name suggests the nearest valid one.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 import os
 
 from ml_collections import ConfigDict
@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from clip_jax import defaults
 from clip_jax.core import config as config_lib
 from clip_jax.core.config import Key
-from clip_jax.core.errors import ConfigError
+from clip_jax.core.errors import ConfigError, InputError
 from clip_jax.core.products import STAGES
 from clip_jax.core.types import Config
 from clip_jax.data import formats, keyed_images, row_rules
@@ -81,6 +81,27 @@ def check(config: Config, names: Sequence[str] = tuple(STAGES)) -> None:
     _training(config)
 
 
+def are_found(config: Config, names: Iterable[str], is_plan: bool = False) -> None:
+  """Raises InputError for the first of the named datasets that is not there.
+
+  A plan does without the files of a dataset that has a format and expected_rows.
+  """
+  for name in names:
+    for prefix, block in blocks.flatten(blocks.datasets(config)[name]):
+      unknown = [key for key in ('expected_rows', 'format') if not block[key]]
+      if not blocks.is_absent(block) or (is_plan and not unknown):
+        continue
+      where = benchmark_dirs.flag(config, name, _source(prefix))[2:]
+      several, paths = len(block.path) > 1, ', '.join(map(repr, block.path))
+      advice = 'Correct the paths, or set config.root, the folder below which relative paths begin.'
+      if is_plan:
+        advice = f'Correct it; or give {where}{unknown[0]} to plan without the files.'
+      raise InputError(
+        f'{where}path: {f"none of {paths} exists" if several else f"{paths} does not exist"}. '
+        f'{advice}'
+      )
+
+
 def _top_level(config: Config) -> None:
   """Checks the top-level keys and all blocks except those of datasets and splits."""
   declared = defaults.get_config()
@@ -101,7 +122,8 @@ def _top_level(config: Config) -> None:
 
 def _dataset(name: str, block: Config, declared: Mapping[str, Key]) -> None:
   where = f'config.{name}'
-  check_keys.check_block(where, block, declared)
+  path = {'path': Key(block.path)} if blocks.is_absent(block) else {}
+  check_keys.check_block(where, block, {**declared, **path})
   names = (*formats.FORMATS, blocks.GLYPHS, 'concat')
   if not block.format:
     raise ConfigError(
@@ -140,7 +162,7 @@ def _dataset(name: str, block: Config, declared: Mapping[str, Key]) -> None:
       raise ConfigError(
         f'{where}: both labels_file and label_key give labels; keep one of the two.'
       )
-    if not os.path.isfile(os.path.expanduser(block.labels_file)):
+    if not blocks.is_absent(block) and not os.path.isfile(os.path.expanduser(block.labels_file)):
       raise ConfigError(f'{where}.labels_file={block.labels_file!r} does not exist.')
 
 
@@ -208,7 +230,7 @@ def _retrieval(where: str, block: Config) -> None:
       f'{where}.captions={block.captions!r}: only the format folder reads this key. Tars and '
       'tables hold their captions, see caption_key.'
     )
-  if not os.path.isfile(os.path.expanduser(block.captions)):
+  if not blocks.is_absent(block) and not os.path.isfile(os.path.expanduser(block.captions)):
     raise ConfigError(
       f'{where}.captions={block.captions!r} does not exist, nor a file of this name beside the '
       f'images in {block.path!r}. Correct the path.'
@@ -334,7 +356,7 @@ def _vectors(config: Config) -> None:
     )
   for name in vector_datasets:
     for prefix, block in blocks.flatten(blocks.datasets(config)[name]):
-      if block.images and not keyed_images.exists(block.images):
+      if block.images and not blocks.is_absent(block) and not keyed_images.exists(block.images):
         flag = benchmark_dirs.flag(
           config, name, f'sources.{prefix[:-1]}.images' if prefix else 'images'
         )
@@ -463,10 +485,11 @@ def _dedup(config: Config) -> None:
     )
 
 
-def embedder_weights(x: Experiment) -> None:
+def embedder_weights(x: Experiment, is_plan: bool = False) -> None:
   """Checks that the weights file of each embedder exists and holds a supported model.
 
-  Not a part of `check`: the evaluate command uses a config without its embedder.
+  A plan does without the file if the model has a name. Not a part of `check`: the evaluate command
+  uses a config without its embedder.
   """
   for name in ('', *blocks.further_embedders(x.config)):
     view, where = x.with_embedder(name), f'config.embedders.{name}' if name else 'config.embedder'
@@ -481,7 +504,10 @@ def embedder_weights(x: Experiment) -> None:
     if not models.is_weights(path):
       raise ConfigError(f'{where}.path={setting!r} must end in {", ".join(weights.ENDINGS)}.')
     if not os.path.isfile(path):
-      raise ConfigError(f'{where}.path={setting!r} does not exist.')
+      if is_plan and (view.embedder_block.name or view.embedder_block.source == 'sscd'):
+        continue
+      without = f' To plan without it, give {where}.name, its open_clip model.' if is_plan else ''
+      raise ConfigError(f'{where}.path={setting!r} does not exist.{without}')
     if view.embedder_block.source == 'sscd':
       sscd.refuse_torchscript(path)
       continue

@@ -43,10 +43,6 @@ def check(config: Config, name: str) -> None:
     raise ConfigError(f'{where}: the rule {block.rule!r}: {problem}.')
   for kind in block.export:
     check_keys.one_of(f'{where}.export', kind, (*key_lists.LISTS, *shard_writer.COPIES))
-  if 'file' in rule.keys and not os.path.isfile(os.path.expanduser(block.file)):
-    raise ConfigError(
-      f'{where}.file={block.file!r} does not exist; the rule {block.rule!r} needs a file of keys.'
-    )
   if 'file' in rule.keys and os.path.splitext(block.file)[1].lower() not in KEY_FILES:
     raise ConfigError(f'{where}.file={block.file!r} must end in {", ".join(KEY_FILES)}.')
   key_column = config.prune.export_key
@@ -101,6 +97,18 @@ def check(config: Config, name: str) -> None:
   if 'clusters' in rule.needs:
     _clusters(config, where, block)
   _dependencies(config, name)
+
+
+def listed_files(config: Config) -> None:
+  """Raises ConfigError if a file of keys does not exist. Not in a plan, which does without."""
+  for name, block in config.splits.items():
+    if 'file' in blocks.rule_of(config, name).keys and not os.path.isfile(
+      os.path.expanduser(block.file)
+    ):
+      raise ConfigError(
+        f'config.splits.{name}.file={block.file!r} does not exist; the rule {block.rule!r} needs a '
+        'file of keys.'
+      )
 
 
 def _aligned_keys(where: str, block: Config) -> None:

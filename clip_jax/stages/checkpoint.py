@@ -79,12 +79,14 @@ def evaluate_checkpoint(
         f'{name} has no images (format embeddings), so no model can be evaluated on it. Exclude '
         'it with --benchmarks.'
       )
+  training_sets = [config.benchmarks[name].few_shot for name in names]
+  read = list(dict.fromkeys([*names, *filter(None, training_sets)]))
+  check.are_found(config, read)
   # The model is loaded first, so that a missing checkpoint fails before the benchmarks are read.
   loaded = None if follow else models.load(path, model)
   with tempfile.TemporaryDirectory() as scratch:  # holds the benchmarks' index
     x = Experiment(config, scratch)
-    training_sets = [config.benchmarks[name].few_shot for name in names]
-    for name in dict.fromkeys([*names, *filter(None, training_sets)]):
+    for name in read:
       _ingest(x, name)
     if loaded is None:
       follow_lib.follow(x, runs, names, functools.partial(_evaluate, x))

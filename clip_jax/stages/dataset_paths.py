@@ -2,7 +2,9 @@
 
 A relative path begins at config.root. Of a tuple of alternatives the first that exists is chosen.
 An optional dataset of which no path exists is left out. A dataset without a format gets that of its
-files. benchmark_dirs.py adds its benchmarks first.
+files. benchmark_dirs.py adds its benchmarks first. A dataset that is not there keeps the tuple of
+its paths (blocks.is_absent): a plan (--dry_run, --graph) counts its expected_rows, a run stops
+(check.are_found).
 """
 
 import collections
@@ -21,27 +23,28 @@ from clip_jax.stages import benchmark_dirs
 _FURTHER_PATHS = ('labels_file', 'metadata', 'images')  # keys of a dataset that name one path
 
 
-def resolve(config: Config) -> Config:
+def resolve(config: Config, is_plan: bool = False) -> Config:
   """Returns the config with the benchmarks of benchmark_dirs and with one path for each dataset.
 
-  Logs the optional datasets that are left out. Raises ConfigError if config.root does not exist, if
-  none of several alternatives exists, or if every benchmark is optional and none exists.
+  Relative paths of weights (embedders) and of lists (splits) begin at config.root, too. Logs the
+  optional datasets that are left out. Raises ConfigError if config.root does not exist (not in a
+  plan), or if every benchmark is optional and none exists.
   """
   root = os.path.abspath(os.path.expanduser(config.root)) if config.root else ''
-  if root and not os.path.isdir(root):
+  if root and not os.path.isdir(root) and not is_plan:
     raise ConfigError(f'config.root={config.root!r} is not a folder. Correct the path.')
   resolved = benchmark_dirs.resolve(config, root).copy_and_resolve_references()
   resolved.unlock()
   if resolved.pool.optional:
     raise ConfigError('config.pool.optional=True: an experiment needs its pool. Remove this key.')
-  _locate('config.pool', resolved.pool, root)
-  if not _locate('config.anchor', resolved.anchor, root):
+  _locate('config.pool', resolved.pool, root, is_plan)
+  if not _locate('config.anchor', resolved.anchor, root, is_plan):
     logging.info('Not found, left out: the anchor (%s).', places(resolved.anchor, root))
     resolved.anchor.format = ''
   absent: dict[str, Config] = {}
   for group in ('benchmarks', 'references'):
     for name, block in list(resolved[group].items()):
-      if not _locate(f'config.{group}.{name}', block, root):
+      if not _locate(f'config.{group}.{name}', block, root, is_plan):
         absent[name] = block
         del resolved[group][name]
   if absent and config.benchmarks and not resolved.benchmarks:
@@ -54,6 +57,10 @@ def resolve(config: Config) -> Config:
     )
   if absent:
     logging.info('Not found, left out: %s.', ', '.join(_grouped(config, absent)))
+  for block in (resolved.embedder, *resolved.embedders.values()):
+    block.path = below(root, block.path) if block.path else ''
+  for block in resolved.splits.values():
+    block.file = below(root, block.file) if block.file else ''
   return resolved
 
 
@@ -68,11 +75,11 @@ def _grouped(config: Config, absent: Mapping[str, Config]) -> list[str]:
   ]
 
 
-def _locate(where: str, block: Config, root: str) -> bool:
+def _locate(where: str, block: Config, root: str, is_plan: bool) -> bool:
   """Sets path and format of a dataset; returns False if it is optional and no path exists."""
   if block.format == 'concat':
     for name, part in list(block.sources.items()):
-      if not _locate(f'{where}.sources.{name}', part, root):
+      if not _locate(f'{where}.sources.{name}', part, root, is_plan):
         logging.info('Not found, left out: the source %s of %s.', name, where)
         del block.sources[name]
     return bool(block.sources) or not block.optional
@@ -84,14 +91,13 @@ def _locate(where: str, block: Config, root: str) -> bool:
     if block[key]:
       block[key] = below(root, block[key])
   choice = [below(root, path) for path in _alternatives(block)]
-  existing = [path for path in choice if _exists(path)] if len(choice) > 1 or block.optional else []
+  is_looked_up = len(choice) > 1 or block.optional or is_plan  # else listing its files complains
+  existing = [path for path in choice if _exists(path)] if is_looked_up else []
   if not existing and block.optional:
     return False
-  if not existing and len(choice) > 1:
-    raise ConfigError(
-      f'{where}.path: none of {", ".join(map(repr, choice))} exists. Correct the paths, or set '
-      f'config.root, the folder below which relative paths begin.'
-    )
+  if not existing and is_looked_up:
+    block.path = tuple(choice)
+    return True
   block.path = (existing or choice)[0]
   if blocks.is_retrieval(block):
     block.captions = _captions(block, root)

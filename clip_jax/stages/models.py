@@ -571,10 +571,16 @@ def _embedder_clip(x: Experiment) -> Model:
 
 
 def embedder_architecture(x: Experiment) -> Any:
-  """Returns the CLIPConfig of a CLIP embedder ('train', 'weights')."""
+  """Returns the CLIPConfig of a CLIP embedder ('train', 'weights').
+
+  Without the weights, in a plan, it is that of the model's name.
+  """
   if x.embedder_block.source == 'train':
     return architecture(x.config)
-  return weights_architecture(weights_path(x), x.embedder_block.name, name_flag(x))
+  path, name = weights_path(x), x.embedder_block.name
+  if name and not os.path.isfile(path):
+    return zoo.by_name(name)
+  return weights_architecture(path, name, name_flag(x))
 
 
 def check_tokenizer(x: Experiment) -> None:

@@ -64,13 +64,17 @@ def run(
     config = _with_profile(config, profile)
   if graph and not workdir:
     workdir = '.'  # the graph does not depend on the work directory
-  x = _open_experiment(config, workdir)
+  is_plan = dry_run or graph  # which does without absent files
+  x = _open_experiment(config, workdir, is_plan)
   if not stages and x.config.splits and (reason := _why_nothing_trains(x.config)):
     names = [name for name in names if name not in ('train', 'evaluate')]
     logging.info('%s, so nothing is trained.', reason)
+  check.are_found(x.config, blocks.datasets(x.config), is_plan)
   check.check(x.config, names)
   check.stages(x.config, names)
-  check.embedder_weights(x)
+  check.embedder_weights(x, is_plan)
+  if not is_plan:
+    check_splits.listed_files(x.config)
   if graph:
     plan.print_graph(x, names)
     return
@@ -139,7 +143,7 @@ def _stage_names(stages: list[str] | None) -> list[str]:
   return [name for name in STAGES if not stages or name in stages]
 
 
-def _open_experiment(config: Config, folder: str | None) -> Experiment:
+def _open_experiment(config: Config, folder: str | None, is_plan: bool) -> Experiment:
   if not folder:
     raise ConfigError(
       '--workdir is missing: name a folder for all outputs, for example --workdir=runs/demo.'
@@ -153,7 +157,7 @@ def _open_experiment(config: Config, folder: str | None) -> Experiment:
   if os.path.exists(folder) and not os.path.isdir(folder):
     raise ConfigError(f'--workdir={folder} is a file; give a folder.')
   images.limit_megapixels(config.ingest.max_megapixels)
-  return Experiment(dataset_paths.resolve(config), folder)
+  return Experiment(dataset_paths.resolve(config, is_plan), folder)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -3,12 +3,13 @@
 The plan lists rows, bytes, FLOPs, time and the state of the products. FLOPs count multiplications
 and additions of matrix products, which are nearly all of the arithmetic; a training step counts as
 three forward passes. The time on this machine is estimated in plan_time.py from rates measured now
-(plan_rates.py), reading and compilation included. The time on an accelerator is FLOPs over 40 % of
-the vendor's dense peak, without reading, decoding and compilation.
+(plan_rates.py), reading and compilation included. The hours on an accelerator are FLOPs over a
+share of its peak (plan_devices.py), without reading, decoding and compilation. Source files that
+are not there are listed, and their rows are those that the config expects (plan_absent.py).
 """
 
 import collections
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
 import re
 
@@ -22,12 +23,9 @@ from clip_jax.experiment.blocks import ANCHOR, POOL
 from clip_jax.experiment.experiment import Experiment
 from clip_jax.models import fitted_embedders, flops, sscd
 from clip_jax.pruning import rules
-from clip_jax.stages import lint, models, plan_time, table
+from clip_jax.stages import lint, models, plan_absent, plan_devices, plan_time, table
 from clip_jax.stages.plan_time import Rows
 
-# Dense peaks in FLOP/s from the vendors' data sheets: (float32 or TF32 matmul, bfloat16 matmul).
-ACCELERATORS = {'A100': (156e12, 312e12), 'H100 SXM': (494e12, 989e12), 'TPU v5e': (49e12, 197e12)}
-SHARE_OF_PEAK = 0.4  # assumed share of the peak that this code reaches
 ITERATIONS = 20  # assumed iterations of k-means
 
 
@@ -66,54 +64,21 @@ def show(x: Experiment, names: list[str], redo: str = '', redo_names: Sequence[s
 
   log.start()
   rates, counted = plan_rates.measure(x), dataset_rows(x)
-  rows = {name: rates.rows.get(name) if n is None else n for name, n in counted.items()}
-  logging.info(
-    'Plan for %s (nothing is written). Rows: %s.',
-    x.workdir,
-    ', '.join(
-      f'{name} {"about " if n and counted[name] is None else ""}{_count_text(n)}'
-      for name, n in rows.items()
-    ),
-  )
-  lines = [
-    (f'{name} {view.embedder}'.strip(), name, view) for name in names for view in views(x, name)
-  ]
-  width = max(9, *(len(title) for title, _, _ in lines))
-  logging.info(
-    '%-*s %12s %10s %10s %14s  %s  %s',
-    width,
-    'stage',
-    'rows',
-    'disk',
-    'FLOPs',
-    'time here',
-    '  '.join(f'{name:>9}' for name in ACCELERATORS),
-    'products',
-  )
-  disk = 0
-  for title, name, view in lines:
-    plan = stage_plan(view, name, rows)
-    disk += plan.bytes or 0
-    bf16 = name in ('train', 'evaluate') and x.config.train.dtype == 'bfloat16'
-    times = [
-      _seconds(plan.flops and plan.flops / (SHARE_OF_PEAK * peaks[bf16]))
-      for peaks in ACCELERATORS.values()
-    ]
-    logging.info(
-      '%-*s %12s %10s %10s %14s  %s  %s',
-      width,
-      title,
-      _count_text(plan.rows),
-      _bytes(plan.bytes),
-      _si_text(plan.flops),
-      _seconds(
-        plan_time.seconds(
-          view, name, _embedded(view, rows), rates, flops_=plan.flops, dim=_dim(view)
-        )
-      ),
-      '  '.join(f'{text:>9}' for text in times),
-      _products(view, name),
+  rows, said = {}, []
+  for name, n in counted.items():
+    probed, expected = rates.rows.get(name), blocks.expected_rows(blocks.datasets(x.config)[name])
+    rows[name] = n if n is not None else probed or expected or None
+    said.append(
+      f'{name} {"about " if n is None and probed else ""}{_count_text(rows[name])}'
+      f'{" (expected)" if n is None and not probed and expected else ""}'
     )
+  logging.info('Plan for %s (nothing is written). Rows: %s.', x.workdir, ', '.join(said))
+  missing = list(plan_absent.absent(x))
+  if missing:
+    logging.info('Files not found, which a run needs; "?" stands for what they would tell:')
+    for each in missing:
+      logging.info('  %s: %s (%s)', each.name, ' or '.join(each.paths), each.instead)
+  hours = _table(x, names, rows, rates, plan_absent.unjudged(x, missing))
   if redo:
     finished = [name for name in products.sidecars(x.workdir) if name in set(redo_names)]
     logging.info(
@@ -123,9 +88,8 @@ def show(x: Experiment, names: list[str], redo: str = '', redo_names: Sequence[s
       f': {", ".join(finished[:6])}{", ..." if len(finished) > 6 else ""}' if finished else '',
     )
   free = files.free_bytes(x.workdir)
-  logging.info(
-    'Disk: about %s in total%s.', _bytes(disk), f', {_bytes(free)} free' if free is not None else ''
-  )
+  if free is not None:
+    logging.info('Disk: %s free.', _bytes(free))
   logging.info(
     'Time here: for all products, on this machine as busy as it is now. It includes reading and '
     'decoding (%s), arithmetic (%.0f GFLOP/s, %.0f in training), Python, compilation, checkpoints.',
@@ -134,15 +98,104 @@ def show(x: Experiment, names: list[str], redo: str = '', redo_names: Sequence[s
     rates.matmul / 1e9,
     rates.training / 1e9,
   )
-  logging.info(
-    'Accelerators: only FLOPs, at %d %% of the dense peak, without reading, decoding, compilation.',
-    round(100 * SHARE_OF_PEAK),
-  )
+  for line in _notes(x, names, rows, hours):
+    logging.info('%s', line)
   if 'train' in names:
     for line in plan_power.lines(x, rows):
       logging.info('%s', line)
   for sentence in lint.advice(x, names):
     logging.warning('%s', sentence)
+
+
+def _table(
+  x: Experiment,
+  names: list[str],
+  rows: Rows,
+  rates: plan_time.Rates,
+  unjudged: set[str],  # products whose files are not there
+) -> dict[str, float]:
+  """Prints a line for each stage and embedder, and the total.
+
+  Returns stage -> hours on the first accelerator; unknown ones count as 0.
+  """
+  lines = [
+    (f'{name} {view.embedder}'.strip(), name, view) for name in names for view in views(x, name)
+  ]
+  width = max(9, *(len(title) for title, _, _ in lines))
+  show_line = lambda title, count, disk, flops_, here, devices, states: logging.info(
+    '%-*s %15s %8s %8s %14s %s  %s',
+    width,
+    title,
+    count,
+    disk,
+    flops_,
+    here,
+    ' '.join(f'{text:>8}' for text in devices),
+    states,
+  )
+  devices = plan_devices.ACCELERATORS
+  show_line(
+    'stage', 'rows', 'disk', 'FLOPs', 'time here', [f'{name} h' for name in devices], 'products'
+  )
+  totals: list[list[float | None]] = []
+  of_stages = dict.fromkeys(names, 0.0)
+  for title, name, view in lines:
+    plan = stage_plan(view, name, rows)
+    of_embedder = _embedded(view, rows)
+    here = plan_time.seconds(view, name, of_embedder, rates, flops_=plan.flops, dim=_dim(view))
+    hours = [
+      plan_devices.hours(device, name, x.config.train.dtype, plan.flops) for device in devices
+    ]
+    totals.append([plan.bytes, plan.flops, here, *hours])
+    of_stages[name] += hours[0] or 0.0
+    show_line(
+      title,
+      _count_text(plan.rows),
+      _bytes(plan.bytes),
+      _power_text(plan.flops),
+      _seconds(here),
+      map(_hours, hours),
+      _products(view, name, unjudged),
+    )
+  disk, flops_, here, *hours = [
+    None if None in column else sum(column) for column in zip(*totals, strict=True)
+  ]
+  show_line('total', '', _bytes(disk), _power_text(flops_), _seconds(here), map(_hours, hours), '')
+  return of_stages
+
+
+def _notes(
+  x: Experiment, names: list[str], rows: Rows, hours: Mapping[str, float]
+) -> Iterator[str]:
+  """Yields how the hours on accelerators are computed, and how rows count in the table."""
+  used = [name for name in names if hours[name]]
+  if used:
+    yield (
+      'Accelerators: hours of one device for the FLOPs alone, without reading, decoding, '
+      'compilation, at these shares of its peak:'
+    )
+    for line in plan_devices.assumptions(used, x.config.train.dtype):
+      yield f'  {line}'
+  if len(used) > 1:
+    largest = max(used, key=lambda name: hours[name])
+    share, device = (
+      100 * hours[largest] / sum(hours.values()),
+      next(iter(plan_devices.ACCELERATORS)),
+    )
+    yield f'Most of the {device} hours: {largest}, {share:.1f} %.'
+  if 'train' in names and blocks.runs_to_train(x.config):
+    yield (
+      'Rows of train: samples seen in all runs. A split without a size counts as if it dropped no '
+      'row.'
+    )
+  n, kept = rows[POOL], plan_time.candidates(x, rows)
+  if 'search' in names and n and kept and kept < n:
+    of_kept = _search(x, {**rows, POOL: kept}).flops
+    yield (
+      f'Search: all {n:,} pool rows are searched, so that another dedup.threshold needs no new '
+      f'search. The {kept:,} rows that de-duplication should keep take '
+      f'{_power_text(of_kept)} FLOPs.'
+    )
 
 
 def dataset_rows(x: Experiment) -> dict[str, int | None]:
@@ -161,9 +214,9 @@ def dataset_rows(x: Experiment) -> dict[str, int | None]:
 
 
 def _heads(x: Experiment, dataset: str) -> list[vectors.Head]:
-  """Returns the header of each vector file of a dataset; [] for remote files, which are slow."""
+  """Returns the header of each vector file of a dataset; [] for remote or absent files."""
   shards = x.graph.vector_shards(dataset).values()
-  if any(is_remote(shard.files[0].path) for shard in shards):
+  if any(is_remote(shard.files[0].path) or blocks.is_absent(shard.block) for shard in shards):
     return []
   return [
     vector_index.read_header(
@@ -245,7 +298,10 @@ def _embed(x: Experiment, rows: Rows) -> StagePlan:
     each = sscd.FLOPS
   else:
     each = flops.image_flops(models.embedder_architecture(x)) if images else 0.0
-  return StagePlan(n, n * (2 * dim + 1), images * each + 3.0 * (n - images) * dim)
+  captions = 0.0
+  if blocks.needs_image_text(x.config) and not x.embedder:
+    captions = (rows[POOL] or 0) * flops.text_flops(models.embedder_architecture(x))
+  return StagePlan(n, n * (2 * dim + 1), images * each + captions + 3.0 * (n - images) * dim)
 
 
 def _dedup(x: Experiment, rows: Rows) -> StagePlan:
@@ -288,7 +344,6 @@ def _prune(x: Experiment, rows: Rows) -> StagePlan:
   if not x.config.splits:
     return StagePlan(0, 0, 0.0)
   n = _known_sum(rows, (POOL, ANCHOR))
-  drawn = sum(len(blocks.row_file_seeds(x.config, split)) for split in x.config.splits)
   clusters = {(split.clusters, split.seed) for split in x.config.splits.values() if split.clusters}
   has_domains = blocks.domain_source(x.config)[0] == 'clusters'
   if has_domains:
@@ -298,7 +353,11 @@ def _prune(x: Experiment, rows: Rows) -> StagePlan:
   assigned = sum(
     k * (rules.CLUSTER_ITERATIONS * min(n, rules.CLUSTER_ROWS * k) + n) for k, _ in clusters
   )
-  written = 8 * n * drawn + 4 * n * has_domains
+  listed = sum(
+    len(blocks.row_file_seeds(x.config, split)) * (plan_time.split_rows(x, split, rows) or 0)
+    for split in x.config.splits
+  )
+  written = 8 * listed + 4 * n * has_domains
   return StagePlan(n, written, 2.0 * _dim(x) * assigned if clusters else 0.0)
 
 
@@ -306,7 +365,7 @@ def _train(x: Experiment, rows: Rows) -> StagePlan:
   runs, t = len(blocks.runs_to_train(x.config)), x.config.train
   if not runs:
     return StagePlan(0, 0, 0.0)
-  seen = plan_time.samples_seen(x, _known_sum(rows, (POOL, ANCHOR)))
+  seen = plan_time.samples_seen(x, rows)
   if seen is None:
     return UNKNOWN
   architecture = models.architecture(x.config)
@@ -348,9 +407,13 @@ PLANS = {
 }
 
 
-def _products(x: Experiment, stage: str) -> str:
-  """Returns for example '12 fit, 3 missing', with the reasons for the first outdated product."""
-  wanted = [product for product in table.products_of(x, stage) if product.embedder == x.embedder]
+def _products(x: Experiment, stage: str, unjudged: set[str]) -> str:
+  """Returns for example '12 fit, 3 missing', with the reasons for the first outdated product.
+
+  unjudged: products whose number and state are unknown, because source files are not there.
+  """
+  every = [product for product in table.products_of(x, stage) if product.embedder == x.embedder]
+  wanted = [product for product in every if product.name not in unjudged]
   states = {product.name: products.status(x.workdir, product) for product in wanted}
   counts = collections.Counter(states.values())
   text = ', '.join(
@@ -361,6 +424,8 @@ def _products(x: Experiment, stage: str) -> str:
   outdated = [product for product in wanted if states[product.name] == 'differs']
   if outdated:
     text += f' ({outdated[0].name}: {products.reasons(x.workdir, outdated[0], 2)})'
+  if len(wanted) < len(every):
+    text += '; others: files not found' if text else 'files not found'
   return text or 'none'
 
 
@@ -410,6 +475,22 @@ def _si_text(n: float | None) -> str:
       return f'{n:.3g} {unit}'.rstrip() if unit else f'{n:.0f} '
     n /= 1000
   return ''
+
+
+def _power_text(n: float | None) -> str:
+  """Returns a number of three digits as '4.3e16'."""
+  if not n:
+    return '?' if n is None else '0'
+  mantissa, exponent = f'{n:.2e}'.split('e')
+  return f'{float(mantissa):g}e{int(exponent)}'
+
+
+def _hours(value: float | None) -> str:
+  if not value:
+    return '?' if value is None else '0'
+  if value < 0.01:
+    return '<0.01'
+  return f'{value:.2f}' if value < 1 else f'{value:.1f}' if value < 10 else f'{value:,.0f}'
 
 
 def _seconds(value: float | None) -> str:

@@ -57,8 +57,12 @@ def lines(x: Experiment, rows: Rows) -> Iterator[str]:
     f'Power: the true difference that a test finds with probability {100 * power.POWER:.0f} % '
     f'(two-sided, level {100 * power.LEVEL:.0f} %{several}; docs/statistics.md):'
   )
+  last = ''  # a pilot, or its assumptions, is described once for the comparisons in a row
   for comparison in planned:
-    yield from _lines_of(x, rows, comparison)
+    for line in _lines_of(x, rows, comparison):
+      if line != last:
+        yield line
+      last = line if line.startswith('    ') else last
 
 
 def comparisons(x: Experiment) -> list[Comparison]:

@@ -144,7 +144,8 @@ def _drawn_rows(x: Experiment) -> dict[str, int]:
 def _pick(shards: list[Shard]) -> list[Shard]:
   """Returns shards of one source, evenly spaced, that are indexed soon; [] if there are none."""
   if any(
-    shard.block.format in (blocks.VECTORS, blocks.GLYPHS, blocks.PLANTED)
+    blocks.is_absent(shard.block)
+    or shard.block.format in (blocks.VECTORS, blocks.GLYPHS, blocks.PLANTED)
     or any('://' in file.path for file in shard.files)
     for shard in shards
   ):

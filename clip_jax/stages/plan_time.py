@@ -13,6 +13,7 @@ from clip_jax.experiment import blocks
 from clip_jax.experiment.blocks import ANCHOR, POOL
 from clip_jax.experiment.experiment import Experiment
 from clip_jax.models import fitted_embedders, flops, sscd
+from clip_jax.pruning import rules
 from clip_jax.stages import models
 
 Rows = Mapping[str, int | None]  # dataset -> rows; None: unknown before ingest
@@ -159,20 +160,44 @@ def _train(x: Experiment, rows: Rows, rates: Rates) -> float | None:
   runs = len(blocks.runs_to_train(x.config))
   if not runs:
     return 0.0
-  seen = samples_seen(x, _sum(rows, (POOL, ANCHOR)))
+  seen = samples_seen(x, rows)
   return None if seen is None else _training(x, rows, rates, runs, seen // runs)
 
 
-def samples_seen(x: Experiment, base: int | None) -> int | None:
-  """Returns the samples that all runs see, if each split were as large as the base set.
+def samples_seen(x: Experiment, rows: Rows) -> int | None:
+  """Returns the samples that all runs see; None if the rows of the base set are not known."""
+  t, total = x.config.train, 0
+  for split, _ in blocks.runs_to_train(x.config):
+    if blocks.budget(x.config, split) == 'samples':
+      total += t.samples
+    elif (of_split := split_rows(x, split, rows)) is not None:
+      total += t.epochs * of_split
+    else:
+      return None
+  return total
 
-  base: rows of the base set; None, as the result, if they are not known.
+
+def candidates(x: Experiment, rows: Rows) -> int | None:
+  """Returns the pool rows from which splits choose: those that de-duplication should keep."""
+  n, d = rows[POOL], x.config.dedup
+  return min(n, d.expected_kept) if n and d.enabled and d.expected_kept else n
+
+
+def split_rows(x: Experiment, split: str, rows: Rows) -> int | None:
+  """Returns the rows of a split: by its size if it has one, else as if it dropped no candidate.
+
+  A control has the size of its split. None: unknown before ingest.
   """
-  t = x.config.train
-  each = {'samples': t.samples, 'epochs': None if base is None else t.epochs * base}
-  seen = [each[blocks.budget(x.config, split)] for split, _ in blocks.runs_to_train(x.config)]
-  known = [samples for samples in seen if samples is not None]
-  return int(sum(known)) if len(known) == len(seen) else None
+  anchor = rows[ANCHOR] if blocks.appends_anchor(x.config, split) else 0
+  block = x.config.splits[split]
+  if block.rule == 'anchor':
+    return rows[ANCHOR]
+  while other := block.size_of or block.to:
+    block = x.config.splits[other]
+  n = candidates(x, rows)
+  if n is None or anchor is None:
+    return None
+  return anchor + (min(n, rules.count_of(block.size, n)) if block.size else n)
 
 
 def _training(x: Experiment, rows: Rows, rates: Rates, runs: int, seen: int) -> float | None:

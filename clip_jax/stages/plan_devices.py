@@ -1,0 +1,75 @@
+"""Device-hours of a stage on named accelerators, for --dry_run: FLOPs over a share of the peak.
+
+The peaks are those of the vendors' data sheets. The shares are published or assumed, as each says;
+none is a measurement of this code on the device.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+BFLOAT16, TF32, FLOAT32 = 'bfloat16', 'TF32', 'float32'
+
+
+class Share(NamedTuple):
+  """The share of the peak that a kind of work reaches, and what the figure rests on."""
+
+  of_peak: float
+  source: str
+
+
+# Dense peaks of one device in TFLOP/s, without sparsity. Sources: NVIDIA's data sheets of H200 and
+# H100 (SXM; with sparsity they print twice as much) and of A100; Google Cloud's pages on TPU v5e
+# and v5p. A TPU multiplies bfloat16 only: JAX takes one pass for float32 by default, which stands
+# in the place of TF32, and six passes at the precision HIGHEST, which the search asks for.
+ACCELERATORS = {
+  'H200': {BFLOAT16: 989.0, TF32: 494.0, FLOAT32: 67.0},
+  'H100': {BFLOAT16: 989.0, TF32: 494.0, FLOAT32: 67.0},
+  'A100': {BFLOAT16: 312.0, TF32: 156.0, FLOAT32: 19.5},
+  'v5e': {BFLOAT16: 197.0, TF32: 197.0, FLOAT32: 33.0},
+  'v5p': {BFLOAT16: 459.0, TF32: 459.0, FLOAT32: 76.0},
+}
+# open_clip's README: ViT-B/32, 32 epochs of LAION-400M in 4,600 hours of A100, which is 1.3e10
+# samples x 4.4e10 FLOPs / (4,600 h x 312 TFLOP/s) = 11 %. ViT-B/16+ 240 in 13,620 hours: 16 %.
+TRAINING = Share(0.11, 'that of open_clip, ViT-B/32 on A100, as published')
+FORWARD = Share(0.4, 'assumed')
+# Products in full float32, not in TF32: 50 of 67 TFLOP/s on an H200.
+SIMILARITY = Share(0.75, 'assumed')
+SHARES = {
+  'embedder': TRAINING,
+  'train': TRAINING,
+  'embed': FORWARD,
+  'evaluate': FORWARD,
+  'dedup': SIMILARITY,
+  'search': SIMILARITY,
+  'prune': SIMILARITY,
+}
+
+
+def arithmetic(stage: str, dtype: str) -> str:
+  """Returns the arithmetic of a stage's matrix products; dtype: config.train.dtype."""
+  if SHARES[stage] is SIMILARITY:
+    return FLOAT32
+  return BFLOAT16 if stage in ('train', 'evaluate') and dtype == BFLOAT16 else TF32
+
+
+def hours(device: str, stage: str, dtype: str, flops: float | None) -> float | None:
+  """Returns the hours of a stage's FLOPs on one device; None for unknown FLOPs."""
+  if not flops:
+    return flops
+  peak = 1e12 * ACCELERATORS[device][arithmetic(stage, dtype)]
+  return flops / (SHARES[stage].of_peak * peak) / 3600
+
+
+def assumptions(stages: list[str], dtype: str) -> Iterator[str]:
+  """Yields lines on the shares of the peak that stages reach, and on the peaks."""
+  kinds: dict[tuple[Share, str], list[str]] = {}
+  for stage in stages:
+    if stage in SHARES:
+      kinds.setdefault((SHARES[stage], arithmetic(stage, dtype)), []).append(stage)
+  for (share, kind), names in kinds.items():
+    percent = round(100 * share.of_peak)
+    yield f'{", ".join(names)}: {percent} % of the {kind} peak ({share.source})'
+  peaks = (
+    f'{name} {"/".join(f"{peak:.3g}" for peak in of.values())}' for name, of in ACCELERATORS.items()
+  )
+  yield f'peaks in TFLOP/s, {BFLOAT16}/{TF32}/{FLOAT32}: {", ".join(peaks)}'
