@@ -7,6 +7,8 @@ none is a measurement of this code on the device.
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from clip_jax.core import accelerators
+
 BFLOAT16, TF32, FLOAT32 = 'bfloat16', 'TF32', 'float32'
 
 
@@ -17,17 +19,26 @@ class Share(NamedTuple):
   source: str
 
 
-# Dense peaks of one device in TFLOP/s, without sparsity. Sources: NVIDIA's data sheets of H200 and
-# H100 (SXM; with sparsity they print twice as much) and of A100; Google Cloud's pages on TPU v5e
-# and v5p. A TPU multiplies bfloat16 only: JAX takes one pass for float32 by default, which stands
-# in the place of TF32, and six passes at the precision HIGHEST, which the search asks for.
-ACCELERATORS = {
-  'H200': {BFLOAT16: 989.0, TF32: 494.0, FLOAT32: 67.0},
-  'H100': {BFLOAT16: 989.0, TF32: 494.0, FLOAT32: 67.0},
-  'A100': {BFLOAT16: 312.0, TF32: 156.0, FLOAT32: 19.5},
-  'v5e': {BFLOAT16: 197.0, TF32: 197.0, FLOAT32: 33.0},
-  'v5p': {BFLOAT16: 459.0, TF32: 459.0, FLOAT32: 76.0},
+# Name -> JAX's name of the device, and its peaks of TF32 and float32 as parts of that of bfloat16.
+# NVIDIA's data sheets: float32 67 TFLOP/s on H200 and H100, 19.5 on A100. A TPU multiplies bfloat16
+# only: JAX takes one pass for float32 by default, which stands in the place of TF32, and six passes
+# at the precision HIGHEST, which the search asks for.
+_DEVICES = {
+  'H200': ('NVIDIA H200', 1 / 2, 67 / 989.5),
+  'H100': ('NVIDIA H100', 1 / 2, 67 / 989.5),
+  'A100': ('NVIDIA A100', 1 / 2, 19.5 / 312),
+  'v5e': ('TPU v5e', 1.0, 1 / 6),
+  'v5p': ('TPU v5', 1.0, 1 / 6),
 }
+
+
+def _peaks(kind: str, tf32: float, float32: float) -> dict[str, float]:
+  peak = accelerators.peak_flops(kind)
+  assert peak is not None
+  return {BFLOAT16: peak, TF32: tf32 * peak, FLOAT32: float32 * peak}
+
+
+ACCELERATORS = {name: _peaks(*device) for name, device in _DEVICES.items()}  # FLOP/s
 # open_clip's README: ViT-B/32, 32 epochs of LAION-400M in 4,600 hours of A100, which is 1.3e10
 # samples x 4.4e10 FLOPs / (4,600 h x 312 TFLOP/s) = 11 %. ViT-B/16+ 240 in 13,620 hours: 16 %.
 TRAINING = Share(0.11, 'that of open_clip, ViT-B/32 on A100, as published')
@@ -56,7 +67,7 @@ def hours(device: str, stage: str, dtype: str, flops: float | None) -> float | N
   """Returns the hours of a stage's FLOPs on one device; None for unknown FLOPs."""
   if not flops:
     return flops
-  peak = 1e12 * ACCELERATORS[device][arithmetic(stage, dtype)]
+  peak = ACCELERATORS[device][arithmetic(stage, dtype)]
   return flops / (SHARES[stage].of_peak * peak) / 3600
 
 
@@ -70,6 +81,6 @@ def assumptions(stages: list[str], dtype: str) -> Iterator[str]:
     percent = round(100 * share.of_peak)
     yield f'{", ".join(names)}: {percent} % of the {kind} peak ({share.source})'
   peaks = (
-    f'{name} {"/".join(f"{peak:.3g}" for peak in of.values())}' for name, of in ACCELERATORS.items()
+    f'{name} {"/".join(f"{peak / 1e12:.3g}" for peak in of.values())}' for name, of in ACCELERATORS.items()
   )
   yield f'peaks in TFLOP/s, {BFLOAT16}/{TF32}/{FLOAT32}: {", ".join(peaks)}'
