@@ -4,6 +4,7 @@ What is parsed is tested through the commands.
 """
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -114,3 +115,28 @@ def test_a_flag_of_an_unknown_split_says_that_it_is_added_in_the_file(tmp_path, 
   assert f'the config file: config.{name}.near_50 = defaults.{name[:-1]}(...).' in said
   status, said = parsed(tmp_path, '--config.splits.base.seeed=1')
   assert status == 2 and "no key 'seeed'. Did you mean 'seed" in said, said
+
+
+def test_compiled_code_is_kept_in_a_folder_of_the_users(tmp_path, monkeypatch):
+  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+  monkeypatch.setenv('XLA_FLAGS', '--xla_force_host_platform_device_count=2')
+  monkeypatch.delenv('JAX_COMPILATION_CACHE_DIR', raising=False)
+  command.compilation_cache()
+  assert 'JAX_COMPILATION_CACHE_DIR' not in os.environ and not list(tmp_path.iterdir())
+  monkeypatch.setenv('XLA_FLAGS', '')
+  command.compilation_cache()
+  folder = os.environ['JAX_COMPILATION_CACHE_DIR']
+  assert re.fullmatch(rf'{tmp_path}/clip_jax/compiled-[0-9a-f]{{8}}', folder)
+  assert os.path.isdir(folder)
+  monkeypatch.setenv('JAX_COMPILATION_CACHE_DIR', '')  # the user wants none
+  command.compilation_cache()
+  assert os.environ['JAX_COMPILATION_CACHE_DIR'] == ''
+
+
+def test_a_folder_that_cannot_be_made_is_no_error(tmp_path, monkeypatch):
+  (tmp_path / 'file').touch()
+  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'file'))
+  monkeypatch.setenv('XLA_FLAGS', '')
+  monkeypatch.delenv('JAX_COMPILATION_CACHE_DIR', raising=False)
+  command.compilation_cache()
+  assert 'JAX_COMPILATION_CACHE_DIR' not in os.environ

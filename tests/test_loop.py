@@ -1,11 +1,14 @@
 """The loop: what it writes, and that a stopped, killed or damaged run goes on bit for bit."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+import types
 
+import jax
 import numpy as np
 import pytest
 from test_checkpoints import damage
@@ -150,6 +153,28 @@ def test_speed_is_written_and_some_updates_are_recorded(tmp_path, caplog):
   np.testing.assert_allclose(per_image, 1e6 * batches(0).__next__()['text'].size / BATCH)
   assert list((tmp_path / 'profile').rglob('*.xplane.pb'))
   assert f'profile of the updates is in {tmp_path}' in caplog.text
+
+
+def test_memory_is_said_first_and_nothing_compiles_after_the_first_step(tmp_path, caplog):
+  caplog.set_level('INFO')
+  seen = []
+
+  def count():
+    seen.append(sum('Compiling' in text for text in caplog.messages))
+    return 0
+
+  with jax.log_compiles():
+    train(tmp_path, total_steps=5, save_every_steps=0, eps=1.5e-6, should_stop=count)
+  assert seen[0] > 0 and seen[1:] == seen[:1] * 4
+  said = [text for text in caplog.messages if 'a step needs' in text]
+  assert len(said) == 1 and re.search(r'needs \d+\.\d [kM]B on each device \(estimate\)', said[0])
+
+
+def test_too_little_memory_is_said_with_advice(monkeypatch):
+  device = types.SimpleNamespace(memory_stats=lambda: {'bytes_limit': 1000})
+  monkeypatch.setattr(loop.jax, 'local_devices', lambda: [device])
+  with pytest.raises(InputError, match=r'2\.0 kB on each device, which has 1\.0 kB.*microbatches'):
+    loop._check_memory(2000, 'train')
 
 
 def test_the_clock_saves_too(tmp_path):

@@ -5,6 +5,8 @@ Out, in a folder of the work directory: config.json (written first: the config o
 checkpoints/ and metrics.jsonl.
 """
 
+from collections.abc import Iterator
+import contextlib
 import os
 
 from absl import logging
@@ -97,7 +99,7 @@ def fit(
       os.path.join(path, 'tensorboard') if t.tensorboard else '',
     )
   )
-  with interrupts.deferred() as should_stop:
+  with interrupts.deferred() as should_stop, _enough_memory():
     result = loop.train(
       init_params=functions.init,
       encode=functions.encode,
@@ -138,6 +140,18 @@ def fit(
     interrupts.receive(result.stopped_by)
   writer.close()
   return result, replaced
+
+
+@contextlib.contextmanager
+def _enough_memory() -> Iterator[None]:
+  """Turns a lack of device memory into an InputError."""
+  try:
+    yield
+  except Exception as error:  # of a type that tells nothing
+    if 'RESOURCE_EXHAUSTED' not in str(error):
+      raise
+    first = str(error).splitlines()[0]
+    raise InputError(f'The devices have too little memory ({first}). {loop.TOO_LARGE}') from error
 
 
 def _caption_groups(x: Experiment, base, architecture, folder: str) -> int:

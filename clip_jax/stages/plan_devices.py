@@ -81,6 +81,7 @@ def assumptions(stages: list[str], dtype: str) -> Iterator[str]:
     percent = round(100 * share.of_peak)
     yield f'{", ".join(names)}: {percent} % of the {kind} peak ({share.source})'
   peaks = (
-    f'{name} {"/".join(f"{peak / 1e12:.3g}" for peak in of.values())}' for name, of in ACCELERATORS.items()
+    f'{name} {"/".join(f"{peak / 1e12:.3g}" for peak in of.values())}'
+    for name, of in ACCELERATORS.items()
   )
   yield f'peaks in TFLOP/s, {BFLOAT16}/{TF32}/{FLOAT32}: {", ".join(peaks)}'

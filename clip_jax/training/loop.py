@@ -26,6 +26,10 @@ from clip_jax.training import step as training_step
 from clip_jax.training import used_tokens
 
 NAMED = 8  # samples that an error names
+TOO_LARGE = (
+  'Use train.microbatches, train.remat=blocks, train.loss_chunk, mesh.fsdp, a smaller '
+  'train.batch_size or more devices.'
+)
 AHEAD = 1  # batches on the devices before their turn
 _COMPILING = threading.Lock()  # so that runs in threads compile their common step once
 
@@ -142,7 +146,10 @@ def train(
       for n in range(start, total_steps):
         assert upcoming is not None
         batch, rows, waited = upcoming
-        with _COMPILING if n == start else contextlib.nullcontext(), recorder.update(n):
+        if n == start:
+          with _COMPILING:
+            _check_memory(steps.compile(state, batch, schedule), name)
+        with recorder.update(n):
           state, values = steps.step(state, batch, schedule)
         done = n + 1
         bar.note = log.add(done, values, waited, rows, flops(batch['text']))
@@ -167,6 +174,18 @@ def train(
     resumed_from=start or None,
     stopped_by=stop,
   )
+
+
+def _check_memory(need: int | None, name: str) -> None:
+  """Logs the bytes that a step needs on each device; InputError if the device has less."""
+  if need is None:  # said before
+    return
+  stats = jax.local_devices()[0].memory_stats() or {}  # none on CPUs
+  limit = stats.get('bytes_limit')
+  has = f', which has {progress.size(limit)}' if limit else ''
+  logging.info('%s: a step needs %s on each device%s (estimate).', name, progress.size(need), has)
+  if limit and need > limit:
+    raise InputError(f'A step needs {progress.size(need)} on each device{has}. {TOO_LARGE}')
 
 
 def _loaded(
@@ -257,13 +276,14 @@ class _Recorder:
 
   def __init__(self, updates: tuple[int, int] | None, folder: str):
     self._updates, self._folder, self._is_on = updates or (-1, -1), folder, False
+    self._is_due = updates is not None
 
   @contextlib.contextmanager
   def update(self, n: int) -> Iterator[None]:
     """Wraps the start of update n + 1; the first one of a trace is `start`, counted from 0."""
     if n == self._updates[0]:
       jax.profiler.start_trace(self._folder)
-      self._is_on = True
+      self._is_on, self._is_due = True, False
     elif n == self._updates[1]:
       self.close()
     with jax.profiler.StepTraceAnnotation('train', step_num=n):
@@ -274,6 +294,8 @@ class _Recorder:
       self._is_on = False
       jax.profiler.stop_trace()
       logging.info('The profile of the updates is in %s.', self._folder)
+    elif self._is_due:
+      logging.info('No profile: the run did not come to update %d.', self._updates[0])
 
 
 class _Log:

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 from jax import Array
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from clip_jax.core import sharding
@@ -46,6 +47,9 @@ class Steps:
   init: Callable[[int], dict]  # seed -> state, every array created on its own devices
   step: Callable[[dict, dict, dict], tuple[dict, dict]]  # state, batch, schedule -> state, metrics
   abstract: dict  # the state's shapes, dtypes and shardings
+  # state, batch, schedule -> bytes that a device needs for such a step (XLA's estimate). Compiles
+  # the step for the shapes of the batch; None if it was.
+  compile: Callable[[dict, dict, dict], int | None]
 
 
 def normalize(
@@ -194,14 +198,27 @@ def steps(
   shapes = jax.eval_shape(init, jax.ShapeDtypeStruct((), jnp.uint32))
   placement = sharding.parameter_shardings(shapes, mesh)
   compiled_init = jax.jit(init, out_shardings=placement)
+  compiled_step = jax.jit(
+    step,
+    donate_argnums=0,
+    in_shardings=(placement, sharding.batch_sharding(mesh), None),
+    out_shardings=(placement, sharding.replicated(mesh)),
+  )
+  known: set[tuple] = set()  # shapes of batches
+
+  def compile_step(state: dict, batch: dict, schedule: dict) -> int | None:
+    key = tuple(leaf.shape for leaf in jax.tree.leaves(batch))
+    if key in known:
+      return None
+    known.add(key)
+    need = compiled_step.lower(state, batch, schedule).compile().memory_analysis()
+    inputs_and_outputs = need.argument_size_in_bytes + need.output_size_in_bytes
+    return inputs_and_outputs + need.temp_size_in_bytes - need.alias_size_in_bytes
+
   return Steps(
-    init=lambda seed: compiled_init(jnp.uint32(seed)),
-    step=jax.jit(
-      step,
-      donate_argnums=0,
-      in_shardings=(placement, sharding.batch_sharding(mesh), None),
-      out_shardings=(placement, sharding.replicated(mesh)),
-    ),
+    init=lambda seed: compiled_init(np.uint32(seed)),
+    step=compiled_step,
+    compile=compile_step,
     abstract=jax.tree.map(
       lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, placement
     ),
