@@ -46,16 +46,15 @@ def launched(env: Mapping[str, str]) -> dict[str, Any]:
   has all its devices; where it has several, each has the device of its number on the node, unless
   the launcher shows it only one.
   """
-  if int(env.get('SLURM_STEP_NUM_TASKS', 1)) > 1:
+  if (count := int(env.get('SLURM_STEP_NUM_TASKS', 1))) > 1:
     first = re.match(r'([^,\[]+)(?:\[(\d+))?', env['SLURM_STEP_NODELIST'])
     port = 61_440 + (int(env['SLURM_JOB_ID']) + int(env.get('SLURM_STEP_ID', 0))) % 4096
     found = dict(
       coordinator_address=f'{first[1]}{first[2] or ""}:{port}' if first else None,
-      num_processes=int(env['SLURM_STEP_NUM_TASKS']),
+      num_processes=count,
       process_id=int(env['SLURM_PROCID']),
     )
-    on_node, several = env['SLURM_LOCALID'], env.get('SLURM_STEP_NUM_NODES')
-    several = found['num_processes'] > int(several or 1)
+    on_node, several = env['SLURM_LOCALID'], count > int(env.get('SLURM_STEP_NUM_NODES', 1))
   elif int(env.get('OMPI_COMM_WORLD_SIZE', 1)) > 1:
     # '1531576320.0;tcp://10.96.0.1,10.148.0.1:34911' in Open MPI 4; Open MPI 5 does not say.
     address = re.search(r'tcp://([^,:]+)', env.get('OMPI_MCA_orte_hnp_uri', ''))

@@ -48,7 +48,7 @@ class Steps:
   step: Callable[[dict, dict, dict], tuple[dict, dict]]  # state, batch, schedule -> state, metrics
   abstract: dict  # the state's shapes, dtypes and shardings
   # state, batch, schedule -> bytes that a device needs for such a step (XLA's estimate). Compiles
-  # the step for the shapes of the batch; None if it was.
+  # the step for the shapes of the batch; None if it was, or the platform does not say.
   compile: Callable[[dict, dict, dict], int | None]
 
 
@@ -212,6 +212,8 @@ def steps(
       return None
     known.add(key)
     need = compiled_step.lower(state, batch, schedule).compile().memory_analysis()
+    if need is None:  # a platform that does not say
+      return None
     inputs_and_outputs = need.argument_size_in_bytes + need.output_size_in_bytes
     return inputs_and_outputs + need.temp_size_in_bytes - need.alias_size_in_bytes
 
