@@ -1,8 +1,8 @@
 """open_clip, for other benchmarks: times one piece of work for each line it is sent.
 
-It computes on the GPU if PyTorch sees one.
 In (stdin), a JSON line: model_cfg (open_clip's), batch, dtype ('float32', or 'bfloat16' autocast),
-work ('forward' of both towers, or 'step': forward, backward, AdamW). Out: seconds.
+work ('forward' of both towers, or 'step': forward, backward, AdamW). Out: seconds, or why it
+failed. It computes on the GPU if PyTorch sees one.
 """
 
 import functools
@@ -37,7 +37,7 @@ def prepared(model_cfg: str, batch: int):
     model,
     optimizer,
     images,
-    torch.randint(1, 400, (batch, model.context_length), device=DEVICE),
+    torch.randint(1, min(400, model.vocab_size), (batch, model.context_length), device=DEVICE),
   )
 
 
@@ -63,7 +63,11 @@ def run(model_cfg: dict, batch: int, dtype: str, work: str) -> float:
 def main() -> None:
   print(f'open_clip {open_clip.__version__}, torch {torch.__version__}', flush=True)
   for line in sys.stdin:
-    print(run(**json.loads(line)), flush=True)
+    try:
+      answer = run(**json.loads(line))
+    except Exception as error:  # the asker's float() says it
+      answer = f'{type(error).__name__}: {error}'.replace('\n', ' ')
+    print(answer, flush=True)
 
 
 if __name__ == '__main__':
