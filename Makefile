@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 DEVICE_PYTHON ?= python3
 
-.PHONY: env demo lint test test-slow device-check constraints clean
+.PHONY: env demo lint test test-slow device-check bench-device constraints clean
 
 env: $(VENV)/.installed
 
@@ -29,9 +29,13 @@ test: env
 test-slow: env
 	TESTS_COMPILER= $(BIN)/python -m pytest -m slow -n 2
 
-# On a machine with a GPU: five minutes. Any Python with jax, flax, optax, numpy and etils; installs nothing.
+# On a machine with a GPU. Any Python with jax, flax, optax, numpy and etils; installs nothing. The checks
+# against the CPU, five minutes; then speeds, too, ten minutes: bench_device.json.
 device-check:
-	PYTHONPATH=. $(DEVICE_PYTHON) bench/device_check.py $(DEVICE_FLAGS)
+	PYTHONPATH=. $(DEVICE_PYTHON) bench/bench_device.py --only=check: $(DEVICE_FLAGS)
+
+bench-device:
+	PYTHONPATH=. $(DEVICE_PYTHON) bench/bench_device.py $(DEVICE_FLAGS)
 
 # The newest versions that pyproject.toml allows, from a fresh environment: 3 minutes. Use the oldest
 # Python that is supported, because newer ones take packages that it cannot install (jax 0.11). If a

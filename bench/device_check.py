@@ -1,12 +1,7 @@
-"""Checks this machine's accelerator against its CPU, and measures it: five minutes on one GPU.
+"""Checks of an accelerator against the CPU of its machine, for bench_device.py: CHECKS.
 
-  make device-check                          # or: PYTHONPATH=. python3 bench/device_check.py
-  make device-check DEVICE_FLAGS=--tiny      # seconds, on a CPU too
-
-Needs jax (with CUDA), flax, optax, numpy and etils, and no network. One line a check: the largest
-difference from the reference, the tolerance, ok or FAILED, and the rate. The references are NumPy
-in float64 for the similarities, and the same model in float32 on this machine's CPU. Exit status 1
-if a check fails. A FLOP is a multiplication or an addition of a matrix product (models/flops.py).
+The references are NumPy in float64 for the similarities, and the same model in float32 on this
+machine's CPU. A FLOP is a multiplication or an addition of a matrix product (models/flops.py).
 
 The products of the search, and those of the loss, ask for full float32 (Precision.HIGHEST). The
 towers ask for no precision, and JAX's default lets a GPU from Ampere on round the factors of a
@@ -14,11 +9,9 @@ float32 product to TF32. So the float32 models are checked twice: as they run, a
 products, where only the order of additions differs.
 """
 
-import argparse
 from collections.abc import Callable
 import dataclasses
 import functools
-import os
 import time
 from typing import NamedTuple
 from unittest import mock
@@ -26,6 +19,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from clip_jax.core import sharding
 from clip_jax.data import packing
@@ -47,6 +41,11 @@ RECIPE = training_step.Recipe(
 )
 
 
+SCHEDULE = dict(
+  peak=np.float32(1e-4), warmup_steps=np.int32(1), total_steps=np.int32(99), seed=np.uint32(0)
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class Sizes:
   rows: int  # of the pool
@@ -63,7 +62,7 @@ class Sizes:
   repeats: int  # timed calls
 
 
-def _model(image, patch, width, layers, vocabulary=49_408, context=77, embed=64) -> zoo.CLIPConfig:
+def model(image, patch, width, layers, vocabulary=49_408, context=77, embed=64) -> zoo.CLIPConfig:
   return zoo.CLIPConfig(
     embed,
     zoo.ViTConfig(image, patch, width, layers, width // 32),
@@ -73,12 +72,12 @@ def _model(image, patch, width, layers, vocabulary=49_408, context=77, embed=64)
 
 FULL = Sizes(
   rows=524_288, queries=10_000, dim=640, k=64, probe=1_024, clusters=1_024,
-  small=_model(64, 8, 192, 4), large=zoo.by_name('ViT-B-32'),
+  small=model(64, 8, 192, 4), large=zoo.by_name('ViT-B-32'),
   embed_batch=512, small_batch=128, large_batch=128, repeats=10,
 )  # fmt: skip
 TINY = Sizes(
   rows=1_000, queries=150, dim=96, k=5, probe=100, clusters=8,
-  small=_model(16, 8, 32, 1, 64, 8, 16), large=_model(16, 8, 32, 1, 64, 8, 16),
+  small=model(16, 8, 32, 1, 64, 8, 16), large=model(16, 8, 32, 1, 64, 8, 16),
   embed_batch=16, small_batch=16, large_batch=16, repeats=1,
 )  # fmt: skip
 
@@ -86,7 +85,7 @@ TINY = Sizes(
 class Result(NamedTuple):
   difference: float
   tolerance: float
-  rate: str = ''
+  rates: dict = {}
 
 
 def seconds(work: Callable[[], object], repeats: int) -> float:
@@ -98,8 +97,14 @@ def seconds(work: Callable[[], object], repeats: int) -> float:
   return (time.perf_counter() - start) / repeats
 
 
-def rate_text(name: str, count: float, flop: float, took: float) -> str:
-  return f'{count / took:,.0f} {name}/s, {flop / took / 1e12:.3g} TFLOP/s'
+def rates(name: str, count: float, flop: float, took: float, devices: int = 0) -> dict:
+  """Returns how many a second, and TFLOP/s of each device (0: all took part)."""
+  devices = devices or jax.device_count()
+  return {
+    'seconds': took,
+    f'{name}_per_second': count / took,
+    'tflops': flop / took / devices / 1e12,
+  }
 
 
 # Similarity
@@ -159,7 +164,7 @@ def search(sizes: Sizes) -> Result:
   return Result(
     np.max([np.abs(x).max() for x in differences]),
     decide.error_bound(sizes.dim),
-    rate_text('rows x queries', pairs, 2 * pairs * sizes.dim, took),
+    rates('pairs', pairs, 2 * pairs * sizes.dim, took),
   )
 
 
@@ -244,8 +249,8 @@ def inputs(config: zoo.CLIPConfig, batch: int) -> dict:
   return dict(image=(colours + rng.integers(0, 56, colours.shape)).astype(np.uint8), text=tokens)
 
 
-def steps_of(config: zoo.CLIPConfig, dtype: str, mesh) -> training_step.Steps:
-  functions = clip.functions(config, dtype)
+def steps_of(config: zoo.CLIPConfig, dtype: str, mesh, remat: str = 'none') -> training_step.Steps:
+  functions = clip.functions(config, dtype, remat=remat)
   return training_step.steps(functions.init, functions.encode, RECIPE, mesh)
 
 
@@ -283,8 +288,8 @@ def embed(kind: str, sizes: Sizes) -> Result:
     encode = encoder(config, kind.replace('full', 'float32'), mesh_of(jax.devices()))
     difference = np.linalg.norm(encode(images) - cpu_vectors(config, batch), axis=1).max()
     took = seconds(lambda: encode(images), sizes.repeats)
-  rate = rate_text('images', batch, batch * flops.image_flops(config), took)
-  return Result(difference, FEATURES[kind], rate)
+  measured = rates('images', batch, batch * flops.image_flops(config), took)
+  return Result(difference, FEATURES[kind], measured)
 
 
 def trained(config: zoo.CLIPConfig, dtype: str, batch: dict, repeats: int, mesh) -> tuple:
@@ -292,17 +297,15 @@ def trained(config: zoo.CLIPConfig, dtype: str, batch: dict, repeats: int, mesh)
   steps = steps_of(config, dtype, mesh)
   state = jax.device_put(start(config), jax.tree.map(lambda x: x.sharding, steps.abstract))
   batch = sharding.place_batch(batch, mesh)
-  schedule = dict(
-    peak=np.float32(1e-4), warmup_steps=np.int32(1), total_steps=np.int32(99), seed=np.uint32(0)
-  )
 
   def step():
     nonlocal state
-    state, metrics = steps.step(state, batch, schedule)
+    state, metrics = steps.step(state, batch, SCHEDULE)
     return metrics['loss'], state['step']
 
   losses = [float(step()[0])]
-  gradient = jax.tree.map(lambda x: np.array(x) / (1 - RECIPE.beta1), state['opt'][0].mu)
+  moment = optax.tree.get(state['opt'], 'mu')
+  gradient = jax.tree.map(lambda x: np.array(x) / (1 - RECIPE.beta1), moment)
   losses.append(float(step()[0]))  # after an update: it sees the optimizer
   return np.array(losses), gradient, seconds(step, repeats) if repeats else 0.0
 
@@ -325,9 +328,9 @@ def train(which: str, kind: str, sizes: Sizes) -> Result:
   want, got = jax.tree.leaves(gradient), jax.tree.leaves(got_gradient)
   least = 1e-2 * max(norm(x) for x in want)  # what is less than that is made of rounding errors
   differences = [norm(b - a) / max(norm(a), least) for a, b in zip(want, got)]
-  rate = rate_text('images', size, 3 * size * flops.forward_flops(config), took)
+  measured = rates('images', size, 3 * size * flops.forward_flops(config), took)
   differences.append(np.abs(got_losses / losses - 1).max())
-  return Result(np.max(differences), GRADIENTS[kind], rate)
+  return Result(np.max(differences), GRADIENTS[kind], measured)
 
 
 CHECKS = {
@@ -347,64 +350,3 @@ CHECKS = {
     )
   },
 }
-
-
-def table(sizes: Sizes) -> str:
-  def model(config: zoo.CLIPConfig) -> str:
-    v = config.vision
-    return f'{v.image_size} pixels, patches of {v.patch_size}, width {v.width}, {v.layers} layers'
-
-  return f"""\
-search   {sizes.rows:,} rows, {sizes.queries:,} queries, {sizes.dim} dimensions, {sizes.k} nearest
-embed    large model, batches of {sizes.embed_batch} uint8 images: {model(sizes.large)}
-step     small model, batch {sizes.small_batch}: {model(sizes.small)}
-         large model, batch {sizes.large_batch}
-"""
-
-
-def run(checks: dict[str, Callable[[Sizes], Result]], sizes: Sizes) -> int:
-  """Prints a line a check, and returns the exit status."""
-  failed, began = [], time.perf_counter()
-  for name, check in checks.items():
-    start = time.perf_counter()
-    try:
-      result = check(sizes)
-    except Exception as error:  # the others are still worth their time
-      reason = (str(error).splitlines() or [''])[0]
-      print(f'{name:30} FAILED    {type(error).__name__}: {reason}', flush=True)
-      failed.append(name)
-      continue
-    ok = result.difference <= result.tolerance  # False for NaN
-    failed += [] if ok else [name]
-    print(
-      f'{name:30} {"ok    " if ok else "FAILED"}    largest difference {result.difference:.1e}, '
-      f'tolerance {result.tolerance:.1e}    {time.perf_counter() - start:4.0f} s    {result.rate}',
-      flush=True,
-    )
-  print(f'{time.perf_counter() - began:.0f} s.')
-  if failed:
-    print(
-      f'{len(failed)} of {len(checks)} checks FAILED: {"; ".join(failed)}. Do not use the results '
-      'of this machine before the cause is known.'
-    )
-  return int(bool(failed))
-
-
-def main(argv: list[str] | None = None) -> int:
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument('--tiny', action='store_true', help='small sizes, which a CPU can do')
-  sizes = TINY if parser.parse_args(argv).tiny else FULL
-  platforms = os.environ.get('JAX_PLATFORMS', '')
-  if platforms and 'cpu' not in platforms.split(','):
-    jax.config.update('jax_platforms', f'{platforms},cpu')
-  device = jax.devices()[0]
-  print(f'{len(jax.devices())} x {device.device_kind} ({device.platform}), jax {jax.__version__}')
-  print(table(sizes))
-  if device.platform == 'cpu' and sizes is FULL:
-    print('JAX sees no accelerator. Install its CUDA packages, or use --tiny.')
-    return 1
-  return run(CHECKS, sizes)
-
-
-if __name__ == '__main__':
-  raise SystemExit(main())

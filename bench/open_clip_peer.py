@@ -1,7 +1,8 @@
-"""open_clip on this machine, for bench_models.py: times one piece of work for each line it is sent.
+"""open_clip, for other benchmarks: times one piece of work for each line it is sent.
 
 In (stdin), a JSON line: model_cfg (open_clip's), batch, dtype ('float32', or 'bfloat16' autocast),
-work ('forward' of both towers, or 'step': forward, backward, AdamW). Out: seconds.
+work ('forward' of both towers, or 'step': forward, backward, AdamW). Out: seconds, or why it
+failed. It computes on the GPU if PyTorch sees one.
 """
 
 import functools
@@ -13,42 +14,60 @@ import open_clip
 from open_clip import model as open_clip_model
 import torch
 
+DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
+
+
+def synchronize() -> None:
+  if DEVICE == 'cuda':
+    torch.cuda.synchronize()
+
 
 @functools.cache
-def prepared(line: str):
-  asked = json.loads(line)
+def prepared(model_cfg: str, batch: int):
+  """Returns a model, its optimizer and a batch, which both dtypes share."""
   torch.manual_seed(0)
-  model = open_clip_model.CLIP(**asked['model_cfg'])
-  loss_function = open_clip.ClipLoss()
+  model = open_clip_model.CLIP(**json.loads(model_cfg)).to(DEVICE)
   optimizer = torch.optim.AdamW(
     model.parameters(), lr=5e-4, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.2
   )
   size = model.visual.image_size
-  images = torch.randn(asked['batch'], 3, *((size, size) if isinstance(size, int) else size))
-  texts = torch.randint(1, 400, (asked['batch'], model.context_length))
-  half = torch.autocast('cpu', torch.bfloat16, enabled=asked['dtype'] == 'bfloat16')
+  size = (size, size) if isinstance(size, int) else size
+  images = torch.randn(batch, 3, *size, device=DEVICE)
+  return (
+    model,
+    optimizer,
+    images,
+    torch.randint(1, min(400, model.vocab_size), (batch, model.context_length), device=DEVICE),
+  )
 
-  def forward() -> None:
-    with torch.no_grad(), half:
-      model(images, texts)
 
-  def step() -> None:
-    optimizer.zero_grad()
+def run(model_cfg: dict, batch: int, dtype: str, work: str) -> float:
+  """Returns the seconds that the work took."""
+  model, optimizer, images, texts = prepared(json.dumps(model_cfg), batch)
+  half = torch.autocast(DEVICE, torch.bfloat16, enabled=dtype == 'bfloat16')
+  synchronize()
+  began = time.perf_counter()
+  with torch.set_grad_enabled(work == 'step'):
+    if work == 'step':
+      optimizer.zero_grad()
     with half:
-      loss = loss_function(*model(images, texts))
-    loss.backward()
-    optimizer.step()
-
-  return {'forward': forward, 'step': step}[asked['work']]
+      outputs = model(images, texts)
+      loss = open_clip.ClipLoss()(*outputs) if work == 'step' else None
+    if loss is not None:
+      loss.backward()
+      optimizer.step()
+  synchronize()
+  return time.perf_counter() - began
 
 
 def main() -> None:
   print(f'open_clip {open_clip.__version__}, torch {torch.__version__}', flush=True)
   for line in sys.stdin:
-    work = prepared(line.strip())
-    began = time.perf_counter()
-    work()
-    print(time.perf_counter() - began, flush=True)
+    try:
+      answer = run(**json.loads(line))
+    except Exception as error:  # the asker's float() says it
+      answer = f'{type(error).__name__}: {error}'.replace('\n', ' ')
+    print(answer, flush=True)
 
 
 if __name__ == '__main__':

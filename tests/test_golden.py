@@ -19,15 +19,19 @@ GOLDEN = np.load(pathlib.Path(__file__).parent / 'golden/open_clip.npz')
 FAMILIES = sorted(golden_clip.FAMILIES)
 
 
-def load(family):
-  """(config, functions, params) with the golden weights, by open_clip's names."""
-  config = golden_clip.FAMILIES[family]
+def params(config, weight):
+  """Returns our parameters from `weight`, a function of open_clip's name and the shape."""
   tensors = {}
   for name, shape in weights.published_shapes(open_clip.entries(config), shapes(config)).items():
     theirs = name if config.custom_text else name.removeprefix('text.')
-    tensors[theirs] = golden_clip.weight(theirs, shape)
-  params = open_clip.params_from_open_clip(tensors, config, family)
-  return config, clip.functions(config), jax.tree.map(jnp.asarray, params)
+    tensors[theirs] = weight(theirs, shape)
+  return jax.tree.map(jnp.asarray, open_clip.params_from_open_clip(tensors, config, 'golden'))
+
+
+def load(family):
+  """(config, functions, params) with the golden weights, by open_clip's names."""
+  config = golden_clip.FAMILIES[family]
+  return config, clip.functions(config), params(config, golden_clip.weight)
 
 
 def near(got, want, tolerance):
