@@ -4,6 +4,7 @@ The two agree to 2e-7 in the losses, and to 6e-7 of the largest value of a tenso
 are so small that another eps (1e-8), decay rate (0.981) or weight decay (0.19) fails.
 """
 
+import dataclasses
 import pathlib
 
 import golden_steps
@@ -39,13 +40,9 @@ def trained(run, caption_form):
   """Returns the losses, the logarithms of the scale after each update, and the parameters."""
   config = golden_steps.CONFIG
   functions = clip.functions(config)
-  mesh = jax.make_mesh(
-    (1, 1),
-    ('data', 'fsdp'),
-    devices=jax.devices()[:1],
-    axis_types=(jax.sharding.AxisType.Auto,) * 2,
-  )
-  steps = training_step.steps(functions.init, functions.encode, RECIPE, mesh)
+  mesh = sharding.mesh(devices=jax.devices()[:1])
+  recipe = dataclasses.replace(RECIPE, clip_norm=run.clip_norm or 0.0)
+  steps = training_step.steps(functions.init, functions.encode, recipe, mesh)
   weight = lambda name, shape: golden_steps.weight(run, name, shape)
   state = dict(steps.init(0), params=test_golden.params(config, weight))
   losses, scales = [], []
@@ -81,6 +78,12 @@ def test_losses_and_parameters_are_open_clips(caption_form):
   losses, _, parameters = trained(golden_steps.RUNS['plain'], caption_form)
   np.testing.assert_allclose(losses, GOLDEN['plain/loss'], rtol=1e-5)
   assert_same_parameters(parameters, GOLDEN['plain/parameters'])
+
+
+def test_gradients_are_clipped_as_open_clip_clips_them():
+  losses, _, parameters = trained(golden_steps.RUNS['clipped'], lambda text: text)
+  np.testing.assert_allclose(losses, GOLDEN['clipped/loss'], rtol=1e-5)
+  assert_same_parameters(parameters, GOLDEN['clipped/parameters'])
 
 
 def test_the_scale_is_clamped_as_open_clips_is():
