@@ -12,6 +12,7 @@ API = {
   'duplicates': 'vectors',
   'prune': 'rules',
   'open_pool': 'files',
+  'open_split': 'files',
   'read': 'files',
 }  # function -> its module in clip_jax/api
 

@@ -198,6 +198,25 @@ def test_open_pool(tmp_path):
     clip_jax.open_pool(str(tmp_path / 'pool/*.tar'), format='webdataset', captions='txt')
 
 
+def test_a_split_is_a_grain_source(prepared_squares):
+  workdir = prepared_squares / 'run'
+  rows = np.load(workdir / 'splits/base/rows.npy')
+  source = clip_jax.open_split(workdir, 'base')
+  assert isinstance(source, grain.sources.RandomAccessDataSource) and len(source) == len(rows)
+  assert {'image', 'caption'} <= source[0].keys()
+  assert pickle.loads(pickle.dumps(source))[3]['caption'] == source[3]['caption']
+  every = grain.MapDataset.source(source).seed(0).shuffle().map(lambda sample: sample['caption'])
+  parts = [[part[i] for i in range(len(part))] for part in (every[0::2], every[1::2])]
+  whole = [source[i]['caption'] for i in range(len(source))]
+  assert sorted(sum(parts, [])) == sorted(whole) and parts[0] != whole[::2]
+  batch = next(iter(every.batch(4).to_iter_dataset()))
+  assert len(batch) == 4
+  with pytest.raises(InputError, match="no rows of the split 'other' .* It has the splits .*base"):
+    clip_jax.open_split(workdir, 'other')
+  with pytest.raises(InputError, match='Give a work directory'):
+    clip_jax.open_split(workdir / 'splits', 'base')
+
+
 def test_the_package_imports_nothing_until_it_is_used():
   code = (
     'import sys, clip_jax; assert "numpy" not in sys.modules and "jax" not in sys.modules; '

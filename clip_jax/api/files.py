@@ -1,5 +1,6 @@
-"""clip_jax.open_pool and clip_jax.read: pools and results on disk."""
+"""clip_jax.open_pool, open_split and read: pools, splits and results on disk."""
 
+import glob
 import os
 import shutil
 import tempfile
@@ -8,7 +9,9 @@ import weakref
 
 from clip_jax import defaults
 from clip_jax.core import products
-from clip_jax.experiment import result_tables, workdir
+from clip_jax.core.errors import InputError
+from clip_jax.data import reader, views
+from clip_jax.experiment import blocks, result_tables, workdir
 from clip_jax.experiment.experiment import Experiment
 from clip_jax.stages import benchmark_dirs, ingest
 
@@ -43,6 +46,34 @@ def open_pool(path: str, format: str = '', index: str = '', **keys: Any) -> Any:
   if not index:
     weakref.finalize(source, shutil.rmtree, folder, ignore_errors=True)
   return source
+
+
+def open_split(workdir: str | os.PathLike, split: str, seed: int = 0) -> Any:
+  """Opens the samples of a split of a work directory, as training sees them, with random access.
+
+  Returns a Grain RandomAccessDataSource, as open_pool. It holds row numbers only, and can be sent
+  to other processes: so any Grain pipeline takes it,
+
+    dataset = grain.MapDataset.source(source).seed(0).shuffle().repeat()[host::hosts]
+    batches = dataset.map(decode).batch(64).to_iter_dataset()
+
+  (Grain's shuffle mixes weakly from about 10 million rows on, and two seeds share epochs; the
+  order of training is our own, data/order.py.) seed: of the training run; it matters for splits
+  that draw rows for each seed. Raises InputError if the split is not made.
+  """
+  folder = os.path.abspath(os.path.expanduser(os.fspath(workdir)))
+  names = [os.path.join(folder, 'splits', split, f'rows{of}.npy') for of in (f'-seed{seed}', '')]
+  rows = next(filter(os.path.isfile, names), None)
+  datasets = [os.path.join(folder, 'ingest', name) for name in blocks.TRAINED]
+  sources = [reader.Source(path) for path in datasets if os.path.isdir(path)]
+  if rows is None or not sources:
+    found = glob.glob(os.path.join(folder, 'splits', '*', 'split.json')) if sources else []
+    made = sorted(os.path.basename(os.path.dirname(path)) for path in found)
+    raise InputError(
+      f'{folder} has no rows of the split {split!r} for seed {seed}. '
+      + (f'It has the splits {", ".join(made)}.' if made else 'Give a work directory.')
+    )
+  return views.Subset(views.Concatenation(sources), rows)
 
 
 def read(workdir: str | os.PathLike) -> Any:
