@@ -51,6 +51,7 @@ SURVIVORS = {
 }
 
 
+DTYPES = ('float32', 'bfloat16')  # that a model can compute in: models/precision.py
 RETRIEVAL = 'retrieval'  # the value of benchmarks.NAME.task for benchmarks without classes
 
 
@@ -278,8 +279,10 @@ TRAIN = {
   'microbatches': Key(1, positive),
   # Fraction of an image's patches dropped in each step (ViT only). Faster, costs accuracy.
   'patch_dropout': Key(0.0, _patch_dropout),
-  # Of activations: 'float32' | 'bfloat16'; parameters stay float32.
-  'dtype': Key('float32', one_of('float32', 'bfloat16')),
+  # 'float32' | 'bfloat16': of matrix products and, on accelerators, of activations. On CPUs, only
+  # inputs of products (avx512_bf16, amx_bf16), or nothing on CPUs without such instructions; the
+  # log says which. Parameters, softmax, norms and the loss stay float32.
+  'dtype': Key('float32', one_of(*DTYPES)),
   # What the backward pass of a transformer recomputes to save memory: 'none' | 'dots' (all but
   # matrix products) | 'blocks' (all but the input of each block). Changes speed only; no effect on
   # CPUs, where XLA undoes it.
@@ -313,6 +316,7 @@ TRAIN = {
 
 EVALUATE = {
   'batch_size': Key(256, positive),  # images per forward pass; changes speed only
+  'dtype': Key('float32', one_of(*DTYPES)),  # of the models' products, as train.dtype
 }
 
 REPORT = {
@@ -364,6 +368,8 @@ EMBEDDER = {
   # Images per forward pass; changes speed, memory ('sscd': 40 MB an image on CPUs) and, for models,
   # the last bits of vectors.
   'batch_size': Key(256, positive),
+  # 'train', 'weights': of the model's products, as train.dtype. COST
+  'dtype': Key('float32', one_of(*DTYPES)),
 }
 
 # The positive control: transformed copies of test images, planted in the training data.

@@ -80,7 +80,7 @@ def evaluate_checkpoint(
         'it with --benchmarks.'
       )
   # The model is loaded first, so that a missing checkpoint fails before the benchmarks are read.
-  loaded = None if follow else models.load(path, model)
+  loaded = None if follow else models.load(path, model, config.evaluate.dtype)
   with tempfile.TemporaryDirectory() as scratch:  # holds the benchmarks' index
     x = Experiment(config, scratch)
     training_sets = [config.benchmarks[name].few_shot for name in names]

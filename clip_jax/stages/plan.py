@@ -94,7 +94,7 @@ def show(x: Experiment, names: list[str], redo: str = '', redo_names: Sequence[s
   for title, name, view in lines:
     plan = stage_plan(view, name, rows)
     disk += plan.bytes or 0
-    bf16 = name in ('train', 'evaluate') and x.config.train.dtype == 'bfloat16'
+    bf16 = _dtype(view, name) == 'bfloat16'
     times = [
       _seconds(plan.flops and plan.flops / (SHARE_OF_PEAK * peaks[bf16]))
       for peaks in ACCELERATORS.values()
@@ -143,6 +143,14 @@ def show(x: Experiment, names: list[str], redo: str = '', redo_names: Sequence[s
       logging.info('%s', line)
   for sentence in lint.advice(x, names):
     logging.warning('%s', sentence)
+
+
+def _dtype(x: Experiment, stage: str) -> str:
+  """Returns the dtype that the models of a stage compute in."""
+  config = x.config
+  if stage == 'embed':
+    return x.embedder_block.dtype
+  return {'train': config.train.dtype, 'evaluate': config.evaluate.dtype}.get(stage, 'float32')
 
 
 def dataset_rows(x: Experiment) -> dict[str, int | None]:
