@@ -9,6 +9,7 @@ norms and softmax compute in float32, matrix products as models/precision.py say
 from collections.abc import Callable
 import dataclasses
 import functools
+from typing import Literal
 
 from absl import logging
 from flax import nnx
@@ -137,7 +138,7 @@ def attention(
   heads: int,
   mask: Array | None,  # bool, broadcasts to [B, Q, T]: True where a query attends to a key
 ) -> Array:  # [B, Q, D]
-  """Softmax attention, with the fastest formulation for the backend; logs which it is."""
+  """Softmax attention, with the fastest formulation for the backend."""
   by_head = jax.default_backend() == 'cpu'
   return (attention_by_head if by_head else attention_fused)(q, k, v, heads, mask)
 
@@ -158,13 +159,17 @@ def attention_by_head(q: Array, k: Array, v: Array, heads: int, mask: Array | No
 
 
 def attention_fused(q: Array, k: Array, v: Array, heads: int, mask: Array | None) -> Array:
-  """Attention of all heads in one call, with cuDNN's flash attention on a GPU where possible."""
+  """Attention of all heads in one call, with cuDNN's flash attention on a GPU where possible.
+
+  Logs once which was taken.
+  """
   reason = without_cudnn(jax.default_backend(), q.dtype.name, q.shape[-1] // heads)
   if reason:
     _log_once(f"attention: XLA's, as {reason}")
     return _all_heads(q, k, v, heads, mask, 'xla')
   _log_once("attention: cuDNN's flash attention; odd numbers of tokens are padded by one")
-  return even_lengths(q, k, v, mask, lambda *even: _all_heads(*even[:3], heads, even[3], 'cudnn'))
+  attend = lambda q, k, v, mask: _all_heads(q, k, v, heads, mask, 'cudnn')
+  return even_lengths(q, k, v, mask, attend)
 
 
 def without_cudnn(backend: str, dtype: str, size: int) -> str:
@@ -183,7 +188,7 @@ def even_lengths(
   k: Array,  # [B, T, D]
   v: Array,  # [B, T, D]
   mask: Array | None,  # bool, broadcasts to [B, Q, T]
-  attend: Callable[..., Array],  # (q, k, v, mask) with even Q and T -> [B, Q, D]
+  attend: Callable[..., Array],  # (q, k, v, mask None or [B or 1, Q, T]), Q and T even
 ) -> Array:  # [B, Q, D]
   """Returns the same attention of even lengths: JAX trains with cuDNN's for no others.
 
@@ -192,9 +197,9 @@ def even_lengths(
   """
   queries, keys = q.shape[1], k.shape[1]
   more, masked = queries % 2, keys % 2
-  if not more + masked:
-    return attend(q, k, v, mask)
   if mask is None:
+    if not more and not masked:
+      return attend(q, k, v, None)
     mask = jnp.ones((1, 1, 1), bool)
   mask = mask[(None,) * (3 - mask.ndim)]
   mask = jnp.broadcast_to(mask, (len(mask), queries, keys))
@@ -205,7 +210,12 @@ def even_lengths(
 
 
 def _all_heads(
-  q: Array, k: Array, v: Array, heads: int, mask: Array | None, implementation: str
+  q: Array,
+  k: Array,
+  v: Array,
+  heads: int,
+  mask: Array | None,
+  implementation: Literal['xla', 'cudnn'],
 ) -> Array:
   split = [x.reshape(*x.shape[:2], heads, -1) for x in (q, k, v)]  # [B, T, H, K]
   if mask is not None:

@@ -66,7 +66,8 @@ def product(
   if precision.products == precision.activations:
     return _dot(x.astype(precision.products), weight.astype(precision.products), axis, None)
   rows = x.astype(jnp.float32).reshape(-1, x.shape[-1])
-  return _mixed(rows, weight, axis).reshape(*x.shape[:-1], -1)
+  out: Array = _mixed(rows, weight, axis)
+  return out.reshape(*x.shape[:-1], -1)
 
 
 def _dot(x: Array, y: Array, axis: int, output: str | None) -> Array:  # [..., in] -> [..., out]
