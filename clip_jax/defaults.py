@@ -316,7 +316,7 @@ TRAIN = {
 
 EVALUATE = {
   'batch_size': Key(256, positive),  # images per forward pass; changes speed only
-  'dtype': Key('float32', one_of(*DTYPES)),  # of the models' products, as train.dtype
+  'dtype': Key('float32', one_of(*DTYPES)),  # as train.dtype; its cost: embedder.dtype
 }
 
 REPORT = {
@@ -368,7 +368,10 @@ EMBEDDER = {
   # Images per forward pass; changes speed, memory ('sscd': 40 MB an image on CPUs) and, for models,
   # the last bits of vectors.
   'batch_size': Key(256, positive),
-  # 'train', 'weights': of the model's products, as train.dtype. COST
+  # 'train', 'weights': of the model's products, as train.dtype. What 'bfloat16' costs, for 9,984
+  # images of PACS and a small ViT trained on them, on a CPU: the similarity of two images changes
+  # by 0.001 (mean) and 0.018 (most), and 2 % of the images have another nearest one, less similar
+  # by 0.0006 at most. A random ViT-B-32, 256 images: 0.0001, 0.001 and 5 %.
   'dtype': Key('float32', one_of(*DTYPES)),
 }
 

@@ -141,7 +141,7 @@ def describe_model(config: Config, split: str, seed: int) -> dict:
   return {
     'model': open_clip.config_to_open_clip(architecture(config)),
     'preprocess': blocks.plain(config.preprocess),
-    'dtype': config.train.dtype,
+    'dtype': config.train.dtype,  # of the training; evaluate.dtype is that of the evaluation
     'split': split,
     'seed': seed,
   }
