@@ -144,7 +144,11 @@ def attention(
 
 
 def attention_by_head(q: Array, k: Array, v: Array, heads: int, mask: Array | None) -> Array:
-  """Attention with one batched product per head, on slices without a transpose; fastest on CPU."""
+  """Attention with one batched product per head, on slices without a transpose; fastest on CPU.
+
+  On CPUs its inputs are float32: with inputs in bfloat16 these small products are slower (B = 32,
+  T = 50, K = 64 on 2 cores: 55 and 75 GFLOP/s instead of 86 and 156).
+  """
   size = q.shape[-1] // heads
   out = []
   for h in range(heads):
