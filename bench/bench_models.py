@@ -10,6 +10,7 @@ skips padding can pass 1). 'step' is forward, backward and AdamW. Without --peer
 """
 
 import argparse
+import functools
 import json
 import os
 import statistics
@@ -28,6 +29,12 @@ from clip_jax.training import step as training_step
 
 TINY = zoo.CLIPConfig(192, zoo.ViTConfig(64, 8, 192, 6, 3), zoo.TextConfig(77, 49_408, 192, 3, 6))
 MODELS = {'tiny': TINY, 'ViT-B-32': zoo.by_name('ViT-B-32')}
+RECIPE = training_step.Recipe(
+  loss='clip', beta1=0.9, beta2=0.98, eps=1e-6, weight_decay=0.2, mean=(0.5,) * 3, std=(0.25,) * 3
+)
+SCHEDULE = dict(
+  peak=np.float32(5e-4), warmup_steps=np.int32(10), total_steps=np.int32(1000), seed=np.uint32(0)
+)
 CEILING = 2048  # rows and columns of the product that the machine's rate is measured with
 
 
@@ -49,36 +56,37 @@ def captions(kind: str, batch: int, context_length: int) -> np.ndarray:  # [B, T
   return text
 
 
-def ours(config: zoo.CLIPConfig, batch: int, work: str, dtype: str, text: dict | np.ndarray):
-  """One call of the work, compiled."""
-  functions = clip.functions(config, dtype)
-  size = config.image_size
-  images = np.random.default_rng(1).integers(0, 256, (batch, size, size, 3)).astype(np.uint8)
-  mesh = sharding.mesh()
-  placed = sharding.place_batch(dict(image=images, text=text), mesh)
-  recipe = training_step.Recipe(
-    loss='clip', beta1=0.9, beta2=0.98, eps=1e-6, weight_decay=0.2, mean=(0.5,) * 3, std=(0.25,) * 3
-  )
-  steps = training_step.steps(functions.init, functions.encode, recipe, mesh)
-  state = steps.init(0)
-  if work == 'forward':
+class Ours:
+  """Our towers. All ways of computing share one state: of ViT-B-32, each would take 2 GB."""
+
+  def __init__(self, config: zoo.CLIPConfig, batch: int, work: str):
+    self._config, self._work = config, work
+    size = config.image_size
+    images = np.random.default_rng(1).integers(0, 256, (batch, size, size, 3))
+    self._images = images.astype(np.uint8)
+    self._state = self._steps('float32').init(0)
+
+  def _steps(self, dtype: str) -> training_step.Steps:
+    functions = clip.functions(self._config, dtype)
+    return training_step.steps(functions.init, functions.encode, RECIPE, sharding.mesh())
+
+  def job(self, dtype: str, text: dict | np.ndarray):
+    """Returns a function that does the work once."""
+    placed = sharding.place_batch(dict(image=self._images, text=text), sharding.mesh())
+    if self._work == 'step':
+      return functools.partial(self._step, self._steps(dtype).step, placed)
+    functions = clip.functions(self._config, dtype)
 
     @jax.jit
     def both(params, placed):
-      images = training_step.normalize(placed['image'], recipe.mean, recipe.std)
+      images = training_step.normalize(placed['image'], RECIPE.mean, RECIPE.std)
       return functions.encode_image(params, images), functions.encode_text(params, placed['text'])
 
-    return lambda: jax.block_until_ready(both(state['params'], placed))
-  schedule = dict(
-    peak=np.float32(5e-4), warmup_steps=np.int32(10), total_steps=np.int32(1000), seed=np.uint32(0)
-  )
+    return lambda: jax.block_until_ready(both(self._state['params'], placed))
 
-  def step() -> None:
-    nonlocal state
-    state, values = steps.step(state, placed, schedule)
-    jax.block_until_ready((state, values))
-
-  return step
+  def _step(self, step, placed: dict) -> None:
+    self._state, values = step(self._state, placed, SCHEDULE)
+    jax.block_until_ready((self._state, values))
 
 
 class Peer:
@@ -145,9 +153,8 @@ def main() -> None:
     }
   if flags.only:
     ways = {name: ways[name] for name in flags.only.split(',')}
-  jobs = {
-    name: ours(config, batch, flags.work, dtype, text) for name, (dtype, text) in ways.items()
-  }
+  ours = Ours(config, batch, flags.work)
+  jobs = {name: ours.job(dtype, text) for name, (dtype, text) in ways.items()}
   peer = Peer(flags.peer) if flags.peer else None
   if peer:
     asked = dict(model_cfg=open_clip.config_to_open_clip(config), batch=batch, work=flags.work)

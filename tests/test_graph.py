@@ -186,6 +186,10 @@ def test_how_work_is_done_is_in_no_fingerprint(data, override):
       {'benchmarks.squares.templates': ('{}',)},
       {'evaluate/base/seed0/squares', 'evaluate/pruned/seed0/squares'},
     ),
+    (
+      {'evaluate.dtype': 'bfloat16'},
+      {'evaluate/base/seed0/squares', 'evaluate/pruned/seed0/squares'},
+    ),
   ],
 )
 def test_a_key_changes_what_depends_on_it_and_no_other_product(data, override, expected):
@@ -234,6 +238,26 @@ def test_another_embedder_changes_all_that_is_seen_through_it(data):
   assert (
     gone == {name for name in before if not name.startswith('ingest/')} - PAGE
   )  # the page shows its source only
+
+
+def test_the_dtype_of_a_clip_embedder_counts_for_its_vectors_and_not_for_its_training(data):
+  train = {'embedder.source': 'train', 'embedder.samples': 64}
+  before = fingerprints(small(data, **train))
+  half = {**train, 'embedder.dtype': 'bfloat16'}
+  gone, new = changed(before, fingerprints(small(data, **half)))
+  assert 'embeddings/pool/00000' in gone and 'search/squares/queries' in gone and not new
+  assert not [name for name in gone if name.startswith(('ingest/', 'embedder/'))]
+  assert fingerprints(small(data, **{'embedder.dtype': 'bfloat16'})) == fingerprints(small(data))
+
+
+def test_products_of_versions_without_dtype_keys_stay_valid(data):
+  """They embedded and evaluated a model in train.dtype: only with that the keys do not count."""
+  half = {'embedder.source': 'train', 'embedder.samples': 64, 'train.dtype': 'bfloat16'}
+  same = {**half, 'embedder.dtype': 'bfloat16', 'evaluate.dtype': 'bfloat16'}
+  for override, counts in ((half, True), (same, False), ({}, False)):
+    graph = Graph(small(data, **override))
+    assert ('embedder.dtype' in graph.embeddings('pool')[0].keys) == counts
+    assert ('evaluate.dtype' in graph.result('base', 0, 'squares').keys) == counts
 
 
 def test_a_file_that_changes_changes_its_shard_and_a_new_one_none(data, tmp_path):

@@ -1,5 +1,6 @@
 """Blocks against plain NumPy in float64."""
 
+import logging
 import math
 
 from flax import nnx
@@ -84,31 +85,63 @@ def test_the_fused_attention_is_the_same(shape):
     )
 
 
+@pytest.mark.parametrize('queries, keys', [(5, 5), (1, 5), (1, 4), (4, 4)])
+@pytest.mark.parametrize('masked', ['none', 'causal', 'each'])
+def test_an_attention_of_even_lengths_is_the_same_with_its_gradients(queries, keys, masked):
+  rng = np.random.default_rng(queries)
+  q, k, v, slope = (
+    jnp.asarray(rng.normal(size=(2, n, 6)), jnp.float32) for n in (queries, keys, keys, queries)
+  )
+  mask = {
+    'none': None,
+    'causal': jnp.arange(keys - queries, keys)[:, None] >= jnp.arange(keys),
+    'each': jnp.asarray(rng.random((2, 1, keys)) < 0.6).at[..., 0].set(True),
+  }[masked]
+  seen = []
+
+  def attend(q, k, v, mask):
+    seen.append(None if mask is None else mask.shape)
+    assert q.shape[1] % 2 == k.shape[1] % 2 == v.shape[1] % 2 == 0
+    return layers.attention_by_head(q, k, v, 3, mask)
+
+  even, even_back = jax.vjp(lambda *qkv: layers.even_lengths(*qkv, mask, attend), q, k, v)
+  want, back = jax.vjp(lambda *qkv: layers.attention_by_head(*qkv, 3, mask), q, k, v)
+  np.testing.assert_allclose(even, want, atol=1e-6)
+  for a, b in zip(even_back(slope), back(slope), strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-6)
+  assert (seen == [None]) == (mask is None and queries == keys == 4)
+
+
 @pytest.mark.parametrize(
-  'queries, keys, size, dtype, flash',
+  'queries, keys, size, dtype, words',
   [
-    (50, 50, 64, 'bfloat16', True),
-    (256, 256, 80, 'bfloat16', True),
-    (197, 197, 64, 'bfloat16', False),
-    (1, 50, 64, 'bfloat16', False),  # odd lengths
-    (50, 50, 64, 'float32', False),
-    (50, 50, 136, 'bfloat16', False),
-    (50, 50, 12, 'bfloat16', False),
+    (50, 50, 64, 'bfloat16', "cuDNN's flash attention"),
+    (256, 256, 80, 'bfloat16', "cuDNN's flash attention"),
+    (197, 197, 64, 'bfloat16', "cuDNN's flash attention"),
+    (1, 77, 64, 'bfloat16', "cuDNN's flash attention"),
+    (50, 50, 64, 'float32', 'not for float32'),
+    (50, 50, 136, 'bfloat16', 'not for heads of size 136'),
+    (50, 50, 12, 'bfloat16', 'not for heads of size 12'),
   ],
 )
-def test_cudnn_is_asked_for_what_jax_lets_it_train(monkeypatch, queries, keys, size, dtype, flash):
+def test_cudnn_is_asked_for_what_jax_lets_it_train(
+  monkeypatch, caplog, queries, keys, size, dtype, words
+):
   """cuDNN's own check of the shapes runs where a gradient is traced: no GPU is needed for it."""
   monkeypatch.setattr(cudnn, 'check_cudnn_version', lambda: 91_500)
   monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+  layers._log_once.cache_clear()
   q, k = (jax.ShapeDtypeStruct((2, n, 2 * size), dtype) for n in (queries, keys))
-  masks = [None, np.ones((queries, keys), bool), np.ones((2, queries, keys), bool)]
-  for mask in masks:
+  masks = [None, np.ones((queries, keys), bool), np.ones((2, 1, keys), bool)]
+  with caplog.at_level(logging.INFO):
+    for mask in masks:
 
-    def total(q, k, v, mask=mask):
-      return layers.attention_fused(q, k, v, 2, mask).astype(jnp.float32).sum()
+      def total(q, k, v, mask=mask):
+        return layers.attention_fused(q, k, v, 2, mask).astype(jnp.float32).sum()
 
-    program = str(jax.make_jaxpr(jax.grad(total, argnums=(0, 1, 2)))(q, k, k))
-    assert ('dot_product_attention_bwd' in program) == flash
+      program = str(jax.make_jaxpr(jax.grad(total, argnums=(0, 1, 2)))(q, k, k))
+      assert ('dot_product_attention_bwd' in program) == (words == "cuDNN's flash attention")
+  assert len(caplog.messages) == 1 and words in caplog.messages[0]
 
 
 def test_a_block_may_be_asked_for_some_of_its_tokens():

@@ -125,9 +125,11 @@ def test_prompts_are_searched_by_class(data, tmp_path, capsys, monkeypatch, sour
   model = models.Model(
     16, 'shortest', None, lambda texts: np.stack([known[text] for text in texts]), None, None
   )
-  monkeypatch.setattr(models, 'load', lambda path: {str(work / 'embedder'): model}[path])
+  monkeypatch.setattr(models, 'load', lambda path, dtype: {str(work / 'embedder'): model}[path])
   monkeypatch.setattr(models, 'read', lambda path, name, flag: path)
-  monkeypatch.setattr(models, 'open_model', lambda weights: {c.embedder.path: model}[weights])
+  monkeypatch.setattr(
+    models, 'open_model', lambda weights, dtype: {c.embedder.path: model}[weights]
+  )
   c.embedder.source = source
   target = search.open_target(Experiment(c, str(work)), 'kinds')
   unit = lambda x: x / np.linalg.norm(x)

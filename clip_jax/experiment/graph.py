@@ -289,6 +289,16 @@ class Graph:
       self.embedder(name) for name in ('', *blocks.further_embedders(self.config, 'embedder'))
     ]
 
+  def _dtype(self, embedder: str = '') -> dict:
+    """Returns the key of the dtype that a CLIP embedder computes in.
+
+    {} for the one of versions without the key, whose products stay valid.
+    """
+    block = self.embedder_block(embedder)
+    before = {'train': self.config.train.dtype, 'weights': 'float32'}.get(block.source, block.dtype)
+    home = f'embedders.{embedder}' if embedder else 'embedder'
+    return {} if block.dtype == before else {f'{home}.dtype': block.dtype}
+
   @_cached
   def embeddings(self, dataset: str, embedder: str = '') -> list[Product]:
     """Returns the embeddings of a dataset, one product for each shard.
@@ -304,7 +314,8 @@ class Graph:
         f'{folder}/{i:05d}',
         'vectors' if i in vectors else 'embeddings',
         (dataset, i),
-        inputs=(*([] if i in vectors else [self.embedder(embedder)]), index_shard),
+        {} if i in vectors else self._dtype(embedder),
+        (*([] if i in vectors else [self.embedder(embedder)]), index_shard),
         embedder=embedder,
         batch=f'{folder}/embed',
       )
@@ -319,7 +330,8 @@ class Graph:
         f'embeddings/pool/image-text-{i:05d}',
         'image text',
         (i,),
-        inputs=(shard, self.embedder()),  # the captions are in the shard's own inputs
+        self._dtype(),
+        (shard, self.embedder()),  # the captions are in the shard's own inputs
         batch='embeddings/pool/image-text',
       )
       for i, shard in enumerate(self.embeddings(POOL))
@@ -343,7 +355,8 @@ class Graph:
         f'embeddings/{name}/agreement',
         'agreement',
         (name,),
-        inputs=(self.embedder(), *self.embeddings(name)),
+        self._dtype(),
+        (self.embedder(), *self.embeddings(name)),
         is_cheap=True,
       )
       for name in checked
@@ -376,6 +389,7 @@ class Graph:
       inputs += self.index_shards(ANCHOR)
     if config.dedup.survivor == 'best':  # encodes the captions
       inputs.append(self.embedder(config.dedup.embedder))
+      keys |= self._dtype(config.dedup.embedder)
     return Product('dedup/keep', 'marks', keys=keys, inputs=tuple(inputs))
 
   def _dedup(self) -> list[Product]:
@@ -396,7 +410,7 @@ class Graph:
       keys = {
         f'references.{target}.{key}': blocks.plain(config.references[target][key])
         for key in ('classes', 'templates')
-      }
+      } | self._dtype(embedder)
       reads = [self.embedder(embedder)]
     elif target in config.references:  # needs neither thresholds nor neighbour lists
       reads = self.embeddings(target, embedder)
@@ -827,6 +841,8 @@ def result_keys(config: Config, benchmark: str) -> dict:
   keys = blocks.pick_keys(
     config, ['preprocess.resize', *(f'benchmarks.{benchmark}.{name}' for name in names)]
   )
+  if config.evaluate.dtype != config.train.dtype:  # in versions without the key it was train.dtype
+    keys['evaluate.dtype'] = config.evaluate.dtype
   if named := scorings.named(config, benchmark):
     keys[f'benchmarks.{benchmark}.scorings'] = list(named)
   if subsets := scorings.subsets(config, benchmark):

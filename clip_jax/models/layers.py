@@ -3,16 +3,21 @@
 Names and shapes are open_clip's: the parameter at path a/b/c is the tensor `a.b.c` of its
 state_dict with the same shape (matrices are [out, in]), so weights convert unchanged in both
 directions. Tokens are flat, [B*T, D]; only attention separates the samples. Parameters are float32;
-matrix products compute in `dtype`, norms and softmax in float32.
+norms and softmax compute in float32, matrix products as models/precision.py says for `dtype`.
 """
 
 from collections.abc import Callable
 import dataclasses
+import functools
+from typing import Literal
 
+from absl import logging
 from flax import nnx
 import jax
 from jax import Array, lax
 import jax.numpy as jnp
+
+from clip_jax.models import precision
 
 Init = Callable[..., Array]  # (key, shape, dtype) -> array
 Pick = Callable[[Array], Array]  # [B*T, D] -> [B, D]: selects the rows of some tokens
@@ -100,7 +105,7 @@ class LayerNorm(nnx.Module):
 
 
 class Linear(nnx.Module):
-  """x @ weight.T + bias in `dtype`, with weight [out, in] as in PyTorch."""
+  """x @ weight.T + bias, with weight [out, in] as in PyTorch."""
 
   def __init__(
     self, size_in: int, size_out: int, *, weight: Init, bias: Init, rngs: nnx.Rngs, dtype: str
@@ -112,7 +117,7 @@ class Linear(nnx.Module):
   def __call__(
     self,
     x: Array,  # [..., in]
-  ) -> Array:  # [..., out] dtype
+  ) -> Array:  # [..., out]
     return linear(x, self.weight[...], self.bias[...], self.dtype)
 
 
@@ -121,9 +126,9 @@ def linear(
   weight: Array,  # [out, in]
   bias: Array,  # [out]
   dtype: str,
-) -> Array:  # [..., out] dtype
-  y = lax.dot_general(x.astype(dtype), weight.astype(dtype), (((x.ndim - 1,), (1,)), ((), ())))
-  return y + bias.astype(dtype)
+) -> Array:  # [..., out]
+  y = precision.product(x, weight, dtype)
+  return y + bias.astype(y.dtype)
 
 
 def attention(
@@ -139,7 +144,11 @@ def attention(
 
 
 def attention_by_head(q: Array, k: Array, v: Array, heads: int, mask: Array | None) -> Array:
-  """Attention with one batched product per head, on slices without a transpose; fastest on CPU."""
+  """Attention with one batched product per head, on slices without a transpose; fastest on CPU.
+
+  On CPUs its inputs are float32: with inputs in bfloat16 these small products are slower (B = 32,
+  T = 50, K = 64 on 2 cores: 55 and 75 GFLOP/s instead of 86 and 156).
+  """
   size = q.shape[-1] // heads
   out = []
   for h in range(heads):
@@ -154,18 +163,72 @@ def attention_by_head(q: Array, k: Array, v: Array, heads: int, mask: Array | No
 
 
 def attention_fused(q: Array, k: Array, v: Array, heads: int, mask: Array | None) -> Array:
-  """Attention of all heads in one call, with cuDNN's flash attention on a GPU where possible."""
-  size = q.shape[-1] // heads
-  split = [x.reshape(*x.shape[:2], heads, size) for x in (q, k, v)]  # [B, T, H, K]
+  """Attention of all heads in one call, with cuDNN's flash attention on a GPU where possible.
+
+  Logs once which was taken.
+  """
+  reason = without_cudnn(jax.default_backend(), q.dtype.name, q.shape[-1] // heads)
+  if reason:
+    _log_once(f"attention: XLA's, as {reason}")
+    return _all_heads(q, k, v, heads, mask, 'xla')
+  _log_once("attention: cuDNN's flash attention; odd numbers of tokens are padded by one")
+  attend = lambda q, k, v, mask: _all_heads(q, k, v, heads, mask, 'cudnn')
+  return even_lengths(q, k, v, mask, attend)
+
+
+def without_cudnn(backend: str, dtype: str, size: int) -> str:
+  """Returns why cuDNN has no attention for heads of a size in a dtype; '' if it has."""
+  if backend != 'gpu':
+    return f"cuDNN's is not for a {backend}"
+  if dtype not in ('bfloat16', 'float16'):
+    return f"cuDNN's is not for {dtype} (train.dtype)"
+  if size % 8 or size > 128:  # up to 256 on Hopper
+    return f"cuDNN's is not for heads of size {size}: multiples of 8 up to 128"
+  return ''
+
+
+def even_lengths(
+  q: Array,  # [B, Q, D]
+  k: Array,  # [B, T, D]
+  v: Array,  # [B, T, D]
+  mask: Array | None,  # bool, broadcasts to [B, Q, T]
+  attend: Callable[..., Array],  # (q, k, v, mask None or [B or 1, Q, T]), Q and T even
+) -> Array:  # [B, Q, D]
+  """Returns the same attention of even lengths: JAX trains with cuDNN's for no others.
+
+  An odd number of queries gets one more, whose output is dropped, and an odd number of keys one
+  that is masked. So outputs and gradients are the same.
+  """
+  queries, keys = q.shape[1], k.shape[1]
+  more, masked = queries % 2, keys % 2
+  if mask is None:
+    if not more and not masked:
+      return attend(q, k, v, None)
+    mask = jnp.ones((1, 1, 1), bool)
+  mask = mask[(None,) * (3 - mask.ndim)]
+  mask = jnp.broadcast_to(mask, (len(mask), queries, keys))
+  mask = jnp.pad(mask, ((0, 0), (0, more), (0, 0)), 'edge')  # no query without a key: 0 / 0
+  mask = jnp.pad(mask, ((0, 0), (0, 0), (0, masked)))
+  pad = lambda x, n: jnp.pad(x, ((0, 0), (0, n), (0, 0)))
+  return attend(pad(q, more), pad(k, masked), pad(v, masked), mask)[:, :queries]
+
+
+def _all_heads(
+  q: Array,
+  k: Array,
+  v: Array,
+  heads: int,
+  mask: Array | None,
+  implementation: Literal['xla', 'cudnn'],
+) -> Array:
+  split = [x.reshape(*x.shape[:2], heads, -1) for x in (q, k, v)]  # [B, T, H, K]
   if mask is not None:
     mask = mask[(None,) * (3 - mask.ndim)][:, None]  # [B or 1, 1, Q or 1, T]
-  half = q.dtype in (jnp.bfloat16, jnp.float16)
-  # cuDNN supports half precision only, and head sizes that are multiples of 8 up to 128 (256 on
-  # Hopper). In training, JAX allows it for even lengths only, with or without a mask.
-  even = q.shape[1] % 2 == 0 and k.shape[1] % 2 == 0
-  flash = jax.default_backend() == 'gpu' and half and size % 8 == 0 and size <= 128 and even
-  out = jax.nn.dot_product_attention(*split, mask=mask, implementation='cudnn' if flash else 'xla')
+  out = jax.nn.dot_product_attention(*split, mask=mask, implementation=implementation)
   return out.reshape(q.shape)
+
+
+_log_once = functools.cache(logging.info)
 
 
 class Attention(nnx.Module):

@@ -11,7 +11,7 @@ import jax
 from jax import Array, lax
 import jax.numpy as jnp
 
-from clip_jax.models import layers
+from clip_jax.models import layers, precision
 from clip_jax.models.zoo import ResNetConfig
 
 _MOMENTUM = 0.1  # of the running statistics; PyTorch's default
@@ -33,10 +33,11 @@ class Conv(nnx.Module):
     self,
     x: Array,  # [B, H, W, C]
   ) -> Array:  # [B, H', W', C']
-    weight, x = self.weight[...].astype(self.dtype), x.astype(self.dtype)
-    kernel = weight.shape[-1]
+    kernel = self.weight.shape[-1]
     if kernel == 1:
-      return x @ weight[:, :, 0, 0].T
+      return precision.product(x, self.weight[:, :, 0, 0], self.dtype)
+    activations = precision.of(self.dtype).activations  # XLA's fast convolutions have one dtype
+    weight, x = self.weight[...].astype(activations), x.astype(activations)
     pad = (kernel // 2, kernel // 2)
     return lax.conv_general_dilated(
       x, weight, (self.stride, self.stride), (pad, pad), dimension_numbers=('NHWC', 'OIHW', 'NHWC')

@@ -8,7 +8,7 @@ import jax
 from jax import Array
 import jax.numpy as jnp
 
-from clip_jax.models import layers
+from clip_jax.models import layers, precision
 from clip_jax.models.zoo import TextConfig
 
 
@@ -81,7 +81,7 @@ class TextTransformer(nnx.Module):
     end, position = self._pooled_at(text), jnp.arange(tokens)  # [B], [T]
     causal = self.config.causal
     x = self.transformer.pooled(
-      x.reshape(-1, width).astype(self.dtype),
+      x.reshape(-1, width).astype(precision.of(self.dtype).activations),
       tokens,
       mask=position[:, None] >= position if causal else None,  # [T, T]
       pooled_mask=(position <= end[:, None])[:, None] if causal else None,  # [B, 1, T]
@@ -110,7 +110,7 @@ class TextTransformer(nnx.Module):
     mask = (segment[..., None] == segment[..., None, :]) & (place[:, None] >= place)
 
     x = self.transformer.picked(
-      x.reshape(-1, width).astype(self.dtype),
+      x.reshape(-1, width).astype(precision.of(self.dtype).activations),
       length,
       mask.reshape(-1, length, length),
       pick=lambda y: _take_rows(y.reshape(groups, rows * length, width), end).reshape(-1, width),
@@ -127,7 +127,7 @@ class TextTransformer(nnx.Module):
     x = self.ln_final(x)  # after pooling, with the same result: the norm acts on single tokens
     if self.config.proj == 'linear':
       assert isinstance(self.text_projection, nnx.Param)
-      x = x @ self.text_projection[...].astype(x.dtype)
+      x = precision.product(x, self.text_projection[...], self.dtype, axis=0)
     elif self.config.proj == 'bias':
       x = self.text_projection(x)
     return x.astype(jnp.float32)

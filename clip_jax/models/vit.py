@@ -9,7 +9,7 @@ import jax
 from jax import Array
 import jax.numpy as jnp
 
-from clip_jax.models import layers
+from clip_jax.models import layers, precision
 from clip_jax.models.zoo import ViTConfig
 
 _TIMM_STD = 0.02  # standard deviation of timm's truncated normal weights
@@ -34,7 +34,7 @@ class PatchEmbedding(nnx.Module):
     x = images[:, : grid * size, : grid * size].reshape(batch, grid, size, grid, size, 3)
     x = x.transpose(0, 1, 3, 2, 4, 5).reshape(batch * grid * grid, size * size * 3)
     weight = self.weight[...].transpose(2, 3, 1, 0).reshape(size * size * 3, -1)
-    x = x.astype(self.dtype) @ weight.astype(self.dtype)
+    x = precision.product(x, weight, self.dtype, axis=0)
     if self.bias is not None:
       x = x + self.bias[...].astype(x.dtype)
     return x.reshape(batch, grid * grid, -1)
@@ -154,7 +154,7 @@ class VisionTransformer(nnx.Module):
     else:
       x = self._pool(self.transformer(x, tokens, mask=None), batch, tokens)
     if config.proj:
-      x = x @ self.proj[...].astype(x.dtype)
+      x = precision.product(x, self.proj[...], self.dtype, axis=0)
     return x.astype(jnp.float32)
 
   def _tokens(self, images: Array, key: Array | None) -> Array:  # [B, S, S, 3] -> [B, T, D]

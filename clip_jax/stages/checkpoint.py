@@ -83,7 +83,7 @@ def evaluate_checkpoint(
   read = list(dict.fromkeys([*names, *filter(None, training_sets)]))
   check.are_found(config, read)
   # The model is loaded first, so that a missing checkpoint fails before the benchmarks are read.
-  loaded = None if follow else models.load(path, model)
+  loaded = None if follow else models.load(path, model, config.evaluate.dtype)
   with tempfile.TemporaryDirectory() as scratch:  # holds the benchmarks' index
     x = Experiment(config, scratch)
     for name in read:

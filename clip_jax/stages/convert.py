@@ -150,7 +150,7 @@ def _orbax(loaded: models.Weights, output: str) -> None:
       'mean': list(loaded.preprocess['mean']),
       'std': list(loaded.preprocess['std']),
     },
-    'dtype': loaded.dtype,
+    'dtype': 'float32',
     'special_words': list(loaded.special_words),
     'split': '',
     'seed': 0,

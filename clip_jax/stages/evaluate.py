@@ -27,7 +27,7 @@ def evaluate(x: Experiment, todo: list[Product]) -> Made:
   """Evaluates one run on its missing benchmarks."""
   split, seed, _ = todo[0].subject
   folder = workdir.run_folder(split, seed)
-  model = models.load(x.path(folder))
+  model = models.load(x.path(folder), dtype=x.config.evaluate.dtype)
   for product in progress.track(
     todo, total=len(todo), desc=f'evaluate {split}/seed{seed}', unit='result'
   ):

@@ -130,7 +130,7 @@ def _is_finished(x: Experiment, run: Run, names: Sequence[str], evaluate: Evalua
     todo = _unevaluated(run, step, names, lines)
     if not todo:
       kept.append(step)
-    elif not _evaluate(run, step, checkpoint, todo, evaluate, prints):
+    elif not _evaluate(x, run, step, checkpoint, todo, evaluate, prints):
       run.removed.add(step)
       continue
     run.done.add(step)
@@ -201,6 +201,7 @@ def _unevaluated(
 
 
 def _evaluate(
+  x: Experiment,
   run: Run,
   step: int,
   checkpoint: str,
@@ -209,7 +210,7 @@ def _evaluate(
   prints: dict[str, str],
 ) -> bool:
   """Evaluates a step and appends its accuracies; returns False if it was removed meanwhile."""
-  model = _load_if_kept(run, step, checkpoint)
+  model = _load_if_kept(run, step, checkpoint, x.config.evaluate.dtype)
   if model is None:
     return False
   results = evaluate(checkpoint, model, names, run.place(step))
@@ -221,14 +222,14 @@ def _evaluate(
   return True
 
 
-def _load_if_kept(run: Run, step: int, checkpoint: str) -> models.Model | None:
+def _load_if_kept(run: Run, step: int, checkpoint: str, dtype: str) -> models.Model | None:
   """Returns the model of a step; None, with a warning, if training has removed the checkpoint.
 
   Training removes old checkpoints (train.keep_checkpoints), perhaps during the read, and --redo
   moves a run away. An unreadable newest checkpoint raises InputError.
   """
   try:
-    return models.load(checkpoint)
+    return models.load(checkpoint, dtype=dtype)
   except InputError as error:
     if step == max(run.steps, default=None):
       raise

@@ -62,7 +62,6 @@ class Weights:
   params: dict
   config: Any  # zoo.CLIPConfig
   preprocess: dict  # mean, std, resize
-  dtype: str  # the towers compute in it
   folder: str  # of the tokenizer's files, if the tokenizer is not CLIP's
   step: int | None  # updates done; None: a weights file
   description: str = ''  # of a weights file: its model and preprocessing, and where they are named
@@ -142,15 +141,15 @@ def describe_model(config: Config, split: str, seed: int) -> dict:
   return {
     'model': open_clip.config_to_open_clip(architecture(config)),
     'preprocess': blocks.plain(config.preprocess),
-    'dtype': config.train.dtype,
+    'dtype': config.train.dtype,  # of the training; evaluate.dtype is that of the evaluation
     'split': split,
     'seed': seed,
   }
 
 
-def load(path: str, name: str = '') -> Model:
-  """Opens a model, with the arguments of `read`."""
-  return open_model(read(path, name))
+def load(path: str, name: str = '', dtype: str = 'float32') -> Model:
+  """Opens a model, with the arguments of `read` and `open_model`."""
+  return open_model(read(path, name), dtype)
 
 
 def read(path: str, name: str = '', flag: str = '--model') -> Weights:
@@ -216,7 +215,6 @@ def read_checkpoint(path: str) -> Weights:
     params,
     config,
     _plain(saved['preprocess']),
-    saved['dtype'],
     folder,
     step,
     special_words=tuple(saved.get('special_words', tokenizer.OPENAI)),
@@ -265,7 +263,7 @@ def read_weights(path: str, name: str, flag: str) -> Weights:
     text = dataclasses.replace(config.text, tokenizer=hf_tokenizer.FILE)
     config = dataclasses.replace(config, text=text)
     description += f' Tokenizer from {hf_tokenizer.FILE}.'
-  return Weights(params, config, preprocess, 'float32', folder, None, description, special_words)
+  return Weights(params, config, preprocess, folder, None, description, special_words)
 
 
 def weights_architecture(path: str, name: str, flag: str):
@@ -394,14 +392,14 @@ def _plain(preprocess: dict) -> dict:
   }
 
 
-def open_model(weights: Weights) -> Model:
-  """Returns the model of the weights, with compiled encoders."""
+def open_model(weights: Weights, dtype: str = 'float32') -> Model:
+  """Returns the model of the weights, with compiled encoders that compute in `dtype`."""
   import jax
 
   if weights.description:
     logging.info('%s', weights.description)
   image, text = _compiled(
-    weights.config, weights.dtype, weights.preprocess['mean'], weights.preprocess['std']
+    weights.config, dtype, weights.preprocess['mean'], weights.preprocess['std']
   )
   params = jax.device_put(weights.params, sharding.local()[0])
   # The tokenizer is opened at the first text.
@@ -412,17 +410,17 @@ def open_model(weights: Weights) -> Model:
     functools.partial(image, params),
     lambda texts: text(params, tokenize()(texts, weights.config.context_length)),
     weights.step,
-    functools.cache(lambda: _text_hash(weights)),
+    functools.cache(lambda: _text_hash(weights, dtype)),
   )
 
 
-def _text_hash(weights: Weights) -> str:
-  """Returns the sha256 of the text tower's parameters, its architecture and its tokenizer."""
+def _text_hash(weights: Weights, dtype: str) -> str:
+  """Returns the sha256 of the text tower's parameters, architecture, dtype and tokenizer."""
   config = weights.config
   parts = [
     checkpoints.digest(weights.params['text']),
     repr(config.text),
-    weights.dtype,
+    dtype,
     *weights.special_words,
   ]
   if config.text.tokenizer:  # its own, in files beside the weights
@@ -565,9 +563,10 @@ def text_tower(x: Experiment) -> Callable[[Sequence[str]], Array]:
 
 
 def _embedder_clip(x: Experiment) -> Model:
-  if x.embedder_block.source == 'weights':
-    return open_model(read(weights_path(x), x.embedder_block.name, name_flag(x)))
-  return load(x.embedder_path('embedder'))
+  block = x.embedder_block
+  if block.source == 'weights':
+    return open_model(read(weights_path(x), block.name, name_flag(x)), block.dtype)
+  return load(x.embedder_path('embedder'), dtype=block.dtype)
 
 
 def embedder_architecture(x: Experiment) -> Any:

@@ -143,9 +143,8 @@ def _table(
     plan = stage_plan(view, name, rows)
     of_embedder = _embedded(view, rows)
     here = plan_time.seconds(view, name, of_embedder, rates, flops_=plan.flops, dim=_dim(view))
-    hours = [
-      plan_devices.hours(device, name, x.config.train.dtype, plan.flops) for device in devices
-    ]
+    dtype = _dtype(view, name)
+    hours = [plan_devices.hours(device, name, dtype, plan.flops) for device in devices]
     totals.append([plan.bytes, plan.flops, here, *hours])
     of_stages[name] += hours[0] or 0.0
     show_line(
@@ -174,7 +173,7 @@ def _notes(
       'Accelerators: hours of one device for the FLOPs alone, without reading, decoding, '
       'compilation, at these shares of its peak:'
     )
-    for line in plan_devices.assumptions(used, x.config.train.dtype):
+    for line in plan_devices.assumptions({name: _dtype(x, name) for name in used}):
       yield f'  {line}'
   if len(used) > 1:
     largest = max(used, key=lambda name: hours[name])
@@ -196,6 +195,13 @@ def _notes(
       f'search. The {kept:,} rows that de-duplication should keep take '
       f'{_power_text(of_kept)} FLOPs.'
     )
+
+
+def _dtype(x: Experiment, stage: str) -> str:
+  """Returns the dtype that the models of a stage compute in."""
+  train, evaluate = x.config.train.dtype, x.config.evaluate.dtype
+  of = {'embedder': train, 'embed': x.embedder_block.dtype, 'train': train, 'evaluate': evaluate}
+  return of.get(stage, 'float32')
 
 
 def dataset_rows(x: Experiment) -> dict[str, int | None]:

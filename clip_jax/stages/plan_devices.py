@@ -4,7 +4,7 @@ The peaks are those of the vendors' data sheets. The shares are published or ass
 none is a measurement of this code on the device.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from clip_jax.core import accelerators
@@ -57,10 +57,10 @@ SHARES = {
 
 
 def arithmetic(stage: str, dtype: str) -> str:
-  """Returns the arithmetic of a stage's matrix products; dtype: config.train.dtype."""
+  """Returns the arithmetic of a stage's matrix products; dtype: of its models."""
   if SHARES[stage] is SIMILARITY:
     return FLOAT32
-  return BFLOAT16 if stage in ('train', 'evaluate') and dtype == BFLOAT16 else TF32
+  return BFLOAT16 if dtype == BFLOAT16 else TF32
 
 
 def hours(device: str, stage: str, dtype: str, flops: float | None) -> float | None:
@@ -71,10 +71,10 @@ def hours(device: str, stage: str, dtype: str, flops: float | None) -> float | N
   return flops / (SHARES[stage].of_peak * peak) / 3600
 
 
-def assumptions(stages: list[str], dtype: str) -> Iterator[str]:
+def assumptions(stages: Mapping[str, str]) -> Iterator[str]:  # stage -> dtype
   """Yields lines on the shares of the peak that stages reach, and on the peaks."""
   kinds: dict[tuple[Share, str], list[str]] = {}
-  for stage in stages:
+  for stage, dtype in stages.items():
     if stage in SHARES:
       kinds.setdefault((SHARES[stage], arithmetic(stage, dtype)), []).append(stage)
   for (share, kind), names in kinds.items():
