@@ -354,6 +354,9 @@ TRAIN = {
   'save_every_steps': Key(1000),  # steps between checkpoints; 0: by time only
   'save_every_secs': Key(600.0),  # most seconds between checkpoints; 0: by steps only
   'keep_checkpoints': Key(2, positive),  # latest checkpoints of a run that are kept
+  # A benchmark with classes: each checkpoint is scored on it when it is saved, and the one of the
+  # highest top-1 accuracy is kept, too. The stage evaluate reads the last one all the same.
+  'keep_best': Key(''),
   'log_every_steps': Key(20, positive),  # steps between log lines
   # Order of an epoch: 'global' (one shuffle of all samples) | 'blocks' (runs of 1,024 samples in
   # random order, shuffled within a window: for storage with slow random reads; mixes less)
@@ -392,6 +395,7 @@ MESH = {
 EVALUATE = {
   'batch_size': Key(256, positive),  # images per forward pass; changes speed only
   'dtype': Key('float32', one_of(*DTYPES)),  # as train.dtype; its cost: embedder.dtype
+  'ema': Key(False),  # evaluate the moving averages of the parameters (train.ema_decay)
 }
 
 REPORT = {

@@ -37,7 +37,7 @@ def config(root, templates=TEMPLATES, form=''):
 
 
 def evaluate(c, monkeypatch, output='', benchmarks=None, model=None) -> None:
-  monkeypatch.setattr(models, 'load', lambda path, name, dtype: model or family.model())
+  monkeypatch.setattr(models, 'load', lambda path, *rest: model or family.model())
   checkpoint.evaluate_checkpoint(
     c, '/x.safetensors', model='', benchmarks=benchmarks, output=str(output), follow=False
   )

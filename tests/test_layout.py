@@ -53,6 +53,7 @@ ELSEWHERE = {  # files of which another test file is the test
   'stages/plan_time': 'stage_plan',
   'stages/prune_clusters': 'clusters',
   'stages/prune_columns': 'stage_prune',
+  'stages/scores': 'stage_evaluate',
   'stages/table': 'studies',
 }
 

@@ -137,6 +137,20 @@ def test_averages_are_saved_and_resumed(whole, tmp_path):
     checkpoints.restore_params(whole[1], 'ema')
 
 
+def test_the_best_checkpoint_is_kept_beside_the_last_ones(whole, tmp_path):
+  seen, values = [], iter([0.25, 0.5, 0.125, 0.375])
+
+  def score(params):
+    seen.append(params['logit_scale'])
+    return next(values)
+
+  train(tmp_path, save_every_steps=3, keep=1, score=score)
+  assert [int(f.name) for f in checkpoints.step_folders(tmp_path)] == [6, 12]
+  assert len(seen) == 4 and all(isinstance(scale, np.ndarray) for scale in seen)
+  assert checkpoints.restore_params(tmp_path)[1] == 12  # the last one, as without a score
+  assert checkpoints.digest(checkpoints.restore_params(tmp_path)[0]) == whole[0].digest
+
+
 def test_speed_is_written_and_some_updates_are_recorded(tmp_path, caplog):
   caplog.set_level('INFO')
   train(

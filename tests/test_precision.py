@@ -146,12 +146,7 @@ def losses(dtype, devices, microbatches):
     std=(0.25,) * 3,
     microbatches=microbatches,
   )
-  mesh = jax.make_mesh(
-    (devices, 1),
-    ('data', 'fsdp'),
-    devices=jax.devices()[:devices],
-    axis_types=(jax.sharding.AxisType.Auto,) * 2,
-  )
+  mesh = sharding.mesh(devices=jax.devices()[:devices])
   functions = clip.functions(CONFIG, dtype)
   steps = training_step.steps(functions.init, functions.encode, recipe, mesh)
   rng, state, out = np.random.default_rng(0), steps.init(0), []

@@ -44,7 +44,7 @@ def test_predictions_are_masked_before_the_argmax(tmp_path, monkeypatch):
   c = config(tmp_path)
   c.benchmarks.masked.path = str(tmp_path / 'val')
   c.benchmarks.masked.class_mask = ()  # all classes: no subset
-  monkeypatch.setattr(models, 'load', lambda path, name, dtype: family.model())
+  monkeypatch.setattr(models, 'load', lambda path, *rest: family.model())
   checkpoint.evaluate_checkpoint(
     c, '/x', model='', benchmarks=None, output=str(tmp_path / 'out'), follow=False
   )

@@ -38,7 +38,7 @@ def config(tmp_path, counts=(6, 11, 7), **keys):
 
 
 def evaluate(c, monkeypatch, output=''):
-  monkeypatch.setattr(models, 'load', lambda path, name, dtype: family.model())
+  monkeypatch.setattr(models, 'load', lambda path, *rest: family.model())
   checkpoint.evaluate_checkpoint(
     c, '/x.safetensors', model='', benchmarks=None, output=str(output), follow=False
   )
@@ -119,7 +119,7 @@ def test_benchmarks_of_one_model_share_the_training_images(tmp_path, monkeypatch
   batches, stub = [], family.model()
   counted = lambda images: batches.append(len(images)) or stub.encode_image(images)
   model = models.Model(8, 'shortest', counted, stub.encode_text, None, stub.text_hash)
-  monkeypatch.setattr(models, 'load', lambda path, name, dtype: model)
+  monkeypatch.setattr(models, 'load', lambda path, *rest: model)
   checkpoint.evaluate_checkpoint(
     c, '/x', model='', benchmarks=None, output=str(tmp_path / 'out'), follow=False
   )

@@ -46,7 +46,7 @@ class World:
     path = self.run / f'run{products.SIDECAR}'
     path.write_text(json.dumps({'counts': {'steps': step}}))
 
-  def load(self, folder, dtype):
+  def load(self, folder, **how):
     self.during(int(os.path.basename(folder)))
     if not os.path.exists(os.path.join(folder, 'params')):
       raise InputError(f'Checkpoint {folder} is damaged or incomplete.')

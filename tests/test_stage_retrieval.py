@@ -38,7 +38,7 @@ def write_images(root, ending='jpg'):
 
 
 def evaluate(c, monkeypatch, output='', encoded=None):
-  monkeypatch.setattr(models, 'load', lambda path, name, dtype: family.model(encoded))
+  monkeypatch.setattr(models, 'load', lambda path, *rest: family.model(encoded))
   checkpoint.evaluate_checkpoint(
     c, '/x.safetensors', model='', benchmarks=None, output=str(output), follow=False
   )

@@ -8,7 +8,7 @@ import pytest
 from squares import config, run_stages
 
 from clip_jax import defaults
-from clip_jax.core import metrics
+from clip_jax.core import checkpoints, files, metrics
 from clip_jax.core.errors import ConfigError
 from clip_jax.experiment.experiment import Experiment
 from clip_jax.experiment.graph import Graph
@@ -48,6 +48,42 @@ def test_only_what_changes_the_data_is_a_key_of_a_run(data):
     trained = {'embedder.source': 'train', 'embedder.samples': 64}
     a, b = (Graph(config(data, **trained, **more)).embedder() for more in ({}, other))
     assert b.keys.keys() - a.keys.keys() == keys and a.fingerprint != b.fingerprint
+
+
+def test_averages_are_evaluated_and_the_best_checkpoint_is_kept(prepared_squares, tmp_path):
+  shutil.copytree(prepared_squares / 'run', tmp_path / 'run')
+  keys = {
+    'train.ema_decay': 0.5,
+    'train.keep_best': 'squares',
+    'train.save_every_steps': 1,
+    'train.keep_checkpoints': 1,
+    'train.samples': 5 * config(prepared_squares / 'data').train.batch_size,
+  }
+  found = {}
+  for ema in (False, True):
+    c = config(prepared_squares / 'data', **keys, **{'evaluate.ema': ema})
+    pipeline.run(c, str(tmp_path / 'run'), stages=['train', 'evaluate'], redo='', dry_run=False)
+    sidecar = files.read_json(tmp_path / 'run/evaluate/base/seed0/squares.sidecar.json')
+    found[ema] = sidecar['keys'].get('evaluate.ema', False)
+  assert found == {False: False, True: True}
+  steps = checkpoints.step_folders(tmp_path / 'run/train/base/seed0')
+  assert 1 <= len(steps) <= 2 and steps[-1].name == '00000005'
+  run, averages = (
+    checkpoints.restore_params(steps[-1], item)[0]['visual']['proj'] for item in ('params', 'ema')
+  )
+  assert not np.array_equal(run, averages)
+
+
+@pytest.mark.parametrize(
+  'keys, message',
+  [
+    ({'train.keep_best': 'square'}, "keep_best='square' must be a benchmark.*'squares'"),
+    ({'evaluate.ema': True}, 'set config.train.ema_decay'),
+  ],
+)
+def test_scores_and_averages_need_their_keys(data, keys, message):
+  with pytest.raises(ConfigError, match=message):
+    check.check(config(data, **keys))
 
 
 class _Taken(Exception):

@@ -45,25 +45,37 @@ def digest(tree: Any) -> str:
 class Checkpoints:
   """The checkpoints of one run. Saves run in the background; `close` waits for them.
 
+  The `keep` latest ones are kept and, with `best`, the one of the highest score.
+
   alone: False if other runs of this process save, too: then `save` waits until the step is written,
   and for those of other runs, because Orbax's signals between its threads are one set a process.
   """
 
-  def __init__(self, directory: Any, *, keep: int, alone: bool = True):
+  def __init__(self, directory: Any, *, keep: int, alone: bool = True, best: bool = False):
     import orbax.checkpoint as ocp
+    from orbax.checkpoint import checkpoint_managers as managers
 
     self._alone = alone
 
     self._directory = _absolute(directory)
     self._directory.mkdir(parents=True, exist_ok=True)
+    kept: list = [managers.LatestN(keep)]
+    get = lambda metrics: metrics['score']
+    if best:
+      kept.append(managers.BestN(get_metric_fn=get, n=1, keep_checkpoints_without_metrics=False))
     self._manager = ocp.CheckpointManager(
       self._directory,
       options=ocp.CheckpointManagerOptions(
-        max_to_keep=keep, step_format_fixed_length=_DIGITS, cleanup_tmp_directories=True
+        preservation_policy=managers.AnyPreservationPolicy(kept),
+        best_fn=get if best else None,
+        step_format_fixed_length=_DIGITS,
+        cleanup_tmp_directories=True,
       ),
     )
 
-  def save(self, step: int, arrays: dict, data: dict, config: dict) -> None:
+  def save(
+    self, step: int, arrays: dict, data: dict, config: dict, score: float | None = None
+  ) -> None:
     """Starts to save a step. Returns when the arrays are copied, so the caller may donate them.
 
     Args:
@@ -72,6 +84,7 @@ class Checkpoints:
         ema, moving averages of params, if any.
       data: JSON values that `restore` returns to the loop.
       config: JSON values that `restore_params` returns.
+      score: required with `best`.
     """
     import orbax.checkpoint as ocp
 
@@ -82,7 +95,8 @@ class Checkpoints:
     items = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
     items |= dict(data=ocp.args.JsonSave(data), config=ocp.args.JsonSave(config))
     with contextlib.nullcontext() if self._alone else _ONE_RUN:
-      self._manager.save(step, args=ocp.args.Composite(**items))
+      scored = None if score is None else dict(score=score)
+      self._manager.save(step, args=ocp.args.Composite(**items), metrics=scored)
       if not self._alone:
         self._manager.wait_until_finished()
 

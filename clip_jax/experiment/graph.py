@@ -843,6 +843,8 @@ def result_keys(config: Config, benchmark: str) -> dict:
   )
   if config.evaluate.dtype != config.train.dtype:  # in versions without the key it was train.dtype
     keys['evaluate.dtype'] = config.evaluate.dtype
+  if config.evaluate.ema:
+    keys['evaluate.ema'] = True
   if named := scorings.named(config, benchmark):
     keys[f'benchmarks.{benchmark}.scorings'] = list(named)
   if subsets := scorings.subsets(config, benchmark):

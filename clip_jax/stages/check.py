@@ -540,6 +540,17 @@ def _training(config: Config) -> None:
       f'config.train.order=blocks with config.train.loader_processes={t.loader_processes}: each '
       'process would read all data. Set loader_processes to 0 and use more loader_threads.'
     )
+  if t.keep_best and (
+    t.keep_best not in config.benchmarks or blocks.is_retrieval(config.benchmarks[t.keep_best])
+  ):
+    raise ConfigError(
+      f'config.train.keep_best={t.keep_best!r} must be a benchmark with classes.'
+      f'{config_lib.did_you_mean(t.keep_best, config.benchmarks)}'
+    )
+  if config.evaluate.ema and not t.ema_decay:
+    raise ConfigError(
+      'config.evaluate.ema=True needs moving averages: set config.train.ema_decay, such as 0.999.'
+    )
   budgets = {blocks.budget(config, split) for split in config.splits} or {t.budget}
   if 'samples' in budgets and t.samples < t.batch_size:
     raise ConfigError(

@@ -32,7 +32,7 @@ from clip_jax.evaluation import published, robustness, statistics
 from clip_jax.experiment import blocks
 from clip_jax.experiment.experiment import Experiment
 from clip_jax.reporting import tables
-from clip_jax.stages import check, dataset_paths, evaluate, ingest, models
+from clip_jax.stages import check, dataset_paths, ingest, models, scores
 from clip_jax.stages import follow as follow_lib
 
 
@@ -83,7 +83,7 @@ def evaluate_checkpoint(
   read = list(dict.fromkeys([*names, *filter(None, training_sets)]))
   check.are_found(config, read)
   # The model is loaded first, so that a missing checkpoint fails before the benchmarks are read.
-  loaded = None if follow else models.load(path, model, config.evaluate.dtype)
+  loaded = None if follow else models.load(path, model, config.evaluate.dtype, config.evaluate.ema)
   with tempfile.TemporaryDirectory() as scratch:  # holds the benchmarks' index
     x = Experiment(config, scratch)
     for name in read:
@@ -115,7 +115,7 @@ def _evaluate(
   )
   results, averages = {}, collections.defaultdict(_Average)
   for name in names:
-    result, arrays = evaluate.score(x, name, model, evaluate.cache_folder(x, output))
+    result, arrays = scores.score(x, name, model, scores.cache_folder(x, output))
     result['checkpoint'] = checkpoint
     for row, numbers in _rows(name, result).items():
       _log_line(row, numbers)

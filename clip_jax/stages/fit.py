@@ -5,7 +5,7 @@ Out, in a folder of the work directory: config.json (written first: the config o
 checkpoints/ and metrics.jsonl.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import contextlib
 import os
 
@@ -27,7 +27,16 @@ PACKING_SAVES = 0.15  # captions are packed if this share of a step's FLOPs is s
 
 
 def fit(
-  x: Experiment, folder: str, data, *, whole, base, seed: int, samples: int, product: Product
+  x: Experiment,
+  folder: str,
+  data,
+  *,
+  whole,
+  base,
+  seed: int,
+  samples: int,
+  product: Product,
+  score: Callable[[dict], float] | None = None,
 ):
   """Trains one model; returns the loop's TrainResult and the rows whose images were replaced.
 
@@ -40,6 +49,7 @@ def fit(
     seed: of the initialisation, the order of the samples and the augmentation.
     samples: to be seen.
     product: the run.
+    score: of the parameters; the checkpoint of the highest one is kept, too.
 
   A killed run continues from its last checkpoint. Raises InputError, with the differing keys, if
   the run was begun with another config. Ctrl-C and SIGTERM end it after the current step and a
@@ -133,6 +143,7 @@ def fit(
       keep=t.keep_checkpoints,
       log_every_steps=t.log_every_steps,
       metrics=writer,
+      score=score,
       alone=t.runs_at_once == 1,
       name=folder,
       should_stop=should_stop,

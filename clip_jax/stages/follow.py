@@ -210,7 +210,7 @@ def _evaluate(
   prints: dict[str, str],
 ) -> bool:
   """Evaluates a step and appends its accuracies; returns False if it was removed meanwhile."""
-  model = _load_if_kept(run, step, checkpoint, x.config.evaluate.dtype)
+  model = _load_if_kept(run, step, checkpoint, x.config.evaluate)
   if model is None:
     return False
   results = evaluate(checkpoint, model, names, run.place(step))
@@ -222,14 +222,14 @@ def _evaluate(
   return True
 
 
-def _load_if_kept(run: Run, step: int, checkpoint: str, dtype: str) -> models.Model | None:
+def _load_if_kept(run: Run, step: int, checkpoint: str, how: Config) -> models.Model | None:
   """Returns the model of a step; None, with a warning, if training has removed the checkpoint.
 
   Training removes old checkpoints (train.keep_checkpoints), perhaps during the read, and --redo
   moves a run away. An unreadable newest checkpoint raises InputError.
   """
   try:
-    return models.load(checkpoint, dtype=dtype)
+    return models.load(checkpoint, dtype=how.dtype, ema=how.ema)
   except InputError as error:
     if step == max(run.steps, default=None):
       raise

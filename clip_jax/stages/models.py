@@ -147,25 +147,30 @@ def describe_model(config: Config, split: str, seed: int) -> dict:
   }
 
 
-def load(path: str, name: str = '', dtype: str = 'float32') -> Model:
+def load(path: str, name: str = '', dtype: str = 'float32', ema: bool = False) -> Model:
   """Opens a model, with the arguments of `read` and `open_model`."""
-  return open_model(read(path, name), dtype)
+  return open_model(read(path, name, ema=ema), dtype)
 
 
-def read(path: str, name: str = '', flag: str = '--model') -> Weights:
+def read(path: str, name: str = '', flag: str = '--model', ema: bool = False) -> Weights:
   """Reads a checkpoint (a run's folder, its checkpoints/, or one step) or a weights file.
 
-  `name` is the open_clip model of a weights file; `flag` is the user's flag for it. Raises
-  InputError if there is no complete checkpoint or file.
+  `name` is the open_clip model of a weights file; `flag` is the user's flag for it. ema: the moving
+  averages of a checkpoint's parameters. Raises InputError if there is no complete checkpoint or
+  file.
   """
   if is_weights(path):
+    if ema:
+      raise ConfigError(
+        'config.evaluate.ema=True: a weights file has no moving averages. Set it to False.'
+      )
     return read_weights(path, name, flag)
   _check_folder(path)
   if name:
     raise ConfigError(
       f'{flag}={name!r}: a checkpoint of clip_jax contains its architecture. Remove {flag}.'
     )
-  return read_checkpoint(path)
+  return read_checkpoint(path, ema)
 
 
 def is_weights(path: str) -> bool:
@@ -194,16 +199,16 @@ def _check_folder(path: str) -> None:
     )
 
 
-def read_checkpoint(path: str) -> Weights:
+def read_checkpoint(path: str, ema: bool = False) -> Weights:
   """Reads the parameters of a checkpoint of clip_jax; of a run, the newest one."""
   newest = checkpoints.step_folders(path)[-1:]
   try:
-    params, step, saved = checkpoints.restore_params(path)
+    params, step, saved = checkpoints.restore_params(path, 'ema' if ema else 'params')
   except InputError:
     if checkpoints.step_folders(path)[-1:] == newest:
       raise
     # Training has saved a newer checkpoint, and may have removed this one.
-    return read_checkpoint(path)
+    return read_checkpoint(path, ema)
   if 'vision_cfg' not in saved['model']:
     raise InputError(
       f'The checkpoint {path} was made by an older, incompatible version of clip_jax. Train it '
@@ -560,6 +565,14 @@ def text_tower(x: Experiment) -> Callable[[Sequence[str]], Array]:
   It maps n texts to [n, E] float32, unit length.
   """
   return _embedder_clip(x).encode_text
+
+
+def trained(x: Experiment, params: dict) -> Model:
+  """Returns the model of the config with parameters in the middle of their training."""
+  p = x.config.preprocess
+  preprocess = dict(mean=tuple(p.mean), std=tuple(p.std), resize=p.resize)
+  weights = Weights(params, architecture(x.config), preprocess, '', None)
+  return open_model(weights, x.config.evaluate.dtype)
 
 
 def _embedder_clip(x: Experiment) -> Model:

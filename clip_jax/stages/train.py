@@ -15,7 +15,7 @@ from clip_jax.core.products import Made, Product
 from clip_jax.data import loader, views
 from clip_jax.experiment import blocks, workdir
 from clip_jax.experiment.experiment import Experiment
-from clip_jax.stages import fit
+from clip_jax.stages import fit, models, scores
 
 SLOW_BYTES = 1e9  # size of parquet and remote files above which random reads are worth a message
 
@@ -111,6 +111,7 @@ def train(x: Experiment, todo: list[Product]) -> Made:
     seed=seed,
     samples=samples,
     product=product,
+    score=(lambda params: _top1(x, params)) if t.keep_best else None,
   )
   if hosts.index():  # process 0 records the run
     return
@@ -140,6 +141,11 @@ def train(x: Experiment, todo: list[Product]) -> Made:
       'replaced': replaced,
     },
   )
+
+
+def _top1(x: Experiment, params: dict) -> float:
+  """Returns the top-1 accuracy on train.keep_best."""
+  return scores.score(x, x.config.train.keep_best, models.trained(x, params))[0]['top1']
 
 
 def _base(x: Experiment):

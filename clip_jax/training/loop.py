@@ -84,6 +84,9 @@ def train(
   peak_flops: float = 0.0,  # per second, of all devices; 0: unknown
   profile: tuple[int, int] | None = None,  # (start, stop): updates recorded by JAX's profiler
   profile_dir: str = '',
+  # Of the parameters (whole arrays; if there are averages, of these), in process 0, when a
+  # checkpoint is saved: that of the highest score is kept, too.
+  score: Callable[[dict], float] | None = None,
   mesh: Any = None,  # of sharding.mesh; None: all devices split the batch
   tokens: np.ndarray | None = None,  # [U] int32, sorted: all ids in the captions; None: any may be
   alone: bool = True,  # False: other threads train runs, too
@@ -123,7 +126,9 @@ def train(
     warmup_steps=np.int32(warmup_steps),
     total_steps=np.int32(total_steps),
   )
-  with contextlib.closing(checkpoints.Checkpoints(checkpoint_dir, keep=keep, alone=alone)) as store:
+  with contextlib.closing(
+    checkpoints.Checkpoints(checkpoint_dir, keep=keep, alone=alone, best=score is not None)
+  ) as store:
     state, start, seconds = _restore(store, steps, seed)
     initial = state if tokens is None or not start else steps.init(seed)
     used = used_tokens.UsedTokens(tokens, initial, schedule, weight_decay)
@@ -162,7 +167,8 @@ def train(
           whole = used.whole(state, done)
           _check_finite(whole['params'], done)
           arrays = {item: whole[item] for item in ('params', 'opt', 'ema') if item in whole}
-          store.save(done, arrays, dict(seconds=log.seconds()), config)
+          best = None if score is None else _scored(score, whole, done, name)
+          store.save(done, arrays, dict(seconds=log.seconds()), config, best)
           saved_at = time.monotonic()
         if stop:
           break
@@ -174,6 +180,15 @@ def train(
     resumed_from=start or None,
     stopped_by=stop,
   )
+
+
+def _scored(score: Callable[[dict], float], whole: dict, step: int, name: str) -> float:
+  """Returns, in all processes, the score of a state that process 0 finds."""
+  params = jax.tree.map(sharding.to_host, whole.get('ema', whole['params']))
+  millionths = 0 if hosts.index() else round(1e6 * score(params))
+  value = hosts.agree(millionths)[0] / 1e6
+  logging.info('%s: score %.4f after step %d.', name, value, step)
+  return value
 
 
 def _check_memory(need: int | None, name: str) -> None:
