@@ -120,3 +120,19 @@ def test_no_device_holds_the_whole_matrix_of_the_papers_batch(name):
 
   whole, parts = bytes_of(0), bytes_of(1050)
   assert parts < 0.5e9 < 1.1e9 < whole
+
+
+@pytest.mark.parametrize('loss', losses.LOSSES)
+@pytest.mark.parametrize('chunk', [0, 4])
+def test_the_products_have_the_precision_that_was_asked_for(loss, chunk):
+  """In the lowered code, as the CPU computes both alike; the gradient's products, too."""
+  image, text = map(jnp.asarray, features())
+  for name, other in (('HIGHEST', 'HIGH,'), ('HIGH,', 'HIGHEST')):
+    precision = {'HIGHEST': 'float32', 'HIGH,': 'tensorfloat32'}[name]
+    function = functools.partial(
+      losses.LOSSES[loss].function, scale=3.0, bias=0.0, chunk=chunk, precision=precision
+    )
+    code = jax.jit(jax.grad(function, argnums=(0, 1))).lower(image, text).as_text()
+    products = [line for line in code.splitlines() if 'dot_general' in line]
+    assert len(products) >= 3
+    assert all(f'precision = [{name[:4]}' in line and other not in line for line in products)

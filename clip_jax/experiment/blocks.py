@@ -434,6 +434,8 @@ def recipe(config: Config) -> list[str]:
   if t.patch_dropout and t.microbatches > 1:  # each microbatch draws its own patches
     more.append('train.microbatches')
   more += [f'train.{key}' for key in ('clip_norm', 'ema_decay') if t[key]]  # 0: no part of a key
+  if t.loss_precision != 'float32':
+    more.append('train.loss_precision')
   return [*RECIPE, *more]
 
 

@@ -125,6 +125,7 @@ def fit(
       seed=seed,
       loss=t.loss,
       loss_chunk=t.loss_chunk,
+      loss_precision=t.loss_precision,
       microbatches=t.microbatches,
       mesh=mesh,
       clip_norm=t.clip_norm,

@@ -77,6 +77,7 @@ def train(
   metrics: MetricsWriter,
   loss: str = 'clip',  # a key of losses.LOSSES
   loss_chunk: int = 0,  # of the loss, see losses.py; 0: the whole matrix of logits
+  loss_precision: str = 'float32',  # a key of losses.PRECISIONS
   microbatches: int = 1,  # parts of a batch that go through the model one after the other
   clip_norm: float = 0.0,  # largest norm of the gradients; 0: any
   ema_decay: float = 0.0,  # of moving averages of the parameters, saved beside them; 0: none
@@ -115,6 +116,7 @@ def train(
     mean=mean,
     std=std,
     loss_chunk=loss_chunk,
+    loss_precision=loss_precision,
     microbatches=microbatches,
     clip_norm=clip_norm,
     ema_decay=ema_decay,

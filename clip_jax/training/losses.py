@@ -27,23 +27,24 @@ def clip_loss(
   bias: Array | None = None,  # ignored: a softmax is invariant to it
   *,
   chunk: int = 0,
+  precision: str = 'float32',
 ) -> Array:  # [] float32
   """Returns the mean of both cross-entropies, image to text and text to image (CLIP, 2021).
 
   chunk: texts compared with all images at once. 0 holds the [B, B] logits, which is the reference.
   Else memory is [B, chunk], gradients included: the backward pass computes the logits again, so it
   takes four products of [B, E] by [E, B] where the reference takes three. The result is the same to
-  float tolerance.
+  float tolerance. precision: a key of PRECISIONS, of the products.
   """
   del bias
   image, text = _unit(image, text, scale)
   if not chunk:
-    logits = _product(image, text)  # [B, B]
+    logits = _product(image, text, precision)  # [B, B]
     of_images, of_texts = (jax.nn.logsumexp(logits, axis=axis) for axis in (1, 0))
     return (of_images + of_texts - 2 * jnp.diagonal(logits)).mean() / 2
 
   def add(of_images: Array, block: tuple[Array, Array]) -> tuple[Array, Array]:
-    logits = _product(image, block[0])  # [B, chunk]
+    logits = _product(image, block[0], precision)  # [B, chunk]
     of_texts = jax.nn.logsumexp(logits, axis=0)
     logits = jnp.where(block[1], logits, -jnp.inf)  # the padding is no text
     return jnp.logaddexp(of_images, jax.nn.logsumexp(logits, axis=1)), of_texts
@@ -61,19 +62,20 @@ def siglip_loss(
   bias: Array,  # []: added to all logits, because most pairs do not match
   *,
   chunk: int = 0,
+  precision: str = 'float32',
 ) -> Array:  # [] float32
   """Returns the sigmoid loss, summed over pairs and divided by images (Zhai et al. 2023).
 
-  chunk: as in clip_loss.
+  chunk, precision: as in clip_loss.
   """
   image, text = _unit(image, text, scale)
   if not chunk:
-    logits = _product(image, text) + bias  # [B, B]
+    logits = _product(image, text, precision) + bias  # [B, B]
     sign = 2 * jnp.eye(len(logits)) - 1
     return -jax.nn.log_sigmoid(sign * logits).sum() / len(logits)
 
   def add(total: Array, block: tuple[Array, Array]) -> tuple[Array, None]:
-    logits = _product(image, block[0]) + bias  # [B, chunk]
+    logits = _product(image, block[0], precision) + bias  # [B, chunk]
     return total + jnp.where(block[1], jax.nn.softplus(logits), 0).sum(1), None
 
   # As if no pair matched; -log_sigmoid(x) is softplus(-x), and softplus(x) - softplus(-x) is x.
@@ -89,9 +91,14 @@ def _unit(image: Array, text: Array, scale: Array) -> tuple[Array, Array]:
   return scale * normalize(image), normalize(text)
 
 
-def _product(image: Array, text: Array) -> Array:  # [B, E], [C, E] -> [B, C] float32
-  """Returns the products in full float32, which GPUs and TPUs use only with HIGHEST."""
-  return jnp.matmul(image, text.T, precision=lax.Precision.HIGHEST)
+# Precision of the logits -> that of JAX's product. In full float32 with HIGHEST; with HIGH, GPUs
+# round the inputs to TensorFloat-32 (10 bits), and TPUs take three passes of bfloat16. No effect on
+# CPUs.
+PRECISIONS = {'float32': lax.Precision.HIGHEST, 'tensorfloat32': lax.Precision.HIGH}
+
+
+def _product(image: Array, text: Array, precision: str) -> Array:  # [B, E], [C, E] -> [B, C] f32
+  return jnp.matmul(image, text.T, precision=PRECISIONS[precision])
 
 
 def _blocks(text: Array, chunk: int) -> tuple[Array, Array]:  # -> [n, chunk, E], [n, chunk] bool
@@ -105,7 +112,7 @@ def _blocks(text: Array, chunk: int) -> tuple[Array, Array]:  # -> [n, chunk, E]
 class Loss(NamedTuple):
   """A loss, and its own initial values of the model's logit scale and bias, if any."""
 
-  function: Callable[..., Array]  # (image, text, scale, bias[, chunk]) -> []
+  function: Callable[..., Array]  # (image, text, scale, bias[, chunk, precision]) -> []
   start: Mapping[str, float] = {}  # init_logit_scale (log of the scale), init_logit_bias
 
 

@@ -35,6 +35,7 @@ class Recipe:
   mean: tuple[float, float, float]  # of the pixels in 0..1, for each of RGB
   std: tuple[float, float, float]
   loss_chunk: int = 0  # of the loss; 0: the whole matrix of logits
+  loss_precision: str = 'float32'  # a key of losses.PRECISIONS
   microbatches: int = 1  # parts of a batch that go through the model one after the other
   clip_norm: float = 0.0  # largest norm of the gradients; 0: any
   ema_decay: float = 0.0  # of the moving averages of the parameters; 0: none
@@ -165,9 +166,9 @@ def steps(
     weight_decay=recipe.weight_decay,
     clip_norm=recipe.clip_norm,
   )
-  loss_of = losses.LOSSES[recipe.loss].function
-  if recipe.loss_chunk:
-    loss_of = functools.partial(loss_of, chunk=recipe.loss_chunk)
+  loss_of = functools.partial(
+    losses.LOSSES[recipe.loss].function, chunk=recipe.loss_chunk, precision=recipe.loss_precision
+  )
   gradients = _gradients
   if recipe.microbatches > 1:
     gradients = functools.partial(_cached_gradients, microbatches=recipe.microbatches, mesh=mesh)
