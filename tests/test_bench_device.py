@@ -98,9 +98,9 @@ def test_no_case_starts_after_the_minutes(tmp_path):
   assert {record['status'] for record in cases.values()} == {'skipped'}
 
 
-@pytest.mark.parametrize('attention', ['attention_xla', 'attention_padded'])
+@pytest.mark.slow
 @pytest.mark.parametrize('masked', [False, True])
-def test_other_forms_of_attention_are_the_same(attention, masked):
+def test_attention_without_cudnn_is_the_same(masked):
   rng = np.random.default_rng(0)
   for queries, keys in ((5, 5), (1, 5), (4, 4)):
     q, k, v = (jnp.asarray(rng.normal(size=(2, n, 16)), 'float32') for n in (queries, keys, keys))
@@ -110,11 +110,12 @@ def test_other_forms_of_attention_are_the_same(attention, masked):
     loss = lambda form: lambda *x: jnp.square(form(*x, 2, mask)).sum()
     want, got = (
       jax.value_and_grad(loss(form), argnums=(0, 1, 2))(q, k, v)
-      for form in (layers.attention_by_head, getattr(bench_device, attention))
+      for form in (layers.attention_by_head, bench_device.attention_xla)
     )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, want)
 
 
+@pytest.mark.slow
 def test_a_step_has_the_attention_that_it_is_asked_for():
   def broken(*args):
     raise RuntimeError('this attention')

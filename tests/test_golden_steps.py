@@ -72,7 +72,11 @@ def assert_same_parameters(found, golden):
 
 
 @pytest.mark.parametrize(
-  'caption_form', [lambda text: text, lambda text: packing.pack(text, 1)], ids=['padded', 'packed']
+  'caption_form',
+  [
+    pytest.param(lambda text: text, id='padded'),
+    pytest.param(lambda text: packing.pack(text, 1), id='packed', marks=pytest.mark.slow),
+  ],
 )
 def test_losses_and_parameters_are_open_clips(caption_form):
   losses, _, parameters = trained(golden_steps.RUNS['plain'], caption_form)

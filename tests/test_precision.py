@@ -118,7 +118,9 @@ def distance(a, b):
   return np.linalg.norm(np.subtract(a, b)) / np.linalg.norm(b)
 
 
-@pytest.mark.parametrize('vision', VISION)
+@pytest.mark.parametrize(
+  'vision', ['class token', *(pytest.param(name, marks=pytest.mark.slow) for name in [*VISION][1:])]
+)
 def test_every_tower_and_its_gradients_are_near_float32(vision):
   config = dataclasses.replace(CONFIG, vision=VISION[vision])
   half, full = (gradients(config, dtype) for dtype in ('bfloat16', 'float32'))
@@ -127,7 +129,7 @@ def test_every_tower_and_its_gradients_are_near_float32(vision):
     assert 1e-5 < distance(a, b) < (0.2 if vision == 'resnet' else 5e-2)
 
 
-@pytest.mark.parametrize('remat', ['dots', 'blocks'])
+@pytest.mark.parametrize('remat', [pytest.param('dots', marks=pytest.mark.slow), 'blocks'])
 def test_what_is_computed_again_is_the_same(remat):
   again, stored = (gradients(CONFIG, 'bfloat16', way) for way in (remat, 'none'))
   for a, b in zip(again, stored, strict=True):
@@ -163,6 +165,7 @@ def losses(dtype, devices, microbatches):
   return out
 
 
+@pytest.mark.slow
 def test_training_in_parts_on_eight_devices_is_near_one_device_in_float32():
   alone, parts, full = losses('bfloat16', 1, 1), losses('bfloat16', 8, 2), losses('float32', 1, 1)
   np.testing.assert_allclose(parts, alone, rtol=2e-3)

@@ -50,6 +50,7 @@ def test_only_what_changes_the_data_is_a_key_of_a_run(data):
     assert b.keys.keys() - a.keys.keys() == keys and a.fingerprint != b.fingerprint
 
 
+@pytest.mark.slow
 def test_averages_are_evaluated_and_the_best_checkpoint_is_kept(prepared_squares, tmp_path):
   shutil.copytree(prepared_squares / 'run', tmp_path / 'run')
   keys = {

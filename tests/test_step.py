@@ -73,7 +73,16 @@ def alone():
   return run(1)
 
 
-@pytest.mark.parametrize('fsdp, tensor', [(1, 1), (2, 1), (8, 1), (1, 2), (2, 2)])
+@pytest.mark.parametrize(
+  'fsdp, tensor',
+  [
+    (1, 1),
+    pytest.param(2, 1, marks=pytest.mark.slow),
+    pytest.param(8, 1, marks=pytest.mark.slow),
+    pytest.param(1, 2, marks=pytest.mark.slow),
+    (2, 2),
+  ],
+)
 def test_eight_devices_agree_with_one(alone, fsdp, tensor):
   born, losses, state = run(8, fsdp=fsdp, tensor=tensor)
   assert born == alone[0]
@@ -153,6 +162,7 @@ def test_averages_follow_the_parameters():
     np.testing.assert_allclose(ours, theirs, atol=1e-6)
 
 
+@pytest.mark.slow  # quick: the golden steps
 def test_gradients_are_shrunk_to_a_norm():
   """As Adam ignores the scale of gradients, their moments show it."""
   moments = {}
