@@ -434,7 +434,10 @@ GLYPHS = {
 }
 
 ENGINE = {
-  'name': Key('local', one_of('local')),  # where shards are processed: 'local' (this machine)
+  # 'local': one command makes all | 'shared': the same command, started on several machines with a
+  # common work directory, or several times on one, shares the work: each takes the shards, runs and
+  # results that no other one makes. They may come, go and be killed at any time.
+  'name': Key('local', one_of('local', 'shared')),
   'workers': Key(0, natural),  # processes that read and write shards; 0: the main process
 }
 

@@ -105,8 +105,16 @@ class Product:
     }
 
 
+class Busy(InputError):
+  """Another process makes the product now."""
+
+
 def make(
-  workdir: str, wanted: Sequence[Product], work: Callable[[list[Product]], Made]
+  workdir: str,
+  wanted: Sequence[Product],
+  work: Callable[[list[Product]], Made],
+  *,
+  part: str = '',
 ) -> list[Product]:
   """Makes the products that are missing, or that differ and are cheap, and returns them.
 
@@ -123,15 +131,20 @@ def make(
     workdir: the work directory.
     wanted: products of one kind and batch, inputs before their readers.
     work: computes the products of a list, and yields each when its files are complete.
+    part: the name of this part of the batch, whose other parts other processes may make at the same
+      time; '': nobody else makes any of it.
 
   Raises:
-    InputError: a product differs and is not cheap, an input is missing or differs, or another
-      process holds the lock.
+    InputError: a product differs and is not cheap, or an input is missing or differs.
+    Busy: another process holds the lock.
   """
   if not missing(workdir, wanted):
     return []
-  with lock(workdir, wanted[0].batch or wanted[0].name):
+  batch = wanted[0].batch or wanted[0].name
+  with lock(workdir, batch, shared=bool(part)), _lock_of_part(workdir, batch, part):
     todo = [_with_inputs(workdir, product) for product in missing(workdir, wanted)]
+    if not todo:
+      return []
     for product in todo:
       if (path := sidecar_path(workdir, product.name)).exists():
         logging.info('%s is made again: %s.', product.name, reasons(workdir, product, 3))
@@ -454,20 +467,26 @@ def write_manifest(workdir: str, folder: str, products: Sequence[Product]) -> No
     files.write_json(path, text)
 
 
+def _lock_of_part(workdir: str, batch: str, part: str) -> contextlib.AbstractContextManager:
+  return lock(workdir, f'{batch}-{part}') if part else contextlib.nullcontext()
+
+
 @contextlib.contextmanager
-def lock(workdir: str, name: str) -> Iterator[None]:
+def lock(workdir: str, name: str, shared: bool = False) -> Iterator[None]:
   """Holds the lock WORKDIR/<name>.lock while the block runs.
 
   It is a kernel lock (flock): it is released when the process ends, even by a kill, and child
-  processes do not inherit it. Raises InputError naming the holder if another process has it.
+  processes do not inherit it. shared: other processes may have it, too, if theirs is shared. Raises
+  Busy, naming the holder, if another process has it.
   """
   path = os.path.join(workdir, name + LOCK)
   os.makedirs(os.path.dirname(path), exist_ok=True)
-  descriptor = _flock(path)
+  descriptor = _flock(path, shared)
   if descriptor is None:
-    raise InputError(
+    raise Busy(
       f'{name} in {workdir} is being made by {_holder(path)} (lock: {path}). Wait until it ends, '
-      'or stop it; then run the same command again.'
+      'or stop it; then run the same command again. To share the work, start all with '
+      '--config.engine.name=shared.'
     )
   try:
     _held.add(descriptor)
@@ -482,7 +501,8 @@ def lock(workdir: str, name: str) -> Iterator[None]:
   finally:
     if descriptor in _held:  # not so in a forked child, which does not hold the lock
       _held.remove(descriptor)
-      _remove_lock_file(path, descriptor)
+      if not shared or _is_alone(descriptor):
+        _remove_lock_file(path, descriptor)
       os.close(descriptor)
 
 
@@ -539,12 +559,13 @@ def _remove_lock_file(path: str, descriptor: int) -> None:
       os.unlink(path)
 
 
-def _flock(path: str) -> int | None:
+def _flock(path: str, shared: bool) -> int | None:
   """Returns a locked file descriptor of `path`, or None if another process has the lock."""
   while True:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
-      fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+      fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
       with contextlib.suppress(FileNotFoundError):
         if os.path.samestat(os.fstat(descriptor), os.stat(path)):
           return descriptor
@@ -558,6 +579,15 @@ def _flock(path: str) -> int | None:
         f'{path} cannot be locked ({error.strerror}): the file system has no locks (flock). Choose '
         'a --workdir on another disk, or mount this one with locks.'
       ) from error
+
+
+def _is_alone(descriptor: int) -> bool:
+  """Returns whether a shared lock has no other holder; it is no longer shared then."""
+  try:
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError:
+    return False
+  return True
 
 
 def _holder(path: str) -> str:

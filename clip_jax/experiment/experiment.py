@@ -60,6 +60,11 @@ class Experiment:
     return self.graph.embedder_block(self.embedder)
 
   @property
+  def is_shared(self) -> bool:
+    """Whether other commands make parts of the same stages."""
+    return self.config.engine.name == 'shared'
+
+  @property
   def suffix(self) -> str:
     """' (<name>)' for a further embedder, to be appended to log lines; '' for the main one."""
     return f' ({self.embedder})' if self.embedder else ''

@@ -167,7 +167,7 @@ def embeddings(x: Experiment, todo: list[Product]) -> Made:
   (dataset,) = {product.subject[0] for product in todo}
   source, every = workdir.source(x, dataset), x.graph.embeddings(dataset, x.embedder)
   model = x.cached('embedder', lambda: models.open_embedder(x))
-  if len(todo) < len(every):
+  if len(todo) < len(every) and not x.is_shared:
     logging.info(
       'embed %s: continuing; %d of %d shards exist.', dataset, len(every) - len(todo), len(every)
     )
@@ -187,7 +187,7 @@ def embeddings(x: Experiment, todo: list[Product]) -> Made:
       unreadable += keys
       yield product, outputs, {'rows': len(usable), 'unreadable': len(keys)}
   listed = _excluded(unreadable, 'unreadable image')
-  shown = not x.embedder and (dataset == blocks.POOL or listed)
+  shown = not x.embedder and (listed or (dataset == blocks.POOL and not x.is_shared))
   logging.log(
     logging.INFO if shown else logging.DEBUG,
     'embed %s%s: %s images%s.',

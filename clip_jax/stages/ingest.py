@@ -40,7 +40,7 @@ def draw_demo(x: Experiment, todo: list[Product]) -> Made:
 def index_shards(x: Experiment, todo: list[Product]) -> Made:
   """Scans shards of one dataset and writes an index of the samples of each."""
   dataset, every = todo[0].subject[0], x.graph.shards(todo[0].subject[0])
-  if len(todo) < len(every):
+  if len(todo) < len(every) and not x.is_shared:
     logging.info(
       '%s: %d of %d shards are indexed already.', dataset, len(every) - len(todo), len(every)
     )

@@ -1,6 +1,6 @@
 """Runs the stages in order: checks everything, applies --redo, then makes the missing products."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 import contextlib
 import glob
 from importlib import metadata
@@ -10,6 +10,7 @@ import platform
 import re
 import shlex
 import shutil
+import socket
 import sys
 import time
 
@@ -39,6 +40,9 @@ PACKAGES = (
   'clip-jax-ood',
 )
 REDO = 'redo.json'  # records a --redo in progress
+# Kinds of products of which each shard has its own; its number is the last element of `subject`.
+SHARDED = ('index shard', 'embeddings', 'vectors', 'image text', 'search shard', 'pairs')
+PARTS = 32  # of the shards of a dataset, for commands that share the work
 
 
 def run(
@@ -60,6 +64,11 @@ def run(
     if dry_run or graph:
       return
   names = _stage_names(stages)
+  if redo and config.engine.name == 'shared':
+    raise ConfigError(
+      f'--redo={redo} with config.engine.name=shared: other commands may use what it removes. Run '
+      'it once with engine.name=local, then share the work.'
+    )
   if profile:
     config = _with_profile(config, profile)
   if graph and not workdir:
@@ -397,7 +406,8 @@ def _end_redo(x: Experiment, redo: str, planned: list[Product]) -> None:
 
 def _log_start(x: Experiment, names: list[str]) -> None:
   """Opens the log and records the command and the config."""
-  log.to_file(x.path('log.txt'))
+  of = f'-{socket.gethostname()}-{os.getpid()}' if x.is_shared else ''
+  log.to_file(x.path(f'log{of}.txt'))
   command = shlex.join([os.path.basename(sys.executable), *sys.orig_argv[1:]])
   logging.debug('clip_jax: %s', command)
   files.write_json(
@@ -455,14 +465,20 @@ def _run_stage(x: Experiment, stage: str, names: list[str]) -> list[Product]:
     _check_disk(x, stage)
     if stage == 'train':
       table.stage_module('train').check(x, todo, len(wanted))
-  make = lambda batch: products.make(
-    x.workdir, batch, lambda missing: table.make_products(x, stage, missing)
+  make = lambda batch, part='': products.make(
+    x.workdir, batch, lambda missing: table.make_products(x, stage, missing), part=part
   )
-  if todo and stage == 'train' and (at_once := _runs_at_once(x)) > 1:
+  if x.is_shared:
+    made = _shared(make, wanted)
+  elif todo and stage == 'train' and (at_once := _runs_at_once(x)) > 1:
     made = engine.in_threads(make, _batches(wanted), at_once=at_once)
   else:
     made = map(make, _batches(wanted))
   new_products = [product for batch in made for product in batch]
+  if x.is_shared and new_products:
+    logging.info(
+      '%s: %d of %d products are made by this command.', stage, len(new_products), len(todo)
+    )
   _log_waiting(x, stage, wanted)
   if new_products and hasattr(table.stage_module(stage), 'summarize'):
     table.stage_module(stage).summarize(x, new_products)
@@ -495,6 +511,54 @@ def _check_disk(x: Experiment, stage: str) -> None:
     for file in names
   )
   files.check_space(x.workdir, needed - present, f'The stage {stage}')
+
+
+def _shared(
+  make: Callable[..., list[Product]],  # products of a batch, the name of its part
+  wanted: list[Product],
+) -> Iterator[list[Product]]:
+  """Yields what this process makes of a stage; returns when all is made, here or elsewhere.
+
+  What another process makes now is tried again later, and so are the products that read it.
+  """
+  left, waits = list(_parts(wanted)), False
+  while left:
+    later, before = [], len(left)
+    unmade: set[str] = set()
+    for part, batch in left:
+      reads = {each.name for product in batch for each in product.inputs}
+      try:
+        if reads & unmade:
+          raise products.Busy
+        yield make(batch, part)
+      except products.Busy:
+        later.append((part, batch))
+        unmade.update(product.name for product in batch)
+    left = later
+    if left and len(left) == before:
+      if not waits:
+        logging.info('Waiting for other commands, which make %s.', left[0][1][0].name)
+      waits = True
+      time.sleep(1)
+      interrupts.check()
+
+
+def _parts(wanted: list[Product]) -> Iterator[tuple[str, list[Product]]]:
+  """Yields the batches of a stage, those of shards in parts: (name of the part or '', products).
+
+  A part is the same for all processes: it depends on the config alone.
+  """
+  for batch in _batches(wanted):
+    if batch[0].kind not in SHARDED:
+      yield '', batch
+      continue
+    shards = max(product.subject[-1] for product in batch) + 1
+    size = -(-shards // PARTS)
+    parts: dict[int, list[Product]] = {}
+    for product in batch:
+      parts.setdefault(product.subject[-1] // size, []).append(product)
+    for number, part in sorted(parts.items()):
+      yield f'{batch[0].kind} {number:03d}'.replace(' ', '-'), part
 
 
 def _batches(wanted: list[Product]) -> Iterator[list[Product]]:

@@ -75,7 +75,7 @@ def search_shards(x: Experiment, todo: list[Product]) -> Made:
   for product in todo:
     wanted.setdefault(product.subject[1], []).append(product)
   present = len(pool.starts) - 1 - len(wanted)
-  if present:
+  if present and not x.is_shared:
     logging.info(
       'search: continuing; %d of %d pool shards are searched already.',
       present,
@@ -106,7 +106,7 @@ def search_shards(x: Experiment, todo: list[Product]) -> Made:
     if searched & set(group)
   ]
   logging.log(
-    logging.DEBUG if x.embedder else logging.INFO,
+    logging.DEBUG if x.embedder or x.is_shared else logging.INFO,
     'search%s: %s against %s queries of %s.',
     x.suffix,
     progress.count_with_noun(total, 'pool row'),
