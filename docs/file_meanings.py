@@ -139,7 +139,10 @@ MEANINGS = {
   # ----------------------------------------------------------------------------------------------
   # top, and in every folder
   'config.json': {'': 'the config of the last command; `clip_jax/defaults.py` explains its keys'},
-  'log.txt': {'': 'log of all commands; `--verbose` shows the same in the terminal'},
+  'log.txt': {
+    '': 'log of all commands; `--verbose` shows the same in the terminal. Further processes '
+    'that train together: `log-I.txt`; commands that share the work: `log-HOST-PID.txt`'
+  },
   'times.json': {
     'seconds.<stage>': 'seconds that the stage took, over all commands',
     'command': 'the last command',
@@ -513,7 +516,8 @@ MEANINGS = {
   # ----------------------------------------------------------------------------------------------
   # train, evaluate
   'train/<split>/seed<k>/checkpoints/': {
-    '': 'the last `train.keep_checkpoints` checkpoints of Orbax: parameters, optimizer, config'
+    '': 'the last `train.keep_checkpoints` checkpoints of Orbax (and the best one, with '
+    '`train.keep_best`): parameters, optimizer, config, moving averages, if any'
   },
   'train/<split>/seed<k>/config.json': {
     'fingerprint': 'fingerprint of the run; a begun run continues only if it is the same',
@@ -529,6 +533,8 @@ MEANINGS = {
     'train/seconds': 'seconds of training, over restarts',
     'train/images_per_sec': 'images a second since the line before',
     'train/waiting': 'share of the time since the line before in which training waited for images',
+    'train/flops_per_sec': 'FLOPs of the model a second since the line before, all devices; on known '
+    'accelerators `train/mfu` is their share of the peak',
   },
   'train/<split>/seed<k>/accuracy.jsonl': {
     'step': 'updates done; one line for each checkpoint and benchmark of `evaluate --follow`',
