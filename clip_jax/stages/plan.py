@@ -182,6 +182,13 @@ def _notes(
       next(iter(plan_devices.ACCELERATORS)),
     )
     yield f'Most of the {device} hours: {largest}, {share:.1f} %.'
+    days = sum(hours.values()) / 24
+    if days > 1:
+      several = ', '.join(f'{days / count:.3g} days on {count}' for count in (8, 64))
+      yield (
+        f'More {device}s: {several}. Training runs ({len(blocks.runs_to_train(x.config))}) and shards '
+        'share nothing, so that they can go side by side.'
+      )
   if 'train' in names and blocks.runs_to_train(x.config):
     yield (
       'Rows of train: samples seen in all runs. A split without a size counts as if it dropped no '
