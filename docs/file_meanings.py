@@ -533,8 +533,8 @@ MEANINGS = {
     'train/seconds': 'seconds of training, over restarts',
     'train/images_per_sec': 'images a second since the line before',
     'train/waiting': 'share of the time since the line before in which training waited for images',
-    'train/flops_per_sec': 'FLOPs of the model a second since the line before, all devices; on known '
-    'accelerators `train/mfu` is their share of the peak',
+    'train/flops_per_sec': 'FLOPs of the model a second since the line before, on all devices; on '
+    'known accelerators `train/mfu` is their share of the peak',
   },
   'train/<split>/seed<k>/accuracy.jsonl': {
     'step': 'updates done; one line for each checkpoint and benchmark of `evaluate --follow`',

@@ -186,8 +186,8 @@ def _notes(
     if days > 1:
       several = ', '.join(f'{days / count:.3g} days on {count}' for count in (8, 64))
       yield (
-        f'More {device}s: {several}. Training runs ({len(blocks.runs_to_train(x.config))}) and shards '
-        'share nothing, so that they can go side by side.'
+        f'More {device}s: {several}. Shards and the {len(blocks.runs_to_train(x.config))} training '
+        'runs share nothing, so that they can go side by side.'
       )
   if 'train' in names and blocks.runs_to_train(x.config):
     yield (
