@@ -278,7 +278,7 @@ def _run_examples(
   positions = share.of_batch(step)[part * length : (part + 1) * length]
   places, samples = read(positions)
   pixels = np.empty((len(positions), image_size, image_size, 3), np.uint8)
-  flat = memoryview(pixels).cast('B')
+  flat = pixels.data.cast('B')
   index, captions, replaced = np.empty(len(positions), np.int64), [], []
   bits = np.random.Philox(order_lib.crops_seed(seed))
   rng, state = np.random.Generator(bits), bits.state
@@ -293,7 +293,7 @@ def _run_examples(
     state['state']['counter'][1] = position  # reserves 2^64 random draws for each position
     index[i], crop, caption = _readable(source, place, sample, draw, replaced)
     # NumPy would release the interpreter lock for this copy, and wait to get it back.
-    flat[i * crop.size : (i + 1) * crop.size] = crop.reshape(-1)
+    flat[i * crop.size : (i + 1) * crop.size] = crop.reshape(-1).data
     captions.append(caption)
   return {
     'image': pixels,
