@@ -37,12 +37,12 @@ _SHRINKS = (8, 4, 2)  # factors by which a JPEG can be shrunk while it is decode
 
 # Some builds of Pillow use another JPEG library than simplejpeg's; then the pixels can differ.
 _SAME_LIBRARY = features.check_feature('libjpeg_turbo')
-_SCAN = b'\xff\xda'  # the marker of a scan's header
-_SCAN_BYTES = 14  # size of that header for colours
-_HEAD_BYTES = 1024  # usual maximum size of what comes before it
 _SOS, _DQT, _APPS = 0xFFDA, 0xFFDB, range(0xFFE0, 0xFFF0)  # JPEG markers
 JPEG_FRAMES = (0xFFC0, 0xFFC1, 0xFFC2)  # baseline, extended, progressive
 JPEG_FRAME = struct.Struct('>BHHB')  # bits, height, width, layers
+_SCAN = b'\xff\xda'  # _SOS in a file
+_SCAN_BYTES = 14  # its segment of three layers
+_HEAD_BYTES = 1024  # in which it is looked for
 _SEGMENT = struct.Struct('>HH')  # marker, length
 # The last three: Huffman tables, restart interval, comment.
 _KNOWN = frozenset([*JPEG_FRAMES, _SOS, _DQT, *_APPS, 0xFFC4, 0xFFDD, 0xFFFE])
@@ -258,7 +258,7 @@ def _jpeg_frame(data: bytes) -> _Frame | None:
   if data[:2] != b'\xff\xd8' or not _SAME_LIBRARY:
     return None
   head = data[: data.find(_SCAN, 0, _HEAD_BYTES) + _SCAN_BYTES]
-  return _frame_of_head(head) or _walk_to_frame(data)  # the marker may lie in another segment
+  return _frame_of_head(head) or _walk_to_frame(data)  # _SCAN may lie in another segment
 
 
 def _walk_to_frame(data: bytes) -> _Frame | None:

@@ -358,7 +358,7 @@ def _join_runs(
         part, replaced = next(elements)
         all_replaced += replaced
         for name, rows in part.items():
-          if len(rows) == host_batch and rows.flags.owndata:
+          if len(rows) == host_batch and rows.flags.owndata:  # not the memory of a process
             batch[name] = rows
             continue
           if not at:
