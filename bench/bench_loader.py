@@ -28,10 +28,21 @@ import tarfile
 import tempfile
 import time
 
+from absl import flags as absl_flags
 import numpy as np
 from PIL import Image
 
-from clip_jax.data import images, loader, reader, sources, storage, table, tokenizer, views
+from clip_jax.data import (
+  images,
+  loader,
+  loader_processes,
+  reader,
+  sources,
+  storage,
+  table,
+  tokenizer,
+  views,
+)
 
 BASE = 'webdataset, 2 workers'  # what ratios are to
 
@@ -112,6 +123,36 @@ def only_pillow():
     yield
   finally:
     images._SAME_LIBRARY = kept
+
+
+def grain_elements(make, count: int, *, processes: int, threads: int, slot_bytes: int):
+  """loader_processes.elements with Grain's own worker processes; its memory needs no slots."""
+  import grain
+
+  del slot_bytes
+  absl_flags.FLAGS.mark_as_parsed()  # Grain reads one
+  options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4)
+  elements = iter(
+    grain.MapDataset.range(count)
+    .map(make)
+    .to_iter_dataset(options)
+    .mp_prefetch(grain.MultiprocessingOptions(processes, per_worker_buffer_size=3))
+  )
+  try:
+    yield from elements
+  finally:
+    elements.close()
+
+
+@contextlib.contextmanager
+def grain_processes():
+  """The loader's processes are Grain's."""
+  kept = loader_processes.elements
+  loader_processes.elements = grain_elements
+  try:
+    yield
+  finally:
+    loader_processes.elements = kept
 
 
 class Peer:
@@ -206,6 +247,10 @@ def ways(pool: Pool, peers: dict[str, Peer], flags) -> dict[str, Callable[[], fl
     with only_pillow():
       return ours(pool, pool.source, length, warm, **options)
 
+  def with_grain(**options) -> float:
+    with grain_processes():
+      return ours(pool, pool.source, length, warm, **options)
+
   half = np.random.default_rng(0).permutation(len(pool.source))[: len(pool.source) // 2]
   view = views.Subset(pool.source, np.sort(half))
   jobs = {
@@ -213,6 +258,7 @@ def ways(pool: Pool, peers: dict[str, Peer], flags) -> dict[str, Callable[[], fl
     'ours, 2 threads': lambda: ours(pool, pool.source, length, warm, threads=2),
     'ours, 2 threads, a random half': lambda: ours(pool, view, length, warm, threads=2),
     'ours, 2 processes': lambda: ours(pool, pool.source, length, warm, threads=1, processes=2),
+    'ours, 2 processes of Grain': lambda: with_grain(threads=1, processes=2),
     'ours, 1 thread, Pillow': lambda: with_pillow(threads=1),
     'ours, 2 threads, Pillow': lambda: with_pillow(threads=2),
   }

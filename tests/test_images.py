@@ -155,6 +155,8 @@ def _jpegs():
   files['profile'] = _file(image, 'JPEG', icc_profile=bytes(100), xmp=b'<x/>')
   files['two'] = _file(image, 'MPO', save_all=True, append_images=[image])
   files['tail'] = files['33x47 2'] + b'garbage'
+  files['a scan in a comment'] = _file(image, 'JPEG', comment=b'\xff\xda\0\x0c' + bytes(40))
+  files['a long comment'] = _file(image, 'JPEG', comment=bytes(5000))
   return files
 
 

@@ -134,6 +134,48 @@ def test_packed_text_goes_on_and_is_packed_on_each_host():
     assert _equal(ours['text'], packing.pack(other['text'], 4))
 
 
+class _Photos(_Source):
+  """JPEGs of several sizes; every other one has its own Huffman tables."""
+
+  def _png(self, i):
+    out = io.BytesIO()
+    coarse = np.random.default_rng(i).integers(0, 256, (5, 4, 3), np.uint8)
+    Image.fromarray(coarse).resize((40 + i, 50 - 3 * i)).save(out, 'JPEG', optimize=i % 2 == 1)
+    return out.getvalue()
+
+
+def _crop_written_out(data, position, seed, size, scale):
+  """A position's crop as first released: its own counter of Philox, torchvision's rule, Pillow."""
+  bits = np.random.Philox(order.crops_seed(seed))
+  state = bits.state
+  state['state']['counter'][1] = position
+  bits.state = state
+  image = Image.open(io.BytesIO(data)).convert('RGB')
+  width, height = image.size
+  for draw in np.random.Generator(bits).random((10, 4)):
+    area = width * height * (scale[0] + (scale[1] - scale[0]) * draw[0])
+    ratio = 3 / 4 * (16 / 9) ** draw[1]
+    w, h = round((area * ratio) ** 0.5), round((area / ratio) ** 0.5)
+    if 0 < w <= width and 0 < h <= height:
+      x, y = int(draw[3] * (width - w + 1)), int(draw[2] * (height - h + 1))
+      part = image.crop((x, y, x + w, y + h))
+      return np.asarray(part.resize((size, size), Image.Resampling.BICUBIC))
+  return None  # 10 draws that do not fit: the centre, which test_images.py checks
+
+
+@pytest.mark.parametrize('scale', [(0.9, 1.0), (0.2, 0.9)])
+def test_a_seed_gives_the_same_pixels_in_every_release(scale):
+  source = _Photos(8)
+  batches = _batches(source, 3, seed=5, start=8, crop_scale=scale)
+  checked = 0
+  for position, (i, pixels) in enumerate(zip(batches['index'], batches['image']), 8):
+    expected = _crop_written_out(source.files[i], position, 5, 8, scale)
+    if expected is not None:
+      assert (pixels == expected).all(), position
+      checked += 1
+  assert checked >= 20
+
+
 def test_a_place_in_the_stream_has_its_own_crop():
   source = _Source(8)
   first, second = (_batches(source, 1, start=start, crop_scale=(0.2, 1.0)) for start in (0, 8))

@@ -7,6 +7,7 @@ file, and its result counts.
 """
 
 from collections.abc import Callable, Iterator
+import functools
 import io
 import math
 import os
@@ -31,7 +32,7 @@ _RATIO = (3 / 4, 4 / 3)  # width / height of a random crop, torchvision's defaul
 _TRIES = 10  # draws of a crop before the centre is taken; torchvision's default
 _LONGEST = 64  # long side / short side; of longer images only the centre is resized, to save memory
 _MOST_SIDE = 1 << 24  # pixels; Pillow allocates whole rows, and a longer row may be too large
-_MOST_SCANS = 500  # start-of-scan markers in a JPEG; each costs a pass over all its pixels
+_MOST_SCANS = 500  # in a JPEG; each costs a pass over all its pixels
 _SHRINKS = (8, 4, 2)  # factors by which a JPEG can be shrunk while it is decoded
 
 # Some builds of Pillow use another JPEG library than simplejpeg's; then the pixels can differ.
@@ -39,6 +40,9 @@ _SAME_LIBRARY = features.check_feature('libjpeg_turbo')
 _SOS, _DQT, _APPS = 0xFFDA, 0xFFDB, range(0xFFE0, 0xFFF0)  # JPEG markers
 JPEG_FRAMES = (0xFFC0, 0xFFC1, 0xFFC2)  # baseline, extended, progressive
 JPEG_FRAME = struct.Struct('>BHHB')  # bits, height, width, layers
+_SCAN = b'\xff\xda'  # _SOS in a file
+_SCAN_BYTES = 14  # its segment of three layers
+_HEAD_BYTES = 1024  # in which it is looked for
 _SEGMENT = struct.Struct('>HH')  # marker, length
 # The last three: Huffman tables, restart interval, comment.
 _KNOWN = frozenset([*JPEG_FRAMES, _SOS, _DQT, *_APPS, 0xFFC4, 0xFFDD, 0xFFFE])
@@ -103,8 +107,10 @@ def decode_crop(
   draws = rng.random((_TRIES, 4))
 
   def factor(height: int, width: int) -> int:
+    if not shrink:
+      return 1
     least = min(_crop_box(height, width, scale, draws)[2:])
-    return next((f for f in _SHRINKS if shrink and least >= f * shrink * size), 1)
+    return next((f for f in _SHRINKS if least >= f * shrink * size), 1)
 
   image, height, width = _decode(data, factor)
   box = _crop_box(height, width, scale, draws)
@@ -178,7 +184,8 @@ def random_resized_crop(
 def _crop_box(
   height: int, width: int, scale: tuple[float, float], draws: Array
 ) -> tuple[int, int, int, int]:  # top, left, height, width
-  for area, ratio, top, left in draws.tolist():
+  for draw in draws:  # usually the first fits
+    area, ratio, top, left = draw.tolist()
     area = height * width * (scale[0] + (scale[1] - scale[0]) * area)
     ratio = _RATIO[0] * (_RATIO[1] / _RATIO[0]) ** ratio  # uniform in its logarithm
     w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
@@ -193,7 +200,8 @@ def _decode(data: bytes, factor: Callable[[int, int], int]) -> tuple[Array, int,
 
   factor(height, width): 1, 2, 4 or 8, by which the sides of a JPEG are divided.
   """
-  if data[:2] == b'\xff\xd8' and data.count(b'\xff\xda') > _MOST_SCANS:
+  many = data[:2] == b'\xff\xd8' and data.count(b'\xff') > _MOST_SCANS  # one byte is found sooner
+  if many and data.count(_SCAN) > _MOST_SCANS:
     raise UnreadableImage('too many scans')
   frame = _jpeg_frame(data)
   if frame and frame.plain:
@@ -249,6 +257,11 @@ def _jpeg_frame(data: bytes) -> _Frame | None:
   """Returns the frame of a JPEG that simplejpeg decodes like Pillow, else None."""
   if data[:2] != b'\xff\xd8' or not _SAME_LIBRARY:
     return None
+  head = data[: data.find(_SCAN, 0, _HEAD_BYTES) + _SCAN_BYTES]
+  return _frame_of_head(head) or _walk_to_frame(data)  # _SCAN may lie in another segment
+
+
+def _walk_to_frame(data: bytes) -> _Frame | None:
   frame, plain = None, True
   for marker, start, end in jpeg_segments(data):
     if marker == _SOS:
@@ -269,6 +282,9 @@ def _jpeg_frame(data: bytes) -> _Frame | None:
     elif marker in _APPS:
       plain &= marker == _APPS[0] and end - start == 14 and data[start : start + 5] == b'JFIF\0'
   return None
+
+
+_frame_of_head = functools.lru_cache(256)(_walk_to_frame)  # small images often share their head
 
 
 def _is_grey16(image: Image.Image) -> bool:
@@ -313,7 +329,8 @@ def _bicubic(
     return image[y : y + rows, x : x + columns]
   row = 3 * image.shape[1]  # bytes; with this stride, Pillow reads the part without a copy
   pixels = np.ascontiguousarray(image).data.cast('B')[y * row + 3 * x :]
-  part = Image.frombytes('RGB', (columns, rows), pixels, 'raw', 'RGB', row, 1)
+  part = Image.new('RGB', (columns, rows), None)  # not initialised, unlike Image.frombytes's
+  part.frombytes(pixels, 'raw', 'RGB', row, 1)
   inner = left - x, top - y, left - x + w, top - y + h
   resized = part.resize((width, height), Image.Resampling.BICUBIC, inner)
   return np.frombuffer(resized.tobytes(), np.uint8).reshape(height, width, 3)

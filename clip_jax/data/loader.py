@@ -278,6 +278,7 @@ def _run_examples(
   positions = share.of_batch(step)[part * length : (part + 1) * length]
   places, samples = read(positions)
   pixels = np.empty((len(positions), image_size, image_size, 3), np.uint8)
+  flat = pixels.data.cast('B')
   index, captions, replaced = np.empty(len(positions), np.int64), [], []
   bits = np.random.Philox(order_lib.crops_seed(seed))
   rng, state = np.random.Generator(bits), bits.state
@@ -290,7 +291,9 @@ def _run_examples(
 
   for i, (position, place, sample) in enumerate(zip(positions, places, samples)):
     state['state']['counter'][1] = position  # reserves 2^64 random draws for each position
-    index[i], pixels[i], caption = _readable(source, place, sample, draw, replaced)
+    index[i], crop, caption = _readable(source, place, sample, draw, replaced)
+    # NumPy would release the interpreter lock for this copy, and wait to get it back.
+    flat[i * crop.size : (i + 1) * crop.size] = crop.reshape(-1).data
     captions.append(caption)
   return {
     'image': pixels,
@@ -355,6 +358,9 @@ def _join_runs(
         part, replaced = next(elements)
         all_replaced += replaced
         for name, rows in part.items():
+          if len(rows) == host_batch and rows.flags.owndata:  # not the memory of a process
+            batch[name] = rows
+            continue
           if not at:
             batch[name] = np.empty((host_batch, *rows.shape[1:]), rows.dtype)
           batch[name][at : at + len(rows)] = rows

@@ -60,7 +60,7 @@ class Source:
   def read_samples(self, rows: Sequence[int]) -> list[dict[str, Any]]:
     """Returns [self[row] for row in rows], faster: rows of one file are read together."""
     rows = [operator.index(row) for row in rows]
-    places = [self._row(row) for row in rows]
+    places = self._places(rows)
     images = self._images(rows, places)
     return [
       {
@@ -155,10 +155,15 @@ class Source:
     return path if storage.is_remote(path) else os.path.realpath(path), self.offsets(shard)
 
   def _row(self, row: int) -> tuple[int, int, int, int, int, int]:
-    row = operator.index(row)
-    if not 0 <= row < len(self._table):
-      raise IndexError(f'row {row} does not exist: {self._directory} has {len(self._table)} rows')
-    return self._table[row].item()
+    return self._places([operator.index(row)])[0]
+
+  def _places(self, rows: list[int]) -> list[tuple[int, int, int, int, int, int]]:
+    """Returns the table entries of rows."""
+    count = len(self._table)
+    for row in rows:
+      if not 0 <= row < count:
+        raise IndexError(f'row {row} does not exist: {self._directory} has {count} rows')
+    return self._table[rows].tolist()
 
   def _images(self, rows: Sequence[int], places: Sequence[Any]) -> dict[int, bytes]:
     """Returns position in `rows` -> image bytes.
