@@ -96,6 +96,14 @@ def test_the_port_of_process_0_must_be_free():
       hosts.start(f'127.0.0.1:{used.getsockname()[1]}', 2, 0)
 
 
+def test_an_error_of_the_devices_may_be_that_of_another_process(monkeypatch):
+  gloo = ValueError('UNKNOWN: Gloo AllGather failed: Connection closed by peer\nand more')
+  assert hosts.lost(gloo) == ''
+  monkeypatch.setattr(hosts, '_count', 2)
+  assert 'closed by peer. If one of the processes is gone' in hosts.lost(gloo)
+  assert hosts.lost(ValueError('a mistake: of ours')) == ''
+
+
 def test_alone_nothing_is_asked():
   hosts.start()
   assert (hosts.index(), hosts.count(), hosts.agree(3, 0)) == (0, 1, (3, 0))

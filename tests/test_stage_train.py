@@ -9,10 +9,10 @@ from squares import config, run_stages
 
 from clip_jax import defaults
 from clip_jax.core import checkpoints, files, metrics
-from clip_jax.core.errors import ConfigError
+from clip_jax.core.errors import ConfigError, InputError
 from clip_jax.experiment.experiment import Experiment
 from clip_jax.experiment.graph import Graph
-from clip_jax.stages import check, pipeline, train
+from clip_jax.stages import check, fit, pipeline, train
 from clip_jax.training import loop
 
 
@@ -215,3 +215,16 @@ def test_batch_norms_refuse_microbatches(data):
   c.model.name = 'RN50'
   with pytest.raises(ConfigError, match='microbatches=2: the batch norms of RN50'):
     check.check(c)
+
+
+@pytest.mark.parametrize(
+  'error, message',
+  [
+    (OSError(28, 'No space left on device'), 'No space left for the checkpoints in runs/a'),
+    (ValueError('RESOURCE_EXHAUSTED: a: No space left on device'), 'No space left for the check'),
+    (RuntimeError('RESOURCE_EXHAUSTED: 3 GiB\nmore'), r'little memory \(RES.* 3 GiB\)\. Use train'),
+  ],
+)
+def test_a_lack_of_space_is_not_one_of_memory(error, message):
+  with pytest.raises(InputError, match=message), fit._enough_memory('runs/a'):
+    raise error

@@ -230,7 +230,8 @@ def lost(error: Exception) -> str:
 
   When a process is gone, the next sum over all devices fails in the others.
   """
-  if _count == 1 or type(error).__name__ != 'JaxRuntimeError':
+  is_status = re.match('[A-Z_]+: ', str(error))  # 'UNKNOWN: Gloo AllGather failed', a ValueError
+  if _count == 1 or not (is_status or type(error).__name__ == 'JaxRuntimeError'):
     return ''
   return (
     f'The devices of all processes stopped working together: {str(error).splitlines()[0][:200]}. '
