@@ -2,6 +2,7 @@
 
 import pathlib
 import shutil
+import types
 
 import numpy as np
 import pytest
@@ -184,10 +185,14 @@ def test_a_split_may_have_a_budget_of_its_own(data, prepared_squares, tmp_path, 
     check.check(c, ('train',))
 
 
-def test_on_several_devices_runs_train_one_after_the_other(data, caplog):
+def test_on_several_devices_runs_train_one_after_the_other(data, caplog, monkeypatch):
   caplog.set_level('INFO', 'absl')
   x = Experiment(config(data, **{'train.runs_at_once': 2}), '')
   assert pipeline._runs_at_once(x) == 1 and 'each uses all 8 devices' in caplog.text
+  monkeypatch.setattr(pipeline.blocks, 'mesh', lambda _: types.SimpleNamespace(size=1))
+  assert pipeline._runs_at_once(x) == 2
+  profiled = config(data, **{'train.runs_at_once': 2, 'train.profile': (3, 5)})
+  assert pipeline._runs_at_once(Experiment(profiled, '')) == 1  # JAX records one at a time
 
 
 @pytest.mark.slow

@@ -492,8 +492,11 @@ def _run_stage(x: Experiment, stage: str, names: list[str]) -> list[Product]:
 
 
 def _runs_at_once(x: Experiment) -> int:
-  """Returns train.runs_at_once, 1 on several devices: the collectives of runs would mix."""
-  at_once = x.config.train.runs_at_once
+  """Returns train.runs_at_once, 1 on several devices: the collectives of runs would mix.
+
+  Also 1 with a profile, of which JAX records one at a time.
+  """
+  at_once = x.config.train.runs_at_once if not x.config.train.profile else 1
   if at_once > 1 and (devices := blocks.mesh(x.config).size) > 1:
     logging.info('train: one run after the other, because each uses all %d devices.', devices)
     return 1
