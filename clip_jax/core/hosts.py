@@ -89,6 +89,8 @@ def start(coordinator: str = '', processes: int = 0, process: int = -1) -> None:
     InputError: the others did not start in time.
   """
   global _index, _count
+  if processes == 1:
+    return
   flags = dict(
     coordinator_address=coordinator or None,
     num_processes=processes or None,
@@ -104,8 +106,6 @@ def start(coordinator: str = '', processes: int = 0, process: int = -1) -> None:
       '--processes=1.'
     ) from error
   if not arguments and not _on_tpu_vm():
-    return
-  if arguments.get('num_processes') == 1:
     return
   if arguments and not _is_complete(arguments):
     raise ConfigError(
@@ -152,6 +152,9 @@ def _connect(arguments: Mapping[str, Any]) -> str:
       socket.create_server(('', int(arguments['coordinator_address'].rpartition(':')[2]))).close()
     except OSError as error:  # JAX crashes
       return os.strerror(error.errno or 0)
+  if host := arguments.get('coordinator_address', '').rpartition(':')[0]:
+    # A cluster's proxy leads out of it; gRPC would use it inside, too.
+    os.environ.setdefault('no_grpc_proxy', f'{host},{os.environ.get("no_proxy", "")}')
   reason = [f'{CONNECT_SECS} seconds have passed']
 
   def connect() -> None:
