@@ -262,9 +262,12 @@ def test_a_killed_process_ends_all_and_another_number_goes_on(prepared, alone, t
   processes = _start(folder, 2, 2, **slow)
   _wait_for_step(folder, 5, processes)
   os.killpg(processes[1].pid, signal.SIGKILL)
-  assert _finished(processes) == [1, -signal.SIGKILL]
-  assert re.search('Error: .* is gone, start all of them again', _said(folder, 0))
-  assert 'Traceback' not in _said(folder, 0)
+  first, second = _finished(processes)
+  # While a checkpoint is saved, JAX aborts after a minute without a heartbeat.
+  assert second == -signal.SIGKILL and first in (1, -signal.SIGABRT), _said(folder, 0)
+  if first == 1:
+    assert re.search('Error: .* is gone, start all of them again', _said(folder, 0))
+    assert 'Traceback' not in _said(folder, 0)
   assert _finished(_start(folder, 3, **slow)) == [2] * 3
   assert 'batch_size=32 must be a multiple' in _said(folder, 0)
   assert _finished(_start(folder, 1, **slow)) == [0]
