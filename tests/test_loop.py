@@ -169,6 +169,22 @@ def test_speed_is_written_and_some_updates_are_recorded(tmp_path, caplog):
   assert f'profile of the updates is in {tmp_path}' in caplog.text
 
 
+def test_a_resumed_run_is_recorded_from_its_first_update(tmp_path, caplog):
+  caplog.set_level('INFO')
+  recorder = loop._Recorder((3, 9), str(tmp_path))
+  for n in (7, 8, 9):
+    with recorder.update(n):
+      pass
+  recorder.close()
+  assert list(tmp_path.rglob('*.xplane.pb')) and caplog.text.count('profile') == 1
+  late = loop._Recorder((3, 7), str(tmp_path / 'late'))
+  for n in (7, 8):
+    with late.update(n):
+      pass
+  late.close()
+  assert not (tmp_path / 'late').exists() and caplog.text.count('made no update of 3:7') == 1
+
+
 def test_memory_is_said_first_and_nothing_compiles_after_the_first_step(tmp_path, caplog):
   caplog.set_level('INFO')
   seen = []

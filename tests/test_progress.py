@@ -1,6 +1,16 @@
 """core/progress.py."""
 
-from clip_jax.core import progress
+import io
+import logging as python_logging
+import re
+import sys
+
+from clip_jax.core import log, progress
+
+
+class _Terminal(io.StringIO):
+  def isatty(self):
+    return True
 
 
 def test_seconds():
@@ -33,3 +43,19 @@ def test_sizes_and_counts_in_words():
     '1 shard',
     '2,000 shards',
   ]
+
+
+def test_a_terminal_of_80_columns_shows_a_note_and_lines_of_their_own(monkeypatch):
+  terminal = _Terminal()
+  monkeypatch.setattr(sys, 'stderr', terminal)
+  monkeypatch.setattr(sys, 'stdout', terminal)
+  with progress.Bar(total=4, desc='train/handwriting/seed0', unit='steps') as bar:
+    record = python_logging.LogRecord('absl', 20, '', 1, 'a line of the log', None, None)
+    log._AboveBars(terminal).emit(record)
+    bar.note = 'loss 3.457, 26,384 images/s, 2 % waiting for images'
+    bar.update(4)
+    bar._bar.refresh()
+  shown = re.split('[\r\n]', terminal.getvalue())
+  assert 'a line of the log' in shown
+  (last,) = {line.strip() for line in shown if '100 %' in line}
+  assert re.search('seed0: 100 %, 00:00 left, loss 3.457, 26,384 images/s', last[:80])

@@ -2,6 +2,7 @@
 
 import pathlib
 import shutil
+import types
 
 import numpy as np
 import pytest
@@ -9,10 +10,10 @@ from squares import config, run_stages
 
 from clip_jax import defaults
 from clip_jax.core import checkpoints, files, metrics
-from clip_jax.core.errors import ConfigError
+from clip_jax.core.errors import ConfigError, InputError
 from clip_jax.experiment.experiment import Experiment
 from clip_jax.experiment.graph import Graph
-from clip_jax.stages import check, pipeline, train
+from clip_jax.stages import check, fit, pipeline, train
 from clip_jax.training import loop
 
 
@@ -185,10 +186,14 @@ def test_a_split_may_have_a_budget_of_its_own(data, prepared_squares, tmp_path, 
     check.check(c, ('train',))
 
 
-def test_on_several_devices_runs_train_one_after_the_other(data, caplog):
+def test_on_several_devices_runs_train_one_after_the_other(data, caplog, monkeypatch):
   caplog.set_level('INFO', 'absl')
   x = Experiment(config(data, **{'train.runs_at_once': 2}), '')
   assert pipeline._runs_at_once(x) == 1 and 'each uses all 8 devices' in caplog.text
+  monkeypatch.setattr(pipeline.blocks, 'mesh', lambda _: types.SimpleNamespace(size=1))
+  assert pipeline._runs_at_once(x) == 2
+  profiled = config(data, **{'train.runs_at_once': 2, 'train.profile': (3, 5)})
+  assert pipeline._runs_at_once(Experiment(profiled, '')) == 1  # JAX records one at a time
 
 
 @pytest.mark.slow
@@ -216,3 +221,16 @@ def test_batch_norms_refuse_microbatches(data):
   c.model.name = 'RN50'
   with pytest.raises(ConfigError, match='microbatches=2: the batch norms of RN50'):
     check.check(c)
+
+
+@pytest.mark.parametrize(
+  'error, message',
+  [
+    (OSError(28, 'No space left on device'), 'No space left for the checkpoints in runs/a'),
+    (ValueError('RESOURCE_EXHAUSTED: a: No space left on device'), 'No space left for the check'),
+    (RuntimeError('RESOURCE_EXHAUSTED: 3 GiB\nmore'), r'little memory \(RES.* 3 GiB\)\. Use train'),
+  ],
+)
+def test_a_lack_of_space_is_not_one_of_memory(error, message):
+  with pytest.raises(InputError, match=message), fit._enough_memory('runs/a'):
+    raise error

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import json
 import os
 import re
+import socket
 import sys
 import threading
 import time
@@ -27,6 +28,7 @@ _OVER, _WORD, _GONE = 'clip_jax/over', 'clip_jax/word', 'clip_jax/gone'  # keys
 
 _index, _count = 0, 1
 _words = 0  # told or heard so far
+_connecting = False
 _ended = threading.Event()
 
 
@@ -83,23 +85,29 @@ def start(coordinator: str = '', processes: int = 0, process: int = -1) -> None:
     process: number of this one; -1: as the launcher says.
 
   Raises:
-    ConfigError: the flags are incomplete or wrong.
+    ConfigError: the flags or the launcher's variables are incomplete or wrong.
     InputError: the others did not start in time.
   """
   global _index, _count
+  if processes == 1:
+    return
   flags = dict(
     coordinator_address=coordinator or None,
     num_processes=processes or None,
     process_id=process if process >= 0 else None,
   )
   given = {name: value for name, value in flags.items() if value is not None}
-  arguments = {**launched(os.environ), **given}
+  try:
+    arguments = {**launched(os.environ), **given}
+  except (KeyError, ValueError) as error:
+    raise ConfigError(
+      f'Of the variables of SLURM or Open MPI, which say that there are several processes, one is '
+      f'missing or no number ({error}). Start all processes with srun or mpirun, or one with '
+      '--processes=1.'
+    ) from error
   if not arguments and not _on_tpu_vm():
     return
-  if arguments.get('num_processes') == 1:
-    return
-  missing = [name for name in flags if arguments.get(name) is None]
-  if arguments and (missing or not 0 <= arguments['process_id'] < arguments['num_processes']):
+  if arguments and not _is_complete(arguments):
     raise ConfigError(
       'Several processes need --coordinator=HOST:PORT (of process 0), --processes=N and '
       '--process=I with 0 <= I < N, the same N and address for all. SLURM gives all three, Open '
@@ -110,24 +118,63 @@ def start(coordinator: str = '', processes: int = 0, process: int = -1) -> None:
 
   # Signals are handled in core/interrupts.py; JAX's handler would take SIGTERM away.
   jax.config.update('jax_enable_preemption_service', False)
-  try:
-    jax.distributed.initialize(
-      **arguments,
-      cluster_detection_method='deactivate' if arguments else None,
-      initialization_timeout=CONNECT_SECS,
-      heartbeat_timeout_seconds=HEARTBEAT_SECS,
-    )
-  except RuntimeError as error:
+  reason = _connect(arguments)
+  if reason:
     raise InputError(
       f'Process {arguments.get("process_id")} of {arguments.get("num_processes")} did not reach '
-      f'the others at {arguments.get("coordinator_address")} within {CONNECT_SECS} seconds. Check '
-      f'the address and that all of them start ({str(error).splitlines()[0]}).'
-    ) from error
+      f'the others at {arguments.get("coordinator_address")}: {reason}. Check that this is a free '
+      'port of the host of process 0, and that all of them start, each with another --process.'
+    )
   _index, _count = jax.process_index(), jax.process_count()
   if jax.default_backend() == 'cpu':  # see command.compilation_cache
     jax.config.update('jax_enable_compilation_cache', False)
   if _count > 1:
-    threading.Thread(target=_watch, daemon=True).start()
+    _watcher.start()
+
+
+def _is_complete(arguments: Mapping[str, Any]) -> bool:
+  address, number = arguments.get('coordinator_address'), arguments.get('num_processes')
+  port = re.fullmatch(r'.+:(\d{1,5})', address or '')
+  is_process = number and 0 <= arguments.get('process_id', -1) < number
+  return bool(port and 0 < int(port[1]) < 65_536 and is_process)
+
+
+def _connect(arguments: Mapping[str, Any]) -> str:
+  """Connects this process to the others; returns the reason if it cannot.
+
+  In a thread, as JAX ignores signals while it waits, and crashes when it has waited for too long.
+  """
+  import jax
+
+  global _connecting
+  if arguments.get('process_id') == 0:
+    try:
+      socket.create_server(('', int(arguments['coordinator_address'].rpartition(':')[2]))).close()
+    except OSError as error:  # JAX crashes
+      return os.strerror(error.errno or 0)
+  if host := arguments.get('coordinator_address', '').rpartition(':')[0]:
+    # A cluster's proxy leads out of it; gRPC would use it inside, too.
+    os.environ.setdefault('no_grpc_proxy', f'{host},{os.environ.get("no_proxy", "")}')
+  reason = [f'{CONNECT_SECS} seconds have passed']
+
+  def connect() -> None:
+    try:
+      jax.distributed.initialize(
+        **arguments,
+        cluster_detection_method='deactivate' if arguments else None,
+        initialization_timeout=2 * CONNECT_SECS,
+        heartbeat_timeout_seconds=HEARTBEAT_SECS,
+      )
+      reason[0] = ''
+    except Exception as error:  # told in the main thread
+      reason[0] = str(error).splitlines()[0]
+
+  thread = threading.Thread(target=connect, daemon=True)
+  _connecting = True
+  thread.start()
+  thread.join(CONNECT_SECS)
+  _connecting = thread.is_alive()
+  return reason[0]
 
 
 def _on_tpu_vm() -> bool:
@@ -177,6 +224,7 @@ def end() -> None:
   import jax
 
   _ended.set()
+  _watcher.join()  # Python aborts if it ends while another thread waits for JAX
   jax.distributed.shutdown()
 
 
@@ -185,7 +233,8 @@ def lost(error: Exception) -> str:
 
   When a process is gone, the next sum over all devices fails in the others.
   """
-  if _count == 1 or type(error).__name__ != 'JaxRuntimeError':
+  is_status = re.match('[A-Z_]+: ', str(error))  # 'UNKNOWN: Gloo AllGather failed', a ValueError
+  if _count == 1 or not (is_status or type(error).__name__ == 'JaxRuntimeError'):
     return ''
   return (
     f'The devices of all processes stopped working together: {str(error).splitlines()[0][:200]}. '
@@ -202,6 +251,9 @@ def end_all(status: int, message: str = '') -> None:
   if _count > 1:
     _set(_OVER, json.dumps(dict(status=status, message=message, by=_index)))
     _leave(status)
+  if _connecting:
+    sys.stdout.flush()
+    os._exit(status)  # else JAX waits for seconds and prints its own errors
 
 
 def _watch() -> None:
@@ -217,6 +269,9 @@ def _watch() -> None:
         _show(over)
         _leave(over['status'])
       return
+
+
+_watcher = threading.Thread(target=_watch, daemon=True)
 
 
 def _show(over: dict) -> None:

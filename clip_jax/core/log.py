@@ -3,6 +3,7 @@
 Warnings of other libraries go to the log file alone, their errors to both.
 """
 
+import contextlib
 import logging as python_logging
 import os
 import sys
@@ -33,6 +34,15 @@ class _Plain(python_logging.Formatter):
     return text if is_info else f'{record.levelname.capitalize()}: {text}'
 
 
+class _AboveBars(python_logging.StreamHandler):
+  """Writes lines above the progress bars of the terminal, if there are any."""
+
+  def emit(self, record):
+    tqdm = getattr(sys.modules.get('tqdm'), 'tqdm', None)
+    with tqdm.external_write_mode(self.stream) if tqdm else contextlib.nullcontext():
+      super().emit(record)
+
+
 def start(verbose: bool = False) -> None:
   """Sends this package's log to standard output as plain lines; other libraries' errors, too.
 
@@ -51,7 +61,7 @@ def start(verbose: bool = False) -> None:
   warnings.filterwarnings('ignore', module='PIL')
   for name in _NOISY:
     python_logging.getLogger(name).setLevel(python_logging.WARNING)
-  handler = python_logging.StreamHandler(sys.stdout)
+  handler = _AboveBars(sys.stdout)
   handler.setLevel(python_logging.DEBUG if verbose else python_logging.INFO)
   handler.setFormatter(_Plain())
   handler.addFilter(_is_notable if verbose else _is_shown)

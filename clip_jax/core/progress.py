@@ -11,6 +11,7 @@ from clip_jax.core import interrupts
 
 T = TypeVar('T')
 LINE_EVERY_SECS = 30.0
+_NOTED = '{desc}: {percentage:.0f} %, {remaining} left{postfix}'  # with a note, in 80 columns
 
 
 def track(
@@ -50,6 +51,7 @@ class Bar:
     self._done += n
     if self._bar is not None:
       if self.note:
+        self._bar.bar_format = _NOTED
         self._bar.set_postfix_str(self.note, refresh=False)
       self._bar.update(n)
       return

@@ -7,6 +7,7 @@ checkpoints/ and metrics.jsonl.
 
 from collections.abc import Callable, Iterator
 import contextlib
+import errno
 import os
 
 from absl import logging
@@ -109,7 +110,7 @@ def fit(
       os.path.join(path, 'tensorboard') if t.tensorboard else '',
     )
   )
-  with interrupts.deferred() as should_stop, _enough_memory():
+  with interrupts.deferred() as should_stop, _enough_memory(path):
     result = loop.train(
       init_params=functions.init,
       encode=functions.encode,
@@ -155,11 +156,16 @@ def fit(
 
 
 @contextlib.contextmanager
-def _enough_memory() -> Iterator[None]:
-  """Turns a lack of device memory into an InputError."""
+def _enough_memory(path: str) -> Iterator[None]:
+  """Turns a lack of device memory, or of space for a checkpoint, into an InputError."""
   try:
     yield
   except Exception as error:  # of a type that tells nothing
+    if os.strerror(errno.ENOSPC) in str(error):
+      raise InputError(
+        f'No space left for the checkpoints in {path}. Free some space and run the same command '
+        'again; training goes on from its last checkpoint.'
+      ) from error
     if 'RESOURCE_EXHAUSTED' not in str(error):
       raise
     first = str(error).splitlines()[0]

@@ -18,7 +18,7 @@ from absl import logging
 
 from clip_jax.core import config as config_lib
 from clip_jax.core import engine, files, hosts, interrupts, log, products, progress, sharding
-from clip_jax.core.errors import ConfigError
+from clip_jax.core.errors import ConfigError, InputError
 from clip_jax.core.products import EMBEDDERS, STAGES, Product
 from clip_jax.core.types import Config
 from clip_jax.data import images
@@ -43,6 +43,7 @@ REDO = 'redo.json'  # records a --redo in progress
 # Kinds of products of which each shard has its own; its number is the last element of `subject`.
 SHARDED = ('index shard', 'embeddings', 'vectors', 'image text', 'search shard', 'pairs')
 PARTS = 32  # of the shards of a dataset, for commands that share the work
+SEEN_SECS = 60  # until all hosts see a new file: NFS remembers for so long that it was not there
 
 
 def run(
@@ -124,19 +125,33 @@ def _take_part(x: Experiment) -> None:
   log.to_file(x.path(f'log-{hosts.index()}.txt'))
   while word := hosts.told():
     name, digest = word.split()
-    if digest != blocks.training_digest(x.config):
-      raise ConfigError(
-        'its config.train, mesh, model or preprocess is not that of process 0. Start all processes '
-        'with the same config and flags.'
-      )
-    stage, product = next(
-      (stage, part)
+    found = {
+      part.name: (stage, part)
       for stage in ('embedder', 'train')
       for part in table.products_of(x, stage)
-      if part.name == name
-    )
+    }
+    if digest != blocks.training_digest(x.config) or name not in found:
+      raise ConfigError(
+        'its config.train, mesh, model, preprocess or splits are not those of process 0. Start all '
+        'processes with the same config and flags.'
+      )
+    stage, product = found[name]
+    _check_is_shared(x.path(os.path.dirname(name), 'config.json'))
     for _ in table.make_products(x, stage, [product]):
       pass
+
+
+def _check_is_shared(path: str) -> None:
+  """Raises InputError unless this process sees a file that process 0 has written."""
+  until = time.monotonic() + SEEN_SECS
+  while not os.path.exists(path):
+    if time.monotonic() > until:
+      raise InputError(
+        f'it does not see {path}, which process 0 has written. All processes need the same '
+        '--workdir, on a file system that they share.'
+      )
+    interrupts.check()
+    time.sleep(0.5)
 
 
 def _why_nothing_trains(config: Config) -> str:
@@ -493,8 +508,11 @@ def _run_stage(x: Experiment, stage: str, names: list[str]) -> list[Product]:
 
 
 def _runs_at_once(x: Experiment) -> int:
-  """Returns train.runs_at_once, 1 on several devices: the collectives of runs would mix."""
-  at_once = x.config.train.runs_at_once
+  """Returns train.runs_at_once, 1 on several devices: the collectives of runs would mix.
+
+  Also 1 with a profile, of which JAX records one at a time.
+  """
+  at_once = x.config.train.runs_at_once if not x.config.train.profile else 1
   if at_once > 1 and (devices := blocks.mesh(x.config).size) > 1:
     logging.info('train: one run after the other, because each uses all %d devices.', devices)
     return 1

@@ -125,7 +125,7 @@ def train(x: Experiment, todo: list[Product]) -> Made:
     last['train/loss'],
     f'{seen:,}',
     seen / size,
-    f'{last["train/images_per_sec"]:,.0f}',
+    f'{np.median([line["train/images_per_sec"] for line in lines]):,.0f}',
     progress.seconds(last['train/seconds']),
     100 * sum(waits) / len(waits),
   )

@@ -11,6 +11,7 @@ from collections.abc import Callable, Generator, Iterator
 import contextlib
 import dataclasses
 import math
+import os
 import threading
 import time
 from typing import Any, Protocol
@@ -297,8 +298,9 @@ class _Recorder:
 
   @contextlib.contextmanager
   def update(self, n: int) -> Iterator[None]:
-    """Wraps the start of update n + 1; the first one of a trace is `start`, counted from 0."""
-    if n == self._updates[0]:
+    """Wraps the start of update n + 1; a trace has those from `start` on, counted from 0."""
+    if self._is_due and self._updates[0] <= n < self._updates[1]:
+      os.makedirs(self._folder, exist_ok=True)  # so that an error says why
       jax.profiler.start_trace(self._folder)
       self._is_on, self._is_due = True, False
     elif n == self._updates[1]:
@@ -312,7 +314,8 @@ class _Recorder:
       jax.profiler.stop_trace()
       logging.info('The profile of the updates is in %s.', self._folder)
     elif self._is_due:
-      logging.info('No profile: the run did not come to update %d.', self._updates[0])
+      self._is_due = False
+      logging.info('No profile: this command made no update of %d:%d.', *self._updates)
 
 
 class _Log:
