@@ -107,23 +107,18 @@ def loop_seconds(config: zoo.CLIPConfig, dtype: str, data: list[dict], count: in
       asked.append(clocks())
       yield batch
 
-  recipe, schedule = device_check.RECIPE, device_check.SCHEDULE
+  schedule = device_check.SCHEDULE
   with tempfile.TemporaryDirectory() as folder:
     loop.train(
       init_params=functions.init,
       encode=functions.encode,
+      recipe=device_check.RECIPE,
       batches=batches,
       total_steps=UNTIMED + count + 1,
       batch_size=len(data[0]['image']),
       learning_rate=float(schedule['peak']),
       warmup_steps=int(schedule['warmup_steps']),
-      weight_decay=recipe.weight_decay,
-      beta1=recipe.beta1,
-      beta2=recipe.beta2,
-      eps=recipe.eps,
       seed=0,
-      mean=recipe.mean,
-      std=recipe.std,
       checkpoint_dir=os.path.join(folder, 'checkpoints'),
       config={},
       save_every_steps=0,

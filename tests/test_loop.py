@@ -1,5 +1,6 @@
 """The loop: what it writes, and that a stopped, killed or damaged run goes on bit for bit."""
 
+import dataclasses
 import os
 import re
 import signal
@@ -21,6 +22,8 @@ from clip_jax.models import clip
 from clip_jax.training import loop
 
 BATCH = 16
+RECIPE = dataclasses.replace(test_step.RECIPE, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+AVERAGING = dataclasses.replace(RECIPE, ema_decay=0.9)
 
 
 def batches(start):
@@ -36,18 +39,13 @@ def train(folder, **changes):
   arguments = dict(
     init_params=functions.init,
     encode=functions.encode,
+    recipe=RECIPE,
     batches=batches,
     total_steps=12,
     batch_size=BATCH,
     learning_rate=1e-2,
     warmup_steps=3,
-    weight_decay=0.2,
-    beta1=0.9,
-    beta2=0.98,
-    eps=1e-6,
     seed=0,
-    mean=(0.5, 0.5, 0.5),
-    std=(0.25, 0.25, 0.25),
     checkpoint_dir=os.path.join(folder, 'checkpoints'),
     config={'width': 8},
     save_every_steps=4,
@@ -128,9 +126,9 @@ def test_a_finished_run_is_left_alone(whole):
 
 
 def test_averages_are_saved_and_resumed(whole, tmp_path):
-  train(tmp_path / 'a', ema_decay=0.9)
-  train(tmp_path / 'b', ema_decay=0.9, should_stop=stop_after(5))
-  train(tmp_path / 'b', ema_decay=0.9)
+  train(tmp_path / 'a', recipe=AVERAGING)
+  train(tmp_path / 'b', recipe=AVERAGING, should_stop=stop_after(5))
+  train(tmp_path / 'b', recipe=AVERAGING)
   found = [checkpoints.restore_params(tmp_path / name, 'ema')[0] for name in 'ab']
   assert checkpoints.digest(found[0]) == checkpoints.digest(found[1]) != whole[0].digest
   with pytest.raises(InputError, match='has no ema'):
@@ -194,7 +192,13 @@ def test_memory_is_said_first_and_nothing_compiles_after_the_first_step(tmp_path
     return 0
 
   with jax.log_compiles():
-    train(tmp_path, total_steps=5, save_every_steps=0, eps=1.5e-6, should_stop=count)
+    train(
+      tmp_path,
+      total_steps=5,
+      save_every_steps=0,
+      recipe=dataclasses.replace(RECIPE, eps=1.5e-6),
+      should_stop=count,
+    )
   assert seen[0] > 0 and seen[1:] == seen[:1] * 4
   said = [text for text in caplog.messages if 'a step needs' in text]
   assert len(said) == 1 and re.search(r'needs \d+\.\d [kM]B on each device \(estimate\)', said[0])

@@ -22,7 +22,7 @@ from clip_jax.experiment import blocks
 from clip_jax.experiment.experiment import Experiment
 from clip_jax.models import clip, flops, text, zoo
 from clip_jax.stages import models
-from clip_jax.training import loop
+from clip_jax.training import loop, step
 
 PACKING_SAVES = 0.15  # captions are packed if this share of a step's FLOPs is saved
 
@@ -114,30 +114,19 @@ def fit(
     result = loop.train(
       init_params=functions.init,
       encode=functions.encode,
+      recipe=_recipe(x),
       batches=batches,
       total_steps=samples // t.batch_size,
       batch_size=t.batch_size,
       learning_rate=t.learning_rate,
       warmup_steps=t.warmup_steps,
-      weight_decay=t.weight_decay,
-      beta1=t.beta1,
-      beta2=t.beta2,
-      eps=t.eps,
       seed=seed,
-      loss=t.loss,
-      loss_chunk=t.loss_chunk,
-      loss_precision=t.loss_precision,
-      microbatches=t.microbatches,
       mesh=mesh,
-      clip_norm=t.clip_norm,
-      ema_decay=t.ema_decay,
       flops=lambda captions: _flops(x, architecture, captions),
       peak_flops=mesh.size * (accelerators.peak_flops(mesh.devices.flat[0].device_kind) or 0.0),
       profile=tuple(t.profile) or None,
       profile_dir=os.path.join(path, 'profile'),
       tokens=tokens,
-      mean=tuple(p.mean),
-      std=tuple(p.std),
       checkpoint_dir=os.path.join(path, 'checkpoints'),
       config=models.describe_model(x.config, folder, seed),
       save_every_steps=t.save_every_steps,
@@ -153,6 +142,25 @@ def fit(
     interrupts.receive(result.stopped_by)
   writer.close()
   return result, replaced
+
+
+def _recipe(x: Experiment) -> step.Recipe:
+  """Returns the settings of a step."""
+  t, p = x.config.train, x.config.preprocess
+  return step.Recipe(
+    loss=t.loss,
+    beta1=t.beta1,
+    beta2=t.beta2,
+    eps=t.eps,
+    weight_decay=t.weight_decay,
+    mean=tuple(p.mean),
+    std=tuple(p.std),
+    loss_chunk=t.loss_chunk,
+    loss_precision=t.loss_precision,
+    microbatches=t.microbatches,
+    clip_norm=t.clip_norm,
+    ema_decay=t.ema_decay,
+  )
 
 
 @contextlib.contextmanager

@@ -56,19 +56,14 @@ def train(
   *,
   init_params: Callable[[jax.Array], dict],  # PRNG key -> params
   encode: Callable[[dict, jax.Array, Any, jax.Array], tuple[dict, dict]],  # see models/clip.py
+  recipe: training_step.Recipe,
   # Examples seen -> endless dicts of image, text [, index]: this process's part of each batch.
   batches: Callable[[int], Generator],
   total_steps: int,
   batch_size: int,  # global, over all devices
   learning_rate: float,  # peak
   warmup_steps: int,
-  weight_decay: float,
-  beta1: float,
-  beta2: float,
-  eps: float,
   seed: int,  # of the initialisation and of random numbers in training
-  mean: tuple[float, float, float],  # of the pixels in 0..1
-  std: tuple[float, float, float],
   checkpoint_dir: Any,
   config: dict,  # JSON values, saved in every checkpoint
   save_every_steps: int,  # steps between checkpoints; 0: not by steps
@@ -76,12 +71,6 @@ def train(
   keep: int,  # number of checkpoints kept
   log_every_steps: int,
   metrics: MetricsWriter,
-  loss: str = 'clip',  # a key of losses.LOSSES
-  loss_chunk: int = 0,  # of the loss, see losses.py; 0: the whole matrix of logits
-  loss_precision: str = 'float32',  # a key of losses.PRECISIONS
-  microbatches: int = 1,  # parts of a batch that go through the model one after the other
-  clip_norm: float = 0.0,  # largest norm of the gradients; 0: any
-  ema_decay: float = 0.0,  # of moving averages of the parameters, saved beside them; 0: none
   flops: Callable[[Any], float] = lambda text: 0.0,  # of an update with such captions, all devices
   peak_flops: float = 0.0,  # per second, of all devices; 0: unknown
   profile: tuple[int, int] | None = None,  # (start, stop): updates recorded by JAX's profiler
@@ -107,21 +96,7 @@ def train(
       another model; the loss or a parameter is not finite (nothing is saved then).
   """
   mesh = sharding.mesh() if mesh is None else mesh
-  sharding.check_batch_size(batch_size, mesh, microbatches)
-  recipe = training_step.Recipe(
-    loss=loss,
-    beta1=beta1,
-    beta2=beta2,
-    eps=eps,
-    weight_decay=weight_decay,
-    mean=mean,
-    std=std,
-    loss_chunk=loss_chunk,
-    loss_precision=loss_precision,
-    microbatches=microbatches,
-    clip_norm=clip_norm,
-    ema_decay=ema_decay,
-  )
+  sharding.check_batch_size(batch_size, mesh, recipe.microbatches)
   with _COMPILING:
     steps = training_step.steps(init_params, encode, recipe, mesh)
   schedule = dict(
@@ -134,7 +109,7 @@ def train(
   ) as store:
     state, start, seconds = _restore(store, steps, seed)
     initial = state if tokens is None or not start else steps.init(seed)
-    used = used_tokens.UsedTokens(tokens, initial, schedule, weight_decay)
+    used = used_tokens.UsedTokens(tokens, initial, schedule, recipe.weight_decay)
     metrics.truncate(start)
     log = _Log(
       metrics,
