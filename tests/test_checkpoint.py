@@ -51,11 +51,11 @@ def test_a_checkpoint_that_training_removes_while_it_is_read(tmp_path, monkeypat
   steps(folder)
   restore = checkpoints.restore_params
 
-  def slow(path):
+  def slow(path, *item):
     if not (folder / '00000004').exists():
       steps(folder, '00000004')
       (folder / '00000000/params/_METADATA').unlink()  # half removed
-    return restore(path)
+    return restore(path, *item)
 
   monkeypatch.setattr(checkpoints, 'restore_params', slow)
   assert models.read(str(tmp_path / 'run')).step == 4

@@ -28,7 +28,9 @@ def check(x: Experiment, todo: list[Product], number: int) -> None:
   check_sizes(x, todo)
   if len(todo) < number:
     logging.info('train: continuing; %d of %d runs are done.', number - len(todo), number)
-  logging.info('train: %s', devices(blocks.mesh(x.config)))
+  mesh = blocks.mesh(x.config)
+  is_plain = mesh.size == 1 and mesh.devices.flat[0].platform == 'cpu'
+  logging.log(logging.DEBUG if is_plain else logging.INFO, 'train: %s', devices(mesh))
   _advise(x)
 
 

@@ -166,9 +166,10 @@ def steps(
     weight_decay=recipe.weight_decay,
     clip_norm=recipe.clip_norm,
   )
-  loss_of = functools.partial(
-    losses.LOSSES[recipe.loss].function, chunk=recipe.loss_chunk, precision=recipe.loss_precision
-  )
+  asked = dict(chunk=recipe.loss_chunk, precision=recipe.loss_precision)
+  usual = dict(chunk=0, precision='float32')  # a loss may know nothing else
+  options = {name: value for name, value in asked.items() if value != usual[name]}
+  loss_of = functools.partial(losses.LOSSES[recipe.loss].function, **options)
   gradients = _gradients
   if recipe.microbatches > 1:
     gradients = functools.partial(_cached_gradients, microbatches=recipe.microbatches, mesh=mesh)
