@@ -106,15 +106,15 @@ def test_three_commands_killed_and_replaced_give_the_bytes_of_one(tmp_path, kill
       )
 
   assert start('one').wait() == 0
-  shared = '--config.engine.name=shared'
-  running, draw = [start('three', shared) for _ in range(3)], random.Random(0)
+  shared = '--config.engine.name=shared', '--config.engine.kills=0'
+  running, draw = [start('three', *shared) for _ in range(3)], random.Random(0)
   while kills and any(process.poll() is None for process in running):
     time.sleep(draw.uniform(0.5, 3))
     i = draw.randrange(3)
     if running[i].poll() is None:
       running[i].kill()
       assert running[i].wait() == -signal.SIGKILL
-      running[i], kills = start('three', shared), kills - 1
+      running[i], kills = start('three', *shared), kills - 1
   said = (tmp_path / 'three.out').read_text()
   assert [process.wait() for process in running] == [0] * 3, said
   one, three = (products.sidecars(str(tmp_path / name)) for name in ('one', 'three'))
