@@ -8,6 +8,7 @@ seen to wait for ever.
 from collections.abc import Callable
 import os
 import signal
+import socket
 import time
 from typing import Any
 
@@ -17,6 +18,7 @@ from clip_jax.core import command, interrupts, log, progress
 from clip_jax.core.errors import ConfigError, InputError
 
 LOOK_SECS = 2.0  # between looks for new and lost places
+CONNECT_SECS = 10.0
 END_SECS = 60.0  # that the calls get to end in
 MOST_KILLED = 4  # calls in a row, for each place, while no work gets done
 _STORE_BYTES = 80 << 20  # of a cluster of this machine alone: nothing but arguments is stored
@@ -78,11 +80,14 @@ def _connect(ray: Any, address: str) -> None:
   """Connects to a cluster, or starts one of this machine alone."""
   alone = {'include_dashboard': False, 'object_store_memory': _STORE_BYTES}
   handler = signal.getsignal(signal.SIGTERM)
+  host, _, port = address.rpartition(':')
   try:
+    if host and port.isdecimal():  # Ray would try for minutes
+      socket.create_connection((host, int(port)), CONNECT_SECS).close()
     ray.init(
       address or 'local', log_to_driver=False, logging_level='ERROR', **({} if address else alone)
     )
-  except (ConnectionError, RuntimeError, ValueError) as error:
+  except (OSError, OverflowError, RuntimeError, ValueError) as error:
     lines = str(error).strip().splitlines() or ['']
     raise ConfigError(
       f'engine.address={address!r}: no Ray cluster is reached there ({lines[0]}). Start one with '
@@ -124,7 +129,7 @@ def _keep(
     if not calls:
       time.sleep(LOOK_SECS)  # all nodes are gone; new ones may come
       continue
-    for call in ray.wait([*calls], timeout=LOOK_SECS)[0]:
+    for call in _wait(ray, calls, 1, LOOK_SECS):
       calls.discard(call)
       try:
         is_done = ray.get(call)
@@ -138,9 +143,15 @@ def _keep(
         replaced, killed = replaced + 1, killed + 1
         reason = str(error).strip().splitlines()[0]
         logging.warning('A worker was killed; what it made is made again. Ray: %s', reason)
+      except exceptions.RayError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(
+          f'The workers cannot run: {reason} Every node needs this package, this Python and the '
+          'work directory.'
+        ) from error
       else:
         if is_done:
-          _wait(ray, calls)
+          _wait(ray, calls, len(calls), END_SECS)
           return
         replaced += 1  # its node is shut down
 
@@ -168,11 +179,17 @@ def _end(ray: Any, calls: set) -> None:
   try:
     for call in calls:
       ray.cancel(call)
-    _wait(ray, calls)
+    _wait(ray, calls, len(calls), END_SECS)
   finally:
     ray.shutdown()  # kills what is left
 
 
-def _wait(ray: Any, calls: set) -> None:
-  if calls:
-    ray.wait([*calls], num_returns=len(calls), timeout=END_SECS)
+def _wait(ray: Any, calls: set, count: int, secs: float) -> list:
+  """Returns the calls that have ended as soon as there are `count` of them, or after `secs`."""
+  if not calls:
+    return []
+  try:
+    return ray.wait([*calls], num_returns=count, timeout=secs)[0]
+  except SystemError:  # which Ray makes of the exception of a signal
+    interrupts.check()
+    raise

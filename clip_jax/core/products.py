@@ -369,10 +369,9 @@ def sidecar_path(workdir: str, name: str) -> epath.Path:
 
 def read_sidecar(workdir: str, name: str) -> dict | None:
   """Returns the sidecar of a finished product; None if it or a file is missing or truncated."""
-  path = sidecar_path(workdir, name)
-  if not path.exists():
+  sidecar = _read_sidecar(sidecar_path(workdir, name))
+  if sidecar is None:
     return None
-  sidecar = files.read_json(path)
   for file, size in sidecar['files'].items():
     file_path = epath.Path(workdir) / file
     if not file_path.exists() or (size >= 0 and file_path.stat().length != size):
@@ -403,8 +402,16 @@ def counts(workdir: str, name: str) -> dict:
 
 def sidecars(workdir: str) -> dict[str, dict]:
   """Returns all sidecars of a work directory: product name -> sidecar. Files are not checked."""
-  every = map(files.read_json, _sidecar_paths(epath.Path(workdir)))
-  return {sidecar['name']: sidecar for sidecar in every}
+  every = map(_read_sidecar, _sidecar_paths(epath.Path(workdir)))
+  return {sidecar['name']: sidecar for sidecar in every if sidecar is not None}
+
+
+def _read_sidecar(path: epath.Path) -> dict | None:
+  """Returns a sidecar; None without one: another process may delete it at any time."""
+  try:
+    return files.read_json(path)
+  except FileNotFoundError:
+    return None
 
 
 def _sidecar_paths(folder: epath.Path) -> Iterator[epath.Path]:

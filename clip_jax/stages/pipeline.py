@@ -265,8 +265,7 @@ def _bytes(x: Experiment, name: str) -> int:
   for file, size in recorded.items():
     total += max(size, 0)
     if size < 0:
-      for folder, _, found in os.walk(x.path(file)):
-        total += sum(os.path.getsize(os.path.join(folder, entry)) for entry in found)
+      total += files.size_below(x.path(file))
   return total
 
 
@@ -569,10 +568,7 @@ def _check_disk(x: Experiment, stage: str) -> None:
   """Raises InputError if the disk has no space for the rest of a stage's files."""
   needed = sum(plan.stage_plan(view, stage).bytes or 0 for view in plan.views(x, stage))
   present = sum(
-    os.path.getsize(os.path.join(folder, file))
-    for view in plan.views(x, stage)
-    for folder, _, names in os.walk(view.embedder_path(STAGES[stage]))
-    for file in names
+    files.size_below(view.embedder_path(STAGES[stage])) for view in plan.views(x, stage)
   )
   files.check_space(x.workdir, needed - present, f'The stage {stage}')
 
