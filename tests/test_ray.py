@@ -73,7 +73,7 @@ def test_progress_ends_the_count_of_kills(tmp_path):
 def test_without_ray_the_message_says_what_to_install(monkeypatch):
   monkeypatch.setitem(sys.modules, 'ray', None)
   with pytest.raises(ConfigError, match=r'pip install .clip-jax-ood\[ray\]'):
-    on_ray.run(print, (), address='', cpus=1, watch=lambda calls, replaced: 0)
+    on_ray.run(print, (), workdir='', address='', cpus=1, watch=lambda calls, replaced: 0)
 
 
 def test_processes_of_a_launcher_are_refused(monkeypatch):
@@ -85,12 +85,19 @@ def test_processes_of_a_launcher_are_refused(monkeypatch):
 class _Ray(types.ModuleType):
   """A cluster in a script: at each look, the CPUs of its nodes and how the oldest call ends."""
 
-  def __init__(self, looks):
+  def __init__(self, looks, lock):
     super().__init__('ray')
     self.exceptions = types.ModuleType('ray.exceptions')
-    for name in ('RayTaskError', 'NodeDiedError', 'WorkerCrashedError', 'OutOfMemoryError'):
+    for name in (
+      'RayTaskError',
+      'NodeDiedError',
+      'WorkerCrashedError',
+      'OutOfMemoryError',
+      'RayError',
+    ):
       setattr(self.exceptions, name, type(name, (Exception,), {'cause': InputError('a shard')}))
-    self.looks, self.now, self.begun, self.cancelled, self.ended = looks, 0, 0, [], False
+    self.looks, self.now, self.begun, self.ended = looks, 0, 0, False
+    self.lock, self.told = lock, []
 
   def init(self, *args, **kwargs):
     self.address = args[0]
@@ -114,7 +121,8 @@ class _Ray(types.ModuleType):
     return self.begun
 
   def wait(self, calls, timeout, num_returns=1):
-    if num_returns > 1 or self.now + 1 == len(self.looks):
+    if timeout == on_ray.END_SECS:
+      self.told.append((calls, self.lock.exists()))
       return calls, []
     self.now += 1
     return ([min(calls)], []) if self.looks[self.now][1] else ([], calls)
@@ -125,12 +133,9 @@ class _Ray(types.ModuleType):
       raise getattr(self.exceptions, end)(f'{end} of {call}')
     return end
 
-  def cancel(self, call):
-    self.cancelled.append(call)
 
-
-def _drive(monkeypatch, looks, done=lambda: 0):
-  ray, said = _Ray(looks), []
+def _drive(monkeypatch, folder, looks, done=lambda: 0):
+  ray, said = _Ray(looks, folder / 'ray.lock'), []
   monkeypatch.setitem(sys.modules, 'ray', ray)
   monkeypatch.setitem(sys.modules, 'ray.exceptions', ray.exceptions)
   monkeypatch.setattr(time, 'sleep', lambda seconds: setattr(ray, 'now', ray.now + 1))
@@ -141,13 +146,13 @@ def _drive(monkeypatch, looks, done=lambda: 0):
     return done()
 
   try:
-    on_ray.run(print, (), address='', cpus=2, watch=watch)
+    on_ray.run(print, (), workdir=str(folder), address='', cpus=2, watch=watch)
   finally:
     assert ray.ended and ray.address == 'local'
   return ray, said
 
 
-def test_calls_follow_the_nodes_and_are_replaced_until_one_returns(monkeypatch):
+def test_calls_follow_the_nodes_and_are_replaced_until_one_returns(monkeypatch, tmp_path):
   looks = [
     ([2, 5], None),  # rooms for 1 + 2
     ([2, 5], 'WorkerCrashedError'),
@@ -158,28 +163,35 @@ def test_calls_follow_the_nodes_and_are_replaced_until_one_returns(monkeypatch):
     ([4], True),
     ([4], None),
   ]
-  ray, said = _drive(monkeypatch, looks)
+  ray, said = _drive(monkeypatch, tmp_path, looks)
   assert said == [(3, 0), (3, 1), (2, 2), (1, 3), (0, 4), (2, 4)]
-  assert ray.begun == 6 and ray.options['num_cpus'] == 2
+  assert ray.begun == 6 and ray.told == [([6], True)] and ray.options['num_cpus'] == 2
 
 
-def test_an_error_of_a_call_stops_the_others(monkeypatch):
+def test_an_error_of_a_call_stops_the_others(monkeypatch, tmp_path):
   with pytest.raises(InputError, match='^a shard$'):
-    _drive(monkeypatch, [([4], None), ([4], 'RayTaskError'), ([4], None)])
+    _drive(monkeypatch, tmp_path, [([4], None), ([4], 'RayTaskError'), ([4], None)])
   ray = sys.modules['ray']
-  assert ray.cancelled == [2]
+  assert ray.told == [([2], False)]  # they see that the lock is free
 
 
-def test_calls_that_are_killed_without_end_are_an_error(monkeypatch):
+def test_a_node_that_cannot_run_the_call_is_an_error(monkeypatch, tmp_path):
+  with pytest.raises(InputError, match='cannot run .RayError of 1.*Every node needs this package'):
+    _drive(monkeypatch, tmp_path, [([2], None), ([2], 'RayError'), ([2], None)])
+
+
+def test_calls_that_are_killed_without_end_are_an_error(monkeypatch, tmp_path):
   looks = [([2], None), *[([2], 'WorkerCrashedError')] * 9, ([2], True), ([2], None)]
   with pytest.raises(InputError, match='5 workers in a row were killed'):
-    _drive(monkeypatch, looks)
-  _drive(monkeypatch, looks, done=iter(range(99)).__next__)  # while work gets done they may be many
+    _drive(monkeypatch, tmp_path, looks)
+  _drive(
+    monkeypatch, tmp_path, looks, done=iter(range(99)).__next__
+  )  # while work gets done they may be many
 
 
-def test_a_cluster_without_room_is_an_error(monkeypatch):
+def test_a_cluster_without_room_is_an_error(monkeypatch, tmp_path):
   with pytest.raises(ConfigError, match='No node of the Ray cluster has 2 CPUs'):
-    _drive(monkeypatch, [([1, 1], None)])
+    _drive(monkeypatch, tmp_path, [([1, 1], None)])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -214,7 +226,8 @@ def watch(calls, replaced):
   print('replaced:', replaced)
   return 0
 
-on_ray.run(test_ray.make_numbers, (sys.argv[1],), address='', cpus=1, watch=watch)
+folder = sys.argv[1]
+on_ray.run(test_ray.make_numbers, (folder,), workdir=folder, address='', cpus=1, watch=watch)
 """
 
 

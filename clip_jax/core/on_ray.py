@@ -1,26 +1,29 @@
 """Runs the same function in all places of a Ray cluster at once, and again where it is killed.
 
 The calls share their work by themselves, through the locks of a common work directory, so Ray
-carries nothing but the arguments. Ray's own restarts are off: on a cluster that shrinks they were
-seen to wait for ever.
+carries nothing but the arguments. Two things of Ray are not used: its restarts, which were seen to
+wait for ever on a cluster that shrinks, and ray.cancel, which ends the driver with a failed check
+if the call ends at the same time (Ray 2.60). Instead, the calls end when the driver's lock is free.
 """
 
 from collections.abc import Callable
 import os
 import signal
 import socket
+import threading
 import time
 from typing import Any
 
 from absl import logging
 
-from clip_jax.core import command, interrupts, log, progress
+from clip_jax.core import command, interrupts, log, products, progress
 from clip_jax.core.errors import ConfigError, InputError
 
 LOOK_SECS = 2.0  # between looks for new and lost places
 CONNECT_SECS = 10.0
 END_SECS = 60.0  # that the calls get to end in
 MOST_KILLED = 4  # calls in a row, for each place, while no work gets done
+_LOCK = 'ray'
 _STORE_BYTES = 80 << 20  # of a cluster of this machine alone: nothing but arguments is stored
 
 
@@ -28,6 +31,7 @@ def run(
   function: Callable[..., None],
   arguments: tuple,
   *,
+  workdir: str,
   address: str,
   cpus: int,
   watch: Callable[[int, int], int],
@@ -41,6 +45,7 @@ def run(
   Args:
     function: of a module that the nodes have; it must be able to run again, and many times at once.
     arguments: they must pickle.
+    workdir: a folder that all nodes share; WORKDIR/ray.lock is held while calls are to run.
     address: HOST:PORT of the cluster, 'auto' for the one of this machine, '' for a new one that is
       this machine alone and ends with the call.
     cpus: CPUs of a place.
@@ -50,6 +55,7 @@ def run(
   Raises:
     ConfigError: Ray is not installed, the cluster is not reached, or no node has a place.
     InputError: calls are killed one after the other, and no work gets done.
+    Busy: another such driver works in the folder.
     Whatever `function` raises; all other calls are stopped then.
   """
   try:
@@ -70,10 +76,14 @@ def run(
     logging.info('Ray: room for %s of %s each.', progress.count_with_noun(room, 'worker'), unit)
     share = {'num_gpus': 1, 'num_cpus': 0} if kind == 'GPU' else {'num_cpus': cpus}
     call = ray.remote(max_retries=0, max_calls=1, **share)(_call)
-    start = lambda: call.remote(function, arguments, os.getcwd())
-    _keep(ray, start, lambda: _places(ray, kind, count), calls, watch)
+    start = lambda: call.remote(function, arguments, workdir, os.getcwd())
+    with products.lock(workdir, _LOCK):
+      _keep(ray, start, lambda: _places(ray, kind, count), calls, watch)
   finally:
-    _end(ray, calls)
+    try:
+      _wait(ray, calls, len(calls), END_SECS)
+    finally:
+      ray.shutdown()  # kills what is left
 
 
 def _connect(ray: Any, address: str) -> None:
@@ -135,6 +145,8 @@ def _keep(
         is_done = ray.get(call)
       except exceptions.RayTaskError as error:
         logging.debug('A call on the cluster failed:\n%s', error)
+        if isinstance(error.cause, exceptions.RayError):
+          raise _unfit(error.cause) from error
         raise error.cause from None
       except exceptions.NodeDiedError:
         replaced += 1
@@ -144,19 +156,22 @@ def _keep(
         reason = str(error).strip().splitlines()[0]
         logging.warning('A worker was killed; what it made is made again. Ray: %s', reason)
       except exceptions.RayError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(
-          f'The workers cannot run: {reason} Every node needs this package, this Python and the '
-          'work directory.'
-        ) from error
+        raise _unfit(error) from error
       else:
         if is_done:
-          _wait(ray, calls, len(calls), END_SECS)
+          calls.difference_update(_wait(ray, calls, len(calls), END_SECS))
           return
         replaced += 1  # its node is shut down
 
 
-def _call(function: Callable[..., None], arguments: tuple, folder: str) -> bool:
+def _unfit(error: Exception) -> InputError:
+  return InputError(
+    f'The workers cannot run ({str(error).strip().splitlines()[0]}). Every node needs this '
+    'package, this Python and the work directory.'
+  )
+
+
+def _call(function: Callable[..., None], arguments: tuple, workdir: str, folder: str) -> bool:
   """Runs function(*arguments) on a node, from the folder where the command was started.
 
   Returns False if a signal stopped it.
@@ -166,6 +181,7 @@ def _call(function: Callable[..., None], arguments: tuple, folder: str) -> bool:
   command.compilation_cache()
   log.start()
   interrupts.install()
+  threading.Thread(target=_end_with_driver, args=(workdir,), daemon=True).start()
   try:
     function(*arguments)
     return True
@@ -174,14 +190,15 @@ def _call(function: Callable[..., None], arguments: tuple, folder: str) -> bool:
     return False
 
 
-def _end(ray: Any, calls: set) -> None:
-  """Stops the calls that still run, as Ctrl-C does, and leaves the cluster."""
-  try:
-    for call in calls:
-      ray.cancel(call)
-    _wait(ray, calls, len(calls), END_SECS)
-  finally:
-    ray.shutdown()  # kills what is left
+def _end_with_driver(workdir: str) -> None:
+  """Sends this process SIGTERM when the driver's lock is free."""
+  while True:
+    try:
+      with products.lock(workdir, _LOCK, shared=True):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return
+    except products.Busy:
+      time.sleep(LOOK_SECS)
 
 
 def _wait(ray: Any, calls: set, count: int, secs: float) -> list:

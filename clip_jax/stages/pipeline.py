@@ -494,6 +494,7 @@ def _on_cluster(x: Experiment, config: Config, stages: list[str] | None, names: 
     on_ray.run(
       _take_shards,
       (config, x.workdir, stages, sys.orig_argv),
+      workdir=x.workdir,
       address=config.engine.address,
       cpus=config.engine.cpus,
       watch=watch,
