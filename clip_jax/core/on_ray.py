@@ -129,7 +129,6 @@ def _keep(
     calls.update(start() for _ in range(room - len(calls)))
     before, done = done, watch(len(calls), replaced)
     killed = 0 if done != before else killed
-    interrupts.check()
     if killed > MOST_KILLED * max(room, 1):
       raise InputError(
         f'{killed} workers in a row were killed before they had finished anything, perhaps because '
