@@ -189,6 +189,11 @@ def test_calls_that_are_killed_without_end_are_an_error(monkeypatch, tmp_path):
   )  # while work gets done they may be many
 
 
+def test_a_node_without_the_work_directory_is_an_error(tmp_path):
+  with pytest.raises(InputError, match='is not the folder that the driver has'):
+    on_ray._call(print, (), str(tmp_path), str(tmp_path))
+
+
 def test_a_cluster_without_room_is_an_error(monkeypatch, tmp_path):
   with pytest.raises(ConfigError, match='No node of the Ray cluster has 2 CPUs'):
     _drive(monkeypatch, tmp_path, [([1, 1], None)])

@@ -72,7 +72,7 @@ def run(
     count = 1 if kind == 'GPU' else cpus
     if not (room := _places(ray, kind, count)):
       raise ConfigError(f'No node of the Ray cluster has {cpus} CPUs: lower engine.cpus.')
-    unit = 'one GPU' if kind == 'GPU' else f'{cpus} CPUs'
+    unit = 'one GPU' if kind == 'GPU' else progress.count_with_noun(cpus, 'CPU')
     logging.info('Ray: room for %s of %s each.', progress.count_with_noun(room, 'worker'), unit)
     share = {'num_gpus': 1, 'num_cpus': 0} if kind == 'GPU' else {'num_cpus': cpus}
     call = ray.remote(max_retries=0, max_calls=1, **share)(_call)
@@ -160,7 +160,7 @@ def _keep(
         if is_done:
           calls.difference_update(_wait(ray, calls, len(calls), END_SECS))
           return
-        replaced += 1  # its node is shut down
+        replaced, killed = replaced + 1, killed + 1  # its node is shut down
 
 
 def _unfit(error: Exception) -> InputError:
@@ -175,6 +175,11 @@ def _call(function: Callable[..., None], arguments: tuple, workdir: str, folder:
 
   Returns False if a signal stopped it.
   """
+  if not os.path.exists(os.path.join(workdir, _LOCK + products.LOCK)):
+    raise InputError(
+      f'{workdir} on {socket.gethostname()} is not the folder that the driver has: all nodes need '
+      'the work directory under the same path, on a shared disk.'
+    )
   if os.path.isdir(folder):
     os.chdir(folder)
   command.compilation_cache()

@@ -221,9 +221,8 @@ def _check(x: Experiment, names: list[str], redo: str) -> list[str]:
     for part in wanted.get('train', ())
     if part.name in replaced or products.status(x.workdir, part) != 'fits'
   ]
-  if (
-    runs and has_jax
-  ):  # importing JAX is slow, so a work directory without missing runs skips this check
+  # Importing JAX is slow, so a work directory without missing runs skips this check.
+  if runs and has_jax:
     mesh = blocks.mesh(x.config)
     sharding.check_batch_size(x.config.train.batch_size, mesh, x.config.train.microbatches)
     table.stage_module('train').check_sizes(
