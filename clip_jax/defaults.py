@@ -436,9 +436,17 @@ GLYPHS = {
 ENGINE = {
   # 'local': one command makes all | 'shared': the same command, started on several machines with a
   # common work directory, or several times on one, shares the work: each takes the shards, runs and
-  # results that no other one makes. They may come, go and be killed at any time.
-  'name': Key('local', one_of('local', 'shared')),
+  # results that no other one makes. They may come, go and be killed at any time. | 'ray': one
+  # command starts such commands on a Ray cluster, one on each GPU, or on each `cpus` CPUs.
+  'name': Key('local', one_of('local', 'shared', 'ray')),
   'workers': Key(0, natural),  # processes that read and write shards; 0: the main process
+  # 'shared', 'ray': a shard or result, or a training run without a new checkpoint, during which so
+  # many processes in a row were killed is an error that names it; 0: never.
+  'kills': Key(3, natural),
+  # 'ray': HOST:PORT of the cluster's head | 'auto': the cluster to which this machine belongs | '':
+  # this machine alone, without a cluster.
+  'address': Key(''),
+  'cpus': Key(2, positive),  # 'ray' without GPUs: CPUs for each worker; more of them: fewer workers
 }
 
 # The embedder: the frozen model whose image embeddings define similarity.

@@ -43,7 +43,7 @@ def test_the_shipped_configs_pass(monkeypatch):
     ({'search.backend': 'scann'}, 'min_recall'),
     ({'search.top_k': 0}, 'search.top_k=0 must be more than 0'),
     ({'dedup.threshold': 3.0}, 'dedup.threshold=3.0 must lie in'),
-    ({'engine.name': 'ray'}, "engine.name='ray' is not known"),
+    ({'engine.name': 'rai'}, "Did you mean 'ray'"),
     ({'pool.format': 'tarr'}, 'pool.format'),
     ({'pool.format': 'webdataset'}, 'config.pool.path'),
     ({'pool.path': 'poool'}, "Did you mean 'pool'"),

@@ -29,6 +29,7 @@ TABLES = {
 }
 OF_TABLES = ('evaluation', 'models', 'pruning')
 ELSEWHERE = {  # files of which another test file is the test
+  'core/on_ray': 'ray',
   'core/vectors': 'core_vectors',
   'demo/glyphs': 'glyphs',
   'evaluation/positive_control': 'image_copies',

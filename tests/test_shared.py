@@ -64,6 +64,17 @@ def test_parts_are_few_and_the_same_whatever_is_missing():
   assert len(parts) == 25 and [p.subject[1] for p in parts['search-shard-003']] == [12, 13, 14, 15]
 
 
+def test_files_that_another_command_deletes_meanwhile_are_no_error(tmp_path, monkeypatch):
+  products.finish(str(tmp_path), Product('x/0'), [], {})
+  listed = list(products._sidecar_paths(files.epath.Path(tmp_path)))
+  gone = products.sidecar_path(str(tmp_path), 'x/1')
+  monkeypatch.setattr(products, '_sidecar_paths', lambda folder: [gone, *listed])
+  assert list(products.sidecars(str(tmp_path))) == ['x/0']
+  assert products.read_sidecar(str(tmp_path), 'x/1') is None
+  (tmp_path / 'link').symlink_to(tmp_path / 'nowhere')  # listed, and not there
+  assert files.size_below(str(tmp_path)) == listed[0].stat().length
+
+
 def test_redo_is_not_for_shared_work(tmp_path):
   squares.make(tmp_path)
   c = squares.config(tmp_path, **{'engine.name': 'shared'})
@@ -106,15 +117,15 @@ def test_three_commands_killed_and_replaced_give_the_bytes_of_one(tmp_path, kill
       )
 
   assert start('one').wait() == 0
-  shared = '--config.engine.name=shared'
-  running, draw = [start('three', shared) for _ in range(3)], random.Random(0)
+  shared = '--config.engine.name=shared', '--config.engine.kills=0'
+  running, draw = [start('three', *shared) for _ in range(3)], random.Random(0)
   while kills and any(process.poll() is None for process in running):
     time.sleep(draw.uniform(0.5, 3))
     i = draw.randrange(3)
     if running[i].poll() is None:
       running[i].kill()
       assert running[i].wait() == -signal.SIGKILL
-      running[i], kills = start('three', shared), kills - 1
+      running[i], kills = start('three', *shared), kills - 1
   said = (tmp_path / 'three.out').read_text()
   assert [process.wait() for process in running] == [0] * 3, said
   one, three = (products.sidecars(str(tmp_path / name)) for name in ('one', 'three'))

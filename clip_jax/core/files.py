@@ -67,6 +67,16 @@ def remove_unfinished(folder: str) -> list[str]:
   return removed
 
 
+def size_below(folder: str) -> int:
+  """Returns the bytes of all files below a local folder; other processes may delete some now."""
+  total = 0
+  for parent, _, names in os.walk(folder):
+    for name in names:
+      with contextlib.suppress(FileNotFoundError):
+        total += os.path.getsize(os.path.join(parent, name))
+  return total
+
+
 def _is_dead(pid: int) -> bool:
   """Returns whether a process of this machine has ended, even if nobody has collected it."""
   try:

@@ -115,6 +115,7 @@ def make(
   work: Callable[[list[Product]], Made],
   *,
   part: str = '',
+  kills: int = 0,
 ) -> list[Product]:
   """Makes the products that are missing, or that differ and are cheap, and returns them.
 
@@ -133,15 +134,19 @@ def make(
     work: computes the products of a list, and yields each when its files are complete.
     part: the name of this part of the batch, whose other parts other processes may make at the same
       time; '': nobody else makes any of it.
+    kills: refuses a product after so many processes in a row were killed while they made it; 0:
+      never.
 
   Raises:
-    InputError: a product differs and is not cheap, or an input is missing or differs.
+    InputError: a product differs and is not cheap, an input is missing or differs, or a product
+      kills its processes.
     Busy: another process holds the lock.
   """
   if not missing(workdir, wanted):
     return []
   batch = wanted[0].batch or wanted[0].name
-  with lock(workdir, batch, shared=bool(part)), _lock_of_part(workdir, batch, part):
+  with lock(workdir, batch, shared=bool(part)) as note, _lock_of_part(workdir, batch, part) as own:
+    note = own or note
     todo = [_with_inputs(workdir, product) for product in missing(workdir, wanted)]
     if not todo:
       return []
@@ -149,11 +154,28 @@ def make(
       if (path := sidecar_path(workdir, product.name)).exists():
         logging.info('%s is made again: %s.', product.name, reasons(workdir, product, 3))
         path.unlink()
-    finished = []
+    making = _making(workdir, todo[0])
+    if (killed := note(making)) >= kills > 0:
+      raise InputError(
+        f'{making} in {workdir}: {killed} processes in a row were killed while they made it, '
+        'perhaps because memory ran out. Mend that, or the files that it reads, then run the same '
+        'command again.'
+      )
+    finished, left = [], {product.name: product for product in todo}
     for product, product_files, product_counts in work(todo):
       finish(workdir, product, product_files, product_counts)
       finished.append(product)
+      del left[product.name]
+      if left:
+        note(_making(workdir, next(iter(left.values()))))
   return finished
+
+
+def _making(workdir: str, product: Product) -> str:
+  """Returns a product's name; of a training run in the middle, with its newest checkpoint."""
+  folder = os.path.join(workdir, os.path.dirname(product.name), 'checkpoints')
+  steps = [int(name) for name in glob.glob('*', root_dir=folder) if name.isdecimal()]
+  return product.name + (f' (after step {max(steps)})' if steps else '')
 
 
 def missing(workdir: str, wanted: Sequence[Product]) -> list[Product]:
@@ -347,10 +369,9 @@ def sidecar_path(workdir: str, name: str) -> epath.Path:
 
 def read_sidecar(workdir: str, name: str) -> dict | None:
   """Returns the sidecar of a finished product; None if it or a file is missing or truncated."""
-  path = sidecar_path(workdir, name)
-  if not path.exists():
+  sidecar = _read_sidecar(sidecar_path(workdir, name))
+  if sidecar is None:
     return None
-  sidecar = files.read_json(path)
   for file, size in sidecar['files'].items():
     file_path = epath.Path(workdir) / file
     if not file_path.exists() or (size >= 0 and file_path.stat().length != size):
@@ -361,6 +382,18 @@ def read_sidecar(workdir: str, name: str) -> dict | None:
   return sidecar
 
 
+def count_finished(workdir: str, names: Iterable[str]) -> int:
+  """Returns how many of the named products have a sidecar; reads folders alone, not files."""
+  folders: dict[str, set[str]] = {}
+  for name in names:
+    folder, _, last = name.rpartition('/')
+    folders.setdefault(folder, set()).add(last + SIDECAR)
+  return sum(
+    len(files_of & {*glob.glob('*' + SIDECAR, root_dir=os.path.join(workdir, folder))})
+    for folder, files_of in folders.items()
+  )
+
+
 def counts(workdir: str, name: str) -> dict:
   """Returns the counts in a product's sidecar; {} if the product is not finished."""
   sidecar = read_sidecar(workdir, name)
@@ -369,8 +402,16 @@ def counts(workdir: str, name: str) -> dict:
 
 def sidecars(workdir: str) -> dict[str, dict]:
   """Returns all sidecars of a work directory: product name -> sidecar. Files are not checked."""
-  every = map(files.read_json, _sidecar_paths(epath.Path(workdir)))
-  return {sidecar['name']: sidecar for sidecar in every}
+  every = map(_read_sidecar, _sidecar_paths(epath.Path(workdir)))
+  return {sidecar['name']: sidecar for sidecar in every if sidecar is not None}
+
+
+def _read_sidecar(path: epath.Path) -> dict | None:
+  """Returns a sidecar; None without one: another process may delete it at any time."""
+  try:
+    return files.read_json(path)
+  except FileNotFoundError:
+    return None
 
 
 def _sidecar_paths(folder: epath.Path) -> Iterator[epath.Path]:
@@ -467,13 +508,18 @@ def write_manifest(workdir: str, folder: str, products: Sequence[Product]) -> No
     files.write_json(path, text)
 
 
-def _lock_of_part(workdir: str, batch: str, part: str) -> contextlib.AbstractContextManager:
+def _lock_of_part(
+  workdir: str, batch: str, part: str
+) -> contextlib.AbstractContextManager[Callable[[str], int] | None]:
   return lock(workdir, f'{batch}-{part}') if part else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
-def lock(workdir: str, name: str, shared: bool = False) -> Iterator[None]:
-  """Holds the lock WORKDIR/<name>.lock while the block runs.
+def lock(workdir: str, name: str, shared: bool = False) -> Iterator[Callable[[str], int]]:
+  """Holds the lock WORKDIR/<name>.lock while the block runs; yields note(making).
+
+  note writes into the file what is made now, and returns how many processes in a row were killed
+  while they made just that: a killed process leaves the file, all others remove it.
 
   It is a kernel lock (flock): it is released when the process ends, even by a kill, and child
   processes do not inherit it. shared: other processes may have it, too, if theirs is shared. Raises
@@ -495,9 +541,15 @@ def lock(workdir: str, name: str, shared: bool = False) -> Iterator[None]:
       'pid': os.getpid(),
       'time': time.strftime('%Y-%m-%d %H:%M:%S'),
     }
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, json.dumps(holder).encode(), 0)
-    yield
+    before = _read(path)  # of a killed process
+    _write(descriptor, before | holder)
+
+    def note(making: str) -> int:
+      killed = before.get('killed', 0) + 1 if before.get('making') == making else 0
+      _write(descriptor, {**holder, 'making': making, 'killed': killed})
+      return killed
+
+    yield note
   finally:
     if descriptor in _held:  # not so in a forked child, which does not hold the lock
       _held.remove(descriptor)
@@ -593,8 +645,20 @@ def _is_alone(descriptor: int) -> bool:
 def _holder(path: str) -> str:
   """Returns who holds a lock, in words."""
   try:
-    with open(path) as f:
-      holder = json.load(f)
-    return f'process {holder["pid"]} on {holder["host"]} since {holder["time"]}'
-  except (OSError, ValueError, KeyError, TypeError):  # it has ended, or is writing the file
+    return 'process {pid} on {host} since {time}'.format(**_read(path))
+  except KeyError:  # it has ended, or is writing the file
     return 'another process'
+
+
+def _read(path: str) -> dict[str, Any]:
+  """Returns what is in a lock's file, {} if that is nothing whole."""
+  try:
+    with open(path) as f:
+      return dict(json.load(f))
+  except (OSError, ValueError, TypeError):
+    return {}
+
+
+def _write(descriptor: int, content: dict[str, Any]) -> None:
+  os.ftruncate(descriptor, 0)
+  os.pwrite(descriptor, json.dumps(content).encode(), 0)

@@ -17,7 +17,17 @@ import time
 from absl import logging
 
 from clip_jax.core import config as config_lib
-from clip_jax.core import engine, files, hosts, interrupts, log, products, progress, sharding
+from clip_jax.core import (
+  engine,
+  files,
+  hosts,
+  interrupts,
+  log,
+  on_ray,
+  products,
+  progress,
+  sharding,
+)
 from clip_jax.core.errors import ConfigError, InputError
 from clip_jax.core.products import EMBEDDERS, STAGES, Product
 from clip_jax.core.types import Config
@@ -70,6 +80,11 @@ def run(
       f'--redo={redo} with config.engine.name=shared: other commands may use what it removes. Run '
       'it once with engine.name=local, then share the work.'
     )
+  if hosts.count() > 1 and config.engine.name == 'ray':
+    raise ConfigError(
+      'config.engine.name=ray is for one process, and here are several: Ray starts the others. '
+      "Start it without a launcher, or use engine.name='local'."
+    )
   if profile:
     config = _with_profile(config, profile)
   if graph and not workdir:
@@ -104,7 +119,12 @@ def run(
   if {'dedup', 'search'} & set(names):
     for warning in lint.unfit_threshold(x):
       logging.warning('%s', warning)
-  _run_stages(x, names, redo)
+  start = time.monotonic()
+  if config.engine.name == 'ray':
+    _on_cluster(x, config, stages, names)
+  else:
+    _run_stages(x, names, redo)
+  _finish(x, names, redo, time.monotonic() - start)
 
 
 def _with_profile(config: Config, profile: str) -> Config:
@@ -196,8 +216,8 @@ def _check(x: Experiment, names: list[str], redo: str) -> list[str]:
   redo_names = _redo_names(x, names, redo) if redo else []
   if names == ['report']:  # the report reads no source file
     return redo_names
-  replaced = set(redo_names)
-  if not any(name.startswith('ingest/') for name in replaced):
+  replaced, has_jax = set(redo_names), x.config.engine.name != 'ray'  # whose workers check the rest
+  if has_jax and not any(name.startswith('ingest/') for name in replaced):
     _check_index(x, names)
   wanted = {stage: _selected_products(x, stage) for stage in names}
   outdated = {}
@@ -216,7 +236,8 @@ def _check(x: Experiment, names: list[str], redo: str) -> list[str]:
     for part in wanted.get('train', ())
     if part.name in replaced or products.status(x.workdir, part) != 'fits'
   ]
-  if runs:  # importing JAX is slow, so a work directory without missing runs skips this check
+  # Importing JAX is slow, so a work directory without missing runs skips this check.
+  if runs and has_jax:
     mesh = blocks.mesh(x.config)
     sharding.check_batch_size(x.config.train.batch_size, mesh, x.config.train.microbatches)
     table.stage_module('train').check_sizes(
@@ -258,8 +279,7 @@ def _bytes(x: Experiment, name: str) -> int:
   for file, size in recorded.items():
     total += max(size, 0)
     if size < 0:
-      for folder, _, found in os.walk(x.path(file)):
-        total += sum(os.path.getsize(os.path.join(folder, entry)) for entry in found)
+      total += files.size_below(x.path(file))
   return total
 
 
@@ -445,8 +465,8 @@ def _log_start(x: Experiment, names: list[str]) -> None:
 
 
 def _run_stages(x: Experiment, names: list[str], redo: str) -> None:
-  """Makes the missing products of the stages and logs where the results are."""
-  start, new_products = time.monotonic(), []
+  """Makes the missing products of the stages."""
+  new_products = []
   for stage in names:
     began = time.monotonic()
     interrupts.check()
@@ -464,12 +484,51 @@ def _run_stages(x: Experiment, names: list[str], redo: str) -> None:
     logging.info('All products exist and match the config; nothing was done.')
   elif 'report' not in names:
     _versions(x)
+
+
+def _on_cluster(x: Experiment, config: Config, stages: list[str] | None, names: list[str]) -> None:
+  """Has the missing products of the stages made by commands that share the work, on Ray."""
+  wanted = [product for stage in names for product in _selected_products(x, stage)]
+  if all(products.status(x.workdir, product) == 'fits' for product in wanted):
+    logging.info('All products exist and match the config; nothing was done.')
+    return
+  config = config.copy_and_resolve_references()
+  config.engine.name = 'shared'
+  count = lambda: products.count_finished(x.workdir, (product.name for product in wanted))
+  done = count()
+  with progress.Bar(total=len(wanted), desc='all stages', unit='products', initial=done) as bar:
+
+    def watch(workers: int, replaced: int) -> int:
+      nonlocal done
+      before, done = done, count()
+      bar.note = f'{progress.count_with_noun(workers, "worker")}, {replaced} replaced'
+      bar.update(done - before)
+      return done
+
+    on_ray.run(
+      _take_shards,
+      (config, x.workdir, stages, sys.orig_argv),
+      workdir=x.workdir,
+      address=config.engine.address,
+      cpus=config.engine.cpus,
+      watch=watch,
+    )
+
+
+def _take_shards(config: Config, folder: str, stages: list[str] | None, argv: list[str]) -> None:
+  """Makes, in a worker of Ray, what no other one makes; returns when all is made."""
+  sys.orig_argv[:] = argv  # the log and the report name the user's command
+  run(config, folder, stages=stages, redo='', dry_run=False)
+
+
+def _finish(x: Experiment, names: list[str], redo: str, spent: float) -> None:
+  """Ends a --redo and logs where the results are."""
   if names != ['report']:  # which works without the source files that the graph lists
     _log_unused(x)
     _end_redo(x, redo, table.all_products(x))
   elif redo:
     _end_redo(x, redo, table.products_of(x, 'report'))
-  _log_end(x, names, time.monotonic() - start)
+  _log_end(x, names, spent)
 
 
 def _run_stage(x: Experiment, stage: str, names: list[str]) -> list[Product]:
@@ -481,7 +540,11 @@ def _run_stage(x: Experiment, stage: str, names: list[str]) -> list[Product]:
     if stage == 'train':
       table.stage_module('train').check(x, todo, len(wanted))
   make = lambda batch, part='': products.make(
-    x.workdir, batch, lambda missing: table.make_products(x, stage, missing), part=part
+    x.workdir,
+    batch,
+    lambda missing: table.make_products(x, stage, missing),
+    part=part,
+    kills=x.config.engine.kills if x.is_shared else 0,
   )
   if x.is_shared:
     made = _shared(make, wanted)
@@ -523,10 +586,7 @@ def _check_disk(x: Experiment, stage: str) -> None:
   """Raises InputError if the disk has no space for the rest of a stage's files."""
   needed = sum(plan.stage_plan(view, stage).bytes or 0 for view in plan.views(x, stage))
   present = sum(
-    os.path.getsize(os.path.join(folder, file))
-    for view in plan.views(x, stage)
-    for folder, _, names in os.walk(view.embedder_path(STAGES[stage]))
-    for file in names
+    files.size_below(view.embedder_path(STAGES[stage])) for view in plan.views(x, stage)
   )
   files.check_space(x.workdir, needed - present, f'The stage {stage}')
 
