@@ -15,7 +15,7 @@ import tiny
 
 from clip_jax.core import checkpoints, files, hosts, metrics
 from clip_jax.core.errors import ConfigError, InputError
-from clip_jax.stages import pipeline
+from clip_jax.stages import sharing
 
 RUN = 'train/base/seed0'
 ONLY = {'train.only': "('base/seed0',)", 'train.samples': 640}  # 20 steps
@@ -112,10 +112,10 @@ def test_alone_nothing_is_asked():
 
 
 def test_all_processes_must_share_the_work_directory(tmp_path, monkeypatch):
-  monkeypatch.setattr(pipeline, 'SEEN_SECS', 0)
-  pipeline._check_is_shared(str(tmp_path))
+  monkeypatch.setattr(sharing, 'SEEN_SECS', 0)
+  sharing._check_is_shared(str(tmp_path))
   with pytest.raises(InputError, match='does not see .*/absent, which process 0 has written'):
-    pipeline._check_is_shared(str(tmp_path / 'absent'))
+    sharing._check_is_shared(str(tmp_path / 'absent'))
 
 
 # ------------------------------------------------------------------------------------------------

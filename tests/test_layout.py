@@ -30,6 +30,7 @@ TABLES = {
 OF_TABLES = ('evaluation', 'models', 'pruning')
 ELSEWHERE = {  # files of which another test file is the test
   'core/on_ray': 'ray',
+  'core/locks': 'products',
   'core/vectors': 'core_vectors',
   'demo/glyphs': 'glyphs',
   'evaluation/positive_control': 'image_copies',
@@ -55,6 +56,7 @@ ELSEWHERE = {  # files of which another test file is the test
   'stages/prune_clusters': 'clusters',
   'stages/prune_columns': 'stage_prune',
   'stages/scores': 'stage_evaluate',
+  'stages/sharing': 'shared',
   'stages/table': 'studies',
 }
 

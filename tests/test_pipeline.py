@@ -15,7 +15,7 @@ from squares import PREPARE, run
 import tiny
 
 from clip_jax import defaults
-from clip_jax.core import files, products
+from clip_jax.core import files, locks, products
 from clip_jax.core.errors import InputError
 from clip_jax.training import loop
 
@@ -115,7 +115,7 @@ def test_a_redo_moves_nothing_that_another_process_makes(world, copy, capsys, re
   # The split base does not depend on the search.
   c, run_ = config(world), f'train/{"pruned" if redo == "search" else "base"}/seed0/run'
   before = files_of(copy, but=())
-  with products.lock(str(copy), run_):
+  with locks.lock(str(copy), run_):
     status, said = run(c, copy, capsys, STAGES, redo=redo)
     assert status == 1 and f'process {os.getpid()} on' in said, said
     assert f'{copy}/{run_}.lock' in said
@@ -126,7 +126,7 @@ def test_a_redo_moves_nothing_that_another_process_makes(world, copy, capsys, re
 
 def test_a_redo_respects_a_run_that_its_own_config_does_not_name(world, copy, capsys):
   before = files_of(copy, but=())
-  with products.lock(str(copy), 'train/other/seed7/run'):
+  with locks.lock(str(copy), 'train/other/seed7/run'):
     status, said = run(config(world), copy, capsys, STAGES, redo='train')
     assert status == 1 and 'train/other/seed7/run.lock' in said, said
   assert files_of(copy, but=()) == before
@@ -151,7 +151,7 @@ def test_an_unfinished_run_of_another_config_is_moved_with_its_split(world, copy
   begun = {'fingerprint': '', 'keys': {}, 'inputs': {'splits/base/rows': 'x', 'source file': 'y'}}
   files.write_json(other / 'config.json', begun)
   before = files_of(copy, but=())
-  with products.lock(str(copy), 'train/other/seed7/run'):
+  with locks.lock(str(copy), 'train/other/seed7/run'):
     status, said = run(config(world), copy, capsys, PREPARE, redo='prune:base')
     assert status == 1 and 'train/other/seed7/run.lock' in said, said
   assert files_of(copy, but=()) == before

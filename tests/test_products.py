@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from clip_jax.core import files, products
+from clip_jax.core import files, locks, products
 from clip_jax.core.errors import InputError
 from clip_jax.core.products import Product
 
@@ -284,7 +284,7 @@ def test_many_reasons_are_counted(tmp_path):
 
 
 def _hold(path, ready, done):
-  with products.lock(path, 's/a'):
+  with locks.lock(path, 's/a'):
     ready.set()
     done.wait(600)  # its parent ends it sooner
 
@@ -307,10 +307,10 @@ def test_lock_says_who_holds_it_and_is_free_afterwards(tmp_path, holder):
     make(tmp_path, Product('s/a'))
   done.set()
   process.join()
-  with products.lock(tmp_path, 's/a'):
+  with locks.lock(tmp_path, 's/a'):
     assert json.loads((tmp_path / 's/a.lock').read_text())['pid'] == os.getpid()
     with pytest.raises(InputError, match=f'process {os.getpid()} on'):  # in the same process, too
-      with products.lock(tmp_path, 's/a'):
+      with locks.lock(tmp_path, 's/a'):
         pass
   assert not os.listdir(tmp_path / 's')
 
@@ -329,7 +329,7 @@ def test_a_lock_of_a_killed_fork_is_free_while_it_is_a_zombie(tmp_path):
   ready, holds = os.pipe()
   child = os.fork()
   if not child:
-    with products.lock(str(tmp_path), 's/a'):
+    with locks.lock(str(tmp_path), 's/a'):
       os.write(holds, b'x')
       time.sleep(600)
     os._exit(1)
@@ -350,10 +350,10 @@ def test_a_lock_of_a_killed_fork_is_free_while_it_is_a_zombie(tmp_path):
 
 OUTLIVED = """
 import multiprocessing, os, sys, time
-from clip_jax.core import products
+from clip_jax.core import locks
 
 if __name__ == '__main__':
-  with products.lock(sys.argv[1], 's/a'):
+  with locks.lock(sys.argv[1], 's/a'):
     forked = os.fork()
     if not forked:
       time.sleep(600)
@@ -392,7 +392,7 @@ def test_children_that_outlive_a_killed_holder_do_not_hold_its_lock(tmp_path):
 def test_a_forked_child_leaves_the_lock_to_its_parent(tmp_path):
   parent = os.getpid()
   try:
-    with products.lock(str(tmp_path), 's/a'):
+    with locks.lock(str(tmp_path), 's/a'):
       child = os.fork()
       if child:
         os.waitpid(child, 0)
@@ -408,16 +408,16 @@ def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
   def flock(*_):
     raise OSError(errno.ENOLCK, 'No locks available')
 
-  monkeypatch.setattr(products.fcntl, 'flock', flock)
+  monkeypatch.setattr(locks.fcntl, 'flock', flock)
   with pytest.raises(InputError, match=r's/a.lock cannot be locked \(No locks available\)'):
     make(tmp_path, Product('s/a'))
 
 
 def test_a_lock_is_not_inherited(tmp_path):
-  with products.lock(tmp_path, 's/a'):
+  with locks.lock(tmp_path, 's/a'):
     sleeper = os.posix_spawn('/bin/sleep', ['sleep', '30'], os.environ)
   try:
-    with products.lock(tmp_path, 's/a'):
+    with locks.lock(tmp_path, 's/a'):
       pass
   finally:
     os.kill(sleeper, 9)

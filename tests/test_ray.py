@@ -12,7 +12,7 @@ import types
 import pytest
 import tiny
 
-from clip_jax.core import hosts, interrupts, on_ray, products
+from clip_jax.core import hosts, interrupts, locks, on_ray, products
 from clip_jax.core.errors import ConfigError, InputError
 from clip_jax.core.products import Product
 from clip_jax.stages import pipeline
@@ -62,7 +62,7 @@ def test_progress_ends_the_count_of_kills(tmp_path):
   for step in (None, None, 10, 10, 20):
     if step:
       (tmp_path / f'train/checkpoints/{step}').mkdir(parents=True, exist_ok=True)
-    with products.lock(str(tmp_path), 'train/run') as note:
+    with locks.lock(str(tmp_path), 'train/run') as note:
       found.append(note(products._making(str(tmp_path), run)))
       text = (tmp_path / 'train/run.lock').read_text()
     (tmp_path / 'train/run.lock').write_text(text)
@@ -218,7 +218,7 @@ def make_numbers(folder):
       try:
         products.make(folder, [Product(f'x/{i}')], work, kills=3)
         break
-      except products.Busy:
+      except locks.Busy:
         time.sleep(0.1)
 
 

@@ -11,10 +11,10 @@ import pytest
 import squares
 import tiny
 
-from clip_jax.core import files, products
+from clip_jax.core import files, locks, products
 from clip_jax.core.errors import ConfigError
 from clip_jax.core.products import Product
-from clip_jax.stages import pipeline
+from clip_jax.stages import pipeline, sharing
 
 TARS = 40  # of three images: 20 parts of two shards
 
@@ -22,13 +22,13 @@ TARS = 40  # of three images: 20 parts of two shards
 @pytest.mark.parametrize('first, second, is_free', [(True, True, True), (True, False, False)])
 def test_a_shared_lock_keeps_only_others_out(tmp_path, first, second, is_free):
   for a, b in ((first, second), (second, first)):
-    with products.lock(str(tmp_path), 'a/lot', shared=a):
+    with locks.lock(str(tmp_path), 'a/lot', shared=a):
       if is_free:
-        with products.lock(str(tmp_path), 'a/lot', shared=b):
+        with locks.lock(str(tmp_path), 'a/lot', shared=b):
           pass
       else:
-        with pytest.raises(products.Busy, match='engine.name=shared'):
-          with products.lock(str(tmp_path), 'a/lot', shared=b):
+        with pytest.raises(locks.Busy, match='engine.name=shared'):
+          with locks.lock(str(tmp_path), 'a/lot', shared=b):
             pass
   assert not list((tmp_path / 'a').iterdir())
 
@@ -43,11 +43,11 @@ def test_what_is_made_elsewhere_and_its_readers_come_later(monkeypatch):
     (product,) = batch
     if busy.get(product.name, 0):
       busy[product.name] -= 1
-      raise products.Busy
+      raise locks.Busy
     made.append((product.name, part))
     return batch
 
-  assert sum(pipeline._shared(make, [*shards, merged]), []) == [
+  assert sum(sharing.shared(make, [*shards, merged]), []) == [
     shards[0],
     shards[2],
     shards[1],
@@ -60,7 +60,7 @@ def test_what_is_made_elsewhere_and_its_readers_come_later(monkeypatch):
 
 def test_parts_are_few_and_the_same_whatever_is_missing():
   shards = [Product(f'x/{i}', 'search shard', ('val', i), batch='x') for i in range(100)]
-  parts = dict(pipeline._parts(shards))
+  parts = dict(sharing.parts(shards))
   assert len(parts) == 25 and [p.subject[1] for p in parts['search-shard-003']] == [12, 13, 14, 15]
 
 

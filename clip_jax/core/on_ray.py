@@ -16,7 +16,7 @@ from typing import Any
 
 from absl import logging
 
-from clip_jax.core import command, interrupts, log, products, progress
+from clip_jax.core import command, interrupts, locks, log, progress
 from clip_jax.core.errors import ConfigError, InputError
 
 LOOK_SECS = 2.0  # between looks for new and lost places
@@ -77,7 +77,7 @@ def run(
     share = {'num_gpus': 1, 'num_cpus': 0} if kind == 'GPU' else {'num_cpus': cpus}
     call = ray.remote(max_retries=0, max_calls=1, **share)(_call)
     start = lambda: call.remote(function, arguments, workdir, os.getcwd())
-    with products.lock(workdir, _LOCK):
+    with locks.lock(workdir, _LOCK):
       _keep(ray, start, lambda: _places(ray, kind, count), calls, watch)
   finally:
     try:
@@ -175,7 +175,7 @@ def _call(function: Callable[..., None], arguments: tuple, workdir: str, folder:
 
   Returns False if a signal stopped it.
   """
-  if not os.path.exists(os.path.join(workdir, _LOCK + products.LOCK)):
+  if not os.path.exists(os.path.join(workdir, _LOCK + locks.LOCK)):
     raise InputError(
       f'{workdir} on {socket.gethostname()} is not the folder that the driver has: all nodes need '
       'the work directory under the same path, on a shared disk.'
@@ -198,10 +198,10 @@ def _end_with_driver(workdir: str) -> None:
   """Sends this process SIGTERM when the driver's lock is free."""
   while True:
     try:
-      with products.lock(workdir, _LOCK, shared=True):
+      with locks.lock(workdir, _LOCK, shared=True):
         os.kill(os.getpid(), signal.SIGTERM)
         return
-    except products.Busy:
+    except locks.Busy:
       time.sleep(LOOK_SECS)
 
 

@@ -23,21 +23,17 @@ import collections
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
-import fcntl
 import functools
 import glob
 import hashlib
-import json
 import os
-import socket
-import time
 from typing import Any
 
 from absl import logging
 from etils import epath
 
 from clip_jax.core import config as config_lib
-from clip_jax.core import files
+from clip_jax.core import files, locks
 from clip_jax.core.errors import InputError
 
 # Stage -> folder of its products, in the order in which the stages run. No other list of stages.
@@ -53,11 +49,9 @@ STAGES = {
   'report': 'report',
 }
 SIDECAR = '.sidecar.json'
-LOCK = '.lock'
 EMBEDDERS = 'embedders'  # embedders/<name>/ holds the products of a further embedder
-REPLACED = 'replaced'  # products that --redo moved away, kept until they are made again
 UNTRACKED = 'untracked: later changes of this input do not invalidate the product'
-_NO_PRODUCTS = ('checkpoints', 'figures', 'tables', REPLACED)  # folders without sidecars
+_NO_PRODUCTS = ('checkpoints', 'figures', 'tables', locks.REPLACED)  # folders without sidecars
 
 # Functions that compute products yield (product, its files, counts) as soon as the files are
 # complete. Files are paths relative to the work directory, or a mapping from path to sha256 (None:
@@ -105,10 +99,6 @@ class Product:
     }
 
 
-class Busy(InputError):
-  """Another process makes the product now."""
-
-
 def make(
   workdir: str,
   wanted: Sequence[Product],
@@ -140,12 +130,15 @@ def make(
   Raises:
     InputError: a product differs and is not cheap, an input is missing or differs, or a product
       kills its processes.
-    Busy: another process holds the lock.
+    locks.Busy: another process holds the lock.
   """
   if not missing(workdir, wanted):
     return []
   batch = wanted[0].batch or wanted[0].name
-  with lock(workdir, batch, shared=bool(part)) as note, _lock_of_part(workdir, batch, part) as own:
+  with (
+    locks.lock(workdir, batch, shared=bool(part)) as note,
+    _lock_of_part(workdir, batch, part) as own,
+  ):
     note = own or note
     todo = [_with_inputs(workdir, product) for product in missing(workdir, wanted)]
     if not todo:
@@ -176,6 +169,12 @@ def _making(workdir: str, product: Product) -> str:
   folder = os.path.join(workdir, os.path.dirname(product.name), 'checkpoints')
   steps = [int(name) for name in glob.glob('*', root_dir=folder) if name.isdecimal()]
   return product.name + (f' (after step {max(steps)})' if steps else '')
+
+
+def _lock_of_part(
+  workdir: str, batch: str, part: str
+) -> contextlib.AbstractContextManager[Callable[[str], int] | None]:
+  return locks.lock(workdir, f'{batch}-{part}') if part else contextlib.nullcontext()
 
 
 def missing(workdir: str, wanted: Sequence[Product]) -> list[Product]:
@@ -464,7 +463,7 @@ def move_aside(workdir: str, file: str) -> None:
 
   A folder that exists there already is merged.
   """
-  old, new = os.path.join(workdir, file), os.path.join(workdir, REPLACED, file)
+  old, new = os.path.join(workdir, file), os.path.join(workdir, locks.REPLACED, file)
   if os.path.isdir(old) and os.path.isdir(new):
     for name in os.listdir(old):
       move_aside(workdir, os.path.join(file, name))
@@ -506,159 +505,3 @@ def write_manifest(workdir: str, folder: str, products: Sequence[Product]) -> No
   text = {'products': entries}
   if (entries or path.exists()) and not (path.exists() and files.read_json(path) == text):
     files.write_json(path, text)
-
-
-def _lock_of_part(
-  workdir: str, batch: str, part: str
-) -> contextlib.AbstractContextManager[Callable[[str], int] | None]:
-  return lock(workdir, f'{batch}-{part}') if part else contextlib.nullcontext()
-
-
-@contextlib.contextmanager
-def lock(workdir: str, name: str, shared: bool = False) -> Iterator[Callable[[str], int]]:
-  """Holds the lock WORKDIR/<name>.lock while the block runs; yields note(making).
-
-  note writes into the file what is made now, and returns how many processes in a row were killed
-  while they made just that: a killed process leaves the file, all others remove it.
-
-  It is a kernel lock (flock): it is released when the process ends, even by a kill, and child
-  processes do not inherit it. shared: other processes may have it, too, if theirs is shared. Raises
-  Busy, naming the holder, if another process has it.
-  """
-  path = os.path.join(workdir, name + LOCK)
-  os.makedirs(os.path.dirname(path), exist_ok=True)
-  descriptor = _flock(path, shared)
-  if descriptor is None:
-    raise Busy(
-      f'{name} in {workdir} is being made by {_holder(path)} (lock: {path}). Wait until it ends, '
-      'or stop it; then run the same command again. To share the work, start all with '
-      '--config.engine.name=shared.'
-    )
-  try:
-    _held.add(descriptor)
-    holder = {
-      'host': socket.gethostname(),
-      'pid': os.getpid(),
-      'time': time.strftime('%Y-%m-%d %H:%M:%S'),
-    }
-    before = _read(path)  # of a killed process
-    _write(descriptor, before | holder)
-
-    def note(making: str) -> int:
-      killed = before.get('killed', 0) + 1 if before.get('making') == making else 0
-      _write(descriptor, {**holder, 'making': making, 'killed': killed})
-      return killed
-
-    yield note
-  finally:
-    if descriptor in _held:  # not so in a forked child, which does not hold the lock
-      _held.remove(descriptor)
-      if not shared or _is_alone(descriptor):
-        _remove_lock_file(path, descriptor)
-      os.close(descriptor)
-
-
-@contextlib.contextmanager
-def locks(workdir: str, names: Iterable[str]) -> Iterator[None]:
-  """Holds several locks, also while `move_aside` moves their folders; raises as `lock` does."""
-  names = sorted(set(names))
-  with contextlib.ExitStack() as stack:
-    for name in names:
-      stack.enter_context(lock(workdir, name))
-    try:
-      yield
-    finally:
-      for name in names:
-        with contextlib.suppress(OSError):  # it was not moved
-          os.unlink(os.path.join(workdir, REPLACED, name + LOCK))
-
-
-def lock_files(workdir: str, folder: str) -> list[str]:
-  """Returns the names of the locks whose files exist below a folder of the work directory.
-
-  A file without a holder is of a killed process.
-  """
-  return [
-    os.path.relpath(os.path.join(parent, name), workdir).removesuffix(LOCK)
-    for parent, _, names in os.walk(os.path.join(workdir, folder))
-    for name in names
-    if name.endswith(LOCK)
-  ]
-
-
-_held: set[int] = set()  # file descriptors of the locks that this process holds
-
-
-def _let_go() -> None:
-  """Closes the locks in a forked child: otherwise it would hold them after its parent's end.
-
-  Programs that are started (exec) do not get them, because they are opened with O_CLOEXEC.
-  """
-  while _held:
-    os.close(_held.pop())
-
-
-os.register_at_fork(after_in_child=_let_go)
-
-
-def _remove_lock_file(path: str, descriptor: int) -> None:
-  """Removes a held lock's file, unless --redo moved it away and another process made a new one.
-
-  It is removed before the lock is released: a process that opens the path later gets a new file.
-  """
-  with contextlib.suppress(FileNotFoundError):
-    if os.path.samestat(os.fstat(descriptor), os.stat(path)):
-      os.unlink(path)
-
-
-def _flock(path: str, shared: bool) -> int | None:
-  """Returns a locked file descriptor of `path`, or None if another process has the lock."""
-  while True:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    try:
-      kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
-      fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-      with contextlib.suppress(FileNotFoundError):
-        if os.path.samestat(os.fstat(descriptor), os.stat(path)):
-          return descriptor
-      os.close(descriptor)  # the previous holder removed the file after it was opened here: retry
-    except BlockingIOError:
-      os.close(descriptor)
-      return None
-    except OSError as error:
-      os.close(descriptor)
-      raise InputError(
-        f'{path} cannot be locked ({error.strerror}): the file system has no locks (flock). Choose '
-        'a --workdir on another disk, or mount this one with locks.'
-      ) from error
-
-
-def _is_alone(descriptor: int) -> bool:
-  """Returns whether a shared lock has no other holder; it is no longer shared then."""
-  try:
-    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  except BlockingIOError:
-    return False
-  return True
-
-
-def _holder(path: str) -> str:
-  """Returns who holds a lock, in words."""
-  try:
-    return 'process {pid} on {host} since {time}'.format(**_read(path))
-  except KeyError:  # it has ended, or is writing the file
-    return 'another process'
-
-
-def _read(path: str) -> dict[str, Any]:
-  """Returns what is in a lock's file, {} if that is nothing whole."""
-  try:
-    with open(path) as f:
-      return dict(json.load(f))
-  except (OSError, ValueError, TypeError):
-    return {}
-
-
-def _write(descriptor: int, content: dict[str, Any]) -> None:
-  os.ftruncate(descriptor, 0)
-  os.pwrite(descriptor, json.dumps(content).encode(), 0)

@@ -1,6 +1,6 @@
 """Runs the stages in order: checks everything, applies --redo, then makes the missing products."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 import contextlib
 import glob
 from importlib import metadata
@@ -22,19 +22,20 @@ from clip_jax.core import (
   files,
   hosts,
   interrupts,
+  locks,
   log,
   on_ray,
   products,
   progress,
   sharding,
 )
-from clip_jax.core.errors import ConfigError, InputError
+from clip_jax.core.errors import ConfigError
 from clip_jax.core.products import EMBEDDERS, STAGES, Product
 from clip_jax.core.types import Config
 from clip_jax.data import images
 from clip_jax.experiment import blocks, workdir
 from clip_jax.experiment.experiment import Experiment
-from clip_jax.stages import check, check_splits, dataset_paths, export, lint, plan, table
+from clip_jax.stages import check, check_splits, dataset_paths, export, lint, plan, sharing, table
 
 PACKAGES = (
   'jax',
@@ -50,10 +51,6 @@ PACKAGES = (
   'clip-jax-ood',
 )
 REDO = 'redo.json'  # records a --redo in progress
-# Kinds of products of which each shard has its own; its number is the last element of `subject`.
-SHARDED = ('index shard', 'embeddings', 'vectors', 'image text', 'search shard', 'pairs')
-PARTS = 32  # of the shards of a dataset, for commands that share the work
-SEEN_SECS = 60  # until all hosts see a new file: NFS remembers for so long that it was not there
 
 
 def run(
@@ -104,7 +101,7 @@ def run(
     plan.print_graph(x, names)
     return
   if hosts.index():
-    _take_part(x)
+    sharing.take_part(x)
     return
   check.prompts(x, names)
   if dry_run:
@@ -138,40 +135,6 @@ def _with_profile(config: Config, profile: str) -> Config:
   config = config.copy_and_resolve_references()
   config.train.profile = int(match[1]), int(match[2])
   return config
-
-
-def _take_part(x: Experiment) -> None:
-  """Makes, with the other processes, each run that process 0 names, until it has done all."""
-  log.to_file(x.path(f'log-{hosts.index()}.txt'))
-  while word := hosts.told():
-    name, digest = word.split()
-    found = {
-      part.name: (stage, part)
-      for stage in ('embedder', 'train')
-      for part in table.products_of(x, stage)
-    }
-    if digest != blocks.training_digest(x.config) or name not in found:
-      raise ConfigError(
-        'its config.train, mesh, model, preprocess or splits are not those of process 0. Start all '
-        'processes with the same config and flags.'
-      )
-    stage, product = found[name]
-    _check_is_shared(x.path(os.path.dirname(name), 'config.json'))
-    for _ in table.make_products(x, stage, [product]):
-      pass
-
-
-def _check_is_shared(path: str) -> None:
-  """Raises InputError unless this process sees a file that process 0 has written."""
-  until = time.monotonic() + SEEN_SECS
-  while not os.path.exists(path):
-    if time.monotonic() > until:
-      raise InputError(
-        f'it does not see {path}, which process 0 has written. All processes need the same '
-        '--workdir, on a file system that they share.'
-      )
-    interrupts.check()
-    time.sleep(0.5)
 
 
 def _why_nothing_trains(config: Config) -> str:
@@ -334,19 +297,19 @@ def _redo_locks(x: Experiment, stages: list[str], redo: str, names: list[str]) -
   if not redo or _is_moved(x, redo):
     yield
     return
-  locks: dict[str, tuple[str, bool]] = dict.fromkeys(
+  taken: dict[str, tuple[str, bool]] = dict.fromkeys(
     names, ('', True)
   )  # product -> its lock, and whether it is cheap
   for product in _planned(x, stages):
-    if product.name in locks:
-      locks[product.name] = product.batch or product.name, product.is_cheap
-  wanted = products.lock_files(x.workdir, _redo_target(x, redo))
-  for name, (lock, is_cheap) in locks.items():
-    file = x.path((lock or name) + products.LOCK)
+    if product.name in taken:
+      taken[product.name] = product.batch or product.name, product.is_cheap
+  wanted = locks.lock_files(x.workdir, _redo_target(x, redo))
+  for name, (lock, is_cheap) in taken.items():
+    file = x.path((lock or name) + locks.LOCK)
     # A product without a folder is neither finished nor in the making.
     if os.path.exists(file) or (not is_cheap and os.path.isdir(os.path.dirname(file))):
       wanted.append(lock or name)
-  with products.locks(x.workdir, wanted):
+  with locks.locks(x.workdir, wanted):
     yield
 
 
@@ -410,7 +373,7 @@ def _set_aside(x: Experiment, redo: str, names: list[str]) -> None:
     'redo: %s and its dependents (%s) are moved to %s until they are made again.',
     _redo_target(x, redo),
     progress.count_with_noun(len(finished), 'finished product'),
-    x.path(products.REPLACED),
+    x.path(locks.REPLACED),
   )
 
 
@@ -419,7 +382,7 @@ def _end_redo(x: Experiment, redo: str, planned: list[Product]) -> None:
   wanted = {product.name for product in planned}
   missing = [
     name
-    for name in products.sidecars(x.path(products.REPLACED))
+    for name in products.sidecars(x.path(locks.REPLACED))
     if name in wanted and products.read_sidecar(x.workdir, name) is None
   ]
   if missing:
@@ -427,10 +390,10 @@ def _end_redo(x: Experiment, redo: str, planned: list[Product]) -> None:
       'redo: %s still missing, for example %s; the replaced files stay in %s.',
       f'{progress.count_with_noun(len(missing), "product")} {"is" if len(missing) == 1 else "are"}',
       missing[0],
-      x.path(products.REPLACED),
+      x.path(locks.REPLACED),
     )
   else:
-    shutil.rmtree(x.path(products.REPLACED), ignore_errors=True)
+    shutil.rmtree(x.path(locks.REPLACED), ignore_errors=True)
   if os.path.exists(x.path(REDO)) and (_is_begun(x, redo) or not missing):
     os.unlink(x.path(REDO))
 
@@ -547,11 +510,11 @@ def _run_stage(x: Experiment, stage: str, names: list[str]) -> list[Product]:
     kills=x.config.engine.kills if x.is_shared else 0,
   )
   if x.is_shared:
-    made = _shared(make, wanted)
+    made = sharing.shared(make, wanted)
   elif todo and stage == 'train' and (at_once := _runs_at_once(x)) > 1:
-    made = engine.in_threads(make, _batches(wanted), at_once=at_once)
+    made = engine.in_threads(make, sharing.batches(wanted), at_once=at_once)
   else:
-    made = map(make, _batches(wanted))
+    made = map(make, sharing.batches(wanted))
   new_products = [product for batch in made for product in batch]
   if x.is_shared and new_products:
     logging.info(
@@ -589,62 +552,6 @@ def _check_disk(x: Experiment, stage: str) -> None:
     files.size_below(view.embedder_path(STAGES[stage])) for view in plan.views(x, stage)
   )
   files.check_space(x.workdir, needed - present, f'The stage {stage}')
-
-
-def _shared(
-  make: Callable[..., list[Product]],  # products of a batch, the name of its part
-  wanted: list[Product],
-) -> Iterator[list[Product]]:
-  """Yields what this process makes of a stage; returns when all is made, here or elsewhere.
-
-  What another process makes now is tried again later, and so are the products that read it.
-  """
-  left, waits = list(_parts(wanted)), False
-  while left:
-    later, before = [], len(left)
-    unmade: set[str] = set()
-    for part, batch in left:
-      reads = {each.name for product in batch for each in product.inputs}
-      try:
-        if reads & unmade:
-          raise products.Busy
-        yield make(batch, part)
-      except products.Busy:
-        later.append((part, batch))
-        unmade.update(product.name for product in batch)
-    left = later
-    if left and len(left) == before:
-      if not waits:
-        logging.info('Waiting for other commands, which make %s.', left[0][1][0].name)
-      waits = True
-      time.sleep(1)
-      interrupts.check()
-
-
-def _parts(wanted: list[Product]) -> Iterator[tuple[str, list[Product]]]:
-  """Yields the batches of a stage, those of shards in parts: (name of the part or '', products).
-
-  A part is the same for all processes: it depends on the config alone.
-  """
-  for batch in _batches(wanted):
-    if batch[0].kind not in SHARDED:
-      yield '', batch
-      continue
-    shards = max(product.subject[-1] for product in batch) + 1
-    size = -(-shards // PARTS)
-    parts: dict[int, list[Product]] = {}
-    for product in batch:
-      parts.setdefault(product.subject[-1] // size, []).append(product)
-    for number, part in sorted(parts.items()):
-      yield f'{batch[0].kind} {number:03d}'.replace(' ', '-'), part
-
-
-def _batches(wanted: list[Product]) -> Iterator[list[Product]]:
-  """Yields the groups of products that one call makes under one lock."""
-  for _, batch in itertools.groupby(
-    wanted, key=lambda product: (product.kind, product.batch or product.name)
-  ):
-    yield list(batch)
 
 
 def _log_waiting(x: Experiment, stage: str, wanted: list[Product]) -> None:
