@@ -134,10 +134,10 @@ from clip_jax.core import command, engine, interrupts
 
 def job(i):
   with interrupts.deferred() as should_stop:
-    print('ready', flush=True)
+    os.write(1, b'ready\\n')  # in one piece, whatever the threads do
     while not should_stop():
       time.sleep(0.01)
-    print('ends', flush=True)
+    os.write(1, b'ends\\n')
     while 'hangs' in sys.argv:
       time.sleep(0.01)
 
