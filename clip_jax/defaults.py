@@ -708,6 +708,17 @@ def split(**given) -> Config:
   return _block(split_keys(), 'split', **given)
 
 
+def imagenet_train() -> Config:
+  """Returns the block of ImageNet-Train, the paper's anchor, under its published folder names."""
+  return dataset(
+    format='folder',
+    path=('imagenet/train', 'imagenet-train'),
+    classes=prompts.imagenet_classes(),  # in the order of the wnids
+    caption_template='a photo of a {}',
+    expected_rows=1_281_167,
+  )
+
+
 def add_imagenet_family(config: Config, *, optional: bool) -> None:
   """Adds the benchmarks of IMAGENET_FAMILY with OpenAI's 80 prompts.
 

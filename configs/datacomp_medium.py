@@ -19,7 +19,6 @@ metadata, not in the tars; clip_score_30 ranks by scores that the embedder compu
 """
 
 from clip_jax import defaults
-from clip_jax.evaluation import prompts
 
 # Pool, and samples seen in a run: the same number (DataComp's scale_configs.py).
 SCALES = {'': ('medium', 128_000_000), 'small': ('small', 12_800_000)}
@@ -37,13 +36,7 @@ def get_config(form=''):
     columns=('uid',),
     expected_rows=samples,  # DataComp reports that a download lacks some of them
   )
-  config.anchor = defaults.dataset(
-    format='folder',
-    path=('imagenet/train', 'imagenet-train'),
-    classes=prompts.imagenet_classes(),  # in the order of the wnids
-    caption_template='a photo of a {}',
-    expected_rows=1_281_167,
-  )
+  config.anchor = defaults.imagenet_train()
   defaults.add_imagenet_family(config, optional=False)
   benchmarks = tuple(config.benchmarks)
 

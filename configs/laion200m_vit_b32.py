@@ -26,7 +26,6 @@ train-test similarity?", ICLR 2024, and its code, github.com/brendel-group/clip-
 """
 
 from clip_jax import defaults
-from clip_jax.evaluation import prompts
 
 FORMS = ('', 'deduplicated')
 LAION_400M = 407_332_084  # samples that open_clip's authors downloaded (its training/data.py)
@@ -51,13 +50,7 @@ def get_config(form=''):
       path=('laion400m/*.tar', 'laion400m/*/*.tar', 'LAION-400M/*.tar'),
       expected_rows=LAION_400M,
     )
-  config.anchor = defaults.dataset(
-    format='folder',
-    path=('imagenet/train', 'imagenet-train'),
-    classes=prompts.imagenet_classes(),  # in the order of the wnids
-    caption_template='a photo of a {}',
-    expected_rows=1_281_167,
-  )
+  config.anchor = defaults.imagenet_train()
   defaults.add_imagenet_family(config, optional=False)
   benchmarks = tuple(config.benchmarks)
 

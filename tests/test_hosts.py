@@ -86,7 +86,7 @@ def test_variables_of_a_launcher_must_be_complete(monkeypatch, wrong):
   for name, value in {**TWO, 'SLURM_STEP_NODELIST': 'a', **wrong}.items():
     monkeypatch.setenv(name, value)
   monkeypatch.delenv('SLURM_LOCALID', raising=False)
-  with pytest.raises(ConfigError, match='variables of SLURM .* is missing or no number'):
+  with pytest.raises(ConfigError, match='SLURM .* variables is missing or is no number'):
     hosts.start()
   hosts.start(processes=1)
   assert hosts.count() == 1

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import test_step
 
 from clip_jax.core import sharding
 from clip_jax.data import packing
@@ -138,16 +139,7 @@ def test_what_is_computed_again_is_the_same(remat):
 
 def losses(dtype, devices, microbatches):
   """Returns the losses of three steps with packed captions."""
-  recipe = training_step.Recipe(
-    loss='clip',
-    beta1=0.9,
-    beta2=0.98,
-    eps=1e-6,
-    weight_decay=0.2,
-    mean=(0.5,) * 3,
-    std=(0.25,) * 3,
-    microbatches=microbatches,
-  )
+  recipe = dataclasses.replace(test_step.RECIPE, microbatches=microbatches)
   mesh = sharding.mesh(devices=jax.devices()[:devices])
   functions = clip.functions(CONFIG, dtype)
   steps = training_step.steps(functions.init, functions.encode, recipe, mesh)

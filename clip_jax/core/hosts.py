@@ -101,8 +101,8 @@ def start(coordinator: str = '', processes: int = 0, process: int = -1) -> None:
     arguments = {**launched(os.environ), **given}
   except (KeyError, ValueError) as error:
     raise ConfigError(
-      f'Of the variables of SLURM or Open MPI, which say that there are several processes, one is '
-      f'missing or no number ({error}). Start all processes with srun or mpirun, or one with '
+      'SLURM or Open MPI says that there are several processes, but one of its variables is '
+      f'missing or is no number ({error}). Start all processes with srun or mpirun, or one with '
       '--processes=1.'
     ) from error
   if not arguments and not _on_tpu_vm():
