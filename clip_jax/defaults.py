@@ -654,7 +654,12 @@ def get_config() -> Config:
   # name -> embedder(...): further ones, for the key `embedder` of splits, dedup.embedder,
   # prune.sensitivity and prune.preview
   c.embedders = ConfigDict()
-  c.cache_dir = ''  # local copies of remote files that are memory-mapped; '': WORKDIR/cache
+  # Local copies of remote files that are memory-mapped; '': WORKDIR/cache, for a WORKDIR on object
+  # storage, of which a copy is here, too, ~/.cache/clip_jax.
+  c.cache_dir = ''
+  # Most GB (10^9 bytes) of the copy of a WORKDIR on object storage: least recently used files go;
+  # 0: no limit.
+  c.cache_gb = 100.0
   for name, keys in BLOCKS.items():
     c[name] = _block(keys, name)
   return c

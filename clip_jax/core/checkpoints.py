@@ -8,6 +8,7 @@ checked at every read. JAX and Orbax are imported inside functions, because ever
 this file and they take two seconds.
 """
 
+from concurrent import futures
 import contextlib
 import hashlib
 import json
@@ -19,9 +20,10 @@ from absl import logging
 from etils import epath
 import numpy as np
 
-from clip_jax.core import files, hosts, sharding
+from clip_jax.core import files, hosts, mirror, sharding
 from clip_jax.core.errors import InputError
 
+_LAST = 'data'  # the item that is uploaded last: without it a step is not whole
 _DIGITS = 8  # in the name of a step's folder
 _ONE_RUN = threading.Lock()  # of several in threads: it saves or restores
 
@@ -59,6 +61,9 @@ class Checkpoints:
 
     self._directory = _absolute(directory)
     self._directory.mkdir(parents=True, exist_ok=True)
+    self._fetch()
+    self._publishing = futures.ThreadPoolExecutor(1)
+    self._published: futures.Future | None = None
     kept: list = [managers.LatestN(keep)]
     get = lambda metrics: metrics['score']
     if best:
@@ -94,11 +99,14 @@ class Checkpoints:
     data = dict(data, digests=dict(digests, config=_json_digest(config)))
     items = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
     items |= dict(data=ocp.args.JsonSave(data), config=ocp.args.JsonSave(config))
+    self._wait_for_uploads()
     with contextlib.nullcontext() if self._alone else _ONE_RUN:
       scored = None if score is None else dict(score=score)
       self._manager.save(step, args=ocp.args.Composite(**items), metrics=scored)
-      if not self._alone:
+      if not self._alone or mirror.of(self._directory) is not None:
         self._manager.wait_until_finished()
+    if mirror.of(self._directory) is not None and not hosts.index():
+      self._published = self._publishing.submit(self._publish, step)
 
   def restore(self, abstract: dict) -> tuple[int, dict, dict] | None:
     """Returns (step, arrays, data) of the latest undamaged step; None if there is none.
@@ -137,18 +145,46 @@ class Checkpoints:
     return None
 
   def close(self) -> None:
-    """Waits for running saves, and raises their errors."""
+    """Waits for running saves and uploads, and raises their errors."""
     self._manager.wait_until_finished()
     self._manager.close()
+    self._wait_for_uploads()
+    self._publishing.shutdown()
+
+  def _wait_for_uploads(self) -> None:
+    if self._published is not None:
+      self._published.result()
+      self._published = None
+
+  def _fetch(self) -> None:
+    """Makes the folder, if it mirrors object storage, what the storage has: its whole steps."""
+    if mirror.of(self._directory) is None:
+      return
+    whole = {folder.name for folder in step_folders(self._directory)}
+    for folder in self._directory.iterdir():
+      if folder.name not in whole or not files.matching(os.fspath(folder), _LAST):
+        folder.rmtree()
+    for name in whole:
+      files.local_folder(self._directory / name)
+
+  def _publish(self, step: int) -> None:
+    """Uploads a step, what makes it whole last; then deletes those that are no longer kept."""
+    folder = os.fspath(self._directory / f'{step:0{_DIGITS}d}')
+    for name in sorted(os.listdir(folder), key=lambda name: name == _LAST):
+      files.publish(os.path.join(folder, name))
+    kept = {f'{kept:0{_DIGITS}d}' for kept in self._manager.all_steps()}
+    for name in files.names(self._directory):
+      if name.isdigit() and name not in kept:
+        files.remove(self._directory / name / _LAST)
+        files.remove(self._directory / name)
 
 
 def step_folders(path: Any) -> list[epath.Path]:
   """Returns the complete steps in a run's folder or its checkpoints folder, oldest first."""
   path = _absolute(path)
-  if (path / 'checkpoints').is_dir():
+  if files.is_folder(path / 'checkpoints'):
     path = path / 'checkpoints'
-  inside = sorted(path.iterdir()) if path.is_dir() else []
-  return [folder for folder in inside if _is_step(folder)]
+  return [path / name for name in files.names(path) if _is_step(path / name)]
 
 
 def restore_params(path: Any, item: str = 'params') -> tuple[dict, int, dict]:
@@ -177,6 +213,7 @@ def restore_params(path: Any, item: str = 'params') -> tuple[dict, int, dict]:
       'one step.'
     )
   folder = folders[-1]
+  files.local_folder(folder)
   if item != 'params' and not (folder / item).is_dir():
     raise InputError(
       f'Checkpoint {folder} has no {item}: it was trained without config.train.{item}_decay.'
@@ -233,7 +270,7 @@ def _json_digest(value: Any) -> str:
 
 def _is_step(folder: epath.Path) -> bool:
   return folder.name.isdigit() and all(
-    (folder / item).is_dir() for item in ('params', 'data', 'config')
+    files.is_folder(folder / item) for item in ('params', _LAST, 'config')
   )
 
 

@@ -246,7 +246,7 @@ def _rows(directory: str, shard: int, written: int) -> Iterator[tuple[Array, byt
 def _open_index(directory: str, shard: int):
   import pyarrow.parquet as pq  # takes 0.1 s to import, and loader processes do not need it
 
-  return pq.ParquetFile(index_file(directory, shard))
+  return pq.ParquetFile(files.local(index_file(directory, shard)))
 
 
 def _join_texts(texts: Any, written: int) -> tuple[bytes, Array]:  # [n] int64

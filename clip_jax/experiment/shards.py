@@ -46,11 +46,12 @@ class Shard:
     )
 
   def with_absolute_paths(self, workdir: str) -> 'Shard':
-    """Returns the shard with absolute paths: generated tars are in the work directory."""
+    """Returns the shard with absolute paths of local files; generated tars are in `workdir`."""
     if self.block.format not in (blocks.GLYPHS, blocks.PLANTED):
       return self
     absolute = tuple(
-      dataclasses.replace(file, path=os.path.join(workdir, file.path)) for file in self.files
+      dataclasses.replace(file, path=files.local(os.path.join(workdir, file.path)))
+      for file in self.files
     )
     return dataclasses.replace(self, files=absolute)
 

@@ -203,7 +203,7 @@ def _keys(x: Experiment, dataset: str, shard: int, rows) -> list[str]:
   if not len(rows):
     return []
   path = os.path.join(workdir.index_folder(x, dataset), f'index-{shard:05d}.parquet')
-  return pq.read_table(path, columns=['key'])['key'].take(np.asarray(rows)).to_pylist()
+  return pq.read_table(files.local(path), columns=['key'])['key'].take(np.asarray(rows)).to_pylist()
 
 
 def _by_span(

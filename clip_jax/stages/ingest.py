@@ -33,7 +33,7 @@ def draw_demo(x: Experiment, todo: list[Product]) -> Made:
   logging.info("Drawing the demo's images ...")
   folder = os.path.dirname(todo[0].name)
   counts = glyphs.write(x.path(folder), **x.config.glyphs.to_dict())
-  tars = sorted(name for name in os.listdir(x.path(folder)) if name.endswith('.tar'))
+  tars = sorted(name for name in files.names(x.path(folder)) if name.endswith('.tar'))
   yield todo[0], [f'{folder}/{name}' for name in tars], counts
 
 
@@ -240,7 +240,7 @@ def refresh_locations(x: Experiment) -> None:
   """Updates the stored locations of source files that have moved to another folder since ingest."""
   for dataset in blocks.datasets(x.config):
     path = os.path.join(workdir.index_folder(x, dataset), workdir.LOCATIONS)
-    if os.path.exists(path):
+    if files.exists(path):
       old, now = files.read_json(path), [shard.location() for shard in _shards(x, dataset)]
       if old['shards'] != now and len(old['shards']) == len(now):
         files.write_json(path, {**old, 'shards': now})

@@ -7,7 +7,7 @@ import time
 
 from absl import logging
 
-from clip_jax.core import hosts, interrupts, locks, log
+from clip_jax.core import files, hosts, interrupts, locks, log
 from clip_jax.core.errors import ConfigError, InputError
 from clip_jax.core.products import Product
 from clip_jax.experiment import blocks
@@ -44,7 +44,8 @@ def take_part(x: Experiment) -> None:
 def _check_is_shared(path: str) -> None:
   """Raises InputError unless this process sees a file that process 0 has written."""
   until = time.monotonic() + SEEN_SECS
-  while not os.path.exists(path):
+  while not files.exists(path):
+    files.refresh(os.path.dirname(path))
     if time.monotonic() > until:
       raise InputError(
         f'it does not see {path}, which process 0 has written. All processes need the same '

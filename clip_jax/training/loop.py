@@ -146,6 +146,7 @@ def train(
           _check_finite(whole['params'], done)
           arrays = {item: whole[item] for item in ('params', 'opt', 'ema') if item in whole}
           best = None if score is None else _scored(score, whole, done, name)
+          metrics.publish()
           store.save(done, arrays, dict(seconds=log.seconds()), config, best)
           saved_at = time.monotonic()
         if stop:

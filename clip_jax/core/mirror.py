@@ -1,0 +1,299 @@
+"""A work directory on object storage, and its copy in a local folder, the mirror.
+
+Commands read and write files of the mirror. core/files.py calls this file for each of them: what is
+published (a file under its final name) is uploaded at once, so that a product's sidecar, which is
+written last, is last there, too; what another machine has made is downloaded when it is opened.
+`index` has what the storage holds, as of the last listing. Files that were not used for longest go
+when the mirror is over its limit. Without an open mirror every function does nothing.
+
+In the mirror: .mirror.jsonl, which object each file is a copy of. Several processes of a machine
+may use one mirror. Worker processes find it through an environment variable, and list the storage
+only if they miss a file.
+"""
+
+from collections.abc import Callable, Iterable
+from concurrent import futures
+import contextlib
+import json
+import os
+import shutil
+import threading
+import time
+
+from absl import logging
+
+from clip_jax.core import objects
+from clip_jax.core.errors import InputError
+
+_OPEN = 'CLIP_JAX_MIRROR'  # environment variable: folder, URL and limit of the open mirror
+LEASE = '.lock'  # ending of leases (core/leases.py), which are no files
+_COPIES = '.mirror.jsonl'
+_THREADS = 16  # transfers at a time
+_IN_USE_SECS = 60.0  # a file that was opened in this time stays
+
+
+class Mirror:
+  """The copy of the objects below a URL in a local folder; threads may share it."""
+
+  def __init__(self, folder: str, url: str, limit: int):  # limit in bytes; 0: none
+    self.folder, self.url, self.limit = folder, url, limit
+    self.objects = objects.Objects(url)
+    self.lost = ''  # why this process must publish nothing more (core/leases.py)
+    self.index: dict[str, objects.Entry] = {}
+    self._is_listed = False
+    self._children: dict[str, set[str]] = {}  # folder -> the names in it, by the index
+    self._lock = threading.RLock()
+    os.makedirs(folder, exist_ok=True)
+    self._copies = self._read_copies()  # relative path -> tag of the object that the file copies
+    self._bytes = _size(folder)
+
+  def refresh(self, folder: str = '') -> None:
+    """Lists the objects below a folder again; local copies of others, or of changed ones, go."""
+    found = {
+      name: entry for name, entry in self.objects.below(folder).items() if not name.endswith(LEASE)
+    }
+    self._is_listed = self._is_listed or not folder
+    with self._lock:
+      gone = [name for name in self.index if _is_below(name, folder) and name not in found]
+      for name in gone:
+        self._drop(name)
+      for name, entry in found.items():
+        self._note(name, entry)
+      for name in [name for name in self._copies if _is_below(name, folder)]:
+        if name not in found or self._copies[name] != found[name].tag:
+          with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.path(name))
+          del self._copies[name]
+
+  def path(self, name: str) -> str:
+    return os.path.join(self.folder, name)
+
+  def name(self, path: str) -> str:
+    """Returns the name of a path in the mirror, '' for the mirror itself."""
+    return os.path.relpath(path, self.folder).replace(os.sep, '/').removeprefix('.').lstrip('/')
+
+  def has(self, name: str) -> bool:
+    """Returns whether a file or folder is in the storage, or in the mirror, to be published."""
+    if os.path.exists(self.path(name)):
+      return True
+    self._list_once()
+    return name in self.index or name in self._children
+
+  def entry(self, name: str) -> objects.Entry | None:
+    self._list_once()
+    return self.index.get(name)
+
+  def is_folder(self, name: str) -> bool:
+    self._list_once()
+    return not name or name in self._children
+
+  def names(self, folder: str) -> set[str]:
+    """Returns the names of the files and folders in a folder."""
+    self._list_once()
+    here = self.path(folder)
+    return {*self._children.get(folder, ()), *(os.listdir(here) if os.path.isdir(here) else ())}
+
+  def fetch(self, name: str) -> None:
+    """Downloads a file unless its copy is current. What the storage does not hold is passed over.
+
+    Raises InputError if it cannot be read, or the disk has no space.
+    """
+    path = self.path(name)
+    if not self._is_listed and os.path.exists(path):  # in a worker, whose parent has fetched it
+      return
+    self._list_once()
+    entry = self.index.get(name)
+    if entry is None:
+      return
+    if self._copies.get(name) == entry.tag and os.path.exists(path):
+      os.utime(path)  # it was used now
+      return
+    self._make_room(entry.size)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    temporary = f'{os.path.dirname(path)}/.tmp-fetch-{os.getpid()}-{threading.get_ident()}'
+    try:
+      found = self.objects.download(name, temporary)
+      if found is None:
+        raise InputError(
+          f'{self.url}/{name} is gone: it was deleted while this command ran. Run it again.'
+        )
+      os.replace(temporary, path)
+    finally:
+      with contextlib.suppress(FileNotFoundError):
+        os.unlink(temporary)
+    with self._lock:
+      self._note(name, found)
+      self._record(name, found.tag, found.size)
+
+  def fetch_all(self, names: Iterable[str]) -> None:
+    """Downloads files, several at a time."""
+    self._at_once(self.fetch, names)
+
+  def publish(self, name: str) -> None:
+    """Uploads a file of the mirror, and counts it as published."""
+    if self.lost:
+      raise InputError(f'{self.lost}. {self.url}/{name} is not written.')
+    path = self.path(name)
+    size = os.path.getsize(path)
+    tag = self.objects.upload(name, path)
+    with self._lock:
+      self._note(name, objects.Entry(size, tag))
+      self._record(name, tag, size)
+    self._make_room(0)
+
+  def publish_all(self, names: Iterable[str]) -> None:
+    self._at_once(self.publish, names)
+
+  def remove(self, name: str) -> None:
+    """Deletes a file or folder, here and in the storage; the storage first."""
+    every = self.below(name)
+    self.objects.delete(every)
+    with self._lock:
+      for each in every:
+        self._drop(each)
+        self._copies.pop(each, None)
+    path = self.path(name)
+    if os.path.isdir(path):
+      shutil.rmtree(path)
+    elif os.path.exists(path):
+      os.unlink(path)
+
+  def move(self, old: str, new: str) -> None:
+    """Moves the objects of a file or folder; the local copies are dropped."""
+    every = self.below(old)
+    self._at_once(lambda name: self.objects.copy(name, new + name[len(old) :]), every)
+    entries = {name: self.index[name] for name in every}
+    self.remove(old)
+    self.refresh(new)
+    for name, entry in entries.items():
+      if new + name[len(old) :] not in self.index:  # `new` is one object: a listing omits it
+        self._note(new + name[len(old) :], entry)
+
+  def below(self, name: str) -> list[str]:
+    """Returns the objects of a file or folder, sorted."""
+    self._list_once()
+    if name in self.index:
+      return [name]
+    return sorted(each for each in self.index if _is_below(each, name))
+
+  def _list_once(self) -> None:
+    if not self._is_listed:
+      self.refresh()
+
+  def _note(self, name: str, entry: objects.Entry) -> None:
+    self.index[name] = entry
+    while name:
+      folder, _, last = name.rpartition('/')
+      self._children.setdefault(folder, set()).add(last)
+      name = folder
+
+  def _drop(self, name: str) -> None:
+    self.index.pop(name, None)
+    while name and not self._children.get(name):
+      self._children.pop(name, None)
+      name, _, last = name.rpartition('/')
+      self._children.get(name, set()).discard(last)
+
+  def _record(self, name: str, tag: str, size: int) -> None:
+    self._copies[name] = tag
+    self._bytes += size
+    with open(self.path(_COPIES), 'a') as f:
+      f.write(json.dumps([name, tag]) + '\n')
+
+  def _read_copies(self) -> dict[str, str]:
+    copies = {}
+    if os.path.exists(self.path(_COPIES)):
+      with open(self.path(_COPIES)) as f:
+        for line in f:
+          with contextlib.suppress(ValueError):  # of a killed process
+            name, tag = json.loads(line)
+            copies[name] = tag
+    return {name: tag for name, tag in copies.items() if os.path.exists(self.path(name))}
+
+  def _make_room(self, size: int) -> None:
+    """Deletes published files, least recently used first, until `size` bytes more are in bounds."""
+    if not self.limit or self._bytes + size <= self.limit:
+      return
+    with self._lock:
+      old = sorted(
+        (os.path.getmtime(self.path(name)), name)
+        for name in self._copies
+        if os.path.exists(self.path(name))
+      )
+      self._bytes = _size(self.folder)
+      for used, name in old:
+        if self._bytes + size <= 0.8 * self.limit or used > time.time() - _IN_USE_SECS:
+          break
+        if name in self.index:
+          self._bytes -= os.path.getsize(self.path(name))
+          os.unlink(self.path(name))
+
+  def _at_once(self, do: Callable[[str], None], names: Iterable[str]) -> None:
+    with futures.ThreadPoolExecutor(_THREADS) as pool:
+      for _ in pool.map(do, names):
+        pass
+
+
+def open_mirror(url: str, cache: str, limit: int, *, writes: bool = True) -> str:
+  """Opens the mirror of a URL below the folder `cache`, for this process and its workers.
+
+  Returns the mirror's folder, which is the work directory of this command. Raises InputError,
+  within seconds, if the storage cannot be listed or, for a command that `writes`, written.
+  """
+  url = url.rstrip('/')
+  folder = os.path.join(os.path.abspath(os.path.expanduser(cache)), url.replace('://', '/'))
+  objects.Objects(url).check(writes)
+  logging.info('The work directory is %s; the copy on this machine: %s.', url, folder)
+  os.environ[_OPEN] = json.dumps([folder, url, limit])
+  opened = _opened()
+  assert opened is not None
+  opened.refresh()
+  small = [name for name, entry in opened.index.items() if entry.size <= 1 << 16]
+  opened.fetch_all(name for name in small if name.endswith('.json') and '/checkpoints/' not in name)
+  return folder
+
+
+_mirrors: dict[tuple[str, int], Mirror] = {}  # by the variable's value and the process
+_making = threading.Lock()
+
+
+def _opened() -> Mirror | None:
+  value = os.environ.get(_OPEN)
+  if not value:
+    return None
+  key = value, os.getpid()
+  with _making:
+    if key not in _mirrors:
+      _mirrors[key] = Mirror(*json.loads(value))
+  return _mirrors[key]
+
+
+def of(path) -> Mirror | None:
+  """Returns the mirror that holds a local path, None for every other path."""
+  if _OPEN not in os.environ:
+    return None
+  mirror = _opened()
+  path = os.path.abspath(os.fspath(path))
+  inside = mirror and (path == mirror.folder or path.startswith(mirror.folder + os.sep))
+  return mirror if inside else None
+
+
+def in_words(text: str) -> str:
+  """Returns a message with the URL in place of the mirror's folder."""
+  if _OPEN not in os.environ:
+    return text
+  folder, url, _ = json.loads(os.environ[_OPEN])
+  return text.replace(folder, url)
+
+
+def _is_below(name: str, folder: str) -> bool:
+  return not folder or name.startswith(folder + '/')
+
+
+def _size(folder: str) -> int:
+  total = 0
+  for parent, _, names in os.walk(folder):
+    for name in names:
+      with contextlib.suppress(FileNotFoundError):
+        total += os.path.getsize(os.path.join(parent, name))
+  return total
