@@ -14,6 +14,7 @@ only if they miss a file.
 from collections.abc import Callable, Iterable
 from concurrent import futures
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -22,12 +23,14 @@ import time
 
 from absl import logging
 
-from clip_jax.core import objects
+from clip_jax.core import home, objects
 from clip_jax.core.errors import InputError
 
-_OPEN = 'CLIP_JAX_MIRROR'  # environment variable: folder, URL and limit of the open mirror
+_OPEN = 'CLIP_JAX_MIRRORS'  # environment variable: folder, URL and limit of each open mirror
 LEASE = '.lock'  # ending of leases (core/leases.py), which are no files
 _COPIES = '.mirror.jsonl'
+_SMALL = 1 << 16  # bytes of a JSON file that is fetched at the start
+LIMIT = 100 * 10**9  # bytes of a mirror, unless the config says another number
 _THREADS = 16  # transfers at a time
 _IN_USE_SECS = 60.0  # a file that was opened in this time stays
 
@@ -234,56 +237,76 @@ class Mirror:
         pass
 
 
-def open_mirror(url: str, cache: str, limit: int, *, writes: bool = True) -> str:
-  """Opens the mirror of a URL below the folder `cache`, for this process and its workers.
+def open_mirror(url: str, cache: str = '', limit: int = LIMIT, *, writes: bool = True) -> str:
+  """Opens the mirror of a URL, for this process and its workers, and returns its folder.
 
-  Returns the mirror's folder, which is the work directory of this command. Raises InputError,
-  within seconds, if the storage cannot be listed or, for a command that `writes`, written.
+  Args:
+    url: of a work directory or a folder in one.
+    cache: the folder below which the mirrors are; '': of the user's own.
+    limit: bytes of the copies here; 0: none.
+    writes: whether the storage must be writable.
+
+  Raises InputError, within seconds, if the storage cannot be listed or written.
   """
   url = url.rstrip('/')
-  folder = os.path.join(os.path.abspath(os.path.expanduser(cache)), url.replace('://', '/'))
+  cache = os.path.abspath(os.path.expanduser(cache or home.cache()))
+  folder = os.path.join(cache, 'workdirs', url.replace('://', '/'))
   objects.Objects(url).check(writes)
-  logging.info('The work directory is %s; the copy on this machine: %s.', url, folder)
-  os.environ[_OPEN] = json.dumps([folder, url, limit])
-  opened = _opened()
+  logging.debug('%s: the copy on this machine is %s.', url, folder)
+  others = [entry for entry in _entries(os.environ.get(_OPEN, '')) if entry[0] != folder]
+  os.environ[_OPEN] = json.dumps([*others, (folder, url, limit)])
+  opened = of(folder)
   assert opened is not None
   opened.refresh()
-  small = [name for name, entry in opened.index.items() if entry.size <= 1 << 16]
-  opened.fetch_all(name for name in small if name.endswith('.json') and '/checkpoints/' not in name)
+  opened.fetch_all(
+    name
+    for name, entry in opened.index.items()
+    if name.endswith('.json') and entry.size <= _SMALL and '/checkpoints/' not in name
+  )
   return folder
 
 
-_mirrors: dict[tuple[str, int], Mirror] = {}  # by the variable's value and the process
+def folder_of(path) -> str:
+  """Returns a local folder: that of a path, absolute, or the mirror of a URL that is only read."""
+  path = os.fspath(path)
+  if '://' in path:
+    return open_mirror(path, writes=False)
+  return os.path.abspath(os.path.expanduser(path))
+
+
+@functools.lru_cache(maxsize=8)
+def _entries(value: str) -> tuple[tuple[str, str, int], ...]:
+  return tuple(map(tuple, json.loads(value))) if value else ()
+
+
+_mirrors: dict[tuple[tuple[str, str, int], int], Mirror] = {}  # (its entry, the process)
 _making = threading.Lock()
-
-
-def _opened() -> Mirror | None:
-  value = os.environ.get(_OPEN)
-  if not value:
-    return None
-  key = value, os.getpid()
-  with _making:
-    if key not in _mirrors:
-      _mirrors[key] = Mirror(*json.loads(value))
-  return _mirrors[key]
 
 
 def of(path) -> Mirror | None:
   """Returns the mirror that holds a local path, None for every other path."""
   if _OPEN not in os.environ:
     return None
-  mirror = _opened()
   path = os.path.abspath(os.fspath(path))
-  inside = mirror and (path == mirror.folder or path.startswith(mirror.folder + os.sep))
-  return mirror if inside else None
+  inside = [
+    entry
+    for entry in _entries(os.environ[_OPEN])
+    if path == entry[0] or path.startswith(entry[0] + os.sep)
+  ]
+  if not inside:
+    return None
+  key = max(inside, key=lambda entry: len(entry[0])), os.getpid()
+  with _making:
+    if key not in _mirrors:
+      _mirrors[key] = Mirror(*key[0])
+  return _mirrors[key]
 
 
 def in_words(text: str) -> str:
-  """Returns a message with the URL in place of the mirror's folder."""
-  if _OPEN not in os.environ:
-    return text
-  folder, url, _ = json.loads(os.environ[_OPEN])
-  return text.replace(folder, url)
+  """Returns a message with URLs in place of the folders of mirrors."""
+  for folder, url, _ in _entries(os.environ.get(_OPEN, '')):
+    text = text.replace(folder, url)
+  return text
 
 
 def _is_below(name: str, folder: str) -> bool:

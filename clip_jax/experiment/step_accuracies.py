@@ -64,7 +64,7 @@ def append(
 ) -> None:
   """Appends the lines of one checkpoint. Raises FileNotFoundError if the folder is gone."""
   metrics.append(
-    path,
+    files.local(path),
     [
       {
         'step': step,
@@ -75,6 +75,7 @@ def append(
       for name, result in results.items()
     ],
   )
+  files.publish(path)
 
 
 def path_in(folder: str) -> str:

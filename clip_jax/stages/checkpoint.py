@@ -24,7 +24,7 @@ from absl import logging
 import numpy as np
 
 from clip_jax.core import config as config_lib
-from clip_jax.core import files, products
+from clip_jax.core import files, mirror, products
 from clip_jax.core.errors import ConfigError
 from clip_jax.core.types import Array, Config
 from clip_jax.data import images
@@ -108,7 +108,8 @@ def _evaluate(
   model_name: str = '',
 ) -> dict[str, dict]:
   """Evaluates one model on the benchmarks, prints the table, and writes and returns the results."""
-  checkpoint = path if model.step is None else f'{path}, step {model.step}'
+  place = mirror.in_words(path)
+  checkpoint = place if model.step is None else f'{place}, step {model.step}'
   logging.info('%s:', checkpoint)
   logging.info(
     _LINE, 'benchmark', 'images', 'groups', 'top-1', '95 % interval', 'balanced', '95 % interval'

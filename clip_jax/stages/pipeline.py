@@ -14,10 +14,11 @@ import time
 
 from absl import logging
 
+from clip_jax.core import config as config_lib
 from clip_jax.core import (
-  command,
   engine,
   files,
+  home,
   hosts,
   interrupts,
   locks,
@@ -28,7 +29,6 @@ from clip_jax.core import (
   progress,
   sharding,
 )
-from clip_jax.core import config as config_lib
 from clip_jax.core.errors import ConfigError
 from clip_jax.core.products import EMBEDDERS, STAGES, Product
 from clip_jax.core.types import Config
@@ -156,12 +156,11 @@ def _open_experiment(config: Config, folder: str | None, is_plan: bool) -> Exper
       '--workdir is missing: name a folder for all outputs, for example --workdir=runs/demo.'
     )
   if not files.is_local(folder):
-    cache = config.cache_dir or command.cache_home()
+    cache = config.cache_dir or home.cache()
+    logging.info('Files of %s are copied to %s when they are used.', folder, cache)
     config = config.copy_and_resolve_references()
     config.cache_dir = os.path.join(cache, 'copies')  # of remote sources: not in the mirror
-    folder = mirror.open_mirror(
-      folder, os.path.join(cache, 'workdirs'), int(1e9 * config.cache_gb), writes=not is_plan
-    )
+    folder = mirror.open_mirror(folder, cache, int(1e9 * config.cache_gb), writes=not is_plan)
   folder = os.path.abspath(os.path.expanduser(folder))
   if os.path.exists(folder) and not os.path.isdir(folder):
     raise ConfigError(f'--workdir={folder} is a file; give a folder.')

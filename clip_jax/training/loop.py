@@ -42,6 +42,8 @@ class MetricsWriter(Protocol):
 
   def truncate(self, step: int) -> None: ...
 
+  def publish(self) -> None: ...  # before a checkpoint is saved
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainResult:
