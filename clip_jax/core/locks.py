@@ -34,8 +34,8 @@ def lock(
   patient: of a lease, see leases.held. Raises Busy, naming the holder, if another process has it.
   """
   if (at := mirror.of(workdir)) is not None:
-    with leases.held(at, name, shared=shared, patient=patient) as note:
-      yield note
+    with leases.held(at, name, shared=shared, patient=patient) as noted:
+      yield noted
     return
   path = os.path.join(workdir, name + LOCK)
   os.makedirs(os.path.dirname(path), exist_ok=True)

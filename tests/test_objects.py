@@ -1,0 +1,66 @@
+"""Objects by obstore's store in memory; tests/test_remote.py has a server."""
+
+import pytest
+
+from clip_jax.core import objects
+from clip_jax.core.errors import InputError
+
+
+def test_objects_are_written_listed_read_copied_and_deleted(tmp_path):
+  at = objects.Objects('memory://objects')
+  (tmp_path / 'a').write_bytes(b'x' * 100)
+  tag = at.upload('run/a', str(tmp_path / 'a'))
+  assert at.below() == at.below('run') == {'run/a': objects.Entry(100, tag)}
+  assert at.below('ru') == {}
+  at.copy('run/a', 'other/a')
+  found = at.download('other/a', str(tmp_path / 'b'))
+  assert found is not None and found.size == 100
+  assert (tmp_path / 'b').read_bytes() == b'x' * 100
+  assert at.read('none') is None and at.download('none', str(tmp_path / 'c')) is None
+  at.delete(['run/a', 'other/a'])
+  at.delete([])
+  assert at.below() == {}
+
+
+def test_a_download_in_parts_is_whole(tmp_path, monkeypatch):
+  monkeypatch.setattr(objects, '_PART', 7)
+  at = objects.Objects('memory://parts')
+  at.write('a', bytes(range(100)))
+  at.download('a', str(tmp_path / 'a'))
+  assert (tmp_path / 'a').read_bytes() == bytes(range(100))
+
+
+def test_of_several_conditional_writes_one_succeeds():
+  at = objects.Objects('memory://conditional')
+  first = at.write('lease', b'1', if_tag='')
+  with pytest.raises(objects.Changed):
+    at.write('lease', b'2', if_tag='')
+  second = at.write('lease', b'3', if_tag=first)
+  with pytest.raises(objects.Changed):
+    at.write('lease', b'4', if_tag=first)
+  assert at.read('lease') == (b'3', second)
+  at.delete(['lease'])
+  with pytest.raises(objects.Changed):  # not made again
+    at.write('lease', b'5', if_tag=second)
+
+
+def test_an_unknown_protocol_is_an_error():
+  with pytest.raises(InputError, match='ftp://x: a work directory is a local folder or one of gs'):
+    objects.Objects('ftp://x')
+
+
+def test_s3_without_credentials_is_an_error(monkeypatch, tmp_path):
+  pytest.importorskip('botocore')
+  for name in ('AWS_ACCESS_KEY_ID', 'AWS_SECRET_ACCESS_KEY', 'AWS_PROFILE'):
+    monkeypatch.delenv(name, raising=False)
+  monkeypatch.setenv('AWS_SHARED_CREDENTIALS_FILE', str(tmp_path / 'none'))
+  monkeypatch.setenv('AWS_CONFIG_FILE', str(tmp_path / 'none'))
+  monkeypatch.setenv('AWS_EC2_METADATA_DISABLED', 'true')
+  with pytest.raises(InputError, match='s3://: no credentials are found'):
+    objects.Objects('s3://bucket/x')
+
+
+def test_the_code_of_the_storage_is_in_the_message():
+  error = ValueError('a <Code>NoSuchBucket</Code> <Message>It does not exist.</Message>')
+  assert objects._reason(error) == 'NoSuchBucket, It does not exist'
+  assert objects._reason(ValueError('plain\nmore')) == 'ValueError: plain'
