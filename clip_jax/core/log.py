@@ -17,7 +17,18 @@ from clip_jax.core.errors import InputError
 # Loggers of other libraries: all of them, and JAX's, whose parent would print to standard error.
 _LIBRARIES = ('', 'jax._src')
 # Libraries of which only warnings are logged.
-_NOISY = ('jax', 'jax._src', 'orbax', 'flax', 'grain', 'etils', 'matplotlib', 'PIL', 'fsspec')
+_NOISY = (
+  'jax',
+  'jax._src',
+  'orbax',
+  'flax',
+  'grain',
+  'etils',
+  'matplotlib',
+  'PIL',
+  'fsspec',
+  'botocore',
+)
 
 # The full path: an environment may lie below another folder called clip_jax.
 _PACKAGE = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), '')

@@ -24,6 +24,7 @@ def take_part(x: Experiment) -> None:
   """Makes, with the other processes, each run that process 0 names, until it has done all."""
   log.to_file(x.path(f'log-{hosts.index()}.txt'))
   while word := hosts.told():
+    files.refresh(x.workdir)  # process 0 has made more since
     name, digest = word.split()
     found = {
       part.name: (stage, part)
