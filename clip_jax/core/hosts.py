@@ -23,6 +23,7 @@ from clip_jax.core.errors import ConfigError, InputError
 
 CONNECT_SECS = 300  # until all processes have started
 HEARTBEAT_SECS = 60  # a process that is not heard of for so long is gone, and the others end
+SAID_SECS = 5  # for another process's word on why it has ended all
 _POLL_MS = 1000
 _OVER, _WORD, _GONE = 'clip_jax/over', 'clip_jax/word', 'clip_jax/gone'  # keys
 
@@ -262,6 +263,7 @@ def lost(error: Exception) -> str:
   is_status = re.match('[A-Z_]+: ', str(error))  # 'UNKNOWN: Gloo AllGather failed', a ValueError
   if _count == 1 or not (is_status or type(error).__name__ == 'JaxRuntimeError'):
     return ''
+  _ended.wait(SAID_SECS)  # _watch may end this process, with the other's error
   return (
     f'The devices of all processes stopped working together: {str(error).splitlines()[0][:200]}. '
     'If one of the processes is gone, start all of them again; the work goes on from its last '

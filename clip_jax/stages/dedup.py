@@ -168,7 +168,7 @@ def _meet(x: Experiment, pool, rows: Array, product: Product) -> None:
   of = x.with_embedder(x.config.dedup.embedder)
   last = os.path.relpath(workdir.embeddings_path(of, POOL, len(pool.starts) - 2), x.workdir)
   hosts.tell(f'{product.name} {blocks.common_digest(x.config)} {last}')
-  every = hosts.gather(np.array([len(rows), zlib.crc32(rows)]))
+  every = hosts.gather(np.array([len(rows), zlib.crc32(np.packbits(rows).tobytes())]))
   if (every != every[0]).any():
     raise InputError(
       'dedup: the processes see different usable rows of the pool. Start all processes with the '
