@@ -8,9 +8,9 @@ tiles.py. The sums behind the centres are float64 sums of float16 numbers, which
 order (multiples of 2^-24, below 2^29), so only items that changed cluster are added and subtracted.
 
 Several processes can cluster together, each its part of the rows (Part), to the same bits, because
-sums of their sums are exact, too. Each holds the assignment of its own rows, the centres (float32)
-and its sums behind them: 0.4 GB for 50,000 x 640. In each iteration it gives the sums, 8 bytes x K
-x E, to all others.
+sums of their sums are exact, too. Each holds the centres, old and new, its sums behind them (16
+bytes x K x E, 0.5 GB for 50,000 x 640), and its own rows. In each iteration it gives the sums to
+all others.
 """
 
 from collections.abc import Callable, Iterator
@@ -33,7 +33,7 @@ EXCHANGED = 2**24  # bytes that a part gives to the others at a time
 
 
 class Part(NamedTuple):
-  """One of the processes that cluster together, each with consecutive rows; default: the only one.
+  """One of the processes that cluster together, each with as many rows; default: the only one.
 
   gather gets an array [...] and returns those of all parts, [count, ...], bit for bit. It waits for
   the other parts, which call it at the same places with arrays of the same shape and dtype.
@@ -44,19 +44,19 @@ class Part(NamedTuple):
   gather: Callable[[Array], Array] = lambda array: array[None]
 
   def own(self, rows: int) -> slice:
-    """Returns which of the rows are this part's; none, perhaps."""
+    """Returns which of the rows are this part's, one after the other; none, perhaps."""
     size = -(-rows // self.count)
     return slice(min(self.index * size, rows), min((self.index + 1) * size, rows))
 
-  def whole(self, own: Array, rows: int) -> Array:  # [own rows] -> [rows]
+  def whole(self, mine: Array, rows: int) -> Array:  # [own rows] -> [rows]
     """Returns, in part 0, the arrays of all parts as one; an empty array in the others."""
     if self.count == 1:
-      return own
+      return mine
     size = -(-rows // self.count)
-    own = np.pad(own, (0, size - len(own)))
-    found = np.empty((0 if self.index else self.count, size), own.dtype)
-    for block in _blocks(own):
-      found[:, block] = self.gather(own[block])[: len(found)]
+    mine = np.pad(mine, (0, size - len(mine)))
+    found = np.empty((0 if self.index else self.count, size), mine.dtype)
+    for block in _blocks(mine):
+      found[:, block] = self.gather(mine[block])[: len(found)]
     return found.reshape(-1)[:rows]
 
   def from_first(self, array: Array, wanted: slice) -> Array:  # [n, ...] -> [wanted rows, ...]
