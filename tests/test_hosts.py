@@ -357,6 +357,13 @@ def killed(*given):
 kmeans._means = killed
 runpy.run_module('clip_jax.main', run_name='__main__')
 """
+OTHER_ROWS = """
+import runpy
+import numpy as np
+from clip_jax.experiment import workdir
+workdir.in_anchor = lambda x: np.arange(len(workdir.source(x, 'pool'))) < 9
+runpy.run_module('clip_jax.main', run_name='__main__')
+"""
 
 
 def _embedded(prepared, folder):
@@ -435,4 +442,6 @@ def test_processes_with_other_rows_or_keys_are_refused(prepared, tmp_path):
   folder = _embedded(prepared, tmp_path / 'work')
   assert _deduplicate(folder, 2, of_last=['--config.dedup.seed=1']) == [2, 2]
   assert re.search('Error: process 1: its .* dedup .* are not those of', _said(folder, 0))
+  assert _deduplicate(folder, 2, script=OTHER_ROWS) == [1, 1]
+  assert 'the processes see different usable rows of the pool' in _said(folder, 0)
   assert not os.path.exists(folder / 'dedup/kmeans-state.npz')
