@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import time
 
 import jax
@@ -340,6 +341,35 @@ def test_an_embedder_is_trained_together(prepared, tmp_path):
   stages = ['--stages=ingest,embedder']
   assert _finished(_start(folder, 2, flags=stages, **trained)) == [0, 0], _said(folder, 0)
   assert files.read_json(folder / 'embedder/embedder.json')['source'] == 'train'
+
+
+@pytest.mark.slow
+def test_arrays_of_all_processes_arrive_bit_for_bit():
+  with socket.socket() as s:
+    s.bind(('127.0.0.1', 0))
+    where = f'127.0.0.1:{s.getsockname()[1]}'
+  script = textwrap.dedent("""
+    import sys
+    import numpy as np
+    from clip_jax.core import hosts
+    i = int(sys.argv[2])
+    hosts.start(sys.argv[1], 2, i)
+    for array in (np.array([[1 / 3, i]]), np.array([2**53 + 1 + i]), np.array([i > 0, True, False])):
+      print(hosts.gather(array).tolist())
+    hosts.end()""")
+  started = [
+    subprocess.Popen(
+      [sys.executable, '-c', script, where, str(i)], cwd=tiny.ROOT, stdout=subprocess.PIPE, text=True
+    )
+    for i in range(2)
+  ]
+  for process in started:
+    said = process.communicate(timeout=300)[0].splitlines()
+    assert said[-3:] == [
+      str([[[1 / 3, 0.0]], [[1 / 3, 1.0]]]),
+      str([[2**53 + 1], [2**53 + 2]]),
+      str([[False, True, False], [True, True, False]]),
+    ]
 
 
 # De-duplication
