@@ -38,7 +38,7 @@ import numpy as np
 from clip_jax.core import accelerators, sharding
 from clip_jax.data import packing
 from clip_jax.models import flops, layers, zoo
-from clip_jax.similarity import exact
+from clip_jax.similarity import exact, kmeans
 from clip_jax.training import losses
 from clip_jax.training import step as training_step
 
@@ -57,6 +57,7 @@ class Sizes:
   queries: int
   dim: int
   k: int  # nearest rows of each query
+  centers: int  # of k-means
   loss_batch: int
   loss_dim: int
   loss_chunk: int
@@ -66,14 +67,14 @@ FULL = Sizes(
   checks=device_check.FULL, side=8_192,
   models={name: zoo.by_name(name) for name in ('ViT-B-32', 'ViT-B-16')},
   batches={'ViT-B-32': (256, 1_024, 4_096), 'ViT-B-16': (256, 512, 1_024)},
-  embed_batch=1_024, rows=1_000_000, queries=167_000, dim=640, k=64,
+  embed_batch=1_024, rows=1_000_000, queries=167_000, dim=640, k=64, centers=50_000,
   loss_batch=16_384, loss_dim=512, loss_chunk=2_048,
 )  # fmt: skip
 TINY = Sizes(
   checks=device_check.TINY, side=256,
   models=dict.fromkeys(('ViT-B-32', 'ViT-B-16'), device_check.model(16, 8, 32, 2, 64, 8, 16)),
   batches=dict.fromkeys(('ViT-B-32', 'ViT-B-16'), (8, 16, 32)),
-  embed_batch=16, rows=1_000, queries=150, dim=96, k=5,
+  embed_batch=16, rows=1_000, queries=150, dim=96, k=5, centers=80,
   loss_batch=64, loss_dim=16, loss_chunk=24,
 )  # fmt: skip
 
@@ -218,7 +219,21 @@ def search(outputs: str, sizes: Sizes) -> dict:
   run(len(pool) // 16)  # compiles: two tiles of an accelerator
   took = device_check.seconds(lambda: run(len(pool)), 1)
   pairs = len(pool) * len(queries)
-  found = device_check.rates('pairs', pairs, 2 * pairs * sizes.dim, took)
+  return _of_product(device_check.rates('pairs', pairs, 2 * pairs * sizes.dim, took), sizes)
+
+
+def assignment(sizes: Sizes) -> dict:
+  """The pass of k-means that finds each row's nearest centre; also as a share of that product."""
+  rows = unit_vectors(sizes.rows, sizes.dim, 0)
+  centers = unit_vectors(sizes.centers, sizes.dim, 2).astype(np.float32)
+  run = lambda count: kmeans.assign(rows[:count], np.ones(count, bool), centers)
+  run(len(rows) // 16)  # compiles
+  took = device_check.seconds(lambda: run(len(rows)), 1)
+  flop = 2 * len(rows) * len(centers) * sizes.dim
+  return _of_product(device_check.rates('rows', len(rows), flop, took), sizes)
+
+
+def _of_product(found: dict, sizes: Sizes) -> dict:
   return found | {'of_float32_product': found['tflops'] / product('float32', sizes.side)['tflops']}
 
 
@@ -279,6 +294,7 @@ def _cases() -> dict[str, Callable[[Sizes], dict]]:
     'step ViT-B-32, medium batch, packed': case(step, 'ViT-B-32', 1, packed=True),
     'search, similarity only': case(search, 'similarity'),
     'search, everything': case(search, 'everything'),
+    'k-means, assignment': assignment,
     'embed ViT-B-32': case(embed, 'ViT-B-32'),
     'embed ViT-B-16': case(embed, 'ViT-B-16'),
     'step ViT-B-16, medium batch': case(step, 'ViT-B-16', 1),
@@ -332,6 +348,7 @@ WORDS = {
   'seconds': '{:.3g} s',
   'images_per_second': '{:,.0f} images/s',
   'pairs_per_second': '{:.3g} pairs/s',
+  'rows_per_second': '{:,.0f} rows/s',
   'tflops': '{:.3g} TFLOP/s',
   'of_peak': '{:.1%} of the peak',
   'of_float32_product': '{:.0%} of the float32 product',

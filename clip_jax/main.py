@@ -45,7 +45,7 @@ _PROFILE = flags.DEFINE_string(
 _COORDINATOR = flags.DEFINE_string(
   'coordinator',
   '',
-  'Several processes, on one host or more, train together: HOST:PORT of process 0. Found by itself '
+  'Several processes, on one host or more, work together: HOST:PORT of process 0. Found by itself '
   'under SLURM (srun) and, as the next two, on TPU VMs; Open MPI 4: mpirun.',
 )
 _PROCESSES = flags.DEFINE_integer('processes', 0, 'Number of these processes.')

@@ -141,7 +141,7 @@ MEANINGS = {
   'config.json': {'': 'the config of the last command; `clip_jax/defaults.py` explains its keys'},
   'log.txt': {
     '': 'log of all commands; `--verbose` shows the same in the terminal. Further processes '
-    'that train together: `log-I.txt`; commands that share the work: `log-HOST-PID.txt`'
+    'that work together: `log-I.txt`; commands that share the work: `log-HOST-PID.txt`'
   },
   'times.json': {
     'seconds.<stage>': 'seconds that the stage took, over all commands',

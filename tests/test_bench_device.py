@@ -21,7 +21,10 @@ ABSENT = (
   *('pyarrow', 'grain', 'ml_collections', 'matplotlib', 'PIL', 'jinja2', 'scann', 'fsspec', 'ftfy'),
   *('tensorflow_datasets', 'array_record', 'sklearn', 'tqdm', 'regex', 'safetensors', 'simplejpeg'),
 )
-QUICK = ('product, bfloat16', 'search, everything', 'loss clip, chunked', 'check: search')
+QUICK = (
+  *('product, bfloat16', 'search, everything', 'k-means, assignment', 'loss clip, chunked'),
+  'check: search',
+)
 
 
 def run(tmp_path, cases, minutes=10.0):

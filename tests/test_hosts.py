@@ -1,11 +1,13 @@
-"""Several processes train one model: as one process does, killed and stopped ones, too."""
+"""Several processes train one model or share k-means: as one does, killed and stopped ones, too."""
 
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import time
 
 import jax
@@ -102,6 +104,7 @@ def test_an_error_of_the_devices_may_be_that_of_another_process(monkeypatch):
   gloo = ValueError('UNKNOWN: Gloo AllGather failed: Connection closed by peer\nand more')
   assert hosts.lost(gloo) == ''
   monkeypatch.setattr(hosts, '_count', 2)
+  monkeypatch.setattr(hosts, 'SAID_SECS', 0)
   assert 'closed by peer. If one of the processes is gone' in hosts.lost(gloo)
   assert hosts.lost(ValueError('a mistake: of ours')) == ''
 
@@ -109,6 +112,7 @@ def test_an_error_of_the_devices_may_be_that_of_another_process(monkeypatch):
 def test_alone_nothing_is_asked():
   hosts.start()
   assert (hosts.index(), hosts.count(), hosts.agree(3, 0)) == (0, 1, (3, 0))
+  assert hosts.gather(np.ones((2, 3))).shape == (1, 2, 3)
 
 
 def test_all_processes_must_share_the_work_directory(tmp_path, monkeypatch):
@@ -163,8 +167,10 @@ def alone(prepared):
   return folder
 
 
-def _start(folder, count, devices=1, flags=(), of_last=(), **override):
-  """Starts the processes of a command; `of_last`: further flags of the last one."""
+def _start(folder, count, devices=1, flags=(), of_last=(), script=None, **override):
+  """Starts the processes of a command; `of_last`: further flags of the last one, `script`: its
+  program.
+  """
   with socket.socket() as s:
     s.bind(('127.0.0.1', 0))
     port = s.getsockname()[1]
@@ -175,10 +181,13 @@ def _start(folder, count, devices=1, flags=(), of_last=(), **override):
     more = [*flags, *(of_last if i == count - 1 else ())]
     if count > 1:
       more += [f'--coordinator=127.0.0.1:{port}', f'--processes={count}', f'--process={i}']
+    command = tiny.command(folder, *more, **{**ONLY, **override})
+    if script and i == count - 1:
+      command[1:3] = '-c', script
     with open(f'{folder}.{i}.out', 'w') as out:
       started.append(
         subprocess.Popen(
-          tiny.command(folder, *more, **{**ONLY, **override}),
+          command,
           cwd=tiny.ROOT,
           env=env,
           stdout=out,
@@ -332,3 +341,140 @@ def test_an_embedder_is_trained_together(prepared, tmp_path):
   stages = ['--stages=ingest,embedder']
   assert _finished(_start(folder, 2, flags=stages, **trained)) == [0, 0], _said(folder, 0)
   assert files.read_json(folder / 'embedder/embedder.json')['source'] == 'train'
+
+
+@pytest.mark.slow
+def test_arrays_of_all_processes_arrive_bit_for_bit():
+  with socket.socket() as s:
+    s.bind(('127.0.0.1', 0))
+    where = f'127.0.0.1:{s.getsockname()[1]}'
+  script = textwrap.dedent("""
+    import sys
+    import numpy as np
+    from clip_jax.core import hosts
+    i = int(sys.argv[2])
+    hosts.start(sys.argv[1], 2, i)
+    for array in (np.array([[1 / 3, i]]), np.array([2**53 + 1 + i]), np.array([i > 0, True, False])):
+      print(hosts.gather(array).tolist())
+    hosts.end()""")
+  started = [
+    subprocess.Popen(
+      [sys.executable, '-c', script, where, str(i)],
+      cwd=tiny.ROOT,
+      stdout=subprocess.PIPE,
+      text=True,
+    )
+    for i in range(2)
+  ]
+  for process in started:
+    said = process.communicate(timeout=300)[0].splitlines()
+    assert said[-3:] == [
+      str([[[1 / 3, 0.0]], [[1 / 3, 1.0]]]),
+      str([[2**53 + 1], [2**53 + 2]]),
+      str([[False, True, False], [True, True, False]]),
+    ]
+
+
+# De-duplication
+
+CLUSTERS = {'dedup.clusters': 12, 'dedup.threshold': 0.02}
+KILLED = """
+import os, runpy, signal
+from clip_jax.similarity import kmeans
+means, calls = kmeans._means, []
+def killed(*given):
+  calls.append(given)
+  if len(calls) == 3:
+    os.kill(os.getpid(), signal.SIGKILL)
+  return means(*given)
+kmeans._means = killed
+runpy.run_module('clip_jax.main', run_name='__main__')
+"""
+OTHER_ROWS = """
+import runpy
+import numpy as np
+from clip_jax.experiment import workdir
+workdir.in_anchor = lambda x: np.arange(len(workdir.source(x, 'pool'))) < 9
+runpy.run_module('clip_jax.main', run_name='__main__')
+"""
+
+
+def _embedded(prepared, folder):
+  """Copies the stages before de-duplication."""
+  for name in ('ingest', 'embedder', 'embeddings'):
+    shutil.copytree(prepared / name, folder / name)
+  return folder
+
+
+def _deduplicate(folder, count, **more):
+  return _finished(_start(folder, count, flags=['--stages=dedup'], **CLUSTERS, **more))
+
+
+def _marks(folder):
+  found = {name: value for name, value in tiny.content(folder).items() if name.startswith('dedup/')}
+  assert {'dedup/centers.npy', 'dedup/duplicate_of.npy', 'dedup/keep.npy'} < found.keys()
+  assert not os.path.exists(folder / 'dedup/kmeans-state.npz')
+  return found
+
+
+@pytest.fixture(scope='module')
+def marks(prepared):
+  """The de-duplication of one process."""
+  folder = _embedded(prepared, prepared.parent / 'marks')
+  assert _deduplicate(folder, 1) == [0], _said(folder, 0)
+  assert files.read_json(folder / 'dedup/keep.sidecar.json')['counts']['iterations'] >= 4
+  return _marks(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('count, devices', [(2, 2), (3, 1)])
+def test_several_processes_deduplicate_to_the_same_bits(prepared, marks, tmp_path, count, devices):
+  folder = _embedded(prepared, tmp_path / 'work')
+  assert _deduplicate(folder, count, devices=devices) == [0] * count, _said(folder, 0)
+  assert _marks(folder) == marks
+  assert 'near-duplicates' in _said(folder, 0) and 'near-duplicates' not in _said(folder, 1)
+
+
+@pytest.mark.slow
+def test_several_processes_assign_all_rows_to_the_clusters_of_a_sample(prepared, tmp_path):
+  found = []
+  for count in (1, 2):
+    folder = _embedded(prepared, tmp_path / f'of{count}')
+    assert _deduplicate(folder, count, **{'dedup.sample_rows': 100}) == [0] * count
+    found.append(_marks(folder))
+  assert 'a sample of 100 of' in _said(folder, 0)
+  assert found[0] == found[1]
+
+
+@pytest.mark.slow
+def test_a_killed_kmeans_goes_on_with_another_number_to_the_same_bits(prepared, marks, tmp_path):
+  folder = _embedded(prepared, tmp_path / 'work')
+  assert _deduplicate(folder, 2, script=KILLED) == [1, -signal.SIGKILL], _said(folder, 0)
+  assert re.search('Error: .* is gone, start all of them again', _said(folder, 0))
+  assert 'Traceback' not in _said(folder, 0)
+  assert _deduplicate(folder, 3) == [0, 0, 0], _said(folder, 0)
+  assert 'k-means continues after iteration' in _said(folder, 0)
+  assert _marks(folder) == marks
+
+
+@pytest.mark.slow
+def test_a_bad_vector_is_named_and_ends_all(prepared, tmp_path):
+  folder = _embedded(prepared, tmp_path / 'work')
+  shard = max((folder / 'embeddings/pool').glob('0*.npy'))
+  vectors = np.load(shard)
+  vectors[-1] = np.nan
+  np.save(shard, vectors)
+  assert _deduplicate(folder, 2) == [1, 1]
+  said = _said(folder, 0)
+  assert re.search(f'Error: .*pool/{shard.name}: row {len(vectors) - 1} is marked usable', said)
+  assert 'Traceback' not in said + _said(folder, 1) and 'stopped working together' not in said
+
+
+@pytest.mark.slow
+def test_processes_with_other_rows_or_keys_are_refused(prepared, tmp_path):
+  folder = _embedded(prepared, tmp_path / 'work')
+  assert _deduplicate(folder, 2, of_last=['--config.dedup.seed=1']) == [2, 2]
+  assert re.search('Error: process 1: its .* dedup .* are not those of', _said(folder, 0))
+  assert _deduplicate(folder, 2, script=OTHER_ROWS) == [1, 1]
+  assert 'the processes see different usable rows of the pool' in _said(folder, 0)
+  assert not os.path.exists(folder / 'dedup/kmeans-state.npz')

@@ -1,5 +1,9 @@
 """kmeans.py: Lloyd's steps against plain NumPy; the same clusters however it is cut or resumed."""
 
+from concurrent import futures
+import dataclasses
+import threading
+
 from by_number import ByNumber
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -127,6 +131,101 @@ def test_resuming_goes_on_to_the_same_result():
   for state in (states[0], states[len(states) // 2], states[-1]):
     same(want, kmeans.fit(x, usable, clusters=20, seed=1, state=state))
   same(states[1], kmeans.fit(x, usable, clusters=20, seed=1, max_iterations=2))
+
+
+def together(count, work):
+  """Returns [work(part)] of parts that meet as processes do, each in a thread."""
+  given, meet = [None] * count, threading.Barrier(count, timeout=60)
+
+  def in_part(index):
+    def gather(array):
+      given[index] = array.copy()
+      meet.wait()
+      every = np.stack(given)  # raises unless the shapes are equal
+      assert {(a.dtype, a.shape) for a in given} == {(array.dtype, array.shape)}
+      meet.wait()
+      return every
+
+    try:
+      return work(kmeans.Part(index, count, gather))
+    except BaseException:
+      meet.abort()
+      raise
+
+  with futures.ThreadPoolExecutor(count) as pool:
+    return list(pool.map(in_part, range(count)))
+
+
+def whole(part, state, rows):
+  """Returns a part's state with the whole assignment in part 0."""
+  return dataclasses.replace(state, assignment=part.whole(state.assignment, rows))
+
+
+@pytest.mark.parametrize('count', [1, 2, 3])
+def test_parts_give_the_same_bits_also_resumed_by_another_number(monkeypatch, count):
+  monkeypatch.setattr(kmeans, 'EXCHANGED', 900)  # several blocks of everything
+  rng = np.random.default_rng(0)
+  # Numbers so different that sums of them need more than float32.
+  x = rng.standard_normal((700, 8)) * rng.choice([1, 1e-3], (700, 8)) + 1e-4
+  x = (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float16)
+  usable = rng.random(700) > 0.1
+  usable[:250] = False  # of 3 parts, one has no usable row
+  common = dict(clusters=12, initial_similarity=1, seed=1, min_change=0.01)
+  states = []
+  want = kmeans.fit(x, usable, **common, on_iteration=states.append)
+  assert len(states) > 4
+
+  def work(part, state=None):
+    seen = []
+    found = kmeans.fit(
+      x,
+      usable,
+      **common,
+      part=part,
+      state=state,
+      on_iteration=lambda state: seen.append(whole(part, state, 700)),
+    )
+    assert len(found.assignment) == len(range(700)[part.own(700)])
+    rows = kmeans.assign(x, usable, found.centers, part=part)
+    return seen, whole(part, found, 700), part.whole(rows, 700)
+
+  (seen, found, rows), *others = together(count, work)
+  for mine, theirs in zip(seen, states, strict=True):
+    same(mine, theirs)
+  same(found, want)
+  assert np.array_equal(rows, kmeans.assign(x, usable, want.centers))
+  for _, other, rows in others:
+    assert np.array_equal(other.centers, want.centers) and not len(rows)
+  resumed = together(count, lambda part: work(part, None if part.index else states[3]))
+  same(resumed[0][1], want)
+
+
+@pytest.mark.parametrize('rows, count', [(1, 3), (4, 3), (6, 3), (0, 2)])
+def test_parts_may_be_uneven_and_empty(rows, count):
+  x = clustered(np.random.default_rng(0), max(rows, 1))[:rows]
+  owned = [len(range(rows)[kmeans.Part(i, count).own(rows)]) for i in range(count)]
+  assert sum(owned) == rows and owned == sorted(owned, reverse=True)
+  if rows:
+    usable = np.ones(rows, bool)
+    work = lambda part: whole(part, kmeans.fit(x, usable, clusters=2, seed=0, part=part), rows)
+    same(together(count, work)[0], kmeans.fit(x, usable, clusters=2, seed=0))
+
+
+def test_a_bad_row_is_named_by_the_part_that_has_it():
+  x, said = clustered(np.random.default_rng(0), 700), []
+  x[500] = np.nan
+
+  def work(part):
+    try:
+      kmeans.fit(x, np.ones(700, bool), clusters=3, seed=0, part=part)
+    except InputError as error:
+      said.append((part.index, str(error)))
+      raise
+
+  with pytest.raises((InputError, threading.BrokenBarrierError)):
+    together(2, work)
+  ((index, message),) = said
+  assert 'pool: row 500 ' in message
 
 
 def test_an_empty_cluster_keeps_its_centre():

@@ -1,7 +1,7 @@
-"""The processes that train one model together (jax.distributed), on one host or several.
+"""The processes that work together (jax.distributed), on one host or several.
 
 Process 0 leads: it runs the whole command. The others run the same command, check its config, and
-wait for its word: the name of the run in which all take part next. An error or a signal in one of
+wait for its word: the product in whose making all take part next. An error or a signal in one of
 them ends all. JAX is imported inside functions, because every command imports this file.
 """
 
@@ -23,6 +23,7 @@ from clip_jax.core.errors import ConfigError, InputError
 
 CONNECT_SECS = 300  # until all processes have started
 HEARTBEAT_SECS = 60  # a process that is not heard of for so long is gone, and the others end
+SAID_SECS = 5  # for another process's word on why it has ended all
 _POLL_MS = 1000
 _OVER, _WORD, _GONE = 'clip_jax/over', 'clip_jax/word', 'clip_jax/gone'  # keys
 
@@ -217,6 +218,32 @@ def agree(*values: int) -> tuple[int, ...]:
   return tuple(every.max(0).tolist())
 
 
+def gather(array: np.ndarray) -> np.ndarray:  # [...] -> [processes, ...]
+  """Returns the arrays of all processes, which must call this with one shape and dtype.
+
+  Raw bytes go from one device of each process to those of the others, so float64 and int64 arrive
+  bit for bit; sums by JAX would round them to 32 bits. Each process receives, and for a moment
+  holds, as many arrays as there are processes.
+  """
+  if _count == 1:
+    return array[None]
+  import jax
+  from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+  devices = {device.process_index: device for device in reversed(jax.devices())}
+  mesh = Mesh(np.array([devices[i] for i in range(_count)]), ('process',))
+  bits = np.frombuffer(array.tobytes(), np.uint8)[None]
+  split = NamedSharding(mesh, PartitionSpec('process'))
+  mine = jax.device_put(bits, devices[_index])
+  every = jax.make_array_from_single_device_arrays((_count, bits.size), split, [mine])
+  found = jax.jit(_same, out_shardings=NamedSharding(mesh, PartitionSpec()))(every)
+  return np.asarray(found).view(array.dtype).reshape(_count, *array.shape)
+
+
+def _same(x: Any) -> Any:
+  return x
+
+
 def end() -> None:
   """Ends the connection when this process's work is done; it waits for the others."""
   if _count == 1:
@@ -236,10 +263,11 @@ def lost(error: Exception) -> str:
   is_status = re.match('[A-Z_]+: ', str(error))  # 'UNKNOWN: Gloo AllGather failed', a ValueError
   if _count == 1 or not (is_status or type(error).__name__ == 'JaxRuntimeError'):
     return ''
+  _ended.wait(SAID_SECS)  # _watch may end this process, with the other's error
   return (
     f'The devices of all processes stopped working together: {str(error).splitlines()[0][:200]}. '
-    'If one of the processes is gone, start all of them again; training goes on from its last '
-    'checkpoint.'
+    'If one of the processes is gone, start all of them again; the work goes on from its last '
+    'checkpoint or saved state.'
   )
 
 

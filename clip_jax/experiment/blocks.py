@@ -444,7 +444,8 @@ def mesh(config: Config) -> Any:
   return sharding.mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
 
 
-def training_digest(config: Config) -> str:
-  """Returns a hash of all keys that processes must share to train together."""
-  shared = {name: config[name].to_dict() for name in ('train', 'mesh', 'model', 'preprocess')}
+def common_digest(config: Config) -> str:
+  """Returns a hash of all keys that processes must share to work together."""
+  names = ('train', 'mesh', 'model', 'preprocess', 'dedup')
+  shared = {name: config[name].to_dict() for name in names}
   return hashlib.sha256(config_lib.canonical(config_lib.plain(shared)).encode()).hexdigest()

@@ -8,6 +8,10 @@ marked, never renumbered.
 
 After a kill, the next run continues from kmeans-state.npz (saved after an iteration) and from
 parts-*/ (the passes after k-means).
+
+Several processes (core/hosts.py) share k-means and the pass that assigns all rows, with the bits of
+one. Process 0 writes all files and compares the pairs, which is less work than one iteration: in
+clusters of 8,000 rows, a row has 4,000 earlier ones on average, but k-means has 50,000 centres.
 """
 
 from collections.abc import Iterator
@@ -15,16 +19,17 @@ import dataclasses
 import math
 import os
 import time
+import zlib
 
 from absl import logging
 import numpy as np
 
-from clip_jax.core import files, progress
+from clip_jax.core import files, hosts, progress
 from clip_jax.core.errors import InputError
 from clip_jax.core.products import Made, Product
 from clip_jax.core.types import Array
 from clip_jax.defaults import SURVIVORS
-from clip_jax.experiment import workdir
+from clip_jax.experiment import blocks, workdir
 from clip_jax.experiment.blocks import POOL
 from clip_jax.experiment.experiment import Experiment
 from clip_jax.similarity import duplicates, kmeans, tiles
@@ -41,7 +46,8 @@ CAPTIONS = 16_384  # captions encoded between two saves
 def mark(x: Experiment, todo: list[Product]) -> Made:
   """Marks the near-duplicates of the pool and writes which rows are kept."""
   (product,) = todo
-  _remove_unfinished(x, keep=product.fingerprint)
+  if not hosts.index():
+    _remove_unfinished(x, keep=product.fingerprint)
   pool = _pool_embeddings(x)
   usable = pool.usable & ~workdir.in_anchor(x)
   try:
@@ -49,6 +55,8 @@ def mark(x: Experiment, todo: list[Product]) -> Made:
   except InputError:
     _check_vectors(x, pool)  # names the file and row if a vector is the cause
     raise
+  if hosts.index():  # process 0 does the rest
+    return
   pairs = _Pairs(x, pool, result.assignment, product)
   outputs, priority, compared = [KEEP, DUPLICATE_OF, CENTERS], None, usable
   if x.config.dedup.survivor != 'first':
@@ -137,23 +145,46 @@ def _cluster(x: Experiment, pool, usable: Array, product: Product) -> kmeans.KMe
     f'{n:,}',
   )
   result = _fit(x, pool, sample, clusters, product)
-  parts = _PassFiles(x, product, 'assignment')
-  saved = next(iter(parts), None)
-  if saved is None:
-    with progress.Bar(total=n, desc='assign', unit='row') as bar:
-      saved = {'assignment': kmeans.assign(pool, usable, result.centers, on_rows=bar.update)}
-    parts.add(**saved)
-  return dataclasses.replace(result, assignment=saved['assignment'])
+  files_of_pass = _PassFiles(x, product, 'assignment')
+  saved = None if hosts.index() else next(iter(files_of_pass), None)
+  if hosts.agree(saved is not None)[0]:
+    return result if saved is None else dataclasses.replace(result, **saved)
+  part = _part()
+  with progress.Bar(total=usable[part.own(len(usable))].sum(), desc='assign', unit='row') as bar:
+    own = kmeans.assign(pool, usable, result.centers, on_rows=bar.update, part=part)
+  assignment = part.whole(own, len(usable))
+  if not hosts.index():
+    files_of_pass.add(assignment=assignment)
+  return dataclasses.replace(result, assignment=assignment)
+
+
+def _part() -> kmeans.Part:
+  return kmeans.Part(hosts.index(), hosts.count(), hosts.gather)
+
+
+def _meet(x: Experiment, pool, rows: Array, product: Product) -> None:
+  """Calls the other processes to k-means on rows [N] bool; they come here, too."""
+  of = x.with_embedder(x.config.dedup.embedder)
+  last = os.path.relpath(workdir.embeddings_path(of, POOL, len(pool.starts) - 2), x.workdir)
+  hosts.tell(f'{product.name} {blocks.common_digest(x.config)} {last}')
+  every = hosts.gather(np.array([len(rows), zlib.crc32(np.packbits(rows).tobytes())]))
+  if not hosts.index() and (every != every[0]).any():
+    raise InputError(
+      'dedup: the processes see different usable rows of the pool. Start all processes with the '
+      'same config, flags and --workdir.'
+    )
 
 
 def _fit(x: Experiment, pool, rows: Array, clusters: int, product: Product) -> kmeans.KMeans:
   """Runs k-means on rows [N] bool and saves its state, from which a killed run continues.
 
-  The state is saved after an iteration, at most STATE_SHARE of the time, and after the last.
+  The state is saved after an iteration, at most STATE_SHARE of the time, and after the last. Of
+  several processes, only process 0 returns the assignment.
   """
-  d, path = x.config.dedup, x.path(STATE)
+  _meet(x, pool, rows, product)
+  d, path, part = x.config.dedup, x.path(STATE), _part()
   state, unsaved, saved_at, save_secs = None, None, -math.inf, 0.0
-  if files.exists(path):
+  if not hosts.index() and files.exists(path):
     saved = files.read_npz(path)
     if str(saved['fingerprint']) == product.fingerprint and len(saved['assignment']) == rows.sum():
       assignment = np.full(len(rows), -1, np.int32)
@@ -165,14 +196,19 @@ def _fit(x: Experiment, pool, rows: Array, clusters: int, product: Product) -> k
     else:
       logging.info('dedup: ignoring the unfinished k-means of another config.')
 
+  def whole(state: kmeans.KMeans) -> kmeans.KMeans:
+    return dataclasses.replace(state, assignment=part.whole(state.assignment, len(rows)))
+
   def write(state: kmeans.KMeans) -> None:
     nonlocal unsaved, saved_at, save_secs
     began = time.monotonic()
-    files.write_npz(
-      path,
-      fingerprint=np.array(product.fingerprint),
-      **vars(state) | {'assignment': state.assignment[rows]},
-    )
+    state = whole(state)
+    if not hosts.index():
+      files.write_npz(
+        path,
+        fingerprint=np.array(product.fingerprint),
+        **vars(state) | {'assignment': state.assignment[rows]},
+      )
     unsaved, saved_at, save_secs = None, time.monotonic(), time.monotonic() - began
 
   with progress.Bar(
@@ -185,7 +221,8 @@ def _fit(x: Experiment, pool, rows: Array, clusters: int, product: Product) -> k
     def save(state: kmeans.KMeans) -> None:
       nonlocal unsaved
       unsaved = state
-      if save_secs <= STATE_SHARE * (time.monotonic() - saved_at):
+      is_due = save_secs <= STATE_SHARE * (time.monotonic() - saved_at)
+      if hosts.agree(is_due and not hosts.index())[0]:  # by the clock of process 0
         write(state)
       bar.update()
 
@@ -199,9 +236,11 @@ def _fit(x: Experiment, pool, rows: Array, clusters: int, product: Product) -> k
       max_iterations=d.max_iterations,
       on_iteration=save,
       state=state,
+      part=part,
     )
   if unsaved is not None:
     write(unsaved)
+  result = whole(result)
   if result.changed >= max(1, d.min_change * rows.sum()):
     logging.warning(
       'dedup: k-means stopped after %d iterations with %d assignments still changing.',

@@ -60,7 +60,8 @@ def fit(
   path = x.path(folder)
   if not hosts.index():
     _write_config(path, product, folder)
-  hosts.tell(f'{product.name} {blocks.training_digest(x.config)}')  # the others come here, too
+  # The others come here, too.
+  hosts.tell(f'{product.name} {blocks.common_digest(x.config)} {folder}/config.json')
   architecture = models.architecture(x.config)
   functions = x.cached(
     'model functions', lambda: clip.functions(architecture, t.dtype, t.patch_dropout, t.remat)

@@ -65,7 +65,7 @@ def run(
 ) -> None:
   """Runs the experiment or the named stages; with dry_run or graph, only prints.
 
-  Of several processes the first one does it; the others take part in training.
+  Of several processes the first one does it; the others take part in training and k-means.
   """
   if hosts.index():
     log.stop()

@@ -21,23 +21,26 @@ SEEN_SECS = 60  # until all hosts see a new file: NFS remembers for so long that
 
 
 def take_part(x: Experiment) -> None:
-  """Makes, with the other processes, each run that process 0 names, until it has done all."""
+  """Makes, with the other processes, each product that process 0 names, until it has done all."""
   log.to_file(x.path(f'log-{hosts.index()}.txt'))
+  stage = ''
   while word := hosts.told():
     files.refresh(x.workdir)  # process 0 has made more since
-    name, digest = word.split()
+    name, digest, file = word.split(maxsplit=2)
     found = {
       part.name: (stage, part)
-      for stage in ('embedder', 'train')
+      for stage in ('embedder', 'dedup', 'train')
       for part in table.products_of(x, stage)
     }
-    if digest != blocks.training_digest(x.config) or name not in found:
+    if digest != blocks.common_digest(x.config) or name not in found:
       raise ConfigError(
-        'its config.train, mesh, model, preprocess or splits are not those of process 0. Start all '
-        'processes with the same config and flags.'
+        'its config.train, mesh, model, preprocess, dedup or splits are not those of process 0. '
+        'Start all processes with the same config and flags.'
       )
+    if found[name][0] != stage:  # what is open may have been made again
+      x.close()
     stage, product = found[name]
-    _check_is_shared(x.path(os.path.dirname(name), 'config.json'))
+    _check_is_shared(x.path(file))
     for _ in table.make_products(x, stage, [product]):
       pass
 
