@@ -1,6 +1,7 @@
 """Random access to source files, on local disks or on object storage.
 
-Remote paths (gs://, s3://, https://, ...) are read in parts through fsspec, without a local copy.
+Remote paths (gs://, s3://, https://, ...) are listed and read in parts through fsspec, without a
+local copy; gs://, s3:// and az:// are read through obstore, if it is installed (core/objects.py).
 fsspec finds credentials and end points in their usual places and in FSSPEC_<PROTOCOL>_<OPTION>
 variables (FSSPEC_S3_ANON=true). Reads are safe from several threads and from forked or spawned
 processes.
@@ -21,6 +22,7 @@ from typing import Any, BinaryIO, TypeVar
 
 from absl import logging
 
+from clip_jax.core import objects
 from clip_jax.core.errors import InputError
 
 _EXTRAS = {'gs': 'gcs', 'gcs': 'gcs', 's3': 's3', 's3a': 's3', 'http': 'http', 'https': 'http'}
@@ -184,9 +186,12 @@ def _fetched(parts: Sequence[Sequence[Any]]) -> list[bytes]:
     missing = [i for i in range(len(parts)) if i not in contents]
     paths, starts, ends = zip(*(parts[i][:3] for i in missing), strict=True)
     with errors_with_path(paths[0] if len(set(paths)) == 1 else f'{_protocol(paths[0])}://'):
-      answers = file_system(paths[0]).cat_ranges(
-        list(paths), list(starts), list(ends), on_error='return'
-      )
+      if objects.takes_reads(_protocol(paths[0])):
+        answers: Any = objects.read_ranges(list(zip(paths, starts, ends, strict=True)))
+      else:
+        answers = file_system(paths[0]).cat_ranges(
+          list(paths), list(starts), list(ends), on_error='return'
+        )
     answers = dict(zip(missing, answers, strict=True))
     contents.update((i, data) for i, data in answers.items() if not isinstance(data, BaseException))
     for i in missing:
@@ -247,6 +252,8 @@ def is_transient(error: BaseException | None) -> bool:
   """Returns whether an error may be transient (network, busy server), not about the file itself."""
   if error is not None and _hides_cause(error):
     return is_transient(error.__cause__)
+  if error is not None and objects.is_about_file(error):
+    return False
   status = getattr(error, 'status', None) or getattr(error, 'code', None)
   if isinstance(status, int) and status >= 100:
     return status >= 500 or status in _TRANSIENT_4XX
