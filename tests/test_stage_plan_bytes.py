@@ -107,11 +107,13 @@ def memory(x, stage, rows=ROWS, dim=DIM):
 
 
 def test_the_search_holds_the_queries_and_two_tiles():
-  tile = 32_768 * (DIM * (2 + 4) + 4 * 12)  # float16 and float32 rows, scores of 12 queries
-  assert memory(experiment(), 'search') == (12 * DIM * 2 + 2 * tile, 0)
+  row = DIM * (2 + 4) + 4 * 12  # float16 and float32, scores of 12 queries
+  assert memory(experiment(), 'search') == (12 * DIM * 2 + 2 * 60 * row, 0)
+  many = memory(experiment(), 'search', {**ROWS, 'pool': 10**8})
+  assert many == (12 * DIM * 2 + 2 * 32_768 * row, 0)
   assert memory(experiment(), 'search', {**ROWS, 'squares': None}) is None
   clusters = memory(experiment(**{'dedup.clusters': 3}), 'dedup')
-  assert clusters.each == 3 * DIM * 4 + 2 * 32_768 * (DIM * 6 + 4 * 3)
+  assert clusters.each == 3 * DIM * 4 + 2 * 60 * (DIM * 6 + 4 * 3)
   assert memory(experiment(), 'ingest') == memory(experiment(), 'report') == (0, 0)
   assert memory(experiment(), 'embed').each == 0  # principal components are computed on the CPUs
 

@@ -19,7 +19,7 @@ from clip_jax.stages.plan_time import Rates, Rows
 # A sample of LAION-400M, where the files are not there: its authors give 10 TB for 4.1e8 images of
 # 256 pixels with captions (laion.ai/blog/laion-400-open-dataset).
 IMAGE_BYTES = 25e3
-DRAWN_BYTES = 5e3  # of a sample of the demo in its tar, before it is drawn
+DRAWN_BYTES = 4e3  # of a sample of the demo in its tar, before it is drawn
 COLUMN_BYTES = 12  # similarity, nearest and excess of a pool row against one target
 RESULT_BYTES = 29  # of one query in the result of a run
 
@@ -214,12 +214,13 @@ def memory(x: Experiment, stage: str, rows: Rows, dim: int) -> Memory | None:
     return Memory(_encoding(models.architecture(x.config), evaluate.batch_size, evaluate.dtype))
   if stage == 'search':
     queries = plan_time.known_sum(rows, (*x.config.benchmarks, *x.config.references))
-    return None if queries is None else Memory(_compared(queries, dim, 2))
+    return None if queries is None else Memory(_compared(queries, dim, 2, rows[POOL]))
   if stage == 'dedup' and x.config.dedup.enabled:
     clusters = plan_time.dedup_clusters(x, rows)
-    return None if clusters is None else Memory(_compared(clusters, dim, 4))
+    return None if clusters is None else Memory(_compared(clusters, dim, 4, rows[POOL]))
   if stage == 'prune' and x.config.splits:
-    return Memory(max((_compared(k, dim, 4) for k, _ in plan_time.cluster_sets(x)), default=0))
+    sets = (k for k, _ in plan_time.cluster_sets(x))
+    return Memory(max((_compared(k, dim, 4, rows[POOL]) for k in sets), default=0))
   return Memory(0)
 
 
@@ -257,10 +258,14 @@ def _encoding(architecture: zoo.CLIPConfig, batch: int, dtype: str) -> float:
   return 4.0 * flops.parameter_count(architecture) + batch * (images + size * widest)
 
 
-def _compared(vectors: int, dim: int, size: int) -> float:
-  """Returns the bytes of resident vectors, of `size` bytes a number, and of tiles with scores."""
-  tile = TILE_ROWS * dim * (2 + 4)  # as float16 and as float32
-  return vectors * dim * size + TILES * (tile + 4 * TILE_ROWS * min(QUERY_BLOCK, vectors))
+def _compared(vectors: int, dim: int, size: int, rows: int | None) -> float:
+  """Returns the bytes of resident vectors, of `size` bytes a number, and of tiles with scores.
+
+  rows: those of the pool, of which a tile has no more.
+  """
+  tile = min(TILE_ROWS, TILE_ROWS if rows is None else rows)
+  scores = 4 * min(QUERY_BLOCK, vectors)
+  return vectors * dim * size + TILES * tile * (dim * (2 + 4) + scores)  # float16 and float32
 
 
 def devices_needed(need: Memory, bytes_a_device: float) -> int | None:
