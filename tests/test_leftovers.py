@@ -1,4 +1,4 @@
-"""Nothing stays of a command, however it ends: no process, shared memory, lock or temporary file."""
+"""Nothing stays of a command, however it ends: process, shared memory, lock or temporary file."""
 
 import os
 import pathlib
@@ -149,9 +149,9 @@ def test_after_a_signal(engine, signum, to_all, data, tmp_path):
 def test_the_listing_sees_what_is_left(tmp_path):
   """The check can fail: a process, its shared memory, a lock and a temporary file."""
   code = (
-    'import tempfile, time; from multiprocessing import shared_memory as s; '
-    'm = s.SharedMemory(create=True, size=9); open(tempfile.mkstemp()[1]); print(m.name, flush=True);'
-    'time.sleep(99)'
+    'import tempfile, time; from multiprocessing import shared_memory; '
+    'memory = shared_memory.SharedMemory(create=True, size=9); open(tempfile.mkstemp()[1]); '
+    'print(memory.name, flush=True); time.sleep(99)'
   )
   workdir, before = tmp_path / 'w', shared_memory()
   (tmp_path / 'w.tmp').mkdir()

@@ -87,4 +87,4 @@ def assumptions(stages: Mapping[str, str]) -> Iterator[str]:  # stage -> dtype
     f'{name} {"/".join(f"{peak / 1e12:.3g}" for peak in of.values())}'
     for name, of in ACCELERATORS.items()
   )
-  yield f'peaks in TFLOP/s, {BFLOAT16}/{TF32}/{FLOAT32}: {", ".join(peaks)}'
+  yield (f'peaks of the data sheets in TFLOP/s, {BFLOAT16}/{TF32}/{FLOAT32}: {", ".join(peaks)}')
