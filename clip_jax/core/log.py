@@ -55,7 +55,7 @@ class _File(python_logging.FileHandler):
     del record  # it stays in the buffer, and is written when there is space again
     if not self._is_warned:
       self._is_warned = True
-      print(f'Warning: the log cannot be written ({sys.exc_info()[1]}).', file=sys.stderr)
+      sys.stderr.write(f'Warning: the log cannot be written ({sys.exc_info()[1]}).\n')
 
 
 def start(verbose: bool = False) -> None:
