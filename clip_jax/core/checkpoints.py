@@ -9,9 +9,11 @@ this file and they take two seconds.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
+import sys
 import threading
 from typing import Any
 
@@ -55,6 +57,7 @@ class Checkpoints:
     import orbax.checkpoint as ocp
     from orbax.checkpoint import checkpoint_managers as managers
 
+    _ignore_closed_loops()
     self._alone = alone
 
     self._directory = _absolute(directory)
@@ -140,6 +143,22 @@ class Checkpoints:
     """Waits for running saves, and raises their errors."""
     self._manager.wait_until_finished()
     self._manager.close()
+
+
+@functools.cache
+def _ignore_closed_loops() -> None:
+  """Stops Python from printing that an event loop is closed.
+
+  If a save fails, Orbax closes its loop while TensorStore still writes other arrays. Each of these
+  would print a traceback when it ends, after the error that matters.
+  """
+  before = sys.unraisablehook
+
+  def hook(unraisable: Any) -> None:
+    if str(unraisable.exc_value) != 'Event loop is closed':
+      before(unraisable)
+
+  sys.unraisablehook = hook
 
 
 def step_folders(path: Any) -> list[epath.Path]:

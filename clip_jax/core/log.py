@@ -1,6 +1,7 @@
 """Logging of the commands: plain lines on standard output, with times in WORKDIR/log.txt.
 
-Warnings of other libraries go to the log file alone, their errors to both.
+Warnings of other libraries go to the log file alone, their errors to both, but for those that reach
+the user as an exception.
 """
 
 import contextlib
@@ -13,6 +14,8 @@ from absl import logging
 
 # Loggers of other libraries: all of them, and JAX's, whose parent would print to standard error.
 _LIBRARIES = ('', 'jax._src')
+# Folders of libraries that log the errors which Orbax raises, too.
+_RAISING = (f'{os.sep}orbax{os.sep}', f'{os.sep}asyncio{os.sep}')
 # Libraries of which only warnings are logged.
 _NOISY = ('jax', 'jax._src', 'orbax', 'flax', 'grain', 'etils', 'matplotlib', 'PIL', 'fsspec')
 
@@ -41,6 +44,18 @@ class _AboveBars(python_logging.StreamHandler):
     tqdm = getattr(sys.modules.get('tqdm'), 'tqdm', None)
     with tqdm.external_write_mode(self.stream) if tqdm else contextlib.nullcontext():
       super().emit(record)
+
+
+class _File(python_logging.FileHandler):
+  """A log file; that it cannot be written, perhaps as the disk is full, is a warning, once."""
+
+  _is_warned = False
+
+  def handleError(self, record):
+    del record  # it stays in the buffer, and is written when there is space again
+    if not self._is_warned:
+      self._is_warned = True
+      sys.stderr.write(f'Warning: the log cannot be written ({sys.exc_info()[1]}).\n')
 
 
 def start(verbose: bool = False) -> None:
@@ -79,7 +94,7 @@ def stop() -> None:
 def to_file(path) -> None:
   """Adds a log file, to which every later line is also written, with its time."""
   os.makedirs(os.path.dirname(path), exist_ok=True)
-  handler = python_logging.FileHandler(path)
+  handler = _File(path)
   handler.setFormatter(python_logging.Formatter('%(asctime)s %(levelname).1s %(message)s'))
   handler.addFilter(_is_notable)
   _add(handler)
@@ -104,7 +119,8 @@ def only_to_file(message: str) -> None:
 def _is_shown(record) -> bool:
   """Returns whether a record is of this package, or an error."""
   is_ours = os.path.abspath(record.pathname).startswith(_PACKAGE)
-  return is_ours or record.levelno >= python_logging.ERROR
+  is_raised = any(part in record.pathname for part in _RAISING)
+  return is_ours or (record.levelno >= python_logging.ERROR and not is_raised)
 
 
 def _is_notable(record) -> bool:
