@@ -1,3 +1,4 @@
+import asyncio
 import concurrent.futures
 import io
 import multiprocessing
@@ -8,6 +9,7 @@ import re
 import threading
 
 import fsspec
+from fsspec import asyn
 import pytest
 import web
 
@@ -308,3 +310,37 @@ def test_paths_sort_by_their_numbers():
     's9/1',
     's10',
   ]
+
+
+def test_a_server_that_does_not_answer_is_asked_again(site, waits, monkeypatch):
+  url, server = site
+  said = []
+  monkeypatch.setattr(storage.logging, 'warning', lambda text, *values: said.append(text % values))
+  monkeypatch.setattr(storage, '_ANSWER_SECS', 0.2)
+  server.fails, server.how = 3, 'silent'
+  file = storage.open_file(url)
+  assert file.read(5, 10) == _DATA[5:15] and len(server.asked) == 4
+  assert waits == list(storage._WAITS[:3]) and 'a.bin cannot be read (' in said[0]
+  server.fails = 1000
+  with pytest.raises(InputError, match=r'a.bin cannot be read \(.*no answer in time\)'):
+    file.read(5, 10)
+
+
+def test_what_has_come_is_kept_and_large_ranges_get_more_time(waits, monkeypatch):
+  asked = []
+
+  class System(asyn.AsyncFileSystem):
+    async def _cat_file(self, path, start, end):
+      asked.append(end - start)
+      if end - start < 10_000:  # lost, by the short time
+        await asyncio.sleep(60)
+      await asyncio.sleep(0.2)
+      return _DATA[start:end]
+
+  monkeypatch.setattr(storage, 'file_system', lambda path, system=System(): system)
+  monkeypatch.setattr(storage, '_ANSWER_SECS', 0.05)
+  monkeypatch.setattr(storage, '_LEAST_RATE', 5e4)
+  ranges = [('memory://b/a.bin', 0, 50_000), ('memory://b/b.bin', 0, 10)]
+  with pytest.raises(storage.Unavailable, match='b.bin'):
+    storage.read_ranges(ranges)
+  assert asked.count(50_000) == 1 and asked.count(10) > len(storage._WAITS)

@@ -7,6 +7,7 @@ variables (FSSPEC_S3_ANON=true). Reads are safe from several threads and from fo
 processes.
 """
 
+import asyncio
 import codecs
 import collections
 from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +34,11 @@ _REMOTE_WINDOW = 1 << 22  # bytes per sequential read of a remote file
 _AHEAD = 3  # remote windows that threads prefetch
 _STREAM_BUFFER = 1 << 20  # bytes
 _WAITS = (1.0, 3.0, 10.0, 30.0)  # seconds before each retry of a failed remote read
+# A range is lost, and asked for again, if it takes these seconds and those of its bytes at this
+# rate. The libraries have time-outs of their own: s3fs 15 s without a byte, aiohttp, which gcsfs
+# has, too, 300 s in all.
+_ANSWER_SECS, _LEAST_RATE = 60.0, 100e3
+_AT_ONCE = 128  # ranges asked for at once, unless the file system says another number
 _TRANSIENT_4XX = (408, 425, 429)  # HTTP status codes that are retried, as all 5xx are
 _ADVICE = (
   ' Check the path, the credentials and the network, then run the same command again; it '
@@ -186,13 +192,8 @@ def _fetched(parts: Sequence[Sequence[Any]]) -> list[bytes]:
     missing = [i for i in range(len(parts)) if i not in contents]
     paths, starts, ends = zip(*(parts[i][:3] for i in missing), strict=True)
     with errors_with_path(paths[0] if len(set(paths)) == 1 else f'{_protocol(paths[0])}://'):
-      if objects.takes_reads(_protocol(paths[0])):
-        answers: Any = objects.read_ranges(list(zip(paths, starts, ends, strict=True)))
-      else:
-        answers = file_system(paths[0]).cat_ranges(
-          list(paths), list(starts), list(ends), on_error='return'
-        )
-    answers = dict(zip(missing, answers, strict=True))
+      fetched = _asked(list(zip(paths, starts, ends, strict=True)))
+    answers = dict(zip(missing, fetched, strict=True))
     contents.update((i, data) for i, data in answers.items() if not isinstance(data, BaseException))
     for i in missing:
       if i not in contents:
@@ -207,6 +208,33 @@ def _fetched(parts: Sequence[Sequence[Any]]) -> list[bytes]:
       if len(contents) == count_before:  # a rate-limited server serves a part of them each time
         raise
   return [contents[i] for i in range(len(parts))]
+
+
+def _asked(parts: Sequence[tuple[str, int, int]]) -> list[Any]:
+  """Returns the bytes of each (path, start, end), or its error; all are asked for at once."""
+  if objects.takes_reads(_protocol(parts[0][0])):
+    return objects.read_ranges(parts)
+  from fsspec import asyn  # here, as local files do not need it
+
+  paths, starts, ends = zip(*parts, strict=True)
+  system = file_system(paths[0])
+  if isinstance(system, asyn.AsyncFileSystem):  # those that wait for a network
+    return asyn.sync(system.loop, _ranges, system, paths, starts, ends)
+  return system.cat_ranges(list(paths), list(starts), list(ends), on_error='return')
+
+
+async def _ranges(
+  system: Any, paths: Sequence[str], starts: Sequence[int], ends: Sequence[int]
+) -> list[Any]:
+  """Returns the bytes of each range, or its error: TimeoutError if the request is lost."""
+  at_once = asyncio.Semaphore(system.batch_size or _AT_ONCE)
+
+  async def one(path: str, start: int, end: int) -> bytes:
+    async with at_once:
+      seconds = _ANSWER_SECS + (end - start) / _LEAST_RATE
+      return await asyncio.wait_for(system._cat_file(path, start=start, end=end), seconds)
+
+  return await asyncio.gather(*map(one, paths, starts, ends), return_exceptions=True)
 
 
 def with_retries(ask: Callable[[], _T]) -> _T:
@@ -243,7 +271,8 @@ def errors_with_path(path: str) -> Iterator[None]:
       raise InputError(
         f'{path} does not exist. Restore it, or correct the path of the dataset.'
       ) from error
-    reason = f'{type(cause).__name__}: {cause}'.split('\n')[0][:300]
+    text = str(cause) or 'no answer in time'
+    reason = f'{type(cause).__name__}: {text}'.split('\n')[0][:300]
     kind = Unavailable if transient else InputError
     raise kind(f'{path} cannot be read ({reason}).{_ADVICE}') from error
 
