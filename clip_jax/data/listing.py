@@ -199,5 +199,5 @@ def expand_braces(path: str) -> list[str]:
   """Returns the paths to which braces expand, in the order of a shell."""
   try:
     return list(braceexpand.braceexpand(path, escape=False))
-  except braceexpand.UnbalancedBracesError:
+  except ValueError:  # a brace without its counterpart
     return [path]

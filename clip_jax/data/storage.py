@@ -219,7 +219,8 @@ def _asked(parts: Sequence[tuple[str, int, int]]) -> list[Any]:
   paths, starts, ends = zip(*parts, strict=True)
   system = file_system(paths[0])
   if isinstance(system, asyn.AsyncFileSystem):  # those that wait for a network
-    return asyn.sync(system.loop, _ranges, system, paths, starts, ends)
+    found: Any = asyn.sync(system.loop, _ranges, system, paths, starts, ends)
+    return found
   return system.cat_ranges(list(paths), list(starts), list(ends), on_error='return')
 
 
