@@ -67,6 +67,11 @@ class Sizes:
   rows: Array  # int64: number of pool rows
 
 
+def cache_folder(x: Experiment) -> str:
+  """Returns the local folder of copies of remote files, and of temporary files."""
+  return os.path.abspath(os.path.expanduser(x.config.cache_dir or x.path('cache')))
+
+
 def index_folder(x: Experiment, dataset: str) -> str:
   return x.path('ingest', dataset)
 
