@@ -372,8 +372,8 @@ def rows_path(x: Experiment, split: str, seed: int) -> str:
 
 
 def pool_rows(x: Experiment, split: str, seed: int) -> Array:
-  """Returns the pool rows on which (split, seed) trains, sorted [n] int64."""
-  rows = np.load(rows_path(x, split, seed))
+  """Returns the pool rows on which (split, seed) trains, sorted [n] int64, memory-mapped."""
+  rows = np.load(rows_path(x, split, seed), mmap_mode='r')
   return rows[: np.searchsorted(rows, len(source(x, POOL)))]
 
 

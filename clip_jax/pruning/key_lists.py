@@ -41,7 +41,7 @@ OF_POOL = tuple(kind for kind in LISTS if kind not in ('keys', 'keys.csv'))
 Column = Any  # pyarrow.Array or ChunkedArray, or a sequence of str or int
 UID = np.dtype('u8,u8')  # DataComp's: the first and the last 16 hexadecimal digits of a uid
 _BLOCK = 1 << 20  # rows processed at a time
-_IN_MEMORY = 1 << 22  # a list of more keys is matched in parts
+_IN_MEMORY = 1 << 20  # a list of more keys is matched in parts
 _PART_BITS = 6  # 64 parts
 _ODD = 0x9E3779B97F4A7C15  # multiplier of hashes: 2^64 divided by the golden ratio
 _HASHED_WORDS = 16  # of 8 bytes: the end of a text, which decides its part
@@ -215,7 +215,7 @@ class _Parts:
       os.makedirs(scratch, exist_ok=True)
     self.count = 1 << _PART_BITS
     self._schema = pa.schema([('key', kind), ('row', pa.int64())])
-    new_file = lambda: stack.enter_context(tempfile.TemporaryFile(dir=scratch))
+    new_file = lambda: stack.enter_context(tempfile.TemporaryFile(dir=scratch))  # noqa: SIM115
     self._files: list[IO[bytes]] = [new_file() for _ in range(self.count)]
     self._writers = [pa.ipc.new_stream(file, self._schema) for file in self._files]
 
