@@ -125,8 +125,8 @@ def _lowest(place: Array, cell: Array, order: Array, counts: Array) -> tuple[Arr
 
 
 def differences(
-  left: Array,  # [a] int64 rows
-  right: Array,  # [b] int64 rows
+  left: Array,  # [a] int64 rows, or a mask of a rows, [n] bool
+  right: Array,  # [b] int64 rows, or a mask of b rows
   numbers: Mapping[str, Array],  # name -> [n]
   categories: Mapping[str, Array],  # name -> [n] integers >= 0
 ) -> dict[str, float | None]:
@@ -136,7 +136,8 @@ def differences(
   Category: the largest absolute difference over its levels, each level as a 0/1 number.
   0 if the sets agree exactly; None if a set is empty, or if both are constant and differ.
   """
-  if len(left) == 0 or len(right) == 0:
+  sizes = [int(rows.sum()) if rows.dtype == bool else len(rows) for rows in (left, right)]
+  if 0 in sizes:
     return dict.fromkeys([*numbers, *categories])
   result = {}
   for name, values in numbers.items():
@@ -144,7 +145,9 @@ def differences(
     result[name] = _standardised(a.mean() - b.mean(), (a.var() + b.var()) / 2)
   for name, codes in categories.items():
     size = int(codes.max()) + 1
-    a, b = (np.bincount(codes[rows], minlength=size) / len(rows) for rows in (left, right))
+    a, b = (
+      np.bincount(codes[rows], minlength=size) / count for rows, count in zip((left, right), sizes)
+    )
     shares = zip(a - b, (a * (1 - a) + b * (1 - b)) / 2, strict=True)
     by_level = [_standardised(abs(gap), variance) for gap, variance in shares]
     known = [value for value in by_level if value is not None]
