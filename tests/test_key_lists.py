@@ -262,3 +262,15 @@ def test_a_hash_depends_on_the_key_alone(texts, start):
   numbers = pa.array(range(len(texts)))
   assert len(set(key_lists._hashes(numbers))) == len(texts)
   assert len(set(each)) == len(set(texts))
+
+
+def test_the_pool_is_read_until_a_key_is_found():
+  def pool():
+    yield ['a', 'b']
+    yield ['c']
+    raise AssertionError('read on')
+
+  assert key_lists.names_any(pa.array(['x', 'c'], pa.large_string()), pool())
+  assert not key_lists.names_any(pa.array(['x'], pa.large_string()), [['a'], ['b']])
+  with pytest.raises(InputError, match="'c' of row 2 is no 64-bit number"):
+    key_lists.names_any(pa.array([7]), [['1', '2'], ['c']])

@@ -156,6 +156,12 @@ def find_rows(
       ) from error
 
 
+def names_any(listed, blocks: Iterable[Column]) -> bool:
+  """Returns whether a key of `listed`, one block of `read`, is in the pool; reads up to a hit."""
+  keys, places = pa.chunked_array([listed]), np.arange(len(listed))
+  return any(len(_match(keys, places, [block]).rows) for block in _numbered(blocks, listed.type))
+
+
 @dataclasses.dataclass(frozen=True)
 class _Matches:
   """The rows of a pool whose keys are in a list, or in a part of it."""

@@ -56,7 +56,7 @@ def listed_rows(x: Experiment, split: str) -> tuple[Array, dict]:
 
 def find_listed(x: Experiment, split: str) -> key_lists.ListedRows:
   """Returns the pool rows that a split's key file names; InputError if there is none."""
-  path = os.path.expanduser(x.config.splits[split].file)
+  path = _list_path(x, split)
   column = x.config.prune.export_key or 'key'
   listed = _find_rows(x, key_lists.read(path, x.config.prune.export_key), column)
   if not len(listed.rows):
@@ -100,7 +100,20 @@ def check_keys(x: Experiment) -> None:
       _check_kinds(x, kinds, column, shard, start, keys)
   for name in splits_:
     if 'file' in blocks.rule_of(x.config, name).keys:
-      find_listed(x, name)
+      _check_listed(x, name)
+
+
+def _check_listed(x: Experiment, split: str) -> None:
+  """Raises InputError if a split's key file names no row; of a long list, the first keys suffice."""
+  listed = key_lists.read(_list_path(x, split), x.config.prune.export_key)
+  first, more = next(listed), next(listed, None)
+  column = x.config.prune.export_key or 'key'
+  if more is None or not key_lists.names_any(first, pool_keys(x, column)):
+    find_listed(x, split)
+
+
+def _list_path(x: Experiment, split: str) -> str:
+  return os.path.expanduser(x.config.splits[split].file)
 
 
 def _check_kinds(
