@@ -61,7 +61,7 @@ def add_digit(
 
 
 def draw_like(
-  code: Array,  # [n] int64 cells
+  code: Array,  # [n] cells, integers
   removed: Array,  # [n] bool
   order: Array,  # [n] random numbers: rows with lower numbers are drawn first
   radices: Sequence[int],  # of the digits that may be merged over, in order of merging
@@ -90,11 +90,11 @@ def draw_like(
 
 
 def _lowest_in_cells(
-  code: Array,  # [n] int64
+  code: Array,  # [n] integers
   width: int,  # a row's cell is code // width
   free: Array,  # [n] bool: the rows that may be taken
   order: Array,  # [n]
-  cells: Array,  # [m] int64, sorted
+  cells: Array,  # [m] integers, sorted
   counts: Array,  # [m] int64
 ) -> tuple[Array, Array]:
   """Returns up to counts[j] free positions of lowest order in each cells[j], and their j.
@@ -141,8 +141,10 @@ def differences(
     return dict.fromkeys([*numbers, *categories])
   result = {}
   for name, values in numbers.items():
-    a, b = (values[rows].astype(np.float64) for rows in (left, right))
-    result[name] = _standardised(a.mean() - b.mean(), (a.var() + b.var()) / 2)
+    (mean, variance), (other, other_variance) = (
+      _moments(values[rows].astype(np.float64)) for rows in (left, right)
+    )
+    result[name] = _standardised(mean - other, (variance + other_variance) / 2)
   for name, codes in categories.items():
     size = int(codes.max()) + 1
     a, b = (
@@ -153,6 +155,14 @@ def differences(
     known = [value for value in by_level if value is not None]
     result[name] = max(known) if len(known) == len(by_level) else None
   return result
+
+
+def _moments(values: Array) -> tuple[Any, Any]:  # [n] float64, overwritten
+  """Returns the mean and the variance, to the last bit as NumPy does, which takes a copy."""
+  mean = values.mean()
+  values -= mean
+  values *= values
+  return mean, values.mean()
 
 
 def _standardised(gap: float, variance: float) -> float | None:

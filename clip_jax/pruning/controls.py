@@ -1,6 +1,7 @@
 """The controls: random rows, and rows that resemble the removed ones except in similarity."""
 
 from collections.abc import Mapping
+import math
 
 import numpy as np
 
@@ -112,9 +113,9 @@ def _cells(
   numbers: Mapping[str, Array],  # [N] each
   categories: Mapping[str, Array],  # [N] each
 ) -> tuple[Array, dict[str, int]]:
-  """Returns the cell of each of the m candidates, [m] int64, and variable -> its number of levels.
+  """Returns the cell of each of the m candidates, [m] int32 if that is enough, else int64.
 
-  One variable is held at a time.
+  Also returns variable -> its number of levels. One variable is held at a time.
   """
   codes, radices = np.zeros(int(candidates.sum()), np.int64), {}
   for name in VARIABLES:
@@ -124,7 +125,7 @@ def _cells(
         digit = cells.quantile_bins(digit, BINS[name])
       radices[name] = BINS.get(name) or (2 if name in numbers else int(digit.max(initial=0)) + 1)
       cells.add_digit(codes, digit, radices[name])
-  return codes, radices
+  return codes.astype(np.int32) if math.prod(radices.values()) < 2**31 else codes, radices
 
 
 def _matched_variables(columns: Columns) -> tuple[dict[str, Array], dict[str, Array]]:

@@ -104,7 +104,7 @@ def check_keys(x: Experiment) -> None:
 
 
 def _check_listed(x: Experiment, split: str) -> None:
-  """Raises InputError if a split's key file names no row; of a long list, the first keys suffice."""
+  """Raises InputError if a split's key file names no row; of a long list, one known key will do."""
   listed = key_lists.read(_list_path(x, split), x.config.prune.export_key)
   first, more = next(listed), next(listed, None)
   column = x.config.prune.export_key or 'key'
