@@ -46,6 +46,7 @@ _PART_BITS = 6  # 64 parts
 _ODD = 0x9E3779B97F4A7C15  # multiplier of hashes: 2^64 divided by the golden ratio
 _HASHED_WORDS = 16  # of 8 bytes: the end of a text, which decides its part
 _READ_AT_ONCE = 1 << 25  # bytes of a text file
+_LINES = 1 << 16  # lines of a CSV file, each a list of Python strings
 _ANOTHER_COLUMN = (
   'Set config.prune.export_key to the column that has such keys, and add it to the pool\u2019s '
   'columns.'
@@ -503,7 +504,7 @@ def _csv(path: epath.Path, column: str) -> Iterator[Any]:
       have = next(lines, [])
       name = _key_column(path, have, column)
       dataset = have.index('dataset') if _is_export(have) else None
-      while part := list(itertools.islice(lines, _BLOCK)):
+      while part := list(itertools.islice(lines, _LINES)):
         keys = [
           line[name] if name < len(line) else None
           for line in part
