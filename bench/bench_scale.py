@@ -40,6 +40,7 @@ DISTINCT = 250_000  # rows of a file of vectors
 WORDS = np.array([f'{a}{b}' for a in ('ka', 'lo', 'mi', 'ne') for b in ('tan', 'sel', 'dor')])
 NAMES = tuple(f'class{i:03d}' for i in range(CLASSES))
 TABLES = ('splits/*/*.npy', 'splits/*/split.json', 'splits/*/export/*', 'report/tables/*.csv')
+OF_THE_RUN = ('settings.csv', 'wall_clock.csv')  # tables with paths or times
 BEFORE = {'ingest': ['ingest'], 'embed': ['embedder', 'embed'], 'search': ['dedup', 'search']}
 BENCHMARK = ('bench',)
 
@@ -229,6 +230,7 @@ def anonymous(pid: int) -> int:
 def digests(work: pathlib.Path) -> dict[str, str]:
   """Returns path -> sha256 of the files of TABLES, without the paths of this machine."""
   paths = sorted(path for pattern in TABLES for path in work.glob(pattern) if path.is_file())
+  paths = [path for path in paths if path.name not in OF_THE_RUN]
   hashes = {}
   for path in paths:
     with path.open('rb') as f:
