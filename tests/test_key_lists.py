@@ -274,3 +274,11 @@ def test_the_pool_is_read_until_a_key_is_found():
   assert not key_lists.names_any(pa.array(['x'], pa.large_string()), [['a'], ['b']])
   with pytest.raises(InputError, match="'c' of row 2 is no 64-bit number"):
     key_lists.names_any(pa.array([7]), [['1', '2'], ['c']])
+
+
+def test_a_full_disk_is_a_sentence(monkeypatch):
+  full = lambda dir: open('/dev/full', 'r+b', buffering=0)
+  monkeypatch.setattr(key_lists.tempfile, 'TemporaryFile', full)
+  monkeypatch.setattr(key_lists, '_IN_MEMORY', 2)
+  with pytest.raises(InputError, match='No space left in .* to match a list of .*cache_dir'):
+    key_lists.find_rows([pa.array([1, 2, 3])], [['1', '2']])
