@@ -654,7 +654,8 @@ def get_config() -> Config:
   # name -> embedder(...): further ones, for the key `embedder` of splits, dedup.embedder,
   # prune.sensitivity and prune.preview
   c.embedders = ConfigDict()
-  c.cache_dir = ''  # local copies of remote files that are memory-mapped; '': WORKDIR/cache
+  # copies of remote files that are memory-mapped, and temporary files of long lists of keys
+  c.cache_dir = ''  # '': WORKDIR/cache
   for name, keys in BLOCKS.items():
     c[name] = _block(keys, name)
   return c
