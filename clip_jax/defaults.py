@@ -658,9 +658,8 @@ def get_config() -> Config:
   # '': WORKDIR/cache, for a WORKDIR on object storage, of which a copy is here, too,
   # ~/.cache/clip_jax.
   c.cache_dir = ''
-  # Most GB (10^9 bytes) of the copy of a WORKDIR on object storage: least recently used files go;
-  # 0: no limit.
-  c.cache_gb = 100.0
+  # Of the copy of a WORKDIR on object storage the least recently used files go.
+  c.cache_gb = 100.0  # GB (10^9 bytes) of it that stay; 0: no limit
   for name, keys in BLOCKS.items():
     c[name] = _block(keys, name)
   return c

@@ -29,6 +29,8 @@ TABLES = {
 }
 OF_TABLES = ('evaluation', 'models', 'pruning')
 ELSEWHERE = {  # files of which another test file is the test
+  'core/home': 'mirror',
+  'core/processes': 'leases',
   'core/on_ray': 'ray',
   'core/locks': 'products',
   'core/vectors': 'core_vectors',
