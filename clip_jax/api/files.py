@@ -69,7 +69,7 @@ def open_split(workdir: str | os.PathLike, split: str, seed: int = 0) -> Any:
     found = files.matching(folder, 'splits/*/split.json') if sources else []
     made = [os.path.basename(os.path.dirname(path)) for path in found]
     raise InputError(
-      f'{folder} has no rows of the split {split!r} for seed {seed}. '
+      f'{mirror.in_words(folder)} has no rows of the split {split!r} for seed {seed}. '
       + (f'It has the splits {", ".join(made)}.' if made else 'Give a work directory.')
     )
   return views.Subset(views.Concatenation(sources), files.local(rows))

@@ -207,13 +207,14 @@ class Checkpoints:
       self._published = None
 
   def _fetch(self) -> None:
-    """Makes the folder what the storage has: its whole steps."""
-    whole = {folder.name for folder in step_folders(self._directory)}
-    for folder in self._directory.iterdir():
-      if folder.name not in whole or not files.matching(os.fspath(folder), _LAST):
-        folder.rmtree()
-    for name in whole:
-      files.local_folder(self._directory / name)
+    """Makes the folder, here and in the storage, what the storage has: its whole steps."""
+    at = mirror.of(self._directory)
+    assert at is not None
+    for name in files.names(self._directory):
+      if at.is_folder(at.name(os.fspath(self._directory / name / _LAST))):
+        files.local_folder(self._directory / name)
+      else:  # what a killed process has uploaded of a step, or has not uploaded
+        files.remove(self._directory / name)
 
   def _publish(self, step: int) -> None:
     """Uploads a step, what makes it whole last; then deletes those that are no longer kept."""
@@ -273,8 +274,8 @@ def restore_params(path: Any, item: str = 'params') -> tuple[dict, int, dict]:
   folders = [path] if _is_step(path) else step_folders(path)
   if not folders:
     raise InputError(
-      f'{path} holds no checkpoint. Give the folder of a training run, its checkpoints folder, or '
-      'one step.'
+      f'{mirror.in_words(os.fspath(path))} holds no checkpoint. Give the folder of a training run, '
+      'its checkpoints folder, or one step.'
     )
   folder = folders[-1]
   files.local_folder(folder)

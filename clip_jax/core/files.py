@@ -47,8 +47,10 @@ def atomic(path) -> Iterator[epath.Path]:
     if is_local(path):
       with open(temporary, 'rb+') as f:
         os.fsync(f.fileno())
-      os.replace(temporary, path)
-      publish(path)
+      if (at := mirror.of(path)) is not None:
+        at.publish(at.name(os.fspath(path)), os.fspath(temporary))
+      else:
+        os.replace(temporary, path)
     else:
       temporary.rename(path)
   except BaseException as error:

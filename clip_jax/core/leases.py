@@ -56,7 +56,14 @@ class Lease:
         self._lose('another process has it now')
       except InputError as error:
         if time.monotonic() - self._at > TTL_SECS - BEAT_SECS:
-          self._lose(f'it could not be written for {TTL_SECS - BEAT_SECS:.0f} s: {error}')
+          self._lose(
+            f'it could not be written for {TTL_SECS - BEAT_SECS:.0f} s: {error}'.rstrip('.')
+          )
+
+  def confirm(self) -> None:
+    """Writes the lease again if it is so old that another process may have it now."""
+    if time.monotonic() - self._at > TTL_SECS - BEAT_SECS:
+      self.write()
 
   def _lose(self, why: str) -> None:
     if not self.at.lost:
@@ -77,10 +84,9 @@ def held(
   """
   key = f'{name}.shared/{uuid.uuid4().hex}{LOCK}' if shared else name + LOCK
   lease, before = _taken(at, key, name, patient)
-  with _beating(lease):
-    try:
-      for other in _others(at, name, shared):
-        _wait_for(at, other, name, patient)
+  try:
+    with _beating(lease):
+      _wait_for_others(at, name, shared, patient)
 
       def note(making: str) -> int:
         killed = before.get('killed', 0) + 1 if before.get('making') == making else 0
@@ -88,8 +94,9 @@ def held(
         return killed
 
       yield note
-    finally:
-      if not at.lost:
+  finally:  # without beats, which would miss the lease
+    if not at.lost:
+      with contextlib.suppress(InputError):  # without network, others wait for TTL_SECS
         at.objects.delete([key])
 
 
@@ -143,9 +150,18 @@ def _wait_for(at: mirror.Mirror, key: str, name: str, patient: bool) -> tuple[di
   return {}, ''
 
 
-def _others(at: mirror.Mirror, name: str, shared: bool) -> list[str]:
-  """Returns the leases of the other kind."""
-  return [name + LOCK] if shared else sorted(at.objects.below(f'{name}.shared'))
+def _wait_for_others(at: mirror.Mirror, name: str, shared: bool, patient: bool) -> None:
+  """Returns when no lease of the other kind has a living holder; raises Busy if one has."""
+  if shared:
+    _wait_for(at, name + LOCK, name, patient)
+    return
+  others = sorted(at.objects.below(f'{name}.shared'))
+  for other in others:
+    with contextlib.suppress(Busy):
+      _wait_for(at, other, name, False)  # all are watched from now on
+  for other in others:
+    if _wait_for(at, other, name, patient)[1]:
+      at.objects.delete([other])  # nobody takes it over
 
 
 _seen: dict[tuple[str, str], tuple[str, float]] = {}  # lease -> its tag, and since when it has it
@@ -161,12 +177,14 @@ def _beating(lease: Lease) -> Iterator[None]:
       lease.write()
 
   thread = threading.Thread(target=beat, daemon=True)
+  lease.at.before_writes.append(lease.confirm)
   thread.start()
   try:
     yield
   finally:
     ended.set()
     thread.join()
+    lease.at.before_writes.remove(lease.confirm)
 
 
 def _ended_here(content: dict) -> bool:

@@ -18,6 +18,7 @@ import functools
 import json
 import os
 import shutil
+import socket
 import threading
 import time
 
@@ -33,6 +34,7 @@ _SMALL = 1 << 16  # bytes of a JSON file that is fetched at the start
 LIMIT = 100 * 10**9  # bytes of a mirror, unless the config says another number
 _THREADS = 16  # transfers at a time
 _IN_USE_SECS = 60.0  # a file that was opened in this time stays
+_GROWING = ('.txt', '.jsonl')  # logs and metrics, to which commands append: they stay
 
 
 class Mirror:
@@ -42,6 +44,7 @@ class Mirror:
     self.folder, self.url, self.limit = folder, url, limit
     self.objects = objects.Objects(url)
     self.lost = ''  # why this process must publish nothing more (core/leases.py)
+    self.before_writes: list[Callable[[], None]] = []  # of leases: they see whether they are lost
     self.index: dict[str, objects.Entry] = {}
     self._is_listed, self._fresh_until = False, 0.0
     self._children: dict[str, set[str]] = {}  # folder -> the names in it, by the index
@@ -65,7 +68,7 @@ class Mirror:
       for name, entry in found.items():
         self._note(name, entry)
       for name in [name for name in self._copies if _is_below(name, folder)]:
-        if name not in found or self._copies[name] != found[name].tag:
+        if name not in found:
           with contextlib.suppress(FileNotFoundError):
             os.unlink(self.path(name))
           del self._copies[name]
@@ -119,7 +122,8 @@ class Mirror:
       return
     self._make_room(entry.size)
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    temporary = f'{os.path.dirname(path)}/.tmp-fetch-{os.getpid()}-{threading.get_ident()}'
+    number = f'{os.getpid()}-{threading.get_ident()}'  # named as in files.py, which removes it
+    temporary = f'{os.path.dirname(path)}/.tmp-{socket.gethostname()}-{number}'
     try:
       found = self.objects.download(name, temporary)
       if found is None:
@@ -138,14 +142,22 @@ class Mirror:
     """Downloads files, several at a time."""
     self._at_once(self.fetch, names)
 
-  def publish(self, name: str) -> None:
-    """Uploads a file of the mirror, and counts it as published."""
+  def publish(self, name: str, unfinished: str = '') -> None:
+    """Uploads a file of the mirror, and counts it as published.
+
+    unfinished: the local file that becomes it. It is uploaded first: if this process is killed in
+    between, the file is not here, and not taken for one that the storage has.
+    """
+    for confirm in [*self.before_writes]:
+      confirm()
     if self.lost:
       raise InputError(f'{self.lost}. {self.url}/{name} is not written.')
     path = self.path(name)
-    size = os.path.getsize(path)
-    tag = self.objects.upload(name, path)
+    size = os.path.getsize(unfinished or path)
+    tag = self.objects.upload(name, unfinished or path)
     with self._lock:
+      if unfinished:
+        os.replace(unfinished, path)
       self._note(name, objects.Entry(size, tag))
       self._record(name, tag, size)
     self._make_room(0)
@@ -183,7 +195,7 @@ class Mirror:
     self._list_once()
     if name in self.index:
       return [name]
-    return sorted(each for each in self.index if _is_below(each, name))
+    return sorted(each for each in [*self.index] if _is_below(each, name))  # threads add some
 
   def _list_once(self) -> None:
     if not self._is_listed:
@@ -224,17 +236,18 @@ class Mirror:
     if not self.limit or self._bytes + size <= self.limit:
       return
     with self._lock:
-      old = sorted(
-        (os.path.getmtime(self.path(name)), name)
-        for name in self._copies
-        if os.path.exists(self.path(name))
-      )
+      old = []
+      for name in self._copies.keys() & self.index.keys():
+        with contextlib.suppress(FileNotFoundError):  # another process deleted it
+          if not name.endswith(_GROWING):
+            about = os.stat(self.path(name))
+            old.append((about.st_mtime, name, about.st_size))
       self._bytes = _size(self.folder)
-      for used, name in old:
+      for used, name, freed in sorted(old):
         if self._bytes + size <= 0.8 * self.limit or used > time.time() - _IN_USE_SECS:
           break
-        if name in self.index:
-          self._bytes -= os.path.getsize(self.path(name))
+        self._bytes -= freed
+        with contextlib.suppress(FileNotFoundError):
           os.unlink(self.path(name))
 
   def _at_once(self, do: Callable[[str], None], names: Iterable[str]) -> None:

@@ -9,7 +9,7 @@ there is no object yet, or that it still has a certain tag (a conditional put): 
 at the same time one succeeds. Every error of the storage is an InputError that names the URL.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 import contextlib
 import dataclasses
@@ -18,7 +18,8 @@ import functools
 import importlib.util
 import os
 import pathlib
-from typing import Any
+import time
+from typing import Any, TypeVar
 
 from clip_jax.core.errors import InputError
 
@@ -27,14 +28,19 @@ _FIRST = os.getpid()  # the process that imported this file, not one forked from
 _READS_AT_ONCE = 32
 _ANONYMOUS = ('FSSPEC_S3_ANON', 'AWS_SKIP_SIGNATURE')  # environment variables
 _PART = 1 << 25  # bytes of one request of a download
-_CLIENT = {'connect_timeout': '10s', 'timeout': '60s'}  # of one request
-_RETRIES = {'max_retries': 6, 'retry_timeout': datetime.timedelta(minutes=2)}
-_FIRST_RETRIES = {'max_retries': 2, 'retry_timeout': datetime.timedelta(seconds=20)}
+# Use of a store -> its limits for a request, and for all tries of it.
+_LIMITS = {
+  'files': ({'connect_timeout': '10s', 'timeout': '60s'}, {'max_retries': 20, 'secs': 120}),
+  'ranges': ({'connect_timeout': '10s', 'timeout': '60s'}, {'max_retries': 6, 'secs': 120}),
+  'quick': ({'connect_timeout': '5s', 'timeout': '10s'}, {'max_retries': 2, 'secs': 15}),
+}
+_WAITS = (0.5, 2.0, 5.0)  # seconds before each retry of an answer that broke off
 _ENDPOINTS = ('AWS_ENDPOINT_URL_S3', 'AWS_ENDPOINT_URL')
 _ADVICE = (
   'Check the address, the credentials and the network, then run the same command again; finished '
   'work is kept.'
 )
+_T = TypeVar('_T')
 
 
 class Changed(Exception):
@@ -55,44 +61,49 @@ class Objects:
   def __init__(self, url: str):
     """Raises InputError for a protocol without support, or if its package is not installed."""
     self.url = url.rstrip('/')
-    self._store = _store(self.url, first=False)
+    self._store = _store(self.url, 'files')
+    self._quick = _store(self.url, 'quick')
 
   def check(self, writes: bool) -> None:
     """Raises InputError, within seconds, unless objects can be listed; `writes`: and written."""
-    name, first = '.write-test', _store(self.url, first=True)
-    obstore = _obstore()
+    name, obstore = '.write-test', _obstore()
     with self._errors('', 'cannot be used'):
-      next(iter(obstore.list(first, chunk_size=1)), None)
+      _whole(lambda: next(iter(obstore.list(self._quick, chunk_size=1)), None))
       if writes:
-        obstore.put(first, name, b'x')
-        obstore.delete(first, name)
+        obstore.put(self._quick, name, b'x')
+        with _unless_missing():  # another command has deleted it
+          obstore.delete(self._quick, name)
 
   def below(self, folder: str = '') -> dict[str, Entry]:
     """Returns the objects below a folder ('': all): name -> Entry."""
     with self._errors(folder, 'cannot be listed'):
-      return {
-        entry['path']: Entry(entry['size'], _tag(entry))
-        for chunk in _obstore().list(self._store, folder or None)
-        for entry in chunk
-      }
+      chunks = _whole(lambda: [*_obstore().list(self._store, folder or None)])
+    return {entry['path']: Entry(entry['size'], _tag(entry)) for chunk in chunks for entry in chunk}
 
   def read(self, name: str) -> tuple[bytes, str] | None:
-    """Returns the bytes of an object and its tag for `write`, None if it does not exist."""
+    """Returns the bytes of a small object and its tag for `write`, None if it does not exist."""
     with self._errors(name, 'cannot be read'), _unless_missing():
-      result = _obstore().get(self._store, name)
-      return bytes(result.bytes()), _condition(result.meta)
+
+      def ask() -> tuple[bytes, str]:
+        result = _obstore().get(self._quick, name)
+        return bytes(result.bytes()), _condition(result.meta)
+
+      return _whole(ask)
     return None
 
   def download(self, name: str, path: str) -> Entry | None:
     """Writes an object to a new local file and returns its Entry, None if it does not exist."""
     obstore = _obstore()
+
+    def part(options: dict) -> bytes:
+      return _whole(lambda: bytes(obstore.get(self._store, name, options=options).bytes()))
+
     with self._errors(name, 'cannot be read'), _unless_missing(), open(path, 'wb') as f:
       found = obstore.head(self._store, name)
       condition = {'if_match': found['e_tag']} if found['e_tag'] else {}
       for start in range(0, found['size'], _PART):
         end = min(start + _PART, found['size'])
-        part = obstore.get(self._store, name, options={**condition, 'range': (start, end)})
-        f.write(part.bytes())
+        f.write(part({**condition, 'range': (start, end)}))
       return Entry(found['size'], _tag(found))
     return None
 
@@ -102,7 +113,7 @@ class Objects:
       return _tag(_obstore().put(self._store, name, pathlib.Path(path)))
 
   def write(self, name: str, data: bytes, *, if_tag: str | None = None) -> str:
-    """Writes an object and returns its tag for the next such call.
+    """Writes a small object and returns its tag for the next such call.
 
     Args:
       name: of the object.
@@ -115,8 +126,11 @@ class Objects:
     refused = (obstore.exceptions.AlreadyExistsError, obstore.exceptions.PreconditionError)
     with self._errors(name, 'cannot be written'):
       try:
-        return _condition(obstore.put(self._store, name, data, mode=mode))
+        return _condition(obstore.put(self._quick, name, data, mode=mode))
       except refused as error:
+        found = self.read(name)
+        if found is not None and found[0] == data:  # a first try was done, but its answer was lost
+          return found[1]
         raise Changed(name) from error
       except obstore.exceptions.NotFoundError as error:
         if not if_tag:
@@ -175,7 +189,7 @@ def read_ranges(parts: Sequence[tuple[str, int, int]]) -> list[bytes | Exception
     protocol, _, rest = url.partition('://')
     bucket, _, name = rest.partition('/')
     try:
-      store = _store(f'{protocol}://{bucket}', first=False)
+      store = _store(f'{protocol}://{bucket}', 'ranges')
       return bytes(obstore.get_range(store, name, start=start, end=end))
     except Exception as error:  # the caller tells their kinds apart
       return b'' if 'status code: 416 ' in str(error) else error  # behind the end
@@ -210,6 +224,18 @@ def _obstore() -> Any:
   return obstore
 
 
+def _whole(ask: Callable[[], _T]) -> _T:
+  """Returns ask(), asked again if the answer breaks off, after which obstore asks no more."""
+  for wait in _WAITS:
+    try:
+      return ask()
+    except _obstore().exceptions.GenericError as error:
+      if 'body error' not in str(error):
+        raise
+      time.sleep(wait)
+  return ask()
+
+
 @contextlib.contextmanager
 def _unless_missing() -> Iterator[None]:
   try:
@@ -219,50 +245,62 @@ def _unless_missing() -> Iterator[None]:
 
 
 @functools.lru_cache(maxsize=16)
-def _store(url: str, first: bool) -> Any:
-  """Returns obstore's store of a URL; `first` gives up sooner."""
+def _store(url: str, use: str) -> Any:
+  """Returns obstore's store of a URL with the limits of a use."""
   _obstore()
   from obstore import store
 
-  protocol = url.partition('://')[0]
+  protocol, _, place = url.partition('://')
   if protocol == 'memory':  # of this process, for tests
-    return store.MemoryStore()
+    return store.MemoryStore() if use == 'quick' else _store(url, 'quick')
   if protocol not in EXTRAS:
     raise InputError(
       f'{url}: a work directory is a local folder or one of {", ".join(f"{p}://" for p in EXTRAS)}.'
     )
+  if set('?#%\\') & {*place} or {'', '.', '..'} & {*place.split('/')}:
+    raise InputError(
+      f'{url} is no usable address: name a bucket and folders, without ?, #, % and \\ and without '
+      "empty folders, '.' and '..', for example s3://bucket/runs/demo."
+    )
+  client, tries = _LIMITS[use]
   options: dict[str, Any] = dict(
-    client_options=dict(_CLIENT), retry_config=_FIRST_RETRIES if first else _RETRIES
+    client_options=dict(client),
+    retry_config={
+      'max_retries': tries['max_retries'],
+      'retry_timeout': datetime.timedelta(seconds=tries['secs']),
+    },
   )
-  if protocol == 's3':
-    options |= _of_aws()
   try:
+    if protocol == 's3':
+      endpoint, settings = _of_aws()
+      options |= settings
+      options['client_options']['allow_http'] = endpoint.startswith('http://')
     return store.from_url(url, **options)
+  except InputError:
+    raise
   except Exception as error:  # a bad URL, or settings that are not whole
     raise InputError(f'{url} cannot be opened: {_reason(error)}. {_ADVICE}') from error
 
 
-def _of_aws() -> dict[str, Any]:
-  """Returns the settings of AWS's own tools: profiles, ~/.aws, environment, roles; needs botocore.
+def _of_aws() -> tuple[str, dict[str, Any]]:
+  """Returns the end point, '' for AWS's own, and settings, as AWS's tools find them, by botocore.
 
-  Without botocore obstore reads the environment and the roles of machines by itself.
+  These are profiles, ~/.aws, the environment, roles. Without botocore obstore reads the environment
+  and the roles of machines by itself.
   """
+  endpoint = next(filter(None, map(os.environ.get, _ENDPOINTS)), '')
   try:
     import botocore.session
   except ImportError:
-    return {}
+    return endpoint, {}
   session = botocore.session.get_session()
   settings: dict[str, Any] = {}
   if region := session.get_config_variable('region'):
     settings['region'] = region
-  named = session.get_scoped_config().get('endpoint_url')
-  endpoint = next(filter(None, map(os.environ.get, _ENDPOINTS)), named)
-  if endpoint and endpoint.startswith('http://'):
-    settings['client_options'] = {**_CLIENT, 'allow_http': True}
-  if endpoint:
+  if endpoint := endpoint or session.get_scoped_config().get('endpoint_url', ''):
     settings['endpoint'] = endpoint
   if any(os.environ.get(name, '').lower() == 'true' for name in _ANONYMOUS):
-    return {**settings, 'skip_signature': True}
+    return endpoint, {**settings, 'skip_signature': True}
   found = session.get_credentials()
   if found is None:
     raise InputError(
@@ -280,7 +318,7 @@ def _of_aws() -> dict[str, Any]:
       'expires_at': now + datetime.timedelta(minutes=5),
     }
 
-  return {**settings, 'credential_provider': credentials}
+  return endpoint, {**settings, 'credential_provider': credentials}
 
 
 def _tag(found: Any) -> str:

@@ -96,7 +96,7 @@ class Source:
 
   @functools.cached_property
   def _starts(self) -> Array:
-    return np.load(os.path.join(self._directory, 'starts.npy'))
+    return files.read_npy(os.path.join(self._directory, 'starts.npy'))
 
   @property
   def classes(self) -> tuple[str, ...]:
@@ -274,7 +274,7 @@ class Source:
 
   @functools.cached_property
   def _table(self) -> Array:  # [n] TABLE_DTYPE
-    rows = np.load(os.path.join(self._directory, 'table.npy'), mmap_mode='r')
+    rows = files.read_npy(os.path.join(self._directory, 'table.npy'), mmap=True)
     return rows.view(np.ndarray)  # a plain view, because indexing an np.memmap is slow
 
   @functools.cached_property
@@ -283,13 +283,13 @@ class Source:
 
   @functools.cached_property
   def _files(self) -> dict[str, Any]:
-    return files.read_json(os.path.join(self._directory, 'files.json'))
+    return table.read_files(self._directory)
 
   @functools.cached_property
   def _paths(self) -> tuple[Array, mmap.mmap | bytes]:
     """Returns the end of each row's path in the text of all paths, and that text."""
-    ends = np.load(os.path.join(self._directory, 'path_ends.npy'), mmap_mode='r').view(np.ndarray)
-    return ends, _memory_map(os.path.join(self._directory, 'paths.bin'))
+    ends = files.read_npy(os.path.join(self._directory, 'path_ends.npy'), mmap=True)
+    return ends.view(np.ndarray), _memory_map(os.path.join(self._directory, 'paths.bin'))
 
   def _path(self, row: int) -> str:
     """Returns the path of a row's image, relative to its root."""
@@ -327,7 +327,7 @@ def _check_lengths(
 
 
 def _memory_map(path: str) -> mmap.mmap | bytes:
-  with open(path, 'rb') as f:
+  with open(files.local(path), 'rb') as f:
     if not os.fstat(f.fileno()).st_size:
       return b''  # an empty file cannot be mapped
     return mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)

@@ -23,7 +23,7 @@ from typing import Any, BinaryIO, TypeVar
 
 from absl import logging
 
-from clip_jax.core import objects
+from clip_jax.core import files, objects
 from clip_jax.core.errors import InputError
 
 _EXTRAS = {'gs': 'gcs', 'gcs': 'gcs', 's3': 's3', 's3a': 's3', 'http': 'http', 'https': 'http'}
@@ -141,7 +141,7 @@ def is_remote(path: str) -> bool:
 
 def open_file(path: str) -> File | RemoteFile:
   """Opens a source file for random reads."""
-  return RemoteFile(path) if is_remote(path) else File(path)
+  return RemoteFile(path) if is_remote(path) else File(files.local(path))
 
 
 def open_stream(path: str) -> BinaryIO:

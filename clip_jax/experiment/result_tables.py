@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from clip_jax.core import files
+from clip_jax.core import files, mirror
 from clip_jax.core.errors import InputError
 from clip_jax.data import table
 from clip_jax.experiment.blocks import POOL
@@ -51,13 +51,13 @@ class Tables:
   """The tables of a work directory; each is read when it is asked for."""
 
   def __init__(self, workdir: str):
-    self._workdir = workdir
+    self._workdir, self._name = workdir, mirror.in_words(workdir)
     if not files.exists(os.path.join(workdir, 'config.json')):
-      raise InputError(f'{workdir} is no work directory: it has no config.json.')
+      raise InputError(f'{self._name} is no work directory: it has no config.json.')
 
   def __repr__(self) -> str:
     names = ', '.join(self.benchmarks) or 'none'
-    return f'<clip_jax results {self._workdir}; benchmarks: {names}>'
+    return f'<clip_jax results {self._name}; benchmarks: {names}>'
 
   @property
   def config(self) -> dict:
@@ -111,7 +111,7 @@ class Tables:
     folder = self._path('search', self._known(benchmark))
     shards = [name for name in files.names(folder) if name.startswith('pool-') and name[-1] == 'z']
     if not shards:
-      raise InputError(f'{benchmark} is not searched yet in {self._workdir}.')
+      raise InputError(f'{benchmark} is not searched yet in {self._name}.')
     arrays = [files.read_npz(os.path.join(folder, name)) for name in shards]
     joined = {
       key: np.concatenate([part[key] for part in arrays])
@@ -135,13 +135,13 @@ class Tables:
     """The pairs of a query and a pool row that count as duplicates (docs/files.md)."""
     path = self._path('search', self._known(benchmark), 'duplicates.parquet')
     if not files.exists(path):
-      raise InputError(f'{self._workdir} has no list of duplicates of {benchmark} yet.')
+      raise InputError(f'{self._name} has no list of duplicates of {benchmark} yet.')
     return pq.read_table(files.local(path))
 
   def _known(self, benchmark: str) -> str:
     if benchmark not in self.benchmarks:
       raise InputError(
-        f'{self._workdir} has no benchmark {benchmark!r}. It has: {", ".join(self.benchmarks)}.'
+        f'{self._name} has no benchmark {benchmark!r}. It has: {", ".join(self.benchmarks)}.'
       )
     return benchmark
 

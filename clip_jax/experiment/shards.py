@@ -46,18 +46,22 @@ class Shard:
     )
 
   def with_absolute_paths(self, workdir: str) -> 'Shard':
-    """Returns the shard with absolute paths of local files; generated tars are in `workdir`."""
+    """Returns the shard with absolute paths: generated tars are in the work directory."""
     if self.block.format not in (blocks.GLYPHS, blocks.PLANTED):
       return self
     absolute = tuple(
-      dataclasses.replace(file, path=files.local(os.path.join(workdir, file.path)))
-      for file in self.files
+      dataclasses.replace(file, path=os.path.join(workdir, file.path)) for file in self.files
     )
     return dataclasses.replace(self, files=absolute)
 
   def location(self) -> dict:
-    """Returns the values that the row table needs to read the samples again."""
+    """Returns the values that the row table needs to read the samples again.
+
+    Generated tars are relative to the folder of the index, as another machine may read them.
+    """
     path = '' if formats.by_name(self.format).rooted else self.files[0].path
+    if self.block.format in (blocks.GLYPHS, blocks.PLANTED):
+      path = os.path.relpath(path, f'ingest/{blocks.POOL}')
     images = (
       {'images': os.path.expanduser(self.block.images)} if self.format == blocks.VECTORS else {}
     )

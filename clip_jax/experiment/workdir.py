@@ -89,13 +89,7 @@ def source(x: Experiment, dataset: str) -> reader.Source:
       f'{dataset} is not ingested yet in {x.workdir}. Run without --stages, or add `ingest` to '
       '--stages.'
     )
-
-  def opened():
-    for shard in x.graph.shards(dataset) if files.is_mirrored(x.workdir) else ():
-      shard.with_absolute_paths(x.workdir)  # generated tars are downloaded
-    return reader.Source(files.local_folder(index_folder(x, dataset)))
-
-  return x.cached(f'source {dataset}', opened)
+  return x.cached(f'source {dataset}', lambda: reader.Source(index_folder(x, dataset)))
 
 
 def base_source(x: Experiment, planted: bool = False) -> views.Concatenation:

@@ -123,7 +123,7 @@ def scan_shard(job: tuple[str, Shard, bool]) -> dict:
 def index(x: Experiment, todo: list[Product]) -> Made:
   """Joins the shards' indexes to the table of the dataset, which the loader reads."""
   (dataset,) = todo[0].subject
-  shards = _shards(x, dataset)
+  shards = x.graph.shards(dataset)
   _check_dims(x, dataset)
   counts = table.assemble(
     workdir.index_folder(x, dataset),
@@ -163,10 +163,6 @@ def index(x: Experiment, todo: list[Product]) -> Made:
       os.path.join(workdir.index_folder(x, dataset), summary.BROKEN),
       dataset,
     )
-
-
-def _shards(x: Experiment, dataset: str) -> list[Shard]:
-  return [shard.with_absolute_paths(x.workdir) for shard in x.graph.shards(dataset)]
 
 
 def _listed(numbers: Mapping[str, int]) -> str:
@@ -241,7 +237,7 @@ def refresh_locations(x: Experiment) -> None:
   for dataset in blocks.datasets(x.config):
     path = os.path.join(workdir.index_folder(x, dataset), workdir.LOCATIONS)
     if files.exists(path):
-      old, now = files.read_json(path), [shard.location() for shard in _shards(x, dataset)]
+      old, now = files.read_json(path), [shard.location() for shard in x.graph.shards(dataset)]
       if old['shards'] != now and len(old['shards']) == len(now):
         files.write_json(path, {**old, 'shards': now})
 
