@@ -113,6 +113,17 @@ def test_shared_and_exclusive_leases_exclude_one_another(folder):
   assert _store(folder).below() == {}
 
 
+def test_shared_leases_of_dead_processes_are_watched_together_and_deleted(folder, monkeypatch):
+  _fast(monkeypatch, ttl=5)
+  for name in 'abc':
+    _other(folder, f'x.shared/{name}.lock')
+  passed, clock = [], time.monotonic
+  monkeypatch.setattr(time, 'sleep', passed.append)
+  monkeypatch.setattr(time, 'monotonic', lambda: clock() + len(passed))
+  with locks.lock(folder, 'x'):
+    assert len(passed) < 10 and list(_store(folder).below()) == ['x.lock']
+
+
 def test_a_lost_lease_ends_the_process_and_its_writes(folder, monkeypatch):
   sent = []
   monkeypatch.setattr(os, 'kill', lambda pid, signum: sent.append(signum))

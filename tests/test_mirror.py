@@ -77,7 +77,7 @@ def test_a_killed_download_or_upload_leaves_nothing_that_looks_whole(machines, m
     patch.setattr(objects.Objects, 'upload', fail)
     with pytest.raises(InputError, match='no network'):
       files.write_npy(f'{a}/rows.npy', np.arange(6))
-  assert len(files.read_npy(f'{a}/rows.npy')) == 6  # here, and not there
+  assert len(files.read_npy(f'{a}/rows.npy')) == 5  # a file that is only here would be never there
   b = machines('b')
   with monkeypatch.context() as patch:
     patch.setattr(objects.Objects, 'download', fail)
@@ -128,6 +128,15 @@ def test_least_recently_used_files_go_and_come_again(machines, monkeypatch):
     assert files.read_npy(f'{a}/{i}.npy')[0] == i
   left = sum(os.path.getsize(f'{a}/{name}') for name in os.listdir(a))
   assert left < 15_000
+
+
+def test_files_that_grow_stay(machines):
+  a = machines('a', limit=1)
+  for name in ('log.txt', 'metrics.jsonl', 'rows.npy'):
+    files.write_bytes(f'{a}/{name}', b'x' * 100)
+    os.utime(f'{a}/{name}', (1, 1))
+  files.write_bytes(f'{a}/more', b'x')
+  assert sorted(os.listdir(a)) == ['.mirror.jsonl', 'log.txt', 'metrics.jsonl', 'more']
 
 
 def test_files_in_use_stay(machines):

@@ -78,7 +78,7 @@ def test_fsspec_reads_where_it_has_settings_and_in_forked_processes(monkeypatch)
 
 
 def test_ranges_are_read_together_and_errors_returned(monkeypatch):
-  store = objects._store('memory://bucket', first=False)
+  store = objects._store('memory://bucket', 'ranges')
   monkeypatch.setattr(objects, '_store', lambda url, first: store)
   objects._obstore().put(store, 'a/b', bytes(range(100)))
   parts = [('s3://bucket/a/b', i, i + 5) for i in range(0, 100, 7)]
@@ -87,3 +87,34 @@ def test_ranges_are_read_together_and_errors_returned(monkeypatch):
   assert isinstance(found[-1], FileNotFoundError)
   denied = objects._obstore().exceptions.PermissionDeniedError('no')
   assert objects.is_about_file(denied) and not objects.is_about_file(ValueError())
+
+
+def test_a_conditional_write_that_was_done_while_its_answer_was_lost_is_no_change():
+  at = objects.Objects('memory://lost')
+  tag = at.write('lease', b'id 1', if_tag='')
+  assert at.write('lease', b'id 1', if_tag='') == tag  # obstore asks again after an error 500
+  at.write('lease', b'id 2', if_tag=tag)
+  with pytest.raises(objects.Changed):
+    at.write('lease', b'id 1', if_tag='')
+
+
+def test_an_answer_that_breaks_off_is_asked_for_again(monkeypatch):
+  monkeypatch.setattr(objects, '_WAITS', (0, 0))
+  errors = objects._obstore().exceptions
+  left = [errors.GenericError('response body error'), errors.GenericError('body error')]
+
+  def ask():
+    if left:
+      raise left.pop()
+    return 1
+
+  assert objects._whole(ask) == 1
+  left = [errors.GenericError('status 404, body: NoSuchBucket')]
+  with pytest.raises(errors.GenericError):
+    objects._whole(ask)
+
+
+@pytest.mark.parametrize('place', ['b/a?x=1', 'b/a#b', 'b/a%20b', 'b//a', 'b/../a', 'b/./a', ''])
+def test_an_address_that_would_be_read_as_another_one_is_an_error(place):
+  with pytest.raises(InputError, match='is no usable address'):
+    objects.Objects(f's3://{place}/x')
