@@ -8,7 +8,7 @@ from PIL import Image
 import pytest
 
 from clip_jax.core.errors import InputError
-from clip_jax.data import folder, listing, sources
+from clip_jax.data import filetree, folder, listing, sources
 
 
 def _image(path, value=0):
@@ -111,7 +111,7 @@ def test_what_is_no_file_is_no_image_and_a_broken_link_is_listed(tmp_path):
   os.symlink('self.png', tmp_path / 'a' / 'self.png')
   names = ['a/1.png', 'a/broken.png', 'a/folder.png/2.png', 'a/self.png']
   assert sorted(folder.paths(str(tmp_path))) == names
-  found, skipped = folder.samples(str(tmp_path), names)
+  found, skipped = folder.samples(str(tmp_path), filetree.source_files(str(tmp_path), names))
   assert [sample.key for sample in found] == ['a/1.png', 'a/folder.png/2.png']
   assert skipped == [
     {'key': f'a/{name}.png', 'reason': 'file cannot be read'} for name in ('broken', 'self')

@@ -22,7 +22,7 @@ from clip_jax.core import engine, files, products, progress
 from clip_jax.core.errors import InputError
 from clip_jax.core.products import Made, Product
 from clip_jax.core.types import Array
-from clip_jax.data import shard_writer, table
+from clip_jax.data import copies, shard_writer, table
 from clip_jax.experiment import blocks, workdir
 from clip_jax.experiment.blocks import POOL
 from clip_jax.experiment.experiment import Experiment
@@ -52,7 +52,7 @@ def listed_rows(x: Experiment, split: str) -> tuple[Array, dict]:
 
 def find_listed(x: Experiment, split: str) -> key_lists.ListedRows:
   """Returns the pool rows that a split's key file names; InputError if there is none."""
-  path = os.path.expanduser(x.config.splits[split].file)
+  path = copies.of(x.config.splits[split].file)
   column = x.config.prune.export_key or 'key'
   listed = key_lists.find_rows(
     key_lists.read(path, x.config.prune.export_key), pool_keys(x, column)
