@@ -299,11 +299,8 @@ def test_a_server_that_never_answers_is_an_error(path, silent, waits):
   if path.startswith('s3'):
     pytest.importorskip('s3fs')
   path = silent + path if path.startswith('/') else path
-  for ask in (
-    filetree.is_file,
-    filetree.is_folder,
-    lambda path: storage.open_file(path).read(0, 5),
-  ):
+  read = lambda path: storage.open_file(path).read(0, 5)
+  for ask in (filetree.is_file, filetree.is_folder, read):
     filetree._entries.cache_clear()
     with pytest.raises(InputError, match='cannot be read .*[Tt]imeout.*Check the path'):
       ask(path)

@@ -55,13 +55,11 @@ def absolute(path: str) -> str:
 
 
 def join(folder: str, name: str) -> str:
-  """Returns the path of a relative name in a folder, which may be remote; a query stays last."""
+  """Returns the path of a relative name in a folder, which may be remote."""
   if not storage.is_remote(folder):
     return os.path.join(folder, name)
-  if not _is_web(folder):
-    return f'{folder.rstrip("/")}/{name}'.rstrip('/')
-  folder, mark, query = folder.partition('?')
-  return f'{folder.rstrip("/")}/{urllib.parse.quote(name)}'.rstrip('/') + mark + query
+  name = urllib.parse.quote(name) if _is_web(folder) else name
+  return f'{folder.rstrip("/")}/{name}'.rstrip('/')
 
 
 def parent(path: str) -> str:
@@ -131,7 +129,7 @@ def _entries(folder: str, process: int) -> Mapping[str, Entry]:
   def ask() -> list[Mapping[str, Any]]:
     with storage.errors_with_path(folder):
       try:
-        return system.ls(folder, detail=True)
+        return system.ls(f'{folder}/' if is_web else folder, detail=True)  # else it redirects
       except (FileNotFoundError, NotADirectoryError) as error:
         if storage.hides_cause(error):
           raise
