@@ -49,7 +49,7 @@ def test_files_and_folders_are_told_apart(place):
 
 
 def test_a_file_is_found_with_its_state_and_read(place):
-  files = filetree.source_files(place, _NAMES)
+  files = filetree.source_files(place, list(_NAMES))
   for file, name in zip(files, _NAMES, strict=True):
     assert file == filetree.source_file(filetree.join(place, name), name)
     assert (file.name, file.size) == (name, len(name)) and (file.version or file.mtime)

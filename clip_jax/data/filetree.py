@@ -5,7 +5,7 @@ lists a remote folder once, until `forget`. Names are plain text, as a local fol
 quotes them for web servers.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent import futures
 import functools
 import hashlib
@@ -89,7 +89,8 @@ def info(url: str) -> Mapping[str, Any] | None:
           raise
         return None
     # A web server redirects the name of a folder to that with a '/', which it answers with a page.
-    is_page = _is_web(url) and str(found.get('url', url)).partition('?')[0].endswith('/')
+    last = str(found.get('url', url)).partition('?')[0].partition('://')[2]
+    is_page = _is_web(url) and (last.endswith('/') or '/' not in last)
     return {**found, 'type': 'directory'} if is_page else found
 
   return storage.with_retries(ask)
@@ -176,7 +177,7 @@ def source_file(path: str, name: str = '') -> storage.SourceFile:
   return storage.SourceFile(path, name, found['size'], 0.0, version(found))
 
 
-def source_files(root: str, names: Sequence[str]) -> list[storage.SourceFile]:
+def source_files(root: str, names: list[str]) -> list[storage.SourceFile]:
   """Returns the files of relative names below a folder, with their states.
 
   A storage tells them in the listings of folders; a web server is asked for each file.
