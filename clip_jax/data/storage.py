@@ -1,6 +1,6 @@
 """Random access to source files, on local disks or on object storage.
 
-Remote paths (gs://, s3://, https://, ...) are read in parts through fsspec, without a local copy.
+Remote paths (gs://, s3://, az://, https://, hf://) are read in parts through fsspec, not copied.
 fsspec finds credentials and end points in their usual places and in FSSPEC_<PROTOCOL>_<OPTION>
 variables (FSSPEC_S3_ANON=true). Reads are safe from several threads and from forked or spawned
 processes.

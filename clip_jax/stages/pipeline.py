@@ -164,7 +164,8 @@ def _open_experiment(config: Config, folder: str | None, is_plan: bool) -> Exper
   folder = os.path.abspath(os.path.expanduser(folder))
   if os.path.exists(folder) and not os.path.isdir(folder):
     raise ConfigError(f'--workdir={folder} is a file; give a folder.')
-  copies.keep_in(config.cache_dir or os.path.join(folder, 'cache'))
+  if config.cache_dir or not is_plan:  # a plan writes nothing into the work directory
+    copies.keep_in(config.cache_dir or os.path.join(folder, 'cache'))
   images.limit_megapixels(config.ingest.max_megapixels)
   return Experiment(dataset_paths.resolve(config, is_plan), folder)
 
