@@ -656,9 +656,9 @@ def get_config() -> Config:
   # name -> embedder(...): further ones, for the key `embedder` of splits, dedup.embedder,
   # prune.sensitivity and prune.preview
   c.embedders = ConfigDict()
-  # Local copies of remote files of formats embeddings, tfds and array_record, which are kept; '':
-  # WORKDIR/cache, for a WORKDIR on object storage, of which a copy is here, too, and for
-  # clip_jax.evaluate, ~/.cache/clip_jax.
+  # Local copies of remote files of formats embeddings, tfds and array_record, which are kept, and
+  # temporary files of long lists of keys; '': WORKDIR/cache, for a WORKDIR on object storage, of
+  # which a copy is here, too, and for clip_jax.evaluate, ~/.cache/clip_jax.
   c.cache_dir = ''
   # Most GB (10^9 bytes) of the copy of a WORKDIR on object storage: least recently used files go;
   # 0: no limit.

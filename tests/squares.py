@@ -84,12 +84,12 @@ def config(data, **override):
   return c
 
 
-def run(c, workdir, capsys, stages=None, redo='', **more) -> tuple[int, str]:
+def run(c, workdir, capsys, stages=None, redo='', verbose=True, **more) -> tuple[int, str]:
   """Runs the pipeline as the command does, with --verbose; returns exit status and output."""
   handlers = list(logging.get_absl_logger().handlers)
   status = command.run_command(
     lambda: pipeline.run(c, str(workdir), stages=stages, redo=redo, **{'dry_run': False, **more}),
-    verbose=True,
+    verbose=verbose,
   )
   logging.get_absl_logger().handlers[:] = handlers
   said = capsys.readouterr()

@@ -186,8 +186,8 @@ def test_a_dry_run_tells_rows_and_bytes_and_writes_nothing(data):
   assert status == 0 and not (data / 'w').exists()
   assert 'pool 60, anchor 15, sketch 6, val 7' in said
   for stage in ('dedup', 'prune', 'train', 'evaluate'):
-    assert re.search(rf'{stage} +0 +0 B', said), said
-  assert re.search(r'search +60 +\S+ kB +1\.56e4', said), said  # 2 (60 + 15) (6 + 7) 8
+    assert re.search(rf'{stage} +0 +0 B +0 B', said), said
+  assert re.search(r'search +60 +\S+ kB +\S+ kB +1\.56e4', said), said  # 2 (60 + 15) (6 + 7) 8
 
 
 def test_a_dry_run_after_files_were_added_counts_their_rows(data, capsys):

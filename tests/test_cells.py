@@ -1,6 +1,7 @@
 """Cells: levels, bins, codes and draws inside cells against plain Python; balance by hand."""
 
 import math
+from unittest import mock
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -54,7 +55,9 @@ def test_distinct_values_fall_into_equal_bins():
 
 def test_codes_are_mixed_radix():
   digits = [np.array([0, 2, 1]), np.array([4, 0, 3]), np.array([1, 0, 2])]
-  code = cells.cell_codes(digits, [3, 5, 3])
+  code = np.zeros(3, np.int64)
+  for digit, radix in zip(digits, [3, 5, 3]):
+    cells.add_digit(code, digit, radix)
   assert code.tolist() == [(0 * 5 + 4) * 3 + 1, (2 * 5 + 0) * 3, (1 * 5 + 3) * 3 + 2]
   assert (code // 3 // 5).tolist() == digits[0].tolist()
 
@@ -93,9 +96,12 @@ def test_counts_of_every_cell(seed):
   """After each stage, a cell of that stage is served in full or has no rows left."""
   rng = np.random.default_rng(seed)
   code, removed = rng.integers(0, 24, 60), rng.random(60) < 0.4
-  order = rng.random(60)
+  order = rng.integers(0, 20, 60)  # with ties
   radices = (2, 3)
   drawn, served = cells.draw_like(code, removed, order, radices)
+  with mock.patch.object(cells, 'ROWS_AT_ONCE', 5):
+    in_blocks = cells.draw_like(code, removed, order, radices)
+  assert (in_blocks[0] == drawn).all() and in_blocks[1] == served
   assert not (drawn & removed).any() and drawn.sum() == sum(served)
   coarsest = code // 6
   for cell in np.unique(coarsest):

@@ -1,5 +1,7 @@
 """What rules decide on: exact order at a cut, from float32 values that are a little off."""
 
+from unittest import mock
+
 from hypothesis import given
 from hypothesis import strategies as st
 import numpy as np
@@ -10,23 +12,29 @@ from clip_jax.pruning import columns
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 40), st.data())
-def test_refined_values_decide_as_the_exact_ones(seed, n, data):
+def test_a_cut_decides_as_the_exact_values(seed, n, data):
   rng = np.random.default_rng(seed)
   exact = rng.integers(0, 4, n) / 4 + rng.integers(0, 3, n) * 1e-6
   values = (exact + rng.uniform(-4.8e-6, 4.8e-6, n)).astype(np.float32)
-  places = data.draw(st.lists(st.integers(0, n - 1), min_size=1, max_size=2))
-  asked = []
+  place = data.draw(st.integers(0, n - 1))
+  with mock.patch.object(columns, 'ROWS_AT_ONCE', 7):
+    cut = columns.cut_at(values, exact.__getitem__, place, columns.TOLERANCE)
+  limit = np.sort(exact)[place]
+  assert cut.value(place) == limit and (exact[cut.near] == cut.exact).all()
+  above = ~cut.below
+  above[cut.near] = cut.exact > limit
+  assert (above == (exact > limit)).all()
+  for count in (place, place + 1):
+    assert (cut.lowest(count) == columns.mask_of_lowest(exact, count)).all()
 
-  def decide(rows):
-    asked.extend(rows.tolist())
-    return exact[rows]
 
-  found, count = columns.recompute_near_cuts(values, decide, places, columns.TOLERANCE)
-  assert count == len(asked) == len(set(asked))
-  for place in places:
-    cut = np.sort(exact)[place]
-    assert np.sort(found)[place] == cut
-    assert ((found < cut) == (exact < cut)).all() and ((found == cut) == (exact == cut)).all()
+@given(st.lists(st.booleans(), max_size=40), st.integers(1, 50))
+def test_random_numbers_belong_to_rows_of_the_pool(candidates, block):
+  mask = np.array(candidates, bool)
+  whole = columns.random_order(np.ones(len(mask), bool), 3, 1, 2)
+  with mock.patch.object(columns, 'ROWS_AT_ONCE', block):
+    assert (columns.random_order(mask, 3, 1, 2) == whole[mask]).all()
+  assert len(set(whole.tolist())) == len(whole)
 
 
 @given(st.lists(st.integers(0, 3), max_size=12), st.data())

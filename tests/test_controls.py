@@ -87,7 +87,7 @@ def test_matched_is_its_definition(seed, share, draw, levels, has_names):
   if has_names:
     columns = dataclasses.replace(columns, caption_names_class=rng.random(120) < 0.5)
   removed = np.sort(rng.choice(rows, int(share * len(rows)), replace=False))
-  order = columns_lib.random_order(120, 7, draw, controls.MATCHED_STREAM)
+  order = columns_lib.random_order(np.ones(120, bool), 7, draw, controls.MATCHED_STREAM)
   drawn, served = python_matched(columns, removed.tolist(), order)
   result = rules.matched(columns, removed=removed, seed=7, draw=draw)
   report = result.report

@@ -159,3 +159,47 @@ def test_a_signal_ends_each_thread_and_a_second_one_the_process(hangs):
     process.send_signal(signal.SIGTERM)
   rest, _ = process.communicate(timeout=60)
   assert process.returncode == 143 and 'ready' not in rest
+
+
+def _slow(path):
+  pathlib.Path(path).touch()
+  time.sleep(1 if path.endswith('0') else 600)
+  pathlib.Path(f'{path}.done').touch()
+
+
+_TO_ALL = """
+import sys, test_engine
+from clip_jax.core import command, engine
+
+paths = sys.argv[1:]
+work = engine.finished(test_engine._slow, paths, workers=2, desc='x', unit='job')
+sys.exit(command.run_command(lambda: list(work)))
+"""
+
+
+@pytest.mark.parametrize('signum', [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize('twice', [False, True])
+def test_a_signal_to_all_processes_lets_the_running_jobs_end(signum, twice, tmp_path):
+  """Unless it comes a second time, which kills them."""
+  names = ('a1', 'b1', 'c1') if twice else ('a0', 'b0', 'c0', 'd0', 'e0', 'f0')
+  paths = [str(tmp_path / name) for name in names]
+  process = subprocess.Popen(
+    [sys.executable, '-c', _TO_ALL, *paths],
+    cwd=os.path.dirname(__file__),
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+    start_new_session=True,
+  )
+  deadline = time.monotonic() + 60
+  while len(os.listdir(tmp_path)) < 2:
+    assert process.poll() is None and time.monotonic() < deadline
+    time.sleep(0.01)
+  for _ in range(2 if twice else 1):
+    os.killpg(process.pid, signum)
+    time.sleep(0.5)
+  said, _ = process.communicate(timeout=60)
+  assert process.returncode == 128 + signum and 'Traceback' not in said, said
+  found = {name for name in names if (tmp_path / name).exists()}
+  done = {name for name in names if (tmp_path / f'{name}.done').exists()}
+  assert found == {'a1', 'b1'} and not done if twice else done == found and len(found) <= 3

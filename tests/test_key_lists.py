@@ -2,6 +2,7 @@
 
 import io
 import pickle
+from unittest import mock
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,6 +22,11 @@ def expected_rows(listed, pool):
   return sorted(row for row, key in enumerate(pool) for other in listed if other == key)
 
 
+def keys_in(path, column=''):
+  """Returns all keys that a file lists."""
+  return [key for block in key_lists.read(path, column) for key in block.to_pylist()]
+
+
 def cut(keys, seed):
   """Returns the keys as blocks of odd sizes, of the types that indexes have."""
   rng = np.random.default_rng(seed)
@@ -37,7 +43,9 @@ def test_uids_are_two_numbers_sorted_as_pairs(keys):
   found = key_lists.keys_to_uids(keys)
   assert found.dtype == np.dtype('u8,u8')
   pairs = [(int(key[:16], 16), int(key[16:], 16)) for key in keys]
-  assert found.tolist() == pairs and key_lists.sorted_uids(found).tolist() == sorted(pairs)
+  assert found.tolist() == pairs
+  key_lists.sort_uids(found)
+  assert found.tolist() == sorted(pairs)
   assert key_lists.keys_to_uids([key.upper() for key in keys]).tolist() == pairs
   assert key_lists.keys_to_uids(pa.array(['x', *keys, 'y']).slice(1, len(keys))).tolist() == pairs
 
@@ -58,15 +66,19 @@ def test_files_of_every_kind_name_the_same_rows(tmp_path_factory, data):
     'several_rows': sum(pool.count(key) > 1 for key in set(listed)),
   }
 
-  np.save(
-    folder / 'u.npy', key_lists.sorted_uids(key_lists.keys_to_uids(list(map(as_uid, listed))))
-  )
+  np.save(folder / 'u.npy', key_lists.keys_to_uids(list(map(as_uid, listed))))
   np.save(folder / 'i.npy', np.array(listed, np.int32))
   np.save(folder / 's.npy', np.array([f'k{key}' for key in listed]))
   pq.write_table(
     pa.table({'url': ['u'] * len(listed), 'uid': list(map(as_uid, listed))}), folder / 't.parquet'
   )
   pq.write_table(pa.table({'SAMPLE_ID': pa.array(listed, pa.int32())}), folder / 'n.parquet')
+  name_of = lambda file, key: {
+    'u': as_uid(key),
+    't.p': as_uid(key),
+    'i': str(key),
+    'n': str(key),
+  }.get(file[: 3 if file == 't.parquet' else 1], f'k{key}')
   texts = [f'k{key}' for key in pool]
   (folder / 't.txt').write_text('\n\r\n'.join(f'k{key}' for key in listed))
   for name, keys in (
@@ -77,16 +89,24 @@ def test_files_of_every_kind_name_the_same_rows(tmp_path_factory, data):
     ('n.parquet', list(map(str, pool))),
     ('t.txt', texts),
   ):
-    found = key_lists.find_rows(key_lists.read(folder / name), cut(keys, seed))
-    assert found.rows.dtype == np.int64 and found.rows.tolist() == expected, name
-    assert found.report == report, name
+    for in_memory in (1 << 22, 0, 3):  # whole, and in parts in files
+      with (
+        mock.patch.object(key_lists, '_IN_MEMORY', in_memory),
+        mock.patch.object(key_lists, '_PART_BITS', 1),
+        mock.patch.object(key_lists, '_BLOCK', 4),
+        mock.patch.object(key_lists, '_READ_AT_ONCE', 5),
+      ):
+        found = key_lists.find_rows(key_lists.read(folder / name), cut(keys, seed))
+      assert found.rows.dtype == np.int64 and found.rows.tolist() == expected, name
+      assert found.report == report, name
+      assert found.not_in_pool == (report['not_in_pool'] and [name_of(name, 77)] or []), name
 
 
 def test_blocks_are_looked_up_in_order_however_they_are_joined(monkeypatch):
   keys = [f'{i:05d}' for i in range(100)]
   for size in (1, 7, 1000):
     monkeypatch.setattr(key_lists, '_BLOCK', size)
-    found = key_lists.find_rows(pa.array([3, 99, 3, 200]), [keys[:1], [], keys[1:50], keys[50:]])
+    found = key_lists.find_rows([pa.array([3, 99, 3, 200])], [keys[:1], [], keys[1:50], keys[50:]])
     assert found.rows.tolist() == [3, 3, 99] and found.not_in_pool == ['200']
     uids = key_lists.keys_to_uids([f'{i:032x}' for i in range(20)])
     assert uids['f1'].tolist() == list(range(20))
@@ -97,10 +117,10 @@ def test_rows_without_a_key_are_never_named():
   file = io.BytesIO()
   np.save(file, key_lists.keys_to_uids([uid]))
   listed = key_lists._binary(np.frombuffer(bytes(15) + b'\5', np.uint8).reshape(1, 16))
-  found = key_lists.find_rows(listed, [pa.array([None, uid, None]), pa.nulls(2), pa.array([uid])])
+  found = key_lists.find_rows([listed], [pa.array([None, uid, None]), pa.nulls(2), pa.array([uid])])
   assert found.rows.tolist() == [1, 5]
   assert key_lists.find_rows(
-    pa.array([7]), [pa.array([None, '007']), pa.array([7, None])]
+    [pa.array([7])], [pa.array([None, '007']), pa.array([7, None])]
   ).rows.tolist() == [1, 2]
 
 
@@ -151,7 +171,7 @@ def test_forged_files_are_sentences(tmp_path):
   def refused(name, data, said):
     (tmp_path / name).write_bytes(data)
     with pytest.raises(InputError, match=said):
-      key_lists.read(tmp_path / name)
+      keys_in(tmp_path / name)
 
   def npy(array):
     file = io.BytesIO()
@@ -195,7 +215,7 @@ def test_forged_files_are_sentences(tmp_path):
     refused('a.parquet', table.getvalue().replace(b'some-text', b'some\xfftext'), 'cannot be read')
   refused('a.tsv', b'a', 'must end in .npy, .parquet, .txt')
   with pytest.raises(InputError, match='none.npy is not a file'):
-    key_lists.read(tmp_path / 'none.npy')
+    keys_in(tmp_path / 'none.npy')
   for table, said in (
     ({'a': ['x'], 'b': ['y']}, "columns a, b, and no 'key'"),
     ({'key': [1.5]}, "'key' is double"),
@@ -204,17 +224,61 @@ def test_forged_files_are_sentences(tmp_path):
   ):
     pq.write_table(pa.table(table), tmp_path / 't.parquet')
     with pytest.raises(InputError, match=said):
-      key_lists.read(tmp_path / 't.parquet')
+      keys_in(tmp_path / 't.parquet')
 
 
 def test_a_parquet_column_is_chosen_and_ours_lists_pool_rows_only(tmp_path):
   path = tmp_path / 't.parquet'
   pq.write_table(pa.table({'key': ['a'], 'other': ['b']}), path)
-  assert key_lists.read(path).to_pylist() == ['a'] and key_lists.read(
-    path, 'other'
-  ).to_pylist() == ['b']
+  assert keys_in(path) == ['a'] and keys_in(path, 'other') == ['b']
   pq.write_table(pa.table({'dataset': ['pool', 'anchor'], 'key': ['a', 'x'], 'row': [0, 0]}), path)
-  assert key_lists.read(path).to_pylist() == ['a']
+  assert keys_in(path) == ['a']
   words = pa.array(['a', 'b', 'a']).dictionary_encode()
   pq.write_table(pa.table({'key': words}), path)
-  assert key_lists.read(path).to_pylist() == ['a', 'b', 'a']
+  assert keys_in(path) == ['a', 'b', 'a']
+
+
+def test_a_long_list_is_matched_in_parts_as_a_short_one(tmp_path, monkeypatch):
+  texts = [f'https://host/{"x" * (i % 300)}/{i}' for i in range(3000)]
+  pool = [pa.array([*texts[1000:], None, texts[5], *texts[:1000]]), pa.array(texts[:2])]
+  listed = [*texts[::2], 'none', texts[4], *texts[::3], 'nothing']
+  blocks = [pa.array(listed[:999], pa.large_string()), pa.array(listed[999:], pa.large_string())]
+  whole = key_lists.find_rows(blocks, pool)
+  monkeypatch.setattr(key_lists, '_IN_MEMORY', 1500)
+  parts = key_lists.find_rows(blocks, pool, str(tmp_path / 'scratch'))
+  assert parts.rows.tolist() == whole.rows.tolist() and len(whole.rows) > 2500
+  assert parts.report == whole.report and parts.report['not_in_pool'] == 2
+  assert parts.not_in_pool == whole.not_in_pool == ['none', 'nothing']
+  assert not list((tmp_path / 'scratch').iterdir())
+
+
+@settings(max_examples=25)
+@given(st.lists(st.text(max_size=30), min_size=1, max_size=9), st.integers(0, 8))
+def test_a_hash_depends_on_the_key_alone(texts, start):
+  """In any array and at any place; and not on a text's length alone."""
+  keys = pa.array(texts, pa.large_string())
+  each = [key_lists._hashes(pa.array([text], pa.large_string()))[0] for text in texts]
+  assert key_lists._hashes(keys.slice(start)).tolist() == each[start:]
+  numbers = pa.array(range(len(texts)))
+  assert len(set(key_lists._hashes(numbers))) == len(texts)
+  assert len(set(each)) == len(set(texts))
+
+
+def test_the_pool_is_read_until_a_key_is_found():
+  def pool():
+    yield ['a', 'b']
+    yield ['c']
+    raise AssertionError('read on')
+
+  assert key_lists.names_any(pa.array(['x', 'c'], pa.large_string()), pool())
+  assert not key_lists.names_any(pa.array(['x'], pa.large_string()), [['a'], ['b']])
+  with pytest.raises(InputError, match="'c' of row 2 is no 64-bit number"):
+    key_lists.names_any(pa.array([7]), [['1', '2'], ['c']])
+
+
+def test_a_full_disk_is_a_sentence(monkeypatch):
+  full = lambda dir: open('/dev/full', 'r+b', buffering=0)
+  monkeypatch.setattr(key_lists.tempfile, 'TemporaryFile', full)
+  monkeypatch.setattr(key_lists, '_IN_MEMORY', 2)
+  with pytest.raises(InputError, match='No space left in .* to match a list of .*cache_dir'):
+    key_lists.find_rows([pa.array([1, 2, 3])], [['1', '2']])

@@ -16,10 +16,24 @@ def test_only_this_package_speaks_wherever_the_others_lie():
   package = os.path.dirname(os.path.dirname(os.path.abspath(log.__file__)))
   assert passes(os.path.join(package, 'stages', 'train.py'))
   # A clone is called clip_jax, too, and its environment lies in it.
-  other = os.path.join('home', 'clip_jax', '.venv', 'lib', 'orbax', 'manager.py')
+  other = os.path.join('home', 'clip_jax', '.venv', 'lib', 'jax', 'manager.py')
   assert not passes(os.path.join(os.sep, other))
   assert not passes(os.path.join(os.path.dirname(package), '.venv', 'lib', 'orbax', 'manager.py'))
   assert passes(os.path.join(os.sep, other), python_logging.ERROR)
+  raised = os.path.join(os.sep, other.replace('jax', 'orbax'))  # its errors are exceptions, too
+  assert not passes(raised, python_logging.ERROR)
+
+
+def test_a_log_that_cannot_be_written_is_one_warning(tmp_path, capsys):
+  log.start()
+  log.to_file('/dev/full')
+  for handler in logging.get_absl_logger().handlers:
+    handler.filters.clear()
+  for _ in range(3):
+    logging.info('a result')
+  said = capsys.readouterr()
+  assert said.out == 'a result\n' * 3
+  assert said.err == 'Warning: the log cannot be written ([Errno 28] No space left on device).\n'
 
 
 @pytest.mark.parametrize('verbose', [False, True])

@@ -64,3 +64,26 @@ def test_the_code_of_the_storage_is_in_the_message():
   error = ValueError('a <Code>NoSuchBucket</Code> <Message>It does not exist.</Message>')
   assert objects._reason(error) == 'NoSuchBucket, It does not exist'
   assert objects._reason(ValueError('plain\nmore')) == 'ValueError: plain'
+
+
+def test_fsspec_reads_where_it_has_settings_and_in_forked_processes(monkeypatch):
+  assert objects.takes_reads('s3') and objects.takes_reads('gs')
+  assert not objects.takes_reads('https') and not objects.takes_reads('memory')
+  monkeypatch.setenv('FSSPEC_S3_ANON', 'true')
+  assert objects.takes_reads('s3')
+  monkeypatch.setenv('FSSPEC_S3_ENDPOINT_URL', 'http://x')
+  assert not objects.takes_reads('s3') and objects.takes_reads('gs')
+  monkeypatch.setattr(objects, '_FIRST', 0)
+  assert not objects.takes_reads('gs')
+
+
+def test_ranges_are_read_together_and_errors_returned(monkeypatch):
+  store = objects._store('memory://bucket', first=False)
+  monkeypatch.setattr(objects, '_store', lambda url, first: store)
+  objects._obstore().put(store, 'a/b', bytes(range(100)))
+  parts = [('s3://bucket/a/b', i, i + 5) for i in range(0, 100, 7)]
+  found = objects.read_ranges([*parts, ('s3://bucket/none', 0, 5)])
+  assert found[:-1] == [bytes(range(100))[i:end] for _, i, end in parts]
+  assert isinstance(found[-1], FileNotFoundError)
+  denied = objects._obstore().exceptions.PermissionDeniedError('no')
+  assert objects.is_about_file(denied) and not objects.is_about_file(ValueError())

@@ -77,6 +77,7 @@ def test_the_papers_plan_needs_no_file(tmp_path, capsys):
     'train: 11 % of the bfloat16 peak (',
     'Most of the H200 hours: train, 99.',
     'pool 407,332,084 (expected)',
+    ': JPEGs made for this, as no image of the pool is here',
   ):
     assert found in said, said
   assert '8.73e16' in row(said, 'search') and 'files not found' in row(said, 'search')

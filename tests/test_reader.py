@@ -7,6 +7,7 @@ import sys
 import fsspec
 from indexed import BYTES, dataset, in_threads, record, shard
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from clip_jax.core.errors import InputError
@@ -60,7 +61,14 @@ def test_columns_of_shards_that_differ_are_joined(tmp_path):
     shards = [
       (file, table.Scan([record(i, c=value) for i, value in enumerate(part)], [])) for part in parts
     ]
-    return dataset(tmp_path / 'index', [*shards, shard(tmp_path / 'a.tar', 2)])[0].column('c')
+    source = dataset(tmp_path / 'index', [*shards, shard(tmp_path / 'a.tar', 2)])[0]
+    codes, names = source.levels('c')
+    texts = pa.array(source.column('c'), from_pandas=True).cast(pa.string()).to_pylist()
+    assert [names[code] if code >= 0 else None for code in codes] == [
+      text or None for text in texts
+    ]
+    assert names == list(dict.fromkeys(text or '' for text in texts)) and codes.dtype == np.int32
+    return source.column('c')
 
   numbers = column([[1, None], [2.5, float('nan')], [None, None]])
   assert numbers[[0, 2]].tolist() == [1, 2.5] and np.isnan(numbers[[1, 3, 4, 5, 6, 7]]).all()
@@ -78,6 +86,7 @@ def test_columns_of_shards_that_differ_are_joined(tmp_path):
   assert column([[None, None]]).tolist() == [None] * 4
   assert column([[3, 4], [5, 6]])[:4].tolist() == [3, 4, 5, 6]
   assert column([['x', float('nan')]]).tolist() == ['x', None, None, None]
+  assert column([['b', 'a', ''], ['c', 'a']])[:5].tolist() == ['b', 'a', '', 'c', 'a']
   with pytest.raises(InputError, match="no column 'other'"):
     reader.Source(str(tmp_path / 'index')).column('other')
 

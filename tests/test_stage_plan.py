@@ -24,6 +24,7 @@ RATES = plan_time.Rates(
   image_bytes=1e3,
   features={'': 1e-3},
   ingest={'pool': 5.0, 'anchor': 1.0, 'squares': 2.0},
+  made=None,
   rows={},
 )
 ROWS = {'pool': 60, 'anchor': 12, 'squares': 12}

@@ -318,11 +318,12 @@ def test_mistakes_that_only_the_columns_show(made):
     del c.splits[name]
 
 
-def test_a_column_is_read_when_it_is_asked_for_and_once():
+def test_a_column_is_read_when_it_is_asked_for_and_the_last_ones_are_held():
   asked = []
-  lazy = prune_columns.Lazy('ab', lambda name: asked.append(name) or name * 2)
-  assert list(lazy) == ['a', 'b'] and not asked
-  assert lazy['a'] == lazy['a'] == 'aa' and asked == ['a'] and 'c' not in lazy
+  lazy = prune_columns.Lazy('abcd', lambda name: asked.append(name) or name * 2)
+  assert list(lazy) == [*'abcd'] and not asked
+  assert lazy['a'] == lazy['a'] == 'aa' and asked == ['a'] and 'e' not in lazy
+  assert [*map(lazy.get, 'bcca')] == ['bb', 'cc', 'cc', 'aa'] and asked == [*'abca']
   columns.Columns(np.ones(1, bool), lazy)
 
 

@@ -1,3 +1,5 @@
+import asyncio
+import collections
 import concurrent.futures
 import io
 import multiprocessing
@@ -9,6 +11,7 @@ import socket
 import threading
 
 import fsspec
+from fsspec import asyn
 import pytest
 import web
 
@@ -192,17 +195,16 @@ def test_a_server_that_fails_now_and_then_is_asked_again(site, how, waits, monke
 
 
 class _Busy:
-  """A storage that serves one range at every fourth call."""
+  """A storage that serves one more range at every fourth request."""
 
   def __init__(self):
-    self.calls = 0
+    self.asked = collections.Counter()
 
-  def cat_ranges(self, paths, starts, ends, on_error):
-    self.calls += 1
-    found = [OSError('busy') for _ in paths]
-    if not self.calls % 4:
-      found[-1] = _DATA[starts[-1] : ends[-1]]
-    return found
+  def cat_file(self, path, start, end, **_):
+    self.asked[start] += 1
+    if self.asked[start] < 4 * (1 + start // 70_000):
+      raise OSError('busy')
+    return _DATA[start:end]
 
 
 def test_a_storage_that_serves_some_each_time_is_asked_for_the_rest(waits, monkeypatch):
@@ -407,3 +409,37 @@ def test_paths_sort_by_their_numbers():
     's9/1',
     's10',
   ]
+
+
+def test_a_server_that_does_not_answer_is_asked_again(site, waits, monkeypatch):
+  url, server = site
+  said = []
+  monkeypatch.setattr(storage.logging, 'warning', lambda text, *values: said.append(text % values))
+  monkeypatch.setattr(storage, '_ANSWER_SECS', 0.2)
+  server.fails, server.how = 3, 'silent'
+  file = storage.open_file(url)
+  assert file.read(5, 10) == _DATA[5:15] and len(server.asked) == 4
+  assert waits == list(storage._WAITS[:3]) and 'a.bin cannot be read (' in said[0]
+  server.fails = 1000
+  with pytest.raises(InputError, match=r'a.bin cannot be read \(.*no answer in time\)'):
+    file.read(5, 10)
+
+
+def test_what_has_come_is_kept_and_large_ranges_get_more_time(waits, monkeypatch):
+  asked = []
+
+  class System(asyn.AsyncFileSystem):
+    async def _cat_file(self, path, start, end):
+      asked.append(end - start)
+      if end - start < 10_000:  # lost, by the short time
+        await asyncio.sleep(60)
+      await asyncio.sleep(0.2)
+      return _DATA[start:end]
+
+  monkeypatch.setattr(storage, 'file_system', lambda path, system=System(): system)
+  monkeypatch.setattr(storage, '_ANSWER_SECS', 0.05)
+  monkeypatch.setattr(storage, '_LEAST_RATE', 5e4)
+  ranges = [('memory://b/a.bin', 0, 50_000), ('memory://b/b.bin', 0, 10)]
+  with pytest.raises(storage.Unavailable, match='b.bin'):
+    storage.read_ranges(ranges)
+  assert asked.count(50_000) == 1 and asked.count(10) > len(storage._WAITS)

@@ -5,6 +5,7 @@ import contextlib
 import functools
 import hashlib
 import http.server
+import itertools
 import os
 import pathlib
 import re
@@ -21,8 +22,10 @@ class _Handler(http.server.SimpleHTTPRequestHandler):
     path = self.translate_path(self.path)
     if self.command == 'GET':
       self.server.asked.append((self.path, self.headers.get('Range')))
-    if self.server.fails:
-      self.server.fails -= 1
+    if self.server.fails or (
+      self.server.every and next(self.server.count) % self.server.every == 0
+    ):
+      self.server.fails = max(0, self.server.fails - 1)
       self._fail(self.server.how)
     elif os.path.isdir(path):
       super().do_GET() if self.command == 'GET' else super().do_HEAD()
@@ -37,9 +40,11 @@ class _Handler(http.server.SimpleHTTPRequestHandler):
       self.send_header('Content-Length', '10000')
       self.end_headers()
       self.wfile.write(bytes(5))
+    elif how == 'silent':
+      self.server.ended.wait()
     elif how != 'reset':
       self.send_error(int(how))
-    if how in ('cut', 'reset'):
+    if how in ('cut', 'reset', 'silent'):
       self.close_connection = True
       self.wfile.flush()
       self.connection.shutdown(socket.SHUT_RDWR)
@@ -74,17 +79,20 @@ class _Handler(http.server.SimpleHTTPRequestHandler):
 def serve(folder, ranges: bool = True) -> Iterator[tuple[str, http.server.ThreadingHTTPServer]]:
   """Yields (URL of the folder, server): server.asked are the GETs.
 
-  server.fails: so many of the next requests fail; server.how: by a status, 'cut' or 'reset'.
+  server.fails: so many of the next requests fail; server.every: each so manieth does, 0: none;
+  server.how: by a status, 'cut', 'reset', or 'silent': without an answer before the server ends.
   """
   handler = functools.partial(_Handler, directory=os.fspath(folder))
   server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler)
   server.daemon_threads, server.ranges, server.asked = True, ranges, []
-  server.fails, server.how = 0, '503'
+  server.fails, server.how, server.every = 0, '503', 0
+  server.count, server.ended = itertools.count(1), threading.Event()
   thread = threading.Thread(target=server.serve_forever, daemon=True)
   thread.start()
   try:
     yield f'http://127.0.0.1:{server.server_port}', server
   finally:
+    server.ended.set()
     server.shutdown()
     server.server_close()
     thread.join()

@@ -10,9 +10,11 @@ this file and they take two seconds.
 
 from concurrent import futures
 import contextlib
+import functools
 import hashlib
 import json
 import os
+import sys
 import threading
 from typing import Any
 
@@ -60,6 +62,7 @@ class Checkpoints:
     import orbax.checkpoint as ocp
     from orbax.checkpoint import checkpoint_managers as managers
 
+    _ignore_closed_loops()
     self._alone = alone
 
     self._directory = _absolute(directory)
@@ -222,6 +225,22 @@ class Checkpoints:
       if name.isdigit() and name not in kept:
         files.remove(self._directory / name / _LAST)
         files.remove(self._directory / name)
+
+
+@functools.cache
+def _ignore_closed_loops() -> None:
+  """Stops Python from printing that an event loop is closed.
+
+  If a save fails, Orbax closes its loop while TensorStore still writes other arrays. Each of these
+  would print a traceback when it ends, after the error that matters.
+  """
+  before = sys.unraisablehook
+
+  def hook(unraisable: Any) -> None:
+    if str(unraisable.exc_value) != 'Event loop is closed':
+      before(unraisable)
+
+  sys.unraisablehook = hook
 
 
 def step_folders(path: Any) -> list[epath.Path]:

@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import concurrent.futures
 from concurrent.futures import process
 import multiprocessing
+from multiprocessing import resource_tracker
 import os
+import signal
 import threading
 from typing import TypeVar
 
@@ -69,12 +71,22 @@ def in_threads(function: Callable[[J], R], jobs: Iterable[J], *, at_once: int) -
 def _in_processes(
   function: Callable[[J], R], jobs: Sequence[J], workers: int
 ) -> Iterator[tuple[int, R]]:
+  """Runs jobs in processes.
+
+  A terminal or a batch system sends signals to all processes: workers block them and end their
+  jobs, and at most the next one in the queue. At a second signal, this process kills them.
+  """
   context = multiprocessing.get_context('spawn')  # fork is unsafe with JAX's threads
   pool = concurrent.futures.ProcessPoolExecutor(
     min(workers, len(jobs)), mp_context=context, initializer=_exit_with_parent
   )
   try:
-    numbers = {pool.submit(function, job): number for number, job in enumerate(jobs)}
+    resource_tracker.ensure_running()  # started later, it would unblock the signals
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+      numbers = {pool.submit(function, job): number for number, job in enumerate(jobs)}
+    finally:
+      signal.pthread_sigmask(signal.SIG_SETMASK, before)
     for future in concurrent.futures.as_completed(numbers):
       yield numbers.pop(future), future.result()
   except process.BrokenProcessPool as error:
@@ -83,7 +95,12 @@ def _in_processes(
       'with fewer engine.workers if memory is short; finished shards are kept.'
     ) from error
   finally:
-    pool.shutdown(cancel_futures=True)
+    try:
+      pool.shutdown(cancel_futures=True)
+    except interrupts.Interrupted:
+      for worker in multiprocessing.active_children():
+        worker.kill()
+      raise
 
 
 def _exit_with_parent() -> None:

@@ -96,9 +96,13 @@ def publish(path) -> None:
   )
 
 
-def refresh(folder) -> None:
-  """Looks again at what other machines have made in a folder of a work directory."""
-  if (at := mirror.of(folder)) is not None:
+def refresh(folder, *, rarely: bool = False) -> None:
+  """Looks again at what other machines have made in a folder of a work directory.
+
+  rarely: at most a twentieth of the time is spent so.
+  """
+  at = mirror.of(folder)
+  if at is not None and not (rarely and at.is_fresh()):
     at.refresh(at.name(folder))
 
 

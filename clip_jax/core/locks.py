@@ -85,6 +85,13 @@ def locks(workdir: str, names: Iterable[str]) -> Iterator[None]:
           os.unlink(os.path.join(workdir, REPLACED, name + LOCK))
 
 
+def is_taken(workdir: str, name: str) -> bool:
+  """Returns whether a lock's file exists."""
+  if (at := mirror.of(workdir)) is not None:
+    return at.objects.read(name + LOCK) is not None
+  return os.path.exists(os.path.join(workdir, name + LOCK))
+
+
 def lock_files(workdir: str, folder: str) -> list[str]:
   """Returns the names of the locks whose files exist below a folder of the work directory.
 

@@ -1,6 +1,7 @@
 """Logging of the commands: plain lines on standard output, with times in WORKDIR/log.txt.
 
-Warnings of other libraries go to the log file alone, their errors to both.
+Warnings of other libraries go to the log file alone, their errors to both, but for those that reach
+the user as an exception.
 """
 
 import contextlib
@@ -16,6 +17,8 @@ from clip_jax.core.errors import InputError
 
 # Loggers of other libraries: all of them, and JAX's, whose parent would print to standard error.
 _LIBRARIES = ('', 'jax._src')
+# Folders of libraries that log the errors which Orbax raises, too.
+_RAISING = (f'{os.sep}orbax{os.sep}', f'{os.sep}asyncio{os.sep}')
 # Libraries of which only warnings are logged.
 _NOISY = (
   'jax',
@@ -65,6 +68,18 @@ class _AboveBars(python_logging.StreamHandler):
       super().emit(record)
 
 
+class _File(python_logging.FileHandler):
+  """A log file; that it cannot be written, perhaps as the disk is full, is a warning, once."""
+
+  _is_warned = False
+
+  def handleError(self, record):
+    del record  # it stays in the buffer, and is written when there is space again
+    if not self._is_warned:
+      self._is_warned = True
+      sys.stderr.write(f'Warning: the log cannot be written ({sys.exc_info()[1]}).\n')
+
+
 def start(verbose: bool = False) -> None:
   """Sends this package's log to standard output as plain lines; other libraries' errors, too.
 
@@ -101,7 +116,7 @@ def stop() -> None:
 def to_file(path) -> None:
   """Adds a log file, to which every later line is also written, with its time."""
   os.makedirs(os.path.dirname(path), exist_ok=True)
-  handler = python_logging.FileHandler(path)
+  handler = _File(path)
   handler.setFormatter(_Dated('%(asctime)s %(levelname).1s %(message)s'))
   handler.addFilter(_is_notable)
   _add(handler)
@@ -134,7 +149,8 @@ def only_to_file(message: str) -> None:
 def _is_shown(record) -> bool:
   """Returns whether a record is of this package, or an error."""
   is_ours = os.path.abspath(record.pathname).startswith(_PACKAGE)
-  return is_ours or record.levelno >= python_logging.ERROR
+  is_raised = any(part in record.pathname for part in _RAISING)
+  return is_ours or (record.levelno >= python_logging.ERROR and not is_raised)
 
 
 def _is_notable(record) -> bool:

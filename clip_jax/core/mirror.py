@@ -43,7 +43,7 @@ class Mirror:
     self.objects = objects.Objects(url)
     self.lost = ''  # why this process must publish nothing more (core/leases.py)
     self.index: dict[str, objects.Entry] = {}
-    self._is_listed = False
+    self._is_listed, self._fresh_until = False, 0.0
     self._children: dict[str, set[str]] = {}  # folder -> the names in it, by the index
     self._lock = threading.RLock()
     os.makedirs(folder, exist_ok=True)
@@ -52,10 +52,12 @@ class Mirror:
 
   def refresh(self, folder: str = '') -> None:
     """Lists the objects below a folder again; local copies of others, or of changed ones, go."""
+    began = time.monotonic()
     found = {
       name: entry for name, entry in self.objects.below(folder).items() if not name.endswith(LEASE)
     }
     self._is_listed = self._is_listed or not folder
+    self._fresh_until = time.monotonic() + 20 * (time.monotonic() - began)
     with self._lock:
       gone = [name for name in self.index if _is_below(name, folder) and name not in found]
       for name in gone:
@@ -67,6 +69,10 @@ class Mirror:
           with contextlib.suppress(FileNotFoundError):
             os.unlink(self.path(name))
           del self._copies[name]
+
+  def is_fresh(self) -> bool:
+    """Returns whether the last listing was 20 times its own duration ago, or less."""
+    return time.monotonic() < self._fresh_until
 
   def path(self, name: str) -> str:
     return os.path.join(self.folder, name)
@@ -250,7 +256,7 @@ def open_mirror(url: str, cache: str = '', limit: int = LIMIT, *, writes: bool =
   """
   url = url.rstrip('/')
   cache = os.path.abspath(os.path.expanduser(cache or home.cache()))
-  folder = os.path.join(cache, 'workdirs', url.replace('://', '/'))
+  folder = cache + _below_cache(url)
   objects.Objects(url).check(writes)
   logging.debug('%s: the copy on this machine is %s.', url, folder)
   others = [entry for entry in _entries(os.environ.get(_OPEN, '')) if entry[0] != folder]
@@ -264,6 +270,22 @@ def open_mirror(url: str, cache: str = '', limit: int = LIMIT, *, writes: bool =
     if name.endswith('.json') and entry.size <= _SMALL and '/checkpoints/' not in name
   )
   return folder
+
+
+def place_of(folder: str) -> tuple:
+  """Returns what `open_place` needs on another machine to open this work directory."""
+  if (at := of(folder)) is None:
+    return (folder,)
+  return at.url, at.folder[: -len(_below_cache(at.url))], at.limit
+
+
+def open_place(place: str, cache: str = '', limit: int = LIMIT) -> str:
+  """Returns the folder of a work directory on this machine."""
+  return open_mirror(place, cache, limit) if '://' in place else place
+
+
+def _below_cache(url: str) -> str:
+  return '/workdirs/' + url.replace('://', '/')
 
 
 def folder_of(path) -> str:

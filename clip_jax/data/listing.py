@@ -5,11 +5,12 @@ from collections.abc import Mapping, Sequence
 from concurrent import futures
 import contextlib
 import glob
-import itertools
 import os
 import posixpath
 import re
 from typing import Any
+
+import braceexpand
 
 from clip_jax.core.errors import InputError
 from clip_jax.data import filetree, formats, storage
@@ -182,20 +183,7 @@ def _matches(path: str, source_format: formats.Format) -> list[str]:
 
 def expand_braces(path: str) -> list[str]:
   """Returns the paths to which braces expand, in the order of a shell."""
-  parts = re.split(r'\{([^{}]*)\}', path)  # the contents of braces are at odd indices
-  return [
-    ''.join(choice)
-    for choice in itertools.product(
-      *(_options(part) if i % 2 else [part] for i, part in enumerate(parts))
-    )
-  ]
-
-
-def _options(text: str) -> list[str]:
-  ends = re.fullmatch(r'([0-9]+)\.\.([0-9]+)', text)
-  if not ends:
-    return text.split(',') if ',' in text else ['{' + text + '}']
-  first, last = int(ends[1]), int(ends[2])
-  width = max(map(len, ends.groups())) if any(end[0] == '0' for end in ends.groups()) else 0
-  step = 1 if last >= first else -1
-  return [f'{number:0{width}d}' for number in range(first, last + step, step)]
+  try:
+    return list(braceexpand.braceexpand(path, escape=False))
+  except ValueError:  # a brace without its counterpart
+    return [path]

@@ -19,6 +19,7 @@ from clip_jax.core.errors import InputError
 from clip_jax.core.types import Array
 from clip_jax.data import filetree, formats, keyed_images, storage, table
 
+_ROWS = 1 << 20  # numbers written as texts at a time
 _OPEN_FILES = 128  # source files that one Source keeps open
 
 
@@ -110,26 +111,77 @@ class Source:
     """Returns a column of the index: numbers (missing: NaN) or str objects (missing: None)."""
     import pyarrow as pa
 
+    kind = self._column_type(name)
+    if kind != pa.string():
+      return self._numbers(name, kind)
+    parts = [pa.array([], kind), *self._column_parts(name, kind)]
+    codes = pa.concat_arrays(parts).dictionary_encode()  # equal texts share one str
+    words = np.array([*codes.dictionary.to_pylist(), None], object)
+    return words[codes.indices.fill_null(len(words) - 1).to_numpy(zero_copy_only=False)]
+
+  def levels(self, name: str) -> tuple[Array, list[str]]:  # [n] int32
+    """Returns each row's value of a column, as a number into the names of all values.
+
+    -1: a missing value, or an empty text, which is then among the names, too. Names are in the
+    order of their first rows. Memory: the numbers, and one shard.
+    """
+    import pyarrow as pa
+
+    kind = self._column_type(name)
+    parts = self._column_parts(name, kind)
+    if kind != pa.string():  # as the column has them: with a missing value, 1 is written 1.0
+      numbers = self._numbers(name, kind)
+      parts = (
+        pa.array(numbers[i : i + _ROWS], from_pandas=True) for i in range(0, len(self), _ROWS)
+      )
+    place: dict[str, int] = {}
+    codes, end = np.zeros(len(self), np.int32), 0
+    for part in parts:
+      encoded = part.cast(pa.large_string()).fill_null('').dictionary_encode()
+      words = encoded.dictionary.to_pylist()
+      own = np.array([place.setdefault(word, len(place)) for word in words], np.int32)
+      codes[end : end + len(part)] = own[encoded.indices.to_numpy()]
+      end += len(part)
+    if '' in place:
+      codes[codes == place['']] = -1
+    return codes, list(place)
+
+  def _numbers(self, name: str, kind: Any) -> Array:  # [n]
+    """Returns a column of numbers; integers become float64 if a row has no value."""
+    values, end = np.zeros(len(self), kind.to_pandas_dtype()), 0
+    for part in self._column_parts(name, kind):
+      if part.null_count:
+        values = values.astype(np.result_type(values, np.float64), copy=False)
+      values[end : end + len(part)] = part.to_numpy(zero_copy_only=False)
+      end += len(part)
+    return values
+
+  def _column_type(self, name: str) -> Any:
+    """Returns the pyarrow type that holds the column of all shards."""
+    import pyarrow as pa
+
     shards = range(len(self._files['shards']))
-    parts = [table.read_columns(self._directory, shard, [name]) for shard in shards]
-    if not any(part.column_names for part in parts):
+    kinds = {table.column_type(self._directory, shard, name) for shard in shards} - {None}
+    if not kinds:
       raise InputError(
         f'{self._directory} has no column {name!r}. Add it to the `columns` of the dataset.'
       )
-    parts = [
-      part[name] if part.column_names else pa.chunked_array([pa.nulls(part.num_rows)])
-      for part in parts
-    ]
-    kinds = {part.type for part in parts} - {pa.null()}  # null: a shard where all are missing
+    kinds -= {pa.null()}  # a shard where all values are missing
     if len(kinds) != 1:
       kinds = {pa.float64() if kinds == {pa.int64(), pa.float64()} else pa.string()}
-    (kind,) = kinds
-    column = pa.chunked_array([chunk for part in parts for chunk in part.cast(kind).chunks], kind)
-    if kind != pa.string():
-      return column.to_numpy()
-    codes = column.combine_chunks().dictionary_encode()  # equal texts share one str
-    words = np.array([*codes.dictionary.to_pylist(), None], object)
-    return words[codes.indices.fill_null(len(words) - 1).to_numpy(zero_copy_only=False)]
+    return kinds.pop()
+
+  def _column_parts(self, name: str, kind: Any) -> Iterator[Any]:
+    """Yields the column of each shard as an arrow array of a type; null where a shard lacks it."""
+    import pyarrow as pa
+
+    for shard in range(len(self._files['shards'])):
+      part = table.read_columns(self._directory, shard, [name])
+      if part.column_names:
+        chunks = part[name].cast(kind).chunks
+        yield pa.concat_arrays([pa.array([], kind), *chunks])
+      else:
+        yield pa.nulls(part.num_rows, kind)
 
   def same_samples(self, other: 'Source') -> Array:  # [n] bool
     """Returns which rows are also in `other`, as the same bytes of the same file."""

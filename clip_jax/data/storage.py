@@ -1,11 +1,13 @@
 """Random access to source files, on local disks or on object storage.
 
-Remote paths (gs://, s3://, az://, https://, hf://) are read in parts through fsspec, not copied.
+Remote paths (gs://, s3://, az://, https://, hf://) are listed and read in parts through fsspec, not
+copied; gs://, s3:// and az:// are read through obstore, if it is installed (core/objects.py).
 fsspec finds credentials and end points in their usual places and in FSSPEC_<PROTOCOL>_<OPTION>
 variables (FSSPEC_S3_ANON=true). Reads are safe from several threads and from forked or spawned
 processes.
 """
 
+import asyncio
 import codecs
 import collections
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +23,7 @@ from typing import Any, BinaryIO, TypeVar
 
 from absl import logging
 
+from clip_jax.core import objects
 from clip_jax.core.errors import InputError
 
 _EXTRAS = {
@@ -41,6 +44,11 @@ _AHEAD = 3  # remote windows that threads prefetch
 _STREAM_BUFFER = 1 << 20  # bytes
 _WAITS = (1.0, 3.0, 10.0, 30.0)  # seconds before each retry of a failed remote read
 _ABOUT_CREDENTIALS = ('Credential', 'Authentication', 'RefreshError')  # in names of error types
+# A range is lost, and asked for again, if it takes these seconds and those of its bytes at this
+# rate.
+_ANSWER_SECS, _LEAST_RATE = 60.0, 100e3
+_AT_ONCE = 128  # ranges asked for at once, unless the file system says another number
+_KNOWN_TO_OBSTORE = {'anon'}  # settings of fsspec that objects.py follows
 _TRANSIENT_4XX = (408, 425, 429)  # HTTP status codes that are retried, as all 5xx are
 _ADVICE = (
   ' Check the path, the credentials and the network, then run the same command again; it '
@@ -194,8 +202,8 @@ def _fetched(parts: Sequence[Sequence[Any]]) -> list[bytes]:
     missing = [i for i in range(len(parts)) if i not in contents]
     paths, starts, ends = zip(*(parts[i][:3] for i in missing), strict=True)
     with errors_with_path(paths[0] if len(set(paths)) == 1 else f'{_protocol(paths[0])}://'):
-      answers = _answers(file_system(paths[0]), list(paths), list(starts), list(ends))
-    answers = dict(zip(missing, answers, strict=True))
+      fetched = _asked(list(zip(paths, starts, ends, strict=True)))
+    answers = dict(zip(missing, fetched, strict=True))
     contents.update((i, data) for i, data in answers.items() if not isinstance(data, BaseException))
     for i in missing:
       if i not in contents:
@@ -212,14 +220,20 @@ def _fetched(parts: Sequence[Sequence[Any]]) -> list[bytes]:
   return [contents[i] for i in range(len(parts))]
 
 
-def _answers(
-  system: Any, paths: Sequence[str], starts: Sequence[int], ends: Sequence[int]
-) -> Sequence[Any]:
-  """Returns the bytes of ranges, or their errors, fetched concurrently."""
-  if getattr(system, 'async_impl', True):
-    return system.cat_ranges(paths, starts, ends, on_error='return')
+def _asked(parts: Sequence[tuple[str, int, int]]) -> list[Any]:
+  """Returns the bytes of each (path, start, end), or its error; all are asked for at once."""
+  from fsspec import asyn, config  # here, as local files do not need it
 
-  def read(path: str, start: int, end: int) -> bytes | BaseException:  # fsspec's reads one by one
+  protocol = _protocol(parts[0][0])
+  if objects.takes_reads(protocol) and set(config.conf.get(protocol, ())) <= _KNOWN_TO_OBSTORE:
+    return objects.read_ranges(parts)
+  paths, starts, ends = zip(*parts, strict=True)
+  system = file_system(paths[0])
+  if isinstance(system, asyn.AsyncFileSystem):  # those that wait for a network
+    found: Any = asyn.sync(system.loop, _ranges, system, paths, starts, ends)
+    return found
+
+  def read(path: str, start: int, end: int) -> Any:  # cat_ranges would read one after the other
     try:
       return system.cat_file(path, start, end, cache_type='none')
     except Exception as error:
@@ -227,6 +241,20 @@ def _answers(
 
   with futures.ThreadPoolExecutor(THREADS) as threads:
     return list(threads.map(read, paths, starts, ends))
+
+
+async def _ranges(
+  system: Any, paths: Sequence[str], starts: Sequence[int], ends: Sequence[int]
+) -> list[Any]:
+  """Returns the bytes of each range, or its error: TimeoutError if the request is lost."""
+  at_once = asyncio.Semaphore(system.batch_size or _AT_ONCE)
+
+  async def one(path: str, start: int, end: int) -> bytes:
+    async with at_once:
+      seconds = _ANSWER_SECS + (end - start) / _LEAST_RATE
+      return await asyncio.wait_for(system._cat_file(path, start=start, end=end), seconds)
+
+  return await asyncio.gather(*map(one, paths, starts, ends), return_exceptions=True)
 
 
 def with_retries(ask: Callable[[], _T]) -> _T:
@@ -263,7 +291,8 @@ def errors_with_path(path: str) -> Iterator[None]:
       raise InputError(
         f'{path} does not exist. Restore it, or correct the path of the dataset.'
       ) from error
-    reason = f'{type(cause).__name__}: {cause}'.split('\n')[0][:300]
+    text = str(cause) or 'no answer in time'
+    reason = f'{type(cause).__name__}: {text}'.split('\n')[0][:300]
     kind = Unavailable if transient else InputError
     raise kind(f'{path} cannot be read ({reason}).{_ADVICE}') from error
 
@@ -272,6 +301,10 @@ def is_transient(error: BaseException | None) -> bool:
   """Returns whether an error may be transient (network, busy server), not about the file itself."""
   if error is not None and hides_cause(error):
     return is_transient(error.__cause__)
+  if any(word in type(error).__name__ for word in _ABOUT_CREDENTIALS):
+    return False
+  if error is not None and objects.is_about_file(error):
+    return False
   response = getattr(error, 'response', None)  # of Hugging Face's errors
   status = next(
     (
@@ -285,8 +318,6 @@ def is_transient(error: BaseException | None) -> bool:
     ),
     None,
   )
-  if any(word in type(error).__name__ for word in _ABOUT_CREDENTIALS):
-    return False
   if isinstance(status, int) and status >= 100:
     return status >= 500 or status in _TRANSIENT_4XX
   return not isinstance(

@@ -2,7 +2,7 @@
 
 In: index-*.parquet, skipped-*.json and files.json in the dataset's folder (table.py). Out:
 summary.json and broken.csv in the same folder. Index files are read in batches; memory grows only
-by 8 bytes per sample to find repeated texts, and by as much again while they are sorted.
+by 8 bytes per sample, to find repeated texts.
 """
 
 import collections
@@ -52,8 +52,8 @@ def write(
   every = range(len(shards))
   summary = _column_statistics(directory, follow(every))
   rows = summary['samples']
-  keys = _repeated_hashes(directory, 'key', follow(every))
-  captions = len(_repeated_hashes(directory, 'caption', follow(every)))
+  keys = _repeated_hashes(directory, 'key', rows, follow(every))
+  captions = len(_repeated_hashes(directory, 'caption', rows, follow(every)))
   summary['repeated_keys'] = {
     'samples': len(keys),
     'first': _first_repeated_texts(directory, 'key', np.unique(keys), shards),
@@ -227,15 +227,19 @@ def _labels(counts: dict[int, int], classes: Sequence[str]) -> dict[str, Any]:
 
 
 def _repeated_hashes(
-  directory: str, column: str, shards: Iterable[int]
+  directory: str, column: str, rows: int, shards: Iterable[int]
 ) -> Array:  # [n] int64, sorted
   """Returns the hash of every text that repeats the text of an earlier sample.
 
   Empty texts are ignored. The probability that two of n different texts share a hash is n^2 / 2^65:
   0.1 % for 200 million.
   """
-  parts = [values for shard in shards for _, values in _hashed(directory, shard, column)]
-  hashes = np.concatenate([np.zeros(0, np.int64), *parts])
+  hashes, end = np.zeros(rows, np.int64), 0
+  for shard in shards:
+    for _, values in _hashed(directory, shard, column):
+      hashes[end : end + len(values)] = values
+      end += len(values)
+  hashes = hashes[:end]
   hashes.sort()
   return hashes[1:][hashes[1:] == hashes[:-1]]
 

@@ -190,6 +190,12 @@ def read_columns(directory: str, shard: int, columns: list[str]):
   return _open_index(directory, shard).read(columns)
 
 
+def column_type(directory: str, shard: int, column: str):
+  """Returns the pyarrow type of a column of an index file, None if it has no such column."""
+  schema = _open_index(directory, shard).schema_arrow
+  return schema.field(column).type if column in schema.names else None
+
+
 def batches(directory: str, shard: int, columns: list[str]) -> Iterator[Any]:
   """Yields columns of an index file as pyarrow record batches, in constant memory."""
   with _open_index(directory, shard) as index:

@@ -18,6 +18,13 @@ class BaseRows:
   def dataset_starts(self) -> list[int]:  # [datasets + 1]
     return [0, *np.cumsum(self.lengths).tolist()]
 
+  def sizes(
+    self,
+    rows: Array,  # [n] int64, rows of the base set, sorted
+  ) -> dict[str, int]:
+    """Returns dataset -> the number of rows that belong to it."""
+    return dict(zip(self.names, np.diff(np.searchsorted(rows, self.dataset_starts)).tolist()))
+
   def rows_by_dataset(
     self,
     rows: Array,  # [n] int64, rows of the base set, sorted

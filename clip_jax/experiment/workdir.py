@@ -66,6 +66,11 @@ class Sizes:
   rows: Array  # int64: number of pool rows
 
 
+def cache_folder(x: Experiment) -> str:
+  """Returns the local folder of copies of remote files, and of temporary files."""
+  return os.path.abspath(os.path.expanduser(x.config.cache_dir or x.path('cache')))
+
+
 def index_folder(x: Experiment, dataset: str) -> str:
   return x.path('ingest', dataset)
 
@@ -370,8 +375,8 @@ def rows_path(x: Experiment, split: str, seed: int) -> str:
 
 
 def pool_rows(x: Experiment, split: str, seed: int) -> Array:
-  """Returns the pool rows on which (split, seed) trains, sorted [n] int64."""
-  rows = files.read_npy(rows_path(x, split, seed))
+  """Returns the pool rows on which (split, seed) trains, sorted [n] int64, memory-mapped."""
+  rows = files.read_npy(rows_path(x, split, seed), mmap=True)
   return rows[: np.searchsorted(rows, len(source(x, POOL)))]
 
 

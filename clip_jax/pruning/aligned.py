@@ -13,8 +13,8 @@ from clip_jax.pruning.columns import (
   Kept,
   Pairs,
   best_over_benchmarks,
+  cut_at,
   mask_of_lowest,
-  recompute_near_cuts,
 )
 
 
@@ -177,9 +177,10 @@ def _over_quantile(
   if not len(excess):
     return np.zeros(0, bool), 0.0, 0
   place = math.ceil(fractions.Fraction(str(quantile)) * len(excess)) - 1
-  values, decided = recompute_near_cuts(excess, exact, [place], columns.tolerance)
-  slack = float(np.partition(values, place)[place])
-  return values > slack, slack, decided
+  cut = cut_at(excess, exact, place, columns.tolerance)
+  slack, over = cut.value(place), ~cut.below
+  over[cut.near] = cut.exact > slack
+  return over, slack, len(cut.near)
 
 
 def _over_dose(
@@ -198,10 +199,10 @@ def _over_dose(
     )
   if count == len(excess):
     return np.ones(count, bool), -math.inf, decided
-  values, decided = recompute_near_cuts(  # exact at the first row that is kept
-    -excess, lambda near_cut: -exact(near_cut), [count], columns.tolerance
+  cut = cut_at(  # exact at the first row that is kept
+    -excess, lambda near_cut: -exact(near_cut), count, columns.tolerance
   )
-  return mask_of_lowest(values, count), -float(np.partition(values, count)[count]), decided
+  return cut.lowest(count), -cut.value(count), len(cut.near)
 
 
 def _every_row(columns: Columns, key: str) -> None:

@@ -12,6 +12,8 @@ import pyarrow as pa
 
 from clip_jax.core.types import Array
 
+ROWS_AT_ONCE = 1 << 20  # rows that are searched for donors at a time
+
 
 def levels(
   column: Any,  # [n] strings or integers, of NumPy or pyarrow; None if unknown
@@ -33,33 +35,33 @@ def quantile_bins(
   values: Array,  # [n]
   bins: int,
 ) -> Array:
-  """Returns the bin of each row, [n] int64 in [0, bins): the number of edges strictly below it.
+  """Returns the bin of each row, [n] uint8 in [0, bins): the number of edges strictly below it.
 
   Edge j is the smallest value that at least j / bins of the rows do not exceed. Edges are observed
   values and equal values share a bin, so rounding has no influence.
   """
   n = len(values)
   if n == 0:
-    return np.zeros(0, np.int64)
+    return np.zeros(0, np.uint8)
   places = -(-n * np.arange(1, bins) // bins) - 1
-  edges = np.partition(values, places)[places]
-  return np.searchsorted(edges, values, side='left')
+  result = np.zeros(n, np.uint8)
+  for edge in np.partition(values, places)[places]:
+    result += values > edge
+  return result
 
 
-def cell_codes(
-  digits: Sequence[Array],  # each [n] integers in [0, its radix), most significant first
-  radices: Sequence[int],
-) -> Array:
-  """Returns the numbers with the given digits, [n] int64; code // last radix drops the last one."""
-  code = np.zeros(len(digits[0]), np.int64)
-  for digit, radix in zip(digits, radices, strict=True):
-    code *= radix
-    code += digit
-  return code
+def add_digit(
+  codes: Array,  # [n] int64
+  digit: Array,  # [n] integers in [0, radix)
+  radix: int,
+) -> None:
+  """Appends a least significant digit to the codes, in place; code // radix drops it again."""
+  codes *= radix
+  codes += digit
 
 
 def draw_like(
-  code: Array,  # [n] int64 cells
+  code: Array,  # [n] cells, integers
   removed: Array,  # [n] bool
   order: Array,  # [n] random numbers: rows with lower numbers are drawn first
   radices: Sequence[int],  # of the digits that may be merged over, in order of merging
@@ -79,9 +81,8 @@ def draw_like(
     width *= radix
     cells, starts = np.unique(cells // radix, return_index=True)
     missing = np.add.reduceat(missing, starts) if len(starts) else missing
-    free = np.flatnonzero(~(removed | drawn))
-    place, cell = _lowest_in_cells(code[free] // width, order[free], cells, missing)
-    drawn[free[place]] = True
+    place, cell = _lowest_in_cells(code, width, ~(removed | drawn), order, cells, missing)
+    drawn[place] = True
     served.append(len(place))
     missing = missing - np.bincount(cell, minlength=len(cells))
     cells, missing = cells[missing > 0], missing[missing > 0]
@@ -89,26 +90,43 @@ def draw_like(
 
 
 def _lowest_in_cells(
-  code: Array,  # [n] int64
+  code: Array,  # [n] integers
+  width: int,  # a row's cell is code // width
+  free: Array,  # [n] bool: the rows that may be taken
   order: Array,  # [n]
-  cells: Array,  # [m] int64, sorted
+  cells: Array,  # [m] integers, sorted
   counts: Array,  # [m] int64
 ) -> tuple[Array, Array]:
-  """Returns up to counts[j] positions of lowest order in each cells[j], and their j."""
+  """Returns up to counts[j] free positions of lowest order in each cells[j], and their j.
+
+  Memory: twice the sum of the counts, and a block, not n.
+  """
+  place, cell = np.zeros(0, np.int64), np.zeros(0, np.int64)
   if len(cells) == 0:
-    return np.zeros(0, np.int64), np.zeros(0, np.int64)
-  cell = np.minimum(np.searchsorted(cells, code), len(cells) - 1)
-  place = np.flatnonzero(cells[cell] == code)
-  place = place[np.lexsort((order[place], cell[place]))]
-  cell = cell[place]
-  rank = np.arange(len(place)) - np.searchsorted(cell, np.arange(len(cells)))[cell]
+    return place, cell
+  for start in range(0, len(code), ROWS_AT_ONCE):
+    rows = start + np.flatnonzero(free[start : start + ROWS_AT_ONCE])
+    own = code[rows] // width
+    near = np.minimum(np.searchsorted(cells, own), len(cells) - 1)
+    inside = cells[near] == own
+    place, cell = np.append(place, rows[inside]), np.append(cell, near[inside])
+    if len(place) > 2 * counts.sum() + ROWS_AT_ONCE:
+      place, cell = _lowest(place, cell, order, counts)
+  return _lowest(place, cell, order, counts)
+
+
+def _lowest(place: Array, cell: Array, order: Array, counts: Array) -> tuple[Array, Array]:
+  """Returns the counts[j] positions of lowest order in each cell j; ties go by their sequence."""
+  by_cell = np.lexsort((order[place], cell))
+  place, cell = place[by_cell], cell[by_cell]
+  rank = np.arange(len(place)) - np.searchsorted(cell, np.arange(len(counts)))[cell]
   taken = rank < counts[cell]
   return place[taken], cell[taken]
 
 
 def differences(
-  left: Array,  # [a] int64 rows
-  right: Array,  # [b] int64 rows
+  left: Array,  # [a] int64 rows, or a mask of a rows, [n] bool
+  right: Array,  # [b] int64 rows, or a mask of b rows
   numbers: Mapping[str, Array],  # name -> [n]
   categories: Mapping[str, Array],  # name -> [n] integers >= 0
 ) -> dict[str, float | None]:
@@ -118,20 +136,33 @@ def differences(
   Category: the largest absolute difference over its levels, each level as a 0/1 number.
   0 if the sets agree exactly; None if a set is empty, or if both are constant and differ.
   """
-  if len(left) == 0 or len(right) == 0:
+  sizes = [int(rows.sum()) if rows.dtype == bool else len(rows) for rows in (left, right)]
+  if 0 in sizes:
     return dict.fromkeys([*numbers, *categories])
   result = {}
   for name, values in numbers.items():
-    a, b = (values[rows].astype(np.float64) for rows in (left, right))
-    result[name] = _standardised(a.mean() - b.mean(), (a.var() + b.var()) / 2)
+    (mean, variance), (other, other_variance) = (
+      _moments(values[rows].astype(np.float64)) for rows in (left, right)
+    )
+    result[name] = _standardised(mean - other, (variance + other_variance) / 2)
   for name, codes in categories.items():
     size = int(codes.max()) + 1
-    a, b = (np.bincount(codes[rows], minlength=size) / len(rows) for rows in (left, right))
+    a, b = (
+      np.bincount(codes[rows], minlength=size) / count for rows, count in zip((left, right), sizes)
+    )
     shares = zip(a - b, (a * (1 - a) + b * (1 - b)) / 2, strict=True)
     by_level = [_standardised(abs(gap), variance) for gap, variance in shares]
     known = [value for value in by_level if value is not None]
     result[name] = max(known) if len(known) == len(by_level) else None
   return result
+
+
+def _moments(values: Array) -> tuple[Any, Any]:  # [n] float64, overwritten
+  """Returns the mean and the variance, to the last bit as NumPy does, which takes a copy."""
+  mean = values.mean()
+  values -= mean
+  values *= values
+  return mean, values.mean()
 
 
 def _standardised(gap: float, variance: float) -> float | None:

@@ -16,6 +16,7 @@ from clip_jax.core.types import Array
 TOLERANCE = 1e-5  # default; errors of float32 similarities are below half of it
 # Dot products of float16 unit vectors differ from their cosine by less: each norm is off by 1e-3.
 NORMS = 2.1e-3
+ROWS_AT_ONCE = 1 << 20  # rows of which 8 bytes each are held beside a column
 
 
 def _not_given(benchmarks: Sequence[str], rows: Array) -> Array:
@@ -111,12 +112,25 @@ def candidates_for(columns: Columns, count: int) -> Array:
   return rows
 
 
-def random_order(n: int, seed: int, draw: int, stream: int) -> Array:
-  """Returns a random number for each of n pool rows, [n] uint64.
+def random_order(
+  candidates: Array,  # [N] bool
+  seed: int,
+  draw: int,
+  stream: int,
+) -> Array:
+  """Returns a random number for each of the m candidates among the N pool rows, [m] uint64.
 
-  These are raw numbers of a bit generator: NumPy never changes their stream, unlike its samplers'.
+  A row's number depends on its place in the pool, not on the candidates. These are raw numbers of a
+  bit generator: NumPy never changes their stream, unlike its samplers'.
   """
-  return np.random.PCG64(np.random.SeedSequence((seed, draw, stream))).random_raw(n)
+  bits = np.random.PCG64(np.random.SeedSequence((seed, draw, stream)))
+  order, end = np.zeros(int(candidates.sum()), np.uint64), 0
+  for start in range(0, len(candidates), ROWS_AT_ONCE):
+    chosen = candidates[start : start + ROWS_AT_ONCE]
+    numbers = bits.random_raw(len(chosen))[chosen]
+    order[end : end + len(numbers)] = numbers
+    end += len(numbers)
+  return order
 
 
 def mask_of_lowest(
@@ -132,23 +146,49 @@ def mask_of_lowest(
   return lowest
 
 
-def recompute_near_cuts(
+@dataclasses.dataclass(frozen=True)
+class Cut:
+  """Values about one place of their order, which the exact values near it decide.
+
+  In the order of exact values, the m near values follow those below and come before all others.
+  """
+
+  below: Array  # [n] bool
+  near: Array  # [m] positions, ascending
+  exact: Array  # [m] float64: their exact values
+
+  def value(self, place: int) -> float:
+    """Returns the exact value at a place of the order; only at the place of the cut."""
+    place -= int(self.below.sum())
+    return float(np.partition(self.exact, place)[place])
+
+  def lowest(self, count: int) -> Array:
+    """Returns a mask of the `count` lowest values, [n] bool; ties go to the earlier position.
+
+    count: the place of the cut, or one more.
+    """
+    lowest = self.below.copy()
+    lowest[self.near[mask_of_lowest(self.exact, count - int(self.below.sum()))]] = True
+    return lowest
+
+
+def cut_at(
   values: Array,  # [n] float32, off by less than half of the tolerance
   exact: Callable[[Array], Array],  # positions [m] -> [m] float64, their exact values
-  places: Sequence[int],  # in ascending order of the values, each in [0, n)
+  place: int,  # in ascending order of the values, in [0, n)
   tolerance: float,
-) -> tuple[Array, int]:
-  """Returns values that decide exactly at the given places of the order, [n] float64.
+) -> Cut:
+  """Returns which values are below a place of the order, and exact values of those near it.
 
-  Also returns the number of exact values. At each place, the value v, its ties, and which rows are
-  below or above it, are those of the exact values: v is within half a tolerance of the value at
-  the same place of `values`, and all values within a tolerance of that are replaced by exact ones.
+  The value at the place of the exact values is within half a tolerance of that of `values`, so all
+  values farther than a tolerance from the latter are surely below or above it.
   """
-  refined_values = values.astype(np.float64)
-  near_cut = np.zeros(len(values), bool)
-  ordered = np.partition(values, sorted(set(places)))
-  for place in places:
-    near_cut |= np.abs(refined_values - float(ordered[place])) <= tolerance
-  near_cut = np.flatnonzero(near_cut)
-  refined_values[near_cut] = exact(near_cut)
-  return refined_values, len(near_cut)
+  middle = float(np.partition(values, place)[place])
+  parts = [np.zeros(0, np.int64)]
+  for start in range(0, len(values), ROWS_AT_ONCE):
+    part = values[start : start + ROWS_AT_ONCE].astype(np.float64)
+    parts.append(start + np.flatnonzero(np.abs(part - middle) <= tolerance))
+  near = np.concatenate(parts)
+  below = values < middle
+  below[near] = False
+  return Cut(below, near, exact(near))

@@ -1,5 +1,8 @@
 """The controls: random rows, and rows that resemble the removed ones except in similarity."""
 
+from collections.abc import Mapping
+import math
+
 import numpy as np
 
 from clip_jax.core.errors import InputError
@@ -34,8 +37,8 @@ def random(columns: Columns, *, count: int, seed: int, draw: int = 0) -> Kept:
   With the same (seed, draw), a smaller split is a subset of a larger one.
   """
   rows = candidates_for(columns, count)
-  order = random_order(len(columns.candidates), seed, draw, RANDOM_STREAM)
-  return Kept(rows[mask_of_lowest(order[rows], count)])
+  lowest = mask_of_lowest(random_order(columns.candidates, seed, draw, RANDOM_STREAM), count)
+  return Kept(rows[lowest])
 
 
 def matched(
@@ -62,28 +65,21 @@ def matched(
   cells.differences; good below 0.1), and differences_before (the same between `removed` and all
   other candidates).
   """
-  rows = np.flatnonzero(columns.candidates)
-  is_removed = np.zeros(len(columns.candidates), bool)
+  candidates = columns.candidates
+  is_removed = np.zeros(len(candidates), bool)
   is_removed[removed] = True
-  is_removed = is_removed[rows]
-  if is_removed.sum() != len(removed):
-    raise ValueError(
-      f'only {is_removed.sum()} of {len(removed)} removed rows are distinct candidates'
-    )
-  numbers, categories = _matched_variables(columns, rows)
-  digits = numbers | categories
-  digits |= {name: cells.quantile_bins(numbers[name], bins) for name, bins in BINS.items()}
-  variables = [name for name in VARIABLES if name in digits]
-  sizes = {name: int(codes.max(initial=0)) + 1 for name, codes in categories.items()}
-  sizes |= {'caption_names_class': 2, **BINS}
-  radices = [sizes[name] for name in variables]
-  order = random_order(len(columns.candidates), seed, draw, MATCHED_STREAM)[rows]
-  codes = cells.cell_codes([digits[name] for name in variables], radices)
-  drawn, served = cells.draw_like(codes, is_removed, order, radices[:0:-1])
-  by_chance = mask_of_lowest(
-    random_order(len(columns.candidates), seed, draw, RANDOM_STREAM)[rows], len(removed)
+  if (distinct := (is_removed & candidates).sum()) != len(removed):
+    raise ValueError(f'only {distinct} of {len(removed)} removed rows are distinct candidates')
+  # In this order, and without row numbers, since each number of 8 bytes a row counts here.
+  by_chance = mask_of_lowest(random_order(candidates, seed, draw, RANDOM_STREAM), len(removed))
+  numbers, categories = _matched_variables(columns)
+  codes, radices = _cells(candidates, numbers, categories)
+  order = random_order(candidates, seed, draw, MATCHED_STREAM)
+  drawn, served = cells.draw_like(
+    codes, is_removed[candidates], order, list(radices.values())[:0:-1]
   )
   _, (served_by_chance,) = cells.draw_like(codes, by_chance, order, ())
+  del codes, order
 
   share, share_by_chance = (
     1 - number / len(removed) if len(removed) else 0.0 for number in (served[0], served_by_chance)
@@ -91,44 +87,65 @@ def matched(
   report = {
     'removed': len(removed),
     'drawn': sum(served),
-    'drawn_after_merging': dict(zip(variables[:0:-1], served[1:], strict=True)),
+    'drawn_after_merging': dict(zip(list(radices)[:0:-1], served[1:], strict=True)),
     'shortfall': len(removed) - sum(served),
     'without_full_cell_donor': share,
     'random_without_full_cell_donor': share_by_chance,
     'no_matched_control': share > MAX_UNMATCHED,
   }
-  kept = rows[~drawn]
+  is_kept = candidates.copy()
+  is_kept[candidates] = ~drawn
   if report['no_matched_control']:
-    kept = random(columns, count=len(rows) - len(removed), seed=seed, draw=draw).rows
-    drawn = ~np.isin(rows, kept, assume_unique=True)
-  for key, others in (('standardised_differences', drawn), ('differences_before', ~is_removed)):
-    report[key] = cells.differences(
-      np.flatnonzero(is_removed), np.flatnonzero(others), numbers, categories
-    )
-  return Kept(kept, report)
+    size = len(drawn) - len(removed)
+    is_kept[:] = False
+    is_kept[random(columns, count=size, seed=seed, draw=draw).rows] = True
+  others = {
+    'standardised_differences': candidates & ~is_kept,
+    'differences_before': candidates & ~is_removed,
+  }
+  for key, mask in others.items():
+    report[key] = cells.differences(is_removed, mask, numbers, categories)
+  return Kept(np.flatnonzero(is_kept), report)
 
 
-def _matched_variables(
-  columns: Columns,
-  rows: Array,  # [m] int64
-) -> tuple[dict[str, Array], dict[str, Array]]:
-  """Returns the numeric and the categorical variables of the matched control at these rows."""
+def _cells(
+  candidates: Array,  # [N] bool
+  numbers: Mapping[str, Array],  # [N] each
+  categories: Mapping[str, Array],  # [N] each
+) -> tuple[Array, dict[str, int]]:
+  """Returns the cell of each of the m candidates, [m] int32 if that is enough, else int64.
+
+  Also returns variable -> its number of levels. One variable is held at a time.
+  """
+  codes, radices = np.zeros(int(candidates.sum()), np.int64), {}
+  for name in VARIABLES:
+    if name in numbers or name in categories:
+      digit = (numbers if name in numbers else categories)[name][candidates]
+      if name in BINS:
+        digit = cells.quantile_bins(digit, BINS[name])
+      radices[name] = BINS.get(name) or (2 if name in numbers else int(digit.max(initial=0)) + 1)
+      cells.add_digit(codes, digit, radices[name])
+  return codes.astype(np.int32) if math.prod(radices.values()) < 2**31 else codes, radices
+
+
+def _matched_variables(columns: Columns) -> tuple[dict[str, Array], dict[str, Array]]:
+  """Returns the numeric and the categorical variables of the matched control, [N] each."""
   for name in ('anchor_class', *BINS):
     if getattr(columns, name) is None:
       raise InputError(
         f"rule 'matched' needs {name}: the pool must have images and captions, and the anchor must "
         'have labels'
       )
-  numbers = {name: getattr(columns, name)[rows] for name in BINS}
-  categories = {'anchor_class': np.asarray(columns.anchor_class)[rows]}
+  numbers = {name: getattr(columns, name) for name in BINS}
+  categories = {'anchor_class': np.asarray(columns.anchor_class)}
   if columns.domain is not None:
-    categories['domain'] = cells.levels(columns.domain)[0][rows]
+    categories['domain'] = cells.levels(columns.domain)[0]
   if columns.caption_names_class is not None:
-    numbers['caption_names_class'] = columns.caption_names_class[rows].astype(np.int8)
+    numbers['caption_names_class'] = columns.caption_names_class
   known = (categories['anchor_class'] >= 0) & np.isfinite(numbers['anchor_class_similarity'])
-  if not known.all():
+  if unknown := int((columns.candidates & ~known).sum()):
     raise InputError(
       "rule 'matched' needs the nearest anchor class of every candidate, but "
-      f"{(~known).sum()} have none: search with search.backend='exact'"
+      f"{unknown} have none: search with search.backend='exact'"
     )
   return numbers, categories

@@ -3,14 +3,21 @@
 Three kinds of keys: DataComp's uids (32 hexadecimal digits; [n] 'u8,u8' in a .npy), clip-ood's
 numbers ([n] int64 in a .npy) and texts (a column of a parquet file, or one per line). A key that a
 file lists twice counts twice. A pool's keys are a column of strings or integers: a pyarrow array or
-a sequence.
+a sequence. Lists and pools are read in blocks, and a list of more than _IN_MEMORY keys is matched
+in parts, so that memory does not grow with the keys (except 16 bytes for each row found).
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+import contextlib
 import csv
 import dataclasses
+import errno
+import itertools
+import mmap
 import os
-from typing import Any
+import sys
+import tempfile
+from typing import IO, Any
 
 from etils import epath
 import numpy as np
@@ -34,6 +41,12 @@ OF_POOL = tuple(kind for kind in LISTS if kind not in ('keys', 'keys.csv'))
 Column = Any  # pyarrow.Array or ChunkedArray, or a sequence of str or int
 UID = np.dtype('u8,u8')  # DataComp's: the first and the last 16 hexadecimal digits of a uid
 _BLOCK = 1 << 20  # rows processed at a time
+_IN_MEMORY = 1 << 20  # a list of more keys is matched in parts
+_PART_BITS = 6  # 64 parts
+_ODD = 0x9E3779B97F4A7C15  # multiplier of hashes: 2^64 divided by the golden ratio
+_HASHED_WORDS = 16  # of 8 bytes: the end of a text, which decides its part
+_READ_AT_ONCE = 1 << 25  # bytes of a text file
+_LINES = 1 << 16  # lines of a CSV file, each a list of Python strings
 _ANOTHER_COLUMN = (
   'Set config.prune.export_key to the column that has such keys, and add it to the pool\u2019s '
   'columns.'
@@ -71,15 +84,19 @@ def keys_to_int64(keys: Column, rows: Array | int = 0) -> Array:  # [n] int64
   return _to_int64(keys, rows).to_numpy(zero_copy_only=False)
 
 
-def sorted_uids(
+def sort_uids(
   values: Array,  # [n] UID
-) -> Array:
-  """Returns uids in DataComp's order: by the first half, then by the second."""
-  return values[np.lexsort((values['f1'], values['f0']))]
+) -> None:
+  """Sorts uids in place, in DataComp's order: by the first half, then by the second."""
+  # NumPy sorts the bytes of texts, but not pairs of numbers, without a copy.
+  halves = values.view('u8')
+  halves.byteswap(inplace=sys.byteorder == 'little')
+  values.view('S16').sort()
+  halves.byteswap(inplace=sys.byteorder == 'little')
 
 
-def read(path, column: str = '') -> Any:
-  """Returns the keys that a file lists, in file order, as a pyarrow array of one of three kinds.
+def read(path, column: str = '') -> Iterator[Any]:
+  """Yields the keys that a file lists, in file order, in pyarrow arrays of one of three kinds.
 
   The file's ending sets the format: .npy, .parquet, .txt or .csv. column: of a parquet or CSV
   file; if it has no column of that name: 'key', 'uid', or its only column.
@@ -90,42 +107,181 @@ def read(path, column: str = '') -> Any:
     raise InputError(f'{path} must end in {", ".join(_READERS)}: the ending sets its format.')
   if not path.is_file():
     raise InputError(f'{path} is not a file. Give the path of a file that lists samples.')
-  keys = _READERS[ending](path, column)
-  if not len(keys):
+  rows = missing = 0
+  for keys in _READERS[ending](path, column):
+    rows, missing = rows + len(keys), missing + keys.null_count
+    if len(keys):
+      yield keys
+  if not rows:
     raise InputError(f'{path} lists no sample. Give another file.')
-  if keys.null_count:
-    raise InputError(
-      f'{path} has no key in {keys.null_count} of {len(keys)} rows. Remove these rows.'
-    )
-  return keys
+  if missing:
+    raise InputError(f'{path} has no key in {missing} of {rows} rows. Remove these rows.')
 
 
-def find_rows(listed, blocks: Iterable[Column]) -> ListedRows:
+def find_rows(
+  listed: Iterable[Any], blocks: Iterable[Column], scratch: str | None = None
+) -> ListedRows:
   """Returns the pool rows whose keys are in a list.
 
-  listed: a result of `read`. blocks: the keys of the pool, in row order; a row may have no key. A
-  key that several rows have selects all of them. Memory: a few times the list, not the pool.
+  listed: the blocks of `read`. blocks: the keys of the pool, in row order; a row may have no key. A
+  key that several rows have selects all of them. Keys are compared as a whole, never by a hash
+  alone. scratch: a folder for temporary files, for a list of more than _IN_MEMORY keys; both the
+  list and the pool's keys are written there (None: the system's folder).
+  """
+  listed, first, size = iter(listed), [], 0
+  while size <= _IN_MEMORY and (keys := next(listed, None)) is not None:
+    first.append(keys)
+    size += len(keys)
+  kind = first[0].type
+  if size <= _IN_MEMORY:
+    whole = pa.chunked_array(first, kind)
+    return _joined([_match(whole, np.arange(size), _numbered(blocks, kind))])
+  with contextlib.ExitStack() as stack:
+    try:
+      lists, pools = (_Parts(stack, kind, scratch) for _ in range(2))
+      size = 0
+      for keys in itertools.chain(first, listed):
+        lists.write(keys, np.arange(size, size + len(keys)))
+        size += len(keys)
+      first.clear()
+      for keys, rows in _numbered(blocks, kind):
+        pools.write(keys, rows)
+      return _joined([_match(*lists.read(i), [pools.read(i)]) for i in range(lists.count)])
+    except OSError as error:
+      if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        raise
+      raise InputError(
+        f'No space left in {scratch or tempfile.gettempdir()} to match a list of {size:,} keys: it '
+        'takes about 25 bytes for each uid of the list and of the pool, for texts their length and '
+        '16 bytes. Free some space, or set config.cache_dir.'
+      ) from error
+
+
+def names_any(listed, blocks: Iterable[Column]) -> bool:
+  """Returns whether a key of `listed`, one block of `read`, is in the pool; reads up to a hit."""
+  keys, places = pa.chunked_array([listed]), np.arange(len(listed))
+  return any(len(_match(keys, places, [block]).rows) for block in _numbered(blocks, listed.type))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Matches:
+  """The rows of a pool whose keys are in a list, or in a part of it."""
+
+  rows: Array  # [n] int64
+  counts: Array  # [4] int64: listed, listed_twice, not_in_pool, several_rows
+  missing: list[tuple[int, str]]  # up to three keys that are not in the pool, after their places
+
+
+def _match(listed, places: Array, blocks: Iterable[tuple[Any, Array]]) -> _Matches:
+  """Returns the rows of blocks of keys whose keys are listed, each as often as its key is.
+
+  listed: the keys, without null. places: their places in the whole list.
   """
   counted = pc.value_counts(listed)
   if isinstance(counted, pa.ChunkedArray):
     counted = counted.combine_chunks()
   wanted, times = counted.field('values'), counted.field('counts').to_numpy()
-  hits, rows, start = np.zeros(len(wanted), np.int64), [np.zeros(0, np.int64)], 0
+  hits, found = np.zeros(len(wanted), np.int64), [np.zeros(0, np.int64)]
   # The lookup table of wanted keys is rebuilt for each block, so blocks are at least as large.
-  for block in _join_blocks(blocks, wanted.type, max(_BLOCK, len(wanted))):
-    places = pc.fill_null(pc.index_in(block, value_set=wanted), -1).to_numpy()
-    positions = np.flatnonzero(places >= 0)
-    rows.append(np.repeat(start + positions, times[places[positions]]))
-    hits += np.bincount(places[positions], minlength=len(wanted))
-    start += len(block)
+  for keys, rows in _join_blocks(blocks, wanted.type, max(_BLOCK, len(wanted))):
+    at = pc.fill_null(pc.index_in(keys, value_set=wanted), -1).to_numpy()
+    positions = np.flatnonzero(at >= 0)
+    found.append(np.repeat(rows[positions], times[at[positions]]))
+    hits += np.bincount(at[positions], minlength=len(wanted))
   missing = np.flatnonzero(hits == 0)
-  report = {
-    'listed': len(listed),
-    'listed_twice': int((times > 1).sum()),
-    'not_in_pool': len(missing),
-    'several_rows': int((hits > 1).sum()),
-  }
-  return ListedRows(np.concatenate(rows), report, [key_text(wanted[int(i)]) for i in missing[:3]])
+  few = wanted.take(missing[:3])
+  first = [pc.index(listed, key).as_py() for key in few]
+  counts = [len(listed), (times > 1).sum(), len(missing), (hits > 1).sum()]
+  return _Matches(
+    np.concatenate(found),
+    np.array(counts, np.int64),
+    [(int(places[at]), key_text(key)) for at, key in zip(first, few, strict=True)],
+  )
+
+
+def _joined(parts: list[_Matches]) -> ListedRows:
+  """Returns the rows of all parts, sorted; empties the list, so that memory holds them twice."""
+  counts = np.sum([part.counts for part in parts], axis=0).tolist()
+  missing = sorted(key for part in parts for key in part.missing)[:3]
+  rows = np.concatenate([part.rows for part in parts])
+  parts.clear()
+  rows.sort()
+  names = ('listed', 'listed_twice', 'not_in_pool', 'several_rows')
+  return ListedRows(rows, dict(zip(names, counts, strict=True)), [key for _, key in missing])
+
+
+class _Parts:
+  """Keys and their rows in temporary files, in parts by a hash of the key.
+
+  Equal keys are in one part, in the order in which they were written. The files have no name, so
+  the system removes them whenever the process ends.
+  """
+
+  def __init__(self, stack: contextlib.ExitStack, kind, scratch: str | None):
+    if scratch:
+      os.makedirs(scratch, exist_ok=True)
+    self.count = 1 << _PART_BITS
+    self._schema = pa.schema([('key', kind), ('row', pa.int64())])
+    new_file = lambda: stack.enter_context(tempfile.TemporaryFile(dir=scratch))  # noqa: SIM115
+    self._files: list[IO[bytes]] = [new_file() for _ in range(self.count)]
+    self._writers = [pa.ipc.new_stream(file, self._schema) for file in self._files]
+
+  def write(self, keys, rows: Array) -> None:
+    """Adds keys (an array; null keys are left out) and their rows [n] int64."""
+    if keys.null_count:
+      rows = rows[keys.is_valid().to_numpy(zero_copy_only=False)]
+      keys = keys.drop_null()
+    part = (_hashes(keys) >> np.uint64(64 - _PART_BITS)).astype(np.uint8)
+    order = np.argsort(part, kind='stable')
+    ends = np.cumsum(np.bincount(part, minlength=self.count)).tolist()
+    batch = pa.record_batch([keys.take(pa.array(order)), rows[order]], schema=self._schema)
+    for writer, start, end in zip(self._writers, [0, *ends], ends):
+      if end > start:
+        writer.write_batch(batch.slice(start, end - start))
+
+  def read(self, part: int) -> tuple[Any, Array]:
+    """Returns the keys of a part, a chunked array, and their rows [n] int64; ends its writing."""
+    self._writers[part].close()
+    self._files[part].flush()
+    mapped = mmap.mmap(self._files[part].fileno(), 0, access=mmap.ACCESS_READ)
+    table = pa.ipc.open_stream(pa.py_buffer(mapped)).read_all()
+    return table['key'], table['row'].to_numpy()
+
+
+def _hashes(keys) -> Array:  # [n] uint64
+  """Returns a hash of each key, well mixed in its highest bits; keys has no null."""
+  start, size = keys.offset, len(keys)
+  if keys.type == pa.int64():
+    words = [keys.to_numpy().view(np.uint64)]
+  elif keys.type == pa.binary(16):
+    words = np.frombuffer(keys.buffers()[1], '<u8', 2 * size, 16 * start).reshape(-1, 2).T
+  else:
+    words = _last_words(keys)
+  result = np.zeros(size, np.uint64)
+  for i, word in enumerate(words):
+    mixed = word * np.uint64(_ODD + 2 * i)  # 0 of 0: words before a text's first change nothing
+    mixed ^= mixed >> np.uint64(32)
+    result += mixed * np.uint64(_ODD)
+  result ^= result >> np.uint64(32)
+  return result * np.uint64(_ODD)
+
+
+def _last_words(texts) -> Iterator[Array]:  # [n] uint64 each
+  """Yields the last bytes of each text in words of 8 bytes, the last word first, and zeros."""
+  _, ends, data = texts.buffers()
+  ends = np.frombuffer(ends, np.int64, len(texts) + 1, 8 * texts.offset)
+  padded = np.zeros(ends[-1] - ends[0] + 8, np.uint8)
+  if len(padded) > 8:
+    padded[8:] = np.frombuffer(data, np.uint8, len(padded) - 8, int(ends[0]))
+  # Any 8 bytes as one number: place i holds the bytes that end before byte i of the texts.
+  any_word = np.ndarray(len(padded) - 7, '<u8', padded, strides=(1,))
+  lengths, ends = np.diff(ends), ends[1:] - ends[0]
+  yield lengths.astype(np.uint64)
+  for used in range(0, min(int(lengths.max(initial=0)), 8 * _HASHED_WORDS), 8):
+    left = lengths - used
+    word = any_word[np.where(left > 0, ends - used, 0)]
+    short = np.clip(8 - left, 0, 8).astype(np.uint64) * np.uint64(8)  # bits of an earlier text
+    yield np.where(short < 64, word >> np.minimum(short, 63) << np.minimum(short, 63), 0)
 
 
 def key_text(key: Any) -> str:
@@ -134,17 +290,34 @@ def key_text(key: Any) -> str:
   return value.hex() if isinstance(value, bytes) else str(value)
 
 
-def _join_blocks(blocks: Iterable[Column], kind, size: int) -> Iterator[Any]:
-  """Yields the blocks' keys as one kind, in chunked arrays of at least `size` rows."""
-  chunks, rows, start = [], 0, 0
+def _numbered(blocks: Iterable[Column], kind) -> Iterator[tuple[Any, Array]]:
+  """Yields the blocks' keys as an array of one kind, and their rows, counted from 0, [n] int64."""
+  start = 0
   for block in blocks:
-    chunks.append(_to_kind(block, kind, start + rows))
-    rows += len(chunks[-1])
-    if rows >= size:
-      yield pa.chunked_array(chunks, kind)
-      chunks, rows, start = [], 0, start + rows
-  if chunks:
-    yield pa.chunked_array(chunks, kind)
+    keys = _to_kind(block, kind, start)
+    yield keys, np.arange(start, start + len(keys))
+    start += len(keys)
+
+
+def _join_blocks(
+  blocks: Iterable[tuple[Any, Array]], kind, size: int
+) -> Iterator[tuple[Any, Array]]:
+  """Yields keys and their rows of several blocks at once: at least `size` rows, chunked."""
+  parts, count = [], 0
+  for block in blocks:
+    parts.append(block)
+    count += len(block[1])
+    if count >= size:
+      yield _chunked(parts, kind)
+      parts, count = [], 0
+  if parts:
+    yield _chunked(parts, kind)
+
+
+def _chunked(parts: list[tuple[Any, Array]], kind) -> tuple[Any, Array]:
+  keys, rows = zip(*parts)
+  chunks = [chunk for key in keys for chunk in getattr(key, 'chunks', [key])]
+  return pa.chunked_array(chunks, kind), np.concatenate(rows)
 
 
 def _to_kind(keys: Column, kind, first_row: int):
@@ -228,61 +401,90 @@ def _binary(
   return pa.FixedSizeBinaryArray.from_buffers(pa.binary(16), len(values), [None, data])
 
 
-def _npy(path: epath.Path, column: str):
+def _npy(path: epath.Path, column: str) -> Iterator[Any]:
   """Reads uids, numbers or texts from a .npy file; never unpickles."""
   del column
   try:
     with path.open('rb') as f:
-      values = np.lib.format.read_array(f, allow_pickle=False)
-    if values.ndim == 1 and values.dtype.kind in 'US':
-      return _strings(pa.array(values.astype(np.str_)))
+      lib = np.lib.format
+      read_header = lib.read_array_header_1_0 if lib.read_magic(f) == (1, 0) else _header
+      shape, _, kind = read_header(f)
+      if kind.hasobject or not kind.itemsize:
+        raise ValueError('it holds pickled Python objects' if kind.hasobject else 'no numbers')
+      is_uid = [kind[name].str[1:] for name in kind.names or ()] == ['u8', 'u8']
+      if len(shape) != 1 or not (is_uid or kind.kind in 'iuUS'):
+        raise InputError(
+          f'{path} holds {kind} {list(shape)}. Give shape [n] and dtype u8,u8 (uids) or int64 '
+          '(numbers).'
+        )
+      for start in range(0, shape[0], _BLOCK):
+        size = min(_BLOCK, shape[0] - start)
+        data = f.read(size * kind.itemsize)
+        if len(data) < size * kind.itemsize:
+          raise ValueError(f'it ends before row {start + size:,} of {shape[0]:,}')
+        yield _array_keys(path, np.frombuffer(data, kind) if data else np.zeros(size, kind))
+  except InputError:
+    raise
   except Exception as error:  # a forged header can raise any exception: numpy parses it as Python
     raise InputError(
       f'{path} cannot be read ({error}). Give a .npy file of dtype u8,u8 (uids) or int64, written '
       'without pickle.'
     ) from error
-  kind = values.dtype
-  fields = kind.names or ()
-  is_uid = [kind[name].str[1:] for name in fields] == ['u8', 'u8']
-  if values.ndim != 1 or not (is_uid or kind.kind in 'iu'):
-    raise InputError(
-      f'{path} holds {kind} {list(values.shape)}. Give shape [n] and dtype u8,u8 (uids) or int64 '
-      '(numbers).'
-    )
-  if is_uid:
-    halves = np.stack([values[name] for name in fields], axis=1, dtype='>u8')
+
+
+_header = np.lib.format.read_array_header_2_0  # of every version above 1.0
+
+
+def _array_keys(path: epath.Path, values: Array):  # [n] UID, integers or texts
+  """Returns the keys of an array of one of the three kinds."""
+  if values.dtype.kind in 'US':
+    return _strings(pa.array(values.astype(np.str_)))
+  if values.dtype.names:
+    halves = np.stack([values[name] for name in values.dtype.names], axis=1, dtype='>u8')
     return _binary(halves.view(np.uint8))
-  if len(values) and values.max() >= 2**63:
+  if values.max() >= 2**63:
     raise InputError(f'{path} holds the number {values.max()}, which is no int64. Use int64.')
   return pa.array(values.astype(np.int64))
 
 
-def _parquet(path: epath.Path, column: str):
+def _parquet(path: epath.Path, column: str) -> Iterator[Any]:
   """Reads texts or numbers from a column of a parquet file; of an export, the pool's rows only."""
+  start = 0
   try:
     with path.open('rb') as f:
       file = pq.ParquetFile(f)
       have = file.schema_arrow.names
       name = have[_key_column(path, have, column)]
       is_export = _is_export(have)
-      read = file.read(['dataset', name] if is_export else [name])
-      read.validate(full=True)  # finds texts that are not UTF-8
+      for batch in file.iter_batches(_BLOCK, columns=['dataset', name] if is_export else [name]):
+        batch.validate(full=True)  # finds texts that are not UTF-8
+        if is_export:
+          batch = batch.filter(pc.equal(batch['dataset'], 'pool'))
+        keys = _to_array(batch[name])
+        if pa.types.is_integer(keys.type):
+          yield _to_int64(keys, start, allow_none=True)
+        elif pa.types.is_large_string(keys.type):
+          yield keys
+        else:
+          raise InputError(f'{path}: the column {name!r} is {keys.type}. Give strings or integers.')
+        start += len(keys)
   except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
     raise InputError(f'{path} cannot be read ({error}). Give a parquet file.') from error
-  if is_export:
-    read = read.filter(pc.equal(read['dataset'], 'pool'))
-  keys = _to_array(read[name])
-  if pa.types.is_integer(keys.type):
-    return _to_int64(keys, 0, allow_none=True)
-  if not (pa.types.is_string(keys.type) or pa.types.is_large_string(keys.type)):
-    raise InputError(f'{path}: the column {name!r} is {keys.type}. Give strings or integers.')
-  return _strings(keys)
 
 
-def _lines(path: epath.Path, column: str):
+def _lines(path: epath.Path, column: str) -> Iterator[Any]:
   """Reads a text file with one key per line."""
   del column
-  data = path.read_bytes().removeprefix(b'\xef\xbb\xbf')
+  with path.open('rb') as f:
+    rest, data = b'', f.read(_READ_AT_ONCE).removeprefix(b'\xef\xbb\xbf')
+    while data or rest:
+      whole, end, rest = (rest + data).rpartition(b'\n') if data else (rest, b'', b'')
+      yield _split_lines(path, whole + end)
+      data = f.read(_READ_AT_ONCE) if data else b''
+
+
+def _split_lines(path: epath.Path, data: bytes):
+  """Returns the lines of a text as an array, without white space around them and empty ones."""
   ends = np.flatnonzero(np.frombuffer(data, np.uint8) == ord('\n')) + 1
   ends = np.concatenate([[0], ends, [len(data)]]).astype(np.int64)
   lines = pa.LargeStringArray.from_buffers(len(ends) - 1, pa.py_buffer(ends), pa.py_buffer(data))
@@ -294,7 +496,7 @@ def _lines(path: epath.Path, column: str):
   return lines.filter(pc.not_equal(lines, ''))
 
 
-def _csv(path: epath.Path, column: str):
+def _csv(path: epath.Path, column: str) -> Iterator[Any]:
   """Reads texts from a column of a CSV file with a header; of an export, the pool's rows only."""
   try:
     with open(path, encoding='utf-8-sig', newline='') as f:
@@ -302,14 +504,15 @@ def _csv(path: epath.Path, column: str):
       have = next(lines, [])
       name = _key_column(path, have, column)
       dataset = have.index('dataset') if _is_export(have) else None
-      keys = [
-        line[name] if name < len(line) else None
-        for line in lines
-        if line and (dataset is None or line[dataset] == 'pool')
-      ]
+      while part := list(itertools.islice(lines, _LINES)):
+        keys = [
+          line[name] if name < len(line) else None
+          for line in part
+          if line and (dataset is None or line[dataset] == 'pool')
+        ]
+        yield _strings(pa.array(keys, pa.string()))
   except (csv.Error, OSError, UnicodeDecodeError) as error:
     raise InputError(f'{path} cannot be read ({error}). Give a CSV file with a header.') from error
-  return _strings(pa.array(keys, pa.string()))
 
 
 def _is_export(have: Sequence[str]) -> bool:

@@ -24,8 +24,8 @@ from clip_jax.pruning.columns import (
   Kept,
   best_over_benchmarks,
   candidates_for,
+  cut_at,
   mask_of_lowest,
-  recompute_near_cuts,
 )
 from clip_jax.pruning.controls import matched, random
 
@@ -87,7 +87,8 @@ def _keep_lowest(
 ) -> Kept:
   """Keeps the `count` candidates with the lowest sign * similarity, decided exactly at the cut."""
   rows = candidates_for(columns, count)
-  values = sign * best_over_benchmarks(rule, columns.similarity, rows, benchmarks, np.maximum)
+  values = best_over_benchmarks(rule, columns.similarity, rows, benchmarks, np.maximum)
+  values *= np.float32(sign)
   if np.isnan(values).any():
     raise InputError(
       f"rule {rule!r} needs every row's similarity to {tuple(benchmarks)}: "
@@ -95,15 +96,17 @@ def _keep_lowest(
     )
   if count in (0, len(rows)):
     return Kept(rows[:count], {'decided_exactly': 0})
-  exact_values, decided = recompute_near_cuts(
+  cut = cut_at(
     values,
     lambda near_cut: sign * columns.exact_similarity(benchmarks, rows[near_cut]),
-    [count - 1],
+    count - 1,
     columns.tolerance,
   )
-  keep = mask_of_lowest(exact_values, count)
-  report = {'decided_exactly': decided, 'similarity_at_cut': float(sign * exact_values[keep].max())}
-  return Kept(rows[keep], report)
+  report = {
+    'decided_exactly': len(cut.near),
+    'similarity_at_cut': float(sign * cut.value(count - 1)),
+  }
+  return Kept(rows[cut.lowest(count)], report)
 
 
 def below(columns: Columns, *, benchmarks: Sequence[str], similarity: float) -> Kept:
@@ -143,27 +146,30 @@ def column(
   Report: without_value (candidates without a value), value_at_cut (the lowest kept value, None if
   no row is kept).
   """
-  rows = np.flatnonzero(columns.candidates)
-  known = rows[~np.isnan(scores[rows])]
+  candidates, known = int(columns.candidates.sum()), columns.candidates & ~np.isnan(scores)
   values = scores[known]
   if top:
-    count = count_of(top, len(rows))
-    if count > len(known):
+    count = count_of(top, candidates)
+    if count > len(values):
       raise ConfigError(
-        f'top={top:g} asks for {count:,} rows, but only {len(known):,} candidates have a value'
+        f'top={top:g} asks for {count:,} rows, but only {len(values):,} candidates have a value'
       )
-    keep = mask_of_lowest(-values, count)
+    keep = mask_of_lowest(np.negative(values, out=values), count)
   elif quantile:
     place = math.floor(quantile * len(values))  # rows below the cut, without ties
-    keep = values >= np.sort(values)[min(place, len(values) - 1)] if len(values) else values > 0
+    place = min(place, len(values) - 1)
+    keep = values >= np.partition(values, place)[place] if len(values) else values > 0
   else:
     assert at_least is not None  # checked before any work
     keep = values >= at_least
-  kept = known[keep]
+  without_value = candidates - len(values)
+  del values
+  known[known] = keep
+  kept = np.flatnonzero(known)
   return Kept(
     kept,
     {
-      'without_value': len(rows) - len(known),
+      'without_value': without_value,
       'value_at_cut': float(scores[kept].min()) if len(kept) else None,
     },
   )

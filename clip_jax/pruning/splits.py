@@ -14,7 +14,7 @@ import numpy as np
 from clip_jax.core.types import Array
 from clip_jax.pruning import cells
 from clip_jax.pruning.aligned import dropped_rows
-from clip_jax.pruning.columns import TOLERANCE, Columns
+from clip_jax.pruning.columns import ROWS_AT_ONCE, TOLERANCE, Columns
 
 SLACKS = (-0.01, -0.005, 0.0, 0.005, 0.01)
 DOMAIN_REMOVAL = 0.9  # dropping a larger share of a domain is domain removal, not alignment
@@ -317,13 +317,25 @@ def shares(
   if column is None:
     return {}
   codes, names = cells.levels(column)
-  n = np.bincount(codes[candidates], minlength=len(names)).tolist()
-  gone = np.bincount(codes[dropped], minlength=len(names)).tolist()
+  n, gone = (_counts(codes, mask, len(names)) for mask in (candidates, dropped))
   return {
     names[i]: {'candidates': n[i], 'dropped': gone[i], 'share': gone[i] / n[i]}
     for i in sorted(range(len(names)), key=names.__getitem__)
     if n[i]
   }
+
+
+def _counts(
+  codes: Array,  # [N] integers below `levels`
+  mask: Array,  # [N] bool
+  levels: int,
+) -> list[int]:
+  """Returns the rows of each level among those of the mask, in constant memory."""
+  counts = np.zeros(levels, np.int64)
+  for start in range(0, len(codes), ROWS_AT_ONCE):
+    block = slice(start, start + ROWS_AT_ONCE)
+    counts += np.bincount(codes[block][mask[block]], minlength=levels)
+  return counts.tolist()
 
 
 def _query_figures(
@@ -344,14 +356,14 @@ def _query_figures(
 
 
 def overlap(
-  splits: Mapping[str, Array],  # name -> [n] int64 rows; repeats count once
+  splits: Mapping[str, Array],  # name -> [n] int64 rows, sorted; repeats count once
 ) -> tuple[list[str], Array, Array]:
   """Returns the names, [S, S] |A and B| / |A or B|, and [S, S] |A and B| / |A| (A is the row).
 
   Pass pool rows only: anchor rows are in every split and would increase every overlap. For an empty
   A, the second figure is 1 for every B; the first is 1 if B is empty too.
   """
-  size = max((int(rows.max()) + 1 for rows in splits.values() if len(rows)), default=0)
+  size = max((int(rows[-1]) + 1 for rows in splits.values() if len(rows)), default=0)
   packed = [_bits(rows, size) for rows in splits.values()]
   shared = np.array([[np.bitwise_count(a & b).sum() for b in packed] for a in packed], np.int64)
   shared = shared.reshape(len(packed), len(packed))

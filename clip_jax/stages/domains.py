@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 
 import numpy as np
-import pyarrow as pa
 
 from clip_jax.core import files, products
 from clip_jax.core.types import Array
@@ -17,7 +16,7 @@ from clip_jax.evaluation import zero_shot
 from clip_jax.experiment import blocks, workdir
 from clip_jax.experiment.blocks import ANCHOR, POOL
 from clip_jax.experiment.experiment import Experiment
-from clip_jax.pruning import cells, splits
+from clip_jax.pruning import splits
 from clip_jax.stages import models
 
 WARNED = 0.5  # smaller expected shares are not worth a warning
@@ -48,7 +47,7 @@ def levels_of(x: Experiment, dataset: str) -> Levels | None:
   kind, name = blocks.domain_source(x.config)
   if kind == 'column' and workdir.is_ingested(x, dataset):
     is_known = dataset == POOL or _has_column(x, dataset, name)
-    return _column_levels(x, dataset, name) if is_known else None
+    return workdir.source(x, dataset).levels(name) if is_known else None
   if kind == 'reference' and workdir.is_embedded(x, dataset):
     return pool_levels(x, '', name) if dataset == POOL else _nearest_levels(x, dataset, name)
   return _cluster_levels(x) if kind == 'clusters' and dataset == POOL else None
@@ -57,14 +56,8 @@ def levels_of(x: Experiment, dataset: str) -> Levels | None:
 def pool_levels(x: Experiment, column: str, reference: str) -> Levels:
   """Returns each pool row's value of a column, or the class of its nearest reference."""
   if column:
-    return _column_levels(x, POOL, column)
+    return workdir.source(x, POOL).levels(column)
   return _reference_levels(x, reference, workdir.search_column(x, reference, 'nearest'))
-
-
-def _column_levels(x: Experiment, dataset: str, column: str) -> Levels:
-  values = pa.array(workdir.source(x, dataset).column(column), from_pandas=True)  # NaN: null
-  codes, names = cells.levels(values)
-  return (np.where(codes == names.index(''), -1, codes) if '' in names else codes), names
 
 
 def _has_column(x: Experiment, dataset: str, column: str) -> bool:

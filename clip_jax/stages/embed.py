@@ -39,7 +39,7 @@ def vectors(x: Experiment, todo: list[Product]) -> Made:
   _check_dims(x)
   (dataset,) = {product.subject[0] for product in todo}
   source, shards = workdir.source(x, dataset), x.graph.vector_shards(dataset)
-  cache = os.path.abspath(os.path.expanduser(x.config.cache_dir or x.path('cache')))
+  cache = workdir.cache_folder(x)
   files.remove_unfinished(cache)
   total = sum(len(source.offsets(product.subject[1])) for product in todo)
   unusable: list[str] = []

@@ -8,13 +8,14 @@ which have no key of the pool; the other lists hold the pool's rows only. remove
 pool rows that are not in the split.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 import os
 from typing import Any
 
 from absl import logging
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
@@ -31,7 +32,10 @@ from clip_jax.pruning import key_lists, splits
 ROWS_AT_ONCE = 1 << 20  # rows of keys.parquet and keys.csv held in memory
 # Why a pool row is not in a split.
 RULE, DUPLICATE, IN_ANCHOR, UNUSABLE = 'rule', 'duplicate', 'in the anchor', 'unusable'
+REASONS = (RULE, DUPLICATE, IN_ANCHOR, UNUSABLE)
+_MAY_BREAK = r'[\x00-\x1f\x7f-\x{a0}\x{2028}\x{2029}]'  # may end a line; str.splitlines decides
 CHECKED_ROWS = 100  # rows of a shard whose keys are checked before the split is known
+Tables = Callable[[], Iterable[pa.Table]]  # yields the rows of a list, a few at a time
 BYTES_BESIDE_IMAGE = 6000  # estimate for a sample in a tar: captions, json, headers
 
 
@@ -52,11 +56,9 @@ def listed_rows(x: Experiment, split: str) -> tuple[Array, dict]:
 
 def find_listed(x: Experiment, split: str) -> key_lists.ListedRows:
   """Returns the pool rows that a split's key file names; InputError if there is none."""
-  path = copies.of(x.config.splits[split].file)
+  path = _list_path(x, split)
   column = x.config.prune.export_key or 'key'
-  listed = key_lists.find_rows(
-    key_lists.read(path, x.config.prune.export_key), pool_keys(x, column)
-  )
+  listed = _find_rows(x, key_lists.read(path, x.config.prune.export_key), column)
   if not len(listed.rows):
     raise InputError(
       f'None of the {listed.report["listed"]:,} keys in {path} is in the column {column!r} of the '
@@ -64,6 +66,11 @@ def find_listed(x: Experiment, split: str) -> key_lists.ListedRows:
       'config.prune.export_key.'
     )
   return listed
+
+
+def _find_rows(x: Experiment, listed: Iterator, column: str) -> key_lists.ListedRows:
+  """Returns the pool rows whose values of a column are listed; a long list needs the cache."""
+  return key_lists.find_rows(listed, pool_keys(x, column), workdir.cache_folder(x))
 
 
 def not_in_pool(x: Experiment, split: str, listed: key_lists.ListedRows) -> str:
@@ -93,7 +100,20 @@ def check_keys(x: Experiment) -> None:
       _check_kinds(x, kinds, column, shard, start, keys)
   for name in splits_:
     if 'file' in blocks.rule_of(x.config, name).keys:
-      find_listed(x, name)
+      _check_listed(x, name)
+
+
+def _check_listed(x: Experiment, split: str) -> None:
+  """Raises InputError if a split's key file names no row; of a long list, one known key will do."""
+  listed = key_lists.read(_list_path(x, split), x.config.prune.export_key)
+  first, more = next(listed), next(listed, None)
+  column = x.config.prune.export_key or 'key'
+  if more is None or not key_lists.names_any(first, pool_keys(x, column)):
+    find_listed(x, split)
+
+
+def _list_path(x: Experiment, split: str) -> str:
+  return copies.of(x.config.splits[split].file)
 
 
 def _check_kinds(
@@ -158,23 +178,26 @@ _CONVERTERS = {'datacomp': key_lists.keys_to_uids, 'clip_ood': key_lists.keys_to
 
 
 def _datacomp_uids(x: Experiment, path: str, rows: Mapping[str, Array]) -> dict:
-  return _write_key_array(x, path, rows[POOL], key_lists.keys_to_uids, key_lists.sorted_uids)
+  return _write_key_array(x, path, rows[POOL], key_lists.keys_to_uids, key_lists.sort_uids)
 
 
 def _clip_ood_keys(x: Experiment, path: str, rows: Mapping[str, Array]) -> dict:
-  return _write_key_array(x, path, rows[POOL], key_lists.keys_to_int64, np.sort)
+  return _write_key_array(x, path, rows[POOL], key_lists.keys_to_int64, np.ndarray.sort)
 
 
-def _write_key_array(x: Experiment, path: str, pool: Array, convert, order) -> dict:
-  """Writes the keys of pool rows, converted by `convert` and sorted by `order`, as an array."""
+def _write_key_array(x: Experiment, path: str, pool: Array, convert, sort) -> dict:
+  """Writes the keys of pool rows, converted by `convert` and sorted by `sort`, as an array."""
   column = x.config.prune.export_key or 'key'
-  parts = [convert([])]
+  keys, end = np.zeros(len(pool), convert([]).dtype), 0
   for shard, start, size, own in workdir.rows_by_shard(x, POOL, pool):
-    keys = _column(x, POOL, shard, column, size)
-    parts.append(convert(keys.take(own), start + own))
+    part = convert(_column(x, POOL, shard, column, size).take(own), start + own)
+    keys[end : end + len(part)] = part
+    end += len(part)
+  sort(keys)
   with files.atomic(x.path(path)) as temporary:
     with temporary.open('wb') as f:
-      np.save(f, order(np.concatenate(parts)), allow_pickle=False)
+      np.save(f, keys, allow_pickle=False)
+    del keys
     return {'keys': len(pool), **_verify_list(x, path, temporary, column, pool)}
 
 
@@ -182,7 +205,7 @@ def _verify_list(x: Experiment, path: str, temporary, column: str, rows: Array) 
   """Verifies a list by reading it back; returns the number of keys that name several rows."""
   if not len(rows):
     return {'several_rows': 0}
-  listed = key_lists.find_rows(key_lists.read(temporary), pool_keys(x, column))
+  listed = _find_rows(x, key_lists.read(temporary), column)
   several = listed.report['several_rows']
   if listed.report['not_in_pool'] or not several and not np.array_equal(listed.rows, rows):
     raise InputError(
@@ -198,6 +221,9 @@ def _verify_list(x: Experiment, path: str, temporary, column: str, rows: Array) 
   return {'several_rows': several}
 
 
+_REMOVED_SCHEMA = pa.schema(
+  [('key', pa.string()), ('row', pa.int64()), ('file', pa.string()), ('reason', pa.string())]
+)
 _KEY_SCHEMA = pa.schema(
   [
     ('dataset', pa.string()),
@@ -221,19 +247,19 @@ def _keys(x: Experiment, path: str, rows: Mapping[str, Array]) -> dict:
   column = x.config.prune.export_key or 'key'
   return {
     'keys': sum(map(len, rows.values())),
-    **_write_form(x, path, _KEY_SCHEMA, _key_tables(x, rows), column, rows[POOL]),
+    **_write_form(x, path, _KEY_SCHEMA, lambda: _key_tables(x, rows), column, rows[POOL]),
   }
 
 
 def _write_form(
-  x: Experiment, path: str, schema: pa.Schema, tables: Iterable[pa.Table], column: str, pool: Array
+  x: Experiment, path: str, schema: pa.Schema, tables: Tables, column: str, pool: Array
 ) -> dict:
   """Writes tables in the form of the path's ending; reads back that they name the pool's rows.
 
   Returns the number of keys that name several rows.
   """
   with files.atomic(x.path(path)) as temporary:
-    _FORMS[os.path.splitext(path)[1]](os.fspath(temporary), schema, _joined(tables))
+    _FORMS[os.path.splitext(path)[1]](os.fspath(temporary), schema, tables)
     return _verify_list(x, path, temporary, column, pool)
 
 
@@ -291,59 +317,80 @@ def _removed(x: Experiment, path: str, rows: Mapping[str, Array]) -> dict:
   .parquet and .csv: key, row, file, reason; .txt and .npy: the keys.
   """
   pool, column = workdir.embeddings(x, POOL), x.config.prune.export_key or 'key'
-  reasons = np.full(len(pool), RULE, '<U32')
+  reasons = np.full(len(pool), REASONS.index(RULE), np.int8)
   if x.config.dedup.enabled:
-    reasons[~files.read_npy(workdir.keep_path(x))] = DUPLICATE
-  reasons[workdir.in_anchor(x)] = IN_ANCHOR
-  reasons[~pool.usable] = UNUSABLE
+    reasons[~files.read_npy(workdir.keep_path(x))] = REASONS.index(DUPLICATE)
+  reasons[workdir.in_anchor(x)] = REASONS.index(IN_ANCHOR)
+  reasons[~pool.usable] = REASONS.index(UNUSABLE)
   removed = np.ones(len(pool), bool)
   removed[rows[POOL]] = False
   gone = np.flatnonzero(removed)
-  samples = workdir.sample_table(x, POOL, gone, (column,))
-  keys = samples[column].cast(pa.string()) if column in samples.column_names else None
-  if keys is None or keys.null_count:
-    raise InputError(
-      f'Not every row of the pool has {column!r}. Name another column in config.prune.export_key.'
-    )
-  table_ = pa.table(
-    {'key': keys, 'row': gone, 'file': samples['file'], 'reason': pa.array(reasons[gone])}
-  )
-  return {
-    'keys': len(gone),
-    **_write_form(x, path, table_.schema, [table_], column, gone),
-  }
+  tables = lambda: _removed_tables(x, column, gone, reasons)
+  return {'keys': len(gone), **_write_form(x, path, _REMOVED_SCHEMA, tables, column, gone)}
 
 
-def _write_parquet(path: str, schema: pa.Schema, tables: Iterable[pa.Table]) -> None:
+def _removed_tables(x: Experiment, column: str, gone: Array, reasons: Array) -> Iterator[pa.Table]:
+  for start in range(0, len(gone), ROWS_AT_ONCE):
+    rows = gone[start : start + ROWS_AT_ONCE]
+    samples = workdir.sample_table(x, POOL, rows, (column,))
+    keys = samples[column].cast(pa.string()) if column in samples.column_names else None
+    if keys is None or keys.null_count:
+      raise InputError(
+        f'Not every row of the pool has {column!r}. Name another column in config.prune.export_key.'
+      )
+    reason = pa.array(REASONS).take(pa.array(reasons[rows]))
+    yield pa.table([keys, rows, samples['file'], reason], schema=_REMOVED_SCHEMA)
+
+
+def _write_parquet(path: str, schema: pa.Schema, tables: Tables) -> None:
   with pq.ParquetWriter(path, schema, compression='zstd') as writer:
-    for part in tables:
+    for part in _joined(tables()):
       writer.write_table(part)
 
 
-def _write_csv(path: str, schema: pa.Schema, tables: Iterable[pa.Table]) -> None:
+def _write_csv(path: str, schema: pa.Schema, tables: Tables) -> None:
   with pyarrow.csv.CSVWriter(path, schema) as writer:
-    for part in tables:
+    for part in _joined(tables()):
       writer.write_table(part)
 
 
-def _write_lines(path: str, schema: pa.Schema, tables: Iterable[pa.Table]) -> None:
+def _write_lines(path: str, schema: pa.Schema, tables: Tables) -> None:
   del schema
-  with open(path, 'w', encoding='utf-8', newline='\n') as f:
-    for part in tables:
-      keys = part['key'].to_pylist()
-      if broken := [key for key in keys if key.splitlines() != [key] or key.strip() != key]:
-        raise InputError(
-          f'The key {broken[0]!r} does not fit in a line of text. Export the list as parquet: '
-          'keys or removed_keys.'
-        )
-      f.writelines(f'{key}\n' for key in keys)
-
-
-def _write_npy(path: str, schema: pa.Schema, tables: Iterable[pa.Table]) -> None:
-  del schema
-  parts = [np.array(part['key'].to_pylist(), np.str_) for part in tables]
   with open(path, 'wb') as f:
-    np.save(f, np.concatenate([np.zeros(0, '<U1'), *parts]), allow_pickle=False)
+    for part in _joined(tables()):
+      keys = part['key'].cast(pa.large_string()).combine_chunks()
+      odd = pc.or_(pc.match_substring_regex(keys, _MAY_BREAK), pc.equal(keys, ''))
+      odd = pc.or_(odd, pc.not_equal(pc.utf8_trim_whitespace(keys), keys))
+      for key in keys.filter(odd).to_pylist():
+        if key.splitlines() != [key] or key.strip() != key:
+          raise InputError(
+            f'The key {key!r} does not fit in a line of text. Export the list as parquet: keys or '
+            'removed_keys.'
+          )
+      nothing, end = (pa.scalar(text, pa.large_string()) for text in ('', '\n'))
+      lines = pc.binary_join_element_wise(keys, nothing, end)  # the last argument separates them
+      f.write(b''.join(_text_bytes(chunk) for chunk in getattr(lines, 'chunks', [lines])))
+
+
+def _text_bytes(texts) -> memoryview:
+  """Returns the joined texts of a large_string array."""
+  _, ends, data = texts.buffers()
+  first, last = np.frombuffer(ends, np.int64, len(texts) + 1, 8 * texts.offset)[[0, -1]].tolist()
+  return memoryview(data or b'')[first:last]
+
+
+def _write_npy(path: str, schema: pa.Schema, tables: Tables) -> None:
+  del schema
+  rows, width = 0, 1
+  for part in tables():
+    rows += len(part)
+    width = max(width, pc.max(pc.utf8_length(part['key'])).as_py() or 0)
+  with open(path, 'wb') as f:
+    np.lib.format.write_array_header_1_0(
+      f, {'descr': f'<U{width}', 'fortran_order': False, 'shape': (rows,)}
+    )
+    for part in tables():
+      f.write(np.array(part['key'].to_pylist(), f'<U{width}').tobytes())
 
 
 _FORMS = {

@@ -467,6 +467,7 @@ def _on_cluster(x: Experiment, config: Config, stages: list[str] | None, names: 
 
     def watch(workers: int, replaced: int) -> int:
       nonlocal done
+      files.refresh(x.workdir, rarely=True)
       before, done = done, count()
       bar.note = f'{progress.count_with_noun(workers, "worker")}, {replaced} replaced'
       bar.update(done - before)
@@ -474,7 +475,7 @@ def _on_cluster(x: Experiment, config: Config, stages: list[str] | None, names: 
 
     on_ray.run(
       _take_shards,
-      (config, x.workdir, stages, sys.orig_argv),
+      (config, mirror.place_of(x.workdir)[0], stages, sys.orig_argv),
       workdir=x.workdir,
       address=config.engine.address,
       cpus=config.engine.cpus,

@@ -1,6 +1,7 @@
 """Prints the plan of each stage (--dry_run) and the graph of products (--graph); writes nothing.
 
-The plan lists rows, bytes, FLOPs, time and the state of the products. FLOPs count multiplications
+The plan lists, for each stage, rows, bytes read (plan_bytes.py) and on disk, FLOPs, memory of a
+device, time and the state of the products. FLOPs count multiplications
 and additions of matrix products, which are nearly all of the arithmetic; a training step counts as
 three forward passes. The time on this machine is estimated in plan_time.py from rates measured now
 (plan_rates.py), reading and compilation included. The hours on an accelerator are FLOPs over a
@@ -23,10 +24,10 @@ from clip_jax.experiment.blocks import ANCHOR, POOL
 from clip_jax.experiment.experiment import Experiment
 from clip_jax.models import fitted_embedders, flops, sscd
 from clip_jax.pruning import rules
-from clip_jax.stages import lint, models, plan_absent, plan_devices, plan_time, table
-from clip_jax.stages.plan_time import Rows
+from clip_jax.stages import lint, models, plan_absent, plan_bytes, plan_devices, plan_time, table
+from clip_jax.stages.plan_time import Rows, known_sum
 
-ITERATIONS = 20  # assumed iterations of k-means
+MANY_HOURS = 100  # from here on without minutes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +79,7 @@ def show(x: Experiment, names: list[str], redo: str = '', redo_names: Sequence[s
     logging.info('Files not found, which a run needs; "?" stands for what they would tell:')
     for each in missing:
       logging.info('  %s: %s (%s)', each.name, ' or '.join(each.paths), each.instead)
-  hours = _table(x, names, rows, rates, plan_absent.unjudged(x, missing))
+  totals = _table(x, names, rows, rates, plan_absent.unjudged(x, missing))
   if redo:
     finished = [name for name in products.sidecars(x.workdir) if name in set(redo_names)]
     logging.info(
@@ -92,13 +93,15 @@ def show(x: Experiment, names: list[str], redo: str = '', redo_names: Sequence[s
     logging.info('Disk: %s free.', _bytes(free))
   logging.info(
     'Time here: for all products, on this machine as busy as it is now. It includes reading and '
-    'decoding (%s), arithmetic (%.0f GFLOP/s, %.0f in training), Python, compilation, checkpoints.',
+    'decoding (%s%s), arithmetic (%.0f GFLOP/s, %.0f in training), Python, compilation, '
+    'checkpoints.',
     ', '.join(f'{1 / each:,.0f} images of {size} px a second' for size, each in rates.read.items())
     or 'no image to measure it yet',
+    '' if rates.made is None else ': JPEGs made for this, as no image of the pool is here',
     rates.matmul / 1e9,
     rates.training / 1e9,
   )
-  for line in _notes(x, names, rows, hours):
+  for line in _notes(x, names, rows, totals):
     logging.info('%s', line)
   if 'train' in names:
     for line in plan_power.lines(x, rows):
@@ -113,62 +116,77 @@ def _table(
   rows: Rows,
   rates: plan_time.Rates,
   unjudged: set[str],  # products whose files are not there
-) -> dict[str, float]:
+) -> dict[str, tuple[float, float]]:
   """Prints a line for each stage and embedder, and the total.
 
-  Returns stage -> hours on the first accelerator; unknown ones count as 0.
+  Returns stage -> hours on the first accelerator and seconds here; unknown ones count as 0.
   """
   lines = [
     (f'{name} {view.embedder}'.strip(), name, view) for name in names for view in views(x, name)
   ]
   width = max(9, *(len(title) for title, _, _ in lines))
-  show_line = lambda title, count, disk, flops_, here, devices, states: logging.info(
-    '%-*s %15s %8s %8s %14s %s  %s',
+  show_line = lambda title, count, cells, here, devices, states: logging.info(
+    '%-*s %15s %s %12s %s  %s',
     width,
     title,
     count,
-    disk,
-    flops_,
+    ' '.join(f'{text:>7}' for text in cells),
     here,
-    ' '.join(f'{text:>8}' for text in devices),
+    ' '.join(f'{text:>7}' for text in devices),
     states,
   )
   devices = plan_devices.ACCELERATORS
   show_line(
-    'stage', 'rows', 'disk', 'FLOPs', 'time here', [f'{name} h' for name in devices], 'products'
+    'stage',
+    'rows',
+    ['read', 'disk', 'FLOPs', 'memory'],
+    'time here',
+    [f'{name} h' for name in devices],
+    'products',
   )
   totals: list[list[float | None]] = []
-  of_stages = dict.fromkeys(names, 0.0)
+  of_stages, largest = dict.fromkeys(names, (0.0, 0.0)), 0.0
   for title, name, view in lines:
     plan = stage_plan(view, name, rows)
     of_embedder = _embedded(view, rows)
-    here = plan_time.seconds(view, name, of_embedder, rates, flops_=plan.flops, dim=_dim(view))
+    dim = _dim(view)
+    here = plan_time.seconds(view, name, of_embedder, rates, flops_=plan.flops, dim=dim)
+    read = plan_bytes.read(view, name, of_embedder, rates, dim)
+    need = plan_bytes.memory(view, name, of_embedder, dim)
+    memory = None if need is None else need.on(1)
     dtype = _dtype(view, name)
     hours = [plan_devices.hours(device, name, dtype, plan.flops) for device in devices]
-    totals.append([plan.bytes, plan.flops, here, *hours])
-    of_stages[name] += hours[0] or 0.0
+    totals.append([read, plan.bytes, plan.flops, here, *hours])
+    before, largest = of_stages[name], max(largest, memory or 0.0)
+    of_stages[name] = before[0] + (hours[0] or 0.0), before[1] + (here or 0.0)
     show_line(
       title,
       _count_text(plan.rows),
-      _bytes(plan.bytes),
-      _power_text(plan.flops),
+      [_bytes(read), _bytes(plan.bytes), _power_text(plan.flops), _bytes(memory)],
       _seconds(here),
       map(_hours, hours),
       _products(view, name, unjudged),
     )
-  disk, flops_, here, *hours = [
+  read, disk, flops_, here, *hours = [
     None if None in column else sum(column) for column in zip(*totals, strict=True)
   ]
-  show_line('total', '', _bytes(disk), _power_text(flops_), _seconds(here), map(_hours, hours), '')
+  cells = [_bytes(read), _bytes(disk), _power_text(flops_), _bytes(largest)]
+  show_line('total', '', cells, _seconds(here), map(_hours, hours), '')
   return of_stages
 
 
 def _notes(
-  x: Experiment, names: list[str], rows: Rows, hours: Mapping[str, float]
+  x: Experiment, names: list[str], rows: Rows, totals: Mapping[str, tuple[float, float]]
 ) -> Iterator[str]:
   """Yields how the hours on accelerators are computed, and how rows count in the table."""
+  hours = {name: of[0] for name, of in totals.items()}
   used = [name for name in names if hours[name]]
   if used:
+    yield (
+      'Read: of the inputs, of absent files as of LAION-400M (25 kB a sample). Memory: of one '
+      'accelerator that does all of the stage, by arithmetic, without work space.'
+    )
+    yield from _training_memory(x, names)
     yield (
       'Accelerators: hours of one device for the FLOPs alone, without reading, decoding, '
       'compilation, at these shares of its peak:'
@@ -176,12 +194,9 @@ def _notes(
     for line in plan_devices.assumptions({name: _dtype(x, name) for name in used}):
       yield f'  {line}'
   if len(used) > 1:
-    largest = max(used, key=lambda name: hours[name])
-    share, device = (
-      100 * hours[largest] / sum(hours.values()),
-      next(iter(plan_devices.ACCELERATORS)),
-    )
-    yield f'Most of the {device} hours: {largest}, {share:.1f} %.'
+    device = next(iter(plan_devices.ACCELERATORS))
+    here = {name: of[1] for name, of in totals.items()}
+    yield f'Most of the {device} hours: {_most(hours)}; of the time here: {_most(here)}.'
     days = sum(hours.values()) / 24
     if days > 1:
       several = ', '.join(f'{days / count:.3g} days on {count}' for count in (8, 64))
@@ -202,6 +217,29 @@ def _notes(
       f'search. The {kept:,} rows that de-duplication should keep take '
       f'{_power_text(of_kept)} FLOPs.'
     )
+
+
+def _most(of_stages: Mapping[str, float]) -> str:
+  """Returns the stage with the most, and its share, for example 'train, 99.8 %'."""
+  largest = max(of_stages, key=lambda name: of_stages[name])
+  return f'{largest}, {100 * of_stages[largest] / sum(of_stages.values()):.1f} %'
+
+
+def _training_memory(x: Experiment, names: Sequence[str]) -> Iterator[str]:
+  """Yields how many devices of each kind hold a training step."""
+  if 'train' not in names or not blocks.runs_to_train(x.config):
+    return
+  need = plan_bytes.training_memory(x)
+  counts = (
+    (plan_bytes.devices_needed(need, plan_devices.USABLE * size), name)
+    for name, size in plan_devices.MEMORY.items()
+  )
+  fits = ', '.join(f'{count} {name}' for count, name in counts if count)
+  yield (
+    f'Memory of a training step: {_bytes(need.each)} on each device (less with mesh.fsdp), and '
+    f'{_bytes(need.shared)} of the batch, which the devices share (less with train.microbatches or '
+    f'train.remat). It fits in {round(100 * plan_devices.USABLE)} % of {fits or "no device here"}.'
+  )
 
 
 def _dtype(x: Experiment, stage: str) -> str:
@@ -253,15 +291,9 @@ def _vector_rows(x: Experiment, dataset: str) -> int | None:
   return sum(head.rows for head in heads) if heads else None
 
 
-def _known_sum(rows: Rows, names) -> int | None:
-  counts = [rows[name] for name in names if name in rows]
-  known = [count for count in counts if count is not None]
-  return sum(known) if len(known) == len(counts) else None
-
-
 def _ingest(x: Experiment, rows: Rows) -> StagePlan:
   del x
-  n = _known_sum(rows, rows)
+  n = known_sum(rows, rows)
   return StagePlan(n, None if n is None else 200 * n, 0.0)
 
 
@@ -300,7 +332,7 @@ def _embedder(x: Experiment, rows: Rows) -> StagePlan:
 
 
 def _embed(x: Experiment, rows: Rows) -> StagePlan:
-  n = _known_sum(rows, rows)
+  n = known_sum(rows, rows)
   if n is None:
     return UNKNOWN
   dim, block = _dim(x), x.embedder_block
@@ -314,7 +346,9 @@ def _embed(x: Experiment, rows: Rows) -> StagePlan:
   captions = 0.0
   if blocks.needs_image_text(x.config) and not x.embedder:
     captions = (rows[POOL] or 0) * flops.text_flops(models.embedder_architecture(x))
-  return StagePlan(n, n * (2 * dim + 1), images * each + captions + 3.0 * (n - images) * dim)
+  return StagePlan(
+    n, plan_bytes.stored(n, dim), images * each + captions + 3.0 * (n - images) * dim
+  )
 
 
 def _dedup(x: Experiment, rows: Rows) -> StagePlan:
@@ -323,19 +357,21 @@ def _dedup(x: Experiment, rows: Rows) -> StagePlan:
     return StagePlan(0, 0, 0.0)
   if n is None:
     return UNKNOWN
-  clusters = d.clusters or min(-(-n // 8000), 50_000)
+  clusters = plan_time.dedup_clusters(x, rows) or 1
   fitted = min(d.sample_rows or n, n)
   pairs = n * (n / clusters / 2 + min(d.audit_rows, n))
   return StagePlan(
     n,
     9 * n,
-    2.0 * _dim(x.with_embedder(d.embedder)) * ((ITERATIONS * fitted + n) * clusters + pairs),
+    2.0
+    * _dim(x.with_embedder(d.embedder))
+    * ((plan_time.ITERATIONS * fitted + n) * clusters + pairs),
   )
 
 
 def _search(x: Experiment, rows: Rows) -> StagePlan:
   n, targets = rows[POOL], (*x.config.benchmarks, *x.config.references)
-  queries = _known_sum(rows, targets)
+  queries = known_sum(rows, targets)
   if n is None or queries is None:
     return StagePlan(n, None, None)
   # Ranges of queries have columns of their own, and no lists.
@@ -346,9 +382,10 @@ def _search(x: Experiment, rows: Rows) -> StagePlan:
     for low, high in [blocks.query_range(name)]
   }
   again = sum(share * (rows[blocks.benchmark_of(name)] or 0) for name, share in spans.items())
+  columns = plan_bytes.COLUMN_BYTES * n * (len(targets) + len(spans))
   return StagePlan(
     n,
-    12 * n * (len(targets) + len(spans)) + 24 * queries * x.config.search.top_k,
+    columns + 24 * queries * x.config.search.top_k,
     2.0 * (n + (rows.get(ANCHOR) or 0)) * (queries + again) * _dim(x),
   )
 
@@ -356,11 +393,8 @@ def _search(x: Experiment, rows: Rows) -> StagePlan:
 def _prune(x: Experiment, rows: Rows) -> StagePlan:
   if not x.config.splits:
     return StagePlan(0, 0, 0.0)
-  n = _known_sum(rows, (POOL, ANCHOR))
-  clusters = {(split.clusters, split.seed) for split in x.config.splits.values() if split.clusters}
-  has_domains = blocks.domain_source(x.config)[0] == 'clusters'
-  if has_domains:
-    clusters.add((x.config.prune.domain_clusters, POOL))
+  n = known_sum(rows, (POOL, ANCHOR))
+  clusters = plan_time.cluster_sets(x)
   if n is None:
     return StagePlan(None, None, None if clusters else 0.0)
   assigned = sum(
@@ -370,7 +404,7 @@ def _prune(x: Experiment, rows: Rows) -> StagePlan:
     len(blocks.row_file_seeds(x.config, split)) * (plan_time.split_rows(x, split, rows) or 0)
     for split in x.config.splits
   )
-  written = 8 * listed + 4 * n * has_domains
+  written = 8 * listed + 4 * n * (blocks.domain_source(x.config)[0] == 'clusters')
   return StagePlan(n, written, 2.0 * _dim(x) * assigned if clusters else 0.0)
 
 
@@ -390,11 +424,11 @@ def _train(x: Experiment, rows: Rows) -> StagePlan:
 
 
 def _evaluate(x: Experiment, rows: Rows) -> StagePlan:
-  queries, runs = _known_sum(rows, x.config.benchmarks), len(blocks.runs_to_train(x.config))
+  queries, runs = known_sum(rows, x.config.benchmarks), len(blocks.runs_to_train(x.config))
   if queries is None:
     return UNKNOWN
   each = flops.forward_flops(models.architecture(x.config)) if runs else 0.0
-  return StagePlan(runs * queries, 29 * runs * queries, runs * queries * each)
+  return StagePlan(runs * queries, plan_bytes.RESULT_BYTES * runs * queries, runs * queries * each)
 
 
 def _report(x: Experiment, rows: Rows) -> StagePlan:
@@ -476,7 +510,7 @@ def _count_text(n: int | None) -> str:
   return 'after ingest' if n is None else f'{n:,}'
 
 
-def _bytes(n: int | None) -> str:
+def _bytes(n: float | None) -> str:
   return '?' if n is None else _si_text(n) + 'B'
 
 
@@ -507,4 +541,6 @@ def _hours(value: float | None) -> str:
 
 
 def _seconds(value: float | None) -> str:
+  if value is not None and value > MANY_HOURS * 3600:
+    return f'{value / 3600:,.0f} h'
   return '?' if value is None else progress.seconds(value)

@@ -19,16 +19,17 @@ class Share(NamedTuple):
   source: str
 
 
-# Name -> JAX's name of the device, and its peaks of TF32 and float32 as parts of that of bfloat16.
+# Name -> JAX's name of the device, its peaks of TF32 and float32 as parts of that of bfloat16, and
+# its memory in bytes (the same sheets; cloud.google.com/tpu/docs; A100: the larger form).
 # NVIDIA's data sheets: float32 67 TFLOP/s on H200 and H100, 19.5 on A100. A TPU multiplies bfloat16
 # only: JAX takes one pass for float32 by default, which stands in the place of TF32, and six passes
 # at the precision HIGHEST, which the search asks for.
 _DEVICES = {
-  'H200': ('NVIDIA H200', 1 / 2, 67 / 989.5),
-  'H100': ('NVIDIA H100', 1 / 2, 67 / 989.5),
-  'A100': ('NVIDIA A100', 1 / 2, 19.5 / 312),
-  'v5e': ('TPU v5e', 1.0, 1 / 6),
-  'v5p': ('TPU v5', 1.0, 1 / 6),
+  'H200': ('NVIDIA H200', 1 / 2, 67 / 989.5, 141e9),
+  'H100': ('NVIDIA H100', 1 / 2, 67 / 989.5, 80e9),
+  'A100': ('NVIDIA A100', 1 / 2, 19.5 / 312, 80e9),
+  'v5e': ('TPU v5e', 1.0, 1 / 6, 16e9),
+  'v5p': ('TPU v5', 1.0, 1 / 6, 95e9),
 }
 
 
@@ -38,7 +39,9 @@ def _peaks(kind: str, tf32: float, float32: float) -> dict[str, float]:
   return {BFLOAT16: peak, TF32: tf32 * peak, FLOAT32: float32 * peak}
 
 
-ACCELERATORS = {name: _peaks(*device) for name, device in _DEVICES.items()}  # FLOP/s
+ACCELERATORS = {name: _peaks(*of[:3]) for name, of in _DEVICES.items()}  # FLOP/s
+MEMORY = {name: of[3] for name, of in _DEVICES.items()}
+USABLE = 0.75  # of a GPU's memory: what JAX reserves of it by default
 # open_clip's README: ViT-B/32, 32 epochs of LAION-400M in 4,600 hours of A100, which is 1.3e10
 # samples x 4.4e10 FLOPs / (4,600 h x 312 TFLOP/s) = 11 %. ViT-B/16+ 240 in 13,620 hours: 16 %.
 TRAINING = Share(0.11, 'that of open_clip, ViT-B/32 on A100, as published')
@@ -84,4 +87,4 @@ def assumptions(stages: Mapping[str, str]) -> Iterator[str]:  # stage -> dtype
     f'{name} {"/".join(f"{peak / 1e12:.3g}" for peak in of.values())}'
     for name, of in ACCELERATORS.items()
   )
-  yield f'peaks in TFLOP/s, {BFLOAT16}/{TF32}/{FLOAT32}: {", ".join(peaks)}'
+  yield (f'peaks of the data sheets in TFLOP/s, {BFLOAT16}/{TF32}/{FLOAT32}: {", ".join(peaks)}')

@@ -6,7 +6,7 @@ Python 3.11, jax 0.10.2, 29 November 2026 (LOG.md). "Python seconds" are scaled 
 fixed loop, compilations by that of a small program.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 import dataclasses
 
 from clip_jax.experiment import blocks
@@ -34,6 +34,7 @@ START = 1.0  # Python seconds to import JAX or SciPy, and the like, in a stage t
 TRAIN_PROGRAMS, TRAIN_LAYER = 22.0, 1.7  # initial parameters and training step
 ENCODE_PROGRAMS, ENCODE_LAYER = 6.5, 0.2  # both towers, forward pass only
 
+ITERATIONS = 20  # assumed iterations of k-means
 SEARCH_SHARE = 0.9  # of the matmul rate
 PAIR = 160  # FLOPs that the lists of nearest rows cost for a row and a query
 SPLIT = 0.2  # Python seconds to make and preview one split
@@ -54,12 +55,14 @@ class Rates:
   update: float  # of one parameter, by AdamW
   compile: float  # of that block's compilation
   python: float  # of a fixed loop in Python
-  # Image size -> to read, decode and resize one image. Empty before the demo's images are drawn,
-  # and if none are local.
+  # Image size -> to read, decode and resize one image. Empty before the demo's images are drawn.
   read: Mapping[int, float]
   image_bytes: float | None  # mean size of a decoded image; None: no image was read
   features: Mapping[str, float]  # fitted embedder ('': the main one) -> for one image
   ingest: Mapping[str, float]  # dataset -> to index it; without those that are unknown
+  # To index one image that was made for this; None: images of the pool were read. Then `read` and
+  # `image_bytes` are of made images, too.
+  made: float | None
   rows: Mapping[str, int]  # dataset -> estimated rows; without those that are unknown
 
 
@@ -106,9 +109,15 @@ def _ingest(x: Experiment, rows: Rows, rates: Rates) -> float | None:
       continue
     n, formats = rows[name], {block.format for block in blocks.source_blocks(x.config, name)}
     each = {blocks.GLYPHS: DRAWN, blocks.PLANTED: DRAWN, blocks.VECTORS: VECTOR_ROW}
-    if n is None or len(formats) > 1 or not formats <= each.keys():
+    if n is None or len(formats) > 1:
       return None
-    total += n * each[formats.pop()] * _python(rates)
+    (form,) = formats
+    if form in each:
+      total += n * each[form] * _python(rates)
+    elif rates.made is not None:
+      total += n * rates.made
+    else:
+      return None
   return total
 
 
@@ -121,7 +130,7 @@ def _embedder(x: Experiment, rows: Rows, rates: Rates) -> float | None:
   if block.source not in fitted_embedders.EMBEDDERS:
     return START * _python(rates)
   read = _read(x, rates, block.image_size)
-  base = _sum(rows, blocks.base_datasets(x.config))
+  base = known_sum(rows, blocks.base_datasets(x.config))
   if read is None:
     return None
   n = block.fit_images if base is None else min(block.fit_images, base)
@@ -136,7 +145,7 @@ def _embedder(x: Experiment, rows: Rows, rates: Rates) -> float | None:
 
 
 def _embed(x: Experiment, rows: Rows, rates: Rates, dim: int) -> float | None:
-  n, block = _sum(rows, rows), x.embedder_block
+  n, block = known_sum(rows, rows), x.embedder_block
   if n is None:
     return None
   images = sum(rows[name] or 0 for name in rows if blocks.has_own_images(x.config, name))
@@ -177,6 +186,22 @@ def samples_seen(x: Experiment, rows: Rows) -> int | None:
   return total
 
 
+def dedup_clusters(x: Experiment, rows: Rows) -> int | None:
+  """Returns the clusters of de-duplication: of the config, or one for 8,000 rows."""
+  n = rows[POOL]
+  return x.config.dedup.clusters or (None if n is None else min(-(-n // 8000), 50_000))
+
+
+def cluster_sets(x: Experiment) -> set[tuple[int, int | str]]:
+  """Returns (clusters, seed) of each k-means of the stage prune: of splits, and of domains."""
+  found: set[tuple[int, int | str]] = {
+    (split.clusters, split.seed) for split in x.config.splits.values() if split.clusters
+  }
+  if blocks.domain_source(x.config)[0] == 'clusters':
+    found.add((x.config.prune.domain_clusters, POOL))
+  return found
+
+
 def candidates(x: Experiment, rows: Rows) -> int | None:
   """Returns the pool rows from which splits choose: those that de-duplication should keep."""
   n, d = rows[POOL], x.config.dedup
@@ -202,7 +227,8 @@ def split_rows(x: Experiment, split: str, rows: Rows) -> int | None:
 
 def _training(x: Experiment, rows: Rows, rates: Rates, runs: int, seen: int) -> float | None:
   """Returns the seconds to train `runs` models on `seen` samples each, in one process."""
-  t, architecture, base = x.config.train, models.architecture(x.config), _sum(rows, (POOL, ANCHOR))
+  t, architecture = x.config.train, models.architecture(x.config)
+  base = known_sum(rows, (POOL, ANCHOR))
   read = _read(x, rates, architecture.image_size)
   if read is None or base is None:
     return None
@@ -212,8 +238,6 @@ def _training(x: Experiment, rows: Rows, rates: Rates, runs: int, seen: int) -> 
     if models.reads_tokens(base, architecture.text)  # and uses few of them
     else 0
   )
-  in_memory = decoded_share(x, base, rates) * min(base, runs * seen)
-  decoded = in_memory + (1 - decoded_share(x, base, rates)) * runs * seen
   saves = (steps // t.save_every_steps if t.save_every_steps else 0) + 1
   each = (
     3.0 * flops.forward_flops(architecture) * seen / rates.training
@@ -222,7 +246,15 @@ def _training(x: Experiment, rows: Rows, rates: Rates, runs: int, seen: int) -> 
     + saves * 12.0 * parameters / DISK
   )
   programs = TRAIN_PROGRAMS + TRAIN_LAYER * _layers(architecture)
+  decoded = decoded_images(x, rows, rates, runs * seen)
   return programs * rates.compile + decoded * read + runs * each
+
+
+def decoded_images(x: Experiment, rows: Rows, rates: Rates, seen: int) -> float:
+  """Returns the images that training reads and decodes for `seen` samples: cached ones once."""
+  base = known_sum(rows, (POOL, ANCHOR)) or 0
+  cached = decoded_share(x, base, rates)
+  return cached * min(base, seen) + (1 - cached) * seen
 
 
 def decoded_share(x: Experiment, base: int, rates: Rates) -> float:
@@ -235,7 +267,7 @@ def decoded_share(x: Experiment, base: int, rates: Rates) -> float:
 
 
 def _evaluate(x: Experiment, rows: Rows, rates: Rates) -> float | None:
-  queries, runs = _sum(rows, x.config.benchmarks), len(blocks.runs_to_train(x.config))
+  queries, runs = known_sum(rows, x.config.benchmarks), len(blocks.runs_to_train(x.config))
   if not runs or not queries:
     return 0.0 if not runs else None
   architecture = models.architecture(x.config)
@@ -246,9 +278,20 @@ def _evaluate(x: Experiment, rows: Rows, rates: Rates) -> float | None:
   each = queries * flops.image_flops(architecture) / rates.training
   return (
     _encode_compilation(rates, _layers(architecture))
-    + queries * read
+    + evaluation_passes(x, rows) * queries * read
     + runs * (each + (MODEL + RESULT * results) * _python(rates))
   )
+
+
+def evaluation_passes(x: Experiment, rows: Rows) -> int:
+  """Returns how often the benchmarks' images are read: once if train.cache_mb holds them all.
+
+  Otherwise once for each run.
+  """
+  size = 3 * models.architecture(x.config).image_size ** 2
+  queries = known_sum(rows, x.config.benchmarks) or 0
+  fits = size * queries <= x.config.train.cache_mb * 1e6
+  return 1 if fits else len(blocks.runs_to_train(x.config))
 
 
 def _report(x: Experiment, rows: Rows, rates: Rates) -> float | None:
@@ -275,7 +318,7 @@ def _layers(architecture) -> int:
   return architecture.text.layers + (vision if isinstance(vision, int) else 3 * sum(vision))
 
 
-def _sum(rows: Rows, names) -> int | None:
+def known_sum(rows: Rows, names: Iterable[str]) -> int | None:
   """Returns the rows of the named datasets that are in `rows`; None: one is unknown."""
   counts = [rows[name] for name in names if name in rows]
   known = [count for count in counts if count is not None]

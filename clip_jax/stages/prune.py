@@ -186,8 +186,8 @@ class Base(PoolColumns):
     paths, draws = [f'{product.name}.json'], {}
     for seed in blocks.row_file_seeds(config, split):
       name = self.x.graph.rows(split, seed).name
-      rows = files.read_npy(workdir.rows_path(self.x, split, seed))
-      sizes = {dataset: len(own) for dataset, own in self._base.rows_by_dataset(rows).items()}
+      rows = files.read_npy(workdir.rows_path(self.x, split, seed), mmap=True)
+      sizes = self._base.sizes(rows)
       counts = products.counts(self.x.workdir, name)
       draws[os.path.basename(name)] = {
         'pool_rows': sizes[blocks.POOL],
@@ -268,9 +268,11 @@ class Base(PoolColumns):
       paths.append(f'{folder}/queries-{name}.npz')
       files.write_npz(self.x.path(paths[-1]), **arrays)
     duplicate = blocks.duplicate_similarity(self.x.config)
+    is_kept = self.columns.candidates.copy()
+    is_kept[removed] = False
     figures = splits.describe_aligned(
       self.columns,
-      np.setdiff1d(np.flatnonzero(self.columns.candidates), removed, assume_unique=True),
+      np.flatnonzero(is_kept),
       benchmarks=tuple(block.benchmarks),
       dropped_at=self._dropped_at(targets),
       removed_over=over,

@@ -26,14 +26,15 @@ from clip_jax.similarity import decide, kmeans, pairs
 from clip_jax.stages import check_keys, domains, prune_clusters
 
 ROWS_AT_ONCE = 65_536  # vectors read from the pool at once
+COLUMNS_HELD = 2  # of 4 bytes a row; with many benchmarks, all columns would fill the memory
 PAIRS_AT_ONCE = 1 << 24  # pairs that the rule k_aligned decides at once
 
 
 class Lazy(Mapping):
-  """A mapping that reads each value once, at its first use."""
+  """A mapping that reads each value at its first use, and holds the last few."""
 
   def __init__(self, names: Iterable[str], read: Callable[[str], Array]):
-    self._names, self._read = tuple(names), functools.cache(read)
+    self._names, self._read = tuple(names), functools.lru_cache(COLUMNS_HELD)(read)
 
   def __getitem__(self, name: str) -> Array:
     if name not in self._names:
@@ -83,11 +84,7 @@ class PoolColumns:
   @functools.cached_property
   def matched_columns(self) -> rules.Columns:
     """The columns plus those of the matched control; None for a column without any value."""
-    lengths = self.source.caption_lengths
-    width, height = (
-      np.nan_to_num(self.source.column(name).astype(np.float64)) for name in ('width', 'height')
-    )
-    pixels = (width * height).astype(np.int64)
+    lengths, pixels = self.source.caption_lengths, self._image_pixels()
     column = lambda which: workdir.search_column(self.x, ANCHOR_CLASSES, which)
     return dataclasses.replace(
       self.columns,
@@ -98,6 +95,19 @@ class PoolColumns:
       caption_names_class=self.caption_names_class if lengths.any() else None,
       domain=self.domain,
     )
+
+  def _image_pixels(self) -> Array:
+    """Returns the width times height of each pool row's image, [N] int32, or int64 if needed."""
+    parts, folder = [np.zeros(0, np.int32)], workdir.index_folder(self.x, POOL)
+    for shard in range(len(self.source.starts) - 1):
+      index = table.read_columns(folder, shard, ['width', 'height'])
+      width, height = (
+        np.nan_to_num(index[name].to_numpy().astype(np.float64)) for name in ('width', 'height')
+      )
+      pixels = (width * height).astype(np.int64)
+      is_small = pixels.max(initial=0) < 2**31
+      parts.append(pixels.astype(np.int32) if is_small else pixels)
+    return np.concatenate(parts)
 
   @functools.cached_property
   def domain(self):
@@ -146,7 +156,7 @@ class PoolColumns:
     """Returns a numeric column of the pool, [N] float64; NaN for rows without a value."""
     if column == blocks.IMAGE_TEXT:
       paths = (workdir.image_text_path(self.x, i) for i in range(len(self.pool.starts) - 1))
-      return np.concatenate([files.read_npy(path) for path in paths]).astype(np.float64)
+      return np.concatenate([files.read_npy(path) for path in paths], dtype=np.float64)
     values = self.source.column(column)
     if values.dtype.kind not in 'iufb':
       example = next((value for value in values if value is not None), None)
@@ -154,7 +164,7 @@ class PoolColumns:
         f'The column {column!r} of the pool holds {example!r}, which is no number. The rule '
         "'column' needs a column of numbers."
       )
-    return values.astype(np.float64)
+    return values.astype(np.float64, copy=False)
 
   def captions_with(self, words: tuple[str, ...]) -> Array:
     """Returns whether each pool row's caption has one of the words as whole words, [N] bool."""
