@@ -12,6 +12,7 @@ import pytest
 import web
 
 from clip_jax import defaults
+from clip_jax.core import objects
 from clip_jax.core.errors import InputError
 from clip_jax.data import filetree, folder, listing, reader, sources, storage, table
 from clip_jax.experiment import shards
@@ -234,8 +235,11 @@ def _remote(request, monkeypatch, tmp_path):
       server.start()
       stack.callback(server.stop)
       host, port = server.get_host_and_port()
-      options = {'endpoint_url': f'http://{host}:{port}', 'key': 'k', 'secret': 's'}
-      monkeypatch.setitem(fsspec.config.conf, 's3', options)
+      monkeypatch.setenv('AWS_ENDPOINT_URL', f'http://{host}:{port}')
+      for key in ('AWS_ACCESS_KEY_ID', 'AWS_SECRET_ACCESS_KEY'):
+        monkeypatch.setenv(key, 'key')
+      fsspec.get_filesystem_class('s3').clear_instance_cache()
+      objects._store.cache_clear()  # each server has another port
       storage._file_system.cache_clear()
       stack.callback(storage._file_system.cache_clear)
       system, url = fsspec.filesystem('s3'), 's3://folders'
