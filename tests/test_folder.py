@@ -181,7 +181,7 @@ def _pool(top):
   for i, name in enumerate(('n2/10.png', 'n2/9.PNG', 'n1/sub/1 a#.png', 'n1/.no/1.png', 'top.png')):
     _image(top / name, 10 * i)
   (top / 'n2' / '9.TXT').write_text('nine')
-  (top / 'n2' / '10.txt').write_text('ten' * 3000)  # more than the first bytes
+  (top / 'n2' / '10.txt').write_text('ten' * 9000)  # more than the first bytes
   (top / 'n2' / '10.json').write_text('{"domain": "web"}')
   (top / 'n1' / 'sub' / '1 a#.txt').write_text('one')
   (top / 'top.txt').write_text('top')

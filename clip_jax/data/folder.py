@@ -17,7 +17,7 @@ from clip_jax.data import filetree, storage, table
 IMAGES = ('jpg', 'jpeg', 'png', 'webp', 'gif', 'bmp', 'tif', 'tiff', 'ppm', 'avif')  # endings
 _BESIDE = ('txt', 'json', 'cls')
 _BATCH = 256  # remote samples whose first bytes are fetched together
-_HEAD = 1 << 12  # bytes: whole texts, and the header of most images
+_HEAD = 1 << 14  # bytes: whole texts, and the header of most images
 _MAPPINGS = ('folder_to_objectnet_label.json', 'objectnet_to_imagenet_1k.json')  # ObjectNet's
 
 
