@@ -224,25 +224,6 @@ def read_json(path) -> Any:
     raise InputError(f'{path} is not valid JSON ({error}). Restore it, or delete it.') from error
 
 
-def read_text(path: str, most: int, advice: str) -> str:
-  """Returns the UTF-8 text of a local file that a user named, at most `most` bytes.
-
-  Raises InputError if it cannot be read, is larger (then with the advice), or is no UTF-8.
-  """
-  try:
-    with open(path, 'rb') as f:
-      data = f.read(most + 1)
-    if len(data) > most:
-      raise InputError(f'{path} is larger than {most >> 20} MB, {advice}')
-    return data.decode('utf-8-sig')
-  except OSError as error:
-    raise InputError(f'{path} cannot be read ({error.strerror}). Correct the path.') from error
-  except UnicodeDecodeError as error:
-    raise InputError(
-      f'{path} is not UTF-8 text ({error.reason} at byte {error.start}). Convert it to UTF-8.'
-    ) from error
-
-
 def read_npy(path, mmap: bool = False) -> np.ndarray:
   """Returns the array of an npy file; mmap: as a view of the file, which stays on disk."""
   return np.load(local(path), mmap_mode='r' if mmap else None, allow_pickle=False)

@@ -27,7 +27,7 @@ from clip_jax.core import config as config_lib
 from clip_jax.core import files, mirror, products
 from clip_jax.core.errors import ConfigError
 from clip_jax.core.types import Array, Config
-from clip_jax.data import images
+from clip_jax.data import copies, images
 from clip_jax.evaluation import published, robustness, statistics
 from clip_jax.experiment import blocks
 from clip_jax.experiment.experiment import Experiment
@@ -84,6 +84,8 @@ def evaluate_checkpoint(
   check.are_found(config, read)
   # The model is loaded first, so that a missing checkpoint fails before the benchmarks are read.
   loaded = None if follow else models.load(path, model, config.evaluate.dtype, config.evaluate.ema)
+  if config.cache_dir:
+    copies.keep_in(config.cache_dir)
   with tempfile.TemporaryDirectory() as scratch:  # holds the benchmarks' index
     x = Experiment(config, scratch)
     for name in read:

@@ -18,7 +18,7 @@ from clip_jax.core import vectors as vectors_math
 from clip_jax.core.errors import InputError
 from clip_jax.core.products import Made, Product
 from clip_jax.core.types import Array
-from clip_jax.data import loader, vector_index
+from clip_jax.data import copies, loader, vector_index
 from clip_jax.data import vectors as vectors_lib
 from clip_jax.experiment import blocks, workdir
 from clip_jax.experiment.experiment import Experiment
@@ -53,7 +53,7 @@ def vectors(x: Experiment, todo: list[Product]) -> Made:
       outputs = _files_of(product)
       usable = _write_unit(
         shard,
-        vectors_lib.local_copy(shard.files[0], cache),
+        copies.local_copy(shard.files[0], cache),
         rows,
         x.path(outputs[0]),
         bar,

@@ -23,7 +23,7 @@ from clip_jax.core import engine, files, products, progress
 from clip_jax.core.errors import InputError
 from clip_jax.core.products import Made, Product
 from clip_jax.core.types import Array
-from clip_jax.data import shard_writer, table
+from clip_jax.data import copies, shard_writer, table
 from clip_jax.experiment import blocks, workdir
 from clip_jax.experiment.blocks import POOL
 from clip_jax.experiment.experiment import Experiment
@@ -113,7 +113,7 @@ def _check_listed(x: Experiment, split: str) -> None:
 
 
 def _list_path(x: Experiment, split: str) -> str:
-  return os.path.expanduser(x.config.splits[split].file)
+  return copies.of(x.config.splits[split].file)
 
 
 def _check_kinds(

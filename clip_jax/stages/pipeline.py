@@ -32,7 +32,7 @@ from clip_jax.core import (
 from clip_jax.core.errors import ConfigError
 from clip_jax.core.products import EMBEDDERS, STAGES, Product
 from clip_jax.core.types import Config
-from clip_jax.data import images
+from clip_jax.data import copies, images
 from clip_jax.experiment import blocks, workdir
 from clip_jax.experiment.experiment import Experiment
 from clip_jax.stages import check, check_splits, dataset_paths, export, lint, plan, sharing, table
@@ -164,6 +164,8 @@ def _open_experiment(config: Config, folder: str | None, is_plan: bool) -> Exper
   folder = os.path.abspath(os.path.expanduser(folder))
   if os.path.exists(folder) and not os.path.isdir(folder):
     raise ConfigError(f'--workdir={folder} is a file; give a folder.')
+  if config.cache_dir or not is_plan:  # a plan writes nothing into the work directory
+    copies.keep_in(config.cache_dir or os.path.join(folder, 'cache'))
   images.limit_megapixels(config.ingest.max_megapixels)
   return Experiment(dataset_paths.resolve(config, is_plan), folder)
 
