@@ -244,12 +244,9 @@ HERE_ONLY = {
 }
 ON_OTHER_FILES = {  # file -> on what its calls of HERE_ONLY are
   'experiment/graph': 'weights and lists of rows of the user',
-  'experiment/shards': 'captions of the user',
   'stages/benchmark_dirs': 'datasets',
   'stages/check': 'datasets and weights',
-  'stages/check_splits': 'lists of rows of the user',
   'stages/convert': 'weights, and the folder of --output',
-  'stages/dataset_paths': 'datasets',
   'stages/export': 'unfinished files of files.atomic',
   'stages/fit': 'folders that were written here just now',
   'stages/follow': 'the folder that --follow names, if it is here',

@@ -7,7 +7,6 @@ import hashlib
 import os
 
 from clip_jax.core import config as config_lib
-from clip_jax.core import files
 from clip_jax.core.types import Config
 from clip_jax.data import (
   copies,
