@@ -498,9 +498,10 @@ DATASET = {
   # 'webdataset' | 'parquet' | 'folder' | 'tfds' | 'array_record' | 'glyphs' (the demo) |
   # 'embeddings' (vectors only) | 'concat'. '': that of the files at `path` (pool and anchor)
   'format': Key(''),
-  # Files: a folder, a glob ('DIR/*.tar') or braces ('{00000..00009}.tar'), local or on gs:// or
-  # s3://. tfds: DIR/NAME/VERSION/SPLIT. glyphs: the set ('' = 'pool'). A tuple of alternatives: the
-  # first that exists. A relative path begins at config.root.
+  # Files: a folder, a glob ('DIR/*.tar') or braces ('{00000..00009}.tar'), local or on gs://, s3://,
+  # az://, https:// or hf://datasets/USER/NAME/. tfds: DIR/NAME/VERSION/SPLIT. glyphs: the set ('' =
+  # 'pool'). A tuple of alternatives: the first that exists. A relative path begins at config.root.
+  # Other files that a block names (labels_file, metadata, images, captions) may be URLs, too.
   'path': Key(''),
   # True: a dataset of which no path exists is left out, with a line in the log (not: the pool).
   'optional': Key(False),
@@ -639,7 +640,8 @@ BLOCKS = {
 def get_config() -> Config:
   """Returns the config with all defaults; datasets, benchmarks and splits are still empty."""
   c = ConfigDict()
-  # Folder below which relative paths begin (datasets, weights, lists); '': the current folder.
+  # Folder below which relative paths begin (datasets, weights, lists), also a URL if no weights are
+  # below it; '': the current folder.
   c.root = ''
   c.pool = dataset()  # the image-text pool that models are trained on
   # The labelled reference training set (the paper: ImageNet-Train); no path and no format: none.
@@ -654,8 +656,12 @@ def get_config() -> Config:
   # name -> embedder(...): further ones, for the key `embedder` of splits, dedup.embedder,
   # prune.sensitivity and prune.preview
   c.embedders = ConfigDict()
-  # copies of remote files that are memory-mapped, and temporary files of long lists of keys
-  c.cache_dir = ''  # '': WORKDIR/cache
+  # Local copies of remote files of formats embeddings, tfds and array_record, which are kept, and
+  # temporary files of long lists of keys; '': WORKDIR/cache, for a WORKDIR on object storage, of
+  # which a copy is here, too, and for clip_jax.evaluate, ~/.cache/clip_jax.
+  c.cache_dir = ''
+  # Of the copy of a WORKDIR on object storage the least recently used files go.
+  c.cache_gb = 100.0  # GB (10^9 bytes) of it that stay; 0: no limit
   for name, keys in BLOCKS.items():
     c[name] = _block(keys, name)
   return c

@@ -17,7 +17,9 @@ _CONFIG = config_flags.DEFINE_config_file(
   'config', None, 'The experiment: a Python file with get_config().', lock_config=True
 )
 _WORKDIR = flags.DEFINE_string(
-  'workdir', None, 'Local folder for all results; it is created if it does not exist.'
+  'workdir',
+  None,
+  'Folder for all results, local or on gs://, s3:// or az://; it is created if it does not exist.',
 )
 _STAGES = flags.DEFINE_list(
   'stages', None, 'Run only these stages, comma-separated, in the usual order; default: all.'

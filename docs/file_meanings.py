@@ -184,7 +184,8 @@ MEANINGS = {
   'ingest/<dataset>/files.json': {
     'shards[].format': 'format of the shard',
     'shards[].root': 'folder of the image files, empty if the images are inside a file',
-    'shards[].path': 'path of the source file on this machine, empty if the images are files',
+    'shards[].path': 'path of the source file on this machine, from this folder if it is '
+    'generated; empty if the images are files',
     'shards[].image_key': 'where the image is: `image_key` of the config',
     'classes': 'class names in label order',
   },

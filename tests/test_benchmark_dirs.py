@@ -3,9 +3,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import squares
+import web
 
 from clip_jax import defaults
 from clip_jax.core.errors import ConfigError
+from clip_jax.data import storage
 from clip_jax.experiment import blocks
 from clip_jax.stages import benchmark_dirs
 
@@ -57,6 +59,31 @@ def test_the_format_is_found_by_what_lies_there(places, path, format_):
   found = benchmark_dirs.resolve(given)
   assert found.benchmarks.x.format == format_ and found.benchmarks.x.templates == ('a {} there',)
   assert found.benchmarks.x.path == f'{places}/{path}' and not given.benchmarks
+
+
+@pytest.mark.parametrize(
+  'path, format_',
+  [
+    ('img_emb', 'embeddings'),
+    ('lists', 'embeddings'),
+    ('images_in_parquet', 'parquet'),
+    ('tars', 'webdataset'),
+    ('tars/{0..0}.tar', 'webdataset'),
+    ('folder/', 'folder'),
+    ('records', 'array_record'),
+  ],
+)
+def test_the_format_of_a_remote_path_is_found_by_its_files(places, path, format_, monkeypatch):
+  monkeypatch.setattr(storage.time, 'sleep', lambda secs: None)
+  (places / 'records').mkdir()
+  (places / 'records/x.array_record-00000-of-00001').write_bytes(b'x')
+  with web.serve(places) as (url, _):
+    found = benchmark_dirs.resolve(_config(f'x={url}/{path}'))
+    assert found.benchmarks.x.format == format_ and found.benchmarks.x.path == f'{url}/{path}'
+    below = benchmark_dirs.resolve(_config(f'x={path}'), url)
+    assert below.benchmarks.x.path == f'{url}/{path}'
+    with pytest.raises(ConfigError, match='no folder of images'):
+      benchmark_dirs.resolve(_config(f'x={url}/nowhere'))
 
 
 def test_several_with_commas_and_spaces_and_a_home(places, monkeypatch):

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clip_jax.core import checkpoints
+from clip_jax.core import checkpoints, mirror
 from clip_jax.core.errors import InputError
 
 CONFIG = {'model': {'width': 8}, 'mean': [0.5, 0.5, 0.5]}
@@ -193,6 +193,25 @@ def test_a_kill_in_the_middle_of_a_save_never_leaves_a_step_that_looks_whole(tmp
       params, step, _ = checkpoints.restore_params(folder)
       assert checkpoints.digest(params) == checkpoints.digest(state(step, 100_000)['params'])
   assert checkpoints.step_folders(tmp_path)
+
+
+def test_a_step_that_a_killed_process_did_not_upload_whole_is_made_again(tmp_path, monkeypatch):
+  monkeypatch.setenv(mirror._OPEN, '[]')
+  home = mirror.open_mirror('memory://steps', str(tmp_path))
+  folder, at = os.path.join(home, 'run/checkpoints'), mirror.of(home)
+  assert at is not None
+  save(folder, 1)
+  with monkeypatch.context() as patch:
+    patch.setattr(checkpoints.Checkpoints, '_publish', lambda self, step: None)
+    save(folder, 2)  # killed before
+  at.objects.write('run/checkpoints/00000003/params/part', b'x')  # killed in between
+  at.refresh()
+  found = restore(folder)
+  assert found is not None and found[0] == 1
+  assert {name.split('/')[2] for name in at.objects.below()} == {'00000001'}
+  save(folder, 2)
+  assert 'run/checkpoints/00000002/data/metadata' in at.objects.below()
+  mirror._mirrors.clear()
 
 
 def test_runs_in_threads_save_together(tmp_path):

@@ -3,6 +3,7 @@
 import sys
 
 from absl import flags, logging
+import fsspec
 from ml_collections import config_flags
 import pytest
 import squares
@@ -10,6 +11,7 @@ import squares
 from clip_jax import defaults
 from clip_jax.core import command
 from clip_jax.core.errors import ConfigError, InputError
+from clip_jax.data import filetree, storage
 from clip_jax.experiment import blocks
 from clip_jax.stages import check, dataset_paths
 
@@ -135,3 +137,45 @@ def test_a_flag_gives_one_path_for_a_tuple(tmp_path, monkeypatch):
   assert values.config.benchmarks.x.path == (where,)
   (tmp_path / 'my images, new').mkdir()
   assert dataset_paths.resolve(values.config).benchmarks.x.path == where
+
+
+@pytest.fixture(name='bucket')
+def _bucket():
+  system = fsspec.filesystem('memory')
+  for name in ('root/b/x/1.png', 'root/c/x/1.png', 'root/labels.txt', 'root/x.tar'):
+    system.pipe(f'/bucket/{name}', b'x')
+  yield 'memory://bucket/root'
+  system.rm('/bucket', recursive=True)
+
+
+def test_a_remote_root_has_datasets_alternatives_and_optional_ones(bucket):
+  filetree.forget(bucket)
+  c = config(
+    f'{bucket}/',
+    one=dict(path='b', labels_file='labels.txt'),
+    two=dict(path=('a', 'b', 'c'), optional=True),
+    gone=dict(path=('nowhere', 'no/*.tar'), optional=True),
+    glob=dict(path=('*.parquet', '{w,x}.tar')),
+    local=dict(path='/somewhere'),
+    retrieval=dict(path='c', captions='labels.txt', task='retrieval'),
+  )
+  found = dataset_paths.resolve(c).benchmarks
+  assert {name: found[name].path for name in found} == {
+    'one': f'{bucket}/b',
+    'two': f'{bucket}/b',
+    'glob': f'{bucket}/{{w,x}}.tar',
+    'local': '/somewhere',
+    'retrieval': f'{bucket}/c',
+  }
+  assert found.one.labels_file == found.retrieval.captions == f'{bucket}/labels.txt'
+  missing = dataset_paths.resolve(config(bucket, one=dict(path=('no', 'none'))))
+  assert missing.benchmarks.one.path == (f'{bucket}/no', f'{bucket}/none')
+  with pytest.raises(ConfigError, match='config.root=.*none. is not a folder'):
+    dataset_paths.resolve(config(f'{bucket}/none'))
+
+
+def test_a_storage_that_cannot_be_reached_is_not_one_without_the_dataset(monkeypatch):
+  monkeypatch.setattr(storage.time, 'sleep', lambda secs: None)
+  for root, path in (('http://127.0.0.1:1/', 'x'), ('', 'http://127.0.0.1:1/x*.tar')):
+    with pytest.raises(InputError, match='127.0.0.1:1.* cannot be read'):
+      dataset_paths.resolve(config(root, one=dict(path=path, optional=True)))

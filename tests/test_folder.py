@@ -1,14 +1,22 @@
+import contextlib
 import io
 import json
 import os
 import subprocess
 
+import fsspec
 import numpy as np
 from PIL import Image
+import pyarrow.parquet as pq
 import pytest
+import web
 
+from clip_jax import defaults
+from clip_jax.core import objects
 from clip_jax.core.errors import InputError
-from clip_jax.data import folder, listing, sources
+from clip_jax.data import filetree, folder, listing, reader, sources, storage, table
+from clip_jax.experiment import shards
+from clip_jax.stages import ingest
 
 
 def _image(path, value=0):
@@ -111,7 +119,7 @@ def test_what_is_no_file_is_no_image_and_a_broken_link_is_listed(tmp_path):
   os.symlink('self.png', tmp_path / 'a' / 'self.png')
   names = ['a/1.png', 'a/broken.png', 'a/folder.png/2.png', 'a/self.png']
   assert sorted(folder.paths(str(tmp_path))) == names
-  found, skipped = folder.samples(str(tmp_path), names)
+  found, skipped = folder.samples(str(tmp_path), filetree.source_files(str(tmp_path), names))
   assert [sample.key for sample in found] == ['a/1.png', 'a/folder.png/2.png']
   assert skipped == [
     {'key': f'a/{name}.png', 'reason': 'file cannot be read'} for name in ('broken', 'self')
@@ -166,3 +174,148 @@ def test_class_folders_hold_an_image(tmp_path):
     folder.find(str(tmp_path / 'nowhere'))
   with pytest.raises(InputError, match='holds no file that ends in'):
     folder.find(str(tmp_path / 'empty'))
+
+
+def _pool(top):
+  """Writes a folder with every peculiarity that a storage can have, too."""
+  for i, name in enumerate(('n2/10.png', 'n2/9.PNG', 'n1/sub/1 a#.png', 'n1/.no/1.png', 'top.png')):
+    _image(top / name, 10 * i)
+  (top / 'n2' / '9.TXT').write_text('nine')
+  (top / 'n2' / '10.txt').write_text('ten' * 9000)  # more than the first bytes
+  (top / 'n2' / '10.json').write_text('{"domain": "web"}')
+  (top / 'n1' / 'sub' / '1 a#.txt').write_text('one')
+  (top / 'top.txt').write_text('top')
+  (top / 'n3').mkdir()
+  (top / 'n3' / 'note.txt').write_text('no image')
+
+
+def _objectnet(top):
+  for name in ('alarm_clock/1.png', 'alarm_clock/2.png', 't-shirt/1.png', 'bench/1.png'):
+    _image(top / 'images' / name)
+  (top / 'mappings').mkdir()
+  folders = {'alarm_clock': 'Alarm clock', 't-shirt': 'T-shirt', 'bench': 'Bench'}
+  (top / 'mappings' / 'folder_to_objectnet_label.json').write_text(json.dumps(folders))
+  chosen = {'T-shirt': 'jersey', 'Alarm clock': 'clock'}
+  (top / 'mappings' / 'objectnet_to_imagenet_1k.json').write_text(json.dumps(chosen))
+
+
+def _val(top):
+  for i in range(12):
+    _image(top / f'val_{i}.png')
+  (top / 'labels.tsv').write_text(''.join(f'val_{i}.png\tn{i % 3}\n' for i in range(12)))
+  (top / 'captions.csv').write_text(''.join(f'val_{i}.png,words {i}\n' for i in range(11)))
+
+
+_FOLDERS = {  # name -> function that writes it, folder of the images, keys of the block
+  'class folders': (_pool, '', dict(columns=('domain', 'folder'))),
+  'ObjectNet': (_objectnet, '', dict(caption_template='{}')),
+  'images of ObjectNet': (_objectnet, 'images', dict(caption_template='{}')),
+  'labels_file': (_val, '', dict(labels_file='labels.tsv', caption_template='a {}')),
+  'retrieval': (
+    _val,
+    '',
+    dict(task='retrieval', captions='captions.csv', label_key='none'),
+  ),
+}
+
+
+@pytest.fixture(name='remote', params=['memory', 'web', pytest.param('s3', marks=pytest.mark.slow)])
+def _remote(request, monkeypatch, tmp_path):
+  """Returns a function that serves a local folder, and returns its URL."""
+  with contextlib.ExitStack() as stack:
+    system = fsspec.filesystem('memory')
+    if request.param == 'web':
+      url = stack.enter_context(web.serve(tmp_path))[0]
+      yield lambda folder: f'{url}/{folder.relative_to(tmp_path)}'
+      return
+    url = 'memory://folders'
+    if request.param == 's3':
+      moto = pytest.importorskip('moto.server')
+      server = moto.ThreadedMotoServer(port=0)
+      server.start()
+      stack.callback(server.stop)
+      host, port = server.get_host_and_port()
+      monkeypatch.setenv('AWS_ENDPOINT_URL', f'http://{host}:{port}')
+      for key in ('AWS_ACCESS_KEY_ID', 'AWS_SECRET_ACCESS_KEY'):
+        monkeypatch.setenv(key, 'key')
+      fsspec.get_filesystem_class('s3').clear_instance_cache()
+      objects._store.cache_clear()  # each server has another port
+      storage._file_system.cache_clear()
+      stack.callback(storage._file_system.cache_clear)
+      system, url = fsspec.filesystem('s3'), 's3://folders'
+      system.mkdir(url)
+
+    def upload(folder):
+      for path in folder.rglob('*'):
+        if path.is_file():
+          system.pipe(f'{url}/{path.relative_to(folder.parent)}', path.read_bytes())
+      return f'{url}/{folder.name}'
+
+    stack.callback(lambda: system.rm(url, recursive=True))
+    yield upload
+
+
+@pytest.mark.parametrize('name', _FOLDERS)
+def test_a_remote_folder_has_the_rows_of_the_local_one(name, remote, tmp_path, monkeypatch):
+  write, inside, keys = _FOLDERS[name]
+  monkeypatch.setattr(folder, '_BATCH', 2)
+  top = tmp_path / 'data'
+  write(top)
+  found = []
+  for where, root in (('local', str(top)), ('remote', remote(top))):
+    block = defaults.benchmark(
+      format='folder',
+      path=filetree.join(root, inside),
+      **{
+        key: filetree.join(root, value) if key in ('labels_file', 'captions') else value
+        for key, value in keys.items()
+      },
+    )
+    listed = shards.list_shards(block)
+    index = tmp_path / where
+    for shard in listed:
+      ingest.scan_shard((str(index), shard, name == 'class folders'))
+    table.assemble(str(index), [s.location() for s in listed], [s.classes for s in listed])
+    source = reader.Source(str(index))
+    found.append(
+      {
+        'table': (index / 'table.npy').read_bytes(),
+        'captions': (index / 'captions.bin').read_bytes(),
+        'index': pq.read_table(index / 'index-00000.parquet').to_pylist(),
+        'skipped': (index / 'skipped-00000.json').read_text(),
+        'paths': (index / 'paths.bin').read_bytes(),
+        'images': [sample['image'] for sample in source.read_samples(range(len(source)))],
+        'classes': source.classes,
+        'labels': [(shard.labels, shard.labels_by) for shard in listed],
+        'stamps': [list(shard.stamps(False)) for shard in listed],
+        'content': [shard.stamps(True) for shard in listed],
+      }
+    )
+  assert found[0]['images'] and found[0] == found[1]
+
+
+def test_a_remote_folder_is_read_in_few_requests_and_its_changes_are_seen(tmp_path, monkeypatch):
+  for i in range(30):
+    _image(tmp_path / f'c{i % 3}' / f'{i}.png', i)
+  with web.serve(tmp_path) as (url, server):
+    before = listing.list_files('folder', url)
+    assert len(server.asked) == 4  # sizes are asked for with HEAD
+    server.asked.clear()
+    scan = sources.scan('folder', before, root=url, require_caption=False, caption_template='')
+    assert [record.label for record in scan.records] == [int(r.path[1]) for r in scan.records]
+    images = [path for path, _ in server.asked if path.endswith('.png')]
+    assert len(images) == len(set(images)) == 30
+    _image(tmp_path / 'c1' / '1.png', 99)
+    after = listing.list_files('folder', f'{url}/')
+    changed = [new.name for old, new in zip(before, after, strict=True) if old != new]
+    assert changed == ['c1/1.png']
+
+
+def test_a_remote_folder_without_images_is_an_error(tmp_path):
+  (tmp_path / 'a').mkdir()
+  (tmp_path / 'a' / 'x.txt').write_text('x')
+  with web.serve(tmp_path) as (url, _):
+    with pytest.raises(InputError, match='holds no file that ends in'):
+      listing.list_files('folder', f'{url}/a')
+    with pytest.raises(InputError, match='none. is not a folder'):
+      listing.list_files('folder', f'{url}/none')

@@ -354,12 +354,16 @@ def test_arrays_of_all_processes_arrive_bit_for_bit():
     from clip_jax.core import hosts
     i = int(sys.argv[2])
     hosts.start(sys.argv[1], 2, i)
-    for array in (np.array([[1 / 3, i]]), np.array([2**53 + 1 + i]), np.array([i > 0, True, False])):
+    floats, ints = np.array([[1 / 3, i]]), np.array([2**53 + 1 + i])
+    for array in (floats, ints, np.array([i > 0, True, False])):
       print(hosts.gather(array).tolist())
     hosts.end()""")
   started = [
     subprocess.Popen(
-      [sys.executable, '-c', script, where, str(i)], cwd=tiny.ROOT, stdout=subprocess.PIPE, text=True
+      [sys.executable, '-c', script, where, str(i)],
+      cwd=tiny.ROOT,
+      stdout=subprocess.PIPE,
+      text=True,
     )
     for i in range(2)
   ]

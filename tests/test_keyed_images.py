@@ -2,6 +2,7 @@ import io
 import tarfile
 
 import pytest
+import web
 
 from clip_jax.core.errors import InputError
 from clip_jax.data import keyed_images
@@ -21,6 +22,18 @@ def test_files_of_a_folder(tmp_path):
   for key in ('a.JPEG', 'x/n01/b.jpg', '../c', '/x/../c', '', '/', 'n01'):
     with pytest.raises(InputError, match='has no image'):
       _read(tmp_path, key)
+
+
+def test_files_of_a_remote_folder(tmp_path):
+  for name in ('n01/a.JPEG', 'n01/b 1.jpg'):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(name.encode())
+  with web.serve(tmp_path) as (url, _):
+    assert _read(url, 'n01/a.JPEG') == b'n01/a.JPEG' and _read(url, 'n01/b 1') == b'n01/b 1.jpg'
+    assert _read(url, '/where/it/was/n01/a.JPEG') == b'n01/a.JPEG'
+    for key in ('a.JPEG', '../n01/a.JPEG', 'n01'):
+      with pytest.raises(InputError, match='has no image'):
+        _read(url, key)
 
 
 def test_members_of_tars(tmp_path):

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 import pytest
 
 from clip_jax.core.errors import InputError
-from clip_jax.data import folder, labels
+from clip_jax.data import filetree, folder, labels
 
 
 def _touch(root, *names):
@@ -146,7 +146,7 @@ def test_objectnet_is_recognised_and_only_its_shared_names_are_asked_for(tmp_pat
     )
     for names in (('T-shirt', 'Bench', 'Alarm clock'), ('t-shirt', 'bench', 'alarm clock', 'more')):
       assert _labels(root, names)[f'{inside}t-shirt/1.png'] == 0
-    found, _ = folder.samples(str(root), sorted(expected))
+    found, _ = folder.samples(str(root), filetree.source_files(str(root), sorted(expected)))
     assert {sample.folder for sample in found} == {
       'alarm_clock',
       't-shirt',

@@ -29,6 +29,8 @@ TABLES = {
 }
 OF_TABLES = ('evaluation', 'models', 'pruning')
 ELSEWHERE = {  # files of which another test file is the test
+  'core/home': 'mirror',
+  'core/processes': 'leases',
   'core/on_ray': 'ray',
   'core/locks': 'products',
   'core/vectors': 'core_vectors',
@@ -229,6 +231,54 @@ def test_every_package_has_a_test_file_for_each_module():
         f'{place}/{path.name} has no test file'
       )
   assert {'report', 'studies'} <= names  # of the packages stages/report and studies themselves
+
+
+# Calls that see only what is on this machine; files of the work directory may be elsewhere.
+HERE_ONLY = {
+  *('open', 'np.load', 'np.save', 'np.savez', 'np.memmap', 'np.fromfile', 'glob.glob'),
+  *(f'os.path.{name}' for name in ('exists', 'isfile', 'isdir', 'getsize', 'getmtime')),
+  *(f'os.{name}' for name in ('listdir', 'scandir', 'walk', 'stat', 'replace', 'rename')),
+  *('os.unlink', 'os.remove', 'shutil.rmtree', 'shutil.move', 'shutil.copyfile'),
+  *(f'pq.{name}' for name in ('read_table', 'read_metadata', 'read_schema', 'ParquetFile')),
+  *('epath.Path', 'files.epath.Path', 'pathlib.Path'),
+}
+ON_OTHER_FILES = {  # file -> on what its calls of HERE_ONLY are
+  'experiment/graph': 'weights and lists of rows of the user',
+  'stages/benchmark_dirs': 'datasets',
+  'stages/check': 'datasets and weights',
+  'stages/convert': 'weights, and the folder of --output',
+  'stages/export': 'unfinished files of files.atomic',
+  'stages/fit': 'folders that were written here just now',
+  'stages/follow': 'the folder that --follow names, if it is here',
+  'stages/models': 'weights',
+  'stages/pipeline': 'the path of the work directory itself',
+  'stages/plan_absent': 'datasets and weights',
+}
+
+
+def calls_here_only(code: str) -> list[str]:
+  """Returns the calls of HERE_ONLY in code, without those on what files.local has downloaded."""
+  return [
+    ast.unparse(node)
+    for node in ast.walk(ast.parse(code))
+    if isinstance(node, ast.Call)
+    and ast.unparse(node.func) in HERE_ONLY
+    and not (node.args and ast.unparse(node.args[0]).startswith('files.local('))
+  ]
+
+
+def test_files_of_the_work_directory_are_reached_through_core_files_alone():
+  assert calls_here_only('np.load(x)\nnp.load(files.local(x))\nopen(y)') == [
+    'np.load(x)',
+    'open(y)',
+  ]
+  found = {
+    str(path.relative_to(PACKAGE).with_suffix(''))
+    for place in ('experiment', 'stages', 'studies', 'reporting', 'evaluation')
+    for path in (PACKAGE / place).rglob('*.py')
+    if calls_here_only(path.read_text())
+  }
+  assert found == ON_OTHER_FILES.keys()
 
 
 def test_start_up_does_not_import_the_heavy_libraries():

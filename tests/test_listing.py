@@ -82,15 +82,6 @@ def test_paths_that_mean_nothing_are_errors(place):
     listing.list_files('webdatasets', place)
 
 
-@pytest.mark.parametrize('format', ['folder', 'tfds', 'array_record'])
-def test_formats_that_must_be_on_this_machine_are_refused_before_anything_is_opened(
-  format, monkeypatch
-):
-  monkeypatch.setattr(storage, 'file_system', None)
-  with pytest.raises(InputError, match='local disks only'):
-    listing.list_files(format, 's3://bucket/data')
-
-
 def test_braces_keep_the_width_of_their_numbers():
   assert listing.expand_braces('/x/{008..010}-{a,b}') == [
     '/x/008-a',

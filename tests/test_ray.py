@@ -191,7 +191,7 @@ def test_calls_that_are_killed_without_end_are_an_error(monkeypatch, tmp_path):
 
 def test_a_node_without_the_work_directory_is_an_error(tmp_path):
   with pytest.raises(InputError, match='is not the folder that the driver has'):
-    on_ray._call(print, (), str(tmp_path), str(tmp_path))
+    on_ray._call(print, (), (str(tmp_path),), str(tmp_path))
 
 
 def test_a_cluster_without_room_is_an_error(monkeypatch, tmp_path):

@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import squares
 from squares import PREPARE, config, run, sample, write_tar
+import web
 
 from clip_jax import defaults
 from clip_jax.core import files
@@ -268,6 +270,18 @@ def test_a_list_with_repeats_strangers_and_rows_that_are_no_candidates(world, tm
   status, said = run(c, w, capsys, ['prune'])
   assert status == 0 and 'made again' not in said, said
   assert (w / 'splits/subset/rows.sidecar.json').read_text() == before
+  with web.serve(tmp_path) as (url, _):
+    c.splits.subset.file = f'{url}/moved.npy'
+    status, said = run(c, w, capsys, ['prune'])
+    assert status == 0 and 'made again' not in said, said
+    c.splits.subset.file = f'{url}/none.npy'
+    status, said = run(c, w, capsys, ['prune'])
+    assert status == 2 and "none.npy' does not exist; the rule 'listed' needs a file" in said
+    shutil.rmtree(w / 'splits/subset')
+    c.splits.subset.file = f'{url}/moved.npy'
+    assert run(c, w, capsys, ['prune'])[0] == 0
+    assert np.load(w / 'splits/subset/rows.npy')[:5].tolist() == [3, 5, 5, 5, 50]
+  c.splits.subset.file = str(tmp_path / 'moved.npy')
   np.save(tmp_path / 'moved.npy', key_lists.keys_to_uids(listed[:2]))  # another content
   status, said = run(c, w, capsys, ['prune'])
   assert status == 0 and 'splits/subset/rows is made again: the listed file has changed' in said

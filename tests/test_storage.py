@@ -1,4 +1,5 @@
 import asyncio
+import collections
 import concurrent.futures
 import io
 import multiprocessing
@@ -6,6 +7,7 @@ import os
 import pickle
 import random
 import re
+import socket
 import threading
 
 import fsspec
@@ -14,7 +16,7 @@ import pytest
 import web
 
 from clip_jax.core.errors import InputError
-from clip_jax.data import storage
+from clip_jax.data import filetree, listing, storage
 
 _DATA = random.Random(0).randbytes(300_000)
 
@@ -193,17 +195,16 @@ def test_a_server_that_fails_now_and_then_is_asked_again(site, how, waits, monke
 
 
 class _Busy:
-  """A storage that serves one range at every fourth call."""
+  """A storage that serves one more range at every fourth request."""
 
   def __init__(self):
-    self.calls = 0
+    self.asked = collections.Counter()
 
-  def cat_ranges(self, paths, starts, ends, on_error):
-    self.calls += 1
-    found = [OSError('busy') for _ in paths]
-    if not self.calls % 4:
-      found[-1] = _DATA[starts[-1] : ends[-1]]
-    return found
+  def cat_file(self, path, start, end, **_):
+    self.asked[start] += 1
+    if self.asked[start] < 4 * (1 + start // 70_000):
+      raise OSError('busy')
+    return _DATA[start:end]
 
 
 def test_a_storage_that_serves_some_each_time_is_asked_for_the_rest(waits, monkeypatch):
@@ -256,21 +257,119 @@ def test_errors_of_the_network_name_the_path(site, tmp_path, waits):
     ('gs://b/x', r'clip-jax-ood\[gcs\]'),
     ('s3://b/x', r'clip-jax-ood\[s3\]'),
     ('https://h/x', r'clip-jax-ood\[http\]'),
+    ('az://c/x', r'clip-jax-ood\[az\]'),
+    ('abfs://c/x', r'clip-jax-ood\[az\]'),
+    ('hf://datasets/u/n/x', r'clip-jax-ood\[hf\]'),
     ('nothing://h/x', 'Protocol not known'),
   ],
 )
 def test_a_storage_without_its_package_is_told(path, say, monkeypatch):
   known = fsspec.filesystem
 
-  def filesystem(protocol):
-    if protocol in ('gs', 's3', 'https'):
+  def filesystem(protocol, **options):
+    if protocol in storage._EXTRAS:
       raise ImportError('Install it')
-    return known(protocol)
+    return known(protocol, **options)
 
   monkeypatch.setattr(fsspec, 'filesystem', filesystem)
   storage._file_system.cache_clear()
   with pytest.raises(InputError, match=say):
     storage.open_file(path).size()
+
+
+@pytest.fixture(name='silent')
+def _silent(monkeypatch):
+  """A server that accepts connections and never answers: its address."""
+  monkeypatch.setattr(storage, '_SILENT_SECS', 0.3)
+  with socket.create_server(('127.0.0.1', 0), backlog=1000) as server:
+    address = f'http://127.0.0.1:{server.getsockname()[1]}'
+    constants = pytest.importorskip('huggingface_hub.constants')
+    for name in ('HF_HUB_DOWNLOAD_TIMEOUT', 'HF_HUB_ETAG_TIMEOUT', 'DEFAULT_REQUEST_TIMEOUT'):
+      monkeypatch.setattr(constants, name, 0.3)
+    credentials = {'key': 'k', 'secret': 's'}
+    monkeypatch.setitem(fsspec.config.conf, 's3', {'endpoint_url': address, **credentials})
+    monkeypatch.setitem(fsspec.config.conf, 'hf', {'endpoint': address})
+    storage._file_system.cache_clear()
+    fsspec.get_filesystem_class('http').clear_instance_cache()
+    yield address
+  storage._file_system.cache_clear()
+  fsspec.get_filesystem_class('http').clear_instance_cache()
+
+
+@pytest.mark.parametrize('path', ['/x.tar', 's3://bucket/x.tar', 'hf://datasets/u/n/x.tar'])
+def test_a_server_that_never_answers_is_an_error(path, silent, waits):
+  if path.startswith('s3'):
+    pytest.importorskip('s3fs')
+  path = silent + path if path.startswith('/') else path
+  read = lambda path: storage.open_file(path).read(0, 5)
+  for ask in (filetree.is_file, filetree.is_folder, read):
+    filetree._entries.cache_clear()
+    with pytest.raises(InputError, match='cannot be read .*[Tt]imeout.*Check the path'):
+      ask(path)
+    assert waits == list(storage._WAITS)
+    waits.clear()
+
+
+def test_missing_credentials_are_an_error_at_once(waits, monkeypatch):
+  pytest.importorskip('s3fs')
+  for name in ('AWS_ACCESS_KEY_ID', 'AWS_SECRET_ACCESS_KEY', 'AWS_PROFILE'):
+    monkeypatch.delenv(name, raising=False)
+  monkeypatch.setenv('AWS_EC2_METADATA_DISABLED', 'true')
+  monkeypatch.setenv('AWS_SHARED_CREDENTIALS_FILE', '/nowhere')
+  monkeypatch.setenv('AWS_CONFIG_FILE', '/nowhere')
+  storage._file_system.cache_clear()
+  fsspec.get_filesystem_class('s3').clear_instance_cache()
+  for ask in (filetree.is_file, filetree.is_folder):
+    with pytest.raises(InputError, match='NoCredentialsError.*Check the path, the credentials'):
+      ask('s3://bucket/x.tar')
+  assert not waits
+
+
+def test_a_users_options_of_a_file_system_come_first(monkeypatch):
+  assert storage._time_limits('s3').keys() == {'config_kwargs'}
+  monkeypatch.setitem(fsspec.config.conf, 's3', {'config_kwargs': {'read_timeout': 5}})
+  assert storage._time_limits('s3') == storage._time_limits('memory') == {}
+  assert storage._time_limits('abfs') == {'connection_timeout': 20, 'read_timeout': 30}
+
+
+class _Hub(fsspec.AbstractFileSystem):
+  """Files as a Hugging Face dataset has them, in a file system without asyncio."""
+
+  protocol, files = 'hf', {'datasets/u/n/a/1.tar': _DATA, 'datasets/u/n/a/2.tar': _DATA[:99]}
+
+  def _info(self, name):
+    return {
+      'name': name,
+      'size': len(self.files[name]),
+      'type': 'file',
+      'blob_id': f'blob-{name[-5:]}',
+    }
+
+  def ls(self, path, detail=True, **_):
+    path = self._strip_protocol(path)
+    found = [self._info(name) for name in self.files if name.startswith(path)]
+    if path == 'datasets/u/n':
+      found = [{'name': f'{path}/a', 'size': 0, 'type': 'directory'}]
+    if not found:
+      raise FileNotFoundError(path)
+    return found
+
+  def cat_file(self, path, start, end, cache_type):
+    assert cache_type == 'none'  # the default would read 5 MB more with each range
+    return self.files[self._strip_protocol(path)][start:end]
+
+
+def test_a_hugging_face_dataset_is_listed_and_read(monkeypatch):
+  monkeypatch.setattr(storage, 'file_system', lambda path, hub=_Hub(): hub)
+  folder = 'hf://datasets/u/n'
+  for path in (f'{folder}/a', f'{folder}/a/*.tar', f'{folder}/*/{{1,2}}.tar'):
+    files = listing.list_files('webdataset', path)
+    assert [file.path for file in files] == [f'{folder}/a/{i}.tar' for i in (1, 2)]
+    assert [file.stamp for file in files] == ['300000 blob-1.tar', '99 blob-2.tar']
+  assert filetree.is_folder(folder) and filetree.is_file(files[1].path)
+  assert storage.read_ranges([(file.path, 5, 10) for file in files]) == [_DATA[5:15]] * 2
+  with pytest.raises(InputError, match='none.tar does not exist'):
+    filetree.source_file(f'{folder}/a/none.tar')
 
 
 def _read_in_process(url, queue):

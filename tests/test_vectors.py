@@ -1,8 +1,6 @@
 import os
-import pathlib
 import zipfile
 
-import fsspec
 import hypothesis
 from hypothesis import strategies
 import numpy as np
@@ -11,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from clip_jax.core.errors import InputError
-from clip_jax.data import listing, storage, vectors
+from clip_jax.data import vectors
 
 _X = np.random.default_rng(0).normal(size=(23, 5)).astype(np.float32)
 
@@ -267,94 +265,6 @@ def test_a_float16_that_overflowed_is_bad():
   with np.errstate(over='ignore'):
     x = (np.eye(3, dtype=np.float32) * 1e5).astype(np.float16)
   assert vectors.to_unit_float16(x, any_norm=True)[1].all()
-
-
-@pytest.fixture(name='remote')
-def _remote(tmp_path):
-  np.save(tmp_path / 'x.npy', _X)
-  system = fsspec.filesystem('memory')
-  system.pipe('/pool/img_emb/x.npy', (tmp_path / 'x.npy').read_bytes())
-  yield system
-  system.rm('/pool', recursive=True)
-
-
-def test_a_remote_file_is_copied_once_and_again_when_it_changes(tmp_path, remote, monkeypatch):
-  cache = tmp_path / 'cache'
-  (file,) = listing.list_files('embeddings', 'memory://pool')
-  assert vectors.read_header(file.path).rows == 23  # its head is read in place
-  path = vectors.local_copy(file, str(cache))
-  assert np.array_equal(_read(path), _X) and len(list(cache.iterdir())) == 1
-  with monkeypatch.context() as patch:
-    patch.setattr(storage, 'open_file', None)
-    assert vectors.local_copy(file, str(cache)) == path  # no second copy
-  np.save(tmp_path / 'x.npy', 2 * _X)
-  remote.pipe('/pool/img_emb/x.npy', (tmp_path / 'x.npy').read_bytes())
-  (file,) = listing.list_files('embeddings', 'memory://pool')
-  assert np.array_equal(_read(vectors.local_copy(file, str(cache))), 2 * _X)
-
-
-def test_half_a_copy_is_never_taken_for_a_whole_one(tmp_path, remote, monkeypatch):
-  cache = tmp_path / 'cache'
-  (file,) = listing.list_files('embeddings', 'memory://pool')
-  whole = storage.RemoteFile.read
-  monkeypatch.setattr(
-    storage.RemoteFile, 'read', lambda self, offset, length: whole(self, offset, length)[:-1]
-  )
-  with pytest.raises(InputError, match='x.npy ends at byte 587 of 588'):
-    vectors.local_copy(file, str(cache))
-  assert not list(cache.iterdir())
-  monkeypatch.undo()
-  path = pathlib.Path(vectors.local_copy(file, str(cache)))
-  path.write_bytes(path.read_bytes()[:100])  # a disk that lost its end
-  assert np.array_equal(_read(vectors.local_copy(file, str(cache))), _X)
-
-
-def test_the_files_of_each_layout_are_found_in_a_folder(tmp_path):
-  names = {
-    'clip_retrieval': (
-      'img_emb/img_emb_10.npy',
-      'img_emb/img_emb_9.npy',
-      'text_emb/text_emb_9.npy',
-    ),
-    'clip_ood': ('images/img_emb_0.npy', 'labels/labels_0.npy', 'paths/paths_0.npy'),
-    'datacomp': ('0a.npz', '0a.parquet'),
-    'parquet': ('a.parquet',),
-    'plain': ('a.npy', 'a.parquet'),
-  }
-  expected = {
-    'clip_retrieval': ['img_emb/img_emb_9.npy', 'img_emb/img_emb_10.npy'],
-    'clip_ood': ['images/img_emb_0.npy'],
-    'datacomp': ['0a.npz'],
-    'parquet': ['a.parquet'],
-    'plain': ['a.npy'],
-  }
-  for layout, files in names.items():
-    for name in files:
-      (tmp_path / layout / name).parent.mkdir(parents=True, exist_ok=True)
-      (tmp_path / layout / name).write_bytes(b'x')
-    assert [
-      file.name for file in listing.list_files('embeddings', str(tmp_path / layout))
-    ] == expected[layout]
-  assert [
-    file.name for file in listing.list_files('embeddings', str(tmp_path / 'clip_retrieval/img_emb'))
-  ] == ['img_emb_9.npy', 'img_emb_10.npy']
-
-
-def test_a_parquet_whose_first_rows_have_no_vector(tmp_path):
-  lists = [None, [], [1.0, 0.0]]
-  pq.write_table(pa.table({'e': pa.array(lists)}), tmp_path / 'x.parquet')
-  found = _read(tmp_path / 'x.parquet')
-  assert np.isnan(found[:2]).all() and found[2].tolist() == [1.0, 0.0]
-  pq.write_table(
-    pa.table({'e': pa.array(lists[:2], pa.list_(pa.float32()))}), tmp_path / 'x.parquet'
-  )
-  with pytest.raises(InputError, match='x.parquet: no row has a vector'):
-    vectors.read_header(str(tmp_path / 'x.parquet'))
-  fixed = pa.array([None, [1.0, 0.0], None], pa.list_(pa.float32(), 2))
-  kind = pa.fixed_shape_tensor(pa.float32(), (2,))
-  for column in (fixed, pa.FixedShapeTensorArray.from_storage(kind, fixed)):
-    pq.write_table(pa.table({'e': column}), tmp_path / 'x.parquet')
-    assert np.isnan(_read(tmp_path / 'x.parquet')).all(1).tolist() == [True, False, True]
 
 
 def test_float16_without_a_header_is_told_by_the_size_where_the_rows_are_known(tmp_path):

@@ -75,6 +75,10 @@ class _Handler(http.server.SimpleHTTPRequestHandler):
     pass
 
 
+class _Server(http.server.ThreadingHTTPServer):
+  request_queue_size = 256  # of its 5 places many connections at once are lost, and time out
+
+
 @contextlib.contextmanager
 def serve(folder, ranges: bool = True) -> Iterator[tuple[str, http.server.ThreadingHTTPServer]]:
   """Yields (URL of the folder, server): server.asked are the GETs.
@@ -83,7 +87,7 @@ def serve(folder, ranges: bool = True) -> Iterator[tuple[str, http.server.Thread
   server.how: by a status, 'cut', 'reset', or 'silent': without an answer before the server ends.
   """
   handler = functools.partial(_Handler, directory=os.fspath(folder))
-  server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler)
+  server = _Server(('127.0.0.1', 0), handler)
   server.daemon_threads, server.ranges, server.asked = True, ranges, []
   server.fails, server.how, server.every = 0, '503', 0
   server.count, server.ended = itertools.count(1), threading.Event()

@@ -1,6 +1,5 @@
 """clip_jax.open_pool, open_split and read: pools, splits and results on disk."""
 
-import glob
 import os
 import shutil
 import tempfile
@@ -8,7 +7,7 @@ from typing import Any
 import weakref
 
 from clip_jax import defaults
-from clip_jax.core import products
+from clip_jax.core import files, mirror, products
 from clip_jax.core.errors import InputError
 from clip_jax.data import reader, views
 from clip_jax.experiment import blocks, result_tables, workdir
@@ -61,19 +60,19 @@ def open_split(workdir: str | os.PathLike, split: str, seed: int = 0) -> Any:
   order of training is our own, data/order.py.) seed: of the training run; it matters for splits
   that draw rows for each seed. Raises InputError if the split is not made.
   """
-  folder = os.path.abspath(os.path.expanduser(os.fspath(workdir)))
+  folder = mirror.folder_of(workdir)
   names = [os.path.join(folder, 'splits', split, f'rows{of}.npy') for of in (f'-seed{seed}', '')]
-  rows = next(filter(os.path.isfile, names), None)
+  rows = next(filter(files.exists, names), None)
   datasets = [os.path.join(folder, 'ingest', name) for name in blocks.TRAINED]
-  sources = [reader.Source(path) for path in datasets if os.path.isdir(path)]
+  sources = [reader.Source(files.local_folder(path)) for path in datasets if files.exists(path)]
   if rows is None or not sources:
-    found = glob.glob(os.path.join(folder, 'splits', '*', 'split.json')) if sources else []
-    made = sorted(os.path.basename(os.path.dirname(path)) for path in found)
+    found = files.matching(folder, 'splits/*/split.json') if sources else []
+    made = [os.path.basename(os.path.dirname(path)) for path in found]
     raise InputError(
-      f'{folder} has no rows of the split {split!r} for seed {seed}. '
+      f'{mirror.in_words(folder)} has no rows of the split {split!r} for seed {seed}. '
       + (f'It has the splits {", ".join(made)}.' if made else 'Give a work directory.')
     )
-  return views.Subset(views.Concatenation(sources), rows)
+  return views.Subset(views.Concatenation(sources), files.local(rows))
 
 
 def read(workdir: str | os.PathLike) -> Any:
@@ -83,4 +82,4 @@ def read(workdir: str | os.PathLike) -> Any:
   few-shot accuracies; .search(benchmark): each pool row's key, similarity, nearest query and
   excess; .duplicates(benchmark): the pairs.
   """
-  return result_tables.Tables(os.path.abspath(os.path.expanduser(os.fspath(workdir))))
+  return result_tables.Tables(mirror.folder_of(workdir))

@@ -17,7 +17,7 @@ from ml_collections import config_flags
 from ml_collections.config_flags import tuple_parser
 
 from clip_jax.core import config as config_lib
-from clip_jax.core import hosts, interrupts, log
+from clip_jax.core import home, hosts, interrupts, log, mirror
 from clip_jax.core.errors import ConfigError, InputError
 
 # Blocks of the config to which a config file adds entries -> the function of defaults.py.
@@ -55,9 +55,8 @@ def compilation_cache() -> None:
   """
   if _CACHE in os.environ or 'device_count' in os.environ.get('XLA_FLAGS', ''):
     return
-  home = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
   with contextlib.suppress(OSError):
-    folder = os.path.join(home, 'clip_jax', f'compiled-{_cpu()}')
+    folder = os.path.join(home.cache(), f'compiled-{_cpu()}')
     os.makedirs(folder, exist_ok=True)
     os.environ[_CACHE] = folder
 
@@ -204,6 +203,8 @@ def run_command(work: Callable[[], None], verbose: bool = False) -> int:
       traceback.print_exc()
       hosts.end_all(1, 'an unexpected error; its output has the traceback.')
     raise
+  finally:
+    log.publish()
 
 
 def _failed(message: str, status: int = 1) -> int:
@@ -218,5 +219,6 @@ def _failed(message: str, status: int = 1) -> int:
 
 def _print_error(message: str) -> None:
   """Prints an error to standard error, and writes it to the log file if one is open."""
+  message = mirror.in_words(message)
   print(f'Error: {message}', file=sys.stderr, flush=True)
   log.only_to_file(message)

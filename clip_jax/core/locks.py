@@ -1,6 +1,7 @@
 """Locks of a work directory: files that a process holds while it makes a product.
 
-They are kernel locks (flock): they end with their process, even if it is killed.
+They are kernel locks (flock): they end with their process, even if it is killed. On object storage
+they are leases (core/leases.py).
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -12,27 +13,30 @@ import socket
 import time
 from typing import Any
 
+from clip_jax.core import leases, mirror
 from clip_jax.core.errors import InputError
+from clip_jax.core.leases import LOCK, Busy
 
-LOCK = '.lock'
 REPLACED = 'replaced'  # products that --redo moved away, kept until they are made again
 
 
-class Busy(InputError):
-  """Another process makes the product now."""
-
-
 @contextlib.contextmanager
-def lock(workdir: str, name: str, shared: bool = False) -> Iterator[Callable[[str], int]]:
+def lock(
+  workdir: str, name: str, shared: bool = False, patient: bool = True
+) -> Iterator[Callable[[str], int]]:
   """Holds the lock WORKDIR/<name>.lock while the block runs; yields note(making).
 
   note writes into the file what is made now, and returns how many processes in a row were killed
   while they made just that: a killed process leaves the file, all others remove it.
 
   It is a kernel lock (flock): it is released when the process ends, even by a kill, and child
-  processes do not inherit it. shared: other processes may have it, too, if theirs is shared. Raises
-  Busy, naming the holder, if another process has it.
+  processes do not inherit it. shared: other processes may have it, too, if theirs is shared.
+  patient: of a lease, see leases.held. Raises Busy, naming the holder, if another process has it.
   """
+  if (at := mirror.of(workdir)) is not None:
+    with leases.held(at, name, shared=shared, patient=patient) as noted:
+      yield noted
+    return
   path = os.path.join(workdir, name + LOCK)
   os.makedirs(os.path.dirname(path), exist_ok=True)
   descriptor = _flock(path, shared)
@@ -81,11 +85,21 @@ def locks(workdir: str, names: Iterable[str]) -> Iterator[None]:
           os.unlink(os.path.join(workdir, REPLACED, name + LOCK))
 
 
+def is_taken(workdir: str, name: str) -> bool:
+  """Returns whether a lock's file exists."""
+  if (at := mirror.of(workdir)) is not None:
+    return at.objects.read(name + LOCK) is not None
+  return os.path.exists(os.path.join(workdir, name + LOCK))
+
+
 def lock_files(workdir: str, folder: str) -> list[str]:
   """Returns the names of the locks whose files exist below a folder of the work directory.
 
   A file without a holder is of a killed process.
   """
+  if (at := mirror.of(workdir)) is not None:
+    every = at.objects.below(at.name(os.path.join(workdir, folder)))
+    return [name.removesuffix(LOCK) for name in every if name.endswith(LOCK)]
   return [
     os.path.relpath(os.path.join(parent, name), workdir).removesuffix(LOCK)
     for parent, _, names in os.walk(os.path.join(workdir, folder))

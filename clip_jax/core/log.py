@@ -12,12 +12,26 @@ import warnings
 
 from absl import logging
 
+from clip_jax.core import files, mirror
+from clip_jax.core.errors import InputError
+
 # Loggers of other libraries: all of them, and JAX's, whose parent would print to standard error.
 _LIBRARIES = ('', 'jax._src')
 # Folders of libraries that log the errors which Orbax raises, too.
 _RAISING = (f'{os.sep}orbax{os.sep}', f'{os.sep}asyncio{os.sep}')
 # Libraries of which only warnings are logged.
-_NOISY = ('jax', 'jax._src', 'orbax', 'flax', 'grain', 'etils', 'matplotlib', 'PIL', 'fsspec')
+_NOISY = (
+  'jax',
+  'jax._src',
+  'orbax',
+  'flax',
+  'grain',
+  'etils',
+  'matplotlib',
+  'PIL',
+  'fsspec',
+  'botocore',
+)
 
 # The full path: an environment may lie below another folder called clip_jax.
 _PACKAGE = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), '')
@@ -34,7 +48,15 @@ class _Plain(python_logging.Formatter):
     if record.exc_info:
       text += '\n' + self.formatException(record.exc_info)
     is_info = record.levelno < python_logging.WARNING
+    text = mirror.in_words(text)
     return text if is_info else f'{record.levelname.capitalize()}: {text}'
+
+
+class _Dated(python_logging.Formatter):
+  """Formats a record for a file."""
+
+  def format(self, record):
+    return mirror.in_words(super().format(record))
 
 
 class _AboveBars(python_logging.StreamHandler):
@@ -95,9 +117,17 @@ def to_file(path) -> None:
   """Adds a log file, to which every later line is also written, with its time."""
   os.makedirs(os.path.dirname(path), exist_ok=True)
   handler = _File(path)
-  handler.setFormatter(python_logging.Formatter('%(asctime)s %(levelname).1s %(message)s'))
+  handler.setFormatter(_Dated('%(asctime)s %(levelname).1s %(message)s'))
   handler.addFilter(_is_notable)
   _add(handler)
+
+
+def publish() -> None:
+  """Uploads the log files, if the work directory is on object storage and can be written."""
+  for handler in _handlers:
+    if isinstance(handler, python_logging.FileHandler):
+      with contextlib.suppress(InputError):
+        files.publish(handler.baseFilename)
 
 
 def _add(handler: python_logging.Handler) -> None:

@@ -25,7 +25,7 @@ class MetricsWriter:
   """Appends metrics to a JSONL file, and to TensorBoard if a folder is given."""
 
   def __init__(self, path, tensorboard_dir: str = ''):
-    self._path = epath.Path(path)
+    self._path = epath.Path(files.local(path))
     self._path.parent.mkdir(parents=True, exist_ok=True)
     self._board = _tensorboard(tensorboard_dir) if tensorboard_dir else None
 
@@ -44,6 +44,11 @@ class MetricsWriter:
       kept = [line for line in read(self._path) if line['step'] <= step]
       files.write_bytes(self._path, ''.join(json.dumps(line) + '\n' for line in kept).encode())
 
+  def publish(self) -> None:
+    """Uploads the lines so far, if the work directory is on object storage."""
+    if self._path.exists():
+      files.publish(self._path)
+
   def close(self) -> None:
     if self._board is not None:
       self._board.close()
@@ -57,6 +62,9 @@ class NoMetrics:
 
   def truncate(self, step: int) -> None:
     del step
+
+  def publish(self) -> None:
+    pass
 
   def close(self) -> None:
     pass
@@ -83,7 +91,7 @@ def append(path, lines: Sequence[Mapping[str, Any]]) -> None:
 def read(path) -> list[dict]:
   """Returns the lines of a metrics file; an incomplete line is skipped with a warning."""
   lines = []
-  path = epath.Path(path)
+  path = epath.Path(files.local(path))
   for text in path.read_text().splitlines() if path.exists() else []:
     try:
       lines.append(json.loads(text))

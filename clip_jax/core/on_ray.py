@@ -16,7 +16,7 @@ from typing import Any
 
 from absl import logging
 
-from clip_jax.core import command, interrupts, locks, log, progress
+from clip_jax.core import command, interrupts, locks, log, mirror, progress
 from clip_jax.core.errors import ConfigError, InputError
 
 LOOK_SECS = 2.0  # between looks for new and lost places
@@ -76,7 +76,8 @@ def run(
     logging.info('Ray: room for %s of %s each.', progress.count_with_noun(room, 'worker'), unit)
     share = {'num_gpus': 1, 'num_cpus': 0} if kind == 'GPU' else {'num_cpus': cpus}
     call = ray.remote(max_retries=0, max_calls=1, **share)(_call)
-    start = lambda: call.remote(function, arguments, workdir, os.getcwd())
+    place = mirror.place_of(workdir)
+    start = lambda: call.remote(function, arguments, place, os.getcwd())
     with locks.lock(workdir, _LOCK):
       _keep(ray, start, lambda: _places(ray, kind, count), calls, watch)
   finally:
@@ -170,12 +171,13 @@ def _unfit(error: Exception) -> InputError:
   )
 
 
-def _call(function: Callable[..., None], arguments: tuple, workdir: str, folder: str) -> bool:
+def _call(function: Callable[..., None], arguments: tuple, place: tuple, folder: str) -> bool:
   """Runs function(*arguments) on a node, from the folder where the command was started.
 
   Returns False if a signal stopped it.
   """
-  if not os.path.exists(os.path.join(workdir, _LOCK + locks.LOCK)):
+  workdir = mirror.open_place(*place)
+  if not locks.is_taken(workdir, _LOCK):
     raise InputError(
       f'{workdir} on {socket.gethostname()} is not the folder that the driver has: all nodes need '
       'the work directory under the same path, on a shared disk.'
@@ -198,7 +200,7 @@ def _end_with_driver(workdir: str) -> None:
   """Sends this process SIGTERM when the driver's lock is free."""
   while True:
     try:
-      with locks.lock(workdir, _LOCK, shared=True):
+      with locks.lock(workdir, _LOCK, shared=True, patient=False):
         os.kill(os.getpid(), signal.SIGTERM)
         return
     except locks.Busy:

@@ -23,14 +23,13 @@ import collections
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
+import errno
 import functools
-import glob
 import hashlib
 import os
 from typing import Any
 
 from absl import logging
-from etils import epath
 
 from clip_jax.core import config as config_lib
 from clip_jax.core import files, locks
@@ -106,6 +105,7 @@ def make(
   *,
   part: str = '',
   kills: int = 0,
+  patient: bool = True,
 ) -> list[Product]:
   """Makes the products that are missing, or that differ and are cheap, and returns them.
 
@@ -126,6 +126,7 @@ def make(
       time; '': nobody else makes any of it.
     kills: refuses a product after so many processes in a row were killed while they made it; 0:
       never.
+    patient: see leases.held.
 
   Raises:
     InputError: a product differs and is not cheap, an input is missing or differs, or a product
@@ -136,17 +137,19 @@ def make(
     return []
   batch = wanted[0].batch or wanted[0].name
   with (
-    locks.lock(workdir, batch, shared=bool(part)) as note,
-    _lock_of_part(workdir, batch, part) as own,
+    locks.lock(workdir, batch, shared=bool(part), patient=patient) as note,
+    _lock_of_part(workdir, batch, part, patient) as own,
   ):
     note = own or note
+    for folder in {os.path.dirname(product.name) for product in wanted}:
+      files.refresh(os.path.join(workdir, folder))
     todo = [_with_inputs(workdir, product) for product in missing(workdir, wanted)]
     if not todo:
       return []
     for product in todo:
-      if (path := sidecar_path(workdir, product.name)).exists():
+      if files.exists(path := sidecar_path(workdir, product.name)):
         logging.info('%s is made again: %s.', product.name, reasons(workdir, product, 3))
-        path.unlink()
+        files.remove(path)
     making = _making(workdir, todo[0])
     if (killed := note(making)) >= kills > 0:
       raise InputError(
@@ -167,14 +170,16 @@ def make(
 def _making(workdir: str, product: Product) -> str:
   """Returns a product's name; of a training run in the middle, with its newest checkpoint."""
   folder = os.path.join(workdir, os.path.dirname(product.name), 'checkpoints')
-  steps = [int(name) for name in glob.glob('*', root_dir=folder) if name.isdecimal()]
+  steps = [int(name) for name in files.names(folder) if name.isdecimal()]
   return product.name + (f' (after step {max(steps)})' if steps else '')
 
 
 def _lock_of_part(
-  workdir: str, batch: str, part: str
+  workdir: str, batch: str, part: str, patient: bool
 ) -> contextlib.AbstractContextManager[Callable[[str], int] | None]:
-  return locks.lock(workdir, f'{batch}-{part}') if part else contextlib.nullcontext()
+  if not part:
+    return contextlib.nullcontext()
+  return locks.lock(workdir, f'{batch}-{part}', patient=patient)
 
 
 def missing(workdir: str, wanted: Sequence[Product]) -> list[Product]:
@@ -272,8 +277,8 @@ def _with_inputs(workdir: str, product: Product) -> Product:
     for name, sidecar in sidecars(workdir).items()
     if name != product.name
   }
-  others = glob.glob(product.reads_files, root_dir=workdir) if product.reads_files else []
-  stamps = {name: files.sha256(os.path.join(workdir, name)) for name in sorted(others)}
+  others = files.matching(workdir, product.reads_files) if product.reads_files else []
+  stamps = {name: files.sha256(os.path.join(workdir, name)) for name in others}
   return dataclasses.replace(product, sources=finished | stamps)
 
 
@@ -340,12 +345,13 @@ def finish(
   sizes, digest = {}, hashlib.sha256()
   known_sha256 = product_files if isinstance(product_files, Mapping) else {}
   for file in sorted(product_files):
-    path = epath.Path(workdir) / file
-    if path.is_dir():
-      sizes[file] = -1
-      continue
-    sizes[file] = path.stat().length
-    digest.update(f'{file}:{known_sha256.get(file) or files.sha256(path)}\n'.encode())
+    path = os.path.join(workdir, file)
+    size = files.size(path)
+    if size is None:
+      raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+    sizes[file] = size
+    if size >= 0:
+      digest.update(f'{file}:{known_sha256.get(file) or files.sha256(path)}\n'.encode())
   files.write_json(
     sidecar_path(workdir, product.name),
     {
@@ -362,8 +368,8 @@ def finish(
   )
 
 
-def sidecar_path(workdir: str, name: str) -> epath.Path:
-  return epath.Path(workdir) / (name + SIDECAR)
+def sidecar_path(workdir: str, name: str) -> str:
+  return os.path.join(workdir, name + SIDECAR)
 
 
 def read_sidecar(workdir: str, name: str) -> dict | None:
@@ -372,8 +378,7 @@ def read_sidecar(workdir: str, name: str) -> dict | None:
   if sidecar is None:
     return None
   for file, size in sidecar['files'].items():
-    file_path = epath.Path(workdir) / file
-    if not file_path.exists() or (size >= 0 and file_path.stat().length != size):
+    if files.size(os.path.join(workdir, file)) != size:
       logging.warning(
         '%s: %s is missing, or its size has changed. The product is made again.', name, file
       )
@@ -388,7 +393,7 @@ def count_finished(workdir: str, names: Iterable[str]) -> int:
     folder, _, last = name.rpartition('/')
     folders.setdefault(folder, set()).add(last + SIDECAR)
   return sum(
-    len(files_of & {*glob.glob('*' + SIDECAR, root_dir=os.path.join(workdir, folder))})
+    len(files_of & {*files.names(os.path.join(workdir, folder))})
     for folder, files_of in folders.items()
   )
 
@@ -401,11 +406,11 @@ def counts(workdir: str, name: str) -> dict:
 
 def sidecars(workdir: str) -> dict[str, dict]:
   """Returns all sidecars of a work directory: product name -> sidecar. Files are not checked."""
-  every = map(_read_sidecar, _sidecar_paths(epath.Path(workdir)))
+  every = map(_read_sidecar, _sidecar_paths(workdir))
   return {sidecar['name']: sidecar for sidecar in every if sidecar is not None}
 
 
-def _read_sidecar(path: epath.Path) -> dict | None:
+def _read_sidecar(path: str) -> dict | None:
   """Returns a sidecar; None without one: another process may delete it at any time."""
   try:
     return files.read_json(path)
@@ -413,11 +418,12 @@ def _read_sidecar(path: epath.Path) -> dict | None:
     return None
 
 
-def _sidecar_paths(folder: epath.Path) -> Iterator[epath.Path]:
-  for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-    if path.name.endswith(SIDECAR):
+def _sidecar_paths(folder: str) -> Iterator[str]:
+  for name in files.names(folder):
+    path = os.path.join(folder, name)
+    if name.endswith(SIDECAR):
       yield path
-    elif path.is_dir() and path.name not in _NO_PRODUCTS:
+    elif name not in _NO_PRODUCTS and files.is_folder(path):
       yield from _sidecar_paths(path)
 
 
@@ -463,31 +469,20 @@ def move_aside(workdir: str, file: str) -> None:
 
   A folder that exists there already is merged.
   """
-  old, new = os.path.join(workdir, file), os.path.join(workdir, locks.REPLACED, file)
-  if os.path.isdir(old) and os.path.isdir(new):
-    for name in os.listdir(old):
-      move_aside(workdir, os.path.join(file, name))
-    os.rmdir(old)
-  elif os.path.exists(old):
-    os.makedirs(os.path.dirname(new), exist_ok=True)
-    os.replace(old, new)
+  files.move(os.path.join(workdir, file), os.path.join(workdir, locks.REPLACED, file))
 
 
 def delete(workdir: str, name: str) -> None:
   """Deletes a product's files, the sidecar first."""
   recorded = _recorded_files(workdir, name)
-  sidecar_path(workdir, name).unlink(missing_ok=True)
+  files.remove(sidecar_path(workdir, name))
   for file in recorded:
-    path = epath.Path(workdir) / file
-    if path.is_dir():
-      path.rmtree()
-    else:
-      path.unlink(missing_ok=True)
+    files.remove(os.path.join(workdir, file))
 
 
 def _recorded_files(workdir: str, name: str) -> list[str]:
   path = sidecar_path(workdir, name)
-  return list(files.read_json(path)['files']) if path.exists() else []
+  return list(files.read_json(path)['files']) if files.exists(path) else []
 
 
 def write_manifest(workdir: str, folder: str, products: Sequence[Product]) -> None:
@@ -501,7 +496,7 @@ def write_manifest(workdir: str, folder: str, products: Sequence[Product]) -> No
     for sidecar in stored
     if sidecar is not None
   ]
-  path = epath.Path(workdir) / folder / 'manifest.json'
-  text = {'products': entries}
-  if (entries or path.exists()) and not (path.exists() and files.read_json(path) == text):
+  path = os.path.join(workdir, folder, 'manifest.json')
+  text, is_there = {'products': entries}, files.exists(path)
+  if (entries or is_there) and not (is_there and files.read_json(path) == text):
     files.write_json(path, text)

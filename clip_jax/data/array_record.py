@@ -65,11 +65,7 @@ class Records:
   """Random access to the records of a file; thread-safe."""
 
   def __init__(self, path: str):
-    if '://' in path:
-      raise InputError(
-        f'{path}: ArrayRecord files are read from local disks only. Copy them to this '
-        'machine, or mount the bucket.'
-      )
+    assert not storage.is_remote(path), path  # such a reader may never return
     from array_record.python import array_record_module
 
     self._path, size = path, os.path.getsize(path)  # fails for a missing file; the reader does not

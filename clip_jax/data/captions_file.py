@@ -14,9 +14,8 @@ import os
 import re
 from typing import Any
 
-from clip_jax.core import files
 from clip_jax.core.errors import InputError
-from clip_jax.data import folder
+from clip_jax.data import filetree, folder
 
 _MOST_BYTES = 1 << 30  # so that a wrong path does not fill the memory
 _LINE = re.compile(
@@ -91,7 +90,7 @@ def read(path: str, root: str, splits: Sequence[str] = ()) -> Captions:
 
 def _entries(path: str) -> Iterator[Entry]:
   """Yields the images of a file with their captions."""
-  text = files.read_text(path, _MOST_BYTES, 'too large for a file of captions. Split it.')
+  text = filetree.read_text(path, _MOST_BYTES, 'too large for a file of captions. Split it.')
   if not text.lstrip().startswith('{'):
     yield from _of_lines(text, path)
     return

@@ -6,15 +6,18 @@ path relative to the root as key. labels.py assigns labels.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent import futures
 import functools
 import os
 import re
 
 from clip_jax.core.errors import InputError
-from clip_jax.data import storage, table
+from clip_jax.data import filetree, storage, table
 
 IMAGES = ('jpg', 'jpeg', 'png', 'webp', 'gif', 'bmp', 'tif', 'tiff', 'ppm', 'avif')  # endings
 _BESIDE = ('txt', 'json', 'cls')
+_BATCH = 256  # remote samples whose first bytes are fetched together
+_HEAD = 1 << 14  # bytes: whole texts, and the header of most images
 _MAPPINGS = ('folder_to_objectnet_label.json', 'objectnet_to_imagenet_1k.json')  # ObjectNet's
 
 
@@ -23,6 +26,9 @@ def paths(root: str, inside: str = '') -> Iterator[str]:
 
   Links are followed, except links to a parent folder. Hidden files and folders are ignored.
   """
+  if storage.is_remote(root):
+    yield from _remote_paths(root, inside.rstrip('/'))
+    return
   real = os.path.realpath(os.path.join(root, inside))
   todo: list[tuple[str, tuple[str, ...]]] = [(inside, (real,))]
   while todo:
@@ -39,37 +45,56 @@ def paths(root: str, inside: str = '') -> Iterator[str]:
         yield path
 
 
-def find(root: str) -> list[str]:
-  """Returns the absolute path of every image file below a folder, in natural order."""
-  if not os.path.isdir(root):
+def _remote_paths(root: str, inside: str) -> Iterator[str]:
+  """Does the same for a URL; the folders of one level are listed concurrently."""
+  level = [inside]
+  with futures.ThreadPoolExecutor(storage.THREADS) as threads:
+    while level:
+      listed = threads.map(lambda folder: filetree.entries(filetree.join(root, folder)), level)
+      below = []
+      for folder, entries in zip(level, listed):
+        for name, entry in entries.items():
+          path = f'{folder}/{name}'.lstrip('/')
+          if entry.is_folder and not name.startswith('.'):
+            below.append(path)
+          elif ending(name) in IMAGES and not name.startswith('.'):
+            yield path
+      level = below
+
+
+def find(root: str) -> tuple[str, list[str]]:
+  """Returns the folder, and the relative path of every image file below it, in natural order."""
+  if not filetree.is_folder(root):
     raise InputError(f'{root!r} is not a folder. Correct the path of the dataset.')
   names = sorted(paths(root), key=storage.natural_key)
   if not names:
     raise InputError(
       f'{root!r} holds no file that ends in {", ".join(IMAGES)}. Correct the path of the dataset.'
     )
-  return [os.path.join(root, name) for name in names]
+  return root, names
 
 
 def samples(
-  root: str, names: Sequence[str], columns: Sequence[str] = ()
+  root: str, files: Sequence[storage.SourceFile], columns: Sequence[str] = ()
 ) -> tuple[list[table.Sample], list[dict[str, str]]]:
-  """Returns the samples of image files, given relative to root, and the skipped entries.
+  """Returns the samples of image files below a root, and the skipped entries.
 
   columns: endings, beside txt, json and cls, of the files that belong to an image.
   """
   usable, skipped = [], []
   endings = dict.fromkeys((*_BESIDE, *map(str.lower, columns)))
-  beside = functools.lru_cache(64)(lambda folder: _by_lower_ending(os.path.join(root, folder)))
+  beside = functools.lru_cache(64)(lambda folder: _by_lower_ending(filetree.join(root, folder)))
   inside = images_folder(root)
-  for name in names:
+  heads = _Heads() if storage.is_remote(root) else None
+  for file in files:
+    name = file.name
     if not is_text(name):
       skipped.append(
         {'key': os.fsencode(name).decode(errors='backslashreplace'), 'reason': 'name is not UTF-8'}
       )
       continue
     try:
-      usable.append(_sample(root, name, endings, beside(os.path.dirname(name)), inside))
+      usable.append(_sample(root, file, endings, beside(os.path.dirname(name)), inside, heads))
     except OSError:
       skipped.append({'key': name, 'reason': 'file cannot be read'})
   return usable, skipped
@@ -78,6 +103,8 @@ def samples(
 def class_folders(root: str) -> tuple[str, ...]:
   """Returns the sorted names of the folders in the root that hold an image."""
   inside = images_folder(root)
+  if storage.is_remote(root):
+    return tuple(sorted({class_folder(path, inside) for path in paths(root, inside)} - {''}))
   folders = sorted(
     entry.name
     for entry in _entries(os.path.join(root, inside))
@@ -108,14 +135,11 @@ def objectnet_mappings(root: str) -> tuple[str, ...]:
   The first maps folders to names, the second has the names shared with ImageNet. root: the folder
   objectnet-1.0, or images/ in it.
   """
-  top = root if _is_objectnet(root) else os.path.dirname(os.path.abspath(root))
-  if (
-    not _is_objectnet(top)
-    or not os.path.samefile(root, top)
-    and not os.path.samefile(root, os.path.join(top, 'images'))
-  ):
+  top = root if _is_objectnet(root) else filetree.parent(root)
+  same = str.__eq__ if storage.is_remote(root) else os.path.samefile
+  if not _is_objectnet(top) or not same(root, top) and not same(root, filetree.join(top, 'images')):
     return ()
-  return tuple(os.path.join(top, 'mappings', name) for name in _MAPPINGS)
+  return tuple(filetree.join(top, f'mappings/{name}') for name in _MAPPINGS)
 
 
 def ending(name: str) -> str:
@@ -134,30 +158,69 @@ def _by_lower_ending(folder: str) -> dict[str, str]:
   Of 'a.TXT' and 'a.txt' the latter counts.
   """
   names = {}
-  for name in sorted(os.listdir(folder)):
+  for name in sorted(filetree.entries(folder) if storage.is_remote(folder) else os.listdir(folder)):
     stem, dot, end = name.rpartition('.')
     names[f'{stem}{dot}{end.lower()}'] = name
   return names
 
 
 def _sample(
-  root: str, name: str, endings: Iterable[str], beside: Mapping[str, str], inside: str
+  root: str,
+  file: storage.SourceFile,
+  endings: Iterable[str],
+  beside: Mapping[str, str],
+  inside: str,
+  heads: '_Heads | None',
 ) -> table.Sample:
-  stem = os.path.splitext(name)[0]
-  files = {
-    end: os.path.join(os.path.dirname(os.path.join(root, name)), actual)
-    for end in endings
-    if (actual := beside.get(f'{os.path.basename(stem)}.{end}'))
+  name, folder = file.name, os.path.dirname(file.name)
+  stem = os.path.splitext(os.path.basename(name))[0]
+  names = {
+    end: os.path.join(folder, actual) for end in endings if (actual := beside.get(f'{stem}.{end}'))
   }
-  files[ending(name)] = os.path.join(root, name)
-  members = {end: (0, os.stat(path).st_size) for end, path in files.items()}
+  names[ending(name)] = name
+  if heads is None:
+    paths = {end: os.path.join(root, name) for end, name in names.items()}
+    sizes = {end: os.stat(path).st_size for end, path in paths.items()}
+    read = functools.partial(_read, paths)
+  else:
+    further = {end: other for end, other in names.items() if other != name}
+    found = filetree.source_files(root, list(further.values()))
+    members = dict(zip(further, found, strict=True)) | {ending(name): file}
+    sizes = {end: member.size for end, member in members.items()}
+    read = functools.partial(heads.read, heads.add(members))
   return table.Sample(
-    name, members, functools.partial(_read, files), class_folder(name, inside), name
+    name, {end: (0, size) for end, size in sizes.items()}, read, class_folder(name, inside), name
   )
 
 
 def _read(files: dict[str, str], which: str, most: int) -> bytes:
   return storage.File(files[which]).read(0, most)
+
+
+class _Heads:
+  """The first bytes of the files of remote samples, fetched in batches in the samples' order."""
+
+  def __init__(self) -> None:
+    self._samples: list[dict[str, storage.SourceFile]] = []  # ending -> file
+    self._batch, self._bytes = -1, {}  # number of the batch in memory; path -> its first bytes
+
+  def add(self, members: dict[str, storage.SourceFile]) -> int:
+    """Adds a sample and returns its number."""
+    self._samples.append(members)
+    return len(self._samples) - 1
+
+  def read(self, number: int, which: str, most: int) -> bytes:
+    """Returns the first bytes of a file of a sample."""
+    file = self._samples[number][which]
+    most = min(most, file.size)
+    if number // _BATCH != self._batch:
+      self._batch = number // _BATCH
+      batch = self._samples[self._batch * _BATCH :][:_BATCH]
+      wanted = [file for members in batch for file in members.values()]
+      ranges = [(file.path, 0, min(_HEAD, file.size)) for file in wanted]
+      self._bytes = dict(zip((file.path for file in wanted), storage.read_ranges(ranges)))
+    head = self._bytes[file.path]
+    return head[:most] if most <= len(head) else storage.open_file(file.path).read(0, most)
 
 
 def _entries(folder: str) -> list[os.DirEntry]:
@@ -188,6 +251,6 @@ def _is_file(entry: os.DirEntry) -> bool:
 
 
 def _is_objectnet(top: str) -> bool:
-  return os.path.isdir(os.path.join(top, 'images')) and all(
-    os.path.isfile(os.path.join(top, 'mappings', name)) for name in _MAPPINGS
+  return filetree.is_folder(filetree.join(top, 'images')) and all(
+    filetree.is_file(filetree.join(top, f'mappings/{name}')) for name in _MAPPINGS
   )

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from clip_jax.core.config import did_you_mean
 from clip_jax.core.errors import ConfigError
-from clip_jax.data import array_record, folder, storage, table, tfds, webdataset
+from clip_jax.data import array_record, copies, folder, storage, table, tfds, webdataset
 
 
 class Reader(Protocol):
@@ -38,15 +38,16 @@ class Format:
     ]
     | None
   )
-  # A shard's entry in files.json {'format', 'root', 'path', 'image_key'} -> its reader. None: the
-  # format has no images.
+  # A shard's entry in files.json {'format', 'root', 'path', 'image_key', 'size' and 'version' of a
+  # copied file} -> its reader. None: the format has no images.
   open: Callable[[Mapping[str, str]], Reader] | None
   patterns: tuple[str, ...]  # globs of its files in a folder
   one_pattern: bool = False  # only the first of these globs that matches a file counts
-  find: Callable[[str], list[str]] | None = None  # path -> its files, if globs cannot list them
+  # Path -> a folder and the names of its files below it, if globs cannot list them.
+  find: Callable[[str], tuple[str, list[str]]] | None = None
   files_a_shard: int = 1  # 65,536 if a file is one sample; else a file is a shard
   rooted: bool = False  # images are files with paths below a root
-  remote: bool = False  # files on gs://, s3:// and the like can be read without a copy
+  is_copied: bool = False  # remote files are copied to this machine first (copies.py)
   # (the dataset's path if `find` is given, else one of its files; label_key) -> class names stored
   # in the dataset. The classes of folders come from labels.py.
   classes: Callable[[str, str], tuple[str, ...]] = lambda path, label_key: ()
@@ -76,19 +77,15 @@ FORMATS = {
     lambda files, root, *names: webdataset.samples(files[0].path, files[0].name),
     lambda where: storage.open_file(where['path']),
     ('*.tar',),
-    remote=True,
   ),
   'parquet': Format(
     lambda files, root, *names: _parquet().samples(files[0], *names),
     lambda where: _parquet().Reader(where['path'], where['image_key']),
     ('*.parquet',),
-    remote=True,
     classes=lambda path, label_key: _parquet().classes(path, label_key),
   ),
   'folder': Format(
-    lambda files, root, _image, _key, columns: folder.samples(
-      root, [file.name for file in files], columns
-    ),
+    lambda files, root, _image, _key, columns: folder.samples(root, files, columns),
     lambda where: storage.open_file(where['path']),
     (),
     find=folder.find,
@@ -97,15 +94,17 @@ FORMATS = {
   ),
   'tfds': Format(
     lambda files, root, *names: tfds.samples(files[0], *names),
-    lambda where: tfds.reader(where['path'], where['image_key']),
+    lambda where: tfds.reader(copies.opened(where), where['image_key']),
     (),
     find=tfds.find,
+    is_copied=True,
     classes=tfds.classes,
   ),
   'array_record': Format(
-    lambda files, root, *names: array_record.samples(files[0], *names),
-    lambda where: array_record.reader(where['path'], where['image_key']),
+    lambda files, root, *names: array_record.samples(copies.copied(files[0]), *names),
+    lambda where: array_record.reader(copies.opened(where), where['image_key']),
     ('*.array_record', '*.array_record-*', '*.arrayrecord'),
+    is_copied=True,
   ),
-  'embeddings': Format(None, None, _VECTOR_FILES, True, remote=True),
+  'embeddings': Format(None, None, _VECTOR_FILES, True),
 }

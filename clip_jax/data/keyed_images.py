@@ -7,7 +7,7 @@ import functools
 import os
 
 from clip_jax.core.errors import InputError
-from clip_jax.data import folder, listing, storage, webdataset
+from clip_jax.data import filetree, folder, listing, storage, webdataset
 
 ENDINGS = ('jpg', 'jpeg', 'png', 'webp', 'avif')  # of tar members, in order of preference
 
@@ -46,10 +46,11 @@ class KeyedImages:
       return None
     # An absolute path is from another machine: its last parts may be a path in this folder.
     for start in range(len(parts) if key.startswith('/') else 1):
-      path = os.path.join(self._path, *parts[start:])
-      for candidate in (path, *(f'{path}.{ending}' for ending in folder.IMAGES)):
-        if os.path.isfile(candidate):
-          return candidate, 0, os.path.getsize(candidate)
+      name = '/'.join(parts[start:])
+      for candidate in (name, *(f'{name}.{ending}' for ending in folder.IMAGES)):
+        path = filetree.join(self._path, candidate)
+        if filetree.is_file(path):
+          return path, 0, filetree.source_file(path).size
     return None
 
 
@@ -59,7 +60,7 @@ def _tars(path: str) -> tuple[str, ...]:
   try:
     return tuple(file.path for file in listing.list_files('webdataset', path))
   except listing.NoFiles:
-    if os.path.isdir(path):
+    if filetree.is_folder(path):
       return ()
     raise
 

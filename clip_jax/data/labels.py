@@ -20,7 +20,7 @@ import os
 import re
 
 from clip_jax.core.errors import InputError
-from clip_jax.data import folder, labels_file
+from clip_jax.data import filetree, folder, labels_file
 
 _WNID = re.compile('n[0-9]{8}')
 _MOST_CLASSES = 100_000  # a larger number (a date) is not a class number
@@ -62,7 +62,7 @@ def labels(
   of a file of labels; if given, only it counts. class_folders: the folders that must exist. Raises
   InputError if labels are ambiguous or a class folder is missing.
   """
-  if not os.path.isdir(root):
+  if not filetree.is_folder(root):
     raise InputError(f'{root!r} is not a folder. Correct the path of the dataset.')
   if file:
     return _by_file(root, class_names, file, class_folders)

@@ -15,9 +15,8 @@ import os
 import re
 from typing import Any
 
-from clip_jax.core import files
 from clip_jax.core.errors import InputError
-from clip_jax.data import folder, storage
+from clip_jax.data import filetree, folder, storage
 
 _MOST_BYTES = 1 << 28  # 50,000 lines are 2 MB
 _KAGGLE = 'imageid,predictionstring'  # the first line of LOC_val_solution.csv
@@ -173,7 +172,7 @@ def _classes_by_image(
 def _aliases(root: str, images: Sequence[str]) -> dict[str, str]:
   """Returns name that a file may use -> path of the image, '' if it is ambiguous."""
   known: dict[str, str] = {}
-  top = os.path.basename(os.path.normpath(root))
+  top = filetree.base_name(root)
   forms = (
     lambda image: os.path.splitext(os.path.basename(image))[0],
     os.path.basename,
@@ -199,7 +198,7 @@ def _class(value: Any, path: str) -> str:
 
 
 def _read_text(path: str) -> str:
-  return files.read_text(
+  return filetree.read_text(
     path, _MOST_BYTES, 'too large for a file of labels. Give lines of NAME CLASS.'
   )
 

@@ -5,33 +5,15 @@ from collections.abc import Mapping, Sequence
 from concurrent import futures
 import contextlib
 import glob
-import itertools
 import os
 import posixpath
 import re
 from typing import Any
 
-from clip_jax.core.errors import InputError
-from clip_jax.data import formats, storage
+import braceexpand
 
-_THREADS = 16  # concurrent requests to a remote storage
-# Fields in which fsspec file systems report the state of an object, the most reliable first.
-_VERSIONS = (
-  'generation',
-  'ETag',
-  'etag',
-  'e_tag',
-  'md5Hash',
-  'Content-MD5',
-  'Digest',
-  'mtime',
-  'LastModified',
-  'Last-Modified',
-  'last_modified',
-  'updated',
-  'modified',
-  'created',
-)
+from clip_jax.core.errors import InputError
+from clip_jax.data import filetree, formats, storage
 
 
 class NoFiles(InputError):
@@ -42,8 +24,8 @@ def list_files(format: str, path: str) -> list[storage.SourceFile]:
   """Returns the files of a dataset: in natural order, but braces in their written order.
 
   path: a file, a glob, braces ('{00000..00009}.tar', '{a,b}/*.tar') or a folder of tars, local or
-  on gs://, s3:// and the like (on a web server a folder must end in '/'); for format 'folder', the
-  folder of images. Raises NoFiles, an InputError, if the path or a file named by braces is missing.
+  on gs://, s3:// and the like; for format 'folder', the folder of images. Raises NoFiles, an
+  InputError, if the path or a file named by braces is missing.
   """
   source_format = formats.by_name(format)
   if not path:
@@ -51,36 +33,51 @@ def list_files(format: str, path: str) -> list[storage.SourceFile]:
   if path.startswith('file://'):
     raise InputError(f'path={path!r}: give a path on this machine without file://.')
   if storage.is_remote(path):
-    if not source_format.remote:
-      raise InputError(
-        f'path={path!r}: datasets of format {format!r} are read from local disks '
-        'only. Copy the dataset to this machine, or mount it.'
-      )
-    return _remote_files(path, source_format)
-  path = os.path.abspath(os.path.expanduser(path))
+    filetree.forget(path)
   if source_format.find:
-    matched = source_format.find(path)
-  else:
-    # An existing file may have braces in its name.
-    patterns = [path] if os.path.exists(path) else expand_braces(path)
-    matched = [file for pattern in patterns for file in _matches(pattern, source_format)]
+    return filetree.source_files(*source_format.find(filetree.absolute(path)))
+  if storage.is_remote(path):
+    return _remote_files(path, source_format)
+  path = filetree.absolute(path)
+  # An existing file may have braces in its name.
+  patterns = [path] if os.path.exists(path) else expand_braces(path)
+  matched = [file for pattern in patterns for file in _matches(pattern, source_format)]
   _check_once(path, matched)
   fixed = (
     path
     if os.path.isdir(path)
     else os.path.dirname(path if os.path.exists(path) else re.split(r'[*?\[{]', path)[0])
   )
-  # A broken link is listed too; it becomes a sample that cannot be read.
-  stats = [os.stat(file) if os.path.exists(file) else os.lstat(file) for file in matched]
-  return [
-    storage.SourceFile(file, os.path.relpath(file, fixed), stat.st_size, stat.st_mtime)
-    for file, stat in zip(matched, stats, strict=True)
-  ]
+  return [filetree.source_file(file, os.path.relpath(file, fixed)) for file in matched]
 
 
 def root(format: str, path: str) -> str:
   """Returns the folder to which image paths are relative, '' if images are not files."""
-  return os.path.abspath(os.path.expanduser(path)) if formats.by_name(format).rooted else ''
+  return filetree.absolute(path) if formats.by_name(format).rooted else ''
+
+
+def exists(path: str) -> bool:
+  """Returns whether a path is an existing file or folder, or a pattern that matches one."""
+  if not storage.is_remote(path):
+    path = os.path.expanduser(path)
+    return os.path.exists(path) or any(
+      glob.glob(pattern, recursive=True)[:1]
+      for pattern in expand_braces(path)
+      if any(sign in path for sign in '*?[{')
+    )
+  fixed, mark, query = path.partition('?') if path.startswith('http') else (path, '', '')
+  return any(_exists(pattern, mark + query) for pattern in expand_braces(fixed))
+
+
+def _exists(url: str, query: str) -> bool:
+  if not any(sign in url for sign in '*?['):
+    return filetree.info(url + query) is not None or filetree.is_folder(url)
+
+  def ask() -> bool:
+    with storage.errors_with_path(url):
+      return bool(storage.file_system(url).glob(url))
+
+  return storage.with_retries(ask)
 
 
 def _remote_files(path: str, source_format: formats.Format) -> list[storage.SourceFile]:
@@ -90,12 +87,11 @@ def _remote_files(path: str, source_format: formats.Format) -> list[storage.Sour
   query = mark + query
   patterns = expand_braces(path)
   with storage.errors_with_path(path):
-    system.invalidate_cache()  # an object may have changed since the last listing
-    if len(patterns) > _THREADS and not web:
+    if len(patterns) > storage.THREADS and not web:
       for folder in dict.fromkeys(map(posixpath.dirname, patterns)):
         with contextlib.suppress(OSError):
           system.ls(folder)  # fsspec caches the listing: one request instead of thousands
-  with futures.ThreadPoolExecutor(_THREADS) as threads:
+  with futures.ThreadPoolExecutor(storage.THREADS) as threads:
     matches = threads.map(
       lambda pattern: storage.with_retries(
         lambda: _remote_matches(system, pattern, query, source_format)
@@ -113,7 +109,7 @@ def _remote_files(path: str, source_format: formats.Format) -> list[storage.Sour
       url.removesuffix(query).removeprefix(fixed).lstrip('/'),
       info['size'],
       0.0,
-      _version(info),
+      filetree.version(info),
     )
     for url, info in matched
   ]
@@ -128,13 +124,9 @@ def _remote_matches(
     if not any(sign in path for sign in '*?['):
       patterns = [f'{path.rstrip("/")}/{name}' for name in source_format.patterns]
       if not path.endswith('/'):  # '/' marks a folder, even if the server answers with a page
-        try:
-          info = system.info(path + query)
-          if info['type'] != 'directory':
-            return [(path + query, _with_size(system, path + query, info))]
-        except FileNotFoundError as error:
-          if storage.is_transient(error):
-            raise
+        info = filetree.info(path + query)
+        if info is not None and info['type'] != 'directory':
+          return [(path + query, _with_size(system, path + query, info))]
     for pattern in patterns:
       for name, info in system.glob(pattern, detail=True).items():
         if info['type'] != 'directory':
@@ -158,11 +150,6 @@ def _with_size(system: Any, url: str, info: Mapping[str, Any]) -> Mapping[str, A
       'Copy the dataset to another storage, or to this machine.'
     )
   return info
-
-
-def _version(info: Mapping[str, Any]) -> str:
-  version: Any = next((info[name] for name in _VERSIONS if info.get(name)), '')
-  return str(version.timestamp() if hasattr(version, 'timestamp') else version).strip('"')
 
 
 def _check_once(path: str, matched: Sequence[str]) -> None:
@@ -196,20 +183,7 @@ def _matches(path: str, source_format: formats.Format) -> list[str]:
 
 def expand_braces(path: str) -> list[str]:
   """Returns the paths to which braces expand, in the order of a shell."""
-  parts = re.split(r'\{([^{}]*)\}', path)  # the contents of braces are at odd indices
-  return [
-    ''.join(choice)
-    for choice in itertools.product(
-      *(_options(part) if i % 2 else [part] for i, part in enumerate(parts))
-    )
-  ]
-
-
-def _options(text: str) -> list[str]:
-  ends = re.fullmatch(r'([0-9]+)\.\.([0-9]+)', text)
-  if not ends:
-    return text.split(',') if ',' in text else ['{' + text + '}']
-  first, last = int(ends[1]), int(ends[2])
-  width = max(map(len, ends.groups())) if any(end[0] == '0' for end in ends.groups()) else 0
-  step = 1 if last >= first else -1
-  return [f'{number:0{width}d}' for number in range(first, last + step, step)]
+  try:
+    return list(braceexpand.braceexpand(path, escape=False))
+  except ValueError:  # a brace without its counterpart
+    return [path]

@@ -17,7 +17,7 @@ import numpy as np
 from clip_jax.core import files
 from clip_jax.core.errors import InputError
 from clip_jax.core.types import Array
-from clip_jax.data import formats, keyed_images, storage, table
+from clip_jax.data import filetree, formats, keyed_images, storage, table
 
 _ROWS = 1 << 20  # numbers written as texts at a time
 _OPEN_FILES = 128  # source files that one Source keeps open
@@ -96,7 +96,7 @@ class Source:
 
   @functools.cached_property
   def _starts(self) -> Array:
-    return np.load(os.path.join(self._directory, 'starts.npy'))
+    return files.read_npy(os.path.join(self._directory, 'starts.npy'))
 
   @property
   def classes(self) -> tuple[str, ...]:
@@ -223,7 +223,7 @@ class Source:
     places: the table entry of each row. Images of one file are read in one call, and all remote
     images are fetched together.
     """
-    images, remote = {}, []
+    images, remote = {}, {}  # remote: position in `rows` -> URL
     shards = collections.defaultdict(list)
     for k, place in enumerate(places):
       shards[place[0]].append(k)
@@ -232,6 +232,8 @@ class Source:
       path, opener = where['path'], formats.by_name(where['format']).open
       if not opener:  # vectors
         images |= {k: self._keyed_image(rows[k], shard) for k in members}
+      elif not path and storage.is_remote(where['root']):
+        remote |= {k: filetree.join(where['root'], self._path(rows[k])) for k in members}
       elif not path:  # each image is a file
         for k in members:
           file = os.path.join(where['root'], self._path(rows[k]))
@@ -243,14 +245,13 @@ class Source:
         with _input_errors(path):
           reader = self._opened(shard)
           if isinstance(reader, storage.RemoteFile):
-            remote += members
+            remote |= dict.fromkeys(members, path)
           else:
             images |= _check_lengths(
               path, reader.read_many([places[k][1:3] for k in members]), members, places
             )
-    paths = [self._files['shards'][places[k][0]]['path'] for k in remote]
-    parts = storage.read_ranges([(path, *places[k][1:3]) for path, k in zip(paths, remote)])
-    for path, k, data in zip(paths, remote, parts, strict=True):
+    parts = storage.read_ranges([(path, *places[k][1:3]) for k, path in remote.items()])
+    for (k, path), data in zip(remote.items(), parts, strict=True):
       images |= _check_lengths(path, [data], [k], places)
     return images
 
@@ -274,7 +275,7 @@ class Source:
 
   @functools.cached_property
   def _table(self) -> Array:  # [n] TABLE_DTYPE
-    rows = np.load(os.path.join(self._directory, 'table.npy'), mmap_mode='r')
+    rows = files.read_npy(os.path.join(self._directory, 'table.npy'), mmap=True)
     return rows.view(np.ndarray)  # a plain view, because indexing an np.memmap is slow
 
   @functools.cached_property
@@ -283,13 +284,13 @@ class Source:
 
   @functools.cached_property
   def _files(self) -> dict[str, Any]:
-    return files.read_json(os.path.join(self._directory, 'files.json'))
+    return table.read_files(self._directory)
 
   @functools.cached_property
   def _paths(self) -> tuple[Array, mmap.mmap | bytes]:
     """Returns the end of each row's path in the text of all paths, and that text."""
-    ends = np.load(os.path.join(self._directory, 'path_ends.npy'), mmap_mode='r').view(np.ndarray)
-    return ends, _memory_map(os.path.join(self._directory, 'paths.bin'))
+    ends = files.read_npy(os.path.join(self._directory, 'path_ends.npy'), mmap=True)
+    return ends.view(np.ndarray), _memory_map(os.path.join(self._directory, 'paths.bin'))
 
   def _path(self, row: int) -> str:
     """Returns the path of a row's image, relative to its root."""
@@ -327,7 +328,7 @@ def _check_lengths(
 
 
 def _memory_map(path: str) -> mmap.mmap | bytes:
-  with open(path, 'rb') as f:
+  with open(files.local(path), 'rb') as f:
     if not os.fstat(f.fileno()).st_size:
       return b''  # an empty file cannot be mapped
     return mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)

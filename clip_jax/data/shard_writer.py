@@ -108,14 +108,14 @@ def write_array_record(path: str, directory: str, rows: Array) -> dict[str, Any]
 
 def image_bytes(directory: str, rows: Array) -> int:  # [n] int64
   """Returns the total size of the images of the given rows, bytes."""
-  lengths = np.load(os.path.join(directory, 'table.npy'), mmap_mode='r')['length']
+  lengths = files.read_npy(os.path.join(directory, 'table.npy'), mmap=True)['length']
   return int(lengths[rows].sum(dtype=np.int64))
 
 
 def _by_shard(directory: str, rows: Array) -> Iterator[tuple[int, dict[str, str], Array]]:
   """Yields (shard, its entry in files.json, rows of it) in order."""
-  shards = files.read_json(os.path.join(directory, 'files.json'))['shards']
-  starts = np.load(os.path.join(directory, 'starts.npy'))
+  shards = table.read_files(directory)['shards']
+  starts = files.read_npy(os.path.join(directory, 'starts.npy'))
   shard_of = np.searchsorted(starts, rows, side='right') - 1
   for places in np.split(np.arange(len(rows)), np.flatnonzero(np.diff(shard_of)) + 1):
     if len(places):
@@ -124,7 +124,7 @@ def _by_shard(directory: str, rows: Array) -> Iterator[tuple[int, dict[str, str]
 
 
 def _keys(directory: str, shard: int, rows: Array) -> list[str]:  # [n], of this shard
-  start = int(np.load(os.path.join(directory, 'starts.npy'), mmap_mode='r')[shard])
+  start = int(files.read_npy(os.path.join(directory, 'starts.npy'))[shard])
   return table.read_columns(directory, shard, ['key'])['key'].take(rows - start).to_pylist()
 
 
@@ -146,7 +146,7 @@ def _copied(contents: _Contents, path: str, directory: str, rows: Array) -> Iter
   """Yields the tar bytes of rows of one source tar."""
   samples, _, headers = webdataset.samples_and_headers(path, os.path.basename(path))
   of_image = {offset: sample for sample in samples for offset, _ in sample.members.values()}
-  offsets = np.load(os.path.join(directory, 'table.npy'), mmap_mode='r')['offset'][rows]
+  offsets = files.read_npy(os.path.join(directory, 'table.npy'), mmap=True)['offset'][rows]
   with contextlib.closing(storage.ReadAhead(storage.open_file(path))) as tar:
     for offset in offsets.tolist():
       sample = of_image.get(offset)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from clip_jax.core.errors import InputError
 from clip_jax.data import (
   captions_file,
+  filetree,
   formats,
   headers,
   images,
@@ -62,8 +63,7 @@ def classes(format: str, path: str, label_key: str) -> tuple[str, ...]:
   path: of the dataset, or one of its files for formats with many files (parquet). The class names
   of folders come from labels.py.
   """
-  path = path if '://' in path else os.path.abspath(os.path.expanduser(path))
-  return formats.by_name(format).classes(path, label_key) if label_key else ()
+  return formats.by_name(format).classes(filetree.absolute(path), label_key) if label_key else ()
 
 
 def scan(

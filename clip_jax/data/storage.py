@@ -1,6 +1,7 @@
 """Random access to source files, on local disks or on object storage.
 
-Remote paths (gs://, s3://, https://, ...) are read in parts through fsspec, without a local copy.
+Remote paths (gs://, s3://, az://, https://, hf://) are listed and read in parts through fsspec, not
+copied; gs://, s3:// and az:// are read through obstore, if it is installed (core/objects.py).
 fsspec finds credentials and end points in their usual places and in FSSPEC_<PROTOCOL>_<OPTION>
 variables (FSSPEC_S3_ANON=true). Reads are safe from several threads and from forked or spawned
 processes.
@@ -22,9 +23,19 @@ from typing import Any, BinaryIO, TypeVar
 
 from absl import logging
 
+from clip_jax.core import files, objects
 from clip_jax.core.errors import InputError
 
-_EXTRAS = {'gs': 'gcs', 'gcs': 'gcs', 's3': 's3', 's3a': 's3', 'http': 'http', 'https': 'http'}
+_EXTRAS = {
+  **dict.fromkeys(('gs', 'gcs'), 'gcs'),
+  **dict.fromkeys(('s3', 's3a'), 's3'),
+  **dict.fromkeys(('az', 'abfs', 'abfss'), 'az'),
+  **dict.fromkeys(('http', 'https'), 'http'),
+  'hf': 'hf',
+}
+THREADS = 16  # concurrent requests to a storage
+_CONNECT_SECS = 20  # to connect to a server
+_SILENT_SECS = 30  # that a server may send nothing during a request
 _MAX_GAP = 1 << 16  # bytes; remote ranges with a smaller gap are merged into one request
 _MAX_MERGED = 1 << 23  # bytes of a merged range
 _WINDOW = 1 << 18  # bytes per sequential read of a local file
@@ -32,11 +43,12 @@ _REMOTE_WINDOW = 1 << 22  # bytes per sequential read of a remote file
 _AHEAD = 3  # remote windows that threads prefetch
 _STREAM_BUFFER = 1 << 20  # bytes
 _WAITS = (1.0, 3.0, 10.0, 30.0)  # seconds before each retry of a failed remote read
+_ABOUT_CREDENTIALS = ('Credential', 'Authentication', 'RefreshError')  # in names of error types
 # A range is lost, and asked for again, if it takes these seconds and those of its bytes at this
-# rate. The libraries have time-outs of their own: s3fs 15 s without a byte, aiohttp, which gcsfs
-# has, too, 300 s in all.
+# rate.
 _ANSWER_SECS, _LEAST_RATE = 60.0, 100e3
 _AT_ONCE = 128  # ranges asked for at once, unless the file system says another number
+_KNOWN_TO_OBSTORE = {'anon'}  # settings of fsspec that objects.py follows
 _TRANSIENT_4XX = (408, 425, 429)  # HTTP status codes that are retried, as all 5xx are
 _ADVICE = (
   ' Check the path, the credentials and the network, then run the same command again; it '
@@ -139,7 +151,7 @@ def is_remote(path: str) -> bool:
 
 def open_file(path: str) -> File | RemoteFile:
   """Opens a source file for random reads."""
-  return RemoteFile(path) if is_remote(path) else File(path)
+  return RemoteFile(path) if is_remote(path) else File(files.local(path))
 
 
 def open_stream(path: str) -> BinaryIO:
@@ -184,19 +196,13 @@ def read_ranges(ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
 
 def _fetched(parts: Sequence[Sequence[Any]]) -> list[bytes]:
   """Returns the bytes of each (path, start, end, ...); all paths have the same protocol."""
-  from fsspec import asyn  # here, as local files do not need it
-
   contents: dict[int, bytes] = {}
 
   def read_missing() -> None:
     missing = [i for i in range(len(parts)) if i not in contents]
     paths, starts, ends = zip(*(parts[i][:3] for i in missing), strict=True)
     with errors_with_path(paths[0] if len(set(paths)) == 1 else f'{_protocol(paths[0])}://'):
-      system = file_system(paths[0])
-      if isinstance(system, asyn.AsyncFileSystem):  # those that wait for a network
-        fetched: Any = asyn.sync(system.loop, _ranges, system, paths, starts, ends)
-      else:
-        fetched = system.cat_ranges(list(paths), list(starts), list(ends), on_error='return')
+      fetched = _asked(list(zip(paths, starts, ends, strict=True)))
     answers = dict(zip(missing, fetched, strict=True))
     contents.update((i, data) for i, data in answers.items() if not isinstance(data, BaseException))
     for i in missing:
@@ -212,6 +218,29 @@ def _fetched(parts: Sequence[Sequence[Any]]) -> list[bytes]:
       if len(contents) == count_before:  # a rate-limited server serves a part of them each time
         raise
   return [contents[i] for i in range(len(parts))]
+
+
+def _asked(parts: Sequence[tuple[str, int, int]]) -> list[Any]:
+  """Returns the bytes of each (path, start, end), or its error; all are asked for at once."""
+  from fsspec import asyn, config  # here, as local files do not need it
+
+  protocol = _protocol(parts[0][0])
+  if objects.takes_reads(protocol) and set(config.conf.get(protocol, ())) <= _KNOWN_TO_OBSTORE:
+    return objects.read_ranges(parts)
+  paths, starts, ends = zip(*parts, strict=True)
+  system = file_system(paths[0])
+  if isinstance(system, asyn.AsyncFileSystem):  # those that wait for a network
+    found: Any = asyn.sync(system.loop, _ranges, system, paths, starts, ends)
+    return found
+
+  def read(path: str, start: int, end: int) -> Any:  # cat_ranges would read one after the other
+    try:
+      return system.cat_file(path, start, end, cache_type='none')
+    except Exception as error:
+      return error
+
+  with futures.ThreadPoolExecutor(THREADS) as threads:
+    return list(threads.map(read, paths, starts, ends))
 
 
 async def _ranges(
@@ -257,8 +286,8 @@ def errors_with_path(path: str) -> Iterator[None]:
   except (InputError, MemoryError):
     raise
   except Exception as error:  # each storage library has its own error types
-    transient, cause = is_transient(error), error.__cause__ if _hides_cause(error) else error
-    if isinstance(error, FileNotFoundError) and not transient:
+    transient, cause = is_transient(error), error.__cause__ if hides_cause(error) else error
+    if isinstance(error, FileNotFoundError) and not hides_cause(error):
       raise InputError(
         f'{path} does not exist. Restore it, or correct the path of the dataset.'
       ) from error
@@ -270,9 +299,25 @@ def errors_with_path(path: str) -> Iterator[None]:
 
 def is_transient(error: BaseException | None) -> bool:
   """Returns whether an error may be transient (network, busy server), not about the file itself."""
-  if error is not None and _hides_cause(error):
+  if error is not None and hides_cause(error):
     return is_transient(error.__cause__)
-  status = getattr(error, 'status', None) or getattr(error, 'code', None)
+  if any(word in type(error).__name__ for word in _ABOUT_CREDENTIALS):
+    return False
+  if error is not None and objects.is_about_file(error):
+    return False
+  response = getattr(error, 'response', None)  # of Hugging Face's errors
+  status = next(
+    (
+      value
+      for value in (
+        getattr(error, 'status', None),
+        getattr(error, 'code', None),
+        getattr(response, 'status_code', None),
+      )
+      if value
+    ),
+    None,
+  )
   if isinstance(status, int) and status >= 100:
     return status >= 500 or status in _TRANSIENT_4XX
   return not isinstance(
@@ -290,11 +335,12 @@ def is_transient(error: BaseException | None) -> bool:
   )
 
 
-def _hides_cause(error: BaseException) -> bool:
-  """Returns whether fsspec reports a network error of a web server as FileNotFoundError."""
+def hides_cause(error: BaseException) -> bool:
+  """Returns whether fsspec reports another error of a web server as FileNotFoundError."""
   cause = error.__cause__
   web = isinstance(cause, TimeoutError) or type(cause).__module__.split('.')[0] == 'aiohttp'
-  return isinstance(error, FileNotFoundError) and web
+  is_missing = getattr(cause, 'status', 0) in (404, 410)
+  return isinstance(error, FileNotFoundError) and web and not is_missing
 
 
 def natural_key(path: str) -> tuple:
@@ -410,10 +456,37 @@ def _file_system(protocol: str, process: int) -> Any:
 
   with errors_with_path(f'{protocol}://'):
     try:
-      return fsspec.filesystem(protocol)
+      system = fsspec.filesystem(protocol, **_time_limits(protocol))
     except ImportError as error:
       extra = _EXTRAS.get(protocol)
       raise InputError(
         f'{protocol}:// needs a package that is not installed: '
         + (f"pip install 'clip-jax-ood[{extra}]'." if extra else f'{error}.')
       ) from error
+  if _EXTRAS.get(protocol) == 's3':
+    system.retries = 1  # with_retries asks again; s3fs would ask 25 times for a range
+  return system
+
+
+def _time_limits(protocol: str) -> dict[str, Any]:
+  """Returns the options of a file system that end a request to a server that never answers.
+
+  The options of FSSPEC_<PROTOCOL>_<OPTION> variables and of fsspec's config files come first.
+  Hugging Face's has HF_HUB_DOWNLOAD_TIMEOUT, 10 s.
+  """
+  import fsspec.config
+
+  extra = _EXTRAS.get(protocol)
+  options: dict[str, Any] = {}
+  if extra in ('http', 'gcs'):
+    import aiohttp  # an ImportError means that the extra is not installed
+
+    limits = aiohttp.ClientTimeout(None, sock_connect=_CONNECT_SECS, sock_read=_SILENT_SECS)
+    options = {'client_kwargs' if extra == 'http' else 'session_kwargs': {'timeout': limits}}
+  if extra == 's3':
+    limits = {'connect_timeout': _CONNECT_SECS, 'read_timeout': _SILENT_SECS}
+    options = {'config_kwargs': {**limits, 'retries': {'total_max_attempts': 1}}}
+  if extra == 'az':
+    options = {'connection_timeout': _CONNECT_SECS, 'read_timeout': _SILENT_SECS}
+  given = fsspec.config.conf.get(protocol, {})
+  return {name: value for name, value in options.items() if name not in given}

@@ -199,7 +199,7 @@ def _columns(directory: str, shards: Iterable[int], rows: int) -> dict[str, int]
   """Returns chosen column -> number of samples without a value, from the parquet footers."""
   missing: dict[str, int] = {}
   for shard in shards:
-    footer = pq.read_metadata(table.index_file(directory, shard))
+    footer = pq.read_metadata(files.local(table.index_file(directory, shard)))
     for group in map(footer.row_group, range(footer.num_row_groups)):
       for column in map(group.column, range(group.num_columns)):
         name, statistics = column.path_in_schema, column.statistics  # None: no value at all

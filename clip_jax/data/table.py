@@ -115,9 +115,10 @@ def assemble(
 ) -> dict[str, Any]:
   """Writes the table of a dataset from the index files of all its shards, in order.
 
-  shards: {'format', 'root', 'path', 'image_key'} of each; path: of the shard's file, '' if images
-  are files below root. A dataset may have shards of several sources and formats. classes: the class
-  names of each shard in label order, () for none. Returns counts and the names of written files.
+  shards: {'format', 'root', 'path', 'image_key'} of each; path: of the shard's file, absolute or
+  from the directory, '' if images are files below root. A dataset may have shards of several
+  sources and formats. classes: the class names of each shard in label order, () for none. Returns
+  counts and the names of written files.
   """
   sizes = [_open_index(directory, i).metadata.num_rows for i in range(len(shards))]
   reasons, unlabelled, written = collections.Counter(), 0, 0
@@ -153,6 +154,15 @@ def assemble(
     'unlabelled': unlabelled,
     'files': file_names,
   }
+
+
+def read_files(directory: str) -> dict[str, Any]:
+  """Returns files.json: the shards, as in `assemble` but with absolute paths, and the classes."""
+  found = files.read_json(os.path.join(directory, 'files.json'))
+  for shard in found['shards']:
+    if shard['path'] and files.is_local(shard['path']) and not os.path.isabs(shard['path']):
+      shard['path'] = os.path.normpath(os.path.join(directory, shard['path']))
+  return found
 
 
 def _write_paths(
@@ -252,7 +262,7 @@ def _rows(directory: str, shard: int, written: int) -> Iterator[tuple[Array, byt
 def _open_index(directory: str, shard: int):
   import pyarrow.parquet as pq  # takes 0.1 s to import, and loader processes do not need it
 
-  return pq.ParquetFile(index_file(directory, shard))
+  return pq.ParquetFile(files.local(index_file(directory, shard)))
 
 
 def _join_texts(texts: Any, written: int) -> tuple[bytes, Array]:  # [n] int64

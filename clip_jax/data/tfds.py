@@ -7,20 +7,27 @@ own data source holds a parquet split in memory.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+import hashlib
 import json
 import os
 from typing import Any
 
+from clip_jax.core import files
 from clip_jax.core.errors import InputError
-from clip_jax.data import array_record, storage, table
+from clip_jax.data import array_record, copies, filetree, storage, table
 
 _READABLE = ('array_record', 'parquet')  # file formats with random access
+_INFO = 'dataset_info.json'
+_MOST_BYTES = 1 << 26  # of a file of the description
 _RECORDS = 'data'  # the parquet column in which TFDS stores records
 
 
-def find(path: str) -> list[str]:
-  """Returns the files of a split in order; the path may omit the only split of a dataset."""
-  builder, split = _split(path)
+def find(path: str) -> tuple[str, list[str]]:
+  """Returns the folder of a dataset and the names of a split's files in it, in order.
+
+  The path may omit the only split of a dataset.
+  """
+  folder, builder, split = _split(path)
   kind = builder.info.file_format.value if builder.info.file_format else 'none'
   if kind not in _READABLE:
     raise InputError(
@@ -28,21 +35,21 @@ def find(path: str) -> list[str]:
       "Prepare it again with file_format='array_record', or convert it with "
       "tfds' convert_format script."
     )
-  split_files = [os.fspath(file) for file in builder.info.splits[split].filepaths]
-  for file in split_files:
-    if not os.path.isfile(file):
-      raise InputError(
-        f'{file} is missing, but dataset_info.json names it. Restore it, or prepare '
-        'the dataset again.'
-      )
-  if not split_files:
+  names = [os.path.basename(file) for file in builder.info.splits[split].filepaths]
+  present = filetree.entries(folder) if storage.is_remote(folder) else os.listdir(folder)
+  if missing := next((name for name in names if name not in present), None):
+    raise InputError(
+      f'{filetree.join(folder, missing)} is missing, but dataset_info.json names it. Restore it, '
+      'or prepare the dataset again.'
+    )
+  if not names:
     raise InputError(f'{path}: the split {split!r} has no files. Choose another split.')
-  return split_files
+  return folder, names
 
 
 def classes(path: str, label_key: str) -> tuple[str, ...]:
   """Returns the class names of a label feature in label order, () if it has none."""
-  builder, _ = _split(path)
+  _, builder, _ = _split(path)
   feature = _flat(builder.info.features).get(label_key)
   return tuple(getattr(feature, 'names', None) or ())
 
@@ -57,7 +64,7 @@ def samples(
 
   The names are names of features; 'a/b' is a nested feature. See array_record.samples.
   """
-  builder = _builder(os.path.dirname(file.path))
+  builder = _builder(filetree.parent(file.path))
   images = _images(builder)
   names = [name for name in image_key if name in map(str.lower, images)]
   if not names:
@@ -67,7 +74,7 @@ def samples(
     )
   skipped: list[dict[str, str]] = []
   try:
-    values, count = _records(file.path)
+    values, count = _records(copies.local_copy(file))
   except InputError:
     return iter(()), [{'key': file.name, 'reason': 'file is damaged'}]
   if count != _expected(builder, file.path):
@@ -93,15 +100,10 @@ def _records(path: str):
   return records.values, len(records)
 
 
-def _split(path: str) -> tuple[Any, str]:
-  """Returns the builder of a dataset, and the name of the path's split."""
-  if '://' in path:
-    raise InputError(
-      f'{path}: TFDS datasets are read from local disks only. Copy the dataset to this machine, or '
-      'mount the bucket.'
-    )
-  inside = os.path.exists(os.path.join(path, 'dataset_info.json'))
-  folder, split = (path, '') if inside else os.path.split(path.rstrip(os.sep))
+def _split(path: str) -> tuple[str, Any, str]:
+  """Returns the folder and the builder of a dataset, and the name of the path's split."""
+  inside = filetree.is_file(filetree.join(path, _INFO))
+  folder, split = (path, '') if inside else (filetree.parent(path), filetree.base_name(path))
   builder = _builder(folder)
   splits = list(builder.info.splits)
   if not split and len(splits) == 1:
@@ -110,27 +112,43 @@ def _split(path: str) -> tuple[Any, str]:
     raise InputError(
       f'{path} names no split of the dataset, which has '
       f'{", ".join(splits) or "none"}. '
-      f'Give {os.path.join(folder, splits[0] if splits else "SPLIT")}.'
+      f'Give {filetree.join(folder, splits[0] if splits else "SPLIT")}.'
     )
-  return builder, split
+  return folder, builder, split
 
 
 def _builder(folder: str):
-  if not os.path.isfile(os.path.join(folder, 'dataset_info.json')):
+  if not filetree.is_file(filetree.join(folder, _INFO)):
     raise InputError(
       f'{folder!r} holds no dataset_info.json, so it is not a prepared TFDS dataset. '
       'The path must be DIR/NAME/VERSION/SPLIT.'
     )
   import tensorflow_datasets as tfds  # takes seconds to import
 
-  _check_features(os.path.join(folder, 'features.json'))
+  local = _local_description(folder)
+  _check_features(os.path.join(local, 'features.json'))
   try:
-    return tfds.builder_from_directory(folder)
+    return tfds.builder_from_directory(local)
   except Exception as error:  # damaged descriptions raise a dozen different types
     raise InputError(
       f'{folder}: tensorflow-datasets cannot read its description '
       f'({type(error).__name__}: {error}). Prepare the dataset again.'
     ) from error
+
+
+def _local_description(folder: str) -> str:
+  """Returns a local folder with the description of a dataset: copies of a remote one's files."""
+  if not storage.is_remote(folder):
+    return folder
+  names = sorted(name for name in filetree.entries(folder) if name.endswith(('.json', '.txt')))
+  described = filetree.source_files(folder, names)
+  stamp = hashlib.sha256(' '.join([folder, *(file.stamp for file in described)]).encode())
+  local = os.path.join(copies.folder(), f'{stamp.hexdigest()[:16]}-tfds')
+  for file in described:
+    path = os.path.join(local, file.name)
+    if not os.path.exists(path):
+      files.write_bytes(path, filetree.read_bytes(file.path, _MOST_BYTES, 'too large for a text.'))
+  return local
 
 
 def _check_features(path: str) -> None:

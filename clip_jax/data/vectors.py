@@ -9,7 +9,6 @@ not its ending, because SemDeDup's files have any ending.
 from collections.abc import Iterator
 import contextlib
 import dataclasses
-import hashlib
 import math
 import os
 from typing import IO, Any
@@ -20,7 +19,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from clip_jax.core import files, progress
 from clip_jax.core.errors import InputError
 from clip_jax.core.types import Array
 from clip_jax.data import storage
@@ -28,7 +26,6 @@ from clip_jax.data import storage
 LEAST_NORM, MOST_NORM = 0.9, 1.1
 _BLOCK = 1 << 24  # bytes of float32 in a block
 _SEARCHED = 1024  # rows of a parquet file read at once, to find the first vector
-_COPIED_AT_ONCE = 1 << 23  # bytes of a remote file
 _SQUARED_IN_FLOAT32 = 1e-12, 1e30  # range in which squared norms are exact enough in float32
 _NPY, _NPZ, _PARQUET = b'\x93NUMPY', b'PK\x03\x04', b'PAR1'
 
@@ -153,40 +150,6 @@ def describe_fault(vector: Array) -> str:  # [E]
     return 'holds a NaN or an infinity'
   norm = float(np.linalg.norm(vector.astype(np.float64)))
   return f'has norm {norm:.4g}' if norm else 'is all zeros'
-
-
-def local_copy(file: storage.SourceFile, cache: str) -> str:
-  """Returns the local path of a source file; a remote file is copied to the folder `cache`.
-
-  The copy's name holds a hash of the URL and of the object's state, so a changed object is copied
-  again. The copy gets that name only when it is complete. Raises InputError if the storage sends
-  fewer bytes.
-  """
-  if not storage.is_remote(file.path):
-    return file.path
-  stamp = hashlib.sha256(f'{file.path} {file.stamp}'.encode()).hexdigest()[:16]
-  path = os.path.join(cache, f'{stamp}-{os.path.basename(file.name.partition("?")[0])}')
-  if os.path.exists(path) and os.path.getsize(path) == file.size:
-    return path
-  os.makedirs(cache, exist_ok=True)
-  files.check_space(cache, file.size, f'The copy of {file.path}')
-  source = storage.open_file(file.path)
-  with (
-    files.atomic(path) as temporary,
-    temporary.open('wb') as f,
-    progress.Bar(total=file.size, desc=f'copy {os.path.basename(file.name)}', unit='byte') as bar,
-  ):
-    for start in range(0, file.size, _COPIED_AT_ONCE):
-      length = min(_COPIED_AT_ONCE, file.size - start)
-      data = source.read(start, length)
-      if len(data) != length:
-        raise InputError(
-          f'{file.path} ends at byte {start + len(data):,} of {file.size:,}: it '
-          'changed after it was listed. Run the same command again.'
-        )
-      f.write(data)
-      bar.update(length)
-  return path
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from clip_jax.core import files
 from clip_jax.core.errors import InputError
 from clip_jax.core.types import Array, Source
 
@@ -33,7 +34,7 @@ class Subset:
   def __init__(self, source: Source, rows: Array | str | os.PathLike):
     self._source, self._most = source, len(source)
     self._given = rows if isinstance(rows, np.ndarray) else os.fspath(rows)
-    loaded = rows if isinstance(rows, np.ndarray) else np.load(rows, mmap_mode='r')
+    loaded = rows if isinstance(rows, np.ndarray) else files.read_npy(self._given, mmap=True)
     self._rows = loaded.view(np.ndarray)  # [n]; indexing an np.memmap is slow
     if self._rows.ndim != 1 or self._rows.dtype.kind not in 'iu':
       raise ValueError(f'rows must be integers [n], got {self._rows.dtype} {self._rows.shape}')

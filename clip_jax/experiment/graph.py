@@ -26,6 +26,7 @@ from clip_jax.core import files
 from clip_jax.core.errors import ConfigError
 from clip_jax.core.products import EMBEDDERS, STAGES, Product
 from clip_jax.core.types import Config
+from clip_jax.data import copies, filetree
 from clip_jax.experiment import blocks, scorings
 from clip_jax.experiment.blocks import ANCHOR, ANCHOR_CLASSES, GLYPHS, PLANTED, POOL, SIZES
 from clip_jax.experiment.shards import Shard, list_shards
@@ -725,8 +726,8 @@ class Graph:
 
     Before a run, stages/check.py checks that it exists.
     """
-    path = os.path.expanduser(self.config.splits[split].file)
-    return files.sha256(path) if os.path.isfile(path) else 'not found'
+    path = self.config.splits[split].file
+    return files.sha256(copies.of(path)) if filetree.is_file(path) else 'not found'
 
   def _prune(self) -> list[Product]:
     config, splits = self.config, blocks.in_order(self.config)

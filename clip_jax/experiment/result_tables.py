@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from clip_jax.core import files
+from clip_jax.core import files, mirror
 from clip_jax.core.errors import InputError
 from clip_jax.data import table
 from clip_jax.experiment.blocks import POOL
@@ -51,13 +51,13 @@ class Tables:
   """The tables of a work directory; each is read when it is asked for."""
 
   def __init__(self, workdir: str):
-    self._workdir = workdir
-    if not os.path.isfile(os.path.join(workdir, 'config.json')):
-      raise InputError(f'{workdir} is no work directory: it has no config.json.')
+    self._workdir, self._name = workdir, mirror.in_words(workdir)
+    if not files.exists(os.path.join(workdir, 'config.json')):
+      raise InputError(f'{self._name} is no work directory: it has no config.json.')
 
   def __repr__(self) -> str:
     names = ', '.join(self.benchmarks) or 'none'
-    return f'<clip_jax results {self._workdir}; benchmarks: {names}>'
+    return f'<clip_jax results {self._name}; benchmarks: {names}>'
 
   @property
   def config(self) -> dict:
@@ -74,7 +74,7 @@ class Tables:
     """One row for each finished split; `parameters` is JSON."""
     lines = []
     for name in self.config['splits']:
-      if os.path.exists(path := self._path('splits', name, 'split.json')):
+      if files.exists(path := self._path('splits', name, 'split.json')):
         about = files.read_json(path)
         lines.append(
           {'split': name}
@@ -97,7 +97,7 @@ class Tables:
       for seed in _seeds(self._path('evaluate', split)):
         for benchmark in self.benchmarks:
           path = self._path('evaluate', split, f'seed{seed}', f'{benchmark}.json')
-          if os.path.exists(path):
+          if files.exists(path):
             scores = files.read_json(path)
             lines.append(
               {'split': split, 'seed': seed, 'benchmark': benchmark}
@@ -109,9 +109,9 @@ class Tables:
   def search(self, benchmark: str) -> pa.Table:
     """One row for each pool row: row, key, similarity, nearest (query), nearest_key, excess."""
     folder = self._path('search', self._known(benchmark))
-    shards = sorted(name for name in _names(folder) if name.startswith('pool-') and name[-1] == 'z')
+    shards = [name for name in files.names(folder) if name.startswith('pool-') and name[-1] == 'z']
     if not shards:
-      raise InputError(f'{benchmark} is not searched yet in {self._workdir}.')
+      raise InputError(f'{benchmark} is not searched yet in {self._name}.')
     arrays = [files.read_npz(os.path.join(folder, name)) for name in shards]
     joined = {
       key: np.concatenate([part[key] for part in arrays])
@@ -134,14 +134,14 @@ class Tables:
   def duplicates(self, benchmark: str) -> pa.Table:
     """The pairs of a query and a pool row that count as duplicates (docs/files.md)."""
     path = self._path('search', self._known(benchmark), 'duplicates.parquet')
-    if not os.path.exists(path):
-      raise InputError(f'{self._workdir} has no list of duplicates of {benchmark} yet.')
-    return pq.read_table(path)
+    if not files.exists(path):
+      raise InputError(f'{self._name} has no list of duplicates of {benchmark} yet.')
+    return pq.read_table(files.local(path))
 
   def _known(self, benchmark: str) -> str:
     if benchmark not in self.benchmarks:
       raise InputError(
-        f'{self._workdir} has no benchmark {benchmark!r}. It has: {", ".join(self.benchmarks)}.'
+        f'{self._name} has no benchmark {benchmark!r}. It has: {", ".join(self.benchmarks)}.'
       )
     return benchmark
 
@@ -149,7 +149,7 @@ class Tables:
     """Returns the keys of a dataset's rows, of its first shards (0: of all)."""
     folder = self._path('ingest', dataset)
     shards = shards or sum(
-      name.startswith('index-') and name.endswith('.parquet') for name in _names(folder)
+      name.startswith('index-') and name.endswith('.parquet') for name in files.names(folder)
     )
     parts = [table.read_columns(folder, shard, ['key'])['key'] for shard in range(shards)]
     return pa.chunked_array([chunk for part in parts for chunk in part.chunks], pa.string())
@@ -180,9 +180,5 @@ def _table(lines: list[dict[str, Any]], columns: tuple[str, ...]) -> pa.Table:
 
 def _seeds(folder: str) -> list[int]:
   return sorted(
-    int(name.removeprefix('seed')) for name in _names(folder) if name.startswith('seed')
+    int(name.removeprefix('seed')) for name in files.names(folder) if name.startswith('seed')
   )
-
-
-def _names(folder: str) -> list[str]:
-  return os.listdir(folder) if os.path.isdir(folder) else []

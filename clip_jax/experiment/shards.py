@@ -7,12 +7,19 @@ import hashlib
 import os
 
 from clip_jax.core import config as config_lib
-from clip_jax.core import files
 from clip_jax.core.types import Config
-from clip_jax.data import folder, formats, labels, listing, sources, storage, vector_index
+from clip_jax.data import (
+  copies,
+  filetree,
+  folder,
+  formats,
+  labels,
+  listing,
+  sources,
+  storage,
+  vector_index,
+)
 from clip_jax.experiment import blocks
-
-_BLOCK_BYTES = 1 << 22  # of a source file, hashed at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,8 +62,13 @@ class Shard:
     return dataclasses.replace(self, files=absolute)
 
   def location(self) -> dict:
-    """Returns the values that the row table needs to read the samples again."""
+    """Returns the values that the row table needs to read the samples again.
+
+    Generated tars are relative to the folder of the index, as another machine may read them.
+    """
     path = '' if formats.by_name(self.format).rooted else self.files[0].path
+    if self.block.format in (blocks.GLYPHS, blocks.PLANTED):
+      path = os.path.relpath(path, f'ingest/{blocks.POOL}')
     images = (
       {'images': os.path.expanduser(self.block.images)} if self.format == blocks.VECTORS else {}
     )
@@ -66,6 +78,7 @@ class Shard:
       'path': path,
       'image_key': self.block.image_key,
       **images,
+      **(copies.stored(self.files[0]) if formats.by_name(self.format).is_copied else {}),
     }
 
   def stamps(self, check_content: bool) -> dict[str, str]:
@@ -148,8 +161,7 @@ def _captions_file(block: Config) -> dict[str, storage.SourceFile]:
   path = os.path.expanduser(block.captions) if blocks.is_retrieval(block) else ''
   if not path:
     return {}
-  stat = os.stat(path)
-  return {'captions': storage.SourceFile(path, os.path.basename(path), stat.st_size, stat.st_mtime)}
+  return {'captions': filetree.source_file(path)}
 
 
 def _labels(block: Config) -> labels.Labels | None:
@@ -177,7 +189,7 @@ def _labels_hash(
 ) -> str:
   """Returns the sha256 of the labels file, or else of the labels of the images' folders."""
   if block.labels_file:
-    return files.sha256(os.path.expanduser(block.labels_file))
+    return filetree.sha256(filetree.source_file(os.path.expanduser(block.labels_file)))
   inside = folder.images_folder(listing.root('folder', block.path))
 
   def label(path: str) -> int | str | None:
@@ -200,12 +212,7 @@ def _source_classes(block: Config, form: str, first: storage.SourceFile) -> tupl
   )
 
 
-@functools.cache
-def _sha256(file: storage.SourceFile) -> str:
-  digest, source = hashlib.sha256(), storage.open_file(file.path)
-  for start in range(0, file.size, _BLOCK_BYTES):
-    digest.update(source.read(start, min(_BLOCK_BYTES, file.size - start)))
-  return digest.hexdigest()
+_sha256 = functools.cache(filetree.sha256)
 
 
 def printable(name: str) -> str:

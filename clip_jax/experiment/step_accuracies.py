@@ -35,14 +35,14 @@ def fingerprint(config: Config, benchmark: str, index: str, run: str) -> str:
 
 def run_fingerprint(folder: str) -> str:
   """Returns the fingerprint of the run in a folder; '' if the folder does not say it."""
-  path = files.epath.Path(folder) / 'config.json'
-  return files.read_json(path).get('fingerprint', '') if path.exists() else ''
+  path = os.path.join(folder, 'config.json')
+  return files.read_json(path).get('fingerprint', '') if files.exists(path) else ''
 
 
 def last_step(folder: str) -> int | None:
   """Returns the last step of the run in a folder; None until the run is complete."""
-  path = files.epath.Path(folder) / f'run{SIDECAR}'
-  return files.read_json(path)['counts']['steps'] if path.exists() else None
+  path = os.path.join(folder, f'run{SIDECAR}')
+  return files.read_json(path)['counts']['steps'] if files.exists(path) else None
 
 
 def read(path: str, fingerprints: Mapping[str, str]) -> tuple[Lines, int]:
@@ -64,7 +64,7 @@ def append(
 ) -> None:
   """Appends the lines of one checkpoint. Raises FileNotFoundError if the folder is gone."""
   metrics.append(
-    path,
+    files.local(path),
     [
       {
         'step': step,
@@ -75,6 +75,7 @@ def append(
       for name, result in results.items()
     ],
   )
+  files.publish(path)
 
 
 def path_in(folder: str) -> str:

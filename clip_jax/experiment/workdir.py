@@ -12,7 +12,6 @@ import os
 from typing import Any
 import zipfile
 
-from etils import epath
 import numpy as np
 
 from clip_jax.core import files, products
@@ -79,8 +78,7 @@ def index_folder(x: Experiment, dataset: str) -> str:
 def is_ingested(x: Experiment, dataset: str) -> bool:
   """Returns whether the index of a dataset is complete."""
   return all(
-    os.path.exists(os.path.join(index_folder(x, dataset), name))
-    for name in ('table.npy', LOCATIONS)
+    files.exists(os.path.join(index_folder(x, dataset), name)) for name in ('table.npy', LOCATIONS)
   )
 
 
@@ -197,7 +195,7 @@ def image_text_path(x: Experiment, shard: int) -> str:
 def is_embedded(x: Experiment, dataset: str) -> bool:
   """Returns whether every shard of an ingested dataset has its embeddings."""
   return is_ingested(x, dataset) and all(
-    os.path.exists(embeddings_path(x, dataset, shard))
+    files.exists(embeddings_path(x, dataset, shard))
     for shard in range(len(source(x, dataset).starts) - 1)
   )
 
@@ -228,13 +226,13 @@ def keep_path(x: Experiment) -> str:
 
 def has_candidates(x: Experiment) -> bool:
   """Returns whether `candidates` can be computed: the pool is embedded and de-duplicated."""
-  return is_embedded(x, POOL) and (not x.config.dedup.enabled or os.path.exists(keep_path(x)))
+  return is_embedded(x, POOL) and (not x.config.dedup.enabled or files.exists(keep_path(x)))
 
 
 def candidates(x: Experiment) -> Array:  # [N] bool
   """Returns which pool rows may be in a split: usable, kept by de-duplication, no anchor row."""
   mask = embeddings(x, POOL).usable & ~in_anchor(x)
-  return mask & np.load(keep_path(x)) if x.config.dedup.enabled else mask
+  return mask & files.read_npy(keep_path(x)) if x.config.dedup.enabled else mask
 
 
 def dedup_audit(x: Experiment) -> dict:
@@ -249,8 +247,7 @@ def search_path(x: Experiment, target: str, shard: int) -> str:
 def is_searched(x: Experiment, target: str) -> bool:
   """Returns whether all pool shards have search results for a target."""
   return is_ingested(x, POOL) and all(
-    os.path.exists(search_path(x, target, shard))
-    for shard in range(len(source(x, POOL).starts) - 1)
+    files.exists(search_path(x, target, shard)) for shard in range(len(source(x, POOL).starts) - 1)
   )
 
 
@@ -258,7 +255,7 @@ def search_arrays(x: Experiment, target: str, shard: int, names: Sequence[str]) 
   """Returns the named arrays of a search shard; the others are not read."""
   path = search_path(x, target, shard)
   try:
-    with np.load(path, allow_pickle=False) as arrays:
+    with np.load(files.local(path), allow_pickle=False) as arrays:
       return [arrays[name] for name in names]
   except FileNotFoundError:
     raise InputError(
@@ -284,7 +281,7 @@ def queries_path(x: Experiment, benchmark: str) -> str:
 def query_result(x: Experiment, benchmark: str) -> QueryResult | None:
   """Returns the search results of a benchmark's queries, None before the search."""
   path = queries_path(x, benchmark)
-  return QueryResult(**files.read_npz(path)) if os.path.exists(path) else None
+  return QueryResult(**files.read_npz(path)) if files.exists(path) else None
 
 
 def thresholds(x: Experiment, target: str) -> tuple[Array, Array]:
@@ -345,10 +342,10 @@ def has_duplicate(x: Experiment, benchmark: str, kind: str = '') -> Array | None
   """
   import pyarrow.parquet as pq
 
-  if not os.path.exists(duplicates_path(x, benchmark)):
+  if not files.exists(duplicates_path(x, benchmark)):
     return None
   mask = np.zeros(len(source(x, benchmark)), bool)
-  with pq.ParquetFile(duplicates_path(x, benchmark)) as stored:
+  with pq.ParquetFile(files.local(duplicates_path(x, benchmark))) as stored:
     for batch in stored.iter_batches(columns=['query_row', 'kind']):
       rows = batch['query_row'].to_numpy()
       mask[rows[batch['kind'].to_numpy(zero_copy_only=False) == kind] if kind else rows] = True
@@ -358,7 +355,7 @@ def has_duplicate(x: Experiment, benchmark: str, kind: str = '') -> Array | None
 def threshold_counts(x: Experiment) -> Sizes | None:
   """Returns the counts of candidates over each threshold, None before they are counted."""
   path = x.path('search', f'{blocks.SIZES}.npz')
-  return Sizes(**files.read_npz(path)) if os.path.exists(path) else None
+  return Sizes(**files.read_npz(path)) if files.exists(path) else None
 
 
 def truncation(x: Experiment, benchmark: str) -> dict:
@@ -373,7 +370,7 @@ def rows_path(x: Experiment, split: str, seed: int) -> str:
 
 def pool_rows(x: Experiment, split: str, seed: int) -> Array:
   """Returns the pool rows on which (split, seed) trains, sorted [n] int64, memory-mapped."""
-  rows = np.load(rows_path(x, split, seed), mmap_mode='r')
+  rows = files.read_npy(rows_path(x, split, seed), mmap=True)
   return rows[: np.searchsorted(rows, len(source(x, POOL)))]
 
 
@@ -394,7 +391,7 @@ def split_queries(x: Experiment, split: str, benchmark: str) -> dict[str, Array]
   Returns None before the split is made.
   """
   path = split_path(x, split, f'queries-{benchmark}.npz')
-  return files.read_npz(path) if os.path.exists(path) else None
+  return files.read_npz(path) if files.exists(path) else None
 
 
 def run_folder(split: str, seed: int) -> str:
@@ -414,20 +411,21 @@ def result(
 ) -> tuple[dict, dict[str, Array]] | None:
   """Returns the scores of a run on a benchmark and its predictions; None before the evaluation."""
   scores, arrays = (result_path(x, split, seed, benchmark, ending) for ending in ('.json', '.npz'))
-  is_evaluated = os.path.exists(scores) and os.path.exists(arrays)
+  is_evaluated = files.exists(scores) and files.exists(arrays)
   return (files.read_json(scores), files.read_npz(arrays)) if is_evaluated else None
 
 
 def skipped_samples(x: Experiment, dataset: str) -> list[dict]:
   """Returns the skipped samples of a dataset, each with its key and reason."""
-  paths = sorted(epath.Path(index_folder(x, dataset)).glob('skipped-*.json'))
+  folder = index_folder(x, dataset)
+  paths = [os.path.join(folder, name) for name in files.matching(folder, 'skipped-*.json')]
   return [sample for path in paths for sample in files.read_json(path)]
 
 
 def embedder_json(x: Experiment) -> dict:
   """Returns the description of the embedder, {} before it is made."""
   path = x.embedder_path('embedder', 'embedder.json')
-  return files.read_json(path) if os.path.exists(path) else {}
+  return files.read_json(path) if files.exists(path) else {}
 
 
 def versions(x: Experiment) -> dict:
@@ -443,7 +441,7 @@ def stage_seconds(x: Experiment) -> dict:
 def read_json(x: Experiment, *parts: str) -> dict:
   """Returns a JSON file of the work directory, {} if it does not exist."""
   path = x.path(*parts)
-  return files.read_json(path) if os.path.exists(path) else {}
+  return files.read_json(path) if files.exists(path) else {}
 
 
 def finished_fingerprints(x: Experiment) -> dict[str, str]:

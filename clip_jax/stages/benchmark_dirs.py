@@ -12,7 +12,7 @@ import re
 
 from clip_jax.core.errors import ConfigError
 from clip_jax.core.types import Config
-from clip_jax.data import folder, listing, storage, vectors
+from clip_jax.data import filetree, folder, listing, storage, vectors
 
 EXAMPLE = "--config.benchmark_dirs='sketch=DIR,val=DIR'"
 FORMATS = (
@@ -44,8 +44,8 @@ def resolve(config: Config, root: str = '') -> Config:
         f'config.benchmark_dirs: two benchmarks have the name {name!r}. Rename one of them.'
       )
     block = copy.deepcopy(resolved.benchmark_template)
-    # An absolute path replaces the root.
-    path = path if storage.is_remote(path) else os.path.expanduser(path)
+    path = os.path.expanduser(path)
+    # An absolute path or a URL replaces the root.
     block.path = path if storage.is_remote(path) else os.path.join(root, path)
     block.format = block.format or format_of(
       f'config.benchmark_dirs: {name}', block.path, bool(block.vector_dim)
@@ -122,6 +122,4 @@ def _inside(path: str) -> str:
       continue
     # Parquet files are listed under both formats; format_of looks at their columns.
     return 'parquet' if first.endswith('.parquet') else format_
-  if not storage.is_remote(path) and os.path.isdir(path) and next(folder.paths(path), None):
-    return 'folder'
-  return ''
+  return 'folder' if filetree.is_folder(path) and next(folder.paths(path), None) else ''

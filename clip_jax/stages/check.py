@@ -14,7 +14,7 @@ from clip_jax.core.config import Key
 from clip_jax.core.errors import ConfigError, InputError
 from clip_jax.core.products import STAGES
 from clip_jax.core.types import Config
-from clip_jax.data import formats, keyed_images, row_rules
+from clip_jax.data import filetree, formats, keyed_images, row_rules
 from clip_jax.evaluation import class_sets
 from clip_jax.experiment import blocks
 from clip_jax.experiment.experiment import Experiment
@@ -162,7 +162,7 @@ def _dataset(name: str, block: Config, declared: Mapping[str, Key]) -> None:
       raise ConfigError(
         f'{where}: both labels_file and label_key give labels; keep one of the two.'
       )
-    if not blocks.is_absent(block) and not os.path.isfile(os.path.expanduser(block.labels_file)):
+    if not blocks.is_absent(block) and not filetree.is_file(block.labels_file):
       raise ConfigError(f'{where}.labels_file={block.labels_file!r} does not exist.')
 
 
@@ -230,7 +230,7 @@ def _retrieval(where: str, block: Config) -> None:
       f'{where}.captions={block.captions!r}: only the format folder reads this key. Tars and '
       'tables hold their captions, see caption_key.'
     )
-  if not blocks.is_absent(block) and not os.path.isfile(os.path.expanduser(block.captions)):
+  if not blocks.is_absent(block) and not filetree.is_file(block.captions):
     raise ConfigError(
       f'{where}.captions={block.captions!r} does not exist, nor a file of this name beside the '
       f'images in {block.path!r}. Correct the path.'

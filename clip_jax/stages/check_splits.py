@@ -6,7 +6,7 @@ import os
 from clip_jax import defaults
 from clip_jax.core.errors import ConfigError
 from clip_jax.core.types import Config
-from clip_jax.data import shard_writer, table
+from clip_jax.data import filetree, shard_writer, table
 from clip_jax.experiment import blocks
 from clip_jax.pruning import key_lists, rules
 from clip_jax.stages import check_keys
@@ -102,9 +102,7 @@ def check(config: Config, name: str) -> None:
 def listed_files(config: Config) -> None:
   """Raises ConfigError if a file of keys does not exist. Not in a plan, which does without."""
   for name, block in config.splits.items():
-    if 'file' in blocks.rule_of(config, name).keys and not os.path.isfile(
-      os.path.expanduser(block.file)
-    ):
+    if 'file' in blocks.rule_of(config, name).keys and not filetree.is_file(block.file):
       raise ConfigError(
         f'config.splits.{name}.file={block.file!r} does not exist; the rule {block.rule!r} needs a '
         'file of keys.'

@@ -24,10 +24,10 @@ from absl import logging
 import numpy as np
 
 from clip_jax.core import config as config_lib
-from clip_jax.core import files, products
+from clip_jax.core import files, mirror, products
 from clip_jax.core.errors import ConfigError
 from clip_jax.core.types import Array, Config
-from clip_jax.data import images
+from clip_jax.data import copies, images
 from clip_jax.evaluation import published, robustness, statistics
 from clip_jax.experiment import blocks
 from clip_jax.experiment.experiment import Experiment
@@ -84,6 +84,8 @@ def evaluate_checkpoint(
   check.are_found(config, read)
   # The model is loaded first, so that a missing checkpoint fails before the benchmarks are read.
   loaded = None if follow else models.load(path, model, config.evaluate.dtype, config.evaluate.ema)
+  if config.cache_dir:
+    copies.keep_in(config.cache_dir)
   with tempfile.TemporaryDirectory() as scratch:  # holds the benchmarks' index
     x = Experiment(config, scratch)
     for name in read:
@@ -108,7 +110,8 @@ def _evaluate(
   model_name: str = '',
 ) -> dict[str, dict]:
   """Evaluates one model on the benchmarks, prints the table, and writes and returns the results."""
-  checkpoint = path if model.step is None else f'{path}, step {model.step}'
+  place = mirror.in_words(path)
+  checkpoint = place if model.step is None else f'{place}, step {model.step}'
   logging.info('%s:', checkpoint)
   logging.info(
     _LINE, 'benchmark', 'images', 'groups', 'top-1', '95 % interval', 'balanced', '95 % interval'

@@ -74,10 +74,10 @@ def _hash(model: models.Model, names: Sequence[str], templates: Sequence[str]) -
 
 def _read(path: str, classes: int) -> Array | None:
   """Returns a cached classifier; None, with a warning if it is damaged, if it must be encoded."""
-  if not os.path.exists(path):
+  if not files.exists(path):
     return None
   try:
-    vectors = np.load(path, allow_pickle=False)
+    vectors = files.read_npy(path)
   except (OSError, ValueError, EOFError) as error:
     logging.warning('%s cannot be read (%s) and is made again.', path, error)
     return None

@@ -54,7 +54,7 @@ def convert_checkpoint(path: str | None, output: str | None, kind: str, *, model
   for file in must_not_exist:
     if os.path.exists(file):
       raise ConfigError(f'{file} exists already. Remove it, or set --output to another folder.')
-  if files.is_local(path) and not os.path.exists(path):
+  if not files.exists(path):
     raise ConfigError(f'--checkpoint={path} does not exist.')
   loaded = models.read(path, model)
   if loaded.description:

@@ -9,14 +9,13 @@ its paths (blocks.is_absent): a plan (--dry_run, --graph) counts its expected_ro
 
 import collections
 from collections.abc import Mapping
-import glob
 import os
 
 from absl import logging
 
 from clip_jax.core.errors import ConfigError
 from clip_jax.core.types import Config
-from clip_jax.data import listing, row_rules, storage
+from clip_jax.data import filetree, listing, row_rules, storage
 from clip_jax.experiment import blocks
 from clip_jax.stages import benchmark_dirs
 
@@ -30,8 +29,8 @@ def resolve(config: Config, is_plan: bool = False) -> Config:
   optional datasets that are left out. Raises ConfigError if config.root does not exist (not in a
   plan), or if every benchmark is optional and none exists.
   """
-  root = os.path.abspath(os.path.expanduser(config.root)) if config.root else ''
-  if root and not os.path.isdir(root) and not is_plan:
+  root = filetree.absolute(config.root) if config.root else ''
+  if root and not is_plan and not filetree.is_folder(root):
     raise ConfigError(f'config.root={config.root!r} is not a folder. Correct the path.')
   resolved = benchmark_dirs.resolve(config, root).copy_and_resolve_references()
   resolved.unlock()
@@ -92,19 +91,19 @@ def _locate(where: str, block: Config, root: str, is_plan: bool) -> bool:
       block[key] = below(root, block[key])
   choice = [below(root, path) for path in _alternatives(block)]
   is_looked_up = len(choice) > 1 or block.optional or is_plan  # else listing its files complains
-  existing = [path for path in choice if _exists(path)] if is_looked_up else []
+  existing = next(filter(listing.exists, choice), '') if is_looked_up else ''
   if not existing and block.optional:
     return False
   if not existing and is_looked_up:
     block.path = tuple(choice)
     return True
-  block.path = (existing or choice)[0]
+  block.path = existing or choice[0]
   if blocks.is_retrieval(block):
     block.captions = _captions(block, root)
     if not (block.label_key or block.labels_file):
       block.label_key = row_rules.NO_LABELS  # a folder's class folders are no classes here
   if not block.format:
-    path = block.path if storage.is_remote(block.path) else os.path.expanduser(block.path)
+    path = os.path.expanduser(block.path)  # not a URL
     block.format = benchmark_dirs.format_of(f'{where}.path', path, bool(block.vector_dim))
   return True
 
@@ -113,9 +112,9 @@ def _captions(block: Config, root: str) -> str:
   """Returns the path of a file of captions: beside the images, else below the root; '' for none."""
   if not block.captions:
     return ''
-  folders = [block.path, os.path.dirname(os.path.normpath(block.path))]
+  folders = [block.path, filetree.parent(block.path)]
   choice = [below(folder, block.captions) for folder in folders]
-  return next(filter(os.path.isfile, map(os.path.expanduser, choice)), below(root, block.captions))
+  return next(filter(filetree.is_file, choice), below(root, block.captions))
 
 
 def below(root: str, path: str) -> str:
@@ -132,17 +131,3 @@ def _alternatives(block: Config) -> tuple[str, ...]:
 def places(block: Config, root: str) -> str:
   """Returns the alternative paths of a dataset, in words."""
   return ' or '.join(below(root, path) for path in _alternatives(block)) or 'no path'
-
-
-def _exists(path: str) -> bool:
-  """Returns whether a path is remote, or an existing file, folder or pattern that matches one."""
-  path = os.path.expanduser(path)
-  return (
-    storage.is_remote(path)
-    or os.path.exists(path)
-    or any(
-      glob.glob(pattern, recursive=True)[:1]
-      for pattern in listing.expand_braces(path)
-      if any(sign in path for sign in '*?[{')
-    )
-  )

@@ -18,7 +18,6 @@ from collections.abc import Iterator
 import dataclasses
 import math
 import os
-import shutil
 import time
 import zlib
 
@@ -185,7 +184,7 @@ def _fit(x: Experiment, pool, rows: Array, clusters: int, product: Product) -> k
   _meet(x, pool, rows, product)
   d, path, part = x.config.dedup, x.path(STATE), _part()
   state, unsaved, saved_at, save_secs = None, None, -math.inf, 0.0
-  if not hosts.index() and os.path.exists(path):
+  if not hosts.index() and files.exists(path):
     saved = files.read_npz(path)
     if str(saved['fingerprint']) == product.fingerprint and len(saved['assignment']) == rows.sum():
       assignment = np.full(len(rows), -1, np.int32)
@@ -373,7 +372,7 @@ class _PassFiles:
     return os.path.join(self._folder, f'{self._name}-{i:05d}.npz')
 
   def __iter__(self) -> Iterator[dict]:
-    while os.path.exists(self._path(self._next)):
+    while files.exists(self._path(self._next)):
       self._next += 1
       yield files.read_npz(self._path(self._next - 1))
 
@@ -386,11 +385,11 @@ class _PassFiles:
 def _remove_unfinished(x: Experiment, keep: str) -> None:
   """Removes the files of unfinished runs, except those of the fingerprint `keep` ('': none)."""
   folder, start = os.path.split(x.path(PARTS))
-  for name in os.listdir(folder) if os.path.isdir(folder) else ():
+  for name in files.names(folder):
     if name.startswith(start) and not (keep and name == start + keep[:16]):
-      shutil.rmtree(os.path.join(folder, name))
+      files.remove(os.path.join(folder, name))
   if not keep:
-    (files.epath.Path(x.workdir) / STATE).unlink(missing_ok=True)
+    files.remove(x.path(STATE))
 
 
 def draw(rows: Array, count: int, seed: tuple[int, int]) -> Array:

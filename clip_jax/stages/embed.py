@@ -18,7 +18,7 @@ from clip_jax.core import vectors as vectors_math
 from clip_jax.core.errors import InputError
 from clip_jax.core.products import Made, Product
 from clip_jax.core.types import Array
-from clip_jax.data import loader, vector_index
+from clip_jax.data import copies, loader, vector_index
 from clip_jax.data import vectors as vectors_lib
 from clip_jax.experiment import blocks, workdir
 from clip_jax.experiment.experiment import Experiment
@@ -53,7 +53,7 @@ def vectors(x: Experiment, todo: list[Product]) -> Made:
       outputs = _files_of(product)
       usable = _write_unit(
         shard,
-        vectors_lib.local_copy(shard.files[0], cache),
+        copies.local_copy(shard.files[0], cache),
         rows,
         x.path(outputs[0]),
         bar,
@@ -203,7 +203,7 @@ def _keys(x: Experiment, dataset: str, shard: int, rows) -> list[str]:
   if not len(rows):
     return []
   path = os.path.join(workdir.index_folder(x, dataset), f'index-{shard:05d}.parquet')
-  return pq.read_table(path, columns=['key'])['key'].take(np.asarray(rows)).to_pylist()
+  return pq.read_table(files.local(path), columns=['key'])['key'].take(np.asarray(rows)).to_pylist()
 
 
 def _by_span(

@@ -23,7 +23,7 @@ from clip_jax.core import engine, files, products, progress
 from clip_jax.core.errors import InputError
 from clip_jax.core.products import Made, Product
 from clip_jax.core.types import Array
-from clip_jax.data import shard_writer, table
+from clip_jax.data import copies, shard_writer, table
 from clip_jax.experiment import blocks, workdir
 from clip_jax.experiment.blocks import POOL
 from clip_jax.experiment.experiment import Experiment
@@ -113,7 +113,7 @@ def _check_listed(x: Experiment, split: str) -> None:
 
 
 def _list_path(x: Experiment, split: str) -> str:
-  return os.path.expanduser(x.config.splits[split].file)
+  return copies.of(x.config.splits[split].file)
 
 
 def _check_kinds(
@@ -159,7 +159,7 @@ def _column(x: Experiment, dataset: str, shard: int, column: str, rows: int) -> 
 
 def _own_rows(x: Experiment, split: str, seed: int) -> dict[str, Array]:
   """Returns dataset -> the split's rows of it, as row numbers of that dataset."""
-  return workdir.base_rows(x).rows_by_dataset(np.load(workdir.rows_path(x, split, seed)))
+  return workdir.base_rows(x).rows_by_dataset(files.read_npy(workdir.rows_path(x, split, seed)))
 
 
 def write_list(x: Experiment, todo: list[Product]) -> Made:
@@ -319,7 +319,7 @@ def _removed(x: Experiment, path: str, rows: Mapping[str, Array]) -> dict:
   pool, column = workdir.embeddings(x, POOL), x.config.prune.export_key or 'key'
   reasons = np.full(len(pool), REASONS.index(RULE), np.int8)
   if x.config.dedup.enabled:
-    reasons[~np.load(workdir.keep_path(x))] = REASONS.index(DUPLICATE)
+    reasons[~files.read_npy(workdir.keep_path(x))] = REASONS.index(DUPLICATE)
   reasons[workdir.in_anchor(x)] = REASONS.index(IN_ANCHOR)
   reasons[~pool.usable] = REASONS.index(UNUSABLE)
   removed = np.ones(len(pool), bool)
@@ -494,7 +494,7 @@ def _copy_products(
 
 def _remove_others(x: Experiment, folder: str, ending: str, whole: str, names: set[str]) -> None:
   """Removes copies that are not among `names`, and unfinished files of killed processes."""
-  present = sorted(os.listdir(x.path(folder))) if os.path.isdir(x.path(folder)) else []
+  present = files.names(x.path(folder))
   stored = {
     f'{folder}/{name.removesuffix(products.SIDECAR)}'
     for name in present
@@ -506,7 +506,7 @@ def _remove_others(x: Experiment, folder: str, ending: str, whole: str, names: s
   for name in present:
     stem = f'{folder}/{name.removesuffix(f".{ending}")}'
     if (name.endswith(f'.{ending}') and stem not in stored & names) or files.TEMPORARY in name:
-      files.epath.Path(x.path(folder, name)).unlink(missing_ok=True)
+      files.remove(x.path(folder, name))
   if others:
     logging.info(
       'export: removed %d files in %s that do not belong to the split.', len(others), folder

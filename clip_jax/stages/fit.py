@@ -142,6 +142,9 @@ def fit(
     )
     interrupts.receive(result.stopped_by)
   writer.close()
+  for extra in ('tensorboard', 'profile') if not hosts.index() else ():
+    if os.path.isdir(os.path.join(path, extra)):
+      files.publish(os.path.join(path, extra))
   return result, replaced
 
 
@@ -256,7 +259,7 @@ def _write_config(path: str, product: Product, folder: str) -> None:
     'keys': config_lib.plain(product.keys),
     'inputs': product.dependencies,
   }
-  if not os.path.exists(config_path):
+  if not files.exists(config_path):
     files.write_json(config_path, now)
     return
   old = files.read_json(config_path)

@@ -12,9 +12,8 @@ import re
 import time
 
 from absl import logging
-from etils import epath
 
-from clip_jax.core import checkpoints, progress
+from clip_jax.core import checkpoints, files, progress
 from clip_jax.core.errors import ConfigError, InputError
 from clip_jax.core.types import Config
 from clip_jax.experiment import blocks, step_accuracies, workdir
@@ -115,11 +114,12 @@ def follow(x: Experiment, every: Sequence[Run], names: Sequence[str], evaluate: 
 
 def _is_finished(x: Experiment, run: Run, names: Sequence[str], evaluate: Evaluate) -> bool:
   """Evaluates the new checkpoints of a run; returns whether the last one of all was evaluated."""
+  files.refresh(run.folder)
   # This is read before the steps are listed: a run is complete after its last step is saved.
   last = step_accuracies.last_step(run.folder)
   known, run.fingerprint = run.fingerprint, step_accuracies.run_fingerprint(run.folder)
   # --redo has moved the run away, with the table or without; it is trained again.
-  if run.fingerprint != known or (run.done and not epath.Path(run.table).exists()):
+  if run.fingerprint != known or (run.done and not files.exists(run.table)):
     run.done, run.removed = set(), set()
   done = run.done | run.removed
   new = {step: checkpoint for step, checkpoint in run.steps.items() if step not in done}
@@ -154,7 +154,7 @@ def _is_finished(x: Experiment, run: Run, names: Sequence[str], evaluate: Evalua
 
 def _log_start(run: Run) -> None:
   waits = ' It has no checkpoint yet.'
-  if not epath.Path(run.folder).exists():
+  if not files.exists(run.folder):
     waits = ' This folder does not exist yet; training creates it.'
   logging.info(
     'Following %s until its training is complete; Ctrl-C stops before. Accuracies go to %s.%s',
@@ -195,7 +195,7 @@ def _unevaluated(
     name
     for name in names
     if (step, name) not in lines
-    or (run.output and not epath.Path(run.place(step), f'{name}.json').exists())
+    or (run.output and not files.exists(os.path.join(run.place(step), f'{name}.json')))
   ]
   return names if run.output and todo else todo  # its averages need all benchmarks
 

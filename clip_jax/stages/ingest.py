@@ -33,7 +33,7 @@ def draw_demo(x: Experiment, todo: list[Product]) -> Made:
   logging.info("Drawing the demo's images ...")
   folder = os.path.dirname(todo[0].name)
   counts = glyphs.write(x.path(folder), **x.config.glyphs.to_dict())
-  tars = sorted(name for name in os.listdir(x.path(folder)) if name.endswith('.tar'))
+  tars = sorted(name for name in files.names(x.path(folder)) if name.endswith('.tar'))
   yield todo[0], [f'{folder}/{name}' for name in tars], counts
 
 
@@ -123,7 +123,7 @@ def scan_shard(job: tuple[str, Shard, bool]) -> dict:
 def index(x: Experiment, todo: list[Product]) -> Made:
   """Joins the shards' indexes to the table of the dataset, which the loader reads."""
   (dataset,) = todo[0].subject
-  shards = _shards(x, dataset)
+  shards = x.graph.shards(dataset)
   _check_dims(x, dataset)
   counts = table.assemble(
     workdir.index_folder(x, dataset),
@@ -163,10 +163,6 @@ def index(x: Experiment, todo: list[Product]) -> Made:
       os.path.join(workdir.index_folder(x, dataset), summary.BROKEN),
       dataset,
     )
-
-
-def _shards(x: Experiment, dataset: str) -> list[Shard]:
-  return [shard.with_absolute_paths(x.workdir) for shard in x.graph.shards(dataset)]
 
 
 def _listed(numbers: Mapping[str, int]) -> str:
@@ -240,8 +236,8 @@ def refresh_locations(x: Experiment) -> None:
   """Updates the stored locations of source files that have moved to another folder since ingest."""
   for dataset in blocks.datasets(x.config):
     path = os.path.join(workdir.index_folder(x, dataset), workdir.LOCATIONS)
-    if os.path.exists(path):
-      old, now = files.read_json(path), [shard.location() for shard in _shards(x, dataset)]
+    if files.exists(path):
+      old, now = files.read_json(path), [shard.location() for shard in x.graph.shards(dataset)]
       if old['shards'] != now and len(old['shards']) == len(now):
         files.write_json(path, {**old, 'shards': now})
 

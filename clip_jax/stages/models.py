@@ -18,7 +18,7 @@ from typing import Any
 from absl import logging
 import numpy as np
 
-from clip_jax.core import checkpoints, files, sharding
+from clip_jax.core import checkpoints, files, mirror, sharding
 from clip_jax.core.errors import ConfigError, InputError
 from clip_jax.core.types import Array, Config
 from clip_jax.data import hf_tokenizer, packing, tokenizer
@@ -179,12 +179,10 @@ def is_weights(path: str) -> bool:
 
 
 def resolve_path(path: str) -> str:
-  """Returns an absolute path, or the URL of a checkpoint; ConfigError for a remote weights file."""
-  if files.is_local(path):
-    return os.path.abspath(os.path.expanduser(path))
-  if is_weights(path):
+  """Returns an absolute path, that of the mirror for a URL; ConfigError for remote weights."""
+  if not files.is_local(path) and is_weights(path):
     raise ConfigError(f'{path}: a weights file must be on this machine. Copy it here first.')
-  return path
+  return mirror.folder_of(path)
 
 
 def _check_folder(path: str) -> None:

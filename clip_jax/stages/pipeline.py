@@ -2,14 +2,12 @@
 
 from collections.abc import Iterable, Iterator
 import contextlib
-import glob
 from importlib import metadata
 import itertools
 import os
 import platform
 import re
 import shlex
-import shutil
 import socket
 import sys
 import time
@@ -20,10 +18,12 @@ from clip_jax.core import config as config_lib
 from clip_jax.core import (
   engine,
   files,
+  home,
   hosts,
   interrupts,
   locks,
   log,
+  mirror,
   on_ray,
   products,
   progress,
@@ -32,7 +32,7 @@ from clip_jax.core import (
 from clip_jax.core.errors import ConfigError
 from clip_jax.core.products import EMBEDDERS, STAGES, Product
 from clip_jax.core.types import Config
-from clip_jax.data import images
+from clip_jax.data import copies, images
 from clip_jax.experiment import blocks, workdir
 from clip_jax.experiment.experiment import Experiment
 from clip_jax.stages import check, check_splits, dataset_paths, export, lint, plan, sharing, table
@@ -156,13 +156,16 @@ def _open_experiment(config: Config, folder: str | None, is_plan: bool) -> Exper
       '--workdir is missing: name a folder for all outputs, for example --workdir=runs/demo.'
     )
   if not files.is_local(folder):
-    raise ConfigError(
-      f'--workdir={folder} is not a local folder, but tables and embeddings are memory-mapped. '
-      'Give a local folder and copy it to the bucket afterwards.'
-    )
+    cache = config.cache_dir or home.cache()
+    logging.info('Files of %s are copied to %s when they are used.', folder, cache)
+    config = config.copy_and_resolve_references()
+    config.cache_dir = os.path.join(cache, 'copies')  # of remote sources: not in the mirror
+    folder = mirror.open_mirror(folder, cache, int(1e9 * config.cache_gb), writes=not is_plan)
   folder = os.path.abspath(os.path.expanduser(folder))
   if os.path.exists(folder) and not os.path.isdir(folder):
     raise ConfigError(f'--workdir={folder} is a file; give a folder.')
+  if config.cache_dir or not is_plan:  # a plan writes nothing into the work directory
+    copies.keep_in(config.cache_dir or os.path.join(folder, 'cache'))
   images.limit_megapixels(config.ingest.max_megapixels)
   return Experiment(dataset_paths.resolve(config, is_plan), folder)
 
@@ -266,7 +269,7 @@ def _redo_names(x: Experiment, stages: list[str], redo: str) -> list[str]:
   planned = _planned(x, stages)
   is_named = lambda name: name == target or name.startswith(target + '/')
   named = [name for name in stored if is_named(name)]
-  if not named and not os.path.exists(x.path(target)) and not _is_begun(x, redo):
+  if not named and not files.exists(x.path(target)) and not _is_begun(x, redo):
     stage_folder = STAGES[redo.partition(':')[0]]
     raise ConfigError(
       f'--redo={redo!r} matches no product in {x.workdir}.'
@@ -279,9 +282,9 @@ def _redo_names(x: Experiment, stages: list[str], redo: str) -> list[str]:
 def _planned(x: Experiment, stages: list[str]) -> list[Product]:
   """Returns the products of the config, and the unfinished training runs of other configs."""
   begun = []
-  for path in glob.glob(x.path(STAGES['train'], '*', '*', 'config.json')):
-    name = os.path.relpath(os.path.join(os.path.dirname(path), 'run'), x.workdir)
-    begun.append(Product(name, inputs=tuple(map(Product, files.read_json(path)['inputs']))))
+  for file in files.matching(x.workdir, f'{STAGES["train"]}/*/*/config.json'):
+    name = os.path.join(os.path.dirname(file), 'run')
+    begun.append(Product(name, inputs=tuple(map(Product, files.read_json(x.path(file))['inputs']))))
   if stages == ['report']:  # which works without the source files that the graph lists
     return begun
   return [*table.all_products(x), *begun]
@@ -307,7 +310,7 @@ def _redo_locks(x: Experiment, stages: list[str], redo: str, names: list[str]) -
   for name, (lock, is_cheap) in taken.items():
     file = x.path((lock or name) + locks.LOCK)
     # A product without a folder is neither finished nor in the making.
-    if os.path.exists(file) or (not is_cheap and os.path.isdir(os.path.dirname(file))):
+    if files.exists(file) or (not is_cheap and files.is_folder(os.path.dirname(file))):
       wanted.append(lock or name)
   with locks.locks(x.workdir, wanted):
     yield
@@ -393,9 +396,9 @@ def _end_redo(x: Experiment, redo: str, planned: list[Product]) -> None:
       x.path(locks.REPLACED),
     )
   else:
-    shutil.rmtree(x.path(locks.REPLACED), ignore_errors=True)
-  if os.path.exists(x.path(REDO)) and (_is_begun(x, redo) or not missing):
-    os.unlink(x.path(REDO))
+    files.remove(x.path(locks.REPLACED))
+  if files.exists(x.path(REDO)) and (_is_begun(x, redo) or not missing):
+    files.remove(x.path(REDO))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -405,7 +408,7 @@ def _end_redo(x: Experiment, redo: str, planned: list[Product]) -> None:
 def _log_start(x: Experiment, names: list[str]) -> None:
   """Opens the log and records the command and the config."""
   of = f'-{socket.gethostname()}-{os.getpid()}' if x.is_shared else ''
-  log.to_file(x.path(f'log{of}.txt'))
+  log.to_file(files.local(x.path(f'log{of}.txt')))
   command = shlex.join([os.path.basename(sys.executable), *sys.orig_argv[1:]])
   logging.debug('clip_jax: %s', command)
   files.write_json(
@@ -441,6 +444,7 @@ def _run_stages(x: Experiment, names: list[str], redo: str) -> None:
     new_products += made
     spent = time.monotonic() - began
     _add_time(x, stage, spent)
+    log.publish()
     if spent > 1:
       logging.debug('%s took %s.', stage, progress.seconds(spent))
   if not new_products and not redo:
@@ -463,6 +467,7 @@ def _on_cluster(x: Experiment, config: Config, stages: list[str] | None, names: 
 
     def watch(workers: int, replaced: int) -> int:
       nonlocal done
+      files.refresh(x.workdir, rarely=True)
       before, done = done, count()
       bar.note = f'{progress.count_with_noun(workers, "worker")}, {replaced} replaced'
       bar.update(done - before)
@@ -470,7 +475,7 @@ def _on_cluster(x: Experiment, config: Config, stages: list[str] | None, names: 
 
     on_ray.run(
       _take_shards,
-      (config, x.workdir, stages, sys.orig_argv),
+      (config, mirror.place_of(x.workdir)[0], stages, sys.orig_argv),
       workdir=x.workdir,
       address=config.engine.address,
       cpus=config.engine.cpus,
@@ -507,6 +512,7 @@ def _run_stage(x: Experiment, stage: str, names: list[str]) -> list[Product]:
     batch,
     lambda missing: table.make_products(x, stage, missing),
     part=part,
+    patient=not x.is_shared,
     kills=x.config.engine.kills if x.is_shared else 0,
   )
   if x.is_shared:
@@ -637,9 +643,9 @@ def _log_unused(x: Experiment) -> None:
 def _log_end(x: Experiment, names: list[str], spent: float) -> None:
   """Logs the time taken and where the results are."""
   page, summary = x.path('report', 'index.html'), x.path('report', 'summary.txt')
-  if 'report' in names and os.path.exists(summary):
-    logging.info('\n%s', files.epath.Path(summary).read_text().rstrip())
-  if 'report' in names and os.path.exists(page):
+  if 'report' in names and files.exists(summary):
+    logging.info('\n%s', files.epath.Path(files.local(summary)).read_text().rstrip())
+  if 'report' in names and files.exists(page):
     logging.info('\nDone in %s. The report: %s', progress.seconds(spent), page)
   else:
     logging.info(

@@ -6,6 +6,7 @@ import os
 
 from clip_jax.core import products
 from clip_jax.core.products import Product
+from clip_jax.data import filetree
 from clip_jax.experiment import blocks
 from clip_jax.experiment.experiment import Experiment
 from clip_jax.stages import models, table
@@ -38,7 +39,7 @@ def absent(x: Experiment) -> Iterator[Absent]:
         yield Absent(where, (path,), f'the model is {model}', (x.graph.embedder(name),))
   for split, block in x.config.splits.items():
     path = os.path.expanduser(block.file)
-    if path and not os.path.isfile(path):
+    if path and not filetree.is_file(path):
       seed = blocks.row_file_seeds(x.config, split)[0]
       reader = x.graph.rows(split, seed)
       yield Absent(f'split {split}', (path,), 'counts as the whole pool', (reader,))

@@ -186,7 +186,7 @@ class Base(PoolColumns):
     paths, draws = [f'{product.name}.json'], {}
     for seed in blocks.row_file_seeds(config, split):
       name = self.x.graph.rows(split, seed).name
-      rows = np.load(workdir.rows_path(self.x, split, seed), mmap_mode='r')
+      rows = files.read_npy(workdir.rows_path(self.x, split, seed), mmap=True)
       sizes = self._base.sizes(rows)
       counts = products.counts(self.x.workdir, name)
       draws[os.path.basename(name)] = {
@@ -377,7 +377,7 @@ class Base(PoolColumns):
   def _promise(self, split: str) -> splits.AlignmentClaim:
     block, seed = self.x.config.splits[split], blocks.seeds(self.x.config, split)[0]
     k = block.k if block.rule == 'k_aligned' else 0
-    rows = np.load(workdir.rows_path(self.x, split, seed), mmap_mode='r')  # all splits are held
+    rows = files.read_npy(workdir.rows_path(self.x, split, seed), mmap=True)  # all splits are held
     rows = rows[: np.searchsorted(rows, len(self.pool))] if k else rows
     slack = products.counts(self.x.workdir, self.x.graph.rows(split, seed).name).get(
       'slack', block.slack

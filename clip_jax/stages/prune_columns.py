@@ -156,7 +156,7 @@ class PoolColumns:
     """Returns a numeric column of the pool, [N] float64; NaN for rows without a value."""
     if column == blocks.IMAGE_TEXT:
       paths = (workdir.image_text_path(self.x, i) for i in range(len(self.pool.starts) - 1))
-      return np.concatenate([np.load(path) for path in paths], dtype=np.float64)
+      return np.concatenate([files.read_npy(path) for path in paths], dtype=np.float64)
     values = self.source.column(column)
     if values.dtype.kind not in 'iufb':
       example = next((value for value in values if value is not None), None)
@@ -244,7 +244,7 @@ class PoolColumns:
     """Yields for each shard its first pool row and its pairs, ordered by query and row."""
     for shard, start, _ in workdir.shard_slices(self.pool.starts):
       path = os.path.join(folder, f'pairs-k{k}-{shard:05d}.npz')
-      if not os.path.exists(path):
+      if not files.exists(path):
         raise InputError(
           f'{self.x.workdir} has no pairs of pool shard {shard} with {os.path.basename(folder)} '
           f'for k={k}. Run the stage `search` first.'

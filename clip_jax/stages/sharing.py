@@ -7,7 +7,7 @@ import time
 
 from absl import logging
 
-from clip_jax.core import hosts, interrupts, locks, log
+from clip_jax.core import files, hosts, interrupts, locks, log
 from clip_jax.core.errors import ConfigError, InputError
 from clip_jax.core.products import Product
 from clip_jax.experiment import blocks
@@ -23,7 +23,9 @@ SEEN_SECS = 60  # until all hosts see a new file: NFS remembers for so long that
 def take_part(x: Experiment) -> None:
   """Makes, with the other processes, each product that process 0 names, until it has done all."""
   log.to_file(x.path(f'log-{hosts.index()}.txt'))
+  stage = ''
   while word := hosts.told():
+    files.refresh(x.workdir)  # process 0 has made more since
     name, digest, file = word.split(maxsplit=2)
     found = {
       part.name: (stage, part)
@@ -35,6 +37,8 @@ def take_part(x: Experiment) -> None:
         'its config.train, mesh, model, preprocess, dedup or splits are not those of process 0. '
         'Start all processes with the same config and flags.'
       )
+    if found[name][0] != stage:  # what is open may have been made again
+      x.close()
     stage, product = found[name]
     _check_is_shared(x.path(file))
     for _ in table.make_products(x, stage, [product]):
@@ -44,7 +48,8 @@ def take_part(x: Experiment) -> None:
 def _check_is_shared(path: str) -> None:
   """Raises InputError unless this process sees a file that process 0 has written."""
   until = time.monotonic() + SEEN_SECS
-  while not os.path.exists(path):
+  while not files.exists(path):
+    files.refresh(os.path.dirname(path))
     if time.monotonic() > until:
       raise InputError(
         f'it does not see {path}, which process 0 has written. All processes need the same '

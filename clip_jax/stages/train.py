@@ -9,7 +9,7 @@ import os
 from absl import logging
 import numpy as np
 
-from clip_jax.core import hosts, metrics, progress
+from clip_jax.core import files, hosts, metrics, progress
 from clip_jax.core.errors import InputError
 from clip_jax.core.products import Made, Product
 from clip_jax.data import loader, views
@@ -51,7 +51,7 @@ def check_sizes(x: Experiment, todo: list[Product]) -> None:
   """Raises InputError for a run whose split has fewer rows than a batch."""
   batch_size = x.config.train.batch_size
   for split, seed in (product.subject for product in todo):
-    size = len(np.load(workdir.rows_path(x, split, seed), mmap_mode='r'))
+    size = len(files.read_npy(workdir.rows_path(x, split, seed), mmap=True))
     if size < batch_size:
       raise InputError(
         f'The split {split} has {size:,} rows, less than one batch ({batch_size:,}). Keep more '
@@ -93,7 +93,7 @@ def train(x: Experiment, todo: list[Product]) -> Made:
     seed,
   )
   whole = x.cached('decoded base set', lambda: _base(x))
-  data = views.Subset(whole, workdir.rows_path(x, split, seed))
+  data = views.Subset(whole, files.local(workdir.rows_path(x, split, seed)))
   size = len(data)
   if blocks.holds_planted(x.config, split):
     logging.warning(

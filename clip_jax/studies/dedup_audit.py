@@ -43,13 +43,16 @@ def compare_sample(x: Experiment, todo: list[Product]) -> Made:
   from clip_jax.similarity import missed_duplicates  # imports JAX and SciPy
 
   d, pool = x.config.dedup, workdir.embeddings(x.with_embedder(x.config.dedup.embedder), POOL)
-  usable, centers = pool.usable & ~workdir.in_anchor(x), np.load(x.path('dedup', 'centers.npy'))
+  usable, centers = (
+    pool.usable & ~workdir.in_anchor(x),
+    files.read_npy(x.path('dedup', 'centers.npy')),
+  )
   sample = np.sort(
     np.random.default_rng((d.seed, 2)).choice(
       np.flatnonzero(usable), min(d.audit_rows, int(usable.sum())), replace=False, shuffle=False
     )
   )
-  priority = np.load(x.path('dedup', 'priority.npy')) if d.survivor != 'first' else None
+  priority = files.read_npy(x.path('dedup', 'priority.npy')) if d.survivor != 'first' else None
   with progress.Bar(total=int(usable.sum()), desc='dedup audit', unit='row') as bar:
     result = missed_duplicates.measure(
       pool,
@@ -57,7 +60,7 @@ def compare_sample(x: Experiment, todo: list[Product]) -> Made:
       sample,
       [*_fewer_clusters(x, pool, sample, len(centers)), centers],
       threshold=d.threshold,
-      keep=np.load(workdir.keep_path(x)),
+      keep=files.read_npy(workdir.keep_path(x)),
       priority=priority,
       on_rows=bar.update,
     )

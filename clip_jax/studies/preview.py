@@ -69,7 +69,7 @@ def preview_splits(x: Experiment, todo: list[Product]) -> Made:
   """Trains on the labelled rows of each split and measures accuracy on every benchmark."""
   features = _Features(x)
   rows = {
-    split: np.load(workdir.rows_path(x, split, blocks.seeds(x.config, split)[0]), mmap_mode='r')
+    split: files.read_npy(workdir.rows_path(x, split, blocks.seeds(x.config, split)[0]), mmap=True)
     for (split,) in (product.subject for product in todo)
   }
   with progress.Bar(total=sum(map(len, rows.values())), desc='preview', unit='row') as bar:

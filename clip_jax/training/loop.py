@@ -42,6 +42,8 @@ class MetricsWriter(Protocol):
 
   def truncate(self, step: int) -> None: ...
 
+  def publish(self) -> None: ...  # before a checkpoint is saved
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainResult:
@@ -146,6 +148,7 @@ def train(
           _check_finite(whole['params'], done)
           arrays = {item: whole[item] for item in ('params', 'opt', 'ema') if item in whole}
           best = None if score is None else _scored(score, whole, done, name)
+          metrics.publish()
           store.save(done, arrays, dict(seconds=log.seconds()), config, best)
           saved_at = time.monotonic()
         if stop:

@@ -7,12 +7,11 @@ from collections.abc import Mapping, Sequence
 import dataclasses
 import functools
 import itertools
-import os
 import shlex
 
 import numpy as np
 
-from clip_jax.core import metrics, products
+from clip_jax.core import files, metrics, products
 from clip_jax.core.products import STAGES
 from clip_jax.core.types import Array, Config
 from clip_jax.evaluation import convergence
@@ -155,7 +154,7 @@ class Facts:
   def pool_rows(self, split: str) -> Array | None:
     """Returns the sorted pool rows of a split's first draw; None if it is not drawn yet."""
     seed = blocks.seeds(self.config, split)[0]
-    is_drawn = workdir.is_ingested(self.x, POOL) and os.path.exists(
+    is_drawn = workdir.is_ingested(self.x, POOL) and files.exists(
       workdir.rows_path(self.x, split, seed)
     )
     return workdir.pool_rows(self.x, split, seed) if is_drawn else None
@@ -187,7 +186,7 @@ class Facts:
     }
     done = {
       'embedder': bool(workdir.embedder_json(self.x)),
-      'dedup': os.path.exists(workdir.keep_path(self.x)),
+      'dedup': files.exists(workdir.keep_path(self.x)),
     }
     lines |= {stage: ('done' if is_done else 'missing', is_done) for stage, is_done in done.items()}
     if not config.dedup.enabled:

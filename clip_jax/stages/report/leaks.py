@@ -52,7 +52,7 @@ def _most_similar(x: Experiment, benchmark: str, kind: str = '') -> list[dict]:
   """Returns the SHOWN most similar pairs of a kind ('': any); of equal ones, the first queries."""
   best: list[tuple[float, int, dict]] = []  # a heap with the least similar pair on top
   place = 0
-  with pq.ParquetFile(workdir.duplicates_path(x, benchmark)) as stored:
+  with pq.ParquetFile(files.local(workdir.duplicates_path(x, benchmark))) as stored:
     for batch in stored.iter_batches(PAIRS_AT_ONCE):
       if kind:
         batch = batch.filter(pc.equal(batch['kind'], kind))
@@ -82,7 +82,7 @@ def _gallery(facts: Facts, benchmark: str, top: list[dict]) -> gallery.Gallery:
 def write_csv(x: Experiment, benchmark: str, path: str) -> None:
   """Writes the whole list as CSV, in constant memory."""
   with (
-    pq.ParquetFile(workdir.duplicates_path(x, benchmark)) as stored,
+    pq.ParquetFile(files.local(workdir.duplicates_path(x, benchmark))) as stored,
     files.atomic(path) as temporary,
     pyarrow.csv.CSVWriter(
       os.fspath(temporary),

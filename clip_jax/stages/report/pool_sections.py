@@ -6,7 +6,7 @@ search without training has no others.
 
 import numpy as np
 
-from clip_jax.core import progress
+from clip_jax.core import files, progress
 from clip_jax.core.types import Array
 from clip_jax.evaluation import statistics
 from clip_jax.experiment import blocks, workdir
@@ -146,7 +146,7 @@ def _planted(facts: Facts) -> list[dict]:
     and 'dedup/keep' in facts.counts
   ):
     return []
-  source, keep = workdir.source(x, POOL), np.load(workdir.keep_path(x))
+  source, keep = workdir.source(x, POOL), files.read_npy(workdir.keep_path(x))
   row = {key: i for i, key in enumerate(source.column('key'))}
   is_marked: dict[str, list[bool]] = {}
   for i, (kind, original) in enumerate(
