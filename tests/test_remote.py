@@ -9,6 +9,7 @@ import os
 import pathlib
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -212,6 +213,37 @@ def _steps(server, url) -> set[str]:
   s3, prefix = bucket.client(server), url.removeprefix(f's3://{bucket.NAME}/') + '/train/'
   found = s3.list_objects_v2(Bucket=bucket.NAME, Prefix=prefix).get('Contents', ())
   return {entry['Key'].split('/data/')[0] for entry in found if '/data/' in entry['Key']}
+
+
+def test_two_processes_train_together_each_with_its_own_copies(one, on, server, url, tmp_path):
+  with socket.socket() as free:
+    free.bind(('127.0.0.1', 0))
+    where = f'127.0.0.1:{free.getsockname()[1]}'
+
+  def started(names, *flags):
+    together = f'--coordinator={where}', f'--processes={len(names)}'
+    return [on(url, name, *together, f'--process={i}', *flags) for i, name in enumerate(names)]
+
+  first = started(['a', 'b'])
+  while all(process.poll() is None for process in first) and len(_steps(server, url)) < 2:
+    time.sleep(0.05)
+  for process in first:
+    process.kill()
+    process.wait()
+  steps = _steps(server, url)
+  assert len(steps) >= 2, said(tmp_path)
+  for process in started(['c', 'd']):
+    finish(process, tmp_path)
+  assert 'Training resumes from the checkpoint' in (tmp_path / 'c.out').read_text()
+  finish(on(url, 'e'), tmp_path)  # one process finds all whole
+  assert 'nothing was done' in (tmp_path / 'e.out').read_text()
+  theirs = stored(server, url)
+  for name, sidecar in products.sidecars(str(one)).items():
+    found = json.loads(theirs[f'{name}.sidecar.json'])
+    if name.startswith('train/'):  # the sums over two devices have other last bits
+      assert found['counts']['steps'] == sidecar['counts']['steps']
+    elif not name.startswith(('report/', 'evaluate/')):
+      assert found['checksum'] == sidecar['checksum'], name
 
 
 @pytest.mark.parametrize('count, kills', [(2, 0), (3, 6)])
