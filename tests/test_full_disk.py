@@ -5,6 +5,7 @@ The disk is a small file system in memory, which root mounts for a test.
 
 import os
 import subprocess
+import threading
 
 import pytest
 import squares
@@ -103,5 +104,16 @@ def test_a_disk_that_fills_up_after_a_checkpoint(disk, world, capsys, monkeypatc
       self._manager.wait_until_finished()
       fill(disk)
 
+  close = checkpoints.Checkpoints.close
+
+  def close_and_wait(self):
+    try:
+      close(self)
+    finally:  # Orbax's other threads log what fails, after the test's handlers would be gone
+      for thread in threading.enumerate():
+        if type(thread).__name__ == '_SignalingThread':
+          thread.join()
+
   monkeypatch.setattr(checkpoints.Checkpoints, 'save', save_and_fill)
+  monkeypatch.setattr(checkpoints.Checkpoints, 'close', close_and_wait)
   check_goes_on(disk, world, capsys, ('No space left for the checkpoints',), monkeypatch)

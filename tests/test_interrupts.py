@@ -55,3 +55,15 @@ def test_a_signal_whose_exception_was_lost_is_raised_later():
     pytest.skip('this Python delivered the signal after the destructor')
   with pytest.raises(interrupts.Interrupted), interrupts.deferred():
     pytest.fail('the lost signal was forgotten')
+
+
+def test_a_signal_during_a_block_that_is_done_together_raises_after_it(monkeypatch):
+  monkeypatch.setattr(interrupts, '_received', [])
+  done = []
+  with pytest.raises(interrupts.Interrupted):
+    with interrupts.together():
+      interrupts._handle(signal.SIGTERM, None)
+      done.append(1)
+  with interrupts.together():  # while the first signal ends the command
+    done.append(2)
+  assert done == [1, 2] and not interrupts._deferring

@@ -60,6 +60,22 @@ def install() -> None:
 
 
 @contextlib.contextmanager
+def together() -> Iterator[None]:
+  """Lets a signal that arrives during a short block raise after it: all of the block is done."""
+  global _deferring
+  before = len(_received)
+  with _lock:
+    _deferring += 1
+  try:
+    yield
+  finally:
+    with _lock:
+      _deferring -= 1
+  if len(_received) > before:
+    _raise_received()
+
+
+@contextlib.contextmanager
 def deferred() -> Iterator[Callable[[], int]]:
   """Defers a first signal to the end of the block; yields should_stop(): its number, 0 before it.
 

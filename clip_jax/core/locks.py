@@ -13,7 +13,7 @@ import socket
 import time
 from typing import Any
 
-from clip_jax.core import leases, mirror
+from clip_jax.core import interrupts, leases, mirror
 from clip_jax.core.errors import InputError
 from clip_jax.core.leases import LOCK, Busy
 
@@ -39,15 +39,18 @@ def lock(
     return
   path = os.path.join(workdir, name + LOCK)
   os.makedirs(os.path.dirname(path), exist_ok=True)
-  descriptor = _flock(path, shared)
-  if descriptor is None:
-    raise Busy(
-      f'{name} in {workdir} is being made by {_holder(path)} (lock: {path}). Wait until it ends, '
-      'or stop it; then run the same command again. To share the work, start all with '
-      '--config.engine.name=shared.'
-    )
+  descriptor = None
   try:
-    _held.add(descriptor)
+    with interrupts.together():
+      descriptor = _flock(path, shared)
+      if descriptor is not None:
+        _held.add(descriptor)
+    if descriptor is None:
+      raise Busy(
+        f'{name} in {workdir} is being made by {_holder(path)} (lock: {path}). Wait until it ends, '
+        'or stop it; then run the same command again. To share the work, start all with '
+        '--config.engine.name=shared.'
+      )
     holder = {
       'host': socket.gethostname(),
       'pid': os.getpid(),
@@ -64,10 +67,11 @@ def lock(
     yield note
   finally:
     if descriptor in _held:  # not so in a forked child, which does not hold the lock
-      _held.remove(descriptor)
-      if not shared or _is_alone(descriptor):
-        _remove_lock_file(path, descriptor)
-      os.close(descriptor)
+      with interrupts.together():
+        _held.remove(descriptor)
+        if not shared or _is_alone(descriptor):
+          _remove_lock_file(path, descriptor)
+        os.close(descriptor)
 
 
 @contextlib.contextmanager

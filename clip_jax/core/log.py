@@ -101,7 +101,7 @@ def start(verbose: bool = False) -> None:
   handler = _AboveBars(sys.stdout)
   handler.setLevel(python_logging.DEBUG if verbose else python_logging.INFO)
   handler.setFormatter(_Plain())
-  handler.addFilter(_is_notable if verbose else _is_shown)
+  handler.addFilter(_is_detail if verbose else _is_shown)
   _add(handler)
 
 
@@ -149,8 +149,17 @@ def only_to_file(message: str) -> None:
 def _is_shown(record) -> bool:
   """Returns whether a record is of this package, or an error."""
   is_ours = os.path.abspath(record.pathname).startswith(_PACKAGE)
-  is_raised = any(part in record.pathname for part in _RAISING)
-  return is_ours or (record.levelno >= python_logging.ERROR and not is_raised)
+  return is_ours or (record.levelno >= python_logging.ERROR and not _is_raised(record))
+
+
+def _is_raised(record) -> bool:
+  """Returns whether a record is of a library that raises the same error, too."""
+  return any(part in record.pathname for part in _RAISING)
+
+
+def _is_detail(record) -> bool:
+  """Returns whether a record is for a terminal that gets all."""
+  return _is_notable(record) and not _is_raised(record)
 
 
 def _is_notable(record) -> bool:
