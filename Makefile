@@ -43,7 +43,7 @@ bench-device:
 constraints:
 	rm -rf build
 	$(PYTHON) -m venv build/constraints
-	build/constraints/bin/python -m pip install --quiet '.[docs,test]'
+	build/constraints/bin/python -m pip install --quiet '.[docs,s3,test]'
 	build/constraints/bin/python -m pip freeze --exclude clip-jax-ood > build/constraints.txt
 	mv build/constraints.txt constraints.txt
 	rm -rf build
