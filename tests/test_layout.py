@@ -29,7 +29,7 @@ TABLES = {
 }
 OF_TABLES = ('evaluation', 'models', 'pruning')
 ELSEWHERE = {  # files of which another test file is the test
-  'core/home': 'mirror',
+  'core/folders': 'mirror',
   'core/processes': 'leases',
   'core/on_ray': 'ray',
   'core/locks': 'products',

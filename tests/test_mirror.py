@@ -5,7 +5,7 @@ import os
 import numpy as np
 import pytest
 
-from clip_jax.core import files, home, mirror, objects, products
+from clip_jax.core import files, folders, mirror, objects, products
 from clip_jax.core.errors import InputError
 from clip_jax.core.products import Product
 
@@ -207,4 +207,10 @@ def test_other_paths_are_in_no_mirror(machines, tmp_path):
 
 def test_the_users_own_cache(monkeypatch):
   monkeypatch.setenv('XDG_CACHE_HOME', '/some')
-  assert home.cache() == '/some/clip_jax'
+  assert folders.cache() == '/some/clip_jax'
+
+
+def test_the_disk_of_the_mirror_does_not_limit_a_stage(machines):
+  a = machines('a')
+  assert files.free_bytes(a) is None
+  files.check_space(a, 10**18, 'The stage embed')

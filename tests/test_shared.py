@@ -11,7 +11,7 @@ import pytest
 import squares
 import tiny
 
-from clip_jax.core import files, locks, products
+from clip_jax.core import folders, locks, products
 from clip_jax.core.errors import ConfigError
 from clip_jax.core.products import Product
 from clip_jax.stages import pipeline, sharing
@@ -72,7 +72,7 @@ def test_files_that_another_command_deletes_meanwhile_are_no_error(tmp_path, mon
   assert list(products.sidecars(str(tmp_path))) == ['x/0']
   assert products.read_sidecar(str(tmp_path), 'x/1') is None
   (tmp_path / 'link').symlink_to(tmp_path / 'nowhere')  # listed, and not there
-  assert files.size_below(str(tmp_path)) == os.path.getsize(listed[0])
+  assert folders.size_below(str(tmp_path)) == os.path.getsize(listed[0])
 
 
 def test_redo_is_not_for_shared_work(tmp_path):

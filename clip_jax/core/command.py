@@ -17,7 +17,7 @@ from ml_collections import config_flags
 from ml_collections.config_flags import tuple_parser
 
 from clip_jax.core import config as config_lib
-from clip_jax.core import home, hosts, interrupts, log, mirror
+from clip_jax.core import folders, hosts, interrupts, log, mirror
 from clip_jax.core.errors import ConfigError, InputError
 
 # Blocks of the config to which a config file adds entries -> the function of defaults.py.
@@ -56,7 +56,7 @@ def compilation_cache() -> None:
   if _CACHE in os.environ or 'device_count' in os.environ.get('XLA_FLAGS', ''):
     return
   with contextlib.suppress(OSError):
-    folder = os.path.join(home.cache(), f'compiled-{_cpu()}')
+    folder = os.path.join(folders.cache(), f'compiled-{_cpu()}')
     os.makedirs(folder, exist_ok=True)
     os.environ[_CACHE] = folder
 

@@ -192,16 +192,6 @@ def remove_unfinished(folder: str) -> list[str]:
   return removed
 
 
-def size_below(folder: str) -> int:
-  """Returns the bytes of all files below a local folder; other processes may delete some now."""
-  total = 0
-  for parent, _, names in os.walk(folder):
-    for name in names:
-      with contextlib.suppress(FileNotFoundError):
-        total += os.path.getsize(os.path.join(parent, name))
-  return total
-
-
 def _host_prefix() -> str:
   return f'{TEMPORARY}{socket.gethostname()}-'
 
@@ -271,8 +261,8 @@ def is_local(path) -> bool:
 
 
 def free_bytes(path) -> int | None:
-  """Returns the free bytes of the disk that holds `path`, or None for a remote path."""
-  if not is_local(path):
+  """Returns the free bytes of the disk that holds `path`, None for object storage."""
+  if not is_local(path) or is_mirrored(path):
     return None
   folder = os.path.abspath(path)
   while not os.path.exists(folder):

@@ -24,7 +24,7 @@ import time
 
 from absl import logging
 
-from clip_jax.core import home, objects
+from clip_jax.core import folders, objects
 from clip_jax.core.errors import InputError
 
 _OPEN = 'CLIP_JAX_MIRRORS'  # environment variable: folder, URL and limit of each open mirror
@@ -51,7 +51,7 @@ class Mirror:
     self._lock = threading.RLock()
     os.makedirs(folder, exist_ok=True)
     self._copies = self._read_copies()  # relative path -> tag of the object that the file copies
-    self._bytes = _size(folder)
+    self._bytes = folders.size_below(folder)
 
   def refresh(self, folder: str = '') -> None:
     """Lists the objects below a folder again; local copies of others, or of changed ones, go."""
@@ -242,7 +242,7 @@ class Mirror:
           if not name.endswith(_GROWING):
             about = os.stat(self.path(name))
             old.append((about.st_mtime, name, about.st_size))
-      self._bytes = _size(self.folder)
+      self._bytes = folders.size_below(self.folder)
       for used, name, freed in sorted(old):
         if self._bytes + size <= 0.8 * self.limit or used > time.time() - _IN_USE_SECS:
           break
@@ -268,7 +268,7 @@ def open_mirror(url: str, cache: str = '', limit: int = LIMIT, *, writes: bool =
   Raises InputError, within seconds, if the storage cannot be listed or written.
   """
   url = url.rstrip('/')
-  cache = os.path.abspath(os.path.expanduser(cache or home.cache()))
+  cache = os.path.abspath(os.path.expanduser(cache or folders.cache()))
   folder = cache + _below_cache(url)
   objects.Objects(url).check(writes)
   logging.debug('%s: the copy on this machine is %s.', url, folder)
@@ -346,12 +346,3 @@ def in_words(text: str) -> str:
 
 def _is_below(name: str, folder: str) -> bool:
   return not folder or name.startswith(folder + '/')
-
-
-def _size(folder: str) -> int:
-  total = 0
-  for parent, _, names in os.walk(folder):
-    for name in names:
-      with contextlib.suppress(FileNotFoundError):
-        total += os.path.getsize(os.path.join(parent, name))
-  return total

@@ -10,7 +10,7 @@ import fcntl
 import hashlib
 import os
 
-from clip_jax.core import files, home, progress
+from clip_jax.core import files, folders, progress
 from clip_jax.core.errors import InputError
 from clip_jax.data import filetree, storage
 
@@ -21,7 +21,7 @@ _RANGES = 4
 
 def folder() -> str:
   """Returns the folder of copies: that of `keep_in`, else one in the user's cache."""
-  return os.environ.get(_FOLDER) or os.path.join(home.cache(), 'copies')
+  return os.environ.get(_FOLDER) or os.path.join(folders.cache(), 'copies')
 
 
 def keep_in(path: str) -> None:

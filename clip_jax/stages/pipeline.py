@@ -18,7 +18,7 @@ from clip_jax.core import config as config_lib
 from clip_jax.core import (
   engine,
   files,
-  home,
+  folders,
   hosts,
   interrupts,
   locks,
@@ -156,7 +156,7 @@ def _open_experiment(config: Config, folder: str | None, is_plan: bool) -> Exper
       '--workdir is missing: name a folder for all outputs, for example --workdir=runs/demo.'
     )
   if not files.is_local(folder):
-    cache = config.cache_dir or home.cache()
+    cache = config.cache_dir or folders.cache()
     logging.info('Files of %s are copied to %s when they are used.', folder, cache)
     config = config.copy_and_resolve_references()
     config.cache_dir = os.path.join(cache, 'copies')  # of remote sources: not in the mirror
@@ -245,7 +245,7 @@ def _bytes(x: Experiment, name: str) -> int:
   for file, size in recorded.items():
     total += max(size, 0)
     if size < 0:
-      total += files.size_below(x.path(file))
+      total += folders.size_below(x.path(file))
   return total
 
 
@@ -555,7 +555,7 @@ def _check_disk(x: Experiment, stage: str) -> None:
   """Raises InputError if the disk has no space for the rest of a stage's files."""
   needed = sum(plan.stage_plan(view, stage).bytes or 0 for view in plan.views(x, stage))
   present = sum(
-    files.size_below(view.embedder_path(STAGES[stage])) for view in plan.views(x, stage)
+    folders.size_below(view.embedder_path(STAGES[stage])) for view in plan.views(x, stage)
   )
   files.check_space(x.workdir, needed - present, f'The stage {stage}')
 
