@@ -11,7 +11,7 @@ import pytest
 import squares
 import tiny
 
-from clip_jax.core import folders, locks, products
+from clip_jax.core import files, folders, locks, products
 from clip_jax.core.errors import ConfigError
 from clip_jax.core.products import Product
 from clip_jax.stages import pipeline, sharing
