@@ -290,7 +290,7 @@ def _of_aws() -> tuple[str, dict[str, Any]]:
   """
   endpoint = next(filter(None, map(os.environ.get, _ENDPOINTS)), '')
   try:
-    import botocore.session
+    import botocore.session  # pyright: ignore[reportMissingImports]  # the extra s3
   except ImportError:
     return endpoint, {}
   session = botocore.session.get_session()
