@@ -1,4 +1,7 @@
-"""An S3 server on this machine (moto) with one bucket, and a proxy before it that fails."""
+"""Servers of object storage on this machine with one bucket, and a proxy before them that fails.
+
+S3 is moto; Azure is Azurite, Microsoft's emulator (npm install -g azurite).
+"""
 
 from collections.abc import Callable, Iterator
 import contextlib
@@ -7,70 +10,135 @@ import http.server
 import itertools
 import os
 import pathlib
+import shutil
 import socket
 import subprocess
 import sys
 import threading
 import time
 
+import pytest
+
 NAME = 'bucket'
-KEYS = {'AWS_ACCESS_KEY_ID': 'a', 'AWS_SECRET_ACCESS_KEY': 'b', 'AWS_DEFAULT_REGION': 'us-east-1'}
+
+
+class S3:
+  """moto's server; its address is http://host:port."""
+
+  protocol = 's3'
+  _keys = {
+    'AWS_ACCESS_KEY_ID': 'a',
+    'AWS_SECRET_ACCESS_KEY': 'b',
+    'AWS_DEFAULT_REGION': 'us-east-1',
+  }
+
+  def __init__(self, port: int):
+    self.address = f'http://127.0.0.1:{port}'
+
+  @staticmethod
+  def command(port: int) -> list[str]:
+    pytest.importorskip('moto', reason='needs moto')
+    return [sys.executable, '-m', 'moto.server', '-H', '127.0.0.1', '-p', str(port)]
+
+  def make_bucket(self) -> None:
+    self._client().create_bucket(Bucket=NAME)
+
+  def environment(self, cache, address: str = '') -> dict[str, str]:
+    """Returns what a command needs beside tiny.environment; `cache` is its machine's own folder."""
+    cache = os.fspath(cache)
+    return {**self._keys, 'AWS_ENDPOINT_URL': address or self.address, 'XDG_CACHE_HOME': cache}
+
+  def upload(self, path, name: str) -> None:
+    self._client().upload_file(str(path), NAME, name)
+
+  def names(self, prefix: str = '') -> list[str]:
+    pages = self._client().get_paginator('list_objects_v2').paginate(Bucket=NAME, Prefix=prefix)
+    return [entry['Key'] for page in pages for entry in page.get('Contents', ())]
+
+  def read(self, name: str) -> bytes:
+    return self._client().get_object(Bucket=NAME, Key=name)['Body'].read()
+
+  def _client(self):
+    import boto3
+
+    return boto3.client(
+      's3',
+      endpoint_url=self.address,
+      aws_access_key_id='a',
+      aws_secret_access_key='b',
+      region_name='us-east-1',
+    )
+
+
+class Azure:
+  """Azurite's server, with the account and the key that it has by default."""
+
+  protocol = 'az'
+  _key = 'Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=='
+
+  def __init__(self, port: int):
+    self.connection = (
+      f'DefaultEndpointsProtocol=http;AccountName=devstoreaccount1;AccountKey={self._key};'
+      f'BlobEndpoint=http://127.0.0.1:{port}/devstoreaccount1;'
+    )
+
+  @staticmethod
+  def command(port: int) -> list[str]:
+    pytest.importorskip('adlfs', reason='needs adlfs: the az extra')
+    program = shutil.which('azurite-blob')
+    if not program:
+      pytest.skip('needs Azurite: npm install -g azurite')
+    quiet = '--inMemoryPersistence', '--silent', '--disableTelemetry', '--skipApiVersionCheck'
+    return [program, '--blobPort', str(port), *quiet]
+
+  def make_bucket(self) -> None:
+    self._client().create_container()
+
+  def environment(self, cache, address: str = '') -> dict[str, str]:
+    assert not address, 'no proxy: requests are signed with their path'
+    cache = os.fspath(cache)
+    return {'AZURE_STORAGE_CONNECTION_STRING': self.connection, 'XDG_CACHE_HOME': cache}
+
+  def upload(self, path, name: str) -> None:
+    self._client().upload_blob(name, pathlib.Path(path).read_bytes())
+
+  def names(self, prefix: str = '') -> list[str]:
+    return list(self._client().list_blob_names(name_starts_with=prefix))
+
+  def read(self, name: str) -> bytes:
+    return self._client().download_blob(name).readall()
+
+  def _client(self):
+    from azure.storage.blob import ContainerClient
+
+    return ContainerClient.from_connection_string(self.connection, NAME)
+
+
+SERVERS = {'s3': S3, 'az': Azure}
 
 
 @contextlib.contextmanager
-def serve(folder) -> Iterator[str]:
-  """Yields the address of a server with one empty bucket; its output goes to `folder`."""
+def serve(protocol: str, folder) -> Iterator[S3 | Azure]:
+  """Yields a server with one empty bucket; its output goes to `folder`."""
   with socket.socket() as free:
     free.bind(('127.0.0.1', 0))
     port = free.getsockname()[1]
-  with open(pathlib.Path(folder) / 'moto.txt', 'w') as out:
-    server = subprocess.Popen(
-      [sys.executable, '-m', 'moto.server', '-H', '127.0.0.1', '-p', str(port)],
-      stdout=out,
-      stderr=subprocess.STDOUT,
-    )
+  kind = SERVERS[protocol]
+  command = kind.command(port)
+  with open(pathlib.Path(folder) / 'server.txt', 'w') as out:
+    process = subprocess.Popen(command, cwd=folder, stdout=out, stderr=subprocess.STDOUT)
   try:
-    while server.poll() is None:  # until it answers
+    while process.poll() is None:  # until it answers
       with contextlib.suppress(OSError):
         socket.create_connection(('127.0.0.1', port)).close()
         break
       time.sleep(0.1)
-    address = f'http://127.0.0.1:{port}'
-    client(address).create_bucket(Bucket=NAME)
-    yield address
+    server = kind(port)
+    server.make_bucket()
+    yield server
   finally:
-    server.kill()
-    server.wait()
-
-
-def client(address: str):
-  import boto3
-
-  return boto3.client(
-    's3',
-    endpoint_url=address,
-    aws_access_key_id='a',
-    aws_secret_access_key='b',
-    region_name='us-east-1',
-  )
-
-
-def objects(address: str, prefix: str = '') -> dict[str, bytes]:
-  """Returns the objects below a prefix of the bucket: name after the prefix -> bytes."""
-  s3 = client(address)
-  names = [
-    entry['Key']
-    for page in s3.get_paginator('list_objects_v2').paginate(Bucket=NAME, Prefix=prefix)
-    for entry in page.get('Contents', ())
-  ]
-  return {
-    name[len(prefix) :]: s3.get_object(Bucket=NAME, Key=name)['Body'].read() for name in names
-  }
-
-
-def environment(address: str, cache) -> dict[str, str]:
-  """Returns what a command needs beside tiny.environment; `cache` is its machine's own folder."""
-  return {**KEYS, 'AWS_ENDPOINT_URL': address, 'XDG_CACHE_HOME': os.fspath(cache)}
+    process.kill()
+    process.wait()
 
 
 @contextlib.contextmanager

@@ -60,9 +60,36 @@ def test_s3_without_credentials_is_an_error(monkeypatch, tmp_path):
     objects.Objects('s3://bucket/x')
 
 
+def test_azure_is_found_by_its_connection_string(monkeypatch):
+  monkeypatch.delenv('AZURE_STORAGE_CONNECTION_STRING', raising=False)
+  monkeypatch.delenv('AZURE_STORAGE_ACCOUNT_NAME', raising=False)
+  with pytest.raises(InputError, match='az://: no storage account is named. Set AZURE_'):
+    objects.Objects('az://bucket/x')
+  monkeypatch.setenv('AZURE_STORAGE_ACCOUNT_NAME', 'mine')
+  assert objects._of_azure() == {}
+  parts = ['DefaultEndpointsProtocol=https', 'AccountName=a', 'AccountKey=b=', 'EndpointSuffix=x.y']
+  monkeypatch.setenv('AZURE_STORAGE_CONNECTION_STRING', ';'.join(parts))
+  keys = {'account_name': 'a', 'account_key': 'b='}
+  assert objects._of_azure() == {**keys, 'endpoint': 'https://a.blob.x.y'}
+  parts = ['BlobEndpoint=https://a.blob.x.y/', 'SharedAccessSignature=sv=1&sig=2']
+  monkeypatch.setenv('AZURE_STORAGE_CONNECTION_STRING', ';'.join(parts) + ';')
+  keys = {'account_name': 'a', 'sas_key': 'sv=1&sig=2'}
+  assert objects._of_azure() == {**keys, 'endpoint': 'https://a.blob.x.y'}
+  monkeypatch.setenv('AZURE_STORAGE_CONNECTION_STRING', 'nonsense')
+  with pytest.raises(InputError, match='no storage account is named'):
+    objects.Objects('az://bucket/other')
+
+
+def test_a_tag_is_the_same_in_listings_and_answers():
+  assert objects._tag({'e_tag': '"0x1"'}) == objects._tag({'e_tag': '0x1'}) == '0x1'
+  assert objects._tag({'e_tag': None, 'version': '7'}) == '7'
+
+
 def test_the_code_of_the_storage_is_in_the_message():
   error = ValueError('a <Code>NoSuchBucket</Code> <Message>It does not exist.</Message>')
   assert objects._reason(error) == 'NoSuchBucket, It does not exist'
+  error = ValueError('<Code>AuthorizationFailure</Code><Message>Denied.\nRequestId:1</Message>')
+  assert objects._reason(error) == 'AuthorizationFailure, Denied'
   assert objects._reason(ValueError('plain\nmore')) == 'ValueError: plain'
 
 

@@ -1,4 +1,4 @@
-"""Work directories on object storage: an S3 server on this machine, commands with their own caches.
+"""Work directories on object storage: a server on this machine, commands with their own caches.
 
 Each command has a name of a machine and a folder of its own for copies, so that it sees of the
 others only what is in the bucket. What comes out is compared with a run in a local folder.
@@ -21,7 +21,6 @@ import tiny
 
 from clip_jax.core import products
 
-pytest.importorskip('moto', reason='needs moto: the tests extra')
 pytest.importorskip('obstore', reason='needs obstore: the s3 extra')
 pytestmark = pytest.mark.slow
 
@@ -34,13 +33,15 @@ def get_config():
   return squares.config({data!r}, **{{'train.samples': 640, 'train.save_every_steps': 3}})
 """
 TARS = 8
+on_both = pytest.mark.parametrize('server', ['s3', 'az'], indirect=True)
 SHARED = '--config.engine.name=shared', '--config.engine.kills=0'
 
 
 @pytest.fixture(scope='module')
-def server(tmp_path_factory):
-  with bucket.serve(tmp_path_factory.mktemp('server')) as address:
-    yield address
+def server(request, tmp_path_factory):
+  protocol = getattr(request, 'param', 's3')
+  with bucket.serve(protocol, tmp_path_factory.mktemp('server')) as found:
+    yield found
 
 
 @pytest.fixture(scope='module')
@@ -77,7 +78,7 @@ def on(server, config, tmp_path):
   """Returns start(url, machine, *flags): starts the command there; what it says is in said()."""
   started = []
 
-  def start(url, machine, *flags, address=server, given=config, **environment):
+  def start(url, machine, *flags, address='', given=config, **environment):
     with open(tmp_path / f'{machine}.out', 'a') as out:
       process = subprocess.Popen(
         [sys.executable, 'tests/machine.py', f'--config={given}', f'--workdir={url}', *flags],
@@ -87,7 +88,7 @@ def on(server, config, tmp_path):
           'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=0',
           'PYTHONPATH': os.pathsep.join([str(tiny.ROOT), str(tiny.ROOT / 'tests')]),
           'MACHINE': machine,
-          **bucket.environment(address, tmp_path / machine),
+          **server.environment(tmp_path / machine, address),
           **environment,
         },
         stdout=out,
@@ -103,8 +104,8 @@ def on(server, config, tmp_path):
 
 
 @pytest.fixture
-def url(request):
-  return f's3://{bucket.NAME}/{request.node.name.replace("[", "-").replace("]", "")}'
+def url(request, server):
+  return f'{server.protocol}://{bucket.NAME}/{request.node.name.replace("[", "-").replace("]", "")}'
 
 
 def said(tmp_path) -> str:
@@ -112,7 +113,8 @@ def said(tmp_path) -> str:
 
 
 def stored(server, url) -> dict[str, bytes]:
-  return bucket.objects(server, url.removeprefix(f's3://{bucket.NAME}/') + '/')
+  prefix = url.split('/', 3)[3] + '/'
+  return {name.removeprefix(prefix): server.read(name) for name in server.names(prefix)}
 
 
 def finish(process, tmp_path) -> None:
@@ -150,6 +152,7 @@ def assert_published(tmp_path, machine, url, objects) -> None:
       assert objects.get(name) == path.read_bytes(), name
 
 
+@on_both
 def test_a_run_on_storage_is_that_in_a_folder_and_another_machine_goes_on(
   one, on, server, url, tmp_path
 ):
@@ -171,6 +174,7 @@ def test_a_run_on_storage_is_that_in_a_folder_and_another_machine_goes_on(
   assert_same(one, stored(server, url))
 
 
+@on_both
 @pytest.mark.parametrize('seed', [0, 1])
 def test_killed_anywhere_and_started_on_another_machine(one, on, server, url, tmp_path, seed):
   draw, kills = random.Random(seed), 0
@@ -210,9 +214,8 @@ def test_stopped_in_training_it_goes_on_from_the_last_checkpoint_elsewhere(
 
 def _steps(server, url) -> set[str]:
   """Returns the whole checkpoints on the storage."""
-  s3, prefix = bucket.client(server), url.removeprefix(f's3://{bucket.NAME}/') + '/train/'
-  found = s3.list_objects_v2(Bucket=bucket.NAME, Prefix=prefix).get('Contents', ())
-  return {entry['Key'].split('/data/')[0] for entry in found if '/data/' in entry['Key']}
+  names = server.names(url.split('/', 3)[3] + '/train/')
+  return {name.split('/data/')[0] for name in names if '/data/' in name}
 
 
 def test_two_processes_train_together_each_with_its_own_copies(one, on, server, url, tmp_path):
@@ -246,6 +249,7 @@ def test_two_processes_train_together_each_with_its_own_copies(one, on, server, 
       assert found['checksum'] == sidecar['checksum'], name
 
 
+@on_both
 @pytest.mark.parametrize('count, kills', [(2, 0), (3, 6)])
 def test_machines_share_the_work_killed_and_replaced(one, on, server, url, tmp_path, count, kills):
   running, draw = [on(url, f'm{i}', *SHARED) for i in range(count)], random.Random(count)
@@ -262,6 +266,7 @@ def test_machines_share_the_work_killed_and_replaced(one, on, server, url, tmp_p
   assert_same(one, stored(server, url), killed=True)
 
 
+@on_both
 def test_two_commands_that_do_not_share(one, on, server, url, tmp_path):
   first = on(url, 'a')
   while not _locks(server, url):
@@ -298,7 +303,7 @@ FAULTS = {
 @pytest.mark.parametrize('fault', sorted(FAULTS))
 def test_a_server_that_fails_now_and_then(one, on, server, tmp_path, fault):
   where = f's3://{bucket.NAME}/{fault.replace(" ", "-")}'
-  with bucket.proxy(server, FAULTS[fault]) as address:
+  with bucket.proxy(server.address, FAULTS[fault]) as address:
     finish(on(where, 'a', address=address), tmp_path)
     finish(on(where, 'b', address=address), tmp_path)
   assert_same(one, stored(server, where))
@@ -329,7 +334,7 @@ def test_what_is_wrong_from_the_start_is_said_in_seconds(on, server, tmp_path, n
     return answers
 
   began = time.monotonic()
-  with bucket.proxy(server, fails) as address:
+  with bucket.proxy(server.address, fails) as address:
     process = on(where, 'a', address=address, **environment)
     assert process.wait() == 1, said(tmp_path)
   text = said(tmp_path)
@@ -340,7 +345,7 @@ def test_what_is_wrong_from_the_start_is_said_in_seconds(on, server, tmp_path, n
 
 @pytest.mark.parametrize('how', ['403 AccessDenied', 'hang'])
 def test_a_server_that_ends_in_the_middle(one, on, server, url, tmp_path, how):
-  with bucket.proxy(server, lambda n, method, path: how if n > 90 else '') as address:
+  with bucket.proxy(server.address, lambda n, method, path: how if n > 90 else '') as address:
     process = on(url, 'a', address=address)
     assert process.wait() in (1, 143), said(tmp_path)
   text = said(tmp_path)
@@ -350,13 +355,17 @@ def test_a_server_that_ends_in_the_middle(one, on, server, url, tmp_path, how):
   assert_same(one, stored(server, url), killed=True)
 
 
+@on_both
 def test_the_pool_is_on_storage_too(one, on, server, config, url, tmp_path):
-  pytest.importorskip('s3fs', reason='needs s3fs: the s3 extra')
-  data, s3 = config.parent / 'data', bucket.client(server)
+  if server.protocol == 's3':
+    pytest.importorskip('s3fs', reason='needs s3fs: the s3 extra')
+  data = config.parent / 'data'
   for path in data.rglob('*.tar'):
-    s3.upload_file(str(path), bucket.NAME, f'data/{path.relative_to(data)}')
+    server.upload(path, f'data/{path.relative_to(data)}')
   remote = tmp_path / 'config.py'
-  remote.write_text(config.read_text().replace(repr(str(data)), repr(f's3://{bucket.NAME}/data')))
+  remote.write_text(
+    config.read_text().replace(repr(str(data)), repr(f'{server.protocol}://{bucket.NAME}/data'))
+  )
   finish(on(url, 'a', given=remote), tmp_path)
   objects = stored(server, url)
   for name in ('base', 'pruned'):
@@ -381,6 +390,7 @@ def test_drawn_images_are_read_where_each_machine_has_them(on, server, url, tmp_
     assert json.loads(objects[f'{name}.sidecar.json'])['checksum'] == sidecar['checksum'], name
 
 
+@on_both
 def test_results_and_checkpoints_are_read_by_url(one, on, server, url, config, tmp_path):
   finish(on(url, 'a'), tmp_path)
   before, found = stored(server, url), {}
@@ -396,7 +406,7 @@ def test_results_and_checkpoints_are_read_by_url(one, on, server, url, config, t
       said_now = subprocess.run(
         [sys.executable, *command],
         cwd=tiny.ROOT,
-        env={**tiny.environment(), **bucket.environment(server, tmp_path / 'b')},
+        env={**tiny.environment(), **server.environment(tmp_path / 'b')},
         capture_output=True,
         text=True,
         check=False,

@@ -35,6 +35,7 @@ _LIMITS = {
   'quick': ({'connect_timeout': '5s', 'timeout': '10s'}, {'max_retries': 2, 'secs': 15}),
 }
 _WAITS = (0.5, 2.0, 5.0)  # seconds before each retry of an answer that broke off
+_ACCOUNTS = ('AZURE_STORAGE_ACCOUNT_NAME', 'AZURE_STORAGE_USE_EMULATOR')
 _ENDPOINTS = ('AWS_ENDPOINT_URL_S3', 'AWS_ENDPOINT_URL')
 _ADVICE = (
   'Check the address, the credentials and the network, then run the same command again; finished '
@@ -157,7 +158,7 @@ class Objects:
     except (InputError, Changed):
       raise
     except Exception as error:  # each storage has its own
-      if not type(error).__module__.startswith('obstore') and not isinstance(error, OSError):
+      if not is_of_obstore(error) and not isinstance(error, OSError):
         raise
       address = f'{self.url}/{name}'.rstrip('/')
       raise InputError(f'{address} {what}: {_reason(error)}. {_ADVICE}') from error
@@ -199,12 +200,16 @@ def read_ranges(parts: Sequence[tuple[str, int, int]]) -> list[bytes | Exception
 
 def is_about_file(error: BaseException) -> bool:
   """Returns whether obstore's error is about the object or the credentials, not the network."""
-  if not type(error).__module__.startswith('obstore'):
+  if not is_of_obstore(error):
     return False
   kinds = _obstore().exceptions
   return isinstance(
     error, (kinds.NotFoundError, kinds.PermissionDeniedError, kinds.UnauthenticatedError)
   )
+
+
+def is_of_obstore(error: BaseException) -> bool:
+  return type(error).__module__.startswith('obstore')
 
 
 @functools.lru_cache(maxsize=1)
@@ -275,6 +280,9 @@ def _store(url: str, use: str) -> Any:
       endpoint, settings = _of_aws()
       options |= settings
       options['client_options']['allow_http'] = endpoint.startswith('http://')
+    if protocol == 'az':
+      options |= (settings := _of_azure())
+      options['client_options']['allow_http'] = settings.get('endpoint', '').startswith('http://')
     return store.from_url(url, **options)
   except InputError:
     raise
@@ -321,9 +329,40 @@ def _of_aws() -> tuple[str, dict[str, Any]]:
   return endpoint, {**settings, 'credential_provider': credentials}
 
 
+def _of_azure() -> dict[str, Any]:
+  """Returns the settings in the connection string, which adlfs reads, too, and obstore does not.
+
+  Without one obstore reads AZURE_STORAGE_ACCOUNT_NAME and its other variables by itself.
+  """
+  given = os.environ.get('AZURE_STORAGE_CONNECTION_STRING', '')
+  parts = dict(part.split('=', 1) for part in given.split(';') if '=' in part)
+  account, endpoint = parts.get('AccountName', ''), parts.get('BlobEndpoint', '')
+  if not given and any(map(os.environ.get, _ACCOUNTS)):
+    return {}
+  if not account and not endpoint:
+    raise InputError(
+      'az://: no storage account is named. Set AZURE_STORAGE_CONNECTION_STRING, or '
+      'AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY.'
+    )
+  suffix = parts.get('EndpointSuffix', 'core.windows.net')
+  endpoint = (
+    endpoint or f'{parts.get("DefaultEndpointsProtocol", "https")}://{account}.blob.{suffix}'
+  )
+  settings = {
+    'account_name': account or endpoint.partition('://')[2].partition('.')[0],
+    'account_key': parts.get('AccountKey'),
+    'sas_key': parts.get('SharedAccessSignature'),
+    'endpoint': endpoint.rstrip('/'),
+  }
+  return {name: value for name, value in settings.items() if value}
+
+
 def _tag(found: Any) -> str:
-  """Returns what names one write of an object, from a listing or an answer."""
-  return found.get('e_tag') or found.get('version') or ''
+  """Returns what names one write of an object, from a listing or an answer.
+
+  Azure's listings have ETags without the quotes of other answers.
+  """
+  return (found.get('e_tag') or '').strip('"') or found.get('version') or ''
 
 
 def _condition(found: Any) -> str:
@@ -340,7 +379,7 @@ def _reason(error: BaseException) -> str:
   """Returns the first words of an error of obstore: the storage's own code where it is there."""
   text = str(error)
   code = text.partition('<Code>')[2].partition('</Code>')[0]
-  message = text.partition('<Message>')[2].partition('</Message>')[0]
+  message = text.partition('<Message>')[2].partition('</Message>')[0].split('\n')[0]
   if code:
     return f'{code}, {message.rstrip(".")}' if message else code
   return f'{type(error).__name__}: {text}'.split('\n')[0].split('Debug source')[0].strip()[:300]
