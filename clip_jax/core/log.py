@@ -17,8 +17,8 @@ from clip_jax.core.errors import InputError
 
 # Loggers of other libraries: all of them, and JAX's, whose parent would print to standard error.
 _LIBRARIES = ('', 'jax._src')
-# Folders of libraries that log the errors which Orbax raises, too.
-_RAISING = (f'{os.sep}orbax{os.sep}', f'{os.sep}asyncio{os.sep}')
+# Folders of libraries that log errors which they also raise, or which Orbax does.
+_RAISING = tuple(f'{os.sep}{name}{os.sep}' for name in ('orbax', 'asyncio', 'gcsfs'))
 # Libraries of which only warnings are logged.
 _NOISY = (
   'jax',

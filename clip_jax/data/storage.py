@@ -293,7 +293,9 @@ def errors_with_path(path: str) -> Iterator[None]:
       ) from error
     text = str(cause) or 'no answer in time'
     reason = f'{type(cause).__name__}: {text}'.split('\n')[0][:300]
-    kind = Unavailable if transient else InputError
+    # gcsfs has asked six times by itself: for a minute, or for four if the server is silent.
+    by_gcsfs = _EXTRAS.get(_protocol(path)) == 'gcs' and not objects.is_of_obstore(error)
+    kind = Unavailable if transient and not by_gcsfs else InputError
     raise kind(f'{path} cannot be read ({reason}).{_ADVICE}') from error
 
 
