@@ -656,12 +656,13 @@ def get_config() -> Config:
   # name -> embedder(...): further ones, for the key `embedder` of splits, dedup.embedder,
   # prune.sensitivity and prune.preview
   c.embedders = ConfigDict()
-  # Local copies of remote files of formats embeddings, tfds and array_record, which are kept, and
-  # temporary files of long lists of keys; '': WORKDIR/cache, for a WORKDIR on object storage, of
-  # which a copy is here, too, and for clip_jax.evaluate, ~/.cache/clip_jax.
+  # Local copies of remote files of formats embeddings, tfds and array_record, and temporary files
+  # of long lists of keys; '': WORKDIR/cache, for a WORKDIR on object storage, of which a copy is
+  # here, too, and for clip_jax.evaluate, ~/.cache/clip_jax.
   c.cache_dir = ''
-  # Of the copy of a WORKDIR on object storage the least recently used files go.
-  c.cache_gb = 100.0  # GB (10^9 bytes) of it that stay; 0: no limit
+  # GB (10^9 bytes) of remote files that stay there, and as much of the copy of a WORKDIR; those
+  # that were not used for longest go. 0: no limit.
+  c.cache_gb = 100.0
   for name, keys in BLOCKS.items():
     c[name] = _block(keys, name)
   return c

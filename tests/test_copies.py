@@ -25,6 +25,7 @@ _DATA = os.urandom(100_000)
 @pytest.fixture(name='cache', autouse=True)
 def _cache(tmp_path, monkeypatch):
   monkeypatch.setenv(copies._FOLDER, str(tmp_path / 'cache'))
+  monkeypatch.setenv(copies._LIMIT, '0')
   monkeypatch.setattr(copies, '_AT_ONCE', 40_000)
   return tmp_path / 'cache'
 
@@ -76,9 +77,27 @@ def test_an_incomplete_copy_is_never_read(cache, system, monkeypatch):
     copies.local_copy(_listed())
   assert not _copies(cache)
   monkeypatch.undo()
-  path = pathlib.Path(copies.local_copy(_listed(), str(cache)))
+  path = pathlib.Path(copies.local_copy(_listed()))
   path.write_bytes(path.read_bytes()[:100])  # a disk that lost its end
-  assert pathlib.Path(copies.local_copy(_listed(), str(cache))).read_bytes() == _DATA
+  assert pathlib.Path(copies.local_copy(_listed())).read_bytes() == _DATA
+
+
+def test_beyond_the_limit_the_least_recently_used_copies_go(cache, system, monkeypatch):
+  for i in range(5):
+    system.pipe(f'/copied/{i}.npy', bytes([i]) * 1000)
+  copies.keep_in(str(cache), 2500)
+  (cache / f'{0:016x}-tfds').mkdir(parents=True)
+  (cache / 'other').write_bytes(_DATA)  # no copies of files
+  paths = [copies.of(f'memory://copied/{i}.npy') for i in range(5)]
+  assert all(map(os.path.exists, paths))  # they were all used within a minute
+  for i, path in enumerate(paths):
+    os.utime(path, (i, i))
+  assert copies.of('memory://copied/0.npy') == paths[0]  # so it was used last
+  whole = copies.of('memory://copied/x.npy')
+  assert [os.path.exists(path) for path in (*paths, whole)] == [True, *[False] * 4, True]
+  assert (cache / f'{0:016x}-tfds').exists() and (cache / 'other').exists()
+  for i, path in enumerate(paths):
+    assert pathlib.Path(copies.of(f'memory://copied/{i}.npy')).read_bytes() == bytes([i]) * 1000
 
 
 def test_of_several_readers_one_copies(system, monkeypatch):

@@ -116,7 +116,7 @@ def test_files_and_folders_are_removed_and_moved_in_both_places(machines):
 
 
 def test_least_recently_used_files_go_and_come_again(machines, monkeypatch):
-  monkeypatch.setattr(mirror, '_IN_USE_SECS', -1.0)
+  monkeypatch.setattr(folders, '_IN_USE_SECS', -1.0)
   a = machines('a', limit=10_000)
   for i in range(8):
     files.write_npy(f'{a}/{i}.npy', np.full(250, i))  # 2,128 bytes each

@@ -33,7 +33,6 @@ _COPIES = '.mirror.jsonl'
 _SMALL = 1 << 16  # bytes of a JSON file that is fetched at the start
 LIMIT = 100 * 10**9  # bytes of a mirror, unless the config says another number
 _THREADS = 16  # transfers at a time
-_IN_USE_SECS = 60.0  # a file that was opened in this time stays
 _GROWING = ('.txt', '.jsonl')  # logs and metrics, to which commands append: they stay
 
 
@@ -236,19 +235,10 @@ class Mirror:
     if not self.limit or self._bytes + size <= self.limit:
       return
     with self._lock:
-      old = []
-      for name in self._copies.keys() & self.index.keys():
-        with contextlib.suppress(FileNotFoundError):  # another process deleted it
-          if not name.endswith(_GROWING):
-            about = os.stat(self.path(name))
-            old.append((about.st_mtime, name, about.st_size))
+      names = self._copies.keys() & self.index.keys()
+      paths = [self.path(name) for name in names if not name.endswith(_GROWING)]
       self._bytes = folders.size_below(self.folder)
-      for used, name, freed in sorted(old):
-        if self._bytes + size <= 0.8 * self.limit or used > time.time() - _IN_USE_SECS:
-          break
-        self._bytes -= freed
-        with contextlib.suppress(FileNotFoundError):
-          os.unlink(self.path(name))
+      self._bytes -= folders.delete_oldest(paths, self._bytes + size - 0.8 * self.limit)
 
   def _at_once(self, do: Callable[[str], None], names: Iterable[str]) -> None:
     with futures.ThreadPoolExecutor(_THREADS) as pool:

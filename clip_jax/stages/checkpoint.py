@@ -85,7 +85,7 @@ def evaluate_checkpoint(
   # The model is loaded first, so that a missing checkpoint fails before the benchmarks are read.
   loaded = None if follow else models.load(path, model, config.evaluate.dtype, config.evaluate.ema)
   if config.cache_dir:
-    copies.keep_in(config.cache_dir)
+    copies.keep_in(config.cache_dir, int(1e9 * config.cache_gb))
   with tempfile.TemporaryDirectory() as scratch:  # holds the benchmarks' index
     x = Experiment(config, scratch)
     for name in read:

@@ -53,7 +53,7 @@ def vectors(x: Experiment, todo: list[Product]) -> Made:
       outputs = _files_of(product)
       usable = _write_unit(
         shard,
-        copies.local_copy(shard.files[0], cache),
+        copies.local_copy(shard.files[0]),
         rows,
         x.path(outputs[0]),
         bar,

@@ -165,7 +165,7 @@ def _open_experiment(config: Config, folder: str | None, is_plan: bool) -> Exper
   if os.path.exists(folder) and not os.path.isdir(folder):
     raise ConfigError(f'--workdir={folder} is a file; give a folder.')
   if config.cache_dir or not is_plan:  # a plan writes nothing into the work directory
-    copies.keep_in(config.cache_dir or os.path.join(folder, 'cache'))
+    copies.keep_in(config.cache_dir or os.path.join(folder, 'cache'), int(1e9 * config.cache_gb))
   images.limit_megapixels(config.ingest.max_megapixels)
   return Experiment(dataset_paths.resolve(config, is_plan), folder)
 
