@@ -239,3 +239,20 @@ def test_matched_refuses_what_it_cannot_use():
   fields = {**vars(columns), 'anchor_class_similarity': np.full(40, np.nan, np.float32)}
   with pytest.raises(InputError, match="search.backend='exact'"):
     rules.matched(rules.Columns(**fields), removed=np.zeros(0, np.int64), seed=0)
+
+
+@pytest.mark.parametrize(
+  'numbers, highest, kind',
+  [
+    ([-1, 127], 0, np.int8),
+    ([-1, 127], 128, np.int16),
+    ([0, 128], 0, np.int16),
+    ([0, 32_768], 0, np.int32),
+    ([-200, 0], 0, np.int16),
+    ([0, 2**31], 0, np.int64),
+    ([], 0, np.int8),
+  ],
+)
+def test_narrow_numbers_stay_the_same(numbers, highest, kind):
+  narrow = columns_lib.narrow(np.array(numbers, np.int64), highest)
+  assert narrow.dtype == kind and narrow.tolist() == numbers

@@ -51,7 +51,7 @@ def quantile_bins(
 
 
 def add_digit(
-  codes: Array,  # [n] int64
+  codes: Array,  # [n] int32 or int64
   digit: Array,  # [n] integers in [0, radix)
   radix: int,
 ) -> None:
@@ -99,26 +99,35 @@ def _lowest_in_cells(
 ) -> tuple[Array, Array]:
   """Returns up to counts[j] free positions of lowest order in each cells[j], and their j.
 
-  Memory: twice the sum of the counts, and a block, not n.
+  Memory: a few numbers for each of the rows asked for, not n.
   """
-  place, cell = np.zeros(0, np.int64), np.zeros(0, np.int64)
+  place, cell = np.zeros(0, np.int64), np.zeros(0, np.int32)
   if len(cells) == 0:
     return place, cell
+  most = int(1.25 * counts.sum()) + ROWS_AT_ONCE
+  # In a cell that has enough rows a further row must be below the highest of them.
+  is_full, highest = np.zeros(len(cells), bool), np.zeros(len(cells), order.dtype)
   for start in range(0, len(code), ROWS_AT_ONCE):
     rows = start + np.flatnonzero(free[start : start + ROWS_AT_ONCE])
     own = code[rows] // width
-    near = np.minimum(np.searchsorted(cells, own), len(cells) - 1)
-    inside = cells[near] == own
-    place, cell = np.append(place, rows[inside]), np.append(cell, near[inside])
-    if len(place) > 2 * counts.sum() + ROWS_AT_ONCE:
+    near = np.minimum(np.searchsorted(cells, own), len(cells) - 1).astype(np.int32)
+    wanted = (cells[near] == own) & ((order[rows] < highest[near]) | ~is_full[near])
+    place, cell = np.append(place, rows[wanted]), np.append(cell, near[wanted])
+    if len(place) > most:
       place, cell = _lowest(place, cell, order, counts)
+      sizes = np.bincount(cell, minlength=len(cells))
+      is_full, highest = sizes == counts, order[place[np.cumsum(sizes) - 1]]
   return _lowest(place, cell, order, counts)
 
 
 def _lowest(place: Array, cell: Array, order: Array, counts: Array) -> tuple[Array, Array]:
-  """Returns the counts[j] positions of lowest order in each cell j; ties go by their sequence."""
+  """Returns the counts[j] positions of lowest order in each cell j, by cell and order, and their j.
+
+  Ties go by their sequence.
+  """
   by_cell = np.lexsort((order[place], cell))
   place, cell = place[by_cell], cell[by_cell]
+  del by_cell
   rank = np.arange(len(place)) - np.searchsorted(cell, np.arange(len(counts)))[cell]
   taken = rank < counts[cell]
   return place[taken], cell[taken]

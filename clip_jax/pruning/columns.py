@@ -61,10 +61,10 @@ class Columns:
   pairs: Callable[[str, int], Iterable[Pairs]] = _no_pairs
   recall: float | None = None  # of an approximate search (missed rows are NaN); None: exact search
   # For the matched control only.
-  anchor_class: Array | None = None  # [N] int32, the class whose mean anchor image is nearest
+  anchor_class: Array | None = None  # [N] integers, the class whose mean anchor image is nearest
   anchor_class_similarity: Array | None = None  # [N] float32, to that mean
-  caption_length: Array | None = None  # [N] int32
-  image_pixels: Array | None = None  # [N] int64, width times height
+  caption_length: Array | None = None  # [N] integers
+  image_pixels: Array | None = None  # [N] integers, width times height
   # [N] bool, whether the caption names the nearest class; None if the classes have no names
   caption_names_class: Array | None = None
   domain: Array | None = None  # [N] strings or integers; None if no domain is known
@@ -99,6 +99,16 @@ def best_over_benchmarks(
   for name in benchmarks[1:]:
     highest = larger(highest, column[name][rows])
   return highest
+
+
+def narrow(
+  numbers: Array,  # [n] integers
+  highest: int = 0,  # a number that the type must hold, too
+) -> Array:
+  """Returns the same integers in the smallest signed type that holds them."""
+  low, high = numbers.min(initial=-1), numbers.max(initial=highest)
+  kinds = (np.iinfo(kind) for kind in (np.int8, np.int16, np.int32, np.int64))
+  return numbers.astype(next(kind.dtype for kind in kinds if kind.min <= low and high <= kind.max))
 
 
 def candidates_for(columns: Columns, count: int) -> Array:

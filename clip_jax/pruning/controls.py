@@ -117,15 +117,17 @@ def _cells(
 
   Also returns variable -> its number of levels. One variable is held at a time.
   """
-  codes, radices = np.zeros(int(candidates.sum()), np.int64), {}
-  for name in VARIABLES:
-    if name in numbers or name in categories:
-      digit = (numbers if name in numbers else categories)[name][candidates]
-      if name in BINS:
-        digit = cells.quantile_bins(digit, BINS[name])
-      radices[name] = BINS.get(name) or (2 if name in numbers else int(digit.max(initial=0)) + 1)
-      cells.add_digit(codes, digit, radices[name])
-  return codes.astype(np.int32) if math.prod(radices.values()) < 2**31 else codes, radices
+  columns, radices = {**numbers, **categories}, {}
+  for name in filter(columns.__contains__, VARIABLES):
+    radices[name] = BINS.get(name) or (
+      2 if name in numbers else int(columns[name].max(initial=0, where=candidates)) + 1
+    )
+  kind = np.int32 if math.prod(radices.values()) < 2**31 else np.int64
+  codes = np.zeros(int(candidates.sum()), kind)
+  for name, radix in radices.items():
+    digit = columns[name][candidates]
+    cells.add_digit(codes, cells.quantile_bins(digit, radix) if name in BINS else digit, radix)
+  return codes, radices
 
 
 def _matched_variables(columns: Columns) -> tuple[dict[str, Array], dict[str, Array]]:

@@ -84,11 +84,11 @@ class PoolColumns:
   @functools.cached_property
   def matched_columns(self) -> rules.Columns:
     """The columns plus those of the matched control; None for a column without any value."""
-    lengths, pixels = self.source.caption_lengths, self._image_pixels()
+    lengths, pixels = columns.narrow(self.source.caption_lengths), self._image_pixels()
     column = lambda which: workdir.search_column(self.x, ANCHOR_CLASSES, which)
     return dataclasses.replace(
       self.columns,
-      anchor_class=column('nearest'),
+      anchor_class=columns.narrow(column('nearest')),
       anchor_class_similarity=column('similarity'),
       caption_length=lengths if lengths.any() else None,
       image_pixels=pixels if pixels.any() else None,
@@ -116,6 +116,7 @@ class PoolColumns:
     if levels is None:
       return None
     codes, names = levels
+    codes = columns.narrow(codes, len(names))  # one more is the level of rows without a domain
     return pa.DictionaryArray.from_arrays(pa.array(codes, mask=codes < 0), names)
 
   @functools.cached_property
