@@ -30,6 +30,30 @@ def test_a_download_in_parts_is_whole(tmp_path, monkeypatch):
   assert (tmp_path / 'a').read_bytes() == bytes(range(100))
 
 
+def test_a_large_object_is_copied_in_parts(tmp_path, monkeypatch):
+  monkeypatch.setattr(objects, '_PART', 7)
+  monkeypatch.setattr(objects, '_MOST_COPIED', 99)
+  at = objects.Objects('memory://large')
+  monkeypatch.setattr(objects._obstore(), 'copy', None)
+  at.write('a', bytes(range(100)))
+  at.copy('a', 'b')
+  assert at.read('b')[0] == bytes(range(100))
+  asked = []
+
+  def unreadable(ask):
+    asked.append(ask())
+    if len(asked) > 2:
+      raise OSError('no')
+    return asked[-1]
+
+  with monkeypatch.context() as patch, pytest.raises(InputError, match='cannot be copied'):
+    patch.setattr(objects, '_whole', unreadable)
+    at.copy('a', 'c')
+  assert at.read('c') is None
+  with pytest.raises(InputError, match='memory://large/none cannot be copied'):
+    at.copy('none', 'c')
+
+
 def test_of_several_conditional_writes_one_succeeds():
   at = objects.Objects('memory://conditional')
   first = at.write('lease', b'1', if_tag='')

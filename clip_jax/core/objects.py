@@ -27,7 +27,8 @@ EXTRAS = {'gs': 'gcs', 's3': 's3', 'az': 'az'}  # protocol -> the extra that ins
 _FIRST = os.getpid()  # the process that imported this file, not one forked from it
 _READS_AT_ONCE = 32
 _ANONYMOUS = ('FSSPEC_S3_ANON', 'AWS_SKIP_SIGNATURE')  # environment variables
-_PART = 1 << 25  # bytes of one request of a download
+_PART = 1 << 25  # bytes of one request of a download, or of a large copy
+_MOST_COPIED = 5 << 30  # bytes that S3 copies in one request
 # Use of a store -> its limits for a request, and for all tries of it.
 _LIMITS = {
   'files': ({'connect_timeout': '10s', 'timeout': '60s'}, {'max_retries': 20, 'secs': 120}),
@@ -94,19 +95,23 @@ class Objects:
 
   def download(self, name: str, path: str) -> Entry | None:
     """Writes an object to a new local file and returns its Entry, None if it does not exist."""
+    with self._errors(name, 'cannot be read'), _unless_missing(), open(path, 'wb') as f:
+      found = _obstore().head(self._store, name)
+      f.writelines(self._parts(name, found))
+      return Entry(found['size'], _tag(found))
+    return None
+
+  def _parts(self, name: str, found: Any) -> Iterator[bytes]:
+    """Yields the bytes of an object as it was found, in parts."""
     obstore = _obstore()
 
     def part(options: dict) -> bytes:
       return _whole(lambda: bytes(obstore.get(self._store, name, options=options).bytes()))
 
-    with self._errors(name, 'cannot be read'), _unless_missing(), open(path, 'wb') as f:
-      found = obstore.head(self._store, name)
-      condition = {'if_match': found['e_tag']} if found['e_tag'] else {}
-      for start in range(0, found['size'], _PART):
-        end = min(start + _PART, found['size'])
-        f.write(part({**condition, 'range': (start, end)}))
-      return Entry(found['size'], _tag(found))
-    return None
+    condition = {'if_match': found['e_tag']} if found['e_tag'] else {}
+    for start in range(0, found['size'], _PART):
+      end = min(start + _PART, found['size'])
+      yield part({**condition, 'range': (start, end)})
 
   def upload(self, name: str, path: str) -> str:
     """Writes a local file to an object; returns its tag."""
@@ -146,9 +151,17 @@ class Objects:
           _obstore().delete(self._store, names[start : start + 1000])
 
   def copy(self, old: str, new: str) -> None:
-    """Copies an object inside the storage."""
+    """Copies an object inside the storage; a large one through this machine."""
+    obstore = _obstore()
     with self._errors(old, 'cannot be copied'):
-      _obstore().copy(self._store, old, new)
+      found = obstore.head(self._store, old)
+      if found['size'] <= _MOST_COPIED:
+        obstore.copy(self._store, old, new)
+      else:
+        copy = obstore.open_writer(self._store, new)
+        for part in self._parts(old, found):
+          copy.write(part)
+        copy.close()  # only now there is an object
 
   @contextlib.contextmanager
   def _errors(self, name: str, what: str) -> Iterator[None]:
