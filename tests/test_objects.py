@@ -1,9 +1,12 @@
 """Objects by obstore's store in memory; tests/test_remote.py has a server."""
 
+import socket
+
 import pytest
 
 from clip_jax.core import objects
 from clip_jax.core.errors import InputError
+from clip_jax.data import storage
 
 
 def test_objects_are_written_listed_read_copied_and_deleted(tmp_path):
@@ -126,6 +129,17 @@ def test_fsspec_reads_where_it_has_settings_and_in_forked_processes(monkeypatch)
   assert not objects.takes_reads('s3') and objects.takes_reads('gs')
   monkeypatch.setattr(objects, '_FIRST', 0)
   assert not objects.takes_reads('gs')
+
+
+def test_a_google_server_that_does_not_answer_is_an_error_before_gcsfs_asks(monkeypatch):
+  pytest.importorskip('gcsfs', reason='needs gcsfs: the gcs extra')
+  monkeypatch.setitem(objects._LIMITS, 'quick', ({'timeout': '1s'}, {'max_retries': 0, 'secs': 1}))
+  objects._store.cache_clear()
+  with socket.create_server(('127.0.0.1', 0)) as server:  # never answers
+    monkeypatch.setenv('STORAGE_EMULATOR_HOST', f'http://127.0.0.1:{server.getsockname()[1]}')
+    with pytest.raises(InputError, match='gs://silent does not answer'):
+      storage.file_system('gs://silent/a/x.tar')
+  objects._store.cache_clear()
 
 
 def test_ranges_are_read_together_and_errors_returned(monkeypatch):

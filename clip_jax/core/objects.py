@@ -211,6 +211,22 @@ def read_ranges(parts: Sequence[tuple[str, int, int]]) -> list[bytes | Exception
   return list(_readers(os.getpid()).map(read, parts))
 
 
+@functools.lru_cache(maxsize=64)
+def must_answer(bucket: str) -> None:  # a URL
+  """Raises InputError, within half a minute, if a storage does not answer at all.
+
+  Everything else, such as missing credentials, is left to whoever reads or lists.
+  """
+  obstore = _obstore()
+  try:
+    next(iter(obstore.list(_store(bucket, 'quick'), chunk_size=1)), None)
+  except obstore.exceptions.BaseError as error:
+    if f'/{bucket.partition("://")[2]}' in str(error) and 'status code' not in str(error):
+      raise InputError(f'{bucket} does not answer: {_reason(error)}. {_ADVICE}') from error
+  except InputError:
+    pass
+
+
 def is_about_file(error: BaseException) -> bool:
   """Returns whether obstore's error is about the object or the credentials, not the network."""
   if not is_of_obstore(error):
@@ -292,6 +308,9 @@ def _store(url: str, use: str) -> Any:
     if protocol == 's3':
       endpoint, settings = _of_aws()
       options |= settings
+      options['client_options']['allow_http'] = endpoint.startswith('http://')
+    if protocol == 'gs' and (endpoint := os.environ.get('STORAGE_EMULATOR_HOST', '')):
+      options |= {'base_url': endpoint, 'skip_signature': True}
       options['client_options']['allow_http'] = endpoint.startswith('http://')
     if protocol == 'az':
       options |= (settings := _of_azure())

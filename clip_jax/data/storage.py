@@ -270,7 +270,11 @@ def with_retries(ask: Callable[[], _T]) -> _T:
 
 def file_system(path: str) -> Any:
   """Returns the fsspec file system of a remote path; raises InputError if it is not installed."""
-  return _file_system(_protocol(path), os.getpid())
+  protocol = _protocol(path)
+  system = _file_system(protocol, os.getpid())
+  if protocol == 'gs' and objects.takes_reads(protocol):  # gcsfs asks for a quarter of an hour
+    objects.must_answer('/'.join(path.split('/', 3)[:3]))
+  return system
 
 
 def url(name: str, like: str) -> str:
