@@ -2,6 +2,7 @@
 
   make bench-device                               # or: PYTHONPATH=. python3 bench/bench_device.py
   make bench-device DEVICE_FLAGS=--only=loss,search     # the cases with one of these words
+  make bench-device DEVICE_FLAGS='--only=step --kernels=20'    # and their longest kernels
   make device-check                               # the cases 'check: ', five minutes on one GPU
   make bench-device DEVICE_FLAGS=--tiny           # two minutes, on a CPU too
 
@@ -418,9 +419,11 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument('--tiny', action='store_true', help='small sizes, which a CPU can do')
   parser.add_argument('--minutes', type=float, default=10, help='no case starts after these')
   parser.add_argument('--only', default='', help='words, comma separated: cases with one of them')
+  parser.add_argument('--kernels', type=int, default=0, help='the longest kernels of each case')
   parser.add_argument('--output', default='bench_device.json')
   flags = parser.parse_args(argv)
   words = flags.only.split(',')
+  device_check.KERNELS = flags.kernels
   cases = {name: case for name, case in CASES.items() if any(word in name for word in words)}
   if not cases:
     parser.error(f'--only={flags.only} fits no case. The cases are: {"; ".join(CASES)}')

@@ -9,9 +9,13 @@ float32 product to TF32. So the float32 models are checked twice: as they run, a
 products, where only the order of additions differs.
 """
 
+import collections
 from collections.abc import Callable
 import dataclasses
 import functools
+import os
+import pathlib
+import tempfile
 import time
 from typing import NamedTuple
 from unittest import mock
@@ -35,6 +39,8 @@ from clip_jax.training import step as training_step
 # (tiny model, on a CPU). The rest is a margin for deeper models, and for the reductions of a GPU.
 FEATURES = {'full': 2e-5, 'float32': 4e-3, 'bfloat16': 3e-2}
 GRADIENTS = {'full': 2e-4, 'float32': 4e-2, 'bfloat16': 2e-1}
+
+KERNELS = 0  # how many of each timed call are printed (bench_device.py --kernels)
 
 RECIPE = training_step.Recipe(
   loss='clip', beta1=0.9, beta2=0.98, eps=1e-6, weight_decay=0.2, mean=(0.5,) * 3, std=(0.25,) * 3
@@ -94,7 +100,30 @@ def seconds(work: Callable[[], object], repeats: int) -> float:
   for _ in range(repeats):
     last = work()
   jax.block_until_ready(last)
-  return (time.perf_counter() - start) / repeats
+  took = (time.perf_counter() - start) / repeats
+  if KERNELS:
+    print_kernels(work)
+  return took
+
+
+def print_kernels(work: Callable[[], object]) -> None:
+  """Prints the longest kernels of one more call: milliseconds on the device, how many, name."""
+  with tempfile.TemporaryDirectory() as folder:
+    with jax.profiler.trace(folder):
+      jax.block_until_ready(work())
+    (path,) = pathlib.Path(folder).rglob('*.xplane.pb')
+    planes = list(jax.profiler.ProfileData.from_file(os.fspath(path)).planes)
+  took, count = collections.Counter(), collections.Counter()
+  for plane in planes:
+    # A GPU's streams, a TPU's operations: other lines of a device hold the same times once more.
+    for line in plane.lines if plane.name.startswith('/device:') else ():
+      if line.name.startswith(('Stream', 'XLA Ops')):
+        for event in line.events:
+          took[event.name] += event.duration_ns / 1e6
+          count[event.name] += 1
+  print(f'    {sum(took.values()):.3f} ms in kernels of a device')
+  for name, milliseconds in took.most_common(KERNELS):
+    print(f'    {milliseconds:10.3f} ms {count[name]:6} x {name[:100]}')
 
 
 def rates(name: str, count: float, flop: float, took: float, devices: int = 0) -> dict:
