@@ -39,9 +39,10 @@ def removed(work: Work, skipped: list[str]) -> Iterator[tuple[str, Table]]:
     control = work.control(split, is_trained=False)
     if control and work.settings(control)['rule'] == 'matched':
       before = work.balance(split)
+      draws = [work.balance(split, control, i) for i in range(len(work.about(control)['draws']))]
       rows = [
-        {'variable': v, 'difference': d, 'difference_before': before[v]}
-        for v, d in work.balance(split, control).items()
+        {'variable': v, 'difference': max((d[v] for d in draws), key=abs), 'difference_before': b}
+        for v, b in before.items()
       ]
       yield f'balance_{control}', Table(('variable',), rows)
 

@@ -143,6 +143,16 @@ def test_balance_of_the_control_is_shown():
   assert 'the classes of the anchor have no names' in table.notes[1]
 
 
+def test_of_several_draws_the_largest_difference_is_shown():
+  other = {**DRAW, 'standardised_differences': {**DRAW['standardised_differences']}}
+  first = next(iter(other['standardised_differences']))
+  other['standardised_differences'][first] = -0.5
+  about = {'draws': {'rows-seed0': DRAW, 'rows-seed1': other}}
+  table = tables_of(removed(controls={'like_gap': about}))['balance_like_gap']
+  assert [row[2].text for row in table.rows] == ['\u22120.500', '+0.300', '\u2013']
+  assert table.notes[0].endswith('Of the 2 draws, one for each seed, the largest.')
+
+
 def test_the_balance_is_drawn_before_and_after_matching():
   blocks = removed(controls={'like_gap': {'draws': {'rows-seed0': DRAW}}})
   (figure,) = next(b for b in blocks if b.kind == 'figures').items

@@ -235,11 +235,24 @@ def _words(name: str, side: str, other: str, words: Sequence[Word]) -> Table:
   return Table(name, f'More frequent in {side} captions', heads, rows, (), records)
 
 
+def _largest(draws: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+  """Returns each variable's difference in the draw where it is largest; None is more than all."""
+  found = {}
+  for name in draws[0]['standardised_differences']:
+    values = [draw['standardised_differences'][name] for draw in draws]
+    found[name] = None if None in values else max(values, key=abs)
+  return found
+
+
 def _control(control: str, about: Mapping[str, Any]) -> list:
-  """Returns the balance of a matched control against the removed rows, for its first draw."""
-  draw = next(iter(about.get('draws', {}).values()), {})
-  if 'standardised_differences' not in draw:
+  """Returns the balance of a matched control against the removed rows: numbers of its first draw.
+
+  The differences are those of the draw in which a variable differs most, as in the answer.
+  """
+  draws = list(about.get('draws', {}).values())
+  if not draws or 'standardised_differences' not in draws[0]:
     return []
+  draw = draws[0]
   without = tables.share(draw['without_full_cell_donor'])
   by_chance = draw.get('random_without_full_cell_donor')  # None in files of an older version
   by_chance = 'unknown' if by_chance is None else tables.share(by_chance)
@@ -257,7 +270,7 @@ def _control(control: str, about: Mapping[str, Any]) -> list:
       f'that is alike in every variable (of as many random rows: {by_chance}); '
       f'{tables.number(draw["shortfall"])} have none even if some variables may differ.'
     )
-  differences, before = draw['standardised_differences'], draw.get('differences_before', {})
+  differences, before = _largest(draws), draw.get('differences_before', {})
   after = {key: differences[key] for key in (*VARIABLES, *differences) if key in differences}
   domains = about.get('domains')
   named = {key: VARIABLES.get(key, str(key)) for key in after}
@@ -275,6 +288,7 @@ def _control(control: str, about: Mapping[str, Any]) -> list:
     f'Balanced if within \u00b1{BALANCED:g}. A count over all removed and all drawn rows, not a '
     'sample, and therefore without an interval. Of a variable with levels (class, domain): the '
     'largest difference of a level.'
+    + (f' Of the {len(draws)} draws, one for each seed, the largest.' if len(draws) > 1 else '')
   ]
   if 'domain' not in after:
     notes.append('No domain is known, so it is not among the variables.')
