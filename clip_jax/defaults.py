@@ -660,9 +660,8 @@ def get_config() -> Config:
   # of long lists of keys; '': WORKDIR/cache, for a WORKDIR on object storage, of which a copy is
   # here, too, and for clip_jax.evaluate, ~/.cache/clip_jax.
   c.cache_dir = ''
-  # GB (10^9 bytes) of remote files that stay there, and as much of the copy of a WORKDIR; those
-  # that were not used for longest go. 0: no limit.
-  c.cache_gb = 100.0
+  # Of the copies of remote files, and of the copy of a WORKDIR, the least recently used files go.
+  c.cache_gb = 100.0  # GB (10^9 bytes) of each of the two that stay; 0: no limit
   for name, keys in BLOCKS.items():
     c[name] = _block(keys, name)
   return c
