@@ -101,7 +101,8 @@ def _lowest_in_cells(
 
   Memory: a few numbers for each of the rows asked for, not n.
   """
-  place, cell = np.zeros(0, np.int64), np.zeros(0, np.int32)
+  kind = np.int32 if len(code) < 2**31 else np.int64
+  place, cell = np.zeros(0, kind), np.zeros(0, np.int32)
   if len(cells) == 0:
     return place, cell
   most = int(1.25 * counts.sum()) + ROWS_AT_ONCE
@@ -112,7 +113,7 @@ def _lowest_in_cells(
     own = code[rows] // width
     near = np.minimum(np.searchsorted(cells, own), len(cells) - 1).astype(np.int32)
     wanted = (cells[near] == own) & ((order[rows] < highest[near]) | ~is_full[near])
-    place, cell = np.append(place, rows[wanted]), np.append(cell, near[wanted])
+    place, cell = np.append(place, rows[wanted].astype(kind)), np.append(cell, near[wanted])
     if len(place) > most:
       place, cell = _lowest(place, cell, order, counts)
       sizes = np.bincount(cell, minlength=len(cells))
@@ -128,7 +129,8 @@ def _lowest(place: Array, cell: Array, order: Array, counts: Array) -> tuple[Arr
   by_cell = np.lexsort((order[place], cell))
   place, cell = place[by_cell], cell[by_cell]
   del by_cell
-  rank = np.arange(len(place)) - np.searchsorted(cell, np.arange(len(counts)))[cell]
+  rank = np.arange(len(place), dtype=place.dtype)
+  rank -= np.searchsorted(cell, np.arange(len(counts))).astype(place.dtype)[cell]
   taken = rank < counts[cell]
   return place[taken], cell[taken]
 
