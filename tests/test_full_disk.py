@@ -3,6 +3,7 @@
 The disk is a small file system in memory, which root mounts for a test.
 """
 
+import contextlib
 import os
 import subprocess
 import threading
@@ -112,7 +113,8 @@ def test_a_disk_that_fills_up_after_a_checkpoint(disk, world, capsys, monkeypatc
     finally:  # Orbax's other threads log what fails, after the test's handlers would be gone
       for thread in threading.enumerate():
         if type(thread).__name__ == '_SignalingThread':
-          thread.join()
+          with contextlib.suppress(Exception):  # join raises what the thread did
+            thread.join()
 
   monkeypatch.setattr(checkpoints.Checkpoints, 'save', save_and_fill)
   monkeypatch.setattr(checkpoints.Checkpoints, 'close', close_and_wait)
