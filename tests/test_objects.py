@@ -93,15 +93,16 @@ def test_azure_is_found_by_its_connection_string(monkeypatch):
   with pytest.raises(InputError, match='az://: no storage account is named. Set AZURE_'):
     objects.Objects('az://bucket/x')
   monkeypatch.setenv('AZURE_STORAGE_ACCOUNT_NAME', 'mine')
-  assert objects._of_azure() == {}
+  assert objects._of_azure() == ('', {})
   parts = ['DefaultEndpointsProtocol=https', 'AccountName=a', 'AccountKey=b=', 'EndpointSuffix=x.y']
   monkeypatch.setenv('AZURE_STORAGE_CONNECTION_STRING', ';'.join(parts))
   keys = {'account_name': 'a', 'account_key': 'b='}
-  assert objects._of_azure() == {**keys, 'endpoint': 'https://a.blob.x.y'}
+  url = 'https://a.blob.x.y'
+  assert objects._of_azure() == (url, {**keys, 'endpoint': url})
   parts = ['BlobEndpoint=https://a.blob.x.y/', 'SharedAccessSignature=sv=1&sig=2']
   monkeypatch.setenv('AZURE_STORAGE_CONNECTION_STRING', ';'.join(parts) + ';')
   keys = {'account_name': 'a', 'sas_key': 'sv=1&sig=2'}
-  assert objects._of_azure() == {**keys, 'endpoint': 'https://a.blob.x.y'}
+  assert objects._of_azure() == (url + '/', {**keys, 'endpoint': url})
   monkeypatch.setenv('AZURE_STORAGE_CONNECTION_STRING', 'nonsense')
   with pytest.raises(InputError, match='no storage account is named'):
     objects.Objects('az://bucket/other')

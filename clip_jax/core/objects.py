@@ -213,14 +213,15 @@ def read_ranges(parts: Sequence[tuple[str, int, int]]) -> list[bytes | Exception
 
 @functools.lru_cache(maxsize=64)
 def must_answer(bucket: str) -> None:  # a URL
-  """Raises InputError, within half a minute, if a storage does not answer at all.
+  """Raises InputError, within half a minute, if the storage does not answer at all.
 
-  Everything else, such as missing credentials, is left to whoever reads or lists.
+  Other errors, such as missing credentials, are left to the function that lists or reads.
   """
   obstore = _obstore()
   try:
     next(iter(obstore.list(_store(bucket, 'quick'), chunk_size=1)), None)
   except obstore.exceptions.BaseError as error:
+    # The message names the address that gave no answer: the storage's, or one for credentials.
     if f'/{bucket.partition("://")[2]}' in str(error) and 'status code' not in str(error):
       raise InputError(f'{bucket} does not answer: {_reason(error)}. {_ADVICE}') from error
   except InputError:
@@ -305,17 +306,9 @@ def _store(url: str, use: str) -> Any:
     },
   )
   try:
-    if protocol == 's3':
-      endpoint, settings = _of_aws()
-      options |= settings
-      options['client_options']['allow_http'] = endpoint.startswith('http://')
-    if protocol == 'gs' and (endpoint := os.environ.get('STORAGE_EMULATOR_HOST', '')):
-      options |= {'base_url': endpoint, 'skip_signature': True}
-      options['client_options']['allow_http'] = endpoint.startswith('http://')
-    if protocol == 'az':
-      options |= (settings := _of_azure())
-      options['client_options']['allow_http'] = settings.get('endpoint', '').startswith('http://')
-    return store.from_url(url, **options)
+    endpoint, settings = {'s3': _of_aws, 'gs': _of_google, 'az': _of_azure}[protocol]()
+    options['client_options']['allow_http'] = endpoint.startswith('http://')
+    return store.from_url(url, **options, **settings)
   except InputError:
     raise
   except Exception as error:  # a bad URL, or settings that are not whole
@@ -361,8 +354,17 @@ def _of_aws() -> tuple[str, dict[str, Any]]:
   return endpoint, {**settings, 'credential_provider': credentials}
 
 
-def _of_azure() -> dict[str, Any]:
-  """Returns the settings in the connection string, which adlfs reads, too, and obstore does not.
+def _of_google() -> tuple[str, dict[str, Any]]:
+  """Returns the end point, '' for Google's own, and settings: those of an emulator, as gcsfs's.
+
+  obstore reads application default credentials by itself.
+  """
+  endpoint = os.environ.get('STORAGE_EMULATOR_HOST', '')
+  return endpoint, {'base_url': endpoint, 'skip_signature': True} if endpoint else {}
+
+
+def _of_azure() -> tuple[str, dict[str, Any]]:
+  """Returns the end point and settings of the connection string, which obstore does not read.
 
   Without one obstore reads AZURE_STORAGE_ACCOUNT_NAME and its other variables by itself.
   """
@@ -370,7 +372,7 @@ def _of_azure() -> dict[str, Any]:
   parts = dict(part.split('=', 1) for part in given.split(';') if '=' in part)
   account, endpoint = parts.get('AccountName', ''), parts.get('BlobEndpoint', '')
   if not given and any(map(os.environ.get, _ACCOUNTS)):
-    return {}
+    return '', {}
   if not account and not endpoint:
     raise InputError(
       'az://: no storage account is named. Set AZURE_STORAGE_CONNECTION_STRING, or '
@@ -386,7 +388,7 @@ def _of_azure() -> dict[str, Any]:
     'sas_key': parts.get('SharedAccessSignature'),
     'endpoint': endpoint.rstrip('/'),
   }
-  return {name: value for name, value in settings.items() if value}
+  return endpoint, {name: value for name, value in settings.items() if value}
 
 
 def _tag(found: Any) -> str:
