@@ -235,7 +235,7 @@ def _words(name: str, side: str, other: str, words: Sequence[Word]) -> Table:
   return Table(name, f'More frequent in {side} captions', heads, rows, (), records)
 
 
-def _largest(draws: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+def largest(draws: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
   """Returns each variable's difference in the draw where it is largest; None is more than all."""
   found = {}
   for name in draws[0]['standardised_differences']:
@@ -270,7 +270,7 @@ def _control(control: str, about: Mapping[str, Any]) -> list:
       f'that is alike in every variable (of as many random rows: {by_chance}); '
       f'{tables.number(draw["shortfall"])} have none even if some variables may differ.'
     )
-  differences, before = _largest(draws), draw.get('differences_before', {})
+  differences, before = largest(draws), draw.get('differences_before', {})
   after = {key: differences[key] for key in (*VARIABLES, *differences) if key in differences}
   domains = about.get('domains')
   named = {key: VARIABLES.get(key, str(key)) for key in after}

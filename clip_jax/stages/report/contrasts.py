@@ -96,11 +96,9 @@ def balance(facts: Facts, split: str) -> answer.Control | None:
   draws = list(facts.splits.get(control, {}).get('draws', {}).values())
   if facts.config.splits[control].rule != 'matched' or not draws:
     return answer.Control('random', ('the mix of the removed rows',))
-  differences: dict[str, float] = {}
-  for draw in draws:
-    for name, value in draw['standardised_differences'].items():
-      size = np.inf if value is None else abs(value)  # None: constant in both sets, and different
-      differences[name] = max(size, differences.get(name, 0.0))
+  differences = {  # None: constant in both sets, and different
+    name: np.inf if value is None else abs(value) for name, value in removed.largest(draws).items()
+  }
   large = {
     removed.VARIABLES.get(name, name): float(size)
     for name, size in sorted(differences.items(), key=lambda item: -item[1])
